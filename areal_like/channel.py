@@ -1,0 +1,233 @@
+"""ZeroMQ sockets in an asyncio loop: `Listener` (ROUTER, one a daemon that serves) and `Link` (DEALER, one a peer).
+
+Both call a handler for each message and never raise for what a peer sent: a bad frame is counted and dropped. The sockets are read
+through the loop's own reader rather than zmq.asyncio, which costs a future an operation; the edge-triggered descriptor is the
+reason for the re-check after every send (a send may swallow the edge).
+
+Queues in here are unbounded on purpose: what bounds them is credit. A server sends no more than its leased samples, a rank asks for
+one group at a time, so nothing has to be dropped silently. Message size is bounded by the socket itself (ZMQ_MAXMSGSIZE).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import zmq
+
+from areal_like.codec import decode, encode
+from areal_like.errors import ArealError, ConfigError, DeadlineError, PeerLostError, RefusedError, WireError
+from areal_like.messages.hello import JobFailed, Refused
+
+log = logging.getLogger(__name__)
+
+_HEARTBEAT_MS = 2_000
+_HEARTBEAT_TIMEOUT_MS = 10_000
+_DRAIN_BATCH = 256
+"""Messages handled before other tasks of the loop get a turn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Envelope:
+    """One received message."""
+
+    peer: bytes
+    """Routing id of the sender (empty on a Link)."""
+    rid: int
+    """Id to answer with; 0 when no answer is expected."""
+    message: Any
+    num_bytes: int
+    """Size of all frames."""
+
+
+def _socket(kind: int, *, max_message_bytes: int) -> zmq.Socket[bytes]:
+    socket = zmq.Context.instance().socket(kind)
+    socket.set(zmq.LINGER, 0)
+    socket.set(zmq.SNDHWM, 0)
+    socket.set(zmq.RCVHWM, 0)
+    socket.set(zmq.MAXMSGSIZE, max_message_bytes)
+    socket.set(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+    socket.set(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
+    return socket
+
+
+class _Pump:
+    """Reads a socket from the running loop. OPEN -> close() -> CLOSED."""
+
+    def __init__(self, socket: zmq.Socket[bytes], on_frames: Callable[[list[bytes]], None]) -> None:
+        self._socket = socket
+        self._on_frames = on_frames
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(socket.fileno(), self._drain)
+        self._scheduled = False
+        self._schedule()
+
+    def send(self, frames: list[bytes]) -> None:
+        self._socket.send_multipart(frames, flags=zmq.NOBLOCK, copy=True)
+        self._schedule()
+
+    def close(self) -> None:
+        if not self._socket.closed:
+            self._loop.remove_reader(self._socket.fileno())
+            self._socket.close()
+
+    def _schedule(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._drain_scheduled)
+
+    def _drain_scheduled(self) -> None:
+        self._scheduled = False
+        self._drain()
+
+    def _drain(self) -> None:
+        for _ in range(_DRAIN_BATCH):
+            if self._socket.closed:
+                return
+            try:
+                frames = self._socket.recv_multipart(flags=zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._on_frames(frames)
+        self._schedule()
+
+
+class Listener:
+    """A bound ROUTER.
+
+    `handler(envelope)` runs in the loop for each good message; `num_bad_frames` counts the others.
+    Raises ConfigError when the address cannot be bound.
+    """
+
+    def __init__(
+        self, *, host: str, port: int, handler: Callable[[Envelope], None], max_message_bytes: int, setting: str = "port"
+    ) -> None:
+        self._handler = handler
+        self.num_bad_frames = 0
+        self.num_unroutable = 0
+        socket = _socket(zmq.ROUTER, max_message_bytes=max_message_bytes)
+        socket.set(zmq.ROUTER_MANDATORY, 1)
+        socket.set(zmq.ROUTER_HANDOVER, 1)
+        if ":" in host:
+            socket.set(zmq.IPV6, 1)
+        try:
+            socket.bind(f"tcp://{_bracket(host)}:{port or '*'}")
+        except zmq.ZMQError as error:
+            socket.close()
+            raise ConfigError(f"cannot bind {host}:{port} ({error.strerror}): set {setting} to a free port or 0") from None
+        self.port = int(socket.get_string(zmq.LAST_ENDPOINT).rsplit(":", 1)[1])
+        self._pump = _Pump(socket, self._on_frames)
+
+    def send(self, peer: bytes, message: Any, *, rid: int = 0) -> bool:
+        """Queues a message for a peer; False when that peer is no longer connected."""
+        try:
+            self._pump.send([peer, *encode(message, rid=rid)])
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            self.num_unroutable += 1
+            return False
+        return True
+
+    def close(self) -> None:
+        """Closes the socket; queued messages to peers are dropped."""
+        self._pump.close()
+
+    def _on_frames(self, frames: list[bytes]) -> None:
+        try:
+            message, rid = decode(frames[1:])
+        except WireError as error:
+            self.num_bad_frames += 1
+            if self.num_bad_frames.bit_count() == 1:  # at 1, 2, 4, 8, ...: a flood of garbage must not become a flood of logs
+                log.warning("bad frame refused (%d so far): %s", self.num_bad_frames, error)
+            return
+        self._handler(Envelope(peer=frames[0], rid=rid, message=message, num_bytes=sum(map(len, frames))))
+
+
+class Link:
+    """A DEALER connected to one Listener. Use it from its own loop only.
+
+    `handler(message)` sees what was not an answer. ZeroMQ reconnects by itself; what tells a lost peer is silence:
+    `last_heard_s` is the loop's clock at the last message.
+    """
+
+    def __init__(self, address: str, *, handler: Callable[[Any], None], max_message_bytes: int = 64 << 20) -> None:
+        self._handler = handler
+        self._rids = itertools.count(1)
+        self._pending: dict[int, asyncio.Future[Any]] = {}
+        self.address = address
+        self.num_bad_frames = 0
+        self.last_heard_s = asyncio.get_running_loop().time()
+        socket = _socket(zmq.DEALER, max_message_bytes=max_message_bytes)
+        socket.set(zmq.RECONNECT_IVL, 100)
+        socket.set(zmq.RECONNECT_IVL_MAX, 2_000)
+        if "[" in address:
+            socket.set(zmq.IPV6, 1)
+        try:
+            socket.connect(address)
+        except zmq.ZMQError as error:
+            socket.close()
+            raise ConfigError(f"cannot connect to {address!r} ({error.strerror}): want tcp://host:port") from None
+        self._pump = _Pump(socket, self._on_frames)
+
+    def send(self, message: Any) -> None:
+        """Queues a one-way message."""
+        self._pump.send(encode(message))
+
+    async def call(self, message: Any, *, timeout_s: float) -> Any:
+        """Sends a request and returns its answer.
+
+        Raises DeadlineError without an answer in time, RefusedError for `Refused`, ArealError for `JobFailed`.
+        """
+        rid = next(self._rids)
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._pending[rid] = future
+        try:
+            self._pump.send(encode(message, rid=rid))
+            async with asyncio.timeout(timeout_s):
+                answer = await future
+        except TimeoutError:
+            raise DeadlineError(f"{self.address} did not answer {type(message).__name__} within {timeout_s:g} s") from None
+        finally:
+            del self._pending[rid]
+        if isinstance(answer, Refused):
+            raise RefusedError(f"{type(message).__name__} was refused ({answer.field}): {answer.reason}")
+        if isinstance(answer, JobFailed):
+            raise ArealError(answer.reason)
+        return answer
+
+    def close(self) -> None:
+        """Closes the socket and fails what is pending."""
+        self._pump.close()
+        for future in self._pending.values():
+            if not future.done():
+                future.set_exception(PeerLostError(f"link to {self.address} was closed"))
+
+    def _on_frames(self, frames: list[bytes]) -> None:
+        self.last_heard_s = asyncio.get_running_loop().time()
+        try:
+            message, rid = decode(frames)
+        except WireError as error:
+            self.num_bad_frames += 1
+            log.warning("bad frame from %s refused: %s", self.address, error)
+            return
+        future = self._pending.get(rid) if rid else None
+        if future is not None and not future.done():
+            future.set_result(message)
+        elif rid == 0:
+            self._handler(message)
+        else:
+            log.debug("answer %s came after its caller gave up", type(message).__name__)
+
+
+def _bracket(host: str) -> str:
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
+def tcp_address(host: str, port: int) -> str:
+    """`tcp://host:port`, with brackets around an IPv6 host."""
+    return f"tcp://{_bracket(host)}:{port}"

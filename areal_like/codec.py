@@ -1,0 +1,195 @@
+"""Messages to frames and back: a msgpack header and one frame of raw little-endian arrays.
+
+    frame 0   msgpack [WIRE_VERSION, tag, rid, {field: value}]     numbers, strings, lists; an array is [offset, length]
+    frame 1   the bytes of all arrays, each aligned to 8           absent when the message holds no array
+
+The schema is the dataclass: dtypes and types come from its annotations, never from the wire, so a frame can claim nothing but offsets and
+lengths, and both are checked. Decoded arrays are read-only views of frame 1 (no copy). Everything wrong with a frame raises
+WireError. Encoders and decoders are compiled once a class: this is the hot path of the stream.
+
+Left out: compression (float log-probs do not compress) and schema evolution within a wire version (`hello` refuses a mismatch).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from areal_like.errors import WireError
+from areal_like.messages import MESSAGES
+
+WIRE_VERSION = 1
+MAX_HEADER_BYTES = 4 << 20
+_ALIGN = 8
+
+Frame = bytes | memoryview
+
+
+class _Writer:
+    """Collects arrays of one message and hands out their places."""
+
+    __slots__ = ("chunks", "size")
+
+    def __init__(self) -> None:
+        self.chunks: list[Any] = []
+        self.size = 0
+
+    def add(self, array: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> list[int]:
+        if array.dtype != dtype or array.ndim != 1:
+            raise ValueError(f"want a 1-D {dtype} array, got {array.dtype}{list(array.shape)}")
+        place = [self.size, len(array)]
+        self.chunks.append(np.ascontiguousarray(array).view(np.uint8).data if len(array) else b"")
+        self.size += array.nbytes
+        if padding := -self.size % _ALIGN:
+            self.chunks.append(bytes(padding))
+            self.size += padding
+        return place
+
+
+_Encode = Callable[[Any, _Writer], Any]
+_Decode = Callable[[Any, Frame], Any]
+
+
+def encode(message: Any, *, rid: int = 0) -> list[bytes]:
+    """Frames of a message. `rid` ties an answer to its request; 0 is one-way."""
+    tag = type(message).__name__
+    writer = _Writer()
+    body = _ENCODERS[tag](message, writer)
+    header = msgpack.packb([WIRE_VERSION, tag, rid, body])
+    return [header, b"".join(writer.chunks)] if writer.chunks else [header]
+
+
+def decode(frames: Sequence[Frame]) -> tuple[Any, int]:
+    """(message, rid) of the frames. Raises WireError for anything that `encode` would not have written."""
+    if not 1 <= len(frames) <= 2:
+        raise WireError(f"want 1 or 2 frames, got {len(frames)}")
+    if len(frames[0]) > MAX_HEADER_BYTES:
+        raise WireError(f"header of {len(frames[0])} bytes is over the limit of {MAX_HEADER_BYTES}")
+    try:
+        header = msgpack.unpackb(frames[0], strict_map_key=True, ext_hook=_refuse_ext)
+    except (ValueError, RecursionError, msgpack.UnpackException) as error:
+        raise WireError(f"header is not msgpack: {error}") from None
+    if not isinstance(header, list) or len(header) != 4:
+        raise WireError("header is not [wire version, tag, rid, body]")
+    version, tag, rid, body = header
+    if version != WIRE_VERSION or type(version) is not int:
+        raise WireError(f"wire version {version!r}, this side speaks {WIRE_VERSION}")
+    if type(rid) is not int or not isinstance(tag, str) or tag not in _DECODERS:
+        raise WireError(f"unknown message {str(tag)[:40]!r}")
+    try:
+        return _DECODERS[tag](body, frames[1] if len(frames) == 2 else b""), rid
+    except (ValueError, TypeError, OverflowError) as error:
+        raise WireError(f"{tag}: {error}") from None
+
+
+def _refuse_ext(code: int, data: bytes) -> Any:
+    raise ValueError(f"extension type {code} is not allowed")
+
+
+def _compile(hint: Any) -> tuple[_Encode, _Decode]:
+    """Encoder and decoder for one annotation."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return (lambda value, _: value), (lambda raw, _: raw)
+    if origin is np.ndarray:
+        return _compile_array(np.dtype(typing.get_args(args[1])[0]).newbyteorder("<"))
+    if origin is list:
+        return _compile_list(*_compile(args[0]))
+    if origin is dict:
+        return _compile_dict(*_compile(args[1]))
+    if origin in (types.UnionType, typing.Union):
+        return _compile_union(args)
+    if dataclasses.is_dataclass(hint):
+        return _compile_dataclass(typing.cast(type, hint))
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return (lambda value, _: value.value), (lambda raw, _: hint(raw))
+    if hint in (int, float, str, bool):
+        return _compile_scalar(hint)
+    raise TypeError(f"no wire form for {hint!r}")
+
+
+def _compile_scalar(hint: type) -> tuple[_Encode, _Decode]:
+    def read(raw: Any, _: Frame) -> Any:
+        if type(raw) is not hint:
+            if hint is float and type(raw) is int:
+                return float(raw)
+            raise TypeError(f"want {hint.__name__}, got {type(raw).__name__}")
+        return raw
+
+    return (lambda value, _: value), read
+
+
+def _compile_union(args: tuple[Any, ...]) -> tuple[_Encode, _Decode]:
+    """A union of plain types that msgpack can tell apart (`int | list[int]`)."""
+    kinds = {typing.get_origin(arg) or arg: _compile(arg) for arg in args}
+
+    def read(raw: Any, blob: Frame) -> Any:
+        if type(raw) not in kinds:
+            raise TypeError(f"want one of {[kind.__name__ for kind in kinds]}, got {type(raw).__name__}")
+        return kinds[type(raw)][1](raw, blob)
+
+    return (lambda value, writer: kinds[type(value)][0](value, writer)), read
+
+
+def _compile_array(dtype: np.dtype[Any]) -> tuple[_Encode, _Decode]:
+    def write(value: Any, writer: _Writer) -> Any:
+        return writer.add(value, dtype)
+
+    def read(raw: Any, blob: Frame) -> Any:
+        if type(raw) is not list or len(raw) != 2 or type(raw[0]) is not int or type(raw[1]) is not int:
+            raise TypeError("array place is not [offset, length]")
+        offset, length = raw
+        if offset < 0 or length < 0 or offset % _ALIGN or offset + length * dtype.itemsize > len(blob):
+            raise ValueError(f"array [{offset}, {length}] is outside its frame of {len(blob)} bytes")
+        return np.frombuffer(blob, dtype=dtype, count=length, offset=offset) if length else np.empty(0, dtype)
+
+    return write, read
+
+
+def _compile_list(encode_item: _Encode, decode_item: _Decode) -> tuple[_Encode, _Decode]:
+    def read(raw: Any, blob: Frame) -> Any:
+        if type(raw) is not list:
+            raise TypeError(f"want a list, got {type(raw).__name__}")
+        return [decode_item(item, blob) for item in raw]
+
+    return (lambda value, writer: [encode_item(item, writer) for item in value]), read
+
+
+def _compile_dict(encode_item: _Encode, decode_item: _Decode) -> tuple[_Encode, _Decode]:
+    def read(raw: Any, blob: Frame) -> Any:
+        if type(raw) is not dict or not all(type(key) is str for key in raw):
+            raise TypeError("want a map with string keys")
+        return {key: decode_item(item, blob) for key, item in raw.items()}
+
+    return (lambda value, writer: {key: encode_item(item, writer) for key, item in value.items()}), read
+
+
+def _compile_dataclass(cls: type) -> tuple[_Encode, _Decode]:
+    hints = typing.get_type_hints(cls)
+    parts = [(field.name, *_compile(hints[field.name])) for field in dataclasses.fields(cls)]
+    names = [name for name, _, _ in parts]
+
+    def write(value: Any, writer: _Writer) -> Any:
+        return {name: encode_field(getattr(value, name), writer) for name, encode_field, _ in parts}
+
+    def read(raw: Any, blob: Frame) -> Any:
+        if type(raw) is not dict or len(raw) != len(parts):
+            raise TypeError(f"{cls.__name__} wants exactly the fields {names}")
+        try:
+            return cls(**{name: decode_field(raw[name], blob) for name, _, decode_field in parts})
+        except KeyError as missing:
+            raise TypeError(f"{cls.__name__} lacks {missing}") from None
+
+    return write, read
+
+
+_COMPILED = {tag: _compile(cls) for tag, cls in MESSAGES.items()}
+_ENCODERS = {tag: pair[0] for tag, pair in _COMPILED.items()}
+_DECODERS = {tag: pair[1] for tag, pair in _COMPILED.items()}

@@ -1,0 +1,264 @@
+"""What every daemon is made of: configuration from the command line, logs, signals, an HTTP plane, named waits, exit codes.
+
+    STARTING -> READY <-> UNREADY -> DRAINING -> (process exits)
+
+A daemon's own code is an `async def main(runtime)`. The runtime sets `stopping` on SIGTERM or SIGINT (a second one, or a drain that
+outlasts `daemon.drain_timeout_s`, ends the process at once with code 1) and serves /livez, /readyz, /metrics and /status on a port
+of its own, which it writes to `<run>/endpoints/<daemon>.json`.
+
+Exit codes: 0 done or drained, 1 failed (the reason in the log and one line on stderr), 2 the user's mistake (one message on stderr).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from areal_like.config import Config
+from areal_like.errors import ArealError, ConfigError, UserError
+from areal_like.metrics import CONTENT_TYPE, Metrics
+from areal_like.paths import RunPaths, write_json
+
+log = logging.getLogger(__name__)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """time (unix s), level, logger, message, and the trace-back if there is one."""
+        entry = {"time": round(record.created, 3), "level": record.levelname, "logger": record.name, "message": record.getMessage()}
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry)
+
+
+def configure_logging(config: Config, name: str) -> None:
+    """JSON lines to `<run>/logs/<name>.log`, and warnings to stderr in plain words (everything when it is a terminal)."""
+    paths = RunPaths.of(config)
+    paths.logs.mkdir(parents=True, exist_ok=True)
+    file = logging.FileHandler(paths.logs / f"{name}.log")
+    file.setFormatter(JsonFormatter())
+    plain = logging.StreamHandler(sys.stderr)
+    plain.setFormatter(logging.Formatter(f"%(asctime)s {name} %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    plain.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
+    logging.basicConfig(level=config.daemon.log_level, handlers=[file, plain], force=True)
+
+
+class WaitBook:
+    """Names what the daemon waits for, so that a stall says who waits on whom. Used from one thread."""
+
+    def __init__(self) -> None:
+        self._since: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Everything inside the `with` waits for `name`."""
+        self._since[name] = time.monotonic()
+        try:
+            yield
+        finally:
+            del self._since[name]
+
+    def report(self) -> dict[str, float]:
+        """Wait name -> seconds so far."""
+        now = time.monotonic()
+        return {name: round(now - since, 3) for name, since in list(self._since.items())}
+
+
+class Runtime:
+    """One daemon's surroundings. Create it in the loop that serves it, with `async with`."""
+
+    def __init__(self, config: Config, *, role: str, name: str) -> None:
+        self.config = config
+        self.role = role
+        self.name = name
+        self.paths = RunPaths.of(config)
+        self.metrics = Metrics()
+        self.waits = WaitBook()
+        self.stopping = asyncio.Event()
+        """Set when the daemon has to drain."""
+        self.incarnation = time.time_ns()
+        """Grows with every start; fences an older process of the same name."""
+        self.status: Callable[[], dict[str, Any]] = dict
+        """Supplies the daemon's own part of /status."""
+        self.verbs: dict[str, Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]] = {}
+        """Control verbs: `POST /control/<verb>` with a JSON object; UserError becomes a 400."""
+        self.http_port = 0
+        self._loop = asyncio.get_running_loop()
+        self._unready = "starting"
+        self._endpoint: dict[str, Any] = {}
+        self._server: uvicorn.Server | None = None
+        self._serving: asyncio.Task[None] | None = None
+
+    def ready(self) -> None:
+        """`/readyz` answers 200 from now on (unless the daemon is draining)."""
+        self._unready = ""
+
+    def unready(self, reason: str) -> None:
+        """`/readyz` answers 503 with this reason."""
+        self._unready = reason
+
+    @property
+    def not_ready_because(self) -> str:
+        """Empty when ready."""
+        return "draining" if self.stopping.is_set() else self._unready
+
+    def advertise(self, **addresses: Any) -> None:
+        """Adds addresses to the daemon's endpoint file."""
+        self._endpoint |= addresses
+        write_json(self.paths.endpoints / f"{self.name}.json", self._endpoint)
+
+    def stop(self) -> None:
+        """Begins the drain; safe from any thread."""
+        self._loop.call_soon_threadsafe(self.stopping.set)
+
+    async def __aenter__(self) -> Self:
+        host = self.config.daemon.http_host
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listening.bind((host, 0))
+        except OSError as error:
+            listening.close()
+            raise ConfigError(f"cannot bind {host} ({error.strerror}): set daemon.http_host to an address of this machine") from None
+        self.http_port = listening.getsockname()[1]
+        settings = uvicorn.Config(self._app(), log_level="warning", lifespan="off", access_log=False, loop="asyncio", log_config=None)
+        self._server = _QuietServer(settings)
+        self._serving = asyncio.create_task(self._server.serve(sockets=[listening]), name="http")
+        self.advertise(role=self.role, pid=os.getpid(), http=f"{host}:{self.http_port}", started_unix_s=round(time.time(), 3))
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        assert self._server is not None and self._serving is not None
+        self._server.should_exit = True
+        self._server.force_exit = True
+        await asyncio.wait([self._serving], timeout=2)
+        (self.paths.endpoints / f"{self.name}.json").unlink(missing_ok=True)
+
+    def _app(self) -> Starlette:
+        async def livez(_: Request) -> Response:
+            return PlainTextResponse("ok")
+
+        async def readyz(_: Request) -> Response:
+            reason = self.not_ready_because
+            return PlainTextResponse(reason or "ready", status_code=503 if reason else 200)
+
+        async def metrics(_: Request) -> Response:
+            return Response(self.metrics.exposition(), media_type=CONTENT_TYPE)
+
+        async def status(_: Request) -> Response:
+            base = {"role": self.role, "name": self.name, "pid": os.getpid(), "incarnation": self.incarnation}
+            return JSONResponse(base | {"not_ready": self.not_ready_because, "waiting_on": self.waits.report()} | self.status())
+
+        async def control(request: Request) -> Response:
+            verb = self.verbs.get(request.path_params["verb"])
+            if verb is None:
+                return JSONResponse({"error": f"unknown verb; known: {sorted(self.verbs)}"}, status_code=404)
+            try:
+                body = json.loads(await request.body() or b"{}")
+                if not isinstance(body, dict):
+                    raise ValueError("want a JSON object")
+                return JSONResponse(await verb(body))
+            except ValueError as error:  # UserError is one
+                return JSONResponse({"error": str(error)}, status_code=400)
+
+        return Starlette(
+            routes=[
+                Route("/livez", livez),
+                Route("/readyz", readyz),
+                Route("/metrics", metrics),
+                Route("/status", status),
+                Route("/control/{verb}", control, methods=["POST"]),
+            ]
+        )
+
+
+class _QuietServer(uvicorn.Server):
+    """uvicorn without its signal handlers: the daemon owns signals."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def exit_code_of(name: str, run: Callable[[], None]) -> int:
+    """Runs a daemon's body and turns its exceptions into an exit code and one line on stderr."""
+    try:
+        run()
+    except UserError as error:
+        log.error("%s", error)
+        sys.stderr.write(f"{name}: {error}\n")
+        return 2
+    except ArealError as error:
+        log.error("%s: %s", type(error).__name__, error)
+        sys.stderr.write(f"{name}: {error}\n")
+        return 1
+    except Exception as error:  # the outermost frame of a process: log the trace-back where it is looked for, and end
+        log.exception("unexpected")
+        sys.stderr.write(f"{name}: unexpected {type(error).__name__}: {error} (trace-back in its log)\n")
+        return 1
+    return 0
+
+
+def run_daemon(config: Config, *, role: str, name: str, main: Callable[[Runtime], Awaitable[None]]) -> int:
+    """Runs an asyncio daemon to its end and returns its exit code."""
+
+    async def body() -> None:
+        loop = asyncio.get_running_loop()
+        async with Runtime(config, role=role, name=name) as runtime:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, on_signal, runtime)
+            log.info("%s started, pid %d", name, os.getpid())
+            await main(runtime)
+            log.info("%s ended", name)
+
+    def on_signal(runtime: Runtime) -> None:
+        if runtime.stopping.is_set():
+            log.warning("second signal: stopping at once")
+            signal.raise_signal(signal.SIGKILL)
+        log.info("signal received: draining")
+        runtime.stopping.set()
+        # The watchdog is the kernel's: it ends the process even when the loop is stuck.
+        signal.setitimer(signal.ITIMER_REAL, config.daemon.drain_timeout_s)
+
+    configure_logging(config, name)
+    return exit_code_of(name, lambda: asyncio.run(body()))
+
+
+@contextlib.asynccontextmanager
+async def cancelled_on_exit(*tasks: asyncio.Task[Any]) -> AsyncIterator[None]:
+    """Cancels tasks at the end of the block and waits for them; a task that failed raises here."""
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+
+
+def read_endpoint(path: Path) -> dict[str, Any] | None:
+    """An endpoint file's content, or None when the daemon has not written one."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None

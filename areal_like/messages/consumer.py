@@ -1,0 +1,200 @@
+"""Trainer ranks <-> buffer: batches in; versions, steps and commits out. Every request is answered with its `rid`.
+
+Any request may be answered `Refused` (an older incarnation, a step that makes no sense) or `JobFailed`. `Fetch` is a long poll: the
+answer comes when the group is recorded. Only rank 0 sends anything but `Fetch` and `TrainerHeartbeat`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from areal_like.trajectory import Trajectory
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerHeartbeat:
+    """Rank -> buffer, every `daemon.heartbeat_s`. Answered by `HeartbeatAck`."""
+
+    state: str
+    """`starting` | `waiting` | `training` | `evaluating` | `draining`."""
+    step: int
+    stats: dict[str, float] = field(default_factory=dict)
+    """`tokens_per_s`, `loss`, `reward`, ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartTraining:
+    """Rank 0 -> buffer, once an incarnation, before any other request: where the trainer stands. Answered `Welcome`.
+
+    Fences every older trainer incarnation. With the in-memory store this also (re)starts the stream at `step`.
+    """
+
+    step: int
+    """Completed optimizer steps (0 for a new run, K after resuming from checkpoint K)."""
+    stream: dict[str, int | list[int]] = field(default_factory=dict)
+    """What `StreamState` said when the checkpoint was made; empty for a new run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllocVersion:
+    """Rank 0 -> buffer, before each push. Answered `VersionGranted`."""
+
+    step: int
+    """Optimizer step that these weights are the start of (weights after finishing step k-1 have step k)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VersionGranted:
+    """Buffer -> rank 0."""
+
+    version: int
+    """Never given out before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetch:
+    """Rank -> buffer: the group recorded at this place. Answered `Group` when there is one (long poll).
+
+    The same place always gets the same group. The asker gives up by its own timeout and may ask again.
+    """
+
+    step: int
+    position: int
+    """0 <= position < groups_per_step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Buffer -> rank: one recorded group."""
+
+    step: int
+    position: int
+    ticket_id: int
+    prompt_index: int
+    trajectories: list[Trajectory]
+    """In sample order."""
+    version_steps: list[int]
+    """For each trajectory, the optimizer step of its oldest masked-in token's weights: lag = step - this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompleteStep:
+    """Rank 0 -> buffer: the optimizer step is done (not yet durable). Answered `Ok`. Idempotent."""
+
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommitStep:
+    """Rank 0 -> buffer: a checkpoint that contains steps <= step is durable. Answered `Ok`. Idempotent."""
+
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GetStreamState:
+    """Rank 0 -> buffer: where the prompt stream stands, to be kept in a checkpoint made after `step`. Answered `StreamState`."""
+
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamState:
+    """Buffer -> rank 0: opaque to the trainer."""
+
+    stream: dict[str, int | list[int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestEval:
+    """Rank 0 -> buffer: evaluate held-out prompts 0..num_prompts-1 greedily. Answered `EvalResult` when done (long poll).
+
+    Asking again with the same eval_id waits for the same evaluation.
+    """
+
+    eval_id: int
+    num_prompts: int
+    min_version: int
+    """Only servers at this version or a newer one take part."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalResult:
+    """Buffer -> rank 0."""
+
+    eval_id: int
+    num_evaluated: int
+    num_failed: int
+    mean_reward: float
+    mean_tokens: float
+    oldest_version: int
+    newest_version: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GetDirectory:
+    """Rank 0 -> buffer. Answered `Directory`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerEntry:
+    """One registered rollout server."""
+
+    name: str
+    incarnation: int
+    weights_address: str
+    device: str
+    state: str
+    weights_version: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Directory:
+    """Buffer -> rank 0; also pushed unasked (rid 0) when a server joins, leaves, or changes its state."""
+
+    servers: list[ServerEntry]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CloseAdmission:
+    """Rank 0 -> buffer: no more train tickets; queued, leased and ready ones drop as `cancelled`. Eval goes on. Answered `Ok`."""
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class GetBooks:
+    """Rank 0 -> buffer: the account of the run. Answered `Books`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Books:
+    """Buffer -> rank 0: what `summary.json` says about the stream."""
+
+    tickets: dict[str, int]
+    """A count for each state: queued, leased, ready, batched, trained, evaluated, dropped, and issued."""
+    drops: dict[str, int]
+    """A count for each drop reason (zeros included)."""
+    counters: dict[str, float]
+    """tokens_generated, tokens_trained, max_trained_lag, mean_trained_lag, samples_*, refusals_*, generation_busy_s, generation_idle_s, ..."""
+
+
+MESSAGES = (
+    TrainerHeartbeat,
+    StartTraining,
+    AllocVersion,
+    VersionGranted,
+    Fetch,
+    Group,
+    CompleteStep,
+    CommitStep,
+    GetStreamState,
+    StreamState,
+    RequestEval,
+    EvalResult,
+    GetDirectory,
+    Directory,
+    CloseAdmission,
+    GetBooks,
+    Books,
+)

@@ -1,0 +1,135 @@
+"""Rollout server <-> buffer: credit out, leases in, samples out, acknowledgements in.
+
+The server keeps each sample until `SampleAck` names it and sends it again after a reconnect; the buffer deduplicates by (ticket, sample).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from areal_like.trajectory import Trajectory
+
+
+class Purpose(str, Enum):
+    """What a ticket's samples are for."""
+
+    TRAIN = "train"
+    """Enters the replay buffer."""
+    EVAL = "eval"
+    """Greedy, held-out; its reward is recorded, its tokens are not trained on."""
+
+
+class ServerState(str, Enum):
+    """What a rollout server is doing."""
+
+    STARTING = "starting"
+    """Its engine is not ready yet: no leases."""
+    SERVING = "serving"
+    """Takes leases."""
+    DRAINING = "draining"
+    """Leaving: no new leases."""
+    QUARANTINED = "quarantined"
+    """Its weights are in doubt: no leases until the next push."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerHeartbeat:
+    """Server -> buffer, every `daemon.heartbeat_s` and at once when credit or version changes. Answered by `HeartbeatAck`.
+
+    Renews every lease it names; a lease of this server that it does not name is not renewed.
+    """
+
+    state: ServerState
+    free_samples: int
+    """Credit: samples the server can take now beyond those it holds (absolute, not a difference)."""
+    holding_samples: int
+    """Samples of received leases not yet finished, as the server saw it when it computed `free_samples`."""
+    weights_version: int
+    """Version that a request starting now would be sampled with."""
+    leases: list[int]
+    """Lease ids that the server is working on."""
+    stats: dict[str, float] = field(default_factory=dict)
+    """Gauges: `running`, `waiting`, `tokens_generated`, `busy_s`, `idle_s`, `tokens_per_s`, `reward_s`, ... cumulative where named so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeartbeatAck:
+    """Buffer -> server or rank."""
+
+    step: int
+    """Optimizer steps completed."""
+    newest_version: int
+    """Newest allocated weights version."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lease:
+    """The right to generate the missing samples of one ticket."""
+
+    lease_id: int
+    ticket_id: int
+    prompt_index: int
+    """Index into the task's train or eval split."""
+    purpose: Purpose
+    sample_indices: list[int]
+    """The samples of the group that are still missing."""
+    seed: int
+    """Sampling seed of the ticket; sample i uses seed + i where the engine honours it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leases:
+    """Buffer -> server."""
+
+    leases: list[Lease]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleDone:
+    """Server -> buffer: one finished sample."""
+
+    lease_id: int
+    ticket_id: int
+    sample_index: int
+    trajectory: Trajectory
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleAck:
+    """Buffer -> server: durable (or refused for good: either way the server forgets it)."""
+
+    lease_id: int
+    ticket_id: int
+    sample_index: int
+    refused: str = ""
+    """Empty: accepted (also when it was a duplicate). Else why not: `superseded`, `stale`, `cancelled`, `unknown version`, `invalid`, ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleFailed:
+    """Server -> buffer: the sample cannot be made here (reward raised or hung, engine refused). Answered by `SampleAck`."""
+
+    lease_id: int
+    ticket_id: int
+    sample_index: int
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReturnLeases:
+    """Server -> buffer: give these back (draining, engine lost); their missing samples are leased again."""
+
+    leases: list[int]
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbortLeases:
+    """Buffer -> server: stop generating for these; nothing more is expected of them."""
+
+    leases: list[int]
+    reason: str
+
+
+MESSAGES = (ServerHeartbeat, HeartbeatAck, Leases, SampleDone, SampleAck, SampleFailed, ReturnLeases, AbortLeases)

@@ -1,0 +1,71 @@
+"""Trainer rank 0 <-> rollout server: forming the broadcast group and pushing weights through it.
+
+Rank 0 connects a DEALER to the ROUTER that each server names in its hello. Tensor bytes go over torch.distributed, never over this
+socket. Every request is answered with its `rid` by `WeightsOk` or `WeightsFailed`; silence past the deadline counts as failure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormGroup:
+    """Rank 0 -> server: join the process group of this epoch. Answered once joined (all members join at the same time)."""
+
+    epoch: int
+    group_name: str
+    master_address: str
+    master_port: int
+    rank: int
+    """Rank of this server's (first) engine; the trainer is 0."""
+    world_size: int
+    backend: str
+    """`gloo` | `nccl`."""
+    timeout_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushWeights:
+    """Rank 0 -> server: receive the buckets of this manifest, verify, activate. Answered once the version is active."""
+
+    epoch: int
+    group_name: str
+    version: int
+    step: int
+    update_mode: str
+    manifest: dict[str, Any]
+    """`areal_like.weights.Manifest` as a plain mapping."""
+    timeout_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DissolveGroup:
+    """Rank 0 -> server: leave the process group."""
+
+    epoch: int
+    group_name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsOk:
+    """Server -> rank 0."""
+
+    version: int
+    """Version that is active now."""
+    seconds: float = 0.0
+    """Time from the request to activation."""
+    stall_seconds: float = 0.0
+    """Part of it in which no token was decoded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsFailed:
+    """Server -> rank 0: the push or the group failed; `version` is what is active still."""
+
+    version: int
+    reason: str
+
+
+MESSAGES = (FormGroup, PushWeights, DissolveGroup, WeightsOk, WeightsFailed)

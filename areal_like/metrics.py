@@ -1,0 +1,40 @@
+"""Prometheus series of one daemon: one prefix, base units, every labelled series seeded at zero so that a rate exists from the start."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+
+PREFIX = "areal"
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Metrics:
+    """A registry of its own, so that tests can hold several daemons in one process."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+
+    def counter(self, name: str, doc: str, *, label: str = "", values: Sequence[str] = ()) -> Counter:
+        """A counter `areal_<name>_total`, with at most one label whose values are known."""
+        counter = Counter(f"{PREFIX}_{name}", doc, [label] if label else [], registry=self.registry)
+        for value in values:
+            counter.labels(value)
+        return counter
+
+    def gauge(self, name: str, doc: str, *, label: str = "", values: Sequence[str] = ()) -> Gauge:
+        """A gauge `areal_<name>`."""
+        gauge = Gauge(f"{PREFIX}_{name}", doc, [label] if label else [], registry=self.registry)
+        for value in values:
+            gauge.labels(value)
+        return gauge
+
+    def histogram(self, name: str, doc: str, *, buckets: Sequence[float]) -> Histogram:
+        """A histogram `areal_<name>`."""
+        return Histogram(f"{PREFIX}_{name}", doc, buckets=buckets, registry=self.registry)
+
+    def exposition(self) -> bytes:
+        """What `/metrics` answers."""
+        return generate_latest(self.registry)
