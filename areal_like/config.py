@@ -57,7 +57,9 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         _require(self.group_size >= 1, "sampling.group_size must be at least 1")
         _require(self.max_new_tokens >= 1, "sampling.max_new_tokens must be at least 1")
-        _require(self.temperature > 0, "sampling.temperature must be above 0 for training (evaluation is greedy by itself)")
+        _require(
+            self.temperature > 0, "sampling.temperature must be above 0 for training (evaluation is greedy by itself)"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +88,7 @@ class BufferConfig:
     """Largest message accepted from any peer."""
 
     def __post_init__(self) -> None:
+        _require(bool(self.host), "buffer.host is empty: give an address to bind, e.g. 127.0.0.1")
         _require(0 <= self.port <= 65535, f"buffer.port={self.port}: use 0..65535")
         _require(self.lease_timeout_s > 0, "buffer.lease_timeout_s must be above 0")
         _require(self.overdue in ("wait", "drop"), f"buffer.overdue={self.overdue}: use wait or drop")
@@ -205,14 +208,23 @@ class TrainerConfig:
     """CPU threads of one rank."""
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "world_size", "groups_per_step", "tokens_per_microbatch", "logprob_chunk_tokens", "num_threads"):
+        for name in (
+            "num_steps",
+            "world_size",
+            "groups_per_step",
+            "tokens_per_microbatch",
+            "logprob_chunk_tokens",
+            "num_threads",
+        ):
             _require(getattr(self, name) >= 1, f"trainer.{name} must be at least 1")
         _require(self.groups_per_step >= self.world_size, "trainer.groups_per_step must be at least trainer.world_size")
         _require(self.lr >= 0, "trainer.lr must be at least 0")
         _require(self.checkpoint_interval >= 1, "trainer.checkpoint_interval must be at least 1")
         _require(self.keep_checkpoints >= 1, "trainer.keep_checkpoints must be at least 1")
         normalizers = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant")
-        _require(self.normalizer in normalizers, f"trainer.normalizer={self.normalizer}: use one of {', '.join(normalizers)}")
+        _require(
+            self.normalizer in normalizers, f"trainer.normalizer={self.normalizer}: use one of {', '.join(normalizers)}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +294,10 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(self.max_staleness >= 0, "max_staleness must be at least 0 (0 is synchronous)")
-        _require(bool(self.name) and "/" not in self.name and self.name not in (".", ".."), f"name={self.name!r}: use a plain directory name")
+        _require(
+            bool(self.name) and "/" not in self.name and self.name not in (".", ".."),
+            f"name={self.name!r}: use a plain directory name",
+        )
         _require(
             self.resume in ("", "latest") or (self.resume.startswith("step:") and self.resume[5:].isdigit()),
             f"resume={self.resume!r}: use latest or step:K",
@@ -327,7 +342,10 @@ def _coerce(hint: Any, value: Any, *, path: str) -> Any:
         return dict(value)
     if origin is tuple:
         args = typing.get_args(hint)
-        _require(isinstance(value, (list, tuple)) and len(value) == len(args), f"{path}: want {len(args)} values, got {value!r}")
+        _require(
+            isinstance(value, (list, tuple)) and len(value) == len(args),
+            f"{path}: want {len(args)} values, got {value!r}",
+        )
         return tuple(_coerce(arg, item, path=path) for arg, item in zip(args, value, strict=True))
     if origin in (types.UnionType, typing.Union):
         return value
@@ -339,5 +357,8 @@ def _coerce(hint: Any, value: Any, *, path: str) -> Any:
             raise ConfigError(f"{path}: want a number, got {value!r}") from None
     if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
-    _require(isinstance(value, hint) and not (hint is int and isinstance(value, bool)), f"{path}: want {hint.__name__}, got {value!r}")
+    _require(
+        isinstance(value, hint) and not (hint is int and isinstance(value, bool)),
+        f"{path}: want {hint.__name__}, got {value!r}",
+    )
     return value

@@ -55,10 +55,17 @@ class Trajectory:
 
     def __post_init__(self) -> None:
         num_tokens = self.tokens.shape[0] if self.tokens.ndim == 1 else -1
-        for name, dtype in (("tokens", np.int32), ("loss_mask", np.uint8), ("logprobs", np.float32), ("versions", np.int32)):
+        for name, dtype in (
+            ("tokens", np.int32),
+            ("loss_mask", np.uint8),
+            ("logprobs", np.float32),
+            ("versions", np.int32),
+        ):
             array = getattr(self, name)
             if array.dtype != dtype or array.shape != (num_tokens,):
-                raise ValueError(f"trajectory.{name}: want {np.dtype(dtype).name}[{num_tokens}], got {array.dtype.name}{list(array.shape)}")
+                raise ValueError(
+                    f"trajectory.{name}: want {np.dtype(dtype).name}[{num_tokens}], got {array.dtype.name}{list(array.shape)}"
+                )
         sampled = self.loss_mask == 1
         if num_tokens == 0 or np.any(self.loss_mask > 1):
             raise ValueError("trajectory.loss_mask: want at least one token and only 0 or 1")

@@ -1,0 +1,243 @@
+"""How a set of named tensors becomes a few large broadcasts, and how a receiver proves that it got exactly those.
+
+A **bucket** is one uint8 buffer with the bytes of several tensors, in the order of their names and without padding: the layout of
+SGLang's `flattened_bucket`, so that one broadcast serves both engines. A receiver views slices of the buffer as tensors, which
+needs every offset to be a multiple of its dtype's size. Padding would break SGLang's layout, so tensors inside a bucket
+are ordered by falling item size instead: each tensor's length is a multiple of its own item size, hence of every smaller one.
+
+Specs, buckets and manifests are plain data and import no torch; functions that touch bytes import it when called.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from areal_like.errors import WeightSyncError
+
+if TYPE_CHECKING:
+    import torch
+
+ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
+"""Dtypes that may travel, with their sizes in bytes. Names are torch's."""
+
+MAX_TENSORS = 1 << 20
+MAX_DIM = 1 << 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """Name, dtype and shape of one tensor. Raises WeightSyncError for a dtype that does not travel or a malformed shape."""
+
+    name: str
+    dtype: str
+    """torch's name: `float32`, `bfloat16`, ..."""
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise WeightSyncError(f"tensor name: want a non-empty string, got {self.name!r}")
+        if self.dtype not in ITEM_BYTES:
+            raise WeightSyncError(f"tensor {self.name}: dtype {self.dtype!r} is not one of {', '.join(ITEM_BYTES)}")
+        if not all(type(size) is int and 0 <= size <= MAX_DIM for size in self.shape):
+            raise WeightSyncError(f"tensor {self.name}: shape {list(self.shape)!r} is not a list of sizes")
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensor's elements."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucket:
+    """Tensors that travel in one broadcast. Offsets and length follow from the tensors, so they cannot disagree with them."""
+
+    tensors: tuple[TensorSpec, ...]
+    crc32: int | None = None
+    """zlib.crc32 of the flattened bytes; None where the sender did not compute it (yet)."""
+
+    def __post_init__(self) -> None:
+        if not self.tensors:
+            raise WeightSyncError("a bucket needs at least one tensor")
+        for spec, offset in zip(self.tensors, self.offsets, strict=True):
+            if offset % ITEM_BYTES[spec.dtype]:
+                raise WeightSyncError(
+                    f"tensor {spec.name}: offset {offset} is not a multiple of {ITEM_BYTES[spec.dtype]} bytes: "
+                    "order the tensors of a bucket by falling item size (see cut_buckets)"
+                )
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Byte offset of each tensor."""
+        offsets, position = [], 0
+        for spec in self.tensors:
+            offsets.append(position)
+            position += spec.num_bytes
+        return tuple(offsets)
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of the flattened buffer."""
+        return sum(spec.num_bytes for spec in self.tensors)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain mapping for JSON or msgpack."""
+        return {
+            "names": [spec.name for spec in self.tensors],
+            "dtypes": [spec.dtype for spec in self.tensors],
+            "shapes": [list(spec.shape) for spec in self.tensors],
+            "crc32": self.crc32,
+        }
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Bucket:
+        """Inverse of `to_dict`; also reads the body of `/update_weights_from_distributed`. Raises WeightSyncError."""
+        columns = [raw.get(key) for key in ("names", "dtypes", "shapes")]
+        if not all(isinstance(column, list) and len(column) <= MAX_TENSORS for column in columns):
+            raise WeightSyncError("bucket: names, dtypes and shapes must be lists")
+        names, dtypes, shapes = (list(column) for column in columns if isinstance(column, list))
+        if not len(names) == len(dtypes) == len(shapes) or not all(
+            isinstance(shape, (list, tuple)) for shape in shapes
+        ):
+            raise WeightSyncError("bucket: names, dtypes and shapes must have one entry a tensor")
+        crc32 = raw.get("crc32")
+        if crc32 is not None and type(crc32) is not int:
+            raise WeightSyncError(f"bucket: crc32 must be an integer, got {crc32!r}")
+        specs = zip(names, dtypes, shapes, strict=True)
+        return cls(
+            tensors=tuple(TensorSpec(name=name, dtype=dtype, shape=tuple(shape)) for name, dtype, shape in specs),
+            crc32=crc32,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything a push will send: the version it makes, and its buckets in the order of sending."""
+
+    version: int
+    buckets: tuple[Bucket, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all buckets."""
+        return sum(bucket.num_bytes for bucket in self.buckets)
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """Every tensor, in the order of sending."""
+        return tuple(spec for bucket in self.buckets for spec in bucket.tensors)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain mapping for JSON or msgpack."""
+        return {"version": self.version, "buckets": [bucket.to_dict() for bucket in self.buckets]}
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Manifest:
+        """Inverse of `to_dict`. Raises WeightSyncError."""
+        version, buckets = raw.get("version"), raw.get("buckets")
+        if (
+            type(version) is not int
+            or not isinstance(buckets, list)
+            or not all(isinstance(b, Mapping) for b in buckets)
+        ):
+            raise WeightSyncError("manifest: want an integer `version` and a list of `buckets`")
+        return cls(version=version, buckets=tuple(Bucket.from_dict(bucket) for bucket in buckets))
+
+
+def cut_buckets(tensors: Iterable[TensorSpec], *, bucket_bytes: int) -> tuple[Bucket, ...]:
+    """Cuts tensors into buckets of at most `bucket_bytes`, in the given order; a larger tensor gets a bucket of its own.
+
+    Within a bucket tensors are ordered by falling item size (stable), which is what keeps offsets aligned without padding.
+    """
+    groups: list[list[TensorSpec]] = []
+    room = 0
+    for spec in tensors:
+        if not groups or spec.num_bytes > room:
+            groups.append([])
+            room = bucket_bytes
+        groups[-1].append(spec)
+        room -= spec.num_bytes
+    return tuple(Bucket(tensors=tuple(sorted(group, key=lambda spec: -ITEM_BYTES[spec.dtype]))) for group in groups)
+
+
+def spec_of(name: str, tensor: torch.Tensor, *, dtype: str | None = None) -> TensorSpec:
+    """The spec of `tensor`, or of its cast to `dtype` where the wire's dtype differs (bf16 from fp32 masters)."""
+    return TensorSpec(name=name, dtype=dtype or str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape))
+
+
+def flatten(
+    bucket: Bucket, tensors: Mapping[str, torch.Tensor], *, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """One uint8[bucket.num_bytes] buffer with the tensors' bytes, cast to the bucket's dtypes: one copy, no temporaries.
+
+    `device`: where the buffer lives (default: CPU). Raises WeightSyncError for an absent tensor or another shape.
+    """
+    import torch
+
+    flat = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=device)
+    for spec, view in zip(bucket.tensors, unflatten(bucket, flat).values(), strict=True):
+        if spec.name not in tensors:
+            raise WeightSyncError(f"tensor {spec.name} is in the manifest but not among the weights")
+        source = tensors[spec.name]
+        if tuple(source.shape) != spec.shape:
+            raise WeightSyncError(
+                f"tensor {spec.name}: shape {list(source.shape)}, the manifest says {list(spec.shape)}"
+            )
+        view.copy_(source.detach())
+    return flat
+
+
+def unflatten(bucket: Bucket, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Views of a uint8[bucket.num_bytes] buffer as the bucket's tensors, by name, without copying."""
+    import torch
+
+    if flat.dtype != torch.uint8 or flat.numel() != bucket.num_bytes:
+        raise WeightSyncError(f"bucket: want uint8[{bucket.num_bytes}], got {flat.dtype}{list(flat.shape)}")
+    views = {}
+    for spec, offset in zip(bucket.tensors, bucket.offsets, strict=True):
+        piece = flat[offset : offset + spec.num_bytes]
+        views[spec.name] = piece.view(getattr(torch, spec.dtype)).view(spec.shape)
+    return views
+
+
+def checksum(flat: torch.Tensor) -> int:
+    """zlib.crc32 of a uint8 buffer; one on an accelerator is copied to the host first."""
+    return zlib.crc32(flat.detach().cpu().numpy().data)
+
+
+def check_names(
+    specs: Sequence[TensorSpec],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    tied: Iterable[str] = (),
+) -> None:
+    """Compares what a push sends with a model's parameters (`shapes` by name). Raises WeightSyncError naming what differs.
+
+    `tied`: names that alias another parameter (a tied `lm_head.weight`); they may be sent or left out.
+    """
+    aliases = set(tied)
+    names = [spec.name for spec in specs]
+    problems = []
+    if unknown := [name for name in names if name not in shapes and name not in aliases]:
+        problems.append(f"unknown to the model: {_some(unknown)}")
+    if missing := [name for name in shapes if name not in set(names) and name not in aliases]:
+        problems.append(f"missing: {_some(missing)}")
+    if len(set(names)) < len(names):
+        problems.append(f"sent twice: {_some(sorted({name for name in names if names.count(name) > 1}))}")
+    wrong = [spec for spec in specs if spec.name in shapes and tuple(shapes[spec.name]) != spec.shape]
+    if wrong:
+        first = wrong[0]
+        want = list(shapes[first.name])
+        problems.append(
+            f"wrong shape: {_some([s.name for s in wrong])} ({first.name}: want {want}, got {list(first.shape)})"
+        )
+    if problems:
+        raise WeightSyncError("weights do not fit the model: " + "; ".join(problems))
+
+
+def _some(names: Sequence[str], *, limit: int = 4) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
