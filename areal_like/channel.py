@@ -45,7 +45,7 @@ class Envelope:
 
 
 def _socket(kind: int, *, max_message_bytes: int) -> zmq.Socket[bytes]:
-    socket = zmq.Context.instance().socket(kind)
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
     socket.set(zmq.LINGER, 0)
     socket.set(zmq.SNDHWM, 0)
     socket.set(zmq.RCVHWM, 0)
@@ -124,9 +124,7 @@ class Listener:
             socket.bind(f"tcp://{_bracket(host)}:{port or '*'}")
         except zmq.ZMQError as error:
             socket.close()
-            raise ConfigError(
-                f"cannot bind {host}:{port} ({error.strerror}): set {setting} to a free port or 0"
-            ) from None
+            raise ConfigError(f"cannot bind {host}:{port} ({error.strerror}): set {setting} to a free port or 0") from None
         self.port = int(socket.get_string(zmq.LAST_ENDPOINT).rsplit(":", 1)[1])
         self._pump = _Pump(socket, self._on_frames)
 
@@ -150,9 +148,7 @@ class Listener:
             message, rid = decode(frames[1:])
         except WireError as error:
             self.num_bad_frames += 1
-            if (
-                self.num_bad_frames.bit_count() == 1
-            ):  # at 1, 2, 4, 8, ...: a flood of garbage must not become a flood of logs
+            if self.num_bad_frames.bit_count() == 1:  # at 1, 2, 4, 8, ...: a flood of garbage must not become a flood of logs
                 log.warning("bad frame refused (%d so far): %s", self.num_bad_frames, error)
             return
         self._handler(Envelope(peer=frames[0], rid=rid, message=message, num_bytes=sum(map(len, frames))))
@@ -201,9 +197,7 @@ class Link:
             async with asyncio.timeout(timeout_s):
                 answer = await future
         except TimeoutError:
-            raise DeadlineError(
-                f"{self.address} did not answer {type(message).__name__} within {timeout_s:g} s"
-            ) from None
+            raise DeadlineError(f"{self.address} did not answer {type(message).__name__} within {timeout_s:g} s") from None
         finally:
             del self._pending[rid]
         if isinstance(answer, Refused):

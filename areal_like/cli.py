@@ -90,9 +90,7 @@ def _compose(overrides: list[str]) -> dict[str, Any]:
 def _open(overrides: list[str]) -> Iterator[str]:
     """Lets open sections take any key, and drops the default's own keys when a `_target_` replaces it."""
     for section in OPEN_SECTIONS:
-        if any(o.startswith(f"{section}._target_=") for o in overrides) and not any(
-            o.startswith(f"{section}=") for o in overrides
-        ):
+        if any(o.startswith(f"{section}._target_=") for o in overrides) and not any(o.startswith(f"{section}=") for o in overrides):
             yield f"{section}=custom"
     for override in overrides:
         yield f"++{override}" if override.startswith(tuple(f"{section}." for section in OPEN_SECTIONS)) else override

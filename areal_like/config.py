@@ -57,9 +57,7 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         _require(self.group_size >= 1, "sampling.group_size must be at least 1")
         _require(self.max_new_tokens >= 1, "sampling.max_new_tokens must be at least 1")
-        _require(
-            self.temperature > 0, "sampling.temperature must be above 0 for training (evaluation is greedy by itself)"
-        )
+        _require(self.temperature > 0, "sampling.temperature must be above 0 for training (evaluation is greedy by itself)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,9 +220,7 @@ class TrainerConfig:
         _require(self.checkpoint_interval >= 1, "trainer.checkpoint_interval must be at least 1")
         _require(self.keep_checkpoints >= 1, "trainer.keep_checkpoints must be at least 1")
         normalizers = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant")
-        _require(
-            self.normalizer in normalizers, f"trainer.normalizer={self.normalizer}: use one of {', '.join(normalizers)}"
-        )
+        _require(self.normalizer in normalizers, f"trainer.normalizer={self.normalizer}: use one of {', '.join(normalizers)}")
 
 
 @dataclass(frozen=True, kw_only=True)

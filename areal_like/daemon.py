@@ -142,18 +142,12 @@ class Runtime:
             listening.bind((host, 0))
         except OSError as error:
             listening.close()
-            raise ConfigError(
-                f"cannot bind {host} ({error.strerror}): set daemon.http_host to an address of this machine"
-            ) from None
+            raise ConfigError(f"cannot bind {host} ({error.strerror}): set daemon.http_host to an address of this machine") from None
         self.http_port = listening.getsockname()[1]
-        settings = uvicorn.Config(
-            self._app(), log_level="warning", lifespan="off", access_log=False, loop="asyncio", log_config=None
-        )
+        settings = uvicorn.Config(self._app(), log_level="warning", lifespan="off", access_log=False, loop="asyncio", log_config=None)
         self._server = _QuietServer(settings)
         self._serving = asyncio.create_task(self._server.serve(sockets=[listening]), name="http")
-        self.advertise(
-            role=self.role, pid=os.getpid(), http=f"{host}:{self.http_port}", started_unix_s=round(time.time(), 3)
-        )
+        self.advertise(role=self.role, pid=os.getpid(), http=f"{host}:{self.http_port}", started_unix_s=round(time.time(), 3))
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -176,9 +170,7 @@ class Runtime:
 
         async def status(_: Request) -> Response:
             base = {"role": self.role, "name": self.name, "pid": os.getpid(), "incarnation": self.incarnation}
-            return JSONResponse(
-                base | {"not_ready": self.not_ready_because, "waiting_on": self.waits.report()} | self.status()
-            )
+            return JSONResponse(base | {"not_ready": self.not_ready_because, "waiting_on": self.waits.report()} | self.status())
 
         async def control(request: Request) -> Response:
             verb = self.verbs.get(request.path_params["verb"])

@@ -1,8 +1,8 @@
 """What every child process does first: tie its life to its parent's.
 
-A daemon that outlives its launcher holds a port, a core and perhaps a GPU, and nobody knows it is there. The kernel can end it
-for us (PR_SET_PDEATHSIG), which also works when the parent is killed with SIGKILL and could not have told anyone. Linux only;
-elsewhere this does nothing, and a parent that dies by SIGKILL leaves its children.
+A daemon that outlives its launcher holds a port, a core and perhaps a GPU, and nobody knows it is there. The kernel
+can end it for us (PR_SET_PDEATHSIG), which also works when the parent is killed with SIGKILL and could not have told
+anyone. Linux only; elsewhere this does nothing, and a parent that dies by SIGKILL leaves its children.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _PR_SET_PDEATHSIG = 1
 def die_with_parent(*, signum: int = signal.SIGTERM) -> None:
     """Asks the kernel to send `signum` to this process when its parent ends. Call it first thing, in the main thread.
 
-    The signal follows the *thread* that started this process, so a parent must spawn its children from a thread that lives as
-    long as the parent does. Exits at once with status 1 if the parent is already gone.
+    The signal follows the *thread* that started this process, so a parent must spawn its children from a thread that
+    lives as long as the parent does. Exits at once with status 1 if the parent is already gone.
     """
     if sys.platform != "linux":
         return

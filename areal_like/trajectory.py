@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ NOT_SAMPLED = -1
 """Version of a token that no policy sampled: prompt, tool output."""
 
 
-class FinishReason(str, Enum):
+class FinishReason(StrEnum):
     """Why a trajectory ended."""
 
     STOP = "stop"
@@ -63,9 +63,7 @@ class Trajectory:
         ):
             array = getattr(self, name)
             if array.dtype != dtype or array.shape != (num_tokens,):
-                raise ValueError(
-                    f"trajectory.{name}: want {np.dtype(dtype).name}[{num_tokens}], got {array.dtype.name}{list(array.shape)}"
-                )
+                raise ValueError(f"trajectory.{name}: want {np.dtype(dtype).name}[{num_tokens}], got {array.dtype.name}{list(array.shape)}")
         sampled = self.loss_mask == 1
         if num_tokens == 0 or np.any(self.loss_mask > 1):
             raise ValueError("trajectory.loss_mask: want at least one token and only 0 or 1")

@@ -1,9 +1,10 @@
 """How a set of named tensors becomes a few large broadcasts, and how a receiver proves that it got exactly those.
 
-A **bucket** is one uint8 buffer with the bytes of several tensors, in the order of their names and without padding: the layout of
-SGLang's `flattened_bucket`, so that one broadcast serves both engines. A receiver views slices of the buffer as tensors, which
-needs every offset to be a multiple of its dtype's size. Padding would break SGLang's layout, so tensors inside a bucket
-are ordered by falling item size instead: each tensor's length is a multiple of its own item size, hence of every smaller one.
+A **bucket** is one uint8 buffer with the bytes of several tensors, in the order of their names and without padding:
+the layout of SGLang's `flattened_bucket`, so that one broadcast serves both engines. A receiver views slices of the
+buffer as tensors, which needs every offset to be a multiple of its dtype's size. Padding would break SGLang's layout,
+so tensors inside a bucket are ordered by falling item size instead: each tensor's length is a multiple of its own
+item size, hence of every smaller one.
 
 Specs, buckets and manifests are plain data and import no torch; functions that touch bytes import it when called.
 """
@@ -30,7 +31,8 @@ MAX_DIM = 1 << 40
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """Name, dtype and shape of one tensor. Raises WeightSyncError for a dtype that does not travel or a malformed shape."""
+    """Name, dtype and shape of one tensor. Raises WeightSyncError for a dtype that does not travel or a malformed
+    shape."""
 
     name: str
     dtype: str
@@ -53,7 +55,8 @@ class TensorSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Bucket:
-    """Tensors that travel in one broadcast. Offsets and length follow from the tensors, so they cannot disagree with them."""
+    """Tensors that travel in one broadcast. Offsets and length follow from the tensors, so they cannot disagree with
+    them."""
 
     tensors: tuple[TensorSpec, ...]
     crc32: int | None = None
@@ -99,9 +102,7 @@ class Bucket:
         if not all(isinstance(column, list) and len(column) <= MAX_TENSORS for column in columns):
             raise WeightSyncError("bucket: names, dtypes and shapes must be lists")
         names, dtypes, shapes = (list(column) for column in columns if isinstance(column, list))
-        if not len(names) == len(dtypes) == len(shapes) or not all(
-            isinstance(shape, (list, tuple)) for shape in shapes
-        ):
+        if not len(names) == len(dtypes) == len(shapes) or not all(isinstance(shape, (list, tuple)) for shape in shapes):
             raise WeightSyncError("bucket: names, dtypes and shapes must have one entry a tensor")
         crc32 = raw.get("crc32")
         if crc32 is not None and type(crc32) is not int:
@@ -138,19 +139,17 @@ class Manifest:
     def from_dict(cls, raw: Mapping[str, Any]) -> Manifest:
         """Inverse of `to_dict`. Raises WeightSyncError."""
         version, buckets = raw.get("version"), raw.get("buckets")
-        if (
-            type(version) is not int
-            or not isinstance(buckets, list)
-            or not all(isinstance(b, Mapping) for b in buckets)
-        ):
+        if type(version) is not int or not isinstance(buckets, list) or not all(isinstance(b, Mapping) for b in buckets):
             raise WeightSyncError("manifest: want an integer `version` and a list of `buckets`")
         return cls(version=version, buckets=tuple(Bucket.from_dict(bucket) for bucket in buckets))
 
 
 def cut_buckets(tensors: Iterable[TensorSpec], *, bucket_bytes: int) -> tuple[Bucket, ...]:
-    """Cuts tensors into buckets of at most `bucket_bytes`, in the given order; a larger tensor gets a bucket of its own.
+    """Cuts tensors into buckets of at most `bucket_bytes`, in the given order; a larger tensor gets a bucket of its
+    own.
 
-    Within a bucket tensors are ordered by falling item size (stable), which is what keeps offsets aligned without padding.
+    Within a bucket tensors are ordered by falling item size (stable), which is what keeps offsets aligned without
+    padding.
     """
     groups: list[list[TensorSpec]] = []
     room = 0
@@ -168,10 +167,9 @@ def spec_of(name: str, tensor: torch.Tensor, *, dtype: str | None = None) -> Ten
     return TensorSpec(name=name, dtype=dtype or str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape))
 
 
-def flatten(
-    bucket: Bucket, tensors: Mapping[str, torch.Tensor], *, device: torch.device | str | None = None
-) -> torch.Tensor:
-    """One uint8[bucket.num_bytes] buffer with the tensors' bytes, cast to the bucket's dtypes: one copy, no temporaries.
+def flatten(bucket: Bucket, tensors: Mapping[str, torch.Tensor], *, device: torch.device | str | None = None) -> torch.Tensor:
+    """One uint8[bucket.num_bytes] buffer with the tensors' bytes, cast to the bucket's dtypes: one copy, no
+    temporaries.
 
     `device`: where the buffer lives (default: CPU). Raises WeightSyncError for an absent tensor or another shape.
     """
@@ -183,9 +181,7 @@ def flatten(
             raise WeightSyncError(f"tensor {spec.name} is in the manifest but not among the weights")
         source = tensors[spec.name]
         if tuple(source.shape) != spec.shape:
-            raise WeightSyncError(
-                f"tensor {spec.name}: shape {list(source.shape)}, the manifest says {list(spec.shape)}"
-            )
+            raise WeightSyncError(f"tensor {spec.name}: shape {list(source.shape)}, the manifest says {list(spec.shape)}")
         view.copy_(source.detach())
     return flat
 
@@ -214,7 +210,8 @@ def check_names(
     *,
     tied: Iterable[str] = (),
 ) -> None:
-    """Compares what a push sends with a model's parameters (`shapes` by name). Raises WeightSyncError naming what differs.
+    """Compares what a push sends with a model's parameters (`shapes` by name). Raises WeightSyncError naming what
+    differs.
 
     `tied`: names that alias another parameter (a tied `lm_head.weight`); they may be sent or left out.
     """
@@ -231,9 +228,7 @@ def check_names(
     if wrong:
         first = wrong[0]
         want = list(shapes[first.name])
-        problems.append(
-            f"wrong shape: {_some([s.name for s in wrong])} ({first.name}: want {want}, got {list(first.shape)})"
-        )
+        problems.append(f"wrong shape: {_some([s.name for s in wrong])} ({first.name}: want {want}, got {list(first.shape)})")
     if problems:
         raise WeightSyncError("weights do not fit the model: " + "; ".join(problems))
 

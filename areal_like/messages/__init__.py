@@ -6,7 +6,5 @@ rollout server. `areal_like.codec` turns them into frames; a class is on the wir
 
 from areal_like.messages import consumer, hello, producer, weights
 
-MESSAGES: dict[str, type] = {
-    cls.__name__: cls for module in (hello, producer, consumer, weights) for cls in module.MESSAGES
-}
+MESSAGES: dict[str, type] = {cls.__name__: cls for module in (hello, producer, consumer, weights) for cls in module.MESSAGES}
 """Wire tag (the class name) -> class."""

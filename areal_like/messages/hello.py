@@ -6,10 +6,10 @@ A peer that speaks before its `Hello` was accepted is answered `HelloRequired` (
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 
-class Role(str, Enum):
+class Role(StrEnum):
     """What a peer is."""
 
     ROLLOUT = "rollout"

@@ -6,12 +6,12 @@ The server keeps each sample until `SampleAck` names it and sends it again after
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 from areal_like.trajectory import Trajectory
 
 
-class Purpose(str, Enum):
+class Purpose(StrEnum):
     """What a ticket's samples are for."""
 
     TRAIN = "train"
@@ -20,7 +20,7 @@ class Purpose(str, Enum):
     """Greedy, held-out; its reward is recorded, its tokens are not trained on."""
 
 
-class ServerState(str, Enum):
+class ServerState(StrEnum):
     """What a rollout server is doing."""
 
     STARTING = "starting"
