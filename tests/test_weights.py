@@ -1,0 +1,121 @@
+"""Buckets: cut, flatten, unflatten, checksum, and the refusal of what does not fit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from areal_like.errors import WeightSyncError
+from areal_like.weights import (
+    Bucket,
+    Manifest,
+    TensorSpec,
+    check_names,
+    checksum,
+    cut_buckets,
+    flatten,
+    spec_of,
+    unflatten,
+)
+
+specs = st.lists(
+    st.tuples(
+        st.sampled_from(["float64", "float32", "bfloat16", "float16", "float8_e4m3fn"]),
+        st.lists(st.integers(0, 5), max_size=3).map(tuple),
+    ),
+    min_size=1,
+    max_size=12,
+).map(lambda items: [TensorSpec(name=f"t{i}", dtype=d, shape=s) for i, (d, s) in enumerate(items)])
+
+
+@given(specs=specs, bucket_bytes=st.integers(1, 400))
+@settings(max_examples=100, deadline=None)
+def test_every_tensor_travels_once_and_comes_back_equal(specs: list[TensorSpec], bucket_bytes: int) -> None:
+    sent = {s.name: torch.randn(s.shape).to(getattr(torch, s.dtype)) for s in specs}
+    buckets = cut_buckets(specs, bucket_bytes=bucket_bytes)
+    assert sorted(s.name for b in buckets for s in b.tensors) == sorted(sent)
+    for bucket in buckets:
+        assert bucket.num_bytes <= bucket_bytes or len([s for s in bucket.tensors if s.num_bytes]) == 1
+        flat = flatten(bucket, sent)
+        for name, tensor in unflatten(bucket, flat).items():
+            assert tensor.dtype == sent[name].dtype
+            assert torch.equal(tensor.view(torch.uint8), sent[name].view(torch.uint8)) if tensor.ndim else True
+
+
+def test_layout_is_plain_concatenation_in_order_of_names() -> None:
+    tensors = {
+        "b": torch.arange(3, dtype=torch.bfloat16),
+        "a": torch.randn(2, 2),
+        "c": torch.ones(5, dtype=torch.float16),
+    }
+    (bucket,) = cut_buckets([spec_of(n, t) for n, t in tensors.items()], bucket_bytes=1 << 20)
+    assert [s.name for s in bucket.tensors] == ["a", "b", "c"], "falling item size, otherwise the given order"
+    want = torch.cat([tensors[s.name].flatten().view(torch.uint8) for s in bucket.tensors])
+    assert torch.equal(flatten(bucket, tensors), want)
+
+
+def test_flatten_casts_to_the_wire_dtype_and_refuses_what_differs() -> None:
+    master = {"w": torch.randn(4, 3)}
+    (bucket,) = cut_buckets([spec_of("w", master["w"], dtype="bfloat16")], bucket_bytes=1 << 20)
+    assert torch.equal(unflatten(bucket, flatten(bucket, master))["w"], master["w"].bfloat16())
+    with pytest.raises(WeightSyncError, match="not among the weights"):
+        flatten(bucket, {})
+    with pytest.raises(WeightSyncError, match=r"shape \[3, 4\], the manifest says \[4, 3\]"):
+        flatten(bucket, {"w": master["w"].T})
+    with pytest.raises(WeightSyncError, match=r"want uint8\[24\]"):
+        unflatten(bucket, torch.empty(23, dtype=torch.uint8))
+
+
+def test_checksum_sees_one_flipped_bit() -> None:
+    flat = torch.arange(1000).to(torch.uint8)
+    before = checksum(flat)
+    flat[777] ^= 1
+    assert checksum(flat) != before
+
+
+def test_manifest_survives_json() -> None:
+    specs = [TensorSpec(name=f"t{i}", dtype="float32", shape=(i, 2)) for i in range(5)]
+    manifest = Manifest(version=7, buckets=cut_buckets(specs, bucket_bytes=40))
+    assert Manifest.from_dict(json.loads(json.dumps(manifest.to_dict()))) == manifest
+    assert manifest.num_bytes == sum(s.num_bytes for s in specs)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"names": ["a"], "dtypes": ["float32"]}, "must be lists"),
+        ({"names": ["a"], "dtypes": ["float32"], "shapes": []}, "one entry a tensor"),
+        ({"names": ["a"], "dtypes": ["float32"], "shapes": [3]}, "one entry a tensor"),
+        ({"names": [], "dtypes": [], "shapes": []}, "at least one tensor"),
+        ({"names": ["a"], "dtypes": ["object"], "shapes": [[1]]}, "dtype 'object'"),
+        ({"names": ["a"], "dtypes": ["float32"], "shapes": [[-1]]}, "not a list of sizes"),
+        ({"names": ["a"], "dtypes": ["float32"], "shapes": [[True]]}, "not a list of sizes"),
+        ({"names": [""], "dtypes": ["float32"], "shapes": [[1]]}, "non-empty string"),
+        ({"names": ["a"], "dtypes": ["float32"], "shapes": [[1]], "crc32": "x"}, "crc32"),
+        ({"names": ["a", "b"], "dtypes": ["float16", "float32"], "shapes": [[1], [1]]}, "falling item size"),
+    ],
+)
+def test_malformed_bucket_is_refused_with_the_reason(raw: dict[str, object], message: str) -> None:
+    with pytest.raises(WeightSyncError, match=message):
+        Bucket.from_dict(raw)
+
+
+def test_check_names_says_what_differs() -> None:
+    def spec(name: str, *shape: int) -> TensorSpec:
+        return TensorSpec(name=name, dtype="float32", shape=shape)
+
+    shapes = {"embed": (5, 2), "norm": (2,)}
+    check_names([spec("embed", 5, 2), spec("norm", 2)], shapes, tied=["head"])
+    check_names([spec("embed", 5, 2), spec("norm", 2), spec("head", 5, 2)], shapes, tied=["head"])
+    for sent, message in [
+        ([spec("embed", 5, 2)], "missing: norm"),
+        ([spec("embed", 5, 2), spec("norm", 2), spec("x", 1)], "unknown to the model: x"),
+        ([spec("embed", 5, 3), spec("norm", 2)], r"embed: want \[5, 2\], got \[5, 3\]"),
+        ([spec("embed", 5, 2), spec("norm", 2), spec("norm", 2)], "sent twice: norm"),
+    ]:
+        with pytest.raises(WeightSyncError, match=message):
+            check_names(sent, shapes)
