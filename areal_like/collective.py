@@ -1,0 +1,232 @@
+"""The weight group: a torch.distributed group of trainer rank 0 and the engines, beside whatever default group exists.
+
+It speaks to SGLang's `init_custom_process_group`, whose receivers rendezvous at `tcp://address:port` and prefix the
+store with the group's name, then once more with name and device. We build the backend itself over a store with those
+prefixes instead of calling torch's private `_new_process_group_helper`: nothing is registered globally, so names can
+be used again, a trainer's default group (and torchrun's agent store, which a `tcp://` rendezvous would silently pick
+up) never comes into it, and we choose the address that gloo listens on. What was left out: collectives other than
+broadcast, and any reuse of a group after an error. A broken group is closed and made again.
+
+    create()/join() -> connect() -> broadcast()* -> close()
+"""
+
+from __future__ import annotations
+
+import socket
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from areal_like.errors import WeightSyncError
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+# torch exports stores, process groups and their options at run time, but its stubs do not know them.
+_dist: Any = dist
+_c10d: Any = distributed_c10d
+
+_PREFIX_DEVICE = {"gloo": "cpu", "nccl": "cuda"}
+"""First device that torch lists for a backend; part of the store's key prefix, so both sides must agree."""
+
+
+class WeightGroup:
+    """One rank's end of a weight group. Rank 0 (the trainer) sends, all others receive.
+
+    `create` (rank 0) opens the store and returns at once with the port, so that joiners can be told; `connect` waits
+    for them. `join` (rank 1 and up) does both. Every wait ends after `timeout_s`; a peer that dies is noticed at
+    once. All failures are WeightSyncError. Not thread safe, but may be used from a thread other than the one that
+    made it.
+    """
+
+    def __init__(
+        self,
+        store: Any,
+        *,
+        address: str,
+        port: int,
+        rank: int,
+        world_size: int,
+        group_name: str,
+        backend: str,
+        timeout_s: float,
+    ) -> None:
+        self.address = address
+        """Where the store listens; joiners need it."""
+        self.port = port
+        self.rank = rank
+        self.world_size = world_size
+        self.group_name = group_name
+        self.backend = backend
+        self.timeout_s = timeout_s
+        self._store: Any = store
+        self._group: Any = None
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        world_size: int,
+        group_name: str,
+        backend: str = "gloo",
+        timeout_s: float,
+    ) -> WeightGroup:
+        """Rank 0: opens the store on `host` (also the address that joiners use) and returns without waiting for anyone.
+
+        The listening socket is ours and handed over to the store, so port 0 has no race and only `host` is listened on.
+        """
+        _check(rank=0, world_size=world_size, backend=backend)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, port))
+            listener.listen(1024)
+        except OSError as error:
+            listener.close()
+            raise WeightSyncError(f"weight group {group_name}: cannot listen on {host}:{port}: {error.strerror}") from None
+        bound_port: int = listener.getsockname()[1]
+        try:
+            store = _dist.TCPStore(
+                host,
+                bound_port,
+                None,
+                True,
+                timedelta(seconds=timeout_s),
+                wait_for_workers=False,
+                master_listen_fd=listener.detach(),
+                use_libuv=True,
+            )
+        except RuntimeError as error:
+            raise WeightSyncError(f"weight group {group_name}: {_first_line(error)}") from None
+        return cls(
+            store,
+            address=host,
+            port=bound_port,
+            rank=0,
+            world_size=world_size,
+            group_name=group_name,
+            backend=backend,
+            timeout_s=timeout_s,
+        )
+
+    @classmethod
+    def join(
+        cls,
+        *,
+        master_address: str,
+        master_port: int,
+        rank: int,
+        world_size: int,
+        group_name: str,
+        backend: str = "gloo",
+        timeout_s: float,
+    ) -> WeightGroup:
+        """Rank 1 and up: connects to rank 0's store and waits until every rank is there."""
+        _check(rank=rank, world_size=world_size, backend=backend)
+        try:
+            store = _dist.TCPStore(master_address, master_port, world_size, False, timedelta(seconds=timeout_s), wait_for_workers=False)
+        except RuntimeError as error:
+            raise WeightSyncError(f"weight group {group_name}: no store at {master_address}:{master_port}: {_first_line(error)}") from None
+        group = cls(
+            store,
+            address=master_address,
+            port=master_port,
+            rank=rank,
+            world_size=world_size,
+            group_name=group_name,
+            backend=backend,
+            timeout_s=timeout_s,
+        )
+        group.connect()
+        return group
+
+    def connect(self) -> None:
+        """Waits until all `world_size` ranks have connected to each other."""
+        assert self._store is not None and self._group is None, "connect() once, before close()"
+        prefixed: Any = _dist.PrefixStore(self.group_name, self._store)
+        for prefix in (f"{self.group_name}/", f"{_PREFIX_DEVICE[self.backend]}/"):
+            prefixed = _dist.PrefixStore(prefix, prefixed)
+        try:
+            self._group = self._gloo(prefixed) if self.backend == "gloo" else self._nccl(prefixed)
+        except RuntimeError as error:
+            self.close()
+            raise WeightSyncError(
+                f"weight group {self.group_name}: rank {self.rank} of {self.world_size} could not connect: {_first_line(error)}"
+            ) from None
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Sends `tensor` (rank 0) to, or receives into it from, all ranks; returns when this rank is done with it.
+
+        Any contiguous dtype; CPU for gloo, CUDA for nccl. After a failure the group is closed: make a new one.
+        """
+        if self._group is None:
+            raise WeightSyncError(f"weight group {self.group_name} is not connected")
+        if not tensor.is_contiguous():
+            raise WeightSyncError(f"weight group {self.group_name}: a broadcast needs a contiguous tensor")
+        options = _dist.BroadcastOptions()
+        options.rootRank = 0
+        options.rootTensor = 0
+        options.timeout = timedelta(seconds=self.timeout_s)
+        try:
+            self._group.broadcast([tensor], options).wait()
+            if tensor.is_cuda:
+                # NCCL's wait only orders streams; the caller reads or reuses the buffer as soon as we return.
+                torch.cuda.current_stream(tensor.device).synchronize()
+        except RuntimeError as error:
+            self.close()
+            raise WeightSyncError(f"weight group {self.group_name}: broadcast failed: {_first_line(error)}") from None
+
+    def close(self) -> None:
+        """Leaves the group; peers in mid-broadcast notice at once. May be called twice. The name can be used again."""
+        group, self._group, self._store = self._group, None, None
+        if group is not None and self.backend == "nccl":
+            group.abort()
+
+    def __enter__(self) -> WeightGroup:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def _gloo(self, store: Any) -> Any:
+        options = _c10d.ProcessGroupGloo._Options()
+        options._timeout = timedelta(seconds=self.timeout_s)
+        options._devices = [_c10d.ProcessGroupGloo.create_device(hostname=self._local_address())]
+        return _c10d.ProcessGroupGloo(store, self.rank, self.world_size, options)
+
+    def _nccl(self, store: Any) -> Any:
+        if not dist.is_nccl_available():
+            raise WeightSyncError("weights.backend=nccl: this torch has no NCCL; use gloo")
+        options = _c10d.ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=self.timeout_s)
+        return _c10d.ProcessGroupNCCL(store, self.rank, self.world_size, options)
+
+    def _local_address(self) -> str:
+        """This host's address on the way to rank 0. Gloo would otherwise resolve the host's own name, which on many
+        machines is 127.0.1.1 or absent, and peers elsewhere could not connect."""
+        if self.rank == 0:
+            return self.address
+        infos = socket.getaddrinfo(self.address, self.port, type=socket.SOCK_DGRAM)
+        family, kind, proto, _, target = infos[0]
+        with socket.socket(family, kind, proto) as probe:
+            probe.connect(target)
+            local: str = probe.getsockname()[0]
+        return local
+
+
+def _check(*, rank: int, world_size: int, backend: str) -> None:
+    if backend not in _PREFIX_DEVICE:
+        raise WeightSyncError(f"weight group: backend {backend!r} is not one of {', '.join(_PREFIX_DEVICE)}")
+    if not 0 <= rank < world_size:
+        raise WeightSyncError(f"weight group: rank {rank} is not below world_size {world_size}")
+
+
+def _first_line(error: BaseException) -> str:
+    """torch's messages carry a C++ stack after the first line."""
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,179 @@
+"""The weight group over real processes: makes, remakes, interoperates with SGLang's recipe, and fails fast."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from areal_like.collective import WeightGroup
+from areal_like.errors import WeightSyncError
+
+NUM_BYTES = 1 << 16
+
+JOIN = """
+import sys, torch
+from areal_like.collective import WeightGroup
+port, rank, world_size, rounds, timeout_s = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), 20.0
+for _ in range(rounds):
+    group = WeightGroup.join(master_address="127.0.0.1", master_port=port, rank=rank, world_size=world_size,
+                             group_name="w", timeout_s=timeout_s)
+    print("joined", flush=True)
+    if sys.stdin.readline().strip() == "sleep":
+        import time; time.sleep(60)
+    buffer = torch.empty(1 << 16, dtype=torch.uint8)
+    group.broadcast(buffer)
+    print(int(buffer.long().sum()), flush=True)
+    group.close()
+    line = sys.stdin.readline().strip()
+    port = int(line) if line else port
+"""
+
+# What SGLang 0.5 does in init_custom_process_group and update_weights_from_distributed, reduced to its torch calls.
+SGLANG = """
+import sys, torch, torch.distributed as dist
+from datetime import timedelta
+from torch.distributed.distributed_c10d import _new_process_group_helper, _world, Backend, PrefixStore, rendezvous
+port, rank, world_size = (int(a) for a in sys.argv[1:4])
+timeout = timedelta(seconds=20)
+store, rank, world_size = next(rendezvous(f"tcp://127.0.0.1:{port}", rank, world_size, timeout=timeout))
+store.set_timeout(timeout)
+group, _ = _new_process_group_helper(world_size, rank, [], Backend("gloo"), PrefixStore("w", store), group_name="w",
+                                     backend_options=None, timeout=timeout)
+_world.pg_group_ranks[group] = {i: i for i in range(world_size)}
+print("joined", flush=True)
+buffer = torch.empty(1 << 16, dtype=torch.uint8)
+dist.broadcast(buffer, src=0, group=group)
+print(int(buffer.long().sum()), flush=True)
+dist.destroy_process_group(group)
+"""
+
+
+@contextmanager
+def receiver(code: str, *args: object) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def say(process: subprocess.Popen[str], text: str) -> None:
+    assert process.stdin is not None
+    process.stdin.write(text + "\n")
+    process.stdin.flush()
+
+
+def create(*, world_size: int = 2, timeout_s: float = 20) -> WeightGroup:
+    return WeightGroup.create(world_size=world_size, group_name="w", timeout_s=timeout_s)
+
+
+@pytest.mark.timeout(60)
+def test_two_receivers_get_the_bytes_and_the_name_can_be_used_again() -> None:
+    payload = torch.arange(NUM_BYTES).to(torch.uint8)
+    group = create(world_size=3)
+    with receiver(JOIN, group.port, 1, 3, 2) as one, receiver(JOIN, group.port, 2, 3, 2) as two:
+        for _ in range(2):
+            group.connect()
+            assert [line(one), line(two)] == ["joined", "joined"]
+            say(one, "")
+            say(two, "")
+            group.broadcast(payload)
+            assert line(one) == line(two) == str(int(payload.long().sum()))
+            group.close()
+            group = create(world_size=3)
+            say(one, str(group.port))
+            say(two, str(group.port))
+        group.close()
+
+
+@pytest.mark.timeout(60)
+def test_speaks_with_sglangs_own_recipe() -> None:
+    payload = torch.arange(NUM_BYTES).to(torch.uint8)
+    with create() as group, receiver(SGLANG, group.port, 1, 2) as process:
+        group.connect()
+        assert line(process) == "joined"
+        group.broadcast(payload)
+        assert line(process) == str(int(payload.long().sum()))
+
+
+@pytest.mark.timeout(60)
+def test_killed_receiver_fails_the_broadcast_at_once() -> None:
+    with create(timeout_s=30) as group, receiver(JOIN, group.port, 1, 2, 1) as process:
+        group.connect()
+        assert line(process) == "joined"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        started = time.monotonic()
+        with pytest.raises(WeightSyncError, match="broadcast failed"):
+            group.broadcast(torch.zeros(64 << 20, dtype=torch.uint8))
+        assert time.monotonic() - started < 5
+        with pytest.raises(WeightSyncError, match="not connected"):
+            group.broadcast(torch.zeros(1, dtype=torch.uint8))
+
+
+@pytest.mark.timeout(60)
+def test_hung_receiver_fails_the_broadcast_at_the_timeout() -> None:
+    with create(timeout_s=6) as group, receiver(JOIN, group.port, 1, 2, 1) as process:
+        group.connect()
+        assert line(process) == "joined"
+        say(process, "sleep")
+        started = time.monotonic()
+        with pytest.raises(WeightSyncError, match="broadcast failed"):
+            group.broadcast(torch.zeros(64 << 20, dtype=torch.uint8))
+        assert 5 < time.monotonic() - started < 12
+
+
+@pytest.mark.timeout(60)
+def test_waits_end_and_bad_arguments_are_named() -> None:
+    started = time.monotonic()
+    with create(timeout_s=2) as group, pytest.raises(WeightSyncError, match="rank 0 of 2 could not connect"):
+        group.connect()
+    with pytest.raises(WeightSyncError, match=r"no store at 127.0.0.1:1:"):
+        WeightGroup.join(master_address="127.0.0.1", master_port=1, rank=1, world_size=2, group_name="w", timeout_s=2)
+    assert time.monotonic() - started < 15
+    with pytest.raises(WeightSyncError, match="backend 'mpi'"):
+        WeightGroup.create(world_size=2, group_name="w", backend="mpi", timeout_s=1)
+    with pytest.raises(WeightSyncError, match="rank 2 is not below world_size 2"):
+        WeightGroup.join(master_address="127.0.0.1", master_port=1, rank=2, world_size=2, group_name="w", timeout_s=1)
+    with create() as group, pytest.raises(WeightSyncError, match="cannot listen"):
+        WeightGroup.create(port=group.port, world_size=2, group_name="w", timeout_s=1)
+
+
+@pytest.mark.timeout(60)
+def test_lives_beside_a_default_group() -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with create() as group, receiver(JOIN, group.port, 1, 2, 1) as process:
+            group.connect()
+            assert line(process) == "joined"
+            say(process, "")
+            group.broadcast(torch.ones(NUM_BYTES, dtype=torch.uint8))
+            assert line(process) == str(NUM_BYTES)
+        total = torch.ones(1)
+        dist.all_reduce(total)
+        assert total.item() == 1
+    finally:
+        dist.destroy_process_group()
