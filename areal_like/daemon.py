@@ -3,7 +3,7 @@
     STARTING -> READY <-> UNREADY -> DRAINING -> (process exits)
 
 A daemon's own code is an `async def main(runtime)`. The runtime sets `stopping` on SIGTERM or SIGINT (a second one, or a drain that
-outlasts `daemon.drain_timeout_s`, ends the process at once with code 1) and serves /livez, /readyz, /metrics and /status on a port
+outlasts `daemon.drain_timeout_s`, kills the process) and serves /livez, /readyz, /metrics and /status on a port
 of its own, which it writes to `<run>/endpoints/<daemon>.json`.
 
 Exit codes: 0 done or drained, 1 failed (the reason in the log and one line on stderr), 2 the user's mistake (one message on stderr).
@@ -34,6 +34,7 @@ from areal_like.config import Config
 from areal_like.errors import ArealError, ConfigError, UserError
 from areal_like.metrics import CONTENT_TYPE, Metrics
 from areal_like.paths import RunPaths, write_json
+from areal_like.process import die_with_launcher
 
 log = logging.getLogger(__name__)
 
@@ -222,27 +223,45 @@ def exit_code_of(name: str, run: Callable[[], None]) -> int:
     return 0
 
 
+class DrainSignals:
+    """SIGTERM and SIGINT begin the drain; a second one ends the process at once.
+
+    A terminal and a supervisor often deliver the same Ctrl-C twice, so repeats within a second are the same signal. The watchdog
+    behind `drain_timeout_s` is a kernel timer: it ends the process even when the interpreter is stuck in native code.
+    """
+
+    def __init__(self, *, drain_timeout_s: float, on_drain: Callable[[], None]) -> None:
+        self._drain_timeout_s = drain_timeout_s
+        self._on_drain = on_drain
+        self._since_s: float | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    @property
+    def draining_for_s(self) -> float:
+        """Seconds since the first signal; 0 before it."""
+        return 0.0 if self._since_s is None else time.monotonic() - self._since_s
+
+    def _handle(self, number: int, _: object) -> None:
+        if self._since_s is None:
+            self._since_s = time.monotonic()
+            signal.setitimer(signal.ITIMER_REAL, self._drain_timeout_s)
+            self._on_drain()
+        elif self.draining_for_s > 1.0:
+            signal.raise_signal(signal.SIGKILL)
+
+
 def run_daemon(config: Config, *, role: str, name: str, main: Callable[[Runtime], Awaitable[None]]) -> int:
     """Runs an asyncio daemon to its end and returns its exit code."""
 
     async def body() -> None:
-        loop = asyncio.get_running_loop()
         async with Runtime(config, role=role, name=name) as runtime:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, on_signal, runtime)
+            DrainSignals(drain_timeout_s=config.daemon.drain_timeout_s, on_drain=runtime.stop)
             log.info("%s started, pid %d", name, os.getpid())
             await main(runtime)
             log.info("%s ended", name)
 
-    def on_signal(runtime: Runtime) -> None:
-        if runtime.stopping.is_set():
-            log.warning("second signal: stopping at once")
-            signal.raise_signal(signal.SIGKILL)
-        log.info("signal received: draining")
-        runtime.stopping.set()
-        # The watchdog is the kernel's: it ends the process even when the loop is stuck.
-        signal.setitimer(signal.ITIMER_REAL, config.daemon.drain_timeout_s)
-
+    die_with_launcher()
     configure_logging(config, name)
     return exit_code_of(name, lambda: asyncio.run(body()))
 

@@ -31,3 +31,16 @@ def die_with_parent(*, signum: int = signal.SIGTERM) -> None:
     # The parent may have ended between our start and the call above: then the signal will never come.
     if os.getppid() != parent_pid:
         raise SystemExit(1)
+
+
+PARENT_PID = "AREAL_LIKE_PARENT_PID"
+"""Environment variable by which the launcher tells a child that the child's life is tied to it."""
+
+
+def die_with_launcher() -> None:
+    """`die_with_parent` for a daemon that the launcher started; a daemon started by hand outlives its shell."""
+    launcher_pid = os.environ.pop(PARENT_PID, "")
+    if launcher_pid:
+        die_with_parent()
+        if os.getppid() != int(launcher_pid):
+            raise SystemExit(1)

@@ -1,0 +1,39 @@
+"""What peers compare in `hello`, so that a server with another model, tokenizer or dataset is refused and not trained on.
+
+Fingerprints cover what must agree, not what may differ: a model's architecture but not its weights, a task's settings and seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from areal_like.config import Config
+
+_ARCHITECTURE_IGNORES = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
+
+
+def model_fingerprint(path: str) -> str:
+    """Fingerprint of a model directory's config.json; of the name itself when it is a hub name."""
+    config = Path(path) / "config.json"
+    if not config.is_file():
+        return _digest(path)
+    fields: dict[str, Any] = json.loads(config.read_text())
+    return _digest({key: value for key, value in fields.items() if key not in _ARCHITECTURE_IGNORES})
+
+
+def tokenizer_fingerprint(path: str) -> str:
+    """Fingerprint of a model directory's tokenizer.json (its vocabulary and rules); of the name when it is a hub name."""
+    tokenizer = Path(path) / "tokenizer.json"
+    return _digest(json.loads(tokenizer.read_text()) if tokenizer.is_file() else path)
+
+
+def dataset_fingerprint(config: Config) -> str:
+    """Fingerprint of the task's settings and the seed, which together fix every prompt."""
+    return _digest({"task": config.task, "seed": config.seed})
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
