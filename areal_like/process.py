@@ -44,20 +44,3 @@ def die_with_launcher() -> None:
         die_with_parent()
         if os.getppid() != int(launcher_pid):
             raise SystemExit(1)
-
-
-PARENT_VARIABLE = "AREAL_LIKE_PARENT_PID"
-"""Environment variable in which a launcher tells its child who must stay alive."""
-
-
-def die_with_launcher() -> None:
-    """`die_with_parent` if a launcher asked for it, which a daemon started by hand was not. Call it first thing, in the main thread.
-
-    Takes the request out of the environment: it is meant for this process, not for the children that it starts.
-    """
-    asked = os.environ.pop(PARENT_VARIABLE, "")
-    if not asked:
-        return
-    die_with_parent()
-    if os.getppid() != int(asked):  # the launcher ended while this process was still importing
-        raise SystemExit(1)
