@@ -35,7 +35,6 @@ from areal_like.errors import ArealError, ConfigError, UserError
 from areal_like.metrics import CONTENT_TYPE, Metrics
 from areal_like.paths import RunPaths, write_json
 from areal_like.process import die_with_launcher
-from areal_like.process import die_with_launcher
 
 log = logging.getLogger(__name__)
 
@@ -262,7 +261,6 @@ def run_daemon(config: Config, *, role: str, name: str, main: Callable[[Runtime]
             await main(runtime)
             log.info("%s ended", name)
 
-    die_with_launcher()
     die_with_launcher()
     configure_logging(config, name)
     return exit_code_of(name, lambda: asyncio.run(body()))
