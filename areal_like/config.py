@@ -151,12 +151,15 @@ class WeightsConfig:
     `abort_resume` (interrupted and resubmitted with their partial tokens) | `drain` (finished first)."""
     bucket_bytes: int = 64 << 20
     """Size of one flattened broadcast."""
+    host: str = "127.0.0.1"
+    """Address of trainer rank 0 at which engines meet for a push; must be reachable from every engine."""
     push_deadline_s: float = 60.0
     """A receiver that has not answered by then is put out of the epoch."""
     backend: str = "auto"
     """`auto` (NCCL where trainer and engine are on GPUs, else gloo) | `gloo` | `nccl`."""
 
     def __post_init__(self) -> None:
+        _require(bool(self.host), "weights.host is empty: give an address of the trainer's machine")
         modes = ("recompute", "keep", "abort_resume", "drain")
         _require(self.update_mode in modes, f"weights.update_mode={self.update_mode}: use one of {', '.join(modes)}")
         _require(self.bucket_bytes >= 1 << 10, "weights.bucket_bytes must be at least 1024")

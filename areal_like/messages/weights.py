@@ -11,6 +11,11 @@ from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
+class AskAlive:
+    """Rank 0 -> server, before a group is formed: whoever does not answer at once is not waited for in a rendezvous."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FormGroup:
     """Rank 0 -> server: join the process group of this epoch. Answered once joined (all members join at the same time)."""
 
@@ -42,7 +47,7 @@ class PushWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class DissolveGroup:
-    """Rank 0 -> server: leave the process group."""
+    """Rank 0 -> server: leave the process group, also in the middle of a broadcast (whose `PushWeights` is then answered as failed)."""
 
     epoch: int
     group_name: str
@@ -68,4 +73,4 @@ class WeightsFailed:
     reason: str
 
 
-MESSAGES = (FormGroup, PushWeights, DissolveGroup, WeightsOk, WeightsFailed)
+MESSAGES = (AskAlive, FormGroup, PushWeights, DissolveGroup, WeightsOk, WeightsFailed)

@@ -1,0 +1,257 @@
+"""Rank 0's end of the weight plane: process groups of the engines that are there, and buckets through them.
+
+    no epoch -> (ask who is alive) -> forming -> FORMED -> push -> push -> ... -> dissolved (membership changed, or a push failed)
+
+A server that fails, or that is silent past its deadline, is left out until it says something new in the directory (a restart, another
+state or version), so that one bad engine costs one deadline and not one a push. A dead peer breaks the broadcast at once; survivors
+are then told to leave the group, answer, and meet again in the next epoch.
+
+Control messages run in the caller's event loop, blocking collectives in one thread of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from areal_like.channel import Link
+from areal_like.collective import WeightGroup
+from areal_like.config import WeightsConfig
+from areal_like.errors import ArealError, WeightSyncError
+from areal_like.messages.consumer import ServerEntry
+from areal_like.messages.weights import AskAlive, DissolveGroup, FormGroup, PushWeights, WeightsFailed, WeightsOk
+from areal_like.weights import Bucket, Manifest
+
+log = logging.getLogger(__name__)
+
+_ALIVE_S = 2.0
+"""How fast a healthy control socket answers; also the grace for survivors of a broken broadcast."""
+
+_Key = tuple[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushOutcome:
+    """Who has the new version active, and why others have not."""
+
+    activated: dict[str, WeightsOk] = field(default_factory=dict)
+    """Server name -> its answer."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Server name -> reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Member:
+    entry: ServerEntry
+    link: Link
+
+    @property
+    def key(self) -> _Key:
+        return _key(self.entry)
+
+    async def ask(self, request: Any, *, timeout_s: float) -> WeightsOk | WeightsFailed:
+        try:
+            answer = await self.link.call(request, timeout_s=timeout_s)
+        except ArealError as error:
+            return WeightsFailed(version=-1, reason=str(error))
+        if not isinstance(answer, (WeightsOk, WeightsFailed)):
+            return WeightsFailed(version=-1, reason=f"answered {type(answer).__name__} to {type(request).__name__}")
+        return answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Epoch:
+    number: int
+    group: WeightGroup
+    members: list[_Member]
+
+
+class Broadcaster:
+    """Pushes buckets to servers. Knows neither the buffer nor optimizer steps; one `push` at a time."""
+
+    def __init__(self, config: WeightsConfig, *, device: str, incarnation: int) -> None:
+        self._config = config
+        self._device = device
+        self._incarnation = incarnation
+        self._members: dict[_Key, _Member] = {}
+        self._shunned: dict[_Key, ServerEntry] = {}
+        self._epoch: _Epoch | None = None
+        self._num_epochs = 0
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
+
+    @property
+    def num_epochs(self) -> int:
+        """Groups formed so far."""
+        return self._num_epochs
+
+    async def push(
+        self, buckets: Sequence[tuple[Bucket, torch.Tensor]], *, version: int, step: int, servers: Sequence[ServerEntry]
+    ) -> PushOutcome:
+        """Sends flattened buckets (uint8[num_bytes] each) to every eligible server of the directory and waits for activation.
+
+        Never raises for what a server does: its reason is in the outcome.
+        """
+        wanted = [entry for entry in servers if self._eligible(entry)]
+        epoch, failed = await self._form(wanted)
+        if epoch is None:
+            return PushOutcome(failed=failed)
+        request = PushWeights(
+            epoch=epoch.number,
+            group_name=epoch.group.group_name,
+            version=version,
+            step=step,
+            update_mode=self._config.update_mode,
+            manifest=Manifest(version=version, buckets=tuple(bucket for bucket, _ in buckets)).to_dict(),
+            timeout_s=self._config.push_deadline_s,
+        )
+        asked = [asyncio.create_task(member.ask(request, timeout_s=self._config.push_deadline_s)) for member in epoch.members]
+        broken = await self._send(epoch.group, [data for _, data in buckets])
+        if broken:
+            # Survivors may be blocked in the broadcast that the dead peer broke: telling them to leave makes them answer.
+            await self._farewell(epoch)
+            await asyncio.wait(asked, timeout=_ALIVE_S)
+        answers = [task.result() if task.done() else WeightsFailed(version=-1, reason="silent") for task in asked] if broken else None
+        outcome = self._settle(epoch, answers or await asyncio.gather(*asked), version=version)
+        for task in asked:
+            task.cancel()
+        if broken or outcome.failed:
+            await self._leave()
+        if broken:
+            outcome.failed.setdefault("broadcast", broken)
+        return outcome
+
+    async def close(self) -> None:
+        """Dissolves the group and closes every link."""
+        if self._epoch is not None:
+            await self._farewell(self._epoch)
+            await self._leave()
+        for member in self._members.values():
+            member.link.close()
+        self._thread.shutdown(wait=False)
+
+    def _eligible(self, entry: ServerEntry) -> bool:
+        if not entry.weights_address or entry.state in ("starting", "draining"):
+            return False
+        shunned = self._shunned.get(_key(entry))
+        return shunned is None or (shunned.state, shunned.weights_version) != (entry.state, entry.weights_version)
+
+    async def _form(self, wanted: list[ServerEntry]) -> tuple[_Epoch | None, dict[str, str]]:
+        if self._epoch is not None:
+            if {member.key for member in self._epoch.members} == {_key(entry) for entry in wanted}:
+                return self._epoch, {}
+            await self._farewell(self._epoch)
+            await self._leave()
+        self._forget_all_but(wanted)
+        members = [self._member(entry) for entry in wanted]
+        alive = await asyncio.gather(*(member.ask(AskAlive(), timeout_s=_ALIVE_S) for member in members))
+        failed = self._shun(members, alive)
+        members = [member for member in members if member.entry.name not in failed]
+        if not members:
+            return None, failed
+        epoch = self._new_epoch(members)
+        answers = [
+            asyncio.create_task(member.ask(self._invitation(epoch, rank), timeout_s=epoch.group.timeout_s))
+            for rank, member in enumerate(members, start=1)
+        ]
+        self._epoch = epoch
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._thread, epoch.group.connect)
+        except WeightSyncError as error:
+            log.warning("epoch %d was not formed: %s", epoch.number, error)
+            await self._farewell(epoch)
+        refused = self._shun(members, await asyncio.gather(*answers))
+        if refused:
+            await self._leave()
+            return None, failed | refused
+        log.info("epoch %d: %s over %s", epoch.number, [member.entry.name for member in members], epoch.group.backend)
+        return epoch, failed
+
+    def _new_epoch(self, members: list[_Member]) -> _Epoch:
+        self._num_epochs += 1
+        group = WeightGroup.create(
+            host=self._config.host,
+            world_size=1 + len(members),
+            group_name=f"weights-{self._incarnation}-{self._num_epochs}",
+            backend=self._backend(members),
+            timeout_s=self._config.push_deadline_s,
+        )
+        return _Epoch(number=self._num_epochs, group=group, members=members)
+
+    def _invitation(self, epoch: _Epoch, rank: int) -> FormGroup:
+        return FormGroup(
+            epoch=epoch.number,
+            group_name=epoch.group.group_name,
+            master_address=epoch.group.address,
+            master_port=epoch.group.port,
+            rank=rank,
+            world_size=epoch.group.world_size,
+            backend=epoch.group.backend,
+            timeout_s=epoch.group.timeout_s,
+        )
+
+    def _backend(self, members: list[_Member]) -> str:
+        on_gpus = all(device.startswith("cuda") for device in (self._device, *(member.entry.device for member in members)))
+        if self._config.backend == "nccl" and not on_gpus:
+            log.warning("weights.backend=nccl needs the trainer and every engine on GPUs: using gloo")
+        return "nccl" if on_gpus and self._config.backend != "gloo" else "gloo"
+
+    async def _send(self, group: WeightGroup, data: list[torch.Tensor]) -> str:
+        """Broadcasts; returns why it broke, or nothing."""
+
+        def send_all() -> None:
+            for bucket in data:
+                group.broadcast(bucket)
+
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._thread, send_all)
+        except WeightSyncError as error:
+            return str(error)
+        return ""
+
+    def _settle(self, epoch: _Epoch, answers: Sequence[WeightsOk | WeightsFailed], *, version: int) -> PushOutcome:
+        failed = self._shun(epoch.members, answers, version=version)
+        named = zip(epoch.members, answers, strict=True)
+        activated = {member.entry.name: answer for member, answer in named if isinstance(answer, WeightsOk) and answer.version == version}
+        return PushOutcome(activated=activated, failed=failed)
+
+    def _shun(self, members: list[_Member], answers: Sequence[WeightsOk | WeightsFailed], *, version: int | None = None) -> dict[str, str]:
+        failed = {}
+        for member, answer in zip(members, answers, strict=True):
+            if isinstance(answer, WeightsFailed):
+                failed[member.entry.name] = answer.reason
+            elif version is not None and answer.version != version:
+                failed[member.entry.name] = f"is at version {answer.version} after the push of {version}"
+            else:
+                continue
+            self._shunned[member.key] = member.entry
+        return failed
+
+    def _member(self, entry: ServerEntry) -> _Member:
+        key = _key(entry)
+        if key not in self._members:
+            self._members[key] = _Member(entry=entry, link=Link(entry.weights_address, handler=lambda _: None))
+        return self._members[key]
+
+    def _forget_all_but(self, wanted: list[ServerEntry]) -> None:
+        keys = {_key(entry) for entry in wanted}
+        for key in self._members.keys() - keys:
+            self._members.pop(key).link.close()
+
+    async def _farewell(self, epoch: _Epoch) -> None:
+        request = DissolveGroup(epoch=epoch.number, group_name=epoch.group.group_name)
+        await asyncio.gather(*(member.ask(request, timeout_s=_ALIVE_S) for member in epoch.members))
+
+    async def _leave(self) -> None:
+        epoch, self._epoch = self._epoch, None
+        if epoch is not None:
+            await asyncio.get_running_loop().run_in_executor(self._thread, epoch.group.close)
+
+
+def _key(entry: ServerEntry) -> _Key:
+    return entry.name, entry.incarnation

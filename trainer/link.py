@@ -1,0 +1,195 @@
+"""One rank's connection to the buffer, seen from the training thread.
+
+The training thread is inside torch most of the time, so a thread of its own runs the event loop: heartbeats, the HTTP plane, group
+prefetch, and (rank 0) the publisher. The training thread meets it only through `call`, `groups` and the flags here.
+
+    LINKED -> lost (no word from the buffer for `lost_after_s`, or a newer incarnation took over) -> every wait raises
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import threading
+import time
+from collections.abc import Coroutine, Iterator
+from typing import Any, Self
+
+from areal_like.addresses import buffer_address
+from areal_like.channel import Link
+from areal_like.config import Config
+from areal_like.daemon import Runtime
+from areal_like.errors import ArealError, DeadlineError, PeerLostError
+from areal_like.fingerprint import dataset_fingerprint, model_fingerprint, tokenizer_fingerprint
+from areal_like.messages.consumer import Directory, Fetch, Group, TrainerHeartbeat
+from areal_like.messages.hello import Hello, HelloRequired, JobFailed, Role
+from areal_like.paths import model_path
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 0.25
+"""How often a blocked training thread looks whether the link was lost or a stop was asked for."""
+
+
+class BufferLink:
+    """Use with `with`; all methods are for the training thread."""
+
+    def __init__(self, config: Config, *, rank: int, world_size: int, device: str, incarnation: int) -> None:
+        self.config = config
+        self.rank = rank
+        self.world_size = world_size
+        self.state = "starting"
+        self.step = 0
+        self.stats: dict[str, float] = {}
+        self.directory = Directory(servers=[])
+        self.stop_requested = threading.Event()
+        """Set by a signal, by `/control/drain`, never cleared."""
+        self.give_up = threading.Event()
+        """Set when a draining trainer has waited long enough for its step to fill: `groups` ends early."""
+        self._device = device
+        self._incarnation = incarnation
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="link", daemon=True)
+        self._lost: ArealError | None = None
+        self._fetches: dict[tuple[int, int], concurrent.futures.Future[Any]] = {}
+        self._lost_after_s = max(30.0, 10 * config.daemon.heartbeat_s)
+        self.runtime: Runtime
+        self._link: Link
+        self._heartbeat: asyncio.Task[None]
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self.run(self._open(), name="buffer (hello)", timeout_s=60.0)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        # Not through run(): the link may be lost, and closing must work all the same.
+        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(timeout=10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=5)
+
+    @property
+    def first_positions(self) -> range:
+        """This rank's positions of every step: group j goes to rank j mod M."""
+        return range(self.rank, self.config.trainer.groups_per_step, self.world_size)
+
+    def call(self, message: Any, *, timeout_s: float) -> Any:
+        """Request and answer. Raises as `Link.call`, or when the link is lost."""
+        return self.run(self._link.call(message, timeout_s=timeout_s), name=type(message).__name__, timeout_s=timeout_s + 5)
+
+    def submit(self, coroutine: Coroutine[Any, Any, Any]) -> concurrent.futures.Future[Any]:
+        """Starts a coroutine in the link's loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def run(self, coroutine: Coroutine[Any, Any, Any], *, name: str, timeout_s: float) -> Any:
+        """Runs a coroutine in the link's loop and waits for it."""
+        return self.wait(self.submit(coroutine), name=name, timeout_s=timeout_s)
+
+    def wait(self, future: concurrent.futures.Future[Any], *, name: str, timeout_s: float) -> Any:
+        """Waits for a future of `submit`, but not for a lost buffer."""
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            try:
+                return future.result(timeout=_POLL_S)
+            except concurrent.futures.TimeoutError:
+                if future.done():
+                    raise
+            if self._lost is not None:
+                raise self._lost
+            if time.monotonic() > deadline_s:
+                future.cancel()
+                raise DeadlineError(f"waited {timeout_s:g} s for {name}")
+
+    def groups(self, step: int) -> Iterator[Group]:
+        """This rank's groups of a step in recorded order, each as soon as the buffer has recorded it.
+
+        The next step's groups are asked for ahead, so that they travel while this one trains. Ends early only after `give_up`.
+        """
+        for ahead in (step, step + 1):
+            if ahead < self.config.trainer.num_steps:
+                for position in self.first_positions:
+                    self._ask(ahead, position)
+        for position in self.first_positions:
+            future = self._fetches[step, position]
+            with self.runtime.waits(f"buffer: group {position} of step {step}"):
+                group = self._wait_group(future, step=step, position=position)
+            if group is None:
+                return
+            del self._fetches[step, position]
+            yield group
+
+    def _ask(self, step: int, position: int) -> None:
+        if (step, position) not in self._fetches:
+            # Asked a step ahead, so it may wait through a whole step before its own time limit begins to count (in _wait_group).
+            timeout_s = 100 * self.config.trainer.fetch_timeout_s
+            self._fetches[step, position] = self.submit(self._link.call(Fetch(step=step, position=position), timeout_s=timeout_s))
+
+    def _wait_group(self, future: concurrent.futures.Future[Any], *, step: int, position: int) -> Group | None:
+        deadline_s = time.monotonic() + self.config.trainer.fetch_timeout_s
+        while not future.done():
+            if self._lost is not None:
+                raise self._lost
+            if self.give_up.is_set():
+                return None
+            if time.monotonic() > deadline_s:
+                raise DeadlineError(
+                    f"no group {position} of step {step} within trainer.fetch_timeout_s={self.config.trainer.fetch_timeout_s:g}: "
+                    f"servers {[(s.name, s.state, s.weights_version) for s in self.directory.servers]}"
+                )
+            concurrent.futures.wait([future], timeout=_POLL_S)
+        group = future.result()
+        assert isinstance(group, Group)
+        return group
+
+    async def _open(self) -> None:
+        self.runtime = Runtime(self.config, role="trainer", name=f"trainer-{self.rank}")
+        self.runtime.incarnation = self._incarnation
+        await self.runtime.__aenter__()
+        self._link = Link(buffer_address(self.config), handler=self._on_message, max_message_bytes=self.config.buffer.max_message_bytes)
+        await self._hello(timeout_s=55.0)
+        self._heartbeat = asyncio.create_task(self._beat(), name="heartbeat")
+
+    async def _close(self) -> None:
+        for future in self._fetches.values():
+            future.cancel()
+        if hasattr(self, "_heartbeat"):
+            self._heartbeat.cancel()
+        if hasattr(self, "_link"):
+            self._link.close()
+        if hasattr(self, "runtime"):
+            await self.runtime.__aexit__()
+
+    async def _hello(self, *, timeout_s: float) -> None:
+        path = model_path(self.config)
+        hello = Hello(
+            role=Role.TRAINER,
+            name=self.runtime.name,
+            incarnation=self._incarnation,
+            job=self.config.name,
+            model=model_fingerprint(path),
+            tokenizer=tokenizer_fingerprint(path),
+            dataset=dataset_fingerprint(self.config),
+            http_address=f"{self.config.daemon.http_host}:{self.runtime.http_port}",
+            device=self._device,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+        with self.runtime.waits("buffer: welcome"):
+            await self._link.call(hello, timeout_s=timeout_s)
+
+    async def _beat(self) -> None:
+        while True:
+            self._link.send(TrainerHeartbeat(state=self.state, step=self.step, stats=self.stats))
+            await asyncio.sleep(self.config.daemon.heartbeat_s)
+            silent_s = self._loop.time() - self._link.last_heard_s
+            if silent_s > self._lost_after_s and self._lost is None:
+                self._lost = PeerLostError(f"the buffer at {self._link.address} has been silent for {silent_s:.0f} s")
+
+    def _on_message(self, message: Any) -> None:
+        if isinstance(message, Directory):
+            self.directory = message
+        elif isinstance(message, JobFailed):
+            self._lost = ArealError(message.reason)
+        elif isinstance(message, HelloRequired):
+            self._lost = PeerLostError("the buffer was restarted and its in-memory store is gone: start again with resume=latest")

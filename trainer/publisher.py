@@ -1,0 +1,155 @@
+"""Rank 0: keeps the engines at the newest weights while training goes on.
+
+    idle -> offer(snapshot) -> version granted by the buffer -> broadcast -> active at the servers -> idle
+                 ^ a newer snapshot offered meanwhile replaces one that has not been sent
+
+The trainer hands over a copy and goes on at once. Skipped snapshots never get a version. Runs in the link's event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from areal_like.messages.consumer import AllocVersion, ServerEntry, VersionGranted
+from areal_like.weights import Bucket, checksum, cut_buckets, flatten, spec_of
+from trainer.broadcaster import Broadcaster
+
+log = logging.getLogger(__name__)
+
+_RETRY_S = 0.5
+_CALL_TIMEOUT_S = 30.0
+
+Snapshot = list[tuple[Bucket, torch.Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushReport:
+    """What one push came to."""
+
+    version: int
+    step: int
+    num_activated: int
+    failed: dict[str, str]
+    num_bytes: int
+    seconds: float
+    stall_seconds: float
+    """Longest time that one engine decoded nothing because of the push."""
+
+
+def take_snapshot(tensors: Sequence[tuple[str, torch.Tensor]], *, bucket_bytes: int, dtype: str) -> Snapshot:
+    """Flattened buckets with checksums, cast to `dtype`. A copy: the tensors may change afterwards."""
+    by_name = dict(tensors)
+    specs = [spec_of(name, tensor, dtype=dtype if tensor.is_floating_point() else None) for name, tensor in tensors]
+    snapshot = []
+    for bucket in cut_buckets(specs, bucket_bytes=bucket_bytes):
+        data = flatten(bucket, by_name)
+        snapshot.append((Bucket(tensors=bucket.tensors, crc32=checksum(data)), data))
+    return snapshot
+
+
+class Publisher:
+    """Owns one task; create it inside the event loop, end it with `close`."""
+
+    def __init__(
+        self,
+        broadcaster: Broadcaster,
+        *,
+        call: Callable[..., Awaitable[Any]],
+        servers: Callable[[], list[ServerEntry]],
+        on_push: Callable[[PushReport], None],
+    ) -> None:
+        self._broadcaster = broadcaster
+        self._call = call
+        self._servers = servers
+        self._on_push = on_push
+        self._offered: tuple[int, Snapshot] | None = None
+        self._wake = asyncio.Event()
+        self._active = asyncio.Condition()
+        self.active_step = -1
+        """Step of the newest weights that every answering server has active; -1 before the first push."""
+        self.active_version = 0
+        self._holds: dict[tuple[str, int], int] = {}
+        self._task = asyncio.create_task(self._run(), name="publisher")
+
+    def offer(self, step: int, snapshot: Snapshot) -> None:
+        """The newest weights: those at the start of optimizer step `step`."""
+        self._offered = (step, snapshot)
+        self._wake.set()
+
+    async def wait_active(self, step: int) -> int:
+        """Waits until weights of `step` or later are active somewhere; returns their version. The caller bounds the wait."""
+        async with self._active:
+            await self._active.wait_for(lambda: self.active_step >= step or self._task.done())
+        if self._task.done():
+            self._task.result()
+        return self.active_version
+
+    async def close(self) -> None:
+        """Ends the task and the group."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        await self._broadcaster.close()
+
+    async def _run(self) -> None:
+        try:
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                if self._offered is not None:
+                    await self._publish(*self._offered)
+        finally:
+            async with self._active:
+                self._active.notify_all()
+
+    async def _publish(self, step: int, snapshot: Snapshot) -> None:
+        offered = self._offered
+        granted: VersionGranted = await self._call(AllocVersion(step=step), timeout_s=_CALL_TIMEOUT_S)
+        started_s = time.monotonic()
+        servers = {(server.name, server.incarnation): server for server in self._servers()}
+        outcome = await self._broadcaster.push(snapshot, version=granted.version, step=step, servers=list(servers.values()))
+        report = PushReport(
+            version=granted.version,
+            step=step,
+            num_activated=len(outcome.activated),
+            failed=outcome.failed,
+            num_bytes=sum(bucket.num_bytes for bucket, _ in snapshot),
+            seconds=time.monotonic() - started_s,
+            stall_seconds=max((answer.stall_seconds for answer in outcome.activated.values()), default=0.0),
+        )
+        for name, reason in outcome.failed.items():
+            log.warning("push of version %d to %s failed: %s", granted.version, name, reason)
+        if outcome.activated:
+            self._holds = {key: version for key, version in self._holds.items() if key in servers} | {
+                key: granted.version for key in servers if key[0] in outcome.activated
+            }
+            async with self._active:
+                self.active_step, self.active_version = step, granted.version
+                self._active.notify_all()
+        self._on_push(report)
+        if self._offered is not offered:
+            self._wake.set()
+        elif self._behind():
+            # Nothing newer is on its way, and a server that joins or recovers must not wait for the trainer's next step:
+            # with max_staleness 0 that step waits for the server.
+            asyncio.get_running_loop().call_later(_RETRY_S, self._wake.set)
+
+    def directory_changed(self) -> None:
+        """A server joined or changed: offers it the newest weights if it is behind."""
+        if self._offered is not None and self._behind():
+            self._wake.set()
+
+    def _behind(self) -> bool:
+        def version_of(server: ServerEntry) -> int:
+            if server.state == "quarantined":
+                return -1
+            # The directory lags behind what a server told us itself.
+            return max(server.weights_version, self._holds.get((server.name, server.incarnation), -1))
+
+        return any(version_of(server) < self.active_version for server in self._servers() if server.state in ("serving", "quarantined"))
