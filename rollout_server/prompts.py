@@ -1,0 +1,63 @@
+"""From an example to token ids: the only place that knows about chat templates.
+
+Prompts are checked here, before an engine sees them: a token id outside a model's vocabulary kills a whole SGLang server.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from areal_like.errors import ConfigError
+from rollout_server.tasks import ChatMessage, Example
+
+
+class PromptRenderer:
+    """Tokenizer, vocabulary size and stop tokens of one model."""
+
+    def __init__(self, model: str, *, max_prompt_tokens: int) -> None:
+        """`model` is what `from_pretrained` takes. Raises ConfigError when it has no tokenizer, no config or no EOS token."""
+        # Here and not above: importing transformers costs a second, which --help need not pay.
+        from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
+            config = AutoConfig.from_pretrained(model)
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"model.path={model}: no tokenizer and config that transformers can load ({error})") from error
+        try:
+            eos = GenerationConfig.from_pretrained(model).eos_token_id
+        except OSError:  # the file is optional
+            eos = None
+        self.vocab_size = int(config.get_text_config().vocab_size)
+        """Rows of the model's embedding: every token id is below it."""
+        self.stop_token_ids: list[int] = sorted({self._tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None})
+        """Ids that end an answer: the tokenizer's EOS and those of generation_config.json."""
+        if not self.stop_token_ids:
+            raise ConfigError(f"model.path={model}: no EOS token in tokenizer or generation_config.json, so no answer could end")
+        self._max_prompt_tokens = max_prompt_tokens
+
+    def encode(self, example: Example) -> NDArray[np.int32]:
+        """Prompt token ids [P] int32. Raises ValueError for an empty, too long or out-of-vocabulary prompt."""
+        tokens = self._encode(example.prompt)
+        if not 0 < len(tokens) <= self._max_prompt_tokens:
+            raise ValueError(f"prompt of {len(tokens)} tokens: want 1 .. task.max_prompt_tokens={self._max_prompt_tokens}")
+        tokens_P = np.asarray(tokens, dtype=np.int32)
+        if int(tokens_P.max()) >= self.vocab_size:
+            raise ValueError(f"prompt holds token id {tokens_P.max()}, the model's vocabulary ends at {self.vocab_size}")
+        return tokens_P
+
+    def decode(self, tokens: NDArray[np.int32]) -> str:
+        """Text of sampled tokens without special tokens: what a reward function is given."""
+        return str(self._tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
+
+    def _encode(self, prompt: str | list[ChatMessage]) -> list[int]:
+        if isinstance(prompt, str):
+            return list(self._tokenizer(prompt)["input_ids"])
+        if not self._tokenizer.chat_template:
+            return list(self._tokenizer("\n".join(message["content"] for message in prompt) + "\n")["input_ids"])
+        text = self._tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        # The template writes its own special tokens: adding them again would double the BOS.
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,0 +1,120 @@
+"""One reward process: `python -m rollout_server.reward_worker`, driven over its stdin and stdout (two ends of a socket) by `rewards.py`.
+
+    parent -> worker   {"task": {...}, "seed": n}              first frame: which task to import
+    worker -> parent   null | "what went wrong"                the task is there, or why not
+    parent -> worker   [[item, split, index, completion], ...]
+    worker -> parent   [item, reward, components, seconds, error]     one frame an item, in order, written as soon as it is known
+
+A frame is a 4-byte little-endian length and msgpack. Results are written one by one because a hung item is told from its neighbours by
+being the first without an answer. The example is rebuilt here from (split, index), so a task's answers never have to be serialised.
+The stream is moved away from descriptors 0 and 1 first: a reward that prints or reads stdin must not corrupt the stream.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import os
+import signal
+import struct
+import sys
+import time
+import traceback
+from functools import lru_cache
+from typing import Any, BinaryIO
+
+import msgpack
+
+from areal_like.errors import ConfigError, RewardError
+from areal_like.process import die_with_parent
+from rollout_server.tasks import Example, Task, make_task
+
+HEADER = struct.Struct("<I")
+MAX_FRAME_BYTES = 64 << 20
+
+
+def main() -> None:
+    """Serves until stdin ends."""
+    die_with_parent(signum=signal.SIGKILL)
+    # Ctrl-C reaches the whole process group; when this worker ends is its parent's decision.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    requests, replies = _claim_stream()
+    setup = _read(requests)
+    if setup is None:
+        return
+    try:
+        task = make_task(setup["task"], seed=setup["seed"])
+    except ConfigError as error:
+        _write(replies, str(error))
+        return
+    _write(replies, None)
+    example = lru_cache(maxsize=1024)(task.example)
+    while (items := _read(requests)) is not None:
+        for item, split, index, completion in items:
+            started = time.perf_counter()
+            reward, components, error = 0.0, {}, ""
+            # A researcher's code may raise anything at all, and the promise is that only its own sample fails.
+            try:
+                reward, components = _score(task, example(split, index), completion)
+            except Exception as raised:
+                error = _last_line(raised)
+            _write(replies, [item, reward, components, time.perf_counter() - started, error])
+
+
+def _score(task: Task, example: Example, completion: str) -> tuple[float, dict[str, float]]:
+    value = task.reward(example, completion)
+    if isinstance(value, dict):
+        components = {str(name): _number(part, name=str(name)) for name, part in value.items()}
+        if not components:
+            raise RewardError("reward() returned an empty dict: name at least one part")
+        return math.fsum(components.values()), components
+    return _number(value, name="reward()"), {}
+
+
+def _number(value: Any, *, name: str) -> float:
+    if callable(item := getattr(value, "item", None)):
+        value = item()  # numpy and torch scalars
+    if not isinstance(value, numbers.Real):
+        raise RewardError(f"{name} is {type(value).__name__}, want a number")
+    if not math.isfinite(value):
+        raise RewardError(f"{name} is {value}, want a finite number")
+    return float(value)
+
+
+def _last_line(error: Exception) -> str:
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    message = traceback.format_exception_only(error)[-1].strip()
+    return message if isinstance(error, RewardError) else f"{message} ({where.filename}:{where.lineno} in {where.name})"
+
+
+def _claim_stream() -> tuple[BinaryIO, int]:
+    requests, replies = os.dup(0), os.dup(1)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.dup2(2, 1)
+    os.close(null)
+    return os.fdopen(requests, "rb"), replies
+
+
+def _read(stream: BinaryIO) -> Any:
+    header = stream.read(HEADER.size)
+    if len(header) < HEADER.size:
+        return None
+    return msgpack.unpackb(stream.read(HEADER.unpack(header)[0]))
+
+
+def _write(descriptor: int, message: Any) -> None:
+    frame = pack(message)
+    while frame:
+        frame = frame[os.write(descriptor, frame) :]
+
+
+def pack(message: Any) -> bytes:
+    """The frame of a message: length and msgpack."""
+    body = msgpack.packb(message)
+    assert isinstance(body, bytes)
+    return HEADER.pack(len(body)) + body
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Any data set of `reasoning_gym` by name, with that package's own generator and scorer.
+
+reasoning_gym seeds example i with `seed + i`, so two splits are two far-apart seeds; small problem spaces (a handful of
+distinct questions) can still repeat a question in both, which is the data set's nature and not hidden here. The package is an
+optional extra, imported when the task is made.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from areal_like.errors import ConfigError
+from rollout_server.tasks import Example, Split, Task
+
+_EVAL_SEED_OFFSET = 1_000_000_000
+"""Larger than any sensible num_train, and small enough that seed + offset + index stays a 32-bit number for numpy's generators."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReasoningGymTask(Task):
+    """`task: {name: reasoning_gym, dataset: chain_sum, params: {max_terms: 3}}`."""
+
+    dataset: str = ""
+    """Name of the data set in reasoning_gym."""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    """That data set's own settings."""
+    system_prompt: str = "simple"
+    """Key of reasoning_gym's SYSTEM_PROMPTS, or the text itself; empty: none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.seed < _EVAL_SEED_OFFSET or self.num_train > _EVAL_SEED_OFFSET:
+            raise ConfigError("task reasoning_gym: seed must be in 0 .. 999999999 and num_train at most 1000000000")
+        try:
+            gym = importlib.import_module("reasoning_gym")
+        except ImportError as error:
+            raise ConfigError(f"task reasoning_gym needs an extra: pip install 'areal-like[tasks]' ({error})") from error
+        names = importlib.import_module("reasoning_gym.factory").DATASETS
+        if self.dataset not in names:
+            raise ConfigError(f"task.dataset={self.dataset!r}: reasoning_gym has {', '.join(sorted(names))}")
+        try:
+            gym.create_dataset(self.dataset, seed=self.seed, size=1, **self.params)
+        except (TypeError, ValueError, AssertionError) as error:
+            raise ConfigError(f"task.params for reasoning_gym's {self.dataset}: {error}") from error
+
+    @cached_property
+    def _splits(self) -> dict[Split, Any]:
+        gym = importlib.import_module("reasoning_gym")
+        return {
+            "train": gym.create_dataset(self.dataset, seed=self.seed, size=self.num_train, **self.params),
+            "eval": gym.create_dataset(self.dataset, seed=self.seed + _EVAL_SEED_OFFSET, size=self.num_eval, **self.params),
+        }
+
+    @cached_property
+    def _system(self) -> str:
+        prompts = importlib.import_module("reasoning_gym.utils").SYSTEM_PROMPTS
+        return str(prompts.get(self.system_prompt, self.system_prompt))
+
+    def example(self, split: Split, index: int) -> Example:
+        """The question as chat messages; `metadata["entry"]` is reasoning_gym's own record, which its scorer wants back."""
+        entry = self._splits[split][index]
+        messages = [{"role": "user", "content": entry["question"]}]
+        if self._system:
+            messages.insert(0, {"role": "system", "content": self._system})
+        return Example(prompt=messages, answer=entry["answer"], metadata={"entry": entry})
+
+    def reward(self, example: Example, completion: str) -> float:
+        """reasoning_gym's score in 0 .. 1 of the last `<answer>` of the completion, or of all of it if there is none."""
+        answer = importlib.import_module("reasoning_gym.utils").extract_answer(completion)
+        scored = completion.strip() if answer is None else answer
+        return float(self._splits["train"].score_answer(answer=scored, entry=example.metadata["entry"]))

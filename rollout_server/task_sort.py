@@ -1,0 +1,31 @@
+"""The default job's task: sort a string of 4 to 8 digits, all or nothing.
+
+The generator lives in `areal_like.sorting`, because the trainer's warm start draws from the same distribution and may not import this
+package. The held-out split is one of multisets of digits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from areal_like import sorting
+from rollout_server.tasks import Example, Split, Task
+
+_SPLITS = {"train": sorting.Split.TRAIN, "eval": sorting.Split.HELD_OUT}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SortTask(Task):
+    """`5203=` is answered by `0235`."""
+
+    max_prompt_tokens: int = sorting.MAX_DIGITS + 2
+    """Eight digits, the equals sign, and a BOS token if the tokenizer adds one."""
+
+    def example(self, split: Split, index: int) -> Example:
+        """Prompt and sorted digits."""
+        example = sorting.sort_example(seed=self.seed, split=_SPLITS[split], index=index)
+        return Example(prompt=example.prompt, answer=example.answer)
+
+    def reward(self, example: Example, completion: str) -> float:
+        """1.0 for exactly the sorted digits, else 0.0."""
+        return float(completion == example.answer)
