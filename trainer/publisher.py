@@ -78,10 +78,16 @@ class Publisher:
         self._holds: dict[tuple[str, int], int] = {}
         self._task = asyncio.create_task(self._run(), name="publisher")
 
-    def offer(self, step: int, snapshot: Snapshot) -> None:
-        """The newest weights: those at the start of optimizer step `step`."""
+    def offer(self, step: int, snapshot: Snapshot, *, loaded: bool = False) -> None:
+        """The newest weights: those at the start of optimizer step `step`.
+
+        `loaded`: servers start with these, so they are sent only to one that falls behind.
+        """
         self._offered = (step, snapshot)
-        self._wake.set()
+        if loaded:
+            self.active_step = step
+        else:
+            self._wake.set()
 
     async def wait_active(self, step: int) -> int:
         """Waits until weights of `step` or later are active somewhere; returns their version. The caller bounds the wait."""

@@ -176,7 +176,7 @@ class Books:
     drops: dict[str, int]
     """A count for each drop reason (zeros included)."""
     counters: dict[str, float]
-    """tokens_generated, tokens_trained, max_trained_lag, mean_trained_lag, samples_*, refusals_*, generation_busy_s, generation_idle_s, ..."""
+    """tokens_generated, tokens_trained, max_trained_lag, mean_trained_lag, samples_*, refusals_*, generation_idle_s, ..."""
 
 
 MESSAGES = (

@@ -103,7 +103,7 @@ class SampleAck:
     ticket_id: int
     sample_index: int
     refused: str = ""
-    """Empty: accepted (also when it was a duplicate). Else why not: `superseded`, `stale`, `cancelled`, `unknown version`, `invalid`, ..."""
+    """Empty: accepted (also when it was a duplicate). Else why not: `superseded`, `stale`, `cancelled`, `unknown version`, `invalid`"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,130 @@
+"""Real sockets: requests and answers, garbage, a peer that leaves, a port that is taken."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+import zmq
+
+from areal_like.channel import Envelope, Link, Listener, tcp_address
+from areal_like.errors import ArealError, ConfigError, DeadlineError, PeerLostError, RefusedError
+from areal_like.messages.consumer import AllocVersion, Fetch, GetBooks, GetDirectory, VersionGranted
+from areal_like.messages.hello import HelloRequired, JobFailed, Refused
+
+MAX_BYTES = 1 << 20
+
+
+def run(body: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(20):
+            await body()
+
+    asyncio.run(bounded())
+
+
+def serve(handler: Callable[[Listener, Envelope], None]) -> Listener:
+    def handle(envelope: Envelope) -> None:
+        handler(listener, envelope)
+
+    listener = Listener(host="127.0.0.1", port=0, handler=handle, max_message_bytes=MAX_BYTES)
+    return listener
+
+
+def answer(listener: Listener, envelope: Envelope) -> None:
+    match envelope.message:
+        case AllocVersion(step=step):
+            listener.send(envelope.peer, VersionGranted(version=step + 100), rid=envelope.rid)
+        case GetBooks():
+            listener.send(envelope.peer, Refused(field="books", reason="closed"), rid=envelope.rid)
+        case GetDirectory():
+            listener.send(envelope.peer, JobFailed(reason="the job is over"), rid=envelope.rid)
+        case _:
+            listener.send(envelope.peer, HelloRequired())
+
+
+def test_requests_find_their_answers() -> None:
+    async def body() -> None:
+        listener = serve(answer)
+        link = Link(tcp_address("127.0.0.1", listener.port), handler=lambda _: None)
+        answers = await asyncio.gather(*(link.call(AllocVersion(step=step), timeout_s=5) for step in range(600)))
+        assert [a.version for a in answers] == [step + 100 for step in range(600)]
+        with pytest.raises(RefusedError, match="closed"):
+            await link.call(GetBooks(), timeout_s=5)
+        with pytest.raises(ArealError, match="the job is over"):
+            await link.call(GetDirectory(), timeout_s=5)
+        link.close()
+        listener.close()
+
+    run(body)
+
+
+def test_unasked_messages_reach_the_handler_and_silence_is_a_deadline() -> None:
+    async def body() -> None:
+        heard: list[Any] = []
+        listener = serve(answer)
+        link = Link(tcp_address("127.0.0.1", listener.port), handler=heard.append)
+        with pytest.raises(DeadlineError, match="Fetch within 0.3 s"):
+            await link.call(Fetch(step=0, position=0), timeout_s=0.3)
+        assert heard == [HelloRequired()]
+        pending = asyncio.ensure_future(link.call(Fetch(step=0, position=0), timeout_s=10))
+        await asyncio.sleep(0.05)
+        link.close()
+        with pytest.raises(PeerLostError):
+            await pending
+        listener.close()
+
+    run(body)
+
+
+def test_garbage_is_counted_and_the_listener_lives() -> None:
+    async def body() -> None:
+        listener = serve(answer)
+        raw = zmq.Context.instance().socket(zmq.DEALER)
+        raw.set(zmq.LINGER, 0)
+        raw.connect(tcp_address("127.0.0.1", listener.port))
+        for number in range(1000):
+            raw.send_multipart([b"garbage", str(number).encode()])
+        link = Link(tcp_address("127.0.0.1", listener.port), handler=lambda _: None)
+        while listener.num_bad_frames < 1000:
+            await asyncio.sleep(0.01)
+        assert (await link.call(AllocVersion(step=1), timeout_s=5)).version == 101
+        # Over the size limit: ZeroMQ itself closes that peer's connection, and nobody else's.
+        raw.send(bytes(MAX_BYTES + 1))
+        await asyncio.sleep(0.2)
+        assert (await link.call(AllocVersion(step=2), timeout_s=5)).version == 102
+        assert listener.num_bad_frames == 1000
+        raw.close()
+        link.close()
+        listener.close()
+
+    run(body)
+
+
+def test_a_peer_that_left_is_unroutable_not_fatal() -> None:
+    async def body() -> None:
+        seen: list[bytes] = []
+        listener = serve(lambda _, envelope: seen.append(envelope.peer))
+        link = Link(tcp_address("127.0.0.1", listener.port), handler=lambda _: None)
+        link.send(GetBooks())
+        while not seen:
+            await asyncio.sleep(0.01)
+        link.close()
+        while listener.send(seen[0], HelloRequired()):
+            await asyncio.sleep(0.01)
+        assert listener.num_unroutable >= 1
+        listener.close()
+
+    run(body)
+
+
+def test_a_taken_port_and_a_bad_address_say_what_to_change() -> None:
+    async def body() -> None:
+        listener = serve(answer)
+        with pytest.raises(ConfigError, match=r"cannot bind .* set buffer\.port to a free port"):
+            Listener(host="127.0.0.1", port=listener.port, handler=lambda _: None, max_message_bytes=MAX_BYTES, setting="buffer.port")
+        with pytest.raises(ConfigError, match="want tcp://host:port"):
+            Link("nonsense", handler=lambda _: None)
+        listener.close()
+
+    run(body)

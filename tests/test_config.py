@@ -1,0 +1,56 @@
+"""Configuration: what is accepted comes back the same, what is wrong is one clear message."""
+
+from pathlib import Path
+
+import pytest
+
+from areal_like.cli import load_config, role_arguments, save_config
+from areal_like.config import Config, from_mapping, to_mapping
+from areal_like.errors import ConfigError
+
+
+def test_the_default_job_is_the_dataclasses_defaults() -> None:
+    assert load_config([]) == Config()
+
+
+def test_round_trips(tmp_path: Path) -> None:
+    config = load_config(["name=x", "trainer.lr=3e-4", "objective.cap=8", "trainer.betas=[0.8,0.9]"])
+    assert (config.trainer.lr, config.objective["cap"], config.trainer.betas) == (3e-4, 8, (0.8, 0.9))
+    assert from_mapping(to_mapping(config)) == config
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(["--config", str(tmp_path / "config.yaml")]) == config
+    again, name = role_arguments(["--config", str(tmp_path / "config.yaml"), "--name", "rollout-3", "seed=4"], default_name="x")
+    assert (again.seed, name) == (4, "rollout-3")
+
+
+def test_a_class_of_ones_own_replaces_the_defaults_settings() -> None:
+    config = load_config(["objective._target_=my.Objective", "objective.alpha=2"])
+    assert config.objective == {"_target_": "my.Objective", "alpha": 2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trainer.num_step=1"], "did you mean `trainer.num_steps`"),
+        (["objectiv=tis"], "unknown key `objectiv`"),
+        (["objective=nope"], "known choices are"),
+        (["trainer.lr=abc"], "trainer.lr: want a number"),
+        (["trainer.num_steps=1.5"], "trainer.num_steps: want int"),
+        (["trainer.num_steps=0"], "at least 1"),
+        (["max_staleness=-1"], "max_staleness must be at least 0"),
+        (["buffer.port=70000"], r"0\.\.65535"),
+        (["weights.update_mode=later"], "recompute"),
+        (["name=a/b"], "plain directory name"),
+        (["resume=yesterday"], "latest or step:K"),
+        (["sampling.temperature=0"], "above 0"),
+        (["trainer={"], "."),
+        (["nonsense"], "key=value"),
+        (["--config", "/nowhere.yaml"], "no such file"),
+        (["--config"], "name a resolved"),
+        (["--config", "/dev/null", "trainer.nope=1"], "no such file|unknown key"),
+    ],
+)
+def test_mistakes_are_one_clear_message(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(arguments)
+    assert "\n" not in str(caught.value)
