@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import random
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 MIN_DIGITS = 4
 MAX_DIGITS = 8
 HELD_OUT_PERCENT = 10
 
 
-class Split(str, Enum):
+class Split(StrEnum):
     """Which stream of examples."""
 
     TRAIN = "train"

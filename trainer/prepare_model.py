@@ -1,0 +1,156 @@
+"""The initial policy as a Hugging Face directory: `python -m trainer.prepare_model --config run/config.yaml`.
+
+Run once before the daemons start, because trainer and engines must load the very same weights. Models that we build (`tiny`,
+`smollm2`) are cached under a hash of everything that shapes them, the building code included, and then linked into the run's
+directory, so that a run stays whole when the cache is cleared. Any other model is only checked, where it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from areal_like import sorting
+from areal_like.cli import load_config
+from areal_like.config import Config
+from areal_like.errors import ConfigError, UserError
+from areal_like.paths import RunPaths, model_path
+
+log = logging.getLogger(__name__)
+
+
+def prepare_model(config: Config, *, out_dir: Path | None = None) -> str:
+    """Makes `config.model` loadable and returns what `from_pretrained` takes: a directory, or the hub name unchanged.
+
+    `out_dir`: where a built model goes; by default the place in the run's directory where `areal_like.paths.model_path` looks.
+    Raises ConfigError when the model cannot be built, found or loaded.
+    """
+    if config.model.path == "tiny":
+        return str(_cached(*_tiny(config), out_dir=out_dir or RunPaths.of(config).built_model))
+    if config.model.path == "smollm2":
+        return str(_cached(*_smollm2(), out_dir=out_dir or RunPaths.of(config).built_model))
+    return _check_existing(config)
+
+
+Recipe = tuple[str, Mapping[str, Any], Callable[[Path], None]]
+"""(name, everything that shapes the result, function that writes it into a directory)"""
+
+
+def _tiny(config: Config) -> Recipe:
+    from trainer import tiny_model
+
+    steps, task = config.model.warm_start_steps, config.task.get("name", config.task.get("_target_"))
+    if steps > 0 and task != "sort":
+        raise ConfigError(
+            f"model.path=tiny is warm-started on the sort task, and task is {task}: name a pretrained model, "
+            "or set model.warm_start_steps=0 for random weights"
+        )
+    sources = [Path(str(module.__file__)).read_text() for module in (tiny_model, sorting)]
+    key = {"seed": config.seed, "steps": steps, "swap_prob": config.model.warm_start_swap_prob, "sources": sources}
+
+    def build(out_dir: Path) -> None:
+        tiny_model.build_tiny_model(out_dir, seed=config.seed, warm_start_steps=steps, swap_prob=config.model.warm_start_swap_prob)
+
+    return "tiny", key, build
+
+
+def _smollm2() -> Recipe:
+    from trainer import smollm2
+
+    source = smollm2.smollm2_gguf()
+    key = {"file": source.name, "num_bytes": source.stat().st_size, "source": Path(smollm2.__file__).read_text()}
+    return "smollm2", key, smollm2.convert_smollm2
+
+
+def _cached(name: str, key: Mapping[str, Any], build: Callable[[Path], None], *, out_dir: Path) -> Path:
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "areal_like"
+    cached = root / f"{name}-{digest}"
+    if not cached.exists():
+        root.mkdir(parents=True, exist_ok=True)
+        log.info("building model %s into %s", name, cached)
+        partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
+        try:
+            build(partial)
+            _publish(partial, cached)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    linked = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
+    try:
+        for file in cached.iterdir():
+            _link_or_copy(file, linked / file.name)
+        if out_dir.exists():
+            shutil.rmtree(out_dir)
+        linked.chmod(0o755)
+        linked.rename(out_dir)
+    finally:
+        shutil.rmtree(linked, ignore_errors=True)
+    return out_dir
+
+
+def _publish(partial: Path, final: Path) -> None:
+    partial.chmod(0o755)
+    try:
+        partial.rename(final)
+    except OSError:
+        # Two processes may build the same model at once: whoever comes second uses the first one's.
+        if not final.exists():
+            raise
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    # Only weights are linked: small files are edited in place by people, and an edit must not reach the cache.
+    if source.suffix == ".safetensors":
+        try:
+            target.hardlink_to(source)
+            return
+        except OSError:  # another file system
+            pass
+    shutil.copy2(source, target)
+
+
+def _check_existing(config: Config) -> str:
+    from transformers import AutoConfig, AutoTokenizer
+
+    path = model_path(config)
+    try:
+        AutoConfig.from_pretrained(path, trust_remote_code=False)
+        AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model.path={config.model.path}: neither a directory nor a reachable Hugging Face model that transformers "
+            f"can load ({reason}). Use tiny, smollm2, a directory with config.json, or an owner/name"
+        ) from error
+    return path
+
+
+def main(argv: list[str]) -> int:
+    """`[--config FILE] [--out DIR] [key=value ...]`; writes the model's path to stdout. Exit status 2 for a user's mistake."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    try:
+        out_dir = None
+        if "--out" in argv:
+            at = argv.index("--out")
+            if at + 1 >= len(argv):
+                raise ConfigError("--out: name a directory")
+            out_dir = Path(argv[at + 1])
+            del argv[at : at + 2]
+        sys.stdout.write(prepare_model(load_config(argv), out_dir=out_dir) + "\n")
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
