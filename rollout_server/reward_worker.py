@@ -17,9 +17,9 @@ import numbers
 import os
 import signal
 import struct
-import sys
 import time
 import traceback
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, BinaryIO
 
@@ -27,7 +27,7 @@ import msgpack
 
 from areal_like.errors import ConfigError, RewardError
 from areal_like.process import die_with_parent
-from rollout_server.tasks import Example, Task, make_task
+from rollout_server.tasks import Example, Split, Task, make_task
 
 HEADER = struct.Struct("<I")
 MAX_FRAME_BYTES = 64 << 20
@@ -52,13 +52,17 @@ def main() -> None:
     while (items := _read(requests)) is not None:
         for item, split, index, completion in items:
             started = time.perf_counter()
-            reward, components, error = 0.0, {}, ""
-            # A researcher's code may raise anything at all, and the promise is that only its own sample fails.
-            try:
-                reward, components = _score(task, example(split, index), completion)
-            except Exception as raised:
-                error = _last_line(raised)
-            _write(replies, [item, reward, components, time.perf_counter() - started, error])
+            reward, components, problem = _try_score(task, example, split, index, completion)
+            _write(replies, [item, reward, components, time.perf_counter() - started, problem])
+
+
+def _try_score(
+    task: Task, example: Callable[[Split, int], Example], split: Split, index: int, completion: str
+) -> tuple[float, dict[str, float], str]:
+    try:
+        return *_score(task, example(split, index), completion), ""
+    except Exception as raised:  # a researcher's code may raise anything, and the promise is that only its own sample fails
+        return 0.0, {}, _last_line(raised)
 
 
 def _score(task: Task, example: Example, completion: str) -> tuple[float, dict[str, float]]:
@@ -117,4 +121,4 @@ def pack(message: Any) -> bytes:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
