@@ -1,0 +1,67 @@
+"""The register of live tickets: who is in which state, and the law that none is ever lost."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from areal_like.messages.producer import Purpose
+from buffer.prompts import Prompt
+from buffer.store import Store
+from buffer.tickets import State, Ticket
+
+
+class Register:
+    """Issues tickets and moves them between states; the only writer of `Ticket.state`.
+
+    Terminal tickets leave it: the store has their rows.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.num_issued = 0
+        self.live: dict[int, Ticket] = {}
+        """Ticket id -> ticket, in order of issue."""
+        self._counts = {purpose: Counter[State]() for purpose in Purpose}
+
+    def issue(self, purpose: Purpose, prompt: Prompt, *, num_samples: int, eval_id: int = 0) -> Ticket:
+        """A new ticket, QUEUED."""
+        self.num_issued += 1
+        ticket = Ticket(
+            ticket_id=self.num_issued,
+            purpose=purpose,
+            prompt_index=prompt.index,
+            num_samples=num_samples,
+            parent=prompt.parent,
+            num_reissues=prompt.num_reissues,
+            eval_id=eval_id,
+            unleased=set(range(num_samples)),
+        )
+        self.live[ticket.ticket_id] = ticket
+        self._counts[purpose][ticket.state] += 1
+        self._store.put_ticket(ticket)
+        return ticket
+
+    def move(self, ticket: Ticket, state: State) -> None:
+        """Changes a ticket's state (or writes its row again when only leases changed)."""
+        counts = self._counts[ticket.purpose]
+        counts[ticket.state] -= 1
+        counts[state] += 1
+        ticket.state = state
+        if state.is_terminal:
+            del self.live[ticket.ticket_id]
+        self._store.put_ticket(ticket)
+
+    def count(self, purpose: Purpose, *states: State) -> int:
+        """Tickets of a purpose in any of these states."""
+        return sum(self._counts[purpose][state] for state in states)
+
+    def num_by_state(self) -> dict[State, int]:
+        """Tickets of both purposes in each state."""
+        return {state: sum(counts[state] for counts in self._counts.values()) for state in State}
+
+    def check(self) -> None:
+        """The conservation law. Constant time."""
+        by_state = self.num_by_state()
+        assert self.num_issued == sum(by_state.values()), f"tickets are lost: {self.num_issued} issued, {by_state}"
+        num_live = sum(count for state, count in by_state.items() if not state.is_terminal)
+        assert num_live == len(self.live), f"{len(self.live)} tickets in memory, {num_live} counted live"

@@ -1,0 +1,47 @@
+"""The part of the configuration that the ledger's rules depend on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+from areal_like.config import Config
+from areal_like.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerSettings:
+    """What the rules depend on; fields as in the configuration."""
+
+    max_staleness: int
+    groups_per_step: int
+    group_size: int
+    num_steps: int
+    seed: int = 0
+    overdue: str = "wait"
+    group_filter: str = "none"
+    max_reissues: int = 3
+    max_sample_retries: int = 2
+    max_consecutive_failures: int = 20
+    lease_timeout_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.group_filter == "spread" and self.group_size < 2:
+            raise ConfigError("buffer.group_filter=spread drops every group of one sample: set sampling.group_size to at least 2")
+
+    @classmethod
+    def from_config(cls, config: Config) -> Self:
+        """Picks the fields out of the job's configuration."""
+        return cls(
+            max_staleness=config.max_staleness,
+            groups_per_step=config.trainer.groups_per_step,
+            group_size=config.sampling.group_size,
+            num_steps=config.trainer.num_steps,
+            seed=config.seed,
+            overdue=config.buffer.overdue,
+            group_filter=config.buffer.group_filter,
+            max_reissues=config.buffer.max_reissues,
+            max_sample_retries=config.buffer.max_sample_retries,
+            max_consecutive_failures=config.buffer.max_consecutive_failures,
+            lease_timeout_s=config.buffer.lease_timeout_s,
+        )

@@ -1,0 +1,56 @@
+"""Weights versions: integers that are never given out twice, and the optimizer step that each stands for."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from areal_like.trajectory import Trajectory
+from buffer.store import Store, VersionRow
+from buffer.tickets import Sample
+
+
+class VersionBook:
+    """Version -> step. Lag is a difference of steps, never of versions: a push may be repeated, a resumed trainer goes back."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._steps: dict[int, int] = {0: 0}
+        self.newest = 0
+        """The last one given out; 0 is what servers start with."""
+
+    def begin(self, *, step: int, next_version: int) -> None:
+        """A run begins (or goes on in a new buffer): version 0 is the start of `step`, numbers go on from `next_version`.
+
+        Versions between belong to an earlier life: whoever still names one is refused until it has received a push of this one.
+        """
+        self._steps = {0: step}
+        self.newest = max(0, next_version - 1)
+
+    def alloc(self, *, step: int, trainer_incarnation: int) -> int:
+        """A new version for weights that are the start of `step`."""
+        row = VersionRow(version=self.newest + 1, step=step, parent=self.newest, trainer_incarnation=trainer_incarnation)
+        self.newest = row.version
+        self._steps[row.version] = step
+        self._store.put_version(row)
+        return row.version
+
+    def step_of(self, version: int) -> int | None:
+        """The step that a version is the start of; None: never given out in this life."""
+        return self._steps.get(version)
+
+    def summarise(self, lease_id: int, trajectory: Trajectory) -> Sample | None:
+        """What the ledger keeps of a trajectory with at least one sampled token; None if a token names an unknown version."""
+        versions, counts = np.unique(trajectory.versions[trajectory.loss_mask == 1], return_counts=True)
+        steps = [self._steps.get(int(version)) for version in versions]
+        known = [step for step in steps if step is not None]
+        if len(known) < len(steps):
+            return None
+        return Sample(
+            lease_id=lease_id,
+            oldest_step=min(known),
+            sum_token_steps=sum(step * int(count) for step, count in zip(known, counts, strict=True)),
+            oldest_version=int(versions[0]),
+            newest_version=int(versions[-1]),
+            num_sampled=int(counts.sum()),
+            reward=trajectory.reward,
+        )

@@ -1,0 +1,195 @@
+"""A simulated plant around the pure ledger: servers of several speeds, long-tailed answers, a trainer, and a virtual clock.
+
+One event is at hand at a time; `run` returns when the last step is trained or raises when nothing can happen any more (a deadlock).
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from areal_like.messages.producer import Lease, Purpose, SampleDone, SampleFailed, ServerHeartbeat, ServerState
+from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
+from buffer.ledger import Ledger
+from buffer.settings import LedgerSettings
+from buffer.store import MemoryStore
+
+
+def trajectory(versions: list[int], *, reward: float = 0.0, finish: FinishReason = FinishReason.STOP) -> Trajectory:
+    """One prompt token and then one sampled token for each version given."""
+    num_tokens = 1 + len(versions)
+    return Trajectory(
+        tokens=np.arange(num_tokens, dtype=np.int32),
+        loss_mask=np.array([0] + [1] * len(versions), dtype=np.uint8),
+        logprobs=np.full(num_tokens, -0.5, dtype=np.float32),
+        versions=np.array([NOT_SAMPLED, *versions], dtype=np.int32),
+        reward=reward,
+        finish_reason=finish,
+    )
+
+
+def new_ledger(**settings: object) -> Ledger:
+    """A ledger with a trainer (incarnation 1) at step 0 and 1,000 prompts."""
+    defaults: dict[str, object] = dict(max_staleness=1, groups_per_step=2, group_size=2, num_steps=4)
+    ledger = Ledger(LedgerSettings(**(defaults | settings)), MemoryStore())  # type: ignore[arg-type]
+    ledger.set_num_train_prompts(1000)
+    ledger.start_training(incarnation=1, step=0, stream={})
+    return ledger
+
+
+def beat(
+    ledger: Ledger, name: str, *, capacity: int, version: int = 0, now_s: float = 0.0, state: ServerState = ServerState.SERVING
+) -> None:
+    """A heartbeat of a registered server that names all its leases."""
+    server = ledger.book.servers[name]
+    message = ServerHeartbeat(
+        state=state,
+        free_samples=capacity - server.owed_samples,
+        holding_samples=server.owed_samples,
+        weights_version=version,
+        leases=list(server.leases),
+    )
+    ledger.heartbeat(name, message, now_s=now_s)
+
+
+def add_server(ledger: Ledger, name: str, *, capacity: int, version: int = 0, now_s: float = 0.0, incarnation: int = 1) -> None:
+    """Registers a server and gives it credit."""
+    ledger.register_server(name, incarnation=incarnation, weights_version=version, now_s=now_s)
+    beat(ledger, name, capacity=capacity, version=version, now_s=now_s)
+
+
+def done(lease: Lease, index: int, versions: list[int], *, reward: float = 0.0) -> SampleDone:
+    """A finished sample of a lease."""
+    return SampleDone(
+        lease_id=lease.lease_id, ticket_id=lease.ticket_id, sample_index=index, trajectory=trajectory(versions, reward=reward)
+    )
+
+
+def failed(lease: Lease, index: int, error: str = "reward hung") -> SampleFailed:
+    """A failed sample of a lease."""
+    return SampleFailed(lease_id=lease.lease_id, ticket_id=lease.ticket_id, sample_index=index, error=error)
+
+
+@dataclass
+class PlantServer:
+    """A server that decodes `max_running` samples at a time, the rest of its capacity waits."""
+
+    name: str
+    tokens_per_s: float
+    max_running: int
+    capacity: int
+    version: int = 0
+    alive: bool = True
+    waiting: list[tuple[Lease, int]] = field(default_factory=list)
+    running: int = 0
+
+
+@dataclass
+class Plant:
+    """`step_s` is the trainer's time for a step, `push_s` until a server has the new weights."""
+
+    ledger: Ledger
+    servers: list[PlantServer]
+    step_s: float = 1.0
+    push_s: float = 0.2
+    fail_probability: float = 0.0
+    kill_at_s: dict[str, float] = field(default_factory=dict)
+    seed: int = 0
+    now_s: float = 0.0
+    order: list[tuple[int, int, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._rng = random.Random(self.seed)
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._ids = itertools.count()
+
+    def at(self, delay_s: float, action: Callable[[], None]) -> None:
+        """Schedules an event."""
+        heapq.heappush(self._events, (self.now_s + delay_s, next(self._ids), action))
+
+    def run(self, *, limit_s: float = 10_000.0) -> None:
+        """Until num_steps are committed."""
+        for server in self.servers:
+            add_server(self.ledger, server.name, capacity=server.capacity, now_s=0.0)
+            self.at(0.5, lambda server=server: self._beat(server))  # type: ignore[misc]
+        for name, kill_s in self.kill_at_s.items():
+            self.at(kill_s, lambda name=name: self._kill(name))  # type: ignore[misc]
+        self._start_step()
+        self._grant()
+        while self.ledger.committed_step < self.ledger.settings.num_steps - 1:
+            self.now_s, _, action = heapq.heappop(self._events)
+            assert self.now_s < limit_s, f"stuck at step {self.ledger.trainer_step}: {self.ledger.register.num_by_state()}"
+            action()
+            assert not self.ledger.fatal, self.ledger.fatal
+            self._grant()
+
+    def _kill(self, name: str) -> None:
+        next(server for server in self.servers if server.name == name).alive = False
+
+    def _beat(self, server: PlantServer) -> None:
+        if server.alive:
+            beat(self.ledger, server.name, capacity=server.capacity, version=server.version, now_s=self.now_s)
+            self.at(0.5, lambda: self._beat(server))
+        self.ledger.expire(now_s=self.now_s)
+
+    def _grant(self) -> None:
+        by_name = {server.name: server for server in self.servers}
+        for name, ids in self.ledger.take_aborts().items():
+            by_name[name].waiting = [(lease, index) for lease, index in by_name[name].waiting if lease.lease_id not in ids]
+        for name, leases in self.ledger.grant(now_s=self.now_s).items():
+            for lease in leases:
+                assert lease.purpose is Purpose.TRAIN
+                by_name[name].waiting += [(lease, index) for index in lease.sample_indices]
+            self._decode(by_name[name])
+
+    def _decode(self, server: PlantServer) -> None:
+        while server.waiting and server.running < server.max_running:
+            lease, index = server.waiting.pop(0)
+            server.running += 1
+            num_tokens = min(400, int(self._rng.paretovariate(1.2) * 10))
+            self.at(
+                num_tokens / server.tokens_per_s,
+                lambda lease=lease, index=index, version=server.version, num_tokens=num_tokens: self._finish(  # type: ignore[misc]
+                    server, lease, index, version, num_tokens
+                ),
+            )
+
+    def _finish(self, server: PlantServer, lease: Lease, index: int, first_version: int, num_tokens: int) -> None:
+        if not server.alive:
+            return
+        server.running -= 1
+        if self._rng.random() < self.fail_probability:
+            self.ledger.sample_failed(server.name, failed(lease, index))
+        else:
+            half = num_tokens // 2
+            versions = [first_version] * (num_tokens - half) + [server.version] * half
+            self.ledger.sample_done(server.name, done(lease, index, versions, reward=self._rng.random()))
+        self._decode(server)
+
+    def _start_step(self) -> None:
+        step, num_groups = self.ledger.trainer_step, self.ledger.settings.groups_per_step
+        groups = [self.ledger.fetch(step=step, position=position) for position in range(num_groups)]
+        if any(group is None for group in groups):
+            self.at(0.05, self._start_step)
+        else:
+            self.order += [(group.step, group.position, group.ticket_id) for group in groups if group]
+            self.at(self.step_s, lambda: self._end_step(step))
+
+    def _end_step(self, step: int) -> None:
+        self.ledger.complete_step(incarnation=1, step=step)
+        version = self.ledger.alloc_version(incarnation=1, step=step + 1)
+        for server in self.servers:
+            self.at(self.push_s * self._rng.uniform(0.5, 2.0), lambda server=server: self._push(server, version))  # type: ignore[misc]
+        self.ledger.commit(incarnation=1, step=step)
+        if step + 1 < self.ledger.settings.num_steps:
+            self._start_step()
+
+    def _push(self, server: PlantServer, version: int) -> None:
+        if server.alive and version > server.version:
+            server.version = version
+            beat(self.ledger, server.name, capacity=server.capacity, version=version, now_s=self.now_s)
