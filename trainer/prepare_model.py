@@ -23,6 +23,7 @@ from areal_like.cli import load_config
 from areal_like.config import Config
 from areal_like.errors import ConfigError, UserError
 from areal_like.paths import RunPaths, model_path
+from areal_like.process import die_with_launcher
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +137,7 @@ def _check_existing(config: Config) -> str:
 
 def main(argv: list[str]) -> int:
     """`[--config FILE] [--out DIR] [key=value ...]`; writes the model's path to stdout. Exit status 2 for a user's mistake."""
+    die_with_launcher()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     try:
         out_dir = None
