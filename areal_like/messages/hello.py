@@ -43,6 +43,10 @@ class Hello:
     """Version of the weights that the peer holds."""
     device: str = "cpu"
     """Device of the engine or rank: `cpu` | `cuda`; rank 0 picks gloo or NCCL by it."""
+    num_train_prompts: int = 0
+    """Rollout servers: training prompts that the task has (the buffer chooses among them by index)."""
+    num_eval_prompts: int = 0
+    """Rollout servers: held-out prompts that the task has."""
     rank: int = 0
     """Trainer rank."""
     world_size: int = 1
