@@ -1,0 +1,45 @@
+# Needs Python 3.11 to 3.13 and make, nothing else: the first target that is run builds .venv from the pinned requirements.
+#   make run [ARGS="key=value ..."]    the default job (see `make run ARGS=--help`)
+#   make test                          lint, types and the tests
+#   make PYTHON=/path/to/python3.12 ...  chooses the interpreter; PIP_ARGS="--index-url ..." goes to pip
+
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
+PIP_ARGS ?=
+BIN := .venv/bin
+# Named after the requirements' content and made last, so neither a change nor an interrupted set-up can leave a stale environment.
+STAMP := .venv/.installed-$(shell cat requirements.txt requirements-dev.txt | cksum | cut -d' ' -f1)
+
+.PHONY: run test lint format setup clean
+.DEFAULT_GOAL := run
+
+run: $(STAMP)
+	@exec $(BIN)/python -m launch run $(ARGS)
+
+test: lint
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(STAMP)
+	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+setup: $(STAMP)
+
+$(STAMP):
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 to 3.13 found: install one, or name it with 'make PYTHON=/path/to/python3.11 ...'" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "$(PYTHON) is not Python 3.11 to 3.13: name another with 'make PYTHON=...'" >&2; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+		{ echo "$(PYTHON) cannot make virtual environments: install its venv package (Debian, Ubuntu: apt install python3-venv)" >&2; exit 2; }
+	@echo "setting up .venv (once; downloads PyTorch, so it can take some minutes)"
+	@rm -f .venv/.installed-*
+	@$(BIN)/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || $(PYTHON) -m venv --clear .venv
+	@$(BIN)/python -m pip install -q -q --disable-pip-version-check $(PIP_ARGS) -r requirements-dev.txt
+	@touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,0 +1,109 @@
+"""The command `areal-like`: thin, quick to start, and without torch.
+
+areal-like run key=value ...    a whole job on this machine
+areal-like status RUN           what its daemons are doing
+areal-like version
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from areal_like.errors import ConfigError, UserError
+
+USAGE = """usage: areal-like run [key=value ...]   run a whole job on this machine (run --help: the settings)
+       areal-like status RUN            what the daemons of a run are doing; RUN is a name or a directory
+       areal-like version
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code: 0 done, 1 failed, 2 the user's mistake (one message on stderr)."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    commands = {"run": _run, "status": _status, "version": _version}
+    if not args or args[0] in ("-h", "--help", "help"):
+        sys.stdout.write(USAGE)
+        return 0 if args else 2
+    try:
+        if args[0] not in commands:
+            near = difflib.get_close_matches(args[0], commands, n=1)
+            raise ConfigError(
+                f"unknown command {args[0]!r}: " + (f"did you mean `{near[0]}`?" if near else f"use one of {', '.join(commands)}")
+            )
+        return commands[args[0]](args[1:])
+    except UserError as error:
+        sys.stderr.write(f"areal-like: {error}\n")
+        return 2
+    except KeyboardInterrupt:  # before the launcher took over the signals, or in `status`
+        return 130
+
+
+def _run(args: list[str]) -> int:
+    if any(arg in ("-h", "--help", "--help-all") for arg in args):
+        _show_keys(everything="--help-all" in args)
+        return 0
+    from launch.local import run_local
+
+    return run_local(args)
+
+
+def _show_keys(*, everything: bool) -> None:
+    from launch.keys import COMMON, all_keys, choices
+
+    width = max(80, shutil.get_terminal_size().columns)
+    lines = ["areal-like run key=value ...: runs a whole job on this machine and writes runs/<name>/", ""]
+    lines += [f"  {section}={'|'.join(names)}" for section, names in choices().items()]
+    lines.append("  task._target_=my_module.MyTask: a class of your own (objective and advantage alike)")
+    group = None
+    for key in all_keys():
+        if not everything and key.path not in COMMON:
+            continue
+        section = key.path.rpartition(".")[0]
+        lines += [""] * (section != group)
+        group = section
+        name = f"  {key.path}={key.default}".ljust(37)
+        lines += textwrap.wrap(f"{name} {key.text}", width=width, subsequent_indent=" " * 38)
+    lines += ["", "run --help-all shows every key."] * (not everything)
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _status(args: list[str]) -> int:
+    from launch.observe import Observation, look_at_daemons
+    from launch.view import daemon_table, tickets_line
+
+    if len(args) != 1 or args[0].startswith("-"):
+        raise ConfigError("status: name one run, e.g. `areal-like status default`")
+    root = next((path for path in (Path(args[0]), Path("runs") / args[0]) if (path / "config.yaml").is_file()), None)
+    if root is None:
+        raise ConfigError(f"status: there is no run {args[0]!r} (neither a run directory nor a name under runs/)")
+    daemons = look_at_daemons(root / "endpoints")
+    console = Console()
+    if not daemons:
+        console.print(f"{root}: no daemon is running", markup=False, highlight=False)
+        return 1
+    console.print(daemon_table(list(daemons.values())))
+    seen = Observation(daemons=daemons)
+    if seen.buffer:
+        console.print(tickets_line(seen))
+    return 0
+
+
+def _version(args: list[str]) -> int:
+    try:
+        version = importlib.metadata.version("areal-like")
+    except importlib.metadata.PackageNotFoundError:
+        version = "(from a checkout)"
+    sys.stdout.write(f"areal-like {version}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,330 @@
+"""Runs a whole job on this machine: starts the daemons, watches them, ends them, and leaves nothing behind.
+
+    PREPARING -> STARTING -> RUNNING -> CLOSING -> (returns an exit code)
+        |            |           |
+        +------------+-----------+----> CLOSING when a daemon fails, a person stops the run, or the trainer is done
+
+PREPARING builds the model while the buffer starts; STARTING waits for the trainer and the rollout servers. CLOSING goes in one order
+whatever its cause: trainer (it finishes its step, checkpoints and commits), servers, buffer. A dead rollout server is started again (its
+samples are generated elsewhere); the run cannot go on without its buffer or its trainer. A daemon that ends by itself with code 0 was asked
+to by a person: a server is then not missed while another is left, anything else closes the run.
+
+Everything happens in the main thread, ten times a second: the kernel ties children to the thread that started them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from enum import StrEnum
+from types import FrameType
+
+from rich.console import Console
+
+from areal_like.config import Config
+from areal_like.daemon import JsonFormatter
+from launch.child import Child, ChildSpec, describe_exit, kill_marked
+from launch.observe import Observer
+from launch.report import show_summary
+from launch.restarts import Phase as Life
+from launch.restarts import Restarts
+from launch.rundir import OpenRun, open_run
+from launch.view import LiveView, PlainView, View
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.1
+BUFFER_START_TIMEOUT_S = 60.0
+START_MARGIN_S = 60.0
+"""Beyond `rollout.start_timeout_s`, so that a server can say itself why its engine did not start."""
+FAILURE_CLOSE_S = 10.0
+"""How long the others get to end when one daemon has failed."""
+SERVER_CLOSE_SHARE = 0.25
+"""Part of `daemon.drain_timeout_s` that is kept for servers and buffer after the trainer's."""
+
+
+class Phase(StrEnum):
+    """Where the job is."""
+
+    PREPARING = "preparing the model"
+    """The model is built; the buffer starts."""
+    STARTING = "starting"
+    """Servers and trainer load the model and find one another."""
+    RUNNING = "running"
+    """Everything is ready."""
+    CLOSING = "closing"
+    """Daemons end one after another."""
+
+
+class StopSignals:
+    """Counts Ctrl-C and SIGTERM. Repeats within a second are the same one: terminals and supervisors often deliver it twice."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._last_s = 0.0
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now_s = time.monotonic()
+        if self.count == 0 or now_s - self._last_s > 1.0:
+            self.count += 1
+            self._last_s = now_s
+
+
+class LocalJob:
+    """One job from start to end: `run()` once."""
+
+    def __init__(self, run: OpenRun, *, view: View, stop: StopSignals) -> None:
+        self._run, self._view, self._stop = run, view, stop
+        self._config: Config = run.config
+        self._marker = f"{run.paths.root}:{os.getpid()}:{time.time_ns()}"
+        self._observer = Observer(run.paths)
+        self._phase = Phase.PREPARING
+        self._phase_since_s = time.monotonic()
+        self._children: dict[str, Child] = {}
+        """Living ones, as far as we know."""
+        self._specs: dict[str, ChildSpec] = {}
+        self._restarts: dict[str, Restarts] = {}
+        """Rollout servers that belong to the job, dead ones too."""
+        self._asked: set[str] = set()
+        """Told to end."""
+        self._close_by_s = 0.0
+        self._exit_code = 0
+        self.failure: list[str] = []
+        """Why the run failed, in lines for a person; empty when it did not."""
+
+    def run(self) -> int:
+        """Returns 0 finished or drained, 1 failed, 2 the user's mistake."""
+        self._observer.start()
+        try:
+            self._start("buffer", "buffer", "--config", str(self._run.paths.config), "--name", "buffer")
+            prepare = ("trainer.prepare_model", "--config", str(self._run.paths.config))
+            threads = max(1, len(os.sched_getaffinity(0)) - 1) if hasattr(os, "sched_getaffinity") else 1
+            self._start("prepare_model", *prepare, num_threads=threads, stop_signal=signal.SIGINT)
+            while not (self._phase is Phase.CLOSING and not self._children):
+                self._obey_signals()
+                self._notice_deaths()
+                self._advance()
+                self._view.update(self._observer.newest, phase=self._phase, detail=self._detail())
+                time.sleep(TICK_S)
+        finally:
+            for child in self._children.values():
+                child.kill()
+            kill_marked(self._marker)
+            self._observer.close()
+        return self._exit_code
+
+    # Starting
+
+    def _start(self, name: str, *command: str, num_threads: int = 1, stop_signal: signal.Signals = signal.SIGTERM) -> None:
+        self._specs[name] = ChildSpec(name=name, command=command, num_threads=num_threads, stop_signal=stop_signal)
+        self._spawn(name)
+
+    def _spawn(self, name: str) -> None:
+        child = Child(self._specs[name], paths=self._run.paths, marker=self._marker, lock_fd=self._run.lock_fd)
+        log.info("%s started, pid %d", name, child.pid)
+        self._children[name] = child
+
+    def _start_others(self, buffer_port: int) -> None:
+        common = ("--config", str(self._run.paths.config), f"buffer.port={buffer_port}")
+        for index in range(self._config.rollout.num_servers):
+            name = f"rollout-{index}"
+            self._restarts[name] = Restarts(now_s=time.monotonic())
+            self._start(name, "rollout_server", *common, "--name", name, num_threads=self._config.rollout.num_threads)
+        self._start("trainer", "trainer", *common, num_threads=self._config.trainer.num_threads)
+
+    def _advance(self) -> None:
+        """One step of the phase machine."""
+        waited_s = time.monotonic() - self._phase_since_s
+        if self._phase is Phase.PREPARING:
+            buffer = self._observer.newest.daemons.get("buffer")
+            if "prepare_model" not in self._children and buffer and not buffer.not_ready and "stream" in buffer.endpoint:
+                self._start_others(int(str(buffer.endpoint["stream"]).rpartition(":")[2]))
+                self._enter(Phase.STARTING)
+            elif not (buffer and not buffer.not_ready) and waited_s > BUFFER_START_TIMEOUT_S:
+                self._fail_unready(["buffer"], waited_s)
+        elif self._phase is Phase.STARTING:
+            unready = self._unready()
+            if not unready:
+                self._enter(Phase.RUNNING)
+                self._observer.settle()
+            elif waited_s > self._config.rollout.start_timeout_s + START_MARGIN_S:
+                self._fail_unready(unready, waited_s)
+        elif self._phase is Phase.CLOSING:
+            self._advance_closing()
+        if self._phase in (Phase.STARTING, Phase.RUNNING):
+            for name, restarts in self._restarts.items():
+                if restarts.is_due(now_s=time.monotonic()):
+                    restarts.started(now_s=time.monotonic())
+                    self._spawn(name)
+
+    def _enter(self, phase: Phase) -> None:
+        log.info("%s", phase)
+        self._phase, self._phase_since_s = phase, time.monotonic()
+
+    def _unready(self) -> list[str]:
+        """Daemons that are not ready yet (ranks of the trainer by their own names)."""
+        ranks = [f"trainer-{rank}" for rank in range(self._config.trainer.world_size)]
+        servers = [name for name, restarts in self._restarts.items() if restarts.phase is not Life.GIVEN_UP]
+        seen = self._observer.newest.daemons
+        return [name for name in (*servers, *ranks) if name not in seen or seen[name].not_ready]
+
+    def _why_unready(self, name: str) -> str:
+        view = self._observer.newest.daemons.get(name)
+        return (view.not_ready if view else "") or "starting"
+
+    def _fail_unready(self, names: list[str], waited_s: float) -> None:
+        lines = []
+        for name in names:
+            lines.append(f"{name} was not ready after {waited_s:.0f} s: {self._why_unready(name)}")
+            child = self._children.get("trainer" if name.startswith("trainer-") else name)
+            lines += [f"  {line}" for line in child.last_words()] if child else []
+        self._fail(lines, exit_code=1)
+
+    def _detail(self) -> str:
+        """What the phase waits for, in a few words."""
+        if self._phase is Phase.PREPARING:
+            child = self._children.get("prepare_model")
+            return child.last_line() if child else "the buffer starts"
+        if self._phase is Phase.STARTING:
+            return ", ".join(f"{name} ({self._why_unready(name)})" for name in self._unready())
+        if self._phase is Phase.CLOSING:
+            return f"waiting for {', '.join(sorted(self._asked & set(self._children)))}" if self._asked & set(self._children) else ""
+        return ""
+
+    # Deaths
+
+    def _notice_deaths(self) -> None:
+        # The buffer first: when it dies the others soon follow, and they are not to blame.
+        for name in sorted(self._children, key=lambda name: (name != "buffer", name != "trainer", name)):
+            child = self._children.get(name)  # an earlier death in this loop may have closed the run
+            code = child.exit_code() if child else None
+            if child is None or code is None:
+                continue
+            del self._children[name]
+            child.kill()  # what it left of its process group
+            (self._run.paths.endpoints / f"{name}.json").unlink(missing_ok=True)
+            log.info("%s ended: %s", name, describe_exit(code))
+            if self._phase is Phase.CLOSING:
+                self._died_closing(child, code)
+            elif code == 2:
+                self._fail([child.complaint()], exit_code=2)
+            elif name in self._restarts:
+                self._server_died(child, code)
+            elif code != 0:
+                self._fail(
+                    [f"{name} failed ({describe_exit(code)}); its last lines:", *(f"  {x}" for x in child.last_words())], exit_code=1
+                )
+            elif name == "trainer":
+                self._close(self._config.daemon.drain_timeout_s)
+            elif name == "buffer":
+                self._view.notice("the buffer was asked to stop: closing the run")
+                self._close(self._config.daemon.drain_timeout_s)
+
+    def _server_died(self, child: Child, code: int) -> None:
+        restarts = self._restarts[child.name]
+        if code == 0:
+            del self._restarts[child.name]
+            self._view.notice(f"{child.name} was asked to stop")
+        else:
+            restarts.died(now_s=time.monotonic())
+            if restarts.phase is Life.WAITING:
+                delay_s = restarts.due_s - time.monotonic()
+                self._view.notice(f"{child.name} ended ({describe_exit(code)}): starting it again in {delay_s:.1f} s")
+            else:
+                self._view.notice(f"{child.name} ended {restarts.num_quick_deaths} times in a row: given up")
+        if any(other.phase is not Life.GIVEN_UP for other in self._restarts.values()):
+            return
+        if code == 0:
+            self._close(self._config.daemon.drain_timeout_s)
+        else:
+            self._fail(
+                [f"{child.name} failed ({describe_exit(code)}) and no rollout server is left; its last lines:"]
+                + [f"  {line}" for line in child.last_words()],
+                exit_code=1,
+            )
+
+    def _died_closing(self, child: Child, code: int) -> None:
+        if child.name == "trainer" and code not in (0, -signal.SIGTERM) and not self.failure:
+            self._failed(
+                [f"trainer failed while it drained ({describe_exit(code)}); its last lines:", *(f"  {x}" for x in child.last_words())], 1
+            )
+        elif code not in (0, -signal.SIGTERM, -child.spec.stop_signal):
+            log.warning("%s ended while closing: %s", child.name, describe_exit(code))
+
+    # Ending
+
+    def _obey_signals(self) -> None:
+        if self._stop.count >= 2 and self._children:
+            self._view.notice("stopped at once: what was trained since the last checkpoint is lost")
+            self._failed([], 1)
+            for child in self._children.values():
+                child.kill()
+            kill_marked(self._marker)
+            self._children.clear()
+            self._enter(Phase.CLOSING)
+        elif self._stop.count == 1 and self._phase is not Phase.CLOSING:
+            self._view.notice("stopping: the trainer finishes its step and writes a checkpoint (Ctrl-C again to stop at once)")
+            self._close(self._config.daemon.drain_timeout_s)
+
+    def _failed(self, lines: list[str], exit_code: int) -> None:
+        self.failure, self._exit_code = lines, exit_code
+        for line in lines:
+            log.error("%s", line)
+
+    def _fail(self, lines: list[str], *, exit_code: int) -> None:
+        self._failed(lines, exit_code)
+        self._close(min(FAILURE_CLOSE_S, self._config.daemon.drain_timeout_s))
+
+    def _close(self, timeout_s: float) -> None:
+        if self._phase is not Phase.CLOSING:
+            self._close_by_s = time.monotonic() + timeout_s
+            self._enter(Phase.CLOSING)
+        self._advance_closing()
+
+    def _advance_closing(self) -> None:
+        """Trainer, then servers, then buffer; who overstays is killed, so that the next still has time."""
+        left_s = self._close_by_s - time.monotonic()
+        for names in (("prepare_model", "trainer"), tuple(self._restarts), ("buffer",)):
+            living = [name for name in names if name in self._children]
+            for name in set(living) - self._asked:
+                self._children[name].terminate()
+                self._asked.add(name)
+            reserve_s = 0.0 if names == ("buffer",) else SERVER_CLOSE_SHARE * self._config.daemon.drain_timeout_s
+            if living and left_s < reserve_s:
+                for name in living:
+                    self._children.pop(name).kill()
+                kind = "it was killed" if self.failure else "it was killed: the run may lack its newest checkpoint"
+                self._view.notice(f"{', '.join(living)} did not end in time: {kind}")
+                self._exit_code = self._exit_code or 1
+            elif living:
+                return
+
+
+def run_local(argv: Sequence[str]) -> int:
+    """`areal-like run`: the job that the command line describes. Raises ConfigError before anything was started."""
+    run = open_run(argv)
+    started_unix_s = time.time()
+    console = Console(stderr=False)
+    handler = logging.FileHandler(run.paths.logs / "launcher.log")
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=run.config.daemon.log_level, handlers=[handler], force=True)
+    stop = StopSignals()
+    console.print(f"run directory {run.paths.root}", markup=False, highlight=False, soft_wrap=True)
+    view: View = LiveView(run.config, console) if console.is_terminal else PlainView(run.config, console)
+    job = LocalJob(run, view=view, stop=stop)
+    try:
+        exit_code = job.run()
+    finally:
+        view.close()
+        run.close()
+    if exit_code != 2:
+        show_summary(run, console, since_unix_s=started_unix_s)
+    for line in job.failure:
+        sys.stderr.write(f"{line}\n")
+    return exit_code

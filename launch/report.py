@@ -1,0 +1,69 @@
+"""What `areal-like run` says at its end: the summary as a table, where the files are, and how to go on."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from areal_like.config import Config
+from launch.rundir import OpenRun, checkpoints
+from launch.view import duration, number
+
+ROWS = (
+    ("optimizer steps", "steps", "{:,}"),
+    ("reward, first 10% of steps", "reward_first", "{:.3f}"),
+    ("reward, last 10% of steps", "reward_last", "{:.3f}"),
+    ("held-out greedy reward, before", "eval_before", "{:.3f}"),
+    ("held-out greedy reward, after", "eval_after", "{:.3f}"),
+    ("tokens generated", "tokens_generated", "{:,}"),
+    ("tokens trained", "tokens_trained", "{:,}"),
+    ("lag of trained samples, mean", "mean_trained_lag", "{:.2f}"),
+    ("lag of trained samples, max", "max_trained_lag", "{}"),
+    ("weights version", "weights_version", "{}"),
+    ("generation idle", "generation_idle_fraction", "{:.1%}"),
+    ("trainer idle", "trainer_idle_fraction", "{:.1%}"),
+)
+"""(label, key of summary.json, format)"""
+
+
+def show_summary(run: OpenRun, console: Console, *, since_unix_s: float) -> None:
+    """Prints the end of a run. A summary older than `since_unix_s` is an earlier run's and is not shown."""
+    paths, config = run.paths, run.config
+    summary: dict[str, Any] = {}
+    if paths.summary.exists() and paths.summary.stat().st_mtime >= since_unix_s:
+        summary = json.loads(paths.summary.read_text())
+        console.print(summary_table(summary, title=config.name))
+    files = [path for path in (paths.metrics, paths.checkpoints, paths.logs) if path.exists()]
+    names = ["summary.json"] * bool(summary) + ["config.yaml"] + [f"{path.name}{'/' if path.is_dir() else ''}" for path in files]
+    say = f"{paths.root}: {', '.join(names)}"
+    console.print(say, markup=False, highlight=False, soft_wrap=True)
+    steps = checkpoints(paths)
+    if steps and steps[-1] < config.trainer.num_steps:
+        command = resume_command(config)
+        console.print(f"stopped after step {steps[-1]} of {config.trainer.num_steps}; go on with: {command}", markup=False, soft_wrap=True)
+
+
+def summary_table(summary: dict[str, Any], *, title: str) -> Table:
+    """Two columns; what the summary lacks is left out."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    for label, key, form in ROWS:
+        if isinstance(summary.get(key), (int, float)):
+            table.add_row(label, form.format(summary[key]))
+    if isinstance(seconds := summary.get("wall_seconds"), (int, float)):
+        rate = f", {number(summary.get('tokens_generated', 0) / seconds)} generated tok/s" if seconds > 0 else ""
+        table.add_row("wall time", f"{duration(seconds)}{rate}")
+    for label, key in (("tickets", "tickets"), ("drops", "drops")):
+        counts = {name: count for name, count in (summary.get(key) or {}).items() if count}
+        if counts:
+            table.add_row(label, ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+    return table
+
+
+def resume_command(config: Config) -> str:
+    """What to type to go on with this run."""
+    settings = f"name={config.name} resume=latest" + ("" if config.runs_dir == "runs" else f" runs_dir={config.runs_dir}")
+    return f'make run ARGS="{settings}"' if "MAKELEVEL" in os.environ else f"areal-like run {settings}"
