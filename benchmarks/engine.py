@@ -1,0 +1,184 @@
+"""Embedded engine against `model.generate`: same model, same prompts, same lengths, one thread, one process.
+
+`equal`: 32 requests of equal length, where both run full batches and only the cost of a step counts. `long_tail`: 256 requests with
+log-normal lengths at 32 at a time; generate takes them in order in batches of 32, each running to its longest, which is
+what continuous batching avoids. Lengths are forced (no stop tokens), sampling is at temperature 1, and only requested tokens count.
+`grouped` is the long tail with eight samples a prompt, as in training. `http` is the long tail through a real engine process and client.
+Repetitions are interleaved, and the medians are reported, because machines that run this are seldom quiet.
+
+    python -m benchmarks.engine [--repeats 5] [--model DIR]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rollout_server.engine.core import EngineCore, EngineOptions
+from rollout_server.engine.models.loading import load
+from rollout_server.engine.scheduler import SamplingParams, Sequence
+from rollout_server.engine_client import EngineClient, Sampling
+
+BATCH, PROMPT_TOKENS, MAX_NEW_TOKENS = 32, 8, 24
+RESULTS = Path(__file__).parent / "results" / "engine.json"
+
+Workload = list[tuple[tuple[int, ...], int]]
+"""(prompt, number of new tokens) a request."""
+
+
+def workload(num_requests: int, *, group_size: int = 1, equal: bool = False) -> Workload:
+    """Fixed requests: the same in every run and for every engine."""
+    rng = np.random.default_rng(7)
+    prompts = [tuple(rng.integers(3, 100, PROMPT_TOKENS).tolist()) for _ in range(num_requests // group_size)]
+    lengths = np.clip(rng.lognormal(1.4, 0.9, num_requests).astype(int), 1, MAX_NEW_TOKENS)
+    return [(prompts[i // group_size], MAX_NEW_TOKENS if equal else int(lengths[i])) for i in range(num_requests)]
+
+
+def run_generate(model: Any, requests: Workload) -> None:
+    """transformers' own loop, batch after batch."""
+    for start in range(0, len(requests), BATCH):
+        batch = requests[start : start + BATCH]
+        longest = max(length for _, length in batch)
+        prompt = torch.tensor([prompt for prompt, _ in batch])
+        model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=True,
+            max_new_tokens=longest,
+            min_new_tokens=longest,
+            eos_token_id=None,
+            pad_token_id=0,
+            top_k=0,
+        )
+
+
+def run_engine(core: EngineCore, requests: Workload) -> None:
+    """The engine at scheduler level, all requests queued at once."""
+    core.flush()
+    for i, (prompt, length) in enumerate(requests):
+        core.submit(Sequence(seq_id=str(i), prompt=prompt, params=SamplingParams(max_new_tokens=length)))
+    while core.all_sequences:
+        core.step()
+
+
+async def run_http(client: EngineClient, requests: Workload) -> None:
+    """The same requests through the client, all at once."""
+    await client.flush_cache()
+    await asyncio.gather(
+        *(client.generate(prompt, sampling=Sampling(max_new_tokens=length, ignore_eos=True)) for prompt, length in requests)
+    )
+
+
+def rates(runs: dict[str, tuple[Workload, Callable[[], None]]], repeats: int) -> dict[str, list[float]]:
+    """Tokens per second of every run, interleaved, after one warm-up each."""
+    measured: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, (requests, run) in runs.items():
+            started = time.perf_counter()
+            run()
+            if repeat:
+                num_tokens = sum(length for _, length in requests)
+                measured[name].append(num_tokens / (time.perf_counter() - started))
+    return measured
+
+
+def main() -> None:
+    """Runs everything, prints a table, writes benchmarks/results/engine.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--model", default="", help="a Hugging Face directory; default: the default job's model with random weights")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as scratch:
+        report = measure(arguments.model or tiny_model(f"{scratch}/model"), scratch, repeats=arguments.repeats)
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"{'workload':<12}{'engine tok/s':>14}{'generate tok/s':>16}{'ratio':>8}{'goal':>7}")
+    for name, row in report["workloads"].items():
+        print(f"{name:<12}{row['engine']:>14,.0f}{row['generate']:>16,.0f}{row['ratio']:>8.2f}{row['goal'] or '':>7}")
+    print(f"written to {RESULTS}")
+
+
+def tiny_model(path: str) -> str:
+    """The default job's model, untrained."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=100, hidden_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, intermediate_size=256,
+        max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def measure(path: str, scratch: str, *, repeats: int) -> dict[str, Any]:
+    """Starts an engine process beside the in-process engine and times all of them."""
+    context = PROMPT_TOKENS + MAX_NEW_TOKENS
+    device = torch.device("cpu")
+    model, weights = load(path, dtype=torch.float32, device=device, context_length=context)
+    core = EngineCore(model, weights, EngineOptions(max_running=BATCH, context_length=context), version=0)
+    reference = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    equal, tail, grouped = workload(BATCH, equal=True), workload(256), workload(256, group_size=8)
+    port_file = Path(scratch) / "port"
+    command = [sys.executable, "-m", "rollout_server.engine", "--model-path", path, "--max-running-requests", str(BATCH)]
+    command += ["--context-length", str(context), "--port", "0", "--port-file", str(port_file), "--weight-version", "0"]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    loop = asyncio.new_event_loop()
+    try:
+        deadline = time.monotonic() + 120
+        while not port_file.exists():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit("the engine process did not start")
+            time.sleep(0.1)
+        client = EngineClient(f"http://127.0.0.1:{int(port_file.read_text())}")
+        measured = rates(
+            {
+                "equal/engine": (equal, lambda: run_engine(core, equal)),
+                "equal/generate": (equal, lambda: run_generate(reference, equal)),
+                "long_tail/engine": (tail, lambda: run_engine(core, tail)),
+                "long_tail/generate": (tail, lambda: run_generate(reference, tail)),
+                "grouped/engine": (grouped, lambda: run_engine(core, grouped)),
+                "http/engine": (tail, lambda: loop.run_until_complete(run_http(client, tail))),
+            },
+            repeats,
+        )
+        loop.run_until_complete(client.close())
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
+        loop.close()
+    medians = {name: statistics.median(values) for name, values in measured.items()}
+    workloads = {}
+    for name, goal in (("equal", 1.5), ("long_tail", 3.0), ("grouped", None), ("http", None)):
+        engine, generate = medians[f"{name}/engine"], medians.get(f"{name}/generate", medians["long_tail/generate"])
+        workloads[name] = {"engine": round(engine), "generate": round(generate), "ratio": round(engine / generate, 2), "goal": goal}
+    return {
+        "workloads": workloads,
+        "tokens_per_second": {name: [round(value) for value in values] for name, values in measured.items()},
+        "batch": BATCH,
+        "prompt_tokens": PROMPT_TOKENS,
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "num_threads": 1,
+        "torch": torch.__version__,
+        "cpu": platform.processor() or platform.machine(),
+    }
+
+
+if __name__ == "__main__":
+    main()

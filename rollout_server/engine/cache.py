@@ -1,0 +1,188 @@
+"""KV of the running sequences, one dense row each, and the prefixes that groups share.
+
+Rows are whole sequences, not pages: a decode step reads rows 0..n-1 as one strided view, with no gather and no block table, and
+at the lengths of short RL answers the memory that pages would save is small. The price is that `num_rows * context_length` tokens are
+allocated up front. A prefix is kept as a copy outside the rows: it outlives the sequence that computed it,
+and bringing it into any number of rows is one copy. Prefixes are keyed by the serial number of the weights that computed them.
+
+Shapes: L layers, S rows, H KV heads, T positions, D head size, B computed contexts, N rows decoded.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVShape:
+    """Sizes of one layer's keys and values; layers may differ (MLA, hybrid head counts)."""
+
+    num_heads: int
+    key_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DecodeBatch:
+    """What one decode step needs to know about the rows it reads and writes; made once a step, used by every layer."""
+
+    num_rows: int
+    num_positions: int
+    """T: one more than the largest position."""
+    position_N: Tensor
+    """int64[N] position of the token being decoded."""
+    bias_N1T: Tensor
+    """Additive attention bias in the model's dtype: 0 up to the row's position, -inf beyond it."""
+    write_index_by_heads: dict[int, Tensor]
+    """H -> int64[N*H]: where the new key and value go in a layer's cache viewed as [S*H*T, D]."""
+
+
+class KVCache:
+    """Storage for `num_rows` sequences of up to `context_length` tokens."""
+
+    def __init__(self, shapes: Sequence[KVShape], *, num_rows: int, context_length: int, dtype: torch.dtype, device: torch.device) -> None:
+        heads, dim = max(s.num_heads for s in shapes), max(max(s.key_dim, s.value_dim) for s in shapes)
+        self.num_rows, self.context_length, self.device, self.dtype = num_rows, context_length, device, dtype
+        # Zeros, not empty: masked positions have weight 0, and 0 times an uninitialised NaN is NaN.
+        self._storage = torch.zeros(len(shapes), 2, num_rows, heads, context_length, dim, dtype=dtype, device=device)
+        self.keys = [self._storage[i, 0, :, : s.num_heads, :, : s.key_dim] for i, s in enumerate(shapes)]
+        """Per layer [S, H, T, D] view."""
+        self.values = [self._storage[i, 1, :, : s.num_heads, :, : s.value_dim] for i, s in enumerate(shapes)]
+        self._flat = [(self._storage[i, 0].view(-1, dim), self._storage[i, 1].view(-1, dim)) for i in range(len(shapes))]
+        self._heads = sorted({s.num_heads for s in shapes})
+        self._storage_heads = heads
+        self._arange_T = torch.arange(context_length, device=device)
+        self._batch: DecodeBatch | None = None
+        self._computed_L2BHTD = torch.empty(0)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the rows."""
+        return self._storage.numel() * self._storage.element_size()
+
+    # Decoding
+
+    def begin_decode(self, position_N: NDArray[np.int64]) -> DecodeBatch:
+        """Prepares a step over rows 0..N-1 whose new token sits at `position_N`."""
+        num_rows, num_positions = len(position_N), int(position_N.max()) + 1
+        position = torch.from_numpy(position_N).to(self.device)
+        bias_NT = torch.zeros(num_rows, num_positions, dtype=self.dtype, device=self.device)
+        bias_NT.masked_fill_(self._arange_T[:num_positions] > position.unsqueeze(1), float("-inf"))
+        index = {}
+        for heads in self._heads:
+            row_head = np.arange(num_rows, dtype=np.int64)[:, None] * self._storage_heads + np.arange(heads, dtype=np.int64)
+            flat = row_head * self.context_length + position_N[:, None]
+            index[heads] = torch.from_numpy(flat.reshape(-1)).to(self.device)
+        self._batch = DecodeBatch(
+            num_rows=num_rows,
+            num_positions=num_positions,
+            position_N=position,
+            bias_N1T=bias_NT.unsqueeze(1),
+            write_index_by_heads=index,
+        )
+        return self._batch
+
+    def append(self, layer: int, key_NHD: Tensor, value_NHD: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes this step's key and value; returns views [N, H, T, D] of everything up to the longest row."""
+        batch = self._batch
+        assert batch is not None, "begin_decode first"
+        index = batch.write_index_by_heads[key_NHD.shape[1]]
+        flat_key, flat_value = self._flat[layer]
+        key_dim, value_dim = key_NHD.shape[2], value_NHD.shape[2]
+        flat_key[:, :key_dim].index_copy_(0, index, key_NHD.reshape(-1, key_dim))
+        flat_value[:, :value_dim].index_copy_(0, index, value_NHD.reshape(-1, value_dim))
+        key_NHTD = self.keys[layer][: batch.num_rows, :, : batch.num_positions]
+        return key_NHTD, self.values[layer][: batch.num_rows, :, : batch.num_positions]
+
+    # Prefill
+
+    def begin_prefill(self, *, num_contexts: int, num_positions: int) -> None:
+        """The next `fill` of each layer brings this many computed contexts, right-padded to this length."""
+        layers, _, _, heads, _, dim = self._storage.shape
+        shape = (layers, 2, num_contexts, heads, num_positions, dim)
+        self._computed_L2BHTD = torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def fill(self, layer: int, key_BHTD: Tensor, value_BHTD: Tensor) -> None:
+        """Takes one layer's computed keys and values."""
+        _, heads, _, key_dim = key_BHTD.shape
+        self._computed_L2BHTD[layer, 0, :, :heads, :, :key_dim] = key_BHTD
+        self._computed_L2BHTD[layer, 1, :, :heads, :, : value_BHTD.shape[3]] = value_BHTD
+
+    def end_prefill(self, *, rows: Sequence[int], sources: Sequence[int]) -> Tensor:
+        """Writes computed context `sources[i]` into row `rows[i]`; returns all computed KV [L, 2, B, H, T, D].
+
+        What padding leaves in a row beyond its own length is overwritten before it is ever read.
+        """
+        computed = self._computed_L2BHTD
+        if rows:
+            target, source = torch.tensor(rows, device=self.device), torch.tensor(sources, device=self.device)
+            self._storage[:, :, target, :, : computed.shape[4]] = computed[:, :, source]
+        return computed
+
+    # Rows
+
+    def move(self, sources: Sequence[int], targets: Sequence[int], *, num_positions: int) -> None:
+        """Copies rows' first `num_positions` positions; `sources` and `targets` do not overlap."""
+        if len(sources) == 1:
+            self._storage[:, :, targets[0], :, :num_positions] = self._storage[:, :, sources[0], :, :num_positions]
+        else:
+            source, target = torch.tensor(sources, device=self.device), torch.tensor(targets, device=self.device)
+            self._storage[:, :, target, :, :num_positions] = self._storage[:, :, source, :, :num_positions]
+
+    def write(self, rows: Sequence[int], prefix_L2HTD: Tensor) -> None:
+        """Brings a prefix [L, 2, H, T, D] into some rows."""
+        length = prefix_L2HTD.shape[3]
+        for row in rows:
+            self._storage[:, :, row, :, :length] = prefix_L2HTD
+
+    def clear(self) -> None:
+        """Zeroes everything, so that nothing that weights since refused could have left (NaN) survives."""
+        self._storage.zero_()
+
+
+class PrefixCache:
+    """The most recently used contexts, up to `max_tokens` positions in all.
+
+    An entry is found only under the serial of the weights that computed it; entries of older weights are dropped at a swap.
+    """
+
+    def __init__(self, *, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        self.serial = 0
+        self.num_tokens = 0
+        self._entries: OrderedDict[tuple[int, tuple[int, ...]], Tensor] = OrderedDict()
+
+    def __contains__(self, context: tuple[int, ...]) -> bool:
+        return (self.serial, context) in self._entries
+
+    def get(self, context: tuple[int, ...]) -> Tensor | None:
+        """The KV of all but the last token of `context`, or None."""
+        key = (self.serial, context)
+        if key not in self._entries:
+            return None
+        self._entries.move_to_end(key)
+        return self._entries[key]
+
+    def put(self, context: tuple[int, ...], prefix_L2HTD: Tensor) -> None:
+        """Keeps an entry, forgetting the least recently used ones for room; one that can never fit is not kept."""
+        if len(context) > self.max_tokens or context in self:
+            return
+        self._entries[(self.serial, context)] = prefix_L2HTD
+        self.num_tokens += len(context)
+        while self.num_tokens > self.max_tokens:
+            (_, oldest), _ = self._entries.popitem(last=False)
+            self.num_tokens -= len(oldest)
+
+    def clear(self, *, serial: int | None = None) -> None:
+        """Forgets everything; `serial` names the weights that are active from now on."""
+        self._entries.clear()
+        self.num_tokens = 0
+        if serial is not None:
+            self.serial = serial

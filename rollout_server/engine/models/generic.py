@@ -1,0 +1,91 @@
+"""Any decoder-only transformers model, run through its own modules over our KV rows.
+
+Two documented hooks are enough: a cache object whose `update` writes into the rows and returns views of them, and a
+ready-made 4-D attention mask, which transformers passes through instead of building one. The engine checks at start that the
+outcome agrees with the model's own forward, so a model that ignores one of the hooks is refused, not run wrongly.
+
+Shapes: N rows, B contexts, T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from rollout_server.engine.cache import DecodeBatch, KVCache, KVShape
+from rollout_server.engine.models.base import ModelFacts, Weights
+
+
+class RowCache(Cache):  # type: ignore[misc]
+    """transformers' view of the KV rows during one forward."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.rows: KVCache | None = None
+        self.decoding = False
+        self.seen: dict[int, KVShape] = {}
+        """Shapes of what each layer brought; how the engine learns them, whatever the configuration calls them."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keeps keys and values [B, H, T, D]; returns what the layer's queries attend to."""
+        if self.rows is None:
+            self.seen[layer_idx] = KVShape(num_heads=key_states.shape[1], key_dim=key_states.shape[3], value_dim=value_states.shape[3])
+        elif self.decoding:
+            return self.rows.append(layer_idx, key_states.squeeze(2), value_states.squeeze(2))
+        else:
+            self.rows.fill(layer_idx, key_states, value_states)
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions are always given explicitly, so nothing may depend on this."""
+        return 0
+
+
+class GenericModel:
+    """CausalModel over a transformers module."""
+
+    def __init__(self, module: Any, facts: ModelFacts) -> None:
+        self.facts = facts
+        self._module = module
+        self._cache = RowCache()
+        self._causal_11TT = torch.ones(0, 0, dtype=torch.bool)
+
+    def new_weights(self) -> Weights:
+        """An uninitialised set."""
+        facts = self.facts
+        named = {n: torch.empty(s, dtype=facts.dtype, device=facts.device) for n, s in facts.parameter_shapes.items()}
+        return Weights(named=named)
+
+    def activate(self, weights: Weights) -> None:
+        """Points the module's parameters at this set's memory; tied parameters are one object and follow."""
+        for name, parameter in self._module.named_parameters():
+            parameter.data = weights.named[name]
+
+    def prefill(self, tokens_BT: Tensor, cache: KVCache) -> None:
+        """Computes the KV of right-padded contexts: causality alone keeps padding out of what is real."""
+        length = tokens_BT.shape[1]
+        if self._causal_11TT.shape[-1] < length:
+            ones = torch.ones(1, 1, length, length, dtype=torch.bool, device=self.facts.device)
+            self._causal_11TT = ones.tril_()
+        positions_BT = torch.arange(length, device=self.facts.device).expand_as(tokens_BT)
+        self._forward(tokens_BT, positions_BT, self._causal_11TT[..., :length, :length], cache, decoding=False)
+
+    def decode(self, tokens_N: Tensor, batch: DecodeBatch, cache: KVCache) -> Tensor:
+        """Logits [N, V] after one more token in each of rows 0..N-1."""
+        mask_N11T = batch.bias_N1T.unsqueeze(1)
+        return self._forward(tokens_N.unsqueeze(1), batch.position_N.unsqueeze(1), mask_N11T, cache, decoding=True)
+
+    def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: KVCache, *, decoding: bool) -> Tensor:
+        self._cache.rows, self._cache.decoding = cache, decoding
+        logits: Tensor = self._module(
+            input_ids=tokens,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        return logits[:, -1]

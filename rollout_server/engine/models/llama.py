@@ -1,0 +1,234 @@
+"""The Llama family written out: Llama, Qwen2, Qwen3 and whatever is configured like them.
+
+For a small model a decode step is mostly the interpreter's time between kernels, so this path runs as few of them as it can: Q, K, V and
+gate, up are fused matrices, rotary embedding is applied to queries and keys at once, residuals are added inside the
+matrix product. The named parameters are views into the fused ones, so filling a set of weights by name fills the fused matrices.
+`supports` says which configurations it is exact for; everything else takes the generic path.
+
+Shapes: N rows, B contexts, T positions, C hidden, H query heads, K key/value heads, G = H / K, D head size, F intermediate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rollout_server.engine.cache import DecodeBatch, KVCache
+from rollout_server.engine.models.base import ModelFacts, Weights
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Layer:
+    """One decoder layer's tensors, as the forward reads them."""
+
+    input_norm_C: Tensor
+    qkv: Tensor
+    """[(H + 2K) D, C]"""
+    qkv_bias: Tensor | None
+    q_norm_D: Tensor | None
+    k_norm_D: Tensor | None
+    output_CO: Tensor
+    """[C, H D]"""
+    post_norm_C: Tensor
+    gate_up: Tensor
+    """[2F, C]"""
+    down_CF: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Plan:
+    embed_VC: Tensor
+    layers: tuple[_Layer, ...]
+    norm_C: Tensor
+    head_VC: Tensor
+
+
+def supports(config: Any, names: set[str]) -> bool:
+    """Whether this file computes exactly what transformers would for this configuration and these parameters."""
+    if config.model_type not in ("llama", "qwen2", "qwen3") or config.hidden_act != "silu":
+        return False
+    # These depend on the length of the sequence: a table made once would be wrong.
+    if (config.rope_parameters or {}).get("rope_type") in ("dynamic", "longrope"):
+        return False
+    return names == {name for name, _ in _parameters(config, names)}
+
+
+def _parameters(config: Any, names: set[str]) -> list[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every parameter this path knows, given the optional ones present in `names`."""
+    hidden, head_dim, inner = config.hidden_size, _head_dim(config), config.intermediate_size
+    q_size, kv_size = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    shapes: list[tuple[str, tuple[int, ...]]] = [("model.embed_tokens.weight", (config.vocab_size, hidden))]
+    for i in range(config.num_hidden_layers):
+        prefix = f"model.layers.{i}."
+        for projection, size in (("q", q_size), ("k", kv_size), ("v", kv_size)):
+            shapes.append((f"{prefix}self_attn.{projection}_proj.weight", (size, hidden)))
+            if f"{prefix}self_attn.{projection}_proj.bias" in names:
+                shapes.append((f"{prefix}self_attn.{projection}_proj.bias", (size,)))
+            if projection != "v" and f"{prefix}self_attn.{projection}_norm.weight" in names:
+                shapes.append((f"{prefix}self_attn.{projection}_norm.weight", (head_dim,)))
+        shapes += [
+            (f"{prefix}self_attn.o_proj.weight", (hidden, q_size)),
+            (f"{prefix}mlp.gate_proj.weight", (inner, hidden)),
+            (f"{prefix}mlp.up_proj.weight", (inner, hidden)),
+            (f"{prefix}mlp.down_proj.weight", (hidden, inner)),
+            (f"{prefix}input_layernorm.weight", (hidden,)),
+            (f"{prefix}post_attention_layernorm.weight", (hidden,)),
+        ]
+    shapes.append(("model.norm.weight", (hidden,)))
+    if not config.tie_word_embeddings:
+        shapes.append(("lm_head.weight", (config.vocab_size, hidden)))
+    return shapes
+
+
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+class LlamaModel:
+    """CausalModel for the Llama family. `rotary` gives (cos, sin) float32[T, D] for all positions the engine may use."""
+
+    def __init__(self, config: Any, facts: ModelFacts, *, rotary: tuple[Tensor, Tensor]) -> None:
+        self.facts = facts
+        self._config = config
+        self._num_heads = config.num_attention_heads
+        self._num_kv_heads = config.num_key_value_heads
+        self._group = self._num_heads // self._num_kv_heads
+        self._head_dim = _head_dim(config)
+        self._scale = self._head_dim**-0.5
+        self._eps = config.rms_norm_eps
+        cos_TD, sin_TD = rotary
+        half = self._head_dim // 2
+        # x * cos + rotate_half(x) * sin, with rotate_half's sign moved into the table: a roll is cheaper than negate and concatenate.
+        self._cos_TD = cos_TD.to(facts.dtype)
+        self._sin_TD = torch.cat((-sin_TD[:, :half], sin_TD[:, half:]), -1).to(facts.dtype)
+        # On a CPU in float32 four plain kernels beat the fused one at these sizes (42 against 60 us for 32 rows).
+        self._plain_attention = facts.device.type == "cpu" and facts.dtype == torch.float32
+        self._plan: _Plan | None = None
+
+    def new_weights(self) -> Weights:
+        """An uninitialised set: fused storage, and its views by name."""
+        facts, config = self.facts, self._config
+        names = set(facts.parameter_shapes)
+        sizes = [self._num_heads * self._head_dim] + [self._num_kv_heads * self._head_dim] * 2
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=facts.dtype, device=facts.device)
+
+        named: dict[str, Tensor] = {}
+        layers = []
+        for i in range(config.num_hidden_layers):
+            prefix = f"model.layers.{i}."
+            qkv, gate_up = empty(sum(sizes), config.hidden_size), empty(2 * config.intermediate_size, config.hidden_size)
+            bias = empty(sum(sizes)) if f"{prefix}self_attn.q_proj.bias" in names else None
+            for projection, weight in zip("qkv", qkv.split(sizes), strict=True):
+                named[f"{prefix}self_attn.{projection}_proj.weight"] = weight
+            if bias is not None:
+                for projection, part in zip("qkv", bias.split(sizes), strict=True):
+                    named[f"{prefix}self_attn.{projection}_proj.bias"] = part
+            named[f"{prefix}mlp.gate_proj.weight"], named[f"{prefix}mlp.up_proj.weight"] = gate_up.chunk(2)
+            for name, shape in facts.parameter_shapes.items():
+                if name.startswith(prefix) and name not in named:
+                    named[name] = empty(*shape)
+            layers.append(
+                _Layer(
+                    input_norm_C=named[f"{prefix}input_layernorm.weight"],
+                    qkv=qkv,
+                    qkv_bias=bias,
+                    q_norm_D=named.get(f"{prefix}self_attn.q_norm.weight"),
+                    k_norm_D=named.get(f"{prefix}self_attn.k_norm.weight"),
+                    output_CO=named[f"{prefix}self_attn.o_proj.weight"],
+                    post_norm_C=named[f"{prefix}post_attention_layernorm.weight"],
+                    gate_up=gate_up,
+                    down_CF=named[f"{prefix}mlp.down_proj.weight"],
+                )
+            )
+        for name, shape in facts.parameter_shapes.items():
+            if name not in named:
+                named[name] = empty(*shape)
+        embed_VC = named["model.embed_tokens.weight"]
+        plan = _Plan(
+            embed_VC=embed_VC,
+            layers=tuple(layers),
+            norm_C=named["model.norm.weight"],
+            head_VC=named.get("lm_head.weight", embed_VC),
+        )
+        assert named.keys() == names
+        return Weights(named=named, plan=plan)
+
+    def activate(self, weights: Weights) -> None:
+        """Makes every forward from now on use this set."""
+        assert isinstance(weights.plan, _Plan)
+        self._plan = weights.plan
+
+    def decode(self, tokens_N: Tensor, batch: DecodeBatch, cache: KVCache) -> Tensor:
+        """Logits [N, V] after one more token in each of rows 0..N-1."""
+        plan = self._plan
+        assert plan is not None, "activate a set of weights first"
+        num_rows, kv_heads, head_dim = batch.num_rows, self._num_kv_heads, self._head_dim
+        rotated_heads = self._num_heads + kv_heads
+        hidden = plan.embed_VC.shape[1]
+        x_NC = F.embedding(tokens_N, plan.embed_VC)
+        cos_N1D = self._cos_TD.index_select(0, batch.position_N).unsqueeze(1)
+        sin_N1D = self._sin_TD.index_select(0, batch.position_N).unsqueeze(1)
+        bias_N11T = batch.bias_N1T.unsqueeze(1)
+        for i, layer in enumerate(plan.layers):
+            h_NC = F.rms_norm(x_NC, (hidden,), layer.input_norm_C, self._eps)
+            qkv_NHD = F.linear(h_NC, layer.qkv, layer.qkv_bias).view(num_rows, -1, head_dim)
+            qk_NHD = self._rotate(self._normed(qkv_NHD[:, :rotated_heads], layer), cos_N1D, sin_N1D)
+            key_NKTD, value_NKTD = cache.append(i, qk_NHD[:, self._num_heads :], qkv_NHD[:, rotated_heads:])
+            query_NKGD = qk_NHD[:, : self._num_heads].reshape(num_rows, kv_heads, self._group, head_dim)
+            attended = self._attend(query_NKGD, key_NKTD, value_NKTD, bias_N11T)
+            x_NC = torch.addmm(x_NC, attended.reshape(num_rows, -1), layer.output_CO.t())
+            x_NC = self._mlp(x_NC, layer)
+        return F.linear(F.rms_norm(x_NC, (hidden,), plan.norm_C, self._eps), plan.head_VC)
+
+    def prefill(self, tokens_BT: Tensor, cache: KVCache) -> None:
+        """Computes the KV of right-padded contexts: causality alone keeps padding out of what is real."""
+        plan = self._plan
+        assert plan is not None, "activate a set of weights first"
+        num_contexts, length = tokens_BT.shape
+        rotated_heads = self._num_heads + self._num_kv_heads
+        hidden = plan.embed_VC.shape[1]
+        x = F.embedding(tokens_BT.reshape(-1), plan.embed_VC)
+        cos_1T1D, sin_1T1D = self._cos_TD[None, :length, None], self._sin_TD[None, :length, None]
+        for i, layer in enumerate(plan.layers):
+            h = F.rms_norm(x, (hidden,), layer.input_norm_C, self._eps)
+            qkv = F.linear(h, layer.qkv, layer.qkv_bias).view(num_contexts, length, -1, self._head_dim)
+            qk = self._rotate(self._normed(qkv[:, :, :rotated_heads], layer), cos_1T1D, sin_1T1D)
+            query, key = qk[:, :, : self._num_heads].transpose(1, 2), qk[:, :, self._num_heads :].transpose(1, 2)
+            value = qkv[:, :, rotated_heads:].transpose(1, 2)
+            cache.fill(i, key, value)
+            if i + 1 == len(plan.layers):
+                break  # only KV is wanted: the last layer's output feeds nothing
+            attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self._scale, enable_gqa=self._group > 1)
+            attended = attended.transpose(1, 2).reshape(num_contexts * length, -1)
+            x = self._mlp(torch.addmm(x, attended, layer.output_CO.t()), layer)
+
+    def _normed(self, qk: Tensor, layer: _Layer) -> Tensor:
+        """Qwen3 normalises queries and keys by head, before rotation."""
+        if layer.q_norm_D is None or layer.k_norm_D is None:
+            return qk
+        query, key = qk[..., : self._num_heads, :], qk[..., self._num_heads :, :]
+        size = (self._head_dim,)
+        query, key = F.rms_norm(query, size, layer.q_norm_D, self._eps), F.rms_norm(key, size, layer.k_norm_D, self._eps)
+        return torch.cat((query, key), -2)
+
+    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return torch.addcmul(x * cos, x.roll(self._head_dim // 2, -1), sin)
+
+    def _attend(self, query_NKGD: Tensor, key_NKTD: Tensor, value_NKTD: Tensor, bias_N11T: Tensor) -> Tensor:
+        """One query a row; the group's G heads stand where a longer query's positions would, so keys are never repeated."""
+        if not self._plain_attention:
+            return F.scaled_dot_product_attention(query_NKGD, key_NKTD, value_NKTD, attn_mask=bias_N11T, scale=self._scale)
+        scores_NKGT = torch.matmul(query_NKGD, key_NKTD.transpose(-1, -2))
+        scores_NKGT = torch.add(bias_N11T, scores_NKGT, alpha=self._scale)
+        return torch.matmul(torch.softmax(scores_NKGT, -1), value_NKTD)
+
+    def _mlp(self, x: Tensor, layer: _Layer) -> Tensor:
+        h = F.rms_norm(x, x.shape[-1:], layer.post_norm_C, self._eps)
+        gate, up = F.linear(h, layer.gate_up).chunk(2, -1)
+        return torch.addmm(x, F.silu(gate) * up, layer.down_CF.t())

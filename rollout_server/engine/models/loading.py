@@ -1,0 +1,128 @@
+"""From a Hugging Face directory to a CausalModel that has been proven to agree with transformers.
+
+The check at start costs two short forwards and is what lets us claim "any decoder-only model": an architecture whose attention,
+positions or cache behave unlike our paths assume is refused here with one message, instead of training on wrong log-probs.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from areal_like.errors import ConfigError
+from rollout_server.engine.cache import KVCache
+from rollout_server.engine.models import llama
+from rollout_server.engine.models.base import CausalModel, ModelFacts, Weights
+from rollout_server.engine.models.generic import GenericModel, RowCache
+
+logger = logging.getLogger(__name__)
+
+CHECK_TOKENS = 12
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
+"""Largest log-prob difference that the check at start accepts. Reorderings alone give about 1e-5, 0.1 and 0.01."""
+
+
+@torch.inference_mode()
+def load(
+    path: str, *, dtype: torch.dtype, device: torch.device, context_length: int, allow_fast_path: bool = True
+) -> tuple[CausalModel, Weights]:
+    """Loads a model and its active set of weights. Raises ConfigError where the model does not exist or cannot be run exactly."""
+    module = _from_pretrained(path, dtype=dtype).to(device).eval()
+    config = module.config
+    _check_attention(config, context_length=context_length)
+    generator = torch.Generator().manual_seed(0)
+    tokens_BT = torch.randint(0, config.vocab_size, (2, CHECK_TOKENS), generator=generator).to(device)
+    facts = _facts(module, tokens_BT, dtype=dtype, device=device)
+    if facts.max_positions < context_length:
+        raise ConfigError(f"--context-length {context_length}: {path} has only {facts.max_positions} positions; use at most that many")
+    reference = [module(input_ids=tokens_BT[:1], use_cache=False).logits[0, -1]]
+    reference.append(module(input_ids=tokens_BT[1:, : CHECK_TOKENS // 2], use_cache=False).logits[0, -1])
+
+    names = set(facts.parameter_shapes)
+    if allow_fast_path and llama.supports(config, names):
+        positions_1T = torch.arange(context_length, device=device).unsqueeze(0)
+        cos_1TD, sin_1TD = module.model.rotary_emb(torch.zeros(1, dtype=torch.float32, device=device), positions_1T)
+        model: CausalModel = llama.LlamaModel(config, facts, rotary=(cos_1TD[0], sin_1TD[0]))
+        weights = model.new_weights()
+        for name, parameter in module.named_parameters():
+            weights.named[name].copy_(parameter)
+    else:
+        model = GenericModel(module, facts)
+        weights = Weights(named={name: parameter.data for name, parameter in module.named_parameters()})
+    model.activate(weights)
+    _check_agreement(model, tokens_BT, reference, path=path)
+    num_parameters = sum(tensor.numel() for tensor in weights.named.values())
+    logger.info("%s: %s, %d parameters, %s path", path, facts.model_type, num_parameters, type(model).__name__)
+    return model, weights
+
+
+def _from_pretrained(path: str, *, dtype: torch.dtype) -> Any:
+    if path.startswith((".", "/", "~")) and not (Path(path).expanduser() / "config.json").is_file():
+        raise ConfigError(f"--model-path {path}: no config.json there; give a Hugging Face directory")
+    try:
+        return AutoModelForCausalLM.from_pretrained(Path(path).expanduser() if path[0] in "./~" else path, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--model-path {path}: {str(error).strip().splitlines()[0]}") from None
+
+
+def _check_attention(config: Any, *, context_length: int) -> None:
+    """Sliding windows are exact as long as no sequence outgrows them; other kinds of layers have no KV rows."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if other := kinds - {"full_attention", "sliding_attention"}:
+        raise ConfigError(f"model type {config.model_type} has {', '.join(sorted(other))} layers: the embedded engine runs attention only")
+    window = getattr(config, "sliding_window", None)
+    implicit = not hasattr(config, "layer_types") and getattr(config, "use_sliding_window", True)
+    if window and ("sliding_attention" in kinds or implicit) and context_length > window:
+        raise ConfigError(f"--context-length {context_length}: the model attends to a sliding window of {window}; use at most that")
+
+
+def _facts(module: Any, tokens_BT: Tensor, *, dtype: torch.dtype, device: torch.device) -> ModelFacts:
+    config = module.config
+    probe = RowCache()
+    try:
+        module(input_ids=tokens_BT, past_key_values=probe, use_cache=True)
+    except (TypeError, AttributeError, NotImplementedError, IndexError) as error:
+        raise ConfigError(f"model type {config.model_type} cannot run over our KV cache: {error}") from None
+    if sorted(probe.seen) != list(range(config.num_hidden_layers)):
+        raise ConfigError(f"model type {config.model_type}: not every layer keeps keys and values; the embedded engine needs that")
+    unique = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    every = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    eos = module.generation_config.eos_token_id
+    if eos is None:
+        eos = config.eos_token_id
+    return ModelFacts(
+        model_type=config.model_type,
+        vocab_size=int(config.vocab_size),
+        max_positions=int(getattr(config, "max_position_embeddings", None) or 1 << 30),
+        eos_token_ids=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (int(eos),),
+        parameter_shapes=unique,
+        tied_names=frozenset(every - unique.keys()),
+        kv_shapes=[probe.seen[i] for i in range(config.num_hidden_layers)],
+        dtype=dtype,
+        device=device,
+    )
+
+
+def _check_agreement(model: CausalModel, tokens_BT: Tensor, reference: list[Tensor], *, path: str) -> None:
+    facts = model.facts
+    lengths = [CHECK_TOKENS, CHECK_TOKENS // 2]
+    cache = KVCache(facts.kv_shapes, num_rows=2, context_length=CHECK_TOKENS, dtype=facts.dtype, device=facts.device)
+    cache.begin_prefill(num_contexts=2, num_positions=CHECK_TOKENS - 1)
+    model.prefill(tokens_BT[:, :-1], cache)
+    cache.end_prefill(rows=[0, 1], sources=[0, 1])
+    last_N = torch.stack([tokens_BT[row, length - 1] for row, length in enumerate(lengths)])
+    batch = cache.begin_decode(np.array(lengths, dtype=np.int64) - 1)
+    ours_NV = torch.log_softmax(model.decode(last_N, batch, cache).float(), -1)
+    theirs_NV = torch.log_softmax(torch.stack(reference).float(), -1)
+    difference = float((ours_NV - theirs_NV).abs().max())
+    if not difference <= TOLERANCE.get(facts.dtype, 0.5):
+        raise ConfigError(
+            f"--model-path {path}: model type {facts.model_type} does not run exactly on the embedded engine "
+            f"(log-probs differ by {difference:.2g} from transformers)"
+        )

@@ -1,0 +1,94 @@
+"""One batched draw for all rows, reproducible by request whatever else is in the batch.
+
+A token is drawn by inverting the cumulative distribution at one uniform number a row. That number is a hash of the sequence's key and
+the token's index, so it depends neither on batch composition nor on a shared generator's history, and costs no loop over
+requests. Log-probs are those of the temperature-scaled distribution before any filter (SGLang's definition and the trainer's).
+
+Shapes: N rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+
+
+def mix(values_N: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The splitmix64 finaliser (Steele, Lea & Flood 2014): uint64[N] -> uint64[N], every output bit depends on every input bit."""
+    values_N = (values_N ^ (values_N >> np.uint64(30))) * _MIX_1
+    values_N = (values_N ^ (values_N >> np.uint64(27))) * _MIX_2
+    return values_N ^ (values_N >> np.uint64(31))
+
+
+def noise_key(seed: int, index: int) -> int:
+    """uint64 key of sequence `index` under `seed`."""
+    both = np.array([seed & 0xFFFFFFFFFFFFFFFF, index & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)
+    mixed = mix(both + _GOLDEN)
+    return int(mix(mixed[:1] + _GOLDEN * mixed[1:])[0])
+
+
+def uniforms(keys_N: NDArray[np.uint64], counters_N: NDArray[np.int64]) -> NDArray[np.float64]:
+    """float64[N] in [0, 1): the draw of token `counter` of the sequence with this key."""
+    bits_N = mix(keys_N + (counters_N.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
+    return (bits_N >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filters:
+    """Nucleus, top-k and min-p thresholds, float32/int64[N, 1]; at their neutral values they keep everything."""
+
+    top_p_N1: Tensor
+    top_k_N1: Tensor
+    min_p_N1: Tensor
+
+
+def sample(
+    logits_NV: Tensor,
+    *,
+    temperature_N: Tensor,
+    uniform_N: Tensor,
+    any_greedy: bool,
+    any_random: bool,
+    filters: Filters | None,
+) -> tuple[Tensor, Tensor]:
+    """Draws one token a row: (tokens int64[N], log-probs float32[N]).
+
+    `temperature_N` float32, 0 for greedy rows; `uniform_N` float64 in [0, 1). `any_greedy` and `any_random` say which kinds of rows there
+    are, so that a batch of one kind does not pay for the other.
+    """
+    logits_NV = logits_NV.float()
+    if any_random:
+        divisor_N = torch.where(temperature_N > 0, temperature_N, 1.0) if any_greedy else temperature_N
+        logits_NV = logits_NV / divisor_N.unsqueeze(1)
+    logprobs_NV = torch.log_softmax(logits_NV, -1)
+    if any_random:
+        probs_NV = logprobs_NV.exp()
+        if filters is not None:
+            probs_NV = _filtered(probs_NV, filters)
+        cdf_NV = probs_NV.cumsum(-1, dtype=torch.float64)
+        # right=True: the first entry above the target, hence never a token of probability zero.
+        token_N1 = torch.searchsorted(cdf_NV, uniform_N.unsqueeze(1) * cdf_NV[:, -1:], right=True)
+        token_N1 = token_N1.clamp_(max=logits_NV.shape[1] - 1)
+        if any_greedy:
+            token_N1 = torch.where((temperature_N > 0).unsqueeze(1), token_N1, logits_NV.argmax(-1, keepdim=True))
+    else:
+        token_N1 = logits_NV.argmax(-1, keepdim=True)
+    return token_N1.squeeze(1), logprobs_NV.gather(1, token_N1).squeeze(1)
+
+
+def _filtered(probs_NV: Tensor, filters: Filters) -> Tensor:
+    """Zeroes what the filters exclude; top-k first, then top-p, then min-p, each on the full distribution's values as SGLang does."""
+    sorted_NV, order_NV = probs_NV.sort(-1, descending=True)
+    before_NV = sorted_NV.cumsum(-1) - sorted_NV
+    rank_V = torch.arange(probs_NV.shape[1], device=probs_NV.device)
+    keep_NV = (before_NV <= filters.top_p_N1) & (rank_V < filters.top_k_N1) & (sorted_NV >= sorted_NV[:, :1] * filters.min_p_N1)
+    keep_NV[:, 0] = True
+    return torch.zeros_like(probs_NV).scatter_(-1, order_NV, sorted_NV * keep_NV)
