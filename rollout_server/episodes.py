@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -29,7 +30,7 @@ _MAX_FRUITLESS_ABORTS = 16
 class Engine(Protocol):
     """What an episode needs of an engine; `EngineClient` is one."""
 
-    async def generate(self, input_ids: NDArray[np.int32], *, sampling: Sampling, rid: str | None = None) -> Generation:
+    async def generate(self, input_ids: Sequence[int], *, sampling: Sampling, rid: str | None = None) -> Generation:
         """See EngineClient.generate."""
 
 
@@ -173,7 +174,7 @@ class Speaker:
         rid = f"{self._rid}.{self._num_requests}"
         self._num_requests += 1
         async with self._turnstile:
-            return await self._engine.generate(tokens_T, sampling=sampling, rid=rid)
+            return await self._engine.generate(tokens_T.tolist(), sampling=sampling, rid=rid)
 
 
 class Episode(ABC):

@@ -17,7 +17,7 @@ from rollout_server.tasks import ChatMessage, Example
 class PromptRenderer:
     """Tokenizer, vocabulary size and stop tokens of one model."""
 
-    def __init__(self, model: str, *, max_prompt_tokens: int) -> None:
+    def __init__(self, model: str) -> None:
         """`model` is what `from_pretrained` takes. Raises ConfigError when it has no tokenizer, no config or no EOS token."""
         # Here and not above: importing transformers costs a second, which --help need not pay.
         from transformers import AutoConfig, AutoTokenizer, GenerationConfig
@@ -31,19 +31,25 @@ class PromptRenderer:
             eos = GenerationConfig.from_pretrained(model).eos_token_id
         except OSError:  # the file is optional
             eos = None
-        self.vocab_size = int(config.get_text_config().vocab_size)
+        text = config.get_text_config()
+        self.max_positions = int(getattr(text, "max_position_embeddings", 0)) or 1 << 30
+        """Longest sequence of the model."""
+        self.vocab_size = int(text.vocab_size)
         """Rows of the model's embedding: every token id is below it."""
         self.stop_token_ids: list[int] = sorted({self._tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None})
         """Ids that end an answer: the tokenizer's EOS and those of generation_config.json."""
         if not self.stop_token_ids:
             raise ConfigError(f"model.path={model}: no EOS token in tokenizer or generation_config.json, so no answer could end")
-        self._max_prompt_tokens = max_prompt_tokens
+        self.max_prompt_tokens = self.max_positions
+        """Longer prompts are refused; the owner lowers it to what its engine has room for."""
 
     def encode(self, example: Example) -> NDArray[np.int32]:
         """Prompt token ids [P] int32. Raises ValueError for an empty, too long or out-of-vocabulary prompt."""
         tokens = self._encode(example.prompt)
-        if not 0 < len(tokens) <= self._max_prompt_tokens:
-            raise ValueError(f"prompt of {len(tokens)} tokens: want 1 .. task.max_prompt_tokens={self._max_prompt_tokens}")
+        if not 0 < len(tokens) <= self.max_prompt_tokens:
+            raise ValueError(
+                f"prompt of {len(tokens)} tokens: want 1 to {self.max_prompt_tokens} (task.max_prompt_tokens, rollout.max_context)"
+            )
         tokens_P = np.asarray(tokens, dtype=np.int32)
         if int(tokens_P.max()) >= self.vocab_size:
             raise ValueError(f"prompt holds token id {tokens_P.max()}, the model's vocabulary ends at {self.vocab_size}")

@@ -1,0 +1,254 @@
+"""A rollout server: engine, rewards, weights and the stream to the buffer, put together. Holds nothing that matters.
+
+    STARTING -> SERVING -> (engine lost) -> STARTING -> QUARANTINED -> (next push) -> SERVING
+                    \\-> DRAINING (SIGTERM) -> exit 0
+
+A restarted engine holds the weights that it can load from disk. They are older than what was pushed, so it takes no leases until trainer
+rank 0, who sees `quarantined` in the directory, has pushed the newest. Parts: `link` (buffer), `runner` (leases to samples), `weights`
+(pushes), `rewards` (worker processes), `engine_process`. This file only connects them and decides what happens when one is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from areal_like.channel import tcp_address
+from areal_like.config import Config
+from areal_like.daemon import Runtime, cancelled_on_exit
+from areal_like.errors import ConfigError, EngineError
+from areal_like.fingerprint import dataset_fingerprint, model_fingerprint, tokenizer_fingerprint
+from areal_like.messages.hello import Hello, Role
+from areal_like.messages.producer import Lease, ServerState
+from areal_like.paths import model_path
+from rollout_server.engine_client import EngineClient
+from rollout_server.engine_process import EngineProcess
+from rollout_server.episodes import SingleTurn, Turnstile
+from rollout_server.leases import LeaseDesk
+from rollout_server.link import BufferLink
+from rollout_server.prompts import PromptRenderer
+from rollout_server.rewards import RewardPool
+from rollout_server.runner import LeaseRunner
+from rollout_server.stats import ServerStats
+from rollout_server.tasks import Task, make_task
+from rollout_server.weights import WeightReceiver
+
+log = logging.getLogger(__name__)
+
+_INITIAL_VERSION = 0
+"""What the weights at `model.path` are called."""
+_MAX_DEATHS_IN_A_ROW = 5
+"""Engines that died within `_HEALTHY_AFTER_S`, one after the other; then the server ends and its launcher decides."""
+_HEALTHY_AFTER_S = 30.0
+_FIRST_BACKOFF_S = 0.5
+_SILENT_ENGINE_S = 60.0
+"""An engine that is there but answers nothing for so long is replaced."""
+
+
+async def main(runtime: Runtime) -> None:
+    """The daemon's body: serves until `runtime.stopping`. Raises ConfigError for settings that cannot work together."""
+    config = runtime.config
+    task = make_task(config.task, seed=config.seed)
+    model = model_path(config)
+    renderer = PromptRenderer(model)
+    context_tokens = check_context(config, task, max_positions=renderer.max_positions)
+    renderer.max_prompt_tokens = min(task.max_prompt_tokens, context_tokens - config.sampling.max_new_tokens)
+    if config.eval.num_prompts > task.num_eval:
+        raise ConfigError(f"eval.num_prompts={config.eval.num_prompts}: the task holds out {task.num_eval} (task.num_eval)")
+    log.info("task %s, examples %s", config.task, task.fingerprint())
+    rollout = config.rollout
+    pool = RewardPool(config.task, seed=config.seed, num_workers=rollout.reward_workers, timeout_s=rollout.reward_timeout_s)
+    engine = EngineProcess(config, name=runtime.name, model=model, context_tokens=context_tokens)
+    async with pool as rewards:
+        server = RolloutServer(runtime, task=task, renderer=renderer, model=model, rewards=rewards, engine=engine)
+        try:
+            await server.run()
+        finally:
+            await server.close()
+
+
+def check_context(config: Config, task: Task, *, max_positions: int) -> int:
+    """Longest sequence that the engine has to hold, in tokens. Raises ConfigError if there is no room for a prompt."""
+    wanted = config.rollout.max_context or task.max_prompt_tokens + config.sampling.max_new_tokens
+    context = min(wanted, max_positions)
+    if context <= config.sampling.max_new_tokens:
+        raise ConfigError(
+            f"sampling.max_new_tokens={config.sampling.max_new_tokens} leaves no room for a prompt in a context of {context} tokens "
+            f"(rollout.max_context={config.rollout.max_context}, the model ends at {max_positions}): lower it"
+        )
+    return context
+
+
+class RolloutServer:
+    """One server. `run` until it returns or raises, then `close`."""
+
+    def __init__(
+        self, runtime: Runtime, *, task: Task, renderer: PromptRenderer, model: str, rewards: RewardPool, engine: EngineProcess
+    ) -> None:
+        config = runtime.config
+        self._runtime = runtime
+        self._model = model
+        self._engine = engine
+        self._client: EngineClient | None = None
+        turnstile = Turnstile()
+        self._receiver = WeightReceiver(
+            host=config.rollout.host,
+            max_message_bytes=config.buffer.max_message_bytes,
+            turnstile=turnstile,
+            on_version=self._on_version,
+            on_doubt=self._on_doubt,
+        )
+        self._desk = LeaseDesk(capacity_samples=config.rollout.max_running + config.rollout.queue_samples)
+        self._link = BufferLink(
+            config,
+            hello=self._hello,
+            desk=self._desk,
+            waits=runtime.waits,
+            on_leases=self._on_leases,
+            on_abort=lambda lease_ids: self._runner.cancel(lease_ids),
+        )
+        self._runner = LeaseRunner(
+            config,
+            task=task,
+            tokenizer=renderer,
+            stop_token_ids=tuple(renderer.stop_token_ids),
+            episode=SingleTurn(),
+            rewards=rewards,
+            turnstile=turnstile,
+            on_answer=self._link.deliver,
+        )
+        self._stats = ServerStats(
+            runtime.metrics, desk=self._desk, runner=self._runner, rewards=rewards, receiver=self._receiver, engine=engine
+        )
+        self._weights_address = tcp_address(config.rollout.advertise_host or config.rollout.host, self._receiver.port)
+        runtime.status = self._status
+        runtime.advertise(weights=self._weights_address)
+
+    async def run(self) -> None:
+        """Serves until told to stop, then drains. Raises what ended it otherwise."""
+        tasks = [
+            asyncio.create_task(self._link.run(), name="link"),
+            asyncio.create_task(self._supervise(), name="engine"),
+            asyncio.create_task(self._observe(), name="stats"),
+        ]
+        stopping = asyncio.create_task(self._runtime.stopping.wait(), name="stopping")
+        watched: list[asyncio.Future[Any]] = [*tasks, stopping, self._receiver.serving, self._runner.failed]
+        async with cancelled_on_exit(*tasks, stopping):
+            done, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+            for ended in done:
+                ended.result()
+            await self._drain(supervision=tasks[1])
+
+    async def close(self) -> None:
+        """Ends everything that is left; safe after any failure."""
+        await self._runner.close()
+        await self._receiver.close()
+        if self._client is not None:
+            await self._client.close()
+        await self._engine.stop()
+        self._link.close()
+
+    async def _drain(self, *, supervision: asyncio.Task[None]) -> None:
+        """Not ready at once, generations aborted, leases returned. The engine is stopped by `close`."""
+        self._link.announce(state=ServerState.DRAINING)
+        supervision.cancel()
+        await self._runner.close()
+        with self._runtime.waits("buffer: goodbye"):
+            await self._link.leave()
+
+    async def _supervise(self) -> None:
+        """Keeps an engine running. Raises EngineError if the first does not start, or if one after the other dies."""
+        loop = asyncio.get_running_loop()
+        num_failures = 0
+        while True:
+            started_s = loop.time()
+            with self._runtime.waits("engine: ready"):
+                client = await self._engine.start(version=_INITIAL_VERSION)
+            self._on_engine(client)
+            reason = await self._engine.died()
+            await self._on_engine_lost(reason)
+            num_failures = 1 if loop.time() - started_s > _HEALTHY_AFTER_S else num_failures + 1
+            if num_failures >= _MAX_DEATHS_IN_A_ROW:
+                raise EngineError(reason)
+            await asyncio.sleep(_FIRST_BACKOFF_S * 2 ** (num_failures - 1))
+
+    async def _observe(self) -> None:
+        """Reads the engine's load every heartbeat, says whether we are ready, and notices an engine that is alive but silent."""
+        loop = asyncio.get_running_loop()
+        answered_s = loop.time()
+        while True:
+            await asyncio.sleep(self._runtime.config.daemon.heartbeat_s)
+            load: dict[str, Any] = {}
+            if self._client is not None:
+                try:
+                    load = (await self._client.server_info()).get("load", {})
+                    answered_s = loop.time()
+                except EngineError as error:
+                    log.info("no load from the engine: %s", error)
+                    if loop.time() - answered_s > _SILENT_ENGINE_S:
+                        self._on_doubt(f"silent for {loop.time() - answered_s:.0f} s: {error}")
+            else:
+                answered_s = loop.time()
+            self._link.stats = self._stats.update(load, now_s=loop.time())
+            problem = self._link.problem or ("" if self._link.state is ServerState.SERVING else self._link.state.value)
+            if problem:
+                self._runtime.unready(problem)
+            else:
+                self._runtime.ready()
+
+    def _on_engine(self, client: EngineClient) -> None:
+        restarted = self._engine.num_starts > 1 and self._link.newest_version > _INITIAL_VERSION
+        log.info("engine ready, pid %d%s", self._engine.pid, ": it takes leases after the next push" if restarted else "")
+        self._client = self._runner.engine = client
+        self._receiver.set_engine(client, version=_INITIAL_VERSION)
+        state = ServerState.QUARANTINED if restarted else ServerState.SERVING
+        self._link.announce(state=state, weights_version=_INITIAL_VERSION)
+
+    async def _on_engine_lost(self, reason: str) -> None:
+        log.error("engine lost: %s", reason)
+        client, self._client, self._runner.engine = self._client, None, None
+        self._receiver.set_engine(None)
+        self._runner.cancel(self._link.give_back(reason="engine lost"))
+        self._link.announce(state=ServerState.STARTING)
+        self._stats.engine_lost()
+        if client is not None:
+            await client.close()
+
+    def _on_version(self, version: int) -> None:
+        if self._link.state is not ServerState.DRAINING:
+            self._link.announce(state=ServerState.SERVING, weights_version=version)
+
+    def _on_doubt(self, reason: str) -> None:
+        log.error("engine is replaced: %s", reason)
+        self._engine.kill()  # `_supervise` sees it die
+
+    def _on_leases(self, leases: list[Lease]) -> None:
+        if leases:
+            self._runner.start(leases)
+
+    def _hello(self) -> Hello:
+        config = self._runtime.config
+        return Hello(
+            role=Role.ROLLOUT,
+            name=self._runtime.name,
+            incarnation=self._runtime.incarnation,
+            job=config.name,
+            model=model_fingerprint(self._model),
+            tokenizer=tokenizer_fingerprint(self._model),
+            dataset=dataset_fingerprint(config),
+            http_address=f"{config.daemon.http_host}:{self._runtime.http_port}",
+            weights_address=self._weights_address,
+            weights_version=self._receiver.version,
+            device=config.rollout.engine_device,
+        )
+
+    def _status(self) -> dict[str, Any]:
+        return {
+            "state": self._link.state.value,
+            "engine_pid": self._engine.pid,
+            "engine_url": self._client.base_url if self._client is not None else "",
+            "leases": self._desk.lease_ids,
+            "refused_samples": self._link.num_refused,
+            "stats": self._stats.values,
+        }

@@ -1,0 +1,153 @@
+"""The embedded engine as a child process: started, waited for, watched, stopped.
+
+    STOPPED -> start() -> (port file appears, /health answers) -> RUNNING -> stop(), or it dies -> STOPPED
+
+It is a process of its own, so that Python's interpreter lock is never shared between decoding and the stream of samples, and so that
+whatever kills it leaves the server able to return its leases and start another. It dies with this process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from areal_like.channel import tcp_address
+from areal_like.config import Config
+from areal_like.errors import EngineError
+from areal_like.paths import RunPaths
+from rollout_server.engine_client import EngineClient
+
+_POLL_S = 0.05
+_STOP_TIMEOUT_S = 5.0
+_LOG_LINES = 8
+"""Last lines of the engine's log that an error message quotes."""
+
+
+class EngineProcess:
+    """One engine at a time. Every `start` is a new process on a port that the kernel picks."""
+
+    def __init__(self, config: Config, *, name: str, model: str, context_tokens: int) -> None:
+        """`model` is what `from_pretrained` takes; `context_tokens` the longest sequence."""
+        self._config = config
+        self._model = model
+        self._context_tokens = context_tokens
+        paths = RunPaths.of(config)
+        self.log_path = paths.logs / f"{name}-engine.log"
+        self._port_file = paths.endpoints / f"{name}-engine.port"
+        self._process: subprocess.Popen[bytes] | None = None
+        self.num_starts = 0
+
+    @property
+    def pid(self) -> int:
+        """Process id; 0 when stopped."""
+        return self._process.pid if self._process is not None else 0
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the process exists."""
+        return self._process is not None and self._process.poll() is None
+
+    async def start(self, *, version: int) -> EngineClient:
+        """Starts an engine whose weights are called `version`; returns a client once it is ready to generate.
+
+        Raises EngineError, with the end of its log, if it dies or is not ready within rollout.start_timeout_s.
+        """
+        assert not self.is_running
+        self._launch(version=version)
+        self.num_starts += 1
+        timeout_s = self._config.rollout.start_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._connect(await self._port())
+        except TimeoutError:
+            self.kill()
+            raise EngineError(f"engine was not ready within rollout.start_timeout_s={timeout_s:g}{self._log_end()}") from None
+
+    async def died(self) -> str:
+        """Returns when the process has ended, saying how."""
+        assert self._process is not None
+        process = self._process
+        while (code := process.poll()) is None:
+            await asyncio.sleep(_POLL_S)
+        return f"engine ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}{self._log_end()}"
+
+    async def stop(self) -> None:
+        """SIGTERM, and SIGKILL when that did not help in time."""
+        if self._process is None:
+            return
+        if self.is_running:
+            self._process.send_signal(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(_STOP_TIMEOUT_S):
+                await self.died()
+        except TimeoutError:
+            self.kill()
+        self._process = None
+
+    def kill(self) -> None:
+        """Ends it at once."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def _launch(self, *, version: int) -> None:
+        rollout, model = self._config.rollout, self._config.model
+        self._port_file.parent.mkdir(parents=True, exist_ok=True)
+        self._port_file.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "rollout_server.engine"]
+        for key, value in {
+            "model-path": self._model,
+            "host": rollout.host,
+            "port": 0,
+            "port-file": self._port_file,
+            "device": rollout.engine_device,
+            "dtype": model.dtype,
+            "max-running-requests": rollout.max_running,
+            "context-length": self._context_tokens,
+            "weight-version": version,
+            "random-seed": self._config.seed,
+            "num-threads": rollout.num_threads,
+        }.items():
+            command += [f"--{key}", str(value)]
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | {"OMP_NUM_THREADS": str(rollout.num_threads)}
+        with self.log_path.open("ab") as log_file:
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file, env=environment)
+
+    async def _connect(self, port: int) -> EngineClient:
+        rollout = self._config.rollout
+        client = EngineClient(tcp_address(rollout.host, port).replace("tcp://", "http://"), generate_timeout_s=rollout.generate_timeout_s)
+        try:
+            while not await client.health():
+                self._check_alive()
+                await asyncio.sleep(_POLL_S)
+        except BaseException:  # also a cancelled start must not leak the client's connections
+            await client.close()
+            raise
+        return client
+
+    async def _port(self) -> int:
+        while True:
+            self._check_alive()
+            if self._port_file.exists():
+                return int(self._port_file.read_text())
+            await asyncio.sleep(_POLL_S)
+
+    def _check_alive(self) -> None:
+        assert self._process is not None
+        if (code := self._process.poll()) is not None:
+            raise EngineError(f"engine ended with code {code} before it was ready{self._log_end()}")
+
+    def _log_end(self) -> str:
+        return f" (log: {self.log_path}){_tail(self.log_path)}"
+
+
+def _tail(path: Path) -> str:
+    if not path.exists():
+        return ""
+    lines = path.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+    return "".join(f"\n    {line}" for line in lines)

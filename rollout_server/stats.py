@@ -1,0 +1,108 @@
+"""One set of numbers about a server, for three readers: the heartbeat, /status and /metrics.
+
+Cumulative numbers survive a restart of the engine: what an engine counted is added to what its predecessors did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from areal_like.metrics import Metrics
+from rollout_server.engine_process import EngineProcess
+from rollout_server.leases import LeaseDesk
+from rollout_server.rewards import RewardPool
+from rollout_server.runner import LeaseRunner
+from rollout_server.weights import WeightReceiver
+
+_CUMULATIVE = ("tokens_generated", "busy_s", "idle_s")
+"""Counted by the engine since its start."""
+_COUNTERS = {
+    "tokens_generated": ("tokens_generated", "Tokens that this server's engines sampled."),
+    "busy_s": ("generation_busy_seconds", "Time in which an engine had a runnable sequence."),
+    "idle_s": ("generation_idle_seconds", "Time in which an engine had none."),
+    "samples_done": ("samples_done", "Samples finished."),
+    "samples_failed": ("samples_failed", "Samples that could not be made."),
+    "reward_s": ("reward_seconds", "Time spent in the task's reward function."),
+    "reward_restarts": ("reward_worker_restarts", "Reward workers lost to a timeout or a crash."),
+    "pushes": ("weight_pushes", "Weight pushes activated."),
+    "push_failures": ("weight_push_failures", "Requests of the weight plane that failed."),
+    "push_s": ("weight_push_seconds", "Time from push request to activation."),
+    "stall_s": ("weight_stall_seconds", "Time in which a push kept the engine from decoding."),
+    "bad_frames": ("weights_bad_frames", "Frames refused on the weight control socket."),
+}
+_GAUGES = {
+    "running": ("sequences_running", "Sequences that the engine decodes."),
+    "waiting": ("sequences_waiting", "Sequences that wait for a slot of the engine."),
+    "holding": ("samples_held", "Samples of leases that are not finished."),
+    "unacknowledged": ("samples_unacknowledged", "Finished samples that the buffer has not confirmed."),
+    "rewards_waiting": ("rewards_waiting", "Completions that wait for their reward."),
+    "tokens_per_s": ("tokens_per_second", "Tokens sampled a second, over the last heartbeats."),
+    "weights_version": ("weights_version", "Version that the engine samples with."),
+    "engine_starts": ("engine_starts", "Engines started by this server."),
+}
+_SMOOTHING = 0.3
+
+
+class ServerStats:
+    """Collects from the parts of a server; `update` is called every heartbeat."""
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        *,
+        desk: LeaseDesk,
+        runner: LeaseRunner,
+        rewards: RewardPool,
+        receiver: WeightReceiver,
+        engine: EngineProcess,
+    ) -> None:
+        self._desk, self._runner, self._rewards, self._receiver, self._engine = desk, runner, rewards, receiver, engine
+        self._counters = {key: metrics.counter(*named) for key, named in _COUNTERS.items()}
+        self._gauges = {key: metrics.gauge(*named) for key, named in _GAUGES.items()}
+        self._before_engine = dict.fromkeys(_CUMULATIVE, 0.0)
+        self._by_engine = dict.fromkeys(_CUMULATIVE, 0.0)
+        self._updated_s = 0.0
+        self.values: dict[str, float] = dict.fromkeys((*_COUNTERS, *_GAUGES), 0.0)
+        """Number by name, as they go out with the heartbeat."""
+
+    def engine_lost(self) -> None:
+        """The next engine counts from zero."""
+        for key in _CUMULATIVE:
+            self._before_engine[key] += self._by_engine[key]
+            self._by_engine[key] = 0.0
+
+    def update(self, load: Mapping[str, Any], *, now_s: float) -> dict[str, float]:
+        """New values from the engine's `load` (empty if it did not answer) and the server's own parts."""
+        self._by_engine |= {key: float(load[key]) for key in _CUMULATIVE if key in load}
+        totals = {key: self._before_engine[key] + self._by_engine[key] for key in _CUMULATIVE}
+        values = totals | {
+            "samples_done": self._runner.num_done,
+            "samples_failed": self._runner.num_failed,
+            "reward_s": self._rewards.seconds_total,
+            "reward_restarts": self._rewards.num_restarts,
+            "pushes": self._receiver.num_pushes,
+            "push_failures": self._receiver.num_failures,
+            "push_s": self._receiver.seconds_total,
+            "stall_s": self._receiver.stall_seconds_total,
+            "bad_frames": self._receiver.num_bad_frames,
+            "running": float(load.get("running", 0)),
+            "waiting": float(load.get("waiting", 0)),
+            "holding": self._desk.holding_samples,
+            "unacknowledged": self._desk.num_unacknowledged,
+            "rewards_waiting": self._rewards.num_waiting,
+            "tokens_per_s": self._rate(totals["tokens_generated"], now_s=now_s),
+            "weights_version": self._receiver.version,
+            "engine_starts": self._engine.num_starts,
+        }
+        for key, counter in self._counters.items():
+            counter.inc(values[key] - self.values[key])
+        for key, gauge in self._gauges.items():
+            gauge.set(values[key])
+        self.values = {key: float(value) for key, value in values.items()}
+        return self.values
+
+    def _rate(self, tokens: float, *, now_s: float) -> float:
+        elapsed_s, self._updated_s = now_s - self._updated_s, now_s
+        rate = (tokens - self.values["tokens_generated"]) / elapsed_s
+        return (1 - _SMOOTHING) * self.values["tokens_per_s"] + _SMOOTHING * rate

@@ -1,0 +1,147 @@
+"""Episodes: what an interrupted, a resumed and a tool-using conversation leaves in the trajectory."""
+
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from areal_like.errors import EngineError
+from areal_like.trajectory import NOT_SAMPLED, FinishReason
+from rollout_server.engine_client import Generation, Sampling
+from rollout_server.episodes import Episode, SingleTurn, Speaker, Tokenizer, Transcript, Turnstile
+from rollout_server.tasks import Example
+
+EOS = 99
+EXAMPLE = Example(prompt="7=", answer=None)
+
+
+class CountingEngine:
+    """A deterministic engine: the token after t is t + 1, up to EOS; it is interrupted after `interrupt_after` tokens, and every
+    interruption is a weight update. Log-prob and version are functions of the token, so that misaligned stitching shows."""
+
+    def __init__(self, *, interrupt_after: Sequence[int] = (), eos_at: int = EOS) -> None:
+        self.interruptions = list(interrupt_after)
+        self.version = 0
+        self.eos_at = eos_at
+        self.requests: list[tuple[list[int], Sampling, str]] = []
+
+    async def generate(self, input_ids: Sequence[int], *, sampling: Sampling, rid: str | None = None) -> Generation:
+        self.requests.append((list(input_ids), sampling, rid or ""))
+        limit = self.interruptions.pop(0) if self.interruptions else None
+        tokens: list[int] = []
+        while len(tokens) < sampling.max_new_tokens:
+            if limit is not None and len(tokens) == limit:
+                break
+            last = (tokens or list(input_ids))[-1]
+            tokens.append(EOS if last + 1 >= self.eos_at else last + 1)
+            if tokens[-1] == EOS:
+                break
+        interrupted = limit is not None and len(tokens) == limit and tokens[-1:] != [EOS]
+        reason = FinishReason.ABORT if interrupted else FinishReason.STOP if tokens[-1] == EOS else FinishReason.LENGTH
+        generation = Generation(
+            output_ids=np.array(tokens, np.int32),
+            logprobs=-np.array(tokens, np.float32) / 100,
+            versions=np.full(len(tokens), self.version, np.int32),
+            finish_reason=reason,
+        )
+        self.version += int(interrupted)
+        await asyncio.sleep(0)
+        return generation
+
+
+class Digits:
+    def encode(self, example: Example) -> np.ndarray:
+        return np.array([ord(char) - ord("0") for char in str(example.prompt).removesuffix("=")], np.int32)
+
+    def decode(self, tokens: np.ndarray) -> str:
+        return ",".join(str(token) for token in tokens if token != EOS)
+
+
+def play(engine: CountingEngine, *, max_new_tokens: int = 8, episode: Episode | None = None) -> tuple[Transcript, str]:
+    async def body() -> tuple[Transcript, str]:
+        transcript, tokenizer = Transcript(), Digits()
+        transcript.give(tokenizer.encode(EXAMPLE))
+        sampling = Sampling(max_new_tokens=max_new_tokens, sampling_seed=5)
+        speaker = Speaker(engine, sampling=sampling, rid="1.0", turnstile=Turnstile())
+        return transcript, await (episode or SingleTurn()).run(EXAMPLE, speaker, tokenizer, transcript)
+
+    return asyncio.run(body())
+
+
+def test_single_turn_has_its_eos_inside_the_mask() -> None:
+    transcript, text = play(CountingEngine(eos_at=10))
+    trajectory = transcript.to_trajectory(reward=1, reward_components={}, generation_s=0, reward_s=0)
+    assert trajectory.tokens.tolist() == [7, 8, 9, EOS]
+    assert trajectory.loss_mask.tolist() == [0, 1, 1, 1]
+    assert trajectory.versions.tolist() == [NOT_SAMPLED, 0, 0, 0]
+    assert trajectory.finish_reason is FinishReason.STOP and text == "8,9"
+
+
+@pytest.mark.parametrize("interrupt_after", [[2], [0, 3], [1, 1, 1], [8]])
+def test_interruption_is_stitched(interrupt_after: list[int]) -> None:
+    whole, _ = play(CountingEngine())
+    engine = CountingEngine(interrupt_after=interrupt_after)
+    transcript, text = play(engine)
+    trajectory = transcript.to_trajectory(reward=1, reward_components={}, generation_s=0, reward_s=0)
+    assert trajectory.tokens.tolist() == whole.tokens.tolist() == [7, *range(8, 16)]
+    np.testing.assert_allclose(trajectory.logprobs[1:], -trajectory.tokens[1:] / 100)
+    versions = [version for version, count in enumerate(interrupt_after) for _ in range(count)]
+    assert trajectory.versions[1:].tolist() == (versions + [len(interrupt_after)] * 8)[:8]
+    assert trajectory.finish_reason is FinishReason.LENGTH and text == "8,9,10,11,12,13,14,15"
+    assert len({rid for _, _, rid in engine.requests}) == len(engine.requests)
+    assert len({sampling.sampling_seed for _, sampling, _ in engine.requests}) == len(engine.requests)
+    assert sum(interrupt_after) >= 8 or engine.requests[-1][1].max_new_tokens == 8 - sum(interrupt_after)
+
+
+def test_engine_that_aborts_for_ever_is_an_error() -> None:
+    with pytest.raises(EngineError, match="without a token"):
+        play(CountingEngine(interrupt_after=[0] * 1000))
+
+
+class Calculator(Episode):
+    """Two turns with a tool in between: what multi-turn will look like."""
+
+    async def run(self, example: Example, speaker: Speaker, tokenizer: Tokenizer, transcript: Transcript) -> str:
+        await speaker.extend(transcript)
+        transcript.give(np.array([40, 41], np.int32))
+        await speaker.extend(transcript)
+        return tokenizer.decode(transcript.sampled)
+
+
+def test_tool_tokens_are_outside_the_mask() -> None:
+    transcript, text = play(CountingEngine(interrupt_after=[1]), max_new_tokens=2, episode=Calculator())
+    trajectory = transcript.to_trajectory(reward=1, reward_components={}, generation_s=0, reward_s=0)
+    assert trajectory.tokens.tolist() == [7, 8, 9, 40, 41, 42, 43]
+    assert trajectory.loss_mask.tolist() == [0, 1, 1, 0, 0, 1, 1]
+    assert trajectory.versions.tolist() == [-1, 0, 1, -1, -1, 1, 1]
+    assert trajectory.logprobs[[0, 3, 4]].tolist() == [0, 0, 0]
+    assert text == "8,9,42,43"
+
+
+def test_turnstile_holds_newcomers_and_waits_for_those_inside() -> None:
+    async def body() -> None:
+        turnstile = Turnstile()
+        leave = asyncio.Event()
+        seen: list[str] = []
+
+        async def visit(name: str) -> None:
+            async with turnstile:
+                seen.append(name)
+                await leave.wait()
+
+        first = asyncio.create_task(visit("first"))
+        await asyncio.sleep(0)
+        turnstile.hold()
+        second = asyncio.create_task(visit("second"))
+        empty = asyncio.create_task(turnstile.wait_empty())
+        await asyncio.sleep(0.01)
+        assert seen == ["first"] and not empty.done()
+        leave.set()
+        await asyncio.gather(first, empty)
+        assert seen == ["first"] and turnstile.num_inside == 0
+        turnstile.release()
+        await second
+        assert seen == ["first", "second"]
+
+    asyncio.run(body())

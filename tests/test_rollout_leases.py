@@ -1,0 +1,90 @@
+"""What a server owes the buffer, by hypothesis: credit adds up, and every answer is kept until it is acknowledged."""
+
+import numpy as np
+from hypothesis import settings, strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from areal_like.messages.producer import Lease, Purpose, SampleAck, SampleDone, SampleFailed
+from areal_like.trajectory import FinishReason, Trajectory
+from rollout_server.leases import LeaseDesk
+
+CAPACITY = 12
+
+
+def trajectory() -> Trajectory:
+    return Trajectory(
+        tokens=np.array([1, 2], np.int32),
+        loss_mask=np.array([0, 1], np.uint8),
+        logprobs=np.array([0, -1], np.float32),
+        versions=np.array([-1, 0], np.int32),
+        reward=1.0,
+        finish_reason=FinishReason.STOP,
+    )
+
+
+class Desk(RuleBasedStateMachine):
+    """The desk beside the obvious bookkeeping: one set of owed samples, one of sent ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.desk = LeaseDesk(capacity_samples=CAPACITY)
+        self.owed: set[tuple[int, int]] = set()
+        self.sent: dict[tuple[int, int], float] = {}
+        self.now_s = 0.0
+
+    @rule(lease_id=st.integers(1, 6), samples=st.sets(st.integers(0, 3)))
+    def grant(self, lease_id: int, samples: set[int]) -> None:
+        known = any(lease_id == held for held, _ in self.owed | self.sent.keys())
+        lease = Lease(lease_id=lease_id, ticket_id=lease_id, prompt_index=0, purpose=Purpose.TRAIN, sample_indices=sorted(samples), seed=0)
+        assert self.desk.grant(lease) == (bool(samples) and not known)
+        if not known:
+            self.owed |= {(lease_id, sample) for sample in samples}
+
+    @rule(lease_id=st.integers(1, 6), sample=st.integers(0, 3), failed=st.booleans())
+    def finish(self, lease_id: int, sample: int, failed: bool) -> None:
+        named = {"lease_id": lease_id, "ticket_id": lease_id, "sample_index": sample}
+        answer = SampleFailed(**named, error="x") if failed else SampleDone(**named, trajectory=trajectory())
+        assert self.desk.finish(answer, now_s=self.now_s) == ((lease_id, sample) in self.owed)
+        if (lease_id, sample) in self.owed:
+            self.owed.remove((lease_id, sample))
+            self.sent[lease_id, sample] = self.now_s
+
+    @rule(lease_id=st.integers(1, 6), sample=st.integers(0, 3))
+    def acknowledge(self, lease_id: int, sample: int) -> None:
+        self.desk.acknowledge(SampleAck(lease_id=lease_id, ticket_id=lease_id, sample_index=sample))
+        self.sent.pop((lease_id, sample), None)
+
+    @rule(lease_ids=st.lists(st.integers(1, 6), unique=True))
+    def abort(self, lease_ids: list[int]) -> None:
+        held = {lease_id for lease_id, _ in self.owed | self.sent.keys()}
+        assert set(self.desk.drop(lease_ids)) == held & set(lease_ids)
+        self.forget(set(lease_ids))
+
+    @rule()
+    def give_back(self) -> None:
+        unfinished = {lease_id for lease_id, _ in self.owed}
+        assert set(self.desk.drop_unfinished()) == unfinished
+        self.forget(unfinished)
+
+    @rule(seconds=st.sampled_from([0.5, 3.0]))
+    def resend(self, seconds: float) -> None:
+        self.now_s += seconds
+        due = {key for key, sent_s in self.sent.items() if sent_s <= self.now_s - 3.0}
+        again = self.desk.to_resend(now_s=self.now_s, older_than_s=3.0)
+        assert {(answer.lease_id, answer.sample_index) for answer in again} == due and len(again) == len(due)
+        self.sent |= dict.fromkeys(due, self.now_s)
+
+    def forget(self, lease_ids: set[int]) -> None:
+        self.owed = {key for key in self.owed if key[0] not in lease_ids}
+        self.sent = {key: sent_s for key, sent_s in self.sent.items() if key[0] not in lease_ids}
+
+    @invariant()
+    def adds_up(self) -> None:
+        assert self.desk.holding_samples == len(self.owed)
+        assert self.desk.free_samples == max(0, CAPACITY - len(self.owed))
+        assert self.desk.num_unacknowledged == len(self.sent)
+        assert set(self.desk.lease_ids) == {lease_id for lease_id, _ in self.owed | self.sent.keys()}
+
+
+TestDesk = Desk.TestCase
+TestDesk.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
