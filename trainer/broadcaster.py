@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +33,11 @@ log = logging.getLogger(__name__)
 _ALIVE_S = 2.0
 """How fast a healthy control socket answers; also the grace for survivors of a broken broadcast."""
 
+_FORM_S = 15.0
+"""Longest rendezvous of members that have just said that they are alive; also the time limit of one bucket's broadcast."""
+
 _Key = tuple[str, int]
+_Answer = WeightsOk | WeightsFailed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +59,7 @@ class _Member:
     def key(self) -> _Key:
         return _key(self.entry)
 
-    async def ask(self, request: Any, *, timeout_s: float) -> WeightsOk | WeightsFailed:
+    async def ask(self, request: Any, *, timeout_s: float) -> _Answer:
         try:
             answer = await self.link.call(request, timeout_s=timeout_s)
         except ArealError as error:
@@ -80,6 +84,7 @@ class Broadcaster:
         self._device = device
         self._incarnation = incarnation
         self._members: dict[_Key, _Member] = {}
+        self._directory: dict[_Key, ServerEntry] = {}
         self._shunned: dict[_Key, ServerEntry] = {}
         self._epoch: _Epoch | None = None
         self._num_epochs = 0
@@ -97,6 +102,7 @@ class Broadcaster:
 
         Never raises for what a server does: its reason is in the outcome.
         """
+        self._directory = {_key(entry): entry for entry in servers}
         wanted = [entry for entry in servers if self._eligible(entry)]
         epoch, failed = await self._form(wanted)
         if epoch is None:
@@ -116,15 +122,15 @@ class Broadcaster:
             # Survivors may be blocked in the broadcast that the dead peer broke: telling them to leave makes them answer.
             await self._farewell(epoch)
             await asyncio.wait(asked, timeout=_ALIVE_S)
-        answers = [task.result() if task.done() else WeightsFailed(version=-1, reason="silent") for task in asked] if broken else None
-        outcome = self._settle(epoch, answers or await asyncio.gather(*asked), version=version)
-        for task in asked:
-            task.cancel()
-        if broken or outcome.failed:
+            for task in asked:
+                task.cancel()
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        # Whoever reports the broken broadcast survived it; whoever broke it is silent.
+        blameless = {m.key for m, answer in zip(epoch.members, answers, strict=True) if broken and isinstance(answer, WeightsFailed)}
+        activated, refused = self._settle(epoch.members, answers, version=version, blameless=blameless)
+        if broken or refused:
             await self._leave()
-        if broken:
-            outcome.failed.setdefault("broadcast", broken)
-        return outcome
+        return PushOutcome(activated=activated, failed=failed | refused | ({"broadcast": broken} if broken else {}))
 
     async def close(self) -> None:
         """Dissolves the group and closes every link."""
@@ -150,23 +156,26 @@ class Broadcaster:
         self._forget_all_but(wanted)
         members = [self._member(entry) for entry in wanted]
         alive = await asyncio.gather(*(member.ask(AskAlive(), timeout_s=_ALIVE_S) for member in members))
-        failed = self._shun(members, alive)
+        _, failed = self._settle(members, alive)
         members = [member for member in members if member.entry.name not in failed]
         if not members:
             return None, failed
         epoch = self._new_epoch(members)
         answers = [
-            asyncio.create_task(member.ask(self._invitation(epoch, rank), timeout_s=epoch.group.timeout_s))
+            asyncio.create_task(member.ask(self._invitation(epoch, rank), timeout_s=epoch.group.timeout_s + 2 * _ALIVE_S))
             for rank, member in enumerate(members, start=1)
         ]
         self._epoch = epoch
+        blameless: set[_Key] = set()
         try:
             await asyncio.get_running_loop().run_in_executor(self._thread, epoch.group.connect)
         except WeightSyncError as error:
             log.warning("epoch %d was not formed: %s", epoch.number, error)
+            # Whoever is still waiting in the rendezvous did what it was asked; it answers when told to leave.
+            blameless = {member.key for member, answer in zip(members, answers, strict=True) if not answer.done()}
             await self._farewell(epoch)
-        refused = self._shun(members, await asyncio.gather(*answers))
-        if refused:
+        _, refused = self._settle(members, await asyncio.gather(*answers), blameless=blameless)
+        if refused or blameless:
             await self._leave()
             return None, failed | refused
         log.info("epoch %d: %s over %s", epoch.number, [member.entry.name for member in members], epoch.group.backend)
@@ -179,7 +188,7 @@ class Broadcaster:
             world_size=1 + len(members),
             group_name=f"weights-{self._incarnation}-{self._num_epochs}",
             backend=self._backend(members),
-            timeout_s=self._config.push_deadline_s,
+            timeout_s=min(self._config.push_deadline_s, _FORM_S),
         )
         return _Epoch(number=self._num_epochs, group=group, members=members)
 
@@ -192,7 +201,7 @@ class Broadcaster:
             rank=rank,
             world_size=epoch.group.world_size,
             backend=epoch.group.backend,
-            timeout_s=epoch.group.timeout_s,
+            timeout_s=epoch.group.timeout_s + _ALIVE_S,  # after us, so that we can tell who is waiting from who refused
         )
 
     def _backend(self, members: list[_Member]) -> str:
@@ -214,23 +223,29 @@ class Broadcaster:
             return str(error)
         return ""
 
-    def _settle(self, epoch: _Epoch, answers: Sequence[WeightsOk | WeightsFailed], *, version: int) -> PushOutcome:
-        failed = self._shun(epoch.members, answers, version=version)
-        named = zip(epoch.members, answers, strict=True)
-        activated = {member.entry.name: answer for member, answer in named if isinstance(answer, WeightsOk) and answer.version == version}
-        return PushOutcome(activated=activated, failed=failed)
-
-    def _shun(self, members: list[_Member], answers: Sequence[WeightsOk | WeightsFailed], *, version: int | None = None) -> dict[str, str]:
-        failed = {}
+    def _settle(
+        self,
+        members: list[_Member],
+        answers: Sequence[_Answer | BaseException],
+        *,
+        version: int | None = None,
+        blameless: Set[_Key] = frozenset(),
+    ) -> tuple[dict[str, WeightsOk], dict[str, str]]:
+        """Sorts answers: who did what was asked, and the reasons of those who did not, who are shunned unless blameless."""
+        succeeded, failed = {}, {}
         for member, answer in zip(members, answers, strict=True):
+            if isinstance(answer, WeightsOk) and version in (None, answer.version):
+                succeeded[member.entry.name] = answer
+                continue
             if isinstance(answer, WeightsFailed):
                 failed[member.entry.name] = answer.reason
-            elif version is not None and answer.version != version:
+            elif isinstance(answer, WeightsOk):
                 failed[member.entry.name] = f"is at version {answer.version} after the push of {version}"
             else:
-                continue
-            self._shunned[member.key] = member.entry
-        return failed
+                failed[member.entry.name] = "silent"
+            if member.key not in blameless:
+                self._shunned[member.key] = self._directory[member.key]
+        return succeeded, failed
 
     def _member(self, entry: ServerEntry) -> _Member:
         key = _key(entry)
