@@ -1,22 +1,18 @@
 """One rank of the trainer: the loop around the step.
 
-    start -> (resume) -> evaluate -> { groups -> step -> complete -> offer weights -> checkpoint and commit } * -> evaluate -> books
+    load -> (resume) -> evaluate -> { groups -> step -> complete -> offer weights -> checkpoint, commit } * -> evaluate -> books
 
-Rank 0 alone talks about steps, versions and commits; every rank fetches its own groups. The ranks decide together, before each step,
-whether to go on, because a signal reaches them at different times. A drain finishes the step it is in (or gives it up when the
-servers are gone), checkpoints, commits, cancels what is left, and exits 0.
+Rank 0 alone talks about steps, versions and commits; every rank fetches its own groups. The ranks decide together before each step
+whether to go on, because a signal reaches them at different times. A drain finishes the step it is in (or gives it up when no
+servers are left to fill it), checkpoints, commits, cancels what is left, and exits 0.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import signal
 import threading
 import time
-from collections import Counter as Tally
-from collections.abc import Iterator
-from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any
 
@@ -25,26 +21,143 @@ import torch.distributed as dist
 
 from areal_like.config import Config
 from areal_like.daemon import DrainSignals, configure_logging, exit_code_of
-from areal_like.messages.consumer import (
-    Books,
-    CloseAdmission,
-    CommitStep,
-    CompleteStep,
-    Directory,
-    EvalResult,
-    GetBooks,
-    GetDirectory,
-    GetStreamState,
-    Group,
-    RequestEval,
-    StartTraining,
-)
+from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths, model_path
-from trainer.broadcaster import Broadcaster
+from trainer.checkpoint import Checkpoints
+from trainer.lags import LagTally
+from trainer.leader import Leader
 from trainer.link import BufferLink
-from trainer.publisher import Publisher, PushReport, Snapshot, take_snapshot
-from trainer.report import WARM_UP_STEPS, MetricsFile, write_summary
+from trainer.policy import build_policy, full_state
+from trainer.publisher import Snapshot, take_snapshot
+from trainer.ranks import Ranks
+from trainer.step import IncompleteStepError, StepRunner
 
 log = logging.getLogger(__name__)
 
-_CALL_TIMEOUT_S = 60.0
+
+class Trainer:
+    """One rank. `run` returns when the run is finished or drained, and raises when it cannot go on."""
+
+    def __init__(self, config: Config, link: BufferLink, ranks: Ranks, *, started_s: float) -> None:
+        self._config = config
+        self._link = link
+        self._ranks = ranks
+        self._started_s = started_s
+        self._paths = RunPaths.of(config)
+        self._leads = ranks.rank == 0
+        link.state = "loading"
+        source = model_path(config)
+        self._policy = build_policy(config, source, ranks)
+        self._runner = StepRunner.of(config, self._policy, ranks)
+        self._checkpoints = Checkpoints(self._paths.checkpoints, keep=config.trainer.keep_checkpoints, tokenizer=source)
+        self._step, self._extra = self._checkpoints.restore(self._runner, config.resume)
+        self._saved_step = self._step
+        self._first_step = self._step
+        link.step = self._step
+        self._leader = Leader(config, link, step=self._step, started_s=started_s) if self._leads else None
+        link.runtime.status = self._status
+
+    def run(self) -> None:
+        """The whole run."""
+        self._begin()
+        while self._step < self._config.trainer.num_steps and not self._ranks.any(self._link.stop_requested.is_set()):
+            try:
+                self._train_step()
+            except IncompleteStepError as error:
+                log.warning("draining: %s", error)
+                break
+        self._end()
+
+    def _begin(self) -> None:
+        snapshot = self._snapshot()
+        if self._leader is not None:
+            self._leader.begin(snapshot, stream=self._extra, is_resumed=bool(self._config.resume))
+        # No rank may fetch before rank 0 has said where training starts.
+        self._ranks.any(True)
+        self._link.runtime.ready()
+
+    def _train_step(self) -> None:
+        step, link, config = self._step, self._link, self._config
+        link.state = "training"
+        lags = LagTally(config.max_staleness)
+        groups = (lags.counted(group) for group in link.groups(step))
+        metrics = self._runner.run(groups, step=step, num_groups=config.trainer.groups_per_step)
+        self._step = link.step = step + 1
+        lag_metrics = lags.reduced(self._ranks)
+        snapshot = self._snapshot()
+        if self._leader is not None:
+            assert snapshot is not None
+            self._leader.stepped(step, {**metrics, **lag_metrics}, snapshot)
+        if self._step % config.trainer.checkpoint_interval == 0 or self._step == config.trainer.num_steps:
+            self._save()
+
+    def _end(self) -> None:
+        self._link.state = "draining"
+        if self._saved_step < self._step:
+            self._save()
+        if self._leader is not None:
+            self._leader.end(finished=self._step == self._config.trainer.num_steps)
+        # The other ranks keep their place in the process group until rank 0 is done.
+        self._ranks.any(True)
+
+    def _snapshot(self) -> Snapshot | None:
+        """A copy of the weights as they are broadcast. Collective; only rank 0 gets one."""
+        tensors = full_state(self._policy)
+        if not self._leads:
+            return None
+        return take_snapshot(tensors, bucket_bytes=self._config.weights.bucket_bytes, dtype=self._config.model.dtype)
+
+    def _save(self) -> None:
+        """Checkpoint, then commit: what the ledger calls trained is on disk."""
+        stream = self._leader.stream_state(self._step - 1) if self._leader is not None else {}
+        self._checkpoints.save(self._runner, step=self._step, extra=stream)
+        self._saved_step = self._step
+        if self._leader is not None:
+            self._leader.commit(self._step - 1)
+
+    def _status(self) -> dict[str, Any]:
+        base: dict[str, Any] = {"state": self._link.state, "step": self._step, "num_steps": self._config.trainer.num_steps}
+        return base | (self._leader.status() if self._leader is not None else {})
+
+
+def run_rank(config: Config) -> int:
+    """One torchrun worker, from start to exit code."""
+    name = f"trainer-{os.environ['RANK']}"
+    configure_logging(config, name)
+    return exit_code_of(name, lambda: _run(config))
+
+
+def _run(config: Config) -> None:
+    started_s = time.monotonic()
+    torch.set_num_threads(config.trainer.num_threads)
+    device = _device(config)
+    timeout = timedelta(seconds=config.trainer.collective_timeout_s)
+    dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=timeout)
+    try:
+        ranks = Ranks(device=device)
+        incarnation = torch.tensor([time.time_ns()], dtype=torch.int64)
+        dist.broadcast(incarnation, src=0)
+        link = BufferLink(config, rank=ranks.rank, world_size=ranks.world_size, device=str(device), incarnation=int(incarnation))
+
+        def on_drain() -> None:
+            link.stop_requested.set()
+            patience = threading.Timer(config.daemon.drain_timeout_s / 3, link.give_up.set)
+            patience.daemon = True
+            patience.start()
+
+        DrainSignals(drain_timeout_s=config.daemon.drain_timeout_s, on_drain=on_drain)
+        with link:
+            Trainer(config, link, ranks, started_s=started_s).run()
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(config: Config) -> torch.device:
+    if config.trainer.device == "cpu":
+        return torch.device("cpu")
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(f"trainer.device=cuda: rank {local_rank} of this machine has no GPU ({torch.cuda.device_count()} visible)")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device

@@ -13,7 +13,7 @@ import concurrent.futures
 import logging
 import threading
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Self
 
 from areal_like.addresses import buffer_address
@@ -47,8 +47,10 @@ class BufferLink:
         """Set by a signal, by `/control/drain`, never cleared."""
         self.give_up = threading.Event()
         """Set when a draining trainer has waited long enough for its step to fill: `groups` ends early."""
-        self._device = device
-        self._incarnation = incarnation
+        self.on_directory: Callable[[], None] = lambda: None
+        """Called in the link's loop when the directory changed."""
+        self.device = device
+        self.incarnation = incarnation
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="link", daemon=True)
         self._lost: ArealError | None = None
@@ -77,6 +79,14 @@ class BufferLink:
     def call(self, message: Any, *, timeout_s: float) -> Any:
         """Request and answer. Raises as `Link.call`, or when the link is lost."""
         return self.run(self._link.call(message, timeout_s=timeout_s), name=type(message).__name__, timeout_s=timeout_s + 5)
+
+    async def call_async(self, message: Any, *, timeout_s: float) -> Any:
+        """`call` for coroutines in the link's own loop."""
+        return await self._link.call(message, timeout_s=timeout_s)
+
+    def submit_call(self, message: Any, *, timeout_s: float) -> concurrent.futures.Future[Any]:
+        """`call` without waiting."""
+        return self.submit(self._link.call(message, timeout_s=timeout_s))
 
     def submit(self, coroutine: Coroutine[Any, Any, Any]) -> concurrent.futures.Future[Any]:
         """Starts a coroutine in the link's loop."""
@@ -144,7 +154,7 @@ class BufferLink:
 
     async def _open(self) -> None:
         self.runtime = Runtime(self.config, role="trainer", name=f"trainer-{self.rank}")
-        self.runtime.incarnation = self._incarnation
+        self.runtime.incarnation = self.incarnation
         await self.runtime.__aenter__()
         self._link = Link(buffer_address(self.config), handler=self._on_message, max_message_bytes=self.config.buffer.max_message_bytes)
         await self._hello(timeout_s=55.0)
@@ -165,13 +175,13 @@ class BufferLink:
         hello = Hello(
             role=Role.TRAINER,
             name=self.runtime.name,
-            incarnation=self._incarnation,
+            incarnation=self.incarnation,
             job=self.config.name,
             model=model_fingerprint(path),
             tokenizer=tokenizer_fingerprint(path),
             dataset=dataset_fingerprint(self.config),
             http_address=f"{self.config.daemon.http_host}:{self.runtime.http_port}",
-            device=self._device,
+            device=self.device,
             rank=self.rank,
             world_size=self.world_size,
         )
@@ -189,6 +199,7 @@ class BufferLink:
     def _on_message(self, message: Any) -> None:
         if isinstance(message, Directory):
             self.directory = message
+            self.on_directory()
         elif isinstance(message, JobFailed):
             self._lost = ArealError(message.reason)
         elif isinstance(message, HelloRequired):

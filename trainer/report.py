@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +60,19 @@ def write_summary(
     rows: list[dict[str, Any]],
     books: Books,
     books_after_warm_up: Books | None,
+    books_at_end: Books,
     eval_before: EvalResult | None,
     eval_after: EvalResult | None,
     weights_version: int,
     finished: bool,
-    started_s: float,
-    training_started_s: float,
+    wall_seconds: float,
+    training_seconds: float,
 ) -> dict[str, Any]:
-    """Writes and returns the account of a run. `*_s` are times of `time.monotonic()`."""
+    """Writes and returns the account of a run.
+
+    `books_after_warm_up` and `books_at_end` bound the time over which generation counts as idle or busy; `books` are the last ones.
+    """
     tenth = max(1, len(rows) // 10)
-    now_s = time.monotonic()
     summary = {
         "finished": finished,
         "steps": len(rows),
@@ -78,8 +80,8 @@ def write_summary(
         "reward_last": _mean([row["reward_mean"] for row in rows[-tenth:]]),
         "eval_before": eval_before.mean_reward if eval_before else None,
         "eval_after": eval_after.mean_reward if eval_after else None,
-        "wall_seconds": round(now_s - started_s, 3),
-        "training_seconds": round(now_s - training_started_s, 3),
+        "wall_seconds": round(wall_seconds, 3),
+        "training_seconds": round(training_seconds, 3),
         "tokens_generated": int(books.counters["tokens_generated"]),
         "tokens_trained": int(books.counters["tokens_trained"]),
         "max_trained_lag": int(books.counters["max_trained_lag"]),
@@ -87,7 +89,7 @@ def write_summary(
         "weights_version": weights_version,
         "tickets": books.tickets,
         "drops": books.drops,
-        "generation_idle_fraction": _generation_idle(books, books_after_warm_up),
+        "generation_idle_fraction": _generation_idle(books_at_end, books_after_warm_up),
         "trainer_idle_fraction": _trainer_idle(rows),
         "counters": books.counters,
     }

@@ -1,0 +1,36 @@
+"""How stale the samples of one step are: counted by every rank, added up over all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from areal_like.messages.consumer import Group
+from areal_like.trajectory import Trajectory
+from trainer.ranks import Ranks
+
+
+class LagTally:
+    """Samples of one step by lag: the step's index minus the step of their oldest masked-in token's weights."""
+
+    def __init__(self, max_staleness: int) -> None:
+        self._num_by_lag = torch.zeros(max_staleness + 1, dtype=torch.int64)
+
+    def counted(self, group: Group) -> list[Trajectory]:
+        """Counts a group and passes its trajectories on. The buffer's promise is checked here, where it matters."""
+        for version_step in group.version_steps:
+            lag = group.step - version_step
+            assert 0 <= lag < len(self._num_by_lag), f"ticket {group.ticket_id} has lag {lag} in step {group.step}"
+            self._num_by_lag[lag] += 1
+        return group.trajectories
+
+    def reduced(self, ranks: Ranks) -> dict[str, Any]:
+        """Metrics over all ranks. Collective."""
+        counts = ranks.sum(self._num_by_lag).tolist()
+        num_samples = max(1, sum(counts))
+        return {
+            "lag_mean": sum(lag * count for lag, count in enumerate(counts)) / num_samples,
+            "lag_max": max((lag for lag, count in enumerate(counts) if count), default=0),
+            "lag_histogram": {str(lag): count for lag, count in enumerate(counts)},
+        }

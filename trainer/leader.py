@@ -1,0 +1,187 @@
+"""What rank 0 does besides training: talk to the buffer, keep the engines current, evaluate, and keep the run's account."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from concurrent.futures import Future
+from dataclasses import asdict
+from typing import Any
+
+from areal_like.config import Config
+from areal_like.errors import ArealError, DeadlineError
+from areal_like.messages.consumer import (
+    Books,
+    CloseAdmission,
+    CommitStep,
+    CompleteStep,
+    EvalResult,
+    GetBooks,
+    GetStreamState,
+    RequestEval,
+    StartTraining,
+)
+from areal_like.paths import RunPaths
+from trainer.broadcaster import Broadcaster
+from trainer.link import BufferLink
+from trainer.publisher import Publisher, PushReport, Snapshot
+from trainer.report import WARM_UP_STEPS, MetricsFile, write_summary
+from trainer.series import TrainerSeries
+
+log = logging.getLogger(__name__)
+
+_CALL_TIMEOUT_S = 60.0
+_RENAMED = {"reward": "reward_mean", "wait_s": "wait_data_s", "response_tokens": "response_length_mean"}
+
+
+class Leader:
+    """Rank 0's duties. All methods run in the training thread and return as soon as the trainer may go on."""
+
+    def __init__(self, config: Config, link: BufferLink, *, step: int, started_s: float) -> None:
+        self._config = config
+        self._link = link
+        self._step = step
+        self._started_s = started_s
+        self._training_started_s = started_s
+        self._paths = RunPaths.of(config)
+        self._metrics = MetricsFile(self._paths.metrics, start_step=step)
+        self._series = TrainerSeries(link.runtime.metrics)
+        self._eval_before: EvalResult | None = None
+        self._eval_last: EvalResult | None = None
+        self._eval: Future[EvalResult] | None = None
+        self._warm_books: Books | None = None
+        self._last_push: PushReport | None = None
+        self._publisher: Publisher
+
+    def begin(self, snapshot: Snapshot, *, stream: dict[str, Any], is_resumed: bool) -> None:
+        """Starts the stream at this trainer's step; when resumed, the engines get the checkpoint's weights before anything else."""
+        config, link = self._config, self._link
+        link.call(StartTraining(step=self._step, stream=stream), timeout_s=_CALL_TIMEOUT_S)
+        link.run(self._open_publisher(), name="publisher", timeout_s=10)
+        self._publisher_offer(snapshot, loaded=not is_resumed)
+        if is_resumed:
+            link.state = "pushing"
+            wait_s = config.rollout.start_timeout_s + config.weights.push_deadline_s
+            link.run(self._publisher.wait_active(self._step), name="the checkpoint's weights to be active at a server", timeout_s=wait_s)
+        if config.eval.num_prompts and self._step < config.trainer.num_steps:
+            link.state = "evaluating"
+            timeout_s = config.rollout.start_timeout_s + config.eval.timeout_s
+            self._eval_before = self._finish_eval(self._ask_eval(), timeout_s=timeout_s)
+        self._training_started_s = time.monotonic()
+
+    def stepped(self, step: int, metrics: dict[str, Any], snapshot: Snapshot) -> None:
+        """An optimizer step is done: tell the buffer, offer the weights, write the row, evaluate now and then."""
+        link = self._link
+        link.call(CompleteStep(step=step), timeout_s=_CALL_TIMEOUT_S)
+        self._step = step + 1
+        self._publisher_offer(snapshot, loaded=False)
+        row = self._row(step, metrics)
+        self._metrics.append(row)
+        self._series.stepped(step, {**metrics, **row})
+        link.stats = {name: row[name] for name in ("reward_mean", "loss", "tokens_per_s_trained") if math.isfinite(row[name])}
+        if self._step == WARM_UP_STEPS:
+            self._warm_books = link.call(GetBooks(), timeout_s=_CALL_TIMEOUT_S)
+        is_due = self._step % self._config.eval.interval == 0 and self._step < self._config.trainer.num_steps
+        if is_due and self._config.eval.num_prompts and self._eval is None:
+            self._eval = self._ask_eval()
+
+    def stream_state(self, step: int) -> dict[str, Any]:
+        """Where the prompts stand after `step`, to be kept in the checkpoint."""
+        state: dict[str, Any] = self._link.call(GetStreamState(step=step), timeout_s=_CALL_TIMEOUT_S).stream
+        return state
+
+    def commit(self, step: int) -> None:
+        """A checkpoint with steps <= `step` is on disk."""
+        self._link.call(CommitStep(step=step), timeout_s=_CALL_TIMEOUT_S)
+
+    def end(self, *, finished: bool) -> None:
+        """Closes the stream, lets the last weights arrive, evaluates them (when finished), and writes the summary."""
+        config, link = self._config, self._link
+        books = link.call(GetBooks(), timeout_s=_CALL_TIMEOUT_S)
+        generation_ended = books
+        link.call(CloseAdmission(reason="the run is finished" if finished else "the trainer is draining"), timeout_s=_CALL_TIMEOUT_S)
+        training_seconds = time.monotonic() - self._training_started_s
+        eval_after = None
+        if finished and self._metrics.rows:
+            try:
+                link.run(
+                    self._publisher.wait_active(self._step), name="the last weights to be active", timeout_s=config.weights.push_deadline_s
+                )
+                if config.eval.num_prompts:
+                    link.state = "evaluating"
+                    eval_after = self._finish_eval(self._ask_eval(), timeout_s=config.eval.timeout_s)
+            except DeadlineError as error:
+                log.warning("the run is trained and saved, but its last evaluation is missing: %s", error)
+        link.run(self._publisher.close(), name="weight groups to dissolve", timeout_s=30)
+        write_summary(
+            self._paths.summary,
+            rows=self._metrics.rows,
+            books=link.call(GetBooks(), timeout_s=_CALL_TIMEOUT_S),
+            books_after_warm_up=self._warm_books,
+            books_at_end=generation_ended,
+            eval_before=self._eval_before,
+            eval_after=eval_after,
+            weights_version=self._publisher.active_version,
+            finished=finished,
+            wall_seconds=time.monotonic() - self._started_s,
+            training_seconds=training_seconds,
+        )
+        self._metrics.close()
+
+    def status(self) -> dict[str, Any]:
+        """For /status."""
+        return {
+            "last": self._metrics.rows[-1] if self._metrics.rows else {},
+            "last_push": asdict(self._last_push) if self._last_push else {},
+            "weights_version": self._publisher.active_version if hasattr(self, "_publisher") else 0,
+            "servers": [asdict(server) for server in self._link.directory.servers],
+        }
+
+    def _row(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
+        row = {_RENAMED.get(name, name): value for name, value in metrics.items()}
+        num_tokens = round(metrics["response_tokens"] * metrics["num_sequences"])
+        row = {"step": step, "time_unix_s": round(time.time(), 3)} | row
+        row["tokens_trained"] = num_tokens
+        row["tokens_per_s_trained"] = num_tokens / max(1e-9, metrics["step_s"])
+        row["weights_version"] = self._publisher.active_version
+        row["weights_step"] = self._publisher.active_step
+        row["push_s"] = self._last_push.seconds if self._last_push else 0.0
+        if self._eval is not None and self._eval.done():
+            result = self._finish_eval(self._eval, timeout_s=1.0)
+            row["eval_reward"] = result.mean_reward
+            self._eval = None
+        return row
+
+    def _ask_eval(self) -> Future[EvalResult]:
+        version = self._publisher.active_version
+        request = RequestEval(eval_id=self._step, num_prompts=self._config.eval.num_prompts, min_version=version)
+        return self._link.submit_call(request, timeout_s=self._config.rollout.start_timeout_s + self._config.eval.timeout_s)
+
+    def _finish_eval(self, future: Future[EvalResult], *, timeout_s: float) -> EvalResult:
+        result: EvalResult = self._link.wait(future, name="the evaluation", timeout_s=timeout_s)
+        if result.num_evaluated == 0:
+            raise ArealError(f"none of the {result.num_failed} held-out prompts could be evaluated: see the rollout servers' logs")
+        log.info("evaluation %d: %.4f over %d prompts", result.eval_id, result.mean_reward, result.num_evaluated)
+        self._series.evaluated(result.mean_reward)
+        return result
+
+    def _publisher_offer(self, snapshot: Snapshot, *, loaded: bool) -> None:
+        async def offer() -> None:
+            self._publisher.offer(self._step, snapshot, loaded=loaded)
+
+        self._link.submit(offer())
+
+    async def _open_publisher(self) -> None:
+        def pushed(report: PushReport) -> None:
+            self._last_push = report
+            self._series.pushed(report)
+
+        link = self._link
+        self._publisher = Publisher(
+            Broadcaster(self._config.weights, device=link.device, incarnation=link.incarnation),
+            call=link.call_async,
+            servers=lambda: link.directory.servers,
+            on_push=pushed,
+        )
+        link.on_directory = self._publisher.directory_changed

@@ -1,0 +1,64 @@
+"""The trainer's Prometheus series (rank 0)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from areal_like.metrics import Metrics
+from trainer.publisher import PushReport
+
+_GAUGES = {
+    "loss": "Loss of the last step",
+    "grad_norm": "Gradient norm before clipping",
+    "lr": "Learning rate of the last step",
+    "reward": "Mean reward of the last step",
+    "ess_ratio": "Effective sample size over batch size",
+    "log_w_mean": "Mean of the sequences' summed log-ratio of policy and behaviour",
+    "log_w_std": "Standard deviation of the same",
+    "kl_k3": "KL(mu || pi), k3 estimator",
+    "entropy": "Mean entropy of sampled tokens in nats",
+    "response_tokens": "Mean sampled tokens of a sample",
+    "lag_mean": "Mean lag of the last step's samples in optimizer steps",
+    "lag_max": "Largest lag of the last step's samples in optimizer steps",
+}
+
+
+class TrainerSeries:
+    """Registers everything at once, so that each series exists from the start."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._gauges = {name: metrics.gauge(f"trainer_{name}", doc) for name, doc in _GAUGES.items()}
+        self._step = metrics.gauge("trainer_step", "Completed optimizer steps")
+        self._tokens = metrics.counter("trainer_tokens", "Sampled tokens trained on")
+        self._seconds = metrics.counter("trainer_seconds", "Seconds of the step loop by phase", label="phase", values=("wait", "work"))
+        self._pushes = metrics.counter("trainer_pushes", "Weight pushes by outcome", label="outcome", values=("ok", "failed"))
+        self._push_bytes = metrics.counter("trainer_push_bytes", "Bytes of weights broadcast")
+        self._push_seconds = metrics.histogram(
+            "trainer_push_seconds", "Seconds from a granted version to its activation", buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
+        )
+        self._version = metrics.gauge("trainer_weights_version", "Newest version active at an engine")
+        self._eval = metrics.gauge("trainer_eval_reward", "Mean held-out greedy reward")
+
+    def stepped(self, step: int, row: dict[str, Any]) -> None:
+        """After a step: its metrics row."""
+        self._step.set(step + 1)
+        for name, gauge in self._gauges.items():
+            value = row.get(name)
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                gauge.set(value)
+        self._tokens.inc(row["tokens_trained"])
+        self._seconds.labels("wait").inc(row["wait_data_s"])
+        self._seconds.labels("work").inc(max(0.0, row["step_s"] - row["wait_data_s"]))
+
+    def pushed(self, report: PushReport) -> None:
+        """After a push."""
+        self._pushes.labels("ok" if report.num_activated else "failed").inc()
+        self._push_bytes.inc(report.num_bytes)
+        self._push_seconds.observe(report.seconds)
+        if report.num_activated:
+            self._version.set(report.version)
+
+    def evaluated(self, reward: float) -> None:
+        """After an evaluation."""
+        self._eval.set(reward)
