@@ -24,10 +24,11 @@ from areal_like.daemon import DrainSignals, configure_logging, exit_code_of
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths, model_path
 from trainer.checkpoint import Checkpoints
+from trainer.gather import gather_full_state
 from trainer.lags import LagTally
 from trainer.leader import Leader
 from trainer.link import BufferLink
-from trainer.policy import build_policy, full_state
+from trainer.policy import build_policy
 from trainer.publisher import Snapshot, take_snapshot
 from trainer.ranks import Ranks
 from trainer.step import IncompleteStepError, StepRunner
@@ -49,10 +50,9 @@ class Trainer:
         source = model_path(config)
         self._policy = build_policy(config, source, ranks)
         self._runner = StepRunner.of(config, self._policy, ranks)
-        self._checkpoints = Checkpoints(self._paths.checkpoints, keep=config.trainer.keep_checkpoints, tokenizer=source)
-        self._step, self._extra = self._checkpoints.restore(self._runner, config.resume)
+        self._checkpoints = Checkpoints(self._paths.checkpoints, keep=config.trainer.keep_checkpoints, tokenizer_path=source)
+        self._step, self._stream = self._resume()
         self._saved_step = self._step
-        self._first_step = self._step
         link.step = self._step
         self._leader = Leader(config, link, step=self._step, started_s=started_s) if self._leads else None
         link.runtime.status = self._status
@@ -68,10 +68,22 @@ class Trainer:
                 break
         self._end()
 
+    def _resume(self) -> tuple[int, dict[str, Any]]:
+        """(completed steps, state of the prompt stream) of the checkpoint that `resume` names; (0, {}) for a new run."""
+        resume = self._config.resume
+        if not resume:
+            return 0, {}
+        steps = self._checkpoints.steps()
+        if resume == "latest" and not steps:
+            raise ConfigError(f"resume=latest: there is no checkpoint in {self._paths.checkpoints}")
+        step = steps[-1] if resume == "latest" else int(resume.removeprefix("step:"))
+        return step, self._checkpoints.load(step, self._policy, self._runner.optimizer, self._ranks)
+
     def _begin(self) -> None:
         snapshot = self._snapshot()
         if self._leader is not None:
-            self._leader.begin(snapshot, stream=self._extra, is_resumed=bool(self._config.resume))
+            assert snapshot is not None
+            self._leader.begin(snapshot, stream=self._stream, is_resumed=self._step > 0)
         # No rank may fetch before rank 0 has said where training starts.
         self._ranks.any(True)
         self._link.runtime.ready()
@@ -102,7 +114,7 @@ class Trainer:
 
     def _snapshot(self) -> Snapshot | None:
         """A copy of the weights as they are broadcast. Collective; only rank 0 gets one."""
-        tensors = full_state(self._policy)
+        tensors = gather_full_state(self._policy)
         if not self._leads:
             return None
         return take_snapshot(tensors, bucket_bytes=self._config.weights.bucket_bytes, dtype=self._config.model.dtype)
@@ -110,7 +122,7 @@ class Trainer:
     def _save(self) -> None:
         """Checkpoint, then commit: what the ledger calls trained is on disk."""
         stream = self._leader.stream_state(self._step - 1) if self._leader is not None else {}
-        self._checkpoints.save(self._runner, step=self._step, extra=stream)
+        self._checkpoints.save(self._step, self._policy, self._runner.optimizer, self._ranks, extra=stream)
         self._saved_step = self._step
         if self._leader is not None:
             self._leader.commit(self._step - 1)
