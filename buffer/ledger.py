@@ -112,8 +112,9 @@ class Ledger:
     def alloc_version(self, *, incarnation: int, step: int) -> int:
         """A version number, never given out before, for weights that are the start of `step`."""
         self._check_trainer(incarnation)
-        if not 0 <= step <= self.recorder.step:
-            raise RefusedError("step", f"weights of step {step} cannot exist: step {self.recorder.step} is not recorded yet")
+        newest = min(self.trainer_step + 1, self.recorder.step)
+        if not 0 <= step <= newest:
+            raise RefusedError("step", f"weights of step {step} cannot exist yet: the newest possible are those of step {newest}")
         return self.versions.alloc(step=step, trainer_incarnation=incarnation)
 
     def fetch(self, *, step: int, position: int) -> Group | None:

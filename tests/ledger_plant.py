@@ -35,7 +35,7 @@ def trajectory(versions: list[int], *, reward: float = 0.0, finish: FinishReason
 
 def new_ledger(**settings: object) -> Ledger:
     """A ledger with a trainer (incarnation 1) at step 0 and 1,000 prompts."""
-    defaults: dict[str, object] = dict(max_staleness=1, groups_per_step=2, group_size=2, num_steps=4)
+    defaults: dict[str, object] = {"max_staleness": 1, "groups_per_step": 2, "group_size": 2, "num_steps": 4}
     ledger = Ledger(LedgerSettings(**(defaults | settings)), MemoryStore())  # type: ignore[arg-type]
     ledger.set_num_train_prompts(1000)
     ledger.start_training(incarnation=1, step=0, stream={})

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from ledger_plant import Plant, PlantServer, new_ledger
 
 from buffer.tickets import Drop, State
+from tests.ledger_plant import Plant, PlantServer, new_ledger
 
 
 def servers() -> list[PlantServer]:

@@ -1,0 +1,264 @@
+"""The ledger against everything that peers may do in any order, with a model of what it has promised."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from areal_like.messages.producer import Lease, Purpose, ServerState
+from buffer.tickets import State, Verdict
+from tests.ledger_plant import add_server, beat, done, failed, new_ledger
+
+SERVERS = ("a", "b", "c")
+GROUPS, SIZE, STEPS = 2, 2, 6
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    """Model: who was granted what, what was accepted, what was served where."""
+
+    @initialize(
+        max_staleness=st.sampled_from([0, 1, 2]),
+        overdue=st.sampled_from(["wait", "drop"]),
+        group_filter=st.sampled_from(["none", "spread", "single_version"]),
+    )
+    def begin(self, max_staleness: int, overdue: str, group_filter: str) -> None:
+        self.ledger = new_ledger(
+            max_staleness=max_staleness,
+            groups_per_step=GROUPS,
+            group_size=SIZE,
+            num_steps=STEPS,
+            overdue=overdue,
+            group_filter=group_filter,
+            max_consecutive_failures=10**6,
+            lease_timeout_s=5.0,
+        )
+        self.now_s = 0.0
+        self.incarnation = 1
+        self.num_trained = 0
+        self.leases: list[tuple[str, Lease]] = []
+        self.accepted: dict[tuple[int, int], int] = {}
+        self.served: dict[tuple[int, int], int] = {}
+        self.versions = [0]
+        self.server_incarnation = dict.fromkeys(SERVERS, 1)
+        for name in SERVERS[:2]:
+            add_server(self.ledger, name, capacity=2 * SIZE)
+        self.grant()
+
+    # --- servers ---
+
+    @rule(name=st.sampled_from(SERVERS), restarted=st.booleans())
+    def hello(self, name: str, restarted: bool) -> None:
+        self.server_incarnation[name] += restarted
+        known = self.ledger.book.servers.get(name)
+        version = known.weights_version if known and not restarted else self.versions[-1]
+        add_server(self.ledger, name, capacity=2 * SIZE, version=version, now_s=self.now_s, incarnation=self.server_incarnation[name])
+        self.grant()
+
+    @rule(
+        name=st.sampled_from(SERVERS),
+        newest=st.booleans(),
+        capacity=st.sampled_from([0, 1, 4, 5]),
+        state=st.just(ServerState.SERVING) | st.sampled_from(ServerState),
+    )
+    def heartbeat(self, name: str, newest: bool, capacity: int, state: ServerState) -> None:
+        server = self.ledger.book.servers.get(name)
+        if server is not None:
+            version = self.versions[-1] if newest else server.weights_version
+            beat(self.ledger, name, capacity=capacity, version=version, now_s=self.now_s, state=state)
+        self.grant()
+
+    def grant(self) -> None:
+        for name, leases in self.ledger.grant(now_s=self.now_s).items():
+            for lease in leases:
+                assert not any((lease.ticket_id, index) in self.accepted for index in lease.sample_indices), (
+                    "a sample that is here is asked for"
+                )
+                self.leases.append((name, lease))
+
+    def draw_sample(self, data: st.DataObject) -> tuple[str, Lease, int]:
+        """Any sample of any lease ever granted, the newest more often: duplicates, superseded ones and those of ended tickets too."""
+        name, lease = data.draw(st.sampled_from(self.leases[-4:]) | st.sampled_from(self.leases))
+        return name, lease, data.draw(st.sampled_from(lease.sample_indices))
+
+    def expected(self, name: str, lease: Lease, index: int) -> Verdict:
+        """What the rules say, from what this machine has seen and which samples are outstanding."""
+        held = self.ledger.book.leases.get(lease.lease_id)
+        ticket = self.ledger.register.live.get(lease.ticket_id)
+        if ticket is None:
+            return Verdict.FINISHED
+        if self.accepted.get((lease.ticket_id, index)) == lease.lease_id:
+            return Verdict.DUPLICATE
+        is_held = held is not None and held.server == name and index in held.outstanding
+        return Verdict.ACCEPTED if is_held else Verdict.SUPERSEDED
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data(), reward=st.sampled_from([0.0, 1.0]), old=st.booleans(), other_server=st.sampled_from([False, False, True]))
+    def deliver(self, data: st.DataObject, reward: float, old: bool, other_server: bool) -> None:
+        name, lease, index = self.draw_sample(data)
+        if other_server:
+            name = data.draw(st.sampled_from(SERVERS))
+        expected = self.expected(name, lease, index)
+        server = self.ledger.book.servers.get(name)
+        newest = server.weights_version if server else 0
+        oldest = self.versions[max(0, self.versions.index(newest) - 1)] if old else newest
+        verdict = self.ledger.sample_done(name, done(lease, index, [oldest, newest], reward=reward))
+        assert verdict is expected
+        if verdict is Verdict.ACCEPTED:
+            self.accepted[lease.ticket_id, index] = lease.lease_id
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
+    def deliver_whole_lease(self, data: st.DataObject) -> None:
+        name, lease = data.draw(st.sampled_from(self.leases[-4:]))
+        version = self.ledger.book.servers[name].weights_version if name in self.ledger.book.servers else 0
+        for index in lease.sample_indices:
+            if self.ledger.sample_done(name, done(lease, index, [version], reward=float(index))) is Verdict.ACCEPTED:
+                self.accepted[lease.ticket_id, index] = lease.lease_id
+        self.grant()
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
+    def fail(self, data: st.DataObject) -> None:
+        name, lease, index = self.draw_sample(data)
+        expected = self.expected(name, lease, index)
+        assert self.ledger.sample_failed(name, failed(lease, index)) is expected
+        self.grant()
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
+    def give_back(self, data: st.DataObject) -> None:
+        name, lease = data.draw(st.sampled_from(self.leases))
+        if name in self.ledger.book.servers:
+            self.ledger.return_leases(name, [lease.lease_id, lease.lease_id])
+        self.grant()
+
+    @rule(name=st.sampled_from(SERVERS))
+    def leave(self, name: str) -> None:
+        self.ledger.remove_server(name)
+
+    @rule(seconds=st.sampled_from([0.5, 3.0, 6.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.now_s += seconds
+        for name in self.ledger.expire(now_s=self.now_s):
+            assert name not in self.ledger.book.servers
+        self.grant()
+
+    # --- trainer ---
+
+    @precondition(lambda self: self.ledger.recorder.num_recorded)
+    @rule(position=st.integers(0, STEPS * GROUPS - 1))
+    def fetch_any(self, position: int) -> None:
+        self.fetch(*divmod(position % (self.ledger.recorder.num_recorded + 1), GROUPS))
+
+    def fetch(self, step: int, position: int) -> None:
+        if not self.ledger.committed_step < step < STEPS:
+            return
+        group = self.ledger.fetch(step=step, position=position)
+        if group is None:
+            assert (step, position) not in self.served, "a recorded group is gone"
+            return
+        assert self.served.setdefault((step, position), group.ticket_id) == group.ticket_id, "a place was given to another group"
+        assert list(self.served.values()).count(group.ticket_id) == 1, "a group is in two places"
+        assert len(group.trajectories) == SIZE
+        for trajectory, oldest_step in zip(group.trajectories, group.version_steps, strict=True):
+            assert 0 <= step - oldest_step <= self.ledger.settings.max_staleness
+            assert trajectory.num_sampled > 0
+
+    @precondition(lambda self: self.ledger.recorder.step > self.ledger.trainer_step)
+    @rule(push=st.booleans(), commit=st.booleans())
+    def train(self, push: bool, commit: bool) -> None:
+        step = self.ledger.trainer_step
+        for position in range(GROUPS):
+            self.fetch(step, position)
+        self.ledger.complete_step(incarnation=self.incarnation, step=step)
+        self.ledger.complete_step(incarnation=self.incarnation, step=step)
+        self.num_trained = max(self.num_trained, step + 1)
+        if push:
+            version = self.ledger.alloc_version(incarnation=self.incarnation, step=step + 1)
+            assert version > self.versions[-1]
+            self.versions.append(version)
+        if commit:
+            self.ledger.commit(incarnation=self.incarnation, step=step)
+            self.ledger.commit(incarnation=self.incarnation, step=step)
+        self.grant()
+
+    @rule(data=st.data())
+    def trainer_restarts(self, data: st.DataObject) -> None:
+        step = data.draw(st.integers(self.ledger.committed_step + 1, self.ledger.trainer_step))
+        self.incarnation += 1
+        self.ledger.start_training(incarnation=self.incarnation, step=step, stream={})
+        self.versions.append(self.ledger.alloc_version(incarnation=self.incarnation, step=step))
+
+    @rule(eval_id=st.integers(1, 2))
+    def evaluate(self, eval_id: int) -> None:
+        result = self.ledger.request_eval(eval_id=eval_id, num_prompts=2, min_version=0)
+        assert result is None or result.num_evaluated + result.num_failed == 2
+
+    @rule()
+    def close(self) -> None:
+        self.ledger.close("test")
+        assert self.ledger.register.count(Purpose.TRAIN, State.QUEUED, State.LEASED, State.READY) == 0
+
+    # --- promises ---
+
+    @invariant()
+    def books_balance(self) -> None:
+        self.ledger.register.check()
+        counts = self.ledger.register.num_by_state()
+        assert counts[State.DROPPED] == self.ledger.drops.total()
+        train = self.ledger.register.count(Purpose.TRAIN, *State) - self.ledger.register.count(Purpose.TRAIN, State.DROPPED)
+        assert train <= STEPS * GROUPS, "more groups than the run has places"
+
+    @invariant()
+    def learned_once(self) -> None:
+        counters = self.ledger.statistics.counters()
+        assert counters["samples_trained"] == self.num_trained * GROUPS * SIZE
+        assert counters["max_trained_lag"] <= self.ledger.settings.max_staleness
+        assert self.ledger.recorder.num_recorded <= (self.num_trained + 2) * GROUPS, "recording ran more than one step ahead of the trainer"
+
+    @invariant()
+    def leases_match_tickets(self) -> None:
+        book, live = self.ledger.book, self.ledger.register.live
+        for server in book.servers.values():
+            assert server.owed_samples == sum(len(lease.outstanding) for lease in server.leases.values())
+        assert set(book.leases) == {lease_id for ticket in live.values() for lease_id in ticket.leases}
+        for ticket in live.values():
+            if ticket.state in (State.QUEUED, State.LEASED):
+                making = [index for lease in ticket.leases.values() for index in lease.outstanding]
+                assert sorted([*making, *ticket.unleased, *ticket.samples]) == list(range(ticket.num_samples)), (
+                    "a sample is lost or made twice"
+                )
+                assert (ticket.state is State.LEASED) == bool(ticket.leases)
+
+    def teardown(self) -> None:
+        """Whatever happened, healthy peers can bring the run to its end: no place is blocked for good."""
+        ledger = getattr(self, "ledger", None)
+        if ledger is None:
+            return
+        self.trainer_restarts_at(ledger.trainer_step)
+        self.now_s += 100.0
+        ledger.expire(now_s=self.now_s)
+        for _ in range(40 * STEPS):
+            version = self.versions[-1]
+            self.server_incarnation["a"] += 1
+            add_server(ledger, "a", capacity=100, version=version, now_s=self.now_s, incarnation=self.server_incarnation["a"])
+            for leases in ledger.grant(now_s=self.now_s).values():
+                for lease in leases:
+                    for index in lease.sample_indices:
+                        ledger.sample_done("a", done(lease, index, [version], reward=float(index)))
+            if ledger.recorder.step > ledger.trainer_step:
+                self.train(push=True, commit=True)
+        assert ledger.trainer_step == STEPS, f"stuck: {ledger.register.num_by_state()}, step {ledger.recorder.step}"
+        assert ledger.register.count(Purpose.TRAIN, State.TRAINED) == STEPS * GROUPS
+        assert not any(ticket.purpose is Purpose.TRAIN for ticket in ledger.register.live.values()), "tickets are left over"
+        assert ledger.store.num_bytes == 0
+
+    def trainer_restarts_at(self, step: int) -> None:
+        self.incarnation += 1
+        self.ledger.start_training(incarnation=self.incarnation, step=step, stream={})
+        self.versions.append(self.ledger.alloc_version(incarnation=self.incarnation, step=step))
+
+
+TestLedger = LedgerMachine.TestCase
+TestLedger.settings = settings(max_examples=100, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck))
