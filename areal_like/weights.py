@@ -65,12 +65,6 @@ class Bucket:
     def __post_init__(self) -> None:
         if not self.tensors:
             raise WeightSyncError("a bucket needs at least one tensor")
-        for spec, offset in zip(self.tensors, self.offsets, strict=True):
-            if offset % ITEM_BYTES[spec.dtype]:
-                raise WeightSyncError(
-                    f"tensor {spec.name}: offset {offset} is not a multiple of {ITEM_BYTES[spec.dtype]} bytes: "
-                    "order the tensors of a bucket by falling item size (see cut_buckets)"
-                )
 
     @property
     def offsets(self) -> tuple[int, ...]:
@@ -194,6 +188,11 @@ def unflatten(bucket: Bucket, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         raise WeightSyncError(f"bucket: want uint8[{bucket.num_bytes}], got {flat.dtype}{list(flat.shape)}")
     views = {}
     for spec, offset in zip(bucket.tensors, bucket.offsets, strict=True):
+        if offset % ITEM_BYTES[spec.dtype]:
+            raise WeightSyncError(
+                f"tensor {spec.name}: offset {offset} is not a multiple of {ITEM_BYTES[spec.dtype]} bytes: "
+                "order the tensors of a bucket by falling item size (see cut_buckets)"
+            )
         piece = flat[offset : offset + spec.num_bytes]
         views[spec.name] = piece.view(getattr(torch, spec.dtype)).view(spec.shape)
     return views

@@ -142,7 +142,7 @@ class EngineClient:
         Raises EngineError if the engine refused it, died, or took longer than `generate_timeout_s`.
         """
         future: asyncio.Future[Generation] = asyncio.get_running_loop().create_future()
-        pending = _Pending(rid or uuid.uuid4().hex, input_ids, sampling.to_dict(), future)
+        pending = _Pending(_wire_rid(rid or uuid.uuid4().hex), input_ids, sampling.to_dict(), future)
         if not self._queued:
             asyncio.get_running_loop().call_soon(self._flush)
         self._queued.append(pending)
@@ -160,7 +160,7 @@ class EngineClient:
             if pending.future.done():
                 continue
             if pending.rid in rids:
-                _fail(pending, f"rid {pending.rid} is used twice at the same time")
+                _fail(pending, f"rid {pending.rid[:-1]} is used twice at the same time")
                 continue
             rids.add(pending.rid)
             batch.append(pending)
@@ -205,13 +205,13 @@ class EngineClient:
 
     async def abort(self, rid: str | None = None) -> None:
         """Aborts one request, or all with `rid=None`; their generate() calls return the partial tokens. Unknown rids are no error."""
-        await self._call("POST", "/abort_request", {"abort_all": True} if rid is None else {"rid": rid})
+        await self._call("POST", "/abort_request", {"abort_all": True} if rid is None else {"rid": _wire_rid(rid)})
 
-    async def _abort_quietly(self, rid: str) -> None:
+    async def _abort_quietly(self, wire_rid: str) -> None:
         try:
-            await self.abort(rid)
+            await self._call("POST", "/abort_request", {"rid": wire_rid})
         except EngineError as error:
-            logger.debug("abort of %s: %s", rid, error)
+            logger.debug("abort of %s: %s", wire_rid, error)
 
     async def pause(self, mode: str = "abort") -> None:
         """Stops decoding: `abort` (running requests return their partial tokens), `in_place` (KV kept) or `retract` (KV rebuilt
@@ -417,6 +417,11 @@ def _generation(chunk: dict[str, Any], meta: dict[str, Any], reason: dict[str, A
         matched=matched if isinstance(matched, int) else None,
         message=str(reason.get("message") or ""),
     )
+
+
+def _wire_rid(rid: str) -> str:
+    """SGLang aborts every request whose id *starts with* the given one: with an end mark, `1` is no longer a prefix of `12`."""
+    return f"{rid};"
 
 
 def _version(raw: Any) -> int:

@@ -23,7 +23,7 @@ from areal_like.trajectory import FinishReason
 from rollout_server.engine.cache import KVCache, PrefixCache
 from rollout_server.engine.models.base import CausalModel, Weights
 from rollout_server.engine.sampling import Filters, noise_key, sample, uniforms
-from rollout_server.engine.scheduler import Finish, SamplingParams, Scheduler, Sequence
+from rollout_server.engine.scheduler import Finish, Scheduler, Sequence
 
 LOOK_AHEAD_TOKENS = 128
 """Prompt tokens that a prefill takes along from the queue."""
@@ -93,7 +93,7 @@ class _Rows:
         for array in vars(self).values():
             array[targets] = array[sources]
 
-    def report(self, sequence: Sequence, *, version: int | str) -> None:
+    def report(self, sequence: Sequence, *, version: str) -> None:
         """Brings the sequence's own output up to date with its row."""
         row = sequence.row
         count, start = int(self.num_output[row]), int(self.version_start[row])
@@ -110,7 +110,7 @@ class _Rows:
 class EngineCore:
     """Sequences in, tokens out, one step at a time. Not thread safe: one thread owns it."""
 
-    def __init__(self, model: CausalModel, weights: Weights, options: EngineOptions, *, version: int | str) -> None:
+    def __init__(self, model: CausalModel, weights: Weights, options: EngineOptions, *, version: str) -> None:
         facts = model.facts
         self.model = model
         self.options = options
@@ -172,7 +172,7 @@ class EngineCore:
         """Returns an unused set."""
         self._spare = weights
 
-    def swap(self, weights: Weights, *, version: int | str, recompute: bool) -> None:
+    def swap(self, weights: Weights, *, version: str, recompute: bool) -> None:
         """Activates a complete, verified set. Running sequences go on: with KV computed anew, or with the KV they have."""
         if recompute:
             self.retract()
@@ -333,6 +333,3 @@ class EngineCore:
             self._rows.report(sequence, version=self.version)
         self.scheduler.finish(sequence, finish)
         return sequence
-
-
-__all__ = ["EngineCore", "EngineOptions", "SamplingParams"]

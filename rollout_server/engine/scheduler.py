@@ -67,6 +67,8 @@ class Sequence:
 
     seq_id: str
     """Unique among those in the engine."""
+    rid: str = ""
+    """Id of the request it belongs to; shared by the samples of one."""
     prompt: tuple[int, ...]
     params: SamplingParams
     noise_key: int = 0
@@ -80,7 +82,7 @@ class Sequence:
     output_ids: list[int] = field(default_factory=list)
     """Sampled tokens, brought up to date when the sequence leaves its row or is reported."""
     output_logprobs: list[float] = field(default_factory=list)
-    version_spans: list[tuple[int | str, int, int]] = field(default_factory=list)
+    version_spans: list[tuple[str, int, int]] = field(default_factory=list)
     """(version, start, end) over the output: which weights sampled which tokens."""
     finish: Finish | None = None
 

@@ -19,7 +19,7 @@ from rollout_server.engine.cache import DecodeBatch, KVCache, KVShape
 from rollout_server.engine.models.base import ModelFacts, Weights
 
 
-class RowCache(Cache):  # type: ignore[misc]
+class RowCache(Cache):
     """transformers' view of the KV rows during one forward."""
 
     def __init__(self) -> None:

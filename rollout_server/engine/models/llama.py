@@ -124,10 +124,10 @@ class LlamaModel:
             prefix = f"model.layers.{i}."
             qkv, gate_up = empty(sum(sizes), config.hidden_size), empty(2 * config.intermediate_size, config.hidden_size)
             bias = empty(sum(sizes)) if f"{prefix}self_attn.q_proj.bias" in names else None
-            for projection, weight in zip("qkv", qkv.split(sizes), strict=True):
+            for projection, weight in zip("qkv", torch.split(qkv, sizes), strict=True):
                 named[f"{prefix}self_attn.{projection}_proj.weight"] = weight
             if bias is not None:
-                for projection, part in zip("qkv", bias.split(sizes), strict=True):
+                for projection, part in zip("qkv", torch.split(bias, sizes), strict=True):
                     named[f"{prefix}self_attn.{projection}_proj.bias"] = part
             named[f"{prefix}mlp.gate_proj.weight"], named[f"{prefix}mlp.up_proj.weight"] = gate_up.chunk(2)
             for name, shape in facts.parameter_shapes.items():

@@ -1,0 +1,243 @@
+"""New weights, received beside decoding and activated whole or not at all.
+
+    no session -> begin -> OPEN -> receive* -> end -> (verified: swapped) | (anything wrong: old weights stay) -> no session
+
+Buckets go into a shadow set of weights that no forward reads. A bucket that does not fit the model is still received, so that the sender
+and the other engines are not left hanging, and spoils the session: `end` then refuses with the first reason. Blocking calls run in
+threads of their own; a broadcast whose sender hangs holds only its thread until the group's timeout, and the set of weights it may still
+write into is abandoned with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from areal_like.collective import WeightGroup
+from areal_like.errors import WeightSyncError
+from areal_like.weights import Bucket, TensorSpec, check_names, checksum, spec_of, unflatten
+from rollout_server.engine.loop import EngineLoop
+from rollout_server.engine.models.base import ModelFacts, Weights
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+async def in_thread(work: Callable[[], T]) -> T:
+    """Runs blocking work in a daemon thread, so that one that hangs cannot keep the process from ending."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]
+
+    def main() -> None:
+        result, error = None, None
+        try:
+            with torch.inference_mode():
+                result = work()
+        except BaseException as caught:  # handed to whoever awaits
+            error = caught
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=main, name="weights", daemon=True).start()
+    return await future
+
+
+class _Session:
+    """One update being received. `receive` runs in a thread, everything else on the event loop."""
+
+    def __init__(self, weights: Weights, facts: ModelFacts) -> None:
+        self.weights = weights
+        self.facts = facts
+        self.received: list[TensorSpec] = []
+        self.problem = ""
+        self.version = ""
+        self.receiving = False
+        self.started_s = time.perf_counter()
+
+    def receive(self, group: WeightGroup, bucket: Bucket, *, flattened: bool) -> None:
+        """Takes one bucket off the wire and into the shadow set. Raises WeightSyncError."""
+        device = self.facts.device if group.backend == "nccl" else torch.device("cpu")
+        if flattened:
+            flat = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=device)
+            group.broadcast(flat)
+            if bucket.crc32 is not None and checksum(flat) != bucket.crc32:
+                raise WeightSyncError("a bucket's checksum is wrong: the bytes changed on the way")
+            tensors = unflatten(bucket, flat)
+        else:
+            tensors = {}
+            for spec in bucket.tensors:
+                tensors[spec.name] = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
+                group.broadcast(tensors[spec.name])
+        self.store(tensors)
+
+    def store(self, tensors: dict[str, Tensor]) -> None:
+        """Copies tensors into the shadow set, casting. Raises WeightSyncError for one that does not fit or is not finite."""
+        shapes = self.facts.parameter_shapes
+        for name, tensor in tensors.items():
+            if name in self.facts.tied_names:
+                continue
+            if name not in shapes:
+                raise WeightSyncError(f"tensor {name} is unknown to the model")
+            if tuple(tensor.shape) != tuple(shapes[name]):
+                raise WeightSyncError(f"tensor {name}: want shape {list(shapes[name])}, got {list(tensor.shape)}")
+            target = self.weights.named[name]
+            target.copy_(tensor)
+            if not torch.isfinite(target).all():
+                raise WeightSyncError(f"tensor {name} holds values that are not finite in {self.facts.dtype}")
+            self.received.append(spec_of(name, tensor))
+        if self.facts.device.type == "cuda":
+            torch.cuda.current_stream(self.facts.device).synchronize()
+
+
+class WeightUpdater:
+    """Groups and the one update session of an engine. All methods belong to the event loop."""
+
+    def __init__(self, loop: EngineLoop, facts: ModelFacts) -> None:
+        self._loop = loop
+        self._facts = facts
+        self._groups: dict[str, WeightGroup] = {}
+        self._session: _Session | None = None
+        self.num_updates = 0
+        self.num_failures = 0
+        self.update_s = 0.0
+        """Sum over successful updates of the time from `begin` to activation."""
+        self._max_bucket_bytes = 1 << 24
+        self._max_bucket_bytes += 8 * sum(torch.Size(shape).numel() for shape in facts.parameter_shapes.values())
+
+    async def init_group(
+        self, *, master_address: str, master_port: int, rank: int, world_size: int, group_name: str, backend: str, timeout_s: float
+    ) -> None:
+        """Joins a group; one that has the same name is left first."""
+        if backend == "nccl" and self._facts.device.type != "cuda":
+            raise WeightSyncError(f"backend nccl needs a CUDA engine, this one runs on {self._facts.device}: use gloo")
+        if group_name in self._groups:
+            self.destroy_group(group_name)
+        self._groups[group_name] = await in_thread(
+            lambda: WeightGroup.join(
+                master_address=master_address,
+                master_port=master_port,
+                rank=rank,
+                world_size=world_size,
+                group_name=group_name,
+                backend=backend,
+                timeout_s=timeout_s,
+            )
+        )
+
+    def destroy_group(self, group_name: str) -> None:
+        """Leaves a group. Raises WeightSyncError if there is none of that name."""
+        group = self._groups.pop(group_name, None)
+        if group is None:
+            raise WeightSyncError(f"weight group {group_name!r} does not exist")
+        group.close()
+
+    async def begin(self) -> None:
+        """Opens a session; one that is open is given up."""
+        self._give_up()
+        weights = await asyncio.wrap_future(self._loop.call(lambda core: core.take_spare()))
+        self._session = _Session(weights, self._facts)
+
+    async def receive(self, bucket: Bucket, *, group_name: str, flattened: bool, version: str) -> None:
+        """Receives one bucket. A failure is raised here and spoils the session."""
+        session = self._open_session()
+        if session.receiving:
+            raise WeightSyncError("a bucket is being received already: send one after the other")
+        group = self._groups.get(group_name)
+        if group is None:
+            raise WeightSyncError(f"weight group {group_name!r} does not exist: call /init_weights_update_group first")
+        session.receiving = True
+        try:
+            if bucket.num_bytes > self._max_bucket_bytes:
+                self.destroy_group(group_name)  # what we would not receive must not keep the sender waiting
+                raise WeightSyncError(f"a bucket of {bucket.num_bytes} bytes is larger than this model could need")
+            await in_thread(lambda: session.receive(group, bucket, flattened=flattened))
+            session.version = version or session.version
+        except WeightSyncError as error:
+            session.problem = session.problem or str(error)
+            raise
+        finally:
+            session.receiving = False
+
+    async def end(self, *, version: str, recompute: bool) -> float:
+        """Verifies the session and activates it; returns the stall in seconds. Raises WeightSyncError, with the old weights in place."""
+        session = self._open_session()
+        if session.receiving:
+            raise WeightSyncError("a bucket is being received still")
+        version = version or session.version
+        try:
+            if session.problem:
+                raise WeightSyncError(session.problem)
+            check_names(session.received, self._facts.parameter_shapes, tied=self._facts.tied_names)
+            if not version:
+                raise WeightSyncError("no weight_version was given: name it in /end_weight_update")
+        except WeightSyncError:
+            self.num_failures += 1
+            self._give_up()
+            raise
+        self._session = None
+        stall_s = await asyncio.wrap_future(self._loop.swap(session.weights, version=version, recompute=recompute))
+        self.num_updates += 1
+        self.update_s += time.perf_counter() - session.started_s
+        logger.info("weights %s active, %.1f ms stall", version, stall_s * 1e3)
+        return stall_s
+
+    async def from_disk(self, path: str, *, version: str, recompute: bool) -> float:
+        """Loads a Hugging Face directory as one session. Raises WeightSyncError, with the old weights in place."""
+        await self.begin()
+        session = self._open_session()
+        session.receiving = True
+        try:
+            await in_thread(lambda: _read_directory(Path(path), session))
+        except WeightSyncError as error:
+            session.problem = str(error)
+        finally:
+            session.receiving = False
+        return await self.end(version=version, recompute=recompute)
+
+    def close(self) -> None:
+        """Leaves all groups."""
+        for name in list(self._groups):
+            self.destroy_group(name)
+
+    def _open_session(self) -> _Session:
+        if self._session is None:
+            raise WeightSyncError("no weight update is open: call /begin_weight_update first")
+        return self._session
+
+    def _give_up(self) -> None:
+        session, self._session = self._session, None
+        if session is not None and not session.receiving:
+            weights = session.weights
+            self._loop.call(lambda core: core.give_back(weights))
+
+
+def _read_directory(path: Path, session: _Session) -> None:
+    try:
+        index = path / "model.safetensors.index.json"
+        files = ["model.safetensors"]
+        if index.is_file():
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        for file in files:
+            with safe_open(path / file, framework="pt", device=str(session.facts.device)) as tensors:
+                session.store({name: tensors.get_tensor(name) for name in tensors.keys()})  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
+        raise WeightSyncError(f"{path}: cannot read weights: {error}") from None
