@@ -37,6 +37,7 @@ from areal_like.paths import RunPaths, write_json
 from areal_like.process import die_with_launcher
 
 log = logging.getLogger(__name__)
+exit_log = logging.getLogger(f"{__name__}.exit")
 
 
 class JsonFormatter(logging.Formatter):
@@ -55,6 +56,19 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry)
 
 
+class PlainFormatter(logging.Formatter):
+    """One short line; trace-backs are in the log file."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Time of day, daemon, level, message."""
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        return f"{clock} {self._name} {record.levelname} {record.getMessage()}"
+
+
 def configure_logging(config: Config, name: str) -> None:
     """JSON lines to `<run>/logs/<name>.log`, and warnings to stderr in plain words (everything when it is a terminal)."""
     paths = RunPaths.of(config)
@@ -62,7 +76,8 @@ def configure_logging(config: Config, name: str) -> None:
     file = logging.FileHandler(paths.logs / f"{name}.log")
     file.setFormatter(JsonFormatter())
     plain = logging.StreamHandler(sys.stderr)
-    plain.setFormatter(logging.Formatter(f"%(asctime)s {name} %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    plain.setFormatter(PlainFormatter(name))
+    plain.addFilter(lambda record: record.name != exit_log.name)  # the exit's one line on stderr is written without decoration
     plain.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
     logging.basicConfig(level=config.daemon.log_level, handlers=[file, plain], force=True)
 
@@ -144,6 +159,7 @@ class Runtime:
         except OSError as error:
             listening.close()
             raise ConfigError(f"cannot bind {host} ({error.strerror}): set daemon.http_host to an address of this machine") from None
+        listening.listen(128)  # from here on a request waits for the server instead of being refused
         self.http_port = listening.getsockname()[1]
         settings = uvicorn.Config(self._app(), log_level="warning", lifespan="off", access_log=False, loop="asyncio", log_config=None)
         self._server = _QuietServer(settings)
@@ -209,15 +225,15 @@ def exit_code_of(name: str, run: Callable[[], None]) -> int:
     try:
         run()
     except UserError as error:
-        log.error("%s", error)
+        exit_log.error("%s", error)
         sys.stderr.write(f"{name}: {error}\n")
         return 2
     except ArealError as error:
-        log.error("%s: %s", type(error).__name__, error)
+        exit_log.error("%s: %s", type(error).__name__, error)
         sys.stderr.write(f"{name}: {error}\n")
         return 1
     except Exception as error:  # the outermost frame of a process: log the trace-back where it is looked for, and end
-        log.exception("unexpected")
+        exit_log.exception("unexpected")
         sys.stderr.write(f"{name}: unexpected {type(error).__name__}: {error} (trace-back in its log)\n")
         return 1
     return 0

@@ -1,0 +1,149 @@
+"""The daemon runtime as a real process: HTTP plane, drain, watchdog, exit codes, parent's death."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from areal_like.process import PARENT_PID
+
+BODY = """
+import asyncio, sys, time
+from areal_like.cli import load_config
+from areal_like.daemon import run_daemon
+from areal_like.errors import ArealError, ConfigError
+
+async def main(runtime):
+    mode = sys.argv[1]
+    if mode == "user error":
+        raise ConfigError("x is wrong: use y")
+    if mode == "failure":
+        raise ArealError("the disk is on fire")
+    if mode == "bug":
+        raise KeyError("surprise")
+    async def double(body):
+        if "n" not in body:
+            raise ConfigError("give n")
+        return {"n": 2 * body["n"]}
+    runtime.verbs["double"] = double
+    runtime.status = lambda: {"answer": 42}
+    runtime.ready()
+    with runtime.waits("a signal"):
+        await runtime.stopping.wait()
+    if mode == "stuck":
+        time.sleep(60)
+
+sys.exit(run_daemon(load_config(sys.argv[2:]), role="test", name="test-0", main=main))
+"""
+
+
+class Running:
+    def __init__(self, tmp_path: Path, mode: str, *settings: str, tied: bool = False) -> None:
+        environment = dict(os.environ) | ({PARENT_PID: str(os.getpid())} if tied else {})
+        self.run = tmp_path / "runs" / "test"
+        command = [sys.executable, "-c", BODY, mode, "name=test", f"runs_dir={tmp_path}/runs", *settings]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+
+    def endpoint(self) -> dict[str, Any]:
+        deadline_s = time.monotonic() + 20
+        while time.monotonic() < deadline_s:
+            path = self.run / "endpoints" / "test-0.json"
+            if path.exists():
+                return dict(json.loads(path.read_text()))
+            assert self.process.poll() is None, self.process.communicate()[1]
+            time.sleep(0.05)
+        raise AssertionError("no endpoint file")
+
+    def get(self, path: str, body: bytes | None = None) -> tuple[int, str]:
+        request = urllib.request.Request(f"http://{self.endpoint()['http']}{path}", data=body)
+        try:
+            with urllib.request.urlopen(request, timeout=5) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def wait_ready(self) -> None:
+        deadline_s = time.monotonic() + 20
+        while time.monotonic() < deadline_s:
+            if self.get("/readyz")[0] == 200:
+                return
+            time.sleep(0.05)
+        raise AssertionError("not ready")
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[Any]:
+    daemons: list[Running] = []
+
+    def start(mode: str, *settings: str, tied: bool = False) -> Running:
+        daemons.append(Running(tmp_path, mode, *settings, tied=tied))
+        return daemons[-1]
+
+    yield start
+    for daemon in daemons:
+        daemon.process.kill()
+        daemon.process.communicate()
+
+
+def test_the_http_plane_and_a_drain(started: Any) -> None:
+    daemon = started("serve")
+    daemon.wait_ready()
+    assert daemon.get("/livez") == (200, "ok")
+    status = json.loads(daemon.get("/status")[1])
+    assert (status["answer"], status["role"], list(status["waiting_on"])) == (42, "test", ["a signal"])
+    assert "process_resident_memory_bytes" in daemon.get("/metrics")[1]
+    assert daemon.get("/control/double", b'{"n": 4}') == (200, '{"n":8}')
+    for verb, body, code in (("double", b"{}", 400), ("double", b"[]", 400), ("double", b"{", 400), ("nope", b"{}", 404)):
+        assert daemon.get(f"/control/{verb}", body)[0] == code
+    daemon.process.send_signal(signal.SIGTERM)
+    daemon.process.send_signal(signal.SIGINT)  # the same Ctrl-C, delivered twice
+    assert daemon.process.wait(timeout=10) == 0
+    assert not (daemon.run / "endpoints" / "test-0.json").exists()
+    assert all(json.loads(line)["level"] for line in (daemon.run / "logs" / "test-0.log").read_text().splitlines())
+
+
+def test_a_stuck_drain_is_ended_by_the_watchdog(started: Any) -> None:
+    daemon = started("stuck", "daemon.drain_timeout_s=1")
+    daemon.wait_ready()
+    daemon.process.send_signal(signal.SIGTERM)
+    assert daemon.process.wait(timeout=10) == -signal.SIGALRM
+
+
+def test_a_second_signal_ends_it_at_once(started: Any) -> None:
+    daemon = started("stuck")
+    daemon.wait_ready()
+    daemon.process.send_signal(signal.SIGTERM)
+    time.sleep(1.3)
+    daemon.process.send_signal(signal.SIGTERM)
+    assert daemon.process.wait(timeout=10) != 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "code", "message"),
+    [
+        ("user error", 2, "test-0: x is wrong: use y\n"),
+        ("failure", 1, "test-0: the disk is on fire\n"),
+        ("bug", 1, "test-0: unexpected KeyError: 'surprise' (trace-back in its log)\n"),
+    ],
+)
+def test_exit_codes_and_one_message(started: Any, mode: str, code: int, message: str) -> None:
+    daemon = started(mode)
+    _, stderr = daemon.process.communicate(timeout=20)
+    assert daemon.process.returncode == code
+    assert stderr.endswith(message)
+    assert "Traceback" not in stderr
+
+
+def test_a_daemon_of_a_launcher_that_is_gone_does_not_start(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", BODY, "serve", "name=test", f"runs_dir={tmp_path}/runs"]
+    done = subprocess.run(command, env=dict(os.environ) | {PARENT_PID: "1"}, timeout=20, check=False)
+    assert done.returncode == 1
