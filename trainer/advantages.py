@@ -1,0 +1,90 @@
+"""How good each sample of a group was, compared with the others. The same kind of registry as objectives, a choice of its own.
+
+A group without spread has advantage exactly zero: the mean of equal floats need not be that float again, and dividing its rounding
+error by a standard deviation of the same size would turn noise into a signal.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from areal_like.trajectory import Trajectory
+from trainer.registry import Registry
+from trainer.scope import Scope
+
+FloatArray = NDArray[np.float64]
+
+
+class Advantage(ABC):
+    """Base of all. A subclass writes `of_group`; one of scope BATCH also writes `rescale`.
+
+    Yours: a dataclass in a module of your own, named by `advantage._target_=my_module.MyAdvantage`.
+    """
+
+    scope: Scope = Scope.GROUP
+    """BATCH: `rescale` is called, and no gradient is computed before the step's last group has come."""
+
+    @abstractmethod
+    def of_group(self, group: Sequence[Trajectory]) -> Sequence[float | FloatArray]:
+        """Advantage of each sample: one number for all its tokens, or an array [num_tokens]."""
+
+    def rescale(self, *, advantages_S: FloatArray, groups_S: NDArray[np.int64]) -> tuple[float, float]:
+        """(shift, factor) by which every advantage `a` of the step becomes `(a + shift) * factor`; the same on every rank.
+
+        Arguments: all sampled tokens of the step over all ranks, each with its advantage and its group's position.
+        """
+        return 0.0, 1.0
+
+
+ADVANTAGES = Registry[Advantage]("advantage", Advantage)  # type: ignore[type-abstract]
+
+
+def rewards_of(group: Sequence[Trajectory]) -> FloatArray:
+    """Rewards [G]."""
+    return np.array([trajectory.reward for trajectory in group], dtype=np.float64)
+
+
+def centred(rewards_G: FloatArray) -> FloatArray:
+    """R - mean [G]; exactly zero without spread."""
+    if rewards_G.max() == rewards_G.min():
+        return np.zeros_like(rewards_G)
+    return np.asarray(rewards_G - rewards_G.mean())
+
+
+@ADVANTAGES.register("dr_grpo")
+@dataclass(frozen=True, kw_only=True)
+class DrGrpo(Advantage):
+    """R - mean: no division, so that hard and easy prompts are not weighted up (Dr. GRPO, arXiv 2503.20783)."""
+
+    def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
+        """[G]"""
+        return [float(a) for a in centred(rewards_of(group))]
+
+
+@ADVANTAGES.register("grpo")
+@dataclass(frozen=True, kw_only=True)
+class Grpo(Advantage):
+    """(R - mean) / population standard deviation (GRPO, arXiv 2402.03300)."""
+
+    def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
+        """[G]"""
+        rewards_G = rewards_of(group)
+        centred_G = centred(rewards_G)
+        std = float(rewards_G.std())
+        return [float(a) for a in centred_G / std] if std > 0 else [0.0] * len(group)
+
+
+@ADVANTAGES.register("rloo")
+@dataclass(frozen=True, kw_only=True)
+class Rloo(Advantage):
+    """R - mean of the others = G / (G - 1) (R - mean): an unbiased baseline (RLOO, arXiv 2402.14740)."""
+
+    def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
+        """[G]; zero for a group of one, which has no others."""
+        size = len(group)
+        return [float(a) for a in centred(rewards_of(group)) * (size / max(size - 1, 1))]

@@ -1,0 +1,148 @@
+"""Checkpoints: a directory that transformers loads, with what it takes to go on training beside it. No pickle.
+
+    step_000100/  model.safetensors config.json tokenizer*      the policy: `AutoModelForCausalLM.from_pretrained(...)`
+                  optimizer.safetensors                         Adam's moments, whole tensors; random state
+                  trainer_state.json                            step, update count, the daemon's own JSON
+
+Whole tensors, gathered to rank 0: any number of ranks may resume, each reading its own rows. A checkpoint appears by the rename of
+a finished, synced directory, so one that exists is complete. The masters are saved in float32, whatever dtype the engines run.
+torch.distributed.checkpoint was left out because its metadata is a pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from areal_like.errors import ConfigError
+from trainer.gather import MODEL_PREFIX, gather, row_range, shards_of
+from trainer.optimizer import MOMENTS, ShardedAdamW
+from trainer.policy import Policy
+from trainer.ranks import Ranks
+
+FORMAT = 1
+MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "trainer_state.json"
+RANDOM_STATE = "random_state.cpu"
+_NAME = re.compile(r"step_(\d{6,})")
+
+
+class Checkpoints:
+    """The checkpoints of one run. `save` and `load` are collective, the rest is not."""
+
+    def __init__(self, root: Path, *, keep: int, tokenizer_path: str) -> None:
+        """`keep`: how many of the newest stay on disk. `tokenizer_path`: where the tokenizer to copy is."""
+        self._root = root
+        self._keep = keep
+        self._tokenizer_path = tokenizer_path
+
+    def steps(self) -> list[int]:
+        """Steps with a complete checkpoint, ascending."""
+        if not self._root.is_dir():
+            return []
+        names = (_NAME.fullmatch(path.name) for path in self._root.iterdir())
+        return sorted(int(match[1]) for match in names if match)
+
+    def path(self, step: int) -> Path:
+        """Directory of one step."""
+        return self._root / f"step_{step:06d}"
+
+    def save(self, step: int, policy: Policy, optimizer: ShardedAdamW, ranks: Ranks, *, extra: dict[str, Any]) -> Path:
+        """Writes the state after `step` optimizer steps and prunes old ones; complete on disk when it returns.
+
+        `extra`: JSON that `load` gives back (rank 0's counts).
+        """
+        model = dict(gather(shards_of(policy)))
+        moments: dict[str, Tensor] = {}
+        for key in MOMENTS:
+            values = {name: optimizer.moments(name)[key] for name in optimizer.shards}
+            moments.update((f"{key}.{name}", whole) for name, whole in gather(shards_of(policy, values)))
+        final = self.path(step)
+        if ranks.rank == 0:
+            partial = final.with_name(f".{final.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            save_file({name: t.contiguous() for name, t in model.items()}, partial / MODEL_FILE, {"format": "pt"})
+            # Nothing in a step draws random numbers today; an objective of one's own may.
+            moments[RANDOM_STATE] = torch.get_rng_state()
+            save_file({name: t.contiguous() for name, t in moments.items()}, partial / OPTIMIZER_FILE)
+            state = {"format": FORMAT, "step": step, "num_updates": optimizer.num_updates, "extra": extra}
+            (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
+            policy.model.config.save_pretrained(partial)
+            if policy.model.generation_config is not None:
+                policy.model.generation_config.save_pretrained(partial)
+            AutoTokenizer.from_pretrained(self._tokenizer_path).save_pretrained(partial)
+            _commit(partial, final)
+            for old in self.steps()[: -self._keep]:
+                shutil.rmtree(self.path(old))
+        ranks.any(True)  # nobody goes on before the checkpoint is there
+        return final
+
+    def load(self, step: int, policy: Policy, optimizer: ShardedAdamW, ranks: Ranks) -> dict[str, Any]:
+        """Restores weights, moments and random state in place, at any number of ranks; returns `extra`.
+
+        Raises ConfigError if there is no such checkpoint, it cannot be read, or it is of another model.
+        """
+        path = self.path(step)
+        if step not in self.steps():
+            found = ", ".join(map(str, self.steps())) or "none"
+            raise ConfigError(f"no checkpoint of step {step} in {self._root} (there: {found}): set resume to one of them")
+        try:
+            state = json.loads((path / STATE_FILE).read_text())
+            if state["format"] != FORMAT:
+                raise ConfigError(f"{path}: written by another version (format {state['format']}, this is {FORMAT})")
+            _read_rows(path / MODEL_FILE, policy, optimizer.shards, ranks, prefix="")
+            moments = {name: {k: torch.empty_like(s) for k in MOMENTS} for name, s in optimizer.shards.items()}
+            for key in MOMENTS:
+                into = {name: tensors[key] for name, tensors in moments.items()}
+                _read_rows(path / OPTIMIZER_FILE, policy, into, ranks, prefix=f"{key}.")
+            with safe_open(path / OPTIMIZER_FILE, framework="pt") as file:
+                torch.set_rng_state(file.get_tensor(RANDOM_STATE))
+        except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
+            raise ConfigError(f"{path} cannot be read ({error}): resume from another step") from error
+        optimizer.restore(moments, num_updates=int(state["num_updates"]))
+        extra: dict[str, Any] = state["extra"]
+        return extra
+
+
+def _read_rows(file_path: Path, policy: Policy, into: Mapping[str, Tensor], ranks: Ranks, *, prefix: str) -> None:
+    """Copies this rank's rows of every parameter-like tensor of a file into `into` (by the policy's names)."""
+    with safe_open(file_path, framework="pt") as file, torch.no_grad():
+        for name, param in policy.named_parameters():
+            rows = file.get_slice(prefix + name.removeprefix(MODEL_PREFIX))
+            if tuple(rows.get_shape()) != tuple(param.shape):
+                raise ConfigError(
+                    f"{file_path}: {name} is {tuple(rows.get_shape())} there and {tuple(param.shape)} in this model; "
+                    "resume with the model that the run began with"
+                )
+            first, end = row_range(param.shape, rank=ranks.rank, world_size=ranks.world_size)
+            if end > first:
+                into[name].copy_(rows[first:end])
+
+
+def _commit(partial: Path, final: Path) -> None:
+    for file in partial.iterdir():
+        _sync(file)
+    _sync(partial)
+    if final.exists():  # the same step again, after a resume from an earlier one
+        shutil.rmtree(final)
+    partial.rename(final)
+    _sync(final.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

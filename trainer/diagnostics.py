@@ -1,0 +1,87 @@
+"""What one step looked like: sums over micro-batches and ranks that become the step's metrics.
+
+Everything is kept as (sum, count) and reduced once at the end, so that a metric means the same at any number of micro-batches and
+ranks. Sums stay on the device until then: reading a number from a GPU in mid-step would stall it. All ranks must record the same
+names, which is why a rank without data records zeros through its dummy micro-batches.
+
+Shape suffixes: S sampled tokens, N sequences, B sequences of the whole step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from trainer.objectives import SampledTokens, TokenLosses
+from trainer.objectives.importance import MAX_EXPONENT
+from trainer.ranks import Ranks
+
+
+class StepTotals:
+    """RECORDING -> reduce() -> READABLE"""
+
+    def __init__(self, seeded: Iterable[str] = ()) -> None:
+        """`seeded`: names that exist even if nothing is ever added to them."""
+        self._sums: dict[str, Tensor | float] = dict.fromkeys(seeded, 0.0)
+        self._counts: dict[str, Tensor | float] = dict.fromkeys(seeded, 0.0)
+        self._log_w: list[Tensor] = []
+
+    def add(self, name: str, total: Tensor | float, *, count: Tensor | float = 1.0) -> None:
+        """Adds to a sum and to its count."""
+        self._sums[name] = self._sums.get(name, 0.0) + total
+        self._counts[name] = self._counts.get(name, 0.0) + count
+
+    def add_vector(self, name: str, values: Tensor, *, live: bool = True) -> None:
+        """Adds a vector's sum, its length being the count; nothing but the name if not `live`."""
+        self.add(name, values.sum() if live else 0.0, count=len(values) if live else 0)
+
+    def observe(self, tokens: SampledTokens, losses: TokenLosses, *, live: bool) -> None:
+        """Records what every objective is watched by, and what this one reports itself."""
+        log_ratio_S = tokens.log_ratio_S
+        # k3: exp(x) - 1 - x with x = log pi/mu, an estimate of KL(mu || pi) that is never negative.
+        kl_S = torch.expm1(log_ratio_S.clamp(-MAX_EXPONENT, MAX_EXPONENT)) - log_ratio_S
+        self.add_vector("kl_k3", kl_S, live=live)
+        self.add_vector("entropy", tokens.entropy_S, live=live)
+        for name, values in losses.means.items():
+            self.add_vector(name, values.detach().to(log_ratio_S.dtype), live=live)
+        self._log_w.append(tokens.log_w_N if live else tokens.log_w_N[:0])
+
+    def reduce(self, ranks: Ranks) -> None:
+        """Sums over ranks. Collective; call once."""
+        names = sorted(self._sums)
+        values = [self._sums[n] for n in names] + [self._counts[n] for n in names]
+        table = torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in values])
+        totals = ranks.sum(table).tolist()
+        self._sums = dict(zip(names, totals[: len(names)], strict=True))
+        self._counts = dict(zip(names, totals[len(names) :], strict=True))
+        local = torch.cat(self._log_w) if self._log_w else torch.zeros(0)
+        self.log_w_B = ranks.gather(local.double().cpu())
+        """log W of every sequence that was run, float64, the same on all ranks."""
+
+    def total(self, name: str) -> float:
+        """The sum; 0 if nothing was recorded."""
+        return float(self._sums.get(name, 0.0))
+
+    def mean(self, name: str) -> float:
+        """Sum over count; 0 if nothing was recorded."""
+        count = float(self._counts.get(name, 0.0))
+        return self.total(name) / count if count else 0.0
+
+    def count(self, name: str) -> float:
+        """How many values went into the sum."""
+        return float(self._counts.get(name, 0.0))
+
+    def means(self) -> dict[str, float]:
+        """Every mean by name."""
+        return {name: self.mean(name) for name in self._sums}
+
+
+def ess_ratio(log_w_B: Tensor) -> float:
+    """Effective sample size over B, `(sum W)^2 / (B sum W^2)`, in log space so that it cannot overflow; 1 for no sequences."""
+    if len(log_w_B) == 0:
+        return 1.0
+    log_ess = 2 * torch.logsumexp(log_w_B, 0) - torch.logsumexp(2 * log_w_B, 0)
+    return math.exp(float(log_ess)) / len(log_w_B)

@@ -1,0 +1,111 @@
+"""Truncated and masked importance sampling on a REINFORCE loss: `-w A pi`, with w from pi/mu, detached.
+
+`mode=truncate` takes `min(w, cap)`: low variance, biased towards the behaviour policy. `mode=mask` takes w inside [low, high] and
+zero outside (IcePop): what is too far off is not learned from at all. `reject` masks by the ratio of another level on top of either.
+A rejected token may leave the normaliser (`denominator=kept`) or stay in it (`original`: a bad batch then takes a smaller step).
+
+A fixed sequence-level band is a length filter: mismatch between engine and trainer alone gives sd(log W) of about .031 sqrt(L).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from areal_like.errors import ConfigError
+from trainer.objectives.base import OBJECTIVES, Facts, Objective, SampledTokens, TokenLosses
+from trainer.objectives.importance import check_level, ratio_S, within_S
+from trainer.scope import Scope
+
+
+@OBJECTIVES.register("reinforce")
+@dataclass(frozen=True, kw_only=True)
+class Reinforce(Objective):
+    """`-A pi`: no correction at all. Right on-policy; the baseline that corrections are measured against."""
+
+    def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
+        """`-A pi`"""
+        return TokenLosses(loss_S=-batch.advantage_S * batch.pi_S)
+
+
+@OBJECTIVES.register("tis")
+@dataclass(frozen=True, kw_only=True)
+class TruncatedIS(Objective):
+    """`-w A pi`. Typical: token 2, sequence 2 (verl) or 8, token 5 (AReaL), token mask [.5, 5] (IcePop)."""
+
+    level: str = "sequence"
+    """Of the weight: `token` | `sequence` (the true product) | `geometric` (its length-normalised form)."""
+    mode: str = "truncate"
+    """`truncate` at `cap` | `mask` outside [low, high]."""
+    cap: float = 2.0
+    """Largest weight under `mode=truncate`."""
+    low: float = 0.5
+    """Lower end of the band of `mode=mask` and of `reject`."""
+    high: float = 5.0
+    """Upper end of that band."""
+    reject: str = "none"
+    """Level whose ratio outside [low, high] masks a token in addition: `none` | `token` | `sequence` | `geometric`."""
+    denominator: str = "original"
+    """What masked tokens do in the normaliser: `original` (they count) | `kept` (they do not)."""
+    normalize: bool = False
+    """Divide the weights by their mean over the step (over tokens, or over sequences for the other levels). Scope BATCH."""
+
+    def __post_init__(self) -> None:
+        check_level("objective.level", self.level)
+        check_level("objective.reject", self.reject, extra=("none",))
+        if self.mode not in ("truncate", "mask"):
+            raise ConfigError(f"objective.mode={self.mode}: use truncate or mask")
+        if self.denominator not in ("original", "kept"):
+            raise ConfigError(f"objective.denominator={self.denominator}: use original or kept")
+        if not self.cap > 0 or not 0 <= self.low < self.high:
+            raise ConfigError("objective: want cap above 0 and 0 <= low < high")
+
+    @property
+    def scope(self) -> Scope:  # type: ignore[override]
+        """BATCH where the mean weight of the step is needed."""
+        return Scope.BATCH if self.normalize else Scope.GROUP
+
+    @property
+    def skips_zero_advantage(self) -> bool:  # type: ignore[override]
+        """A group that is not run could not say how many of its tokens were kept, or what they weigh."""
+        return self.denominator == "original" and not self.normalize
+
+    def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
+        """`-w A pi`"""
+        weight_S, kept_S, clipped_S = self._weights(batch)
+        if self.normalize:
+            weight_S = weight_S / facts["mean_weight"].to(weight_S)
+        return TokenLosses(
+            loss_S=-weight_S * batch.advantage_S * batch.pi_S,
+            counted_S=kept_S if self.denominator == "kept" else None,
+            means={"clipped_fraction": clipped_S, "kept_fraction": kept_S},
+        )
+
+    def observe(self, batch: SampledTokens) -> dict[str, Tensor]:
+        """Weights, one a token or one a sequence."""
+        if not self.normalize:
+            return {}
+        weight_S, _, _ = self._weights(batch)
+        return {"weight": weight_S if self.level == "token" else batch.mean_N(weight_S)[batch.length_N > 0]}
+
+    def summarize(self, observed: Facts) -> dict[str, Tensor]:
+        """Their mean. All masked: the smallest normal number, which leaves every weight zero."""
+        if not self.normalize:
+            return {}
+        return {"mean_weight": observed["weight"].mean().clamp(min=torch.finfo(torch.float32).tiny)}
+
+    def _weights(self, batch: SampledTokens) -> tuple[Tensor, Tensor, Tensor]:
+        """(weights, kept, truncated) of each token."""
+        weight_S = ratio_S(batch, batch.log_ratio_S, level=self.level)
+        kept_S = torch.ones_like(weight_S, dtype=torch.bool)
+        clipped_S = torch.zeros_like(kept_S)
+        if self.mode == "truncate":
+            clipped_S = weight_S > self.cap
+            weight_S = weight_S.clamp(max=self.cap)
+        else:
+            kept_S = within_S(weight_S, low=self.low, high=self.high)
+        if self.reject != "none":
+            kept_S = kept_S & within_S(ratio_S(batch, batch.log_ratio_S, level=self.reject), low=self.low, high=self.high)
+        return weight_S * kept_S, kept_S, clipped_S

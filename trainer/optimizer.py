@@ -1,0 +1,114 @@
+"""AdamW over this rank's shards.
+
+Works on the shards as plain tensors: element-wise updates need no notion of a distributed tensor, whose dispatch costs more than
+the update itself for a small model. Everything that needs all shards is one number, the gradient's norm. The learning rate is a
+pure function of the step (linear warm-up, then constant), so there is no scheduler state to save.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from trainer.policy import Policy
+from trainer.ranks import Ranks
+
+log = logging.getLogger(__name__)
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a parameter or gradient, sharing its memory; the tensor itself if it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class ShardedAdamW:
+    """`scale -> clip -> update` of accumulated, unnormalised gradients."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        ranks: Ranks,
+        *,
+        lr: float,
+        warmup_steps: int = 0,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 1.0,
+    ) -> None:
+        """`lr` after warm-up. `weight_decay` applies to matrices only. `max_grad_norm`: 0 turns clipping off."""
+        self._ranks = ranks
+        self._lr = lr
+        self._warmup_steps = warmup_steps
+        self._max_grad_norm = max_grad_norm
+        self._params = dict(policy.named_parameters())
+        self.shards = {name: torch.nn.Parameter(local(param.detach())) for name, param in self._params.items()}
+        """This rank's part of each parameter, by name; memory shared with the policy."""
+        # A parameter with fewer rows than there are ranks leaves some of them an empty shard.
+        used = [(self._params[name].ndim, shard) for name, shard in self.shards.items() if shard.numel()]
+        groups = [
+            {"params": [shard for ndim, shard in used if ndim >= 2], "weight_decay": weight_decay},
+            {"params": [shard for ndim, shard in used if ndim < 2], "weight_decay": 0.0},
+        ]
+        self._adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of the step after `step` completed ones."""
+        return self._lr * min(1.0, (step + 1) / max(self._warmup_steps, 1))
+
+    def step(self, *, divisor: float, lr: float) -> float:
+        """Divides the accumulated gradients, clips, updates, clears. Collective. Returns the norm before clipping.
+
+        A norm that is not finite leaves weights and moments as they are: one broken batch must not end the run, and must not be
+        published.
+        """
+        grads = []
+        for name, param in self._params.items():
+            shard = self.shards[name]
+            # No gradient at all (every group without spread) is a zero gradient: the momentum still moves the weights.
+            shard.grad = torch.zeros_like(shard) if param.grad is None else local(param.grad)
+            param.grad = None
+            grads.append(shard.grad)
+        torch._foreach_mul_(grads, 1.0 / divisor)
+        squares = torch.stack(torch._foreach_norm(grads)).double().square().sum().cpu()
+        norm = math.sqrt(float(self._ranks.sum(squares)))
+        if math.isfinite(norm):
+            if 0 < self._max_grad_norm < norm:
+                torch._foreach_mul_(grads, self._max_grad_norm / norm)
+            for group in self._adam.param_groups:
+                group["lr"] = lr
+            self._adam.step()
+        else:
+            log.warning("gradient norm is %s: the weights stay as they are", norm)
+        for shard in self.shards.values():
+            shard.grad = None
+        return norm
+
+    def moments(self, shard_name: str) -> dict[str, Tensor]:
+        """Adam's moments of one shard, zeros before the first step; shared memory afterwards."""
+        shard = self.shards[shard_name]
+        state: dict[str, Any] = self._adam.state.get(shard, {})
+        return {key: state.get(key, torch.zeros_like(shard)) for key in MOMENTS}
+
+    @property
+    def num_updates(self) -> int:
+        """Updates done so far, which Adam's bias correction counts."""
+        return max((int(state["step"]) for state in self._adam.state.values()), default=0)
+
+    def restore(self, moments: dict[str, dict[str, Tensor]], *, num_updates: int) -> None:
+        """Sets the moments of every shard, as `moments` gave them. Copies."""
+        if num_updates == 0:
+            return
+        for name, shard in self.shards.items():
+            if shard.numel():
+                # A tensor on the shard's device: what the fused kernel keeps its count in.
+                self._adam.state[shard] = {
+                    "step": torch.tensor(float(num_updates), dtype=torch.float32, device=shard.device),
+                    **{key: moments[name][key].detach().to(shard, copy=True) for key in MOMENTS},
+                }

@@ -1,0 +1,155 @@
+"""Sequences of different lengths laid end to end, cut into micro-batches under a token budget.
+
+Cuts are a pure function of recorded order and budget (next fit, sequences whole): never of when a group arrived, so that a
+step that is served again gives the same gradient to the last bit. Next fit also streams: a micro-batch is known as soon as the
+next sequence does not fit. Better-filling packings (first fit, sorting) were left out because they have to see the whole step first.
+
+Shape suffixes: T tokens of a micro-batch, S sampled tokens (loss mask 1), N sequences.
+
+Alignment: entry t of a per-token quantity belongs to token t given the tokens before it in its own sequence. A sequence's first
+token has nothing before it and is therefore never in the mask, even if a policy sampled it from an empty prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from areal_like.errors import ConfigError
+from areal_like.trajectory import Trajectory
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sample:
+    """One trajectory with what the step knows about it."""
+
+    trajectory: Trajectory
+    advantage: float | NDArray[np.float64]
+    """One number for all its tokens, or an array [num_tokens]."""
+    group: int
+    """Position of its group in the step, over all ranks."""
+
+
+MicroBatch = tuple[Sample, ...]
+
+
+def num_targets(trajectory: Trajectory) -> int:
+    """Tokens that are trained on: sampled ones that have a prefix."""
+    return int(trajectory.loss_mask[1:].sum())
+
+
+class Packer:
+    """Cuts a stream of groups into micro-batches.
+
+    OPEN(samples so far) -> add() yields those that became full -> flush() yields the rest, once, at the end of the step.
+    """
+
+    def __init__(self, *, budget_tokens: int, whole_groups: bool = False) -> None:
+        """`budget_tokens`: most tokens of a micro-batch. `whole_groups`: never split a group over two micro-batches."""
+        assert budget_tokens >= 1
+        self._budget = budget_tokens
+        self._whole_groups = whole_groups
+        self._open: list[Sample] = []
+        self._used = 0
+
+    def add(self, group: Sequence[Sample]) -> list[MicroBatch]:
+        """Takes the next group in recorded order; returns the micro-batches that it completed.
+
+        Raises ConfigError if a sequence (with `whole_groups`: a group) is longer than the budget.
+        """
+        done: list[MicroBatch] = []
+        units = [list(group)] if self._whole_groups else [[sample] for sample in group]
+        for unit in units:
+            size = sum(sample.trajectory.num_tokens for sample in unit)
+            if size > self._budget:
+                what = "group" if self._whole_groups else "sequence"
+                raise ConfigError(
+                    f"a {what} of {size} tokens does not fit trainer.tokens_per_microbatch={self._budget}: raise it to at least {size}"
+                )
+            if self._used + size > self._budget:
+                done += self.flush()
+            self._open += unit
+            self._used += size
+            if self._used == self._budget:
+                done += self.flush()
+        return done
+
+    def flush(self) -> list[MicroBatch]:
+        """The micro-batch that is still open, if any."""
+        rest = [tuple(self._open)] if self._open else []
+        self._open, self._used = [], 0
+        return rest
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedBatch:
+    """One micro-batch as flat tensors on one device."""
+
+    tokens_T: Tensor
+    """int64 token ids."""
+    positions_T: Tensor
+    """int64, from 0 in each sequence."""
+    segments_T: Tensor
+    """int64 index in 0..N-1 of each token's sequence."""
+    loss_mask_T: Tensor
+    """bool, True where the token is trained on."""
+    mu_T: Tensor
+    """float32 behaviour log-prob; 0 outside the mask."""
+    versions_T: Tensor
+    """int32 version of the weights that sampled the token; NOT_SAMPLED elsewhere."""
+    advantages_T: Tensor
+    """float64 advantage."""
+    cu_seqlens: Tensor
+    """int32 [N+1] where sequences begin and the last one ends."""
+    rewards_N: Tensor
+    """float64 reward of each sequence."""
+    groups_N: Tensor
+    """int64 position of each sequence's group in the step."""
+    sampled_S: Tensor
+    """int64 indices into T of the tokens in the mask."""
+    lengths: tuple[int, ...]
+    """Tokens of each sequence, on the host."""
+
+    @property
+    def num_sequences(self) -> int:
+        """N."""
+        return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return len(self.tokens_T)
+
+
+def collate(samples: Sequence[Sample], *, device: torch.device | str = "cpu") -> PackedBatch:
+    """Lays trajectories end to end. Needs at least one."""
+    trajectories = [sample.trajectory for sample in samples]
+    lengths = [t.num_tokens for t in trajectories]
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    starts, total = bounds[:-1], int(bounds[-1])
+    mask = np.concatenate([t.loss_mask for t in trajectories]).astype(bool)
+    mask[starts] = False
+    advantages = np.concatenate([np.broadcast_to(s.advantage, (n,)) for s, n in zip(samples, lengths, strict=True)], dtype=np.float64)
+
+    def put(array: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    return PackedBatch(
+        tokens_T=put(np.concatenate([t.tokens for t in trajectories]).astype(np.int64)),
+        positions_T=put(np.arange(total) - np.repeat(starts, lengths)),
+        segments_T=put(np.repeat(np.arange(len(lengths)), lengths)),
+        loss_mask_T=put(mask),
+        mu_T=put(np.concatenate([t.logprobs for t in trajectories])),
+        versions_T=put(np.concatenate([t.versions for t in trajectories])),
+        advantages_T=put(advantages),
+        cu_seqlens=put(bounds.astype(np.int32)),
+        rewards_N=put(np.array([t.reward for t in trajectories], dtype=np.float64)),
+        groups_N=put(np.array([s.group for s in samples], dtype=np.int64)),
+        sampled_S=put(np.flatnonzero(mask)),
+        lengths=tuple(lengths),
+    )

@@ -1,0 +1,143 @@
+"""Any causal language model of transformers as a function from a packed batch to log-probs of its sampled tokens, under FSDP2.
+
+The transformer runs over all tokens, its head only over positions whose next token is trained on, `chunk_tokens` rows at a time:
+logits of a whole batch never exist. A chunk's logits are recomputed in the backward (checkpointing) unless there is only one
+chunk, which may as well keep them. Masters are float32; the forward runs in `dtype` by FSDP2's mixed precision. Dropout is off
+always: pi has to be the policy that the engine samples from.
+
+Left out: loading shard by shard (every rank reads the whole model into host memory once), tensor and pipeline parallelism.
+
+Shape suffixes: T packed tokens, S sampled tokens, C rows of a chunk, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM
+
+from areal_like.config import Config
+from areal_like.errors import ConfigError
+from trainer.attention import ATTENTION_NAME, PackedLayout
+from trainer.packing import PackedBatch
+from trainer.ranks import Ranks
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class TokenLogProbs(NamedTuple):
+    """What a forward returns. A NamedTuple because FSDP2 looks for gradient-carrying tensors in outputs it can traverse."""
+
+    logprobs_S: Tensor
+    """float32 (or the masters' dtype if wider): log_softmax(logits / temperature) of each sampled token; carries gradient."""
+    entropy_S: Tensor
+    """Entropy of the same distribution, in nats; detached."""
+
+
+class Policy(nn.Module):
+    """The model that is trained. `model` keeps its Hugging Face parameter names."""
+
+    def __init__(self, model: Any, *, temperature: float = 1.0, chunk_tokens: int = 1024) -> None:
+        """Takes over a transformers causal LM. Raises ConfigError if its logits are more than head(hidden)."""
+        super().__init__()
+        for name in ("logit_scale", "logits_scaling", "final_logit_softcapping"):
+            if getattr(model.config, name, None) not in (None, 1, 1.0):
+                raise ConfigError(f"{type(model).__name__} scales its logits ({name}), which the trainer does not support")
+        self.model = model
+        self.temperature = temperature
+        self.chunk_tokens = chunk_tokens
+        model.set_attn_implementation(ATTENTION_NAME)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        self.eval()
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        *,
+        temperature: float = 1.0,
+        chunk_tokens: int = 1024,
+        gradient_checkpointing: bool = False,
+        master_dtype: torch.dtype = torch.float32,
+    ) -> Policy:
+        """Reads a Hugging Face directory or name. Not yet sharded: see `shard`."""
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=master_dtype, trust_remote_code=False)
+        policy = cls(model, temperature=temperature, chunk_tokens=chunk_tokens)
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            policy.train()  # transformers recomputes only in training mode; dropout is zero all the same
+        return policy
+
+    def shard(self, ranks: Ranks, *, dtype: str = "float32") -> Policy:
+        """Moves to the rank's device and shards in place: each decoder layer, then the rest. Returns itself.
+
+        Gradients are summed over ranks, not averaged: the step divides by global counts, once.
+        """
+        self.to(ranks.device)
+        compute = DTYPES[dtype]
+        precision = MixedPrecisionPolicy(
+            param_dtype=None if compute == torch.float32 else compute,
+            reduce_dtype=None if compute == torch.float32 else torch.float32,
+        )
+        for layer in decoder_layers(self.model):
+            fully_shard(layer, mesh=ranks.mesh, mp_policy=precision)
+        fully_shard(self, mesh=ranks.mesh, mp_policy=precision)
+        for module in self.modules():
+            if isinstance(module, FSDPModule) and ranks.world_size > 1:
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)  # a plain sum: what gloo knows, and exact
+        return self
+
+    def forward(self, batch: PackedBatch) -> TokenLogProbs:
+        """Log-probs and entropies of the sampled tokens of a packed batch."""
+        hidden_TD = self.model.base_model(
+            input_ids=batch.tokens_T[None],
+            position_ids=batch.positions_T[None],
+            use_cache=False,
+            packed_layout=PackedLayout.of(batch.lengths, device=batch.tokens_T.device),
+        ).last_hidden_state[0]
+        # The logits of token t stand at the place before it; a sequence's first token is never sampled.
+        hidden_SD = hidden_TD.index_select(0, batch.sampled_S - 1)
+        targets_S = batch.tokens_T.index_select(0, batch.sampled_S)
+        if len(targets_S) <= self.chunk_tokens:
+            return TokenLogProbs(*self._head(hidden_SD, targets_S))
+        chunks = zip(torch.split(hidden_SD, self.chunk_tokens), torch.split(targets_S, self.chunk_tokens), strict=True)
+        parts = [checkpoint(self._head, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in chunks]
+        logprobs, entropies = zip(*parts, strict=True)
+        return TokenLogProbs(torch.cat(logprobs), torch.cat(entropies))
+
+    def _head(self, hidden_CD: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
+        logits_CV = self.model.get_output_embeddings()(hidden_CD)
+        logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+        if self.temperature != 1.0:
+            logits_CV = logits_CV / self.temperature
+        logps_CV = torch.log_softmax(logits_CV, dim=-1)
+        with torch.no_grad():
+            entropy_C = -(logps_CV.exp() * logps_CV).sum(-1)
+        # A sum and not a squeeze: FSDP2 hangs its backward hook on outputs, which must not be views.
+        return logps_CV.gather(1, targets_C[:, None]).sum(1), entropy_C
+
+
+def build_policy(config: Config, path: str, ranks: Ranks) -> Policy:
+    """The sharded policy that a configuration describes, read from `path` (see `areal_like.paths.model_path`)."""
+    policy = Policy.load(
+        path,
+        temperature=config.sampling.temperature,
+        chunk_tokens=config.trainer.logprob_chunk_tokens,
+        gradient_checkpointing=config.trainer.gradient_checkpointing,
+    )
+    return policy.shard(ranks, dtype=config.model.dtype)
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The model's stack of decoder layers. Raises ConfigError if there is no list of `num_hidden_layers` modules."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers:
+            return module
+    raise ConfigError(f"{type(model).__name__}: no list of {model.config.num_hidden_layers} decoder layers to shard")

@@ -1,0 +1,61 @@
+"""This rank among all: its device, the mesh, and the few control collectives of a step.
+
+The default process group is the caller's to make (`gloo`, or `cpu:gloo,cuda:nccl` on GPUs): parameters and gradients travel by its
+device's backend, the small control messages (is there another micro-batch, counts, metrics) are CPU tensors and so travel by gloo,
+where they never wait behind a kernel. Its timeout bounds every collective here.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+
+class Ranks:
+    """Every method is collective: all ranks call it in the same order."""
+
+    def __init__(self, *, device: torch.device | str = "cpu") -> None:
+        """Needs the default process group."""
+        self.device = torch.device(device)
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.mesh = init_device_mesh(self.device.type, (self.world_size,))
+
+    @classmethod
+    def alone(cls) -> Ranks:
+        """One rank on the CPU without torchrun or a port: makes the default group if there is none. For benchmarks and tests."""
+        if not dist.is_initialized():
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group("gloo", timeout=timedelta(seconds=60), store=store, rank=0, world_size=1)
+        return cls()
+
+    def any(self, flag: bool) -> bool:
+        """True if the flag is set on at least one rank."""
+        if self.world_size == 1:
+            return flag
+        votes = torch.tensor([int(flag)])
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        return bool(votes)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Element-wise sum over ranks of a CPU tensor, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, vector: Tensor) -> Tensor:
+        """Concatenates CPU vectors of any length, in rank order."""
+        if self.world_size == 1:
+            return vector
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([len(vector)]))
+        longest = max(int(size) for size in sizes)
+        padded = vector.new_zeros(longest)
+        padded[: len(vector)] = vector
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])

@@ -1,0 +1,99 @@
+"""From an open section of the configuration (`name` or `_target_`, and settings) to an object; the same for objectives and advantages.
+
+A registered class is a frozen keyword-only dataclass, so its fields are its settings and a misspelt one is refused by name. A
+`_target_` is the dotted path of anybody's class; it needs no registration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
+
+from areal_like.errors import ConfigError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Classes by name, for one section of the configuration."""
+
+    def __init__(self, section: str, base: type[T]) -> None:
+        self._section = section
+        self._base = base
+        self._classes: dict[str, type[T]] = {}
+
+    def register(self, name: str) -> Callable[[type[T]], type[T]]:
+        """Class decorator."""
+
+        def add(cls: type[T]) -> type[T]:
+            assert name not in self._classes, f"{self._section} {name} is registered twice"
+            self._classes[name] = cls
+            return cls
+
+        return add
+
+    def names(self) -> list[str]:
+        """What may be written as `name`."""
+        return sorted(self._classes)
+
+    def build(self, settings: Mapping[str, Any]) -> T:
+        """The object that a section describes. Raises ConfigError that lists what exists for an unknown name or setting."""
+        values = dict(settings)
+        if "_target_" in values:
+            cls = self._import(str(values.pop("_target_")))
+        else:
+            name = str(values.pop("name"))
+            if name not in self._classes:
+                raise ConfigError(
+                    f"{self._section}.name={name}: known are {', '.join(self.names())}; "
+                    f"for your own class write {self._section}._target_=my_module.MyClass"
+                )
+            cls = self._classes[name]
+        return cls(**self._checked(cls, values))
+
+    def _import(self, target: str) -> type[T]:
+        module_name, _, attribute = target.rpartition(".")
+        key = f"{self._section}._target_={target}"
+        try:
+            cls = getattr(importlib.import_module(module_name), attribute)
+        except ValueError:
+            raise ConfigError(f"{key}: write module.Class") from None
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"{key}: no module named {error.name} on the Python path") from error
+        except AttributeError:
+            raise ConfigError(f"{key}: module {module_name} has no {attribute}") from None
+        if not (inspect.isclass(cls) and issubclass(cls, self._base)):
+            raise ConfigError(f"{key}: not a subclass of {self._base.__module__}.{self._base.__name__}")
+        return cls
+
+    def _checked(self, cls: type[T], values: dict[str, Any]) -> dict[str, Any]:
+        known = {p.name: p for p in inspect.signature(cls).parameters.values()}
+        hints = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
+        for key, value in values.items():
+            path = f"{self._section}.{key}"
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"its settings are {', '.join(known) or 'none'}"
+                raise ConfigError(f"unknown key `{path}` of {cls.__name__}: {hint}")
+            values[key] = _coerced(hints.get(key), value, path=path)
+        missing = [name for name, p in known.items() if p.default is p.empty and name not in values]
+        if missing:
+            raise ConfigError(f"{self._section}: {cls.__name__} needs {', '.join(missing)}")
+        return values
+
+
+def _coerced(hint: Any, value: Any, *, path: str) -> Any:
+    # YAML 1.1 reads `1e-3` as a string, and an int where a float is meant is no mistake.
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            raise ConfigError(f"{path}: want a number, got {value!r}") from None
+    if hint in (int, bool, str, float) and (type(value) is not hint):
+        raise ConfigError(f"{path}: want {hint.__name__}, got {value!r}")
+    return value

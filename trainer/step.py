@@ -1,0 +1,332 @@
+"""One optimizer step, from groups as they come to updated weights.
+
+    groups -> advantages -> packer -> micro-batches -> forward, losses, backward -> ... -> scale once -> clip -> AdamW
+
+Gradients of unnormalised sums are accumulated while later groups are still being generated, and divided once by global counts, so
+that neither cuts nor ranks nor the order of arrival change the result. An objective of scope BATCH waits for the whole step and
+gets a pass without gradient first. Ranks run equal numbers of micro-batches, because FSDP's collectives have to match: before each
+one they ask whether anybody has any left, and a rank that has none runs a dummy of weight zero.
+
+A group whose advantages are all zero counts in the normaliser and is not run, unless the objective needs it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from areal_like.config import Config
+from areal_like.errors import ArealError, ConfigError
+from areal_like.trajectory import FinishReason, Trajectory
+from trainer.advantages import ADVANTAGES, Advantage
+from trainer.diagnostics import StepTotals, ess_ratio
+from trainer.normalizers import Normalizer
+from trainer.objectives import OBJECTIVES, Facts, Need, Objective, SampledTokens
+from trainer.optimizer import ShardedAdamW
+from trainer.packing import MicroBatch, PackedBatch, Packer, Sample, collate, num_targets
+from trainer.policy import Policy
+from trainer.ranks import Ranks
+from trainer.scope import Scope
+
+T = TypeVar("T")
+
+Group = Sequence[Trajectory]
+"""Samples of one prompt, in sample order."""
+
+
+class IncompleteStepError(ArealError):
+    """The groups of a step ended early on some rank; no update was made anywhere."""
+
+
+class StepRunner:
+    """Owns what a step needs; `run` does one.
+
+    idle -> run(groups) [collecting -> accumulating]* -> updating -> idle
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        optimizer: ShardedAdamW,
+        ranks: Ranks,
+        *,
+        objective: Objective,
+        advantage: Advantage,
+        normalizer: Normalizer,
+        budget_tokens: int,
+        reference: Policy | None = None,
+    ) -> None:
+        """`budget_tokens`: of one micro-batch. `reference`: frozen, sharded like the policy, for objectives that need one.
+
+        Raises ConfigError when the objective needs a reference and there is none.
+        """
+        if Need.REF in objective.needs and reference is None:
+            raise ConfigError(f"objective {type(objective).__name__} needs a reference model, and none is configured")
+        self.policy = policy
+        self.optimizer = optimizer
+        self._ranks = ranks
+        self._objective = objective
+        self._advantage = objective.advantage or advantage
+        self._normalizer = replace(normalizer, name=objective.normalizer or normalizer.name)
+        self._budget_tokens = budget_tokens
+        self._reference = reference
+
+    @classmethod
+    def of(cls, config: Config, policy: Policy, ranks: Ranks) -> StepRunner:
+        """The runner that a configuration describes, with a fresh optimizer. `policy` is sharded."""
+        trainer = config.trainer
+        optimizer = ShardedAdamW(
+            policy,
+            ranks,
+            lr=trainer.lr,
+            warmup_steps=trainer.warmup_steps,
+            betas=trainer.betas,
+            weight_decay=trainer.weight_decay,
+            max_grad_norm=trainer.max_grad_norm,
+        )
+        return cls(
+            policy,
+            optimizer,
+            ranks,
+            objective=OBJECTIVES.build(config.objective),
+            advantage=ADVANTAGES.build(config.advantage),
+            normalizer=Normalizer(name=trainer.normalizer, max_tokens=config.sampling.max_new_tokens),
+            budget_tokens=trainer.tokens_per_microbatch,
+        )
+
+    def run(self, groups: Iterable[Group], *, step: int, num_groups: int | None = None) -> dict[str, float]:
+        """One optimizer step after `step` completed ones. Collective. Returns its metrics, equal on all ranks but for seconds.
+
+        `groups`: this rank's share in recorded order (of all groups of the step, j goes to rank j mod world size). It may block
+        until the next group is there; that time is reported as `wait_s`. What it raises passes through, with no update done.
+        `num_groups`: how many all ranks together must have seen; else IncompleteStepError on every rank, with no update done.
+
+        Metrics: loss, grad_norm, lr, lr_scale, reward, reward_std, response_tokens, prompt_tokens, truncated_fraction, num_groups,
+        zero_advantage_groups, num_sequences, num_tokens (packed and run), num_microbatches (of all ranks), ess_ratio, log_w_mean,
+        log_w_std, kl_k3, entropy, what the objective reports (clipped_fraction, ...), wait_s, compute_s, reduce_s, update_s, step_s.
+        """
+        clock, totals = _Clock(), StepTotals(_SEEDED)
+        samples = self._samples(clock.timed("wait_s", groups), totals)
+        facts: Facts = {}
+        if Scope.BATCH in (self._objective.scope, self._advantage.scope):
+            packs = list(self._cut(self._rescaled(list(samples)), totals))
+            if self._objective.scope is Scope.BATCH:
+                with torch.no_grad(), clock.span("compute_s"):
+                    observed = [self._observed(batch, live) for batch, live in self._matched(iter(packs))]
+                facts = self._summarize(observed)
+            self._accumulate(iter(packs), facts, totals, clock)
+        else:
+            seen = self._accumulate(self._cut(samples, totals), facts, totals, clock)
+            facts = self._summarize(seen)
+        with clock.span("reduce_s"):
+            totals.reduce(self._ranks)
+        if num_groups is not None and totals.total("num_groups") < num_groups:
+            self.policy.zero_grad()
+            raise IncompleteStepError(f"step {step} ended with {totals.total('num_groups'):.0f} of {num_groups} groups")
+        lr_scale = self._objective.lr_scale(facts)
+        lr = self.optimizer.learning_rate(step) * lr_scale
+        divisor = self._normalizer.divisor(num_tokens=totals.total("counted_tokens"), num_seqs=totals.total("counted_seqs"))
+        with clock.span("update_s"):
+            grad_norm = self.optimizer.step(divisor=divisor, lr=lr)
+        metrics = _metrics(totals)
+        metrics.update(loss=totals.total("loss") / divisor, grad_norm=grad_norm, lr=lr, lr_scale=lr_scale)
+        return {**metrics, **clock.seconds()}
+
+    def _samples(self, groups: Iterable[Group], totals: StepTotals) -> Iterator[list[Sample]]:
+        """Groups with their advantages, recorded in the totals on the way."""
+        for index, group in enumerate(groups):
+            position = index * self._ranks.world_size + self._ranks.rank
+            advantages = self._advantage.of_group(group)
+            _record_group(totals, group)
+            yield [
+                Sample(trajectory=trajectory, advantage=advantage, group=position)
+                for trajectory, advantage in zip(group, advantages, strict=True)
+            ]
+
+    def _rescaled(self, groups: list[list[Sample]]) -> list[list[Sample]]:
+        """Applies what an advantage of scope BATCH says about the whole step."""
+        if self._advantage.scope is not Scope.BATCH:
+            return groups
+        samples = [sample for group in groups for sample in group]
+        tokens = [np.broadcast_to(s.advantage, (s.trajectory.num_tokens,))[1:][s.trajectory.loss_mask[1:] == 1] for s in samples]
+        positions = [np.full(len(a), s.group) for a, s in zip(tokens, samples, strict=True)]
+        advantages_S = self._ranks.gather(torch.from_numpy(np.concatenate([np.zeros(0), *tokens])))
+        groups_S = self._ranks.gather(torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *positions])))
+        shift, factor = self._advantage.rescale(advantages_S=advantages_S.numpy(), groups_S=groups_S.numpy())
+        return [[replace(s, advantage=(s.advantage + shift) * factor) for s in group] for group in groups]
+
+    def _cut(self, groups: Iterable[list[Sample]], totals: StepTotals) -> Iterator[MicroBatch]:
+        """Micro-batches as they become determined; groups without a gradient are only counted."""
+        packer = Packer(budget_tokens=self._budget_tokens, whole_groups=self._objective.whole_groups)
+        for group in groups:
+            idle = all(not np.any(sample.advantage) for sample in group)
+            totals.add("zero_advantage_groups", float(idle))
+            if idle and self._objective.skips_zero_advantage:
+                totals.add("counted_tokens", float(sum(num_targets(sample.trajectory) for sample in group)))
+                totals.add("counted_seqs", float(len(group)))
+            else:
+                yield from packer.add(group)
+        yield from packer.flush()
+
+    def _matched(self, packs: Iterator[MicroBatch]) -> Iterator[tuple[PackedBatch, bool]]:
+        """(micro-batch, True), or (dummy, False) while only other ranks have any left."""
+        while True:
+            pack = next(packs, None)
+            if not self._ranks.any(pack is not None):
+                return
+            if pack is None:
+                yield collate([_DUMMY], device=self._ranks.device), False
+            else:
+                yield collate(pack, device=self._ranks.device), True
+
+    def _accumulate(self, packs: Iterator[MicroBatch], facts: Facts, totals: StepTotals, clock: _Clock) -> list[dict[str, Tensor]]:
+        """Forward and backward of every micro-batch; returns what the objective observed (scope GROUP)."""
+        observed = []
+        for batch, live in self._matched(packs):
+            with clock.span("compute_s"):
+                tokens = self._sampled(batch)
+                losses = self._objective.losses(tokens, facts)
+                loss_S, num_tokens, num_seqs = self._normalizer.weigh(losses, tokens)
+                if not live:
+                    loss_S = loss_S * 0.0
+                self._objective.backward(loss_S, tokens)
+                with torch.no_grad():
+                    totals.observe(tokens, losses, live=live)
+                    totals.add("loss", loss_S.detach().sum())
+                    totals.add("counted_tokens", num_tokens if live else 0.0)
+                    totals.add("counted_seqs", num_seqs if live else 0.0)
+                    totals.add("num_tokens", float(batch.num_tokens if live else 0))
+                    totals.add("num_microbatches", float(live))
+                    if self._objective.scope is Scope.GROUP:
+                        observed.append(_only(self._objective.observe(tokens), live=live))
+        return observed
+
+    def _observed(self, batch: PackedBatch, live: bool) -> dict[str, Tensor]:
+        return _only(self._objective.observe(self._sampled(batch)), live=live)
+
+    def _summarize(self, observed: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Facts from all micro-batches of all ranks. Collective if the objective observes anything."""
+        names = sorted(observed[0]) if observed else []
+        whole = {name: self._ranks.gather(torch.cat([o[name].double().cpu() for o in observed])) for name in names}
+        return self._objective.summarize(whole) if whole else {}
+
+    def _sampled(self, batch: PackedBatch) -> SampledTokens:
+        """Runs the policy and collects what an objective may see."""
+        pi_S, entropy_S = self.policy(batch)
+        ref_S = None
+        if Need.REF in self._objective.needs:
+            assert self._reference is not None
+            with torch.no_grad():
+                ref_S = self._reference(batch).logprobs_S
+        at = batch.sampled_S
+        segment_S = batch.segments_T[at]
+        ones_S = torch.ones_like(entropy_S)
+        return SampledTokens(
+            pi_S=pi_S,
+            mu_S=batch.mu_T[at].to(pi_S.dtype),
+            advantage_S=batch.advantages_T[at].to(pi_S.dtype),
+            segment_S=segment_S,
+            length_N=ones_S.new_zeros(batch.num_sequences).index_add(0, segment_S, ones_S),
+            reward_N=batch.rewards_N.to(pi_S.dtype),
+            group_N=batch.groups_N,
+            version_S=batch.versions_T[at],
+            entropy_S=entropy_S,
+            prox_S=pi_S.detach() if Need.PROX in self._objective.needs else None,
+            ref_S=ref_S,
+        )
+
+
+_DUMMY = Sample(
+    trajectory=Trajectory(
+        tokens=np.zeros(2, dtype=np.int32),
+        loss_mask=np.array([0, 1], dtype=np.uint8),
+        logprobs=np.zeros(2, dtype=np.float32),
+        versions=np.array([-1, 0], dtype=np.int32),
+        reward=0.0,
+        finish_reason=FinishReason.STOP,
+    ),
+    advantage=0.0,
+    group=0,
+)
+"""What a rank without data runs."""
+
+
+def _only(vectors: dict[str, Tensor], *, live: bool) -> dict[str, Tensor]:
+    return vectors if live else {name: vector[:0] for name, vector in vectors.items()}
+
+
+def _record_group(totals: StepTotals, group: Group) -> None:
+    size = float(len(group))
+    rewards = [trajectory.reward for trajectory in group]
+    totals.add("num_groups", 1.0)
+    totals.add("reward", sum(rewards), count=size)
+    totals.add("reward_square", sum(reward * reward for reward in rewards), count=size)
+    targets = [num_targets(trajectory) for trajectory in group]
+    totals.add("response_tokens", float(sum(targets)), count=size)
+    totals.add("prompt_tokens", float(sum(t.num_tokens for t in group) - sum(targets)), count=size)
+    truncated = sum(trajectory.finish_reason is FinishReason.LENGTH for trajectory in group)
+    totals.add("truncated_fraction", float(truncated), count=size)
+
+
+_COUNTS = ("num_groups", "zero_advantage_groups", "num_tokens", "num_microbatches")
+_SEEDED = (
+    *_COUNTS,
+    *("reward", "reward_square", "response_tokens", "prompt_tokens", "truncated_fraction"),
+    *("loss", "counted_tokens", "counted_seqs"),
+)
+"""Recorded by every rank, even one whose share is empty."""
+_HIDDEN = ("loss", "reward_square", "counted_tokens", "counted_seqs")
+
+
+def _metrics(totals: StepTotals) -> dict[str, float]:
+    metrics = {name: mean for name, mean in totals.means().items() if name not in _HIDDEN}
+    metrics.update({name: totals.total(name) for name in _COUNTS})
+    variance = totals.mean("reward_square") - totals.mean("reward") ** 2
+    log_w_B = totals.log_w_B
+    metrics.update(
+        num_sequences=totals.count("reward"),
+        reward_std=max(variance, 0.0) ** 0.5,
+        ess_ratio=ess_ratio(log_w_B),
+        log_w_mean=float(log_w_B.mean()) if len(log_w_B) else 0.0,
+        log_w_std=float(log_w_B.std(correction=0)) if len(log_w_B) else 0.0,
+    )
+    return metrics
+
+
+class _Clock:
+    """Seconds by phase."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._spent = dict.fromkeys(("wait_s", "compute_s", "reduce_s", "update_s"), 0.0)
+
+    @contextmanager
+    def span(self, phase: str) -> Iterator[None]:
+        """Counts the time of a block."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._spent[phase] += time.perf_counter() - start
+
+    def timed(self, phase: str, items: Iterable[T]) -> Iterator[T]:
+        """Counts the time that an iterator takes to produce its items."""
+        iterator = iter(items)
+        while True:
+            with self.span(phase):
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            yield item
+
+    def seconds(self) -> dict[str, float]:
+        """Phases, and `step_s` since the beginning."""
+        return {**self._spent, "step_s": time.perf_counter() - self._start}
