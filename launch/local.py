@@ -39,8 +39,8 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.1
 BUFFER_START_TIMEOUT_S = 60.0
-START_MARGIN_S = 60.0
-"""Beyond `rollout.start_timeout_s`, so that a server can say itself why its engine did not start."""
+START_PATIENCE = 2.0
+"""Times `rollout.start_timeout_s`: after one of them a server says itself why its engine did not start."""
 FAILURE_CLOSE_S = 10.0
 """How long the others get to end when one daemon has failed."""
 SERVER_CLOSE_SHARE = 0.25
@@ -153,7 +153,7 @@ class LocalJob:
             if not unready:
                 self._enter(Phase.RUNNING)
                 self._observer.settle()
-            elif waited_s > self._config.rollout.start_timeout_s + START_MARGIN_S:
+            elif waited_s > START_PATIENCE * self._config.rollout.start_timeout_s:
                 self._fail_unready(unready, waited_s)
         elif self._phase is Phase.CLOSING:
             self._advance_closing()

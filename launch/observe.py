@@ -42,7 +42,7 @@ class DaemonView:
     @property
     def not_ready(self) -> str:
         """Why it is not ready; empty when it is."""
-        return "no answer on its HTTP port" if self.status is None else str(self.status.get("not_ready", ""))
+        return "no answer" if self.status is None else str(self.status.get("not_ready", ""))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -136,7 +136,9 @@ def picture(seen: Observation, *, config: Config, eta: Eta, phase: str, detail: 
         if rate
         else f"step {num_done}/{config.trainer.num_steps}",
     )
-    parts: list[RenderableType] = [head, ProgressBar(total=config.trainer.num_steps, completed=num_done)]
+    progress = Table.grid(expand=True)  # a ProgressBar by itself ends in no newline
+    progress.add_row(ProgressBar(total=config.trainer.num_steps, completed=num_done))
+    parts: list[RenderableType] = [head, progress]
     if seen.steps:
         left = max(24, (width - 6) * 3 // 5)
         middle = Table.grid(expand=True, padding=(0, 1))
@@ -147,7 +149,7 @@ def picture(seen: Observation, *, config: Config, eta: Eta, phase: str, detail: 
     if seen.buffer:
         parts.append(tickets_line(seen))
     if seen.daemons:
-        parts.append(daemon_table(list(seen.daemons.values())))
+        parts.append(daemon_table(list(seen.daemons.values()), width=width))
     return Group(*parts)
 
 
@@ -174,7 +176,7 @@ def _lag_panel(seen: Observation, *, config: Config) -> Panel:
     for lag in lags:
         share = counts[lag] / total
         grid.add_row(f"{lag:>2}", Text(bar(share, width=14), style="cyan"), f"{share:4.0%}")
-    return Panel(grid, title=f"lag of trained samples (max {config.max_staleness})", title_align="left")
+    return Panel(grid, title=f"trained lag, at most {config.max_staleness}", title_align="left")
 
 
 def _rates(seen: Observation) -> Text:
@@ -201,8 +203,9 @@ def tickets_line(seen: Observation) -> Text:
     return text
 
 
-def daemon_table(daemons: list[DaemonView]) -> Table:
-    """One line a daemon."""
+def daemon_table(daemons: list[DaemonView], *, width: int) -> Table:
+    """One line a daemon; `width` in characters decides how much of the two long columns is shown."""
+    room = max(9, (width - 48) // 2)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", expand=False)
     for heading in ("daemon", "state", "version", "queue", "heartbeat", "waiting on"):
         table.add_column(heading, no_wrap=True, overflow="ellipsis")
@@ -214,11 +217,11 @@ def daemon_table(daemons: list[DaemonView]) -> Table:
         longest = max(waits.items(), key=lambda item: item[1], default=None)
         table.add_row(
             daemon.name,
-            Text(state if not reason or reason == state else f"{state}: {reason}", style="yellow" if reason else "green"),
+            Text(_cut(state if not reason or reason == state else f"{state}: {reason}", room), style="yellow" if reason else "green"),
             str(_first(status, "weights_version", "version", "newest_version")),
             str(_first(status, "queue", "ready", "running", "in_flight")),
             f"{time.monotonic() - daemon.seen_s:.0f} s ago" if daemon.seen_s else "never",
-            f"{longest[0]} {longest[1]:.1f} s" if longest else "",
+            _cut(f"{longest[0]} {longest[1]:.1f} s" if longest else "", room),
         )
     return table
 
@@ -270,6 +273,10 @@ def _mean(values: list[float]) -> float:
 
 def _written(value: float | None, *, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _cut(text: str, room: int) -> str:
+    return text if len(text) <= room else f"{text[: room - 1]}…"
 
 
 def _first(status: dict[str, Any], *keys: str) -> Any:

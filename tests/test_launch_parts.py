@@ -1,0 +1,170 @@
+"""The launcher's parts that need no daemon: restarts, run directories, pictures, the reading of metrics and settings."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from areal_like.config import Config, from_mapping
+from areal_like.errors import ConfigError
+from areal_like.paths import RunPaths
+from launch.keys import COMMON, all_keys
+from launch.observe import DaemonView, MetricsTail, Observation, look_at_daemons
+from launch.plot import bar, curve
+from launch.restarts import Phase, Restarts
+from launch.rundir import open_run
+from launch.view import Eta, duration, number, picture, plain_line
+
+
+def test_restart_delays_double_then_give_up() -> None:
+    restarts = Restarts(now_s=0.0, base_s=1.0, max_s=4.0, healthy_s=30.0, max_quick_deaths=4)
+    now_s, delays = 0.0, []
+    for _ in range(4):
+        restarts.died(now_s=now_s)
+        assert not restarts.is_due(now_s=restarts.due_s - 0.01)
+        delays.append(restarts.due_s - now_s)
+        now_s = restarts.due_s
+        assert restarts.is_due(now_s=now_s)
+        restarts.started(now_s=now_s)
+    restarts.died(now_s=now_s)
+    assert delays == [1.0, 2.0, 4.0, 4.0]
+    assert restarts.phase is Phase.GIVEN_UP and restarts.num_deaths == 5
+
+
+def test_a_healthy_life_forgets_earlier_deaths() -> None:
+    restarts = Restarts(now_s=0.0, base_s=1.0, healthy_s=30.0, max_quick_deaths=1)
+    for start_s in (0.0, 100.0, 200.0):
+        restarts.died(now_s=start_s + 31.0)
+        assert restarts.phase is Phase.WAITING and restarts.due_s == start_s + 32.0
+        restarts.started(now_s=start_s + 100.0)
+
+
+def test_unnamed_runs_are_numbered_and_named_ones_refused(tmp_path: Path) -> None:
+    runs_dir = f"runs_dir={tmp_path}"
+    names = []
+    for _ in range(3):
+        run = open_run([runs_dir])
+        run.paths.metrics.write_text("{}\n")
+        names.append(run.config.name)
+        run.close()
+    assert names == ["default", "default-2", "default-3"]
+    with pytest.raises(ConfigError, match=r"already holds an unfinished run.*no checkpoint"):
+        open_run([runs_dir, "name=default"])
+    RunPaths(tmp_path / "default").summary.write_text("{}")
+    (tmp_path / "default" / "checkpoints" / "step_000010").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"already holds a finished run.*resume=latest"):
+        open_run([runs_dir, "name=default"])
+
+
+def test_a_run_that_never_trained_leaves_its_name_free(tmp_path: Path) -> None:
+    for _ in range(2):
+        run = open_run([f"runs_dir={tmp_path}", "name=x"])
+        (run.paths.endpoints / "buffer.json").write_text("{}")
+        run.close()
+    run = open_run([f"runs_dir={tmp_path}", "name=x"])
+    assert not list(run.paths.endpoints.iterdir())
+    run.close()
+
+
+def test_a_directory_in_use_is_refused_by_name_and_skipped_without(tmp_path: Path) -> None:
+    run = open_run([f"runs_dir={tmp_path}"])
+    with pytest.raises(ConfigError, match="in use"):
+        open_run([f"runs_dir={tmp_path}", "name=default"])
+    other = open_run([f"runs_dir={tmp_path}"])
+    assert other.config.name == "default-2"
+    run.close()
+    other.close()
+
+
+def test_resume_keeps_the_runs_own_settings(tmp_path: Path) -> None:
+    base = [f"runs_dir={tmp_path}", "name=x"]
+    with pytest.raises(ConfigError, match="there is no run in"):
+        open_run([*base, "resume=latest"])
+    run = open_run([*base, "trainer.groups_per_step=3", "objective.cap=7"])
+    run.close()
+    with pytest.raises(ConfigError, match="no checkpoint"):
+        open_run([*base, "resume=latest"])
+    for step in (10, 20):
+        (run.paths.checkpoints / f"step_{step:06d}").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="step:10, step:20"):
+        open_run([*base, "resume=step:15"])
+    run = open_run([*base, "resume=step:20", "trainer.num_steps=77", "task=sort"])
+    run.close()
+    assert (run.config.trainer.groups_per_step, run.config.trainer.num_steps, run.config.objective["cap"]) == (3, 77, 7)
+    assert run.config.resume == "step:20"
+    assert "groups_per_step: 3" in run.paths.config.read_text()
+
+
+def test_metrics_are_read_as_they_grow_and_anew_after_a_resume(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    tail = MetricsTail(path)
+    assert tail.read() == ()
+    path.write_text('{"step": 0}\n{"step": 1}\n{"st')
+    assert [row["step"] for row in tail.read()] == [0, 1]
+    with path.open("a") as file:
+        file.write('ep": 2}\nnonsense\n')
+    assert [row["step"] for row in tail.read()] == [0, 1, 2]
+    (tmp_path / "new").write_text('{"step": 0}\n')
+    (tmp_path / "new").replace(path)
+    assert [row["step"] for row in tail.read()] == [0]
+
+
+def test_a_dead_endpoint_is_seen_as_unanswering(tmp_path: Path) -> None:
+    (tmp_path / "rollout-0.json").write_text(json.dumps({"role": "rollout", "http": "127.0.0.1:1"}))
+    (tmp_path / "broken.json").write_text("{")
+    seen = look_at_daemons(tmp_path)
+    assert list(seen) == ["rollout-0"]
+    assert seen["rollout-0"].status is None and "no answer" in seen["rollout-0"].not_ready
+
+
+def test_the_curve_rises_from_bottom_left_to_top_right() -> None:
+    lines = curve([i / 99 for i in range(100)], width=10, height=4, low=0.0, high=1.0)
+    assert [len(line) for line in lines] == [10] * 4
+    blank = "\u2800"
+    assert lines[0][-1] != blank and lines[0][0] == blank
+    assert lines[-1][0] != blank and lines[-1][-1] == blank
+
+
+def test_bars_have_their_width() -> None:
+    assert [bar(share, width=4) for share in (0.0, 0.5, 1.0, 7.0)] == ["    ", "██  ", "████", "████"]
+    assert bar(0.28, width=4) == "█▏  "
+
+
+def test_units() -> None:
+    assert (duration(7), duration(187), duration(3729)) == ("0:07", "3:07", "1:02:09")
+    assert (number(None), number(940), number(12_345), number(2.5e6)) == ("-", "940", "12.3k", "2.50M")
+
+
+@pytest.mark.parametrize("width", [40, 80, 160])
+@pytest.mark.parametrize("steps", [0, 1, 500])
+def test_the_picture_shows_what_is_there(width: int, steps: int) -> None:
+    status = {"not_ready": "", "waiting_on": {"a group": 1.5}, "tickets": {"queued": 3, "dropped": 2}, "drops": {"stale": 2, "failed": 0}}
+    daemons = {
+        "buffer": DaemonView(name="buffer", endpoint={"role": "buffer"}, status=status, seen_s=1.0),
+        "rollout-0": DaemonView(name="rollout-0", endpoint={}, status=None, seen_s=0.0),
+    }
+    row = {"reward_mean": 0.5, "lag_histogram": {"0": 3, "2": 1}, "lag_max": 2, "tokens_per_s_trained": None, "eval_reward": 0.25}
+    seen = Observation(daemons=daemons, steps=tuple(row | {"step": step} for step in range(steps)))
+    config = Config()
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(picture(seen, config=config, eta=Eta(num_steps=600), phase="running", detail="", width=width))
+    text = console.export_text()
+    assert f"step {steps}/600" in text
+    if width >= 80:
+        assert "buffer" in text and "rollout-0" in text and "stale 2" in text and "failed" not in text
+    if steps and width >= 80:
+        assert "held-out 0.25" in text and "75%" in text
+        assert "max 2" in plain_line(seen, config=config, eta=Eta(num_steps=600))
+
+
+def test_help_is_complete() -> None:
+    keys = {key.path: key for key in all_keys()}
+    assert set(COMMON) <= set(keys), "a key that help shows was renamed"
+    assert not [key.path for key in keys.values() if not key.text], "a field without a docstring"
+    assert keys["trainer.num_steps"].default == "600" and "steps" in keys["trainer.num_steps"].text
+    default = from_mapping({})
+    assert keys["seed"].default == str(default.seed)
