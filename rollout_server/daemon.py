@@ -88,6 +88,7 @@ class RolloutServer:
     ) -> None:
         config = runtime.config
         self._runtime = runtime
+        self._task = task
         self._model = model
         self._engine = engine
         self._client: EngineClient | None = None
@@ -241,6 +242,8 @@ class RolloutServer:
             weights_address=self._weights_address,
             weights_version=self._receiver.version,
             device=config.rollout.engine_device,
+            num_train_prompts=self._task.num_train,
+            num_eval_prompts=self._task.num_eval,
         )
 
     def _status(self) -> dict[str, Any]:

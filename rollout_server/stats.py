@@ -15,8 +15,8 @@ from rollout_server.rewards import RewardPool
 from rollout_server.runner import LeaseRunner
 from rollout_server.weights import WeightReceiver
 
-_CUMULATIVE = ("tokens_generated", "busy_s", "idle_s")
-"""Counted by the engine since its start."""
+_CUMULATIVE = {"tokens_generated": "generated_tokens", "busy_s": "busy_s", "idle_s": "idle_s"}
+"""Ours -> the engine's own name; counted by it since its start."""
 _COUNTERS = {
     "tokens_generated": ("tokens_generated", "Tokens that this server's engines sampled."),
     "busy_s": ("generation_busy_seconds", "Time in which an engine had a runnable sequence."),
@@ -74,7 +74,7 @@ class ServerStats:
 
     def update(self, load: Mapping[str, Any], *, now_s: float) -> dict[str, float]:
         """New values from the engine's `load` (empty if it did not answer) and the server's own parts."""
-        self._by_engine |= {key: float(load[key]) for key in _CUMULATIVE if key in load}
+        self._by_engine |= {key: float(load[name]) for key, name in _CUMULATIVE.items() if name in load}
         totals = {key: self._before_engine[key] + self._by_engine[key] for key in _CUMULATIVE}
         values = totals | {
             "samples_done": self._runner.num_done,

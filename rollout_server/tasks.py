@@ -98,7 +98,7 @@ class Task(ABC):
     def fingerprint(self) -> str:
         """16 hex digits over settings and first examples: two servers with different data must not feed one job.
 
-        Raises ConfigError if `example` is not a pure function of its arguments.
+        Raises ConfigError if `example` raises or is not a pure function of its arguments.
         """
         probe = self._probe()
         if probe != self._probe():
@@ -110,9 +110,15 @@ class Task(ABC):
     def _probe(self) -> str:
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         count = {"train": self.num_train, "eval": self.num_eval}
-        examples = [self.example(split, i) for split in get_args(Split) for i in range(min(_FINGERPRINT_EXAMPLES, count[split]))]
+        examples = [self._first(split, i) for split in get_args(Split) for i in range(min(_FINGERPRINT_EXAMPLES, count[split]))]
         parts = [type(self).__qualname__, settings, [(e.prompt, e.answer) for e in examples]]
         return json.dumps(parts, sort_keys=True, default=repr)
+
+    def _first(self, split: Split, index: int) -> Example:
+        try:
+            return self.example(split, index)
+        except Exception as error:  # a researcher's code may raise anything; at the start of a job it is a mistake to be mended
+            raise ConfigError(f"task {type(self).__name__}: example({split!r}, {index}) raised {type(error).__name__}: {error}") from error
 
 
 def make_task(settings: Mapping[str, Any], *, seed: int) -> Task:

@@ -1,7 +1,8 @@
 """What a server owes the buffer, by hypothesis: credit adds up, and every answer is kept until it is acknowledged."""
 
 import numpy as np
-from hypothesis import settings, strategies as st
+from hypothesis import settings
+from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from areal_like.messages.producer import Lease, Purpose, SampleAck, SampleDone, SampleFailed

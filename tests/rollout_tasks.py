@@ -1,0 +1,23 @@
+"""Tasks that misbehave, in a module that reward workers import quickly."""
+
+import time
+from dataclasses import dataclass
+
+from rollout_server.tasks import Example, Split, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moody(Task):
+    """Prompt 0 is rewarded, 1 raises, 2 hangs, 7 has no example."""
+
+    def example(self, split: Split, index: int) -> Example:
+        if index == 7:
+            raise LookupError("no such example")
+        return Example(prompt=f"{index}=", answer=index)
+
+    def reward(self, example: Example, completion: str) -> float:
+        if example.answer == 1:
+            raise RuntimeError("cannot judge this")
+        if example.answer == 2:
+            time.sleep(3600)
+        return 0.5

@@ -1,0 +1,322 @@
+"""A whole rollout server: real process, real engine, real reward workers, real pushes; the test plays the buffer."""
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from areal_like.config import WeightsConfig
+from areal_like.messages.consumer import ServerEntry
+from areal_like.messages.hello import Goodbye, Hello, JobFailed, Refused
+from areal_like.messages.producer import AbortLeases, Purpose, ReturnLeases, SampleDone, SampleFailed, ServerState
+from areal_like.trajectory import FinishReason, Trajectory
+from rollout_server.task_sort import SortTask
+from tests.rollout_harness import PlayedBuffer, ServerProcess, descendants, is_alive, job, serving, wait_until
+from trainer.broadcaster import Broadcaster, PushOutcome
+from trainer.publisher import take_snapshot
+from trainer.tiny_model import build_tiny_model, character_tokenizer
+
+pytestmark = pytest.mark.timeout(90)
+
+CAPACITY = 24
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    build_tiny_model(path, seed=0, warm_start_steps=20, swap_prob=0.5)
+    return path
+
+
+@pytest.fixture(scope="module")
+def shared(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[PlayedBuffer, ServerProcess]]:
+    """One server for every test that leaves it as it was."""
+    with PlayedBuffer() as buffer:
+        config = job(tmp_path_factory.mktemp("run"), port=buffer.port, model_dir=model, sampling={"max_new_tokens": 40})
+        with serving(config) as server:
+            buffer.expect_beat(lambda beat: beat.state is ServerState.SERVING, timeout_s=60)
+            yield buffer, server
+
+
+@pytest.fixture
+def buffer(shared: tuple[PlayedBuffer, ServerProcess]) -> Iterator[PlayedBuffer]:
+    buffer, server = shared
+    yield buffer
+    buffer.acknowledging = True
+    assert server.process.poll() is None
+    buffer.expect_beat(lambda beat: beat.state is ServerState.SERVING and not beat.leases and beat.free_samples == CAPACITY)
+
+
+def push(buffer: PlayedBuffer, tensors: dict[str, torch.Tensor], *, version: int, **settings: Any) -> PushOutcome:
+    """What trainer rank 0 does, with its own code; a new epoch each time."""
+
+    async def body() -> PushOutcome:
+        hello = buffer.hellos[-1]
+        entry = ServerEntry(
+            name=hello.name,
+            incarnation=hello.incarnation,
+            weights_address=hello.weights_address,
+            device=hello.device,
+            state="serving",
+            weights_version=0,
+        )
+        config = WeightsConfig(bucket_bytes=1 << 16, push_deadline_s=20, **settings)
+        broadcaster = Broadcaster(config, device="cpu", incarnation=time.time_ns())
+        try:
+            snapshot = take_snapshot(list(tensors.items()), bucket_bytes=1 << 16, dtype="float32")
+            return await broadcaster.push(snapshot, version=version, step=version, servers=[entry])
+        finally:
+            await broadcaster.close()
+
+    return asyncio.run(body())
+
+
+def perturbed(model: Path, seed: int) -> dict[str, torch.Tensor]:
+    policy = AutoModelForCausalLM.from_pretrained(model)
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: (parameter + 0.03 * torch.randn(parameter.shape, generator=generator)).detach()
+        for name, parameter in policy.named_parameters()
+    }
+
+
+@torch.no_grad()
+def logprobs_under(model: Path, tensors: dict[str, torch.Tensor] | None, trajectory: Trajectory) -> np.ndarray:
+    """[T] log-prob of every token given its prefix; 0 for the first."""
+    policy = AutoModelForCausalLM.from_pretrained(model)
+    policy.load_state_dict(tensors or {}, strict=False)
+    tokens_T = torch.from_numpy(trajectory.tokens.astype(np.int64))
+    logits_TV = policy(tokens_T[None]).logits[0].float()
+    scores_T = torch.log_softmax(logits_TV[:-1], dim=-1).gather(1, tokens_T[1:, None])[:, 0]
+    return np.concatenate([[0.0], scores_T.numpy()])
+
+
+def test_hello_says_who_serves_what(buffer: PlayedBuffer) -> None:
+    hello = buffer.hellos[0]
+    assert hello.name == "rollout-0" and hello.weights_address.startswith("tcp://127.0.0.1:")
+    assert hello.model and hello.tokenizer and hello.dataset and hello.num_train_prompts == SortTask().num_train
+    assert hello.num_eval_prompts == SortTask().num_eval
+
+
+def test_leases_become_samples_with_their_evidence(buffer: PlayedBuffer, model: Path) -> None:
+    version = buffer.expect_beat(lambda _: True).weights_version
+    assert version == 0
+    buffer.grant(buffer.lease(1, samples=8, prompt=7), buffer.lease(2, samples=[1, 3], prompt=8))
+    answers = buffer.expect(SampleDone, count=10)
+    assert {(a.lease_id, a.ticket_id, a.sample_index) for a in answers} == {(1, 101, i) for i in range(8)} | {(2, 102, 1), (2, 102, 3)}
+    tokenizer, task = character_tokenizer(), SortTask(seed=0)
+    for answer in answers:
+        trajectory = answer.trajectory
+        example = task.example("train", 7 if answer.lease_id == 1 else 8)
+        prompt = tokenizer(example.prompt)["input_ids"]
+        sampled = trajectory.loss_mask == 1
+        assert trajectory.tokens[~sampled].tolist() == prompt
+        assert (trajectory.tokens[-1] == tokenizer.eos_token_id) == (trajectory.finish_reason is FinishReason.STOP)
+        assert trajectory.reward == task.reward(example, tokenizer.decode(trajectory.tokens[sampled], skip_special_tokens=True))
+        assert set(trajectory.versions[sampled]) == {0}
+        expected = logprobs_under(model, None, trajectory)
+        np.testing.assert_allclose(trajectory.logprobs[sampled], expected[sampled], atol=1e-4)
+    assert len({tuple(a.trajectory.tokens) for a in answers if a.lease_id == 1}) > 1
+
+
+def test_evaluation_is_greedy(buffer: PlayedBuffer) -> None:
+    for lease_id in (3, 4):
+        buffer.grant(buffer.lease(lease_id, samples=2, prompt=5, purpose=Purpose.EVAL))
+    answers = buffer.expect(SampleDone, count=4)
+    assert len({tuple(a.trajectory.tokens) for a in answers}) == 1
+    prompt = character_tokenizer()(SortTask(seed=0).example("eval", 5).prompt)["input_ids"]
+    assert answers[0].trajectory.tokens[: len(prompt)].tolist() == prompt
+
+
+def test_unacknowledged_samples_come_again_after_a_reconnect(buffer: PlayedBuffer) -> None:
+    buffer.acknowledging = False
+    buffer.grant(buffer.lease(5, samples=2))
+    first = buffer.expect(SampleDone, count=2)
+    beat = buffer.expect_beat(lambda beat: beat.holding_samples == 0 and beat.leases == [5])
+    assert beat.free_samples == CAPACITY
+    buffer.forget()
+    buffer.expect(Hello)
+    again = buffer.expect(SampleDone, count=2)
+    assert {a.sample_index for a in again} == {0, 1}
+    for answer in first:
+        same = next(a for a in again if a.sample_index == answer.sample_index)
+        assert same.trajectory.tokens.tolist() == answer.trajectory.tokens.tolist()
+        buffer.acknowledge(answer)
+
+
+def test_aborted_leases_are_stopped_and_answered_no_more(buffer: PlayedBuffer) -> None:
+    buffer.acknowledging = False
+    buffer.grant(*(buffer.lease(10 + i, samples=8, prompt=i) for i in range(3)))
+    buffer.send(AbortLeases(leases=[10, 11, 12, 99], reason="test"))
+    buffer.expect_beat(lambda beat: not beat.leases and beat.free_samples == CAPACITY)
+    while not buffer.received.empty():
+        buffer.received.get_nowait()
+    time.sleep(0.5)
+    assert not [m for m in list(buffer.received.queue) if isinstance(m, SampleDone)]
+
+
+def test_garbage_on_the_control_socket_is_counted(buffer: PlayedBuffer) -> None:
+    import zmq
+
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.set(zmq.LINGER, 500)
+        socket.connect(buffer.hellos[-1].weights_address)
+        for frames in ([b"garbage"], [b""], [b"\x94\x01", b"x" * 100, b"y"]):
+            socket.send_multipart(frames)
+        buffer.expect_beat(lambda beat: beat.stats.get("bad_frames", 0) >= 3)
+
+
+def test_failed_push_leaves_the_old_weights(buffer: PlayedBuffer, model: Path) -> None:
+    before = buffer.expect_beat(lambda _: True).weights_version
+    tensors = perturbed(model, 1)
+    incomplete = dict(list(tensors.items())[:-1])
+    outcome = push(buffer, incomplete, version=1)
+    assert not outcome.activated and "missing" in str(outcome.failed)
+    misnamed = {(f"{name}.x" if name.endswith("norm.weight") else name): tensor for name, tensor in tensors.items()}
+    assert "unknown" in str(push(buffer, misnamed, version=2).failed)
+    buffer.grant(buffer.lease(20, samples=1))
+    (answer,) = buffer.expect(SampleDone)
+    assert answer.trajectory.newest_version == before
+    assert buffer.expect_beat(lambda _: True).weights_version == before
+
+
+@pytest.mark.parametrize(("mode", "version"), [("recompute", 10), ("abort_resume", 11), ("drain", 12), ("keep", 13)])
+def test_push_while_samples_are_in_flight(buffer: PlayedBuffer, model: Path, mode: str, version: int) -> None:
+    old_version = buffer.expect_beat(lambda _: True).weights_version
+    old = perturbed(model, old_version) if old_version else None
+    new = perturbed(model, version)
+    trajectories: list[Trajectory] = []
+    lease_id = version * 1000
+    outcome: list[PushOutcome] = []
+    pushing = None
+    while pushing is None or pushing.is_alive() or len(outcome) == 0:
+        buffer.grant(*(buffer.lease(lease_id + i, samples=8, prompt=lease_id + i) for i in range(2)))
+        lease_id += 2
+        if pushing is None:
+            pushing = threading.Thread(target=lambda: outcome.append(push(buffer, new, version=version, update_mode=mode)))
+            pushing.start()
+        trajectories += [a.trajectory for a in buffer.expect(SampleDone, count=16)]
+    assert set(outcome[0].activated) == {"rollout-0"} and not outcome[0].failed
+    buffer.expect_beat(lambda beat: beat.weights_version == version)
+    buffer.grant(buffer.lease(lease_id, samples=4))
+    after = [a.trajectory for a in buffer.expect(SampleDone, count=4)]
+    assert all(t.oldest_version == version for t in after)
+    mixed = [t for t in trajectories if t.oldest_version != t.newest_version]
+    assert mode != "drain" or not mixed
+    for trajectory in [*mixed[:3], *trajectories[:2], *after[:2]]:
+        assert set(trajectory.versions[trajectory.loss_mask == 1]) <= {old_version, version}
+        for stated, tensors in ((old_version, old), (version, new)):
+            chosen = trajectory.versions == stated
+            expected = logprobs_under(model, tensors, trajectory)[chosen]
+            tolerance = 0.5 if mode == "keep" and trajectory in mixed else 1e-4
+            np.testing.assert_allclose(trajectory.logprobs[chosen], expected, atol=tolerance)
+
+
+def test_sigterm_returns_leases_and_leaves_nothing_behind(model: Path, tmp_path: Path) -> None:
+    with PlayedBuffer() as buffer:
+        sampling = {"max_new_tokens": 200}
+        config = job(tmp_path, port=buffer.port, model_dir=model, sampling=sampling, rollout={"max_running": 4, "queue_samples": 96})
+        with serving(config) as server:
+            buffer.expect_beat(lambda beat: beat.state is ServerState.SERVING, timeout_s=60)
+            children = descendants(server.process.pid)
+            assert len(children) >= 2
+            buffer.grant(*(buffer.lease(i, samples=8, prompt=i) for i in range(1, 11)))
+            buffer.expect_beat(lambda beat: bool(beat.leases))
+            code, seconds, errors = server.terminate()
+            assert code == 0 and seconds < 10, errors
+            returned = buffer.expect(ReturnLeases)[0].leases
+            assert returned and set(returned) <= set(range(1, 11))
+            buffer.expect(Goodbye)
+            assert buffer.beat is not None and buffer.beat.state is ServerState.DRAINING and not buffer.beat.leases
+            wait_until(lambda: not any(map(is_alive, children)))
+            assert not list(server.paths.endpoints.glob("*.json"))
+
+
+def test_killed_server_takes_its_children_with_it(model: Path, tmp_path: Path) -> None:
+    with PlayedBuffer() as buffer, serving(job(tmp_path, port=buffer.port, model_dir=model)) as server:
+        buffer.expect_beat(lambda beat: beat.state is ServerState.SERVING, timeout_s=60)
+        children = descendants(server.process.pid)
+        server.process.kill()
+        wait_until(lambda: not any(map(is_alive, children)))
+
+
+def test_lost_engine_is_replaced_and_waits_for_a_push(model: Path, tmp_path: Path) -> None:
+    sampling = {"max_new_tokens": 200}
+    with PlayedBuffer() as buffer:
+        config = job(tmp_path, port=buffer.port, model_dir=model, sampling=sampling, rollout={"max_running": 4, "queue_samples": 96})
+        with serving(config) as server:
+            buffer.expect_beat(lambda beat: beat.state is ServerState.SERVING, timeout_s=60)
+            buffer.newest_version = 6
+            buffer.expect_beat(lambda beat: beat.stats.get("engine_starts") == 1)
+            buffer.grant(*(buffer.lease(i, samples=8, prompt=i) for i in range(1, 11)))
+            buffer.expect_beat(lambda beat: bool(beat.leases))
+            (engine,) = (pid for pid in descendants(server.process.pid) if b"rollout_server.engine" in cmdline(pid))
+            os.kill(engine, signal.SIGKILL)
+            assert buffer.expect(ReturnLeases)[0].reason == "engine lost"
+            beat = buffer.expect_beat(lambda beat: beat.state is ServerState.QUARANTINED)
+            assert beat.free_samples == 0 and not beat.leases
+            assert push(buffer, perturbed(model, 6), version=6).activated
+            buffer.expect_beat(lambda beat: beat.state is ServerState.SERVING and beat.weights_version == 6 and beat.free_samples > 0)
+            buffer.grant(buffer.lease(50, samples=1))
+            assert buffer.expect(SampleDone)[0].trajectory.oldest_version == 6
+            assert server.process.poll() is None
+
+
+def test_rewards_that_raise_or_hang_are_reported(model: Path, tmp_path: Path) -> None:
+    with PlayedBuffer() as buffer:
+        config = job(
+            tmp_path,
+            port=buffer.port,
+            model_dir=model,
+            task={"_target_": "tests.rollout_tasks.Moody"},
+            rollout={"max_running": 16, "queue_samples": 8, "reward_timeout_s": 1.0},
+        )
+        with serving(config):
+            buffer.expect_beat(lambda beat: beat.state is ServerState.SERVING, timeout_s=60)
+            buffer.grant(*(buffer.lease(1 + prompt, samples=1, prompt=prompt) for prompt in (0, 1, 2, 7)))
+            answers = {a.lease_id: a for a in buffer.expect((SampleDone, SampleFailed), count=4)}
+            assert answers[1].trajectory.reward == 0.5
+            assert "cannot judge this" in answers[2].error
+            assert "reward_timeout_s" in answers[3].error
+            assert "no such example" in answers[8].error
+            buffer.expect_beat(lambda beat: beat.stats["samples_failed"] == 3 and not beat.leases)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"task": {"name": "sortt"}}, "known tasks are sort"),
+        ({"model": {"path": "/no/such/model"}}, "/no/such/model"),
+        ({"eval": {"num_prompts": 5000}}, "task.num_eval"),
+        ({"sampling": {"max_new_tokens": 512}}, "leaves no room for a prompt"),
+        ({"buffer": {"port": 0}}, "buffer.port"),
+    ],
+)
+def test_bad_settings_end_with_one_message(model: Path, tmp_path: Path, overrides: dict[str, Any], message: str) -> None:
+    config = job(tmp_path, port=1, model_dir=model, **overrides)
+    with serving(config) as server:
+        code, _, errors = server.wait()
+        assert code == 2 and message in errors
+        assert "Traceback" not in errors and len(errors.strip().splitlines()) <= 2
+
+
+@pytest.mark.parametrize("ending", [Refused(field="model", reason="another model"), JobFailed(reason="20 failures in a row")])
+def test_refusal_or_failed_job_ends_the_server(model: Path, tmp_path: Path, ending: Any) -> None:
+    with PlayedBuffer() as buffer, serving(job(tmp_path, port=buffer.port, model_dir=model)) as server:
+        buffer.expect(Hello, timeout_s=60)
+        buffer.send(ending)
+        code, _, errors = server.wait()
+        assert code == 1 and ending.reason in errors and "Traceback" not in errors
+
+
+def cmdline(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
