@@ -77,15 +77,15 @@ def dense_logprobs(model: Any, trajectories: list[Trajectory], *, temperature: f
 
 
 def run_ranks(check: str, *args: str, world_size: int, timeout_s: float = 100.0) -> None:
-    """Runs `tests/trainer_ranks.py CHECK ARGS` as real ranks over gloo; raises with their output if one fails."""
+    """Runs `python -m tests.trainer_ranks CHECK ARGS` as real ranks over gloo; raises with their output if one fails."""
     store = Path(args[0]) / f"store-{check}-{world_size}-{os.urandom(4).hex()}"
-    script = Path(__file__).with_name("trainer_ranks.py")
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(script), check, str(store), str(rank), str(world_size), *args],
+            [sys.executable, "-m", "tests.trainer_ranks", check, str(store), str(rank), str(world_size), *args],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            cwd=Path(__file__).parent.parent,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         for rank in range(world_size)

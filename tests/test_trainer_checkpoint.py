@@ -1,0 +1,104 @@
+"""Checkpoints: loadable by transformers, bitwise resumable, resumable at another world size, complete or absent."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from areal_like.errors import ConfigError
+from tests.trainer_helpers import random_groups, run_ranks, write_model
+from tests.trainer_ranks import make_runner
+from trainer.checkpoint import Checkpoints
+from trainer.gather import freeze, gather, gather_full_state
+from trainer.ranks import Ranks
+
+
+@pytest.fixture
+def ranks() -> Iterator[Ranks]:
+    yield Ranks.alone()
+    dist.destroy_process_group()
+
+
+def test_resumed_training_is_bitwise_equal_to_unbroken_training(tmp_path: Path, ranks: Ranks) -> None:
+    path = write_model(tmp_path / "model", dtype=torch.float32)
+    unbroken = make_runner(path, ranks, dtype=torch.float32)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2, tokenizer_path=path)
+    for step in range(4):
+        unbroken.run(random_groups(4, seed=step), step=step)
+        if step == 1:
+            saved = checkpoints.save(2, unbroken.policy, unbroken.optimizer, ranks, extra={"cursor": [7, 9]})
+            at_save = dict(gather_full_state(unbroken.policy))
+    resumed = make_runner(path, ranks, dtype=torch.float32)
+    assert checkpoints.load(2, resumed.policy, resumed.optimizer, ranks) == {"cursor": [7, 9]}
+    for step in (2, 3):
+        resumed.run(random_groups(4, seed=step), step=step)
+    for (name, a), (_, b) in zip(gather_full_state(unbroken.policy), gather_full_state(resumed.policy), strict=True):
+        assert torch.equal(a, b), name
+
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    assert {n: p.detach() for n, p in model.named_parameters()}.keys() == at_save.keys()
+    assert all(torch.equal(p, at_save[name]) for name, p in model.named_parameters())
+    assert AutoTokenizer.from_pretrained(saved).decode(AutoTokenizer.from_pretrained(saved).encode("42=24")) == "42=24"
+
+
+@pytest.mark.timeout(120)
+def test_a_checkpoint_of_one_rank_goes_on_with_two(tmp_path: Path, ranks: Ranks) -> None:
+    path = write_model(tmp_path / "model", "qwen2")
+    runner = make_runner(path, ranks)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=9, tokenizer_path=path)
+    for step in range(2):
+        runner.run(random_groups(4, seed=step), step=step)
+    checkpoints.save(2, runner.policy, runner.optimizer, ranks, extra={"cursor": 5})
+    run_ranks("resume", str(tmp_path), path, world_size=2)
+    runner.run(random_groups(4, seed=2), step=2)
+
+    other = make_runner(path, ranks)
+    assert checkpoints.load(3, other.policy, other.optimizer, ranks) == {"cursor": 5, "ranks": 2}
+    assert other.optimizer.num_updates == 3
+    for (name, a), (_, b) in zip(gather_full_state(runner.policy), gather_full_state(other.policy), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9, msg=name)
+
+
+def test_only_the_newest_are_kept_and_a_partial_one_is_not_seen(tmp_path: Path, ranks: Ranks) -> None:
+    path = write_model(tmp_path / "model")
+    runner = make_runner(path, ranks)
+    checkpoints = Checkpoints(tmp_path / "c", keep=2, tokenizer_path=path)
+    for step in (1, 2, 30, 4_000_000):
+        checkpoints.save(step, runner.policy, runner.optimizer, ranks, extra={"at": step})
+    assert checkpoints.steps() == [30, 4_000_000]
+    (tmp_path / "c" / ".step_000031.partial").mkdir()
+    assert checkpoints.steps() == [30, 4_000_000]
+    checkpoints.save(30, runner.policy, runner.optimizer, ranks, extra={"at": "again"})
+    assert checkpoints.load(30, runner.policy, runner.optimizer, ranks) == {"at": "again"}
+    assert runner.optimizer.num_updates == 0
+
+
+def test_a_frozen_copy_is_not_moved_by_training(tmp_path: Path, ranks: Ranks) -> None:
+    path = write_model(tmp_path / "model")
+    runner = make_runner(path, ranks)
+    before, frozen = gather_full_state(runner.policy), freeze(runner.policy)
+    runner.run(random_groups(4), step=0)
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(before, gather(frozen), strict=True))
+    after = gather_full_state(runner.policy)
+    assert [name for name, _ in after] == [name for name, _ in before]
+    assert not any(torch.equal(a[1], b[1]) for a, b in zip(before, after, strict=True))
+    assert {name for name, _ in before} == set(load_file(Path(path) / "model.safetensors")), "tied weights once"
+
+
+def test_what_cannot_be_resumed_is_named(tmp_path: Path, ranks: Ranks) -> None:
+    path = write_model(tmp_path / "model")
+    runner = make_runner(path, ranks)
+    checkpoints = Checkpoints(tmp_path / "c", keep=2, tokenizer_path=path)
+    with pytest.raises(ConfigError, match=r"no checkpoint of step 7 .*there: none"):
+        checkpoints.load(7, runner.policy, runner.optimizer, ranks)
+    saved = checkpoints.save(7, runner.policy, runner.optimizer, ranks, extra={})
+    other = make_runner(write_model(tmp_path / "other", "qwen3"), ranks)
+    with pytest.raises(ConfigError, match=r"cannot be read|in this model"):
+        checkpoints.load(7, other.policy, other.optimizer, ranks)
+    (saved / "optimizer.safetensors").write_bytes(b"torn")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        checkpoints.load(7, runner.policy, runner.optimizer, ranks)

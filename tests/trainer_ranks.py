@@ -1,0 +1,100 @@
+"""One rank of a real trainer over gloo, started by `trainer_helpers.run_ranks`: `CHECK STORE RANK WORLD_SIZE OUT_DIR ...`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tests.trainer_helpers import random_groups
+from trainer.advantages import Advantage, Grpo
+from trainer.checkpoint import Checkpoints
+from trainer.gather import gather, gather_full_state, shards_of
+from trainer.normalizers import Normalizer
+from trainer.objectives import OBJECTIVES
+from trainer.optimizer import ShardedAdamW
+from trainer.policy import Policy
+from trainer.ranks import Ranks
+from trainer.step import StepRunner
+
+SHARES = {"even": [0, 1, 0, 1, 0, 1, 0, 1], "uneven": [0, 0, 0, 1, 0, 0, 0, 0], "one-sided": [0] * 8}
+"""Which rank gets each group."""
+BUDGET_TOKENS = 40
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+
+
+def make_runner(
+    path: str,
+    ranks: Ranks,
+    *,
+    dtype: torch.dtype = torch.float64,
+    beta1: float = 0.9,
+    budget_tokens: int = BUDGET_TOKENS,
+    checkpointing: bool = False,
+    normalize: bool = False,
+    max_grad_norm: float = 0.0,
+    advantage: Advantage | None = None,
+) -> StepRunner:
+    """A runner over a test model; sequence TIS, token mean."""
+    policy = Policy.load(path, chunk_tokens=16, gradient_checkpointing=checkpointing, master_dtype=dtype).shard(ranks)
+    return StepRunner(
+        policy,
+        ShardedAdamW(policy, ranks, lr=1e-2, betas=(beta1, 0.9), max_grad_norm=max_grad_norm),
+        ranks,
+        objective=OBJECTIVES.build({"name": "tis", "level": "sequence", "cap": 2.0, "normalize": normalize}),
+        advantage=advantage or Grpo(),
+        normalizer=Normalizer(name="token_mean", max_tokens=10),
+        budget_tokens=budget_tokens,
+    )
+
+
+def last_gradient(runner: StepRunner) -> dict[str, Tensor]:
+    """With beta1 = 0, Adam's first moment is the gradient of the last step. Whole on rank 0."""
+    moments = {name: runner.optimizer.moments(name)["exp_avg"] for name in runner.optimizer.shards}
+    return dict(gather(shards_of(runner.policy, moments)))
+
+
+def gradients(ranks: Ranks, out_dir: Path, *paths: str) -> None:
+    """One step for each dtype (a model each) and way of sharing eight groups; writes its gradient and metrics."""
+    groups = random_groups(8)
+    for (dtype_name, dtype), path in zip(DTYPES.items(), paths, strict=True):
+        for share, owners in SHARES.items():
+            for normalize in (False, True):
+                runner = make_runner(path, ranks, dtype=dtype, beta1=0.0, checkpointing=share == "uneven", normalize=normalize)
+                mine = [group for group, owner in zip(groups, owners, strict=True) if owner == ranks.rank]
+                metrics = runner.run(mine, step=0)
+                gradient = last_gradient(runner)
+                if ranks.rank == 0:
+                    name = f"{dtype_name}-{share}-{'normalized' if normalize else 'plain'}"
+                    save_file({k: v.contiguous() for k, v in gradient.items()}, out_dir / f"{name}.safetensors")
+                    (out_dir / f"{name}.json").write_text(json.dumps(metrics))
+
+
+def resume(ranks: Ranks, out_dir: Path, path: str) -> None:
+    """Loads the checkpoint of step 2, does step 3 with even shares, saves it."""
+    runner = make_runner(path, ranks)
+    checkpoints = Checkpoints(out_dir / "checkpoints", keep=9, tokenizer_path=path)
+    extra = checkpoints.load(2, runner.policy, runner.optimizer, ranks)
+    runner.run(random_groups(4, seed=2)[ranks.rank :: ranks.world_size], step=2)
+    checkpoints.save(3, runner.policy, runner.optimizer, ranks, extra={**extra, "ranks": ranks.world_size})
+    assert bool(gather_full_state(runner.policy)) == (ranks.rank == 0)
+
+
+if __name__ == "__main__":
+    check, store, rank, world_size, out_dir, *rest = sys.argv[1:]
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(store, int(world_size)),
+        rank=int(rank),
+        world_size=int(world_size),
+        timeout=timedelta(seconds=60),
+    )
+    {"gradients": gradients, "resume": resume}[check](Ranks(), Path(out_dir), *rest)
+    dist.destroy_process_group()
