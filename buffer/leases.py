@@ -125,6 +125,10 @@ class LeaseBook:
         heapq.heappush(self._expiry, (lease.expires_s, lease.lease_id))
         return lease
 
+    def undeliverable(self, name: str) -> None:
+        """The server cannot be reached: no credit until its next heartbeat."""
+        self.servers[name].capacity_samples = 0
+
     def settle(self, lease: LeaseRecord, sample_index: int) -> bool:
         """One sample of a live lease has come or failed. Returns whether that was the lease's last."""
         lease.outstanding.remove(sample_index)

@@ -473,7 +473,7 @@ class Ledger:
         if not isinstance(cursor, int) or not isinstance(pending, list) or not isinstance(next_version, int) or cursor < 0:
             raise RefusedError("stream", "not what GetStreamState answers: was the checkpoint made by another program version?")
         self.prompts.restore(cursor=cursor, pending=pending)
-        self.versions.begin(step=step, next_version=next_version)
+        self.versions.begin(next_version=next_version)
         self.recorder.step, self.trainer_step, self.committed_step = step, step, step - 1
         self._num_steps_counted = step
 

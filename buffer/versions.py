@@ -16,14 +16,14 @@ class VersionBook:
         self._store = store
         self._steps: dict[int, int] = {0: 0}
         self.newest = 0
-        """The last one given out; 0 is what servers start with."""
+        """The last one given out; 0 is what servers start with, the weights at `model.path`."""
 
-    def begin(self, *, step: int, next_version: int) -> None:
-        """A run begins (or goes on in a new buffer): version 0 is the start of `step`, numbers go on from `next_version`.
+    def begin(self, *, next_version: int) -> None:
+        """A run begins or goes on in a new buffer: numbers go on from `next_version`.
 
-        Versions between belong to an earlier life: whoever still names one is refused until it has received a push of this one.
+        Version 0 stays step 0, what servers load from `model.path`, so a resumed run takes nothing from a server that has not received the
+        checkpoint's weights yet (unless the bound allows it). Versions of an earlier life are unknown, and so refused.
         """
-        self._steps = {0: step}
         self.newest = max(0, next_version - 1)
 
     def alloc(self, *, step: int, trainer_incarnation: int) -> int:

@@ -384,13 +384,17 @@ def test_resuming_in_a_fresh_ledger_reissues_what_was_not_trained_first() -> Non
     resumed = Ledger(ledger.settings, MemoryStore())
     resumed.set_num_train_prompts(1000)
     resumed.start_training(incarnation=9, step=1, stream=state)
-    assert resumed.alloc_version(incarnation=9, step=1) == 2
     add_server(resumed, "a", capacity=100)
+    assert len(leases_of(resumed)) == 2, "with the weights of step 0 only step 1 is within the bound"
+    resumed.remove_server("a")
+    version = resumed.alloc_version(incarnation=9, step=1)
+    assert version == 2
+    add_server(resumed, "a", capacity=100, version=version)
     again = leases_of(resumed)
     assert len(again) == (1 + 1 + 1) * 2 - 2
     assert [lease.prompt_index for lease in again[:2]] == state["pending"]
     assert not {lease.prompt_index for lease in again[2:]} & {lease.prompt_index for lease in leases}
-    finish(resumed, again[0])
+    finish(resumed, again[0], version=version)
     assert resumed.fetch(step=1, position=0) is not None
 
 

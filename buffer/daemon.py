@@ -1,0 +1,449 @@
+"""The buffer as a process: one ROUTER socket around the ledger. Everybody connects here; nobody else has a configured address.
+
+    STARTING -> READY -> DRAINING (SIGTERM: serves on while a trainer is there to finish its step) -> exit 0
+                   |
+                   +-> the job fails (too many failures in a row): every peer is told why -> exit 1
+
+It is a thin shell: a message is handed to the ledger, then a *turn* sends what came of it (leases, aborts, groups that somebody waits
+for). Turns are coalesced, so that a burst of samples costs one. Left out on purpose: threads (the ledger takes microseconds), and queues
+of its own (credit bounds what servers send; a rank waits for one step's groups and the next one's).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from areal_like.channel import Envelope, Listener, tcp_address
+from areal_like.daemon import Runtime, cancelled_on_exit
+from areal_like.errors import ArealError, RefusedError, StaleIncarnationError
+from areal_like.fingerprint import dataset_fingerprint
+from areal_like.messages import consumer, producer
+from areal_like.messages.hello import Goodbye, Hello, HelloRequired, JobFailed, Ok, Refused, Role, Welcome
+from buffer.ledger import Ledger
+from buffer.peers import Peer, PeerBook
+from buffer.series import BufferSeries
+from buffer.settings import LedgerSettings
+from buffer.store import MemoryStore
+from buffer.tickets import Drop, Verdict
+
+log = logging.getLogger(__name__)
+
+_TICK_S = 0.25
+_FAREWELL_S = 2.0
+"""Time that a failed job's peers have to hear of it before the socket closes."""
+
+
+async def main(runtime: Runtime) -> None:
+    """Serves until told to stop. Raises ArealError when the job fails."""
+    daemon = BufferDaemon(runtime)
+    try:
+        await daemon.serve()
+    finally:
+        daemon.close()
+
+
+class BufferDaemon:
+    """See the module. Everything runs in one event loop."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        config = runtime.config
+        self._runtime = runtime
+        self._config = config
+        self._loop = asyncio.get_running_loop()
+        # Lease ids grow over restarts too: what a server still makes for an earlier buffer must not look like a lease of this one.
+        self.ledger = Ledger(LedgerSettings.from_config(config), MemoryStore(), first_lease_id=int(time.time()) << 20)
+        self.peers = PeerBook(job=config.name, dataset=dataset_fingerprint(config))
+        self._series = BufferSeries(runtime.metrics, max_staleness=config.max_staleness)
+        self._fetches: dict[tuple[bytes, int, int], int] = {}
+        self._evals: dict[tuple[bytes, int], tuple[int, consumer.RequestEval]] = {}
+        self._num_eval_prompts = 0
+        self._num_recorded_seen = 0
+        self._received_bytes = 0
+        self._directory = consumer.Directory(servers=[])
+        self._turn_is_due = False
+        self._over: asyncio.Future[None] = self._loop.create_future()
+        """Failed when the job is."""
+        self._ticking = self._loop.call_soon(lambda: None)
+        self._wake = asyncio.Event()
+        """Set when `serve` has something to do."""
+        self._handlers: dict[Role, dict[type, Callable[[Peer, Envelope], Any]]] = {
+            Role.ROLLOUT: {
+                producer.ServerHeartbeat: self._server_beats,
+                producer.SampleDone: self._sample,
+                producer.SampleFailed: self._sample,
+                producer.ReturnLeases: self._leases_return,
+                Goodbye: self._server_leaves,
+            },
+            Role.TRAINER: {
+                consumer.TrainerHeartbeat: self._trainer_beats,
+                consumer.Fetch: self._fetch,
+                consumer.StartTraining: self._lead(self._start_training),
+                consumer.AllocVersion: self._lead(self._alloc_version),
+                consumer.CompleteStep: self._lead(self._complete_step),
+                consumer.CommitStep: self._lead(self._commit_step),
+                consumer.GetStreamState: self._lead(self._stream_state),
+                consumer.RequestEval: self._lead(self._request_eval),
+                consumer.GetDirectory: self._lead(lambda peer, envelope: self._directory),
+                consumer.CloseAdmission: self._lead(self._close_admission),
+                consumer.GetBooks: self._lead(lambda peer, envelope: self.books()),
+                Goodbye: self._trainer_leaves,
+            },
+        }
+        self._listener = Listener(
+            host=config.buffer.host,
+            port=config.buffer.port,
+            handler=self._on_envelope,
+            max_message_bytes=config.buffer.max_message_bytes,
+            setting="buffer.port",
+        )
+        runtime.status = self.status
+        runtime.advertise(stream=tcp_address(config.buffer.advertise_host or config.buffer.host, self._listener.port))
+
+    async def serve(self) -> None:
+        """Until a stop is asked for and no trainer needs us, or the job fails."""
+        self._tick()
+        self._runtime.ready()
+        log.info("listening on port %d", self._listener.port)
+        stopping = asyncio.create_task(self._runtime.stopping.wait(), name="stopping")
+        stopping.add_done_callback(lambda _: self._wake.set())
+        async with cancelled_on_exit(stopping):
+            await self._wake.wait()
+        if not self._over.done():
+            await self._drain()
+        if self._over.done():
+            await asyncio.sleep(_FAREWELL_S)
+            self._over.result()
+        log.info("books: %s", self.books())
+
+    def close(self) -> None:
+        """Closes the socket."""
+        self._ticking.cancel()
+        self._listener.close()
+
+    def books(self) -> consumer.Books:
+        """The account of the run."""
+        tickets = {state.value: count for state, count in self.ledger.register.num_by_state().items()}
+        return consumer.Books(
+            tickets=tickets | {"issued": self.ledger.register.num_issued},
+            drops={reason.value: self.ledger.drops[reason] for reason in Drop},
+            counters=self._counters(),
+        )
+
+    def status(self) -> dict[str, Any]:
+        """For /status."""
+        ledger, books, now_s = self.ledger, self.books(), self._loop.time()
+        return {
+            "step": ledger.trainer_step,
+            "committed_steps": ledger.committed_step + 1,
+            "open_step": {"step": ledger.recorder.step, "recorded": ledger.recorder.position, "due_and_running": ledger.recorder.num_due},
+            "newest_version": ledger.versions.newest,
+            "closed_because": ledger.closed_because,
+            "failed_because": ledger.fatal,
+            "tickets": books.tickets,
+            "drops": books.drops,
+            "counters": books.counters,
+            "lag_histogram": {str(lag): count for lag, count in sorted(ledger.statistics.lag_histogram.items())},
+            "fetches_waiting": len(self._fetches),
+            "buffer_bytes": ledger.store.num_bytes,
+            "bad_frames": self._listener.num_bad_frames,
+            "peers": [
+                {
+                    "name": peer.hello.name,
+                    "role": peer.hello.role.value,
+                    "state": peer.state,
+                    "http": peer.hello.http_address,
+                    "silent_s": round(now_s - peer.last_heard_s, 3),
+                    "stats": peer.stats,
+                }
+                | self._server_status(peer.hello.name)
+                for role in Role
+                for peer in self.peers.of(role)
+            ],
+        }
+
+    def _server_status(self, name: str) -> dict[str, Any]:
+        server = self.ledger.book.servers.get(name)
+        if server is None:
+            return {}
+        return {"weights_version": server.weights_version, "free_samples": server.free_samples, "owed_samples": server.owed_samples}
+
+    def _counters(self) -> dict[str, float]:
+        counters = self.ledger.statistics.counters()
+        # Engines also count what they generated for nothing: aborted requests, which never become samples.
+        counters["tokens_generated"] = max(counters["tokens_generated"], self.peers.total("tokens_generated"))
+        counters["generation_busy_s"] = self.peers.total("busy_s")
+        counters["generation_idle_s"] = self.peers.total("idle_s")
+        counters["received_bytes"] = self._received_bytes
+        return counters
+
+    async def _drain(self) -> None:
+        """A trainer that is stopping too still needs this process to finish and commit its step."""
+        deadline_s = self._loop.time() + self._config.daemon.drain_timeout_s / 2
+        alive_s = max(1.0, 3 * self._config.daemon.heartbeat_s)
+        with self._runtime.waits("trainer: to end before its buffer"):
+            while self._loop.time() < deadline_s and not self._over.done():
+                if all(self._loop.time() - peer.last_heard_s > alive_s for peer in self.peers.of(Role.TRAINER)):
+                    break
+                await asyncio.sleep(0.05)
+        self.ledger.close("the buffer is draining")
+        self._turn()
+
+    # --- messages in ---
+
+    def _on_envelope(self, envelope: Envelope) -> None:
+        self._received_bytes += envelope.num_bytes
+        with self._ending_on_error():
+            try:
+                answer = self._handle(envelope)
+            except RefusedError as error:
+                field, reason = error.args
+                answer = Refused(field=field, reason=reason)
+            except StaleIncarnationError as error:
+                answer = Refused(field="incarnation", reason=str(error))
+            if answer is not None:
+                self._listener.send(envelope.peer, answer, rid=envelope.rid)
+            self._turn_soon()
+
+    @contextlib.contextmanager
+    def _ending_on_error(self) -> Iterator[None]:
+        """The outermost frame of every callback: the loop would only log an error, and a ledger that broke its own law must not go on."""
+        try:
+            yield
+        except Exception as error:
+            self._end(error)
+
+    def _handle(self, envelope: Envelope) -> Any:
+        """The answer, or None if there is none yet. Raises RefusedError or StaleIncarnationError."""
+        message, now_s = envelope.message, self._loop.time()
+        if isinstance(message, Hello):
+            return self._hello(envelope.peer, message, now_s=now_s)
+        peer = self.peers.at(envelope.peer)
+        if peer is None:
+            self._listener.send(envelope.peer, HelloRequired())
+            return None
+        peer.last_heard_s = now_s
+        if self.ledger.fatal:
+            return JobFailed(reason=self.ledger.fatal)
+        handler = self._handlers[peer.hello.role].get(type(message))
+        if handler is None:
+            raise RefusedError("message", f"{type(message).__name__} is not for a {peer.hello.role.value} to send")
+        return handler(peer, envelope)
+
+    def _hello(self, route: bytes, hello: Hello, *, now_s: float) -> Welcome:
+        peer = self.peers.admit(route, hello, now_s=now_s)
+        if hello.role is Role.ROLLOUT:
+            try:
+                self.ledger.set_num_train_prompts(hello.num_train_prompts)
+                self.ledger.register_server(hello.name, incarnation=hello.incarnation, weights_version=hello.weights_version, now_s=now_s)
+            except RefusedError:
+                self.peers.forget(hello.name)
+                raise
+            self._num_eval_prompts = hello.num_eval_prompts
+        else:
+            self._listener.send(peer.route, self._directory)
+        log.info("%s registered, incarnation %d", hello.name, hello.incarnation)
+        return Welcome(job=self._config.name, step=self.ledger.trainer_step, newest_version=self.ledger.versions.newest)
+
+    # --- rollout servers ---
+
+    def _server_beats(self, peer: Peer, envelope: Envelope) -> producer.HeartbeatAck:
+        beat: producer.ServerHeartbeat = envelope.message
+        self.ledger.heartbeat(peer.hello.name, beat, now_s=self._loop.time())
+        peer.state, peer.stats = beat.state.value, beat.stats
+        return self._heartbeat_ack()
+
+    def _sample(self, peer: Peer, envelope: Envelope) -> None:
+        message: producer.SampleDone | producer.SampleFailed = envelope.message
+        if isinstance(message, producer.SampleDone):
+            verdict = self.ledger.sample_done(peer.hello.name, message)
+        else:
+            verdict = self.ledger.sample_failed(peer.hello.name, message)
+            log.warning(
+                "%s could not make sample %d of ticket %d: %s", peer.hello.name, message.sample_index, message.ticket_id, message.error
+            )
+        ack = producer.SampleAck(
+            lease_id=message.lease_id, ticket_id=message.ticket_id, sample_index=message.sample_index, refused=verdict.refusal
+        )
+        if verdict in (Verdict.UNKNOWN_VERSION, Verdict.INVALID):
+            log.warning("sample %d of ticket %d by %s refused: %s", ack.sample_index, ack.ticket_id, peer.hello.name, verdict.value)
+        self.ledger.store.when_durable(lambda: self._acknowledge(peer.route, ack, rid=envelope.rid))
+
+    def _acknowledge(self, route: bytes, ack: producer.SampleAck, *, rid: int) -> None:
+        self._listener.send(route, ack, rid=rid)
+
+    def _leases_return(self, peer: Peer, envelope: Envelope) -> None:
+        message: producer.ReturnLeases = envelope.message
+        log.info("%s returned %d leases: %s", peer.hello.name, len(message.leases), message.reason)
+        self.ledger.return_leases(peer.hello.name, message.leases)
+
+    def _server_leaves(self, peer: Peer, envelope: Envelope) -> Ok:
+        peer.stats = envelope.message.stats or peer.stats
+        self.ledger.remove_server(peer.hello.name)
+        self.peers.forget(peer.hello.name)
+        log.info("%s left", peer.hello.name)
+        return Ok()
+
+    # --- trainer ---
+
+    def _lead(self, handler: Callable[[Peer, Envelope], Any]) -> Callable[[Peer, Envelope], Any]:
+        def checked(peer: Peer, envelope: Envelope) -> Any:
+            if peer.hello.rank != 0:
+                raise RefusedError("rank", f"only rank 0 may send {type(envelope.message).__name__}")
+            return handler(peer, envelope)
+
+        return checked
+
+    def _trainer_beats(self, peer: Peer, envelope: Envelope) -> producer.HeartbeatAck:
+        peer.state, peer.stats = envelope.message.state, envelope.message.stats
+        return self._heartbeat_ack()
+
+    def _trainer_leaves(self, peer: Peer, envelope: Envelope) -> Ok:
+        self.peers.forget(peer.hello.name)
+        return Ok()
+
+    def _fetch(self, peer: Peer, envelope: Envelope) -> consumer.Group | None:
+        message: consumer.Fetch = envelope.message
+        if peer.hello.incarnation < self.ledger.trainer_incarnation:
+            raise StaleIncarnationError(f"trainer incarnation {self.ledger.trainer_incarnation} is newer than {peer.hello.incarnation}")
+        group = self.ledger.fetch(step=message.step, position=message.position)
+        if group is None:
+            self._fetches[peer.route, message.step, message.position] = envelope.rid
+        return group
+
+    def _start_training(self, peer: Peer, envelope: Envelope) -> Welcome:
+        message: consumer.StartTraining = envelope.message
+        self.ledger.start_training(incarnation=peer.hello.incarnation, step=message.step, stream=message.stream)
+        log.info("training starts at step %d, incarnation %d", message.step, peer.hello.incarnation)
+        return Welcome(job=self._config.name, step=self.ledger.trainer_step, newest_version=self.ledger.versions.newest)
+
+    def _alloc_version(self, peer: Peer, envelope: Envelope) -> consumer.VersionGranted:
+        return consumer.VersionGranted(version=self.ledger.alloc_version(incarnation=peer.hello.incarnation, step=envelope.message.step))
+
+    def _complete_step(self, peer: Peer, envelope: Envelope) -> Ok:
+        self.ledger.complete_step(incarnation=peer.hello.incarnation, step=envelope.message.step)
+        return Ok()
+
+    def _commit_step(self, peer: Peer, envelope: Envelope) -> Ok:
+        self.ledger.commit(incarnation=peer.hello.incarnation, step=envelope.message.step)
+        return Ok()
+
+    def _stream_state(self, peer: Peer, envelope: Envelope) -> consumer.StreamState:
+        return consumer.StreamState(stream=self.ledger.stream_state(step=envelope.message.step))
+
+    def _request_eval(self, peer: Peer, envelope: Envelope) -> consumer.EvalResult | None:
+        message: consumer.RequestEval = envelope.message
+        if 0 < self._num_eval_prompts < message.num_prompts:
+            reason = f"the task has {self._num_eval_prompts} held-out prompts, {message.num_prompts} were asked for: lower eval.num_prompts"
+            raise RefusedError("num_prompts", reason)
+        result = self.ledger.request_eval(eval_id=message.eval_id, num_prompts=message.num_prompts, min_version=message.min_version)
+        if result is None:
+            self._evals[peer.route, message.eval_id] = (envelope.rid, message)
+        return result
+
+    def _close_admission(self, peer: Peer, envelope: Envelope) -> Ok:
+        self.ledger.close(envelope.message.reason)
+        log.info("admission closed: %s", envelope.message.reason)
+        return Ok()
+
+    # --- messages out ---
+
+    def _heartbeat_ack(self) -> producer.HeartbeatAck:
+        return producer.HeartbeatAck(step=self.ledger.trainer_step, newest_version=self.ledger.versions.newest)
+
+    def _turn_soon(self) -> None:
+        if not self._turn_is_due:
+            self._turn_is_due = True
+            self._loop.call_soon(self._turn)
+
+    def _turn(self) -> None:
+        """Sends what the messages since the last turn have brought about."""
+        self._turn_is_due = False
+        if self._over.done():
+            return
+        with self._ending_on_error():
+            if self.ledger.fatal:
+                raise ArealError(self.ledger.fatal)
+            self._send_leases()
+            self._send_aborts()
+            self._answer_fetches()
+            self._answer_evals()
+            self._send_directory()
+
+    def _tick(self) -> None:
+        """What happens without a message: leases run out, servers fall silent, series are refreshed."""
+        self._ticking = self._loop.call_later(_TICK_S, self._tick)
+        with self._ending_on_error():
+            for name in self.ledger.expire(now_s=self._loop.time()):
+                log.warning("%s has been silent for %g s: its samples are leased again", name, self._config.buffer.lease_timeout_s)
+                self.peers.forget(name)
+            self._turn_soon()
+            self._series.update(self.ledger, self.peers, self._counters() | {"bad_frames": self._listener.num_bad_frames})
+
+    def _send_leases(self) -> None:
+        for name, leases in self.ledger.grant(now_s=self._loop.time()).items():
+            peer = self.peers.named(name)
+            if peer is None or not self._listener.send(peer.route, producer.Leases(leases=leases)):
+                self.ledger.return_leases(name, [lease.lease_id for lease in leases])
+                self.ledger.book.undeliverable(name)
+
+    def _send_aborts(self) -> None:
+        for name, lease_ids in self.ledger.take_aborts().items():
+            peer = self.peers.named(name)
+            if peer is not None:
+                self._listener.send(peer.route, producer.AbortLeases(leases=lease_ids, reason="nothing more is expected of them"))
+
+    def _answer_fetches(self) -> None:
+        if self._num_recorded_seen == self.ledger.recorder.num_recorded:
+            return
+        self._num_recorded_seen = self.ledger.recorder.num_recorded
+        for (route, step, position), rid in list(self._fetches.items()):
+            if step <= self.ledger.committed_step or self.peers.at(route) is None:  # whoever asked is gone, or has gone on without it
+                del self._fetches[route, step, position]
+            elif (group := self.ledger.fetch(step=step, position=position)) is not None:
+                del self._fetches[route, step, position]
+                self._listener.send(route, group, rid=rid)
+
+    def _answer_evals(self) -> None:
+        for (route, eval_id), (rid, message) in list(self._evals.items()):
+            result = self.ledger.request_eval(eval_id=eval_id, num_prompts=message.num_prompts, min_version=message.min_version)
+            if result is not None:
+                del self._evals[route, eval_id]
+                self._listener.send(route, result, rid=rid)
+
+    def _send_directory(self) -> None:
+        """To every rank, whenever it has changed."""
+        servers = self.ledger.book.servers
+        entries = [
+            consumer.ServerEntry(
+                name=peer.hello.name,
+                incarnation=peer.hello.incarnation,
+                weights_address=peer.hello.weights_address,
+                device=peer.hello.device,
+                state=servers[peer.hello.name].state.value,
+                weights_version=servers[peer.hello.name].weights_version,
+            )
+            for peer in self.peers.of(Role.ROLLOUT)
+        ]
+        if entries != self._directory.servers:
+            self._directory = consumer.Directory(servers=entries)
+            for rank in self.peers.of(Role.TRAINER):
+                self._listener.send(rank.route, self._directory)
+
+    def _end(self, error: Exception) -> None:
+        """The job cannot go on: everybody is told, and `serve` raises."""
+        if self._over.done():
+            return
+        self._over.set_exception(error)
+        self._wake.set()
+        for role in Role:
+            for peer in self.peers.of(role):
+                self._listener.send(peer.route, JobFailed(reason=str(error) or type(error).__name__))
+        for (route, _, _), rid in self._fetches.items():
+            self._listener.send(route, JobFailed(reason=str(error)), rid=rid)
+        for (route, _), (rid, _) in self._evals.items():
+            self._listener.send(route, JobFailed(reason=str(error)), rid=rid)
