@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -190,7 +191,8 @@ class LocalJob:
         """What the phase waits for, in a few words."""
         if self._phase is Phase.PREPARING:
             child = self._children.get("prepare_model")
-            return child.last_line() if child else "the buffer starts"
+            # Without the time and logger's name of a log line.
+            return re.sub(r"^\S+ [\d:,]+ [\w.]+: ", "", child.last_line()) if child else "the buffer starts"
         if self._phase is Phase.STARTING:
             return ", ".join(f"{name} ({self._why_unready(name)})" for name in self._unready())
         if self._phase is Phase.CLOSING:

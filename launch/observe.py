@@ -12,7 +12,6 @@ import json
 import os
 import threading
 import time
-from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,13 @@ class Observation:
     daemons: dict[str, DaemonView] = field(default_factory=dict)
     steps: tuple[dict[str, Any], ...] = ()
     """Records of metrics.jsonl, ascending by step."""
-    tokens_per_s_generated: float | None = None
+
+    @property
+    def tokens_per_s_generated(self) -> float | None:
+        """Over all rollout servers; None when none of them tells."""
+        rates = [find_number(view.status or {}, "tokens_per_s") for view in self.daemons.values() if view.role == "rollout"]
+        known = [rate for rate in rates if rate is not None]
+        return sum(known) if known else None
 
     @property
     def buffer(self) -> dict[str, Any]:
@@ -96,7 +101,6 @@ class Observer:
         self._paths = paths
         self._interval_s = interval_s
         self._tail = MetricsTail(paths.metrics)
-        self._generated: deque[tuple[float, float]] = deque(maxlen=10)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="observer", daemon=True)
         self.newest = Observation()
@@ -120,16 +124,7 @@ class Observer:
     def _run(self) -> None:
         while not self._stopped.wait(self.interval_s):
             daemons = look_at_daemons(self._paths.endpoints, before=self.newest.daemons)
-            newest = Observation(daemons=daemons, steps=self._tail.read())
-            self.newest = Observation(daemons=daemons, steps=newest.steps, tokens_per_s_generated=self._generation_rate(newest))
-
-    def _generation_rate(self, seen: Observation) -> float | None:
-        tokens = find_number(seen.buffer, "tokens_generated")
-        if tokens is None:
-            return None
-        self._generated.append((time.monotonic(), tokens))
-        (first_s, first), (last_s, last) = self._generated[0], self._generated[-1]
-        return (last - first) / (last_s - first_s) if last_s > first_s else None
+            self.newest = Observation(daemons=daemons, steps=self._tail.read())
 
 
 def look_at_daemons(folder: Path, *, before: dict[str, DaemonView] | None = None) -> dict[str, DaemonView]:

@@ -180,10 +180,9 @@ def _lag_panel(seen: Observation, *, config: Config) -> Panel:
 
 
 def _rates(seen: Observation) -> Text:
-    trained = _recent(seen, "tokens_per_s_trained")
     items = [
         ("generated", f"{number(seen.tokens_per_s_generated)} tok/s"),
-        ("trained", f"{number(trained)} tok/s"),
+        ("trained", f"{number(tokens_per_s_trained(seen))} tok/s"),
         ("lag", f"{_written(_recent(seen, 'lag_mean'))}"),
         ("ess", f"{_written(_recent(seen, 'ess_ratio'))}"),
         ("loss", f"{_written(_recent(seen, 'loss'), digits=4)}"),
@@ -236,11 +235,19 @@ def plain_line(seen: Observation, *, config: Config, eta: Eta) -> str:
         f"held-out {evals[-1]:.2f}" if evals else "",
         f"lag {_written(_recent(seen, 'lag_mean'))} (max {max((row.get('lag_max') or 0 for row in seen.steps), default=0):.0f})",
         f"generated {number(seen.tokens_per_s_generated)} tok/s",
-        f"trained {number(_recent(seen, 'tokens_per_s_trained'))} tok/s",
+        f"trained {number(tokens_per_s_trained(seen))} tok/s",
         f"dropped {dropped:.0f}" if dropped is not None else "",
         f"ETA {eta}",
     ]
     return "  ".join(filter(None, parts))
+
+
+def tokens_per_s_trained(seen: Observation) -> float | None:
+    """Throughput over the last steps, waiting included; None until there are two."""
+    rows = [row for row in seen.steps[-RECENT_STEPS:] if "time_unix_s" in row and "tokens_trained" in row]
+    if len(rows) < 2 or rows[-1]["time_unix_s"] <= rows[0]["time_unix_s"]:
+        return None
+    return float(sum(row["tokens_trained"] for row in rows[1:]) / (rows[-1]["time_unix_s"] - rows[0]["time_unix_s"]))
 
 
 def last_step(seen: Observation) -> int:
