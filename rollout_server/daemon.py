@@ -14,6 +14,7 @@ import asyncio
 import logging
 from typing import Any
 
+from areal_like.addresses import buffer_address
 from areal_like.channel import tcp_address
 from areal_like.config import Config
 from areal_like.daemon import Runtime, cancelled_on_exit
@@ -50,12 +51,13 @@ async def main(runtime: Runtime) -> None:
     """The daemon's body: serves until `runtime.stopping`. Raises ConfigError for settings that cannot work together."""
     config = runtime.config
     task = make_task(config.task, seed=config.seed)
+    if config.eval.num_prompts > task.num_eval:
+        raise ConfigError(f"eval.num_prompts={config.eval.num_prompts}: the task holds out {task.num_eval} (task.num_eval)")
+    buffer_address(config)
     model = model_path(config)
     renderer = PromptRenderer(model)
     context_tokens = check_context(config, task, max_positions=renderer.max_positions)
     renderer.max_prompt_tokens = min(task.max_prompt_tokens, context_tokens - config.sampling.max_new_tokens)
-    if config.eval.num_prompts > task.num_eval:
-        raise ConfigError(f"eval.num_prompts={config.eval.num_prompts}: the task holds out {task.num_eval} (task.num_eval)")
     log.info("task %s, examples %s", config.task, task.fingerprint())
     rollout = config.rollout
     pool = RewardPool(config.task, seed=config.seed, num_workers=rollout.reward_workers, timeout_s=rollout.reward_timeout_s)

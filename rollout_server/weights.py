@@ -193,6 +193,8 @@ class WeightReceiver:
             raise WeightSyncError(f"version {request.version} was not active within {request.timeout_s:g} s") from None
         except EngineError:
             if not await self._settle(engine, request.version):
+                # The sender may be waiting for us to take the next bucket: leaving tells it now, and not at its time limit.
+                await self._leave(engine)
                 raise
             stall_s = 0.0  # the answer was lost, the swap was not
         self.version = request.version

@@ -1,6 +1,7 @@
 """A whole rollout server: real process, real engine, real reward workers, real pushes; the test plays the buffer."""
 
 import asyncio
+import itertools
 import os
 import signal
 import threading
@@ -195,83 +196,69 @@ def test_push_while_samples_are_in_flight(buffer: PlayedBuffer, model: Path, mod
     old = perturbed(model, old_version) if old_version else None
     new = perturbed(model, version)
     trajectories: list[Trajectory] = []
-    lease_id = version * 1000
     outcome: list[PushOutcome] = []
-    pushing = None
-    while pushing is None or pushing.is_alive() or len(outcome) == 0:
-        buffer.grant(*(buffer.lease(lease_id + i, samples=8, prompt=lease_id + i) for i in range(2)))
-        lease_id += 2
-        if pushing is None:
-            pushing = threading.Thread(target=lambda: outcome.append(push(buffer, new, version=version, update_mode=mode)))
-            pushing.start()
-        trajectories += [a.trajectory for a in buffer.expect(SampleDone, count=16)]
+    pushing = threading.Thread(target=lambda: outcome.append(push(buffer, new, version=version, update_mode=mode)))
+    first = version * 1000
+    buffer.grant(*(buffer.lease(first + i, samples=8, prompt=first + i) for i in range(3)))
+    pushing.start()
+    for i in itertools.count(3):  # eight come, eight go: some are always in flight
+        trajectories += [answer.trajectory for answer in buffer.expect(SampleDone, count=8)]
+        if not pushing.is_alive():
+            break
+        buffer.grant(buffer.lease(first + i, samples=8, prompt=first + i))
+    trajectories += [answer.trajectory for answer in buffer.expect(SampleDone, count=16)]
     assert set(outcome[0].activated) == {"rollout-0"} and not outcome[0].failed
     buffer.expect_beat(lambda beat: beat.weights_version == version)
-    buffer.grant(buffer.lease(lease_id, samples=4))
-    after = [a.trajectory for a in buffer.expect(SampleDone, count=4)]
+    buffer.grant(buffer.lease(first - 1, samples=4))
+    after = [answer.trajectory for answer in buffer.expect(SampleDone, count=4)]
     assert all(t.oldest_version == version for t in after)
     mixed = [t for t in trajectories if t.oldest_version != t.newest_version]
-    assert mode != "drain" or not mixed
+    assert bool(mixed) == (mode != "drain")
     for trajectory in [*mixed[:3], *trajectories[:2], *after[:2]]:
         assert set(trajectory.versions[trajectory.loss_mask == 1]) <= {old_version, version}
         for stated, tensors in ((old_version, old), (version, new)):
+            if mode == "keep" and stated == version and trajectory in mixed:
+                continue  # new weights over old KV: that is the error which `keep` accepts
             chosen = trajectory.versions == stated
             expected = logprobs_under(model, tensors, trajectory)[chosen]
-            tolerance = 0.5 if mode == "keep" and trajectory in mixed else 1e-4
-            np.testing.assert_allclose(trajectory.logprobs[chosen], expected, atol=tolerance)
+            np.testing.assert_allclose(trajectory.logprobs[chosen], expected, atol=1e-4)
 
 
-def test_sigterm_returns_leases_and_leaves_nothing_behind(model: Path, tmp_path: Path) -> None:
+def test_lost_engine_is_replaced_and_a_drain_leaves_nothing_behind(model: Path, tmp_path: Path) -> None:
     with PlayedBuffer() as buffer:
         sampling = {"max_new_tokens": 200}
         config = job(tmp_path, port=buffer.port, model_dir=model, sampling=sampling, rollout={"max_running": 4, "queue_samples": 96})
         with serving(config) as server:
+            buffer.newest_version = 6
             buffer.expect_beat(lambda beat: beat.state is ServerState.SERVING, timeout_s=60)
+            # A server whose engine dies gives its leases back and waits for the newest weights.
+            buffer.grant(*(buffer.lease(i, samples=8, prompt=i) for i in range(1, 11)))
+            buffer.expect_beat(lambda beat: len(beat.leases) > 5)
+            (engine,) = (pid for pid in descendants(server.process.pid) if b"rollout_server.engine" in cmdline(pid))
+            os.kill(engine, signal.SIGKILL)
+            assert buffer.expect(ReturnLeases)[0].reason == "engine lost"
+            beat = buffer.expect_beat(lambda beat: beat.state is ServerState.QUARANTINED)
+            assert beat.free_samples == 0 and not beat.leases and beat.stats["engine_starts"] == 2
+            assert push(buffer, perturbed(model, 6), version=6).activated
+            buffer.expect_beat(lambda beat: beat.state is ServerState.SERVING and beat.weights_version == 6 and beat.free_samples > 0)
+            buffer.grant(buffer.lease(50, samples=1))
+            assert buffer.expect(SampleDone)[0].trajectory.oldest_version == 6
+            # SIGTERM in the middle of work.
             children = descendants(server.process.pid)
             assert len(children) >= 2
-            buffer.grant(*(buffer.lease(i, samples=8, prompt=i) for i in range(1, 11)))
-            buffer.expect_beat(lambda beat: bool(beat.leases))
+            buffer.grant(*(buffer.lease(i, samples=8, prompt=i) for i in range(101, 111)))
+            buffer.expect_beat(lambda beat: len(beat.leases) > 5)
             code, seconds, errors = server.terminate()
             assert code == 0 and seconds < 10, errors
             returned = buffer.expect(ReturnLeases)[0].leases
-            assert returned and set(returned) <= set(range(1, 11))
+            assert returned and set(returned) <= set(range(101, 111))
             buffer.expect(Goodbye)
             assert buffer.beat is not None and buffer.beat.state is ServerState.DRAINING and not buffer.beat.leases
             wait_until(lambda: not any(map(is_alive, children)))
             assert not list(server.paths.endpoints.glob("*.json"))
 
 
-def test_killed_server_takes_its_children_with_it(model: Path, tmp_path: Path) -> None:
-    with PlayedBuffer() as buffer, serving(job(tmp_path, port=buffer.port, model_dir=model)) as server:
-        buffer.expect_beat(lambda beat: beat.state is ServerState.SERVING, timeout_s=60)
-        children = descendants(server.process.pid)
-        server.process.kill()
-        wait_until(lambda: not any(map(is_alive, children)))
-
-
-def test_lost_engine_is_replaced_and_waits_for_a_push(model: Path, tmp_path: Path) -> None:
-    sampling = {"max_new_tokens": 200}
-    with PlayedBuffer() as buffer:
-        config = job(tmp_path, port=buffer.port, model_dir=model, sampling=sampling, rollout={"max_running": 4, "queue_samples": 96})
-        with serving(config) as server:
-            buffer.expect_beat(lambda beat: beat.state is ServerState.SERVING, timeout_s=60)
-            buffer.newest_version = 6
-            buffer.expect_beat(lambda beat: beat.stats.get("engine_starts") == 1)
-            buffer.grant(*(buffer.lease(i, samples=8, prompt=i) for i in range(1, 11)))
-            buffer.expect_beat(lambda beat: bool(beat.leases))
-            (engine,) = (pid for pid in descendants(server.process.pid) if b"rollout_server.engine" in cmdline(pid))
-            os.kill(engine, signal.SIGKILL)
-            assert buffer.expect(ReturnLeases)[0].reason == "engine lost"
-            beat = buffer.expect_beat(lambda beat: beat.state is ServerState.QUARANTINED)
-            assert beat.free_samples == 0 and not beat.leases
-            assert push(buffer, perturbed(model, 6), version=6).activated
-            buffer.expect_beat(lambda beat: beat.state is ServerState.SERVING and beat.weights_version == 6 and beat.free_samples > 0)
-            buffer.grant(buffer.lease(50, samples=1))
-            assert buffer.expect(SampleDone)[0].trajectory.oldest_version == 6
-            assert server.process.poll() is None
-
-
-def test_rewards_that_raise_or_hang_are_reported(model: Path, tmp_path: Path) -> None:
+def test_bad_rewards_are_reported_and_a_killed_server_takes_its_children_with_it(model: Path, tmp_path: Path) -> None:
     with PlayedBuffer() as buffer:
         config = job(
             tmp_path,
@@ -280,7 +267,7 @@ def test_rewards_that_raise_or_hang_are_reported(model: Path, tmp_path: Path) ->
             task={"_target_": "tests.rollout_tasks.Moody"},
             rollout={"max_running": 16, "queue_samples": 8, "reward_timeout_s": 1.0},
         )
-        with serving(config):
+        with serving(config) as server:
             buffer.expect_beat(lambda beat: beat.state is ServerState.SERVING, timeout_s=60)
             buffer.grant(*(buffer.lease(1 + prompt, samples=1, prompt=prompt) for prompt in (0, 1, 2, 7)))
             answers = {a.lease_id: a for a in buffer.expect((SampleDone, SampleFailed), count=4)}
@@ -289,6 +276,9 @@ def test_rewards_that_raise_or_hang_are_reported(model: Path, tmp_path: Path) ->
             assert "reward_timeout_s" in answers[3].error
             assert "no such example" in answers[8].error
             buffer.expect_beat(lambda beat: beat.stats["samples_failed"] == 3 and not beat.leases)
+            children = descendants(server.process.pid)
+            server.process.kill()
+            wait_until(lambda: not any(map(is_alive, children)))
 
 
 @pytest.mark.parametrize(
@@ -297,7 +287,6 @@ def test_rewards_that_raise_or_hang_are_reported(model: Path, tmp_path: Path) ->
         ({"task": {"name": "sortt"}}, "known tasks are sort"),
         ({"model": {"path": "/no/such/model"}}, "/no/such/model"),
         ({"eval": {"num_prompts": 5000}}, "task.num_eval"),
-        ({"sampling": {"max_new_tokens": 512}}, "leaves no room for a prompt"),
         ({"buffer": {"port": 0}}, "buffer.port"),
     ],
 )
