@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from areal_like.trajectory import FinishReason, Trajectory
 from trainer.tiny_model import character_tokenizer
 
-VOCAB = 40
+VOCAB = 41
+"""Odd, so that two ranks hold unequal shards of the embedding."""
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True},

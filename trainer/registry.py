@@ -72,7 +72,8 @@ class Registry(Generic[T]):
         return cls
 
     def _checked(self, cls: type[T], values: dict[str, Any]) -> dict[str, Any]:
-        known = {p.name: p for p in inspect.signature(cls).parameters.values()}
+        parameters = inspect.signature(cls).parameters.values()
+        known = {p.name: p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
         hints = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
         for key, value in values.items():
             path = f"{self._section}.{key}"

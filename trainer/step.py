@@ -12,6 +12,7 @@ A group whose advantages are all zero counts in the normaliser and is not run, u
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ from trainer.packing import MicroBatch, PackedBatch, Packer, Sample, collate, nu
 from trainer.policy import Policy
 from trainer.ranks import Ranks
 from trainer.scope import Scope
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -69,6 +72,12 @@ class StepRunner:
         """
         if Need.REF in objective.needs and reference is None:
             raise ConfigError(f"objective {type(objective).__name__} needs a reference model, and none is configured")
+        for setting, wanted, prescribed in (
+            ("trainer.normalizer", normalizer.name, objective.normalizer),
+            ("advantage", type(advantage).__name__, objective.advantage and type(objective.advantage).__name__),
+        ):
+            if prescribed not in (None, wanted):
+                log.warning("%s=%s is ignored: %s prescribes %s", setting, wanted, type(objective).__name__, prescribed)
         self.policy = policy
         self.optimizer = optimizer
         self._ranks = ranks
@@ -113,6 +122,7 @@ class StepRunner:
         log_w_std, kl_k3, entropy, what the objective reports (clipped_fraction, ...), wait_s, compute_s, reduce_s, update_s, step_s.
         """
         clock, totals = _Clock(), StepTotals(_SEEDED)
+        self.policy.zero_grad()  # a step that was given up may have left some
         samples = self._samples(clock.timed("wait_s", groups), totals)
         facts: Facts = {}
         if Scope.BATCH in (self._objective.scope, self._advantage.scope):
@@ -128,7 +138,6 @@ class StepRunner:
         with clock.span("reduce_s"):
             totals.reduce(self._ranks)
         if num_groups is not None and totals.total("num_groups") < num_groups:
-            self.policy.zero_grad()
             raise IncompleteStepError(f"step {step} ended with {totals.total('num_groups'):.0f} of {num_groups} groups")
         lr_scale = self._objective.lr_scale(facts)
         lr = self.optimizer.learning_rate(step) * lr_scale
