@@ -120,8 +120,7 @@ class Broadcaster:
         broken = await self._send(epoch.group, [data for _, data in buckets])
         if broken:
             # Survivors may be blocked in the broadcast that the dead peer broke: telling them to leave makes them answer.
-            await self._farewell(epoch)
-            await asyncio.wait(asked, timeout=_ALIVE_S)
+            await asyncio.gather(self._farewell(epoch), asyncio.wait(asked, timeout=_ALIVE_S))
             for task in asked:
                 task.cancel()
         answers = await asyncio.gather(*asked, return_exceptions=True)
