@@ -132,7 +132,7 @@ def measure(path: str, scratch: str, *, repeats: int) -> dict[str, Any]:
     context = PROMPT_TOKENS + MAX_NEW_TOKENS
     device = torch.device("cpu")
     model, weights = load(path, dtype=torch.float32, device=device, context_length=context)
-    core = EngineCore(model, weights, EngineOptions(max_running=BATCH, context_length=context), version=0)
+    core = EngineCore(model, weights, EngineOptions(max_running=BATCH, context_length=context), version="0")
     reference = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     equal, tail, grouped = workload(BATCH, equal=True), workload(256), workload(256, group_size=8)
     port_file = Path(scratch) / "port"

@@ -44,8 +44,8 @@ START_PATIENCE = 2.0
 """Times `rollout.start_timeout_s`: after one of them a server says itself why its engine did not start."""
 FAILURE_CLOSE_S = 10.0
 """How long the others get to end when one daemon has failed."""
-SERVER_CLOSE_SHARE = 0.25
-"""Part of `daemon.drain_timeout_s` that is kept for servers and buffer after the trainer's."""
+CLOSE_RESERVES = {"trainer": 0.25, "servers": 0.1, "buffer": 0.0}
+"""Part of `daemon.drain_timeout_s` that each of them leaves to those that end after it."""
 
 
 class Phase(StrEnum):
@@ -292,17 +292,16 @@ class LocalJob:
     def _advance_closing(self) -> None:
         """Trainer, then servers, then buffer; who overstays is killed, so that the next still has time."""
         left_s = self._close_by_s - time.monotonic()
-        for names in (("prepare_model", "trainer"), tuple(self._restarts), ("buffer",)):
+        groups = {"trainer": ("prepare_model", "trainer"), "servers": tuple(self._restarts), "buffer": ("buffer",)}
+        for group, names in groups.items():
             living = [name for name in names if name in self._children]
             for name in set(living) - self._asked:
                 self._children[name].terminate()
                 self._asked.add(name)
-            reserve_s = 0.0 if names == ("buffer",) else SERVER_CLOSE_SHARE * self._config.daemon.drain_timeout_s
-            if living and left_s < reserve_s:
+            if living and left_s < CLOSE_RESERVES[group] * self._config.daemon.drain_timeout_s:
                 for name in living:
                     self._children.pop(name).kill()
-                kind = "it was killed" if self.failure else "it was killed: the run may lack its newest checkpoint"
-                self._view.notice(f"{', '.join(living)} did not end in time: {kind}")
+                self._view.notice(f"{', '.join(living)} did not end in time: killed")
                 self._exit_code = self._exit_code or 1
             elif living:
                 return

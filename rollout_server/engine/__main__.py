@@ -133,8 +133,9 @@ async def serve(options: argparse.Namespace, core: EngineCore, listener: socket.
     http = _Server(config, port_file=options.port_file, port=port)
 
     def stop() -> None:
-        """Ends every sequence, so that streams complete, and then the server."""
+        """Ends every sequence and update, so that whoever waits is answered, and then the server."""
         engine.abort(lambda core: core.all_sequences)
+        updater.close()
         http.should_exit = True
 
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -142,7 +143,6 @@ async def serve(options: argparse.Namespace, core: EngineCore, listener: socket.
     engine.start()
     await http.serve(sockets=[listener])
     engine.stop(timeout_s=SHUTDOWN_S)
-    updater.close()
     return 1 if failures else 0
 
 
@@ -152,7 +152,7 @@ def main(argv: list[str]) -> int:
     options = parse(argv)
     logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.set_num_threads(options.num_threads)
     try:
         device = torch.device(options.device)

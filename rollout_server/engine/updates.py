@@ -11,13 +11,14 @@ write into is abandoned with it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,31 +35,41 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-async def in_thread(work: Callable[[], T]) -> T:
-    """Runs blocking work in a daemon thread, so that one that hangs cannot keep the process from ending."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
+class _Threads:
+    """Blocking work in daemon threads, so that one that hangs keeps neither the event loop nor the process."""
 
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)  # type: ignore[arg-type]
+    def __init__(self) -> None:
+        self._pending: set[asyncio.Future[Any]] = set()
 
-    def main() -> None:
-        result, error = None, None
-        try:
-            with torch.inference_mode():
-                result = work()
-        except BaseException as caught:  # handed to whoever awaits
-            error = caught
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(settle, result, error)
+    async def run(self, work: Callable[[], T]) -> T:
+        """The result of `work`, or its exception; WeightSyncError if `abandon` was called meanwhile."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
 
-    threading.Thread(target=main, name="weights", daemon=True).start()
-    return await future
+        def settle(set_outcome: Callable[[Any], None], outcome: Any) -> None:
+            if not future.done():
+                set_outcome(outcome)
+
+        def main() -> None:
+            try:
+                with torch.inference_mode():
+                    result = work()
+            except BaseException as error:  # not swallowed: handed to whoever awaits
+                outcome: tuple[Callable[[Any], None], Any] = (future.set_exception, error)
+            else:
+                outcome = (future.set_result, result)
+            with contextlib.suppress(RuntimeError):  # the loop has closed: the process is ending
+                loop.call_soon_threadsafe(settle, *outcome)
+
+        self._pending.add(future)
+        future.add_done_callback(self._pending.discard)
+        threading.Thread(target=main, name="weights", daemon=True).start()
+        return await future
+
+    def abandon(self, reason: str) -> None:
+        """Fails everything that is awaited; the threads end by themselves."""
+        for future in list(self._pending):
+            future.set_exception(WeightSyncError(reason))
 
 
 class _Session:
@@ -116,6 +127,7 @@ class WeightUpdater:
         self._facts = facts
         self._groups: dict[str, WeightGroup] = {}
         self._session: _Session | None = None
+        self._threads = _Threads()
         self.num_updates = 0
         self.num_failures = 0
         self.update_s = 0.0
@@ -131,7 +143,7 @@ class WeightUpdater:
             raise WeightSyncError(f"backend nccl needs a CUDA engine, this one runs on {self._facts.device}: use gloo")
         if group_name in self._groups:
             self.destroy_group(group_name)
-        self._groups[group_name] = await in_thread(
+        self._groups[group_name] = await self._threads.run(
             lambda: WeightGroup.join(
                 master_address=master_address,
                 master_port=master_port,
@@ -169,7 +181,7 @@ class WeightUpdater:
             if bucket.num_bytes > self._max_bucket_bytes:
                 self.destroy_group(group_name)  # what we would not receive must not keep the sender waiting
                 raise WeightSyncError(f"a bucket of {bucket.num_bytes} bytes is larger than this model could need")
-            await in_thread(lambda: session.receive(group, bucket, flattened=flattened))
+            await self._threads.run(lambda: session.receive(group, bucket, flattened=flattened))
             session.version = version or session.version
         except WeightSyncError as error:
             session.problem = session.problem or str(error)
@@ -206,7 +218,7 @@ class WeightUpdater:
         session = self._open_session()
         session.receiving = True
         try:
-            await in_thread(lambda: _read_directory(Path(path), session))
+            await self._threads.run(lambda: _read_directory(Path(path), session))
         except WeightSyncError as error:
             session.problem = str(error)
         finally:
@@ -214,7 +226,8 @@ class WeightUpdater:
         return await self.end(version=version, recompute=recompute)
 
     def close(self) -> None:
-        """Leaves all groups."""
+        """Fails what is being received and leaves all groups."""
+        self._threads.abandon("the engine is shutting down")
         for name in list(self._groups):
             self.destroy_group(name)
 
