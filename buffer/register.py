@@ -61,7 +61,10 @@ class Register:
 
     def check(self) -> None:
         """The conservation law. Constant time."""
-        by_state = self.num_by_state()
-        assert self.num_issued == sum(by_state.values()), f"tickets are lost: {self.num_issued} issued, {by_state}"
-        num_live = sum(count for state, count in by_state.items() if not state.is_terminal)
+        num_counted = num_live = 0
+        for counts in self._counts.values():
+            for state, count in counts.items():
+                num_counted += count
+                num_live += 0 if state.is_terminal else count
+        assert num_counted == self.num_issued, f"tickets are lost: {self.num_issued} issued, {self.num_by_state()}"
         assert num_live == len(self.live), f"{len(self.live)} tickets in memory, {num_live} counted live"

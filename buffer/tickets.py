@@ -29,7 +29,7 @@ class State(StrEnum):
     @property
     def is_terminal(self) -> bool:
         """Nothing more happens to such a ticket."""
-        return self in (State.TRAINED, State.EVALUATED, State.DROPPED)
+        return self is State.TRAINED or self is State.EVALUATED or self is State.DROPPED
 
 
 class Drop(StrEnum):

@@ -40,17 +40,21 @@ class VersionBook:
 
     def summarise(self, lease_id: int, trajectory: Trajectory) -> Sample | None:
         """What the ledger keeps of a trajectory with at least one sampled token; None if a token names an unknown version."""
-        versions, counts = np.unique(trajectory.versions[trajectory.loss_mask == 1], return_counts=True)
-        steps = [self._steps.get(int(version)) for version in versions]
-        known = [step for step in steps if step is not None]
-        if len(known) < len(steps):
+        oldest, newest = trajectory.oldest_version, trajectory.newest_version
+        if oldest == newest:  # most of them, and sorting a thousand versions is what would cost here
+            counts = {oldest: trajectory.num_sampled}
+        else:
+            versions, lengths = np.unique(trajectory.versions[trajectory.versions >= 0], return_counts=True)
+            counts = dict(zip(versions.tolist(), lengths.tolist(), strict=True))
+        steps = {version: self._steps[version] for version in counts if version in self._steps}
+        if len(steps) < len(counts):
             return None
         return Sample(
             lease_id=lease_id,
-            oldest_step=min(known),
-            sum_token_steps=sum(step * int(count) for step, count in zip(known, counts, strict=True)),
-            oldest_version=int(versions[0]),
-            newest_version=int(versions[-1]),
-            num_sampled=int(counts.sum()),
+            oldest_step=min(steps.values()),
+            sum_token_steps=sum(steps[version] * count for version, count in counts.items()),
+            oldest_version=oldest,
+            newest_version=newest,
+            num_sampled=sum(counts.values()),
             reward=trajectory.reward,
         )
