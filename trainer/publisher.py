@@ -158,4 +158,7 @@ class Publisher:
             # The directory lags behind what a server told us itself.
             return max(server.weights_version, self._holds.get((server.name, server.incarnation), -1))
 
-        return any(version_of(server) < self.active_version for server in self._servers() if server.state in ("serving", "quarantined"))
+        # A push that reached nobody (a resumed trainer is often ready before its servers) leaves `active_version` where it was.
+        is_owed = self._offered is not None and self.active_step < self._offered[0]
+        reachable = [server for server in self._servers() if server.state in ("serving", "quarantined")]
+        return any(is_owed or version_of(server) < self.active_version for server in reachable)
