@@ -313,11 +313,10 @@ class Ledger:
             heapq.heappop(self._queue)
         if self._queue:
             ticket = self.register.live[self._queue[0]]
-            is_too_old = weights_step + self.settings.max_staleness < self.recorder.step
             lowers_floor = ticket.floor is None or weights_step < ticket.floor
             exceeds_budget = lowers_floor and self._spent() > self._budget(weights_step)
-            # Where age or budget forbid the oldest ticket, they forbid a new one as well; and a small server must not starve it.
-            if is_too_old or exceeds_budget or not server.can_take(len(ticket.unleased)):
+            # Where the budget forbids the oldest ticket it forbids a new one as well, and a small server must not starve it.
+            if exceeds_budget or not server.can_take(len(ticket.unleased)):
                 return None
             heapq.heappop(self._queue)
             return ticket
