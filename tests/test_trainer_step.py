@@ -22,7 +22,7 @@ from tests.trainer_ranks import DTYPES, SHARES, last_gradient, make_runner
 from trainer.advantages import ADVANTAGES, Advantage, DrGrpo
 from trainer.gather import gather_full_state
 from trainer.normalizers import Normalizer
-from trainer.objectives import Need, Reinforce
+from trainer.objectives import Facts, Need, Reinforce, SampledTokens, TokenLosses
 from trainer.optimizer import ShardedAdamW
 from trainer.packing import Sample, collate
 from trainer.policy import Policy, build_policy
@@ -211,6 +211,48 @@ def test_advantages() -> None:
     for name in ADVANTAGES.names():
         assert of(name, [0.1] * 7) == [0.0] * 7, "no spread is exactly zero, not a rounding error"
         assert of(name, [0.3]) == [0.0]
+
+
+class Watchful(Reinforce):
+    """Looks at everything an objective may look at, and sets the step's learning rate from the whole step."""
+
+    needs = frozenset({Need.REF, Need.PROX})
+    whole_groups = True
+    skips_zero_advantage = False
+
+    def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
+        assert batch.prox_S is not None and batch.ref_S is not None
+        assert torch.equal(batch.prox_S, batch.pi_S) and not batch.prox_S.requires_grad and not batch.ref_S.requires_grad
+        assert set(batch.group_N.bincount().tolist()) <= {0, 3}, "a group was split"
+        return TokenLosses(loss_S=-batch.pi_S, means={"distance_to_ref": (batch.ref_S - batch.pi_S.detach()).abs()})
+
+    def observe(self, batch: SampledTokens) -> dict[str, Tensor]:
+        return {"rewards": batch.reward_N}
+
+    def summarize(self, observed: Facts) -> dict[str, Tensor]:
+        return {"mean_reward": observed["rewards"].mean()}
+
+    def lr_scale(self, facts: Facts) -> float:
+        return float(facts["mean_reward"])
+
+
+def test_an_objective_may_see_references_and_set_the_learning_rate(tmp_path: Path, ranks: Ranks) -> None:
+    path, groups = write_model(tmp_path), random_groups(4)
+    policy = Policy.load(path).shard(ranks)
+    runner = StepRunner(
+        policy,
+        ShardedAdamW(policy, ranks, lr=0.1),
+        ranks,
+        objective=Watchful(),
+        advantage=DrGrpo(),
+        normalizer=Normalizer(name="token_mean", max_tokens=10),
+        budget_tokens=60,
+        reference=Policy.load(path).shard(ranks),
+    )
+    metrics = [runner.run(groups, step=step) for step in range(2)]
+    mean_reward = np.mean([t.reward for group in groups for t in group])
+    assert metrics[0]["lr"] == pytest.approx(0.1 * mean_reward) and metrics[0]["num_microbatches"] > 1
+    assert metrics[0]["distance_to_ref"] < 1e-6 < metrics[1]["distance_to_ref"]
 
 
 class NeedsReference(Reinforce):

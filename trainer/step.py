@@ -13,11 +13,8 @@ A group whose advantages are all zero counts in the normaliser and is not run, u
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +24,7 @@ from areal_like.config import Config
 from areal_like.errors import ArealError, ConfigError
 from areal_like.trajectory import FinishReason, Trajectory
 from trainer.advantages import ADVANTAGES, Advantage
+from trainer.clock import PhaseClock
 from trainer.diagnostics import StepTotals, ess_ratio
 from trainer.normalizers import Normalizer
 from trainer.objectives import OBJECTIVES, Facts, Need, Objective, SampledTokens
@@ -37,8 +35,6 @@ from trainer.ranks import Ranks
 from trainer.scope import Scope
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 Group = Sequence[Trajectory]
 """Samples of one prompt, in sample order."""
@@ -121,7 +117,7 @@ class StepRunner:
         zero_advantage_groups, num_sequences, num_tokens (packed and run), num_microbatches (of all ranks), ess_ratio, log_w_mean,
         log_w_std, kl_k3, entropy, what the objective reports (clipped_fraction, ...), wait_s, compute_s, reduce_s, update_s, step_s.
         """
-        clock, totals = _Clock(), StepTotals(_SEEDED)
+        clock, totals = PhaseClock(_PHASES), StepTotals(_SEEDED)
         self.policy.zero_grad()  # a step that was given up may have left some
         samples = self._samples(clock.timed("wait_s", groups), totals)
         facts: Facts = {}
@@ -195,7 +191,7 @@ class StepRunner:
             else:
                 yield collate(pack, device=self._ranks.device), True
 
-    def _accumulate(self, packs: Iterator[MicroBatch], facts: Facts, totals: StepTotals, clock: _Clock) -> list[dict[str, Tensor]]:
+    def _accumulate(self, packs: Iterator[MicroBatch], facts: Facts, totals: StepTotals, clock: PhaseClock) -> list[dict[str, Tensor]]:
         """Forward and backward of every micro-batch; returns what the objective observed (scope GROUP)."""
         observed = []
         for batch, live in self._matched(packs):
@@ -284,6 +280,7 @@ def _record_group(totals: StepTotals, group: Group) -> None:
     totals.add("truncated_fraction", float(truncated), count=size)
 
 
+_PHASES = ("wait_s", "compute_s", "reduce_s", "update_s")
 _COUNTS = ("num_groups", "zero_advantage_groups", "num_tokens", "num_microbatches")
 _SEEDED = (
     *_COUNTS,
@@ -307,35 +304,3 @@ def _metrics(totals: StepTotals) -> dict[str, float]:
         log_w_std=float(log_w_B.std(correction=0)) if len(log_w_B) else 0.0,
     )
     return metrics
-
-
-class _Clock:
-    """Seconds by phase."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._spent = dict.fromkeys(("wait_s", "compute_s", "reduce_s", "update_s"), 0.0)
-
-    @contextmanager
-    def span(self, phase: str) -> Iterator[None]:
-        """Counts the time of a block."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._spent[phase] += time.perf_counter() - start
-
-    def timed(self, phase: str, items: Iterable[T]) -> Iterator[T]:
-        """Counts the time that an iterator takes to produce its items."""
-        iterator = iter(items)
-        while True:
-            with self.span(phase):
-                try:
-                    item = next(iterator)
-                except StopIteration:
-                    return
-            yield item
-
-    def seconds(self) -> dict[str, float]:
-        """Phases, and `step_s` since the beginning."""
-        return {**self._spent, "step_s": time.perf_counter() - self._start}

@@ -1,0 +1,43 @@
+"""Where the time of one step went."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class PhaseClock:
+    """Seconds by phase."""
+
+    def __init__(self, phases: Iterable[str]) -> None:
+        """`phases`: those that are reported even if no time was spent in them."""
+        self._start = time.perf_counter()
+        self._spent = dict.fromkeys(phases, 0.0)
+
+    @contextmanager
+    def span(self, phase: str) -> Iterator[None]:
+        """Counts the time of a block."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._spent[phase] += time.perf_counter() - start
+
+    def timed(self, phase: str, items: Iterable[T]) -> Iterator[T]:
+        """Counts the time that an iterator takes to produce its items."""
+        iterator = iter(items)
+        while True:
+            with self.span(phase):
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            yield item
+
+    def seconds(self) -> dict[str, float]:
+        """Phases, and `step_s` since the beginning."""
+        return {**self._spent, "step_s": time.perf_counter() - self._start}
