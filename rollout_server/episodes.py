@@ -25,6 +25,7 @@ from rollout_server.tasks import Example
 
 _MAX_FRUITLESS_ABORTS = 16
 """Aborts in a row without a single new token before we say that the engine is broken: weight updates are not that frequent."""
+_SEED_STRIDE = 0x9E3779B1
 
 
 class Engine(Protocol):
@@ -164,13 +165,12 @@ class Speaker:
                 raise EngineError(f"the engine aborted a request {num_fruitless} times without a token: {generation.message}")
 
     async def _request(self, tokens_T: NDArray[np.int32], *, max_new_tokens: int) -> Generation:
-        seed = self._sampling.sampling_seed
-        # A resumed request must not draw the same random numbers again.
-        sampling = replace(
-            self._sampling,
-            max_new_tokens=max_new_tokens,
-            sampling_seed=None if seed is None else (seed + 0x9E3779B1 * self._num_requests) % (1 << 31),
-        )
+        sampling = self._sampling
+        if self._num_requests:
+            # A later request must not draw the same random numbers again, and has what is left of its turn.
+            seed = sampling.sampling_seed
+            later = None if seed is None else (seed + _SEED_STRIDE * self._num_requests) % (1 << 31)
+            sampling = replace(sampling, max_new_tokens=max_new_tokens, sampling_seed=later)
         rid = f"{self._rid}.{self._num_requests}"
         self._num_requests += 1
         async with self._turnstile:
