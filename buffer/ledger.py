@@ -25,6 +25,7 @@ Two things differ from the plainest reading of the design, both so that healthy 
 
 Every operation is O(log n) in the number of live tickets, apart from O(max_staleness) in the recorder and the O(live) of `close` and
 `stream_state`. Terminal tickets leave memory; the store has their rows.
+The file is long because the rules are read together; what has a law of its own (leases, recorder, register, prompts) lives beside it.
 """
 
 from __future__ import annotations
