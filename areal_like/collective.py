@@ -173,8 +173,11 @@ class WeightGroup:
         options.rootRank = 0
         options.rootTensor = 0
         options.timeout = timedelta(seconds=self.timeout_s)
+        # Held here while we wait: closing from another thread must not run the group's destructor, which would join a worker
+        # that waits for a hung peer, with the interpreter's lock in its hand.
+        group = self._group
         try:
-            self._group.broadcast([tensor], options).wait()
+            group.broadcast([tensor], options).wait()
             if tensor.is_cuda:
                 # NCCL's wait only orders streams; the caller reads or reuses the buffer as soon as we return.
                 torch.cuda.current_stream(tensor.device).synchronize()
@@ -183,7 +186,10 @@ class WeightGroup:
             raise WeightSyncError(f"weight group {self.group_name}: broadcast failed: {_first_line(error)}") from None
 
     def close(self) -> None:
-        """Leaves the group; peers in mid-broadcast notice at once. May be called twice. The name can be used again."""
+        """Leaves the group; peers that wait for us notice at once. The name can be used again.
+
+        May be called twice, and from another thread: a broadcast under way there then ends by itself, at its timeout at the latest.
+        """
         group, self._group, self._store = self._group, None, None
         if group is not None and self.backend == "nccl":
             group.abort()

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 MAX_BATCH = 256
 """Sequences in one HTTP request: bounds the body, and what one broken connection takes with it."""
 MAX_LINE_BYTES = 64 << 20
+KEEPALIVE_S = 2.0
 MAX_ERROR_CHARS = 500
 
 
@@ -349,7 +350,8 @@ class EngineClient:
     def _http(self) -> aiohttp.ClientSession:
         if self._session is None:
             # No limit: a waiting stream holds its connection, and aborts and weight calls must never queue behind streams.
-            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+            # We drop idle connections before uvicorn's 5 s do: a POST on one that is being closed is lost and not retried.
+            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S))
         return self._session
 
 

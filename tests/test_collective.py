@@ -145,6 +145,19 @@ def test_hung_receiver_fails_the_broadcast_at_the_timeout() -> None:
 
 
 @pytest.mark.timeout(60)
+def test_sender_that_closes_frees_a_receiver_at_once() -> None:
+    with create() as group, receiver(JOIN, group.port, 1, 2, 1) as process:
+        group.connect()
+        assert line(process) == "joined"
+        say(process, "")
+        time.sleep(0.3)
+        group.close()
+        closed_s = time.monotonic()
+        assert process.wait(timeout=10) == 1
+        assert time.monotonic() - closed_s < 5
+
+
+@pytest.mark.timeout(60)
 def test_waits_end_and_bad_arguments_are_named() -> None:
     started = time.monotonic()
     with create(timeout_s=2) as group, pytest.raises(WeightSyncError, match="rank 0 of 2 could not connect"):

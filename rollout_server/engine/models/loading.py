@@ -63,10 +63,8 @@ def load(
 
 
 def _from_pretrained(path: str, *, dtype: torch.dtype) -> Any:
-    if path.startswith((".", "/", "~")) and not (Path(path).expanduser() / "config.json").is_file():
-        raise ConfigError(f"--model-path {path}: no config.json there; give a Hugging Face directory")
     try:
-        return AutoModelForCausalLM.from_pretrained(Path(path).expanduser() if path[0] in "./~" else path, dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(str(Path(path).expanduser()), dtype=dtype)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--model-path {path}: {str(error).strip().splitlines()[0]}") from None
 

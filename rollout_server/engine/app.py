@@ -1,0 +1,121 @@
+"""The engine process behind its command line: model, thread, HTTP, signals."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import uvicorn
+from transformers.utils import logging as transformers_logging
+
+from areal_like.errors import ConfigError
+from rollout_server.engine.core import EngineCore, EngineOptions
+from rollout_server.engine.loop import EngineLoop, Report
+from rollout_server.engine.models.loading import load
+from rollout_server.engine.protocol import Limits
+from rollout_server.engine.server import EngineServer, ServerOptions
+from rollout_server.engine.updates import WeightUpdater
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHUTDOWN_S = 3
+
+
+def run(options: argparse.Namespace, listener: socket.socket) -> int:
+    """Loads the model, serves, returns the exit code. Raises ConfigError if the model or device cannot be used."""
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    torch.set_num_threads(options.num_threads)
+    try:
+        device = torch.device(options.device)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {options.device}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device {options.device}: this machine or this torch has no CUDA; use cpu")
+    model, weights = load(options.model_path, dtype=DTYPES[options.dtype], device=device, context_length=options.context_length)
+    engine_options = EngineOptions(
+        max_running=options.max_running_requests,
+        context_length=options.context_length,
+        max_prefill_tokens=options.max_prefill_tokens,
+        prefix_cache_tokens=options.prefix_cache_tokens,
+        random_seed=options.random_seed,
+    )
+    core = EngineCore(model, weights, engine_options, version=options.weight_version)
+    return asyncio.run(serve(options, core, listener))
+
+
+class _Server(uvicorn.Server):
+    """uvicorn that leaves signals to us and says when it answers."""
+
+    def __init__(self, config: uvicorn.Config, *, port_file: Path | None, port: int) -> None:
+        super().__init__(config)
+        self._port_file = port_file
+        self._port = port
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Installs no handlers."""
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Starts to answer, then publishes the port; the rename makes it whole for whoever polls the file."""
+        await super().startup(sockets)
+        if self._port_file is not None:
+            temporary = self._port_file.with_name(f"{self._port_file.name}.{os.getpid()}")
+            temporary.write_text(f"{self._port}\n")
+            temporary.replace(self._port_file)
+        logger.info("ready on port %d", self._port)
+
+
+async def serve(options: argparse.Namespace, core: EngineCore, listener: socket.socket) -> int:
+    """Runs until a signal or the engine's failure; returns the exit code."""
+    main_loop = asyncio.get_running_loop()
+    port = listener.getsockname()[1]
+    failures: list[str] = []
+
+    def on_report(reports: list[Report]) -> None:
+        main_loop.call_soon_threadsafe(EngineServer.deliver, reports)
+
+    def on_failure(reason: str) -> None:
+        failures.append(reason)
+        main_loop.call_soon_threadsafe(stop)
+
+    engine = EngineLoop(core, num_threads=options.num_threads, on_report=on_report, on_failure=on_failure)
+    facts = core.model.facts
+    updater = WeightUpdater(engine, facts)
+    limits = Limits(
+        vocab_size=facts.vocab_size,
+        context_length=options.context_length,
+        eos_token_ids=facts.eos_token_ids,
+        stream_interval=options.stream_interval,
+    )
+    server_options = ServerOptions(
+        model_path=options.model_path, max_body_bytes=options.max_body_bytes, weights_timeout_s=options.weights_timeout_s
+    )
+    server = EngineServer(engine, updater, limits, server_options, model_type=facts.model_type)
+    config = uvicorn.Config(
+        server.app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=SHUTDOWN_S, http="httptools"
+    )
+    http = _Server(config, port_file=options.port_file, port=port)
+
+    def stop() -> None:
+        """Ends every sequence and update, so that whoever waits is answered, and then the server."""
+        engine.abort(lambda core: core.all_sequences)
+        updater.close()
+        http.should_exit = True
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        main_loop.add_signal_handler(signum, stop)
+    engine.start()
+    await http.serve(sockets=[listener])
+    engine.stop(timeout_s=SHUTDOWN_S)
+    return 1 if failures else 0

@@ -1,0 +1,224 @@
+"""What engine tests share: tiny random models, a real engine process, transformers as the reference, and rank 0 of a push.
+
+`Engine` is all that the conformance suite knows of an engine, so that the same functions can run against a real SGLang.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.utils import logging as transformers_logging
+
+from areal_like.collective import WeightGroup
+from areal_like.weights import cut_buckets, flatten, spec_of, unflatten
+from rollout_server.engine_client import EngineClient, Generation, Sampling
+
+transformers_logging.disable_progress_bar()
+
+VOCAB = 100
+EOS = 2
+CONTEXT = 2048
+KINDS = ("llama", "qwen2", "qwen3", "gpt2")
+
+
+def save_model(path: Path, kind: str, *, seed: int = 0) -> Path:
+    """Writes a tiny random model. The initial spread is wide, so that wrong KV or positions change log-probs visibly."""
+    torch.manual_seed(seed)
+    common: dict[str, Any] = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": 0, "initializer_range": 0.15}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": CONTEXT,
+    }  # fmt: skip
+    if kind == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**common, **sizes, num_key_value_heads=4, tie_word_embeddings=True))
+    elif kind == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**common, **sizes, num_key_value_heads=2, tie_word_embeddings=True))
+    elif kind == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**common, **sizes, num_key_value_heads=2, head_dim=16, tie_word_embeddings=False))
+    else:
+        model = GPT2LMHeadModel(GPT2Config(**common, n_positions=CONTEXT, n_embd=32, n_layer=2, n_head=4))
+    for name, parameter in model.named_parameters():  # biases and norms too: at zero and one they would hide mistakes
+        if parameter.ndim == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        assert name
+    model.save_pretrained(path)
+    return path
+
+
+def load_model(path: Path | str) -> Any:
+    """The reference model, float32."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def weights_of(path: Path | str) -> dict[str, Tensor]:
+    """Named parameters, tied ones once."""
+    return {name: parameter.data for name, parameter in load_model(path).named_parameters()}
+
+
+@torch.inference_mode()
+def reference_logprobs(model: Any, prompt: Sequence[int], output: Sequence[int], *, temperature: float = 1.0) -> NDArray[np.float32]:
+    """float32[len(output)]: transformers' log-prob of each output token."""
+    logits_TV = model(input_ids=torch.tensor([[*prompt, *output]])).logits[0, len(prompt) - 1 : -1].float()
+    logprobs_TV = torch.log_softmax(logits_TV / (temperature or 1.0), -1)
+    chosen: NDArray[np.float32] = logprobs_TV.gather(1, torch.tensor([list(map(int, output))]).T)[:, 0].numpy()
+    return chosen
+
+
+@torch.inference_mode()
+def reference_greedy(model: Any, prompt: Sequence[int], num_tokens: int) -> list[int]:
+    """Greedy continuation by whole forward passes."""
+    tokens = list(prompt)
+    for _ in range(num_tokens):
+        tokens.append(int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def error_of(model: Any, prompt: Sequence[int], generation: Generation, *, temperature: float = 1.0) -> float:
+    """Largest difference between the engine's log-probs and the reference's."""
+    want = reference_logprobs(model, prompt, generation.output_ids.tolist(), temperature=temperature)
+    return float(np.abs(want - generation.logprobs).max())
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A running engine that holds `path` as version 0."""
+
+    url: str
+    path: Path
+    kind: str = "embedded"
+    """`embedded` | `sglang`."""
+    pid: int = 0
+
+    def client(self, **options: Any) -> EngineClient:
+        return EngineClient(self.url, **options)
+
+
+@contextlib.contextmanager
+def running_engine(path: Path, **options: Any) -> Iterator[Engine]:
+    """The embedded engine as a process; ends it with SIGTERM and checks that it exits 0."""
+    with engine_process(path, **options) as (process, url):
+        yield Engine(url=url, path=path, pid=process.pid)
+        assert process.poll() is None, "the engine died during the test"
+        process.terminate()
+        assert process.wait(timeout=10) == 0
+
+
+@contextlib.contextmanager
+def engine_process(path: Path, **options: Any) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """The process and its URL, once it answers."""
+    port_file = path.parent / f"port-{time.monotonic_ns()}"
+    settings = {"port": 0, "port_file": port_file, "context_length": CONTEXT, "weight_version": 0, "max_running_requests": 16, **options}
+    command = [sys.executable, "-m", "rollout_server.engine", "--model-path", str(path), "--log-level", "WARNING"]
+    for name, value in settings.items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        deadline_s = time.monotonic() + 60
+        while not port_file.exists():
+            assert process.poll() is None, "the engine ended before it was ready"
+            assert time.monotonic() < deadline_s, "the engine did not start in time"
+            time.sleep(0.02)
+        yield process, f"http://127.0.0.1:{int(port_file.read_text())}"
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+class Pusher:
+    """Rank 0 of a weight group with one engine."""
+
+    def __init__(self, engine: Engine, client: EngineClient, *, timeout_s: float = 20.0, name: str = "trainer") -> None:
+        self.engine, self.client, self.timeout_s, self.name = engine, client, timeout_s, name
+        self.group: WeightGroup | None = None
+
+    async def __aenter__(self) -> Pusher:
+        self.group = WeightGroup.create(world_size=2, group_name=self.name, timeout_s=self.timeout_s)
+        await asyncio.gather(
+            self.client.init_weights_group(
+                master_address=self.group.address, master_port=self.group.port, rank_offset=1, world_size=2,
+                group_name=self.name, backend="gloo", timeout_s=self.timeout_s,
+            ),
+            asyncio.to_thread(self.group.connect),
+        )  # fmt: skip
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.client.destroy_weights_group(group_name=self.name)
+        assert self.group is not None
+        self.group.close()
+
+    async def send(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        version: int,
+        flattened: bool = True,
+        bucket_bytes: int = 8192,
+        dtype: str | None = None,
+        wrong_checksum: bool = False,
+    ) -> None:
+        """Sends all buckets of a session that is open."""
+        assert self.group is not None
+        buckets = cut_buckets([spec_of(n, t, dtype=dtype) for n, t in tensors.items()], bucket_bytes=bucket_bytes)
+        for i, bucket in enumerate(buckets):
+            flat = flatten(bucket, tensors)
+            crc = (zlib_crc(flat) ^ wrong_checksum) if flattened else None
+            pieces = [flat] if flattened else [t.clone() for t in unflatten(bucket, flat).values()]
+            last = {"weight_version": version} if i == len(buckets) - 1 else {}
+            receiving = asyncio.ensure_future(
+                self.client.update_weights_from_distributed(
+                    type(bucket)(tensors=bucket.tensors, crc32=crc), group_name=self.name, timeout_s=self.timeout_s,
+                    flattened=flattened, **last,
+                )
+            )  # fmt: skip
+            for piece in pieces:
+                await asyncio.to_thread(self.group.broadcast, piece)
+            await receiving
+
+    async def push(self, tensors: Mapping[str, Tensor], *, version: int, running: str = "recompute", **options: Any) -> None:
+        """A whole update. SGLang loads in place, so it is paused meanwhile; the embedded engine goes on decoding."""
+        sglang = self.engine.kind == "sglang"
+        if sglang:
+            await self.client.pause("retract" if running == "recompute" else "in_place")
+        await self.client.begin_weight_update()
+        await self.send(tensors, version=version, **options)
+        await self.client.end_weight_update(weight_version=version, running=running, timeout_s=self.timeout_s)
+        if sglang:
+            await self.client.flush_cache()
+            await self.client.resume()
+
+
+def zlib_crc(flat: Tensor) -> int:
+    """The checksum a publisher would send."""
+    from areal_like.weights import checksum
+
+    return checksum(flat)
+
+
+async def sample(client: EngineClient, prompt: Sequence[int], num_tokens: int, **options: Any) -> Generation:
+    """One generation that ends by length unless told otherwise."""
+    return await client.generate(prompt, sampling=Sampling(**{"max_new_tokens": num_tokens, "ignore_eos": True, **options}))
