@@ -54,7 +54,8 @@ class PlainView:
         if now_s < self._due_s:
             return
         self._due_s = now_s + self._interval_s
-        line = plain_line(seen, config=self._config, eta=self._eta) if seen.steps else f"{phase}: {detail}" if detail else phase
+        is_training = seen.steps and not detail
+        line = plain_line(seen, config=self._config, eta=self._eta) if is_training else f"{phase}: {detail}" if detail else phase
         if line != self._last:
             self._last = line
             self.notice(line)
@@ -245,6 +246,7 @@ def plain_line(seen: Observation, *, config: Config, eta: Eta) -> str:
 def tokens_per_s_trained(seen: Observation) -> float | None:
     """Throughput over the last steps, waiting included; None until there are two."""
     rows = [row for row in seen.steps[-RECENT_STEPS:] if "time_unix_s" in row and "tokens_trained" in row]
+    rows = [row for row in rows if row["time_unix_s"] > rows[-1]["time_unix_s"] - 60]  # not across a resume
     if len(rows) < 2 or rows[-1]["time_unix_s"] <= rows[0]["time_unix_s"]:
         return None
     return float(sum(row["tokens_trained"] for row in rows[1:]) / (rows[-1]["time_unix_s"] - rows[0]["time_unix_s"]))

@@ -1,0 +1,117 @@
+"""Whole jobs with the real daemons and a very small budget: what a person gets, and what is left when things are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.launching import launcher, num_steps_done, processes_of, wait_until
+
+pytestmark = [pytest.mark.timeout(150), pytest.mark.slow]
+SMALL = (
+    "name=x",
+    "model.warm_start_steps=20",
+    "sampling.group_size=4",
+    "trainer.groups_per_step=4",
+    "eval.num_prompts=8",
+    "rollout.max_running=16",
+    "rollout.queue_samples=8",
+)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment in which the model is built once for all tests of this file."""
+    return {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Iterator[Path]:
+    """The run's directory; nothing of the run may be alive after the test."""
+    path = tmp_path / "runs" / "x"
+    yield path
+    left = processes_of(path)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left, "orphans"
+
+
+def finish(process: subprocess.Popen[str], *, timeout_s: float) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a launcher that ends by itself."""
+    out, err = process.communicate(timeout=timeout_s)
+    return process.returncode, out, err
+
+
+def test_a_run_survives_the_death_of_a_server_and_adds_up(tmp_path: Path, root: Path, cache: dict[str, str]) -> None:
+    settings = (*SMALL, "rollout.num_servers=2", "trainer.num_steps=40", "max_staleness=1", "trainer.checkpoint_interval=20")
+    with launcher(*settings, cwd=tmp_path, environment=cache) as process:
+        wait_until(lambda: num_steps_done(root) > 3, timeout_s=90, what="training")
+        victim = next(pid for pid, command in processes_of(root).items() if "rollout_server --config" in command and "rollout-1" in command)
+        os.kill(victim, signal.SIGKILL)
+        code, out, err = finish(process, timeout_s=90)
+    assert (code, err) == (0, ""), out + err
+    assert "rollout-1 ended (killed by SIGKILL): starting it again" in out
+    summary = json.loads((root / "summary.json").read_text())
+    tickets = summary["tickets"]
+    assert summary["steps"] == 40 and tickets["trained"] == 160
+    assert tickets["issued"] == sum(count for state, count in tickets.items() if state != "issued")
+    assert summary["max_trained_lag"] <= 1
+    assert {"reward_first", "reward_last", "eval_before", "eval_after", "wall_seconds", "tokens_generated", "tokens_trained"} <= set(
+        summary
+    )
+    assert {"mean_trained_lag", "weights_version", "generation_idle_fraction", "trainer_idle_fraction"} <= set(summary)
+    assert (root / "checkpoints" / "step_000040" / "model.safetensors").exists()
+    assert len((root / "metrics.jsonl").read_text().splitlines()) == 40
+    assert {path.name for path in (root / "logs").glob("*.log")} >= {"buffer.log", "rollout-0.log", "trainer-0.log"}
+
+
+def test_sigterm_keeps_a_state_that_two_ranks_go_on_with(tmp_path: Path, root: Path, cache: dict[str, str]) -> None:
+    with launcher(*SMALL, "trainer.num_steps=100000", cwd=tmp_path, environment=cache) as process:
+        wait_until(lambda: num_steps_done(root) > 3, timeout_s=90, what="training")
+        started_s = time.monotonic()
+        process.terminate()
+        code, out, err = finish(process, timeout_s=60)
+    assert (code, err) == (0, ""), out + err
+    assert time.monotonic() - started_s < 30
+    num_done = num_steps_done(root)
+    assert f"stopped after step {num_done} of 100000; go on with: areal-like run name=x resume=latest" in out
+    again = ("name=x", "resume=latest", f"trainer.num_steps={num_done + 3}", "trainer.world_size=2")
+    with launcher(*again, cwd=tmp_path, environment=cache) as process:
+        code, out, err = finish(process, timeout_s=120)
+    assert (code, err) == (0, ""), out + err
+    steps = [json.loads(line)["step"] for line in (root / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(num_done + 3))
+
+
+def test_a_killed_launcher_leaves_no_orphan(tmp_path: Path, root: Path, cache: dict[str, str]) -> None:
+    with launcher(*SMALL, "trainer.num_steps=100000", cwd=tmp_path, environment=cache) as process:
+        wait_until(lambda: num_steps_done(root) > 3, timeout_s=90, what="training")
+        process.kill()
+        wait_until(lambda: not processes_of(root), timeout_s=35, what="all daemons, ranks and engines end")
+
+
+@pytest.mark.parametrize("path", ["/nowhere/at/all", "./nowhere"])
+def test_a_model_that_does_not_exist_is_one_message(tmp_path: Path, root: Path, cache: dict[str, str], path: str) -> None:
+    with launcher(*SMALL, f"model.path={path}", cwd=tmp_path, environment=cache) as process:
+        code, _, err = finish(process, timeout_s=60)
+    assert code == 2
+    assert len(err.strip().splitlines()) == 1 and f"model.path={path}" in err
+
+
+def test_a_port_in_use_is_one_message(tmp_path: Path, root: Path, cache: dict[str, str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with launcher(*SMALL, f"buffer.port={port}", cwd=tmp_path, environment=cache) as process:
+            code, _, err = finish(process, timeout_s=60)
+    assert code == 2
+    assert len(err.strip().splitlines()) == 1 and str(port) in err
