@@ -2,10 +2,13 @@
 
 import asyncio
 import itertools
+import json
 import os
+import shutil
 import signal
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -106,6 +109,33 @@ def test_hello_says_who_serves_what(buffer: PlayedBuffer) -> None:
     assert hello.name == "rollout-0" and hello.weights_address.startswith("tcp://127.0.0.1:")
     assert hello.model and hello.tokenizer and hello.dataset and hello.num_train_prompts == SortTask().num_train
     assert hello.num_eval_prompts == SortTask().num_eval
+
+
+def test_http_plane(shared: tuple[PlayedBuffer, ServerProcess]) -> None:
+    _, server = shared
+    address = json.loads((server.paths.endpoints / "rollout-0.json").read_text())["http"]
+
+    def get(path: str) -> str:
+        with urllib.request.urlopen(f"http://{address}{path}", timeout=5) as response:
+            return str(response.read().decode())
+
+    wait_until(lambda: json.loads(get("/status"))["not_ready"] == "")
+    assert get("/readyz") == "ready"
+    status = json.loads(get("/status"))
+    assert status["state"] == "serving" and status["engine_pid"] in descendants(server.process.pid)
+    metrics = get("/metrics")
+    for line in ("areal_samples_failed_total 0.0", "areal_engine_starts 1.0", "areal_weight_pushes_total"):
+        assert line in metrics
+
+
+def test_engine_that_cannot_start_is_reported_with_its_last_words(model: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    (broken / "model.safetensors").write_bytes(b"not weights")
+    with PlayedBuffer() as buffer, serving(job(tmp_path, port=buffer.port, model_dir=broken)) as server:
+        code, _, errors = server.wait(timeout_s=60)
+        assert code == 1 and "engine" in errors and "Traceback (most" not in errors.splitlines()[0]
+        assert "rollout-0-engine.log" in errors
 
 
 def test_leases_become_samples_with_their_evidence(buffer: PlayedBuffer, model: Path) -> None:
