@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -169,6 +170,8 @@ class Link:
         self.num_bad_frames = 0
         self.last_heard_s = asyncio.get_running_loop().time()
         socket = _socket(zmq.DEALER, max_message_bytes=max_message_bytes)
+        # Under one name for life, so that a TCP reconnect neither loses our registration nor the answers on their way.
+        socket.set(zmq.ROUTING_ID, uuid.uuid4().bytes)
         socket.set(zmq.RECONNECT_IVL, 100)
         socket.set(zmq.RECONNECT_IVL_MAX, 2_000)
         if "[" in address:

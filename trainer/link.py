@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import logging
 import threading
 import time
@@ -23,11 +24,12 @@ from areal_like.daemon import Runtime
 from areal_like.errors import ArealError, DeadlineError, PeerLostError
 from areal_like.fingerprint import dataset_fingerprint, model_fingerprint, tokenizer_fingerprint
 from areal_like.messages.consumer import Directory, Fetch, Group, TrainerHeartbeat
-from areal_like.messages.hello import Hello, HelloRequired, JobFailed, Role
+from areal_like.messages.hello import Goodbye, Hello, HelloRequired, JobFailed, Role
 from areal_like.paths import model_path
 
 log = logging.getLogger(__name__)
 
+_ASK_AGAIN_S = 20.0
 _POLL_S = 0.25
 """How often a blocked training thread looks whether the link was lost or a stop was asked for."""
 
@@ -131,9 +133,15 @@ class BufferLink:
 
     def _ask(self, step: int, position: int) -> None:
         if (step, position) not in self._fetches:
-            # Asked a step ahead, so it may wait through a whole step before its own time limit begins to count (in _wait_group).
-            timeout_s = 100 * self.config.trainer.fetch_timeout_s
-            self._fetches[step, position] = self.submit(self._link.call(Fetch(step=step, position=position), timeout_s=timeout_s))
+            self._fetches[step, position] = self.submit(self._fetch(Fetch(step=step, position=position)))
+
+    async def _fetch(self, request: Fetch) -> Group:
+        """Asks until there is an answer, which may have been lost with a connection; `_wait_group` bounds the wait."""
+        while True:
+            with contextlib.suppress(DeadlineError):
+                group = await self._link.call(request, timeout_s=_ASK_AGAIN_S)
+                assert isinstance(group, Group)
+                return group
 
     def _wait_group(self, future: concurrent.futures.Future[Any], *, step: int, position: int) -> Group | None:
         deadline_s = time.monotonic() + self.config.trainer.fetch_timeout_s
@@ -148,8 +156,7 @@ class BufferLink:
                     f"servers {[(s.name, s.state, s.weights_version) for s in self.directory.servers]}"
                 )
             concurrent.futures.wait([future], timeout=_POLL_S)
-        group = future.result()
-        assert isinstance(group, Group)
+        group: Group = future.result()
         return group
 
     async def _open(self) -> None:
@@ -165,6 +172,9 @@ class BufferLink:
             future.cancel()
         if hasattr(self, "_heartbeat"):
             self._heartbeat.cancel()
+            if self._lost is None:
+                with contextlib.suppress(ArealError):  # we leave all the same
+                    await self._link.call(Goodbye(stats=self.stats), timeout_s=2.0)
         if hasattr(self, "_link"):
             self._link.close()
         if hasattr(self, "runtime"):

@@ -71,6 +71,7 @@ class Publisher:
         self._on_push = on_push
         self._offered: tuple[int, Snapshot] | None = None
         self._wake = asyncio.Event()
+        self._is_pushing = False
         self._active = asyncio.Condition()
         self.active_step = -1
         """Step of the newest weights that every answering server has active; -1 before the first push."""
@@ -109,7 +110,9 @@ class Publisher:
                 await self._wake.wait()
                 self._wake.clear()
                 if self._offered is not None:
+                    self._is_pushing = True
                     await self._publish(*self._offered)
+                    self._is_pushing = False
         finally:
             async with self._active:
                 self._active.notify_all()
@@ -148,7 +151,8 @@ class Publisher:
 
     def directory_changed(self) -> None:
         """A server joined or changed: offers it the newest weights if it is behind."""
-        if self._offered is not None and self._behind():
+        # What a push in progress leaves undone is seen at its end.
+        if not self._is_pushing and self._offered is not None and self._behind():
             self._wake.set()
 
     def _behind(self) -> bool:
