@@ -37,7 +37,7 @@ $(STAMP):
 		{ echo "$(PYTHON) cannot make virtual environments: install its venv package (Debian, Ubuntu: apt install python3-venv)" >&2; exit 2; }
 	@echo "setting up .venv (once; downloads PyTorch, so it can take some minutes)"
 	@rm -f .venv/.installed-*
-	@$(BIN)/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || $(PYTHON) -m venv --clear .venv
+	@test -e .venv/.made && $(BIN)/python -c '' 2>/dev/null || { $(PYTHON) -m venv --clear .venv && touch .venv/.made; }
 	@$(BIN)/python -m pip install -q -q --disable-pip-version-check $(PIP_ARGS) -r requirements-dev.txt
 	@touch $@
 

@@ -118,6 +118,8 @@ class LocalJob:
                 child.kill()
             kill_marked(self._marker)
             self._observer.close()
+            for left in self._run.paths.endpoints.glob("*.json"):  # of daemons that were killed
+                left.unlink()
         return self._exit_code
 
     # Starting
