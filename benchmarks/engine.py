@@ -4,7 +4,8 @@
 log-normal lengths at 32 at a time; generate takes them in order in batches of 32, each running to its longest, which is
 what continuous batching avoids. Lengths are forced (no stop tokens), sampling is at temperature 1, and only requested tokens count.
 `grouped` is the long tail with eight samples a prompt, as in training. `http` is the long tail through a real engine process and client.
-Repetitions are interleaved, and the medians are reported, because machines that run this are seldom quiet.
+Repetitions are interleaved and medians reported. Rates in process are per second of CPU time (one thread, no waiting), so that a busy
+machine changes them little; `http` spans two processes and is per second of wall time, beside generate's own wall time.
 
     python -m benchmarks.engine [--repeats 5] [--model DIR]
 """
@@ -85,17 +86,20 @@ async def run_http(client: EngineClient, requests: Workload) -> None:
     )
 
 
-def rates(runs: dict[str, tuple[Workload, Callable[[], None]]], repeats: int) -> dict[str, list[float]]:
-    """Tokens per second of every run, interleaved, after one warm-up each."""
-    measured: dict[str, list[float]] = {name: [] for name in runs}
+def rates(runs: dict[str, tuple[Workload, Callable[[], None]]], repeats: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Median tokens per second of CPU time of this thread, and of wall time, of every run; interleaved, after one warm-up each."""
+    cpu: dict[str, list[float]] = {name: [] for name in runs}
+    wall: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, (requests, run) in runs.items():
-            started = time.perf_counter()
+            cpu_s, wall_s = time.thread_time(), time.perf_counter()
             run()
             if repeat:
                 num_tokens = sum(length for _, length in requests)
-                measured[name].append(num_tokens / (time.perf_counter() - started))
-    return measured
+                cpu[name].append(num_tokens / (time.thread_time() - cpu_s))
+                wall[name].append(num_tokens / (time.perf_counter() - wall_s))
+    medians = [{name: statistics.median(values) for name, values in measured.items()} for measured in (cpu, wall)]
+    return medians[0], medians[1]
 
 
 def main() -> None:
@@ -138,6 +142,7 @@ def measure(path: str, scratch: str, *, repeats: int) -> dict[str, Any]:
     port_file = Path(scratch) / "port"
     command = [sys.executable, "-m", "rollout_server.engine", "--model-path", path, "--max-running-requests", str(BATCH)]
     command += ["--context-length", str(context), "--port", "0", "--port-file", str(port_file), "--weight-version", "0"]
+    command += ["--log-level", "WARNING"]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     loop = asyncio.new_event_loop()
     try:
@@ -147,7 +152,7 @@ def measure(path: str, scratch: str, *, repeats: int) -> dict[str, Any]:
                 raise SystemExit("the engine process did not start")
             time.sleep(0.1)
         client = EngineClient(f"http://127.0.0.1:{int(port_file.read_text())}")
-        measured = rates(
+        cpu, wall = rates(
             {
                 "equal/engine": (equal, lambda: run_engine(core, equal)),
                 "equal/generate": (equal, lambda: run_generate(reference, equal)),
@@ -163,14 +168,17 @@ def measure(path: str, scratch: str, *, repeats: int) -> dict[str, Any]:
         process.terminate()
         process.wait(timeout=20)
         loop.close()
-    medians = {name: statistics.median(values) for name, values in measured.items()}
     workloads = {}
     for name, goal in (("equal", 1.5), ("long_tail", 3.0), ("grouped", None), ("http", None)):
-        engine, generate = medians[f"{name}/engine"], medians.get(f"{name}/generate", medians["long_tail/generate"])
+        rate = wall if name == "http" else cpu
+        other = "equal/generate" if name == "equal" else "long_tail/generate"
+        engine, generate = rate[f"{name}/engine"], rate[other]
         workloads[name] = {"engine": round(engine), "generate": round(generate), "ratio": round(engine / generate, 2), "goal": goal}
     return {
         "workloads": workloads,
-        "tokens_per_second": {name: [round(value) for value in values] for name, values in measured.items()},
+        "tokens_per_cpu_second": {name: round(value) for name, value in cpu.items() if not name.startswith("http")},
+        "tokens_per_wall_second": {name: round(value) for name, value in wall.items()},
+        "load_average": os.getloadavg()[0],
         "batch": BATCH,
         "prompt_tokens": PROMPT_TOKENS,
         "max_new_tokens": MAX_NEW_TOKENS,

@@ -58,7 +58,7 @@ class KVCache:
         self._flat = [(self._storage[i, 0].view(-1, dim), self._storage[i, 1].view(-1, dim)) for i in range(len(shapes))]
         self._heads = sorted({s.num_heads for s in shapes})
         self._storage_heads = heads
-        self._arange_T = torch.arange(context_length, device=device)
+        self._arange_T = np.arange(context_length)
         self._batch: DecodeBatch | None = None
         self._computed_L2BHTD = torch.empty(0)
 
@@ -72,9 +72,8 @@ class KVCache:
     def begin_decode(self, position_N: NDArray[np.int64]) -> DecodeBatch:
         """Prepares a step over rows 0..N-1 whose new token sits at `position_N`."""
         num_rows, num_positions = len(position_N), int(position_N.max()) + 1
-        position = torch.from_numpy(position_N).to(self.device)
-        bias_NT = torch.zeros(num_rows, num_positions, dtype=self.dtype, device=self.device)
-        bias_NT.masked_fill_(self._arange_T[:num_positions] > position.unsqueeze(1), float("-inf"))
+        # Small arrays are made in numpy: a torch kernel costs more to start than these cost to compute.
+        bias_NT = np.where(self._arange_T[:num_positions] > position_N[:, None], np.float32("-inf"), np.float32(0))
         index = {}
         for heads in self._heads:
             row_head = np.arange(num_rows, dtype=np.int64)[:, None] * self._storage_heads + np.arange(heads, dtype=np.int64)
@@ -83,8 +82,8 @@ class KVCache:
         self._batch = DecodeBatch(
             num_rows=num_rows,
             num_positions=num_positions,
-            position_N=position,
-            bias_N1T=bias_NT.unsqueeze(1),
+            position_N=torch.from_numpy(position_N).to(self.device),
+            bias_N1T=torch.from_numpy(bias_NT).to(self.device, self.dtype).unsqueeze(1),
             write_index_by_heads=index,
         )
         return self._batch

@@ -101,8 +101,6 @@ class _Rows:
         sequence.output_logprobs = self.output_logprobs[row, :count].tolist()
         spans = [span for span in sequence.version_spans if span[2] <= start]
         if count > start:
-            if spans and spans[-1][0] == version:
-                start = spans.pop()[1]  # back after a pause without new weights: one span, not two
             spans.append((version, start, count))
         sequence.version_spans = spans
 
@@ -332,4 +330,15 @@ class EngineCore:
         if sequence.row >= 0:
             self._rows.report(sequence, version=self.version)
         self.scheduler.finish(sequence, finish)
+        sequence.version_spans = _merged(sequence.version_spans)
         return sequence
+
+
+def _merged(spans: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+    """Neighbours of one version as one span: a sequence that was retracted and came back has two."""
+    merged: list[tuple[str, int, int]] = []
+    for version, start, end in spans:
+        if merged and merged[-1][0] == version:
+            start = merged.pop()[1]
+        merged.append((version, start, end))
+    return merged

@@ -105,8 +105,11 @@ class LlamaModel:
         # x * cos + rotate_half(x) * sin, with rotate_half's sign moved into the table: a roll is cheaper than negate and concatenate.
         self._cos_TD = cos_TD.to(facts.dtype)
         self._sin_TD = torch.cat((-sin_TD[:, :half], sin_TD[:, half:]), -1).to(facts.dtype)
-        # On a CPU in float32 four plain kernels beat the fused one at these sizes (42 against 60 us for 32 rows).
-        self._plain_attention = facts.device.type == "cpu" and facts.dtype == torch.float32
+        # On a CPU in float32 a few plain kernels beat the composite ones at these sizes (32 rows: attention 42 against 60 us, norm
+        # 6 against 10 us, of which there are seven a step).
+        self._plain = facts.device.type == "cpu" and facts.dtype == torch.float32
+        self._mean_C1 = torch.full((config.hidden_size, 1), 1 / config.hidden_size, dtype=facts.dtype, device=facts.device)
+        self._eps_11 = torch.full((1, 1), self._eps, dtype=facts.dtype, device=facts.device)
         self._plan: _Plan | None = None
 
     def new_weights(self) -> Weights:
@@ -170,13 +173,12 @@ class LlamaModel:
         assert plan is not None, "activate a set of weights first"
         num_rows, kv_heads, head_dim = batch.num_rows, self._num_kv_heads, self._head_dim
         rotated_heads = self._num_heads + kv_heads
-        hidden = plan.embed_VC.shape[1]
         x_NC = F.embedding(tokens_N, plan.embed_VC)
         cos_N1D = self._cos_TD.index_select(0, batch.position_N).unsqueeze(1)
         sin_N1D = self._sin_TD.index_select(0, batch.position_N).unsqueeze(1)
         bias_N11T = batch.bias_N1T.unsqueeze(1)
         for i, layer in enumerate(plan.layers):
-            h_NC = F.rms_norm(x_NC, (hidden,), layer.input_norm_C, self._eps)
+            h_NC = self._rms_norm(x_NC, layer.input_norm_C)
             qkv_NHD = F.linear(h_NC, layer.qkv, layer.qkv_bias).view(num_rows, -1, head_dim)
             qk_NHD = self._rotate(self._normed(qkv_NHD[:, :rotated_heads], layer), cos_N1D, sin_N1D)
             key_NKTD, value_NKTD = cache.append(i, qk_NHD[:, self._num_heads :], qkv_NHD[:, rotated_heads:])
@@ -184,7 +186,7 @@ class LlamaModel:
             attended = self._attend(query_NKGD, key_NKTD, value_NKTD, bias_N11T)
             x_NC = torch.addmm(x_NC, attended.reshape(num_rows, -1), layer.output_CO.t())
             x_NC = self._mlp(x_NC, layer)
-        return F.linear(F.rms_norm(x_NC, (hidden,), plan.norm_C, self._eps), plan.head_VC)
+        return F.linear(self._rms_norm(x_NC, plan.norm_C), plan.head_VC)
 
     def prefill(self, tokens_BT: Tensor, cache: KVCache) -> None:
         """Computes the KV of right-padded contexts: causality alone keeps padding out of what is real."""
@@ -192,11 +194,10 @@ class LlamaModel:
         assert plan is not None, "activate a set of weights first"
         num_contexts, length = tokens_BT.shape
         rotated_heads = self._num_heads + self._num_kv_heads
-        hidden = plan.embed_VC.shape[1]
         x = F.embedding(tokens_BT.reshape(-1), plan.embed_VC)
         cos_1T1D, sin_1T1D = self._cos_TD[None, :length, None], self._sin_TD[None, :length, None]
         for i, layer in enumerate(plan.layers):
-            h = F.rms_norm(x, (hidden,), layer.input_norm_C, self._eps)
+            h = self._rms_norm(x, layer.input_norm_C)
             qkv = F.linear(h, layer.qkv, layer.qkv_bias).view(num_contexts, length, -1, self._head_dim)
             qk = self._rotate(self._normed(qkv[:, :, :rotated_heads], layer), cos_1T1D, sin_1T1D)
             query, key = qk[:, :, : self._num_heads].transpose(1, 2), qk[:, :, self._num_heads :].transpose(1, 2)
@@ -207,6 +208,12 @@ class LlamaModel:
             attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self._scale, enable_gqa=self._group > 1)
             attended = attended.transpose(1, 2).reshape(num_contexts * length, -1)
             x = self._mlp(torch.addmm(x, attended, layer.output_CO.t()), layer)
+
+    def _rms_norm(self, x: Tensor, weight_C: Tensor) -> Tensor:
+        """x [rows, C] over the root of its mean square; the mean is a product with a constant column."""
+        if not self._plain:
+            return F.rms_norm(x, x.shape[-1:], weight_C, self._eps)
+        return (x * weight_C).mul_(torch.addmm(self._eps_11, x * x, self._mean_C1).rsqrt_())
 
     def _normed(self, qk: Tensor, layer: _Layer) -> Tensor:
         """Qwen3 normalises queries and keys by head, before rotation."""
@@ -222,13 +229,13 @@ class LlamaModel:
 
     def _attend(self, query_NKGD: Tensor, key_NKTD: Tensor, value_NKTD: Tensor, bias_N11T: Tensor) -> Tensor:
         """One query a row; the group's G heads stand where a longer query's positions would, so keys are never repeated."""
-        if not self._plain_attention:
+        if not self._plain:
             return F.scaled_dot_product_attention(query_NKGD, key_NKTD, value_NKTD, attn_mask=bias_N11T, scale=self._scale)
         scores_NKGT = torch.matmul(query_NKGD, key_NKTD.transpose(-1, -2))
         scores_NKGT = torch.add(bias_N11T, scores_NKGT, alpha=self._scale)
         return torch.matmul(torch.softmax(scores_NKGT, -1), value_NKTD)
 
     def _mlp(self, x: Tensor, layer: _Layer) -> Tensor:
-        h = F.rms_norm(x, x.shape[-1:], layer.post_norm_C, self._eps)
+        h = self._rms_norm(x, layer.post_norm_C)
         gate, up = F.linear(h, layer.gate_up).chunk(2, -1)
         return torch.addmm(x, F.silu(gate) * up, layer.down_CF.t())
