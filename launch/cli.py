@@ -50,7 +50,7 @@ def _run(args: list[str]) -> int:
     if any(arg in ("-h", "--help", "--help-all") for arg in args):
         _show_keys(everything="--help-all" in args)
         return 0
-    from launch.local import run_local
+    from launch.run import run_local
 
     return run_local(args)
 

@@ -18,23 +18,17 @@ import logging
 import os
 import re
 import signal
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from enum import StrEnum
-from types import FrameType
-
-from rich.console import Console
 
 from areal_like.config import Config
-from areal_like.daemon import JsonFormatter
 from launch.child import Child, ChildSpec, describe_exit, kill_marked
 from launch.observe import Observer
-from launch.report import show_summary
 from launch.restarts import Phase as Life
 from launch.restarts import Restarts
-from launch.rundir import OpenRun, open_run
-from launch.view import LiveView, PlainView, View
+from launch.rundir import OpenRun
+from launch.view import View
 
 log = logging.getLogger(__name__)
 
@@ -61,27 +55,11 @@ class Phase(StrEnum):
     """Daemons end one after another."""
 
 
-class StopSignals:
-    """Counts Ctrl-C and SIGTERM. Repeats within a second are the same one: terminals and supervisors often deliver it twice."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._last_s = 0.0
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        now_s = time.monotonic()
-        if self.count == 0 or now_s - self._last_s > 1.0:
-            self.count += 1
-            self._last_s = now_s
-
-
 class LocalJob:
-    """One job from start to end: `run()` once."""
+    """One job from start to end: `run()` once. `num_stops`: how often a person has asked for its end so far."""
 
-    def __init__(self, run: OpenRun, *, view: View, stop: StopSignals) -> None:
-        self._run, self._view, self._stop = run, view, stop
+    def __init__(self, run: OpenRun, *, view: View, num_stops: Callable[[], int]) -> None:
+        self._run, self._view, self._num_stops = run, view, num_stops
         self._config: Config = run.config
         self._marker = f"{run.paths.root}:{os.getpid()}:{time.time_ns()}"
         self._observer = Observer(run.paths)
@@ -105,8 +83,8 @@ class LocalJob:
         try:
             self._start("buffer", "buffer", "--config", str(self._run.paths.config), "--name", "buffer")
             prepare = ("trainer.prepare_model", "--config", str(self._run.paths.config))
-            threads = max(1, len(os.sched_getaffinity(0)) - 1) if hasattr(os, "sched_getaffinity") else 1
-            self._start("prepare_model", *prepare, num_threads=threads, stop_signal=signal.SIGINT)
+            # On one thread, so that a seed gives the same model on every machine; SIGINT, so that it removes its temporary files.
+            self._start("prepare_model", *prepare, stop_signal=signal.SIGINT)
             while not (self._phase is Phase.CLOSING and not self._children):
                 self._obey_signals()
                 self._notice_deaths()
@@ -264,7 +242,7 @@ class LocalJob:
     # Ending
 
     def _obey_signals(self) -> None:
-        if self._stop.count >= 2 and self._children:
+        if self._num_stops() >= 2 and self._children:
             self._view.notice("stopped at once: what was trained since the last checkpoint is lost")
             self._failed([], 1)
             for child in self._children.values():
@@ -272,7 +250,7 @@ class LocalJob:
             kill_marked(self._marker)
             self._children.clear()
             self._enter(Phase.CLOSING)
-        elif self._stop.count == 1 and self._phase is not Phase.CLOSING:
+        elif self._num_stops() == 1 and self._phase is not Phase.CLOSING:
             self._view.notice("stopping: the trainer finishes its step and writes a checkpoint (Ctrl-C again to stop at once)")
             self._close(self._config.daemon.drain_timeout_s)
 
@@ -307,27 +285,3 @@ class LocalJob:
                 self._exit_code = self._exit_code or 1
             elif living:
                 return
-
-
-def run_local(argv: Sequence[str]) -> int:
-    """`areal-like run`: the job that the command line describes. Raises ConfigError before anything was started."""
-    run = open_run(argv)
-    started_unix_s = time.time()
-    console = Console(stderr=False)
-    handler = logging.FileHandler(run.paths.logs / "launcher.log")
-    handler.setFormatter(JsonFormatter())
-    logging.basicConfig(level=run.config.daemon.log_level, handlers=[handler], force=True)
-    stop = StopSignals()
-    console.print(f"run directory {run.paths.root}", markup=False, highlight=False, soft_wrap=True)
-    view: View = LiveView(run.config, console) if console.is_terminal else PlainView(run.config, console)
-    job = LocalJob(run, view=view, stop=stop)
-    try:
-        exit_code = job.run()
-    finally:
-        view.close()
-        run.close()
-    if exit_code != 2:
-        show_summary(run, console, since_unix_s=started_unix_s)
-    for line in job.failure:
-        sys.stderr.write(f"{line}\n")
-    return exit_code

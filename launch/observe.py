@@ -76,7 +76,7 @@ class MetricsTail:
         self._records: dict[int, dict[str, Any]] = {}
 
     def read(self) -> tuple[dict[str, Any], ...]:
-        """All records so far, ascending by step."""
+        """All records so far, in the order of the file, which is that of the steps."""
         try:
             with self._path.open("rb") as file:
                 if (inode := os.fstat(file.fileno()).st_ino) != self._inode:  # a resumed trainer writes the file anew
@@ -91,7 +91,7 @@ class MetricsTail:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 record = json.loads(line)
                 self._records[int(record["step"])] = record
-        return tuple(self._records[step] for step in sorted(self._records))
+        return tuple(self._records.values())
 
 
 class Observer:

@@ -51,7 +51,7 @@ def test_help_names_the_keys_with_their_defaults(tmp_path: Path) -> None:
 
 def test_the_command_imports_neither_torch_nor_a_daemon() -> None:
     code = (
-        "import sys, launch.cli, launch.local; "
+        "import sys, launch.cli, launch.run; "
         "print([name for name in ('torch', 'transformers', 'buffer', 'trainer', 'rollout_server') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
