@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from areal_like.errors import ConfigError
 from areal_like.trajectory import FinishReason
@@ -64,6 +65,43 @@ def test_every_path_matches_transformers(kind: str, fast: bool, tmp_path: Path) 
         assert len(sequence.output_ids) == sequence.params.max_new_tokens
         assert error(path, sequence, temperature=temperature) < 1e-4
     assert sequences[-1].output_ids == reference_greedy(load_model(path), prompts[-1], 29)
+
+
+SMALL: dict[str, object] = {
+    "vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 64, "max_position_embeddings": 128, "initializer_range": 0.15, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("mistral", {}),
+        ("gemma2", {"head_dim": 8}),
+        ("gpt_oss", {
+            "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        }),
+        ("deepseek_v3", {
+            "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8, "num_key_value_heads": 4,
+            "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+        }),
+    ],
+)  # fmt: skip
+def test_generic_path_runs_windows_sinks_experts_and_latent_attention(kind: str, settings: dict[str, object], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SMALL, **settings})).save_pretrained(tmp_path / kind)
+    core = make_core(tmp_path / kind)
+    sequences = [submit(core, [5, 6, 7], max_new_tokens=15), submit(core, list(range(10, 40)), max_new_tokens=8)]
+    run(core)
+    assert all(error(tmp_path / kind, sequence) < 1e-4 for sequence in sequences)
+
+
+@pytest.mark.parametrize(("kind", "message"), [("bloom", "cannot run over our KV cache"), ("mamba", "runs attention only")])
+def test_architectures_that_cannot_run_are_refused(kind: str, message: str, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL)).save_pretrained(tmp_path / kind)
+    with pytest.raises(ConfigError, match=message):
+        load(str(tmp_path / kind), dtype=torch.float32, device=CPU, context_length=64)
 
 
 def test_a_groups_prompt_is_computed_once_and_a_prefix_is_kept(tmp_path: Path) -> None:

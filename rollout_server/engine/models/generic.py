@@ -51,7 +51,7 @@ class GenericModel:
         self.facts = facts
         self._module = module
         self._cache = RowCache()
-        self._causal_11TT = torch.ones(0, 0, dtype=torch.bool)
+        self._causal_11TT = torch.zeros(0)
 
     def new_weights(self) -> Weights:
         """An uninitialised set."""
@@ -68,8 +68,9 @@ class GenericModel:
         """Computes the KV of right-padded contexts: causality alone keeps padding out of what is real."""
         length = tokens_BT.shape[1]
         if self._causal_11TT.shape[-1] < length:
-            ones = torch.ones(1, 1, length, length, dtype=torch.bool, device=self.facts.device)
-            self._causal_11TT = ones.tril_()
+            # Additive, not boolean: models without an SDPA path add their mask to the scores.
+            hidden = torch.full((1, 1, length, length), float("-inf"), dtype=self.facts.dtype, device=self.facts.device)
+            self._causal_11TT = hidden.triu_(1)
         positions_BT = torch.arange(length, device=self.facts.device).expand_as(tokens_BT)
         self._forward(tokens_BT, positions_BT, self._causal_11TT[..., :length, :length], cache, decoding=False)
 
