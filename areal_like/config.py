@@ -168,6 +168,25 @@ class WeightsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KlConfig:
+    """A penalty on the distance from a frozen reference model. It costs a forward of that model, and its memory."""
+
+    coef: float = 0.0
+    """Weight of the penalty; 0: none, and no reference is loaded for it."""
+    estimator: str = "k2"
+    """Of KL(pi || ref) from a token, x = pi - ref: `k1` x | `k2` x^2 / 2 | `k3` exp(-x) - 1 + x."""
+    place: str = "loss"
+    """`loss`: of each token, beside the objective | `reward`: of a sample, before advantages; a step then waits for its last group."""
+    reference: str = ""
+    """Hugging Face directory or name of the reference; empty: the model that the run began with."""
+
+    def __post_init__(self) -> None:
+        _require(self.coef >= 0, "kl.coef must be at least 0")
+        _require(self.estimator in ("k1", "k2", "k3"), f"kl.estimator={self.estimator}: use k1, k2 or k3")
+        _require(self.place in ("loss", "reward"), f"kl.place={self.place}: use loss or reward")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     """The trainer's ranks and its optimizer."""
 
@@ -193,6 +212,8 @@ class TrainerConfig:
     """Gradient clipping; 0 turns it off."""
     normalizer: str = "token_mean"
     """`token_mean` | `seq_mean_token_mean` | `seq_mean_token_sum` | `constant`."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus in the loss, in 1/nats; 0: none."""
     logprob_chunk_tokens: int = 1024
     """Rows of logits that exist at one time."""
     gradient_checkpointing: bool = False
@@ -220,6 +241,7 @@ class TrainerConfig:
             _require(getattr(self, name) >= 1, f"trainer.{name} must be at least 1")
         _require(self.groups_per_step >= self.world_size, "trainer.groups_per_step must be at least trainer.world_size")
         _require(self.lr >= 0, "trainer.lr must be at least 0")
+        _require(self.entropy_coef >= 0, "trainer.entropy_coef must be at least 0")
         _require(self.checkpoint_interval >= 1, "trainer.checkpoint_interval must be at least 1")
         _require(self.keep_checkpoints >= 1, "trainer.keep_checkpoints must be at least 1")
         normalizers = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant")
@@ -285,9 +307,10 @@ class Config:
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     objective: dict[str, Any] = field(default_factory=lambda: {"name": "tis", "level": "sequence", "cap": 2.0})
-    """`name` or `_target_`, and that objective's own settings."""
+    """`name` or `_target_`, that objective's own settings, and `masks`: a list of the same kind."""
     advantage: dict[str, Any] = field(default_factory=lambda: {"name": "grpo"})
-    """`name` or `_target_`, and that advantage's own settings."""
+    """`name` or `_target_`, that advantage's own settings, and `shaping`: a list of the same kind."""
+    kl: KlConfig = field(default_factory=KlConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     daemon: DaemonConfig = field(default_factory=DaemonConfig)
 

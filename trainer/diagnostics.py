@@ -9,7 +9,6 @@ Shape suffixes: S sampled tokens, N sequences, B sequences of the whole step.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -77,11 +76,3 @@ class StepTotals:
     def means(self) -> dict[str, float]:
         """Every mean by name."""
         return {name: self.mean(name) for name in self._sums}
-
-
-def ess_ratio(log_w_B: Tensor) -> float:
-    """Effective sample size over B, `(sum W)^2 / (B sum W^2)`, in log space so that it cannot overflow; 1 for no sequences."""
-    if len(log_w_B) == 0:
-        return 1.0
-    log_ess = 2 * torch.logsumexp(log_w_B, 0) - torch.logsumexp(2 * log_w_B, 0)
-    return math.exp(float(log_ess)) / len(log_w_B)

@@ -33,6 +33,8 @@ class Sample:
     """One number for all its tokens, or an array [num_tokens]."""
     group: int
     """Position of its group in the step, over all ranks."""
+    lag: int | NDArray[np.int64] = 0
+    """Optimizer steps since the weights that sampled its tokens: one number, or an array [num_tokens]."""
 
 
 MicroBatch = tuple[Sample, ...]
@@ -49,11 +51,15 @@ class Packer:
     OPEN(samples so far) -> add() yields those that became full -> flush() yields the rest, once, at the end of the step.
     """
 
-    def __init__(self, *, budget_tokens: int, whole_groups: bool = False) -> None:
-        """`budget_tokens`: most tokens of a micro-batch. `whole_groups`: never split a group over two micro-batches."""
-        assert budget_tokens >= 1
+    def __init__(self, *, budget_tokens: int, whole_groups: bool = False, lone_sequences: bool = False) -> None:
+        """`budget_tokens`: most tokens of a micro-batch. `whole_groups`: never split a group over two micro-batches.
+
+        `lone_sequences`: every sequence is a micro-batch by itself.
+        """
+        assert budget_tokens >= 1 and not (whole_groups and lone_sequences)
         self._budget = budget_tokens
         self._whole_groups = whole_groups
+        self._lone_sequences = lone_sequences
         self._open: list[Sample] = []
         self._used = 0
 
@@ -75,7 +81,7 @@ class Packer:
                 done += self.flush()
             self._open += unit
             self._used += size
-            if self._used == self._budget:
+            if self._used == self._budget or self._lone_sequences:
                 done += self.flush()
         return done
 
@@ -102,6 +108,8 @@ class PackedBatch:
     """float32 behaviour log-prob; 0 outside the mask."""
     versions_T: Tensor
     """int32 version of the weights that sampled the token; NOT_SAMPLED elsewhere."""
+    lags_T: Tensor
+    """int64 optimizer steps since those weights; meaningless outside the mask."""
     advantages_T: Tensor
     """float64 advantage."""
     cu_seqlens: Tensor
@@ -135,6 +143,7 @@ def collate(samples: Sequence[Sample], *, device: torch.device | str = "cpu") ->
     mask = np.concatenate([t.loss_mask for t in trajectories]).astype(bool)
     mask[starts] = False
     advantages = np.concatenate([np.broadcast_to(s.advantage, (n,)) for s, n in zip(samples, lengths, strict=True)], dtype=np.float64)
+    lags = np.concatenate([np.broadcast_to(s.lag, (n,)) for s, n in zip(samples, lengths, strict=True)], dtype=np.int64)
 
     def put(array: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(array).to(device)
@@ -146,6 +155,7 @@ def collate(samples: Sequence[Sample], *, device: torch.device | str = "cpu") ->
         loss_mask_T=put(mask),
         mu_T=put(np.concatenate([t.logprobs for t in trajectories])),
         versions_T=put(np.concatenate([t.versions for t in trajectories])),
+        lags_T=put(lags),
         advantages_T=put(advantages),
         cu_seqlens=put(bounds.astype(np.int32)),
         rewards_N=put(np.array([t.reward for t in trajectories], dtype=np.float64)),

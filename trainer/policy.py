@@ -36,6 +36,8 @@ class TokenLogProbs(NamedTuple):
     """float32 (or the masters' dtype if wider): log_softmax(logits / temperature) of each sampled token; carries gradient."""
     entropy_S: Tensor
     """Entropy of the same distribution, in nats; detached."""
+    collision_S: Tensor | None
+    """Sum of its squared probabilities, detached; None unless `Policy.with_collision`."""
 
 
 class Policy(nn.Module):
@@ -50,6 +52,7 @@ class Policy(nn.Module):
         self.model = model
         self.temperature = temperature
         self.chunk_tokens = chunk_tokens
+        self.with_collision = False
         model.set_attn_implementation(ATTENTION_NAME)
         for module in model.modules():
             if isinstance(module, nn.Dropout):
@@ -109,19 +112,21 @@ class Policy(nn.Module):
             return TokenLogProbs(*self._head(hidden_SD, targets_S))
         chunks = zip(torch.split(hidden_SD, self.chunk_tokens), torch.split(targets_S, self.chunk_tokens), strict=True)
         parts = [checkpoint(self._head, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in chunks]
-        logprobs, entropies = zip(*parts, strict=True)
-        return TokenLogProbs(torch.cat(logprobs), torch.cat(entropies))
+        logprobs, entropies, collisions = zip(*parts, strict=True)
+        return TokenLogProbs(torch.cat(logprobs), torch.cat(entropies), torch.cat(collisions) if self.with_collision else None)
 
-    def _head(self, hidden_CD: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
+    def _head(self, hidden_CD: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         logits_CV = self.model.get_output_embeddings()(hidden_CD)
         logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
         if self.temperature != 1.0:
             logits_CV = logits_CV / self.temperature
         logps_CV = torch.log_softmax(logits_CV, dim=-1)
         with torch.no_grad():
-            entropy_C = -(logps_CV.exp() * logps_CV).sum(-1)
+            probs_CV = logps_CV.exp()
+            entropy_C = -(probs_CV * logps_CV).sum(-1)
+            collision_C = torch.linalg.vector_norm(probs_CV, dim=-1).square() if self.with_collision else None
         # A sum and not a squeeze: FSDP2 hangs its backward hook on outputs, which must not be views.
-        return logps_CV.gather(1, targets_C[:, None]).sum(1), entropy_C
+        return logps_CV.gather(1, targets_C[:, None]).sum(1), entropy_C, collision_C
 
 
 def build_policy(config: Config, path: str, ranks: Ranks) -> Policy:

@@ -25,9 +25,11 @@ from areal_like.errors import ArealError, ConfigError
 from areal_like.trajectory import FinishReason, Trajectory
 from trainer.advantages import ADVANTAGES, Advantage
 from trainer.clock import PhaseClock
-from trainer.diagnostics import StepTotals, ess_ratio
+from trainer.diagnostics import StepTotals
+from trainer.gradients import Gradients
 from trainer.normalizers import Normalizer
 from trainer.objectives import OBJECTIVES, Facts, Need, Objective, SampledTokens
+from trainer.objectives.importance import ess_ratio
 from trainer.optimizer import ShardedAdamW
 from trainer.packing import MicroBatch, PackedBatch, Packer, Sample, collate, num_targets
 from trainer.policy import Policy
@@ -74,6 +76,7 @@ class StepRunner:
         ):
             if prescribed not in (None, wanted):
                 log.warning("%s=%s is ignored: %s prescribes %s", setting, wanted, type(objective).__name__, prescribed)
+        policy.with_collision = Need.COLLISION in objective.needs
         self.policy = policy
         self.optimizer = optimizer
         self._ranks = ranks
@@ -121,16 +124,20 @@ class StepRunner:
         self.policy.zero_grad()  # a step that was given up may have left some
         samples = self._samples(clock.timed("wait_s", groups), totals)
         facts: Facts = {}
-        if Scope.BATCH in (self._objective.scope, self._advantage.scope):
-            packs = list(self._cut(self._rescaled(list(samples)), totals))
-            if self._objective.scope is Scope.BATCH:
-                with torch.no_grad(), clock.span("compute_s"):
-                    observed = [self._observed(batch, live) for batch, live in self._matched(iter(packs))]
-                facts = self._summarize(observed)
-            self._accumulate(iter(packs), facts, totals, clock)
-        else:
-            seen = self._accumulate(self._cut(samples, totals), facts, totals, clock)
-            facts = self._summarize(seen)
+        with self._objective.gradients(self.policy, self._ranks) as gradients:
+            if Scope.BATCH in (self._objective.scope, self._advantage.scope):
+                packs = list(self._cut(self._rescaled(list(samples)), totals))
+                if self._objective.scope is Scope.BATCH:
+                    with torch.no_grad(), clock.span("compute_s"):
+                        observed = [self._observed(batch, live) for batch, live in self._matched(iter(packs))]
+                    facts = self._summarize(observed)
+                self._accumulate(gradients, iter(packs), facts, totals, clock)
+            else:
+                seen = self._accumulate(gradients, self._cut(samples, totals), facts, totals, clock)
+                facts = self._summarize(seen)
+            with clock.span("reduce_s"):
+                for name, (total, count) in gradients.finish().items():
+                    totals.add(name, total, count=count)
         with clock.span("reduce_s"):
             totals.reduce(self._ranks)
         if num_groups is not None and totals.total("num_groups") < num_groups:
@@ -169,11 +176,12 @@ class StepRunner:
 
     def _cut(self, groups: Iterable[list[Sample]], totals: StepTotals) -> Iterator[MicroBatch]:
         """Micro-batches as they become determined; groups without a gradient are only counted."""
-        packer = Packer(budget_tokens=self._budget_tokens, whole_groups=self._objective.whole_groups)
+        objective = self._objective
+        packer = Packer(budget_tokens=self._budget_tokens, whole_groups=objective.whole_groups, lone_sequences=objective.lone_sequences)
         for group in groups:
             idle = all(not np.any(sample.advantage) for sample in group)
             totals.add("zero_advantage_groups", float(idle))
-            if idle and self._objective.skips_zero_advantage:
+            if idle and objective.skips_zero_advantage:
                 totals.add("counted_tokens", float(sum(num_targets(sample.trajectory) for sample in group)))
                 totals.add("counted_seqs", float(len(group)))
             else:
@@ -191,7 +199,9 @@ class StepRunner:
             else:
                 yield collate(pack, device=self._ranks.device), True
 
-    def _accumulate(self, packs: Iterator[MicroBatch], facts: Facts, totals: StepTotals, clock: PhaseClock) -> list[dict[str, Tensor]]:
+    def _accumulate(
+        self, gradients: Gradients, packs: Iterator[MicroBatch], facts: Facts, totals: StepTotals, clock: PhaseClock
+    ) -> list[dict[str, Tensor]]:
         """Forward and backward of every micro-batch; returns what the objective observed (scope GROUP)."""
         observed = []
         for batch, live in self._matched(packs):
@@ -201,10 +211,9 @@ class StepRunner:
                 loss_S, num_tokens, num_seqs = self._normalizer.weigh(losses, tokens)
                 if not live:
                     loss_S = loss_S * 0.0
-                self._objective.backward(loss_S, tokens)
+                gradients.add(loss_S, tokens=tokens, batch=batch)
                 with torch.no_grad():
                     totals.observe(tokens, losses, live=live)
-                    totals.add("loss", loss_S.detach().sum())
                     totals.add("counted_tokens", num_tokens if live else 0.0)
                     totals.add("counted_seqs", num_seqs if live else 0.0)
                     totals.add("num_tokens", float(batch.num_tokens if live else 0))
@@ -224,7 +233,7 @@ class StepRunner:
 
     def _sampled(self, batch: PackedBatch) -> SampledTokens:
         """Runs the policy and collects what an objective may see."""
-        pi_S, entropy_S = self.policy(batch)
+        pi_S, entropy_S, collision_S = self.policy(batch)
         ref_S = None
         if Need.REF in self._objective.needs:
             assert self._reference is not None
@@ -242,9 +251,11 @@ class StepRunner:
             reward_N=batch.rewards_N.to(pi_S.dtype),
             group_N=batch.groups_N,
             version_S=batch.versions_T[at],
+            lag_S=batch.lags_T[at].to(pi_S.dtype),
             entropy_S=entropy_S,
             prox_S=pi_S.detach() if Need.PROX in self._objective.needs else None,
             ref_S=ref_S,
+            collision_S=collision_S,
         )
 
 

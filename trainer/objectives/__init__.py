@@ -1,15 +1,43 @@
 """Objectives by name. Importing this package registers all of them."""
 
 from trainer.objectives.base import OBJECTIVES, Facts, Need, Objective, SampledTokens, TokenLosses
+from trainer.objectives.cispo import Cispo
+from trainer.objectives.composed import Composed, build_objective
+from trainer.objectives.dcpo import Dcpo
+from trainer.objectives.dppo import DppoTv
+from trainer.objectives.gspo import Gspo
+from trainer.objectives.m2po import M2po
+from trainer.objectives.masks import MASKS, Mask
+from trainer.objectives.oapl import Oapl
+from trainer.objectives.ppo import DecoupledPpo, Ppo
+from trainer.objectives.soft import Maspo, Sapo
 from trainer.objectives.tis import Reinforce, TruncatedIS
+from trainer.objectives.topr import Topr
+from trainer.objectives.vespo import Vespo
 
 __all__ = [
+    "MASKS",
     "OBJECTIVES",
+    "Cispo",
+    "Composed",
+    "Dcpo",
+    "DecoupledPpo",
+    "DppoTv",
     "Facts",
+    "Gspo",
+    "M2po",
+    "Mask",
+    "Maspo",
     "Need",
+    "Oapl",
     "Objective",
+    "Ppo",
     "Reinforce",
     "SampledTokens",
+    "Sapo",
     "TokenLosses",
+    "Topr",
     "TruncatedIS",
+    "Vespo",
+    "build_objective",
 ]

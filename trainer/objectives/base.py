@@ -30,13 +30,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from trainer.advantages import Advantage
+from trainer.gradients import Gradients
 from trainer.registry import Registry
 from trainer.scope import Scope
+
+if TYPE_CHECKING:
+    from trainer.policy import Policy
+    from trainer.ranks import Ranks
 
 
 class Need(StrEnum):
@@ -46,6 +52,10 @@ class Need(StrEnum):
     """Log-probs under the weights at the start of the step. With one optimizer step a batch that is pi itself, detached: free."""
     REF = "ref"
     """Log-probs under a frozen reference model: one more forward."""
+    COLLISION = "collision"
+    """Sum over the vocabulary of the squared probabilities at each sampled token: one more pass over the logits."""
+    ENTROPY = "entropy"
+    """An entropy that carries gradient: its softmax is kept for the backward."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,12 +76,16 @@ class SampledTokens:
     """int64: position in the step of each sequence's group."""
     version_S: Tensor
     """int32: version of the weights that sampled the token."""
+    lag_S: Tensor
+    """Optimizer steps between the weights that sampled the token and those at the start of the step, as floats; 0 is on-policy."""
     entropy_S: Tensor
-    """Entropy of the policy's distribution at the token, in nats; detached."""
+    """Entropy of the policy's distribution at the token, in nats; detached unless Need.ENTROPY."""
     prox_S: Tensor | None = None
     """For Need.PROX."""
     ref_S: Tensor | None = None
     """For Need.REF."""
+    collision_S: Tensor | None = None
+    """For Need.COLLISION; detached."""
 
     def sum_N(self, value_S: Tensor) -> Tensor:
         """Sum over each sequence's sampled tokens."""
@@ -101,7 +115,7 @@ class TokenLosses:
     """What an objective returns."""
 
     loss_S: Tensor
-    """Loss of each sampled token; carries the gradient."""
+    """Loss of each sampled token; carries the gradient, and each to its own token's log-prob alone, so that masks compose."""
     counted_S: Tensor | None = None
     """bool: tokens that count in the normaliser. None: all of them, also those whose loss was masked to zero."""
     means: dict[str, Tensor] = field(default_factory=dict)
@@ -118,8 +132,14 @@ class Objective(ABC):
     needs: frozenset[Need] = frozenset()
     whole_groups: bool = False
     """True: a group is never split over micro-batches (baselines and gradients of a whole group)."""
+    lone_sequences: bool = False
+    """True: every sequence is a micro-batch by itself (autograd's own gradient of each sequence)."""
+    late_coefficients: bool = False
+    """True: `gradients` multiplies the losses by coefficients that it finds later, so nothing else may be added to them."""
     skips_zero_advantage: bool = True
     """True: a group whose advantages are all zero adds nothing to the gradient, so it counts in the normaliser and is not run."""
+    single_version: bool = False
+    """True: all samples of a group must come from one version of the weights (`buffer.group_filter=single_version`)."""
     advantage: Advantage | None = None
     """Set where the method prescribes its own advantage; it replaces the configured one."""
     normalizer: str | None = None
@@ -141,12 +161,12 @@ class Objective(ABC):
         """Factor on this step's learning rate."""
         return 1.0
 
-    def backward(self, loss_S: Tensor, batch: SampledTokens) -> None:
-        """Adds the gradient of the micro-batch to the parameters' `.grad`. `loss_S` is weighted by the normaliser, not yet scaled.
+    def gradients(self, policy: Policy, ranks: Ranks) -> Gradients:
+        """How the micro-batches of one step become its gradient.
 
-        Overridden by methods that need more than a sum, such as one backward a sequence and a baseline from its norms.
+        Overridden by methods that need more than a sum, such as a baseline from the norms of each sequence's gradient.
         """
-        loss_S.sum().backward()  # type: ignore[no-untyped-call]
+        return Gradients()
 
 
 OBJECTIVES = Registry[Objective]("objective", Objective)  # type: ignore[type-abstract]

@@ -2,10 +2,12 @@
 
 All in log space, the exponent clamped to +-20, so that a log-ratio of a thousand is a large weight and not an infinity.
 
-Shape suffixes: S sampled tokens, N sequences.
+Shape suffixes: S sampled tokens, N sequences, B sequences of the whole step.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -36,3 +38,16 @@ def ratio_S(batch: SampledTokens, log_ratio_S: Tensor, *, level: str) -> Tensor:
 def within_S(ratio_S: Tensor, *, low: float, high: float) -> Tensor:
     """bool: the ratio is inside the band, its ends included."""
     return (ratio_S >= low) & (ratio_S <= high)
+
+
+def live_ratio_S(pi_S: Tensor, old_S: Tensor) -> Tensor:
+    """exp(pi - old) of each token, carrying pi's gradient (none beyond the clamp)."""
+    return torch.exp((pi_S - old_S).clamp(-MAX_EXPONENT, MAX_EXPONENT))
+
+
+def ess_ratio(log_w_B: Tensor) -> float:
+    """Effective sample size over B, `(sum W)^2 / (B sum W^2)`, in log space so that it cannot overflow; 1 for no sequences."""
+    if len(log_w_B) == 0:
+        return 1.0
+    log_ess = 2 * torch.logsumexp(log_w_B, 0) - torch.logsumexp(2 * log_w_B, 0)
+    return math.exp(float(log_ess)) / len(log_w_B)

@@ -1,0 +1,34 @@
+"""CISPO (MiniMax-M1, arXiv 2506.13585): REINFORCE with a clipped, detached token ratio, so that no token loses its gradient.
+
+`-sg(min(r, high)) A pi`. PPO's clip drops exactly the rare tokens whose probability moves most; this one only limits their weight.
+It is token-level truncated importance sampling under its own name and default.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from areal_like.errors import ConfigError
+from trainer.objectives.base import OBJECTIVES, Facts, Objective, SampledTokens, TokenLosses
+from trainer.objectives.importance import ratio_S
+
+
+@OBJECTIVES.register("cispo")
+@dataclass(frozen=True, kw_only=True)
+class Cispo(Objective):
+    """`-sg(min(r, high)) A pi`"""
+
+    high: float = 5.0
+    """Largest ratio."""
+
+    def __post_init__(self) -> None:
+        if not self.high > 0:
+            raise ConfigError(f"objective.high={self.high}: want a value above 0")
+
+    def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
+        """The weighted loss."""
+        r_S = ratio_S(batch, batch.log_ratio_S, level="token")
+        return TokenLosses(
+            loss_S=-r_S.clamp(max=self.high) * batch.advantage_S * batch.pi_S,
+            means={"clipped_fraction": r_S > self.high},
+        )

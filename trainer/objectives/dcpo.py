@@ -1,0 +1,52 @@
+"""DCPO (arXiv 2509.02333): PPO's clip with bounds that widen for tokens the behaviour policy found unlikely.
+
+PPO bounds the ratio, so a rare token may hardly gain probability at all. DCPO bounds `|(r - 1) p|`, which solves to
+r in [.5 + .5 sqrt(max(1 - 4 e_low / q, 0)), .5 + .5 sqrt(1 + 4 e_high / q)] for behaviour probability q. Its advantage smoothing over
+a prompt's history was left out: prompts seldom come twice here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from areal_like.errors import ConfigError
+from trainer.objectives.base import OBJECTIVES, Facts, Objective, SampledTokens, TokenLosses
+from trainer.objectives.importance import live_ratio_S
+from trainer.objectives.ppo import clipped_surrogate
+
+
+@OBJECTIVES.register("dcpo")
+@dataclass(frozen=True, kw_only=True)
+class Dcpo(Objective):
+    """`max(-A r, -A clip(r, low(q), high(q)))`"""
+
+    clip_low: float = 0.16
+    """e_low: mass that a token may lose."""
+    clip_high: float = 0.2
+    """e_high: mass that a token may gain."""
+    max_ratio: float = 5.0
+    """Ceiling of the upper bound, which grows without limit as q goes to 0."""
+
+    def __post_init__(self) -> None:
+        if not self.clip_low > 0 or not self.clip_high > 0 or not self.max_ratio > 1:
+            raise ConfigError("objective: want clip_low and clip_high above 0 and max_ratio above 1")
+
+    def bounds_S(self, mu_S: Tensor) -> tuple[Tensor, Tensor]:
+        """(lower, upper) bound of each token's ratio, from its behaviour log-prob."""
+        # Beyond this log-prob both bounds have saturated; the clamp keeps 1/q finite.
+        floor = math.log(4 * self.clip_high) - 2 * math.log(2 * self.max_ratio)
+        inverse_S = torch.exp(-mu_S.clamp(min=min(floor, math.log(4 * self.clip_low))))
+        low_S = 0.5 + 0.5 * torch.sqrt((1 - 4 * self.clip_low * inverse_S).clamp(min=0))
+        high_S = 0.5 + 0.5 * torch.sqrt(1 + 4 * self.clip_high * inverse_S)
+        return low_S, high_S.clamp(max=self.max_ratio)
+
+    def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
+        """The surrogate with each token's own bounds."""
+        r_S = live_ratio_S(batch.pi_S, batch.mu_S)
+        low_S, high_S = self.bounds_S(batch.mu_S)
+        loss_S, clipped_S = clipped_surrogate(r_S, torch.minimum(torch.maximum(r_S, low_S), high_S), batch.advantage_S)
+        return TokenLosses(loss_S=loss_S, means={"clipped_fraction": clipped_S})

@@ -1,0 +1,48 @@
+"""DPPO with total variation: a trust region in probabilities instead of ratios.
+
+A ratio of 2 is a revolution for a token of probability .4 and nothing for one of 1e-5. The policy term of a token is dropped when its
+probability has already moved by more than the threshold in the direction of its advantage; a small `log(r)^2` pulls every token,
+dropped or not, back towards the behaviour policy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from areal_like.errors import ConfigError
+from trainer.objectives.base import OBJECTIVES, Facts, Objective, SampledTokens, TokenLosses
+from trainer.objectives.importance import live_ratio_S
+
+
+@OBJECTIVES.register("dppo_tv")
+@dataclass(frozen=True, kw_only=True)
+class DppoTv(Objective):
+    """`-A r [not beyond the region] + pull log(r)^2`"""
+
+    low: float = 0.2
+    """Probability that a token with A < 0 may lose."""
+    high: float = 0.2
+    """Probability that a token with A > 0 may gain."""
+    pull: float = 1e-3
+    """Weight of the squared log-ratio."""
+
+    def __post_init__(self) -> None:
+        if not self.low > 0 or not self.high > 0 or self.pull < 0:
+            raise ConfigError("objective: want low and high above 0 and pull at least 0")
+
+    @property
+    def skips_zero_advantage(self) -> bool:  # type: ignore[override]
+        """Tokens without an advantage are pulled back too."""
+        return self.pull == 0
+
+    def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
+        """The masked surrogate and the pull; `kept_fraction` counts what is inside the region."""
+        moved_S = torch.exp(batch.pi_S.detach()) - torch.exp(batch.mu_S)
+        beyond_S = ((batch.advantage_S > 0) & (moved_S > self.high)) | ((batch.advantage_S < 0) & (moved_S < -self.low))
+        policy_S = -batch.advantage_S * live_ratio_S(batch.pi_S, batch.mu_S) * ~beyond_S
+        return TokenLosses(
+            loss_S=policy_S + self.pull * (batch.pi_S - batch.mu_S).square(),
+            means={"kept_fraction": ~beyond_S},
+        )

@@ -1,0 +1,129 @@
+"""Masks: which tokens an objective may learn from. They compose with any objective and with one another.
+
+    objective: {name: vespo, masks: [{name: stapo}, {name: opsm, delta: 0.05}]}
+
+A mask sees what an objective sees and may look at the whole step in the same three moves (`observe`, `summarize`, `kept_S`). A token
+that any mask drops has no loss and no gradient; with `denominator=kept` it leaves the normaliser too. What the objective computes from
+whole sequences (W, V*) still counts dropped tokens: a sequence's importance does not change because one of its tokens is not learned.
+
+Shape suffixes: S sampled tokens, N sequences.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from areal_like.errors import ConfigError
+from trainer.objectives.base import Facts, SampledTokens
+from trainer.objectives.importance import check_level, ratio_S, within_S
+from trainer.registry import Registry
+from trainer.scope import Scope
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mask(ABC):
+    """Base of all. Yours: a dataclass in a module of your own, `{_target_: my_module.MyMask}`."""
+
+    scope = Scope.GROUP
+
+    denominator: str = "original"
+    """What dropped tokens do in the normaliser: `original` (they count) | `kept` (they do not)."""
+
+    def __post_init__(self) -> None:
+        if self.denominator not in ("original", "kept"):
+            raise ConfigError(f"objective.masks: denominator={self.denominator}: use original or kept")
+
+    @abstractmethod
+    def kept_S(self, batch: SampledTokens, facts: Facts) -> Tensor:
+        """bool: what may be learned from."""
+
+    def observe(self, batch: SampledTokens) -> dict[str, Tensor]:
+        """As in Objective; only under scope BATCH."""
+        return {}
+
+    def summarize(self, observed: Facts) -> dict[str, Tensor]:
+        """As in Objective; only under scope BATCH."""
+        return {}
+
+
+MASKS = Registry[Mask]("objective.masks", Mask)  # type: ignore[type-abstract]
+
+
+@MASKS.register("band")
+@dataclass(frozen=True, kw_only=True)
+class Band(Mask):
+    """Rejection: drops what pi/mu has left the band [low, high], at the level of a token, a sequence or its geometric mean."""
+
+    level: str = "geometric"
+    """`token` | `sequence` | `geometric`: the latter two drop whole sequences."""
+    low: float = 0.5
+    """Lower end, inclusive."""
+    high: float = 2.0
+    """Upper end, inclusive."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_level("objective.masks: level", self.level)
+        if not 0 <= self.low < self.high:
+            raise ConfigError("objective.masks: band wants 0 <= low < high")
+
+    def kept_S(self, batch: SampledTokens, facts: Facts) -> Tensor:
+        """Inside the band."""
+        return within_S(ratio_S(batch, batch.log_ratio_S, level=self.level), low=self.low, high=self.high)
+
+
+@MASKS.register("opsm")
+@dataclass(frozen=True, kw_only=True)
+class Opsm(Mask):
+    """Off-policy sequence masking (DeepSeek-V3.2): drops bad sequences that the policy has already left behind."""
+
+    delta: float = 0.05
+    """Largest mean of mu - pi, in nats a token, of a sequence with A < 0. It has to exceed what engine and trainer differ by."""
+
+    def kept_S(self, batch: SampledTokens, facts: Facts) -> Tensor:
+        """All but sequences with A < 0 and mean(mu - pi) above delta."""
+        dropped_N = (batch.sum_N(batch.advantage_S) < 0) & (batch.mean_N(-batch.log_ratio_S) > self.delta)
+        return ~batch.spread_S(dropped_N)
+
+
+@MASKS.register("stapo")
+@dataclass(frozen=True, kw_only=True)
+class Stapo(Mask):
+    """Drops spurious tokens: unlikely ones in good samples, where the policy was not even unsure. They carry outsized gradients."""
+
+    scope = Scope.BATCH
+
+    denominator: str = "kept"
+    max_prob: float = 0.002
+    """Only tokens less likely than this under pi are dropped."""
+    quantile: float = 0.8
+    """... and only where the entropy is below this quantile of the step's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.max_prob < 1 or not 0 < self.quantile < 1:
+            raise ConfigError("objective.masks: stapo wants max_prob and quantile between 0 and 1")
+
+    def kept_S(self, batch: SampledTokens, facts: Facts) -> Tensor:
+        """All but tokens with A > 0, pi < max_prob and an entropy below the step's quantile."""
+        unlikely_S = batch.pi_S.detach() < math.log(self.max_prob)
+        sure_S = batch.entropy_S.detach().double() < facts["entropy_quantile"].to(batch.pi_S.device)
+        return ~((batch.advantage_S > 0) & unlikely_S & sure_S)
+
+    def observe(self, batch: SampledTokens) -> dict[str, Tensor]:
+        """Entropies."""
+        return {"entropy": batch.entropy_S}
+
+    def summarize(self, observed: Facts) -> dict[str, Tensor]:
+        """Their quantile, linearly interpolated; minus infinity for no tokens."""
+        ascending_S = observed["entropy"].sort().values
+        if len(ascending_S) == 0:
+            return {"entropy_quantile": ascending_S.new_tensor(-torch.inf)}
+        place = self.quantile * (len(ascending_S) - 1)
+        low, high = math.floor(place), math.ceil(place)
+        return {"entropy_quantile": torch.lerp(ascending_S[low], ascending_S[high], place - low)}

@@ -1,0 +1,111 @@
+"""PPO's clipped surrogate, `max(-A r, -A clip(r))`, and the decoupled form for data that is older than the last weights.
+
+`ppo` takes r = pi/mu. With DAPO's bounds (arXiv 2503.14476) a likely token may be raised further than it may be lowered; `dual_clip`
+bounds the loss of a bad token that has become likelier (arXiv 1912.09729).
+
+`decoupled_ppo` clips r = pi/prox around the weights at the start of the step, and corrects for the data's age by a detached weight
+prox/mu (arXiv 2110.00641; AReaL). With one optimizer step a batch and prox recomputed, r is 1 and the clip does nothing: what protects
+the run is the weight. A-3PO saves nothing here but a subtraction, prox being free; it is there because its prox lies between mu and
+pi, so that the clip has something to do: prox = mu + alpha (pi - mu), alpha = (v-1-v_b)/(v-v_b) for a token sampled by version v_b,
+v being the version that the step will make. In terms of the token's lag at the start of the step: alpha = lag / (lag + 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from areal_like.errors import ConfigError
+from trainer.objectives.base import OBJECTIVES, Facts, Need, Objective, SampledTokens, TokenLosses
+from trainer.objectives.importance import check_level, live_ratio_S, ratio_S
+
+
+def clipped_surrogate(ratio_S: Tensor, bounded_S: Tensor, advantage_S: Tensor) -> tuple[Tensor, Tensor]:
+    """(`max(-A r, -A bounded)`, which tokens the bound has cut off). Both ratios carry the gradient."""
+    loss_S = torch.maximum(-advantage_S * ratio_S, -advantage_S * bounded_S)
+    return loss_S, (advantage_S * (ratio_S - bounded_S) > 0).detach()
+
+
+@OBJECTIVES.register("ppo")
+@dataclass(frozen=True, kw_only=True)
+class Ppo(Objective):
+    """`max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))`, r = pi/mu of a token."""
+
+    clip_low: float = 0.2
+    """A ratio below 1 - this is not lowered further."""
+    clip_high: float = 0.28
+    """A ratio above 1 + this is not raised further (DAPO; .2 is the classic)."""
+    dual_clip: float = 0.0
+    """Largest ratio that counts for A < 0, above 1 (typically 3); 0 turns it off."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.clip_low < 1 or not self.clip_high > 0:
+            raise ConfigError("objective: want clip_low between 0 and 1 and clip_high above 0")
+        if self.dual_clip != 0 and self.dual_clip <= 1 + self.clip_high:
+            raise ConfigError(f"objective.dual_clip={self.dual_clip}: use 0 (off) or a value above 1 + clip_high")
+
+    def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
+        """The surrogate; `clipped_fraction` counts what either bound has cut off."""
+        r_S = live_ratio_S(batch.pi_S, batch.mu_S)
+        loss_S, clipped_S = clipped_surrogate(r_S, r_S.clamp(1 - self.clip_low, 1 + self.clip_high), batch.advantage_S)
+        if self.dual_clip:
+            ceiling_S = -batch.advantage_S * self.dual_clip
+            beyond_S = (batch.advantage_S < 0) & (loss_S > ceiling_S)
+            loss_S = torch.where(beyond_S, ceiling_S, loss_S)
+            clipped_S = clipped_S | beyond_S
+        return TokenLosses(loss_S=loss_S, means={"clipped_fraction": clipped_S})
+
+
+@OBJECTIVES.register("decoupled_ppo")
+@dataclass(frozen=True, kw_only=True)
+class DecoupledPpo(Objective):
+    """`w max(-A r, -A clip(r, 1 +- clip))`, r = pi/prox, w = prox/mu detached."""
+
+    clip: float = 0.2
+    """Half-width of the band of pi/prox."""
+    prox: str = "recomputed"
+    """`recomputed` (the weights at the start of the step) | `interpolated` between mu and pi by the token's lag (A-3PO)."""
+    level: str = "token"
+    """Of the weight: `token` | `sequence` | `geometric`."""
+    mode: str = "truncate"
+    """`truncate` at `cap` | `mask` above `cap` | `none`."""
+    cap: float = 5.0
+    """Largest weight; ignored under `mode=none`."""
+
+    def __post_init__(self) -> None:
+        check_level("objective.level", self.level)
+        if self.prox not in ("recomputed", "interpolated"):
+            raise ConfigError(f"objective.prox={self.prox}: use recomputed or interpolated")
+        if self.mode not in ("truncate", "mask", "none"):
+            raise ConfigError(f"objective.mode={self.mode}: use truncate, mask or none")
+        if not 0 < self.clip < 1 or not self.cap > 0:
+            raise ConfigError("objective: want clip between 0 and 1 and cap above 0")
+
+    @property
+    def needs(self) -> frozenset[Need]:  # type: ignore[override]
+        """The interpolated prox needs no forward of its own."""
+        return frozenset({Need.PROX} if self.prox == "recomputed" else ())
+
+    def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
+        """The weighted surrogate; `kept_fraction` counts what the mask left, `clipped_fraction` what clip or cap cut."""
+        prox_S = self.prox_S(batch)
+        r_S = live_ratio_S(batch.pi_S, prox_S)
+        loss_S, clipped_S = clipped_surrogate(r_S, r_S.clamp(1 - self.clip, 1 + self.clip), batch.advantage_S)
+        weight_S = ratio_S(batch, prox_S - batch.mu_S, level=self.level)
+        kept_S = torch.ones_like(clipped_S)
+        if self.mode == "truncate":
+            clipped_S = clipped_S | (weight_S > self.cap)
+            weight_S = weight_S.clamp(max=self.cap)
+        elif self.mode == "mask":
+            kept_S = weight_S <= self.cap
+        return TokenLosses(loss_S=loss_S * weight_S * kept_S, means={"clipped_fraction": clipped_S, "kept_fraction": kept_S})
+
+    def prox_S(self, batch: SampledTokens) -> Tensor:
+        """Log-probs around which the ratio is clipped."""
+        if self.prox == "recomputed":
+            assert batch.prox_S is not None
+            return batch.prox_S
+        alpha_S = batch.lag_S / (batch.lag_S + 1)
+        return batch.mu_S + alpha_S * batch.log_ratio_S

@@ -1,0 +1,77 @@
+"""Soft gates instead of a hard clip: a token far off is learned from less and less, never cut off at an edge.
+
+`sapo` (arXiv 2511.20347): `-A (4/tau) sigmoid(tau (r - 1))`, whose slope at r = 1 is that of the plain surrogate and falls off on both
+sides; negative tokens fall off faster because their gradient spreads over the whole vocabulary.
+
+`maspo` (arXiv 2602.17550): `-sg(F) r A` with a Gaussian F only on the side that PPO would clip, wider for tokens the behaviour policy
+found unlikely and for surer advantages: sigma+ = s0 p^-alpha (1 + beta A), sigma- = s0 p^-alpha / (1 - beta A), p = exp(mu).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from areal_like.errors import ConfigError
+from trainer.objectives.base import OBJECTIVES, Facts, Objective, SampledTokens, TokenLosses
+from trainer.objectives.importance import live_ratio_S
+
+
+@OBJECTIVES.register("sapo")
+@dataclass(frozen=True, kw_only=True)
+class Sapo(Objective):
+    """`-A (4/tau) sigmoid(tau (r - 1))`"""
+
+    tau_positive: float = 1.0
+    """Temperature for A >= 0."""
+    tau_negative: float = 1.05
+    """Temperature for A < 0; larger falls off faster."""
+
+    def __post_init__(self) -> None:
+        if not self.tau_positive > 0 or not self.tau_negative > 0:
+            raise ConfigError("objective: want tau_positive and tau_negative above 0")
+
+    def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
+        """The gated surrogate."""
+        r_S = live_ratio_S(batch.pi_S, batch.mu_S)
+        tau_S = torch.where(batch.advantage_S >= 0, self.tau_positive, self.tau_negative).to(r_S)
+        return TokenLosses(loss_S=-batch.advantage_S * (4 / tau_S) * torch.sigmoid(tau_S * (r_S - 1)))
+
+
+@OBJECTIVES.register("maspo")
+@dataclass(frozen=True, kw_only=True)
+class Maspo(Objective):
+    """`-sg(F) r A`, F = exp(-(r - 1)^2 / 2 sigma^2) where (A > 0, r > 1) or (A < 0, r < 1), else 1."""
+
+    sigma: float = 1.0
+    """s0: width at probability 1 and advantage 0."""
+    alpha: float = 0.3
+    """How much wider the gate is for unlikely tokens."""
+    beta: float = 0.03
+    """How much the advantage widens (A > 0) or narrows (A < 0) it."""
+    max_sigma: float = 10.0
+    """Largest width."""
+
+    def __post_init__(self) -> None:
+        if not self.sigma > 0 or not self.max_sigma > 0 or self.alpha < 0 or self.beta < 0:
+            raise ConfigError("objective: want sigma and max_sigma above 0, alpha and beta at least 0")
+
+    def sigma_S(self, mu_S: Tensor, advantage_S: Tensor) -> Tensor:
+        """Width of each token's gate."""
+        confidence_S = torch.log1p(self.beta * advantage_S.abs()) * torch.sign(advantage_S)
+        log_sigma_S = math.log(self.sigma) - self.alpha * mu_S + confidence_S
+        return torch.exp(log_sigma_S.clamp(max=math.log(self.max_sigma)))
+
+    def gate_S(self, ratio_S: Tensor, mu_S: Tensor, advantage_S: Tensor) -> Tensor:
+        """F of each token."""
+        deviation_S = (ratio_S - 1) / self.sigma_S(mu_S, advantage_S)
+        return torch.where(advantage_S * (ratio_S - 1) > 0, torch.exp(-0.5 * deviation_S.square()), 1.0)
+
+    def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
+        """The gated surrogate; `gate` is the mean of F."""
+        r_S = live_ratio_S(batch.pi_S, batch.mu_S)
+        gate_S = self.gate_S(r_S.detach(), batch.mu_S, batch.advantage_S)
+        return TokenLosses(loss_S=-gate_S * r_S * batch.advantage_S, means={"gate": gate_S})

@@ -1,0 +1,54 @@
+"""VESPO (arXiv 2602.10693): a soft, asymmetric kernel on the sequence's true importance weight.
+
+`-phi(W) A pi`, phi(W) = W^k exp(lambda (1 - W)), detached: phi(1) = 1, it rises to a peak at W = k/lambda and falls off on both sides, so
+that neither a sequence the policy has left behind nor one it has rushed towards dominates. (k, lambda) = (2, 3) for A >= 0 and (3, 2)
+for A < 0. W is the product over the sequence: its length-normalised form, or one (k, lambda) for both signs, breaks the method.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from areal_like.errors import ConfigError
+from trainer.objectives.base import OBJECTIVES, Facts, Objective, SampledTokens, TokenLosses
+from trainer.objectives.importance import MAX_EXPONENT
+
+MIN_LOG_W = math.log(1e-8)
+
+
+@OBJECTIVES.register("vespo")
+@dataclass(frozen=True, kw_only=True)
+class Vespo(Objective):
+    """`-phi(W) A pi`"""
+
+    k_positive: float = 2.0
+    """Power for A >= 0."""
+    lambda_positive: float = 3.0
+    """Decay for A >= 0."""
+    k_negative: float = 3.0
+    """Power for A < 0."""
+    lambda_negative: float = 2.0
+    """Decay for A < 0."""
+
+    def __post_init__(self) -> None:
+        if min(self.k_positive, self.lambda_positive, self.k_negative, self.lambda_negative) <= 0:
+            raise ConfigError("objective: want every k and lambda above 0")
+
+    def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
+        """The weighted loss; `phi` is the mean weight of a sequence."""
+        log_w_N = batch.sum_N(batch.log_ratio_S.clamp(-MAX_EXPONENT, MAX_EXPONENT))
+        # A sequence has one sign, also where an advantage varies over its tokens.
+        phi_N = self.phi_N(log_w_N, positive_N=batch.sum_N(batch.advantage_S) >= 0)
+        return TokenLosses(loss_S=-batch.spread_S(phi_N) * batch.advantage_S * batch.pi_S, means={"phi": phi_N})
+
+    def phi_N(self, log_w_N: Tensor, *, positive_N: Tensor) -> Tensor:
+        """The kernel of each sequence's log W."""
+        log_w_N = log_w_N.clamp(-MAX_EXPONENT, MAX_EXPONENT)
+        k_N = torch.where(positive_N, self.k_positive, self.k_negative).to(log_w_N)
+        lambda_N = torch.where(positive_N, self.lambda_positive, self.lambda_negative).to(log_w_N)
+        log_phi_N = k_N * log_w_N.clamp(min=MIN_LOG_W) + lambda_N * (1 - torch.exp(log_w_N))
+        return torch.exp(log_phi_N).nan_to_num(nan=0.0)
