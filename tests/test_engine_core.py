@@ -69,7 +69,8 @@ def test_every_path_matches_transformers(kind: str, fast: bool, tmp_path: Path) 
 
 SMALL: dict[str, object] = {
     "vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 64, "max_position_embeddings": 128, "initializer_range": 0.15, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "intermediate_size": 64, "max_position_embeddings": 128,
+    "initializer_range": 0.15, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 
 
@@ -177,12 +178,19 @@ def test_logits_that_are_not_finite_end_a_sequence_not_the_engine(tmp_path: Path
     spare = core.take_spare()
     for name, tensor in weights_of(path).items():
         spare.named[name].copy_(tensor)
-    spare.named["model.norm.weight"].fill_(float("nan"))
+    spare.named["model.layers.0.self_attn.v_proj.weight"].fill_(float("nan"))
     with torch.inference_mode():
         core.swap(spare, version="1", recompute=True)
-    broken = submit(core, [5, 6])
+    broken = submit(core, list(range(3, 15)))
     run(core)
     assert broken.finish is not None and broken.finish.is_error and broken.output_ids == []
+    spare = core.take_spare()
+    with torch.inference_mode():
+        core.swap(spare, version="2", recompute=True)
+    after = submit(core, [5, 6])
+    submit(core, list(range(3, 20)))  # a longer neighbour: positions beyond the short one's end are read, and masked
+    run(core)
+    assert error(path, after) < 1e-4, "the row it left poisoned the next"
 
 
 def test_loading_refuses_what_it_cannot_run(tmp_path: Path) -> None:

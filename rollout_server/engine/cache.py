@@ -141,9 +141,9 @@ class KVCache:
         for row in rows:
             self._storage[:, :, row, :, :length] = prefix_L2HTD
 
-    def clear(self) -> None:
-        """Zeroes everything, so that nothing that weights since refused could have left (NaN) survives."""
-        self._storage.zero_()
+    def clear_row(self, row: int) -> None:
+        """Zeroes a row that held something not finite, which would reach the row's next sequence through masked positions."""
+        self._storage[:, :, row].zero_()
 
 
 class PrefixCache:

@@ -174,7 +174,6 @@ class EngineCore:
         """Activates a complete, verified set. Running sequences go on: with KV computed anew, or with the KV they have."""
         if recompute:
             self.retract()
-            self._cache.clear()
         else:
             for sequence in self.scheduler.rows:
                 if sequence is not None:
@@ -313,6 +312,8 @@ class EngineCore:
         for row in np.nonzero(done_N)[0].tolist():
             if broken_N[row]:
                 rows.num_output[row] -= 1
+                self._cache.clear_row(row)
+                self._prefixes.clear()
                 finish = Finish(reason=FinishReason.ABORT, message="the model's logits are not finite", is_error=True)
             elif stopped_N[row]:
                 finish = Finish(reason=FinishReason.STOP, matched=int(tokens_N[row]))
