@@ -181,14 +181,16 @@ def test_logits_that_are_not_finite_end_a_sequence_not_the_engine(tmp_path: Path
     spare.named["model.layers.0.self_attn.v_proj.weight"].fill_(float("nan"))
     with torch.inference_mode():
         core.swap(spare, version="1", recompute=True)
-    broken = submit(core, list(range(3, 15)))
+    submit(core, list(range(3, 15)))
+    broken = submit(core, list(range(4, 16)))
     run(core)
     assert broken.finish is not None and broken.finish.is_error and broken.output_ids == []
     spare = core.take_spare()
     with torch.inference_mode():
         core.swap(spare, version="2", recompute=True)
-    after = submit(core, [5, 6])
     submit(core, list(range(3, 20)))  # a longer neighbour: positions beyond the short one's end are read, and masked
+    core.step()
+    after = submit(core, [5, 6])
     run(core)
     assert error(path, after) < 1e-4, "the row it left poisoned the next"
 
