@@ -197,22 +197,6 @@ def test_an_advantage_of_batch_scope_sees_every_sampled_token(tmp_path: Path, ra
     assert runner.run(groups, step=0)["loss"] == pytest.approx(-(white_S * pi_S).mean().item(), rel=1e-9)
 
 
-def test_advantages() -> None:
-    def of(name: str, rewards: list[float]) -> list[float]:
-        (group, *_) = random_groups(1, group_size=len(rewards))
-        pairs = zip(group, rewards, strict=True)
-        graded = [replace(t, reward=r) for t, r in pairs]
-        return [float(a) for a in ADVANTAGES.build({"name": name}).of_group(graded)]
-
-    assert of("grpo", [1, 0]) == [1, -1]
-    assert of("grpo", [1, 0, 0, 0]) == pytest.approx([3**0.5, -(3**-0.5), -(3**-0.5), -(3**-0.5)])
-    assert of("dr_grpo", [1, 0, 0, 0]) == [0.75, -0.25, -0.25, -0.25]
-    assert of("rloo", [1, 0, 0, 0]) == pytest.approx([1, -1 / 3, -1 / 3, -1 / 3])
-    for name in ADVANTAGES.names():
-        assert of(name, [0.1] * 7) == [0.0] * 7, "no spread is exactly zero, not a rounding error"
-        assert of(name, [0.3]) == [0.0]
-
-
 class Watchful(Reinforce):
     """Looks at everything an objective may look at, and sets the step's learning rate from the whole step."""
 

@@ -2,6 +2,9 @@
 
 A group without spread has advantage exactly zero: the mean of equal floats need not be that float again, and dividing its rounding
 error by a standard deviation of the same size would turn noise into a signal.
+
+Left out: `remax`, whose baseline is a greedy answer to the same prompt, which tickets do not ask for; `gae`, which needs a critic to be
+trained, sharded and kept beside the policy; `progrpo`, which weighs in the prompt's own probability, which nobody computes.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
 from trainer.registry import Registry
 from trainer.scope import Scope
@@ -88,3 +92,63 @@ class Rloo(Advantage):
         """[G]; zero for a group of one, which has no others."""
         size = len(group)
         return [float(a) for a in centred(rewards_of(group)) * (size / max(size - 1, 1))]
+
+
+@ADVANTAGES.register("opo")
+@dataclass(frozen=True, kw_only=True)
+class Opo(Advantage):
+    """R - sum(L R) / sum(L): the baseline of least variance if a gradient's square grows with length (OPO, arXiv 2505.23585)."""
+
+    def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
+        """[G]"""
+        rewards_G = rewards_of(group)
+        if rewards_G.max() == rewards_G.min():
+            return [0.0] * len(group)
+        lengths_G = np.array([trajectory.num_sampled for trajectory in group], dtype=np.float64)
+        return [float(a) for a in rewards_G - lengths_G @ rewards_G / max(lengths_G.sum(), 1.0)]
+
+
+@ADVANTAGES.register("gpg")
+@dataclass(frozen=True, kw_only=True)
+class Gpg(Advantage):
+    """alpha (R - mean), alpha = groups of the step / groups with spread (GPG, arXiv 2504.02546).
+
+    Groups that teach nothing then do not dilute those that do.
+    """
+
+    scope = Scope.BATCH
+
+    def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
+        """[G], before alpha."""
+        return [float(a) for a in centred(rewards_of(group))]
+
+    def rescale(self, *, advantages_S: FloatArray, groups_S: NDArray[np.int64]) -> tuple[float, float]:
+        """(0, alpha); alpha is 1 in a step without any spread."""
+        num_groups, num_spread = len(np.unique(groups_S)), len(np.unique(groups_S[advantages_S != 0]))
+        return 0.0, num_groups / num_spread if num_spread else 1.0
+
+
+@ADVANTAGES.register("reinforce_pp")
+@dataclass(frozen=True, kw_only=True)
+class ReinforcePlusPlus(Advantage):
+    """Rewards whitened over all sampled tokens of the step (REINFORCE++, arXiv 2501.03262)."""
+
+    scope = Scope.BATCH
+
+    baseline: str = "none"
+    """`none` | `group`: the group's mean is subtracted first (the paper's form for reasoning)."""
+
+    def __post_init__(self) -> None:
+        if self.baseline not in ("none", "group"):
+            raise ConfigError(f"advantage.baseline={self.baseline}: use none or group")
+
+    def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
+        """[G], before whitening."""
+        rewards_G = rewards_of(group)
+        return [float(a) for a in (centred(rewards_G) if self.baseline == "group" else rewards_G)]
+
+    def rescale(self, *, advantages_S: FloatArray, groups_S: NDArray[np.int64]) -> tuple[float, float]:
+        """(-mean, 1 / population standard deviation); a step without any spread becomes zero."""
+        if len(advantages_S) == 0 or advantages_S.max() == advantages_S.min():
+            return 0.0, 0.0
+        return -float(advantages_S.mean()), 1 / float(advantages_S.std())

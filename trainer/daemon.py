@@ -49,7 +49,7 @@ class Trainer:
         link.state = "loading"
         source = model_path(config)
         self._policy = build_policy(config, source, ranks)
-        self._runner = StepRunner.of(config, self._policy, ranks)
+        self._runner = StepRunner.of(config, self._policy, ranks, initial=source)
         self._checkpoints = Checkpoints(self._paths.checkpoints, keep=config.trainer.keep_checkpoints, tokenizer_path=source)
         self._step, self._stream = self._resume()
         self._saved_step = self._step
@@ -77,7 +77,9 @@ class Trainer:
         if resume == "latest" and not steps:
             raise ConfigError(f"resume=latest: there is no checkpoint in {self._paths.checkpoints}")
         step = steps[-1] if resume == "latest" else int(resume.removeprefix("step:"))
-        return step, self._checkpoints.load(step, self._policy, self._runner.optimizer, self._ranks)
+        extra = self._checkpoints.load(step, self._policy, self._runner.optimizer, self._ranks)
+        self._runner.rewards.restore(extra["shaping_duals"])
+        return step, extra["stream"]
 
     def _begin(self) -> None:
         snapshot = self._snapshot()
@@ -93,7 +95,7 @@ class Trainer:
         link.state = "training"
         lags = LagTally(config.max_staleness)
         groups = (lags.counted(group) for group in link.groups(step))
-        metrics = self._runner.run(groups, step=step, num_groups=config.trainer.groups_per_step)
+        metrics = self._runner.run(groups, step=step, num_groups=config.trainer.groups_per_step, lags=lags.of_tokens)
         self._step = link.step = step + 1
         lag_metrics = lags.reduced(self._ranks)
         snapshot = self._snapshot()
@@ -122,7 +124,8 @@ class Trainer:
     def _save(self) -> None:
         """Checkpoint, then commit: what the ledger calls trained is on disk."""
         stream = self._leader.stream_state(self._step - 1) if self._leader is not None else {}
-        self._checkpoints.save(self._step, self._policy, self._runner.optimizer, self._ranks, extra=stream)
+        extra = {"stream": stream, "shaping_duals": self._runner.rewards.duals}
+        self._checkpoints.save(self._step, self._policy, self._runner.optimizer, self._ranks, extra=extra)
         self._saved_step = self._step
         if self._leader is not None:
             self._leader.commit(self._step - 1)

@@ -44,7 +44,9 @@ class StepTotals:
         kl_S = torch.expm1(log_ratio_S.clamp(-MAX_EXPONENT, MAX_EXPONENT)) - log_ratio_S
         self.add_vector("kl_k3", kl_S, live=live)
         self.add_vector("entropy", tokens.entropy_S, live=live)
-        for name, values in losses.means.items():
+        # Both fractions exist for every objective, so that runs can be compared: nothing clipped and all kept unless it says otherwise.
+        fractions = {"clipped_fraction": torch.zeros_like(log_ratio_S), "kept_fraction": torch.ones_like(log_ratio_S)}
+        for name, values in (fractions | losses.means).items():
             self.add_vector(name, values.detach().to(log_ratio_S.dtype), live=live)
         self._log_w.append(tokens.log_w_N if live else tokens.log_w_N[:0])
 

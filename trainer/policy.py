@@ -35,7 +35,7 @@ class TokenLogProbs(NamedTuple):
     logprobs_S: Tensor
     """float32 (or the masters' dtype if wider): log_softmax(logits / temperature) of each sampled token; carries gradient."""
     entropy_S: Tensor
-    """Entropy of the same distribution, in nats; detached."""
+    """Entropy of the same distribution, in nats; detached unless `Policy.with_entropy_gradient`."""
     collision_S: Tensor | None
     """Sum of its squared probabilities, detached; None unless `Policy.with_collision`."""
 
@@ -53,6 +53,7 @@ class Policy(nn.Module):
         self.temperature = temperature
         self.chunk_tokens = chunk_tokens
         self.with_collision = False
+        self.with_entropy_gradient = False
         model.set_attn_implementation(ATTENTION_NAME)
         for module in model.modules():
             if isinstance(module, nn.Dropout):
@@ -121,10 +122,10 @@ class Policy(nn.Module):
         if self.temperature != 1.0:
             logits_CV = logits_CV / self.temperature
         logps_CV = torch.log_softmax(logits_CV, dim=-1)
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.with_entropy_gradient and torch.is_grad_enabled()):
             probs_CV = logps_CV.exp()
             entropy_C = -(probs_CV * logps_CV).sum(-1)
-            collision_C = torch.linalg.vector_norm(probs_CV, dim=-1).square() if self.with_collision else None
+            collision_C = torch.linalg.vector_norm(probs_CV.detach(), dim=-1).square() if self.with_collision else None
         # A sum and not a squeeze: FSDP2 hangs its backward hook on outputs, which must not be views.
         return logps_CV.gather(1, targets_C[:, None]).sum(1), entropy_C, collision_C
 

@@ -11,7 +11,7 @@ import difflib
 import importlib
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from areal_like.errors import ConfigError
@@ -41,8 +41,11 @@ class Registry(Generic[T]):
         """What may be written as `name`."""
         return sorted(self._classes)
 
-    def build(self, settings: Mapping[str, Any]) -> T:
-        """The object that a section describes. Raises ConfigError that lists what exists for an unknown name or setting."""
+    def build(self, settings: Mapping[str, Any], *, job: Mapping[str, Any] | None = None) -> T:
+        """The object that a section describes. Raises ConfigError that lists what exists for an unknown name or setting.
+
+        `job`: facts of the job (`max_tokens`), for a class that has a setting of that name where the section does not give it.
+        """
         values = dict(settings)
         if "_target_" in values:
             cls = self._import(str(values.pop("_target_")))
@@ -54,7 +57,21 @@ class Registry(Generic[T]):
                     f"for your own class write {self._section}._target_=my_module.MyClass"
                 )
             cls = self._classes[name]
+        known = inspect.signature(cls).parameters
+        values = {name: fact for name, fact in (job or {}).items() if name in known} | values
         return cls(**self._checked(cls, values))
+
+    def build_list(self, settings: Any, *, job: Mapping[str, Any] | None = None) -> tuple[T, ...]:
+        """The objects that a list of such sections describes; none for None. Raises ConfigError."""
+        if settings is None:
+            return ()
+        well_formed = isinstance(settings, Sequence) and all(
+            isinstance(one, Mapping) and ("name" in one) != ("_target_" in one) for one in settings
+        )
+        if not well_formed:
+            names = ", ".join(self.names())
+            raise ConfigError(f"{self._section}: want a list of mappings, each with `name` ({names}) or `_target_`, got {settings!r}")
+        return tuple(self.build(one, job=job) for one in settings)
 
     def _import(self, target: str) -> type[T]:
         module_name, _, attribute = target.rpartition(".")

@@ -18,6 +18,8 @@ _GAUGES = {
     "log_w_std": "Standard deviation of the same",
     "kl_k3": "KL(mu || pi), k3 estimator",
     "entropy": "Mean entropy of sampled tokens in nats",
+    "clipped_fraction": "Share of tokens whose weight or loss the objective has cut",
+    "kept_fraction": "Share of tokens that masks have left to learn from",
     "response_tokens": "Mean sampled tokens of a sample",
     "lag_mean": "Mean lag of the last step's samples in optimizer steps",
     "lag_max": "Largest lag of the last step's samples in optimizer steps",

@@ -13,14 +13,15 @@ A group whose advantages are all zero counts in the normaliser and is not run, u
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from areal_like.config import Config
+from areal_like.config import Config, KlConfig
 from areal_like.errors import ArealError, ConfigError
 from areal_like.trajectory import FinishReason, Trajectory
 from trainer.advantages import ADVANTAGES, Advantage
@@ -28,18 +29,22 @@ from trainer.clock import PhaseClock
 from trainer.diagnostics import StepTotals
 from trainer.gradients import Gradients
 from trainer.normalizers import Normalizer
-from trainer.objectives import OBJECTIVES, Facts, Need, Objective, SampledTokens
+from trainer.objectives import Facts, Need, Objective, SampledTokens, build_objective
 from trainer.objectives.importance import ess_ratio
 from trainer.optimizer import ShardedAdamW
 from trainer.packing import MicroBatch, PackedBatch, Packer, Sample, collate, num_targets
-from trainer.policy import Policy
+from trainer.policy import Policy, build_policy
 from trainer.ranks import Ranks
+from trainer.rewards import Rewards
 from trainer.scope import Scope
+from trainer.shaping import SHAPINGS, Shaping
 
 log = logging.getLogger(__name__)
 
 Group = Sequence[Trajectory]
 """Samples of one prompt, in sample order."""
+Lags = NDArray[np.int64]
+"""[num_tokens]"""
 
 
 class IncompleteStepError(ArealError):
@@ -63,9 +68,12 @@ class StepRunner:
         normalizer: Normalizer,
         budget_tokens: int,
         reference: Policy | None = None,
+        shapings: Sequence[Shaping] = (),
+        kl: KlConfig | None = None,
     ) -> None:
         """`budget_tokens`: of one micro-batch. `reference`: frozen, sharded like the policy, for objectives that need one.
 
+        `shapings`: of the rewards, in order. `kl`: the penalty to be taken off rewards; None: none (one in the loss is the objective's).
         Raises ConfigError when the objective needs a reference and there is none.
         """
         if Need.REF in objective.needs and reference is None:
@@ -77,19 +85,33 @@ class StepRunner:
             if prescribed not in (None, wanted):
                 log.warning("%s=%s is ignored: %s prescribes %s", setting, wanted, type(objective).__name__, prescribed)
         policy.with_collision = Need.COLLISION in objective.needs
+        policy.with_entropy_gradient = Need.ENTROPY in objective.needs
         self.policy = policy
         self.optimizer = optimizer
         self._ranks = ranks
         self._objective = objective
+        self._gradients = objective.gradients(policy, ranks)
         self._advantage = objective.advantage or advantage
         self._normalizer = replace(normalizer, name=objective.normalizer or normalizer.name)
         self._budget_tokens = budget_tokens
         self._reference = reference
+        self.rewards = Rewards(shapings, ranks, kl=kl, reference=reference, budget_tokens=budget_tokens)
 
     @classmethod
-    def of(cls, config: Config, policy: Policy, ranks: Ranks) -> StepRunner:
-        """The runner that a configuration describes, with a fresh optimizer. `policy` is sharded."""
-        trainer = config.trainer
+    def of(cls, config: Config, policy: Policy, ranks: Ranks, *, initial: str = "") -> StepRunner:
+        """The runner that a configuration describes, with a fresh optimizer. `policy` is sharded.
+
+        `initial`: the model that the run began with, which is the reference model where one is needed and none is named.
+        """
+        trainer, kl = config.trainer, config.kl
+        max_tokens = config.sampling.max_new_tokens
+        objective = build_objective(config.objective, max_tokens=max_tokens, kl=kl, entropy_coef=trainer.entropy_coef)
+        advantage = dict(config.advantage)
+        shapings = SHAPINGS.build_list(advantage.pop("shaping", None), job={"max_tokens": max_tokens})
+        in_reward = kl if kl.coef and kl.place == "reward" else None
+        reference = None
+        if (Need.REF in objective.needs or in_reward) and (kl.reference or initial):
+            reference = build_policy(config, kl.reference or initial, ranks).requires_grad_(False)
         optimizer = ShardedAdamW(
             policy,
             ranks,
@@ -103,28 +125,36 @@ class StepRunner:
             policy,
             optimizer,
             ranks,
-            objective=OBJECTIVES.build(config.objective),
-            advantage=ADVANTAGES.build(config.advantage),
-            normalizer=Normalizer(name=trainer.normalizer, max_tokens=config.sampling.max_new_tokens),
+            objective=objective,
+            advantage=ADVANTAGES.build(advantage),
+            normalizer=Normalizer(name=trainer.normalizer, max_tokens=max_tokens),
             budget_tokens=trainer.tokens_per_microbatch,
+            reference=reference,
+            shapings=shapings,
+            kl=in_reward,
         )
 
-    def run(self, groups: Iterable[Group], *, step: int, num_groups: int | None = None) -> dict[str, float]:
+    def run(
+        self, groups: Iterable[Group], *, step: int, num_groups: int | None = None, lags: Callable[[Trajectory], Lags] | None = None
+    ) -> dict[str, float]:
         """One optimizer step after `step` completed ones. Collective. Returns its metrics, equal on all ranks but for seconds.
 
         `groups`: this rank's share in recorded order (of all groups of the step, j goes to rank j mod world size). It may block
         until the next group is there; that time is reported as `wait_s`. What it raises passes through, with no update done.
         `num_groups`: how many all ranks together must have seen; else IncompleteStepError on every rank, with no update done.
+        `lags`: of each token of a trajectory, in optimizer steps; None: versions are numbers of steps.
 
         Metrics: loss, grad_norm, lr, lr_scale, reward, reward_std, response_tokens, prompt_tokens, truncated_fraction, num_groups,
         zero_advantage_groups, num_sequences, num_tokens (packed and run), num_microbatches (of all ranks), ess_ratio, log_w_mean,
-        log_w_std, kl_k3, entropy, what the objective reports (clipped_fraction, ...), wait_s, compute_s, reduce_s, update_s, step_s.
+        log_w_std, kl_k3, entropy, clipped_fraction, kept_fraction, what else the objective reports, shaped_reward (where advantages are
+        not made of `reward`), shaping_dual_I (of a shaping that learns one), wait_s, compute_s, reduce_s, update_s, step_s.
         """
-        clock, totals = PhaseClock(_PHASES), StepTotals(_SEEDED)
+        clock, totals = PhaseClock(_PHASES), StepTotals(_SEEDED if self.rewards.is_plain else (*_SEEDED, "shaped_reward"))
         self.policy.zero_grad()  # a step that was given up may have left some
-        samples = self._samples(clock.timed("wait_s", groups), totals)
+        graded = self._graded(clock.timed("wait_s", groups), totals, clock)
+        samples = self._samples(graded, lags or (lambda trajectory: np.maximum(step - trajectory.versions.astype(np.int64), 0)))
         facts: Facts = {}
-        with self._objective.gradients(self.policy, self._ranks) as gradients:
+        with self._gradients as gradients:
             if Scope.BATCH in (self._objective.scope, self._advantage.scope):
                 packs = list(self._cut(self._rescaled(list(samples)), totals))
                 if self._objective.scope is Scope.BATCH:
@@ -147,18 +177,33 @@ class StepRunner:
         divisor = self._normalizer.divisor(num_tokens=totals.total("counted_tokens"), num_seqs=totals.total("counted_seqs"))
         with clock.span("update_s"):
             grad_norm = self.optimizer.step(divisor=divisor, lr=lr)
+        self.rewards.advance(mean_tokens=totals.mean("response_tokens"))
         metrics = _metrics(totals)
+        metrics.update(self.rewards.metrics())
         metrics.update(loss=totals.total("loss") / divisor, grad_norm=grad_norm, lr=lr, lr_scale=lr_scale)
         return {**metrics, **clock.seconds()}
 
-    def _samples(self, groups: Iterable[Group], totals: StepTotals) -> Iterator[list[Sample]]:
-        """Groups with their advantages, recorded in the totals on the way."""
+    def _graded(self, groups: Iterable[Group], totals: StepTotals, clock: PhaseClock) -> Iterator[Group]:
+        """Groups with the rewards that advantages are made of; those of the task are recorded in the totals on the way."""
+        recorded = (_recorded(totals, group) for group in groups)
+        if self.rewards.scope is Scope.BATCH:
+            collected = list(recorded)
+            with clock.span("compute_s"):
+                graded = iter(self.rewards.of_step(collected, self._matched))
+        else:
+            graded = (self.rewards.of_group(group) for group in recorded)
+        for group in graded:
+            if not self.rewards.is_plain:
+                totals.add("shaped_reward", sum(trajectory.reward for trajectory in group), count=float(len(group)))
+            yield group
+
+    def _samples(self, groups: Iterable[Group], lags: Callable[[Trajectory], Lags]) -> Iterator[list[Sample]]:
+        """Groups with their advantages."""
         for index, group in enumerate(groups):
             position = index * self._ranks.world_size + self._ranks.rank
             advantages = self._advantage.of_group(group)
-            _record_group(totals, group)
             yield [
-                Sample(trajectory=trajectory, advantage=advantage, group=position)
+                Sample(trajectory=trajectory, advantage=advantage, group=position, lag=lags(trajectory))
                 for trajectory, advantage in zip(group, advantages, strict=True)
             ]
 
@@ -278,7 +323,7 @@ def _only(vectors: dict[str, Tensor], *, live: bool) -> dict[str, Tensor]:
     return vectors if live else {name: vector[:0] for name, vector in vectors.items()}
 
 
-def _record_group(totals: StepTotals, group: Group) -> None:
+def _recorded(totals: StepTotals, group: Group) -> Group:
     size = float(len(group))
     rewards = [trajectory.reward for trajectory in group]
     totals.add("num_groups", 1.0)
@@ -289,6 +334,7 @@ def _record_group(totals: StepTotals, group: Group) -> None:
     totals.add("prompt_tokens", float(sum(t.num_tokens for t in group) - sum(targets)), count=size)
     truncated = sum(trajectory.finish_reason is FinishReason.LENGTH for trajectory in group)
     totals.add("truncated_fraction", float(truncated), count=size)
+    return group
 
 
 _PHASES = ("wait_s", "compute_s", "reduce_s", "update_s")

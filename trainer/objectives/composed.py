@@ -12,8 +12,8 @@ expectation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -155,15 +155,9 @@ def build_objective(
     setting of that name and was not given one. Raises ConfigError.
     """
     bare = dict(settings)
-    mask_settings = bare.pop("masks", None) or []
-    if not isinstance(mask_settings, Sequence) or not all(
-        isinstance(m, Mapping) and ("name" in m) != ("_target_" in m) for m in mask_settings
-    ):
-        raise ConfigError("objective.masks: want a list like [{name: opsm, delta: 0.05}], each with `name` or `_target_`")
-    inner = OBJECTIVES.build(bare)
-    if max_tokens and is_dataclass(inner) and "max_tokens" in {f.name for f in fields(inner)} - bare.keys():
-        inner = replace(inner, max_tokens=max_tokens)
-    masks = tuple(MASKS.build(mask) for mask in mask_settings)
+    job = {"max_tokens": max_tokens} if max_tokens else {}
+    masks = MASKS.build_list(bare.pop("masks", None), job=job)
+    inner = OBJECTIVES.build(bare, job=job)
     in_loss = kl if kl is not None and kl.coef and kl.place == "loss" else None
     if inner.late_coefficients and (in_loss is not None or entropy_coef):
         raise ConfigError(f"{type(inner).__name__} takes no other terms in its loss: use kl.place=reward and no entropy bonus")
