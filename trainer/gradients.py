@@ -17,12 +17,10 @@ if TYPE_CHECKING:
 
 
 class Gradients:
-    """Of one step: entered -> add() a micro-batch -> finish(), once -> left. Leaving without finish() gives the step up."""
-
-    def __init__(self) -> None:
-        self._loss: Tensor | float = 0.0
+    """Of one step at a time: [entered -> add() a micro-batch, many -> finish() -> left]*. Leaving without finish() gives the step up."""
 
     def __enter__(self) -> Gradients:
+        self._loss: Tensor | float = 0.0
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

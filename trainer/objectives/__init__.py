@@ -13,6 +13,7 @@ from trainer.objectives.ppo import DecoupledPpo, Ppo
 from trainer.objectives.soft import Maspo, Sapo
 from trainer.objectives.tis import Reinforce, TruncatedIS
 from trainer.objectives.topr import Topr
+from trainer.objectives.vcpo import Vcpo
 from trainer.objectives.vespo import Vespo
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "TokenLosses",
     "Topr",
     "TruncatedIS",
+    "Vcpo",
     "Vespo",
     "build_objective",
 ]

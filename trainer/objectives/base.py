@@ -162,7 +162,7 @@ class Objective(ABC):
         return 1.0
 
     def gradients(self, policy: Policy, ranks: Ranks) -> Gradients:
-        """How the micro-batches of one step become its gradient.
+        """How the micro-batches of a step become its gradient; called once, with the sharded policy.
 
         Overridden by methods that need more than a sum, such as a baseline from the norms of each sequence's gradient.
         """

@@ -1,0 +1,151 @@
+"""What VCPO's baseline costs: an optimizer step of plain sequence TIS against VCPO with ghost, exact and proxy norms.
+
+The default job's shape: its model, 16 groups of 8, sequences of about 16 tokens, every group with spread, one thread. Time is CPU time
+of the thread (nothing waits), the median of interleaved repetitions, so that a busy machine changes it little. Memory is the growth of
+the process's resident peak over the state before the step, each objective in a process of its own.
+
+`goal`: ghost norms within 1.25 of plain TIS.
+
+    python -m benchmarks.vcpo_overhead [--repeats 30] [--groups 16] [--width 96]
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from areal_like.config import Config
+from areal_like.trajectory import FinishReason, Trajectory
+from benchmarks.report import table, write
+from trainer.advantages import Grpo
+from trainer.normalizers import Normalizer
+from trainer.objectives import OBJECTIVES
+from trainer.optimizer import ShardedAdamW
+from trainer.policy import Policy
+from trainer.ranks import Ranks
+from trainer.step import StepRunner
+
+GOAL = 1.25
+OBJECTIVE_SETTINGS: dict[str, dict[str, Any]] = {
+    "tis": {"name": "tis", "level": "sequence", "cap": 8.0},
+    "vcpo, no baseline": {"name": "vcpo", "baseline": "none"},
+    "vcpo, proxy": {"name": "vcpo", "norms": "proxy"},
+    "vcpo, ghost": {"name": "vcpo", "norms": "ghost"},
+    "vcpo, exact": {"name": "vcpo", "norms": "exact"},
+}
+
+
+def model_at(path: str, *, width: int) -> str:
+    """The default job's architecture, untrained; `width` is its hidden size."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=100, hidden_size=width, num_hidden_layers=3, num_attention_heads=4, intermediate_size=width * 8 // 3,
+        max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def groups_of(num_groups: int, *, group_size: int = 8) -> list[list[Trajectory]]:
+    """Prompts of 6 to 10 tokens, answers of 5 to 10, alternating rewards."""
+    rng = np.random.default_rng(0)
+    return [
+        [trajectory(rng, num_prompt=int(prompt), reward=i % 2) for i in range(group_size)] for prompt in rng.integers(6, 11, num_groups)
+    ]
+
+
+def trajectory(rng: np.random.Generator, *, num_prompt: int, reward: float) -> Trajectory:
+    """Random tokens, as likely as under a uniform policy, give or take."""
+    num_sampled = int(rng.integers(5, 11))
+    mask = np.repeat([0, 1], [num_prompt, num_sampled]).astype(np.uint8)
+    return Trajectory(
+        tokens=rng.integers(3, 100, len(mask)).astype(np.int32),
+        loss_mask=mask,
+        logprobs=np.where(mask, -4.6 + 0.1 * rng.standard_normal(len(mask)), 0).astype(np.float32),
+        versions=np.where(mask, 0, -1).astype(np.int32),
+        reward=float(reward),
+        finish_reason=FinishReason.STOP,
+    )
+
+
+def runner_of(path: str, settings: dict[str, Any]) -> StepRunner:
+    """The default job's step, learning rate 0 so that every repetition does the same work."""
+    ranks = Ranks.alone()
+    policy = Policy.load(path).shard(ranks)
+    return StepRunner(
+        policy,
+        ShardedAdamW(policy, ranks, lr=0.0),
+        ranks,
+        objective=OBJECTIVES.build(settings),
+        advantage=Grpo(),
+        normalizer=Normalizer(name="seq_mean_token_mean", max_tokens=10),
+        budget_tokens=Config().trainer.tokens_per_microbatch,
+    )
+
+
+def peak_mib(name: str, path: str, num_groups: int) -> float:
+    """Growth of the resident peak over three steps; in a process of its own."""
+    torch.set_num_threads(1)
+    runner, groups = runner_of(path, OBJECTIVE_SETTINGS[name]), groups_of(num_groups)
+    before = int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS")).split()[1])
+    for step in range(3):
+        runner.run(groups, step=step)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def step_seconds(path: str, num_groups: int, *, repeats: int) -> dict[str, float]:
+    """Median CPU seconds of a step."""
+    torch.set_num_threads(1)
+    groups = groups_of(num_groups)
+    runners = {name: runner_of(path, settings) for name, settings in OBJECTIVE_SETTINGS.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in runners}
+    for repeat in range(repeats + 2):
+        for name, runner in runners.items():
+            started = time.thread_time()
+            runner.run(groups, step=0)
+            if repeat >= 2:
+                seconds[name].append(time.thread_time() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def main() -> None:
+    """Measures, prints a table, writes benchmarks/results/vcpo_overhead.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--groups", type=int, default=16)
+    parser.add_argument("--width", type=int, default=96)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        path = model_at(scratch, width=arguments.width)
+        spawn = multiprocessing.get_context("spawn")
+        memory = {}
+        for name in OBJECTIVE_SETTINGS:
+            with spawn.Pool(1) as pool:
+                memory[name] = pool.apply(peak_mib, (name, path, arguments.groups))
+        seconds = step_seconds(path, arguments.groups, repeats=arguments.repeats)
+    rows = {
+        name: {"step_s": seconds[name], "ratio": seconds[name] / seconds["tis"], "peak_mib": memory[name]} for name in OBJECTIVE_SETTINGS
+    }
+    suffix = "" if arguments.width == 96 else f"_{arguments.width}"
+    settings = {"goal": GOAL, "groups": arguments.groups, "group_size": 8, "width": arguments.width, "repeats": arguments.repeats}
+    write(f"vcpo_overhead{suffix}", {**settings, "objectives": rows})
+    print(
+        table(
+            ["objective", "step, ms", "of plain TIS", "peak memory over rest, MiB"],
+            [[name, f"{1e3 * row['step_s']:.1f}", f"{row['ratio']:.2f}", f"{row['peak_mib']:.0f}"] for name, row in rows.items()],
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

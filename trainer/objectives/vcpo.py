@@ -1,0 +1,172 @@
+"""VCPO: variance control for stale batches (arXiv 2602.17616). Three parts, each usable alone.
+
+    weight      w_i = min(W_i, cap), W_i the sequence's true likelihood ratio pi/mu
+    step size   lr * sqrt(min(1, rho / rho_ref)), rho = ESS / B of the untruncated W over all B sequences of the step
+    baseline    sum_i w_i (A_i - b) grad log pi_i / L_i, with the b that minimises its variance:
+                b* = sum_i m_i A_i / sum_i m_i, m_i = ||w_i grad log pi_i / L_i||^2
+
+b* commutes with what an advantage does to a group's rewards: with A = (R - mean) / std it is the b* of the rewards less their mean, over
+std, and A - b* is the paper's (R - b*) / std. So the configured advantage is the scale (`grpo` divides by the population standard
+deviation, `dr_grpo` by nothing) and a group without spread stays exactly zero. m_i is taken from the gradient that is used, so that
+truncation, and the normaliser's 1/L_i, are in it whatever they are. A per-token advantage counts by its mean over the sequence.
+
+A step size above rho_ref is not raised. Adam hides a gradient's scale but not the learning rate's, which is why it is that.
+
+Shape suffixes: S sampled tokens, N sequences, B sequences of the whole step.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from areal_like.errors import ConfigError
+from trainer.baselines import optimal_baseline
+from trainer.ghost_gradients import GhostGradients
+from trainer.gradients import Gradients
+from trainer.objectives.base import OBJECTIVES, Facts, Need, Objective, SampledTokens, TokenLosses
+from trainer.objectives.importance import ess_ratio
+from trainer.scope import Scope
+from trainer.sequence_gradients import SequenceGradients
+
+if TYPE_CHECKING:
+    from trainer.policy import Policy
+    from trainer.ranks import Ranks
+
+_CHOICES = {
+    "step_size": ("sqrt", "linear", "none"),
+    "baseline": ("group", "batch", "none"),
+    "norms": ("ghost", "exact", "proxy"),
+    "normalizer": ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant"),
+}
+
+
+@OBJECTIVES.register("vcpo")
+@dataclass(frozen=True, kw_only=True)
+class Vcpo(Objective):
+    """`-w (A - b*) pi`, at a learning rate that follows the effective sample size."""
+
+    cap: float = 8.0
+    """Largest weight of a sequence; 0 leaves the weights out (all are 1)."""
+    step_size: str = "sqrt"
+    """How the learning rate follows x = min(1, rho / rho_ref): `sqrt` | `linear` | `none`."""
+    rho_ref: float = 1.0
+    """ESS ratio at which the step is whole: 1, or what the job measures on-policy (.55 for several turns in the paper)."""
+    baseline: str = "group"
+    """What shares one b*: `group` (a prompt's samples) | `batch` (the step's) | `none` (the advantage as it is)."""
+    norms: str = "ghost"
+    """How ||grad log pi_i|| is found: `ghost` (exact, from activations and their gradients) | `exact` (autograd, a backward a sequence:
+    any architecture, slow) | `proxy` (of the logits' gradient alone; no more than a pass over the logits)."""
+    leave_one_out: bool = False
+    """Each sample's b* is that of the others of its group: no bias from its own part in it. Not with `norms=exact`."""
+    normalizer: str = "seq_mean_token_mean"
+    """The loss's, instead of `trainer.normalizer`."""
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"objective.{name}={getattr(self, name)}: use {', '.join(choices)}")
+        if self.cap < 0 or not 0 < self.rho_ref <= 1:
+            raise ConfigError("objective: want cap of at least 0 and rho_ref above 0 and at most 1")
+        if self.leave_one_out and (self.baseline != "group" or self.norms == "exact"):
+            raise ConfigError("objective.leave_one_out needs objective.baseline=group and objective.norms=ghost or proxy")
+
+    @property
+    def scope(self) -> Scope:  # type: ignore[override]
+        """BATCH where the loss itself holds a b* of the whole step."""
+        return Scope.BATCH if self.norms == "proxy" and self.baseline == "batch" else Scope.GROUP
+
+    @property
+    def needs(self) -> frozenset[Need]:  # type: ignore[override]
+        """What the proxy is made of."""
+        return frozenset({Need.COLLISION}) if self._is_proxy else frozenset()
+
+    @property
+    def whole_groups(self) -> bool:  # type: ignore[override]
+        """Where a group's b* must be known before its micro-batch is done."""
+        return self.baseline == "group" and self.norms != "exact"
+
+    @property
+    def lone_sequences(self) -> bool:  # type: ignore[override]
+        """Autograd separates no sequences."""
+        return self.late_coefficients and self.norms == "exact"
+
+    @property
+    def late_coefficients(self) -> bool:  # type: ignore[override]
+        """A - b* is known only after the backward, except by the proxy."""
+        return self.baseline != "none" and self.norms != "proxy"
+
+    @property
+    def skips_zero_advantage(self) -> bool:  # type: ignore[override]
+        """The effective sample size is that of all sequences, and the step's b* moves groups without spread too."""
+        return self.step_size == "none" and self.baseline != "batch"
+
+    def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
+        """`-w (A - b*) pi`; where norms come from the backward, `-w pi`, and `gradients` does the rest."""
+        weight_N = self._weights(batch)
+        means = {"clipped_fraction": batch.log_w_N > math.log(self.cap) if self.cap else torch.zeros_like(weight_N)}
+        if self.late_coefficients:
+            return TokenLosses(loss_S=-batch.spread_S(weight_N) * batch.pi_S, means=means)
+        if self.baseline == "none":
+            return TokenLosses(loss_S=-batch.spread_S(weight_N) * batch.advantage_S * batch.pi_S, means=means)
+        advantage_N = batch.mean_N(batch.advantage_S)
+        if self.baseline == "batch":
+            baseline_N = facts["baseline"].to(advantage_N).expand_as(advantage_N)
+        else:
+            baseline_N = optimal_baseline(
+                self._proxy_squares(batch), advantage_N.double(), batch.group_N, leave_one_out=self.leave_one_out
+            ).to(advantage_N)
+        means["baseline"] = baseline_N
+        return TokenLosses(loss_S=-batch.spread_S(weight_N * (advantage_N - baseline_N)) * batch.pi_S, means=means)
+
+    def observe(self, batch: SampledTokens) -> dict[str, Tensor]:
+        """Every sequence's log W, and what a proxy's b* of the whole step is made of."""
+        observed = {"log_w": batch.log_w_N}
+        if self.scope is Scope.BATCH:
+            observed |= {"squares": self._proxy_squares(batch), "advantage": batch.mean_N(batch.advantage_S)}
+        return observed
+
+    def summarize(self, observed: Facts) -> dict[str, Tensor]:
+        """rho, and the step's b*."""
+        facts = {"rho": torch.tensor(ess_ratio(observed["log_w"]), dtype=torch.float64)}
+        if self.scope is Scope.BATCH:
+            squares_B = observed["squares"]
+            one_group_B = torch.zeros(len(squares_B), dtype=torch.int64)
+            facts["baseline"] = optimal_baseline(squares_B, observed["advantage"], one_group_B)[:1].sum()
+        return facts
+
+    def lr_scale(self, facts: Facts) -> float:
+        """sqrt(x) or x; 1 for a step without data."""
+        if self.step_size == "none" or "rho" not in facts:
+            return 1.0
+        x = min(1.0, float(facts["rho"]) / self.rho_ref)
+        return math.sqrt(x) if self.step_size == "sqrt" else x
+
+    def gradients(self, policy: Policy, ranks: Ranks) -> Gradients:
+        """By the choice of `norms`."""
+        if not self.late_coefficients:
+            return Gradients()
+        if self.norms == "exact":
+            return SequenceGradients(policy, ranks, over_batch=self.baseline == "batch")
+        return GhostGradients(policy, ranks, over_batch=self.baseline == "batch", leave_one_out=self.leave_one_out)
+
+    @property
+    def _is_proxy(self) -> bool:
+        return self.baseline != "none" and self.norms == "proxy"
+
+    def _weights(self, batch: SampledTokens) -> Tensor:
+        """[N] min(W, cap)"""
+        return torch.exp(batch.log_w_N.clamp(max=math.log(self.cap))) if self.cap else torch.ones_like(batch.log_w_N)
+
+    def _proxy_squares(self, batch: SampledTokens) -> Tensor:
+        """[N] float64: ||grad||^2 with respect to the logits, `1 - 2 pi_t + sum_v pi_v^2` a token, times w^2 (and 1 / L^2)."""
+        assert batch.collision_S is not None
+        squares_N = batch.sum_N(1 - 2 * batch.pi_S.detach().exp() + batch.collision_S).double()
+        scale_N = self._weights(batch).double()
+        if self.normalizer == "seq_mean_token_mean":
+            scale_N = scale_N / batch.length_N.clamp(min=1).double()
+        return squares_N * scale_N.square()
