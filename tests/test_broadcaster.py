@@ -69,6 +69,8 @@ class Receiver:
         except WeightSyncError as error:
             self.listener.send(envelope.peer, WeightsFailed(version=self.version, reason=str(error)), rid=envelope.rid)
             return
+        if self.misbehave == "mute":
+            return
         self.listener.send(envelope.peer, WeightsOk(version=self.version), rid=envelope.rid)
 
     def join(self, form: FormGroup) -> WeightGroup:
@@ -92,6 +94,9 @@ class Receiver:
             self.group.broadcast(data)
             assert checksum(data) == bucket.crc32
             self.tensors |= unflatten(bucket, data)
+        if self.misbehave == "vanish":  # with the whole broadcast received, so that nothing breaks
+            self.misbehave = "mute"
+            return
         if self.misbehave == "reject":
             raise WeightSyncError("verification failed")
         self.version = push.version
@@ -115,7 +120,7 @@ def snapshot(value: float) -> Any:
 def run(body: Callable[[Broadcaster], Awaitable[None]], *, deadline_s: float = 10.0) -> None:
     async def bounded() -> None:
         broadcaster = Broadcaster(WeightsConfig(push_deadline_s=deadline_s), device="cpu", incarnation=1)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(30):
             await body(broadcaster)
             await broadcaster.close()
 
@@ -140,7 +145,7 @@ def test_one_group_serves_many_pushes_and_a_joiner_makes_a_new_one() -> None:
     run(body)
 
 
-@pytest.mark.parametrize("how", ["reject", "die", "refuse", "mute"])
+@pytest.mark.parametrize("how", ["reject", "die", "refuse", "mute", "vanish"])
 def test_one_bad_member_costs_one_push_and_the_others_go_on(how: str) -> None:
     async def body(broadcaster: Broadcaster) -> None:
         good, bad = Receiver("good"), Receiver("bad")
@@ -161,7 +166,8 @@ def test_one_bad_member_costs_one_push_and_the_others_go_on(how: str) -> None:
         for receiver in (good, bad):
             receiver.close()
 
-    run(body, deadline_s=4.0)
+    # A death is noticed long before the deadline; only a rendezvous that somebody refuses runs into it.
+    run(body, deadline_s=4.0 if how == "refuse" else 40.0)
 
 
 def test_nobody_there_is_not_an_error() -> None:

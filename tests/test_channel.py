@@ -64,7 +64,7 @@ def test_unasked_messages_reach_the_handler_and_silence_is_a_deadline() -> None:
         heard: list[Any] = []
         listener = serve(answer)
         link = Link(tcp_address("127.0.0.1", listener.port), handler=heard.append)
-        with pytest.raises(DeadlineError, match="Fetch within 0.3 s"):
+        with pytest.raises(DeadlineError, match=r"Fetch within 0\.3 s"):
             await link.call(Fetch(step=0, position=0), timeout_s=0.3)
         assert heard == [HelloRequired()]
         pending = asyncio.ensure_future(link.call(Fetch(step=0, position=0), timeout_s=10))

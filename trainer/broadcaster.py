@@ -121,8 +121,10 @@ class Broadcaster:
         if broken:
             # Survivors may be blocked in the broadcast that the dead peer broke: telling them to leave makes them answer.
             await asyncio.gather(self._farewell(epoch), asyncio.wait(asked, timeout=_ALIVE_S))
-            for task in asked:
-                task.cancel()
+        else:
+            await self._while_alive(epoch.members, asked)
+        for task in asked:
+            task.cancel()
         answers = await asyncio.gather(*asked, return_exceptions=True)
         # Whoever reports the broken broadcast survived it; whoever broke it is silent.
         blameless = {m.key for m, answer in zip(epoch.members, answers, strict=True) if broken and isinstance(answer, WeightsFailed)}
@@ -208,6 +210,17 @@ class Broadcaster:
         if self._config.backend == "nccl" and not on_gpus:
             log.warning("weights.backend=nccl needs the trainer and every engine on GPUs: using gloo")
         return "nccl" if on_gpus and self._config.backend != "gloo" else "gloo"
+
+    async def _while_alive(self, members: list[_Member], asked: list[asyncio.Task[_Answer]]) -> None:
+        """Waits for answers, but not for a server that has died with the whole broadcast in its socket's buffer."""
+        pending = dict(zip(asked, members, strict=True))
+        while pending:
+            done, _ = await asyncio.wait(pending, timeout=_ALIVE_S, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                alive = await asyncio.gather(*(member.ask(AskAlive(), timeout_s=_ALIVE_S) for member in pending.values()))
+                done = {task for task, answer in zip(pending, alive, strict=True) if isinstance(answer, WeightsFailed)}
+            for task in done:
+                del pending[task]
 
     async def _send(self, group: WeightGroup, data: list[torch.Tensor]) -> str:
         """Broadcasts; returns why it broke, or nothing."""

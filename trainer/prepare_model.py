@@ -46,18 +46,19 @@ Recipe = tuple[str, Mapping[str, Any], Callable[[Path], None]]
 
 
 def _tiny(config: Config) -> Recipe:
-    from trainer import tiny_model
-
     steps, task = config.model.warm_start_steps, config.task.get("name", config.task.get("_target_"))
     if steps > 0 and task != "sort":
         raise ConfigError(
             f"model.path=tiny is warm-started on the sort task, and task is {task}: name a pretrained model, "
             "or set model.warm_start_steps=0 for random weights"
         )
-    sources = [Path(str(module.__file__)).read_text() for module in (tiny_model, sorting)]
+    # Read, not imported: a model that is in the cache costs no import of torch.
+    sources = [path.read_text() for path in (Path(__file__).with_name("tiny_model.py"), Path(sorting.__file__))]
     key = {"seed": config.seed, "steps": steps, "swap_prob": config.model.warm_start_swap_prob, "sources": sources}
 
     def build(out_dir: Path) -> None:
+        from trainer import tiny_model
+
         tiny_model.build_tiny_model(out_dir, seed=config.seed, warm_start_steps=steps, swap_prob=config.model.warm_start_swap_prob)
 
     return "tiny", key, build
