@@ -9,6 +9,7 @@
                             |             READY --record--> BATCHED(step, position) --commit(step)--> TRAINED
                             |               |
                             +---------------+--> DROPPED(stale | no_spread | failed | rejected | cancelled)
+                                                 cancelled also from BATCHED, when the stream closes before the step is trained
     eval      issue --> QUEUED <--> LEASED --> EVALUATED | DROPPED(failed)
 
     issued == queued + leased + ready + batched + trained + evaluated + dropped, checked after every operation.
@@ -174,11 +175,17 @@ class Ledger:
         }
 
     def close(self, reason: str) -> None:
-        """No more train tickets; those not recorded yet drop as cancelled and their prompts go back to the order. Eval goes on."""
+        """No more train tickets; those that no completed step holds drop as cancelled and their prompts go back to the order.
+
+        Eval goes on. A trainer that starts after this gets its steps recorded anew.
+        """
         self.closed_because = reason
         for ticket in list(self.register.live.values()):
-            if ticket.purpose is Purpose.TRAIN and ticket.state is not State.BATCHED:
+            if ticket.purpose is Purpose.TRAIN and (ticket.state is not State.BATCHED or ticket.step >= self.trainer_step):
                 self._drop(ticket, Drop.CANCELLED)
+        for step in [step for step in self._recorded if step >= self.trainer_step]:
+            del self._recorded[step]
+        self.recorder.reopen(self.trainer_step)
         self._settle()
 
     def request_eval(self, *, eval_id: int, num_prompts: int, min_version: int) -> EvalResult | None:

@@ -98,6 +98,10 @@ class Recorder:
             self.step, self.position = self.step + 1, 0
         return place
 
+    def reopen(self, step: int) -> None:
+        """Takes back the places of `step` and later ones: nobody has trained on them, and whoever held them is dropped."""
+        self.step, self.position = step, 0
+
     @property
     def num_due(self) -> int:
         """Running tickets that cannot be recorded later than in the open step."""

@@ -398,15 +398,20 @@ def test_resuming_in_a_fresh_ledger_reissues_what_was_not_trained_first() -> Non
     assert resumed.fetch(step=1, position=0) is not None
 
 
-def test_closing_cancels_what_is_not_recorded_and_leaves_eval_alone() -> None:
+def test_closing_cancels_what_no_completed_step_holds_and_leaves_eval_alone() -> None:
     ledger = new_ledger()
     add_server(ledger, "a", capacity=8)
     leases = leases_of(ledger)
-    finish(ledger, leases[0])
+    for lease in leases[:3]:
+        finish(ledger, lease)
+    ledger.complete_step(incarnation=1, step=0)
     ledger.close("drain")
-    assert ledger.drops == {Drop.CANCELLED: 3}
-    assert sorted(ledger.take_aborts()["a"]) == [lease.lease_id for lease in leases[1:]]
-    assert ledger.register.num_by_state()[State.BATCHED] == 1
+    assert ledger.drops == {Drop.CANCELLED: 2}, "one was running, one recorded for a step that nobody trained"
+    assert sorted(ledger.take_aborts()["a"]) == [lease.lease_id for lease in leases[3:]]
+    assert ledger.register.num_by_state()[State.BATCHED] == 2, "the completed step waits for its commit"
+    assert ledger.fetch(step=1, position=0) is None
+    ledger.commit(incarnation=1, step=0)
+    assert sorted(ledger.stream_state(step=0)["pending"]) == sorted(lease.prompt_index for lease in leases[2:])  # type: ignore[arg-type]
     assert ledger.request_eval(eval_id=1, num_prompts=1, min_version=0) is None
     assert [lease.purpose for lease in leases_of(ledger)] == [Purpose.EVAL]
 

@@ -24,7 +24,7 @@ from areal_like.messages.consumer import (
 )
 from areal_like.paths import RunPaths
 from trainer.broadcaster import Broadcaster
-from trainer.link import BufferLink
+from trainer.link import BufferLink, StopRequestedError
 from trainer.publisher import Publisher, PushReport, Snapshot
 from trainer.report import WARM_UP_STEPS, MetricsFile, write_summary
 from trainer.series import TrainerSeries
@@ -47,28 +47,45 @@ class Leader:
         self._paths = RunPaths.of(config)
         self._metrics = MetricsFile(self._paths.metrics, start_step=step)
         self._series = TrainerSeries(link.runtime.metrics)
-        self._eval_before: EvalResult | None = None
-        self._eval_last: EvalResult | None = None
+        self._eval_before: float | None = None
+        self._resumed_from_step = 0
         self._eval: Future[EvalResult] | None = None
         self._warm_books: Books | None = None
         self._last_push: PushReport | None = None
         self._publisher: Publisher
 
     def begin(self, snapshot: Snapshot, *, stream: dict[str, Any], is_resumed: bool) -> None:
-        """Starts the stream at this trainer's step; when resumed, the engines get the checkpoint's weights before anything else."""
-        config, link = self._config, self._link
-        link.call(StartTraining(step=self._step, stream=stream), timeout_s=_CALL_TIMEOUT_S)
+        """Starts the stream at this trainer's step; when resumed, the engines get the checkpoint's weights before anything else.
+
+        `stream`: what `stream_state` said when the checkpoint was made; empty for a new run. A drain ends the waiting.
+        """
+        link = self._link
+        link.call(StartTraining(step=self._step, stream=stream.get("stream", {})), timeout_s=_CALL_TIMEOUT_S)
         link.run(self._open_publisher(), name="publisher", timeout_s=10)
         self._publisher_offer(snapshot, loaded=not is_resumed)
+        self._eval_before = stream.get("eval_before")
+        self._resumed_from_step = self._step
+        try:
+            self._bring_up(is_resumed=is_resumed)
+        except StopRequestedError as stop:
+            log.info("%s", stop)
+        self._training_started_s = time.monotonic()
+
+    def _bring_up(self, *, is_resumed: bool) -> None:
+        config, link = self._config, self._link
+        start_timeout_s = config.rollout.start_timeout_s
         if is_resumed:
             link.state = "pushing"
-            wait_s = config.rollout.start_timeout_s + config.weights.push_deadline_s
-            link.run(self._publisher.wait_active(self._step), name="the checkpoint's weights to be active at a server", timeout_s=wait_s)
-        if config.eval.num_prompts and self._step < config.trainer.num_steps:
+            link.run(
+                self._publisher.wait_active(self._step),
+                name="the checkpoint's weights to be active at a server",
+                timeout_s=start_timeout_s + config.weights.push_deadline_s,
+                may_stop=True,
+            )
+        elif config.eval.num_prompts:
             link.state = "evaluating"
-            timeout_s = config.rollout.start_timeout_s + config.eval.timeout_s
-            self._eval_before = self._finish_eval(self._ask_eval(), timeout_s=timeout_s)
-        self._training_started_s = time.monotonic()
+            result = self._finish_eval(self._ask_eval(), timeout_s=start_timeout_s + config.eval.timeout_s)
+            self._eval_before = result.mean_reward
 
     def stepped(self, step: int, metrics: dict[str, Any], snapshot: Snapshot) -> None:
         """An optimizer step is done: tell the buffer, offer the weights, write the row, evaluate now and then."""
@@ -87,9 +104,9 @@ class Leader:
             self._eval = self._ask_eval()
 
     def stream_state(self, step: int) -> dict[str, Any]:
-        """Where the prompts stand after `step`, to be kept in the checkpoint."""
-        state: dict[str, Any] = self._link.call(GetStreamState(step=step), timeout_s=_CALL_TIMEOUT_S).stream
-        return state
+        """What a checkpoint keeps for `begin`: where the prompts stand after `step`, and how good the policy was at first."""
+        state = self._link.call(GetStreamState(step=step), timeout_s=_CALL_TIMEOUT_S).stream
+        return {"stream": state, "eval_before": self._eval_before}
 
     def commit(self, step: int) -> None:
         """A checkpoint with steps <= `step` is on disk."""
@@ -110,8 +127,8 @@ class Leader:
                 )
                 if config.eval.num_prompts:
                     link.state = "evaluating"
-                    eval_after = self._finish_eval(self._ask_eval(), timeout_s=config.eval.timeout_s)
-            except DeadlineError as error:
+                    eval_after = self._finish_eval(self._ask_eval(), timeout_s=config.eval.timeout_s).mean_reward
+            except (DeadlineError, StopRequestedError) as error:
                 log.warning("the run is trained and saved, but its last evaluation is missing: %s", error)
         link.run(self._publisher.close(), name="weight groups to dissolve", timeout_s=30)
         write_summary(
@@ -124,6 +141,7 @@ class Leader:
             eval_after=eval_after,
             weights_version=self._publisher.active_version,
             finished=finished,
+            resumed_from_step=self._resumed_from_step,
             wall_seconds=time.monotonic() - self._started_s,
             training_seconds=training_seconds,
         )
@@ -159,7 +177,7 @@ class Leader:
         return self._link.submit_call(request, timeout_s=self._config.rollout.start_timeout_s + self._config.eval.timeout_s)
 
     def _finish_eval(self, future: Future[EvalResult], *, timeout_s: float) -> EvalResult:
-        result: EvalResult = self._link.wait(future, name="the evaluation", timeout_s=timeout_s)
+        result: EvalResult = self._link.wait(future, name="the evaluation", timeout_s=timeout_s, may_stop=True)
         if result.num_evaluated == 0:
             raise ArealError(f"none of the {result.num_failed} held-out prompts could be evaluated: see the rollout servers' logs")
         log.info("evaluation %d: %.4f over %d prompts", result.eval_id, result.mean_reward, result.num_evaluated)

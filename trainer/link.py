@@ -34,6 +34,10 @@ _POLL_S = 0.25
 """How often a blocked training thread looks whether the link was lost or a stop was asked for."""
 
 
+class StopRequestedError(ArealError):
+    """A drain began while the training thread waited for something that it can do without."""
+
+
 class BufferLink:
     """Use with `with`; all methods are for the training thread."""
 
@@ -94,12 +98,12 @@ class BufferLink:
         """Starts a coroutine in the link's loop."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    def run(self, coroutine: Coroutine[Any, Any, Any], *, name: str, timeout_s: float) -> Any:
+    def run(self, coroutine: Coroutine[Any, Any, Any], *, name: str, timeout_s: float, may_stop: bool = False) -> Any:
         """Runs a coroutine in the link's loop and waits for it."""
-        return self.wait(self.submit(coroutine), name=name, timeout_s=timeout_s)
+        return self.wait(self.submit(coroutine), name=name, timeout_s=timeout_s, may_stop=may_stop)
 
-    def wait(self, future: concurrent.futures.Future[Any], *, name: str, timeout_s: float) -> Any:
-        """Waits for a future of `submit`, but not for a lost buffer."""
+    def wait(self, future: concurrent.futures.Future[Any], *, name: str, timeout_s: float, may_stop: bool = False) -> Any:
+        """Waits for a future of `submit`, but not for a lost buffer; with `may_stop` raises StopRequestedError when a drain begins."""
         deadline_s = time.monotonic() + timeout_s
         while True:
             try:
@@ -109,6 +113,9 @@ class BufferLink:
                     raise
             if self._lost is not None:
                 raise self._lost
+            if may_stop and self.stop_requested.is_set():
+                future.cancel()
+                raise StopRequestedError(f"draining while waiting for {name}")
             if time.monotonic() > deadline_s:
                 future.cancel()
                 raise DeadlineError(f"waited {timeout_s:g} s for {name}")

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from areal_like.messages.consumer import Books, EvalResult
+from areal_like.messages.consumer import Books
 from areal_like.paths import write_json
 
 WARM_UP_STEPS = 10
@@ -61,25 +61,27 @@ def write_summary(
     books: Books,
     books_after_warm_up: Books | None,
     books_at_end: Books,
-    eval_before: EvalResult | None,
-    eval_after: EvalResult | None,
+    eval_before: float | None,
+    eval_after: float | None,
     weights_version: int,
     finished: bool,
+    resumed_from_step: int,
     wall_seconds: float,
     training_seconds: float,
 ) -> dict[str, Any]:
-    """Writes and returns the account of a run.
+    """Writes and returns the account of a run: rewards over all its steps, everything else since `resumed_from_step`.
 
     `books_after_warm_up` and `books_at_end` bound the time over which generation counts as idle or busy; `books` are the last ones.
     """
     tenth = max(1, len(rows) // 10)
     summary = {
         "finished": finished,
+        "resumed_from_step": resumed_from_step,
         "steps": len(rows),
         "reward_first": _mean([row["reward_mean"] for row in rows[:tenth]]),
         "reward_last": _mean([row["reward_mean"] for row in rows[-tenth:]]),
-        "eval_before": eval_before.mean_reward if eval_before else None,
-        "eval_after": eval_after.mean_reward if eval_after else None,
+        "eval_before": eval_before,
+        "eval_after": eval_after,
         "wall_seconds": round(wall_seconds, 3),
         "training_seconds": round(training_seconds, 3),
         "tokens_generated": int(books.counters["tokens_generated"]),
