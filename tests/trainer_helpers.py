@@ -77,12 +77,12 @@ def dense_logprobs(model: Any, trajectories: list[Trajectory], *, temperature: f
     return torch.cat([torch.zeros(len(trajectories), 1, dtype=logps_BL.dtype), logps_BL], 1)
 
 
-def run_ranks(check: str, *args: str, world_size: int, timeout_s: float = 100.0) -> None:
-    """Runs `python -m tests.trainer_ranks CHECK ARGS` as real ranks over gloo; raises with their output if one fails."""
+def run_ranks(check: str, *args: str, world_size: int, timeout_s: float = 100.0, module: str = "tests.trainer_ranks") -> None:
+    """Runs `python -m MODULE CHECK ARGS` as real ranks over gloo; raises with their output if one fails."""
     store = Path(args[0]) / f"store-{check}-{world_size}-{os.urandom(4).hex()}"
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.trainer_ranks", check, str(store), str(rank), str(world_size), *args],
+            [sys.executable, "-m", module, check, str(store), str(rank), str(world_size), *args],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from areal_like.config import KlConfig
 from tests.trainer_helpers import random_groups
-from trainer.advantages import Advantage, Grpo
+from trainer.advantages import ADVANTAGES, Advantage
 from trainer.checkpoint import Checkpoints
 from trainer.gather import gather, gather_full_state, shards_of
 from trainer.normalizers import Normalizer
-from trainer.objectives import OBJECTIVES
+from trainer.objectives import build_objective
 from trainer.optimizer import ShardedAdamW
 from trainer.policy import Policy
 from trainer.ranks import Ranks
+from trainer.shaping import SHAPINGS
 from trainer.step import StepRunner
 
 SHARES = {"even": [0, 1, 0, 1, 0, 1, 0, 1], "uneven": [0, 0, 0, 1, 0, 0, 0, 0], "one-sided": [0] * 8}
@@ -40,17 +44,27 @@ def make_runner(
     normalize: bool = False,
     max_grad_norm: float = 0.0,
     advantage: Advantage | None = None,
+    settings: dict[str, Any] | None = None,
 ) -> StepRunner:
-    """A runner over a test model; sequence TIS, token mean."""
+    """A runner over a test model; sequence TIS, token mean, unless `settings` say otherwise (sections as in the configuration)."""
+    sections = settings or {}
+    graded = dict(sections.get("advantage", {"name": "grpo"}))
+    shapings = SHAPINGS.build_list(graded.pop("shaping", None), job={"max_tokens": 12})
+    kl = KlConfig(**sections["kl"]) if "kl" in sections else None
     policy = Policy.load(path, chunk_tokens=16, gradient_checkpointing=checkpointing, master_dtype=dtype).shard(ranks)
     return StepRunner(
         policy,
         ShardedAdamW(policy, ranks, lr=1e-2, betas=(beta1, 0.9), max_grad_norm=max_grad_norm),
         ranks,
-        objective=OBJECTIVES.build({"name": "tis", "level": "sequence", "cap": 2.0, "normalize": normalize}),
-        advantage=advantage or Grpo(),
+        objective=build_objective(
+            sections.get("objective", {"name": "tis", "level": "sequence", "cap": 2.0, "normalize": normalize}), kl=kl
+        ),
+        advantage=advantage or ADVANTAGES.build(graded),
         normalizer=Normalizer(name="token_mean", max_tokens=10),
         budget_tokens=budget_tokens,
+        reference=Policy.load(path, master_dtype=dtype).shard(ranks) if kl else None,
+        shapings=shapings,
+        kl=kl if kl and kl.place == "reward" else None,
     )
 
 
@@ -76,6 +90,18 @@ def gradients(ranks: Ranks, out_dir: Path, *paths: str) -> None:
                     (out_dir / f"{name}.json").write_text(json.dumps(metrics))
 
 
+def steps(ranks: Ranks, out_dir: Path, path: str, cases: str) -> None:
+    """One float64 step for each of the settings and of two ways of sharing eight groups; writes its gradient."""
+    groups = random_groups(8)
+    for index, settings in enumerate(json.loads(cases)):
+        for share in ("even", "one-sided"):
+            runner = make_runner(path, ranks, beta1=0.0, settings=settings)
+            runner.run([group for group, owner in zip(groups, SHARES[share], strict=True) if owner == ranks.rank], step=7)
+            gradient = last_gradient(runner)
+            if ranks.rank == 0:
+                save_file({k: v.contiguous() for k, v in gradient.items()}, out_dir / f"{index}-{share}.safetensors")
+
+
 def resume(ranks: Ranks, out_dir: Path, path: str) -> None:
     """Loads the checkpoint of step 2, does step 3 with even shares, saves it."""
     runner = make_runner(path, ranks)
@@ -86,7 +112,8 @@ def resume(ranks: Ranks, out_dir: Path, path: str) -> None:
     assert bool(gather_full_state(runner.policy)) == (ranks.rank == 0)
 
 
-if __name__ == "__main__":
+def main(**checks: Callable[..., None]) -> None:
+    """Joins the group that the command line names and runs one check."""
     check, store, rank, world_size, out_dir, *rest = sys.argv[1:]
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -96,5 +123,9 @@ if __name__ == "__main__":
         world_size=int(world_size),
         timeout=timedelta(seconds=60),
     )
-    {"gradients": gradients, "resume": resume}[check](Ranks(), Path(out_dir), *rest)
+    checks[check](Ranks(), Path(out_dir), *rest)
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(gradients=gradients, steps=steps, resume=resume)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from areal_like.config import KlConfig
+from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
 from trainer.objectives.composed import kl_estimate
 from trainer.packing import MicroBatch, PackedBatch, Packer, Sample
@@ -37,8 +38,12 @@ class Rewards:
     def __init__(
         self, shapings: Sequence[Shaping], ranks: Ranks, *, kl: KlConfig | None, reference: Policy | None, budget_tokens: int
     ) -> None:
-        """`kl`: the penalty; None: none. `reference`: for the penalty. `budget_tokens`: of a micro-batch of its forward."""
-        assert kl is None or reference is not None
+        """`kl`: the penalty; None: none. `reference`: for the penalty. `budget_tokens`: of a micro-batch of its forward.
+
+        Raises ConfigError for a penalty without a reference.
+        """
+        if kl is not None and reference is None:
+            raise ConfigError("kl.place=reward needs a reference model: name one in kl.reference")
         self._shapings = shapings
         self._ranks = ranks
         self._kl = kl
