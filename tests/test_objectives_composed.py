@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from areal_like.cli import load_config
 from areal_like.config import KlConfig
 from areal_like.errors import ConfigError
 from tests.objective_helpers import MU, PI, evaluate, published, tokens_of
-from trainer.objectives import Composed, Need, build_objective
+from trainer.advantages import ADVANTAGES
+from trainer.objectives import OBJECTIVES, Composed, Need, build_objective
 from trainer.objectives.composed import kl_estimate
 
 TOKEN_TIS = {"name": "tis", "level": "token", "cap": 2}
@@ -172,3 +174,20 @@ def test_an_objective_from_a_file_in_the_working_directory(tmp_path: Path) -> No
         [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True, timeout=60
     )
     assert done.stdout.split() == ["SoftReinforce", "0.5", "1"], done.stderr
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parent.parent / "configs" / "objective").glob("*.yaml")), ids=lambda file: file.stem
+)
+def test_every_preset_builds(file: Path) -> None:
+    if file.stem != "custom":
+        config = load_config([f"objective={file.stem}"])
+        assert build_objective(config.objective, max_tokens=config.sampling.max_new_tokens).losses
+
+
+def test_every_registered_name_has_a_preset() -> None:
+    configs = Path(__file__).parent.parent / "configs"
+    for section, registry in (("objective", OBJECTIVES), ("advantage", ADVANTAGES)):
+        assert {file.stem for file in (configs / section).glob("*.yaml")} >= set(registry.names())
+    for name in ADVANTAGES.names():
+        assert ADVANTAGES.build(load_config([f"advantage={name}"]).advantage)
