@@ -11,12 +11,12 @@ import torch
 from areal_like.channel import Envelope, Listener, tcp_address
 from areal_like.collective import WeightGroup
 from areal_like.config import WeightsConfig
-from areal_like.errors import WeightSyncError
-from areal_like.messages.consumer import ServerEntry
+from areal_like.errors import ConfigError, WeightSyncError
+from areal_like.messages.consumer import ServerEntry, VersionGranted
 from areal_like.messages.weights import AskAlive, DissolveGroup, FormGroup, PushWeights, WeightsFailed, WeightsOk
 from areal_like.weights import Manifest, checksum, unflatten
 from trainer.broadcaster import Broadcaster
-from trainer.publisher import take_snapshot
+from trainer.publisher import Publisher, PushReport, take_snapshot
 
 
 class Receiver:
@@ -176,3 +176,38 @@ def test_nobody_there_is_not_an_error() -> None:
         assert (outcome.activated, outcome.failed) == ({}, {})
 
     run(body)
+
+
+def test_a_server_that_was_slow_once_is_tried_again_and_costs_no_versions_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.broadcaster._SHUN_S", 1.5)
+    versions = iter(range(1, 100))
+
+    async def granted(_: Any, *, timeout_s: float) -> VersionGranted:
+        return VersionGranted(version=next(versions))
+
+    async def body(broadcaster: Broadcaster) -> None:
+        slow = Receiver("slow")
+        slow.misbehave = "mute"
+        reports: list[PushReport] = []
+        publisher = Publisher(broadcaster, call=granted, servers=lambda: [slow.entry], on_push=reports.append)
+        publisher.offer(1, snapshot(1))
+        while not reports:
+            await asyncio.sleep(0.05)
+        slow.misbehave = ""  # its entry in the directory is what it was
+        assert await publisher.wait_active(1) == 2
+        await publisher.close()
+        slow.close()
+
+    run(body)
+
+
+def test_a_host_that_is_not_ours_is_named() -> None:
+    async def body() -> None:
+        receiver = Receiver("one")
+        broadcaster = Broadcaster(WeightsConfig(host="192.0.2.1"), device="cpu", incarnation=1)
+        with pytest.raises(ConfigError, match=r"cannot listen on 192\.0\.2\.1.*set weights\.host"):
+            await broadcaster.push(snapshot(1), version=1, step=1, servers=[receiver.entry])
+        await broadcaster.close()
+        receiver.close()
+
+    asyncio.run(body())

@@ -2,9 +2,10 @@
 
     no epoch -> (ask who is alive) -> forming -> FORMED -> push -> push -> ... -> dissolved (membership changed, or a push failed)
 
-A server that fails, or that is silent past its deadline, is left out until it says something new in the directory (a restart, another
-state or version), so that one bad engine costs one deadline and not one a push. A dead peer breaks the broadcast at once; survivors
-are then told to leave the group, answer, and meet again in the next epoch.
+A server that fails, or that is silent past its deadline, is left out for a while, twice as long each time, or until it says something
+new in the directory (a restart, another state or version): a bad engine costs a deadline now and then and not one a push, and a healthy
+one that was slow once is not lost for ever. A dead peer breaks the broadcast at once; survivors are then told to leave the group, answer,
+and meet again in the next epoch.
 
 Control messages run in the caller's event loop, blocking collectives in one thread of their own.
 """
@@ -13,7 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence, Set
+import time
+from collections.abc import Iterable, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +25,7 @@ import torch
 from areal_like.channel import Link
 from areal_like.collective import WeightGroup
 from areal_like.config import WeightsConfig
-from areal_like.errors import ArealError, WeightSyncError
+from areal_like.errors import ArealError, ConfigError, WeightSyncError
 from areal_like.messages.consumer import ServerEntry
 from areal_like.messages.weights import AskAlive, DissolveGroup, FormGroup, PushWeights, WeightsFailed, WeightsOk
 from areal_like.weights import Bucket, Manifest
@@ -35,6 +37,9 @@ _ALIVE_S = 2.0
 
 _FORM_S = 15.0
 """Longest rendezvous of members that have just said that they are alive; also the time limit of one bucket's broadcast."""
+
+_SHUN_S, _MAX_SHUN_S = 5.0, 300.0
+"""How long a server is left out after its first failure, and after many."""
 
 _Key = tuple[str, int]
 _Answer = WeightsOk | WeightsFailed
@@ -76,6 +81,14 @@ class _Epoch:
     members: list[_Member]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Shunned:
+    entry: ServerEntry
+    """What the directory said of it when it failed."""
+    for_s: float
+    until_s: float
+
+
 class Broadcaster:
     """Pushes buckets to servers. Knows neither the buffer nor optimizer steps; one `push` at a time."""
 
@@ -85,7 +98,7 @@ class Broadcaster:
         self._incarnation = incarnation
         self._members: dict[_Key, _Member] = {}
         self._directory: dict[_Key, ServerEntry] = {}
-        self._shunned: dict[_Key, ServerEntry] = {}
+        self._shunned: dict[_Key, _Shunned] = {}
         self._epoch: _Epoch | None = None
         self._num_epochs = 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
@@ -95,16 +108,20 @@ class Broadcaster:
         """Groups formed so far."""
         return self._num_epochs
 
+    def eligible(self, servers: Iterable[ServerEntry]) -> list[ServerEntry]:
+        """Those of the directory that a push would go to now."""
+        return [entry for entry in servers if self._is_eligible(entry)]
+
     async def push(
         self, buckets: Sequence[tuple[Bucket, torch.Tensor]], *, version: int, step: int, servers: Sequence[ServerEntry]
     ) -> PushOutcome:
         """Sends flattened buckets (uint8[num_bytes] each) to every eligible server of the directory and waits for activation.
 
-        Never raises for what a server does: its reason is in the outcome.
+        Never raises for what a server does: its reason is in the outcome. Raises ConfigError when weights.host is no address of ours.
         """
         self._directory = {_key(entry): entry for entry in servers}
-        wanted = [entry for entry in servers if self._eligible(entry)]
-        epoch, failed = await self._form(wanted)
+        self._shunned = {key: shunned for key, shunned in self._shunned.items() if key in self._directory}
+        epoch, failed = await self._form(self.eligible(servers))
         if epoch is None:
             return PushOutcome(failed=failed)
         request = PushWeights(
@@ -142,11 +159,18 @@ class Broadcaster:
             member.link.close()
         self._thread.shutdown(wait=False)
 
-    def _eligible(self, entry: ServerEntry) -> bool:
+    def _is_eligible(self, entry: ServerEntry) -> bool:
         if not entry.weights_address or entry.state in ("starting", "draining"):
             return False
         shunned = self._shunned.get(_key(entry))
-        return shunned is None or (shunned.state, shunned.weights_version) != (entry.state, entry.weights_version)
+        if shunned is None or time.monotonic() >= shunned.until_s:
+            return True
+        return (shunned.entry.state, shunned.entry.weights_version) != (entry.state, entry.weights_version)
+
+    def _shun(self, key: _Key) -> None:
+        before = self._shunned.get(key)
+        for_s = min(_MAX_SHUN_S, 2 * before.for_s) if before else _SHUN_S
+        self._shunned[key] = _Shunned(entry=self._directory[key], for_s=for_s, until_s=time.monotonic() + for_s)
 
     async def _form(self, wanted: list[ServerEntry]) -> tuple[_Epoch | None, dict[str, str]]:
         if self._epoch is not None:
@@ -184,13 +208,16 @@ class Broadcaster:
 
     def _new_epoch(self, members: list[_Member]) -> _Epoch:
         self._num_epochs += 1
-        group = WeightGroup.create(
-            host=self._config.host,
-            world_size=1 + len(members),
-            group_name=f"weights-{self._incarnation}-{self._num_epochs}",
-            backend=self._backend(members),
-            timeout_s=min(self._config.push_deadline_s, _FORM_S),
-        )
+        try:
+            group = WeightGroup.create(
+                host=self._config.host,
+                world_size=1 + len(members),
+                group_name=f"weights-{self._incarnation}-{self._num_epochs}",
+                backend=self._backend(members),
+                timeout_s=min(self._config.push_deadline_s, _FORM_S),
+            )
+        except WeightSyncError as error:
+            raise ConfigError(f"{error}: set weights.host to an address of the machine of trainer rank 0") from None
         return _Epoch(number=self._num_epochs, group=group, members=members)
 
     def _invitation(self, epoch: _Epoch, rank: int) -> FormGroup:
@@ -248,6 +275,8 @@ class Broadcaster:
         for member, answer in zip(members, answers, strict=True):
             if isinstance(answer, WeightsOk) and version in (None, answer.version):
                 succeeded[member.entry.name] = answer
+                if version is not None:
+                    self._shunned.pop(member.key, None)
                 continue
             if isinstance(answer, WeightsFailed):
                 failed[member.entry.name] = answer.reason
@@ -256,7 +285,7 @@ class Broadcaster:
             else:
                 failed[member.entry.name] = "silent"
             if member.key not in blameless:
-                self._shunned[member.key] = self._directory[member.key]
+                self._shun(member.key)
         return succeeded, failed
 
     def _member(self, entry: ServerEntry) -> _Member:

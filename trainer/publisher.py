@@ -119,6 +119,16 @@ class Publisher:
 
     async def _publish(self, step: int, snapshot: Snapshot) -> None:
         offered = self._offered
+        if self._broadcaster.eligible(self._servers()):  # else a version would be spent on nobody, again and again
+            await self._push(step, snapshot)
+        if self._offered is not offered:
+            self._wake.set()
+        elif self._behind():
+            # Nothing newer is on its way, and a server that joins or recovers must not wait for the trainer's next step:
+            # with max_staleness 0 that step waits for the server.
+            asyncio.get_running_loop().call_later(_RETRY_S, self._wake.set)
+
+    async def _push(self, step: int, snapshot: Snapshot) -> None:
         granted: VersionGranted = await self._call(AllocVersion(step=step), timeout_s=_CALL_TIMEOUT_S)
         started_s = time.monotonic()
         servers = {(server.name, server.incarnation): server for server in self._servers()}
@@ -142,12 +152,6 @@ class Publisher:
                 self.active_step, self.active_version = step, granted.version
                 self._active.notify_all()
         self._on_push(report)
-        if self._offered is not offered:
-            self._wake.set()
-        elif self._behind():
-            # Nothing newer is on its way, and a server that joins or recovers must not wait for the trainer's next step:
-            # with max_staleness 0 that step waits for the server.
-            asyncio.get_running_loop().call_later(_RETRY_S, self._wake.set)
 
     def directory_changed(self) -> None:
         """A server joined or changed: offers it the newest weights if it is behind."""
