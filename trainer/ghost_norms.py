@@ -110,10 +110,8 @@ class GhostTape:
     def __init__(self, model: nn.Module, *, head: nn.Module | None = None) -> None:
         """`head`: the module whose rows are `head_rows`. Raises ConfigError naming trainable parameters in layers it does not know."""
         self._layers: list[_Layer] = []
-        names: dict[int, str] = {}
+        names = {id(param): name for name, param in model.named_parameters()}
         known: set[str] = set()
-        for name, param in model.named_parameters():
-            names[id(param)] = name
         for path, module in model.named_modules():
             own = {key: names[id(param)] for key, param in module.named_parameters(recurse=False) if param.requires_grad}
             layer = _layer_of(module) if own else None
@@ -121,8 +119,7 @@ class GhostTape:
                 layer.path, layer.names, layer.is_head = path, own, module is head
                 self._layers.append(layer)
                 known |= set(own.values())
-        self._params = {name: param for name, param in model.named_parameters() if param.requires_grad}
-        if unknown := [name for name in self._params if name not in known]:
+        if unknown := [name for name, param in model.named_parameters() if param.requires_grad and name not in known]:
             raise ConfigError(f"objective.norms=ghost does not know the layers of {', '.join(unknown[:3])}: use exact or proxy")
         self._tied = list(_tied(self._layers))
 
@@ -137,6 +134,7 @@ class GhostTape:
             del layer.module.forward
         self.clear()
 
+    @torch.no_grad()
     def squares(self, rows: Rows, head_rows: Rows) -> Tensor:
         """[N] float64: each sequence's squared gradient norm over all parameters, from the backward that was just run."""
         total_N = torch.zeros(len(rows.lengths), dtype=torch.float64, device=rows.segment_T.device)
@@ -150,6 +148,7 @@ class GhostTape:
                 total_N += _cross(embedding, matrix).double()
         return total_N
 
+    @torch.no_grad()
     def combined(self, coefficient_N: Tensor) -> Iterator[tuple[str, Tensor]]:
         """(name, sum of coefficient times gradient over sequences) of every parameter that was reached, one at a time; after squares()."""
         halves: dict[str, Tensor] = {}
