@@ -189,3 +189,17 @@ def test_lags_of_tokens() -> None:
     tally = LagTally(max_staleness=4)
     tally.counted(Group(step=10, position=0, ticket_id=1, prompt_index=0, trajectories=[spanning], version_steps=[7]))
     assert tally.of_tokens(spanning).tolist() == [0, 3, 1]
+
+
+def test_mismatch_is_measured_on_tokens_of_the_current_weights_alone(path: str, ranks: Ranks) -> None:
+    """All versions are 5: at step 5 they are the current weights', at step 7 nothing is known."""
+    groups = random_groups(3)
+    at_five, at_seven = (make_runner(path, ranks, settings={"objective": {"name": "sapo"}}).run(groups, step=step) for step in (5, 7))
+    assert "mismatch_abs" not in at_seven
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+    errors = []
+    for group in groups:
+        if len({t.reward for t in group}) > 1:  # the others are not run
+            pi_BL = dense_logprobs(model, group).detach().numpy()
+            errors += [abs(pi_BL[i, : t.num_tokens] - t.logprobs)[t.loss_mask == 1] for i, t in enumerate(group)]
+    assert at_five["mismatch_abs"] == pytest.approx(np.concatenate(errors).mean(), rel=1e-6)

@@ -81,12 +81,6 @@ VECTORS: list[tuple[dict[str, Any], str, float, list[float]]] = [
         2.265235,
         [-0.906094, -0.906094, -0.906094, 0, 0],
     ),
-    (
-        {"name": "tis", "level": "token", "cap": 2, "reject": "geometric", "low": 0.7, "high": 1.4},
-        "token_mean",
-        0.744005,
-        [-0.244281, -0.4, -0.180967, 0, 0],
-    ),
 ]
 
 
@@ -101,7 +95,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"name": "reinforce"},
     *({"name": "tis", "level": level, "normalize": n} for level in ("token", "sequence", "geometric") for n in (False, True)),
     *({"name": "tis", "level": level, "mode": "mask", "denominator": "kept"} for level in ("token", "sequence")),
-    {"name": "tis", "reject": "geometric", "denominator": "kept", "normalize": True},
+    {"name": "tis", "mode": "mask", "denominator": "kept", "normalize": True},
 ]
 
 

@@ -44,6 +44,9 @@ class StepTotals:
         kl_S = torch.expm1(log_ratio_S.clamp(-MAX_EXPONENT, MAX_EXPONENT)) - log_ratio_S
         self.add_vector("kl_k3", kl_S, live=live)
         self.add_vector("entropy", tokens.entropy_S, live=live)
+        # What differs although the weights are the same is numerics, engine's against trainer's, and nothing else.
+        same_S = tokens.lag_S == 0
+        self.add("mismatch_abs", (log_ratio_S.abs() * same_S).sum() if live else 0.0, count=same_S.sum() if live else 0)
         # Both fractions exist for every objective, so that runs can be compared: nothing clipped and all kept unless it says otherwise.
         fractions = {"clipped_fraction": torch.zeros_like(log_ratio_S), "kept_fraction": torch.ones_like(log_ratio_S)}
         for name, values in (fractions | losses.means).items():

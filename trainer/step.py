@@ -146,8 +146,9 @@ class StepRunner:
 
         Metrics: loss, grad_norm, lr, lr_scale, reward, reward_std, response_tokens, prompt_tokens, truncated_fraction, num_groups,
         zero_advantage_groups, num_sequences, num_tokens (packed and run), num_microbatches (of all ranks), ess_ratio, log_w_mean,
-        log_w_std, kl_k3, entropy, clipped_fraction, kept_fraction, what else the objective reports, shaped_reward (where advantages are
-        not made of `reward`), shaping_dual_I (of a shaping that learns one), wait_s, compute_s, reduce_s, update_s, step_s.
+        log_w_std, kl_k3, entropy, clipped_fraction, kept_fraction, mismatch_abs (mean |log pi/mu| of tokens that the current weights
+        sampled, if any: the numerical mismatch of engine and trainer), what else the objective reports, shaped_reward (where advantages
+        are not made of `reward`), shaping_dual_I (of a shaping that learns one), wait_s, compute_s, reduce_s, update_s, step_s.
         """
         clock, totals = PhaseClock(_PHASES), StepTotals(_SEEDED if self.rewards.is_plain else (*_SEEDED, "shaped_reward"))
         self.policy.zero_grad()  # a step that was given up may have left some
@@ -351,6 +352,8 @@ _HIDDEN = ("loss", "reward_square", "counted_tokens", "counted_seqs")
 def _metrics(totals: StepTotals) -> dict[str, float]:
     metrics = {name: mean for name, mean in totals.means().items() if name not in _HIDDEN}
     metrics.update({name: totals.total(name) for name in _COUNTS})
+    if totals.count("mismatch_abs") == 0:
+        metrics.pop("mismatch_abs", None)  # no token of the current weights: nothing is known, which is not zero
     variance = totals.mean("reward_square") - totals.mean("reward") ** 2
     log_w_B = totals.log_w_B
     metrics.update(

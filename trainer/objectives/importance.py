@@ -19,10 +19,10 @@ LEVELS = ("token", "sequence", "geometric")
 MAX_EXPONENT = 20.0
 
 
-def check_level(key: str, level: str, *, extra: tuple[str, ...] = ()) -> None:
+def check_level(key: str, level: str) -> None:
     """Raises ConfigError for an unknown level."""
-    if level not in LEVELS + extra:
-        raise ConfigError(f"{key}={level}: use one of {', '.join(LEVELS + extra)}")
+    if level not in LEVELS:
+        raise ConfigError(f"{key}={level}: use one of {', '.join(LEVELS)}")
 
 
 def ratio_S(batch: SampledTokens, log_ratio_S: Tensor, *, level: str) -> Tensor:

@@ -1,8 +1,8 @@
 """Truncated and masked importance sampling on a REINFORCE loss: `-w A pi`, with w from pi/mu, detached.
 
 `mode=truncate` takes `min(w, cap)`: low variance, biased towards the behaviour policy. `mode=mask` takes w inside [low, high] and
-zero outside (IcePop): what is too far off is not learned from at all. `reject` masks by the ratio of another level on top of either.
-A rejected token may leave the normaliser (`denominator=kept`) or stay in it (`original`: a bad batch then takes a smaller step).
+zero outside (IcePop): what is too far off is not learned from at all. Such a token may leave the normaliser (`denominator=kept`) or stay
+in it (`original`: a bad batch then takes a smaller step). To reject by the ratio of another level on top of either, add the mask `band`.
 
 A fixed sequence-level band is a length filter: mismatch between engine and trainer alone gives sd(log W) of about .031 sqrt(L).
 """
@@ -42,11 +42,9 @@ class TruncatedIS(Objective):
     cap: float = 2.0
     """Largest weight under `mode=truncate`."""
     low: float = 0.5
-    """Lower end of the band of `mode=mask` and of `reject`."""
+    """Lower end of the band of `mode=mask`."""
     high: float = 5.0
     """Upper end of that band."""
-    reject: str = "none"
-    """Level whose ratio outside [low, high] masks a token in addition: `none` | `token` | `sequence` | `geometric`."""
     denominator: str = "original"
     """What masked tokens do in the normaliser: `original` (they count) | `kept` (they do not)."""
     normalize: bool = False
@@ -54,7 +52,6 @@ class TruncatedIS(Objective):
 
     def __post_init__(self) -> None:
         check_level("objective.level", self.level)
-        check_level("objective.reject", self.reject, extra=("none",))
         if self.mode not in ("truncate", "mask"):
             raise ConfigError(f"objective.mode={self.mode}: use truncate or mask")
         if self.denominator not in ("original", "kept"):
@@ -106,6 +103,4 @@ class TruncatedIS(Objective):
             weight_S = weight_S.clamp(max=self.cap)
         else:
             kept_S = within_S(weight_S, low=self.low, high=self.high)
-        if self.reject != "none":
-            kept_S = kept_S & within_S(ratio_S(batch, batch.log_ratio_S, level=self.reject), low=self.low, high=self.high)
         return weight_S * kept_S, kept_S, clipped_S
