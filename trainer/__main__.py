@@ -38,6 +38,9 @@ def _torchrun(config: Config, argv: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    endpoints = RunPaths.of(config).endpoints
+    for left in endpoints.glob("trainer-*"):  # of ranks that were killed
+        left.unlink()
     os.environ.setdefault("OMP_NUM_THREADS", str(config.trainer.num_threads))
     ranks = ["--standalone", f"--nproc-per-node={config.trainer.world_size}", "--local-addr=127.0.0.1"]
     try:
@@ -46,8 +49,8 @@ def _torchrun(config: Config, argv: Sequence[str]) -> int:
         _, failure = error.get_first_failure()
         return failure.exitcode if failure.exitcode > 0 else 1
     except SignalException:
-        # A rank that drained to the end has removed its endpoint file.
-        return 1 if list(RunPaths.of(config).endpoints.glob("trainer-*.json")) else 0
+        # Torchrun does not say how its ranks ended: one that was killed has left its endpoint file, one that failed a mark.
+        return 1 if list(endpoints.glob("trainer-*")) else 0
     return 0
 
 

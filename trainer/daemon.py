@@ -27,7 +27,7 @@ from trainer.checkpoint import Checkpoints
 from trainer.gather import gather_full_state
 from trainer.lags import LagTally
 from trainer.leader import Leader
-from trainer.link import BufferLink
+from trainer.link import BufferLink, StopRequestedError
 from trainer.policy import build_policy
 from trainer.publisher import Snapshot, take_snapshot
 from trainer.ranks import Ranks
@@ -139,7 +139,10 @@ def run_rank(config: Config) -> int:
     """One torchrun worker, from start to exit code."""
     name = f"trainer-{os.environ['RANK']}"
     configure_logging(config, name)
-    return exit_code_of(name, lambda: _run(config))
+    code = exit_code_of(name, lambda: _run(config))
+    if code:
+        (RunPaths.of(config).endpoints / f"{name}.failed").touch()  # for whoever started torchrun
+    return code
 
 
 def _run(config: Config) -> None:
@@ -163,6 +166,8 @@ def _run(config: Config) -> None:
         DrainSignals(drain_timeout_s=config.daemon.drain_timeout_s, on_drain=on_drain)
         with link:
             Trainer(config, link, ranks, started_s=started_s).run()
+    except StopRequestedError as stop:
+        log.info("%s", stop)
     finally:
         dist.destroy_process_group()
 

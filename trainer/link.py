@@ -12,6 +12,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -50,7 +51,7 @@ class BufferLink:
         self.stats: dict[str, float] = {}
         self.directory = Directory(servers=[])
         self.stop_requested = threading.Event()
-        """Set by a signal, by `/control/drain`, never cleared."""
+        """Set by a signal, never cleared."""
         self.give_up = threading.Event()
         """Set when a draining trainer has waited long enough for its step to fill: `groups` ends early."""
         self.on_directory: Callable[[], None] = lambda: None
@@ -68,7 +69,11 @@ class BufferLink:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        self.run(self._open(), name="buffer (hello)", timeout_s=60.0)
+        try:
+            self.run(self._open(), name="buffer (hello)", timeout_s=60.0, may_stop=True)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -76,6 +81,8 @@ class BufferLink:
         asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(timeout=10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=5)
+        if not self._thread.is_alive():
+            self._loop.close()
 
     @property
     def first_positions(self) -> range:
@@ -84,15 +91,23 @@ class BufferLink:
 
     def call(self, message: Any, *, timeout_s: float) -> Any:
         """Request and answer. Raises as `Link.call`, or when the link is lost."""
-        return self.run(self._link.call(message, timeout_s=timeout_s), name=type(message).__name__, timeout_s=timeout_s + 5)
+        return self.run(self.call_async(message, timeout_s=timeout_s), name=type(message).__name__, timeout_s=timeout_s + 5)
 
     async def call_async(self, message: Any, *, timeout_s: float) -> Any:
-        """`call` for coroutines in the link's own loop."""
-        return await self._link.call(message, timeout_s=timeout_s)
+        """`call` for coroutines in the link's own loop. Asks again now and then: an answer may have been lost with a connection."""
+        deadline_s = self._loop.time() + timeout_s
+        while (left_s := deadline_s - self._loop.time()) > _ASK_AGAIN_S:
+            with contextlib.suppress(DeadlineError):
+                return await self._link.call(message, timeout_s=_ASK_AGAIN_S)
+        return await self._link.call(message, timeout_s=left_s)
 
     def submit_call(self, message: Any, *, timeout_s: float) -> concurrent.futures.Future[Any]:
         """`call` without waiting."""
-        return self.submit(self._link.call(message, timeout_s=timeout_s))
+        return self.submit(self.call_async(message, timeout_s=timeout_s))
+
+    def fail(self, error: ArealError) -> None:
+        """Ends every wait of the training thread with `error`: something that the link's loop does for it cannot go on."""
+        self._lost = self._lost or error
 
     def submit(self, coroutine: Coroutine[Any, Any, Any]) -> concurrent.futures.Future[Any]:
         """Starts a coroutine in the link's loop."""
@@ -143,12 +158,9 @@ class BufferLink:
             self._fetches[step, position] = self.submit(self._fetch(Fetch(step=step, position=position)))
 
     async def _fetch(self, request: Fetch) -> Group:
-        """Asks until there is an answer, which may have been lost with a connection; `_wait_group` bounds the wait."""
-        while True:
-            with contextlib.suppress(DeadlineError):
-                group = await self._link.call(request, timeout_s=_ASK_AGAIN_S)
-                assert isinstance(group, Group)
-                return group
+        group = await self.call_async(request, timeout_s=math.inf)  # `_wait_group` bounds the wait
+        assert isinstance(group, Group)
+        return group
 
     def _wait_group(self, future: concurrent.futures.Future[Any], *, step: int, position: int) -> Group | None:
         deadline_s = time.monotonic() + self.config.trainer.fetch_timeout_s
@@ -210,14 +222,14 @@ class BufferLink:
             self._link.send(TrainerHeartbeat(state=self.state, step=self.step, stats=self.stats))
             await asyncio.sleep(self.config.daemon.heartbeat_s)
             silent_s = self._loop.time() - self._link.last_heard_s
-            if silent_s > self._lost_after_s and self._lost is None:
-                self._lost = PeerLostError(f"the buffer at {self._link.address} has been silent for {silent_s:.0f} s")
+            if silent_s > self._lost_after_s:
+                self.fail(PeerLostError(f"the buffer at {self._link.address} has been silent for {silent_s:.0f} s"))
 
     def _on_message(self, message: Any) -> None:
         if isinstance(message, Directory):
             self.directory = message
             self.on_directory()
         elif isinstance(message, JobFailed):
-            self._lost = ArealError(message.reason)
+            self.fail(ArealError(message.reason))
         elif isinstance(message, HelloRequired):
-            self._lost = PeerLostError("the buffer was restarted and its in-memory store is gone: start again with resume=latest")
+            self.fail(PeerLostError("the buffer was restarted and its in-memory store is gone: start again with resume=latest"))
