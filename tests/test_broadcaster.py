@@ -11,7 +11,7 @@ import torch
 from areal_like.channel import Envelope, Listener, tcp_address
 from areal_like.collective import WeightGroup
 from areal_like.config import WeightsConfig
-from areal_like.errors import ConfigError, WeightSyncError
+from areal_like.errors import ArealError, ConfigError, WeightSyncError
 from areal_like.messages.consumer import ServerEntry, VersionGranted
 from areal_like.messages.weights import AskAlive, DissolveGroup, FormGroup, PushWeights, WeightsFailed, WeightsOk
 from areal_like.weights import Manifest, checksum, unflatten
@@ -188,13 +188,13 @@ def test_a_server_that_was_slow_once_is_tried_again_and_costs_no_versions_meanwh
     async def body(broadcaster: Broadcaster) -> None:
         slow = Receiver("slow")
         slow.misbehave = "mute"
-        reports: list[PushReport] = []
-        publisher = Publisher(broadcaster, call=granted, servers=lambda: [slow.entry], on_push=reports.append)
+        reports, failures = list[PushReport](), list[ArealError]()
+        publisher = Publisher(broadcaster, call=granted, servers=lambda: [slow.entry], on_push=reports.append, on_failure=failures.append)
         publisher.offer(1, snapshot(1))
         while not reports:
             await asyncio.sleep(0.05)
         slow.misbehave = ""  # its entry in the directory is what it was
-        assert await publisher.wait_active(1) == 2
+        assert (await publisher.wait_active(1), failures) == (2, [])
         await publisher.close()
         slow.close()
 
@@ -211,3 +211,48 @@ def test_a_host_that_is_not_ours_is_named() -> None:
         receiver.close()
 
     asyncio.run(body())
+
+
+def test_a_publisher_that_cannot_go_on_says_so() -> None:
+    async def granted(_: Any, *, timeout_s: float) -> VersionGranted:
+        return VersionGranted(version=1)
+
+    async def body() -> None:
+        receiver, failures = Receiver("one"), list[ArealError]()
+        broadcaster = Broadcaster(WeightsConfig(host="192.0.2.1"), device="cpu", incarnation=1)
+        publisher = Publisher(
+            broadcaster, call=granted, servers=lambda: [receiver.entry], on_push=lambda _: None, on_failure=failures.append
+        )
+        publisher.offer(1, snapshot(1))
+        with pytest.raises(ConfigError, match=r"weights\.host"):
+            await publisher.wait_active(1)
+        assert len(failures) == 1
+        await publisher.close()
+        receiver.close()
+
+    asyncio.run(body())
+
+
+def test_a_server_that_kept_the_weights_of_an_earlier_run_gets_those_of_this_one() -> None:
+    async def granted(_: Any, *, timeout_s: float) -> VersionGranted:
+        return VersionGranted(version=1)
+
+    async def body(broadcaster: Broadcaster) -> None:
+        fresh, kept = Receiver("fresh"), Receiver("kept")
+        kept.version = 57
+        servers, reports, failures = [fresh.entry], list[PushReport](), list[ArealError]()
+        publisher = Publisher(broadcaster, call=granted, servers=lambda: servers, on_push=reports.append, on_failure=failures.append)
+        publisher.offer(0, snapshot(0), loaded=True)
+        publisher.directory_changed()
+        await asyncio.sleep(0.1)
+        assert not reports, "a server that starts with the run's first weights needs no push"
+        servers.append(kept.entry)
+        publisher.directory_changed()
+        while not reports:
+            await asyncio.sleep(0.02)
+        assert (fresh.version, kept.version, failures) == (1, 1, [])
+        await publisher.close()
+        for receiver in (fresh, kept):
+            receiver.close()
+
+    run(body)

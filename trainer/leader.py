@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from areal_like.config import Config
-from areal_like.errors import ArealError, DeadlineError
+from areal_like.errors import ArealError
 from areal_like.messages.consumer import (
     Books,
     CloseAdmission,
@@ -128,7 +128,7 @@ class Leader:
                 if config.eval.num_prompts:
                     link.state = "evaluating"
                     eval_after = self._finish_eval(self._ask_eval(), timeout_s=config.eval.timeout_s).mean_reward
-            except (DeadlineError, StopRequestedError) as error:
+            except ArealError as error:
                 log.warning("the run is trained and saved, but its last evaluation is missing: %s", error)
         link.run(self._publisher.close(), name="weight groups to dissolve", timeout_s=30)
         write_summary(
@@ -166,9 +166,11 @@ class Leader:
         row["weights_step"] = self._publisher.active_step
         row["push_s"] = self._last_push.seconds if self._last_push else 0.0
         if self._eval is not None and self._eval.done():
-            result = self._finish_eval(self._eval, timeout_s=1.0)
-            row["eval_reward"] = result.mean_reward
-            self._eval = None
+            future, self._eval = self._eval, None
+            try:
+                row["eval_reward"] = self._finish_eval(future, timeout_s=1.0).mean_reward
+            except ArealError as error:
+                log.warning("training goes on without an evaluation: %s", error)
         return row
 
     def _ask_eval(self) -> Future[EvalResult]:
@@ -201,5 +203,6 @@ class Leader:
             call=link.call_async,
             servers=lambda: link.directory.servers,
             on_push=pushed,
+            on_failure=link.fail,
         )
         link.on_directory = self._publisher.directory_changed

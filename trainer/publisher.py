@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from areal_like.errors import ArealError
 from areal_like.messages.consumer import AllocVersion, ServerEntry, VersionGranted
 from areal_like.weights import Bucket, checksum, cut_buckets, flatten, spec_of
 from trainer.broadcaster import Broadcaster
@@ -64,11 +65,14 @@ class Publisher:
         call: Callable[..., Awaitable[Any]],
         servers: Callable[[], list[ServerEntry]],
         on_push: Callable[[PushReport], None],
+        on_failure: Callable[[ArealError], None],
     ) -> None:
+        """`on_failure` is told why no more weights will be published: nobody awaits this task while training goes on."""
         self._broadcaster = broadcaster
         self._call = call
         self._servers = servers
         self._on_push = on_push
+        self._on_failure = on_failure
         self._offered: tuple[int, Snapshot] | None = None
         self._wake = asyncio.Event()
         self._is_pushing = False
@@ -76,6 +80,8 @@ class Publisher:
         self.active_step = -1
         """Step of the newest weights that every answering server has active; -1 before the first push."""
         self.active_version = 0
+        self._newest_version = 0
+        """Newest that was granted to us; a server that names a newer one kept it from an earlier run."""
         self._holds: dict[tuple[str, int], int] = {}
         self._task = asyncio.create_task(self._run(), name="publisher")
 
@@ -113,6 +119,9 @@ class Publisher:
                     self._is_pushing = True
                     await self._publish(*self._offered)
                     self._is_pushing = False
+        except ArealError as error:
+            self._on_failure(error)
+            raise
         finally:
             async with self._active:
                 self._active.notify_all()
@@ -130,6 +139,7 @@ class Publisher:
 
     async def _push(self, step: int, snapshot: Snapshot) -> None:
         granted: VersionGranted = await self._call(AllocVersion(step=step), timeout_s=_CALL_TIMEOUT_S)
+        self._newest_version = granted.version
         started_s = time.monotonic()
         servers = {(server.name, server.incarnation): server for server in self._servers()}
         outcome = await self._broadcaster.push(snapshot, version=granted.version, step=step, servers=list(servers.values()))
@@ -161,7 +171,7 @@ class Publisher:
 
     def _behind(self) -> bool:
         def version_of(server: ServerEntry) -> int:
-            if server.state == "quarantined":
+            if server.state == "quarantined" or server.weights_version > self._newest_version:
                 return -1
             # The directory lags behind what a server told us itself.
             return max(server.weights_version, self._holds.get((server.name, server.incarnation), -1))
