@@ -32,6 +32,7 @@ def tokens_of(
     ref: Rows | None = None,
     entropy: Rows | None = None,
     lag: Rows | None = None,
+    truncated: Sequence[bool] | None = None,
 ) -> SampledTokens:
     """Sequences as a micro-batch, in float64; one group. `prox` defaults to pi, as with one optimizer step a batch; `ref` to mu."""
     lengths = torch.tensor([len(row) for row in pi])
@@ -49,6 +50,7 @@ def tokens_of(
         length_N=lengths.double(),
         reward_N=torch.tensor(rewards or [0.0] * len(pi), dtype=torch.float64),
         group_N=torch.zeros(len(pi), dtype=torch.int64),
+        truncated_N=torch.tensor(truncated or [False] * len(pi)),
         version_S=torch.zeros(len(segment_S), dtype=torch.int32),
         lag_S=flat(lag or zeros),
         entropy_S=flat(entropy or zeros),

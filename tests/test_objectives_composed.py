@@ -15,8 +15,9 @@ from areal_like.config import KlConfig
 from areal_like.errors import ConfigError
 from tests.objective_helpers import MU, PI, evaluate, published, tokens_of
 from trainer.advantages import ADVANTAGES
-from trainer.objectives import OBJECTIVES, Composed, Need, build_objective
+from trainer.objectives import MASKS, OBJECTIVES, Composed, Need, build_objective
 from trainer.objectives.composed import kl_estimate
+from trainer.shaping import SHAPINGS
 
 TOKEN_TIS = {"name": "tis", "level": "token", "cap": 2}
 
@@ -40,6 +41,11 @@ def test_opsm_drops_bad_sequences_that_were_left_behind() -> None:
     assert kept(0.6, [1, -1]) == [True] * 5
     assert kept(0.4, [-1, -1]) == [True] * 3 + [False] * 2, "mean(mu - pi) of the first is -1/3"
     assert kept(0.4, [-1, 1]) == [True] * 5
+
+
+def test_truncated_samples_may_be_dropped() -> None:
+    objective = build_objective({"name": "reinforce", "masks": [{"name": "truncated"}]})
+    assert evaluate(objective, [published(truncated=[False, True])])[1] == pytest.approx([-0.2] * 3 + [0, 0])
 
 
 def test_stapo_drops_unlikely_sure_tokens_of_good_samples() -> None:
@@ -129,7 +135,7 @@ def test_everything_at_once_still_ignores_what_is_masked() -> None:
     [
         ({"masks": {"name": "opsm"}}, "objective.masks: want a list"),
         ({"masks": [{"delta": 1}]}, "each with `name`"),
-        ({"masks": [{"name": "opsn"}]}, "known are band, opsm, stapo"),
+        ({"masks": [{"name": "opsn"}]}, "known are band, opsm, stapo, truncated"),
         ({"masks": [{"name": "opsm", "detla": 1}]}, "did you mean delta"),
         ({"masks": [{"name": "band", "low": 3}]}, "low < high"),
         ({"masks": [{"name": "stapo", "denominator": "all"}]}, "original or kept"),
@@ -191,3 +197,10 @@ def test_every_registered_name_has_a_preset() -> None:
         assert {file.stem for file in (configs / section).glob("*.yaml")} >= set(registry.names())
     for name in ADVANTAGES.names():
         assert ADVANTAGES.build(load_config([f"advantage={name}"]).advantage)
+
+
+def test_the_page_names_everything_that_may_be_chosen() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "objectives.md").read_text()
+    for registry in (OBJECTIVES, ADVANTAGES, MASKS, SHAPINGS):
+        for name in registry.names():
+            assert f"`{name}`" in page, f"{name} is not in docs/objectives.md"

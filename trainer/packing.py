@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from areal_like.errors import ConfigError
-from areal_like.trajectory import Trajectory
+from areal_like.trajectory import FinishReason, Trajectory
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -118,6 +118,8 @@ class PackedBatch:
     """float64 reward of each sequence."""
     groups_N: Tensor
     """int64 position of each sequence's group in the step."""
+    truncated_N: Tensor
+    """bool: the sequence ended at the length limit."""
     sampled_S: Tensor
     """int64 indices into T of the tokens in the mask."""
     lengths: tuple[int, ...]
@@ -160,6 +162,7 @@ def collate(samples: Sequence[Sample], *, device: torch.device | str = "cpu") ->
         cu_seqlens=put(bounds.astype(np.int32)),
         rewards_N=put(np.array([t.reward for t in trajectories], dtype=np.float64)),
         groups_N=put(np.array([s.group for s in samples], dtype=np.int64)),
+        truncated_N=put(np.array([t.finish_reason is FinishReason.LENGTH for t in trajectories])),
         sampled_S=put(np.flatnonzero(mask)),
         lengths=tuple(lengths),
     )

@@ -296,6 +296,7 @@ class StepRunner:
             length_N=ones_S.new_zeros(batch.num_sequences).index_add(0, segment_S, ones_S),
             reward_N=batch.rewards_N.to(pi_S.dtype),
             group_N=batch.groups_N,
+            truncated_N=batch.truncated_N,
             version_S=batch.versions_T[at],
             lag_S=batch.lags_T[at].to(pi_S.dtype),
             entropy_S=entropy_S,

@@ -74,6 +74,8 @@ class SampledTokens:
     reward_N: Tensor
     group_N: Tensor
     """int64: position in the step of each sequence's group."""
+    truncated_N: Tensor
+    """bool: the sequence ended at the length limit."""
     version_S: Tensor
     """int32: version of the weights that sampled the token."""
     lag_S: Tensor

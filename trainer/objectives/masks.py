@@ -91,6 +91,16 @@ class Opsm(Mask):
         return ~batch.spread_S(dropped_N)
 
 
+@MASKS.register("truncated")
+@dataclass(frozen=True, kw_only=True)
+class Truncated(Mask):
+    """Drops samples that ended at the length limit (DAPO's overlong filtering). Their rewards stay in their group's baseline."""
+
+    def kept_S(self, batch: SampledTokens, facts: Facts) -> Tensor:
+        """All but tokens of truncated sequences."""
+        return ~batch.spread_S(batch.truncated_N)
+
+
 @MASKS.register("stapo")
 @dataclass(frozen=True, kw_only=True)
 class Stapo(Mask):

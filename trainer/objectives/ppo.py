@@ -5,9 +5,9 @@ bounds the loss of a bad token that has become likelier (arXiv 1912.09729).
 
 `decoupled_ppo` clips r = pi/prox around the weights at the start of the step, and corrects for the data's age by a detached weight
 prox/mu (arXiv 2110.00641; AReaL). With one optimizer step a batch and prox recomputed, r is 1 and the clip does nothing: what protects
-the run is the weight. A-3PO saves nothing here but a subtraction, prox being free; it is there because its prox lies between mu and
-pi, so that the clip has something to do: prox = mu + alpha (pi - mu), alpha = (v-1-v_b)/(v-v_b) for a token sampled by version v_b,
-v being the version that the step will make. In terms of the token's lag at the start of the step: alpha = lag / (lag + 1).
+the run is the weight. A-3PO puts prox between mu and pi instead, so that the clip has something to do: prox = mu + alpha (pi - mu),
+alpha = (v-1-v_b)/(v-v_b) for a token sampled by version v_b, v being the version that the step will make. In terms of the token's lag
+at the start of the step that is alpha = lag / (lag + 1). (The forward that A-3PO saves elsewhere is none here: prox is pi, detached.)
 """
 
 from __future__ import annotations
