@@ -72,9 +72,23 @@ def test_only_the_newest_are_kept_and_a_partial_one_is_not_seen(tmp_path: Path, 
     assert checkpoints.steps() == [30, 4_000_000]
     (tmp_path / "c" / ".step_000031.partial").mkdir()
     assert checkpoints.steps() == [30, 4_000_000]
-    checkpoints.save(30, runner.policy, runner.optimizer, ranks, extra={"at": "again"})
-    assert checkpoints.load(30, runner.policy, runner.optimizer, ranks) == {"at": "again"}
+    checkpoints.save(4_000_000, runner.policy, runner.optimizer, ranks, extra={"at": "again"})
+    assert checkpoints.load(4_000_000, runner.policy, runner.optimizer, ranks) == {"at": "again"}
     assert runner.optimizer.num_updates == 0
+
+
+def test_checkpoints_of_a_branch_that_was_left_are_set_aside(tmp_path: Path, ranks: Ranks) -> None:
+    path = write_model(tmp_path / "model")
+    runner = make_runner(path, ranks)
+    checkpoints = Checkpoints(tmp_path / "c", keep=1, tokenizer_path=path)
+    checkpoints.save(300, runner.policy, runner.optimizer, ranks, extra={})
+    checkpoints.save(100, runner.policy, runner.optimizer, ranks, extra={})  # another run, in the same directory
+    assert checkpoints.steps() == [100]
+    assert (tmp_path / "c" / "step_000300.rolled_back").is_dir()
+    many = Checkpoints(tmp_path / "c", keep=3, tokenizer_path=path)
+    many.save(200, runner.policy, runner.optimizer, ranks, extra={})
+    many.load(100, runner.policy, runner.optimizer, ranks)
+    assert many.steps() == [100], "resume=latest would go on from the branch that resume=step:100 left"
 
 
 def test_a_frozen_copy_is_not_moved_by_training(tmp_path: Path, ranks: Ranks) -> None:

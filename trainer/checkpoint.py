@@ -83,6 +83,7 @@ class Checkpoints:
                 policy.model.generation_config.save_pretrained(partial)
             AutoTokenizer.from_pretrained(self._tokenizer_path).save_pretrained(partial)
             _commit(partial, final)
+            self._set_aside_after(step)
             for old in self.steps()[: -self._keep]:
                 shutil.rmtree(self.path(old))
         ranks.any(True)  # nobody goes on before the checkpoint is there
@@ -90,6 +91,8 @@ class Checkpoints:
 
     def load(self, step: int, policy: Policy, optimizer: ShardedAdamW, ranks: Ranks) -> dict[str, Any]:
         """Restores weights, moments and random state in place, at any number of ranks; returns `extra`.
+
+        Later checkpoints are set aside (`step_000300.rolled_back`): training goes on from here.
 
         Raises ConfigError if there is no such checkpoint, it cannot be read, or it is of another model.
         """
@@ -111,8 +114,19 @@ class Checkpoints:
         except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
             raise ConfigError(f"{path} cannot be read ({error}): resume from another step") from error
         optimizer.restore(moments, num_updates=int(state["num_updates"]))
+        ranks.any(True)  # every rank has found and read it
+        if ranks.rank == 0:
+            self._set_aside_after(step)
         extra: dict[str, Any] = state["extra"]
         return extra
+
+    def _set_aside_after(self, step: int) -> None:
+        """Checkpoints of a branch that was left: they may neither push a new one out nor be taken for the latest."""
+        for later in self.steps():
+            if later > step:
+                aside = self._root / f"{self.path(later).name}.rolled_back"
+                shutil.rmtree(aside, ignore_errors=True)
+                self.path(later).rename(aside)
 
 
 def _read_rows(file_path: Path, policy: Policy, into: Mapping[str, Tensor], ranks: Ranks, *, prefix: str) -> None:
