@@ -61,7 +61,7 @@ class GhostGradients(Gradients):
         rows = Rows.of(batch.lengths, device=device)
         head_rows = Rows.of([int(length) for length in tokens.length_N.tolist()], device=device, like=batch.lengths)
         with torch.no_grad():
-            squares_N = self._tape.squares(rows, head_rows)
+            squares_N = self._tape.squares(rows, head_rows, read_S=batch.sampled_S - 1)
             advantage_N = tokens.mean_N(tokens.advantage_S).double()
             loss_N = tokens.sum_N(loss_S.detach())
             if self._over_batch:

@@ -110,13 +110,14 @@ class GhostTape:
     def __init__(self, model: nn.Module, *, head: nn.Module | None = None) -> None:
         """`head`: the module whose rows are `head_rows`. Raises ConfigError naming trainable parameters in layers it does not know."""
         self._layers: list[_Layer] = []
+        self._reached: list[_Layer] = []
         names = {id(param): name for name, param in model.named_parameters()}
         known: set[str] = set()
         for path, module in model.named_modules():
             own = {key: names[id(param)] for key, param in module.named_parameters(recurse=False) if param.requires_grad}
             layer = _layer_of(module) if own else None
             if layer is not None:
-                layer.path, layer.names, layer.is_head = path, own, module is head
+                layer.path, layer.names, layer.is_head, layer.reached = path, own, module is head, self._reached
                 self._layers.append(layer)
                 known |= set(own.values())
         if unknown := [name for name, param in model.named_parameters() if param.requires_grad and name not in known]:
@@ -135,18 +136,37 @@ class GhostTape:
         self.clear()
 
     @torch.no_grad()
-    def squares(self, rows: Rows, head_rows: Rows) -> Tensor:
-        """[N] float64: each sequence's squared gradient norm over all parameters, from the backward that was just run."""
+    def squares(self, rows: Rows, head_rows: Rows, *, read_S: Tensor | None = None) -> Tensor:
+        """[N] float64: each sequence's squared gradient norm over all parameters, from the backward that was just run.
+
+        `read_S`: which of `rows` the head reads, `head_rows` in their order. Layers above the last attention then work on those alone.
+        """
+        self._assign(rows, head_rows, read_S)
         total_N = torch.zeros(len(rows.lengths), dtype=torch.float64, device=rows.segment_T.device)
         grams: dict[int, list[Tensor]] = {}
-        for layer in self._layers:
-            layer.rows = head_rows if layer.is_head else rows
-            if layer.is_recorded:
-                total_N += layer.squares(grams).double()
+        for layer in self._reached:
+            total_N += layer.squares(grams).double()
         for embedding, matrix in self._tied:
-            if embedding.is_recorded and matrix.is_recorded:
+            if embedding in self._reached and matrix in self._reached:
                 total_N += _cross(embedding, matrix).double()
         return total_N
+
+    def _assign(self, rows: Rows, head_rows: Rows, read_S: Tensor | None) -> None:
+        num_rows = len(rows.segment_T)
+        is_late = read_S is not None and len(read_S) < 0.75 * num_rows
+        if read_S is not None and is_late:
+            unread_T = torch.ones(num_rows, dtype=torch.bool, device=read_S.device).index_fill_(0, read_S, False).nonzero()[:, 0]
+        chosen: dict[int, Tensor] = {}
+        for layer in self._reached:
+            layer.rows = head_rows if layer.is_head else rows
+            # From the head down, until attention mixes rows: what the head does not read has no gradient.
+            if layer.is_head or not is_late:
+                continue
+            is_late = not bool(layer.e_TO.index_select(0, unread_T).any())
+            if is_late and read_S is not None:
+                key = layer.x_TI.data_ptr()
+                chosen[key] = chosen[key] if key in chosen else layer.x_TI.index_select(0, read_S)
+                layer.rows, layer.x_TI, layer.e_TO = head_rows, chosen[key], layer.e_TO.index_select(0, read_S)
 
     @torch.no_grad()
     def combined(self, coefficient_N: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -154,8 +174,8 @@ class GhostTape:
         halves: dict[str, Tensor] = {}
         scaled: dict[int, Tensor] = {}
         tied = {embedding.names["weight"] for embedding, _ in self._tied}
-        for layer in self._layers:
-            for name, whole in layer.combined(coefficient_N, scaled) if layer.is_recorded else ():
+        for layer in self._reached:
+            for name, whole in layer.combined(coefficient_N, scaled):
                 if name in tied and name not in halves:
                     halves[name] = whole
                 else:
@@ -164,8 +184,9 @@ class GhostTape:
 
     def clear(self) -> None:
         """Forgets the backward that was recorded."""
-        for layer in self._layers:
-            layer.clear()
+        for layer in self._reached:
+            layer.x_TI = layer.e_TO = torch.empty(0)
+        self._reached.clear()
 
 
 class _Layer:
@@ -175,21 +196,19 @@ class _Layer:
     names: dict[str, str]
     """Its trainable parameters' own names -> those in the model."""
     is_head: bool
+    reached: list[_Layer]
+    """The tape's: layers in the order in which the backward reached them."""
     rows: Rows
 
     def __init__(self, module: Any) -> None:
         self.module = module
-        self.is_recorded = False
-        self.x_TI = self.e_TO = torch.empty(0)
-
-    def clear(self) -> None:
-        self.is_recorded = False
         self.x_TI = self.e_TO = torch.empty(0)
 
     def record(self, x: Tensor, e: Tensor) -> None:
-        if self.is_recorded:
+        if self in self.reached:
             raise ConfigError(f"objective.norms=ghost cannot follow {self.path}, which runs twice in one forward: use exact or proxy")
-        self.is_recorded, self.x_TI, self.e_TO = True, x, e
+        self.x_TI, self.e_TO = x, e
+        self.reached.append(self)
 
     def forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError
