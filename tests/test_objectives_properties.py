@@ -24,6 +24,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"name": "gspo", "clip_low": 0.2, "clip_high": 0.3},
     {"name": "topr", "level": "token"},
     {"name": "oapl", "beta2": 1e-3},
+    {"name": "vcpo", "baseline": "none"},
 ]
 MASKED: list[dict[str, Any]] = [
     {"name": "tis", "masks": [{"name": "stapo", "max_prob": 0.3}]},
@@ -134,7 +135,15 @@ def gated(_: Tensor, grad_S: Tensor) -> Tensor:
     return grad_S
 
 
-DETACHED = {"reinforce": weighted, "tis": weighted, "cispo": weighted, "topr": weighted, "vespo": weighted, "maspo": gated}
+DETACHED = {
+    "reinforce": weighted,
+    "tis": weighted,
+    "cispo": weighted,
+    "topr": weighted,
+    "vespo": weighted,
+    "vcpo": weighted,
+    "maspo": gated,
+}
 """Losses whose gradient is on purpose not that of their value. All others are tested by finite differences."""
 
 
