@@ -204,6 +204,8 @@ class TrainerConfig:
     """AdamW learning rate after warm-up."""
     warmup_steps: int = 10
     """Steps of linear learning-rate warm-up."""
+    lr_schedule: str = "linear"
+    """After warm-up: `constant`, or `linear` down to zero at num_steps."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW betas."""
     weight_decay: float = 0.0
@@ -244,6 +246,7 @@ class TrainerConfig:
         _require(self.entropy_coef >= 0, "trainer.entropy_coef must be at least 0")
         _require(self.checkpoint_interval >= 1, "trainer.checkpoint_interval must be at least 1")
         _require(self.keep_checkpoints >= 1, "trainer.keep_checkpoints must be at least 1")
+        _require(self.lr_schedule in ("constant", "linear"), f"trainer.lr_schedule={self.lr_schedule}: use constant or linear")
         normalizers = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant")
         _require(self.normalizer in normalizers, f"trainer.normalizer={self.normalizer}: use one of {', '.join(normalizers)}")
 

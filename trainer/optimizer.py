@@ -38,14 +38,16 @@ class ShardedAdamW:
         *,
         lr: float,
         warmup_steps: int = 0,
+        decay_steps: int = 0,
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
     ) -> None:
-        """`lr` after warm-up. `weight_decay` applies to matrices only. `max_grad_norm`: 0 turns clipping off."""
+        """`lr` after warm-up; `decay_steps`: it falls linearly to zero at that step (0: it stays). `weight_decay` applies to matrices only. `max_grad_norm`: 0 turns clipping off."""
         self._ranks = ranks
         self._lr = lr
         self._warmup_steps = warmup_steps
+        self._decay_steps = decay_steps
         self._max_grad_norm = max_grad_norm
         self._params = dict(policy.named_parameters())
         self.shards = {name: torch.nn.Parameter(local(param.detach())) for name, param in self._params.items()}
@@ -60,7 +62,9 @@ class ShardedAdamW:
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of the step after `step` completed ones."""
-        return self._lr * min(1.0, (step + 1) / max(self._warmup_steps, 1))
+        warm = min(1.0, (step + 1) / max(self._warmup_steps, 1))
+        left = (self._decay_steps - step) / max(self._decay_steps - self._warmup_steps, 1) if self._decay_steps else 1.0
+        return self._lr * min(warm, max(left, 0.0))
 
     def step(self, *, divisor: float, lr: float) -> float:
         """Divides the accumulated gradients, clips, updates, clears. Collective. Returns the norm before clipping.

@@ -117,6 +117,7 @@ class StepRunner:
             ranks,
             lr=trainer.lr,
             warmup_steps=trainer.warmup_steps,
+            decay_steps=trainer.num_steps if trainer.lr_schedule == "linear" else 0,
             betas=trainer.betas,
             weight_decay=trainer.weight_decay,
             max_grad_norm=trainer.max_grad_norm,
