@@ -9,13 +9,15 @@ Shape suffixes: S sampled tokens, N sequences, B sequences of the whole step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from areal_like.trajectory import FinishReason, Trajectory
 from trainer.objectives import SampledTokens, TokenLosses
-from trainer.objectives.importance import MAX_EXPONENT
+from trainer.objectives.importance import MAX_EXPONENT, ess_ratio
+from trainer.packing import num_targets
 from trainer.ranks import Ranks
 
 
@@ -23,9 +25,9 @@ class StepTotals:
     """RECORDING -> reduce() -> READABLE"""
 
     def __init__(self, seeded: Iterable[str] = ()) -> None:
-        """`seeded`: names that exist even if nothing is ever added to them."""
-        self._sums: dict[str, Tensor | float] = dict.fromkeys(seeded, 0.0)
-        self._counts: dict[str, Tensor | float] = dict.fromkeys(seeded, 0.0)
+        """`seeded`: further names that every rank records, even one whose share is empty."""
+        self._sums: dict[str, Tensor | float] = dict.fromkeys((*_SEEDED, *seeded), 0.0)
+        self._counts: dict[str, Tensor | float] = dict.fromkeys((*_SEEDED, *seeded), 0.0)
         self._log_w: list[Tensor] = []
 
     def add(self, name: str, total: Tensor | float, *, count: Tensor | float = 1.0) -> None:
@@ -36,6 +38,20 @@ class StepTotals:
     def add_vector(self, name: str, values: Tensor, *, live: bool = True) -> None:
         """Adds a vector's sum, its length being the count; nothing but the name if not `live`."""
         self.add(name, values.sum() if live else 0.0, count=len(values) if live else 0)
+
+    def recorded(self, group: Sequence[Trajectory]) -> Sequence[Trajectory]:
+        """Records what the task made of a group, and passes it on."""
+        size = float(len(group))
+        rewards = [trajectory.reward for trajectory in group]
+        self.add("num_groups", 1.0)
+        self.add("reward", sum(rewards), count=size)
+        self.add("reward_square", sum(reward * reward for reward in rewards), count=size)
+        targets = [num_targets(trajectory) for trajectory in group]
+        self.add("response_tokens", float(sum(targets)), count=size)
+        self.add("prompt_tokens", float(sum(t.num_tokens for t in group) - sum(targets)), count=size)
+        truncated = sum(trajectory.finish_reason is FinishReason.LENGTH for trajectory in group)
+        self.add("truncated_fraction", float(truncated), count=size)
+        return group
 
     def observe(self, tokens: SampledTokens, losses: TokenLosses, *, live: bool) -> None:
         """Records what every objective is watched by, and what this one reports itself."""
@@ -78,6 +94,24 @@ class StepTotals:
         """How many values went into the sum."""
         return float(self._counts.get(name, 0.0))
 
-    def means(self) -> dict[str, float]:
-        """Every mean by name."""
-        return {name: self.mean(name) for name in self._sums}
+    def metrics(self) -> dict[str, float]:
+        """What the step reports of all this: means, counts, and what the sequences' weights look like."""
+        metrics = {name: self.mean(name) for name in self._sums if name not in _HIDDEN}
+        metrics.update({name: self.total(name) for name in _COUNTS})
+        if self.count("mismatch_abs") == 0:
+            metrics.pop("mismatch_abs", None)  # no token of the current weights: nothing is known, which is not zero
+        variance = self.mean("reward_square") - self.mean("reward") ** 2
+        log_w_B = self.log_w_B
+        metrics.update(
+            num_sequences=self.count("reward"),
+            reward_std=max(variance, 0.0) ** 0.5,
+            ess_ratio=ess_ratio(log_w_B),
+            log_w_mean=float(log_w_B.mean()) if len(log_w_B) else 0.0,
+            log_w_std=float(log_w_B.std(correction=0)) if len(log_w_B) else 0.0,
+        )
+        return metrics
+
+
+_COUNTS = ("num_groups", "zero_advantage_groups", "num_tokens", "num_microbatches")
+_HIDDEN = ("loss", "reward_square", "counted_tokens", "counted_seqs")
+_SEEDED = (*_COUNTS, *_HIDDEN, "reward", "response_tokens", "prompt_tokens", "truncated_fraction")

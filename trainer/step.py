@@ -30,7 +30,6 @@ from trainer.diagnostics import StepTotals
 from trainer.gradients import Gradients
 from trainer.normalizers import Normalizer
 from trainer.objectives import Facts, Need, Objective, SampledTokens, build_objective
-from trainer.objectives.importance import ess_ratio
 from trainer.optimizer import ShardedAdamW
 from trainer.packing import MicroBatch, PackedBatch, Packer, Sample, collate, num_targets
 from trainer.policy import Policy, build_policy
@@ -151,7 +150,7 @@ class StepRunner:
         sampled, if any: the numerical mismatch of engine and trainer), what else the objective reports, shaped_reward (where advantages
         are not made of `reward`), shaping_dual_I (of a shaping that learns one), wait_s, compute_s, reduce_s, update_s, step_s.
         """
-        clock, totals = PhaseClock(_PHASES), StepTotals(_SEEDED if self.rewards.is_plain else (*_SEEDED, "shaped_reward"))
+        clock, totals = PhaseClock(_PHASES), StepTotals(() if self.rewards.is_plain else ("shaped_reward",))
         self.policy.zero_grad()  # a step that was given up may have left some
         graded = self._graded(clock.timed("wait_s", groups), totals, clock)
         samples = self._samples(graded, lags or (lambda trajectory: np.maximum(step - trajectory.versions.astype(np.int64), 0)))
@@ -180,14 +179,14 @@ class StepRunner:
         with clock.span("update_s"):
             grad_norm = self.optimizer.step(divisor=divisor, lr=lr)
         self.rewards.advance(mean_tokens=totals.mean("response_tokens"))
-        metrics = _metrics(totals)
+        metrics = totals.metrics()
         metrics.update(self.rewards.metrics())
         metrics.update(loss=totals.total("loss") / divisor, grad_norm=grad_norm, lr=lr, lr_scale=lr_scale)
         return {**metrics, **clock.seconds()}
 
     def _graded(self, groups: Iterable[Group], totals: StepTotals, clock: PhaseClock) -> Iterator[Group]:
         """Groups with the rewards that advantages are made of; those of the task are recorded in the totals on the way."""
-        recorded = (_recorded(totals, group) for group in groups)
+        recorded = (totals.recorded(group) for group in groups)
         if self.rewards.scope is Scope.BATCH:
             collected = list(recorded)
             with clock.span("compute_s"):
@@ -326,43 +325,4 @@ def _only(vectors: dict[str, Tensor], *, live: bool) -> dict[str, Tensor]:
     return vectors if live else {name: vector[:0] for name, vector in vectors.items()}
 
 
-def _recorded(totals: StepTotals, group: Group) -> Group:
-    size = float(len(group))
-    rewards = [trajectory.reward for trajectory in group]
-    totals.add("num_groups", 1.0)
-    totals.add("reward", sum(rewards), count=size)
-    totals.add("reward_square", sum(reward * reward for reward in rewards), count=size)
-    targets = [num_targets(trajectory) for trajectory in group]
-    totals.add("response_tokens", float(sum(targets)), count=size)
-    totals.add("prompt_tokens", float(sum(t.num_tokens for t in group) - sum(targets)), count=size)
-    truncated = sum(trajectory.finish_reason is FinishReason.LENGTH for trajectory in group)
-    totals.add("truncated_fraction", float(truncated), count=size)
-    return group
-
-
 _PHASES = ("wait_s", "compute_s", "reduce_s", "update_s")
-_COUNTS = ("num_groups", "zero_advantage_groups", "num_tokens", "num_microbatches")
-_SEEDED = (
-    *_COUNTS,
-    *("reward", "reward_square", "response_tokens", "prompt_tokens", "truncated_fraction"),
-    *("loss", "counted_tokens", "counted_seqs"),
-)
-"""Recorded by every rank, even one whose share is empty."""
-_HIDDEN = ("loss", "reward_square", "counted_tokens", "counted_seqs")
-
-
-def _metrics(totals: StepTotals) -> dict[str, float]:
-    metrics = {name: mean for name, mean in totals.means().items() if name not in _HIDDEN}
-    metrics.update({name: totals.total(name) for name in _COUNTS})
-    if totals.count("mismatch_abs") == 0:
-        metrics.pop("mismatch_abs", None)  # no token of the current weights: nothing is known, which is not zero
-    variance = totals.mean("reward_square") - totals.mean("reward") ** 2
-    log_w_B = totals.log_w_B
-    metrics.update(
-        num_sequences=totals.count("reward"),
-        reward_std=max(variance, 0.0) ** 0.5,
-        ess_ratio=ess_ratio(log_w_B),
-        log_w_mean=float(log_w_B.mean()) if len(log_w_B) else 0.0,
-        log_w_std=float(log_w_B.std(correction=0)) if len(log_w_B) else 0.0,
-    )
-    return metrics
