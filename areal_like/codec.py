@@ -13,6 +13,7 @@ Left out: compression (float log-probs do not compress) and schema evolution wit
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -121,6 +122,8 @@ def _compile_scalar(hint: type) -> tuple[_Encode, _Decode]:
             if hint is float and type(raw) is int:
                 return float(raw)
             raise TypeError(f"want {hint.__name__}, got {type(raw).__name__}")
+        if hint is float and not math.isfinite(raw):  # no timer, sum or JSON document of the receiver's could bear it
+            raise ValueError(f"{raw} is not finite")
         return raw
 
     return (lambda value, _: value), read

@@ -119,6 +119,7 @@ def inner(**changes: object) -> list[bytes]:
         inner(finish_reason="because"),
         inner(reward=float("nan")),
         inner(reward_components={"a": "b"}),
+        inner(generation_s=float("inf")),
         encode(sample())[:1],
     ],
 )
