@@ -93,6 +93,7 @@ class RolloutServer:
         self._task = task
         self._model = model
         self._engine = engine
+        self._rewards = rewards
         self._client: EngineClient | None = None
         turnstile = Turnstile()
         self._receiver = WeightReceiver(
@@ -136,7 +137,7 @@ class RolloutServer:
             asyncio.create_task(self._observe(), name="stats"),
         ]
         stopping = asyncio.create_task(self._runtime.stopping.wait(), name="stopping")
-        watched: list[asyncio.Future[Any]] = [*tasks, stopping, self._receiver.serving, self._runner.failed]
+        watched: list[asyncio.Future[Any]] = [*tasks, stopping, self._receiver.serving, self._runner.failed, *self._rewards.serving]
         async with cancelled_on_exit(*tasks, stopping):
             done, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
             for ended in done:

@@ -80,6 +80,11 @@ class RewardPool:
         await asyncio.gather(*(worker.close() for worker in self._workers))
 
     @property
+    def serving(self) -> list[asyncio.Task[None]]:
+        """One task a worker; each ends only with the pool, or because no process can be started at all."""
+        return [worker.running for worker in self._workers if worker.running is not None]
+
+    @property
     def num_restarts(self) -> int:
         """Workers that were lost to a timeout or a crash."""
         return sum(worker.num_lost for worker in self._workers)
@@ -117,18 +122,18 @@ class _Worker:
         self._setup = {"task": task, "seed": seed}
         self._timeout_s = timeout_s
         self._pipe: asyncio.StreamWriter | None = None
-        self._running: asyncio.Task[None] | None = None
+        self.running: asyncio.Task[None] | None = None
         self._clock: asyncio.Timeout | None = None
         self.items: OrderedDict[int, _Item] = OrderedDict()
         self.num_lost = 0
 
     def start(self) -> None:
-        self._running = asyncio.create_task(self._run(), name="reward-worker")
+        self.running = asyncio.create_task(self._run(), name="reward-worker")
 
     async def close(self) -> None:
-        if self._running is not None:
-            self._running.cancel()
-            await asyncio.gather(self._running, return_exceptions=True)
+        if self.running is not None:
+            self.running.cancel()
+            await asyncio.gather(self.running, return_exceptions=True)
         while self.items:
             self._fail_first("the reward pool was closed")
 
@@ -161,7 +166,7 @@ class _Worker:
             writer.write(pack(self._setup))
             async with asyncio.timeout(_START_TIMEOUT_S):
                 problem = await _read(reader)
-        except (TimeoutError, *_LOST) as lost:
+        except (TimeoutError, ValueError, *_LOST) as lost:
             problem = f"the process ended or said nothing for {_START_TIMEOUT_S:g} s ({type(lost).__name__}); see the log"
         if problem is not None:
             await asyncio.sleep(_RESTART_DELAY_S)
@@ -177,13 +182,16 @@ class _Worker:
                 # Reads also while idle (without a limit, until `submit` sets one): a worker that dies then must not cost an item.
                 async with asyncio.timeout(self._timeout_s if self.items else None) as self._clock:
                     number, value, components, seconds, error = await _read(reader)
+                self._answer(number, value, components, seconds, error)
             except TimeoutError:
                 await self._lose(f"reward took longer than rollout.reward_timeout_s={self._timeout_s:g}")
                 return
             except _LOST:
                 await self._lose(f"the reward process died ({await _how(process)})")
                 return
-            self._answer(number, value, components, seconds, error)
+            except (ValueError, TypeError, KeyError) as error:
+                await self._lose(f"the reward process wrote what is no answer ({type(error).__name__}: {error})")
+                return
 
     def _answer(self, number: int, value: float, components: dict[str, float], seconds: float, error: str) -> None:
         done = self.items.pop(number).done

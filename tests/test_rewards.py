@@ -1,6 +1,7 @@
 """Rewards in real worker processes: what raises, hangs, dies or prints costs its own sample and nothing else."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -40,6 +41,10 @@ class Hostile(Task):
                 print("more noise", flush=True)
             case "read stdin":
                 return float(len(os.read(0, 100)))
+            case "garble":
+                for descriptor in range(3, 20):
+                    with contextlib.suppress(OSError):
+                        os.write(descriptor, b"\x01\x00\x00\x00\xc1")
             case "crash":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "nan":
@@ -96,6 +101,12 @@ def test_crash_names_the_signal_and_those_behind_it_are_scored() -> None:
     answers, restarts = outcomes(["crash", "b", "crash", "d"])
     assert answers[0] == answers[2] == "the reward process died (signal 9)"
     assert answers[1].value == 1.0 and answers[3].value == 3.0 and restarts == 2
+
+
+def test_a_reward_that_writes_into_the_stream_costs_its_own_sample() -> None:
+    answers, restarts = outcomes(["garble", "fine"])
+    assert "wrote what is no answer" in answers[0]
+    assert answers[1].value == 1.0 and restarts == 1
 
 
 def test_worker_that_dies_while_idle_costs_nothing() -> None:
