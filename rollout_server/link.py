@@ -2,13 +2,15 @@
 
     (start) -> hello -> REGISTERED -> "who are you?" from a restarted buffer -> hello, unacknowledged answers again -> REGISTERED
 
-A silent buffer is waited for: with no new leases the server falls idle by itself, and what it finished is kept until acknowledged. Only a
+A silent buffer is waited for, with nothing but an occasional hello, because what is sent piles up in the socket: with no new leases the
+server falls idle by itself, and what it finished is kept until acknowledged. Only a
 refusal (a newer process of our name, another model) or a failed job ends the server.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -77,15 +79,19 @@ class BufferLink:
     @property
     def problem(self) -> str:
         """Why the buffer cannot be used now; empty if it can."""
-        silent_s = self._loop.time() - self._link.last_heard_s
         if not self._registered:
             return f"not registered at the buffer ({self._link.address})"
+        silent_s = self._silent_s
         return f"the buffer ({self._link.address}) has been silent for {silent_s:.0f} s" if silent_s > _SILENT_AFTER_S else ""
+
+    @property
+    def _silent_s(self) -> float:
+        return self._loop.time() - self._link.last_heard_s
 
     async def run(self) -> None:
         """Registers, and beats for ever. Raises RefusedError or ArealError when the buffer does not want us or the job has failed."""
         while True:
-            if not self._registered:
+            if not self._registered or self._silent_s > _SILENT_AFTER_S:
                 await self._register()
             self._beat()
             for answer in self._desk.to_resend(now_s=self._loop.time(), older_than_s=_RESEND_AFTER_S):
@@ -134,13 +140,16 @@ class BufferLink:
         self._link.close()
 
     async def _register(self) -> None:
-        while True:
+        for attempt in itertools.count(1):
             try:
                 with self._waits("buffer: welcome"):
                     welcome = await self._link.call(self._hello(), timeout_s=_HELLO_TIMEOUT_S)
                 break
             except DeadlineError:
-                log.warning("no welcome from the buffer at %s yet", self._link.address)
+                if self._fatal is not None:
+                    raise self._fatal from None
+                if attempt.bit_count() == 1:  # 1, 2, 4, 8, ...: it may be away for days
+                    log.warning("no welcome from the buffer at %s yet", self._link.address)
         assert isinstance(welcome, Welcome)
         log.info("registered at %s: job %s, step %d", self._link.address, welcome.job, welcome.step)
         self._registered = True

@@ -1,0 +1,80 @@
+"""A rollout server's link to a buffer that goes away and comes back at the same address."""
+
+import asyncio
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from areal_like.channel import Envelope, Listener
+from areal_like.config import from_mapping
+from areal_like.daemon import WaitBook
+from areal_like.messages.hello import Hello, Role, Welcome
+from areal_like.messages.producer import HeartbeatAck, Lease, Leases, Purpose, SampleAck, SampleFailed, ServerHeartbeat, ServerState
+from rollout_server.leases import LeaseDesk
+from rollout_server.link import BufferLink
+
+HELLO = Hello(role=Role.ROLLOUT, name="r", incarnation=1, job="j", model="m", tokenizer="t", dataset="d", http_address="127.0.0.1:1")
+LEASE = Lease(lease_id=1, ticket_id=1, prompt_index=0, purpose=Purpose.TRAIN, sample_indices=[0], seed=0)
+FAILED = SampleFailed(lease_id=1, ticket_id=1, sample_index=0, error="no reason")
+
+
+class PlayedBuffer:
+    """Welcomes and counts; acknowledges samples when told to."""
+
+    def __init__(self, *, port: int = 0, acknowledging: bool = False) -> None:
+        self.acknowledging = acknowledging
+        self.received: Counter[str] = Counter()
+        self.peer = b""
+        self.listener = Listener(host="127.0.0.1", port=port, handler=self.handle, max_message_bytes=1 << 20)
+
+    def handle(self, envelope: Envelope) -> None:
+        self.received[type(envelope.message).__name__] += 1
+        self.peer = envelope.peer
+        match envelope.message:
+            case Hello():
+                self.listener.send(envelope.peer, Welcome(job="j", step=0, newest_version=0), rid=envelope.rid)
+            case ServerHeartbeat():
+                self.listener.send(envelope.peer, HeartbeatAck(step=0, newest_version=0))
+            case SampleFailed() if self.acknowledging:
+                self.listener.send(envelope.peer, SampleAck(lease_id=1, ticket_id=1, sample_index=0))
+
+    async def expect(self, name: str) -> None:
+        async with asyncio.timeout(10):
+            while not self.received[name]:
+                await asyncio.sleep(0.01)
+
+
+@pytest.mark.timeout(60)
+def test_what_is_sent_to_a_buffer_that_is_away_does_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("_SILENT_AFTER_S", 0.3), ("_RESEND_AFTER_S", 0.05), ("_HELLO_TIMEOUT_S", 0.5)):
+        monkeypatch.setattr(f"rollout_server.link.{name}", value)
+
+    async def body() -> None:
+        first = PlayedBuffer()
+        config = from_mapping({"runs_dir": str(tmp_path), "buffer": {"port": first.listener.port}, "daemon": {"heartbeat_s": 0.02}})
+        desk, leases = LeaseDesk(capacity_samples=4), list[Any]()
+        link = BufferLink(config, hello=lambda: HELLO, desk=desk, waits=WaitBook(), on_leases=leases.extend, on_abort=lambda _: None)
+        link.announce(state=ServerState.SERVING)
+        running = asyncio.create_task(link.run())
+        await first.expect("ServerHeartbeat")
+        first.listener.send(first.peer, Leases(leases=[LEASE]))
+        while not leases:
+            await asyncio.sleep(0.01)
+        first.listener.close()
+        link.deliver(FAILED)
+        await asyncio.sleep(3)
+        second = PlayedBuffer(port=first.listener.port, acknowledging=True)
+        await second.expect("SampleFailed")
+        await second.expect("ServerHeartbeat")
+        while desk.num_unacknowledged:
+            await asyncio.sleep(0.01)
+        assert second.received["ServerHeartbeat"] < 40, second.received
+        assert second.received["SampleFailed"] < 15, second.received
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        link.close()
+        second.listener.close()
+
+    asyncio.run(body())
