@@ -43,15 +43,17 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_tiny_model(out_dir: Path, *, seed: int, warm_start_steps: int, swap_prob: float) -> None:
+def build_tiny_model(
+    out_dir: Path, *, seed: int, warm_start_steps: int, swap_prob: float, hidden_size: int = 96, num_layers: int = 3
+) -> None:
     """Writes a warm-started model and its tokenizer into `out_dir` (Hugging Face layout). About ten seconds on one thread."""
     tokenizer = character_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=96,
-        num_hidden_layers=3,
+        hidden_size=hidden_size,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
-        intermediate_size=256,
+        intermediate_size=hidden_size * 8 // 3,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,

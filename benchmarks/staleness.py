@@ -1,0 +1,179 @@
+"""Reward against staleness: which off-policy correction still learns from samples of which age, on the default task.
+
+    python -m benchmarks.staleness [--full] [--jobs 2] [--only PATTERN ...] [--seeds 0 1 2] [--steps 400] [--report]
+
+A cell is (method, fixed or mixed ages, lag, learning rate, seed); `benchmarks.staleness_cell` says what it does and what the ages are.
+Cells are functions of their settings, take one thread each, and are appended to benchmarks/results/staleness.jsonl as they finish, so the
+grid may be stopped and started again; what is there is not run again unless its settings have changed. The order makes a part of the
+grid useful: seed by seed, lag 16 first. Every run ends by printing the table and drawing docs/staleness.png from what is there.
+
+`--only` takes shell patterns of a cell's name, such as `PPO/*`, `*/fixed-16/*`, `VCPO/mixed-16/0.0003/seed-0`. `--report` runs nothing.
+
+What is tuned: nothing a cell. Each method runs at both learning rates, with the settings and the normaliser of its paper and, but for
+OAPL, which brings its own, with group-normalised advantages. OAPL's beta2 is the project's rule for its length (.3 at ten tokens, set
+before the grid was run), and its engine syncs periodically, as it prescribes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import logging
+import multiprocessing
+import os
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import RESULTS, ROOT
+from benchmarks.staleness_cell import Cell, CellResult, build_model, run_cell
+from benchmarks.staleness_report import as_table, draw
+
+LEARNING_RATES = (3e-4, 1e-4)
+README_SETTINGS = (("fixed", 16), ("mixed", 16), ("fixed", 64), ("fixed", 4), ("fixed", 0))
+FULL_SETTINGS = (*README_SETTINGS, *(("fixed", lag) for lag in (1, 2, 8, 32)), ("mixed", 4), ("mixed", 64))
+
+README_METHODS: dict[str, dict[str, Any]] = {
+    "none": {"objective": {"name": "reinforce"}},
+    "token TIS": {"objective": {"name": "tis", "level": "token", "cap": 2.0}},
+    "sequence TIS": {"objective": {"name": "tis", "level": "sequence", "cap": 2.0}},
+    "PPO": {"objective": {"name": "ppo"}},
+    "GSPO": {"objective": {"name": "gspo"}, "normalizer": "seq_mean_token_mean"},
+    "VCPO": {"objective": {"name": "vcpo"}, "normalizer": "seq_mean_token_mean"},
+    "VESPO": {"objective": {"name": "vespo"}},
+    "OAPL": {"objective": {"name": "oapl"}, "normalizer": "seq_mean_token_sum", "periodic": True},
+}
+FULL_METHODS: dict[str, dict[str, Any]] = {
+    **README_METHODS,
+    "sequence TIS 8": {"objective": {"name": "tis", "level": "sequence", "cap": 8.0}},
+    "geometric TIS": {"objective": {"name": "tis", "level": "geometric", "cap": 2.0}},
+    "token mask": {"objective": {"name": "tis", "level": "token", "mode": "mask"}},
+    "sequence mask": {"objective": {"name": "tis", "level": "sequence", "mode": "mask"}},
+    "decoupled PPO": {"objective": {"name": "decoupled_ppo"}},
+    "A-3PO": {"objective": {"name": "decoupled_ppo", "prox": "interpolated"}},
+    "SAPO": {"objective": {"name": "sapo"}, "normalizer": "seq_mean_token_mean"},
+    "CISPO": {"objective": {"name": "cispo"}},
+    "M2PO": {"objective": {"name": "m2po"}},
+    "TOPR": {"objective": {"name": "topr"}},
+    "DPPO": {"objective": {"name": "dppo_tv"}},
+    "MASPO": {"objective": {"name": "maspo"}},
+    "DCPO": {"objective": {"name": "dcpo"}},
+    "OAPL, no sync": {"objective": {"name": "oapl"}, "normalizer": "seq_mean_token_sum"},
+}
+"""Settings of a Cell by label; the objectives' own defaults where nothing is said."""
+
+
+def grid(*, full: bool, seeds: list[int], num_steps: int) -> list[Cell]:
+    """All cells, in the order in which they are run."""
+    methods, settings = (FULL_METHODS, FULL_SETTINGS) if full else (README_METHODS, README_SETTINGS)
+    return [
+        Cell(method=method, **own, mode=mode, lag=lag, lr=lr, seed=seed, num_steps=num_steps)
+        for seed in seeds
+        for mode, lag in settings
+        for lr in LEARNING_RATES
+        for method, own in methods.items()
+    ]
+
+
+def name_of(cell: Cell) -> str:
+    """`PPO/fixed-16/0.0003/seed-0`"""
+    return f"{cell.method}/{cell.mode}-{cell.lag}/{cell.lr:g}/seed-{cell.seed}"
+
+
+class Results:
+    """The file of finished cells, one JSON object a line; only ever appended to."""
+
+    def __init__(self, path: Path) -> None:
+        """Reads what is there. The half of a line that a killed run may have left at the end is cut off."""
+        self._path = path
+        self._done: dict[str, CellResult] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = path.read_text() if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            path.write_text(whole)
+        for line in whole.splitlines():
+            row = json.loads(line)
+            curve = [(step, reward) for step, reward in row["result"].pop("curve")]
+            self._done[_key(row["cell"])] = CellResult(**row["result"], curve=curve)
+
+    def get(self, cell: Cell) -> CellResult | None:
+        """The result of exactly these settings."""
+        return self._done.get(_key(asdict(cell)))
+
+    def add(self, cell: Cell, result: CellResult) -> None:
+        """Appends a line."""
+        self._done[_key(asdict(cell))] = result
+        with self._path.open("a") as file:
+            file.write(json.dumps({"cell": asdict(cell), "result": asdict(result)}) + "\n")
+
+
+def _key(settings: dict[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True)
+
+
+def run(cells: list[Cell], results: Results, *, num_jobs: int) -> None:
+    """Runs cells in `num_jobs` worker processes at low priority and records each when it is done."""
+    if not cells:
+        return
+    context = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        ProcessPoolExecutor(num_jobs, mp_context=context, initializer=_quiet_worker) as pool,
+    ):
+        kinds = dict.fromkeys((cell.seed, cell.warm_start_steps) for cell in cells)
+        models = {kind: f"{scratch}/{number}" for number, kind in enumerate(kinds)}
+        list(pool.map(_build, models.values(), *zip(*kinds, strict=True)))
+        futures = {pool.submit(run_cell, cell, models[cell.seed, cell.warm_start_steps]): cell for cell in cells}
+        try:
+            for number, future in enumerate(as_completed(futures), start=1):
+                cell, result = futures[future], future.result()
+                results.add(cell, result)
+                scored = f"reward {result.reward:.3f} best {result.best:.3f} greedy {result.greedy:.3f} ess {result.ess_ratio:.2f}"
+                print(f"{time.strftime('%H:%M:%S')} {number}/{len(cells)} {name_of(cell)}: {scored} {result.wall_s:.0f} s", flush=True)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _build(out_dir: str, seed: int, warm_start_steps: int) -> None:
+    build_model(Path(out_dir), seed=seed, warm_start_steps=warm_start_steps)
+
+
+def _quiet_worker() -> None:
+    os.nice(10)
+    # transformers' progress bars, and the trainer's notes on settings that OAPL overrides: once a cell is too often.
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    logging.disable(logging.WARNING)
+
+
+def main() -> None:
+    """Runs what is missing of the grid, then reports on all of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="every objective, and lags 1 2 8 32 beside the README's")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at a time, one thread each")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="cells whose name matches one of these")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=400, help="optimizer steps of a cell")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--results", type=Path, default=RESULTS / "staleness.jsonl")
+    parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "staleness.png")
+    args = parser.parse_args()
+    cells = grid(full=args.full, seeds=args.seeds, num_steps=args.steps)
+    results = Results(args.results)
+    if not args.report:
+        wanted = [cell for cell in cells if any(fnmatch.fnmatchcase(name_of(cell), pattern) for pattern in args.only)]
+        run([cell for cell in wanted if results.get(cell) is None], results, num_jobs=args.jobs)
+    done = [(cell, result) for cell in cells if (result := results.get(cell)) is not None]
+    if not done:
+        raise SystemExit(f"no cell of this grid is in {args.results} and none was run: leave --report out, or look at --only")
+    print(f"\n{len(done)} of {len(cells)} cells, {len(args.seeds)} seeds, best / worst of the learning rates {LEARNING_RATES}\n")
+    print(as_table(done, FULL_METHODS))
+    draw(done, FULL_METHODS, args.figure)
+
+
+if __name__ == "__main__":
+    main()

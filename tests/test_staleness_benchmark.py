@@ -1,0 +1,106 @@
+"""The staleness benchmark: what is how old, that a cell is a function of its settings, and that a grid can be stopped and resumed."""
+
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from benchmarks.staleness import FULL_METHODS, README_METHODS, Results, grid, name_of, run
+from benchmarks.staleness_cell import Cell, CellResult, build_model, run_cell
+from benchmarks.staleness_report import as_table, draw, scores
+from trainer.objectives import OBJECTIVES
+
+TINY = Cell(
+    method="none",
+    objective={"name": "reinforce"},
+    mode="fixed",
+    lag=0,
+    lr=1e-3,
+    seed=0,
+    num_steps=10,
+    groups_per_step=4,
+    warm_start_steps=150,
+)
+RESULT = CellResult(reward=0.5, best=0.5, greedy=0.5, ess_ratio=1.0, means={}, curve=[(0, 0.1), (10, 0.5)], wall_s=1.0, cpu_s=1.0)
+
+
+def ages(cell: Cell) -> list[int]:
+    """Of every group of every step."""
+    planned = [(step, group, step - version) for version, wanted in cell.plan().items() for step, group in wanted]
+    places = [(step, group) for step in range(cell.num_steps) for group in range(cell.groups_per_step)]
+    assert sorted((step, group) for step, group, _ in planned) == places, "every group of every step is sampled once"
+    return [age for *_, age in sorted(planned)]
+
+
+def test_a_fixed_age_is_exact_from_the_step_that_can_have_it() -> None:
+    assert ages(replace(TINY, lag=4, groups_per_step=1)) == [0, 1, 2, 3, 4, 4, 4, 4, 4, 4]
+
+
+def test_mixed_ages_are_uniform_up_to_the_lag_and_the_same_for_every_method() -> None:
+    cell = replace(TINY, mode="mixed", lag=4, num_steps=400)
+    drawn = ages(cell)
+    settled = drawn[4 * cell.groups_per_step :]
+    assert {age: abs(settled.count(age) / len(settled) - 0.2) < 0.05 for age in settled} == dict.fromkeys(range(5), True)
+    assert ages(replace(cell, method="PPO", objective={"name": "ppo"}, lr=1e-4)) == drawn
+    assert ages(replace(cell, seed=1)) != drawn
+
+
+@pytest.mark.parametrize(("mode", "longest"), [("fixed", 8), ("mixed", 4)])
+def test_a_periodic_sync_gives_the_mean_age_of_the_mode_that_it_stands_in_for(mode: str, longest: int) -> None:
+    cell = replace(TINY, mode=mode, lag=4, periodic=True, num_steps=90)
+    assert max(ages(cell)) == longest
+    assert statistics.mean(ages(cell)) == {"fixed": 4, "mixed": 2}[mode]
+
+
+def test_the_grid_begins_with_one_seed_at_lag_16_and_names_what_exists() -> None:
+    cells = grid(full=False, seeds=[0, 1, 2], num_steps=400)
+    assert len(cells) == len({name_of(cell) for cell in cells}) == 8 * 5 * 2 * 3
+    assert {(cell.mode, cell.lag, cell.seed) for cell in cells[:16]} == {("fixed", 16, 0)}
+    assert {own["objective"]["name"] for own in FULL_METHODS.values()} == set(OBJECTIVES.names())
+
+
+@pytest.mark.timeout(90)
+def test_a_cell_repeats_itself_and_its_samples_are_as_old_as_planned(tmp_path: Path) -> None:
+    build_model(tmp_path, seed=TINY.seed, warm_start_steps=TINY.warm_start_steps)
+    try:
+        fresh, old, again = (run_cell(replace(TINY, lag=lag), str(tmp_path)) for lag in (0, 6, 6))
+    finally:
+        dist.destroy_process_group()
+    assert again == old
+    # The step's weights are the sampling weights, so every importance weight is 1 as far as engine and trainer agree.
+    assert fresh.ess_ratio == pytest.approx(1, abs=1e-3)
+    assert old.ess_ratio < 0.98
+    assert [step for step, _ in old.curve] == list(range(11))
+
+
+@pytest.mark.timeout(90)
+def test_a_stopped_grid_goes_on_where_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    cells = [replace(TINY, num_steps=2, warm_start_steps=0, seed=seed) for seed in (0, 1)]
+    run(cells[:1], Results(path), num_jobs=1)
+    first = path.read_text()
+    path.write_text(first + '{"cell": {"met')  # killed while writing
+
+    results = Results(path)
+    assert path.read_text() == first
+    found = results.get(cells[0])
+    assert found is not None and len(found.curve) == 3
+    assert results.get(replace(cells[0], lr=2e-3)) is None
+    assert results.get(cells[1]) is None
+
+    results.add(cells[1], found)
+    assert [json.loads(line)["cell"]["seed"] for line in path.read_text().splitlines()] == [0, 1]
+    assert Results(path).get(cells[1]) == found
+
+
+def test_the_table_shows_the_best_and_the_worst_learning_rate_of_means_over_seeds(tmp_path: Path) -> None:
+    rewards = {(3e-4, 0): 0.9, (3e-4, 1): 0.5, (1e-4, 0): 0.2, (1e-4, 1): 0.4}
+    done = [(replace(TINY, lr=lr, seed=seed, lag=16), replace(RESULT, reward=reward)) for (lr, seed), reward in rewards.items()]
+    done.append((replace(TINY, method="PPO", mode="mixed", lag=4), RESULT))
+    assert scores(done)["none", ("fixed", 16)] == pytest.approx((0.7, 0.3))
+    assert as_table(done, README_METHODS).splitlines()[2:] == ["| none | 0.70 / 0.30 | – |", "| PPO | – | 0.50 / 0.50 |"]
+    draw(done, README_METHODS, tmp_path / "docs" / "figure.png")
+    assert (tmp_path / "docs" / "figure.png").read_bytes().startswith(b"\x89PNG")
