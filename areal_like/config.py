@@ -200,7 +200,7 @@ class TrainerConfig:
     """Groups (prompts) in one optimizer step."""
     tokens_per_microbatch: int = 4096
     """Packing budget: padded-free tokens in one forward and backward."""
-    lr: float = 5e-5
+    lr: float = 8e-5
     """AdamW learning rate after warm-up."""
     warmup_steps: int = 10
     """Steps of linear learning-rate warm-up."""
