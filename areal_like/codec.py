@@ -122,7 +122,7 @@ def _compile_scalar(hint: type) -> tuple[_Encode, _Decode]:
             if hint is float and type(raw) is int:
                 return float(raw)
             raise TypeError(f"want {hint.__name__}, got {type(raw).__name__}")
-        if hint is float and not math.isfinite(raw):  # no timer, sum or JSON document of the receiver's could bear it
+        if isinstance(raw, float) and not math.isfinite(raw):  # no timer, sum or JSON document of the receiver's could bear it
             raise ValueError(f"{raw} is not finite")
         return raw
 

@@ -7,6 +7,7 @@ import sys
 from areal_like.cli import role_arguments
 from areal_like.daemon import run_daemon
 from areal_like.errors import UserError
+from areal_like.process import exit_at_once
 from rollout_server.daemon import main as serve
 
 
@@ -21,4 +22,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_at_once(main())

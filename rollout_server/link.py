@@ -3,8 +3,8 @@
     (start) -> hello -> REGISTERED -> "who are you?" from a restarted buffer -> hello, unacknowledged answers again -> REGISTERED
 
 A silent buffer is waited for, with nothing but an occasional hello, because what is sent piles up in the socket: with no new leases the
-server falls idle by itself, and what it finished is kept until acknowledged. Only a
-refusal (a newer process of our name, another model) or a failed job ends the server.
+server falls idle by itself, and what it finished is kept until acknowledged. Only a refusal (a newer process of our name, another model)
+or a failed job ends the server.
 """
 
 from __future__ import annotations

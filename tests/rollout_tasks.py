@@ -8,11 +8,13 @@ from rollout_server.tasks import Example, Split, Task
 
 @dataclass(frozen=True, kw_only=True)
 class Moody(Task):
-    """Prompt 0 is rewarded, 1 raises, 2 hangs, 7 has no example."""
+    """Prompt 0 is rewarded, 1 raises, 2 hangs, 7 has no example, 9 hangs before it has one."""
 
     def example(self, split: Split, index: int) -> Example:
         if index == 7:
             raise LookupError("no such example")
+        if index == 9:
+            time.sleep(3600)
         return Example(prompt=f"{index}=", answer=index)
 
     def reward(self, example: Example, completion: str) -> float:
