@@ -13,13 +13,14 @@ from areal_like.config import KlConfig
 from areal_like.errors import ConfigError
 from tests.objective_helpers import ADVANTAGES, REWARDS, published, tokens_of
 from trainer.baselines import optimal_baseline
-from trainer.ghost_norms import GhostTape, Rows
+from trainer.ghost_norms import GhostTape
 from trainer.normalizers import Normalizer
 from trainer.objectives import OBJECTIVES, SampledTokens, build_objective
 from trainer.objectives.vcpo import Vcpo
 from trainer.packing import PackedBatch
 from trainer.ranks import Ranks
 from trainer.scope import Scope
+from trainer.segment_rows import Rows
 from trainer.sequence_gradients import SequenceGradients
 
 ONE_RANK = cast(Ranks, SimpleNamespace(sum=lambda values: values))

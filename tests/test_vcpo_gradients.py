@@ -17,8 +17,9 @@ from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
 from tests.trainer_helpers import dense_logprobs, random_groups, run_ranks, write_model
 from tests.vcpo_ranks import VARIANTS, gradient_of, make_runner, shares_of
-from trainer.ghost_norms import GhostTape, Rows
+from trainer.ghost_norms import GhostTape
 from trainer.ranks import Ranks
+from trainer.segment_rows import Rows
 
 CAP = 2.0
 """Low enough to truncate some of the random sequences."""
@@ -173,14 +174,27 @@ class Gated(nn.Module):
         return out
 
 
+class Doubled(nn.Linear):
+    """Its weight's gradient is not the one of a Linear."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
 def test_layers_that_ghost_norms_do_not_know_are_named() -> None:
     with pytest.raises(ConfigError, match="does not know the layers of gate: use exact or proxy"):
         GhostTape(Gated())
+    with pytest.raises(ConfigError, match="layers of weight"):
+        GhostTape(Doubled(3, 3, bias=False))
     twice = nn.Linear(3, 3)
     tape = GhostTape(twice)
     tape.attach()
     with pytest.raises(ConfigError, match="runs twice in one forward"):
         twice(twice(torch.ones(1, 3))).sum().backward()
+    tape.clear()
+    with pytest.raises(ConfigError, match="cannot tell whose tokens"):
+        twice(torch.ones(4, 3)).sum().backward()
+        tape.squares(Rows.of([2, 3]), Rows.of([2, 3]))
     tape.detach()
 
 

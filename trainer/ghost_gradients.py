@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from trainer.baselines import optimal_baseline
-from trainer.ghost_norms import GhostTape, Rows
+from trainer.ghost_norms import GhostTape
 from trainer.gradients import Gradients
+from trainer.segment_rows import Rows
 from trainer.sharding import add_gradient, reduced
 
 if TYPE_CHECKING:
