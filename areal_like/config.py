@@ -153,6 +153,9 @@ class WeightsConfig:
     """Size of one flattened broadcast."""
     host: str = "127.0.0.1"
     """Address of trainer rank 0 at which engines meet for a push; must be reachable from every engine."""
+    sync_interval: int = 1
+    """Optimizer steps between pushes (the weights after the last step are always pushed). Above 1 with `buffer.group_filter=single_version`
+    every interval is trained on groups of its own, all sampled with the weights it began with; what is left over drops as `interval`."""
     push_deadline_s: float = 60.0
     """A receiver that has not answered by then is put out of the epoch."""
     backend: str = "auto"
@@ -163,6 +166,7 @@ class WeightsConfig:
         modes = ("recompute", "keep", "abort_resume", "drain")
         _require(self.update_mode in modes, f"weights.update_mode={self.update_mode}: use one of {', '.join(modes)}")
         _require(self.bucket_bytes >= 1 << 10, "weights.bucket_bytes must be at least 1024")
+        _require(self.sync_interval >= 1, "weights.sync_interval must be at least 1")
         _require(self.push_deadline_s > 0, "weights.push_deadline_s must be above 0")
         _require(self.backend in ("auto", "gloo", "nccl"), f"weights.backend={self.backend}: use auto, gloo or nccl")
 
@@ -299,8 +303,12 @@ class Config:
     """Seeds the warm start, the order of prompts and sampling."""
     resume: str = ""
     """Empty: a new run. `latest` or `step:K`: go on from that checkpoint of the same run."""
-    max_staleness: int = 4
-    """Largest lag, in optimizer steps, of any token that is trained on; 0 is synchronous RL."""
+    max_staleness: int | str = 4
+    """Largest lag, in optimizer steps, of any token that is trained on; 0 is synchronous RL. `auto`: follows the effective sample size."""
+    max_staleness_cap: int = 8
+    """`max_staleness=auto`: the bound moves between 0, where it begins, and this."""
+    ess_target: float = 0.7
+    """`max_staleness=auto`: the effective sample size over the batch size that the bound keeps up, averaged over some steps."""
     model: ModelConfig = field(default_factory=ModelConfig)
     task: dict[str, Any] = field(default_factory=lambda: {"name": "sort"})
     """`name` (`sort`, `reasoning_gym`) or `_target_` (`my_module.MyTask`), and that task's own settings."""
@@ -318,7 +326,12 @@ class Config:
     daemon: DaemonConfig = field(default_factory=DaemonConfig)
 
     def __post_init__(self) -> None:
-        _require(self.max_staleness >= 0, "max_staleness must be at least 0 (0 is synchronous)")
+        is_count = isinstance(self.max_staleness, int) and not isinstance(self.max_staleness, bool)
+        _require(is_count or self.max_staleness == "auto", f"max_staleness={self.max_staleness}: use a number of steps or auto")
+        _require(self.max_staleness == "auto" or self.staleness_cap >= 0, "max_staleness must be at least 0 (0 is synchronous)")
+        _require(self.max_staleness_cap >= 0, "max_staleness_cap must be at least 0")
+        _require(0 < self.ess_target < 1, f"ess_target={self.ess_target:g}: use a number between 0 and 1")
+        self._check_sync_interval()
         _require(
             bool(self.name) and "/" not in self.name and self.name not in (".", ".."),
             f"name={self.name!r}: use a plain directory name",
@@ -330,6 +343,30 @@ class Config:
         for section in ("task", "objective", "advantage"):
             keys = getattr(self, section)
             _require(("name" in keys) != ("_target_" in keys), f"{section}: give either `name` or `_target_`")
+
+    @property
+    def staleness_cap(self) -> int:
+        """The largest lag that any token may be trained with: `max_staleness`, or the cap of an automatic one."""
+        return self.max_staleness_cap if isinstance(self.max_staleness, str) else self.max_staleness
+
+    def _check_sync_interval(self) -> None:
+        interval = self.weights.sync_interval
+        if interval == 1:
+            return
+        _require(
+            self.max_staleness != "auto",
+            f"weights.sync_interval={interval} makes lags up to {interval - 1} whatever the bound: give max_staleness a number, not auto",
+        )
+        _require(
+            self.staleness_cap >= interval - 1,
+            f"weights.sync_interval={interval} makes lags up to {interval - 1}, and max_staleness={self.max_staleness} forbids them: "
+            f"set max_staleness to at least {interval - 1} or weights.sync_interval to at most {self.staleness_cap + 1}",
+        )
+        _require(
+            self.objective.get("name") != "oapl" or self.weights.update_mode == "drain",
+            f"objective.name=oapl with weights.sync_interval={interval} wants whole groups of one version: "
+            f"set weights.update_mode=drain, not {self.weights.update_mode}",
+        )
 
 
 def from_mapping(raw: dict[str, Any]) -> Config:

@@ -58,11 +58,12 @@ class BufferDaemon:
         # Lease ids grow over restarts too: what a server still makes for an earlier buffer must not look like a lease of this one.
         self.ledger = Ledger(LedgerSettings.from_config(config), MemoryStore(), first_lease_id=int(time.time()) << 20)
         self.peers = PeerBook(job=config.name, dataset=dataset_fingerprint(config))
-        self._series = BufferSeries(runtime.metrics, max_staleness=config.max_staleness)
+        self._series = BufferSeries(runtime.metrics, max_staleness=config.staleness_cap)
         self._fetches: dict[tuple[bytes, int, int], int] = {}
         self._evals: dict[tuple[bytes, int], tuple[int, consumer.RequestEval]] = {}
         self._num_eval_prompts = 0
         self._num_recorded_seen = 0
+        self._rejection_seen = ""
         self._received_bytes = 0
         self._directory = consumer.Directory(servers=[])
         self._turn_is_due = False
@@ -85,6 +86,7 @@ class BufferDaemon:
                 consumer.StartTraining: self._lead(self._start_training),
                 consumer.AllocVersion: self._lead(self._alloc_version),
                 consumer.CompleteStep: self._lead(self._complete_step),
+                consumer.SetMaxStaleness: self._lead(self._set_max_staleness),
                 consumer.CommitStep: self._lead(self._commit_step),
                 consumer.GetStreamState: self._lead(self._stream_state),
                 consumer.RequestEval: self._lead(self._request_eval),
@@ -140,12 +142,14 @@ class BufferDaemon:
         return {
             "step": ledger.trainer_step,
             "committed_steps": ledger.committed_step + 1,
+            "max_staleness": ledger.bound.max_staleness,
             "open_step": {"step": ledger.recorder.step, "recorded": ledger.recorder.position, "due_and_running": ledger.recorder.num_due},
             "newest_version": ledger.versions.newest,
             "closed_because": ledger.closed_because,
             "failed_because": ledger.fatal,
             "tickets": books.tickets,
             "drops": books.drops,
+            "last_rejection": ledger.last_rejection,
             "counters": books.counters,
             "lag_histogram": {str(lag): count for lag, count in sorted(ledger.statistics.lag_histogram.items())},
             "fetches_waiting": len(self._fetches),
@@ -328,6 +332,12 @@ class BufferDaemon:
         self.ledger.complete_step(incarnation=peer.hello.incarnation, step=envelope.message.step)
         return Ok()
 
+    def _set_max_staleness(self, peer: Peer, envelope: Envelope) -> Ok:
+        bound = envelope.message.max_staleness
+        self.ledger.set_max_staleness(incarnation=peer.hello.incarnation, max_staleness=bound)
+        log.info("max_staleness is %d for tickets from now on", bound)
+        return Ok()
+
     def _commit_step(self, peer: Peer, envelope: Envelope) -> Ok:
         self.ledger.commit(incarnation=peer.hello.incarnation, step=envelope.message.step)
         return Ok()
@@ -368,6 +378,9 @@ class BufferDaemon:
         with self._ending_on_error():
             if self.ledger.fatal:
                 raise ArealError(self.ledger.fatal)
+            if self.ledger.last_rejection != self._rejection_seen:
+                self._rejection_seen = self.ledger.last_rejection
+                log.warning("group rejected: %s", self._rejection_seen)
             self._send_leases()
             self._send_aborts()
             self._answer_fetches()

@@ -8,7 +8,7 @@
                             |               v
                             |             READY --record--> BATCHED(step, position) --commit(step)--> TRAINED
                             |               |
-                            +---------------+--> DROPPED(stale | no_spread | failed | rejected | cancelled)
+                            +---------------+--> DROPPED(stale | interval | no_spread | failed | rejected | cancelled)
                                                  cancelled also from BATCHED, when the stream closes before the step is trained
     eval      issue --> QUEUED <--> LEASED --> EVALUATED | DROPPED(failed)
 
@@ -19,9 +19,9 @@ a server is left in `take_aborts()`. So the same code runs in the daemon, under 
 
 Steps are absolute (a run that resumes after K steps begins at step K). Let k be `trainer_step`, s the step of a server's weights.
 Two things differ from the plainest reading of the design, both so that healthy tickets never go stale:
-* Admission counts with the *server's* weights: a ticket is leased to it while recorded + ready + running < (max_staleness + s + 1) *
-  groups_per_step. Counting with k would let a server that has not received step k's weights yet start work that is a step too old.
-  It implies s >= k - max_staleness.
+* Admission counts with the *server's* weights: a ticket is leased to it while recorded + ready + running < (deadline(s) + 1) *
+  groups_per_step, where deadline(s) = s + max_staleness, or the end of its sync interval (`bounds.py`). Counting with k would let a server
+  that has not received step k's weights yet start work that is a step too old. It implies s >= k - max_staleness.
 * Recording is earliest-deadline-first and reserves places for every later deadline, not only for the open step (`recorder.py`).
 
 Every operation is O(log n) in the number of live tickets, apart from O(max_staleness) in the recorder and the O(live) of `close` and
@@ -39,6 +39,7 @@ from areal_like.errors import RefusedError, StaleIncarnationError
 from areal_like.messages.consumer import EvalResult, Group
 from areal_like.messages.producer import Lease, Purpose, SampleDone, SampleFailed, ServerHeartbeat
 from areal_like.trajectory import FinishReason, Trajectory
+from buffer.bounds import LagBound
 from buffer.evaluations import EvalRound
 from buffer.leases import LeaseBook, Server
 from buffer.prompts import Prompt, PromptOrder, sampling_seed
@@ -63,8 +64,8 @@ class Ledger:
         self.register = Register(store)
         self.prompts = PromptOrder(seed=settings.seed)
         self.book = LeaseBook(lease_timeout_s=settings.lease_timeout_s, first_lease_id=first_lease_id)
+        self.bound = LagBound(0 if settings.adaptive else settings.max_staleness, sync_interval=settings.sync_interval)
         self.recorder = Recorder(
-            max_staleness=settings.max_staleness,
             groups_per_step=settings.groups_per_step,
             num_steps=settings.num_steps,
             wait_for_overdue=settings.overdue == "wait",
@@ -78,8 +79,12 @@ class Ledger:
         """Why no train tickets are issued; empty while they are."""
         self.fatal = ""
         """Why the job cannot go on; empty while it can."""
+        self.last_rejection = ""
+        """Why the last rejected group was; empty while none was."""
         self.drops: Counter[Drop] = Counter()
-        self._queue: list[int] = []  # heap of train tickets with unleased samples: the oldest first
+        self._queue: list[tuple[bool, int]] = []
+        """Heap of train tickets with unleased samples: those that have begun first (they have deadlines), the oldest first. An entry that
+        no longer says what is so is skipped."""
         self._recorded: dict[int, list[Ticket]] = {}  # by step, until it is committed
         self._evals: dict[int, EvalRound] = {}
         self._aborts: dict[str, list[int]] = {}
@@ -187,6 +192,18 @@ class Ledger:
             del self._recorded[step]
         self.recorder.reopen(self.trainer_step)
         self._settle()
+
+    def set_max_staleness(self, *, incarnation: int, max_staleness: int) -> None:
+        """The bound of tickets issued from now on (`max_staleness: auto`); those issued before keep theirs."""
+        self._check_trainer(incarnation)
+        if not self.settings.adaptive:
+            raise RefusedError(
+                "max_staleness", f"it is fixed at {self.settings.max_staleness} in this buffer: start all roles with max_staleness=auto"
+            )
+        if not 0 <= max_staleness <= self.settings.max_staleness:
+            raise RefusedError("max_staleness", f"want 0..{self.settings.max_staleness} (max_staleness_cap), got {max_staleness}")
+        self.bound.max_staleness = max_staleness
+        self.store.put_mark("max_staleness", max_staleness)
 
     def request_eval(self, *, eval_id: int, num_prompts: int, min_version: int) -> EvalResult | None:
         """Starts an evaluation, or asks after one that was started: its result, or None while it runs."""
@@ -299,9 +316,14 @@ class Ledger:
         """Groups of the whole run that are recorded, ready or running."""
         return self.recorder.num_recorded + self.register.count(Purpose.TRAIN, State.QUEUED, State.LEASED, State.READY)
 
-    def _budget(self, weights_step: int) -> int:
-        """Groups that may be spent by a server with weights of this step: all of them fit into steps within its bound and the run."""
-        return min(self.settings.max_staleness + weights_step + 1, self.settings.num_steps) * self.settings.groups_per_step
+    def _budget(self, weights_step: int, *, max_staleness: int | None = None) -> int:
+        """Groups that may be spent by a server with weights of this step: all of them fit into steps within its bound and the run.
+
+        `max_staleness`: of a ticket that was issued before; None: of a new one.
+        """
+        max_staleness = self.bound.max_staleness if max_staleness is None else max_staleness
+        deadline = self.bound.deadline(weights_step, max_staleness=max_staleness)
+        return min(deadline + 1, self.settings.num_steps) * self.settings.groups_per_step
 
     @property
     def _may_issue(self) -> bool:
@@ -317,13 +339,19 @@ class Ledger:
         for round_ in self._evals.values():
             if round_.queue and server.weights_version >= round_.min_version:
                 return self.register.live[round_.queue.popleft()]
-        while self._queue and not self._needs_lease(self._queue[0]):
+        while self._queue and not self._is_queued(*self._queue[0]):
             heapq.heappop(self._queue)
         if self._queue:
-            ticket = self.register.live[self._queue[0]]
+            begins, ticket_id = self._queue[0]
+            ticket = self.register.live[ticket_id]
+            if begins:  # its deadline is set now, as if it were new
+                ticket.max_staleness = self.bound.max_staleness
+            # Others that have not begun get their deadlines later, each in its turn. If they counted, then after the bound was
+            # lowered they could forbid one another for ever.
+            num_with_deadline = self._spent() - self.recorder.num_without_deadline + begins
             lowers_floor = ticket.floor is None or weights_step < ticket.floor
-            exceeds_budget = lowers_floor and self._spent() > self._budget(weights_step)
-            # Where the budget forbids the oldest ticket it forbids a new one as well, and a small server must not starve it.
+            exceeds_budget = lowers_floor and num_with_deadline > self._budget(weights_step, max_staleness=ticket.max_staleness)
+            # A new one would take the oldest ticket's budget, and on a small server its slots.
             if exceeds_budget or not server.can_take(len(ticket.unleased)):
                 return None
             heapq.heappop(self._queue)
@@ -332,11 +360,11 @@ class Ledger:
             return None
         prompt = self.prompts.next()
         self.store.put_mark("cursor", self.prompts.cursor)
-        return self.register.issue(Purpose.TRAIN, prompt, num_samples=self.settings.group_size)
+        return self.register.issue(Purpose.TRAIN, prompt, num_samples=self.settings.group_size, max_staleness=self.bound.max_staleness)
 
-    def _needs_lease(self, ticket_id: int) -> bool:
+    def _is_queued(self, begins: bool, ticket_id: int) -> bool:
         ticket = self.register.live.get(ticket_id)
-        return ticket is not None and bool(ticket.unleased)
+        return ticket is not None and bool(ticket.unleased) and begins == (ticket.floor is None)
 
     def _lease(self, ticket: Ticket, server: Server, weights_step: int, *, now_s: float) -> Lease:
         lease = self.book.grant(server, ticket, weights_step=weights_step, now_s=now_s)
@@ -408,8 +436,8 @@ class Ledger:
         """These samples have to be leased again (there may be none); the ticket's state follows its leases."""
         if sample_indices and ticket.purpose is Purpose.EVAL:
             self._evals[ticket.eval_id].queue.appendleft(ticket.ticket_id)
-        elif sample_indices and not ticket.unleased:
-            heapq.heappush(self._queue, ticket.ticket_id)
+        elif sample_indices:
+            heapq.heappush(self._queue, (ticket.floor is None, ticket.ticket_id))
         ticket.unleased.update(sample_indices)
         state = State.LEASED if ticket.leases else State.QUEUED
         if ticket.state is not state:
@@ -423,15 +451,27 @@ class Ledger:
         samples = ticket.samples.values()
         if self.settings.group_filter == "spread" and len({sample.reward for sample in samples}) == 1:
             self._drop(ticket, Drop.NO_SPREAD)
-        elif self.settings.group_filter == "single_version" and not _is_single_version(samples):
+        elif self.settings.group_filter == "single_version" and not self._is_single_version(samples):
+            self.last_rejection = _mixed_versions(ticket)
             self._drop(ticket, Drop.REJECTED)
         else:
             self.register.move(ticket, State.READY)
-            self.recorder.add_ready(ticket.ticket_id, floor=min(sample.oldest_step for sample in samples))
+            deadline = self._deadline(ticket, ticket.proven_floor)
+            assert deadline is not None
+            self.recorder.add_ready(ticket.ticket_id, deadline=deadline)
+
+    def _is_single_version(self, samples: Iterable[Sample]) -> bool:
+        """By weights, not by number: a push that was repeated for a server that came late counts as one version."""
+        versions = {version for sample in samples for version in (sample.oldest_version, sample.newest_version)}
+        return len({self.versions.weights_of(version) for version in versions}) == 1
+
+    def _deadline(self, ticket: Ticket, floor: int | None) -> int | None:
+        return None if floor is None else self.bound.deadline(floor, max_staleness=ticket.max_staleness)
 
     def _track(self, ticket: Ticket) -> None:
         if ticket.purpose is Purpose.TRAIN:
-            self.recorder.track(ticket.ticket_id, floor=ticket.floor, proven_floor=ticket.proven_floor)
+            due, proven = self._deadline(ticket, ticket.floor), self._deadline(ticket, ticket.proven_floor)
+            self.recorder.track(ticket.ticket_id, due=due, proven=proven)
 
     def _drop(self, ticket: Ticket, reason: Drop) -> None:
         for lease in ticket.leases.values():
@@ -454,18 +494,23 @@ class Ledger:
     def _settle(self) -> None:
         """Drops what has become stale and records what may be recorded, until nothing changes; then the books must balance."""
         while True:
-            if (stale := self.recorder.stale()) is not None:
-                self._drop(self.register.live[stale], Drop.STALE)
+            if (late := self.recorder.stale()) is not None:
+                self._drop_late(self.register.live[late])
             elif (ready := self.recorder.next_to_record(trainer_step=self.trainer_step)) is not None:
                 self._record(self.register.live[ready])
             else:
                 break
         self.register.check()
 
+    def _drop_late(self, ticket: Ticket) -> None:
+        floor = ticket.proven_floor
+        assert floor is not None
+        self._drop(ticket, Drop.STALE if self.recorder.step - floor > ticket.max_staleness else Drop.INTERVAL)
+
     def _record(self, ticket: Ticket) -> None:
         ticket.step, ticket.position = self.recorder.place(ticket.ticket_id)
         lag = ticket.step - min(sample.oldest_step for sample in ticket.samples.values())
-        assert 0 <= lag <= self.settings.max_staleness, f"ticket {ticket.ticket_id} has lag {lag} in step {ticket.step}"
+        assert 0 <= lag <= ticket.max_staleness, f"ticket {ticket.ticket_id} has lag {lag} in step {ticket.step}"
         self._recorded.setdefault(ticket.step, []).append(ticket)
         self.register.move(ticket, State.BATCHED)
 
@@ -504,5 +549,13 @@ class Ledger:
                 self.statistics.trained(sample, step=step)
 
 
-def _is_single_version(samples: Iterable[Sample]) -> bool:
-    return len({version for sample in samples for version in (sample.oldest_version, sample.newest_version)}) == 1
+def _mixed_versions(ticket: Ticket) -> str:
+    by_sample = ", ".join(
+        str(sample.oldest_version) if sample.oldest_version == sample.newest_version else f"{sample.oldest_version}-{sample.newest_version}"
+        for _, sample in sorted(ticket.samples.items())
+    )
+    return (
+        f"the samples of ticket {ticket.ticket_id} come from different weights (versions {by_sample}), and "
+        "buffer.group_filter=single_version wants one: "
+        "with weights.update_mode=drain and weights.sync_interval above 1 no group spans a push"
+    )

@@ -1,6 +1,6 @@
 """Which finished group enters the open step, and which step must wait for whom.
 
-Every group has a *deadline*: the last step in which its oldest token is within the bound (its step + max_staleness). Groups are
+Every group has a *deadline*: the last step in which its oldest token is within the bound (`bounds.py`). Groups are
 recorded earliest deadline first, ties in order of completion; unit jobs under that rule all meet their deadlines if any order does.
 With `overdue: wait` a group is recorded only if afterwards all that are still running can meet theirs too: for every
 deadline d before its own, running tickets due by d <= places left in the steps up to d (Hall's condition). A short answer therefore never
@@ -20,8 +20,7 @@ from collections import Counter
 class Recorder:
     """Places (step, position), handed out in order. Pure bookkeeping over ticket ids."""
 
-    def __init__(self, *, max_staleness: int, groups_per_step: int, num_steps: int, wait_for_overdue: bool) -> None:
-        self._max_staleness = max_staleness
+    def __init__(self, *, groups_per_step: int, num_steps: int, wait_for_overdue: bool) -> None:
         self._groups_per_step = groups_per_step
         self._num_steps = num_steps
         self._wait_for_overdue = wait_for_overdue
@@ -34,6 +33,8 @@ class Recorder:
         self._ready: set[int] = set()
         self._tracked: dict[int, tuple[int | None, int | None]] = {}
         self._num_due: Counter[int] = Counter()
+        self.num_without_deadline = 0
+        """Running tickets of which nothing was sampled and nothing is being sampled."""
         self._proven: dict[int, set[int]] = {}
 
     @property
@@ -41,13 +42,13 @@ class Recorder:
         """Places handed out since step 0 of the run, earlier lives included."""
         return self.step * self._groups_per_step + self.position
 
-    def track(self, ticket_id: int, *, floor: int | None, proven_floor: int | None) -> None:
-        """A running ticket's oldest token is at step `floor` or later, and certainly not later than `proven_floor`. None: not known."""
+    def track(self, ticket_id: int, *, due: int | None, proven: int | None) -> None:
+        """A running ticket's deadline is `due` or later, and certainly not later than `proven`. None: not known."""
         self.forget(ticket_id)
-        due = None if floor is None else floor + self._max_staleness
-        proven = None if proven_floor is None else proven_floor + self._max_staleness
         self._tracked[ticket_id] = (due, proven)
-        if due is not None:
+        if due is None:
+            self.num_without_deadline += 1
+        else:
             self._num_due[due] += 1
         if proven is not None:
             self._proven.setdefault(proven, set()).add(ticket_id)
@@ -55,8 +56,12 @@ class Recorder:
     def forget(self, ticket_id: int) -> None:
         """The ticket is neither running nor ready any more."""
         self._ready.discard(ticket_id)
-        due, proven = self._tracked.pop(ticket_id, (None, None))
-        if due is not None:
+        if ticket_id not in self._tracked:
+            return
+        due, proven = self._tracked.pop(ticket_id)
+        if due is None:
+            self.num_without_deadline -= 1
+        else:
             self._num_due[due] -= 1
             if not self._num_due[due]:
                 del self._num_due[due]
@@ -65,15 +70,15 @@ class Recorder:
             if not self._proven[proven]:
                 del self._proven[proven]
 
-    def add_ready(self, ticket_id: int, *, floor: int) -> None:
-        """The group is complete and its oldest token is at step `floor`."""
+    def add_ready(self, ticket_id: int, *, deadline: int) -> None:
+        """The group is complete, and its deadline known."""
         self.forget(ticket_id)
         self._ready.add(ticket_id)
         self._order += 1
-        heapq.heappush(self._heap, (floor + self._max_staleness, self._order, ticket_id))
+        heapq.heappush(self._heap, (deadline, self._order, ticket_id))
 
     def stale(self) -> int | None:
-        """A running or ready ticket that is certainly past the bound in the open step, if there is one."""
+        """A running or ready ticket whose deadline has certainly passed, if there is one."""
         late = [deadline for deadline in self._proven if deadline < self.step]  # at most max_staleness + 1 keys
         if late:
             return next(iter(self._proven[late[0]]))

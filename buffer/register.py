@@ -23,7 +23,7 @@ class Register:
         """Ticket id -> ticket, in order of issue."""
         self._counts = {purpose: Counter[State]() for purpose in Purpose}
 
-    def issue(self, purpose: Purpose, prompt: Prompt, *, num_samples: int, eval_id: int = 0) -> Ticket:
+    def issue(self, purpose: Purpose, prompt: Prompt, *, num_samples: int, eval_id: int = 0, max_staleness: int = 0) -> Ticket:
         """A new ticket, QUEUED."""
         self.num_issued += 1
         ticket = Ticket(
@@ -34,6 +34,7 @@ class Register:
             parent=prompt.parent,
             num_reissues=prompt.num_reissues,
             eval_id=eval_id,
+            max_staleness=max_staleness,
             unleased=set(range(num_samples)),
         )
         self.live[ticket.ticket_id] = ticket

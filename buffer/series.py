@@ -24,6 +24,7 @@ class BufferSeries:
         self._trained = metrics.counter("samples_trained", "Samples learned from, by lag in optimizer steps", label="lag", values=lags)
         self._peers = metrics.gauge("peers", "Registered peers by role", label="role", values=[role.value for role in Role])
         self._steps = metrics.gauge("step", "Optimizer steps: completed, committed, and the one being recorded", label="of", values=_STEPS)
+        self._bound = metrics.gauge("max_staleness", "Bound on lag, in optimizer steps, of tickets issued now")
         self._version = metrics.gauge("weights_newest_version", "Newest allocated weights version")
         self._bytes = metrics.gauge("buffer_bytes", "Bytes of arrays held")
         self._free = metrics.gauge("free_samples", "Samples that servers could take now")
@@ -57,6 +58,7 @@ class BufferSeries:
             self._peers.labels(role.value).set(len(peers.of(role)))
         for of, step in zip(_STEPS, (ledger.trainer_step, ledger.committed_step + 1, ledger.recorder.step), strict=True):
             self._steps.labels(of).set(step)
+        self._bound.set(ledger.bound.max_staleness)
         self._version.set(ledger.versions.newest)
         self._bytes.set(ledger.store.num_bytes)
         self._free.set(sum(max(0, server.free_samples) for server in ledger.book.servers.values()))

@@ -14,9 +14,14 @@ class LedgerSettings:
     """What the rules depend on; fields as in the configuration."""
 
     max_staleness: int
+    """The bound on lag in steps; with `adaptive` the largest that it may become."""
     groups_per_step: int
     group_size: int
     num_steps: int
+    adaptive: bool = False
+    """`max_staleness: auto`: the bound begins at 0 and the trainer moves it."""
+    sync_interval: int = 1
+    """Steps between weights that no group may mix, each trained on its own groups; 1: new weights may come at any time."""
     seed: int = 0
     overdue: str = "wait"
     group_filter: str = "none"
@@ -33,7 +38,10 @@ class LedgerSettings:
     def from_config(cls, config: Config) -> Self:
         """Picks the fields out of the job's configuration."""
         return cls(
-            max_staleness=config.max_staleness,
+            max_staleness=config.staleness_cap,
+            adaptive=config.max_staleness == "auto",
+            # Where a group may span a push, a longer interval only means fewer pushes.
+            sync_interval=config.weights.sync_interval if config.buffer.group_filter == "single_version" else 1,
             groups_per_step=config.trainer.groups_per_step,
             group_size=config.sampling.group_size,
             num_steps=config.trainer.num_steps,

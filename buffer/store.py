@@ -41,7 +41,7 @@ class Store(Protocol):
         """A version was allocated."""
 
     def put_mark(self, name: str, value: int) -> None:
-        """A scalar of the ledger changed: `trainer_step`, `committed_step`, `trainer_incarnation`, `cursor`."""
+        """A scalar of the ledger changed: `trainer_step`, `committed_step`, `trainer_incarnation`, `cursor`, `max_staleness`."""
 
     def group(self, ticket: Ticket) -> list[Trajectory]:
         """All trajectories of a complete ticket, in sample order."""

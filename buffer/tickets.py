@@ -36,7 +36,7 @@ class Drop(StrEnum):
     """Why a ticket was dropped."""
 
     STALE = "stale"
-    """A sample was beyond `max_staleness` for the open step."""
+    """A sample was beyond the ticket's `max_staleness` for the open step."""
     NO_SPREAD = "no_spread"
     """All rewards of the group were equal (`group_filter: spread`)."""
     FAILED = "failed"
@@ -45,9 +45,11 @@ class Drop(StrEnum):
     """The group mixes weights versions (`group_filter: single_version`)."""
     CANCELLED = "cancelled"
     """Admission was closed before it was recorded."""
+    INTERVAL = "interval"
+    """It began before the engines' last sync and was not recorded in that interval (`weights.sync_interval`)."""
 
 
-REISSUED = frozenset({Drop.STALE, Drop.FAILED, Drop.REJECTED})
+REISSUED = frozenset({Drop.STALE, Drop.FAILED, Drop.REJECTED, Drop.INTERVAL})
 """Drops whose prompt is tried again. A group without spread is refilled with another prompt: the same one would likely have none again."""
 
 
@@ -108,6 +110,8 @@ class Ticket:
     num_reissues: int = 0
     """Tickets before this one in the chain of parents."""
     eval_id: int = 0
+    max_staleness: int = 0
+    """The bound on lag, in steps, that it was issued under."""
     state: State = State.QUEUED
     drop: Drop | None = None
     samples: dict[int, Sample] = field(default_factory=dict)

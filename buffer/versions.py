@@ -14,7 +14,7 @@ class VersionBook:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._steps: dict[int, int] = {0: 0}
+        self._weights: dict[int, tuple[int, int]] = {0: (0, 0)}
         self.newest = 0
         """The last one given out; 0 is what servers start with, the weights at `model.path`."""
 
@@ -30,13 +30,18 @@ class VersionBook:
         """A new version for weights that are the start of `step`."""
         row = VersionRow(version=self.newest + 1, step=step, parent=self.newest, trainer_incarnation=trainer_incarnation)
         self.newest = row.version
-        self._steps[row.version] = step
+        self._weights[row.version] = (step, trainer_incarnation)
         self._store.put_version(row)
         return row.version
 
     def step_of(self, version: int) -> int | None:
         """The step that a version is the start of; None: never given out in this life."""
-        return self._steps.get(version)
+        known = self._weights.get(version)
+        return None if known is None else known[0]
+
+    def weights_of(self, version: int) -> tuple[int, int]:
+        """(step, trainer incarnation) of a version that was given out: equal for versions that are a push and its repetition."""
+        return self._weights[version]
 
     def summarise(self, lease_id: int, trajectory: Trajectory) -> Sample | None:
         """What the ledger keeps of a trajectory with at least one sampled token; None if a token names an unknown version."""
@@ -46,7 +51,7 @@ class VersionBook:
         else:
             versions, lengths = np.unique(trajectory.versions[trajectory.versions >= 0], return_counts=True)
             counts = dict(zip(versions.tolist(), lengths.tolist(), strict=True))
-        steps = {version: self._steps[version] for version in counts if version in self._steps}
+        steps = {version: self._weights[version][0] for version in counts if version in self._weights}
         if len(steps) < len(counts):
             return None
         return Sample(

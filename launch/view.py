@@ -172,12 +172,14 @@ def _lag_panel(seen: Observation, *, config: Config) -> Panel:
         for lag, count in (row.get("lag_histogram") or {}).items():
             counts[int(lag)] += count
     total = counts.total() or 1
-    lags = range(min(config.max_staleness, 5) + 1) if config.max_staleness <= 5 else sorted(lag for lag, _ in counts.most_common(6))
+    cap = config.staleness_cap
+    lags = range(cap + 1) if cap <= 5 else sorted(lag for lag, _ in counts.most_common(6))
     grid = Table.grid(padding=(0, 1))
     for lag in lags:
         share = counts[lag] / total
         grid.add_row(f"{lag:>2}", Text(bar(share, width=14), style="cyan"), f"{share:4.0%}")
-    return Panel(grid, title=f"trained lag, at most {config.max_staleness}", title_align="left")
+    bound = (seen.steps[-1] if seen.steps else {}).get("max_staleness", cap)
+    return Panel(grid, title=f"trained lag, at most {bound}", title_align="left")
 
 
 def _rates(seen: Observation) -> Text:

@@ -21,8 +21,11 @@ class LedgerMachine(RuleBasedStateMachine):
         max_staleness=st.sampled_from([0, 1, 2]),
         overdue=st.sampled_from(["wait", "drop"]),
         group_filter=st.sampled_from(["none", "spread", "single_version"]),
+        adaptive=st.booleans(),
+        sync_interval=st.sampled_from([1, 1, 2, 3]),
     )
-    def begin(self, max_staleness: int, overdue: str, group_filter: str) -> None:
+    def begin(self, max_staleness: int, overdue: str, group_filter: str, adaptive: bool, sync_interval: int) -> None:
+        self.sync_interval = min(sync_interval, max_staleness + 1)
         self.ledger = new_ledger(
             max_staleness=max_staleness,
             groups_per_step=GROUPS,
@@ -30,6 +33,8 @@ class LedgerMachine(RuleBasedStateMachine):
             num_steps=STEPS,
             overdue=overdue,
             group_filter=group_filter,
+            adaptive=adaptive,
+            sync_interval=self.sync_interval,
             max_consecutive_failures=10**6,
             lease_timeout_s=5.0,
         )
@@ -163,6 +168,8 @@ class LedgerMachine(RuleBasedStateMachine):
         assert len(group.trajectories) == SIZE
         for trajectory, oldest_step in zip(group.trajectories, group.version_steps, strict=True):
             assert 0 <= step - oldest_step <= self.ledger.settings.max_staleness
+            if self.sync_interval > 1:
+                assert step // self.sync_interval == oldest_step // self.sync_interval, "trained in another interval than it was sampled in"
             assert trajectory.num_sampled > 0
 
     @precondition(lambda self: self.ledger.recorder.step > self.ledger.trainer_step)
@@ -190,6 +197,13 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger.start_training(incarnation=self.incarnation, step=step, stream={})
         self.versions.append(self.ledger.alloc_version(incarnation=self.incarnation, step=step))
 
+    @precondition(lambda self: self.ledger.settings.adaptive)
+    @rule(data=st.data())
+    def adapt(self, data: st.DataObject) -> None:
+        bound = data.draw(st.integers(0, self.ledger.settings.max_staleness))
+        self.ledger.set_max_staleness(incarnation=self.incarnation, max_staleness=bound)
+        self.grant()
+
     @rule(eval_id=st.integers(1, 2))
     def evaluate(self, eval_id: int) -> None:
         result = self.ledger.request_eval(eval_id=eval_id, num_prompts=2, min_version=0)
@@ -198,6 +212,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule()
     def close(self) -> None:
         self.ledger.close("test")
+        self.served = {place: ticket_id for place, ticket_id in self.served.items() if place[0] < self.ledger.trainer_step}
         assert self.ledger.register.count(Purpose.TRAIN, State.QUEUED, State.LEASED, State.READY) == 0
 
     # --- promises ---

@@ -93,7 +93,7 @@ class Trainer:
     def _train_step(self) -> None:
         step, link, config = self._step, self._link, self._config
         link.state = "training"
-        lags = LagTally(config.max_staleness)
+        lags = LagTally(config.staleness_cap)
         groups = (lags.counted(group) for group in link.groups(step))
         metrics = self._runner.run(groups, step=step, num_groups=config.trainer.groups_per_step, lags=lags.of_tokens)
         self._step = link.step = step + 1

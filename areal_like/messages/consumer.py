@@ -85,6 +85,14 @@ class CompleteStep:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SetMaxStaleness:
+    """Rank 0 -> buffer, with `max_staleness: auto`: the bound on lag of tickets issued from now on. Answered `Ok`. Idempotent."""
+
+    max_staleness: int
+    """0 <= max_staleness <= max_staleness_cap."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CommitStep:
     """Rank 0 -> buffer: a checkpoint that contains steps <= step is durable. Answered `Ok`. Idempotent."""
 
@@ -187,6 +195,7 @@ MESSAGES = (
     Fetch,
     Group,
     CompleteStep,
+    SetMaxStaleness,
     CommitStep,
     GetStreamState,
     StreamState,
