@@ -20,6 +20,7 @@ Shape suffixes: T rows (tokens), S rows that the head reads, N sequences, n sequ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -96,7 +97,7 @@ class GhostTape:
             # From the head down, until attention mixes rows: what the head does not read has no gradient.
             if layer.is_head or not is_late:
                 continue
-            is_late = not bool(layer.e_TO.index_select(0, unread_T).any())
+            is_late = float(torch.linalg.vector_norm(layer.e_TO.index_select(0, unread_T), ord=math.inf)) == 0
             if is_late and read_S is not None:
                 key = layer.x_TI.data_ptr()
                 chosen[key] = chosen[key] if key in chosen else layer.x_TI.index_select(0, read_S)
