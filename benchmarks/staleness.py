@@ -29,6 +29,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from transformers.utils.logging import disable_progress_bar
+
+from areal_like.process import die_with_parent
 from benchmarks.report import RESULTS, ROOT
 from benchmarks.staleness_cell import Cell, CellResult, build_model, run_cell
 from benchmarks.staleness_report import as_table, draw
@@ -44,6 +47,7 @@ README_METHODS: dict[str, dict[str, Any]] = {
     "PPO": {"objective": {"name": "ppo"}},
     "GSPO": {"objective": {"name": "gspo"}, "normalizer": "seq_mean_token_mean"},
     "VCPO": {"objective": {"name": "vcpo"}, "normalizer": "seq_mean_token_mean"},
+    "VCPO, leave one out": {"objective": {"name": "vcpo", "leave_one_out": True}, "normalizer": "seq_mean_token_mean"},
     "VESPO": {"objective": {"name": "vespo"}},
     "OAPL": {"objective": {"name": "oapl"}, "normalizer": "seq_mean_token_sum", "periodic": True},
 }
@@ -51,6 +55,7 @@ FULL_METHODS: dict[str, dict[str, Any]] = {
     **README_METHODS,
     "sequence TIS 8": {"objective": {"name": "tis", "level": "sequence", "cap": 8.0}},
     "geometric TIS": {"objective": {"name": "tis", "level": "geometric", "cap": 2.0}},
+    "VCPO, no baseline": {"objective": {"name": "vcpo", "baseline": "none"}, "normalizer": "seq_mean_token_mean"},
     "token mask": {"objective": {"name": "tis", "level": "token", "mode": "mask"}},
     "sequence mask": {"objective": {"name": "tis", "level": "sequence", "mode": "mask"}},
     "decoupled PPO": {"objective": {"name": "decoupled_ppo"}},
@@ -123,7 +128,7 @@ def run(cells: list[Cell], results: Results, *, num_jobs: int) -> None:
     context = multiprocessing.get_context("spawn")
     with (
         tempfile.TemporaryDirectory() as scratch,
-        ProcessPoolExecutor(num_jobs, mp_context=context, initializer=_quiet_worker) as pool,
+        ProcessPoolExecutor(num_jobs, mp_context=context, initializer=_start_worker) as pool,
     ):
         kinds = dict.fromkeys((cell.seed, cell.warm_start_steps) for cell in cells)
         models = {kind: f"{scratch}/{number}" for number, kind in enumerate(kinds)}
@@ -143,11 +148,12 @@ def _build(out_dir: str, seed: int, warm_start_steps: int) -> None:
     build_model(Path(out_dir), seed=seed, warm_start_steps=warm_start_steps)
 
 
-def _quiet_worker() -> None:
+def _start_worker() -> None:
+    die_with_parent()
     os.nice(10)
-    # transformers' progress bars, and the trainer's notes on settings that OAPL overrides: once a cell is too often.
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    # The trainer's notes on settings that OAPL overrides, and a bar for every model that is read: once a cell is too often.
     logging.disable(logging.WARNING)
+    disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def main() -> None:

@@ -12,12 +12,12 @@ Ages, in optimizer steps (a group's age in step t is t less the version that sam
     periodic  the engine syncs every I steps, so the age is t mod I: what OAPL prescribes. I = 2 lag + 1 in place of fixed and lag + 1 in
               place of mixed, which makes the mean age that of the other methods (under mixed also the largest, and the distribution)
 
-The draws of mixed depend on the seed alone: every method sees the same prompts at the same ages.
+The ages of mixed depend on the seed alone, and a sample's random numbers on seed, prompt and place in its group: every method sees the same
+prompts at the same ages with the same luck, until its weights differ.
 """
 
 from __future__ import annotations
 
-import itertools
 import random
 import statistics
 import time
@@ -111,6 +111,8 @@ class Cell:
             num_steps=self.num_steps,
             groups_per_step=self.groups_per_step,
             lr=self.lr,
+            # One that falls to zero would heal at the end what staleness has done: lags are in steps, and what hurts is their length.
+            lr_schedule="constant",
             normalizer=self.normalizer,
             logprob_chunk_tokens=4096,
         )
@@ -153,12 +155,14 @@ class Sampler:
 
     def __init__(self, model_path: str, config: Config) -> None:
         model, weights = load(model_path, dtype=torch.float32, device=torch.device("cpu"), context_length=CONTEXT_TOKENS)
-        options = EngineOptions(max_running=128, context_length=CONTEXT_TOKENS, random_seed=config.seed)
+        options = EngineOptions(max_running=128, context_length=CONTEXT_TOKENS)
         self._core = EngineCore(model, weights, options, version="0")
         self._task = make_task(config.task, seed=config.seed)
         self._renderer = PromptRenderer(model_path)
         self._max_new_tokens = config.sampling.max_new_tokens
         self._held_out = self._asked("eval", range(GREEDY_PROMPTS))
+        self._train_luck = config.seed << 40
+        self._held_out_luck = self._train_luck + (1 << 39)
 
     def activate(self, policy: Policy, *, version: int) -> None:
         """Goes over to the policy's weights."""
@@ -171,26 +175,33 @@ class Sampler:
 
     def groups(self, indices: Iterable[int], *, size: int) -> list[list[Trajectory]]:
         """`size` samples at temperature 1 of each of these training prompts."""
+        indices = list(indices)
         asked = self._asked("train", indices)
-        answers = self._answers([prompt for _, prompt in asked], size=size, temperature=1.0)
+        luck = [self._train_luck + index for index in indices]
+        answers = self._answers([prompt for _, prompt in asked], luck=luck, size=size, temperature=1.0)
         return [[self._trajectory(example, s) for s in group] for (example, _), group in zip(asked, answers, strict=True)]
 
     def score(self, *, num_prompts: int, temperature: float) -> float:
-        """Mean reward of held-out prompts, always the same ones, one sample each."""
+        """Mean reward of held-out prompts, always the same ones, one sample each, with other random numbers under each version."""
         asked = self._held_out[:num_prompts]
-        answers = self._answers([prompt for _, prompt in asked], size=1, temperature=temperature)
+        first = self._held_out_luck + int(self._core.version) * GREEDY_PROMPTS
+        luck = range(first, first + num_prompts)
+        answers = self._answers([prompt for _, prompt in asked], luck=luck, size=1, temperature=temperature)
         return statistics.mean(self._reward(example, s) for (example, _), (s,) in zip(asked, answers, strict=True))
 
     def _asked(self, split: Split, indices: Iterable[int]) -> list[tuple[Example, tuple[int, ...]]]:
         examples = [self._task.example(split, index) for index in indices]
         return [(example, tuple(self._renderer.encode(example).tolist())) for example in examples]
 
-    def _answers(self, prompts: Iterable[tuple[int, ...]], *, size: int, temperature: float) -> list[list[Sequence]]:
+    def _answers(self, prompts: Iterable[tuple[int, ...]], *, luck: Iterable[int], size: int, temperature: float) -> list[list[Sequence]]:
+        """`luck`: a seed for each prompt."""
         stops = tuple(self._renderer.stop_token_ids)
-        params = SamplingParams(max_new_tokens=self._max_new_tokens, temperature=temperature, stop_token_ids=stops)
-        groups = [[Sequence(seq_id=f"{i}.{j}", prompt=prompt, params=params) for j in range(size)] for i, prompt in enumerate(prompts)]
-        for sequence in itertools.chain.from_iterable(groups):
-            self._core.submit(sequence)
+        groups = []
+        for place, (prompt, seed) in enumerate(zip(prompts, luck, strict=True)):
+            params = SamplingParams(max_new_tokens=self._max_new_tokens, temperature=temperature, stop_token_ids=stops, sampling_seed=seed)
+            groups.append([Sequence(seq_id=f"{place}.{i}", prompt=prompt, params=params) for i in range(size)])
+            for index, sequence in enumerate(groups[-1]):
+                self._core.submit(sequence, index=index)
         while self._core.all_sequences:
             self._core.step()
         return groups
