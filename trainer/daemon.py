@@ -50,6 +50,11 @@ class Trainer:
         source = model_path(config)
         self._policy = build_policy(config, source, ranks)
         self._runner = StepRunner.of(config, self._policy, ranks, initial=source)
+        if self._runner.single_version and config.buffer.group_filter != "single_version":
+            raise ConfigError(
+                "this objective wants every group from one version of the weights: set buffer.group_filter=single_version, "
+                "weights.update_mode=drain and weights.sync_interval (the preset objective=oapl does)"
+            )
         self._checkpoints = Checkpoints(self._paths.checkpoints, keep=config.trainer.keep_checkpoints, tokenizer_path=source)
         self._step, self._stream = self._resume()
         self._saved_step = self._step
@@ -98,9 +103,9 @@ class Trainer:
         metrics = self._runner.run(groups, step=step, num_groups=config.trainer.groups_per_step, lags=lags.of_tokens)
         self._step = link.step = step + 1
         lag_metrics = lags.reduced(self._ranks)
-        snapshot = self._snapshot()
+        is_sync = self._step % config.weights.sync_interval == 0 or self._step == config.trainer.num_steps
+        snapshot = self._snapshot() if is_sync else None
         if self._leader is not None:
-            assert snapshot is not None
             self._leader.stepped(step, {**metrics, **lag_metrics}, snapshot)
         if self._step % config.trainer.checkpoint_interval == 0 or self._step == config.trainer.num_steps:
             self._save()

@@ -20,6 +20,7 @@ from areal_like.messages.consumer import (
     GetBooks,
     GetStreamState,
     RequestEval,
+    SetMaxStaleness,
     StartTraining,
 )
 from areal_like.paths import RunPaths
@@ -28,6 +29,7 @@ from trainer.link import BufferLink, StopRequestedError
 from trainer.publisher import Publisher, PushReport, Snapshot
 from trainer.report import WARM_UP_STEPS, MetricsFile, write_summary
 from trainer.series import TrainerSeries
+from trainer.staleness import StalenessController
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +49,9 @@ class Leader:
         self._paths = RunPaths.of(config)
         self._metrics = MetricsFile(self._paths.metrics, start_step=step)
         self._series = TrainerSeries(link.runtime.metrics)
+        self._staleness: StalenessController | None = None
+        if config.max_staleness == "auto":
+            self._staleness = StalenessController(cap=config.max_staleness_cap, target=config.ess_target)
         self._eval_before: float | None = None
         self._resumed_from_step = 0
         self._eval: Future[EvalResult] | None = None
@@ -61,6 +66,10 @@ class Leader:
         """
         link = self._link
         link.call(StartTraining(step=self._step, stream=stream.get("stream", {})), timeout_s=_CALL_TIMEOUT_S)
+        if self._staleness is not None:
+            if "staleness" in stream:
+                self._staleness.restore(stream["staleness"])
+            self._tell_bound(self._staleness.bound)
         link.run(self._open_publisher(), name="publisher", timeout_s=10)
         self._publisher_offer(snapshot, loaded=not is_resumed)
         self._eval_before = stream.get("eval_before")
@@ -87,13 +96,19 @@ class Leader:
             result = self._finish_eval(self._ask_eval(), timeout_s=start_timeout_s + config.eval.timeout_s)
             self._eval_before = result.mean_reward
 
-    def stepped(self, step: int, metrics: dict[str, Any], snapshot: Snapshot) -> None:
-        """An optimizer step is done: tell the buffer, offer the weights, write the row, evaluate now and then."""
+    def stepped(self, step: int, metrics: dict[str, Any], snapshot: Snapshot | None) -> None:
+        """An optimizer step is done: tell the buffer, offer the weights, write the row, evaluate now and then.
+
+        `snapshot`: None between syncs.
+        """
         link = self._link
+        bound = self._bound
+        self._adapt(metrics)
         link.call(CompleteStep(step=step), timeout_s=_CALL_TIMEOUT_S)
         self._step = step + 1
-        self._publisher_offer(snapshot, loaded=False)
-        row = self._row(step, metrics)
+        if snapshot is not None:
+            self._publisher_offer(snapshot, loaded=False)
+        row = self._row(step, {**metrics, "max_staleness": bound})
         self._metrics.append(row)
         self._series.stepped(step, {**metrics, **row})
         link.stats = {name: row[name] for name in ("reward_mean", "loss", "tokens_per_s_trained") if math.isfinite(row[name])}
@@ -106,7 +121,8 @@ class Leader:
     def stream_state(self, step: int) -> dict[str, Any]:
         """What a checkpoint keeps for `begin`: where the prompts stand after `step`, and how good the policy was at first."""
         state = self._link.call(GetStreamState(step=step), timeout_s=_CALL_TIMEOUT_S).stream
-        return {"stream": state, "eval_before": self._eval_before}
+        kept = {"stream": state, "eval_before": self._eval_before}
+        return kept if self._staleness is None else kept | {"staleness": self._staleness.dump()}
 
     def commit(self, step: int) -> None:
         """A checkpoint with steps <= `step` is on disk."""
@@ -155,6 +171,22 @@ class Leader:
             "weights_version": self._publisher.active_version if hasattr(self, "_publisher") else 0,
             "servers": [asdict(server) for server in self._link.directory.servers],
         }
+
+    @property
+    def _bound(self) -> int:
+        """Largest lag of what is admitted now."""
+        return self._config.staleness_cap if self._staleness is None else self._staleness.bound
+
+    def _adapt(self, metrics: dict[str, Any]) -> None:
+        """Moves the bound by what this step looked like; a step in which no sequence was run says nothing."""
+        if self._staleness is None or not metrics["num_tokens"]:
+            return
+        before = self._staleness.bound
+        if self._staleness.observe(ess_ratio=metrics["ess_ratio"], lag_max=metrics["lag_max"]) != before:
+            self._tell_bound(self._staleness.bound)
+
+    def _tell_bound(self, bound: int) -> None:
+        self._link.call(SetMaxStaleness(max_staleness=bound), timeout_s=_CALL_TIMEOUT_S)
 
     def _row(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
         row = {_RENAMED.get(name, name): value for name, value in metrics.items()}

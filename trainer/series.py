@@ -23,6 +23,7 @@ _GAUGES = {
     "kept_fraction": "Share of tokens that masks have left to learn from",
     "response_tokens": "Mean sampled tokens of a sample",
     "lag_mean": "Mean lag of the last step's samples in optimizer steps",
+    "max_staleness": "Bound on lag that tickets were admitted under in the last step",
     "lag_max": "Largest lag of the last step's samples in optimizer steps",
 }
 

@@ -134,6 +134,11 @@ class StepRunner:
             kl=in_reward,
         )
 
+    @property
+    def single_version(self) -> bool:
+        """Whether all samples of a group must come from one version of the weights."""
+        return self._objective.single_version
+
     def run(
         self, groups: Iterable[Group], *, step: int, num_groups: int | None = None, lags: Callable[[Trajectory], Lags] | None = None
     ) -> dict[str, float]:
