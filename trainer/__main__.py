@@ -1,20 +1,19 @@
-"""`python -m trainer key=value ...` on one machine, `torchrun ... -m trainer key=value ...` anywhere.
+"""`python -m trainer key=value ...` on one machine, `torchrun ... -m trainer key=value ...` on several.
 
-Without torchrun's environment this process becomes torchrun for `trainer.world_size` ranks, and turns its outcome into our exit codes:
-a rank's own code when one failed, 0 after a drain that every rank finished.
+Without torchrun's environment this process is the only rank, which needs no socket, or starts `trainer.world_size` of them (`start.py`).
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 from areal_like.cli import load_config
-from areal_like.config import Config
 from areal_like.errors import UserError
-from areal_like.paths import RunPaths
 from areal_like.process import die_with_launcher, die_with_parent
+from trainer.start import start_ranks
 
 
 def main(argv: Sequence[str]) -> int:
@@ -24,34 +23,18 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         sys.stderr.write(f"trainer: {error}\n")
         return 2
+    # Until the trainer drains by itself: importing torch takes seconds, and there is nothing to save yet.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     if "RANK" in os.environ:
         die_with_parent()
-        from trainer.daemon import run_rank
+    else:
+        die_with_launcher()
+        os.environ.setdefault("OMP_NUM_THREADS", str(config.trainer.num_threads))
+        if config.trainer.world_size > 1:
+            return start_ranks(argv, world_size=config.trainer.world_size)
+    from trainer.daemon import run_rank
 
-        return run_rank(config)
-    die_with_launcher()
-    return _torchrun(config, argv)
-
-
-def _torchrun(config: Config, argv: Sequence[str]) -> int:
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main as torchrun
-
-    endpoints = RunPaths.of(config).endpoints
-    for left in endpoints.glob("trainer-*"):  # of ranks that were killed
-        left.unlink()
-    os.environ.setdefault("OMP_NUM_THREADS", str(config.trainer.num_threads))
-    ranks = ["--standalone", f"--nproc-per-node={config.trainer.world_size}", "--local-addr=127.0.0.1"]
-    try:
-        torchrun([*ranks, "-m", "trainer", *argv])
-    except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else 1
-    except SignalException:
-        # Torchrun does not say how its ranks ended: one that was killed has left its endpoint file, one that failed a mark.
-        return 1 if list(endpoints.glob("trainer-*")) else 0
-    return 0
+    return run_rank(config)
 
 
 if __name__ == "__main__":

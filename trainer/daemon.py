@@ -31,6 +31,7 @@ from trainer.link import BufferLink, StopRequestedError
 from trainer.policy import build_policy
 from trainer.publisher import Snapshot, take_snapshot
 from trainer.ranks import Ranks
+from trainer.start import STORE_FD
 from trainer.step import IncompleteStepError, StepRunner
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,9 @@ class Trainer:
         self._started_s = started_s
         self._paths = RunPaths.of(config)
         self._leads = ranks.rank == 0
+        wait_s = config.rollout.start_timeout_s + config.weights.push_deadline_s + config.eval.timeout_s
+        timeout = timedelta(seconds=2 * wait_s + config.trainer.collective_timeout_s)
+        self._patient = dist.new_group(backend="gloo", timeout=timeout) if ranks.world_size > 1 else None
         link.state = "loading"
         source = model_path(config)
         self._policy = build_policy(config, source, ranks)
@@ -92,7 +96,7 @@ class Trainer:
             assert snapshot is not None
             self._leader.begin(snapshot, stream=self._stream, is_resumed=self._step > 0)
         # No rank may fetch before rank 0 has said where training starts.
-        self._ranks.any(True)
+        self._meet()
         self._link.runtime.ready()
 
     def _train_step(self) -> None:
@@ -117,7 +121,12 @@ class Trainer:
         if self._leader is not None:
             self._leader.end(finished=self._step == self._config.trainer.num_steps)
         # The other ranks keep their place in the process group until rank 0 is done.
-        self._ranks.any(True)
+        self._meet()
+
+    def _meet(self) -> None:
+        """Waits for every rank, as long as rank 0 may wait for servers and evaluations: far longer than a collective should take."""
+        if self._patient is not None:
+            dist.barrier(self._patient)
 
     def _snapshot(self) -> Snapshot | None:
         """A copy of the weights as they are broadcast. Collective; only rank 0 gets one."""
@@ -141,21 +150,17 @@ class Trainer:
 
 
 def run_rank(config: Config) -> int:
-    """One torchrun worker, from start to exit code."""
-    name = f"trainer-{os.environ['RANK']}"
+    """One rank, from start to exit code."""
+    name = f"trainer-{os.environ.get('RANK', '0')}"
     configure_logging(config, name)
-    code = exit_code_of(name, lambda: _run(config))
-    if code:
-        (RunPaths.of(config).endpoints / f"{name}.failed").touch()  # for whoever started torchrun
-    return code
+    return exit_code_of(name, lambda: _run(config))
 
 
 def _run(config: Config) -> None:
     started_s = time.monotonic()
     torch.set_num_threads(config.trainer.num_threads)
     device = _device(config)
-    timeout = timedelta(seconds=config.trainer.collective_timeout_s)
-    dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=timeout)
+    _join(config, device)
     try:
         ranks = Ranks(device=device)
         incarnation = torch.tensor([time.time_ns()], dtype=torch.int64)
@@ -177,10 +182,33 @@ def _run(config: Config) -> None:
         dist.destroy_process_group()
 
 
+def _join(config: Config, device: torch.device) -> None:
+    """Makes the default process group: alone, among the ranks that `python -m trainer` started, or among torchrun's."""
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    timeout = timedelta(seconds=config.trainer.collective_timeout_s)
+    if "RANK" not in os.environ:
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    elif (listen_fd := os.environ.get(STORE_FD)) is not None:
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            world_size,
+            rank == 0,
+            timeout,
+            wait_for_workers=False,
+            # Bound by our parent: torch itself would listen on every interface.
+            master_listen_fd=int(listen_fd) if rank == 0 else None,
+        )
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
+
+
 def _device(config: Config) -> torch.device:
     if config.trainer.device == "cpu":
         return torch.device("cpu")
-    local_rank = int(os.environ["LOCAL_RANK"])
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(f"trainer.device=cuda: rank {local_rank} of this machine has no GPU ({torch.cuda.device_count()} visible)")
     device = torch.device("cuda", local_rank)

@@ -43,7 +43,10 @@ class ShardedAdamW:
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
     ) -> None:
-        """`lr` after warm-up; `decay_steps`: it falls linearly to zero at that step (0: it stays). `weight_decay` applies to matrices only. `max_grad_norm`: 0 turns clipping off."""
+        """`lr` after warm-up; it falls linearly to zero at `decay_steps` (0: it stays). `weight_decay` applies to matrices only.
+
+        `max_grad_norm`: 0 turns clipping off.
+        """
         self._ranks = ranks
         self._lr = lr
         self._warmup_steps = warmup_steps

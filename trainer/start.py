@@ -1,0 +1,58 @@
+"""Starts the ranks of one machine: `torchrun` without its rendezvous, which listens on every interface and unpickles what it is sent.
+
+The ranks meet at a store whose socket we bind to loopback and hand to rank 0. SIGTERM and SIGINT are passed on; when one rank fails the
+others are told to end. Several machines need torchrun itself.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+STORE_FD = "AREAL_LIKE_STORE_FD"
+"""Environment variable of ranks that we started: rank 0 finds the number of its store's listening socket there, the others -1."""
+_POLL_S = 0.05
+_FAREWELL_S = 10.0
+"""How long the other ranks get to end when one has failed."""
+
+
+def start_ranks(argv: Sequence[str], *, world_size: int) -> int:
+    """Runs `python -m trainer` once a rank; returns the exit code of the first rank that failed, else 0."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        ranks = [_start_rank(rank, world_size, argv, port=port, listening=listening) for rank in range(world_size)]
+
+    def pass_on(number: int, _: object) -> None:
+        for rank in ranks:
+            rank.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, pass_on)
+    failed = 0
+    end_by_s = float("inf")
+    while any(rank.poll() is None for rank in ranks):
+        if not failed and any(rank.poll() for rank in ranks):
+            failed = next(code for rank in ranks if (code := rank.poll()))
+            end_by_s = time.monotonic() + _FAREWELL_S
+            pass_on(signal.SIGTERM, None)
+        if time.monotonic() > end_by_s:
+            for rank in ranks:
+                rank.kill()
+        time.sleep(_POLL_S)
+    failed = failed or next((rank.returncode for rank in ranks if rank.returncode), 0)
+    return failed if failed >= 0 else 1
+
+
+def _start_rank(rank: int, world_size: int, argv: Sequence[str], *, port: int, listening: socket.socket) -> subprocess.Popen[bytes]:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = os.environ | {key: str(value) for key, value in place.items()}
+    if sys.platform == "linux":
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    handed = [listening.fileno()] if rank == 0 else []
+    environment[STORE_FD] = str(handed[0] if handed else -1)
+    return subprocess.Popen([sys.executable, "-m", "trainer", *argv], env=environment, pass_fds=handed)
