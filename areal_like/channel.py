@@ -21,7 +21,7 @@ from typing import Any
 import zmq
 
 from areal_like.codec import decode, encode
-from areal_like.errors import ArealError, ConfigError, DeadlineError, PeerLostError, RefusedError, WireError
+from areal_like.errors import ArealError, ConfigError, DeadlineError, PeerLostError, RefusedError, WireError, WireVersionError
 from areal_like.messages.hello import JobFailed, Refused
 
 log = logging.getLogger(__name__)
@@ -151,6 +151,8 @@ class Listener:
             self.num_bad_frames += 1
             if self.num_bad_frames.bit_count() == 1:  # at 1, 2, 4, 8, ...: a flood of garbage must not become a flood of logs
                 log.warning("bad frame refused (%d so far): %s", self.num_bad_frames, error)
+            if isinstance(error, WireVersionError):  # the peer cannot read more of it than our version, which is what it needs to know
+                self.send(frames[0], Refused(field="wire version", reason=str(error)))
             return
         self._handler(Envelope(peer=frames[0], rid=rid, message=message, num_bytes=sum(map(len, frames))))
 
@@ -223,6 +225,10 @@ class Link:
         except WireError as error:
             self.num_bad_frames += 1
             log.warning("bad frame from %s refused: %s", self.address, error)
+            if isinstance(error, WireVersionError):
+                for waiting in self._pending.values():
+                    if not waiting.done():
+                        waiting.set_exception(RefusedError(f"{self.address}: {error}"))
             return
         future = self._pending.get(rid) if rid else None
         if future is not None and not future.done():

@@ -23,7 +23,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from areal_like.errors import WireError
+from areal_like.errors import WireError, WireVersionError
 from areal_like.messages import MESSAGES
 
 WIRE_VERSION = 1
@@ -81,7 +81,7 @@ def decode(frames: Sequence[Frame]) -> tuple[Any, int]:
         raise WireError("header is not [wire version, tag, rid, body]")
     version, tag, rid, body = header
     if version != WIRE_VERSION or type(version) is not int:
-        raise WireError(f"wire version {version!r}, this side speaks {WIRE_VERSION}")
+        raise WireVersionError(f"the peer speaks wire version {version!r} and this side {WIRE_VERSION}: run the same release on both")
     if type(rid) is not int or not isinstance(tag, str) or tag not in _DECODERS:
         raise WireError(f"unknown message {str(tag)[:40]!r}")
     try:

@@ -138,7 +138,8 @@ class RolloutConfig:
         _require(self.max_context >= 0, "rollout.max_context must be at least 0")
         _require(self.queue_samples >= 0, "rollout.queue_samples must be at least 0")
         _require(self.reward_workers >= 1, "rollout.reward_workers must be at least 1")
-        _require(self.reward_timeout_s > 0, "rollout.reward_timeout_s must be above 0")
+        for name in ("reward_timeout_s", "generate_timeout_s", "start_timeout_s"):
+            _require(getattr(self, name) > 0, f"rollout.{name} must be above 0")
         _require(self.num_threads >= 1, "rollout.num_threads must be at least 1")
 
 
@@ -246,7 +247,11 @@ class TrainerConfig:
         ):
             _require(getattr(self, name) >= 1, f"trainer.{name} must be at least 1")
         _require(self.groups_per_step >= self.world_size, "trainer.groups_per_step must be at least trainer.world_size")
-        _require(self.lr >= 0, "trainer.lr must be at least 0")
+        _require(self.device in ("cpu", "cuda"), f"trainer.device={self.device}: use cpu or cuda")
+        for name in ("lr", "warmup_steps", "weight_decay", "max_grad_norm"):
+            _require(getattr(self, name) >= 0, f"trainer.{name} must be at least 0")
+        for name in ("collective_timeout_s", "fetch_timeout_s"):
+            _require(getattr(self, name) > 0, f"trainer.{name} must be above 0")
         _require(self.entropy_coef >= 0, "trainer.entropy_coef must be at least 0")
         _require(self.checkpoint_interval >= 1, "trainer.checkpoint_interval must be at least 1")
         _require(self.keep_checkpoints >= 1, "trainer.keep_checkpoints must be at least 1")
@@ -332,6 +337,17 @@ class Config:
         _require(self.max_staleness_cap >= 0, "max_staleness_cap must be at least 0")
         _require(0 < self.ess_target < 1, f"ess_target={self.ess_target:g}: use a number between 0 and 1")
         self._check_sync_interval()
+        _require(
+            self.buffer.lease_timeout_s > 2 * self.daemon.heartbeat_s,
+            f"buffer.lease_timeout_s={self.buffer.lease_timeout_s:g} is not above two heartbeats (daemon.heartbeat_s="
+            f"{self.daemon.heartbeat_s:g}): every lease would run out",
+        )
+        longest = max(self.rollout.max_context, self.sampling.max_new_tokens + 1)
+        _require(
+            longest <= self.trainer.tokens_per_microbatch,
+            f"a sequence may have {longest} tokens (rollout.max_context, sampling.max_new_tokens), which does not fit into "
+            f"trainer.tokens_per_microbatch={self.trainer.tokens_per_microbatch}: raise it",
+        )
         _require(
             bool(self.name) and "/" not in self.name and self.name not in (".", ".."),
             f"name={self.name!r}: use a plain directory name",

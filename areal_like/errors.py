@@ -21,6 +21,10 @@ class WireError(ArealError):
     """A frame could not be decoded: counted by the receiver, never the end of a daemon."""
 
 
+class WireVersionError(WireError):
+    """A frame of another wire version: one side has to be upgraded."""
+
+
 class RefusedError(ArealError):
     """A peer refused our `hello`; the message names the field that differs."""
 

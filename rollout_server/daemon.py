@@ -74,6 +74,11 @@ def check_context(config: Config, task: Task, *, max_positions: int) -> int:
     """Longest sequence that the engine has to hold, in tokens. Raises ConfigError if there is no room for a prompt."""
     wanted = config.rollout.max_context or task.max_prompt_tokens + config.sampling.max_new_tokens
     context = min(wanted, max_positions)
+    if context > config.trainer.tokens_per_microbatch:
+        raise ConfigError(
+            f"sequences may have {context} tokens (task.max_prompt_tokens, sampling.max_new_tokens), which does not fit into "
+            f"trainer.tokens_per_microbatch={config.trainer.tokens_per_microbatch}: raise it, or lower rollout.max_context"
+        )
     if context <= config.sampling.max_new_tokens:
         raise ConfigError(
             f"sampling.max_new_tokens={config.sampling.max_new_tokens} leaves no room for a prompt in a context of {context} tokens "

@@ -4,9 +4,11 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import msgpack
 import pytest
 import zmq
 
+from areal_like import channel, codec
 from areal_like.channel import Envelope, Link, Listener, tcp_address
 from areal_like.errors import ArealError, ConfigError, DeadlineError, PeerLostError, RefusedError
 from areal_like.messages.consumer import AllocVersion, Fetch, GetBooks, GetDirectory, VersionGranted
@@ -125,6 +127,23 @@ def test_a_taken_port_and_a_bad_address_say_what_to_change() -> None:
             Listener(host="127.0.0.1", port=listener.port, handler=lambda _: None, max_message_bytes=MAX_BYTES, setting="buffer.port")
         with pytest.raises(ConfigError, match="want tcp://host:port"):
             Link("nonsense", handler=lambda _: None)
+        listener.close()
+
+    run(body)
+
+
+def test_another_wire_version_is_refused_by_name_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> None:
+        heard: list[Any] = []
+        listener = serve(lambda _, envelope: heard.append(envelope))
+        link = Link(tcp_address("127.0.0.1", listener.port), handler=heard.append)
+        newer = codec.encode(GetBooks(), rid=1)
+        newer[0] = newer[0].replace(msgpack.packb(codec.WIRE_VERSION), msgpack.packb(codec.WIRE_VERSION + 1), 1)
+        monkeypatch.setattr(channel, "encode", lambda message, *, rid=0: newer)
+        with pytest.raises(RefusedError, match="run the same release on both"):
+            await link.call(GetBooks(), timeout_s=5)
+        assert (heard, listener.num_bad_frames) == ([], 1)
+        link.close()
         listener.close()
 
     run(body)
