@@ -13,6 +13,8 @@ from pathlib import Path
 from launch.child import RUN_MARKER
 
 ROOT = Path(__file__).resolve().parent.parent
+_ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "MAKELEVEL"}
+"""Ours, but as of a person who types `areal-like run`, also under `make test`."""
 
 
 @contextlib.contextmanager
@@ -21,7 +23,7 @@ def launcher(*settings: str, cwd: Path, environment: dict[str, str] | None = Non
     process = subprocess.Popen(
         [sys.executable, "-m", "launch", "run", *settings],
         cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | (environment or {}),
+        env=_ENVIRONMENT | {"PYTHONPATH": str(ROOT)} | (environment or {}),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
