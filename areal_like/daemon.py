@@ -103,6 +103,12 @@ class WaitBook:
         return {name: round(now - since, 3) for name, since in list(self._since.items())}
 
 
+async def _drain(_: dict[str, Any]) -> dict[str, Any]:
+    """Every daemon's verb: the same as SIGTERM, watchdog included, for whoever can reach its HTTP plane and not its shell."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    return {"draining": True}
+
+
 class Runtime:
     """One daemon's surroundings. Create it in the loop that serves it, with `async with`."""
 
@@ -119,7 +125,7 @@ class Runtime:
         """Grows with every start; fences an older process of the same name."""
         self.status: Callable[[], dict[str, Any]] = dict
         """Supplies the daemon's own part of /status."""
-        self.verbs: dict[str, Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]] = {}
+        self.verbs: dict[str, Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]] = {"drain": _drain}
         """Control verbs: `POST /control/<verb>` with a JSON object; UserError becomes a 400."""
         self.http_port = 0
         self._loop = asyncio.get_running_loop()

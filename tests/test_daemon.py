@@ -111,6 +111,13 @@ def test_the_http_plane_and_a_drain(started: Any) -> None:
     assert all(json.loads(line)["level"] for line in (daemon.run / "logs" / "test-0.log").read_text().splitlines())
 
 
+def test_the_drain_verb_is_sigterm(started: Any) -> None:
+    daemon = started("serve")
+    daemon.wait_ready()
+    assert daemon.get("/control/drain", b"") == (200, '{"draining":true}')
+    assert daemon.process.wait(timeout=10) == 0
+
+
 def test_a_stuck_drain_is_ended_by_the_watchdog(started: Any) -> None:
     daemon = started("stuck", "daemon.drain_timeout_s=1")
     daemon.wait_ready()
