@@ -76,11 +76,6 @@ class LeaseRunner:
         self.num_done = 0
         self.num_failed = 0
 
-    @property
-    def num_running(self) -> int:
-        """Samples that are being made."""
-        return sum(map(len, self._samples.values()))
-
     def start(self, leases: list[Lease]) -> None:
         """Begins to make every sample of these leases."""
         self._samples |= {lease.lease_id: set() for lease in leases}

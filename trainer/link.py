@@ -71,7 +71,7 @@ class BufferLink:
         self._thread.start()
         try:
             self.run(self._open(), name="buffer (hello)", timeout_s=60.0, may_stop=True)
-        except BaseException:
+        except BaseException:  # whatever ended the opening, the loop's thread must not outlive it
             self.__exit__()
             raise
         return self
@@ -85,7 +85,7 @@ class BufferLink:
             self._loop.close()
 
     @property
-    def first_positions(self) -> range:
+    def positions(self) -> range:
         """This rank's positions of every step: group j goes to rank j mod M."""
         return range(self.rank, self.config.trainer.groups_per_step, self.world_size)
 
@@ -142,9 +142,9 @@ class BufferLink:
         """
         for ahead in (step, step + 1):
             if ahead < self.config.trainer.num_steps:
-                for position in self.first_positions:
+                for position in self.positions:
                     self._ask(ahead, position)
-        for position in self.first_positions:
+        for position in self.positions:
             future = self._fetches[step, position]
             with self.runtime.waits(f"buffer: group {position} of step {step}"):
                 group = self._wait_group(future, step=step, position=position)
