@@ -1,6 +1,7 @@
 # Needs Python 3.11 to 3.13 and make, nothing else: the first target that is run builds .venv from the pinned requirements.
 #   make run [ARGS="key=value ..."]    the default job (see `make run ARGS=--help`)
 #   make test                          lint, types and the tests
+#   make chaos                         the promises about crashes and faults at length: about an hour
 #   make PYTHON=/path/to/python3.12 ...  chooses the interpreter; PIP_ARGS="--index-url ..." goes to pip
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
@@ -10,7 +11,7 @@ BIN := .venv/bin
 # Named after the requirements' content and made last, so neither a change nor an interrupted set-up can leave a stale environment.
 STAMP := .venv/.installed-$(shell cat requirements.txt requirements-dev.txt | cksum | cut -d' ' -f1)
 
-.PHONY: run test lint format setup clean
+.PHONY: run test chaos lint format setup clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
@@ -18,6 +19,9 @@ run: $(STAMP)
 
 test: lint
 	@$(BIN)/python -m pytest -q $(ARGS)
+
+chaos: $(STAMP)
+	@$(BIN)/python -m pytest -q -m chaos $(ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .
