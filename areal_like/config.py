@@ -84,6 +84,17 @@ class BufferConfig:
     """Failed samples in a row that stop the run with the last error."""
     max_message_bytes: int = 64 << 20
     """Largest message accepted from any peer."""
+    durability: str = "process_crash"
+    """What an acknowledged sample survives: `power_loss` (fsync before the acknowledgement) | `process_crash` (handed to the operating
+    system before it) | `none` (memory only: a buffer that dies ends the run)."""
+    retain_trajectories: bool = False
+    """Keep every accepted trajectory on disk, for replay and study, instead of only those that may still be trained on."""
+    segment_bytes: int = 64 << 20
+    """Size at which a new file of trajectories is begun; a file goes when nothing in it is needed any more."""
+    cache_bytes: int = 256 << 20
+    """Trajectories kept in memory beside the disk; beyond it they are read back when a rank asks for them."""
+    min_free_bytes: int = 256 << 20
+    """Free space to leave on the disk: below it nothing more is admitted or acknowledged until there is space again."""
 
     def __post_init__(self) -> None:
         _require(bool(self.host), "buffer.host is empty: give an address to bind, e.g. 127.0.0.1")
@@ -98,6 +109,15 @@ class BufferConfig:
         _require(self.max_sample_retries >= 0, "buffer.max_sample_retries must be at least 0")
         _require(self.max_consecutive_failures >= 1, "buffer.max_consecutive_failures must be at least 1")
         _require(self.max_message_bytes >= 1 << 16, "buffer.max_message_bytes must be at least 65536")
+        durabilities = ("power_loss", "process_crash", "none")
+        _require(self.durability in durabilities, f"buffer.durability={self.durability}: use one of {', '.join(durabilities)}")
+        _require(
+            not (self.retain_trajectories and self.durability == "none"),
+            "buffer.retain_trajectories=true keeps trajectories on disk: set buffer.durability to process_crash or power_loss",
+        )
+        _require(1 << 16 <= self.segment_bytes <= 1 << 31, "buffer.segment_bytes must be between 65536 and 2147483648")
+        _require(self.cache_bytes >= 0, "buffer.cache_bytes must be at least 0")
+        _require(self.min_free_bytes >= 0, "buffer.min_free_bytes must be at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)

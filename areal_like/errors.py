@@ -51,3 +51,7 @@ class WeightSyncError(ArealError):
 
 class RewardError(ArealError):
     """A reward function raised, hung past its time limit, or returned no finite number."""
+
+
+class StoreCorruptError(ArealError):
+    """What the ledger names is not on disk as it was written; the message names the ticket and the file."""

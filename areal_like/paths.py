@@ -47,6 +47,11 @@ class RunPaths:
         return self.root / "checkpoints"
 
     @property
+    def ledger(self) -> Path:
+        """What the buffer must not forget: `ledger.sqlite3` and `segments/`."""
+        return self.root / "ledger"
+
+    @property
     def built_model(self) -> Path:
         """Initial policy when `model.path` is one that we build."""
         return self.root / "model"

@@ -165,6 +165,7 @@ class Ledger:
         for done in range(self.committed_step + 1, step + 1):
             for ticket in self._recorded.pop(done):
                 self.register.move(ticket, State.TRAINED)
+                self.store.release(ticket)
             self.committed_step = done
         self.store.put_mark("committed_step", self.committed_step)
         self.register.check()

@@ -1,19 +1,26 @@
-"""Where arrays and ledger rows are kept. The ledger writes through this interface and reads back only arrays.
+"""Where arrays and ledger rows are kept: the interface that the ledger writes through, and the store that survives nothing.
 
-`Store` is made for a durable implementation: writes are ordered and never fail half-way from the ledger's view, and an acknowledgement is
-sent only from `when_durable`, which may call back at once (memory) or after a group commit (disk). The rows name every fact that is
-needed to rebuild the ledger, so a store that keeps them needs nothing else. `MemoryStore` keeps arrays only, and those only until
-their step is committed: its size is bounded by the tickets in flight, however long the run.
+Every `put_*` states a fact as it is from now on, so that facts may be written again and the last one counts. Writes are ordered, and what
+one call from the event loop wrote (one ledger operation) survives together or not at all. They never fail from the ledger's
+view: a disk that cannot take them makes `health` say so, and acknowledgements wait. The rows name every fact that is needed to rebuild the
+ledger: `recover` gives them back.
+
+Arrays live from `put_sample` until nobody can ask for them any more: a dropped ticket's go with its row, a trained one's with `release`,
+when every checkpoint that a trainer could resume from contains its step.
+
+Left out: eval samples (their reward is a sum in an `EvalRound`), and expiry times (leases get a new one when a buffer comes back).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from areal_like.messages.producer import Purpose
 from areal_like.trajectory import Trajectory
-from buffer.tickets import Sample, Ticket
+from buffer.prompts import Prompt
+from buffer.tickets import Drop, LeaseRecord, Sample, State, Ticket
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,55 +35,174 @@ class VersionRow:
     trainer_incarnation: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LeaseRow:
+    """One live lease."""
+
+    lease_id: int
+    ticket_id: int
+    server: str
+    server_incarnation: int
+    weights_step: int
+    outstanding: frozenset[int]
+    """Sample indices as last written; those that have a sample by now are not outstanding any more."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RollbackRow:
+    """Work that was trained on and then undone: a trainer came back at an earlier step than the ledger had heard of."""
+
+    trainer_incarnation: int
+    """Of the trainer that came back."""
+    from_step: int
+    """Steps that were complete."""
+    to_step: int
+    """Steps that its checkpoint contains."""
+    num_tickets: int
+    """Tickets trained on in the steps between."""
+    num_tokens: int
+    """Sampled tokens in them."""
+    unix_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovered:
+    """Everything that an earlier life wrote. Empty for a new run."""
+
+    tickets: list[Ticket] = field(default_factory=list)
+    """Live ones by id, with samples and failures; `unleased` is all that has no sample, `leases` is empty (see `leases`)."""
+    trained: list[Ticket] = field(default_factory=list)
+    """TRAINED ones whose arrays are not released yet, by (step, position)."""
+    leases: list[LeaseRow] = field(default_factory=list)
+    versions: list[VersionRow] = field(default_factory=list)
+    """In order of allocation."""
+    marks: dict[str, int] = field(default_factory=dict)
+    returned: list[Prompt] = field(default_factory=list)
+    """Prompts given back and not issued again, first come first."""
+    attempts: dict[int, int] = field(default_factory=dict)
+    """Step -> how often a trainer began it."""
+    rollbacks: list[RollbackRow] = field(default_factory=list)
+    statistics: dict[str, float] = field(default_factory=dict)
+    ended: dict[tuple[Purpose, State, Drop | None], int] = field(default_factory=dict)
+    """How many tickets are in each terminal state (those of `trained` too): their rows are not read."""
+    num_issued: int = 0
+    """The largest ticket id."""
+
+
 class Store(Protocol):
-    """Ordered writes of everything that must survive, and the arrays of live tickets."""
+    """See the module. Used from one event loop."""
 
     def put_ticket(self, ticket: Ticket) -> None:
-        """The ticket was issued or changed its state, step or leases. A terminal state releases its arrays."""
+        """The ticket was issued or changed its state, reason, bound, step or position. Ended other than TRAINED, it releases its arrays."""
 
     def put_sample(self, ticket: Ticket, sample_index: int, sample: Sample, trajectory: Trajectory) -> None:
-        """A sample was accepted."""
+        """A sample was accepted. It is not outstanding in its lease any more; the lease need not be written for that."""
+
+    def put_failure(self, ticket: Ticket, sample_index: int) -> None:
+        """A sample failed; `ticket.num_failures` says how often by now."""
+
+    def put_lease(self, lease: LeaseRecord, *, server_incarnation: int) -> None:
+        """A lease was granted, or a sample left it other than by arriving."""
+
+    def end_lease(self, lease_id: int) -> None:
+        """A lease is finished or lost."""
 
     def put_version(self, row: VersionRow) -> None:
         """A version was allocated."""
 
     def put_mark(self, name: str, value: int) -> None:
-        """A scalar of the ledger changed: `trainer_step`, `committed_step`, `trainer_incarnation`, `cursor`, `max_staleness`."""
+        """A scalar of the ledger changed: `trainer_step`, `committed_step`, `trainer_incarnation`, `cursor`, `max_staleness`, ..."""
+
+    def push_returned(self, prompt: Prompt) -> None:
+        """A prompt was given back: it is now the last to be issued again."""
+
+    def pop_returned(self) -> None:
+        """The first of the prompts given back was issued."""
+
+    def put_attempt(self, step: int, num_starts: int) -> None:
+        """A trainer began `step`, for the `num_starts`th time; 0: it is done."""
+
+    def put_rollback(self, row: RollbackRow) -> None:
+        """Trained work was undone."""
+
+    def put_statistics(self, values: Mapping[str, float]) -> None:
+        """Counters as they are now; others stay."""
+
+    def release(self, ticket: Ticket) -> None:
+        """Nobody will ask for this trained ticket's arrays any more."""
 
     def group(self, ticket: Ticket) -> list[Trajectory]:
-        """All trajectories of a complete ticket, in sample order."""
+        """All trajectories of a complete ticket, in sample order. Raises StoreCorruptError when they are not what was written."""
 
     def when_durable(self, then: Callable[[], None]) -> None:
-        """Calls `then` in the caller's event loop once everything written so far survives what the store promises to survive."""
+        """Calls `then` in the event loop once everything written so far survives what the store promises to survive. Calls keep order."""
+
+    def recover(self) -> Recovered:
+        """What earlier lives wrote. Once, before anything is written."""
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of arrays held."""
+        """Bytes of arrays held in memory."""
+
+    @property
+    def health(self) -> str:
+        """Why nothing more can be made durable now (`disk full: ...`); empty when all is well. Nothing new should be admitted meanwhile."""
+
+    def close(self) -> None:
+        """Writes what is pending as far as the disk takes it, and lets go of the files."""
 
 
 class MemoryStore:
-    """Survives nothing, acknowledges at once."""
+    """Survives nothing, acknowledges at once, keeps arrays only. Its size is bounded by the tickets in flight, however long the run."""
 
     def __init__(self) -> None:
         self._arrays: dict[int, dict[int, Trajectory]] = {}
         self._num_bytes = 0
 
     def put_ticket(self, ticket: Ticket) -> None:
-        """Releases the arrays of a ticket that has ended; rows are not kept."""
-        if ticket.state.is_terminal:
-            for trajectory in self._arrays.pop(ticket.ticket_id, {}).values():
-                self._num_bytes -= _num_bytes(trajectory)
+        """Releases the arrays of a ticket that ended untrained."""
+        if ticket.state.is_terminal and ticket.state is not State.TRAINED:
+            self.release(ticket)
 
     def put_sample(self, ticket: Ticket, sample_index: int, sample: Sample, trajectory: Trajectory) -> None:
         """Keeps the arrays."""
         self._arrays.setdefault(ticket.ticket_id, {})[sample_index] = trajectory
-        self._num_bytes += _num_bytes(trajectory)
+        self._num_bytes += num_array_bytes(trajectory)
+
+    def put_failure(self, ticket: Ticket, sample_index: int) -> None:
+        """Not kept."""
+
+    def put_lease(self, lease: LeaseRecord, *, server_incarnation: int) -> None:
+        """Not kept."""
+
+    def end_lease(self, lease_id: int) -> None:
+        """Not kept."""
 
     def put_version(self, row: VersionRow) -> None:
         """Not kept."""
 
     def put_mark(self, name: str, value: int) -> None:
         """Not kept."""
+
+    def push_returned(self, prompt: Prompt) -> None:
+        """Not kept."""
+
+    def pop_returned(self) -> None:
+        """Not kept."""
+
+    def put_attempt(self, step: int, num_starts: int) -> None:
+        """Not kept."""
+
+    def put_rollback(self, row: RollbackRow) -> None:
+        """Not kept."""
+
+    def put_statistics(self, values: Mapping[str, float]) -> None:
+        """Not kept."""
+
+    def release(self, ticket: Ticket) -> None:
+        """Forgets the arrays."""
+        for trajectory in self._arrays.pop(ticket.ticket_id, {}).values():
+            self._num_bytes -= num_array_bytes(trajectory)
 
     def group(self, ticket: Ticket) -> list[Trajectory]:
         """All trajectories of a complete ticket, in sample order."""
@@ -87,11 +213,24 @@ class MemoryStore:
         """At once: there is nothing to wait for."""
         then()
 
+    def recover(self) -> Recovered:
+        """Nothing."""
+        return Recovered()
+
     @property
     def num_bytes(self) -> int:
         """Bytes of arrays held."""
         return self._num_bytes
 
+    @property
+    def health(self) -> str:
+        """Always well."""
+        return ""
 
-def _num_bytes(trajectory: Trajectory) -> int:
+    def close(self) -> None:
+        """There is nothing to let go of."""
+
+
+def num_array_bytes(trajectory: Trajectory) -> int:
+    """Memory that a trajectory's arrays take."""
     return trajectory.tokens.nbytes + trajectory.loss_mask.nbytes + trajectory.logprobs.nbytes + trajectory.versions.nbytes
