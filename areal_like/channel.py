@@ -167,7 +167,7 @@ class Link:
     def __init__(self, address: str, *, handler: Callable[[Any], None], max_message_bytes: int = 64 << 20) -> None:
         self._handler = handler
         self._rids = itertools.count(1)
-        self._pending: dict[int, asyncio.Future[Any]] = {}
+        self._pending: dict[int, tuple[Any, asyncio.Future[Any]]] = {}
         self.address = address
         self.num_bad_frames = 0
         self.last_heard_s = asyncio.get_running_loop().time()
@@ -196,7 +196,7 @@ class Link:
         """
         rid = next(self._rids)
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._pending[rid] = future
+        self._pending[rid] = (message, future)
         try:
             self._pump.send(encode(message, rid=rid))
             async with asyncio.timeout(timeout_s):
@@ -211,10 +211,15 @@ class Link:
             raise ArealError(answer.reason)
         return answer
 
+    def ask_again(self) -> None:
+        """Sends every request that waits for its answer once more: whoever was to answer it has forgotten it. They are idempotent."""
+        for rid, (message, _) in self._pending.items():
+            self._pump.send(encode(message, rid=rid))
+
     def close(self) -> None:
         """Closes the socket and fails what is pending."""
         self._pump.close()
-        for future in self._pending.values():
+        for _, future in self._pending.values():
             if not future.done():
                 future.set_exception(PeerLostError(f"link to {self.address} was closed"))
 
@@ -226,11 +231,11 @@ class Link:
             self.num_bad_frames += 1
             log.warning("bad frame from %s refused: %s", self.address, error)
             if isinstance(error, WireVersionError):
-                for waiting in self._pending.values():
+                for _, waiting in self._pending.values():
                     if not waiting.done():
                         waiting.set_exception(RefusedError(f"{self.address}: {error}"))
             return
-        future = self._pending.get(rid) if rid else None
+        _, future = self._pending.get(rid, (None, None))
         if future is not None and not future.done():
             future.set_result(message)
         elif rid == 0:

@@ -32,6 +32,7 @@ def test_resumed_training_is_bitwise_equal_to_unbroken_training(tmp_path: Path, 
         if step == 1:
             saved = checkpoints.save(2, unbroken.policy, unbroken.optimizer, ranks, extra={"cursor": [7, 9]})
             at_save = dict(gather_full_state(unbroken.policy))
+    checkpoints.wait()  # it was written while training went on
     resumed = make_runner(path, ranks, dtype=torch.float32)
     assert checkpoints.load(2, resumed.policy, resumed.optimizer, ranks) == {"cursor": [7, 9]}
     for step in (2, 3):
@@ -53,6 +54,7 @@ def test_a_checkpoint_of_one_rank_goes_on_with_two(tmp_path: Path, ranks: Ranks)
     for step in range(2):
         runner.run(random_groups(4, seed=step), step=step)
     checkpoints.save(2, runner.policy, runner.optimizer, ranks, extra={"cursor": 5})
+    checkpoints.wait()
     run_ranks("resume", str(tmp_path), path, world_size=2)
     runner.run(random_groups(4, seed=2), step=2)
 
@@ -67,12 +69,16 @@ def test_only_the_newest_are_kept_and_a_partial_one_is_not_seen(tmp_path: Path, 
     path = write_model(tmp_path / "model")
     runner = make_runner(path, ranks)
     checkpoints = Checkpoints(tmp_path / "c", keep=2, tokenizer_path=path)
+    oldest_kept: list[int] = []
     for step in (1, 2, 30, 4_000_000):
-        checkpoints.save(step, runner.policy, runner.optimizer, ranks, extra={"at": step})
-    assert checkpoints.steps() == [30, 4_000_000]
+        checkpoints.save(step, runner.policy, runner.optimizer, ranks, extra={"at": step}, then=oldest_kept.append)
+    checkpoints.wait()
+    assert checkpoints.steps() == [30, 4_000_000] and oldest_kept == [1, 1, 2, 30]
     (tmp_path / "c" / ".step_000031.partial").mkdir()
     assert checkpoints.steps() == [30, 4_000_000]
     checkpoints.save(4_000_000, runner.policy, runner.optimizer, ranks, extra={"at": "again"})
+    checkpoints.wait()
+    assert not list((tmp_path / "c").glob(".*")), "a partial one outlived the next"
     assert checkpoints.load(4_000_000, runner.policy, runner.optimizer, ranks) == {"at": "again"}
     assert runner.optimizer.num_updates == 0
 
@@ -83,10 +89,12 @@ def test_checkpoints_of_a_branch_that_was_left_are_set_aside(tmp_path: Path, ran
     checkpoints = Checkpoints(tmp_path / "c", keep=1, tokenizer_path=path)
     checkpoints.save(300, runner.policy, runner.optimizer, ranks, extra={})
     checkpoints.save(100, runner.policy, runner.optimizer, ranks, extra={})  # another run, in the same directory
+    checkpoints.wait()
     assert checkpoints.steps() == [100]
     assert (tmp_path / "c" / "step_000300.rolled_back").is_dir()
     many = Checkpoints(tmp_path / "c", keep=3, tokenizer_path=path)
     many.save(200, runner.policy, runner.optimizer, ranks, extra={})
+    many.wait()
     many.load(100, runner.policy, runner.optimizer, ranks)
     assert many.steps() == [100], "resume=latest would go on from the branch that resume=step:100 left"
 
@@ -110,9 +118,29 @@ def test_what_cannot_be_resumed_is_named(tmp_path: Path, ranks: Ranks) -> None:
     with pytest.raises(ConfigError, match=r"no checkpoint of step 7 .*there: none"):
         checkpoints.load(7, runner.policy, runner.optimizer, ranks)
     saved = checkpoints.save(7, runner.policy, runner.optimizer, ranks, extra={})
+    checkpoints.wait()
     other = make_runner(write_model(tmp_path / "other", "qwen3"), ranks)
     with pytest.raises(ConfigError, match=r"cannot be read|in this model"):
         checkpoints.load(7, other.policy, other.optimizer, ranks)
     (saved / "optimizer.safetensors").write_bytes(b"torn")
     with pytest.raises(ConfigError, match="cannot be read"):
         checkpoints.load(7, runner.policy, runner.optimizer, ranks)
+
+
+def test_what_went_wrong_behind_the_trainers_back_is_raised_by_the_next_call(tmp_path: Path, ranks: Ranks) -> None:
+    path = write_model(tmp_path / "model")
+    runner = make_runner(path, ranks)
+    checkpoints = Checkpoints(tmp_path / "c", keep=2, tokenizer_path=path)
+    (tmp_path / "c").write_text("a file where the directory should be")
+    checkpoints.save(1, runner.policy, runner.optimizer, ranks, extra={})
+    with pytest.raises(OSError):
+        checkpoints.save(2, runner.policy, runner.optimizer, ranks, extra={})
+    (tmp_path / "c").unlink()
+
+    def cannot_commit(oldest_kept_step: int) -> None:
+        raise ConnectionError("the buffer is gone")
+
+    checkpoints.save(3, runner.policy, runner.optimizer, ranks, extra={}, then=cannot_commit)
+    with pytest.raises(ConnectionError, match="gone"):
+        checkpoints.close()
+    assert checkpoints.steps() == [3], "the checkpoint is there all the same"

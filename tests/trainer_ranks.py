@@ -109,6 +109,8 @@ def resume(ranks: Ranks, out_dir: Path, path: str) -> None:
     extra = checkpoints.load(2, runner.policy, runner.optimizer, ranks)
     runner.run(random_groups(4, seed=2)[ranks.rank :: ranks.world_size], step=2)
     checkpoints.save(3, runner.policy, runner.optimizer, ranks, extra={**extra, "ranks": ranks.world_size})
+    checkpoints.close()
+    ranks.any(True)  # rank 0 has written it
     assert bool(gather_full_state(runner.policy)) == (ranks.rank == 0)
 
 

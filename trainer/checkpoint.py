@@ -7,6 +7,10 @@
 Whole tensors, gathered to rank 0: any number of ranks may resume, each reading its own rows. A checkpoint appears by the rename of
 a finished, synced directory, so one that exists is complete. The masters are saved in float32, whatever dtype the engines run.
 torch.distributed.checkpoint was left out because its metadata is a pickle.
+
+    idle -> save(): state copied to the CPU -> writing (a thread; training goes on) -> renamed, old ones pruned, `then` called -> idle
+
+One is in flight at most: the next `save` waits for it. What went wrong with one is raised by the next `save` or `wait`.
 """
 
 from __future__ import annotations
@@ -15,7 +19,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +50,8 @@ class Checkpoints:
         self._root = root
         self._keep = keep
         self._tokenizer_path = tokenizer_path
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._in_flight: Future[None] | None = None
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending."""
@@ -57,27 +64,39 @@ class Checkpoints:
         """Directory of one step."""
         return self._root / f"step_{step:06d}"
 
-    def save(self, step: int, policy: Policy, optimizer: ShardedAdamW, ranks: Ranks, *, extra: dict[str, Any]) -> Path:
-        """Writes the state after `step` optimizer steps and prunes old ones; complete on disk when it returns.
+    def save(
+        self,
+        step: int,
+        policy: Policy,
+        optimizer: ShardedAdamW,
+        ranks: Ranks,
+        *,
+        extra: dict[str, Any],
+        then: Callable[[int], None] = lambda oldest_kept_step: None,
+    ) -> Path:
+        """Copies the state after `step` optimizer steps, which may change afterwards; rank 0 writes it behind the caller's back.
 
-        `extra`: JSON that `load` gives back (rank 0's counts).
+        `extra`: JSON that `load` gives back (rank 0's counts). `then(oldest_kept_step)`: called by rank 0's writer when the checkpoint is
+        complete on disk and old ones are pruned.
         """
-        model = dict(gather(shards_of(policy)))
+        model = {name: _copy(whole) for name, whole in gather(shards_of(policy))}
         moments: dict[str, Tensor] = {}
         for key in MOMENTS:
             values = {name: optimizer.moments(name)[key] for name in optimizer.shards}
-            moments.update((f"{key}.{name}", whole) for name, whole in gather(shards_of(policy, values)))
+            moments.update((f"{key}.{name}", _copy(whole)) for name, whole in gather(shards_of(policy, values)))
+        # Nothing in a step draws random numbers today; an objective of one's own may.
+        moments[RANDOM_STATE] = torch.get_rng_state()
+        state = json.dumps({"format": FORMAT, "step": step, "num_updates": optimizer.num_updates, "extra": extra}, indent=2) + "\n"
         final = self.path(step)
-        if ranks.rank == 0:
+
+        def write() -> None:
+            for left in self._root.glob(".step_*.partial"):  # of a trainer that was killed while it wrote
+                shutil.rmtree(left)
             partial = final.with_name(f".{final.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            save_file({name: t.contiguous() for name, t in model.items()}, partial / MODEL_FILE, {"format": "pt"})
-            # Nothing in a step draws random numbers today; an objective of one's own may.
-            moments[RANDOM_STATE] = torch.get_rng_state()
-            save_file({name: t.contiguous() for name, t in moments.items()}, partial / OPTIMIZER_FILE)
-            state = {"format": FORMAT, "step": step, "num_updates": optimizer.num_updates, "extra": extra}
-            (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
+            save_file(model, partial / MODEL_FILE, {"format": "pt"})
+            save_file(moments, partial / OPTIMIZER_FILE)
+            (partial / STATE_FILE).write_text(state)
             policy.model.config.save_pretrained(partial)
             if policy.model.generation_config is not None:
                 policy.model.generation_config.save_pretrained(partial)
@@ -86,8 +105,25 @@ class Checkpoints:
             self._set_aside_after(step)
             for old in self.steps()[: -self._keep]:
                 shutil.rmtree(self.path(old))
-        ranks.any(True)  # nobody goes on before the checkpoint is there
+            then(self.steps()[0])
+
+        self.wait()
+        if ranks.rank == 0:
+            self._in_flight = self._thread.submit(write)
         return final
+
+    def wait(self) -> None:
+        """Waits for the checkpoint in flight, if there is one; raises what its writer or its `then` raised."""
+        in_flight, self._in_flight = self._in_flight, None
+        if in_flight is not None:
+            in_flight.result()
+
+    def close(self) -> None:
+        """Waits for the checkpoint in flight and ends the thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
 
     def load(self, step: int, policy: Policy, optimizer: ShardedAdamW, ranks: Ranks) -> dict[str, Any]:
         """Restores weights, moments and random state in place, at any number of ranks; returns `extra`.
@@ -127,6 +163,10 @@ class Checkpoints:
                 aside = self._root / f"{self.path(later).name}.rolled_back"
                 shutil.rmtree(aside, ignore_errors=True)
                 self.path(later).rename(aside)
+
+
+def _copy(whole: Tensor) -> Tensor:
+    return whole.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _read_rows(file_path: Path, policy: Policy, into: Mapping[str, Tensor], ranks: Ranks, *, prefix: str) -> None:

@@ -26,13 +26,14 @@ class TrainerHeartbeat:
 class StartTraining:
     """Rank 0 -> buffer, once an incarnation, before any other request: where the trainer stands. Answered `Welcome`.
 
-    Fences every older trainer incarnation. With the in-memory store this also (re)starts the stream at `step`.
+    Fences every older trainer incarnation. Its checkpoint is the authority: recorded steps from `step` on are served again identically,
+    weights of later steps are abandoned. A ledger without a past starts the stream at `step`.
     """
 
     step: int
     """Completed optimizer steps (0 for a new run, K after resuming from checkpoint K)."""
     stream: dict[str, int | list[int]] = field(default_factory=dict)
-    """What `StreamState` said when the checkpoint was made; empty for a new run."""
+    """What `StreamState` said when the checkpoint was made; empty for a new run. Only a ledger without a past needs it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,8 @@ class CommitStep:
     """Rank 0 -> buffer: a checkpoint that contains steps <= step is durable. Answered `Ok`. Idempotent."""
 
     step: int
+    oldest_kept_step: int = 0
+    """Completed steps of the oldest checkpoint that is kept: nobody will go back further, so arrays of earlier steps may be released."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +168,10 @@ class Directory:
 
 @dataclass(frozen=True, kw_only=True)
 class CloseAdmission:
-    """Rank 0 -> buffer: no more train tickets; queued, leased and ready ones drop as `cancelled`. Eval goes on. Answered `Ok`."""
+    """Rank 0 -> buffer: no more leases of train tickets until a trainer starts. Eval goes on. Answered `Ok`.
+
+    A durable ledger keeps everything that was recorded or is ready; one in memory drops as `cancelled` what no completed step holds.
+    """
 
     reason: str
 

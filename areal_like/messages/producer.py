@@ -61,6 +61,8 @@ class HeartbeatAck:
     """Optimizer steps completed."""
     newest_version: int
     """Newest allocated weights version."""
+    trouble: str = ""
+    """Why the buffer cannot write now (a full disk): there are no leases, and answers wait until it can. Empty: it can."""
 
 
 @dataclass(frozen=True, kw_only=True)
