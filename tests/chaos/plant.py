@@ -1,0 +1,136 @@
+"""A buffer as a process, producers as processes that reach it through a proxy, and the real trainer's link played by the test."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from areal_like.config import Config
+from areal_like.messages.consumer import AllocVersion, Books, CommitStep, CompleteStep, GetBooks, Group, StartTraining
+from tests.buffer_harness import ROOT, BufferProcess, job
+from tests.chaos.producer import is_invented
+from tests.chaos.proxy import Faults, FaultProxy
+from trainer import link as link_module
+from trainer.link import BufferLink
+
+CALL_TIMEOUT_S = 30.0
+ASK_AGAIN_S = 0.5
+"""Instead of the trainer's 20 s: here every hundredth answer is lost, not one a day."""
+
+
+def chaos_job(directory: Path, **overrides: Any) -> Config:
+    """A job over a model that is no more than its fingerprint."""
+    model = directory / "model"
+    model.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "tokenizer.json"):
+        (model / name).write_text("{}")
+    base: dict[str, Any] = {
+        "model": {"path": str(model)},
+        "max_staleness": 2,
+        "sampling": {"group_size": 4},
+        "trainer": {"num_steps": 40, "groups_per_step": 8, "fetch_timeout_s": 60.0},
+        "buffer": {"lease_timeout_s": 2.0},
+        "daemon": {"heartbeat_s": 0.1},
+    }
+    return job(directory, **(base | overrides))
+
+
+class Plant:
+    """Use `plant(...)`. Everything is killed at the end."""
+
+    def __init__(self, config: Config, *, faults: Faults, seed: int, stack: ExitStack) -> None:
+        self._stack = stack
+        self.buffer = BufferProcess(config)
+        stack.callback(lambda: self.buffer.close())
+        self.proxy = stack.enter_context(FaultProxy(lambda: self.buffer.address.removeprefix("tcp://"), faults=faults, seed=seed))
+        self.config = dataclasses.replace(config, buffer=dataclasses.replace(config.buffer, port=self.proxy.port))
+        self.producers: dict[str, subprocess.Popen[bytes]] = {}
+        stack.callback(self._kill_producers)
+        self._incarnation = 0
+
+    def restart_buffer(self) -> None:
+        """SIGKILL and a new process on the same run."""
+        self.buffer.close()
+        self.buffer = BufferProcess(self.buffer.config)
+
+    def produce(self, name: str, *, capacity: int = 32, sample_s: float = 0.002, num_tokens: int = 64) -> subprocess.Popen[bytes]:
+        """Starts a producer, or starts it again after it was killed."""
+        numbers = [str(capacity), str(sample_s), str(num_tokens)]
+        settings = ["--config", str(self.buffer.paths.config), f"buffer.port={self.proxy.port}"]
+        self.producers[name] = subprocess.Popen(
+            [sys.executable, "-m", "tests.chaos.producer", name, *numbers, *settings],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        return self.producers[name]
+
+    @contextlib.contextmanager
+    def trainer(self) -> Iterator[BufferLink]:
+        """Rank 0's link through the proxy, of an incarnation above the last one's."""
+        self._incarnation += 1
+        before, link_module._ASK_AGAIN_S = link_module._ASK_AGAIN_S, ASK_AGAIN_S
+        try:
+            with BufferLink(self.config, rank=0, world_size=1, device="cpu", incarnation=self._incarnation) as link:
+                yield link
+        finally:
+            link_module._ASK_AGAIN_S = before
+
+    def _kill_producers(self) -> None:
+        for process in self.producers.values():
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+            process.wait()
+
+
+@contextlib.contextmanager
+def plant(directory: Path, *, faults: Faults | None = None, seed: int = 0, **overrides: Any) -> Iterator[Plant]:
+    """A buffer behind a proxy."""
+    with ExitStack() as stack:
+        yield Plant(chaos_job(directory, **overrides), faults=faults or Faults(), seed=seed, stack=stack)
+
+
+def train(link: BufferLink, *, first: int, last: int, commit_every: int = 4) -> list[Group]:
+    """Plays rank 0 from step `first` to `last`: groups in order, complete, a version, a commit now and then."""
+    link.call(StartTraining(step=first), timeout_s=CALL_TIMEOUT_S)
+    groups = []
+    for step in range(first, last):
+        groups += list(link.groups(step))
+        link.call(CompleteStep(step=step), timeout_s=CALL_TIMEOUT_S)
+        link.call(AllocVersion(step=step + 1), timeout_s=CALL_TIMEOUT_S)
+        if (step + 1) % commit_every == 0 or step + 1 == last:
+            link.call(CommitStep(step=step), timeout_s=CALL_TIMEOUT_S)
+    return groups
+
+
+def books_of(link: BufferLink) -> Books:
+    """The account of the run."""
+    books: Books = link.call(GetBooks(), timeout_s=CALL_TIMEOUT_S)
+    return books
+
+
+def check_groups(groups: list[Group], config: Config, *, first: int, last: int) -> None:
+    """Every place is filled once, in order, with a whole group that nobody has seen before, within the bound."""
+    places = [(group.step, group.position) for group in groups]
+    assert places == [(step, position) for step in range(first, last) for position in range(config.trainer.groups_per_step)]
+    assert len({group.ticket_id for group in groups}) == len(groups), "a ticket was trained twice"
+    for group in groups:
+        assert all(0 <= group.step - oldest <= config.staleness_cap for oldest in group.version_steps), group.ticket_id
+        assert len(group.trajectories) == config.sampling.group_size
+        for index, trajectory in enumerate(group.trajectories):
+            assert is_invented(trajectory, ticket_id=group.ticket_id, sample_index=index), (group.ticket_id, index)
+
+
+def check_books(books: Books) -> None:
+    """The sums."""
+    states = {state: count for state, count in books.tickets.items() if state != "issued"}
+    assert sum(states.values()) == books.tickets["issued"], json.dumps(books.tickets)
+    assert sum(books.drops.values()) == states["dropped"], json.dumps(books.drops)

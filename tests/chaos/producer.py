@@ -1,0 +1,125 @@
+"""A rollout server without an engine, as a process: the real link and lease desk, invented trajectories.
+
+`python -m tests.chaos.producer NAME CAPACITY SECONDS_PER_SAMPLE TOKENS --config FILE key=value ...`. Runs until it is killed or SIGTERM, when it
+leaves as a real one does. The samples of a ticket are a function of (ticket, sample), so that whoever reads one back can tell whether
+it is whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import time
+
+import numpy as np
+
+from areal_like.cli import load_config
+from areal_like.config import Config
+from areal_like.daemon import WaitBook
+from areal_like.errors import ArealError
+from areal_like.fingerprint import dataset_fingerprint, model_fingerprint, tokenizer_fingerprint
+from areal_like.messages.hello import Hello, Role
+from areal_like.messages.producer import Lease, SampleDone, ServerState
+from areal_like.paths import model_path
+from areal_like.process import die_with_parent
+from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
+from rollout_server import link as link_module
+from rollout_server.leases import LeaseDesk
+from rollout_server.link import BufferLink
+
+RESEND_AFTER_S = 0.5
+
+
+def invented(ticket_id: int, sample_index: int, *, num_tokens: int, version: int) -> Trajectory:
+    """The one trajectory of this place, but for the version that sampled it."""
+    rng = np.random.default_rng([ticket_id, sample_index])
+    mask = np.arange(num_tokens) >= max(1, num_tokens // 8)
+    return Trajectory(
+        tokens=rng.integers(0, 50_000, num_tokens).astype(np.int32),
+        loss_mask=mask.astype(np.uint8),
+        logprobs=np.where(mask, -rng.random(num_tokens), 0).astype(np.float32),
+        versions=np.where(mask, version, NOT_SAMPLED).astype(np.int32),
+        reward=float(ticket_id % 7 + sample_index),
+        finish_reason=FinishReason.STOP,
+    )
+
+
+def is_invented(trajectory: Trajectory, *, ticket_id: int, sample_index: int) -> bool:
+    """Whether it came through unharmed."""
+    original = invented(ticket_id, sample_index, num_tokens=trajectory.num_tokens, version=trajectory.newest_version)
+    names = ("tokens", "loss_mask", "logprobs", "versions")
+    return trajectory.reward == original.reward and all(np.array_equal(getattr(trajectory, n), getattr(original, n)) for n in names)
+
+
+class Producer:
+    """Finishes each sample some time after it was leased, with the newest version there is."""
+
+    def __init__(self, config: Config, name: str, *, capacity: int, sample_s: float, num_tokens: int) -> None:
+        self._sample_s, self._num_tokens = sample_s, num_tokens
+        self._loop = asyncio.get_running_loop()
+        self._stopping = asyncio.Event()
+        self._loop.add_signal_handler(signal.SIGTERM, self._stopping.set)
+        incarnation = time.time_ns()
+
+        def hello() -> Hello:
+            return Hello(
+                role=Role.ROLLOUT,
+                name=name,
+                incarnation=incarnation,
+                job=config.name,
+                model=model_fingerprint(model_path(config)),
+                tokenizer=tokenizer_fingerprint(model_path(config)),
+                dataset=dataset_fingerprint(config),
+                http_address="",
+                weights_version=self._link.weights_version,
+                num_train_prompts=1_000_000,
+                num_eval_prompts=64,
+            )
+
+        link_module._RESEND_AFTER_S = RESEND_AFTER_S
+        link_module._HELLO_TIMEOUT_S = 1.0
+        self._link = BufferLink(
+            config,
+            hello=hello,
+            desk=LeaseDesk(capacity_samples=capacity),
+            waits=WaitBook(),
+            on_leases=self._take,
+            on_abort=lambda leases: None,
+        )
+
+    async def run(self) -> None:
+        """Until SIGTERM, or until the buffer does not want us."""
+        self._link.announce(state=ServerState.SERVING)
+        serving = asyncio.create_task(self._link.run())
+        while not self._stopping.is_set() and not serving.done():
+            if self._link.newest_version > self._link.weights_version:
+                self._link.announce(weights_version=self._link.newest_version)
+            await asyncio.sleep(0.02)
+        serving.cancel()
+        if self._stopping.is_set():
+            await self._link.leave()
+        self._link.close()
+
+    def _take(self, leases: list[Lease]) -> None:
+        for lease in leases:
+            for index in lease.sample_indices:
+                self._loop.call_later(self._sample_s * (1 + (lease.ticket_id + index) % 4), self._finish, lease, index)
+
+    def _finish(self, lease: Lease, index: int) -> None:
+        trajectory = invented(lease.ticket_id, index, num_tokens=self._num_tokens, version=self._link.weights_version)
+        self._link.deliver(SampleDone(lease_id=lease.lease_id, ticket_id=lease.ticket_id, sample_index=index, trajectory=trajectory))
+
+
+async def _main() -> None:
+    name, capacity, sample_s, num_tokens, *settings = sys.argv[1:]
+    config = load_config(settings)
+    await Producer(config, name, capacity=int(capacity), sample_s=float(sample_s), num_tokens=int(num_tokens)).run()
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    try:
+        asyncio.run(_main())
+    except ArealError as error:
+        sys.exit(f"{error}")

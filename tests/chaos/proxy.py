@@ -1,0 +1,169 @@
+"""A TCP proxy between a ZeroMQ peer and its listener that drops, delays, duplicates and reorders whole messages, and cuts connections.
+
+It reads ZMTP (3.x, NULL) far enough to know where a message ends: 64 bytes of greeting, then frames of `flags, length, body`. Commands (READY,
+PING, PONG) pass untouched, so both ends keep their session and their routing ids, and a cut is what each of them sees as a lost peer.
+A proxy of sockets (ROUTER to DEALER) was left out: there one side would never notice a cut.
+
+Every direction of every connection draws from a generator of its own, seeded by (seed, connection, direction): the fate of its n-th message
+is the same in every run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
+
+_GREETING_BYTES = 64
+_MORE, _LONG, _COMMAND = 1, 2, 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Faults:
+    """Probability of each fate of one message; what is left is delivered as it came."""
+
+    drop: float = 0.0
+    duplicate: float = 0.0
+    reorder: float = 0.0
+    """Delivered after the message behind it."""
+    delay: float = 0.0
+    """Delivered up to `max_delay_s` later; others overtake it."""
+    cut: float = 0.0
+    """Both connections end at once, and what is on its way in them is lost."""
+    max_delay_s: float = 0.2
+
+
+class FaultProxy:
+    """Listens on loopback and passes on to `target`, from a thread of its own. Use with `with`; `port` is where to connect."""
+
+    def __init__(self, target: Callable[[], str], *, faults: Faults, seed: int) -> None:
+        """`target`: `host:port`, asked for at each connection, so that the listener may be restarted elsewhere."""
+        self._target = target
+        self.faults = faults
+        """May be replaced at any time."""
+        self._seed = seed
+        self.fates: Counter[str] = Counter()
+        """What has befallen messages so far."""
+        self._num_connections = 0
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.port = 0
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self._server = asyncio.run_coroutine_threadsafe(self._open(), self._loop).result(5)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(5)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5)
+        self._loop.close()
+
+    async def _open(self) -> asyncio.Server:
+        return await asyncio.start_server(self._accept, "127.0.0.1", 0, limit=1 << 24)
+
+    async def _close(self) -> None:
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # Not a coroutine: asyncio would keep, and complain about, a task of its own for each connection.
+        task = self._loop.create_task(self._serve(reader, writer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, near_reader: asyncio.StreamReader, near_writer: asyncio.StreamWriter) -> None:
+        number, self._num_connections = self._num_connections, self._num_connections + 1
+        writers = [near_writer]
+        try:
+            host, port = self._target().rsplit(":", 1)
+            far_reader, far_writer = await asyncio.open_connection(host, int(port), limit=1 << 24)
+            writers.append(far_writer)
+            ways = [
+                asyncio.create_task(self._pass_on(source, sink, rng=random.Random(f"{self._seed}/{number}/{way}")))
+                for way, source, sink in (("in", near_reader, far_writer), ("out", far_reader, near_writer))
+            ]
+            try:
+                await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for way in ways:
+                    way.cancel()
+                await asyncio.gather(*ways, return_exceptions=True)
+        except OSError:  # nobody listens there now: the peer will try again
+            self.fates["refused"] += 1
+        finally:
+            for writer in writers:
+                writer.transport.abort()
+
+    async def _pass_on(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, rng: random.Random) -> None:
+        """One direction; ends with the connection or a cut."""
+        left = _GREETING_BYTES
+        while left:  # in pieces as they come: each side waits for the other's first bytes before it sends the rest
+            piece = await source.read(left)
+            if not piece:
+                return
+            left -= len(piece)
+            sink.write(piece)
+        held: bytes | None = None
+        while True:
+            message, is_command = await _read_message(source)
+            fate = "passed" if is_command else self._fate(rng)
+            if not is_command:
+                self.fates[fate] += 1
+            match fate:
+                case "cut":
+                    return
+                case "dropped":
+                    continue
+                case "delayed":
+                    self._loop.call_later(rng.random() * self.faults.max_delay_s, _write, sink, message)
+                    continue
+                case "reordered" if held is None:
+                    held = message
+                    continue
+                case "duplicated":
+                    message += message
+            sink.write(message)
+            if held is not None and not is_command:
+                sink.write(held)
+                held = None
+            await sink.drain()
+
+    def _fate(self, rng: random.Random) -> str:
+        faults, draw = self.faults, rng.random()
+        for fate, probability in (
+            ("dropped", faults.drop),
+            ("duplicated", faults.duplicate),
+            ("reordered", faults.reorder),
+            ("delayed", faults.delay),
+            ("cut", faults.cut),
+        ):
+            if draw < probability:
+                return fate
+            draw -= probability
+        return "passed"
+
+
+def _write(sink: asyncio.StreamWriter, message: bytes) -> None:
+    if not sink.is_closing():
+        sink.write(message)
+
+
+async def _read_message(source: asyncio.StreamReader) -> tuple[bytes, bool]:
+    """One whole message as its bytes on the wire, or one command. Raises IncompleteReadError at the end of the stream."""
+    parts = []
+    while True:
+        flags = await source.readexactly(1)
+        size = await source.readexactly(8 if flags[0] & _LONG else 1)
+        parts += [flags, size, await source.readexactly(int.from_bytes(size))]
+        if not flags[0] & _MORE:
+            return b"".join(parts), bool(flags[0] & _COMMAND)

@@ -1,0 +1,41 @@
+"""Links that drop, duplicate, reorder and delay messages, and connections that are cut: unique ids in trained batches, sums exact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.plant import books_of, check_books, check_groups, plant, train
+from tests.chaos.proxy import Faults
+
+FAULTS = Faults(drop=0.01, duplicate=0.05, reorder=0.05, delay=0.05, cut=0.0005)
+
+
+def run(directory: Path, *, num_steps: int, seed: int) -> None:
+    trainer = {"num_steps": num_steps, "groups_per_step": 8, "fetch_timeout_s": 60.0}
+    with plant(directory, faults=FAULTS, seed=seed, trainer=trainer) as job:
+        for name in ("rollout-0", "rollout-1"):
+            job.produce(name)
+        with job.trainer() as link:
+            groups = train(link, first=0, last=num_steps)
+            job.proxy.faults = Faults()
+            books = books_of(link)
+        check_groups(groups, job.config, first=0, last=num_steps)
+        check_books(books)
+        assert books.tickets["trained"] == num_steps * 8
+        fates = job.proxy.fates
+        assert all(fates[fate] for fate in ("dropped", "duplicated", "reordered", "delayed", "cut")), fates
+        assert job.buffer.terminate() == (0, "")
+
+
+@pytest.mark.timeout(120)
+def test_faulty_links_lose_and_repeat_nothing(tmp_path: Path) -> None:
+    run(tmp_path, num_steps=25, seed=0)
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_faulty_links_at_length(tmp_path: Path, seed: int) -> None:
+    run(tmp_path, num_steps=1500, seed=seed)
