@@ -51,6 +51,8 @@ class SamplingConfig:
     """Samples of one prompt (a group)."""
     max_new_tokens: int = 10
     """Limit of sampled tokens a turn."""
+    greedy_baseline: bool = False
+    """One more answer to each prompt, at temperature 0: what `advantage=remax` compares with. It is not trained on."""
     temperature: float = 1.0
     """Softmax temperature; log-probs are taken after it, in the engine and in the trainer."""
 
@@ -253,6 +255,8 @@ class TrainerConfig:
     """Timeout of the ranks' collectives."""
     fetch_timeout_s: float = 300.0
     """Longest wait for one group before the trainer reports a stall and stops."""
+    buffer_timeout_s: float = 300.0
+    """Longest silence of the buffer that the trainer waits out; a buffer that is started again in time costs the run nothing."""
     num_threads: int = 1
     """CPU threads of one rank."""
 
@@ -270,7 +274,7 @@ class TrainerConfig:
         _require(self.device in ("cpu", "cuda"), f"trainer.device={self.device}: use cpu or cuda")
         for name in ("lr", "warmup_steps", "weight_decay", "max_grad_norm"):
             _require(getattr(self, name) >= 0, f"trainer.{name} must be at least 0")
-        for name in ("collective_timeout_s", "fetch_timeout_s"):
+        for name in ("collective_timeout_s", "fetch_timeout_s", "buffer_timeout_s"):
             _require(getattr(self, name) > 0, f"trainer.{name} must be above 0")
         _require(self.entropy_coef >= 0, "trainer.entropy_coef must be at least 0")
         _require(self.checkpoint_interval >= 1, "trainer.checkpoint_interval must be at least 1")

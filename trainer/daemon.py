@@ -1,14 +1,16 @@
 """One rank of the trainer: the loop around the step.
 
-    load -> (resume) -> evaluate -> { groups -> step -> complete -> offer weights -> checkpoint, commit } * -> evaluate -> books
+    load -> (resume) -> evaluate -> { groups -> step -> complete -> offer weights -> checkpoint } * -> evaluate -> books
+                                                                                     (written behind it: commit)
 
 Rank 0 alone talks about steps, versions and commits; every rank fetches its own groups. The ranks decide together before each step
 whether to go on, because a signal reaches them at different times. A drain finishes the step it is in (or gives it up when no
-servers are left to fill it), checkpoints, commits, cancels what is left, and exits 0.
+servers are left to fill it), waits for its checkpoint and the commit, closes admission, and exits 0.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -68,14 +70,15 @@ class Trainer:
 
     def run(self) -> None:
         """The whole run."""
-        self._begin()
-        while self._step < self._config.trainer.num_steps and not self._ranks.any(self._link.stop_requested.is_set()):
-            try:
-                self._train_step()
-            except IncompleteStepError as error:
-                log.warning("draining: %s", error)
-                break
-        self._end()
+        with contextlib.closing(self._checkpoints):
+            self._begin()
+            while self._step < self._config.trainer.num_steps and not self._ranks.any(self._link.stop_requested.is_set()):
+                try:
+                    self._train_step()
+                except IncompleteStepError as error:
+                    log.warning("draining: %s", error)
+                    break
+            self._end()
 
     def _resume(self) -> tuple[int, dict[str, Any]]:
         """(completed steps, state of the prompt stream) of the checkpoint that `resume` names; (0, {}) for a new run."""
@@ -94,7 +97,7 @@ class Trainer:
         snapshot = self._snapshot()
         if self._leader is not None:
             assert snapshot is not None
-            self._leader.begin(snapshot, stream=self._stream, is_resumed=self._step > 0)
+            self._leader.begin(snapshot, stream=self._stream, oldest_kept_step=min(self._checkpoints.steps(), default=0))
         # No rank may fetch before rank 0 has said where training starts.
         self._meet()
         self._link.runtime.ready()
@@ -118,6 +121,7 @@ class Trainer:
         self._link.state = "draining"
         if self._saved_step < self._step:
             self._save()
+        self._checkpoints.wait()
         if self._leader is not None:
             self._leader.end(finished=self._step == self._config.trainer.num_steps)
         # The other ranks keep their place in the process group until rank 0 is done.
@@ -136,13 +140,17 @@ class Trainer:
         return take_snapshot(tensors, bucket_bytes=self._config.weights.bucket_bytes, dtype=self._config.model.dtype)
 
     def _save(self) -> None:
-        """Checkpoint, then commit: what the ledger calls trained is on disk."""
-        stream = self._leader.stream_state(self._step - 1) if self._leader is not None else {}
+        """A checkpoint of now; when it is on disk its steps are committed: what the ledger calls trained will not be lost."""
+        step, leader = self._step, self._leader
+        stream = leader.stream_state(step - 1) if leader is not None else {}
         extra = {"stream": stream, "shaping_duals": self._runner.rewards.duals}
-        self._checkpoints.save(self._step, self._policy, self._runner.optimizer, self._ranks, extra=extra)
-        self._saved_step = self._step
-        if self._leader is not None:
-            self._leader.commit(self._step - 1)
+
+        def commit(oldest_kept_step: int) -> None:
+            assert leader is not None
+            leader.commit(step - 1, oldest_kept_step=oldest_kept_step)
+
+        self._checkpoints.save(step, self._policy, self._runner.optimizer, self._ranks, extra=extra, then=commit)
+        self._saved_step = step
 
     def _status(self) -> dict[str, Any]:
         base: dict[str, Any] = {"state": self._link.state, "step": self._step, "num_steps": self._config.trainer.num_steps}

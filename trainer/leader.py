@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from areal_like.config import Config
-from areal_like.errors import ArealError
+from areal_like.errors import ArealError, RefusedError, UserError
 from areal_like.messages.consumer import (
     Books,
     CloseAdmission,
@@ -38,7 +38,7 @@ _RENAMED = {"reward": "reward_mean", "wait_s": "wait_data_s", "response_tokens":
 
 
 class Leader:
-    """Rank 0's duties. All methods run in the training thread and return as soon as the trainer may go on."""
+    """Rank 0's duties. Methods run in the training thread unless they say otherwise, and return as soon as the trainer may go on."""
 
     def __init__(self, config: Config, link: BufferLink, *, step: int, started_s: float) -> None:
         self._config = config
@@ -59,31 +59,39 @@ class Leader:
         self._last_push: PushReport | None = None
         self._publisher: Publisher
 
-    def begin(self, snapshot: Snapshot, *, stream: dict[str, Any], is_resumed: bool) -> None:
-        """Starts the stream at this trainer's step; when resumed, the engines get the checkpoint's weights before anything else.
+    def begin(self, snapshot: Snapshot, *, stream: dict[str, Any], oldest_kept_step: int) -> None:
+        """Says where this trainer stands; unless the run is new, the engines get its weights before anything else.
 
-        `stream`: what `stream_state` said when the checkpoint was made; empty for a new run. A drain ends the waiting.
+        `stream`: what `stream_state` said when the checkpoint was made; empty for a new run. `oldest_kept_step`: as in `commit`.
+        A drain ends the waiting. Raises UserError when the buffer cannot go on from here: another start would be refused too.
         """
         link = self._link
-        link.call(StartTraining(step=self._step, stream=stream.get("stream", {})), timeout_s=_CALL_TIMEOUT_S)
+        try:
+            welcome = link.call(StartTraining(step=self._step, stream=stream.get("stream", {})), timeout_s=_CALL_TIMEOUT_S)
+        except RefusedError as error:
+            raise UserError(str(error)) from error
+        if self._step:
+            self.commit(self._step - 1, oldest_kept_step=oldest_kept_step)
         if self._staleness is not None:
             if "staleness" in stream:
                 self._staleness.restore(stream["staleness"])
             self._tell_bound(self._staleness.bound)
         link.run(self._open_publisher(), name="publisher", timeout_s=10)
-        self._publisher_offer(snapshot, loaded=not is_resumed)
+        # Without a checkpoint the run begins anew, but servers may hold what an earlier trainer pushed.
+        is_new = self._step == 0 and welcome.newest_version == 0
+        self._publisher_offer(snapshot, loaded=is_new)
         self._eval_before = stream.get("eval_before")
         self._resumed_from_step = self._step
         try:
-            self._bring_up(is_resumed=is_resumed)
+            self._bring_up(is_new=is_new)
         except StopRequestedError as stop:
             log.info("%s", stop)
         self._training_started_s = time.monotonic()
 
-    def _bring_up(self, *, is_resumed: bool) -> None:
+    def _bring_up(self, *, is_new: bool) -> None:
         config, link = self._config, self._link
         start_timeout_s = config.rollout.start_timeout_s
-        if is_resumed:
+        if not is_new:
             link.state = "pushing"
             link.run(
                 self._publisher.wait_active(self._step),
@@ -91,7 +99,7 @@ class Leader:
                 timeout_s=start_timeout_s + config.weights.push_deadline_s,
                 may_stop=True,
             )
-        elif config.eval.num_prompts:
+        if self._step == 0 and config.eval.num_prompts:
             link.state = "evaluating"
             result = self._finish_eval(self._ask_eval(), timeout_s=start_timeout_s + config.eval.timeout_s)
             self._eval_before = result.mean_reward
@@ -124,9 +132,9 @@ class Leader:
         kept = {"stream": state, "eval_before": self._eval_before}
         return kept if self._staleness is None else kept | {"staleness": self._staleness.dump()}
 
-    def commit(self, step: int) -> None:
-        """A checkpoint with steps <= `step` is on disk."""
-        self._link.call(CommitStep(step=step), timeout_s=_CALL_TIMEOUT_S)
+    def commit(self, step: int, *, oldest_kept_step: int) -> None:
+        """A checkpoint with steps <= `step` is on disk, the oldest that is kept is of `oldest_kept_step`. From any thread."""
+        self._link.call(CommitStep(step=step, oldest_kept_step=oldest_kept_step), timeout_s=_CALL_TIMEOUT_S)
 
     def end(self, *, finished: bool) -> None:
         """Closes the stream, lets the last weights arrive, evaluates them (when finished), and writes the summary."""

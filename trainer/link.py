@@ -3,7 +3,11 @@
 The training thread is inside torch most of the time, so a thread of its own runs the event loop: heartbeats, the HTTP plane, group
 prefetch, and (rank 0) the publisher. The training thread meets it only through `call`, `groups` and the flags here.
 
-    LINKED -> lost (no word from the buffer for `lost_after_s`, or a newer incarnation took over) -> every wait raises
+    LINKED -> troubled (silent, or its disk is full) -> LINKED
+       |         | (restarted: hello, then every request that waits is asked again)
+       +---------+-> lost (silent for `trainer.buffer_timeout_s`, or a newer incarnation took over) -> every wait raises
+
+Time in trouble does not count against the timeouts of requests: they wait for a buffer that comes back.
 """
 
 from __future__ import annotations
@@ -26,11 +30,14 @@ from areal_like.errors import ArealError, DeadlineError, PeerLostError
 from areal_like.fingerprint import dataset_fingerprint, model_fingerprint, tokenizer_fingerprint
 from areal_like.messages.consumer import Directory, Fetch, Group, TrainerHeartbeat
 from areal_like.messages.hello import Goodbye, Hello, HelloRequired, JobFailed, Role
+from areal_like.messages.producer import HeartbeatAck
 from areal_like.paths import model_path
 
 log = logging.getLogger(__name__)
 
 _ASK_AGAIN_S = 20.0
+_HELLO_TIMEOUT_S = 10.0
+_SILENT_AFTER_S = 5.0
 _POLL_S = 0.25
 """How often a blocked training thread looks whether the link was lost or a stop was asked for."""
 
@@ -62,7 +69,9 @@ class BufferLink:
         self._thread = threading.Thread(target=self._loop.run_forever, name="link", daemon=True)
         self._lost: ArealError | None = None
         self._fetches: dict[tuple[int, int], concurrent.futures.Future[Any]] = {}
-        self._lost_after_s = max(30.0, 10 * config.daemon.heartbeat_s)
+        self._trouble = ""
+        self._troubled_s = 0.0
+        self._rehello: asyncio.Task[None] | None = None
         self.runtime: Runtime
         self._link: Link
         self._heartbeat: asyncio.Task[None]
@@ -95,11 +104,17 @@ class BufferLink:
 
     async def call_async(self, message: Any, *, timeout_s: float) -> Any:
         """`call` for coroutines in the link's own loop. Asks again now and then: an answer may have been lost with a connection."""
-        deadline_s = self._loop.time() + timeout_s
-        while (left_s := deadline_s - self._loop.time()) > _ASK_AGAIN_S:
-            with contextlib.suppress(DeadlineError):
-                return await self._link.call(message, timeout_s=_ASK_AGAIN_S)
-        return await self._link.call(message, timeout_s=left_s)
+        deadline_s = self._patient_s() + timeout_s
+        while True:
+            try:
+                return await self._link.call(message, timeout_s=min(_ASK_AGAIN_S, max(0.0, deadline_s - self._patient_s())))
+            except DeadlineError:
+                if self._patient_s() >= deadline_s:
+                    raise
+
+    def _patient_s(self) -> float:
+        """A clock that stands still while the buffer is in trouble. From any thread."""
+        return time.monotonic() - self._troubled_s
 
     def submit_call(self, message: Any, *, timeout_s: float) -> concurrent.futures.Future[Any]:
         """`call` without waiting."""
@@ -119,7 +134,7 @@ class BufferLink:
 
     def wait(self, future: concurrent.futures.Future[Any], *, name: str, timeout_s: float, may_stop: bool = False) -> Any:
         """Waits for a future of `submit`, but not for a lost buffer; with `may_stop` raises StopRequestedError when a drain begins."""
-        deadline_s = time.monotonic() + timeout_s
+        deadline_s = self._patient_s() + timeout_s
         while True:
             try:
                 return future.result(timeout=_POLL_S)
@@ -131,7 +146,7 @@ class BufferLink:
             if may_stop and self.stop_requested.is_set():
                 future.cancel()
                 raise StopRequestedError(f"draining while waiting for {name}")
-            if time.monotonic() > deadline_s:
+            if self._patient_s() > deadline_s:
                 future.cancel()
                 raise DeadlineError(f"waited {timeout_s:g} s for {name}")
 
@@ -163,13 +178,13 @@ class BufferLink:
         return group
 
     def _wait_group(self, future: concurrent.futures.Future[Any], *, step: int, position: int) -> Group | None:
-        deadline_s = time.monotonic() + self.config.trainer.fetch_timeout_s
+        deadline_s = self._patient_s() + self.config.trainer.fetch_timeout_s
         while not future.done():
             if self._lost is not None:
                 raise self._lost
             if self.give_up.is_set():
                 return None
-            if time.monotonic() > deadline_s:
+            if self._patient_s() > deadline_s:
                 raise DeadlineError(
                     f"no group {position} of step {step} within trainer.fetch_timeout_s={self.config.trainer.fetch_timeout_s:g}: "
                     f"servers {[(s.name, s.state, s.weights_version) for s in self.directory.servers]}"
@@ -191,6 +206,8 @@ class BufferLink:
             future.cancel()
         if hasattr(self, "_heartbeat"):
             self._heartbeat.cancel()
+            if self._rehello is not None:
+                self._rehello.cancel()
             if self._lost is None:
                 with contextlib.suppress(ArealError):  # we leave all the same
                     await self._link.call(Goodbye(stats=self.stats), timeout_s=2.0)
@@ -220,16 +237,39 @@ class BufferLink:
     async def _beat(self) -> None:
         while True:
             self._link.send(TrainerHeartbeat(state=self.state, step=self.step, stats=self.stats))
+            beaten_s = self._loop.time()
             await asyncio.sleep(self.config.daemon.heartbeat_s)
             silent_s = self._loop.time() - self._link.last_heard_s
-            if silent_s > self._lost_after_s:
+            if silent_s > _SILENT_AFTER_S or self._trouble:
+                self._troubled_s += self._loop.time() - beaten_s
+            if silent_s > self.config.trainer.buffer_timeout_s:
                 self.fail(PeerLostError(f"the buffer at {self._link.address} has been silent for {silent_s:.0f} s"))
 
     def _on_message(self, message: Any) -> None:
-        if isinstance(message, Directory):
-            self.directory = message
-            self.on_directory()
-        elif isinstance(message, JobFailed):
-            self.fail(ArealError(message.reason))
-        elif isinstance(message, HelloRequired):
-            self.fail(PeerLostError("the buffer was restarted and its in-memory store is gone: start again with resume=latest"))
+        match message:
+            case Directory():
+                self.directory = message
+                self.on_directory()
+            case HeartbeatAck():
+                if message.trouble and not self._trouble:
+                    log.warning("the buffer is in trouble, its answers are waited for: %s", message.trouble)
+                self._trouble = message.trouble
+            case JobFailed():
+                self.fail(ArealError(message.reason))
+            case HelloRequired() if self.config.buffer.durability == "none":
+                self.fail(PeerLostError("the buffer was restarted and its in-memory store is gone: start again with resume=latest"))
+            case HelloRequired():
+                if self._rehello is None or self._rehello.done():
+                    self._rehello = asyncio.create_task(self._register_again(), name="hello again")
+
+    async def _register_again(self) -> None:
+        """A restarted buffer has its ledger and has forgotten who asked for what."""
+        try:
+            await self._hello(timeout_s=_HELLO_TIMEOUT_S)
+        except DeadlineError:  # away again; when it is back it will say again that it does not know us
+            return
+        except ArealError as error:
+            self.fail(error)
+            return
+        log.info("registered again at the buffer")
+        self._link.ask_again()
