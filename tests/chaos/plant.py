@@ -18,7 +18,7 @@ from areal_like.config import Config
 from areal_like.messages.consumer import AllocVersion, Books, CommitStep, CompleteStep, GetBooks, Group, StartTraining
 from tests.buffer_harness import ROOT, BufferProcess, job
 from tests.chaos.producer import is_invented
-from tests.chaos.proxy import Faults, FaultProxy
+from tests.chaos.proxy import FaultProxy, Faults
 from trainer import link as link_module
 from trainer.link import BufferLink
 
