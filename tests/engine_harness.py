@@ -34,7 +34,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from areal_like.collective import WeightGroup
-from areal_like.weights import cut_buckets, flatten, spec_of, unflatten
+from areal_like.weights import checksum, cut_buckets, flatten, spec_of, unflatten
 from rollout_server.engine_client import EngineClient, Generation, Sampling
 
 transformers_logging.disable_progress_bar()
@@ -186,12 +186,12 @@ class Pusher:
         buckets = cut_buckets([spec_of(n, t, dtype=dtype) for n, t in tensors.items()], bucket_bytes=bucket_bytes)
         for i, bucket in enumerate(buckets):
             flat = flatten(bucket, tensors)
-            crc = (zlib_crc(flat) ^ wrong_checksum) if flattened else None
+            stated = (checksum(flat) ^ wrong_checksum) if flattened else None
             pieces = [flat] if flattened else [t.clone() for t in unflatten(bucket, flat).values()]
             last = {"weight_version": version} if i == len(buckets) - 1 else {}
             receiving = asyncio.ensure_future(
                 self.client.update_weights_from_distributed(
-                    type(bucket)(tensors=bucket.tensors, crc32=crc), group_name=self.name, timeout_s=self.timeout_s,
+                    type(bucket)(tensors=bucket.tensors, checksum=stated), group_name=self.name, timeout_s=self.timeout_s,
                     flattened=flattened, **last,
                 )
             )  # fmt: skip
@@ -210,13 +210,6 @@ class Pusher:
         if sglang:
             await self.client.flush_cache()
             await self.client.resume()
-
-
-def zlib_crc(flat: Tensor) -> int:
-    """The checksum a publisher would send."""
-    from areal_like.weights import checksum
-
-    return checksum(flat)
 
 
 async def sample(client: EngineClient, prompt: Sequence[int], num_tokens: int, **options: Any) -> Generation:

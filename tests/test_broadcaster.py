@@ -92,7 +92,7 @@ class Receiver:
             data = torch.empty(bucket.num_bytes, dtype=torch.uint8)
             assert self.group is not None
             self.group.broadcast(data)
-            assert checksum(data) == bucket.crc32
+            assert checksum(data) == bucket.checksum
             self.tensors |= unflatten(bucket, data)
         if self.misbehave == "vanish":  # with the whole broadcast received, so that nothing breaks
             self.misbehave = "mute"

@@ -76,11 +76,18 @@ def test_unaligned_bucket_is_refused_where_it_would_be_viewed() -> None:
         unflatten(Bucket(tensors=specs), torch.empty(6, dtype=torch.uint8))
 
 
-def test_checksum_sees_one_flipped_bit() -> None:
-    flat = torch.arange(1000).to(torch.uint8)
+@pytest.mark.parametrize("num_bytes", [1000, 256 << 10, (600 << 10) + 5])
+def test_checksum_sees_a_flipped_bit_and_a_shift(num_bytes: int) -> None:
+    flat = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     before = checksum(flat)
-    flat[777] ^= 1
-    assert checksum(flat) != before
+    assert checksum(flat.clone()) == before
+    for place in (0, num_bytes // 2, num_bytes - 1):
+        for bit in (1, 128):
+            flat[place] ^= bit
+            assert checksum(flat) != before
+            flat[place] ^= bit
+    for shift in (1, 8, 256 << 10):
+        assert num_bytes <= shift or checksum(flat.roll(shift)) != before
 
 
 def test_manifest_survives_json() -> None:
@@ -101,7 +108,7 @@ def test_manifest_survives_json() -> None:
         ({"names": ["a"], "dtypes": ["float32"], "shapes": [[-1]]}, "not a list of sizes"),
         ({"names": ["a"], "dtypes": ["float32"], "shapes": [[True]]}, "not a list of sizes"),
         ({"names": [""], "dtypes": ["float32"], "shapes": [[1]]}, "non-empty string"),
-        ({"names": ["a"], "dtypes": ["float32"], "shapes": [[1]], "crc32": "x"}, "crc32"),
+        ({"names": ["a"], "dtypes": ["float32"], "shapes": [[1]], "checksum": "x"}, "checksum"),
     ],
 )
 def test_malformed_bucket_is_refused_with_the_reason(raw: dict[str, object], message: str) -> None:

@@ -51,7 +51,7 @@ def take_snapshot(tensors: Sequence[tuple[str, torch.Tensor]], *, bucket_bytes: 
     snapshot = []
     for bucket in cut_buckets(specs, bucket_bytes=bucket_bytes):
         data = flatten(bucket, by_name)
-        snapshot.append((Bucket(tensors=bucket.tensors, crc32=checksum(data)), data))
+        snapshot.append((Bucket(tensors=bucket.tensors, checksum=checksum(data)), data))
     return snapshot
 
 

@@ -229,13 +229,13 @@ class EngineServer:
         load_format = body.get("load_format")
         if load_format not in (None, "flattened_bucket"):
             raise UserError(f"load_format must be null or flattened_bucket, got {load_format!r}")
-        await self._updater.receive(
+        found = await self._updater.receive(
             Bucket.from_dict(body),
             group_name=_text(body, "group_name", DEFAULT_GROUP),
             flattened=load_format is not None,
             version=_version(body),
         )
-        return JSONResponse({"success": True, "message": "received"})
+        return JSONResponse({"success": True, "message": "received", "checksum": found})
 
     async def _end_update(self, body: dict[str, Any]) -> Response:
         stall_s = await self._updater.end(version=_version(body), recompute=_recompute(body))

@@ -2,6 +2,7 @@
 
     no session -> begin -> OPEN -> receive* -> end -> (verified: swapped) | (anything wrong: old weights stay) -> no session
 
+Two buckets may be on their way at a time: while one is verified and stored, the next comes off the wire, in the order of the requests.
 Buckets go into a shadow set of weights that no forward reads. A bucket that does not fit the model is still received, so that the sender
 and the other engines are not left hanging, and spoils the session: `end` then refuses with the first reason. Blocking calls run in
 threads of their own; a broadcast whose sender hangs holds only its thread until the group's timeout, and the set of weights it may still
@@ -33,6 +34,9 @@ from rollout_server.engine.models.base import ModelFacts, Weights
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_MAX_RECEIVING = 2
+"""Buckets of a session in memory beside the shadow set."""
 
 
 class _Threads:
@@ -73,7 +77,7 @@ class _Threads:
 
 
 class _Session:
-    """One update being received. `receive` runs in a thread, everything else on the event loop."""
+    """One update being received. `receive`, `verify` and `store` run in threads, everything else on the event loop."""
 
     def __init__(self, weights: Weights, facts: ModelFacts) -> None:
         self.weights = weights
@@ -81,24 +85,45 @@ class _Session:
         self.received: list[TensorSpec] = []
         self.problem = ""
         self.version = ""
-        self.receiving = False
+        self.num_receiving = 0
+        self.places = asyncio.Semaphore(_MAX_RECEIVING)
+        self.wire = asyncio.Lock()
+        self.storing = asyncio.Lock()
         self.started_s = time.perf_counter()
+        self._spare_buffers: list[Tensor] = []
 
-    def receive(self, group: WeightGroup, bucket: Bucket, *, flattened: bool) -> None:
-        """Takes one bucket off the wire and into the shadow set. Raises WeightSyncError."""
+    def receive(self, group: WeightGroup, bucket: Bucket, *, flattened: bool) -> Tensor | dict[str, Tensor]:
+        """Takes one bucket off the wire: a buffer that begins with its bytes, or its tensors one by one. Raises WeightSyncError."""
         device = self.facts.device if group.backend == "nccl" else torch.device("cpu")
         if flattened:
-            flat = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=device)
-            group.broadcast(flat)
-            if bucket.crc32 is not None and checksum(flat) != bucket.crc32:
-                raise WeightSyncError("a bucket's checksum is wrong: the bytes changed on the way")
-            tensors = unflatten(bucket, flat)
-        else:
-            tensors = {}
-            for spec in bucket.tensors:
-                tensors[spec.name] = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
-                group.broadcast(tensors[spec.name])
-        self.store(tensors)
+            buffer = self._buffer(bucket.num_bytes, device)
+            group.broadcast(buffer[: bucket.num_bytes])
+            return buffer
+        tensors = {}
+        for spec in bucket.tensors:
+            tensors[spec.name] = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
+            group.broadcast(tensors[spec.name])
+        return tensors
+
+    def keep(self, bucket: Bucket, data: Tensor | dict[str, Tensor]) -> int | None:
+        """Verifies what `receive` returned and stores it; the checksum of a flattened bucket. Raises WeightSyncError."""
+        if isinstance(data, dict):
+            self.store(data)
+            return None
+        flat = data[: bucket.num_bytes]
+        found = checksum(flat)
+        if bucket.checksum is not None and found != bucket.checksum:
+            raise WeightSyncError("a bucket's checksum is wrong: the bytes changed on the way")
+        self.store(unflatten(bucket, flat))
+        self._spare_buffers.append(data)
+        return found
+
+    def _buffer(self, num_bytes: int, device: torch.device) -> Tensor:
+        """A used one that is large enough, if there is one: filling memory that the kernel has to hand out first takes twice as long."""
+        while self._spare_buffers:
+            if (spare := self._spare_buffers.pop()).numel() >= num_bytes:
+                return spare
+        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
     def store(self, tensors: dict[str, Tensor]) -> None:
         """Copies tensors into the shadow set, casting. Raises WeightSyncError for one that does not fit or is not finite."""
@@ -112,7 +137,7 @@ class _Session:
                 raise WeightSyncError(f"tensor {name}: want shape {list(shapes[name])}, got {list(tensor.shape)}")
             target = self.weights.named[name]
             target.copy_(tensor)
-            if not torch.isfinite(target).all():
+            if target.numel() and not all(map(torch.isfinite, torch.aminmax(target))):  # NaN comes through; no mask is written
                 raise WeightSyncError(f"tensor {name} holds values that are not finite in {self.facts.dtype}")
             self.received.append(spec_of(name, tensor))
         if self.facts.device.type == "cuda":
@@ -168,31 +193,37 @@ class WeightUpdater:
         weights = await asyncio.wrap_future(self._loop.call(lambda core: core.take_spare()))
         self._session = _Session(weights, self._facts)
 
-    async def receive(self, bucket: Bucket, *, group_name: str, flattened: bool, version: str) -> None:
-        """Receives one bucket. A failure is raised here and spoils the session."""
+    async def receive(self, bucket: Bucket, *, group_name: str, flattened: bool, version: str) -> int | None:
+        """Receives one bucket, after those that were asked for before; the checksum of a flattened one.
+
+        A failure is raised here and spoils the session.
+        """
         session = self._open_session()
-        if session.receiving:
-            raise WeightSyncError("a bucket is being received already: send one after the other")
         group = self._groups.get(group_name)
         if group is None:
             raise WeightSyncError(f"weight group {group_name!r} does not exist: call /init_weights_update_group first")
-        session.receiving = True
+        session.num_receiving += 1
         try:
             if bucket.num_bytes > self._max_bucket_bytes:
                 self.destroy_group(group_name)  # what we would not receive must not keep the sender waiting
                 raise WeightSyncError(f"a bucket of {bucket.num_bytes} bytes is larger than this model could need")
-            await self._threads.run(lambda: session.receive(group, bucket, flattened=flattened))
+            async with session.places:
+                async with session.wire:
+                    data = await self._threads.run(lambda: session.receive(group, bucket, flattened=flattened))
+                async with session.storing:
+                    found = await self._threads.run(lambda: session.keep(bucket, data))
             session.version = version or session.version
         except WeightSyncError as error:
             session.problem = session.problem or str(error)
             raise
         finally:
-            session.receiving = False
+            session.num_receiving -= 1
+        return found
 
     async def end(self, *, version: str, recompute: bool) -> float:
         """Verifies the session and activates it; returns the stall in seconds. Raises WeightSyncError, with the old weights in place."""
         session = self._open_session()
-        if session.receiving:
+        if session.num_receiving:
             raise WeightSyncError("a bucket is being received still")
         version = version or session.version
         try:
@@ -216,13 +247,13 @@ class WeightUpdater:
         """Loads a Hugging Face directory as one session. Raises WeightSyncError, with the old weights in place."""
         await self.begin()
         session = self._open_session()
-        session.receiving = True
+        session.num_receiving += 1
         try:
             await self._threads.run(lambda: _read_directory(Path(path), session))
         except WeightSyncError as error:
             session.problem = str(error)
         finally:
-            session.receiving = False
+            session.num_receiving -= 1
         return await self.end(version=version, recompute=recompute)
 
     def close(self) -> None:
@@ -238,7 +269,7 @@ class WeightUpdater:
 
     def _give_up(self) -> None:
         session, self._session = self._session, None
-        if session is not None and not session.receiving:
+        if session is not None and not session.num_receiving:
             weights = session.weights
             self._loop.call(lambda core: core.give_back(weights))
 
