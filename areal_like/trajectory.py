@@ -48,6 +48,8 @@ class Trajectory:
     reward_components: dict[str, float] = field(default_factory=dict)
     """Named parts of the reward, for metrics."""
     finish_reason: FinishReason
+    is_greedy: bool = False
+    """Taken at temperature 0: evaluated, or a baseline beside its group; never trained on, so its log-probs are used nowhere."""
     generation_s: float = 0.0
     """Seconds from submitting to the engine to the last token."""
     reward_s: float = 0.0

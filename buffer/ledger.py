@@ -282,7 +282,8 @@ class Ledger:
         verdict, ticket = self._judge(name, lease_id=message.lease_id, ticket_id=message.ticket_id, sample_index=index)
         sample = None
         if ticket is not None:
-            if trajectory.finish_reason is FinishReason.ABORT or trajectory.num_sampled == 0:
+            is_other_kind = ticket.purpose is Purpose.TRAIN and trajectory.is_greedy is not ticket.is_greedy(index)
+            if trajectory.finish_reason is FinishReason.ABORT or trajectory.num_sampled == 0 or is_other_kind:
                 verdict = Verdict.INVALID
             elif (sample := self.versions.summarise(message.lease_id, trajectory)) is None:
                 verdict = Verdict.UNKNOWN_VERSION
@@ -357,11 +358,18 @@ class Ledger:
                 return None
             heapq.heappop(self._queue)
             return ticket
-        if not self._may_issue or self._spent() >= self._budget(weights_step) or not server.can_take(self.settings.group_size):
+        num_samples = self.settings.group_size + self.settings.num_greedy
+        if not self._may_issue or self._spent() >= self._budget(weights_step) or not server.can_take(num_samples):
             return None
         prompt = self.prompts.next()
         self.store.put_mark("cursor", self.prompts.cursor)
-        return self.register.issue(Purpose.TRAIN, prompt, num_samples=self.settings.group_size, max_staleness=self.bound.max_staleness)
+        return self.register.issue(
+            Purpose.TRAIN,
+            prompt,
+            num_samples=num_samples,
+            num_greedy=self.settings.num_greedy,
+            max_staleness=self.bound.max_staleness,
+        )
 
     def _is_queued(self, begins: bool, ticket_id: int) -> bool:
         ticket = self.register.live.get(ticket_id)
@@ -377,6 +385,7 @@ class Ledger:
             prompt_index=ticket.prompt_index,
             purpose=ticket.purpose,
             sample_indices=sorted(lease.outstanding),
+            greedy_indices=sorted(filter(ticket.is_greedy, lease.outstanding)),
             seed=sampling_seed(self.settings.seed, ticket.ticket_id, sum(ticket.num_failures.values())),
         )
 
@@ -449,10 +458,9 @@ class Ledger:
 
     def _complete(self, ticket: Ticket) -> None:
         """All samples are here: the group filters decide before a place in a step is spent."""
-        samples = ticket.samples.values()
-        if self.settings.group_filter == "spread" and len({sample.reward for sample in samples}) == 1:
+        if self.settings.group_filter == "spread" and len({sample.reward for sample in ticket.learned_from}) == 1:
             self._drop(ticket, Drop.NO_SPREAD)
-        elif self.settings.group_filter == "single_version" and not self._is_single_version(samples):
+        elif self.settings.group_filter == "single_version" and not self._is_single_version(ticket.samples.values()):
             self.last_rejection = _mixed_versions(ticket)
             self._drop(ticket, Drop.REJECTED)
         else:
@@ -546,7 +554,7 @@ class Ledger:
             return
         self._num_steps_counted = step + 1
         for ticket in self._recorded[step]:
-            for sample in ticket.samples.values():
+            for sample in ticket.learned_from:
                 self.statistics.trained(sample, step=step)
 
 

@@ -23,14 +23,17 @@ class Register:
         """Ticket id -> ticket, in order of issue."""
         self._counts = {purpose: Counter[State]() for purpose in Purpose}
 
-    def issue(self, purpose: Purpose, prompt: Prompt, *, num_samples: int, eval_id: int = 0, max_staleness: int = 0) -> Ticket:
-        """A new ticket, QUEUED."""
+    def issue(
+        self, purpose: Purpose, prompt: Prompt, *, num_samples: int, num_greedy: int = 0, eval_id: int = 0, max_staleness: int = 0
+    ) -> Ticket:
+        """A new ticket, QUEUED. `num_greedy`: how many of its samples are."""
         self.num_issued += 1
         ticket = Ticket(
             ticket_id=self.num_issued,
             purpose=purpose,
             prompt_index=prompt.index,
             num_samples=num_samples,
+            num_greedy=num_greedy,
             parent=prompt.parent,
             num_reissues=prompt.num_reissues,
             eval_id=eval_id,

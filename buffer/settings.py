@@ -18,6 +18,8 @@ class LedgerSettings:
     groups_per_step: int
     group_size: int
     num_steps: int
+    num_greedy: int = 0
+    """Greedy samples of each group, beside its `group_size` others."""
     adaptive: bool = False
     """`max_staleness: auto`: the bound begins at 0 and the trainer moves it."""
     sync_interval: int = 1
@@ -44,6 +46,7 @@ class LedgerSettings:
             sync_interval=config.weights.sync_interval if config.buffer.group_filter == "single_version" else 1,
             groups_per_step=config.trainer.groups_per_step,
             group_size=config.sampling.group_size,
+            num_greedy=int(config.sampling.greedy_baseline),
             num_steps=config.trainer.num_steps,
             seed=config.seed,
             overdue=config.buffer.overdue,

@@ -69,7 +69,7 @@ class Verdict(StrEnum):
     UNKNOWN_VERSION = "unknown version"
     """A token names weights that were never allocated."""
     INVALID = "invalid"
-    """Aborted, or no token of it was sampled: nothing to learn from."""
+    """Aborted, or no token of it was sampled: nothing to learn from. Or not the kind of sample that was asked for."""
 
     @property
     def refusal(self) -> str:
@@ -105,6 +105,9 @@ class Ticket:
     purpose: Purpose
     prompt_index: int
     num_samples: int
+    """Greedy ones included."""
+    num_greedy: int = 0
+    """The last so many of its samples are greedy: baselines, which are never trained on."""
     parent: int = 0
     """Ticket whose prompt this one tries again; 0: none."""
     num_reissues: int = 0
@@ -124,6 +127,15 @@ class Ticket:
     """Failures of each sample index so far."""
     step: int = -1
     position: int = -1
+
+    def is_greedy(self, sample_index: int) -> bool:
+        """Whether a sample is a baseline."""
+        return sample_index >= self.num_samples - self.num_greedy
+
+    @property
+    def learned_from(self) -> list[Sample]:
+        """Accepted samples but for the greedy ones."""
+        return [sample for index, sample in self.samples.items() if not self.is_greedy(index)]
 
     @property
     def proven_floor(self) -> int | None:

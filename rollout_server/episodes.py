@@ -74,7 +74,9 @@ class Transcript:
         self._append(generation.output_ids, generation.logprobs, generation.versions)
         self.finish_reason = generation.finish_reason
 
-    def to_trajectory(self, *, reward: float, reward_components: dict[str, float], generation_s: float, reward_s: float) -> Trajectory:
+    def to_trajectory(
+        self, *, reward: float, reward_components: dict[str, float], generation_s: float, reward_s: float, is_greedy: bool = False
+    ) -> Trajectory:
         """The transcript with its reward. Raises ValueError where the engine's numbers make no sense."""
         return Trajectory(
             tokens=self.tokens,
@@ -84,6 +86,7 @@ class Transcript:
             reward=reward,
             reward_components=reward_components,
             finish_reason=self.finish_reason,
+            is_greedy=is_greedy,
             generation_s=generation_s,
             reward_s=reward_s,
         )

@@ -164,11 +164,11 @@ class LeaseRunner:
         if self.engine is None:
             raise EngineError("there is no engine")
         loop = asyncio.get_running_loop()
-        evaluating = lease.purpose is Purpose.EVAL
+        is_greedy = lease.purpose is Purpose.EVAL or sample_index in lease.greedy_indices
         sampling = replace(
             self._sampling,
-            temperature=0.0 if evaluating else self._sampling.temperature,
-            sampling_seed=None if evaluating else (lease.seed + sample_index) % _MAX_SEED,
+            temperature=0.0 if is_greedy else self._sampling.temperature,
+            sampling_seed=None if is_greedy else (lease.seed + sample_index) % _MAX_SEED,
         )
         rid = f"{lease.lease_id}.{sample_index}"
         speaker = Speaker(self.engine, sampling=sampling, rid=rid, turnstile=self._turnstile)
@@ -179,7 +179,11 @@ class LeaseRunner:
         generation_s = loop.time() - started_s
         reward = await self._rewards.score(split=_SPLITS[lease.purpose], index=lease.prompt_index, completion=completion)
         return transcript.to_trajectory(
-            reward=reward.value, reward_components=reward.components, generation_s=generation_s, reward_s=reward.seconds
+            reward=reward.value,
+            reward_components=reward.components,
+            generation_s=generation_s,
+            reward_s=reward.seconds,
+            is_greedy=is_greedy,
         )
 
     def _fail(self, lease: Lease, sample_index: int, error: str) -> None:

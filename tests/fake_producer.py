@@ -13,9 +13,9 @@ from typing import Any
 from areal_like.channel import Link
 from areal_like.errors import ArealError
 from areal_like.messages.hello import Hello, HelloRequired, JobFailed, Role
-from areal_like.messages.producer import AbortLeases, HeartbeatAck, Leases, SampleAck, SampleDone, ServerHeartbeat, ServerState
+from areal_like.messages.producer import AbortLeases, HeartbeatAck, Lease, Leases, SampleAck, ServerHeartbeat, ServerState
 from areal_like.process import die_with_parent
-from tests.ledger_plant import trajectory
+from tests.ledger_plant import done
 
 
 def hello(name: str, **changes: Any) -> Hello:
@@ -77,7 +77,7 @@ class FakeProducer:
                 for lease in message.leases:
                     self._leases[lease.lease_id] = set(lease.sample_indices)
                     for index in lease.sample_indices:
-                        task = asyncio.create_task(self._generate(lease.lease_id, lease.ticket_id, index, lease.prompt_index))
+                        task = asyncio.create_task(self._generate(lease, index))
                         self._tasks.add(task)
                         task.add_done_callback(self._tasks.discard)
             case AbortLeases():
@@ -95,13 +95,12 @@ class FakeProducer:
             case JobFailed() | HelloRequired():
                 self._failed.set()
 
-    async def _generate(self, lease_id: int, ticket_id: int, index: int, prompt_index: int) -> None:
+    async def _generate(self, lease: Lease, index: int) -> None:
         first = self._version
-        await asyncio.sleep(self._sample_s * (1 + (ticket_id + index) % 4))
-        if lease_id in self._leases:
+        await asyncio.sleep(self._sample_s * (1 + (lease.ticket_id + index) % 4))
+        if lease.lease_id in self._leases:
             self._num_tokens += 2
-            sample = trajectory([first, self._version], reward=float(prompt_index))
-            self._link.send(SampleDone(lease_id=lease_id, ticket_id=ticket_id, sample_index=index, trajectory=sample))
+            self._link.send(done(lease, index, [first, self._version], reward=float(lease.prompt_index)))
 
 
 async def main() -> None:

@@ -20,7 +20,9 @@ from buffer.settings import LedgerSettings
 from buffer.store import MemoryStore
 
 
-def trajectory(versions: list[int], *, reward: float = 0.0, finish: FinishReason = FinishReason.STOP) -> Trajectory:
+def trajectory(
+    versions: list[int], *, reward: float = 0.0, finish: FinishReason = FinishReason.STOP, is_greedy: bool = False
+) -> Trajectory:
     """One prompt token and then one sampled token for each version given."""
     num_tokens = 1 + len(versions)
     return Trajectory(
@@ -30,6 +32,7 @@ def trajectory(versions: list[int], *, reward: float = 0.0, finish: FinishReason
         versions=np.array([NOT_SAMPLED, *versions], dtype=np.int32),
         reward=reward,
         finish_reason=finish,
+        is_greedy=is_greedy,
     )
 
 
@@ -65,9 +68,8 @@ def add_server(ledger: Ledger, name: str, *, capacity: int, version: int = 0, no
 
 def done(lease: Lease, index: int, versions: list[int], *, reward: float = 0.0) -> SampleDone:
     """A finished sample of a lease."""
-    return SampleDone(
-        lease_id=lease.lease_id, ticket_id=lease.ticket_id, sample_index=index, trajectory=trajectory(versions, reward=reward)
-    )
+    sample = trajectory(versions, reward=reward, is_greedy=index in lease.greedy_indices)
+    return SampleDone(lease_id=lease.lease_id, ticket_id=lease.ticket_id, sample_index=index, trajectory=sample)
 
 
 def failed(lease: Lease, index: int, error: str = "reward hung") -> SampleFailed:

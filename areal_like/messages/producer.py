@@ -76,6 +76,8 @@ class Lease:
     purpose: Purpose
     sample_indices: list[int]
     """The samples of the group that are still missing."""
+    greedy_indices: list[int] = field(default_factory=list)
+    """Those of `sample_indices` that are taken at temperature 0. All of an eval lease are, without being named here."""
     seed: int
     """Sampling seed of the ticket; sample i uses seed + i where the engine honours it."""
 
