@@ -1,8 +1,8 @@
 """A rollout server without an engine, as a process: the real link and lease desk, invented trajectories.
 
 `python -m tests.chaos.producer NAME CAPACITY SECONDS_PER_SAMPLE TOKENS --config FILE key=value ...`. Runs until it is killed, or gets
-SIGTERM and leaves as a real one does. The samples of a ticket are a function of (ticket, sample), so that whoever reads one back can tell whether
-it is whole.
+SIGTERM and leaves as a real one does. The samples of a ticket are a function of (ticket, sample), so that whoever reads one back can
+tell whether it is whole.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A TCP proxy between a ZeroMQ peer and its listener that drops, delays, duplicates and reorders whole messages, and cuts connections.
 
 It reads ZMTP (3.x, NULL) far enough to know where a message ends: 64 bytes of greeting, then frames of `flags, length, body`. Commands
-(READY, PING, PONG) pass untouched, so both ends keep their session and their routing ids, and a cut is what each of them sees as a lost peer.
+(READY, PING, PONG) pass untouched, so both ends keep their session and their routing ids, and a cut is what each of them sees as a lost
+peer.
 A proxy of sockets (ROUTER to DEALER) was left out: there one side would never notice a cut.
 
 Every direction of every connection draws from a generator of its own, seeded by (seed, connection, direction): the fate of its n-th message
