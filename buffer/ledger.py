@@ -418,7 +418,7 @@ class Ledger:
             self._requeue(ticket, ())
 
     def _fail(self, ticket: Ticket, lease_id: int, sample_index: int, *, error: str) -> None:
-        self.statistics.num_failures += 1
+        self.statistics.failed()
         self._num_failures_in_row += 1
         if self._num_failures_in_row >= self.settings.max_consecutive_failures and not self.fatal:
             self.fatal = f"{self._num_failures_in_row} samples failed in a row; the last: {error}"
@@ -436,7 +436,7 @@ class Ledger:
     def _lose(self, leases: Iterable[LeaseRecord]) -> None:
         """Only the missing samples of lost leases are made again."""
         for lease in leases:
-            self.statistics.num_leases_lost += 1
+            self.statistics.lease_lost()
             ticket = self.register.live[lease.ticket_id]
             del ticket.leases[lease.lease_id]
             self._requeue(ticket, lease.outstanding)
@@ -497,7 +497,7 @@ class Ledger:
         elif reason is Drop.CANCELLED:
             self.prompts.give_back(Prompt(index=ticket.prompt_index, parent=ticket.ticket_id, num_reissues=ticket.num_reissues))
         elif reason in REISSUED and ticket.num_reissues < self.settings.max_reissues:
-            self.statistics.num_reissued += 1
+            self.statistics.reissued()
             self.prompts.give_back(Prompt(index=ticket.prompt_index, parent=ticket.ticket_id, num_reissues=ticket.num_reissues + 1))
 
     def _settle(self) -> None:

@@ -1,53 +1,89 @@
 """What the books say about the stream: counts of samples and tokens, and how stale was what was learned from.
 
 Lag is counted when the trainer completes a step, not when a checkpoint commits it: that is when the data had its effect. A step
-that a resumed trainer does again is counted once.
+that a resumed trainer does again is counted once. Counters survive a restart: they are names and numbers, written as they change.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 from buffer.tickets import REFUSALS, Sample, Ticket, Verdict
 
+_LAG = "trained_lag_"
+_VERDICT = "verdict_"
+
 
 class StreamStatistics:
-    """Running sums; constant memory (the histogram has at most max_staleness + 1 keys)."""
+    """Running sums; constant memory (there are at most max_staleness + 1 lags)."""
 
-    def __init__(self) -> None:
-        self.verdicts: Counter[Verdict] = Counter()
-        self.num_failures = 0
-        self.num_leases_lost = 0
-        self.num_reissued = 0
-        self.tokens_accepted = 0
-        """Sampled tokens of accepted samples, eval included."""
-        self.tokens_refused = 0
-        """Sampled tokens of refused samples: generated for nothing."""
-        self.lag_histogram: Counter[int] = Counter()
-        """Lag (steps) -> trained samples."""
-        self.tokens_trained = 0
-        self._sum_token_lag = 0
-        self.num_samples_dropped = 0
-        self.tokens_dropped = 0
+    def __init__(self, values: Mapping[str, float] | None = None) -> None:
+        """`values`: what earlier lives counted."""
+        self._values = Counter(values or {})
+        self._changed: set[str] = set()
+
+    def take_changes(self) -> dict[str, float]:
+        """Counters that changed since the last call, as they are now."""
+        changes = {name: self._values[name] for name in self._changed}
+        self._changed.clear()
+        return changes
 
     def offered(self, verdict: Verdict, *, num_sampled: int) -> None:
         """A sample came in. A duplicate's tokens were counted the first time."""
-        self.verdicts[verdict] += 1
+        self._add(_VERDICT + verdict.name.lower(), 1)
         if verdict is Verdict.ACCEPTED:
-            self.tokens_accepted += num_sampled
+            self._add("tokens_accepted", num_sampled)
         elif verdict.refusal:
-            self.tokens_refused += num_sampled
+            self._add("tokens_refused", num_sampled)
+
+    def failed(self) -> None:
+        """A server could not make a sample."""
+        self._add("num_failures", 1)
+
+    def lease_lost(self) -> None:
+        """A lease expired, was returned or taken away with samples missing."""
+        self._add("num_leases_lost", 1)
+
+    def reissued(self) -> None:
+        """A dropped ticket's prompt will be tried again."""
+        self._add("num_reissued", 1)
 
     def dropped(self, ticket: Ticket) -> None:
         """A ticket was dropped with these samples in it."""
-        self.num_samples_dropped += len(ticket.samples)
-        self.tokens_dropped += sum(sample.num_sampled for sample in ticket.samples.values())
+        self._add("num_samples_dropped", len(ticket.samples))
+        self._add("tokens_dropped", sum(sample.num_sampled for sample in ticket.samples.values()))
 
     def trained(self, sample: Sample, *, step: int) -> None:
         """The trainer learned from a sample in `step`."""
-        self.lag_histogram[step - sample.oldest_step] += 1
-        self.tokens_trained += sample.num_sampled
-        self._sum_token_lag += step * sample.num_sampled - sample.sum_token_steps
+        self._learned(sample, step=step, sign=1)
+
+    def untrained(self, sample: Sample, *, step: int) -> None:
+        """Takes `trained` back: another sample has its place in a step that is done again."""
+        self._learned(sample, step=step, sign=-1)
+
+    def _learned(self, sample: Sample, *, step: int, sign: int) -> None:
+        self._add(f"{_LAG}{step - sample.oldest_step}", sign)
+        self._add("tokens_trained", sign * sample.num_sampled)
+        self._add("sum_token_lag", sign * (step * sample.num_sampled - sample.sum_token_steps))
+
+    def _add(self, name: str, amount: int) -> None:
+        self._values[name] += amount
+        self._changed.add(name)
+
+    def __getitem__(self, name: str) -> int:
+        return int(self._values[name])
+
+    @property
+    def verdicts(self) -> Counter[Verdict]:
+        """Offered samples by verdict."""
+        return Counter({verdict: self[_VERDICT + verdict.name.lower()] for verdict in Verdict})
+
+    @property
+    def lag_histogram(self) -> Counter[int]:
+        """Lag (steps) -> trained samples."""
+        lags = {name: count for name, count in self._values.items() if name.startswith(_LAG)}
+        return Counter({int(name.removeprefix(_LAG)): int(count) for name, count in lags.items() if count})
 
     @property
     def num_samples_trained(self) -> int:
@@ -56,22 +92,24 @@ class StreamStatistics:
 
     def counters(self) -> dict[str, float]:
         """Flat numbers for `Books.counters` and /status."""
-        trained, lags = self.num_samples_trained, self.lag_histogram
+        lags, verdicts = self.lag_histogram, self.verdicts
+        trained, tokens_trained = lags.total(), self["tokens_trained"]
+        dropped, tokens_dropped = self["num_samples_dropped"], self["tokens_dropped"]
         return {
-            "samples_accepted": self.verdicts[Verdict.ACCEPTED],
-            "samples_duplicate": self.verdicts[Verdict.DUPLICATE],
-            "samples_failed": self.num_failures,
+            "samples_accepted": verdicts[Verdict.ACCEPTED],
+            "samples_duplicate": verdicts[Verdict.DUPLICATE],
+            "samples_failed": self["num_failures"],
             "samples_trained": trained,
-            "samples_dropped": self.num_samples_dropped,
-            **{f"refusals_{verdict.value.replace(' ', '_')}": self.verdicts[verdict] for verdict in REFUSALS},
-            "leases_lost": self.num_leases_lost,
-            "tickets_reissued": self.num_reissued,
-            "tokens_generated": self.tokens_accepted + self.tokens_refused,
-            "tokens_trained": self.tokens_trained,
-            "tokens_dropped": self.tokens_dropped,
+            "samples_dropped": dropped,
+            **{f"refusals_{verdict.value.replace(' ', '_')}": verdicts[verdict] for verdict in REFUSALS},
+            "leases_lost": self["num_leases_lost"],
+            "tickets_reissued": self["num_reissued"],
+            "tokens_generated": self["tokens_accepted"] + self["tokens_refused"],
+            "tokens_trained": tokens_trained,
+            "tokens_dropped": tokens_dropped,
             "max_trained_lag": max(lags, default=0),
             "mean_trained_lag": sum(lag * count for lag, count in lags.items()) / trained if trained else 0.0,
-            "mean_trained_token_lag": self._sum_token_lag / self.tokens_trained if self.tokens_trained else 0.0,
-            "mean_trained_sample_tokens": self.tokens_trained / trained if trained else 0.0,
-            "mean_dropped_sample_tokens": self.tokens_dropped / self.num_samples_dropped if self.num_samples_dropped else 0.0,
+            "mean_trained_token_lag": self["sum_token_lag"] / tokens_trained if tokens_trained else 0.0,
+            "mean_trained_sample_tokens": tokens_trained / trained if trained else 0.0,
+            "mean_dropped_sample_tokens": tokens_dropped / dropped if dropped else 0.0,
         }
