@@ -4,7 +4,8 @@ Two forms, the same for every role:
     python -m buffer key=value ...                    compose from configs/
     python -m buffer --config run/config.yaml ...     a resolved file (what the launcher hands to its children), then overrides
 
-`objective`, `advantage` and `task` are open: `objective.cap=8` or `objective._target_=my_module.MyObjective` need no `+`.
+`objective`, `advantage` and `task` are open: `objective.cap=8` or `objective._target_=my_module.MyObjective` need no `+`; so are the
+variables of `rollout.sglang.env`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from areal_like.config import Config, from_mapping, to_mapping
 from areal_like.errors import ConfigError
 
 OPEN_SECTIONS = ("objective", "advantage", "task")
+_OPEN_PREFIXES = (*(f"{section}." for section in OPEN_SECTIONS), "rollout.sglang.env.")
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -93,7 +95,7 @@ def _open(overrides: list[str]) -> Iterator[str]:
         if any(o.startswith(f"{section}._target_=") for o in overrides) and not any(o.startswith(f"{section}=") for o in overrides):
             yield f"{section}=custom"
     for override in overrides:
-        yield f"++{override}" if override.startswith(tuple(f"{section}." for section in OPEN_SECTIONS)) else override
+        yield f"++{override}" if override.startswith(_OPEN_PREFIXES) else override
 
 
 def _plain(node: Any) -> dict[str, Any]:
@@ -109,7 +111,7 @@ def _explain(error: Exception, overrides: list[str], base: dict[str, Any]) -> st
     known = list(_dotted(base))
     for override in overrides:
         key = override.split("=", 1)[0].lstrip("+~")
-        if key not in known and not key.startswith(tuple(f"{s}." for s in OPEN_SECTIONS)):
+        if key not in known and not key.startswith(_OPEN_PREFIXES):
             near = difflib.get_close_matches(key, known, n=1)
             return f"unknown key `{key}`" + (f": did you mean `{near[0]}`?" if near else ": see --help for the keys")
         if key in known and "Could not find" in str(error):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import shlex
 import types
 import typing
 from dataclasses import dataclass, field
@@ -123,15 +124,46 @@ class BufferConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SglangConfig:
+    """`rollout.engine=sglang`: how a rollout server starts its SGLang, or which running one it takes. In `args` and `url`, `{index}` stands
+    for the server's number (rollout-2: 2), so that each server can have GPUs or a host of its own."""
+
+    python: str = ""
+    """Interpreter of the environment that holds SGLang; empty: this one if it has SGLang, else what `make sglang` has built."""
+    args: str = ""
+    """Further options of sglang.launch_server, as in a shell: `--tp-size 2 --mem-fraction-static 0.8`. They come last, so they win."""
+    env: dict[str, Any] = field(default_factory=dict)
+    """Environment variables of the engine, beside this process's own."""
+    url: str = ""
+    """An engine that runs already, `http://host:port`: it is driven, reloaded and reset, but never started or ended. It must be able to
+    read `model.path`. Empty: the server starts one."""
+
+    def __post_init__(self) -> None:
+        try:
+            words = shlex.split(self.args)
+        except ValueError as error:
+            raise ConfigError(f"rollout.sglang.args={self.args!r}: {error}") from None
+        _require(not words or words[0].startswith("-"), f"rollout.sglang.args={self.args!r}: begin with an option, e.g. --tp-size 2")
+        _require(
+            not self.url or self.url.startswith(("http://", "https://")),
+            f"rollout.sglang.url={self.url}: give http://host:port",
+        )
+        _require(
+            not (self.url and (self.args or self.env or self.python)),
+            "rollout.sglang.url names an engine that runs already: python, args and env would change nothing, remove them",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """The rollout servers and their engines."""
 
     num_servers: int = 1
     """Rollout servers that the local launcher starts."""
     engine: str = "embedded"
-    """`embedded`: the engine in this repository, one process a server."""
+    """One process a server: `embedded`, the engine in this repository | `sglang`."""
     engine_device: str = "cpu"
-    """Device of the embedded engine: `cpu` | `cuda` | `cuda:N`."""
+    """Device of the engine: `cpu` | `cuda` | `cuda:N`."""
     max_running: int = 128
     """Sequences that one engine decodes at a time (KV slots)."""
     max_context: int = 0
@@ -152,10 +184,19 @@ class RolloutConfig:
     """Address at which the trainer reaches this server; empty: `host`."""
     num_threads: int = 1
     """CPU threads of one engine."""
+    sglang: SglangConfig = field(default_factory=SglangConfig)
 
     def __post_init__(self) -> None:
         _require(self.num_servers >= 1, "rollout.num_servers must be at least 1")
-        _require(self.engine == "embedded", f"rollout.engine={self.engine}: use embedded")
+        _require(self.engine in ("embedded", "sglang"), f"rollout.engine={self.engine}: use embedded or sglang")
+        _require(
+            self.engine == "sglang" or self.sglang == SglangConfig(),
+            "rollout.sglang is set, but rollout.engine=embedded would ignore it: set rollout.engine=sglang",
+        )
+        _require(
+            self.num_servers == 1 or not self.sglang.url or "{index}" in self.sglang.url,
+            f"rollout.sglang.url={self.sglang.url} is one engine for rollout.num_servers={self.num_servers}: put {{index}} into the url",
+        )
         _require(self.max_running >= 1, "rollout.max_running must be at least 1")
         _require(self.max_context >= 0, "rollout.max_context must be at least 0")
         _require(self.queue_samples >= 0, "rollout.queue_samples must be at least 0")

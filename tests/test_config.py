@@ -23,6 +23,11 @@ def test_round_trips(tmp_path: Path) -> None:
     assert (again.seed, name) == (4, "rollout-3")
 
 
+def test_an_engines_options_and_variables() -> None:
+    config = load_config(["rollout.engine=sglang", "rollout.sglang.args=--tp-size 2", "rollout.sglang.env.NCCL_DEBUG=INFO"])
+    assert (config.rollout.sglang.args, config.rollout.sglang.env) == ("--tp-size 2", {"NCCL_DEBUG": "INFO"})
+
+
 def test_a_class_of_ones_own_replaces_the_defaults_settings() -> None:
     config = load_config(["objective._target_=my.Objective", "objective.alpha=2"])
     assert config.objective == {"_target_": "my.Objective", "alpha": 2}
@@ -45,6 +50,12 @@ def test_a_class_of_ones_own_replaces_the_defaults_settings() -> None:
         (["sampling.temperature=0"], "above 0"),
         (["trainer.device=gpu"], "use cpu or cuda"),
         (["buffer.lease_timeout_s=1", "daemon.heartbeat_s=1"], "every lease would run out"),
+        (["rollout.engine=vllm"], "use embedded or sglang"),
+        (["rollout.sglang.args=--tp-size 2"], r"set rollout\.engine=sglang"),
+        (["rollout.engine=sglang", "rollout.sglang.args=tp-size 2"], "begin with an option"),
+        (["rollout.engine=sglang", "rollout.sglang.url=gpu0"], "http://host:port"),
+        (["rollout.engine=sglang", "rollout.sglang.url=http://gpu0:30000", "rollout.num_servers=2"], "into the url"),
+        (["rollout.engine=sglang", "rollout.sglang.url=http://gpu0:30000", "rollout.sglang.args=--x"], "would change nothing"),
         (["rollout.max_context=5000"], r"does not fit into trainer\.tokens_per_microbatch"),
         (["trainer={"], "."),
         (["nonsense"], "key=value"),
