@@ -47,7 +47,6 @@ README_METHODS: dict[str, dict[str, Any]] = {
     "PPO": {"objective": {"name": "ppo"}},
     "GSPO": {"objective": {"name": "gspo"}, "normalizer": "seq_mean_token_mean"},
     "VCPO": {"objective": {"name": "vcpo"}, "normalizer": "seq_mean_token_mean"},
-    "VCPO, leave one out": {"objective": {"name": "vcpo", "leave_one_out": True}, "normalizer": "seq_mean_token_mean"},
     "VESPO": {"objective": {"name": "vespo"}},
     "OAPL": {"objective": {"name": "oapl"}, "normalizer": "seq_mean_token_sum", "periodic": True},
 }
@@ -55,6 +54,7 @@ FULL_METHODS: dict[str, dict[str, Any]] = {
     **README_METHODS,
     "sequence TIS 8": {"objective": {"name": "tis", "level": "sequence", "cap": 8.0}},
     "geometric TIS": {"objective": {"name": "tis", "level": "geometric", "cap": 2.0}},
+    "VCPO, leave one out": {"objective": {"name": "vcpo", "leave_one_out": True}, "normalizer": "seq_mean_token_mean"},
     "VCPO, no baseline": {"objective": {"name": "vcpo", "baseline": "none"}, "normalizer": "seq_mean_token_mean"},
     "token mask": {"objective": {"name": "tis", "level": "token", "mode": "mask"}},
     "sequence mask": {"objective": {"name": "tis", "level": "sequence", "mode": "mask"}},
