@@ -79,6 +79,22 @@ class BufferConfig:
     """What a step does about a healthy ticket that could not be trained later within the bound: `wait` | `drop`."""
     group_filter: str = "none"
     """`none` | `spread` (drop groups whose rewards are all equal and refill; DAPO dynamic sampling) | `single_version`."""
+    curriculum: str = "none"
+    """Who chooses the next prompt among a few of the epoch: `none` | `goldilocks` (solve rate near 1/2) | `paced` (near a target)."""
+    curriculum_pool: int = 4
+    """Prompts among which one is chosen; the others wait for the next epoch."""
+    curriculum_target: float = 0.5
+    """`curriculum=paced`: the solve rate that is preferred."""
+    curriculum_exploration: float = 0.1
+    """Share of choices that take a prompt unseen."""
+    curriculum_memory: int = 16384
+    """Prompts whose outcomes are remembered (they are part of every checkpoint)."""
+    curriculum_half_life: int = 1024
+    """Complete groups after which what was heard of a prompt counts half."""
+    curriculum_reward_low: float = 0.0
+    """Reward that counts as a solve rate of 0."""
+    curriculum_reward_high: float = 1.0
+    """Reward that counts as a solve rate of 1; what lies between counts in proportion."""
     max_reissues: int = 3
     """How often the prompt of a dropped ticket may be issued again."""
     max_sample_retries: int = 2
@@ -107,6 +123,20 @@ class BufferConfig:
         _require(
             self.group_filter in ("none", "spread", "single_version"),
             f"buffer.group_filter={self.group_filter}: use none, spread or single_version",
+        )
+        curricula = ("none", "goldilocks", "paced")
+        _require(self.curriculum in curricula, f"buffer.curriculum={self.curriculum}: use one of {', '.join(curricula)}")
+        _require(self.curriculum_pool >= 2, "buffer.curriculum_pool must be at least 2: with one candidate there is nothing to choose")
+        _require(0 < self.curriculum_target < 1, f"buffer.curriculum_target={self.curriculum_target:g}: use a number between 0 and 1")
+        _require(
+            0 < self.curriculum_exploration <= 1,
+            f"buffer.curriculum_exploration={self.curriculum_exploration:g}: use a number above 0 (or what loses never comes back) up to 1",
+        )
+        _require(1 <= self.curriculum_memory <= 100_000, "buffer.curriculum_memory must be between 1 and 100000")
+        _require(self.curriculum_half_life >= 1, "buffer.curriculum_half_life must be at least 1")
+        _require(
+            self.curriculum_reward_low < self.curriculum_reward_high,
+            "buffer.curriculum_reward_low must be below buffer.curriculum_reward_high",
         )
         _require(self.max_reissues >= 0, "buffer.max_reissues must be at least 0")
         _require(self.max_sample_retries >= 0, "buffer.max_sample_retries must be at least 0")
@@ -224,8 +254,15 @@ class WeightsConfig:
     """A receiver that has not answered by then is put out of the epoch."""
     backend: str = "auto"
     """`auto` (NCCL where trainer and engine are on GPUs, else gloo) | `gloo` | `nccl`."""
+    topology: str = "shared"
+    """`shared`: one group of all engines, one broadcast feeds them all | `per_engine`: a group for each, so that one that hangs holds up
+    nobody else, at the cost of sending everything once an engine."""
+    max_unavailable: int = 0
+    """Servers that are updated at the same time, so that the others keep generating where an update pauses an engine; 0: all at once."""
 
     def __post_init__(self) -> None:
+        _require(self.topology in ("shared", "per_engine"), f"weights.topology={self.topology}: use shared or per_engine")
+        _require(self.max_unavailable >= 0, "weights.max_unavailable must be at least 0 (0: all servers at once)")
         _require(bool(self.host), "weights.host is empty: give an address of the trainer's machine")
         modes = ("recompute", "keep", "abort_resume", "drain")
         _require(self.update_mode in modes, f"weights.update_mode={self.update_mode}: use one of {', '.join(modes)}")

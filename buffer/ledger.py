@@ -40,6 +40,7 @@ from areal_like.messages.consumer import EvalResult, Group
 from areal_like.messages.producer import Lease, Purpose, SampleDone, SampleFailed, ServerHeartbeat
 from areal_like.trajectory import FinishReason, Trajectory
 from buffer.bounds import LagBound
+from buffer.curricula import Curriculum
 from buffer.evaluations import EvalRound
 from buffer.leases import LeaseBook, Server
 from buffer.prompts import Prompt, PromptOrder, sampling_seed
@@ -62,7 +63,8 @@ class Ledger:
         self.statistics = StreamStatistics()
         self.versions = VersionBook(store)
         self.register = Register(store)
-        self.prompts = PromptOrder(seed=settings.seed)
+        curriculum = None if settings.curriculum is None else Curriculum(settings.curriculum)
+        self.prompts = PromptOrder(seed=settings.seed, curriculum=curriculum)
         self.book = LeaseBook(lease_timeout_s=settings.lease_timeout_s, first_lease_id=first_lease_id)
         self.bound = LagBound(0 if settings.adaptive else settings.max_staleness, sync_interval=settings.sync_interval)
         self.recorder = Recorder(
@@ -174,11 +176,14 @@ class Ledger:
         """Where the prompts stand for a checkpoint that contains steps <= `step`: what `start_training` of a fresh ledger goes on from."""
         train = (ticket for ticket in self.register.live.values() if ticket.purpose is Purpose.TRAIN)
         pending = [ticket.prompt_index for ticket in train if ticket.state is not State.BATCHED or ticket.step > step]
-        return {
+        state: dict[str, int | list[int]] = {
             "cursor": self.prompts.cursor,
             "next_version": self.versions.newest + 1,
             "pending": pending + self.prompts.returned,
         }
+        if self.prompts.curriculum is not None:
+            state["curriculum"] = self.prompts.curriculum.state()
+        return state
 
     def close(self, reason: str) -> None:
         """No more train tickets; those that no completed step holds drop as cancelled and their prompts go back to the order.
@@ -458,6 +463,8 @@ class Ledger:
 
     def _complete(self, ticket: Ticket) -> None:
         """All samples are here: the group filters decide before a place in a step is spent."""
+        if self.prompts.curriculum is not None:
+            self.prompts.curriculum.observe(ticket.prompt_index, [sample.reward for sample in ticket.learned_from])
         if self.settings.group_filter == "spread" and len({sample.reward for sample in ticket.learned_from}) == 1:
             self._drop(ticket, Drop.NO_SPREAD)
         elif self.settings.group_filter == "single_version" and not self._is_single_version(ticket.samples.values()):
@@ -534,6 +541,12 @@ class Ledger:
         if not isinstance(cursor, int) or not isinstance(pending, list) or not isinstance(next_version, int) or cursor < 0:
             raise RefusedError("stream", "not what GetStreamState answers: was the checkpoint made by another program version?")
         self.prompts.restore(cursor=cursor, pending=pending)
+        learned = stream.get("curriculum", [])
+        if self.prompts.curriculum is not None and isinstance(learned, list) and learned:
+            try:
+                self.prompts.curriculum.restore(learned)
+            except ValueError as error:
+                raise RefusedError("stream", f"{error}: was the checkpoint made by another program version?") from None
         self.versions.begin(next_version=next_version)
         self.recorder.step, self.trainer_step, self.committed_step = step, step, step - 1
         self._num_steps_counted = step

@@ -2,6 +2,7 @@
 
 The permutation is a Feistel network with cycle walking: a pure function of (seed, epoch, index) in constant memory, which matters for
 synthetic tasks with billions of prompts, and one that no library upgrade can change under a resumed run. Its place is one integer.
+A curriculum (`curricula.py`) chooses among neighbours in that order; it changes what is issued, never the order.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from buffer.curricula import Curriculum
 
 _NUM_ROUNDS = 6
 _MASK = (1 << 64) - 1
@@ -54,9 +57,11 @@ class Prompt:
 class PromptOrder:
     """Hands out training prompts: those that came back first, then the shuffled epochs, forever."""
 
-    def __init__(self, *, seed: int, num_prompts: int = 0) -> None:
+    def __init__(self, *, seed: int, num_prompts: int = 0, curriculum: Curriculum | None = None) -> None:
         self.num_prompts = num_prompts
         """Training prompts of the task; 0 until it is known."""
+        self.curriculum = curriculum
+        """Who chooses among the next few of an epoch; None: each is issued in its turn."""
         self._seed = seed
         self.cursor = 0
         """Prompts drawn from the epochs so far."""
@@ -66,13 +71,20 @@ class PromptOrder:
         """The next prompt to issue."""
         if self._returned:
             return self._returned.popleft()
-        epoch, index = divmod(self.cursor, self.num_prompts)
-        self.cursor += 1
-        return Prompt(index=permuted(index, size=self.num_prompts, seed=self._seed, epoch=epoch))
+        if self.curriculum is None:
+            return Prompt(index=self._draw())
+        luck = (_mix(_mix(self._seed & _MASK) ^ self.cursor) >> 11) / 2**53
+        candidates = [self._draw() for _ in range(min(self.curriculum.settings.pool, self.num_prompts))]
+        return Prompt(index=self.curriculum.choose(candidates, luck=luck))
 
     def give_back(self, prompt: Prompt) -> None:
         """Puts a prompt before the next epoch index and behind those given back earlier."""
         self._returned.append(prompt)
+
+    def _draw(self) -> int:
+        epoch, index = divmod(self.cursor, self.num_prompts)
+        self.cursor += 1
+        return permuted(index, size=self.num_prompts, seed=self._seed, epoch=epoch)
 
     @property
     def returned(self) -> list[int]:

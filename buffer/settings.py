@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
-from areal_like.config import Config
+from areal_like.config import BufferConfig, Config
 from areal_like.errors import ConfigError
+from buffer.curricula import CurriculumSettings, Kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class LedgerSettings:
     max_sample_retries: int = 2
     max_consecutive_failures: int = 20
     lease_timeout_s: float = 10.0
+    curriculum: CurriculumSettings | None = None
 
     def __post_init__(self) -> None:
         if self.group_filter == "spread" and self.group_size < 2:
@@ -55,4 +57,20 @@ class LedgerSettings:
             max_sample_retries=config.buffer.max_sample_retries,
             max_consecutive_failures=config.buffer.max_consecutive_failures,
             lease_timeout_s=config.buffer.lease_timeout_s,
+            curriculum=_curriculum(config.buffer),
         )
+
+
+def _curriculum(config: BufferConfig) -> CurriculumSettings | None:
+    if config.curriculum == "none":
+        return None
+    return CurriculumSettings(
+        kind=Kind(config.curriculum),
+        pool=config.curriculum_pool,
+        target=config.curriculum_target,
+        exploration=config.curriculum_exploration,
+        memory=config.curriculum_memory,
+        half_life=config.curriculum_half_life,
+        reward_low=config.curriculum_reward_low,
+        reward_high=config.curriculum_reward_high,
+    )
