@@ -10,10 +10,12 @@ A heartbeat renews the leases it names. A lease that it does not name runs out: 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from areal_like.errors import StaleIncarnationError
 from areal_like.messages.producer import ServerHeartbeat, ServerState
+from buffer.store import LeaseRow, Store
 from buffer.tickets import LeaseRecord, Ticket
 
 
@@ -46,12 +48,32 @@ class Server:
 class LeaseBook:
     """Servers and leases. Every method that takes leases away returns them; the ledger decides what becomes of their samples."""
 
-    def __init__(self, *, lease_timeout_s: float, first_lease_id: int) -> None:
+    def __init__(self, store: Store, *, lease_timeout_s: float, first_lease_id: int) -> None:
+        self._store = store
         self._timeout_s = lease_timeout_s
         self._next_id = first_lease_id
         self._expiry: list[tuple[float, int]] = []
         self.servers: dict[str, Server] = {}
         self.leases: dict[int, LeaseRecord] = {}
+
+    def restore(self, rows: Iterable[LeaseRow], tickets: Mapping[int, Ticket], *, now_s: float) -> None:
+        """Leases of an earlier life go on, with a fresh expiry, as those of servers that have not said hello yet."""
+        for row in rows:
+            ticket = tickets[row.ticket_id]
+            lease = LeaseRecord(
+                lease_id=row.lease_id,
+                ticket_id=row.ticket_id,
+                server=row.server,
+                weights_step=row.weights_step,
+                outstanding=set(row.outstanding & ticket.unleased),
+                expires_s=now_s + self._timeout_s,
+            )
+            server = self.servers.get(row.server)
+            if server is None:
+                server = Server(name=row.server, incarnation=row.server_incarnation, weights_version=0, last_heard_s=now_s)
+                self.servers[row.server] = server
+            self._next_id = max(self._next_id, row.lease_id + 1)
+            self._enter(lease, server, ticket)
 
     def register(self, name: str, *, incarnation: int, weights_version: int, now_s: float) -> list[LeaseRecord]:
         """A server said hello; the leases of an earlier incarnation are lost. Raises StaleIncarnationError for an older one."""
@@ -119,22 +141,23 @@ class LeaseBook:
             expires_s=now_s + self._timeout_s,
         )
         self._next_id += 1
-        ticket.unleased.clear()
-        ticket.leases[lease.lease_id] = server.leases[lease.lease_id] = self.leases[lease.lease_id] = lease
-        server.owed_samples += len(lease.outstanding)
-        heapq.heappush(self._expiry, (lease.expires_s, lease.lease_id))
+        self._enter(lease, server, ticket)
+        self._store.put_lease(lease, server_incarnation=server.incarnation)
         return lease
 
     def undeliverable(self, name: str) -> None:
         """The server cannot be reached: no credit until its next heartbeat."""
         self.servers[name].capacity_samples = 0
 
-    def settle(self, lease: LeaseRecord, sample_index: int) -> bool:
-        """One sample of a live lease has come or failed. Returns whether that was the lease's last."""
+    def settle(self, lease: LeaseRecord, sample_index: int, *, arrived: bool) -> bool:
+        """One sample of a live lease has arrived, or is not to be made under it any more. Returns whether that was the lease's last."""
         lease.outstanding.remove(sample_index)
-        self.servers[lease.server].owed_samples -= 1
+        server = self.servers[lease.server]
+        server.owed_samples -= 1
         if not lease.outstanding:
             self._take(lease)
+        elif not arrived:  # else the sample's own row says so
+            self._store.put_lease(lease, server_incarnation=server.incarnation)
         return not lease.outstanding
 
     def revoke(self, lease: LeaseRecord) -> None:
@@ -144,7 +167,14 @@ class LeaseBook:
         if server.lost is not None:
             server.lost.add(lease.lease_id)
 
+    def _enter(self, lease: LeaseRecord, server: Server, ticket: Ticket) -> None:
+        ticket.unleased -= lease.outstanding
+        ticket.leases[lease.lease_id] = server.leases[lease.lease_id] = self.leases[lease.lease_id] = lease
+        server.owed_samples += len(lease.outstanding)
+        heapq.heappush(self._expiry, (lease.expires_s, lease.lease_id))
+
     def _take(self, lease: LeaseRecord) -> LeaseRecord:
+        self._store.end_lease(lease.lease_id)
         del self.leases[lease.lease_id]
         server = self.servers.get(lease.server)
         if server is not None:

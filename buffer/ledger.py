@@ -4,13 +4,14 @@
                             +-----------------------------+
                             v                             |
               issue --> QUEUED --lease--> LEASED ---------+
-                            |               | last sample, filters passed
-                            |               v
-                            |             READY --record--> BATCHED(step, position) --commit(step)--> TRAINED
-                            |               |
-                            +---------------+--> DROPPED(stale | interval | no_spread | failed | rejected | cancelled)
-                                                 cancelled also from BATCHED, when the stream closes before the step is trained
-    eval      issue --> QUEUED <--> LEASED --> EVALUATED | DROPPED(failed)
+                            |               | last sample, filters passed         commit(step)
+                            |               v                                     ------------>
+                            |             READY --record--> BATCHED(step, position)            TRAINED
+                            |               |                   |                 <------------
+                            |               |                   |          a trainer comes back before the commit
+                            +---------------+-------------------+--> DROPPED(reason), from BATCHED only as poison
+                                                                     or cancelled
+    eval      issue --> QUEUED <--> LEASED --> EVALUATED | DROPPED(failed | cancelled)
 
     issued == queued + leased + ready + batched + trained + evaluated + dropped, checked after every operation.
 
@@ -26,14 +27,16 @@ Two things differ from the plainest reading of the design, both so that healthy 
 
 Every operation is O(log n) in the number of live tickets, apart from O(max_staleness) in the recorder and the O(live) of `close` and
 `stream_state`. Terminal tickets leave memory; the store has their rows.
-The file is long because the rules are read together; what has a law of its own (leases, recorder, register, prompts) lives beside it.
+The file is long because the rules are read together; what has a law of its own (leases, recorder, register, prompts, steps) lives beside
+it, and `recovery.py` makes a ledger out of what an earlier one wrote. A trainer's checkpoint is the authority on what was trained: where it
+starts, the ledger follows, back or forth (`start_training`).
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from areal_like.errors import RefusedError, StaleIncarnationError
 from areal_like.messages.consumer import EvalResult, Group
@@ -48,7 +51,8 @@ from buffer.recorder import Recorder
 from buffer.register import Register
 from buffer.settings import LedgerSettings
 from buffer.statistics import StreamStatistics
-from buffer.store import Store
+from buffer.steps import Steps
+from buffer.store import RollbackRow, Store
 from buffer.tickets import REISSUED, Drop, LeaseRecord, Sample, State, Ticket, Verdict
 from buffer.versions import VersionBook
 
@@ -57,7 +61,10 @@ class Ledger:
     """See the module. Methods raise RefusedError(field, reason) or StaleIncarnationError for what a peer may not do."""
 
     def __init__(self, settings: LedgerSettings, store: Store, *, first_lease_id: int = 1) -> None:
-        """`first_lease_id` must be above every id of an earlier life, so that a straggler's samples are recognised."""
+        """`first_lease_id` must be above every id of an earlier life, so that a straggler's samples are recognised.
+
+        Empty: `recovery.recover` fills it with what the store remembers.
+        """
         self.settings = settings
         self.store = store
         self.statistics = StreamStatistics()
@@ -65,18 +72,21 @@ class Ledger:
         self.register = Register(store)
         curriculum = None if settings.curriculum is None else Curriculum(settings.curriculum)
         self.prompts = PromptOrder(seed=settings.seed, curriculum=curriculum)
-        self.book = LeaseBook(lease_timeout_s=settings.lease_timeout_s, first_lease_id=first_lease_id)
+        self.book = LeaseBook(store, lease_timeout_s=settings.lease_timeout_s, first_lease_id=first_lease_id)
         self.bound = LagBound(0 if settings.adaptive else settings.max_staleness, sync_interval=settings.sync_interval)
         self.recorder = Recorder(
             groups_per_step=settings.groups_per_step,
             num_steps=settings.num_steps,
             wait_for_overdue=settings.overdue == "wait",
         )
+        self.steps = Steps(store, groups_per_step=settings.groups_per_step)
+        self.incarnations: dict[str, int] = {}
+        """Newest incarnation of every peer that ever registered, by name."""
         self.trainer_incarnation = 0
-        self.trainer_step = 0
-        """Optimizer steps that the trainer has completed: the index of the one it works on."""
-        self.committed_step = -1
-        """Last step that a durable checkpoint contains."""
+        self.is_reshaped = False
+        """What is recorded is of another shape (`trainer.groups_per_step`, ...): the next trainer does not go on with it."""
+        self.has_other_prompts = False
+        """Prompt indices meant other prompts when they were drawn: the next trainer starts the order anew."""
         self.closed_because = "no trainer has started yet"
         """Why no train tickets are issued; empty while they are."""
         self.fatal = ""
@@ -87,35 +97,50 @@ class Ledger:
         self._queue: list[tuple[bool, int]] = []
         """Heap of train tickets with unleased samples: those that have begun first (they have deadlines), the oldest first. An entry that
         no longer says what is so is skipped."""
-        self._recorded: dict[int, list[Ticket]] = {}  # by step, until it is committed
         self._evals: dict[int, EvalRound] = {}
         self._aborts: dict[str, list[int]] = {}
         self._num_failures_in_row = 0
-        self._num_steps_counted = 0
+
+    @property
+    def trainer_step(self) -> int:
+        """Optimizer steps that the trainer has completed: the index of the one it works on."""
+        return self.steps.current
+
+    @property
+    def committed_step(self) -> int:
+        """Last step that a durable checkpoint contains."""
+        return self.steps.committed
+
+    def fence(self, name: str, incarnation: int) -> None:
+        """Notes that a process of this name and incarnation is here. Raises StaleIncarnationError when a newer one has been before."""
+        known = self.incarnations.get(name, 0)
+        if incarnation < known:
+            raise StaleIncarnationError(f"{name} was started again: incarnation {known} is newer than {incarnation}")
+        if incarnation > known:
+            self.incarnations[name] = incarnation
+            self.store.put_mark(f"incarnation:{name}", incarnation)
 
     # --- trainer ---
 
-    def start_training(self, *, incarnation: int, step: int, stream: dict[str, int | list[int]]) -> None:
+    def start_training(self, *, incarnation: int, step: int, stream: dict[str, int | list[int]], unix_s: float = 0.0) -> None:
         """A trainer begins at `step` completed steps and fences every older one. Idempotent for the same incarnation.
 
-        On a fresh ledger the stream starts there, with `stream` as `stream_state` wrote it. Otherwise recorded steps after the last
-        commit are served again identically.
+        Its checkpoint is the authority. Steps before `step` are proven; recorded ones from there on are served again identically, and what
+        was sampled with weights of later steps is abandoned unless it was recorded. Where the ledger has nothing for that step (it is new,
+        or what it has is of other settings), the stream starts there, with `stream` as `stream_state` wrote it.
         """
         if incarnation < self.trainer_incarnation:
             raise StaleIncarnationError(f"trainer incarnation {self.trainer_incarnation} is newer than {incarnation}")
         if incarnation == self.trainer_incarnation:
             return
-        first, last = self.committed_step + 1, self.recorder.step
-        if not self.trainer_incarnation:
+        self._check_start(step)
+        if not self.trainer_incarnation or step > self.recorder.num_full_steps or self.is_reshaped:
             self._begin(step, stream)
-        elif not first <= step <= last:
-            raise RefusedError("step", f"this buffer can go on from steps {first}..{last}, not {step}: restart it to resume elsewhere")
-        self.trainer_incarnation = incarnation
-        self.store.put_mark("trainer_incarnation", incarnation)
-        self.closed_because = ""
-        for missed in range(self.trainer_step, step):  # its checkpoint proves them done, though we never heard
-            self._count_step(missed)
-        self._set_trainer_step(step)
+        else:
+            self._come_back(step, incarnation, unix_s=unix_s)
+        self._set_trainer(incarnation)
+        self.steps.new_trainer()
+        self._open()
         self._settle()
 
     def alloc_version(self, *, incarnation: int, step: int) -> int:
@@ -133,16 +158,17 @@ class Ledger:
             raise RefusedError("step", f"steps {first}..{last} are served, not {step}")
         if not 0 <= position < self.settings.groups_per_step:
             raise RefusedError("position", f"want 0..{self.settings.groups_per_step - 1}, got {position}")
-        row = self._recorded.get(step, [])
-        if position >= len(row):
+        ticket = self.steps.recorded.get(step, {}).get(position)
+        if ticket is None:
             return None
-        ticket = row[position]
+        trajectories = self.store.group(ticket)
+        self.steps.served(step, position)
         return Group(
             step=step,
             position=position,
             ticket_id=ticket.ticket_id,
             prompt_index=ticket.prompt_index,
-            trajectories=self.store.group(ticket),
+            trajectories=trajectories,
             version_steps=[ticket.samples[index].oldest_step for index in range(ticket.num_samples)],
         )
 
@@ -151,26 +177,47 @@ class Ledger:
         self._check_trainer(incarnation)
         if step < self.trainer_step:
             return
-        if step > self.trainer_step or step >= self.recorder.step:
+        if step > self.trainer_step or step >= self.recorder.num_full_steps:
             raise RefusedError(
-                "step", f"{step} cannot be complete: {self.trainer_step} is in training, {self.recorder.step} being recorded"
+                "step", f"{step} cannot be complete: {self.trainer_step} is in training, {self.recorder.num_full_steps} being recorded"
             )
-        self._count_step(step)
-        self._set_trainer_step(step + 1)
+        self._count_steps(step + 1)
+        self.steps.done()
         self._settle()
 
-    def commit(self, *, incarnation: int, step: int) -> None:
-        """Steps <= `step` are in a durable checkpoint: their tickets are TRAINED and their arrays released. Idempotent."""
+    def commit(self, *, incarnation: int, step: int, oldest_kept_step: int = 0) -> None:
+        """Steps <= `step` are in a durable checkpoint: their tickets are TRAINED. Idempotent.
+
+        `oldest_kept_step`: completed steps of the oldest checkpoint; arrays of earlier steps are released, in memory all that are trained.
+        """
         self._check_trainer(incarnation)
         if step >= self.trainer_step:
             raise RefusedError("step", f"{step} cannot be committed: only {self.trainer_step} steps are complete")
-        for done in range(self.committed_step + 1, step + 1):
-            for ticket in self._recorded.pop(done):
-                self.register.move(ticket, State.TRAINED)
-                self.store.release(ticket)
-            self.committed_step = done
-        self.store.put_mark("committed_step", self.committed_step)
+        if step > self.committed_step:
+            self._commit_to(step)
+        keep_from = oldest_kept_step if self.settings.durable else self.committed_step + 1
+        for ticket in self.steps.keep_from(min(keep_from, self.committed_step + 1)):
+            self.store.release(ticket)
         self.register.check()
+
+    def poison(self, ticket_ids: Sequence[int]) -> None:
+        """An operator's act: takes tickets out of the steps in which they are recorded; other groups will get their places.
+
+        A trainer that was given one may have trained on it: it is fenced, and starts again from its checkpoint. All of them or none: raises
+        RefusedError(ticket_id, reason).
+        """
+        tickets = [self._poisonable(ticket_id) for ticket_id in dict.fromkeys(ticket_ids)]
+        for ticket in tickets:
+            place = (ticket.step, ticket.position)
+            self.steps.take_out(ticket)
+            self.steps.forget_attempts(ticket.step)
+            if ticket.step < self.steps.num_counted:
+                self._uncount(ticket)
+            self.recorder.vacate(place)
+            self._drop(ticket, Drop.POISON)
+        if tickets:
+            self._set_trainer(self.trainer_incarnation + 1)
+            self._settle()
 
     def stream_state(self, *, step: int) -> dict[str, int | list[int]]:
         """Where the prompts stand for a checkpoint that contains steps <= `step`: what `start_training` of a fresh ledger goes on from."""
@@ -186,17 +233,21 @@ class Ledger:
         return state
 
     def close(self, reason: str) -> None:
-        """No more train tickets; those that no completed step holds drop as cancelled and their prompts go back to the order.
+        """No more leases of train tickets until a trainer starts. Eval goes on.
 
-        Eval goes on. A trainer that starts after this gets its steps recorded anew.
+        A durable ledger keeps all that it has; only what is being made is taken back, to be made later. One in memory drops as cancelled
+        what no completed step holds, and the prompts go back to the order.
         """
         self.closed_because = reason
-        for ticket in list(self.register.live.values()):
-            if ticket.purpose is Purpose.TRAIN and (ticket.state is not State.BATCHED or ticket.step >= self.trainer_step):
-                self._drop(ticket, Drop.CANCELLED)
-        for step in [step for step in self._recorded if step >= self.trainer_step]:
-            del self._recorded[step]
-        self.recorder.reopen(self.trainer_step)
+        self.store.put_mark("is_open", 0)
+        self.steps.ended_in_peace()
+        if self.settings.durable:
+            for lease in [
+                lease for ticket in self.register.live.values() if ticket.purpose is Purpose.TRAIN for lease in ticket.leases.values()
+            ]:
+                self._revoke(lease)
+        else:
+            self._cancel_from(self.trainer_step)
         self._settle()
 
     def set_max_staleness(self, *, incarnation: int, max_staleness: int) -> None:
@@ -234,6 +285,7 @@ class Ledger:
 
     def register_server(self, name: str, *, incarnation: int, weights_version: int, now_s: float) -> None:
         """A server said hello; a new incarnation of a known name loses its leases. Raises StaleIncarnationError for an older one."""
+        self.fence(name, incarnation)
         self._lose(self.book.register(name, incarnation=incarnation, weights_version=weights_version, now_s=now_s))
 
     def remove_server(self, name: str) -> None:
@@ -264,7 +316,7 @@ class Ledger:
         The server with the most free samples is served first, one ticket at a time, so that none hoards a small budget.
         """
         granted: dict[str, list[Lease]] = {}
-        if self.fatal or not self._has_work():
+        if self.fatal or self.store.health or not self._has_work():
             return granted
         hungry = [(-server.free_samples, name) for name, server in self.book.servers.items() if server.free_samples > 0]
         heapq.heapify(hungry)
@@ -290,16 +342,21 @@ class Ledger:
             is_other_kind = ticket.purpose is Purpose.TRAIN and trajectory.is_greedy is not ticket.is_greedy(index)
             if trajectory.finish_reason is FinishReason.ABORT or trajectory.num_sampled == 0 or is_other_kind:
                 verdict = Verdict.INVALID
-            elif (sample := self.versions.summarise(message.lease_id, trajectory)) is None:
-                verdict = Verdict.UNKNOWN_VERSION
+            elif isinstance(summary := self.versions.summarise(message.lease_id, trajectory), Sample):
+                sample = summary
+            else:
+                verdict = summary
         self.statistics.offered(verdict, num_sampled=trajectory.num_sampled)
         if ticket is None:
-            return verdict
-        if sample is None:
-            self._fail(ticket, message.lease_id, index, error=f"{name} sent a sample that cannot be used ({verdict.value})")
-        else:
+            pass
+        elif sample is not None:
             self._num_failures_in_row = 0
             self._accept(ticket, index, sample, trajectory)
+        elif verdict is Verdict.ABANDONED:
+            self._settle_sample(ticket, message.lease_id, index, arrived=False)
+            self._requeue(ticket, [index])
+        else:
+            self._fail(ticket, message.lease_id, index, error=f"{name} sent a sample that cannot be used ({verdict.value})")
         self._settle()
         return verdict
 
@@ -311,6 +368,22 @@ class Ledger:
             self._fail(ticket, message.lease_id, index, error=f"{name}: {message.error}")
             self._settle()
         return verdict
+
+    # --- recovery ---
+
+    def readmit(self, ticket: Ticket) -> None:
+        """A live train ticket of an earlier life takes its place among the waiting, the running or the ready."""
+        if ticket.state is State.READY:
+            self._add_ready(ticket)
+        elif ticket.state is not State.BATCHED:
+            if ticket.unleased:
+                heapq.heappush(self._queue, (ticket.floor is None, ticket.ticket_id))
+            self._track(ticket)
+
+    def settle_recovered(self) -> None:
+        """Everything is back in its place: ends what cannot go on."""
+        self._cancel_evals()
+        self._settle()
 
     def take_aborts(self) -> dict[str, list[int]]:
         """Leases, by server, whose generation is for nothing, since the last call."""
@@ -366,8 +439,7 @@ class Ledger:
         num_samples = self.settings.group_size + self.settings.num_greedy
         if not self._may_issue or self._spent() >= self._budget(weights_step) or not server.can_take(num_samples):
             return None
-        prompt = self.prompts.next()
-        self.store.put_mark("cursor", self.prompts.cursor)
+        prompt = self._next_prompt()
         return self.register.issue(
             Purpose.TRAIN,
             prompt,
@@ -410,7 +482,7 @@ class Ledger:
         return Verdict.ACCEPTED, ticket
 
     def _accept(self, ticket: Ticket, sample_index: int, sample: Sample, trajectory: Trajectory) -> None:
-        self._settle_sample(ticket, sample.lease_id, sample_index)
+        self._settle_sample(ticket, sample.lease_id, sample_index, arrived=True)
         ticket.samples[sample_index] = sample
         if ticket.purpose is Purpose.EVAL:
             self._evals[ticket.eval_id].add(sample)
@@ -427,15 +499,16 @@ class Ledger:
         self._num_failures_in_row += 1
         if self._num_failures_in_row >= self.settings.max_consecutive_failures and not self.fatal:
             self.fatal = f"{self._num_failures_in_row} samples failed in a row; the last: {error}"
-        self._settle_sample(ticket, lease_id, sample_index)
+        self._settle_sample(ticket, lease_id, sample_index, arrived=False)
         ticket.num_failures[sample_index] = ticket.num_failures.get(sample_index, 0) + 1
+        self.store.put_failure(ticket, sample_index)
         if ticket.num_failures[sample_index] > self.settings.max_sample_retries:
             self._drop(ticket, Drop.FAILED)
         else:
             self._requeue(ticket, [sample_index])
 
-    def _settle_sample(self, ticket: Ticket, lease_id: int, sample_index: int) -> None:
-        if self.book.settle(ticket.leases[lease_id], sample_index):
+    def _settle_sample(self, ticket: Ticket, lease_id: int, sample_index: int, *, arrived: bool) -> None:
+        if self.book.settle(ticket.leases[lease_id], sample_index, arrived=arrived):
             del ticket.leases[lease_id]
 
     def _lose(self, leases: Iterable[LeaseRecord]) -> None:
@@ -446,6 +519,12 @@ class Ledger:
             del ticket.leases[lease.lease_id]
             self._requeue(ticket, lease.outstanding)
         self._settle()
+
+    def _revoke(self, lease: LeaseRecord) -> None:
+        """Takes a lease away; its samples are made later."""
+        self.book.revoke(lease)
+        self._aborts.setdefault(lease.server, []).append(lease.lease_id)
+        self._lose([lease])
 
     def _requeue(self, ticket: Ticket, sample_indices: Collection[int]) -> None:
         """These samples have to be leased again (there may be none); the ticket's state follows its leases."""
@@ -472,9 +551,12 @@ class Ledger:
             self._drop(ticket, Drop.REJECTED)
         else:
             self.register.move(ticket, State.READY)
-            deadline = self._deadline(ticket, ticket.proven_floor)
-            assert deadline is not None
-            self.recorder.add_ready(ticket.ticket_id, deadline=deadline)
+            self._add_ready(ticket)
+
+    def _add_ready(self, ticket: Ticket) -> None:
+        deadline = self._deadline(ticket, ticket.proven_floor)
+        assert deadline is not None
+        self.recorder.add_ready(ticket.ticket_id, deadline=deadline)
 
     def _is_single_version(self, samples: Iterable[Sample]) -> bool:
         """By weights, not by number: a push that was repeated for a server that came late counts as one version."""
@@ -500,12 +582,24 @@ class Ledger:
         self.statistics.dropped(ticket)
         self.register.move(ticket, State.DROPPED)
         if ticket.purpose is Purpose.EVAL:
-            self._evals[ticket.eval_id].num_failed += 1
+            if ticket.eval_id in self._evals:  # of this life
+                self._evals[ticket.eval_id].num_failed += 1
         elif reason is Drop.CANCELLED:
-            self.prompts.give_back(Prompt(index=ticket.prompt_index, parent=ticket.ticket_id, num_reissues=ticket.num_reissues))
+            self._give_back(Prompt(index=ticket.prompt_index, parent=ticket.ticket_id, num_reissues=ticket.num_reissues))
         elif reason in REISSUED and ticket.num_reissues < self.settings.max_reissues:
             self.statistics.reissued()
-            self.prompts.give_back(Prompt(index=ticket.prompt_index, parent=ticket.ticket_id, num_reissues=ticket.num_reissues + 1))
+            self._give_back(Prompt(index=ticket.prompt_index, parent=ticket.ticket_id, num_reissues=ticket.num_reissues + 1))
+
+    def _give_back(self, prompt: Prompt) -> None:
+        self.prompts.give_back(prompt)
+        self.store.push_returned(prompt)
+
+    def _next_prompt(self) -> Prompt:
+        if self.prompts.returned:
+            self.store.pop_returned()
+        prompt = self.prompts.next()
+        self.store.put_mark("cursor", self.prompts.cursor)
+        return prompt
 
     def _settle(self) -> None:
         """Drops what has become stale and records what may be recorded, until nothing changes; then the books must balance."""
@@ -516,31 +610,57 @@ class Ledger:
                 self._record(self.register.live[ready])
             else:
                 break
+        if changes := self.statistics.take_changes():
+            self.store.put_statistics(changes)
         self.register.check()
 
     def _drop_late(self, ticket: Ticket) -> None:
         floor = ticket.proven_floor
         assert floor is not None
-        self._drop(ticket, Drop.STALE if self.recorder.step - floor > ticket.max_staleness else Drop.INTERVAL)
+        self._drop(ticket, Drop.STALE if self.recorder.num_full_steps - floor > ticket.max_staleness else Drop.INTERVAL)
 
     def _record(self, ticket: Ticket) -> None:
         ticket.step, ticket.position = self.recorder.place(ticket.ticket_id)
         lag = ticket.step - min(sample.oldest_step for sample in ticket.samples.values())
         assert 0 <= lag <= ticket.max_staleness, f"ticket {ticket.ticket_id} has lag {lag} in step {ticket.step}"
-        self._recorded.setdefault(ticket.step, []).append(ticket)
+        self.steps.put(ticket)
         self.register.move(ticket, State.BATCHED)
 
     # --- the trainer's place ---
 
-    def _begin(self, step: int, stream: dict[str, int | list[int]]) -> None:
-        if not 0 <= step <= self.settings.num_steps:
+    def _check_start(self, step: int) -> None:
+        """Whether a trainer may begin at `step`."""
+        num_steps, first = self.settings.num_steps, self.steps.first_kept
+        if not 0 <= step <= num_steps:
+            raise RefusedError("step", f"want 0..{num_steps}, got {step}: raise trainer.num_steps to go on from a finished run")
+        if self.trainer_incarnation and step < first:
             raise RefusedError(
-                "step", f"want 0..{self.settings.num_steps}, got {step}: raise trainer.num_steps to go on from a finished run"
+                "step",
+                f"this buffer can go on from step {first} or later, not {step}: what it held for earlier ones is released. "
+                "To go back further restart it without its ledger (move the run's ledger/ away)",
             )
+        if (looped := self.steps.crash_loop(first=step)) is not None:
+            ids = " ".join(str(ticket.ticket_id) for ticket in self.steps.of(looped))
+            raise RefusedError(
+                "attempts",
+                f"{self.steps.attempts[looped]} trainers died in step {looped}, whose tickets are {ids}: see the trainer's log. "
+                "Mark those at fault with `areal-like drop RUN TICKET ...` and go on with resume=latest",
+            )
+
+    def _begin(self, step: int, stream: dict[str, int | list[int]]) -> None:
+        """The stream starts at `step`; nothing that is recorded from there on can be used."""
         cursor, pending, next_version = stream.get("cursor", 0), stream.get("pending", []), stream.get("next_version", 1)
         if not isinstance(cursor, int) or not isinstance(pending, list) or not isinstance(next_version, int) or cursor < 0:
             raise RefusedError("stream", "not what GetStreamState answers: was the checkpoint made by another program version?")
-        self.prompts.restore(cursor=cursor, pending=pending)
+        has_past = bool(self.trainer_incarnation)
+        if has_past:
+            self._count_steps(min(step, self.recorder.num_full_steps))
+            self._commit_to(min(step, self.recorder.num_full_steps) - 1)
+            self._cancel_from(min(step, self.recorder.num_full_steps))
+        if self.has_other_prompts:
+            self._restart_prompts(0, [])
+        elif cursor > self.prompts.cursor or not has_past:
+            self._restart_prompts(cursor, pending)
         learned = stream.get("curriculum", [])
         if self.prompts.curriculum is not None and isinstance(learned, list) and learned:
             try:
@@ -548,8 +668,82 @@ class Ledger:
             except ValueError as error:
                 raise RefusedError("stream", f"{error}: was the checkpoint made by another program version?") from None
         self.versions.begin(next_version=next_version)
-        self.recorder.step, self.trainer_step, self.committed_step = step, step, step - 1
-        self._num_steps_counted = step
+        self.is_reshaped = self.has_other_prompts = False
+        self.recorder.restore((), first_step=step)
+        for ticket in self.steps.begin_at(step):
+            self.store.release(ticket)
+
+    def _come_back(self, step: int, incarnation: int, *, unix_s: float) -> None:
+        """From where the ledger stands to where the trainer's checkpoint is, forth or back."""
+        self._count_steps(step)
+        if step - 1 >= self.committed_step:
+            self._commit_to(step - 1)
+        else:
+            for ticket in self.steps.from_on(step):
+                if ticket.state is State.TRAINED:
+                    self.register.move(ticket, State.BATCHED)
+            self.steps.commit_to(step - 1)
+        undone = [ticket for ticket in self.steps.from_on(step) if ticket.step < self.trainer_step]
+        if self.versions.abandon(after_step=step, trainer_incarnation=incarnation) or undone:
+            self.store.put_rollback(
+                RollbackRow(
+                    trainer_incarnation=incarnation,
+                    from_step=self.trainer_step,
+                    to_step=step,
+                    num_tickets=len(undone),
+                    num_tokens=sum(sample.num_sampled for ticket in undone for sample in ticket.learned_from),
+                    unix_s=unix_s,
+                )
+            )
+        self.steps.move_to(step)
+        self._abandon(step)
+
+    def _abandon(self, step: int) -> None:
+        """Nothing of weights after `step` is trained on unless it was recorded; evaluations of the older trainer are nobody's."""
+        self._cancel_evals()
+        for ticket in [ticket for ticket in self.register.live.values() if ticket.purpose is Purpose.TRAIN]:
+            if ticket.state is not State.BATCHED and any(map(self.versions.has_abandoned, ticket.samples.values())):
+                self._drop(ticket, Drop.ABANDONED)
+            else:
+                for lease in [lease for lease in ticket.leases.values() if lease.weights_step > step]:
+                    self._revoke(lease)
+
+    def _cancel_evals(self) -> None:
+        for ticket in [ticket for ticket in self.register.live.values() if ticket.purpose is Purpose.EVAL]:
+            self._drop(ticket, Drop.CANCELLED)
+        self._evals.clear()
+
+    def _commit_to(self, step: int) -> None:
+        for ticket in self.steps.of(*range(self.committed_step + 1, step + 1)):
+            self.register.move(ticket, State.TRAINED)
+        self.steps.commit_to(step)
+
+    def _cancel_from(self, step: int) -> None:
+        """Drops every train ticket that no step before this one holds."""
+        for ticket in list(self.register.live.values()):
+            if ticket.purpose is Purpose.TRAIN and (ticket.state is not State.BATCHED or ticket.step >= step):
+                if ticket.state is State.BATCHED:
+                    self.steps.take_out(ticket)
+                self._drop(ticket, Drop.CANCELLED)
+        self.recorder.restore((), first_step=step)
+
+    def _restart_prompts(self, cursor: int, pending: list[int]) -> None:
+        for _ in self.prompts.returned:
+            self.store.pop_returned()
+        self.prompts.restore(cursor=cursor, pending=pending)
+        for index in pending:
+            self.store.push_returned(Prompt(index=index))
+        self.store.put_mark("cursor", cursor)
+
+    def _poisonable(self, ticket_id: int) -> Ticket:
+        ticket = self.register.live.get(ticket_id)
+        if ticket is None or ticket.state is not State.BATCHED:
+            state = f"{ticket.state.value}" if ticket else "ended, or was never issued"
+            raise RefusedError(str(ticket_id), f"is not recorded in a step that is still to be trained: it is {state}")
+        if ticket.step < self.trainer_step:
+            reason = f"was trained on in step {ticket.step}, and the weights have it: go back with resume=step:K, K <= {ticket.step}, first"
+            raise RefusedError(str(ticket_id), reason)
+        return ticket
 
     def _check_trainer(self, incarnation: int) -> None:
         if incarnation < self.trainer_incarnation:
@@ -557,18 +751,23 @@ class Ledger:
         if incarnation > self.trainer_incarnation:
             raise RefusedError("incarnation", "say StartTraining first")
 
-    def _set_trainer_step(self, step: int) -> None:
-        self.trainer_step = step
-        self.store.put_mark("trainer_step", step)
+    def _set_trainer(self, incarnation: int) -> None:
+        self.trainer_incarnation = incarnation
+        self.store.put_mark("trainer_incarnation", incarnation)
 
-    def _count_step(self, step: int) -> None:
-        """Books what was learned, once, however often a resumed trainer repeats the step."""
-        if step < self._num_steps_counted:
-            return
-        self._num_steps_counted = step + 1
-        for ticket in self._recorded[step]:
+    def _open(self) -> None:
+        self.closed_because = ""
+        self.store.put_mark("is_open", 1)
+
+    def _count_steps(self, step: int) -> None:
+        """Books what was learned up to `step`, once, however often a resumed trainer repeats it."""
+        for ticket in self.steps.of(*self.steps.count_to(step)):
             for sample in ticket.learned_from:
-                self.statistics.trained(sample, step=step)
+                self.statistics.trained(sample, step=ticket.step)
+
+    def _uncount(self, ticket: Ticket) -> None:
+        for sample in ticket.learned_from:
+            self.statistics.untrained(sample, step=ticket.step)
 
 
 def _mixed_versions(ticket: Ticket) -> str:

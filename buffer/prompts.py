@@ -91,6 +91,11 @@ class PromptOrder:
         """Indices given back and not issued again yet."""
         return [prompt.index for prompt in self._returned]
 
+    def resume(self, *, cursor: int, returned: Iterable[Prompt]) -> None:
+        """Goes on in a ledger that remembers whom each prompt replaces."""
+        self.cursor = cursor
+        self._returned = deque(returned)
+
     def restore(self, *, cursor: int, pending: Iterable[int]) -> None:
         """Goes on from an earlier run: `pending` first, then from `cursor`."""
         self.cursor = cursor

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 
 from areal_like.messages.producer import Purpose
 from buffer.prompts import Prompt
 from buffer.store import Store
-from buffer.tickets import State, Ticket
+from buffer.tickets import Drop, State, Ticket
 
 
 class Register:
@@ -22,6 +23,15 @@ class Register:
         self.live: dict[int, Ticket] = {}
         """Ticket id -> ticket, in order of issue."""
         self._counts = {purpose: Counter[State]() for purpose in Purpose}
+
+    def restore(self, tickets: Iterable[Ticket], ended: Mapping[tuple[Purpose, State, Drop | None], int], *, num_issued: int) -> None:
+        """What an earlier life knew. `tickets`: live ones, by id. `ended`: how many have, and how."""
+        self.num_issued = num_issued
+        for ticket in tickets:
+            self.live[ticket.ticket_id] = ticket
+            self._counts[ticket.purpose][ticket.state] += 1
+        for (purpose, state, _), count in ended.items():
+            self._counts[purpose][state] += count
 
     def issue(
         self, purpose: Purpose, prompt: Prompt, *, num_samples: int, num_greedy: int = 0, eval_id: int = 0, max_staleness: int = 0
@@ -50,9 +60,11 @@ class Register:
         counts = self._counts[ticket.purpose]
         counts[ticket.state] -= 1
         counts[state] += 1
-        ticket.state = state
+        was_terminal, ticket.state = ticket.state.is_terminal, state
         if state.is_terminal:
             del self.live[ticket.ticket_id]
+        elif was_terminal:  # committed work that a trainer does again; rare enough to sort for it
+            self.live = dict(sorted([*self.live.items(), (ticket.ticket_id, ticket)]))
         self._store.put_ticket(ticket)
 
     def count(self, purpose: Purpose, *states: State) -> int:

@@ -32,6 +32,8 @@ class LedgerSettings:
     max_sample_retries: int = 2
     max_consecutive_failures: int = 20
     lease_timeout_s: float = 10.0
+    durable: bool = False
+    """Whether the store survives this process: then a closed stream keeps what it has, and committed steps can be served again."""
     curriculum: CurriculumSettings | None = None
 
     def __post_init__(self) -> None:
@@ -57,6 +59,7 @@ class LedgerSettings:
             max_sample_retries=config.buffer.max_sample_retries,
             max_consecutive_failures=config.buffer.max_consecutive_failures,
             lease_timeout_s=config.buffer.lease_timeout_s,
+            durable=config.buffer.durability != "none",
             curriculum=_curriculum(config.buffer),
         )
 

@@ -18,14 +18,17 @@ _VERDICT = "verdict_"
 class StreamStatistics:
     """Running sums; constant memory (there are at most max_staleness + 1 lags)."""
 
-    def __init__(self, values: Mapping[str, float] | None = None) -> None:
-        """`values`: what earlier lives counted."""
-        self._values = Counter(values or {})
+    def __init__(self) -> None:
+        self._values = Counter[str]()
         self._changed: set[str] = set()
+
+    def restore(self, values: Mapping[str, float]) -> None:
+        """What earlier lives counted."""
+        self._values = Counter({name: int(value) for name, value in values.items()})
 
     def take_changes(self) -> dict[str, float]:
         """Counters that changed since the last call, as they are now."""
-        changes = {name: self._values[name] for name in self._changed}
+        changes: dict[str, float] = {name: self._values[name] for name in self._changed}
         self._changed.clear()
         return changes
 

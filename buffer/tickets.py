@@ -47,9 +47,13 @@ class Drop(StrEnum):
     """Admission was closed before it was recorded."""
     INTERVAL = "interval"
     """It began before the engines' last sync and was not recorded in that interval (`weights.sync_interval`)."""
+    ABANDONED = "abandoned"
+    """A sample's weights are of steps that a trainer which came back will do anew, and it was not recorded in one before."""
+    POISON = "poison"
+    """An operator took it out of the step that it was recorded in; another group gets its place."""
 
 
-REISSUED = frozenset({Drop.STALE, Drop.FAILED, Drop.REJECTED, Drop.INTERVAL})
+REISSUED = frozenset({Drop.STALE, Drop.FAILED, Drop.REJECTED, Drop.INTERVAL, Drop.ABANDONED})
 """Drops whose prompt is tried again. A group without spread is refilled with another prompt: the same one would likely have none again."""
 
 
@@ -68,6 +72,8 @@ class Verdict(StrEnum):
     """No such ticket was ever issued."""
     UNKNOWN_VERSION = "unknown version"
     """A token names weights that were never allocated."""
+    ABANDONED = "abandoned"
+    """A token's weights are of steps that a trainer which came back does anew. The sample is made again."""
     INVALID = "invalid"
     """Aborted, or no token of it was sampled: nothing to learn from. Or not the kind of sample that was asked for."""
 

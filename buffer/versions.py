@@ -1,12 +1,19 @@
-"""Weights versions: integers that are never given out twice, and the optimizer step that each stands for."""
+"""Weights versions: integers that are never given out twice, and the optimizer step that each stands for.
+
+A trainer that comes back at step S leaves behind the versions of later steps that its predecessors pushed: weights that never existed in
+the history that goes on. They are *abandoned*. Whatever was sampled with one has no lag, which is a difference of steps on one history, so
+nothing of it is trained on unless it was recorded before. The version of step S itself stays good: its weights are the checkpoint's.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import numpy as np
 
 from areal_like.trajectory import Trajectory
-from buffer.store import Store, VersionRow
-from buffer.tickets import Sample
+from buffer.store import RollbackRow, Store, VersionRow
+from buffer.tickets import Sample, Verdict
 
 
 class VersionBook:
@@ -15,6 +22,7 @@ class VersionBook:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._weights: dict[int, tuple[int, int]] = {0: (0, 0)}
+        self._abandoned: set[int] = set()
         self.newest = 0
         """The last one given out; 0 is what servers start with, the weights at `model.path`."""
 
@@ -24,7 +32,16 @@ class VersionBook:
         Version 0 stays step 0, what servers load from `model.path`, so a resumed run takes nothing from a server that has not received the
         checkpoint's weights yet (unless the bound allows it). Versions of an earlier life are unknown, and so refused.
         """
-        self.newest = max(0, next_version - 1)
+        self.newest = max(self.newest, next_version - 1)
+        self._store.put_mark("newest_version", self.newest)
+
+    def restore(self, rows: Iterable[VersionRow], rollbacks: Iterable[RollbackRow], *, newest: int) -> None:
+        """What earlier lives gave out and abandoned. `newest`: as `begin` noted it."""
+        for row in rows:
+            self._weights[row.version] = (row.step, row.trainer_incarnation)
+        for rollback in rollbacks:
+            self.abandon(after_step=rollback.to_step, trainer_incarnation=rollback.trainer_incarnation)
+        self.newest = max(newest, *self._weights)
 
     def alloc(self, *, step: int, trainer_incarnation: int) -> int:
         """A new version for weights that are the start of `step`."""
@@ -34,17 +51,31 @@ class VersionBook:
         self._store.put_version(row)
         return row.version
 
+    def abandon(self, *, after_step: int, trainer_incarnation: int) -> bool:
+        """The trainer of this incarnation went back to `after_step`: later weights of its predecessors are of another history.
+
+        Returns whether there were any.
+        """
+        left = {v for v, (step, incarnation) in self._weights.items() if step > after_step and incarnation < trainer_incarnation}
+        has_new = not left <= self._abandoned
+        self._abandoned |= left
+        return has_new
+
+    def has_abandoned(self, sample: Sample) -> bool:
+        """Whether a sample may have tokens of abandoned weights: the versions between its oldest and its newest are not kept."""
+        return any(sample.oldest_version <= version <= sample.newest_version for version in self._abandoned)
+
     def step_of(self, version: int) -> int | None:
-        """The step that a version is the start of; None: never given out in this life."""
+        """The step that a version is the start of; None: never given out in this history."""
         known = self._weights.get(version)
-        return None if known is None else known[0]
+        return None if known is None or version in self._abandoned else known[0]
 
     def weights_of(self, version: int) -> tuple[int, int]:
         """(step, trainer incarnation) of a version that was given out: equal for versions that are a push and its repetition."""
         return self._weights[version]
 
-    def summarise(self, lease_id: int, trajectory: Trajectory) -> Sample | None:
-        """What the ledger keeps of a trajectory with at least one sampled token; None if a token names an unknown version."""
+    def summarise(self, lease_id: int, trajectory: Trajectory) -> Sample | Verdict:
+        """What the ledger keeps of a trajectory with at least one sampled token; a verdict if its versions forbid to keep any."""
         oldest, newest = trajectory.oldest_version, trajectory.newest_version
         if oldest == newest:  # most of them, and sorting a thousand versions is what would cost here
             counts = {oldest: trajectory.num_sampled}
@@ -53,7 +84,9 @@ class VersionBook:
             counts = dict(zip(versions.tolist(), lengths.tolist(), strict=True))
         steps = {version: self._weights[version][0] for version in counts if version in self._weights}
         if len(steps) < len(counts):
-            return None
+            return Verdict.UNKNOWN_VERSION
+        if not self._abandoned.isdisjoint(counts):
+            return Verdict.ABANDONED
         return Sample(
             lease_id=lease_id,
             oldest_step=min(steps.values()),

@@ -1,0 +1,71 @@
+"""A ledger out of what an earlier one wrote: equal to it in everything that the future depends on.
+
+Not recovered, on purpose:
+* Evaluations. Their tickets drop as cancelled; the trainer asks again and gets a new round.
+* Servers. They have to say hello again; until then those with leases are kept as silent ones, so that a server that went on working
+  delivers under the lease it has, and one that is gone loses it after `lease_timeout_s`.
+* A run of failed samples, and the reason for which the job had failed: whoever starts the buffer again wants to try again.
+
+A ledger that was open goes on at once: its trainer is there and does not know that anything happened. One that was closed, or whose records
+have another shape than the settings now ask for, waits for a trainer to start.
+"""
+
+from __future__ import annotations
+
+from areal_like.messages.producer import Purpose
+from buffer.ledger import Ledger
+from buffer.settings import LedgerSettings
+from buffer.store import Recovered, Store
+from buffer.tickets import State
+
+_SHAPE = ("groups_per_step", "group_size", "num_greedy", "sync_interval", "max_staleness")
+
+
+def recover(settings: LedgerSettings, store: Store, *, now_s: float, first_lease_id: int = 1, dataset: int = 0) -> Ledger:
+    """The ledger that `store` remembers; a new one when it remembers nothing. Call it once, before anything is written.
+
+    `dataset`: a number that says which prompts the indices mean.
+    """
+    memory = store.recover()
+    ledger = Ledger(settings, store, first_lease_id=first_lease_id)
+    marks = memory.marks
+    shape = {f"shape:{name}": int(getattr(settings, name)) for name in _SHAPE} | {"shape:dataset": dataset}
+    ledger.is_reshaped = any(marks.get(name, value) != value for name, value in shape.items())
+    ledger.has_other_prompts = marks.get("shape:dataset", dataset) != dataset
+    for name, value in shape.items():
+        store.put_mark(name, value)
+    _restore_books(ledger, memory)
+    _restore_stream(ledger, memory, now_s=now_s)
+    ledger.trainer_incarnation = marks.get("trainer_incarnation", 0)
+    if ledger.is_reshaped:
+        ledger.close("the settings have changed: the next trainer starts the stream anew")
+    elif marks.get("is_open", 0):
+        ledger.closed_because = ""
+    ledger.settle_recovered()
+    return ledger
+
+
+def _restore_books(ledger: Ledger, memory: Recovered) -> None:
+    """Counts and marks."""
+    marks = memory.marks
+    ledger.statistics.restore(memory.statistics)
+    ledger.register.restore(memory.tickets, memory.ended, num_issued=memory.num_issued)
+    for (_, _, reason), count in memory.ended.items():
+        if reason is not None:
+            ledger.drops[reason] += count
+    ledger.versions.restore(memory.versions, memory.rollbacks, newest=marks.get("newest_version", 0))
+    if ledger.settings.adaptive:
+        ledger.bound.max_staleness = min(marks.get("max_staleness", 0), ledger.settings.max_staleness)
+    ledger.incarnations = {name.removeprefix("incarnation:"): value for name, value in marks.items() if name.startswith("incarnation:")}
+    ledger.prompts.resume(cursor=marks.get("cursor", 0), returned=memory.returned)
+
+
+def _restore_stream(ledger: Ledger, memory: Recovered, *, now_s: float) -> None:
+    """Tickets to where their states say they are."""
+    ledger.book.restore(memory.leases, ledger.register.live, now_s=now_s)
+    batched = [ticket for ticket in memory.tickets if ticket.state is State.BATCHED]
+    ledger.steps.restore([*memory.trained, *batched], memory.marks, memory.attempts)
+    ledger.recorder.restore([(ticket.step, ticket.position) for ticket in batched], first_step=ledger.committed_step + 1)
+    for ticket in memory.tickets:
+        if ticket.purpose is Purpose.TRAIN:
+            ledger.readmit(ticket)
