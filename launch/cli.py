@@ -2,6 +2,7 @@
 
 areal-like run key=value ...    a whole job on this machine
 areal-like status RUN           what its daemons are doing
+areal-like audit RUN            proves its books
 areal-like version
 """
 
@@ -13,7 +14,6 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 
@@ -21,6 +21,7 @@ from areal_like.errors import ConfigError, UserError
 
 USAGE = """usage: areal-like run [key=value ...]   run a whole job on this machine (run --help: the settings)
        areal-like status RUN            what the daemons of a run are doing; RUN is a name or a directory
+       areal-like audit RUN [--json]    prove its books: exit code 1 and the offending ids where they contradict themselves
        areal-like version
 """
 
@@ -28,7 +29,7 @@ USAGE = """usage: areal-like run [key=value ...]   run a whole job on this machi
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0 done, 1 failed, 2 the user's mistake (one message on stderr)."""
     args = list(sys.argv[1:] if argv is None else argv)
-    commands = {"run": _run, "status": _status, "version": _version}
+    commands = {"run": _run, "status": _status, "audit": _audit, "version": _version}
     if not args or args[0] in ("-h", "--help", "help"):
         sys.stdout.write(USAGE)
         return 0 if args else 2
@@ -77,13 +78,12 @@ def _show_keys(*, everything: bool) -> None:
 
 def _status(args: list[str]) -> int:
     from launch.observe import Observation, look_at_daemons
+    from launch.rundir import find_run
     from launch.view import daemon_table, tickets_line
 
     if len(args) != 1 or args[0].startswith("-"):
         raise ConfigError("status: name one run, e.g. `areal-like status default`")
-    root = next((path for path in (Path(args[0]), Path("runs") / args[0]) if (path / "config.yaml").is_file()), None)
-    if root is None:
-        raise ConfigError(f"status: there is no run {args[0]!r} (neither a run directory nor a name under runs/)")
+    root = find_run(args[0])
     daemons = look_at_daemons(root / "endpoints")
     console = Console()
     if not daemons:
@@ -94,6 +94,18 @@ def _status(args: list[str]) -> int:
     if seen.buffer:
         console.print(tickets_line(seen))
     return 0
+
+
+def _audit(args: list[str]) -> int:
+    from launch.audit import audit_run
+    from launch.rundir import find_run
+
+    names = [arg for arg in args if arg != "--json"]
+    if len(names) != 1 or names[0].startswith("-"):
+        raise ConfigError("audit: name one run, e.g. `areal-like audit default` (--json: for programs)")
+    report = audit_run(find_run(names[0]))
+    sys.stdout.write(report.dumps() + "\n" if "--json" in args else "\n".join([*report.lines(), ""]))
+    return 0 if report.is_clean else 1
 
 
 def _version(args: list[str]) -> int:

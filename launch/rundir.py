@@ -112,6 +112,14 @@ def _with_own_settings(composed: Config, argv: Sequence[str], *, own: Path) -> C
     )
 
 
+def find_run(name: str) -> Path:
+    """The directory of a run by its name under runs/ or its path. Raises ConfigError when there is none."""
+    root = next((path for path in (Path(name), Path("runs") / name) if (path / "config.yaml").is_file()), None)
+    if root is None:
+        raise ConfigError(f"there is no run {name!r} (neither a run directory nor a name under runs/)")
+    return root
+
+
 def holds_run(paths: RunPaths) -> bool:
     """Whether training ever began here. A job that failed before its first step leaves its name free."""
     trained = paths.metrics.exists() and paths.metrics.stat().st_size > 0

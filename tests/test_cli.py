@@ -31,6 +31,8 @@ def areal_like(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["run", "resume=latest"], "there is no run in"),
         (["run", "runs_dir=/proc/1/nowhere"], "cannot create the run directory"),
         (["status", "nowhere"], "no run 'nowhere'"),
+        (["audit", "nowhere"], "no run 'nowhere'"),
+        (["audit"], "name one run"),
         (["status"], "name one run"),
     ],
 )
