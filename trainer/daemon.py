@@ -27,13 +27,13 @@ from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths, model_path
 from trainer.checkpoint import Checkpoints
 from trainer.gather import gather_full_state
+from trainer.joining import device_of, join_ranks
 from trainer.lags import LagTally
 from trainer.leader import Leader
 from trainer.link import BufferLink, StopRequestedError
 from trainer.policy import build_policy
 from trainer.publisher import Snapshot, take_snapshot
 from trainer.ranks import Ranks
-from trainer.start import STORE_FD
 from trainer.step import IncompleteStepError, StepRunner
 
 log = logging.getLogger(__name__)
@@ -167,8 +167,8 @@ def run_rank(config: Config) -> int:
 def _run(config: Config) -> None:
     started_s = time.monotonic()
     torch.set_num_threads(config.trainer.num_threads)
-    device = _device(config)
-    _join(config, device)
+    device = device_of(config)
+    join_ranks(config, device)
     try:
         ranks = Ranks(device=device)
         incarnation = torch.tensor([time.time_ns()], dtype=torch.int64)
@@ -188,37 +188,3 @@ def _run(config: Config) -> None:
         log.info("%s", stop)
     finally:
         dist.destroy_process_group()
-
-
-def _join(config: Config, device: torch.device) -> None:
-    """Makes the default process group: alone, among the ranks that `python -m trainer` started, or among torchrun's."""
-    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    timeout = timedelta(seconds=config.trainer.collective_timeout_s)
-    if "RANK" not in os.environ:
-        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    elif (listen_fd := os.environ.get(STORE_FD)) is not None:
-        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            world_size,
-            rank == 0,
-            timeout,
-            wait_for_workers=False,
-            # Bound by our parent: torch itself would listen on every interface.
-            master_listen_fd=int(listen_fd) if rank == 0 else None,
-        )
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
-    else:
-        dist.init_process_group(backend, timeout=timeout)
-
-
-def _device(config: Config) -> torch.device:
-    if config.trainer.device == "cpu":
-        return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if local_rank >= torch.cuda.device_count():
-        raise ConfigError(f"trainer.device=cuda: rank {local_rank} of this machine has no GPU ({torch.cuda.device_count()} visible)")
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device

@@ -27,14 +27,13 @@ from areal_like.paths import RunPaths
 from trainer.broadcaster import Broadcaster
 from trainer.link import BufferLink, StopRequestedError
 from trainer.publisher import Publisher, PushReport, Snapshot
-from trainer.report import WARM_UP_STEPS, MetricsFile, write_summary
+from trainer.report import WARM_UP_STEPS, MetricsFile, step_row, write_summary
 from trainer.series import TrainerSeries
 from trainer.staleness import StalenessController
 
 log = logging.getLogger(__name__)
 
 _CALL_TIMEOUT_S = 60.0
-_RENAMED = {"reward": "reward_mean", "wait_s": "wait_data_s", "response_tokens": "response_length_mean"}
 
 
 class Leader:
@@ -197,11 +196,7 @@ class Leader:
         self._link.call(SetMaxStaleness(max_staleness=bound), timeout_s=_CALL_TIMEOUT_S)
 
     def _row(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
-        row = {_RENAMED.get(name, name): value for name, value in metrics.items()}
-        num_tokens = round(metrics["response_tokens"] * metrics["num_sequences"])
-        row = {"step": step, "time_unix_s": round(time.time(), 3)} | row
-        row["tokens_trained"] = num_tokens
-        row["tokens_per_s_trained"] = num_tokens / max(1e-9, metrics["step_s"])
+        row = step_row(step, metrics)
         row["weights_version"] = self._publisher.active_version
         row["weights_step"] = self._publisher.active_step
         row["push_s"] = self._last_push.seconds if self._last_push else 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,16 @@ from areal_like.paths import write_json
 
 WARM_UP_STEPS = 10
 """Steps whose waiting does not count as idleness: the pipeline is filling."""
+
+
+_RENAMED = {"reward": "reward_mean", "wait_s": "wait_data_s", "response_tokens": "response_length_mean"}
+
+
+def step_row(step: int, metrics: dict[str, Any]) -> dict[str, Any]:
+    """The line of one optimizer step, from what `StepRunner.run` returned."""
+    num_tokens = round(metrics["response_tokens"] * metrics["num_sequences"])
+    row = {"step": step, "time_unix_s": round(time.time(), 3)} | {_RENAMED.get(name, name): value for name, value in metrics.items()}
+    return row | {"tokens_trained": num_tokens, "tokens_per_s_trained": num_tokens / max(1e-9, metrics["step_s"])}
 
 
 class MetricsFile:

@@ -21,11 +21,11 @@ _FAREWELL_S = 10.0
 """How long the other ranks get to end when one has failed."""
 
 
-def start_ranks(argv: Sequence[str], *, world_size: int) -> int:
-    """Runs `python -m trainer` once a rank; returns the exit code of the first rank that failed, else 0."""
+def start_ranks(argv: Sequence[str], *, world_size: int, module: str = "trainer") -> int:
+    """Runs `python -m MODULE` once a rank; returns the exit code of the first rank that failed, else 0."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
-        ranks = [_start_rank(rank, world_size, argv, port=port, listening=listening) for rank in range(world_size)]
+        ranks = [_start_rank(rank, world_size, [module, *argv], port=port, listening=listening) for rank in range(world_size)]
 
     def pass_on(number: int, _: object) -> None:
         for rank in ranks:
@@ -48,11 +48,11 @@ def start_ranks(argv: Sequence[str], *, world_size: int) -> int:
     return failed if failed >= 0 else 1
 
 
-def _start_rank(rank: int, world_size: int, argv: Sequence[str], *, port: int, listening: socket.socket) -> subprocess.Popen[bytes]:
+def _start_rank(rank: int, world_size: int, command: Sequence[str], *, port: int, listening: socket.socket) -> subprocess.Popen[bytes]:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     environment = os.environ | {key: str(value) for key, value in place.items()}
     if sys.platform == "linux":
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     handed = [listening.fileno()] if rank == 0 else []
     environment[STORE_FD] = str(handed[0] if handed else -1)
-    return subprocess.Popen([sys.executable, "-m", "trainer", *argv], env=environment, pass_fds=handed)
+    return subprocess.Popen([sys.executable, "-m", *command], env=environment, pass_fds=handed)
