@@ -11,7 +11,7 @@ import pytest
 from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
 from tests.trainer_helpers import random_groups
-from trainer.advantages import ADVANTAGES
+from trainer.advantages import ADVANTAGES, Advantage
 from trainer.scope import Scope
 from trainer.shaping import SHAPINGS, Shaping, Standing
 
@@ -37,13 +37,19 @@ def graded(rewards: Sequence[float], *, lengths: Sequence[int] | None = None) ->
 
 
 def advantages(settings: dict[str, Any], rewards: Sequence[float], *, lengths: Sequence[int] | None = None) -> list[float]:
-    return [float(a) for a in ADVANTAGES.build(settings).of_group(graded(rewards, lengths=lengths))]
+    """Of one group; where a greedy sample is wanted it is the last."""
+    advantage = ADVANTAGES.build(settings)
+    assert isinstance(advantage, Advantage)
+    group = graded(rewards, lengths=lengths)
+    if advantage.uses_greedy:
+        group[-1] = replace(group[-1], is_greedy=True)
+    return [float(a) for a in advantage.of_group(group)]
 
 
 def step(settings: dict[str, Any], groups: Sequence[Sequence[float]], *, tokens: int = 2) -> list[list[float]]:
     """Advantages of a whole step's groups, every sample having so many tokens."""
     advantage = ADVANTAGES.build(settings)
-    raw = [[float(a) for a in advantage.of_group(graded(group))] for group in groups]
+    raw = [advantages(settings, group) for group in groups]
     flat = np.repeat([a for group in raw for a in group], tokens)
     positions = np.repeat([i for i, group in enumerate(raw) for _ in group], tokens)
     shift, factor = advantage.rescale(advantages_S=flat, groups_S=positions)
@@ -56,9 +62,14 @@ def test_group_advantages() -> None:
     assert advantages({"name": "dr_grpo"}, [1, 0, 0, 0]) == [0.75, -0.25, -0.25, -0.25]
     assert advantages({"name": "rloo"}, [1, 0, 0, 0]) == pytest.approx([1, -1 / 3, -1 / 3, -1 / 3])
     assert advantages({"name": "opo"}, [1, 0, 0], lengths=[6, 2, 2]) == pytest.approx([0.4, -0.6, -0.6])
+    assert advantages({"name": "remax"}, [1, 0, 0.5, 0.25]) == [0.75, -0.25, 0.25, 0], "the last is the greedy one"
 
 
-@pytest.mark.parametrize("settings", [*({"name": n} for n in ADVANTAGES.names()), {"name": "reinforce_pp", "baseline": "group"}], ids=str)
+GROUP_ADVANTAGES = sorted(set(ADVANTAGES.names()) - {"gae"})
+"""`gae` compares with a critic, which may be wrong about a group without spread: tests/test_gae.py."""
+
+
+@pytest.mark.parametrize("settings", [*({"name": n} for n in GROUP_ADVANTAGES), {"name": "reinforce_pp", "baseline": "group"}], ids=str)
 def test_without_spread_an_advantage_is_exactly_zero(settings: dict[str, Any]) -> None:
     assert step(settings, [[0.1] * 7, [0.1] * 7]) == [[0.0] * 7] * 2
     assert step(settings, [[0.3]]) == [[0.0]]

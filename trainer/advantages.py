@@ -3,8 +3,8 @@
 A group without spread has advantage exactly zero: the mean of equal floats need not be that float again, and dividing its rounding
 error by a standard deviation of the same size would turn noise into a signal.
 
-Left out: `remax`, whose baseline is a greedy answer to the same prompt, which tickets do not ask for; `gae`, which needs a critic to be
-trained, sharded and kept beside the policy; `progrpo`, which weighs in the prompt's own probability, which nobody computes.
+What needs a critic instead of a group is in `gae.py`.
+Left out: `progrpo`, which weighs in the prompt's own probability, which nobody computes.
 """
 
 from __future__ import annotations
@@ -24,18 +24,13 @@ from trainer.scope import Scope
 FloatArray = NDArray[np.float64]
 
 
-class Advantage(ABC):
-    """Base of all. A subclass writes `of_group`; one of scope BATCH also writes `rescale`.
-
-    Yours: a dataclass in a module of your own, named by `advantage._target_=my_module.MyAdvantage`.
-    """
+class Estimator:
+    """Base of all, whatever they compare a sample with; one of scope BATCH writes `rescale`."""
 
     scope: Scope = Scope.GROUP
     """BATCH: `rescale` is called, and no gradient is computed before the step's last group has come."""
-
-    @abstractmethod
-    def of_group(self, group: Sequence[Trajectory]) -> Sequence[float | FloatArray]:
-        """Advantage of each sample: one number for all its tokens, or an array [num_tokens]."""
+    uses_greedy: bool = False
+    """True: every group must have a greedy sample (`sampling.greedy_baseline`)."""
 
     def rescale(self, *, advantages_S: FloatArray, groups_S: NDArray[np.int64]) -> tuple[float, float]:
         """(shift, factor) by which every advantage `a` of the step becomes `(a + shift) * factor`; the same on every rank.
@@ -45,7 +40,28 @@ class Advantage(ABC):
         return 0.0, 1.0
 
 
-ADVANTAGES = Registry[Advantage]("advantage", Advantage)  # type: ignore[type-abstract]
+def whitening(advantages_S: FloatArray) -> tuple[float, float]:
+    """(-mean, 1 / population standard deviation); a step without any spread becomes zero."""
+    if len(advantages_S) == 0 or advantages_S.max() == advantages_S.min():
+        return 0.0, 0.0
+    return -float(advantages_S.mean()), 1 / float(advantages_S.std())
+
+
+class Advantage(Estimator, ABC):
+    """Compares with the other samples of the group. A subclass writes `of_group`.
+
+    Yours: a dataclass in a module of your own, named by `advantage._target_=my_module.MyAdvantage`.
+    """
+
+    @abstractmethod
+    def of_group(self, group: Sequence[Trajectory]) -> Sequence[float | FloatArray]:
+        """Advantage of each sample: one number for all its tokens, or an array [num_tokens].
+
+        With `uses_greedy` the last one of the group is the greedy sample; what is said of it is not used.
+        """
+
+
+ADVANTAGES = Registry[Estimator]("advantage", Estimator)
 
 
 def rewards_of(group: Sequence[Trajectory]) -> FloatArray:
@@ -92,6 +108,20 @@ class Rloo(Advantage):
         """[G]; zero for a group of one, which has no others."""
         size = len(group)
         return [float(a) for a in centred(rewards_of(group)) * (size / max(size - 1, 1))]
+
+
+@ADVANTAGES.register("remax")
+@dataclass(frozen=True, kw_only=True)
+class Remax(Advantage):
+    """R - R of the greedy answer to the same prompt: a baseline that needs no other sample (ReMax, arXiv 2310.10505)."""
+
+    uses_greedy = True
+
+    def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
+        """[G + 1], the greedy sample last."""
+        baseline = group[-1]
+        assert baseline.is_greedy and not any(trajectory.is_greedy for trajectory in group[:-1])
+        return [trajectory.reward - baseline.reward for trajectory in group]
 
 
 @ADVANTAGES.register("opo")
@@ -149,6 +179,4 @@ class ReinforcePlusPlus(Advantage):
 
     def rescale(self, *, advantages_S: FloatArray, groups_S: NDArray[np.int64]) -> tuple[float, float]:
         """(-mean, 1 / population standard deviation); a step without any spread becomes zero."""
-        if len(advantages_S) == 0 or advantages_S.max() == advantages_S.min():
-            return 0.0, 0.0
-        return -float(advantages_S.mean()), 1 / float(advantages_S.std())
+        return whitening(advantages_S)

@@ -40,16 +40,20 @@ class StepTotals:
         self.add(name, values.sum() if live else 0.0, count=len(values) if live else 0)
 
     def recorded(self, group: Sequence[Trajectory]) -> Sequence[Trajectory]:
-        """Records what the task made of a group, and passes it on."""
-        size = float(len(group))
-        rewards = [trajectory.reward for trajectory in group]
+        """Records what the task made of a group, and passes it on. A greedy sample is told apart: it is not learned from."""
+        learned = [trajectory for trajectory in group if not trajectory.is_greedy]
+        for trajectory in group:
+            if trajectory.is_greedy:
+                self.add("greedy_reward", trajectory.reward)
+        size = float(len(learned))
+        rewards = [trajectory.reward for trajectory in learned]
         self.add("num_groups", 1.0)
         self.add("reward", sum(rewards), count=size)
         self.add("reward_square", sum(reward * reward for reward in rewards), count=size)
-        targets = [num_targets(trajectory) for trajectory in group]
+        targets = [num_targets(trajectory) for trajectory in learned]
         self.add("response_tokens", float(sum(targets)), count=size)
-        self.add("prompt_tokens", float(sum(t.num_tokens for t in group) - sum(targets)), count=size)
-        truncated = sum(trajectory.finish_reason is FinishReason.LENGTH for trajectory in group)
+        self.add("prompt_tokens", float(sum(t.num_tokens for t in learned) - sum(targets)), count=size)
+        truncated = sum(trajectory.finish_reason is FinishReason.LENGTH for trajectory in learned)
         self.add("truncated_fraction", float(truncated), count=size)
         return group
 

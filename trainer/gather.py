@@ -1,6 +1,6 @@
 """Sharded weights made whole on rank 0, in two moves, so that training need not wait for the slow one.
 
-    freeze(policy)   copies this rank's shards: the weights may change afterwards
+    freeze(model)    copies this rank's shards: the weights may change afterwards
     gather(frozen)   brings them together, tensor by tensor, on any process group and any thread
 
 FSDP2 shards rows: rank r holds rows r * ceil(rows / M) and up. Gathering plain padded tensors instead of DTensors lets it run on a
@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer.optimizer import local
-from trainer.policy import Policy
+from trainer.packed_model import PackedModel
 
 MODEL_PREFIX = "model."
-"""What `Policy` puts before the Hugging Face name of a parameter."""
+"""What `PackedModel` puts before the Hugging Face name of a parameter."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,10 +33,10 @@ class Shard:
     """Of the whole tensor."""
 
 
-def shards_of(policy: Policy, values: Mapping[str, Tensor] | None = None) -> list[Shard]:
+def shards_of(model: PackedModel, values: Mapping[str, Tensor] | None = None) -> list[Shard]:
     """This rank's shards under their Hugging Face names, sharing memory.
 
-    `values`: tensors sharded like the parameters (moments), by the policy's own names; the parameters themselves by default.
+    `values`: tensors sharded like the parameters (moments), by the model's own names; the parameters themselves by default.
     """
     return [
         Shard(
@@ -44,13 +44,13 @@ def shards_of(policy: Policy, values: Mapping[str, Tensor] | None = None) -> lis
             rows=local(param.detach()) if values is None else values[name],
             shape=param.shape,
         )
-        for name, param in policy.named_parameters()
+        for name, param in model.named_parameters()
     ]
 
 
-def freeze(policy: Policy) -> list[Shard]:
+def freeze(model: PackedModel) -> list[Shard]:
     """A copy of this rank's shards of the weights."""
-    return [Shard(name=s.name, rows=s.rows.clone(), shape=s.shape) for s in shards_of(policy)]
+    return [Shard(name=s.name, rows=s.rows.clone(), shape=s.shape) for s in shards_of(model)]
 
 
 def gather(shards: list[Shard], *, group: dist.ProcessGroup | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -72,12 +72,12 @@ def gather(shards: list[Shard], *, group: dist.ProcessGroup | None = None) -> It
             yield shard.name, torch.cat(parts)[: shard.shape[0]].cpu()
 
 
-def gather_full_state(policy: Policy) -> list[tuple[str, Tensor]]:
+def gather_full_state(model: PackedModel) -> list[tuple[str, Tensor]]:
     """All weights as (Hugging Face name, CPU tensor in the masters' dtype) on rank 0, an empty list elsewhere. Collective.
 
-    The order is the same at every call; nothing shares memory with the policy.
+    The order is the same at every call; nothing shares memory with the model.
     """
-    return list(gather(freeze(policy)))
+    return list(gather(freeze(model)))
 
 
 def rows_per_rank(shape: torch.Size, world_size: int) -> int:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from trainer.policy import Policy
+from areal_like.config import TrainerConfig
+from trainer.packed_model import PackedModel
 from trainer.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class ShardedAdamW:
 
     def __init__(
         self,
-        policy: Policy,
+        model: PackedModel,
         ranks: Ranks,
         *,
         lr: float,
@@ -52,9 +53,9 @@ class ShardedAdamW:
         self._warmup_steps = warmup_steps
         self._decay_steps = decay_steps
         self._max_grad_norm = max_grad_norm
-        self._params = dict(policy.named_parameters())
+        self._params = dict(model.named_parameters())
         self.shards = {name: torch.nn.Parameter(local(param.detach())) for name, param in self._params.items()}
-        """This rank's part of each parameter, by name; memory shared with the policy."""
+        """This rank's part of each parameter, by name; memory shared with the model."""
         # A parameter with fewer rows than there are ranks leaves some of them an empty shard.
         used = [(self._params[name].ndim, shard) for name, shard in self.shards.items() if shard.numel()]
         groups = [
@@ -62,6 +63,20 @@ class ShardedAdamW:
             {"params": [shard for ndim, shard in used if ndim < 2], "weight_decay": 0.0},
         ]
         self._adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
+
+    @classmethod
+    def of(cls, config: TrainerConfig, model: PackedModel, ranks: Ranks, *, lr: float) -> ShardedAdamW:
+        """The optimizer that a configuration describes, with a learning rate of its own."""
+        return cls(
+            model,
+            ranks,
+            lr=lr,
+            warmup_steps=config.warmup_steps,
+            decay_steps=config.num_steps if config.lr_schedule == "linear" else 0,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+        )
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of the step after `step` completed ones."""

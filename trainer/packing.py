@@ -136,6 +136,12 @@ class PackedBatch:
         return len(self.tokens_T)
 
 
+def by_sequence(value_S: Tensor, batch: PackedBatch) -> list[NDArray[np.float64]]:
+    """Values of the sampled tokens of a packed batch, cut into its sequences, on the host."""
+    length_N = torch.bincount(batch.segments_T[batch.sampled_S], minlength=batch.num_sequences)
+    return np.split(value_S.double().cpu().numpy(), length_N.cumsum(0)[:-1].cpu().numpy())
+
+
 def collate(samples: Sequence[Sample], *, device: torch.device | str = "cpu") -> PackedBatch:
     """Lays trajectories end to end. Needs at least one."""
     trajectories = [sample.trajectory for sample in samples]

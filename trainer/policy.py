@@ -2,12 +2,9 @@
 
 The transformer runs over all tokens, its head only over positions whose next token is trained on, `chunk_tokens` rows at a time:
 logits of a whole batch never exist. A chunk's logits are recomputed in the backward (checkpointing) unless there is only one
-chunk, which may as well keep them. Masters are float32; the forward runs in `dtype` by FSDP2's mixed precision. Dropout is off
-always: pi has to be the policy that the engine samples from.
+chunk, which may as well keep them. What is not about log-probs is in `packed_model.py`.
 
-Left out: loading shard by shard (every rank reads the whole model into host memory once), tensor and pipeline parallelism.
-
-Shape suffixes: T packed tokens, S sampled tokens, C rows of a chunk, D hidden size, V vocabulary.
+Shape suffixes: S sampled tokens, C rows of a chunk, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,18 +12,14 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM
 
 from areal_like.config import Config
 from areal_like.errors import ConfigError
-from trainer.attention import ATTENTION_NAME, PackedLayout
+from trainer.packed_model import PackedModel
 from trainer.packing import PackedBatch
 from trainer.ranks import Ranks
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class TokenLogProbs(NamedTuple):
@@ -40,74 +33,23 @@ class TokenLogProbs(NamedTuple):
     """Sum of its squared probabilities, detached; None unless `Policy.with_collision`."""
 
 
-class Policy(nn.Module):
-    """The model that is trained. `model` keeps its Hugging Face parameter names."""
+class Policy(PackedModel):
+    """The model that is trained."""
 
     def __init__(self, model: Any, *, temperature: float = 1.0, chunk_tokens: int = 1024) -> None:
         """Takes over a transformers causal LM. Raises ConfigError if its logits are more than head(hidden)."""
-        super().__init__()
         for name in ("logit_scale", "logits_scaling", "final_logit_softcapping"):
             if getattr(model.config, name, None) not in (None, 1, 1.0):
                 raise ConfigError(f"{type(model).__name__} scales its logits ({name}), which the trainer does not support")
-        self.model = model
+        super().__init__(model)
         self.temperature = temperature
         self.chunk_tokens = chunk_tokens
         self.with_collision = False
         self.with_entropy_gradient = False
-        model.set_attn_implementation(ATTENTION_NAME)
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-        self.eval()
-
-    @classmethod
-    def load(
-        cls,
-        path: str,
-        *,
-        temperature: float = 1.0,
-        chunk_tokens: int = 1024,
-        gradient_checkpointing: bool = False,
-        master_dtype: torch.dtype = torch.float32,
-    ) -> Policy:
-        """Reads a Hugging Face directory or name. Not yet sharded: see `shard`."""
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=master_dtype, trust_remote_code=False)
-        policy = cls(model, temperature=temperature, chunk_tokens=chunk_tokens)
-        if gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            policy.train()  # transformers recomputes only in training mode; dropout is zero all the same
-        return policy
-
-    def shard(self, ranks: Ranks, *, dtype: str = "float32") -> Policy:
-        """Moves to the rank's device and shards in place: each decoder layer, then the rest. Returns itself.
-
-        Gradients are summed over ranks, not averaged: the step divides by global counts, once.
-        """
-        self.to(ranks.device)
-        compute = DTYPES[dtype]
-        precision = MixedPrecisionPolicy(
-            param_dtype=None if compute == torch.float32 else compute,
-            reduce_dtype=None if compute == torch.float32 else torch.float32,
-        )
-        for layer in decoder_layers(self.model):
-            fully_shard(layer, mesh=ranks.mesh, mp_policy=precision)
-        fully_shard(self, mesh=ranks.mesh, mp_policy=precision)
-        for module in self.modules():
-            if isinstance(module, FSDPModule) and ranks.world_size > 1:
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)  # a plain sum: what gloo knows, and exact
-        return self
 
     def forward(self, batch: PackedBatch) -> TokenLogProbs:
         """Log-probs and entropies of the sampled tokens of a packed batch."""
-        hidden_TD = self.model.base_model(
-            input_ids=batch.tokens_T[None],
-            position_ids=batch.positions_T[None],
-            use_cache=False,
-            packed_layout=PackedLayout.of(batch.lengths, device=batch.tokens_T.device),
-        ).last_hidden_state[0]
-        # The logits of token t stand at the place before it; a sequence's first token is never sampled.
-        hidden_SD = hidden_TD.index_select(0, batch.sampled_S - 1)
+        hidden_SD = self.hidden(batch)
         targets_S = batch.tokens_T.index_select(0, batch.sampled_S)
         if len(targets_S) <= self.chunk_tokens:
             return TokenLogProbs(*self._head(hidden_SD, targets_S))
@@ -139,11 +81,3 @@ def build_policy(config: Config, path: str, ranks: Ranks) -> Policy:
         gradient_checkpointing=config.trainer.gradient_checkpointing,
     )
     return policy.shard(ranks, dtype=config.model.dtype)
-
-
-def decoder_layers(model: Any) -> nn.ModuleList:
-    """The model's stack of decoder layers. Raises ConfigError if there is no list of `num_hidden_layers` modules."""
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers:
-            return module
-    raise ConfigError(f"{type(model).__name__}: no list of {model.config.num_hidden_layers} decoder layers to shard")

@@ -3,13 +3,14 @@
     shaping in order -> R - kl.coef * sum_t KL(mu || ref) -> advantages
 
 The penalty is that of the policy which sampled, whose log-probs are on record: no forward but the reference's. It is a sum over the
-sample, so it pays for brevity too. Both kinds of change are made on copies; metrics show what the task said.
+sample, so it pays for brevity too; who learns from rewards of tokens is told each token's part. A greedy sample is shaped like its group
+and pays no penalty: its log-probs are not the policy's. Both kinds of change are made on copies; metrics show what the task said.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -18,8 +19,10 @@ import torch
 from areal_like.config import KlConfig
 from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
+from trainer.advantages import FloatArray
+from trainer.microbatches import matched
 from trainer.objectives.composed import kl_estimate
-from trainer.packing import MicroBatch, PackedBatch, Packer, Sample
+from trainer.packing import Packer, Sample, by_sequence, num_targets
 from trainer.policy import Policy
 from trainer.ranks import Ranks
 from trainer.scope import Scope
@@ -28,8 +31,9 @@ from trainer.shaping import Shaping, Standing
 log = logging.getLogger(__name__)
 
 Group = Sequence[Trajectory]
-Matched = Callable[[Iterator[MicroBatch]], Iterator[tuple[PackedBatch, bool]]]
-"""Runs as many micro-batches on every rank; False marks a dummy."""
+"""Samples of one prompt, in sample order; a greedy one is the last."""
+Costs = list[list[FloatArray]]
+"""What each sampled token of each sample of each group costs."""
 
 
 class Rewards:
@@ -69,10 +73,17 @@ class Rewards:
             group = [replace(t, reward=float(r)) for t, r in zip(group, rewards_G, strict=True)]
         return group
 
-    def of_step(self, groups: Sequence[Group], matched: Matched) -> list[Group]:
-        """This rank's groups of a step in recorded order. Collective."""
+    def of_step(self, groups: Sequence[Group]) -> tuple[list[Group], Costs]:
+        """This rank's groups of a step in recorded order, and what of their rewards was taken off at which token. Collective."""
         shaped = [self.of_group(group, ahead=place) for group, place in zip(groups, self._standings(groups), strict=True)]
-        return self._penalized(shaped, matched) if self._kl is not None else shaped
+        costs = self._costs(shaped)
+        if self._kl is None:
+            return shaped, costs
+        paid = [
+            [replace(t, reward=t.reward - float(cost_S.sum())) for t, cost_S in zip(group, prices, strict=True)]
+            for group, prices in zip(shaped, costs, strict=True)
+        ]
+        return [*paid], costs
 
     def advance(self, *, mean_tokens: float) -> None:
         """After a step over samples of this mean length."""
@@ -103,17 +114,18 @@ class Rewards:
                 places.append(ahead[position])
         return standings
 
-    def _penalized(self, groups: Sequence[Group], matched: Matched) -> list[Group]:
-        assert self._kl is not None and self._reference is not None
+    def _costs(self, groups: Sequence[Group]) -> Costs:
+        if self._kl is None:
+            return [[np.zeros(num_targets(t)) for t in group] for group in groups]
+        assert self._reference is not None
         packer = Packer(budget_tokens=self._budget_tokens)
-        samples = [Sample(trajectory=t, advantage=0.0, group=0) for group in groups for t in group]
-        penalties: list[float] = []
-        for batch, live in matched(iter([*packer.add(samples), *packer.flush()])):
+        samples = [Sample(trajectory=t, advantage=0.0, group=0) for group in groups for t in group if not t.is_greedy]
+        costs: list[FloatArray] = []
+        for batch, live in matched(iter([*packer.add(samples), *packer.flush()]), self._ranks):
             with torch.no_grad():
                 ref_S = self._reference(batch).logprobs_S
             if live:
                 kl_S = kl_estimate(batch.mu_T[batch.sampled_S].to(ref_S.dtype) - ref_S, estimator=self._kl.estimator)
-                kl_N = kl_S.new_zeros(batch.num_sequences).index_add(0, batch.segments_T[batch.sampled_S], kl_S)
-                penalties += kl_N.tolist()
-        left = iter(penalties)
-        return [[replace(t, reward=t.reward - self._kl.coef * next(left)) for t in group] for group in groups]
+                costs += by_sequence(self._kl.coef * kl_S, batch)
+        left = iter(costs)
+        return [[np.zeros(num_targets(t)) if t.is_greedy else next(left) for t in group] for group in groups]

@@ -18,32 +18,30 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from areal_like.config import Config, KlConfig
 from areal_like.errors import ArealError, ConfigError
-from areal_like.trajectory import FinishReason, Trajectory
-from trainer.advantages import ADVANTAGES, Advantage
+from areal_like.trajectory import Trajectory
+from trainer.advantages import ADVANTAGES, Estimator
+from trainer.appraisal import Appraiser, Lags
 from trainer.clock import PhaseClock
+from trainer.critic import Critic
 from trainer.diagnostics import StepTotals
+from trainer.gae import Gae
 from trainer.gradients import Gradients
+from trainer.microbatches import matched
 from trainer.normalizers import Normalizer
 from trainer.objectives import Facts, Need, Objective, SampledTokens, build_objective
 from trainer.optimizer import ShardedAdamW
-from trainer.packing import MicroBatch, PackedBatch, Packer, Sample, collate, num_targets
+from trainer.packing import MicroBatch, PackedBatch, Packer, Sample, num_targets
 from trainer.policy import Policy, build_policy
 from trainer.ranks import Ranks
-from trainer.rewards import Rewards
+from trainer.rewards import Group, Rewards
 from trainer.scope import Scope
 from trainer.shaping import SHAPINGS, Shaping
 
 log = logging.getLogger(__name__)
-
-Group = Sequence[Trajectory]
-"""Samples of one prompt, in sample order."""
-Lags = NDArray[np.int64]
-"""[num_tokens]"""
 
 
 class IncompleteStepError(ArealError):
@@ -63,17 +61,19 @@ class StepRunner:
         ranks: Ranks,
         *,
         objective: Objective,
-        advantage: Advantage,
+        advantage: Estimator,
         normalizer: Normalizer,
         budget_tokens: int,
         reference: Policy | None = None,
         shapings: Sequence[Shaping] = (),
         kl: KlConfig | None = None,
+        critic: Critic | None = None,
     ) -> None:
         """`budget_tokens`: of one micro-batch. `reference`: frozen, sharded like the policy, for objectives that need one.
 
         `shapings`: of the rewards, in order. `kl`: the penalty to be taken off rewards; None: none (one in the loss is the objective's).
-        Raises ConfigError when the objective needs a reference and there is none.
+        `critic`: for an advantage that needs one. Raises ConfigError when the objective needs a reference, or the advantage a critic, and
+        there is none.
         """
         if Need.REF in objective.needs and reference is None:
             raise ConfigError(f"objective {type(objective).__name__} needs a reference model, and none is configured")
@@ -90,48 +90,47 @@ class StepRunner:
         self._ranks = ranks
         self._objective = objective
         self._gradients = objective.gradients(policy, ranks)
-        self._advantage = objective.advantage or advantage
         self._normalizer = replace(normalizer, name=objective.normalizer or normalizer.name)
         self._budget_tokens = budget_tokens
         self._reference = reference
         self.rewards = Rewards(shapings, ranks, kl=kl, reference=reference, budget_tokens=budget_tokens)
+        self.critic = critic
+        self._appraiser = Appraiser(objective.advantage or advantage, self.rewards, ranks, critic=critic)
 
     @classmethod
     def of(cls, config: Config, policy: Policy, ranks: Ranks, *, initial: str = "") -> StepRunner:
         """The runner that a configuration describes, with a fresh optimizer. `policy` is sharded.
 
-        `initial`: the model that the run began with, which is the reference model where one is needed and none is named.
+        `initial`: the model that the run began with, which is the reference model where one is needed and none is named, and the critic's
+        beginning.
         """
         trainer, kl = config.trainer, config.kl
         max_tokens = config.sampling.max_new_tokens
         objective = build_objective(config.objective, max_tokens=max_tokens, kl=kl, entropy_coef=trainer.entropy_coef)
-        advantage = dict(config.advantage)
-        shapings = SHAPINGS.build_list(advantage.pop("shaping", None), job={"max_tokens": max_tokens})
+        settings = dict(config.advantage)
+        shapings = SHAPINGS.build_list(settings.pop("shaping", None), job={"max_tokens": max_tokens})
+        advantage = ADVANTAGES.build(settings)
+        used = objective.advantage or advantage
+        if used.uses_greedy != config.sampling.greedy_baseline:
+            wanted = "a greedy sample of every prompt" if used.uses_greedy else "no greedy samples"
+            raise ConfigError(f"{type(used).__name__} wants {wanted}: set sampling.greedy_baseline={str(used.uses_greedy).lower()}")
         in_reward = kl if kl.coef and kl.place == "reward" else None
         reference = None
         if (Need.REF in objective.needs or in_reward) and (kl.reference or initial):
             reference = build_policy(config, kl.reference or initial, ranks).requires_grad_(False)
-        optimizer = ShardedAdamW(
-            policy,
-            ranks,
-            lr=trainer.lr,
-            warmup_steps=trainer.warmup_steps,
-            decay_steps=trainer.num_steps if trainer.lr_schedule == "linear" else 0,
-            betas=trainer.betas,
-            weight_decay=trainer.weight_decay,
-            max_grad_norm=trainer.max_grad_norm,
-        )
+        critic = Critic.of(config, used, ranks, initial=initial) if isinstance(used, Gae) and initial else None
         return cls(
             policy,
-            optimizer,
+            ShardedAdamW.of(trainer, policy, ranks, lr=trainer.lr),
             ranks,
             objective=objective,
-            advantage=ADVANTAGES.build(advantage),
+            advantage=advantage,
             normalizer=Normalizer(name=trainer.normalizer, max_tokens=max_tokens),
             budget_tokens=trainer.tokens_per_microbatch,
             reference=reference,
             shapings=shapings,
             kl=in_reward,
+            critic=critic,
         )
 
     @property
@@ -155,18 +154,17 @@ class StepRunner:
         sampled, if any: the numerical mismatch of engine and trainer), what else the objective reports, shaped_reward (where advantages
         are not made of `reward`), shaping_dual_I (of a shaping that learns one), wait_s, compute_s, reduce_s, update_s, step_s.
         """
-        clock, totals = PhaseClock(_PHASES), StepTotals(() if self.rewards.is_plain else ("shaped_reward",))
+        clock, totals = PhaseClock(_PHASES), StepTotals(self._appraiser.extra_totals)
         self.policy.zero_grad()  # a step that was given up may have left some
-        graded = self._graded(clock.timed("wait_s", groups), totals, clock)
-        samples = self._samples(graded, lags or (lambda trajectory: np.maximum(step - trajectory.versions.astype(np.int64), 0)))
+        lags = lags or (lambda trajectory: np.maximum(step - trajectory.versions.astype(np.int64), 0))
+        samples = self._appraiser.appraise(clock.timed("wait_s", groups), totals, clock, lags=lags)
         facts: Facts = {}
         with self._gradients as gradients:
-            if Scope.BATCH in (self._objective.scope, self._advantage.scope):
-                packs = list(self._cut(self._rescaled(list(samples)), totals))
-                if self._objective.scope is Scope.BATCH:
-                    with torch.no_grad(), clock.span("compute_s"):
-                        observed = [self._observed(batch, live) for batch, live in self._matched(iter(packs))]
-                    facts = self._summarize(observed)
+            if self._objective.scope is Scope.BATCH:
+                packs = list(self._cut(samples, totals))
+                with torch.no_grad(), clock.span("compute_s"):
+                    observed = [self._observed(batch, live) for batch, live in matched(iter(packs), self._ranks)]
+                facts = self._summarize(observed)
                 self._accumulate(gradients, iter(packs), facts, totals, clock)
             else:
                 seen = self._accumulate(gradients, self._cut(samples, totals), facts, totals, clock)
@@ -179,51 +177,16 @@ class StepRunner:
         if num_groups is not None and totals.total("num_groups") < num_groups:
             raise IncompleteStepError(f"step {step} ended with {totals.total('num_groups'):.0f} of {num_groups} groups")
         lr_scale = self._objective.lr_scale(facts)
-        lr = self.optimizer.learning_rate(step) * lr_scale
+        lr = 0.0 if self._appraiser.policy_waits(step) else self.optimizer.learning_rate(step) * lr_scale
         divisor = self._normalizer.divisor(num_tokens=totals.total("counted_tokens"), num_seqs=totals.total("counted_seqs"))
         with clock.span("update_s"):
             grad_norm = self.optimizer.step(divisor=divisor, lr=lr)
+            lessons = self._appraiser.learn(step)
         self.rewards.advance(mean_tokens=totals.mean("response_tokens"))
         metrics = totals.metrics()
-        metrics.update(self.rewards.metrics())
+        metrics.update(self.rewards.metrics() | lessons)
         metrics.update(loss=totals.total("loss") / divisor, grad_norm=grad_norm, lr=lr, lr_scale=lr_scale)
         return {**metrics, **clock.seconds()}
-
-    def _graded(self, groups: Iterable[Group], totals: StepTotals, clock: PhaseClock) -> Iterator[Group]:
-        """Groups with the rewards that advantages are made of; those of the task are recorded in the totals on the way."""
-        recorded = (totals.recorded(group) for group in groups)
-        if self.rewards.scope is Scope.BATCH:
-            collected = list(recorded)
-            with clock.span("compute_s"):
-                graded = iter(self.rewards.of_step(collected, self._matched))
-        else:
-            graded = (self.rewards.of_group(group) for group in recorded)
-        for group in graded:
-            if not self.rewards.is_plain:
-                totals.add("shaped_reward", sum(trajectory.reward for trajectory in group), count=float(len(group)))
-            yield group
-
-    def _samples(self, groups: Iterable[Group], lags: Callable[[Trajectory], Lags]) -> Iterator[list[Sample]]:
-        """Groups with their advantages."""
-        for index, group in enumerate(groups):
-            position = index * self._ranks.world_size + self._ranks.rank
-            advantages = self._advantage.of_group(group)
-            yield [
-                Sample(trajectory=trajectory, advantage=advantage, group=position, lag=lags(trajectory))
-                for trajectory, advantage in zip(group, advantages, strict=True)
-            ]
-
-    def _rescaled(self, groups: list[list[Sample]]) -> list[list[Sample]]:
-        """Applies what an advantage of scope BATCH says about the whole step."""
-        if self._advantage.scope is not Scope.BATCH:
-            return groups
-        samples = [sample for group in groups for sample in group]
-        tokens = [np.broadcast_to(s.advantage, (s.trajectory.num_tokens,))[1:][s.trajectory.loss_mask[1:] == 1] for s in samples]
-        positions = [np.full(len(a), s.group) for a, s in zip(tokens, samples, strict=True)]
-        advantages_S = self._ranks.gather(torch.from_numpy(np.concatenate([np.zeros(0), *tokens])))
-        groups_S = self._ranks.gather(torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *positions])))
-        shift, factor = self._advantage.rescale(advantages_S=advantages_S.numpy(), groups_S=groups_S.numpy())
-        return [[replace(s, advantage=(s.advantage + shift) * factor) for s in group] for group in groups]
 
     def _cut(self, groups: Iterable[list[Sample]], totals: StepTotals) -> Iterator[MicroBatch]:
         """Micro-batches as they become determined; groups without a gradient are only counted."""
@@ -239,23 +202,12 @@ class StepRunner:
                 yield from packer.add(group)
         yield from packer.flush()
 
-    def _matched(self, packs: Iterator[MicroBatch]) -> Iterator[tuple[PackedBatch, bool]]:
-        """(micro-batch, True), or (dummy, False) while only other ranks have any left."""
-        while True:
-            pack = next(packs, None)
-            if not self._ranks.any(pack is not None):
-                return
-            if pack is None:
-                yield collate([_DUMMY], device=self._ranks.device), False
-            else:
-                yield collate(pack, device=self._ranks.device), True
-
     def _accumulate(
         self, gradients: Gradients, packs: Iterator[MicroBatch], facts: Facts, totals: StepTotals, clock: PhaseClock
     ) -> list[dict[str, Tensor]]:
         """Forward and backward of every micro-batch; returns what the objective observed (scope GROUP)."""
         observed = []
-        for batch, live in self._matched(packs):
+        for batch, live in matched(packs, self._ranks):
             with clock.span("compute_s"):
                 tokens = self._sampled(batch)
                 losses = self._objective.losses(tokens, facts)
@@ -309,21 +261,6 @@ class StepRunner:
             ref_S=ref_S,
             collision_S=collision_S,
         )
-
-
-_DUMMY = Sample(
-    trajectory=Trajectory(
-        tokens=np.zeros(2, dtype=np.int32),
-        loss_mask=np.array([0, 1], dtype=np.uint8),
-        logprobs=np.zeros(2, dtype=np.float32),
-        versions=np.array([-1, 0], dtype=np.int32),
-        reward=0.0,
-        finish_reason=FinishReason.STOP,
-    ),
-    advantage=0.0,
-    group=0,
-)
-"""What a rank without data runs."""
 
 
 def _only(vectors: dict[str, Tensor], *, live: bool) -> dict[str, Tensor]:
