@@ -7,6 +7,11 @@
 It is a thin shell: a message is handed to the ledger, then a *turn* sends what came of it (leases, aborts, groups that somebody waits
 for). Turns are coalesced, so that a burst of samples costs one. Left out on purpose: threads (the ledger takes microseconds), and queues
 of its own (credit bounds what servers send; a rank waits for one step's groups and the next one's).
+
+A buffer that was killed comes back with its ledger: whoever speaks is asked to say hello again, and asks or sends again what was not
+answered. So every answer that promises something (a version, a place in a step, an acknowledgement) leaves only when the ledger's rows
+survive; leases may leave earlier, because one that the next buffer does not know is aborted there. While the store cannot write (a full
+disk), the buffer is not ready, grants nothing, and says why in every heartbeat's answer.
 """
 
 from __future__ import annotations
@@ -20,20 +25,31 @@ from typing import Any
 
 from areal_like.channel import Envelope, Listener, tcp_address
 from areal_like.daemon import Runtime, cancelled_on_exit
-from areal_like.errors import ArealError, RefusedError, StaleIncarnationError
+from areal_like.errors import ArealError, RefusedError, StaleIncarnationError, UserError
 from areal_like.fingerprint import dataset_fingerprint
 from areal_like.messages import consumer, producer
 from areal_like.messages.hello import Goodbye, Hello, HelloRequired, JobFailed, Ok, Refused, Role, Welcome
-from buffer.ledger import Ledger
+from buffer.durable_store import open_store
 from buffer.peers import Peer, PeerBook
+from buffer.recovery import recover
 from buffer.series import BufferSeries
 from buffer.settings import LedgerSettings
-from buffer.store import MemoryStore
 from buffer.tickets import Drop, Verdict
 
 log = logging.getLogger(__name__)
 
 _TICK_S = 0.25
+_PROMISED = (
+    consumer.StartTraining,
+    consumer.AllocVersion,
+    consumer.Fetch,
+    consumer.CompleteStep,
+    consumer.SetMaxStaleness,
+    consumer.CommitStep,
+    consumer.CloseAdmission,
+    Goodbye,
+)
+"""Requests whose answers wait until the ledger's rows survive what they are promised to survive."""
 _FAREWELL_S = 2.0
 """Time that a failed job's peers have to hear of it before the socket closes."""
 
@@ -55,9 +71,16 @@ class BufferDaemon:
         self._runtime = runtime
         self._config = config
         self._loop = asyncio.get_running_loop()
-        # Lease ids grow over restarts too: what a server still makes for an earlier buffer must not look like a lease of this one.
-        self.ledger = Ledger(LedgerSettings.from_config(config), MemoryStore(), first_lease_id=int(time.time()) << 20)
-        self.peers = PeerBook(job=config.name, dataset=dataset_fingerprint(config))
+        dataset = dataset_fingerprint(config)
+        self.ledger = recover(
+            LedgerSettings.from_config(config),
+            open_store(config, on_error=self._end),
+            now_s=self._loop.time(),
+            # Lease ids grow over restarts too: what a server still makes for an earlier buffer must not look like a lease of this one.
+            first_lease_id=int(time.time()) << 20,
+            dataset=int(dataset, 16) >> 1,
+        )
+        self.peers = PeerBook(job=config.name, dataset=dataset)
         self._series = BufferSeries(runtime.metrics, max_staleness=config.staleness_cap)
         self._fetches: dict[tuple[bytes, int, int], int] = {}
         self._evals: dict[tuple[bytes, int], tuple[int, consumer.RequestEval]] = {}
@@ -67,6 +90,7 @@ class BufferDaemon:
         self._received_bytes = 0
         self._directory = consumer.Directory(servers=[])
         self._turn_is_due = False
+        self._is_closed = False
         self._over: asyncio.Future[None] = self._loop.create_future()
         """Failed when the job is."""
         self._ticking = self._loop.call_soon(lambda: None)
@@ -104,12 +128,12 @@ class BufferDaemon:
             setting="buffer.port",
         )
         runtime.status = self.status
+        runtime.verbs["drop"] = self._drop
         runtime.advertise(stream=tcp_address(config.buffer.advertise_host or config.buffer.host, self._listener.port))
 
     async def serve(self) -> None:
         """Until a stop is asked for and no trainer needs us, or the job fails."""
         self._tick()
-        self._runtime.ready()
         log.info("listening on port %d", self._listener.port)
         stopping = asyncio.create_task(self._runtime.stopping.wait(), name="stopping")
         stopping.add_done_callback(lambda _: self._wake.set())
@@ -123,9 +147,11 @@ class BufferDaemon:
         log.info("books: %s", self.books())
 
     def close(self) -> None:
-        """Closes the socket."""
+        """Closes the socket, and the ledger's files after writing what is pending."""
+        self._is_closed = True
         self._ticking.cancel()
         self._listener.close()
+        self.ledger.store.close()
 
     def books(self) -> consumer.Books:
         """The account of the run."""
@@ -146,6 +172,11 @@ class BufferDaemon:
             "open_step": {"step": ledger.recorder.step, "recorded": ledger.recorder.position, "due_and_running": ledger.recorder.num_due},
             "newest_version": ledger.versions.newest,
             "closed_because": ledger.closed_because,
+            "store_trouble": ledger.store.health,
+            "trainers_lost": {
+                str(step): {"starts": num_starts, "tickets": [ticket.ticket_id for ticket in ledger.steps.of(step)]}
+                for step, num_starts in sorted(ledger.steps.attempts.items())
+            },
             "failed_because": ledger.fatal,
             "tickets": books.tickets,
             "drops": books.drops,
@@ -209,9 +240,19 @@ class BufferDaemon:
                 answer = Refused(field=field, reason=reason)
             except StaleIncarnationError as error:
                 answer = Refused(field="incarnation", reason=str(error))
-            if answer is not None:
+            if isinstance(envelope.message, _PROMISED):
+                self._send_when_durable(envelope.peer, answer, rid=envelope.rid)
+            elif answer is not None:
                 self._listener.send(envelope.peer, answer, rid=envelope.rid)
             self._turn_soon()
+
+    def _send_when_durable(self, route: bytes, answer: Any, *, rid: int) -> None:
+        if answer is not None:
+            self.ledger.store.when_durable(lambda: self._send_if_open(route, answer, rid=rid))
+
+    def _send_if_open(self, route: bytes, answer: Any, *, rid: int) -> None:
+        if not self._is_closed:
+            self._listener.send(route, answer, rid=rid)
 
     @contextlib.contextmanager
     def _ending_on_error(self) -> Iterator[None]:
@@ -240,18 +281,25 @@ class BufferDaemon:
 
     def _hello(self, route: bytes, hello: Hello, *, now_s: float) -> Welcome:
         peer = self.peers.admit(route, hello, now_s=now_s)
-        if hello.role is Role.ROLLOUT:
-            try:
-                self.ledger.set_num_train_prompts(hello.num_train_prompts)
-                self.ledger.register_server(hello.name, incarnation=hello.incarnation, weights_version=hello.weights_version, now_s=now_s)
-            except RefusedError:
-                self.peers.forget(hello.name)
-                raise
-            self._num_eval_prompts = hello.num_eval_prompts
-        else:
+        try:
+            self._let_in(hello, now_s=now_s)
+        except (RefusedError, StaleIncarnationError):
+            self.peers.forget(hello.name)
+            raise
+        if hello.role is Role.TRAINER:
             self._listener.send(peer.route, self._directory)
         log.info("%s registered, incarnation %d", hello.name, hello.incarnation)
         return Welcome(job=self._config.name, step=self.ledger.trainer_step, newest_version=self.ledger.versions.newest)
+
+    def _let_in(self, hello: Hello, *, now_s: float) -> None:
+        """Raises RefusedError or StaleIncarnationError."""
+        if hello.role is Role.ROLLOUT:
+            self.ledger.set_num_train_prompts(hello.num_train_prompts)
+            self.ledger.register_server(hello.name, incarnation=hello.incarnation, weights_version=hello.weights_version, now_s=now_s)
+            self._num_eval_prompts = hello.num_eval_prompts
+        else:
+            self.ledger.fence(hello.name, hello.incarnation)
+            self._check_trainer(hello.incarnation)
 
     # --- rollout servers ---
 
@@ -275,10 +323,7 @@ class BufferDaemon:
         )
         if verdict in (Verdict.UNKNOWN_VERSION, Verdict.INVALID):
             log.warning("sample %d of ticket %d by %s refused: %s", ack.sample_index, ack.ticket_id, peer.hello.name, verdict.value)
-        self.ledger.store.when_durable(lambda: self._acknowledge(peer.route, ack, rid=envelope.rid))
-
-    def _acknowledge(self, route: bytes, ack: producer.SampleAck, *, rid: int) -> None:
-        self._listener.send(route, ack, rid=rid)
+        self._send_when_durable(peer.route, ack, rid=envelope.rid)
 
     def _leases_return(self, peer: Peer, envelope: Envelope) -> None:
         message: producer.ReturnLeases = envelope.message
@@ -312,16 +357,20 @@ class BufferDaemon:
 
     def _fetch(self, peer: Peer, envelope: Envelope) -> consumer.Group | None:
         message: consumer.Fetch = envelope.message
-        if peer.hello.incarnation < self.ledger.trainer_incarnation:
-            raise StaleIncarnationError(f"trainer incarnation {self.ledger.trainer_incarnation} is newer than {peer.hello.incarnation}")
+        self._check_trainer(peer.hello.incarnation)
         group = self.ledger.fetch(step=message.step, position=message.position)
         if group is None:
             self._fetches[peer.route, message.step, message.position] = envelope.rid
         return group
 
+    def _check_trainer(self, incarnation: int) -> None:
+        if incarnation < self.ledger.trainer_incarnation:
+            raise StaleIncarnationError(f"trainer incarnation {self.ledger.trainer_incarnation} is newer than {incarnation}")
+
     def _start_training(self, peer: Peer, envelope: Envelope) -> Welcome:
         message: consumer.StartTraining = envelope.message
-        self.ledger.start_training(incarnation=peer.hello.incarnation, step=message.step, stream=message.stream)
+        self.ledger.start_training(incarnation=peer.hello.incarnation, step=message.step, stream=message.stream, unix_s=time.time())
+        self._evals = {key: waiting for key, waiting in self._evals.items() if key[0] == peer.route}  # nobody else's are asked for
         log.info("training starts at step %d, incarnation %d", message.step, peer.hello.incarnation)
         return Welcome(job=self._config.name, step=self.ledger.trainer_step, newest_version=self.ledger.versions.newest)
 
@@ -339,7 +388,8 @@ class BufferDaemon:
         return Ok()
 
     def _commit_step(self, peer: Peer, envelope: Envelope) -> Ok:
-        self.ledger.commit(incarnation=peer.hello.incarnation, step=envelope.message.step)
+        message: consumer.CommitStep = envelope.message
+        self.ledger.commit(incarnation=peer.hello.incarnation, step=message.step, oldest_kept_step=message.oldest_kept_step)
         return Ok()
 
     def _stream_state(self, peer: Peer, envelope: Envelope) -> consumer.StreamState:
@@ -360,10 +410,29 @@ class BufferDaemon:
         log.info("admission closed: %s", envelope.message.reason)
         return Ok()
 
+    # --- an operator ---
+
+    async def _drop(self, body: dict[str, Any]) -> dict[str, Any]:
+        """`POST /control/drop {"tickets": [17, 23]}`: poison them all or, with the reason, none."""
+        ticket_ids = body.get("tickets")
+        if not isinstance(ticket_ids, list) or not ticket_ids or not all(type(ticket_id) is int for ticket_id in ticket_ids):
+            raise UserError('want {"tickets": [ID, ...]}')
+        try:
+            self.ledger.poison(ticket_ids)
+        except RefusedError as error:
+            raise UserError("ticket {} {}".format(*error.args)) from None
+        log.warning("an operator dropped tickets %s", ticket_ids)
+        self._turn_soon()
+        durable = asyncio.Event()
+        self.ledger.store.when_durable(durable.set)
+        await durable.wait()
+        return {"dropped": ticket_ids}
+
     # --- messages out ---
 
     def _heartbeat_ack(self) -> producer.HeartbeatAck:
-        return producer.HeartbeatAck(step=self.ledger.trainer_step, newest_version=self.ledger.versions.newest)
+        ledger = self.ledger
+        return producer.HeartbeatAck(step=ledger.trainer_step, newest_version=ledger.versions.newest, trouble=ledger.store.health)
 
     def _turn_soon(self) -> None:
         if not self._turn_is_due:
@@ -391,6 +460,10 @@ class BufferDaemon:
         """What happens without a message: leases run out, servers fall silent, series are refreshed."""
         self._ticking = self._loop.call_later(_TICK_S, self._tick)
         with self._ending_on_error():
+            if trouble := self.ledger.store.health:
+                self._runtime.unready(trouble)
+            else:
+                self._runtime.ready()
             for name in self.ledger.expire(now_s=self._loop.time()):
                 log.warning("%s has been silent for %g s: its samples are leased again", name, self._config.buffer.lease_timeout_s)
                 self.peers.forget(name)
@@ -411,18 +484,21 @@ class BufferDaemon:
                 self._listener.send(peer.route, producer.AbortLeases(leases=lease_ids, reason="nothing more is expected of them"))
 
     def _answer_fetches(self) -> None:
-        if self._num_recorded_seen == self.ledger.recorder.num_recorded:
+        if self._num_recorded_seen == self.ledger.steps.num_recorded:
             return
-        self._num_recorded_seen = self.ledger.recorder.num_recorded
+        self._num_recorded_seen = self.ledger.steps.num_recorded
         for (route, step, position), rid in list(self._fetches.items()):
             if step <= self.ledger.committed_step or self.peers.at(route) is None:  # whoever asked is gone, or has gone on without it
                 del self._fetches[route, step, position]
             elif (group := self.ledger.fetch(step=step, position=position)) is not None:
                 del self._fetches[route, step, position]
-                self._listener.send(route, group, rid=rid)
+                self._send_when_durable(route, group, rid=rid)
 
     def _answer_evals(self) -> None:
         for (route, eval_id), (rid, message) in list(self._evals.items()):
+            if self.peers.at(route) is None:
+                del self._evals[route, eval_id]
+                continue
             result = self.ledger.request_eval(eval_id=eval_id, num_prompts=message.num_prompts, min_version=message.min_version)
             if result is not None:
                 del self._evals[route, eval_id]

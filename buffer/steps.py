@@ -35,6 +35,8 @@ class Steps:
         """Step -> how often a trainer began it, while it is not complete."""
         self.recorded: dict[int, dict[int, Ticket]] = {}
         """Step -> position -> ticket, of steps that are not released."""
+        self.num_recorded = 0
+        """Tickets recorded in this life, ever more."""
         self._served: dict[int, set[int]] = {}
         self._begun = -1
 
@@ -57,6 +59,7 @@ class Steps:
 
     def put(self, ticket: Ticket) -> None:
         """The ticket was recorded at its place."""
+        self.num_recorded += 1
         self.recorded.setdefault(ticket.step, {})[ticket.position] = ticket
 
     def take_out(self, ticket: Ticket) -> None:

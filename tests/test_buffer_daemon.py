@@ -91,7 +91,7 @@ def test_a_whole_run_with_two_producers(buffer: BufferProcess) -> None:
                 assert version == step + 1
             state = await trainer.call(GetStreamState(step=5))
             assert state.stream["pending"] == [] and state.stream["cursor"] == 24
-            await trainer.call(CommitStep(step=5))
+            await trainer.call(CommitStep(step=5, oldest_kept_step=6))
             await trainer.call(CommitStep(step=5))
             await trainer.call(CloseAdmission(reason="finished"))
             after = await trainer.call(RequestEval(eval_id=1, num_prompts=8, min_version=version), timeout_s=20)
