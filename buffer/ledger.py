@@ -543,7 +543,9 @@ class Ledger:
     def _complete(self, ticket: Ticket) -> None:
         """All samples are here: the group filters decide before a place in a step is spent."""
         if self.prompts.curriculum is not None:
-            self.prompts.curriculum.observe(ticket.prompt_index, [sample.reward for sample in ticket.learned_from])
+            heard = self.prompts.curriculum.observe(ticket.prompt_index, [sample.reward for sample in ticket.learned_from])
+            for name, value in heard.items():
+                self.store.put_mark(name, value)
         if self.settings.group_filter == "spread" and len({sample.reward for sample in ticket.learned_from}) == 1:
             self._drop(ticket, Drop.NO_SPREAD)
         elif self.settings.group_filter == "single_version" and not self._is_single_version(ticket.samples.values()):
@@ -653,20 +655,17 @@ class Ledger:
         if not isinstance(cursor, int) or not isinstance(pending, list) or not isinstance(next_version, int) or cursor < 0:
             raise RefusedError("stream", "not what GetStreamState answers: was the checkpoint made by another program version?")
         has_past = bool(self.trainer_incarnation)
+        takes_prompts = not self.has_other_prompts and (cursor > self.prompts.cursor or not has_past)
+        if takes_prompts:
+            self._restart_curriculum(stream.get("curriculum", []))
         if has_past:
             self._count_steps(min(step, self.recorder.num_full_steps))
             self._commit_to(min(step, self.recorder.num_full_steps) - 1)
             self._cancel_from(min(step, self.recorder.num_full_steps))
         if self.has_other_prompts:
             self._restart_prompts(0, [])
-        elif cursor > self.prompts.cursor or not has_past:
+        elif takes_prompts:
             self._restart_prompts(cursor, pending)
-        learned = stream.get("curriculum", [])
-        if self.prompts.curriculum is not None and isinstance(learned, list) and learned:
-            try:
-                self.prompts.curriculum.restore(learned)
-            except ValueError as error:
-                raise RefusedError("stream", f"{error}: was the checkpoint made by another program version?") from None
         self.versions.begin(next_version=next_version)
         self.is_reshaped = self.has_other_prompts = False
         self.recorder.restore((), first_step=step)
@@ -734,6 +733,16 @@ class Ledger:
         for index in pending:
             self.store.push_returned(Prompt(index=index))
         self.store.put_mark("cursor", cursor)
+
+    def _restart_curriculum(self, state: int | list[int]) -> None:
+        if self.prompts.curriculum is None or not isinstance(state, list) or not state:  # it was off until now, or is
+            return
+        try:
+            self.prompts.curriculum.restore(state)
+        except ValueError as error:
+            raise RefusedError("stream", f"{error}: was the checkpoint made by another program version?") from None
+        for name, value in self.prompts.curriculum.marks().items():
+            self.store.put_mark(name, value)
 
     def _poisonable(self, ticket_id: int) -> Ticket:
         ticket = self.register.live.get(ticket_id)

@@ -12,7 +12,10 @@ have another shape than the settings now ask for, waits for a trainer to start.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from areal_like.messages.producer import Purpose
+from buffer import curricula
 from buffer.ledger import Ledger
 from buffer.settings import LedgerSettings
 from buffer.store import Recovered, Store
@@ -58,6 +61,19 @@ def _restore_books(ledger: Ledger, memory: Recovered) -> None:
         ledger.bound.max_staleness = min(marks.get("max_staleness", 0), ledger.settings.max_staleness)
     ledger.incarnations = {name.removeprefix("incarnation:"): value for name, value in marks.items() if name.startswith("incarnation:")}
     ledger.prompts.resume(cursor=marks.get("cursor", 0), returned=memory.returned)
+    _restore_curriculum(ledger, marks)
+
+
+def _restore_curriculum(ledger: Ledger, marks: Mapping[str, int]) -> None:
+    """What was heard of prompts, unless they are others now. Slots are given out anew, so all marks are written again."""
+    curriculum = ledger.prompts.curriculum
+    heard = curricula.marks_of(marks)
+    if curriculum is None or not heard:
+        return
+    if not ledger.has_other_prompts:
+        curriculum.restore(curricula.state_of(heard))
+    for name, value in (dict.fromkeys(heard, 0) | curriculum.marks()).items():
+        ledger.store.put_mark(name, value)
 
 
 def _restore_stream(ledger: Ledger, memory: Recovered, *, now_s: float) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -13,9 +15,11 @@ from areal_like.codec import decode, encode
 from areal_like.config import from_mapping
 from areal_like.errors import ConfigError, RefusedError
 from areal_like.messages.consumer import StreamState
-from buffer.curricula import Curriculum, CurriculumSettings, Kind
+from buffer.curricula import Curriculum, CurriculumSettings, Kind, state_of
+from buffer.durable_store import DurableStore, StoreSettings
 from buffer.ledger import Ledger
 from buffer.prompts import PromptOrder, permuted
+from buffer.recovery import recover
 from buffer.settings import LedgerSettings
 from buffer.store import MemoryStore
 from tests.ledger_plant import add_server, done, new_ledger
@@ -115,7 +119,19 @@ def test_memory_is_bounded_and_forgets_what_was_heard_longest_ago() -> None:
         core.observe(index, [0.0] * 8)
     assert core.num_remembered == 3
     assert core.solve_rate(2) == core.mean_solve_rate and core.solve_rate(1) < core.mean_solve_rate
-    assert len(core.state()) == 3 + 4 * 3
+    assert len(core.state()) == len(core.marks()) == 4 + 4 * 3
+
+
+def test_the_marks_of_every_outcome_add_up_to_the_state() -> None:
+    core, marks, rng = curriculum(memory=10), {}, random.Random(0)
+    for _ in range(200):
+        marks |= core.observe(rng.randrange(25), [float(rng.random() < 0.5) for _ in range(3)])
+    again = curriculum(memory=10)
+    again.restore(state_of(marks))
+    assert again.state() == core.state()
+    smaller = curriculum(memory=4)
+    smaller.restore(state_of(marks))
+    assert smaller.state() == core.state()[:4] + core.state()[-16:], "those heard of last"
 
 
 def test_rewards_are_mapped_to_solve_rates_by_the_range_given() -> None:
@@ -140,7 +156,7 @@ def test_the_same_outcomes_give_the_same_prompts_and_a_restored_run_goes_on_with
     assert run(order, rng, 300) == run(twin, other, 300)
     resumed = PromptOrder(seed=1, num_prompts=200, curriculum=curriculum(memory=40))
     assert resumed.curriculum is not None and twin.curriculum is not None
-    resumed.curriculum.restore(json.loads(json.dumps(twin.curriculum.state())))
+    resumed.curriculum.restore(twin.curriculum.state())
     resumed.restore(cursor=twin.cursor, pending=[])
     assert run(order, rng, 300) == run(resumed, other, 300)
 
@@ -171,7 +187,29 @@ def test_the_ledger_hears_of_complete_groups_and_carries_it_over_a_resume() -> N
     assert len(issued) == 4 and issued == issued_by_resumed
 
 
-@pytest.mark.parametrize("state", [[1], [5, 2, 1], [0, 0, 0], [1, 0, 1, 7, -1, 2, 0], [1, 0, 1, 7, 1, 2, 9]])
+def test_a_ledger_on_disk_remembers_what_it_heard_unless_the_prompts_are_others(tmp_path: Path) -> None:
+    async def life(dataset: int) -> tuple[list[int], list[int]]:
+        """(what it knows at its start, and at its end) of one process that generates a few groups."""
+        store = DurableStore(tmp_path, StoreSettings(), on_error=lambda error: pytest.fail(str(error)))
+        ledger = recover(LedgerSettings(max_staleness=1, groups_per_step=2, group_size=2, **settings()), store, now_s=0.0, dataset=dataset)  # type: ignore[arg-type]
+        assert ledger.prompts.curriculum is not None
+        before = ledger.prompts.curriculum.state()
+        ledger.set_num_train_prompts(1000)
+        ledger.start_training(incarnation=ledger.trainer_incarnation + 1, step=0, stream={})
+        add_server(ledger, "a", capacity=100)
+        for lease in ledger.grant(now_s=0.0)["a"]:
+            for index in lease.sample_indices:
+                ledger.sample_done("a", done(lease, index, [0], reward=0.0))
+        store.close()
+        return before, ledger.prompts.curriculum.state()
+
+    lives = [asyncio.run(life(dataset)) for dataset in (7, 7, 8, 8)]
+    nothing = curriculum().state()
+    assert [before for before, _ in lives] == [nothing, lives[0][1], nothing, lives[2][1]]
+    assert len(lives[1][1]) > len(lives[0][1]) > len(nothing)
+
+
+@pytest.mark.parametrize("state", [[1], [-1, 2, 1, 5], [-1, 0, 0, 0], [-1, 0, 1, 3, 7, -1, 2, 0], [-1, 0, 1, 3, 7, 1, 2, 9]])
 def test_a_state_that_is_none_is_refused(state: list[int]) -> None:
     ledger = Ledger(LedgerSettings(max_staleness=1, groups_per_step=2, group_size=2, **settings()), MemoryStore())  # type: ignore[arg-type]
     with pytest.raises(RefusedError, match="not the state of a curriculum"):
