@@ -3,6 +3,7 @@
 areal-like run key=value ...    a whole job on this machine
 areal-like status RUN           what its daemons are doing
 areal-like audit RUN            proves its books
+areal-like replay RUN           trains again from what it was trained on
 areal-like version
 """
 
@@ -22,6 +23,7 @@ from areal_like.errors import ConfigError, UserError
 USAGE = """usage: areal-like run [key=value ...]   run a whole job on this machine (run --help: the settings)
        areal-like status RUN            what the daemons of a run are doing; RUN is a name or a directory
        areal-like audit RUN [--json]    prove its books: exit code 1 and the offending ids where they contradict themselves
+       areal-like replay RUN [key=value ...]  train again from what a run was trained on, with other settings or the same
        areal-like version
 """
 
@@ -29,7 +31,7 @@ USAGE = """usage: areal-like run [key=value ...]   run a whole job on this machi
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0 done, 1 failed, 2 the user's mistake (one message on stderr)."""
     args = list(sys.argv[1:] if argv is None else argv)
-    commands = {"run": _run, "status": _status, "audit": _audit, "version": _version}
+    commands = {"run": _run, "status": _status, "audit": _audit, "replay": _replay, "version": _version}
     if not args or args[0] in ("-h", "--help", "help"):
         sys.stdout.write(USAGE)
         return 0 if args else 2
@@ -106,6 +108,15 @@ def _audit(args: list[str]) -> int:
     report = audit_run(find_run(names[0]))
     sys.stdout.write(report.dumps() + "\n" if "--json" in args else "\n".join([*report.lines(), ""]))
     return 0 if report.is_clean else 1
+
+
+def _replay(args: list[str]) -> int:
+    from launch.replay import run_replay
+    from launch.rundir import find_run
+
+    if not args or args[0].startswith("-") or "=" in args[0]:
+        raise ConfigError("replay: name one run, then settings, e.g. `areal-like replay default objective=ppo`")
+    return run_replay(find_run(args[0]), args[1:])
 
 
 def _version(args: list[str]) -> int:

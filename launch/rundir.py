@@ -21,7 +21,7 @@ from pathlib import Path
 from areal_like.cli import OPEN_SECTIONS, load_config, save_config
 from areal_like.config import Config
 from areal_like.errors import ConfigError
-from areal_like.paths import RunPaths
+from areal_like.paths import BUILT_MODELS, RunPaths
 
 GROUPS = ("model", *OPEN_SECTIONS)
 """Sections that have choices in configs/: `model=smollm2` names one."""
@@ -48,7 +48,22 @@ def open_run(argv: Sequence[str]) -> OpenRun:
     """
     config = load_config(argv)
     is_named = any(arg.startswith("name=") or arg == "--config" for arg in argv)
-    run = _resume(config, argv) if config.resume else _start(config, is_named=is_named)
+    return _prepared(_resume(config, argv) if config.resume else _start(config, is_named=is_named))
+
+
+def open_replay(recorded: Path, argv: Sequence[str]) -> OpenRun:
+    """A new run with the settings of the recorded one and this command line's overrides. Raises ConfigError as `open_run`."""
+    config = _with_own_settings(load_config(argv), argv, own=recorded / "config.yaml")
+    is_named = any(arg.startswith("name=") for arg in argv)
+    if config.model.path in BUILT_MODELS:
+        built = str(RunPaths(recorded.resolve()).built_model)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=built))
+    runs_dir = config.runs_dir if any(arg.startswith("runs_dir=") for arg in argv) else str(recorded.resolve().parent)
+    name = config.name if is_named else f"{recorded.resolve().name}-replay"
+    return _prepared(_start(dataclasses.replace(config, name=name, runs_dir=runs_dir, resume=""), is_named=is_named))
+
+
+def _prepared(run: OpenRun) -> OpenRun:
     try:
         for stale in run.paths.endpoints.glob("*.json"):
             stale.unlink()

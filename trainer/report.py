@@ -89,8 +89,8 @@ def write_summary(
         "finished": finished,
         "resumed_from_step": resumed_from_step,
         "steps": len(rows),
-        "reward_first": _mean([row["reward_mean"] for row in rows[:tenth]]),
-        "reward_last": _mean([row["reward_mean"] for row in rows[-tenth:]]),
+        "reward_first": mean([row["reward_mean"] for row in rows[:tenth]]),
+        "reward_last": mean([row["reward_mean"] for row in rows[-tenth:]]),
         "eval_before": eval_before,
         "eval_after": eval_after,
         "wall_seconds": round(wall_seconds, 3),
@@ -124,6 +124,7 @@ def _trainer_idle(rows: list[dict[str, Any]]) -> float | None:
     return round(sum(row["wait_data_s"] for row in steady) / total_s, 4) if total_s > 0 else None
 
 
-def _mean(values: list[float | None]) -> float | None:
+def mean(values: list[float | None]) -> float | None:
+    """Of the known ones; None if there are none."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None

@@ -1,0 +1,91 @@
+"""What a finished or stopped run was trained on, read from its ledger: the same groups in the same places, without a buffer.
+
+Reads rows and segment files directly (docs/ledger.md); the buffer's own code stays in the buffer. Several shards' ledgers are one
+stream: groups of a step in the order of their positions, then of their shards.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from areal_like.errors import ConfigError
+from areal_like.messages.consumer import Group
+from areal_like.records import Place, read_record
+
+
+class Recording:
+    """The recorded steps of the run in `root`. Raises ConfigError when there are none, or their trajectories were not kept."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._directories = [path.parent for path in sorted(root.glob("ledger*/ledger.sqlite3"))]
+        if not self._directories:
+            raise ConfigError(f"{root} has no ledger: with buffer.durability=none nothing of a run can be replayed")
+        self._ledgers = [
+            sqlite3.connect(f"file:{directory / 'ledger.sqlite3'}?mode=ro", uri=True, isolation_level=None)
+            for directory in self._directories
+        ]
+        self._places = self._read_places()
+        """(step, position in the merged order) -> (shard, ticket)."""
+
+    def close(self) -> None:
+        """Lets go of the ledgers."""
+        for ledger in self._ledgers:
+            ledger.close()
+
+    def num_whole_steps(self, *, groups_per_step: int) -> int:
+        """Steps from the run's first on that have all their groups."""
+        counts = Counter(step for step, _ in self._places)
+        first = min(counts, default=0)
+        if first > 0:
+            raise ConfigError(f"the ledger in {self._root} begins at step {first}: what was trained on before it is not recorded")
+        num_whole = next((step for step in range(len(counts) + 1) if counts[step] < groups_per_step), 0)
+        if not num_whole:
+            raise ConfigError(f"{self._root} has recorded no whole step of {groups_per_step} groups")
+        return num_whole
+
+    def groups(self, step: int, positions: range) -> Iterator[Group]:
+        """The groups of a step at these positions, as the buffer served them."""
+        for position in positions:
+            shard, ticket_id, prompt_index = self._places[step, position]
+            rows = self._ledgers[shard].execute(
+                "SELECT sample_index, oldest_step, segment, offset, num_bytes, crc32 FROM samples WHERE ticket_id = ? ORDER BY 1",
+                (ticket_id,),
+            )
+            trajectories, version_steps = [], []
+            for sample_index, oldest_step, *place in rows:
+                directory = self._directories[shard]
+                trajectories.append(read_record(directory, Place(*place), ticket_id=ticket_id, sample_index=sample_index))
+                version_steps.append(oldest_step)
+            yield Group(
+                step=step,
+                position=position,
+                ticket_id=ticket_id,
+                prompt_index=prompt_index,
+                trajectories=trajectories,
+                version_steps=version_steps,
+            )
+
+    def _read_places(self) -> dict[tuple[int, int], tuple[int, int, int]]:
+        rows = []
+        for shard, ledger in enumerate(self._ledgers):
+            (num_gone,) = ledger.execute(
+                "SELECT count(*) FROM tickets CROSS JOIN samples USING (ticket_id) "
+                "WHERE state IN ('batched', 'trained') AND segment NOT IN (SELECT segment FROM segments WHERE retained = 1)"
+            ).fetchone()
+            if num_gone:
+                raise ConfigError(
+                    f"{num_gone} trajectories that {self._root} was trained on were not kept: "
+                    "only a run with buffer.retain_trajectories=true can be replayed"
+                )
+            tickets = ledger.execute("SELECT step, position, ticket_id, prompt_index FROM tickets WHERE state IN ('batched', 'trained')")
+            rows += [(step, position, shard, ticket_id, prompt_index) for step, position, ticket_id, prompt_index in tickets]
+        places: dict[tuple[int, int], tuple[int, int, int]] = {}
+        taken: Counter[int] = Counter()
+        for step, _, shard, ticket_id, prompt_index in sorted(rows):
+            places[step, taken[step]] = (shard, ticket_id, prompt_index)
+            taken[step] += 1
+        return places
