@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from areal_like.records import encode_record
 from areal_like.trajectory import Trajectory
 from buffer.prompts import Prompt
 from buffer.store import Recovered, RollbackRow, VersionRow
@@ -20,12 +21,15 @@ Row = tuple[Any, ...]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleWrite:
-    """An accepted sample: its row, and the arrays to put where that row will point."""
+    """An accepted sample: its row, and the record to put where that row will point.
+
+    The record is made in the event loop. In the writer's thread each checksum would give the interpreter away, and wait to get it back.
+    """
 
     ticket_id: int
     sample_index: int
     sample: Sample
-    trajectory: Trajectory
+    record: bytes
 
 
 @dataclass(kw_only=True, slots=True)
@@ -88,8 +92,8 @@ class RowRecorder:
 
     def put_sample(self, ticket: Ticket, sample_index: int, sample: Sample, trajectory: Trajectory) -> None:
         """See Store."""
-        write = SampleWrite(ticket_id=ticket.ticket_id, sample_index=sample_index, sample=sample, trajectory=trajectory)
-        self.changes.samples.append(write)
+        record = encode_record(ticket.ticket_id, sample_index, trajectory)
+        self.changes.samples.append(SampleWrite(ticket_id=ticket.ticket_id, sample_index=sample_index, sample=sample, record=record))
         self._changed()
 
     def put_failure(self, ticket: Ticket, sample_index: int) -> None:

@@ -13,17 +13,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from areal_like.errors import StoreCorruptError, UserError
 from areal_like.messages.producer import Purpose
 from areal_like.records import Place
 from buffer.prompts import Prompt
-from buffer.rows import Changes
+from buffer.rows import Changes, Row
 from buffer.store import LeaseRow, Recovered, RollbackRow, VersionRow
 from buffer.tickets import Drop, Sample, State, Ticket
+
+_T = TypeVar("_T")
+_MAX_ROWS = 256
+"""In one statement: 13 values each, and SQLite takes 32,766."""
 
 _VERSION_1 = """
 CREATE TABLE tickets (
@@ -136,32 +141,58 @@ def apply(
 
 
 def _write(connection: sqlite3.Connection, changes: Changes, places: Iterable[Place]) -> None:
-    many = connection.executemany
-    many(
-        "INSERT INTO tickets VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,0) ON CONFLICT (ticket_id) DO UPDATE SET "
-        "max_staleness = excluded.max_staleness, state = excluded.state, reason = excluded.reason, "
-        "step = excluded.step, position = excluded.position",
-        changes.tickets.values(),
+    _insert(
+        connection,
+        "INSERT INTO tickets VALUES",
+        [(*row, 0) for row in changes.tickets.values()],
+        "ON CONFLICT (ticket_id) DO UPDATE SET max_staleness = excluded.max_staleness, state = excluded.state, "
+        "reason = excluded.reason, step = excluded.step, position = excluded.position",
     )
-    many("INSERT INTO samples VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)", _sample_rows(changes, places))
-    many("UPDATE tickets SET released = 1 WHERE ticket_id = ?", [(ticket_id,) for ticket_id in changes.released])
-    many("INSERT OR REPLACE INTO failures VALUES (?,?,?)", [(*key, count) for key, count in changes.failures.items()])
-    many("INSERT OR REPLACE INTO leases VALUES (?,?,?,?,?,?)", [row for row in changes.leases.values() if row])
-    many("DELETE FROM leases WHERE lease_id = ?", [(lease_id,) for lease_id, row in changes.leases.items() if not row])
-    many(
-        "INSERT INTO versions VALUES (?,?,?,?)",
+    _insert(connection, "INSERT INTO samples VALUES", _sample_rows(changes, places))
+    _each(connection, "UPDATE tickets SET released = 1 WHERE ticket_id IN", changes.released)
+    _insert(connection, "INSERT OR REPLACE INTO failures VALUES", [(*key, count) for key, count in changes.failures.items()])
+    _insert(connection, "INSERT OR REPLACE INTO leases VALUES", [row for row in changes.leases.values() if row])
+    _each(connection, "DELETE FROM leases WHERE lease_id IN", [lease_id for lease_id, row in changes.leases.items() if not row])
+    _insert(
+        connection,
+        "INSERT INTO versions VALUES",
         [(row.version, row.step, row.parent, row.trainer_incarnation) for row in changes.versions],
     )
-    many("INSERT OR REPLACE INTO marks VALUES (?,?)", changes.marks.items())
-    many("INSERT OR REPLACE INTO returned_prompts VALUES (?,?,?,?)", [row for row in changes.returned.values() if row])
-    many("DELETE FROM returned_prompts WHERE place = ?", [(place,) for place, row in changes.returned.items() if not row])
-    many("INSERT OR REPLACE INTO attempts VALUES (?,?)", [item for item in changes.attempts.items() if item[1]])
-    many("DELETE FROM attempts WHERE step = ?", [(step,) for step, num_starts in changes.attempts.items() if not num_starts])
-    many(
-        "INSERT INTO rollbacks VALUES (NULL,?,?,?,?,?,?)",
-        [(row.trainer_incarnation, row.from_step, row.to_step, row.num_tickets, row.num_tokens, row.unix_s) for row in changes.rollbacks],
+    _insert(connection, "INSERT OR REPLACE INTO marks VALUES", list(changes.marks.items()))
+    _insert(connection, "INSERT OR REPLACE INTO returned_prompts VALUES", [row for row in changes.returned.values() if row])
+    _each(connection, "DELETE FROM returned_prompts WHERE place IN", [place for place, row in changes.returned.items() if not row])
+    _insert(connection, "INSERT OR REPLACE INTO attempts VALUES", [item for item in changes.attempts.items() if item[1]])
+    _each(connection, "DELETE FROM attempts WHERE step IN", [step for step, num_starts in changes.attempts.items() if not num_starts])
+    _insert(
+        connection,
+        "INSERT INTO rollbacks VALUES",
+        [
+            (None, row.trainer_incarnation, row.from_step, row.to_step, row.num_tickets, row.num_tokens, row.unix_s)
+            for row in changes.rollbacks
+        ],
     )
-    many("INSERT OR REPLACE INTO statistics VALUES (?,?)", changes.statistics.items())
+    _insert(connection, "INSERT OR REPLACE INTO statistics VALUES", list(changes.statistics.items()))
+
+
+def _insert(connection: sqlite3.Connection, statement: str, rows: Sequence[Row], ending: str = "") -> None:
+    """Many rows in one statement: sqlite3 gives the interpreter away at every step, and a busy loop is slow to give it back."""
+    for chunk in _chunks(rows):
+        marks = f"({','.join('?' * len(chunk[0]))})"
+        connection.execute(f"{statement} {','.join([marks] * len(chunk))} {ending}", [value for row in chunk for value in row])
+
+
+def _each(connection: sqlite3.Connection, statement: str, keys: Sequence[int]) -> None:
+    for chunk in _chunks(keys):
+        connection.execute(f"{statement} ({','.join('?' * len(chunk))})", chunk)
+
+
+def _chunks(rows: Sequence[_T]) -> Iterator[Sequence[_T]]:
+    """Of powers of two, so that there are few statements and all stay in the connection's cache."""
+    start = 0
+    while start < len(rows):
+        size = min(_MAX_ROWS, 1 << (len(rows) - start).bit_length() - 1)
+        yield rows[start : start + size]
+        start += size
 
 
 def _sample_rows(changes: Changes, places: Iterable[Place]) -> list[tuple[int | float, ...]]:

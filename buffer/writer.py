@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from areal_like.records import Place, encode_record, segment_path
+from areal_like.records import Place, segment_path
 from buffer import schema
 from buffer.rows import Changes
 from buffer.schema import SegmentRow
@@ -109,7 +109,7 @@ class Writer:
 
     def _write_when_there_is_space(self, batch: Batch) -> list[Place] | None:
         """Where the records are; None: closed before there was space."""
-        records = [encode_record(write.ticket_id, write.sample_index, write.trajectory) for write in batch.changes.samples]
+        records = [write.record for write in batch.changes.samples]
         while True:
             try:
                 places = self._write(batch, records)

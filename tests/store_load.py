@@ -1,7 +1,7 @@
 """A durable store under a load that everybody can predict: what a ticket's samples are follows from its number.
 
-`python -m tests.store_load DIRECTORY DURABILITY NUM_TICKETS` ingests, batches, trains and releases like a ledger would, going on from what it
-finds, and prints what was acknowledged: one line `TICKET INDEX` a sample, written the moment its turn comes.
+`python -m tests.store_load DIRECTORY DURABILITY NUM_TICKETS` ingests, batches, trains and releases like a ledger would, going on from what
+it finds, and prints what was acknowledged: one line `TICKET INDEX` a sample, written the moment its turn comes.
 """
 
 from __future__ import annotations
