@@ -98,15 +98,15 @@ def plant(directory: Path, *, faults: Faults | None = None, seed: int = 0, **ove
         yield Plant(chaos_job(directory, **overrides), faults=faults or Faults(), seed=seed, stack=stack)
 
 
-def train(link: BufferLink, *, first: int, last: int, commit_every: int = 4) -> list[Group]:
-    """Plays rank 0 from step `first` to `last`: groups in order, complete, a version, a commit now and then."""
+def train(link: BufferLink, *, first: int, last: int, commit_every: int = 5) -> list[Group]:
+    """Plays rank 0 from step `first` to `last`: groups in order, complete, a version, a commit after every fifth."""
     link.call(StartTraining(step=first), timeout_s=CALL_TIMEOUT_S)
     groups = []
     for step in range(first, last):
         groups += list(link.groups(step))
         link.call(CompleteStep(step=step), timeout_s=CALL_TIMEOUT_S)
         link.call(AllocVersion(step=step + 1), timeout_s=CALL_TIMEOUT_S)
-        if (step + 1) % commit_every == 0 or step + 1 == last:
+        if (step + 1) % commit_every == 0:
             link.call(CommitStep(step=step), timeout_s=CALL_TIMEOUT_S)
     return groups
 
