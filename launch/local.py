@@ -5,16 +5,22 @@
         +------------+-----------+----> CLOSING when a daemon fails, a person stops the run, or the trainer is done
 
 PREPARING builds the model while the buffer starts; STARTING waits for the trainer and the rollout servers. CLOSING goes in one order
-whatever its cause: trainer (it finishes its step, checkpoints and commits), servers, buffer. A dead rollout server is started again (its
-samples are generated elsewhere); the run cannot go on without its buffer or its trainer. A daemon that ends by itself with code 0 was asked
-to by a person: a server is then not missed while another is left, anything else closes the run.
+whatever its cause: trainer (it finishes its step, checkpoints and commits), servers, buffer. A daemon that ends by itself with code 0 was
+asked to by a person: a server is then not missed while another is left, anything else closes the run.
+
+A daemon that dies is started again, and the others do not notice more than a pause: a server's samples are
+generated elsewhere, the buffer comes back at the same port with its ledger (unless `buffer.durability=none`), the trainer with its newest
+checkpoint. Deaths in a row are bounded; those of the trainer count until it gets further than any before, because a step whose data kill it
+is reached again after minutes of health. A trainer whose code failed before the first step was done is not tried again.
 
 Everything happens in the main thread, ten times a second: the kernel ties children to the thread that started them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
 import os
 import re
 import signal
@@ -27,7 +33,7 @@ from launch.child import Child, ChildSpec, describe_exit, kill_marked
 from launch.observe import Observer
 from launch.restarts import Phase as Life
 from launch.restarts import Restarts
-from launch.rundir import OpenRun
+from launch.rundir import OpenRun, checkpoints
 from launch.view import View
 
 log = logging.getLogger(__name__)
@@ -70,6 +76,12 @@ class LocalJob:
         self._specs: dict[str, ChildSpec] = {}
         self._restarts: dict[str, Restarts] = {}
         """Rollout servers that belong to the job, dead ones too."""
+        self._cores: dict[str, Restarts] = {}
+        """Buffer and trainer: as many as there are, and the run needs each of them."""
+        self._best_step = -1
+        """Newest step that any trainer of this job has done."""
+        self._trainer_died: list[str] = []
+        """How the last one did, in lines for a person."""
         self._asked: set[str] = set()
         """Told to end."""
         self._close_by_s = 0.0
@@ -113,6 +125,12 @@ class LocalJob:
 
     def _start_others(self, buffer_port: int) -> None:
         common = ("--config", str(self._run.paths.config), f"buffer.port={buffer_port}")
+        if self._config.buffer.durability != "none":
+            self._cores["buffer"] = Restarts(now_s=time.monotonic())
+            spec = self._specs["buffer"]
+            self._specs["buffer"] = dataclasses.replace(spec, command=(*spec.command, f"buffer.port={buffer_port}"))
+        self._cores["trainer"] = Restarts(now_s=time.monotonic(), healthy_s=math.inf)
+        self._best_step = self._newest_step()
         for index in range(self._config.rollout.num_servers):
             name = f"rollout-{index}"
             self._restarts[name] = Restarts(now_s=time.monotonic())
@@ -138,11 +156,32 @@ class LocalJob:
                 self._fail_unready(unready, waited_s)
         elif self._phase is Phase.CLOSING:
             self._advance_closing()
+        if (step := self._newest_step()) > self._best_step and "trainer" in self._cores:
+            self._best_step = step
+            self._cores["trainer"].got_on()
         if self._phase in (Phase.STARTING, Phase.RUNNING):
-            for name, restarts in self._restarts.items():
-                if restarts.is_due(now_s=time.monotonic()):
-                    restarts.started(now_s=time.monotonic())
-                    self._spawn(name)
+            self._start_again(self._restarts | self._cores)
+        elif "trainer" in self._children and "buffer" in self._cores:  # which it needs for its last checkpoint
+            self._start_again({"buffer": self._cores["buffer"]})
+
+    def _start_again(self, restarts_by_name: dict[str, Restarts]) -> None:
+        for name, restarts in restarts_by_name.items():
+            if restarts.is_due(now_s=time.monotonic()):
+                restarts.started(now_s=time.monotonic())
+                if name == "trainer":
+                    self._resume_trainer()
+                self._spawn(name)
+
+    def _resume_trainer(self) -> None:
+        """From its newest checkpoint, whatever the run was resumed from; without one from the beginning, with the recorded groups."""
+        spec = self._specs["trainer"]
+        command = tuple(part for part in spec.command if not part.startswith("resume="))
+        resume = "resume=latest" if checkpoints(self._run.paths) else "resume=''"
+        self._specs["trainer"] = dataclasses.replace(spec, command=(*command, resume))
+
+    def _newest_step(self) -> int:
+        steps = self._observer.newest.steps
+        return int(steps[-1].get("step", -1)) if steps else -1
 
     def _enter(self, phase: Phase) -> None:
         log.info("%s", phase)
@@ -192,16 +231,14 @@ class LocalJob:
             child.kill()  # what it left of its process group
             (self._run.paths.endpoints / f"{name}.json").unlink(missing_ok=True)
             log.info("%s ended: %s", name, describe_exit(code))
-            if self._phase is Phase.CLOSING:
+            if self._phase is Phase.CLOSING and not (name in self._cores and name == "buffer" and "trainer" in self._children):
                 self._died_closing(child, code)
             elif code == 2:
-                self._fail([child.complaint()], exit_code=2)
+                self._fail([child.complaint(), *(self._trainer_died if name == "trainer" else ())], exit_code=2)
             elif name in self._restarts:
                 self._server_died(child, code)
             elif code != 0:
-                self._fail(
-                    [f"{name} failed ({describe_exit(code)}); its last lines:", *(f"  {x}" for x in child.last_words())], exit_code=1
-                )
+                self._core_died(child, code)
             elif name == "trainer":
                 self._close(self._config.daemon.drain_timeout_s)
             elif name == "buffer":
@@ -230,6 +267,23 @@ class LocalJob:
                 + [f"  {line}" for line in child.last_words()],
                 exit_code=1,
             )
+
+    def _core_died(self, child: Child, code: int) -> None:
+        words = [f"{child.name} failed ({describe_exit(code)}); its last lines:", *(f"  {x}" for x in child.last_words())]
+        restarts = self._cores.get(child.name)
+        is_hopeless = child.name == "trainer" and code > 0 and self._best_step < 0
+        if restarts is None or is_hopeless:
+            self._fail(words, exit_code=1)
+            return
+        restarts.died(now_s=time.monotonic())
+        if restarts.phase is Life.GIVEN_UP:
+            self._fail([f"{child.name} died {restarts.num_quick_deaths} times in a row", *words], exit_code=1)
+            return
+        if child.name == "trainer":
+            self._trainer_died = words
+        for line in words[1:] if code > 0 else ():
+            log.error("%s", line)
+        self._view.notice(f"{child.name} ended ({describe_exit(code)}): starting it again in {restarts.due_s - time.monotonic():.1f} s")
 
     def _died_closing(self, child: Child, code: int) -> None:
         if child.name == "trainer" and code not in (0, -signal.SIGTERM) and not self.failure:

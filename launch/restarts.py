@@ -1,9 +1,9 @@
-"""When a rollout server that died is started again: a pure state machine without processes or clocks.
+"""When a daemon that died is started again: a pure state machine without processes or clocks.
 
     RUNNING --died--> WAITING --due--> RUNNING
        \\--died too often--> GIVEN_UP
 
-A life of at least `healthy_s` forgets the deaths before it. Delays double from `base_s` to `max_s`.
+A life of at least `healthy_s`, or one that is known to have got on, forgets the deaths before it. Delays double from `base_s` to `max_s`.
 """
 
 from __future__ import annotations
@@ -48,6 +48,10 @@ class Restarts:
             return
         self.phase = Phase.WAITING
         self.due_s = now_s + min(self._max_s, self._base_s * 2 ** (self.num_quick_deaths - 1))
+
+    def got_on(self) -> None:
+        """The process has done what its predecessors did not: their deaths are forgotten."""
+        self.num_quick_deaths = 0
 
     def is_due(self, *, now_s: float) -> bool:
         """Whether it is time to start the process again."""

@@ -57,21 +57,46 @@ def test_servers_that_keep_dying_end_the_run(workplace: Path) -> None:
     assert "no rollout server is left" in err and "the dog ate my weights" in err
 
 
-@pytest.mark.parametrize("daemon", ["buffer", "trainer"])
-def test_the_run_fails_with_its_buffer_or_trainer(workplace: Path, daemon: str) -> None:
+def pid_of(root: Path, package: str) -> int:
+    """The daemon that was started as `python -m PACKAGE`."""
+    return next(pid for pid, command in processes_of(root).items() if f"-m {package} " in command)
+
+
+def test_a_run_without_a_durable_ledger_ends_with_its_buffer(workplace: Path) -> None:
+    root = workplace / "runs" / "x"
+    with launcher("name=x", "trainer.num_steps=100000", "buffer.durability=none", cwd=workplace) as process:
+        wait_until(lambda: num_steps_done(root) > 3, timeout_s=20, what="training")
+        os.kill(pid_of(root, "buffer"), signal.SIGKILL)
+        _, err = process.communicate(timeout=20)
+        assert process.returncode == 1
+        assert err.startswith("buffer failed (killed by SIGKILL)")
+
+
+def test_a_killed_buffer_and_trainer_are_started_again_and_nobody_else(workplace: Path) -> None:
     root = workplace / "runs" / "x"
     with launcher("name=x", "trainer.num_steps=100000", cwd=workplace) as process:
         wait_until(lambda: num_steps_done(root) > 3, timeout_s=20, what="training")
-        victim = next(pid for pid, command in processes_of(root).items() if f"-m {daemon} " in command)
-        os.kill(victim, signal.SIGKILL)
-        _, err = process.communicate(timeout=20)
-        assert process.returncode == 1
-        assert err.startswith(f"{daemon} failed (killed by SIGKILL)")
+        before = {name: pid_of(root, name) for name in ("buffer", "trainer", "rollout_server")}
+        for name in ("buffer", "trainer"):
+            os.kill(before[name], signal.SIGKILL)
+            wait_until(lambda name=name: any(f"-m {name} " in c for c in processes_of(root).values()), timeout_s=20, what=f"{name} is back")
+        commands = processes_of(root)
+        assert before["rollout_server"] in commands and not {before["buffer"], before["trainer"]} & set(commands)
+        assert "buffer.port=12345" in commands[pid_of(root, "buffer")], "where everybody knows it"
+        assert commands[pid_of(root, "trainer")].rstrip().endswith("resume=''"), "there is no checkpoint yet"
+        (root / "checkpoints" / "step_000003").mkdir(parents=True)
+        os.kill(pid_of(root, "trainer"), signal.SIGKILL)
+        wait_until(lambda: any("resume=latest" in c for c in processes_of(root).values()), timeout_s=20, what="trainer is back")
+        process.terminate()
+        out, _ = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert out.count("ended (killed by SIGKILL): starting it again") == 3
 
 
-def test_a_failure_shows_the_daemons_own_words(workplace: Path) -> None:
-    code, _, err = run(workplace, script={"trainer": "fail", "trainer-0": "fail"})
+def test_a_trainer_that_never_gets_further_is_given_up_with_its_own_words(workplace: Path) -> None:
+    code, out, err = run(workplace, script={"trainer": "fail", "trainer-0": "fail"})
     assert code == 1
+    assert out.count("trainer ended (exit code 1): starting it again") == 3 and "trainer died 4 times in a row" in err
     assert "trainer failed (exit code 1)" in err and "no group for step 5 within 300 s" in err
 
 
