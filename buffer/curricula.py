@@ -127,10 +127,15 @@ class Curriculum:
         weight = self._weight(evidence)
         return (weight * evidence.solved + _UNIT * self.mean_solve_rate) / (weight * evidence.total + _UNIT)
 
-    @property
-    def num_remembered(self) -> int:
-        """Prompts with evidence of their own."""
-        return len(self._of)
+    def status(self) -> dict[str, float | str]:
+        """For /status."""
+        return {
+            "kind": self.settings.kind.value,
+            "solve_rate": round(self.mean_solve_rate, 4),
+            "issued_solve_rate": round(self.issued_solve_rate, 4),
+            "prompts_remembered": len(self._of),
+            "choices_explored": self.num_explored,
+        }
 
     def state(self) -> list[int]:
         """Everything that later choices depend on, bounded by `memory`."""

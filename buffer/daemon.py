@@ -171,6 +171,7 @@ class BufferDaemon:
             "max_staleness": ledger.bound.max_staleness,
             "open_step": {"step": ledger.recorder.step, "recorded": ledger.recorder.position, "due_and_running": ledger.recorder.num_due},
             "newest_version": ledger.versions.newest,
+            "curriculum": ledger.prompts.curriculum.status() if ledger.prompts.curriculum else None,
             "closed_because": ledger.closed_because,
             "store_trouble": ledger.store.health,
             "trainers_lost": {

@@ -29,6 +29,12 @@ class BufferSeries:
         self._bytes = metrics.gauge("buffer_bytes", "Bytes of arrays held")
         self._free = metrics.gauge("free_samples", "Samples that servers could take now")
         self._due = metrics.gauge("tickets_due", "Running tickets that cannot be recorded later than in the open step")
+        self._solve_rate = metrics.gauge(
+            "curriculum_solve_rate",
+            "Estimated solve rate of prompts (with buffer.curriculum): issued of late, and all",
+            label="of",
+            values=_PROMPTS,
+        )
         self._plain = {
             name: metrics.counter(name, doc)
             for name, doc in (
@@ -63,6 +69,9 @@ class BufferSeries:
         self._bytes.set(ledger.store.num_bytes)
         self._free.set(sum(max(0, server.free_samples) for server in ledger.book.servers.values()))
         self._due.set(ledger.recorder.num_due)
+        if (curriculum := ledger.prompts.curriculum) is not None:
+            for of, rate in zip(_PROMPTS, (curriculum.issued_solve_rate, curriculum.mean_solve_rate), strict=True):
+                self._solve_rate.labels(of).set(rate)
 
     def _raise(self, counter: Counter, label: str, value: float) -> None:
         key = (id(counter), label)
@@ -71,4 +80,5 @@ class BufferSeries:
             self._seen[key] = value
 
 
+_PROMPTS = ("issued", "all")
 _STEPS = ("completed", "committed", "recording")

@@ -15,11 +15,14 @@ from areal_like.codec import decode, encode
 from areal_like.config import from_mapping
 from areal_like.errors import ConfigError, RefusedError
 from areal_like.messages.consumer import StreamState
+from areal_like.metrics import Metrics
 from buffer.curricula import Curriculum, CurriculumSettings, Kind, state_of
 from buffer.durable_store import DurableStore, StoreSettings
 from buffer.ledger import Ledger
+from buffer.peers import PeerBook
 from buffer.prompts import PromptOrder, permuted
 from buffer.recovery import recover
+from buffer.series import BufferSeries
 from buffer.settings import LedgerSettings
 from buffer.store import MemoryStore
 from tests.ledger_plant import add_server, done, new_ledger
@@ -117,7 +120,7 @@ def test_memory_is_bounded_and_forgets_what_was_heard_longest_ago() -> None:
     core = curriculum(memory=3)
     for index in (1, 2, 3, 1, 4):
         core.observe(index, [0.0] * 8)
-    assert core.num_remembered == 3
+    assert core.status()["prompts_remembered"] == 3
     assert core.solve_rate(2) == core.mean_solve_rate and core.solve_rate(1) < core.mean_solve_rate
     assert len(core.state()) == len(core.marks()) == 4 + 4 * 3
 
@@ -173,7 +176,9 @@ def test_the_ledger_hears_of_complete_groups_and_carries_it_over_a_resume() -> N
         for index in lease.sample_indices:
             ledger.sample_done("a", done(lease, index, [0], reward=0.0))
     heard = ledger.prompts.curriculum
-    assert heard is not None and heard.num_remembered == len(leases), "groups that the filter drops count too: they say most"
+    assert heard is not None and heard.status()["prompts_remembered"] == len(leases), (
+        "groups that the filter drops count too: they say most"
+    )
     assert all(heard.solve_rate(lease.prompt_index) < 0.3 for lease in leases)
 
     answer, _ = decode(encode(StreamState(stream=ledger.stream_state(step=-1))))
@@ -185,6 +190,17 @@ def test_the_ledger_hears_of_complete_groups_and_carries_it_over_a_resume() -> N
     add_server(resumed, "a", capacity=100)
     issued, issued_by_resumed = ([lease.prompt_index for lease in each.grant(now_s=0.0)["a"]] for each in (ledger, resumed))
     assert len(issued) == 4 and issued == issued_by_resumed
+
+
+def test_the_estimates_are_series() -> None:
+    ledger, metrics = new_ledger(**settings()), Metrics()
+    assert ledger.prompts.curriculum is not None
+    ledger.prompts.curriculum.observe(0, [0.0] * 63)
+    for _ in range(200):
+        ledger.prompts.next()
+    BufferSeries(metrics, max_staleness=1).update(ledger, PeerBook(job="job", dataset=""), Counter())
+    for of in ("issued", "all"):
+        assert metrics.registry.get_sample_value("areal_curriculum_solve_rate", {"of": of}) == pytest.approx(1 / 128, rel=0.2)
 
 
 def test_a_ledger_on_disk_remembers_what_it_heard_unless_the_prompts_are_others(tmp_path: Path) -> None:
