@@ -33,12 +33,22 @@ _PREFIX_DEVICE = {"gloo": "cpu", "nccl": "cuda"}
 """First device that torch lists for a backend; part of the store's key prefix, so both sides must agree."""
 
 
+def device_facts(device: torch.device) -> dict[str, str]:
+    """What two ends of an NCCL group have to agree on (the version) or differ in (the GPU): `device`, `device_uuid`, `nccl_version`."""
+    if device.type != "cuda":
+        return {"device": device.type, "device_uuid": "", "nccl_version": ""}
+    nccl: Any = torch.cuda.nccl
+    version = ".".join(map(str, nccl.version())) if dist.is_nccl_available() else ""
+    return {"device": str(device), "device_uuid": str(torch.cuda.get_device_properties(device).uuid), "nccl_version": version}
+
+
 class WeightGroup:
     """One rank's end of a weight group. Rank 0 (the trainer) sends, all others receive.
 
     `create` (rank 0) opens the store and returns at once with the port, so that joiners can be told; `connect` waits
-    for them. `join` (rank 1 and up) does both. Every wait ends after `timeout_s`; a peer that dies is noticed at
-    once. All failures are WeightSyncError. Not thread safe, but may be used from a thread other than the one that
+    for them. `join` (rank 1 and up) does both. Every wait ends after `timeout_s`. A peer that dies is noticed at once,
+    except by a receiver whose message it has cut in the middle: gloo forgets that operation, so whoever hears of the death by other means
+    should leave and not wait. All failures are WeightSyncError. Not thread safe, but may be used from a thread other than the one that
     made it.
     """
 
@@ -183,6 +193,8 @@ class WeightGroup:
                 torch.cuda.current_stream(tensor.device).synchronize()
         except RuntimeError as error:
             self.close()
+            # The trace-back keeps this frame: with the group in it, connections would stay open and survivors blocked.
+            del group
             raise WeightSyncError(f"weight group {self.group_name}: broadcast failed: {_first_line(error)}") from None
 
     def close(self) -> None:

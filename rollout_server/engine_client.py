@@ -46,7 +46,7 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     """Sampling one of these ends the sequence; it is the last token of the output."""
     ignore_eos: bool = False
-    """Do not stop at the model's own end-of-sequence tokens."""
+    """Do not stop at the model's own end-of-sequence tokens. SGLang then does not stop at `stop_token_ids` either."""
     top_p: float = 1.0
     top_k: int = -1
     """-1 is off."""
@@ -82,6 +82,27 @@ class Generation:
     """The engine's reason, where `finish_reason` is ABORT."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineFacts:
+    """What a weight group has to know of an engine; the defaults are an engine's that does not say."""
+
+    num_ranks: int = 1
+    """Its tensor-parallel ranks, each a place in a group."""
+    device: str = "cpu"
+    device_uuid: str = ""
+    nccl_version: str = ""
+
+    @classmethod
+    def of(cls, server_info: Mapping[str, Any]) -> EngineFacts:
+        """From `/server_info` of either engine."""
+        return cls(
+            num_ranks=int(server_info.get("tp_size") or 1),
+            device=str(server_info.get("device") or "cpu"),
+            device_uuid=str(server_info.get("device_uuid") or ""),
+            nccl_version=str(server_info.get("nccl_version") or ""),
+        )
+
+
 @dataclass(eq=False)
 class _Pending:
     """One generate() on its way."""
@@ -107,6 +128,7 @@ class EngineClient:
         generate_timeout_s: float = 600.0,
     ) -> None:
         self.base_url = base_url.rstrip("/")
+        self.facts = EngineFacts()
         self._connect_timeout_s = connect_timeout_s
         self._control_timeout_s = control_timeout_s
         self._generate_timeout_s = generate_timeout_s
@@ -265,10 +287,12 @@ class EngineClient:
         flattened: bool = True,
         weight_version: int | None = None,
         flush_cache: bool = False,
-    ) -> None:
-        """Receives one bucket from rank 0, who must be sending at the same time; returns when it is there.
+        index: int | None = None,
+    ) -> int | None:
+        """Receives one bucket from rank 0, who must be sending at the same time; returns its checksum when it is there.
 
         `weight_version`: for SGLang, with the last bucket only (the embedded engine takes it in `end_weight_update`).
+        `index`: place in the session, for several calls at a time (embedded engine). The checksum is None where the engine takes none.
         """
         body = {
             **bucket.to_dict(),
@@ -279,7 +303,10 @@ class EngineClient:
         }
         if weight_version is not None:
             body["weight_version"] = str(weight_version)
-        await self._call("POST", "/update_weights_from_distributed", body, timeout_s=timeout_s)
+        if index is not None:
+            body["index"] = index
+        checksum = (await self._call("POST", "/update_weights_from_distributed", body, timeout_s=timeout_s)).get("checksum")
+        return checksum if isinstance(checksum, int) else None
 
     async def end_weight_update(self, *, weight_version: int | None = None, running: str = "recompute", timeout_s: float) -> dict[str, Any]:
         """Verifies what the session received and activates it between two decode steps (embedded engine), or closes it (SGLang).
@@ -322,9 +349,18 @@ class EngineClient:
         return _version((await self.model_info()).get("weight_version"))
 
     async def server_info(self) -> dict[str, Any]:
-        """`/server_info`; the embedded engine's has `load`, with running, waiting, tokens, busy and idle seconds."""
+        """`/server_info`: the engine's options, and the embedded engine's `load`."""
         info: dict[str, Any] = await self._call("GET", "/server_info")
         return info
+
+    async def load(self) -> dict[str, float]:
+        """Running and waiting sequences; tokens, busy and idle seconds since the engine's start."""
+        load: dict[str, float] = (await self.server_info()).get("load", {})
+        return load
+
+    async def learn_facts(self) -> None:
+        """Fills `facts`."""
+        self.facts = EngineFacts.of(await self.server_info())
 
     async def _call(self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout_s: float | None = None) -> Any:
         total_s = self._control_timeout_s if timeout_s is None else timeout_s

@@ -13,10 +13,22 @@ from areal_like.collective import WeightGroup
 from areal_like.config import WeightsConfig
 from areal_like.errors import ArealError, ConfigError, WeightSyncError
 from areal_like.messages.consumer import ServerEntry, VersionGranted
-from areal_like.messages.weights import AskAlive, DissolveGroup, FormGroup, PushWeights, WeightsFailed, WeightsOk
+from areal_like.messages.weights import (
+    Alive,
+    AskAlive,
+    DissolveGroup,
+    FormGroup,
+    PushChecksums,
+    PushWeights,
+    WeightsFailed,
+    WeightsOk,
+)
 from areal_like.weights import Manifest, checksum, unflatten
-from trainer.broadcaster import Broadcaster
-from trainer.publisher import Publisher, PushReport, take_snapshot
+from tests.snapshots import Held
+from trainer.broadcaster import Broadcaster, choose_backend, cohorts_of
+from trainer.epoch import seats_of
+from trainer.members import Member, Shunning
+from trainer.publisher import Publisher, PushReport
 
 
 class Receiver:
@@ -27,8 +39,10 @@ class Receiver:
         self.version = 0
         self.tensors: dict[str, torch.Tensor] = {}
         self.misbehave = ""
+        self.stated: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
         self.group: WeightGroup | None = None
-        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.thread = ThreadPoolExecutor(max_workers=4)
+        self.pushed: asyncio.Task[None] | None = None
         self.tasks: set[asyncio.Task[None]] = set()
         self.listener = Listener(host="127.0.0.1", port=0, handler=self.handle, max_message_bytes=1 << 20)
 
@@ -47,8 +61,17 @@ class Receiver:
     def handle(self, envelope: Envelope) -> None:
         if self.misbehave == "mute":
             return
+        if isinstance(envelope.message, PushChecksums):
+            self.stated.set_result(envelope.message.checksums)
+            return
+        if isinstance(envelope.message, PushWeights):
+            self.stated = asyncio.get_running_loop().create_future()
+            self.pushed = asyncio.get_running_loop().create_task(self.answer(envelope))
+            return
         if isinstance(envelope.message, DissolveGroup):
             self.leave()
+            if self.pushed is not None:
+                self.pushed.cancel()
         task = asyncio.get_running_loop().create_task(self.answer(envelope))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
@@ -60,16 +83,25 @@ class Receiver:
                 case FormGroup() as form:
                     self.group = await loop.run_in_executor(self.thread, self.join, form)
                 case PushWeights() as push:
-                    if self.misbehave == "die":
+                    if self.misbehave in ("die", "spoil"):
                         self.leave()
+                    if self.misbehave in ("die", "hang"):
                         return
-                    await loop.run_in_executor(self.thread, self.receive, push)
-                case AskAlive() | DissolveGroup():
+                    found = await loop.run_in_executor(self.thread, self.receive, push)
+                    if self.misbehave != "vanish":
+                        assert await self.stated == found
+                        self.activate(push)
+                case AskAlive():
+                    alive = Alive(version=self.version, num_ranks=1, device="cpu", device_uuid="", nccl_version="")
+                    self.listener.send(envelope.peer, alive, rid=envelope.rid)
+                    return
+                case DissolveGroup():
                     pass
-        except WeightSyncError as error:
+        except (WeightSyncError, asyncio.CancelledError) as error:
             self.listener.send(envelope.peer, WeightsFailed(version=self.version, reason=str(error)), rid=envelope.rid)
             return
-        if self.misbehave == "mute":
+        if self.misbehave == "vanish":  # with the whole broadcast received, so that nothing breaks
+            self.misbehave = "mute"
             return
         self.listener.send(envelope.peer, WeightsOk(version=self.version), rid=envelope.rid)
 
@@ -86,17 +118,18 @@ class Receiver:
             timeout_s=form.timeout_s,
         )
 
-    def receive(self, push: PushWeights) -> None:
-        manifest = Manifest.from_dict(push.manifest)
-        for bucket in manifest.buckets:
+    def receive(self, push: PushWeights) -> list[int]:
+        checksums = []
+        for bucket in Manifest.from_dict(push.manifest).buckets:
             data = torch.empty(bucket.num_bytes, dtype=torch.uint8)
-            assert self.group is not None
+            if self.group is None:
+                raise WeightSyncError("left the group")
             self.group.broadcast(data)
-            assert checksum(data) == bucket.checksum
+            checksums.append(checksum(data))
             self.tensors |= unflatten(bucket, data)
-        if self.misbehave == "vanish":  # with the whole broadcast received, so that nothing breaks
-            self.misbehave = "mute"
-            return
+        return checksums
+
+    def activate(self, push: PushWeights) -> None:
         if self.misbehave == "reject":
             raise WeightSyncError("verification failed")
         self.version = push.version
@@ -112,14 +145,13 @@ class Receiver:
         self.thread.shutdown(wait=False)
 
 
-def snapshot(value: float) -> Any:
-    tensors = [("a", torch.full((300,), float(value))), ("b", torch.full((7, 3), value + 1.0))]
-    return take_snapshot(tensors, bucket_bytes=1024, dtype="float32")
+def snapshot(value: float, *, size: int = 300) -> Held:
+    return Held({"a": torch.full((size,), float(value)), "b": torch.full((7, 3), value + 1.0)}, bucket_bytes=1024)
 
 
-def run(body: Callable[[Broadcaster], Awaitable[None]], *, deadline_s: float = 10.0) -> None:
+def run(body: Callable[[Broadcaster], Awaitable[None]], *, deadline_s: float = 10.0, **settings: Any) -> None:
     async def bounded() -> None:
-        broadcaster = Broadcaster(WeightsConfig(push_deadline_s=deadline_s), device="cpu", incarnation=1)
+        broadcaster = Broadcaster(WeightsConfig(push_deadline_s=deadline_s, **settings), device="cpu", incarnation=1)
         async with asyncio.timeout(30):
             await body(broadcaster)
             await broadcaster.close()
@@ -179,7 +211,7 @@ def test_nobody_there_is_not_an_error() -> None:
 
 
 def test_a_server_that_was_slow_once_is_tried_again_and_costs_no_versions_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.broadcaster._SHUN_S", 1.5)
+    monkeypatch.setattr("trainer.broadcaster.Shunning", lambda: Shunning(first_s=1.5))
     versions = iter(range(1, 100))
 
     async def granted(_: Any, *, timeout_s: float) -> VersionGranted:
@@ -256,3 +288,97 @@ def test_a_server_that_kept_the_weights_of_an_earlier_run_gets_those_of_this_one
             receiver.close()
 
     run(body)
+
+
+def test_one_that_breaks_every_broadcast_and_survives_is_singled_out() -> None:
+    async def body(broadcaster: Broadcaster) -> None:
+        good, bad = Receiver("good"), Receiver("bad")
+        bad.misbehave = "spoil"
+        servers = [good.entry, bad.entry]
+        pushes = [await broadcaster.push(snapshot(v, size=1 << 22), version=v, step=v, servers=servers) for v in (1, 2, 3)]
+        # Nobody was silent, so nobody was to blame; then each got a group of its own.
+        assert [set(outcome.activated) for outcome in pushes] == [set(), set(), {"good"}]
+        assert all({"good", "bad"} <= set(outcome.failed) for outcome in pushes[:2])
+        assert all(outcome.recovery_s["good"] < 2 for outcome in pushes[:2])
+        outcome = await broadcaster.push(snapshot(4), version=4, step=4, servers=servers)
+        assert (set(outcome.activated), outcome.failed) == ({"good"}, {}), "the culprit is left out"
+        for receiver in (good, bad):
+            receiver.close()
+
+    run(body)
+
+
+def test_a_group_for_each_engine_keeps_a_hang_to_itself() -> None:
+    async def body(broadcaster: Broadcaster) -> None:
+        loop = asyncio.get_running_loop()
+        good, bad = Receiver("good"), Receiver("bad")
+        bad.misbehave = "hang"
+        started_s = loop.time()
+        push = asyncio.ensure_future(broadcaster.push(snapshot(1, size=1 << 23), version=1, step=1, servers=[bad.entry, good.entry]))
+        while good.version != 1:
+            await asyncio.sleep(0.01)
+        assert not push.done() and loop.time() - started_s < 3
+        outcome = await push
+        assert (set(outcome.activated), set(outcome.failed)) == ({"good"}, {"bad", "broadcast"})
+        outcome = await broadcaster.push(snapshot(2), version=2, step=2, servers=[bad.entry, good.entry])
+        assert (set(outcome.activated), outcome.failed) == ({"good"}, {})
+        assert broadcaster.num_epochs == 2, "the good one keeps its group"
+        for receiver in (good, bad):
+            receiver.close()
+
+    run(body, deadline_s=4.0, topology="per_engine")
+
+
+@pytest.mark.parametrize("topology", ["shared", "per_engine"])
+def test_waves_leave_capacity(topology: str) -> None:
+    async def body(broadcaster: Broadcaster) -> None:
+        receivers = [Receiver(name) for name in "abcde"]
+        most = 0
+        done = asyncio.Event()
+
+        async def watch() -> None:
+            nonlocal most
+            while not done.is_set():
+                most = max(most, sum(len(r.tensors) > 0 and r.version == 0 for r in receivers))
+                await asyncio.sleep(0)
+
+        watching = asyncio.create_task(watch())
+        outcome = await broadcaster.push(snapshot(1), version=1, step=1, servers=[r.entry for r in receivers])
+        done.set()
+        await watching
+        assert (set(outcome.activated), outcome.failed) == (set("abcde"), {})
+        assert 1 <= most <= 2
+        assert broadcaster.num_epochs == (3 if topology == "shared" else 5)
+        for receiver in receivers:
+            receiver.close()
+
+    run(body, topology=topology, max_unavailable=2)
+
+
+def test_cohorts() -> None:
+    a, b, c, d = (("a", 1), ("b", 1), ("c", 1), ("d", 1))
+    assert cohorts_of([], topology="shared", max_unavailable=0) == []
+    assert cohorts_of([a, b, c], topology="shared", max_unavailable=0) == [[a, b, c]]
+    assert cohorts_of([a, b, c], topology="per_engine", max_unavailable=0) == [[a], [b], [c]]
+    assert cohorts_of([a, b, c], topology="shared", max_unavailable=2) == [[a, b], [c]]
+    assert cohorts_of([a, b, c], topology="shared", max_unavailable=0, alone=[b, d]) == [[b], [a, c]]
+
+
+def alive(*, num_ranks: int = 1, device: str = "cuda:0", uuid: str = "", nccl: str = "2.27.5") -> Alive:
+    return Alive(version=0, num_ranks=num_ranks, device=device, device_uuid=uuid, nccl_version=nccl)
+
+
+def test_an_engine_takes_as_many_places_as_it_has_ranks() -> None:
+    members: list[Any] = [Member(entry=None, link=None) for _ in range(3)]  # type: ignore[arg-type]
+    seats, world_size = seats_of(members, [alive(), alive(num_ranks=4), alive(num_ranks=2)])
+    assert [seat.first_rank for seat in seats] == [1, 2, 6] and world_size == 8
+
+
+def test_nccl_only_between_equals() -> None:
+    ours = {"device": "cuda:0", "device_uuid": "gpu-0", "nccl_version": "2.27.5"}
+    assert choose_backend("auto", ours=ours, engines=[alive(uuid="gpu-1"), alive(nccl="")]) == ("nccl", "")
+    assert choose_backend("gloo", ours=ours, engines=[alive()]) == ("gloo", "")
+    assert choose_backend("auto", ours=ours, engines=[alive(device="cpu")]) == ("gloo", "")
+    assert choose_backend("nccl", ours=ours, engines=[alive(device="cpu")])[1] == "not everybody is on a GPU"
+    assert choose_backend("auto", ours=ours, engines=[alive(nccl="2.21.5")]) == ("gloo", "NCCL versions differ: 2.21.5, 2.27.5")
+    assert choose_backend("nccl", ours=ours, engines=[alive(uuid="gpu-0")]) == ("gloo", "two of them share a GPU")

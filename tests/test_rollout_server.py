@@ -25,8 +25,8 @@ from areal_like.messages.producer import AbortLeases, Purpose, ReturnLeases, Sam
 from areal_like.trajectory import FinishReason, Trajectory
 from rollout_server.task_sort import SortTask
 from tests.rollout_harness import PlayedBuffer, ServerProcess, descendants, is_alive, job, serving, wait_until
+from tests.snapshots import Held
 from trainer.broadcaster import Broadcaster, PushOutcome
-from trainer.publisher import take_snapshot
 from trainer.tiny_model import build_tiny_model, character_tokenizer
 
 pytestmark = pytest.mark.timeout(90)
@@ -76,8 +76,7 @@ def push(buffer: PlayedBuffer, tensors: dict[str, torch.Tensor], *, version: int
         config = WeightsConfig(bucket_bytes=1 << 16, push_deadline_s=20, **settings)
         broadcaster = Broadcaster(config, device="cpu", incarnation=time.time_ns())
         try:
-            snapshot = take_snapshot(list(tensors.items()), bucket_bytes=1 << 16, dtype="float32")
-            return await broadcaster.push(snapshot, version=version, step=version, servers=[entry])
+            return await broadcaster.push(Held(tensors, bucket_bytes=1 << 16), version=version, step=version, servers=[entry])
         finally:
             await broadcaster.close()
 

@@ -1,13 +1,14 @@
-"""Rank 0's end of the weight plane: process groups of the engines that are there, and buckets through them.
+"""Rank 0's end of the weight plane: which servers take part in a push, in which groups and waves, and what became of it.
 
-    no epoch -> (ask who is alive) -> forming -> FORMED -> push -> push -> ... -> dissolved (membership changed, or a push failed)
+    eligible servers -> (who is alive?) -> cohorts -> an epoch each, kept while its members stay -> push -> outcome
 
-A server that fails, or that is silent past its deadline, is left out for a while, twice as long each time, or until it says something
-new in the directory (a restart, another state or version): a bad engine costs a deadline now and then and not one a push, and a healthy
-one that was slow once is not lost for ever. A dead peer breaks the broadcast at once; survivors are then told to leave the group, answer,
-and meet again in the next epoch.
+`weights.topology` says what a cohort is: everybody (`shared`: one broadcast feeds all, and one that breaks it costs all this push), or
+each engine by itself (`per_engine`: rank 0 sends everything once an engine, and nobody notices a neighbour's failure).
+`weights.max_unavailable` bounds how many servers are being updated at a time: shared cohorts are then cut to that size and go
+one after the other, so that capacity never reaches zero where an engine has to pause.
 
-Control messages run in the caller's event loop, blocking collectives in one thread of their own.
+A server that fails, or is silent past its deadline, is left out for a while (`members.py`). In a shared group nobody can say who broke
+a broadcast if all survive it, so whoever was in `_PROBE_AFTER` broken ones in a row gets a group of its own: the culprit fails there alone.
 """
 
 from __future__ import annotations
@@ -15,299 +16,233 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from areal_like.channel import Link
-from areal_like.collective import WeightGroup
+from areal_like.collective import WeightGroup, device_facts
 from areal_like.config import WeightsConfig
-from areal_like.errors import ArealError, ConfigError, WeightSyncError
+from areal_like.errors import ConfigError, WeightSyncError
 from areal_like.messages.consumer import ServerEntry
-from areal_like.messages.weights import AskAlive, DissolveGroup, FormGroup, PushWeights, WeightsFailed, WeightsOk
-from areal_like.weights import Bucket, Manifest
+from areal_like.messages.weights import Alive, AskAlive, PushWeights, WeightsFailed, WeightsOk
+from areal_like.weights import Manifest
+from trainer.epoch import ALIVE_S, Epoch, EpochOutcome, seats_of
+from trainer.members import Answer, Key, Member, Shunning, key_of
+from trainer.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
-
-_ALIVE_S = 2.0
-"""How fast a healthy control socket answers; also the grace for survivors of a broken broadcast."""
 
 _FORM_S = 15.0
 """Longest rendezvous of members that have just said that they are alive; also the time limit of one bucket's broadcast."""
 
-_SHUN_S, _MAX_SHUN_S = 5.0, 300.0
-"""How long a server is left out after its first failure, and after many."""
-
-_Key = tuple[str, int]
-_Answer = WeightsOk | WeightsFailed
+_PROBE_AFTER = 2
+"""Broken pushes in a row that a server survives before it gets a group of its own."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class PushOutcome:
     """Who has the new version active, and why others have not."""
 
     activated: dict[str, WeightsOk] = field(default_factory=dict)
     """Server name -> its answer."""
     failed: dict[str, str] = field(default_factory=dict)
-    """Server name -> reason."""
+    """Server name (or `broadcast`) -> reason."""
+    recovery_s: dict[str, float] = field(default_factory=dict)
+    """Name of each server that survived a broken broadcast -> seconds until it had left it."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Member:
-    entry: ServerEntry
-    link: Link
-
-    @property
-    def key(self) -> _Key:
-        return _key(self.entry)
-
-    async def ask(self, request: Any, *, timeout_s: float) -> _Answer:
-        try:
-            answer = await self.link.call(request, timeout_s=timeout_s)
-        except ArealError as error:
-            return WeightsFailed(version=-1, reason=str(error))
-        if not isinstance(answer, (WeightsOk, WeightsFailed)):
-            return WeightsFailed(version=-1, reason=f"answered {type(answer).__name__} to {type(request).__name__}")
-        return answer
+def cohorts_of(keys: Sequence[Key], *, topology: str, max_unavailable: int, alone: Iterable[Key] = ()) -> list[list[Key]]:
+    """Who shares a group. `alone`: servers that get one of their own whatever the topology."""
+    singled = set(alone)
+    rest = [key for key in keys if key not in singled]
+    size = 1 if topology == "per_engine" else max_unavailable or max(1, len(rest))
+    return [[key] for key in keys if key in singled] + [rest[start : start + size] for start in range(0, len(rest), size)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Epoch:
-    number: int
-    group: WeightGroup
-    members: list[_Member]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Shunned:
-    entry: ServerEntry
-    """What the directory said of it when it failed."""
-    for_s: float
-    until_s: float
+def choose_backend(wanted: str, *, ours: dict[str, str], engines: Sequence[Alive]) -> tuple[str, str]:
+    """(`nccl` or `gloo`, why it is not the NCCL that was wanted). `ours`: `device_facts` of the trainer."""
+    if wanted == "gloo":
+        return "gloo", ""
+    if not all(device.startswith("cuda") for device in (ours["device"], *(engine.device for engine in engines))):
+        return "gloo", "not everybody is on a GPU" if wanted == "nccl" else ""
+    versions = {version for version in (ours["nccl_version"], *(engine.nccl_version for engine in engines)) if version}
+    if len(versions) > 1:
+        return "gloo", f"NCCL versions differ: {', '.join(sorted(versions))}"
+    uuids = [uuid for uuid in (ours["device_uuid"], *(engine.device_uuid for engine in engines)) if uuid]
+    if len(set(uuids)) < len(uuids):
+        return "gloo", "two of them share a GPU"
+    return "nccl", ""
 
 
 class Broadcaster:
-    """Pushes buckets to servers. Knows neither the buffer nor optimizer steps; one `push` at a time."""
+    """Pushes snapshots to servers. Knows neither the buffer nor optimizer steps; one `push` at a time."""
 
     def __init__(self, config: WeightsConfig, *, device: str, incarnation: int) -> None:
         self._config = config
-        self._device = device
+        self._device = torch.device(device)
         self._incarnation = incarnation
-        self._members: dict[_Key, _Member] = {}
-        self._directory: dict[_Key, ServerEntry] = {}
-        self._shunned: dict[_Key, _Shunned] = {}
-        self._epoch: _Epoch | None = None
-        self._num_epochs = 0
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
-
-    @property
-    def num_epochs(self) -> int:
-        """Groups formed so far."""
-        return self._num_epochs
+        self._members: dict[Key, Member] = {}
+        self._directory: dict[Key, ServerEntry] = {}
+        self._shunning = Shunning()
+        self._survived: Counter[Key] = Counter()
+        """Broken broadcasts in a row that a server survived without anybody being to blame."""
+        self._epochs: dict[frozenset[Key], Epoch] = {}
+        self._warned = ""
+        self.num_epochs = 0
+        """Groups formed so far, or tried."""
 
     def eligible(self, servers: Iterable[ServerEntry]) -> list[ServerEntry]:
         """Those of the directory that a push would go to now."""
-        return [entry for entry in servers if self._is_eligible(entry)]
+        now_s = time.monotonic()
+        return [entry for entry in servers if self._shunning.is_eligible(entry, now_s=now_s)]
 
-    async def push(
-        self, buckets: Sequence[tuple[Bucket, torch.Tensor]], *, version: int, step: int, servers: Sequence[ServerEntry]
-    ) -> PushOutcome:
-        """Sends flattened buckets (uint8[num_bytes] each) to every eligible server of the directory and waits for activation.
+    async def push(self, snapshot: Snapshot, *, version: int, step: int, servers: Sequence[ServerEntry]) -> PushOutcome:
+        """Sends an acquired snapshot to every eligible server of the directory and waits for activation.
 
         Never raises for what a server does: its reason is in the outcome. Raises ConfigError when weights.host is no address of ours.
         """
-        self._directory = {_key(entry): entry for entry in servers}
-        self._shunned = {key: shunned for key, shunned in self._shunned.items() if key in self._directory}
-        epoch, failed = await self._form(self.eligible(servers))
+        self._directory = {key_of(entry): entry for entry in servers}
+        self._shunning.forget_all_but(self._directory)
+        wanted = self.eligible(servers)
+        await self._forget_all_but({key_of(entry) for entry in wanted})
+        cohorts = cohorts_of(
+            [key_of(entry) for entry in wanted],
+            topology=self._config.topology,
+            max_unavailable=self._config.max_unavailable,
+            alone=[key for key, count in self._survived.items() if count >= _PROBE_AFTER],
+        )
+        await self._dissolve_all_but(frozenset(cohort) for cohort in cohorts)
+        outcome = PushOutcome()
+        places = asyncio.Semaphore(self._config.max_unavailable or len(cohorts) or 1)
+        if self._config.topology == "shared" and self._config.max_unavailable:
+            places = asyncio.Semaphore(1)
+
+        async def one(cohort: list[Key]) -> None:
+            async with places:
+                await self._push_to(cohort, snapshot, outcome, version=version, step=step)
+
+        await asyncio.gather(*map(one, cohorts))
+        return outcome
+
+    async def close(self) -> None:
+        """Dissolves the groups and closes every link."""
+        await self._dissolve_all_but(())
+        for member in self._members.values():
+            member.link.close()
+
+    async def _push_to(self, cohort: list[Key], snapshot: Snapshot, outcome: PushOutcome, *, version: int, step: int) -> None:
+        epoch = await self._epoch(cohort, outcome)
         if epoch is None:
-            return PushOutcome(failed=failed)
+            return
         request = PushWeights(
             epoch=epoch.number,
             group_name=epoch.group.group_name,
             version=version,
             step=step,
             update_mode=self._config.update_mode,
-            manifest=Manifest(version=version, buckets=tuple(bucket for bucket, _ in buckets)).to_dict(),
+            manifest=Manifest(version=version, buckets=snapshot.buckets).to_dict(),
             timeout_s=self._config.push_deadline_s,
         )
-        asked = [asyncio.create_task(member.ask(request, timeout_s=self._config.push_deadline_s)) for member in epoch.members]
-        broken = await self._send(epoch.group, [data for _, data in buckets])
-        if broken:
-            # Survivors may be blocked in the broadcast that the dead peer broke: telling them to leave makes them answer.
-            await asyncio.gather(self._farewell(epoch), asyncio.wait(asked, timeout=_ALIVE_S))
-        else:
-            await self._while_alive(epoch.members, asked)
-        for task in asked:
-            task.cancel()
-        answers = await asyncio.gather(*asked, return_exceptions=True)
-        # Whoever reports the broken broadcast survived it; whoever broke it is silent.
-        blameless = {m.key for m, answer in zip(epoch.members, answers, strict=True) if broken and isinstance(answer, WeightsFailed)}
-        activated, refused = self._settle(epoch.members, answers, version=version, blameless=blameless)
-        if broken or refused:
-            await self._leave()
-        return PushOutcome(activated=activated, failed=failed | refused | ({"broadcast": broken} if broken else {}))
+        pushed = await epoch.push(request, snapshot)
+        outcome.recovery_s |= pushed.recovery_s
+        if pushed.broken:
+            outcome.failed["broadcast"] = pushed.broken
+        activated = self._settle(epoch, pushed, outcome, version=version)
+        if activated < len(epoch.members) or pushed.broken:
+            await self._dissolve(epoch, is_broken=bool(pushed.broken))
 
-    async def close(self) -> None:
-        """Dissolves the group and closes every link."""
-        if self._epoch is not None:
-            await self._farewell(self._epoch)
-            await self._leave()
-        for member in self._members.values():
-            member.link.close()
-        self._thread.shutdown(wait=False)
-
-    def _is_eligible(self, entry: ServerEntry) -> bool:
-        if not entry.weights_address or entry.state in ("starting", "draining"):
-            return False
-        shunned = self._shunned.get(_key(entry))
-        if shunned is None or time.monotonic() >= shunned.until_s:
-            return True
-        return (shunned.entry.state, shunned.entry.weights_version) != (entry.state, entry.weights_version)
-
-    def _shun(self, key: _Key) -> None:
-        before = self._shunned.get(key)
-        for_s = min(_MAX_SHUN_S, 2 * before.for_s) if before else _SHUN_S
-        self._shunned[key] = _Shunned(entry=self._directory[key], for_s=for_s, until_s=time.monotonic() + for_s)
-
-    async def _form(self, wanted: list[ServerEntry]) -> tuple[_Epoch | None, dict[str, str]]:
-        if self._epoch is not None:
-            if {member.key for member in self._epoch.members} == {_key(entry) for entry in wanted}:
-                return self._epoch, {}
-            await self._farewell(self._epoch)
-            await self._leave()
-        self._forget_all_but(wanted)
-        members = [self._member(entry) for entry in wanted]
-        alive = await asyncio.gather(*(member.ask(AskAlive(), timeout_s=_ALIVE_S) for member in members))
-        _, failed = self._settle(members, alive)
-        members = [member for member in members if member.entry.name not in failed]
+    async def _epoch(self, cohort: list[Key], outcome: PushOutcome) -> Epoch | None:
+        """The cohort's epoch, formed if it is new, of those who are alive. None when there is none; the reasons are in the outcome."""
+        if (epoch := self._epochs.get(frozenset(cohort))) is not None:
+            return epoch
+        members = [self._member(self._directory[key]) for key in cohort]
+        alive = dict[Key, Alive]()
+        for member, answer in zip(members, await asyncio.gather(*(m.ask(AskAlive(), timeout_s=ALIVE_S) for m in members)), strict=True):
+            if isinstance(answer, Alive):
+                alive[member.key] = answer
+            else:
+                self._blame(member, answer, outcome)
+        members = [member for member in members if member.key in alive]
         if not members:
-            return None, failed
-        epoch = self._new_epoch(members)
-        answers = [
-            asyncio.create_task(member.ask(self._invitation(epoch, rank), timeout_s=epoch.group.timeout_s + 2 * _ALIVE_S))
-            for rank, member in enumerate(members, start=1)
-        ]
-        self._epoch = epoch
-        blameless: set[_Key] = set()
-        try:
-            await asyncio.get_running_loop().run_in_executor(self._thread, epoch.group.connect)
-        except WeightSyncError as error:
-            log.warning("epoch %d was not formed: %s", epoch.number, error)
-            # Whoever is still waiting in the rendezvous did what it was asked; it answers when told to leave.
-            blameless = {member.key for member, answer in zip(members, answers, strict=True) if not answer.done()}
-            await self._farewell(epoch)
-        _, refused = self._settle(members, await asyncio.gather(*answers), blameless=blameless)
-        if refused or blameless:
-            await self._leave()
-            return None, failed | refused
+            return None
+        epoch = self._new_epoch(members, [alive[member.key] for member in members])
+        formed = await epoch.form()
+        if self._settle(epoch, formed, outcome) < len(members) or formed.broken:
+            await epoch.dissolve(is_broken=False)
+            return None
         log.info("epoch %d: %s over %s", epoch.number, [member.entry.name for member in members], epoch.group.backend)
-        return epoch, failed
+        self._epochs[epoch.keys] = epoch
+        return epoch
 
-    def _new_epoch(self, members: list[_Member]) -> _Epoch:
-        self._num_epochs += 1
+    def _new_epoch(self, members: list[Member], alive: list[Alive]) -> Epoch:
+        self.num_epochs += 1
+        backend, warning = choose_backend(self._config.backend, ours=device_facts(self._device), engines=alive)
+        if warning and warning != self._warned:
+            log.warning("weights travel over gloo: %s", warning)
+        self._warned = warning
+        seats, world_size = seats_of(members, alive)
         try:
             group = WeightGroup.create(
                 host=self._config.host,
-                world_size=1 + len(members),
-                group_name=f"weights-{self._incarnation}-{self._num_epochs}",
-                backend=self._backend(members),
+                world_size=world_size,
+                group_name=f"weights-{self._incarnation}-{self.num_epochs}",
+                backend=backend,
                 timeout_s=min(self._config.push_deadline_s, _FORM_S),
             )
         except WeightSyncError as error:
             raise ConfigError(f"{error}: set weights.host to an address of the machine of trainer rank 0") from None
-        return _Epoch(number=self._num_epochs, group=group, members=members)
+        return Epoch(number=self.num_epochs, group=group, seats=seats, device=self._device)
 
-    def _invitation(self, epoch: _Epoch, rank: int) -> FormGroup:
-        return FormGroup(
-            epoch=epoch.number,
-            group_name=epoch.group.group_name,
-            master_address=epoch.group.address,
-            master_port=epoch.group.port,
-            rank=rank,
-            world_size=epoch.group.world_size,
-            backend=epoch.group.backend,
-            timeout_s=epoch.group.timeout_s + _ALIVE_S,  # after us, so that we can tell who is waiting from who refused
-        )
-
-    def _backend(self, members: list[_Member]) -> str:
-        on_gpus = all(device.startswith("cuda") for device in (self._device, *(member.entry.device for member in members)))
-        if self._config.backend == "nccl" and not on_gpus:
-            log.warning("weights.backend=nccl needs the trainer and every engine on GPUs: using gloo")
-        return "nccl" if on_gpus and self._config.backend != "gloo" else "gloo"
-
-    async def _while_alive(self, members: list[_Member], asked: list[asyncio.Task[_Answer]]) -> None:
-        """Waits for answers, but not for a server that has died with the whole broadcast in its socket's buffer."""
-        pending = dict(zip(asked, members, strict=True))
-        while pending:
-            done, _ = await asyncio.wait(pending, timeout=_ALIVE_S, return_when=asyncio.FIRST_COMPLETED)
-            if not done:
-                alive = await asyncio.gather(*(member.ask(AskAlive(), timeout_s=_ALIVE_S) for member in pending.values()))
-                done = {task for task, answer in zip(pending, alive, strict=True) if isinstance(answer, WeightsFailed)}
-            for task in done:
-                del pending[task]
-
-    async def _send(self, group: WeightGroup, data: list[torch.Tensor]) -> str:
-        """Broadcasts; returns why it broke, or nothing."""
-
-        def send_all() -> None:
-            for bucket in data:
-                group.broadcast(bucket)
-
-        try:
-            await asyncio.get_running_loop().run_in_executor(self._thread, send_all)
-        except WeightSyncError as error:
-            return str(error)
-        return ""
-
-    def _settle(
-        self,
-        members: list[_Member],
-        answers: Sequence[_Answer | BaseException],
-        *,
-        version: int | None = None,
-        blameless: Set[_Key] = frozenset(),
-    ) -> tuple[dict[str, WeightsOk], dict[str, str]]:
-        """Sorts answers: who did what was asked, and the reasons of those who did not, who are shunned unless blameless."""
-        succeeded, failed = {}, {}
-        for member, answer in zip(members, answers, strict=True):
+    def _settle(self, epoch: Epoch, result: EpochOutcome, outcome: PushOutcome, *, version: int | None = None) -> int:
+        """Sorts the answers to a push (or, without `version`, to an invitation); how many did what was asked."""
+        num_succeeded = 0
+        for member, answer in zip(epoch.members, result.answers, strict=True):
             if isinstance(answer, WeightsOk) and version in (None, answer.version):
-                succeeded[member.entry.name] = answer
+                num_succeeded += 1
                 if version is not None:
-                    self._shunned.pop(member.key, None)
-                continue
-            if isinstance(answer, WeightsFailed):
-                failed[member.entry.name] = answer.reason
-            elif isinstance(answer, WeightsOk):
-                failed[member.entry.name] = f"is at version {answer.version} after the push of {version}"
+                    outcome.activated[member.entry.name] = answer
+                    self._shunning.succeeded(member.key)
+                    del self._survived[member.key]
+            elif member.key in result.blameless and (len(epoch.members) > 1 or self._survived[member.key] < _PROBE_AFTER):
+                outcome.failed[member.entry.name] = _reason(answer, version)
+                self._survived[member.key] += 1
             else:
-                failed[member.entry.name] = "silent"
-            if member.key not in blameless:
-                self._shun(member.key)
-        return succeeded, failed
+                self._blame(member, answer, outcome, version=version)
+        return num_succeeded
 
-    def _member(self, entry: ServerEntry) -> _Member:
-        key = _key(entry)
+    def _blame(self, member: Member, answer: Answer, outcome: PushOutcome, *, version: int | None = None) -> None:
+        outcome.failed[member.entry.name] = _reason(answer, version)
+        self._shunning.failed(self._directory[member.key], now_s=time.monotonic())
+        del self._survived[member.key]
+
+    def _member(self, entry: ServerEntry) -> Member:
+        key = key_of(entry)
         if key not in self._members:
-            self._members[key] = _Member(entry=entry, link=Link(entry.weights_address, handler=lambda _: None))
+            self._members[key] = Member(entry=entry, link=Link(entry.weights_address, handler=lambda _: None))
         return self._members[key]
 
-    def _forget_all_but(self, wanted: list[ServerEntry]) -> None:
-        keys = {_key(entry) for entry in wanted}
-        for key in self._members.keys() - keys:
+    async def _forget_all_but(self, keys: set[Key]) -> None:
+        gone = self._members.keys() - keys
+        await asyncio.gather(*(self._dissolve(epoch, is_broken=False) for epoch in list(self._epochs.values()) if epoch.keys & gone))
+        for key in gone:
             self._members.pop(key).link.close()
+            del self._survived[key]
 
-    async def _farewell(self, epoch: _Epoch) -> None:
-        request = DissolveGroup(epoch=epoch.number, group_name=epoch.group.group_name)
-        await asyncio.gather(*(member.ask(request, timeout_s=_ALIVE_S) for member in epoch.members))
+    async def _dissolve_all_but(self, kept: Iterable[frozenset[Key]]) -> None:
+        unwanted = self._epochs.keys() - set(kept)
+        await asyncio.gather(*(self._dissolve(self._epochs[keys], is_broken=False) for keys in unwanted))
 
-    async def _leave(self) -> None:
-        epoch, self._epoch = self._epoch, None
-        if epoch is not None:
-            await asyncio.get_running_loop().run_in_executor(self._thread, epoch.group.close)
+    async def _dissolve(self, epoch: Epoch, *, is_broken: bool) -> None:
+        self._epochs.pop(epoch.keys, None)
+        await epoch.dissolve(is_broken=is_broken)
 
 
-def _key(entry: ServerEntry) -> _Key:
-    return entry.name, entry.incarnation
+def _reason(answer: Answer, version: int | None) -> str:
+    if isinstance(answer, WeightsFailed):
+        return answer.reason
+    if isinstance(answer, WeightsOk):
+        return f"is at version {answer.version} after the push of {version}"
+    return f"answered {type(answer).__name__}"

@@ -26,14 +26,13 @@ from areal_like.daemon import DrainSignals, configure_logging, exit_code_of
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths, model_path
 from trainer.checkpoint import Checkpoints
-from trainer.gather import gather_full_state
 from trainer.joining import device_of, join_ranks
 from trainer.lags import LagTally
 from trainer.leader import Leader
 from trainer.link import BufferLink, StopRequestedError
 from trainer.policy import build_policy
-from trainer.publisher import Snapshot, take_snapshot
 from trainer.ranks import Ranks
+from trainer.snapshot import Freezer, Snapshot
 from trainer.step import IncompleteStepError, StepRunner
 
 log = logging.getLogger(__name__)
@@ -56,6 +55,8 @@ class Trainer:
         source = model_path(config)
         self._policy = build_policy(config, source, ranks)
         self._runner = StepRunner.of(config, self._policy, ranks, initial=source)
+        self._freezer = Freezer(self._policy, ranks, bucket_bytes=config.weights.bucket_bytes, dtype=config.model.dtype)
+        self._freeze_s = 0.0
         if self._runner.single_version and config.buffer.group_filter != "single_version":
             raise ConfigError(
                 "this objective wants every group from one version of the weights: set buffer.group_filter=single_version, "
@@ -89,7 +90,7 @@ class Trainer:
         if resume == "latest" and not steps:
             raise ConfigError(f"resume=latest: there is no checkpoint in {self._paths.checkpoints}")
         step = steps[-1] if resume == "latest" else int(resume.removeprefix("step:"))
-        extra = self._checkpoints.load(step, self._policy, self._runner.optimizer, self._ranks)
+        extra = self._checkpoints.load(step, self._policy, self._runner.optimizer, self._ranks, critic=self._runner.critic)
         self._runner.rewards.restore(extra["shaping_duals"])
         return step, extra["stream"]
 
@@ -113,7 +114,7 @@ class Trainer:
         is_sync = self._step % config.weights.sync_interval == 0 or self._step == config.trainer.num_steps
         snapshot = self._snapshot() if is_sync else None
         if self._leader is not None:
-            self._leader.stepped(step, {**metrics, **lag_metrics}, snapshot)
+            self._leader.stepped(step, metrics | lag_metrics | {"freeze_s": self._freeze_s * is_sync}, snapshot)
         if self._step % config.trainer.checkpoint_interval == 0 or self._step == config.trainer.num_steps:
             self._save()
 
@@ -126,6 +127,7 @@ class Trainer:
             self._leader.end(finished=self._step == self._config.trainer.num_steps)
         # The other ranks keep their place in the process group until rank 0 is done.
         self._meet()
+        self._freezer.close()
 
     def _meet(self) -> None:
         """Waits for every rank, as long as rank 0 may wait for servers and evaluations: far longer than a collective should take."""
@@ -133,11 +135,11 @@ class Trainer:
             dist.barrier(self._patient)
 
     def _snapshot(self) -> Snapshot | None:
-        """A copy of the weights as they are broadcast. Collective; only rank 0 gets one."""
-        tensors = gather_full_state(self._policy)
-        if not self._leads:
-            return None
-        return take_snapshot(tensors, bucket_bytes=self._config.weights.bucket_bytes, dtype=self._config.model.dtype)
+        """The weights of now for the publisher. Collective; only rank 0 gets one."""
+        started_s = time.monotonic()
+        snapshot = self._freezer.freeze()
+        self._freeze_s = time.monotonic() - started_s
+        return snapshot
 
     def _save(self) -> None:
         """A checkpoint of now; when it is on disk its steps are committed: what the ledger calls trained will not be lost."""
@@ -149,7 +151,8 @@ class Trainer:
             assert leader is not None
             leader.commit(step - 1, oldest_kept_step=oldest_kept_step)
 
-        self._checkpoints.save(step, self._policy, self._runner.optimizer, self._ranks, extra=extra, then=commit)
+        runner = self._runner
+        self._checkpoints.save(step, self._policy, runner.optimizer, self._ranks, critic=runner.critic, extra=extra, then=commit)
         self._saved_step = step
 
     def _status(self) -> dict[str, Any]:

@@ -26,9 +26,10 @@ from areal_like.messages.consumer import (
 from areal_like.paths import RunPaths
 from trainer.broadcaster import Broadcaster
 from trainer.link import BufferLink, StopRequestedError
-from trainer.publisher import Publisher, PushReport, Snapshot
+from trainer.publisher import Publisher, PushReport
 from trainer.report import WARM_UP_STEPS, MetricsFile, step_row, write_summary
 from trainer.series import TrainerSeries
+from trainer.snapshot import Snapshot
 from trainer.staleness import StalenessController
 
 log = logging.getLogger(__name__)

@@ -1,9 +1,9 @@
 """Rank 0: keeps the engines at the newest weights while training goes on.
 
-    idle -> offer(snapshot) -> version granted by the buffer -> broadcast -> active at the servers -> idle
-                 ^ a newer snapshot offered meanwhile replaces one that has not been sent
+    idle -> offer(snapshot) -> acquired -> version granted by the buffer -> broadcast -> active at the servers -> released -> idle
+                 ^ a newer snapshot offered meanwhile replaces one that has not been acquired
 
-The trainer hands over a copy and goes on at once. Skipped snapshots never get a version. Runs in the link's event loop.
+The trainer freezes its weights and goes on at once. Skipped snapshots never get a version. Runs in the link's event loop.
 """
 
 from __future__ import annotations
@@ -11,23 +11,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from areal_like.errors import ArealError
 from areal_like.messages.consumer import AllocVersion, ServerEntry, VersionGranted
-from areal_like.weights import Bucket, checksum, cut_buckets, flatten, spec_of
 from trainer.broadcaster import Broadcaster
+from trainer.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 
 _RETRY_S = 0.5
 _CALL_TIMEOUT_S = 30.0
-
-Snapshot = list[tuple[Bucket, torch.Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,17 +38,8 @@ class PushReport:
     seconds: float
     stall_seconds: float
     """Longest time that one engine decoded nothing because of the push."""
-
-
-def take_snapshot(tensors: Sequence[tuple[str, torch.Tensor]], *, bucket_bytes: int, dtype: str) -> Snapshot:
-    """Flattened buckets with checksums, cast to `dtype`. A copy: the tensors may change afterwards."""
-    by_name = dict(tensors)
-    specs = [spec_of(name, tensor, dtype=dtype if tensor.is_floating_point() else None) for name, tensor in tensors]
-    snapshot = []
-    for bucket in cut_buckets(specs, bucket_bytes=bucket_bytes):
-        data = flatten(bucket, by_name)
-        snapshot.append((Bucket(tensors=bucket.tensors, checksum=checksum(data)), data))
-    return snapshot
+    recovery_seconds: float
+    """Longest time that a survivor of a broken broadcast needed to get out of it; 0 when none broke."""
 
 
 class Publisher:
@@ -128,8 +115,13 @@ class Publisher:
 
     async def _publish(self, step: int, snapshot: Snapshot) -> None:
         offered = self._offered
-        if self._broadcaster.eligible(self._servers()):  # else a version would be spent on nobody, again and again
-            await self._push(step, snapshot)
+        # Without anybody to send to, a version would be spent on nobody, again and again. A snapshot that is superseded already will be
+        # followed by the offer of its successor.
+        if self._broadcaster.eligible(self._servers()) and snapshot.acquire():
+            try:
+                await self._push(step, snapshot)
+            finally:
+                snapshot.release()
         if self._offered is not offered:
             self._wake.set()
         elif self._behind():
@@ -148,9 +140,10 @@ class Publisher:
             step=step,
             num_activated=len(outcome.activated),
             failed=outcome.failed,
-            num_bytes=sum(bucket.num_bytes for bucket, _ in snapshot),
+            num_bytes=sum(bucket.num_bytes for bucket in snapshot.buckets),
             seconds=time.monotonic() - started_s,
             stall_seconds=max((answer.stall_seconds for answer in outcome.activated.values()), default=0.0),
+            recovery_seconds=max(outcome.recovery_s.values(), default=0.0),
         )
         for name, reason in outcome.failed.items():
             log.warning("push of version %d to %s failed: %s", granted.version, name, reason)

@@ -41,6 +41,12 @@ class TrainerSeries:
         self._push_seconds = metrics.histogram(
             "trainer_push_seconds", "Seconds from a granted version to its activation", buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
         )
+        self._recovery_seconds = metrics.histogram(
+            "trainer_push_recovery_seconds",
+            "Longest time that a survivor of a broken broadcast needed to get out of it",
+            buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10),
+        )
+        self._freeze_seconds = metrics.counter("trainer_freeze_seconds", "Time that training stood still to freeze weights for a push")
         self._version = metrics.gauge("trainer_weights_version", "Newest version active at an engine")
         self._eval = metrics.gauge("trainer_eval_reward", "Mean held-out greedy reward")
 
@@ -52,6 +58,7 @@ class TrainerSeries:
             if isinstance(value, (int, float)) and math.isfinite(value):
                 gauge.set(value)
         self._tokens.inc(row["tokens_trained"])
+        self._freeze_seconds.inc(row["freeze_s"])
         self._seconds.labels("wait").inc(row["wait_data_s"])
         self._seconds.labels("work").inc(max(0.0, row["step_s"] - row["wait_data_s"]))
 
@@ -60,6 +67,8 @@ class TrainerSeries:
         self._pushes.labels("ok" if report.num_activated else "failed").inc()
         self._push_bytes.inc(report.num_bytes)
         self._push_seconds.observe(report.seconds)
+        if report.recovery_seconds:
+            self._recovery_seconds.observe(report.recovery_seconds)
         if report.num_activated:
             self._version.set(report.version)
 

@@ -1,7 +1,8 @@
 """Trainer rank 0 <-> rollout server: forming the broadcast group and pushing weights through it.
 
 Rank 0 connects a DEALER to the ROUTER that each server names in its hello. Tensor bytes go over torch.distributed, never over this
-socket. Every request is answered with its `rid` by `WeightsOk` or `WeightsFailed`; silence past the deadline counts as failure.
+socket. Requests are answered with their `rid` by `WeightsOk` or `WeightsFailed` unless they say otherwise; silence past the deadline
+counts as failure.
 """
 
 from __future__ import annotations
@@ -12,7 +13,23 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class AskAlive:
-    """Rank 0 -> server, before a group is formed: whoever does not answer at once is not waited for in a rendezvous."""
+    """Rank 0 -> server, before a group is formed: whoever does not answer at once is not waited for in a rendezvous. Answered `Alive`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alive:
+    """Server -> rank 0: what its engine is, as far as a group has to know."""
+
+    version: int
+    """Version that is active now."""
+    num_ranks: int
+    """Places that the engine takes in a group: its tensor-parallel ranks."""
+    device: str
+    """`cpu`, `cuda`, ..."""
+    device_uuid: str
+    """Which GPU; empty on a CPU or where the engine does not say."""
+    nccl_version: str
+    """As `2.27.5`; empty without NCCL or where the engine does not say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +41,7 @@ class FormGroup:
     master_address: str
     master_port: int
     rank: int
-    """Rank of this server's (first) engine; the trainer is 0."""
+    """Of the engine's first rank; the trainer is 0, and an engine with several ranks takes the places from here on."""
     world_size: int
     backend: str
     """`gloo` | `nccl`."""
@@ -33,7 +50,10 @@ class FormGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class PushWeights:
-    """Rank 0 -> server: receive the buckets of this manifest, verify, activate. Answered once the version is active."""
+    """Rank 0 -> server: receive the buckets of this manifest, verify, activate. Answered once the version is active.
+
+    The manifest tells no checksums: the first bucket travels while the last is still being gathered. `PushChecksums` follows.
+    """
 
     epoch: int
     group_name: str
@@ -43,6 +63,15 @@ class PushWeights:
     manifest: dict[str, Any]
     """`areal_like.weights.Manifest` as a plain mapping."""
     timeout_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushChecksums:
+    """Rank 0 -> server, after the last bucket of a push; no answer. Nothing is activated before it has come and agrees."""
+
+    version: int
+    checksums: list[int]
+    """`areal_like.weights.checksum` of each bucket, in the order of the manifest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,4 +102,4 @@ class WeightsFailed:
     reason: str
 
 
-MESSAGES = (AskAlive, FormGroup, PushWeights, DissolveGroup, WeightsOk, WeightsFailed)
+MESSAGES = (AskAlive, Alive, FormGroup, PushWeights, PushChecksums, DissolveGroup, WeightsOk, WeightsFailed)

@@ -234,6 +234,7 @@ class EngineServer:
             group_name=_text(body, "group_name", DEFAULT_GROUP),
             flattened=load_format is not None,
             version=_version(body),
+            index=_whole_number(body, "index") if "index" in body else None,
         )
         return JSONResponse({"success": True, "message": "received", "checksum": found})
 
@@ -274,6 +275,7 @@ class EngineServer:
         return JSONResponse(
             {
                 "engine": "embedded",
+                **self._updater.facts(),
                 "model_path": self._options.model_path,
                 "context_length": self._limits.context_length,
                 "vocab_size": self._limits.vocab_size,

@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from areal_like.collective import WeightGroup
+from areal_like.collective import WeightGroup, device_facts
 from areal_like.errors import WeightSyncError
 from areal_like.weights import Bucket, TensorSpec, check_names, checksum, spec_of, unflatten
 from rollout_server.engine.loop import EngineLoop
@@ -87,7 +87,9 @@ class _Session:
         self.version = ""
         self.num_receiving = 0
         self.places = asyncio.Semaphore(_MAX_RECEIVING)
-        self.wire = asyncio.Lock()
+        self.num_taken = 0
+        """Buckets that have left the wire, well or not."""
+        self.wire = asyncio.Condition()
         self.storing = asyncio.Lock()
         self.started_s = time.perf_counter()
         self._spare_buffers: list[Tensor] = []
@@ -193,8 +195,8 @@ class WeightUpdater:
         weights = await asyncio.wrap_future(self._loop.call(lambda core: core.take_spare()))
         self._session = _Session(weights, self._facts)
 
-    async def receive(self, bucket: Bucket, *, group_name: str, flattened: bool, version: str) -> int | None:
-        """Receives one bucket, after those that were asked for before; the checksum of a flattened one.
+    async def receive(self, bucket: Bucket, *, group_name: str, flattened: bool, version: str, index: int | None = None) -> int | None:
+        """Receives one bucket: the one at place `index` of the session, or the next; the checksum of a flattened one.
 
         A failure is raised here and spoils the session.
         """
@@ -204,12 +206,18 @@ class WeightUpdater:
             raise WeightSyncError(f"weight group {group_name!r} does not exist: call /init_weights_update_group first")
         session.num_receiving += 1
         try:
-            if bucket.num_bytes > self._max_bucket_bytes:
-                self.destroy_group(group_name)  # what we would not receive must not keep the sender waiting
-                raise WeightSyncError(f"a bucket of {bucket.num_bytes} bytes is larger than this model could need")
-            async with session.places:
+            async with contextlib.AsyncExitStack() as places:
                 async with session.wire:
-                    data = await self._threads.run(lambda: session.receive(group, bucket, flattened=flattened))
+                    await session.wire.wait_for(lambda: index is None or index <= session.num_taken)
+                    await places.enter_async_context(session.places)
+                    try:
+                        if bucket.num_bytes > self._max_bucket_bytes:
+                            self.destroy_group(group_name)  # what we would not receive must not keep the sender waiting
+                            raise WeightSyncError(f"a bucket of {bucket.num_bytes} bytes is larger than this model could need")
+                        data = await self._threads.run(lambda: session.receive(group, bucket, flattened=flattened))
+                    finally:
+                        session.num_taken += 1
+                        session.wire.notify_all()
                 async with session.storing:
                     found = await self._threads.run(lambda: session.keep(bucket, data))
             session.version = version or session.version
@@ -255,6 +263,10 @@ class WeightUpdater:
         finally:
             session.num_receiving -= 1
         return await self.end(version=version, recompute=recompute)
+
+    def facts(self) -> dict[str, str]:
+        """What rank 0 compares before it chooses a backend."""
+        return device_facts(self._facts.device)
 
     def close(self) -> None:
         """Fails what is being received and leaves all groups."""

@@ -1,0 +1,26 @@
+"""Weights to push, without a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from areal_like.weights import checksum, cut_buckets, flatten, spec_of
+
+
+class Held:
+    """A snapshot of plain tensors."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], *, bucket_bytes: int, dtype: str = "float32") -> None:
+        self.buckets = cut_buckets([spec_of(name, tensor, dtype=dtype) for name, tensor in tensors.items()], bucket_bytes=bucket_bytes)
+        self._data = [flatten(bucket, tensors) for bucket in self.buckets]
+
+    def acquire(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        pass
+
+    def read(self, index: int) -> tuple[Tensor, int]:
+        return self._data[index], checksum(self._data[index])
