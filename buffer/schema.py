@@ -85,7 +85,7 @@ class SegmentRow:
 
 def connect(path: Path, *, synchronous: str) -> sqlite3.Connection:
     """The ledger's file in WAL mode, at this program's version. Raises UserError for a newer file, StoreCorruptError for none of ours."""
-    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=1.0)
     try:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute(f"PRAGMA synchronous = {synchronous}")

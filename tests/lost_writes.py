@@ -1,8 +1,8 @@
 """What a disk may hold after the power went: every write that was not followed by an fsync of its file may be missing, whole or in part.
 
 `disk_shim.c` writes down what a process does to its files; `Disk` replays such a log up to any point and then loses what was not synced:
-all of it, or a random part, each write and each name on its own. Names are as volatile as bytes: a new file is there for certain only after an
-fsync of its directory, a removed one is gone only then. That is what POSIX promises; file systems are kinder.
+all of it, or a random part, each write and each name on its own. Names are as volatile as bytes: a new file is there for certain only
+after an fsync of its directory, and a removed one is gone only then. That is what POSIX promises; file systems are kinder.
 """
 
 from __future__ import annotations
