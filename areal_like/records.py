@@ -29,6 +29,7 @@ _HEADER = struct.Struct("<4sIIIQII")
 _MAGIC = b"ATR1"
 _CHECKED_FROM = 12
 _ALIGN = 8
+_INT, _FLOAT = np.dtype("<i4"), np.dtype("<f4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ def encode_record(ticket_id: int, sample_index: int, trajectory: Trajectory) -> 
             trajectory.is_greedy,
         ]
     )
-    arrays = (np.ascontiguousarray(trajectory.tokens, dtype="<i4").data, np.ascontiguousarray(trajectory.logprobs, dtype="<f4").data)
+    arrays = (np.ascontiguousarray(trajectory.tokens, dtype=_INT).data, np.ascontiguousarray(trajectory.logprobs, dtype=_FLOAT).data)
     parts = [meta, _padding(len(meta))]
     for array in arrays:
         parts += [array.cast("B"), _padding(array.nbytes)]
@@ -96,9 +97,9 @@ def decode_record(record: bytes, *, ticket_id: int, sample_index: int, where: st
         np.array([version for version, _ in runs], dtype=np.int32), np.array([length for _, length in runs], dtype=np.int64)
     )
     return Trajectory(
-        tokens=np.frombuffer(record, dtype="<i4", count=num_tokens, offset=tokens_at),
+        tokens=np.frombuffer(record, dtype=_INT, count=num_tokens, offset=tokens_at),
         loss_mask=(versions >= 0).astype(np.uint8),
-        logprobs=np.frombuffer(record, dtype="<f4", count=num_tokens, offset=logprobs_at),
+        logprobs=np.frombuffer(record, dtype=_FLOAT, count=num_tokens, offset=logprobs_at),
         versions=versions,
         reward=reward,
         reward_components=components,
@@ -142,7 +143,7 @@ def count_whole_records(data: bytes) -> tuple[int, int]:
 
 
 def _runs(versions: NDArray[np.int32]) -> list[list[int]]:
-    starts = [0, *(np.flatnonzero(versions[1:] != versions[:-1]) + 1).tolist()]
+    starts = [0, *((versions[1:] != versions[:-1]).nonzero()[0] + 1).tolist()]
     ends = [*starts[1:], len(versions)]
     return [[int(versions[start]), end - start] for start, end in zip(starts, ends, strict=True)]
 

@@ -58,6 +58,8 @@ class Recorder:
 
     def track(self, ticket_id: int, *, due: int | None, proven: int | None) -> None:
         """A running ticket's deadline is `due` or later, and certainly not later than `proven`. None: not known."""
+        if self._tracked.get(ticket_id) == (due, proven):
+            return
         self.forget(ticket_id)
         self._tracked[ticket_id] = (due, proven)
         if due is None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from areal_like.messages.producer import Purpose
 from buffer.prompts import Prompt
 from buffer.store import Store
-from buffer.tickets import Drop, State, Ticket
+from buffer.tickets import TERMINAL, Drop, State, Ticket
 
 
 class Register:
@@ -77,10 +77,7 @@ class Register:
 
     def check(self) -> None:
         """The conservation law. Constant time."""
-        num_counted = num_live = 0
-        for counts in self._counts.values():
-            for state, count in counts.items():
-                num_counted += count
-                num_live += 0 if state.is_terminal else count
+        num_counted = sum(sum(counts.values()) for counts in self._counts.values())
+        num_live = num_counted - sum(counts[state] for counts in self._counts.values() for state in TERMINAL)
         assert num_counted == self.num_issued, f"tickets are lost: {self.num_issued} issued, {self.num_by_state()}"
         assert num_live == len(self.live), f"{len(self.live)} tickets in memory, {num_live} counted live"

@@ -29,7 +29,10 @@ class State(StrEnum):
     @property
     def is_terminal(self) -> bool:
         """Nothing more happens to such a ticket."""
-        return self is State.TRAINED or self is State.EVALUATED or self is State.DROPPED
+        return self in TERMINAL
+
+
+TERMINAL = frozenset({State.TRAINED, State.EVALUATED, State.DROPPED})
 
 
 class Drop(StrEnum):
