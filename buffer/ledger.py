@@ -208,12 +208,10 @@ class Ledger:
         """
         tickets = [self._poisonable(ticket_id) for ticket_id in dict.fromkeys(ticket_ids)]
         for ticket in tickets:
-            place = (ticket.step, ticket.position)
+            self._uncount_steps(ticket.step)
             self.steps.take_out(ticket)
             self.steps.forget_attempts(ticket.step)
-            if ticket.step < self.steps.num_counted:
-                self._uncount(ticket)
-            self.recorder.vacate(place)
+            self.recorder.vacate((ticket.step, ticket.position))
             self._drop(ticket, Drop.POISON)
         if tickets:
             self._set_trainer(self.trainer_incarnation + 1)
@@ -719,6 +717,7 @@ class Ledger:
 
     def _cancel_from(self, step: int) -> None:
         """Drops every train ticket that no step before this one holds."""
+        self._uncount_steps(step)
         for ticket in list(self.register.live.values()):
             if ticket.purpose is Purpose.TRAIN and (ticket.state is not State.BATCHED or ticket.step >= step):
                 if ticket.state is State.BATCHED:
@@ -774,9 +773,11 @@ class Ledger:
             for sample in ticket.learned_from:
                 self.statistics.trained(sample, step=ticket.step)
 
-    def _uncount(self, ticket: Ticket) -> None:
-        for sample in ticket.learned_from:
-            self.statistics.untrained(sample, step=ticket.step)
+    def _uncount_steps(self, step: int) -> None:
+        """Takes that back for `step` and later ones: they will be trained on other groups."""
+        for ticket in self.steps.of(*self.steps.uncount_from(step)):
+            for sample in ticket.learned_from:
+                self.statistics.untrained(sample, step=ticket.step)
 
 
 def _mixed_versions(ticket: Ticket) -> str:

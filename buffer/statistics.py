@@ -62,7 +62,7 @@ class StreamStatistics:
         self._learned(sample, step=step, sign=1)
 
     def untrained(self, sample: Sample, *, step: int) -> None:
-        """Takes `trained` back: another sample has its place in a step that is done again."""
+        """Takes `trained` back: the step will be done again, and not only with the same samples."""
         self._learned(sample, step=step, sign=-1)
 
     def _learned(self, sample: Sample, *, step: int, sign: int) -> None:

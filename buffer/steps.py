@@ -110,6 +110,14 @@ class Steps:
             self._store.put_mark("num_steps_counted", step)
         return new
 
+    def uncount_from(self, step: int) -> range:
+        """Steps from `step` on will have other groups; returns those that were counted."""
+        counted = range(step, self.num_counted)
+        if counted:
+            self.num_counted = step
+            self._store.put_mark("num_steps_counted", step)
+        return counted
+
     def served(self, step: int, position: int) -> None:
         """The trainer was given this group."""
         if step >= self.current:

@@ -16,8 +16,9 @@ import numpy as np
 from areal_like.messages.producer import Lease, Purpose, SampleDone, SampleFailed, ServerHeartbeat, ServerState
 from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
 from buffer.ledger import Ledger
+from buffer.recovery import recover
 from buffer.settings import LedgerSettings
-from buffer.store import MemoryStore
+from buffer.store import MemoryStore, Store
 
 
 def trajectory(
@@ -36,10 +37,10 @@ def trajectory(
     )
 
 
-def new_ledger(**settings: object) -> Ledger:
+def new_ledger(*, store: Store | None = None, **settings: object) -> Ledger:
     """A ledger with a trainer (incarnation 1) at step 0 and 1,000 prompts."""
     defaults: dict[str, object] = {"max_staleness": 1, "groups_per_step": 2, "group_size": 2, "num_steps": 4}
-    ledger = Ledger(LedgerSettings(**(defaults | settings)), MemoryStore())  # type: ignore[arg-type]
+    ledger = recover(LedgerSettings(**(defaults | settings)), store or MemoryStore(), now_s=0.0)  # type: ignore[arg-type]
     ledger.set_num_train_prompts(1000)
     ledger.start_training(incarnation=1, step=0, stream={})
     return ledger

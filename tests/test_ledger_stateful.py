@@ -1,14 +1,26 @@
-"""The ledger against everything that peers may do in any order, with a model of what it has promised."""
+"""The ledger against everything that peers may do in any order, with a model of what it has promised.
+
+Twice: in memory, and over rows from which it is made anew, at any moment, as after a SIGKILL of the buffer. What comes back has to be equal
+to what was lost, and to keep its promises.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from areal_like.errors import StaleIncarnationError
 from areal_like.messages.producer import Lease, Purpose, ServerState
-from buffer.tickets import State, Verdict
+from buffer.ledger import Ledger
+from buffer.recovery import recover
+from buffer.store import MemoryStore, Store
+from buffer.tickets import Drop, State, Ticket, Verdict
 from tests.ledger_plant import add_server, beat, done, failed, new_ledger
+from tests.row_store import RowStore
 
 SERVERS = ("a", "b", "c")
 GROUPS, SIZE, STEPS = 2, 2, 6
@@ -16,6 +28,11 @@ GROUPS, SIZE, STEPS = 2, 2, 6
 
 class LedgerMachine(RuleBasedStateMachine):
     """Model: who was granted what, what was accepted, what was served where."""
+
+    durable = False
+
+    def new_store(self) -> Store:
+        return MemoryStore()
 
     @initialize(
         max_staleness=st.sampled_from([0, 1, 2]),
@@ -27,6 +44,8 @@ class LedgerMachine(RuleBasedStateMachine):
     def begin(self, max_staleness: int, overdue: str, group_filter: str, adaptive: bool, sync_interval: int) -> None:
         self.sync_interval = min(sync_interval, max_staleness + 1)
         self.ledger = new_ledger(
+            store=self.new_store(),
+            durable=self.durable,
             max_staleness=max_staleness,
             groups_per_step=GROUPS,
             group_size=SIZE,
@@ -43,6 +62,8 @@ class LedgerMachine(RuleBasedStateMachine):
         self.num_trained = 0
         self.leases: list[tuple[str, Lease]] = []
         self.accepted: dict[tuple[int, int], int] = {}
+        self.steps_of = {0: 0}  # version -> step
+        self.abandoned: set[int] = set()
         self.served: dict[tuple[int, int], int] = {}
         self.versions = [0]
         self.server_incarnation = dict.fromkeys(SERVERS, 1)
@@ -107,6 +128,8 @@ class LedgerMachine(RuleBasedStateMachine):
         server = self.ledger.book.servers.get(name)
         newest = server.weights_version if server else 0
         oldest = self.versions[max(0, self.versions.index(newest) - 1)] if old else newest
+        if expected is Verdict.ACCEPTED and self.abandoned & {oldest, newest}:
+            expected = Verdict.ABANDONED
         verdict = self.ledger.sample_done(name, done(lease, index, [oldest, newest], reward=reward))
         assert verdict is expected
         if verdict is Verdict.ACCEPTED:
@@ -183,19 +206,37 @@ class LedgerMachine(RuleBasedStateMachine):
         self.num_trained = max(self.num_trained, step + 1)
         if push:
             version = self.ledger.alloc_version(incarnation=self.incarnation, step=step + 1)
-            assert version > self.versions[-1]
-            self.versions.append(version)
+            self.note_version(version, step + 1)
         if commit:
-            self.ledger.commit(incarnation=self.incarnation, step=step)
-            self.ledger.commit(incarnation=self.incarnation, step=step)
+            self.commit(step)
+            self.commit(step)
         self.grant()
+
+    def note_version(self, version: int, step: int) -> None:
+        assert version > self.versions[-1], "a version was given out twice"
+        self.versions.append(version)
+        self.steps_of[version] = step
+
+    def commit(self, step: int) -> None:
+        """With the checkpoint before this one kept too."""
+        self.ledger.commit(incarnation=self.incarnation, step=step, oldest_kept_step=max(0, step))
 
     @rule(data=st.data())
     def trainer_restarts(self, data: st.DataObject) -> None:
-        step = data.draw(st.integers(self.ledger.committed_step + 1, self.ledger.trainer_step))
-        self.incarnation += 1
-        self.ledger.start_training(incarnation=self.incarnation, step=step, stream={})
-        self.versions.append(self.ledger.alloc_version(incarnation=self.incarnation, step=step))
+        first = self.ledger.steps.first_kept if self.durable else self.ledger.committed_step + 1
+        self.trainer_restarts_at(data.draw(st.integers(first, self.ledger.trainer_step)))
+
+    @rule(data=st.data())
+    def poison(self, data: st.DataObject) -> None:
+        ids = sorted(ticket.ticket_id for ticket in self.ledger.steps.from_on(self.ledger.trainer_step))
+        if ids:
+            ticket = self.ledger.register.live[data.draw(st.sampled_from(ids))]
+            self.ledger.poison([ticket.ticket_id])
+            self.served.pop((ticket.step, ticket.position), None)
+            self.num_trained = min(self.num_trained, ticket.step)
+            with pytest.raises(StaleIncarnationError):
+                self.ledger.commit(incarnation=self.incarnation, step=0)
+            self.trainer_restarts_at(self.ledger.trainer_step)
 
     @precondition(lambda self: self.ledger.settings.adaptive)
     @rule(data=st.data())
@@ -212,8 +253,11 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule()
     def close(self) -> None:
         self.ledger.close("test")
-        self.served = {place: ticket_id for place, ticket_id in self.served.items() if place[0] < self.ledger.trainer_step}
-        assert self.ledger.register.count(Purpose.TRAIN, State.QUEUED, State.LEASED, State.READY) == 0
+        assert self.ledger.register.count(Purpose.TRAIN, State.LEASED) == 0
+        if not self.durable:
+            self.served = {place: ticket_id for place, ticket_id in self.served.items() if place[0] < self.ledger.trainer_step}
+            self.num_trained = min(self.num_trained, self.ledger.trainer_step)
+            assert self.ledger.register.count(Purpose.TRAIN, State.QUEUED, State.READY) == 0
 
     # --- promises ---
 
@@ -267,13 +311,84 @@ class LedgerMachine(RuleBasedStateMachine):
         assert ledger.trainer_step == STEPS, f"stuck: {ledger.register.num_by_state()}, step {ledger.recorder.step}"
         assert ledger.register.count(Purpose.TRAIN, State.TRAINED) == STEPS * GROUPS
         assert not any(ticket.purpose is Purpose.TRAIN for ticket in ledger.register.live.values()), "tickets are left over"
+        ledger.commit(incarnation=self.incarnation, step=STEPS - 1, oldest_kept_step=STEPS)
         assert ledger.store.num_bytes == 0
 
     def trainer_restarts_at(self, step: int) -> None:
-        self.incarnation += 1
+        self.incarnation = max(self.incarnation, self.ledger.trainer_incarnation) + 1
         self.ledger.start_training(incarnation=self.incarnation, step=step, stream={})
-        self.versions.append(self.ledger.alloc_version(incarnation=self.incarnation, step=step))
+        self.abandoned |= {version for version in self.versions if self.steps_of[version] > step}
+        self.note_version(self.ledger.alloc_version(incarnation=self.incarnation, step=step), step)
+
+
+class DurableLedgerMachine(LedgerMachine):
+    """The same promises over any number of buffers."""
+
+    durable = True
+
+    def new_store(self) -> Store:
+        return RowStore()
+
+    def another(self) -> Ledger:
+        """The ledger that the next buffer would have if this one were killed now."""
+        store = self.ledger.store
+        assert isinstance(store, RowStore)
+        ledger = recover(self.ledger.settings, store.copy(), now_s=self.now_s, first_lease_id=self.ledger.book._next_id)
+        ledger.set_num_train_prompts(1000)
+        return ledger
+
+    @rule()
+    def look(self) -> None:
+        assert observed(self.another()) == observed(self.ledger)
+
+    @rule(back=st.sets(st.sampled_from(SERVERS)))
+    def buffer_is_killed(self, back: set[str]) -> None:
+        """Those of `back` say hello at once; others may, later, or their leases run out."""
+        before, self.ledger = self.ledger, self.another()
+        for name in sorted(back & before.book.servers.keys()):
+            server = before.book.servers[name]
+            add_server(
+                self.ledger, name, capacity=2 * SIZE, version=server.weights_version, now_s=self.now_s, incarnation=server.incarnation
+            )
+            live = before.register.live
+            kept = {i for i, lease in server.leases.items() if live[lease.ticket_id].purpose is Purpose.TRAIN}
+            assert self.ledger.book.servers[name].leases.keys() == kept, "a lease did not survive"
+        self.grant()
+
+
+def observed(ledger: Ledger) -> dict[str, object]:
+    """Everything that the future depends on, but for what is not meant to survive: evaluations, servers, whom a group was served to."""
+    train = {ticket.ticket_id: ticket for ticket in ledger.register.live.values() if ticket.purpose is Purpose.TRAIN}
+    drops = ledger.drops.copy()
+    drops[Drop.CANCELLED] += len(ledger.register.live) - len(train)
+    return {
+        "tickets": {ticket_id: facts(ticket) for ticket_id, ticket in train.items()},
+        "recorded": {step: {position: facts(t) for position, t in row.items()} for step, row in ledger.steps.recorded.items()},
+        "arrays": {t.ticket_id: len(ledger.store.group(t)) for row in ledger.steps.recorded.values() for t in row.values()},
+        "num_issued": ledger.register.num_issued,
+        "counts": {state: ledger.register.count(Purpose.TRAIN, state) for state in State},
+        "drops": {reason: drops[reason] for reason in Drop},
+        "prompts": (ledger.prompts.cursor, list(ledger.prompts._returned)),
+        "versions": (ledger.versions._weights, ledger.versions._abandoned, ledger.versions.newest),
+        "bound": ledger.bound.max_staleness,
+        "open": not ledger.closed_because,
+        "trainer": (ledger.trainer_incarnation, ledger.incarnations),
+        "steps": (ledger.steps.current, ledger.steps.committed, ledger.steps.first_kept, ledger.steps.num_counted, ledger.steps.attempts),
+        "recorder": (ledger.recorder.step, ledger.recorder.position, ledger.recorder._holes, ledger.recorder._ready),
+        "deadlines": (ledger.recorder._tracked, +ledger.recorder._num_due),
+        "ready": sorted(entry for entry in set(ledger.recorder._heap) if entry[1] in ledger.recorder._ready),
+        "queue": sorted(entry for entry in set(ledger._queue) if ledger._is_queued(*entry)),
+        "counters": ledger.statistics.counters(),
+    }
+
+
+def facts(ticket: Ticket) -> dict[str, object]:
+    """A ticket as plain data; expiry is by a clock of its buffer's own."""
+    leases = {i: (x.ticket_id, x.server, x.weights_step, frozenset(x.outstanding)) for i, x in ticket.leases.items()}
+    return {field.name: getattr(ticket, field.name) for field in dataclasses.fields(ticket)} | {"leases": leases}
 
 
 TestLedger = LedgerMachine.TestCase
-TestLedger.settings = settings(max_examples=100, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck))
+TestLedger.settings = settings(max_examples=80, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck))
+TestDurableLedger = DurableLedgerMachine.TestCase
+TestDurableLedger.settings = settings(max_examples=80, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck))

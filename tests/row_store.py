@@ -1,0 +1,74 @@
+"""A store that keeps rows as the durable one does, in SQLite's memory, and can be found again as it was at any moment."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+from areal_like.records import Place
+from areal_like.trajectory import Trajectory
+from buffer import schema
+from buffer.rows import Changes, RowRecorder
+from buffer.store import Recovered, num_array_bytes
+from buffer.tickets import Sample, State, Ticket
+
+
+class RowStore(RowRecorder):
+    """`copy()` is what the next buffer would find after a SIGKILL."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.connection = sqlite3.connect(":memory:", isolation_level=None)
+        self.arrays: dict[int, dict[int, Trajectory]] = {}
+        schema.migrate(self.connection, path=Path(":memory:"))
+
+    def copy(self) -> Self:
+        """The rows and arrays as they are now."""
+        self._flush()
+        other = type(self)()
+        self.connection.backup(other.connection)
+        other.arrays = {ticket_id: dict(samples) for ticket_id, samples in self.arrays.items()}
+        return other
+
+    def recover(self) -> Recovered:
+        recovered = schema.read(self.connection)
+        self._continue_from(recovered, first_returned=schema.first_returned(self.connection))
+        return recovered
+
+    def put_ticket(self, ticket: Ticket) -> None:
+        super().put_ticket(ticket)
+        if ticket.state.is_terminal and ticket.state is not State.TRAINED:
+            self.arrays.pop(ticket.ticket_id, None)
+
+    def put_sample(self, ticket: Ticket, sample_index: int, sample: Sample, trajectory: Trajectory) -> None:
+        super().put_sample(ticket, sample_index, sample, trajectory)
+        self.arrays.setdefault(ticket.ticket_id, {})[sample_index] = trajectory
+
+    def release(self, ticket: Ticket) -> None:
+        super().release(ticket)
+        self.arrays.pop(ticket.ticket_id, None)
+
+    def group(self, ticket: Ticket) -> list[Trajectory]:
+        return [self.arrays[ticket.ticket_id][index] for index in range(ticket.num_samples)]
+
+    def when_durable(self, then: Callable[[], None]) -> None:
+        self._flush()
+        then()
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(num_array_bytes(trajectory) for samples in self.arrays.values() for trajectory in samples.values())
+
+    @property
+    def health(self) -> str:
+        return ""
+
+    def close(self) -> None:
+        self.connection.close()
+
+    def _flush(self) -> None:
+        changes, self.changes = self.changes, Changes()
+        nowhere = Place(segment=0, offset=0, num_bytes=0, crc32=0)
+        schema.apply(self.connection, changes, [nowhere] * len(changes.samples))
