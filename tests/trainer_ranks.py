@@ -18,6 +18,8 @@ from areal_like.config import KlConfig
 from tests.trainer_helpers import random_groups
 from trainer.advantages import ADVANTAGES, Advantage
 from trainer.checkpoint import Checkpoints
+from trainer.critic import Critic, ValueModel
+from trainer.gae import Gae
 from trainer.gather import gather, gather_full_state, shards_of
 from trainer.normalizers import Normalizer
 from trainer.objectives import build_objective
@@ -52,6 +54,12 @@ def make_runner(
     shapings = SHAPINGS.build_list(graded.pop("shaping", None), job={"max_tokens": 12})
     kl = KlConfig(**sections["kl"]) if "kl" in sections else None
     policy = Policy.load(path, chunk_tokens=16, gradient_checkpointing=checkpointing, master_dtype=dtype).shard(ranks)
+    estimator = advantage or ADVANTAGES.build(graded)
+    critic = None
+    if isinstance(estimator, Gae):
+        model = ValueModel.load(path, gradient_checkpointing=checkpointing, master_dtype=dtype).shard(ranks)
+        adam = ShardedAdamW(model, ranks, lr=1e-2, betas=(beta1, 0.9), max_grad_norm=max_grad_norm)
+        critic = Critic(model, adam, ranks, settings=estimator, budget_tokens=budget_tokens)
     return StepRunner(
         policy,
         ShardedAdamW(policy, ranks, lr=1e-2, betas=(beta1, 0.9), max_grad_norm=max_grad_norm),
@@ -59,19 +67,20 @@ def make_runner(
         objective=build_objective(
             sections.get("objective", {"name": "tis", "level": "sequence", "cap": 2.0, "normalize": normalize}), kl=kl
         ),
-        advantage=advantage or ADVANTAGES.build(graded),
+        advantage=estimator,
         normalizer=Normalizer(name="token_mean", max_tokens=10),
         budget_tokens=budget_tokens,
         reference=Policy.load(path, master_dtype=dtype).shard(ranks) if kl else None,
         shapings=shapings,
         kl=kl if kl and kl.place == "reward" else None,
+        critic=critic,
     )
 
 
-def last_gradient(runner: StepRunner) -> dict[str, Tensor]:
+def last_gradient(runner: StepRunner | Critic) -> dict[str, Tensor]:
     """With beta1 = 0, Adam's first moment is the gradient of the last step. Whole on rank 0."""
     moments = {name: runner.optimizer.moments(name)["exp_avg"] for name in runner.optimizer.shards}
-    return dict(gather(shards_of(runner.policy, moments)))
+    return dict(gather(shards_of(runner.model if isinstance(runner, Critic) else runner.policy, moments)))
 
 
 def gradients(ranks: Ranks, out_dir: Path, *paths: str) -> None:

@@ -2,6 +2,7 @@
 
     step_000100/  model.safetensors config.json tokenizer*      the policy: `AutoModelForCausalLM.from_pretrained(...)`
                   optimizer.safetensors                         Adam's moments, whole tensors; random state
+                  critic.safetensors critic_optimizer.safetensors    the same of the critic, where there is one
                   trainer_state.json                            step, update count, the daemon's own JSON
 
 Whole tensors, gathered to rank 0: any number of ranks may resume, each reading its own rows. A checkpoint appears by the rename of
@@ -16,6 +17,7 @@ One is in flight at most: the next `save` waits for it. What went wrong with one
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -31,13 +33,18 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from areal_like.errors import ConfigError
+from trainer.critic import Critic
 from trainer.gather import MODEL_PREFIX, gather, row_range, shards_of
 from trainer.optimizer import MOMENTS, ShardedAdamW
+from trainer.packed_model import PackedModel
 from trainer.policy import Policy
 from trainer.ranks import Ranks
 
+log = logging.getLogger(__name__)
+
 FORMAT = 1
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "trainer_state.json"
+CRITIC_FILE, CRITIC_OPTIMIZER_FILE = "critic.safetensors", "critic_optimizer.safetensors"
 RANDOM_STATE = "random_state.cpu"
 _NAME = re.compile(r"step_(\d{6,})")
 
@@ -71,6 +78,7 @@ class Checkpoints:
         optimizer: ShardedAdamW,
         ranks: Ranks,
         *,
+        critic: Critic | None = None,
         extra: dict[str, Any],
         then: Callable[[int], None] = lambda oldest_kept_step: None,
     ) -> Path:
@@ -79,14 +87,15 @@ class Checkpoints:
         `extra`: JSON that `load` gives back (rank 0's counts). `then(oldest_kept_step)`: called by rank 0's writer when the checkpoint is
         complete on disk and old ones are pruned.
         """
-        model = {name: _copy(whole) for name, whole in gather(shards_of(policy))}
-        moments: dict[str, Tensor] = {}
-        for key in MOMENTS:
-            values = {name: optimizer.moments(name)[key] for name in optimizer.shards}
-            moments.update((f"{key}.{name}", _copy(whole)) for name, whole in gather(shards_of(policy, values)))
+        model, moments = _whole(policy, optimizer)
         # Nothing in a step draws random numbers today; an objective of one's own may.
         moments[RANDOM_STATE] = torch.get_rng_state()
-        state = json.dumps({"format": FORMAT, "step": step, "num_updates": optimizer.num_updates, "extra": extra}, indent=2) + "\n"
+        files = {MODEL_FILE: model, OPTIMIZER_FILE: moments}
+        state = {"format": FORMAT, "step": step, "num_updates": optimizer.num_updates, "extra": extra}
+        if critic is not None:
+            files[CRITIC_FILE], files[CRITIC_OPTIMIZER_FILE] = _whole(critic.model, critic.optimizer)
+            state["num_critic_updates"] = critic.optimizer.num_updates
+        written = json.dumps(state, indent=2) + "\n"
         final = self.path(step)
 
         def write() -> None:
@@ -94,9 +103,9 @@ class Checkpoints:
                 shutil.rmtree(left)
             partial = final.with_name(f".{final.name}.partial")
             partial.mkdir(parents=True)
-            save_file(model, partial / MODEL_FILE, {"format": "pt"})
-            save_file(moments, partial / OPTIMIZER_FILE)
-            (partial / STATE_FILE).write_text(state)
+            for name, tensors in files.items():
+                save_file(tensors, partial / name, {"format": "pt"})
+            (partial / STATE_FILE).write_text(written)
             policy.model.config.save_pretrained(partial)
             if policy.model.generation_config is not None:
                 policy.model.generation_config.save_pretrained(partial)
@@ -125,10 +134,11 @@ class Checkpoints:
         finally:
             self._thread.shutdown()
 
-    def load(self, step: int, policy: Policy, optimizer: ShardedAdamW, ranks: Ranks) -> dict[str, Any]:
+    def load(self, step: int, policy: Policy, optimizer: ShardedAdamW, ranks: Ranks, *, critic: Critic | None = None) -> dict[str, Any]:
         """Restores weights, moments and random state in place, at any number of ranks; returns `extra`.
 
-        Later checkpoints are set aside (`step_000300.rolled_back`): training goes on from here.
+        Later checkpoints are set aside (`step_000300.rolled_back`): training goes on from here. A critic that the checkpoint does not have
+        stays as it is, with a warning.
 
         Raises ConfigError if there is no such checkpoint, it cannot be read, or it is of another model.
         """
@@ -140,16 +150,16 @@ class Checkpoints:
             state = json.loads((path / STATE_FILE).read_text())
             if state["format"] != FORMAT:
                 raise ConfigError(f"{path}: written by another version (format {state['format']}, this is {FORMAT})")
-            _read_rows(path / MODEL_FILE, policy, optimizer.shards, ranks, prefix="")
-            moments = {name: {k: torch.empty_like(s) for k in MOMENTS} for name, s in optimizer.shards.items()}
-            for key in MOMENTS:
-                into = {name: tensors[key] for name, tensors in moments.items()}
-                _read_rows(path / OPTIMIZER_FILE, policy, into, ranks, prefix=f"{key}.")
+            _read(path / MODEL_FILE, path / OPTIMIZER_FILE, policy, optimizer, ranks, num_updates=int(state["num_updates"]))
+            if critic is not None and "num_critic_updates" in state:
+                num_updates = int(state["num_critic_updates"])
+                _read(path / CRITIC_FILE, path / CRITIC_OPTIMIZER_FILE, critic.model, critic.optimizer, ranks, num_updates=num_updates)
+            elif critic is not None:
+                log.warning("%s was made without a critic: it begins anew", path)
             with safe_open(path / OPTIMIZER_FILE, framework="pt") as file:
                 torch.set_rng_state(file.get_tensor(RANDOM_STATE))
         except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
             raise ConfigError(f"{path} cannot be read ({error}): resume from another step") from error
-        optimizer.restore(moments, num_updates=int(state["num_updates"]))
         ranks.any(True)  # every rank has found and read it
         if ranks.rank == 0:
             self._set_aside_after(step)
@@ -169,10 +179,29 @@ def _copy(whole: Tensor) -> Tensor:
     return whole.detach().clone(memory_format=torch.contiguous_format)
 
 
-def _read_rows(file_path: Path, policy: Policy, into: Mapping[str, Tensor], ranks: Ranks, *, prefix: str) -> None:
-    """Copies this rank's rows of every parameter-like tensor of a file into `into` (by the policy's names)."""
+def _whole(model: PackedModel, optimizer: ShardedAdamW) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(weights, moments) as copies, by the names in their files, on rank 0. Collective."""
+    weights = {name: _copy(whole) for name, whole in gather(shards_of(model))}
+    moments: dict[str, Tensor] = {}
+    for key in MOMENTS:
+        values = {name: optimizer.moments(name)[key] for name in optimizer.shards}
+        moments.update((f"{key}.{name}", _copy(whole)) for name, whole in gather(shards_of(model, values)))
+    return weights, moments
+
+
+def _read(weights_path: Path, moments_path: Path, model: PackedModel, optimizer: ShardedAdamW, ranks: Ranks, *, num_updates: int) -> None:
+    """This rank's rows of weights and moments, as `_whole` gave them."""
+    _read_rows(weights_path, model, optimizer.shards, ranks, prefix="")
+    moments = {name: {key: torch.empty_like(shard) for key in MOMENTS} for name, shard in optimizer.shards.items()}
+    for key in MOMENTS:
+        _read_rows(moments_path, model, {name: tensors[key] for name, tensors in moments.items()}, ranks, prefix=f"{key}.")
+    optimizer.restore(moments, num_updates=num_updates)
+
+
+def _read_rows(file_path: Path, model: PackedModel, into: Mapping[str, Tensor], ranks: Ranks, *, prefix: str) -> None:
+    """Copies this rank's rows of every parameter-like tensor of a file into `into` (by the model's names)."""
     with safe_open(file_path, framework="pt") as file, torch.no_grad():
-        for name, param in policy.named_parameters():
+        for name, param in model.named_parameters():
             rows = file.get_slice(prefix + name.removeprefix(MODEL_PREFIX))
             if tuple(rows.get_shape()) != tuple(param.shape):
                 raise ConfigError(

@@ -95,7 +95,7 @@ class StepRunner:
         self._reference = reference
         self.rewards = Rewards(shapings, ranks, kl=kl, reference=reference, budget_tokens=budget_tokens)
         self.critic = critic
-        self._appraiser = Appraiser(objective.advantage or advantage, self.rewards, ranks, critic=critic)
+        self.appraiser = Appraiser(objective.advantage or advantage, self.rewards, ranks, critic=critic)
 
     @classmethod
     def of(cls, config: Config, policy: Policy, ranks: Ranks, *, initial: str = "") -> StepRunner:
@@ -154,10 +154,10 @@ class StepRunner:
         sampled, if any: the numerical mismatch of engine and trainer), what else the objective reports, shaped_reward (where advantages
         are not made of `reward`), shaping_dual_I (of a shaping that learns one), wait_s, compute_s, reduce_s, update_s, step_s.
         """
-        clock, totals = PhaseClock(_PHASES), StepTotals(self._appraiser.extra_totals)
+        clock, totals = PhaseClock(_PHASES), StepTotals(self.appraiser.extra_totals)
         self.policy.zero_grad()  # a step that was given up may have left some
         lags = lags or (lambda trajectory: np.maximum(step - trajectory.versions.astype(np.int64), 0))
-        samples = self._appraiser.appraise(clock.timed("wait_s", groups), totals, clock, lags=lags)
+        samples = self.appraiser.appraise(clock.timed("wait_s", groups), totals, clock, lags=lags)
         facts: Facts = {}
         with self._gradients as gradients:
             if self._objective.scope is Scope.BATCH:
@@ -177,11 +177,11 @@ class StepRunner:
         if num_groups is not None and totals.total("num_groups") < num_groups:
             raise IncompleteStepError(f"step {step} ended with {totals.total('num_groups'):.0f} of {num_groups} groups")
         lr_scale = self._objective.lr_scale(facts)
-        lr = 0.0 if self._appraiser.policy_waits(step) else self.optimizer.learning_rate(step) * lr_scale
+        lr = 0.0 if self.appraiser.policy_waits(step) else self.optimizer.learning_rate(step) * lr_scale
         divisor = self._normalizer.divisor(num_tokens=totals.total("counted_tokens"), num_seqs=totals.total("counted_seqs"))
         with clock.span("update_s"):
             grad_norm = self.optimizer.step(divisor=divisor, lr=lr)
-            lessons = self._appraiser.learn(step)
+            lessons = self.appraiser.learn(step)
         self.rewards.advance(mean_tokens=totals.mean("response_tokens"))
         metrics = totals.metrics()
         metrics.update(self.rewards.metrics() | lessons)
