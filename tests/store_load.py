@@ -39,13 +39,14 @@ def trajectory_of(ticket_id: int, sample_index: int) -> Trajectory:
         reward_components={"exact": float(ticket_id), "format": 0.1},
         finish_reason=FinishReason.LENGTH if ticket_id % 3 else FinishReason.STOP,
         generation_s=0.1 * sample_index,
+        is_greedy=sample_index == 1,
     )
 
 
 def is_same(left: Trajectory, right: Trajectory) -> bool:
     """Bit for bit."""
     arrays = ("tokens", "loss_mask", "logprobs", "versions")
-    facts = ("reward", "reward_components", "finish_reason", "generation_s", "reward_s")
+    facts = ("reward", "reward_components", "finish_reason", "generation_s", "reward_s", "is_greedy")
     return all(getattr(left, name).tobytes() == getattr(right, name).tobytes() for name in arrays) and all(
         getattr(left, name) == getattr(right, name) for name in facts
     )
