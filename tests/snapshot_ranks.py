@@ -1,0 +1,78 @@
+"""One rank that freezes weights while it goes on changing them; see `test_snapshot.py`."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from areal_like.weights import checksum, unflatten
+from tests.trainer_ranks import main
+from trainer.gather import gather_full_state
+from trainer.optimizer import local
+from trainer.policy import Policy
+from trainer.ranks import Ranks
+from trainer.snapshot import Freezer, Snapshot
+
+
+def received(snapshot: Snapshot) -> dict[str, torch.Tensor]:
+    """What an engine would get."""
+    tensors = {}
+    for index, bucket in enumerate(snapshot.buckets):
+        flat, stated = snapshot.read(index)
+        assert checksum(flat) == stated
+        tensors |= {name: view.clone() for name, view in unflatten(bucket, flat).items()}
+    return tensors
+
+
+def frozen(ranks: Ranks, out_dir: Path, path: str) -> None:
+    """Snapshots equal what the weights were, whatever happens meanwhile, in bounded memory."""
+    policy = Policy.load(path, master_dtype=torch.float32).shard(ranks)
+    freezer = Freezer(policy, ranks, bucket_bytes=5000, dtype="bfloat16")
+
+    def freeze() -> tuple[Snapshot | None, dict[str, torch.Tensor]]:
+        expected = {name: whole.to(torch.bfloat16) for name, whole in gather_full_state(policy)}
+        return freezer.freeze(), expected
+
+    def train() -> None:
+        with torch.no_grad():
+            for param in policy.parameters():
+                local(param).mul_(1.1).add_(0.01)
+        dist.all_reduce(torch.ones(1000))
+
+    first, expected_first = freeze()
+    if first is not None:
+        assert len(first.buckets) > 3 and all(spec.dtype == "bfloat16" for bucket in first.buckets for spec in bucket.tensors)
+        assert "lm_head.weight" not in expected_first, "a tied head travels once, as the embedding"
+        assert first.acquire()
+    seen: list[dict[str, torch.Tensor]] = []
+    reading = threading.Thread(target=lambda: seen.append(received(first)) if first is not None else None)
+    reading.start()
+    for _ in range(20):  # beside the gathering, on the training's own group
+        train()
+    second, _ = freeze()
+    train()
+    third, expected_third = freeze()
+    train()
+    reading.join()
+    if first is not None and second is not None and third is not None:
+        for tensors in (seen[0], received(first)):
+            assert tensors.keys() == expected_first.keys()
+            assert all(torch.equal(tensors[name], expected_first[name]) for name in tensors)
+        first.release()
+        assert not second.acquire(), "the third took its place"
+        assert third.acquire()
+        assert all(torch.equal(tensor, expected_third[name]) for name, tensor in received(third).items())
+        third.release()
+    dist.barrier()
+    for _ in range(4):
+        freeze()
+    shard_bytes = sum(2 * -(-param.shape[0] // ranks.world_size) * param.shape[1:].numel() for param in policy.parameters())
+    assert freezer.num_bytes == 2 * shard_bytes, "two frozen copies, however many were made"
+    freezer.close()
+
+
+if __name__ == "__main__":
+    main(frozen=frozen)
