@@ -24,13 +24,17 @@ from areal_like.messages.hello import Hello, Role
 from areal_like.messages.producer import Lease, ServerState
 from areal_like.paths import model_path
 from rollout_server.engine_client import EngineClient
-from rollout_server.engine_process import EngineProcess
+from rollout_server.engine_process import EmbeddedProcess, Engine
 from rollout_server.episodes import SingleTurn, Turnstile
+from rollout_server.in_place import InPlaceUpdate
 from rollout_server.leases import LeaseDesk
 from rollout_server.link import BufferLink
+from rollout_server.model_tensors import ModelTensors
 from rollout_server.prompts import PromptRenderer
 from rollout_server.rewards import RewardPool
 from rollout_server.runner import LeaseRunner
+from rollout_server.sglang_client import SglangClient
+from rollout_server.sglang_process import SglangAtUrl, SglangProcess
 from rollout_server.stats import ServerStats
 from rollout_server.tasks import Task, make_task
 from rollout_server.weights import WeightReceiver
@@ -61,13 +65,25 @@ async def main(runtime: Runtime) -> None:
     log.info("task %s, examples %s", config.task, task.fingerprint())
     rollout = config.rollout
     pool = RewardPool(config.task, seed=config.seed, num_workers=rollout.reward_workers, timeout_s=rollout.reward_timeout_s)
-    engine = EngineProcess(config, name=runtime.name, model=model, context_tokens=context_tokens)
+    engine, tensors = _engine(config, name=runtime.name, model=model, context_tokens=context_tokens, vocab_size=renderer.vocab_size)
     async with pool as rewards:
-        server = RolloutServer(runtime, task=task, renderer=renderer, model=model, rewards=rewards, engine=engine)
+        server = RolloutServer(runtime, task=task, renderer=renderer, model=model, rewards=rewards, engine=engine, tensors=tensors)
         try:
             await server.run()
         finally:
             await server.close()
+
+
+def _engine(
+    config: Config, *, name: str, model: str, context_tokens: int, vocab_size: int
+) -> tuple[EmbeddedProcess | SglangProcess | SglangAtUrl, ModelTensors | None]:
+    """The engine that the configuration asks for, and what a push into it is compared with where it does not compare itself."""
+    if config.rollout.engine == "embedded":
+        return EmbeddedProcess(config, name=name, model=model, context_tokens=context_tokens), None
+    tensors = ModelTensors.of(model)
+    if config.rollout.sglang.url:
+        return SglangAtUrl(config, name=name, model=model, vocab_size=vocab_size), tensors
+    return SglangProcess(config, name=name, model=model, context_tokens=context_tokens, vocab_size=vocab_size), tensors
 
 
 def check_context(config: Config, task: Task, *, max_positions: int) -> int:
@@ -91,8 +107,17 @@ class RolloutServer:
     """One server. `run` until it returns or raises, then `close`."""
 
     def __init__(
-        self, runtime: Runtime, *, task: Task, renderer: PromptRenderer, model: str, rewards: RewardPool, engine: EngineProcess
+        self,
+        runtime: Runtime,
+        *,
+        task: Task,
+        renderer: PromptRenderer,
+        model: str,
+        rewards: RewardPool,
+        engine: Engine,
+        tensors: ModelTensors | None,
     ) -> None:
+        """`tensors`: what the checkpoint holds, for an engine that loads in place; None for the embedded one."""
         config = runtime.config
         self._runtime = runtime
         self._task = task
@@ -101,12 +126,23 @@ class RolloutServer:
         self._rewards = rewards
         self._client: EngineClient | None = None
         turnstile = Turnstile()
+        self._in_place: InPlaceUpdate | None = None
+        if tensors is not None:
+            self._in_place = InPlaceUpdate(
+                tensors=tensors,
+                model=model,
+                initial_version=_INITIAL_VERSION,
+                turnstile=turnstile,
+                on_quarantine=self._on_quarantine,
+                on_doubt=self._on_doubt,
+            )
         self._receiver = WeightReceiver(
             host=config.rollout.host,
             max_message_bytes=config.buffer.max_message_bytes,
             turnstile=turnstile,
             on_version=self._on_version,
             on_doubt=self._on_doubt,
+            in_place=self._in_place,
         )
         self._desk = LeaseDesk(capacity_samples=config.rollout.max_running + config.rollout.queue_samples)
         self._link = BufferLink(
@@ -174,6 +210,8 @@ class RolloutServer:
             started_s = loop.time()
             with self._runtime.waits("engine: ready"):
                 client = await self._engine.start(version=_INITIAL_VERSION)
+                if self._in_place is not None and isinstance(client, SglangClient):
+                    await self._in_place.begin_with(client)
             self._on_engine(client)
             reason = await self._engine.died()
             await self._on_engine_lost(reason)
@@ -191,7 +229,7 @@ class RolloutServer:
             load: dict[str, Any] = {}
             if self._client is not None:
                 try:
-                    load = (await self._client.server_info()).get("load", {})
+                    load = await self._client.load()
                     answered_s = loop.time()
                 except EngineError as error:
                     log.info("no load from the engine: %s", error)
@@ -227,6 +265,13 @@ class RolloutServer:
     def _on_version(self, version: int) -> None:
         if self._link.state is not ServerState.DRAINING:
             self._link.announce(state=ServerState.SERVING, weights_version=version)
+
+    def _on_quarantine(self, reason: str) -> None:
+        """The engine is about to be reloaded: what it holds is nobody's version, and no token of it may be delivered."""
+        log.error("engine is quarantined: %s", reason)
+        self._runner.cancel(self._link.give_back(reason="engine quarantined"))
+        self._receiver.version = _INITIAL_VERSION
+        self._link.announce(state=ServerState.QUARANTINED, weights_version=_INITIAL_VERSION)
 
     def _on_doubt(self, reason: str) -> None:
         log.error("engine is replaced: %s", reason)

@@ -1,4 +1,4 @@
-"""The embedded engine as a child process: started, waited for, watched, stopped.
+"""An engine as a child process: started, waited for, watched, stopped. `EmbeddedProcess` is our own; `sglang_process` has the others.
 
     STOPPED -> start() -> (port file appears, /health answers) -> RUNNING -> stop(), or it dies -> STOPPED
 
@@ -13,7 +13,9 @@ import os
 import signal
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Protocol
 
 from areal_like.channel import tcp_address
 from areal_like.config import Config
@@ -27,17 +29,38 @@ _LOG_LINES = 8
 """Last lines of the engine's log that an error message quotes."""
 
 
-class EngineProcess:
-    """One engine at a time. Every `start` is a new process on a port that the kernel picks."""
+class Engine(Protocol):
+    """What a server knows of its engine, wherever that runs."""
+
+    num_starts: int
+
+    @property
+    def pid(self) -> int:
+        """Process id; 0 when there is no process of ours."""
+
+    async def start(self, *, version: int) -> EngineClient:
+        """A client of an engine that is ready and holds the weights at `model.path`, called `version`. Raises EngineError."""
+
+    async def died(self) -> str:
+        """Returns when it is gone, saying how."""
+
+    async def stop(self) -> None:
+        """Ends it, or leaves it."""
+
+    def kill(self) -> None:
+        """Makes `died` return, whatever state the engine is in."""
+
+
+class EngineProcess(ABC):
+    """One engine at a time. Every `start` is a new process on a port of its own."""
 
     def __init__(self, config: Config, *, name: str, model: str, context_tokens: int) -> None:
         """`model` is what `from_pretrained` takes; `context_tokens` the longest sequence."""
         self._config = config
+        self._name = name
         self._model = model
         self._context_tokens = context_tokens
-        paths = RunPaths.of(config)
-        self.log_path = paths.logs / f"{name}-engine.log"
-        self._port_file = paths.endpoints / f"{name}-engine.port"
+        self.log_path = RunPaths.of(config).logs / f"{name}-engine.log"
         self._process: subprocess.Popen[bytes] | None = None
         self.num_starts = 0
 
@@ -94,7 +117,60 @@ class EngineProcess:
             self._process.kill()
             self._process.wait()
 
+    @abstractmethod
+    def _command(self, *, version: int) -> list[str]:
+        """The command line of a new engine."""
+
+    def _environment(self) -> dict[str, str]:
+        """Its environment."""
+        return os.environ | {"OMP_NUM_THREADS": str(self._config.rollout.num_threads)}
+
+    @abstractmethod
+    async def _port(self) -> int:
+        """Waits for the port that the new engine listens on. Raises EngineError if it ends before."""
+
+    def _client(self, url: str) -> EngineClient:
+        """A client of the engine at `url`."""
+        return EngineClient(url, generate_timeout_s=self._config.rollout.generate_timeout_s)
+
     def _launch(self, *, version: int) -> None:
+        command = self._command(version=version)
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        with self.log_path.open("ab") as log_file:
+            # A process group of its own: some engines are several processes, which end together.
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file, env=self._environment(), start_new_session=True
+            )
+
+    async def _connect(self, port: int) -> EngineClient:
+        client = self._client(tcp_address(self._config.rollout.host, port).replace("tcp://", "http://"))
+        try:
+            while not await client.health():
+                self._check_alive()
+                await asyncio.sleep(_POLL_S)
+            await client.learn_facts()
+        except BaseException:  # also a cancelled start must not leak the client's connections
+            await client.close()
+            raise
+        return client
+
+    def _check_alive(self) -> None:
+        assert self._process is not None
+        if (code := self._process.poll()) is not None:
+            raise EngineError(f"engine ended with code {code} before it was ready{self._log_end()}")
+
+    def _log_end(self) -> str:
+        return f" (log: {self.log_path}){_tail(self.log_path)}"
+
+
+class EmbeddedProcess(EngineProcess):
+    """The engine of this repository; the kernel picks its port, and it writes the number to a file."""
+
+    @property
+    def _port_file(self) -> Path:
+        return RunPaths.of(self._config).endpoints / f"{self._name}-engine.port"
+
+    def _command(self, *, version: int) -> list[str]:
         rollout, model = self._config.rollout, self._config.model
         self._port_file.parent.mkdir(parents=True, exist_ok=True)
         self._port_file.unlink(missing_ok=True)
@@ -113,22 +189,7 @@ class EngineProcess:
             "num-threads": rollout.num_threads,
         }.items():
             command += [f"--{key}", str(value)]
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        environment = os.environ | {"OMP_NUM_THREADS": str(rollout.num_threads)}
-        with self.log_path.open("ab") as log_file:
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file, env=environment)
-
-    async def _connect(self, port: int) -> EngineClient:
-        rollout = self._config.rollout
-        client = EngineClient(tcp_address(rollout.host, port).replace("tcp://", "http://"), generate_timeout_s=rollout.generate_timeout_s)
-        try:
-            while not await client.health():
-                self._check_alive()
-                await asyncio.sleep(_POLL_S)
-        except BaseException:  # also a cancelled start must not leak the client's connections
-            await client.close()
-            raise
-        return client
+        return command
 
     async def _port(self) -> int:
         while True:
@@ -136,14 +197,6 @@ class EngineProcess:
             if self._port_file.exists():
                 return int(self._port_file.read_text())
             await asyncio.sleep(_POLL_S)
-
-    def _check_alive(self) -> None:
-        assert self._process is not None
-        if (code := self._process.poll()) is not None:
-            raise EngineError(f"engine ended with code {code} before it was ready{self._log_end()}")
-
-    def _log_end(self) -> str:
-        return f" (log: {self.log_path}){_tail(self.log_path)}"
 
 
 def _tail(path: Path) -> str:

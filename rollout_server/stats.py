@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from areal_like.metrics import Metrics
-from rollout_server.engine_process import EngineProcess
+from rollout_server.engine_process import Engine
 from rollout_server.leases import LeaseDesk
 from rollout_server.rewards import RewardPool
 from rollout_server.runner import LeaseRunner
@@ -55,7 +55,7 @@ class ServerStats:
         runner: LeaseRunner,
         rewards: RewardPool,
         receiver: WeightReceiver,
-        engine: EngineProcess,
+        engine: Engine,
     ) -> None:
         self._desk, self._runner, self._rewards, self._receiver, self._engine = desk, runner, rewards, receiver, engine
         self._counters = {key: metrics.counter(*named) for key, named in _COUNTERS.items()}

@@ -15,21 +15,36 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any
 
 from areal_like.channel import Envelope, Listener
+from areal_like.daemon import cancelled_on_exit
 from areal_like.errors import EngineError, WeightSyncError
-from areal_like.messages.weights import AskAlive, DissolveGroup, FormGroup, PushWeights, WeightsFailed, WeightsOk
-from areal_like.weights import Manifest
-from rollout_server.engine_client import EngineClient
+from areal_like.messages.weights import (
+    Alive,
+    AskAlive,
+    DissolveGroup,
+    FormGroup,
+    PushChecksums,
+    PushWeights,
+    WeightsFailed,
+    WeightsOk,
+)
+from areal_like.weights import Bucket, Manifest
+from rollout_server.engine_client import EngineClient, EngineFacts
 from rollout_server.episodes import Turnstile
+from rollout_server.in_place import InPlaceUpdate
+from rollout_server.sglang_client import SglangClient
 
 log = logging.getLogger(__name__)
 
 _CLEANUP_TIMEOUT_S = 5.0
 """For each call that puts an engine right after a failure."""
+_MAX_UNDER_WAY = 2
+"""Buckets that are asked for at a time, so that the wire does not rest while one is verified and its answer travels."""
 
 
 class WeightReceiver:
@@ -46,8 +61,10 @@ class WeightReceiver:
         turnstile: Turnstile,
         on_version: Callable[[int], None],
         on_doubt: Callable[[str], None],
+        in_place: InPlaceUpdate | None = None,
     ) -> None:
-        """`on_version` is called when a version became active; `on_doubt` when nobody knows what the engine holds."""
+        """`on_version` is called when a version became active; `on_doubt` when nobody knows what the engine holds. `in_place`: how SGLang
+        is brought up to date."""
         self._listener = Listener(host=host, port=0, handler=self._on_request, max_message_bytes=max_message_bytes, setting="rollout.host")
         self.port = self._listener.port
         self.engine: EngineClient | None = None
@@ -61,9 +78,12 @@ class WeightReceiver:
         self._turnstile = turnstile
         self._on_version = on_version
         self._on_doubt = on_doubt
+        self._in_place = in_place
         self._group_name = ""
         self._work: asyncio.Task[None] | None = None
         self._waits_for_peers = False
+        self._stated: PushChecksums | None = None
+        self._is_stated = asyncio.Event()
         self._queue: asyncio.Queue[Envelope] = asyncio.Queue()
         self.serving = asyncio.create_task(self._serve(), name="weights")
         """Ends only by `close`, or by a bug."""
@@ -90,7 +110,12 @@ class WeightReceiver:
 
     def _on_request(self, envelope: Envelope) -> None:
         if isinstance(envelope.message, AskAlive):
-            self._answer(envelope, WeightsOk(version=self.version))
+            facts = self.engine.facts if self.engine is not None else EngineFacts()
+            self._answer(envelope, Alive(version=self.version, **dataclasses.asdict(facts)))
+            return
+        if isinstance(envelope.message, PushChecksums):
+            self._stated = envelope.message
+            self._is_stated.set()
             return
         # A newer group, or leaving this one, ends a rendezvous or a broadcast that may be waiting for a dead peer.
         if isinstance(envelope.message, (FormGroup, DissolveGroup)) and self._work is not None and self._waits_for_peers:
@@ -134,7 +159,7 @@ class WeightReceiver:
             log.info("version %d active after %.3f s (stalled %.3f s)", answer.version, answer.seconds, answer.stall_seconds)
             self._on_version(answer.version)
 
-    def _answer(self, envelope: Envelope, answer: WeightsOk | WeightsFailed) -> None:
+    def _answer(self, envelope: Envelope, answer: Alive | WeightsOk | WeightsFailed) -> None:
         self._listener.send(envelope.peer, answer, rid=envelope.rid)
 
     async def _perform(self, request: Any) -> float:
@@ -183,15 +208,17 @@ class WeightReceiver:
         clock = _Deadline(request.timeout_s)
         try:
             async with asyncio.timeout(request.timeout_s):
-                await engine.begin_weight_update()
-                with self._waiting_for_peers():
-                    for bucket in manifest.buckets:
-                        await engine.update_weights_from_distributed(bucket, group_name=request.group_name, timeout_s=clock.left_s)
-                stall_s = await self._activate(engine, request, clock)
+                if isinstance(engine, SglangClient):
+                    assert self._in_place is not None
+                    stall_s = await self._in_place.push(
+                        engine, request, manifest, left_s=lambda: clock.left_s, waiting=self._waiting_for_peers
+                    )
+                else:
+                    stall_s = await self._push_beside(engine, request, manifest, clock)
         except TimeoutError:
             await self._settle(engine, request.version)
             raise WeightSyncError(f"version {request.version} was not active within {request.timeout_s:g} s") from None
-        except EngineError:
+        except (EngineError, WeightSyncError):
             if not await self._settle(engine, request.version):
                 # The sender may be waiting for us to take the next bucket: leaving tells it now, and not at its time limit.
                 await self._leave(engine)
@@ -199,6 +226,23 @@ class WeightReceiver:
             stall_s = 0.0  # the answer was lost, the swap was not
         self.version = request.version
         return stall_s
+
+    async def _push_beside(self, engine: EngineClient, request: PushWeights, manifest: Manifest, clock: _Deadline) -> float:
+        """Into shadow buffers while decoding goes on, and then active between two steps."""
+        await engine.begin_weight_update()
+        with self._waiting_for_peers():
+            found = await _receive(engine, manifest, group_name=request.group_name, clock=clock)
+            stated = await self._checksums_of(request.version)
+        if found != stated:
+            raise WeightSyncError(f"version {request.version}: a bucket's checksum is wrong, its bytes changed on the way")
+        return await self._activate(engine, request, clock)
+
+    async def _checksums_of(self, version: int) -> list[int]:
+        """What the sender says it sent; it may have said so before we had received."""
+        while self._stated is None or self._stated.version != version:
+            self._is_stated.clear()
+            await self._is_stated.wait()
+        return self._stated.checksums
 
     async def _activate(self, engine: EngineClient, request: PushWeights, clock: _Deadline) -> float:
         """Verifies and swaps, in the way that the update mode asks for."""
@@ -242,6 +286,19 @@ class WeightReceiver:
         except (EngineError, TimeoutError) as error:
             self._on_doubt(f"cannot say which weights it has after a failed push of version {version}: {error}")
             return False
+
+
+async def _receive(engine: EngineClient, manifest: Manifest, *, group_name: str, clock: _Deadline) -> list[int | None]:
+    """All buckets of a push, in order, and the checksums of what came."""
+    places = asyncio.Semaphore(_MAX_UNDER_WAY)
+
+    async def one(index: int, bucket: Bucket) -> int | None:
+        async with places:
+            return await engine.update_weights_from_distributed(bucket, group_name=group_name, timeout_s=clock.left_s, index=index)
+
+    calls = [asyncio.create_task(one(index, bucket)) for index, bucket in enumerate(manifest.buckets)]
+    async with cancelled_on_exit(*calls):
+        return await asyncio.gather(*calls)
 
 
 class _Deadline:

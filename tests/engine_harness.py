@@ -36,6 +36,7 @@ from transformers.utils import logging as transformers_logging
 from areal_like.collective import WeightGroup
 from areal_like.weights import checksum, cut_buckets, flatten, spec_of, unflatten
 from rollout_server.engine_client import EngineClient, Generation, Sampling
+from rollout_server.sglang_client import SglangClient
 
 transformers_logging.disable_progress_bar()
 
@@ -113,6 +114,8 @@ class Engine:
     pid: int = 0
 
     def client(self, **options: Any) -> EngineClient:
+        if self.kind == "sglang":
+            return SglangClient(self.url, vocab_size=VOCAB, **options)
         return EngineClient(self.url, **options)
 
 
@@ -175,7 +178,7 @@ class Pusher:
         self,
         tensors: Mapping[str, Tensor],
         *,
-        version: int,
+        version: int | None,
         flattened: bool = True,
         bucket_bytes: int = 8192,
         dtype: str | None = None,
@@ -188,7 +191,7 @@ class Pusher:
             flat = flatten(bucket, tensors)
             stated = (checksum(flat) ^ wrong_checksum) if flattened else None
             pieces = [flat] if flattened else [t.clone() for t in unflatten(bucket, flat).values()]
-            last = {"weight_version": version} if i == len(buckets) - 1 else {}
+            last = {"weight_version": version} if i == len(buckets) - 1 and version is not None else {}
             receiving = asyncio.ensure_future(
                 self.client.update_weights_from_distributed(
                     type(bucket)(tensors=bucket.tensors, checksum=stated), group_name=self.name, timeout_s=self.timeout_s,
@@ -201,15 +204,19 @@ class Pusher:
 
     async def push(self, tensors: Mapping[str, Tensor], *, version: int, running: str = "recompute", **options: Any) -> None:
         """A whole update. SGLang loads in place, so it is paused meanwhile; the embedded engine goes on decoding."""
-        sglang = self.engine.kind == "sglang"
-        if sglang:
-            await self.client.pause("retract" if running == "recompute" else "in_place")
+        if not isinstance(self.client, SglangClient):
+            await self.client.begin_weight_update()
+            await self.send(tensors, version=version, **options)
+            await self.client.end_weight_update(weight_version=version, running=running, timeout_s=self.timeout_s)
+            return
+        await self.client.pause("retract" if running == "recompute" else "in_place")
         await self.client.begin_weight_update()
-        await self.send(tensors, version=version, **options)
-        await self.client.end_weight_update(weight_version=version, running=running, timeout_s=self.timeout_s)
-        if sglang:
+        await self.send(tensors, version=None, **options)
+        await self.client.end_weight_update(timeout_s=self.timeout_s)
+        if running == "recompute":
             await self.client.flush_cache()
-            await self.client.resume()
+        await self.client.set_weight_version(version)
+        await self.client.resume()
 
 
 async def sample(client: EngineClient, prompt: Sequence[int], num_tokens: int, **options: Any) -> Generation:

@@ -1,0 +1,205 @@
+"""A real SGLang as this server's engine: started from an environment of its own, or found running at a URL.
+
+The environment is its own because SGLang pins its own torch and transformers. A started one is ended with SIGKILL: it holds nothing that
+matters, and looks only every five seconds whether it was asked to drain. One at a URL is reset when it is taken (whatever pause,
+session or weights an earlier client left behind) and is "lost" when it stops answering; "restarting" it means taking it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from areal_like.config import Config
+from areal_like.errors import ConfigError, EngineError
+from areal_like.tied_exec import foreign_environment
+from rollout_server.engine_client import EngineClient
+from rollout_server.engine_process import EngineProcess
+from rollout_server.sglang_client import SglangClient
+
+BUILT_PYTHON = Path("areal_like/sglang/bin/python")
+"""Below the cache directory: what `make sglang` builds."""
+_MAX_CPU_KV_TOKENS = 1 << 16
+"""On a CPU SGLang would otherwise take most of the memory for its KV cache."""
+_WHOLE_ANSWERS = 1 << 20
+"""--stream-interval: one chunk a sequence. A chunk a token repeats all tokens before it, and nobody reads it."""
+_POLL_S = 0.5
+_PROBE_S = 2.0
+_LOST_AFTER_S = 15.0
+"""An engine at a URL that answers nothing for so long is lost."""
+_MODULE_CHECK = "import importlib.util, sys; sys.exit(importlib.util.find_spec('sglang') is None)"
+
+
+def find_python(configured: str) -> str:
+    """The interpreter to start SGLang with. Raises ConfigError if none has it."""
+    if configured:
+        candidates = [str(Path(configured).expanduser())]
+    else:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        candidates = [sys.executable, str(cache / BUILT_PYTHON)]
+    for candidate in candidates:
+        with contextlib.suppress(OSError):
+            environment = foreign_environment(os.environ)
+            check = subprocess.run([candidate, "-c", _MODULE_CHECK], env=environment, stderr=subprocess.DEVNULL, check=False)
+            if check.returncode == 0:
+                return candidate
+    raise ConfigError(
+        f"rollout.engine=sglang: no SGLang in {' or '.join(candidates)}: name the interpreter of an environment that has it with "
+        "rollout.sglang.python, or build one for this CPU with `make sglang`"
+    )
+
+
+def server_index(name: str) -> int:
+    """The number in a server's name, `rollout-2`: 2."""
+    number = name.rpartition("-")[2]
+    return int(number) if number.isdigit() else 0
+
+
+def launch_options(config: Config, *, model: str, port: int, version: int, index: int) -> list[str]:
+    """What follows `python -m sglang.launch_server`."""
+    rollout = config.rollout
+    device, _, ordinal = rollout.engine_device.partition(":")
+    options = {
+        "model-path": model, "host": rollout.host, "port": port, "device": device, "dtype": config.model.dtype,
+        "max-running-requests": rollout.max_running, "weight-version": version, "random-seed": config.seed + index,
+        "stream-interval": _WHOLE_ANSWERS, "sampling-defaults": "openai",
+    }  # fmt: skip
+    flags = ["skip-tokenizer-init", "enable-metrics"]
+    if ordinal:
+        options["base-gpu-id"] = ordinal
+    if config.weights.update_mode == "keep":
+        # Prefixes computed under old weights would serve new requests, and cannot be flushed while sequences run.
+        flags.append("disable-radix-cache")
+    if device == "cpu":
+        options |= {"attention-backend": "torch_native", "max-total-tokens": _MAX_CPU_KV_TOKENS}
+        flags += ["disable-cuda-graph", "disable-overlap-schedule", "sleep-on-idle"]  # else its idle loop has a core to itself
+    words = [word for key, value in options.items() for word in (f"--{key}", str(value))] + [f"--{flag}" for flag in flags]
+    return words + shlex.split(rollout.sglang.args.replace("{index}", str(index)))
+
+
+class SglangProcess(EngineProcess):
+    """A `sglang.launch_server` that this process started."""
+
+    def __init__(self, config: Config, *, name: str, model: str, context_tokens: int, vocab_size: int) -> None:
+        """Raises ConfigError if there is no SGLang to start."""
+        super().__init__(config, name=name, model=model, context_tokens=context_tokens)
+        self._python = find_python(config.rollout.sglang.python)
+        self._index = server_index(name)
+        self._vocab_size = vocab_size
+        self._chosen_port = 0
+
+    async def stop(self) -> None:
+        """Ends it at once."""
+        self.kill()
+        self._process = None
+
+    def kill(self) -> None:
+        """Ends it and its schedulers at once."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def _command(self, *, version: int) -> list[str]:
+        # Free now, and SGLang needs its number beforehand; if it is taken meanwhile, SGLang ends and is started again.
+        with socket.socket() as probe:
+            probe.bind((self._config.rollout.host, 0))
+            self._chosen_port = probe.getsockname()[1]
+        options = launch_options(self._config, model=self._model, port=self._chosen_port, version=version, index=self._index)
+        return [sys.executable, "-m", "areal_like.tied_exec", self._python, "-m", "sglang.launch_server", *options]
+
+    def _environment(self) -> dict[str, str]:
+        rollout = self._config.rollout
+        environment = super()._environment()
+        if rollout.engine_device == "cpu":
+            environment["SGLANG_USE_CPU_ENGINE"] = "1"
+        return environment | {key: str(value) for key, value in rollout.sglang.env.items()}
+
+    async def _port(self) -> int:
+        return self._chosen_port
+
+    def _client(self, url: str) -> EngineClient:
+        return SglangClient(url, vocab_size=self._vocab_size, generate_timeout_s=self._config.rollout.generate_timeout_s)
+
+
+class SglangAtUrl:
+    """One that somebody else started, and ends."""
+
+    pid = 0
+
+    def __init__(self, config: Config, *, name: str, model: str, vocab_size: int) -> None:
+        self._config = config
+        self._model = model
+        self._url = config.rollout.sglang.url.replace("{index}", str(server_index(name)))
+        self._vocab_size = vocab_size
+        self._given_up = asyncio.Event()
+        self.num_starts = 0
+
+    async def start(self, *, version: int) -> EngineClient:
+        """Takes the engine: brings it to the weights at `model.path`, called `version`, whatever it did before.
+
+        Raises EngineError if it does not answer within rollout.start_timeout_s or refuses, ConfigError if its options do not fit ours.
+        """
+        self._given_up.clear()
+        self.num_starts += 1
+        timeout_s = self._config.rollout.start_timeout_s
+        rollout = self._config.rollout
+        client = SglangClient(self._url, vocab_size=self._vocab_size, generate_timeout_s=rollout.generate_timeout_s)
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not await client.health():
+                    with contextlib.suppress(EngineError):  # a paused engine is not ready either
+                        await client.resume()
+                    await asyncio.sleep(_POLL_S)
+                await self._reset(client, version=version)
+        except TimeoutError:
+            await client.close()
+            raise EngineError(
+                f"no engine was ready at rollout.sglang.url={self._url} within rollout.start_timeout_s={timeout_s:g}"
+            ) from None
+        except BaseException:
+            await client.close()
+            raise
+        return client
+
+    async def died(self) -> str:
+        """Returns when the engine has answered nothing for a while, or was given up."""
+        loop = asyncio.get_running_loop()
+        async with EngineClient(self._url) as probe:
+            answered_s = loop.time()
+            while loop.time() - answered_s < _LOST_AFTER_S:
+                with contextlib.suppress(EngineError):
+                    await probe.model_info()
+                    answered_s = loop.time()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_PROBE_S):
+                        await self._given_up.wait()
+                        return f"the engine at {self._url} was given up"
+        return f"the engine at {self._url} has been silent for {_LOST_AFTER_S:g} s"
+
+    async def stop(self) -> None:
+        """Leaves it running; what it still generates for us was aborted with our requests."""
+
+    def kill(self) -> None:
+        """Gives it up: whoever waits in `died` goes on, and takes it anew."""
+        self._given_up.set()
+
+    async def _reset(self, client: SglangClient, *, version: int) -> None:
+        info = await client.server_info()
+        if self._config.weights.update_mode == "keep" and not info.get("disable_radix_cache"):
+            raise ConfigError(
+                f"weights.update_mode=keep would serve prefixes computed under old weights: start the engine at {self._url} with "
+                "--disable-radix-cache, or use recompute"
+            )
+        await client.learn_facts()
+        await client.abort()
+        with contextlib.suppress(EngineError):  # 400: no session was left open
+            await client.end_weight_update(timeout_s=_PROBE_S)
+        await client.update_weights_from_disk(self._model, weight_version=version, timeout_s=self._config.rollout.start_timeout_s)

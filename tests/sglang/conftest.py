@@ -1,0 +1,58 @@
+"""One real SGLang for these tests: it takes half a minute to start, so tests share it and leave it generating."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from areal_like.config import Config, from_mapping
+from rollout_server.engine_client import EngineClient
+from rollout_server.sglang_process import SglangProcess
+from tests.engine_harness import CONTEXT, VOCAB, Engine, save_model
+
+Models = tuple[Path, Path]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything below this directory carries the marker, so that no test of it can slip into the quick suite."""
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.sglang)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    directory = tmp_path_factory.mktemp("models")
+    return save_model(directory / "llama-0", "llama", seed=0), save_model(directory / "llama-1", "llama", seed=1)
+
+
+@pytest.fixture(scope="session")
+def config(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return from_mapping(
+        {
+            "runs_dir": str(tmp_path_factory.mktemp("runs")),
+            "model": {"path": str(models[0])},
+            "rollout": {"engine": "sglang", "max_running": 16},
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def engine(config: Config, models: Models) -> Iterator[Engine]:
+    """Started by the code that a rollout server starts it with."""
+    process = SglangProcess(config, name="rollout-0", model=str(models[0]), context_tokens=CONTEXT, vocab_size=VOCAB)
+
+    async def start() -> EngineClient:
+        async with await process.start(version=0) as client:
+            return client
+
+    client = asyncio.run(start())
+    try:
+        yield Engine(url=client.base_url, path=models[0], kind="sglang", pid=process.pid)
+        assert process.is_running, "SGLang died during the tests"
+    finally:
+        process.kill()

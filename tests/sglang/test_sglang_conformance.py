@@ -1,0 +1,54 @@
+"""A real SGLang does what the conformance suite asks of any engine, and what it does otherwise is guarded or at least known."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests import engine_conformance as conformance
+from tests.engine_harness import Engine
+from tests.sglang.conftest import Models
+
+pytestmark = pytest.mark.timeout(240)
+PROMPT = conformance.PROMPT
+
+
+def test_logprobs_and_greedy_match_transformers(engine: Engine, models: Models) -> None:
+    asyncio.run(conformance.logprobs_and_greedy_match_transformers(engine, models))
+
+
+def test_stop_and_length(engine: Engine, models: Models) -> None:
+    asyncio.run(conformance.stop_and_length(engine, models[0]))
+
+
+def test_abort_returns_partial_tokens(engine: Engine, models: Models) -> None:
+    asyncio.run(conformance.abort_returns_partial_tokens(engine, models[0]))
+
+
+def test_pause_modes(engine: Engine, models: Models) -> None:
+    asyncio.run(conformance.pause_modes(engine, models[0]))
+
+
+def test_groups_made_destroyed_made_again(engine: Engine, models: Models) -> None:
+    asyncio.run(conformance.groups_made_destroyed_made_again(engine, models[0]))
+
+
+def test_recompute_in_flight_is_exact(engine: Engine, models: Models) -> None:
+    assert asyncio.run(conformance.versions_across_an_update_in_flight(engine, models, running="recompute")) < conformance.TOLERANCE
+
+
+def test_keep_in_flight_states_versions_and_has_an_error(engine: Engine, models: Models) -> None:
+    assert asyncio.run(conformance.versions_across_an_update_in_flight(engine, models, running="keep")) > conformance.TOLERANCE
+
+
+def test_bad_requests_are_refused(engine: Engine) -> None:
+    asyncio.run(conformance.bad_requests_are_refused(engine))
+
+
+def test_update_calls_need_a_session_and_a_group(engine: Engine, models: Models) -> None:
+    asyncio.run(conformance.update_calls_need_a_session_and_a_group(engine, models[0]))
+
+
+def test_requests_share_decode_steps(engine: Engine) -> None:
+    assert asyncio.run(conformance.throughput_of_concurrent_requests(engine)) > 5

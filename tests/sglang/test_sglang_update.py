@@ -1,0 +1,297 @@
+"""Pushes into a real SGLang by the code that a rollout server uses: four modes, and every way in which one may fail."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+from areal_like.collective import WeightGroup
+from areal_like.config import Config, SglangConfig
+from areal_like.errors import EngineError, WeightSyncError
+from areal_like.messages.weights import PushWeights
+from areal_like.weights import Bucket, Manifest, cut_buckets, flatten, spec_of
+from rollout_server.engine_client import Sampling
+from rollout_server.episodes import Speaker, Transcript, Turnstile
+from rollout_server.in_place import InPlaceUpdate
+from rollout_server.model_tensors import ModelTensors
+from rollout_server.sglang_client import SglangClient
+from rollout_server.sglang_process import SglangAtUrl
+from tests.engine_conformance import PROMPT, TOLERANCE, until_running
+from tests.engine_harness import VOCAB, Engine, Pusher, error_of, load_model, reference_logprobs, sample, weights_of
+from tests.sglang.conftest import Models
+
+pytestmark = pytest.mark.timeout(240)
+
+BUCKET_BYTES = 1 << 14
+NAME = "model.layers.1.mlp.up_proj.weight"
+INITIAL = 0
+
+
+@dataclass(eq=False)
+class Plane:
+    """A server's end of the weight plane without the server, and rank 0's end beside it."""
+
+    client: SglangClient
+    models: Models
+    version: int = INITIAL
+    turnstile: Turnstile = field(default_factory=Turnstile)
+    quarantined: list[str] = field(default_factory=list)
+    doubted: list[str] = field(default_factory=list)
+
+    async def start(self) -> None:
+        self.update = InPlaceUpdate(
+            tensors=ModelTensors.of(str(self.models[0])),
+            model=str(self.models[0]),
+            initial_version=INITIAL,
+            turnstile=self.turnstile,
+            on_quarantine=self.quarantined.append,
+            on_doubt=self.doubted.append,
+        )
+        await self.client.update_weights_from_disk(str(self.models[0]), weight_version=INITIAL, timeout_s=60)
+        await self.update.begin_with(self.client)
+
+    async def push(
+        self, tensors: Mapping[str, Tensor], *, mode: str = "recompute", num_sent: int | None = None, hangs: bool = False
+    ) -> float:
+        """One push of the next version; the sender ends after `num_sent` buckets, by leaving or by falling silent."""
+        buckets = cut_buckets([spec_of(n, t) for n, t in tensors.items()], bucket_bytes=BUCKET_BYTES)
+        assert len(buckets) > 2
+        with WeightGroup.create(world_size=2, group_name="plane", timeout_s=30) as group:
+            joining = self.client.init_weights_group(
+                master_address=group.address, master_port=group.port, rank_offset=1, world_size=2, group_name="plane", backend="gloo",
+                timeout_s=20,
+            )  # fmt: skip
+            await asyncio.gather(joining, asyncio.to_thread(group.connect))
+            sending = asyncio.create_task(asyncio.to_thread(_send, group, buckets[:num_sent], tensors, leaves=not hangs))
+            try:
+                return await self._receive(buckets, mode=mode, timeout_s=3 if hangs else 30)
+            finally:
+                group.close()
+                with contextlib.suppress(EngineError):
+                    await self.client.destroy_weights_group(group_name="plane")
+                await asyncio.wait([sending])
+
+    async def _receive(self, buckets: tuple[Bucket, ...], *, mode: str, timeout_s: float) -> float:
+        manifest = Manifest(version=self.version + 1, buckets=buckets)
+        request = PushWeights(
+            epoch=1,
+            group_name="plane",
+            version=self.version + 1,
+            step=1,
+            update_mode=mode,
+            manifest=manifest.to_dict(),
+            timeout_s=timeout_s,
+        )
+        async with asyncio.timeout(timeout_s):
+            stall_s = await self.update.push(self.client, request, manifest, left_s=lambda: timeout_s, waiting=_nothing)
+        self.version += 1
+        return stall_s
+
+    async def check(self, model: Any, *, version: int) -> None:
+        """The engine serves these weights under this version."""
+        assert await self.client.weight_version() == version
+        generation = await asyncio.wait_for(sample(self.client, PROMPT, 12), 20)
+        assert set(generation.versions.tolist()) == {version}
+        assert error_of(model, PROMPT, generation) < TOLERANCE
+
+
+def _send(group: WeightGroup, buckets: tuple[Bucket, ...], tensors: Mapping[str, Tensor], *, leaves: bool) -> None:
+    with contextlib.suppress(WeightSyncError):
+        for bucket in buckets:
+            group.broadcast(flatten(bucket, tensors))
+        if leaves:
+            group.close()
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@asynccontextmanager
+async def plane_of(engine: Engine, models: Models) -> AsyncIterator[Plane]:
+    async with engine.client() as client:
+        assert isinstance(client, SglangClient)
+        plane = Plane(client=client, models=models)
+        await plane.start()
+        yield plane
+        await client.flush_cache()  # `keep` leaves prefixes behind that belong to no weights
+
+
+@pytest.mark.parametrize("mode", ["recompute", "keep", "abort_resume", "drain"])
+def test_push_while_sequences_run(engine: Engine, models: Models, mode: str) -> None:
+    references = [load_model(path) for path in models]
+    new_weights = weights_of(models[1])
+
+    async def body() -> None:
+        async with plane_of(engine, models) as plane:
+            sampling = Sampling(max_new_tokens=500, ignore_eos=True)
+            transcripts = [Transcript() for _ in range(6)]
+            for i, transcript in enumerate(transcripts):
+                transcript.give(np.asarray([*PROMPT, i], np.int32))
+            speakers = [Speaker(plane.client, sampling=sampling, rid=f"{mode}{i}", turnstile=plane.turnstile) for i in range(6)]
+            speaking = asyncio.gather(*(s.extend(t) for s, t in zip(speakers, transcripts, strict=True)))
+            await until_running(plane.client, 6)
+            stall_s = await plane.push(new_weights, mode=mode)
+            assert 0 < stall_s < 30 and not plane.quarantined and not plane.doubted
+            if mode != "keep":
+                await plane.check(references[1], version=1)
+            await asyncio.wait_for(speaking, 60)
+            old_and_new, kept_errors = set(), []
+            for transcript in transcripts:
+                trajectory = transcript.to_trajectory(reward=0.0, reward_components={}, generation_s=1.0, reward_s=0.0)
+                tokens, sampled = trajectory.tokens.tolist(), trajectory.loss_mask == 1
+                assert sampled.sum() == 500
+                versions = trajectory.versions[sampled]
+                old_and_new.add(tuple(sorted(set(versions.tolist()))))
+                for version, model in enumerate(references):
+                    mine = versions == version
+                    errors = np.abs(reference_logprobs(model, tokens[:5], tokens[5:]) - trajectory.logprobs[sampled])[mine]
+                    if mode == "keep" and version == 1:
+                        kept_errors.append(errors.max())
+                    else:
+                        assert not mine.any() or errors.max() < TOLERANCE
+            assert old_and_new == ({(0,)} if mode == "drain" else {(0, 1)})
+            assert mode != "keep" or max(kept_errors) > TOLERANCE, "old KV under new weights must show, or it was not kept"
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize("how", ["unknown", "missing", "shape"])
+def test_what_does_not_fit_is_refused_before_the_engine_hears_of_it(engine: Engine, models: Models, how: str) -> None:
+    tensors = weights_of(models[1])
+    if how == "unknown":
+        tensors["model.layers.9.mlp.up_proj.weight"] = tensors[NAME]
+    elif how == "missing":
+        del tensors[NAME]
+    else:
+        tensors[NAME] = tensors[NAME].T.contiguous()
+
+    async def body() -> None:
+        async with plane_of(engine, models) as plane:
+            with pytest.raises(WeightSyncError, match=how):
+                await plane.push(tensors)
+            assert not plane.quarantined and not plane.doubted
+            await plane.check(load_model(models[0]), version=INITIAL)
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize("mode", ["recompute", "keep", "abort_resume"])
+def test_half_an_update_is_quarantined_and_reloaded(engine: Engine, models: Models, mode: str) -> None:
+    async def body() -> None:
+        async with plane_of(engine, models) as plane:
+            running = asyncio.create_task(sample(plane.client, PROMPT, 1500))
+            await until_running(plane.client, 1)
+            with pytest.raises(EngineError, match="receive"):
+                await plane.push(weights_of(models[1]), num_sent=2, mode=mode)
+            assert plane.quarantined and not plane.doubted
+            interrupted = await asyncio.wait_for(running, 20)
+            assert set(interrupted.versions.tolist()) == {INITIAL}
+            await plane.check(load_model(models[0]), version=INITIAL)
+            await plane.push(weights_of(models[1]))
+            await plane.check(load_model(models[1]), version=1)
+
+    asyncio.run(body())
+
+
+def test_a_push_that_breaks_before_its_first_bucket_leaves_the_old_version_serving(engine: Engine, models: Models) -> None:
+    async def body() -> None:
+        async with plane_of(engine, models) as plane:
+            await plane.push(weights_of(models[1]))
+            with pytest.raises(EngineError, match="receive"):
+                await plane.push(weights_of(models[0]), num_sent=0)
+            assert not plane.quarantined and not plane.doubted
+            await plane.check(load_model(models[1]), version=1)
+
+    asyncio.run(body())
+
+
+def test_an_engine_stuck_in_a_broadcast_is_given_up_and_can_be_taken_again(engine: Engine, models: Models, config: Config) -> None:
+    rollout = replace(config.rollout, sglang=SglangConfig(url=engine.url))
+
+    async def body() -> None:
+        async with plane_of(engine, models) as plane:
+            with pytest.raises(TimeoutError):
+                await plane.push(weights_of(models[1]), num_sent=1, hangs=True)
+            assert plane.doubted and not plane.quarantined
+        at_url = SglangAtUrl(replace(config, rollout=rollout), name="rollout-0", model=str(models[0]), vocab_size=VOCAB)
+        async with await at_url.start(version=7) as client:
+            generation = await asyncio.wait_for(sample(client, PROMPT, 12), 20)
+            assert set(generation.versions.tolist()) == {7} and error_of(load_model(models[0]), PROMPT, generation) < TOLERANCE
+            dying = asyncio.create_task(at_url.died())
+            await asyncio.sleep(0.1)
+            assert not dying.done()
+            at_url.kill()
+            assert "given up" in await asyncio.wait_for(dying, 10)
+
+    asyncio.run(body())
+
+
+def test_what_sglang_does_unguarded(engine: Engine, models: Models) -> None:
+    """The reasons for the guards: if one of these fails with a newer SGLang, a guard may have become needless."""
+    tensors = weights_of(models[1])
+
+    async def body() -> None:
+        async with plane_of(engine, models) as plane, Pusher(engine, plane.client) as pusher:
+            client = plane.client
+            digest = await client.weights_checksum()
+            # An unknown name is loaded into nothing and answered with 200.
+            await client.pause("retract")
+            await client.begin_weight_update()
+            await pusher.send({"model.layers.9.mlp.up_proj.weight": tensors[NAME]}, version=None)
+            assert await client.weights_checksum() == digest
+            # A wrong shape is refused after what came before it was loaded.
+            with pytest.raises(EngineError):
+                await pusher.send({**tensors, NAME: tensors[NAME].T.contiguous()}, version=None, bucket_bytes=1 << 24)
+            assert await client.weights_checksum() != digest
+            await client.end_weight_update(timeout_s=10)
+            await client.resume()
+            # Paused in place with sequences running, a flush is refused, and the weights have changed all the same.
+            running = asyncio.create_task(sample(client, PROMPT, 800))
+            await until_running(client, 1)
+            await client.pause("in_place")
+            await client.begin_weight_update()
+            digest = await client.weights_checksum()
+            with pytest.raises(EngineError, match="not flushed"):
+                await _send_flushing(pusher, weights_of(models[0]))
+            assert await client.weights_checksum() != digest
+            # While paused, /health would hang; what we ask instead says no.
+            assert not await asyncio.wait_for(client.health(), 2)
+            await client.end_weight_update(timeout_s=10)
+            await client.resume()
+            await running
+            # Seeds are accepted and mean nothing.
+            drawn = [await sample(client, PROMPT, 20, sampling_seed=11) for _ in range(3)]
+            assert len({tuple(generation.output_ids.tolist()) for generation in drawn}) > 1
+
+    asyncio.run(body())
+
+
+async def _send_flushing(pusher: Pusher, tensors: Mapping[str, Tensor]) -> None:
+    (bucket,) = cut_buckets([spec_of(n, t) for n, t in tensors.items()], bucket_bytes=1 << 24)
+    assert pusher.group is not None
+    receiving = asyncio.create_task(
+        pusher.client.update_weights_from_distributed(bucket, group_name=pusher.name, timeout_s=20, flush_cache=True)
+    )
+    await asyncio.to_thread(pusher.group.broadcast, flatten(bucket, tensors))
+    await receiving
+
+
+def test_ids_outside_the_vocabulary_are_refused_before_they_are_sent(engine: Engine) -> None:
+    async def body() -> None:
+        async with engine.client() as client:
+            for ids, stops in (([5, VOCAB], ()), ([-1], ()), ([5], (VOCAB,))):
+                with pytest.raises(EngineError, match="outside the vocabulary"):
+                    await sample(client, ids, 3, stop_token_ids=stops)
+            assert len((await sample(client, PROMPT, 3)).output_ids) == 3
+
+    asyncio.run(body())
