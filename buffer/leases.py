@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from areal_like.errors import StaleIncarnationError
 from areal_like.messages.producer import ServerHeartbeat, ServerState
+from areal_like.shards import Shard
 from buffer.store import LeaseRow, Store
 from buffer.tickets import LeaseRecord, Ticket
 
@@ -48,8 +49,10 @@ class Server:
 class LeaseBook:
     """Servers and leases. Every method that takes leases away returns them; the ledger decides what becomes of their samples."""
 
-    def __init__(self, store: Store, *, lease_timeout_s: float, first_lease_id: int) -> None:
+    def __init__(self, store: Store, *, lease_timeout_s: float, first_lease_id: int, shard: Shard) -> None:
+        """`first_lease_id`: as the shard counts."""
         self._store = store
+        self._shard = shard
         self._timeout_s = lease_timeout_s
         self._next_id = first_lease_id
         self._expiry: list[tuple[float, int]] = []
@@ -72,7 +75,7 @@ class LeaseBook:
             if server is None:
                 server = Server(name=row.server, incarnation=row.server_incarnation, weights_version=0, last_heard_s=now_s)
                 self.servers[row.server] = server
-            self._next_id = max(self._next_id, row.lease_id + 1)
+            self._next_id = max(self._next_id, self._shard.local(row.lease_id) + 1)
             self._enter(lease, server, ticket)
 
     def register(self, name: str, *, incarnation: int, weights_version: int, now_s: float) -> list[LeaseRecord]:
@@ -133,7 +136,7 @@ class LeaseBook:
     def grant(self, server: Server, ticket: Ticket, *, weights_step: int, now_s: float) -> LeaseRecord:
         """Leases all unleased samples of a ticket to a server."""
         lease = LeaseRecord(
-            lease_id=self._next_id,
+            lease_id=self._shard.number(self._next_id),
             ticket_id=ticket.ticket_id,
             server=server.name,
             weights_step=weights_step,

@@ -61,7 +61,7 @@ class Ledger:
     """See the module. Methods raise RefusedError(field, reason) or StaleIncarnationError for what a peer may not do."""
 
     def __init__(self, settings: LedgerSettings, store: Store, *, first_lease_id: int = 1) -> None:
-        """`first_lease_id` must be above every id of an earlier life, so that a straggler's samples are recognised.
+        """`first_lease_id`, as the shard counts, must be above all of an earlier life, so that a straggler's samples are recognised.
 
         Empty: `recovery.recover` fills it with what the store remembers.
         """
@@ -69,10 +69,10 @@ class Ledger:
         self.store = store
         self.statistics = StreamStatistics()
         self.versions = VersionBook(store)
-        self.register = Register(store)
+        self.register = Register(store, settings.shard)
         curriculum = None if settings.curriculum is None else Curriculum(settings.curriculum)
-        self.prompts = PromptOrder(seed=settings.seed, curriculum=curriculum)
-        self.book = LeaseBook(store, lease_timeout_s=settings.lease_timeout_s, first_lease_id=first_lease_id)
+        self.prompts = PromptOrder(seed=settings.seed, curriculum=curriculum, shard=settings.shard)
+        self.book = LeaseBook(store, lease_timeout_s=settings.lease_timeout_s, first_lease_id=first_lease_id, shard=settings.shard)
         self.bound = LagBound(0 if settings.adaptive else settings.max_staleness, sync_interval=settings.sync_interval)
         self.recorder = Recorder(
             groups_per_step=settings.groups_per_step,
@@ -146,23 +146,31 @@ class Ledger:
     def alloc_version(self, *, incarnation: int, step: int) -> int:
         """A version number, never given out before, for weights that are the start of `step`."""
         self._check_trainer(incarnation)
-        newest = min(self.trainer_step + 1, self.recorder.step)
-        if not 0 <= step <= newest:
-            raise RefusedError("step", f"weights of step {step} cannot exist yet: the newest possible are those of step {newest}")
+        self._check_weights_step(step)
+        if self.settings.shard.index:
+            raise RefusedError("shard", "only the first buffer gives out versions, the others adopt them")
         return self.versions.alloc(step=step, trainer_incarnation=incarnation)
 
+    def adopt_version(self, *, incarnation: int, version: int, step: int) -> None:
+        """A version that the first shard gave out, before any server has its weights. Idempotent."""
+        self._check_trainer(incarnation)
+        self._check_weights_step(step)
+        if not self.versions.adopt(version, step=step, trainer_incarnation=incarnation):
+            raise RefusedError("version", f"{version} is not newer than {self.versions.newest}, and was not given out for step {step}")
+
     def fetch(self, *, step: int, position: int) -> Group | None:
-        """The group recorded at (step, position), the same whenever asked; None: not recorded yet."""
+        """The group recorded at (step, position), the same whenever asked; None: not recorded yet. `position` is the whole step's."""
         first, last = self.committed_step + 1, self.settings.num_steps - 1
         if not first <= step <= last:
             raise RefusedError("step", f"steps {first}..{last} are served, not {step}")
-        if not 0 <= position < self.settings.groups_per_step:
-            raise RefusedError("position", f"want 0..{self.settings.groups_per_step - 1}, got {position}")
-        ticket = self.steps.recorded.get(step, {}).get(position)
+        shard, num_places = self.settings.shard, self.settings.groups_per_step
+        if not shard.owns(position) or not 0 <= shard.local(position) < num_places:
+            raise RefusedError("position", f"{position} is none of the {num_places} places that {shard.name} fills in a step")
+        ticket = self.steps.recorded.get(step, {}).get(shard.local(position))
         if ticket is None:
             return None
         trajectories = self.store.group(ticket)
-        self.steps.served(step, position)
+        self.steps.served(step, shard.local(position))
         return Group(
             step=step,
             position=position,
@@ -204,9 +212,12 @@ class Ledger:
         """An operator's act: takes tickets out of the steps in which they are recorded; other groups will get their places.
 
         A trainer that was given one may have trained on it: it is fenced, and starts again from its checkpoint. All of them or none: raises
-        RefusedError(ticket_id, reason).
+        RefusedError(ticket_id, reason). Tickets of other shards are theirs to drop; that somebody does is a new start for every step here.
         """
-        tickets = [self._poisonable(ticket_id) for ticket_id in dict.fromkeys(ticket_ids)]
+        own = [ticket_id for ticket_id in dict.fromkeys(ticket_ids) if self.settings.shard.owns(ticket_id)]
+        tickets = [self._poisonable(ticket_id) for ticket_id in own]
+        for step in list(self.steps.attempts) if len(own) < len(ticket_ids) else ():
+            self.steps.forget_attempts(step)
         for ticket in tickets:
             self._uncount_steps(ticket.step)
             self.steps.take_out(ticket)
@@ -277,8 +288,10 @@ class Ledger:
     def set_num_train_prompts(self, num_prompts: int) -> None:
         """How many training prompts the task has: servers know, and all must agree. No train ticket is issued before."""
         known = self.prompts.num_prompts
-        if num_prompts < 1 or known not in (0, num_prompts):
-            raise RefusedError("num_train_prompts", f"want {known or 'at least 1'}, got {num_prompts}: servers need the same task settings")
+        fewest = self.settings.shard.count
+        if num_prompts < fewest or known not in (0, num_prompts):
+            wanted = known or f"at least {fewest}"
+            raise RefusedError("num_train_prompts", f"want {wanted}, got {num_prompts}: servers need the same task settings")
         self.prompts.num_prompts = num_prompts
 
     def register_server(self, name: str, *, incarnation: int, weights_version: int, now_s: float) -> None:
@@ -470,7 +483,7 @@ class Ledger:
         """The verdict on a sample by its numbers alone, and its ticket where it is accepted."""
         ticket = self.register.live.get(ticket_id)
         if ticket is None:
-            return (Verdict.FINISHED if 0 < ticket_id <= self.register.num_issued else Verdict.UNKNOWN_TICKET), None
+            return (Verdict.FINISHED if self.register.has_issued(ticket_id) else Verdict.UNKNOWN_TICKET), None
         known = ticket.samples.get(sample_index)
         if known is not None:
             return (Verdict.DUPLICATE if known.lease_id == lease_id else Verdict.SUPERSEDED), None
@@ -742,6 +755,11 @@ class Ledger:
             raise RefusedError("stream", f"{error}: was the checkpoint made by another program version?") from None
         for name, value in self.prompts.curriculum.marks().items():
             self.store.put_mark(name, value)
+
+    def _check_weights_step(self, step: int) -> None:
+        newest = min(self.trainer_step + 1, self.recorder.step)
+        if not 0 <= step <= newest:
+            raise RefusedError("step", f"weights of step {step} cannot exist yet: the newest possible are those of step {newest}")
 
     def _poisonable(self, ticket_id: int) -> Ticket:
         ticket = self.register.live.get(ticket_id)

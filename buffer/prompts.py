@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from areal_like.shards import WHOLE, Shard
 from buffer.curricula import Curriculum
 
 _NUM_ROUNDS = 6
@@ -55,14 +56,15 @@ class Prompt:
 
 
 class PromptOrder:
-    """Hands out training prompts: those that came back first, then the shuffled epochs, forever."""
+    """Hands out a shard's training prompts: those that came back first, then the shuffled epochs, forever."""
 
-    def __init__(self, *, seed: int, num_prompts: int = 0, curriculum: Curriculum | None = None) -> None:
+    def __init__(self, *, seed: int, num_prompts: int = 0, curriculum: Curriculum | None = None, shard: Shard = WHOLE) -> None:
         self.num_prompts = num_prompts
-        """Training prompts of the task; 0 until it is known."""
+        """Training prompts of the task, those of other shards too; 0 until it is known."""
         self.curriculum = curriculum
         """Who chooses among the next few of an epoch; None: each is issued in its turn."""
-        self._seed = seed
+        self._shard = shard
+        self._seed = seed + shard.index  # or neighbours would always come together
         self.cursor = 0
         """Prompts drawn from the epochs so far."""
         self._returned: deque[Prompt] = deque()
@@ -74,7 +76,7 @@ class PromptOrder:
         if self.curriculum is None:
             return Prompt(index=self._draw())
         luck = (_mix(_mix(self._seed & _MASK) ^ self.cursor) >> 11) / 2**53
-        candidates = [self._draw() for _ in range(min(self.curriculum.settings.pool, self.num_prompts))]
+        candidates = [self._draw() for _ in range(min(self.curriculum.settings.pool, self.num_own))]
         return Prompt(index=self.curriculum.choose(candidates, luck=luck))
 
     def give_back(self, prompt: Prompt) -> None:
@@ -82,9 +84,14 @@ class PromptOrder:
         self._returned.append(prompt)
 
     def _draw(self) -> int:
-        epoch, index = divmod(self.cursor, self.num_prompts)
+        epoch, index = divmod(self.cursor, self.num_own)
         self.cursor += 1
-        return permuted(index, size=self.num_prompts, seed=self._seed, epoch=epoch)
+        return self._shard.number(permuted(index, size=self.num_own, seed=self._seed, epoch=epoch))
+
+    @property
+    def num_own(self) -> int:
+        """Training prompts of this shard."""
+        return self._shard.share(self.num_prompts)
 
     @property
     def returned(self) -> list[int]:

@@ -12,8 +12,9 @@ have another shape than the settings now ask for, waits for a trainer to start.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
+from areal_like.errors import ConfigError
 from areal_like.messages.producer import Purpose
 from buffer import curricula
 from buffer.ledger import Ledger
@@ -24,14 +25,19 @@ from buffer.tickets import State
 _SHAPE = ("groups_per_step", "group_size", "num_greedy", "sync_interval", "max_staleness")
 
 
-def recover(settings: LedgerSettings, store: Store, *, now_s: float, first_lease_id: int = 1, dataset: int = 0) -> Ledger:
+def recover(
+    settings: LedgerSettings, store: Store, *, now_s: float, first_lease_id: int = 1, dataset: int = 0, ignoring: Collection[int] = ()
+) -> Ledger:
     """The ledger that `store` remembers; a new one when it remembers nothing. Call it once, before anything is written.
 
-    `dataset`: a number that says which prompts the indices mean.
+    `dataset`: a number that says which prompts the indices mean. `ignoring`: tickets whose trajectories may be damaged.
     """
-    memory = store.recover()
+    memory = store.recover(ignoring=ignoring)
     ledger = Ledger(settings, store, first_lease_id=first_lease_id)
     marks = memory.marks
+    _check_shard(settings, marks)
+    store.put_mark("shard", settings.shard.index)
+    store.put_mark("num_shards", settings.shard.count)
     shape = {f"shape:{name}": int(getattr(settings, name)) for name in _SHAPE} | {"shape:dataset": dataset}
     ledger.is_reshaped = any(marks.get(name, value) != value for name, value in shape.items())
     ledger.has_other_prompts = marks.get("shape:dataset", dataset) != dataset
@@ -48,11 +54,20 @@ def recover(settings: LedgerSettings, store: Store, *, now_s: float, first_lease
     return ledger
 
 
+def _check_shard(settings: LedgerSettings, marks: Mapping[str, int]) -> None:
+    shard = settings.shard
+    index, count = marks.get("shard", shard.index), marks.get("num_shards", shard.count)
+    if (index, count) != (shard.index, shard.count):
+        raise ConfigError(
+            f"this ledger was written by shard {index} with buffer.num_shards={count}, which stay as they are for a run's life"
+        )
+
+
 def _restore_books(ledger: Ledger, memory: Recovered) -> None:
     """Counts and marks."""
     marks = memory.marks
     ledger.statistics.restore(memory.statistics)
-    ledger.register.restore(memory.tickets, memory.ended, num_issued=memory.num_issued)
+    ledger.register.restore(memory.tickets, memory.ended, last_id=memory.num_issued)
     for (_, _, reason), count in memory.ended.items():
         if reason is not None:
             ledger.drops[reason] += count

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from areal_like.messages.producer import Purpose
+from areal_like.shards import Shard
 from buffer.prompts import Prompt
 from buffer.store import Store
 from buffer.tickets import TERMINAL, Drop, State, Ticket
@@ -17,16 +18,17 @@ class Register:
     Terminal tickets leave it: the store has their rows.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, shard: Shard) -> None:
         self._store = store
+        self._shard = shard
         self.num_issued = 0
         self.live: dict[int, Ticket] = {}
         """Ticket id -> ticket, in order of issue."""
         self._counts = {purpose: Counter[State]() for purpose in Purpose}
 
-    def restore(self, tickets: Iterable[Ticket], ended: Mapping[tuple[Purpose, State, Drop | None], int], *, num_issued: int) -> None:
-        """What an earlier life knew. `tickets`: live ones, by id. `ended`: how many have, and how."""
-        self.num_issued = num_issued
+    def restore(self, tickets: Iterable[Ticket], ended: Mapping[tuple[Purpose, State, Drop | None], int], *, last_id: int) -> None:
+        """What an earlier life knew. `tickets`: live ones, by id. `ended`: how many have, and how. `last_id`: 0 if none was issued."""
+        self.num_issued = self._shard.local(last_id) if last_id else 0
         for ticket in tickets:
             self.live[ticket.ticket_id] = ticket
             self._counts[ticket.purpose][ticket.state] += 1
@@ -39,7 +41,7 @@ class Register:
         """A new ticket, QUEUED. `num_greedy`: how many of its samples are."""
         self.num_issued += 1
         ticket = Ticket(
-            ticket_id=self.num_issued,
+            ticket_id=self._shard.number(self.num_issued),
             purpose=purpose,
             prompt_index=prompt.index,
             num_samples=num_samples,
@@ -54,6 +56,10 @@ class Register:
         self._counts[purpose][ticket.state] += 1
         self._store.put_ticket(ticket)
         return ticket
+
+    def has_issued(self, ticket_id: int) -> bool:
+        """Whether there ever was such a ticket."""
+        return self._shard.owns(ticket_id) and 0 < self._shard.local(ticket_id) <= self.num_issued
 
     def move(self, ticket: Ticket, state: State) -> None:
         """Changes a ticket's state (or writes its row again when only leases changed)."""

@@ -7,6 +7,7 @@ from typing import Self
 
 from areal_like.config import BufferConfig, Config
 from areal_like.errors import ConfigError
+from areal_like.shards import WHOLE, Shard
 from buffer.curricula import CurriculumSettings, Kind
 
 
@@ -17,6 +18,7 @@ class LedgerSettings:
     max_staleness: int
     """The bound on lag in steps; with `adaptive` the largest that it may become."""
     groups_per_step: int
+    """Of this shard."""
     group_size: int
     num_steps: int
     num_greedy: int = 0
@@ -35,20 +37,22 @@ class LedgerSettings:
     durable: bool = False
     """Whether the store survives this process: then a closed stream keeps what it has, and committed steps can be served again."""
     curriculum: CurriculumSettings | None = None
+    shard: Shard = WHOLE
+    """Which part of the job's numbers this ledger gives out."""
 
     def __post_init__(self) -> None:
         if self.group_filter == "spread" and self.group_size < 2:
             raise ConfigError("buffer.group_filter=spread drops every group of one sample: set sampling.group_size to at least 2")
 
     @classmethod
-    def from_config(cls, config: Config) -> Self:
+    def from_config(cls, config: Config, shard: Shard = WHOLE) -> Self:
         """Picks the fields out of the job's configuration."""
         return cls(
             max_staleness=config.staleness_cap,
             adaptive=config.max_staleness == "auto",
             # Where a group may span a push, a longer interval only means fewer pushes.
             sync_interval=config.weights.sync_interval if config.buffer.group_filter == "single_version" else 1,
-            groups_per_step=config.trainer.groups_per_step,
+            groups_per_step=shard.share(config.trainer.groups_per_step),
             group_size=config.sampling.group_size,
             num_greedy=int(config.sampling.greedy_baseline),
             num_steps=config.trainer.num_steps,
@@ -61,6 +65,7 @@ class LedgerSettings:
             lease_timeout_s=config.buffer.lease_timeout_s,
             durable=config.buffer.durability != "none",
             curriculum=_curriculum(config.buffer),
+            shard=shard,
         )
 
 

@@ -13,7 +13,7 @@ Left out: eval samples (their reward is a sum in an `EvalRound`), and expiry tim
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -137,8 +137,11 @@ class Store(Protocol):
     def when_durable(self, then: Callable[[], None]) -> None:
         """Calls `then` in the event loop once everything written so far survives what the store promises to survive. Calls keep order."""
 
-    def recover(self) -> Recovered:
-        """What earlier lives wrote. Once, before anything is written."""
+    def recover(self, *, ignoring: Collection[int] = ()) -> Recovered:
+        """What earlier lives wrote. Once, before anything is written.
+
+        Raises StoreCorruptError when trajectories of live tickets are damaged, but for tickets that are to be `ignoring`.
+        """
 
     @property
     def num_bytes(self) -> int:
@@ -213,7 +216,7 @@ class MemoryStore:
         """At once: there is nothing to wait for."""
         then()
 
-    def recover(self) -> Recovered:
+    def recover(self, *, ignoring: Collection[int] = ()) -> Recovered:
         """Nothing."""
         return Recovered()
 

@@ -46,10 +46,15 @@ class VersionBook:
     def alloc(self, *, step: int, trainer_incarnation: int) -> int:
         """A new version for weights that are the start of `step`."""
         row = VersionRow(version=self.newest + 1, step=step, parent=self.newest, trainer_incarnation=trainer_incarnation)
-        self.newest = row.version
-        self._weights[row.version] = (step, trainer_incarnation)
-        self._store.put_version(row)
+        self._put(row)
         return row.version
+
+    def adopt(self, version: int, *, step: int, trainer_incarnation: int) -> bool:
+        """A version that another shard gave out; again is as good as once. False where it is not newer than all that are known."""
+        if version <= self.newest:
+            return self._weights.get(version) == (step, trainer_incarnation)
+        self._put(VersionRow(version=version, step=step, parent=self.newest, trainer_incarnation=trainer_incarnation))
+        return True
 
     def abandon(self, *, after_step: int, trainer_incarnation: int) -> bool:
         """The trainer of this incarnation went back to `after_step`: later weights of its predecessors are of another history.
@@ -96,3 +101,8 @@ class VersionBook:
             num_sampled=sum(counts.values()),
             reward=trajectory.reward,
         )
+
+    def _put(self, row: VersionRow) -> None:
+        self.newest = row.version
+        self._weights[row.version] = (row.step, row.trainer_incarnation)
+        self._store.put_version(row)
