@@ -104,7 +104,7 @@ class DurableStore(RowRecorder):
         self._writer: Writer | None = None
 
     def recover(self, *, ignoring: Collection[int] = ()) -> Recovered:
-        """See Store. Raises StoreCorruptError when records of live tickets are damaged, except of the tickets that are to be `ignoring`."""
+        """See Store."""
         assert self._writer is None, "recover once"
         recovered = schema.read(self._connection)
         self._continue_from(recovered, first_returned=schema.first_returned(self._connection))
@@ -209,15 +209,18 @@ class DurableStore(RowRecorder):
             self._cache.remove(ticket_id)
             for place in self._places.pop(ticket_id, {}).values():
                 self._num_needed[place.segment] -= 1
-        if places or batch.changes.released:
-            newest = max(self._num_needed, default=0)
-            gone = [segment for segment in self._num_needed if segment < newest and not self._is_needed(segment)]
-            for segment in gone:
-                del self._num_needed[segment]
-            self._gone_segments += gone
+        self._collect_segments()
         self._hand_over()
         for callback in batch.callbacks:
             callback()
+
+    def _collect_segments(self) -> None:
+        """Files that nothing durable needs go with the next batch: after the rows that say so, so that no crash comes between."""
+        newest = max(self._num_needed, default=0)
+        gone = [segment for segment in self._num_needed if segment < newest and not self._is_needed(segment)]
+        for segment in gone:
+            del self._num_needed[segment]
+        self._gone_segments += gone
 
     def _is_needed(self, segment: int) -> bool:
         return self._num_needed[segment] > 0 or segment in self._retained or self._settings.retain_trajectories

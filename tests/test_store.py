@@ -401,10 +401,12 @@ def test_files_that_may_not_grow_are_a_full_disk(tmp_path: Path) -> None:
 def test_free_space_is_left_on_the_disk(tmp_path: Path) -> None:
     async def run() -> None:
         async with opened(tmp_path, min_free_bytes=1 << 60) as (store, _):
-            full_ticket(store, 1)
+            store.put_ticket(new_ticket(1))
+            await durable(store)
+            full_ticket(store, 2)
             await settled(lambda: bool(store.health))
             assert "buffer.min_free_bytes keeps" in store.health
-        assert query(tmp_path, "SELECT count(*) FROM tickets") == [(0,)]
+        assert query(tmp_path, "SELECT ticket_id FROM tickets") == [(1,)]
 
     asyncio.run(run())
 
