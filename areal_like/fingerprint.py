@@ -35,5 +35,10 @@ def dataset_fingerprint(config: Config) -> str:
     return _digest({"task": config.task, "seed": config.seed})
 
 
+def as_number(fingerprint: str) -> int:
+    """63 bits of a fingerprint, for those who keep numbers."""
+    return int(fingerprint, 16) >> 1
+
+
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,4 +1,7 @@
-"""`python -m buffer [--config run/config.yaml] key=value ...`: the buffer of one job."""
+"""`python -m buffer [--config run/config.yaml] key=value ...`: the buffer of one job.
+
+`--drop 17,23` instead poisons these tickets in the ledger of a job whose buffer is not running.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,34 @@ import sys
 
 from areal_like.cli import role_arguments
 from areal_like.daemon import run_daemon
-from areal_like.errors import UserError
+from areal_like.errors import ConfigError, UserError
 from buffer.daemon import main as serve
+from buffer.offline import drop_offline
 
 
 def main() -> int:
     """Exit code: 0 drained, 1 failed, 2 the user's mistake."""
     try:
-        config, name = role_arguments(sys.argv[1:], default_name="buffer")
+        dropped, args = _dropped(sys.argv[1:])
+        config, name = role_arguments(args, default_name="buffer")
+        if dropped:
+            drop_offline(config, dropped)
+            return 0
     except UserError as error:
         sys.stderr.write(f"buffer: {error}\n")
         return 2
     return run_daemon(config, role="buffer", name=name, main=serve)
+
+
+def _dropped(argv: list[str]) -> tuple[list[int], list[str]]:
+    """(tickets to drop, the other arguments)"""
+    if "--drop" not in argv:
+        return [], argv
+    at = argv.index("--drop")
+    ids = argv[at + 1].split(",") if at + 1 < len(argv) else []
+    if not ids or not all(ticket_id.isdecimal() for ticket_id in ids):
+        raise ConfigError("--drop: name tickets by their numbers, e.g. --drop 17,23")
+    return [int(ticket_id) for ticket_id in ids], argv[:at] + argv[at + 2 :]
 
 
 if __name__ == "__main__":

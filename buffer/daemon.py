@@ -26,7 +26,7 @@ from typing import Any
 from areal_like.channel import Envelope, Listener, tcp_address
 from areal_like.daemon import Runtime, cancelled_on_exit
 from areal_like.errors import ArealError, RefusedError, StaleIncarnationError, UserError
-from areal_like.fingerprint import dataset_fingerprint
+from areal_like.fingerprint import as_number, dataset_fingerprint
 from areal_like.messages import consumer, producer
 from areal_like.messages.hello import Goodbye, Hello, HelloRequired, JobFailed, Ok, Refused, Role, Welcome
 from buffer.durable_store import open_store
@@ -78,7 +78,7 @@ class BufferDaemon:
             now_s=self._loop.time(),
             # Lease ids grow over restarts too: what a server still makes for an earlier buffer must not look like a lease of this one.
             first_lease_id=int(time.time()) << 20,
-            dataset=int(dataset, 16) >> 1,
+            dataset=as_number(dataset),
         )
         self.peers = PeerBook(job=config.name, dataset=dataset)
         self._series = BufferSeries(runtime.metrics, max_staleness=config.staleness_cap)

@@ -23,7 +23,8 @@ from areal_like.process import PARENT_PID
 
 RUN_MARKER = "AREAL_LIKE_RUN"
 """Environment variable that every process of one launched run carries, grandchildren included."""
-_ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
+"""Where the daemons' packages are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ class Child:
             "OMP_NUM_THREADS": str(spec.num_threads),
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONUNBUFFERED": "1",
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH", "")])),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
         }
         with self._output.open("ab") as output:
             self._process = subprocess.Popen(

@@ -82,7 +82,7 @@ class LeaseDesk:
 
     def drop(self, lease_ids: Iterable[int]) -> list[int]:
         """Nothing is owed for these any more; returns those that were held."""
-        dropped = [lease_id for lease_id in lease_ids if lease_id in self._held]
+        dropped = [lease_id for lease_id in dict.fromkeys(lease_ids) if lease_id in self._held]
         for lease_id in dropped:
             self.holding_samples -= len(self._held.pop(lease_id).missing)
         return dropped

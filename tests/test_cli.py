@@ -33,6 +33,8 @@ def areal_like(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["status", "nowhere"], "no run 'nowhere'"),
         (["audit", "nowhere"], "no run 'nowhere'"),
         (["audit"], "name one run"),
+        (["drop", "nowhere"], "drop: name one run"),
+        (["replay", "objective=ppo"], "replay: name one run"),
         (["status"], "name one run"),
     ],
 )

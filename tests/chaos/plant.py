@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -55,11 +56,11 @@ class Plant:
         self.config = dataclasses.replace(config, buffer=dataclasses.replace(config.buffer, port=self.proxy.port))
         self.producers: dict[str, subprocess.Popen[bytes]] = {}
         stack.callback(self._kill_producers)
-        self._incarnation = 0
 
     def restart_buffer(self) -> None:
         """SIGKILL and a new process on the same run."""
         self.buffer.close()
+        (self.buffer.paths.endpoints / "buffer.json").unlink(missing_ok=True)  # of the process that was killed
         self.buffer = BufferProcess(self.buffer.config)
 
     def produce(self, name: str, *, capacity: int = 32, sample_s: float = 0.002, num_tokens: int = 64) -> subprocess.Popen[bytes]:
@@ -75,11 +76,10 @@ class Plant:
 
     @contextlib.contextmanager
     def trainer(self) -> Iterator[BufferLink]:
-        """Rank 0's link through the proxy, of an incarnation above the last one's."""
-        self._incarnation += 1
+        """Rank 0's link through the proxy."""
         before, link_module._ASK_AGAIN_S = link_module._ASK_AGAIN_S, ASK_AGAIN_S
         try:
-            with BufferLink(self.config, rank=0, world_size=1, device="cpu", incarnation=self._incarnation) as link:
+            with BufferLink(self.config, rank=0, world_size=1, device="cpu", incarnation=time.time_ns()) as link:
                 yield link
         finally:
             link_module._ASK_AGAIN_S = before

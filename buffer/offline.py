@@ -1,0 +1,40 @@
+"""What an operator may do to the ledger of a job that is not running."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+
+from areal_like.config import Config
+from areal_like.errors import ConfigError, RefusedError
+from areal_like.fingerprint import as_number, dataset_fingerprint
+from buffer.durable_store import open_store
+from buffer.recovery import recover
+from buffer.settings import LedgerSettings
+
+
+def drop_offline(config: Config, ticket_ids: Sequence[int]) -> None:
+    """Poisons tickets: all of them, or none. Raises ConfigError when one may not be dropped, or the ledger is in use."""
+    if config.buffer.durability == "none":
+        raise ConfigError("buffer.durability=none: a stopped buffer has no ledger to drop tickets from")
+    asyncio.run(_drop(config, ticket_ids))
+
+
+async def _drop(config: Config, ticket_ids: Sequence[int]) -> None:
+    loop = asyncio.get_running_loop()
+    durable: asyncio.Future[None] = loop.create_future()
+    with contextlib.closing(open_store(config, on_error=durable.set_exception)) as store:
+        ledger = recover(
+            LedgerSettings.from_config(config),
+            store,
+            now_s=loop.time(),
+            dataset=as_number(dataset_fingerprint(config)),
+            ignoring=ticket_ids,  # they may be dropped because their trajectories are damaged
+        )
+        try:
+            ledger.poison(ticket_ids)
+        except RefusedError as error:
+            raise ConfigError("ticket {} {}".format(*error.args)) from None
+        store.when_durable(lambda: durable.set_result(None))
+        await durable
