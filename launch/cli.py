@@ -3,7 +3,11 @@
 areal-like run key=value ...    a whole job on this machine
 areal-like status RUN           what its daemons are doing
 areal-like audit RUN            proves its books
+areal-like drop RUN TICKET ...  takes tickets out of their steps
 areal-like replay RUN           trains again from what it was trained on
+areal-like rollout RUN --join   one more rollout server for it
+areal-like drain RUN SERVER     one less
+areal-like restart RUN trainer  another trainer, while generation goes on
 areal-like version
 """
 
@@ -23,7 +27,12 @@ from areal_like.errors import ConfigError, UserError
 USAGE = """usage: areal-like run [key=value ...]   run a whole job on this machine (run --help: the settings)
        areal-like status RUN            what the daemons of a run are doing; RUN is a name or a directory
        areal-like audit RUN [--json]    prove its books: exit code 1 and the offending ids where they contradict themselves
+       areal-like drop RUN TICKET ...   take tickets that do harm out of the steps they are recorded in, for good
        areal-like replay RUN [key=value ...]  train again from what a run was trained on, with other settings or the same
+       areal-like rollout RUN --join [--name NAME] [key=value ...]      run one more server for a running job, until it is drained
+       areal-like rollout --join --buffer HOST:PORT name=JOB [key=value ...]  the same where the run's directory cannot be seen
+       areal-like drain RUN SERVER      have one server leave a running job
+       areal-like restart RUN trainer [trainer.world_size=2 ...]        replace the trainer of a running job
        areal-like version
 """
 
@@ -31,7 +40,8 @@ USAGE = """usage: areal-like run [key=value ...]   run a whole job on this machi
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0 done, 1 failed, 2 the user's mistake (one message on stderr)."""
     args = list(sys.argv[1:] if argv is None else argv)
-    commands = {"run": _run, "status": _status, "audit": _audit, "replay": _replay, "version": _version}
+    commands = {"run": _run, "status": _status, "audit": _audit, "drop": _drop, "replay": _replay, "version": _version}
+    commands |= {"rollout": _rollout, "drain": _drain, "restart": _restart}
     if not args or args[0] in ("-h", "--help", "help"):
         sys.stdout.write(USAGE)
         return 0 if args else 2
@@ -110,6 +120,16 @@ def _audit(args: list[str]) -> int:
     return 0 if report.is_clean else 1
 
 
+def _drop(args: list[str]) -> int:
+    from launch.drop import drop_tickets
+    from launch.rundir import find_run
+
+    if len(args) < 2 or args[0].startswith("-") or not all(ticket_id.isdecimal() for ticket_id in args[1:]):
+        raise ConfigError("drop: name one run and its tickets by their numbers, e.g. `areal-like drop default 17 23`")
+    sys.stdout.write(drop_tickets(find_run(args[0]), [int(ticket_id) for ticket_id in args[1:]]) + "\n")
+    return 0
+
+
 def _replay(args: list[str]) -> int:
     from launch.replay import run_replay
     from launch.rundir import find_run
@@ -117,6 +137,40 @@ def _replay(args: list[str]) -> int:
     if not args or args[0].startswith("-") or "=" in args[0]:
         raise ConfigError("replay: name one run, then settings, e.g. `areal-like replay default objective=ppo`")
     return run_replay(find_run(args[0]), args[1:])
+
+
+def _rollout(args: list[str]) -> int:
+    from launch.scale import join
+
+    rest, options = list(args), {}
+    for option in ("--buffer", "--name"):
+        if option in rest:
+            at = rest.index(option)
+            if at + 1 >= len(rest):
+                raise ConfigError(f"rollout: give a value after {option}")
+            options[option.removeprefix("--")] = rest[at + 1]
+            del rest[at : at + 2]
+    if "--join" not in rest:
+        raise ConfigError("rollout: only joining a running job is known: `areal-like rollout RUN --join`")
+    rest.remove("--join")
+    run = rest.pop(0) if rest and "=" not in rest[0] and not rest[0].startswith("-") else ""
+    return join(run, rest, **options)
+
+
+def _drain(args: list[str]) -> int:
+    from launch.scale import drain
+
+    if len(args) != 2 or any(arg.startswith("-") for arg in args):
+        raise ConfigError("drain: name one run and one of its servers, e.g. `areal-like drain default rollout-1`")
+    return drain(*args)
+
+
+def _restart(args: list[str]) -> int:
+    from launch.scale import restart
+
+    if len(args) < 2 or any(arg.startswith("-") for arg in args) or "=" in "".join(args[:2]):
+        raise ConfigError("restart: name one run and `trainer`, e.g. `areal-like restart default trainer trainer.world_size=2`")
+    return restart(args[0], args[1], args[2:])
 
 
 def _version(args: list[str]) -> int:

@@ -30,10 +30,10 @@ from enum import StrEnum
 
 from areal_like.config import Config
 from launch.child import Child, ChildSpec, describe_exit, kill_marked
-from launch.observe import Observer
+from launch.observe import Observer, post_json
 from launch.restarts import Phase as Life
 from launch.restarts import Restarts
-from launch.rundir import OpenRun, checkpoints
+from launch.rundir import OpenRun, checkpoints, take_order
 from launch.view import View
 
 log = logging.getLogger(__name__)
@@ -82,6 +82,8 @@ class LocalJob:
         """Newest step that any trainer of this job has done."""
         self._trainer_died: list[str] = []
         """How the last one did, in lines for a person."""
+        self._is_replacing = False
+        """The trainer was asked to make room for another."""
         self._asked: set[str] = set()
         """Told to end."""
         self._close_by_s = 0.0
@@ -154,6 +156,9 @@ class LocalJob:
                 self._observer.settle()
             elif waited_s > START_PATIENCE * self._config.rollout.start_timeout_s:
                 self._fail_unready(unready, waited_s)
+        elif self._phase is Phase.RUNNING:
+            if (settings := take_order(self._run.paths)) is not None:
+                self._replace_trainer(settings)
         elif self._phase is Phase.CLOSING:
             self._advance_closing()
         if (step := self._newest_step()) > self._best_step and "trainer" in self._cores:
@@ -178,6 +183,21 @@ class LocalJob:
         command = tuple(part for part in spec.command if not part.startswith("resume="))
         resume = "resume=latest" if checkpoints(self._run.paths) else "resume=''"
         self._specs["trainer"] = dataclasses.replace(spec, command=(*command, resume))
+
+    def _replace_trainer(self, settings: list[str]) -> None:
+        """Has the trainer hand over; it is started again, with these settings, when it has ended."""
+        self._view.notice(f"the trainer is replaced by one with {' '.join(settings) or 'the same settings'}")
+        spec = self._specs["trainer"]
+        changed = {setting.partition("=")[0] for setting in settings}
+        command = tuple(part for part in spec.command if part.partition("=")[0] not in changed)
+        self._specs["trainer"] = dataclasses.replace(spec, command=(*command, *settings))
+        self._is_replacing = True
+        endpoint = self._observer.newest.daemons["trainer-0"].endpoint
+        try:
+            post_json(str(endpoint["http"]), "/control/hand_over", {})
+        except OSError as error:
+            log.warning("the trainer cannot be asked to hand over (%s): it drains", error)
+            self._children["trainer"].terminate()
 
     def _newest_step(self) -> int:
         steps = self._observer.newest.steps
@@ -239,6 +259,10 @@ class LocalJob:
                 self._server_died(child, code)
             elif code != 0:
                 self._core_died(child, code)
+            elif name == "trainer" and self._is_replacing:
+                self._is_replacing = False
+                self._resume_trainer()
+                self._spawn(name)
             elif name == "trainer":
                 self._close(self._config.daemon.drain_timeout_s)
             elif name == "buffer":

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 
 REQUEST_TIMEOUT_S = 1.0
@@ -156,6 +157,21 @@ def fetch_json(address: str, path: str) -> dict[str, Any] | None:
     finally:
         connection.close()
     return answer if isinstance(answer, dict) else None
+
+
+def post_json(address: str, path: str, body: dict[str, Any], *, timeout_s: float = 5.0) -> dict[str, Any]:
+    """POST http://address/path: a control verb. Raises OSError when nobody answers there, ConfigError with the reason of a refusal."""
+    host, _, port = address.rpartition(":")
+    connection = http.client.HTTPConnection(host.strip("[]"), int(port), timeout=timeout_s)
+    try:
+        connection.request("POST", path, body=json.dumps(body))
+        answer = connection.getresponse()
+        said = dict(json.loads(answer.read()))
+    finally:
+        connection.close()
+    if answer.status != 200:
+        raise ConfigError(str(said.get("error", said)))
+    return said
 
 
 def find_number(status: dict[str, Any], key: str) -> float | None:

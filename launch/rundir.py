@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import itertools
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -133,6 +134,36 @@ def find_run(name: str) -> Path:
     if root is None:
         raise ConfigError(f"there is no run {name!r} (neither a run directory nor a name under runs/)")
     return root
+
+
+def order_file(paths: RunPaths) -> Path:
+    """Where `areal-like restart` leaves its order for the launcher, who removes it when taking it."""
+    return paths.root / "restart.json"
+
+
+def take_order(paths: RunPaths) -> list[str] | None:
+    """The settings of an order to replace the trainer; None when there is none."""
+    try:
+        order = json.loads(order_file(paths).read_text())
+    except FileNotFoundError:
+        return None
+    order_file(paths).unlink()
+    return [str(setting) for setting in order["settings"]]
+
+
+def is_over(paths: RunPaths) -> bool:
+    """Whether no process of a launched run holds its directory. A job whose roles were started by hand has no lock, and is never over."""
+    try:
+        lock = os.open(paths.root / ".lock", os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(lock)
+    return True
 
 
 def holds_run(paths: RunPaths) -> bool:

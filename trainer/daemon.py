@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import threading
 import time
 from datetime import timedelta
@@ -23,7 +24,7 @@ import torch.distributed as dist
 
 from areal_like.config import Config
 from areal_like.daemon import DrainSignals, configure_logging, exit_code_of
-from areal_like.errors import ConfigError
+from areal_like.errors import ConfigError, UserError
 from areal_like.paths import RunPaths, model_path
 from trainer.checkpoint import Checkpoints
 from trainer.joining import device_of, join_ranks
@@ -68,6 +69,8 @@ class Trainer:
         link.step = self._step
         self._leader = Leader(config, link, step=self._step, started_s=started_s) if self._leads else None
         link.runtime.status = self._status
+        self._hands_over = False
+        link.runtime.verbs["hand_over"] = self._hand_over
 
     def run(self) -> None:
         """The whole run."""
@@ -124,7 +127,8 @@ class Trainer:
             self._save()
         self._checkpoints.wait()
         if self._leader is not None:
-            self._leader.end(finished=self._step == self._config.trainer.num_steps)
+            finished = self._step == self._config.trainer.num_steps
+            self._leader.end(finished=finished, hands_over=self._hands_over and not finished)
         # The other ranks keep their place in the process group until rank 0 is done.
         self._meet()
         self._freezer.close()
@@ -154,6 +158,14 @@ class Trainer:
         runner = self._runner
         self._checkpoints.save(step, self._policy, runner.optimizer, self._ranks, critic=runner.critic, extra=extra, then=commit)
         self._saved_step = step
+
+    async def _hand_over(self, _: dict[str, Any]) -> dict[str, Any]:
+        """Control verb of rank 0: drains, but leaves the stream open for the trainer that comes next."""
+        if self._leader is None:
+            raise UserError("rank 0 hands over for all")
+        self._hands_over = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {"handing_over": True}
 
     def _status(self) -> dict[str, Any]:
         base: dict[str, Any] = {"state": self._link.state, "step": self._step, "num_steps": self._config.trainer.num_steps}

@@ -136,12 +136,17 @@ class Leader:
         """A checkpoint with steps <= `step` is on disk, the oldest that is kept is of `oldest_kept_step`. From any thread."""
         self._link.call(CommitStep(step=step, oldest_kept_step=oldest_kept_step), timeout_s=_CALL_TIMEOUT_S)
 
-    def end(self, *, finished: bool) -> None:
-        """Closes the stream, lets the last weights arrive, evaluates them (when finished), and writes the summary."""
+    def end(self, *, finished: bool, hands_over: bool = False) -> None:
+        """Closes the stream, lets the last weights arrive, evaluates them (when finished), and writes the summary.
+
+        `hands_over`: another trainer goes on at once, so generation does not stop meanwhile.
+        """
         config, link = self._config, self._link
         books = link.call(GetBooks(), timeout_s=_CALL_TIMEOUT_S)
         generation_ended = books
-        link.call(CloseAdmission(reason="the run is finished" if finished else "the trainer is draining"), timeout_s=_CALL_TIMEOUT_S)
+        if not hands_over:
+            reason = "the run is finished" if finished else "the trainer is draining"
+            link.call(CloseAdmission(reason=reason), timeout_s=_CALL_TIMEOUT_S)
         training_seconds = time.monotonic() - self._training_started_s
         eval_after = None
         if finished and self._metrics.rows:
