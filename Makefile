@@ -2,6 +2,8 @@
 #   make run [ARGS="key=value ..."]    the default job (see `make run ARGS=--help`)
 #   make test                          lint, types and the tests
 #   make chaos                         the promises about crashes and faults at length: about an hour
+#   make sglang                        an environment with SGLang on this CPU, for rollout.engine=sglang
+#   make test-sglang                   the tests against it
 #   make PYTHON=/path/to/python3.12 ...  chooses the interpreter; PIP_ARGS="--index-url ..." goes to pip
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
@@ -11,7 +13,7 @@ BIN := .venv/bin
 # Named after the requirements' content and made last, so neither a change nor an interrupted set-up can leave a stale environment.
 STAMP := .venv/.installed-$(shell cat requirements.txt requirements-dev.txt | cksum | cut -d' ' -f1)
 
-.PHONY: run test chaos lint format setup clean
+.PHONY: run test chaos sglang test-sglang lint format setup clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
@@ -22,6 +24,12 @@ test: lint
 
 chaos: $(STAMP)
 	@$(BIN)/python -m pytest -q -m chaos $(ARGS)
+
+sglang: $(STAMP)
+	@PYTHON="$(PYTHON)" PIP_ARGS="$(PIP_ARGS)" tests/sglang/install.sh
+
+test-sglang: sglang
+	@$(BIN)/python -m pytest -q -m sglang tests/sglang $(ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .
