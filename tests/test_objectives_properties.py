@@ -3,8 +3,9 @@
 Objectives with `late_coefficients` are left out: their losses are not yet their gradient (tests of their own cover them).
 """
 
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -25,6 +26,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"name": "topr", "level": "token"},
     {"name": "oapl", "beta2": 1e-3},
     {"name": "vcpo", "baseline": "none"},
+    {"name": "lad", "divergence": "hellinger", "eta": 1.0},
+    {"name": "lad", "divergence": "tv", "level": "token"},
 ]
 MASKED: list[dict[str, Any]] = [
     {"name": "tis", "masks": [{"name": "stapo", "max_prob": 0.3}]},
@@ -33,8 +36,18 @@ MASKED: list[dict[str, Any]] = [
     {"name": "oapl", "masks": [{"name": "band", "level": "token"}]},
 ]
 ALL = REGISTERED + VARIANTS + MASKED
-SLOPE = {"oapl": lambda objective: 2 * objective.beta2 if objective.beta2 else 2 * 0.25}
-"""Where the on-policy gradient is not REINFORCE's own but a multiple of it."""
+ON_POLICY: dict[str, Callable[[Any, float], float]] = {
+    "oapl": lambda objective, advantage: 2 * (objective.beta2 or 0.25) * advantage,
+    "lad": lambda objective, advantage: lad_advantage(objective.divergence, advantage / objective.eta),
+}
+"""Where the on-policy gradient is REINFORCE's with another advantage."""
+
+
+def lad_advantage(divergence: str, u: float) -> float:
+    """-f'(exp(-u)), from the derivatives as one finds them in a table of f-divergences."""
+    x = math.exp(-u)
+    slopes = {"js": 0.5 * math.log(2 * x / (x + 1)), "hellinger": 0.5 * (1 - 1 / math.sqrt(x)), "tv": math.copysign(0.5, x - 1)}
+    return -slopes[divergence]
 
 
 def rows(seed: int, lengths: Sequence[int], *, high: float) -> Rows:
@@ -80,10 +93,11 @@ def test_on_policy_the_gradient_is_reinforce(settings: dict[str, Any], normalize
     objective = build_objective(settings)
     mu = DATA["mu"]
     batch = batch_of(range(5), pi=mu, prox=mu)
-    _, plain = evaluate(build_objective({"name": "reinforce"}), [batch], normalizer=objective.normalizer or normalizer)
+    of = ON_POLICY.get(settings["name"], lambda _, advantage: advantage)
+    plain_batch = batch_of(range(5), pi=mu, prox=mu, advantages=[of(objective, advantage) for advantage in DATA["advantages"]])
+    _, plain = evaluate(build_objective({"name": "reinforce"}), [plain_batch], normalizer=objective.normalizer or normalizer)
     _, grad = evaluate(objective, [batch], normalizer=normalizer)
-    slope = SLOPE.get(settings["name"], lambda _: 1.0)(objective)
-    assert grad == pytest.approx([slope * g for g in plain], rel=1e-12)
+    assert grad == pytest.approx(plain, rel=1e-12)
 
 
 @pytest.mark.parametrize("settings", ALL, ids=str)
@@ -142,6 +156,7 @@ DETACHED = {
     "topr": weighted,
     "vespo": weighted,
     "vcpo": weighted,
+    "lad": weighted,
     "maspo": gated,
 }
 """Losses whose gradient is on purpose not that of their value. All others are tested by finite differences."""

@@ -6,6 +6,7 @@ from trainer.objectives.composed import Composed, build_objective
 from trainer.objectives.dcpo import Dcpo
 from trainer.objectives.dppo import DppoTv
 from trainer.objectives.gspo import Gspo
+from trainer.objectives.lad import Lad
 from trainer.objectives.m2po import M2po
 from trainer.objectives.masks import MASKS, Mask
 from trainer.objectives.oapl import Oapl
@@ -26,6 +27,7 @@ __all__ = [
     "DppoTv",
     "Facts",
     "Gspo",
+    "Lad",
     "M2po",
     "Mask",
     "Maspo",
