@@ -1,0 +1,245 @@
+"""What a weight update costs in each mode, on each engine: seconds and tokens lost, and the log-prob error that kept KV causes.
+
+A fixed amount of work (sequences of equal length, a full engine until the last) is done without updates and with several; the difference
+over the number of updates is what one costs, whatever it was spent on: the pause, KV computed again, sequences resubmitted, and on
+this machine also the cores that sending and loading take away from decoding. Pushes are the project's own, from broadcaster to
+receiver. Each version moves every weight by the default learning rate, up or down at random, as one step of Adam might. Errors are
+of tokens that were sampled after an update came in mid-sequence, against transformers with the weights that the engine attests.
+
+    python -m benchmarks.update_modes [--engines embedded sglang] [--repeats 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from areal_like.config import Config, WeightsConfig, from_mapping
+from areal_like.messages.consumer import ServerEntry
+from areal_like.trajectory import Trajectory
+from benchmarks.report import table, write
+from rollout_server.engine_client import EngineClient, Sampling
+from rollout_server.engine_process import EmbeddedProcess, EngineProcess
+from rollout_server.episodes import Speaker, Transcript, Turnstile
+from rollout_server.in_place import InPlaceUpdate
+from rollout_server.model_tensors import ModelTensors
+from rollout_server.sglang_client import SglangClient
+from rollout_server.sglang_process import SglangProcess
+from rollout_server.weights import WeightReceiver
+from tests.snapshots import Held
+from trainer.broadcaster import Broadcaster
+from trainer.tiny_model import build_tiny_model
+
+MODES = ("recompute", "keep", "abort_resume", "drain")
+NUM_RUNNING, NUM_SEQUENCES, SEQUENCE_TOKENS, PROMPT_TOKENS = 32, 128, 200, 8
+NUM_UPDATES = 4
+NUM_CHECKED = 12
+"""Sequences a mode whose log-probs are recomputed."""
+STEP_SIZE = 8e-5
+BUCKET_BYTES = 64 << 20
+
+
+@dataclass(eq=False)
+class Server:
+    """A rollout server's engine, weight plane and voice, without its buffer."""
+
+    client: EngineClient
+    turnstile: Turnstile
+    receiver: WeightReceiver
+    model: Path
+
+    async def work(self, mode: str, *, first_version: int) -> tuple[float, list[Trajectory], list[float]]:
+        """All sequences, with NUM_UPDATES pushes spread evenly unless mode is empty: seconds, trajectories, stalls."""
+        places = asyncio.Semaphore(NUM_RUNNING)
+        num_done, stalls = 0, []
+        progress = asyncio.Condition()
+        sampling = Sampling(max_new_tokens=SEQUENCE_TOKENS, ignore_eos=True)
+
+        async def one(index: int) -> Trajectory:
+            nonlocal num_done
+            transcript = Transcript()
+            transcript.give(np.random.default_rng(index).integers(3, 100, PROMPT_TOKENS).astype(np.int32))
+            async with places:
+                speaker = Speaker(self.client, sampling=sampling, rid=f"{mode}{first_version}.{index}", turnstile=self.turnstile)
+                await speaker.extend(transcript)
+            async with progress:
+                num_done += 1
+                progress.notify_all()
+            return transcript.to_trajectory(reward=0.0, reward_components={}, generation_s=0.0, reward_s=0.0)
+
+        async def update() -> None:
+            config = WeightsConfig(update_mode=mode, bucket_bytes=BUCKET_BYTES)
+            broadcaster = Broadcaster(config, device="cpu", incarnation=time.time_ns())
+            address = f"tcp://127.0.0.1:{self.receiver.port}"
+            entry = ServerEntry(
+                name="rollout-0", incarnation=1, weights_address=address, device="cpu", state="serving", weights_version=first_version - 1
+            )
+            for i in range(NUM_UPDATES):
+                version = first_version + i
+                snapshot = Held(weights_of(self.model, version), bucket_bytes=BUCKET_BYTES)
+                due = round((i + 0.5) * NUM_SEQUENCES / NUM_UPDATES)
+                async with progress:
+                    await progress.wait_for(lambda due=due: num_done >= due)  # type: ignore[misc]
+                outcome = await broadcaster.push(snapshot, version=version, step=version, servers=[entry])
+                if outcome.failed:
+                    raise RuntimeError(f"{mode}: {outcome.failed}")
+                stalls.append(outcome.activated["rollout-0"].stall_seconds)
+            await broadcaster.close()
+
+        started_s = time.monotonic()
+        updating = asyncio.create_task(update()) if mode else None
+        trajectories = await asyncio.gather(*(one(i) for i in range(NUM_SEQUENCES)))
+        seconds = time.monotonic() - started_s
+        if updating is not None:
+            await updating
+        return seconds, trajectories, stalls
+
+
+def weights_of(model: Path, version: int) -> dict[str, torch.Tensor]:
+    """The weights of a version: STEP_SIZE away from its predecessor's in every coordinate, in random directions."""
+    parameters = dict(AutoModelForCausalLM.from_pretrained(model).named_parameters())
+    for step in range(1, version + 1):
+        generator = torch.Generator().manual_seed(step)
+        for parameter in parameters.values():
+            parameter.data += STEP_SIZE * torch.randn(parameter.shape, generator=generator).sign()
+    return {name: parameter.detach() for name, parameter in parameters.items()}
+
+
+@torch.inference_mode()
+def logprob_errors(model: Path, trajectories: list[Trajectory]) -> np.ndarray:
+    """|engine - transformers| of every token sampled after the first update of its sequence."""
+    errors = []
+    policy = AutoModelForCausalLM.from_pretrained(model).eval()
+    mixed = [t for t in trajectories if t.oldest_version != t.newest_version][:NUM_CHECKED]
+    for version in sorted({int(v) for t in mixed for v in t.versions[t.loss_mask == 1]}):
+        policy.load_state_dict(weights_of(model, version), strict=False)
+        for trajectory in mixed:
+            chosen = (trajectory.versions == version) & (trajectory.versions > trajectory.oldest_version)
+            if chosen.any():
+                tokens_T = torch.from_numpy(trajectory.tokens.astype(np.int64))
+                logprobs_TV = torch.log_softmax(policy(tokens_T[None]).logits[0].float(), -1)
+                wanted_T = logprobs_TV[:-1].gather(1, tokens_T[1:, None])[:, 0].numpy()
+                errors.append(np.abs(trajectory.logprobs[1:] - wanted_T)[chosen[1:]])
+    return np.concatenate(errors) if errors else np.zeros(0)
+
+
+@asynccontextmanager
+async def serving(config: Config, model: Path) -> AsyncIterator[Server]:
+    """A server with the engine that the configuration names."""
+
+    def doubt(reason: str) -> None:
+        raise RuntimeError(reason)
+
+    is_sglang = config.rollout.engine == "sglang"
+    context_tokens = PROMPT_TOKENS + SEQUENCE_TOKENS
+    engine: EngineProcess
+    if is_sglang:
+        engine = SglangProcess(config, name="rollout-0", model=str(model), context_tokens=context_tokens, vocab_size=100)
+    else:
+        engine = EmbeddedProcess(config, name="rollout-0", model=str(model), context_tokens=context_tokens)
+    turnstile = Turnstile()
+    in_place = None
+    client = await engine.start(version=0)
+    if isinstance(client, SglangClient):
+        in_place = InPlaceUpdate(
+            tensors=ModelTensors.of(str(model)),
+            model=str(model),
+            initial_version=0,
+            turnstile=turnstile,
+            on_quarantine=doubt,
+            on_doubt=doubt,
+        )
+        await in_place.begin_with(client)
+    receiver = WeightReceiver(
+        host="127.0.0.1", max_message_bytes=1 << 24, turnstile=turnstile, on_version=lambda _: None, on_doubt=doubt, in_place=in_place
+    )
+    receiver.set_engine(client, version=0)
+    try:
+        yield Server(client=client, turnstile=turnstile, receiver=receiver, model=model)
+    finally:
+        await receiver.close()
+        await client.close()
+        await engine.stop()
+
+
+async def measure(kind: str, directory: Path, model: Path, *, repeats: int) -> dict[str, Any]:
+    """One engine: its rate without updates, and each mode. `keep`'s options for all, so that only the mode differs."""
+    rollout = {"engine": kind, "max_running": NUM_RUNNING}
+    config = from_mapping({"runs_dir": str(directory), "name": kind, "rollout": rollout, "weights": {"update_mode": "keep"}})
+    seconds: dict[str, list[float]] = {mode: [] for mode in ("", *MODES)}
+    stalls: dict[str, list[float]] = {mode: [] for mode in MODES}
+    trajectories: dict[str, list[Trajectory]] = {mode: [] for mode in MODES}
+    version = 1
+    async with serving(config, model) as server:
+        await server.work("", first_version=0)
+        for _ in range(repeats):
+            for mode in seconds:
+                took_s, made, stalled = await server.work(mode, first_version=version)
+                seconds[mode].append(took_s)
+                if mode:
+                    version += NUM_UPDATES
+                    stalls[mode] += stalled
+                    trajectories[mode] = made
+    base_s = statistics.median(seconds[""])
+    rate = NUM_SEQUENCES * SEQUENCE_TOKENS / base_s
+    modes = {}
+    for mode in MODES:
+        lost_s = (statistics.median(seconds[mode]) - base_s) / NUM_UPDATES
+        errors = logprob_errors(model, trajectories[mode])
+        modes[mode] = {
+            "seconds": seconds[mode],
+            "lost_seconds_per_update": lost_s,
+            "lost_tokens_per_update": lost_s * rate,
+            "stall_seconds": statistics.median(stalls[mode]),
+            "num_tokens_checked": len(errors),
+            "mean_logprob_error": float(errors.mean()) if len(errors) else 0.0,
+            "max_logprob_error": float(errors.max()) if len(errors) else 0.0,
+        }
+    return {"tokens_per_s": rate, "seconds_without_updates": seconds[""], "modes": modes}
+
+
+def main() -> None:
+    """Measures, writes benchmarks/results/update_modes.json, prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
+    parser.add_argument("--engines", nargs="+", default=["embedded", "sglang"], choices=["embedded", "sglang"])
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    engines = {}
+    with tempfile.TemporaryDirectory() as directory:
+        model = Path(directory) / "model"
+        build_tiny_model(model, seed=0, warm_start_steps=20, swap_prob=0.5)
+        for kind in options.engines:
+            engines[kind] = asyncio.run(measure(kind, Path(directory), model, repeats=options.repeats))
+    shape = {
+        "num_running": NUM_RUNNING, "num_sequences": NUM_SEQUENCES, "sequence_tokens": SEQUENCE_TOKENS, "num_updates": NUM_UPDATES,
+        "step_size": STEP_SIZE, "repeats": options.repeats,
+    }  # fmt: skip
+    print(write("update_modes", {"shape": shape, "engines": engines}))
+    rows = [
+        [
+            kind, f"{result['tokens_per_s']:.0f}", mode, f"{1e3 * figures['stall_seconds']:.0f}",
+            f"{1e3 * figures['lost_seconds_per_update']:.0f}", f"{figures['lost_tokens_per_update']:.0f}",
+            f"{figures['mean_logprob_error']:.1e}", f"{figures['max_logprob_error']:.1e}",
+        ]
+        for kind, result in engines.items()
+        for mode, figures in result["modes"].items()
+    ]  # fmt: skip
+    header = ["engine", "tokens/s", "mode", "stall, ms", "lost per update, ms", "tokens lost per update", "mean error", "largest error"]
+    print(table(header, rows))
+
+
+if __name__ == "__main__":
+    main()

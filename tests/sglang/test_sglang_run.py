@@ -1,0 +1,43 @@
+"""`areal-like run rollout.engine=sglang`: a whole job, whose engine has the trainer's weights at every step."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from rollout_server.sglang_process import find_python
+from tests.launching import launcher, processes_of
+from tests.test_launch_run import SMALL
+
+pytestmark = pytest.mark.timeout(500)
+NUM_STEPS = 20
+
+
+def test_a_job_on_sglang_from_start_to_summary(tmp_path: Path) -> None:
+    root = tmp_path / "runs" / "x"
+    # Nothing is stale, so every token that is trained on was sampled by the very weights that compute its log-prob again.
+    settings = (*SMALL, "rollout.engine=sglang", f"rollout.sglang.python={find_python('')}", "max_staleness=0", "eval.interval=1000")
+    try:
+        with launcher(*settings, f"trainer.num_steps={NUM_STEPS}", cwd=tmp_path) as process:
+            out, err = process.communicate(timeout=450)
+        assert (process.returncode, err) == (0, ""), out + err
+        summary = json.loads((root / "summary.json").read_text())
+        rows = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+        assert summary["steps"] == len(rows) == NUM_STEPS
+        assert summary["max_trained_lag"] == 0 and summary["weights_version"] >= NUM_STEPS
+        assert max(row["mismatch_abs"] for row in rows) < 1e-4
+        tickets = summary["tickets"]
+        assert tickets["trained"] == 4 * NUM_STEPS
+        assert tickets["issued"] == sum(count for state, count in tickets.items() if state != "issued")
+        assert {"eval_before", "eval_after"} <= set(summary)
+        pushes = (root / "logs" / "rollout-0-engine.log").read_text().count('POST /update_weight_version HTTP/1.1" 200')
+        assert pushes >= NUM_STEPS
+    finally:
+        left = processes_of(root)
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+    assert not left, "orphans"
