@@ -423,7 +423,8 @@ class Ledger:
     def _has_work(self) -> bool:
         """Cheap test before servers are looked at. No weights are newer than the open step, so its budget bounds that of every server."""
         has_budget = self._may_issue and self._spent() < self._budget(self.recorder.step)
-        return has_budget or bool(self._queue) or any(round_.queue for round_ in self._evals.values())
+        has_returned = bool(self._queue) and not self.closed_because
+        return has_budget or has_returned or any(round_.queue for round_ in self._evals.values())
 
     def _next_for(self, server: Server, weights_step: int) -> Ticket | None:
         """The ticket that this server may take now, if any."""
@@ -432,20 +433,23 @@ class Ledger:
                 return self.register.live[round_.queue.popleft()]
         while self._queue and not self._is_queued(*self._queue[0]):
             heapq.heappop(self._queue)
+        if self.closed_because:
+            return None
         if self._queue:
             begins, ticket_id = self._queue[0]
             ticket = self.register.live[ticket_id]
-            if begins:  # its deadline is set now, as if it were new
-                ticket.max_staleness = self.bound.max_staleness
+            # The deadline of one that begins is set now, as if it were new.
+            max_staleness = self.bound.max_staleness if begins else ticket.max_staleness
             # Others that have not begun get their deadlines later, each in its turn. If they counted, then after the bound was
             # lowered they could forbid one another for ever.
             num_with_deadline = self._spent() - self.recorder.num_without_deadline + begins
             lowers_floor = ticket.floor is None or weights_step < ticket.floor
-            exceeds_budget = lowers_floor and num_with_deadline > self._budget(weights_step, max_staleness=ticket.max_staleness)
+            exceeds_budget = lowers_floor and num_with_deadline > self._budget(weights_step, max_staleness=max_staleness)
             # A new one would take the oldest ticket's budget, and on a small server its slots.
             if exceeds_budget or not server.can_take(len(ticket.unleased)):
                 return None
             heapq.heappop(self._queue)
+            ticket.max_staleness = max_staleness
             return ticket
         num_samples = self.settings.group_size + self.settings.num_greedy
         if not self._may_issue or self._spent() >= self._budget(weights_step) or not server.can_take(num_samples):

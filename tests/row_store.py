@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Self
 
@@ -32,7 +32,7 @@ class RowStore(RowRecorder):
         other.arrays = {ticket_id: dict(samples) for ticket_id, samples in self.arrays.items()}
         return other
 
-    def recover(self) -> Recovered:
+    def recover(self, *, ignoring: Collection[int] = ()) -> Recovered:
         recovered = schema.read(self.connection)
         self._continue_from(recovered, first_returned=schema.first_returned(self.connection))
         return recovered

@@ -195,7 +195,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 assert step // self.sync_interval == oldest_step // self.sync_interval, "trained in another interval than it was sampled in"
             assert trajectory.num_sampled > 0
 
-    @precondition(lambda self: self.ledger.recorder.step > self.ledger.trainer_step)
+    @precondition(lambda self: self.ledger.recorder.num_full_steps > self.ledger.trainer_step)
     @rule(push=st.booleans(), commit=st.booleans())
     def train(self, push: bool, commit: bool) -> None:
         step = self.ledger.trainer_step
@@ -306,7 +306,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 for lease in leases:
                     for index in lease.sample_indices:
                         ledger.sample_done("a", done(lease, index, [version], reward=float(index)))
-            if ledger.recorder.step > ledger.trainer_step:
+            if ledger.recorder.num_full_steps > ledger.trainer_step:
                 self.train(push=True, commit=True)
         assert ledger.trainer_step == STEPS, f"stuck: {ledger.register.num_by_state()}, step {ledger.recorder.step}"
         assert ledger.register.count(Purpose.TRAIN, State.TRAINED) == STEPS * GROUPS
