@@ -135,6 +135,7 @@ class EngineClient:
         self._session: aiohttp.ClientSession | None = None
         self._queued: list[_Pending] = []
         self._streams: set[asyncio.Task[None]] = set()
+        self.is_closed = False
 
     async def __aenter__(self) -> EngineClient:
         return self
@@ -143,7 +144,8 @@ class EngineClient:
         await self.close()
 
     async def close(self) -> None:
-        """Ends every stream (the engine aborts their sequences) and fails whoever still waits."""
+        """Ends every stream (the engine aborts their sequences) and fails whoever still waits, and whoever asks afterwards."""
+        self.is_closed = True
         streams = list(self._streams)
         for stream in streams:
             stream.cancel()
@@ -366,6 +368,8 @@ class EngineClient:
         total_s = self._control_timeout_s if timeout_s is None else timeout_s
         timeout = aiohttp.ClientTimeout(total=total_s, sock_connect=min(total_s, self._connect_timeout_s))
         name = f"engine {self.base_url}{path}"
+        if self.is_closed:
+            raise EngineError(f"{name}: the client was closed")
         try:
             async with self._http().request(method, f"{self.base_url}{path}", json=body, timeout=timeout) as response:
                 if response.status != 200:

@@ -83,12 +83,12 @@ class InPlaceUpdate:
         is_held = request.update_mode in ("abort_resume", "drain")
         is_done = False
         try:
-            if is_held:
-                self._turnstile.hold()
-                await self._empty(engine, interrupting=request.update_mode == "abort_resume")
-            await engine.pause("in_place" if request.update_mode == "keep" else "retract")
-            await engine.begin_weight_update()
             with waiting():
+                if is_held:
+                    self._turnstile.hold()
+                    await self._empty(engine, interrupting=request.update_mode == "abort_resume")
+                await engine.pause("in_place" if request.update_mode == "keep" else "retract")
+                await engine.begin_weight_update()
                 for bucket in manifest.buckets:
                     await engine.update_weights_from_distributed(bucket, group_name=request.group_name, timeout_s=left_s())
             await engine.end_weight_update(timeout_s=left_s())
@@ -123,7 +123,8 @@ class InPlaceUpdate:
                 await self._end_session(engine)
             await engine.resume()
         except (EngineError, TimeoutError) as error:
-            self._on_doubt(f"cannot be trusted after a failed push: {error or 'no answer'}")
+            if not engine.is_closed:  # else its owner has lost it already, and may have started another
+                self._on_doubt(f"cannot be trusted after a failed push: {error or 'no answer'}")
         finally:
             if is_held:
                 self._turnstile.release()

@@ -6,6 +6,8 @@
     abort_resume      the same, but running sequences are interrupted before the swap and resubmitted after it
     drain             the same, but newcomers are held and running sequences finish before the swap
 
+That is the embedded engine; one that loads in place has its own ways to the same modes and promise (in_place.py).
+
 So that no token comes from a partial update in any mode, nothing is activated before everything was received and verified, and a
 failure leaves the old version active. Only when the engine does not even say which version it is at are its weights in
 doubt: then it is declared lost, and its owner replaces it. A control message of a newer epoch ends whatever an older one left behind.
