@@ -281,7 +281,7 @@ class LocalJob:
                 self._view.notice(f"{child.name} ended ({describe_exit(code)}): starting it again in {delay_s:.1f} s")
             else:
                 self._view.notice(f"{child.name} ended {restarts.num_quick_deaths} times in a row: given up")
-        if any(other.phase is not Life.GIVEN_UP for other in self._restarts.values()):
+        if any(other.phase is not Life.GIVEN_UP for other in self._restarts.values()) or self._guests():
             return
         if code == 0:
             self._close(self._config.daemon.drain_timeout_s)
@@ -291,6 +291,10 @@ class LocalJob:
                 + [f"  {line}" for line in child.last_words()],
                 exit_code=1,
             )
+
+    def _guests(self) -> list[str]:
+        """Rollout servers that joined by themselves."""
+        return [view.name for view in self._observer.newest.daemons.values() if view.role == "rollout" and view.name not in self._restarts]
 
     def _core_died(self, child: Child, code: int) -> None:
         words = [f"{child.name} failed ({describe_exit(code)}); its last lines:", *(f"  {x}" for x in child.last_words())]
