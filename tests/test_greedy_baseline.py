@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from areal_like.config import SamplingConfig
 from areal_like.errors import ConfigError
 from areal_like.fingerprint import model_fingerprint, tokenizer_fingerprint
 from areal_like.messages.consumer import Books, GetBooks, Group, RequestEval, StartTraining
 from areal_like.messages.producer import Lease
+from areal_like.trajectory import Trajectory
 from buffer.ledger import Ledger
 from buffer.tickets import Drop, State, Verdict
 from tests.buffer_harness import BufferProcess, PlayedTrainer, connected, running_buffer, trainer_hello
 from tests.ledger_plant import add_server, done, new_ledger, trajectory
 from tests.rollout_harness import ServerProcess
+from tests.trainer_helpers import random_groups, write_model
+from tests.trainer_ranks import last_gradient, make_runner
+from trainer.advantages import Advantage
+from trainer.ranks import Ranks
 from trainer.tiny_model import build_tiny_model
 
 
@@ -89,6 +98,36 @@ def test_without_samples_there_is_nothing_to_compare() -> None:
     with pytest.raises(ConfigError, match=r"sampling\.group_size must be at least 1"):
         SamplingConfig(group_size=0, greedy_baseline=True)
 
+
+# --- the trainer ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class AboveQuarter(Advantage):
+    """R - 1/4."""
+
+    def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
+        return [trajectory.reward - 0.25 for trajectory in group]
+
+
+def test_a_step_compares_with_the_greedy_sample_and_learns_nothing_from_it(tmp_path: Path) -> None:
+    """The same gradient as with its reward known beforehand, a penalty that the greedy sample does not pay included."""
+    ranks, path = Ranks.alone(), write_model(tmp_path)
+    kl = {"kl": {"coef": 0.05, "estimator": "k1", "place": "reward"}}
+    with_greedy = [[*group, dataclasses.replace(group[0], is_greedy=True, reward=0.25)] for group in random_groups(4)]
+    remax = make_runner(path, ranks, beta1=0.0, settings=kl | {"advantage": {"name": "remax"}})
+    known = make_runner(path, ranks, beta1=0.0, settings=kl, advantage=AboveQuarter())
+    got, want = remax.run(with_greedy, step=0), known.run(random_groups(4), step=0)
+    assert got.pop("greedy_reward") == 0.25
+    assert {name: value for name, value in got.items() if not name.endswith("_s")} == pytest.approx(
+        {name: value for name, value in want.items() if not name.endswith("_s")}, rel=1e-12
+    )
+    for (name, a), (_, b) in zip(last_gradient(remax).items(), last_gradient(known).items(), strict=True):
+        assert torch.equal(a, b), name
+    dist.destroy_process_group()
+
+
+# --- the processes ---
 
 NUM_STEPS, GROUPS = 2, 4
 
