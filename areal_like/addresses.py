@@ -5,10 +5,28 @@ from __future__ import annotations
 from areal_like.channel import tcp_address
 from areal_like.config import Config
 from areal_like.errors import ConfigError
+from areal_like.shards import Shard, all_shards
 
 
-def buffer_address(config: Config) -> str:
-    """The one configured address. Raises ConfigError when its port is still open."""
-    if config.buffer.port == 0:
+def buffer_port(config: Config, shard: Shard) -> int:
+    """Where this shard listens; 0: not decided yet."""
+    buffer = config.buffer
+    return buffer.ports[shard.index] if buffer.ports else buffer.port and buffer.port + shard.index
+
+
+def buffer_host(config: Config, shard: Shard) -> str:
+    """The address that this shard binds."""
+    return config.buffer.host.replace("{shard}", str(shard.index))
+
+
+def reachable_host(config: Config, shard: Shard) -> str:
+    """The address at which others reach it."""
+    return config.buffer.advertise_host.replace("{shard}", str(shard.index)) or buffer_host(config, shard)
+
+
+def buffer_addresses(config: Config) -> list[str]:
+    """The only configured addresses: one a shard. Raises ConfigError when a port is still open."""
+    shards = all_shards(config.buffer.num_shards)
+    if not all(buffer_port(config, shard) for shard in shards):
         raise ConfigError("buffer.port is 0, so nobody can find the buffer: set the port that the buffer was started with")
-    return tcp_address(config.buffer.advertise_host or config.buffer.host, config.buffer.port)
+    return [tcp_address(reachable_host(config, shard), buffer_port(config, shard)) for shard in shards]

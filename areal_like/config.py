@@ -68,11 +68,15 @@ class BufferConfig:
     """The ledger of tickets and the stream through it."""
 
     host: str = "127.0.0.1"
-    """Address to bind; loopback unless told otherwise."""
+    """Address to bind; loopback unless told otherwise. With several shards `{shard}` in it stands for the shard's number."""
     port: int = 0
-    """Port to bind; 0 picks a free one (then the launcher passes it on). Roles started by hand need a fixed port."""
+    """Port to bind, shard i that plus i; 0 picks a free one (then the launcher passes it on). Roles started by hand need a fixed port."""
     advertise_host: str = ""
-    """Address at which other hosts reach the buffer; empty: `host`."""
+    """Address at which other hosts reach the buffer, `{shard}` as in `host`; empty: `host`."""
+    num_shards: int = 1
+    """Buffers that share the prompts and the places of every step; the same for a run's life. Their daemons are buffer-0, buffer-1, ..."""
+    ports: tuple[int, ...] = ()
+    """The shards' ports one by one; empty: `port` and those after it."""
     lease_timeout_s: float = 10.0
     """A lease that no heartbeat renewed for so long returns its missing samples."""
     overdue: str = "wait"
@@ -117,7 +121,12 @@ class BufferConfig:
 
     def __post_init__(self) -> None:
         _require(bool(self.host), "buffer.host is empty: give an address to bind, e.g. 127.0.0.1")
-        _require(0 <= self.port <= 65535, f"buffer.port={self.port}: use 0..65535")
+        _require(self.num_shards >= 1, "buffer.num_shards must be at least 1")
+        _require(0 <= self.port <= 65536 - self.num_shards, f"buffer.port={self.port}: use 0..{65536 - self.num_shards}")
+        _require(
+            not self.ports or (len(set(self.ports)) == self.num_shards == len(self.ports) and all(0 < port < 65536 for port in self.ports)),
+            f"buffer.ports={list(self.ports)}: give buffer.num_shards={self.num_shards} different ports of 1..65535, or none",
+        )
         _require(self.lease_timeout_s > 0, "buffer.lease_timeout_s must be above 0")
         _require(self.overdue in ("wait", "drop"), f"buffer.overdue={self.overdue}: use wait or drop")
         _require(
@@ -458,6 +467,7 @@ class Config:
             self.resume in ("", "latest") or (self.resume.startswith("step:") and self.resume[5:].isdigit()),
             f"resume={self.resume!r}: use latest or step:K",
         )
+        self._check_shards()
         for section in ("task", "objective", "advantage"):
             keys = getattr(self, section)
             _require(("name" in keys) != ("_target_" in keys), f"{section}: give either `name` or `_target_`")
@@ -466,6 +476,17 @@ class Config:
     def staleness_cap(self) -> int:
         """The largest lag that any token may be trained with: `max_staleness`, or the cap of an automatic one."""
         return self.max_staleness_cap if isinstance(self.max_staleness, str) else self.max_staleness
+
+    def _check_shards(self) -> None:
+        num_shards = self.buffer.num_shards
+        _require(
+            self.trainer.groups_per_step >= num_shards,
+            f"buffer.num_shards={num_shards}: a step has trainer.groups_per_step={self.trainer.groups_per_step} places, so some have none",
+        )
+        _require(
+            self.rollout.max_running + self.rollout.queue_samples >= num_shards,
+            f"buffer.num_shards={num_shards} cannot share what one server holds: raise rollout.max_running or rollout.queue_samples",
+        )
 
     def _check_sync_interval(self) -> None:
         interval = self.weights.sync_interval
@@ -496,6 +517,7 @@ def to_mapping(config: Config) -> dict[str, Any]:
     """The inverse of `from_mapping`: plain dicts and lists, ready for YAML or JSON."""
     mapping = dataclasses.asdict(config)
     mapping["trainer"]["betas"] = list(config.trainer.betas)
+    mapping["buffer"]["ports"] = list(config.buffer.ports)
     return mapping
 
 
@@ -522,6 +544,8 @@ def _coerce(hint: Any, value: Any, *, path: str) -> Any:
         return dict(value)
     if origin is tuple:
         args = typing.get_args(hint)
+        if args[-1] is Ellipsis and isinstance(value, (list, tuple)):
+            args = (args[0],) * len(value)
         _require(
             isinstance(value, (list, tuple)) and len(value) == len(args),
             f"{path}: want {len(args)} values, got {value!r}",

@@ -10,6 +10,7 @@ from typing import Any
 
 from areal_like.config import Config
 from areal_like.errors import ConfigError
+from areal_like.shards import WHOLE, Shard
 
 BUILT_MODELS = ("tiny", "smollm2")
 """Values of `model.path` that are prepared into the run's directory."""
@@ -49,7 +50,17 @@ class RunPaths:
     @property
     def ledger(self) -> Path:
         """What the buffer must not forget: `ledger.sqlite3` and `segments/`."""
-        return self.root / "ledger"
+        return self.ledger_of(WHOLE)
+
+    def ledger_of(self, shard: Shard) -> Path:
+        """The same of one of several buffers."""
+        return self.root / shard.ledger
+
+    @property
+    def ledgers(self) -> list[Path]:
+        """Those that are there, in the order of their shards."""
+        found = [path.parent for path in self.root.glob("ledger*/ledger.sqlite3")]
+        return sorted(found, key=lambda path: (len(path.name), path.name))
 
     @property
     def built_model(self) -> Path:

@@ -10,6 +10,7 @@ import sys
 from areal_like.cli import role_arguments
 from areal_like.daemon import run_daemon
 from areal_like.errors import ConfigError, UserError
+from areal_like.shards import Shard
 from buffer.daemon import main as serve
 from buffer.offline import drop_offline
 
@@ -20,7 +21,7 @@ def main() -> int:
         dropped, args = _dropped(sys.argv[1:])
         config, name = role_arguments(args, default_name="buffer")
         if dropped:
-            drop_offline(config, dropped)
+            drop_offline(config, dropped, Shard.named(name, count=config.buffer.num_shards))
             return 0
     except UserError as error:
         sys.stderr.write(f"buffer: {error}\n")

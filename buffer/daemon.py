@@ -23,12 +23,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from areal_like.addresses import buffer_host, buffer_port, reachable_host
 from areal_like.channel import Envelope, Listener, tcp_address
 from areal_like.daemon import Runtime, cancelled_on_exit
 from areal_like.errors import ArealError, RefusedError, StaleIncarnationError, UserError
 from areal_like.fingerprint import as_number, dataset_fingerprint
 from areal_like.messages import consumer, producer
 from areal_like.messages.hello import Goodbye, Hello, HelloRequired, JobFailed, Ok, Refused, Role, Welcome
+from areal_like.shards import Shard
 from buffer.durable_store import open_store
 from buffer.peers import Peer, PeerBook
 from buffer.recovery import recover
@@ -42,6 +44,7 @@ _TICK_S = 0.25
 _PROMISED = (
     consumer.StartTraining,
     consumer.AllocVersion,
+    consumer.AdoptVersion,
     consumer.Fetch,
     consumer.CompleteStep,
     consumer.SetMaxStaleness,
@@ -56,7 +59,7 @@ _FAREWELL_S = 2.0
 
 async def main(runtime: Runtime) -> None:
     """Serves until told to stop. Raises ArealError when the job fails."""
-    daemon = BufferDaemon(runtime)
+    daemon = BufferDaemon(runtime, Shard.named(runtime.name, count=runtime.config.buffer.num_shards))
     try:
         await daemon.serve()
     finally:
@@ -66,21 +69,21 @@ async def main(runtime: Runtime) -> None:
 class BufferDaemon:
     """See the module. Everything runs in one event loop."""
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, shard: Shard) -> None:
         config = runtime.config
         self._runtime = runtime
         self._config = config
         self._loop = asyncio.get_running_loop()
         dataset = dataset_fingerprint(config)
         self.ledger = recover(
-            LedgerSettings.from_config(config),
-            open_store(config, on_error=self._end),
+            LedgerSettings.from_config(config, shard),
+            open_store(config, on_error=self._end, shard=shard),
             now_s=self._loop.time(),
             # Lease ids grow over restarts too: what a server still makes for an earlier buffer must not look like a lease of this one.
             first_lease_id=int(time.time()) << 20,
             dataset=as_number(dataset),
         )
-        self.peers = PeerBook(job=config.name, dataset=dataset)
+        self.peers = PeerBook(job=config.name, dataset=dataset, shard=shard)
         self._series = BufferSeries(runtime.metrics, max_staleness=config.staleness_cap)
         self._fetches: dict[tuple[bytes, int, int], int] = {}
         self._evals: dict[tuple[bytes, int], tuple[int, consumer.RequestEval]] = {}
@@ -109,6 +112,7 @@ class BufferDaemon:
                 consumer.Fetch: self._fetch,
                 consumer.StartTraining: self._lead(self._start_training),
                 consumer.AllocVersion: self._lead(self._alloc_version),
+                consumer.AdoptVersion: self._lead(self._adopt_version),
                 consumer.CompleteStep: self._lead(self._complete_step),
                 consumer.SetMaxStaleness: self._lead(self._set_max_staleness),
                 consumer.CommitStep: self._lead(self._commit_step),
@@ -121,15 +125,15 @@ class BufferDaemon:
             },
         }
         self._listener = Listener(
-            host=config.buffer.host,
-            port=config.buffer.port,
+            host=buffer_host(config, shard),
+            port=buffer_port(config, shard),
             handler=self._on_envelope,
             max_message_bytes=config.buffer.max_message_bytes,
             setting="buffer.port",
         )
         runtime.status = self.status
         runtime.verbs["drop"] = self._drop
-        runtime.advertise(stream=tcp_address(config.buffer.advertise_host or config.buffer.host, self._listener.port))
+        runtime.advertise(stream=tcp_address(reachable_host(config, shard), self._listener.port))
 
     async def serve(self) -> None:
         """Until a stop is asked for and no trainer needs us, or the job fails."""
@@ -377,6 +381,11 @@ class BufferDaemon:
 
     def _alloc_version(self, peer: Peer, envelope: Envelope) -> consumer.VersionGranted:
         return consumer.VersionGranted(version=self.ledger.alloc_version(incarnation=peer.hello.incarnation, step=envelope.message.step))
+
+    def _adopt_version(self, peer: Peer, envelope: Envelope) -> Ok:
+        message: consumer.AdoptVersion = envelope.message
+        self.ledger.adopt_version(incarnation=peer.hello.incarnation, version=message.version, step=message.step)
+        return Ok()
 
     def _complete_step(self, peer: Peer, envelope: Envelope) -> Ok:
         self.ledger.complete_step(incarnation=peer.hello.incarnation, step=envelope.message.step)

@@ -26,6 +26,7 @@ from areal_like.config import Config
 from areal_like.errors import StoreCorruptError, UserError
 from areal_like.paths import RunPaths
 from areal_like.records import Place, read_record, segment_path
+from areal_like.shards import WHOLE, Shard
 from areal_like.trajectory import Trajectory
 from buffer import schema
 from buffer.cache import ArrayCache
@@ -63,10 +64,12 @@ class StoreSettings:
         )
 
 
-def open_store(config: Config, *, on_error: Callable[[Exception], None]) -> Store:
+def open_store(config: Config, *, on_error: Callable[[Exception], None], shard: Shard = WHOLE) -> Store:
     """The store that `buffer.durability` names, in the run's directory."""
     settings = StoreSettings.from_config(config)
-    return MemoryStore() if settings.durability == "none" else DurableStore(RunPaths.of(config).ledger, settings, on_error=on_error)
+    if settings.durability == "none":
+        return MemoryStore()
+    return DurableStore(RunPaths.of(config).ledger_of(shard), settings, on_error=on_error)
 
 
 class DurableStore(RowRecorder):

@@ -9,24 +9,25 @@ from collections.abc import Sequence
 from areal_like.config import Config
 from areal_like.errors import ConfigError, RefusedError
 from areal_like.fingerprint import as_number, dataset_fingerprint
+from areal_like.shards import Shard
 from buffer.durable_store import open_store
 from buffer.recovery import recover
 from buffer.settings import LedgerSettings
 
 
-def drop_offline(config: Config, ticket_ids: Sequence[int]) -> None:
-    """Poisons tickets: all of them, or none. Raises ConfigError when one may not be dropped, or the ledger is in use."""
+def drop_offline(config: Config, ticket_ids: Sequence[int], shard: Shard) -> None:
+    """Poisons a shard's tickets: all of its own among them, or none. Raises ConfigError if one may not be, or the ledger is in use."""
     if config.buffer.durability == "none":
         raise ConfigError("buffer.durability=none: a stopped buffer has no ledger to drop tickets from")
-    asyncio.run(_drop(config, ticket_ids))
+    asyncio.run(_drop(config, ticket_ids, shard))
 
 
-async def _drop(config: Config, ticket_ids: Sequence[int]) -> None:
+async def _drop(config: Config, ticket_ids: Sequence[int], shard: Shard) -> None:
     loop = asyncio.get_running_loop()
     durable: asyncio.Future[None] = loop.create_future()
-    with contextlib.closing(open_store(config, on_error=durable.set_exception)) as store:
+    with contextlib.closing(open_store(config, on_error=durable.set_exception, shard=shard)) as store:
         ledger = recover(
-            LedgerSettings.from_config(config),
+            LedgerSettings.from_config(config, shard),
             store,
             now_s=loop.time(),
             dataset=as_number(dataset_fingerprint(config)),

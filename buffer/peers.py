@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from areal_like.errors import RefusedError, StaleIncarnationError
 from areal_like.messages.hello import Hello, Role
+from areal_like.shards import WHOLE, Shard
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -28,16 +29,17 @@ class Peer:
 class PeerBook:
     """Peers by name and by routing id."""
 
-    def __init__(self, *, job: str, dataset: str) -> None:
+    def __init__(self, *, job: str, dataset: str, shard: Shard = WHOLE) -> None:
         """`dataset` is the fingerprint that the buffer's own configuration gives; model and tokenizer are those of the first peer."""
-        self._expected: dict[str, tuple[str, str]] = {"job": (job, "the buffer"), "dataset": (dataset, "the buffer")}
+        own = {"job": job, "num_shards": shard.count, "shard": shard.index, "dataset": dataset}
+        self._expected: dict[str, tuple[object, str]] = {name: (value, "the buffer") for name, value in own.items()}
         self._by_name: dict[str, Peer] = {}
         self._by_route: dict[bytes, Peer] = {}
         self._retired: dict[str, float] = {}
 
     def admit(self, route: bytes, hello: Hello, *, now_s: float) -> Peer:
         """Registers a peer. Raises RefusedError(field, reason) or StaleIncarnationError."""
-        for name in ("job", "dataset", "model", "tokenizer"):
+        for name in ("job", "num_shards", "shard", "dataset", "model", "tokenizer"):
             expected, whose = self._expected.get(name, (getattr(hello, name), hello.name))
             if getattr(hello, name) != expected:
                 reason = f"{hello.name} has {getattr(hello, name)!r}, {whose} has {expected!r}: start both with the same configuration"

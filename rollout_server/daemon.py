@@ -4,7 +4,7 @@
                     \\-> DRAINING (SIGTERM) -> exit 0
 
 A restarted engine holds the weights that it can load from disk. They are older than what was pushed, so it takes no leases until trainer
-rank 0, who sees `quarantined` in the directory, has pushed the newest. Parts: `link` (buffer), `runner` (leases to samples), `weights`
+rank 0, who sees `quarantined` in the directory, has pushed the newest. Parts: `links` (buffers), `runner` (leases to samples), `weights`
 (pushes), `rewards` (worker processes), `engine_process`. This file only connects them and decides what happens when one is lost.
 """
 
@@ -14,7 +14,7 @@ import asyncio
 import logging
 from typing import Any
 
-from areal_like.addresses import buffer_address
+from areal_like.addresses import buffer_addresses
 from areal_like.channel import tcp_address
 from areal_like.config import Config
 from areal_like.daemon import Runtime, cancelled_on_exit
@@ -27,8 +27,7 @@ from rollout_server.engine_client import EngineClient
 from rollout_server.engine_process import EmbeddedProcess, Engine
 from rollout_server.episodes import SingleTurn, Turnstile
 from rollout_server.in_place import InPlaceUpdate
-from rollout_server.leases import LeaseDesk
-from rollout_server.link import BufferLink
+from rollout_server.links import BufferLinks
 from rollout_server.model_tensors import ModelTensors
 from rollout_server.prompts import PromptRenderer
 from rollout_server.rewards import RewardPool
@@ -57,7 +56,7 @@ async def main(runtime: Runtime) -> None:
     task = make_task(config.task, seed=config.seed)
     if config.eval.num_prompts > task.num_eval:
         raise ConfigError(f"eval.num_prompts={config.eval.num_prompts}: the task holds out {task.num_eval} (task.num_eval)")
-    buffer_address(config)
+    buffer_addresses(config)
     model = model_path(config)
     renderer = PromptRenderer(model)
     context_tokens = check_context(config, task, max_positions=renderer.max_positions)
@@ -144,11 +143,9 @@ class RolloutServer:
             on_doubt=self._on_doubt,
             in_place=self._in_place,
         )
-        self._desk = LeaseDesk(capacity_samples=config.rollout.max_running + config.rollout.queue_samples)
-        self._link = BufferLink(
+        self._link = BufferLinks(
             config,
             hello=self._hello,
-            desk=self._desk,
             waits=runtime.waits,
             on_leases=self._on_leases,
             on_abort=lambda lease_ids: self._runner.cancel(lease_ids),
@@ -164,7 +161,7 @@ class RolloutServer:
             on_answer=self._link.deliver,
         )
         self._stats = ServerStats(
-            runtime.metrics, desk=self._desk, runner=self._runner, rewards=rewards, receiver=self._receiver, engine=engine
+            runtime.metrics, link=self._link, runner=self._runner, rewards=rewards, receiver=self._receiver, engine=engine
         )
         self._weights_address = tcp_address(config.rollout.advertise_host or config.rollout.host, self._receiver.port)
         runtime.status = self._status
@@ -237,7 +234,7 @@ class RolloutServer:
                         self._on_doubt(f"silent for {loop.time() - answered_s:.0f} s: {error}")
             else:
                 answered_s = loop.time()
-            self._link.stats = self._stats.update(load, now_s=loop.time())
+            self._link.tell(self._stats.update(load, now_s=loop.time()))
             problem = self._link.problem or ("" if self._link.state is ServerState.SERVING else self._link.state.value)
             if problem:
                 self._runtime.unready(problem)
@@ -271,7 +268,8 @@ class RolloutServer:
         log.error("engine is quarantined: %s", reason)
         self._runner.cancel(self._link.give_back(reason="engine quarantined"))
         self._receiver.version = _INITIAL_VERSION
-        self._link.announce(state=ServerState.QUARANTINED, weights_version=_INITIAL_VERSION)
+        if self._link.state is not ServerState.DRAINING:
+            self._link.announce(state=ServerState.QUARANTINED, weights_version=_INITIAL_VERSION)
 
     def _on_doubt(self, reason: str) -> None:
         log.error("engine is replaced: %s", reason)
@@ -304,7 +302,7 @@ class RolloutServer:
             "state": self._link.state.value,
             "engine_pid": self._engine.pid,
             "engine_url": self._client.base_url if self._client is not None else "",
-            "leases": self._desk.lease_ids,
+            "leases": self._link.lease_ids,
             "refused_samples": self._link.num_refused,
             "stats": self._stats.values,
         }

@@ -1,4 +1,4 @@
-"""The server's one connection to the buffer: registration, heartbeats with credit, samples out, acknowledgements in.
+"""The server's connection to one buffer: registration, heartbeats with credit, samples out, acknowledgements in.
 
     (start) -> hello -> REGISTERED -> "who are you?" from a restarted buffer -> hello, unacknowledged answers again -> REGISTERED
 
@@ -10,12 +10,13 @@ or a failed job ends the server.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import logging
 from collections.abc import Callable
 from typing import Any
 
-from areal_like.addresses import buffer_address
+from areal_like.addresses import buffer_addresses
 from areal_like.channel import Link
 from areal_like.config import Config
 from areal_like.daemon import WaitBook
@@ -31,6 +32,7 @@ from areal_like.messages.producer import (
     ServerHeartbeat,
     ServerState,
 )
+from areal_like.shards import WHOLE, Shard
 from rollout_server.leases import Answer, LeaseDesk
 
 log = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ class BufferLink:
     def __init__(
         self,
         config: Config,
+        shard: Shard = WHOLE,
         *,
         hello: Callable[[], Hello],
         desk: LeaseDesk,
@@ -57,12 +60,14 @@ class BufferLink:
     ) -> None:
         """`hello` says what to register as at the moment it is called; `on_abort` gets leases that were dropped from the desk."""
         self._config = config
+        self._shard = shard
         self._hello = hello
         self._desk = desk
         self._waits = waits
         self._on_leases = on_leases
         self._on_abort = on_abort
-        self._link = Link(buffer_address(config), handler=self._on_message, max_message_bytes=config.buffer.max_message_bytes)
+        address = buffer_addresses(config)[shard.index]
+        self._link = Link(address, handler=self._on_message, max_message_bytes=config.buffer.max_message_bytes)
         self._loop = asyncio.get_running_loop()
         self._beat_now = asyncio.Event()
         self._registered = False
@@ -142,8 +147,9 @@ class BufferLink:
     async def _register(self) -> None:
         for attempt in itertools.count(1):
             try:
-                with self._waits("buffer: welcome"):
-                    welcome = await self._link.call(self._hello(), timeout_s=_HELLO_TIMEOUT_S)
+                hello = dataclasses.replace(self._hello(), shard=self._shard.index, num_shards=self._shard.count)
+                with self._waits(f"{self._shard.name}: welcome"):
+                    welcome = await self._link.call(hello, timeout_s=_HELLO_TIMEOUT_S)
                 break
             except DeadlineError:
                 if self._fatal is not None:

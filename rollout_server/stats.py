@@ -10,7 +10,7 @@ from typing import Any
 
 from areal_like.metrics import Metrics
 from rollout_server.engine_process import Engine
-from rollout_server.leases import LeaseDesk
+from rollout_server.links import BufferLinks
 from rollout_server.rewards import RewardPool
 from rollout_server.runner import LeaseRunner
 from rollout_server.weights import WeightReceiver
@@ -51,13 +51,13 @@ class ServerStats:
         self,
         metrics: Metrics,
         *,
-        desk: LeaseDesk,
+        link: BufferLinks,
         runner: LeaseRunner,
         rewards: RewardPool,
         receiver: WeightReceiver,
         engine: Engine,
     ) -> None:
-        self._desk, self._runner, self._rewards, self._receiver, self._engine = desk, runner, rewards, receiver, engine
+        self._link, self._runner, self._rewards, self._receiver, self._engine = link, runner, rewards, receiver, engine
         self._counters = {key: metrics.counter(*named) for key, named in _COUNTERS.items()}
         self._gauges = {key: metrics.gauge(*named) for key, named in _GAUGES.items()}
         self._before_engine = dict.fromkeys(_CUMULATIVE, 0.0)
@@ -88,8 +88,8 @@ class ServerStats:
             "bad_frames": self._receiver.num_bad_frames,
             "running": float(load.get("running", 0)),
             "waiting": float(load.get("waiting", 0)),
-            "holding": self._desk.holding_samples,
-            "unacknowledged": self._desk.num_unacknowledged,
+            "holding": self._link.holding_samples,
+            "unacknowledged": self._link.num_unacknowledged,
             "rewards_waiting": self._rewards.num_waiting,
             "tokens_per_s": self._rate(totals["tokens_generated"], now_s=now_s),
             "weights_version": self._receiver.version,

@@ -1,4 +1,4 @@
-"""One rank's connection to the buffer, seen from the training thread.
+"""One rank's connection to the buffer (or its shards), seen from the training thread.
 
 The training thread is inside torch most of the time, so a thread of its own runs the event loop: heartbeats, the HTTP plane, group
 prefetch, and (rank 0) the publisher. The training thread meets it only through `call`, `groups` and the flags here.
@@ -15,29 +15,26 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import logging
+import dataclasses
+import functools
 import math
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Self
 
-from areal_like.addresses import buffer_address
-from areal_like.channel import Link
+from areal_like.addresses import buffer_addresses
 from areal_like.config import Config
 from areal_like.daemon import Runtime
 from areal_like.errors import ArealError, DeadlineError, PeerLostError
 from areal_like.fingerprint import dataset_fingerprint, model_fingerprint, tokenizer_fingerprint
 from areal_like.messages.consumer import Directory, Fetch, Group, TrainerHeartbeat
-from areal_like.messages.hello import Goodbye, Hello, HelloRequired, JobFailed, Role
-from areal_like.messages.producer import HeartbeatAck
+from areal_like.messages.hello import Goodbye, Hello, Role
 from areal_like.paths import model_path
-
-log = logging.getLogger(__name__)
+from trainer.buffers import ask_buffers
+from trainer.connection import Connection
 
 _ASK_AGAIN_S = 20.0
-_HELLO_TIMEOUT_S = 10.0
-_SILENT_AFTER_S = 5.0
 _POLL_S = 0.25
 """How often a blocked training thread looks whether the link was lost or a stop was asked for."""
 
@@ -69,11 +66,10 @@ class BufferLink:
         self._thread = threading.Thread(target=self._loop.run_forever, name="link", daemon=True)
         self._lost: ArealError | None = None
         self._fetches: dict[tuple[int, int], concurrent.futures.Future[Any]] = {}
-        self._trouble = ""
         self._troubled_s = 0.0
-        self._rehello: asyncio.Task[None] | None = None
         self.runtime: Runtime
-        self._link: Link
+        self._buffers: list[Connection] = []
+        """In order of shards."""
         self._heartbeat: asyncio.Task[None]
 
     def __enter__(self) -> Self:
@@ -103,17 +99,21 @@ class BufferLink:
         return self.run(self.call_async(message, timeout_s=timeout_s), name=type(message).__name__, timeout_s=timeout_s + 5)
 
     async def call_async(self, message: Any, *, timeout_s: float) -> Any:
-        """`call` for coroutines in the link's own loop. Asks again now and then: an answer may have been lost with a connection."""
+        """`call` for coroutines in the link's own loop."""
+        return await ask_buffers(message, [functools.partial(self._ask_one, buffer, timeout_s) for buffer in self._buffers])
+
+    async def _ask_one(self, buffer: Connection, timeout_s: float, message: Any) -> Any:
+        """Asks again now and then: an answer may have been lost with a connection."""
         deadline_s = self._patient_s() + timeout_s
         while True:
             try:
-                return await self._link.call(message, timeout_s=min(_ASK_AGAIN_S, max(0.0, deadline_s - self._patient_s())))
+                return await buffer.call(message, timeout_s=min(_ASK_AGAIN_S, max(0.0, deadline_s - self._patient_s())))
             except DeadlineError:
                 if self._patient_s() >= deadline_s:
                     raise
 
     def _patient_s(self) -> float:
-        """A clock that stands still while the buffer is in trouble. From any thread."""
+        """A clock that stands still while a buffer is in trouble. From any thread."""
         return time.monotonic() - self._troubled_s
 
     def submit_call(self, message: Any, *, timeout_s: float) -> concurrent.futures.Future[Any]:
@@ -197,8 +197,19 @@ class BufferLink:
         self.runtime = Runtime(self.config, role="trainer", name=f"trainer-{self.rank}")
         self.runtime.incarnation = self.incarnation
         await self.runtime.__aenter__()
-        self._link = Link(buffer_address(self.config), handler=self._on_message, max_message_bytes=self.config.buffer.max_message_bytes)
-        await self._hello(timeout_s=55.0)
+        hello = self._hello()
+        for index, address in enumerate(buffer_addresses(self.config)):
+            connection = Connection(
+                address,
+                hello=dataclasses.replace(hello, shard=index, num_shards=self.config.buffer.num_shards),
+                survives=self.config.buffer.durability != "none",
+                max_message_bytes=self.config.buffer.max_message_bytes,
+                on_message=functools.partial(self._on_message, index),
+                fail=self.fail,
+            )
+            self._buffers.append(connection)
+        with self.runtime.waits("buffer: welcome"):
+            await asyncio.gather(*(buffer.register(timeout_s=55.0) for buffer in self._buffers))
         self._heartbeat = asyncio.create_task(self._beat(), name="heartbeat")
 
     async def _close(self) -> None:
@@ -206,19 +217,18 @@ class BufferLink:
             future.cancel()
         if hasattr(self, "_heartbeat"):
             self._heartbeat.cancel()
-            if self._rehello is not None:
-                self._rehello.cancel()
             if self._lost is None:
+                goodbyes = (buffer.call(Goodbye(stats=self.stats), timeout_s=2.0) for buffer in self._buffers)
                 with contextlib.suppress(ArealError):  # we leave all the same
-                    await self._link.call(Goodbye(stats=self.stats), timeout_s=2.0)
-        if hasattr(self, "_link"):
-            self._link.close()
+                    await asyncio.gather(*goodbyes)
+        for buffer in self._buffers:
+            buffer.close()
         if hasattr(self, "runtime"):
             await self.runtime.__aexit__()
 
-    async def _hello(self, *, timeout_s: float) -> None:
+    def _hello(self) -> Hello:
         path = model_path(self.config)
-        hello = Hello(
+        return Hello(
             role=Role.TRAINER,
             name=self.runtime.name,
             incarnation=self.incarnation,
@@ -231,45 +241,20 @@ class BufferLink:
             rank=self.rank,
             world_size=self.world_size,
         )
-        with self.runtime.waits("buffer: welcome"):
-            await self._link.call(hello, timeout_s=timeout_s)
 
     async def _beat(self) -> None:
         while True:
-            self._link.send(TrainerHeartbeat(state=self.state, step=self.step, stats=self.stats))
+            for buffer in self._buffers:
+                buffer.send(TrainerHeartbeat(state=self.state, step=self.step, stats=self.stats))
             beaten_s = self._loop.time()
             await asyncio.sleep(self.config.daemon.heartbeat_s)
-            silent_s = self._loop.time() - self._link.last_heard_s
-            if silent_s > _SILENT_AFTER_S or self._trouble:
+            if any(buffer.is_troubled for buffer in self._buffers):
                 self._troubled_s += self._loop.time() - beaten_s
-            if silent_s > self.config.trainer.buffer_timeout_s:
-                self.fail(PeerLostError(f"the buffer at {self._link.address} has been silent for {silent_s:.0f} s"))
+            for buffer in self._buffers:
+                if buffer.silent_s > self.config.trainer.buffer_timeout_s:
+                    self.fail(PeerLostError(f"the buffer at {buffer.address} has been silent for {buffer.silent_s:.0f} s"))
 
-    def _on_message(self, message: Any) -> None:
-        match message:
-            case Directory():
-                self.directory = message
-                self.on_directory()
-            case HeartbeatAck():
-                if message.trouble and not self._trouble:
-                    log.warning("the buffer is in trouble, its answers are waited for: %s", message.trouble)
-                self._trouble = message.trouble
-            case JobFailed():
-                self.fail(ArealError(message.reason))
-            case HelloRequired() if self.config.buffer.durability == "none":
-                self.fail(PeerLostError("the buffer was restarted and its in-memory store is gone: start again with resume=latest"))
-            case HelloRequired():
-                if self._rehello is None or self._rehello.done():
-                    self._rehello = asyncio.create_task(self._register_again(), name="hello again")
-
-    async def _register_again(self) -> None:
-        """A restarted buffer has its ledger and has forgotten who asked for what."""
-        try:
-            await self._hello(timeout_s=_HELLO_TIMEOUT_S)
-        except DeadlineError:  # away again; when it is back it will say again that it does not know us
-            return
-        except ArealError as error:
-            self.fail(error)
-            return
-        log.info("registered again at the buffer")
-        self._link.ask_again()
+    def _on_message(self, shard: int, message: Any) -> None:
+        if isinstance(message, Directory) and shard == 0:
+            self.directory = message
+            self.on_directory()

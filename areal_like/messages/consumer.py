@@ -1,7 +1,8 @@
 """Trainer ranks <-> buffer: batches in; versions, steps and commits out. Every request is answered with its `rid`.
 
 Any request may be answered `Refused` (an older incarnation, a step that makes no sense) or `JobFailed`. `Fetch` is a long poll: the
-answer comes when the group is recorded. Only rank 0 sends anything but `Fetch` and `TrainerHeartbeat`.
+answer comes when the group is recorded. Only rank 0 sends anything but `Fetch` and `TrainerHeartbeat`. Of several buffers (shards.py) the
+first gives out versions, evaluates and holds the directory; the rest is asked of the one whose place it is, or told to all.
 """
 
 from __future__ import annotations
@@ -53,6 +54,14 @@ class VersionGranted:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdoptVersion:
+    """Rank 0 -> every buffer but the first, which gave the version out, before it is pushed. Answered `Ok`. Idempotent."""
+
+    version: int
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Fetch:
     """Rank -> buffer: the group recorded at this place. Answered `Group` when there is one (long poll).
 
@@ -61,7 +70,7 @@ class Fetch:
 
     step: int
     position: int
-    """0 <= position < groups_per_step."""
+    """0 <= position < groups_per_step, of those that this buffer fills."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +207,7 @@ MESSAGES = (
     StartTraining,
     AllocVersion,
     VersionGranted,
+    AdoptVersion,
     Fetch,
     Group,
     CompleteStep,

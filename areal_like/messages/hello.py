@@ -37,6 +37,9 @@ class Hello:
     """Fingerprint of the task and its settings."""
     http_address: str
     """`host:port` of the peer's HTTP plane."""
+    shard: int = 0
+    """Which of `num_shards` buffers it takes this one for."""
+    num_shards: int = 1
     weights_address: str = ""
     """tcp://host:port of a rollout server's weight control socket."""
     weights_version: int = 0
