@@ -37,6 +37,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 from areal_like.errors import RefusedError, StaleIncarnationError
 from areal_like.messages.consumer import EvalResult, Group
@@ -133,13 +134,14 @@ class Ledger:
             raise StaleIncarnationError(f"trainer incarnation {self.trainer_incarnation} is newer than {incarnation}")
         if incarnation == self.trainer_incarnation:
             return
-        self._check_start(step)
-        if not self.trainer_incarnation or step > self.recorder.num_full_steps or self.is_reshaped:
-            self._begin(step, stream)
-        else:
-            self._come_back(step, incarnation, unix_s=unix_s)
-        self._set_trainer(incarnation)
+        self._check_start(step, stream)
         self.steps.new_trainer()
+        known = min(step, max(self.trainer_step, self.recorder.num_full_steps))
+        if self.trainer_incarnation:
+            self._come_back(known, incarnation, unix_s=unix_s)
+        if not self.trainer_incarnation or step > known or self.is_reshaped:
+            self._begin(step, stream)
+        self._set_trainer(incarnation)
         self._open()
         self._settle()
 
@@ -620,7 +622,7 @@ class Ledger:
 
     def _settle(self) -> None:
         """Drops what has become stale and records what may be recorded, until nothing changes; then the books must balance."""
-        while True:
+        while not self.is_reshaped:
             if (late := self.recorder.stale()) is not None:
                 self._drop_late(self.register.live[late])
             elif (ready := self.recorder.next_to_record(trainer_step=self.trainer_step)) is not None:
@@ -645,8 +647,11 @@ class Ledger:
 
     # --- the trainer's place ---
 
-    def _check_start(self, step: int) -> None:
+    def _check_start(self, step: int, stream: dict[str, int | list[int]]) -> None:
         """Whether a trainer may begin at `step`."""
+        wanted = {"cursor": int, "next_version": int, "pending": list, "curriculum": list}
+        if not all(isinstance(value, wanted.get(name, object)) for name, value in stream.items()):
+            raise RefusedError("stream", "not what GetStreamState answers: was the checkpoint made by another program version?")
         num_steps, first = self.settings.num_steps, self.steps.first_kept
         if not 0 <= step <= num_steps:
             raise RefusedError("step", f"want 0..{num_steps}, got {step}: raise trainer.num_steps to go on from a finished run")
@@ -664,24 +669,18 @@ class Ledger:
                 "Mark those at fault with `areal-like drop RUN TICKET ...` and go on with resume=latest",
             )
 
-    def _begin(self, step: int, stream: dict[str, int | list[int]]) -> None:
+    def _begin(self, step: int, stream: dict[str, Any]) -> None:
         """The stream starts at `step`; nothing that is recorded from there on can be used."""
-        cursor, pending, next_version = stream.get("cursor", 0), stream.get("pending", []), stream.get("next_version", 1)
-        if not isinstance(cursor, int) or not isinstance(pending, list) or not isinstance(next_version, int) or cursor < 0:
-            raise RefusedError("stream", "not what GetStreamState answers: was the checkpoint made by another program version?")
         has_past = bool(self.trainer_incarnation)
-        takes_prompts = not self.has_other_prompts and (cursor > self.prompts.cursor or not has_past)
+        takes_prompts = not self.has_other_prompts and (stream.get("cursor", 0) > self.prompts.cursor or not has_past)
         if takes_prompts:
             self._restart_curriculum(stream.get("curriculum", []))
-        if has_past:
-            self._count_steps(min(step, self.recorder.num_full_steps))
-            self._commit_to(min(step, self.recorder.num_full_steps) - 1)
-            self._cancel_from(min(step, self.recorder.num_full_steps))
+        self._cancel_from(min(step, self.trainer_step))
         if self.has_other_prompts:
             self._restart_prompts(0, [])
         elif takes_prompts:
-            self._restart_prompts(cursor, pending)
-        self.versions.begin(next_version=next_version)
+            self._restart_prompts(stream.get("cursor", 0), stream.get("pending", []))
+        self.versions.begin(next_version=stream.get("next_version", 1))
         self.is_reshaped = self.has_other_prompts = False
         self.recorder.restore((), first_step=step)
         for ticket in self.steps.begin_at(step):
@@ -715,12 +714,13 @@ class Ledger:
     def _abandon(self, step: int) -> None:
         """Nothing of weights after `step` is trained on unless it was recorded; evaluations of the older trainer are nobody's."""
         self._cancel_evals()
-        for ticket in [ticket for ticket in self.register.live.values() if ticket.purpose is Purpose.TRAIN]:
-            if ticket.state is not State.BATCHED and any(map(self.versions.has_abandoned, ticket.samples.values())):
+        waiting = [t for t in self.register.live.values() if t.purpose is Purpose.TRAIN and t.state is not State.BATCHED]
+        for ticket in waiting:
+            if any(map(self.versions.has_abandoned, ticket.samples.values())):
                 self._drop(ticket, Drop.ABANDONED)
-            else:
-                for lease in [lease for lease in ticket.leases.values() if lease.weights_step > step]:
-                    self._revoke(lease)
+        # Only then: what is taken back makes room, into which a group that has to go would be recorded.
+        for lease in [lease for ticket in waiting for lease in ticket.leases.values() if lease.weights_step > step]:
+            self._revoke(lease)
 
     def _cancel_evals(self) -> None:
         for ticket in [ticket for ticket in self.register.live.values() if ticket.purpose is Purpose.EVAL]:

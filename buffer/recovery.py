@@ -96,6 +96,8 @@ def _restore_stream(ledger: Ledger, memory: Recovered, *, now_s: float) -> None:
     ledger.book.restore(memory.leases, ledger.register.live, now_s=now_s)
     batched = [ticket for ticket in memory.tickets if ticket.state is State.BATCHED]
     ledger.steps.restore([*memory.trained, *batched], memory.marks, memory.attempts)
+    if ledger.is_reshaped:  # its places are not those of the steps that are recorded
+        return
     ledger.recorder.restore([(ticket.step, ticket.position) for ticket in batched], first_step=ledger.committed_step + 1)
     for ticket in memory.tickets:
         if ticket.purpose is Purpose.TRAIN:
