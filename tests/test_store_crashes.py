@@ -116,7 +116,7 @@ def test_sigkill_loses_nothing_acknowledged(tmp_path: Path) -> None:
 
 
 @pytest.mark.chaos
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 def test_sigkill_at_two_hundred_points(tmp_path: Path) -> None:
     kills(tmp_path / "ledger", num_kills=200, seed=2)
 
@@ -161,7 +161,7 @@ def test_power_loss_loses_nothing_acknowledged(tmp_path: Path) -> None:
 
 
 @pytest.mark.chaos
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 def test_power_loss_at_a_thousand_points(tmp_path: Path) -> None:
     lose_power(tmp_path, num_points=1000, seed=4)
 
