@@ -3,8 +3,9 @@
     STARTING -> SERVING -> (engine lost) -> STARTING -> QUARANTINED -> (next push) -> SERVING
                     \\-> DRAINING (SIGTERM) -> exit 0
 
-A restarted engine holds the weights that it can load from disk. They are older than what was pushed, so it takes no leases until trainer
-rank 0, who sees `quarantined` in the directory, has pushed the newest. Parts: `links` (buffers), `runner` (leases to samples), `weights`
+An engine begins with the run's newest checkpoint where that can be seen, under the version that the trainer gave it: the buffer then grants
+what its age allows. A restarted engine that found none holds the run's first weights, and takes no leases until trainer rank 0, who sees
+`quarantined` in the directory, has pushed the newest. Parts: `links` (buffers), `runner` (leases to samples), `weights`
 (pushes), `rewards` (worker processes), `engine_process`. This file only connects them and decides what happens when one is lost.
 """
 
@@ -23,6 +24,7 @@ from areal_like.fingerprint import dataset_fingerprint, model_fingerprint, token
 from areal_like.messages.hello import Hello, Role
 from areal_like.messages.producer import Lease, ServerState
 from areal_like.paths import model_path
+from areal_like.snapshots import newest_snapshot
 from rollout_server.engine_client import EngineClient
 from rollout_server.engine_process import EmbeddedProcess, Engine
 from rollout_server.episodes import SingleTurn, Turnstile
@@ -209,7 +211,7 @@ class RolloutServer:
                 client = await self._engine.start(version=_INITIAL_VERSION)
                 if self._in_place is not None and isinstance(client, SglangClient):
                     await self._in_place.begin_with(client)
-            self._on_engine(client)
+            self._on_engine(client, version=await self._load_newest(client))
             reason = await self._engine.died()
             await self._on_engine_lost(reason)
             num_failures = 1 if loop.time() - started_s > _HEALTHY_AFTER_S else num_failures + 1
@@ -241,13 +243,27 @@ class RolloutServer:
             else:
                 self._runtime.ready()
 
-    def _on_engine(self, client: EngineClient) -> None:
-        restarted = self._engine.num_starts > 1 and self._link.newest_version > _INITIAL_VERSION
+    async def _load_newest(self, client: EngineClient) -> int:
+        """Loads the run's newest checkpoint, if it can be seen from here; the version that the engine has then."""
+        found = newest_snapshot(self._runtime.paths.checkpoints) if self._in_place is None else None
+        if found is None:
+            return _INITIAL_VERSION
+        try:
+            timeout_s = self._runtime.config.rollout.start_timeout_s
+            await client.update_weights_from_disk(str(found.path), weight_version=found.version, timeout_s=timeout_s)
+        except EngineError as error:
+            log.warning("%s was not loaded, the engine begins with the run's first weights: %s", found.path, error)
+            return _INITIAL_VERSION
+        log.info("%s loaded as version %d", found.path, found.version)
+        return found.version
+
+    def _on_engine(self, client: EngineClient, *, version: int) -> None:
+        restarted = version == _INITIAL_VERSION and self._engine.num_starts > 1 and self._link.newest_version > _INITIAL_VERSION
         log.info("engine ready, pid %d%s", self._engine.pid, ": it takes leases after the next push" if restarted else "")
         self._client = self._runner.engine = client
-        self._receiver.set_engine(client, version=_INITIAL_VERSION)
+        self._receiver.set_engine(client, version=version)
         state = ServerState.QUARANTINED if restarted else ServerState.SERVING
-        self._link.announce(state=state, weights_version=_INITIAL_VERSION)
+        self._link.announce(state=state, weights_version=version)
 
     async def _on_engine_lost(self, reason: str) -> None:
         log.error("engine lost: %s", reason)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from areal_like.config import WeightsConfig
@@ -288,6 +289,26 @@ def test_lost_engine_is_replaced_and_a_drain_leaves_nothing_behind(model: Path, 
             assert buffer.beat is not None and buffer.beat.state is ServerState.DRAINING and not buffer.beat.leases
             wait_until(lambda: not any(map(is_alive, children)))
             assert not list(server.paths.endpoints.glob("*.json"))
+
+
+def test_a_late_joiner_begins_with_the_newest_checkpoint(model: Path, tmp_path: Path) -> None:
+    tensors = perturbed(model, 7)
+    for step, version in ((100, 3), (200, 7)):
+        checkpoint = tmp_path / "runs" / "job" / "checkpoints" / f"step_{step:06d}"
+        shutil.copytree(model, checkpoint)
+        save_file(tensors if version == 7 else perturbed(model, 3), checkpoint / "model.safetensors", {"format": "pt"})
+        (checkpoint / "trainer_state.json").write_text(json.dumps({"extra": {"weights_version": version}}))
+    with PlayedBuffer() as buffer:
+        buffer.newest_version = 9
+        with serving(job(tmp_path, port=buffer.port, model_dir=model)):
+            buffer.expect_beat(lambda beat: beat.state is ServerState.SERVING and beat.weights_version == 7, timeout_s=60)
+            buffer.grant(buffer.lease(1, samples=1))
+            trajectory = buffer.expect(SampleDone)[0].trajectory
+            sampled = trajectory.loss_mask == 1
+            assert set(trajectory.versions[sampled]) == {7}
+            np.testing.assert_allclose(trajectory.logprobs[sampled], logprobs_under(model, tensors, trajectory)[sampled], atol=1e-4)
+            assert push(buffer, perturbed(model, 9), version=9).activated
+            buffer.expect_beat(lambda beat: beat.weights_version == 9)
 
 
 def test_bad_rewards_are_reported_and_a_killed_server_takes_its_children_with_it(model: Path, tmp_path: Path) -> None:

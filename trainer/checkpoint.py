@@ -33,6 +33,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from areal_like.errors import ConfigError
+from areal_like.snapshots import STATE_FILE
 from trainer.critic import Critic
 from trainer.gather import MODEL_PREFIX, gather, row_range, shards_of
 from trainer.optimizer import MOMENTS, ShardedAdamW
@@ -43,7 +44,7 @@ from trainer.ranks import Ranks
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "trainer_state.json"
+MODEL_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
 CRITIC_FILE, CRITIC_OPTIMIZER_FILE = "critic.safetensors", "critic_optimizer.safetensors"
 RANDOM_STATE = "random_state.cpu"
 _NAME = re.compile(r"step_(\d{6,})")

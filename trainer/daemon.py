@@ -26,6 +26,7 @@ from areal_like.config import Config
 from areal_like.daemon import DrainSignals, configure_logging, exit_code_of
 from areal_like.errors import ConfigError, UserError
 from areal_like.paths import RunPaths, model_path
+from areal_like.snapshots import VERSION_KEY
 from trainer.checkpoint import Checkpoints
 from trainer.joining import device_of, join_ranks
 from trainer.lags import LagTally
@@ -148,8 +149,10 @@ class Trainer:
     def _save(self) -> None:
         """A checkpoint of now; when it is on disk its steps are committed: what the ledger calls trained will not be lost."""
         step, leader = self._step, self._leader
+        # The version first: the state of the stream says which is the next.
+        version = leader.alloc_version() if leader is not None else 0
         stream = leader.stream_state(step - 1) if leader is not None else {}
-        extra = {"stream": stream, "shaping_duals": self._runner.rewards.duals}
+        extra = {"stream": stream, "shaping_duals": self._runner.rewards.duals, VERSION_KEY: version}
 
         def commit(oldest_kept_step: int) -> None:
             assert leader is not None

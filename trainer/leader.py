@@ -12,6 +12,7 @@ from typing import Any
 from areal_like.config import Config
 from areal_like.errors import ArealError, RefusedError, UserError
 from areal_like.messages.consumer import (
+    AllocVersion,
     Books,
     CloseAdmission,
     CommitStep,
@@ -22,6 +23,7 @@ from areal_like.messages.consumer import (
     RequestEval,
     SetMaxStaleness,
     StartTraining,
+    VersionGranted,
 )
 from areal_like.paths import RunPaths
 from trainer.broadcaster import Broadcaster
@@ -131,6 +133,11 @@ class Leader:
         state = self._link.call(GetStreamState(step=step), timeout_s=_CALL_TIMEOUT_S).stream
         kept = {"stream": state, "eval_before": self._eval_before}
         return kept if self._staleness is None else kept | {"staleness": self._staleness.dump()}
+
+    def alloc_version(self) -> int:
+        """A version for the weights of now, for a checkpoint: whoever loads it has to say what it samples with."""
+        granted: VersionGranted = self._link.call(AllocVersion(step=self._step), timeout_s=_CALL_TIMEOUT_S)
+        return granted.version
 
     def commit(self, step: int, *, oldest_kept_step: int) -> None:
         """A checkpoint with steps <= `step` is on disk, the oldest that is kept is of `oldest_kept_step`. From any thread."""
