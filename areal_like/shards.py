@@ -8,7 +8,8 @@ the number of shards is that of a run for life.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -78,3 +79,11 @@ WHOLE = Shard()
 def all_shards(count: int) -> Sequence[Shard]:
     """Every shard of a job, in order."""
     return [Shard(index, count) for index in range(count)]
+
+
+def add_up(tables: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """What every shard has counted, by name."""
+    total: Counter[str] = Counter()
+    for table in tables:
+        total.update(table)
+    return dict(total)

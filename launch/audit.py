@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from areal_like.cli import load_config
 from areal_like.config import Config
 from areal_like.errors import ConfigError, StoreCorruptError
 from areal_like.paths import RunPaths
 from areal_like.records import Place, read_record
+from areal_like.shards import WHOLE, Shard, add_up, all_shards
 from launch.rundir import checkpoints
 
 _NUM_SHOWN = 10
@@ -32,6 +31,8 @@ _NUM_SHOWN = 10
 _STATES = "('queued', 'leased', 'ready', 'batched', 'trained', 'evaluated', 'dropped')"
 _COMMITTED = "coalesce((SELECT value FROM marks WHERE name = 'committed_step'), -1)"
 _TRAINER_STEP = "coalesce((SELECT value FROM marks WHERE name = 'trainer_step'), 0)"
+_NUM_SHARDS = "coalesce((SELECT value FROM marks WHERE name = 'num_shards'), 1)"
+_SHARD = "coalesce((SELECT value FROM marks WHERE name = 'shard'), 0)"
 _IS_COUNTED = f"(state = 'trained' OR (state = 'batched' AND step < {_TRAINER_STEP}))"
 _LAGS = (
     "SELECT 'trained_lag_' || (step - oldest_step) AS name, count(*) AS num FROM tickets CROSS JOIN samples USING (ticket_id) "
@@ -61,10 +62,17 @@ _LAWS = (
         "OR (purpose = 'eval' AND state IN ('ready', 'batched', 'trained')) OR (purpose = 'train' AND state = 'evaluated')",
     ),
     _Law(
-        text="no ticket is missing: their numbers are 1 to the last",
+        text="no ticket is missing: they are numbered without a gap",
         count="SELECT count(*) FROM tickets",
-        against="SELECT printf('%d tickets, numbered %d to %d', count(*), min(ticket_id), max(ticket_id)) FROM tickets "
-        "HAVING count(*) > 0 AND (min(ticket_id) != 1 OR max(ticket_id) != count(*))",
+        against="SELECT printf('%d tickets, numbered %d to %d', count(*), min(ticket_id), max(ticket_id)) FROM tickets HAVING count(*) > 0 "
+        f"AND (min(ticket_id) != {_NUM_SHARDS} + {_SHARD} OR max(ticket_id) != count(*) * {_NUM_SHARDS} + {_SHARD})",
+    ),
+    _Law(
+        text="a shard has its own tickets, leases and prompts, and nobody else's",
+        count="SELECT count(*) FROM tickets",
+        against="SELECT printf('ticket %d: prompt %d', ticket_id, prompt_index) FROM tickets "
+        f"WHERE ticket_id % {_NUM_SHARDS} != {_SHARD} OR (purpose = 'train' AND prompt_index % {_NUM_SHARDS} != {_SHARD}) "
+        f"UNION ALL SELECT printf('lease %d', lease_id) FROM leases WHERE lease_id % {_NUM_SHARDS} != {_SHARD}",
     ),
     _Law(
         text="no place of a step is taken twice",
@@ -208,10 +216,11 @@ class Report:
 
 def audit_run(root: Path) -> Report:
     """Audits the run in `root`. Raises ConfigError when it has no ledger."""
-    directories = [path.parent for path in sorted(root.glob("ledger*/ledger.sqlite3"))]
+    directories = RunPaths(root).ledgers
     if not directories:
         raise ConfigError(f"{root} has no ledger: with buffer.durability=none a run leaves no books to audit")
     config = load_config(["--config", str(RunPaths(root).config)])
+    checkpointed = max(checkpoints(RunPaths(root)), default=0)  # before the ledgers are read: a running job adds some
     shards = [_Shard(directory) for directory in directories]
     reports = [shard.report() for shard in shards]
     checks = [
@@ -224,30 +233,55 @@ def audit_run(root: Path) -> Report:
         )
         for same in zip(*(report.checks for report in reports), strict=True)
     ]
-    checks.append(_whole_steps(shards, config=config, checkpointed=max(checkpoints(RunPaths(root)), default=0)))
+    checks.append(_whole_steps(shards, config=config, checkpointed=checkpointed))
+    if len(shards) > 1 or config.buffer.num_shards > 1:
+        checks += [_every_shard(shards, config=config), _same_versions(shards)]
     return Report(
         run=str(root),
         checks=checks,
-        tickets=_sum(report.tickets for report in reports),
-        drops=_sum(report.drops for report in reports),
-        facts=_sum(report.facts for report in reports),
+        tickets=add_up(report.tickets for report in reports),
+        drops=add_up(report.drops for report in reports),
+        facts=add_up(report.facts for report in reports)
+        # Every shard has these of its own, and they are the same.
+        | {name: min(report.facts[name] for report in reports) for name in ("committed_steps", "versions", "rollbacks")},
     )
 
 
 def _whole_steps(shards: list[_Shard], *, config: Config, checkpointed: int) -> Check:
     """Steps that were committed, or that the newest checkpoint contains, have all their places filled."""
-    groups: Counter[int] = Counter()
     problems = []
-    for shard in shards:
-        for step, num_groups, last in shard.steps:
-            groups[step] += num_groups
-            if last != num_groups - 1:
-                problems.append(_in_shard(f"step {step}: {num_groups} groups, the last at position {last}", shard, shards))
     begun = min(shard.first_step for shard in shards)
-    done = max(checkpointed, 1 + max(shard.committed_step for shard in shards))
-    wanted = config.trainer.groups_per_step
-    problems += [f"step {step}: {groups[step]} of {wanted} groups" for step in range(begun, done) if groups[step] != wanted]
+    # They are read one after the other: in a running job only what all have committed was whole when the first was read.
+    done = max(checkpointed, 1 + min(shard.committed_step for shard in shards))
+    for shard in shards:
+        groups = {step: num_groups for step, num_groups, _ in shard.steps}
+        wanted = shard.place.share(config.trainer.groups_per_step)
+        found = [f"step {step}: {num} groups, the last at position {last}" for step, num, last in shard.steps if last != num - 1]
+        found += [f"step {step}: {groups.get(step, 0)} of {wanted} groups" for step in range(begun, done) if groups.get(step, 0) != wanted]
+        problems += [_in_shard(problem, shard, shards) for problem in found]
     return Check(text="every step that was committed or checkpointed is whole", num_checked=max(0, done - begun), offenders=problems)
+
+
+def _every_shard(shards: list[_Shard], *, config: Config) -> Check:
+    """The ledgers are one each of as many shards as the run has."""
+    wanted = {shard.ledger: shard for shard in all_shards(config.buffer.num_shards)}
+    found = {shard.directory.name: shard.place for shard in shards}
+    problems = [f"{name}: shard {place.index} of {place.count}" for name, place in found.items() if wanted.get(name) != place]
+    problems += [f"{name} is missing" for name in wanted if name not in found]
+    return Check(text="every shard is there, once", num_checked=len(shards), offenders=problems)
+
+
+def _same_versions(shards: list[_Shard]) -> Check:
+    """What the others have adopted is what the first gave out (it may have given out more since it was read)."""
+    first, *others = shards
+    problems = []
+    for other in others:
+        for version, step in other.versions.items():
+            if version <= max(first.versions, default=0) and first.versions.get(version) != step:
+                problem = f"version {version} is weights of step {step}, in {first.directory.name} of {first.versions.get(version, 'none')}"
+                problems.append(_in_shard(problem, other, shards))
+    num_checked = sum(len(other.versions) for other in others)
+    return Check(text="a version is the same weights in every shard", num_checked=num_checked, offenders=problems)
 
 
 class _Shard:
@@ -255,8 +289,11 @@ class _Shard:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.place = WHOLE
         self.committed_step = -1
         self.first_step = 0
+        self.versions: dict[int, int] = {}
+        """Version -> step."""
         self.steps: list[tuple[int, int, int]] = []
         """(step, groups, last position) of every step that has one."""
 
@@ -272,12 +309,13 @@ class _Shard:
             tickets = dict(every("SELECT state, count(*) FROM tickets GROUP BY 1 ORDER BY 1"))
             drops = dict(every("SELECT reason, count(*) FROM tickets WHERE state = 'dropped' GROUP BY 1 ORDER BY 1"))
             marks = dict(every("SELECT name, value FROM marks"))
+            self.place = Shard(marks.get("shard", 0), marks.get("num_shards", 1))
             self.committed_step = marks.get("committed_step", -1)
             self.steps = every(
                 "SELECT step, count(*), max(position) FROM tickets WHERE state IN ('batched', 'trained') GROUP BY step ORDER BY step"
             ).fetchall()
             self.first_step = self.steps[0][0] if self.steps else self.committed_step + 1
-            (num_versions,) = every("SELECT count(*) FROM versions").fetchone()
+            self.versions = dict(every("SELECT version, step FROM versions"))
             (num_bytes,) = every("SELECT coalesce(sum(num_bytes), 0) FROM segments").fetchone()
             num_rollbacks, num_tokens = every("SELECT count(*), coalesce(sum(num_tokens), 0) FROM rollbacks").fetchone()
             places = every(
@@ -292,7 +330,7 @@ class _Shard:
             drops=drops,
             facts={
                 "committed_steps": self.committed_step + 1,
-                "versions": num_versions,
+                "versions": len(self.versions),
                 "rollbacks": num_rollbacks,
                 "tokens_rolled_back": num_tokens,
                 "trajectory_bytes": num_bytes,
@@ -323,10 +361,3 @@ class _Shard:
 
 def _in_shard(offender: str, shard: _Shard, shards: list[_Shard]) -> str:
     return offender if len(shards) == 1 else f"{shard.directory.name}: {offender}"
-
-
-def _sum(tables: Any) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for table in tables:
-        total.update(table)
-    return dict(total)

@@ -29,6 +29,7 @@ from collections.abc import Callable
 from enum import StrEnum
 
 from areal_like.config import Config
+from areal_like.shards import all_shards
 from launch.child import Child, ChildSpec, describe_exit, kill_marked
 from launch.observe import Observer, post_json
 from launch.restarts import Phase as Life
@@ -69,6 +70,7 @@ class LocalJob:
         self._config: Config = run.config
         self._marker = f"{run.paths.root}:{os.getpid()}:{time.time_ns()}"
         self._observer = Observer(run.paths)
+        self._buffers = [shard.name for shard in all_shards(run.config.buffer.num_shards)]
         self._phase = Phase.PREPARING
         self._phase_since_s = time.monotonic()
         self._children: dict[str, Child] = {}
@@ -77,7 +79,7 @@ class LocalJob:
         self._restarts: dict[str, Restarts] = {}
         """Rollout servers that belong to the job, dead ones too."""
         self._cores: dict[str, Restarts] = {}
-        """Buffer and trainer: as many as there are, and the run needs each of them."""
+        """Buffers and trainer: as many as there are, and the run needs each of them."""
         self._best_step = -1
         """Newest step that any trainer of this job has done."""
         self._trainer_died: list[str] = []
@@ -95,7 +97,8 @@ class LocalJob:
         """Returns 0 finished or drained, 1 failed, 2 the user's mistake."""
         self._observer.start()
         try:
-            self._start("buffer", "buffer", "--config", str(self._run.paths.config), "--name", "buffer")
+            for name in self._buffers:
+                self._start(name, "buffer", "--config", str(self._run.paths.config), "--name", name)
             prepare = ("trainer.prepare_model", "--config", str(self._run.paths.config))
             # On one thread, so that a seed gives the same model on every machine; SIGINT, so that it removes its temporary files.
             self._start("prepare_model", *prepare, stop_signal=signal.SIGINT)
@@ -125,12 +128,13 @@ class LocalJob:
         log.info("%s started, pid %d", name, child.pid)
         self._children[name] = child
 
-    def _start_others(self, buffer_port: int) -> None:
-        common = ("--config", str(self._run.paths.config), f"buffer.port={buffer_port}")
-        if self._config.buffer.durability != "none":
-            self._cores["buffer"] = Restarts(now_s=time.monotonic())
-            spec = self._specs["buffer"]
-            self._specs["buffer"] = dataclasses.replace(spec, command=(*spec.command, f"buffer.port={buffer_port}"))
+    def _start_others(self, buffer_ports: list[str]) -> None:
+        where = f"buffer.ports=[{','.join(buffer_ports)}]"
+        common = ("--config", str(self._run.paths.config), where)
+        for name in self._buffers if self._config.buffer.durability != "none" else ():
+            self._cores[name] = Restarts(now_s=time.monotonic())
+            spec = self._specs[name]
+            self._specs[name] = dataclasses.replace(spec, command=(*spec.command, where))
         self._cores["trainer"] = Restarts(now_s=time.monotonic(), healthy_s=math.inf)
         self._best_step = self._newest_step()
         for index in range(self._config.rollout.num_servers):
@@ -143,12 +147,13 @@ class LocalJob:
         """One step of the phase machine."""
         waited_s = time.monotonic() - self._phase_since_s
         if self._phase is Phase.PREPARING:
-            buffer = self._observer.newest.daemons.get("buffer")
-            if "prepare_model" not in self._children and buffer and not buffer.not_ready and "stream" in buffer.endpoint:
-                self._start_others(int(str(buffer.endpoint["stream"]).rpartition(":")[2]))
+            seen = self._observer.newest.daemons
+            unready = [name for name in self._buffers if name not in seen or seen[name].not_ready or "stream" not in seen[name].endpoint]
+            if "prepare_model" not in self._children and not unready:
+                self._start_others([str(seen[name].endpoint["stream"]).rpartition(":")[2] for name in self._buffers])
                 self._enter(Phase.STARTING)
-            elif not (buffer and not buffer.not_ready) and waited_s > BUFFER_START_TIMEOUT_S:
-                self._fail_unready(["buffer"], waited_s)
+            elif unready and waited_s > BUFFER_START_TIMEOUT_S:
+                self._fail_unready(unready, waited_s)
         elif self._phase is Phase.STARTING:
             unready = self._unready()
             if not unready:
@@ -166,8 +171,8 @@ class LocalJob:
             self._cores["trainer"].got_on()
         if self._phase in (Phase.STARTING, Phase.RUNNING):
             self._start_again(self._restarts | self._cores)
-        elif "trainer" in self._children and "buffer" in self._cores:  # which it needs for its last checkpoint
-            self._start_again({"buffer": self._cores["buffer"]})
+        elif "trainer" in self._children:  # it needs them for its last checkpoint
+            self._start_again({name: self._cores[name] for name in self._buffers if name in self._cores})
 
     def _start_again(self, restarts_by_name: dict[str, Restarts]) -> None:
         for name, restarts in restarts_by_name.items():
@@ -241,8 +246,8 @@ class LocalJob:
     # Deaths
 
     def _notice_deaths(self) -> None:
-        # The buffer first: when it dies the others soon follow, and they are not to blame.
-        for name in sorted(self._children, key=lambda name: (name != "buffer", name != "trainer", name)):
+        # Buffers first: when one dies the others soon follow, and they are not to blame.
+        for name in sorted(self._children, key=lambda name: (name not in self._buffers, name != "trainer", name)):
             child = self._children.get(name)  # an earlier death in this loop may have closed the run
             code = child.exit_code() if child else None
             if child is None or code is None:
@@ -251,7 +256,7 @@ class LocalJob:
             child.kill()  # what it left of its process group
             (self._run.paths.endpoints / f"{name}.json").unlink(missing_ok=True)
             log.info("%s ended: %s", name, describe_exit(code))
-            if self._phase is Phase.CLOSING and not (name in self._cores and name == "buffer" and "trainer" in self._children):
+            if self._phase is Phase.CLOSING and not (name in self._cores and name in self._buffers and "trainer" in self._children):
                 self._died_closing(child, code)
             elif code == 2:
                 self._fail([child.complaint(), *(self._trainer_died if name == "trainer" else ())], exit_code=2)
@@ -265,8 +270,8 @@ class LocalJob:
                 self._spawn(name)
             elif name == "trainer":
                 self._close(self._config.daemon.drain_timeout_s)
-            elif name == "buffer":
-                self._view.notice("the buffer was asked to stop: closing the run")
+            elif name in self._buffers:
+                self._view.notice(f"the {name} was asked to stop: closing the run")
                 self._close(self._config.daemon.drain_timeout_s)
 
     def _server_died(self, child: Child, code: int) -> None:
@@ -354,7 +359,7 @@ class LocalJob:
     def _advance_closing(self) -> None:
         """Trainer, then servers, then buffer; who overstays is killed, so that the next still has time."""
         left_s = self._close_by_s - time.monotonic()
-        groups = {"trainer": ("prepare_model", "trainer"), "servers": tuple(self._restarts), "buffer": ("buffer",)}
+        groups = {"trainer": ("prepare_model", "trainer"), "servers": tuple(self._restarts), "buffer": tuple(self._buffers)}
         for group, names in groups.items():
             living = [name for name in names if name in self._children]
             for name in set(living) - self._asked:

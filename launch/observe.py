@@ -18,6 +18,7 @@ from typing import Any
 
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
+from areal_like.shards import add_up
 
 REQUEST_TIMEOUT_S = 1.0
 
@@ -62,9 +63,11 @@ class Observation:
 
     @property
     def buffer(self) -> dict[str, Any]:
-        """The buffer's /status, or nothing."""
-        view = self.daemons.get("buffer")
-        return (view.status if view else None) or {}
+        """The buffer's /status, or nothing; of several that of the first, with the tickets of all."""
+        statuses = [view.status for view in self.daemons.values() if view.role == "buffer" and view.status]
+        if len(statuses) < 2:
+            return statuses[0] if statuses else {}
+        return statuses[0] | {name: add_up(find_table(status, name) for status in statuses) for name in ("tickets", "drops")}
 
 
 class MetricsTail:

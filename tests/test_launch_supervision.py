@@ -82,7 +82,7 @@ def test_a_killed_buffer_and_trainer_are_started_again_and_nobody_else(workplace
             wait_until(lambda name=name: any(f"-m {name} " in c for c in processes_of(root).values()), timeout_s=20, what=f"{name} is back")
         commands = processes_of(root)
         assert before["rollout_server"] in commands and not {before["buffer"], before["trainer"]} & set(commands)
-        assert "buffer.port=12345" in commands[pid_of(root, "buffer")], "where everybody knows it"
+        assert "buffer.ports=[12345]" in commands[pid_of(root, "buffer")], "where everybody knows it"
         assert commands[pid_of(root, "trainer")].rstrip().endswith("resume=''"), "there is no checkpoint yet"
         (root / "checkpoints" / "step_000003").mkdir(parents=True)
         os.kill(pid_of(root, "trainer"), signal.SIGKILL)

@@ -16,7 +16,6 @@ again, also by the trainer that comes next.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
@@ -37,7 +36,7 @@ from areal_like.messages.consumer import (
     VersionGranted,
 )
 from areal_like.messages.hello import Goodbye
-from areal_like.shards import Shard
+from areal_like.shards import Shard, add_up
 
 Stream = dict[str, int | list[int]]
 Ask = Callable[[Any], Awaitable[Any]]
@@ -107,14 +106,7 @@ def merge_books(books: Sequence[Books]) -> Books:
     counters |= {name: max(one[name] for one in every) for name in _SEEN_BY_ALL}
     for name, over in _MEANS.items():
         counters[name] = sum(one[name] * one[over] for one in every) / counters[over] if counters[over] else 0.0
-    return Books(tickets=_sum(one.tickets for one in books), drops=_sum(one.drops for one in books), counters=counters)
-
-
-def _sum(tables: Iterable[dict[str, int]]) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for table in tables:
-        total.update(table)
-    return dict(total)
+    return Books(tickets=add_up(one.tickets for one in books), drops=add_up(one.drops for one in books), counters=counters)
 
 
 async def _all(requests: Iterable[Awaitable[Any]]) -> list[Any]:

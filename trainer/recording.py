@@ -13,6 +13,7 @@ from pathlib import Path
 
 from areal_like.errors import ConfigError
 from areal_like.messages.consumer import Group
+from areal_like.paths import RunPaths
 from areal_like.records import Place, read_record
 
 
@@ -21,7 +22,7 @@ class Recording:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._directories = [path.parent for path in sorted(root.glob("ledger*/ledger.sqlite3"))]
+        self._directories = RunPaths(root).ledgers
         if not self._directories:
             raise ConfigError(f"{root} has no ledger: with buffer.durability=none nothing of a run can be replayed")
         self._ledgers = [
