@@ -47,6 +47,8 @@ class BufferProcess:
         self.config = config
         self.paths = RunPaths.of(config)
         save_config(config, self.paths.config)
+        for left in self.paths.endpoints.glob("buffer*.json"):  # of one that was killed
+            left.unlink()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "buffer", "--config", str(self.paths.config)],
             env=os.environ | {"PYTHONPATH": str(ROOT)},
