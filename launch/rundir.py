@@ -15,6 +15,7 @@ import fcntl
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,8 @@ def _start(config: Config, *, is_named: bool) -> OpenRun:
                 raise
             continue
         if not holds_run(paths):
+            for ledger in paths.ledgers:  # of a job that failed before its first step: its tickets are none of this one's
+                shutil.rmtree(ledger)
             return OpenRun(config=candidate, paths=paths, lock_fd=lock_fd)
         os.close(lock_fd)
         if is_named:
