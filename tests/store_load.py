@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -137,4 +138,5 @@ def _acknowledge(ticket_id: int, sample_index: int) -> object:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a load whose test has ended must end too
     asyncio.run(load(Path(sys.argv[1]), durability=sys.argv[2], num_tickets=int(sys.argv[3])))
