@@ -154,14 +154,9 @@ async def serving(config: Config, model: Path) -> AsyncIterator[Server]:
     client = await engine.start(version=0)
     if isinstance(client, SglangClient):
         in_place = InPlaceUpdate(
-            tensors=ModelTensors.of(str(model)),
-            model=str(model),
-            initial_version=0,
-            turnstile=turnstile,
-            on_quarantine=doubt,
-            on_doubt=doubt,
+            tensors=ModelTensors.of(str(model)), turnstile=turnstile, on_quarantine=lambda reason, _: doubt(reason), on_doubt=doubt
         )
-        await in_place.begin_with(client)
+        await in_place.begin_with(client, path=str(model), version=0)
     receiver = WeightReceiver(
         host="127.0.0.1", max_message_bytes=1 << 24, turnstile=turnstile, on_version=lambda _: None, on_doubt=doubt, in_place=in_place
     )

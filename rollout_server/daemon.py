@@ -131,8 +131,6 @@ class RolloutServer:
         if tensors is not None:
             self._in_place = InPlaceUpdate(
                 tensors=tensors,
-                model=model,
-                initial_version=_INITIAL_VERSION,
                 turnstile=turnstile,
                 on_quarantine=self._on_quarantine,
                 on_doubt=self._on_doubt,
@@ -147,6 +145,7 @@ class RolloutServer:
         )
         self._link = BufferLinks(
             config,
+            capacity_samples=config.rollout.max_running + config.rollout.queue_samples,
             hello=self._hello,
             waits=runtime.waits,
             on_leases=self._on_leases,
@@ -209,9 +208,10 @@ class RolloutServer:
             started_s = loop.time()
             with self._runtime.waits("engine: ready"):
                 client = await self._engine.start(version=_INITIAL_VERSION)
+                path, version = await self._load_newest(client)
                 if self._in_place is not None and isinstance(client, SglangClient):
-                    await self._in_place.begin_with(client)
-            self._on_engine(client, version=await self._load_newest(client))
+                    await self._in_place.begin_with(client, path=path, version=version)
+            self._on_engine(client, version=version)
             reason = await self._engine.died()
             await self._on_engine_lost(reason)
             num_failures = 1 if loop.time() - started_s > _HEALTHY_AFTER_S else num_failures + 1
@@ -243,19 +243,21 @@ class RolloutServer:
             else:
                 self._runtime.ready()
 
-    async def _load_newest(self, client: EngineClient) -> int:
-        """Loads the run's newest checkpoint, if it can be seen from here; the version that the engine has then."""
-        found = newest_snapshot(self._runtime.paths.checkpoints) if self._in_place is None else None
+    async def _load_newest(self, client: EngineClient) -> tuple[str, int]:
+        """Loads the run's newest checkpoint, if it can be seen from here; the directory and version that the engine has then."""
+        found = newest_snapshot(self._runtime.paths.checkpoints)
         if found is None:
-            return _INITIAL_VERSION
+            return self._model, _INITIAL_VERSION
+        timeout_s = self._runtime.config.rollout.start_timeout_s
         try:
-            timeout_s = self._runtime.config.rollout.start_timeout_s
             await client.update_weights_from_disk(str(found.path), weight_version=found.version, timeout_s=timeout_s)
         except EngineError as error:
             log.warning("%s was not loaded, the engine begins with the run's first weights: %s", found.path, error)
-            return _INITIAL_VERSION
+            if self._in_place is not None:  # half of it may be in
+                await client.update_weights_from_disk(self._model, weight_version=_INITIAL_VERSION, timeout_s=timeout_s)
+            return self._model, _INITIAL_VERSION
         log.info("%s loaded as version %d", found.path, found.version)
-        return found.version
+        return str(found.path), found.version
 
     def _on_engine(self, client: EngineClient, *, version: int) -> None:
         restarted = version == _INITIAL_VERSION and self._engine.num_starts > 1 and self._link.newest_version > _INITIAL_VERSION
@@ -279,13 +281,13 @@ class RolloutServer:
         if self._link.state is not ServerState.DRAINING:
             self._link.announce(state=ServerState.SERVING, weights_version=version)
 
-    def _on_quarantine(self, reason: str) -> None:
+    def _on_quarantine(self, reason: str, version: int) -> None:
         """The engine is about to be reloaded: what it holds is nobody's version, and no token of it may be delivered."""
         log.error("engine is quarantined: %s", reason)
         self._runner.cancel(self._link.give_back(reason="engine quarantined"))
-        self._receiver.version = _INITIAL_VERSION
+        self._receiver.version = version
         if self._link.state is not ServerState.DRAINING:
-            self._link.announce(state=ServerState.QUARANTINED, weights_version=_INITIAL_VERSION)
+            self._link.announce(state=ServerState.QUARANTINED, weights_version=version)
 
     def _on_doubt(self, reason: str) -> None:
         log.error("engine is replaced: %s", reason)

@@ -45,23 +45,22 @@ class InPlaceUpdate:
         self,
         *,
         tensors: ModelTensors,
-        model: str,
-        initial_version: int,
         turnstile: Turnstile,
-        on_quarantine: Callable[[str], None],
+        on_quarantine: Callable[[str, int], None],
         on_doubt: Callable[[str], None],
     ) -> None:
-        """`on_quarantine` is called before an engine with a partial update is reloaded from `model`; `on_doubt` when that failed too."""
+        """`on_quarantine` is called before an engine with a partial update is reloaded, with the version that it will have then;
+        `on_doubt` when that failed too."""
         self._tensors = tensors
-        self._model = model
-        self._initial_version = initial_version
         self._turnstile = turnstile
         self._on_quarantine = on_quarantine
         self._on_doubt = on_doubt
+        self._path, self._path_version = "", 0
         self._initial_digest = self._digest = ""
 
-    async def begin_with(self, engine: SglangClient) -> None:
-        """A started engine, which holds the model at `model`. Raises EngineError."""
+    async def begin_with(self, engine: SglangClient, *, path: str, version: int) -> None:
+        """A started engine, which holds the weights at `path`, called `version`. Raises EngineError."""
+        self._path, self._path_version = path, version
         self._initial_digest = self._digest = await engine.weights_checksum()
 
     async def push(
@@ -131,15 +130,15 @@ class InPlaceUpdate:
 
     async def _reload(self, engine: SglangClient) -> None:
         """Part of an update is loaded: back to what the disk holds, under its own version."""
-        self._on_quarantine("part of an update was loaded")
+        self._on_quarantine("part of an update was loaded", self._path_version)
         await engine.pause("retract")  # after `in_place`: what runs would keep the cache from being flushed
         await engine.abort()
         await self._end_session(engine)
-        await engine.update_weights_from_disk(self._model, weight_version=self._initial_version, timeout_s=_RELOAD_S)
+        await engine.update_weights_from_disk(self._path, weight_version=self._path_version, timeout_s=_RELOAD_S)
         if (digest := await engine.weights_checksum()) != self._initial_digest:
-            raise EngineError(f"after a reload from {self._model} its weights' digest is {digest}, at its start {self._initial_digest}")
+            raise EngineError(f"after a reload from {self._path} its weights' digest is {digest}, at its start {self._initial_digest}")
         self._digest = digest
-        log.warning("reloaded from %s", self._model)
+        log.warning("reloaded from %s", self._path)
 
     async def _end_session(self, engine: SglangClient) -> None:
         try:

@@ -14,6 +14,8 @@ from rollout_server.sglang_process import SglangProcess
 from tests.engine_harness import CONTEXT, VOCAB, Engine, save_model
 
 Models = tuple[Path, Path]
+START_S = 400.0
+"""Half a minute on two quiet cores."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,7 +38,7 @@ def config(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Config:
         {
             "runs_dir": str(tmp_path_factory.mktemp("runs")),
             "model": {"path": str(models[0])},
-            "rollout": {"engine": "sglang", "max_running": 16},
+            "rollout": {"engine": "sglang", "max_running": 16, "start_timeout_s": START_S},
         }
     )
 

@@ -10,7 +10,7 @@ from tests import engine_conformance as conformance
 from tests.engine_harness import Engine
 from tests.sglang.conftest import Models
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(480)
 PROMPT = conformance.PROMPT
 
 

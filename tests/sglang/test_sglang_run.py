@@ -11,19 +11,27 @@ import pytest
 
 from rollout_server.sglang_process import find_python
 from tests.launching import launcher, processes_of
+from tests.sglang.conftest import START_S
 from tests.test_launch_run import SMALL
 
-pytestmark = pytest.mark.timeout(500)
+pytestmark = pytest.mark.timeout(900)
 NUM_STEPS = 20
 
 
 def test_a_job_on_sglang_from_start_to_summary(tmp_path: Path) -> None:
     root = tmp_path / "runs" / "x"
     # Nothing is stale, so every token that is trained on was sampled by the very weights that compute its log-prob again.
-    settings = (*SMALL, "rollout.engine=sglang", f"rollout.sglang.python={find_python('')}", "max_staleness=0", "eval.interval=1000")
+    settings = (
+        *SMALL,
+        "rollout.engine=sglang",
+        f"rollout.sglang.python={find_python('')}",
+        "max_staleness=0",
+        "eval.interval=1000",
+        f"rollout.start_timeout_s={START_S}",
+    )
     try:
         with launcher(*settings, f"trainer.num_steps={NUM_STEPS}", cwd=tmp_path) as process:
-            out, err = process.communicate(timeout=450)
+            out, err = process.communicate(timeout=850)
         assert (process.returncode, err) == (0, ""), out + err
         summary = json.loads((root / "summary.json").read_text())
         rows = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]

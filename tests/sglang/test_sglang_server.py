@@ -15,12 +15,12 @@ from areal_like.messages.producer import Purpose, ReturnLeases, SampleDone, Serv
 from areal_like.trajectory import Trajectory
 from rollout_server.task_sort import SortTask
 from tests.rollout_harness import PlayedBuffer, descendants, is_alive, job, serving, wait_until
+from tests.sglang.conftest import START_S
 from tests.test_rollout_server import logprobs_under, perturbed, push
 from trainer.broadcaster import PushOutcome
 from trainer.tiny_model import build_tiny_model, character_tokenizer
 
-pytestmark = pytest.mark.timeout(400)
-START_S = 180.0
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_server_with_sglang_from_its_first_lease_to_its_last(model: Path, tmp_path: Path) -> None:
     with PlayedBuffer() as buffer:
-        rollout = {"engine": "sglang", "max_running": 16, "queue_samples": 600}
+        rollout = {"engine": "sglang", "max_running": 16, "queue_samples": 600, "start_timeout_s": START_S}
         config = job(tmp_path, port=buffer.port, model_dir=model, sampling={"max_new_tokens": 60}, rollout=rollout)
         with serving(config) as server:
             buffer.expect_beat(lambda beat: beat.state is ServerState.SERVING, timeout_s=START_S)

@@ -28,7 +28,7 @@ from tests.engine_conformance import PROMPT, TOLERANCE, until_running
 from tests.engine_harness import VOCAB, Engine, Pusher, error_of, load_model, reference_logprobs, sample, weights_of
 from tests.sglang.conftest import Models
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(480)
 
 BUCKET_BYTES = 1 << 14
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -43,20 +43,18 @@ class Plane:
     models: Models
     version: int = INITIAL
     turnstile: Turnstile = field(default_factory=Turnstile)
-    quarantined: list[str] = field(default_factory=list)
+    quarantined: list[int] = field(default_factory=list)
     doubted: list[str] = field(default_factory=list)
 
     async def start(self) -> None:
         self.update = InPlaceUpdate(
             tensors=ModelTensors.of(str(self.models[0])),
-            model=str(self.models[0]),
-            initial_version=INITIAL,
             turnstile=self.turnstile,
-            on_quarantine=self.quarantined.append,
+            on_quarantine=lambda reason, version: self.quarantined.append(version),
             on_doubt=self.doubted.append,
         )
         await self.client.update_weights_from_disk(str(self.models[0]), weight_version=INITIAL, timeout_s=60)
-        await self.update.begin_with(self.client)
+        await self.update.begin_with(self.client, path=str(self.models[0]), version=INITIAL)
 
     async def push(
         self, tensors: Mapping[str, Tensor], *, mode: str = "recompute", num_sent: int | None = None, hangs: bool = False
@@ -193,7 +191,7 @@ def test_half_an_update_is_quarantined_and_reloaded(engine: Engine, models: Mode
             await until_running(plane.client, 1)
             with pytest.raises(EngineError, match="receive"):
                 await plane.push(weights_of(models[1]), num_sent=2, mode=mode)
-            assert plane.quarantined and not plane.doubted
+            assert plane.quarantined == [INITIAL] and not plane.doubted
             interrupted = await asyncio.wait_for(running, 20)
             assert set(interrupted.versions.tolist()) == {INITIAL}
             await plane.check(load_model(models[0]), version=INITIAL)
