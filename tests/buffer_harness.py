@@ -43,14 +43,15 @@ def job(directory: Path, **overrides: Any) -> Config:
 class BufferProcess:
     """`python -m buffer`, ready to serve."""
 
-    def __init__(self, config: Config, *, wait: bool = True) -> None:
+    def __init__(self, config: Config, *settings: str, name: str = "buffer", wait: bool = True) -> None:
         self.config = config
+        self._name = name
         self.paths = RunPaths.of(config)
         save_config(config, self.paths.config)
         for left in self.paths.endpoints.glob("buffer*.json"):  # of one that was killed
             left.unlink()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "buffer", "--config", str(self.paths.config)],
+            [sys.executable, "-m", "buffer", "--config", str(self.paths.config), "--name", name, *settings],
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             stderr=subprocess.PIPE,
             text=True,
@@ -60,8 +61,8 @@ class BufferProcess:
             self._wait_ready()
 
     def _wait_ready(self) -> None:
-        deadline_s = time.monotonic() + 20
-        file = self.paths.endpoints / "buffer.json"
+        deadline_s = time.monotonic() + 60
+        file = self.paths.endpoints / f"{self._name}.json"
         while time.monotonic() < deadline_s:
             assert self.process.poll() is None, self.process.communicate()[1]
             if file.exists() and "stream" in (endpoint := json.loads(file.read_text())):

@@ -23,3 +23,14 @@ class Moody(Task):
         if example.answer == 2:
             time.sleep(3600)
         return 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checksum(Task):
+    """Sorting prompts whose reward an untrained model varies: groups with spread, and so gradients, from the first step on."""
+
+    def example(self, split: Split, index: int) -> Example:
+        return Example(prompt="".join(self.rng(split, index).choices("0123456789", k=4)) + "=", answer=None)
+
+    def reward(self, example: Example, completion: str) -> float:
+        return sum(map(ord, completion)) % 7 / 6

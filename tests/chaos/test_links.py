@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.audit import audit_run
 from tests.chaos.plant import books_of, check_books, check_groups, plant, train
 from tests.chaos.proxy import Faults
 
@@ -26,7 +27,9 @@ def run(directory: Path, *, num_steps: int, seed: int) -> None:
         assert books.tickets["trained"] == num_steps * 8
         fates = job.proxy.fates
         assert all(fates[fate] for fate in ("dropped", "duplicated", "reordered", "delayed", "cut")), fates
-        assert job.buffer.terminate() == (0, "")
+        assert job.buffer.terminate()[0] == 0
+        report = audit_run(job.buffer.paths.root)
+        assert report.is_clean, "\n".join(report.lines())
 
 
 @pytest.mark.timeout(120)

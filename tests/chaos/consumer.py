@@ -1,0 +1,30 @@
+"""Rank 0 without a model, as a process that can be stopped: `python -m tests.chaos.consumer NUM_STEPS --config FILE key=value ...`.
+
+Writes one line a step, `step ticket ticket ...`, and checks on the way that every group came whole.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from areal_like.cli import load_config
+from areal_like.process import die_with_parent
+from tests.chaos.plant import check_groups, train
+from trainer.link import BufferLink
+
+
+def main() -> None:
+    """Trains every step."""
+    num_steps, *settings = sys.argv[1:]
+    config = load_config(settings)
+    with BufferLink(config, rank=0, world_size=1, device="cpu", incarnation=time.time_ns()) as link:
+        for step in range(int(num_steps)):
+            groups = train(link, first=step, last=step + 1)
+            check_groups(groups, config, first=step, last=step + 1)
+            print(step, *(group.ticket_id for group in groups), flush=True)
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    main()

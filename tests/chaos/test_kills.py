@@ -1,0 +1,176 @@
+"""SIGKILL, SIGSTOP and SIGTERM under load: the ledger between producers with the real link and the real trainer's link."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.audit import audit_run
+from tests.buffer_harness import ROOT
+from tests.chaos.plant import Plant, books_of, check_books, check_groups, plant, train
+
+GROUPS_PER_STEP = 8
+
+
+def settings(num_steps: int, **buffer: Any) -> dict[str, Any]:
+    return {
+        "trainer": {"num_steps": num_steps, "groups_per_step": GROUPS_PER_STEP, "fetch_timeout_s": 60.0},
+        "buffer": {"lease_timeout_s": 2.0} | buffer,
+    }
+
+
+def check_audit(job: Plant, *, num_steps: int) -> None:
+    report = audit_run(job.buffer.paths.root)
+    assert report.is_clean, "\n".join(report.lines())
+    assert report.tickets["trained"] == num_steps * GROUPS_PER_STEP
+
+
+class _Training(threading.Thread):
+    """Trains beside the test; `finish` raises what went wrong."""
+
+    def __init__(self, job: Plant, *, num_steps: int) -> None:
+        super().__init__(daemon=True)
+        self._job, self._num_steps = job, num_steps
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            with self._job.trainer() as link:
+                groups = train(link, first=0, last=self._num_steps)
+                books = books_of(link)
+            check_groups(groups, self._job.config, first=0, last=self._num_steps)
+            check_books(books)
+        except BaseException as error:  # of any kind: it is the test's
+            self._error = error
+
+    def finish(self, *, timeout_s: float) -> None:
+        self.join(timeout_s)
+        assert not self.is_alive(), self._job.buffer.status()
+        if self._error is not None:
+            raise self._error
+
+
+def kill_producers(directory: Path, *, num_kills: int, num_steps: int) -> None:
+    rng = random.Random(num_kills)
+    with plant(directory, **settings(num_steps)) as job:
+        names = ["rollout-0", "rollout-1"]
+        for name in names:
+            job.produce(name, sample_s=0.03)
+        training = _Training(job, num_steps=num_steps)
+        for _ in range(num_kills):
+            time.sleep(0.3 + rng.random())
+            victim = rng.choice(names)
+            job.producers[victim].send_signal(signal.SIGKILL)
+            killed_s = time.monotonic()
+            job.producers[victim].wait()
+            job.buffer.wait_status(lambda status, name=victim: name not in [peer["name"] for peer in status["peers"]], timeout_s=20)
+            assert time.monotonic() - killed_s < 2.0 + 1.0, "its leases are late"
+            job.produce(victim, sample_s=0.03)
+        training.finish(timeout_s=60 + num_steps)
+        assert job.buffer.terminate()[0] == 0
+        check_audit(job, num_steps=num_steps)
+
+
+@pytest.mark.timeout(120)
+def test_killed_producers_cost_only_what_they_were_making(tmp_path: Path) -> None:
+    kill_producers(tmp_path, num_kills=2, num_steps=40)
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(600)
+def test_twenty_killed_producers(tmp_path: Path) -> None:
+    kill_producers(tmp_path, num_kills=20, num_steps=400)
+
+
+def kill_buffers(directory: Path, *, num_kills: int, num_steps: int, durability: str) -> None:
+    rng = random.Random(num_kills)
+    with plant(directory, **settings(num_steps, durability=durability)) as job:
+        for name in ("rollout-0", "rollout-1"):
+            job.produce(name, sample_s=0.01)
+        training = _Training(job, num_steps=num_steps)
+        for _ in range(num_kills):
+            time.sleep(0.5 + 1.5 * rng.random())
+            job.restart_buffer()
+        training.finish(timeout_s=60 + num_steps)
+        assert job.buffer.terminate()[0] == 0
+        check_audit(job, num_steps=num_steps)
+
+
+@pytest.mark.timeout(120)
+def test_a_killed_buffer_is_gone_on_with_by_everybody(tmp_path: Path) -> None:
+    kill_buffers(tmp_path, num_kills=2, num_steps=40, durability="process_crash")
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("durability", ["process_crash", "power_loss"])
+def test_twenty_killed_buffers(tmp_path: Path, durability: str) -> None:
+    kill_buffers(tmp_path, num_kills=20, num_steps=500, durability=durability)
+
+
+def stop_trainer(directory: Path, *, stopped_s: float) -> None:
+    num_steps = 60
+    with plant(directory, **settings(num_steps, cache_bytes=1 << 20)) as job:
+        for name in ("rollout-0", "rollout-1"):
+            job.produce(name, num_tokens=4096)
+        command = [sys.executable, "-m", "tests.chaos.consumer", str(num_steps), "--config", str(job.buffer.paths.config)]
+        consumer = subprocess.Popen([*command, f"buffer.port={job.proxy.port}"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        try:
+            job.buffer.wait_status(lambda status: status["step"] >= 5, timeout_s=30)
+            consumer.send_signal(signal.SIGSTOP)
+            # What the bound admits is made, and then everybody waits.
+            job.buffer.wait_status(lambda status: not status["tickets"]["leased"] and not status["tickets"]["queued"], timeout_s=30)
+            before, rss_bytes = job.buffer.status()["tickets"], job.buffer.rss_bytes()
+            time.sleep(stopped_s)
+            assert job.buffer.rss_bytes() < 1.05 * rss_bytes
+            assert job.buffer.status()["tickets"] == before
+            consumer.send_signal(signal.SIGCONT)
+            lines = consumer.communicate(timeout=90)[0].splitlines()
+        finally:
+            consumer.kill()
+            consumer.wait()
+        assert consumer.returncode == 0 and len(lines) == num_steps
+        tickets = [ticket for line in lines for ticket in line.split()[1:]]
+        assert len(set(tickets)) == len(tickets) == num_steps * GROUPS_PER_STEP
+        assert job.buffer.status()["tickets"]["dropped"] == 0
+        assert job.buffer.terminate()[0] == 0
+        check_audit(job, num_steps=num_steps)
+
+
+@pytest.mark.timeout(180)
+def test_a_stopped_trainer_stops_the_producers_and_nothing_grows(tmp_path: Path) -> None:
+    stop_trainer(tmp_path, stopped_s=3.0)
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(300)
+def test_a_trainer_stopped_for_a_minute(tmp_path: Path) -> None:
+    stop_trainer(tmp_path, stopped_s=60.0)
+
+
+@pytest.mark.timeout(90)
+def test_a_buffer_that_drains_under_load_is_unready_at_once_and_leaves_clean_books(tmp_path: Path) -> None:
+    with plant(tmp_path, **settings(1000)) as job:
+        producers = [job.produce(name) for name in ("rollout-0", "rollout-1")]
+        with job.trainer() as link:
+            train(link, first=0, last=10)
+            asked_s = time.monotonic()
+            job.buffer.process.send_signal(signal.SIGTERM)
+            with pytest.raises(OSError):  # 503, or nobody there any more
+                while time.monotonic() < asked_s + 1.0:
+                    job.buffer.get("/readyz")
+        assert job.buffer.process.wait(timeout=30) == 0
+        assert time.monotonic() - asked_s < 30
+        assert audit_run(job.buffer.paths.root).is_clean
+        for producer in producers:
+            producer.terminate()
+            assert producer.wait(timeout=30) == 0
