@@ -43,6 +43,7 @@ from areal_like.errors import RefusedError, StaleIncarnationError
 from areal_like.messages.consumer import EvalResult, Group
 from areal_like.messages.producer import Lease, Purpose, SampleDone, SampleFailed, ServerHeartbeat
 from areal_like.trajectory import FinishReason, Trajectory
+from buffer.admission import Admission
 from buffer.bounds import LagBound
 from buffer.curricula import Curriculum
 from buffer.evaluations import EvalRound
@@ -80,7 +81,8 @@ class Ledger:
             num_steps=settings.num_steps,
             wait_for_overdue=settings.overdue == "wait",
         )
-        self.steps = Steps(store, groups_per_step=settings.groups_per_step)
+        self.admission = Admission(settings, register=self.register, recorder=self.recorder, bound=self.bound)
+        self.steps = Steps(store, self.register, self.statistics, groups_per_step=settings.groups_per_step)
         self.incarnations: dict[str, int] = {}
         """Newest incarnation of every peer that ever registered, by name."""
         self.trainer_incarnation = 0
@@ -95,9 +97,6 @@ class Ledger:
         self.last_rejection = ""
         """Why the last rejected group was; empty while none was."""
         self.drops: Counter[Drop] = Counter()
-        self._queue: list[tuple[bool, int]] = []
-        """Heap of train tickets with unleased samples: those that have begun first (they have deadlines), the oldest first. An entry that
-        no longer says what is so is skipped."""
         self._evals: dict[int, EvalRound] = {}
         self._aborts: dict[str, list[int]] = {}
         self._num_failures_in_row = 0
@@ -191,7 +190,7 @@ class Ledger:
             raise RefusedError(
                 "step", f"{step} cannot be complete: {self.trainer_step} is in training, {self.recorder.num_full_steps} being recorded"
             )
-        self._count_steps(step + 1)
+        self.steps.count_to(step + 1)
         self.steps.done()
         self._settle()
 
@@ -204,7 +203,7 @@ class Ledger:
         if step >= self.trainer_step:
             raise RefusedError("step", f"{step} cannot be committed: only {self.trainer_step} steps are complete")
         if step > self.committed_step:
-            self._commit_to(step)
+            self.steps.commit_to(step)
         keep_from = oldest_kept_step if self.settings.durable else self.committed_step + 1
         for ticket in self.steps.keep_from(min(keep_from, self.committed_step + 1)):
             self.store.release(ticket)
@@ -221,7 +220,7 @@ class Ledger:
         for step in list(self.steps.attempts) if len(own) < len(ticket_ids) else ():
             self.steps.forget_attempts(step)
         for ticket in tickets:
-            self._uncount_steps(ticket.step)
+            self.steps.uncount_from(ticket.step)
             self.steps.take_out(ticket)
             self.steps.forget_attempts(ticket.step)
             self.recorder.vacate((ticket.step, ticket.position))
@@ -390,7 +389,7 @@ class Ledger:
             self._add_ready(ticket)
         elif ticket.state is not State.BATCHED:
             if ticket.unleased:
-                heapq.heappush(self._queue, (ticket.floor is None, ticket.ticket_id))
+                self.admission.wait(ticket)
             self._track(ticket)
 
     def settle_recovered(self) -> None:
@@ -403,71 +402,30 @@ class Ledger:
         aborts, self._aborts = self._aborts, {}
         return aborts
 
-    # --- admission ---
-
-    def _spent(self) -> int:
-        """Groups of the whole run that are recorded, ready or running."""
-        return self.recorder.num_recorded + self.register.count(Purpose.TRAIN, State.QUEUED, State.LEASED, State.READY)
-
-    def _budget(self, weights_step: int, *, max_staleness: int | None = None) -> int:
-        """Groups that may be spent by a server with weights of this step: all of them fit into steps within its bound and the run.
-
-        `max_staleness`: of a ticket that was issued before; None: of a new one.
-        """
-        max_staleness = self.bound.max_staleness if max_staleness is None else max_staleness
-        deadline = self.bound.deadline(weights_step, max_staleness=max_staleness)
-        return min(deadline + 1, self.settings.num_steps) * self.settings.groups_per_step
+    # --- leases ---
 
     @property
-    def _may_issue(self) -> bool:
+    def _is_open(self) -> bool:
         return not self.closed_because and self.prompts.num_prompts > 0
 
     def _has_work(self) -> bool:
-        """Cheap test before servers are looked at. No weights are newer than the open step, so its budget bounds that of every server."""
-        has_budget = self._may_issue and self._spent() < self._budget(self.recorder.step)
-        has_returned = bool(self._queue) and not self.closed_because
-        return has_budget or has_returned or any(round_.queue for round_ in self._evals.values())
+        return (self._is_open and self.admission.has_work()) or any(round_.queue for round_ in self._evals.values())
 
     def _next_for(self, server: Server, weights_step: int) -> Ticket | None:
         """The ticket that this server may take now, if any."""
         for round_ in self._evals.values():
             if round_.queue and server.weights_version >= round_.min_version:
                 return self.register.live[round_.queue.popleft()]
-        while self._queue and not self._is_queued(*self._queue[0]):
-            heapq.heappop(self._queue)
-        if self.closed_because:
-            return None
-        if self._queue:
-            begins, ticket_id = self._queue[0]
-            ticket = self.register.live[ticket_id]
-            # The deadline of one that begins is set now, as if it were new.
-            max_staleness = self.bound.max_staleness if begins else ticket.max_staleness
-            # Others that have not begun get their deadlines later, each in its turn. If they counted, then after the bound was
-            # lowered they could forbid one another for ever.
-            num_with_deadline = self._spent() - self.recorder.num_without_deadline + begins
-            lowers_floor = ticket.floor is None or weights_step < ticket.floor
-            exceeds_budget = lowers_floor and num_with_deadline > self._budget(weights_step, max_staleness=max_staleness)
-            # A new one would take the oldest ticket's budget, and on a small server its slots.
-            if exceeds_budget or not server.can_take(len(ticket.unleased)):
-                return None
-            heapq.heappop(self._queue)
-            ticket.max_staleness = max_staleness
-            return ticket
-        num_samples = self.settings.group_size + self.settings.num_greedy
-        if not self._may_issue or self._spent() >= self._budget(weights_step) or not server.can_take(num_samples):
-            return None
-        prompt = self._next_prompt()
+        return self.admission.next_for(server, weights_step, issue=self._issue) if self._is_open else None
+
+    def _issue(self) -> Ticket:
         return self.register.issue(
             Purpose.TRAIN,
-            prompt,
-            num_samples=num_samples,
+            self._next_prompt(),
+            num_samples=self.settings.group_size + self.settings.num_greedy,
             num_greedy=self.settings.num_greedy,
             max_staleness=self.bound.max_staleness,
         )
-
-    def _is_queued(self, begins: bool, ticket_id: int) -> bool:
-        ticket = self.register.live.get(ticket_id)
-        return ticket is not None and bool(ticket.unleased) and begins == (ticket.floor is None)
 
     def _lease(self, ticket: Ticket, server: Server, weights_step: int, *, now_s: float) -> Lease:
         lease = self.book.grant(server, ticket, weights_step=weights_step, now_s=now_s)
@@ -548,7 +506,7 @@ class Ledger:
         if sample_indices and ticket.purpose is Purpose.EVAL:
             self._evals[ticket.eval_id].queue.appendleft(ticket.ticket_id)
         elif sample_indices:
-            heapq.heappush(self._queue, (ticket.floor is None, ticket.ticket_id))
+            self.admission.wait(ticket)
         ticket.unleased.update(sample_indices)
         state = State.LEASED if ticket.leases else State.QUEUED
         if ticket.state is not state:
@@ -688,14 +646,8 @@ class Ledger:
 
     def _come_back(self, step: int, incarnation: int, *, unix_s: float) -> None:
         """From where the ledger stands to where the trainer's checkpoint is, forth or back."""
-        self._count_steps(step)
-        if step - 1 >= self.committed_step:
-            self._commit_to(step - 1)
-        else:
-            for ticket in self.steps.from_on(step):
-                if ticket.state is State.TRAINED:
-                    self.register.move(ticket, State.BATCHED)
-            self.steps.commit_to(step - 1)
+        self.steps.count_to(step)
+        self.steps.commit_to(step - 1)
         undone = [ticket for ticket in self.steps.from_on(step) if ticket.step < self.trainer_step]
         if self.versions.abandon(after_step=step, trainer_incarnation=incarnation) or undone:
             self.store.put_rollback(
@@ -727,14 +679,9 @@ class Ledger:
             self._drop(ticket, Drop.CANCELLED)
         self._evals.clear()
 
-    def _commit_to(self, step: int) -> None:
-        for ticket in self.steps.of(*range(self.committed_step + 1, step + 1)):
-            self.register.move(ticket, State.TRAINED)
-        self.steps.commit_to(step)
-
     def _cancel_from(self, step: int) -> None:
         """Drops every train ticket that no step before this one holds."""
-        self._uncount_steps(step)
+        self.steps.uncount_from(step)
         for ticket in list(self.register.live.values()):
             if ticket.purpose is Purpose.TRAIN and (ticket.state is not State.BATCHED or ticket.step >= step):
                 if ticket.state is State.BATCHED:
@@ -788,18 +735,6 @@ class Ledger:
     def _open(self) -> None:
         self.closed_because = ""
         self.store.put_mark("is_open", 1)
-
-    def _count_steps(self, step: int) -> None:
-        """Books what was learned up to `step`, once, however often a resumed trainer repeats it."""
-        for ticket in self.steps.of(*self.steps.count_to(step)):
-            for sample in ticket.learned_from:
-                self.statistics.trained(sample, step=ticket.step)
-
-    def _uncount_steps(self, step: int) -> None:
-        """Takes that back for `step` and later ones: they will be trained on other groups."""
-        for ticket in self.steps.of(*self.steps.uncount_from(step)):
-            for sample in ticket.learned_from:
-                self.statistics.untrained(sample, step=ticket.step)
 
 
 def _mixed_versions(ticket: Ticket) -> str:

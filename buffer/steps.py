@@ -10,8 +10,10 @@ has finished the steps before) is kept until the step is complete: data that cra
 
 from __future__ import annotations
 
+from buffer.register import Register
+from buffer.statistics import StreamStatistics
 from buffer.store import Store
-from buffer.tickets import Ticket
+from buffer.tickets import State, Ticket
 
 MAX_STARTS = 3
 """Trainers that one step may cost. The next is refused, with the names of the step's tickets."""
@@ -20,8 +22,10 @@ MAX_STARTS = 3
 class Steps:
     """Steps are absolute: a run that goes on after K steps begins at step K."""
 
-    def __init__(self, store: Store, *, groups_per_step: int) -> None:
+    def __init__(self, store: Store, register: Register, statistics: StreamStatistics, *, groups_per_step: int) -> None:
         self._store = store
+        self._register = register
+        self._statistics = statistics
         self._groups_per_step = groups_per_step
         self.current = 0
         """Optimizer steps that the trainer has completed: the index of the one it works on."""
@@ -89,7 +93,11 @@ class Steps:
         self.move_to(self.current + 1)
 
     def commit_to(self, step: int) -> None:
-        """A durable checkpoint contains this step and no later one."""
+        """A durable checkpoint contains this step and no later one: tickets up to it are TRAINED, and those after it are not."""
+        for ticket in self.of(*range(self.committed + 1, step + 1)):
+            self._register.move(ticket, State.TRAINED)
+        for ticket in self.of(*range(step + 1, self.committed + 1)):
+            self._register.move(ticket, State.BATCHED)
         self.committed = step
         self._store.put_mark("committed_step", step)
 
@@ -102,21 +110,25 @@ class Steps:
         self._store.put_mark("oldest_kept_step", self.first_kept)
         return released
 
-    def count_to(self, step: int) -> range:
-        """Steps up to `step` are complete; returns those that were not counted yet."""
-        new = range(self.num_counted, step)
-        if new:
-            self.num_counted = step
-            self._store.put_mark("num_steps_counted", step)
-        return new
+    def count_to(self, step: int) -> None:
+        """Steps before `step` are complete: books what was learned in them, once, however often a trainer repeats them."""
+        if step > self.num_counted:
+            for ticket in self.of(*range(self.num_counted, step)):
+                for sample in ticket.learned_from:
+                    self._statistics.trained(sample, step=ticket.step)
+            self._set_counted(step)
 
-    def uncount_from(self, step: int) -> range:
-        """Steps from `step` on will have other groups; returns those that were counted."""
-        counted = range(step, self.num_counted)
-        if counted:
-            self.num_counted = step
-            self._store.put_mark("num_steps_counted", step)
-        return counted
+    def uncount_from(self, step: int) -> None:
+        """Steps from `step` on will be done again, and not with the same groups: takes that back."""
+        if step < self.num_counted:
+            for ticket in self.of(*range(step, self.num_counted)):
+                for sample in ticket.learned_from:
+                    self._statistics.untrained(sample, step=ticket.step)
+            self._set_counted(step)
+
+    def _set_counted(self, step: int) -> None:
+        self.num_counted = step
+        self._store.put_mark("num_steps_counted", step)
 
     def served(self, step: int, position: int) -> None:
         """The trainer was given this group."""

@@ -377,7 +377,7 @@ def observed(ledger: Ledger) -> dict[str, object]:
         "recorder": (ledger.recorder.step, ledger.recorder.position, ledger.recorder._holes, ledger.recorder._ready),
         "deadlines": (ledger.recorder._tracked, +ledger.recorder._num_due),
         "ready": sorted(entry for entry in set(ledger.recorder._heap) if entry[1] in ledger.recorder._ready),
-        "queue": sorted(entry for entry in set(ledger._queue) if ledger._is_queued(*entry)),
+        "waiting": ledger.admission.waiting,
         "counters": ledger.statistics.counters(),
     }
 
