@@ -109,7 +109,7 @@ def test_a_trainer_killed_at_each_point_ends_with_the_weights_of_an_unbroken_run
 
 
 def test_a_killed_buffer_costs_a_pause_and_ranks_come_and_go(tmp_path: Path, root: Path, cache: dict[str, str]) -> None:
-    settings = (*SMALL, "trainer.num_steps=100000", "trainer.checkpoint_interval=5", "rollout.num_servers=2")
+    settings = (*SMALL, "trainer.num_steps=100000", "trainer.checkpoint_interval=5", "rollout.num_servers=2", "daemon.drain_timeout_s=120")
     with launcher(*settings, cwd=tmp_path, environment=cache) as process:
         wait_until(lambda: num_steps_done(root) > 5, timeout_s=90, what="training")
         others = [pid_of(root, part) for part in ("-m trainer ", "rollout-0", "rollout-1")]
