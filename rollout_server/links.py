@@ -28,15 +28,15 @@ class BufferLinks:
         self,
         config: Config,
         *,
+        capacity_samples: int,
         hello: Callable[[], Hello],
         waits: WaitBook,
         on_leases: Callable[[list[Lease]], None],
         on_abort: Callable[[list[int]], None],
     ) -> None:
-        """As `BufferLink`."""
+        """`capacity_samples`: room of the whole server. The others are as of `BufferLink`."""
         self._count = config.buffer.num_shards
-        capacity = config.rollout.max_running + config.rollout.queue_samples
-        self._desks = [LeaseDesk(capacity_samples=shard.share(capacity)) for shard in all_shards(self._count)]
+        self._desks = [LeaseDesk(capacity_samples=shard.share(capacity_samples)) for shard in all_shards(self._count)]
         self._links = [
             BufferLink(config, shard, hello=hello, desk=desk, waits=waits, on_leases=on_leases, on_abort=on_abort)
             for shard, desk in zip(all_shards(self._count), self._desks, strict=True)
@@ -54,8 +54,8 @@ class BufferLinks:
 
     @property
     def newest_version(self) -> int:
-        """Newest version that any buffer knows of, as far as we heard."""
-        return max(link.newest_version for link in self._links)
+        """Newest version that all buffers know of, as far as we heard."""
+        return min(link.newest_version for link in self._links)
 
     @property
     def num_refused(self) -> dict[str, int]:

@@ -25,8 +25,7 @@ from areal_like.paths import model_path
 from areal_like.process import die_with_parent
 from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
 from rollout_server import link as link_module
-from rollout_server.leases import LeaseDesk
-from rollout_server.link import BufferLink
+from rollout_server.links import BufferLinks
 
 RESEND_AFTER_S = 0.5
 
@@ -60,6 +59,7 @@ class Producer:
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
         self._loop.add_signal_handler(signal.SIGTERM, self._stopping.set)
+        self._version = 0
         incarnation = time.time_ns()
 
         def hello() -> Hello:
@@ -72,17 +72,17 @@ class Producer:
                 tokenizer=tokenizer_fingerprint(model_path(config)),
                 dataset=dataset_fingerprint(config),
                 http_address="",
-                weights_version=self._link.weights_version,
+                weights_version=self._version,
                 num_train_prompts=1_000_000,
                 num_eval_prompts=64,
             )
 
         link_module._RESEND_AFTER_S = RESEND_AFTER_S
         link_module._HELLO_TIMEOUT_S = 1.0
-        self._link = BufferLink(
+        self._link = BufferLinks(
             config,
+            capacity_samples=capacity,
             hello=hello,
-            desk=LeaseDesk(capacity_samples=capacity),
             waits=WaitBook(),
             on_leases=self._take,
             on_abort=lambda leases: None,
@@ -93,8 +93,9 @@ class Producer:
         self._link.announce(state=ServerState.SERVING)
         serving = asyncio.create_task(self._link.run())
         while not self._stopping.is_set() and not serving.done():
-            if self._link.newest_version > self._link.weights_version:
-                self._link.announce(weights_version=self._link.newest_version)
+            if self._link.newest_version > self._version:
+                self._version = self._link.newest_version
+                self._link.announce(weights_version=self._version)
             await asyncio.sleep(0.02)
         serving.cancel()
         if self._stopping.is_set():
@@ -107,7 +108,7 @@ class Producer:
                 self._loop.call_later(self._sample_s * (1 + (lease.ticket_id + index) % 4), self._finish, lease, index)
 
     def _finish(self, lease: Lease, index: int) -> None:
-        trajectory = invented(lease.ticket_id, index, num_tokens=self._num_tokens, version=self._link.weights_version)
+        trajectory = invented(lease.ticket_id, index, num_tokens=self._num_tokens, version=self._version)
         self._link.deliver(SampleDone(lease_id=lease.lease_id, ticket_id=lease.ticket_id, sample_index=index, trajectory=trajectory))
 
 
