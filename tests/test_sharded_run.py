@@ -81,7 +81,7 @@ def plant(tmp_path: Path) -> Iterator[ShardedPlant]:
 
 
 def test_a_dead_shard_stalls_the_step_the_other_fills_its_own_places_and_nothing_is_lost(plant: ShardedPlant) -> None:
-    with plant.trainer() as link, ThreadPoolExecutor(max_workers=1) as training:
+    with ThreadPoolExecutor(max_workers=1) as training, plant.trainer() as link:
         groups = train(link, first=0, last=3)
         plant.kill(1)
         rest = training.submit(train, link, first=3, last=NUM_STEPS)
