@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,15 +119,23 @@ def test_twenty_killed_buffers(tmp_path: Path, durability: str) -> None:
     kill_buffers(tmp_path, num_kills=20, num_steps=500, durability=durability)
 
 
+@contextlib.contextmanager
+def _killed_at_the_end(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 def stop_trainer(directory: Path, *, stopped_s: float) -> None:
     num_steps = 60
     with plant(directory, **settings(num_steps, cache_bytes=1 << 20)) as job:
         for name in ("rollout-0", "rollout-1"):
-            job.produce(name, num_tokens=4096)
+            job.produce(name, num_tokens=2048)
         command = [sys.executable, "-m", "tests.chaos.consumer", str(num_steps), "--config", str(job.buffer.paths.config)]
-        consumer = subprocess.Popen([*command, f"buffer.port={job.proxy.port}"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        try:
-            job.buffer.wait_status(lambda status: status["step"] >= 5, timeout_s=30)
+        with _killed_at_the_end([*command, f"buffer.port={job.buffer.address.rpartition(':')[2]}"]) as consumer:
+            job.buffer.wait_status(lambda status: status["step"] >= 5, timeout_s=60)
             consumer.send_signal(signal.SIGSTOP)
             # What the bound admits is made, and then everybody waits.
             job.buffer.wait_status(lambda status: not status["tickets"]["leased"] and not status["tickets"]["queued"], timeout_s=30)
@@ -135,9 +145,6 @@ def stop_trainer(directory: Path, *, stopped_s: float) -> None:
             assert job.buffer.status()["tickets"] == before
             consumer.send_signal(signal.SIGCONT)
             lines = consumer.communicate(timeout=90)[0].splitlines()
-        finally:
-            consumer.kill()
-            consumer.wait()
         assert consumer.returncode == 0 and len(lines) == num_steps
         tickets = [ticket for line in lines for ticket in line.split()[1:]]
         assert len(set(tickets)) == len(tickets) == num_steps * GROUPS_PER_STEP
