@@ -83,6 +83,7 @@ def plant(tmp_path: Path) -> Iterator[ShardedPlant]:
 def test_a_dead_shard_stalls_the_step_the_other_fills_its_own_places_and_nothing_is_lost(plant: ShardedPlant) -> None:
     with ThreadPoolExecutor(max_workers=1) as training, plant.trainer() as link:
         groups = train(link, first=0, last=3)
+        plant.buffers[0].wait_status(lambda seen: [peer.get("weights_version") for peer in seen["peers"]].count(3) == 2)
         plant.kill(1)
         rest = training.submit(train, link, first=3, last=NUM_STEPS)
         # Recording goes one step ahead of the trainer, and generation as far as the bound: with its own three places a step.
