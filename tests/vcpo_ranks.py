@@ -15,7 +15,7 @@ from tests.trainer_helpers import random_groups
 from tests.trainer_ranks import SHARES, last_gradient, main
 from trainer.advantages import Grpo
 from trainer.normalizers import Normalizer
-from trainer.objectives import OBJECTIVES
+from trainer.objectives import build_objective
 from trainer.optimizer import ShardedAdamW
 from trainer.policy import Policy
 from trainer.ranks import Ranks
@@ -25,7 +25,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     f"{norms}-{baseline}": {"norms": norms, "baseline": baseline}
     for norms in ("ghost", "exact", "proxy")
     for baseline in ("group", "batch")
-} | {"ghost-others": {"leave_one_out": True}, "none": {"baseline": "none"}}
+} | {
+    "ghost-others": {"leave_one_out": True},
+    "none": {"baseline": "none"},
+    "ghost-masks": {"masks": [{"name": "opsm"}, {"name": "band", "level": "token", "low": 0.8, "high": 1.2, "denominator": "kept"}]},
+    "proxy-batch-masks": {"norms": "proxy", "baseline": "batch", "masks": [{"name": "band", "low": 0.9, "high": 1.1}]},
+}
 
 
 def shares_of(variant: str) -> dict[str, list[int]]:
@@ -41,15 +46,16 @@ def make_runner(
     compute: str = "float32",
     budget_tokens: int = 60,
     checkpointing: bool = False,
+    lr: float = 0.0,
     **settings: Any,
 ) -> StepRunner:
-    """VCPO with these settings; Adam's first moment is the gradient, and weights stay as they are."""
+    """VCPO with these settings (`masks` among them); Adam's first moment is the gradient, and weights stay as they are but for `lr`."""
     policy = Policy.load(path, chunk_tokens=16, gradient_checkpointing=checkpointing, master_dtype=dtype).shard(ranks, dtype=compute)
     return StepRunner(
         policy,
-        ShardedAdamW(policy, ranks, lr=0.0, betas=(0.0, 0.9), max_grad_norm=0.0),
+        ShardedAdamW(policy, ranks, lr=lr, betas=(0.0, 0.9), max_grad_norm=0.0),
         ranks,
-        objective=OBJECTIVES.build({"name": "vcpo", **settings}),
+        objective=build_objective({"name": "vcpo", **settings}),
         advantage=Grpo(),
         normalizer=Normalizer(name="token_mean", max_tokens=10),
         budget_tokens=budget_tokens,

@@ -88,6 +88,10 @@ class SampledTokens:
     """For Need.REF."""
     collision_S: Tensor | None = None
     """For Need.COLLISION; detached."""
+    kept_S: Tensor | None = None
+    """bool: tokens whose loss masks will leave standing, for an objective that weighs its own gradient. None: all."""
+    counted_S: Tensor | None = None
+    """bool: tokens that masks leave in the normaliser. None: all."""
 
     def sum_N(self, value_S: Tensor) -> Tensor:
         """Sum over each sequence's sampled tokens."""

@@ -12,8 +12,8 @@ expectation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,6 +101,7 @@ class Composed(Objective):
 
     def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
         """The objective's losses and the terms, of the tokens that every mask keeps."""
+        batch = self._masked(batch, facts, [*enumerate(self.masks)])
         bare = self.inner.losses(batch, _part(facts, ""))
         loss_S, counted_S, means = bare.loss_S, bare.counted_S, dict(bare.means)
         if self.kl is not None:
@@ -110,20 +111,20 @@ class Composed(Objective):
             means["kl_ref"] = kl_S
         if self.entropy_coef:
             loss_S = loss_S - self.entropy_coef * batch.entropy_S
-        if self.masks:
-            kept_S = torch.ones_like(batch.segment_S, dtype=torch.bool)
-            for index, mask in enumerate(self.masks):
-                mask_S = mask.kept_S(batch, _part(facts, f"{index}/"))
-                kept_S = kept_S & mask_S
-                if mask.denominator == "kept":
-                    counted_S = mask_S if counted_S is None else counted_S & mask_S
-            loss_S = torch.where(kept_S, loss_S, 0.0)
-            means["kept_fraction"] = kept_S & means.get("kept_fraction", kept_S).bool()
+        if batch.kept_S is not None:
+            loss_S = torch.where(batch.kept_S, loss_S, 0.0)
+            means["kept_fraction"] = batch.kept_S & means.get("kept_fraction", batch.kept_S).bool()
+        if batch.counted_S is not None:
+            counted_S = batch.counted_S if counted_S is None else counted_S & batch.counted_S
         return TokenLosses(loss_S=loss_S, counted_S=counted_S, means=means)
 
     def observe(self, batch: SampledTokens) -> dict[str, Tensor]:
-        """What each part observes; a mask's names begin with its place in the list."""
-        observed = self.inner.observe(batch)
+        """What each part observes; a mask's names begin with its place in the list.
+
+        What a mask of scope BATCH will drop is not known yet: to the objective it is still there.
+        """
+        known = [(index, mask) for index, mask in enumerate(self.masks) if mask.scope is Scope.GROUP]
+        observed = self.inner.observe(self._masked(batch, {}, known))
         for index, mask in enumerate(self.masks):
             observed |= {f"{index}/{name}": vector for name, vector in mask.observe(batch).items()}
         return observed
@@ -136,6 +137,16 @@ class Composed(Objective):
             if theirs := _part(observed, f"{index}/"):
                 facts |= {f"{index}/{name}": fact for name, fact in mask.summarize(theirs).items()}
         return facts
+
+    def _masked(self, batch: SampledTokens, facts: Facts, masks: Sequence[tuple[int, Mask]]) -> SampledTokens:
+        """The batch that knows what these masks, with their places in the list, leave of it."""
+        kept_S, counted_S = batch.kept_S, batch.counted_S
+        for index, mask in masks:
+            mask_S = mask.kept_S(batch, _part(facts, f"{index}/"))
+            kept_S = mask_S if kept_S is None else kept_S & mask_S
+            if mask.denominator == "kept":
+                counted_S = mask_S if counted_S is None else counted_S & mask_S
+        return replace(batch, kept_S=kept_S, counted_S=counted_S)
 
     def lr_scale(self, facts: Facts) -> float:
         """The objective's."""

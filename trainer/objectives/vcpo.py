@@ -8,7 +8,7 @@
 b* commutes with what an advantage does to a group's rewards: with A = (R - mean) / std it is the b* of the rewards less their mean, over
 std, and A - b* is the paper's (R - b*) / std. So the configured advantage is the scale (`grpo` divides by the population standard
 deviation, `dr_grpo` by nothing) and a group without spread stays exactly zero. m_i is taken from the gradient that is used, so that
-truncation, and the normaliser's 1/L_i, are in it whatever they are. A per-token advantage counts by its mean over the sequence.
+truncation, masks and the normaliser's 1/L_i are in it whatever they are. A per-token advantage counts by its mean over the sequence.
 
 A step size above rho_ref is not raised. Adam hides a gradient's scale but not the learning rate's, which is why it is that.
 
@@ -165,8 +165,10 @@ class Vcpo(Objective):
     def _proxy_squares(self, batch: SampledTokens) -> Tensor:
         """[N] float64: ||grad||^2 with respect to the logits, `1 - 2 pi_t + sum_v pi_v^2` a token, times w^2 (and 1 / L^2)."""
         assert batch.collision_S is not None
-        squares_N = batch.sum_N(1 - 2 * batch.pi_S.detach().exp() + batch.collision_S).double()
+        squares_S = 1 - 2 * batch.pi_S.detach().exp() + batch.collision_S
+        squares_N = batch.sum_N(squares_S if batch.kept_S is None else squares_S * batch.kept_S).double()
         scale_N = self._weights(batch).double()
         if self.normalizer == "seq_mean_token_mean":
-            scale_N = scale_N / batch.length_N.clamp(min=1).double()
+            counted_N = batch.length_N if batch.counted_S is None else batch.sum_N(batch.counted_S.to(batch.length_N))
+            scale_N = scale_N / counted_N.clamp(min=1).double()
         return squares_N * scale_N.square()
