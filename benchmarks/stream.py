@@ -1,0 +1,230 @@
+"""Trajectories a second from producers that want an acknowledgement, through a buffer, to a trainer, against what else one could use.
+
+One run on one machine: 1,024-token trajectories (13.3 kB of arrays), 8 producers in two processes with a window of 32 each, one consumer,
+at most 8,192 trajectories between them (`stream_peers/load.py`). The score is the smaller of what was acknowledged and what was consumed a
+second.
+
+    row               acknowledged means                          how
+    ours              power_loss | process_crash | none           python -m buffer, everything that a run does to the ledger
+    redis             appendfsync always | no                     Redis Streams, pipelined XADD, one consumer group (7.0, Debian)
+    ray queue         in the memory of an actor                   ray.util.queue, one at a time | a window at a time
+    transfer queue    in the memory of two actors                 TransferQueue's client, a window at a time
+    bare zmq          forwarded                                   the same sockets and messages with nothing behind them: the ceiling
+
+Flushes are those of the disk under --scratch while it counted (/sys/dev/block/*/stat), so that group commits can be compared. `half load`
+paces the producers at half of the rate that was reached and reports when acknowledgements came. `cost` is the CPU time that one sample's
+insert and read take in a ledger that already holds so many tickets; `server_cpu_us` the server's CPU time for one trajectory, in and out.
+
+    pip install --target DIR hiredis ray TransferQueue tensordict    (for the peers; without --peers only ours and bare zmq are run)
+    python -m benchmarks.stream [--seconds 8] [--peers DIR] [--scratch DIR] [--only ours,redis]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.report import ROOT, table, write
+from benchmarks.stream_peers import bare_zmq, ledger_cost, ours
+from benchmarks.stream_peers.load import NUM_PROCESSES, WARM_UP_S, Plan, Served
+
+RAY_MODES = {"queue": "ray queue, one at a time", "queue_batch": "ray queue, a window at a time", "transfer_queue": "transfer queue"}
+NUM_TICKETS = (1_000, 10_000, 100_000, 1_000_000)
+"""Ages of the ledger at which `cost` is measured."""
+
+
+def measure(module: str, served: Served, plan: Plan, *, seconds: float, environment: dict[str, str]) -> dict[str, Any]:
+    """Runs producers and consumer as processes; returns what they saw, and what it cost the server."""
+    plans = [dataclasses.replace(plan, role="producers", index=index) for index in range(NUM_PROCESSES)]
+    plans.append(dataclasses.replace(plan, role="consumer"))
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    workers = [subprocess.Popen([sys.executable, "-m", module, each.dumps()], cwd=ROOT, env=environment, **pipes) for each in plans]
+    try:
+        for worker in workers:
+            assert worker.stdout.readline() == "ready\n", module
+        begin_s = time.monotonic() + WARM_UP_S
+        for worker in workers:
+            worker.stdin.write(f"{begin_s} {begin_s + seconds}\n")
+            worker.stdin.flush()
+        time.sleep(max(0.0, begin_s - time.monotonic()))
+        before_s = served.cpu_s
+        time.sleep(seconds)
+        used_s = served.cpu_s - before_s
+        found = summary([json.loads(worker.communicate(timeout=60)[0]) for worker in workers], seconds=seconds)
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    return found | {"server_cpu_us": round(1e6 * used_s / max(1, found["per_s"] * seconds), 1)}
+
+
+def summary(tallies: list[dict[str, Any]], *, seconds: float) -> dict[str, Any]:
+    """Rates and latencies over all processes."""
+    latencies_ms = np.concatenate([tally["latencies_ms"] for tally in tallies])
+    acked, consumed = sum(tally["num_acked"] for tally in tallies), sum(tally["num_consumed"] for tally in tallies)
+    return {
+        "per_s": round(min(acked, consumed) / seconds),
+        "acked_per_s": round(acked / seconds),
+        "consumed_per_s": round(consumed / seconds),
+        "ack_p50_ms": round(float(np.percentile(latencies_ms, 50)), 2) if len(latencies_ms) else None,
+        "ack_p99_ms": round(float(np.percentile(latencies_ms, 99)), 2) if len(latencies_ms) else None,
+    }
+
+
+class Flushes:
+    """Flushes of the block device under a directory since `start`; None where the kernel does not tell."""
+
+    def __init__(self, directory: Path) -> None:
+        device = directory.stat().st_dev
+        self._file = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat")
+        self._start = self._read()
+
+    def _read(self) -> int | None:
+        fields = self._file.read_text().split() if self._file.exists() else []
+        return int(fields[15]) if len(fields) > 15 else None
+
+    @property
+    def since_start(self) -> int | None:
+        """How many so far."""
+        now = self._read()
+        return None if now is None or self._start is None else now - self._start
+
+
+class Bench:
+    """Runs the rows one after the other."""
+
+    def __init__(self, *, seconds: float, peers: str, scratch: Path) -> None:
+        self._seconds, self._scratch = seconds, scratch
+        self._environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(filter(None, [str(ROOT), peers]))}
+        if peers:
+            sys.path.append(peers)
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.costs: list[dict[str, Any]] = []
+
+    def _row(self, name: str, module: str, server: contextlib.AbstractContextManager[Served], *, half_load: bool) -> None:
+        with server as served:
+            flushes = Flushes(self._scratch)
+            row = measure(module, served, Plan(role="", address=served.address), seconds=self._seconds, environment=self._environment)
+            row["flushes_per_s"] = _rate(flushes.since_start, self._seconds + WARM_UP_S)
+        self.rows[name] = row
+        print(name, json.dumps(row), flush=True)
+        if half_load:
+            self._half_load(name, module, row["per_s"] / 2)
+
+    def _half_load(self, name: str, module: str, rate_per_s: float) -> None:
+        with self._server(name) as served:
+            plan = Plan(role="", address=served.address, rate_per_s=rate_per_s / NUM_PROCESSES)
+            found = measure(module, served, plan, seconds=self._seconds, environment=self._environment)
+        row = {f"half_load_{key}": found[key] for key in ("acked_per_s", "ack_p50_ms", "ack_p99_ms")}
+        self.rows[name] |= row
+        print(name, json.dumps(row), flush=True)
+
+    @contextlib.contextmanager
+    def _server(self, name: str) -> Iterator[Served]:
+        directory = Path(tempfile.mkdtemp(dir=self._scratch, prefix="stream-"))
+        kind, _, how = name.partition(", ")
+        try:
+            if kind == "ours":
+                with ours.server(directory, durability=how, backlog=Plan(role="", address="").backlog) as served:
+                    yield served
+            elif kind == "redis":
+                from benchmarks.stream_peers import redis_streams
+
+                with redis_streams.server(directory, appendfsync=how) as served:
+                    yield served
+            else:
+                with bare_zmq.server() as served:
+                    yield served
+        finally:
+            shutil.rmtree(directory)
+
+    def ours(self) -> None:
+        """The buffer, at each durability."""
+        for durability in ("power_loss", "process_crash", "none"):
+            name = f"ours, {durability}"
+            self._row(name, "benchmarks.stream_peers.ours", self._server(name), half_load=durability != "none")
+
+    def redis(self) -> None:
+        """Redis Streams."""
+        for appendfsync in ("always", "no"):
+            name = f"redis, {appendfsync}"
+            self._row(name, "benchmarks.stream_peers.redis_streams", self._server(name), half_load=appendfsync == "always")
+
+    def bare_zmq(self) -> None:
+        """The ceiling."""
+        self._row("bare zmq", "benchmarks.stream_peers.bare_zmq", self._server("bare zmq"), half_load=False)
+
+    def cost(self) -> None:
+        """What a ticket costs in ledgers of different ages."""
+        for num_tickets in NUM_TICKETS:
+            with tempfile.TemporaryDirectory(dir=self._scratch) as directory:
+                self.costs.append(asyncio.run(ledger_cost.cost(Path(directory), num_tickets=num_tickets)))
+            print("cost", json.dumps(self.costs[-1]), flush=True)
+
+    def ray(self) -> None:
+        """Ray's queue in two ways, and TransferQueue."""
+        plan = Plan(role="", address="").dumps()
+        for mode, name in RAY_MODES.items():
+            command = [sys.executable, "-m", "benchmarks.stream_peers.ray_cluster", mode, str(self._seconds), plan]
+            done = subprocess.run(command, cwd=ROOT, env=self._environment, capture_output=True, text=True, timeout=300, check=False)
+            if done.returncode:
+                self.rows[name] = {"failed": done.stderr.strip().splitlines()[-1]}
+            else:
+                self.rows[name] = summary(json.loads(done.stdout.splitlines()[-1]), seconds=self._seconds)
+            print(name, json.dumps(self.rows[name]), flush=True)
+
+
+def shares(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Our rates over those that they are to be compared with, as far as both were measured."""
+    pairs = (
+        ("ours, power_loss", "redis, always"),
+        ("ours, process_crash", "redis, no"),
+        ("ours, process_crash", "ray queue, one at a time"),
+        ("ours, process_crash", "ray queue, a window at a time"),
+        ("ours, process_crash", "transfer queue"),
+        ("ours, power_loss", "bare zmq"),
+        ("ours, process_crash", "bare zmq"),
+    )
+    measured = [pair for pair in pairs if all("per_s" in rows.get(name, {}) for name in pair)]
+    return {f"{mine} / {other}": round(rows[mine]["per_s"] / rows[other]["per_s"], 2) for mine, other in measured}
+
+
+def _rate(count: int | None, seconds: float) -> int | None:
+    return None if count is None else round(count / seconds)
+
+
+def main() -> None:
+    """Measures, prints a table, writes benchmarks/results/stream.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--peers", default="", help="directory with hiredis, ray, TransferQueue (pip install --target)")
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure")
+    parser.add_argument("--only", default="bare_zmq,ours,redis,ray,cost")
+    arguments = parser.parse_args()
+    bench = Bench(seconds=arguments.seconds, peers=arguments.peers, scratch=arguments.scratch)
+    for part in arguments.only.split(","):
+        if part in ("bare_zmq", "ours", "cost") or arguments.peers:
+            getattr(bench, part)()
+    write("stream", {"seconds": arguments.seconds, "rows": bench.rows, "shares": shares(bench.rows), "costs": bench.costs})
+    names = ("per_s", "acked_per_s", "consumed_per_s", "server_cpu_us", "flushes_per_s", "ack_p50_ms", "ack_p99_ms", "half_load_ack_p99_ms")
+    print(table(["", *names], [[name, *(row.get(key, "") for key in names)] for name, row in bench.rows.items()]))
+    for pair, share in shares(bench.rows).items():
+        print(f"{pair}: {share:.2f}")
+
+
+if __name__ == "__main__":
+    main()

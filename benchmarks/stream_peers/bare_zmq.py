@@ -1,0 +1,112 @@
+"""The ceiling: the same messages through a process that only forwards them, with the sockets of our channel and nothing else.
+
+Producers send the frames of a sample (serialised beforehand), the forwarder acknowledges each and passes groups of eight on when the
+consumer asks. No codec, no ledger, no disk. What the buffer reaches of this rate is what its own work leaves of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+
+import zmq
+
+from benchmarks.report import ROOT
+from benchmarks.stream_peers.load import Pacer, Plan, Served, Tally, as_frames, trajectories
+
+GROUP_SIZE = 8
+ASKED_AHEAD = 64
+
+
+@contextlib.contextmanager
+def server() -> Iterator[Served]:
+    """The forwarder as a process."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.stream_peers.bare_zmq", "forward"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    try:
+        yield Served(address=process.stdout.readline().strip(), pid=process.pid)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def _forward() -> None:
+    socket = zmq.Context.instance().socket(zmq.ROUTER)
+    socket.set(zmq.SNDHWM, 0)
+    socket.set(zmq.RCVHWM, 0)
+    port = socket.bind_to_random_port("tcp://127.0.0.1")
+    print(f"tcp://127.0.0.1:{port}", flush=True)
+    waiting: deque[list[bytes]] = deque()
+    wanted: deque[bytes] = deque()
+    while True:
+        frames = socket.recv_multipart()
+        if len(frames) == 2:  # the consumer asks for a group
+            wanted.append(frames[0])
+        else:
+            socket.send_multipart([frames[0], b"%d" % len(waiting)])
+            waiting.append(frames[1:])
+        while wanted and len(waiting) >= GROUP_SIZE:
+            group = [frame for _ in range(GROUP_SIZE) for frame in waiting.popleft()]
+            socket.send_multipart([wanted.popleft(), *group])
+
+
+def _produce(plan: Plan, tally: Tally) -> None:
+    pacer = Pacer(plan.rate_per_s)
+    samples = [as_frames(trajectory, number) for number, trajectory in enumerate(trajectories(plan.num_tokens))]
+    poller = zmq.Poller()
+    sent_s: dict[zmq.Socket[bytes], deque[float]] = {}
+    for _ in plan.names:
+        socket = zmq.Context.instance().socket(zmq.DEALER)
+        socket.set(zmq.LINGER, 0)
+        socket.connect(plan.address)
+        poller.register(socket, zmq.POLLIN)
+        sent_s[socket] = deque()
+    number = backlog = 0
+    while not tally.is_over:
+        for socket, sent in sent_s.items():
+            while len(sent) < plan.window and backlog + len(sent) < plan.backlog and pacer.may_send():
+                sent.append(time.monotonic())
+                socket.send_multipart(samples[number % len(samples)])
+                number += 1
+                pacer.sent()
+        for socket, _ in poller.poll(1):
+            with contextlib.suppress(zmq.Again):
+                while True:
+                    backlog = int(socket.recv(zmq.NOBLOCK))
+                    tally.acked(sent_s[socket].popleft())
+        if not any(sent_s.values()):  # nothing on its way that could tell of a smaller backlog
+            backlog = 0
+
+
+def _consume(plan: Plan, tally: Tally) -> None:
+    socket = zmq.Context.instance().socket(zmq.DEALER)
+    socket.set(zmq.LINGER, 0)
+    socket.set(zmq.RCVHWM, 0)
+    socket.connect(plan.address)
+    for _ in range(ASKED_AHEAD):
+        socket.send(b"")
+    while not tally.is_over:
+        if socket.poll(100):
+            tally.consumed(len(socket.recv_multipart()) // 2)
+            socket.send(b"")
+
+
+def main() -> None:
+    """One process of the load, or the forwarder."""
+    if sys.argv[1] == "forward":
+        _forward()
+    plan = Plan.from_argv()
+    tally = Tally(plan=plan)
+    (_consume if plan.role == "consumer" else _produce)(plan, tally)
+    print(tally.dumps())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""The load that is the same for every peer: what is sent, how much of it may be on its way, when it counts.
+
+Eight producers in two processes, because two cores carry no more; each keeps at most `window` trajectories unacknowledged and stops when
+`backlog` are acknowledged and not yet consumed. Times are CLOCK_MONOTONIC, which all processes of a machine share.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from areal_like.codec import encode
+from areal_like.messages.producer import SampleDone
+from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
+
+NUM_PRODUCERS = 8
+NUM_PROCESSES = 2
+WARM_UP_S = 2.0
+"""Load before it counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """A peer's server."""
+
+    address: str
+    pid: int
+
+    @property
+    def cpu_s(self) -> float:
+        """CPU time that it has used."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What one process is told, as JSON on its command line."""
+
+    role: str
+    """`producers` | `consumer`."""
+    address: str
+    """Of the peer's server."""
+    begin_s: float = 0.0
+    end_s: float = 0.0
+    """What is acknowledged or consumed between these counts."""
+    index: int = 0
+    """Which of the producers' processes."""
+    window: int = 32
+    """Unacknowledged trajectories of one producer."""
+    backlog: int = 8192
+    """Acknowledged trajectories that nobody has consumed yet, over all producers."""
+    rate_per_s: float = 0.0
+    """Trajectories a second of one process; 0: as fast as the window allows."""
+    num_tokens: int = 1024
+
+    @classmethod
+    def from_argv(cls) -> Self:
+        """The plan of this process; when it counts is said on stdin, once every process has said that it is ready."""
+        plan = cls(**json.loads(sys.argv[1]))
+        print("ready", flush=True)
+        begin_s, end_s = map(float, input().split())
+        return replace(plan, begin_s=begin_s, end_s=end_s)
+
+    def dumps(self) -> str:
+        """For the command line."""
+        return json.dumps(asdict(self))
+
+    @property
+    def names(self) -> list[str]:
+        """The producers of this process."""
+        each = NUM_PRODUCERS // NUM_PROCESSES
+        return [f"rollout-{number}" for number in range(self.index * each, (self.index + 1) * each)]
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """What one process saw between `begin_s` and `end_s`."""
+
+    plan: Plan
+    num_acked: int = 0
+    num_consumed: int = 0
+    latencies_s: list[float] = field(default_factory=list)
+    """From sending a trajectory to its acknowledgement."""
+
+    @property
+    def is_over(self) -> bool:
+        """Time to stop."""
+        return time.monotonic() >= self.plan.end_s
+
+    def acked(self, sent_s: float) -> None:
+        """One trajectory was acknowledged now."""
+        now_s = time.monotonic()
+        if self.plan.begin_s <= now_s < self.plan.end_s:
+            self.num_acked += 1
+            self.latencies_s.append(now_s - sent_s)
+
+    def consumed(self, count: int) -> None:
+        """So many were decoded now."""
+        if self.plan.begin_s <= time.monotonic() < self.plan.end_s:
+            self.num_consumed += count
+
+    def dumps(self) -> str:
+        """For the parent."""
+        latencies_ms = [round(1e3 * latency_s, 3) for latency_s in self.latencies_s]
+        return json.dumps({"num_acked": self.num_acked, "num_consumed": self.num_consumed, "latencies_ms": latencies_ms})
+
+
+class Pacer:
+    """Says how many may be sent by now at a steady rate; always enough at rate 0."""
+
+    def __init__(self, rate_per_s: float) -> None:
+        self._rate_per_s = rate_per_s
+        self._started_s = time.monotonic()
+        self._num_sent = 0
+
+    def may_send(self) -> bool:
+        """Whether one more is due."""
+        return not self._rate_per_s or self._num_sent < (time.monotonic() - self._started_s) * self._rate_per_s
+
+    def sent(self) -> None:
+        """One was sent."""
+        self._num_sent += 1
+
+
+def trajectories(num_tokens: int, *, count: int = 64, version: int = 0) -> list[Trajectory]:
+    """Different ones, so that nothing on the way can profit from sending the same bytes again."""
+    rng = np.random.default_rng(0)
+    mask = np.arange(num_tokens) >= num_tokens // 8
+    return [
+        Trajectory(
+            tokens=rng.integers(0, 150_000, num_tokens).astype(np.int32),
+            loss_mask=mask.astype(np.uint8),
+            logprobs=np.where(mask, -rng.random(num_tokens), 0).astype(np.float32),
+            versions=np.where(mask, version, NOT_SAMPLED).astype(np.int32),
+            reward=float(number % 2),
+            finish_reason=FinishReason.STOP,
+        )
+        for number in range(count)
+    ]
+
+
+def as_frames(trajectory: Trajectory, number: int) -> list[bytes]:
+    """As every producer that sends bytes has to serialise it: [header, arrays]."""
+    return encode(SampleDone(lease_id=number, ticket_id=number, sample_index=0, trajectory=trajectory))

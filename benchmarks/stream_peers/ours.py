@@ -1,0 +1,193 @@
+"""This repository's buffer: the real daemon, the real messages, the whole life of a ticket.
+
+Producers say hello, beat, get leases, send samples and count what is acknowledged; the consumer fetches groups of step after step,
+completes the step, takes a version for the next and commits every eighth. Nothing that a run does to the ledger is left out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from areal_like.channel import Link
+from areal_like.cli import save_config
+from areal_like.config import Config, from_mapping
+from areal_like.fingerprint import dataset_fingerprint
+from areal_like.messages.consumer import AllocVersion, CommitStep, CompleteStep, Fetch, StartTraining
+from areal_like.messages.hello import Hello, Role
+from areal_like.messages.producer import HeartbeatAck, Leases, SampleAck, SampleDone, ServerHeartbeat, ServerState
+from areal_like.paths import RunPaths
+from benchmarks.report import ROOT
+from benchmarks.stream_peers.load import Pacer, Plan, Served, Tally, trajectories
+
+GROUP_SIZE = 8
+GROUPS_PER_STEP = 64
+COMMIT_EVERY = 8
+_BEAT_S = 0.05
+_VERSIONS_A_PUSH = 4
+"""Stamping trajectories with another version is work that an engine would do."""
+
+
+def config_of(directory: Path, *, durability: str, backlog: int) -> Config:
+    """A job whose staleness bound is the backlog."""
+    return from_mapping(
+        {
+            "name": "stream",
+            "runs_dir": str(directory),
+            "max_staleness": backlog // (GROUP_SIZE * GROUPS_PER_STEP) - 1,
+            "sampling": {"group_size": GROUP_SIZE},
+            "trainer": {"num_steps": 1_000_000_000, "groups_per_step": GROUPS_PER_STEP},
+            "buffer": {"durability": durability},
+        }
+    )
+
+
+@contextlib.contextmanager
+def server(directory: Path, *, durability: str, backlog: int) -> Iterator[Served]:
+    """The daemon."""
+    config = config_of(directory, durability=durability, backlog=backlog)
+    paths = RunPaths.of(config)
+    save_config(config, paths.config)
+    endpoint = paths.endpoints / "buffer.json"
+    process = subprocess.Popen([sys.executable, "-m", "buffer", "--config", str(paths.config)], cwd=ROOT)
+    try:
+        while not (endpoint.exists() and "stream" in (known := json.loads(endpoint.read_text()))):
+            assert process.poll() is None, "the buffer did not start"
+            time.sleep(0.05)
+        yield Served(address=str(known["stream"]), pid=process.pid)
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def _hello(role: Role, name: str) -> Hello:
+    return Hello(
+        role=role,
+        name=name,
+        incarnation=time.time_ns(),
+        job="stream",
+        model="m",
+        tokenizer="t",
+        dataset=dataset_fingerprint(Config()),
+        http_address="",
+        num_train_prompts=1_000_000 if role is Role.ROLLOUT else 0,
+    )
+
+
+class _Producer:
+    """One rollout server whose engine takes no time."""
+
+    def __init__(self, plan: Plan, name: str, tally: Tally, pacer: Pacer) -> None:
+        self._plan, self._name, self._tally, self._pacer = plan, name, tally, pacer
+        self._link = Link(plan.address, handler=self._on_message)
+        self._work: deque[tuple[int, int, int]] = deque()
+        self._sent_s: dict[tuple[int, int], float] = {}
+        self._leases: dict[int, int] = {}
+        self._version = 0
+        self._samples = trajectories(plan.num_tokens)
+        self._num_sent = 0
+
+    async def run(self) -> None:
+        await self._link.call(_hello(Role.ROLLOUT, self._name), timeout_s=20)
+        due_s = 0.0
+        while not self._tally.is_over:
+            if time.monotonic() >= due_s:
+                self._beat()
+                due_s = time.monotonic() + _BEAT_S
+            self._send()
+            await asyncio.sleep(0.001 if self._plan.rate_per_s else _BEAT_S)
+        self._link.close()
+
+    def _beat(self) -> None:
+        holding = sum(self._leases.values())
+        self._link.send(
+            ServerHeartbeat(
+                state=ServerState.SERVING,
+                # As much again as may be on its way, so that leases are there when acknowledgements make room.
+                free_samples=max(0, 2 * self._plan.window - holding),
+                holding_samples=holding,
+                weights_version=self._version,
+                leases=list(self._leases),
+            )
+        )
+
+    def _on_message(self, message: Any) -> None:
+        match message:
+            case SampleAck(refused=""):
+                self._tally.acked(self._sent_s.pop((message.ticket_id, message.sample_index)))
+                self._leases[message.lease_id] -= 1
+                if not self._leases[message.lease_id]:
+                    del self._leases[message.lease_id]
+                self._send()
+            case Leases():
+                for lease in message.leases:
+                    self._leases[lease.lease_id] = len(lease.sample_indices)
+                    self._work.extend((lease.lease_id, lease.ticket_id, index) for index in lease.sample_indices)
+                self._send()
+            case HeartbeatAck() if message.newest_version >= self._version + _VERSIONS_A_PUSH:
+                self._version = message.newest_version
+                self._samples = trajectories(self._plan.num_tokens, count=4, version=self._version)
+                self._beat()
+            case SampleAck():
+                raise RuntimeError(f"a sample was refused: {message.refused}")
+
+    def _send(self) -> None:
+        while self._work and len(self._sent_s) < self._plan.window and self._pacer.may_send():
+            lease_id, ticket_id, index = self._work.popleft()
+            self._sent_s[ticket_id, index] = time.monotonic()
+            trajectory = self._samples[self._num_sent % len(self._samples)]
+            self._link.send(SampleDone(lease_id=lease_id, ticket_id=ticket_id, sample_index=index, trajectory=trajectory))
+            self._num_sent += 1
+            self._pacer.sent()
+
+
+async def _consume(plan: Plan, tally: Tally) -> None:
+    link = Link(plan.address, handler=lambda _: None)
+
+    async def fetched(step: int, position: int) -> None:
+        group = await link.call(Fetch(step=step, position=position), timeout_s=60)
+        tally.consumed(len(group.trajectories))
+
+    def asked(step: int) -> list[asyncio.Task[None]]:
+        return [asyncio.create_task(fetched(step, position)) for position in range(GROUPS_PER_STEP)]
+
+    await link.call(_hello(Role.TRAINER, "trainer-0"), timeout_s=20)
+    await link.call(StartTraining(step=0), timeout_s=20)
+    ahead, step = asked(0), 0
+    while not tally.is_over:
+        current, ahead = ahead, asked(step + 1)
+        _, late = await asyncio.wait(current, timeout=max(0.0, plan.end_s - time.monotonic()))
+        if late:
+            break
+        await link.call(CompleteStep(step=step), timeout_s=60)
+        await link.call(AllocVersion(step=step + 1), timeout_s=60)
+        if (step + 1) % COMMIT_EVERY == 0:
+            await link.call(CommitStep(step=step, oldest_kept_step=step + 1), timeout_s=60)
+        step += 1
+    for task in (*current, *ahead):
+        task.cancel()
+    link.close()
+
+
+async def main() -> None:
+    """One process of the load."""
+    plan = Plan.from_argv()
+    tally = Tally(plan=plan)
+    if plan.role == "consumer":
+        await _consume(plan, tally)
+    else:
+        pacer = Pacer(plan.rate_per_s)
+        await asyncio.gather(*(_Producer(plan, name, tally, pacer).run() for name in plan.names))
+    print(tally.dumps())
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
