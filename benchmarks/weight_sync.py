@@ -1,0 +1,266 @@
+"""What a push costs: its share of a bare broadcast's rate, bucketed against tensor by tensor, and how long training stands still for it.
+
+The push is the project's own from end to end: frozen weights, control messages, broadcast, checksums on both sides, a real engine that
+stores into its shadow set, verifies and swaps. The bare broadcast sends the same buckets with `dist.broadcast` into one buffer that is there
+already. Both take turns, in the same pair of processes' worth of cores, and the median counts. Training's stall is measured on two
+ranks: freezing (what a step waits for now), and gathering, flattening and checksumming everything at once (what it would wait for without).
+What an update costs generation, in each mode, is measured by `benchmarks.update_modes`.
+
+    python -m benchmarks.weight_sync [--sizes 10MB 100MB 500MB 2GB] [--rounds 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from areal_like.config import WeightsConfig, from_mapping
+from areal_like.messages.consumer import ServerEntry
+from areal_like.weights import checksum, cut_buckets, flatten, spec_of
+from benchmarks.report import ROOT, table, write
+from rollout_server.engine_process import EmbeddedProcess
+from rollout_server.episodes import Turnstile
+from rollout_server.weights import WeightReceiver
+from trainer.broadcaster import Broadcaster
+from trainer.gather import gather_full_state
+from trainer.policy import Policy
+from trainer.ranks import Ranks
+from trainer.snapshot import Freezer
+
+SIZES = {"10MB": (256, 688, 3), "100MB": (512, 1376, 8), "500MB": (1024, 2752, 10), "2GB": (2048, 5504, 10)}
+"""Name -> hidden size, intermediate size, layers of a Llama of about so many bytes in float32."""
+BUCKET_BYTES = 64 << 20
+VOCAB = 1000
+
+
+def write_model(path: Path, size: str) -> Path:
+    """A model of one of SIZES. Its weights are all alike, which no step of a push notices."""
+    hidden, inner, layers = SIZES[size]
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64, vocab_size=VOCAB, max_position_embeddings=256, tie_word_embeddings=True,
+        bos_token_id=1, eos_token_id=2, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    path.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(path)
+    save_file(
+        {name: torch.full(param.shape, 0.01) for name, param in model.named_parameters()}, path / "model.safetensors", {"format": "pt"}
+    )
+    return path
+
+
+# The receiving end, a process of its own
+
+
+async def receive(model: Path) -> None:
+    """An engine and its weight plane, until stdin closes."""
+    config = from_mapping({"runs_dir": str(model.parent), "name": "run", "model": {"path": str(model)}, "rollout": {"max_running": 1}})
+    engine = EmbeddedProcess(config, name="receiver", model=str(model), context_tokens=64)
+    receiver = WeightReceiver(
+        host="127.0.0.1", max_message_bytes=1 << 24, turnstile=Turnstile(), on_version=lambda _: None, on_doubt=lambda _: None
+    )
+    client = await engine.start(version=0)
+    receiver.set_engine(client)
+    print(receiver.port, flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+    await receiver.close()
+    await client.close()
+    await engine.stop()
+
+
+def bare(store: str, sizes: list[int], rank: int) -> Callable[[], float]:
+    """Seconds of one bare broadcast of buckets of these sizes; call it on both ranks at once."""
+    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2, timeout=timedelta(seconds=120))
+    whole = torch.ones(max(sizes), dtype=torch.uint8)
+    barrier = torch.zeros(1)
+
+    def once() -> float:
+        dist.broadcast(barrier, 0)
+        dist.all_reduce(barrier)
+        started_s = time.perf_counter()
+        for size in sizes:
+            dist.broadcast(whole[:size], 0)
+        dist.all_reduce(barrier)
+        return time.perf_counter() - started_s
+
+    return once
+
+
+def bare_receiver(store: str, sizes: list[int]) -> None:
+    """The other rank of `bare`: once for each line on stdin."""
+    once = bare(store, sizes, rank=1)
+    for _ in sys.stdin:
+        once()
+
+
+@contextlib.contextmanager
+def child(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """This file in another process."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.weight_sync", *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    try:
+        yield process
+    finally:
+        process.communicate(timeout=60)
+
+
+# The sending end
+
+
+async def pushes(model: Path, size: str, *, rounds: int, folder: Path) -> dict[str, Any]:
+    """Medians over rounds of one size."""
+    policy = Policy.load(str(model)).shard(Ranks.alone())
+    freezers = {
+        "bucketed": Freezer(policy, Ranks.alone(), bucket_bytes=BUCKET_BYTES, dtype="float32"),
+        "per_tensor": Freezer(policy, Ranks.alone(), bucket_bytes=1, dtype="float32"),
+    }
+    snapshots = {how: freezer.freeze() for how, freezer in freezers.items()}
+    sizes = [bucket.num_bytes for bucket in freezers["bucketed"].buckets]
+    dist.destroy_process_group()
+    seconds: dict[str, list[float]] = {"bare": [], "bucketed": [], "per_tensor": []}
+    with child("--receiver", str(model)) as receiver, child("--bare", str(folder / f"store-{size}"), json.dumps(sizes)) as peer:
+        assert receiver.stdout is not None and peer.stdin is not None
+        port = int(await asyncio.to_thread(receiver.stdout.readline))
+        once = bare(str(folder / f"store-{size}"), sizes, rank=0)
+        broadcaster = Broadcaster(WeightsConfig(push_deadline_s=120), device="cpu", incarnation=time.time_ns())
+        version = 0
+
+        async def push(how: str) -> float:
+            nonlocal version
+            version += 1
+            entry = ServerEntry(
+                name="receiver", incarnation=1, weights_address=f"tcp://127.0.0.1:{port}", device="cpu", state="serving", weights_version=0
+            )
+            snapshot = snapshots[how]
+            assert snapshot is not None and snapshot.acquire()
+            started_s = time.perf_counter()
+            outcome = await broadcaster.push(snapshot, version=version, step=version, servers=[entry])
+            elapsed_s = time.perf_counter() - started_s
+            snapshot.release()
+            if outcome.failed:
+                raise RuntimeError(f"{size}: {outcome.failed}")
+            return elapsed_s
+
+        for round_ in range(rounds + 1):
+            peer.stdin.write("\n")
+            peer.stdin.flush()
+            measured = {"bare": await asyncio.to_thread(once)} | {how: await push(how) for how in snapshots}
+            for how in seconds if round_ else ():  # the first forms the group and touches memory
+                seconds[how].append(measured[how])
+        await broadcaster.close()
+        dist.destroy_process_group()
+    medians = {how: statistics.median(values) for how, values in seconds.items()}
+    return {
+        "size": size,
+        "num_bytes": sum(sizes),
+        "num_tensors": sum(len(bucket.tensors) for bucket in freezers["bucketed"].buckets),
+        "num_buckets": len(sizes),
+        "seconds": {how: round(value, 4) for how, value in medians.items()},
+        "all_seconds": {how: [round(value, 4) for value in values] for how, values in seconds.items()},
+        "bare_gb_per_s": round(sum(sizes) / medians["bare"] / 1e9, 3),
+        "share_bucketed": round(medians["bare"] / medians["bucketed"], 3),
+        "share_per_tensor": round(medians["bare"] / medians["per_tensor"], 3),
+    }
+
+
+def stall(store: str, rank: int, model: str, rounds: int) -> None:
+    """One of two ranks: what training waits for, with and without a gathering beside it."""
+    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2, timeout=timedelta(seconds=120))
+    ranks = Ranks()
+    policy = Policy.load(model).shard(ranks)
+    freezer = Freezer(policy, ranks, bucket_bytes=BUCKET_BYTES, dtype="float32")
+    frozen_s, gathered_s = [], []
+    for _ in range(rounds + 1):
+        dist.barrier()
+        started_s = time.perf_counter()
+        freezer.freeze()
+        frozen_s.append(time.perf_counter() - started_s)
+        dist.barrier()
+        started_s = time.perf_counter()
+        tensors = dict(gather_full_state(policy))
+        for bucket in cut_buckets([spec_of(name, tensor) for name, tensor in tensors.items()], bucket_bytes=BUCKET_BYTES):
+            checksum(flatten(bucket, tensors))
+        dist.barrier()
+        gathered_s.append(time.perf_counter() - started_s)
+    freezer.close()
+    if rank == 0:
+        print(json.dumps({"freeze_s": statistics.median(frozen_s[1:]), "gather_s": statistics.median(gathered_s[1:])}), flush=True)
+    dist.destroy_process_group()
+
+
+def stalls(model: Path, size: str, *, rounds: int, folder: Path) -> dict[str, Any]:
+    """Training's stall on two ranks."""
+    store = str(folder / f"stall-{size}")
+    with child("--stall", store, "0", str(model), str(rounds)) as first, child("--stall", store, "1", str(model), str(rounds)):
+        assert first.stdout is not None
+        answer: dict[str, float] = json.loads(first.stdout.readline())
+    return {"size": size} | {name: round(value, 4) for name, value in answer.items()}
+
+
+def main() -> None:
+    """Measures, writes the result, prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    synced, stalled = [], []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for size in options.sizes:
+            model = write_model(folder / size, size)
+            stalled.append(stalls(model, size, rounds=options.rounds, folder=folder))
+            synced.append(asyncio.run(pushes(model, size, rounds=options.rounds, folder=folder)))
+            (model / "model.safetensors").unlink()
+    if not options.no_write:
+        write(
+            "weight_sync", {"command": f"python -m benchmarks.weight_sync --rounds {options.rounds}", "pushes": synced, "stalls": stalled}
+        )
+    rows = [
+        (r["size"], r["num_tensors"], r["num_buckets"], r["bare_gb_per_s"], *(r["seconds"][how] for how in ("bare", "bucketed", "per_tensor")),
+         r["share_bucketed"], r["share_per_tensor"])
+        for r in synced
+    ]  # fmt: skip
+    header = ("size", "tensors", "buckets", "bare GB/s", "bare s", "push s", "tensor by tensor s", "push share", "tensor by tensor share")
+    print(table(header, rows))
+    print(table(("size", "training waits, frozen s", "gathered at once s"), [(r["size"], r["freeze_s"], r["gather_s"]) for r in stalled]))
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["--receiver", model]:
+            asyncio.run(receive(Path(model)))
+        case ["--bare", store, sizes]:
+            torch.set_num_threads(1)
+            bare_receiver(store, json.loads(sizes))
+        case ["--stall", store, rank, model, rounds]:
+            torch.set_num_threads(1)
+            stall(store, int(rank), model, int(rounds))
+        case _:
+            main()

@@ -1,0 +1,177 @@
+"""Engines that die in the middle of a broadcast, at seeded moments, while all of them generate.
+
+Every token says which weights sampled it; its log-prob is recomputed under those. One from a partial update would agree with none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from areal_like.config import WeightsConfig, from_mapping
+from areal_like.errors import EngineError
+from areal_like.messages.consumer import ServerEntry
+from rollout_server.engine_client import EngineClient, Generation
+from rollout_server.engine_process import EmbeddedProcess
+from rollout_server.episodes import Turnstile
+from rollout_server.weights import WeightReceiver
+from tests.engine_harness import load_model, reference_logprobs, sample, save_model, weights_of
+from tests.snapshots import Held
+from trainer.broadcaster import Broadcaster, PushOutcome
+
+PROMPT = [5, 17, 3]
+DEADLINE_S = 20.0
+NUM_CHECKED = 40
+"""Generations of a life of the job whose log-probs are recomputed, mixed ones first."""
+
+
+class Server:
+    """A rollout server's engine and weight plane, with requests that never end."""
+
+    def __init__(self, name: str, model: Path, folder: Path) -> None:
+        config = from_mapping({"runs_dir": str(folder), "name": name, "model": {"path": str(model)}, "rollout": {"max_running": 4}})
+        self.name = name
+        self.state = "starting"
+        self.incarnation = 1
+        self.engine = EmbeddedProcess(config, name=name, model=str(model), context_tokens=64)
+        self.receiver = WeightReceiver(
+            host="127.0.0.1", max_message_bytes=1 << 20, turnstile=Turnstile(), on_version=self.serve, on_doubt=lambda _: self.engine.kill()
+        )
+        self.generations: list[Generation] = []
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def entry(self) -> ServerEntry:
+        """What the directory says."""
+        return ServerEntry(
+            name=self.name,
+            incarnation=self.incarnation,
+            weights_address=f"tcp://127.0.0.1:{self.receiver.port}",
+            device="cpu",
+            state=self.state,
+            weights_version=self.receiver.version,
+        )
+
+    def serve(self, version: int) -> None:
+        self.state = "serving"
+
+    async def start(self) -> None:
+        """An engine with the first weights, and work for it."""
+        client = await self.engine.start(version=0)
+        self.receiver.set_engine(client)
+        self.state = "quarantined" if self.engine.num_starts > 1 else "serving"
+        self._tasks = [asyncio.create_task(self._generate(client)) for _ in range(4)] + [asyncio.create_task(self._watch(client))]
+
+    async def close(self) -> None:
+        await self.receiver.close()
+        self.engine.kill()
+        await asyncio.gather(*self._tasks)
+
+    async def died(self) -> None:
+        """Returns when the death of the engine has been noticed and answered for."""
+        await asyncio.gather(*self._tasks)
+
+    async def _watch(self, client: EngineClient) -> None:
+        await self.engine.died()
+        self.state = "starting"
+        self.receiver.set_engine(None)
+        await client.close()
+
+    async def _generate(self, client: EngineClient) -> None:
+        with contextlib.suppress(EngineError):  # it was killed
+            while True:
+                self.generations.append(await sample(client, PROMPT, 40))
+
+
+async def kill_in_mid_broadcast(folder: Path, *, seeds: range) -> tuple[list[Generation], int]:
+    """Everything that was generated, and how many pushes the deaths broke."""
+    model = save_model(folder / "model", "llama")
+    servers = [Server(name, model, folder) for name in ("one", "two")]
+    await asyncio.gather(*(server.start() for server in servers))
+    broadcaster = Broadcaster(WeightsConfig(push_deadline_s=DEADLINE_S), device="cpu", incarnation=1)
+    version, num_broken = 0, 0
+
+    async def push() -> PushOutcome:
+        nonlocal version
+        version += 1
+        snapshot = Held(weights(model, version), bucket_bytes=2048)
+        return await broadcaster.push(snapshot, version=version, step=version, servers=[server.entry for server in servers])
+
+    async def push_to_all() -> float:
+        started_s = time.monotonic()
+        outcome = await push()
+        assert set(outcome.activated) == {"one", "two"}, outcome.failed
+        return time.monotonic() - started_s
+
+    await push_to_all()
+    for seed in seeds:
+        luck = random.Random(seed)
+        usual_s = await push_to_all()
+        victim, survivor = luck.sample(servers, 2)
+        pushing = asyncio.create_task(push())
+        await asyncio.sleep(luck.uniform(0, usual_s))
+        victim.engine.kill()
+        killed_s = time.monotonic()
+        outcome = await pushing
+        num_broken += "broadcast" in outcome.failed
+        if survivor.name not in outcome.activated:  # the publisher would try again at once
+            assert survivor.name in (await push()).activated
+        assert time.monotonic() - killed_s < DEADLINE_S
+        seen = len(survivor.generations)
+        while len(survivor.generations) < seen + 4:
+            await asyncio.sleep(0.01)
+        assert int(survivor.generations[-1].versions[-1]) == version
+        await victim.died()
+        victim.incarnation += 1
+        await victim.start()
+    await push_to_all()
+    await broadcaster.close()
+    for server in servers:
+        await server.close()
+    return [generation for server in servers for generation in server.generations], num_broken
+
+
+def weights(model: Path, version: int) -> dict[str, torch.Tensor]:
+    """Those of a version; the first are the model's own."""
+    generator = torch.Generator().manual_seed(version)
+    return {
+        name: tensor + 0.05 * bool(version) * torch.randn(tensor.shape, generator=generator) for name, tensor in weights_of(model).items()
+    }
+
+
+def check(model: Path, generations: list[Generation]) -> None:
+    """Log-probs under the attested weights."""
+    mixed_first = sorted(generations, key=lambda generation: len(set(generation.versions.tolist())), reverse=True)
+    models = {}
+    for generation in mixed_first[:NUM_CHECKED]:
+        for version in set(generation.versions.tolist()):
+            if version not in models:
+                models[version] = load_model(model)
+                models[version].load_state_dict(weights(model, version), strict=False)
+            expected = reference_logprobs(models[version], PROMPT, generation.output_ids.tolist())
+            chosen = generation.versions == version
+            assert abs(expected - generation.logprobs)[chosen].max() < 1e-3, version
+    assert len(models) > 2
+
+
+def run(folder: Path, *, seeds: range) -> None:
+    generations, num_broken = asyncio.run(kill_in_mid_broadcast(folder, seeds=seeds))
+    check(folder / "model", generations)
+    print(f"{len(generations)} generations, {num_broken} of {len(seeds)} pushes broken")
+
+
+@pytest.mark.timeout(240)
+def test_engines_killed_in_mid_broadcast_serve_no_partial_update(tmp_path: Path) -> None:
+    run(tmp_path, seeds=range(3))
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1200)
+def test_twenty_engines_killed_in_mid_broadcast(tmp_path: Path) -> None:
+    run(tmp_path, seeds=range(100, 120))
