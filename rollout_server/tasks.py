@@ -23,9 +23,7 @@ A task of one's own, with its reward, named in the configuration as `task: {_tar
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
-import importlib
 import json
 import random
 from abc import ABC, abstractmethod
@@ -34,18 +32,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from areal_like.errors import ConfigError
+from areal_like.registry import Registry
 
 Split = Literal["train", "eval"]
 """`train` prompts are learned from; `eval` prompts are held out, and the task promises that they never appear in `train`."""
 
 ChatMessage = dict[str, str]
 """`{"role": "system" | "user" | "assistant", "content": ...}`"""
-
-BUILTIN_TASKS: dict[str, str] = {
-    "sort": "rollout_server.task_sort.SortTask",
-    "reasoning_gym": "rollout_server.task_reasoning_gym.ReasoningGymTask",
-}
-"""`task.name` -> where the class is; imported only when asked for, so that an extra is needed only by those who use it."""
 
 _FINGERPRINT_EXAMPLES = 4
 
@@ -121,38 +114,17 @@ class Task(ABC):
             raise ConfigError(f"task {type(self).__name__}: example({split!r}, {index}) raised {type(error).__name__}: {error}") from error
 
 
+TASKS = Registry[Task](
+    "task",
+    Task,  # type: ignore[type-abstract]
+    elsewhere={
+        "sort": "rollout_server.task_sort.SortTask",
+        "reasoning_gym": "rollout_server.task_reasoning_gym.ReasoningGymTask",
+    },
+)
+"""Imported only when asked for, so that an extra is needed only by those who use it."""
+
+
 def make_task(settings: Mapping[str, Any], *, seed: int) -> Task:
-    """The task that the configuration's `task` section names: `name` or `_target_`, the other keys are its settings.
-
-    Raises ConfigError for an unknown name, a target that cannot be imported or is no Task, and unknown or refused settings.
-    """
-    own = dict(settings)
-    name, target = own.pop("name", None), own.pop("_target_", None)
-    if (name is None) == (target is None):
-        raise ConfigError("task: give either `name` or `_target_`")
-    if name is not None and name not in BUILTIN_TASKS:
-        raise ConfigError(f"task.name={name}: known tasks are {', '.join(BUILTIN_TASKS)}; your own: task._target_=my_module.MyTask")
-    task_class = _import_task(str(target) if name is None else BUILTIN_TASKS[name])
-    known = [f.name for f in dataclasses.fields(task_class)]
-    for key in own:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean `task.{near[0]}`?" if near else f"known keys: {', '.join(known)}"
-            raise ConfigError(f"unknown key `task.{key}`: {hint}")
-    try:
-        return task_class(**{"seed": seed, **own})
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"task {name or target}: {error}") from error
-
-
-def _import_task(path: str) -> type[Task]:
-    module_name, _, class_name = path.rpartition(".")
-    if not module_name:
-        raise ConfigError(f"task._target_={path}: write it as my_module.MyTask")
-    try:
-        found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, SyntaxError) as error:
-        raise ConfigError(f"task._target_={path}: {error}; it must be importable from the directory the job starts in") from error
-    if not (isinstance(found, type) and issubclass(found, Task)):
-        raise ConfigError(f"task._target_={path}: not a subclass of rollout_server.tasks.Task")
-    return found
+    """The task that the configuration's `task` section names. Raises ConfigError."""
+    return TASKS.build(settings, job={"seed": seed})

@@ -167,7 +167,7 @@ def test_an_objective_of_ones_own_is_named_by_its_path() -> None:
         ({"name": "tis", "low": 3, "high": 2}, "low < high"),
         ({"name": "tis", "mode": "clip"}, "use truncate or mask"),
         ({"name": "tis", "normalize": "yes"}, "want bool"),
-        ({"_target_": "nowhere.Mine"}, "no module named nowhere"),
+        ({"_target_": "nowhere.Mine"}, "No module named 'nowhere'"),
         ({"_target_": "Mine"}, "write module.Class"),
         ({"_target_": "trainer.step.Nothing"}, "has no Nothing"),
         ({"_target_": "trainer.step.StepRunner"}, "not a subclass of"),

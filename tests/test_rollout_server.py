@@ -337,7 +337,7 @@ def test_bad_rewards_are_reported_and_a_killed_server_takes_its_children_with_it
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"task": {"name": "sortt"}}, "known tasks are sort"),
+        ({"task": {"name": "sortt"}}, "known are reasoning_gym, sort"),
         ({"model": {"path": "/no/such/model"}}, "/no/such/model"),
         ({"eval": {"num_prompts": 5000}}, "task.num_eval"),
         ({"buffer": {"port": 0}}, "buffer.port"),

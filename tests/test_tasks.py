@@ -30,6 +30,13 @@ class Impure(Add):
         return Example(prompt=str(random.random()), answer=0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Picky(Add):
+    def __post_init__(self) -> None:
+        if not self.digits:
+            raise ValueError("no digits")
+
+
 def test_sort_is_pure_and_holds_out_multisets() -> None:
     task = make_task({"name": "sort"}, seed=3)
     again = make_task({"name": "sort"}, seed=3)
@@ -68,13 +75,15 @@ def test_own_task_takes_its_settings() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "sorted"}, "known tasks are sort"),
-        ({"name": "sort", "num_trian": 5}, "did you mean `task.num_train`"),
-        ({"name": "sort", "zzz": 5}, "known keys"),
+        ({"name": "sorted"}, "known are reasoning_gym, sort"),
+        ({"name": "sort", "num_trian": 5}, "did you mean num_train"),
+        ({"name": "sort", "zzz": 5}, "its settings are seed, num_train"),
         ({"name": "sort", "num_train": 0}, "at least 1"),
+        ({"name": "sort", "num_train": "many"}, "task.num_train: want int"),
+        ({"_target_": f"{__name__}.Picky", "digits": 0}, "task tests.test_tasks.Picky: no digits"),
         ({"_target_": "nowhere_at_all.Task"}, "importable from the directory the job"),
         ({"_target_": "json.dumps"}, "not a subclass"),
-        ({"_target_": "json"}, "my_module.MyTask"),
+        ({"_target_": "json"}, "write module.Class"),
         ({}, "either `name` or `_target_`"),
     ],
 )

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from areal_like.errors import ConfigError
+from areal_like.registry import Registry
 from areal_like.trajectory import Trajectory
-from trainer.registry import Registry
 from trainer.scope import Scope
 
 FloatArray = NDArray[np.float64]

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from areal_like.errors import ConfigError
+from areal_like.registry import Registry
 from areal_like.trajectory import Trajectory
 from trainer.advantages import FloatArray, rewards_of
-from trainer.registry import Registry
 from trainer.scope import Scope
 
 

@@ -35,9 +35,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from areal_like.registry import Registry
 from trainer.advantages import Advantage
 from trainer.gradients import Gradients
-from trainer.registry import Registry
 from trainer.scope import Scope
 
 if TYPE_CHECKING:

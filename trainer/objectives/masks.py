@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from areal_like.errors import ConfigError
+from areal_like.registry import Registry
 from trainer.objectives.base import Facts, SampledTokens
 from trainer.objectives.importance import check_level, ratio_S, within_S
-from trainer.registry import Registry
 from trainer.scope import Scope
 
 

@@ -1,7 +1,8 @@
-"""From an open section of the configuration (`name` or `_target_`, and settings) to an object; the same for objectives and advantages.
+"""From an open section of the configuration (`name` or `_target_`, and settings) to an object: an objective, a mask, a task.
 
 A registered class is a frozen keyword-only dataclass, so its fields are its settings and a misspelt one is refused by name. A
-`_target_` is the dotted path of anybody's class; it needs no registration.
+`_target_` is the dotted path of anybody's class; it needs no registration. A class may also be registered by such a path, to be imported
+only by those who ask for it.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """Classes by name, for one section of the configuration."""
 
-    def __init__(self, section: str, base: type[T]) -> None:
+    def __init__(self, section: str, base: type[T], *, elsewhere: Mapping[str, str] | None = None) -> None:
+        """`elsewhere`: dotted paths of classes that are registered without being imported."""
         self._section = section
         self._base = base
+        self._elsewhere = dict(elsewhere or {})
         self._classes: dict[str, type[T]] = {}
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
@@ -39,7 +42,7 @@ class Registry(Generic[T]):
 
     def names(self) -> list[str]:
         """What may be written as `name`."""
-        return sorted(self._classes)
+        return sorted([*self._classes, *self._elsewhere])
 
     def build(self, settings: Mapping[str, Any], *, job: Mapping[str, Any] | None = None) -> T:
         """The object that a section describes. Raises ConfigError that lists what exists for an unknown name or setting.
@@ -47,19 +50,19 @@ class Registry(Generic[T]):
         `job`: facts of the job (`max_tokens`), for a class that has a setting of that name where the section does not give it.
         """
         values = dict(settings)
-        if "_target_" in values:
-            cls = self._import(str(values.pop("_target_")))
-        else:
-            name = str(values.pop("name"))
-            if name not in self._classes:
-                raise ConfigError(
-                    f"{self._section}.name={name}: known are {', '.join(self.names())}; "
-                    f"for your own class write {self._section}._target_=my_module.MyClass"
-                )
-            cls = self._classes[name]
+        name, target = values.pop("name", None), values.pop("_target_", None)
+        if (name is None) == (target is None):
+            raise ConfigError(f"{self._section}: give either `name` or `_target_`")
+        cls = self._named(str(name)) if target is None else self._import(str(target))
         known = inspect.signature(cls).parameters
         values = {name: fact for name, fact in (job or {}).items() if name in known} | values
-        return cls(**self._checked(cls, values))
+        values = self._checked(cls, values)
+        try:
+            return cls(**values)
+        except ConfigError:
+            raise
+        except (TypeError, ValueError) as error:  # somebody's class refuses its settings
+            raise ConfigError(f"{self._section} {name or target}: {error}") from error
 
     def build_list(self, settings: Any, *, job: Mapping[str, Any] | None = None) -> tuple[T, ...]:
         """The objects that a list of such sections describes; none for None. Raises ConfigError."""
@@ -73,6 +76,16 @@ class Registry(Generic[T]):
             raise ConfigError(f"{self._section}: want a list of mappings, each with `name` ({names}) or `_target_`, got {settings!r}")
         return tuple(self.build(one, job=job) for one in settings)
 
+    def _named(self, name: str) -> type[T]:
+        if name in self._elsewhere:
+            return self._import(self._elsewhere[name])
+        if name not in self._classes:
+            raise ConfigError(
+                f"{self._section}.name={name}: known are {', '.join(self.names())}; "
+                f"for your own class write {self._section}._target_=my_module.MyClass"
+            )
+        return self._classes[name]
+
     def _import(self, target: str) -> type[T]:
         module_name, _, attribute = target.rpartition(".")
         key = f"{self._section}._target_={target}"
@@ -80,8 +93,8 @@ class Registry(Generic[T]):
             cls = getattr(importlib.import_module(module_name), attribute)
         except ValueError:
             raise ConfigError(f"{key}: write module.Class") from None
-        except ModuleNotFoundError as error:
-            raise ConfigError(f"{key}: no module named {error.name} on the Python path") from error
+        except (ImportError, SyntaxError) as error:
+            raise ConfigError(f"{key}: {error}; it must be importable from the directory the job starts in") from error
         except AttributeError:
             raise ConfigError(f"{key}: module {module_name} has no {attribute}") from None
         if not (inspect.isclass(cls) and issubclass(cls, self._base)):
