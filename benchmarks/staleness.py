@@ -67,6 +67,7 @@ FULL_METHODS: dict[str, dict[str, Any]] = {
     "DPPO": {"objective": {"name": "dppo_tv"}},
     "MASPO": {"objective": {"name": "maspo"}},
     "DCPO": {"objective": {"name": "dcpo"}},
+    "LAD": {"objective": {"name": "lad"}},
     "OAPL, no sync": {"objective": {"name": "oapl"}, "normalizer": "seq_mean_token_sum"},
 }
 """Settings of a Cell by label; the objectives' own defaults where nothing is said."""

@@ -4,7 +4,9 @@ A group without spread has advantage exactly zero: the mean of equal floats need
 error by a standard deviation of the same size would turn noise into a signal.
 
 What needs a critic instead of a group is in `gae.py`.
-Left out: `progrpo`, which weighs in the prompt's own probability, which nobody computes.
+Left out: `progrpo` (arXiv 2602.05281), `A + alpha (c_q - c_o)` in groups with a right answer. Its c_o is exp of the mean log-prob of the
+least likely fifth of the answer's tokens; over which tokens of the prompt c_q is taken, and what alpha is, we could not establish. It also
+wants a forward over prompts, whose log-probs are on no record.
 """
 
 from __future__ import annotations
