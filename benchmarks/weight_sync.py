@@ -1,10 +1,10 @@
 """What a push costs: its share of a bare broadcast's rate, bucketed against tensor by tensor, and how long training stands still for it.
 
 The push is the project's own from end to end: frozen weights, control messages, broadcast, checksums on both sides, a real engine that
-stores into its shadow set, verifies and swaps. The bare broadcast sends the same buckets with `dist.broadcast` into one buffer that is there
-already. Both take turns, in the same pair of processes' worth of cores, and the median counts. Training's stall is measured on two
-ranks: freezing (what a step waits for now), and gathering, flattening and checksumming everything at once (what it would wait for without).
-What an update costs generation, in each mode, is measured by `benchmarks.update_modes`.
+stores into its shadow set, verifies and swaps. The bare broadcast sends the same buckets with `dist.broadcast` into one buffer that is
+there already. Both take turns, and the median counts. Training's stall is measured on two ranks: freezing (what a step waits for now),
+and gathering, flattening and checksumming everything at once (what it would wait for without). What an update costs generation,
+in each mode, is measured by `benchmarks.update_modes`.
 
     python -m benchmarks.weight_sync [--sizes 10MB 100MB 500MB 2GB] [--rounds 5]
 """
@@ -242,11 +242,12 @@ def main() -> None:
         write(
             "weight_sync", {"command": f"python -m benchmarks.weight_sync --rounds {options.rounds}", "pushes": synced, "stalls": stalled}
         )
+    hows = ("bare", "bucketed", "per_tensor")
     rows = [
-        (r["size"], r["num_tensors"], r["num_buckets"], r["bare_gb_per_s"], *(r["seconds"][how] for how in ("bare", "bucketed", "per_tensor")),
-         r["share_bucketed"], r["share_per_tensor"])
+        [r["size"], r["num_tensors"], r["num_buckets"], r["bare_gb_per_s"], *(r["seconds"][how] for how in hows)]
+        + [r["share_bucketed"], r["share_per_tensor"]]
         for r in synced
-    ]  # fmt: skip
+    ]
     header = ("size", "tensors", "buckets", "bare GB/s", "bare s", "push s", "tensor by tensor s", "push share", "tensor by tensor share")
     print(table(header, rows))
     print(table(("size", "training waits, frozen s", "gathered at once s"), [(r["size"], r["freeze_s"], r["gather_s"]) for r in stalled]))
