@@ -88,6 +88,8 @@ class BufferDaemon:
         self._fetches: dict[tuple[bytes, int, int], int] = {}
         self._evals: dict[tuple[bytes, int], tuple[int, consumer.RequestEval]] = {}
         self._num_eval_prompts = 0
+        self._acks: dict[bytes, list[producer.SampleAck]] = {}
+        """Of samples that came since the last turn, by route."""
         self._num_recorded_seen = 0
         self._rejection_seen = ""
         self._received_bytes = 0
@@ -328,7 +330,7 @@ class BufferDaemon:
         )
         if verdict in (Verdict.UNKNOWN_VERSION, Verdict.INVALID):
             log.warning("sample %d of ticket %d by %s refused: %s", ack.sample_index, ack.ticket_id, peer.hello.name, verdict.value)
-        self._send_when_durable(peer.route, ack, rid=envelope.rid)
+        self._acks.setdefault(peer.route, []).append(ack)
 
     def _leases_return(self, peer: Peer, envelope: Envelope) -> None:
         message: producer.ReturnLeases = envelope.message
@@ -460,11 +462,17 @@ class BufferDaemon:
             if self.ledger.last_rejection != self._rejection_seen:
                 self._rejection_seen = self.ledger.last_rejection
                 log.warning("group rejected: %s", self._rejection_seen)
+            self._acknowledge()
             self._send_leases()
             self._send_aborts()
             self._answer_fetches()
             self._answer_evals()
             self._send_directory()
+
+    def _acknowledge(self) -> None:
+        for route, acks in self._acks.items():
+            self._send_when_durable(route, producer.SampleAcks(acks=acks), rid=0)
+        self._acks = {}
 
     def _tick(self) -> None:
         """What happens without a message: leases run out, servers fall silent, series are refreshed."""

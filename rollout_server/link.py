@@ -28,7 +28,7 @@ from areal_like.messages.producer import (
     Lease,
     Leases,
     ReturnLeases,
-    SampleAck,
+    SampleAcks,
     ServerHeartbeat,
     ServerState,
 )
@@ -177,10 +177,11 @@ class BufferLink:
 
     def _on_message(self, message: Any) -> None:
         match message:
-            case SampleAck():
-                self._desk.acknowledge(message)
-                if message.refused:
-                    self.num_refused[message.refused] = self.num_refused.get(message.refused, 0) + 1
+            case SampleAcks():
+                for ack in message.acks:
+                    self._desk.acknowledge(ack)
+                    if ack.refused:
+                        self.num_refused[ack.refused] = self.num_refused.get(ack.refused, 0) + 1
             case Leases():
                 self._take(message.leases)
             case AbortLeases():

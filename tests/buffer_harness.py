@@ -21,6 +21,7 @@ from areal_like.config import Config, from_mapping
 from areal_like.fingerprint import dataset_fingerprint
 from areal_like.messages.consumer import CompleteStep, Directory, Fetch, Group, StartTraining
 from areal_like.messages.hello import Hello, Role
+from areal_like.messages.producer import SampleAcks
 from areal_like.paths import RunPaths
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -176,8 +177,13 @@ def trainer_hello(config: Config, **changes: Any) -> Hello:
 
 @asynccontextmanager
 async def connected(buffer: BufferProcess, hello: Hello | None = None, *, inbox: list[Any] | None = None) -> AsyncIterator[Link]:
-    """A link; `hello` is said first, and what was not an answer is put into `inbox`."""
-    link = Link(buffer.address, handler=(inbox if inbox is not None else []).append)
+    """A link; `hello` is said first, and what was not an answer is put into `inbox` (acknowledgements one by one)."""
+
+    def take(message: Any) -> None:
+        if inbox is not None:
+            inbox.extend(message.acks if isinstance(message, SampleAcks) else [message])
+
+    link = Link(buffer.address, handler=take)
     try:
         if hello is not None:
             await link.call(hello, timeout_s=10)

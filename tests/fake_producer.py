@@ -13,7 +13,7 @@ from typing import Any
 from areal_like.channel import Link
 from areal_like.errors import ArealError
 from areal_like.messages.hello import Hello, HelloRequired, JobFailed, Role
-from areal_like.messages.producer import AbortLeases, HeartbeatAck, Lease, Leases, SampleAck, ServerHeartbeat, ServerState
+from areal_like.messages.producer import AbortLeases, HeartbeatAck, Lease, Leases, SampleAcks, ServerHeartbeat, ServerState
 from areal_like.process import die_with_parent
 from tests.ledger_plant import done
 
@@ -87,11 +87,12 @@ class FakeProducer:
                 if message.newest_version > self._version:
                     self._version = message.newest_version
                     self._beat()
-            case SampleAck():
-                held = self._leases.get(message.lease_id, set())
-                held.discard(message.sample_index)
-                if not held:
-                    self._leases.pop(message.lease_id, None)
+            case SampleAcks():
+                for ack in message.acks:
+                    held = self._leases.get(ack.lease_id, set())
+                    held.discard(ack.sample_index)
+                    if not held:
+                        self._leases.pop(ack.lease_id, None)
             case JobFailed() | HelloRequired():
                 self._failed.set()
 

@@ -19,10 +19,25 @@ from areal_like.channel import Envelope, Listener
 from areal_like.cli import save_config
 from areal_like.config import Config, from_mapping
 from areal_like.messages.hello import Goodbye, Hello, HelloRequired, Ok, Welcome
-from areal_like.messages.producer import HeartbeatAck, Lease, Leases, Purpose, SampleAck, SampleDone, SampleFailed, ServerHeartbeat
+from areal_like.messages.producer import (
+    HeartbeatAck,
+    Lease,
+    Leases,
+    Purpose,
+    SampleAck,
+    SampleAcks,
+    SampleDone,
+    SampleFailed,
+    ServerHeartbeat,
+)
 from areal_like.paths import RunPaths
 
 ROOT = Path(__file__).parent.parent
+
+
+def acks_of(answer: SampleDone | SampleFailed) -> SampleAcks:
+    """The acknowledgement of one sample."""
+    return SampleAcks(acks=[SampleAck(lease_id=answer.lease_id, ticket_id=answer.ticket_id, sample_index=answer.sample_index)])
 
 
 class PlayedBuffer:
@@ -69,7 +84,7 @@ class PlayedBuffer:
         self.send(Leases(leases=list(leases)))
 
     def acknowledge(self, answer: SampleDone | SampleFailed) -> None:
-        self.send(SampleAck(lease_id=answer.lease_id, ticket_id=answer.ticket_id, sample_index=answer.sample_index))
+        self.send(acks_of(answer))
 
     def expect(self, kind: type | tuple[type, ...], *, count: int = 1, timeout_s: float = 20) -> list[Any]:
         """The next `count` messages of a kind (others are passed over)."""
@@ -110,8 +125,7 @@ class PlayedBuffer:
             case Goodbye():
                 self._answer(envelope, Ok())
             case SampleDone() | SampleFailed() if self.acknowledging:
-                ack = SampleAck(lease_id=message.lease_id, ticket_id=message.ticket_id, sample_index=message.sample_index)
-                self._listener.send(envelope.peer, ack)
+                self._listener.send(envelope.peer, acks_of(message))
         self.received.put(message)
 
     def _answer(self, envelope: Envelope, answer: Any) -> None:

@@ -11,7 +11,17 @@ from areal_like.channel import Envelope, Listener
 from areal_like.config import from_mapping
 from areal_like.daemon import WaitBook
 from areal_like.messages.hello import Hello, Role, Welcome
-from areal_like.messages.producer import HeartbeatAck, Lease, Leases, Purpose, SampleAck, SampleFailed, ServerHeartbeat, ServerState
+from areal_like.messages.producer import (
+    HeartbeatAck,
+    Lease,
+    Leases,
+    Purpose,
+    SampleAck,
+    SampleAcks,
+    SampleFailed,
+    ServerHeartbeat,
+    ServerState,
+)
 from rollout_server.leases import LeaseDesk
 from rollout_server.link import BufferLink
 
@@ -38,7 +48,7 @@ class PlayedBuffer:
             case ServerHeartbeat():
                 self.listener.send(envelope.peer, HeartbeatAck(step=0, newest_version=0))
             case SampleFailed() if self.acknowledging:
-                self.listener.send(envelope.peer, SampleAck(lease_id=1, ticket_id=1, sample_index=0))
+                self.listener.send(envelope.peer, SampleAcks(acks=[SampleAck(lease_id=1, ticket_id=1, sample_index=0)]))
 
     async def expect(self, name: str) -> None:
         async with asyncio.timeout(10):

@@ -1,6 +1,6 @@
 """Rollout server <-> buffer: credit out, leases in, samples out, acknowledgements in.
 
-The server keeps each sample until `SampleAck` names it and sends it again after a reconnect; the buffer deduplicates by (ticket, sample).
+The server keeps each sample until `SampleAcks` names it and sends it again after a reconnect; the buffer deduplicates by (ticket, sample).
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class SampleDone:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleAck:
-    """Buffer -> server: durable (or refused for good: either way the server forgets it)."""
+    """What became of one sample: it is durable, or refused for good. Either way the server forgets it."""
 
     lease_id: int
     ticket_id: int
@@ -111,8 +111,15 @@ class SampleAck:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SampleAcks:
+    """Buffer -> server: samples that became durable together. A message for each would cost more than making them so."""
+
+    acks: list[SampleAck]
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleFailed:
-    """Server -> buffer: the sample cannot be made here (reward raised or hung, engine refused). Answered by `SampleAck`."""
+    """Server -> buffer: the sample cannot be made here (reward raised or hung, engine refused). Answered in `SampleAcks`."""
 
     lease_id: int
     ticket_id: int
@@ -136,4 +143,4 @@ class AbortLeases:
     reason: str
 
 
-MESSAGES = (ServerHeartbeat, HeartbeatAck, Leases, SampleDone, SampleAck, SampleFailed, ReturnLeases, AbortLeases)
+MESSAGES = (ServerHeartbeat, HeartbeatAck, Leases, SampleDone, SampleAcks, SampleFailed, ReturnLeases, AbortLeases)

@@ -23,7 +23,7 @@ from areal_like.config import Config, from_mapping
 from areal_like.fingerprint import dataset_fingerprint
 from areal_like.messages.consumer import AllocVersion, CommitStep, CompleteStep, Fetch, StartTraining
 from areal_like.messages.hello import Hello, Role
-from areal_like.messages.producer import HeartbeatAck, Leases, SampleAck, SampleDone, ServerHeartbeat, ServerState
+from areal_like.messages.producer import HeartbeatAck, Leases, SampleAcks, SampleDone, ServerHeartbeat, ServerState
 from areal_like.paths import RunPaths
 from benchmarks.report import ROOT
 from benchmarks.stream_peers.load import Pacer, Plan, Served, Tally, trajectories
@@ -121,11 +121,13 @@ class _Producer:
 
     def _on_message(self, message: Any) -> None:
         match message:
-            case SampleAck(refused=""):
-                self._tally.acked(self._sent_s.pop((message.ticket_id, message.sample_index)))
-                self._leases[message.lease_id] -= 1
-                if not self._leases[message.lease_id]:
-                    del self._leases[message.lease_id]
+            case SampleAcks():
+                for ack in message.acks:
+                    assert not ack.refused, ack
+                    self._tally.acked(self._sent_s.pop((ack.ticket_id, ack.sample_index)))
+                    self._leases[ack.lease_id] -= 1
+                    if not self._leases[ack.lease_id]:
+                        del self._leases[ack.lease_id]
                 self._send()
             case Leases():
                 for lease in message.leases:
@@ -136,8 +138,6 @@ class _Producer:
                 self._version = message.newest_version
                 self._samples = trajectories(self._plan.num_tokens, count=4, version=self._version)
                 self._beat()
-            case SampleAck():
-                raise RuntimeError(f"a sample was refused: {message.refused}")
 
     def _send(self) -> None:
         while self._work and len(self._sent_s) < self._plan.window and self._pacer.may_send():

@@ -13,7 +13,7 @@ import msgpack
 from areal_like.codec import WIRE_VERSION, decode, encode
 from areal_like.errors import WireError
 from areal_like.messages.consumer import Fetch, StartTraining
-from areal_like.messages.producer import SampleAck, SampleDone, ServerHeartbeat, ServerState
+from areal_like.messages.producer import SampleAck, SampleAcks, SampleDone, ServerHeartbeat, ServerState
 from tests.ledger_plant import trajectory
 
 
@@ -29,7 +29,7 @@ def malformed(seed: int) -> Iterator[list[bytes]]:
     rng = random.Random(seed)
     good = [
         encode(SampleDone(lease_id=1, ticket_id=1, sample_index=0, trajectory=trajectory([0, 0, 0]))),
-        encode(SampleAck(lease_id=1, ticket_id=1, sample_index=0)),
+        encode(SampleAcks(acks=[SampleAck(lease_id=1, ticket_id=1, sample_index=0)])),
         encode(Fetch(step=0, position=0), rid=1),
         encode(StartTraining(step=0, stream={"cursor": 1, "pending": [1, 2]}), rid=2),
         encode(ServerHeartbeat(state=ServerState.SERVING, free_samples=1, holding_samples=0, weights_version=0, leases=[1])),

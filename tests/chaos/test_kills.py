@@ -128,6 +128,16 @@ def _killed_at_the_end(command: list[str]) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
+def _settled(job: Plant, *, timeout_s: float = 30.0) -> dict[str, int]:
+    """Tickets by state, once nothing has happened for a second."""
+    deadline_s = time.monotonic() + timeout_s
+    tickets: dict[str, int] = {}
+    while (before := tickets) != (tickets := job.buffer.status()["tickets"]) or tickets["leased"] or tickets["queued"]:
+        assert time.monotonic() < deadline_s, tickets
+        time.sleep(1.0)
+    return tickets
+
+
 def stop_trainer(directory: Path, *, stopped_s: float) -> None:
     num_steps = 60
     with plant(directory, **settings(num_steps, cache_bytes=1 << 20)) as job:
@@ -138,8 +148,7 @@ def stop_trainer(directory: Path, *, stopped_s: float) -> None:
             job.buffer.wait_status(lambda status: status["step"] >= 5, timeout_s=60)
             consumer.send_signal(signal.SIGSTOP)
             # What the bound admits is made, and then everybody waits.
-            job.buffer.wait_status(lambda status: not status["tickets"]["leased"] and not status["tickets"]["queued"], timeout_s=30)
-            before, rss_bytes = job.buffer.status()["tickets"], job.buffer.rss_bytes()
+            before, rss_bytes = _settled(job), job.buffer.rss_bytes()
             time.sleep(stopped_s)
             assert job.buffer.rss_bytes() < 1.05 * rss_bytes
             assert job.buffer.status()["tickets"] == before

@@ -10,7 +10,7 @@ from launch.audit import audit_run
 from tests.chaos.plant import books_of, check_books, check_groups, plant, train
 from tests.chaos.proxy import Faults
 
-FAULTS = Faults(drop=0.01, duplicate=0.05, reorder=0.05, delay=0.05, cut=0.0005)
+FAULTS = Faults(drop=0.01, duplicate=0.05, reorder=0.05, delay=0.05, cut=0.003)
 
 
 def run(directory: Path, *, num_steps: int, seed: int) -> None:
