@@ -243,11 +243,9 @@ def main() -> None:
             "weight_sync", {"command": f"python -m benchmarks.weight_sync --rounds {options.rounds}", "pushes": synced, "stalls": stalled}
         )
     hows = ("bare", "bucketed", "per_tensor")
-    rows = [
-        [r["size"], r["num_tensors"], r["num_buckets"], r["bare_gb_per_s"], *(r["seconds"][how] for how in hows)]
-        + [r["share_bucketed"], r["share_per_tensor"]]
-        for r in synced
-    ]
+    counts = ("size", "num_tensors", "num_buckets", "bare_gb_per_s")
+    shares = ("share_bucketed", "share_per_tensor")
+    rows = [(*(r[key] for key in counts), *(r["seconds"][how] for how in hows), *(r[key] for key in shares)) for r in synced]
     header = ("size", "tensors", "buckets", "bare GB/s", "bare s", "push s", "tensor by tensor s", "push share", "tensor by tensor share")
     print(table(header, rows))
     print(table(("size", "training waits, frozen s", "gathered at once s"), [(r["size"], r["freeze_s"], r["gather_s"]) for r in stalled]))
