@@ -1,6 +1,6 @@
 """What a weight update costs in each mode, on each engine: seconds and tokens lost, and the log-prob error that kept KV causes.
 
-A fixed amount of work (sequences of equal length, a full engine until the last) is done without updates and with several; the difference
+A fixed amount of work (sequences of mixed lengths, so that some end at any time) is done without updates and with several; the difference
 over the number of updates is what one costs, whatever it was spent on: the pause, KV computed again, sequences resubmitted, and on
 this machine also the cores that sending and loading take away from decoding. Pushes are the project's own, from broadcaster to
 receiver. Each version moves every weight by the default learning rate, up or down at random, as one step of Adam might. Errors are
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from areal_like.config import Config, WeightsConfig, from_mapping
 from areal_like.messages.consumer import ServerEntry
@@ -43,7 +44,9 @@ from trainer.broadcaster import Broadcaster
 from trainer.tiny_model import build_tiny_model
 
 MODES = ("recompute", "keep", "abort_resume", "drain")
-NUM_RUNNING, NUM_SEQUENCES, SEQUENCE_TOKENS, PROMPT_TOKENS = 32, 128, 200, 8
+NUM_RUNNING, NUM_SEQUENCES, PROMPT_TOKENS = 32, 128, 8
+LENGTHS = np.random.default_rng(0).integers(100, 301, NUM_SEQUENCES)
+"""Sampled tokens of each sequence."""
 NUM_UPDATES = 4
 NUM_CHECKED = 12
 """Sequences a mode whose log-probs are recomputed."""
@@ -65,11 +68,13 @@ class Server:
         places = asyncio.Semaphore(NUM_RUNNING)
         num_done, stalls = 0, []
         progress = asyncio.Condition()
-        sampling = Sampling(max_new_tokens=SEQUENCE_TOKENS, ignore_eos=True)
+        versions = range(first_version, first_version + NUM_UPDATES) if mode else range(0)
+        snapshots = {version: Held(weights_of(self.model, version), bucket_bytes=BUCKET_BYTES) for version in versions}
 
         async def one(index: int) -> Trajectory:
             nonlocal num_done
             transcript = Transcript()
+            sampling = Sampling(max_new_tokens=int(LENGTHS[index]), ignore_eos=True)
             transcript.give(np.random.default_rng(index).integers(3, 100, PROMPT_TOKENS).astype(np.int32))
             async with places:
                 speaker = Speaker(self.client, sampling=sampling, rid=f"{mode}{first_version}.{index}", turnstile=self.turnstile)
@@ -86,9 +91,7 @@ class Server:
             entry = ServerEntry(
                 name="rollout-0", incarnation=1, weights_address=address, device="cpu", state="serving", weights_version=first_version - 1
             )
-            for i in range(NUM_UPDATES):
-                version = first_version + i
-                snapshot = Held(weights_of(self.model, version), bucket_bytes=BUCKET_BYTES)
+            for i, (version, snapshot) in enumerate(snapshots.items()):
                 due = round((i + 0.5) * NUM_SEQUENCES / NUM_UPDATES)
                 async with progress:
                     await progress.wait_for(lambda due=due: num_done >= due)  # type: ignore[misc]
@@ -121,7 +124,7 @@ def weights_of(model: Path, version: int) -> dict[str, torch.Tensor]:
 def logprob_errors(model: Path, trajectories: list[Trajectory]) -> np.ndarray:
     """|engine - transformers| of every token sampled after the first update of its sequence."""
     errors = []
-    policy = AutoModelForCausalLM.from_pretrained(model).eval()
+    policy = AutoModelForCausalLM.from_pretrained(model)
     mixed = [t for t in trajectories if t.oldest_version != t.newest_version][:NUM_CHECKED]
     for version in sorted({int(v) for t in mixed for v in t.versions[t.loss_mask == 1]}):
         policy.load_state_dict(weights_of(model, version), strict=False)
@@ -143,7 +146,7 @@ async def serving(config: Config, model: Path) -> AsyncIterator[Server]:
         raise RuntimeError(reason)
 
     is_sglang = config.rollout.engine == "sglang"
-    context_tokens = PROMPT_TOKENS + SEQUENCE_TOKENS
+    context_tokens = PROMPT_TOKENS + int(LENGTHS.max())
     engine: EngineProcess
     if is_sglang:
         engine = SglangProcess(config, name="rollout-0", model=str(model), context_tokens=context_tokens, vocab_size=100)
@@ -188,7 +191,7 @@ async def measure(kind: str, directory: Path, model: Path, *, repeats: int) -> d
                     stalls[mode] += stalled
                     trajectories[mode] = made
     base_s = statistics.median(seconds[""])
-    rate = NUM_SEQUENCES * SEQUENCE_TOKENS / base_s
+    rate = float(LENGTHS.sum()) / base_s
     modes = {}
     for mode in MODES:
         lost_s = (statistics.median(seconds[mode]) - base_s) / NUM_UPDATES
@@ -212,6 +215,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     engines = {}
     with tempfile.TemporaryDirectory() as directory:
         model = Path(directory) / "model"
@@ -219,7 +223,7 @@ def main() -> None:
         for kind in options.engines:
             engines[kind] = asyncio.run(measure(kind, Path(directory), model, repeats=options.repeats))
     shape = {
-        "num_running": NUM_RUNNING, "num_sequences": NUM_SEQUENCES, "sequence_tokens": SEQUENCE_TOKENS, "num_updates": NUM_UPDATES,
+        "num_running": NUM_RUNNING, "num_sequences": NUM_SEQUENCES, "num_tokens": int(LENGTHS.sum()), "num_updates": NUM_UPDATES,
         "step_size": STEP_SIZE, "repeats": options.repeats,
     }  # fmt: skip
     print(write("update_modes", {"shape": shape, "engines": engines}))
