@@ -132,7 +132,7 @@ def _settled(job: Plant, *, timeout_s: float = 30.0) -> dict[str, int]:
     """Tickets by state, once nothing has happened for a second."""
     deadline_s = time.monotonic() + timeout_s
     tickets: dict[str, int] = {}
-    while (before := tickets) != (tickets := job.buffer.status()["tickets"]) or tickets["leased"] or tickets["queued"]:
+    while tickets != (tickets := job.buffer.status()["tickets"]) or tickets["leased"] or tickets["queued"]:
         assert time.monotonic() < deadline_s, tickets
         time.sleep(1.0)
     return tickets
