@@ -11,7 +11,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 PIP_ARGS ?=
 BIN := .venv/bin
 # Named after the requirements' content and made last, so neither a change nor an interrupted set-up can leave a stale environment.
-STAMP := .venv/.installed-$(shell cat requirements.txt requirements-dev.txt | cksum | cut -d' ' -f1)
+STAMP := .venv/.installed-$(shell cat requirements.txt requirements-dev.txt pyproject.toml | cksum | cut -d' ' -f1)
 
 .PHONY: run test chaos sglang test-sglang lint format setup clean
 .DEFAULT_GOAL := run
@@ -51,6 +51,7 @@ $(STAMP):
 	@rm -f .venv/.installed-*
 	@test -e .venv/.made && $(BIN)/python -c '' 2>/dev/null || { $(PYTHON) -m venv --clear .venv && touch .venv/.made; }
 	@$(BIN)/python -m pip install -q -q --disable-pip-version-check $(PIP_ARGS) -r requirements-dev.txt
+	@$(BIN)/python -m pip install -q -q --disable-pip-version-check $(PIP_ARGS) --no-deps -e .
 	@touch $@
 
 clean:
