@@ -174,7 +174,7 @@ async def serving(config: Config, model: Path) -> AsyncIterator[Server]:
 
 async def measure(kind: str, directory: Path, model: Path, *, repeats: int) -> dict[str, Any]:
     """One engine: its rate without updates, and each mode. `keep`'s options for all, so that only the mode differs."""
-    rollout = {"engine": kind, "max_running": NUM_RUNNING}
+    rollout = {"engine": kind, "max_running": NUM_RUNNING, "start_timeout_s": 600}
     config = from_mapping({"runs_dir": str(directory), "name": kind, "rollout": rollout, "weights": {"update_mode": "keep"}})
     seconds: dict[str, list[float]] = {mode: [] for mode in ("", *MODES)}
     stalls: dict[str, list[float]] = {mode: [] for mode in MODES}

@@ -25,8 +25,8 @@ from rollout_server.engine_client import EngineClient
 
 _POLL_S = 0.05
 _STOP_TIMEOUT_S = 5.0
-_LOG_LINES = 8
-"""Last lines of the engine's log that an error message quotes."""
+_LOG_LINES, _LOG_LINE_CHARS = 8, 200
+"""Last lines of the engine's log that an error message quotes, and how much of each: SGLang logs all its options in one."""
 
 
 class Engine(Protocol):
@@ -203,4 +203,4 @@ def _tail(path: Path) -> str:
     if not path.exists():
         return ""
     lines = path.read_text(errors="replace").splitlines()[-_LOG_LINES:]
-    return "".join(f"\n    {line}" for line in lines)
+    return "".join(f"\n    {line[:_LOG_LINE_CHARS]}" for line in lines)
