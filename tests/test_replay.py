@@ -15,7 +15,7 @@ from areal_like.errors import ConfigError
 from tests.launching import ROOT
 from trainer.recording import Recording
 
-pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(480), pytest.mark.slow]
 SMALL = (
     "name=x",
     "model.warm_start_steps=0",
