@@ -62,6 +62,12 @@ def pid_of(root: Path, package: str) -> int:
     return next(pid for pid, command in processes_of(root).items() if f"-m {package} " in command)
 
 
+def is_back(root: Path, package: str, *, after: int) -> bool:
+    """Whether another process of this package runs and the killed one, which may take a moment to go, does not."""
+    commands = processes_of(root)
+    return after not in commands and any(f"-m {package} " in command for command in commands.values())
+
+
 def test_a_run_without_a_durable_ledger_ends_with_its_buffer(workplace: Path) -> None:
     root = workplace / "runs" / "x"
     with launcher("name=x", "trainer.num_steps=100000", "buffer.durability=none", cwd=workplace) as process:
@@ -79,7 +85,7 @@ def test_a_killed_buffer_and_trainer_are_started_again_and_nobody_else(workplace
         before = {name: pid_of(root, name) for name in ("buffer", "trainer", "rollout_server")}
         for name in ("buffer", "trainer"):
             os.kill(before[name], signal.SIGKILL)
-            wait_until(lambda name=name: any(f"-m {name} " in c for c in processes_of(root).values()), timeout_s=20, what=f"{name} is back")
+            wait_until(lambda name=name: is_back(root, name, after=before[name]), timeout_s=20, what=f"{name} is back")
         commands = processes_of(root)
         assert before["rollout_server"] in commands and not {before["buffer"], before["trainer"]} & set(commands)
         assert "buffer.ports=[12345]" in commands[pid_of(root, "buffer")], "where everybody knows it"
