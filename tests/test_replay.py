@@ -56,7 +56,8 @@ def test_a_replay_gives_the_same_weights_and_another_objective_others(tmp_path: 
     other = launch("replay", "x", "objective=ppo", "buffer.cache_bytes=0", "trainer.world_size=2", cwd=tmp_path)
     assert other.returncode == 0, other.stdout + other.stderr
     assert "weights after step 6, 12: not those of the run" in other.stdout and "buffer.cache_bytes=0 has no effect" in other.stdout
-    assert [row["reward_mean"] for row in rows(tmp_path / "runs" / "x-replay-2")] == [row["reward_mean"] for row in original]
+    rewards = [row["reward_mean"] for row in rows(tmp_path / "runs" / "x-replay-2")]
+    assert rewards == pytest.approx([row["reward_mean"] for row in original]), "summed over other ranks"
 
     recording = Recording(tmp_path / "runs" / "x")
     config = load_config(["--config", str(tmp_path / "runs" / "x" / "config.yaml")])
