@@ -298,8 +298,8 @@ class LocalJob:
             )
 
     def _guests(self) -> list[str]:
-        """Rollout servers that joined by themselves."""
-        return [view.name for view in self._observer.newest.daemons.values() if view.role == "rollout" and view.name not in self._restarts]
+        """Rollout servers that joined by themselves. Of our own the newest look may still show one that has just left."""
+        return [view.name for view in self._observer.newest.daemons.values() if view.role == "rollout" and view.name not in self._specs]
 
     def _core_died(self, child: Child, code: int) -> None:
         words = [f"{child.name} failed ({describe_exit(code)}); its last lines:", *(f"  {x}" for x in child.last_words())]
