@@ -71,7 +71,7 @@ def test_roles_by_hand_and_a_trainer_that_is_replaced(tmp_path: Path, start: Any
     done = num_steps_done(run)
     assert int(checkpoint.name.removeprefix("step_")) == done
     books = json.loads((run / "summary.json").read_text())["tickets"]
-    assert (books["trained"], books["batched"], books["leased"]) == (4 * done, 0, 0)
+    assert (books["trained"], books["leased"]) == (4 * done, 0), "what was recorded beyond that waits for the next trainer"
 
     second = start("trainer", f"buffer.port={port}", "resume=latest")
     wait_until(lambda: num_steps_done(run) > done + 3, timeout_s=90, what="training after the trainer was replaced")
