@@ -13,7 +13,7 @@ import asyncio
 import json
 import logging
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -190,12 +190,23 @@ class EngineClient:
             rids.add(pending.rid)
             batch.append(pending)
         for start in range(0, len(batch), MAX_BATCH):
-            self._spawn(self._stream(batch[start : start + MAX_BATCH]))
+            self._start(batch[start : start + MAX_BATCH])
 
-    def _spawn(self, work: Any) -> None:
+    def _start(self, batch: list[_Pending]) -> None:
+        """Streams a batch in a task of its own."""
+
+        def fail_cancelled(stream: asyncio.Task[None]) -> None:
+            # One that is cancelled before its first turn never comes to its `finally`.
+            for pending in batch if stream.cancelled() else ():
+                _fail(pending, "the client was closed")
+
+        self._spawn(self._stream(batch)).add_done_callback(fail_cancelled)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._streams.add(task)
         task.add_done_callback(self._streams.discard)
+        return task
 
     async def _stream(self, batch: list[_Pending]) -> None:
         body = {
@@ -213,7 +224,7 @@ class EngineClient:
                     # One bad request spoils a batch; those that only happened to start with it must not suffer.
                     alone, batch = batch, []
                     for pending in alone:
-                        self._spawn(self._stream([pending]))
+                        self._start([pending])
                 elif response.status != 200:
                     reason = f"refused /generate: {await _error_text(response)}"
                 else:

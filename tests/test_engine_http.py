@@ -232,6 +232,19 @@ def test_sender_killed_in_mid_broadcast_leaves_the_old_weights(engine: Engine, m
     asyncio.run(body())
 
 
+def test_closing_a_client_fails_what_has_not_been_sent_yet(engine: Engine) -> None:
+    async def body() -> None:
+        client = engine.client()
+        waiting = asyncio.create_task(sample(client, PROMPT, 5))
+        while not client._streams:  # made, and not yet had a turn
+            await asyncio.sleep(0)
+        await client.close()
+        with pytest.raises(EngineError, match="client was closed"):
+            await asyncio.wait_for(waiting, timeout=5)
+
+    asyncio.run(body())
+
+
 def test_seed_is_honoured_whatever_else_runs(engine: Engine) -> None:
     async def body() -> None:
         async with engine.client() as client:
