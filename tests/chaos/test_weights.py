@@ -73,9 +73,15 @@ class Server:
         self.engine.kill()
         await asyncio.gather(*self._tasks)
 
-    async def died(self) -> None:
-        """Returns when the death of the engine has been noticed and answered for."""
+    @property
+    def is_dead(self) -> bool:
+        return not self.engine.is_running
+
+    async def start_again(self) -> None:
+        """When the death of the engine has been noticed and answered for."""
         await asyncio.gather(*self._tasks)
+        self.incarnation += 1
+        await self.start()
 
     async def _watch(self, client: EngineClient) -> None:
         await self.engine.died()
@@ -112,6 +118,7 @@ async def kill_in_mid_broadcast(folder: Path, *, seeds: range) -> tuple[list[Gen
     await push_to_all()
     for seed in seeds:
         luck = random.Random(seed)
+        await asyncio.gather(*(server.start_again() for server in servers if server.is_dead))
         usual_s = await push_to_all()
         victim, survivor = luck.sample(servers, 2)
         pushing = asyncio.create_task(push())
@@ -127,10 +134,6 @@ async def kill_in_mid_broadcast(folder: Path, *, seeds: range) -> tuple[list[Gen
         while len(survivor.generations) < seen + 4:
             await asyncio.sleep(0.01)
         assert int(survivor.generations[-1].versions[-1]) == version
-        await victim.died()
-        victim.incarnation += 1
-        await victim.start()
-    await push_to_all()
     await broadcaster.close()
     for server in servers:
         await server.close()

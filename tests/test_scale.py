@@ -1,0 +1,136 @@
+"""A running job is scaled by hand: a server joins from another shell, one is drained, and the trainer is replaced by a wider one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from areal_like.paths import RunPaths
+from launch.audit import audit_run
+from launch.rundir import is_over
+from tests.launching import ROOT, launcher, num_steps_done, processes_of, wait_until
+
+pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
+
+
+def command(*args: str, cwd: Path) -> subprocess.Popen[str]:
+    """`areal-like ARGS` in another shell."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch", *args],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def status(run: Path, name: str) -> dict[str, object]:
+    from launch.observe import fetch_json
+
+    endpoint = run / "endpoints" / f"{name}.json"
+    return (fetch_json(json.loads(endpoint.read_text())["http"], "/status") if endpoint.exists() else None) or {}
+
+
+def samples_of(run: Path, server: str) -> float:
+    """Samples that a server has finished."""
+    peers = status(run, "buffer").get("peers", [])
+    assert isinstance(peers, list)
+    return max((peer["stats"].get("samples_done", 0) for peer in peers if peer["name"] == server), default=0)
+
+
+def test_join_drain_and_a_wider_trainer_in_one_run(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "x"
+    settings = (
+        *("name=x", "model.warm_start_steps=5", "trainer.num_steps=100000", "eval.num_prompts=0", "trainer.checkpoint_interval=1000"),
+        *("sampling.group_size=4", "trainer.groups_per_step=4", "rollout.max_running=16", "rollout.queue_samples=8"),
+    )
+    with launcher(*settings, cwd=tmp_path, environment={"OMP_NUM_THREADS": "1"}) as process:
+        wait_until(lambda: num_steps_done(run) > 3, timeout_s=120, what="training")
+        guest = command("rollout", "x", "--join", cwd=tmp_path)
+        wait_until(lambda: samples_of(run, "rollout-1") > 8, timeout_s=90, what="samples of the server that joined")
+        # The one that the launcher started leaves; it is not started again, and the guest goes on alone.
+        drained = command("drain", "x", "rollout-0", cwd=tmp_path)
+        out, _ = drained.communicate(timeout=60)
+        assert drained.returncode == 0 and "rollout-0 has left" in out, out
+        done = num_steps_done(run)
+        wait_until(lambda: num_steps_done(run) > done + 8, timeout_s=90, what="training on the guest's samples")
+        assert guest.poll() is None and process.poll() is None
+        refused = command("drain", "x", "rollout-0", cwd=tmp_path)
+        out, _ = refused.communicate(timeout=60)
+        assert refused.returncode == 2 and "no rollout server 'rollout-0' (servers: rollout-1)" in out
+
+        before = samples_of(run, "rollout-1")
+        restarted = command("restart", "x", "trainer", "trainer.world_size=2", cwd=tmp_path)
+        out, _ = restarted.communicate(timeout=60)
+        assert restarted.returncode == 0, out
+        wait_until(lambda: (run / "endpoints" / "trainer-1.json").exists(), timeout_s=90, what="the second rank")
+        done = num_steps_done(run)
+        wait_until(lambda: num_steps_done(run) > done + 4, timeout_s=90, what="training on two ranks")
+        assert samples_of(run, "rollout-1") > before
+        assert json.loads((run / "summary.json").read_text())["steps"] <= done
+
+        process.terminate()
+        assert process.wait(timeout=60) == 0
+        guest.communicate(timeout=30)
+        assert guest.returncode == 0, "the guest ends with its run"
+    assert is_over(RunPaths(run))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(len(rows))), "no step was lost or done twice"
+    assert max(row["lag_max"] for row in rows) <= 4
+    books = json.loads((run / "summary.json").read_text())["tickets"]
+    assert books["trained"] == 4 * len(rows) and books["issued"] == sum(n for state, n in books.items() if state != "issued")
+    wait_until(lambda: not processes_of(run), timeout_s=10, what="no orphans")
+
+
+def churn(tmp_path: Path, *, num_steps: int, interval_s: float) -> int:
+    """Servers join and leave one after the other, well and badly, until the run is finished; how many there were."""
+    run = tmp_path / "runs" / "x"
+    settings = (
+        *("name=x", "model.warm_start_steps=5", f"trainer.num_steps={num_steps}", "eval.num_prompts=0"),
+        *("sampling.group_size=4", "trainer.groups_per_step=4", "rollout.max_running=16", "rollout.queue_samples=8"),
+    )
+    num_guests = 0
+    with launcher(*settings, cwd=tmp_path, environment={"OMP_NUM_THREADS": "1"}) as process:
+        wait_until(lambda: num_steps_done(run) > 3, timeout_s=120, what="training")
+        while process.poll() is None:
+            name = f"rollout-guest-{num_guests}"
+            guest = command("rollout", "x", "--join", "--name", name, cwd=tmp_path)
+            endpoint = run / "endpoints" / f"{name}.json"
+            wait_until(lambda: samples_of(run, name) > 0 or process.poll() is not None, timeout_s=90, what="samples of a guest")  # noqa: B023
+            left_s = interval_s
+            while left_s > 0 and process.poll() is None:
+                time.sleep(0.1)
+                left_s -= 0.1
+            if process.poll() is None and num_guests % 2:
+                os.kill(json.loads(endpoint.read_text())["pid"], signal.SIGKILL)
+            else:
+                guest.terminate()
+            guest.communicate(timeout=60)
+            num_guests += 1
+        assert process.returncode == 0
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(num_steps))
+    assert max(row["lag_max"] for row in rows) <= 4
+    books = json.loads((run / "summary.json").read_text())["tickets"]
+    assert books["trained"] == 4 * num_steps and books["issued"] == sum(n for state, n in books.items() if state != "issued")
+    report = audit_run(run)
+    assert report.is_clean, "\n".join(report.lines())
+    return num_guests
+
+
+def test_servers_come_and_go_through_a_run(tmp_path: Path) -> None:
+    assert churn(tmp_path, num_steps=400, interval_s=2.0) >= 2
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1800)
+def test_servers_come_and_go_every_ten_seconds(tmp_path: Path) -> None:
+    assert churn(tmp_path, num_steps=4000, interval_s=10.0) >= 10
