@@ -63,6 +63,7 @@ class WeightGroup:
         group_name: str,
         backend: str,
         timeout_s: float,
+        server: Any = None,
     ) -> None:
         self.address = address
         """Where the store listens; joiners need it."""
@@ -73,6 +74,7 @@ class WeightGroup:
         self.backend = backend
         self.timeout_s = timeout_s
         self._store: Any = store
+        self._server: Any = server
         self._group: Any = None
 
     @classmethod
@@ -101,17 +103,13 @@ class WeightGroup:
             listener.close()
             raise WeightSyncError(f"weight group {group_name}: cannot listen on {host}:{port}: {error.strerror}") from None
         bound_port: int = listener.getsockname()[1]
+        timeout = timedelta(seconds=timeout_s)
         try:
-            store = _dist.TCPStore(
-                host,
-                bound_port,
-                None,
-                True,
-                timedelta(seconds=timeout_s),
-                wait_for_workers=False,
-                master_listen_fd=listener.detach(),
-                use_libuv=True,
+            server = _dist.TCPStore(
+                host, bound_port, None, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True
             )
+            # We are a client of it like everybody: to drop the server then ends every rendezvous at once, also our own in another thread.
+            store = _dist.TCPStore(host, bound_port, None, False, timeout, wait_for_workers=False)
         except RuntimeError as error:
             raise WeightSyncError(f"weight group {group_name}: {_first_line(error)}") from None
         return cls(
@@ -123,6 +121,7 @@ class WeightGroup:
             group_name=group_name,
             backend=backend,
             timeout_s=timeout_s,
+            server=server,
         )
 
     @classmethod
@@ -200,8 +199,10 @@ class WeightGroup:
     def close(self) -> None:
         """Leaves the group; peers that wait for us notice at once. The name can be used again.
 
-        May be called twice, and from another thread: a broadcast under way there then ends by itself, at its timeout at the latest.
+        May be called twice, and from another thread: a broadcast under way there then ends by itself, at its timeout at the latest, and a
+        rendezvous that rank 0 gives up ends for everybody.
         """
+        self._server = None
         group, self._group, self._store = self._group, None, None
         if group is not None and self.backend == "nccl":
             group.abort()

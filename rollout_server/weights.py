@@ -36,7 +36,7 @@ from areal_like.messages.weights import (
     WeightsOk,
 )
 from areal_like.weights import Bucket, Manifest
-from rollout_server.engine_client import EngineClient, EngineFacts
+from rollout_server.engine_client import EngineClient
 from rollout_server.episodes import Turnstile
 from rollout_server.in_place import InPlaceUpdate
 from rollout_server.sglang_client import SglangClient
@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 
 _CLEANUP_TIMEOUT_S = 5.0
 """For each call that puts an engine right after a failure."""
+_NO_ENGINE = "this server's engine is not running"
 _MAX_UNDER_WAY = 2
 """Buckets that are asked for at a time, so that the wire does not rest while one is verified and its answer travels."""
 
@@ -52,7 +53,7 @@ _MAX_UNDER_WAY = 2
 class WeightReceiver:
     """One server's weight plane. Create it in the loop that serves it.
 
-    `engine` is None while there is no engine to bring up to date: every request but AskAlive is then refused.
+    `engine` is None while there is no engine to bring up to date: every request is then refused.
     """
 
     def __init__(
@@ -112,8 +113,7 @@ class WeightReceiver:
 
     def _on_request(self, envelope: Envelope) -> None:
         if isinstance(envelope.message, AskAlive):
-            facts = self.engine.facts if self.engine is not None else EngineFacts()
-            self._answer(envelope, Alive(version=self.version, **dataclasses.asdict(facts)))
+            self._answer(envelope, self._facts())
             return
         if isinstance(envelope.message, PushChecksums):
             self._stated = envelope.message
@@ -161,13 +161,18 @@ class WeightReceiver:
             log.info("version %d active after %.3f s (stalled %.3f s)", answer.version, answer.seconds, answer.stall_seconds)
             self._on_version(answer.version)
 
+    def _facts(self) -> Alive | WeightsFailed:
+        if self.engine is None:
+            return WeightsFailed(version=self.version, reason=_NO_ENGINE)
+        return Alive(version=self.version, **dataclasses.asdict(self.engine.facts))
+
     def _answer(self, envelope: Envelope, answer: Alive | WeightsOk | WeightsFailed) -> None:
         self._listener.send(envelope.peer, answer, rid=envelope.rid)
 
     async def _perform(self, request: Any) -> float:
         """Does what was asked; returns the seconds in which nothing was decoded."""
         if self.engine is None:
-            raise EngineError("this server's engine is not running")
+            raise EngineError(_NO_ENGINE)
         match request:
             case FormGroup():
                 await self._form(self.engine, request)

@@ -84,15 +84,17 @@ class Epoch:
         """Invites everybody and meets them. If anybody is not there afterwards, the epoch has to be dissolved."""
         timeout_s = self.group.timeout_s
         invited = [asyncio.create_task(seat.member.ask(self._invitation(seat), timeout_s=timeout_s + 2 * ALIVE_S)) for seat in self._seats]
+        connecting = asyncio.get_running_loop().run_in_executor(self._sender, self.group.connect)
         blameless: set[Key] = set()
         broken = ""
         try:
-            await asyncio.get_running_loop().run_in_executor(self._sender, self.group.connect)
+            await _unless_refused(connecting, invited)
         except WeightSyncError as error:
             log.warning("epoch %d was not formed: %s", self.number, error)
             broken = str(error)
             # Whoever is still waiting in the rendezvous did what it was asked; it answers when told to leave.
             blameless = {member.key for member, answer in zip(self.members, invited, strict=True) if not answer.done()}
+            self.group.close()
             await self._farewell()
         return EpochOutcome(answers=await asyncio.gather(*invited), blameless=blameless, broken=broken)
 
@@ -169,6 +171,19 @@ class Epoch:
 
         await asyncio.gather(*map(tell, self.members))
         return left_s
+
+
+async def _unless_refused(connecting: asyncio.Future[None], invited: Sequence[asyncio.Task[Answer]]) -> None:
+    """Waits for our own end of the rendezvous, unless a member says that it does not come. Raises WeightSyncError."""
+    answers = set(invited)
+    while not connecting.done():
+        done, _ = await asyncio.wait({connecting, *answers}, return_when=asyncio.FIRST_COMPLETED)
+        answers -= done
+        for answer in done - {connecting}:
+            if isinstance(refusal := answer.result(), WeightsFailed):
+                connecting.cancel()
+                raise WeightSyncError(f"a member does not come: {refusal.reason}")
+    connecting.result()
 
 
 async def _while_alive(members: list[Member], asked: list[asyncio.Task[Answer]]) -> None:

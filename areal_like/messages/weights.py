@@ -13,7 +13,8 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class AskAlive:
-    """Rank 0 -> server, before a group is formed: whoever does not answer at once is not waited for in a rendezvous. Answered `Alive`."""
+    """Rank 0 -> server, before a group is formed: whoever does not answer at once is not waited for in a rendezvous. Answered `Alive`, or
+    `WeightsFailed` by a server without an engine."""
 
 
 @dataclass(frozen=True, kw_only=True)

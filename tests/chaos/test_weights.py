@@ -115,28 +115,30 @@ async def kill_in_mid_broadcast(folder: Path, *, seeds: range) -> tuple[list[Gen
         assert set(outcome.activated) == {"one", "two"}, outcome.failed
         return time.monotonic() - started_s
 
-    await push_to_all()
-    for seed in seeds:
-        luck = random.Random(seed)
-        await asyncio.gather(*(server.start_again() for server in servers if server.is_dead))
-        usual_s = await push_to_all()
-        victim, survivor = luck.sample(servers, 2)
-        pushing = asyncio.create_task(push())
-        await asyncio.sleep(luck.uniform(0, usual_s))
-        victim.engine.kill()
-        killed_s = time.monotonic()
-        outcome = await pushing
-        num_broken += "broadcast" in outcome.failed
-        if survivor.name not in outcome.activated:  # the publisher would try again at once
-            assert survivor.name in (await push()).activated
-        assert time.monotonic() - killed_s < DEADLINE_S
-        seen = len(survivor.generations)
-        while len(survivor.generations) < seen + 4:
-            await asyncio.sleep(0.01)
-        assert int(survivor.generations[-1].versions[-1]) == version
-    await broadcaster.close()
-    for server in servers:
-        await server.close()
+    try:
+        await push_to_all()
+        for seed in seeds:
+            luck = random.Random(seed)
+            await asyncio.gather(*(server.start_again() for server in servers if server.is_dead))
+            usual_s = await push_to_all()
+            victim, survivor = luck.sample(servers, 2)
+            pushing = asyncio.create_task(push())
+            await asyncio.sleep(luck.uniform(0, usual_s))
+            victim.engine.kill()
+            killed_s = time.monotonic()
+            outcome = await pushing
+            num_broken += "broadcast" in outcome.failed
+            while survivor.name not in outcome.activated:  # the publisher would try again at once
+                assert time.monotonic() - killed_s < DEADLINE_S, outcome.failed
+                outcome = await push()
+            seen = len(survivor.generations)
+            while len(survivor.generations) < seen + 4:
+                await asyncio.sleep(0.01)
+            assert int(survivor.generations[-1].versions[-1]) == version
+    finally:
+        await broadcaster.close()
+        for server in servers:
+            await server.close()
     return [generation for server in servers for generation in server.generations], num_broken
 
 
@@ -171,7 +173,7 @@ def run(folder: Path, *, seeds: range) -> None:
 
 @pytest.mark.timeout(240)
 def test_engines_killed_in_mid_broadcast_serve_no_partial_update(tmp_path: Path) -> None:
-    run(tmp_path, seeds=range(3))
+    run(tmp_path, seeds=range(2))
 
 
 @pytest.mark.chaos
