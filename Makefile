@@ -1,6 +1,6 @@
 # Needs Python 3.11 to 3.13 and make, nothing else: the first target that is run builds .venv from the pinned requirements.
 #   make run [ARGS="key=value ..."]    the default job (see `make run ARGS=--help`)
-#   make test                          lint, types and the tests
+#   make test [JOBS=2]                 lint, types and the tests, in so many processes
 #   make chaos                         the promises about crashes and faults at length: about an hour
 #   make sglang                        an environment with SGLang on this CPU, for rollout.engine=sglang
 #   make test-sglang                   the tests against it
@@ -9,6 +9,7 @@
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
 PIP_ARGS ?=
+JOBS ?= 2
 BIN := .venv/bin
 # Named after the requirements' content and made last, so neither a change nor an interrupted set-up can leave a stale environment.
 STAMP := .venv/.installed-$(shell cat requirements.txt requirements-dev.txt pyproject.toml | cksum | cut -d' ' -f1)
@@ -20,7 +21,7 @@ run: $(STAMP)
 	@exec $(BIN)/python -m launch run $(ARGS)
 
 test: lint
-	@$(BIN)/python -m pytest -q $(ARGS)
+	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 chaos: $(STAMP)
 	@$(BIN)/python -m pytest -q -m chaos $(ARGS)

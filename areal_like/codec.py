@@ -26,7 +26,7 @@ import numpy as np
 from areal_like.errors import WireError, WireVersionError
 from areal_like.messages import MESSAGES
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 MAX_HEADER_BYTES = 4 << 20
 _ALIGN = 8
 

@@ -97,7 +97,8 @@ def _start(config: Config, *, is_named: bool) -> OpenRun:
         os.close(lock_fd)
         if is_named:
             kind = "a finished" if paths.summary.exists() else "an unfinished"
-            way_on = "go on with resume=latest" if checkpoints(paths) else "remove that directory (it has no checkpoint to resume from)"
+            can_resume = bool(checkpoints(paths) or paths.ledgers)
+            way_on = "go on with resume=latest" if can_resume else "remove that directory (it has no checkpoint to resume from)"
             raise ConfigError(f"{paths.root} already holds {kind} run: choose another name=..., or {way_on}")
     raise AssertionError("itertools.count ended")
 
@@ -109,12 +110,15 @@ def _resume(config: Config, argv: Sequence[str]) -> OpenRun:
     lock_fd = _lock(paths)
     try:
         steps = checkpoints(paths)
-        if not steps:
+        begins_again = config.resume == "latest" and not steps and bool(paths.ledgers)
+        if not steps and not begins_again:
             raise ConfigError(f"resume={config.resume}: {paths.checkpoints} holds no checkpoint; start again under another name=...")
         if config.resume.startswith("step:") and int(config.resume.removeprefix("step:")) not in steps:
             raise ConfigError(f"resume={config.resume}: the checkpoints kept are {', '.join(f'step:{step}' for step in steps)}")
         if "--config" not in argv:
             config = _with_own_settings(config, argv, own=paths.config)
+        if begins_again:  # it died before its first checkpoint: from step 0, on the groups that its ledger holds
+            config = dataclasses.replace(config, resume="")
     except ConfigError:
         os.close(lock_fd)
         raise

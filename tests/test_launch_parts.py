@@ -88,6 +88,12 @@ def test_resume_keeps_the_runs_own_settings(tmp_path: Path) -> None:
     run.close()
     with pytest.raises(ConfigError, match="no checkpoint"):
         open_run([*base, "resume=latest"])
+    ledger = run.paths.root / "ledger" / "ledger.sqlite3"
+    ledger.parent.mkdir()
+    ledger.touch()
+    again = open_run([*base, "resume=latest"])
+    again.close()
+    assert (again.config.resume, again.config.trainer.groups_per_step) == ("", 3), "from the beginning, on what is recorded"
     for step in (10, 20):
         (run.paths.checkpoints / f"step_{step:06d}").mkdir(parents=True)
     with pytest.raises(ConfigError, match="step:10, step:20"):

@@ -22,8 +22,8 @@ SMALL = (
     "task._target_=tests.rollout_tasks.Checksum",
     "sampling.group_size=4",
     "trainer.groups_per_step=4",
-    "trainer.num_steps=12",
-    "trainer.checkpoint_interval=6",
+    "trainer.num_steps=6",
+    "trainer.checkpoint_interval=3",
     "eval.num_prompts=0",
     "max_staleness=2",
 )
@@ -46,29 +46,28 @@ def test_a_replay_gives_the_same_weights_and_another_objective_others(tmp_path: 
 
     same = launch("replay", "x", cwd=tmp_path)
     assert same.returncode == 0, same.stdout + same.stderr
-    assert "weights after step 6, 12: equal to those of the run, to the last bit" in same.stdout
+    assert "weights after step 3, 6: equal to those of the run, to the last bit" in same.stdout
     moved = [row["grad_norm"] for row in rows(tmp_path / "runs" / "x")]
     assert min(moved) > 0, "equal weights prove nothing where nothing was learned"
     original, replayed = rows(tmp_path / "runs" / "x"), rows(tmp_path / "runs" / "x-replay")
     assert [row["loss"] for row in replayed] == [row["loss"] for row in original]
     assert [row["lag_mean"] for row in replayed] == [row["lag_mean"] for row in original]
 
-    other = launch("replay", "x", "objective=ppo", "buffer.cache_bytes=0", "trainer.world_size=2", cwd=tmp_path)
+    other = launch("replay", "x", "objective=ppo", "buffer.cache_bytes=0", cwd=tmp_path)
     assert other.returncode == 0, other.stdout + other.stderr
-    assert "weights after step 6, 12: not those of the run" in other.stdout and "buffer.cache_bytes=0 has no effect" in other.stdout
-    rewards = [row["reward_mean"] for row in rows(tmp_path / "runs" / "x-replay-2")]
-    assert rewards == pytest.approx([row["reward_mean"] for row in original]), "summed over other ranks"
+    assert "weights after step 3, 6: not those of the run" in other.stdout and "buffer.cache_bytes=0 has no effect" in other.stdout
+    assert [row["reward_mean"] for row in rows(tmp_path / "runs" / "x-replay-2")] == [row["reward_mean"] for row in original]
 
     recording = Recording(tmp_path / "runs" / "x")
     config = load_config(["--config", str(tmp_path / "runs" / "x" / "config.yaml")])
-    assert recording.num_whole_steps(groups_per_step=config.trainer.groups_per_step) == 12
+    assert recording.num_whole_steps(groups_per_step=config.trainer.groups_per_step) == 6
     recording.close()
     wider = launch("replay", "x", "trainer.groups_per_step=8", cwd=tmp_path)
     assert (wider.returncode, wider.stderr.count("\n")) == (2, 1) and "no whole step of 8 groups" in wider.stderr
 
 
 def test_what_was_not_kept_cannot_be_replayed(tmp_path: Path) -> None:
-    ran = launch("run", *SMALL, "trainer.num_steps=8", cwd=tmp_path)
+    ran = launch("run", *SMALL, "trainer.num_steps=1", cwd=tmp_path)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     again = launch("replay", "x", cwd=tmp_path)
     assert again.returncode == 2 and "buffer.retain_trajectories=true" in again.stderr

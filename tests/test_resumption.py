@@ -108,6 +108,7 @@ def test_a_trainer_killed_at_each_point_ends_with_the_weights_of_an_unbroken_run
     assert "weights after step 12, 16: equal to those of the run, to the last bit" in told, told
 
 
+@pytest.mark.chaos
 def test_a_killed_buffer_costs_a_pause_and_ranks_come_and_go(tmp_path: Path, root: Path, cache: dict[str, str]) -> None:
     settings = (*SMALL, "trainer.num_steps=100000", "trainer.checkpoint_interval=5", "rollout.num_servers=2", "daemon.drain_timeout_s=120")
     with launcher(*settings, cwd=tmp_path, environment=cache) as process:
