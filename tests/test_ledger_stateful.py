@@ -40,8 +40,10 @@ class LedgerMachine(RuleBasedStateMachine):
         group_filter=st.sampled_from(["none", "spread", "single_version"]),
         adaptive=st.booleans(),
         sync_interval=st.sampled_from([1, 1, 2, 3]),
+        num_greedy=st.sampled_from([0, 0, 1]),
     )
-    def begin(self, max_staleness: int, overdue: str, group_filter: str, adaptive: bool, sync_interval: int) -> None:
+    def begin(self, max_staleness: int, overdue: str, group_filter: str, adaptive: bool, sync_interval: int, num_greedy: int) -> None:
+        self.num_greedy = num_greedy
         self.sync_interval = min(sync_interval, max_staleness + 1)
         self.ledger = new_ledger(
             store=self.new_store(),
@@ -49,6 +51,7 @@ class LedgerMachine(RuleBasedStateMachine):
             max_staleness=max_staleness,
             groups_per_step=GROUPS,
             group_size=SIZE,
+            num_greedy=num_greedy,
             num_steps=STEPS,
             overdue=overdue,
             group_filter=group_filter,
@@ -188,7 +191,7 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         assert self.served.setdefault((step, position), group.ticket_id) == group.ticket_id, "a place was given to another group"
         assert list(self.served.values()).count(group.ticket_id) == 1, "a group is in two places"
-        assert len(group.trajectories) == SIZE
+        assert len(group.trajectories) == SIZE + self.num_greedy
         for trajectory, oldest_step in zip(group.trajectories, group.version_steps, strict=True):
             assert 0 <= step - oldest_step <= self.ledger.settings.max_staleness
             if self.sync_interval > 1:
@@ -389,6 +392,6 @@ def facts(ticket: Ticket) -> dict[str, object]:
 
 
 TestLedger = LedgerMachine.TestCase
-TestLedger.settings = settings(max_examples=80, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck))
+TestLedger.settings = settings(max_examples=50, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck))
 TestDurableLedger = DurableLedgerMachine.TestCase
-TestDurableLedger.settings = settings(max_examples=80, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck))
+TestDurableLedger.settings = settings(max_examples=50, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck))
