@@ -17,11 +17,14 @@ import sys
 import time
 from collections.abc import Sequence
 
+from areal_like.addresses import buffer_addresses
 from areal_like.cli import load_config
+from areal_like.config import Config
 from areal_like.daemon import read_endpoint
 from areal_like.errors import ArealError, ConfigError
 from areal_like.paths import RunPaths, write_json
 from areal_like.process import PARENT_PID
+from areal_like.shards import all_shards
 from launch.child import ROOT
 from launch.observe import fetch_json, post_json
 from launch.run import StopSignals
@@ -34,14 +37,14 @@ _TAKEN_WITHIN_S = 10.0
 def join(run: str, settings: Sequence[str], *, buffer: str = "", name: str = "") -> int:
     """Runs one more rollout server for a job until it ends; returns its exit code.
 
-    `run`: name or directory of a run that can be seen from here, or nothing; then `buffer` (host:port) and all settings are needed.
-    Raises ConfigError before anything was started.
+    `run`: name or directory of a run that can be seen from here, or nothing; then `buffer` (host:port; of several shards, of the first) and
+    all settings are needed. Raises ConfigError before anything was started.
     """
     paths = RunPaths(find_run(run)) if run else None
     arguments = ["--config", str(paths.config), f"runs_dir={paths.root.resolve().parent}", *settings] if paths else list(settings)
-    host, _, port = _buffer_address(paths, buffer).rpartition(":")
-    arguments += [f"buffer.host={host.strip('[]')}", f"buffer.port={port}"]
+    arguments += buffer_settings(load_config(arguments), paths, buffer)
     config = load_config(arguments)
+    addresses = ", ".join(address.removeprefix("tcp://") for address in buffer_addresses(config))
     name = name or _free_name(RunPaths.of(config))
     if paths is not None and is_over(paths):
         raise ConfigError(f"{paths.root}: this run is over; start it again with resume=latest")
@@ -52,7 +55,7 @@ def join(run: str, settings: Sequence[str], *, buffer: str = "", name: str = "")
     }
     stops = StopSignals()
     server = subprocess.Popen([sys.executable, "-m", "rollout_server", "--name", name, *arguments], env=environment, start_new_session=True)
-    sys.stdout.write(f"{name} joins the job at {host}:{port}; Ctrl-C, or `areal-like drain {run or 'RUN'} {name}`, ends it\n")
+    sys.stdout.write(f"{name} joins the job at {addresses}; Ctrl-C, or `areal-like drain {run or 'RUN'} {name}`, ends it\n")
     sys.stdout.flush()
     num_obeyed = 0
     while (code := server.poll()) is None:
@@ -66,7 +69,8 @@ def join(run: str, settings: Sequence[str], *, buffer: str = "", name: str = "")
 def drain(run: str, name: str) -> int:
     """Asks one rollout server to end: no new leases, what it holds is returned. Returns 0 when it has left. Raises ConfigError."""
     paths = RunPaths(find_run(run))
-    servers = _servers(paths)
+    config = load_config(["--config", str(paths.config)])
+    servers = servers_of(config, paths)
     if name not in servers:
         known = ", ".join(sorted(servers)) or "none is running"
         raise ConfigError(f"drain: {paths.root.name} has no rollout server {name!r} (servers: {known})")
@@ -77,9 +81,9 @@ def drain(run: str, name: str) -> int:
             f"drain: {name} does not answer at {servers[name]} ({error}): send SIGTERM to its process, or let its machine be reached "
             "(daemon.http_host)"
         ) from None
-    deadline_s = time.monotonic() + load_config(["--config", str(paths.config)]).daemon.drain_timeout_s
+    deadline_s = time.monotonic() + config.daemon.drain_timeout_s
     while time.monotonic() < deadline_s:
-        if name not in _servers(paths):
+        if name not in servers_of(config, paths):
             sys.stdout.write(f"{name} has left\n")
             return 0
         time.sleep(_TICK_S)
@@ -107,29 +111,36 @@ def restart(run: str, role: str, settings: Sequence[str]) -> int:
     return 0
 
 
-def _buffer_address(paths: RunPaths | None, given: str) -> str:
+def buffer_settings(config: Config, paths: RunPaths | None, given: str) -> list[str]:
+    """Settings that say where a job's buffers are, for a server that joins it. Raises ConfigError when that is not known."""
     if given:
-        if not given.rpartition(":")[2].isdecimal():
+        host, _, port = given.rpartition(":")
+        if not (host and port.isdecimal()):
             raise ConfigError(f"--buffer {given}: want host:port")
-        return given
-    endpoint = read_endpoint(paths.endpoints / "buffer.json") if paths is not None else None
-    if endpoint is None or "stream" not in endpoint:
+        return [f'buffer.host="{host.strip("[]")}"', "buffer.advertise_host=''", f"buffer.port={port}", "buffer.ports=[]"]
+    if paths is None:
         raise ConfigError("rollout --join: no running buffer is known; name a running job, or give --buffer host:port")
-    return str(endpoint["stream"]).removeprefix("tcp://")
+    ports = []
+    for shard in all_shards(config.buffer.num_shards):
+        endpoint = read_endpoint(paths.endpoints / f"{shard.name}.json")
+        if endpoint is None or "stream" not in endpoint:
+            raise ConfigError(f"rollout --join: the {shard.name} of {paths.root.name} is not running; is the job?")
+        ports.append(str(endpoint["stream"]).rpartition(":")[2])
+    return [f"buffer.ports=[{','.join(ports)}]"]
 
 
 def _free_name(paths: RunPaths) -> str:
     """A name that no server of the run has. Machines that do not see its directory name themselves."""
     if not paths.endpoints.is_dir():
-        return f"rollout-{socket.gethostname()}-{os.getpid()}"
+        return f"rollout-{socket.gethostname()}-p{os.getpid()}"  # no number at its end, which would be taken for the server's
     taken = {path.stem for path in paths.logs.glob("rollout-*.log")} | {path.stem for path in paths.endpoints.glob("rollout-*.json")}
     return next(name for number in range(len(taken) + 1) if (name := f"rollout-{number}") not in taken)
 
 
-def _servers(paths: RunPaths) -> dict[str, str]:
-    """Name -> address of the HTTP plane of every rollout server that the buffer knows."""
-    endpoint = read_endpoint(paths.endpoints / "buffer.json")
-    status = fetch_json(str(endpoint.get("http", "")), "/status") if endpoint else None
-    if status is None:
+def servers_of(config: Config, paths: RunPaths) -> dict[str, str]:
+    """Name -> address of the HTTP plane of every rollout server that a buffer of the job knows. Raises ConfigError when none answers."""
+    endpoints = [read_endpoint(paths.endpoints / f"{shard.name}.json") for shard in all_shards(config.buffer.num_shards)]
+    answers = [status for endpoint in endpoints if endpoint and (status := fetch_json(str(endpoint.get("http", "")), "/status"))]
+    if not answers:
         raise ConfigError(f"{paths.root}: its buffer does not answer; is the job running?")
-    return {str(peer["name"]): str(peer["http"]) for peer in status.get("peers", []) if peer.get("role") == "rollout"}
+    return {str(peer["name"]): str(peer["http"]) for status in answers for peer in status.get("peers", []) if peer.get("role") == "rollout"}

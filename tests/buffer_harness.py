@@ -49,8 +49,7 @@ class BufferProcess:
         self._name = name
         self.paths = RunPaths.of(config)
         save_config(config, self.paths.config)
-        for left in self.paths.endpoints.glob("buffer*.json"):  # of one that was killed
-            left.unlink()
+        (self.paths.endpoints / f"{name}.json").unlink(missing_ok=True)  # of one that was killed
         self.process = subprocess.Popen(
             [sys.executable, "-m", "buffer", "--config", str(self.paths.config), "--name", name, *settings],
             env=os.environ | {"PYTHONPATH": str(ROOT)},

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from areal_like.addresses import buffer_addresses
+from areal_like.cli import load_config, save_config
 from areal_like.config import Config, from_mapping
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
@@ -17,6 +19,7 @@ from launch.observe import DaemonView, MetricsTail, Observation, look_at_daemons
 from launch.plot import bar, curve
 from launch.restarts import Phase, Restarts
 from launch.rundir import open_run
+from launch.scale import buffer_settings
 from launch.view import Eta, duration, number, picture, plain_line
 
 
@@ -125,6 +128,24 @@ def test_a_dead_endpoint_is_seen_as_unanswering(tmp_path: Path) -> None:
     seen = look_at_daemons(tmp_path)
     assert list(seen) == ["rollout-0"]
     assert seen["rollout-0"].status is None and "no answer" in seen["rollout-0"].not_ready
+
+
+def test_a_server_that_joins_finds_every_shard(tmp_path: Path) -> None:
+    config = from_mapping({"buffer": {"num_shards": 2, "host": "10.0.0.{shard}"}, "runs_dir": str(tmp_path), "name": "x"})
+    paths = RunPaths.of(config)
+    paths.endpoints.mkdir(parents=True)
+    (paths.endpoints / "buffer-0.json").write_text(json.dumps({"stream": "tcp://10.0.0.0:7001"}))
+    with pytest.raises(ConfigError, match="the buffer-1 of x is not running"):
+        buffer_settings(config, paths, "")
+    (paths.endpoints / "buffer-1.json").write_text(json.dumps({"stream": "tcp://10.0.0.1:6001"}))
+    save_config(config, paths.config)
+    for start in (["--config", str(paths.config)], ['buffer.host="10.0.0.{shard}"', "buffer.num_shards=2"]):
+        joined = load_config([*start, *buffer_settings(config, paths, "")])
+        assert buffer_addresses(joined) == ["tcp://10.0.0.0:7001", "tcp://10.0.0.1:6001"]
+        joined = load_config([*start, *buffer_settings(config, None, "node{shard}:5555")])
+        assert buffer_addresses(joined) == ["tcp://node0:5555", "tcp://node1:5556"]
+    with pytest.raises(ConfigError, match="give --buffer host:port"):
+        buffer_settings(config, None, "")
 
 
 def test_the_curve_rises_from_bottom_left_to_top_right() -> None:

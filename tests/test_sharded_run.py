@@ -19,6 +19,7 @@ from areal_like.addresses import buffer_addresses
 from areal_like.config import Config
 from areal_like.shards import Shard, all_shards
 from launch.audit import audit_run
+from launch.scale import servers_of
 from tests.buffer_harness import ROOT, BufferProcess
 from tests.chaos.plant import books_of, chaos_job, check_books, check_groups, train
 from tests.launching import launcher, num_steps_done, processes_of, wait_until
@@ -53,7 +54,6 @@ class ShardedPlant:
     def start_again(self, index: int) -> None:
         """At its port, with its ledger."""
         name = f"buffer-{index}"
-        (self.buffers[index].paths.endpoints / f"{name}.json").unlink()  # of the process that was killed
         self.buffers[index] = BufferProcess(self.buffers[index].config, self._where, name=name)
 
     @contextlib.contextmanager
@@ -85,6 +85,7 @@ def test_a_dead_shard_stalls_the_step_the_other_fills_its_own_places_and_nothing
         groups = train(link, first=0, last=3)
         plant.buffers[0].wait_status(lambda seen: [peer.get("weights_version") for peer in seen["peers"]].count(3) == 2)
         plant.kill(1)
+        assert sorted(servers_of(plant.config, plant.buffers[0].paths)) == ["rollout-0", "rollout-1"], "the other shard knows them too"
         rest = training.submit(train, link, first=3, last=NUM_STEPS)
         # Recording goes one step ahead of the trainer, and generation as far as the bound: with its own three places a step.
         ahead = {"step": 5, "recorded": 0, "due_and_running": 0}
