@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import shlex
 import types
 import typing
@@ -21,6 +22,10 @@ from areal_like.errors import ConfigError
 def _require(ok: bool, message: str) -> None:
     if not ok:
         raise ConfigError(message)
+
+
+def _check_device(key: str, device: str) -> None:
+    _require(re.fullmatch(r"cpu|cuda(:\d+)?", device) is not None, f"{key}={device}: use cpu, cuda or cuda:N")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +232,9 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         _require(self.num_servers >= 1, "rollout.num_servers must be at least 1")
+        _require(bool(self.host), "rollout.host is empty: give an address to bind, e.g. 127.0.0.1")
         _require(self.engine in ("embedded", "sglang"), f"rollout.engine={self.engine}: use embedded or sglang")
+        _check_device("rollout.engine_device", self.engine_device)
         _require(
             self.engine == "sglang" or self.sglang == SglangConfig(),
             "rollout.sglang is set, but rollout.engine=embedded would ignore it: set rollout.engine=sglang",
@@ -309,11 +316,11 @@ class TrainerConfig:
     world_size: int = 1
     """Ranks (FSDP2 shards) that the local launcher starts."""
     device: str = "cpu"
-    """`cpu` | `cuda`."""
+    """`cpu` | `cuda` | `cuda:N`: of the ranks on one machine the first takes GPU N, the next N + 1, and so on."""
     groups_per_step: int = 16
     """Groups (prompts) in one optimizer step."""
     tokens_per_microbatch: int = 4096
-    """Packing budget: padded-free tokens in one forward and backward."""
+    """Packing budget: padding-free tokens in one forward and backward."""
     lr: float = 8e-5
     """AdamW learning rate after warm-up."""
     warmup_steps: int = 10
@@ -358,7 +365,8 @@ class TrainerConfig:
         ):
             _require(getattr(self, name) >= 1, f"trainer.{name} must be at least 1")
         _require(self.groups_per_step >= self.world_size, "trainer.groups_per_step must be at least trainer.world_size")
-        _require(self.device in ("cpu", "cuda"), f"trainer.device={self.device}: use cpu or cuda")
+        _check_device("trainer.device", self.device)
+        _require(all(0 <= beta < 1 for beta in self.betas), f"trainer.betas={list(self.betas)}: use two numbers of at least 0 and below 1")
         for name in ("lr", "warmup_steps", "weight_decay", "max_grad_norm"):
             _require(getattr(self, name) >= 0, f"trainer.{name} must be at least 0")
         for name in ("collective_timeout_s", "fetch_timeout_s", "buffer_timeout_s"):
@@ -385,6 +393,7 @@ class EvalConfig:
     def __post_init__(self) -> None:
         _require(self.num_prompts >= 0, "eval.num_prompts must be at least 0")
         _require(self.interval >= 1, "eval.interval must be at least 1")
+        _require(self.timeout_s > 0, "eval.timeout_s must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -401,6 +410,7 @@ class DaemonConfig:
     """DEBUG | INFO | WARNING | ERROR."""
 
     def __post_init__(self) -> None:
+        _require(bool(self.http_host), "daemon.http_host is empty: give an address to bind, e.g. 127.0.0.1")
         _require(self.heartbeat_s > 0, "daemon.heartbeat_s must be above 0")
         _require(self.drain_timeout_s > 0, "daemon.drain_timeout_s must be above 0")
         levels = ("DEBUG", "INFO", "WARNING", "ERROR")

@@ -19,7 +19,7 @@ from typing import Protocol
 
 from areal_like.channel import tcp_address
 from areal_like.config import Config
-from areal_like.errors import EngineError
+from areal_like.errors import ConfigError, EngineError
 from areal_like.paths import RunPaths
 from rollout_server.engine_client import EngineClient
 
@@ -77,7 +77,8 @@ class EngineProcess(ABC):
     async def start(self, *, version: int) -> EngineClient:
         """Starts an engine whose weights are called `version`; returns a client once it is ready to generate.
 
-        Raises EngineError, with the end of its log, if it dies or is not ready within rollout.start_timeout_s.
+        Raises EngineError, with the end of its log, if it dies or is not ready within rollout.start_timeout_s, and ConfigError if it
+        refuses its options.
         """
         assert not self.is_running
         self._launch(version=version)
@@ -156,7 +157,11 @@ class EngineProcess(ABC):
 
     def _check_alive(self) -> None:
         assert self._process is not None
-        if (code := self._process.poll()) is not None:
+        code = self._process.poll()
+        if code == 2:  # its options, the model or the device: started again it would say the same
+            complaint = _tail(self.log_path).rpartition("\n")[2].strip()
+            raise ConfigError(f"the engine refuses its settings: {complaint} (log: {self.log_path})")
+        if code is not None:
             raise EngineError(f"engine ended with code {code} before it was ready{self._log_end()}")
 
     def _log_end(self) -> str:
@@ -200,7 +205,5 @@ class EmbeddedProcess(EngineProcess):
 
 
 def _tail(path: Path) -> str:
-    if not path.exists():
-        return ""
-    lines = path.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+    lines = path.read_text(errors="replace").splitlines()[-_LOG_LINES:] if path.exists() else []
     return "".join(f"\n    {line[:_LOG_LINE_CHARS]}" for line in lines)

@@ -341,6 +341,8 @@ def test_bad_rewards_are_reported_and_a_killed_server_takes_its_children_with_it
         ({"model": {"path": "/no/such/model"}}, "/no/such/model"),
         ({"eval": {"num_prompts": 5000}}, "task.num_eval"),
         ({"buffer": {"port": 0}}, "buffer.port"),
+        # No machine has that many: absent from one without CUDA, and from one with it.
+        ({"rollout": {"engine_device": "cuda:99"}}, "the engine refuses its settings"),
     ],
 )
 def test_bad_settings_end_with_one_message(model: Path, tmp_path: Path, overrides: dict[str, Any], message: str) -> None:

@@ -41,8 +41,12 @@ def device_of(config: Config) -> torch.device:
     if config.trainer.device == "cpu":
         return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if local_rank >= torch.cuda.device_count():
-        raise ConfigError(f"trainer.device=cuda: rank {local_rank} of this machine has no GPU ({torch.cuda.device_count()} visible)")
-    device = torch.device("cuda", local_rank)
+    index = int(config.trainer.device.partition(":")[2] or 0) + local_rank
+    if index >= torch.cuda.device_count():
+        raise ConfigError(
+            f"trainer.device={config.trainer.device}: rank {local_rank} of this machine wants GPU {index}, and "
+            f"{torch.cuda.device_count()} are visible"
+        )
+    device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device

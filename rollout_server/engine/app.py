@@ -41,6 +41,8 @@ def run(options: argparse.Namespace, listener: socket.socket) -> int:
         raise ConfigError(f"--device {options.device}: {str(error).splitlines()[0]}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"--device {options.device}: this machine or this torch has no CUDA; use cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {options.device}: this machine has {torch.cuda.device_count()} GPUs, counted from 0")
     model, weights = load(options.model_path, dtype=DTYPES[options.dtype], device=device, context_length=options.context_length)
     engine_options = EngineOptions(
         max_running=options.max_running_requests,
