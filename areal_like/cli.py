@@ -5,12 +5,14 @@ Two forms, the same for every role:
     python -m buffer --config run/config.yaml ...     a resolved file (what the launcher hands to its children), then overrides
 
 `objective`, `advantage` and `task` are open: `objective.cap=8` or `objective._target_=my_module.MyObjective` need no `+`; so are the
-variables of `rollout.sglang.env`.
+variables of `rollout.sglang.env`. `objective=ppo` takes a preset of configs/ in both forms. Text that hydra's grammar cannot read
+(`model.path=~/x`, `name=a,b`) is taken as it stands, so nobody needs quotes within quotes.
 """
 
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,24 @@ from areal_like.config import Config, from_mapping, to_mapping
 from areal_like.errors import ConfigError
 
 OPEN_SECTIONS = ("objective", "advantage", "task")
+GROUPS = ("model", *OPEN_SECTIONS)
+"""Sections that have presets in configs/: `model=smollm2` names one."""
 _OPEN_PREFIXES = (*(f"{section}." for section in OPEN_SECTIONS), "rollout.sglang.env.")
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+def presets(section: str) -> list[str]:
+    """Names that `section=name` accepts."""
+    return sorted(path.stem for path in (CONFIGS / section).glob("*.yaml") if path.stem != "custom")
+
+
+def shows_help(argv: Sequence[str], text: str | None) -> bool:
+    """Writes the help of `python -m role` where it is asked for; `text`: what the role's own options are."""
+    if not any(arg in ("-h", "--help") for arg in argv):
+        return False
+    common = "--config FILE reads a resolved config.yaml, key=value changes it. All keys: `areal-like run --help-all`."
+    sys.stdout.write(f"{(text or '').strip()}\n\n{common}\n")
+    return True
 
 
 def load_config(argv: Sequence[str]) -> Config:
@@ -65,10 +83,30 @@ def _from_file(path: Path, overrides: list[str]) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"--config {path}: no such file")
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides))
+        merged: Any = OmegaConf.load(path)
+        settings = []
+        for override in overrides:
+            section, _, choice = override.partition("=")
+            if section.removesuffix("._target_") in OPEN_SECTIONS:
+                merged[section.removesuffix("._target_")] = {}  # what another class was told is not for this one
+            if section in GROUPS and not choice.startswith("{"):
+                merged = OmegaConf.merge(merged, _preset(section, choice))
+            else:
+                settings.append(override)
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(settings))
+    except ConfigError:
+        raise
     except (OmegaConfBaseException, ValueError) as error:
         raise ConfigError(f"--config {path}: {_first_line(error)}") from None
     return _plain(merged)
+
+
+def _preset(section: str, choice: str) -> Any:
+    if choice not in presets(section):
+        raise ConfigError(_no_choice(section, choice))
+    file = CONFIGS / section / f"{choice}.yaml"
+    preset = OmegaConf.load(file)
+    return preset if file.read_text().startswith("# @package _global_") else OmegaConf.create({section: preset})
 
 
 def _compose(overrides: list[str]) -> dict[str, Any]:
@@ -83,7 +121,7 @@ def _compose(overrides: list[str]) -> dict[str, Any]:
     ConfigStore.instance().store(name="base", node={k: v for k, v in base.items() if k not in OPEN_SECTIONS})
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            composed = compose("config", overrides=list(_open(overrides)))
+            composed = compose("config", overrides=[_readable(override) for override in _open(overrides)])
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, overrides, base)) from None
     return _plain(composed)
@@ -96,6 +134,23 @@ def _open(overrides: list[str]) -> Iterator[str]:
             yield f"{section}=custom"
     for override in overrides:
         yield f"++{override}" if override.startswith(_OPEN_PREFIXES) else override
+
+
+def _readable(override: str) -> str:
+    """The override with its value in quotes where hydra could not read it as one value otherwise."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        if not OverridesParser.create().parse_override(override).is_sweep_override():
+            return override
+    except HydraException:
+        pass
+    key, _, value = override.partition("=")
+    if value.startswith(("[", "{", "'", '"')):
+        raise ConfigError(f"cannot read {override.lstrip('+')!r}: do its brackets and quotes match?")
+    escaped = value.replace('"', '\\"')
+    return f'{key}="{escaped}"'
 
 
 def _plain(node: Any) -> dict[str, Any]:
@@ -114,10 +169,19 @@ def _explain(error: Exception, overrides: list[str], base: dict[str, Any]) -> st
         if key not in known and not key.startswith(_OPEN_PREFIXES):
             near = difflib.get_close_matches(key, known, n=1)
             return f"unknown key `{key}`" + (f": did you mean `{near[0]}`?" if near else ": see --help for the keys")
-        if key in known and "Could not find" in str(error):
-            options = sorted(path.stem for path in (CONFIGS / key).glob("*.yaml"))
-            return f"{override}: known choices are {', '.join(options)}"
+        if key in GROUPS and "Could not find" in str(error):
+            return _no_choice(key, override.partition("=")[2])
     return _first_line(error)
+
+
+def _no_choice(section: str, choice: str) -> str:
+    known = presets(section)
+    near = difflib.get_close_matches(choice, known, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    own = (
+        f"a Hugging Face directory or name is model.path={choice}" if section == "model" else f"a class of yours is {section}._target_=..."
+    )
+    return f"{section}={choice}: {hint}known choices are {', '.join(known)}; {own}"
 
 
 def _dotted(mapping: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -569,6 +569,8 @@ def _coerce(hint: Any, value: Any, *, path: str) -> Any:
             return float(value)
         except ValueError:
             raise ConfigError(f"{path}: want a number, got {value!r}") from None
+    if hint is str and value is None:  # how YAML reads `resume=`
+        return ""
     if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     _require(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from areal_like.cli import role_arguments
+from areal_like.cli import role_arguments, shows_help
 from areal_like.daemon import run_daemon
 from areal_like.errors import ConfigError, UserError
 from areal_like.shards import Shard
@@ -17,6 +17,8 @@ from buffer.offline import drop_offline
 
 def main() -> int:
     """Exit code: 0 drained, 1 failed, 2 the user's mistake."""
+    if shows_help(sys.argv[1:], __doc__):
+        return 0
     try:
         dropped, args = _dropped(sys.argv[1:])
         config, name = role_arguments(args, default_name="buffer")

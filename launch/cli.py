@@ -24,17 +24,29 @@ from rich.console import Console
 
 from areal_like.errors import ConfigError, UserError
 
-USAGE = """usage: areal-like run [key=value ...]   run a whole job on this machine (run --help: the settings)
-       areal-like status RUN            what the daemons of a run are doing; RUN is a name or a directory
-       areal-like audit RUN [--json]    prove its books: exit code 1 and the offending ids where they contradict themselves
-       areal-like drop RUN TICKET ...   take tickets that do harm out of the steps they are recorded in, for good
-       areal-like replay RUN [key=value ...]  train again from what a run was trained on, with other settings or the same
-       areal-like rollout RUN --join [--name NAME] [key=value ...]      run one more server for a running job, until it is drained
-       areal-like rollout --join --buffer HOST:PORT name=JOB [key=value ...]  the same where the run's directory cannot be seen
-       areal-like drain RUN SERVER      have one server leave a running job
-       areal-like restart RUN trainer [trainer.world_size=2 ...]        replace the trainer of a running job
-       areal-like version
-"""
+HELP = {
+    "run": """run [--config FILE] [key=value ...]
+    runs a whole job on this machine (run --help: the settings)""",
+    "status": """status RUN
+    what the daemons of a run are doing; RUN is a name below runs/ or a directory, here and everywhere""",
+    "audit": """audit RUN [--json]
+    proves a run's books: exit code 1 and the offending ids where they contradict themselves""",
+    "drop": """drop RUN TICKET ...
+    takes tickets that do harm out of the step they are recorded in, for good; the step must be one that is still to be trained""",
+    "replay": """replay RUN [key=value ...]
+    trains again from what a run was trained on, with other settings or the same; it must have run with buffer.retain_trajectories=true""",
+    "rollout": """rollout RUN --join [--name NAME] [key=value ...]
+areal-like rollout --join --buffer HOST:PORT [--name NAME] name=JOB [key=value ...]
+    runs one more server for a running job, until it is drained; the second form is for where the run's directory cannot be seen, and needs
+    all of the job's settings (of several shards, HOST:PORT is the first's)""",
+    "drain": """drain RUN SERVER
+    has one server leave a running job""",
+    "restart": """restart RUN trainer [trainer.world_size=2 ...]
+    replaces the trainer of a running job, while its servers generate""",
+    "version": """version
+    says which version this is""",
+}
+"""Of each command: how it is called, and what it does."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = {"run": _run, "status": _status, "audit": _audit, "drop": _drop, "replay": _replay, "version": _version}
     commands |= {"rollout": _rollout, "drain": _drain, "restart": _restart}
     if not args or args[0] in ("-h", "--help", "help"):
-        sys.stdout.write(USAGE)
+        sys.stdout.write("".join(f"areal-like {text}\n" for text in HELP.values()))
         return 0 if args else 2
     try:
         if args[0] not in commands:
@@ -51,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(
                 f"unknown command {args[0]!r}: " + (f"did you mean `{near[0]}`?" if near else f"use one of {', '.join(commands)}")
             )
+        if args[0] != "run" and any(arg in ("-h", "--help") for arg in args[1:]):
+            sys.stdout.write(f"areal-like {HELP[args[0]]}\n")
+            return 0
         return commands[args[0]](args[1:])
     except UserError as error:
         sys.stderr.write(f"areal-like: {error}\n")
@@ -72,7 +87,8 @@ def _show_keys(*, everything: bool) -> None:
     from launch.keys import COMMON, all_keys, choices
 
     width = max(80, shutil.get_terminal_size().columns)
-    lines = ["areal-like run key=value ...: runs a whole job on this machine and writes runs/<name>/", ""]
+    lines = ["areal-like run key=value ...: runs a whole job on this machine and writes runs/<name>/"]
+    lines += ["--config FILE: begins with the settings of a config.yaml, for instance that of another run", ""]
     lines += [f"  {section}={'|'.join(names)}" for section, names in choices().items()]
     lines.append("  task._target_=my_module.MyTask: a class of your own (objective and advantage alike)")
     group = None
@@ -84,7 +100,8 @@ def _show_keys(*, everything: bool) -> None:
         group = section
         name = f"  {key.path}={key.default}".ljust(37)
         lines += textwrap.wrap(f"{name} {key.text}", width=width, subsequent_indent=" " * 38)
-    lines += ["", "run --help-all shows every key."] * (not everything)
+    own = "Settings of a task, objective or advantage are the fields of its class: objective.cap=8 (docs/objectives.md)."
+    lines += ["", own if everything else "run --help-all shows every key."]
     sys.stdout.write("\n".join(lines) + "\n")
 
 
@@ -174,6 +191,8 @@ def _restart(args: list[str]) -> int:
 
 
 def _version(args: list[str]) -> int:
+    if args:
+        raise ConfigError(f"version: takes no argument, got {args[0]!r}")
     try:
         version = importlib.metadata.version("areal-like")
     except importlib.metadata.PackageNotFoundError:

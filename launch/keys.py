@@ -11,7 +11,7 @@ import inspect
 from dataclasses import dataclass
 
 from areal_like import config as config_module
-from areal_like.cli import CONFIGS, OPEN_SECTIONS
+from areal_like.cli import GROUPS, OPEN_SECTIONS, presets
 from areal_like.config import Config
 
 COMMON = (
@@ -19,11 +19,13 @@ COMMON = (
     "resume",
     "seed",
     "max_staleness",
+    "model.path",
     "model.dtype",
     "sampling.group_size",
     "sampling.max_new_tokens",
     "sampling.temperature",
     "rollout.num_servers",
+    "rollout.engine",
     "rollout.engine_device",
     "rollout.max_running",
     "weights.update_mode",
@@ -57,10 +59,7 @@ def all_keys() -> list[Key]:
 
 def choices() -> dict[str, list[str]]:
     """Section -> names that `section=name` accepts."""
-    return {
-        section: sorted(path.stem for path in (CONFIGS / section).glob("*.yaml") if path.stem != "custom")
-        for section in ("model", *OPEN_SECTIONS)
-    }
+    return {section: presets(section) for section in GROUPS}
 
 
 def _keys_of(cls: type, *, prefix: str) -> list[Key]:
@@ -71,14 +70,15 @@ def _keys_of(cls: type, *, prefix: str) -> list[Key]:
         if dataclasses.is_dataclass(value):
             keys += _keys_of(type(value), prefix=f"{prefix}{spec.name}.")
         else:
-            keys.append(Key(path=f"{prefix}{spec.name}", default=_written(value), text=texts.get(spec.name, "")))
+            default = value["name"] if isinstance(value, dict) and spec.name in OPEN_SECTIONS else _written(value)
+            keys.append(Key(path=f"{prefix}{spec.name}", default=default, text=texts.get(spec.name, "")))
     return keys
 
 
 def _written(value: object) -> str:
     """A value as one would type it."""
     if isinstance(value, dict):
-        return ",".join(f"{key}:{item}" for key, item in value.items())
+        return f"{{{','.join(f'{key}:{item}' for key, item in value.items())}}}"
     if isinstance(value, (tuple, list)):
         return f"[{','.join(map(str, value))}]"
     return str(value).lower() if isinstance(value, bool) else str(value)

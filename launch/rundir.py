@@ -20,13 +20,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from areal_like.cli import OPEN_SECTIONS, load_config, save_config
+from areal_like.cli import GROUPS, load_config, save_config
 from areal_like.config import Config
 from areal_like.errors import ConfigError
 from areal_like.paths import BUILT_MODELS, RunPaths
-
-GROUPS = ("model", *OPEN_SECTIONS)
-"""Sections that have choices in configs/: `model=smollm2` names one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +66,7 @@ def _prepared(run: OpenRun) -> OpenRun:
     try:
         for stale in run.paths.endpoints.glob("*.json"):
             stale.unlink()
+        order_file(run.paths).unlink(missing_ok=True)  # an order to an earlier launcher
         for folder in (run.paths.endpoints, run.paths.logs):
             folder.mkdir(exist_ok=True)
         save_config(run.config, run.paths.config)

@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from areal_like.cli import load_config, save_config
+from areal_like.config import Config
+from launch.cli import HELP
+from launch.keys import all_keys
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -36,6 +41,9 @@ def areal_like(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["drop", "nowhere"], "drop: name one run"),
         (["replay", "objective=ppo"], "replay: name one run"),
         (["status"], "name one run"),
+        (["version", "--foo"], "takes no argument"),
+        (["run", "model=/models/X"], "is model.path=/models/X"),
+        (["run", "objective=tsi"], "did you mean tis?"),
     ],
 )
 def test_a_mistake_is_one_message_and_code_2(args: list[str], message: str, tmp_path: Path) -> None:
@@ -49,8 +57,36 @@ def test_a_mistake_is_one_message_and_code_2(args: list[str], message: str, tmp_
 def test_help_names_the_keys_with_their_defaults(tmp_path: Path) -> None:
     done = areal_like("run", "--help", cwd=tmp_path)
     assert done.returncode == 0
+    assert "model.path=tiny" in done.stdout and "rollout.engine=" in done.stdout and "--config FILE" in done.stdout
     assert "trainer.num_steps=" in done.stdout and "max_staleness=4" in done.stdout and "model=smollm2|tiny" in done.stdout
     assert len(done.stdout.splitlines()) < 80
+
+
+def test_every_command_has_help(tmp_path: Path) -> None:
+    everything = areal_like("--help", cwd=tmp_path).stdout
+    for command, text in HELP.items():
+        assert text in everything and command == text.split()[0]
+    for command in ("audit", "rollout"):
+        done = areal_like(command, "default", "--help", cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(f"areal-like {command} ")
+
+
+@pytest.mark.parametrize("module", ["buffer", "rollout_server", "trainer", "trainer.prepare_model"])
+def test_roles_have_help(module: str, tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"python -m {module}" in done.stdout and "--config FILE" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_help_prints_may_be_typed(tmp_path: Path) -> None:
+    defaults = [f"{key.path}={key.default}" for key in all_keys()]
+    assert load_config(defaults) == Config()
+    save_config(Config(), tmp_path / "config.yaml")
+    assert load_config(["--config", str(tmp_path / "config.yaml"), *defaults]) == Config()
 
 
 def test_the_command_imports_neither_torch_nor_a_daemon() -> None:

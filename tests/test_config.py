@@ -33,6 +33,27 @@ def test_a_class_of_ones_own_replaces_the_defaults_settings() -> None:
     assert config.objective == {"_target_": "my.Objective", "alpha": 2}
 
 
+def test_text_needs_no_quotes_within_quotes() -> None:
+    config = load_config(["model.path=~/x", "name=a,b", 'task.text=it\'s a "b" {c}'])
+    assert (config.model.path, config.name, config.task["text"]) == ("~/x", "a,b", 'it\'s a "b" {c}')
+
+
+def test_presets_go_with_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    save_config(load_config(["objective.cap=7", "trainer.num_steps=3"]), file)
+
+    def read(*settings: str) -> Config:
+        return load_config(["--config", str(file), *settings])
+
+    config = read("objective.dual_clip=3", "objective=ppo")
+    assert config.objective == {"name": "ppo", "clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3} and config.trainer.num_steps == 3
+    config = read("objective=oapl", "model=smollm2")
+    assert (config.weights.sync_interval, config.objective["name"], config.model.path) == (4, "oapl", "smollm2")
+    assert read("objective._target_=my.Objective", "objective.alpha=2").objective == {"_target_": "my.Objective", "alpha": 2}
+    with pytest.raises(ConfigError, match="did you mean tis"):
+        read("objective=tsi")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -61,7 +82,9 @@ def test_a_class_of_ones_own_replaces_the_defaults_settings() -> None:
         (["rollout.engine=sglang", "rollout.sglang.url=http://gpu0:30000", "rollout.num_servers=2"], "into the url"),
         (["rollout.engine=sglang", "rollout.sglang.url=http://gpu0:30000", "rollout.sglang.args=--x"], "would change nothing"),
         (["rollout.max_context=5000"], r"does not fit into trainer\.tokens_per_microbatch"),
-        (["trainer={"], "."),
+        (["trainer={"], "brackets and quotes"),
+        (["objective=tsi"], "did you mean tis"),
+        (["model=/models/X"], "model.path=/models/X"),
         (["nonsense"], "key=value"),
         (["--config", "/nowhere.yaml"], "no such file"),
         (["--config"], "name a resolved"),

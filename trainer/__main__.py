@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from areal_like.cli import load_config
+from areal_like.cli import load_config, shows_help
 from areal_like.errors import UserError
 from areal_like.process import die_with_launcher, die_with_parent
 from trainer.start import start_ranks
@@ -18,6 +18,8 @@ from trainer.start import start_ranks
 
 def main(argv: Sequence[str]) -> int:
     """Runs the trainer; returns the exit code."""
+    if shows_help(argv, __doc__):
+        return 0
     try:
         config = load_config(argv)
     except UserError as error:

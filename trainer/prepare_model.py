@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from areal_like import sorting
-from areal_like.cli import load_config
+from areal_like.cli import load_config, shows_help
 from areal_like.config import Config
 from areal_like.errors import ConfigError, UserError
 from areal_like.paths import RunPaths, model_path
@@ -138,6 +138,8 @@ def _check_existing(config: Config) -> str:
 
 def main(argv: list[str]) -> int:
     """`[--config FILE] [--out DIR] [key=value ...]`; writes the model's path to stdout. Exit status 2 for a user's mistake."""
+    if shows_help(argv, f"python -m trainer.prepare_model {main.__doc__}\n\n{__doc__}"):
+        return 0
     die_with_launcher()
     # One thread, before torch is imported: a seed then gives the same model on every machine, and a tiny model is faster for it.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
