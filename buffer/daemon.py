@@ -120,7 +120,6 @@ class BufferDaemon:
                 consumer.CommitStep: self._lead(self._commit_step),
                 consumer.GetStreamState: self._lead(self._stream_state),
                 consumer.RequestEval: self._lead(self._request_eval),
-                consumer.GetDirectory: self._lead(lambda peer, envelope: self._directory),
                 consumer.CloseAdmission: self._lead(self._close_admission),
                 consumer.GetBooks: self._lead(lambda peer, envelope: self.books()),
                 Goodbye: self._trainer_leaves,

@@ -23,7 +23,6 @@ from areal_like.messages.consumer import (
     CommitStep,
     Fetch,
     GetBooks,
-    GetDirectory,
     GetStreamState,
     RequestEval,
     StartTraining,
@@ -74,9 +73,11 @@ def test_a_whole_run_with_two_producers(buffer: BufferProcess) -> None:
         buffer.produce(name)
     config = buffer.config
 
+    directories: list[Any] = []
+
     async def run() -> tuple[Any, list[int]]:
         tickets = []
-        async with training(buffer) as trainer:
+        async with training(buffer, directories=directories) as trainer:
             before = await trainer.call(RequestEval(eval_id=0, num_prompts=8, min_version=0), timeout_s=20)
             assert (before.num_evaluated, before.num_failed, before.mean_reward, before.mean_tokens) == (8, 0, 3.5, 2.0)
             for step in range(config.trainer.num_steps):
@@ -96,12 +97,12 @@ def test_a_whole_run_with_two_producers(buffer: BufferProcess) -> None:
             await trainer.call(CloseAdmission(reason="finished"))
             after = await trainer.call(RequestEval(eval_id=1, num_prompts=8, min_version=version), timeout_s=20)
             assert after.oldest_version == version
-            directory = await trainer.call(GetDirectory())
-            assert [(entry.name, entry.state) for entry in directory.servers] == [("rollout-0", "serving"), ("rollout-1", "serving")]
             return await trainer.call(GetBooks()), tickets
 
     books, tickets = asyncio.run(run())
     assert len(set(tickets)) == 24
+    serving = [(entry.name, entry.state) for entry in directories[-1].servers]
+    assert serving == [("rollout-0", "serving"), ("rollout-1", "serving")]
     assert books.tickets == {
         "queued": 0, "leased": 0, "ready": 0, "batched": 0, "trained": 24, "evaluated": 16, "dropped": 0, "issued": 40,
     }  # fmt: skip

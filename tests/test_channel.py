@@ -11,7 +11,7 @@ import zmq
 from areal_like import channel, codec
 from areal_like.channel import Envelope, Link, Listener, tcp_address
 from areal_like.errors import ArealError, ConfigError, DeadlineError, PeerLostError, RefusedError
-from areal_like.messages.consumer import AllocVersion, Fetch, GetBooks, GetDirectory, VersionGranted
+from areal_like.messages.consumer import AllocVersion, CommitStep, Fetch, GetBooks, VersionGranted
 from areal_like.messages.hello import HelloRequired, JobFailed, Refused
 
 MAX_BYTES = 1 << 20
@@ -39,7 +39,7 @@ def answer(listener: Listener, envelope: Envelope) -> None:
             listener.send(envelope.peer, VersionGranted(version=step + 100), rid=envelope.rid)
         case GetBooks():
             listener.send(envelope.peer, Refused(field="books", reason="closed"), rid=envelope.rid)
-        case GetDirectory():
+        case CommitStep():
             listener.send(envelope.peer, JobFailed(reason="the job is over"), rid=envelope.rid)
         case _:
             listener.send(envelope.peer, HelloRequired())
@@ -54,7 +54,7 @@ def test_requests_find_their_answers() -> None:
         with pytest.raises(RefusedError, match="closed"):
             await link.call(GetBooks(), timeout_s=5)
         with pytest.raises(ArealError, match="the job is over"):
-            await link.call(GetDirectory(), timeout_s=5)
+            await link.call(CommitStep(step=0), timeout_s=5)
         link.close()
         listener.close()
 

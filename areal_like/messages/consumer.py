@@ -17,7 +17,7 @@ class TrainerHeartbeat:
     """Rank -> buffer, every `daemon.heartbeat_s`. Answered by `HeartbeatAck`."""
 
     state: str
-    """`starting` | `waiting` | `training` | `evaluating` | `draining`."""
+    """`starting` | `loading` | `pushing` | `evaluating` | `training` | `draining`."""
     step: int
     stats: dict[str, float] = field(default_factory=dict)
     """`tokens_per_s`, `loss`, `reward`, ..."""
@@ -152,11 +152,6 @@ class EvalResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GetDirectory:
-    """Rank 0 -> buffer. Answered `Directory`."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class ServerEntry:
     """One registered rollout server."""
 
@@ -170,7 +165,7 @@ class ServerEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Directory:
-    """Buffer -> rank 0; also pushed unasked (rid 0) when a server joins, leaves, or changes its state."""
+    """Buffer -> every rank, unasked (rid 0): after its hello, and when a server joins, leaves, or changes its state."""
 
     servers: list[ServerEntry]
 
@@ -217,7 +212,6 @@ MESSAGES = (
     StreamState,
     RequestEval,
     EvalResult,
-    GetDirectory,
     Directory,
     CloseAdmission,
     GetBooks,

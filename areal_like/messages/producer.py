@@ -107,7 +107,8 @@ class SampleAck:
     ticket_id: int
     sample_index: int
     refused: str = ""
-    """Empty: accepted (also when it was a duplicate). Else why not: `superseded`, `stale`, `cancelled`, `unknown version`, `invalid`"""
+    """Empty: accepted (also when it was a duplicate). Else why not: `superseded`, `finished`, `unknown ticket`, `unknown version`,
+    `abandoned`, `invalid`."""
 
 
 @dataclass(frozen=True, kw_only=True)
