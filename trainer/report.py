@@ -80,9 +80,10 @@ def write_summary(
     wall_seconds: float,
     training_seconds: float,
 ) -> dict[str, Any]:
-    """Writes and returns the account of a run. Rewards and the trainer's idle fraction are over all its steps, seconds and generation's
-    idle fraction since `resumed_from_step`; tickets, tokens and lags are the buffer's counts, over the whole run where its ledger is durable.
+    """Writes and returns the account of a run.
 
+    Rewards and the trainer's idle fraction are over all its steps, seconds and generation's idle fraction since `resumed_from_step`; tickets,
+    tokens and lags are the buffer's counts, over the whole run where its ledger is durable.
     `books_after_warm_up` and `books_at_end` bound the time over which generation counts as idle or busy; `books` are the last ones.
     """
     tenth = max(1, len(rows) // 10)
