@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import torch
@@ -74,5 +75,42 @@ def frozen(ranks: Ranks, out_dir: Path, path: str) -> None:
     freezer.close()
 
 
+class Tardy(Freezer):
+    """Rank 1 is slow to copy its rows when its buffers are new."""
+
+    def _new_buffers(self) -> list[torch.Tensor]:
+        time.sleep(0.5 * self._ranks.rank)
+        return super()._new_buffers()
+
+
+def late(ranks: Ranks, _: Path, path: str) -> None:
+    """Rank 0 asks for rows that rank 1 has not frozen yet, and for some that it has given up already."""
+    policy = Policy.load(path, master_dtype=torch.float32).shard(ranks)
+    freezer = Tardy(policy, ranks, bucket_bytes=5000, dtype="float32")
+    expected = dict(gather_full_state(policy))
+    first = freezer.freeze()
+    if first is not None:
+        assert first.acquire()
+        tensors = received(first)
+        assert tensors.keys() == expected.keys() and all(torch.equal(tensors[name], expected[name]) for name in tensors)
+    dist.barrier()
+    # A push breaks while the bucket after the next is asked for: the question overtakes the end of that snapshot.
+    with freezer._reading:
+        reading = threading.Thread(target=lambda: first.read(3) if first is not None else None)
+        reading.start()
+        time.sleep(0.2)
+        if first is not None:
+            first.release()
+        second = freezer.freeze()
+        dist.barrier()
+    reading.join()
+    if second is not None:
+        assert second.acquire()
+        tensors = received(second)
+        assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+        second.release()
+    freezer.close()
+
+
 if __name__ == "__main__":
-    main(frozen=frozen)
+    main(frozen=frozen, late=late)

@@ -12,3 +12,8 @@ from tests.trainer_helpers import run_ranks, write_model
 def test_frozen_weights_outlive_the_steps_after_them(tmp_path: Path, world_size: int) -> None:
     path = write_model(tmp_path / "model", dtype=torch.float32)
     run_ranks("frozen", str(tmp_path), path, world_size=world_size, module="tests.snapshot_ranks")
+
+
+def test_rank_0_may_be_ahead_of_the_others_and_behind_them(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model", dtype=torch.float32)
+    run_ranks("late", str(tmp_path), path, world_size=2, module="tests.snapshot_ranks")

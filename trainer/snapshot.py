@@ -23,7 +23,7 @@ import logging
 import threading
 from collections import OrderedDict
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 _MAX_WHOLE = 2
 """Buckets that rank 0 keeps whole, so that engines that keep step share one gathering."""
 _QUIET = timedelta(days=30)
+_GATHER = timedelta(seconds=120)
+"""Longest that rank 0 waits for everybody's rows of one bucket; a rank that is so late still answers, and nobody listens."""
 _CLOSE = -1
 _NONE = -1
 
@@ -101,7 +103,7 @@ class Freezer:
         self.buckets = cut_buckets(specs, bucket_bytes=bucket_bytes)
         """Of every snapshot, without checksums."""
         self._rows = [Bucket(tensors=tuple(_rows_of_a_rank(spec, ranks.world_size) for spec in bucket.tensors)) for bucket in self.buckets]
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._held: list[_Frozen] = []
         self._acquired: _Frozen | None = None
         self._spare: list[list[Tensor]] = []
@@ -127,10 +129,11 @@ class Freezer:
             for name, view in unflatten(bucket, flat).items():
                 rows = rows_of[name]
                 (view[: len(rows)] if view.ndim else view).copy_(rows)
-        self._num_frozen += 1
-        frozen = _Frozen(self, self._num_frozen, packed)
         with self._lock:
+            self._num_frozen += 1
+            frozen = _Frozen(self, self._num_frozen, packed)
             self._held.append(frozen)
+            self._lock.notify_all()
         return frozen if self._ranks.rank == 0 else None
 
     def close(self) -> None:
@@ -192,7 +195,8 @@ class Freezer:
         try:
             dist.broadcast(torch.tensor([frozen.number, index]), group=self._group, group_src=0)
             parts = [torch.empty_like(frozen.packed[index]) for _ in range(self._ranks.world_size)]
-            dist.gather(frozen.packed[index], parts, group=self._group, group_dst=0)
+            work: Any = dist.gather(frozen.packed[index], parts, group=self._group, group_dst=0, async_op=True)
+            work.wait(_GATHER)
         except RuntimeError as error:
             raise WeightSyncError(f"a rank of the trainer was lost while weights were gathered: {error}") from None
         flat = torch.empty(self.buckets[index].num_bytes, dtype=torch.uint8)
@@ -213,8 +217,12 @@ class Freezer:
                 if number == _CLOSE:
                     return
                 with self._lock:
-                    (packed,) = (frozen.packed for frozen in self._held if frozen.number == number)
-                dist.gather(packed[index], None, group=self._group, group_dst=0)
+                    # Rank 0 may be ahead of our freeze. It bounds the wait; a training thread that fails in its freeze ends the process.
+                    self._lock.wait_for(lambda number=number: self._num_frozen >= number)
+                    packed = next((frozen.packed for frozen in self._held if frozen.number == number), None)
+                # Retired after a push that broke: rank 0 waits for these rows, and discards them.
+                part = packed[index] if packed else torch.empty(self._rows[index].num_bytes, dtype=torch.uint8)
+                dist.gather(part, None, group=self._group, group_dst=0)
         except RuntimeError as error:
             log.info("no more weights are gathered: %s", error)  # rank 0 has ended; the training thread notices by itself
 
