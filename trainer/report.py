@@ -82,8 +82,8 @@ def write_summary(
 ) -> dict[str, Any]:
     """Writes and returns the account of a run.
 
-    Rewards and the trainer's idle fraction are over all its steps, seconds and generation's idle fraction since `resumed_from_step`; tickets,
-    tokens and lags are the buffer's counts, over the whole run where its ledger is durable.
+    Rewards and the trainer's idle fraction are over all its steps, seconds and generation's idle fraction since `resumed_from_step`, and
+    tickets, tokens and lags, which the buffer counts, over the whole run where its ledger is durable.
     `books_after_warm_up` and `books_at_end` bound the time over which generation counts as idle or busy; `books` are the last ones.
     """
     tenth = max(1, len(rows) // 10)
