@@ -233,6 +233,37 @@ def test_a_server_that_was_slow_once_is_tried_again_and_costs_no_versions_meanwh
     run(body)
 
 
+def test_one_that_refuses_costs_the_others_no_further_pushes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.broadcaster.Shunning", lambda: Shunning(first_s=3.0))
+    versions = iter(range(1, 100))
+
+    async def granted(_: Any, *, timeout_s: float) -> VersionGranted:
+        return VersionGranted(version=next(versions))
+
+    async def body(broadcaster: Broadcaster) -> None:
+        good, bad = Receiver("good"), Receiver("bad")
+        bad.misbehave = "reject"
+        reports, failures = list[PushReport](), list[ArealError]()
+        publisher = Publisher(
+            broadcaster, call=granted, servers=lambda: [good.entry, bad.entry], on_push=reports.append, on_failure=failures.append
+        )
+        publisher.offer(1, snapshot(1))
+        await publisher.wait_active(1)
+        for _ in range(3):
+            await asyncio.sleep(0.4)
+            publisher.directory_changed()
+        assert (len(reports), good.version, bad.version) == (1, 1, 0)
+        bad.misbehave = ""  # its time is up before anything new is offered or heard
+        while len(reports) == 1:
+            await asyncio.sleep(0.05)
+        assert (good.version, bad.version, failures) == (2, 2, [])
+        await publisher.close()
+        for receiver in (good, bad):
+            receiver.close()
+
+    run(body)
+
+
 def test_a_host_that_is_not_ours_is_named() -> None:
     async def body() -> None:
         receiver = Receiver("one")

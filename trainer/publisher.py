@@ -9,6 +9,7 @@ The trainer freezes its weights and goes on at once. Skipped snapshots never get
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -99,13 +100,19 @@ class Publisher:
 
     async def _run(self) -> None:
         try:
+            retry_s: float | None = None
             while True:
-                await self._wake.wait()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(retry_s):
+                        await self._wake.wait()
                 self._wake.clear()
                 if self._offered is not None:
                     self._is_pushing = True
                     await self._publish(*self._offered)
                     self._is_pushing = False
+                    # A server that joins or recovers must not wait for the trainer's next step: with max_staleness 0 that step waits
+                    # for the server.
+                    retry_s = _RETRY_S if self._behind(self._servers()) else None
         except ArealError as error:
             self._on_failure(error)
             raise
@@ -114,20 +121,13 @@ class Publisher:
                 self._active.notify_all()
 
     async def _publish(self, step: int, snapshot: Snapshot) -> None:
-        offered = self._offered
-        # Without anybody to send to, a version would be spent on nobody, again and again. A snapshot that is superseded already will be
-        # followed by the offer of its successor.
-        if self._broadcaster.eligible(self._servers()) and snapshot.acquire():
+        # Without anybody who would gain by it, a version would be spent, and everybody made to recompute, again and again: one that is
+        # left out is behind all the while. A snapshot that is superseded already will be followed by the offer of its successor.
+        if self._behind(self._broadcaster.eligible(self._servers())) and snapshot.acquire():
             try:
                 await self._push(step, snapshot)
             finally:
                 snapshot.release()
-        if self._offered is not offered:
-            self._wake.set()
-        elif self._behind():
-            # Nothing newer is on its way, and a server that joins or recovers must not wait for the trainer's next step:
-            # with max_staleness 0 that step waits for the server.
-            asyncio.get_running_loop().call_later(_RETRY_S, self._wake.set)
 
     async def _push(self, step: int, snapshot: Snapshot) -> None:
         granted: VersionGranted = await self._call(AllocVersion(step=step), timeout_s=_CALL_TIMEOUT_S)
@@ -159,10 +159,12 @@ class Publisher:
     def directory_changed(self) -> None:
         """A server joined or changed: offers it the newest weights if it is behind."""
         # What a push in progress leaves undone is seen at its end.
-        if not self._is_pushing and self._offered is not None and self._behind():
+        if not self._is_pushing and self._offered is not None and self._behind(self._servers()):
             self._wake.set()
 
-    def _behind(self) -> bool:
+    def _behind(self, servers: list[ServerEntry]) -> bool:
+        """Whether any of these lacks the newest weights."""
+
         def version_of(server: ServerEntry) -> int:
             if server.state == "quarantined" or server.weights_version > self._newest_version:
                 return -1
@@ -171,5 +173,5 @@ class Publisher:
 
         # A push that reached nobody (a resumed trainer is often ready before its servers) leaves `active_version` where it was.
         is_owed = self._offered is not None and self.active_step < self._offered[0]
-        reachable = [server for server in self._servers() if server.state in ("serving", "quarantined")]
+        reachable = [server for server in servers if server.state in ("serving", "quarantined")]
         return any(is_owed or version_of(server) < self.active_version for server in reachable)
