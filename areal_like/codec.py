@@ -122,6 +122,8 @@ def _compile_scalar(hint: type) -> tuple[_Encode, _Decode]:
             if hint is float and type(raw) is int:
                 return float(raw)
             raise TypeError(f"want {hint.__name__}, got {type(raw).__name__}")
+        if type(raw) is int and not -1 << 63 <= raw < 1 << 63:
+            raise ValueError(f"{raw} does not fit into 64 bits with a sign")
         if isinstance(raw, float) and not math.isfinite(raw):  # no timer, sum or JSON document of the receiver's could bear it
             raise ValueError(f"{raw} is not finite")
         return raw

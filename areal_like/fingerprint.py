@@ -5,12 +5,14 @@ Fingerprints cover what must agree, not what may differ: a model's architecture 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from areal_like.config import Config
+from areal_like.messages.hello import Role
 
 _ARCHITECTURE_IGNORES = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
 
@@ -33,6 +35,15 @@ def tokenizer_fingerprint(path: str) -> str:
 def dataset_fingerprint(config: Config) -> str:
     """Fingerprint of the task's settings and the seed, which together fix every prompt."""
     return _digest({"task": config.task, "seed": config.seed})
+
+
+def shared_settings(config: Config, role: Role) -> str:
+    """What a peer and the buffer must have alike, spelled out: a trainer whose steps are smaller would leave groups untrained and commit
+    them, and a server that samples at another temperature would record log-probs of another policy."""
+    settings = {f"sampling.{name}": value for name, value in dataclasses.asdict(config.sampling).items()}
+    if role is Role.TRAINER:
+        settings |= {"trainer.groups_per_step": config.trainer.groups_per_step, "trainer.num_steps": config.trainer.num_steps}
+    return " ".join(f"{name}={value}" for name, value in settings.items())
 
 
 def as_number(fingerprint: str) -> int:

@@ -25,11 +25,12 @@ class DiskSnapshot:
 
 def newest_snapshot(checkpoints: Path) -> DiskSnapshot | None:
     """The checkpoint of the latest step; None when there is none to be seen from here, or it names no version."""
-    for path in sorted(checkpoints.glob("step_*"), reverse=True):
-        if path.name.removeprefix("step_").isdigit():
-            try:
-                version = json.loads((path / STATE_FILE).read_text())["extra"][VERSION_KEY]
-            except (OSError, ValueError, KeyError):
-                return None  # pruned while we looked, or written before checkpoints had versions
-            return DiskSnapshot(path=path, version=int(version))
-    return None
+    steps = {int(step): path for path in checkpoints.glob("step_*") if (step := path.name.removeprefix("step_")).isdigit()}
+    if not steps:
+        return None
+    path = steps[max(steps)]
+    try:
+        version = json.loads((path / STATE_FILE).read_text())["extra"][VERSION_KEY]
+    except (OSError, ValueError, KeyError):
+        return None  # pruned while we looked, or written before checkpoints had versions
+    return DiskSnapshot(path=path, version=int(version))

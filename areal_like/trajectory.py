@@ -34,6 +34,8 @@ _DTYPES = (
     ("logprobs", np.dtype(np.float32)),
     ("versions", np.dtype(np.int32)),
 )
+BYTES_PER_TOKEN = sum(dtype.itemsize for _, dtype in _DTYPES)
+"""Of the arrays of a trajectory."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -27,7 +27,7 @@ from areal_like.addresses import buffer_host, buffer_port, reachable_host
 from areal_like.channel import Envelope, Listener, tcp_address
 from areal_like.daemon import Runtime, cancelled_on_exit
 from areal_like.errors import ArealError, RefusedError, StaleIncarnationError, UserError
-from areal_like.fingerprint import as_number, dataset_fingerprint
+from areal_like.fingerprint import as_number, dataset_fingerprint, shared_settings
 from areal_like.messages import consumer, producer
 from areal_like.messages.hello import Goodbye, Hello, HelloRequired, JobFailed, Ok, Refused, Role, Welcome
 from areal_like.shards import Shard
@@ -83,7 +83,8 @@ class BufferDaemon:
             first_lease_id=int(time.time()) << 20,
             dataset=as_number(dataset),
         )
-        self.peers = PeerBook(job=config.name, dataset=dataset, shard=shard)
+        settings = {role: shared_settings(config, role) for role in Role}
+        self.peers = PeerBook(job=config.name, dataset=dataset, settings=settings, shard=shard)
         self._series = BufferSeries(runtime.metrics, max_staleness=config.staleness_cap)
         self._fetches: dict[tuple[bytes, int, int], int] = {}
         self._evals: dict[tuple[bytes, int], tuple[int, consumer.RequestEval]] = {}
@@ -225,14 +226,16 @@ class BufferDaemon:
     async def _drain(self) -> None:
         """A trainer that is stopping too still needs this process to finish and commit its step."""
         deadline_s = self._loop.time() + self._config.daemon.drain_timeout_s / 2
-        alive_s = max(1.0, 3 * self._config.daemon.heartbeat_s)
         with self._runtime.waits("trainer: to end before its buffer"):
-            while self._loop.time() < deadline_s and not self._over.done():
-                if all(self._loop.time() - peer.last_heard_s > alive_s for peer in self.peers.of(Role.TRAINER)):
-                    break
+            while self._has_trainer() and self._loop.time() < deadline_s and not self._over.done():
                 await asyncio.sleep(0.05)
-        self.ledger.close("the buffer is draining")
+        if not (self._has_trainer() and self.ledger.settings.durable):  # one that stays goes on with the next buffer
+            self.ledger.close("the buffer is draining")
         self._turn()
+
+    def _has_trainer(self) -> bool:
+        alive_s = max(1.0, 3 * self._config.daemon.heartbeat_s)
+        return any(self._loop.time() - peer.last_heard_s <= alive_s for peer in self.peers.of(Role.TRAINER))
 
     # --- messages in ---
 
@@ -377,6 +380,9 @@ class BufferDaemon:
         message: consumer.StartTraining = envelope.message
         self.ledger.start_training(incarnation=peer.hello.incarnation, step=message.step, stream=message.stream, unix_s=time.time())
         self._evals = {key: waiting for key, waiting in self._evals.items() if key[0] == peer.route}  # nobody else's are asked for
+        for rank in self.peers.of(Role.TRAINER):
+            if rank.hello.incarnation < peer.hello.incarnation:
+                self.peers.forget(rank.hello.name)
         log.info("training starts at step %d, incarnation %d", message.step, peer.hello.incarnation)
         return Welcome(job=self._config.name, step=self.ledger.trainer_step, newest_version=self.ledger.versions.newest)
 
@@ -428,10 +434,14 @@ class BufferDaemon:
         ticket_ids = body.get("tickets")
         if not isinstance(ticket_ids, list) or not ticket_ids or not all(type(ticket_id) is int for ticket_id in ticket_ids):
             raise UserError('want {"tickets": [ID, ...]}')
-        try:
-            self.ledger.poison(ticket_ids)
-        except RefusedError as error:
-            raise UserError("ticket {} {}".format(*error.args)) from None
+        refusal = ""
+        with self._ending_on_error():
+            try:
+                self.ledger.poison(ticket_ids)
+            except RefusedError as error:
+                refusal = "ticket {} {}".format(*error.args)
+        if refusal:
+            raise UserError(refusal)
         log.warning("an operator dropped tickets %s", ticket_ids)
         self._turn_soon()
         durable = asyncio.Event()
@@ -546,10 +556,11 @@ class BufferDaemon:
             return
         self._over.set_exception(error)
         self._wake.set()
+        failed = JobFailed(reason=str(error) or type(error).__name__)
         for role in Role:
             for peer in self.peers.of(role):
-                self._listener.send(peer.route, JobFailed(reason=str(error) or type(error).__name__))
+                self._listener.send(peer.route, failed)
         for (route, _, _), rid in self._fetches.items():
-            self._listener.send(route, JobFailed(reason=str(error)), rid=rid)
+            self._listener.send(route, failed, rid=rid)
         for (route, _), (rid, _) in self._evals.items():
-            self._listener.send(route, JobFailed(reason=str(error)), rid=rid)
+            self._listener.send(route, failed, rid=rid)

@@ -58,6 +58,9 @@ from buffer.store import RollbackRow, Store
 from buffer.tickets import REISSUED, Drop, LeaseRecord, Sample, State, Ticket, Verdict
 from buffer.versions import VersionBook
 
+_NUM_EVALS_KEPT = 4
+"""Evaluations that are over whose result may be asked for again."""
+
 
 class Ledger:
     """See the module. Methods raise RefusedError(field, reason) or StaleIncarnationError for what a peer may not do."""
@@ -282,6 +285,8 @@ class Ledger:
                 ticket = self.register.issue(Purpose.EVAL, Prompt(index=prompt_index), num_samples=1, eval_id=eval_id)
                 round_.queue.append(ticket.ticket_id)
             self.register.check()
+            for forgotten in [done_id for done_id, round_ in self._evals.items() if round_.is_done][:-_NUM_EVALS_KEPT]:
+                del self._evals[forgotten]
         return self._evals[eval_id].result() if self._evals[eval_id].is_done else None
 
     # --- rollout servers ---
@@ -352,7 +357,8 @@ class Ledger:
         sample = None
         if ticket is not None:
             is_other_kind = ticket.purpose is Purpose.TRAIN and trajectory.is_greedy is not ticket.is_greedy(index)
-            if trajectory.finish_reason is FinishReason.ABORT or trajectory.num_sampled == 0 or is_other_kind:
+            is_too_long = len(trajectory.tokens) > self.settings.max_tokens
+            if trajectory.finish_reason is FinishReason.ABORT or trajectory.num_sampled == 0 or is_other_kind or is_too_long:
                 verdict = Verdict.INVALID
             elif isinstance(summary := self.versions.summarise(message.lease_id, trajectory), Sample):
                 sample = summary

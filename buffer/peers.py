@@ -6,6 +6,7 @@ incarnation of a name is the one that counts: the process that it replaced finds
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from areal_like.errors import RefusedError, StaleIncarnationError
@@ -29,13 +30,16 @@ class Peer:
 class PeerBook:
     """Peers by name and by routing id."""
 
-    def __init__(self, *, job: str, dataset: str, shard: Shard = WHOLE) -> None:
-        """`dataset` is the fingerprint that the buffer's own configuration gives; model and tokenizer are those of the first peer."""
+    def __init__(self, *, job: str, dataset: str, settings: Mapping[Role, str] | None = None, shard: Shard = WHOLE) -> None:
+        """`dataset` and, by role, `settings` are what the buffer's own configuration gives; model and tokenizer are those of the first
+        peer."""
+        self._settings = dict(settings or {})
         own = {"job": job, "num_shards": shard.count, "shard": shard.index, "dataset": dataset}
         self._expected: dict[str, tuple[object, str]] = {name: (value, "the buffer") for name, value in own.items()}
         self._by_name: dict[str, Peer] = {}
         self._by_route: dict[bytes, Peer] = {}
-        self._retired: dict[str, float] = {}
+        self._retired: dict[tuple[str, int], dict[str, float]] = {}
+        """Last statistics of every process that is not here, by name and incarnation."""
 
     def admit(self, route: bytes, hello: Hello, *, now_s: float) -> Peer:
         """Registers a peer. Raises RefusedError(field, reason) or StaleIncarnationError."""
@@ -44,6 +48,10 @@ class PeerBook:
             if getattr(hello, name) != expected:
                 reason = f"{hello.name} has {getattr(hello, name)!r}, {whose} has {expected!r}: start both with the same configuration"
                 raise RefusedError(name, reason)
+        expected = self._settings.get(hello.role, "")
+        if hello.settings and expected and hello.settings != expected:
+            reason = f"{hello.name} has {hello.settings!r}, the buffer has {expected!r}: start both with the same configuration"
+            raise RefusedError("settings", reason)
         known = self._by_name.get(hello.name)
         if known is not None and known.hello.role is not hello.role:
             raise RefusedError("name", f"{hello.name} is taken by a {known.hello.role.value}: give every daemon a name of its own")
@@ -56,7 +64,7 @@ class PeerBook:
             self._retire(known)
         if known is not None:
             self._by_route.pop(known.route, None)
-        peer = Peer(route=route, hello=hello, last_heard_s=now_s)
+        peer = Peer(route=route, hello=hello, last_heard_s=now_s, stats=self._retired.pop((hello.name, hello.incarnation), {}))
         if known is not None and is_same_process:
             peer.state, peer.stats = known.state, known.stats
         self._by_name[hello.name] = self._by_route[route] = peer
@@ -83,9 +91,9 @@ class PeerBook:
 
     def total(self, stat: str) -> float:
         """Sum of a cumulative statistic over all rollout servers, those that left included."""
-        return self._retired.get(stat, 0.0) + sum(peer.stats.get(stat, 0.0) for peer in self.of(Role.ROLLOUT))
+        present = (peer.stats for peer in self.of(Role.ROLLOUT))
+        return sum(stats.get(stat, 0.0) for stats in (*self._retired.values(), *present))
 
     def _retire(self, peer: Peer) -> None:
         if peer.hello.role is Role.ROLLOUT:
-            for stat, value in peer.stats.items():
-                self._retired[stat] = self._retired.get(stat, 0.0) + value
+            self._retired[peer.hello.name, peer.hello.incarnation] = peer.stats

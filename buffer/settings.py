@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Self
 
@@ -34,6 +35,8 @@ class LedgerSettings:
     max_sample_retries: int = 2
     max_consecutive_failures: int = 20
     lease_timeout_s: float = 10.0
+    max_tokens: int = sys.maxsize
+    """Longest sequence, prompt included, that the trainer can take: a longer one is refused where it comes in, and ends no trainer."""
     durable: bool = False
     """Whether the store survives this process: then a closed stream keeps what it has, and committed steps can be served again."""
     curriculum: CurriculumSettings | None = None
@@ -63,6 +66,7 @@ class LedgerSettings:
             max_sample_retries=config.buffer.max_sample_retries,
             max_consecutive_failures=config.buffer.max_consecutive_failures,
             lease_timeout_s=config.buffer.lease_timeout_s,
+            max_tokens=config.trainer.tokens_per_microbatch,
             durable=config.buffer.durability != "none",
             curriculum=_curriculum(config.buffer),
             shard=shard,

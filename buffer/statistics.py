@@ -88,11 +88,6 @@ class StreamStatistics:
         lags = {name: count for name, count in self._values.items() if name.startswith(_LAG)}
         return Counter({int(name.removeprefix(_LAG)): int(count) for name, count in lags.items() if count})
 
-    @property
-    def num_samples_trained(self) -> int:
-        """Samples learned from."""
-        return self.lag_histogram.total()
-
     def counters(self) -> dict[str, float]:
         """Flat numbers for `Books.counters` and /status."""
         lags, verdicts = self.lag_histogram, self.verdicts

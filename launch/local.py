@@ -27,8 +27,10 @@ import signal
 import time
 from collections.abc import Callable
 from enum import StrEnum
+from http.client import HTTPException
 
 from areal_like.config import Config
+from areal_like.errors import ConfigError
 from areal_like.shards import all_shards
 from launch.child import Child, ChildSpec, describe_exit, kill_marked
 from launch.observe import Observer, post_json
@@ -196,13 +198,18 @@ class LocalJob:
         changed = {setting.partition("=")[0] for setting in settings}
         command = tuple(part for part in spec.command if part.partition("=")[0] not in changed)
         self._specs["trainer"] = dataclasses.replace(spec, command=(*command, *settings))
+        trainer = self._children.get("trainer")
+        if trainer is None:  # it died just now: its next life has the settings
+            return
         self._is_replacing = True
-        endpoint = self._observer.newest.daemons["trainer-0"].endpoint
+        seen = self._observer.newest.daemons.get("trainer-0")
         try:
-            post_json(str(endpoint["http"]), "/control/hand_over", {})
-        except OSError as error:
+            if seen is None:
+                raise ConnectionError("it is still starting")
+            post_json(str(seen.endpoint["http"]), "/control/hand_over", {})
+        except (OSError, HTTPException, ConfigError) as error:
             log.warning("the trainer cannot be asked to hand over (%s): it drains", error)
-            self._children["trainer"].terminate()
+            trainer.terminate()
 
     def _newest_step(self) -> int:
         steps = self._observer.newest.steps
@@ -313,6 +320,7 @@ class LocalJob:
             self._fail([f"{child.name} died {restarts.num_quick_deaths} times in a row", *words], exit_code=1)
             return
         if child.name == "trainer":
+            self._is_replacing = False  # what is started again has the new settings
             self._trainer_died = words
         for line in words[1:] if code > 0 else ():
             log.error("%s", line)

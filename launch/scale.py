@@ -32,6 +32,8 @@ from launch.rundir import find_run, is_over, order_file
 
 _TICK_S = 0.2
 _TAKEN_WITHIN_S = 10.0
+_OF_THE_RUN = ("trainer.groups_per_step", "trainer.num_steps")
+"""Settings of the trainer that the buffer fills steps by."""
 
 
 def join(run: str, settings: Sequence[str], *, buffer: str = "", name: str = "") -> int:
@@ -97,6 +99,8 @@ def restart(run: str, role: str, settings: Sequence[str]) -> int:
         raise ConfigError(f"restart: {role!r} cannot be restarted alone, only `trainer`; servers are drained and joined")
     if any(not setting.startswith("trainer.") for setting in settings):
         raise ConfigError("restart: only trainer.* settings may change while the other roles go on with theirs")
+    if fixed := [setting for setting in settings if setting.partition("=")[0] in _OF_THE_RUN]:
+        raise ConfigError(f"restart: {fixed[0]} is the buffer's too: stop the run and go on with resume=latest {fixed[0]}")
     load_config(["--config", str(paths.config), *settings])
     if is_over(paths):
         raise ConfigError(f"restart: {paths.root} is not being run by a launcher; start the trainer yourself with resume=latest")

@@ -20,11 +20,12 @@ from areal_like.channel import tcp_address
 from areal_like.config import Config
 from areal_like.daemon import Runtime, cancelled_on_exit
 from areal_like.errors import ConfigError, EngineError
-from areal_like.fingerprint import dataset_fingerprint, model_fingerprint, tokenizer_fingerprint
+from areal_like.fingerprint import dataset_fingerprint, model_fingerprint, shared_settings, tokenizer_fingerprint
 from areal_like.messages.hello import Hello, Role
 from areal_like.messages.producer import Lease, ServerState
 from areal_like.paths import model_path
 from areal_like.snapshots import newest_snapshot
+from areal_like.trajectory import BYTES_PER_TOKEN
 from rollout_server.engine_client import EngineClient
 from rollout_server.engine_process import EmbeddedProcess, Engine
 from rollout_server.episodes import SingleTurn, Turnstile
@@ -48,6 +49,8 @@ _MAX_DEATHS_IN_A_ROW = 5
 """Engines that died within `_HEALTHY_AFTER_S`, one after the other; then the server ends and its launcher decides."""
 _HEALTHY_AFTER_S = 30.0
 _FIRST_BACKOFF_S = 0.5
+_SAMPLE_OVERHEAD_BYTES = 4096
+"""Of a message, a sample: its numbers, names and reward components."""
 _SILENT_ENGINE_S = 60.0
 """An engine that is there but answers nothing for so long is replaced."""
 
@@ -101,6 +104,12 @@ def check_context(config: Config, task: Task, *, max_positions: int) -> int:
             f"sampling.max_new_tokens={config.sampling.max_new_tokens} leaves no room for a prompt in a context of {context} tokens "
             f"(rollout.max_context={config.rollout.max_context}, the model ends at {max_positions}): lower it"
         )
+    num_samples = config.sampling.group_size + config.sampling.greedy_baseline
+    if (num_bytes := num_samples * (BYTES_PER_TOKEN * context + _SAMPLE_OVERHEAD_BYTES)) > config.buffer.max_message_bytes:
+        raise ConfigError(
+            f"a group of {num_samples} samples of up to {context} tokens may take {num_bytes} bytes, and "
+            f"buffer.max_message_bytes={config.buffer.max_message_bytes} is the most that travels in one message: raise it"
+        )
     return context
 
 
@@ -123,6 +132,7 @@ class RolloutServer:
         self._runtime = runtime
         self._task = task
         self._model = model
+        self._fingerprints = (model_fingerprint(model), tokenizer_fingerprint(model))
         self._engine = engine
         self._rewards = rewards
         self._client: EngineClient | None = None
@@ -304,9 +314,10 @@ class RolloutServer:
             name=self._runtime.name,
             incarnation=self._runtime.incarnation,
             job=config.name,
-            model=model_fingerprint(self._model),
-            tokenizer=tokenizer_fingerprint(self._model),
+            model=self._fingerprints[0],
+            tokenizer=self._fingerprints[1],
             dataset=dataset_fingerprint(config),
+            settings=shared_settings(config, Role.ROLLOUT),
             http_address=f"{config.daemon.http_host}:{self._runtime.http_port}",
             weights_address=self._weights_address,
             weights_version=self._receiver.version,

@@ -71,6 +71,7 @@ class BufferLink:
         self._loop = asyncio.get_running_loop()
         self._beat_now = asyncio.Event()
         self._registered = False
+        self._is_stuck = False
         self._fatal: ArealError | None = None
         self.state = ServerState.STARTING
         self.weights_version = 0
@@ -99,7 +100,8 @@ class BufferLink:
             if not self._registered or self._silent_s > _SILENT_AFTER_S:
                 await self._register()
             self._beat()
-            for answer in self._desk.to_resend(now_s=self._loop.time(), older_than_s=_RESEND_AFTER_S):
+            # One that cannot write has what was sent, and would keep an answer for each time that it hears it again.
+            for answer in () if self._is_stuck else self._desk.to_resend(now_s=self._loop.time(), older_than_s=_RESEND_AFTER_S):
                 self._link.send(answer)
             try:
                 async with asyncio.timeout(self._config.daemon.heartbeat_s):
@@ -188,9 +190,10 @@ class BufferLink:
                 self._on_abort(self._desk.drop(message.leases))
                 self._beat_now.set()
             case HeartbeatAck():
+                self._is_stuck = bool(message.trouble)
                 self.newest_version = max(self.newest_version, message.newest_version)
             case HelloRequired():
-                self._registered = False
+                self._registered = self._is_stuck = False
                 self._beat_now.set()
             case JobFailed():
                 self._end(ArealError(message.reason))

@@ -15,8 +15,9 @@ import pytest
 import zmq
 
 from areal_like.codec import encode
+from areal_like.config import from_mapping
 from areal_like.errors import ArealError, DeadlineError, RefusedError
-from areal_like.fingerprint import dataset_fingerprint
+from areal_like.fingerprint import dataset_fingerprint, shared_settings
 from areal_like.messages.consumer import (
     AllocVersion,
     CloseAdmission,
@@ -27,7 +28,7 @@ from areal_like.messages.consumer import (
     RequestEval,
     StartTraining,
 )
-from areal_like.messages.hello import Goodbye, HelloRequired, JobFailed
+from areal_like.messages.hello import Goodbye, HelloRequired, JobFailed, Role
 from areal_like.messages.producer import (
     AbortLeases,
     HeartbeatAck,
@@ -160,9 +161,10 @@ def test_garbage_is_counted_and_changes_nothing(buffer: BufferProcess) -> None:
             socket_.send_multipart(frames)
         buffer.wait_status(lambda status: status["bad_frames"] == len(broken))
         before = buffer.rss_bytes()
-        for _ in range(10_000):
-            socket_.send_multipart([rng.randbytes(rng.randrange(1, 200)) for _ in range(rng.randrange(1, 4))])
-        buffer.wait_status(lambda status: status["bad_frames"] == len(broken) + 10_000, timeout_s=30)
+        for num_sent in range(1000, 11_000, 1000):  # so that what waits in sockets is little
+            for _ in range(1000):
+                socket_.send_multipart([rng.randbytes(rng.randrange(1, 200)) for _ in range(rng.randrange(1, 4))])
+            buffer.wait_status(lambda status, num_sent=num_sent: status["bad_frames"] == len(broken) + num_sent, timeout_s=30)
         assert buffer.rss_bytes() < before * 1.1 + (8 << 20)
     finally:
         socket_.close()
@@ -188,6 +190,9 @@ def test_the_door(buffer: BufferProcess) -> None:
             for field in ("job", "dataset"):
                 with pytest.raises(RefusedError, match=rf"\({field}\).*other"):
                     await link.call(trainer_hello(config, **{field: "other"}), timeout_s=5)
+            smaller = from_mapping({"trainer": {"groups_per_step": 2, "num_steps": 6}, "sampling": {"group_size": 2}})
+            with pytest.raises(RefusedError, match=r"groups_per_step=2.*groups_per_step=4"):
+                await link.call(trainer_hello(config, settings=shared_settings(smaller, Role.TRAINER)), timeout_s=5)
             await link.call(trainer_hello(config, incarnation=5), timeout_s=5)
             with pytest.raises(RefusedError, match=r"\(model\).*trainer-0 has 'm'"):
                 await link.call(hello("rollout-0", dataset=dataset, model="other"), timeout_s=5)

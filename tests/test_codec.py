@@ -107,6 +107,7 @@ def inner(**changes: object) -> list[bytes]:
         header(rid="x"),
         header(body=None),
         body(lease_id="1"),
+        body(lease_id=1 << 63),
         body(lease_id=1.5),
         body(extra=1),
         body(trajectory=None),

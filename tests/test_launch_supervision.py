@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from areal_like.paths import RunPaths, write_json
+from launch.rundir import order_file
 from tests.launching import launcher, num_steps_done, processes_of, wait_until
 from tests.scripted_daemon import write_packages
 
@@ -93,10 +95,13 @@ def test_a_killed_buffer_and_trainer_are_started_again_and_nobody_else(workplace
         (root / "checkpoints" / "step_000003").mkdir(parents=True)
         os.kill(pid_of(root, "trainer"), signal.SIGKILL)
         wait_until(lambda: any("resume=latest" in c for c in processes_of(root).values()), timeout_s=20, what="trainer is back")
+        os.kill(pid_of(root, "trainer"), signal.SIGKILL)
+        write_json(order_file(RunPaths(root)), {"role": "trainer", "settings": ["trainer.lr=3e-5"]})  # there is nobody to hand over
+        wait_until(lambda: any("trainer.lr=3e-5" in c for c in processes_of(root).values()), timeout_s=20, what="trainer is back")
         process.terminate()
         out, _ = process.communicate(timeout=30)
     assert process.returncode == 0
-    assert out.count("ended (killed by SIGKILL): starting it again") == 3
+    assert out.count("ended (killed by SIGKILL): starting it again") == 4
 
 
 def test_a_trainer_that_never_gets_further_is_given_up_with_its_own_words(workplace: Path) -> None:

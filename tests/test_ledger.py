@@ -257,6 +257,26 @@ def test_a_failing_sample_is_retried_then_drops_its_ticket_whose_prompt_is_reiss
     assert lease.prompt_index != prompt, "reissued max_reissues times"
 
 
+def test_a_sample_that_no_trainer_can_take_is_refused() -> None:
+    ledger = new_ledger(max_tokens=3)
+    add_server(ledger, "a", capacity=2)
+    (lease,) = leases_of(ledger)
+    assert ledger.sample_done("a", done(lease, 0, [0, 0, 0])) is Verdict.INVALID
+    assert ledger.sample_done("a", done(lease, 1, [0, 0])) is Verdict.ACCEPTED
+
+
+def test_only_the_newest_evaluations_are_kept() -> None:
+    ledger = new_ledger()
+    for eval_id in range(50):
+        ledger.request_eval(eval_id=eval_id, num_prompts=1, min_version=0)
+        add_server(ledger, "a", capacity=9)
+        (lease,) = [lease for lease in leases_of(ledger) if lease.purpose is Purpose.EVAL]
+        ledger.sample_done("a", done(lease, 0, [0]))
+        again = ledger.request_eval(eval_id=eval_id, num_prompts=1, min_version=0)
+        assert again is not None and again.num_evaluated == 1
+    assert len(ledger._evals) <= 5
+
+
 def test_failures_in_a_row_are_fatal_with_the_last_error() -> None:
     ledger = new_ledger(max_consecutive_failures=3, max_sample_retries=10)
     add_server(ledger, "a", capacity=2)

@@ -29,7 +29,7 @@ def test_a_run_ends_with_every_place_filled_and_no_lag_beyond_the_bound(max_stal
     assert len({ticket_id for _, _, ticket_id in plant.order}) == 25 * 8, "a ticket was trained twice"
     assert sum(counts.values()) == counts[State.TRAINED] + counts[State.DROPPED], "tickets are left over"
     assert max(ledger.statistics.lag_histogram) <= max_staleness
-    assert ledger.statistics.num_samples_trained == 25 * 8 * 4
+    assert ledger.statistics.counters()["samples_trained"] == 25 * 8 * 4
     if overdue == "wait":
         assert ledger.drops[Drop.STALE] == 0, "a healthy run has no stale drops"
     assert ledger.store.num_bytes == 0, "arrays outlived their commit"

@@ -35,6 +35,7 @@ class PlayedBuffer:
 
     def __init__(self, *, port: int = 0, acknowledging: bool = False) -> None:
         self.acknowledging = acknowledging
+        self.trouble = ""
         self.received: Counter[str] = Counter()
         self.peer = b""
         self.listener = Listener(host="127.0.0.1", port=port, handler=self.handle, max_message_bytes=1 << 20)
@@ -46,7 +47,7 @@ class PlayedBuffer:
             case Hello():
                 self.listener.send(envelope.peer, Welcome(job="j", step=0, newest_version=0), rid=envelope.rid)
             case ServerHeartbeat():
-                self.listener.send(envelope.peer, HeartbeatAck(step=0, newest_version=0))
+                self.listener.send(envelope.peer, HeartbeatAck(step=0, newest_version=0, trouble=self.trouble))
             case SampleFailed() if self.acknowledging:
                 self.listener.send(envelope.peer, SampleAcks(acks=[SampleAck(lease_id=1, ticket_id=1, sample_index=0)]))
 
@@ -86,5 +87,37 @@ def test_what_is_sent_to_a_buffer_that_is_away_does_not_pile_up(tmp_path: Path, 
         await asyncio.gather(running, return_exceptions=True)
         link.close()
         second.listener.close()
+
+    asyncio.run(body())
+
+
+@pytest.mark.timeout(60)
+def test_a_buffer_that_cannot_write_is_not_told_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rollout_server.link._RESEND_AFTER_S", 0.05)
+
+    async def body() -> None:
+        buffer = PlayedBuffer()
+        config = from_mapping({"runs_dir": str(tmp_path), "buffer": {"port": buffer.listener.port}, "daemon": {"heartbeat_s": 0.02}})
+        desk, leases = LeaseDesk(capacity_samples=4), list[Any]()
+        link = BufferLink(config, hello=lambda: HELLO, desk=desk, waits=WaitBook(), on_leases=leases.extend, on_abort=lambda _: None)
+        link.announce(state=ServerState.SERVING)
+        running = asyncio.create_task(link.run())
+        await buffer.expect("ServerHeartbeat")
+        buffer.trouble = "disk full"
+        buffer.listener.send(buffer.peer, Leases(leases=[LEASE]))
+        while not leases:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        link.deliver(FAILED)
+        await asyncio.sleep(0.5)
+        assert buffer.received["SampleFailed"] == 1
+        buffer.trouble = ""
+        async with asyncio.timeout(10):
+            while buffer.received["SampleFailed"] < 3:
+                await asyncio.sleep(0.01)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        link.close()
+        buffer.listener.close()
 
     asyncio.run(body())

@@ -102,6 +102,16 @@ def test_a_peer_that_counts_shards_otherwise_is_refused() -> None:
         assert refused.value.args[0] == field
 
 
+def test_a_server_that_comes_back_is_counted_once() -> None:
+    book = PeerBook(job="job", dataset="d")
+    fields: dict[str, Any] = {"role": Role.ROLLOUT, "job": "job", "model": "m", "tokenizer": "t", "dataset": "d", "http_address": ""}
+    for incarnation, tokens, total in ((1, 10.0, 10.0), (1, 12.0, 12.0), (2, 5.0, 17.0)):
+        peer = book.admit(b"route", Hello(name="rollout-0", incarnation=incarnation, **fields), now_s=0.0)
+        peer.stats = {"tokens_generated": tokens}
+        book.forget("rollout-0")
+        assert book.total("tokens_generated") == total
+
+
 # --- ledgers ---
 
 

@@ -55,6 +55,11 @@ class Connection:
         return self._loop.time() - self._link.last_heard_s
 
     @property
+    def is_stuck(self) -> bool:
+        """It answers, and says that it cannot write."""
+        return bool(self._trouble) and self.silent_s <= _SILENT_AFTER_S
+
+    @property
     def is_troubled(self) -> bool:
         """It does not answer, or says that it cannot write."""
         return self.silent_s > _SILENT_AFTER_S or bool(self._trouble)
@@ -84,6 +89,7 @@ class Connection:
             case HelloRequired() if not self._survives:
                 self._fail(PeerLostError("the buffer was restarted and its in-memory store is gone: start again with resume=latest"))
             case HelloRequired():
+                self._trouble = ""  # another process
                 if self._rehello is None or self._rehello.done():
                     self._rehello = asyncio.create_task(self._register_again(), name="hello again")
             case _:

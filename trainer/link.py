@@ -27,7 +27,7 @@ from areal_like.addresses import buffer_addresses
 from areal_like.config import Config
 from areal_like.daemon import Runtime
 from areal_like.errors import ArealError, DeadlineError, PeerLostError
-from areal_like.fingerprint import dataset_fingerprint, model_fingerprint, tokenizer_fingerprint
+from areal_like.fingerprint import dataset_fingerprint, model_fingerprint, shared_settings, tokenizer_fingerprint
 from areal_like.messages.consumer import Directory, Fetch, Group, TrainerHeartbeat
 from areal_like.messages.hello import Goodbye, Hello, Role
 from areal_like.paths import model_path
@@ -111,6 +111,9 @@ class BufferLink:
             except DeadlineError:
                 if self._patient_s() >= deadline_s:
                     raise
+            # One that cannot write has the question, and would keep an answer for each time that it is asked.
+            while buffer.is_stuck:
+                await asyncio.sleep(_POLL_S)
 
     def _patient_s(self) -> float:
         """A clock that stands still while a buffer is in trouble. From any thread."""
@@ -236,6 +239,7 @@ class BufferLink:
             model=model_fingerprint(path),
             tokenizer=tokenizer_fingerprint(path),
             dataset=dataset_fingerprint(self.config),
+            settings=shared_settings(self.config, Role.TRAINER),
             http_address=f"{self.config.daemon.http_host}:{self.runtime.http_port}",
             device=self.device,
             rank=self.rank,

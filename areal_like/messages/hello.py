@@ -35,6 +35,8 @@ class Hello:
     """Fingerprint of the tokenizer."""
     dataset: str
     """Fingerprint of the task and its settings."""
+    settings: str = ""
+    """`fingerprint.shared_settings`: what this role and the buffer must have alike, spelled out. Empty: not compared."""
     http_address: str
     """`host:port` of the peer's HTTP plane."""
     shard: int = 0
