@@ -96,6 +96,8 @@ def test_checkpoints_of_a_branch_that_was_left_are_set_aside(tmp_path: Path, ran
     many.save(200, runner.policy, runner.optimizer, ranks, extra={})
     many.wait()
     many.load(100, runner.policy, runner.optimizer, ranks)
+    assert many.steps() == [100, 200], "whoever only tries may be refused"
+    many.set_aside_after(100)
     assert many.steps() == [100], "resume=latest would go on from the branch that resume=step:100 left"
 
 

@@ -112,7 +112,7 @@ class Checkpoints:
                 policy.model.generation_config.save_pretrained(partial)
             AutoTokenizer.from_pretrained(self._tokenizer_path).save_pretrained(partial)
             _commit(partial, final)
-            self._set_aside_after(step)
+            self.set_aside_after(step)
             for old in self.steps()[: -self._keep]:
                 shutil.rmtree(self.path(old))
             then(self.steps()[0])
@@ -138,8 +138,7 @@ class Checkpoints:
     def load(self, step: int, policy: Policy, optimizer: ShardedAdamW, ranks: Ranks, *, critic: Critic | None = None) -> dict[str, Any]:
         """Restores weights, moments and random state in place, at any number of ranks; returns `extra`.
 
-        Later checkpoints are set aside (`step_000300.rolled_back`): training goes on from here. A critic that the checkpoint does not have
-        stays as it is, with a warning.
+        A critic that the checkpoint does not have stays as it is, with a warning.
 
         Raises ConfigError if there is no such checkpoint, it cannot be read, or it is of another model.
         """
@@ -162,13 +161,12 @@ class Checkpoints:
         except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
             raise ConfigError(f"{path} cannot be read ({error}): resume from another step") from error
         ranks.any(True)  # every rank has found and read it
-        if ranks.rank == 0:
-            self._set_aside_after(step)
         extra: dict[str, Any] = state["extra"]
         return extra
 
-    def _set_aside_after(self, step: int) -> None:
-        """Checkpoints of a branch that was left: they may neither push a new one out nor be taken for the latest."""
+    def set_aside_after(self, step: int) -> None:
+        """Renames later checkpoints (`step_000300.rolled_back`): of a branch that was left, they may neither push a new one out nor be taken
+        for the latest. On rank 0, once it is certain that training goes on from here."""
         for later in self.steps():
             if later > step:
                 aside = self._root / f"{self.path(later).name}.rolled_back"

@@ -103,6 +103,7 @@ class Trainer:
         if self._leader is not None:
             assert snapshot is not None
             self._leader.begin(snapshot, stream=self._stream, oldest_kept_step=min(self._checkpoints.steps(), default=0))
+            self._checkpoints.set_aside_after(self._step)
         # No rank may fetch before rank 0 has said where training starts.
         self._meet()
         self._link.runtime.ready()
