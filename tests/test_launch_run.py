@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.launching import launcher, num_steps_done, processes_of, wait_until
+from tests.test_metrics_page import named_columns
 
 pytestmark = [pytest.mark.timeout(150), pytest.mark.slow]
 SMALL = (
@@ -70,7 +71,8 @@ def test_a_run_survives_the_death_of_a_server_and_adds_up(tmp_path: Path, root: 
     )
     assert {"mean_trained_lag", "weights_version", "generation_idle_fraction", "trainer_idle_fraction"} <= set(summary)
     assert (root / "checkpoints" / "step_000040" / "model.safetensors").exists()
-    assert len((root / "metrics.jsonl").read_text().splitlines()) == 40
+    rows = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 40 and all(set(row) <= named_columns() for row in rows)
     assert {path.name for path in (root / "logs").glob("*.log")} >= {"buffer.log", "rollout-0.log", "trainer-0.log"}
 
 
