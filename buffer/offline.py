@@ -14,6 +14,9 @@ from buffer.durable_store import open_store
 from buffer.recovery import recover
 from buffer.settings import LedgerSettings
 
+_PATIENCE_S = 30.0
+"""With a full disk, or a ledger that another program holds."""
+
 
 def drop_offline(config: Config, ticket_ids: Sequence[int], shard: Shard) -> None:
     """Poisons a shard's tickets: all of its own among them, or none. Raises ConfigError if one may not be, or the ledger is in use."""
@@ -38,4 +41,8 @@ async def _drop(config: Config, ticket_ids: Sequence[int], shard: Shard) -> None
         except RefusedError as error:
             raise ConfigError("ticket {} {}".format(*error.args)) from None
         store.when_durable(lambda: durable.set_result(None))
-        await durable
+        try:
+            async with asyncio.timeout(_PATIENCE_S):
+                await durable
+        except TimeoutError:
+            raise ConfigError(store.health or f"the ledger was not written within {_PATIENCE_S:g} s") from None

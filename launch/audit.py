@@ -215,14 +215,17 @@ class Report:
 
 
 def audit_run(root: Path) -> Report:
-    """Audits the run in `root`. Raises ConfigError when it has no ledger."""
+    """Audits the run in `root`. Raises ConfigError when it has no ledger, StoreCorruptError when SQLite cannot read it."""
     directories = RunPaths(root).ledgers
     if not directories:
         raise ConfigError(f"{root} has no ledger: with buffer.durability=none a run leaves no books to audit")
     config = load_config(["--config", str(RunPaths(root).config)])
     checkpointed = max(checkpoints(RunPaths(root)), default=0)  # before the ledgers are read: a running job adds some
     shards = [_Shard(directory) for directory in directories]
-    reports = [shard.report() for shard in shards]
+    try:
+        reports = [shard.report() for shard in shards]
+    except sqlite3.DatabaseError as error:
+        raise StoreCorruptError(f"{root}: its ledger cannot be read ({error}); is it whole, and of this release?") from None
     checks = [
         Check(
             text=same[0].text,

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from areal_like.errors import ConfigError, UserError
+from areal_like.errors import ArealError, ConfigError, UserError
 
 HELP = {
     "run": """run [--config FILE] [key=value ...]
@@ -70,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         sys.stderr.write(f"areal-like: {error}\n")
         return 2
+    except ArealError as error:
+        sys.stderr.write(f"areal-like: {error}\n")
+        return 1
     except KeyboardInterrupt:  # before the launcher took over the signals, or in `status`
         return 130
 

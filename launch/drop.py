@@ -55,4 +55,6 @@ def _ask(address: str, ticket_ids: Sequence[int]) -> bool:
         post_json(address, "/control/drop", {"tickets": list(ticket_ids)}, timeout_s=_TIMEOUT_S)
     except ConnectionRefusedError:
         return False
+    except OSError as error:
+        raise ConfigError(f"drop: the buffer at {address} does not answer ({error}): is its disk full? See its /readyz") from None
     return True

@@ -104,3 +104,12 @@ def test_a_run_without_a_ledger_is_the_users_to_mend(run: Path, capsys: pytest.C
     shutil.rmtree(run / "ledger")
     assert main(["audit", str(run)]) == 2
     assert "buffer.durability=none" in capsys.readouterr().err
+
+
+def test_a_ledger_that_is_no_database_is_one_message(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (run / "ledger").glob("ledger.sqlite3*"):
+        path.unlink()
+    (run / "ledger" / "ledger.sqlite3").write_bytes(b"scrambled " * 100)
+    assert main(["audit", str(run)]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1) and "cannot be read" in err
