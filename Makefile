@@ -1,4 +1,4 @@
-# Needs Python 3.11 to 3.13 and make, nothing else: the first target that is run builds .venv from the pinned requirements.
+# Needs Python 3.11 to 3.13, make and a package index: the first target that is run builds .venv from the pinned requirements.
 #   make run [ARGS="key=value ..."]    the default job (see `make run ARGS=--help`)
 #   make test [JOBS=2]                 lint, types and the tests, in so many processes
 #   make chaos                         the promises about crashes and faults at length: about an hour
