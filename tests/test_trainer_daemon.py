@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 
 from areal_like.channel import Envelope, Listener
-from areal_like.errors import ArealError
+from areal_like.config import Config, TrainerConfig
+from areal_like.errors import ArealError, ConfigError
 from areal_like.messages.consumer import CompleteStep, TrainerHeartbeat
 from areal_like.messages.hello import Goodbye, Hello, Ok, Welcome
 from areal_like.paths import RunPaths
 from tests.buffer_harness import ROOT, BufferProcess, job
 from tests.trainer_helpers import write_model
+from trainer.joining import device_of
 from trainer.link import BufferLink
 
 pytestmark = pytest.mark.timeout(90)
@@ -68,6 +70,12 @@ def test_a_drain_ends_waiting_and_its_exit_code_says_how_it_went(tmp_path: Path,
             assert not list(paths.endpoints.glob("trainer-0.json"))
     finally:
         buffer.close()
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ConfigError, match="rank 2 of this machine wants GPU 99"):
+        device_of(Config(trainer=TrainerConfig(device="cuda:97")))
 
 
 class PlayedBuffer:
