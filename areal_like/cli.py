@@ -128,12 +128,14 @@ def _compose(overrides: list[str]) -> dict[str, Any]:
 
 
 def _open(overrides: list[str]) -> Iterator[str]:
-    """Lets open sections take any key, and drops the default's own keys when a `_target_` replaces it."""
+    """Lets open sections take any key, and drops the default's own keys when a `_target_` or a whole mapping replaces it."""
     for section in OPEN_SECTIONS:
-        if any(o.startswith(f"{section}._target_=") for o in overrides) and not any(o.startswith(f"{section}=") for o in overrides):
+        whole = any(o.startswith((f"{section}._target_=", f"{section}={{")) for o in overrides)
+        if whole and not any(o.startswith(f"{section}=") and not o.startswith(f"{section}={{") for o in overrides):
             yield f"{section}=custom"
     for override in overrides:
-        yield f"++{override}" if override.startswith(_OPEN_PREFIXES) else override
+        is_open = override.startswith((*_OPEN_PREFIXES, *(f"{section}={{" for section in OPEN_SECTIONS)))
+        yield f"++{override}" if is_open else override
 
 
 def _readable(override: str) -> str:

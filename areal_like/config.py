@@ -170,7 +170,7 @@ class BufferConfig:
 @dataclass(frozen=True, kw_only=True)
 class SglangConfig:
     """`rollout.engine=sglang`: how a rollout server starts its SGLang, or which running one it takes. In `args` and `url`, `{index}` stands
-    for the server's number (rollout-2: 2), so that each server can have GPUs or a host of its own."""
+    for the number at the end of the server's name (rollout-2: 2; none: 0), so that each server can have GPUs or a host of its own."""
 
     python: str = ""
     """Interpreter of the environment that holds SGLang; empty: this one if it has SGLang, else what `make sglang` has built."""

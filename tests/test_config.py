@@ -31,6 +31,7 @@ def test_an_engines_options_and_variables() -> None:
 def test_a_class_of_ones_own_replaces_the_defaults_settings() -> None:
     config = load_config(["objective._target_=my.Objective", "objective.alpha=2"])
     assert config.objective == {"_target_": "my.Objective", "alpha": 2}
+    assert load_config(["objective={name: vespo}", "objective.k_positive=3"]).objective == {"name": "vespo", "k_positive": 3}
 
 
 def test_text_needs_no_quotes_within_quotes() -> None:
