@@ -1,6 +1,8 @@
 """Pushes over real sockets and real gloo groups: members that come, fail, fall silent and die."""
 
 import asyncio
+import threading
+import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -87,7 +89,12 @@ class Receiver:
                         self.leave()
                     if self.misbehave in ("die", "hang"):
                         return
-                    found = await loop.run_in_executor(self.thread, self.receive, push)
+                    if self.misbehave == "decline":
+                        raise WeightSyncError("will not have it")
+                    receiving = loop.run_in_executor(self.thread, self.receive, push)
+                    if self.misbehave == "protest":
+                        raise WeightSyncError("will not have it")
+                    found = await receiving
                     if self.misbehave != "vanish":
                         assert await self.stated == found
                         self.activate(push)
@@ -358,6 +365,45 @@ def test_a_group_for_each_engine_keeps_a_hang_to_itself() -> None:
             receiver.close()
 
     run(body, deadline_s=4.0, topology="per_engine")
+
+
+def test_a_push_ends_when_a_member_declines_it_or_the_weights_do_not_come() -> None:
+    async def body(broadcaster: Broadcaster) -> None:
+        loop = asyncio.get_running_loop()
+        one, slow = Receiver("one"), snapshot(2)
+        await broadcaster.push(snapshot(1), version=1, step=1, servers=[one.entry])
+        come = threading.Event()
+        read = slow.read
+        slow.read = lambda index: (come.wait(30), read(index))[1]  # type: ignore[method-assign]
+        started_s = loop.time()
+        outcome = await broadcaster.push(slow, version=2, step=2, servers=[one.entry])
+        come.set()
+        assert "not done within 4 s" in outcome.failed["broadcast"] and one.version == 1
+        one.misbehave = "decline"  # it stays in the group, and receives nothing
+        outcome = await broadcaster.push(snapshot(3, size=1 << 23), version=3, step=3, servers=[one.entry])
+        assert "will not have it" in outcome.failed["broadcast"] and outcome.failed["one"] == "will not have it"
+        one.misbehave = ""
+        outcome = await broadcaster.push(snapshot(4), version=4, step=4, servers=[one.entry])
+        assert (set(outcome.activated), one.version) == ({"one"}, 4)
+        assert loop.time() - started_s < 12
+        one.close()
+
+    run(body, deadline_s=4.0)
+
+
+def test_one_that_fails_early_and_takes_part_costs_the_others_nothing() -> None:
+    async def body(broadcaster: Broadcaster) -> None:
+        good, bad = Receiver("good"), Receiver("bad")
+        bad.misbehave = "protest"
+        slow = snapshot(1)
+        read = slow.read
+        slow.read = lambda index: (time.sleep(0.3), read(index))[1]  # type: ignore[method-assign]
+        outcome = await broadcaster.push(slow, version=1, step=1, servers=[good.entry, bad.entry])
+        assert (set(outcome.activated), outcome.failed) == ({"good"}, {"bad": "will not have it"})
+        for receiver in (good, bad):
+            receiver.close()
+
+    run(body)
 
 
 @pytest.mark.parametrize("topology", ["shared", "per_engine"])

@@ -6,7 +6,7 @@
 An epoch never changes its members and is never mended: a broken group is left behind, because a rank that may still be blocked in it cannot
 be told from one that is not. Survivors of a broken broadcast are told to leave, which makes them answer; how long that took is their
 recovery time. Control messages run in the caller's event loop, the blocking broadcast in a thread of the epoch's own, so that
-one epoch that hangs holds up no other.
+one epoch that hangs holds up no other. Every wait for such a thread has an end: one that never returns is left behind with the group.
 """
 
 from __future__ import annotations
@@ -17,19 +17,25 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from torch import device as Device
 
 from areal_like.collective import WeightGroup
 from areal_like.errors import WeightSyncError
 from areal_like.messages.weights import Alive, AskAlive, DissolveGroup, FormGroup, PushChecksums, PushWeights, WeightsFailed
+from areal_like.threads import in_thread
 from trainer.members import Answer, Key, Member
 from trainer.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 ALIVE_S = 2.0
-"""How fast a healthy control socket answers; also the grace for survivors of a broken broadcast."""
+"""How fast a healthy control socket answers; also the grace for survivors of a broken broadcast, and for one that a member has given up."""
+_VERDICT_S = 5.0
+"""How long after its time limit a receiver may ask its engine which weights it has, before it gives its reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +78,6 @@ class Epoch:
         self.members = [seat.member for seat in seats]
         self._seats = seats
         self._device = device
-        self._sender = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"epoch-{number}")
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"epoch-{number}-read")
 
     @property
@@ -84,29 +89,32 @@ class Epoch:
         """Invites everybody and meets them. If anybody is not there afterwards, the epoch has to be dissolved."""
         timeout_s = self.group.timeout_s
         invited = [asyncio.create_task(seat.member.ask(self._invitation(seat), timeout_s=timeout_s + 2 * ALIVE_S)) for seat in self._seats]
-        connecting = asyncio.get_running_loop().run_in_executor(self._sender, self.group.connect)
+        connecting = in_thread(self.group.connect, name=f"epoch-{self.number}")
         blameless: set[Key] = set()
         broken = ""
         try:
-            await _unless_refused(connecting, invited)
+            await _unless_refused(connecting, invited, timeout_s=timeout_s + ALIVE_S)
         except WeightSyncError as error:
             log.warning("epoch %d was not formed: %s", self.number, error)
             broken = str(error)
             # Whoever is still waiting in the rendezvous did what it was asked; it answers when told to leave.
             blameless = {member.key for member, answer in zip(self.members, invited, strict=True) if not answer.done()}
-            self.group.close()
+            await self._close()
             await self._farewell()
         return EpochOutcome(answers=await asyncio.gather(*invited), blameless=blameless, broken=broken)
 
     async def push(self, request: PushWeights, snapshot: Snapshot) -> EpochOutcome:
         """Sends the snapshot's buckets and waits for activation. Broken or not, everybody has answered or fallen silent when it returns."""
-        asked = [asyncio.create_task(member.ask(request, timeout_s=request.timeout_s)) for member in self.members]
+        asked = [asyncio.create_task(member.ask(request, timeout_s=request.timeout_s + _VERDICT_S + ALIVE_S)) for member in self.members]
         recovery_s: dict[str, float] = {}
         broken = ""
         try:
-            checksums = await asyncio.get_running_loop().run_in_executor(self._sender, self._send, snapshot)
+            sending = in_thread(lambda: self._send(snapshot), name=f"epoch-{self.number}")
+            # A failure breaks nothing by itself: that member may have had all that it needs of the broadcast.
+            checksums = await _unless_refused(sending, asked, timeout_s=request.timeout_s, grace_s=ALIVE_S)
         except WeightSyncError as error:
             broken = str(error)
+            await self._close()
             # Survivors may be blocked in the broadcast that the dead peer broke: telling them to leave makes them answer.
             recovery_s, _ = await asyncio.gather(self._farewell(), asyncio.wait(asked, timeout=ALIVE_S))
         else:
@@ -129,10 +137,12 @@ class Epoch:
         """Leaves the group; members of one that still stands are told to leave too."""
         if not is_broken:
             await self._farewell()
-        # Not in the sender's thread: it may be waiting for a hung member until its time limit.
-        self.group.close()
-        self._sender.shutdown(wait=False)
+        await self._close()
         self._reader.shutdown(wait=False)
+
+    async def _close(self) -> None:
+        """Leaves the group; in a thread of its own, because NCCL's abort and the broadcast that it ends may wait for a hung member."""
+        await asyncio.wait([in_thread(self.group.close, name=f"epoch-{self.number}-close")], timeout=ALIVE_S)
 
     def _send(self, snapshot: Snapshot) -> list[int]:
         """Broadcasts every bucket while the next is read; returns their checksums. Runs in the sender's thread."""
@@ -173,17 +183,24 @@ class Epoch:
         return left_s
 
 
-async def _unless_refused(connecting: asyncio.Future[None], invited: Sequence[asyncio.Task[Answer]]) -> None:
-    """Waits for our own end of the rendezvous, unless a member says that it does not come. Raises WeightSyncError."""
-    answers = set(invited)
-    while not connecting.done():
-        done, _ = await asyncio.wait({connecting, *answers}, return_when=asyncio.FIRST_COMPLETED)
-        answers -= done
-        for answer in done - {connecting}:
+async def _unless_refused(work: asyncio.Future[T], asked: Sequence[asyncio.Task[Answer]], *, timeout_s: float, grace_s: float = 0.0) -> T:
+    """The outcome of our own end, unless the time is over or a member says that it takes no part: then it has `grace_s` left.
+
+    Raises WeightSyncError.
+    """
+    loop = asyncio.get_running_loop()
+    end_s, why = loop.time() + timeout_s, f"rank 0 was not done within {timeout_s:g} s"
+    answers = set(asked)
+    while not work.done() and (left_s := end_s - loop.time()) > 0:
+        done, _ = await asyncio.wait({work, *answers}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+        for answer in answers & done:
             if isinstance(refusal := answer.result(), WeightsFailed):
-                connecting.cancel()
-                raise WeightSyncError(f"a member does not come: {refusal.reason}")
-    connecting.result()
+                end_s, why = min(end_s, loop.time() + grace_s), f"a member takes no part: {refusal.reason}"
+        answers -= done
+    if not work.done():
+        work.cancel()
+        raise WeightSyncError(why)
+    return work.result()
 
 
 async def _while_alive(members: list[Member], asked: list[asyncio.Task[Answer]]) -> None:

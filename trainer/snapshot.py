@@ -159,7 +159,8 @@ class Freezer:
 
     def read(self, frozen: _Frozen, index: int) -> tuple[Tensor, int]:
         """See `Snapshot`."""
-        assert self._acquired is frozen, "acquire() before read()"
+        if self._acquired is not frozen:
+            raise WeightSyncError("the push of these weights is over")
         with self._reading:
             key = (frozen.number, index)
             if key not in self._whole:

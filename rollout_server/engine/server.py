@@ -218,7 +218,7 @@ class EngineServer:
         return JSONResponse({"success": True, "message": "joined the weight group"})
 
     async def _destroy_group(self, body: dict[str, Any]) -> Response:
-        self._updater.destroy_group(_text(body, "group_name", DEFAULT_GROUP))
+        await self._updater.destroy_group(_text(body, "group_name", DEFAULT_GROUP))
         return JSONResponse({"success": True, "message": "left the weight group"})
 
     async def _begin_update(self, body: dict[str, Any]) -> Response:

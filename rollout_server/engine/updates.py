@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from areal_like.collective import WeightGroup, device_facts
 from areal_like.errors import WeightSyncError
+from areal_like.threads import in_thread
 from areal_like.weights import Bucket, TensorSpec, check_names, checksum, spec_of, unflatten
 from rollout_server.engine.loop import EngineLoop
 from rollout_server.engine.models.base import ModelFacts, Weights
@@ -40,34 +40,21 @@ _MAX_RECEIVING = 2
 
 
 class _Threads:
-    """Blocking work in daemon threads, so that one that hangs keeps neither the event loop nor the process."""
+    """Blocking work of one updater, all of which can be given up at once."""
 
     def __init__(self) -> None:
         self._pending: set[asyncio.Future[Any]] = set()
 
     async def run(self, work: Callable[[], T]) -> T:
         """The result of `work`, or its exception; WeightSyncError if `abandon` was called meanwhile."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
 
-        def settle(set_outcome: Callable[[Any], None], outcome: Any) -> None:
-            if not future.done():
-                set_outcome(outcome)
+        def main() -> T:
+            with torch.inference_mode():
+                return work()
 
-        def main() -> None:
-            try:
-                with torch.inference_mode():
-                    result = work()
-            except BaseException as error:  # not swallowed: handed to whoever awaits
-                outcome: tuple[Callable[[Any], None], Any] = (future.set_exception, error)
-            else:
-                outcome = (future.set_result, result)
-            with contextlib.suppress(RuntimeError):  # the loop has closed: the process is ending
-                loop.call_soon_threadsafe(settle, *outcome)
-
+        future = in_thread(main, name="weights")
         self._pending.add(future)
         future.add_done_callback(self._pending.discard)
-        threading.Thread(target=main, name="weights", daemon=True).start()
         return await future
 
     def abandon(self, reason: str) -> None:
@@ -169,7 +156,7 @@ class WeightUpdater:
         if backend == "nccl" and self._facts.device.type != "cuda":
             raise WeightSyncError(f"backend nccl needs a CUDA engine, this one runs on {self._facts.device}: use gloo")
         if group_name in self._groups:
-            self.destroy_group(group_name)
+            await self.destroy_group(group_name)
         self._groups[group_name] = await self._threads.run(
             lambda: WeightGroup.join(
                 master_address=master_address,
@@ -182,12 +169,12 @@ class WeightUpdater:
             )
         )
 
-    def destroy_group(self, group_name: str) -> None:
+    async def destroy_group(self, group_name: str) -> None:
         """Leaves a group. Raises WeightSyncError if there is none of that name."""
         group = self._groups.pop(group_name, None)
         if group is None:
             raise WeightSyncError(f"weight group {group_name!r} does not exist")
-        group.close()
+        await self._threads.run(group.close)  # NCCL's abort may wait for a hung peer
 
     async def begin(self) -> None:
         """Opens a session; one that is open is given up."""
@@ -212,7 +199,7 @@ class WeightUpdater:
                     await places.enter_async_context(session.places)
                     try:
                         if bucket.num_bytes > self._max_bucket_bytes:
-                            self.destroy_group(group_name)  # what we would not receive must not keep the sender waiting
+                            await self.destroy_group(group_name)  # what we would not receive must not keep the sender waiting
                             raise WeightSyncError(f"a bucket of {bucket.num_bytes} bytes is larger than this model could need")
                         data = await self._threads.run(lambda: session.receive(group, bucket, flattened=flattened))
                     finally:
@@ -271,8 +258,9 @@ class WeightUpdater:
     def close(self) -> None:
         """Fails what is being received and leaves all groups."""
         self._threads.abandon("the engine is shutting down")
-        for name in list(self._groups):
-            self.destroy_group(name)
+        for group in self._groups.values():
+            in_thread(group.close, name="weights")
+        self._groups.clear()
 
     def _open_session(self) -> _Session:
         if self._session is None:
