@@ -303,6 +303,25 @@ def test_a_publisher_that_cannot_go_on_says_so() -> None:
     asyncio.run(body())
 
 
+def test_a_publisher_that_meets_a_bug_says_so_too() -> None:
+    async def granted(_: Any, *, timeout_s: float) -> VersionGranted:
+        raise RuntimeError("out of memory")
+
+    async def body(broadcaster: Broadcaster) -> None:
+        receiver, failures = Receiver("one"), list[ArealError]()
+        publisher = Publisher(
+            broadcaster, call=granted, servers=lambda: [receiver.entry], on_push=lambda _: None, on_failure=failures.append
+        )
+        publisher.offer(1, snapshot(1))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            await publisher.wait_active(1)
+        assert list(map(str, failures)) == ["no more weights are published: RuntimeError: out of memory"]
+        await publisher.close()
+        receiver.close()
+
+    run(body)
+
+
 def test_a_server_that_kept_the_weights_of_an_earlier_run_gets_those_of_this_one() -> None:
     async def granted(_: Any, *, timeout_s: float) -> VersionGranted:
         return VersionGranted(version=1)

@@ -152,7 +152,11 @@ class Epoch:
             data, checksum = ahead.result()
             if index + 1 < len(snapshot.buckets):
                 ahead = self._reader.submit(snapshot.read, index + 1)
-            self.group.broadcast(data.to(self._device) if self.group.backend == "nccl" else data)
+            try:
+                on_wire = data.to(self._device) if self.group.backend == "nccl" else data
+            except RuntimeError as error:  # the GPU's memory is full: another push may find room
+                raise WeightSyncError(f"a bucket of {len(data)} bytes did not get to {self._device}: {error}") from None
+            self.group.broadcast(on_wire)
             checksums.append(checksum)
         return checksums
 

@@ -116,6 +116,10 @@ class Publisher:
         except ArealError as error:
             self._on_failure(error)
             raise
+        except Exception as error:  # the outermost frame of a task that nobody awaits while training goes on
+            log.exception("the publisher ended")
+            self._on_failure(ArealError(f"no more weights are published: {type(error).__name__}: {error}"))
+            raise
         finally:
             async with self._active:
                 self._active.notify_all()
