@@ -222,13 +222,12 @@ class WeightReceiver:
                     )
                 else:
                     stall_s = await self._push_beside(engine, request, manifest, clock)
-        except TimeoutError:
-            await self._settle(engine, request.version)
-            raise WeightSyncError(f"version {request.version} was not active within {request.timeout_s:g} s") from None
-        except (EngineError, WeightSyncError):
+        except (TimeoutError, EngineError, WeightSyncError) as error:
             if not await self._settle(engine, request.version):
                 # The sender may be waiting for us to take the next bucket: leaving tells it now, and not at its time limit.
                 await self._leave(engine)
+                if isinstance(error, TimeoutError):
+                    raise WeightSyncError(f"version {request.version} was not active within {request.timeout_s:g} s") from None
                 raise
             stall_s = 0.0  # the answer was lost, the swap was not
         self.version = request.version
