@@ -12,6 +12,7 @@ broadcast, and any reuse of a group after an error. A broken group is closed and
 
 from __future__ import annotations
 
+import os
 import socket
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,9 @@ _c10d: Any = distributed_c10d
 
 _PREFIX_DEVICE = {"gloo": "cpu", "nccl": "cuda"}
 """First device that torch lists for a backend; part of the store's key prefix, so both sides must agree."""
+_BLOCKING_WAIT = "TORCH_NCCL_BLOCKING_WAIT"
+"""Read when a group is made. Without it a broadcast that outlasts its time limit ends the whole process, from torch's watchdog; with it,
+`wait` raises. For this group alone: the training's own collectives shall not block the host."""
 
 
 def device_facts(device: torch.device) -> dict[str, str]:
@@ -195,6 +199,8 @@ class WeightGroup:
             # The trace-back keeps this frame: with the group in it, connections would stay open and survivors blocked.
             del group
             raise WeightSyncError(f"weight group {self.group_name}: broadcast failed: {_first_line(error)}") from None
+        if self._group is None:  # an aborted NCCL broadcast ends like one that succeeded
+            raise WeightSyncError(f"weight group {self.group_name} was left during a broadcast")
 
     def close(self) -> None:
         """Leaves the group; peers that wait for us notice at once. The name can be used again.
@@ -224,7 +230,15 @@ class WeightGroup:
             raise WeightSyncError("weights.backend=nccl: this torch has no NCCL; use gloo")
         options = _c10d.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=self.timeout_s)
-        return _c10d.ProcessGroupNCCL(store, self.rank, self.world_size, options)
+        before = os.environ.get(_BLOCKING_WAIT)
+        os.environ[_BLOCKING_WAIT] = "1"
+        try:
+            return _c10d.ProcessGroupNCCL(store, self.rank, self.world_size, options)
+        finally:
+            if before is None:
+                del os.environ[_BLOCKING_WAIT]
+            else:
+                os.environ[_BLOCKING_WAIT] = before
 
     def _local_address(self) -> str:
         """This host's address on the way to rank 0. Gloo would otherwise resolve the host's own name, which on many

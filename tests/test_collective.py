@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -156,6 +157,20 @@ def test_sender_that_closes_frees_a_receiver_at_once() -> None:
         closed_s = time.monotonic()
         assert process.wait(timeout=10) == 1
         assert time.monotonic() - closed_s < 5
+
+
+@pytest.mark.timeout(60)
+def test_a_broadcast_that_outlives_its_group_does_not_count() -> None:
+    with create() as group, receiver(JOIN, group.port, 1, 2, 1) as process, ThreadPoolExecutor() as thread:
+        group.connect()
+        assert line(process) == "joined"
+        sending = thread.submit(group.broadcast, torch.ones(NUM_BYTES, dtype=torch.uint8))
+        time.sleep(0.3)
+        group.close()
+        say(process, "")
+        assert line(process) == str(NUM_BYTES)
+        with pytest.raises(WeightSyncError, match="left during a broadcast"):
+            sending.result()
 
 
 @pytest.mark.timeout(60)
