@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import torch
 from torch import device as Device
 
 from areal_like.collective import WeightGroup
@@ -78,6 +79,8 @@ class Epoch:
         self.members = [seat.member for seat in seats]
         self._seats = seats
         self._device = device
+        # Not the default stream: training would wait for the whole broadcast, and the broadcast for what training has queued.
+        self._stream = torch.cuda.Stream(device) if group.backend == "nccl" else None
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"epoch-{number}-read")
 
     @property
@@ -146,6 +149,10 @@ class Epoch:
 
     def _send(self, snapshot: Snapshot) -> list[int]:
         """Broadcasts every bucket while the next is read; returns their checksums. Runs in the sender's thread."""
+        with torch.cuda.stream(self._stream):
+            return self._send_all(snapshot)
+
+    def _send_all(self, snapshot: Snapshot) -> list[int]:
         checksums = []
         ahead = self._reader.submit(snapshot.read, 0)
         for index in range(len(snapshot.buckets)):

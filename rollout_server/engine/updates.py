@@ -80,6 +80,16 @@ class _Session:
         self.storing = asyncio.Lock()
         self.started_s = time.perf_counter()
         self._spare_buffers: list[Tensor] = []
+        self._stream: torch.cuda.Stream | None = None
+        if facts.device.type == "cuda":
+            self._stream = torch.cuda.Stream(facts.device)
+            # What decoding has queued may still read the set that it gave up.
+            self._stream.wait_stream(torch.cuda.default_stream(facts.device))
+
+    def beside_decoding(self, work: Callable[[], T]) -> T:
+        """Runs `work` in a stream of our own: in the default one decoding would wait for the whole broadcast, and we for decoding."""
+        with torch.cuda.stream(self._stream):
+            return work()
 
     def receive(self, group: WeightGroup, bucket: Bucket, *, flattened: bool) -> Tensor | dict[str, Tensor]:
         """Takes one bucket off the wire: a buffer that begins with its bytes, or its tensors one by one. Raises WeightSyncError."""
@@ -201,12 +211,14 @@ class WeightUpdater:
                         if bucket.num_bytes > self._max_bucket_bytes:
                             await self.destroy_group(group_name)  # what we would not receive must not keep the sender waiting
                             raise WeightSyncError(f"a bucket of {bucket.num_bytes} bytes is larger than this model could need")
-                        data = await self._threads.run(lambda: session.receive(group, bucket, flattened=flattened))
+                        data = await self._threads.run(
+                            lambda: session.beside_decoding(lambda: session.receive(group, bucket, flattened=flattened))
+                        )
                     finally:
                         session.num_taken += 1
                         session.wire.notify_all()
                 async with session.storing:
-                    found = await self._threads.run(lambda: session.keep(bucket, data))
+                    found = await self._threads.run(lambda: session.beside_decoding(lambda: session.keep(bucket, data)))
             session.version = version or session.version
         except WeightSyncError as error:
             session.problem = session.problem or str(error)
@@ -244,7 +256,7 @@ class WeightUpdater:
         session = self._open_session()
         session.num_receiving += 1
         try:
-            await self._threads.run(lambda: _read_directory(Path(path), session))
+            await self._threads.run(lambda: session.beside_decoding(lambda: _read_directory(Path(path), session)))
         except WeightSyncError as error:
             session.problem = str(error)
         finally:
