@@ -173,10 +173,11 @@ class WeightGroup:
                 f"weight group {self.group_name}: rank {self.rank} of {self.world_size} could not connect: {_first_line(error)}"
             ) from None
 
-    def broadcast(self, tensor: torch.Tensor) -> None:
+    def broadcast(self, tensor: torch.Tensor, *, timeout_s: float | None = None) -> None:
         """Sends `tensor` (rank 0) to, or receives into it from, all ranks; returns when this rank is done with it.
 
-        Any contiguous dtype; CPU for gloo, CUDA for nccl. After a failure the group is closed: make a new one.
+        Any contiguous dtype; CPU for gloo, CUDA for nccl. `timeout_s`: instead of the group's. After a failure the group is closed: make
+        a new one.
         """
         if self._group is None:
             raise WeightSyncError(f"weight group {self.group_name} is not connected")
@@ -185,12 +186,16 @@ class WeightGroup:
         options = _dist.BroadcastOptions()
         options.rootRank = 0
         options.rootTensor = 0
-        options.timeout = timedelta(seconds=self.timeout_s)
+        options.timeout = timedelta(seconds=self.timeout_s if timeout_s is None else timeout_s)
         # Held here while we wait: closing from another thread must not run the group's destructor, which would join a worker
         # that waits for a hung peer, with the interpreter's lock in its hand.
         group = self._group
         try:
-            group.broadcast([tensor], options).wait()
+            work = group.broadcast([tensor], options)
+            if self.backend == "gloo":
+                work.wait()
+            else:
+                work.wait(options.timeout)  # NCCL does not look at the options' limit
             if tensor.is_cuda:
                 # NCCL's wait only orders streams; the caller reads or reuses the buffer as soon as we return.
                 torch.cuda.current_stream(tensor.device).synchronize()

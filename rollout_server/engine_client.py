@@ -317,7 +317,7 @@ class EngineClient:
         if weight_version is not None:
             body["weight_version"] = str(weight_version)
         if index is not None:
-            body["index"] = index
+            body |= {"index": index, "timeout_s": timeout_s}
         checksum = (await self._call("POST", "/update_weights_from_distributed", body, timeout_s=timeout_s)).get("checksum")
         return checksum if isinstance(checksum, int) else None
 

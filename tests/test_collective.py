@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -171,6 +172,16 @@ def test_a_broadcast_that_outlives_its_group_does_not_count() -> None:
         assert line(process) == str(NUM_BYTES)
         with pytest.raises(WeightSyncError, match="left during a broadcast"):
             sending.result()
+
+
+@pytest.mark.timeout(60)
+def test_a_broadcast_may_take_longer_than_the_rendezvous() -> None:
+    with create(timeout_s=4) as group, receiver(JOIN, group.port, 1, 2, 1) as process:
+        group.connect()
+        assert line(process) == "joined"
+        threading.Timer(5.5, say, (process, "")).start()
+        group.broadcast(torch.ones(NUM_BYTES, dtype=torch.uint8), timeout_s=20)
+        assert line(process) == str(NUM_BYTES)
 
 
 @pytest.mark.timeout(60)

@@ -36,7 +36,7 @@ from trainer.snapshot import Snapshot
 log = logging.getLogger(__name__)
 
 _FORM_S = 15.0
-"""Longest rendezvous of members that have just said that they are alive; also the time limit of one bucket's broadcast."""
+"""Longest rendezvous of members that have just said that they are alive."""
 
 _PROBE_AFTER = 2
 """Broken pushes in a row that a server survives before it gets a group of its own."""

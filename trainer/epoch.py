@@ -112,7 +112,7 @@ class Epoch:
         recovery_s: dict[str, float] = {}
         broken = ""
         try:
-            sending = in_thread(lambda: self._send(snapshot), name=f"epoch-{self.number}")
+            sending = in_thread(lambda: self._send(snapshot, timeout_s=request.timeout_s), name=f"epoch-{self.number}")
             # A failure breaks nothing by itself: that member may have had all that it needs of the broadcast.
             checksums = await _unless_refused(sending, asked, timeout_s=request.timeout_s, grace_s=ALIVE_S)
         except WeightSyncError as error:
@@ -147,12 +147,12 @@ class Epoch:
         """Leaves the group; in a thread of its own, because NCCL's abort and the broadcast that it ends may wait for a hung member."""
         await asyncio.wait([in_thread(self.group.close, name=f"epoch-{self.number}-close")], timeout=ALIVE_S)
 
-    def _send(self, snapshot: Snapshot) -> list[int]:
+    def _send(self, snapshot: Snapshot, *, timeout_s: float) -> list[int]:
         """Broadcasts every bucket while the next is read; returns their checksums. Runs in the sender's thread."""
         with torch.cuda.stream(self._stream):
-            return self._send_all(snapshot)
+            return self._send_all(snapshot, timeout_s=timeout_s)
 
-    def _send_all(self, snapshot: Snapshot) -> list[int]:
+    def _send_all(self, snapshot: Snapshot, *, timeout_s: float) -> list[int]:
         checksums = []
         ahead = self._reader.submit(snapshot.read, 0)
         for index in range(len(snapshot.buckets)):
@@ -163,7 +163,7 @@ class Epoch:
                 on_wire = data.to(self._device) if self.group.backend == "nccl" else data
             except RuntimeError as error:  # the GPU's memory is full: another push may find room
                 raise WeightSyncError(f"a bucket of {len(data)} bytes did not get to {self._device}: {error}") from None
-            self.group.broadcast(on_wire)
+            self.group.broadcast(on_wire, timeout_s=timeout_s)
             checksums.append(checksum)
         return checksums
 

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 PAUSE_MODES = ("abort", "in_place", "retract")
 DEFAULT_GROUP = "weight_update_group"
-MAX_TIMEOUT_S = 3600.0
+MAX_TIMEOUT_S = 86400.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,6 +235,7 @@ class EngineServer:
             flattened=load_format is not None,
             version=_version(body),
             index=_whole_number(body, "index") if "index" in body else None,
+            timeout_s=self._timeout(body) if "timeout_s" in body else None,
         )
         return JSONResponse({"success": True, "message": "received", "checksum": found})
 

@@ -91,17 +91,17 @@ class _Session:
         with torch.cuda.stream(self._stream):
             return work()
 
-    def receive(self, group: WeightGroup, bucket: Bucket, *, flattened: bool) -> Tensor | dict[str, Tensor]:
+    def receive(self, group: WeightGroup, bucket: Bucket, *, flattened: bool, timeout_s: float | None) -> Tensor | dict[str, Tensor]:
         """Takes one bucket off the wire: a buffer that begins with its bytes, or its tensors one by one. Raises WeightSyncError."""
         device = self.facts.device if group.backend == "nccl" else torch.device("cpu")
         if flattened:
             buffer = self._buffer(bucket.num_bytes, device)
-            group.broadcast(buffer[: bucket.num_bytes])
+            group.broadcast(buffer[: bucket.num_bytes], timeout_s=timeout_s)
             return buffer
         tensors = {}
         for spec in bucket.tensors:
             tensors[spec.name] = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
-            group.broadcast(tensors[spec.name])
+            group.broadcast(tensors[spec.name], timeout_s=timeout_s)
         return tensors
 
     def keep(self, bucket: Bucket, data: Tensor | dict[str, Tensor]) -> int | None:
@@ -192,8 +192,19 @@ class WeightUpdater:
         weights = await asyncio.wrap_future(self._loop.call(lambda core: core.take_spare()))
         self._session = _Session(weights, self._facts)
 
-    async def receive(self, bucket: Bucket, *, group_name: str, flattened: bool, version: str, index: int | None = None) -> int | None:
+    async def receive(
+        self,
+        bucket: Bucket,
+        *,
+        group_name: str,
+        flattened: bool,
+        version: str,
+        index: int | None = None,
+        timeout_s: float | None = None,
+    ) -> int | None:
         """Receives one bucket: the one at place `index` of the session, or the next; the checksum of a flattened one.
+
+        `timeout_s`: of the broadcast, instead of the group's.
 
         A failure is raised here and spoils the session.
         """
@@ -212,7 +223,9 @@ class WeightUpdater:
                             await self.destroy_group(group_name)  # what we would not receive must not keep the sender waiting
                             raise WeightSyncError(f"a bucket of {bucket.num_bytes} bytes is larger than this model could need")
                         data = await self._threads.run(
-                            lambda: session.beside_decoding(lambda: session.receive(group, bucket, flattened=flattened))
+                            lambda: session.beside_decoding(
+                                lambda: session.receive(group, bucket, flattened=flattened, timeout_s=timeout_s)
+                            )
                         )
                     finally:
                         session.num_taken += 1
