@@ -27,7 +27,7 @@ from areal_like.messages.weights import (
 )
 from areal_like.weights import Manifest, checksum, unflatten
 from tests.snapshots import Held
-from trainer.broadcaster import Broadcaster, choose_backend, cohorts_of
+from trainer.broadcaster import Broadcaster, NcclTrial, choose_backend, cohorts_of
 from trainer.epoch import seats_of
 from trainer.members import Member, Shunning
 from trainer.publisher import Publisher, PushReport
@@ -478,3 +478,11 @@ def test_nccl_only_between_equals() -> None:
     assert choose_backend("nccl", ours=ours, engines=[alive(device="cpu")])[1] == "not everybody is on a GPU"
     assert choose_backend("auto", ours=ours, engines=[alive(nccl="2.21.5")]) == ("gloo", "NCCL versions differ: 2.21.5, 2.27.5")
     assert choose_backend("nccl", ours=ours, engines=[alive(uuid="gpu-0")]) == ("gloo", "two of them share a GPU")
+
+
+def test_nccl_that_never_worked_is_not_tried_for_ever() -> None:
+    new, proven, insisting = NcclTrial("auto"), NcclTrial("auto"), NcclTrial("nccl")
+    proven.report(broken="")
+    for trial in (new, proven, insisting):
+        trial.report(broken="invalid usage")
+    assert (new.wanted, proven.wanted, insisting.wanted) == ("gloo", "auto", "nccl")

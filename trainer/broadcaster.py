@@ -77,6 +77,27 @@ def choose_backend(wanted: str, *, ours: dict[str, str], engines: Sequence[Alive
     return "nccl", ""
 
 
+class NcclTrial:
+    """What to use where everybody seems able to use NCCL; SGLang tells neither its version nor its GPU, so only a push can show. Pure.
+
+    UNTRIED -> pushed, unbroken -> PROVEN
+            -> broken -> OUT: `auto` means gloo from now on; `nccl` insists
+    """
+
+    def __init__(self, wanted: str) -> None:
+        self.wanted = wanted
+        """As `weights.backend`, until NCCL is out."""
+        self._is_proven = False
+
+    def report(self, *, broken: str) -> None:
+        """What came of an epoch over NCCL."""
+        if not broken:
+            self._is_proven = True
+        elif self.wanted == "auto" and not self._is_proven:
+            self.wanted = "gloo"
+            log.warning("weights travel over gloo from now on: the first epoch over NCCL broke (%s); weights.backend=nccl insists", broken)
+
+
 class Broadcaster:
     """Pushes snapshots to servers. Knows neither the buffer nor optimizer steps; one `push` at a time."""
 
@@ -91,6 +112,7 @@ class Broadcaster:
         """Broken broadcasts in a row that a server survived without anybody being to blame."""
         self._epochs: dict[frozenset[Key], Epoch] = {}
         self._warned = ""
+        self._nccl = NcclTrial(config.backend)
         self.num_epochs = 0
         """Groups formed so far, or tried."""
 
@@ -147,6 +169,8 @@ class Broadcaster:
             timeout_s=self._config.push_deadline_s,
         )
         pushed = await epoch.push(request, snapshot)
+        if epoch.group.backend == "nccl":
+            self._nccl.report(broken=pushed.broken)
         outcome.recovery_s |= pushed.recovery_s
         if pushed.broken:
             outcome.failed["broadcast"] = pushed.broken
@@ -179,7 +203,7 @@ class Broadcaster:
 
     def _new_epoch(self, members: list[Member], alive: list[Alive]) -> Epoch:
         self.num_epochs += 1
-        backend, warning = choose_backend(self._config.backend, ours=device_facts(self._device), engines=alive)
+        backend, warning = choose_backend(self._nccl.wanted, ours=device_facts(self._device), engines=alive)
         if warning and warning != self._warned:
             log.warning("weights travel over gloo: %s", warning)
         self._warned = warning
