@@ -115,6 +115,10 @@ def resume(ranks: Ranks, out_dir: Path, path: str) -> None:
     """Loads the checkpoint of step 2, does step 3 with even shares, saves it."""
     runner = make_runner(path, ranks)
     checkpoints = Checkpoints(out_dir / "checkpoints", keep=9, tokenizer_path=path)
+    if ranks.rank > 0:  # a directory that this rank sees as it was a while ago
+        older = Checkpoints(out_dir / "older", keep=9, tokenizer_path=path)
+        older.path(1).mkdir(parents=True)
+    assert (checkpoints if ranks.rank == 0 else older).latest(ranks) == 2
     extra = checkpoints.load(2, runner.policy, runner.optimizer, ranks)
     runner.run(random_groups(4, seed=2)[ranks.rank :: ranks.world_size], step=2)
     checkpoints.save(3, runner.policy, runner.optimizer, ranks, extra={**extra, "ranks": ranks.world_size})

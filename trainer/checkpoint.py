@@ -51,7 +51,7 @@ _NAME = re.compile(r"step_(\d{6,})")
 
 
 class Checkpoints:
-    """The checkpoints of one run. `save` and `load` are collective, the rest is not."""
+    """The checkpoints of one run. `latest`, `save` and `load` are collective, the rest is not."""
 
     def __init__(self, root: Path, *, keep: int, tokenizer_path: str) -> None:
         """`keep`: how many of the newest stay on disk. `tokenizer_path`: where the tokenizer to copy is."""
@@ -67,6 +67,11 @@ class Checkpoints:
             return []
         names = (_NAME.fullmatch(path.name) for path in self._root.iterdir())
         return sorted(int(match[1]) for match in names if match)
+
+    def latest(self, ranks: Ranks) -> int | None:
+        """The newest step, as rank 0 sees it: a directory over the network may look older from elsewhere. Collective."""
+        step = ranks.agree(max(self.steps(), default=-1))
+        return step if step >= 0 else None
 
     def path(self, step: int) -> Path:
         """Directory of one step."""

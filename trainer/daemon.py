@@ -90,10 +90,9 @@ class Trainer:
         resume = self._config.resume
         if not resume:
             return 0, {}
-        steps = self._checkpoints.steps()
-        if resume == "latest" and not steps:
+        step = self._checkpoints.latest(self._ranks) if resume == "latest" else int(resume.removeprefix("step:"))
+        if step is None:
             raise ConfigError(f"resume=latest: there is no checkpoint in {self._paths.checkpoints}")
-        step = steps[-1] if resume == "latest" else int(resume.removeprefix("step:"))
         extra = self._checkpoints.load(step, self._policy, self._runner.optimizer, self._ranks, critic=self._runner.critic)
         self._runner.rewards.restore(extra["shaping_duals"])
         return step, extra["stream"]

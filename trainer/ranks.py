@@ -41,6 +41,14 @@ class Ranks:
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         return bool(votes)
 
+    def agree(self, number: int) -> int:
+        """Rank 0's number."""
+        if self.world_size == 1:
+            return number
+        shared = torch.tensor([number])
+        dist.broadcast(shared, src=0)
+        return int(shared)
+
     def sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over ranks of a CPU tensor, in place."""
         if self.world_size > 1:
