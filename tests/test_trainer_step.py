@@ -85,6 +85,10 @@ def test_two_ranks_with_unequal_shares_give_the_gradient_of_one_padded_batch(tmp
                 assert_same_gradient(load_file(tmp_path / f"{name}.safetensors"), want, relative=tolerance)
 
 
+def test_a_rank_waits_for_groups_longer_than_a_collective_may_take(tmp_path: Path) -> None:
+    run_ranks("outage", str(tmp_path), write_model(tmp_path / "model"), world_size=2)
+
+
 @pytest.mark.parametrize("budget_tokens", [12, 37, 10_000])
 def test_one_rank_and_any_budget_give_the_gradient_of_one_padded_batch(tmp_path: Path, ranks: Ranks, budget_tokens: int) -> None:
     path = write_model(tmp_path, MODELS["float64"])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,22 @@ def resume(ranks: Ranks, out_dir: Path, path: str) -> None:
     assert bool(gather_full_state(runner.policy)) == (ranks.rank == 0)
 
 
+def outage(_: Ranks, out_dir: Path, path: str) -> None:
+    """Rank 1's groups come long after the others' collectives would have given up."""
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=dist.FileStore(f"{out_dir}/impatient", 2), rank=rank, world_size=2, timeout=timedelta(seconds=2))
+    ranks = Ranks(patience_s=30)
+    runner = make_runner(path, ranks)
+
+    def groups() -> Iterator[Any]:
+        time.sleep(5.0 * rank)
+        yield from random_groups(4)[rank::2]
+
+    assert runner.run(groups(), step=0, num_groups=4)["num_groups"] == 4
+    ranks.meet()
+
+
 def main(**checks: Callable[..., None]) -> None:
     """Joins the group that the command line names and runs one check."""
     check, store, rank, world_size, out_dir, *rest = sys.argv[1:]
@@ -143,4 +160,4 @@ def main(**checks: Callable[..., None]) -> None:
 
 
 if __name__ == "__main__":
-    main(gradients=gradients, steps=steps, resume=resume)
+    main(gradients=gradients, steps=steps, resume=resume, outage=outage)

@@ -16,7 +16,6 @@ import os
 import signal
 import threading
 import time
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -50,9 +49,6 @@ class Trainer:
         self._started_s = started_s
         self._paths = RunPaths.of(config)
         self._leads = ranks.rank == 0
-        wait_s = config.rollout.start_timeout_s + config.weights.push_deadline_s + config.eval.timeout_s
-        timeout = timedelta(seconds=2 * wait_s + config.trainer.collective_timeout_s)
-        self._patient = dist.new_group(backend="gloo", timeout=timeout) if ranks.world_size > 1 else None
         link.state = "loading"
         source = model_path(config)
         self._policy = build_policy(config, source, ranks)
@@ -104,7 +100,7 @@ class Trainer:
             self._leader.begin(snapshot, stream=self._stream, oldest_kept_step=min(self._checkpoints.steps(), default=0))
             self._checkpoints.set_aside_after(self._step)
         # No rank may fetch before rank 0 has said where training starts.
-        self._meet()
+        self._ranks.meet()
         self._link.runtime.ready()
 
     def _train_step(self) -> None:
@@ -131,13 +127,8 @@ class Trainer:
             finished = self._step == self._config.trainer.num_steps
             self._leader.end(finished=finished, hands_over=self._hands_over and not finished)
         # The other ranks keep their place in the process group until rank 0 is done.
-        self._meet()
+        self._ranks.meet()
         self._freezer.close()
-
-    def _meet(self) -> None:
-        """Waits for every rank, as long as rank 0 may wait for servers and evaluations: far longer than a collective should take."""
-        if self._patient is not None:
-            dist.barrier(self._patient)
 
     def _snapshot(self) -> Snapshot | None:
         """The weights of now for the publisher. Collective; only rank 0 gets one."""
@@ -182,13 +173,21 @@ def run_rank(config: Config) -> int:
     return exit_code_of(name, lambda: _run(config))
 
 
+def _patience_s(config: Config) -> float:
+    """Longest that one rank may rightly keep the others: rank 0 for servers and evaluations, any for its groups and a buffer that is
+    started again."""
+    trainer, num_groups = config.trainer, -(-config.trainer.groups_per_step // config.trainer.world_size)
+    leading_s = 2 * (config.rollout.start_timeout_s + config.weights.push_deadline_s + config.eval.timeout_s)
+    return leading_s + num_groups * trainer.fetch_timeout_s + trainer.buffer_timeout_s + trainer.collective_timeout_s
+
+
 def _run(config: Config) -> None:
     started_s = time.monotonic()
     torch.set_num_threads(config.trainer.num_threads)
     device = device_of(config)
     join_ranks(config, device)
     try:
-        ranks = Ranks(device=device)
+        ranks = Ranks(device=device, patience_s=_patience_s(config))
         incarnation = torch.tensor([time.time_ns()], dtype=torch.int64)
         dist.broadcast(incarnation, src=0)
         link = BufferLink(config, rank=ranks.rank, world_size=ranks.world_size, device=str(device), incarnation=int(incarnation))

@@ -2,7 +2,8 @@
 
 The default process group is the caller's to make (`gloo`, or `cpu:gloo,cuda:nccl` on GPUs): parameters and gradients travel by its
 device's backend, the small control messages (is there another micro-batch, counts, metrics) are CPU tensors and so travel by gloo,
-where they never wait behind a kernel. Its timeout bounds every collective here.
+where they never wait behind a kernel. Control messages have a group of their own: a rank that has its data waits in one for another that
+is still fetching, rightly for as long as that may take, while in the collectives of a forward nobody should be late.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from torch.distributed.device_mesh import init_device_mesh
 class Ranks:
     """Every method is collective: all ranks call it in the same order."""
 
-    def __init__(self, *, device: torch.device | str = "cpu") -> None:
-        """Needs the default process group."""
+    def __init__(self, *, device: torch.device | str = "cpu", patience_s: float | None = None) -> None:
+        """Needs the default process group. `patience_s`: longest wait of a control message; None: as the default group's."""
         self.device = torch.device(device)
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.mesh = init_device_mesh(self.device.type, (self.world_size,))
+        self._control: dist.ProcessGroup | None = None
+        if patience_s is not None and self.world_size > 1:
+            self._control = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience_s))
 
     @classmethod
     def alone(cls) -> Ranks:
@@ -33,12 +37,17 @@ class Ranks:
             dist.init_process_group("gloo", timeout=timedelta(seconds=60), store=store, rank=0, world_size=1)
         return cls()
 
+    def meet(self) -> None:
+        """Waits for every rank."""
+        if self.world_size > 1:
+            dist.barrier(self._control)
+
     def any(self, flag: bool) -> bool:
         """True if the flag is set on at least one rank."""
         if self.world_size == 1:
             return flag
         votes = torch.tensor([int(flag)])
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._control)
         return bool(votes)
 
     def agree(self, number: int) -> int:
@@ -46,13 +55,13 @@ class Ranks:
         if self.world_size == 1:
             return number
         shared = torch.tensor([number])
-        dist.broadcast(shared, src=0)
+        dist.broadcast(shared, src=0, group=self._control)
         return int(shared)
 
     def sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over ranks of a CPU tensor, in place."""
         if self.world_size > 1:
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self._control)
         return values
 
     def gather(self, vector: Tensor) -> Tensor:
@@ -60,10 +69,10 @@ class Ranks:
         if self.world_size == 1:
             return vector
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
-        dist.all_gather(sizes, torch.tensor([len(vector)]))
+        dist.all_gather(sizes, torch.tensor([len(vector)]), group=self._control)
         longest = max(int(size) for size in sizes)
         padded = vector.new_zeros(longest)
         padded[: len(vector)] = vector
         parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded)
+        dist.all_gather(parts, padded, group=self._control)
         return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
