@@ -1,5 +1,6 @@
 """Checkpoints: loadable by transformers, bitwise resumable, resumable at another world size, complete or absent."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,6 +82,29 @@ def test_only_the_newest_are_kept_and_a_partial_one_is_not_seen(tmp_path: Path, 
     assert not list((tmp_path / "c").glob(".*")), "a partial one outlived the next"
     assert checkpoints.load(4_000_000, runner.policy, runner.optimizer, ranks) == {"at": "again"}
     assert runner.optimizer.num_updates == 0
+
+
+def test_nothing_is_copied_while_another_checkpoint_holds_its_copies(tmp_path: Path, ranks: Ranks) -> None:
+    path = write_model(tmp_path / "model")
+    runner = make_runner(path, ranks)
+    checkpoints = Checkpoints(tmp_path / "c", keep=2, tokenizer_path=path)
+    committed = threading.Event()
+
+    def hold(oldest_kept_step: int) -> None:
+        committed.wait(20)
+
+    checkpoints.save(1, runner.policy, runner.optimizer, ranks, extra={}, then=hold)
+    saving = threading.Thread(target=lambda: checkpoints.save(2, runner.policy, runner.optimizer, ranks, extra={}))
+    saving.start()
+    saving.join(timeout=0.5)
+    with torch.no_grad():
+        for param in runner.policy.parameters():
+            param.zero_()
+    committed.set()
+    saving.join()
+    checkpoints.close()
+    saved = load_file(checkpoints.path(2) / "model.safetensors")
+    assert not any(bool(tensor.any()) for tensor in saved.values()), "copies of step 2 were made beside those of step 1"
 
 
 def test_checkpoints_of_a_branch_that_was_left_are_set_aside(tmp_path: Path, ranks: Ranks) -> None:

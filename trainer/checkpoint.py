@@ -93,6 +93,7 @@ class Checkpoints:
         `extra`: JSON that `load` gives back (rank 0's counts). `then(oldest_kept_step)`: called by rank 0's writer when the checkpoint is
         complete on disk and old ones are pruned.
         """
+        self.wait()  # before the copies: the one in flight holds as much
         model, moments = _whole(policy, optimizer)
         # Nothing in a step draws random numbers today; an objective of one's own may.
         moments[RANDOM_STATE] = torch.get_rng_state()
@@ -122,7 +123,6 @@ class Checkpoints:
                 shutil.rmtree(self.path(old))
             then(self.steps()[0])
 
-        self.wait()
         if ranks.rank == 0:
             self._in_flight = self._thread.submit(write)
         return final
