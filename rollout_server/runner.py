@@ -41,6 +41,11 @@ _Prompt = tuple[Example, NDArray[np.int32]]
 _SPLITS: dict[Purpose, Split] = {Purpose.TRAIN: "train", Purpose.EVAL: "eval"}
 
 
+def _example_thread() -> ThreadPoolExecutor:
+    """One thread: a task's example() is slow for some data sets, and the loop must not wait for it."""
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="examples")
+
+
 class LeaseRunner:
     """Runs leases on the engine of the moment. One event loop; `close` cancels everything."""
 
@@ -66,8 +71,7 @@ class LeaseRunner:
         self._example_timeout_s = config.rollout.reward_timeout_s
         sampling = config.sampling
         self._sampling = Sampling(max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature, stop_token_ids=stop_token_ids)
-        # One thread: a task's example() is slow for some data sets, and the loop must not wait for it.
-        self._examples = ThreadPoolExecutor(max_workers=1, thread_name_prefix="examples")
+        self._examples = _example_thread()
         self._preparing: set[asyncio.Task[None]] = set()
         self._samples: dict[int, set[asyncio.Task[None]]] = {}
         self.engine: EngineClient | None = None
@@ -118,10 +122,14 @@ class LeaseRunner:
     async def _prepare(self, leases: list[Lease]) -> None:
         """Prompts of all leases of a message in one go, then a task for each sample."""
         prompts: list[_Prompt | str]
+        thread = self._examples
         try:
             async with asyncio.timeout(self._example_timeout_s):
-                prompts = await asyncio.get_running_loop().run_in_executor(self._examples, self._prompts, leases)
+                prompts = await asyncio.get_running_loop().run_in_executor(thread, self._prompts, leases)
         except TimeoutError:
+            if self._examples is thread:  # it may hang for ever, and with it every example that comes after
+                self._examples = _example_thread()
+                thread.shutdown(wait=False)
             slow = f"task.example() took longer than rollout.reward_timeout_s={self._example_timeout_s:g}"
             prompts = [slow] * len(leases)
         for lease, prompt in zip(leases, prompts, strict=True):

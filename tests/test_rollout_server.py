@@ -362,7 +362,7 @@ def test_refusal_or_failed_job_ends_the_server(model: Path, tmp_path: Path, endi
         assert code == 1 and ending.reason in errors and "Traceback" not in errors
 
 
-def test_an_example_that_hangs_does_not_keep_the_process(model: Path, tmp_path: Path) -> None:
+def test_an_example_that_hangs_keeps_neither_the_next_ones_nor_the_process(model: Path, tmp_path: Path) -> None:
     rollout = {"max_running": 4, "queue_samples": 0, "reward_timeout_s": 1.0}
     with PlayedBuffer() as buffer:
         config = job(tmp_path, port=buffer.port, model_dir=model, task={"_target_": "tests.rollout_tasks.Moody"}, rollout=rollout)
@@ -370,6 +370,8 @@ def test_an_example_that_hangs_does_not_keep_the_process(model: Path, tmp_path: 
             buffer.expect_beat(lambda beat: beat.state is ServerState.SERVING, timeout_s=60)
             buffer.grant(buffer.lease(1, samples=1, prompt=9))
             assert "task.example() took longer" in buffer.expect(SampleFailed)[0].error
+            buffer.grant(buffer.lease(2, samples=1, prompt=4))
+            assert buffer.expect(SampleDone)[0].lease_id == 2, "the next example is not behind the one that hangs"
             buffer.send(JobFailed(reason="20 failures in a row"))
             code, _, errors = server.wait(timeout_s=15)
             assert code == 1 and "20 failures in a row" in errors
