@@ -60,7 +60,8 @@ class _Threads:
     def abandon(self, reason: str) -> None:
         """Fails everything that is awaited; the threads end by themselves."""
         for future in list(self._pending):
-            future.set_exception(WeightSyncError(reason))
+            if not future.done():  # settled in this very turn of the loop
+                future.set_exception(WeightSyncError(reason))
 
 
 class _Session:
