@@ -232,6 +232,24 @@ def test_sender_killed_in_mid_broadcast_leaves_the_old_weights(engine: Engine, m
     asyncio.run(body())
 
 
+def test_a_bucket_whose_predecessor_was_lost_does_not_outlive_its_session(engine: Engine, models: Models) -> None:
+    async def body() -> None:
+        async with engine.client() as client, Pusher(engine, client, name="gap") as pusher:
+            (bucket,) = cut_buckets([spec_of(n, t) for n, t in weights_of(models[1]).items()], bucket_bytes=1 << 24)
+            await client.begin_weight_update()
+            waiting = asyncio.ensure_future(client.update_weights_from_distributed(bucket, group_name="gap", timeout_s=30, index=1))
+            await asyncio.sleep(0.3)
+            assert not waiting.done()
+            version = await client.weight_version()
+            await pusher.push(weights_of(models[1]), version=version + 1)
+            with pytest.raises(EngineError, match="given up"):
+                async with asyncio.timeout(5):
+                    await waiting
+            assert await client.weight_version() == version + 1
+
+    asyncio.run(body())
+
+
 def test_closing_a_client_fails_what_has_not_been_sent_yet(engine: Engine) -> None:
     async def body() -> None:
         client = engine.client()

@@ -78,6 +78,8 @@ class _Session:
         self.num_taken = 0
         """Buckets that have left the wire, well or not."""
         self.wire = asyncio.Condition()
+        self.is_given_up = False
+        """Nobody will activate it; a bucket whose predecessor was lost on the way to us would wait for it for ever."""
         self.storing = asyncio.Lock()
         self.started_s = time.perf_counter()
         self._spare_buffers: list[Tensor] = []
@@ -189,7 +191,7 @@ class WeightUpdater:
 
     async def begin(self) -> None:
         """Opens a session; one that is open is given up."""
-        self._give_up()
+        await self._give_up()
         weights = await asyncio.wrap_future(self._loop.call(lambda core: core.take_spare()))
         self._session = _Session(weights, self._facts)
 
@@ -217,7 +219,9 @@ class WeightUpdater:
         try:
             async with contextlib.AsyncExitStack() as places:
                 async with session.wire:
-                    await session.wire.wait_for(lambda: index is None or index <= session.num_taken)
+                    await session.wire.wait_for(lambda: index is None or index <= session.num_taken or session.is_given_up)
+                    if session.is_given_up:
+                        raise WeightSyncError("the weight update was given up")
                     await places.enter_async_context(session.places)
                     try:
                         if bucket.num_bytes > self._max_bucket_bytes:
@@ -239,6 +243,7 @@ class WeightUpdater:
             raise
         finally:
             session.num_receiving -= 1
+            self._give_back(session)
         return found
 
     async def end(self, *, version: str, recompute: bool) -> float:
@@ -255,7 +260,7 @@ class WeightUpdater:
                 raise WeightSyncError("no weight_version was given: name it in /end_weight_update")
         except WeightSyncError:
             self.num_failures += 1
-            self._give_up()
+            await self._give_up()
             raise
         self._session = None
         stall_s = await asyncio.wrap_future(self._loop.swap(session.weights, version=version, recompute=recompute))
@@ -293,11 +298,20 @@ class WeightUpdater:
             raise WeightSyncError("no weight update is open: call /begin_weight_update first")
         return self._session
 
-    def _give_up(self) -> None:
+    async def _give_up(self) -> None:
         session, self._session = self._session, None
-        if session is not None and not session.num_receiving:
-            weights = session.weights
-            self._loop.call(lambda core: core.give_back(weights))
+        if session is None:
+            return
+        session.is_given_up = True
+        self._give_back(session)
+        if not session.wire.locked():  # else the broadcast under way wakes the others at its end, which we do not wait for
+            async with session.wire:
+                session.wire.notify_all()
+
+    def _give_back(self, session: _Session) -> None:
+        """The shadow set of a session that was given up, once nothing is written into it any more."""
+        if session.is_given_up and not session.num_receiving:
+            self._loop.call(lambda core: core.give_back(session.weights))
 
 
 def _read_directory(path: Path, session: _Session) -> None:
