@@ -262,7 +262,7 @@ class WeightReceiver:
             case "recompute" | "keep":
                 return await swap()
             case "abort_resume":
-                return await _between(lambda: engine.pause("abort"), swap, engine.resume)
+                return await _between(lambda: engine.pause("abort"), swap, lambda: self._resume(engine))
             case "drain":
 
                 async def open_again() -> None:
@@ -274,6 +274,14 @@ class WeightReceiver:
 
                 return await _between(hold, swap, open_again)
         raise WeightSyncError(f"unknown update mode {request.update_mode!r}")
+
+    async def _resume(self, engine: EngineClient) -> None:
+        try:
+            await engine.resume()
+        except EngineError as error:
+            if not engine.is_closed:  # else its owner has lost it already, and may have started another
+                self._on_doubt(f"stays paused after a push: {error}")
+            raise
 
     @contextlib.contextmanager
     def _waiting_for_peers(self) -> Iterator[None]:

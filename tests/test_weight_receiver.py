@@ -87,3 +87,10 @@ def test_one_that_runs_out_of_time_leaves_so_that_nobody_waits_for_it() -> None:
     answer, doubts = push(engine)
     assert isinstance(answer, WeightsFailed) and "not active within 1 s" in answer.reason
     assert engine.called[-1] == "destroy_weights_update_group" and not doubts
+
+
+def test_an_engine_that_stays_paused_after_a_swap_is_lost() -> None:
+    engine = PlayedEngine()
+    engine.failing_at = "continue_generation"
+    _, doubts = push(engine, update_mode="abort_resume")
+    assert engine.version == 1 and len(doubts) == 1 and "stays paused" in doubts[0]
