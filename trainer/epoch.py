@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import device as Device
@@ -80,7 +80,7 @@ class Epoch:
         self._seats = seats
         self._device = device
         # Not the default stream: training would wait for the whole broadcast, and the broadcast for what training has queued.
-        self._stream = torch.cuda.Stream(device) if group.backend == "nccl" else None
+        self._stream = torch.cuda.Stream(device) if group.backend == "nccl" else None  # type: ignore[no-untyped-call]
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"epoch-{number}-read")
 
     @property
@@ -201,7 +201,7 @@ async def _unless_refused(work: asyncio.Future[T], asked: Sequence[asyncio.Task[
     """
     loop = asyncio.get_running_loop()
     end_s, why = loop.time() + timeout_s, f"rank 0 was not done within {timeout_s:g} s"
-    answers = set(asked)
+    answers: set[asyncio.Future[Any]] = set(asked)
     while not work.done() and (left_s := end_s - loop.time()) > 0:
         done, _ = await asyncio.wait({work, *answers}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
         for answer in answers & done:

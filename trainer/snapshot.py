@@ -219,7 +219,7 @@ class Freezer:
                     return
                 with self._lock:
                     # Rank 0 may be ahead of our freeze. It bounds the wait; a training thread that fails in its freeze ends the process.
-                    self._lock.wait_for(lambda number=number: self._num_frozen >= number)
+                    self._lock.wait_for(lambda: self._num_frozen >= int(order[0]))
                     packed = next((frozen.packed for frozen in self._held if frozen.number == number), None)
                 # Retired after a push that broke: rank 0 waits for these rows, and discards them.
                 part = packed[index] if packed else torch.empty(self._rows[index].num_bytes, dtype=torch.uint8)

@@ -85,7 +85,7 @@ class _Session:
         self._spare_buffers: list[Tensor] = []
         self._stream: torch.cuda.Stream | None = None
         if facts.device.type == "cuda":
-            self._stream = torch.cuda.Stream(facts.device)
+            self._stream = torch.cuda.Stream(facts.device)  # type: ignore[no-untyped-call]
             # What decoding has queued may still read the set that it gave up.
             self._stream.wait_stream(torch.cuda.default_stream(facts.device))
 
