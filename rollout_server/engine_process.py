@@ -9,6 +9,7 @@ whatever kills it leaves the server able to return its leases and start another.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -27,6 +28,8 @@ _POLL_S = 0.05
 _STOP_TIMEOUT_S = 5.0
 _LOG_LINES, _LOG_LINE_CHARS = 8, 200
 """Last lines of the engine's log that an error message quotes, and how much of each: SGLang logs all its options in one."""
+_TAIL_BYTES = 64 << 10
+"""How much of the log's end is read for that: the event loop waits for it, and a log may be large."""
 
 
 class Engine(Protocol):
@@ -88,7 +91,7 @@ class EngineProcess(ABC):
             async with asyncio.timeout(timeout_s):
                 return await self._connect(await self._port())
         except TimeoutError:
-            self.kill()
+            await self._end()
             raise EngineError(f"engine was not ready within rollout.start_timeout_s={timeout_s:g}{self._log_end()}") from None
 
     async def died(self) -> str:
@@ -108,15 +111,22 @@ class EngineProcess(ABC):
         try:
             async with asyncio.timeout(_STOP_TIMEOUT_S):
                 await self.died()
+            self._process = None
         except TimeoutError:
-            self.kill()
-        self._process = None
+            await self._end()
 
     def kill(self) -> None:
-        """Ends it at once."""
+        """Ends it at once. `died` reaps it: a process that is stuck in the kernel must not keep the loop."""
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
+
+    async def _end(self) -> None:
+        """`kill`, and waits for it, though not for ever."""
+        self.kill()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_STOP_TIMEOUT_S):
+                await self.died()
+        self._process = None
 
     @abstractmethod
     def _command(self, *, version: int) -> list[str]:
@@ -205,5 +215,9 @@ class EmbeddedProcess(EngineProcess):
 
 
 def _tail(path: Path) -> str:
-    lines = path.read_text(errors="replace").splitlines()[-_LOG_LINES:] if path.exists() else []
+    if not path.exists():
+        return ""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+        lines = file.read().decode(errors="replace").splitlines()[-_LOG_LINES:]
     return "".join(f"\n    {line[:_LOG_LINE_CHARS]}" for line in lines)

@@ -34,6 +34,7 @@ _POLL_S = 0.5
 _PROBE_S = 2.0
 _LOST_AFTER_S = 15.0
 """An engine at a URL that answers nothing for so long is lost."""
+_CHECK_TIMEOUT_S = 60.0
 _MODULE_CHECK = "import importlib.util, sys; sys.exit(importlib.util.find_spec('sglang') is None)"
 
 
@@ -45,9 +46,10 @@ def find_python(configured: str) -> str:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         candidates = [sys.executable, str(cache / BUILT_PYTHON)]
     for candidate in candidates:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             environment = foreign_environment(os.environ)
-            check = subprocess.run([candidate, "-c", _MODULE_CHECK], env=environment, stderr=subprocess.DEVNULL, check=False)
+            command = [candidate, "-c", _MODULE_CHECK]
+            check = subprocess.run(command, env=environment, stderr=subprocess.DEVNULL, check=False, timeout=_CHECK_TIMEOUT_S)
             if check.returncode == 0:
                 return candidate
     raise ConfigError(
@@ -97,15 +99,14 @@ class SglangProcess(EngineProcess):
 
     async def stop(self) -> None:
         """Ends it at once."""
-        self.kill()
-        self._process = None
+        if self._process is not None:
+            await self._end()
 
     def kill(self) -> None:
         """Ends it and its schedulers at once."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
 
     def _command(self, *, version: int) -> list[str]:
         # Free now, and SGLang needs its number beforehand; if it is taken meanwhile, SGLang ends and is started again.
