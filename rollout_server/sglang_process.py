@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from areal_like.config import Config
 from areal_like.errors import ConfigError, EngineError
@@ -171,16 +172,21 @@ class SglangAtUrl:
         return client
 
     async def died(self) -> str:
-        """Returns when the engine has answered nothing for a while, or was given up."""
+        """Returns when the engine has answered nothing for a while, or is not there any more, or was given up."""
         loop = asyncio.get_running_loop()
         async with EngineClient(self._url) as probe:
-            answered_s = loop.time()
+            answered_s, num_refused = loop.time(), 0
             while loop.time() - answered_s < _LOST_AFTER_S:
-                with contextlib.suppress(EngineError):
+                try:
                     await probe.model_info()
-                    answered_s = loop.time()
+                    answered_s, num_refused = loop.time(), 0
+                except EngineError:
+                    # Every lease that is taken while nobody listens fails at once, and with it a try of its ticket.
+                    num_refused = num_refused + 1 if await _refuses(self._url) else 0
+                    if num_refused == 2:
+                        return f"nobody listens at {self._url} any more"
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_PROBE_S):
+                    async with asyncio.timeout(_POLL_S if num_refused else _PROBE_S):
                         await self._given_up.wait()
                         return f"the engine at {self._url} was given up"
         return f"the engine at {self._url} has been silent for {_LOST_AFTER_S:g} s"
@@ -204,3 +210,22 @@ class SglangAtUrl:
         with contextlib.suppress(EngineError):  # 400: no session was left open
             await client.end_weight_update(timeout_s=_PROBE_S)
         await client.update_weights_from_disk(self._model, weight_version=version, timeout_s=self._config.rollout.start_timeout_s)
+
+
+async def _refuses(url: str) -> bool:
+    """Whether the host says that nobody listens; False if it says nothing."""
+    parts, loop = urlsplit(url), asyncio.get_running_loop()
+    num_refused = 0
+    try:
+        async with asyncio.timeout(_PROBE_S):
+            for family, kind, protocol, _, address in await loop.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_STREAM):
+                with socket.socket(family, kind, protocol) as probe:
+                    probe.setblocking(False)
+                    try:
+                        await loop.sock_connect(probe, address)
+                        return False
+                    except ConnectionRefusedError:
+                        num_refused += 1
+    except (OSError, TimeoutError):
+        return False
+    return num_refused > 0
