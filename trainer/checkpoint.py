@@ -170,8 +170,8 @@ class Checkpoints:
         return extra
 
     def set_aside_after(self, step: int) -> None:
-        """Renames later checkpoints (`step_000300.rolled_back`): of a branch that was left, they may neither push a new one out nor be taken
-        for the latest. On rank 0, once it is certain that training goes on from here."""
+        """Renames later checkpoints (`step_000300.rolled_back`): of a branch that was left, they may neither push a new one out nor be
+        taken for the latest. On rank 0, once it is certain that training goes on from here."""
         for later in self.steps():
             if later > step:
                 aside = self._root / f"{self.path(later).name}.rolled_back"
