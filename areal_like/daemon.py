@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -35,6 +34,7 @@ from areal_like.errors import ArealError, ConfigError, UserError
 from areal_like.metrics import CONTENT_TYPE, Metrics
 from areal_like.paths import RunPaths, write_json
 from areal_like.process import die_with_launcher
+from areal_like.sockets import bound_socket
 
 log = logging.getLogger(__name__)
 exit_log = logging.getLogger(f"{__name__}.exit")
@@ -158,12 +158,9 @@ class Runtime:
 
     async def __aenter__(self) -> Self:
         host = self.config.daemon.http_host
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listening = socket.socket(family, socket.SOCK_STREAM)
         try:
-            listening.bind((host, 0))
+            listening = bound_socket(host, 0)
         except OSError as error:
-            listening.close()
             raise ConfigError(f"cannot bind {host} ({error.strerror}): set daemon.http_host to an address of this machine") from None
         listening.listen(128)  # from here on a request waits for the server instead of being refused
         self.http_port = listening.getsockname()[1]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from areal_like.errors import ConfigError, UserError
 from areal_like.process import die_with_parent
+from areal_like.sockets import bound_socket
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -49,14 +50,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket, before anything slow is done: a port in use is reported at once."""
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((host, port))
+        return bound_socket(host, port)
     except OSError as error:
-        listener.close()
         raise ConfigError(f"--port {port}: cannot bind {host}:{port}: {error.strerror}; choose another, or 0") from None
-    return listener
 
 
 def check_model_path(path: str) -> None:

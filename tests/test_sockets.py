@@ -1,0 +1,35 @@
+"""What an HTTP plane listens on."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import pytest
+
+from areal_like.sockets import bound_socket
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_connections_do_not_wait_for_acknowledgements(host: str) -> None:
+    async def body() -> int:
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            found.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        async with await asyncio.start_server(serve, sock=bound_socket(host, 0)) as server:
+            _, writer = await asyncio.open_connection(*server.sockets[0].getsockname()[:2])
+            answer = await asyncio.wait_for(found, timeout=10)
+            writer.close()
+        return answer
+
+    assert asyncio.run(body()) == 1
+
+
+def test_a_port_in_use_is_an_error() -> None:
+    with bound_socket("127.0.0.1", 0) as taken:
+        taken.listen()
+        with pytest.raises(OSError, match="in use"):
+            bound_socket("127.0.0.1", taken.getsockname()[1])
