@@ -163,7 +163,7 @@ class ServerProcess:
         self.process.send_signal(signal.SIGTERM)
         return self.wait(timeout_s=timeout_s, started_s=started_s)
 
-    def wait(self, *, timeout_s: float = 30, started_s: float | None = None) -> tuple[int, float, str]:
+    def wait(self, *, timeout_s: float = 60, started_s: float | None = None) -> tuple[int, float, str]:
         started_s = time.monotonic() if started_s is None else started_s
         _, errors = self.process.communicate(timeout=timeout_s)
         return self.process.returncode, time.monotonic() - started_s, errors

@@ -90,47 +90,44 @@ def test_join_drain_and_a_wider_trainer_in_one_run(tmp_path: Path) -> None:
     wait_until(lambda: not processes_of(run), timeout_s=10, what="no orphans")
 
 
-def churn(tmp_path: Path, *, num_steps: int, interval_s: float) -> int:
-    """Servers join and leave one after the other, well and badly, until the run is finished; how many there were."""
+def churn(tmp_path: Path, *, num_guests: int, interval_s: float) -> None:
+    """Servers join and leave one after the other, well and badly, while a run goes on."""
     run = tmp_path / "runs" / "x"
     settings = (
-        *("name=x", "model.warm_start_steps=5", f"trainer.num_steps={num_steps}", "eval.num_prompts=0"),
+        *("name=x", "model.warm_start_steps=5", "trainer.num_steps=1000000", "trainer.lr_schedule=constant", "eval.num_prompts=0"),
         *("sampling.group_size=4", "trainer.groups_per_step=4", "rollout.max_running=16", "rollout.queue_samples=8"),
     )
-    num_guests = 0
     with launcher(*settings, cwd=tmp_path, environment={"OMP_NUM_THREADS": "1"}) as process:
         wait_until(lambda: num_steps_done(run) > 3, timeout_s=120, what="training")
-        while process.poll() is None:
-            name = f"rollout-guest-{num_guests}"
+        for index in range(num_guests):
+            name = f"rollout-guest-{index}"
             guest = command("rollout", "x", "--join", "--name", name, cwd=tmp_path)
             endpoint = run / "endpoints" / f"{name}.json"
-            wait_until(lambda: samples_of(run, name) > 0 or process.poll() is not None, timeout_s=90, what="samples of a guest")  # noqa: B023
-            left_s = interval_s
-            while left_s > 0 and process.poll() is None:
-                time.sleep(0.1)
-                left_s -= 0.1
-            if process.poll() is None and num_guests % 2:
+            wait_until(lambda: samples_of(run, name) > 0, timeout_s=90, what="samples of a guest")  # noqa: B023
+            time.sleep(interval_s)
+            if index % 2:
                 os.kill(json.loads(endpoint.read_text())["pid"], signal.SIGKILL)
             else:
                 guest.terminate()
             guest.communicate(timeout=60)
-            num_guests += 1
-        assert process.returncode == 0
+            done = num_steps_done(run)
+            wait_until(lambda: num_steps_done(run) > done + 4, timeout_s=90, what="training without the guest")  # noqa: B023
+        process.terminate()
+        assert process.wait(timeout=60) == 0
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(num_steps))
+    assert [row["step"] for row in rows] == list(range(len(rows)))
     assert max(row["lag_max"] for row in rows) <= 4
     books = json.loads((run / "summary.json").read_text())["tickets"]
-    assert books["trained"] == 4 * num_steps and books["issued"] == sum(n for state, n in books.items() if state != "issued")
+    assert books["trained"] == 4 * len(rows) and books["issued"] == sum(n for state, n in books.items() if state != "issued")
     report = audit_run(run)
     assert report.is_clean, "\n".join(report.lines())
-    return num_guests
 
 
 def test_servers_come_and_go_through_a_run(tmp_path: Path) -> None:
-    assert churn(tmp_path, num_steps=400, interval_s=2.0) >= 2
+    churn(tmp_path, num_guests=2, interval_s=1.0)
 
 
 @pytest.mark.chaos
 @pytest.mark.timeout(1800)
 def test_servers_come_and_go_every_ten_seconds(tmp_path: Path) -> None:
-    assert churn(tmp_path, num_steps=4000, interval_s=10.0) >= 10
+    churn(tmp_path, num_guests=30, interval_s=10.0)
