@@ -102,7 +102,7 @@ def test_a_trainer_killed_at_each_point_ends_with_the_weights_of_an_unbroken_run
     assert places(root) == seen and len(seen) == 64
     rollbacks = query(root, "SELECT from_step, to_step FROM rollbacks ORDER BY id")
     # A step may be quicker than the writing of the checkpoint before it.
-    assert [row[0] for row in rollbacks[:2]] == [5, 8] and all(row[1] in (0, 4, 8) for row in rollbacks), rollbacks
+    assert [row[0] for row in rollbacks[:2]] == [5, 8] and all(row[1] in (0, 4) for row in rollbacks[:2]), rollbacks
     versions = query(root, "SELECT version, parent, trainer_incarnation FROM versions ORDER BY version")
     assert [row[0] for row in versions] == list(range(1, len(versions) + 1)) and len({row[2] for row in versions}) == 4
     assert query(root, "SELECT * FROM leases") == [] and query(root, "SELECT * FROM attempts") == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -157,6 +158,9 @@ def main(**checks: Callable[..., None]) -> None:
     )
     checks[check](Ranks(), Path(out_dir), *rest)
     dist.destroy_process_group()
+    sys.stdout.flush()
+    # Torch's threads now and then abort a process that takes itself down in order ("terminate called without an active exception").
+    os._exit(0)
 
 
 if __name__ == "__main__":
