@@ -57,4 +57,4 @@ def engine(config: Config, models: Models) -> Iterator[Engine]:
         yield Engine(url=client.base_url, path=models[0], kind="sglang", pid=process.pid)
         assert process.is_running, "SGLang died during the tests"
     finally:
-        process.kill()
+        asyncio.run(process.stop())
