@@ -170,7 +170,9 @@ class LocalJob:
             self._advance_closing()
         if (step := self._newest_step()) > self._best_step and "trainer" in self._cores:
             self._best_step = step
-            self._cores["trainer"].got_on()
+            # It is seen up to a second late, perhaps after the death that followed it.
+            late_s = time.time() - float(self._observer.newest.steps[-1]["time_unix_s"])
+            self._cores["trainer"].got_on(at_s=time.monotonic() - late_s)
         if self._phase in (Phase.STARTING, Phase.RUNNING):
             self._start_again(self._restarts | self._cores)
         elif "trainer" in self._children:  # it needs them for its last checkpoint

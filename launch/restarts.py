@@ -8,6 +8,7 @@ A life of at least `healthy_s`, or one that is known to have got on, forgets the
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 
 
@@ -37,11 +38,13 @@ class Restarts:
         self.due_s = now_s
         """When WAITING: time of the next start."""
         self._started_s = now_s
+        self._died_s = -math.inf
 
     def died(self, *, now_s: float) -> None:
         """The process has ended unasked: RUNNING -> WAITING or GIVEN_UP."""
         assert self.phase is Phase.RUNNING
         self.num_deaths += 1
+        self._died_s = now_s
         self.num_quick_deaths = 1 if now_s - self._started_s >= self._healthy_s else self.num_quick_deaths + 1
         if self.num_quick_deaths > self._max_quick_deaths:
             self.phase = Phase.GIVEN_UP
@@ -49,9 +52,9 @@ class Restarts:
         self.phase = Phase.WAITING
         self.due_s = now_s + min(self._max_s, self._base_s * 2 ** (self.num_quick_deaths - 1))
 
-    def got_on(self) -> None:
-        """The process has done what its predecessors did not: their deaths are forgotten."""
-        self.num_quick_deaths = 0
+    def got_on(self, *, at_s: float) -> None:
+        """The process did, at that time, what its predecessors did not: their deaths are forgotten, its own since then is not."""
+        self.num_quick_deaths = min(self.num_quick_deaths, int(at_s <= self._died_s))
 
     def is_due(self, *, now_s: float) -> bool:
         """Whether it is time to start the process again."""

@@ -93,7 +93,14 @@ async def train(runtime: Runtime, *, fail_at: int | None) -> None:
     num_done = 0
     with runtime.paths.metrics.open("a") as file:
         while num_done < runtime.config.trainer.num_steps and not runtime.stopping.is_set():
-            row = {"step": num_done, "reward_mean": num_done / 100, "lag_histogram": {"0": 1}, "lag_max": 0, "tokens_per_s_trained": 10.0}
+            row = {
+                "step": num_done,
+                "time_unix_s": time.time(),
+                "reward_mean": num_done / 100,
+                "lag_histogram": {"0": 1},
+                "lag_max": 0,
+                "tokens_per_s_trained": 10.0,
+            }
             file.write(json.dumps(row) + "\n")
             file.flush()
             num_done += 1
