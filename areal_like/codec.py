@@ -1,11 +1,12 @@
 """Messages to frames and back: a msgpack header and one frame of raw little-endian arrays.
 
-    frame 0   msgpack [WIRE_VERSION, tag, rid, {field: value}]     numbers, strings, lists; an array is [offset, length]
-    frame 1   the bytes of all arrays, each aligned to 8           absent when the message holds no array
+    frame 0   msgpack [WIRE_VERSION, tag, rid, {field: value}]     numbers, strings, lists; an array or a record is [offset, length]
+    frame 1   the bytes of all arrays and records, each aligned to 8; absent when the message holds none
 
 The schema is the dataclass: dtypes and types come from its annotations, never from the wire, so a frame can claim nothing but offsets and
-lengths, and both are checked. Decoded arrays are read-only views of frame 1 (no copy). Everything wrong with a frame raises
-WireError. Encoders and decoders are compiled once a class: this is the hot path of the stream.
+lengths, and both are checked. Decoded arrays are read-only views of frame 1 (no copy). Records (records.py) are copied out of it, so that
+one that is kept does not keep its neighbours, and check themselves. Everything wrong with a frame raises WireError. Encoders and decoders
+are compiled once a class: this is the hot path of the stream.
 
 Left out: compression (float log-probs do not compress) and schema evolution within a wire version (`hello` refuses a mismatch).
 """
@@ -25,8 +26,9 @@ import numpy as np
 
 from areal_like.errors import WireError, WireVersionError
 from areal_like.messages import MESSAGES
+from areal_like.records import Record
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 MAX_HEADER_BYTES = 4 << 20
 _ALIGN = 8
 
@@ -46,12 +48,15 @@ class _Writer:
         if array.dtype != dtype or array.ndim != 1:
             raise ValueError(f"want a 1-D {dtype} array, got {array.dtype}{list(array.shape)}")
         place = [self.size, len(array)]
-        self.chunks.append(np.ascontiguousarray(array).view(np.uint8).data if len(array) else b"")
-        self.size += array.nbytes
+        self.put(np.ascontiguousarray(array).view(np.uint8).data if len(array) else b"")
+        return place
+
+    def put(self, data: Frame) -> None:
+        self.chunks.append(data)
+        self.size += len(data)
         if padding := -self.size % _ALIGN:
             self.chunks.append(bytes(padding))
             self.size += padding
-        return place
 
 
 _Encode = Callable[[Any, _Writer], Any]
@@ -59,11 +64,13 @@ _Decode = Callable[[Any, Frame], Any]
 
 
 def encode(message: Any, *, rid: int = 0) -> list[bytes]:
-    """Frames of a message. `rid` ties an answer to its request; 0 is one-way."""
+    """Frames of a message. `rid` ties an answer to its request; 0 is one-way. Raises ValueError for a header that no peer would take."""
     tag = type(message).__name__
     writer = _Writer()
     body = _ENCODERS[tag](message, writer)
     header = msgpack.packb([WIRE_VERSION, tag, rid, body])
+    if len(header) > MAX_HEADER_BYTES:
+        raise ValueError(f"{tag} makes a header of {len(header)} bytes; no peer takes more than {MAX_HEADER_BYTES}")
     return [header, b"".join(writer.chunks)] if writer.chunks else [header]
 
 
@@ -107,6 +114,8 @@ def _compile(hint: Any) -> tuple[_Encode, _Decode]:
         return _compile_dict(*_compile(args[1]))
     if origin in (types.UnionType, typing.Union):
         return _compile_union(args)
+    if hint is Record:
+        return _write_record, _read_record
     if dataclasses.is_dataclass(hint):
         return _compile_dataclass(typing.cast(type, hint))
     if isinstance(hint, type) and issubclass(hint, Enum):
@@ -148,14 +157,30 @@ def _compile_array(dtype: np.dtype[Any]) -> tuple[_Encode, _Decode]:
         return writer.add(value, dtype)
 
     def read(raw: Any, blob: Frame) -> Any:
-        if type(raw) is not list or len(raw) != 2 or type(raw[0]) is not int or type(raw[1]) is not int:
-            raise TypeError("array place is not [offset, length]")
-        offset, length = raw
-        if offset < 0 or length < 0 or offset % _ALIGN or offset + length * dtype.itemsize > len(blob):
-            raise ValueError(f"array [{offset}, {length}] is outside its frame of {len(blob)} bytes")
+        offset, length = _place(raw, blob, itemsize=dtype.itemsize)
         return np.frombuffer(blob, dtype=dtype, count=length, offset=offset) if length else np.empty(0, dtype)
 
     return write, read
+
+
+def _write_record(record: Record, writer: _Writer) -> list[int]:
+    place = [writer.size, len(record.data)]
+    writer.put(record.data)
+    return place
+
+
+def _read_record(raw: Any, blob: Frame) -> Record:
+    offset, length = _place(raw, blob, itemsize=1)
+    return Record.opened(bytes(blob[offset : offset + length]))
+
+
+def _place(raw: Any, blob: Frame, *, itemsize: int) -> tuple[int, int]:
+    if type(raw) is not list or len(raw) != 2 or type(raw[0]) is not int or type(raw[1]) is not int:
+        raise TypeError("a place is [offset, length]")
+    offset, length = raw
+    if offset < 0 or length < 0 or offset % _ALIGN or offset + length * itemsize > len(blob):
+        raise ValueError(f"[{offset}, {length}] is outside its frame of {len(blob)} bytes")
+    return offset, length
 
 
 def _compile_list(encode_item: _Encode, decode_item: _Decode) -> tuple[_Encode, _Decode]:

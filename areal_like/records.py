@@ -1,4 +1,4 @@
-"""One trajectory as bytes in a segment file: a header, a few numbers, then raw arrays. Nothing but this file knows the layout.
+"""One trajectory as bytes with a checksum. Its server makes them, and they are what is sent, written, served and at last trained on.
 
     0  magic "ATR1" | num_bytes u32 | crc32 u32 | sample_index u32 | ticket_id u64 | meta_bytes u32 | 0 u32      little-endian
     32 msgpack [num_tokens, [[version, num_tokens], ...], reward, {component: reward}, finish_reason, generation_s, reward_s,
@@ -6,30 +6,149 @@
        tokens int32[num_tokens], logprobs float32[num_tokens], each part padded to 8 bytes
 
 The checksum covers everything behind it, whose sample it is included, so that neither a torn write nor a place that was used for something
-else passes for the record. Versions are written as runs and the loss mask not at all (it is 1 exactly where a version is): what fsync
-has to move is a third less than on the wire. Readers outside of the buffer (audit, replay) need no more than a directory and a ledger row.
+else passes for the record. Versions are written as runs and the loss mask not at all (it is 1 exactly where a version is): that is a third
+less to move, and the buffer learns which weights a sample is of without looking at its tokens. It never encodes one either; that, and
+that nobody on the way can change what was sampled, is why there is one form and not one for the wire and one for the disk.
+
+Nothing but this file knows the layout. Readers outside of the buffer (audit, replay) need no more than a directory and a ledger row.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
 from areal_like.errors import StoreCorruptError
-from areal_like.trajectory import FinishReason, Trajectory
+from areal_like.trajectory import MAX_LOGPROB, NOT_SAMPLED, FinishReason, Trajectory
 
 _HEADER = struct.Struct("<4sIIIQII")
 _MAGIC = b"ATR1"
 _CHECKED_FROM = 12
 _ALIGN = 8
 _INT, _FLOAT = np.dtype("<i4"), np.dtype("<f4")
+_MAX_INT = (1 << 31) - 1
+_MAX_LOGPROB_BITS = int(np.float32(MAX_LOGPROB).view(np.int32))
+_NEGATIVE_INFINITY_BITS = int(np.float32(-math.inf).view(np.uint32))
+_FINISH_REASONS = {reason.value: reason for reason in FinishReason}
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Record:
+    """The bytes, and what they say but for the arrays. Checked whole when made, so that whoever holds one can rely on it."""
+
+    data: bytes
+    ticket_id: int
+    sample_index: int
+    crc32: int
+    num_tokens: int
+    """Prompt and response tokens."""
+    runs: list[list[int]]
+    """[version, number of tokens] from the first token to the last; NOT_SAMPLED where the policy sampled none."""
+    reward: float
+    reward_components: dict[str, float]
+    finish_reason: FinishReason
+    generation_s: float
+    reward_s: float
+    is_greedy: bool
+    _tokens_at: int
+    _logprobs_at: int
+
+    @classmethod
+    def of(cls, ticket_id: int, sample_index: int, trajectory: Trajectory) -> Self:
+        """Packs a trajectory. Raises ValueError for numbers that are not finite."""
+        meta = msgpack.packb(
+            [
+                trajectory.num_tokens,
+                _runs(trajectory.versions),
+                float(trajectory.reward),
+                {name: float(value) for name, value in trajectory.reward_components.items()},
+                trajectory.finish_reason.value,
+                float(trajectory.generation_s),
+                float(trajectory.reward_s),
+                trajectory.is_greedy,
+            ]
+        )
+        parts = [meta, _padding(len(meta))]
+        for array in (np.ascontiguousarray(trajectory.tokens, dtype=_INT), np.ascontiguousarray(trajectory.logprobs, dtype=_FLOAT)):
+            parts += [array.data.cast("B"), _padding(array.nbytes)]
+        body = b"".join(parts)
+        identity = struct.pack("<IQII", sample_index, ticket_id, len(meta), 0)
+        crc32 = zlib.crc32(body, zlib.crc32(identity))
+        data = struct.pack("<4sII", _MAGIC, _HEADER.size + len(body), crc32) + identity + body
+        return cls._made(data, ticket_id, sample_index, crc32, meta)
+
+    @classmethod
+    def opened(cls, data: bytes) -> Self:
+        """The record that these bytes are. Raises ValueError when `of` would not have made them."""
+        if len(data) < _HEADER.size:
+            raise ValueError(f"only {len(data)} bytes of a record are there")
+        magic, num_bytes, crc32, sample_index, ticket_id, meta_bytes, _ = _HEADER.unpack_from(data)
+        if magic != _MAGIC or num_bytes != len(data):
+            raise ValueError(f"no record of {len(data)} bytes begins there")
+        if zlib.crc32(memoryview(data)[_CHECKED_FROM:]) != crc32:
+            raise ValueError("the record does not match its checksum")
+        record = cls._made(data, ticket_id, sample_index, crc32, data[_HEADER.size : _HEADER.size + meta_bytes])
+        if _end_of_array(record._logprobs_at, record.num_tokens) != len(data):
+            raise ValueError(f"{record.num_tokens} tokens do not make a record of {len(data)} bytes")
+        # As whole numbers, because that takes half the time: every sample of the stream comes through here.
+        if np.maximum.reduce(np.frombuffer(data, "<u4", record.num_tokens, record._tokens_at)) > _MAX_INT:
+            raise ValueError("negative token id")
+        bits = np.frombuffer(data, "<u4", record.num_tokens, record._logprobs_at)
+        if np.maximum.reduce(bits) >= _NEGATIVE_INFINITY_BITS or np.maximum.reduce(bits.view("<i4")) > _MAX_LOGPROB_BITS:
+            raise ValueError("log-probs: want finite values that are at most 0")
+        return record
+
+    @classmethod
+    def _made(cls, data: bytes, ticket_id: int, sample_index: int, crc32: int, meta: bytes) -> Self:
+        num_tokens, runs, reward, components, finish_reason, generation_s, reward_s, is_greedy = _facts(meta)
+        tokens_at = _HEADER.size + len(meta) + -len(meta) % _ALIGN
+        return cls(
+            data=data,
+            ticket_id=ticket_id,
+            sample_index=sample_index,
+            crc32=crc32,
+            num_tokens=num_tokens,
+            runs=runs,
+            reward=reward,
+            reward_components=components,
+            finish_reason=finish_reason,
+            generation_s=generation_s,
+            reward_s=reward_s,
+            is_greedy=is_greedy,
+            _tokens_at=tokens_at,
+            _logprobs_at=_end_of_array(tokens_at, num_tokens),
+        )
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens that the policy sampled."""
+        return sum([length for version, length in self.runs if version != NOT_SAMPLED])
+
+    def trajectory(self) -> Trajectory:
+        """With arrays: tokens and log-probs are read-only views of the bytes."""
+        runs = np.array(self.runs, dtype=np.int64)
+        versions = np.repeat(runs[:, 0].astype(np.int32), runs[:, 1])
+        return Trajectory(
+            tokens=np.frombuffer(self.data, _INT, self.num_tokens, self._tokens_at),
+            loss_mask=(versions >= 0).astype(np.uint8),
+            logprobs=np.frombuffer(self.data, _FLOAT, self.num_tokens, self._logprobs_at),
+            versions=versions,
+            reward=self.reward,
+            reward_components=self.reward_components,
+            finish_reason=self.finish_reason,
+            generation_s=self.generation_s,
+            reward_s=self.reward_s,
+            is_greedy=self.is_greedy,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,85 +166,32 @@ def segment_path(directory: Path, segment: int) -> Path:
     return directory / "segments" / f"{segment:06d}.seg"
 
 
-def encode_record(ticket_id: int, sample_index: int, trajectory: Trajectory) -> bytes:
-    """The whole record."""
-    meta = msgpack.packb(
-        [
-            trajectory.num_tokens,
-            _runs(trajectory.versions),
-            trajectory.reward,
-            trajectory.reward_components,
-            trajectory.finish_reason.value,
-            trajectory.generation_s,
-            trajectory.reward_s,
-            trajectory.is_greedy,
-        ]
-    )
-    arrays = (np.ascontiguousarray(trajectory.tokens, dtype=_INT).data, np.ascontiguousarray(trajectory.logprobs, dtype=_FLOAT).data)
-    parts = [meta, _padding(len(meta))]
-    for array in arrays:
-        parts += [array.cast("B"), _padding(array.nbytes)]
-    body = b"".join(parts)
-    identity = struct.pack("<IQII", sample_index, ticket_id, len(meta), 0)
-    crc32 = zlib.crc32(body, zlib.crc32(identity))
-    return struct.pack("<4sII", _MAGIC, _HEADER.size + len(body), crc32) + identity + body
-
-
 def crc32_of(record: bytes) -> int:
     """The checksum that a record carries."""
     return int(_HEADER.unpack_from(record)[2])
 
 
-def decode_record(record: bytes, *, ticket_id: int, sample_index: int, where: str) -> Trajectory:
-    """The trajectory; its arrays are read-only views. Raises StoreCorruptError, which names the ticket and `where`."""
-    whose = f"sample {sample_index} of ticket {ticket_id} ({where})"
-    if len(record) < _HEADER.size:
-        raise StoreCorruptError(f"{whose}: only {len(record)} bytes of its record are there")
-    magic, num_bytes, crc32, found_index, found_ticket, meta_bytes, _ = _HEADER.unpack_from(record)
-    if magic != _MAGIC or num_bytes != len(record):
-        raise StoreCorruptError(f"{whose}: no record of {len(record)} bytes begins there")
-    if zlib.crc32(memoryview(record)[_CHECKED_FROM:]) != crc32:
-        raise StoreCorruptError(f"{whose}: its record does not match its checksum")
-    if (found_ticket, found_index) != (ticket_id, sample_index):
-        raise StoreCorruptError(f"{whose}: the record there is sample {found_index} of ticket {found_ticket}")
-    num_tokens, runs, reward, components, finish_reason, generation_s, reward_s, is_greedy = msgpack.unpackb(
-        memoryview(record)[_HEADER.size : _HEADER.size + meta_bytes]
-    )
-    tokens_at = _HEADER.size + meta_bytes + len(_padding(meta_bytes))
-    logprobs_at = tokens_at + 4 * num_tokens + len(_padding(4 * num_tokens))
-    versions = np.repeat(
-        np.array([version for version, _ in runs], dtype=np.int32), np.array([length for _, length in runs], dtype=np.int64)
-    )
-    return Trajectory(
-        tokens=np.frombuffer(record, dtype=_INT, count=num_tokens, offset=tokens_at),
-        loss_mask=(versions >= 0).astype(np.uint8),
-        logprobs=np.frombuffer(record, dtype=_FLOAT, count=num_tokens, offset=logprobs_at),
-        versions=versions,
-        reward=reward,
-        reward_components=components,
-        finish_reason=FinishReason(finish_reason),
-        generation_s=generation_s,
-        reward_s=reward_s,
-        is_greedy=is_greedy,
-    )
-
-
-def read_record(directory: Path, place: Place, *, ticket_id: int, sample_index: int) -> Trajectory:
-    """The trajectory that a ledger row names. Raises StoreCorruptError when it is not there as it was written."""
+def read_record(directory: Path, place: Place, *, ticket_id: int, sample_index: int) -> Record:
+    """The record that a ledger row names. Raises StoreCorruptError when it is not there as it was written."""
     path = segment_path(directory, place.segment)
-    where = f"{path} at {place.offset}"
+    whose = f"sample {sample_index} of ticket {ticket_id} ({path} at {place.offset})"
     try:
         file = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         raise StoreCorruptError(f"sample {sample_index} of ticket {ticket_id}: its file {path} is missing") from None
     try:
-        record = os.pread(file, place.num_bytes, place.offset)
+        data = os.pread(file, place.num_bytes, place.offset)
     finally:
         os.close(file)
-    trajectory = decode_record(record, ticket_id=ticket_id, sample_index=sample_index, where=where)
-    if crc32_of(record) != place.crc32:
-        raise StoreCorruptError(f"sample {sample_index} of ticket {ticket_id} ({where}): the record is not the one that the ledger names")
-    return trajectory
+    try:
+        record = Record.opened(data)
+    except ValueError as error:
+        raise StoreCorruptError(f"{whose}: {error}") from None
+    if (record.ticket_id, record.sample_index) != (ticket_id, sample_index):
+        raise StoreCorruptError(f"{whose}: the record there is sample {record.sample_index} of ticket {record.ticket_id}")
+    if record.crc32 != place.crc32:
+        raise StoreCorruptError(f"{whose}: the record is not the one that the ledger names")
+    return record
 
 
 def count_whole_records(data: bytes) -> tuple[int, int]:
@@ -142,10 +208,49 @@ def count_whole_records(data: bytes) -> tuple[int, int]:
     return num_records, offset
 
 
+def _facts(meta: bytes) -> tuple[int, list[list[int]], float, dict[str, float], FinishReason, float, float, bool]:
+    """What the msgpack part says. Raises ValueError when it says something else."""
+    try:
+        raw: Any = msgpack.unpackb(meta)
+    except (ValueError, RecursionError, msgpack.UnpackException) as error:
+        raise ValueError(f"what a record says of itself is not msgpack: {error}") from None
+    if type(raw) is not list or len(raw) != 8:
+        raise ValueError("a record says eight things of itself")
+    num_tokens, runs, reward, components, finish_reason, generation_s, reward_s, is_greedy = raw
+    if type(num_tokens) is not int or type(runs) is not list or not all(map(_is_run, runs)):
+        raise ValueError("want a number of tokens and runs [version, number of tokens]")
+    if not 0 < num_tokens == sum([length for _, length in runs]):
+        raise ValueError(f"runs of versions cover other than {num_tokens} tokens")
+    if type(components) is not dict or not all(type(name) is str for name in components):
+        raise ValueError("reward components: want names and numbers")
+    for number in (reward, generation_s, reward_s, *components.values()):
+        if type(number) is not float or not math.isfinite(number):
+            raise ValueError(f"{number!r} is not a finite number")
+    if type(finish_reason) is not str or finish_reason not in _FINISH_REASONS or type(is_greedy) is not bool:
+        raise ValueError(f"finish reason {finish_reason!r}, is_greedy {is_greedy!r}")
+    return num_tokens, runs, reward, components, _FINISH_REASONS[finish_reason], generation_s, reward_s, is_greedy
+
+
+def _is_run(run: Any) -> bool:
+    return (
+        type(run) is list
+        and len(run) == 2
+        and type(run[0]) is int
+        and type(run[1]) is int
+        and NOT_SAMPLED <= run[0] <= _MAX_INT
+        and run[1] > 0
+    )
+
+
 def _runs(versions: NDArray[np.int32]) -> list[list[int]]:
     starts = [0, *((versions[1:] != versions[:-1]).nonzero()[0] + 1).tolist()]
     ends = [*starts[1:], len(versions)]
     return [[int(versions[start]), end - start] for start, end in zip(starts, ends, strict=True)]
+
+
+def _end_of_array(offset: int, num_tokens: int) -> int:
+    """Where what comes behind `num_tokens` numbers at `offset` begins."""
+    return offset + 4 * num_tokens + -(4 * num_tokens) % _ALIGN
 
 
 def _padding(num_bytes: int) -> bytes:

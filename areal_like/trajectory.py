@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 NOT_SAMPLED = -1
 """Version of a token that no policy sampled: prompt, tool output."""
+MAX_LOGPROB = 1e-5
+"""What rounding may make of a certain token's 0."""
 
 
 class FinishReason(StrEnum):
@@ -77,7 +79,7 @@ class Trajectory:
             raise ValueError("trajectory.tokens: negative token id")
         if (self.versions >= 0).tobytes() != self.loss_mask.tobytes():
             raise ValueError("trajectory.versions: a version is needed exactly where loss_mask is 1")
-        if not (self.logprobs.min() > -math.inf and self.logprobs.max() <= 1e-5):  # false for NaN
+        if not (self.logprobs.min() > -math.inf and self.logprobs.max() <= MAX_LOGPROB):  # false for NaN
             raise ValueError("trajectory.logprobs: want finite values that are at most 0")
         if not math.isfinite(self.reward):
             raise ValueError(f"trajectory.reward: not finite ({self.reward})")

@@ -1,65 +1,64 @@
-"""Arrays in memory, so that most groups need not be read back, within a bound.
+"""Records in memory, so that most groups need not be read back, within a bound.
 
     add -> PINNED (not durable yet) -> unpin -> KEPT -> evicted | removed
 
 Groups leave the buffer roughly in the order in which their samples came, so when there is no room it is the newest that is not kept: what
-comes next stays at hand. Served groups go first: they are asked for again only after a trainer's crash. Pinned arrays are
+comes next stays at hand. Served groups go first: they are asked for again only after a trainer's crash. Pinned ones are
 the only copy and never go; what bounds those is the credit of the servers, who send nothing new before an acknowledgement.
 """
 
 from __future__ import annotations
 
-from areal_like.trajectory import Trajectory
-from buffer.store import num_array_bytes
+from areal_like.records import Record
 
 
-class ArrayCache:
+class RecordCache:
     """By ticket and sample. Pure."""
 
     def __init__(self, *, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._arrays: dict[int, dict[int, Trajectory]] = {}
+        self._records: dict[int, dict[int, Record]] = {}
         self._pinned: set[tuple[int, int]] = set()
         self._served: dict[int, None] = {}
         self.num_bytes = 0
 
-    def add(self, ticket_id: int, sample_index: int, trajectory: Trajectory) -> None:
-        """Takes arrays that are nowhere else."""
-        self._arrays.setdefault(ticket_id, {})[sample_index] = trajectory
-        self._pinned.add((ticket_id, sample_index))
-        self.num_bytes += num_array_bytes(trajectory)
+    def add(self, record: Record) -> None:
+        """Takes a record that is nowhere else."""
+        self._records.setdefault(record.ticket_id, {})[record.sample_index] = record
+        self._pinned.add((record.ticket_id, record.sample_index))
+        self.num_bytes += len(record.data)
 
     def unpin(self, ticket_id: int, sample_index: int) -> None:
-        """The arrays are on disk too: they stay if there is room."""
+        """The record is on disk too: it stays if there is room."""
         self._pinned.discard((ticket_id, sample_index))
         while self.num_bytes > self._max_bytes and self._served:
             served = next(iter(self._served))
             del self._served[served]
-            for index in list(self._arrays.get(served, ())):
+            for index in list(self._records.get(served, ())):
                 self._evict(served, index)
         if self.num_bytes > self._max_bytes:
             self._evict(ticket_id, sample_index)
 
-    def get(self, ticket_id: int, sample_index: int) -> Trajectory | None:
-        """The arrays, if they are here."""
-        return self._arrays.get(ticket_id, {}).get(sample_index)
+    def get(self, ticket_id: int, sample_index: int) -> Record | None:
+        """The record, if it is here."""
+        return self._records.get(ticket_id, {}).get(sample_index)
 
     def served(self, ticket_id: int) -> None:
         """The group was handed out: it is the next to go."""
-        if ticket_id in self._arrays:
+        if ticket_id in self._records:
             self._served[ticket_id] = None
 
     def remove(self, ticket_id: int) -> None:
-        """Nobody needs the ticket's arrays any more."""
+        """Nobody needs the ticket's records any more."""
         self._served.pop(ticket_id, None)
-        for index in list(self._arrays.get(ticket_id, ())):
+        for index in list(self._records.get(ticket_id, ())):
             self._pinned.discard((ticket_id, index))
             self._evict(ticket_id, index)
 
     def _evict(self, ticket_id: int, sample_index: int) -> None:
-        arrays = self._arrays.get(ticket_id, {})
-        if sample_index not in arrays or (ticket_id, sample_index) in self._pinned:
+        records = self._records.get(ticket_id, {})
+        if sample_index not in records or (ticket_id, sample_index) in self._pinned:
             return
-        self.num_bytes -= num_array_bytes(arrays.pop(sample_index))
-        if not arrays:
-            del self._arrays[ticket_id]
+        self.num_bytes -= len(records.pop(sample_index).data)
+        if not records:
+            del self._records[ticket_id]

@@ -89,8 +89,8 @@ class BufferDaemon:
         self._fetches: dict[tuple[bytes, int, int], int] = {}
         self._evals: dict[tuple[bytes, int], tuple[int, consumer.RequestEval]] = {}
         self._num_eval_prompts = 0
-        self._acks: dict[bytes, list[producer.SampleAck]] = {}
-        """Of samples that came since the last turn, by route."""
+        self._acks: dict[bytes, dict[tuple[int, str], list[int]]] = {}
+        """Sample indices that came since the last turn, by route, then by lease and refusal."""
         self._num_recorded_seen = 0
         self._rejection_seen = ""
         self._received_bytes = 0
@@ -105,8 +105,8 @@ class BufferDaemon:
         self._handlers: dict[Role, dict[type, Callable[[Peer, Envelope], Any]]] = {
             Role.ROLLOUT: {
                 producer.ServerHeartbeat: self._server_beats,
-                producer.SampleDone: self._sample,
-                producer.SampleFailed: self._sample,
+                producer.Samples: self._samples,
+                producer.SampleFailed: self._sample_failed,
                 producer.ReturnLeases: self._leases_return,
                 Goodbye: self._server_leaves,
             },
@@ -318,21 +318,23 @@ class BufferDaemon:
         peer.state, peer.stats = beat.state.value, beat.stats
         return self._heartbeat_ack()
 
-    def _sample(self, peer: Peer, envelope: Envelope) -> None:
-        message: producer.SampleDone | producer.SampleFailed = envelope.message
-        if isinstance(message, producer.SampleDone):
-            verdict = self.ledger.sample_done(peer.hello.name, message)
-        else:
-            verdict = self.ledger.sample_failed(peer.hello.name, message)
-            log.warning(
-                "%s could not make sample %d of ticket %d: %s", peer.hello.name, message.sample_index, message.ticket_id, message.error
-            )
-        ack = producer.SampleAck(
-            lease_id=message.lease_id, ticket_id=message.ticket_id, sample_index=message.sample_index, refused=verdict.refusal
-        )
-        if verdict in (Verdict.UNKNOWN_VERSION, Verdict.INVALID):
-            log.warning("sample %d of ticket %d by %s refused: %s", ack.sample_index, ack.ticket_id, peer.hello.name, verdict.value)
-        self._acks.setdefault(peer.route, []).append(ack)
+    def _samples(self, peer: Peer, envelope: Envelope) -> None:
+        samples: list[producer.SampleDone] = envelope.message.samples
+        for sample, verdict in zip(samples, self.ledger.samples_done(peer.hello.name, samples), strict=True):
+            if verdict in (Verdict.UNKNOWN_VERSION, Verdict.INVALID):
+                log.warning(
+                    "sample %d of ticket %d by %s refused: %s", sample.sample_index, sample.ticket_id, peer.hello.name, verdict.value
+                )
+            self._acknowledge(peer, sample, verdict)
+
+    def _sample_failed(self, peer: Peer, envelope: Envelope) -> None:
+        failed: producer.SampleFailed = envelope.message
+        log.warning("%s could not make sample %d of ticket %d: %s", peer.hello.name, failed.sample_index, failed.ticket_id, failed.error)
+        self._acknowledge(peer, failed, self.ledger.sample_failed(peer.hello.name, failed))
+
+    def _acknowledge(self, peer: Peer, answer: producer.SampleDone | producer.SampleFailed, verdict: Verdict) -> None:
+        acks = self._acks.setdefault(peer.route, {})
+        acks.setdefault((answer.lease_id, verdict.refusal), []).append(answer.sample_index)
 
     def _leases_return(self, peer: Peer, envelope: Envelope) -> None:
         message: producer.ReturnLeases = envelope.message
@@ -471,15 +473,19 @@ class BufferDaemon:
             if self.ledger.last_rejection != self._rejection_seen:
                 self._rejection_seen = self.ledger.last_rejection
                 log.warning("group rejected: %s", self._rejection_seen)
-            self._acknowledge()
+            self._send_acks()
             self._send_leases()
             self._send_aborts()
             self._answer_fetches()
             self._answer_evals()
             self._send_directory()
 
-    def _acknowledge(self) -> None:
-        for route, acks in self._acks.items():
+    def _send_acks(self) -> None:
+        for route, by_lease in self._acks.items():
+            acks = [
+                producer.SampleAck(lease_id=lease_id, sample_indices=indices, refused=refused)
+                for (lease_id, refused), indices in by_lease.items()
+            ]
             self._send_when_durable(route, producer.SampleAcks(acks=acks), rid=0)
         self._acks = {}
 

@@ -25,11 +25,10 @@ from typing import Self
 from areal_like.config import Config
 from areal_like.errors import StoreCorruptError, UserError
 from areal_like.paths import RunPaths
-from areal_like.records import Place, read_record, segment_path
+from areal_like.records import Place, Record, read_record, segment_path
 from areal_like.shards import WHOLE, Shard
-from areal_like.trajectory import Trajectory
 from buffer import schema
-from buffer.cache import ArrayCache
+from buffer.cache import RecordCache
 from buffer.rows import Changes, RowRecorder
 from buffer.segments import SegmentWriter, sync_directory, unnamed_tail
 from buffer.store import MemoryStore, Recovered, Store
@@ -94,7 +93,7 @@ class DurableStore(RowRecorder):
         except (UserError, StoreCorruptError):
             os.close(self._lock)
             raise
-        self._cache = ArrayCache(max_bytes=settings.cache_bytes)
+        self._cache = RecordCache(max_bytes=settings.cache_bytes)
         self._places: dict[int, dict[int, Place]] = {}
         """Of durable samples that may still be asked for."""
         self._num_needed: Counter[int] = Counter()
@@ -143,20 +142,20 @@ class DurableStore(RowRecorder):
         )
         return recovered
 
-    def put_sample(self, ticket: Ticket, sample_index: int, sample: Sample, trajectory: Trajectory) -> None:
+    def put_sample(self, sample: Sample, record: Record) -> None:
         """See Store."""
-        self._cache.add(ticket.ticket_id, sample_index, trajectory)
-        super().put_sample(ticket, sample_index, sample, trajectory)
+        self._cache.add(record)
+        super().put_sample(sample, record)
 
-    def group(self, ticket: Ticket) -> list[Trajectory]:
+    def group(self, ticket: Ticket) -> list[Record]:
         """See Store."""
         group = []
         for index in range(ticket.num_samples):
-            trajectory = self._cache.get(ticket.ticket_id, index)
-            if trajectory is None:
+            record = self._cache.get(ticket.ticket_id, index)
+            if record is None:
                 place = self._places[ticket.ticket_id][index]
-                trajectory = read_record(self._directory, place, ticket_id=ticket.ticket_id, sample_index=index)
-            group.append(trajectory)
+                record = read_record(self._directory, place, ticket_id=ticket.ticket_id, sample_index=index)
+            group.append(record)
         self._cache.served(ticket.ticket_id)
         return group
 
@@ -171,7 +170,7 @@ class DurableStore(RowRecorder):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of arrays in memory: those that are not durable yet, and `buffer.cache_bytes` at most of others."""
+        """Bytes of records in memory: those that are not durable yet, and `buffer.cache_bytes` at most of others."""
         return self._cache.num_bytes
 
     @property
@@ -204,10 +203,10 @@ class DurableStore(RowRecorder):
     def _done(self, batch: Batch, places: list[Place]) -> None:
         """In the loop: a batch is durable."""
         self._in_flight = None
-        for write, place in zip(batch.changes.samples, places, strict=True):
-            self._places.setdefault(write.ticket_id, {})[write.sample_index] = place
+        for (_, record), place in zip(batch.changes.samples, places, strict=True):
+            self._places.setdefault(record.ticket_id, {})[record.sample_index] = place
             self._num_needed[place.segment] += 1
-            self._cache.unpin(write.ticket_id, write.sample_index)
+            self._cache.unpin(record.ticket_id, record.sample_index)
         for ticket_id in batch.changes.released:
             self._cache.remove(ticket_id)
             for place in self._places.pop(ticket_id, {}).values():

@@ -42,7 +42,8 @@ from typing import Any
 from areal_like.errors import RefusedError, StaleIncarnationError
 from areal_like.messages.consumer import EvalResult, Group
 from areal_like.messages.producer import Lease, Purpose, SampleDone, SampleFailed, ServerHeartbeat
-from areal_like.trajectory import FinishReason, Trajectory
+from areal_like.records import Record
+from areal_like.trajectory import FinishReason
 from buffer.admission import Admission
 from buffer.bounds import LagBound
 from buffer.curricula import Curriculum
@@ -173,14 +174,14 @@ class Ledger:
         ticket = self.steps.recorded.get(step, {}).get(shard.local(position))
         if ticket is None:
             return None
-        trajectories = self.store.group(ticket)
+        records = self.store.group(ticket)
         self.steps.served(step, shard.local(position))
         return Group(
             step=step,
             position=position,
             ticket_id=ticket.ticket_id,
             prompt_index=ticket.prompt_index,
-            trajectories=trajectories,
+            records=records,
             version_steps=[ticket.samples[index].oldest_step for index in range(ticket.num_samples)],
         )
 
@@ -350,33 +351,11 @@ class Ledger:
             self.register.check()
         return granted
 
-    def sample_done(self, name: str, message: SampleDone) -> Verdict:
-        """A server delivers a sample. Acknowledge it from `store.when_durable`."""
-        trajectory, index = message.trajectory, message.sample_index
-        verdict, ticket = self._judge(name, lease_id=message.lease_id, ticket_id=message.ticket_id, sample_index=index)
-        sample = None
-        if ticket is not None:
-            is_other_kind = ticket.purpose is Purpose.TRAIN and trajectory.is_greedy is not ticket.is_greedy(index)
-            is_too_long = len(trajectory.tokens) > self.settings.max_tokens
-            if trajectory.finish_reason is FinishReason.ABORT or trajectory.num_sampled == 0 or is_other_kind or is_too_long:
-                verdict = Verdict.INVALID
-            elif isinstance(summary := self.versions.summarise(message.lease_id, trajectory), Sample):
-                sample = summary
-            else:
-                verdict = summary
-        self.statistics.offered(verdict, num_sampled=trajectory.num_sampled)
-        if ticket is None:
-            pass
-        elif sample is not None:
-            self._num_failures_in_row = 0
-            self._accept(ticket, index, sample, trajectory)
-        elif verdict is Verdict.ABANDONED:
-            self._settle_sample(ticket, message.lease_id, index, arrived=False)
-            self._requeue(ticket, [index])
-        else:
-            self._fail(ticket, message.lease_id, index, error=f"{name} sent a sample that cannot be used ({verdict.value})")
+    def samples_done(self, name: str, samples: Sequence[SampleDone]) -> list[Verdict]:
+        """A server delivers samples. Acknowledge them from `store.when_durable`."""
+        verdicts = [self._sample_done(name, sample) for sample in samples]
         self._settle()
-        return verdict
+        return verdicts
 
     def sample_failed(self, name: str, message: SampleFailed) -> Verdict:
         """A server could not make a sample: tried again, there or elsewhere, until its ticket drops."""
@@ -462,14 +441,39 @@ class Ledger:
             return Verdict.SUPERSEDED, None
         return Verdict.ACCEPTED, ticket
 
-    def _accept(self, ticket: Ticket, sample_index: int, sample: Sample, trajectory: Trajectory) -> None:
+    def _sample_done(self, name: str, done: SampleDone) -> Verdict:
+        lease_id, record, index = done.lease_id, done.record, done.record.sample_index
+        verdict, ticket = self._judge(name, lease_id=lease_id, ticket_id=record.ticket_id, sample_index=index)
+        num_sampled = record.num_sampled
+        if ticket is not None:
+            is_other_kind = ticket.purpose is Purpose.TRAIN and record.is_greedy is not ticket.is_greedy(index)
+            is_too_long = record.num_tokens > self.settings.max_tokens
+            if record.finish_reason is FinishReason.ABORT or num_sampled == 0 or is_other_kind or is_too_long:
+                verdict = Verdict.INVALID
+            elif isinstance(summary := self.versions.summarise(lease_id, record), Sample):
+                self._num_failures_in_row = 0
+                self._accept(ticket, summary, record)
+            else:
+                verdict = summary
+        self.statistics.offered(verdict, num_sampled=num_sampled)
+        if ticket is None or verdict is Verdict.ACCEPTED:
+            pass
+        elif verdict is Verdict.ABANDONED:
+            self._settle_sample(ticket, lease_id, index, arrived=False)
+            self._requeue(ticket, [index])
+        else:
+            self._fail(ticket, lease_id, index, error=f"{name} sent a sample that cannot be used ({verdict.value})")
+        return verdict
+
+    def _accept(self, ticket: Ticket, sample: Sample, record: Record) -> None:
+        sample_index = record.sample_index
         self._settle_sample(ticket, sample.lease_id, sample_index, arrived=True)
         ticket.samples[sample_index] = sample
         if ticket.purpose is Purpose.EVAL:
             self._evals[ticket.eval_id].add(sample)
             self.register.move(ticket, State.EVALUATED)
             return
-        self.store.put_sample(ticket, sample_index, sample, trajectory)
+        self.store.put_sample(sample, record)
         if len(ticket.samples) == ticket.num_samples:
             self._complete(ticket)
         else:

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from areal_like.records import encode_record
-from areal_like.trajectory import Trajectory
+from areal_like.records import Record
 from buffer.prompts import Prompt
 from buffer.store import Recovered, RollbackRow, VersionRow
 from buffer.tickets import LeaseRecord, Sample, State, Ticket
@@ -19,25 +18,13 @@ from buffer.tickets import LeaseRecord, Sample, State, Ticket
 Row = tuple[Any, ...]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SampleWrite:
-    """An accepted sample: its row, and the record to put where that row will point.
-
-    The record is made in the event loop. In the writer's thread each checksum would give the interpreter away, and wait to get it back.
-    """
-
-    ticket_id: int
-    sample_index: int
-    sample: Sample
-    record: bytes
-
-
 @dataclass(kw_only=True, slots=True)
 class Changes:
     """Rows by key; None: the row goes."""
 
     tickets: dict[int, Row] = field(default_factory=dict)
-    samples: list[SampleWrite] = field(default_factory=list)
+    samples: list[tuple[Sample, Record]] = field(default_factory=list)
+    """Accepted samples: the row is made of both when it is known where the record is."""
     failures: dict[tuple[int, int], int] = field(default_factory=dict)
     leases: dict[int, Row | None] = field(default_factory=dict)
     versions: list[VersionRow] = field(default_factory=list)
@@ -90,10 +77,9 @@ class RowRecorder:
             self.changes.released.append(ticket.ticket_id)
         self._changed()
 
-    def put_sample(self, ticket: Ticket, sample_index: int, sample: Sample, trajectory: Trajectory) -> None:
+    def put_sample(self, sample: Sample, record: Record) -> None:
         """See Store."""
-        record = encode_record(ticket.ticket_id, sample_index, trajectory)
-        self.changes.samples.append(SampleWrite(ticket_id=ticket.ticket_id, sample_index=sample_index, sample=sample, record=record))
+        self.changes.samples.append((sample, record))
         self._changed()
 
     def put_failure(self, ticket: Ticket, sample_index: int) -> None:

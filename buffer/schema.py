@@ -198,21 +198,21 @@ def _chunks(rows: Sequence[_T]) -> Iterator[Sequence[_T]]:
 def _sample_rows(changes: Changes, places: Iterable[Place]) -> list[tuple[int | float, ...]]:
     return [
         (
-            write.ticket_id,
-            write.sample_index,
-            write.sample.lease_id,
-            write.sample.oldest_step,
-            write.sample.sum_token_steps,
-            write.sample.oldest_version,
-            write.sample.newest_version,
-            write.sample.num_sampled,
-            write.sample.reward,
+            record.ticket_id,
+            record.sample_index,
+            sample.lease_id,
+            sample.oldest_step,
+            sample.sum_token_steps,
+            sample.oldest_version,
+            sample.newest_version,
+            sample.num_sampled,
+            sample.reward,
             place.segment,
             place.offset,
             place.num_bytes,
             place.crc32,
         )
-        for write, place in zip(changes.samples, places, strict=True)
+        for (sample, record), place in zip(changes.samples, places, strict=True)
     ]
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from areal_like.messages.producer import Purpose
-from areal_like.trajectory import Trajectory
+from areal_like.records import Record
 from buffer.prompts import Prompt
 from buffer.tickets import Drop, LeaseRecord, Sample, State, Ticket
 
@@ -95,8 +95,8 @@ class Store(Protocol):
     def put_ticket(self, ticket: Ticket) -> None:
         """The ticket was issued or changed its state, reason, bound, step or position. Ended other than TRAINED, it releases its arrays."""
 
-    def put_sample(self, ticket: Ticket, sample_index: int, sample: Sample, trajectory: Trajectory) -> None:
-        """A sample was accepted. It is not outstanding in its lease any more; the lease need not be written for that."""
+    def put_sample(self, sample: Sample, record: Record) -> None:
+        """A sample was accepted: the one that the record says. Its lease need not be written for it."""
 
     def put_failure(self, ticket: Ticket, sample_index: int) -> None:
         """A sample failed; `ticket.num_failures` says how often by now."""
@@ -131,8 +131,8 @@ class Store(Protocol):
     def release(self, ticket: Ticket) -> None:
         """Nobody will ask for this trained ticket's arrays any more."""
 
-    def group(self, ticket: Ticket) -> list[Trajectory]:
-        """All trajectories of a complete ticket, in sample order. Raises StoreCorruptError when they are not what was written."""
+    def group(self, ticket: Ticket) -> list[Record]:
+        """All records of a complete ticket, in sample order. Raises StoreCorruptError when they are not what was written."""
 
     def when_durable(self, then: Callable[[], None]) -> None:
         """Calls `then` in the event loop once everything written so far survives what the store promises to survive. Calls keep order."""
@@ -156,21 +156,21 @@ class Store(Protocol):
 
 
 class MemoryStore:
-    """Survives nothing, acknowledges at once, keeps arrays only. Its size is bounded by the tickets in flight, however long the run."""
+    """Survives nothing, acknowledges at once, keeps records only. Its size is bounded by the tickets in flight, however long the run."""
 
     def __init__(self) -> None:
-        self._arrays: dict[int, dict[int, Trajectory]] = {}
+        self._records: dict[int, dict[int, Record]] = {}
         self._num_bytes = 0
 
     def put_ticket(self, ticket: Ticket) -> None:
-        """Releases the arrays of a ticket that ended untrained."""
+        """Releases the records of a ticket that ended untrained."""
         if ticket.state.is_terminal and ticket.state is not State.TRAINED:
             self.release(ticket)
 
-    def put_sample(self, ticket: Ticket, sample_index: int, sample: Sample, trajectory: Trajectory) -> None:
-        """Keeps the arrays."""
-        self._arrays.setdefault(ticket.ticket_id, {})[sample_index] = trajectory
-        self._num_bytes += num_array_bytes(trajectory)
+    def put_sample(self, sample: Sample, record: Record) -> None:
+        """Keeps the record."""
+        self._records.setdefault(record.ticket_id, {})[record.sample_index] = record
+        self._num_bytes += len(record.data)
 
     def put_failure(self, ticket: Ticket, sample_index: int) -> None:
         """Not kept."""
@@ -203,14 +203,14 @@ class MemoryStore:
         """Not kept."""
 
     def release(self, ticket: Ticket) -> None:
-        """Forgets the arrays."""
-        for trajectory in self._arrays.pop(ticket.ticket_id, {}).values():
-            self._num_bytes -= num_array_bytes(trajectory)
+        """Forgets the records."""
+        for record in self._records.pop(ticket.ticket_id, {}).values():
+            self._num_bytes -= len(record.data)
 
-    def group(self, ticket: Ticket) -> list[Trajectory]:
-        """All trajectories of a complete ticket, in sample order."""
-        arrays = self._arrays[ticket.ticket_id]
-        return [arrays[index] for index in range(ticket.num_samples)]
+    def group(self, ticket: Ticket) -> list[Record]:
+        """All records of a complete ticket, in sample order."""
+        records = self._records[ticket.ticket_id]
+        return [records[index] for index in range(ticket.num_samples)]
 
     def when_durable(self, then: Callable[[], None]) -> None:
         """At once: there is nothing to wait for."""
@@ -222,7 +222,7 @@ class MemoryStore:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of arrays held."""
+        """Bytes of records held."""
         return self._num_bytes
 
     @property
@@ -232,8 +232,3 @@ class MemoryStore:
 
     def close(self) -> None:
         """There is nothing to let go of."""
-
-
-def num_array_bytes(trajectory: Trajectory) -> int:
-    """Memory that a trajectory's arrays take."""
-    return trajectory.tokens.nbytes + trajectory.loss_mask.nbytes + trajectory.logprobs.nbytes + trajectory.versions.nbytes

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import numpy as np
-
-from areal_like.trajectory import Trajectory
+from areal_like.records import Record
+from areal_like.trajectory import NOT_SAMPLED
 from buffer.store import RollbackRow, Store, VersionRow
 from buffer.tickets import Sample, Verdict
 
@@ -79,14 +78,12 @@ class VersionBook:
         """(step, trainer incarnation) of a version that was given out: equal for versions that are a push and its repetition."""
         return self._weights[version]
 
-    def summarise(self, lease_id: int, trajectory: Trajectory) -> Sample | Verdict:
-        """What the ledger keeps of a trajectory with at least one sampled token; a verdict if its versions forbid to keep any."""
-        oldest, newest = trajectory.oldest_version, trajectory.newest_version
-        if oldest == newest:  # most of them, and sorting a thousand versions is what would cost here
-            counts = {oldest: trajectory.num_sampled}
-        else:
-            versions, lengths = np.unique(trajectory.versions[trajectory.versions >= 0], return_counts=True)
-            counts = dict(zip(versions.tolist(), lengths.tolist(), strict=True))
+    def summarise(self, lease_id: int, record: Record) -> Sample | Verdict:
+        """What the ledger keeps of a record with at least one sampled token; a verdict if its versions forbid to keep any."""
+        counts: dict[int, int] = {}
+        for version, length in record.runs:
+            if version != NOT_SAMPLED:
+                counts[version] = counts.get(version, 0) + length
         steps = {version: self._weights[version][0] for version in counts if version in self._weights}
         if len(steps) < len(counts):
             return Verdict.UNKNOWN_VERSION
@@ -96,10 +93,10 @@ class VersionBook:
             lease_id=lease_id,
             oldest_step=min(steps.values()),
             sum_token_steps=sum(steps[version] * count for version, count in counts.items()),
-            oldest_version=oldest,
-            newest_version=newest,
+            oldest_version=min(counts),
+            newest_version=max(counts),
             num_sampled=sum(counts.values()),
-            reward=trajectory.reward,
+            reward=record.reward,
         )
 
     def _put(self, row: VersionRow) -> None:

@@ -109,7 +109,7 @@ class Writer:
 
     def _write_when_there_is_space(self, batch: Batch) -> list[Place] | None:
         """Where the records are; None: closed before there was space."""
-        records = [write.record for write in batch.changes.samples]
+        records = [record.data for _, record in batch.changes.samples]
         while True:
             try:
                 places = self._write(batch, records)

@@ -73,10 +73,11 @@ class LeaseDesk:
         return True
 
     def acknowledge(self, ack: SampleAck) -> None:
-        """The buffer has it (or refused it for good)."""
+        """The buffer has them (or refused them for good)."""
         held = self._held.get(ack.lease_id)
         if held is not None:
-            held.unacknowledged.pop(ack.sample_index, None)
+            for sample_index in ack.sample_indices:
+                held.unacknowledged.pop(sample_index, None)
             if not held.missing and not held.unacknowledged:
                 del self._held[ack.lease_id]
 

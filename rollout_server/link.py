@@ -29,6 +29,9 @@ from areal_like.messages.producer import (
     Leases,
     ReturnLeases,
     SampleAcks,
+    SampleDone,
+    SampleFailed,
+    Samples,
     ServerHeartbeat,
     ServerState,
 )
@@ -70,6 +73,8 @@ class BufferLink:
         self._link = Link(address, handler=self._on_message, max_message_bytes=config.buffer.max_message_bytes)
         self._loop = asyncio.get_running_loop()
         self._beat_now = asyncio.Event()
+        self._outbox: list[Answer] = []
+        """Finished in this turn of the loop."""
         self._registered = False
         self._is_stuck = False
         self._fatal: ArealError | None = None
@@ -101,8 +106,8 @@ class BufferLink:
                 await self._register()
             self._beat()
             # One that cannot write has what was sent, and would keep an answer for each time that it hears it again.
-            for answer in () if self._is_stuck else self._desk.to_resend(now_s=self._loop.time(), older_than_s=_RESEND_AFTER_S):
-                self._link.send(answer)
+            if not self._is_stuck:
+                self._resend(older_than_s=_RESEND_AFTER_S)
             try:
                 async with asyncio.timeout(self._config.daemon.heartbeat_s):
                     await self._beat_now.wait()
@@ -119,14 +124,17 @@ class BufferLink:
         self._beat_now.set()
 
     def deliver(self, answer: Answer) -> None:
-        """Sends a finished or failed sample, and again until it is acknowledged."""
+        """Sends a finished or failed sample, with what else is finished in this turn of the loop, and again until it is acknowledged."""
         if self._desk.finish(answer, now_s=self._loop.time()):
-            self._link.send(answer)
+            if not self._outbox:
+                self._loop.call_soon(self._flush)
+            self._outbox.append(answer)
 
     def give_back(self, *, reason: str) -> list[int]:
         """Returns every lease with an unfinished sample to the buffer; says which."""
         leases = self._desk.drop_unfinished()
         if leases:
+            self._flush()  # what is finished still counts
             self._link.send(ReturnLeases(leases=leases, reason=reason))
         return leases
 
@@ -162,10 +170,23 @@ class BufferLink:
         log.info("registered at %s: job %s, step %d", self._link.address, welcome.job, welcome.step)
         self._registered = True
         self.newest_version = max(self.newest_version, welcome.newest_version)
-        for answer in self._desk.to_resend(now_s=self._loop.time(), older_than_s=0):
-            self._link.send(answer)
+        self._resend(older_than_s=0)
+
+    def _resend(self, *, older_than_s: float) -> None:
+        """What may have been lost."""
+        self._outbox += self._desk.to_resend(now_s=self._loop.time(), older_than_s=older_than_s)
+        self._flush()
+
+    def _flush(self) -> None:
+        answers, self._outbox = self._outbox, []
+        for batch in Samples.batches(answer for answer in answers if isinstance(answer, SampleDone)):
+            self._link.send(batch)
+        for answer in answers:
+            if isinstance(answer, SampleFailed):
+                self._link.send(answer)
 
     def _beat(self) -> None:
+        self._flush()  # credit counts what is sent
         self._link.send(
             ServerHeartbeat(
                 state=self.state,
@@ -183,7 +204,7 @@ class BufferLink:
                 for ack in message.acks:
                     self._desk.acknowledge(ack)
                     if ack.refused:
-                        self.num_refused[ack.refused] = self.num_refused.get(ack.refused, 0) + 1
+                        self.num_refused[ack.refused] = self.num_refused.get(ack.refused, 0) + len(ack.sample_indices)
             case Leases():
                 self._take(message.leases)
             case AbortLeases():

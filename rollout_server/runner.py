@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from areal_like.config import Config
 from areal_like.errors import EngineError, RewardError
 from areal_like.messages.producer import Lease, Purpose, SampleDone, SampleFailed
+from areal_like.records import Record
 from areal_like.trajectory import Trajectory
 from rollout_server.engine_client import EngineClient, Sampling
 from rollout_server.episodes import Episode, Speaker, Tokenizer, Transcript, Turnstile
@@ -153,7 +154,7 @@ class LeaseRunner:
         try:
             if isinstance(prompt, str):
                 raise RewardError(prompt)
-            trajectory = await self._trajectory(lease, sample_index, *prompt)
+            record = Record.of(lease.ticket_id, sample_index, await self._trajectory(lease, sample_index, *prompt))
         except EngineError as error:
             engine = self.engine
             await asyncio.sleep(_ENGINE_GRACE_S)
@@ -164,9 +165,7 @@ class LeaseRunner:
             self._fail(lease, sample_index, str(error))
         else:
             self.num_done += 1
-            self._on_answer(
-                SampleDone(lease_id=lease.lease_id, ticket_id=lease.ticket_id, sample_index=sample_index, trajectory=trajectory)
-            )
+            self._on_answer(SampleDone(lease_id=lease.lease_id, record=record))
 
     async def _trajectory(self, lease: Lease, sample_index: int, example: Example, prompt_P: NDArray[np.int32]) -> Trajectory:
         if self.engine is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ from areal_like.config import Config, from_mapping
 from areal_like.fingerprint import dataset_fingerprint
 from areal_like.messages.consumer import CompleteStep, Directory, Fetch, Group, StartTraining
 from areal_like.messages.hello import Hello, Role
-from areal_like.messages.producer import SampleAcks
+from areal_like.messages.producer import SampleAck, SampleAcks
 from areal_like.paths import RunPaths
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -174,13 +175,18 @@ def trainer_hello(config: Config, **changes: Any) -> Hello:
     return Hello(**(fields | changes))
 
 
+def one_by_one(acks: SampleAcks) -> list[SampleAck]:
+    """Each sample's own."""
+    return [dataclasses.replace(ack, sample_indices=[index]) for ack in acks.acks for index in ack.sample_indices]
+
+
 @asynccontextmanager
 async def connected(buffer: BufferProcess, hello: Hello | None = None, *, inbox: list[Any] | None = None) -> AsyncIterator[Link]:
     """A link; `hello` is said first, and what was not an answer is put into `inbox` (acknowledgements one by one)."""
 
     def take(message: Any) -> None:
         if inbox is not None:
-            inbox.extend(message.acks if isinstance(message, SampleAcks) else [message])
+            inbox.extend(one_by_one(message) if isinstance(message, SampleAcks) else [message])
 
     link = Link(buffer.address, handler=take)
     try:

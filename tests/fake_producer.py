@@ -13,7 +13,7 @@ from typing import Any
 from areal_like.channel import Link
 from areal_like.errors import ArealError
 from areal_like.messages.hello import Hello, HelloRequired, JobFailed, Role
-from areal_like.messages.producer import AbortLeases, HeartbeatAck, Lease, Leases, SampleAcks, ServerHeartbeat, ServerState
+from areal_like.messages.producer import AbortLeases, HeartbeatAck, Lease, Leases, SampleAcks, Samples, ServerHeartbeat, ServerState
 from areal_like.process import die_with_parent
 from tests.ledger_plant import done
 
@@ -90,7 +90,7 @@ class FakeProducer:
             case SampleAcks():
                 for ack in message.acks:
                     held = self._leases.get(ack.lease_id, set())
-                    held.discard(ack.sample_index)
+                    held.difference_update(ack.sample_indices)
                     if not held:
                         self._leases.pop(ack.lease_id, None)
             case JobFailed() | HelloRequired():
@@ -101,7 +101,7 @@ class FakeProducer:
         await asyncio.sleep(self._sample_s * (1 + (lease.ticket_id + index) % 4))
         if lease.lease_id in self._leases:
             self._num_tokens += 2
-            self._link.send(done(lease, index, [first, self._version], reward=float(lease.prompt_index)))
+            self._link.send(Samples(samples=[done(lease, index, [first, self._version], reward=float(lease.prompt_index))]))
 
 
 async def main() -> None:

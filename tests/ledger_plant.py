@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from areal_like.messages.producer import Lease, Purpose, SampleDone, SampleFailed, ServerHeartbeat, ServerState
+from areal_like.records import Record
 from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
 from buffer.ledger import Ledger
 from buffer.recovery import recover
 from buffer.settings import LedgerSettings
 from buffer.store import MemoryStore, Store
+from buffer.tickets import Verdict
 
 
 def trajectory(
@@ -70,7 +72,13 @@ def add_server(ledger: Ledger, name: str, *, capacity: int, version: int = 0, no
 def done(lease: Lease, index: int, versions: list[int], *, reward: float = 0.0) -> SampleDone:
     """A finished sample of a lease."""
     sample = trajectory(versions, reward=reward, is_greedy=index in lease.greedy_indices)
-    return SampleDone(lease_id=lease.lease_id, ticket_id=lease.ticket_id, sample_index=index, trajectory=sample)
+    return SampleDone(lease_id=lease.lease_id, record=Record.of(lease.ticket_id, index, sample))
+
+
+def deliver(ledger: Ledger, name: str, sample: SampleDone) -> Verdict:
+    """One sample in a message of its own."""
+    (verdict,) = ledger.samples_done(name, [sample])
+    return verdict
 
 
 def failed(lease: Lease, index: int, error: str = "reward hung") -> SampleFailed:
@@ -171,7 +179,7 @@ class Plant:
         else:
             half = num_tokens // 2
             versions = [first_version] * (num_tokens - half) + [server.version] * half
-            self.ledger.sample_done(server.name, done(lease, index, versions, reward=self._rng.random()))
+            deliver(self.ledger, server.name, done(lease, index, versions, reward=self._rng.random()))
         self._decode(server)
 
     def _start_step(self) -> None:

@@ -28,6 +28,7 @@ from areal_like.messages.producer import (
     SampleAcks,
     SampleDone,
     SampleFailed,
+    Samples,
     ServerHeartbeat,
 )
 from areal_like.paths import RunPaths
@@ -37,11 +38,11 @@ ROOT = Path(__file__).parent.parent
 
 def acks_of(answer: SampleDone | SampleFailed) -> SampleAcks:
     """The acknowledgement of one sample."""
-    return SampleAcks(acks=[SampleAck(lease_id=answer.lease_id, ticket_id=answer.ticket_id, sample_index=answer.sample_index)])
+    return SampleAcks(acks=[SampleAck(lease_id=answer.lease_id, sample_indices=[answer.sample_index])])
 
 
 class PlayedBuffer:
-    """Welcomes and acknowledges by itself unless told otherwise; everything received is kept for `expect`."""
+    """Welcomes and acknowledges by itself unless told otherwise; everything received is kept for `expect`, samples one by one."""
 
     def __init__(self) -> None:
         self.received: queue.Queue[Any] = queue.Queue()
@@ -124,9 +125,10 @@ class PlayedBuffer:
                 return
             case Goodbye():
                 self._answer(envelope, Ok())
-            case SampleDone() | SampleFailed() if self.acknowledging:
-                self._listener.send(envelope.peer, acks_of(message))
-        self.received.put(message)
+        for part in message.samples if isinstance(message, Samples) else [message]:
+            if self.acknowledging and isinstance(part, SampleDone | SampleFailed):
+                self._listener.send(envelope.peer, acks_of(part))
+            self.received.put(part)
 
     def _answer(self, envelope: Envelope, answer: Any) -> None:
         self._listener.send(envelope.peer, answer, rid=envelope.rid)

@@ -7,11 +7,10 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Self
 
-from areal_like.records import Place
-from areal_like.trajectory import Trajectory
+from areal_like.records import Place, Record
 from buffer import schema
 from buffer.rows import Changes, RowRecorder
-from buffer.store import Recovered, num_array_bytes
+from buffer.store import Recovered
 from buffer.tickets import Sample, State, Ticket
 
 
@@ -21,15 +20,15 @@ class RowStore(RowRecorder):
     def __init__(self) -> None:
         super().__init__()
         self.connection = sqlite3.connect(":memory:", isolation_level=None)
-        self.arrays: dict[int, dict[int, Trajectory]] = {}
+        self.records: dict[int, dict[int, Record]] = {}
         schema.migrate(self.connection, path=Path(":memory:"))
 
     def copy(self) -> Self:
-        """The rows and arrays as they are now."""
+        """The rows and records as they are now."""
         self._flush()
         other = type(self)()
         self.connection.backup(other.connection)
-        other.arrays = {ticket_id: dict(samples) for ticket_id, samples in self.arrays.items()}
+        other.records = {ticket_id: dict(samples) for ticket_id, samples in self.records.items()}
         return other
 
     def recover(self, *, ignoring: Collection[int] = ()) -> Recovered:
@@ -40,18 +39,18 @@ class RowStore(RowRecorder):
     def put_ticket(self, ticket: Ticket) -> None:
         super().put_ticket(ticket)
         if ticket.state.is_terminal and ticket.state is not State.TRAINED:
-            self.arrays.pop(ticket.ticket_id, None)
+            self.records.pop(ticket.ticket_id, None)
 
-    def put_sample(self, ticket: Ticket, sample_index: int, sample: Sample, trajectory: Trajectory) -> None:
-        super().put_sample(ticket, sample_index, sample, trajectory)
-        self.arrays.setdefault(ticket.ticket_id, {})[sample_index] = trajectory
+    def put_sample(self, sample: Sample, record: Record) -> None:
+        super().put_sample(sample, record)
+        self.records.setdefault(record.ticket_id, {})[record.sample_index] = record
 
     def release(self, ticket: Ticket) -> None:
         super().release(ticket)
-        self.arrays.pop(ticket.ticket_id, None)
+        self.records.pop(ticket.ticket_id, None)
 
-    def group(self, ticket: Ticket) -> list[Trajectory]:
-        return [self.arrays[ticket.ticket_id][index] for index in range(ticket.num_samples)]
+    def group(self, ticket: Ticket) -> list[Record]:
+        return [self.records[ticket.ticket_id][index] for index in range(ticket.num_samples)]
 
     def when_durable(self, then: Callable[[], None]) -> None:
         self._flush()
@@ -59,7 +58,7 @@ class RowStore(RowRecorder):
 
     @property
     def num_bytes(self) -> int:
-        return sum(num_array_bytes(trajectory) for samples in self.arrays.values() for trajectory in samples.values())
+        return sum(len(record.data) for samples in self.records.values() for record in samples.values())
 
     @property
     def health(self) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from areal_like.messages.producer import Purpose
+from areal_like.records import Record
 from areal_like.trajectory import FinishReason, Trajectory
 from buffer.durable_store import DurableStore, StoreSettings
 from buffer.tickets import Sample, State, Ticket
@@ -75,7 +76,7 @@ def put_sample(store: DurableStore, ticket: Ticket, sample_index: int) -> None:
     """Accepts a sample."""
     trajectory = trajectory_of(ticket.ticket_id, sample_index)
     sample = ticket.samples[sample_index] = sample_of(ticket.ticket_id, sample_index, trajectory)
-    store.put_sample(ticket, sample_index, sample, trajectory)
+    store.put_sample(sample, Record.of(ticket.ticket_id, sample_index, trajectory))
 
 
 def move(store: DurableStore, ticket: Ticket, state: State) -> None:

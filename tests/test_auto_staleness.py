@@ -15,7 +15,7 @@ from areal_like.cli import load_config
 from areal_like.errors import ConfigError, RefusedError
 from buffer.settings import LedgerSettings
 from buffer.tickets import Drop
-from tests.ledger_plant import Plant, PlantServer, add_server, beat, done, new_ledger
+from tests.ledger_plant import Plant, PlantServer, add_server, beat, deliver, done, new_ledger
 from trainer.staleness import WINDOW_STEPS, StalenessController
 
 TARGET = 0.7
@@ -144,7 +144,7 @@ def test_a_lower_bound_stops_admission_and_wastes_nothing_that_was_admitted() ->
     assert len(more) == 4, "five groups for steps 0 to 4"
     ledger.set_max_staleness(incarnation=1, max_staleness=0)
     for lease in first + more:
-        ledger.sample_done("a", done(lease, 0, [0]))
+        deliver(ledger, "a", done(lease, 0, [0]))
     for step in range(5):
         assert ledger.grant(now_s=0.0) == {}, "what was admitted fills the next steps"
         group = ledger.fetch(step=step, position=0)

@@ -38,9 +38,11 @@ from areal_like.messages.producer import (
     SampleAck,
     SampleDone,
     SampleFailed,
+    Samples,
     ServerHeartbeat,
     ServerState,
 )
+from areal_like.records import Record
 from tests.buffer_harness import BufferProcess, connected, job, running_buffer, trainer_hello, training
 from tests.fake_producer import hello
 from tests.ledger_plant import trajectory
@@ -143,7 +145,7 @@ def test_a_killed_producer_is_replaced_by_the_other(buffer: BufferProcess) -> No
 def test_garbage_is_counted_and_changes_nothing(buffer: BufferProcess) -> None:
     rng = random.Random(0)
     good = encode(trainer_hello(buffer.config), rid=1)
-    sample = encode(SampleDone(lease_id=1, ticket_id=1, sample_index=0, trajectory=trajectory([0])))
+    sample = encode(Samples(samples=[SampleDone(lease_id=1, record=Record.of(1, 0, trajectory([0])))]))
     broken = [
         [b""],
         [pickle.dumps({"a": 1})],
@@ -233,12 +235,12 @@ def test_a_server_resends_fails_and_leaves(buffer: BufferProcess) -> None:
                 assert abort.leases == [77], "left over from an earlier buffer"
                 ((lease,),) = [message.leases for message in await until(inbox, Leases)]
                 assert len(await until(inbox, HeartbeatAck)) == 1
-                sample = SampleDone(lease_id=lease.lease_id, ticket_id=lease.ticket_id, sample_index=0, trajectory=trajectory([0]))
+                sample = Samples(samples=[SampleDone(lease_id=lease.lease_id, record=Record.of(lease.ticket_id, 0, trajectory([0])))])
                 link.send(sample)
                 link.send(sample)
                 link.send(SampleFailed(lease_id=lease.lease_id, ticket_id=lease.ticket_id, sample_index=1, error="reward hung"))
                 acks = await until(inbox, SampleAck, count=3)
-                assert [(ack.sample_index, ack.refused) for ack in acks] == [(0, ""), (0, ""), (1, "")]
+                assert [(ack.sample_indices, ack.refused) for ack in acks] == [([0], ""), ([0], ""), ([1], "")]
                 (_, again) = await until(inbox, Leases, count=2)
                 assert [entry.sample_indices for entry in again.leases if entry.ticket_id == lease.ticket_id] == [[1]]
                 await link.call(Goodbye(), timeout_s=5)

@@ -15,18 +15,16 @@ from areal_like.errors import RefusedError
 from areal_like.fingerprint import dataset_fingerprint
 from areal_like.messages.consumer import AllocVersion, CloseAdmission, CommitStep, CompleteStep, Fetch, GetBooks, StartTraining
 from areal_like.messages.hello import HelloRequired
-from areal_like.messages.producer import Lease, Leases, SampleAck, SampleDone, ServerHeartbeat, ServerState
+from areal_like.messages.producer import Lease, Leases, SampleAck, Samples, ServerHeartbeat, ServerState
 from tests.buffer_harness import BufferProcess, PlayedTrainer, connected, job, running_buffer, trainer_hello
 from tests.fake_producer import hello
-from tests.ledger_plant import trajectory
+from tests.ledger_plant import done
 
 pytestmark = pytest.mark.timeout(90)
 
 
-def sample(lease: Lease, index: int) -> SampleDone:
-    return SampleDone(
-        lease_id=lease.lease_id, ticket_id=lease.ticket_id, sample_index=index, trajectory=trajectory([0], reward=float(index))
-    )
+def sample(lease: Lease, index: int) -> Samples:
+    return Samples(samples=[done(lease, index, [0], reward=float(index))])
 
 
 def beat(leases: list[Lease], *, free: int) -> ServerHeartbeat:

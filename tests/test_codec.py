@@ -2,6 +2,8 @@
 
 import dataclasses
 import pickle
+import struct
+import zlib
 
 import msgpack
 import numpy as np
@@ -13,7 +15,8 @@ from areal_like.codec import MAX_HEADER_BYTES, WIRE_VERSION, decode, encode
 from areal_like.errors import WireError
 from areal_like.messages.consumer import Books, Group, StartTraining
 from areal_like.messages.hello import Refused
-from areal_like.messages.producer import Lease, Leases, Purpose, SampleDone
+from areal_like.messages.producer import BATCH_BYTES, Lease, Leases, Purpose, SampleDone, Samples
+from areal_like.records import Record
 from areal_like.trajectory import FinishReason, Trajectory
 
 
@@ -31,8 +34,8 @@ def trajectory(num_prompt: int = 3, num_sampled: int = 5, *, version: int = 7) -
     )
 
 
-def sample(**changes: object) -> SampleDone:
-    return dataclasses.replace(SampleDone(lease_id=1, ticket_id=2, sample_index=0, trajectory=trajectory()), **changes)
+def sample(sampled: Trajectory | None = None) -> Samples:
+    return Samples(samples=[SampleDone(lease_id=1, record=Record.of(2, 0, sampled or trajectory()))])
 
 
 def same(left: Trajectory, right: Trajectory) -> bool:
@@ -48,11 +51,13 @@ def same(left: Trajectory, right: Trajectory) -> bool:
 
 @given(num_prompt=st.integers(0, 40), num_sampled=st.integers(1, 40), rid=st.integers(0, 2**40))
 def test_trajectories_come_back_equal(num_prompt: int, num_sampled: int, rid: int) -> None:
-    sent = sample(trajectory=trajectory(num_prompt, num_sampled))
-    received, received_rid = decode(encode(sent, rid=rid))
+    sent = trajectory(num_prompt, num_sampled)
+    received, received_rid = decode(encode(sample(sent), rid=rid))
     assert received_rid == rid
-    assert same(received.trajectory, sent.trajectory)
-    assert not received.trajectory.tokens.flags.writeable
+    (done,) = received.samples
+    assert (done.lease_id, done.ticket_id, done.sample_index) == (1, 2, 0)
+    assert same(done.record.trajectory(), sent) and done.record.num_sampled == num_sampled
+    assert not done.record.trajectory().tokens.flags.writeable
 
 
 def test_nested_lists_enums_unions_and_maps_come_back_equal() -> None:
@@ -64,7 +69,14 @@ def test_nested_lists_enums_unions_and_maps_come_back_equal() -> None:
         Refused(field="model", reason="differs"),
     ):
         assert decode(encode(message)) == (message, 0)
-    group = Group(step=1, position=0, ticket_id=5, prompt_index=9, trajectories=[trajectory(), trajectory(1, 2)], version_steps=[1, 1])
+    group = Group(
+        step=1,
+        position=0,
+        ticket_id=5,
+        prompt_index=9,
+        records=[Record.of(5, 0, trajectory()), Record.of(5, 1, trajectory(1, 2))],
+        version_steps=[1, 1],
+    )
     received, _ = decode(encode(group))
     assert [same(a, b) for a, b in zip(received.trajectories, group.trajectories, strict=True)] == [True, True]
 
@@ -82,8 +94,35 @@ def body(**changes: object) -> list[bytes]:
 
 
 def inner(**changes: object) -> list[bytes]:
-    good = msgpack.unpackb(encode(sample())[0])[3]
-    return body(trajectory=good["trajectory"] | changes)
+    (good,) = msgpack.unpackb(encode(sample())[0])[3]["samples"]
+    return body(samples=[good | changes])
+
+
+def record(at: int = -1, value: object = None, *, tokens: object = None, logprobs: object = None, cut: int = 0) -> list[bytes]:
+    """A good sample's frames, but its record says or holds something else, under a checksum that is right."""
+    good = trajectory()
+    data = Record.of(2, 0, good).data
+    meta_bytes = struct.unpack_from("<I", data, 24)[0]
+    meta = msgpack.unpackb(data[32 : 32 + meta_bytes])
+    if at >= 0:
+        meta[at] = value
+    packed = msgpack.packb(meta)
+    arrays = [
+        np.asarray(tokens if tokens is not None else good.tokens, "<i4"),
+        np.asarray(good.logprobs if logprobs is None else logprobs, "<f4"),
+    ]
+    parts = [packed, bytes(-len(packed) % 8)] + [part for array in arrays for part in (array.tobytes(), bytes(-array.nbytes % 8))]
+    joined = b"".join(parts)
+    identity = struct.pack("<IQII", 0, 2, len(packed), 0)
+    checked = struct.pack("<4sII", b"ATR1", 32 + len(joined), zlib.crc32(identity + joined)) + identity + joined
+    checked = checked[: len(checked) - cut]
+    header = msgpack.packb([WIRE_VERSION, "Samples", 0, {"samples": [{"lease_id": 1, "record": [0, len(checked)]}]}])
+    return [header, checked]
+
+
+def test_records_that_are_well_made_by_hand_are_taken() -> None:
+    received, _ = decode(record())
+    assert same(received.samples[0].record.trajectory(), trajectory())
 
 
 @pytest.mark.parametrize(
@@ -106,21 +145,46 @@ def inner(**changes: object) -> list[bytes]:
         header(tag=3),
         header(rid="x"),
         header(body=None),
-        body(lease_id="1"),
-        body(lease_id=1 << 63),
-        body(lease_id=1.5),
         body(extra=1),
-        body(trajectory=None),
-        inner(tokens=[0, 1 << 40]),
-        inner(tokens=[-8, 2]),
-        inner(tokens=[4, 2]),
-        inner(tokens=[0, -1]),
-        inner(tokens=[0, 3]),
-        inner(tokens="x"),
-        inner(finish_reason="because"),
-        inner(reward=float("nan")),
-        inner(reward_components={"a": "b"}),
-        inner(generation_s=float("inf")),
+        body(samples=None),
+        inner(lease_id="1"),
+        inner(lease_id=1 << 63),
+        inner(lease_id=1.5),
+        inner(record=None),
+        inner(record=[0, 1 << 40]),
+        inner(record=[-8, 2]),
+        inner(record=[4, 2]),
+        inner(record=[0, -1]),
+        inner(record=[0, 3]),
+        inner(record=[0, 40]),
+        inner(record="x"),
+        record(0, 7),
+        record(0, 0),
+        record(0, 8.0),
+        record(1, [[-1, 3], [7, 4]]),
+        record(1, [[-1, 8], [7, 0]]),
+        record(1, [[-2, 3], [7, 5]]),
+        record(1, [[-1, 3], [1 << 31, 5]]),
+        record(1, [[-1, 3], [7.0, 5]]),
+        record(1, [[-1, 3], [7]]),
+        record(1, 8),
+        record(2, float("nan")),
+        record(2, "0.25"),
+        record(3, {"a": "b"}),
+        record(3, {"a": float("inf")}),
+        record(3, {1: 0.5}),
+        record(4, "because"),
+        record(4, ["stop"]),
+        record(5, float("inf")),
+        record(7, 1),
+        record(tokens=[0, 1, 2, 3, -4, 5, 6, 7]),
+        record(tokens=[0, 1, 2]),
+        record(logprobs=[0, 0, 0, -1, -1, -1, -1, float("nan")]),
+        record(logprobs=[0, 0, 0, -1, -1, -1, -1, -float("nan")]),
+        record(logprobs=[0, 0, 0, -1, -1, -1, -1, -float("inf")]),
+        record(logprobs=[0, 0, 0, -1, -1, -1, -1, float("inf")]),
+        record(logprobs=[0, 0, 0, -1, -1, -1, -1, 0.001]),
+        record(cut=8),
         encode(sample())[:1],
     ],
 )
@@ -144,7 +208,20 @@ def test_a_flipped_byte_never_escapes(data: st.DataObject) -> None:
         message, _ = decode([bytes(frame) for frame in frames])
     except WireError:
         return
-    assert type(message).__name__ in ("SampleDone",)
+    assert type(message).__name__ == "Samples"
+    assert all(same(done.record.trajectory(), trajectory()) for done in message.samples), "a flipped byte passed the checksum"
+
+
+def test_a_header_that_no_peer_takes_is_not_sent() -> None:
+    with pytest.raises(ValueError, match="header"):
+        encode(Refused(field="x", reason="y" * MAX_HEADER_BYTES))
+
+
+def test_a_backlog_is_sent_in_parts() -> None:
+    record_of = [Record.of(2, index, trajectory(100, 5_000)) for index in range(40)]
+    batches = list(Samples.batches(SampleDone(lease_id=1, record=each) for each in record_of))
+    assert [sample.sample_index for batch in batches for sample in batch.samples] == list(range(40))
+    assert len(batches) > 2 and all(sum(map(len, encode(batch))) < BATCH_BYTES + 50_000 for batch in batches)
 
 
 def test_trajectories_check_themselves() -> None:

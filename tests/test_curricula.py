@@ -25,7 +25,7 @@ from buffer.recovery import recover
 from buffer.series import BufferSeries
 from buffer.settings import LedgerSettings
 from buffer.store import MemoryStore
-from tests.ledger_plant import add_server, done, new_ledger
+from tests.ledger_plant import add_server, deliver, done, new_ledger
 
 GROUP_SIZE = 8
 SOLVE_RATES = [0.0, 0.0, 0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98, 1.0, 1.0, 1.0]
@@ -174,7 +174,7 @@ def test_the_ledger_hears_of_complete_groups_and_carries_it_over_a_resume() -> N
     leases = ledger.grant(now_s=0.0)["a"]
     for lease in leases:
         for index in lease.sample_indices:
-            ledger.sample_done("a", done(lease, index, [0], reward=0.0))
+            deliver(ledger, "a", done(lease, index, [0], reward=0.0))
     heard = ledger.prompts.curriculum
     assert heard is not None and heard.status()["prompts_remembered"] == len(leases), (
         "groups that the filter drops count too: they say most"
@@ -215,7 +215,7 @@ def test_a_ledger_on_disk_remembers_what_it_heard_unless_the_prompts_are_others(
         add_server(ledger, "a", capacity=100)
         for lease in ledger.grant(now_s=0.0)["a"]:
             for index in lease.sample_indices:
-                ledger.sample_done("a", done(lease, index, [0], reward=0.0))
+                deliver(ledger, "a", done(lease, index, [0], reward=0.0))
         store.close()
         return before, ledger.prompts.curriculum.state()
 

@@ -18,11 +18,12 @@ from areal_like.errors import ConfigError
 from areal_like.fingerprint import model_fingerprint, tokenizer_fingerprint
 from areal_like.messages.consumer import Books, GetBooks, Group, RequestEval, StartTraining
 from areal_like.messages.producer import Lease
+from areal_like.records import Record
 from areal_like.trajectory import Trajectory
 from buffer.ledger import Ledger
 from buffer.tickets import Drop, State, Verdict
 from tests.buffer_harness import BufferProcess, PlayedTrainer, connected, running_buffer, trainer_hello
-from tests.ledger_plant import add_server, done, new_ledger, trajectory
+from tests.ledger_plant import add_server, deliver, done, new_ledger, trajectory
 from tests.rollout_harness import ServerProcess
 from tests.trainer_helpers import random_groups, write_model
 from tests.trainer_ranks import last_gradient, make_runner
@@ -41,7 +42,7 @@ def test_a_group_has_one_more_sample_which_is_greedy() -> None:
     (lease,) = leases_of(ledger)
     assert (lease.sample_indices, lease.greedy_indices) == ([0, 1, 2], [2])
     for index in range(3):
-        assert ledger.sample_done("a", done(lease, index, [0], reward=float(index))) is Verdict.ACCEPTED
+        assert deliver(ledger, "a", done(lease, index, [0], reward=float(index))) is Verdict.ACCEPTED
     group = ledger.fetch(step=0, position=0)
     assert group is not None
     assert [t.is_greedy for t in group.trajectories] == [False, False, True] and group.trajectories[2].reward == 2
@@ -54,7 +55,7 @@ def test_only_what_is_missing_is_leased_again_in_its_own_kind() -> None:
     ledger = new_ledger(group_size=2, num_greedy=1)
     add_server(ledger, "a", capacity=3)
     (lease,) = leases_of(ledger)
-    ledger.sample_done("a", done(lease, 2, [0]))
+    deliver(ledger, "a", done(lease, 2, [0]))
     ledger.return_leases("a", [lease.lease_id])
     (again,) = leases_of(ledger)
     assert (again.sample_indices, again.greedy_indices) == ([0, 1], [])
@@ -67,8 +68,10 @@ def test_a_sample_of_the_other_kind_is_refused() -> None:
     add_server(ledger, "a", capacity=2)
     (lease,) = leases_of(ledger)
     for index, is_greedy in ((0, True), (1, False)):
-        message = dataclasses.replace(done(lease, index, [0]), trajectory=trajectory([0], is_greedy=is_greedy))
-        assert ledger.sample_done("a", message) is Verdict.INVALID
+        message = dataclasses.replace(
+            done(lease, index, [0]), record=Record.of(lease.ticket_id, index, trajectory([0], is_greedy=is_greedy))
+        )
+        assert deliver(ledger, "a", message) is Verdict.INVALID
 
 
 @pytest.mark.parametrize(("rewards", "num_dropped"), [((1.0, 1.0, 0.0), 1), ((1.0, 0.0, 1.0), 0)])
@@ -77,7 +80,7 @@ def test_the_greedy_reward_is_no_spread(rewards: tuple[float, ...], num_dropped:
     add_server(ledger, "a", capacity=3)
     (lease,) = leases_of(ledger)
     for index, reward in enumerate(rewards):
-        ledger.sample_done("a", done(lease, index, [0], reward=reward))
+        deliver(ledger, "a", done(lease, index, [0], reward=reward))
     assert ledger.drops[Drop.NO_SPREAD] == num_dropped
 
 
@@ -85,12 +88,12 @@ def test_the_greedy_sample_counts_for_version_and_lag() -> None:
     ledger = new_ledger(group_size=1, num_greedy=1, groups_per_step=1, group_filter="single_version", max_staleness=1)
     add_server(ledger, "a", capacity=4)
     first, second = leases_of(ledger)
-    ledger.sample_done("a", done(first, 0, [0]))
-    ledger.sample_done("a", done(first, 1, [0]))
+    deliver(ledger, "a", done(first, 0, [0]))
+    deliver(ledger, "a", done(first, 1, [0]))
     ledger.complete_step(incarnation=1, step=0)
     version = ledger.alloc_version(incarnation=1, step=1)
-    ledger.sample_done("a", done(second, 0, [version]))
-    ledger.sample_done("a", done(second, 1, [0]))
+    deliver(ledger, "a", done(second, 0, [version]))
+    deliver(ledger, "a", done(second, 1, [0]))
     assert ledger.drops[Drop.REJECTED] == 1
 
 

@@ -18,7 +18,7 @@ from buffer.settings import LedgerSettings
 from buffer.tickets import Drop, State
 from tests.buffer_harness import BufferProcess, job
 from tests.launching import launcher
-from tests.ledger_plant import Plant, PlantServer, add_server, beat, done, failed, new_ledger
+from tests.ledger_plant import Plant, PlantServer, add_server, beat, deliver, done, failed, new_ledger
 from tests.test_trainer_daemon import trainer
 from tests.trainer_helpers import write_model
 
@@ -34,7 +34,7 @@ def interval_ledger(**settings: object) -> Ledger:
 def finish(ledger: Ledger, lease: Lease, *, version: int = 0) -> None:
     """Delivers a whole lease of server "a"."""
     for index in lease.sample_indices:
-        ledger.sample_done("a", done(lease, index, [version], reward=float(index)))
+        deliver(ledger, "a", done(lease, index, [version], reward=float(index)))
 
 
 def grant(ledger: Ledger) -> list[Lease]:
@@ -78,7 +78,7 @@ def test_what_belongs_to_an_earlier_interval_drops_as_interval_and_its_prompt_co
     version = ledger.alloc_version(incarnation=1, step=INTERVAL)
     beat(ledger, "a", capacity=100, version=version)
     late, *others = grant(ledger)
-    ledger.sample_done("a", done(late, 0, [0]))
+    deliver(ledger, "a", done(late, 0, [0]))
     assert ledger.drops == {Drop.INTERVAL: 1}
     assert ledger.take_aborts() == {"a": [late.lease_id]}, "its other sample is for nothing"
     (again,) = grant(ledger)
@@ -95,11 +95,11 @@ def test_a_group_that_mixes_weights_is_refused_with_a_reason_and_a_repeated_push
     first, second, _ = grant(ledger)
     again = ledger.alloc_version(incarnation=1, step=0)
     other = ledger.alloc_version(incarnation=1, step=0)
-    ledger.sample_done("a", done(first, 0, [again]))
-    ledger.sample_done("a", done(first, 1, [again, other]))
+    deliver(ledger, "a", done(first, 0, [again]))
+    deliver(ledger, "a", done(first, 1, [again, other]))
     assert ledger.register.num_by_state()[State.BATCHED] == 1, "the same weights, sent twice for a server that came late"
-    ledger.sample_done("a", done(second, 0, [0]))
-    ledger.sample_done("a", done(second, 1, [0, again]))
+    deliver(ledger, "a", done(second, 0, [0]))
+    deliver(ledger, "a", done(second, 1, [0, again]))
     assert ledger.drops == {Drop.REJECTED: 1}
     for part in (f"ticket {second.ticket_id}", f"versions 0, 0-{again}", "weights.update_mode=drain", "weights.sync_interval"):
         assert part in ledger.last_rejection

@@ -9,13 +9,14 @@ import pytest
 from areal_like.config import from_mapping
 from areal_like.errors import ConfigError, RefusedError, StaleIncarnationError
 from areal_like.messages.producer import Lease, Purpose, ServerHeartbeat, ServerState
+from areal_like.records import Record
 from areal_like.trajectory import FinishReason
 from buffer.ledger import Ledger
 from buffer.prompts import PromptOrder, permuted, sampling_seed
 from buffer.settings import LedgerSettings
 from buffer.store import MemoryStore
 from buffer.tickets import Drop, State, Verdict
-from tests.ledger_plant import add_server, beat, done, failed, new_ledger, trajectory
+from tests.ledger_plant import add_server, beat, deliver, done, failed, new_ledger, trajectory
 
 
 def leases_of(ledger: Ledger, name: str = "a", *, now_s: float = 0.0) -> list[Lease]:
@@ -24,7 +25,7 @@ def leases_of(ledger: Ledger, name: str = "a", *, now_s: float = 0.0) -> list[Le
 
 def finish(ledger: Ledger, lease: Lease, *, version: int = 0, rewards: tuple[float, ...] = (0.0, 1.0), name: str = "a") -> None:
     for index in lease.sample_indices:
-        assert ledger.sample_done(name, done(lease, index, [version], reward=rewards[index])) is Verdict.ACCEPTED
+        assert deliver(ledger, name, done(lease, index, [version], reward=rewards[index])) is Verdict.ACCEPTED
 
 
 def train_step(ledger: Ledger) -> int:
@@ -63,7 +64,7 @@ def test_a_ticket_is_leased_whole_and_only_within_credit() -> None:
     add_server(ledger, "a", capacity=5)
     leases = leases_of(ledger)
     assert [lease.sample_indices for lease in leases] == [[0, 1], [0, 1]], "the fifth slot is not enough for a group"
-    ledger.sample_done("a", done(leases[0], 0, [0]))
+    deliver(ledger, "a", done(leases[0], 0, [0]))
     assert len(leases_of(ledger)) == 1
 
 
@@ -122,15 +123,15 @@ def test_duplicates_are_acknowledged_and_superseded_leases_refused() -> None:
     ledger = new_ledger()
     add_server(ledger, "a", capacity=2)
     (lease,) = leases_of(ledger)
-    assert ledger.sample_done("a", done(lease, 0, [0])) is Verdict.ACCEPTED
-    assert ledger.sample_done("a", done(lease, 0, [0])) is Verdict.DUPLICATE
+    assert deliver(ledger, "a", done(lease, 0, [0])) is Verdict.ACCEPTED
+    assert deliver(ledger, "a", done(lease, 0, [0])) is Verdict.DUPLICATE
     ledger.remove_server("a")
     add_server(ledger, "b", capacity=2)
     (again,) = leases_of(ledger, "b")
     assert (again.ticket_id, again.sample_indices) == (lease.ticket_id, [1]), "only the missing sample is made again"
     assert again.seed == lease.seed
-    assert ledger.sample_done("a", done(lease, 1, [0])) is Verdict.SUPERSEDED
-    assert ledger.sample_done("b", done(again, 1, [0])) is Verdict.ACCEPTED
+    assert deliver(ledger, "a", done(lease, 1, [0])) is Verdict.SUPERSEDED
+    assert deliver(ledger, "b", done(again, 1, [0])) is Verdict.ACCEPTED
     counters = ledger.statistics.counters()
     assert (counters["samples_duplicate"], counters["refusals_superseded"], counters["leases_lost"]) == (1, 1, 1)
     assert counters["tokens_generated"] == 3, "two accepted, one refused; a duplicate was generated once"
@@ -140,14 +141,14 @@ def test_samples_that_cannot_be_used_are_refused_and_made_again() -> None:
     ledger = new_ledger()
     add_server(ledger, "a", capacity=2)
     (lease,) = leases_of(ledger)
-    assert ledger.sample_done("a", done(lease, 0, [3])) is Verdict.UNKNOWN_VERSION
-    aborted = dataclasses.replace(done(lease, 1, [0]), trajectory=trajectory([0], finish=FinishReason.ABORT))
-    assert ledger.sample_done("a", aborted) is Verdict.INVALID
+    assert deliver(ledger, "a", done(lease, 0, [3])) is Verdict.UNKNOWN_VERSION
+    aborted = dataclasses.replace(done(lease, 1, [0]), record=Record.of(lease.ticket_id, 1, trajectory([0], finish=FinishReason.ABORT)))
+    assert deliver(ledger, "a", aborted) is Verdict.INVALID
     (again,) = leases_of(ledger)
     assert again.sample_indices == [0, 1]
     assert again.seed != lease.seed, "the failure may lie in the text that this seed gives"
-    unknown = dataclasses.replace(done(again, 0, [0]), ticket_id=99)
-    assert ledger.sample_done("a", unknown) is Verdict.UNKNOWN_TICKET
+    unknown = dataclasses.replace(done(again, 0, [0]), record=Record.of(99, 0, trajectory([0])))
+    assert deliver(ledger, "a", unknown) is Verdict.UNKNOWN_TICKET
 
 
 def test_lag_counts_the_oldest_token_of_the_group() -> None:
@@ -156,8 +157,8 @@ def test_lag_counts_the_oldest_token_of_the_group() -> None:
     first, second = leases_of(ledger)
     finish(ledger, first)
     version = train_step(ledger)
-    ledger.sample_done("a", done(second, 0, [0, version, version]))
-    ledger.sample_done("a", done(second, 1, [version]))
+    deliver(ledger, "a", done(second, 0, [0, version, version]))
+    deliver(ledger, "a", done(second, 1, [version]))
     group = ledger.fetch(step=1, position=0)
     assert group is not None and group.version_steps == [0, 1]
     train_step(ledger)
@@ -241,7 +242,7 @@ def test_a_failing_sample_is_retried_then_drops_its_ticket_whose_prompt_is_reiss
     add_server(ledger, "a", capacity=2)
     (lease,) = leases_of(ledger)
     first_ticket, prompt = lease.ticket_id, lease.prompt_index
-    ledger.sample_done("a", done(lease, 1, [0]))
+    deliver(ledger, "a", done(lease, 1, [0]))
     for _ in range(2):
         ledger.sample_failed("a", failed(lease, 0))
         (lease,) = leases_of(ledger)
@@ -261,8 +262,8 @@ def test_a_sample_that_no_trainer_can_take_is_refused() -> None:
     ledger = new_ledger(max_tokens=3)
     add_server(ledger, "a", capacity=2)
     (lease,) = leases_of(ledger)
-    assert ledger.sample_done("a", done(lease, 0, [0, 0, 0])) is Verdict.INVALID
-    assert ledger.sample_done("a", done(lease, 1, [0, 0])) is Verdict.ACCEPTED
+    assert deliver(ledger, "a", done(lease, 0, [0, 0, 0])) is Verdict.INVALID
+    assert deliver(ledger, "a", done(lease, 1, [0, 0])) is Verdict.ACCEPTED
 
 
 def test_only_the_newest_evaluations_are_kept() -> None:
@@ -271,7 +272,7 @@ def test_only_the_newest_evaluations_are_kept() -> None:
         ledger.request_eval(eval_id=eval_id, num_prompts=1, min_version=0)
         add_server(ledger, "a", capacity=9)
         (lease,) = [lease for lease in leases_of(ledger) if lease.purpose is Purpose.EVAL]
-        ledger.sample_done("a", done(lease, 0, [0]))
+        deliver(ledger, "a", done(lease, 0, [0]))
         again = ledger.request_eval(eval_id=eval_id, num_prompts=1, min_version=0)
         assert again is not None and again.num_evaluated == 1
     assert len(ledger._evals) <= 5
@@ -284,7 +285,7 @@ def test_failures_in_a_row_are_fatal_with_the_last_error() -> None:
         (lease,) = leases_of(ledger)
         index = lease.sample_indices[0]
         if error is None:
-            ledger.sample_done("a", done(lease, index, [0]))
+            deliver(ledger, "a", done(lease, index, [0]))
             beat(ledger, "a", capacity=2 + len(ledger.book.servers["a"].leases))
         else:
             ledger.sample_failed("a", failed(lease, index, error))
@@ -316,8 +317,8 @@ def test_a_group_of_mixed_versions_is_rejected_by_single_version() -> None:
     first, second = leases_of(ledger)
     finish(ledger, first)
     version = train_step(ledger)
-    ledger.sample_done("a", done(second, 0, [0, 0]))
-    ledger.sample_done("a", done(second, 1, [0, version]))
+    deliver(ledger, "a", done(second, 0, [0, 0]))
+    deliver(ledger, "a", done(second, 1, [0, version]))
     assert ledger.drops == {Drop.REJECTED: 1}
 
 
@@ -325,7 +326,7 @@ def test_a_hopeless_ticket_is_aborted_at_the_engine() -> None:
     ledger = new_ledger(overdue="drop", max_staleness=1, groups_per_step=1, num_steps=4)
     add_server(ledger, "a", capacity=4)
     slow, quick = leases_of(ledger)
-    ledger.sample_done("a", done(slow, 0, [0]))
+    deliver(ledger, "a", done(slow, 0, [0]))
     finish(ledger, quick)
     version = train_step(ledger)
     beat(ledger, "a", capacity=4, version=version)
@@ -333,7 +334,7 @@ def test_a_hopeless_ticket_is_aborted_at_the_engine() -> None:
     finish(ledger, third, version=version)
     assert ledger.drops == {Drop.STALE: 1}, "step 2 is open, and a token of step 0 was seen"
     assert ledger.take_aborts() == {"a": [slow.lease_id]}
-    assert ledger.sample_done("a", done(slow, 1, [version])) is Verdict.FINISHED
+    assert deliver(ledger, "a", done(slow, 1, [version])) is Verdict.FINISHED
 
 
 # --- trainer ---
@@ -451,11 +452,11 @@ def test_evaluation_goes_first_waits_for_its_version_and_reports_means() -> None
     add_server(ledger, "b", capacity=3, version=version)
     leases = leases_of(ledger, "b")
     assert [(lease.purpose, lease.prompt_index, lease.sample_indices) for lease in leases] == [(Purpose.EVAL, i, [0]) for i in range(3)]
-    ledger.sample_done("b", done(leases[0], 0, [version], reward=1.0))
+    deliver(ledger, "b", done(leases[0], 0, [version], reward=1.0))
     ledger.sample_failed("b", failed(leases[1], 0))
     ledger.return_leases("b", [leases[2].lease_id])
     (again,) = (lease for lease in leases_of(ledger, "b") if lease.purpose is Purpose.EVAL)
-    ledger.sample_done("b", done(again, 0, [version, version], reward=0.0))
+    deliver(ledger, "b", done(again, 0, [version, version], reward=0.0))
     result = ledger.request_eval(eval_id=5, num_prompts=3, min_version=version)
     assert result is not None
     assert (result.num_evaluated, result.num_failed, result.mean_reward, result.mean_tokens) == (2, 1, 0.5, 1.5)

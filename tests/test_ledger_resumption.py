@@ -11,7 +11,7 @@ from areal_like.messages.producer import Lease
 from buffer.ledger import Ledger
 from buffer.recovery import recover
 from buffer.tickets import Drop, State, Verdict
-from tests.ledger_plant import add_server, beat, done, new_ledger
+from tests.ledger_plant import add_server, beat, deliver, done, new_ledger
 from tests.row_store import RowStore
 
 
@@ -34,7 +34,7 @@ def generate(ledger: Ledger, *, version: int) -> list[Lease]:
     leases = ledger.grant(now_s=0.0).get("a", [])
     for lease in leases:
         for index in lease.sample_indices:
-            assert ledger.sample_done("a", done(lease, index, [version], reward=float(index))) is Verdict.ACCEPTED
+            assert deliver(ledger, "a", done(lease, index, [version], reward=float(index))) is Verdict.ACCEPTED
     return leases
 
 
@@ -79,8 +79,8 @@ def test_what_abandoned_weights_have_sampled_is_not_trained_on_unless_it_was_rec
     assert [ticket.ticket_id for ticket in ledger.steps.from_on(2)][: len(recorded)] == recorded
     assert ledger.prompts.returned == [ticket.prompt_index for ticket in ready]
     if running is not None:
-        assert ledger.sample_done("b", done(running, 0, [1, late])) is Verdict.ABANDONED
-        assert ledger.sample_done("b", done(running, 1, [1])) is Verdict.ACCEPTED
+        assert deliver(ledger, "b", done(running, 0, [1, late])) is Verdict.ABANDONED
+        assert deliver(ledger, "b", done(running, 1, [1])) is Verdict.ACCEPTED
         assert ledger.register.live[running.ticket_id].unleased == {0}, "made again, and no failure"
         assert ledger.statistics.counters()["samples_failed"] == 0
     beat(ledger, "a", capacity=200, version=late)

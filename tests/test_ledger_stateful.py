@@ -19,7 +19,7 @@ from buffer.ledger import Ledger
 from buffer.recovery import recover
 from buffer.store import MemoryStore, Store
 from buffer.tickets import Drop, State, Ticket, Verdict
-from tests.ledger_plant import add_server, beat, done, failed, new_ledger
+from tests.ledger_plant import add_server, beat, deliver, done, failed, new_ledger
 from tests.row_store import RowStore
 
 SERVERS = ("a", "b", "c")
@@ -133,7 +133,7 @@ class LedgerMachine(RuleBasedStateMachine):
         oldest = self.versions[max(0, self.versions.index(newest) - 1)] if old else newest
         if expected is Verdict.ACCEPTED and self.abandoned & {oldest, newest}:
             expected = Verdict.ABANDONED
-        verdict = self.ledger.sample_done(name, done(lease, index, [oldest, newest], reward=reward))
+        verdict = deliver(self.ledger, name, done(lease, index, [oldest, newest], reward=reward))
         assert verdict is expected
         if verdict is Verdict.ACCEPTED:
             self.accepted[lease.ticket_id, index] = lease.lease_id
@@ -144,7 +144,7 @@ class LedgerMachine(RuleBasedStateMachine):
         name, lease = data.draw(st.sampled_from(self.leases[-4:]))
         version = self.ledger.book.servers[name].weights_version if name in self.ledger.book.servers else 0
         for index in lease.sample_indices:
-            if self.ledger.sample_done(name, done(lease, index, [version], reward=float(index))) is Verdict.ACCEPTED:
+            if deliver(self.ledger, name, done(lease, index, [version], reward=float(index))) is Verdict.ACCEPTED:
                 self.accepted[lease.ticket_id, index] = lease.lease_id
         self.grant()
 
@@ -308,7 +308,7 @@ class LedgerMachine(RuleBasedStateMachine):
             for leases in ledger.grant(now_s=self.now_s).values():
                 for lease in leases:
                     for index in lease.sample_indices:
-                        ledger.sample_done("a", done(lease, index, [version], reward=float(index)))
+                        deliver(ledger, "a", done(lease, index, [version], reward=float(index)))
             if ledger.recorder.num_full_steps > ledger.trainer_step:
                 self.train(push=True, commit=True)
         assert ledger.trainer_step == STEPS, f"stuck: {ledger.register.num_by_state()}, step {ledger.recorder.step}"

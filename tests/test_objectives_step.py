@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from areal_like.config import Config, KlConfig, TrainerConfig
 from areal_like.errors import ConfigError
 from areal_like.messages.consumer import Group
+from areal_like.records import Record
 from areal_like.trajectory import Trajectory
 from tests.trainer_helpers import dense_logprobs, random_groups, run_ranks, write_model
 from tests.trainer_ranks import last_gradient, make_runner
@@ -187,7 +188,7 @@ def test_lags_of_tokens() -> None:
     versions[1:] = [40, 42]
     spanning = replace(trajectory, loss_mask=(versions >= 0).astype(np.uint8), versions=versions)
     tally = LagTally(max_staleness=4)
-    tally.counted(Group(step=10, position=0, ticket_id=1, prompt_index=0, trajectories=[spanning], version_steps=[7]))
+    tally.counted(Group(step=10, position=0, ticket_id=1, prompt_index=0, records=[Record.of(1, 0, spanning)], version_steps=[7]))
     assert tally.of_tokens(spanning).tolist() == [0, 3, 1]
 
 

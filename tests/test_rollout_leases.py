@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from areal_like.messages.producer import Lease, Purpose, SampleAck, SampleDone, SampleFailed
+from areal_like.records import Record
 from areal_like.trajectory import FinishReason, Trajectory
 from rollout_server.leases import LeaseDesk
 
@@ -44,7 +45,9 @@ class Desk(RuleBasedStateMachine):
     @rule(lease_id=st.integers(1, 6), sample=st.integers(0, 3), failed=st.booleans())
     def finish(self, lease_id: int, sample: int, failed: bool) -> None:
         named = {"lease_id": lease_id, "ticket_id": lease_id, "sample_index": sample}
-        answer = SampleFailed(**named, error="x") if failed else SampleDone(**named, trajectory=trajectory())
+        answer = (
+            SampleFailed(**named, error="x") if failed else SampleDone(lease_id=lease_id, record=Record.of(lease_id, sample, trajectory()))
+        )
         assert self.desk.finish(answer, now_s=self.now_s) == ((lease_id, sample) in self.owed)
         if (lease_id, sample) in self.owed:
             self.owed.remove((lease_id, sample))
@@ -52,7 +55,7 @@ class Desk(RuleBasedStateMachine):
 
     @rule(lease_id=st.integers(1, 6), sample=st.integers(0, 3))
     def acknowledge(self, lease_id: int, sample: int) -> None:
-        self.desk.acknowledge(SampleAck(lease_id=lease_id, ticket_id=lease_id, sample_index=sample))
+        self.desk.acknowledge(SampleAck(lease_id=lease_id, sample_indices=[sample]))
         self.sent.pop((lease_id, sample), None)
 
     @rule(lease_ids=st.lists(st.integers(1, 6), unique=True))

@@ -49,7 +49,7 @@ class PlayedBuffer:
             case ServerHeartbeat():
                 self.listener.send(envelope.peer, HeartbeatAck(step=0, newest_version=0, trouble=self.trouble))
             case SampleFailed() if self.acknowledging:
-                self.listener.send(envelope.peer, SampleAcks(acks=[SampleAck(lease_id=1, ticket_id=1, sample_index=0)]))
+                self.listener.send(envelope.peer, SampleAcks(acks=[SampleAck(lease_id=1, sample_indices=[0])]))
 
     async def expect(self, name: str) -> None:
         async with asyncio.timeout(10):

@@ -146,7 +146,7 @@ def test_leases_become_samples_with_their_evidence(buffer: PlayedBuffer, model: 
     assert {(a.lease_id, a.ticket_id, a.sample_index) for a in answers} == {(1, 101, i) for i in range(8)} | {(2, 102, 1), (2, 102, 3)}
     tokenizer, task = character_tokenizer(), SortTask(seed=0)
     for answer in answers:
-        trajectory = answer.trajectory
+        trajectory = answer.record.trajectory()
         example = task.example("train", 7 if answer.lease_id == 1 else 8)
         prompt = tokenizer(example.prompt)["input_ids"]
         sampled = trajectory.loss_mask == 1
@@ -156,16 +156,16 @@ def test_leases_become_samples_with_their_evidence(buffer: PlayedBuffer, model: 
         assert set(trajectory.versions[sampled]) == {0}
         expected = logprobs_under(model, None, trajectory)
         np.testing.assert_allclose(trajectory.logprobs[sampled], expected[sampled], atol=1e-4)
-    assert len({tuple(a.trajectory.tokens) for a in answers if a.lease_id == 1}) > 1
+    assert len({tuple(a.record.trajectory().tokens) for a in answers if a.lease_id == 1}) > 1
 
 
 def test_evaluation_is_greedy(buffer: PlayedBuffer) -> None:
     for lease_id in (3, 4):
         buffer.grant(buffer.lease(lease_id, samples=2, prompt=5, purpose=Purpose.EVAL))
     answers = buffer.expect(SampleDone, count=4)
-    assert len({tuple(a.trajectory.tokens) for a in answers}) == 1
+    assert len({tuple(a.record.trajectory().tokens) for a in answers}) == 1
     prompt = character_tokenizer()(SortTask(seed=0).example("eval", 5).prompt)["input_ids"]
-    assert answers[0].trajectory.tokens[: len(prompt)].tolist() == prompt
+    assert answers[0].record.trajectory().tokens[: len(prompt)].tolist() == prompt
 
 
 def test_unacknowledged_samples_come_again_after_a_reconnect(buffer: PlayedBuffer) -> None:
@@ -180,7 +180,7 @@ def test_unacknowledged_samples_come_again_after_a_reconnect(buffer: PlayedBuffe
     assert {a.sample_index for a in again} == {0, 1}
     for answer in first:
         same = next(a for a in again if a.sample_index == answer.sample_index)
-        assert same.trajectory.tokens.tolist() == answer.trajectory.tokens.tolist()
+        assert same.record.trajectory().tokens.tolist() == answer.record.trajectory().tokens.tolist()
         buffer.acknowledge(answer)
 
 
@@ -216,7 +216,7 @@ def test_failed_push_leaves_the_old_weights(buffer: PlayedBuffer, model: Path) -
     assert "unknown" in str(push(buffer, misnamed, version=2).failed)
     buffer.grant(buffer.lease(20, samples=1))
     (answer,) = buffer.expect(SampleDone)
-    assert answer.trajectory.newest_version == before
+    assert answer.record.trajectory().newest_version == before
     assert buffer.expect_beat(lambda _: True).weights_version == before
 
 
@@ -234,16 +234,16 @@ def test_push_while_samples_are_in_flight(buffer: PlayedBuffer, model: Path, mod
     buffer.grant(*itertools.islice(waiting, 40))
     pushing.start()
     while pushing.is_alive():
-        trajectories += [answer.trajectory for answer in buffer.expect(SampleDone, count=8)]
+        trajectories += [answer.record.trajectory() for answer in buffer.expect(SampleDone, count=8)]
         buffer.grant(*itertools.islice(waiting, 1))
-    trajectories += [answer.trajectory for answer in buffer.expect(SampleDone, count=32)]
+    trajectories += [answer.record.trajectory() for answer in buffer.expect(SampleDone, count=32)]
     assert set(outcome[0].activated) == {"rollout-0"} and not outcome[0].failed
     buffer.expect_beat(lambda beat: beat.weights_version == version)
     buffer.send(AbortLeases(leases=[lease.lease_id for lease in leases], reason="test"))
     buffer.expect_beat(lambda beat: not beat.leases)
     buffer.received.queue.clear()
     buffer.grant(buffer.lease(version, samples=4))
-    after = [answer.trajectory for answer in buffer.expect(SampleDone, count=4)]
+    after = [answer.record.trajectory() for answer in buffer.expect(SampleDone, count=4)]
     assert all(t.oldest_version == version for t in after)
     mixed = [t for t in trajectories if t.oldest_version != t.newest_version]
     assert bool(mixed) == (mode != "drain")
@@ -275,7 +275,7 @@ def test_lost_engine_is_replaced_and_a_drain_leaves_nothing_behind(model: Path, 
             assert push(buffer, perturbed(model, 6), version=6).activated
             buffer.expect_beat(lambda beat: beat.state is ServerState.SERVING and beat.weights_version == 6 and beat.free_samples > 0)
             buffer.grant(buffer.lease(50, samples=1))
-            assert buffer.expect(SampleDone)[0].trajectory.oldest_version == 6
+            assert buffer.expect(SampleDone)[0].record.trajectory().oldest_version == 6
             # SIGTERM in the middle of work.
             children = descendants(server.process.pid)
             assert len(children) >= 2
@@ -303,7 +303,7 @@ def test_a_late_joiner_begins_with_the_newest_checkpoint(model: Path, tmp_path: 
         with serving(job(tmp_path, port=buffer.port, model_dir=model)):
             buffer.expect_beat(lambda beat: beat.state is ServerState.SERVING and beat.weights_version == 7, timeout_s=60)
             buffer.grant(buffer.lease(1, samples=1))
-            trajectory = buffer.expect(SampleDone)[0].trajectory
+            trajectory = buffer.expect(SampleDone)[0].record.trajectory()
             sampled = trajectory.loss_mask == 1
             assert set(trajectory.versions[sampled]) == {7}
             np.testing.assert_allclose(trajectory.logprobs[sampled], logprobs_under(model, tensors, trajectory)[sampled], atol=1e-4)
@@ -324,7 +324,7 @@ def test_bad_rewards_are_reported_and_a_killed_server_takes_its_children_with_it
             buffer.expect_beat(lambda beat: beat.state is ServerState.SERVING, timeout_s=60)
             buffer.grant(*(buffer.lease(1 + prompt, samples=1, prompt=prompt) for prompt in (0, 1, 2, 7)))
             answers = {a.lease_id: a for a in buffer.expect((SampleDone, SampleFailed), count=4)}
-            assert answers[1].trajectory.reward == 0.5
+            assert answers[1].record.trajectory().reward == 0.5
             assert "cannot judge this" in answers[2].error
             assert "reward_timeout_s" in answers[3].error
             assert "no such example" in answers[8].error

@@ -32,7 +32,7 @@ from buffer.peers import PeerBook
 from buffer.prompts import PromptOrder
 from buffer.recovery import recover
 from buffer.settings import LedgerSettings
-from tests.ledger_plant import add_server, beat, done
+from tests.ledger_plant import add_server, beat, deliver, done
 from tests.row_store import RowStore
 from trainer.buffers import ask_buffers, merge_streams, split_stream
 
@@ -133,7 +133,7 @@ def generate(ledger: Ledger, *, version: int = 0) -> list[int]:
     """Everything that may be generated now; returns the lease ids."""
     leases = [lease for granted in ledger.grant(now_s=0.0).values() for lease in granted]
     for lease in leases:
-        assert not ledger.sample_done("rollout-0", done(lease, 0, [version])).refusal
+        assert not deliver(ledger, "rollout-0", done(lease, 0, [version])).refusal
     return [lease.lease_id for lease in leases]
 
 

@@ -48,6 +48,12 @@ def full_ticket(store: DurableStore, ticket_id: int) -> Ticket:
     return ticket
 
 
+def is_whole(store: DurableStore, ticket: Ticket) -> bool:
+    """Whether the store gives back what `full_ticket` put in."""
+    group = [record.trajectory() for record in store.group(ticket)]
+    return all(is_same(mine, trajectory_of(ticket.ticket_id, index)) for index, mine in enumerate(group))
+
+
 def query(directory: Path, sql: str) -> list[tuple[Any, ...]]:
     """As an operator would ask."""
     with contextlib.closing(sqlite3.connect(directory / "ledger.sqlite3")) as ledger:
@@ -118,8 +124,8 @@ def test_every_fact_comes_back(tmp_path: Path, durability: str) -> None:
                 (Purpose.TRAIN, State.DROPPED, Drop.STALE): 1,
                 (Purpose.EVAL, State.EVALUATED, None): 1,
             }
-            assert all(is_same(mine, trajectory_of(2, index)) for index, mine in enumerate(store.group(ready)))
-            assert all(is_same(mine, trajectory_of(3, index)) for index, mine in enumerate(store.group(found.trained[0])))
+            assert is_whole(store, ready)
+            assert is_whole(store, found.trained[0])
             store.pop_returned()
             store.push_returned(Prompt(index=8))
 
@@ -178,7 +184,7 @@ def test_memory_is_bounded_and_what_is_not_in_it_is_read_back(tmp_path: Path) ->
             await durable(store)
             assert 0 < store.num_bytes <= 40_000
             for ticket in tickets:
-                assert all(is_same(mine, trajectory_of(ticket.ticket_id, index)) for index, mine in enumerate(store.group(ticket)))
+                assert is_whole(store, ticket)
             full_ticket(store, 101)
             await durable(store)
             assert 0 < store.num_bytes <= 40_000
@@ -339,7 +345,7 @@ async def check_recovery(store: DurableStore, directory: Path, *, last_id: int, 
     await settled(lambda: len(acknowledged) == last_id - first_id + 1)
     assert store.health == "" and acknowledged == list(range(first_id, last_id + 1))
     for ticket_id in acknowledged:
-        assert all(is_same(mine, trajectory_of(ticket_id, index)) for index, mine in enumerate(store.group(new_ticket(ticket_id))))
+        assert is_whole(store, new_ticket(ticket_id))
     assert query(directory, "PRAGMA integrity_check") == [("ok",)]
 
 
@@ -374,7 +380,7 @@ def test_a_process_that_ends_on_a_full_disk_keeps_what_it_acknowledged(tmp_path:
         async with opened(tmp_path / "larger") as (store, found):
             assert [ticket.ticket_id for ticket in found.tickets][: len(acknowledged)] == acknowledged
             for ticket in found.tickets[: len(acknowledged)]:
-                assert all(is_same(mine, trajectory_of(ticket.ticket_id, index)) for index, mine in enumerate(store.group(ticket)))
+                assert is_whole(store, ticket)
 
     with small_disk(tmp_path / "disk") as disk:
         asyncio.run(run(disk))

@@ -71,8 +71,8 @@ def check(directory: Path, acknowledged: set[tuple[int, int]], *, durability: st
     assert not (lost := acknowledged - found.keys()), f"acknowledged and lost: {sorted(lost)}"
     for (ticket_id, index), (released, place) in found.items():
         if not released:
-            trajectory = read_record(directory, place, ticket_id=ticket_id, sample_index=index)
-            assert is_same(trajectory, trajectory_of(ticket_id, index)), f"sample {index} of ticket {ticket_id} is another one"
+            record = read_record(directory, place, ticket_id=ticket_id, sample_index=index)
+            assert is_same(record.trajectory(), trajectory_of(ticket_id, index)), f"sample {index} of ticket {ticket_id} is another one"
     assert trained == list(range(1, len(trained) + 1))
     assert recovered.marks.get("committed_step", 0) == len(trained), "half of one turn's writes"
     assert len(recovered.trained) == min(KEPT, len(trained))

@@ -56,17 +56,17 @@ class Recording:
                 "SELECT sample_index, oldest_step, segment, offset, num_bytes, crc32 FROM samples WHERE ticket_id = ? ORDER BY 1",
                 (ticket_id,),
             )
-            trajectories, version_steps = [], []
+            records, version_steps = [], []
             for sample_index, oldest_step, *place in rows:
                 directory = self._directories[shard]
-                trajectories.append(read_record(directory, Place(*place), ticket_id=ticket_id, sample_index=sample_index))
+                records.append(read_record(directory, Place(*place), ticket_id=ticket_id, sample_index=sample_index))
                 version_steps.append(oldest_step)
             yield Group(
                 step=step,
                 position=position,
                 ticket_id=ticket_id,
                 prompt_index=prompt_index,
-                trajectories=trajectories,
+                records=records,
                 version_steps=version_steps,
             )
 

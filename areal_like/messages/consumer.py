@@ -8,7 +8,9 @@ first gives out versions, evaluates and holds the directory; the rest is asked o
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
+from areal_like.records import Record
 from areal_like.trajectory import Trajectory
 
 
@@ -81,10 +83,15 @@ class Group:
     position: int
     ticket_id: int
     prompt_index: int
-    trajectories: list[Trajectory]
-    """In sample order."""
+    records: list[Record]
+    """In sample order, as the servers made them."""
     version_steps: list[int]
-    """For each trajectory, the optimizer step of its oldest masked-in token's weights: lag = step - this."""
+    """For each record, the optimizer step of its oldest masked-in token's weights: lag = step - this."""
+
+    @cached_property
+    def trajectories(self) -> list[Trajectory]:
+        """The records with their arrays."""
+        return [record.trajectory() for record in self.records]
 
 
 @dataclass(frozen=True, kw_only=True)

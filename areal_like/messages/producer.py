@@ -5,10 +5,14 @@ The server keeps each sample until `SampleAcks` names it and sends it again afte
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from areal_like.trajectory import Trajectory
+from areal_like.records import Record
+
+BATCH_BYTES = 1 << 18
+"""Of records in a message: far above what one costs, far below what a socket lets through."""
 
 
 class Purpose(StrEnum):
@@ -91,21 +95,49 @@ class Leases:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleDone:
-    """Server -> buffer: one finished sample."""
+    """One finished sample; the record says which. Travels in `Samples`."""
 
     lease_id: int
-    ticket_id: int
-    sample_index: int
-    trajectory: Trajectory
+    record: Record
+
+    @property
+    def ticket_id(self) -> int:
+        """The lease's ticket."""
+        return self.record.ticket_id
+
+    @property
+    def sample_index(self) -> int:
+        """Which sample of the ticket."""
+        return self.record.sample_index
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Server -> buffer: samples that were finished at about the same time. A message for each would cost more than looking at it."""
+
+    samples: list[SampleDone]
+
+    @classmethod
+    def batches(cls, samples: Iterable[SampleDone]) -> Iterator[Samples]:
+        """Messages of `BATCH_BYTES` or little more, so that no backlog makes one that is too long for a socket."""
+        batch: list[SampleDone] = []
+        num_bytes = 0
+        for sample in samples:
+            batch.append(sample)
+            num_bytes += len(sample.record.data)
+            if num_bytes >= BATCH_BYTES:
+                yield cls(samples=batch)
+                batch, num_bytes = [], 0
+        if batch:
+            yield cls(samples=batch)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleAck:
-    """What became of one sample: it is durable, or refused for good. Either way the server forgets it."""
+    """What became of samples of one lease: they are durable, or refused for good. Either way the server forgets them."""
 
     lease_id: int
-    ticket_id: int
-    sample_index: int
+    sample_indices: list[int]
     refused: str = ""
     """Empty: accepted (also when it was a duplicate). Else why not: `superseded`, `finished`, `unknown ticket`, `unknown version`,
     `abandoned`, `invalid`."""
@@ -144,4 +176,4 @@ class AbortLeases:
     reason: str
 
 
-MESSAGES = (ServerHeartbeat, HeartbeatAck, Leases, SampleDone, SampleAcks, SampleFailed, ReturnLeases, AbortLeases)
+MESSAGES = (ServerHeartbeat, HeartbeatAck, Leases, Samples, SampleAcks, SampleFailed, ReturnLeases, AbortLeases)

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from areal_like.config import Config
-from areal_like.messages.producer import Lease, SampleDone, ServerHeartbeat, ServerState
+from areal_like.messages.producer import SampleDone, ServerHeartbeat, ServerState
 from areal_like.paths import RunPaths
+from areal_like.records import Record
 from benchmarks.stream_peers.load import trajectories
 from benchmarks.stream_peers.ours import GROUP_SIZE, GROUPS_PER_STEP, config_of
 from buffer.durable_store import open_store
@@ -94,7 +95,18 @@ async def _go_on(ledger: Ledger, store: Store, *, num_tokens: int) -> tuple[floa
         started_s = time.process_time()
         _beat(ledger, version)
         leases = ledger.grant(now_s=0.0).get("rollout-0", [])
-        _finish(ledger, leases, samples)
+        inserted_s += time.process_time() - started_s
+        finished = [
+            [
+                SampleDone(lease_id=lease.lease_id, record=Record.of(lease.ticket_id, index, samples[index]))
+                for index in lease.sample_indices
+            ]
+            for lease in leases
+        ]
+        started_s = time.process_time()
+        for group in finished:
+            refusals = [verdict for verdict in ledger.samples_done("rollout-0", group) if verdict.refusal]
+            assert not refusals, refusals
         durable = asyncio.get_running_loop().create_future()
         store.when_durable(lambda done=durable: done.set_result(None))  # type: ignore[misc]
         await durable
@@ -119,11 +131,3 @@ def _beat(ledger: Ledger, version: int) -> None:
         leases=[],
     )
     ledger.heartbeat("rollout-0", beat, now_s=0.0)
-
-
-def _finish(ledger: Ledger, leases: list[Lease], samples: list[Any]) -> None:
-    for lease in leases:
-        for index in lease.sample_indices:
-            done = SampleDone(lease_id=lease.lease_id, ticket_id=lease.ticket_id, sample_index=index, trajectory=samples[index])
-            verdict = ledger.sample_done("rollout-0", done)
-            assert not verdict.refusal, verdict

@@ -17,7 +17,8 @@ from typing import Self
 import numpy as np
 
 from areal_like.codec import encode
-from areal_like.messages.producer import SampleDone
+from areal_like.messages.producer import SampleDone, Samples
+from areal_like.records import Record
 from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
 
 NUM_PRODUCERS = 8
@@ -149,4 +150,4 @@ def trajectories(num_tokens: int, *, count: int = 64, version: int = 0) -> list[
 
 def as_frames(trajectory: Trajectory, number: int) -> list[bytes]:
     """As every producer that sends bytes has to serialise it: [header, arrays]."""
-    return encode(SampleDone(lease_id=number, ticket_id=number, sample_index=0, trajectory=trajectory))
+    return encode(Samples(samples=[SampleDone(lease_id=number, record=Record.of(number, 0, trajectory))]))

@@ -23,8 +23,9 @@ from areal_like.config import Config, from_mapping
 from areal_like.fingerprint import dataset_fingerprint
 from areal_like.messages.consumer import AllocVersion, CommitStep, CompleteStep, Fetch, StartTraining
 from areal_like.messages.hello import Hello, Role
-from areal_like.messages.producer import HeartbeatAck, Leases, SampleAcks, SampleDone, ServerHeartbeat, ServerState
+from areal_like.messages.producer import HeartbeatAck, Leases, SampleAcks, SampleDone, Samples, ServerHeartbeat, ServerState
 from areal_like.paths import RunPaths
+from areal_like.records import Record
 from benchmarks.report import ROOT
 from benchmarks.stream_peers.load import Pacer, Plan, Served, Tally, trajectories
 
@@ -124,8 +125,9 @@ class _Producer:
             case SampleAcks():
                 for ack in message.acks:
                     assert not ack.refused, ack
-                    self._tally.acked(self._sent_s.pop((ack.ticket_id, ack.sample_index)))
-                    self._leases[ack.lease_id] -= 1
+                    for index in ack.sample_indices:
+                        self._tally.acked(self._sent_s.pop((ack.lease_id, index)))
+                    self._leases[ack.lease_id] -= len(ack.sample_indices)
                     if not self._leases[ack.lease_id]:
                         del self._leases[ack.lease_id]
                 self._send()
@@ -140,13 +142,16 @@ class _Producer:
                 self._beat()
 
     def _send(self) -> None:
+        finished = []
         while self._work and len(self._sent_s) < self._plan.window and self._pacer.may_send():
             lease_id, ticket_id, index = self._work.popleft()
-            self._sent_s[ticket_id, index] = time.monotonic()
+            self._sent_s[lease_id, index] = time.monotonic()
             trajectory = self._samples[self._num_sent % len(self._samples)]
-            self._link.send(SampleDone(lease_id=lease_id, ticket_id=ticket_id, sample_index=index, trajectory=trajectory))
+            finished.append(SampleDone(lease_id=lease_id, record=Record.of(ticket_id, index, trajectory)))
             self._num_sent += 1
             self._pacer.sent()
+        for batch in Samples.batches(finished):
+            self._link.send(batch)
 
 
 async def _consume(plan: Plan, tally: Tally) -> None:

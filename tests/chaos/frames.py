@@ -13,7 +13,8 @@ import msgpack
 from areal_like.codec import WIRE_VERSION, decode, encode
 from areal_like.errors import WireError
 from areal_like.messages.consumer import Fetch, StartTraining
-from areal_like.messages.producer import SampleAck, SampleAcks, SampleDone, ServerHeartbeat, ServerState
+from areal_like.messages.producer import SampleAck, SampleAcks, SampleDone, Samples, ServerHeartbeat, ServerState
+from areal_like.records import Record
 from tests.ledger_plant import trajectory
 
 
@@ -28,8 +29,8 @@ def malformed(seed: int) -> Iterator[list[bytes]]:
     """Messages that `decode` refuses."""
     rng = random.Random(seed)
     good = [
-        encode(SampleDone(lease_id=1, ticket_id=1, sample_index=0, trajectory=trajectory([0, 0, 0]))),
-        encode(SampleAcks(acks=[SampleAck(lease_id=1, ticket_id=1, sample_index=0)])),
+        encode(Samples(samples=[SampleDone(lease_id=1, record=Record.of(1, 0, trajectory([0, 0, 0])))])),
+        encode(SampleAcks(acks=[SampleAck(lease_id=1, sample_indices=[0])])),
         encode(Fetch(step=0, position=0), rid=1),
         encode(StartTraining(step=0, stream={"cursor": 1, "pending": [1, 2]}), rid=2),
         encode(ServerHeartbeat(state=ServerState.SERVING, free_samples=1, holding_samples=0, weights_version=0, leases=[1])),

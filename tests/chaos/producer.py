@@ -23,6 +23,7 @@ from areal_like.messages.hello import Hello, Role
 from areal_like.messages.producer import Lease, SampleDone, ServerState
 from areal_like.paths import model_path
 from areal_like.process import die_with_parent
+from areal_like.records import Record
 from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
 from rollout_server import link as link_module
 from rollout_server.links import BufferLinks
@@ -109,7 +110,7 @@ class Producer:
 
     def _finish(self, lease: Lease, index: int) -> None:
         trajectory = invented(lease.ticket_id, index, num_tokens=self._num_tokens, version=self._version)
-        self._link.deliver(SampleDone(lease_id=lease.lease_id, ticket_id=lease.ticket_id, sample_index=index, trajectory=trajectory))
+        self._link.deliver(SampleDone(lease_id=lease.lease_id, record=Record.of(lease.ticket_id, index, trajectory)))
 
 
 async def _main() -> None:

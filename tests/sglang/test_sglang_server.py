@@ -69,24 +69,24 @@ def _samples_say_what_sampled_them(buffer: PlayedBuffer, model: Path) -> None:
     answers = buffer.expect(SampleDone, count=10)
     tokenizer, task = character_tokenizer(), SortTask(seed=0)
     for answer in answers:
-        trajectory = answer.trajectory
+        trajectory = answer.record.trajectory()
         sampled = trajectory.loss_mask == 1
         assert set(trajectory.versions[sampled]) == {0}
         if answer.lease_id == 1:
             assert trajectory.tokens[~sampled].tolist() == tokenizer(task.example("train", 7).prompt)["input_ids"]
             np.testing.assert_allclose(trajectory.logprobs[sampled], logprobs_under(model, None, trajectory)[sampled], atol=1e-4)
-    assert len({tuple(a.trajectory.tokens) for a in answers if a.lease_id == 1}) > 1
-    assert len({tuple(a.trajectory.tokens) for a in answers if a.lease_id == 2}) == 1, "evaluation is greedy"
+    assert len({tuple(a.record.trajectory().tokens) for a in answers if a.lease_id == 1}) > 1
+    assert len({tuple(a.record.trajectory().tokens) for a in answers if a.lease_id == 2}) == 1, "evaluation is greedy"
 
 
 def _push_in_mid_work(buffer: PlayedBuffer, model: Path, *, version: int) -> list[Trajectory]:
     new = perturbed(model, version)
     outcome: list[PushOutcome] = []
     buffer.grant(*(buffer.lease(10 + i, samples=8, prompt=i) for i in range(60)))
-    trajectories = [answer.trajectory for answer in buffer.expect(SampleDone, count=16)]
+    trajectories = [answer.record.trajectory() for answer in buffer.expect(SampleDone, count=16)]
     pushing = threading.Thread(target=lambda: outcome.append(push(buffer, new, version=version)))
     pushing.start()
-    trajectories += [answer.trajectory for answer in buffer.expect(SampleDone, count=60 * 8 - 16, timeout_s=120)]
+    trajectories += [answer.record.trajectory() for answer in buffer.expect(SampleDone, count=60 * 8 - 16, timeout_s=120)]
     pushing.join()
     assert set(outcome[0].activated) == {"rollout-0"} and not outcome[0].failed
     mixed = [t for t in trajectories if t.oldest_version != t.newest_version]
@@ -102,4 +102,4 @@ def _bad_names_change_nothing(buffer: PlayedBuffer, model: Path, *, version: int
     misnamed = {(f"{name}.x" if name.endswith("norm.weight") else name): tensor for name, tensor in perturbed(model, version).items()}
     assert "unknown" in str(push(buffer, misnamed, version=version).failed)
     buffer.grant(buffer.lease(90, samples=1))
-    assert buffer.expect(SampleDone)[0].trajectory.newest_version == before
+    assert buffer.expect(SampleDone)[0].record.trajectory().newest_version == before
