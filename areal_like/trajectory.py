@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 
 NOT_SAMPLED = -1
 """Version of a token that no policy sampled: prompt, tool output."""
-MAX_LOGPROB = 1e-5
-"""What rounding may make of a certain token's 0."""
 
 
 class FinishReason(StrEnum):
@@ -38,6 +36,18 @@ _DTYPES = (
 )
 BYTES_PER_TOKEN = sum(dtype.itemsize for _, dtype in _DTYPES)
 """Of the arrays of a trajectory."""
+
+
+_MAX_LOGPROB_BITS = int(np.float32(1e-5).view(np.int32))
+"""What rounding may make of a certain token's 0."""
+_NEGATIVE_INFINITY_BITS = int(np.float32(-math.inf).view(np.uint32))
+
+
+def are_logprobs(values: NDArray[np.float32]) -> bool:
+    """Whether all of at least one float32 are finite and at most 0. As whole numbers, in which they compare at twice the speed."""
+    if np.maximum.reduce(values.view(np.uint32)) >= _NEGATIVE_INFINITY_BITS:
+        return False
+    return bool(np.maximum.reduce(values.view(np.int32)) <= _MAX_LOGPROB_BITS)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -68,18 +78,18 @@ class Trajectory:
     """Seconds spent computing the reward."""
 
     def __post_init__(self) -> None:
-        # The buffer and every rank run this for each sample, so it is written for speed: one pass over each array, no temporary but one.
+        # Every rank runs this for each sample, so it is written for speed: one pass over each array, no temporary but one.
         for name, dtype in _DTYPES:
             array = getattr(self, name)
             if array.dtype != dtype or array.ndim != 1 or len(array) != len(self.tokens):
                 raise ValueError(f"trajectory.{name}: want {dtype.name}[{self.tokens.size}], got {array.dtype.name}{list(array.shape)}")
-        if not len(self.tokens) or self.loss_mask.max() > 1:
+        if not len(self.tokens) or np.maximum.reduce(self.loss_mask) > 1:
             raise ValueError("trajectory.loss_mask: want at least one token and only 0 or 1")
-        if self.tokens.min() < 0:
+        if np.minimum.reduce(self.tokens) < 0:
             raise ValueError("trajectory.tokens: negative token id")
         if (self.versions >= 0).tobytes() != self.loss_mask.tobytes():
             raise ValueError("trajectory.versions: a version is needed exactly where loss_mask is 1")
-        if not (self.logprobs.min() > -math.inf and self.logprobs.max() <= MAX_LOGPROB):  # false for NaN
+        if not are_logprobs(self.logprobs):
             raise ValueError("trajectory.logprobs: want finite values that are at most 0")
         if not math.isfinite(self.reward):
             raise ValueError(f"trajectory.reward: not finite ({self.reward})")

@@ -1,7 +1,8 @@
 """The ceiling: the same messages through a process that only forwards them, with the sockets of our channel and nothing else.
 
-Producers send the frames of a sample (serialised beforehand), the forwarder acknowledges each and passes groups of eight on when the
-consumer asks. No codec, no ledger, no disk. What the buffer reaches of this rate is what its own work leaves of it.
+Producers send the records of samples (packed beforehand; as many in a message as the window has room for), the forwarder acknowledges each
+message and passes groups of eight on when the consumer asks. Nobody packs, checks or unpacks, there is no ledger and no disk. What the
+buffer reaches of this rate is what all that work leaves of it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 import zmq
 
 from benchmarks.report import ROOT
-from benchmarks.stream_peers.load import Pacer, Plan, Served, Tally, as_frames, trajectories
+from benchmarks.stream_peers.load import Pacer, Plan, Served, Tally, packed, trajectories
 
 GROUP_SIZE = 8
 ASKED_AHEAD = 64
@@ -43,23 +44,24 @@ def _forward() -> None:
     socket.set(zmq.RCVHWM, 0)
     port = socket.bind_to_random_port("tcp://127.0.0.1")
     print(f"tcp://127.0.0.1:{port}", flush=True)
-    waiting: deque[list[bytes]] = deque()
+    num_bytes = len(packed(trajectories(Plan(role="", address="").num_tokens, count=1)[0], 0))
+    waiting: deque[bytes] = deque()
     wanted: deque[bytes] = deque()
     while True:
-        frames = socket.recv_multipart()
-        if len(frames) == 2:  # the consumer asks for a group
-            wanted.append(frames[0])
+        peer, joined = socket.recv_multipart()
+        if not joined:  # the consumer asks for a group
+            wanted.append(peer)
         else:
-            socket.send_multipart([frames[0], b"%d" % len(waiting)])
-            waiting.append(frames[1:])
+            records = [joined[start : start + num_bytes] for start in range(0, len(joined), num_bytes)]
+            socket.send_multipart([peer, b"%d %d" % (len(records), len(waiting))])
+            waiting.extend(records)
         while wanted and len(waiting) >= GROUP_SIZE:
-            group = [frame for _ in range(GROUP_SIZE) for frame in waiting.popleft()]
-            socket.send_multipart([wanted.popleft(), *group])
+            socket.send_multipart([wanted.popleft(), b"".join([waiting.popleft() for _ in range(GROUP_SIZE)])])
 
 
 def _produce(plan: Plan, tally: Tally) -> None:
     pacer = Pacer(plan.rate_per_s)
-    samples = [as_frames(trajectory, number) for number, trajectory in enumerate(trajectories(plan.num_tokens))]
+    samples = [packed(trajectory, number) for number, trajectory in enumerate(trajectories(plan.num_tokens))]
     poller = zmq.Poller()
     sent_s: dict[zmq.Socket[bytes], deque[float]] = {}
     for _ in plan.names:
@@ -71,16 +73,20 @@ def _produce(plan: Plan, tally: Tally) -> None:
     number = backlog = 0
     while not tally.is_over:
         for socket, sent in sent_s.items():
+            finished = []
             while len(sent) < plan.window and backlog + len(sent) < plan.backlog and pacer.may_send():
                 sent.append(time.monotonic())
-                socket.send_multipart(samples[number % len(samples)])
+                finished.append(samples[number % len(samples)])
                 number += 1
                 pacer.sent()
+            if finished:
+                socket.send(b"".join(finished))
         for socket, _ in poller.poll(1):
             with contextlib.suppress(zmq.Again):
                 while True:
-                    backlog = int(socket.recv(zmq.NOBLOCK))
-                    tally.acked(sent_s[socket].popleft())
+                    num_taken, backlog = map(int, socket.recv(zmq.NOBLOCK).split())
+                    for _ in range(num_taken):
+                        tally.acked(sent_s[socket].popleft())
         if not any(sent_s.values()):  # nothing on its way that could tell of a smaller backlog
             backlog = 0
 
@@ -94,7 +100,8 @@ def _consume(plan: Plan, tally: Tally) -> None:
         socket.send(b"")
     while not tally.is_over:
         if socket.poll(100):
-            tally.consumed(len(socket.recv_multipart()) // 2)
+            socket.recv()
+            tally.consumed(GROUP_SIZE)
             socket.send(b"")
 
 

@@ -16,8 +16,6 @@ from typing import Self
 
 import numpy as np
 
-from areal_like.codec import encode
-from areal_like.messages.producer import SampleDone, Samples
 from areal_like.records import Record
 from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
 
@@ -148,6 +146,11 @@ def trajectories(num_tokens: int, *, count: int = 64, version: int = 0) -> list[
     ]
 
 
-def as_frames(trajectory: Trajectory, number: int) -> list[bytes]:
-    """As every producer that sends bytes has to serialise it: [header, arrays]."""
-    return encode(Samples(samples=[SampleDone(lease_id=number, record=Record.of(number, 0, trajectory))]))
+def packed(trajectory: Trajectory, number: int) -> bytes:
+    """As every producer that sends bytes has to serialise it."""
+    return Record.of(number, 0, trajectory).data
+
+
+def unpacked(data: bytes) -> Trajectory:
+    """As every consumer has to read it before anybody can train on it."""
+    return Record.opened(data).trajectory()

@@ -23,9 +23,8 @@ from typing import Any
 import ray  # with the rest in the peers' own packages
 from ray.util.queue import Empty, Full, Queue
 
-from areal_like.codec import decode
 from benchmarks.report import ROOT
-from benchmarks.stream_peers.load import NUM_PROCESSES, WARM_UP_S, Pacer, Plan, Tally, as_frames, trajectories
+from benchmarks.stream_peers.load import NUM_PROCESSES, WARM_UP_S, Pacer, Plan, Tally, packed, trajectories, unpacked
 
 _BATCH = 256
 
@@ -50,9 +49,9 @@ class Queued:
             await asyncio.gather(*(self._put() for _ in range(self._plan.window * len(self._plan.names))))
         return dict(json.loads(self._tally.dumps()))
 
-    def _next(self) -> tuple[bytes, ...]:
+    def _next(self) -> bytes:
         self._num_sent += 1
-        return tuple(as_frames(self._samples[self._num_sent % len(self._samples)], self._num_sent))
+        return packed(self._samples[self._num_sent % len(self._samples)], self._num_sent)
 
     async def _put(self) -> None:
         while not self._tally.is_over:
@@ -82,8 +81,8 @@ class Queued:
             except Empty:
                 time.sleep(0.001)
                 continue
-            for frames in batch:
-                decode(frames)
+            for record in batch:
+                unpacked(record)
             self._tally.consumed(len(batch))
 
 

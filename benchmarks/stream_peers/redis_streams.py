@@ -18,8 +18,7 @@ from typing import Any
 
 import hiredis  # only in the peers' own packages
 
-from areal_like.codec import decode
-from benchmarks.stream_peers.load import Pacer, Plan, Served, Tally, as_frames, trajectories
+from benchmarks.stream_peers.load import Pacer, Plan, Served, Tally, packed, trajectories, unpacked
 
 BATCH = 512
 _LOOK_EVERY = 64
@@ -115,8 +114,8 @@ class _Producer:
                     time.sleep(0.002)  # the consumer is behind: no need to ask faster
                     return
             self._sent_s.append(time.monotonic())
-            header, arrays = as_frames(self._samples[self._num_sent % len(self._samples)], self._num_sent)
-            self.client.send("XADD", "stream", "*", "h", header, "a", arrays)
+            record = packed(self._samples[self._num_sent % len(self._samples)], self._num_sent)
+            self.client.send("XADD", "stream", "*", "r", record)
             self._num_sent += 1
             self._pacer.sent()
 
@@ -152,7 +151,7 @@ def _consume(plan: Plan, tally: Tally) -> None:
                 continue
             entries = answer[0][1]
             for _, fields in entries:
-                decode([fields[1], fields[3]])
+                unpacked(fields[1])
             tally.consumed(len(entries))
             ids = [entry[0] for entry in entries]
             client.send("XACK", "stream", "trainer", *ids)
