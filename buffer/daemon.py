@@ -295,6 +295,7 @@ class BufferDaemon:
         except (RefusedError, StaleIncarnationError):
             self.peers.forget(hello.name)
             raise
+        self.peers.welcome(hello)
         if hello.role is Role.TRAINER:
             self._listener.send(peer.route, self._directory)
         log.info("%s registered, incarnation %d", hello.name, hello.incarnation)

@@ -32,7 +32,7 @@ class PeerBook:
 
     def __init__(self, *, job: str, dataset: str, settings: Mapping[Role, str] | None = None, shard: Shard = WHOLE) -> None:
         """`dataset` and, by role, `settings` are what the buffer's own configuration gives; model and tokenizer are those of the first
-        peer."""
+        peer that was welcome."""
         self._settings = dict(settings or {})
         own = {"job": job, "num_shards": shard.count, "shard": shard.index, "dataset": dataset}
         self._expected: dict[str, tuple[object, str]] = {name: (value, "the buffer") for name, value in own.items()}
@@ -57,8 +57,6 @@ class PeerBook:
             raise RefusedError("name", f"{hello.name} is taken by a {known.hello.role.value}: give every daemon a name of its own")
         if known is not None and known.hello.incarnation > hello.incarnation:
             raise StaleIncarnationError(f"a newer {hello.name} has registered (incarnation {known.hello.incarnation})")
-        for name in ("model", "tokenizer"):
-            self._expected.setdefault(name, (getattr(hello, name), hello.name))
         is_same_process = known is not None and known.hello.incarnation == hello.incarnation
         if known is not None and not is_same_process:
             self._retire(known)
@@ -69,6 +67,11 @@ class PeerBook:
             peer.state, peer.stats = known.state, known.stats
         self._by_name[hello.name] = self._by_route[route] = peer
         return peer
+
+    def welcome(self, hello: Hello) -> None:
+        """Nothing speaks against an admitted peer: whoever comes after the first has to have its model and tokenizer."""
+        for name in ("model", "tokenizer"):
+            self._expected.setdefault(name, (getattr(hello, name), hello.name))
 
     def at(self, route: bytes) -> Peer | None:
         """The peer behind a routing id."""

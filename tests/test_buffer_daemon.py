@@ -195,6 +195,8 @@ def test_the_door(buffer: BufferProcess) -> None:
             smaller = from_mapping({"trainer": {"groups_per_step": 2, "num_steps": 6}, "sampling": {"group_size": 2}})
             with pytest.raises(RefusedError, match=r"groups_per_step=2.*groups_per_step=4"):
                 await link.call(trainer_hello(config, settings=shared_settings(smaller, Role.TRAINER)), timeout_s=5)
+            with pytest.raises(RefusedError, match="num_train_prompts"):  # who is refused says nothing about the others' model
+                await link.call(hello("rollout-9", dataset=dataset, model="m of a stranger", num_train_prompts=0), timeout_s=5)
             await link.call(trainer_hello(config, incarnation=5), timeout_s=5)
             with pytest.raises(RefusedError, match=r"\(model\).*trainer-0 has 'm'"):
                 await link.call(hello("rollout-0", dataset=dataset, model="other"), timeout_s=5)
