@@ -13,7 +13,8 @@ second.
 
 Flushes are those of the disk under --scratch while it counted (/sys/dev/block/*/stat), so that group commits can be compared. `half load`
 paces the producers at half of the rate that was reached and reports when acknowledgements came. `cost` is the CPU time that one sample's
-insert and read take in a ledger that already holds so many tickets; `server_cpu_us` the server's CPU time for one trajectory, in and out.
+insert and read take in a ledger that already holds so many tickets; `server_cpu_us`, `producer_cpu_us`, `consumer_cpu_us` the CPU time that
+one trajectory takes in each process.
 
     pip install --target DIR hiredis ray TransferQueue tensordict    (for the peers; without --peers only ours and bare zmq are run)
     python -m benchmarks.stream [--seconds 8] [--peers DIR] [--scratch DIR] [--only ours,redis]
@@ -40,7 +41,7 @@ import numpy as np
 
 from benchmarks.report import ROOT, table, write
 from benchmarks.stream_peers import bare_zmq, ledger_cost, ours
-from benchmarks.stream_peers.load import NUM_PROCESSES, WARM_UP_S, Plan, Served
+from benchmarks.stream_peers.load import NUM_PROCESSES, WARM_UP_S, Plan, Served, cpu_s
 
 RAY_MODES = {"queue": "ray queue, one at a time", "queue_batch": "ray queue, a window at a time", "transfer_queue": "transfer queue"}
 NUM_TICKETS = (1_000, 10_000, 100_000, 1_000_000)
@@ -61,15 +62,17 @@ def measure(module: str, served: Served, plan: Plan, *, seconds: float, environm
             worker.stdin.write(f"{begin_s} {begin_s + seconds}\n")
             worker.stdin.flush()
         time.sleep(max(0.0, begin_s - time.monotonic()))
-        before_s = served.cpu_s
+        *producers, consumer = (worker.pid for worker in workers)
+        before_s = [served.cpu_s, cpu_s(*producers), cpu_s(consumer)]
         time.sleep(seconds)
-        used_s = served.cpu_s - before_s
+        after_s = [served.cpu_s, cpu_s(*producers), cpu_s(consumer)]
         found = summary([json.loads(worker.communicate(timeout=60)[0]) for worker in workers], seconds=seconds)
     finally:
         for worker in workers:
             worker.kill()
             worker.wait()
-    return found | {"server_cpu_us": round(1e6 * used_s / max(1, found["per_s"] * seconds), 1)}
+    used_us = [1e6 * (after - before) / max(1, found["per_s"] * seconds) for before, after in zip(before_s, after_s, strict=True)]
+    return found | dict(zip(("server_cpu_us", "producer_cpu_us", "consumer_cpu_us"), [round(used, 1) for used in used_us], strict=True))
 
 
 def summary(tallies: list[dict[str, Any]], *, seconds: float) -> dict[str, Any]:
@@ -220,7 +223,18 @@ def main() -> None:
         if part in ("bare_zmq", "ours", "cost") or arguments.peers:
             getattr(bench, part)()
     write("stream", {"seconds": arguments.seconds, "rows": bench.rows, "shares": shares(bench.rows), "costs": bench.costs})
-    names = ("per_s", "acked_per_s", "consumed_per_s", "server_cpu_us", "flushes_per_s", "ack_p50_ms", "ack_p99_ms", "half_load_ack_p99_ms")
+    names = (
+        "per_s",
+        "acked_per_s",
+        "consumed_per_s",
+        "server_cpu_us",
+        "producer_cpu_us",
+        "consumer_cpu_us",
+        "flushes_per_s",
+        "ack_p50_ms",
+        "ack_p99_ms",
+        "half_load_ack_p99_ms",
+    )
     print(table(["", *names], [[name, *(row.get(key, "") for key in names)] for name, row in bench.rows.items()]))
     for pair, share in shares(bench.rows).items():
         print(f"{pair}: {share:.2f}")

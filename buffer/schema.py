@@ -11,6 +11,7 @@ tickets with arrays holds only those. Ended tickets are counted at recovery, not
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
@@ -177,8 +178,14 @@ def _write(connection: sqlite3.Connection, changes: Changes, places: Iterable[Pl
 def _insert(connection: sqlite3.Connection, statement: str, rows: Sequence[Row], ending: str = "") -> None:
     """Many rows in one statement: sqlite3 gives the interpreter away at every step, and a busy loop is slow to give it back."""
     for chunk in _chunks(rows):
-        marks = f"({','.join('?' * len(chunk[0]))})"
-        connection.execute(f"{statement} {','.join([marks] * len(chunk))} {ending}", [value for row in chunk for value in row])
+        marks = _marks(len(chunk), len(chunk[0]))
+        connection.execute(f"{statement} {marks} {ending}", [value for row in chunk for value in row])
+
+
+@functools.cache
+def _marks(num_rows: int, num_columns: int) -> str:
+    """Long, and few: the numbers of rows are powers of two."""
+    return ",".join([f"({','.join('?' * num_columns)})"] * num_rows)
 
 
 def _each(connection: sqlite3.Connection, statement: str, keys: Sequence[int]) -> None:

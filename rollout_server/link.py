@@ -151,7 +151,8 @@ class BufferLink:
             log.info("the buffer did not confirm the goodbye: %s", error)
 
     def close(self) -> None:
-        """Closes the socket."""
+        """Closes the socket. What was not acknowledged is lost here; its leases run out."""
+        self._outbox.clear()
         self._link.close()
 
     async def _register(self) -> None:
