@@ -65,6 +65,7 @@ def test_roles_by_hand_and_a_trainer_that_is_replaced(tmp_path: Path, start: Any
 
     first = start("torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m", "trainer", f"buffer.port={port}")
     wait_until(lambda: num_steps_done(run) > 3, timeout_s=90, what="training")
+    assert "libtorch" not in Path(f"/proc/{server.pid}/maps").read_text(), "a server has started with torch, which only its engine needs"
     drain(first)  # torchrun reports the signal in its own exit code; what counts is what its rank left
     assert not (run / "endpoints" / "trainer-0.json").exists(), "the rank did not end by itself"
     (checkpoint,) = (run / "checkpoints").iterdir()
