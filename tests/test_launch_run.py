@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import launcher, num_steps_done, processes_of, wait_until
+from tests.launching import areal_like, launcher, num_steps_done, processes_of, wait_until
 from tests.test_metrics_page import named_columns
 
 pytestmark = [pytest.mark.timeout(150), pytest.mark.slow]
@@ -27,12 +27,6 @@ SMALL = (
     "rollout.queue_samples=8",
     "weights.push_deadline_s=10",
 )
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Environment in which the model is built once for all tests of this file."""
-    return {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
 
 
 @pytest.fixture
@@ -74,6 +68,9 @@ def test_a_run_survives_the_death_of_a_server_and_adds_up(tmp_path: Path, root: 
     rows = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 40 and all(set(row) <= named_columns() for row in rows)
     assert {path.name for path in (root / "logs").glob("*.log")} >= {"buffer.log", "rollout-0.log", "trainer-0.log"}
+
+    replay = areal_like("replay", "x", cwd=tmp_path)
+    assert replay.returncode == 2 and "buffer.retain_trajectories=true" in replay.stderr, "what was not kept cannot be replayed"
 
 
 def test_a_killed_launcher_leaves_no_orphan_and_two_ranks_go_on(tmp_path: Path, root: Path, cache: dict[str, str]) -> None:
