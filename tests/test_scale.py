@@ -100,8 +100,13 @@ def test_servers_come_and_go_and_a_wider_trainer_takes_over_in_one_run(tmp_path:
         assert samples_of(run, "rollout-1") > before
         assert json.loads((run / "summary.json").read_text())["steps"] <= done
 
+        started_s = time.monotonic()
         process.terminate()
-        assert process.wait(timeout=60) == 0
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, err) == (0, ""), out + err
+        assert time.monotonic() - started_s < 30
+        num_done = num_steps_done(run)
+        assert f"stopped after step {num_done} of 100000; go on with: areal-like run name=x resume=latest" in out
         stays.communicate(timeout=30)
         assert stays.returncode == 0, "the guest ends with its run"
     assert is_over(RunPaths(run))
