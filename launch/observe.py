@@ -19,6 +19,7 @@ from typing import Any
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.shards import add_up
+from launch.progress import Progress, StepTally
 
 REQUEST_TIMEOUT_S = 1.0
 
@@ -51,8 +52,13 @@ class Observation:
     """One look at the whole job."""
 
     daemons: dict[str, DaemonView] = field(default_factory=dict)
-    steps: tuple[dict[str, Any], ...] = ()
-    """Records of metrics.jsonl, ascending by step."""
+    progress: Progress = field(default_factory=Progress)
+    """What metrics.jsonl says."""
+
+    @property
+    def steps(self) -> tuple[dict[str, Any], ...]:
+        """The newest rows, ascending by step."""
+        return self.progress.recent
 
     @property
     def tokens_per_s_generated(self) -> float | None:
@@ -77,25 +83,29 @@ class MetricsTail:
         self._path = path
         self._offset = 0
         self._inode = 0
-        self._records: dict[int, dict[str, Any]] = {}
+        self._tally = StepTally()
 
-    def read(self) -> tuple[dict[str, Any], ...]:
-        """All records so far, in the order of the file, which is that of the steps."""
+    def read(self) -> Progress:
+        """Of all rows so far, in the order of the file, which is that of the steps."""
         try:
             with self._path.open("rb") as file:
                 if (inode := os.fstat(file.fileno()).st_ino) != self._inode:  # a resumed trainer writes the file anew
-                    self._inode, self._offset, self._records = inode, 0, {}
+                    self._inode, self._offset, self._tally = inode, 0, StepTally()
                 file.seek(self._offset)
-                data = file.read()
+                for line in file:  # and not at once: that of a resumed run may be large
+                    if not line.endswith(b"\n"):
+                        break
+                    self._offset += len(line)
+                    self._add(line)
         except FileNotFoundError:
-            return ()
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        for line in whole.splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                record = json.loads(line)
-                self._records[int(record["step"])] = record
-        return tuple(self._records.values())
+            return Progress()
+        return self._tally.progress
+
+    def _add(self, line: bytes) -> None:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            row = json.loads(line)
+            int(row["step"])
+            self._tally.add(row)
 
 
 class Observer:
@@ -128,7 +138,7 @@ class Observer:
     def _run(self) -> None:
         while not self._stopped.wait(self.interval_s):
             daemons = look_at_daemons(self._paths.endpoints, before=self.newest.daemons)
-            self.newest = Observation(daemons=daemons, steps=self._tail.read())
+            self.newest = Observation(daemons=daemons, progress=self._tail.read())
 
 
 def look_at_daemons(folder: Path, *, before: dict[str, DaemonView] | None = None) -> dict[str, DaemonView]:

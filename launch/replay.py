@@ -67,7 +67,7 @@ def _watch(recorded: Path, run: OpenRun, *, view: View) -> int:
                     break
                 view.notice("stopping: the step at hand is finished and a checkpoint written (Ctrl-C again to stop at once)")
                 child.terminate()
-            view.update(Observation(steps=tail.read()), phase="replaying", detail="")
+            view.update(Observation(progress=tail.read()), phase="replaying", detail="")
             time.sleep(_TICK_S)
     finally:
         child.kill()

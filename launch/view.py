@@ -21,9 +21,6 @@ from areal_like.config import Config
 from launch.observe import DaemonView, Observation, find_number, find_table
 from launch.plot import bar, curve
 
-RECENT_STEPS = 50
-"""Steps over which rates and histograms are taken."""
-
 
 class View(Protocol):
     """Where the launcher shows what happens."""
@@ -155,12 +152,12 @@ def picture(seen: Observation, *, config: Config, eta: Eta, phase: str, detail: 
 
 
 def _reward_panel(seen: Observation, *, width: int) -> Panel:
-    rewards = [float(row["reward_mean"]) for row in seen.steps if isinstance(row.get("reward_mean"), (int, float))]
-    low, high = min(0.0, *rewards, 0.0), max(1.0, *rewards, 1.0)
-    lines = curve(rewards, width=max(8, width - 12), height=6, low=low, high=high)
+    progress = seen.progress
+    low, high = progress.reward_low, progress.reward_high
+    lines = curve(progress.rewards, width=max(8, width - 12), height=6, low=low, high=high)
     labels = [f"{high:6.2f} ", *[" " * 7] * (len(lines) - 2), f"{low:6.2f} "]
-    evals = [row["eval_reward"] for row in seen.steps if isinstance(row.get("eval_reward"), (int, float))]
-    title = f"reward {_mean(rewards[-RECENT_STEPS:]):.2f}" + (f" · held-out {evals[-1]:.2f}" if evals else "")
+    held_out = "" if progress.eval_reward is None else f" · held-out {progress.eval_reward:.2f}"
+    title = f"reward {_recent(seen, 'reward_mean') or 0.0:.2f}{held_out}"
     return Panel(
         Text("\n".join(label + line for label, line in zip(labels, lines, strict=True)), style="green"), title=title, title_align="left"
     )
@@ -168,7 +165,7 @@ def _reward_panel(seen: Observation, *, width: int) -> Panel:
 
 def _lag_panel(seen: Observation, *, config: Config) -> Panel:
     counts: Counter[int] = Counter()
-    for row in seen.steps[-RECENT_STEPS:]:
+    for row in seen.steps:
         for lag, count in (row.get("lag_histogram") or {}).items():
             counts[int(lag)] += count
     total = counts.total() or 1
@@ -230,13 +227,12 @@ def daemon_table(daemons: list[DaemonView], *, width: int) -> Table:
 
 def plain_line(seen: Observation, *, config: Config, eta: Eta) -> str:
     """The state of training on one line."""
-    evals = [row["eval_reward"] for row in seen.steps if isinstance(row.get("eval_reward"), (int, float))]
     dropped = find_number(find_table(seen.buffer, "tickets"), "dropped")
     parts = [
         f"step {last_step(seen) + 1}/{config.trainer.num_steps}",
         f"reward {_written(_recent(seen, 'reward_mean'))}",
-        f"held-out {evals[-1]:.2f}" if evals else "",
-        f"lag {_written(_recent(seen, 'lag_mean'))} (max {max((row.get('lag_max') or 0 for row in seen.steps), default=0):.0f})",
+        "" if seen.progress.eval_reward is None else f"held-out {seen.progress.eval_reward:.2f}",
+        f"lag {_written(_recent(seen, 'lag_mean'))} (max {seen.progress.lag_max:.0f})",
         f"generated {number(seen.tokens_per_s_generated)} tok/s",
         f"trained {number(tokens_per_s_trained(seen))} tok/s",
         f"dropped {dropped:.0f}" if dropped is not None else "",
@@ -247,7 +243,7 @@ def plain_line(seen: Observation, *, config: Config, eta: Eta) -> str:
 
 def tokens_per_s_trained(seen: Observation) -> float | None:
     """Throughput over the last steps, waiting included; None until there are two."""
-    rows = [row for row in seen.steps[-RECENT_STEPS:] if "time_unix_s" in row and "tokens_trained" in row]
+    rows = [row for row in seen.steps if "time_unix_s" in row and "tokens_trained" in row]
     rows = [row for row in rows if row["time_unix_s"] > rows[-1]["time_unix_s"] - 60]  # not across a resume
     if len(rows) < 2 or rows[-1]["time_unix_s"] <= rows[0]["time_unix_s"]:
         return None
@@ -274,12 +270,8 @@ def number(value: float | None) -> str:
 
 
 def _recent(seen: Observation, key: str) -> float | None:
-    values = [float(row[key]) for row in seen.steps[-RECENT_STEPS:] if isinstance(row.get(key), (int, float))]
-    return _mean(values) if values else None
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+    values = [float(row[key]) for row in seen.steps if isinstance(row.get(key), (int, float))]
+    return sum(values) / len(values) if values else None
 
 
 def _written(value: float | None, *, digits: int = 2) -> str:

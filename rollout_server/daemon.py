@@ -21,6 +21,7 @@ from areal_like.config import Config
 from areal_like.daemon import Runtime, cancelled_on_exit
 from areal_like.errors import ConfigError, EngineError
 from areal_like.fingerprint import dataset_fingerprint, model_fingerprint, shared_settings, tokenizer_fingerprint
+from areal_like.imports import torch_hidden, uncollected
 from areal_like.messages.hello import Hello, Role
 from areal_like.messages.producer import Lease, ServerState
 from areal_like.paths import model_path
@@ -63,7 +64,8 @@ async def main(runtime: Runtime) -> None:
         raise ConfigError(f"eval.num_prompts={config.eval.num_prompts}: the task holds out {task.num_eval} (task.num_eval)")
     buffer_addresses(config)
     model = model_path(config)
-    renderer = PromptRenderer(model)
+    with torch_hidden(), uncollected():
+        renderer = PromptRenderer(model)
     context_tokens = check_context(config, task, max_positions=renderer.max_positions)
     renderer.max_prompt_tokens = min(task.max_prompt_tokens, context_tokens - config.sampling.max_new_tokens)
     log.info("task %s, examples %s", config.task, task.fingerprint())

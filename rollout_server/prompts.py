@@ -19,7 +19,7 @@ class PromptRenderer:
 
     def __init__(self, model: str) -> None:
         """`model` is what `from_pretrained` takes. Raises ConfigError when it has no tokenizer, no config or no EOS token."""
-        # Here and not above: importing transformers costs a second, which --help need not pay.
+        # Here and not above: importing transformers costs a second and more, which --help need not pay.
         from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
         try:

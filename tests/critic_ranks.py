@@ -1,4 +1,4 @@
-"""One rank of a trainer with a critic, started by `trainer_helpers.run_ranks`: `CHECK STORE RANK WORLD_SIZE OUT_DIR MODEL`."""
+"""Ranks of a trainer with a critic, started by `trainer_helpers.run_ranks`: `CHECK STORE WORLD_SIZE OUT_DIR MODEL`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The default objective in a trainer that dies at prescribed moments: `objective._target_=tests.fault_points.Doomed`.
 
 `objective.deaths="update:5 save:7 commit:11"`: each happens once, by SIGKILL, and is noted in `objective.folder`, so that the next trainer
-gets past it, and a replay with the same settings meets none. `poison:3` happens as long as the first group of step 3 is the one that it was
+gets past it, and a replay with the same settings meets none. The checkpoint before is waited for: a step may be quicker than its writing,
+and what the next trainer goes back to would be luck. `poison:3` happens as long as the first group of step 3 is the one that it was
 at first: data that no trainer survives.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,11 +41,13 @@ class Doomed(TruncatedIS):
 
         def doomed_stream_state(leader: Leader, step: int) -> dict[str, Any]:
             doom.at("save", step)  # the ledger knows that the step is complete, there is no checkpoint
+            doom.committed.clear()
             return stream_state(leader, step)
 
         def doomed_commit(leader: Leader, step: int, **rest: Any) -> None:
             doom.at("commit", step)  # there is a checkpoint, the ledger does not know
             commit(leader, step, **rest)
+            doom.committed.set()
 
         StepRunner.run, Leader.stream_state, Leader.commit = doomed_run, doomed_stream_state, doomed_commit  # type: ignore[method-assign]
 
@@ -51,10 +55,15 @@ class Doomed(TruncatedIS):
 class _Doom:
     def __init__(self, notes: dict[str, Path]) -> None:
         self._notes = notes
+        self.committed = threading.Event()
+        """No checkpoint is being written."""
+        self.committed.set()
 
     def at(self, point: str, step: int) -> None:
         note = self._notes.get(f"{point}:{step}")
         if note is not None and not note.exists():
+            if point != "commit":  # which is called by the writer itself
+                assert self.committed.wait(timeout=60)
             note.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 

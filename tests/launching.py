@@ -38,6 +38,18 @@ def launcher(*settings: str, cwd: Path, environment: dict[str, str] | None = Non
         process.communicate()
 
 
+def areal_like(*words: str, cwd: Path, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """`areal-like WORDS` in another shell, to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "launch", *words],
+        cwd=cwd,
+        env=_ENVIRONMENT | {"PYTHONPATH": str(ROOT)} | (environment or {}),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+
+
 def processes_of(run_root: Path) -> dict[int, str]:
     """pid -> command line of every living process that a launcher of this run directory has started, directly or not."""
     marker = f"{RUN_MARKER}={run_root}:".encode()

@@ -34,3 +34,12 @@ class Checksum(Task):
 
     def reward(self, example: Example, completion: str) -> float:
         return sum(map(ord, completion)) % 7 / 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unhurried(Checksum):
+    """Rewards that take time and no processor: while a job waits for them, others can start."""
+
+    def reward(self, example: Example, completion: str) -> float:
+        time.sleep(0.03)
+        return super().reward(example, completion)

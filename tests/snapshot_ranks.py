@@ -1,4 +1,4 @@
-"""One rank that freezes weights while it goes on changing them; see `test_snapshot.py`."""
+"""Ranks that freeze weights while they go on changing them; see `test_snapshot.py`."""
 
 from __future__ import annotations
 

@@ -213,15 +213,9 @@ SMALL = (
 )
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Where the model is built once for all tests of this file."""
-    return str(tmp_path_factory.mktemp("cache"))
-
-
-def run_job(tmp_path: Path, cache: str, *settings: str) -> tuple[list[dict[str, object]], dict[str, object]]:
+def run_job(tmp_path: Path, cache: dict[str, str], *settings: str) -> tuple[list[dict[str, object]], dict[str, object]]:
     """(rows of metrics.jsonl, summary.json) of a whole job."""
-    with launcher(*SMALL, *settings, cwd=tmp_path, environment={"XDG_CACHE_HOME": cache}) as process:
+    with launcher(*SMALL, *settings, cwd=tmp_path, environment=cache) as process:
         _, err = process.communicate(timeout=140)
         assert process.returncode == 0, err
     root = tmp_path / "runs" / "x"
@@ -230,7 +224,7 @@ def run_job(tmp_path: Path, cache: str, *settings: str) -> tuple[list[dict[str, 
 
 @pytest.mark.slow
 @pytest.mark.timeout(150)
-def test_oapl_runs_by_its_name_alone(tmp_path: Path, cache: str) -> None:
+def test_oapl_runs_by_its_name_alone(tmp_path: Path, cache: dict[str, str]) -> None:
     rows, summary = run_job(tmp_path, cache, "objective=oapl", "trainer.num_steps=10")
     assert [row["lag_max"] for row in rows] == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
     assert summary["weights_version"] == 3, "after steps 4 and 8, and after the last"
@@ -239,7 +233,7 @@ def test_oapl_runs_by_its_name_alone(tmp_path: Path, cache: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(150)
-def test_an_automatic_bound_moves_in_a_real_run_and_survives_a_resume(tmp_path: Path, cache: str) -> None:
+def test_an_automatic_bound_moves_in_a_real_run_and_survives_a_resume(tmp_path: Path, cache: dict[str, str]) -> None:
     # With an entropy bonus groups without spread are run as well: a step in which nothing is run says nothing about its ESS.
     auto = ("max_staleness=auto", "max_staleness_cap=2", "ess_target=0.05", "eval.num_prompts=0", "trainer.entropy_coef=1e-6")
     rows, summary = run_job(tmp_path, cache, *auto, "trainer.num_steps=22")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from areal_like.paths import RunPaths
 from launch.keys import COMMON, all_keys
 from launch.observe import DaemonView, MetricsTail, Observation, look_at_daemons
 from launch.plot import bar, curve
+from launch.progress import MAX_STRETCHES, Progress, StepTally
 from launch.restarts import Phase, Restarts
 from launch.rundir import open_run
 from launch.scale import buffer_settings
@@ -111,15 +113,41 @@ def test_resume_keeps_the_runs_own_settings(tmp_path: Path) -> None:
 def test_metrics_are_read_as_they_grow_and_anew_after_a_resume(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     tail = MetricsTail(path)
-    assert tail.read() == ()
+    assert tail.read() == Progress()
     path.write_text('{"step": 0}\n{"step": 1}\n{"st')
-    assert [row["step"] for row in tail.read()] == [0, 1]
+    assert [row["step"] for row in tail.read().recent] == [0, 1]
     with path.open("a") as file:
         file.write('ep": 2}\nnonsense\n')
-    assert [row["step"] for row in tail.read()] == [0, 1, 2]
+    assert [row["step"] for row in tail.read().recent] == [0, 1, 2]
     (tmp_path / "new").write_text('{"step": 0}\n')
     (tmp_path / "new").replace(path)
-    assert [row["step"] for row in tail.read()] == [0]
+    assert [row["step"] for row in tail.read().recent] == [0]
+
+
+def test_of_a_long_run_only_what_is_shown_is_kept(tmp_path: Path) -> None:
+    path, luck = tmp_path / "metrics.jsonl", random.Random(0)
+    rows: list[dict[str, object]] = [
+        {"step": step, "reward_mean": None if step % 7 == 3 else luck.uniform(-0.5, 1.5), "lag_max": 9 if step == 5 else 2}
+        | ({"eval_reward": step / 1e5} if step % 100 == 0 and step < 9_000 else {})
+        for step in range(10_000)
+    ]
+    rewards = [float(row["reward_mean"]) for row in rows if row["reward_mean"] is not None]  # type: ignore[arg-type]
+    tail, written = MetricsTail(path), 0
+    for num_rows in (1, 49, 51, 2_000, 2_300, 2_500, 9_999, 10_000):
+        with path.open("a") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows[written:num_rows]))
+        written = num_rows
+        seen = tail.read()
+        assert seen.recent == tuple(rows[:num_rows][-50:])
+        known = rewards[: num_rows - sum(step % 7 == 3 for step in range(num_rows))]
+        assert (seen.reward_low, seen.reward_high) == (min(0.0, *known, 0.0), max(1.0, *known, 1.0))
+        assert (seen.lag_max, seen.eval_reward) == (9 if num_rows > 5 else 2, (min(num_rows - 1, 8_999) // 100) * 100 / 1e5)
+        length = 1
+        while len(known) > length * MAX_STRETCHES and length * MAX_STRETCHES + length <= len(known):
+            length *= 2
+        expected = [known[at : at + length] for at in range(0, len(known), length)]
+        assert seen.rewards == pytest.approx([sum(stretch) / len(stretch) for stretch in expected])
+        assert len(seen.rewards) <= MAX_STRETCHES + 1
 
 
 def test_a_dead_endpoint_is_seen_as_unanswering(tmp_path: Path) -> None:
@@ -175,7 +203,10 @@ def test_the_picture_shows_what_is_there(width: int, steps: int) -> None:
         "rollout-0": DaemonView(name="rollout-0", endpoint={}, status=None, seen_s=0.0),
     }
     row = {"reward_mean": 0.5, "lag_histogram": {"0": 3, "2": 1}, "lag_max": 2, "tokens_per_s_trained": None, "eval_reward": 0.25}
-    seen = Observation(daemons=daemons, steps=tuple(row | {"step": step} for step in range(steps)))
+    tally = StepTally()
+    for step in range(steps):
+        tally.add(row | {"step": step})
+    seen = Observation(daemons=daemons, progress=tally.progress)
     config = Config()
     console = Console(width=width, record=True, file=io.StringIO())
     console.print(picture(seen, config=config, eta=Eta(num_steps=600), phase="running", detail="", width=width))

@@ -45,7 +45,7 @@ def machines() -> Iterator[tuple[str, str]]:
             subprocess.run(["ip", "netns", "delete", namespace], check=False, capture_output=True)
 
 
-def test_the_default_job_across_two_addresses(tmp_path: Path, machines: tuple[str, str]) -> None:
+def test_the_default_job_across_two_addresses(tmp_path: Path, machines: tuple[str, str], cache: dict[str, str]) -> None:
     run = tmp_path / "runs" / "x"
     settings = (
         *("name=x", f"runs_dir={tmp_path}/runs", "model.warm_start_steps=20", "trainer.num_steps=12", "eval.num_prompts=16"),
@@ -54,7 +54,14 @@ def test_the_default_job_across_two_addresses(tmp_path: Path, machines: tuple[st
     # Whoever is not the buffer knows its address, and the one at which it can be reached itself.
     trains = (*settings, f"buffer.host={TRAINER_HOST}")
     serves = (*trains, "rollout.host=0.0.0.0", f"rollout.advertise_host={ROLLOUT_HOST}")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment = (
+        os.environ
+        | {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+        }
+        | cache
+    )
     started: list[subprocess.Popen[bytes]] = []
 
     def start(namespace: str, *command: str) -> subprocess.Popen[bytes]:

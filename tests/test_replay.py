@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from areal_like.cli import load_config
 from areal_like.errors import ConfigError
-from tests.launching import ROOT
+from tests.launching import areal_like
 from trainer.recording import Recording
 
 pytestmark = [pytest.mark.timeout(480), pytest.mark.slow]
@@ -29,22 +26,15 @@ SMALL = (
 )
 
 
-def launch(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(cwd / "cache")}
-    return subprocess.run(
-        [sys.executable, "-m", "launch", *words], cwd=cwd, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
-
-
 def rows(directory: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_replay_gives_the_same_weights_and_another_objective_others(tmp_path: Path) -> None:
-    ran = launch("run", *SMALL, "buffer.retain_trajectories=true", cwd=tmp_path)
+def test_a_replay_gives_the_same_weights_and_another_objective_others(tmp_path: Path, cache: dict[str, str]) -> None:
+    ran = areal_like("run", *SMALL, "buffer.retain_trajectories=true", cwd=tmp_path, environment=cache)
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
-    same = launch("replay", "x", cwd=tmp_path)
+    same = areal_like("replay", "x", cwd=tmp_path, environment=cache)
     assert same.returncode == 0, same.stdout + same.stderr
     assert "weights after step 3, 6: equal to those of the run, to the last bit" in same.stdout
     moved = [row["grad_norm"] for row in rows(tmp_path / "runs" / "x")]
@@ -53,7 +43,7 @@ def test_a_replay_gives_the_same_weights_and_another_objective_others(tmp_path: 
     assert [row["loss"] for row in replayed] == [row["loss"] for row in original]
     assert [row["lag_mean"] for row in replayed] == [row["lag_mean"] for row in original]
 
-    other = launch("replay", "x", "objective=ppo", "buffer.cache_bytes=0", cwd=tmp_path)
+    other = areal_like("replay", "x", "objective=ppo", "buffer.cache_bytes=0", cwd=tmp_path, environment=cache)
     assert other.returncode == 0, other.stdout + other.stderr
     assert "weights after step 3, 6: not those of the run" in other.stdout and "buffer.cache_bytes=0 has no effect" in other.stdout
     assert [row["reward_mean"] for row in rows(tmp_path / "runs" / "x-replay-2")] == [row["reward_mean"] for row in original]
@@ -62,14 +52,10 @@ def test_a_replay_gives_the_same_weights_and_another_objective_others(tmp_path: 
     config = load_config(["--config", str(tmp_path / "runs" / "x" / "config.yaml")])
     assert recording.num_whole_steps(groups_per_step=config.trainer.groups_per_step) == 6
     recording.close()
-    wider = launch("replay", "x", "trainer.groups_per_step=8", cwd=tmp_path)
+    wider = areal_like("replay", "x", "trainer.groups_per_step=8", cwd=tmp_path, environment=cache)
     assert (wider.returncode, wider.stderr.count("\n")) == (2, 1) and "no whole step of 8 groups" in wider.stderr
 
 
-def test_what_was_not_kept_cannot_be_replayed(tmp_path: Path) -> None:
-    ran = launch("run", *SMALL, "trainer.num_steps=1", cwd=tmp_path)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    again = launch("replay", "x", cwd=tmp_path)
-    assert again.returncode == 2 and "buffer.retain_trajectories=true" in again.stderr
+def test_where_no_ledger_is_nothing_can_be_replayed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no ledger"):
         Recording(tmp_path)

@@ -7,13 +7,12 @@ import os
 import signal
 import sqlite3
 import subprocess
-import sys
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from tests.launching import ROOT, launcher, num_steps_done, processes_of, wait_until
+from tests.launching import areal_like, launcher, num_steps_done, processes_of, wait_until
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
 SMALL = (
@@ -27,12 +26,6 @@ SMALL = (
     "weights.push_deadline_s=10",
     "max_staleness=2",
 )
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Environment in which the model is built once for all tests of this file."""
-    return {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
 
 
 @pytest.fixture
@@ -64,9 +57,7 @@ def pid_of(root: Path, part: str) -> int:
 
 def command(*words: str, cwd: Path) -> str:
     """`areal-like WORDS`, which must succeed."""
-    run = subprocess.run(
-        [sys.executable, "-m", "launch", *words], cwd=cwd, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
+    run = areal_like(*words, cwd=cwd)
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout
 
@@ -101,8 +92,8 @@ def test_a_trainer_killed_at_each_point_ends_with_the_weights_of_an_unbroken_run
 
     assert places(root) == seen and len(seen) == 64
     rollbacks = query(root, "SELECT from_step, to_step FROM rollbacks ORDER BY id")
-    # A step may be quicker than the writing of the checkpoint before it.
-    assert [row[0] for row in rollbacks[:2]] == [5, 8] and all(row[1] in (0, 4) for row in rollbacks[:2]), rollbacks
+    assert rollbacks[:2] == [(5, 4), (8, 4)], rollbacks
+    assert {to_step for _, to_step in rollbacks[2:]} <= {12} and len(rollbacks) <= 3, "steps that were done while 12 was being written"
     versions = query(root, "SELECT version, parent, trainer_incarnation FROM versions ORDER BY version")
     assert [row[0] for row in versions] == list(range(1, len(versions) + 1)) and len({row[2] for row in versions}) == 4
     assert query(root, "SELECT * FROM leases") == [] and query(root, "SELECT * FROM attempts") == []

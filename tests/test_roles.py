@@ -20,19 +20,14 @@ pytestmark = [pytest.mark.timeout(150), pytest.mark.slow]
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+def start(tmp_path: Path, cache: dict[str, str]) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
     """Starts `python -m ...` with the run's settings; whatever is alive at the end is an orphan."""
     run = tmp_path / "runs" / "x"
     settings = (
-        *("name=x", f"runs_dir={tmp_path}/runs", "model.warm_start_steps=5", "trainer.num_steps=100000", "eval.num_prompts=0"),
+        *("name=x", f"runs_dir={tmp_path}/runs", "model.warm_start_steps=20", "trainer.num_steps=100000", "eval.num_prompts=0"),
         *("sampling.group_size=4", "trainer.groups_per_step=4", "rollout.max_running=16", "rollout.queue_samples=8"),
     )
-    environment = os.environ | {
-        RUN_MARKER: f"{run}:test",
-        "XDG_CACHE_HOME": str(tmp_path / "cache"),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
+    environment = os.environ | {RUN_MARKER: f"{run}:test", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | cache
     started: list[subprocess.Popen[bytes]] = []
 
     def begin(*command: str) -> subprocess.Popen[bytes]:
@@ -65,6 +60,7 @@ def test_roles_by_hand_and_a_trainer_that_is_replaced(tmp_path: Path, start: Any
 
     first = start("torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m", "trainer", f"buffer.port={port}")
     wait_until(lambda: num_steps_done(run) > 3, timeout_s=90, what="training")
+    assert "libtorch" not in Path(f"/proc/{server.pid}/maps").read_text(), "a server has started with torch, which only its engine needs"
     drain(first)  # torchrun reports the signal in its own exit code; what counts is what its rank left
     assert not (run / "endpoints" / "trainer-0.json").exists(), "the rank did not end by itself"
     (checkpoint,) = (run / "checkpoints").iterdir()

@@ -354,16 +354,15 @@ def test_bad_settings_end_with_one_message(model: Path, tmp_path: Path, override
         assert "Traceback" not in errors and len(lines) <= 2
 
 
-@pytest.mark.parametrize("ending", [Refused(field="model", reason="another model"), JobFailed(reason="20 failures in a row")])
-def test_refusal_or_failed_job_ends_the_server(model: Path, tmp_path: Path, ending: Any) -> None:
+def test_a_refusal_ends_the_server(model: Path, tmp_path: Path) -> None:
     with PlayedBuffer() as buffer, serving(job(tmp_path, port=buffer.port, model_dir=model)) as server:
         buffer.expect(Hello, timeout_s=60)
-        buffer.send(ending)
+        buffer.send(Refused(field="model", reason="another model"))
         code, _, errors = server.wait()
-        assert code == 1 and ending.reason in errors and "Traceback" not in errors
+        assert code == 1 and "another model" in errors and "Traceback" not in errors
 
 
-def test_an_example_that_hangs_keeps_neither_the_next_ones_nor_the_process(model: Path, tmp_path: Path) -> None:
+def test_an_example_that_hangs_keeps_neither_the_next_ones_nor_the_process_from_ending_with_its_job(model: Path, tmp_path: Path) -> None:
     rollout = {"max_running": 4, "queue_samples": 0, "reward_timeout_s": 1.0}
     with PlayedBuffer() as buffer:
         config = job(tmp_path, port=buffer.port, model_dir=model, task={"_target_": "tests.rollout_tasks.Moody"}, rollout=rollout)
@@ -375,7 +374,7 @@ def test_an_example_that_hangs_keeps_neither_the_next_ones_nor_the_process(model
             assert buffer.expect(SampleDone)[0].lease_id == 2, "the next example is not behind the one that hangs"
             buffer.send(JobFailed(reason="20 failures in a row"))
             code, _, errors = server.wait(timeout_s=15)
-            assert code == 1 and "20 failures in a row" in errors
+            assert code == 1 and "20 failures in a row" in errors and "Traceback" not in errors
 
 
 def cmdline(pid: int) -> bytes:

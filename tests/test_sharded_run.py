@@ -128,9 +128,9 @@ SMALL = (
 
 
 @pytest.mark.slow
-def test_a_whole_run_survives_the_death_of_a_shard(tmp_path: Path) -> None:
+def test_a_whole_run_survives_the_death_of_a_shard(tmp_path: Path, cache: dict[str, str]) -> None:
     root = tmp_path / "runs" / "x"
-    with launcher(*SMALL, cwd=tmp_path) as process:
+    with launcher(*SMALL, cwd=tmp_path, environment=cache) as process:
         wait_until(lambda: num_steps_done(root) > 5, timeout_s=90, what="training")
         os.kill(
             next(pid for pid, command in processes_of(root).items() if "-m buffer " in command and "buffer-1" in command), signal.SIGKILL

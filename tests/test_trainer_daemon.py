@@ -132,3 +132,13 @@ def test_a_request_whose_answer_was_lost_is_repeated(tmp_path: Path, monkeypatch
             link.fail(ArealError("no more weights"))
             with pytest.raises(ArealError, match="no more weights"):
                 link.wait(link.submit(asyncio.sleep(5)), name="anything", timeout_s=20)
+
+
+def test_a_heartbeat_that_dies_ends_every_wait(tmp_path: Path) -> None:
+    with PlayedBuffer(lambda _: None) as played:
+        settings = {"model": {"path": write_model(tmp_path / "model")}, "buffer": {"port": played.port}, "daemon": {"heartbeat_s": 0.1}}
+        config = job(tmp_path, **settings)
+        with BufferLink(config, rank=0, world_size=1, device="cpu", incarnation=1) as link:
+            link.stats = {"what cannot be sent": object()}  # type: ignore[dict-item]
+            with pytest.raises(ArealError, match="no more heartbeats are sent: TypeError"):
+                link.call(CompleteStep(step=3), timeout_s=20)

@@ -1,11 +1,13 @@
-"""One rank of a real trainer over gloo, started by `trainer_helpers.run_ranks`: `CHECK STORE RANK WORLD_SIZE OUT_DIR ...`."""
+"""Ranks of a real trainer over gloo, started by `trainer_helpers.run_ranks`: `CHECK STORE WORLD_SIZE OUT_DIR ...`."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from areal_like.config import KlConfig
+from areal_like.process import die_with_parent
 from tests.trainer_helpers import random_groups
 from trainer.advantages import ADVANTAGES, Advantage
 from trainer.checkpoint import Checkpoints
@@ -146,21 +149,33 @@ def outage(_: Ranks, out_dir: Path, path: str) -> None:
 
 
 def main(**checks: Callable[..., None]) -> None:
-    """Joins the group that the command line names and runs one check."""
-    check, store, rank, world_size, out_dir, *rest = sys.argv[1:]
+    """Runs the check that the command line names: each rank is a fork of this process, which has imported torch for all of them."""
+    check, store, world_size, out_dir, *rest = sys.argv[1:]
+    pids = []
+    for rank in range(int(world_size)):
+        pids.append(os.fork())
+        if not pids[-1]:
+            try:
+                die_with_parent(signum=signal.SIGKILL)
+                _be(rank, int(world_size), store, lambda ranks: checks[check](ranks, Path(out_dir), *rest))
+                code = 0
+            except Exception:
+                traceback.print_exc()
+                code = 1
+            sys.stdout.flush()
+            sys.stderr.flush()
+            # Torch's threads now and then abort a process that takes itself down in order ("terminate called without an active exception").
+            os._exit(code)
+    sys.exit(any(os.waitpid(pid, 0)[1] for pid in pids))  # at the first that failed: the others die with us
+
+
+def _be(rank: int, world_size: int, store: str, check: Callable[[Ranks], None]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(store, int(world_size)),
-        rank=int(rank),
-        world_size=int(world_size),
-        timeout=timedelta(seconds=60),
+        "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
     )
-    checks[check](Ranks(), Path(out_dir), *rest)
+    check(Ranks())
     dist.destroy_process_group()
-    sys.stdout.flush()
-    # Torch's threads now and then abort a process that takes itself down in order ("terminate called without an active exception").
-    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from areal_like.cli import load_config, shows_help
 from areal_like.errors import UserError
+from areal_like.imports import uncollected
 from areal_like.process import die_with_launcher, die_with_parent
 from trainer.start import start_ranks
 
@@ -34,7 +35,8 @@ def main(argv: Sequence[str]) -> int:
         os.environ.setdefault("OMP_NUM_THREADS", str(config.trainer.num_threads))
         if config.trainer.world_size > 1:
             return start_ranks(argv, world_size=config.trainer.world_size)
-    from trainer.daemon import run_rank
+    with uncollected():
+        from trainer.daemon import run_rank
 
     return run_rank(config)
 

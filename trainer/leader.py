@@ -156,7 +156,7 @@ class Leader:
             link.call(CloseAdmission(reason=reason), timeout_s=_CALL_TIMEOUT_S)
         training_seconds = time.monotonic() - self._training_started_s
         eval_after = None
-        if finished and self._metrics.rows:
+        if finished and self._metrics.num_rows:
             try:
                 link.run(
                     self._publisher.wait_active(self._step), name="the last weights to be active", timeout_s=config.weights.push_deadline_s
@@ -169,7 +169,7 @@ class Leader:
         link.run(self._publisher.close(), name="weight groups to dissolve", timeout_s=30)
         write_summary(
             self._paths.summary,
-            rows=self._metrics.rows,
+            account=self._metrics.account(),
             books=link.call(GetBooks(), timeout_s=_CALL_TIMEOUT_S),
             books_after_warm_up=self._warm_books,
             books_at_end=generation_ended,
@@ -186,7 +186,7 @@ class Leader:
     def status(self) -> dict[str, Any]:
         """For /status."""
         return {
-            "last": self._metrics.rows[-1] if self._metrics.rows else {},
+            "last": self._metrics.last,
             "last_push": asdict(self._last_push) if self._last_push else {},
             "weights_version": self._publisher.active_version if hasattr(self, "_publisher") else 0,
             "servers": [asdict(server) for server in self._link.directory.servers],

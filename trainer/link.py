@@ -17,6 +17,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import logging
 import math
 import threading
 import time
@@ -33,6 +34,8 @@ from areal_like.messages.hello import Goodbye, Hello, Role
 from areal_like.paths import model_path
 from trainer.buffers import ask_buffers
 from trainer.connection import Connection
+
+log = logging.getLogger(__name__)
 
 _ASK_AGAIN_S = 20.0
 _POLL_S = 0.25
@@ -214,6 +217,7 @@ class BufferLink:
         with self.runtime.waits("buffer: welcome"):
             await asyncio.gather(*(buffer.register(timeout_s=55.0) for buffer in self._buffers))
         self._heartbeat = asyncio.create_task(self._beat(), name="heartbeat")
+        self._heartbeat.add_done_callback(self._on_heartbeat_end)
 
     async def _close(self) -> None:
         for future in self._fetches.values():
@@ -257,6 +261,12 @@ class BufferLink:
             for buffer in self._buffers:
                 if buffer.silent_s > self.config.trainer.buffer_timeout_s:
                     self.fail(PeerLostError(f"the buffer at {buffer.address} has been silent for {buffer.silent_s:.0f} s"))
+
+    def _on_heartbeat_end(self, task: asyncio.Task[None]) -> None:
+        # Nobody awaits it, and without it the buffer takes us for dead while we train on.
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("the heartbeat ended", exc_info=error)
+            self.fail(ArealError(f"no more heartbeats are sent: {type(error).__name__}: {error}"))
 
     def _on_message(self, shard: int, message: Any) -> None:
         if isinstance(message, Directory) and shard == 0:

@@ -7,6 +7,7 @@ directory, so that a run stays whole when the cache is cleared. Any other model 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -22,6 +23,7 @@ from areal_like import sorting
 from areal_like.cli import load_config, shows_help
 from areal_like.config import Config
 from areal_like.errors import ConfigError, UserError
+from areal_like.imports import torch_hidden
 from areal_like.paths import RunPaths, model_path
 from areal_like.process import die_with_launcher
 
@@ -34,10 +36,8 @@ def prepare_model(config: Config, *, out_dir: Path | None = None) -> str:
     `out_dir`: where a built model goes; by default the place in the run's directory where `areal_like.paths.model_path` looks.
     Raises ConfigError when the model cannot be built, found or loaded.
     """
-    if config.model.path == "tiny":
-        return str(_cached(*_tiny(config), out_dir=out_dir or RunPaths.of(config).built_model))
-    if config.model.path == "smollm2":
-        return str(_cached(*_smollm2(), out_dir=out_dir or RunPaths.of(config).built_model))
+    if recipe := _BUILT.get(config.model.path):
+        return str(_cached(*recipe(config), out_dir=out_dir or RunPaths.of(config).built_model))
     return _check_existing(config)
 
 
@@ -64,12 +64,16 @@ def _tiny(config: Config) -> Recipe:
     return "tiny", key, build
 
 
-def _smollm2() -> Recipe:
+def _smollm2(config: Config) -> Recipe:
     from trainer import smollm2
 
     source = smollm2.smollm2_gguf()
     key = {"file": source.name, "num_bytes": source.stat().st_size, "source": Path(smollm2.__file__).read_text()}
     return "smollm2", key, smollm2.convert_smollm2
+
+
+_BUILT: Mapping[str, Callable[[Config], Recipe]] = {"tiny": _tiny, "smollm2": _smollm2}
+"""What `model.path` calls the models that we build."""
 
 
 def _cached(name: str, key: Mapping[str, Any], build: Callable[[Path], None], *, out_dir: Path) -> Path:
@@ -152,7 +156,10 @@ def main(argv: list[str]) -> int:
                 raise ConfigError("--out: name a directory")
             out_dir = Path(argv[at + 1])
             del argv[at : at + 2]
-        sys.stdout.write(prepare_model(load_config(argv), out_dir=out_dir) + "\n")
+        config = load_config(argv)
+        # A model that is only looked at has to have a tokenizer and a configuration, which need no torch.
+        with contextlib.nullcontext() if config.model.path in _BUILT else torch_hidden():
+            sys.stdout.write(prepare_model(config, out_dir=out_dir) + "\n")
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

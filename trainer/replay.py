@@ -38,7 +38,7 @@ from trainer.lags import LagTally
 from trainer.policy import build_policy
 from trainer.ranks import Ranks
 from trainer.recording import Recording
-from trainer.report import MetricsFile, mean, step_row
+from trainer.report import MetricsFile, step_row
 from trainer.start import start_ranks
 from trainer.step import StepRunner
 
@@ -96,15 +96,14 @@ class Replay:
 
     def _summarise(self, *, finished: bool) -> None:
         assert self._metrics is not None
-        rows = self._metrics.rows
-        tenth = max(1, len(rows) // 10)
+        account = self._metrics.account()
         summary = {
             "finished": finished,
-            "steps": len(rows),
-            "reward_first": mean([row["reward_mean"] for row in rows[:tenth]]),
-            "reward_last": mean([row["reward_mean"] for row in rows[-tenth:]]),
-            "loss_last": mean([row["loss"] for row in rows[-tenth:]]),
-            "tokens_trained": sum(row["tokens_trained"] for row in rows),
+            "steps": account.num_steps,
+            "reward_first": account.reward_first,
+            "reward_last": account.reward_last,
+            "loss_last": account.loss_last,
+            "tokens_trained": account.tokens_trained,
             "wall_seconds": round(time.monotonic() - self._started_s, 3),
         }
         write_json(self._paths.summary, summary)

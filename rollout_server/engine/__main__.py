@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from areal_like.errors import ConfigError, UserError
+from areal_like.imports import uncollected
 from areal_like.process import die_with_parent
 from areal_like.sockets import bound_socket
 
@@ -70,7 +71,8 @@ def main(argv: list[str]) -> int:
     try:
         check_model_path(options.model_path)
         listener = bind(options.host, options.port)
-        from rollout_server.engine.app import run  # imports torch and transformers: seconds
+        with uncollected():
+            from rollout_server.engine.app import run  # imports torch and transformers: seconds
 
         return run(options, listener)
     except UserError as error:
