@@ -210,8 +210,42 @@ def checksum(flat: torch.Tensor) -> int:
 
     num_blocks = flat.numel() // _BLOCK_BYTES
     head, tail = flat[: num_blocks * _BLOCK_BYTES], flat[num_blocks * _BLOCK_BYTES :]
-    sums = head.view(torch.int64).view(num_blocks, -1, _LANES).sum(1) if num_blocks else head
+    return _crc(head.view(torch.int64).view(num_blocks, -1, _LANES).sum(1) if num_blocks else head, tail)
+
+
+def _crc(sums: torch.Tensor, tail: torch.Tensor) -> int:
     return zlib.crc32(tail.cpu().numpy().data, zlib.crc32(sums.cpu().numpy().data))
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    """Whether there is neither NaN nor infinity among them: read once, no mask is written."""
+    import torch
+
+    if not values.numel():
+        return True
+    # A sum is finite only if every term is, and twice as fast as extremes. One that is not may have overflowed.
+    total = values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
+    return bool(torch.isfinite(total)) or all(map(bool, map(torch.isfinite, torch.aminmax(values))))
+
+
+def checksum_and_finiteness(flat: torch.Tensor, *, dtype: torch.dtype) -> tuple[int, bool]:
+    """`checksum(flat)`, and `is_finite` of its bytes read as `dtype`.
+
+    On a CPU both at a time, block by block: the second reads what the first has brought into the cache, and memory is what both wait for.
+    """
+    import torch
+
+    num_blocks = flat.numel() // _BLOCK_BYTES
+    if flat.is_cuda or not num_blocks:
+        return checksum(flat), is_finite(flat.view(dtype))
+    head, tail = flat[: num_blocks * _BLOCK_BYTES], flat[num_blocks * _BLOCK_BYTES :]
+    lanes = head.view(torch.int64).view(num_blocks, -1, _LANES).unbind()
+    sums = torch.empty(num_blocks, _LANES, dtype=torch.int64)
+    all_finite = is_finite(tail.view(dtype))
+    for words, values, of_block in zip(lanes, head.view(dtype).view(num_blocks, -1).unbind(), sums.unbind(), strict=True):
+        torch.sum(words, 0, out=of_block)
+        all_finite = all_finite and is_finite(values)
+    return _crc(sums, tail), all_finite
 
 
 def check_names(
