@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -179,6 +180,10 @@ class WeightGroup:
         Any contiguous dtype; CPU for gloo, CUDA for nccl. `timeout_s`: instead of the group's. After a failure the group is closed: make
         a new one.
         """
+        self.begin_broadcast(tensor, timeout_s=timeout_s)()
+
+    def begin_broadcast(self, tensor: torch.Tensor, *, timeout_s: float | None = None) -> Callable[[], None]:
+        """A `broadcast` that goes on in the background; call what it returns, once, to wait for the end."""
         if self._group is None:
             raise WeightSyncError(f"weight group {self.group_name} is not connected")
         if not tensor.is_contiguous():
@@ -189,23 +194,35 @@ class WeightGroup:
         options.timeout = timedelta(seconds=self.timeout_s if timeout_s is None else timeout_s)
         # Held here while we wait: closing from another thread must not run the group's destructor, which would join a worker
         # that waits for a hung peer, with the interpreter's lock in its hand.
-        group = self._group
+        held = [self._group]
         try:
-            work = group.broadcast([tensor], options)
-            if self.backend == "gloo":
-                work.wait()
-            else:
-                work.wait(options.timeout)  # NCCL does not look at the options' limit
-            if tensor.is_cuda:
-                # NCCL's wait only orders streams; the caller reads or reuses the buffer as soon as we return.
-                torch.cuda.current_stream(tensor.device).synchronize()
+            work = held[0].broadcast([tensor], options)
         except RuntimeError as error:
-            self.close()
-            # The trace-back keeps this frame: with the group in it, connections would stay open and survivors blocked.
-            del group
-            raise WeightSyncError(f"weight group {self.group_name}: broadcast failed: {_first_line(error)}") from None
-        if self._group is None:  # an aborted NCCL broadcast ends like one that succeeded
-            raise WeightSyncError(f"weight group {self.group_name} was left during a broadcast")
+            held.clear()
+            raise self._broken(error) from None
+
+        def wait() -> None:
+            try:
+                if self.backend == "gloo":
+                    work.wait()
+                else:
+                    work.wait(options.timeout)  # NCCL does not look at the options' limit
+                if tensor.is_cuda:
+                    # NCCL's wait only orders streams; the caller reads or reuses the buffer as soon as we return.
+                    torch.cuda.current_stream(tensor.device).synchronize()
+            except RuntimeError as error:
+                # The trace-back keeps this frame: with the group in it, connections would stay open and survivors blocked.
+                held.clear()
+                raise self._broken(error) from None
+            held.clear()
+            if self._group is None:  # an aborted NCCL broadcast ends like one that succeeded
+                raise WeightSyncError(f"weight group {self.group_name} was left during a broadcast")
+
+        return wait
+
+    def _broken(self, error: RuntimeError) -> WeightSyncError:
+        self.close()
+        return WeightSyncError(f"weight group {self.group_name}: broadcast failed: {_first_line(error)}")
 
     def close(self) -> None:
         """Leaves the group; peers that wait for us notice at once. The name can be used again.

@@ -29,6 +29,8 @@ MAX_TENSORS = 1 << 20
 MAX_DIM = 1 << 40
 _LANES = 128
 _BLOCK_BYTES = 256 << 10
+_PIECE_BLOCKS = 2
+"""What is summed twice in a row, and has to stay in a core's cache in between."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,8 +212,41 @@ def checksum(flat: torch.Tensor) -> int:
 
     num_blocks = flat.numel() // _BLOCK_BYTES
     head, tail = flat[: num_blocks * _BLOCK_BYTES], flat[num_blocks * _BLOCK_BYTES :]
-    sums = head.view(torch.int64).view(num_blocks, -1, _LANES).sum(1) if num_blocks else head
+    return _crc(head.view(torch.int64).view(num_blocks, -1, _LANES).sum(1) if num_blocks else head, tail)
+
+
+def _crc(sums: torch.Tensor, tail: torch.Tensor) -> int:
     return zlib.crc32(tail.cpu().numpy().data, zlib.crc32(sums.cpu().numpy().data))
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    """Whether there is neither NaN nor infinity among them: read once, no mask is written."""
+    import torch
+
+    if not values.numel():
+        return True
+    # A sum is finite only if every term is, and faster than extremes. One that is not may have overflowed.
+    return bool(torch.isfinite(values.sum())) or all(map(bool, map(torch.isfinite, torch.aminmax(values))))
+
+
+def checksum_and_finiteness(flat: torch.Tensor, *, dtype: torch.dtype) -> tuple[int, bool]:
+    """`checksum(flat)`, and `is_finite` of its bytes read as `dtype`.
+
+    On a CPU both at a time, piece by piece: the second reads what the first has brought into the cache, and memory is what both wait for.
+    """
+    import torch
+
+    num_blocks = flat.numel() // _BLOCK_BYTES
+    if flat.is_cuda or not num_blocks:
+        return checksum(flat), is_finite(flat.view(dtype))
+    head, tail = flat[: num_blocks * _BLOCK_BYTES], flat[num_blocks * _BLOCK_BYTES :]
+    lanes, values = head.view(torch.int64).view(num_blocks, -1, _LANES), head.view(dtype).view(num_blocks, -1)
+    sums, totals = [], []
+    for piece in zip(torch.split(lanes, _PIECE_BLOCKS), torch.split(values, _PIECE_BLOCKS), strict=True):
+        sums.append(piece[0].sum(1))
+        totals.append(piece[1].sum())
+    all_finite = is_finite(torch.stack(totals)) or is_finite(values)  # the sums alone may have overflowed
+    return _crc(torch.cat(sums), tail), all_finite and is_finite(tail.view(dtype))
 
 
 def check_names(

@@ -139,7 +139,6 @@ async def pushes(model: Path, size: str, *, rounds: int, folder: Path) -> dict[s
         "bucketed": Freezer(policy, Ranks.alone(), bucket_bytes=BUCKET_BYTES, dtype="float32"),
         "per_tensor": Freezer(policy, Ranks.alone(), bucket_bytes=1, dtype="float32"),
     }
-    snapshots = {how: freezer.freeze() for how, freezer in freezers.items()}
     sizes = [bucket.num_bytes for bucket in freezers["bucketed"].buckets]
     dist.destroy_process_group()
     seconds: dict[str, list[float]] = {"bare": [], "bucketed": [], "per_tensor": []}
@@ -156,7 +155,7 @@ async def pushes(model: Path, size: str, *, rounds: int, folder: Path) -> dict[s
             entry = ServerEntry(
                 name="receiver", incarnation=1, weights_address=f"tcp://127.0.0.1:{port}", device="cpu", state="serving", weights_version=0
             )
-            snapshot = snapshots[how]
+            snapshot = freezers[how].freeze()  # anew: checksums are kept with a snapshot
             assert snapshot is not None and snapshot.acquire()
             started_s = time.perf_counter()
             outcome = await broadcaster.push(snapshot, version=version, step=version, servers=[entry])
@@ -169,7 +168,7 @@ async def pushes(model: Path, size: str, *, rounds: int, folder: Path) -> dict[s
         for round_ in range(rounds + 1):
             peer.stdin.write("\n")
             peer.stdin.flush()
-            measured = {"bare": await asyncio.to_thread(once)} | {how: await push(how) for how in snapshots}
+            measured = {"bare": await asyncio.to_thread(once)} | {how: await push(how) for how in freezers}
             for how in seconds if round_ else ():  # the first forms the group and touches memory
                 seconds[how].append(measured[how])
         await broadcaster.close()

@@ -300,12 +300,10 @@ class EngineClient:
         flattened: bool = True,
         weight_version: int | None = None,
         flush_cache: bool = False,
-        index: int | None = None,
-    ) -> int | None:
-        """Receives one bucket from rank 0, who must be sending at the same time; returns its checksum when it is there.
+    ) -> None:
+        """Receives one bucket from rank 0, who must be sending at the same time; returns when it is there.
 
         `weight_version`: for SGLang, with the last bucket only (the embedded engine takes it in `end_weight_update`).
-        `index`: place in the session, for several calls at a time (embedded engine). The checksum is None where the engine takes none.
         """
         body = {
             **bucket.to_dict(),
@@ -316,10 +314,16 @@ class EngineClient:
         }
         if weight_version is not None:
             body["weight_version"] = str(weight_version)
-        if index is not None:
-            body |= {"index": index, "timeout_s": timeout_s}
-        checksum = (await self._call("POST", "/update_weights_from_distributed", body, timeout_s=timeout_s)).get("checksum")
-        return checksum if isinstance(checksum, int) else None
+        await self._call("POST", "/update_weights_from_distributed", body, timeout_s=timeout_s)
+
+    async def receive_weights(self, buckets: Sequence[Bucket], *, group_name: str, timeout_s: float) -> list[int]:
+        """Embedded engine only: opens a session and receives all buckets of a push, in order, in one call; returns their checksums.
+
+        `timeout_s`: of the engine, which says what it waited for in vain.
+        """
+        body = {"buckets": [bucket.to_dict() for bucket in buckets], "group_name": group_name, "timeout_s": timeout_s}
+        answer = await self._call("POST", "/receive_weights", body, timeout_s=timeout_s + self._connect_timeout_s)
+        return [int(checksum) for checksum in answer.get("checksums", ())]
 
     async def end_weight_update(self, *, weight_version: int | None = None, running: str = "recompute", timeout_s: float) -> dict[str, Any]:
         """Verifies what the session received and activates it between two decode steps (embedded engine), or closes it (SGLang).

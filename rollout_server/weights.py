@@ -23,7 +23,6 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any
 
 from areal_like.channel import Envelope, Listener
-from areal_like.daemon import cancelled_on_exit
 from areal_like.errors import EngineError, WeightSyncError
 from areal_like.messages.weights import (
     Alive,
@@ -35,7 +34,7 @@ from areal_like.messages.weights import (
     WeightsFailed,
     WeightsOk,
 )
-from areal_like.weights import Bucket, Manifest
+from areal_like.weights import Manifest
 from rollout_server.engine_client import EngineClient
 from rollout_server.episodes import Turnstile
 from rollout_server.in_place import InPlaceUpdate
@@ -46,8 +45,6 @@ log = logging.getLogger(__name__)
 _CLEANUP_TIMEOUT_S = 5.0
 """For each call that puts an engine right after a failure."""
 _NO_ENGINE = "this server's engine is not running"
-_MAX_UNDER_WAY = 2
-"""Buckets that are asked for at a time, so that the wire does not rest while one is verified and its answer travels."""
 
 
 class WeightReceiver:
@@ -235,9 +232,8 @@ class WeightReceiver:
 
     async def _push_beside(self, engine: EngineClient, request: PushWeights, manifest: Manifest, clock: _Deadline) -> float:
         """Into shadow buffers while decoding goes on, and then active between two steps."""
-        await engine.begin_weight_update()
         with self._waiting_for_peers():
-            found = await _receive(engine, manifest, group_name=request.group_name, clock=clock)
+            found = await engine.receive_weights(manifest.buckets, group_name=request.group_name, timeout_s=clock.left_s)
             stated = await self._checksums_of(request.version)
         if found != stated:
             raise WeightSyncError(f"version {request.version}: a bucket's checksum is wrong, its bytes changed on the way")
@@ -300,19 +296,6 @@ class WeightReceiver:
         except (EngineError, TimeoutError) as error:
             self._on_doubt(f"cannot say which weights it has after a failed push of version {version}: {error}")
             return False
-
-
-async def _receive(engine: EngineClient, manifest: Manifest, *, group_name: str, clock: _Deadline) -> list[int | None]:
-    """All buckets of a push, in order, and the checksums of what came."""
-    places = asyncio.Semaphore(_MAX_UNDER_WAY)
-
-    async def one(index: int, bucket: Bucket) -> int | None:
-        async with places:
-            return await engine.update_weights_from_distributed(bucket, group_name=group_name, timeout_s=clock.left_s, index=index)
-
-    calls = [asyncio.create_task(one(index, bucket)) for index, bucket in enumerate(manifest.buckets)]
-    async with cancelled_on_exit(*calls):
-        return await asyncio.gather(*calls)
 
 
 class _Deadline:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from areal_like.weights import checksum, cut_buckets, flatten, spec_of
+from areal_like.weights import cut_buckets, flatten, spec_of
+from trainer.snapshot import Whole
 
 
 class Held:
@@ -22,5 +23,5 @@ class Held:
     def release(self) -> None:
         pass
 
-    def read(self, index: int) -> tuple[Tensor, int]:
-        return self._data[index], checksum(self._data[index])
+    def read(self, index: int) -> Whole:
+        return Whole(self._data[index])

@@ -19,7 +19,7 @@ import torch
 from areal_like.collective import WeightGroup
 from areal_like.errors import EngineError
 from areal_like.trajectory import FinishReason
-from areal_like.weights import cut_buckets, spec_of
+from areal_like.weights import checksum, cut_buckets, flatten, spec_of
 from rollout_server.engine_client import EngineClient, Sampling
 from tests import engine_conformance as conformance
 from tests.engine_harness import (
@@ -232,20 +232,41 @@ def test_sender_killed_in_mid_broadcast_leaves_the_old_weights(engine: Engine, m
     asyncio.run(body())
 
 
-def test_a_bucket_whose_predecessor_was_lost_does_not_outlive_its_session(engine: Engine, models: Models) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_all_buckets_of_a_push_in_one_call(engine: Engine, models: Models, dtype: str) -> None:
+    """Received in their place where the engine has the wire's dtype, through buffers where not. A wrong one does not hold up the rest."""
+
     async def body() -> None:
-        async with engine.client() as client, Pusher(engine, client, name="gap") as pusher:
-            (bucket,) = cut_buckets([spec_of(n, t) for n, t in weights_of(models[1]).items()], bucket_bytes=1 << 24)
-            await client.begin_weight_update()
-            waiting = asyncio.ensure_future(client.update_weights_from_distributed(bucket, group_name="gap", timeout_s=30, index=1))
-            await asyncio.sleep(0.3)
-            assert not waiting.done()
+        async with engine.client() as client, Pusher(engine, client, name="whole") as pusher:
             version = await client.weight_version()
-            await pusher.push(weights_of(models[1]), version=version + 1)
-            with pytest.raises(EngineError, match="given up"):
-                async with asyncio.timeout(5):
-                    await waiting
-            assert await client.weight_version() == version + 1
+            assert pusher.group is not None
+
+            async def push(tensors: dict[str, torch.Tensor]) -> None:
+                assert pusher.group is not None
+                buckets = cut_buckets([spec_of(n, t, dtype=dtype) for n, t in tensors.items()], bucket_bytes=1 << 14)
+                assert len(buckets) > 2
+                receiving = asyncio.ensure_future(client.receive_weights(buckets, group_name="whole", timeout_s=20))
+                flats = [flatten(bucket, tensors) for bucket in buckets]
+                for flat in flats:
+                    await asyncio.to_thread(pusher.group.broadcast, flat)
+                assert await receiving == list(map(checksum, flats))
+
+            await push(weights_of(models[1]))
+            assert await client.weight_version() == version, "received, not active"
+            await client.end_weight_update(weight_version=version + 1, timeout_s=5)
+            want = load_model(models[1])
+            for parameter in want.parameters():
+                parameter.data = parameter.data.to(getattr(torch, dtype)).float()
+            assert error_of(want, PROMPT, await sample(client, PROMPT, 20)) < conformance.TOLERANCE
+            for how, message in (("nan", "not finite"), ("shape", "want shape"), ("unknown", "is unknown")):
+                with pytest.raises(EngineError, match=message):
+                    await push(broken(weights_of(models[0]), how))
+                with pytest.raises(EngineError, match=message):
+                    await client.end_weight_update(weight_version=version + 2, timeout_s=5)
+                assert await client.weight_version() == version + 1
+            assert error_of(want, PROMPT, await sample(client, PROMPT, 20)) < conformance.TOLERANCE
+            await push(weights_of(models[0]))
+            await client.end_weight_update(weight_version=version + 2, timeout_s=5)
 
     asyncio.run(body())
 

@@ -32,7 +32,7 @@ class PlayedEngine:
             await asyncio.sleep(30)
         if path == self.failing_at:
             return web.json_response({"error": {"message": "cannot"}}, status=500)
-        return web.json_response({"success": True, "checksum": 7, "weight_version": str(self.version), "stall_s": 0.0})
+        return web.json_response({"success": True, "checksums": [], "weight_version": str(self.version), "stall_s": 0.0})
 
 
 def push(engine: PlayedEngine, *, update_mode: str = "recompute") -> tuple[Any, list[str]]:
@@ -83,7 +83,7 @@ def test_weights_that_are_active_when_the_time_runs_out_are_active() -> None:
 
 def test_one_that_runs_out_of_time_leaves_so_that_nobody_waits_for_it() -> None:
     engine = PlayedEngine()
-    engine.silent_at = "begin_weight_update"
+    engine.silent_at = "receive_weights"
     answer, doubts = push(engine)
     assert isinstance(answer, WeightsFailed) and "not active within 1 s" in answer.reason
     assert engine.called[-1] == "destroy_weights_update_group" and not doubts

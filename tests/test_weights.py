@@ -16,8 +16,10 @@ from areal_like.weights import (
     TensorSpec,
     check_names,
     checksum,
+    checksum_and_finiteness,
     cut_buckets,
     flatten,
+    is_finite,
     spec_of,
     unflatten,
 )
@@ -88,6 +90,25 @@ def test_checksum_sees_a_flipped_bit_and_a_shift(num_bytes: int) -> None:
             flat[place] ^= bit
     for shift in (1, 8, 256 << 10):
         assert num_bytes <= shift or checksum(flat.roll(shift)) != before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("num_bytes", [0, 64, 256 << 10, (600 << 10) + 16])
+def test_one_value_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype, num_bytes: int) -> None:
+    values = torch.randn(num_bytes // dtype.itemsize, generator=torch.Generator().manual_seed(0)).to(dtype)
+    flat = values.view(torch.uint8)
+    assert checksum_and_finiteness(flat, dtype=dtype) == (checksum(flat), True)
+    for place in {0, len(values) // 2, len(values) - 1} if num_bytes else ():
+        for bad in (float("nan"), float("inf"), float("-inf")):
+            before = values[place].clone()
+            values[place] = bad
+            assert checksum_and_finiteness(flat, dtype=dtype) == (checksum(flat), False) and not is_finite(values)
+            values[place] = before
+    if num_bytes > 64:
+        values[0], values[1] = float("inf"), float("-inf")
+        assert not is_finite(values) and not checksum_and_finiteness(flat, dtype=dtype)[1]
+    values.fill_(torch.finfo(dtype).max)  # finite, and their sum is not
+    assert is_finite(values) and checksum_and_finiteness(flat, dtype=dtype)[1]
 
 
 def test_manifest_survives_json() -> None:

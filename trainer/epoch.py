@@ -148,7 +148,7 @@ class Epoch:
         await asyncio.wait([in_thread(self.group.close, name=f"epoch-{self.number}-close")], timeout=ALIVE_S)
 
     def _send(self, snapshot: Snapshot, *, timeout_s: float) -> list[int]:
-        """Broadcasts every bucket while the next is read; returns their checksums. Runs in the sender's thread."""
+        """Broadcasts every bucket; returns their checksums. Runs in the sender's thread."""
         with torch.cuda.stream(self._stream):
             return self._send_all(snapshot, timeout_s=timeout_s)
 
@@ -156,15 +156,16 @@ class Epoch:
         checksums = []
         ahead = self._reader.submit(snapshot.read, 0)
         for index in range(len(snapshot.buckets)):
-            data, checksum = ahead.result()
+            whole = ahead.result()
             if index + 1 < len(snapshot.buckets):
                 ahead = self._reader.submit(snapshot.read, index + 1)
+            summing = self._reader.submit(getattr, whole, "checksum")
             try:
-                on_wire = data.to(self._device) if self.group.backend == "nccl" else data
+                on_wire = whole.data.to(self._device) if self.group.backend == "nccl" else whole.data
             except RuntimeError as error:  # the GPU's memory is full: another push may find room
-                raise WeightSyncError(f"a bucket of {len(data)} bytes did not get to {self._device}: {error}") from None
+                raise WeightSyncError(f"a bucket of {len(whole.data)} bytes did not get to {self._device}: {error}") from None
             self.group.broadcast(on_wire, timeout_s=timeout_s)
-            checksums.append(checksum)
+            checksums.append(summing.result())
         return checksums
 
     def _invitation(self, seat: Seat) -> FormGroup:

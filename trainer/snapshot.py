@@ -1,7 +1,7 @@
 """The weights of one moment, held still for a push while training goes on.
 
     freeze() on every rank, between two steps   this rank's rows of every bucket, packed and cast: one copy, and all that training waits for
-    Snapshot.read(i) on rank 0, any thread      bucket i made whole: every rank's rows over a process group of their own, and its checksum
+    Snapshot.read(i) on rank 0, any thread      bucket i made whole: every rank's rows over a process group of their own
 
 Rank 0 asks for one bucket at a time, so it never holds the whole model: at most `_MAX_WHOLE` buckets, and the parts of one more. Every rank
 holds at most two frozen copies of its own rows: the one that is being pushed (`acquire`d) and the newest. Freezing overwrites the
@@ -23,6 +23,7 @@ import logging
 import threading
 from collections import OrderedDict
 from datetime import timedelta
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -46,6 +47,19 @@ _CLOSE = -1
 _NONE = -1
 
 
+class Whole:
+    """One bucket, of all ranks."""
+
+    def __init__(self, data: Tensor) -> None:
+        self.data = data
+        """uint8[num_bytes], on the CPU."""
+
+    @cached_property
+    def checksum(self) -> int:
+        """Of `data`; computed when it is asked for, which may be while `data` travels."""
+        return checksum(self.data)
+
+
 class Snapshot(Protocol):
     """What the publisher needs of frozen weights."""
 
@@ -62,8 +76,8 @@ class Snapshot(Protocol):
         """The push is over."""
         ...
 
-    def read(self, index: int) -> tuple[Tensor, int]:
-        """uint8[num_bytes] of one bucket, on the CPU, and its checksum. From any thread, while acquired. Raises WeightSyncError."""
+    def read(self, index: int) -> Whole:
+        """One bucket. From any thread, while acquired. Raises WeightSyncError."""
         ...
 
 
@@ -85,7 +99,7 @@ class _Frozen:
     def release(self) -> None:
         self._freezer.release(self)
 
-    def read(self, index: int) -> tuple[Tensor, int]:
+    def read(self, index: int) -> Whole:
         return self._freezer.read(self, index)
 
 
@@ -109,7 +123,7 @@ class Freezer:
         self._spare: list[list[Tensor]] = []
         self._num_frozen = 0
         self._reading = threading.Lock()
-        self._whole: OrderedDict[tuple[int, int], tuple[Tensor, int]] = OrderedDict()
+        self._whole: OrderedDict[tuple[int, int], Whole] = OrderedDict()
         self._group = dist.new_group(backend="gloo", timeout=_QUIET) if ranks.world_size > 1 else None
         self._thread = threading.Thread(target=self._serve, name="gather", daemon=True)
         if ranks.rank > 0:
@@ -157,15 +171,14 @@ class Freezer:
             assert self._acquired is frozen
             self._acquired = None
 
-    def read(self, frozen: _Frozen, index: int) -> tuple[Tensor, int]:
+    def read(self, frozen: _Frozen, index: int) -> Whole:
         """See `Snapshot`."""
         if self._acquired is not frozen:
             raise WeightSyncError("the push of these weights is over")
         with self._reading:
             key = (frozen.number, index)
             if key not in self._whole:
-                flat = self._gather(frozen, index)
-                self._whole[key] = flat, checksum(flat)
+                self._whole[key] = Whole(self._gather(frozen, index))
                 while len(self._whole) > _MAX_WHOLE:
                     self._whole.popitem(last=False)
             return self._whole[key]

@@ -88,6 +88,7 @@ class EngineServer:
             "/destroy_weights_update_group": self._destroy_group,
             "/begin_weight_update": self._begin_update,
             "/update_weights_from_distributed": self._update_from_distributed,
+            "/receive_weights": self._receive_weights,
             "/end_weight_update": self._end_update,
             "/update_weights_from_disk": self._update_from_disk,
             "/flush_cache": self._flush,
@@ -234,10 +235,20 @@ class EngineServer:
             group_name=_text(body, "group_name", DEFAULT_GROUP),
             flattened=load_format is not None,
             version=_version(body),
-            index=_whole_number(body, "index") if "index" in body else None,
-            timeout_s=self._timeout(body) if "timeout_s" in body else None,
+            timeout_s=self._timeout(body),
         )
         return JSONResponse({"success": True, "message": "received", "checksum": found})
+
+    async def _receive_weights(self, body: dict[str, Any]) -> Response:
+        buckets = body.get("buckets")
+        if not isinstance(buckets, list) or not all(isinstance(bucket, dict) for bucket in buckets):
+            raise UserError("buckets must be a list of objects")
+        found = await self._updater.receive_all(
+            [Bucket.from_dict(bucket) for bucket in buckets],
+            group_name=_text(body, "group_name", DEFAULT_GROUP),
+            timeout_s=self._timeout(body),
+        )
+        return JSONResponse({"success": True, "message": "received", "checksums": found})
 
     async def _end_update(self, body: dict[str, Any]) -> Response:
         stall_s = await self._updater.end(version=_version(body), recompute=_recompute(body))

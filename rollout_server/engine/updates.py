@@ -2,21 +2,20 @@
 
     no session -> begin -> OPEN -> receive* -> end -> (verified: swapped) | (anything wrong: old weights stay) -> no session
 
-Two buckets may be on their way at a time: while one is verified and stored, the next comes off the wire, in the order of the requests.
-Buckets go into a shadow set of weights that no forward reads. A bucket that does not fit the model is still received, so that the sender
-and the other engines are not left hanging, and spoils the session: `end` then refuses with the first reason. Blocking calls run in
-threads of their own; a broadcast whose sender hangs holds only its thread until the group's timeout, and the set of weights it may still
-write into is abandoned with it.
+Buckets go into a shadow set of weights that no forward reads. One that is laid out as the set is (the same dtype, neighbours in the same
+order) is received in its place; any other into a buffer, and copied and cast from there. While one comes off the wire the one before is
+verified. A bucket that does not fit the model is still received, so that the sender and the other engines are not left hanging, and spoils
+the session: `end` then refuses with the first reason. Blocking calls run in threads of their own; a broadcast whose sender hangs
+holds only its thread until the group's timeout, and the set of weights it may still write into is abandoned with it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,16 +26,13 @@ from torch import Tensor
 from areal_like.collective import WeightGroup, device_facts
 from areal_like.errors import WeightSyncError
 from areal_like.threads import in_thread
-from areal_like.weights import Bucket, TensorSpec, check_names, checksum, spec_of, unflatten
+from areal_like.weights import Bucket, TensorSpec, check_names, checksum, checksum_and_finiteness, is_finite, spec_of, unflatten
 from rollout_server.engine.loop import EngineLoop
 from rollout_server.engine.models.base import ModelFacts, Weights
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-_MAX_RECEIVING = 2
-"""Buckets of a session in memory beside the shadow set."""
 
 
 class _Threads:
@@ -65,24 +61,23 @@ class _Threads:
 
 
 class _Session:
-    """One update being received. `receive`, `verify` and `store` run in threads, everything else on the event loop."""
+    """One update being received. `receive` and what it calls run in threads, everything else on the event loop."""
 
-    def __init__(self, weights: Weights, facts: ModelFacts) -> None:
+    def __init__(self, weights: Weights, facts: ModelFacts, buffers: list[Tensor]) -> None:
+        """`buffers`: what an earlier session left."""
         self.weights = weights
         self.facts = facts
         self.received: list[TensorSpec] = []
         self.problem = ""
         self.version = ""
         self.num_receiving = 0
-        self.places = asyncio.Semaphore(_MAX_RECEIVING)
-        self.num_taken = 0
-        """Buckets that have left the wire, well or not."""
-        self.wire = asyncio.Condition()
+        self.wire = asyncio.Lock()
+        self.is_on_wire = False
+        """A broadcast may still write into the shadow set; true for ever after one that failed."""
         self.is_given_up = False
-        """Nobody will activate it; a bucket whose predecessor was lost on the way to us would wait for it for ever."""
-        self.storing = asyncio.Lock()
         self.started_s = time.perf_counter()
-        self._spare_buffers: list[Tensor] = []
+        self.buffers = buffers
+        """Not in use at the moment."""
         self._stream: torch.cuda.Stream | None = None
         if facts.device.type == "cuda":
             self._stream = torch.cuda.Stream(facts.device)  # type: ignore[no-untyped-call]
@@ -94,38 +89,39 @@ class _Session:
         with torch.cuda.stream(self._stream):
             return work()
 
-    def receive(self, group: WeightGroup, bucket: Bucket, *, flattened: bool, timeout_s: float | None) -> Tensor | dict[str, Tensor]:
-        """Takes one bucket off the wire: a buffer that begins with its bytes, or its tensors one by one. Raises WeightSyncError."""
+    def receive(self, group: WeightGroup, buckets: Iterable[Bucket], *, timeout_s: float) -> list[int]:
+        """Takes flattened buckets off the wire and verifies them; their checksums. Raises WeightSyncError when the group breaks.
+
+        What is wrong with the buckets themselves becomes `problem`, and the rest is received nevertheless.
+        """
         device = self.facts.device if group.backend == "nccl" else torch.device("cpu")
-        if flattened:
-            buffer = self._buffer(bucket.num_bytes, device)
-            group.broadcast(buffer[: bucket.num_bytes], timeout_s=timeout_s)
-            return buffer
+        end_s = time.monotonic() + timeout_s
+        found: list[int] = []
+        before: tuple[Bucket, Tensor, Tensor | None] | None = None
+        for bucket in buckets:
+            flat, buffer = self._place_of(bucket, device), None
+            if flat is None:
+                buffer = self._buffer(bucket.num_bytes, device)
+                flat = buffer[: bucket.num_bytes]
+            self.is_on_wire = True
+            wait = group.begin_broadcast(flat, timeout_s=max(0.001, end_s - time.monotonic()))
+            if before is not None:
+                found.append(self._verify(*before))
+            wait()
+            self.is_on_wire = False
+            before = bucket, flat, buffer
+        if before is not None:
+            found.append(self._verify(*before))
+        return found
+
+    def receive_tensors(self, group: WeightGroup, bucket: Bucket, *, timeout_s: float) -> None:
+        """Takes a bucket that was not flattened off the wire, tensor by tensor. Raises WeightSyncError."""
+        device = self.facts.device if group.backend == "nccl" else torch.device("cpu")
         tensors = {}
         for spec in bucket.tensors:
             tensors[spec.name] = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
             group.broadcast(tensors[spec.name], timeout_s=timeout_s)
-        return tensors
-
-    def keep(self, bucket: Bucket, data: Tensor | dict[str, Tensor]) -> int | None:
-        """Verifies what `receive` returned and stores it; the checksum of a flattened bucket. Raises WeightSyncError."""
-        if isinstance(data, dict):
-            self.store(data)
-            return None
-        flat = data[: bucket.num_bytes]
-        found = checksum(flat)
-        if bucket.checksum is not None and found != bucket.checksum:
-            raise WeightSyncError("a bucket's checksum is wrong: the bytes changed on the way")
-        self.store(unflatten(bucket, flat))
-        self._spare_buffers.append(data)
-        return found
-
-    def _buffer(self, num_bytes: int, device: torch.device) -> Tensor:
-        """A used one that is large enough, if there is one: filling memory that the kernel has to hand out first takes twice as long."""
-        while self._spare_buffers:
-            if (spare := self._spare_buffers.pop()).numel() >= num_bytes:
-                return spare
-        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        self.store(tensors)
 
     def store(self, tensors: dict[str, Tensor]) -> None:
         """Copies tensors into the shadow set, casting. Raises WeightSyncError for one that does not fit or is not finite."""
@@ -139,11 +135,55 @@ class _Session:
                 raise WeightSyncError(f"tensor {name}: want shape {list(shapes[name])}, got {list(tensor.shape)}")
             target = self.weights.named[name]
             target.copy_(tensor)
-            if target.numel() and not all(map(torch.isfinite, torch.aminmax(target))):  # NaN comes through; no mask is written
-                raise WeightSyncError(f"tensor {name} holds values that are not finite in {self.facts.dtype}")
+            self._check_finite(name, target)
             self.received.append(spec_of(name, tensor))
         if self.facts.device.type == "cuda":
             torch.cuda.current_stream(self.facts.device).synchronize()
+
+    def _place_of(self, bucket: Bucket, device: torch.device) -> Tensor | None:
+        """The part of the shadow set that is laid out as the bucket is."""
+        arena, named = self.weights.arena, self.weights.named
+        if arena is None or arena.device != device:
+            return None
+        dtype = str(self.facts.dtype).removeprefix("torch.")
+        if any(s.name not in named or s.dtype != dtype or tuple(named[s.name].shape) != s.shape for s in bucket.tensors):
+            return None
+        start = named[bucket.tensors[0].name].data_ptr()
+        if any(named[s.name].data_ptr() != start + offset for s, offset in zip(bucket.tensors, bucket.offsets, strict=True)):
+            return None
+        first = start - arena.data_ptr()
+        return arena[first : first + bucket.num_bytes]
+
+    def _buffer(self, num_bytes: int, device: torch.device) -> Tensor:
+        """uint8[num_bytes or more]."""
+        for index, buffer in enumerate(self.buffers):
+            if buffer.numel() >= num_bytes and buffer.device == device:
+                return self.buffers.pop(index)
+        del self.buffers[:1]  # one is in use: there are never more than two
+        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+
+    def _verify(self, bucket: Bucket, flat: Tensor, buffer: Tensor | None) -> int:
+        """Checks a bucket that has come and, from a buffer, stores it; its checksum."""
+        is_in_place = buffer is None
+        found, all_finite = checksum_and_finiteness(flat, dtype=self.facts.dtype) if is_in_place else (checksum(flat), True)
+        try:
+            if bucket.checksum not in (None, found):
+                raise WeightSyncError("a bucket's checksum is wrong: the bytes changed on the way")
+            if is_in_place:
+                for name, tensor in unflatten(bucket, flat).items() if not all_finite else ():
+                    self._check_finite(name, tensor)
+                self.received += bucket.tensors
+            else:
+                self.store(unflatten(bucket, flat))
+        except WeightSyncError as error:
+            self.problem = self.problem or str(error)
+        if buffer is not None:
+            self.buffers.append(buffer)
+        return found
+
+    def _check_finite(self, name: str, tensor: Tensor) -> None:
+        if not is_finite(tensor):
+            raise WeightSyncError(f"tensor {name} holds values that are not finite in {self.facts.dtype}")
 
 
 class WeightUpdater:
@@ -155,6 +195,9 @@ class WeightUpdater:
         self._groups: dict[str, WeightGroup] = {}
         self._session: _Session | None = None
         self._threads = _Threads()
+        self._buffers: list[Tensor] = []
+        """At most two, for buckets that are not received in their place: filling memory that the kernel has to hand out first takes twice
+        as long."""
         self.num_updates = 0
         self.num_failures = 0
         self.update_s = 0.0
@@ -191,53 +234,50 @@ class WeightUpdater:
 
     async def begin(self) -> None:
         """Opens a session; one that is open is given up."""
-        await self._give_up()
+        self._give_up()
         weights = await asyncio.wrap_future(self._loop.call(lambda core: core.take_spare()))
-        self._session = _Session(weights, self._facts)
+        buffers, self._buffers = self._buffers, []
+        self._session = _Session(weights, self._facts, buffers)
 
-    async def receive(
-        self,
-        bucket: Bucket,
-        *,
-        group_name: str,
-        flattened: bool,
-        version: str,
-        index: int | None = None,
-        timeout_s: float | None = None,
-    ) -> int | None:
-        """Receives one bucket: the one at place `index` of the session, or the next; the checksum of a flattened one.
+    async def receive(self, bucket: Bucket, *, group_name: str, flattened: bool, version: str, timeout_s: float) -> int | None:
+        """Receives one bucket, after those that were asked for before; the checksum of a flattened one.
 
-        `timeout_s`: of the broadcast, instead of the group's.
-
-        A failure is raised here and spoils the session.
+        `timeout_s`: of the broadcast. A failure is raised here and spoils the session.
         """
         session = self._open_session()
+        found = await self._receive(session, [bucket], group_name=group_name, flattened=flattened, timeout_s=timeout_s)
+        session.version = version or session.version
+        return found[0] if flattened else None
+
+    async def receive_all(self, buckets: Sequence[Bucket], *, group_name: str, timeout_s: float) -> list[int]:
+        """Opens a session and receives all of it, flattened; the checksums. A failure is raised here and spoils the session."""
+        await self.begin()
+        return await self._receive(self._open_session(), buckets, group_name=group_name, flattened=True, timeout_s=timeout_s)
+
+    async def _receive(
+        self, session: _Session, buckets: Sequence[Bucket], *, group_name: str, flattened: bool, timeout_s: float
+    ) -> list[int]:
         group = self._groups.get(group_name)
         if group is None:
             raise WeightSyncError(f"weight group {group_name!r} does not exist: call /init_weights_update_group first")
+
+        def work() -> list[int]:
+            if flattened:
+                return session.receive(group, buckets, timeout_s=timeout_s)
+            session.receive_tensors(group, buckets[0], timeout_s=timeout_s)
+            return []
+
         session.num_receiving += 1
         try:
-            async with contextlib.AsyncExitStack() as places:
-                async with session.wire:
-                    await session.wire.wait_for(lambda: index is None or index <= session.num_taken or session.is_given_up)
-                    if session.is_given_up:
-                        raise WeightSyncError("the weight update was given up")
-                    await places.enter_async_context(session.places)
-                    try:
-                        if bucket.num_bytes > self._max_bucket_bytes:
-                            await self.destroy_group(group_name)  # what we would not receive must not keep the sender waiting
-                            raise WeightSyncError(f"a bucket of {bucket.num_bytes} bytes is larger than this model could need")
-                        data = await self._threads.run(
-                            lambda: session.beside_decoding(
-                                lambda: session.receive(group, bucket, flattened=flattened, timeout_s=timeout_s)
-                            )
-                        )
-                    finally:
-                        session.num_taken += 1
-                        session.wire.notify_all()
-                async with session.storing:
-                    found = await self._threads.run(lambda: session.beside_decoding(lambda: session.keep(bucket, data)))
-            session.version = version or session.version
+            async with session.wire:
+                if session.is_given_up:
+                    raise WeightSyncError("the weight update was given up")
+                if any(bucket.num_bytes > self._max_bucket_bytes for bucket in buckets):
+                    await self.destroy_group(group_name)  # what we would not receive must not keep the sender waiting
+                    raise WeightSyncError("a bucket is larger than this model could need")
+                found = await self._threads.run(lambda: session.beside_decoding(work))
+            if session.problem:
+                raise WeightSyncError(session.problem)
         except WeightSyncError as error:
             session.problem = session.problem or str(error)
             raise
@@ -260,9 +300,9 @@ class WeightUpdater:
                 raise WeightSyncError("no weight_version was given: name it in /end_weight_update")
         except WeightSyncError:
             self.num_failures += 1
-            await self._give_up()
+            self._give_up()
             raise
-        self._session = None
+        self._session, self._buffers = None, session.buffers
         stall_s = await asyncio.wrap_future(self._loop.swap(session.weights, version=version, recompute=recompute))
         self.num_updates += 1
         self.update_s += time.perf_counter() - session.started_s
@@ -298,19 +338,17 @@ class WeightUpdater:
             raise WeightSyncError("no weight update is open: call /begin_weight_update first")
         return self._session
 
-    async def _give_up(self) -> None:
+    def _give_up(self) -> None:
         session, self._session = self._session, None
         if session is None:
             return
         session.is_given_up = True
         self._give_back(session)
-        if not session.wire.locked():  # else the broadcast under way wakes the others at its end, which we do not wait for
-            async with session.wire:
-                session.wire.notify_all()
 
     def _give_back(self, session: _Session) -> None:
-        """The shadow set of a session that was given up, once nothing is written into it any more."""
-        if session.is_given_up and not session.num_receiving:
+        """The memory of a session that was given up, once nothing is written into it any more."""
+        if session.is_given_up and not session.num_receiving and not session.is_on_wire:
+            self._buffers = session.buffers
             self._loop.call(lambda core: core.give_back(session.weights))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from rollout_server.engine.cache import DecodeBatch, KVCache, KVShape
-from rollout_server.engine.models.base import ModelFacts, Weights
+from rollout_server.engine.models.base import ModelFacts, Weights, new_arena
 
 
 class RowCache(Cache):
@@ -56,8 +56,9 @@ class GenericModel:
     def new_weights(self) -> Weights:
         """An uninitialised set."""
         facts = self.facts
-        named = {n: torch.empty(s, dtype=facts.dtype, device=facts.device) for n, s in facts.parameter_shapes.items()}
-        return Weights(named=named)
+        arena, parts = new_arena(facts, [(name,) for name in facts.parameter_shapes])
+        named = {name: part.view(shape) for (name, shape), part in zip(facts.parameter_shapes.items(), parts, strict=True)}
+        return Weights(named=named, arena=arena)
 
     def activate(self, weights: Weights) -> None:
         """Points the module's parameters at this set's memory; tied parameters are one object and follow."""

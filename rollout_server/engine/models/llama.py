@@ -10,6 +10,8 @@ Shapes: N rows, B contexts, T positions, C hidden, H query heads, K key/value he
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rollout_server.engine.cache import DecodeBatch, KVCache
-from rollout_server.engine.models.base import ModelFacts, Weights
+from rollout_server.engine.models.base import ModelFacts, Weights, new_arena
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,6 +86,25 @@ def _parameters(config: Any, names: set[str]) -> list[tuple[str, tuple[int, ...]
     return shapes
 
 
+def _alike(name: str) -> tuple[str, ...]:
+    """The tensors that `name`, the first of them, is fused with; itself alone if with none."""
+    for first, *others in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+        if f".{first}." in name:
+            return (name, *(name.replace(f".{first}.", f".{other}.") for other in others))
+    return (name,)
+
+
+def _fused(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Every name once, those that are fused together; otherwise in the order given, which is that of a push."""
+    seen: set[str] = set()
+    groups = []
+    for name in names:
+        if name not in seen:
+            groups.append(_alike(name))
+            seen.update(groups[-1])
+    return groups
+
+
 def _head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
@@ -115,43 +136,30 @@ class LlamaModel:
     def new_weights(self) -> Weights:
         """An uninitialised set: fused storage, and its views by name."""
         facts, config = self.facts, self._config
-        names = set(facts.parameter_shapes)
-        sizes = [self._num_heads * self._head_dim] + [self._num_kv_heads * self._head_dim] * 2
-
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=facts.dtype, device=facts.device)
-
+        groups = _fused(facts.parameter_shapes)
+        arena, parts = new_arena(facts, groups)
+        flat = dict(zip(groups, parts, strict=True))
         named: dict[str, Tensor] = {}
+        for group, part in flat.items():
+            shapes = [facts.parameter_shapes[name] for name in group]
+            for name, shape, piece in zip(group, shapes, torch.split(part, [math.prod(shape) for shape in shapes]), strict=True):
+                named[name] = piece.view(shape)
         layers = []
         for i in range(config.num_hidden_layers):
             prefix = f"model.layers.{i}."
-            qkv, gate_up = empty(sum(sizes), config.hidden_size), empty(2 * config.intermediate_size, config.hidden_size)
-            bias = empty(sum(sizes)) if f"{prefix}self_attn.q_proj.bias" in names else None
-            for projection, weight in zip("qkv", torch.split(qkv, sizes), strict=True):
-                named[f"{prefix}self_attn.{projection}_proj.weight"] = weight
-            if bias is not None:
-                for projection, part in zip("qkv", torch.split(bias, sizes), strict=True):
-                    named[f"{prefix}self_attn.{projection}_proj.bias"] = part
-            named[f"{prefix}mlp.gate_proj.weight"], named[f"{prefix}mlp.up_proj.weight"] = gate_up.chunk(2)
-            for name, shape in facts.parameter_shapes.items():
-                if name.startswith(prefix) and name not in named:
-                    named[name] = empty(*shape)
             layers.append(
                 _Layer(
                     input_norm_C=named[f"{prefix}input_layernorm.weight"],
-                    qkv=qkv,
-                    qkv_bias=bias,
+                    qkv=flat[_alike(f"{prefix}self_attn.q_proj.weight")].view(-1, config.hidden_size),
+                    qkv_bias=flat.get(_alike(f"{prefix}self_attn.q_proj.bias")),
                     q_norm_D=named.get(f"{prefix}self_attn.q_norm.weight"),
                     k_norm_D=named.get(f"{prefix}self_attn.k_norm.weight"),
                     output_CO=named[f"{prefix}self_attn.o_proj.weight"],
                     post_norm_C=named[f"{prefix}post_attention_layernorm.weight"],
-                    gate_up=gate_up,
+                    gate_up=flat[_alike(f"{prefix}mlp.gate_proj.weight")].view(-1, config.hidden_size),
                     down_CF=named[f"{prefix}mlp.down_proj.weight"],
                 )
             )
-        for name, shape in facts.parameter_shapes.items():
-            if name not in named:
-                named[name] = empty(*shape)
         embed_VC = named["model.embed_tokens.weight"]
         plan = _Plan(
             embed_VC=embed_VC,
@@ -159,8 +167,8 @@ class LlamaModel:
             norm_C=named["model.norm.weight"],
             head_VC=named.get("lm_head.weight", embed_VC),
         )
-        assert named.keys() == names
-        return Weights(named=named, plan=plan)
+        assert named.keys() == facts.parameter_shapes.keys()
+        return Weights(named=named, arena=arena, plan=plan)
 
     def activate(self, weights: Weights) -> None:
         """Makes every forward from now on use this set."""

@@ -52,12 +52,11 @@ def load(
         positions_1T = torch.arange(context_length, device=device).unsqueeze(0)
         cos_1TD, sin_1TD = module.model.rotary_emb(torch.zeros(1, dtype=torch.float32, device=device), positions_1T)
         model: CausalModel = llama.LlamaModel(config, facts, rotary=(cos_1TD[0], sin_1TD[0]))
-        weights = model.new_weights()
-        for name, parameter in module.named_parameters():
-            weights.named[name].copy_(parameter)
     else:
         model = GenericModel(module, facts)
-        weights = Weights(named={name: parameter.data for name, parameter in module.named_parameters()})
+    weights = model.new_weights()
+    for name, parameter in module.named_parameters():
+        weights.named[name].copy_(parameter)
     model.activate(weights)
     try:
         difference = _difference(model, tokens_BT, reference)
