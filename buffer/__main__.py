@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
 from areal_like.cli import role_arguments, shows_help
@@ -15,6 +16,7 @@ from buffer.daemon import main as serve
 from buffer.offline import drop_offline
 
 _SWITCH_INTERVAL_S = 2e-4
+_GC_THRESHOLD = 20_000
 
 
 def main() -> int:
@@ -33,6 +35,9 @@ def main() -> int:
     # The writer's thread needs the interpreter some twenty times a batch. A busy loop that kept it for Python's 5 ms would add 100 ms to
     # every acknowledgement.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    # What a buffer holds lives for steps and is in no cycle; the collector would walk thousands of live samples again and again.
+    gc.freeze()
+    gc.set_threshold(_GC_THRESHOLD, 20, 50)
     return run_daemon(config, role="buffer", name=name, main=serve)
 
 
