@@ -23,6 +23,7 @@ from areal_like.daemon import WaitBook
 from areal_like.errors import ArealError, DeadlineError
 from areal_like.messages.hello import Goodbye, Hello, HelloRequired, JobFailed, Refused, Welcome
 from areal_like.messages.producer import (
+    BATCH_BYTES,
     AbortLeases,
     HeartbeatAck,
     Lease,
@@ -180,7 +181,8 @@ class BufferLink:
 
     def _flush(self) -> None:
         answers, self._outbox = self._outbox, []
-        for batch in Samples.batches(answer for answer in answers if isinstance(answer, SampleDone)):
+        samples = (answer for answer in answers if isinstance(answer, SampleDone))
+        for batch in Samples.batches(samples, max_bytes=min(BATCH_BYTES, self._config.buffer.max_message_bytes // 2)):
             self._link.send(batch)
         for answer in answers:
             if isinstance(answer, SampleFailed):

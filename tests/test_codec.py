@@ -221,7 +221,9 @@ def test_a_backlog_is_sent_in_parts() -> None:
     record_of = [Record.of(2, index, trajectory(100, 5_000)) for index in range(40)]
     batches = list(Samples.batches(SampleDone(lease_id=1, record=each) for each in record_of))
     assert [sample.sample_index for batch in batches for sample in batch.samples] == list(range(40))
-    assert len(batches) > 2 and all(sum(map(len, encode(batch))) < BATCH_BYTES + 50_000 for batch in batches)
+    assert len(batches) > 2 and all(sum(len(sample.record.data) for sample in batch.samples) <= BATCH_BYTES for batch in batches)
+    one_by_one = list(Samples.batches((sample for batch in batches for sample in batch.samples), max_bytes=1000))
+    assert [len(batch.samples) for batch in one_by_one] == [1] * 40, "one that is larger travels alone"
 
 
 def test_trajectories_check_themselves() -> None:

@@ -118,16 +118,16 @@ class Samples:
     samples: list[SampleDone]
 
     @classmethod
-    def batches(cls, samples: Iterable[SampleDone]) -> Iterator[Samples]:
-        """Messages of `BATCH_BYTES` or little more, so that no backlog makes one that is too long for a socket."""
+    def batches(cls, samples: Iterable[SampleDone], *, max_bytes: int = BATCH_BYTES) -> Iterator[Samples]:
+        """Messages with records of `max_bytes` at most, or a single larger one: no backlog makes one too long for a socket."""
         batch: list[SampleDone] = []
         num_bytes = 0
         for sample in samples:
-            batch.append(sample)
-            num_bytes += len(sample.record.data)
-            if num_bytes >= BATCH_BYTES:
+            if batch and num_bytes + len(sample.record.data) > max_bytes:
                 yield cls(samples=batch)
                 batch, num_bytes = [], 0
+            batch.append(sample)
+            num_bytes += len(sample.record.data)
         if batch:
             yield cls(samples=batch)
 
