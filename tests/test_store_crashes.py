@@ -153,7 +153,8 @@ def lose_power(tmp_path: Path, *, num_points: int, seed: int) -> None:
             disk.lose_power(into, survives=lambda chance=chance: rng.random() < chance, rng=rng)
             check(into, acknowledged, durability="power_loss")
             shutil.rmtree(into)
-    assert num_acknowledged[-1] > 200 and len(set(num_acknowledged)) > num_points / 2
+    num_moments = sum(op.kind == "A" for op in ops)  # a slow disk acknowledges more at a time
+    assert num_acknowledged[-1] > 200 and len(set(num_acknowledged)) > min(num_points, num_moments) / 2
 
 
 def test_power_loss_loses_nothing_acknowledged(tmp_path: Path) -> None:
