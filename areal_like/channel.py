@@ -14,6 +14,7 @@ import asyncio
 import itertools
 import logging
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,10 @@ _HEARTBEAT_MS = 2_000
 _HEARTBEAT_TIMEOUT_MS = 10_000
 _DRAIN_BATCH = 256
 """Messages handled before other tasks of the loop get a turn."""
+
+_MAX_TOLD = 16
+"""Answers to a peer of another wire version: no credit bounds them, and one that never reads must not fill our memory."""
+_MAX_TOLD_PEERS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +121,7 @@ class Listener:
         self._handler = handler
         self.num_bad_frames = 0
         self.num_unroutable = 0
+        self._num_told: Counter[bytes] = Counter()
         socket = _socket(zmq.ROUTER, max_message_bytes=max_message_bytes)
         socket.set(zmq.ROUTER_MANDATORY, 1)
         socket.set(zmq.ROUTER_HANDOVER, 1)
@@ -144,6 +150,13 @@ class Listener:
         """Closes the socket; queued messages to peers are dropped."""
         self._pump.close()
 
+    def _tell_version(self, peer: bytes, reason: str) -> None:
+        if len(self._num_told) > _MAX_TOLD_PEERS:
+            self._num_told.clear()
+        self._num_told[peer] += 1
+        if self._num_told[peer] <= _MAX_TOLD:
+            self.send(peer, Refused(field="wire version", reason=reason))
+
     def _on_frames(self, frames: list[bytes]) -> None:
         try:
             message, rid = decode(frames[1:])
@@ -152,7 +165,7 @@ class Listener:
             if self.num_bad_frames.bit_count() == 1:  # at 1, 2, 4, 8, ...: a flood of garbage must not become a flood of logs
                 log.warning("bad frame refused (%d so far): %s", self.num_bad_frames, error)
             if isinstance(error, WireVersionError):  # the peer cannot read more of it than our version, which is what it needs to know
-                self.send(frames[0], Refused(field="wire version", reason=str(error)))
+                self._tell_version(frames[0], str(error))
             return
         self._handler(Envelope(peer=frames[0], rid=rid, message=message, num_bytes=sum(map(len, frames))))
 

@@ -132,6 +132,28 @@ def test_a_taken_port_and_a_bad_address_say_what_to_change() -> None:
     run(body)
 
 
+def test_a_peer_of_another_version_that_does_not_listen_is_not_answered_for_ever() -> None:
+    async def body() -> None:
+        listener = serve(lambda _, envelope: None)
+        peer = zmq.Context.instance().socket(zmq.DEALER)
+        peer.set(zmq.LINGER, 0)
+        peer.connect(tcp_address("127.0.0.1", listener.port))
+        (newer,) = codec.encode(GetBooks(), rid=1)
+        for _ in range(100):
+            peer.send(newer.replace(msgpack.packb(codec.WIRE_VERSION), msgpack.packb(codec.WIRE_VERSION + 1), 1))
+        while listener.num_bad_frames < 100:
+            await asyncio.sleep(0.01)
+        num_answers = 0
+        while peer.poll(200):
+            peer.recv()
+            num_answers += 1
+        assert 0 < num_answers < 20
+        peer.close()
+        listener.close()
+
+    run(body)
+
+
 def test_another_wire_version_is_refused_by_name_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
     async def body() -> None:
         heard: list[Any] = []

@@ -154,4 +154,6 @@ def test_many_rewards_a_second() -> None:
 
 
 def children() -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+    """Workers of this process, which may have other children from other tests."""
+    pids = map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+    return [pid for pid in pids if b"reward_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]

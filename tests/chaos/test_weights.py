@@ -73,10 +73,6 @@ class Server:
         self.engine.kill()
         await asyncio.gather(*self._tasks)
 
-    @property
-    def is_dead(self) -> bool:
-        return not self.engine.is_running
-
     async def start_again(self) -> None:
         """When the death of the engine has been noticed and answered for."""
         await asyncio.gather(*self._tasks)
@@ -117,15 +113,16 @@ async def kill_in_mid_broadcast(folder: Path, *, seeds: range) -> tuple[list[Gen
 
     try:
         await push_to_all()
+        dead: list[Server] = []
         for seed in seeds:
             luck = random.Random(seed)
-            await asyncio.gather(*(server.start_again() for server in servers if server.is_dead))
+            await asyncio.gather(*(server.start_again() for server in dead))
             usual_s = await push_to_all()
             victim, survivor = luck.sample(servers, 2)
             pushing = asyncio.create_task(push())
             await asyncio.sleep(luck.uniform(0, usual_s))
             victim.engine.kill()
-            killed_s = time.monotonic()
+            dead, killed_s = [victim], time.monotonic()
             outcome = await pushing
             num_broken += "broadcast" in outcome.failed
             while survivor.name not in outcome.activated:  # the publisher would try again at once
