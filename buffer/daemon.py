@@ -95,6 +95,8 @@ class BufferDaemon:
         self._rejection_seen = ""
         self._received_bytes = 0
         self._directory = consumer.Directory(servers=[])
+        self._servers_changed = False
+        """Since the directory was looked at."""
         self._turn_is_due = False
         self._is_closed = False
         self._over: asyncio.Future[None] = self._loop.create_future()
@@ -296,6 +298,7 @@ class BufferDaemon:
             self.peers.forget(hello.name)
             raise
         self.peers.welcome(hello)
+        self._servers_changed = True
         if hello.role is Role.TRAINER:
             self._listener.send(peer.route, self._directory)
         log.info("%s registered, incarnation %d", hello.name, hello.incarnation)
@@ -316,6 +319,7 @@ class BufferDaemon:
     def _server_beats(self, peer: Peer, envelope: Envelope) -> producer.HeartbeatAck:
         beat: producer.ServerHeartbeat = envelope.message
         self.ledger.heartbeat(peer.hello.name, beat, now_s=self._loop.time())
+        self._servers_changed = True
         peer.state, peer.stats = beat.state.value, beat.stats
         return self._heartbeat_ack()
 
@@ -345,6 +349,7 @@ class BufferDaemon:
     def _server_leaves(self, peer: Peer, envelope: Envelope) -> Ok:
         peer.stats = envelope.message.stats or peer.stats
         self.ledger.remove_server(peer.hello.name)
+        self._servers_changed = True
         self.peers.forget(peer.hello.name)
         log.info("%s left", peer.hello.name)
         return Ok()
@@ -479,7 +484,8 @@ class BufferDaemon:
             self._send_aborts()
             self._answer_fetches()
             self._answer_evals()
-            self._send_directory()
+            if self._servers_changed:
+                self._send_directory()
 
     def _send_acks(self) -> None:
         for route, by_lease in self._acks.items():
@@ -501,6 +507,7 @@ class BufferDaemon:
             for name in self.ledger.expire(now_s=self._loop.time()):
                 log.warning("%s has been silent for %g s: its samples are leased again", name, self._config.buffer.lease_timeout_s)
                 self.peers.forget(name)
+            self._servers_changed = True
             self._turn_soon()
             self._series.update(self.ledger, self.peers, self._counters() | {"bad_frames": self._listener.num_bad_frames})
 
@@ -540,6 +547,7 @@ class BufferDaemon:
 
     def _send_directory(self) -> None:
         """To every rank, whenever it has changed."""
+        self._servers_changed = False
         servers = self.ledger.book.servers
         entries = [
             consumer.ServerEntry(

@@ -33,6 +33,7 @@ GROUP_SIZE = 8
 GROUPS_PER_STEP = 64
 COMMIT_EVERY = 8
 _BEAT_S = 0.05
+_PACE_S = 0.002
 _VERSIONS_A_PUSH = 4
 """Stamping trajectories with another version is work that an engine would do."""
 
@@ -103,8 +104,8 @@ class _Producer:
             if time.monotonic() >= due_s:
                 self._beat()
                 due_s = time.monotonic() + _BEAT_S
-            self._send()
-            await asyncio.sleep(0.001 if self._plan.rate_per_s else _BEAT_S)
+            self.send()
+            await asyncio.sleep(_BEAT_S)
         self._link.close()
 
     def _beat(self) -> None:
@@ -130,18 +131,19 @@ class _Producer:
                     self._leases[ack.lease_id] -= len(ack.sample_indices)
                     if not self._leases[ack.lease_id]:
                         del self._leases[ack.lease_id]
-                self._send()
+                self.send()
             case Leases():
                 for lease in message.leases:
                     self._leases[lease.lease_id] = len(lease.sample_indices)
                     self._work.extend((lease.lease_id, lease.ticket_id, index) for index in lease.sample_indices)
-                self._send()
+                self.send()
             case HeartbeatAck() if message.newest_version >= self._version + _VERSIONS_A_PUSH:
                 self._version = message.newest_version
                 self._samples = trajectories(self._plan.num_tokens, count=4, version=self._version)
                 self._beat()
 
-    def _send(self) -> None:
+    def send(self) -> None:
+        """What may be sent now, in one message."""
         finished = []
         while self._work and len(self._sent_s) < self._plan.window and self._pacer.may_send():
             lease_id, ticket_id, index = self._work.popleft()
@@ -152,6 +154,15 @@ class _Producer:
             self._pacer.sent()
         for batch in Samples.batches(finished):
             self._link.send(batch)
+
+
+async def _pace(producers: deque[_Producer], tally: Tally) -> None:
+    """What is due, in turn from each."""
+    while not tally.is_over:
+        producers.rotate()
+        for producer in producers:
+            producer.send()
+        await asyncio.sleep(_PACE_S)
 
 
 async def _consume(plan: Plan, tally: Tally) -> None:
@@ -190,7 +201,9 @@ async def main() -> None:
         await _consume(plan, tally)
     else:
         pacer = Pacer(plan.rate_per_s)
-        await asyncio.gather(*(_Producer(plan, name, tally, pacer).run() for name in plan.names))
+        producers = deque(_Producer(plan, name, tally, pacer) for name in plan.names)
+        running = [producer.run() for producer in producers]
+        await asyncio.gather(*running, *([_pace(producers, tally)] if plan.rate_per_s else []))
     print(tally.dumps())
 
 
