@@ -59,8 +59,33 @@ class _Writer:
             self.size += padding
 
 
+class _Reader:
+    """Frame 1 of one message."""
+
+    __slots__ = ("data", "num_copied")
+
+    def __init__(self, data: Frame) -> None:
+        self.data = data
+        self.num_copied = 0
+
+    def place(self, raw: Any, *, itemsize: int) -> tuple[int, int]:
+        """Offset and length that a header names, which may be anything."""
+        if type(raw) is not list or len(raw) != 2 or type(raw[0]) is not int or type(raw[1]) is not int:
+            raise TypeError("a place is [offset, length]")
+        offset, length = raw
+        if offset < 0 or length < 0 or offset % _ALIGN or offset + length * itemsize > len(self.data):
+            raise ValueError(f"[{offset}, {length}] is outside its frame of {len(self.data)} bytes")
+        return offset, length
+
+    def copy(self, offset: int, length: int) -> bytes:
+        self.num_copied += length
+        if self.num_copied > len(self.data):  # a small header could name the same bytes a hundred thousand times
+            raise ValueError("records overlap")
+        return bytes(self.data[offset : offset + length])
+
+
 _Encode = Callable[[Any, _Writer], Any]
-_Decode = Callable[[Any, Frame], Any]
+_Decode = Callable[[Any, _Reader], Any]
 
 
 def encode(message: Any, *, rid: int = 0) -> list[bytes]:
@@ -92,7 +117,7 @@ def decode(frames: Sequence[Frame]) -> tuple[Any, int]:
     if type(rid) is not int or not isinstance(tag, str) or tag not in _DECODERS:
         raise WireError(f"unknown message {str(tag)[:40]!r}")
     try:
-        return _DECODERS[tag](body, frames[1] if len(frames) == 2 else b""), rid
+        return _DECODERS[tag](body, _Reader(frames[1] if len(frames) == 2 else b"")), rid
     except (ValueError, TypeError, OverflowError) as error:
         raise WireError(f"{tag}: {error}") from None
 
@@ -126,7 +151,7 @@ def _compile(hint: Any) -> tuple[_Encode, _Decode]:
 
 
 def _compile_scalar(hint: type) -> tuple[_Encode, _Decode]:
-    def read(raw: Any, _: Frame) -> Any:
+    def read(raw: Any, _: _Reader) -> Any:
         if type(raw) is not hint:
             if hint is float and type(raw) is int:
                 return float(raw)
@@ -144,7 +169,7 @@ def _compile_union(args: tuple[Any, ...]) -> tuple[_Encode, _Decode]:
     """A union of plain types that msgpack can tell apart (`int | list[int]`)."""
     kinds = {typing.get_origin(arg) or arg: _compile(arg) for arg in args}
 
-    def read(raw: Any, blob: Frame) -> Any:
+    def read(raw: Any, blob: _Reader) -> Any:
         if type(raw) not in kinds:
             raise TypeError(f"want one of {[kind.__name__ for kind in kinds]}, got {type(raw).__name__}")
         return kinds[type(raw)][1](raw, blob)
@@ -156,9 +181,9 @@ def _compile_array(dtype: np.dtype[Any]) -> tuple[_Encode, _Decode]:
     def write(value: Any, writer: _Writer) -> Any:
         return writer.add(value, dtype)
 
-    def read(raw: Any, blob: Frame) -> Any:
-        offset, length = _place(raw, blob, itemsize=dtype.itemsize)
-        return np.frombuffer(blob, dtype=dtype, count=length, offset=offset) if length else np.empty(0, dtype)
+    def read(raw: Any, blob: _Reader) -> Any:
+        offset, length = blob.place(raw, itemsize=dtype.itemsize)
+        return np.frombuffer(blob.data, dtype=dtype, count=length, offset=offset) if length else np.empty(0, dtype)
 
     return write, read
 
@@ -169,22 +194,12 @@ def _write_record(record: Record, writer: _Writer) -> list[int]:
     return place
 
 
-def _read_record(raw: Any, blob: Frame) -> Record:
-    offset, length = _place(raw, blob, itemsize=1)
-    return Record.opened(bytes(blob[offset : offset + length]))
-
-
-def _place(raw: Any, blob: Frame, *, itemsize: int) -> tuple[int, int]:
-    if type(raw) is not list or len(raw) != 2 or type(raw[0]) is not int or type(raw[1]) is not int:
-        raise TypeError("a place is [offset, length]")
-    offset, length = raw
-    if offset < 0 or length < 0 or offset % _ALIGN or offset + length * itemsize > len(blob):
-        raise ValueError(f"[{offset}, {length}] is outside its frame of {len(blob)} bytes")
-    return offset, length
+def _read_record(raw: Any, blob: _Reader) -> Record:
+    return Record.opened(blob.copy(*blob.place(raw, itemsize=1)))
 
 
 def _compile_list(encode_item: _Encode, decode_item: _Decode) -> tuple[_Encode, _Decode]:
-    def read(raw: Any, blob: Frame) -> Any:
+    def read(raw: Any, blob: _Reader) -> Any:
         if type(raw) is not list:
             raise TypeError(f"want a list, got {type(raw).__name__}")
         return [decode_item(item, blob) for item in raw]
@@ -193,7 +208,7 @@ def _compile_list(encode_item: _Encode, decode_item: _Decode) -> tuple[_Encode, 
 
 
 def _compile_dict(encode_item: _Encode, decode_item: _Decode) -> tuple[_Encode, _Decode]:
-    def read(raw: Any, blob: Frame) -> Any:
+    def read(raw: Any, blob: _Reader) -> Any:
         if type(raw) is not dict or not all(type(key) is str for key in raw):
             raise TypeError("want a map with string keys")
         return {key: decode_item(item, blob) for key, item in raw.items()}
@@ -209,7 +224,7 @@ def _compile_dataclass(cls: type) -> tuple[_Encode, _Decode]:
     def write(value: Any, writer: _Writer) -> Any:
         return {name: encode_field(getattr(value, name), writer) for name, encode_field, _ in parts}
 
-    def read(raw: Any, blob: Frame) -> Any:
+    def read(raw: Any, blob: _Reader) -> Any:
         if type(raw) is not dict or len(raw) != len(parts):
             raise TypeError(f"{cls.__name__} wants exactly the fields {names}")
         try:

@@ -20,6 +20,7 @@ import os
 import struct
 import zlib
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,6 +37,8 @@ _CHECKED_FROM = 12
 _ALIGN = 8
 _INT, _FLOAT = np.dtype("<i4"), np.dtype("<f4")
 _MAX_INT = (1 << 31) - 1
+BYTES_PER_TOKEN = _INT.itemsize + _FLOAT.itemsize
+"""Of a record's arrays."""
 _FINISH_REASONS = {reason.value: reason for reason in FinishReason}
 
 
@@ -86,11 +89,11 @@ class Record:
 
     @classmethod
     def opened(cls, data: bytes) -> Self:
-        """The record that these bytes are. Raises ValueError when `of` would not have made them."""
+        """The record that these bytes are. Raises ValueError when they are not one, or not of a valid trajectory."""
         if len(data) < _HEADER.size:
             raise ValueError(f"only {len(data)} bytes of a record are there")
-        magic, num_bytes, crc32, sample_index, ticket_id, meta_bytes, _ = _HEADER.unpack_from(data)
-        if magic != _MAGIC or num_bytes != len(data):
+        magic, num_bytes, crc32, sample_index, ticket_id, meta_bytes, reserved = _HEADER.unpack_from(data)
+        if magic != _MAGIC or num_bytes != len(data) or reserved:
             raise ValueError(f"no record of {len(data)} bytes begins there")
         if zlib.crc32(memoryview(data)[_CHECKED_FROM:]) != crc32:
             raise ValueError("the record does not match its checksum")
@@ -217,6 +220,8 @@ def _facts(meta: bytes) -> tuple[int, list[list[int]], float, dict[str, float], 
         raise ValueError("want a number of tokens and runs [version, number of tokens]")
     if not 0 < num_tokens == sum([length for _, length in runs]):
         raise ValueError(f"runs of versions cover other than {num_tokens} tokens")
+    if any(left[0] == right[0] for left, right in pairwise(runs)):  # they would take memory that nobody counts
+        raise ValueError("neighbouring runs have the same version")
     if type(components) is not dict or not all(type(name) is str for name in components):
         raise ValueError("reward components: want names and numbers")
     for number in (reward, generation_s, reward_s, *components.values()):

@@ -34,8 +34,6 @@ _DTYPES = (
     ("logprobs", np.dtype(np.float32)),
     ("versions", np.dtype(np.int32)),
 )
-BYTES_PER_TOKEN = sum(dtype.itemsize for _, dtype in _DTYPES)
-"""Of the arrays of a trajectory."""
 
 
 _MAX_LOGPROB_BITS = int(np.float32(1e-5).view(np.int32))

@@ -1,4 +1,4 @@
-"""The store that outlives its process: SQLite for the rows, append-only segments for the arrays, one thread that waits for the disk.
+"""The store that outlives its process: SQLite for the rows, append-only segments for the records, one thread that waits for the disk.
 
     put_*, when_durable --> Changes --(end of the loop's turn, writer idle)--> Batch --> Writer --> callbacks, in order
 

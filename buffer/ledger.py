@@ -201,7 +201,7 @@ class Ledger:
     def commit(self, *, incarnation: int, step: int, oldest_kept_step: int = 0) -> None:
         """Steps <= `step` are in a durable checkpoint: their tickets are TRAINED. Idempotent.
 
-        `oldest_kept_step`: completed steps of the oldest checkpoint; arrays of earlier steps are released, in memory all that are trained.
+        `oldest_kept_step`: completed steps of the oldest checkpoint; records of earlier steps are released, in memory all that are trained.
         """
         self._check_trainer(incarnation)
         if step >= self.trainer_step:

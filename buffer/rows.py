@@ -35,7 +35,7 @@ class Changes:
     rollbacks: list[RollbackRow] = field(default_factory=list)
     statistics: dict[str, float] = field(default_factory=dict)
     released: list[int] = field(default_factory=list)
-    """Tickets whose arrays nobody will ask for any more."""
+    """Tickets whose records nobody will ask for any more."""
 
     def __bool__(self) -> bool:
         return any(getattr(self, name) for name in self.__slots__)

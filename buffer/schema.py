@@ -5,7 +5,7 @@ next; a new file goes through all of them, so that there is one way to a schema 
 knows is refused.
 
 What a row costs does not depend on how many there are: ids grow, so every insert is at the right-hand end of its tree, and the index over
-tickets with arrays holds only those. Ended tickets are counted at recovery, not read.
+tickets with records holds only those. Ended tickets are counted at recovery, not read.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def apply(
 ) -> None:
     """Writes all of it, or raises sqlite3.Error and writes nothing.
 
-    `places`: where the arrays of `changes.samples` are. `segments`: files that grew; `gone_segments`: files that are about to go.
+    `places`: where the records of `changes.samples` are. `segments`: files that grew; `gone_segments`: files that are about to go.
     """
     connection.execute("BEGIN IMMEDIATE")
     try:
@@ -299,7 +299,7 @@ def first_returned(connection: sqlite3.Connection) -> int:
 
 
 def read_places(connection: sqlite3.Connection) -> dict[int, dict[int, Place]]:
-    """Ticket id -> sample index -> where its arrays are, of every ticket that may still be asked for."""
+    """Ticket id -> sample index -> where its records are, of every ticket that may still be asked for."""
     places: dict[int, dict[int, Place]] = {}
     for ticket_id, sample_index, *place in connection.execute(
         "SELECT samples.ticket_id, sample_index, segment, offset, num_bytes, crc32 "

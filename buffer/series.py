@@ -26,7 +26,7 @@ class BufferSeries:
         self._steps = metrics.gauge("step", "Optimizer steps: completed, committed, and the one being recorded", label="of", values=_STEPS)
         self._bound = metrics.gauge("max_staleness", "Bound on lag, in optimizer steps, of tickets issued now")
         self._version = metrics.gauge("weights_newest_version", "Newest allocated weights version")
-        self._bytes = metrics.gauge("buffer_bytes", "Bytes of arrays held")
+        self._bytes = metrics.gauge("buffer_bytes", "Bytes of records held")
         self._free = metrics.gauge("free_samples", "Samples that servers could take now")
         self._due = metrics.gauge("tickets_due", "Running tickets that cannot be recorded later than in the open step")
         self._solve_rate = metrics.gauge(

@@ -1,11 +1,11 @@
-"""Where arrays and ledger rows are kept: the interface that the ledger writes through, and the store that survives nothing.
+"""Where records and ledger rows are kept: the interface that the ledger writes through, and the store that survives nothing.
 
 Every `put_*` states a fact as it is from now on, so that facts may be written again and the last one counts. Writes are ordered, and what
 one call from the event loop wrote (one ledger operation) survives together or not at all. They never fail from the ledger's
 view: a disk that cannot take them makes `health` say so, and acknowledgements wait. The rows name every fact that is needed to rebuild the
 ledger: `recover` gives them back.
 
-Arrays live from `put_sample` until nobody can ask for them any more: a dropped ticket's go with its row, a trained one's with `release`,
+Records live from `put_sample` until nobody can ask for them any more: a dropped ticket's go with its row, a trained one's with `release`,
 when every checkpoint that a trainer could resume from contains its step.
 
 Left out: eval samples (their reward is a sum in an `EvalRound`), and expiry times (leases get a new one when a buffer comes back).
@@ -72,7 +72,7 @@ class Recovered:
     tickets: list[Ticket] = field(default_factory=list)
     """Live ones by id, with samples and failures; `unleased` is all that has no sample, `leases` is empty (see `leases`)."""
     trained: list[Ticket] = field(default_factory=list)
-    """TRAINED ones whose arrays are not released yet, by (step, position)."""
+    """TRAINED ones whose records are not released yet, by (step, position)."""
     leases: list[LeaseRow] = field(default_factory=list)
     versions: list[VersionRow] = field(default_factory=list)
     """In order of allocation."""
@@ -93,7 +93,7 @@ class Store(Protocol):
     """See the module. Used from one event loop."""
 
     def put_ticket(self, ticket: Ticket) -> None:
-        """The ticket was issued or changed its state, reason, bound, step or position. Ended other than TRAINED, it releases its arrays."""
+        """The ticket was issued or changed its state, reason, bound, step or position. Ended but not TRAINED, it releases its records."""
 
     def put_sample(self, sample: Sample, record: Record) -> None:
         """A sample was accepted: the one that the record says. Its lease need not be written for it."""
@@ -129,7 +129,7 @@ class Store(Protocol):
         """Counters as they are now; others stay."""
 
     def release(self, ticket: Ticket) -> None:
-        """Nobody will ask for this trained ticket's arrays any more."""
+        """Nobody will ask for this trained ticket's records any more."""
 
     def group(self, ticket: Ticket) -> list[Record]:
         """All records of a complete ticket, in sample order. Raises StoreCorruptError when they are not what was written."""
@@ -145,7 +145,7 @@ class Store(Protocol):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of arrays held in memory."""
+        """Bytes of records held in memory."""
 
     @property
     def health(self) -> str:

@@ -91,7 +91,7 @@ REFUSALS = tuple(verdict for verdict in Verdict if verdict.refusal)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """What the ledger needs to know of an accepted trajectory; its arrays are in the store."""
+    """What the ledger needs to know of an accepted trajectory; its record is in the store."""
 
     lease_id: int
     """The lease that delivered it."""

@@ -46,7 +46,7 @@ class PlainView:
 
     def update(self, seen: Observation, *, phase: str, detail: str) -> None:
         """A line every `interval_s`, if it says anything new."""
-        self._eta.see(len(seen.steps), step=last_step(seen))
+        self._eta.see(last_step(seen))
         now_s = time.monotonic()
         if now_s < self._due_s:
             return
@@ -77,7 +77,7 @@ class LiveView:
 
     def update(self, seen: Observation, *, phase: str, detail: str) -> None:
         """Draws every `interval_s`."""
-        self._eta.see(len(seen.steps), step=last_step(seen))
+        self._eta.see(last_step(seen))
         now_s = time.monotonic()
         if now_s >= self._due_s:
             self._due_s = now_s + self._interval_s
@@ -102,9 +102,9 @@ class Eta:
         self._seen: deque[tuple[float, int]] = deque(maxlen=window)
         self._step = -1
 
-    def see(self, num_rows: int, *, step: int) -> None:
-        """Notes the time at which a step was first seen."""
-        if num_rows and step != self._step:
+    def see(self, step: int) -> None:
+        """Notes the time at which a step was first seen; -1: none is there yet."""
+        if step != self._step:
             self._step = step
             self._seen.append((time.monotonic(), step))
 

@@ -25,8 +25,8 @@ from areal_like.imports import torch_hidden, uncollected
 from areal_like.messages.hello import Hello, Role
 from areal_like.messages.producer import Lease, ServerState
 from areal_like.paths import model_path
+from areal_like.records import BYTES_PER_TOKEN
 from areal_like.snapshots import newest_snapshot
-from areal_like.trajectory import BYTES_PER_TOKEN
 from rollout_server.engine_client import EngineClient
 from rollout_server.engine_process import EmbeddedProcess, Engine
 from rollout_server.episodes import SingleTurn, Turnstile
@@ -51,7 +51,7 @@ _MAX_DEATHS_IN_A_ROW = 5
 _HEALTHY_AFTER_S = 30.0
 _FIRST_BACKOFF_S = 0.5
 _SAMPLE_OVERHEAD_BYTES = 4096
-"""Of a message, a sample: its numbers, names and reward components."""
+"""Of a message, a sample: its numbers, names, reward components and runs of versions."""
 _SILENT_ENGINE_S = 60.0
 """An engine that is there but answers nothing for so long is replaced."""
 

@@ -172,6 +172,7 @@ class BufferLink:
         log.info("registered at %s: job %s, step %d", self._link.address, welcome.job, welcome.step)
         self._registered = True
         self.newest_version = max(self.newest_version, welcome.newest_version)
+        self._outbox.clear()  # of which what is still owed is among the rest
         self._resend(older_than_s=0)
 
     def _resend(self, *, older_than_s: float) -> None:

@@ -168,6 +168,7 @@ def test_records_that_are_well_made_by_hand_are_taken() -> None:
         record(1, [[-1, 3], [7.0, 5]]),
         record(1, [[-1, 3], [7]]),
         record(1, 8),
+        record(1, [[-1, 3], [7, 2], [7, 3]]),
         record(2, float("nan")),
         record(2, "0.25"),
         record(3, {"a": "b"}),
@@ -210,6 +211,19 @@ def test_a_flipped_byte_never_escapes(data: st.DataObject) -> None:
         return
     assert type(message).__name__ == "Samples"
     assert all(same(done.record.trajectory(), trajectory()) for done in message.samples), "a flipped byte passed the checksum"
+
+
+def test_records_do_not_overlap() -> None:
+    """A small message must not become a large one in memory."""
+    record = Record.of(2, 0, trajectory(100, 5_000)).data
+    for count, is_good in ((1, True), (2, False), (5_000, False)):
+        samples = [{"lease_id": 1, "record": [0, len(record)]}] * count
+        frames = [msgpack.packb([WIRE_VERSION, "Samples", 0, {"samples": samples}]), record]
+        if is_good:
+            decode(frames)
+        else:
+            with pytest.raises(WireError, match="overlap"):
+                decode(frames)
 
 
 def test_a_header_that_no_peer_takes_is_not_sent() -> None:

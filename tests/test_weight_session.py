@@ -68,17 +68,18 @@ def test_a_bucket_laid_out_as_the_shadow_set_is_received_in_its_place(kind: str,
     session = _Session(weights, model.facts, [])
     for _ in range(2):
         assert receive(session, buckets, flats) == list(map(checksum, flats))
-        assert not session.problem and not session.is_on_wire
+        assert not session.problem and not session.is_tainted
         assert all(torch.equal(weights.named[name], t.to(getattr(torch, dtype)).float()) for name, t in tensors.items())
         assert len(session.buffers) == 0 if is_in_place else 0 < len(session.buffers) <= 2
     assert [spec.name for spec in session.received] == 2 * [spec.name for bucket in buckets for spec in bucket.tensors]
 
 
-def test_a_set_that_a_broken_broadcast_may_still_write_into_is_not_used_again(tmp_path: Path) -> None:
-    path = save_model(tmp_path / "llama", "llama")
+@pytest.mark.parametrize(("kind", "is_in_place"), [("llama", True), ("qwen2", False)])
+def test_a_set_that_a_broken_broadcast_may_still_write_into_is_not_used_again(kind: str, is_in_place: bool, tmp_path: Path) -> None:
+    path = save_model(tmp_path / kind, kind)
     model, tensors = loaded(path), weights_of(path)
     buckets = cut_buckets([spec_of(n, t) for n, t in tensors.items()], bucket_bytes=BUCKET_BYTES)
     session = _Session(model.new_weights(), model.facts, [])
     with pytest.raises(WeightSyncError, match="broadcast failed"):
         receive(session, buckets, [flatten(bucket, tensors) for bucket in buckets], num_sent=1)
-    assert session.is_on_wire
+    assert session.is_tainted is is_in_place

@@ -115,7 +115,7 @@ class CommitStep:
 
     step: int
     oldest_kept_step: int = 0
-    """Completed steps of the oldest checkpoint that is kept: nobody will go back further, so arrays of earlier steps may be released."""
+    """Completed steps of the oldest checkpoint that is kept: nobody will go back further, so records of earlier steps may be released."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,7 @@ from rollout_server.engine.models.base import ModelFacts, Weights
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_WORD_BYTES = 8
 
 
 class _Threads:
@@ -72,8 +73,8 @@ class _Session:
         self.version = ""
         self.num_receiving = 0
         self.wire = asyncio.Lock()
-        self.is_on_wire = False
-        """A broadcast may still write into the shadow set; true for ever after one that failed."""
+        self.is_tainted = False
+        """A broadcast into the shadow set failed, and may write into it for ever after."""
         self.is_given_up = False
         self.started_s = time.perf_counter()
         self.buffers = buffers
@@ -103,12 +104,15 @@ class _Session:
             if flat is None:
                 buffer = self._buffer(bucket.num_bytes, device)
                 flat = buffer[: bucket.num_bytes]
-            self.is_on_wire = True
             wait = group.begin_broadcast(flat, timeout_s=max(0.001, end_s - time.monotonic()))
-            if before is not None:
-                found.append(self._verify(*before))
-            wait()
-            self.is_on_wire = False
+            has_ended = False
+            try:
+                if before is not None:
+                    found.append(self._verify(*before))
+                wait()
+                has_ended = True
+            finally:
+                self.is_tainted |= buffer is None and not has_ended
             before = bucket, flat, buffer
         if before is not None:
             found.append(self._verify(*before))
@@ -152,6 +156,8 @@ class _Session:
         if any(named[s.name].data_ptr() != start + offset for s, offset in zip(bucket.tensors, bucket.offsets, strict=True)):
             return None
         first = start - arena.data_ptr()
+        if first % _WORD_BYTES:  # inside a group only; checksums read words
+            return None
         return arena[first : first + bucket.num_bytes]
 
     def _buffer(self, num_bytes: int, device: torch.device) -> Tensor:
@@ -347,9 +353,10 @@ class WeightUpdater:
 
     def _give_back(self, session: _Session) -> None:
         """The memory of a session that was given up, once nothing is written into it any more."""
-        if session.is_given_up and not session.num_receiving and not session.is_on_wire:
+        if session.is_given_up and not session.num_receiving:
             self._buffers = session.buffers
-            self._loop.call(lambda core: core.give_back(session.weights))
+            if not session.is_tainted:
+                self._loop.call(lambda core: core.give_back(session.weights))
 
 
 def _read_directory(path: Path, session: _Session) -> None:
