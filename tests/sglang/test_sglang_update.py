@@ -89,7 +89,7 @@ class Plane:
             timeout_s=timeout_s,
         )
         async with asyncio.timeout(timeout_s):
-            stall_s = await self.update.push(self.client, request, manifest, left_s=lambda: timeout_s, waiting=_nothing)
+            stall_s = await self.update.push(self.client, request, manifest, left_s=lambda: 2 * timeout_s, waiting=_nothing)
         self.version += 1
         return stall_s
 
