@@ -4,8 +4,9 @@ Both call a handler for each message and never raise for what a peer sent: a bad
 through the loop's own reader rather than zmq.asyncio, which costs a future an operation; the edge-triggered descriptor is the
 reason for the re-check after every send (a send may swallow the edge).
 
-Queues in here are unbounded on purpose: what bounds them is credit. A server sends no more than its leased samples, a rank asks for
-one group at a time, so nothing has to be dropped silently. Message size is bounded by the socket itself (ZMQ_MAXMSGSIZE).
+Send queues are unbounded on purpose: what bounds them is credit. A server sends no more than its leased samples, a rank asks for
+one group at a time, so nothing has to be dropped silently. Whoever ignores credit is bounded where it arrives: past a few messages
+that wait to be handled its connection is not read on, and message size is bounded by the socket itself (ZMQ_MAXMSGSIZE).
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ log = logging.getLogger(__name__)
 
 _HEARTBEAT_MS = 2_000
 _HEARTBEAT_TIMEOUT_MS = 10_000
+_MAX_WAITING = 64
+"""Messages of one peer that wait to be handled; the rest stays in its TCP connection, so a flood costs its sender's memory, not ours."""
+
 _DRAIN_BATCH = 256
 """Messages handled before other tasks of the loop get a turn."""
 
@@ -54,7 +58,7 @@ def _socket(kind: int, *, max_message_bytes: int) -> zmq.Socket[bytes]:
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
     socket.set(zmq.LINGER, 0)
     socket.set(zmq.SNDHWM, 0)
-    socket.set(zmq.RCVHWM, 0)
+    socket.set(zmq.RCVHWM, _MAX_WAITING)
     socket.set(zmq.MAXMSGSIZE, max_message_bytes)
     socket.set(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
     socket.set(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)

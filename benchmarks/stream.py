@@ -218,6 +218,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure")
     parser.add_argument("--only", default="bare_zmq,ours,redis,ray,cost")
     arguments = parser.parse_args()
+    arguments.scratch.mkdir(parents=True, exist_ok=True)
     bench = Bench(seconds=arguments.seconds, peers=arguments.peers, scratch=arguments.scratch)
     for part in arguments.only.split(","):
         if part in ("bare_zmq", "ours", "cost") or arguments.peers:

@@ -16,7 +16,7 @@ from buffer.daemon import main as serve
 from buffer.offline import drop_offline
 
 _SWITCH_INTERVAL_S = 2e-4
-_GC_THRESHOLD = 20_000
+_GC_THRESHOLDS = (1_000, 20, 1_000)
 
 
 def main() -> int:
@@ -35,9 +35,10 @@ def main() -> int:
     # The writer's thread needs the interpreter some twenty times a batch. A busy loop that kept it for Python's 5 ms would add 100 ms to
     # every acknowledgement.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    # What a buffer holds lives for steps and is in no cycle; the collector would walk thousands of live samples again and again.
+    # What a buffer holds lives for steps and is in no cycle; the collector would walk thousands of live samples again and again. What is
+    # young is looked at often: an HTTP connection is a cycle when it ends, and thousands of them would lie about.
     gc.freeze()
-    gc.set_threshold(_GC_THRESHOLD, 20, 50)
+    gc.set_threshold(*_GC_THRESHOLDS)
     return run_daemon(config, role="buffer", name=name, main=serve)
 
 

@@ -79,6 +79,26 @@ def test_unasked_messages_reach_the_handler_and_silence_is_a_deadline() -> None:
     run(body)
 
 
+def test_what_is_not_handled_yet_waits_at_its_sender() -> None:
+    async def body() -> None:
+        listener = serve(answer)
+        raw = zmq.Context.instance().socket(zmq.DEALER)
+        raw.set(zmq.LINGER, 0)
+        raw.set(zmq.SNDHWM, 1)
+        raw.connect(tcp_address("127.0.0.1", listener.port))
+        num_sent = 0
+        while num_sent < 2_000 and raw.poll(500, zmq.POLLOUT):  # the loop that handles them stands still meanwhile
+            raw.send(bytes(1 << 16))
+            num_sent += 1
+        assert num_sent < 2_000, "128 MB were taken in from one peer"
+        while listener.num_bad_frames < num_sent:
+            await asyncio.sleep(0.01)
+        raw.close()
+        listener.close()
+
+    run(body)
+
+
 def test_garbage_is_counted_and_the_listener_lives() -> None:
     async def body() -> None:
         listener = serve(answer)
