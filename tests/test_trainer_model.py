@@ -81,3 +81,10 @@ def test_command_line_exits_2_with_the_message_alone(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert done.stderr.startswith("error: model.path=") and "Traceback" not in done.stderr
+
+
+def test_settings_are_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "trainer", f"model.path={tmp_path}/nowhere", f"runs_dir={tmp_path}", "objective.clpi=0.2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "unknown key `objective.clpi`" in done.stderr and "Traceback" not in done.stderr

@@ -33,6 +33,7 @@ from trainer.leader import Leader
 from trainer.link import BufferLink, StopRequestedError
 from trainer.policy import build_policy
 from trainer.ranks import Ranks
+from trainer.recipe import Recipe
 from trainer.snapshot import Freezer, Snapshot
 from trainer.step import IncompleteStepError, StepRunner
 
@@ -55,11 +56,6 @@ class Trainer:
         self._runner = StepRunner.of(config, self._policy, ranks, initial=source)
         self._freezer = Freezer(self._policy, ranks, bucket_bytes=config.weights.bucket_bytes, dtype=config.model.dtype)
         self._freeze_s = 0.0
-        if self._runner.single_version and config.buffer.group_filter != "single_version":
-            raise ConfigError(
-                "this objective wants every group from one version of the weights: set buffer.group_filter=single_version, "
-                "weights.update_mode=drain and weights.sync_interval (the preset objective=oapl does)"
-            )
         self._checkpoints = Checkpoints(self._paths.checkpoints, keep=config.trainer.keep_checkpoints, tokenizer_path=source)
         self._step, self._stream = self._resume()
         self._saved_step = self._step
@@ -183,6 +179,7 @@ def _patience_s(config: Config) -> float:
 
 def _run(config: Config) -> None:
     started_s = time.monotonic()
+    Recipe.of(config).check_stream(config)  # a mistake in the settings is said before anything is loaded
     torch.set_num_threads(config.trainer.num_threads)
     device = device_of(config)
     join_ranks(config, device)

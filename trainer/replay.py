@@ -37,6 +37,7 @@ from trainer.joining import device_of, join_ranks
 from trainer.lags import LagTally
 from trainer.policy import build_policy
 from trainer.ranks import Ranks
+from trainer.recipe import Recipe
 from trainer.recording import Recording
 from trainer.report import MetricsFile, step_row
 from trainer.start import start_ranks
@@ -113,6 +114,7 @@ def _run(config: Config, root: Path) -> None:
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
+    Recipe.of(config)  # a mistake in the settings is said before anything is loaded
     torch.set_num_threads(config.trainer.num_threads)
     device = device_of(config)
     join_ranks(config, device)

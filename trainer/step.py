@@ -23,7 +23,7 @@ from torch import Tensor
 from areal_like.config import Config, KlConfig
 from areal_like.errors import ArealError, ConfigError
 from areal_like.trajectory import Trajectory
-from trainer.advantages import ADVANTAGES, Estimator
+from trainer.advantages import Estimator
 from trainer.appraisal import Appraiser, Lags
 from trainer.clock import PhaseClock
 from trainer.critic import Critic
@@ -32,14 +32,15 @@ from trainer.gae import Gae
 from trainer.gradients import Gradients
 from trainer.microbatches import matched
 from trainer.normalizers import Normalizer
-from trainer.objectives import Facts, Need, Objective, SampledTokens, build_objective
+from trainer.objectives import Facts, Need, Objective, SampledTokens
 from trainer.optimizer import ShardedAdamW
 from trainer.packing import MicroBatch, PackedBatch, Packer, Sample, num_targets
 from trainer.policy import Policy, build_policy
 from trainer.ranks import Ranks
+from trainer.recipe import Recipe
 from trainer.rewards import Group, Rewards
 from trainer.scope import Scope
-from trainer.shaping import SHAPINGS, Shaping
+from trainer.shaping import Shaping
 
 log = logging.getLogger(__name__)
 
@@ -104,39 +105,26 @@ class StepRunner:
         `initial`: the model that the run began with, which is the reference model where one is needed and none is named, and the critic's
         beginning.
         """
-        trainer, kl = config.trainer, config.kl
-        max_tokens = config.sampling.max_new_tokens
-        objective = build_objective(config.objective, max_tokens=max_tokens, kl=kl, entropy_coef=trainer.entropy_coef)
-        settings = dict(config.advantage)
-        shapings = SHAPINGS.build_list(settings.pop("shaping", None), job={"max_tokens": max_tokens})
-        advantage = ADVANTAGES.build(settings)
-        used = objective.advantage or advantage
-        if used.uses_greedy != config.sampling.greedy_baseline:
-            wanted = "a greedy sample of every prompt" if used.uses_greedy else "no greedy samples"
-            raise ConfigError(f"{type(used).__name__} wants {wanted}: set sampling.greedy_baseline={str(used.uses_greedy).lower()}")
-        in_reward = kl if kl.coef and kl.place == "reward" else None
+        trainer, recipe = config.trainer, Recipe.of(config)
         reference = None
-        if (Need.REF in objective.needs or in_reward) and (kl.reference or initial):
-            reference = build_policy(config, kl.reference or initial, ranks).requires_grad_(False)
-        critic = Critic.of(config, used, ranks, initial=initial) if isinstance(used, Gae) and initial else None
+        if recipe.needs_reference and (config.kl.reference or initial):
+            reference = build_policy(config, config.kl.reference or initial, ranks).requires_grad_(False)
+        critic = None
+        if isinstance(recipe.estimator, Gae) and initial:
+            critic = Critic.of(config, recipe.estimator, ranks, initial=initial)
         return cls(
             policy,
             ShardedAdamW.of(trainer, policy, ranks, lr=trainer.lr),
             ranks,
-            objective=objective,
-            advantage=advantage,
-            normalizer=Normalizer(name=trainer.normalizer, max_tokens=max_tokens),
+            objective=recipe.objective,
+            advantage=recipe.advantage,
+            normalizer=Normalizer(name=trainer.normalizer, max_tokens=config.sampling.max_new_tokens),
             budget_tokens=trainer.tokens_per_microbatch,
             reference=reference,
-            shapings=shapings,
-            kl=in_reward,
+            shapings=recipe.shapings,
+            kl=recipe.kl,
             critic=critic,
         )
-
-    @property
-    def single_version(self) -> bool:
-        """Whether all samples of a group must come from one version of the weights."""
-        return self._objective.single_version
 
     def run(
         self, groups: Iterable[Group], *, step: int, num_groups: int | None = None, lags: Callable[[Trajectory], Lags] | None = None
