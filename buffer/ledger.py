@@ -94,6 +94,8 @@ class Ledger:
         """What is recorded is of another shape (`trainer.groups_per_step`, ...): the next trainer does not go on with it."""
         self.has_other_prompts = False
         """Prompt indices meant other prompts when they were drawn: the next trainer starts the order anew."""
+        self.shape: dict[str, int] = {}
+        """Marks of the settings whose change makes it so: written once what is recorded is of these."""
         self.closed_because = "no trainer has started yet"
         """Why no train tickets are issued; empty while they are."""
         self.fatal = ""
@@ -124,6 +126,11 @@ class Ledger:
             self.incarnations[name] = incarnation
             self.store.put_mark(f"incarnation:{name}", incarnation)
 
+    def put_shape(self) -> None:
+        """Notes that all that is recorded is of the shape of these settings."""
+        for name, value in self.shape.items():
+            self.store.put_mark(name, value)
+
     # --- trainer ---
 
     def start_training(self, *, incarnation: int, step: int, stream: dict[str, int | list[int]], unix_s: float = 0.0) -> None:
@@ -138,6 +145,9 @@ class Ledger:
         if incarnation == self.trainer_incarnation:
             return
         self._check_start(step, stream)
+        next_version = stream.get("next_version", 1)
+        assert isinstance(next_version, int)
+        self.versions.begin(next_version=next_version)
         self.steps.new_trainer()
         known = min(step, max(self.trainer_step, self.recorder.num_full_steps))
         if self.trainer_incarnation:
@@ -648,8 +658,8 @@ class Ledger:
             self._restart_prompts(0, [])
         elif takes_prompts:
             self._restart_prompts(stream.get("cursor", 0), stream.get("pending", []))
-        self.versions.begin(next_version=stream.get("next_version", 1))
         self.is_reshaped = self.has_other_prompts = False
+        self.put_shape()
         self.recorder.restore((), first_step=step)
         for ticket in self.steps.begin_at(step):
             self.store.release(ticket)

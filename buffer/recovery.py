@@ -38,11 +38,11 @@ def recover(
     _check_shard(settings, marks)
     store.put_mark("shard", settings.shard.index)
     store.put_mark("num_shards", settings.shard.count)
-    shape = {f"shape:{name}": int(getattr(settings, name)) for name in _SHAPE} | {"shape:dataset": dataset}
-    ledger.is_reshaped = any(marks.get(name, value) != value for name, value in shape.items())
+    ledger.shape = {f"shape:{name}": int(getattr(settings, name)) for name in _SHAPE} | {"shape:dataset": dataset}
+    ledger.is_reshaped = any(marks.get(name, value) != value for name, value in ledger.shape.items())
     ledger.has_other_prompts = marks.get("shape:dataset", dataset) != dataset
-    for name, value in shape.items():
-        store.put_mark(name, value)
+    if not ledger.is_reshaped:  # else the marks stay those of what is recorded, for whoever starts the buffer before a trainer comes
+        ledger.put_shape()
     _restore_books(ledger, memory)
     _restore_stream(ledger, memory, now_s=now_s)
     ledger.trainer_incarnation = marks.get("trainer_incarnation", 0)

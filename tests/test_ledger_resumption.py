@@ -106,6 +106,28 @@ def test_a_poisoned_place_is_filled_by_another_group_and_the_trainer_starts_agai
         ledger.poison([victim.ticket_id])
 
 
+def test_a_place_emptied_in_a_step_that_is_done_again_is_filled_though_later_ones_are_full() -> None:
+    ledger, _ = trained(5)
+    ledger.commit(incarnation=1, step=0)
+    ledger.start_training(incarnation=2, step=1, stream={})
+    ledger.poison([ledger.steps.of(1)[0].ticket_id])
+    ledger.start_training(incarnation=3, step=1, stream={})
+    assert ledger.recorder.step > 4 and ledger.fetch(step=1, position=0) is None
+    (lease,) = generate(ledger, version=ledger.alloc_version(incarnation=3, step=1))
+    assert ledger.fetch(step=1, position=0).ticket_id == lease.ticket_id  # type: ignore[union-attr]
+
+
+def test_versions_that_a_checkpoint_knows_are_not_given_out_again_by_a_ledger_that_lost_them() -> None:
+    ledger, _ = trained(4)
+    assert isinstance(ledger.store, RowStore)
+    before_power_cut = ledger.store.copy()
+    lost = [ledger.alloc_version(incarnation=1, step=4) for _ in range(3)]
+    checkpoint = ledger.stream_state(step=3)
+    other = recover(ledger.settings, before_power_cut, now_s=0.0)
+    other.start_training(incarnation=2, step=4, stream=checkpoint)
+    assert other.alloc_version(incarnation=2, step=4) == lost[-1] + 1
+
+
 def test_a_step_that_costs_three_trainers_is_named_until_its_data_change() -> None:
     ledger, _ = trained(1)
     (culprit,) = ledger.steps.of(1)
@@ -134,18 +156,26 @@ def test_a_person_who_starts_again_gets_one_more_try_and_a_drain_is_no_crash() -
     assert ledger.steps.attempts == {1: 2}
 
 
-@pytest.mark.parametrize("change", [{"groups_per_step": 2}, {"max_staleness": 0}, {"group_size": 3}])
-def test_other_settings_cancel_what_is_recorded_and_go_on_from_the_checkpoint(change: dict[str, int]) -> None:
-    ledger, _ = trained(3)
+@pytest.mark.parametrize("num_starts", [1, 2], ids=["one start", "two starts before a trainer comes"])
+@pytest.mark.parametrize(
+    ("change", "groups_per_step"),
+    [({"groups_per_step": 2}, 1), ({"groups_per_step": 1}, 2), ({"max_staleness": 0}, 1), ({"group_size": 3}, 1)],
+)
+def test_other_settings_cancel_what_is_recorded_and_go_on_from_the_checkpoint(
+    change: dict[str, int], groups_per_step: int, num_starts: int
+) -> None:
+    ledger, _ = trained(3, groups_per_step=groups_per_step)
     pending = ledger.stream_state(step=1)["pending"]
     ledger.commit(incarnation=1, step=1)
     ledger.close("drain")
-    assert isinstance(ledger.store, RowStore)
-    other = recover(dataclasses.replace(ledger.settings, **change), ledger.store.copy(), now_s=0.0)
+    other = ledger
+    for _ in range(num_starts):
+        assert isinstance(other.store, RowStore)
+        other = recover(dataclasses.replace(ledger.settings, **change), other.store.copy(), now_s=0.0)
     other.set_num_train_prompts(1000)
     assert other.closed_because and generate(other, version=0) == []
     other.start_training(incarnation=2, step=2, stream={})
-    assert other.register.num_by_state()[State.TRAINED] == 2
+    assert other.register.num_by_state()[State.TRAINED] == 2 * groups_per_step
     assert other.drops.total() == len(pending) and set(other.drops) == {Drop.CANCELLED, Drop.ABANDONED}  # type: ignore[arg-type]
     assert sorted(other.prompts.returned) == sorted(pending)  # type: ignore[type-var]
     version = other.alloc_version(incarnation=2, step=2)
