@@ -46,10 +46,10 @@ class Recorder:
         """Running tickets of which nothing was sampled and nothing is being sampled."""
         self._proven: dict[int, set[int]] = {}
 
-    @property
-    def num_recorded(self) -> int:
-        """Places taken since step 0 of the run, earlier lives included."""
-        return self.step * self._groups_per_step + self.position - len(self._holes)
+    def num_free_before(self, step: int) -> int:
+        """Free places of the steps before this one, holes included."""
+        num_after_last = (step - self.step) * self._groups_per_step - self.position
+        return max(0, num_after_last) + sum(hole < step for hole, _ in self._holes)
 
     @property
     def num_full_steps(self) -> int:

@@ -177,10 +177,14 @@ class LedgerMachine(RuleBasedStateMachine):
 
     # --- trainer ---
 
-    @precondition(lambda self: self.ledger.recorder.num_recorded)
+    @property
+    def num_taken(self) -> int:
+        return self.ledger.recorder.step * GROUPS + self.ledger.recorder.position
+
+    @precondition(lambda self: self.num_taken)
     @rule(position=st.integers(0, STEPS * GROUPS - 1))
     def fetch_any(self, position: int) -> None:
-        self.fetch(*divmod(position % (self.ledger.recorder.num_recorded + 1), GROUPS))
+        self.fetch(*divmod(position % (self.num_taken + 1), GROUPS))
 
     def fetch(self, step: int, position: int) -> None:
         if not self.ledger.committed_step < step < STEPS:
@@ -277,7 +281,7 @@ class LedgerMachine(RuleBasedStateMachine):
         counters = self.ledger.statistics.counters()
         assert counters["samples_trained"] == self.num_trained * GROUPS * SIZE
         assert counters["max_trained_lag"] <= self.ledger.settings.max_staleness
-        assert self.ledger.recorder.num_recorded <= (self.num_trained + 2) * GROUPS, "recording ran more than one step ahead of the trainer"
+        assert self.num_taken <= (self.num_trained + 2) * GROUPS, "recording ran more than one step ahead of the trainer"
 
     @invariant()
     def leases_match_tickets(self) -> None:
