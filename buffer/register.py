@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from areal_like.messages.producer import Purpose
 from areal_like.shards import Shard
@@ -66,12 +66,17 @@ class Register:
         counts = self._counts[ticket.purpose]
         counts[ticket.state] -= 1
         counts[state] += 1
-        was_terminal, ticket.state = ticket.state.is_terminal, state
+        ticket.state = state
         if state.is_terminal:
             del self.live[ticket.ticket_id]
-        elif was_terminal:  # committed work that a trainer does again; rare enough to sort for it
-            self.live = dict(sorted([*self.live.items(), (ticket.ticket_id, ticket)]))
         self._store.put_ticket(ticket)
+
+    def take_back(self, tickets: Sequence[Ticket]) -> None:
+        """Committed work that a trainer does again: BATCHED as it was."""
+        if tickets:
+            self.live = dict(sorted([*self.live.items(), *((ticket.ticket_id, ticket) for ticket in tickets)]))
+        for ticket in tickets:
+            self.move(ticket, State.BATCHED)
 
     def count(self, purpose: Purpose, *states: State) -> int:
         """Tickets of a purpose in any of these states."""

@@ -96,8 +96,7 @@ class Steps:
         """A durable checkpoint contains this step and no later one: tickets up to it are TRAINED, and those after it are not."""
         for ticket in self.of(*range(self.committed + 1, step + 1)):
             self._register.move(ticket, State.TRAINED)
-        for ticket in self.of(*range(step + 1, self.committed + 1)):
-            self._register.move(ticket, State.BATCHED)
+        self._register.take_back(self.of(*range(step + 1, self.committed + 1)))
         self.committed = step
         self._store.put_mark("committed_step", step)
 
