@@ -187,6 +187,8 @@ class DurableStore(RowRecorder):
         os.close(self._lock)
 
     def _changed(self) -> None:
+        if self._writer is not None and self.changes.released:
+            self._writer.is_pressed = True
         if not self._hand_over_is_due:
             self._hand_over_is_due = True
             self._loop.call_soon(self._hand_over)
@@ -194,8 +196,9 @@ class DurableStore(RowRecorder):
     def _hand_over(self, *, even_while_busy: bool = False) -> None:
         self._hand_over_is_due = False
         assert self._writer is not None, "recover comes before the first write"
-        if not self.changes or (self._in_flight is not None and not even_while_busy):
+        if not (self.changes or self._gone_segments) or (self._in_flight is not None and not even_while_busy):
             return
+        self._writer.is_pressed = False
         self._in_flight = Batch(changes=self.changes, callbacks=self._callbacks, gone_segments=self._gone_segments)
         self.changes, self._callbacks, self._gone_segments = Changes(), [], []
         self._writer.submit(self._in_flight)

@@ -4,8 +4,8 @@
 
 One batch is one transaction: what piles up in the loop while the disk is busy becomes the next one (group commit). A row never names bytes
 that are less durable than itself, hence the order. When there is no space a batch is taken back whole and tried again until there is, so a
-full disk costs time and nothing else. Any other error ends the writer: after a failed fsync nobody knows what the disk holds
-(the kernel drops the pages), so going on could only acknowledge what is not there.
+full disk costs time and nothing else; what frees space may use what `buffer.min_free_bytes` keeps. Any other error ends the writer: after a
+failed fsync nobody knows what the disk holds (the kernel drops the pages), so going on could only acknowledge what is not there.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import queue
 import sqlite3
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from buffer.segments import SegmentWriter
 log = logging.getLogger(__name__)
 
 _RETRY_S = 0.25
+_HANGS_AFTER_S = 5.0
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _SQLITE_WAITS = frozenset({"SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE"})
 """What SQLite makes of the three above: nothing was written, and it may succeed later."""
@@ -76,10 +78,22 @@ class Writer:
         self._on_error = on_error
         self._batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self._closing = threading.Event()
-        self.health = ""
+        self._refused_because = ""
         """Why the batch at hand cannot be written now."""
+        self._writing_since_s: float | None = None
+        self.is_pressed = False
+        """Set by the owner while something waits that will free space: the batch at hand may use what is kept free."""
         self._thread = threading.Thread(target=self._run, name="ledger-writer", daemon=True)
         self._thread.start()
+
+    @property
+    def health(self) -> str:
+        """Why the batch at hand is not written; empty while all is well. From any thread."""
+        since_s = self._writing_since_s
+        if self._refused_because or since_s is None:
+            return self._refused_because
+        seconds = time.monotonic() - since_s
+        return f"disk hangs: a write in {self._directory} has taken {seconds:.0f} s" if seconds > _HANGS_AFTER_S else ""
 
     def submit(self, batch: Batch) -> None:
         """Queues a batch."""
@@ -111,22 +125,25 @@ class Writer:
         """Where the records are; None: closed before there was space."""
         records = [record.data for _, record in batch.changes.samples]
         while True:
+            self._writing_since_s = time.monotonic()
             try:
                 places = self._write(batch, records)
             except _NoSpaceError as full:
-                if not self.health:
+                if not self._refused_because:
                     log.error("%s", full)
-                self.health = str(full)
+                self._refused_because = str(full)
                 if self._closing.wait(_RETRY_S):
                     return None
             else:
-                if self.health:
+                if self._refused_because:
                     log.warning("the ledger is being written again")
-                self.health = ""
+                self._refused_because = ""
                 return places
+            finally:
+                self._writing_since_s = None
 
     def _write(self, batch: Batch, records: list[bytes]) -> list[Place]:
-        if records:  # what only says that others may go must get through
+        if records and not (self.is_pressed or batch.changes.released or batch.gone_segments):
             self._check_free(sum(map(len, records)))
         first = self._segments.segment
         try:

@@ -9,8 +9,10 @@ import resource
 import shutil
 import sqlite3
 import subprocess
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -413,6 +415,45 @@ def test_free_space_is_left_on_the_disk(tmp_path: Path) -> None:
             await settled(lambda: bool(store.health))
             assert "buffer.min_free_bytes keeps" in store.health
         assert query(tmp_path, "SELECT ticket_id FROM tickets") == [(1,)]
+
+    asyncio.run(run())
+
+
+def test_what_frees_space_gets_through_when_samples_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        async with opened(tmp_path, segment_bytes=1 << 12, min_free_bytes=1) as (store, _):
+            tickets = [full_ticket(store, ticket_id) for ticket_id in range(1, 12)]
+            await durable(store)
+            num_before = num_segments(tmp_path)
+            monkeypatch.setattr("os.statvfs", lambda _: SimpleNamespace(f_bavail=0, f_frsize=4096))
+            full_ticket(store, 50)
+            await settled(lambda: bool(store.health))
+            for ticket in tickets:
+                move(store, ticket, State.TRAINED)
+                store.release(ticket)
+            await settled(lambda: num_segments(tmp_path) <= 2)
+            assert num_before > 4
+
+    asyncio.run(run())
+
+
+def test_a_disk_that_hangs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("buffer.writer._HANGS_AFTER_S", 0.1)
+    goes_on, writev = threading.Event(), os.writev
+
+    def hanging(file: int, records: list[bytes]) -> int:
+        assert goes_on.wait(20)
+        return writev(file, records)
+
+    monkeypatch.setattr("os.writev", hanging)
+
+    async def run() -> None:
+        async with opened(tmp_path) as (store, _):
+            full_ticket(store, 1)
+            await settled(lambda: "disk hangs: a write in" in store.health)
+            goes_on.set()
+            await durable(store)
+            assert store.health == ""
 
     asyncio.run(run())
 
