@@ -10,6 +10,9 @@ else passes for the record. Versions are written as runs and the loss mask not a
 less to move, and the buffer learns which weights a sample is of without looking at its tokens. It never encodes one either; that, and
 that nobody on the way can change what was sampled, is why there is one form and not one for the wire and one for the disk.
 
+The msgpack part may be 64 KiB longer than the arrays, which is room for a version a token, and for the names of a thousand reward
+components. More is refused before it is unpacked: in memory it would be many times what the peer had to send.
+
 Nothing but this file knows the layout. Readers outside of the buffer (audit, replay) need no more than a directory and a ledger row.
 """
 
@@ -30,6 +33,7 @@ from numpy.typing import NDArray
 
 from areal_like.errors import StoreCorruptError
 from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory, are_logprobs
+from areal_like.unpacking import unpack
 
 _HEADER = struct.Struct("<4sIIIQII")
 _MAGIC = b"ATR1"
@@ -39,6 +43,10 @@ _INT, _FLOAT = np.dtype("<i4"), np.dtype("<f4")
 _MAX_INT = (1 << 31) - 1
 BYTES_PER_TOKEN = _INT.itemsize + _FLOAT.itemsize
 """Of a record's arrays."""
+_MAX_OTHER_BYTES = 1 << 16
+"""Of the msgpack part beside the runs: reward components, nearly all. A run takes at most 7 bytes, and its tokens 8 each in the arrays."""
+_OTHER_CONTAINERS = 3
+"""Lists and maps of the msgpack part that are not one run."""
 _FINISH_REASONS = {reason.value: reason for reason in FinishReason}
 
 
@@ -108,7 +116,8 @@ class Record:
 
     @classmethod
     def _made(cls, data: bytes, ticket_id: int, sample_index: int, crc32: int, meta: bytes) -> Self:
-        num_tokens, runs, reward, components, finish_reason, generation_s, reward_s, is_greedy = _facts(meta)
+        facts = _facts(meta, rest_bytes=len(data) - _HEADER.size - len(meta))
+        num_tokens, runs, reward, components, finish_reason, generation_s, reward_s, is_greedy = facts
         tokens_at = _HEADER.size + len(meta) + -len(meta) % _ALIGN
         return cls(
             data=data,
@@ -207,11 +216,13 @@ def count_whole_records(data: bytes) -> tuple[int, int]:
     return num_records, offset
 
 
-def _facts(meta: bytes) -> tuple[int, list[list[int]], float, dict[str, float], FinishReason, float, float, bool]:
-    """What the msgpack part says. Raises ValueError when it says something else."""
+def _facts(meta: bytes, *, rest_bytes: int) -> tuple[int, list[list[int]], float, dict[str, float], FinishReason, float, float, bool]:
+    """What the msgpack part says, with `rest_bytes` behind it. Raises ValueError when it says something else, or too much."""
+    if len(meta) > rest_bytes + _MAX_OTHER_BYTES:
+        raise ValueError(f"what a record says of itself takes {len(meta)} bytes: name fewer reward components")
     try:
-        raw: Any = msgpack.unpackb(meta)
-    except (ValueError, RecursionError, msgpack.UnpackException) as error:
+        raw: Any = unpack(meta, max_containers=rest_bytes // BYTES_PER_TOKEN + _OTHER_CONTAINERS)
+    except ValueError as error:
         raise ValueError(f"what a record says of itself is not msgpack: {error}") from None
     if type(raw) is not list or len(raw) != 8:
         raise ValueError("a record says eight things of itself")

@@ -3,6 +3,7 @@
 import dataclasses
 import pickle
 import struct
+import tracemalloc
 import zlib
 
 import msgpack
@@ -15,7 +16,8 @@ from areal_like.codec import MAX_HEADER_BYTES, WIRE_VERSION, decode, encode
 from areal_like.errors import WireError
 from areal_like.messages.consumer import Books, Group, StartTraining
 from areal_like.messages.hello import Refused
-from areal_like.messages.producer import BATCH_BYTES, Lease, Leases, Purpose, SampleDone, Samples
+from areal_like.messages.producer import BATCH_BYTES, Lease, Leases, Purpose, SampleAck, SampleAcks, SampleDone, Samples
+from areal_like.messages.weights import PushWeights
 from areal_like.records import Record
 from areal_like.trajectory import FinishReason, Trajectory
 
@@ -224,6 +226,77 @@ def test_records_do_not_overlap() -> None:
         else:
             with pytest.raises(WireError, match="overlap"):
                 decode(frames)
+
+
+def peak_bytes_refusing(frames: list[bytes], *, match: str) -> int:
+    """Memory that the refusal of these frames takes at its worst."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(WireError, match=match):
+            decode(frames)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def packed_list(item: bytes, num_items: int) -> bytes:
+    return b"\xdd" + struct.pack(">I", num_items) + item * num_items
+
+
+@pytest.mark.parametrize("item", [b"\x90", b"\x80", b"\x81\xa0\x90"], ids=["lists", "maps", "lists in maps"])
+@pytest.mark.parametrize("array_bytes", [0, 1 << 20], ids=["alone", "with arrays"])
+def test_a_record_of_lists_does_not_grow_in_memory(item: bytes, array_bytes: int) -> None:
+    meta = packed_list(item, (1 << 20) // len(item))
+    identity = struct.pack("<IQII", 0, 1, len(meta), 0)
+    rest = identity + meta + bytes(array_bytes)
+    data = struct.pack("<4sII", b"ATR1", 12 + len(rest), zlib.crc32(rest)) + rest
+    frames = [msgpack.packb([WIRE_VERSION, "Samples", 0, {"samples": [{"lease_id": 1, "record": [0, len(data)]}]}]), data]
+    peak = peak_bytes_refusing(frames, match="lists and maps" if array_bytes else "says of itself takes")
+    assert peak < 12 * len(data)
+
+
+@pytest.mark.parametrize("item", [b"\x90", b"\x80", b"\x81\xa0\x90"], ids=["lists", "maps", "lists in maps"])
+def test_a_header_of_lists_does_not_grow_in_memory(item: bytes) -> None:
+    header = packed_list(item, (1 << 20) // len(item))
+    peak = peak_bytes_refusing([header], match="lists and maps")
+    assert peak < 30 * len(header)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 50_000])
+@pytest.mark.parametrize("first_version", [0, (1 << 31) - 50_000])
+def test_a_version_a_token_and_a_thousand_reward_components_are_one_record(num_tokens: int, first_version: int) -> None:
+    sent = dataclasses.replace(
+        trajectory(0, num_tokens),
+        versions=np.arange(first_version, first_version + num_tokens, dtype=np.int32),
+        reward_components={f"a part of the reward that has a long name: {index}": 0.5 for index in range(1000)},
+    )
+    received, _ = decode(encode(sample(sent)))
+    assert same(received.samples[0].record.trajectory(), sent)
+
+
+def test_versions_that_take_few_bytes_are_many_runs() -> None:
+    sent = dataclasses.replace(trajectory(0, 50_000), versions=np.arange(50_000, dtype=np.int32) % 2)
+    assert same(Record.opened(Record.of(2, 0, sent).data).trajectory(), sent)
+
+
+def test_more_reward_components_than_a_record_can_hold_are_refused_where_it_is_made() -> None:
+    components = {f"{index:099d}": 0.5 for index in range(1000)}
+    with pytest.raises(ValueError, match="name fewer reward components"):
+        Record.of(2, 0, dataclasses.replace(trajectory(), reward_components=components))
+
+
+def test_long_headers_of_small_parts_are_taken() -> None:
+    record = Record.of(5, 0, trajectory(1, 1))
+    tensors = {"names": [f"{index}.w" for index in range(20_000)], "dtypes": ["bfloat16"] * 20_000, "shapes": [[1]] * 20_000}
+    for message in (
+        Group(step=1, position=0, ticket_id=5, prompt_index=9, records=[record] * 20_000, version_steps=[1] * 20_000),
+        SampleAcks(acks=[SampleAck(lease_id=0, sample_indices=[])] * 20_000),
+        Leases(leases=[Lease(lease_id=1, ticket_id=2, prompt_index=3, purpose=Purpose.EVAL, sample_indices=[], seed=9)] * 20_000),
+        PushWeights(epoch=1, group_name="g", version=1, step=1, update_mode="keep", manifest={"buckets": [tensors]}, timeout_s=1.0),
+    ):
+        frames = encode(message)
+        assert len(frames[0]) > 1 << 16
+        decode(frames)
 
 
 def test_a_header_that_no_peer_takes_is_not_sent() -> None:
