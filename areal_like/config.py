@@ -217,7 +217,7 @@ class RolloutConfig:
     reward_workers: int = 1
     """Processes that compute rewards."""
     reward_timeout_s: float = 10.0
-    """Time limit of one reward; beyond it the worker process is killed and the sample counts as failed."""
+    """Time limit of one reward; beyond it the worker process is killed and the sample counts as failed. Also of one task.example()."""
     generate_timeout_s: float = 600.0
     """Longest wait for one generation."""
     start_timeout_s: float = 180.0

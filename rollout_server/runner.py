@@ -2,9 +2,9 @@
 
     lease -> example, prompt tokens -> per sample: episode (engine) -> reward (worker process) -> answer
 
-Samples of one message start in the same turn of the loop, so that the engine client can send them as one request. A sample that cannot
-be made is an answer too (SampleFailed): the buffer decides whether to try again. A sample lost with the engine is no answer: its lease
-goes back.
+Samples start as soon as their prompt is there; those whose prompts are there together start in the same turn of the loop, so that the
+engine client can send them as one request. A sample that cannot be made is an answer too (SampleFailed): the buffer decides whether to
+try again. A sample lost with the engine is no answer: its lease goes back.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -25,9 +24,10 @@ from areal_like.records import Record
 from areal_like.trajectory import Trajectory
 from rollout_server.engine_client import EngineClient, Sampling
 from rollout_server.episodes import Episode, Speaker, Tokenizer, Transcript, Turnstile
+from rollout_server.examples import SPLITS, Examples, Prompt
 from rollout_server.leases import Answer
 from rollout_server.rewards import RewardPool
-from rollout_server.tasks import Example, Split, Task
+from rollout_server.tasks import Example, Task
 
 log = logging.getLogger(__name__)
 
@@ -37,14 +37,6 @@ _ENGINE_GRACE_S = 0.5
 _CLOSE_TIMEOUT_S = 5.0
 _MAX_ERROR_CHARS = 500
 _MAX_SEED = 1 << 31
-
-_Prompt = tuple[Example, NDArray[np.int32]]
-_SPLITS: dict[Purpose, Split] = {Purpose.TRAIN: "train", Purpose.EVAL: "eval"}
-
-
-def _example_thread() -> ThreadPoolExecutor:
-    """One thread: a task's example() is slow for some data sets, and the loop must not wait for it."""
-    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="examples")
 
 
 class LeaseRunner:
@@ -63,17 +55,16 @@ class LeaseRunner:
         on_answer: Callable[[Answer], None],
     ) -> None:
         """`on_answer` is called once a sample, unless its lease was cancelled or the engine was lost."""
-        self._task = task
         self._tokenizer = tokenizer
         self._episode = episode
         self._rewards = rewards
         self._turnstile = turnstile
         self._on_answer = on_answer
-        self._example_timeout_s = config.rollout.reward_timeout_s
         sampling = config.sampling
         self._sampling = Sampling(max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature, stop_token_ids=stop_token_ids)
-        self._examples = _example_thread()
-        self._preparing: set[asyncio.Task[None]] = set()
+        self._examples = Examples(task, tokenizer, timeout_s=config.rollout.reward_timeout_s)
+        self._waiting: list[Lease] = []
+        self._preparing: asyncio.Task[None] | None = None
         self._samples: dict[int, set[asyncio.Task[None]]] = {}
         self.engine: EngineClient | None = None
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -84,10 +75,10 @@ class LeaseRunner:
     def start(self, leases: list[Lease]) -> None:
         """Begins to make every sample of these leases."""
         self._samples |= {lease.lease_id: set() for lease in leases}
-        task = asyncio.create_task(self._prepare(leases))
-        self._preparing.add(task)
-        task.add_done_callback(self._preparing.discard)
-        task.add_done_callback(self._notice)
+        self._waiting += leases
+        if self._preparing is None or self._preparing.done():
+            self._preparing = asyncio.create_task(self._prepare())
+            self._preparing.add_done_callback(self._notice)
 
     def cancel(self, lease_ids: list[int]) -> None:
         """Stops making samples of these leases, at the engine too."""
@@ -97,18 +88,19 @@ class LeaseRunner:
 
     async def close(self) -> None:
         """Cancels everything and waits for it."""
-        tasks = self._preparing.union(*self._samples.values())
+        preparing = {self._preparing} if self._preparing is not None else set()
+        tasks = preparing.union(*self._samples.values())
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=_CLOSE_TIMEOUT_S)
-        self._examples.shutdown(wait=False, cancel_futures=True)
+        self._examples.close()
 
     def _notice(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None and not self.failed.done():
             self.failed.set_exception(error)
 
-    def _begin(self, lease: Lease, sample_index: int, prompt: _Prompt | str) -> None:
+    def _begin(self, lease: Lease, sample_index: int, prompt: Prompt | str) -> None:
         def ended(task: asyncio.Task[None]) -> None:
             tasks.discard(task)
             if not tasks:
@@ -120,36 +112,21 @@ class LeaseRunner:
         tasks.add(task)
         task.add_done_callback(ended)
 
-    async def _prepare(self, leases: list[Lease]) -> None:
-        """Prompts of all leases of a message in one go, then a task for each sample."""
-        prompts: list[_Prompt | str]
-        thread = self._examples
-        try:
-            async with asyncio.timeout(self._example_timeout_s):
-                prompts = await asyncio.get_running_loop().run_in_executor(thread, self._prompts, leases)
-        except TimeoutError:
-            if self._examples is thread:  # it may hang for ever, and with it every example that comes after
-                self._examples = _example_thread()
-                thread.shutdown(wait=False)
-            slow = f"task.example() took longer than rollout.reward_timeout_s={self._example_timeout_s:g}"
-            prompts = [slow] * len(leases)
-        for lease, prompt in zip(leases, prompts, strict=True):
-            if lease.lease_id in self._samples:  # not cancelled meanwhile
-                for sample_index in lease.sample_indices:
-                    self._begin(lease, sample_index, prompt)
+    async def _prepare(self) -> None:
+        """Prompts of all waiting leases, those of the first message first."""
+        while self._waiting:
+            leases, self._waiting = self._waiting, []
+            await self._examples.prepare(leases, is_wanted=self._is_wanted, on_prompt=self._begin_all)
 
-    def _prompts(self, leases: list[Lease]) -> list[_Prompt | str]:
-        return [self._prompt(_SPLITS[lease.purpose], lease.prompt_index) for lease in leases]
+    def _is_wanted(self, lease: Lease) -> bool:
+        return lease.lease_id in self._samples
 
-    def _prompt(self, split: Split, index: int) -> _Prompt | str:
-        """The prompt of an example, or why there is none. Runs in the examples' thread."""
-        try:
-            example = self._task.example(split, index)
-            return example, self._tokenizer.encode(example)
-        except Exception as error:  # a researcher's code may raise anything, and the promise is that only its own samples fail
-            return f"example({split!r}, {index}): {type(error).__name__}: {error}"
+    def _begin_all(self, lease: Lease, prompt: Prompt | str) -> None:
+        if self._is_wanted(lease):  # not cancelled meanwhile
+            for sample_index in lease.sample_indices:
+                self._begin(lease, sample_index, prompt)
 
-    async def _sample(self, lease: Lease, sample_index: int, prompt: _Prompt | str) -> None:
+    async def _sample(self, lease: Lease, sample_index: int, prompt: Prompt | str) -> None:
         """One sample to its answer."""
         try:
             if isinstance(prompt, str):
@@ -184,7 +161,7 @@ class LeaseRunner:
         started_s = loop.time()
         completion = await self._episode.run(example, speaker, self._tokenizer, transcript)
         generation_s = loop.time() - started_s
-        reward = await self._rewards.score(split=_SPLITS[lease.purpose], index=lease.prompt_index, completion=completion)
+        reward = await self._rewards.score(split=SPLITS[lease.purpose], index=lease.prompt_index, completion=completion)
         return transcript.to_trajectory(
             reward=reward.value,
             reward_components=reward.components,
