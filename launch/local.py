@@ -88,9 +88,15 @@ class LocalJob:
         """How the last one did, in lines for a person."""
         self._is_replacing = False
         """The trainer was asked to make room for another."""
+        self._were_ready: set[str] = set()
+        """Daemons that have been ready in some life: their settings are no mistake."""
+        self._last_server: tuple[Child, int] | None = None
+        """Of our own rollout servers the one that ended last, and its exit code."""
+        self._guests_seen_s = -math.inf
+        """When a server that joined by itself was there though none of our own was left."""
         self._asked: set[str] = set()
         """Told to end."""
-        self._close_by_s = 0.0
+        self._close_by_s = self._close_within_s = 0.0
         self._exit_code = 0
         self.failure: list[str] = []
         """Why the run failed, in lines for a person; empty when it did not."""
@@ -173,6 +179,9 @@ class LocalJob:
             # It is seen up to a second late, perhaps after the death that followed it.
             late_s = time.time() - float(self._observer.newest.steps[-1]["time_unix_s"])
             self._cores["trainer"].got_on(at_s=time.monotonic() - late_s)
+        self._were_ready |= {view.name for view in self._observer.newest.daemons.values() if not view.not_ready}
+        if self._phase in (Phase.STARTING, Phase.RUNNING):
+            self._end_without_servers()
         if self._phase in (Phase.STARTING, Phase.RUNNING):
             self._start_again(self._restarts | self._cores)
         elif "trainer" in self._children:  # it needs them for its last checkpoint
@@ -267,7 +276,7 @@ class LocalJob:
             log.info("%s ended: %s", name, describe_exit(code))
             if self._phase is Phase.CLOSING and not (name in self._cores and name in self._buffers and "trainer" in self._children):
                 self._died_closing(child, code)
-            elif code == 2:
+            elif code == 2 and not (name in self._were_ready and name in self._restarts | self._cores):
                 self._fail([child.complaint(), *(self._trainer_died if name == "trainer" else ())], exit_code=2)
             elif name in self._restarts:
                 self._server_died(child, code)
@@ -295,8 +304,17 @@ class LocalJob:
                 self._view.notice(f"{child.name} ended ({describe_exit(code)}): starting it again in {delay_s:.1f} s")
             else:
                 self._view.notice(f"{child.name} ended {restarts.num_quick_deaths} times in a row: given up")
-        if any(other.phase is not Life.GIVEN_UP for other in self._restarts.values()) or self._guests():
+        self._last_server = child, code
+
+    def _end_without_servers(self) -> None:
+        """Asked all the time, because a guest may be the last to leave. A buffer that was started again knows its guests after a while."""
+        if self._last_server is None or any(other.phase is not Life.GIVEN_UP for other in self._restarts.values()):
             return
+        if self._guests():
+            self._guests_seen_s = time.monotonic()
+        if time.monotonic() - self._guests_seen_s < self._config.buffer.lease_timeout_s:
+            return
+        child, code = self._last_server
         if code == 0:
             self._close(self._config.daemon.drain_timeout_s)
         else:
@@ -307,13 +325,17 @@ class LocalJob:
             )
 
     def _guests(self) -> list[str]:
-        """Rollout servers that joined by themselves. Of our own the newest look may still show one that has just left."""
-        return [view.name for view in self._observer.newest.daemons.values() if view.role == "rollout" and view.name not in self._specs]
+        """Rollout servers that joined by themselves and are there: they answer, or the buffer knows them (they may be on machines that do
+        not see the run's directory)."""
+        seen = self._observer.newest
+        answering = [view.name for view in seen.daemons.values() if view.role == "rollout" and view.status is not None]
+        known = [str(peer["name"]) for peer in seen.buffer.get("peers", []) if peer.get("role") == "rollout"]
+        return [name for name in answering + known if name not in self._specs]
 
     def _core_died(self, child: Child, code: int) -> None:
         words = [f"{child.name} failed ({describe_exit(code)}); its last lines:", *(f"  {x}" for x in child.last_words())]
         restarts = self._cores.get(child.name)
-        is_hopeless = child.name == "trainer" and code > 0 and self._best_step < 0
+        is_hopeless = child.name == "trainer" and 0 < code < 128 and self._best_step < 0  # from 128 on: a rank that was killed
         if restarts is None or is_hopeless:
             self._fail(words, exit_code=1)
             return
@@ -329,7 +351,7 @@ class LocalJob:
         self._view.notice(f"{child.name} ended ({describe_exit(code)}): starting it again in {restarts.due_s - time.monotonic():.1f} s")
 
     def _died_closing(self, child: Child, code: int) -> None:
-        if child.name == "trainer" and code not in (0, -signal.SIGTERM) and not self.failure:
+        if child.name == "trainer" and code not in (0, -signal.SIGTERM, 128 + signal.SIGTERM) and not self.failure:
             self._failed(
                 [f"trainer failed while it drained ({describe_exit(code)}); its last lines:", *(f"  {x}" for x in child.last_words())], 1
             )
@@ -362,7 +384,7 @@ class LocalJob:
 
     def _close(self, timeout_s: float) -> None:
         if self._phase is not Phase.CLOSING:
-            self._close_by_s = time.monotonic() + timeout_s
+            self._close_by_s, self._close_within_s = time.monotonic() + timeout_s, timeout_s
             self._enter(Phase.CLOSING)
         self._advance_closing()
 
@@ -375,7 +397,7 @@ class LocalJob:
             for name in set(living) - self._asked:
                 self._children[name].terminate()
                 self._asked.add(name)
-            if living and left_s < CLOSE_RESERVES[group] * self._config.daemon.drain_timeout_s:
+            if living and left_s < CLOSE_RESERVES[group] * self._close_within_s:
                 for name in living:
                     self._children.pop(name).kill()
                 self._view.notice(f"{', '.join(living)} did not end in time: killed")

@@ -15,7 +15,7 @@ from areal_like.daemon import JsonFormatter
 from launch.local import LocalJob
 from launch.report import show_summary
 from launch.rundir import open_run
-from launch.view import LiveView, PlainView, View
+from launch.view import LastingView, LiveView, PlainView, unless_seen_by_nobody
 
 
 class StopSignals:
@@ -44,15 +44,17 @@ def run_local(argv: Sequence[str]) -> int:
     logging.basicConfig(level=run.config.daemon.log_level, handlers=[handler], force=True)
     stops = StopSignals()
     console.print(f"run directory {run.paths.root}", markup=False, highlight=False, soft_wrap=True)
-    view: View = LiveView(run.config, console) if console.is_terminal else PlainView(run.config, console)
+    view = LastingView(LiveView(run.config, console) if console.is_terminal else PlainView(run.config, console))
     job = LocalJob(run, view=view, num_stops=lambda: stops.count)
     try:
         exit_code = job.run()
     finally:
         view.close()
         run.close()
-    if exit_code != 2:
-        show_summary(run, console, since_unix_s=started_unix_s)
-    for line in job.failure:
-        sys.stderr.write(f"{line}\n")
+    with unless_seen_by_nobody():
+        if exit_code != 2:
+            show_summary(run, console, since_unix_s=started_unix_s)
+    with unless_seen_by_nobody():
+        for line in job.failure:
+            sys.stderr.write(f"{line}\n")
     return exit_code

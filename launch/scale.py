@@ -9,6 +9,7 @@ A trainer is replaced by the launcher, who owns it: the command leaves an order 
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import socket
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from areal_like.addresses import buffer_addresses
 from areal_like.cli import load_config
@@ -47,9 +49,9 @@ def join(run: str, settings: Sequence[str], *, buffer: str = "", name: str = "")
     arguments += buffer_settings(load_config(arguments), paths, buffer)
     config = load_config(arguments)
     addresses = ", ".join(address.removeprefix("tcp://") for address in buffer_addresses(config))
-    name = name or _free_name(RunPaths.of(config))
     if paths is not None and is_over(paths):
         raise ConfigError(f"{paths.root}: this run is over; start it again with resume=latest")
+    name = name or _free_name(RunPaths.of(config))
     environment = os.environ | {
         PARENT_PID: str(os.getpid()),
         "OMP_NUM_THREADS": str(config.rollout.num_threads),
@@ -134,11 +136,20 @@ def buffer_settings(config: Config, paths: RunPaths | None, given: str) -> list[
 
 
 def _free_name(paths: RunPaths) -> str:
-    """A name that no server of the run has. Machines that do not see its directory name themselves."""
+    """A name that no server of the run has, taken by its log file. Machines that do not see the run's directory name themselves."""
     if not paths.endpoints.is_dir():
         return f"rollout-{socket.gethostname()}-p{os.getpid()}"  # no number at its end, which would be taken for the server's
-    taken = {path.stem for path in paths.logs.glob("rollout-*.log")} | {path.stem for path in paths.endpoints.glob("rollout-*.json")}
-    return next(name for number in range(len(taken) + 1) if (name := f"rollout-{number}") not in taken)
+    names = (f"rollout-{number}" for number in itertools.count())
+    return next(name for name in names if not (paths.endpoints / f"{name}.json").exists() and _made(paths.logs / f"{name}.log"))
+
+
+def _made(path: Path) -> bool:
+    """Whether an empty file was made there; False when there was one."""
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def servers_of(config: Config, paths: RunPaths) -> dict[str, str]:

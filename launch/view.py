@@ -6,8 +6,11 @@ on a laptop the cores belong to the engine and the trainer.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
 from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from rich.console import Console, Group, RenderableType
@@ -20,6 +23,8 @@ from rich.text import Text
 from areal_like.config import Config
 from launch.observe import DaemonView, Observation, find_number, find_table
 from launch.plot import bar, curve
+
+log = logging.getLogger(__name__)
 
 
 class View(Protocol):
@@ -92,6 +97,41 @@ class LiveView:
     def close(self) -> None:
         """Leaves the last picture standing."""
         self._live.stop()
+
+
+@contextlib.contextmanager
+def unless_seen_by_nobody() -> Iterator[None]:
+    """What is printed inside may find that its terminal or pipe is gone: nothing then, for a job does not end because nobody looks."""
+    try:
+        yield
+    except (OSError, SystemExit):  # of rich, for a broken pipe
+        log.warning("the terminal or pipe is gone: the run goes on unseen")
+
+
+class LastingView:
+    """A view that outlives the terminal or pipe it is drawn on."""
+
+    def __init__(self, view: View) -> None:
+        self._view: View | None = view
+
+    def update(self, seen: Observation, *, phase: str, detail: str) -> None:
+        """See View."""
+        self._draw(lambda view: view.update(seen, phase=phase, detail=detail))
+
+    def notice(self, text: str) -> None:
+        """See View."""
+        self._draw(lambda view: view.notice(text))
+
+    def close(self) -> None:
+        """See View."""
+        self._draw(lambda view: view.close())
+
+    def _draw(self, draw: Callable[[View], None]) -> None:
+        if (view := self._view) is not None:
+            self._view = None
+            with unless_seen_by_nobody():
+                draw(view)
+                self._view = view
 
 
 class Eta:

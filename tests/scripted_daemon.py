@@ -72,9 +72,15 @@ def main(role: str, default_name: str) -> None:
         if role == "buffer":
             runtime.advertise(stream="tcp://127.0.0.1:12345")
             runtime.status = lambda: {"tickets": {"queued": 1, "trained": 7}, "drops": {"stale": 2}, "tokens_generated": 99}
+        num_lives = _num_lives(runtime.paths.root / f"{name}.lives") if script == "loses its device" else 0
+        if num_lives == 2:
+            raise ConfigError("rollout.engine_device=cuda:1: there is no such device")
         runtime.ready()
+        if num_lives == 1:
+            await asyncio.sleep(2)
+            os._exit(3)
         if role == "trainer":
-            await train(runtime, fail_at=5 if script == "fail" else None)
+            await train(runtime, fail_at=5 if script == "fail" else None, drain_s=2 if script == "drain slowly" else 0)
         else:
             await runtime.stopping.wait()
 
@@ -87,7 +93,12 @@ def _seen_before(path: Path) -> bool:
     return known
 
 
-async def train(runtime: Runtime, *, fail_at: int | None) -> None:
+def _num_lives(path: Path) -> int:
+    with path.open("a+") as file:
+        return file.write("life\n") and file.tell() // len("life\n")
+
+
+async def train(runtime: Runtime, *, fail_at: int | None, drain_s: float) -> None:
     """Writes what a trainer writes, twenty steps a second."""
     started_s = time.monotonic()
     num_done = 0
@@ -107,5 +118,6 @@ async def train(runtime: Runtime, *, fail_at: int | None) -> None:
             if num_done == fail_at:
                 raise DeadlineError("no group for step 5 within 300 s")
             await asyncio.sleep(0.05)
+    await asyncio.sleep(drain_s)
     (runtime.paths.checkpoints / f"step_{num_done:06d}").mkdir(parents=True)
     write_json(runtime.paths.summary, {"steps": num_done, "wall_seconds": time.monotonic() - started_s, "tickets": {"trained": num_done}})

@@ -1,10 +1,12 @@
-"""The launcher's parts that need no daemon: restarts, run directories, pictures, the reading of metrics and settings."""
+"""The launcher's parts that need no daemon: restarts, run directories, names, exit codes, pictures, the reading of metrics and settings."""
 
 from __future__ import annotations
 
 import io
 import json
 import random
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,8 +23,9 @@ from launch.plot import bar, curve
 from launch.progress import MAX_STRETCHES, Progress, StepTally
 from launch.restarts import Phase, Restarts
 from launch.rundir import open_run
-from launch.scale import buffer_settings
+from launch.scale import _free_name, buffer_settings
 from launch.view import Eta, duration, number, picture, plain_line
+from trainer.start import start_ranks
 
 
 def test_restart_delays_double_then_give_up() -> None:
@@ -226,3 +229,27 @@ def test_help_is_complete() -> None:
     assert keys["trainer.num_steps"].default == "600" and "steps" in keys["trainer.num_steps"].text
     default = from_mapping({})
     assert keys["seed"].default == str(default.seed)
+
+
+def test_servers_that_join_at_once_get_names_of_their_own(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    for directory in (paths.logs, paths.endpoints):
+        directory.mkdir()
+    (paths.endpoints / "rollout-1.json").touch()
+    with ThreadPoolExecutor(8) as threads:
+        names = list(threads.map(lambda _: _free_name(paths), range(8)))
+    assert sorted(names) == [f"rollout-{number}" for number in range(9) if number != 1]
+
+
+@pytest.mark.parametrize(("ends", "code"), [("os.kill(os.getpid(), 9)", 137), ("sys.exit(3)", 3), ("None", 0)])
+def test_the_exit_code_of_ranks_tells_a_killed_one_from_one_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str, code: int
+) -> None:
+    (tmp_path / "ranks_that_end.py").write_text(f"import os, sys\nif os.environ['RANK'] == '1':\n    {ends}\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        assert start_ranks([], world_size=2, module="ranks_that_end") == code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +16,7 @@ import pytest
 
 from areal_like.paths import RunPaths, write_json
 from launch.rundir import order_file
-from tests.launching import launcher, num_steps_done, processes_of, wait_until
+from tests.launching import ROOT, launcher, num_steps_done, processes_of, wait_until
 from tests.scripted_daemon import write_packages
 
 pytestmark = pytest.mark.timeout(60)
@@ -57,6 +60,48 @@ def test_servers_that_keep_dying_end_the_run(workplace: Path) -> None:
     code, _, err = run(workplace, "trainer.num_steps=100000", script={"rollout-0": "crash"})
     assert code == 1
     assert "no rollout server is left" in err and "the dog ate my weights" in err
+
+
+def test_a_server_whose_settings_worked_once_is_started_again_though_they_do_not_now(workplace: Path) -> None:
+    code, out, _ = run(workplace, "trainer.num_steps=160", "rollout.num_servers=2", script={"rollout-1": "loses its device"})
+    assert code == 0
+    assert out.count("rollout-1 ended (exit code 3): starting it again") == 1
+    assert out.count("rollout-1 ended (exit code 2): starting it again") == 1
+
+
+def test_a_failed_run_gives_its_trainer_time_for_a_checkpoint_however_long_a_drain_may_take(workplace: Path) -> None:
+    script = {"rollout-0": "crash", "trainer-0": "drain slowly"}
+    code, out, err = run(workplace, "trainer.num_steps=100000", "daemon.drain_timeout_s=120", script=script)
+    assert code == 1 and "no rollout server is left" in err and "did not end in time" not in out
+    assert list((workplace / "runs" / "x" / "checkpoints").iterdir())
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_prints(workplace: Path) -> None:
+    root = workplace / "runs" / "x"
+    with launcher("name=x", "trainer.num_steps=160", cwd=workplace) as process:
+        wait_until(lambda: num_steps_done(root) > 3, timeout_s=20, what="training")
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.wait(timeout=40) == 0
+    assert num_steps_done(root) == 160
+
+
+def test_a_run_whose_terminal_goes_away_drains(workplace: Path) -> None:
+    root = workplace / "runs" / "x"
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "launch", "run", "name=x", "trainer.num_steps=100000"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "SCRIPT": "{}"}
+    process = subprocess.Popen(command, cwd=workplace, env=environment, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+    try:
+        wait_until(
+            lambda: select.select([ours], [], [], 0)[0] and os.read(ours, 1 << 16) and num_steps_done(root) > 3, timeout_s=20, what="steps"
+        )
+    finally:
+        os.close(ours)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=30) == 0
+    assert list((root / "checkpoints").iterdir())
 
 
 def pid_of(root: Path, package: str) -> int:
@@ -182,6 +227,8 @@ def test_a_server_that_was_asked_to_stop_is_not_missed(workplace: Path) -> None:
     root = workplace / "runs" / "x"
     with launcher("name=x", "rollout.num_servers=2", "trainer.num_steps=100000", cwd=workplace) as process:
         wait_until(lambda: num_steps_done(root) > 3, timeout_s=20, what="training")
+        # Of a guest that was killed: it is no server that is left.
+        write_json(root / "endpoints" / "rollout-7.json", {"role": "rollout", "pid": 999_999, "http": "127.0.0.1:1"})
         for name in ("rollout-0", "rollout-1"):
             before = num_steps_done(root)
             pid = next(pid for pid, command in processes_of(root).items() if f"--name {name}" in command)

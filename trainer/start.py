@@ -22,7 +22,7 @@ _FAREWELL_S = 10.0
 
 
 def start_ranks(argv: Sequence[str], *, world_size: int, module: str = "trainer") -> int:
-    """Runs `python -m MODULE` once a rank; returns the exit code of the first rank that failed, else 0."""
+    """Runs `python -m MODULE` once a rank; returns the exit code of the first rank that failed (128 + N if signal N killed it), else 0."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
         ranks = [_start_rank(rank, world_size, [module, *argv], port=port, listening=listening) for rank in range(world_size)]
@@ -37,15 +37,20 @@ def start_ranks(argv: Sequence[str], *, world_size: int, module: str = "trainer"
     end_by_s = float("inf")
     while any(rank.poll() is None for rank in ranks):
         if not failed and any(rank.poll() for rank in ranks):
-            failed = next(code for rank in ranks if (code := rank.poll()))
+            failed = _first_failure(ranks)
             end_by_s = time.monotonic() + _FAREWELL_S
             pass_on(signal.SIGTERM, None)
         if time.monotonic() > end_by_s:
             for rank in ranks:
                 rank.kill()
         time.sleep(_POLL_S)
-    failed = failed or next((rank.returncode for rank in ranks if rank.returncode), 0)
-    return failed if failed >= 0 else 1
+    failed = failed or _first_failure(ranks)
+    return failed if failed >= 0 else 128 - failed
+
+
+def _first_failure(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Exit code of a rank that failed, 0 if none has. One that was killed goes before others, whose connections to it broke."""
+    return min((code for rank in ranks if (code := rank.poll())), key=lambda code: code > 0, default=0)
 
 
 def _start_rank(rank: int, world_size: int, command: Sequence[str], *, port: int, listening: socket.socket) -> subprocess.Popen[bytes]:
