@@ -145,8 +145,8 @@ class BufferLink:
             try:
                 return future.result(timeout=_POLL_S)
             except concurrent.futures.TimeoutError:
-                if future.done():
-                    raise
+                if future.done():  # since then, or with a timeout of its own
+                    return future.result()
             if self._lost is not None:
                 raise self._lost
             if may_stop and self.stop_requested.is_set():
