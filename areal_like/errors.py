@@ -49,6 +49,10 @@ class WeightSyncError(ArealError):
     """A weight push failed; the receiver is at its old version or quarantined."""
 
 
+class DiskFullError(ArealError):
+    """A checkpoint was not written for want of space; the one before it is whole."""
+
+
 class RewardError(ArealError):
     """A reward function raised, hung past its time limit, or returned no finite number."""
 

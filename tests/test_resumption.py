@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.launching import areal_like, launcher, num_steps_done, processes_of, wait_until
+from tests.small_disk import small_disk
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
 SMALL = (
@@ -99,6 +101,32 @@ def test_a_trainer_killed_at_each_point_ends_with_the_weights_of_an_unbroken_run
     assert query(root, "SELECT * FROM leases") == [] and query(root, "SELECT * FROM attempts") == []
     told = command("replay", "x", cwd=tmp_path)
     assert "weights after step 12, 16: equal to those of the run, to the last bit" in told, told
+
+
+def test_a_run_goes_on_without_the_checkpoints_that_a_full_disk_prevents_but_not_its_last(
+    tmp_path: Path, root: Path, cache: dict[str, str]
+) -> None:
+    settings = (*SMALL, "trainer.num_steps=100000", "trainer.checkpoint_interval=2")
+    with small_disk(root / "checkpoints", num_mib=64) as disk:
+        filler = disk / "filler"
+        filler.write_bytes(bytes(shutil.disk_usage(disk).free - 4096))
+        with launcher(*settings, cwd=tmp_path, environment=cache) as process:
+            wait_until(lambda: num_steps_done(root) > 5, timeout_s=90, what="training without a checkpoint")
+            process.terminate()
+            out, err = process.communicate(timeout=60)
+        assert process.returncode == 1 and "trainer failed while it drained" in err, out + err
+        assert "was not written" in err and "free space there" in err and "trainer ended" not in out, out + err
+        assert query(root, "SELECT value FROM marks WHERE name = 'committed_step' AND value >= 0") == []
+        assert [path.name for path in disk.iterdir()] == ["filler"]
+        filler.unlink()
+        num_done = num_steps_done(root)
+        with launcher("name=x", "resume=latest", cwd=tmp_path, environment=cache) as process:
+            wait_until(lambda: num_steps_done(root) > num_done, timeout_s=90, what="training goes on")
+            process.terminate()
+            out, err = process.communicate(timeout=60)
+        assert (process.returncode, err) == (0, ""), out + err
+        assert list(disk.glob("step_*"))
+        command("audit", "x", cwd=tmp_path)
 
 
 @pytest.mark.chaos

@@ -8,9 +8,8 @@ import os
 import resource
 import shutil
 import sqlite3
-import subprocess
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +25,7 @@ from buffer.prompts import Prompt
 from buffer.store import LeaseRow, Recovered, RollbackRow, VersionRow
 from buffer.tickets import Drop, LeaseRecord, State, Ticket
 from tests.buffer_harness import job
+from tests.small_disk import small_disk
 from tests.store_load import SIZE, durable, is_same, move, new_ticket, put_sample, raising, train, trajectory_of
 
 
@@ -314,19 +314,6 @@ def test_schemas_go_forward_only(tmp_path: Path) -> None:
         (tmp_path / name).unlink(missing_ok=True)
     with pytest.raises(StoreCorruptError, match="cannot be opened as a ledger"):
         asyncio.run(write())
-
-
-@contextlib.contextmanager
-def small_disk(directory: Path) -> Iterator[Path]:
-    """A file system of 2 MiB."""
-    directory.mkdir()
-    mount = shutil.which("mount")
-    if mount is None or subprocess.run([mount, "-t", "tmpfs", "-o", "size=2m", "none", directory], capture_output=True).returncode:
-        pytest.skip("mounting is not permitted here")
-    try:
-        yield directory
-    finally:
-        subprocess.run(["umount", directory], check=True)
 
 
 async def fill_until_unhealthy(store: DurableStore, *, first_id: int) -> tuple[int, list[int]]:

@@ -1,5 +1,6 @@
 """Checkpoints: loadable by transformers, bitwise resumable, resumable at another world size, complete or absent."""
 
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from areal_like.errors import ConfigError
+from areal_like.errors import ConfigError, DiskFullError
+from tests.launching import wait_until
+from tests.small_disk import small_disk
 from tests.trainer_helpers import random_groups, run_ranks, write_model
 from tests.trainer_ranks import make_runner
 from trainer.checkpoint import Checkpoints
@@ -170,3 +173,43 @@ def test_what_went_wrong_behind_the_trainers_back_is_raised_by_the_next_call(tmp
     with pytest.raises(ConnectionError, match="gone"):
         checkpoints.close()
     assert checkpoints.steps() == [3], "the checkpoint is there all the same"
+
+
+def test_a_full_disk_costs_one_checkpoint_and_gets_its_space_back(tmp_path: Path, ranks: Ranks, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_model(tmp_path / "model")
+    runner = make_runner(path, ranks)
+    committed: list[int] = []
+
+    def save(step: int) -> None:
+        checkpoints.save(step, runner.policy, runner.optimizer, ranks, extra={}, then=committed.append)
+
+    with small_disk(tmp_path / "disk", num_mib=16) as disk:
+        checkpoints = Checkpoints(disk / "c", keep=2, tokenizer_path=path)
+        save(1)
+        checkpoints.wait()
+        model_bytes = (checkpoints.path(1) / "model.safetensors").stat().st_size
+        filler = disk / "filler"
+        filler.write_bytes(bytes(shutil.disk_usage(disk).free - model_bytes - 8192))
+        free = shutil.disk_usage(disk).free
+        save(2)
+        wait_until(lambda: "step_000002 was not written" in caplog.text, timeout_s=10, what="an error at once")
+        assert "free space there" in caplog.text
+        assert not list((disk / "c").glob(".*")) and shutil.disk_usage(disk).free == free, "the ledger may wait for it"
+        save(3)
+        with pytest.raises(DiskFullError, match="step_000003 was not written"):
+            checkpoints.wait()
+        assert checkpoints.steps() == committed == [1]
+        filler.unlink()
+        save(4)
+        checkpoints.close()
+        assert checkpoints.steps() == [1, 4] and committed == [1, 1]
+
+
+def test_what_a_failed_checkpoint_has_written_is_removed(tmp_path: Path, ranks: Ranks) -> None:
+    path = write_model(tmp_path / "model")
+    runner = make_runner(path, ranks)
+    checkpoints = Checkpoints(tmp_path / "c", keep=2, tokenizer_path=str(tmp_path / "nowhere"))
+    checkpoints.save(1, runner.policy, runner.optimizer, ranks, extra={})
+    with pytest.raises((OSError, ValueError), match="nowhere"):
+        checkpoints.wait()
+    assert not list((tmp_path / "c").iterdir())

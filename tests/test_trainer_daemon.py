@@ -29,10 +29,10 @@ pytestmark = pytest.mark.timeout(90)
 
 
 @contextlib.contextmanager
-def trainer(buffer: BufferProcess) -> Iterator["subprocess.Popen[str]"]:
+def trainer(buffer: BufferProcess, *settings: str) -> Iterator["subprocess.Popen[str]"]:
     port = buffer.address.rpartition(":")[2]
     process = subprocess.Popen(
-        [sys.executable, "-m", "trainer", "--config", str(buffer.paths.config), f"buffer.port={port}"],
+        [sys.executable, "-m", "trainer", "--config", str(buffer.paths.config), f"buffer.port={port}", *settings],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
@@ -59,6 +59,7 @@ def test_a_drain_ends_waiting_and_its_exit_code_says_how_it_went(tmp_path: Path,
         paths.summary.mkdir(parents=True)
     paths.endpoints.mkdir(parents=True)
     (paths.endpoints / "trainer-1.json").write_text("{}")  # of an earlier run with two ranks that were killed
+    (paths.checkpoints / ".step_000003.partial").mkdir(parents=True)  # of a trainer that was killed too
     buffer = BufferProcess(config)
     try:
         with trainer(buffer) as process:
@@ -68,6 +69,7 @@ def test_a_drain_ends_waiting_and_its_exit_code_says_how_it_went(tmp_path: Path,
             assert process.wait(timeout=30) == (0 if summary_can_be_written else 1)
             assert time.monotonic() - started_s < 15
             assert not list(paths.endpoints.glob("trainer-0.json"))
+            assert not list(paths.checkpoints.glob(".*"))
     finally:
         buffer.close()
 

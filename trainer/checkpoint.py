@@ -10,12 +10,15 @@ a finished, synced directory, so one that exists is complete. The masters are sa
 torch.distributed.checkpoint was left out because its metadata is a pickle.
 
     idle -> save(): state copied to the CPU -> writing (a thread; training goes on) -> renamed, old ones pruned, `then` called -> idle
+                                                  +-> failed: what was written is removed at once -> idle
 
-One is in flight at most: the next `save` waits for it. What went wrong with one is raised by the next `save` or `wait`.
+One is in flight at most: the next `save` waits for it. What went wrong with one is raised by the next `save` or `wait`. Only a full disk
+does not end the training: that checkpoint is skipped, the one before stays, and the next `save` is another try; `wait` raises it.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -32,7 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from areal_like.errors import ConfigError
+from areal_like.errors import ConfigError, DiskFullError
 from areal_like.snapshots import STATE_FILE
 from trainer.critic import Critic
 from trainer.gather import MODEL_PREFIX, gather, row_range, shards_of
@@ -48,6 +51,8 @@ MODEL_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
 CRITIC_FILE, CRITIC_OPTIMIZER_FILE = "critic.safetensors", "critic_optimizer.safetensors"
 RANDOM_STATE = "random_state.cpu"
 _NAME = re.compile(r"step_(\d{6,})")
+_NO_SPACE = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT)))
+"""In the system's words: safetensors raises an error of its own, without the number."""
 
 
 class Checkpoints:
@@ -59,7 +64,7 @@ class Checkpoints:
         self._keep = keep
         self._tokenizer_path = tokenizer_path
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._in_flight: Future[None] | None = None
+        self._in_flight: Future[DiskFullError | None] | None = None
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending."""
@@ -91,9 +96,9 @@ class Checkpoints:
         """Copies the state after `step` optimizer steps, which may change afterwards; rank 0 writes it behind the caller's back.
 
         `extra`: JSON that `load` gives back (rank 0's counts). `then(oldest_kept_step)`: called by rank 0's writer when the checkpoint is
-        complete on disk and old ones are pruned.
+        complete on disk and old ones are pruned; never for one that was skipped.
         """
-        self.wait()  # before the copies: the one in flight holds as much
+        self._settle()  # before the copies: the one in flight holds as much
         model, moments = _whole(policy, optimizer)
         # Nothing in a step draws random numbers today; an objective of one's own may.
         moments[RANDOM_STATE] = torch.get_rng_state()
@@ -105,10 +110,7 @@ class Checkpoints:
         written = json.dumps(state, indent=2) + "\n"
         final = self.path(step)
 
-        def write() -> None:
-            for left in self._root.glob(".step_*.partial"):  # of a trainer that was killed while it wrote
-                shutil.rmtree(left)
-            partial = final.with_name(f".{final.name}.partial")
+        def fill(partial: Path) -> None:
             partial.mkdir(parents=True)
             for name, tensors in files.items():
                 save_file(tensors, partial / name, {"format": "pt"})
@@ -117,28 +119,39 @@ class Checkpoints:
             if policy.model.generation_config is not None:
                 policy.model.generation_config.save_pretrained(partial)
             AutoTokenizer.from_pretrained(self._tokenizer_path).save_pretrained(partial)
-            _commit(partial, final)
+
+        def write() -> DiskFullError | None:
+            if (full := _write(final, fill)) is not None:
+                return full
             self.set_aside_after(step)
             for old in self.steps()[: -self._keep]:
                 shutil.rmtree(self.path(old))
             then(self.steps()[0])
+            return None
 
         if ranks.rank == 0:
             self._in_flight = self._thread.submit(write)
         return final
 
     def wait(self) -> None:
-        """Waits for the checkpoint in flight, if there is one; raises what its writer or its `then` raised."""
-        in_flight, self._in_flight = self._in_flight, None
-        if in_flight is not None:
-            in_flight.result()
+        """Waits for the checkpoint in flight, if there is one; raises what its writer or its `then` raised.
+
+        DiskFullError: it was skipped.
+        """
+        if (full := self._settle()) is not None:
+            raise full
 
     def close(self) -> None:
-        """Waits for the checkpoint in flight and ends the thread."""
+        """Waits for the checkpoint in flight and ends the thread. Whoever needs that checkpoint calls `wait` before."""
         try:
-            self.wait()
+            self._settle()
         finally:
             self._thread.shutdown()
+
+    def _settle(self) -> DiskFullError | None:
+        """`wait`, but returns why a checkpoint was skipped: the log has it, and it must not hide what else ends the trainer."""
+        in_flight, self._in_flight = self._in_flight, None
+        return None if in_flight is None else in_flight.result()
 
     def load(self, step: int, policy: Policy, optimizer: ShardedAdamW, ranks: Ranks, *, critic: Critic | None = None) -> dict[str, Any]:
         """Restores weights, moments and random state in place, at any number of ranks; returns `extra`.
@@ -215,6 +228,32 @@ def _read_rows(file_path: Path, model: PackedModel, into: Mapping[str, Tensor], 
             first, end = row_range(param.shape, rank=ranks.rank, world_size=ranks.world_size)
             if end > first:
                 into[name].copy_(rows[first:end])
+
+
+def remove_partials(root: Path) -> None:
+    """Removes what a killed trainer had half written. On rank 0, while no other trainer of the run is alive."""
+    for left in root.glob(".step_*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _write(final: Path, fill: Callable[[Path], None]) -> DiskFullError | None:
+    """Makes `final` appear with what `fill` writes, whole or not at all; returns why not when there was no space.
+
+    Returned and not raised: a trace-back would keep the copies that were being written.
+    """
+    remove_partials(final.parent)
+    partial = final.with_name(f".{final.name}.partial")
+    try:
+        fill(partial)
+        _commit(partial, final)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)  # at once: the ledger may wait for this space
+        if not any(words in str(error) for words in _NO_SPACE):
+            raise
+        full = DiskFullError(f"{final} was not written ({error}): free space there, or lower trainer.keep_checkpoints")
+        log.error("%s; the checkpoint before it stays the newest, and the next is the next try", full)
+        return full
+    return None
 
 
 def _commit(partial: Path, final: Path) -> None:

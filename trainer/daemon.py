@@ -26,7 +26,7 @@ from areal_like.daemon import DrainSignals, configure_logging, exit_code_of
 from areal_like.errors import ConfigError, UserError
 from areal_like.paths import RunPaths, model_path
 from areal_like.snapshots import VERSION_KEY
-from trainer.checkpoint import Checkpoints
+from trainer.checkpoint import Checkpoints, remove_partials
 from trainer.joining import device_of, join_ranks
 from trainer.lags import LagTally
 from trainer.leader import Leader
@@ -118,7 +118,7 @@ class Trainer:
         self._link.state = "draining"
         if self._saved_step < self._step:
             self._save()
-        self._checkpoints.wait()
+        self._checkpoints.wait()  # the last one has no next that would make up for it: here a full disk is an error
         if self._leader is not None:
             finished = self._step == self._config.trainer.num_steps
             self._leader.end(finished=finished, hands_over=self._hands_over and not finished)
@@ -134,7 +134,10 @@ class Trainer:
         return snapshot
 
     def _save(self) -> None:
-        """A checkpoint of now; when it is on disk its steps are committed: what the ledger calls trained will not be lost."""
+        """A checkpoint of now; when it is on disk its steps are committed: what the ledger calls trained will not be lost.
+
+        One that a full disk prevents commits nothing: its steps stay in the ledger, and the next checkpoint commits them too.
+        """
         step, leader = self._step, self._leader
         # The version first: the state of the stream says which is the next.
         version = leader.alloc_version() if leader is not None else 0
@@ -187,6 +190,8 @@ def _run(config: Config) -> None:
         ranks = Ranks(device=device, patience_s=_patience_s(config))
         incarnation = torch.tensor([time.time_ns()], dtype=torch.int64)
         dist.broadcast(incarnation, src=0)
+        if ranks.rank == 0:  # before the buffer is asked anything: on a full disk it answers when there is space
+            remove_partials(RunPaths.of(config).checkpoints)
         link = BufferLink(config, rank=ranks.rank, world_size=ranks.world_size, device=str(device), incarnation=int(incarnation))
 
         def on_drain() -> None:

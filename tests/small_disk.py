@@ -1,0 +1,24 @@
+"""A disk that is quickly full."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@contextlib.contextmanager
+def small_disk(directory: Path, *, num_mib: int = 2) -> Iterator[Path]:
+    """A file system of so many MiB at a new directory; skips the test where mounting is not permitted."""
+    directory.mkdir(parents=True)
+    mount = shutil.which("mount")
+    if mount is None or subprocess.run([mount, "-t", "tmpfs", "-o", f"size={num_mib}m", "none", directory], capture_output=True).returncode:
+        pytest.skip("mounting is not permitted here")
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", directory], check=True)
