@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from areal_like.channel import Envelope, Listener
 from areal_like.config import Config, TrainerConfig
@@ -22,8 +24,11 @@ from areal_like.messages.hello import Goodbye, Hello, Ok, Welcome
 from areal_like.paths import RunPaths
 from tests.buffer_harness import ROOT, BufferProcess, job
 from tests.trainer_helpers import write_model
+from tests.trainer_ranks import make_runner
+from trainer.checkpoint import Checkpoints
 from trainer.joining import device_of
 from trainer.link import BufferLink
+from trainer.ranks import Ranks
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -70,6 +75,27 @@ def test_a_drain_ends_waiting_and_its_exit_code_says_how_it_went(tmp_path: Path,
             assert time.monotonic() - started_s < 15
             assert not list(paths.endpoints.glob("trainer-0.json"))
             assert not list(paths.checkpoints.glob(".*"))
+    finally:
+        buffer.close()
+
+
+def test_a_trainer_that_dies_while_servers_start_has_rolled_back(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model", dtype=torch.float32)
+    config = job(tmp_path, model={"path": path})
+    ranks = Ranks.alone()
+    runner = make_runner(path, ranks, dtype=torch.float32)
+    checkpoints = Checkpoints(RunPaths.of(config).checkpoints, keep=9, tokenizer_path=path)
+    for step in (2, 4):
+        stream = {"stream": {"cursor": 4 * step, "next_version": 1, "pending": []}}
+        checkpoints.save(step, runner.policy, runner.optimizer, ranks, extra={"stream": stream, "shaping_duals": runner.rewards.duals})
+    checkpoints.wait()
+    dist.destroy_process_group()
+    buffer = BufferProcess(config)
+    try:
+        for resume in ("step:2", "latest"):
+            with trainer(buffer, f"resume={resume}"):  # and is killed
+                wait_for_state(buffer, "pushing")  # to nobody: there is no server
+                assert checkpoints.steps() == [2], "the next trainer would undo the rollback"
     finally:
         buffer.close()
 

@@ -93,8 +93,11 @@ class Trainer:
         snapshot = self._snapshot()
         if self._leader is not None:
             assert snapshot is not None
-            self._leader.begin(snapshot, stream=self._stream, oldest_kept_step=min(self._checkpoints.steps(), default=0))
+            is_new = self._leader.claim(self._stream)
+            # Not earlier, the buffer may refuse; not later, whoever is started after a death while servers start takes the latest.
             self._checkpoints.set_aside_after(self._step)
+            oldest_kept_step = min(self._checkpoints.steps(), default=0)
+            self._leader.begin(snapshot, is_new=is_new, stream=self._stream, oldest_kept_step=oldest_kept_step)
         # No rank may fetch before rank 0 has said where training starts.
         self._ranks.meet()
         self._link.runtime.ready()

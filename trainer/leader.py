@@ -61,17 +61,25 @@ class Leader:
         self._last_push: PushReport | None = None
         self._publisher: Publisher
 
-    def begin(self, snapshot: Snapshot, *, stream: dict[str, Any], oldest_kept_step: int) -> None:
-        """Says where this trainer stands; unless the run is new, the engines get its weights before anything else.
+    def claim(self, stream: dict[str, Any]) -> bool:
+        """Says where this trainer stands, first of all; when it returns the buffer goes on from there. True: the run is new.
 
-        `stream`: what `stream_state` said when the checkpoint was made; empty for a new run. `oldest_kept_step`: as in `commit`.
-        A drain ends the waiting. Raises UserError when the buffer cannot go on from here: another start would be refused too.
+        `stream`: what `stream_state` said when the checkpoint was made; empty for a new run. Raises UserError when the buffer cannot go on
+        from here: another start would be refused too.
         """
-        link = self._link
         try:
-            welcome = link.call(StartTraining(step=self._step, stream=stream.get("stream", {})), timeout_s=_CALL_TIMEOUT_S)
+            welcome = self._link.call(StartTraining(step=self._step, stream=stream.get("stream", {})), timeout_s=_CALL_TIMEOUT_S)
         except RefusedError as error:
             raise UserError(str(error)) from error
+        # Without a checkpoint the run begins anew, but servers may hold what an earlier trainer pushed.
+        return self._step == 0 and bool(welcome.newest_version == 0)
+
+    def begin(self, snapshot: Snapshot, *, is_new: bool, stream: dict[str, Any], oldest_kept_step: int) -> None:
+        """After `claim`, which says `is_new`: unless the run is new, the engines get this trainer's weights before anything else.
+
+        `stream`: as in `claim`. `oldest_kept_step`: as in `commit`. A drain ends the waiting.
+        """
+        link = self._link
         if self._step:
             self.commit(self._step - 1, oldest_kept_step=oldest_kept_step)
         if self._staleness is not None:
@@ -79,8 +87,6 @@ class Leader:
                 self._staleness.restore(stream["staleness"])
             self._tell_bound(self._staleness.bound)
         link.run(self._open_publisher(), name="publisher", timeout_s=10)
-        # Without a checkpoint the run begins anew, but servers may hold what an earlier trainer pushed.
-        is_new = self._step == 0 and welcome.newest_version == 0
         self._publisher_offer(snapshot, loaded=is_new)
         self._eval_before = stream.get("eval_before")
         self._resumed_from_step = self._step
