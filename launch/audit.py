@@ -33,7 +33,8 @@ _COMMITTED = "coalesce((SELECT value FROM marks WHERE name = 'committed_step'), 
 _TRAINER_STEP = "coalesce((SELECT value FROM marks WHERE name = 'trainer_step'), 0)"
 _NUM_SHARDS = "coalesce((SELECT value FROM marks WHERE name = 'num_shards'), 1)"
 _SHARD = "coalesce((SELECT value FROM marks WHERE name = 'shard'), 0)"
-_IS_COUNTED = f"(state = 'trained' OR (state = 'batched' AND step < {_TRAINER_STEP}))"
+_NUM_COUNTED = f"coalesce((SELECT value FROM marks WHERE name = 'num_steps_counted'), {_TRAINER_STEP})"
+_IS_COUNTED = f"(state = 'trained' OR (state = 'batched' AND step < {_NUM_COUNTED}))"
 _LAGS = (
     "SELECT 'trained_lag_' || (step - oldest_step) AS name, count(*) AS num FROM tickets CROSS JOIN samples USING (ticket_id) "
     f"WHERE {_IS_COUNTED} AND sample_index < num_samples - num_greedy GROUP BY 1"

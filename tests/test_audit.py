@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from areal_like.messages.consumer import GetBooks
 from launch.audit import audit_run
 from launch.cli import main
 from tests.chaos.plant import plant, train
@@ -55,6 +56,22 @@ def test_a_killed_buffers_books_balance(run: Path, capsys: pytest.CaptureFixture
     assert all(count for text, count in checked.items() if "tried again" not in text), "every law must have had something to say"
     assert main(["audit", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["clean"] is True
+
+
+def test_books_balance_when_a_trainer_has_just_gone_back(tmp_path: Path) -> None:
+    trainer = {"num_steps": 20, "groups_per_step": 4, "fetch_timeout_s": 60.0}
+    with plant(tmp_path, trainer=trainer) as job:
+        job.produce("rollout-0", capacity=16)
+        with job.trainer() as link:
+            train(link, first=0, last=7)
+        with job.trainer() as link:
+            train(link, first=5, last=5)
+            link.call(GetBooks(), timeout_s=10)
+        job.buffer.process.kill()
+        job.buffer.process.wait()
+        report = audit_run(job.buffer.paths.root)
+    assert report.is_clean, "\n".join(report.lines())
+    assert report.facts["rollbacks"] == 1
 
 
 TRAINED = "(SELECT ticket_id FROM tickets WHERE state = 'trained' ORDER BY 1 LIMIT 1)"
