@@ -103,12 +103,6 @@ class WaitBook:
         return {name: round(now - since, 3) for name, since in list(self._since.items())}
 
 
-async def _drain(_: dict[str, Any]) -> dict[str, Any]:
-    """Every daemon's verb: the same as SIGTERM, watchdog included, for whoever can reach its HTTP plane and not its shell."""
-    os.kill(os.getpid(), signal.SIGTERM)
-    return {"draining": True}
-
-
 class Runtime:
     """One daemon's surroundings. Create it in the loop that serves it, with `async with`."""
 
@@ -125,10 +119,11 @@ class Runtime:
         """Grows with every start; fences an older process of the same name."""
         self.status: Callable[[], dict[str, Any]] = dict
         """Supplies the daemon's own part of /status."""
-        self.verbs: dict[str, Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]] = {"drain": _drain}
+        self.verbs: dict[str, Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]] = {"drain": self._drain}
         """Control verbs: `POST /control/<verb>` with a JSON object; UserError becomes a 400."""
         self.http_port = 0
         self._loop = asyncio.get_running_loop()
+        self._was_told_to_drain = False
         self._unready = "starting"
         self._endpoint: dict[str, Any] = {}
         self._server: uvicorn.Server | None = None
@@ -176,6 +171,16 @@ class Runtime:
         self._server.force_exit = True
         await asyncio.wait([self._serving], timeout=2)
         (self.paths.endpoints / f"{self.name}.json").unlink(missing_ok=True)
+
+    async def _drain(self, _: dict[str, Any]) -> dict[str, Any]:
+        """Every daemon's verb: the same as SIGTERM, watchdog included, for whoever can reach its HTTP plane and not its shell.
+
+        Asking again is no second signal, which would end the daemon at once.
+        """
+        if not (self._was_told_to_drain or self.stopping.is_set()):
+            self._was_told_to_drain = True
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"draining": True}
 
     def _app(self) -> Starlette:
         async def livez(_: Request) -> Response:

@@ -6,14 +6,12 @@
 from __future__ import annotations
 
 import gc
+import signal
 import sys
 
 from areal_like.cli import role_arguments, shows_help
-from areal_like.daemon import run_daemon
 from areal_like.errors import ConfigError, UserError
 from areal_like.shards import Shard
-from buffer.daemon import main as serve
-from buffer.offline import drop_offline
 
 _SWITCH_INTERVAL_S = 2e-4
 _GC_THRESHOLDS = (1_000, 20, 1_000)
@@ -23,6 +21,12 @@ def main() -> int:
     """Exit code: 0 drained, 1 failed, 2 the user's mistake."""
     if shows_help(sys.argv[1:], __doc__):
         return 0
+    # Until the daemon drains by itself: what it imports takes a second.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    from areal_like.daemon import run_daemon
+    from buffer.daemon import main as serve
+    from buffer.offline import drop_offline
+
     try:
         dropped, args = _dropped(sys.argv[1:])
         config, name = role_arguments(args, default_name="buffer")

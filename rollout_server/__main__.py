@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 from areal_like.cli import role_arguments, shows_help
-from areal_like.daemon import run_daemon
 from areal_like.errors import UserError
 from areal_like.process import exit_at_once
-from rollout_server.daemon import main as serve
 
 
 def main() -> int:
     """Exit code: 0 drained, 1 failed, 2 the user's mistake."""
     if shows_help(sys.argv[1:], __doc__):
         return 0
+    # Until the daemon drains by itself: what it imports takes a second.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    from areal_like.daemon import run_daemon
+    from rollout_server.daemon import main as serve
+
     try:
         config, name = role_arguments(sys.argv[1:], default_name="rollout-0")
     except UserError as error:

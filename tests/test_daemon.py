@@ -41,6 +41,8 @@ async def main(runtime):
         await runtime.stopping.wait()
     if mode == "stuck":
         time.sleep(60)
+    if mode == "slow":
+        await asyncio.sleep(3)
 
 sys.exit(run_daemon(load_config(sys.argv[2:]), role="test", name="test-0", main=main))
 """
@@ -111,9 +113,11 @@ def test_the_http_plane_and_a_drain(started: Any) -> None:
     assert all(json.loads(line)["level"] for line in (daemon.run / "logs" / "test-0.log").read_text().splitlines())
 
 
-def test_the_drain_verb_is_sigterm(started: Any) -> None:
-    daemon = started("serve")
+def test_the_drain_verb_is_sigterm_but_once(started: Any) -> None:
+    daemon = started("slow")
     daemon.wait_ready()
+    assert daemon.get("/control/drain", b"") == (200, '{"draining":true}')
+    time.sleep(1.2)
     assert daemon.get("/control/drain", b"") == (200, '{"draining":true}')
     assert daemon.process.wait(timeout=10) == 0
 

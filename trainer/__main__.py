@@ -21,13 +21,13 @@ def main(argv: Sequence[str]) -> int:
     """Runs the trainer; returns the exit code."""
     if shows_help(argv, __doc__):
         return 0
+    # Until the trainer drains by itself: importing torch takes seconds, and there is nothing to save yet.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         config = load_config(argv)
     except UserError as error:
         sys.stderr.write(f"trainer: {error}\n")
         return 2
-    # Until the trainer drains by itself: importing torch takes seconds, and there is nothing to save yet.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     if "RANK" in os.environ:
         die_with_parent()
     else:

@@ -159,8 +159,9 @@ class Trainer:
         """Control verb of rank 0: drains, but leaves the stream open for the trainer that comes next."""
         if self._leader is None:
             raise UserError("rank 0 hands over for all")
-        self._hands_over = True
-        os.kill(os.getpid(), signal.SIGTERM)
+        if not self._hands_over:  # a second signal would end us at once
+            self._hands_over = True
+            os.kill(os.getpid(), signal.SIGTERM)
         return {"handing_over": True}
 
     def _status(self) -> dict[str, Any]:
