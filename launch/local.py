@@ -196,7 +196,12 @@ class LocalJob:
                 self._spawn(name)
 
     def _resume_trainer(self) -> None:
-        """From its newest checkpoint, whatever the run was resumed from; without one from the beginning, with the recorded groups."""
+        """From its newest checkpoint, whatever the run was resumed from; without one from the beginning, with the recorded groups.
+
+        A run that was to go back to a step has not as long as no trainer was ready: newer checkpoints may still be there.
+        """
+        if self._config.resume.startswith("step:") and "trainer-0" not in self._were_ready:
+            return
         spec = self._specs["trainer"]
         command = tuple(part for part in spec.command if not part.startswith("resume="))
         resume = "resume=latest" if checkpoints(self._run.paths) else "resume=''"
