@@ -11,7 +11,8 @@ asked to by a person: a server is then not missed while another is left, anythin
 A daemon that dies is started again, and the others do not notice more than a pause: a server's samples are
 generated elsewhere, the buffer comes back at the same port with its ledger (unless `buffer.durability=none`), the trainer with its newest
 checkpoint. Deaths in a row are bounded; those of the trainer count until it gets further than any before, because a step whose data kill it
-is reached again after minutes of health. A trainer whose code failed before the first step was done is not tried again.
+is reached again after minutes of health. A trainer whose code failed before the first step was done is not tried again, nor is anybody who
+says that the settings are wrong (exit code 2), but for a server or buffer that has been ready with them.
 
 Everything happens in the main thread, ten times a second: the kernel ties children to the thread that started them.
 """
