@@ -26,6 +26,8 @@ def killed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         fast = job.produce("rollout-0", capacity=16)
         with job.trainer() as link:
             train(link, first=0, last=5)
+            # The slow one would take minutes for step 5.
+            job.buffer.wait_status(lambda status: status["tickets"]["batched"] >= 4, timeout_s=40)
             fast.terminate()
             job.produce("rollout-1", sample_s=60.0)
             train(link, first=5, last=6)

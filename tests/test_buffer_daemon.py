@@ -188,6 +188,7 @@ def test_the_door(buffer: BufferProcess) -> None:
         async with connected(buffer, inbox=inbox) as link:
             with pytest.raises(DeadlineError):
                 await link.call(GetBooks(), timeout_s=0.3)
+            await until(inbox, HelloRequired)
             assert inbox == [HelloRequired()]
             for field in ("job", "dataset"):
                 with pytest.raises(RefusedError, match=rf"\({field}\).*other"):
