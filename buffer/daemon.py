@@ -270,7 +270,7 @@ class BufferDaemon:
         """The outermost frame of every callback: the loop would only log an error, and a ledger that broke its own law must not go on."""
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # whatever it is ends the buffer, which says why
             self._end(error)
 
     def _handle(self, envelope: Envelope) -> Any:

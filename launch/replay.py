@@ -23,7 +23,7 @@ from launch.observe import MetricsTail, Observation
 from launch.report import summary_table
 from launch.run import StopSignals
 from launch.rundir import OpenRun, checkpoints, open_replay
-from launch.view import PlainView, View
+from launch.view import LastingView, PlainView, View, unless_seen_by_nobody
 
 _TICK_S = 0.1
 _IGNORED = ("buffer.", "rollout.", "weights.", "eval.", "sampling.", "task", "max_staleness", "max_staleness_cap", "ess_target", "seed")
@@ -35,7 +35,7 @@ def run_replay(recorded: Path, argv: Sequence[str]) -> int:
         raise ConfigError("replay: a replay begins at the recording's first step (resume= is for `areal-like run`)")
     run = open_replay(recorded, argv)
     console = Console()
-    say = PlainView(run.config, console)
+    say = LastingView(PlainView(run.config, console))
     for arg in argv:
         if arg.startswith(_IGNORED):
             say.notice(f"{arg} has no effect: what was generated, and when, is what the recording says")
@@ -43,7 +43,9 @@ def run_replay(recorded: Path, argv: Sequence[str]) -> int:
     try:
         code = _watch(recorded, run, view=say)
         if code == 0:
-            console.print(summary_table(json.loads(run.paths.summary.read_text()), title=run.config.name))
+            table = summary_table(json.loads(run.paths.summary.read_text()), title=run.config.name)
+            with unless_seen_by_nobody():
+                console.print(table)
             for line in _compared(RunPaths(recorded), run.paths):
                 say.notice(line)
         return code

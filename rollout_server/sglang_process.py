@@ -166,7 +166,7 @@ class SglangAtUrl:
             raise EngineError(
                 f"no engine was ready at rollout.sglang.url={self._url} within rollout.start_timeout_s={timeout_s:g}"
             ) from None
-        except BaseException:
+        except BaseException:  # also a cancelled start must not leak the client's connections
             await client.close()
             raise
         return client
