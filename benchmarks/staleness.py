@@ -31,7 +31,7 @@ from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
-from areal_like.process import die_with_parent
+from areal_like.runtime.process import die_with_parent
 from benchmarks.report import RESULTS, ROOT
 from benchmarks.staleness_cell import Cell, CellResult, build_model, run_cell
 from benchmarks.staleness_report import as_table, draw

@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from areal_like.config import Config, WeightsConfig, from_mapping
-from areal_like.messages.consumer import ServerEntry
 from areal_like.trajectory import Trajectory
+from areal_like.wire.messages.consumer import ServerEntry
 from benchmarks.report import table, write
 from rollout_server.engine_client import EngineClient, Sampling
 from rollout_server.engine_process import EmbeddedProcess, EngineProcess

@@ -32,8 +32,8 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from areal_like.config import WeightsConfig, from_mapping
-from areal_like.messages.consumer import ServerEntry
-from areal_like.weights import checksum, cut_buckets, flatten, spec_of
+from areal_like.weights.buckets import checksum, cut_buckets, flatten, spec_of
+from areal_like.wire.messages.consumer import ServerEntry
 from benchmarks.report import ROOT, table, write
 from rollout_server.engine_process import EmbeddedProcess
 from rollout_server.episodes import Turnstile

@@ -9,8 +9,8 @@ import gc
 import signal
 import sys
 
-from areal_like.cli import role_arguments, shows_help
 from areal_like.errors import ConfigError, UserError
+from areal_like.runtime.command_line import role_arguments, shows_help
 from areal_like.shards import Shard
 
 _SWITCH_INTERVAL_S = 2e-4
@@ -23,7 +23,7 @@ def main() -> int:
         return 0
     # Until the daemon drains by itself: what it imports takes a second.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    from areal_like.daemon import run_daemon
+    from areal_like.runtime.daemon import run_daemon
     from buffer.daemon import main as serve
     from buffer.offline import drop_offline
 

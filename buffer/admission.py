@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 
-from areal_like.messages.producer import Purpose
+from areal_like.wire.messages.producer import Purpose
 from buffer.bounds import LagBound
 from buffer.leases import Server
 from buffer.recorder import Recorder

@@ -9,7 +9,7 @@ the only copy and never go; what bounds those is the credit of the servers, who 
 
 from __future__ import annotations
 
-from areal_like.records import Record
+from areal_like.wire.records import Record
 
 
 class RecordCache:

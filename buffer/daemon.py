@@ -23,14 +23,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from areal_like.addresses import buffer_host, buffer_port, reachable_host
-from areal_like.channel import Envelope, Listener, tcp_address
-from areal_like.daemon import Runtime, cancelled_on_exit
 from areal_like.errors import ArealError, RefusedError, StaleIncarnationError, UserError
-from areal_like.fingerprint import as_number, dataset_fingerprint, shared_settings
-from areal_like.messages import consumer, producer
-from areal_like.messages.hello import Goodbye, Hello, HelloRequired, JobFailed, Ok, Refused, Role, Welcome
+from areal_like.runtime.daemon import Runtime, cancelled_on_exit
 from areal_like.shards import Shard
+from areal_like.wire.addresses import buffer_host, buffer_port, reachable_host
+from areal_like.wire.channel import Envelope, Listener, tcp_address
+from areal_like.wire.fingerprint import as_number, dataset_fingerprint, shared_settings
+from areal_like.wire.messages import consumer, producer
+from areal_like.wire.messages.hello import Goodbye, Hello, HelloRequired, JobFailed, Ok, Refused, Role, Welcome
 from buffer.durable_store import open_store
 from buffer.peers import Peer, PeerBook
 from buffer.recovery import recover

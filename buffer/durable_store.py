@@ -25,8 +25,8 @@ from typing import Self
 from areal_like.config import Config
 from areal_like.errors import StoreCorruptError, UserError
 from areal_like.paths import RunPaths
-from areal_like.records import Place, Record, read_record, segment_path
 from areal_like.shards import WHOLE, Shard
+from areal_like.wire.records import Place, Record, read_record, segment_path
 from buffer import schema
 from buffer.cache import RecordCache
 from buffer.rows import Changes, RowRecorder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from areal_like.messages.consumer import EvalResult
+from areal_like.wire.messages.consumer import EvalResult
 from buffer.tickets import Sample
 
 

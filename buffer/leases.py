@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from areal_like.errors import StaleIncarnationError
-from areal_like.messages.producer import ServerHeartbeat, ServerState
 from areal_like.shards import Shard
+from areal_like.wire.messages.producer import ServerHeartbeat, ServerState
 from buffer.store import LeaseRow, Store
 from buffer.tickets import LeaseRecord, Ticket
 

@@ -40,10 +40,10 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from areal_like.errors import RefusedError, StaleIncarnationError
-from areal_like.messages.consumer import EvalResult, Group
-from areal_like.messages.producer import Lease, Purpose, SampleDone, SampleFailed, ServerHeartbeat
-from areal_like.records import Record
 from areal_like.trajectory import FinishReason
+from areal_like.wire.messages.consumer import EvalResult, Group
+from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed, ServerHeartbeat
+from areal_like.wire.records import Record
 from buffer.admission import Admission
 from buffer.bounds import LagBound
 from buffer.curricula import Curriculum

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from areal_like.config import Config
 from areal_like.errors import ConfigError, RefusedError
-from areal_like.fingerprint import as_number, dataset_fingerprint
 from areal_like.shards import Shard
+from areal_like.wire.fingerprint import as_number, dataset_fingerprint
 from buffer.durable_store import open_store
 from buffer.recovery import recover
 from buffer.settings import LedgerSettings

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from areal_like.errors import RefusedError, StaleIncarnationError
-from areal_like.messages.hello import Hello, Role
 from areal_like.shards import WHOLE, Shard
+from areal_like.wire.messages.hello import Hello, Role
 
 
 @dataclass(kw_only=True, slots=True, eq=False)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from areal_like.errors import ConfigError
-from areal_like.messages.producer import Purpose
+from areal_like.wire.messages.producer import Purpose
 from buffer import curricula
 from buffer.ledger import Ledger
 from buffer.settings import LedgerSettings

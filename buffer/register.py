@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from areal_like.messages.producer import Purpose
 from areal_like.shards import Shard
+from areal_like.wire.messages.producer import Purpose
 from buffer.prompts import Prompt
 from buffer.store import Store
 from buffer.tickets import TERMINAL, Drop, State, Ticket

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from areal_like.records import Record
+from areal_like.wire.records import Record
 from buffer.prompts import Prompt
 from buffer.store import Recovered, RollbackRow, VersionRow
 from buffer.tickets import LeaseRecord, Sample, State, Ticket

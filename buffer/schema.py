@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from areal_like.errors import StoreCorruptError, UserError
-from areal_like.messages.producer import Purpose
-from areal_like.records import Place
+from areal_like.wire.messages.producer import Purpose
+from areal_like.wire.records import Place
 from buffer.prompts import Prompt
 from buffer.rows import Changes, Row
 from buffer.store import LeaseRow, Recovered, RollbackRow, VersionRow

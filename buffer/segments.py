@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from areal_like.records import Place, count_whole_records, crc32_of, segment_path
+from areal_like.wire.records import Place, count_whole_records, crc32_of, segment_path
 
 _MAX_BUFFERS = 1024
 """Of one writev (IOV_MAX)."""

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from prometheus_client import Counter
 
-from areal_like.messages.hello import Role
-from areal_like.metrics import Metrics
+from areal_like.runtime.metrics import Metrics
+from areal_like.wire.messages.hello import Role
 from buffer.ledger import Ledger
 from buffer.peers import PeerBook
 from buffer.tickets import Drop, State, Verdict

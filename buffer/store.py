@@ -17,8 +17,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from areal_like.messages.producer import Purpose
-from areal_like.records import Record
+from areal_like.wire.messages.producer import Purpose
+from areal_like.wire.records import Record
 from buffer.prompts import Prompt
 from buffer.tickets import Drop, LeaseRecord, Sample, State, Ticket
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from areal_like.messages.producer import Purpose
+from areal_like.wire.messages.producer import Purpose
 
 
 class State(StrEnum):

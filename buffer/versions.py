@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from areal_like.records import Record
 from areal_like.trajectory import NOT_SAMPLED
+from areal_like.wire.records import Record
 from buffer.store import RollbackRow, Store, VersionRow
 from buffer.tickets import Sample, Verdict
 

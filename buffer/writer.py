@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from areal_like.records import Place, segment_path
+from areal_like.wire.records import Place, segment_path
 from buffer import schema
 from buffer.rows import Changes
 from buffer.schema import SegmentRow

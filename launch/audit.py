@@ -17,12 +17,12 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from areal_like.cli import load_config
 from areal_like.config import Config
 from areal_like.errors import ConfigError, StoreCorruptError
 from areal_like.paths import RunPaths
-from areal_like.records import Place, read_record
+from areal_like.runtime.command_line import load_config
 from areal_like.shards import WHOLE, Shard, add_up, all_shards
+from areal_like.wire.records import Place, read_record
 from launch.rundir import checkpoints
 
 _NUM_SHOWN = 10

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from areal_like.paths import RunPaths
-from areal_like.process import PARENT_PID
+from areal_like.runtime.process import PARENT_PID
 
 RUN_MARKER = "AREAL_LIKE_RUN"
 """Environment variable that every process of one launched run carries, grandchildren included."""

@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from areal_like.cli import load_config
-from areal_like.daemon import read_endpoint
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
+from areal_like.runtime.command_line import load_config
+from areal_like.runtime.daemon import read_endpoint
 from areal_like.shards import Shard, all_shards
 from launch.child import ROOT
 from launch.observe import post_json

@@ -11,8 +11,8 @@ import inspect
 from dataclasses import dataclass
 
 from areal_like import config as config_module
-from areal_like.cli import GROUPS, OPEN_SECTIONS, presets
 from areal_like.config import Config
+from areal_like.runtime.command_line import GROUPS, OPEN_SECTIONS, presets
 
 COMMON = (
     "name",

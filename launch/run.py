@@ -11,7 +11,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from areal_like.daemon import JsonFormatter
+from areal_like.runtime.daemon import JsonFormatter
 from launch.local import LocalJob
 from launch.report import show_summary
 from launch.rundir import open_run

@@ -20,10 +20,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from areal_like.cli import GROUPS, load_config, save_config
 from areal_like.config import Config
 from areal_like.errors import ConfigError
 from areal_like.paths import BUILT_MODELS, RunPaths
+from areal_like.runtime.command_line import GROUPS, load_config, save_config
 
 
 @dataclass(frozen=True, kw_only=True)

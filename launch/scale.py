@@ -19,14 +19,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from areal_like.addresses import buffer_addresses
-from areal_like.cli import load_config
 from areal_like.config import Config
-from areal_like.daemon import read_endpoint
 from areal_like.errors import ArealError, ConfigError
 from areal_like.paths import RunPaths, write_json
-from areal_like.process import PARENT_PID
+from areal_like.runtime.command_line import load_config
+from areal_like.runtime.daemon import read_endpoint
+from areal_like.runtime.process import PARENT_PID
 from areal_like.shards import all_shards
+from areal_like.wire.addresses import buffer_addresses
 from launch.child import ROOT
 from launch.observe import fetch_json, post_json
 from launch.run import StopSignals

@@ -5,9 +5,9 @@ from __future__ import annotations
 import signal
 import sys
 
-from areal_like.cli import role_arguments, shows_help
 from areal_like.errors import UserError
-from areal_like.process import exit_at_once
+from areal_like.runtime.command_line import role_arguments, shows_help
+from areal_like.runtime.process import exit_at_once
 
 
 def main() -> int:
@@ -16,7 +16,7 @@ def main() -> int:
         return 0
     # Until the daemon drains by itself: what it imports takes a second.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    from areal_like.daemon import run_daemon
+    from areal_like.runtime.daemon import run_daemon
     from rollout_server.daemon import main as serve
 
     try:

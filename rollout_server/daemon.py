@@ -15,18 +15,18 @@ import asyncio
 import logging
 from typing import Any
 
-from areal_like.addresses import buffer_addresses
-from areal_like.channel import tcp_address
 from areal_like.config import Config
-from areal_like.daemon import Runtime, cancelled_on_exit
 from areal_like.errors import ConfigError, EngineError
-from areal_like.fingerprint import dataset_fingerprint, model_fingerprint, shared_settings, tokenizer_fingerprint
-from areal_like.imports import torch_hidden, uncollected
-from areal_like.messages.hello import Hello, Role
-from areal_like.messages.producer import Lease, ServerState
 from areal_like.paths import model_path
-from areal_like.records import BYTES_PER_TOKEN
-from areal_like.snapshots import newest_snapshot
+from areal_like.runtime.daemon import Runtime, cancelled_on_exit
+from areal_like.runtime.imports import torch_hidden, uncollected
+from areal_like.weights.snapshots_on_disk import newest_snapshot
+from areal_like.wire.addresses import buffer_addresses
+from areal_like.wire.channel import tcp_address
+from areal_like.wire.fingerprint import dataset_fingerprint, model_fingerprint, shared_settings, tokenizer_fingerprint
+from areal_like.wire.messages.hello import Hello, Role
+from areal_like.wire.messages.producer import Lease, ServerState
+from areal_like.wire.records import BYTES_PER_TOKEN
 from rollout_server.engine_client import EngineClient
 from rollout_server.engine_process import EmbeddedProcess, Engine
 from rollout_server.episodes import SingleTurn, Turnstile

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from areal_like.errors import EngineError
 from areal_like.trajectory import FinishReason
-from areal_like.weights import Bucket
+from areal_like.weights.buckets import Bucket
 
 logger = logging.getLogger(__name__)
 

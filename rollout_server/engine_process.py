@@ -18,10 +18,10 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Protocol
 
-from areal_like.channel import tcp_address
 from areal_like.config import Config
 from areal_like.errors import ConfigError, EngineError
 from areal_like.paths import RunPaths
+from areal_like.wire.channel import tcp_address
 from rollout_server.engine_client import EngineClient
 
 _POLL_S = 0.05

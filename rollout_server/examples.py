@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from areal_like.messages.producer import Lease, Purpose
+from areal_like.wire.messages.producer import Lease, Purpose
 from rollout_server.episodes import Tokenizer
 from rollout_server.tasks import Example, Split, Task
 

@@ -24,8 +24,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from areal_like.errors import EngineError
-from areal_like.messages.weights import PushWeights
-from areal_like.weights import Manifest
+from areal_like.weights.buckets import Manifest
+from areal_like.wire.messages.weights import PushWeights
 from rollout_server.episodes import Turnstile
 from rollout_server.model_tensors import ModelTensors
 from rollout_server.sglang_client import SglangClient

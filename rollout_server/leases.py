@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from areal_like.messages.producer import Lease, SampleAck, SampleDone, SampleFailed
+from areal_like.wire.messages.producer import Lease, SampleAck, SampleDone, SampleFailed
 
 Answer = SampleDone | SampleFailed
 

@@ -16,13 +16,14 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from areal_like.addresses import buffer_addresses
-from areal_like.channel import Link
 from areal_like.config import Config
-from areal_like.daemon import WaitBook
 from areal_like.errors import ArealError, DeadlineError
-from areal_like.messages.hello import Goodbye, Hello, HelloRequired, JobFailed, Refused, Welcome
-from areal_like.messages.producer import (
+from areal_like.runtime.daemon import WaitBook
+from areal_like.shards import WHOLE, Shard
+from areal_like.wire.addresses import buffer_addresses
+from areal_like.wire.channel import Link
+from areal_like.wire.messages.hello import Goodbye, Hello, HelloRequired, JobFailed, Refused, Welcome
+from areal_like.wire.messages.producer import (
     BATCH_BYTES,
     AbortLeases,
     HeartbeatAck,
@@ -36,7 +37,6 @@ from areal_like.messages.producer import (
     ServerHeartbeat,
     ServerState,
 )
-from areal_like.shards import WHOLE, Shard
 from rollout_server.leases import Answer, LeaseDesk
 
 log = logging.getLogger(__name__)

@@ -13,10 +13,10 @@ import asyncio
 from collections.abc import Callable
 
 from areal_like.config import Config
-from areal_like.daemon import WaitBook, cancelled_on_exit
-from areal_like.messages.hello import Hello
-from areal_like.messages.producer import Lease, ServerState
+from areal_like.runtime.daemon import WaitBook, cancelled_on_exit
 from areal_like.shards import Shard, all_shards
+from areal_like.wire.messages.hello import Hello
+from areal_like.wire.messages.producer import Lease, ServerState
 from rollout_server.leases import Answer, LeaseDesk
 from rollout_server.link import BufferLink
 

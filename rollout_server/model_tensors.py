@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from areal_like.errors import ConfigError
-from areal_like.weights import TensorSpec, check_names
+from areal_like.weights.buckets import TensorSpec, check_names
 
 _INDEX = "model.safetensors.index.json"
 _TIED = "lm_head.weight"

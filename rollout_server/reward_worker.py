@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 import msgpack
 
 from areal_like.errors import ConfigError, RewardError
-from areal_like.process import die_with_parent
+from areal_like.runtime.process import die_with_parent
 from rollout_server.tasks import Example, Split, Task, make_task
 
 HEADER = struct.Struct("<I")

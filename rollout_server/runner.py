@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from areal_like.config import Config
 from areal_like.errors import EngineError, RewardError
-from areal_like.messages.producer import Lease, Purpose, SampleDone, SampleFailed
-from areal_like.records import Record
 from areal_like.trajectory import Trajectory
+from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed
+from areal_like.wire.records import Record
 from rollout_server.engine_client import EngineClient, Sampling
 from rollout_server.episodes import Episode, Speaker, Tokenizer, Transcript, Turnstile
 from rollout_server.examples import SPLITS, Examples, Prompt

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from areal_like.config import Config
 from areal_like.errors import ConfigError, EngineError
-from areal_like.tied_exec import foreign_environment
+from areal_like.runtime.tied_exec import foreign_environment
 from rollout_server.engine_client import EngineClient
 from rollout_server.engine_process import EngineProcess
 from rollout_server.sglang_client import SglangClient
@@ -115,7 +115,7 @@ class SglangProcess(EngineProcess):
             probe.bind((self._config.rollout.host, 0))
             self._chosen_port = probe.getsockname()[1]
         options = launch_options(self._config, model=self._model, port=self._chosen_port, version=version, index=self._index)
-        return [sys.executable, "-m", "areal_like.tied_exec", self._python, "-m", "sglang.launch_server", *options]
+        return [sys.executable, "-m", "areal_like.runtime.tied_exec", self._python, "-m", "sglang.launch_server", *options]
 
     def _environment(self) -> dict[str, str]:
         rollout = self._config.rollout

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from areal_like.metrics import Metrics
+from areal_like.runtime.metrics import Metrics
 from rollout_server.engine_process import Engine
 from rollout_server.links import BufferLinks
 from rollout_server.rewards import RewardPool

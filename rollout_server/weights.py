@@ -22,9 +22,10 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any
 
-from areal_like.channel import Envelope, Listener
 from areal_like.errors import EngineError, WeightSyncError
-from areal_like.messages.weights import (
+from areal_like.weights.buckets import Manifest
+from areal_like.wire.channel import Envelope, Listener
+from areal_like.wire.messages.weights import (
     Alive,
     AskAlive,
     DissolveGroup,
@@ -34,7 +35,6 @@ from areal_like.messages.weights import (
     WeightsFailed,
     WeightsOk,
 )
-from areal_like.weights import Manifest
 from rollout_server.engine_client import EngineClient
 from rollout_server.episodes import Turnstile
 from rollout_server.in_place import InPlaceUpdate

@@ -16,14 +16,14 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from areal_like.channel import Link
-from areal_like.cli import save_config
 from areal_like.config import Config, from_mapping
-from areal_like.fingerprint import dataset_fingerprint
-from areal_like.messages.consumer import CompleteStep, Directory, Fetch, Group, StartTraining
-from areal_like.messages.hello import Hello, Role
-from areal_like.messages.producer import SampleAck, SampleAcks
 from areal_like.paths import RunPaths
+from areal_like.runtime.command_line import save_config
+from areal_like.wire.channel import Link
+from areal_like.wire.fingerprint import dataset_fingerprint
+from areal_like.wire.messages.consumer import CompleteStep, Directory, Fetch, Group, StartTraining
+from areal_like.wire.messages.hello import Hello, Role
+from areal_like.wire.messages.producer import SampleAck, SampleAcks
 
 ROOT = Path(__file__).resolve().parent.parent
 

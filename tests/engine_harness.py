@@ -33,8 +33,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from areal_like.collective import WeightGroup
-from areal_like.weights import checksum, cut_buckets, flatten, spec_of, unflatten
+from areal_like.weights.buckets import checksum, cut_buckets, flatten, spec_of, unflatten
+from areal_like.weights.collective import WeightGroup
 from rollout_server.engine_client import EngineClient, Generation, Sampling
 from rollout_server.sglang_client import SglangClient
 

@@ -10,11 +10,11 @@ import sys
 import time
 from typing import Any
 
-from areal_like.channel import Link
 from areal_like.errors import ArealError
-from areal_like.messages.hello import Hello, HelloRequired, JobFailed, Role
-from areal_like.messages.producer import AbortLeases, HeartbeatAck, Lease, Leases, SampleAcks, Samples, ServerHeartbeat, ServerState
-from areal_like.process import die_with_parent
+from areal_like.runtime.process import die_with_parent
+from areal_like.wire.channel import Link
+from areal_like.wire.messages.hello import Hello, HelloRequired, JobFailed, Role
+from areal_like.wire.messages.producer import AbortLeases, HeartbeatAck, Lease, Leases, SampleAcks, Samples, ServerHeartbeat, ServerState
 from tests.ledger_plant import done
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from areal_like.messages.producer import Lease, Purpose, SampleDone, SampleFailed, ServerHeartbeat, ServerState
-from areal_like.records import Record
 from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
+from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed, ServerHeartbeat, ServerState
+from areal_like.wire.records import Record
 from buffer.ledger import Ledger
 from buffer.recovery import recover
 from buffer.settings import LedgerSettings

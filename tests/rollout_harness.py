@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from areal_like.channel import Envelope, Listener
-from areal_like.cli import save_config
 from areal_like.config import Config, from_mapping
-from areal_like.messages.hello import Goodbye, Hello, HelloRequired, Ok, Welcome
-from areal_like.messages.producer import (
+from areal_like.paths import RunPaths
+from areal_like.runtime.command_line import save_config
+from areal_like.wire.channel import Envelope, Listener
+from areal_like.wire.messages.hello import Goodbye, Hello, HelloRequired, Ok, Welcome
+from areal_like.wire.messages.producer import (
     HeartbeatAck,
     Lease,
     Leases,
@@ -31,7 +32,6 @@ from areal_like.messages.producer import (
     Samples,
     ServerHeartbeat,
 )
-from areal_like.paths import RunPaths
 
 ROOT = Path(__file__).parent.parent
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Self
 
-from areal_like.records import Place, Record
+from areal_like.wire.records import Place, Record
 from buffer import schema
 from buffer.rows import Changes, RowRecorder
 from buffer.store import Recovered

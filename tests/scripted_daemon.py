@@ -15,10 +15,10 @@ import sys
 import time
 from pathlib import Path
 
-from areal_like.cli import role_arguments
-from areal_like.daemon import Runtime, run_daemon
 from areal_like.errors import ConfigError, DeadlineError
 from areal_like.paths import RunPaths, write_json
+from areal_like.runtime.command_line import role_arguments
+from areal_like.runtime.daemon import Runtime, run_daemon
 
 PACKAGES = {
     "buffer/__main__.py": "from tests.scripted_daemon import main; main('buffer', 'buffer')",

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from areal_like.weights import unflatten
+from areal_like.weights.buckets import unflatten
 from tests.trainer_ranks import main
 from trainer.gather import gather_full_state
 from trainer.optimizer import local

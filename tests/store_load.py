@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from areal_like.messages.producer import Purpose
-from areal_like.records import Record
 from areal_like.trajectory import FinishReason, Trajectory
+from areal_like.wire.messages.producer import Purpose
+from areal_like.wire.records import Record
 from buffer.durable_store import DurableStore, StoreSettings
 from buffer.tickets import Sample, State, Ticket
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from areal_like.messages.consumer import GetBooks
+from areal_like.wire.messages.consumer import GetBooks
 from launch.audit import audit_run
 from launch.cli import main
 from tests.chaos.plant import plant, train

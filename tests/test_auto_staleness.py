@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from areal_like.cli import load_config
 from areal_like.errors import ConfigError, RefusedError
+from areal_like.runtime.command_line import load_config
 from buffer.settings import LedgerSettings
 from buffer.tickets import Drop
 from tests.ledger_plant import Plant, PlantServer, add_server, beat, deliver, done, new_ledger

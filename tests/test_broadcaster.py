@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from areal_like.channel import Envelope, Listener, tcp_address
-from areal_like.collective import WeightGroup
 from areal_like.config import WeightsConfig
 from areal_like.errors import ArealError, ConfigError, WeightSyncError
-from areal_like.messages.consumer import ServerEntry, VersionGranted
-from areal_like.messages.weights import (
+from areal_like.weights.buckets import Manifest, checksum, unflatten
+from areal_like.weights.collective import WeightGroup
+from areal_like.wire.channel import Envelope, Listener, tcp_address
+from areal_like.wire.messages.consumer import ServerEntry, VersionGranted
+from areal_like.wire.messages.weights import (
     Alive,
     AskAlive,
     DissolveGroup,
@@ -25,7 +26,6 @@ from areal_like.messages.weights import (
     WeightsFailed,
     WeightsOk,
 )
-from areal_like.weights import Manifest, checksum, unflatten
 from tests.snapshots import Held
 from trainer.broadcaster import Broadcaster, NcclTrial, choose_backend, cohorts_of
 from trainer.epoch import seats_of

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import zmq
 
-from areal_like.codec import encode
 from areal_like.config import from_mapping
 from areal_like.errors import ArealError, DeadlineError, RefusedError
-from areal_like.fingerprint import dataset_fingerprint, shared_settings
-from areal_like.messages.consumer import (
+from areal_like.wire.codec import encode
+from areal_like.wire.fingerprint import dataset_fingerprint, shared_settings
+from areal_like.wire.messages.consumer import (
     AllocVersion,
     CloseAdmission,
     CommitStep,
@@ -28,8 +28,8 @@ from areal_like.messages.consumer import (
     RequestEval,
     StartTraining,
 )
-from areal_like.messages.hello import Goodbye, HelloRequired, JobFailed, Role
-from areal_like.messages.producer import (
+from areal_like.wire.messages.hello import Goodbye, HelloRequired, JobFailed, Role
+from areal_like.wire.messages.producer import (
     AbortLeases,
     HeartbeatAck,
     Lease,
@@ -42,7 +42,7 @@ from areal_like.messages.producer import (
     ServerHeartbeat,
     ServerState,
 )
-from areal_like.records import Record
+from areal_like.wire.records import Record
 from tests.buffer_harness import BufferProcess, connected, job, running_buffer, trainer_hello, training
 from tests.fake_producer import hello
 from tests.ledger_plant import trajectory

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from areal_like.errors import RefusedError
-from areal_like.fingerprint import dataset_fingerprint
-from areal_like.messages.consumer import AllocVersion, CloseAdmission, CommitStep, CompleteStep, Fetch, GetBooks, StartTraining
-from areal_like.messages.hello import HelloRequired
-from areal_like.messages.producer import Lease, Leases, SampleAck, Samples, ServerHeartbeat, ServerState
+from areal_like.wire.fingerprint import dataset_fingerprint
+from areal_like.wire.messages.consumer import AllocVersion, CloseAdmission, CommitStep, CompleteStep, Fetch, GetBooks, StartTraining
+from areal_like.wire.messages.hello import HelloRequired
+from areal_like.wire.messages.producer import Lease, Leases, SampleAck, Samples, ServerHeartbeat, ServerState
 from tests.buffer_harness import BufferProcess, PlayedTrainer, connected, job, running_buffer, trainer_hello
 from tests.fake_producer import hello
 from tests.ledger_plant import done

@@ -8,11 +8,11 @@ import msgpack
 import pytest
 import zmq
 
-from areal_like import channel, codec
-from areal_like.channel import Envelope, Link, Listener, tcp_address
 from areal_like.errors import ArealError, ConfigError, DeadlineError, PeerLostError, RefusedError
-from areal_like.messages.consumer import AllocVersion, CommitStep, Fetch, GetBooks, VersionGranted
-from areal_like.messages.hello import HelloRequired, JobFailed, Refused
+from areal_like.wire import channel, codec
+from areal_like.wire.channel import Envelope, Link, Listener, tcp_address
+from areal_like.wire.messages.consumer import AllocVersion, CommitStep, Fetch, GetBooks, VersionGranted
+from areal_like.wire.messages.hello import HelloRequired, JobFailed, Refused
 
 MAX_BYTES = 1 << 20
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from areal_like.cli import load_config, save_config
 from areal_like.config import Config
+from areal_like.runtime.command_line import load_config, save_config
 from launch.cli import HELP
 from launch.keys import all_keys
 

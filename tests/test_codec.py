@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from areal_like.codec import MAX_HEADER_BYTES, WIRE_VERSION, decode, encode
 from areal_like.errors import WireError
-from areal_like.messages.consumer import Books, Group, StartTraining
-from areal_like.messages.hello import Refused
-from areal_like.messages.producer import BATCH_BYTES, Lease, Leases, Purpose, SampleAck, SampleAcks, SampleDone, Samples
-from areal_like.messages.weights import PushWeights
-from areal_like.records import Record
 from areal_like.trajectory import FinishReason, Trajectory
+from areal_like.wire.codec import MAX_HEADER_BYTES, WIRE_VERSION, decode, encode
+from areal_like.wire.messages.consumer import Books, Group, StartTraining
+from areal_like.wire.messages.hello import Refused
+from areal_like.wire.messages.producer import BATCH_BYTES, Lease, Leases, Purpose, SampleAck, SampleAcks, SampleDone, Samples
+from areal_like.wire.messages.weights import PushWeights
+from areal_like.wire.records import Record
 
 
 def trajectory(num_prompt: int = 3, num_sampled: int = 5, *, version: int = 7) -> Trajectory:

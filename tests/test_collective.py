@@ -16,14 +16,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from areal_like.collective import WeightGroup
 from areal_like.errors import WeightSyncError
+from areal_like.weights.collective import WeightGroup
 
 NUM_BYTES = 1 << 16
 
 JOIN = """
 import sys, torch
-from areal_like.collective import WeightGroup
+from areal_like.weights.collective import WeightGroup
 port, rank, world_size, rounds, timeout_s = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), 20.0
 for _ in range(rounds):
     group = WeightGroup.join(master_address="127.0.0.1", master_port=port, rank=rank, world_size=world_size,

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from areal_like.cli import load_config, role_arguments, save_config
 from areal_like.config import Config, from_mapping, to_mapping
 from areal_like.errors import ConfigError
+from areal_like.runtime.command_line import load_config, role_arguments, save_config
 
 
 def test_the_default_job_is_the_dataclasses_defaults() -> None:

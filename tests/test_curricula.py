@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from areal_like.codec import decode, encode
 from areal_like.config import from_mapping
 from areal_like.errors import ConfigError, RefusedError
-from areal_like.messages.consumer import StreamState
-from areal_like.metrics import Metrics
+from areal_like.runtime.metrics import Metrics
+from areal_like.wire.codec import decode, encode
+from areal_like.wire.messages.consumer import StreamState
 from buffer.curricula import Curriculum, CurriculumSettings, Kind, state_of
 from buffer.durable_store import DurableStore, StoreSettings
 from buffer.ledger import Ledger

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from areal_like.process import PARENT_PID
+from areal_like.runtime.process import PARENT_PID
 
 BODY = """
 import asyncio, sys, time
-from areal_like.cli import load_config
-from areal_like.daemon import run_daemon
+from areal_like.runtime.command_line import load_config
+from areal_like.runtime.daemon import run_daemon
 from areal_like.errors import ArealError, ConfigError
 
 async def main(runtime):

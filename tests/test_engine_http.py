@@ -16,10 +16,10 @@ import aiohttp
 import pytest
 import torch
 
-from areal_like.collective import WeightGroup
 from areal_like.errors import EngineError
 from areal_like.trajectory import FinishReason
-from areal_like.weights import checksum, cut_buckets, flatten, spec_of
+from areal_like.weights.buckets import checksum, cut_buckets, flatten, spec_of
+from areal_like.weights.collective import WeightGroup
 from rollout_server.engine_client import EngineClient, Sampling
 from tests import engine_conformance as conformance
 from tests.engine_harness import (
@@ -188,7 +188,7 @@ def test_weights_from_disk(engine: Engine, models: Models, tmp_path: Path) -> No
 
 SENDER = """
 import sys, torch
-from areal_like.collective import WeightGroup
+from areal_like.weights.collective import WeightGroup
 group = WeightGroup.create(world_size=2, group_name="doomed", timeout_s=30)
 print(group.port, flush=True)
 group.connect()

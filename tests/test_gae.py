@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from areal_like.config import Config, SamplingConfig, TrainerConfig, from_mapping
 from areal_like.errors import ConfigError
-from areal_like.metrics import Metrics
+from areal_like.runtime.metrics import Metrics
 from areal_like.trajectory import Trajectory
 from benchmarks.staleness_cell import Sampler
 from tests.critic_ranks import SETTINGS

@@ -15,11 +15,11 @@ import torch.distributed as dist
 
 from areal_like.config import SamplingConfig
 from areal_like.errors import ConfigError
-from areal_like.fingerprint import model_fingerprint, tokenizer_fingerprint
-from areal_like.messages.consumer import Books, GetBooks, Group, RequestEval, StartTraining
-from areal_like.messages.producer import Lease
-from areal_like.records import Record
 from areal_like.trajectory import Trajectory
+from areal_like.wire.fingerprint import model_fingerprint, tokenizer_fingerprint
+from areal_like.wire.messages.consumer import Books, GetBooks, Group, RequestEval, StartTraining
+from areal_like.wire.messages.producer import Lease
+from areal_like.wire.records import Record
 from buffer.ledger import Ledger
 from buffer.tickets import Drop, State, Verdict
 from tests.buffer_harness import BufferProcess, PlayedTrainer, connected, running_buffer, trainer_hello

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from areal_like.imports import torch_hidden
+from areal_like.runtime.imports import torch_hidden
 from rollout_server.prompts import PromptRenderer
 from rollout_server.tasks import Example
 from tests.launching import ROOT
@@ -18,7 +18,7 @@ TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 
 IN_A_PROCESS_OF_ITS_OWN = """
 import gc, os, sys
-from areal_like.imports import torch_hidden, uncollected
+from areal_like.runtime.imports import torch_hidden, uncollected
 from rollout_server.prompts import PromptRenderer
 from rollout_server.tasks import Example
 before = dict(os.environ)

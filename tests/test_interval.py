@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from areal_like.cli import load_config
 from areal_like.errors import ConfigError
-from areal_like.messages.producer import Lease
+from areal_like.runtime.command_line import load_config
+from areal_like.wire.messages.producer import Lease
 from buffer.bounds import LagBound
 from buffer.ledger import Ledger
 from buffer.settings import LedgerSettings

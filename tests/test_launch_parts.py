@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from areal_like.addresses import buffer_addresses
-from areal_like.cli import load_config, save_config
 from areal_like.config import Config, from_mapping
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
+from areal_like.runtime.command_line import load_config, save_config
+from areal_like.wire.addresses import buffer_addresses
 from launch.keys import COMMON, all_keys
 from launch.observe import DaemonView, MetricsTail, Observation, look_at_daemons
 from launch.plot import bar, curve

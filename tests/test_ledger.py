@@ -8,9 +8,9 @@ import pytest
 
 from areal_like.config import from_mapping
 from areal_like.errors import ConfigError, RefusedError, StaleIncarnationError
-from areal_like.messages.producer import Lease, Purpose, ServerHeartbeat, ServerState
-from areal_like.records import Record
 from areal_like.trajectory import FinishReason
+from areal_like.wire.messages.producer import Lease, Purpose, ServerHeartbeat, ServerState
+from areal_like.wire.records import Record
 from buffer.ledger import Ledger
 from buffer.prompts import PromptOrder, permuted, sampling_seed
 from buffer.settings import LedgerSettings

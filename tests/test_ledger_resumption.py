@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from areal_like.errors import RefusedError, StaleIncarnationError
-from areal_like.messages.producer import Lease
+from areal_like.wire.messages.producer import Lease
 from buffer.ledger import Ledger
 from buffer.recovery import recover
 from buffer.tickets import Drop, State, Verdict

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from areal_like.errors import StaleIncarnationError
-from areal_like.messages.producer import Lease, Purpose, ServerState
+from areal_like.wire.messages.producer import Lease, Purpose, ServerState
 from buffer.ledger import Ledger
 from buffer.recovery import recover
 from buffer.store import MemoryStore, Store

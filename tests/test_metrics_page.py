@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 from prometheus_client import CollectorRegistry
 
-from areal_like.metrics import PREFIX, Metrics
+from areal_like.runtime.metrics import PREFIX, Metrics
 from buffer.series import BufferSeries
 from rollout_server.stats import ServerStats
 from tests.launching import ROOT

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from areal_like.cli import load_config
 from areal_like.config import KlConfig
 from areal_like.errors import ConfigError
+from areal_like.runtime.command_line import load_config
 from tests.objective_helpers import MU, PI, evaluate, published, tokens_of
 from trainer.advantages import ADVANTAGES
 from trainer.objectives import MASKS, OBJECTIVES, Composed, Need, build_objective
@@ -170,7 +170,7 @@ def test_an_objective_from_a_file_in_the_working_directory(tmp_path: Path) -> No
     """As every role reads its configuration: the file is found where the job starts, and masks compose with it too."""
     (tmp_path / "my_objectives.py").write_text(OWN)
     code = (
-        "from areal_like.cli import load_config; from trainer.objectives import build_objective; "
+        "from areal_like.runtime.command_line import load_config; from trainer.objectives import build_objective; "
         "section = ['objective._target_=my_objectives.SoftReinforce', 'objective.power=0.5', 'objective.masks=[{name: opsm}]']; "
         "config = load_config(section); "
         "objective = build_objective(config.objective); print(type(objective.inner).__name__, objective.inner.power, len(objective.masks))"

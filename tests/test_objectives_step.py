@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from areal_like.config import Config, KlConfig, TrainerConfig
 from areal_like.errors import ConfigError
-from areal_like.messages.consumer import Group
-from areal_like.records import Record
 from areal_like.trajectory import Trajectory
+from areal_like.wire.messages.consumer import Group
+from areal_like.wire.records import Record
 from tests.trainer_helpers import dense_logprobs, random_groups, run_ranks, write_model
 from tests.trainer_ranks import last_gradient, make_runner
 from trainer.lags import LagTally

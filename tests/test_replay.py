@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from areal_like.cli import load_config
 from areal_like.errors import ConfigError
+from areal_like.runtime.command_line import load_config
 from tests.launching import areal_like
 from trainer.recording import Recording
 

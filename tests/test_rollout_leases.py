@@ -5,9 +5,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from areal_like.messages.producer import Lease, Purpose, SampleAck, SampleDone, SampleFailed
-from areal_like.records import Record
 from areal_like.trajectory import FinishReason, Trajectory
+from areal_like.wire.messages.producer import Lease, Purpose, SampleAck, SampleDone, SampleFailed
+from areal_like.wire.records import Record
 from rollout_server.leases import LeaseDesk
 
 CAPACITY = 12

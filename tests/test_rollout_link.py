@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from areal_like.channel import Envelope, Listener
 from areal_like.config import from_mapping
-from areal_like.daemon import WaitBook
-from areal_like.messages.hello import Hello, Role, Welcome
-from areal_like.messages.producer import (
+from areal_like.runtime.daemon import WaitBook
+from areal_like.wire.channel import Envelope, Listener
+from areal_like.wire.messages.hello import Hello, Role, Welcome
+from areal_like.wire.messages.producer import (
     HeartbeatAck,
     Lease,
     Leases,

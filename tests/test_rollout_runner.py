@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from areal_like.config import from_mapping
-from areal_like.messages.producer import Lease, Purpose, SampleDone, SampleFailed
+from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed
 from rollout_server.episodes import SingleTurn, Turnstile
 from rollout_server.leases import Answer
 from rollout_server.rewards import Reward

@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from areal_like.config import WeightsConfig
-from areal_like.messages.consumer import ServerEntry
-from areal_like.messages.hello import Goodbye, Hello, JobFailed, Refused
-from areal_like.messages.producer import AbortLeases, Purpose, ReturnLeases, SampleDone, SampleFailed, ServerState
 from areal_like.trajectory import FinishReason, Trajectory
+from areal_like.wire.messages.consumer import ServerEntry
+from areal_like.wire.messages.hello import Goodbye, Hello, JobFailed, Refused
+from areal_like.wire.messages.producer import AbortLeases, Purpose, ReturnLeases, SampleDone, SampleFailed, ServerState
 from rollout_server.task_sort import SortTask
 from tests.rollout_harness import PlayedBuffer, ServerProcess, descendants, is_alive, job, serving, wait_until
 from tests.snapshots import Held

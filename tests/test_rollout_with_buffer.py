@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from areal_like.config import Config
-from areal_like.fingerprint import model_fingerprint, tokenizer_fingerprint
-from areal_like.messages.consumer import GetBooks, Group, RequestEval, StartTraining
+from areal_like.wire.fingerprint import model_fingerprint, tokenizer_fingerprint
+from areal_like.wire.messages.consumer import GetBooks, Group, RequestEval, StartTraining
 from rollout_server.task_sort import SortTask
 from tests.buffer_harness import BufferProcess, PlayedTrainer, connected, running_buffer, trainer_hello
 from tests.rollout_harness import ServerProcess

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from areal_like.addresses import buffer_addresses
 from areal_like.config import Config
 from areal_like.shards import Shard, all_shards
+from areal_like.wire.addresses import buffer_addresses
 from launch.audit import audit_run
 from launch.scale import servers_of
 from tests.buffer_harness import ROOT, BufferProcess

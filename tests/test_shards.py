@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from areal_like.config import from_mapping
 from areal_like.errors import ConfigError, RefusedError
-from areal_like.messages.consumer import (
+from areal_like.shards import WHOLE, Shard, all_shards
+from areal_like.wire.messages.consumer import (
     AdoptVersion,
     AllocVersion,
     Books,
@@ -25,8 +26,7 @@ from areal_like.messages.consumer import (
     StreamState,
     VersionGranted,
 )
-from areal_like.messages.hello import Hello, Ok, Role, Welcome
-from areal_like.shards import WHOLE, Shard, all_shards
+from areal_like.wire.messages.hello import Hello, Ok, Role, Welcome
 from buffer.ledger import Ledger
 from buffer.peers import PeerBook
 from buffer.prompts import PromptOrder

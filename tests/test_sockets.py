@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from areal_like.sockets import bound_socket
+from areal_like.wire.sockets import bound_socket
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from areal_like.errors import ConfigError, StoreCorruptError, UserError
-from areal_like.messages.producer import Purpose
-from areal_like.records import segment_path
+from areal_like.wire.messages.producer import Purpose
+from areal_like.wire.records import segment_path
 from buffer import schema
 from buffer.durable_store import DurableStore, StoreSettings
 from buffer.prompts import Prompt

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from areal_like.records import Place, read_record
+from areal_like.wire.records import Place, read_record
 from buffer.durable_store import DurableStore, StoreSettings
 from buffer.store import Recovered
 from tests.buffer_harness import ROOT

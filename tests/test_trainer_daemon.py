@@ -16,12 +16,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from areal_like.channel import Envelope, Listener
 from areal_like.config import Config, TrainerConfig
 from areal_like.errors import ArealError, ConfigError
-from areal_like.messages.consumer import CompleteStep, TrainerHeartbeat
-from areal_like.messages.hello import Goodbye, Hello, Ok, Welcome
 from areal_like.paths import RunPaths
+from areal_like.wire.channel import Envelope, Listener
+from areal_like.wire.messages.consumer import CompleteStep, TrainerHeartbeat
+from areal_like.wire.messages.hello import Goodbye, Hello, Ok, Welcome
 from tests.buffer_harness import ROOT, BufferProcess, job
 from tests.trainer_helpers import write_model
 from tests.trainer_ranks import make_runner

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from areal_like.metrics import Metrics
+from areal_like.runtime.metrics import Metrics
 from areal_like.trajectory import FinishReason, Trajectory
 from tests.objective_helpers import published
 from tests.test_vcpo_gradients import assert_same_gradient

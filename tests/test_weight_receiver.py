@@ -6,9 +6,9 @@ from typing import Any
 
 from aiohttp import web
 
-from areal_like.channel import Link, tcp_address
-from areal_like.messages.weights import FormGroup, PushChecksums, PushWeights, WeightsFailed, WeightsOk
-from areal_like.weights import Manifest
+from areal_like.weights.buckets import Manifest
+from areal_like.wire.channel import Link, tcp_address
+from areal_like.wire.messages.weights import FormGroup, PushChecksums, PushWeights, WeightsFailed, WeightsOk
 from rollout_server.engine_client import EngineClient
 from rollout_server.episodes import Turnstile
 from rollout_server.weights import WeightReceiver

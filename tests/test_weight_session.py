@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from areal_like.collective import WeightGroup
 from areal_like.errors import WeightSyncError
-from areal_like.weights import Bucket, checksum, cut_buckets, flatten, spec_of
+from areal_like.weights.buckets import Bucket, checksum, cut_buckets, flatten, spec_of
+from areal_like.weights.collective import WeightGroup
 from rollout_server.engine.models.base import CausalModel
 from rollout_server.engine.models.loading import load
 from rollout_server.engine.updates import _Session

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from areal_like.errors import WeightSyncError
-from areal_like.weights import (
+from areal_like.weights.buckets import (
     Bucket,
     Manifest,
     TensorSpec,

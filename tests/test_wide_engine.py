@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from areal_like.channel import Envelope, Listener
 from areal_like.config import WeightsConfig
-from areal_like.messages.consumer import ServerEntry
-from areal_like.messages.weights import Alive, AskAlive, DissolveGroup, FormGroup, PushChecksums, PushWeights, WeightsOk
-from areal_like.weights import Manifest
+from areal_like.weights.buckets import Manifest
+from areal_like.wire.channel import Envelope, Listener
+from areal_like.wire.messages.consumer import ServerEntry
+from areal_like.wire.messages.weights import Alive, AskAlive, DissolveGroup, FormGroup, PushChecksums, PushWeights, WeightsOk
 from tests.launching import ROOT
 from tests.snapshots import Held
 from trainer.broadcaster import Broadcaster
@@ -22,8 +22,8 @@ from trainer.broadcaster import Broadcaster
 # One tensor-parallel rank, as SGLang's: it joins at rank_offset + its own rank, receives every bucket and says what came.
 RANK = """
 import sys, torch
-from areal_like.collective import WeightGroup
-from areal_like.weights import checksum
+from areal_like.weights.collective import WeightGroup
+from areal_like.weights.buckets import checksum
 print("ready", flush=True)
 address, port, rank, world_size, name = sys.stdin.readline().split()
 port, rank, world_size = int(port), int(rank), int(world_size)

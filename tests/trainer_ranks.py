@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from areal_like.config import KlConfig
-from areal_like.process import die_with_parent
+from areal_like.runtime.process import die_with_parent
 from tests.trainer_helpers import random_groups
 from trainer.advantages import ADVANTAGES, Advantage
 from trainer.checkpoint import Checkpoints

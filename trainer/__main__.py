@@ -10,10 +10,10 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from areal_like.cli import load_config, shows_help
 from areal_like.errors import UserError
-from areal_like.imports import uncollected
-from areal_like.process import die_with_launcher, die_with_parent
+from areal_like.runtime.command_line import load_config, shows_help
+from areal_like.runtime.imports import uncollected
+from areal_like.runtime.process import die_with_launcher, die_with_parent
 from trainer.start import start_ranks
 
 

@@ -22,13 +22,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from areal_like.channel import Link
-from areal_like.collective import WeightGroup, device_facts
 from areal_like.config import WeightsConfig
 from areal_like.errors import ConfigError, WeightSyncError
-from areal_like.messages.consumer import ServerEntry
-from areal_like.messages.weights import Alive, AskAlive, PushWeights, WeightsFailed, WeightsOk
-from areal_like.weights import Manifest
+from areal_like.weights.buckets import Manifest
+from areal_like.weights.collective import WeightGroup, device_facts
+from areal_like.wire.channel import Link
+from areal_like.wire.messages.consumer import ServerEntry
+from areal_like.wire.messages.weights import Alive, AskAlive, PushWeights, WeightsFailed, WeightsOk
 from trainer.epoch import ALIVE_S, Epoch, EpochOutcome, seats_of
 from trainer.members import Answer, Key, Member, Shunning, key_of
 from trainer.snapshot import Snapshot

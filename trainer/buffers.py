@@ -20,7 +20,8 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 from areal_like.errors import RefusedError
-from areal_like.messages.consumer import (
+from areal_like.shards import Shard, add_up
+from areal_like.wire.messages.consumer import (
     AdoptVersion,
     AllocVersion,
     Books,
@@ -35,8 +36,7 @@ from areal_like.messages.consumer import (
     StreamState,
     VersionGranted,
 )
-from areal_like.messages.hello import Goodbye
-from areal_like.shards import Shard, add_up
+from areal_like.wire.messages.hello import Goodbye
 
 Stream = dict[str, int | list[int]]
 Ask = Callable[[Any], Awaitable[Any]]

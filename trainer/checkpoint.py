@@ -36,7 +36,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from areal_like.errors import ConfigError, DiskFullError
-from areal_like.snapshots import STATE_FILE
+from areal_like.weights.snapshots_on_disk import STATE_FILE
 from trainer.critic import Critic
 from trainer.gather import MODEL_PREFIX, gather, row_range, shards_of
 from trainer.optimizer import MOMENTS, ShardedAdamW

@@ -12,10 +12,10 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from areal_like.channel import Link
 from areal_like.errors import ArealError, DeadlineError, PeerLostError
-from areal_like.messages.hello import Hello, HelloRequired, JobFailed
-from areal_like.messages.producer import HeartbeatAck
+from areal_like.wire.channel import Link
+from areal_like.wire.messages.hello import Hello, HelloRequired, JobFailed
+from areal_like.wire.messages.producer import HeartbeatAck
 
 log = logging.getLogger(__name__)
 

@@ -22,10 +22,10 @@ import torch
 import torch.distributed as dist
 
 from areal_like.config import Config
-from areal_like.daemon import DrainSignals, configure_logging, exit_code_of
 from areal_like.errors import ConfigError, UserError
 from areal_like.paths import RunPaths, model_path
-from areal_like.snapshots import VERSION_KEY
+from areal_like.runtime.daemon import DrainSignals, configure_logging, exit_code_of
+from areal_like.weights.snapshots_on_disk import VERSION_KEY
 from trainer.checkpoint import Checkpoints, remove_partials
 from trainer.joining import device_of, join_ranks
 from trainer.lags import LagTally

@@ -22,10 +22,10 @@ from typing import Any, TypeVar
 import torch
 from torch import device as Device
 
-from areal_like.collective import WeightGroup
 from areal_like.errors import WeightSyncError
-from areal_like.messages.weights import Alive, AskAlive, DissolveGroup, FormGroup, PushChecksums, PushWeights, WeightsFailed
-from areal_like.threads import in_thread
+from areal_like.runtime.threads import in_thread
+from areal_like.weights.collective import WeightGroup
+from areal_like.wire.messages.weights import Alive, AskAlive, DissolveGroup, FormGroup, PushChecksums, PushWeights, WeightsFailed
 from trainer.members import Answer, Key, Member
 from trainer.snapshot import Snapshot
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from areal_like.messages.consumer import Group
 from areal_like.trajectory import Trajectory
+from areal_like.wire.messages.consumer import Group
 from trainer.ranks import Ranks
 
 

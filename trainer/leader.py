@@ -11,7 +11,8 @@ from typing import Any
 
 from areal_like.config import Config
 from areal_like.errors import ArealError, RefusedError, UserError
-from areal_like.messages.consumer import (
+from areal_like.paths import RunPaths
+from areal_like.wire.messages.consumer import (
     AllocVersion,
     Books,
     CloseAdmission,
@@ -25,7 +26,6 @@ from areal_like.messages.consumer import (
     StartTraining,
     VersionGranted,
 )
-from areal_like.paths import RunPaths
 from trainer.broadcaster import Broadcaster
 from trainer.link import BufferLink, StopRequestedError
 from trainer.publisher import Publisher, PushReport

@@ -24,14 +24,14 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Self
 
-from areal_like.addresses import buffer_addresses
 from areal_like.config import Config
-from areal_like.daemon import Runtime
 from areal_like.errors import ArealError, DeadlineError, PeerLostError
-from areal_like.fingerprint import dataset_fingerprint, model_fingerprint, shared_settings, tokenizer_fingerprint
-from areal_like.messages.consumer import Directory, Fetch, Group, TrainerHeartbeat
-from areal_like.messages.hello import Goodbye, Hello, Role
 from areal_like.paths import model_path
+from areal_like.runtime.daemon import Runtime
+from areal_like.wire.addresses import buffer_addresses
+from areal_like.wire.fingerprint import dataset_fingerprint, model_fingerprint, shared_settings, tokenizer_fingerprint
+from areal_like.wire.messages.consumer import Directory, Fetch, Group, TrainerHeartbeat
+from areal_like.wire.messages.hello import Goodbye, Hello, Role
 from trainer.buffers import ask_buffers
 from trainer.connection import Connection
 

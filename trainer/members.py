@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from areal_like.channel import Link
 from areal_like.errors import ArealError
-from areal_like.messages.consumer import ServerEntry
-from areal_like.messages.weights import Alive, WeightsFailed, WeightsOk
+from areal_like.wire.channel import Link
+from areal_like.wire.messages.consumer import ServerEntry
+from areal_like.wire.messages.weights import Alive, WeightsFailed, WeightsOk
 
 Key = tuple[str, int]
 """Name and incarnation of a server."""

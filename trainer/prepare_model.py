@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from areal_like import sorting
-from areal_like.cli import load_config, shows_help
 from areal_like.config import Config
 from areal_like.errors import ConfigError, UserError
-from areal_like.imports import torch_hidden
 from areal_like.paths import RunPaths, model_path
-from areal_like.process import die_with_launcher
+from areal_like.runtime.command_line import load_config, shows_help
+from areal_like.runtime.imports import torch_hidden
+from areal_like.runtime.process import die_with_launcher
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from areal_like.errors import ArealError
-from areal_like.messages.consumer import AllocVersion, ServerEntry, VersionGranted
+from areal_like.wire.messages.consumer import AllocVersion, ServerEntry, VersionGranted
 from trainer.broadcaster import Broadcaster
 from trainer.snapshot import Snapshot
 

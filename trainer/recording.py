@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from areal_like.errors import ConfigError
-from areal_like.messages.consumer import Group
 from areal_like.paths import RunPaths
-from areal_like.records import Place, read_record
+from areal_like.wire.messages.consumer import Group
+from areal_like.wire.records import Place, read_record
 
 
 class Recording:

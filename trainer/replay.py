@@ -26,12 +26,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from areal_like.cli import load_config
 from areal_like.config import Config
-from areal_like.daemon import configure_logging, exit_code_of
 from areal_like.errors import ConfigError, UserError
 from areal_like.paths import RunPaths, model_path, write_json
-from areal_like.process import die_with_launcher, die_with_parent
+from areal_like.runtime.command_line import load_config
+from areal_like.runtime.daemon import configure_logging, exit_code_of
+from areal_like.runtime.process import die_with_launcher, die_with_parent
 from trainer.checkpoint import Checkpoints
 from trainer.joining import device_of, join_ranks
 from trainer.lags import LagTally

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from areal_like.messages.consumer import Books
 from areal_like.paths import write_json
+from areal_like.wire.messages.consumer import Books
 
 WARM_UP_STEPS = 10
 """Steps whose waiting does not count as idleness: the pipeline is filling."""

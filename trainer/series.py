@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from areal_like.metrics import Metrics
+from areal_like.runtime.metrics import Metrics
 from trainer.publisher import PushReport
 
 _GAUGES = {

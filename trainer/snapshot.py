@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from areal_like.errors import WeightSyncError
-from areal_like.weights import Bucket, TensorSpec, checksum, cut_buckets, spec_of, unflatten
+from areal_like.weights.buckets import Bucket, TensorSpec, checksum, cut_buckets, spec_of, unflatten
 from trainer.gather import row_range, rows_per_rank, shards_of
 from trainer.policy import Policy
 from trainer.ranks import Ranks

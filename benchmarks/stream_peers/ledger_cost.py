@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from areal_like.config import Config
-from areal_like.messages.producer import SampleDone, ServerHeartbeat, ServerState
 from areal_like.paths import RunPaths
-from areal_like.records import Record
+from areal_like.wire.messages.producer import SampleDone, ServerHeartbeat, ServerState
+from areal_like.wire.records import Record
 from benchmarks.stream_peers.load import trajectories
 from benchmarks.stream_peers.ours import GROUP_SIZE, GROUPS_PER_STEP, config_of
 from buffer.durable_store import open_store

@@ -16,8 +16,8 @@ from typing import Self
 
 import numpy as np
 
-from areal_like.records import Record
 from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
+from areal_like.wire.records import Record
 
 NUM_PRODUCERS = 8
 NUM_PROCESSES = 2

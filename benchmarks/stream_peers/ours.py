@@ -17,15 +17,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from areal_like.channel import Link
-from areal_like.cli import save_config
 from areal_like.config import Config, from_mapping
-from areal_like.fingerprint import dataset_fingerprint
-from areal_like.messages.consumer import AllocVersion, CommitStep, CompleteStep, Fetch, StartTraining
-from areal_like.messages.hello import Hello, Role
-from areal_like.messages.producer import HeartbeatAck, Leases, SampleAcks, SampleDone, Samples, ServerHeartbeat, ServerState
 from areal_like.paths import RunPaths
-from areal_like.records import Record
+from areal_like.runtime.command_line import save_config
+from areal_like.wire.channel import Link
+from areal_like.wire.fingerprint import dataset_fingerprint
+from areal_like.wire.messages.consumer import AllocVersion, CommitStep, CompleteStep, Fetch, StartTraining
+from areal_like.wire.messages.hello import Hello, Role
+from areal_like.wire.messages.producer import HeartbeatAck, Leases, SampleAcks, SampleDone, Samples, ServerHeartbeat, ServerState
+from areal_like.wire.records import Record
 from benchmarks.report import ROOT
 from benchmarks.stream_peers.load import Pacer, Plan, Served, Tally, trajectories
 

@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 from areal_like.errors import ConfigError, UserError
-from areal_like.imports import uncollected
-from areal_like.process import die_with_parent
-from areal_like.sockets import bound_socket
+from areal_like.runtime.imports import uncollected
+from areal_like.runtime.process import die_with_parent
+from areal_like.wire.sockets import bound_socket
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

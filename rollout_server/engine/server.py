@@ -26,8 +26,8 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from areal_like.errors import ArealError, EngineError, UserError, WeightSyncError
-from areal_like.metrics import CONTENT_TYPE, PREFIX
-from areal_like.weights import Bucket
+from areal_like.runtime.metrics import CONTENT_TYPE, PREFIX
+from areal_like.weights.buckets import Bucket
 from rollout_server.engine.core import EngineCore
 from rollout_server.engine.loop import EngineLoop, Report
 from rollout_server.engine.protocol import GenerateRequest, Limits, answer, encode_event, parse_generate

@@ -23,10 +23,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from areal_like.collective import WeightGroup, device_facts
 from areal_like.errors import WeightSyncError
-from areal_like.threads import in_thread
-from areal_like.weights import Bucket, TensorSpec, check_names, checksum, checksum_and_finiteness, is_finite, spec_of, unflatten
+from areal_like.runtime.threads import in_thread
+from areal_like.weights.buckets import Bucket, TensorSpec, check_names, checksum, checksum_and_finiteness, is_finite, spec_of, unflatten
+from areal_like.weights.collective import WeightGroup, device_facts
 from rollout_server.engine.loop import EngineLoop
 from rollout_server.engine.models.base import ModelFacts, Weights
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 import time
 
-from areal_like.cli import load_config
-from areal_like.process import die_with_parent
+from areal_like.runtime.command_line import load_config
+from areal_like.runtime.process import die_with_parent
 from tests.chaos.plant import check_groups, train
 from trainer.link import BufferLink
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import msgpack
 
-from areal_like.codec import WIRE_VERSION, decode, encode
 from areal_like.errors import WireError
-from areal_like.messages.consumer import Fetch, StartTraining
-from areal_like.messages.producer import SampleAck, SampleAcks, SampleDone, Samples, ServerHeartbeat, ServerState
-from areal_like.records import Record
+from areal_like.wire.codec import WIRE_VERSION, decode, encode
+from areal_like.wire.messages.consumer import Fetch, StartTraining
+from areal_like.wire.messages.producer import SampleAck, SampleAcks, SampleDone, Samples, ServerHeartbeat, ServerState
+from areal_like.wire.records import Record
 from tests.ledger_plant import trajectory
 
 

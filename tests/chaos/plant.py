@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from areal_like.config import Config
-from areal_like.messages.consumer import AllocVersion, Books, CommitStep, CompleteStep, GetBooks, Group, StartTraining
+from areal_like.wire.messages.consumer import AllocVersion, Books, CommitStep, CompleteStep, GetBooks, Group, StartTraining
 from tests.buffer_harness import ROOT, BufferProcess, job
 from tests.chaos.producer import is_invented
 from tests.chaos.proxy import FaultProxy, Faults

@@ -14,17 +14,17 @@ import time
 
 import numpy as np
 
-from areal_like.cli import load_config
 from areal_like.config import Config
-from areal_like.daemon import WaitBook
 from areal_like.errors import ArealError
-from areal_like.fingerprint import dataset_fingerprint, model_fingerprint, tokenizer_fingerprint
-from areal_like.messages.hello import Hello, Role
-from areal_like.messages.producer import Lease, SampleDone, ServerState
 from areal_like.paths import model_path
-from areal_like.process import die_with_parent
-from areal_like.records import Record
+from areal_like.runtime.command_line import load_config
+from areal_like.runtime.daemon import WaitBook
+from areal_like.runtime.process import die_with_parent
 from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
+from areal_like.wire.fingerprint import dataset_fingerprint, model_fingerprint, tokenizer_fingerprint
+from areal_like.wire.messages.hello import Hello, Role
+from areal_like.wire.messages.producer import Lease, SampleDone, ServerState
+from areal_like.wire.records import Record
 from rollout_server import link as link_module
 from rollout_server.links import BufferLinks
 

@@ -16,7 +16,7 @@ import torch
 
 from areal_like.config import WeightsConfig, from_mapping
 from areal_like.errors import EngineError
-from areal_like.messages.consumer import ServerEntry
+from areal_like.wire.messages.consumer import ServerEntry
 from rollout_server.engine_client import EngineClient, Generation
 from rollout_server.engine_process import EmbeddedProcess
 from rollout_server.episodes import Turnstile

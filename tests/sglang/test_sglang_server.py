@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from areal_like.messages.hello import Goodbye
-from areal_like.messages.producer import Purpose, ReturnLeases, SampleDone, ServerState
 from areal_like.trajectory import Trajectory
+from areal_like.wire.messages.hello import Goodbye
+from areal_like.wire.messages.producer import Purpose, ReturnLeases, SampleDone, ServerState
 from rollout_server.task_sort import SortTask
 from tests.rollout_harness import PlayedBuffer, descendants, is_alive, job, serving, wait_until
 from tests.sglang.conftest import START_S

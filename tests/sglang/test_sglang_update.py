@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from areal_like.collective import WeightGroup
 from areal_like.config import Config, SglangConfig
 from areal_like.errors import EngineError, WeightSyncError
-from areal_like.messages.weights import PushWeights
-from areal_like.weights import Bucket, Manifest, cut_buckets, flatten, spec_of
+from areal_like.weights.buckets import Bucket, Manifest, cut_buckets, flatten, spec_of
+from areal_like.weights.collective import WeightGroup
+from areal_like.wire.messages.weights import PushWeights
 from rollout_server.engine_client import Sampling
 from rollout_server.episodes import Speaker, Transcript, Turnstile
 from rollout_server.in_place import InPlaceUpdate

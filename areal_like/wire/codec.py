@@ -25,9 +25,9 @@ import msgpack
 import numpy as np
 
 from areal_like.errors import WireError, WireVersionError
-from areal_like.messages import MESSAGES
-from areal_like.records import Record
-from areal_like.unpacking import unpack
+from areal_like.wire.messages import MESSAGES
+from areal_like.wire.records import Record
+from areal_like.wire.unpacking import unpack
 
 WIRE_VERSION = 3
 MAX_HEADER_BYTES = 4 << 20

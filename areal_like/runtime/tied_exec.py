@@ -1,4 +1,4 @@
-"""`python -m areal_like.tied_exec COMMAND ...`: becomes COMMAND, which then dies with the process that started it.
+"""`python -m areal_like.runtime.tied_exec COMMAND ...`: becomes COMMAND, which then dies with the process that started it.
 
 For programs that are not ours and cannot call `die_with_parent` themselves: the kernel keeps the request across exec. The
 signal is SIGKILL, because a program that drains on SIGTERM would outlive its parent by as long as that takes. A Python program of
@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Mapping
 
-from areal_like.process import die_with_parent
+from areal_like.runtime.process import die_with_parent
 
 
 def foreign_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -31,10 +31,10 @@ from starlette.routing import Route
 
 from areal_like.config import Config
 from areal_like.errors import ArealError, ConfigError, UserError
-from areal_like.metrics import CONTENT_TYPE, Metrics
 from areal_like.paths import RunPaths, write_json
-from areal_like.process import die_with_launcher
-from areal_like.sockets import bound_socket
+from areal_like.runtime.metrics import CONTENT_TYPE, Metrics
+from areal_like.runtime.process import die_with_launcher
+from areal_like.wire.sockets import bound_socket
 
 log = logging.getLogger(__name__)
 exit_log = logging.getLogger(f"{__name__}.exit")

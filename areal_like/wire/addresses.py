@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from areal_like.channel import tcp_address
 from areal_like.config import Config
 from areal_like.errors import ConfigError
 from areal_like.shards import Shard, all_shards
+from areal_like.wire.channel import tcp_address
 
 
 def buffer_port(config: Config, shard: Shard) -> int:

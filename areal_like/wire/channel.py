@@ -22,9 +22,9 @@ from typing import Any
 
 import zmq
 
-from areal_like.codec import decode, encode
 from areal_like.errors import ArealError, ConfigError, DeadlineError, PeerLostError, RefusedError, WireError, WireVersionError
-from areal_like.messages.hello import JobFailed, Refused
+from areal_like.wire.codec import decode, encode
+from areal_like.wire.messages.hello import JobFailed, Refused
 
 log = logging.getLogger(__name__)
 

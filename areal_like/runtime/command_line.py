@@ -27,7 +27,7 @@ OPEN_SECTIONS = ("objective", "advantage", "task")
 GROUPS = ("model", *OPEN_SECTIONS)
 """Sections that have presets in configs/: `model=smollm2` names one."""
 _OPEN_PREFIXES = (*(f"{section}." for section in OPEN_SECTIONS), "rollout.sglang.env.")
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def presets(section: str) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from areal_like.config import Config
-from areal_like.messages.hello import Role
+from areal_like.wire.messages.hello import Role
 
 _ARCHITECTURE_IGNORES = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
 

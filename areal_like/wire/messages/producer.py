@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from areal_like.records import Record
+from areal_like.wire.records import Record
 
 BATCH_BYTES = 1 << 18
 """Of records in a message: far above what one costs, far below what a socket lets through."""

@@ -62,7 +62,7 @@ class PushWeights:
     step: int
     update_mode: str
     manifest: dict[str, Any]
-    """`areal_like.weights.Manifest` as a plain mapping."""
+    """`areal_like.weights.buckets.Manifest` as a plain mapping."""
     timeout_s: float
 
 
@@ -72,7 +72,7 @@ class PushChecksums:
 
     version: int
     checksums: list[int]
-    """`areal_like.weights.checksum` of each bucket, in the order of the manifest."""
+    """`areal_like.weights.buckets.checksum` of each bucket, in the order of the manifest."""
 
 
 @dataclass(frozen=True, kw_only=True)

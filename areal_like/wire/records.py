@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from areal_like.errors import StoreCorruptError
 from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory, are_logprobs
-from areal_like.unpacking import unpack
+from areal_like.wire.unpacking import unpack
 
 _HEADER = struct.Struct("<4sIIIQII")
 _MAGIC = b"ATR1"

@@ -1,10 +1,10 @@
 """Every message that crosses a ZeroMQ socket: small typed dataclasses, one file a hop.
 
 `hello` everyone <-> buffer, `producer` rollout server <-> buffer, `consumer` trainer rank <-> buffer, `weights` trainer rank 0 <->
-rollout server. `areal_like.codec` turns them into frames; a class is on the wire only if it is in `MESSAGES`.
+rollout server. `areal_like.wire.codec` turns them into frames; a class is on the wire only if it is in `MESSAGES`.
 """
 
-from areal_like.messages import consumer, hello, producer, weights
+from areal_like.wire.messages import consumer, hello, producer, weights
 
 MESSAGES: dict[str, type] = {cls.__name__: cls for module in (hello, producer, consumer, weights) for cls in module.MESSAGES}
 """Wire tag (the class name) -> class."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from areal_like.records import Record
 from areal_like.trajectory import Trajectory
+from areal_like.wire.records import Record
 
 
 @dataclass(frozen=True, kw_only=True)
