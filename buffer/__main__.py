@@ -24,8 +24,8 @@ def main() -> int:
     # Until the daemon drains by itself: what it imports takes a second.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     from areal_like.runtime.daemon import run_daemon
-    from buffer.daemon import main as serve
-    from buffer.offline import drop_offline
+    from buffer.service.daemon import main as serve
+    from buffer.service.offline_drop import drop_offline
 
     try:
         dropped, args = _dropped(sys.argv[1:])

@@ -9,7 +9,7 @@ from typing import Self
 from areal_like.config import BufferConfig, Config
 from areal_like.errors import ConfigError
 from areal_like.shards import WHOLE, Shard
-from buffer.curricula import CurriculumSettings, Kind
+from buffer.prompts.curriculum import CurriculumSettings, Kind
 
 
 @dataclass(frozen=True, kw_only=True)

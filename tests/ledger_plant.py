@@ -16,10 +16,10 @@ import numpy as np
 from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
 from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed, ServerHeartbeat, ServerState
 from areal_like.wire.records import Record
-from buffer.ledger import Ledger
-from buffer.recovery import recover
+from buffer.ledger.ledger import Ledger
+from buffer.ledger.recovery import recover
 from buffer.settings import LedgerSettings
-from buffer.store import MemoryStore, Store
+from buffer.storage.base import MemoryStore, Store
 from buffer.tickets import Verdict
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Self
 
 from areal_like.wire.records import Place, Record
-from buffer import schema
-from buffer.rows import Changes, RowRecorder
-from buffer.store import Recovered
+from buffer.storage import sql as schema
+from buffer.storage.base import Recovered
+from buffer.storage.changes import Changes, RowRecorder
 from buffer.tickets import Sample, State, Ticket
 
 

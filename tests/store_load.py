@@ -17,7 +17,7 @@ import numpy as np
 from areal_like.trajectory import FinishReason, Trajectory
 from areal_like.wire.messages.producer import Purpose
 from areal_like.wire.records import Record
-from buffer.durable_store import DurableStore, StoreSettings
+from buffer.storage.durable import DurableStore, StoreSettings
 from buffer.tickets import Sample, State, Ticket
 
 SIZE = 2

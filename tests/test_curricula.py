@@ -16,15 +16,15 @@ from areal_like.errors import ConfigError, RefusedError
 from areal_like.runtime.metrics import Metrics
 from areal_like.wire.codec import decode, encode
 from areal_like.wire.messages.consumer import StreamState
-from buffer.curricula import Curriculum, CurriculumSettings, Kind, state_of
-from buffer.durable_store import DurableStore, StoreSettings
-from buffer.ledger import Ledger
-from buffer.peers import PeerBook
-from buffer.prompts import PromptOrder, permuted
-from buffer.recovery import recover
-from buffer.series import BufferSeries
+from buffer.ledger.ledger import Ledger
+from buffer.ledger.recovery import recover
+from buffer.prompts.curriculum import Curriculum, CurriculumSettings, Kind, state_of
+from buffer.prompts.order import PromptOrder, permuted
+from buffer.service.peers import PeerBook
+from buffer.service.prometheus import BufferSeries
 from buffer.settings import LedgerSettings
-from buffer.store import MemoryStore
+from buffer.storage.base import MemoryStore
+from buffer.storage.durable import DurableStore, StoreSettings
 from tests.ledger_plant import add_server, deliver, done, new_ledger
 
 GROUP_SIZE = 8

@@ -20,7 +20,7 @@ from areal_like.wire.fingerprint import model_fingerprint, tokenizer_fingerprint
 from areal_like.wire.messages.consumer import Books, GetBooks, Group, RequestEval, StartTraining
 from areal_like.wire.messages.producer import Lease
 from areal_like.wire.records import Record
-from buffer.ledger import Ledger
+from buffer.ledger.ledger import Ledger
 from buffer.tickets import Drop, State, Verdict
 from tests.buffer_harness import BufferProcess, PlayedTrainer, connected, running_buffer, trainer_hello
 from tests.ledger_plant import add_server, deliver, done, new_ledger, trajectory

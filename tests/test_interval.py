@@ -12,8 +12,8 @@ import pytest
 from areal_like.errors import ConfigError
 from areal_like.runtime.command_line import load_config
 from areal_like.wire.messages.producer import Lease
-from buffer.bounds import LagBound
-from buffer.ledger import Ledger
+from buffer.ledger.ledger import Ledger
+from buffer.scheduling.staleness import LagBound
 from buffer.settings import LedgerSettings
 from buffer.tickets import Drop, State
 from tests.buffer_harness import BufferProcess, job

@@ -11,10 +11,10 @@ from areal_like.errors import ConfigError, RefusedError, StaleIncarnationError
 from areal_like.trajectory import FinishReason
 from areal_like.wire.messages.producer import Lease, Purpose, ServerHeartbeat, ServerState
 from areal_like.wire.records import Record
-from buffer.ledger import Ledger
-from buffer.prompts import PromptOrder, permuted, sampling_seed
+from buffer.ledger.ledger import Ledger
+from buffer.prompts.order import PromptOrder, permuted, sampling_seed
 from buffer.settings import LedgerSettings
-from buffer.store import MemoryStore
+from buffer.storage.base import MemoryStore
 from buffer.tickets import Drop, State, Verdict
 from tests.ledger_plant import add_server, beat, deliver, done, failed, new_ledger, trajectory
 

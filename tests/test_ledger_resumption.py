@@ -8,8 +8,8 @@ import pytest
 
 from areal_like.errors import RefusedError, StaleIncarnationError
 from areal_like.wire.messages.producer import Lease
-from buffer.ledger import Ledger
-from buffer.recovery import recover
+from buffer.ledger.ledger import Ledger
+from buffer.ledger.recovery import recover
 from buffer.tickets import Drop, State, Verdict
 from tests.ledger_plant import add_server, beat, deliver, done, new_ledger
 from tests.row_store import RowStore

@@ -15,9 +15,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from areal_like.errors import StaleIncarnationError
 from areal_like.wire.messages.producer import Lease, Purpose, ServerState
-from buffer.ledger import Ledger
-from buffer.recovery import recover
-from buffer.store import MemoryStore, Store
+from buffer.ledger.ledger import Ledger
+from buffer.ledger.recovery import recover
+from buffer.storage.base import MemoryStore, Store
 from buffer.tickets import Drop, State, Ticket, Verdict
 from tests.ledger_plant import add_server, beat, deliver, done, failed, new_ledger
 from tests.row_store import RowStore

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from prometheus_client import CollectorRegistry
 
 from areal_like.runtime.metrics import PREFIX, Metrics
-from buffer.series import BufferSeries
+from buffer.service.prometheus import BufferSeries
 from rollout_server.stats import ServerStats
 from tests.launching import ROOT
 from tests.trainer_helpers import random_groups, write_model

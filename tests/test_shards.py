@@ -27,10 +27,10 @@ from areal_like.wire.messages.consumer import (
     VersionGranted,
 )
 from areal_like.wire.messages.hello import Hello, Ok, Role, Welcome
-from buffer.ledger import Ledger
-from buffer.peers import PeerBook
-from buffer.prompts import PromptOrder
-from buffer.recovery import recover
+from buffer.ledger.ledger import Ledger
+from buffer.ledger.recovery import recover
+from buffer.prompts.order import PromptOrder
+from buffer.service.peers import PeerBook
 from buffer.settings import LedgerSettings
 from tests.ledger_plant import add_server, beat, deliver, done
 from tests.row_store import RowStore

@@ -19,10 +19,10 @@ import pytest
 from areal_like.errors import ConfigError, StoreCorruptError, UserError
 from areal_like.wire.messages.producer import Purpose
 from areal_like.wire.records import segment_path
-from buffer import schema
-from buffer.durable_store import DurableStore, StoreSettings
-from buffer.prompts import Prompt
-from buffer.store import LeaseRow, Recovered, RollbackRow, VersionRow
+from buffer.prompts.order import Prompt
+from buffer.storage import sql as schema
+from buffer.storage.base import LeaseRow, Recovered, RollbackRow, VersionRow
+from buffer.storage.durable import DurableStore, StoreSettings
 from buffer.tickets import Drop, LeaseRecord, State, Ticket
 from tests.buffer_harness import job
 from tests.small_disk import small_disk
@@ -425,7 +425,7 @@ def test_what_frees_space_gets_through_when_samples_do_not(tmp_path: Path, monke
 
 
 def test_a_disk_that_hangs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("buffer.writer._HANGS_AFTER_S", 0.1)
+    monkeypatch.setattr("buffer.storage.writer._HANGS_AFTER_S", 0.1)
     goes_on, writev = threading.Event(), os.writev
 
     def hanging(file: int, records: list[bytes]) -> int:

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from areal_like.wire.records import Place, read_record
-from buffer.durable_store import DurableStore, StoreSettings
-from buffer.store import Recovered
+from buffer.storage.base import Recovered
+from buffer.storage.durable import DurableStore, StoreSettings
 from tests.buffer_harness import ROOT
 from tests.lost_writes import Disk, compile_shim, read_log
 from tests.store_load import KEPT, SIZE, is_same, raising, trajectory_of

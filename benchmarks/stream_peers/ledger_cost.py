@@ -19,11 +19,11 @@ from areal_like.wire.messages.producer import SampleDone, ServerHeartbeat, Serve
 from areal_like.wire.records import Record
 from benchmarks.stream_peers.load import trajectories
 from benchmarks.stream_peers.ours import GROUP_SIZE, GROUPS_PER_STEP, config_of
-from buffer.durable_store import open_store
-from buffer.ledger import Ledger
-from buffer.recovery import recover
+from buffer.ledger.ledger import Ledger
+from buffer.ledger.recovery import recover
 from buffer.settings import LedgerSettings
-from buffer.store import Store
+from buffer.storage.base import Store
+from buffer.storage.durable import open_store
 
 NUM_STEPS = 24
 COMMIT_EVERY = 8

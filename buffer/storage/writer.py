@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from areal_like.wire.records import Place, segment_path
-from buffer import schema
-from buffer.rows import Changes
-from buffer.schema import SegmentRow
-from buffer.segments import SegmentWriter
+from buffer.storage import sql as schema
+from buffer.storage.changes import Changes
+from buffer.storage.segments import SegmentWriter
+from buffer.storage.sql import SegmentRow
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from prometheus_client import Counter
 
 from areal_like.runtime.metrics import Metrics
 from areal_like.wire.messages.hello import Role
-from buffer.ledger import Ledger
-from buffer.peers import PeerBook
+from buffer.ledger.ledger import Ledger
+from buffer.service.peers import PeerBook
 from buffer.tickets import Drop, State, Verdict
 
 

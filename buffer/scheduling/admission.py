@@ -12,11 +12,11 @@ import heapq
 from collections.abc import Callable
 
 from areal_like.wire.messages.producer import Purpose
-from buffer.bounds import LagBound
-from buffer.leases import Server
-from buffer.recorder import Recorder
-from buffer.register import Register
+from buffer.scheduling.staleness import LagBound
+from buffer.scheduling.step_scheduler import Recorder
 from buffer.settings import LedgerSettings
+from buffer.tables.leases import Server
+from buffer.tables.ticket_table import Register
 from buffer.tickets import State, Ticket
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from areal_like.shards import WHOLE, Shard
-from buffer.curricula import Curriculum
+from buffer.prompts.curriculum import Curriculum
 
 _NUM_ROUNDS = 6
 _MASK = (1 << 64) - 1

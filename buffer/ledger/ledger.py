@@ -44,20 +44,20 @@ from areal_like.trajectory import FinishReason
 from areal_like.wire.messages.consumer import EvalResult, Group
 from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed, ServerHeartbeat
 from areal_like.wire.records import Record
-from buffer.admission import Admission
-from buffer.bounds import LagBound
-from buffer.curricula import Curriculum
-from buffer.evaluations import EvalRound
-from buffer.leases import LeaseBook, Server
-from buffer.prompts import Prompt, PromptOrder, sampling_seed
-from buffer.recorder import Recorder
-from buffer.register import Register
+from buffer.prompts.curriculum import Curriculum
+from buffer.prompts.order import Prompt, PromptOrder, sampling_seed
+from buffer.scheduling.admission import Admission
+from buffer.scheduling.staleness import LagBound
+from buffer.scheduling.step_log import Steps
+from buffer.scheduling.step_scheduler import Recorder
 from buffer.settings import LedgerSettings
-from buffer.statistics import StreamStatistics
-from buffer.steps import Steps
-from buffer.store import RollbackRow, Store
+from buffer.storage.base import RollbackRow, Store
+from buffer.tables.counters import StreamStatistics
+from buffer.tables.evaluations import EvalRound
+from buffer.tables.leases import LeaseBook, Server
+from buffer.tables.ticket_table import Register
+from buffer.tables.versions import VersionBook
 from buffer.tickets import REISSUED, Drop, LeaseRecord, Sample, State, Ticket, Verdict
-from buffer.versions import VersionBook
 
 _NUM_EVALS_KEPT = 4
 """Evaluations that are over whose result may be asked for again."""

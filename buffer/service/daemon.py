@@ -31,11 +31,11 @@ from areal_like.wire.channel import Envelope, Listener, tcp_address
 from areal_like.wire.fingerprint import as_number, dataset_fingerprint, shared_settings
 from areal_like.wire.messages import consumer, producer
 from areal_like.wire.messages.hello import Goodbye, Hello, HelloRequired, JobFailed, Ok, Refused, Role, Welcome
-from buffer.durable_store import open_store
-from buffer.peers import Peer, PeerBook
-from buffer.recovery import recover
-from buffer.series import BufferSeries
+from buffer.ledger.recovery import recover
+from buffer.service.peers import Peer, PeerBook
+from buffer.service.prometheus import BufferSeries
 from buffer.settings import LedgerSettings
+from buffer.storage.durable import open_store
 from buffer.tickets import Drop, Verdict
 
 log = logging.getLogger(__name__)

@@ -16,10 +16,10 @@ from collections.abc import Collection, Mapping
 
 from areal_like.errors import ConfigError
 from areal_like.wire.messages.producer import Purpose
-from buffer import curricula
-from buffer.ledger import Ledger
+from buffer.ledger.ledger import Ledger
+from buffer.prompts import curriculum as curricula
 from buffer.settings import LedgerSettings
-from buffer.store import Recovered, Store
+from buffer.storage.base import Recovered, Store
 from buffer.tickets import State
 
 _SHAPE = ("groups_per_step", "group_size", "num_greedy", "sync_interval", "max_staleness")

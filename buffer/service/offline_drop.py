@@ -10,9 +10,9 @@ from areal_like.config import Config
 from areal_like.errors import ConfigError, RefusedError
 from areal_like.shards import Shard
 from areal_like.wire.fingerprint import as_number, dataset_fingerprint
-from buffer.durable_store import open_store
-from buffer.recovery import recover
+from buffer.ledger.recovery import recover
 from buffer.settings import LedgerSettings
+from buffer.storage.durable import open_store
 
 _PATIENCE_S = 30.0
 """With a full disk, or a ledger that another program holds."""

@@ -19,7 +19,7 @@ from typing import Protocol
 
 from areal_like.wire.messages.producer import Purpose
 from areal_like.wire.records import Record
-from buffer.prompts import Prompt
+from buffer.prompts.order import Prompt
 from buffer.tickets import Drop, LeaseRecord, Sample, State, Ticket
 
 

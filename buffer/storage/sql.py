@@ -22,9 +22,9 @@ from typing import TypeVar
 from areal_like.errors import StoreCorruptError, UserError
 from areal_like.wire.messages.producer import Purpose
 from areal_like.wire.records import Place
-from buffer.prompts import Prompt
-from buffer.rows import Changes, Row
-from buffer.store import LeaseRow, Recovered, RollbackRow, VersionRow
+from buffer.prompts.order import Prompt
+from buffer.storage.base import LeaseRow, Recovered, RollbackRow, VersionRow
+from buffer.storage.changes import Changes, Row
 from buffer.tickets import Drop, Sample, State, Ticket
 
 _T = TypeVar("_T")

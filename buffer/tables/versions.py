@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from areal_like.trajectory import NOT_SAMPLED
 from areal_like.wire.records import Record
-from buffer.store import RollbackRow, Store, VersionRow
+from buffer.storage.base import RollbackRow, Store, VersionRow
 from buffer.tickets import Sample, Verdict
 
 

@@ -10,9 +10,9 @@ has finished the steps before) is kept until the step is complete: data that cra
 
 from __future__ import annotations
 
-from buffer.register import Register
-from buffer.statistics import StreamStatistics
-from buffer.store import Store
+from buffer.storage.base import Store
+from buffer.tables.counters import StreamStatistics
+from buffer.tables.ticket_table import Register
 from buffer.tickets import State, Ticket
 
 MAX_STARTS = 3

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from areal_like.shards import Shard
 from areal_like.wire.messages.producer import Purpose
-from buffer.prompts import Prompt
-from buffer.store import Store
+from buffer.prompts.order import Prompt
+from buffer.storage.base import Store
 from buffer.tickets import TERMINAL, Drop, State, Ticket
 
 

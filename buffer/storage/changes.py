@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from areal_like.wire.records import Record
-from buffer.prompts import Prompt
-from buffer.store import Recovered, RollbackRow, VersionRow
+from buffer.prompts.order import Prompt
+from buffer.storage.base import Recovered, RollbackRow, VersionRow
 from buffer.tickets import LeaseRecord, Sample, State, Ticket
 
 Row = tuple[Any, ...]

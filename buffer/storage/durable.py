@@ -27,13 +27,13 @@ from areal_like.errors import StoreCorruptError, UserError
 from areal_like.paths import RunPaths
 from areal_like.shards import WHOLE, Shard
 from areal_like.wire.records import Place, Record, read_record, segment_path
-from buffer import schema
-from buffer.cache import RecordCache
-from buffer.rows import Changes, RowRecorder
-from buffer.segments import SegmentWriter, sync_directory, unnamed_tail
-from buffer.store import MemoryStore, Recovered, Store
+from buffer.storage import sql as schema
+from buffer.storage.base import MemoryStore, Recovered, Store
+from buffer.storage.changes import Changes, RowRecorder
+from buffer.storage.record_cache import RecordCache
+from buffer.storage.segments import SegmentWriter, sync_directory, unnamed_tail
+from buffer.storage.writer import Batch, Writer
 from buffer.tickets import Sample, Ticket
-from buffer.writer import Batch, Writer
 
 log = logging.getLogger(__name__)
 

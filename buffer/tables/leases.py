@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from areal_like.errors import StaleIncarnationError
 from areal_like.shards import Shard
 from areal_like.wire.messages.producer import ServerHeartbeat, ServerState
-from buffer.store import LeaseRow, Store
+from buffer.storage.base import LeaseRow, Store
 from buffer.tickets import LeaseRecord, Ticket
 
 
