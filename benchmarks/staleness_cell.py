@@ -37,11 +37,11 @@ from rollout_server.engine.models.loading import load
 from rollout_server.engine.scheduler import SamplingParams, Sequence
 from rollout_server.prompts import PromptRenderer
 from rollout_server.tasks import Example, Split, make_task
-from trainer.gather import gather_full_state
-from trainer.policy import Policy, build_policy
-from trainer.ranks import Ranks
-from trainer.step import StepRunner
-from trainer.tiny_model import build_tiny_model
+from trainer.distributed.ranks import Ranks
+from trainer.models.policy import Policy, build_policy
+from trainer.models.sharded_weights import gather_full_state
+from trainer.models.tiny import build_tiny_model
+from trainer.step.runner import StepRunner
 
 CONTEXT_TOKENS = 24
 CURVE_PROMPTS = 128

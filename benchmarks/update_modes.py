@@ -40,8 +40,8 @@ from rollout_server.sglang_client import SglangClient
 from rollout_server.sglang_process import SglangProcess
 from rollout_server.weights import WeightReceiver
 from tests.snapshots import Held
-from trainer.broadcaster import Broadcaster
-from trainer.tiny_model import build_tiny_model
+from trainer.models.tiny import build_tiny_model
+from trainer.weight_sync.broadcaster import Broadcaster
 
 MODES = ("recompute", "keep", "abort_resume", "drain")
 NUM_RUNNING, NUM_SEQUENCES, PROMPT_TOKENS = 32, 128, 8

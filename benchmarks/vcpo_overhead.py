@@ -30,13 +30,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from areal_like.config import Config
 from areal_like.trajectory import FinishReason, Trajectory
 from benchmarks.report import table, write
-from trainer.advantages import Grpo
-from trainer.normalizers import Normalizer
+from trainer.advantages.base import Grpo
+from trainer.distributed.ranks import Ranks
+from trainer.models.policy import Policy
 from trainer.objectives import OBJECTIVES
+from trainer.objectives.normalizers import Normalizer
 from trainer.optimizer import ShardedAdamW
-from trainer.policy import Policy
-from trainer.ranks import Ranks
-from trainer.step import StepRunner
+from trainer.step.runner import StepRunner
 
 GOAL = 1.25
 OBJECTIVE_SETTINGS: dict[str, dict[str, Any]] = {

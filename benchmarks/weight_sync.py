@@ -38,11 +38,11 @@ from benchmarks.report import ROOT, table, write
 from rollout_server.engine_process import EmbeddedProcess
 from rollout_server.episodes import Turnstile
 from rollout_server.weights import WeightReceiver
-from trainer.broadcaster import Broadcaster
-from trainer.gather import gather_full_state
-from trainer.policy import Policy
-from trainer.ranks import Ranks
-from trainer.snapshot import Freezer
+from trainer.distributed.ranks import Ranks
+from trainer.models.policy import Policy
+from trainer.models.sharded_weights import gather_full_state
+from trainer.weight_sync.broadcaster import Broadcaster
+from trainer.weight_sync.snapshot import Freezer
 
 SIZES = {"10MB": (256, 688, 3), "100MB": (512, 1376, 8), "500MB": (1024, 2752, 10), "2GB": (2048, 5504, 10)}
 """Name -> hidden size, intermediate size, layers of a Llama of about so many bytes in float32."""

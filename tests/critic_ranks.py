@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tests.trainer_helpers import random_groups
 from tests.trainer_ranks import SHARES, last_gradient, main, make_runner
 from trainer.checkpoint import Checkpoints
-from trainer.ranks import Ranks
+from trainer.distributed.ranks import Ranks
 
 SETTINGS = {"advantage": {"name": "gae", "critic_updates": 2}, "kl": {"coef": 0.05, "estimator": "k1", "place": "reward"}}
 """Two updates, so that the second begins with a head that is not zero."""

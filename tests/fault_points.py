@@ -19,7 +19,7 @@ from typing import Any
 
 from trainer.leader import Leader
 from trainer.objectives.tis import TruncatedIS
-from trainer.step import StepRunner
+from trainer.step.runner import StepRunner
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.normalizers import Normalizer
+from trainer.batching.scope import Scope
 from trainer.objectives import Facts, Objective, SampledTokens
-from trainer.scope import Scope
+from trainer.objectives.normalizers import Normalizer
 
 MU = [[-1.0, -2.0, -0.5], [-0.7, -1.2]]
 PROX = [[-0.9, -1.2, -0.9], [-0.8, -1.5]]

@@ -11,11 +11,11 @@ import torch.distributed as dist
 
 from areal_like.weights.buckets import unflatten
 from tests.trainer_ranks import main
-from trainer.gather import gather_full_state
+from trainer.distributed.ranks import Ranks
+from trainer.models.policy import Policy
+from trainer.models.sharded_weights import gather_full_state
 from trainer.optimizer import local
-from trainer.policy import Policy
-from trainer.ranks import Ranks
-from trainer.snapshot import Freezer, Snapshot
+from trainer.weight_sync.snapshot import Freezer, Snapshot
 
 
 def received(snapshot: Snapshot) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from areal_like.weights.buckets import cut_buckets, flatten, spec_of
-from trainer.snapshot import Whole
+from trainer.weight_sync.snapshot import Whole
 
 
 class Held:

@@ -11,9 +11,9 @@ import pytest
 from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
 from tests.trainer_helpers import random_groups
-from trainer.advantages import ADVANTAGES, Advantage
-from trainer.scope import Scope
-from trainer.shaping import SHAPINGS, Shaping, Standing
+from trainer.advantages.base import ADVANTAGES, Advantage
+from trainer.advantages.reward_shaping import SHAPINGS, Shaping, Standing
+from trainer.batching.scope import Scope
 
 
 def graded(rewards: Sequence[float], *, lengths: Sequence[int] | None = None) -> list[Trajectory]:

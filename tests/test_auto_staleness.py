@@ -16,7 +16,7 @@ from areal_like.runtime.command_line import load_config
 from buffer.settings import LedgerSettings
 from buffer.tickets import Drop
 from tests.ledger_plant import Plant, PlantServer, add_server, beat, deliver, done, new_ledger
-from trainer.staleness import WINDOW_STEPS, StalenessController
+from trainer.adaptive_staleness import WINDOW_STEPS, StalenessController
 
 TARGET = 0.7
 

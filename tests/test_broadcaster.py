@@ -27,10 +27,10 @@ from areal_like.wire.messages.weights import (
     WeightsOk,
 )
 from tests.snapshots import Held
-from trainer.broadcaster import Broadcaster, NcclTrial, choose_backend, cohorts_of
-from trainer.epoch import seats_of
-from trainer.members import Member, Shunning
-from trainer.publisher import Publisher, PushReport
+from trainer.weight_sync.broadcaster import Broadcaster, NcclTrial, choose_backend, cohorts_of
+from trainer.weight_sync.group_session import seats_of
+from trainer.weight_sync.publisher import Publisher, PushReport
+from trainer.weight_sync.receivers import Member, Shunning
 
 
 class Receiver:
@@ -218,7 +218,7 @@ def test_nobody_there_is_not_an_error() -> None:
 
 
 def test_a_server_that_was_slow_once_is_tried_again_and_costs_no_versions_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.broadcaster.Shunning", lambda: Shunning(first_s=1.5))
+    monkeypatch.setattr("trainer.weight_sync.broadcaster.Shunning", lambda: Shunning(first_s=1.5))
     versions = iter(range(1, 100))
 
     async def granted(_: Any, *, timeout_s: float) -> VersionGranted:
@@ -241,7 +241,7 @@ def test_a_server_that_was_slow_once_is_tried_again_and_costs_no_versions_meanwh
 
 
 def test_one_that_refuses_costs_the_others_no_further_pushes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.broadcaster.Shunning", lambda: Shunning(first_s=3.0))
+    monkeypatch.setattr("trainer.weight_sync.broadcaster.Shunning", lambda: Shunning(first_s=3.0))
     versions = iter(range(1, 100))
 
     async def granted(_: Any, *, timeout_s: float) -> VersionGranted:

@@ -23,19 +23,19 @@ from benchmarks.staleness_cell import Sampler
 from tests.critic_ranks import SETTINGS
 from tests.trainer_helpers import random_groups, run_ranks, write_model
 from tests.trainer_ranks import last_gradient, make_runner
-from trainer.advantages import ADVANTAGES, FloatArray
+from trainer.advantages.base import ADVANTAGES, FloatArray
+from trainer.advantages.critic import Critic, value_loss
+from trainer.advantages.gae import Gae, gae
+from trainer.batching.packing import Sample
 from trainer.checkpoint import CRITIC_FILE, Checkpoints
-from trainer.clock import PhaseClock
-from trainer.critic import Critic, value_loss
-from trainer.diagnostics import StepTotals
-from trainer.gae import Gae, gae
-from trainer.gather import gather_full_state
-from trainer.packing import Sample
-from trainer.policy import build_policy
-from trainer.ranks import Ranks
-from trainer.series import TrainerSeries
-from trainer.step import StepRunner
-from trainer.tiny_model import build_tiny_model
+from trainer.distributed.ranks import Ranks
+from trainer.metrics.phase_timer import PhaseClock
+from trainer.metrics.prometheus import TrainerSeries
+from trainer.metrics.step_totals import StepTotals
+from trainer.models.policy import build_policy
+from trainer.models.sharded_weights import gather_full_state
+from trainer.models.tiny import build_tiny_model
+from trainer.step.runner import StepRunner
 
 PLAIN = {"advantage": {"name": "gae"}}
 

@@ -27,9 +27,9 @@ from tests.ledger_plant import add_server, deliver, done, new_ledger, trajectory
 from tests.rollout_harness import ServerProcess
 from tests.trainer_helpers import random_groups, write_model
 from tests.trainer_ranks import last_gradient, make_runner
-from trainer.advantages import Advantage
-from trainer.ranks import Ranks
-from trainer.tiny_model import build_tiny_model
+from trainer.advantages.base import Advantage
+from trainer.distributed.ranks import Ranks
+from trainer.models.tiny import build_tiny_model
 
 
 def leases_of(ledger: Ledger) -> list[Lease]:

@@ -11,7 +11,7 @@ from areal_like.runtime.imports import torch_hidden
 from rollout_server.prompts import PromptRenderer
 from rollout_server.tasks import Example
 from tests.launching import ROOT
-from trainer.tiny_model import build_tiny_model
+from trainer.models.tiny import build_tiny_model
 
 PROMPTS: list[str | list[dict[str, str]]] = ["3 1 2", [{"role": "user", "content": "3 1"}, {"role": "user", "content": "2"}]]
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"

@@ -25,7 +25,7 @@ from launch.restarts import Phase, Restarts
 from launch.rundir import open_run
 from launch.scale import _free_name, buffer_settings
 from launch.view import Eta, duration, number, picture, plain_line
-from trainer.start import start_ranks
+from trainer.distributed.spawn import start_ranks
 
 
 def test_restart_delays_double_then_give_up() -> None:

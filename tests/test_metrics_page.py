@@ -17,11 +17,11 @@ from rollout_server.stats import ServerStats
 from tests.launching import ROOT
 from tests.trainer_helpers import random_groups, write_model
 from tests.trainer_ranks import make_runner
-from trainer.lags import LagTally
+from trainer.distributed.ranks import Ranks
+from trainer.metrics.lag import LagTally
+from trainer.metrics.prometheus import TrainerSeries
+from trainer.metrics.run_files import step_row
 from trainer.objectives import OBJECTIVES
-from trainer.ranks import Ranks
-from trainer.report import step_row
-from trainer.series import TrainerSeries
 
 PAGE = (ROOT / "docs" / "metrics.md").read_text()
 OF_THE_LEADER = {"max_staleness", "freeze_s", "push_s", "weights_version", "weights_step", "eval_reward"}

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from tests.objective_helpers import NORMALIZERS, Rows, evaluate, tokens_of
+from trainer.batching.scope import Scope
 from trainer.objectives import OBJECTIVES, Objective, SampledTokens, build_objective
 from trainer.objectives.base import Facts
-from trainer.scope import Scope
 
 REGISTERED: list[dict[str, Any]] = [{"name": name} for name in OBJECTIVES.names() if not OBJECTIVES.build({"name": name}).late_coefficients]
 VARIANTS: list[dict[str, Any]] = [

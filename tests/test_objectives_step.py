@@ -21,12 +21,12 @@ from areal_like.wire.messages.consumer import Group
 from areal_like.wire.records import Record
 from tests.trainer_helpers import dense_logprobs, random_groups, run_ranks, write_model
 from tests.trainer_ranks import last_gradient, make_runner
-from trainer.lags import LagTally
+from trainer.batching.packing import Sample, collate
+from trainer.distributed.ranks import Ranks
+from trainer.metrics.lag import LagTally
+from trainer.models.policy import Policy, build_policy
 from trainer.objectives import OBJECTIVES
-from trainer.packing import Sample, collate
-from trainer.policy import Policy, build_policy
-from trainer.ranks import Ranks
-from trainer.step import StepRunner
+from trainer.step.runner import StepRunner
 
 DIAGNOSTICS = (
     *("ess_ratio", "log_w_mean", "log_w_std", "kl_k3", "clipped_fraction", "kept_fraction", "entropy", "grad_norm", "lr", "lr_scale"),

@@ -169,8 +169,8 @@ def test_an_objective_of_ones_own_is_named_by_its_path() -> None:
         ({"name": "tis", "normalize": "yes"}, "want bool"),
         ({"_target_": "nowhere.Mine"}, "No module named 'nowhere'"),
         ({"_target_": "Mine"}, "write module.Class"),
-        ({"_target_": "trainer.step.Nothing"}, "has no Nothing"),
-        ({"_target_": "trainer.step.StepRunner"}, "not a subclass of"),
+        ({"_target_": "trainer.step.runner.Nothing"}, "has no Nothing"),
+        ({"_target_": "trainer.step.runner.StepRunner"}, "not a subclass of"),
     ],
 )
 def test_mistakes_are_named(settings: dict[str, Any], message: str) -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from areal_like.errors import ConfigError
 from areal_like.trajectory import FinishReason, Trajectory
-from trainer.packing import MicroBatch, Packer, Sample, collate, num_targets
+from trainer.batching.packing import MicroBatch, Packer, Sample, collate, num_targets
 
 BUDGET = 32
 

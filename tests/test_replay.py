@@ -10,7 +10,7 @@ import pytest
 from areal_like.errors import ConfigError
 from areal_like.runtime.command_line import load_config
 from tests.launching import areal_like
-from trainer.recording import Recording
+from trainer.replay.recording import Recording
 
 pytestmark = [pytest.mark.timeout(480), pytest.mark.slow]
 SMALL = (

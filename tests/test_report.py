@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from trainer.report import WARM_UP_STEPS, MetricsFile
+from trainer.metrics.run_files import WARM_UP_STEPS, MetricsFile
 
 
 def row(step: int) -> dict[str, Any]:

@@ -27,8 +27,8 @@ from areal_like.wire.messages.producer import AbortLeases, Purpose, ReturnLeases
 from rollout_server.task_sort import SortTask
 from tests.rollout_harness import PlayedBuffer, ServerProcess, descendants, is_alive, job, serving, wait_until
 from tests.snapshots import Held
-from trainer.broadcaster import Broadcaster, PushOutcome
-from trainer.tiny_model import build_tiny_model, character_tokenizer
+from trainer.models.tiny import build_tiny_model, character_tokenizer
+from trainer.weight_sync.broadcaster import Broadcaster, PushOutcome
 
 pytestmark = pytest.mark.timeout(90)
 

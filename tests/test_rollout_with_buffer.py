@@ -14,7 +14,7 @@ from areal_like.wire.messages.consumer import GetBooks, Group, RequestEval, Star
 from rollout_server.task_sort import SortTask
 from tests.buffer_harness import BufferProcess, PlayedTrainer, connected, running_buffer, trainer_hello
 from tests.rollout_harness import ServerProcess
-from trainer.tiny_model import build_tiny_model, character_tokenizer
+from trainer.models.tiny import build_tiny_model, character_tokenizer
 
 NUM_STEPS = 12
 SETTINGS: dict[str, Any] = {

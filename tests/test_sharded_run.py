@@ -23,7 +23,7 @@ from launch.scale import servers_of
 from tests.buffer_harness import ROOT, BufferProcess
 from tests.chaos.plant import books_of, chaos_job, check_books, check_groups, train
 from tests.launching import launcher, num_steps_done, processes_of, wait_until
-from trainer.link import BufferLink
+from trainer.buffer_client.client import BufferLink
 
 pytestmark = pytest.mark.timeout(150)
 

@@ -34,7 +34,7 @@ from buffer.service.peers import PeerBook
 from buffer.settings import LedgerSettings
 from tests.ledger_plant import add_server, beat, deliver, done
 from tests.row_store import RowStore
-from trainer.buffers import ask_buffers, merge_streams, split_stream
+from trainer.buffer_client.shards import ask_buffers, merge_streams, split_stream
 
 counts = st.integers(1, 9)
 

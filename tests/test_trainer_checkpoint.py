@@ -17,8 +17,8 @@ from tests.small_disk import small_disk
 from tests.trainer_helpers import random_groups, run_ranks, write_model
 from tests.trainer_ranks import make_runner
 from trainer.checkpoint import Checkpoints
-from trainer.gather import freeze, gather, gather_full_state
-from trainer.ranks import Ranks
+from trainer.distributed.ranks import Ranks
+from trainer.models.sharded_weights import freeze, gather, gather_full_state
 
 
 @pytest.fixture

@@ -25,10 +25,10 @@ from areal_like.wire.messages.hello import Goodbye, Hello, Ok, Welcome
 from tests.buffer_harness import ROOT, BufferProcess, job
 from tests.trainer_helpers import write_model
 from tests.trainer_ranks import make_runner
+from trainer.buffer_client.client import BufferLink
 from trainer.checkpoint import Checkpoints
-from trainer.joining import device_of
-from trainer.link import BufferLink
-from trainer.ranks import Ranks
+from trainer.distributed.process_group import device_of
+from trainer.distributed.ranks import Ranks
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -144,7 +144,7 @@ class PlayedBuffer:
 
 
 def test_a_request_whose_answer_was_lost_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.link._ASK_AGAIN_S", 0.3)
+    monkeypatch.setattr("trainer.buffer_client.client._ASK_AGAIN_S", 0.3)
     asked: list[Any] = []
 
     def answer(message: Any) -> Any:

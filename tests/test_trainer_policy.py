@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
 from tests.trainer_helpers import ARCHITECTURES, dense_logprobs, random_groups, write_model
-from trainer.packing import PackedBatch, Sample, collate
-from trainer.policy import Policy
+from trainer.batching.packing import PackedBatch, Sample, collate
+from trainer.models.policy import Policy
 
 
 def packed(trajectories: list[Trajectory]) -> PackedBatch:

@@ -19,16 +19,16 @@ from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
 from tests.trainer_helpers import dense_logprobs, random_groups, run_ranks, write_model
 from tests.trainer_ranks import DTYPES, SHARES, last_gradient, make_runner
-from trainer.advantages import ADVANTAGES, Advantage, DrGrpo
-from trainer.gather import gather_full_state
-from trainer.normalizers import Normalizer
+from trainer.advantages.base import ADVANTAGES, Advantage, DrGrpo
+from trainer.batching.packing import Sample, collate
+from trainer.batching.scope import Scope
+from trainer.distributed.ranks import Ranks
+from trainer.models.policy import Policy, build_policy
+from trainer.models.sharded_weights import gather_full_state
 from trainer.objectives import Facts, Need, Reinforce, SampledTokens, TokenLosses
+from trainer.objectives.normalizers import Normalizer
 from trainer.optimizer import ShardedAdamW
-from trainer.packing import Sample, collate
-from trainer.policy import Policy, build_policy
-from trainer.ranks import Ranks
-from trainer.scope import Scope
-from trainer.step import StepRunner
+from trainer.step.runner import StepRunner
 
 MODELS = {"float64": "gpt2", "float32": "qwen3"}
 """RMSNorm computes in float32 in any dtype, so only LayerNorm can show that nothing else rounds."""

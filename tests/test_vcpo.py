@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from areal_like.config import KlConfig
 from areal_like.errors import ConfigError
 from tests.objective_helpers import ADVANTAGES, REWARDS, published, tokens_of
-from trainer.baselines import optimal_baseline
-from trainer.ghost_norms import GhostTape
-from trainer.normalizers import Normalizer
+from trainer.batching.packing import PackedBatch
+from trainer.batching.scope import Scope
+from trainer.distributed.ranks import Ranks
+from trainer.gradients.ghost_tape import GhostTape
+from trainer.gradients.optimal_baseline import optimal_baseline
+from trainer.gradients.per_sequence import SequenceGradients
+from trainer.gradients.segment_rows import Rows
 from trainer.objectives import OBJECTIVES, SampledTokens, build_objective
+from trainer.objectives.normalizers import Normalizer
 from trainer.objectives.vcpo import Vcpo
-from trainer.packing import PackedBatch
-from trainer.ranks import Ranks
-from trainer.scope import Scope
-from trainer.segment_rows import Rows
-from trainer.sequence_gradients import SequenceGradients
 
 ONE_RANK = cast(Ranks, SimpleNamespace(sum=lambda values: values))
 

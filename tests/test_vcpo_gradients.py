@@ -17,9 +17,9 @@ from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
 from tests.trainer_helpers import dense_logprobs, random_groups, run_ranks, write_model
 from tests.vcpo_ranks import VARIANTS, gradient_of, make_runner, shares_of
-from trainer.ghost_norms import GhostTape
-from trainer.ranks import Ranks
-from trainer.segment_rows import Rows
+from trainer.distributed.ranks import Ranks
+from trainer.gradients.ghost_tape import GhostTape
+from trainer.gradients.segment_rows import Rows
 
 CAP = 2.0
 """Low enough to truncate some of the random sequences."""

@@ -17,9 +17,9 @@ from tests.objective_helpers import published
 from tests.test_vcpo_gradients import assert_same_gradient
 from tests.trainer_helpers import random_groups, write_model
 from tests.vcpo_ranks import gradient_of, make_runner
+from trainer.distributed.ranks import Ranks
+from trainer.metrics.prometheus import TrainerSeries
 from trainer.objectives import build_objective
-from trainer.ranks import Ranks
-from trainer.series import TrainerSeries
 
 CAP = 2.0
 Keeps = Callable[[Trajectory, Tensor], Tensor]

@@ -17,7 +17,7 @@ from areal_like.wire.messages.consumer import ServerEntry
 from areal_like.wire.messages.weights import Alive, AskAlive, DissolveGroup, FormGroup, PushChecksums, PushWeights, WeightsOk
 from tests.launching import ROOT
 from tests.snapshots import Held
-from trainer.broadcaster import Broadcaster
+from trainer.weight_sync.broadcaster import Broadcaster
 
 # One tensor-parallel rank, as SGLang's: it joins at rank_offset + its own rank, receives every bucket and says what came.
 RANK = """

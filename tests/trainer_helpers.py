@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from areal_like.trajectory import FinishReason, Trajectory
-from trainer.tiny_model import character_tokenizer
+from trainer.models.tiny import character_tokenizer
 
 VOCAB = 41
 """Odd, so that two ranks hold unequal shards of the embedding."""

@@ -21,18 +21,18 @@ from torch import Tensor
 from areal_like.config import KlConfig
 from areal_like.runtime.process import die_with_parent
 from tests.trainer_helpers import random_groups
-from trainer.advantages import ADVANTAGES, Advantage
+from trainer.advantages.base import ADVANTAGES, Advantage
+from trainer.advantages.critic import Critic, ValueModel
+from trainer.advantages.gae import Gae
+from trainer.advantages.reward_shaping import SHAPINGS
 from trainer.checkpoint import Checkpoints
-from trainer.critic import Critic, ValueModel
-from trainer.gae import Gae
-from trainer.gather import gather, gather_full_state, shards_of
-from trainer.normalizers import Normalizer
+from trainer.distributed.ranks import Ranks
+from trainer.models.policy import Policy
+from trainer.models.sharded_weights import gather, gather_full_state, shards_of
 from trainer.objectives import build_objective
+from trainer.objectives.normalizers import Normalizer
 from trainer.optimizer import ShardedAdamW
-from trainer.policy import Policy
-from trainer.ranks import Ranks
-from trainer.shaping import SHAPINGS
-from trainer.step import StepRunner
+from trainer.step.runner import StepRunner
 
 SHARES = {"even": [0, 1, 0, 1, 0, 1, 0, 1], "uneven": [0, 0, 0, 1, 0, 0, 0, 0], "one-sided": [0] * 8}
 """Which rank gets each group."""

@@ -13,13 +13,13 @@ from torch import Tensor
 from areal_like.trajectory import Trajectory
 from tests.trainer_helpers import random_groups
 from tests.trainer_ranks import SHARES, last_gradient, main
-from trainer.advantages import Grpo
-from trainer.normalizers import Normalizer
+from trainer.advantages.base import Grpo
+from trainer.distributed.ranks import Ranks
+from trainer.models.policy import Policy
 from trainer.objectives import build_objective
+from trainer.objectives.normalizers import Normalizer
 from trainer.optimizer import ShardedAdamW
-from trainer.policy import Policy
-from trainer.ranks import Ranks
-from trainer.step import StepRunner
+from trainer.step.runner import StepRunner
 
 VARIANTS: dict[str, dict[str, Any]] = {
     f"{norms}-{baseline}": {"norms": norms, "baseline": baseline}

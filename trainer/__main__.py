@@ -14,7 +14,7 @@ from areal_like.errors import UserError
 from areal_like.runtime.command_line import load_config, shows_help
 from areal_like.runtime.imports import uncollected
 from areal_like.runtime.process import die_with_launcher, die_with_parent
-from trainer.start import start_ranks
+from trainer.distributed.spawn import start_ranks
 
 
 def main(argv: Sequence[str]) -> int:

@@ -37,12 +37,12 @@ from transformers import AutoTokenizer
 
 from areal_like.errors import ConfigError, DiskFullError
 from areal_like.weights.snapshots_on_disk import STATE_FILE
-from trainer.critic import Critic
-from trainer.gather import MODEL_PREFIX, gather, row_range, shards_of
+from trainer.advantages.critic import Critic
+from trainer.distributed.ranks import Ranks
+from trainer.models.packed_model import PackedModel
+from trainer.models.policy import Policy
+from trainer.models.sharded_weights import MODEL_PREFIX, gather, row_range, shards_of
 from trainer.optimizer import MOMENTS, ShardedAdamW
-from trainer.packed_model import PackedModel
-from trainer.policy import Policy
-from trainer.ranks import Ranks
 
 log = logging.getLogger(__name__)
 

@@ -26,16 +26,16 @@ from areal_like.errors import ConfigError, UserError
 from areal_like.paths import RunPaths, model_path
 from areal_like.runtime.daemon import DrainSignals, configure_logging, exit_code_of
 from areal_like.weights.snapshots_on_disk import VERSION_KEY
+from trainer.buffer_client.client import BufferLink, StopRequestedError
 from trainer.checkpoint import Checkpoints, remove_partials
-from trainer.joining import device_of, join_ranks
-from trainer.lags import LagTally
+from trainer.distributed.process_group import device_of, join_ranks
+from trainer.distributed.ranks import Ranks
 from trainer.leader import Leader
-from trainer.link import BufferLink, StopRequestedError
-from trainer.policy import build_policy
-from trainer.ranks import Ranks
-from trainer.recipe import Recipe
-from trainer.snapshot import Freezer, Snapshot
-from trainer.step import IncompleteStepError, StepRunner
+from trainer.metrics.lag import LagTally
+from trainer.models.policy import build_policy
+from trainer.step.recipe import Recipe
+from trainer.step.runner import IncompleteStepError, StepRunner
+from trainer.weight_sync.snapshot import Freezer, Snapshot
 
 log = logging.getLogger(__name__)
 

@@ -26,13 +26,13 @@ from areal_like.wire.messages.consumer import (
     StartTraining,
     VersionGranted,
 )
-from trainer.broadcaster import Broadcaster
-from trainer.link import BufferLink, StopRequestedError
-from trainer.publisher import Publisher, PushReport
-from trainer.report import WARM_UP_STEPS, MetricsFile, step_row, write_summary
-from trainer.series import TrainerSeries
-from trainer.snapshot import Snapshot
-from trainer.staleness import StalenessController
+from trainer.adaptive_staleness import StalenessController
+from trainer.buffer_client.client import BufferLink, StopRequestedError
+from trainer.metrics.prometheus import TrainerSeries
+from trainer.metrics.run_files import WARM_UP_STEPS, MetricsFile, step_row, write_summary
+from trainer.weight_sync.broadcaster import Broadcaster
+from trainer.weight_sync.publisher import Publisher, PushReport
+from trainer.weight_sync.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 

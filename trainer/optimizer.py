@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from areal_like.config import TrainerConfig
-from trainer.packed_model import PackedModel
-from trainer.ranks import Ranks
+from trainer.distributed.ranks import Ranks
+from trainer.models.packed_model import PackedModel
 
 log = logging.getLogger(__name__)
 

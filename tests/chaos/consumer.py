@@ -11,7 +11,7 @@ import time
 from areal_like.runtime.command_line import load_config
 from areal_like.runtime.process import die_with_parent
 from tests.chaos.plant import check_groups, train
-from trainer.link import BufferLink
+from trainer.buffer_client.client import BufferLink
 
 
 def main() -> None:

@@ -20,8 +20,8 @@ from areal_like.wire.messages.consumer import AllocVersion, Books, CommitStep, C
 from tests.buffer_harness import ROOT, BufferProcess, job
 from tests.chaos.producer import is_invented
 from tests.chaos.proxy import FaultProxy, Faults
-from trainer import link as link_module
-from trainer.link import BufferLink
+from trainer.buffer_client import client as link_module
+from trainer.buffer_client.client import BufferLink
 
 CALL_TIMEOUT_S = 30.0
 ASK_AGAIN_S = 0.5

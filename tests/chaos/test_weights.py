@@ -23,7 +23,7 @@ from rollout_server.episodes import Turnstile
 from rollout_server.weights import WeightReceiver
 from tests.engine_harness import load_model, reference_logprobs, sample, save_model, weights_of
 from tests.snapshots import Held
-from trainer.broadcaster import Broadcaster, PushOutcome
+from trainer.weight_sync.broadcaster import Broadcaster, PushOutcome
 
 PROMPT = [5, 17, 3]
 DEADLINE_S = 20.0

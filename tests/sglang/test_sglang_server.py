@@ -17,8 +17,8 @@ from rollout_server.task_sort import SortTask
 from tests.rollout_harness import PlayedBuffer, descendants, is_alive, job, serving, wait_until
 from tests.sglang.conftest import START_S
 from tests.test_rollout_server import logprobs_under, perturbed, push
-from trainer.broadcaster import PushOutcome
-from trainer.tiny_model import build_tiny_model, character_tokenizer
+from trainer.models.tiny import build_tiny_model, character_tokenizer
+from trainer.weight_sync.broadcaster import PushOutcome
 
 pytestmark = pytest.mark.timeout(900)
 

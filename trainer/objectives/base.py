@@ -36,13 +36,13 @@ import torch
 from torch import Tensor
 
 from areal_like.registry import Registry
-from trainer.advantages import Advantage
-from trainer.gradients import Gradients
-from trainer.scope import Scope
+from trainer.advantages.base import Advantage
+from trainer.batching.scope import Scope
+from trainer.gradients.base import Gradients
 
 if TYPE_CHECKING:
-    from trainer.policy import Policy
-    from trainer.ranks import Ranks
+    from trainer.distributed.ranks import Ranks
+    from trainer.models.policy import Policy
 
 
 class Need(StrEnum):

@@ -3,7 +3,7 @@
     losses = mask * (objective + kl.coef * kl(pi, ref) - entropy_coef * entropy)
 
 `build_objective` returns the bare objective where nothing of this is asked for. KL in the reward is not here: it changes rewards
-before advantages are made (`trainer/rewards.py`).
+before advantages are made (`trainer/step/reward_terms.py`).
 
 Estimators of KL(pi || ref) from a token, x = pi - ref: k1 = x, k2 = x^2 / 2, k3 = exp(-x) - 1 + x (never negative, like k2; unbiased, like
 k1). In a loss their gradients are what matters: on-policy, k2's is that of KL(pi || ref), k3's that of KL(ref || pi), and k1's is zero in
@@ -21,16 +21,16 @@ from torch import Tensor
 
 from areal_like.config import KlConfig
 from areal_like.errors import ConfigError
-from trainer.advantages import Advantage
-from trainer.gradients import Gradients
+from trainer.advantages.base import Advantage
+from trainer.batching.scope import Scope
+from trainer.gradients.base import Gradients
 from trainer.objectives.base import OBJECTIVES, Facts, Need, Objective, SampledTokens, TokenLosses
 from trainer.objectives.importance import MAX_EXPONENT
 from trainer.objectives.masks import MASKS, Mask
-from trainer.scope import Scope
 
 if TYPE_CHECKING:
-    from trainer.policy import Policy
-    from trainer.ranks import Ranks
+    from trainer.distributed.ranks import Ranks
+    from trainer.models.policy import Policy
 
 
 def kl_estimate(log_ratio: Tensor, *, estimator: str) -> Tensor:

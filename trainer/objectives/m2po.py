@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from areal_like.errors import ConfigError
+from trainer.batching.scope import Scope
 from trainer.objectives.base import OBJECTIVES, Facts, Need, Objective, SampledTokens, TokenLosses
 from trainer.objectives.importance import live_ratio_S
-from trainer.scope import Scope
 
 
 @OBJECTIVES.register("m2po")

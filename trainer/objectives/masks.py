@@ -20,9 +20,9 @@ from torch import Tensor
 
 from areal_like.errors import ConfigError
 from areal_like.registry import Registry
+from trainer.batching.scope import Scope
 from trainer.objectives.base import Facts, SampledTokens
 from trainer.objectives.importance import check_level, ratio_S, within_S
-from trainer.scope import Scope
 
 
 @dataclass(frozen=True, kw_only=True)

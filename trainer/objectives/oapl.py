@@ -22,7 +22,7 @@ import torch
 
 from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
-from trainer.advantages import Advantage, FloatArray, rewards_of
+from trainer.advantages.base import Advantage, FloatArray, rewards_of
 from trainer.objectives.base import OBJECTIVES, Facts, Objective, SampledTokens, TokenLosses
 
 

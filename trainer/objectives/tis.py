@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from areal_like.errors import ConfigError
+from trainer.batching.scope import Scope
 from trainer.objectives.base import OBJECTIVES, Facts, Objective, SampledTokens, TokenLosses
 from trainer.objectives.importance import check_level, ratio_S, within_S
-from trainer.scope import Scope
 
 
 @OBJECTIVES.register("reinforce")

@@ -25,17 +25,17 @@ import torch
 from torch import Tensor
 
 from areal_like.errors import ConfigError
-from trainer.baselines import optimal_baseline
-from trainer.ghost_gradients import GhostGradients
-from trainer.gradients import Gradients
+from trainer.batching.scope import Scope
+from trainer.gradients.base import Gradients
+from trainer.gradients.ghost_gradients import GhostGradients
+from trainer.gradients.optimal_baseline import optimal_baseline
+from trainer.gradients.per_sequence import SequenceGradients
 from trainer.objectives.base import OBJECTIVES, Facts, Need, Objective, SampledTokens, TokenLosses
 from trainer.objectives.importance import ess_ratio
-from trainer.scope import Scope
-from trainer.sequence_gradients import SequenceGradients
 
 if TYPE_CHECKING:
-    from trainer.policy import Policy
-    from trainer.ranks import Ranks
+    from trainer.distributed.ranks import Ranks
+    from trainer.models.policy import Policy
 
 _CHOICES = {
     "step_size": ("sqrt", "linear", "none"),

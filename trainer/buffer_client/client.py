@@ -1,0 +1,274 @@
+"""One rank's connection to the buffer (or its shards), seen from the training thread.
+
+The training thread is inside torch most of the time, so a thread of its own runs the event loop: heartbeats, the HTTP plane, group
+prefetch, and (rank 0) the publisher. The training thread meets it only through `call`, `groups` and the flags here.
+
+    LINKED -> troubled (silent, or its disk is full) -> LINKED
+       |         | (restarted: hello, then every request that waits is asked again)
+       +---------+-> lost (silent for `trainer.buffer_timeout_s`, or a newer incarnation took over) -> every wait raises
+
+Time in trouble does not count against the timeouts of requests: they wait for a buffer that comes back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, Self
+
+from areal_like.config import Config
+from areal_like.errors import ArealError, DeadlineError, PeerLostError
+from areal_like.paths import model_path
+from areal_like.runtime.daemon import Runtime
+from areal_like.wire.addresses import buffer_addresses
+from areal_like.wire.fingerprint import dataset_fingerprint, model_fingerprint, shared_settings, tokenizer_fingerprint
+from areal_like.wire.messages.consumer import Directory, Fetch, Group, TrainerHeartbeat
+from areal_like.wire.messages.hello import Goodbye, Hello, Role
+from trainer.buffer_client.connection import Connection
+from trainer.buffer_client.shards import ask_buffers
+
+log = logging.getLogger(__name__)
+
+_ASK_AGAIN_S = 20.0
+_POLL_S = 0.25
+"""How often a blocked training thread looks whether the link was lost or a stop was asked for."""
+
+
+class StopRequestedError(ArealError):
+    """A drain began while the training thread waited for something that it can do without."""
+
+
+class BufferLink:
+    """Use with `with`; all methods are for the training thread."""
+
+    def __init__(self, config: Config, *, rank: int, world_size: int, device: str, incarnation: int) -> None:
+        self.config = config
+        self.rank = rank
+        self.world_size = world_size
+        self.state = "starting"
+        self.step = 0
+        self.stats: dict[str, float] = {}
+        self.directory = Directory(servers=[])
+        self.stop_requested = threading.Event()
+        """Set by a signal, never cleared."""
+        self.give_up = threading.Event()
+        """Set when a draining trainer has waited long enough for its step to fill: `groups` ends early."""
+        self.on_directory: Callable[[], None] = lambda: None
+        """Called in the link's loop when the directory changed."""
+        self.device = device
+        self.incarnation = incarnation
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="link", daemon=True)
+        self._lost: ArealError | None = None
+        self._fetches: dict[tuple[int, int], concurrent.futures.Future[Any]] = {}
+        self._troubled_s = 0.0
+        self.runtime: Runtime
+        self._buffers: list[Connection] = []
+        """In order of shards."""
+        self._heartbeat: asyncio.Task[None]
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        try:
+            self.run(self._open(), name="buffer (hello)", timeout_s=60.0, may_stop=True)
+        except BaseException:  # whatever ended the opening, the loop's thread must not outlive it
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        # Not through run(): the link may be lost, and closing must work all the same.
+        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(timeout=10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=5)
+        if not self._thread.is_alive():
+            self._loop.close()
+
+    @property
+    def positions(self) -> range:
+        """This rank's positions of every step: group j goes to rank j mod M."""
+        return range(self.rank, self.config.trainer.groups_per_step, self.world_size)
+
+    def call(self, message: Any, *, timeout_s: float) -> Any:
+        """Request and answer. Raises as `Link.call`, or when the link is lost."""
+        return self.run(self.call_async(message, timeout_s=timeout_s), name=type(message).__name__, timeout_s=timeout_s + 5)
+
+    async def call_async(self, message: Any, *, timeout_s: float) -> Any:
+        """`call` for coroutines in the link's own loop."""
+        return await ask_buffers(message, [functools.partial(self._ask_one, buffer, timeout_s) for buffer in self._buffers])
+
+    async def _ask_one(self, buffer: Connection, timeout_s: float, message: Any) -> Any:
+        """Asks again now and then: an answer may have been lost with a connection."""
+        deadline_s = self._patient_s() + timeout_s
+        while True:
+            try:
+                return await buffer.call(message, timeout_s=min(_ASK_AGAIN_S, max(0.0, deadline_s - self._patient_s())))
+            except DeadlineError:
+                if self._patient_s() >= deadline_s:
+                    raise
+            # One that cannot write has the question, and would keep an answer for each time that it is asked.
+            while buffer.is_stuck:
+                await asyncio.sleep(_POLL_S)
+
+    def _patient_s(self) -> float:
+        """A clock that stands still while a buffer is in trouble. From any thread."""
+        return time.monotonic() - self._troubled_s
+
+    def submit_call(self, message: Any, *, timeout_s: float) -> concurrent.futures.Future[Any]:
+        """`call` without waiting."""
+        return self.submit(self.call_async(message, timeout_s=timeout_s))
+
+    def fail(self, error: ArealError) -> None:
+        """Ends every wait of the training thread with `error`: something that the link's loop does for it cannot go on."""
+        self._lost = self._lost or error
+
+    def submit(self, coroutine: Coroutine[Any, Any, Any]) -> concurrent.futures.Future[Any]:
+        """Starts a coroutine in the link's loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def run(self, coroutine: Coroutine[Any, Any, Any], *, name: str, timeout_s: float, may_stop: bool = False) -> Any:
+        """Runs a coroutine in the link's loop and waits for it."""
+        return self.wait(self.submit(coroutine), name=name, timeout_s=timeout_s, may_stop=may_stop)
+
+    def wait(self, future: concurrent.futures.Future[Any], *, name: str, timeout_s: float, may_stop: bool = False) -> Any:
+        """Waits for a future of `submit`, but not for a lost buffer; with `may_stop` raises StopRequestedError when a drain begins."""
+        deadline_s = self._patient_s() + timeout_s
+        while True:
+            try:
+                return future.result(timeout=_POLL_S)
+            except concurrent.futures.TimeoutError:
+                if future.done():  # since then, or with a timeout of its own
+                    return future.result()
+            if self._lost is not None:
+                raise self._lost
+            if may_stop and self.stop_requested.is_set():
+                future.cancel()
+                raise StopRequestedError(f"draining while waiting for {name}")
+            if self._patient_s() > deadline_s:
+                future.cancel()
+                raise DeadlineError(f"waited {timeout_s:g} s for {name}")
+
+    def groups(self, step: int) -> Iterator[Group]:
+        """This rank's groups of a step in recorded order, each as soon as the buffer has recorded it.
+
+        The next step's groups are asked for ahead, so that they travel while this one trains. Ends early only after `give_up`.
+        """
+        for ahead in (step, step + 1):
+            if ahead < self.config.trainer.num_steps:
+                for position in self.positions:
+                    self._ask(ahead, position)
+        for position in self.positions:
+            future = self._fetches[step, position]
+            with self.runtime.waits(f"buffer: group {position} of step {step}"):
+                group = self._wait_group(future, step=step, position=position)
+            if group is None:
+                return
+            del self._fetches[step, position]
+            yield group
+
+    def _ask(self, step: int, position: int) -> None:
+        if (step, position) not in self._fetches:
+            self._fetches[step, position] = self.submit(self._fetch(Fetch(step=step, position=position)))
+
+    async def _fetch(self, request: Fetch) -> Group:
+        group = await self.call_async(request, timeout_s=math.inf)  # `_wait_group` bounds the wait
+        assert isinstance(group, Group)
+        return group
+
+    def _wait_group(self, future: concurrent.futures.Future[Any], *, step: int, position: int) -> Group | None:
+        deadline_s = self._patient_s() + self.config.trainer.fetch_timeout_s
+        while not future.done():
+            if self._lost is not None:
+                raise self._lost
+            if self.give_up.is_set():
+                return None
+            if self._patient_s() > deadline_s:
+                raise DeadlineError(
+                    f"no group {position} of step {step} within trainer.fetch_timeout_s={self.config.trainer.fetch_timeout_s:g}: "
+                    f"servers {[(s.name, s.state, s.weights_version) for s in self.directory.servers]}"
+                )
+            concurrent.futures.wait([future], timeout=_POLL_S)
+        group: Group = future.result()
+        return group
+
+    async def _open(self) -> None:
+        self.runtime = Runtime(self.config, role="trainer", name=f"trainer-{self.rank}")
+        self.runtime.incarnation = self.incarnation
+        await self.runtime.__aenter__()
+        hello = self._hello()
+        for index, address in enumerate(buffer_addresses(self.config)):
+            connection = Connection(
+                address,
+                hello=dataclasses.replace(hello, shard=index, num_shards=self.config.buffer.num_shards),
+                survives=self.config.buffer.durability != "none",
+                max_message_bytes=self.config.buffer.max_message_bytes,
+                on_message=functools.partial(self._on_message, index),
+                fail=self.fail,
+            )
+            self._buffers.append(connection)
+        with self.runtime.waits("buffer: welcome"):
+            await asyncio.gather(*(buffer.register(timeout_s=55.0) for buffer in self._buffers))
+        self._heartbeat = asyncio.create_task(self._beat(), name="heartbeat")
+        self._heartbeat.add_done_callback(self._on_heartbeat_end)
+
+    async def _close(self) -> None:
+        for future in self._fetches.values():
+            future.cancel()
+        if hasattr(self, "_heartbeat"):
+            self._heartbeat.cancel()
+            if self._lost is None:
+                goodbyes = (buffer.call(Goodbye(stats=self.stats), timeout_s=2.0) for buffer in self._buffers)
+                with contextlib.suppress(ArealError):  # we leave all the same
+                    await asyncio.gather(*goodbyes)
+        for buffer in self._buffers:
+            buffer.close()
+        if hasattr(self, "runtime"):
+            await self.runtime.__aexit__()
+
+    def _hello(self) -> Hello:
+        path = model_path(self.config)
+        return Hello(
+            role=Role.TRAINER,
+            name=self.runtime.name,
+            incarnation=self.incarnation,
+            job=self.config.name,
+            model=model_fingerprint(path),
+            tokenizer=tokenizer_fingerprint(path),
+            dataset=dataset_fingerprint(self.config),
+            settings=shared_settings(self.config, Role.TRAINER),
+            http_address=f"{self.config.daemon.http_host}:{self.runtime.http_port}",
+            device=self.device,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+
+    async def _beat(self) -> None:
+        while True:
+            for buffer in self._buffers:
+                buffer.send(TrainerHeartbeat(state=self.state, step=self.step, stats=self.stats))
+            beaten_s = self._loop.time()
+            await asyncio.sleep(self.config.daemon.heartbeat_s)
+            if any(buffer.is_troubled for buffer in self._buffers):
+                self._troubled_s += self._loop.time() - beaten_s
+            for buffer in self._buffers:
+                if buffer.silent_s > self.config.trainer.buffer_timeout_s:
+                    self.fail(PeerLostError(f"the buffer at {buffer.address} has been silent for {buffer.silent_s:.0f} s"))
+
+    def _on_heartbeat_end(self, task: asyncio.Task[None]) -> None:
+        # Nobody awaits it, and without it the buffer takes us for dead while we train on.
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("the heartbeat ended", exc_info=error)
+            self.fail(ArealError(f"no more heartbeats are sent: {type(error).__name__}: {error}"))
+
+    def _on_message(self, shard: int, message: Any) -> None:
+        if isinstance(message, Directory) and shard == 0:
+            self.directory = message
+            self.on_directory()

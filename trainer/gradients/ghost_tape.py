@@ -1,0 +1,151 @@
+"""Norms of single sequences' gradients, and any weighted sum of those gradients, from one backward over a whole micro-batch.
+
+A layer's parameter gradient is a sum over tokens of its inputs times its output gradients. `GhostTape` keeps both (`x`, `e`) instead of
+multiplying them, for every layer that has parameters, and then knows for each sequence i, whose tokens never mix with others':
+
+    Linear          ||E_i^T X_i||^2 = sum_tt' (X_i X_i^T * E_i E_i^T)_tt', or the product itself where that is smaller ("ghost norm")
+    Embedding       the same with one-hot inputs: rows of equal tokens are added up first
+    tied to a head  plus twice <E_i^T X_i, embedding's gradient of i>: one parameter, one gradient
+    norms, biases   a vector each, so simply computed
+
+and, once coefficients c_i are known, `sum_i c_i g_i` as `(c E)^T X`: the very product that autograd would have made, made later. So
+norms cost their Gram matrices and nothing is run twice. The price is memory: the inputs and output gradients of all layers of a micro-batch
+exist together, those of the head (tokens times vocabulary) too; `trainer.tokens_per_microbatch` bounds it.
+
+Layers known: torch's Linear, Embedding and LayerNorm; transformers' Conv1D; any module with one vector `weight` that multiplies
+its output. A trainable parameter anywhere else is refused by name.
+
+Shape suffixes: T rows (tokens), S rows that the head reads, N sequences, n sequences of one block, L longest of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from areal_like.errors import ConfigError
+from trainer.gradients.ghost_layers import Embedding, Layer, Matrix, layer_of, wide
+from trainer.gradients.segment_rows import Rows
+
+
+class GhostTape:
+    """Records one backward at a time.
+
+    attach() -> [forward, backward -> squares() -> combined(), once or more -> clear()]* -> detach()
+
+    While attached, a backward leaves no gradient in any `.grad`.
+    """
+
+    def __init__(self, model: nn.Module, *, head: nn.Module | None = None) -> None:
+        """`head`: the module whose rows are `head_rows`. Raises ConfigError naming trainable parameters in layers it does not know."""
+        self._layers: list[Layer] = []
+        self._reached: list[Layer] = []
+        names = {id(param): name for name, param in model.named_parameters()}
+        known: set[str] = set()
+        for path, module in model.named_modules():
+            own = {key: names[id(param)] for key, param in module.named_parameters(recurse=False) if param.requires_grad}
+            layer = layer_of(module) if own else None
+            if layer is not None:
+                layer.path, layer.names, layer.is_head, layer.reached = path, own, module is head, self._reached
+                self._layers.append(layer)
+                known |= set(own.values())
+        if unknown := [name for name, param in model.named_parameters() if param.requires_grad and name not in known]:
+            raise ConfigError(f"objective.norms=ghost does not know the layers of {', '.join(unknown[:3])}: use exact or proxy")
+        self._tied = list(_tied(self._layers))
+
+    def attach(self) -> None:
+        """Puts recording forwards in the place of the layers' own."""
+        for layer in self._layers:
+            layer.module.forward = layer.forward
+
+    def detach(self) -> None:
+        """Gives every layer its own forward back."""
+        for layer in self._layers:
+            del layer.module.forward
+        self.clear()
+
+    @torch.no_grad()
+    def squares(self, rows: Rows, head_rows: Rows, *, read_S: Tensor | None = None) -> Tensor:
+        """[N] float64: each sequence's squared gradient norm over all parameters, from the backward that was just run.
+
+        `read_S`: which of `rows` the head reads, `head_rows` in their order. Layers above the last attention then work on those alone.
+        """
+        self._assign(rows, head_rows, read_S)
+        total_N = torch.zeros(len(rows.lengths), dtype=torch.float64, device=rows.segment_T.device)
+        grams: dict[int, list[Tensor]] = {}
+        for layer in self._reached:
+            total_N += layer.squares(grams).double()
+        for embedding, matrix in self._tied:
+            if embedding in self._reached and matrix in self._reached:
+                total_N += _cross(embedding, matrix).double()
+        return total_N
+
+    def _assign(self, rows: Rows, head_rows: Rows, read_S: Tensor | None) -> None:
+        num_rows = len(rows.segment_T)
+        is_late = read_S is not None and len(read_S) < 0.75 * num_rows
+        if read_S is not None and is_late:
+            unread_T = torch.ones(num_rows, dtype=torch.bool, device=read_S.device).index_fill_(0, read_S, False).nonzero()[:, 0]
+        chosen: dict[int, Tensor] = {}
+        for layer in self._reached:
+            layer.rows = head_rows if layer.is_head else rows
+            if len(layer.e_TO) != len(layer.rows.segment_T):
+                raise ConfigError(f"objective.norms=ghost cannot tell whose tokens {layer.path} sees: use exact or proxy")
+            # From the head down, until attention mixes rows: what the head does not read has no gradient.
+            if layer.is_head or not is_late:
+                continue
+            is_late = float(torch.linalg.vector_norm(layer.e_TO.index_select(0, unread_T), ord=math.inf)) == 0
+            if is_late and read_S is not None:
+                key = layer.x_TI.data_ptr()
+                chosen[key] = chosen[key] if key in chosen else layer.x_TI.index_select(0, read_S)
+                layer.rows, layer.x_TI, layer.e_TO = head_rows, chosen[key], layer.e_TO.index_select(0, read_S)
+
+    @torch.no_grad()
+    def combined(self, coefficient_N: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """(name, sum of coefficient times gradient over sequences) of every parameter that was reached, one at a time; after squares()."""
+        halves: dict[str, Tensor] = {}
+        scaled: dict[int, Tensor] = {}
+        tied = {embedding.names["weight"] for embedding, _ in self._tied}
+        for layer in self._reached:
+            for name, whole in layer.combined(coefficient_N, scaled):
+                if name in tied and name not in halves:
+                    halves[name] = whole
+                else:
+                    yield name, whole + halves.pop(name) if name in tied else whole
+        yield from halves.items()
+
+    def clear(self) -> None:
+        """Forgets the backward that was recorded."""
+        for layer in self._reached:
+            layer.x_TI = layer.e_TO = torch.empty(0)
+        self._reached.clear()
+
+
+def _cross(embedding: Layer, head: Layer) -> Tensor:
+    """[N] twice the inner product of what the two uses of a tied table give each sequence; their blocks hold the same sequences."""
+    out_N = wide(embedding.e_TO).new_zeros(len(embedding.rows.lengths))
+    for mine, theirs in zip(embedding.rows.blocks, head.rows.blocks, strict=True):
+        tokens_nL = mine.pad(embedding.x_TI).squeeze(-1)
+        inner_nSL = torch.bmm(theirs.pad(wide(head.x_TI)), mine.pad(wide(embedding.e_TO)).mT)
+        at_tokens_nSL = head.e_TO[theirs.places_nL[:, :, None], tokens_nL[:, None, :]]
+        real_nSL = theirs.real_nL[:, :, None] & mine.real_nL[:, None, :]
+        out_N.index_add_(0, mine.sequences_n, 2 * (inner_nSL * at_tokens_nSL * real_nSL).sum((1, 2)))
+    return out_N
+
+
+def _tied(layers: Sequence[Layer]) -> Iterator[tuple[Layer, Layer]]:
+    """(embedding, linear layer) that share a table. Raises ConfigError for any other sharing."""
+    users: dict[str, list[Layer]] = {}
+    for layer in layers:
+        for name in layer.names.values():
+            users.setdefault(name, []).append(layer)
+    for name, sharing in users.items():
+        if len(sharing) == 1:
+            continue
+        pair = sorted(sharing, key=lambda layer: isinstance(layer, Matrix))
+        if [type(layer) for layer in pair] != [Embedding, Matrix] or isinstance(pair[1].module, Conv1D):
+            raise ConfigError(f"objective.norms=ghost does not know how {name} is shared: use exact or proxy")
+        yield pair[0], pair[1]

@@ -1,0 +1,85 @@
+"""The trainer's Prometheus series (rank 0)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from areal_like.runtime.metrics import Metrics
+from trainer.weight_sync.publisher import PushReport
+
+_GAUGES = {
+    "loss": "Loss of the last step",
+    "grad_norm": "Gradient norm before clipping",
+    "lr": "Learning rate of the last step, as applied",
+    "lr_scale": "What the objective has multiplied the scheduled learning rate by",
+    "reward": "Mean reward of the last step",
+    "ess_ratio": "Effective sample size over batch size",
+    "log_w_mean": "Mean of the sequences' summed log-ratio of policy and behaviour",
+    "log_w_std": "Standard deviation of the same",
+    "kl_k3": "KL(mu || pi), k3 estimator",
+    "entropy": "Mean entropy of sampled tokens in nats",
+    "mismatch_abs": "Mean |log pi/mu| of tokens sampled by the current weights, the last time there were any: numerical mismatch",
+    "clipped_fraction": "Share of tokens whose weight or loss the objective has cut",
+    "kept_fraction": "Share of tokens that masks have left to learn from",
+    "response_tokens": "Mean sampled tokens of a sample",
+    "prompt_tokens": "Mean tokens of a sample that were not sampled",
+    "truncated_fraction": "Share of samples that ended at the length limit",
+    "zero_advantage_groups": "Groups of the last step without any advantage",
+    "greedy_reward": "Mean reward of the last step's greedy samples (advantage=remax)",
+    "value_loss": "Half the critic's mean squared error in the last step, before its update (advantage=gae)",
+    "explained_variance": "Share of the variance of its targets that the critic explains; 0 is a constant",
+    "critic_grad_norm": "Gradient norm of the critic before clipping",
+    "lag_mean": "Mean lag of the last step's samples in optimizer steps",
+    "max_staleness": "Bound on lag that tickets were admitted under in the last step",
+    "lag_max": "Largest lag of the last step's samples in optimizer steps",
+}
+
+
+class TrainerSeries:
+    """Registers everything at once, so that each series exists from the start."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._gauges = {name: metrics.gauge(f"trainer_{name}", doc) for name, doc in _GAUGES.items()}
+        self._step = metrics.gauge("trainer_step", "Completed optimizer steps")
+        self._tokens = metrics.counter("trainer_tokens", "Sampled tokens trained on")
+        self._seconds = metrics.counter("trainer_seconds", "Seconds of the step loop by phase", label="phase", values=("wait", "work"))
+        self._pushes = metrics.counter("trainer_pushes", "Weight pushes by outcome", label="outcome", values=("ok", "failed"))
+        self._push_bytes = metrics.counter("trainer_push_bytes", "Bytes of weights broadcast")
+        self._push_seconds = metrics.histogram(
+            "trainer_push_seconds", "Seconds from a granted version to its activation", buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
+        )
+        self._recovery_seconds = metrics.histogram(
+            "trainer_push_recovery_seconds",
+            "Longest time that a survivor of a broken broadcast needed to get out of it",
+            buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10),
+        )
+        self._freeze_seconds = metrics.counter("trainer_freeze_seconds", "Time that training stood still to freeze weights for a push")
+        self._version = metrics.gauge("trainer_weights_version", "Newest version active at an engine")
+        self._eval = metrics.gauge("trainer_eval_reward", "Mean held-out greedy reward")
+
+    def stepped(self, step: int, row: dict[str, Any]) -> None:
+        """After a step: its metrics row."""
+        self._step.set(step + 1)
+        for name, gauge in self._gauges.items():
+            value = row.get(name)
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                gauge.set(value)
+        self._tokens.inc(row["tokens_trained"])
+        self._freeze_seconds.inc(row["freeze_s"])
+        self._seconds.labels("wait").inc(row["wait_data_s"])
+        self._seconds.labels("work").inc(max(0.0, row["step_s"] - row["wait_data_s"]))
+
+    def pushed(self, report: PushReport) -> None:
+        """After a push."""
+        self._pushes.labels("ok" if report.num_activated else "failed").inc()
+        self._push_bytes.inc(report.num_bytes)
+        self._push_seconds.observe(report.seconds)
+        if report.recovery_seconds:
+            self._recovery_seconds.observe(report.recovery_seconds)
+        if report.num_activated:
+            self._version.set(report.version)
+
+    def evaluated(self, reward: float) -> None:
+        """After an evaluation."""
+        self._eval.set(reward)

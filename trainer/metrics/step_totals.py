@@ -1,0 +1,121 @@
+"""What one step looked like: sums over micro-batches and ranks that become the step's metrics.
+
+Everything is kept as (sum, count) and reduced once at the end, so that a metric means the same at any number of micro-batches and
+ranks. Sums stay on the device until then: reading a number from a GPU in mid-step would stall it. All ranks must record the same
+names, which is why a rank without data records zeros through its dummy micro-batches.
+
+Shape suffixes: S sampled tokens, N sequences, B sequences of the whole step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from areal_like.trajectory import FinishReason, Trajectory
+from trainer.batching.packing import num_targets
+from trainer.distributed.ranks import Ranks
+from trainer.objectives import SampledTokens, TokenLosses
+from trainer.objectives.importance import MAX_EXPONENT, ess_ratio
+
+
+class StepTotals:
+    """RECORDING -> reduce() -> READABLE"""
+
+    def __init__(self, seeded: Iterable[str] = ()) -> None:
+        """`seeded`: further names that every rank records, even one whose share is empty."""
+        self._sums: dict[str, Tensor | float] = dict.fromkeys((*_SEEDED, *seeded), 0.0)
+        self._counts: dict[str, Tensor | float] = dict.fromkeys((*_SEEDED, *seeded), 0.0)
+        self._log_w: list[Tensor] = []
+
+    def add(self, name: str, total: Tensor | float, *, count: Tensor | float = 1.0) -> None:
+        """Adds to a sum and to its count."""
+        self._sums[name] = self._sums.get(name, 0.0) + total
+        self._counts[name] = self._counts.get(name, 0.0) + count
+
+    def add_vector(self, name: str, values: Tensor, *, live: bool = True) -> None:
+        """Adds a vector's sum, its length being the count; nothing but the name if not `live`."""
+        self.add(name, values.sum() if live else 0.0, count=len(values) if live else 0)
+
+    def recorded(self, group: Sequence[Trajectory]) -> Sequence[Trajectory]:
+        """Records what the task made of a group, and passes it on. A greedy sample is told apart: it is not learned from."""
+        learned = [trajectory for trajectory in group if not trajectory.is_greedy]
+        for trajectory in group:
+            if trajectory.is_greedy:
+                self.add("greedy_reward", trajectory.reward)
+        size = float(len(learned))
+        rewards = [trajectory.reward for trajectory in learned]
+        self.add("num_groups", 1.0)
+        self.add("reward", sum(rewards), count=size)
+        self.add("reward_square", sum(reward * reward for reward in rewards), count=size)
+        targets = [num_targets(trajectory) for trajectory in learned]
+        self.add("response_tokens", float(sum(targets)), count=size)
+        self.add("prompt_tokens", float(sum(t.num_tokens for t in learned) - sum(targets)), count=size)
+        truncated = sum(trajectory.finish_reason is FinishReason.LENGTH for trajectory in learned)
+        self.add("truncated_fraction", float(truncated), count=size)
+        return group
+
+    def observe(self, tokens: SampledTokens, losses: TokenLosses, *, live: bool) -> None:
+        """Records what every objective is watched by, and what this one reports itself."""
+        log_ratio_S = tokens.log_ratio_S
+        # k3: exp(x) - 1 - x with x = log pi/mu, an estimate of KL(mu || pi) that is never negative.
+        kl_S = torch.expm1(log_ratio_S.clamp(-MAX_EXPONENT, MAX_EXPONENT)) - log_ratio_S
+        self.add_vector("kl_k3", kl_S, live=live)
+        self.add_vector("entropy", tokens.entropy_S, live=live)
+        # What differs although the weights are the same is numerics, engine's against trainer's, and nothing else.
+        same_S = tokens.lag_S == 0
+        self.add("mismatch_abs", (log_ratio_S.abs() * same_S).sum() if live else 0.0, count=same_S.sum() if live else 0)
+        # Both fractions exist for every objective, so that runs can be compared: nothing clipped and all kept unless it says otherwise.
+        fractions = {"clipped_fraction": torch.zeros_like(log_ratio_S), "kept_fraction": torch.ones_like(log_ratio_S)}
+        for name, values in (fractions | losses.means).items():
+            self.add_vector(name, values.detach().to(log_ratio_S.dtype), live=live)
+        self._log_w.append(tokens.log_w_N if live else tokens.log_w_N[:0])
+
+    def reduce(self, ranks: Ranks) -> None:
+        """Sums over ranks. Collective; call once."""
+        names = sorted(self._sums)
+        values = [self._sums[n] for n in names] + [self._counts[n] for n in names]
+        table = torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in values])
+        totals = ranks.sum(table).tolist()
+        self._sums = dict(zip(names, totals[: len(names)], strict=True))
+        self._counts = dict(zip(names, totals[len(names) :], strict=True))
+        local = torch.cat(self._log_w) if self._log_w else torch.zeros(0)
+        self.log_w_B = ranks.gather(local.double().cpu())
+        """log W of every sequence that was run, float64, the same on all ranks."""
+
+    def total(self, name: str) -> float:
+        """The sum; 0 if nothing was recorded."""
+        return float(self._sums.get(name, 0.0))
+
+    def mean(self, name: str) -> float:
+        """Sum over count; 0 if nothing was recorded."""
+        count = float(self._counts.get(name, 0.0))
+        return self.total(name) / count if count else 0.0
+
+    def count(self, name: str) -> float:
+        """How many values went into the sum."""
+        return float(self._counts.get(name, 0.0))
+
+    def metrics(self) -> dict[str, float]:
+        """What the step reports of all this: means, counts, and what the sequences' weights look like."""
+        metrics = {name: self.mean(name) for name in self._sums if name not in _HIDDEN}
+        metrics.update({name: self.total(name) for name in _COUNTS})
+        if self.count("mismatch_abs") == 0:
+            metrics.pop("mismatch_abs", None)  # no token of the current weights: nothing is known, which is not zero
+        variance = self.mean("reward_square") - self.mean("reward") ** 2
+        log_w_B = self.log_w_B
+        metrics.update(
+            num_sequences=self.count("reward"),
+            reward_std=max(variance, 0.0) ** 0.5,
+            ess_ratio=ess_ratio(log_w_B),
+            log_w_mean=float(log_w_B.mean()) if len(log_w_B) else 0.0,
+            log_w_std=float(log_w_B.std(correction=0)) if len(log_w_B) else 0.0,
+        )
+        return metrics
+
+
+_COUNTS = ("num_groups", "zero_advantage_groups", "num_tokens", "num_microbatches")
+_HIDDEN = ("loss", "reward_square", "counted_tokens", "counted_seqs")
+_SEEDED = (*_COUNTS, *_HIDDEN, "reward", "response_tokens", "prompt_tokens", "truncated_fraction")

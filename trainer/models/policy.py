@@ -1,0 +1,83 @@
+"""Any causal language model of transformers as a function from a packed batch to log-probs of its sampled tokens, under FSDP2.
+
+The transformer runs over all tokens, its head only over positions whose next token is trained on, `chunk_tokens` rows at a time:
+logits of a whole batch never exist. A chunk's logits are recomputed in the backward (checkpointing) unless there is only one
+chunk, which may as well keep them. What is not about log-probs is in `packed_model.py`.
+
+Shape suffixes: S sampled tokens, C rows of a chunk, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from areal_like.config import Config
+from areal_like.errors import ConfigError
+from trainer.batching.packing import PackedBatch
+from trainer.distributed.ranks import Ranks
+from trainer.models.packed_model import PackedModel
+
+
+class TokenLogProbs(NamedTuple):
+    """What a forward returns. A NamedTuple because FSDP2 looks for gradient-carrying tensors in outputs it can traverse."""
+
+    logprobs_S: Tensor
+    """float32 (or the masters' dtype if wider): log_softmax(logits / temperature) of each sampled token; carries gradient."""
+    entropy_S: Tensor
+    """Entropy of the same distribution, in nats; detached unless `Policy.with_entropy_gradient`."""
+    collision_S: Tensor | None
+    """Sum of its squared probabilities, detached; None unless `Policy.with_collision`."""
+
+
+class Policy(PackedModel):
+    """The model that is trained."""
+
+    def __init__(self, model: Any, *, temperature: float = 1.0, chunk_tokens: int = 1024) -> None:
+        """Takes over a transformers causal LM. Raises ConfigError if its logits are more than head(hidden)."""
+        for name in ("logit_scale", "logits_scaling", "final_logit_softcapping"):
+            if getattr(model.config, name, None) not in (None, 1, 1.0):
+                raise ConfigError(f"{type(model).__name__} scales its logits ({name}), which the trainer does not support")
+        super().__init__(model)
+        self.temperature = temperature
+        self.chunk_tokens = chunk_tokens
+        self.with_collision = False
+        self.with_entropy_gradient = False
+
+    def forward(self, batch: PackedBatch) -> TokenLogProbs:
+        """Log-probs and entropies of the sampled tokens of a packed batch."""
+        hidden_SD = self.hidden(batch)
+        targets_S = batch.tokens_T.index_select(0, batch.sampled_S)
+        if len(targets_S) <= self.chunk_tokens:
+            return TokenLogProbs(*self._head(hidden_SD, targets_S))
+        chunks = zip(torch.split(hidden_SD, self.chunk_tokens), torch.split(targets_S, self.chunk_tokens), strict=True)
+        parts = [checkpoint(self._head, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in chunks]
+        logprobs, entropies, collisions = zip(*parts, strict=True)
+        return TokenLogProbs(torch.cat(logprobs), torch.cat(entropies), torch.cat(collisions) if self.with_collision else None)
+
+    def _head(self, hidden_CD: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        logits_CV = self.model.get_output_embeddings()(hidden_CD)
+        logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+        if self.temperature != 1.0:
+            logits_CV = logits_CV / self.temperature
+        logps_CV = torch.log_softmax(logits_CV, dim=-1)
+        with torch.set_grad_enabled(self.with_entropy_gradient and torch.is_grad_enabled()):
+            probs_CV = logps_CV.exp()
+            entropy_C = -(probs_CV * logps_CV).sum(-1)
+            collision_C = torch.linalg.vector_norm(probs_CV.detach(), dim=-1).square() if self.with_collision else None
+        # A sum and not a squeeze: FSDP2 hangs its backward hook on outputs, which must not be views.
+        return logps_CV.gather(1, targets_C[:, None]).sum(1), entropy_C, collision_C
+
+
+def build_policy(config: Config, path: str, ranks: Ranks) -> Policy:
+    """The sharded policy that a configuration describes, read from `path` (see `areal_like.paths.model_path`)."""
+    policy = Policy.load(
+        path,
+        temperature=config.sampling.temperature,
+        chunk_tokens=config.trainer.logprob_chunk_tokens,
+        gradient_checkpointing=config.trainer.gradient_checkpointing,
+    )
+    return policy.shard(ranks, dtype=config.model.dtype)

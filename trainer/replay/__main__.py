@@ -1,0 +1,152 @@
+"""`python -m trainer.replay --recording RUN --config FILE key=value ...`: trains again from what a run was trained on.
+
+    read the recording -> { recorded groups -> step -> checkpoint now and then } * -> summary
+
+The step is the trainer's own (`StepRunner`), fed with the recorded groups in their places. With the run's own settings every parameter
+comes out as it did there, to the last bit (on a CPU with as many ranks); with another objective it is that objective on the same data,
+which is off-policy by more and more: the study of an estimator, not a run that could have been.
+
+SIGTERM and SIGINT end it after the step at hand, with a checkpoint. Left out: going on with a stopped replay, which takes as long as
+reading on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from areal_like.config import Config
+from areal_like.errors import ConfigError, UserError
+from areal_like.paths import RunPaths, model_path, write_json
+from areal_like.runtime.command_line import load_config
+from areal_like.runtime.daemon import configure_logging, exit_code_of
+from areal_like.runtime.process import die_with_launcher, die_with_parent
+from trainer.checkpoint import Checkpoints
+from trainer.distributed.process_group import device_of, join_ranks
+from trainer.distributed.ranks import Ranks
+from trainer.distributed.spawn import start_ranks
+from trainer.metrics.lag import LagTally
+from trainer.metrics.run_files import MetricsFile, step_row
+from trainer.models.policy import build_policy
+from trainer.replay.recording import Recording
+from trainer.step.recipe import Recipe
+from trainer.step.runner import StepRunner
+
+log = logging.getLogger(__name__)
+
+
+class Replay:
+    """One rank. `run` returns when every recorded step is trained, or a stop was asked for."""
+
+    def __init__(self, config: Config, recording: Recording, ranks: Ranks, *, stopping: threading.Event) -> None:
+        self._config = config
+        self._recording = recording
+        self._ranks = ranks
+        self._stopping = stopping
+        self._started_s = time.monotonic()
+        self._paths = RunPaths.of(config)
+        source = model_path(config)
+        self._policy = build_policy(config, source, ranks)
+        self._runner = StepRunner.of(config, self._policy, ranks, initial=source)
+        self._checkpoints = Checkpoints(self._paths.checkpoints, keep=config.trainer.keep_checkpoints, tokenizer_path=source)
+        self._metrics = MetricsFile(self._paths.metrics, start_step=0) if ranks.rank == 0 else None
+
+    def run(self) -> None:
+        """Every recorded step up to `trainer.num_steps`."""
+        trainer = self._config.trainer
+        num_steps = min(trainer.num_steps, self._recording.num_whole_steps(groups_per_step=trainer.groups_per_step))
+        step = saved_step = 0
+        with contextlib.closing(self._checkpoints):
+            while step < num_steps and not self._ranks.any(self._stopping.is_set()):
+                self._train(step)
+                step += 1
+                if step % trainer.checkpoint_interval == 0:
+                    self._save(step)
+                    saved_step = step
+            if saved_step < step:
+                self._save(step)
+            self._checkpoints.wait()
+        if self._metrics is not None:
+            self._summarise(finished=step == num_steps)
+            self._metrics.close()
+
+    def _train(self, step: int) -> None:
+        trainer = self._config.trainer
+        lags = LagTally(self._config.staleness_cap)
+        positions = range(self._ranks.rank, trainer.groups_per_step, self._ranks.world_size)
+        groups = (lags.counted(group) for group in self._recording.groups(step, positions))
+        metrics: dict[str, Any] = dict(self._runner.run(groups, step=step, num_groups=trainer.groups_per_step, lags=lags.of_tokens))
+        lag_metrics = lags.reduced(self._ranks)
+        if self._metrics is not None:
+            self._metrics.append(step_row(step, metrics | lag_metrics))
+
+    def _save(self, step: int) -> None:
+        extra = {"shaping_duals": self._runner.rewards.duals, "stream": {}}
+        self._checkpoints.save(step, self._policy, self._runner.optimizer, self._ranks, extra=extra)
+
+    def _summarise(self, *, finished: bool) -> None:
+        assert self._metrics is not None
+        account = self._metrics.account()
+        summary = {
+            "finished": finished,
+            "steps": account.num_steps,
+            "reward_first": account.reward_first,
+            "reward_last": account.reward_last,
+            "loss_last": account.loss_last,
+            "tokens_trained": account.tokens_trained,
+            "wall_seconds": round(time.monotonic() - self._started_s, 3),
+        }
+        write_json(self._paths.summary, summary)
+
+
+def _run(config: Config, root: Path) -> None:
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    Recipe.of(config)  # a mistake in the settings is said before anything is loaded
+    torch.set_num_threads(config.trainer.num_threads)
+    device = device_of(config)
+    join_ranks(config, device)
+    try:
+        with contextlib.closing(Recording(root)) as recording:
+            Replay(config, recording, Ranks(device=device), stopping=stopping).run()
+    finally:
+        dist.destroy_process_group()
+
+
+def main(argv: Sequence[str]) -> int:
+    """One rank, or all of them; returns the exit code."""
+    args = list(argv)
+    try:
+        if "--recording" not in args[:-1]:
+            raise ConfigError("--recording: name the directory of the run to replay")
+        at = args.index("--recording")
+        root = Path(args[at + 1])
+        config = load_config(args[:at] + args[at + 2 :])
+    except UserError as error:
+        sys.stderr.write(f"replay: {error}\n")
+        return 2
+    if "RANK" in os.environ:
+        die_with_parent()
+    else:
+        die_with_launcher()
+        if config.trainer.world_size > 1:
+            return start_ranks(argv, world_size=config.trainer.world_size, module="trainer.replay")
+    name = f"replay-{os.environ['RANK']}" if "RANK" in os.environ else "replay"
+    configure_logging(config, name)
+    return exit_code_of(name, lambda: _run(config, root))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
