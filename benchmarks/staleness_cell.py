@@ -35,8 +35,8 @@ from areal_like.trajectory import NOT_SAMPLED, Trajectory
 from rollout_server.engine.core import EngineCore, EngineOptions
 from rollout_server.engine.models.loading import load
 from rollout_server.engine.scheduler import SamplingParams, Sequence
-from rollout_server.prompts import PromptRenderer
-from rollout_server.tasks import Example, Split, make_task
+from rollout_server.episodes.prompt_renderer import PromptRenderer
+from rollout_server.tasks.base import Example, Split, make_task
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy, build_policy
 from trainer.models.sharded_weights import gather_full_state

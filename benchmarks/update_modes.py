@@ -31,14 +31,14 @@ from areal_like.config import Config, WeightsConfig, from_mapping
 from areal_like.trajectory import Trajectory
 from areal_like.wire.messages.consumer import ServerEntry
 from benchmarks.report import table, write
-from rollout_server.engine_client import EngineClient, Sampling
-from rollout_server.engine_process import EmbeddedProcess, EngineProcess
-from rollout_server.episodes import Speaker, Transcript, Turnstile
-from rollout_server.in_place import InPlaceUpdate
-from rollout_server.model_tensors import ModelTensors
-from rollout_server.sglang_client import SglangClient
-from rollout_server.sglang_process import SglangProcess
-from rollout_server.weights import WeightReceiver
+from rollout_server.episodes.base import Speaker, Transcript, Turnstile
+from rollout_server.inference.client import EngineClient, Sampling
+from rollout_server.inference.process import EmbeddedProcess, EngineProcess
+from rollout_server.inference.sglang.checkpoint_shapes import ModelTensors
+from rollout_server.inference.sglang.client import SglangClient
+from rollout_server.inference.sglang.process import SglangProcess
+from rollout_server.weight_sync.in_place import InPlaceUpdate
+from rollout_server.weight_sync.receiver import WeightReceiver
 from tests.snapshots import Held
 from trainer.models.tiny import build_tiny_model
 from trainer.weight_sync.broadcaster import Broadcaster

@@ -35,9 +35,9 @@ from areal_like.config import WeightsConfig, from_mapping
 from areal_like.weights.buckets import checksum, cut_buckets, flatten, spec_of
 from areal_like.wire.messages.consumer import ServerEntry
 from benchmarks.report import ROOT, table, write
-from rollout_server.engine_process import EmbeddedProcess
-from rollout_server.episodes import Turnstile
-from rollout_server.weights import WeightReceiver
+from rollout_server.episodes.base import Turnstile
+from rollout_server.inference.process import EmbeddedProcess
+from rollout_server.weight_sync.receiver import WeightReceiver
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
 from trainer.models.sharded_weights import gather_full_state

@@ -27,20 +27,20 @@ from areal_like.wire.fingerprint import dataset_fingerprint, model_fingerprint, 
 from areal_like.wire.messages.hello import Hello, Role
 from areal_like.wire.messages.producer import Lease, ServerState
 from areal_like.wire.records import BYTES_PER_TOKEN
-from rollout_server.engine_client import EngineClient
-from rollout_server.engine_process import EmbeddedProcess, Engine
-from rollout_server.episodes import SingleTurn, Turnstile
-from rollout_server.in_place import InPlaceUpdate
-from rollout_server.links import BufferLinks
-from rollout_server.model_tensors import ModelTensors
-from rollout_server.prompts import PromptRenderer
-from rollout_server.rewards import RewardPool
-from rollout_server.runner import LeaseRunner
-from rollout_server.sglang_client import SglangClient
-from rollout_server.sglang_process import SglangAtUrl, SglangProcess
-from rollout_server.stats import ServerStats
-from rollout_server.tasks import Task, make_task
-from rollout_server.weights import WeightReceiver
+from rollout_server.buffer_client.shards import BufferLinks
+from rollout_server.episodes.base import SingleTurn, Turnstile
+from rollout_server.episodes.lease_runner import LeaseRunner
+from rollout_server.episodes.prompt_renderer import PromptRenderer
+from rollout_server.inference.client import EngineClient
+from rollout_server.inference.process import EmbeddedProcess, Engine
+from rollout_server.inference.sglang.checkpoint_shapes import ModelTensors
+from rollout_server.inference.sglang.client import SglangClient
+from rollout_server.inference.sglang.process import SglangAtUrl, SglangProcess
+from rollout_server.metrics import ServerStats
+from rollout_server.rewards.pool import RewardPool
+from rollout_server.tasks.base import Task, make_task
+from rollout_server.weight_sync.in_place import InPlaceUpdate
+from rollout_server.weight_sync.receiver import WeightReceiver
 
 log = logging.getLogger(__name__)
 

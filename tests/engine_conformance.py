@@ -16,7 +16,7 @@ import pytest
 
 from areal_like.errors import EngineError
 from areal_like.trajectory import FinishReason
-from rollout_server.engine_client import EngineClient, Sampling
+from rollout_server.inference.client import EngineClient, Sampling
 from tests.engine_harness import (
     CONTEXT,
     EOS,

@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass
 
-from rollout_server.tasks import Example, Split, Task
+from rollout_server.tasks.base import Example, Split, Task
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from areal_like.runtime.imports import torch_hidden
-from rollout_server.prompts import PromptRenderer
-from rollout_server.tasks import Example
+from rollout_server.episodes.prompt_renderer import PromptRenderer
+from rollout_server.tasks.base import Example
 from tests.launching import ROOT
 from trainer.models.tiny import build_tiny_model
 
@@ -19,8 +19,8 @@ TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 IN_A_PROCESS_OF_ITS_OWN = """
 import gc, os, sys
 from areal_like.runtime.imports import torch_hidden, uncollected
-from rollout_server.prompts import PromptRenderer
-from rollout_server.tasks import Example
+from rollout_server.episodes.prompt_renderer import PromptRenderer
+from rollout_server.tasks.base import Example
 before = dict(os.environ)
 with torch_hidden(), uncollected():
     assert not gc.isenabled()

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from areal_like.runtime.metrics import PREFIX, Metrics
 from buffer.service.prometheus import BufferSeries
-from rollout_server.stats import ServerStats
+from rollout_server.metrics import ServerStats
 from tests.launching import ROOT
 from tests.trainer_helpers import random_groups, write_model
 from tests.trainer_ranks import make_runner

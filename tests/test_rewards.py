@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from areal_like.errors import RewardError
-from rollout_server.rewards import RewardPool
-from rollout_server.tasks import Example, Split, Task
+from rollout_server.rewards.pool import RewardPool
+from rollout_server.tasks.base import Example, Split, Task
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -8,9 +8,9 @@ import pytest
 
 from areal_like.errors import EngineError
 from areal_like.trajectory import NOT_SAMPLED, FinishReason
-from rollout_server.engine_client import Generation, Sampling
-from rollout_server.episodes import Episode, SingleTurn, Speaker, Tokenizer, Transcript, Turnstile
-from rollout_server.tasks import Example
+from rollout_server.episodes.base import Episode, SingleTurn, Speaker, Tokenizer, Transcript, Turnstile
+from rollout_server.inference.client import Generation, Sampling
+from rollout_server.tasks.base import Example
 
 EOS = 99
 EXAMPLE = Example(prompt="7=", answer=None)

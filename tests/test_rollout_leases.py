@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from areal_like.trajectory import FinishReason, Trajectory
 from areal_like.wire.messages.producer import Lease, Purpose, SampleAck, SampleDone, SampleFailed
 from areal_like.wire.records import Record
-from rollout_server.leases import LeaseDesk
+from rollout_server.buffer_client.lease_desk import LeaseDesk
 
 CAPACITY = 12
 

@@ -22,8 +22,8 @@ from areal_like.wire.messages.producer import (
     ServerHeartbeat,
     ServerState,
 )
-from rollout_server.leases import LeaseDesk
-from rollout_server.link import BufferLink
+from rollout_server.buffer_client.client import BufferLink
+from rollout_server.buffer_client.lease_desk import LeaseDesk
 
 HELLO = Hello(role=Role.ROLLOUT, name="r", incarnation=1, job="j", model="m", tokenizer="t", dataset="d", http_address="127.0.0.1:1")
 LEASE = Lease(lease_id=1, ticket_id=1, prompt_index=0, purpose=Purpose.TRAIN, sample_indices=[0], seed=0)
@@ -60,7 +60,7 @@ class PlayedBuffer:
 @pytest.mark.timeout(60)
 def test_what_is_sent_to_a_buffer_that_is_away_does_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("_SILENT_AFTER_S", 0.3), ("_RESEND_AFTER_S", 0.05), ("_HELLO_TIMEOUT_S", 0.5)):
-        monkeypatch.setattr(f"rollout_server.link.{name}", value)
+        monkeypatch.setattr(f"rollout_server.buffer_client.client.{name}", value)
 
     async def body() -> None:
         first = PlayedBuffer()
@@ -93,7 +93,7 @@ def test_what_is_sent_to_a_buffer_that_is_away_does_not_pile_up(tmp_path: Path, 
 
 @pytest.mark.timeout(60)
 def test_a_buffer_that_cannot_write_is_not_told_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rollout_server.link._RESEND_AFTER_S", 0.05)
+    monkeypatch.setattr("rollout_server.buffer_client.client._RESEND_AFTER_S", 0.05)
 
     async def body() -> None:
         buffer = PlayedBuffer()

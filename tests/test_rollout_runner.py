@@ -11,11 +11,11 @@ import pytest
 
 from areal_like.config import from_mapping
 from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed
-from rollout_server.episodes import SingleTurn, Turnstile
-from rollout_server.leases import Answer
-from rollout_server.rewards import Reward
-from rollout_server.runner import LeaseRunner
-from rollout_server.tasks import Example, Split, Task
+from rollout_server.buffer_client.lease_desk import Answer
+from rollout_server.episodes.base import SingleTurn, Turnstile
+from rollout_server.episodes.lease_runner import LeaseRunner
+from rollout_server.rewards.pool import Reward
+from rollout_server.tasks.base import Example, Split, Task
 from tests.test_rollout_episodes import CountingEngine, Digits
 
 LIMIT_S = 0.5

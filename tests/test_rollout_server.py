@@ -24,7 +24,7 @@ from areal_like.trajectory import FinishReason, Trajectory
 from areal_like.wire.messages.consumer import ServerEntry
 from areal_like.wire.messages.hello import Goodbye, Hello, JobFailed, Refused
 from areal_like.wire.messages.producer import AbortLeases, Purpose, ReturnLeases, SampleDone, SampleFailed, ServerState
-from rollout_server.task_sort import SortTask
+from rollout_server.tasks.sort import SortTask
 from tests.rollout_harness import PlayedBuffer, ServerProcess, descendants, is_alive, job, serving, wait_until
 from tests.snapshots import Held
 from trainer.models.tiny import build_tiny_model, character_tokenizer

@@ -11,7 +11,7 @@ import pytest
 from areal_like.config import Config
 from areal_like.wire.fingerprint import model_fingerprint, tokenizer_fingerprint
 from areal_like.wire.messages.consumer import GetBooks, Group, RequestEval, StartTraining
-from rollout_server.task_sort import SortTask
+from rollout_server.tasks.sort import SortTask
 from tests.buffer_harness import BufferProcess, PlayedTrainer, connected, running_buffer, trainer_hello
 from tests.rollout_harness import ServerProcess
 from trainer.models.tiny import build_tiny_model, character_tokenizer

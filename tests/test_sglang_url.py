@@ -7,7 +7,7 @@ from pathlib import Path
 from aiohttp import web
 
 from areal_like.config import from_mapping
-from rollout_server.sglang_process import SglangAtUrl
+from rollout_server.inference.sglang.process import SglangAtUrl
 
 
 def test_an_engine_that_is_gone_is_missed_at_once(tmp_path: Path) -> None:

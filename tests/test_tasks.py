@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from areal_like.errors import ConfigError
-from rollout_server.tasks import Example, Split, Task, make_task
+from rollout_server.tasks.base import Example, Split, Task, make_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ def test_bad_settings_are_config_errors(settings: dict[str, object], message: st
 
 
 def test_tasks_import_no_torch() -> None:
-    code = "import sys, rollout_server.task_sort, rollout_server.reward_worker; sys.exit('torch' in sys.modules)"
+    code = "import sys, rollout_server.tasks.sort, rollout_server.rewards.worker; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=30, check=False).returncode == 0
 
 

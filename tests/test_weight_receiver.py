@@ -9,9 +9,9 @@ from aiohttp import web
 from areal_like.weights.buckets import Manifest
 from areal_like.wire.channel import Link, tcp_address
 from areal_like.wire.messages.weights import FormGroup, PushChecksums, PushWeights, WeightsFailed, WeightsOk
-from rollout_server.engine_client import EngineClient
-from rollout_server.episodes import Turnstile
-from rollout_server.weights import WeightReceiver
+from rollout_server.episodes.base import Turnstile
+from rollout_server.inference.client import EngineClient
+from rollout_server.weight_sync.receiver import WeightReceiver
 from tests.snapshots import Held
 
 

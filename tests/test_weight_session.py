@@ -13,7 +13,7 @@ from areal_like.weights.buckets import Bucket, checksum, cut_buckets, flatten, s
 from areal_like.weights.collective import WeightGroup
 from rollout_server.engine.models.base import CausalModel
 from rollout_server.engine.models.loading import load
-from rollout_server.engine.updates import _Session
+from rollout_server.engine.weight_updater import _Session
 from tests.engine_harness import save_model, weights_of
 
 BUCKET_BYTES = 1 << 14

@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
         check_model_path(options.model_path)
         listener = bind(options.host, options.port)
         with uncollected():
-            from rollout_server.engine.app import run  # imports torch and transformers: seconds
+            from rollout_server.engine.http.app import run  # imports torch and transformers: seconds
 
         return run(options, listener)
     except UserError as error:

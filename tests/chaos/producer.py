@@ -25,8 +25,8 @@ from areal_like.wire.fingerprint import dataset_fingerprint, model_fingerprint, 
 from areal_like.wire.messages.hello import Hello, Role
 from areal_like.wire.messages.producer import Lease, SampleDone, ServerState
 from areal_like.wire.records import Record
-from rollout_server import link as link_module
-from rollout_server.links import BufferLinks
+from rollout_server.buffer_client import client as link_module
+from rollout_server.buffer_client.shards import BufferLinks
 
 RESEND_AFTER_S = 0.5
 

@@ -17,10 +17,10 @@ import torch
 from areal_like.config import WeightsConfig, from_mapping
 from areal_like.errors import EngineError
 from areal_like.wire.messages.consumer import ServerEntry
-from rollout_server.engine_client import EngineClient, Generation
-from rollout_server.engine_process import EmbeddedProcess
-from rollout_server.episodes import Turnstile
-from rollout_server.weights import WeightReceiver
+from rollout_server.episodes.base import Turnstile
+from rollout_server.inference.client import EngineClient, Generation
+from rollout_server.inference.process import EmbeddedProcess
+from rollout_server.weight_sync.receiver import WeightReceiver
 from tests.engine_harness import load_model, reference_logprobs, sample, save_model, weights_of
 from tests.snapshots import Held
 from trainer.weight_sync.broadcaster import Broadcaster, PushOutcome

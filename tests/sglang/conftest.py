@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from areal_like.config import Config, from_mapping
-from rollout_server.engine_client import EngineClient
-from rollout_server.sglang_process import SglangProcess
+from rollout_server.inference.client import EngineClient
+from rollout_server.inference.sglang.process import SglangProcess
 from tests.engine_harness import CONTEXT, VOCAB, Engine, save_model
 
 Models = tuple[Path, Path]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rollout_server.sglang_process import find_python
+from rollout_server.inference.sglang.process import find_python
 from tests.launching import launcher, processes_of
 from tests.sglang.conftest import START_S
 from tests.test_launch_run import SMALL

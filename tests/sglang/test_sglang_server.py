@@ -13,7 +13,7 @@ import pytest
 from areal_like.trajectory import Trajectory
 from areal_like.wire.messages.hello import Goodbye
 from areal_like.wire.messages.producer import Purpose, ReturnLeases, SampleDone, ServerState
-from rollout_server.task_sort import SortTask
+from rollout_server.tasks.sort import SortTask
 from tests.rollout_harness import PlayedBuffer, descendants, is_alive, job, serving, wait_until
 from tests.sglang.conftest import START_S
 from tests.test_rollout_server import logprobs_under, perturbed, push

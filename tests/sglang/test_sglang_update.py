@@ -18,12 +18,12 @@ from areal_like.errors import EngineError, WeightSyncError
 from areal_like.weights.buckets import Bucket, Manifest, cut_buckets, flatten, spec_of
 from areal_like.weights.collective import WeightGroup
 from areal_like.wire.messages.weights import PushWeights
-from rollout_server.engine_client import Sampling
-from rollout_server.episodes import Speaker, Transcript, Turnstile
-from rollout_server.in_place import InPlaceUpdate
-from rollout_server.model_tensors import ModelTensors
-from rollout_server.sglang_client import SglangClient
-from rollout_server.sglang_process import SglangAtUrl
+from rollout_server.episodes.base import Speaker, Transcript, Turnstile
+from rollout_server.inference.client import Sampling
+from rollout_server.inference.sglang.checkpoint_shapes import ModelTensors
+from rollout_server.inference.sglang.client import SglangClient
+from rollout_server.inference.sglang.process import SglangAtUrl
+from rollout_server.weight_sync.in_place import InPlaceUpdate
 from tests.engine_conformance import PROMPT, TOLERANCE, until_running
 from tests.engine_harness import VOCAB, Engine, Pusher, error_of, load_model, reference_logprobs, sample, weights_of
 from tests.sglang.conftest import Models

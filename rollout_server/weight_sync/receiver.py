@@ -35,10 +35,10 @@ from areal_like.wire.messages.weights import (
     WeightsFailed,
     WeightsOk,
 )
-from rollout_server.engine_client import EngineClient
-from rollout_server.episodes import Turnstile
-from rollout_server.in_place import InPlaceUpdate
-from rollout_server.sglang_client import SglangClient
+from rollout_server.episodes.base import Turnstile
+from rollout_server.inference.client import EngineClient
+from rollout_server.inference.sglang.client import SglangClient
+from rollout_server.weight_sync.in_place import InPlaceUpdate
 
 log = logging.getLogger(__name__)
 

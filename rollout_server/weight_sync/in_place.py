@@ -26,9 +26,9 @@ from contextlib import AbstractContextManager
 from areal_like.errors import EngineError
 from areal_like.weights.buckets import Manifest
 from areal_like.wire.messages.weights import PushWeights
-from rollout_server.episodes import Turnstile
-from rollout_server.model_tensors import ModelTensors
-from rollout_server.sglang_client import SglangClient
+from rollout_server.episodes.base import Turnstile
+from rollout_server.inference.sglang.checkpoint_shapes import ModelTensors
+from rollout_server.inference.sglang.client import SglangClient
 
 log = logging.getLogger(__name__)
 

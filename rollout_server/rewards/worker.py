@@ -1,4 +1,4 @@
-"""One reward process: `python -m rollout_server.reward_worker`, driven over its stdin and stdout (two ends of a socket) by `rewards.py`.
+"""One reward process: `python -m rollout_server.rewards.worker`, driven over its stdin and stdout (two ends of a socket) by `rewards.py`.
 
     parent -> worker   {"task": {...}, "seed": n}              first frame: which task to import
     worker -> parent   null | "what went wrong"                the task is there, or why not
@@ -27,7 +27,7 @@ import msgpack
 
 from areal_like.errors import ConfigError, RewardError
 from areal_like.runtime.process import die_with_parent
-from rollout_server.tasks import Example, Split, Task, make_task
+from rollout_server.tasks.base import Example, Split, Task, make_task
 
 HEADER = struct.Struct("<I")
 MAX_FRAME_BYTES = 64 << 20

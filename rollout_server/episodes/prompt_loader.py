@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from areal_like.wire.messages.producer import Lease, Purpose
-from rollout_server.episodes import Tokenizer
-from rollout_server.tasks import Example, Split, Task
+from rollout_server.episodes.base import Tokenizer
+from rollout_server.tasks.base import Example, Split, Task
 
 SPLITS: dict[Purpose, Split] = {Purpose.TRAIN: "train", Purpose.EVAL: "eval"}
 Prompt = tuple[Example, NDArray[np.int32]]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from areal_like import sorting
-from rollout_server.tasks import Example, Split, Task
+from rollout_server.tasks.base import Example, Split, Task
 
 _SPLITS = {"train": sorting.Split.TRAIN, "eval": sorting.Split.HELD_OUT}
 

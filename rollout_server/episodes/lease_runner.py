@@ -22,12 +22,12 @@ from areal_like.errors import EngineError, RewardError
 from areal_like.trajectory import Trajectory
 from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed
 from areal_like.wire.records import Record
-from rollout_server.engine_client import EngineClient, Sampling
-from rollout_server.episodes import Episode, Speaker, Tokenizer, Transcript, Turnstile
-from rollout_server.examples import SPLITS, Examples, Prompt
-from rollout_server.leases import Answer
-from rollout_server.rewards import RewardPool
-from rollout_server.tasks import Example, Task
+from rollout_server.buffer_client.lease_desk import Answer
+from rollout_server.episodes.base import Episode, Speaker, Tokenizer, Transcript, Turnstile
+from rollout_server.episodes.prompt_loader import SPLITS, Examples, Prompt
+from rollout_server.inference.client import EngineClient, Sampling
+from rollout_server.rewards.pool import RewardPool
+from rollout_server.tasks.base import Example, Task
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from areal_like.runtime.daemon import WaitBook, cancelled_on_exit
 from areal_like.shards import Shard, all_shards
 from areal_like.wire.messages.hello import Hello
 from areal_like.wire.messages.producer import Lease, ServerState
-from rollout_server.leases import Answer, LeaseDesk
-from rollout_server.link import BufferLink
+from rollout_server.buffer_client.client import BufferLink
+from rollout_server.buffer_client.lease_desk import Answer, LeaseDesk
 
 
 class BufferLinks:

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from areal_like.errors import ConfigError
-from rollout_server.tasks import Example, Split, Task
+from rollout_server.tasks.base import Example, Split, Task
 
 _EVAL_SEED_OFFSET = 1_000_000_000
 """Larger than any sensible num_train, and small enough that seed + offset + index stays a 32-bit number for numpy's generators."""

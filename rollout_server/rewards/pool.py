@@ -1,6 +1,6 @@
 """Rewards in worker processes: a reward function is a researcher's code, and may raise, hang, print, or take the process with it.
 
-A pool of `python -m rollout_server.reward_worker`, each with a queue of its own; the protocol is in that module. Why not
+A pool of `python -m rollout_server.rewards.worker`, each with a queue of its own; the protocol is in that module. Why not
 multiprocessing: it pickles, and a hung worker of an executor cannot be told from its neighbours. Why processes: a thread
 cannot be killed, and the event loop must not wait.
 
@@ -25,8 +25,8 @@ from typing import Any
 import msgpack
 
 from areal_like.errors import RewardError
-from rollout_server.reward_worker import HEADER, MAX_FRAME_BYTES, pack
-from rollout_server.tasks import Split
+from rollout_server.rewards.worker import HEADER, MAX_FRAME_BYTES, pack
+from rollout_server.tasks.base import Split
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ class _Worker:
             ours, theirs = socket.socketpair()
             with theirs:
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "rollout_server.reward_worker"], stdin=theirs.fileno(), stdout=theirs.fileno()
+                    [sys.executable, "-m", "rollout_server.rewards.worker"], stdin=theirs.fileno(), stdout=theirs.fileno()
                 )
             reader, writer = await asyncio.open_connection(sock=ours)
             try:

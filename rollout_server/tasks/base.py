@@ -118,8 +118,8 @@ TASKS = Registry[Task](
     "task",
     Task,  # type: ignore[type-abstract]
     elsewhere={
-        "sort": "rollout_server.task_sort.SortTask",
-        "reasoning_gym": "rollout_server.task_reasoning_gym.ReasoningGymTask",
+        "sort": "rollout_server.tasks.sort.SortTask",
+        "reasoning_gym": "rollout_server.tasks.reasoning_gym.ReasoningGymTask",
     },
 )
 """Imported only when asked for, so that an extra is needed only by those who use it."""

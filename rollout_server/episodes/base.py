@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from areal_like.errors import EngineError
 from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
-from rollout_server.engine_client import Generation, Sampling
-from rollout_server.tasks import Example
+from rollout_server.inference.client import Generation, Sampling
+from rollout_server.tasks.base import Example
 
 _MAX_FRUITLESS_ABORTS = 16
 """Aborts in a row without a single new token before we say that the engine is broken: weight updates are not that frequent."""

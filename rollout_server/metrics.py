@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from areal_like.runtime.metrics import Metrics
-from rollout_server.engine_process import Engine
-from rollout_server.links import BufferLinks
-from rollout_server.rewards import RewardPool
-from rollout_server.runner import LeaseRunner
-from rollout_server.weights import WeightReceiver
+from rollout_server.buffer_client.shards import BufferLinks
+from rollout_server.episodes.lease_runner import LeaseRunner
+from rollout_server.inference.process import Engine
+from rollout_server.rewards.pool import RewardPool
+from rollout_server.weight_sync.receiver import WeightReceiver
 
 _CUMULATIVE = {"tokens_generated": "generated_tokens", "busy_s": "busy_s", "idle_s": "idle_s"}
 """Ours -> the engine's own name; counted by it since its start."""

@@ -37,7 +37,7 @@ from areal_like.wire.messages.producer import (
     ServerHeartbeat,
     ServerState,
 )
-from rollout_server.leases import Answer, LeaseDesk
+from rollout_server.buffer_client.lease_desk import Answer, LeaseDesk
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from areal_like.errors import ConfigError
-from rollout_server.tasks import ChatMessage, Example
+from rollout_server.tasks.base import ChatMessage, Example
 
 
 class PromptRenderer:

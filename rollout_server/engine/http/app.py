@@ -18,11 +18,11 @@ from transformers.utils import logging as transformers_logging
 
 from areal_like.errors import ConfigError
 from rollout_server.engine.core import EngineCore, EngineOptions
+from rollout_server.engine.http.protocol import Limits
+from rollout_server.engine.http.server import EngineServer, ServerOptions
 from rollout_server.engine.loop import EngineLoop, Report
 from rollout_server.engine.models.loading import load
-from rollout_server.engine.protocol import Limits
-from rollout_server.engine.server import EngineServer, ServerOptions
-from rollout_server.engine.updates import WeightUpdater
+from rollout_server.engine.weight_updater import WeightUpdater
 
 logger = logging.getLogger(__name__)
 

@@ -21,9 +21,9 @@ from urllib.parse import urlsplit
 from areal_like.config import Config
 from areal_like.errors import ConfigError, EngineError
 from areal_like.runtime.tied_exec import foreign_environment
-from rollout_server.engine_client import EngineClient
-from rollout_server.engine_process import EngineProcess
-from rollout_server.sglang_client import SglangClient
+from rollout_server.inference.client import EngineClient
+from rollout_server.inference.process import EngineProcess
+from rollout_server.inference.sglang.client import SglangClient
 
 BUILT_PYTHON = Path("areal_like/sglang/bin/python")
 """Below the cache directory: what `make sglang` builds."""

@@ -22,7 +22,7 @@ from areal_like.config import Config
 from areal_like.errors import ConfigError, EngineError
 from areal_like.paths import RunPaths
 from areal_like.wire.channel import tcp_address
-from rollout_server.engine_client import EngineClient
+from rollout_server.inference.client import EngineClient
 
 _POLL_S = 0.05
 _STOP_TIMEOUT_S = 5.0

@@ -29,9 +29,9 @@ from areal_like.errors import ArealError, EngineError, UserError, WeightSyncErro
 from areal_like.runtime.metrics import CONTENT_TYPE, PREFIX
 from areal_like.weights.buckets import Bucket
 from rollout_server.engine.core import EngineCore
+from rollout_server.engine.http.protocol import GenerateRequest, Limits, answer, encode_event, parse_generate
 from rollout_server.engine.loop import EngineLoop, Report
-from rollout_server.engine.protocol import GenerateRequest, Limits, answer, encode_event, parse_generate
-from rollout_server.engine.updates import WeightUpdater
+from rollout_server.engine.weight_updater import WeightUpdater
 
 logger = logging.getLogger(__name__)
 

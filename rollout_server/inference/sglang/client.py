@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from areal_like.errors import EngineError
-from rollout_server.engine_client import EngineClient, Generation, Sampling
+from rollout_server.inference.client import EngineClient, Generation, Sampling
 
 
 class SglangClient(EngineClient):
