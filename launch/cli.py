@@ -81,13 +81,13 @@ def _run(args: list[str]) -> int:
     if any(arg in ("-h", "--help", "--help-all") for arg in args):
         _show_keys(everything="--help-all" in args)
         return 0
-    from launch.run import run_local
+    from launch.commands.run import run_local
 
     return run_local(args)
 
 
 def _show_keys(*, everything: bool) -> None:
-    from launch.keys import COMMON, all_keys, choices
+    from launch.settings_help import COMMON, all_keys, choices
 
     width = max(80, shutil.get_terminal_size().columns)
     lines = ["areal-like run key=value ...: runs a whole job on this machine and writes runs/<name>/"]
@@ -109,9 +109,9 @@ def _show_keys(*, everything: bool) -> None:
 
 
 def _status(args: list[str]) -> int:
-    from launch.observe import Observation, look_at_daemons
-    from launch.rundir import find_run
-    from launch.view import daemon_table, tickets_line
+    from launch.local_job.observe import Observation, look_at_daemons
+    from launch.local_job.rundir import find_run
+    from launch.view.view import daemon_table, tickets_line
 
     if len(args) != 1 or args[0].startswith("-"):
         raise ConfigError("status: name one run, e.g. `areal-like status default`")
@@ -129,8 +129,8 @@ def _status(args: list[str]) -> int:
 
 
 def _audit(args: list[str]) -> int:
-    from launch.audit import audit_run
-    from launch.rundir import find_run
+    from launch.commands.audit import audit_run
+    from launch.local_job.rundir import find_run
 
     names = [arg for arg in args if arg != "--json"]
     if len(names) != 1 or names[0].startswith("-"):
@@ -141,8 +141,8 @@ def _audit(args: list[str]) -> int:
 
 
 def _drop(args: list[str]) -> int:
-    from launch.drop import drop_tickets
-    from launch.rundir import find_run
+    from launch.commands.drop import drop_tickets
+    from launch.local_job.rundir import find_run
 
     if len(args) < 2 or args[0].startswith("-") or not all(ticket_id.isdecimal() for ticket_id in args[1:]):
         raise ConfigError("drop: name one run and its tickets by their numbers, e.g. `areal-like drop default 17 23`")
@@ -151,8 +151,8 @@ def _drop(args: list[str]) -> int:
 
 
 def _replay(args: list[str]) -> int:
-    from launch.replay import run_replay
-    from launch.rundir import find_run
+    from launch.commands.replay import run_replay
+    from launch.local_job.rundir import find_run
 
     if not args or args[0].startswith("-") or "=" in args[0]:
         raise ConfigError("replay: name one run, then settings, e.g. `areal-like replay default objective=ppo`")
@@ -160,7 +160,7 @@ def _replay(args: list[str]) -> int:
 
 
 def _rollout(args: list[str]) -> int:
-    from launch.scale import join
+    from launch.commands.scale import join
 
     rest, options = list(args), {}
     for option in ("--buffer", "--name"):
@@ -178,7 +178,7 @@ def _rollout(args: list[str]) -> int:
 
 
 def _drain(args: list[str]) -> int:
-    from launch.scale import drain
+    from launch.commands.scale import drain
 
     if len(args) != 2 or any(arg.startswith("-") for arg in args):
         raise ConfigError("drain: name one run and one of its servers, e.g. `areal-like drain default rollout-1`")
@@ -186,7 +186,7 @@ def _drain(args: list[str]) -> int:
 
 
 def _restart(args: list[str]) -> int:
-    from launch.scale import restart
+    from launch.commands.scale import restart
 
     if len(args) < 2 or any(arg.startswith("-") for arg in args) or "=" in "".join(args[:2]):
         raise ConfigError("restart: name one run and `trainer`, e.g. `areal-like restart default trainer trainer.world_size=2`")

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from launch.child import RUN_MARKER
+from launch.local_job.child import RUN_MARKER
 
 ROOT = Path(__file__).resolve().parent.parent
 _ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "MAKELEVEL"}

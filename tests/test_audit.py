@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from areal_like.wire.messages.consumer import GetBooks
-from launch.audit import audit_run
 from launch.cli import main
+from launch.commands.audit import audit_run
 from tests.chaos.plant import plant, train
 
 pytestmark = pytest.mark.timeout(60)

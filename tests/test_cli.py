@@ -12,7 +12,7 @@ import pytest
 from areal_like.config import Config
 from areal_like.runtime.command_line import load_config, save_config
 from launch.cli import HELP
-from launch.keys import all_keys
+from launch.settings_help import all_keys
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -91,7 +91,7 @@ def test_what_help_prints_may_be_typed(tmp_path: Path) -> None:
 
 def test_the_command_imports_neither_torch_nor_a_daemon() -> None:
     code = (
-        "import sys, launch.cli, launch.run; "
+        "import sys, launch.cli, launch.commands.run; "
         "print([name for name in ('torch', 'transformers', 'buffer', 'trainer', 'rollout_server') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -17,14 +17,14 @@ from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config, save_config
 from areal_like.wire.addresses import buffer_addresses
-from launch.keys import COMMON, all_keys
-from launch.observe import DaemonView, MetricsTail, Observation, look_at_daemons
-from launch.plot import bar, curve
-from launch.progress import MAX_STRETCHES, Progress, StepTally
-from launch.restarts import Phase, Restarts
-from launch.rundir import open_run
-from launch.scale import _free_name, buffer_settings
-from launch.view import Eta, duration, number, picture, plain_line
+from launch.commands.scale import _free_name, buffer_settings
+from launch.local_job.observe import DaemonView, MetricsTail, Observation, look_at_daemons
+from launch.local_job.progress import MAX_STRETCHES, Progress, StepTally
+from launch.local_job.restarts import Phase, Restarts
+from launch.local_job.rundir import open_run
+from launch.settings_help import COMMON, all_keys
+from launch.view.plot import bar, curve
+from launch.view.view import Eta, duration, number, picture, plain_line
 from trainer.distributed.spawn import start_ranks
 
 

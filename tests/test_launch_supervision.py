@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from areal_like.paths import RunPaths, write_json
-from launch.rundir import order_file
+from launch.local_job.rundir import order_file
 from tests.launching import ROOT, launcher, num_steps_done, processes_of, wait_until
 from tests.scripted_daemon import write_packages
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from launch.child import RUN_MARKER
+from launch.local_job.child import RUN_MARKER
 from tests.launching import ROOT, num_steps_done, processes_of, wait_until
 
 pytestmark = [pytest.mark.timeout(150), pytest.mark.slow]

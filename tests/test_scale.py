@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from areal_like.paths import RunPaths
-from launch.audit import audit_run
-from launch.rundir import is_over
+from launch.commands.audit import audit_run
+from launch.local_job.rundir import is_over
 from tests.launching import ROOT, launcher, num_steps_done, processes_of, wait_until
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
@@ -37,7 +37,7 @@ def command(*args: str, cwd: Path) -> subprocess.Popen[str]:
 
 
 def status(run: Path, name: str) -> dict[str, object]:
-    from launch.observe import fetch_json
+    from launch.local_job.observe import fetch_json
 
     endpoint = run / "endpoints" / f"{name}.json"
     return (fetch_json(json.loads(endpoint.read_text())["http"], "/status") if endpoint.exists() else None) or {}

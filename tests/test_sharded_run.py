@@ -18,8 +18,8 @@ import pytest
 from areal_like.config import Config
 from areal_like.shards import Shard, all_shards
 from areal_like.wire.addresses import buffer_addresses
-from launch.audit import audit_run
-from launch.scale import servers_of
+from launch.commands.audit import audit_run
+from launch.commands.scale import servers_of
 from tests.buffer_harness import ROOT, BufferProcess
 from tests.chaos.plant import books_of, chaos_job, check_books, check_groups, train
 from tests.launching import launcher, num_steps_done, processes_of, wait_until

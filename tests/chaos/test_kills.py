@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from launch.audit import audit_run
+from launch.commands.audit import audit_run
 from tests.buffer_harness import ROOT
 from tests.chaos.plant import Plant, books_of, check_books, check_groups, plant, train
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.audit import audit_run
+from launch.commands.audit import audit_run
 from tests.launching import launcher, num_steps_done, processes_of, wait_until
 
 MEAN_PAUSE_S = 15.0

@@ -27,10 +27,10 @@ from areal_like.runtime.daemon import read_endpoint
 from areal_like.runtime.process import PARENT_PID
 from areal_like.shards import all_shards
 from areal_like.wire.addresses import buffer_addresses
-from launch.child import ROOT
-from launch.observe import fetch_json, post_json
-from launch.run import StopSignals
-from launch.rundir import find_run, is_over, order_file
+from launch.commands.run import StopSignals
+from launch.local_job.child import ROOT
+from launch.local_job.observe import fetch_json, post_json
+from launch.local_job.rundir import find_run, is_over, order_file
 
 _TICK_S = 0.2
 _TAKEN_WITHIN_S = 10.0

@@ -33,12 +33,12 @@ from http.client import HTTPException
 from areal_like.config import Config
 from areal_like.errors import ConfigError
 from areal_like.shards import all_shards
-from launch.child import Child, ChildSpec, describe_exit, kill_marked
-from launch.observe import Observer, post_json
-from launch.restarts import Phase as Life
-from launch.restarts import Restarts
-from launch.rundir import OpenRun, checkpoints, take_order
-from launch.view import View
+from launch.local_job.child import Child, ChildSpec, describe_exit, kill_marked
+from launch.local_job.observe import Observer, post_json
+from launch.local_job.restarts import Phase as Life
+from launch.local_job.restarts import Restarts
+from launch.local_job.rundir import OpenRun, checkpoints, take_order
+from launch.view.view import View
 
 log = logging.getLogger(__name__)
 

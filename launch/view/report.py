@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from areal_like.config import Config
-from launch.rundir import OpenRun, checkpoints
-from launch.view import duration, number
+from launch.local_job.rundir import OpenRun, checkpoints
+from launch.view.view import duration, number
 
 ROWS = (
     ("optimizer steps", "steps", "{:,}"),

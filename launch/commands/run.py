@@ -12,10 +12,10 @@ from types import FrameType
 from rich.console import Console
 
 from areal_like.runtime.daemon import JsonFormatter
-from launch.local import LocalJob
-from launch.report import show_summary
-from launch.rundir import open_run
-from launch.view import LastingView, LiveView, PlainView, unless_seen_by_nobody
+from launch.local_job.job import LocalJob
+from launch.local_job.rundir import open_run
+from launch.view.report import show_summary
+from launch.view.view import LastingView, LiveView, PlainView, unless_seen_by_nobody
 
 
 class StopSignals:

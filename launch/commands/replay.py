@@ -18,12 +18,12 @@ from rich.console import Console
 
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
-from launch.child import Child, ChildSpec, describe_exit, kill_marked
-from launch.observe import MetricsTail, Observation
-from launch.report import summary_table
-from launch.run import StopSignals
-from launch.rundir import OpenRun, checkpoints, open_replay
-from launch.view import LastingView, PlainView, View, unless_seen_by_nobody
+from launch.commands.run import StopSignals
+from launch.local_job.child import Child, ChildSpec, describe_exit, kill_marked
+from launch.local_job.observe import MetricsTail, Observation
+from launch.local_job.rundir import OpenRun, checkpoints, open_replay
+from launch.view.report import summary_table
+from launch.view.view import LastingView, PlainView, View, unless_seen_by_nobody
 
 _TICK_S = 0.1
 _IGNORED = ("buffer.", "rollout.", "weights.", "eval.", "sampling.", "task", "max_staleness", "max_staleness_cap", "ess_target", "seed")

@@ -17,8 +17,8 @@ from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
 from areal_like.runtime.daemon import read_endpoint
 from areal_like.shards import Shard, all_shards
-from launch.child import ROOT
-from launch.observe import post_json
+from launch.local_job.child import ROOT
+from launch.local_job.observe import post_json
 
 _TIMEOUT_S = 30.0
 

@@ -23,7 +23,7 @@ from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
 from areal_like.shards import WHOLE, Shard, add_up, all_shards
 from areal_like.wire.records import Place, read_record
-from launch.rundir import checkpoints
+from launch.local_job.rundir import checkpoints
 
 _NUM_SHOWN = 10
 """Offenders of one check in the table; --json names all."""

@@ -19,7 +19,7 @@ from typing import Any
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.shards import add_up
-from launch.progress import Progress, StepTally
+from launch.local_job.progress import Progress, StepTally
 
 REQUEST_TIMEOUT_S = 1.0
 

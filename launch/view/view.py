@@ -21,8 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 from areal_like.config import Config
-from launch.observe import DaemonView, Observation, find_number, find_table
-from launch.plot import bar, curve
+from launch.local_job.observe import DaemonView, Observation, find_number, find_table
+from launch.view.plot import bar, curve
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from areal_like.runtime.process import PARENT_PID
 
 RUN_MARKER = "AREAL_LIKE_RUN"
 """Environment variable that every process of one launched run carries, grandchildren included."""
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 """Where the daemons' packages are."""
 
 
