@@ -39,7 +39,7 @@ from rollout_server.inference.sglang.client import SglangClient
 from rollout_server.inference.sglang.process import SglangProcess
 from rollout_server.weight_sync.in_place import InPlaceUpdate
 from rollout_server.weight_sync.receiver import WeightReceiver
-from tests.snapshots import Held
+from tests.support.snapshots import Held
 from trainer.models.tiny import build_tiny_model
 from trainer.weight_sync.broadcaster import Broadcaster
 

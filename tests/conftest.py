@@ -8,10 +8,27 @@ from pathlib import Path
 import pytest
 
 LONGEST_FIRST = (
-    *("test_rollout_server.py", "test_scale.py", "test_launch_run.py", "test_interval.py", "test_resumption.py", "test_replay.py"),
-    *("test_sharded_run.py", "test_objectives_step.py", "test_roles.py", "test_gae.py", "test_launch_supervision.py"),
-    *("test_engine_http.py", "test_broadcaster.py", "test_collective.py", "test_snapshot.py", "test_staleness_benchmark.py"),
-    *("chaos/test_weights.py", "test_rollout_with_buffer.py", "test_trainer_checkpoint.py", "test_network.py", "chaos/test_kills.py"),
+    "rollout_server/test_server.py",
+    "launch/test_scale.py",
+    "launch/test_run.py",
+    "jobs/test_interval.py",
+    "jobs/test_resumption.py",
+    "launch/test_replay.py",
+    "jobs/test_sharded_run.py",
+    "trainer/objectives/test_step.py",
+    "jobs/test_roles.py",
+    "trainer/test_gae.py",
+    "launch/test_supervision.py",
+    "rollout_server/engine/test_http.py",
+    "trainer/test_broadcaster.py",
+    "areal_like/test_collective.py",
+    "trainer/test_snapshot.py",
+    "benchmarks/test_staleness.py",
+    "chaos/test_weights.py",
+    "jobs/test_rollout_with_buffer.py",
+    "trainer/test_checkpoint.py",
+    "jobs/test_network.py",
+    "chaos/test_kills.py",
 )
 """By what they took on two cores: started last, one of them would be run by one process while the other has nothing left."""
 

@@ -3,7 +3,7 @@
 An `Episode` only says who speaks when. `Speaker.extend` lets the policy speak, `Transcript.give` lets the world (prompt, tool output, the
 next user turn): everything given has loss mask zero, everything sampled has one, EOS included. Interruption by a weight
 update (`abort_resume`) is invisible from here on: the speaker resubmits what was said so far and stitches tokens, log-probs and versions.
-A tool-using episode is the same three lines in a loop (tests/test_rollout_episodes.py has one).
+A tool-using episode is the same three lines in a loop (tests/rollout_server/test_episodes.py has one).
 """
 
 from __future__ import annotations

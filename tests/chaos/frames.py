@@ -15,7 +15,7 @@ from areal_like.wire.codec import WIRE_VERSION, decode, encode
 from areal_like.wire.messages.consumer import Fetch, StartTraining
 from areal_like.wire.messages.producer import SampleAck, SampleAcks, SampleDone, Samples, ServerHeartbeat, ServerState
 from areal_like.wire.records import Record
-from tests.ledger_plant import trajectory
+from tests.support.ledger_plant import trajectory
 
 
 class _Bomb:

@@ -17,9 +17,9 @@ from typing import Any
 
 from areal_like.config import Config
 from areal_like.wire.messages.consumer import AllocVersion, Books, CommitStep, CompleteStep, GetBooks, Group, StartTraining
-from tests.buffer_harness import ROOT, BufferProcess, job
 from tests.chaos.producer import is_invented
 from tests.chaos.proxy import FaultProxy, Faults
+from tests.support.buffer_harness import ROOT, BufferProcess, job
 from trainer.buffer_client import client as link_module
 from trainer.buffer_client.client import BufferLink
 

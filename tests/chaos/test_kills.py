@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from launch.commands.audit import audit_run
-from tests.buffer_harness import ROOT
 from tests.chaos.plant import Plant, books_of, check_books, check_groups, plant, train
+from tests.support.buffer_harness import ROOT
 
 GROUPS_PER_STEP = 8
 

@@ -21,8 +21,8 @@ from rollout_server.episodes.base import Turnstile
 from rollout_server.inference.client import EngineClient, Generation
 from rollout_server.inference.process import EmbeddedProcess
 from rollout_server.weight_sync.receiver import WeightReceiver
-from tests.engine_harness import load_model, reference_logprobs, sample, save_model, weights_of
-from tests.snapshots import Held
+from tests.support.engine_harness import load_model, reference_logprobs, sample, save_model, weights_of
+from tests.support.snapshots import Held
 from trainer.weight_sync.broadcaster import Broadcaster, PushOutcome
 
 PROMPT = [5, 17, 3]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from launch.commands.audit import audit_run
-from tests.launching import launcher, num_steps_done, processes_of, wait_until
+from tests.support.launching import launcher, num_steps_done, processes_of, wait_until
 
 MEAN_PAUSE_S = 15.0
 _CALM_S = 60.0
@@ -20,7 +20,7 @@ _CALM_S = 60.0
 SETTINGS = (
     "name=x",
     "model.warm_start_steps=0",
-    "task._target_=tests.rollout_tasks.Checksum",
+    "task._target_=tests.support.rollout_tasks.Checksum",
     "sampling.group_size=4",
     "trainer.groups_per_step=8",
     "trainer.num_steps=1000000",

@@ -11,7 +11,7 @@ import pytest
 from areal_like.config import Config, from_mapping
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.sglang.process import SglangProcess
-from tests.engine_harness import CONTEXT, VOCAB, Engine, save_model
+from tests.support.engine_harness import CONTEXT, VOCAB, Engine, save_model
 
 Models = tuple[Path, Path]
 START_S = 400.0

@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from tests import engine_conformance as conformance
-from tests.engine_harness import Engine
 from tests.sglang.conftest import Models
+from tests.support import engine_conformance as conformance
+from tests.support.engine_harness import Engine
 
 pytestmark = pytest.mark.timeout(480)
 PROMPT = conformance.PROMPT

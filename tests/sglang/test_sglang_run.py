@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from rollout_server.inference.sglang.process import find_python
-from tests.launching import launcher, processes_of
+from tests.launch.test_run import SMALL
 from tests.sglang.conftest import START_S
-from tests.test_launch_run import SMALL
+from tests.support.launching import launcher, processes_of
 
 pytestmark = pytest.mark.timeout(900)
 NUM_STEPS = 20

@@ -14,9 +14,9 @@ from areal_like.trajectory import Trajectory
 from areal_like.wire.messages.hello import Goodbye
 from areal_like.wire.messages.producer import Purpose, ReturnLeases, SampleDone, ServerState
 from rollout_server.tasks.sort import SortTask
-from tests.rollout_harness import PlayedBuffer, descendants, is_alive, job, serving, wait_until
+from tests.rollout_server.test_server import logprobs_under, perturbed, push
 from tests.sglang.conftest import START_S
-from tests.test_rollout_server import logprobs_under, perturbed, push
+from tests.support.rollout_harness import PlayedBuffer, descendants, is_alive, job, serving, wait_until
 from trainer.models.tiny import build_tiny_model, character_tokenizer
 from trainer.weight_sync.broadcaster import PushOutcome
 

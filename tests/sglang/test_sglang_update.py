@@ -24,9 +24,9 @@ from rollout_server.inference.sglang.checkpoint_shapes import ModelTensors
 from rollout_server.inference.sglang.client import SglangClient
 from rollout_server.inference.sglang.process import SglangAtUrl
 from rollout_server.weight_sync.in_place import InPlaceUpdate
-from tests.engine_conformance import PROMPT, TOLERANCE, until_running
-from tests.engine_harness import VOCAB, Engine, Pusher, error_of, load_model, reference_logprobs, sample, weights_of
 from tests.sglang.conftest import Models
+from tests.support.engine_conformance import PROMPT, TOLERANCE, until_running
+from tests.support.engine_harness import VOCAB, Engine, Pusher, error_of, load_model, reference_logprobs, sample, weights_of
 
 pytestmark = pytest.mark.timeout(480)
 

@@ -1,0 +1,324 @@
+"""The buffer over real sockets, in a process of its own, with producers in theirs."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import random
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+
+from areal_like.config import from_mapping
+from areal_like.errors import ArealError, DeadlineError, RefusedError
+from areal_like.wire.codec import encode
+from areal_like.wire.fingerprint import dataset_fingerprint, shared_settings
+from areal_like.wire.messages.consumer import (
+    AllocVersion,
+    CloseAdmission,
+    CommitStep,
+    Fetch,
+    GetBooks,
+    GetStreamState,
+    RequestEval,
+    StartTraining,
+)
+from areal_like.wire.messages.hello import Goodbye, HelloRequired, JobFailed, Role
+from areal_like.wire.messages.producer import (
+    AbortLeases,
+    HeartbeatAck,
+    Lease,
+    Leases,
+    Purpose,
+    SampleAck,
+    SampleDone,
+    SampleFailed,
+    Samples,
+    ServerHeartbeat,
+    ServerState,
+)
+from areal_like.wire.records import Record
+from tests.support.buffer_harness import BufferProcess, connected, job, running_buffer, trainer_hello, training
+from tests.support.fake_producer import hello
+from tests.support.ledger_plant import trajectory
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture
+def buffer(tmp_path: Path) -> Iterator[BufferProcess]:
+    with running_buffer(tmp_path) as process:
+        yield process
+
+
+def beat(*, free: int, leases: list[Lease] | None = None, state: ServerState = ServerState.SERVING) -> ServerHeartbeat:
+    held = leases or []
+    holding = sum(len(lease.sample_indices) for lease in held)
+    return ServerHeartbeat(
+        state=state, free_samples=free, holding_samples=holding, weights_version=0, leases=[lease.lease_id for lease in held]
+    )
+
+
+async def until(inbox: list[Any], kind: type, *, count: int = 1) -> list[Any]:
+    async with asyncio.timeout(10):
+        while len(found := [message for message in inbox if isinstance(message, kind)]) < count:
+            await asyncio.sleep(0.01)
+    return found
+
+
+def test_a_whole_run_with_two_producers(buffer: BufferProcess) -> None:
+    for name in ("rollout-0", "rollout-1"):
+        buffer.produce(name)
+    config = buffer.config
+
+    directories: list[Any] = []
+
+    async def run() -> tuple[Any, list[int]]:
+        tickets = []
+        async with training(buffer, directories=directories) as trainer:
+            before = await trainer.call(RequestEval(eval_id=0, num_prompts=8, min_version=0), timeout_s=20)
+            assert (before.num_evaluated, before.num_failed, before.mean_reward, before.mean_tokens) == (8, 0, 3.5, 2.0)
+            for step in range(config.trainer.num_steps):
+                groups = await trainer.train(step)
+                tickets += [group.ticket_id for group in groups]
+                assert [group.position for group in groups] == list(range(4))
+                assert all(0 <= step - oldest <= 1 for group in groups for oldest in group.version_steps)
+                assert all(t.reward == float(group.prompt_index) for group in groups for t in group.trajectories)
+                again = await trainer.groups(step)
+                assert [group.ticket_id for group in again] == [group.ticket_id for group in groups]
+                version = (await trainer.call(AllocVersion(step=step + 1))).version
+                assert version == step + 1
+            state = await trainer.call(GetStreamState(step=5))
+            assert state.stream["pending"] == [] and state.stream["cursor"] == 24
+            await trainer.call(CommitStep(step=5, oldest_kept_step=6))
+            await trainer.call(CommitStep(step=5))
+            await trainer.call(CloseAdmission(reason="finished"))
+            after = await trainer.call(RequestEval(eval_id=1, num_prompts=8, min_version=version), timeout_s=20)
+            assert after.oldest_version == version
+            return await trainer.call(GetBooks()), tickets
+
+    books, tickets = asyncio.run(run())
+    assert len(set(tickets)) == 24
+    serving = [(entry.name, entry.state) for entry in directories[-1].servers]
+    assert serving == [("rollout-0", "serving"), ("rollout-1", "serving")]
+    assert books.tickets == {
+        "queued": 0, "leased": 0, "ready": 0, "batched": 0, "trained": 24, "evaluated": 16, "dropped": 0, "issued": 40,
+    }  # fmt: skip
+    assert books.counters["tokens_trained"] == 24 * 2 * 2 and books.counters["max_trained_lag"] <= 1
+    assert (books.counters["generation_busy_s"], books.counters["generation_idle_s"]) == (6.0, 2.0)
+    status = buffer.wait_status(lambda status: status["counters"]["samples_trained"] == 48)
+    assert sum(status["lag_histogram"].values()) == 48 and status["buffer_bytes"] == 0
+    for line in (
+        'areal_tickets{state="trained"} 24.0',
+        'areal_tickets_dropped_total{reason="stale"} 0.0',
+        'areal_peers{role="rollout"} 2.0',
+    ):
+        buffer.wait_status(lambda _, line=line: line in buffer.get("/metrics"))
+    code, stderr = buffer.terminate()
+    assert (code, stderr) == (0, "")
+
+
+def test_a_killed_producer_is_replaced_by_the_other(buffer: BufferProcess) -> None:
+    doomed = buffer.produce("rollout-0", sample_s=30.0)
+
+    async def run() -> Any:
+        async with training(buffer) as trainer:
+            await asyncio.to_thread(buffer.wait_status, lambda status: status["tickets"]["leased"] == 4)
+            doomed.send_signal(signal.SIGKILL)
+            buffer.produce("rollout-1")
+            for step in range(6):
+                await trainer.train(step)
+                await trainer.call(AllocVersion(step=step + 1))
+            return await trainer.call(GetBooks())
+
+    books = asyncio.run(run())
+    assert books.counters["leases_lost"] == 4
+    assert books.tickets["batched"] == 24 and books.tickets["issued"] == 24
+    assert [peer["name"] for peer in buffer.status()["peers"] if peer["role"] == "rollout"] == ["rollout-1"]
+
+
+def test_garbage_is_counted_and_changes_nothing(buffer: BufferProcess) -> None:
+    rng = random.Random(0)
+    good = encode(trainer_hello(buffer.config), rid=1)
+    sample = encode(Samples(samples=[SampleDone(lease_id=1, record=Record.of(1, 0, trajectory([0])))]))
+    broken = [
+        [b""],
+        [pickle.dumps({"a": 1})],
+        [good[0][: len(good[0]) // 2]],
+        [good[0], b"x", b"y"],
+        [sample[0], sample[1][:3]],
+        [b"\xff" * 1000],
+        [b"\x90"],
+    ]
+    socket_ = zmq.Context.instance().socket(zmq.DEALER)
+    socket_.set(zmq.LINGER, 1000)
+    socket_.connect(buffer.address)
+    try:
+        for frames in broken:
+            socket_.send_multipart(frames)
+        buffer.wait_status(lambda status: status["bad_frames"] == len(broken))
+        before = buffer.rss_bytes()
+        for num_sent in range(1000, 11_000, 1000):  # so that what waits in sockets is little
+            for _ in range(1000):
+                socket_.send_multipart([rng.randbytes(rng.randrange(1, 200)) for _ in range(rng.randrange(1, 4))])
+            buffer.wait_status(lambda status, num_sent=num_sent: status["bad_frames"] == len(broken) + num_sent, timeout_s=30)
+        assert buffer.rss_bytes() < before * 1.1 + (8 << 20)
+    finally:
+        socket_.close()
+
+    async def still_works() -> None:
+        async with training(buffer) as trainer:
+            assert (await trainer.call(GetBooks())).tickets["issued"] == 0
+
+    asyncio.run(still_works())
+    buffer.wait_status(lambda _: "areal_bad_frames_total 10007.0" in buffer.get("/metrics"))
+
+
+def test_the_door(buffer: BufferProcess) -> None:
+    config = buffer.config
+    dataset = dataset_fingerprint(config)
+
+    async def run() -> None:
+        inbox: list[Any] = []
+        async with connected(buffer, inbox=inbox) as link:
+            with pytest.raises(DeadlineError):
+                await link.call(GetBooks(), timeout_s=0.3)
+            await until(inbox, HelloRequired)
+            assert inbox == [HelloRequired()]
+            for field in ("job", "dataset"):
+                with pytest.raises(RefusedError, match=rf"\({field}\).*other"):
+                    await link.call(trainer_hello(config, **{field: "other"}), timeout_s=5)
+            smaller = from_mapping({"trainer": {"groups_per_step": 2, "num_steps": 6}, "sampling": {"group_size": 2}})
+            with pytest.raises(RefusedError, match=r"groups_per_step=2.*groups_per_step=4"):
+                await link.call(trainer_hello(config, settings=shared_settings(smaller, Role.TRAINER)), timeout_s=5)
+            with pytest.raises(RefusedError, match="num_train_prompts"):  # who is refused says nothing about the others' model
+                await link.call(hello("rollout-9", dataset=dataset, model="m of a stranger", num_train_prompts=0), timeout_s=5)
+            await link.call(trainer_hello(config, incarnation=5), timeout_s=5)
+            with pytest.raises(RefusedError, match=r"\(model\).*trainer-0 has 'm'"):
+                await link.call(hello("rollout-0", dataset=dataset, model="other"), timeout_s=5)
+            with pytest.raises(RefusedError, match="name of its own"):
+                await link.call(hello("trainer-0", dataset=dataset), timeout_s=5)
+            with pytest.raises(RefusedError, match="num_train_prompts"):
+                await link.call(hello("rollout-0", dataset=dataset, num_train_prompts=0), timeout_s=5)
+        replaced: list[Any] = []
+        async with connected(buffer, trainer_hello(config, incarnation=6), inbox=replaced) as old:
+            async with connected(buffer, trainer_hello(config, incarnation=7)) as new:
+                with pytest.raises(DeadlineError):
+                    await old.call(StartTraining(step=0), timeout_s=0.3)
+                assert HelloRequired() in replaced
+                with pytest.raises(RefusedError, match="incarnation"):
+                    await old.call(trainer_hello(config, incarnation=6), timeout_s=5)
+                await new.call(StartTraining(step=0), timeout_s=5)
+                with pytest.raises(RefusedError, match="not for a trainer"):
+                    await new.call(SampleFailed(lease_id=1, ticket_id=1, sample_index=0, error=""), timeout_s=5)
+                with pytest.raises(RefusedError, match="step"):
+                    await new.call(Fetch(step=6, position=0), timeout_s=5)
+            async with connected(buffer, trainer_hello(config, name="trainer-1", rank=1)) as other_rank:
+                with pytest.raises(RefusedError, match="only rank 0"):
+                    await other_rank.call(CommitStep(step=0), timeout_s=5)
+
+    asyncio.run(run())
+
+
+def test_a_server_resends_fails_and_leaves(buffer: BufferProcess) -> None:
+    config = buffer.config
+
+    async def run() -> None:
+        inbox: list[Any] = []
+        async with training(buffer) as trainer:
+            async with connected(buffer, hello("rollout-0", dataset=dataset_fingerprint(config)), inbox=inbox) as link:
+                unknown = Lease(lease_id=77, ticket_id=1, prompt_index=0, purpose=Purpose.TRAIN, sample_indices=[0], seed=0)
+                link.send(beat(free=1, leases=[unknown]))
+                (abort,) = await until(inbox, AbortLeases)
+                assert abort.leases == [77], "left over from an earlier buffer"
+                ((lease,),) = [message.leases for message in await until(inbox, Leases)]
+                assert len(await until(inbox, HeartbeatAck)) == 1
+                sample = Samples(samples=[SampleDone(lease_id=lease.lease_id, record=Record.of(lease.ticket_id, 0, trajectory([0])))])
+                link.send(sample)
+                link.send(sample)
+                link.send(SampleFailed(lease_id=lease.lease_id, ticket_id=lease.ticket_id, sample_index=1, error="reward hung"))
+                acks = await until(inbox, SampleAck, count=3)
+                assert [(ack.sample_indices, ack.refused) for ack in acks] == [([0], ""), ([0], ""), ([1], "")]
+                (_, again) = await until(inbox, Leases, count=2)
+                assert [entry.sample_indices for entry in again.leases if entry.ticket_id == lease.ticket_id] == [[1]]
+                await link.call(Goodbye(), timeout_s=5)
+                link.send(beat(free=2))
+                await until(inbox, HelloRequired)
+            books = await trainer.call(GetBooks())
+            assert books.counters["samples_duplicate"] == 1 and books.counters["samples_failed"] == 1
+            assert books.tickets["queued"] == books.tickets["issued"] > 0 and books.tickets["leased"] == 0
+
+    asyncio.run(run())
+
+
+def test_failures_in_a_row_end_the_job_and_everybody_hears_why(tmp_path: Path) -> None:
+    with running_buffer(tmp_path, buffer={"max_consecutive_failures": 3, "max_sample_retries": 10}) as buffer:
+
+        async def run() -> None:
+            inbox: list[Any] = []
+            async with (
+                training(buffer) as trainer,
+                connected(buffer, hello("rollout-0", dataset=dataset_fingerprint(buffer.config)), inbox=inbox) as link,
+            ):
+                waiting = asyncio.create_task(trainer.call(Fetch(step=0, position=0)))
+                link.send(beat(free=4))
+                leases = (await until(inbox, Leases))[0].leases
+                for lease in leases:
+                    for index in lease.sample_indices:
+                        link.send(
+                            SampleFailed(lease_id=lease.lease_id, ticket_id=lease.ticket_id, sample_index=index, error="no such verifier")
+                        )
+                with pytest.raises(ArealError, match="no such verifier"):
+                    await waiting
+                await until(inbox, JobFailed)
+
+        asyncio.run(run())
+        _, stderr = buffer.process.communicate(timeout=10)
+        assert buffer.process.returncode == 1
+        assert "3 samples failed in a row" in stderr and "Traceback" not in stderr
+
+
+def test_a_draining_buffer_serves_its_trainer_to_the_end(buffer: BufferProcess) -> None:
+    buffer.produce("rollout-0")
+
+    async def run() -> None:
+        async with training(buffer) as trainer:
+            await trainer.train(0)
+            buffer.process.send_signal(signal.SIGTERM)
+            await asyncio.sleep(0.3)
+            with pytest.raises(OSError):
+                await asyncio.to_thread(buffer.get, "/readyz")
+            await trainer.train(1)
+            await trainer.call(CommitStep(step=1))
+
+    asyncio.run(run())
+    _, stderr = buffer.process.communicate(timeout=10)
+    assert (buffer.process.returncode, stderr) == (0, "")
+    assert not (buffer.paths.endpoints / "buffer.json").exists()
+
+
+def test_a_port_in_use_is_the_users_to_mend(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        buffer = BufferProcess(job(tmp_path, buffer={"port": taken.getsockname()[1]}), wait=False)
+        try:
+            _, stderr = buffer.process.communicate(timeout=20)
+        finally:
+            buffer.close()
+    assert buffer.process.returncode == 2
+    assert stderr.count("\n") == 1 and "buffer.port" in stderr, stderr
+
+
+def test_a_setting_that_cannot_work_is_refused_at_the_start(tmp_path: Path) -> None:
+    buffer = BufferProcess(job(tmp_path, sampling={"group_size": 1}, buffer={"group_filter": "spread"}), wait=False)
+    try:
+        _, stderr = buffer.process.communicate(timeout=20)
+    finally:
+        buffer.close()
+    assert buffer.process.returncode == 2 and "sampling.group_size" in stderr

@@ -1,0 +1,503 @@
+"""The ledger's rules one by one. What must hold in every order of events is in test_ledger_stateful.py."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from areal_like.config import from_mapping
+from areal_like.errors import ConfigError, RefusedError, StaleIncarnationError
+from areal_like.trajectory import FinishReason
+from areal_like.wire.messages.producer import Lease, Purpose, ServerHeartbeat, ServerState
+from areal_like.wire.records import Record
+from buffer.ledger.ledger import Ledger
+from buffer.prompts.order import PromptOrder, permuted, sampling_seed
+from buffer.settings import LedgerSettings
+from buffer.storage.base import MemoryStore
+from buffer.tickets import Drop, State, Verdict
+from tests.support.ledger_plant import add_server, beat, deliver, done, failed, new_ledger, trajectory
+
+
+def leases_of(ledger: Ledger, name: str = "a", *, now_s: float = 0.0) -> list[Lease]:
+    return ledger.grant(now_s=now_s).get(name, [])
+
+
+def finish(ledger: Ledger, lease: Lease, *, version: int = 0, rewards: tuple[float, ...] = (0.0, 1.0), name: str = "a") -> None:
+    for index in lease.sample_indices:
+        assert deliver(ledger, name, done(lease, index, [version], reward=rewards[index])) is Verdict.ACCEPTED
+
+
+def train_step(ledger: Ledger) -> int:
+    """The trainer does its step and pushes; the version of the new weights."""
+    step = ledger.trainer_step
+    ledger.complete_step(incarnation=1, step=step)
+    return ledger.alloc_version(incarnation=1, step=step + 1)
+
+
+# --- admission and credit ---
+
+
+def test_admission_stops_at_the_staleness_budget_and_goes_on_with_new_weights() -> None:
+    ledger = new_ledger(max_staleness=1, groups_per_step=2)
+    add_server(ledger, "a", capacity=100)
+    leases = leases_of(ledger)
+    assert len(leases) == (1 + 0 + 1) * 2
+    assert leases_of(ledger) == []
+    for lease in leases[:2]:
+        finish(ledger, lease)
+    assert leases_of(ledger) == [], "recorded groups count too"
+    version = train_step(ledger)
+    assert leases_of(ledger) == [], "the server has not received the new weights: its tokens would be a step too old"
+    beat(ledger, "a", capacity=100, version=version)
+    assert len(leases_of(ledger)) == 2
+
+
+def test_no_more_tickets_than_the_run_has_places() -> None:
+    ledger = new_ledger(max_staleness=100, num_steps=3)
+    add_server(ledger, "a", capacity=1000)
+    assert len(leases_of(ledger)) == 3 * 2
+
+
+def test_a_ticket_is_leased_whole_and_only_within_credit() -> None:
+    ledger = new_ledger(max_staleness=4)
+    add_server(ledger, "a", capacity=5)
+    leases = leases_of(ledger)
+    assert [lease.sample_indices for lease in leases] == [[0, 1], [0, 1]], "the fifth slot is not enough for a group"
+    deliver(ledger, "a", done(leases[0], 0, [0]))
+    assert len(leases_of(ledger)) == 1
+
+
+def test_credit_does_not_drift_when_a_heartbeat_crosses_a_grant() -> None:
+    ledger = new_ledger(max_staleness=4)
+    add_server(ledger, "a", capacity=4)
+    assert len(leases_of(ledger)) == 2
+    written_before = ServerHeartbeat(state=ServerState.SERVING, free_samples=4, holding_samples=0, weights_version=0, leases=[])
+    ledger.heartbeat("a", written_before, now_s=0.1)
+    assert leases_of(ledger) == []
+
+
+def test_an_idle_server_smaller_than_a_group_takes_one_all_the_same() -> None:
+    ledger = new_ledger(group_size=8)
+    add_server(ledger, "a", capacity=3)
+    assert [len(lease.sample_indices) for lease in leases_of(ledger)] == [8]
+
+
+@pytest.mark.parametrize("state", [ServerState.STARTING, ServerState.DRAINING, ServerState.QUARANTINED])
+def test_only_a_serving_server_gets_leases(state: ServerState) -> None:
+    ledger = new_ledger()
+    add_server(ledger, "a", capacity=4)
+    beat(ledger, "a", capacity=4, state=state)
+    assert leases_of(ledger) == []
+
+
+def test_a_small_budget_is_shared_among_servers() -> None:
+    ledger = new_ledger(max_staleness=0, groups_per_step=4)
+    for name in "ab":
+        add_server(ledger, name, capacity=100)
+    assert {name: len(leases) for name, leases in ledger.grant(now_s=0.0).items()} == {"a": 2, "b": 2}
+
+
+def test_a_server_of_unknown_version_gets_nothing() -> None:
+    ledger = new_ledger()
+    add_server(ledger, "a", capacity=4, version=7)
+    assert leases_of(ledger) == []
+
+
+def test_no_ticket_before_a_trainer_has_started_and_the_task_is_known() -> None:
+    ledger = Ledger(LedgerSettings(max_staleness=1, groups_per_step=2, group_size=2, num_steps=2), MemoryStore())
+    add_server(ledger, "a", capacity=8)
+    assert leases_of(ledger) == []
+    ledger.start_training(incarnation=1, step=0, stream={})
+    assert leases_of(ledger) == []
+    ledger.set_num_train_prompts(10)
+    assert len(leases_of(ledger)) == 4
+    with pytest.raises(RefusedError, match="num_train_prompts"):
+        ledger.set_num_train_prompts(11)
+
+
+# --- samples ---
+
+
+def test_duplicates_are_acknowledged_and_superseded_leases_refused() -> None:
+    ledger = new_ledger()
+    add_server(ledger, "a", capacity=2)
+    (lease,) = leases_of(ledger)
+    assert deliver(ledger, "a", done(lease, 0, [0])) is Verdict.ACCEPTED
+    assert deliver(ledger, "a", done(lease, 0, [0])) is Verdict.DUPLICATE
+    ledger.remove_server("a")
+    add_server(ledger, "b", capacity=2)
+    (again,) = leases_of(ledger, "b")
+    assert (again.ticket_id, again.sample_indices) == (lease.ticket_id, [1]), "only the missing sample is made again"
+    assert again.seed == lease.seed
+    assert deliver(ledger, "a", done(lease, 1, [0])) is Verdict.SUPERSEDED
+    assert deliver(ledger, "b", done(again, 1, [0])) is Verdict.ACCEPTED
+    counters = ledger.statistics.counters()
+    assert (counters["samples_duplicate"], counters["refusals_superseded"], counters["leases_lost"]) == (1, 1, 1)
+    assert counters["tokens_generated"] == 3, "two accepted, one refused; a duplicate was generated once"
+
+
+def test_samples_that_cannot_be_used_are_refused_and_made_again() -> None:
+    ledger = new_ledger()
+    add_server(ledger, "a", capacity=2)
+    (lease,) = leases_of(ledger)
+    assert deliver(ledger, "a", done(lease, 0, [3])) is Verdict.UNKNOWN_VERSION
+    aborted = dataclasses.replace(done(lease, 1, [0]), record=Record.of(lease.ticket_id, 1, trajectory([0], finish=FinishReason.ABORT)))
+    assert deliver(ledger, "a", aborted) is Verdict.INVALID
+    (again,) = leases_of(ledger)
+    assert again.sample_indices == [0, 1]
+    assert again.seed != lease.seed, "the failure may lie in the text that this seed gives"
+    unknown = dataclasses.replace(done(again, 0, [0]), record=Record.of(99, 0, trajectory([0])))
+    assert deliver(ledger, "a", unknown) is Verdict.UNKNOWN_TICKET
+
+
+def test_lag_counts_the_oldest_token_of_the_group() -> None:
+    ledger = new_ledger(max_staleness=2, groups_per_step=1, num_steps=3)
+    add_server(ledger, "a", capacity=4)
+    first, second = leases_of(ledger)
+    finish(ledger, first)
+    version = train_step(ledger)
+    deliver(ledger, "a", done(second, 0, [0, version, version]))
+    deliver(ledger, "a", done(second, 1, [version]))
+    group = ledger.fetch(step=1, position=0)
+    assert group is not None and group.version_steps == [0, 1]
+    train_step(ledger)
+    counters = ledger.statistics.counters()
+    assert counters["max_trained_lag"] == 1
+    assert counters["mean_trained_lag"] == 1 / 4
+    assert counters["mean_trained_token_lag"] == 1 / 6
+
+
+# --- leases ---
+
+
+def test_a_heartbeat_renews_what_it_names_and_the_rest_expires() -> None:
+    ledger = new_ledger(max_staleness=4, lease_timeout_s=10.0)
+    add_server(ledger, "a", capacity=4)
+    kept, lost = leases_of(ledger)
+    for now_s in (6.0, 12.0):
+        naming_one = ServerHeartbeat(
+            state=ServerState.SERVING, free_samples=0, holding_samples=4, weights_version=0, leases=[kept.lease_id]
+        )
+        ledger.heartbeat("a", naming_one, now_s=now_s)
+        assert ledger.expire(now_s=now_s) == []
+    assert set(ledger.book.leases) == {kept.lease_id}
+    assert ledger.take_aborts() == {"a": [lost.lease_id]}
+    (again,) = leases_of(ledger, now_s=12.0)
+    assert again.ticket_id == lost.ticket_id
+    naming_lost = ServerHeartbeat(state=ServerState.SERVING, free_samples=0, holding_samples=4, weights_version=0, leases=[lost.lease_id])
+    ledger.heartbeat("a", naming_lost, now_s=13.0)
+    assert ledger.take_aborts() == {"a": [lost.lease_id]}, "named again until the server has understood"
+
+
+def test_a_silent_server_is_forgotten_and_reconciled_when_it_returns() -> None:
+    ledger = new_ledger(lease_timeout_s=10.0)
+    add_server(ledger, "a", capacity=2)
+    (lease,) = leases_of(ledger)
+    assert ledger.expire(now_s=9.9) == []
+    assert ledger.expire(now_s=10.0) == ["a"]
+    assert ledger.register.num_by_state()[State.QUEUED] == 1
+    ledger.register_server("a", incarnation=1, weights_version=0, now_s=11.0)
+    still_working = ServerHeartbeat(
+        state=ServerState.SERVING, free_samples=0, holding_samples=2, weights_version=0, leases=[lease.lease_id]
+    )
+    ledger.heartbeat("a", still_working, now_s=11.0)
+    assert ledger.take_aborts() == {"a": [lease.lease_id]}
+
+
+def test_a_new_incarnation_loses_the_old_leases_and_fences_the_old_process() -> None:
+    ledger = new_ledger()
+    add_server(ledger, "a", capacity=2)
+    (lease,) = leases_of(ledger)
+    add_server(ledger, "a", capacity=2, incarnation=2)
+    assert ledger.register.num_by_state()[State.QUEUED] == 1
+    with pytest.raises(StaleIncarnationError):
+        ledger.register_server("a", incarnation=1, weights_version=0, now_s=0.0)
+    assert leases_of(ledger)[0].ticket_id == lease.ticket_id
+
+
+def test_a_lost_ticket_waits_for_weights_that_do_not_break_the_budget() -> None:
+    """Re-leasing to a server that lags behind would make the ticket's deadline earlier than there are places for it."""
+    ledger = new_ledger(max_staleness=1, groups_per_step=2)
+    add_server(ledger, "a", capacity=100)
+    old = leases_of(ledger)
+    for lease in old[:2]:
+        finish(ledger, lease)
+    version = train_step(ledger)
+    add_server(ledger, "b", capacity=4, version=version)
+    fresh = leases_of(ledger, "b")
+    ledger.remove_server("b")
+    ledger.return_leases("a", [lease.lease_id for lease in old[2:]])
+    again = leases_of(ledger)
+    assert [lease.ticket_id for lease in again] == [lease.ticket_id for lease in old[2:]], "two more would break the budget of 4 for step 0"
+    beat(ledger, "a", capacity=100, version=version)
+    assert [lease.ticket_id for lease in leases_of(ledger)] == [lease.ticket_id for lease in fresh]
+
+
+# --- failures, filters, reissues ---
+
+
+def test_a_failing_sample_is_retried_then_drops_its_ticket_whose_prompt_is_reissued() -> None:
+    ledger = new_ledger(max_sample_retries=2, max_reissues=1)
+    add_server(ledger, "a", capacity=2)
+    (lease,) = leases_of(ledger)
+    first_ticket, prompt = lease.ticket_id, lease.prompt_index
+    deliver(ledger, "a", done(lease, 1, [0]))
+    for _ in range(2):
+        ledger.sample_failed("a", failed(lease, 0))
+        (lease,) = leases_of(ledger)
+        assert (lease.ticket_id, lease.sample_indices) == (first_ticket, [0])
+    ledger.sample_failed("a", failed(lease, 0))
+    assert ledger.drops == {Drop.FAILED: 1}
+    (lease,) = leases_of(ledger)
+    assert lease.prompt_index == prompt
+    assert ledger.register.live[lease.ticket_id].parent == first_ticket
+    for _ in range(3):
+        ledger.sample_failed("a", failed(lease, 0))
+        (lease,) = leases_of(ledger)
+    assert lease.prompt_index != prompt, "reissued max_reissues times"
+
+
+def test_a_sample_that_no_trainer_can_take_is_refused() -> None:
+    ledger = new_ledger(max_tokens=3)
+    add_server(ledger, "a", capacity=2)
+    (lease,) = leases_of(ledger)
+    assert deliver(ledger, "a", done(lease, 0, [0, 0, 0])) is Verdict.INVALID
+    assert deliver(ledger, "a", done(lease, 1, [0, 0])) is Verdict.ACCEPTED
+
+
+def test_only_the_newest_evaluations_are_kept() -> None:
+    ledger = new_ledger()
+    for eval_id in range(50):
+        ledger.request_eval(eval_id=eval_id, num_prompts=1, min_version=0)
+        add_server(ledger, "a", capacity=9)
+        (lease,) = [lease for lease in leases_of(ledger) if lease.purpose is Purpose.EVAL]
+        deliver(ledger, "a", done(lease, 0, [0]))
+        again = ledger.request_eval(eval_id=eval_id, num_prompts=1, min_version=0)
+        assert again is not None and again.num_evaluated == 1
+    assert len(ledger._evals) <= 5
+
+
+def test_failures_in_a_row_are_fatal_with_the_last_error() -> None:
+    ledger = new_ledger(max_consecutive_failures=3, max_sample_retries=10)
+    add_server(ledger, "a", capacity=2)
+    for error in ("one", "two", None, "three", "four", "five"):
+        (lease,) = leases_of(ledger)
+        index = lease.sample_indices[0]
+        if error is None:
+            deliver(ledger, "a", done(lease, index, [0]))
+            beat(ledger, "a", capacity=2 + len(ledger.book.servers["a"].leases))
+        else:
+            ledger.sample_failed("a", failed(lease, index, error))
+            ledger.return_leases("a", [lease.lease_id])
+    assert "3 samples failed in a row" in ledger.fatal and "five" in ledger.fatal
+    assert leases_of(ledger) == []
+
+
+def test_a_group_without_spread_is_refilled_with_another_prompt() -> None:
+    ledger = new_ledger(group_filter="spread", max_staleness=0, groups_per_step=1)
+    add_server(ledger, "a", capacity=2)
+    (lease,) = leases_of(ledger)
+    finish(ledger, lease, rewards=(1.0, 1.0))
+    assert ledger.drops == {Drop.NO_SPREAD: 1}
+    (refill,) = leases_of(ledger)
+    assert refill.prompt_index != lease.prompt_index
+    finish(ledger, refill, rewards=(0.0, 1.0))
+    assert ledger.register.num_by_state()[State.BATCHED] == 1
+
+
+def test_spread_filter_needs_a_group() -> None:
+    with pytest.raises(ConfigError, match="group_size"):
+        LedgerSettings(max_staleness=0, groups_per_step=1, group_size=1, num_steps=1, group_filter="spread")
+
+
+def test_a_group_of_mixed_versions_is_rejected_by_single_version() -> None:
+    ledger = new_ledger(group_filter="single_version", max_staleness=4, groups_per_step=1)
+    add_server(ledger, "a", capacity=4)
+    first, second = leases_of(ledger)
+    finish(ledger, first)
+    version = train_step(ledger)
+    deliver(ledger, "a", done(second, 0, [0, 0]))
+    deliver(ledger, "a", done(second, 1, [0, version]))
+    assert ledger.drops == {Drop.REJECTED: 1}
+
+
+def test_a_hopeless_ticket_is_aborted_at_the_engine() -> None:
+    ledger = new_ledger(overdue="drop", max_staleness=1, groups_per_step=1, num_steps=4)
+    add_server(ledger, "a", capacity=4)
+    slow, quick = leases_of(ledger)
+    deliver(ledger, "a", done(slow, 0, [0]))
+    finish(ledger, quick)
+    version = train_step(ledger)
+    beat(ledger, "a", capacity=4, version=version)
+    (third,) = leases_of(ledger)
+    finish(ledger, third, version=version)
+    assert ledger.drops == {Drop.STALE: 1}, "step 2 is open, and a token of step 0 was seen"
+    assert ledger.take_aborts() == {"a": [slow.lease_id]}
+    assert deliver(ledger, "a", done(slow, 1, [version])) is Verdict.FINISHED
+
+
+# --- trainer ---
+
+
+def test_recorded_groups_are_served_identically_until_committed() -> None:
+    ledger = new_ledger(groups_per_step=1)
+    add_server(ledger, "a", capacity=4)
+    lease, _ = leases_of(ledger)
+    assert ledger.fetch(step=0, position=0) is None
+    finish(ledger, lease)
+    group = ledger.fetch(step=0, position=0)
+    assert group is not None and group.ticket_id == lease.ticket_id and [t.reward for t in group.trajectories] == [0.0, 1.0]
+    with pytest.raises(RefusedError, match="complete"):
+        ledger.commit(incarnation=1, step=0)
+    train_step(ledger)
+    again = ledger.fetch(step=0, position=0)
+    assert again is not None and again.ticket_id == group.ticket_id
+    ledger.commit(incarnation=1, step=0)
+    assert ledger.register.num_by_state()[State.TRAINED] == 1
+    with pytest.raises(RefusedError, match="served"):
+        ledger.fetch(step=0, position=0)
+    with pytest.raises(RefusedError, match="position"):
+        ledger.fetch(step=1, position=1)
+
+
+def test_a_newer_trainer_fences_the_older_and_may_repeat_uncommitted_steps() -> None:
+    ledger = new_ledger(groups_per_step=1)
+    add_server(ledger, "a", capacity=4)
+    for lease in leases_of(ledger):
+        finish(ledger, lease)
+    train_step(ledger)
+    trained = ledger.statistics["tokens_trained"]
+    ledger.start_training(incarnation=2, step=0, stream={})
+    with pytest.raises(StaleIncarnationError):
+        ledger.complete_step(incarnation=1, step=0)
+    with pytest.raises(StaleIncarnationError):
+        ledger.start_training(incarnation=1, step=0, stream={})
+    with pytest.raises(RefusedError, match="StartTraining"):
+        ledger.alloc_version(incarnation=3, step=0)
+    assert ledger.alloc_version(incarnation=2, step=0) == 2, "versions are never reused"
+    ledger.complete_step(incarnation=2, step=0)
+    assert ledger.statistics["tokens_trained"] == trained, "a repeated step is counted once"
+    ledger.commit(incarnation=2, step=0)
+    with pytest.raises(RefusedError, match="restart"):
+        ledger.start_training(incarnation=3, step=0, stream={})
+
+
+def test_a_trainer_may_not_skip_steps_or_invent_weights() -> None:
+    ledger = new_ledger()
+    with pytest.raises(RefusedError, match="complete"):
+        ledger.complete_step(incarnation=1, step=0)
+    with pytest.raises(RefusedError, match="cannot exist"):
+        ledger.alloc_version(incarnation=1, step=1)
+
+
+def test_resuming_in_a_fresh_ledger_reissues_what_was_not_trained_first() -> None:
+    ledger = new_ledger(groups_per_step=2, num_steps=8)
+    add_server(ledger, "a", capacity=8)
+    leases = leases_of(ledger)
+    for lease in leases[:3]:
+        finish(ledger, lease)
+    train_step(ledger)
+    state = ledger.stream_state(step=0)
+    assert state["pending"] == [lease.prompt_index for lease in leases[2:]], "one recorded in step 1, one still running"
+    ledger.close("interrupted")
+    assert sorted(ledger.stream_state(step=0)["pending"]) == sorted(state["pending"]), "cancelled prompts are not lost"  # type: ignore[arg-type]
+
+    resumed = Ledger(ledger.settings, MemoryStore())
+    resumed.set_num_train_prompts(1000)
+    resumed.start_training(incarnation=9, step=1, stream=state)
+    add_server(resumed, "a", capacity=100)
+    assert len(leases_of(resumed)) == 2, "with the weights of step 0 only step 1 is within the bound"
+    resumed.remove_server("a")
+    version = resumed.alloc_version(incarnation=9, step=1)
+    assert version == 2
+    add_server(resumed, "a", capacity=100, version=version)
+    again = leases_of(resumed)
+    assert len(again) == (1 + 1 + 1) * 2 - 2
+    assert [lease.prompt_index for lease in again[:2]] == state["pending"]
+    assert not {lease.prompt_index for lease in again[2:]} & {lease.prompt_index for lease in leases}
+    finish(resumed, again[0], version=version)
+    assert resumed.fetch(step=1, position=0) is not None
+
+
+def test_closing_cancels_what_no_completed_step_holds_and_leaves_eval_alone() -> None:
+    ledger = new_ledger()
+    add_server(ledger, "a", capacity=8)
+    leases = leases_of(ledger)
+    for lease in leases[:3]:
+        finish(ledger, lease)
+    ledger.complete_step(incarnation=1, step=0)
+    ledger.close("drain")
+    assert ledger.drops == {Drop.CANCELLED: 2}, "one was running, one recorded for a step that nobody trained"
+    assert sorted(ledger.take_aborts()["a"]) == [lease.lease_id for lease in leases[3:]]
+    assert ledger.register.num_by_state()[State.BATCHED] == 2, "the completed step waits for its commit"
+    assert ledger.fetch(step=1, position=0) is None
+    ledger.commit(incarnation=1, step=0)
+    assert sorted(ledger.stream_state(step=0)["pending"]) == sorted(lease.prompt_index for lease in leases[2:])  # type: ignore[arg-type]
+    assert ledger.request_eval(eval_id=1, num_prompts=1, min_version=0) is None
+    assert [lease.purpose for lease in leases_of(ledger)] == [Purpose.EVAL]
+
+
+# --- eval ---
+
+
+def test_evaluation_goes_first_waits_for_its_version_and_reports_means() -> None:
+    ledger = new_ledger(max_staleness=4, groups_per_step=1, max_sample_retries=0)
+    add_server(ledger, "a", capacity=2)
+    (lease,) = leases_of(ledger)
+    finish(ledger, lease)
+    version = train_step(ledger)
+    assert ledger.request_eval(eval_id=5, num_prompts=3, min_version=version) is None
+    assert [lease.purpose for lease in leases_of(ledger)] == [Purpose.TRAIN], "this server is too old for the evaluation"
+    add_server(ledger, "b", capacity=3, version=version)
+    leases = leases_of(ledger, "b")
+    assert [(lease.purpose, lease.prompt_index, lease.sample_indices) for lease in leases] == [(Purpose.EVAL, i, [0]) for i in range(3)]
+    deliver(ledger, "b", done(leases[0], 0, [version], reward=1.0))
+    ledger.sample_failed("b", failed(leases[1], 0))
+    ledger.return_leases("b", [leases[2].lease_id])
+    (again,) = (lease for lease in leases_of(ledger, "b") if lease.purpose is Purpose.EVAL)
+    deliver(ledger, "b", done(again, 0, [version, version], reward=0.0))
+    result = ledger.request_eval(eval_id=5, num_prompts=3, min_version=version)
+    assert result is not None
+    assert (result.num_evaluated, result.num_failed, result.mean_reward, result.mean_tokens) == (2, 1, 0.5, 1.5)
+    assert (result.oldest_version, result.newest_version) == (version, version)
+    counts = ledger.register.num_by_state()
+    assert (counts[State.EVALUATED], counts[State.DROPPED]) == (2, 1)
+
+
+# --- prompts, settings ---
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 64, 1000])
+def test_an_epoch_is_a_permutation_that_depends_on_seed_and_epoch(size: int) -> None:
+    orders = {
+        (seed, epoch): tuple(permuted(index, size=size, seed=seed, epoch=epoch) for index in range(size))
+        for seed in (0, 1)
+        for epoch in (0, 1)
+    }
+    assert all(sorted(order) == list(range(size)) for order in orders.values())
+    if size >= 64:
+        assert len(set(orders.values())) == 4
+        assert abs(sum(orders[0, 0][: size // 2]) / (size // 2) - (size - 1) / 2) < size / 6, "the first half is not a fair sample"
+
+
+def test_the_prompt_cursor_resumes_in_the_middle_of_an_epoch() -> None:
+    whole = PromptOrder(seed=3, num_prompts=7)
+    sequence = [whole.next().index for _ in range(20)]
+    resumed = PromptOrder(seed=3, num_prompts=7)
+    resumed.restore(cursor=9, pending=[4, 2])
+    assert [resumed.next().index for _ in range(13)] == [4, 2, *sequence[9:]]
+    assert sorted(sequence[:7]) == list(range(7))
+
+
+def test_sampling_seeds_fit_into_31_bits_with_room_for_a_group() -> None:
+    seeds = {sampling_seed(0, ticket_id, 0) for ticket_id in range(1000)}
+    assert len(seeds) == 1000 and min(seeds) >= 0 and max(seeds) < 2**30
+
+
+def test_settings_come_from_the_job_configuration() -> None:
+    config = from_mapping(
+        {"max_staleness": 2, "trainer": {"groups_per_step": 3}, "sampling": {"group_size": 5}, "buffer": {"overdue": "drop"}}
+    )
+    chosen = LedgerSettings.from_config(config)
+    assert (chosen.max_staleness, chosen.groups_per_step, chosen.group_size, chosen.overdue) == (2, 3, 5, "drop")

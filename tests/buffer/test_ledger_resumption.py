@@ -1,0 +1,193 @@
+"""A trainer that comes back, forth or back; what an operator takes out; and other settings than the ledger was written with."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from areal_like.errors import RefusedError, StaleIncarnationError
+from areal_like.wire.messages.producer import Lease
+from buffer.ledger.ledger import Ledger
+from buffer.ledger.recovery import recover
+from buffer.tickets import Drop, State, Verdict
+from tests.support.ledger_plant import add_server, beat, deliver, done, new_ledger
+from tests.support.row_store import RowStore
+
+
+def durable_ledger(**settings: object) -> Ledger:
+    return new_ledger(store=RowStore(), durable=True, **({"groups_per_step": 1, "max_staleness": 2, "num_steps": 8} | settings))
+
+
+def train(ledger: Ledger, *, incarnation: int = 1) -> int:
+    """Fetches and completes the step at hand; returns the version of the next weights."""
+    step = ledger.trainer_step
+    for position in range(ledger.settings.groups_per_step):
+        assert ledger.fetch(step=step, position=position) is not None
+    ledger.complete_step(incarnation=incarnation, step=step)
+    return ledger.alloc_version(incarnation=incarnation, step=step + 1)
+
+
+def generate(ledger: Ledger, *, version: int) -> list[Lease]:
+    """A server with these weights makes all that it is given."""
+    add_server(ledger, "a", capacity=100, version=version)
+    leases = ledger.grant(now_s=0.0).get("a", [])
+    for lease in leases:
+        for index in lease.sample_indices:
+            assert deliver(ledger, "a", done(lease, index, [version], reward=float(index))) is Verdict.ACCEPTED
+    return leases
+
+
+def trained(num_steps: int, **settings: object) -> tuple[Ledger, list[int]]:
+    """A ledger in which so many steps are complete, and the tickets that they were trained on."""
+    ledger, version = durable_ledger(**settings), 0
+    for _ in range(num_steps):
+        generate(ledger, version=version)
+        version = train(ledger)
+    generate(ledger, version=version)
+    return ledger, [ticket.ticket_id for ticket in ledger.steps.of(*range(num_steps))]
+
+
+def test_an_older_kept_checkpoint_gets_its_steps_again_though_they_were_committed() -> None:
+    ledger, tickets = trained(4)
+    ledger.commit(incarnation=1, step=3, oldest_kept_step=2)
+    assert ledger.register.num_by_state()[State.TRAINED] == 4
+    with pytest.raises(RefusedError, match=r"from step 2 or later, not 1.*ledger/"):
+        ledger.start_training(incarnation=2, step=1, stream={})
+    ledger.start_training(incarnation=2, step=2, stream={}, unix_s=7.0)
+    assert [ledger.fetch(step=step, position=0).ticket_id for step in (2, 3)] == tickets[2:]  # type: ignore[union-attr]
+    assert ledger.register.num_by_state()[State.TRAINED] == 2 and ledger.committed_step == 1
+    assert isinstance(ledger.store, RowStore)
+    (row,) = ledger.store.copy().recover().rollbacks
+    assert (row.trainer_incarnation, row.from_step, row.to_step, row.num_tickets, row.num_tokens) == (2, 4, 2, 2, 4)
+    counted = ledger.statistics.counters()["samples_trained"]
+    train(ledger, incarnation=2)
+    assert ledger.statistics.counters()["samples_trained"] == counted, "a repeated step is counted once"
+
+
+def test_what_abandoned_weights_have_sampled_is_not_trained_on_unless_it_was_recorded() -> None:
+    ledger, _ = trained(2, groups_per_step=2)
+    late = ledger.versions.newest
+    recorded = [ticket.ticket_id for ticket in ledger.steps.from_on(2)]
+    add_server(ledger, "b", capacity=4, version=1)
+    beat(ledger, "a", capacity=200, version=late)
+    (running,) = ledger.grant(now_s=0.0).get("b", []) or (None,)
+    ready = [ticket for ticket in ledger.register.live.values() if ticket.state is State.READY]
+    issued = ledger.register.num_issued
+    ledger.start_training(incarnation=2, step=1, stream={})
+    assert ledger.drops[Drop.ABANDONED] == len(ready) > 0
+    assert [ticket.ticket_id for ticket in ledger.steps.from_on(2)][: len(recorded)] == recorded
+    assert ledger.prompts.returned == [ticket.prompt_index for ticket in ready]
+    if running is not None:
+        assert deliver(ledger, "b", done(running, 0, [1, late])) is Verdict.ABANDONED
+        assert deliver(ledger, "b", done(running, 1, [1])) is Verdict.ACCEPTED
+        assert ledger.register.live[running.ticket_id].unleased == {0}, "made again, and no failure"
+        assert ledger.statistics.counters()["samples_failed"] == 0
+    beat(ledger, "a", capacity=200, version=late)
+    assert "a" not in ledger.grant(now_s=0.0), "a server that holds abandoned weights was given work"
+    version = ledger.alloc_version(incarnation=2, step=1)
+    assert version == late + 1 and ledger.register.num_issued == issued
+
+
+def test_a_poisoned_place_is_filled_by_another_group_and_the_trainer_starts_again() -> None:
+    ledger, _ = trained(1, groups_per_step=2)
+    victim, other = ledger.steps.of(1)
+    with pytest.raises(RefusedError, match="was trained on in step 0"):
+        ledger.poison([victim.ticket_id, ledger.steps.of(0)[0].ticket_id])
+    assert victim.state is State.BATCHED, "all or none"
+    ledger.poison([victim.ticket_id])
+    assert ledger.drops == {Drop.POISON: 1} and victim.prompt_index not in ledger.prompts.returned
+    filled = ledger.fetch(step=1, position=0)
+    assert filled is not None and filled.ticket_id not in (victim.ticket_id, other.ticket_id), "a ready group has its place"
+    assert ledger.fetch(step=1, position=1).ticket_id == other.ticket_id  # type: ignore[union-attr]
+    with pytest.raises(StaleIncarnationError):
+        ledger.complete_step(incarnation=1, step=1)
+    with pytest.raises(RefusedError, match="ended, or was never issued"):
+        ledger.poison([victim.ticket_id])
+
+
+def test_a_place_emptied_in_a_step_that_is_done_again_is_filled_though_later_ones_are_full() -> None:
+    ledger, _ = trained(5)
+    ledger.commit(incarnation=1, step=0)
+    ledger.start_training(incarnation=2, step=1, stream={})
+    ledger.poison([ledger.steps.of(1)[0].ticket_id])
+    ledger.start_training(incarnation=3, step=1, stream={})
+    assert ledger.recorder.step > 4 and ledger.fetch(step=1, position=0) is None
+    (lease,) = generate(ledger, version=ledger.alloc_version(incarnation=3, step=1))
+    assert ledger.fetch(step=1, position=0).ticket_id == lease.ticket_id  # type: ignore[union-attr]
+
+
+def test_versions_that_a_checkpoint_knows_are_not_given_out_again_by_a_ledger_that_lost_them() -> None:
+    ledger, _ = trained(4)
+    assert isinstance(ledger.store, RowStore)
+    before_power_cut = ledger.store.copy()
+    lost = [ledger.alloc_version(incarnation=1, step=4) for _ in range(3)]
+    checkpoint = ledger.stream_state(step=3)
+    other = recover(ledger.settings, before_power_cut, now_s=0.0)
+    other.start_training(incarnation=2, step=4, stream=checkpoint)
+    assert other.alloc_version(incarnation=2, step=4) == lost[-1] + 1
+
+
+def test_a_step_that_costs_three_trainers_is_named_until_its_data_change() -> None:
+    ledger, _ = trained(1)
+    (culprit,) = ledger.steps.of(1)
+    for incarnation in (1, 2, 3):
+        ledger.start_training(incarnation=incarnation, step=0, stream={})
+        if incarnation > 1:
+            train(ledger, incarnation=incarnation)
+        ledger.fetch(step=1, position=0)
+    with pytest.raises(RefusedError, match=rf"3 trainers died in step 1, whose tickets are {culprit.ticket_id}:.*areal-like drop"):
+        ledger.start_training(incarnation=4, step=0, stream={})
+    ledger.poison([culprit.ticket_id])
+    ledger.start_training(incarnation=5, step=0, stream={})
+
+
+def test_a_person_who_starts_again_gets_one_more_try_and_a_drain_is_no_crash() -> None:
+    ledger, _ = trained(1)
+    for incarnation in (2, 3, 4):
+        ledger.start_training(incarnation=incarnation, step=1, stream={})
+        ledger.fetch(step=1, position=0)
+    ledger.close("the job has failed")
+    ledger.start_training(incarnation=5, step=1, stream={})
+    ledger.fetch(step=1, position=0)
+    with pytest.raises(RefusedError, match="3 trainers"):
+        ledger.start_training(incarnation=6, step=1, stream={})
+    ledger.close("drain")
+    assert ledger.steps.attempts == {1: 2}
+
+
+@pytest.mark.parametrize("num_starts", [1, 2], ids=["one start", "two starts before a trainer comes"])
+@pytest.mark.parametrize(
+    ("change", "groups_per_step"),
+    [({"groups_per_step": 2}, 1), ({"groups_per_step": 1}, 2), ({"max_staleness": 0}, 1), ({"group_size": 3}, 1)],
+)
+def test_other_settings_cancel_what_is_recorded_and_go_on_from_the_checkpoint(
+    change: dict[str, int], groups_per_step: int, num_starts: int
+) -> None:
+    ledger, _ = trained(3, groups_per_step=groups_per_step)
+    pending = ledger.stream_state(step=1)["pending"]
+    ledger.commit(incarnation=1, step=1)
+    ledger.close("drain")
+    other = ledger
+    for _ in range(num_starts):
+        assert isinstance(other.store, RowStore)
+        other = recover(dataclasses.replace(ledger.settings, **change), other.store.copy(), now_s=0.0)
+    other.set_num_train_prompts(1000)
+    assert other.closed_because and generate(other, version=0) == []
+    other.start_training(incarnation=2, step=2, stream={})
+    assert other.register.num_by_state()[State.TRAINED] == 2 * groups_per_step
+    assert other.drops.total() == len(pending) and set(other.drops) == {Drop.CANCELLED, Drop.ABANDONED}  # type: ignore[arg-type]
+    assert sorted(other.prompts.returned) == sorted(pending)  # type: ignore[type-var]
+    version = other.alloc_version(incarnation=2, step=2)
+    generate(other, version=version)
+    assert other.fetch(step=2, position=0) is not None
+
+
+def test_a_ledger_that_lost_what_a_checkpoint_proves_goes_on_from_the_checkpoint() -> None:
+    ledger, _ = trained(2)
+    num_live = len(ledger.register.live)
+    ledger.start_training(incarnation=2, step=6, stream={"cursor": 40, "pending": [7], "next_version": 30})
+    assert (ledger.trainer_step, ledger.committed_step, ledger.recorder.step) == (6, 5, 6)
+    assert ledger.prompts.next().index == 7 and ledger.prompts.cursor == 40
+    assert ledger.alloc_version(incarnation=2, step=6) == 30 and num_live > 0
+    ledger.register.check()

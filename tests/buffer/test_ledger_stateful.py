@@ -1,0 +1,401 @@
+"""The ledger against everything that peers may do in any order, with a model of what it has promised.
+
+Twice: in memory, and over rows from which it is made anew, at any moment, as after a SIGKILL of the buffer. What comes back has to be equal
+to what was lost, and to keep its promises.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from areal_like.errors import StaleIncarnationError
+from areal_like.wire.messages.producer import Lease, Purpose, ServerState
+from buffer.ledger.ledger import Ledger
+from buffer.ledger.recovery import recover
+from buffer.storage.base import MemoryStore, Store
+from buffer.tickets import Drop, State, Ticket, Verdict
+from tests.support.ledger_plant import add_server, beat, deliver, done, failed, new_ledger
+from tests.support.row_store import RowStore
+
+SERVERS = ("a", "b", "c")
+GROUPS, SIZE, STEPS = 2, 2, 6
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    """Model: who was granted what, what was accepted, what was served where."""
+
+    durable = False
+
+    def new_store(self) -> Store:
+        return MemoryStore()
+
+    @initialize(
+        max_staleness=st.sampled_from([0, 1, 2]),
+        overdue=st.sampled_from(["wait", "drop"]),
+        group_filter=st.sampled_from(["none", "spread", "single_version"]),
+        adaptive=st.booleans(),
+        sync_interval=st.sampled_from([1, 1, 2, 3]),
+        num_greedy=st.sampled_from([0, 0, 1]),
+    )
+    def begin(self, max_staleness: int, overdue: str, group_filter: str, adaptive: bool, sync_interval: int, num_greedy: int) -> None:
+        self.num_greedy = num_greedy
+        self.sync_interval = min(sync_interval, max_staleness + 1)
+        self.ledger = new_ledger(
+            store=self.new_store(),
+            durable=self.durable,
+            max_staleness=max_staleness,
+            groups_per_step=GROUPS,
+            group_size=SIZE,
+            num_greedy=num_greedy,
+            num_steps=STEPS,
+            overdue=overdue,
+            group_filter=group_filter,
+            adaptive=adaptive,
+            sync_interval=self.sync_interval,
+            max_consecutive_failures=10**6,
+            lease_timeout_s=5.0,
+        )
+        self.now_s = 0.0
+        self.incarnation = 1
+        self.num_trained = 0
+        self.leases: list[tuple[str, Lease]] = []
+        self.accepted: dict[tuple[int, int], int] = {}
+        self.steps_of = {0: 0}  # version -> step
+        self.abandoned: set[int] = set()
+        self.served: dict[tuple[int, int], int] = {}
+        self.versions = [0]
+        self.server_incarnation = dict.fromkeys(SERVERS, 1)
+        for name in SERVERS[:2]:
+            add_server(self.ledger, name, capacity=2 * SIZE)
+        self.grant()
+
+    # --- servers ---
+
+    @rule(name=st.sampled_from(SERVERS), restarted=st.booleans())
+    def hello(self, name: str, restarted: bool) -> None:
+        self.server_incarnation[name] += restarted
+        known = self.ledger.book.servers.get(name)
+        version = known.weights_version if known and not restarted else self.versions[-1]
+        add_server(self.ledger, name, capacity=2 * SIZE, version=version, now_s=self.now_s, incarnation=self.server_incarnation[name])
+        self.grant()
+
+    @rule(
+        name=st.sampled_from(SERVERS),
+        newest=st.booleans(),
+        capacity=st.sampled_from([0, 1, 4, 5]),
+        state=st.just(ServerState.SERVING) | st.sampled_from(ServerState),
+    )
+    def heartbeat(self, name: str, newest: bool, capacity: int, state: ServerState) -> None:
+        server = self.ledger.book.servers.get(name)
+        if server is not None:
+            version = self.versions[-1] if newest else server.weights_version
+            beat(self.ledger, name, capacity=capacity, version=version, now_s=self.now_s, state=state)
+        self.grant()
+
+    def grant(self) -> None:
+        for name, leases in self.ledger.grant(now_s=self.now_s).items():
+            for lease in leases:
+                assert not any((lease.ticket_id, index) in self.accepted for index in lease.sample_indices), (
+                    "a sample that is here is asked for"
+                )
+                self.leases.append((name, lease))
+
+    def draw_sample(self, data: st.DataObject) -> tuple[str, Lease, int]:
+        """Any sample of any lease ever granted, the newest more often: duplicates, superseded ones and those of ended tickets too."""
+        name, lease = data.draw(st.sampled_from(self.leases[-4:]) | st.sampled_from(self.leases))
+        return name, lease, data.draw(st.sampled_from(lease.sample_indices))
+
+    def expected(self, name: str, lease: Lease, index: int) -> Verdict:
+        """What the rules say, from what this machine has seen and which samples are outstanding."""
+        held = self.ledger.book.leases.get(lease.lease_id)
+        ticket = self.ledger.register.live.get(lease.ticket_id)
+        if ticket is None:
+            return Verdict.FINISHED
+        if self.accepted.get((lease.ticket_id, index)) == lease.lease_id:
+            return Verdict.DUPLICATE
+        is_held = held is not None and held.server == name and index in held.outstanding
+        return Verdict.ACCEPTED if is_held else Verdict.SUPERSEDED
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data(), reward=st.sampled_from([0.0, 1.0]), old=st.booleans(), other_server=st.sampled_from([False, False, True]))
+    def deliver(self, data: st.DataObject, reward: float, old: bool, other_server: bool) -> None:
+        name, lease, index = self.draw_sample(data)
+        if other_server:
+            name = data.draw(st.sampled_from(SERVERS))
+        expected = self.expected(name, lease, index)
+        server = self.ledger.book.servers.get(name)
+        newest = server.weights_version if server else 0
+        oldest = self.versions[max(0, self.versions.index(newest) - 1)] if old else newest
+        if expected is Verdict.ACCEPTED and self.abandoned & {oldest, newest}:
+            expected = Verdict.ABANDONED
+        verdict = deliver(self.ledger, name, done(lease, index, [oldest, newest], reward=reward))
+        assert verdict is expected
+        if verdict is Verdict.ACCEPTED:
+            self.accepted[lease.ticket_id, index] = lease.lease_id
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
+    def deliver_whole_lease(self, data: st.DataObject) -> None:
+        name, lease = data.draw(st.sampled_from(self.leases[-4:]))
+        version = self.ledger.book.servers[name].weights_version if name in self.ledger.book.servers else 0
+        for index in lease.sample_indices:
+            if deliver(self.ledger, name, done(lease, index, [version], reward=float(index))) is Verdict.ACCEPTED:
+                self.accepted[lease.ticket_id, index] = lease.lease_id
+        self.grant()
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
+    def fail(self, data: st.DataObject) -> None:
+        name, lease, index = self.draw_sample(data)
+        expected = self.expected(name, lease, index)
+        assert self.ledger.sample_failed(name, failed(lease, index)) is expected
+        self.grant()
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
+    def give_back(self, data: st.DataObject) -> None:
+        name, lease = data.draw(st.sampled_from(self.leases))
+        if name in self.ledger.book.servers:
+            self.ledger.return_leases(name, [lease.lease_id, lease.lease_id])
+        self.grant()
+
+    @rule(name=st.sampled_from(SERVERS))
+    def leave(self, name: str) -> None:
+        self.ledger.remove_server(name)
+
+    @rule(seconds=st.sampled_from([0.5, 3.0, 6.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.now_s += seconds
+        for name in self.ledger.expire(now_s=self.now_s):
+            assert name not in self.ledger.book.servers
+        self.grant()
+
+    # --- trainer ---
+
+    @property
+    def num_taken(self) -> int:
+        return self.ledger.recorder.step * GROUPS + self.ledger.recorder.position
+
+    @precondition(lambda self: self.num_taken)
+    @rule(position=st.integers(0, STEPS * GROUPS - 1))
+    def fetch_any(self, position: int) -> None:
+        self.fetch(*divmod(position % (self.num_taken + 1), GROUPS))
+
+    def fetch(self, step: int, position: int) -> None:
+        if not self.ledger.committed_step < step < STEPS:
+            return
+        group = self.ledger.fetch(step=step, position=position)
+        if group is None:
+            assert (step, position) not in self.served, "a recorded group is gone"
+            return
+        assert self.served.setdefault((step, position), group.ticket_id) == group.ticket_id, "a place was given to another group"
+        assert list(self.served.values()).count(group.ticket_id) == 1, "a group is in two places"
+        assert len(group.trajectories) == SIZE + self.num_greedy
+        for trajectory, oldest_step in zip(group.trajectories, group.version_steps, strict=True):
+            assert 0 <= step - oldest_step <= self.ledger.settings.max_staleness
+            if self.sync_interval > 1:
+                assert step // self.sync_interval == oldest_step // self.sync_interval, "trained in another interval than it was sampled in"
+            assert trajectory.num_sampled > 0
+
+    @precondition(lambda self: self.ledger.recorder.num_full_steps > self.ledger.trainer_step)
+    @rule(push=st.booleans(), commit=st.booleans())
+    def train(self, push: bool, commit: bool) -> None:
+        step = self.ledger.trainer_step
+        for position in range(GROUPS):
+            self.fetch(step, position)
+        self.ledger.complete_step(incarnation=self.incarnation, step=step)
+        self.ledger.complete_step(incarnation=self.incarnation, step=step)
+        self.num_trained = max(self.num_trained, step + 1)
+        if push:
+            version = self.ledger.alloc_version(incarnation=self.incarnation, step=step + 1)
+            self.note_version(version, step + 1)
+        if commit:
+            self.commit(step)
+            self.commit(step)
+        self.grant()
+
+    def note_version(self, version: int, step: int) -> None:
+        assert version > self.versions[-1], "a version was given out twice"
+        self.versions.append(version)
+        self.steps_of[version] = step
+
+    def commit(self, step: int) -> None:
+        """With the checkpoint before this one kept too."""
+        self.ledger.commit(incarnation=self.incarnation, step=step, oldest_kept_step=max(0, step))
+
+    @rule(data=st.data())
+    def trainer_restarts(self, data: st.DataObject) -> None:
+        first = self.ledger.steps.first_kept if self.durable else self.ledger.committed_step + 1
+        self.trainer_restarts_at(data.draw(st.integers(first, self.ledger.trainer_step)))
+
+    @rule(data=st.data())
+    def poison(self, data: st.DataObject) -> None:
+        ids = sorted(ticket.ticket_id for ticket in self.ledger.steps.from_on(self.ledger.trainer_step))
+        if ids:
+            ticket = self.ledger.register.live[data.draw(st.sampled_from(ids))]
+            self.ledger.poison([ticket.ticket_id])
+            self.served.pop((ticket.step, ticket.position), None)
+            self.num_trained = min(self.num_trained, ticket.step)
+            with pytest.raises(StaleIncarnationError):
+                self.ledger.commit(incarnation=self.incarnation, step=0)
+            self.trainer_restarts_at(self.ledger.trainer_step)
+
+    @precondition(lambda self: self.ledger.settings.adaptive)
+    @rule(data=st.data())
+    def adapt(self, data: st.DataObject) -> None:
+        bound = data.draw(st.integers(0, self.ledger.settings.max_staleness))
+        self.ledger.set_max_staleness(incarnation=self.incarnation, max_staleness=bound)
+        self.grant()
+
+    @rule(eval_id=st.integers(1, 2))
+    def evaluate(self, eval_id: int) -> None:
+        result = self.ledger.request_eval(eval_id=eval_id, num_prompts=2, min_version=0)
+        assert result is None or result.num_evaluated + result.num_failed == 2
+
+    @rule()
+    def close(self) -> None:
+        self.ledger.close("test")
+        assert self.ledger.register.count(Purpose.TRAIN, State.LEASED) == 0
+        if not self.durable:
+            self.served = {place: ticket_id for place, ticket_id in self.served.items() if place[0] < self.ledger.trainer_step}
+            self.num_trained = min(self.num_trained, self.ledger.trainer_step)
+            assert self.ledger.register.count(Purpose.TRAIN, State.QUEUED, State.READY) == 0
+
+    # --- promises ---
+
+    @invariant()
+    def books_balance(self) -> None:
+        self.ledger.register.check()
+        counts = self.ledger.register.num_by_state()
+        assert counts[State.DROPPED] == self.ledger.drops.total()
+        train = self.ledger.register.count(Purpose.TRAIN, *State) - self.ledger.register.count(Purpose.TRAIN, State.DROPPED)
+        assert train <= STEPS * GROUPS, "more groups than the run has places"
+
+    @invariant()
+    def learned_once(self) -> None:
+        counters = self.ledger.statistics.counters()
+        assert counters["samples_trained"] == self.num_trained * GROUPS * SIZE
+        assert counters["max_trained_lag"] <= self.ledger.settings.max_staleness
+        assert self.num_taken <= (self.num_trained + 2) * GROUPS, "recording ran more than one step ahead of the trainer"
+
+    @invariant()
+    def leases_match_tickets(self) -> None:
+        book, live = self.ledger.book, self.ledger.register.live
+        for server in book.servers.values():
+            assert server.owed_samples == sum(len(lease.outstanding) for lease in server.leases.values())
+        assert set(book.leases) == {lease_id for ticket in live.values() for lease_id in ticket.leases}
+        for ticket in live.values():
+            if ticket.state in (State.QUEUED, State.LEASED):
+                making = [index for lease in ticket.leases.values() for index in lease.outstanding]
+                assert sorted([*making, *ticket.unleased, *ticket.samples]) == list(range(ticket.num_samples)), (
+                    "a sample is lost or made twice"
+                )
+                assert (ticket.state is State.LEASED) == bool(ticket.leases)
+
+    def teardown(self) -> None:
+        """Whatever happened, healthy peers can bring the run to its end: no place is blocked for good."""
+        ledger = getattr(self, "ledger", None)
+        if ledger is None:
+            return
+        self.trainer_restarts_at(ledger.trainer_step)
+        self.now_s += 100.0
+        ledger.expire(now_s=self.now_s)
+        for _ in range(40 * STEPS):
+            version = self.versions[-1]
+            self.server_incarnation["a"] += 1
+            add_server(ledger, "a", capacity=100, version=version, now_s=self.now_s, incarnation=self.server_incarnation["a"])
+            for leases in ledger.grant(now_s=self.now_s).values():
+                for lease in leases:
+                    for index in lease.sample_indices:
+                        deliver(ledger, "a", done(lease, index, [version], reward=float(index)))
+            if ledger.recorder.num_full_steps > ledger.trainer_step:
+                self.train(push=True, commit=True)
+        assert ledger.trainer_step == STEPS, f"stuck: {ledger.register.num_by_state()}, step {ledger.recorder.step}"
+        assert ledger.register.count(Purpose.TRAIN, State.TRAINED) == STEPS * GROUPS
+        assert not any(ticket.purpose is Purpose.TRAIN for ticket in ledger.register.live.values()), "tickets are left over"
+        ledger.commit(incarnation=self.incarnation, step=STEPS - 1, oldest_kept_step=STEPS)
+        assert ledger.store.num_bytes == 0
+
+    def trainer_restarts_at(self, step: int) -> None:
+        self.incarnation = max(self.incarnation, self.ledger.trainer_incarnation) + 1
+        self.ledger.start_training(incarnation=self.incarnation, step=step, stream={})
+        self.abandoned |= {version for version in self.versions if self.steps_of[version] > step}
+        self.note_version(self.ledger.alloc_version(incarnation=self.incarnation, step=step), step)
+
+
+class DurableLedgerMachine(LedgerMachine):
+    """The same promises over any number of buffers."""
+
+    durable = True
+
+    def new_store(self) -> Store:
+        return RowStore()
+
+    def another(self) -> Ledger:
+        """The ledger that the next buffer would have if this one were killed now."""
+        store = self.ledger.store
+        assert isinstance(store, RowStore)
+        ledger = recover(self.ledger.settings, store.copy(), now_s=self.now_s, first_lease_id=self.ledger.book._next_id)
+        ledger.set_num_train_prompts(1000)
+        return ledger
+
+    @rule()
+    def look(self) -> None:
+        assert observed(self.another()) == observed(self.ledger)
+
+    @rule(back=st.sets(st.sampled_from(SERVERS)))
+    def buffer_is_killed(self, back: set[str]) -> None:
+        """Those of `back` say hello at once; others may, later, or their leases run out."""
+        before, self.ledger = self.ledger, self.another()
+        for name in sorted(back & before.book.servers.keys()):
+            server = before.book.servers[name]
+            add_server(
+                self.ledger, name, capacity=2 * SIZE, version=server.weights_version, now_s=self.now_s, incarnation=server.incarnation
+            )
+            live = before.register.live
+            kept = {i for i, lease in server.leases.items() if live[lease.ticket_id].purpose is Purpose.TRAIN}
+            assert self.ledger.book.servers[name].leases.keys() == kept, "a lease did not survive"
+        self.grant()
+
+
+def observed(ledger: Ledger) -> dict[str, object]:
+    """Everything that the future depends on, but for what is not meant to survive: evaluations, servers, whom a group was served to."""
+    train = {ticket.ticket_id: ticket for ticket in ledger.register.live.values() if ticket.purpose is Purpose.TRAIN}
+    drops = ledger.drops.copy()
+    drops[Drop.CANCELLED] += len(ledger.register.live) - len(train)
+    return {
+        "tickets": {ticket_id: facts(ticket) for ticket_id, ticket in train.items()},
+        "recorded": {step: {position: facts(t) for position, t in row.items()} for step, row in ledger.steps.recorded.items()},
+        "arrays": {t.ticket_id: len(ledger.store.group(t)) for row in ledger.steps.recorded.values() for t in row.values()},
+        "num_issued": ledger.register.num_issued,
+        "counts": {state: ledger.register.count(Purpose.TRAIN, state) for state in State},
+        "drops": {reason: drops[reason] for reason in Drop},
+        "prompts": (ledger.prompts.cursor, list(ledger.prompts._returned)),
+        "versions": (ledger.versions._weights, ledger.versions._abandoned, ledger.versions.newest),
+        "bound": ledger.bound.max_staleness,
+        "open": not ledger.closed_because,
+        "trainer": (ledger.trainer_incarnation, ledger.incarnations),
+        "steps": (ledger.steps.current, ledger.steps.committed, ledger.steps.first_kept, ledger.steps.num_counted, ledger.steps.attempts),
+        "recorder": (ledger.recorder.step, ledger.recorder.position, ledger.recorder._holes, ledger.recorder._ready),
+        "deadlines": (ledger.recorder._tracked, +ledger.recorder._num_due),
+        "ready": sorted(entry for entry in set(ledger.recorder._heap) if entry[1] in ledger.recorder._ready),
+        "waiting": ledger.admission.waiting,
+        "counters": ledger.statistics.counters(),
+    }
+
+
+def facts(ticket: Ticket) -> dict[str, object]:
+    """A ticket as plain data; expiry is by a clock of its buffer's own."""
+    leases = {i: (x.ticket_id, x.server, x.weights_step, frozenset(x.outstanding)) for i, x in ticket.leases.items()}
+    return {field.name: getattr(ticket, field.name) for field in dataclasses.fields(ticket)} | {"leases": leases}
+
+
+TestLedger = LedgerMachine.TestCase
+TestLedger.settings = settings(max_examples=50, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck))
+TestDurableLedger = DurableLedgerMachine.TestCase
+TestDurableLedger.settings = settings(max_examples=50, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck))

@@ -1,0 +1,511 @@
+"""What the durable store keeps, gives back, refuses and lets go of."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import shutil
+import sqlite3
+import threading
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from areal_like.errors import ConfigError, StoreCorruptError, UserError
+from areal_like.wire.messages.producer import Purpose
+from areal_like.wire.records import segment_path
+from buffer.prompts.order import Prompt
+from buffer.storage import sql as schema
+from buffer.storage.base import LeaseRow, Recovered, RollbackRow, VersionRow
+from buffer.storage.durable import DurableStore, StoreSettings
+from buffer.tickets import Drop, LeaseRecord, State, Ticket
+from tests.support.buffer_harness import job
+from tests.support.small_disk import small_disk
+from tests.support.store_load import SIZE, durable, is_same, move, new_ticket, put_sample, raising, train, trajectory_of
+
+
+@contextlib.asynccontextmanager
+async def opened(
+    directory: Path, *, on_error: Callable[[Exception], None] = raising, **settings: Any
+) -> AsyncIterator[tuple[DurableStore, Recovered]]:
+    """A store, and what it found."""
+    store = DurableStore(directory, StoreSettings(**settings), on_error=on_error)
+    try:
+        yield store, store.recover()
+    finally:
+        store.close()
+
+
+def full_ticket(store: DurableStore, ticket_id: int) -> Ticket:
+    """Issued, and all its samples accepted."""
+    ticket = new_ticket(ticket_id)
+    store.put_ticket(ticket)
+    for index in range(SIZE):
+        put_sample(store, ticket, index)
+    return ticket
+
+
+def is_whole(store: DurableStore, ticket: Ticket) -> bool:
+    """Whether the store gives back what `full_ticket` put in."""
+    group = [record.trajectory() for record in store.group(ticket)]
+    return all(is_same(mine, trajectory_of(ticket.ticket_id, index)) for index, mine in enumerate(group))
+
+
+def query(directory: Path, sql: str) -> list[tuple[Any, ...]]:
+    """As an operator would ask."""
+    with contextlib.closing(sqlite3.connect(directory / "ledger.sqlite3")) as ledger:
+        return ledger.execute(sql).fetchall()
+
+
+def num_segments(directory: Path) -> int:
+    return len(list((directory / "segments").glob("*.seg")))
+
+
+async def settled(condition: Callable[[], bool], *, timeout_s: float = 20.0) -> None:
+    """Waits for the writer's thread."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("durability", ["process_crash", "power_loss"])
+def test_every_fact_comes_back(tmp_path: Path, durability: str) -> None:
+    async def write() -> None:
+        async with opened(tmp_path, durability=durability) as (store, found):
+            assert found == Recovered()
+            leased, ready = new_ticket(1, num_samples=3), full_ticket(store, 2)
+            store.put_ticket(leased)
+            put_sample(store, leased, 1)
+            leased.num_failures[2] = 2
+            store.put_failure(leased, 2)
+            for lease_id in (70, 71):
+                lease = LeaseRecord(lease_id=lease_id, ticket_id=1, server="a", weights_step=5, outstanding={0, 2}, expires_s=9.0)
+                store.put_lease(lease, server_incarnation=1 << 60)
+            move(store, leased, State.LEASED)
+            store.end_lease(71)
+            move(store, ready, State.READY)
+            trained, dropped, evaluated = full_ticket(store, 3), full_ticket(store, 4), new_ticket(5)
+            trained.step, trained.position, dropped.drop, evaluated.purpose = 7, 2, Drop.STALE, Purpose.EVAL
+            for ticket, state in ((trained, State.TRAINED), (dropped, State.DROPPED), (evaluated, State.EVALUATED)):
+                move(store, ticket, state)
+            store.put_version(VersionRow(version=1, step=0, parent=0, trainer_incarnation=8))
+            store.put_version(VersionRow(version=2, step=1, parent=1, trainer_incarnation=8))
+            store.put_mark("cursor", 11)
+            store.put_mark("cursor", 12)
+            for index in (5, 6, 7):
+                store.push_returned(Prompt(index=index, parent=index + 1, num_reissues=1))
+            store.pop_returned()
+            store.put_attempt(7, 2)
+            store.put_attempt(6, 1)
+            store.put_attempt(6, 0)
+            store.put_rollback(RollbackRow(trainer_incarnation=9, from_step=8, to_step=6, num_tickets=4, num_tokens=99, unix_s=1.5))
+            store.put_statistics({"tokens": 1 << 53, "mean": 0.1})
+            await durable(store)
+
+    async def read() -> None:
+        async with opened(tmp_path, durability=durability) as (store, found):
+            leased, ready = found.tickets
+            assert (leased.state, leased.unleased, set(leased.samples), leased.num_failures) == (State.LEASED, {0, 2}, {1}, {2: 2})
+            assert (ready.state, ready.unleased, ready.leases, ready.purpose) == (State.READY, set(), {}, Purpose.TRAIN)
+            assert ready.samples[1].reward == trajectory_of(2, 1).reward and ready.samples[1].lease_id == 102
+            assert [(ticket.ticket_id, ticket.step, ticket.position) for ticket in found.trained] == [(3, 7, 2)]
+            assert found.leases == [
+                LeaseRow(lease_id=70, ticket_id=1, server="a", server_incarnation=1 << 60, weights_step=5, outstanding=frozenset({0, 2}))
+            ]
+            assert [(row.version, row.parent) for row in found.versions] == [(1, 0), (2, 1)]
+            assert found.marks == {"cursor": 12} and found.attempts == {7: 2} and found.num_issued == 5
+            assert [prompt.index for prompt in found.returned] == [6, 7]
+            assert found.rollbacks[0].num_tokens == 99 and found.statistics == {"tokens": 1 << 53, "mean": 0.1}
+            assert found.ended == {
+                (Purpose.TRAIN, State.TRAINED, None): 1,
+                (Purpose.TRAIN, State.DROPPED, Drop.STALE): 1,
+                (Purpose.EVAL, State.EVALUATED, None): 1,
+            }
+            assert is_whole(store, ready)
+            assert is_whole(store, found.trained[0])
+            store.pop_returned()
+            store.push_returned(Prompt(index=8))
+
+    async def read_again() -> None:
+        async with opened(tmp_path) as (_, found):
+            assert [prompt.index for prompt in found.returned] == [7, 8]
+
+    asyncio.run(write())
+    asyncio.run(read())
+    asyncio.run(read_again())
+
+
+def test_callbacks_keep_their_order_and_wait_for_the_disk(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with opened(tmp_path) as (store, _):
+            heard: list[int] = []
+            for number in range(50):
+                full_ticket(store, number + 1)
+                store.when_durable(lambda number=number: heard.append(number))  # type: ignore[misc]
+                if number % 7 == 3:
+                    await asyncio.sleep(0.001)
+                    assert len(heard) <= number + 1
+            assert len(heard) < 50, "called before anything was written"
+            store.when_durable(lambda: heard.append(50))
+            await settled(lambda: len(heard) == 51)
+            assert heard == list(range(51))
+            assert query(tmp_path, "SELECT count(*) FROM samples") == [(50 * SIZE,)]
+            store.when_durable(lambda: heard.append(51))
+            assert heard[-1] == 51, "nothing to wait for"
+
+    asyncio.run(run())
+
+
+def test_one_turn_is_one_transaction(tmp_path: Path) -> None:
+    """A mark and its ticket, written together 300 times, are never seen apart."""
+
+    async def run() -> None:
+        async with opened(tmp_path) as (store, _):
+            with contextlib.closing(sqlite3.connect(tmp_path / "ledger.sqlite3")) as ledger:
+                for ticket_id in range(1, 301):
+                    store.put_ticket(new_ticket(ticket_id))
+                    store.put_mark("issued", ticket_id)
+                    await asyncio.sleep(0)
+                    (row,) = ledger.execute("SELECT (SELECT count(*) FROM tickets), (SELECT coalesce(max(value), 0) FROM marks)")
+                    assert row[0] == row[1]
+            await durable(store)
+
+    asyncio.run(run())
+
+
+def test_memory_is_bounded_and_what_is_not_in_it_is_read_back(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with opened(tmp_path, cache_bytes=40_000, segment_bytes=1 << 16) as (store, _):
+            tickets = [full_ticket(store, ticket_id) for ticket_id in range(1, 101)]
+            assert store.num_bytes > 200_000, "nothing but memory holds them"
+            await durable(store)
+            assert 0 < store.num_bytes <= 40_000
+            for ticket in tickets:
+                assert is_whole(store, ticket)
+            full_ticket(store, 101)
+            await durable(store)
+            assert 0 < store.num_bytes <= 40_000
+            for ticket in tickets:
+                move(store, ticket, State.TRAINED)
+                store.release(ticket)
+            await durable(store)
+            assert store.num_bytes < 40_000
+
+    asyncio.run(run())
+
+
+def test_space_is_given_back_unless_retained(tmp_path: Path) -> None:
+    async def run(num_tickets: int, *, retain: bool) -> int:
+        async with opened(tmp_path, segment_bytes=1 << 16, retain_trajectories=retain) as (store, found):
+            trained = list(found.trained)
+            for ticket_id in range(found.num_issued + 1, found.num_issued + num_tickets + 1):
+                train(store, full_ticket(store, ticket_id), trained)
+                await durable(store)
+            return num_segments(tmp_path)
+
+    assert asyncio.run(run(150, retain=False)) <= 3
+    num_retained = asyncio.run(run(100, retain=True))
+    assert num_retained >= 5
+    num_last = asyncio.run(run(150, retain=False))
+    assert num_retained <= num_last <= num_retained + 3, "what one life retained the next one keeps"
+
+
+def test_a_torn_tail_is_cut(tmp_path: Path) -> None:
+    async def write(first_id: int) -> None:
+        async with opened(tmp_path) as (store, found):
+            assert [ticket.ticket_id for ticket in found.tickets] == list(range(1, first_id))
+            full_ticket(store, first_id)
+            await durable(store)
+
+    asyncio.run(write(1))
+    path = segment_path(tmp_path, 0)
+    whole = path.read_bytes()
+    for ticket_id, tail in ((2, whole[: len(whole) // 3]), (3, whole + whole[:50]), (4, bytes(100))):
+        with path.open("ab") as file:
+            file.write(tail)
+        asyncio.run(write(ticket_id))
+    rows = query(tmp_path, "SELECT offset, num_bytes FROM samples ORDER BY offset")
+    assert [offset for offset, _ in rows] == [sum(size for _, size in rows[:number]) for number in range(len(rows))]
+    assert path.stat().st_size == sum(size for _, size in rows)
+
+
+def test_damage_is_named_and_never_served(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def write() -> None:
+        async with opened(tmp_path, segment_bytes=1 << 16) as (store, _):
+            for ticket_id in range(1, 41):
+                full_ticket(store, ticket_id)
+                await durable(store)
+
+    async def read(ticket_id: int) -> None:
+        async with opened(tmp_path) as (store, found):
+            store.group(found.tickets[ticket_id - 1])
+
+    def damage(ticket_id: int) -> Path:
+        ((segment, offset, size),) = query(
+            tmp_path, f"SELECT segment, offset, num_bytes FROM samples WHERE ticket_id = {ticket_id} AND sample_index = 1"
+        )
+        path = segment_path(tmp_path, segment)
+        with path.open("r+b") as file:
+            file.seek(offset + size - 9)
+            byte = file.read(1)[0]
+            file.seek(offset + size - 9)
+            file.write(bytes([byte ^ 1]))
+        return path
+
+    asyncio.run(write())
+    first, last = damage(1), damage(40)
+    assert first != last
+    with pytest.raises(StoreCorruptError, match=f"sample 1 of ticket 40 .*{last.name}.* checksum"):
+        asyncio.run(read(2))
+    damage(40)
+    asyncio.run(read(2))
+    with pytest.raises(StoreCorruptError, match=f"sample 1 of ticket 1 .*{first.name}.* checksum"):
+        asyncio.run(read(1))
+    first.unlink()
+    with pytest.raises(StoreCorruptError, match=f"ticket 1: its file .*{first.name} is missing.*more"):
+        asyncio.run(read(40))
+
+    async def read_the_rest() -> None:
+        store = DurableStore(tmp_path, StoreSettings(), on_error=raising)
+        lost = [row[0] for row in query(tmp_path, "SELECT DISTINCT ticket_id FROM samples WHERE segment = 0")]
+        assert len(store.recover(ignoring=lost).tickets) == 40
+        store.close()
+
+    asyncio.run(read_the_rest())
+
+
+def test_one_buffer_at_a_time(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with opened(tmp_path):
+            with pytest.raises(UserError, match=f"in use by another buffer .pid {os.getpid()}.: stop that one"):
+                DurableStore(tmp_path, StoreSettings(), on_error=raising)
+        async with opened(tmp_path):
+            pass
+
+    asyncio.run(run())
+
+
+def test_schemas_go_forward_only(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite3"
+    later = (*schema.MIGRATIONS, "ALTER TABLE marks ADD COLUMN note TEXT; UPDATE marks SET note = 'old'")
+
+    async def write() -> None:
+        async with opened(tmp_path) as (store, _):
+            store.put_mark("cursor", 3)
+
+    asyncio.run(write())
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as ledger:
+        with pytest.raises(sqlite3.OperationalError, match="no such table"):
+            schema.migrate(ledger, path=path, migrations=(*schema.MIGRATIONS, "ALTER TABLE marks ADD COLUMN note TEXT; DROP TABLE nowhere"))
+        ledger.execute("ROLLBACK")
+        assert ledger.execute("SELECT * FROM marks").fetchall() == [("cursor", 3)]
+        schema.migrate(ledger, path=path, migrations=later)
+        schema.migrate(ledger, path=path, migrations=later)
+        assert ledger.execute("SELECT * FROM marks").fetchall() == [("cursor", 3, "old")]
+    with pytest.raises(UserError, match=f"schema version {len(later)} and this program knows {len(later) - 1}: run the release"):
+        asyncio.run(write())
+    path.write_bytes(b"not a ledger at all" * 1000)
+    for name in ("ledger.sqlite3-wal", "ledger.sqlite3-shm"):
+        (tmp_path / name).unlink(missing_ok=True)
+    with pytest.raises(StoreCorruptError, match="cannot be opened as a ledger"):
+        asyncio.run(write())
+
+
+async def fill_until_unhealthy(store: DurableStore, *, first_id: int) -> tuple[int, list[int]]:
+    """Tickets written until the store is in trouble, and those that it acknowledged."""
+    acknowledged: list[int] = []
+    for ticket_id in range(first_id, first_id + 3000):
+        full_ticket(store, ticket_id)
+        store.when_durable(lambda ticket_id=ticket_id: acknowledged.append(ticket_id))  # type: ignore[misc]
+        if ticket_id % 20 == 0:
+            await asyncio.sleep(0.01)
+        if store.health:
+            return ticket_id, acknowledged
+    raise AssertionError("the disk never became full")
+
+
+async def check_recovery(store: DurableStore, directory: Path, *, last_id: int, acknowledged: list[int], first_id: int = 1) -> None:
+    """After space came: everything is acknowledged, and there."""
+    await settled(lambda: len(acknowledged) == last_id - first_id + 1)
+    assert store.health == "" and acknowledged == list(range(first_id, last_id + 1))
+    for ticket_id in acknowledged:
+        assert is_whole(store, new_ticket(ticket_id))
+    assert query(directory, "PRAGMA integrity_check") == [("ok",)]
+
+
+@pytest.mark.parametrize("durability", ["process_crash", "power_loss"])
+def test_a_full_disk_is_waited_for(tmp_path: Path, durability: str) -> None:
+    async def run(disk: Path) -> None:
+        filler, ledger = disk / "filler", disk / "ledger"
+        filler.write_bytes(bytes(1 << 20))
+        settings: dict[str, Any] = {"durability": durability, "cache_bytes": 0, "segment_bytes": 1 << 18}
+        async with opened(ledger, **settings) as (store, _):
+            last_id, acknowledged = await fill_until_unhealthy(store, first_id=1)
+            assert store.health.startswith("disk full: ")
+            await asyncio.sleep(0.6)
+            num_before = len(acknowledged)
+            assert 0 < num_before < last_id, "an acknowledgement of what is not there"
+            assert store.num_bytes > 0, "nobody else has them"
+            filler.unlink()
+            await check_recovery(store, ledger, last_id=last_id, acknowledged=acknowledged)
+        async with opened(ledger, **settings) as (_, found):
+            assert [ticket.ticket_id for ticket in found.tickets] == list(range(1, last_id + 1))
+
+    with small_disk(tmp_path / "disk") as disk:
+        asyncio.run(run(disk))
+
+
+def test_a_process_that_ends_on_a_full_disk_keeps_what_it_acknowledged(tmp_path: Path) -> None:
+    async def run(disk: Path) -> None:
+        async with opened(disk / "ledger") as (store, _):
+            _, acknowledged = await fill_until_unhealthy(store, first_id=1)
+        (disk / "ledger" / "ledger.sqlite3").stat()
+        shutil.copytree(disk / "ledger", tmp_path / "larger")
+        async with opened(tmp_path / "larger") as (store, found):
+            assert [ticket.ticket_id for ticket in found.tickets][: len(acknowledged)] == acknowledged
+            for ticket in found.tickets[: len(acknowledged)]:
+                assert is_whole(store, ticket)
+
+    with small_disk(tmp_path / "disk") as disk:
+        asyncio.run(run(disk))
+
+
+def test_files_that_may_not_grow_are_a_full_disk(tmp_path: Path) -> None:
+    """The same without a mount: a limit on the size of files stops segment or ledger, whichever grows first."""
+
+    async def run() -> None:
+        async with opened(tmp_path, cache_bytes=0) as (store, _):
+            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, hard))
+            try:
+                last_id, acknowledged = await fill_until_unhealthy(store, first_id=1)
+                await asyncio.sleep(0.3)
+                assert len(acknowledged) < last_id
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            await check_recovery(store, tmp_path, last_id=last_id, acknowledged=acknowledged)
+
+    asyncio.run(run())
+
+
+def test_free_space_is_left_on_the_disk(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with opened(tmp_path, min_free_bytes=1 << 60) as (store, _):
+            store.put_ticket(new_ticket(1))
+            await durable(store)
+            full_ticket(store, 2)
+            await settled(lambda: bool(store.health))
+            assert "buffer.min_free_bytes keeps" in store.health
+        assert query(tmp_path, "SELECT ticket_id FROM tickets") == [(1,)]
+
+    asyncio.run(run())
+
+
+def test_what_frees_space_gets_through_when_samples_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        async with opened(tmp_path, segment_bytes=1 << 12, min_free_bytes=1) as (store, _):
+            tickets = [full_ticket(store, ticket_id) for ticket_id in range(1, 12)]
+            await durable(store)
+            num_before = num_segments(tmp_path)
+            monkeypatch.setattr("os.statvfs", lambda _: SimpleNamespace(f_bavail=0, f_frsize=4096))
+            full_ticket(store, 50)
+            await settled(lambda: bool(store.health))
+            for ticket in tickets:
+                move(store, ticket, State.TRAINED)
+                store.release(ticket)
+            await settled(lambda: num_segments(tmp_path) <= 2)
+            assert num_before > 4
+
+    asyncio.run(run())
+
+
+def test_a_disk_that_hangs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("buffer.storage.writer._HANGS_AFTER_S", 0.1)
+    goes_on, writev = threading.Event(), os.writev
+
+    def hanging(file: int, records: list[bytes]) -> int:
+        assert goes_on.wait(20)
+        return writev(file, records)
+
+    monkeypatch.setattr("os.writev", hanging)
+
+    async def run() -> None:
+        async with opened(tmp_path) as (store, _):
+            full_ticket(store, 1)
+            await settled(lambda: "disk hangs: a write in" in store.health)
+            goes_on.set()
+            await durable(store)
+            assert store.health == ""
+
+    asyncio.run(run())
+
+
+def test_an_open_transaction_of_somebody_else_is_waited_for(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with opened(tmp_path) as (store, _):
+            with contextlib.closing(sqlite3.connect(tmp_path / "ledger.sqlite3", isolation_level=None)) as shell:
+                shell.execute("BEGIN IMMEDIATE")
+                full_ticket(store, 1)
+                await settled(lambda: bool(store.health))
+                assert "another program holds" in store.health
+                shell.execute("ROLLBACK")
+            await durable(store)
+            assert store.health == ""
+
+    asyncio.run(run())
+
+
+def test_a_disk_that_fails_is_the_end(tmp_path: Path) -> None:
+    """A segment cannot be begun: nothing more is acknowledged, and the loop hears of it."""
+
+    async def run() -> None:
+        errors: list[Exception] = []
+        async with opened(tmp_path, segment_bytes=1 << 16, on_error=errors.append) as (store, _):
+            full_ticket(store, 1)
+            await durable(store)
+            shutil.rmtree(tmp_path / "segments")
+            acknowledged: list[int] = []
+            for ticket_id in range(2, 60):
+                full_ticket(store, ticket_id)
+            store.when_durable(lambda: acknowledged.append(1))
+            await settled(lambda: bool(errors))
+            assert isinstance(errors[0], FileNotFoundError) and not acknowledged
+
+    asyncio.run(run())
+
+
+def test_recovery_reads_no_ended_ticket(tmp_path: Path) -> None:
+    async def write() -> None:
+        async with opened(tmp_path) as (store, _):
+            await durable(store)
+
+    asyncio.run(write())
+    with contextlib.closing(sqlite3.connect(tmp_path / "ledger.sqlite3")) as ledger:
+        statements: list[str] = []
+        ledger.set_trace_callback(statements.append)
+        schema.read(ledger)
+        schema.read_places(ledger)
+        ledger.set_trace_callback(None)
+        plans = {sql: " ".join(row[3] for row in ledger.execute(f"EXPLAIN QUERY PLAN {sql}")) for sql in statements if "samples" in sql}
+    assert plans
+    for sql, plan in plans.items():
+        assert "SCAN samples" not in plan and "tickets_with_arrays" in plan, f"{sql}: {plan}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"durability": "fsync"}, "buffer.durability=fsync: use one of power_loss, process_crash, none"),
+        ({"durability": "none", "retain_trajectories": True}, "set buffer.durability to process_crash or power_loss"),
+        ({"segment_bytes": 100}, "buffer.segment_bytes must be between"),
+        ({"min_free_bytes": -1}, "buffer.min_free_bytes must be at least 0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        job(tmp_path, buffer=settings)

@@ -1,0 +1,174 @@
+"""One greedy sample beside each group: asked for, carried, kept out of filters and of what is learned from."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from areal_like.config import SamplingConfig
+from areal_like.errors import ConfigError
+from areal_like.trajectory import Trajectory
+from areal_like.wire.fingerprint import model_fingerprint, tokenizer_fingerprint
+from areal_like.wire.messages.consumer import Books, GetBooks, Group, RequestEval, StartTraining
+from areal_like.wire.messages.producer import Lease
+from areal_like.wire.records import Record
+from buffer.ledger.ledger import Ledger
+from buffer.tickets import Drop, State, Verdict
+from tests.support.buffer_harness import BufferProcess, PlayedTrainer, connected, running_buffer, trainer_hello
+from tests.support.ledger_plant import add_server, deliver, done, new_ledger, trajectory
+from tests.support.rollout_harness import ServerProcess
+from tests.support.trainer_helpers import random_groups, write_model
+from tests.support.trainer_ranks import last_gradient, make_runner
+from trainer.advantages.base import Advantage
+from trainer.distributed.ranks import Ranks
+from trainer.models.tiny import build_tiny_model
+
+
+def leases_of(ledger: Ledger) -> list[Lease]:
+    return ledger.grant(now_s=0.0).get("a", [])
+
+
+def test_a_group_has_one_more_sample_which_is_greedy() -> None:
+    ledger = new_ledger(group_size=2, num_greedy=1, groups_per_step=1)
+    add_server(ledger, "a", capacity=3)
+    (lease,) = leases_of(ledger)
+    assert (lease.sample_indices, lease.greedy_indices) == ([0, 1, 2], [2])
+    for index in range(3):
+        assert deliver(ledger, "a", done(lease, index, [0], reward=float(index))) is Verdict.ACCEPTED
+    group = ledger.fetch(step=0, position=0)
+    assert group is not None
+    assert [t.is_greedy for t in group.trajectories] == [False, False, True] and group.trajectories[2].reward == 2
+    ledger.complete_step(incarnation=1, step=0)
+    counters = ledger.statistics.counters()
+    assert (counters["samples_accepted"], counters["samples_trained"], counters["tokens_trained"]) == (3, 2, 2)
+
+
+def test_only_what_is_missing_is_leased_again_in_its_own_kind() -> None:
+    ledger = new_ledger(group_size=2, num_greedy=1)
+    add_server(ledger, "a", capacity=3)
+    (lease,) = leases_of(ledger)
+    deliver(ledger, "a", done(lease, 2, [0]))
+    ledger.return_leases("a", [lease.lease_id])
+    (again,) = leases_of(ledger)
+    assert (again.sample_indices, again.greedy_indices) == ([0, 1], [])
+    ledger.return_leases("a", [again.lease_id])
+    assert ledger.register.num_by_state()[State.QUEUED] == 1
+
+
+def test_a_sample_of_the_other_kind_is_refused() -> None:
+    ledger = new_ledger(group_size=1, num_greedy=1)
+    add_server(ledger, "a", capacity=2)
+    (lease,) = leases_of(ledger)
+    for index, is_greedy in ((0, True), (1, False)):
+        message = dataclasses.replace(
+            done(lease, index, [0]), record=Record.of(lease.ticket_id, index, trajectory([0], is_greedy=is_greedy))
+        )
+        assert deliver(ledger, "a", message) is Verdict.INVALID
+
+
+@pytest.mark.parametrize(("rewards", "num_dropped"), [((1.0, 1.0, 0.0), 1), ((1.0, 0.0, 1.0), 0)])
+def test_the_greedy_reward_is_no_spread(rewards: tuple[float, ...], num_dropped: int) -> None:
+    ledger = new_ledger(group_size=2, num_greedy=1, group_filter="spread")
+    add_server(ledger, "a", capacity=3)
+    (lease,) = leases_of(ledger)
+    for index, reward in enumerate(rewards):
+        deliver(ledger, "a", done(lease, index, [0], reward=reward))
+    assert ledger.drops[Drop.NO_SPREAD] == num_dropped
+
+
+def test_the_greedy_sample_counts_for_version_and_lag() -> None:
+    ledger = new_ledger(group_size=1, num_greedy=1, groups_per_step=1, group_filter="single_version", max_staleness=1)
+    add_server(ledger, "a", capacity=4)
+    first, second = leases_of(ledger)
+    deliver(ledger, "a", done(first, 0, [0]))
+    deliver(ledger, "a", done(first, 1, [0]))
+    ledger.complete_step(incarnation=1, step=0)
+    version = ledger.alloc_version(incarnation=1, step=1)
+    deliver(ledger, "a", done(second, 0, [version]))
+    deliver(ledger, "a", done(second, 1, [0]))
+    assert ledger.drops[Drop.REJECTED] == 1
+
+
+def test_without_samples_there_is_nothing_to_compare() -> None:
+    with pytest.raises(ConfigError, match=r"sampling\.group_size must be at least 1"):
+        SamplingConfig(group_size=0, greedy_baseline=True)
+
+
+# --- the trainer ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class AboveQuarter(Advantage):
+    """R - 1/4."""
+
+    def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
+        return [trajectory.reward - 0.25 for trajectory in group]
+
+
+def test_a_step_compares_with_the_greedy_sample_and_learns_nothing_from_it(tmp_path: Path) -> None:
+    """The same gradient as with its reward known beforehand, a penalty that the greedy sample does not pay included."""
+    ranks, path = Ranks.alone(), write_model(tmp_path)
+    kl = {"kl": {"coef": 0.05, "estimator": "k1", "place": "reward"}}
+    with_greedy = [[*group, dataclasses.replace(group[0], is_greedy=True, reward=0.25)] for group in random_groups(4)]
+    remax = make_runner(path, ranks, beta1=0.0, settings=kl | {"advantage": {"name": "remax"}})
+    known = make_runner(path, ranks, beta1=0.0, settings=kl, advantage=AboveQuarter())
+    got, want = remax.run(with_greedy, step=0), known.run(random_groups(4), step=0)
+    assert got.pop("greedy_reward") == 0.25
+    assert {name: value for name, value in got.items() if not name.endswith("_s")} == pytest.approx(
+        {name: value for name, value in want.items() if not name.endswith("_s")}, rel=1e-12
+    )
+    for (name, a), (_, b) in zip(last_gradient(remax).items(), last_gradient(known).items(), strict=True):
+        assert torch.equal(a, b), name
+    dist.destroy_process_group()
+
+
+# --- the processes ---
+
+NUM_STEPS, GROUPS = 2, 4
+
+
+@pytest.mark.timeout(120)
+def test_real_servers_answer_greedily_where_they_are_asked_to(tmp_path: Path) -> None:
+    """Buffer, server and engine as processes: the baseline of a prompt is the same text whenever it is asked for under the same weights."""
+    model = tmp_path / "model"
+    build_tiny_model(model, seed=0, warm_start_steps=5, swap_prob=0.5)
+    with ExitStack() as stack:
+        settings = {
+            "max_staleness": NUM_STEPS,
+            "sampling": {"group_size": 3, "greedy_baseline": True, "temperature": 5.0},
+            "trainer": {"num_steps": NUM_STEPS, "groups_per_step": GROUPS},
+            "task": {"name": "sort", "num_train": 2},
+        }
+        buffer = stack.enter_context(running_buffer(tmp_path, model={"path": str(model)}, **settings))
+        port = int(buffer.address.rsplit(":", 1)[1])
+        config = dataclasses.replace(buffer.config, buffer=dataclasses.replace(buffer.config.buffer, port=port))
+        server = ServerProcess(config)
+        stack.callback(server.close)
+        groups, books = asyncio.run(_train(buffer, model))
+    assert all([t.is_greedy for t in group.trajectories] == [False] * 3 + [True] for group in groups)
+    texts: dict[int, set[tuple[int, ...]]] = {}
+    sampled: dict[int, set[tuple[int, ...]]] = {}
+    for group in groups:
+        texts.setdefault(group.prompt_index, set()).add(tuple(group.trajectories[3].tokens.tolist()))
+        sampled.setdefault(group.prompt_index, set()).update(tuple(t.tokens.tolist()) for t in group.trajectories[:3])
+    assert all(len(greedy) == 1 for greedy in texts.values()) and all(len(drawn) > 3 for drawn in sampled.values())
+    assert books.tickets["batched"] == NUM_STEPS * GROUPS and books.counters["samples_trained"] == NUM_STEPS * GROUPS * 3
+
+
+async def _train(buffer: BufferProcess, model: Path) -> tuple[list[Group], Books]:
+    config = buffer.config
+    hello = trainer_hello(config, model=model_fingerprint(str(model)), tokenizer=tokenizer_fingerprint(str(model)))
+    async with connected(buffer, hello) as link:
+        trainer = PlayedTrainer(config, link)
+        await trainer.call(StartTraining(step=0))
+        await trainer.call(RequestEval(eval_id=0, num_prompts=2, min_version=0), timeout_s=60)  # the engine has started
+        groups = [group for step in range(NUM_STEPS) for group in await trainer.train(step)]
+        return groups, await trainer.call(GetBooks())

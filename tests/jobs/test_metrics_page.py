@@ -1,0 +1,75 @@
+"""docs/metrics.md names every column of a metrics row and every Prometheus series, and none that does not exist."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch.distributed as dist
+from prometheus_client import CollectorRegistry
+
+from areal_like.runtime.metrics import PREFIX, Metrics
+from buffer.service.prometheus import BufferSeries
+from rollout_server.metrics import ServerStats
+from tests.support.launching import ROOT
+from tests.support.trainer_helpers import random_groups, write_model
+from tests.support.trainer_ranks import make_runner
+from trainer.distributed.ranks import Ranks
+from trainer.metrics.lag import LagTally
+from trainer.metrics.prometheus import TrainerSeries
+from trainer.metrics.run_files import step_row
+from trainer.objectives import OBJECTIVES
+
+PAGE = (ROOT / "docs" / "metrics.md").read_text()
+OF_THE_LEADER = {"max_staleness", "freeze_s", "push_s", "weights_version", "weights_step", "eval_reward"}
+"""Columns that need a running job (tests/launch/test_run.py looks at the rows of one)."""
+
+
+def named_columns() -> set[str]:
+    """Every column in the first table, first cell of its rows."""
+    table = PAGE.partition("## Prometheus")[0]
+    return {name for row in re.findall(r"^\| (`.*?) \|", table, re.M) for name in re.findall(r"`(\w+)`", row)}
+
+
+@pytest.fixture
+def ranks() -> Iterator[Ranks]:
+    yield Ranks.alone()
+    dist.destroy_process_group()
+
+
+def test_every_column_is_on_the_page(tmp_path: Path, ranks: Ranks) -> None:
+    path, groups = write_model(tmp_path / "model", "gpt2"), random_groups(3)
+    jobs: list[dict[str, Any]] = [{"objective": {"name": name}} for name in OBJECTIVES.names()]
+    jobs += [
+        {"advantage": {"name": "gae"}, "kl": {"coef": 0.1}},
+        {"advantage": {"name": "grpo", "shaping": [{"name": "laconic", "budget_tokens": 2}]}},
+    ]
+    rows: list[dict[str, Any]] = []
+    for step, settings in enumerate(jobs):
+        metrics = make_runner(path, ranks, settings=settings).run(groups, step=5 + step)  # sampled with version 5: the first is on-policy
+        rows.append(step_row(step, metrics | LagTally(4).reduced(ranks)))
+    seen = {re.sub(r"_\d+$", "_I", name) for row in rows for name in row}
+    assert seen | OF_THE_LEADER | {"greedy_reward"} == named_columns()
+
+
+def series_of(registry: CollectorRegistry) -> set[str]:
+    """Names as they are queried."""
+    families = [family for family in registry.collect() if family.name.startswith(PREFIX)]
+    return {f"{family.name}_total" if family.type == "counter" else family.name for family in families}
+
+
+def test_every_series_is_on_the_page() -> None:
+    buffer, server, trainer = Metrics(), Metrics(), Metrics()
+    BufferSeries(buffer, max_staleness=4)
+    nothing = cast(Any, None)  # the series are registered before any part is asked
+    ServerStats(server, link=nothing, runner=nothing, rewards=nothing, receiver=nothing, engine=nothing)
+    TrainerSeries(trainer)
+    *_, buffer_text, server_text, trainer_text = re.split(r"^\*\*", PAGE, flags=re.M)
+    for metrics, text in ((buffer, buffer_text), (server, server_text)):
+        assert set(re.findall(r"`(areal_\w+)(?:\{\w+\})?`", text)) == series_of(metrics.registry)
+    listed = set(re.findall(r"`(areal_trainer_[a-z_]+)(?:\{\w+\})?`", trainer_text))
+    gauges = trainer_text.partition("there): ")[2]
+    assert listed | {f"areal_trainer_{name}" for name in re.findall(r"`(\w+)`", gauges)} == series_of(trainer.registry)

@@ -1,0 +1,89 @@
+"""A job across two machines, as far as one can play them: network namespaces with an address each and nothing shared but the disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.launching import ROOT, num_steps_done, wait_until
+
+pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
+
+TRAINER_HOST, ROLLOUT_HOST = "10.231.7.1", "10.231.7.2"
+PORT = 5555
+
+
+@pytest.fixture
+def machines() -> Iterator[tuple[str, str]]:
+    """Two network namespaces that a cable joins; gone afterwards."""
+    near, far = (f"areal-{os.getpid()}-{end}" for end in "ab")
+    cable = (f"ar{os.getpid()}a", f"ar{os.getpid()}b")
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+    try:
+        try:
+            ip("netns", "add", near)
+            ip("netns", "add", far)
+            ip("link", "add", cable[0], "netns", near, "type", "veth", "peer", "name", cable[1], "netns", far)
+        except (FileNotFoundError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"may not make network namespaces: {getattr(error, 'stderr', error)}")
+        for namespace, device, host in ((near, cable[0], TRAINER_HOST), (far, cable[1], ROLLOUT_HOST)):
+            ip("-n", namespace, "addr", "add", f"{host}/24", "dev", device)
+            ip("-n", namespace, "link", "set", device, "up")
+            ip("-n", namespace, "link", "set", "lo", "up")
+        yield near, far
+    finally:
+        for namespace in (near, far):
+            subprocess.run(["ip", "netns", "delete", namespace], check=False, capture_output=True)
+
+
+def test_the_default_job_across_two_addresses(tmp_path: Path, machines: tuple[str, str], cache: dict[str, str]) -> None:
+    run = tmp_path / "runs" / "x"
+    settings = (
+        *("name=x", f"runs_dir={tmp_path}/runs", "model.warm_start_steps=20", "trainer.num_steps=12", "eval.num_prompts=16"),
+        *("buffer.host=0.0.0.0", f"buffer.advertise_host={TRAINER_HOST}", f"buffer.port={PORT}", f"weights.host={TRAINER_HOST}"),
+    )
+    # Whoever is not the buffer knows its address, and the one at which it can be reached itself.
+    trains = (*settings, f"buffer.host={TRAINER_HOST}")
+    serves = (*trains, "rollout.host=0.0.0.0", f"rollout.advertise_host={ROLLOUT_HOST}")
+    environment = (
+        os.environ
+        | {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+        }
+        | cache
+    )
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(namespace: str, *command: str) -> subprocess.Popen[bytes]:
+        inside = ["ip", "netns", "exec", namespace, sys.executable, "-m", *command]
+        started.append(subprocess.Popen(inside, cwd=tmp_path, env=environment))
+        return started[-1]
+
+    near, far = machines
+    try:
+        assert start(near, "trainer.prepare_model", *settings).wait(timeout=120) == 0
+        start(near, "buffer", *settings)
+        server = start(far, "rollout_server", "--name", "rollout-far", *serves)
+        trainer = start(near, "trainer", *trains)
+        wait_until(lambda: trainer.poll() is not None, timeout_s=200, what="the end of training")
+        assert trainer.returncode == 0 and server.poll() is None
+    finally:
+        for process in reversed(started):
+            process.terminate()
+        for process in started:
+            process.wait(timeout=60)
+    assert num_steps_done(run) == 12
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["tickets"]["trained"] == 12 * 16 and summary["weights_version"] > 0
+    log = (run / "logs" / "trainer-0.log").read_text()
+    assert "['rollout-far'] over gloo" in log, "weights were pushed from one address to the other"

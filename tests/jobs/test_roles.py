@@ -1,0 +1,80 @@
+"""Roles started one by one, as on a cluster: each drains on SIGTERM, and the trainer is replaced while generation goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.local_job.child import RUN_MARKER
+from tests.support.launching import ROOT, num_steps_done, processes_of, wait_until
+
+pytestmark = [pytest.mark.timeout(150), pytest.mark.slow]
+
+
+@pytest.fixture
+def start(tmp_path: Path, cache: dict[str, str]) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Starts `python -m ...` with the run's settings; whatever is alive at the end is an orphan."""
+    run = tmp_path / "runs" / "x"
+    settings = (
+        *("name=x", f"runs_dir={tmp_path}/runs", "model.warm_start_steps=20", "trainer.num_steps=100000", "eval.num_prompts=0"),
+        *("sampling.group_size=4", "trainer.groups_per_step=4", "rollout.max_running=16", "rollout.queue_samples=8"),
+    )
+    environment = os.environ | {RUN_MARKER: f"{run}:test", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | cache
+    started: list[subprocess.Popen[bytes]] = []
+
+    def begin(*command: str) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen([sys.executable, "-m", *command, *settings], cwd=tmp_path, env=environment))
+        return started[-1]
+
+    yield begin
+    left = processes_of(run)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    for process in started:
+        process.wait()
+    assert not left, f"orphans: {left}"
+
+
+def drain(process: subprocess.Popen[bytes]) -> int:
+    """Exit code after SIGTERM, which has to come within the drain's time limit."""
+    process.send_signal(signal.SIGTERM)
+    return process.wait(timeout=30)
+
+
+def test_roles_by_hand_and_a_trainer_that_is_replaced(tmp_path: Path, start: Any) -> None:
+    run = tmp_path / "runs" / "x"
+    assert start("trainer.prepare_model").wait(timeout=90) == 0
+    buffer = start("buffer")
+    endpoint = run / "endpoints" / "buffer.json"
+    wait_until(lambda: endpoint.exists() and "stream" in endpoint.read_text(), timeout_s=30, what="the buffer")
+    port = json.loads(endpoint.read_text())["stream"].rpartition(":")[2]
+    server = start("rollout_server", "--name", "rollout-x", f"buffer.port={port}")
+
+    first = start("torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m", "trainer", f"buffer.port={port}")
+    wait_until(lambda: num_steps_done(run) > 3, timeout_s=90, what="training")
+    assert "libtorch" not in Path(f"/proc/{server.pid}/maps").read_text(), "a server has started with torch, which only its engine needs"
+    drain(first)  # torchrun reports the signal in its own exit code; what counts is what its rank left
+    assert not (run / "endpoints" / "trainer-0.json").exists(), "the rank did not end by itself"
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    done = num_steps_done(run)
+    assert int(checkpoint.name.removeprefix("step_")) == done
+    books = json.loads((run / "summary.json").read_text())["tickets"]
+    assert (books["trained"], books["leased"]) == (4 * done, 0), "what was recorded beyond that waits for the next trainer"
+
+    second = start("trainer", f"buffer.port={port}", "resume=latest")
+    wait_until(lambda: num_steps_done(run) > done + 3, timeout_s=90, what="training after the trainer was replaced")
+    assert drain(second) == 0
+    assert drain(server) == 0
+    assert drain(buffer) == 0
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(len(rows)))
+    assert max(row["lag_max"] for row in rows) <= 4
+    assert json.loads((run / "summary.json").read_text())["tickets"]["trained"] == 4 * len(rows)

@@ -1,0 +1,75 @@
+"""Rollout servers and the real buffer, all in processes of their own; the test plays the trainer. One server is killed on the way."""
+
+import asyncio
+import dataclasses
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from areal_like.config import Config
+from areal_like.wire.fingerprint import model_fingerprint, tokenizer_fingerprint
+from areal_like.wire.messages.consumer import GetBooks, Group, RequestEval, StartTraining
+from rollout_server.tasks.sort import SortTask
+from tests.support.buffer_harness import BufferProcess, PlayedTrainer, connected, running_buffer, trainer_hello
+from tests.support.rollout_harness import ServerProcess
+from trainer.models.tiny import build_tiny_model, character_tokenizer
+
+NUM_STEPS = 12
+SETTINGS: dict[str, Any] = {
+    "max_staleness": NUM_STEPS,
+    "sampling": {"group_size": 4},
+    "trainer": {"num_steps": NUM_STEPS, "groups_per_step": 8},
+    "eval": {"num_prompts": 16},
+    "rollout": {"max_running": 8, "queue_samples": 8},
+}
+
+
+@pytest.mark.timeout(120)
+def test_a_run_survives_the_death_of_one_of_two_servers(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    build_tiny_model(model, seed=0, warm_start_steps=5, swap_prob=0.5)
+    with ExitStack() as stack:
+        buffer = stack.enter_context(running_buffer(tmp_path, model={"path": str(model)}, **SETTINGS))
+        port = int(buffer.address.rsplit(":", 1)[1])
+        config = dataclasses.replace(buffer.config, buffer=dataclasses.replace(buffer.config.buffer, port=port))
+        servers = [ServerProcess(config, name=f"rollout-{i}") for i in range(2)]
+        for server in servers:
+            stack.callback(server.close)
+        groups, books = asyncio.run(train(buffer, config, model, victim=servers[0]))
+        check(groups)
+        assert books.tickets["trained"] + books.tickets["batched"] == NUM_STEPS * 8 and books.tickets["evaluated"] == 16
+        assert sum(count for state, count in books.tickets.items() if state != "issued") == books.tickets["issued"]
+        assert books.counters["generation_busy_s"] > 0
+        assert books.counters["tokens_generated"] >= books.counters["tokens_trained"] > 0
+        code, _, errors = servers[1].terminate()
+        assert code == 0, errors
+
+
+async def train(buffer: BufferProcess, config: Config, model: Path, *, victim: ServerProcess) -> tuple[list[Group], Any]:
+    hello = trainer_hello(config, model=model_fingerprint(str(model)), tokenizer=tokenizer_fingerprint(str(model)))
+    groups: list[Group] = []
+    async with connected(buffer, hello) as link:
+        trainer = PlayedTrainer(config, link)
+        await trainer.call(StartTraining(step=0))
+        before = await trainer.call(RequestEval(eval_id=0, num_prompts=16, min_version=0), timeout_s=60)
+        assert (before.num_evaluated, before.num_failed, before.newest_version) == (16, 0, 0)
+        for step in range(NUM_STEPS):
+            if step == 3:
+                victim.process.kill()
+            groups += await trainer.train(step)
+        return groups, await trainer.call(GetBooks())
+
+
+def check(groups: list[Group]) -> None:
+    """Every group is whole, of a prompt of its own, and says what its samples are worth."""
+    task, tokenizer = SortTask(seed=0), character_tokenizer()
+    assert len({group.ticket_id for group in groups}) == len(groups) == NUM_STEPS * 8
+    for group in groups:
+        example = task.example("train", group.prompt_index)
+        assert len(group.trajectories) == 4
+        for trajectory in group.trajectories:
+            sampled = trajectory.loss_mask == 1
+            assert tokenizer.decode(trajectory.tokens[~sampled]) == example.prompt
+            assert trajectory.reward == task.reward(example, tokenizer.decode(trajectory.tokens[sampled], skip_special_tokens=True))

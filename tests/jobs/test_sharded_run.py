@@ -1,0 +1,144 @@
+"""Two buffers, real sockets and processes: one of them dies in the middle, and nothing is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from areal_like.config import Config
+from areal_like.shards import Shard, all_shards
+from areal_like.wire.addresses import buffer_addresses
+from launch.commands.audit import audit_run
+from launch.commands.scale import servers_of
+from tests.chaos.plant import books_of, chaos_job, check_books, check_groups, train
+from tests.support.buffer_harness import ROOT, BufferProcess
+from tests.support.launching import launcher, num_steps_done, processes_of, wait_until
+from trainer.buffer_client.client import BufferLink
+
+pytestmark = pytest.mark.timeout(150)
+
+NUM_STEPS, GROUPS_PER_STEP = 10, 5
+
+
+class ShardedPlant:
+    """Two buffers and two producers that know both."""
+
+    def __init__(self, directory: Path) -> None:
+        trainer = {"num_steps": NUM_STEPS, "groups_per_step": GROUPS_PER_STEP, "fetch_timeout_s": 60.0}
+        open_ports = chaos_job(directory, trainer=trainer, buffer={"num_shards": 2, "lease_timeout_s": 2.0})
+        self.buffers = [BufferProcess(open_ports, name=shard.name) for shard in all_shards(2)]
+        ports = tuple(int(buffer.address.rpartition(":")[2]) for buffer in self.buffers)
+        self._where = f"buffer.ports=[{ports[0]},{ports[1]}]"
+        self.config: Config = dataclasses.replace(open_ports, buffer=dataclasses.replace(open_ports.buffer, ports=ports))
+        assert buffer_addresses(self.config) == [buffer.address for buffer in self.buffers]
+        self._producers = [self._produce(f"rollout-{index}") for index in range(2)]
+
+    def _produce(self, name: str) -> subprocess.Popen[bytes]:
+        settings = ["--config", str(self.buffers[0].paths.config), self._where]
+        return subprocess.Popen([sys.executable, "-m", "tests.chaos.producer", name, "32", "0.002", "64", *settings], cwd=ROOT)
+
+    def kill(self, index: int) -> None:
+        """SIGKILL."""
+        self.buffers[index].close()
+
+    def start_again(self, index: int) -> None:
+        """At its port, with its ledger."""
+        name = f"buffer-{index}"
+        self.buffers[index] = BufferProcess(self.buffers[index].config, self._where, name=name)
+
+    @contextlib.contextmanager
+    def trainer(self) -> Iterator[BufferLink]:
+        """Rank 0's link."""
+        with BufferLink(self.config, rank=0, world_size=1, device="cpu", incarnation=time.time_ns()) as link:
+            yield link
+
+    def close(self) -> None:
+        """Kills everything."""
+        for process in self._producers:
+            process.kill()
+            process.wait()
+        for buffer in self.buffers:
+            buffer.close()
+
+
+@pytest.fixture
+def plant(tmp_path: Path) -> Iterator[ShardedPlant]:
+    job = ShardedPlant(tmp_path)
+    try:
+        yield job
+    finally:
+        job.close()
+
+
+def test_a_dead_shard_stalls_the_step_the_other_fills_its_own_places_and_nothing_is_lost(plant: ShardedPlant) -> None:
+    with ThreadPoolExecutor(max_workers=1) as training, plant.trainer() as link:
+        groups = train(link, first=0, last=3)
+        plant.buffers[0].wait_status(lambda seen: [peer.get("weights_version") for peer in seen["peers"]].count(3) == 2)
+        plant.kill(1)
+        assert sorted(servers_of(plant.config, plant.buffers[0].paths)) == ["rollout-0", "rollout-1"], "the other shard knows them too"
+        rest = training.submit(train, link, first=3, last=NUM_STEPS)
+        # Recording goes one step ahead of the trainer, and generation as far as the bound: with its own three places a step.
+        ahead = {"step": 5, "recorded": 0, "due_and_running": 0}
+        filled = plant.buffers[0].wait_status(lambda seen: seen["open_step"] == ahead and seen["tickets"]["ready"] == 3, timeout_s=20)
+        time.sleep(0.5)
+        later = plant.buffers[0].status()
+        assert later["step"] == 3 and later["tickets"] == filled["tickets"] and not rest.done()
+        assert filled["tickets"]["issued"] == 18 and filled["tickets"]["batched"] + filled["tickets"]["trained"] == 15
+
+        plant.start_again(1)
+        groups += rest.result(timeout=90)
+        check_groups(groups, plant.config, first=0, last=NUM_STEPS)
+        for group in groups:
+            shard = Shard.of(group.position, count=2)
+            assert shard.owns(group.prompt_index) and shard.owns(group.ticket_id)
+        books = books_of(link)
+        check_books(books)
+        assert books.tickets["trained"] == NUM_STEPS * GROUPS_PER_STEP
+    for buffer in plant.buffers:
+        assert buffer.terminate()[0] == 0
+    report = audit_run(plant.buffers[0].paths.root)
+    assert report.is_clean, "\n".join(report.lines())
+    assert report.facts["committed_steps"] == NUM_STEPS and report.tickets["trained"] == NUM_STEPS * GROUPS_PER_STEP
+
+
+SMALL = (
+    "name=x",
+    "buffer.num_shards=2",
+    "rollout.num_servers=2",
+    "model.warm_start_steps=20",
+    "sampling.group_size=4",
+    "trainer.groups_per_step=5",
+    "trainer.num_steps=30",
+    "trainer.checkpoint_interval=10",
+    "eval.num_prompts=8",
+    "rollout.max_running=16",
+    "rollout.queue_samples=8",
+    "weights.push_deadline_s=10",
+)
+
+
+@pytest.mark.slow
+def test_a_whole_run_survives_the_death_of_a_shard(tmp_path: Path, cache: dict[str, str]) -> None:
+    root = tmp_path / "runs" / "x"
+    with launcher(*SMALL, cwd=tmp_path, environment=cache) as process:
+        wait_until(lambda: num_steps_done(root) > 5, timeout_s=90, what="training")
+        os.kill(
+            next(pid for pid, command in processes_of(root).items() if "-m buffer " in command and "buffer-1" in command), signal.SIGKILL
+        )
+        out, err = process.communicate(timeout=110)
+    assert (process.returncode, err) == (0, ""), out + err
+    assert "buffer-1 ended (killed by SIGKILL): starting it again" in out and num_steps_done(root) == 30
+    report = audit_run(root)
+    assert report.is_clean, "\n".join(report.lines())
+    assert report.tickets["trained"] == 150 and report.facts["committed_steps"] == 30
+    assert not processes_of(root)

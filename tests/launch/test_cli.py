@@ -1,0 +1,98 @@
+"""The command line: one message and exit code 2 for a mistake, and a quick start."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from areal_like.config import Config
+from areal_like.runtime.command_line import load_config, save_config
+from launch.cli import HELP
+from launch.settings_help import all_keys
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def areal_like(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Runs the command in a process of its own."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    return subprocess.run([sys.executable, "-m", "launch", *args], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["rnu"], "unknown command 'rnu': did you mean `run`?"),
+        (["run", "trainer.num_stpes=3"], "unknown key `trainer.num_stpes`: did you mean `trainer.num_steps`?"),
+        (["run", "trainer.num_steps=0"], "trainer.num_steps must be at least 1"),
+        (["run", "max_staleness=soon"], "max_staleness"),
+        (["run", "objective=magic"], "known choices are"),
+        (["run", "fast"], "key=value"),
+        (["run", "--config", "nowhere.yaml"], "no such file"),
+        (["run", "resume=latest"], "there is no run in"),
+        (["run", "runs_dir=/proc/1/nowhere"], "cannot create the run directory"),
+        (["status", "nowhere"], "no run 'nowhere'"),
+        (["audit", "nowhere"], "no run 'nowhere'"),
+        (["audit"], "name one run"),
+        (["drop", "nowhere"], "drop: name one run"),
+        (["replay", "objective=ppo"], "replay: name one run"),
+        (["status"], "name one run"),
+        (["version", "--foo"], "takes no argument"),
+        (["run", "model=/models/X"], "is model.path=/models/X"),
+        (["run", "objective=tsi"], "did you mean tis?"),
+    ],
+)
+def test_a_mistake_is_one_message_and_code_2(args: list[str], message: str, tmp_path: Path) -> None:
+    done = areal_like(*args, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and done.stdout == ""
+    assert not list(tmp_path.iterdir()), "a mistake left something behind"
+
+
+def test_help_names_the_keys_with_their_defaults(tmp_path: Path) -> None:
+    done = areal_like("run", "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "model.path=tiny" in done.stdout and "rollout.engine=" in done.stdout and "--config FILE" in done.stdout
+    assert "trainer.num_steps=" in done.stdout and "max_staleness=4" in done.stdout and "model=smollm2|tiny" in done.stdout
+    assert len(done.stdout.splitlines()) < 80
+
+
+def test_every_command_has_help(tmp_path: Path) -> None:
+    everything = areal_like("--help", cwd=tmp_path).stdout
+    for command, text in HELP.items():
+        assert text in everything and command == text.split()[0]
+    for command in ("audit", "rollout"):
+        done = areal_like(command, "default", "--help", cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(f"areal-like {command} ")
+
+
+@pytest.mark.parametrize("module", ["buffer", "rollout_server", "trainer", "trainer.prepare_model"])
+def test_roles_have_help(module: str, tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"python -m {module}" in done.stdout and "--config FILE" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_help_prints_may_be_typed(tmp_path: Path) -> None:
+    defaults = [f"{key.path}={key.default}" for key in all_keys()]
+    assert load_config(defaults) == Config()
+    save_config(Config(), tmp_path / "config.yaml")
+    assert load_config(["--config", str(tmp_path / "config.yaml"), *defaults]) == Config()
+
+
+def test_the_command_imports_neither_torch_nor_a_daemon() -> None:
+    code = (
+        "import sys, launch.cli, launch.commands.run; "
+        "print([name for name in ('torch', 'transformers', 'buffer', 'trainer', 'rollout_server') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -1,0 +1,85 @@
+"""What an engine's update session does with buckets off the wire: where they land, in how much memory, what a broken broadcast leaves."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from areal_like.errors import WeightSyncError
+from areal_like.weights.buckets import Bucket, checksum, cut_buckets, flatten, spec_of
+from areal_like.weights.collective import WeightGroup
+from rollout_server.engine.models.base import CausalModel
+from rollout_server.engine.models.loading import load
+from rollout_server.engine.weight_updater import _Session
+from tests.support.engine_harness import save_model, weights_of
+
+BUCKET_BYTES = 1 << 14
+
+
+def loaded(path: Path) -> CausalModel:
+    model, _ = load(str(path), dtype=torch.float32, device=torch.device("cpu"), context_length=32)
+    return model
+
+
+def receive(session: _Session, buckets: tuple[Bucket, ...], flats: list[torch.Tensor], *, num_sent: int | None = None) -> list[int]:
+    """A push of these over gloo; `num_sent`: rank 0 leaves after so many."""
+    with WeightGroup.create(world_size=2, group_name="g", timeout_s=20) as sender:
+
+        def send() -> None:
+            sender.connect()
+            for flat in flats[:num_sent]:
+                sender.broadcast(flat)
+            sender.close()
+
+        sending = threading.Thread(target=send)
+        sending.start()
+        with (
+            torch.inference_mode(),
+            WeightGroup.join(
+                master_address=sender.address, master_port=sender.port, rank=1, world_size=2, group_name="g", timeout_s=20
+            ) as group,
+        ):  # fmt: skip
+            try:
+                return session.receive(group, buckets, timeout_s=20)
+            finally:
+                sending.join()
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "is_in_place"),
+    [
+        ("llama", "float32", True),
+        ("qwen3", "float32", True),
+        ("gpt2", "float32", True),
+        ("qwen2", "float32", False),
+        ("llama", "bfloat16", False),
+    ],
+)
+def test_a_bucket_laid_out_as_the_shadow_set_is_received_in_its_place(kind: str, dtype: str, is_in_place: bool, tmp_path: Path) -> None:
+    path = save_model(tmp_path / kind, kind)
+    model, tensors = loaded(path), weights_of(path)
+    buckets = cut_buckets([spec_of(n, t, dtype=dtype) for n, t in tensors.items()], bucket_bytes=BUCKET_BYTES)
+    assert len(buckets) > 2
+    flats = [flatten(bucket, tensors) for bucket in buckets]
+    weights = model.new_weights()
+    session = _Session(weights, model.facts, [])
+    for _ in range(2):
+        assert receive(session, buckets, flats) == list(map(checksum, flats))
+        assert not session.problem and not session.is_tainted
+        assert all(torch.equal(weights.named[name], t.to(getattr(torch, dtype)).float()) for name, t in tensors.items())
+        assert len(session.buffers) == 0 if is_in_place else 0 < len(session.buffers) <= 2
+    assert [spec.name for spec in session.received] == 2 * [spec.name for bucket in buckets for spec in bucket.tensors]
+
+
+@pytest.mark.parametrize(("kind", "is_in_place"), [("llama", True), ("qwen2", False)])
+def test_a_set_that_a_broken_broadcast_may_still_write_into_is_not_used_again(kind: str, is_in_place: bool, tmp_path: Path) -> None:
+    path = save_model(tmp_path / kind, kind)
+    model, tensors = loaded(path), weights_of(path)
+    buckets = cut_buckets([spec_of(n, t) for n, t in tensors.items()], bucket_bytes=BUCKET_BYTES)
+    session = _Session(model.new_weights(), model.facts, [])
+    with pytest.raises(WeightSyncError, match="broadcast failed"):
+        receive(session, buckets, [flatten(bucket, tensors) for bucket in buckets], num_sent=1)
+    assert session.is_tainted is is_in_place

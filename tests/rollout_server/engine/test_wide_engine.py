@@ -1,0 +1,120 @@
+"""An engine with several ranks takes several places in a weight group: rank 0, a wide engine of two processes, and a plain one after it."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from areal_like.config import WeightsConfig
+from areal_like.weights.buckets import Manifest
+from areal_like.wire.channel import Envelope, Listener
+from areal_like.wire.messages.consumer import ServerEntry
+from areal_like.wire.messages.weights import Alive, AskAlive, DissolveGroup, FormGroup, PushChecksums, PushWeights, WeightsOk
+from tests.support.launching import ROOT
+from tests.support.snapshots import Held
+from trainer.weight_sync.broadcaster import Broadcaster
+
+# One tensor-parallel rank, as SGLang's: it joins at rank_offset + its own rank, receives every bucket and says what came.
+RANK = """
+import sys, torch
+from areal_like.weights.collective import WeightGroup
+from areal_like.weights.buckets import checksum
+print("ready", flush=True)
+address, port, rank, world_size, name = sys.stdin.readline().split()
+port, rank, world_size = int(port), int(rank), int(world_size)
+with WeightGroup.join(master_address=address, master_port=port, rank=rank, world_size=world_size, group_name=name, timeout_s=30) as group:
+    print("joined", flush=True)
+    for num_bytes in map(int, sys.stdin.readline().split()):
+        data = torch.empty(num_bytes, dtype=torch.uint8)
+        group.broadcast(data)
+        print(checksum(data), flush=True)
+"""
+
+
+class WideServer:
+    """A rollout server's weight socket in front of an engine of `num_ranks` processes."""
+
+    def __init__(self, name: str, *, num_ranks: int) -> None:
+        self.name, self.num_ranks = name, num_ranks
+        self.places: list[int] = []
+        self.ranks = [
+            subprocess.Popen([sys.executable, "-c", RANK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+            for _ in range(num_ranks)
+        ]
+        self.stated: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
+        self.listener = Listener(host="127.0.0.1", port=0, handler=self.handle, max_message_bytes=1 << 20)
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def entry(self) -> ServerEntry:
+        address = f"tcp://127.0.0.1:{self.listener.port}"
+        return ServerEntry(name=self.name, incarnation=1, weights_address=address, device="cpu", state="serving", weights_version=0)
+
+    def handle(self, envelope: Envelope) -> None:
+        if isinstance(envelope.message, PushChecksums):
+            self.stated.set_result(envelope.message.checksums)
+            return
+        task = asyncio.get_running_loop().create_task(self.answer(envelope))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def answer(self, envelope: Envelope) -> None:
+        answer: Any = WeightsOk(version=0)
+        match envelope.message:
+            case AskAlive():
+                answer = Alive(version=0, num_ranks=self.num_ranks, device="cpu", device_uuid="", nccl_version="")
+            case FormGroup() as form:
+                self.places = [form.rank + i for i in range(self.num_ranks)]
+                for place, rank in zip(self.places, self.ranks, strict=True):
+                    self.say(rank, form.master_address, form.master_port, place, form.world_size, form.group_name)
+                assert await self.lines() == ["joined"] * self.num_ranks
+            case PushWeights() as push:
+                buckets = Manifest.from_dict(push.manifest).buckets
+                for rank in self.ranks:
+                    self.say(rank, *(bucket.num_bytes for bucket in buckets))
+                received = [await self.lines() for _ in buckets]
+                assert received == [[str(checksum)] * self.num_ranks for checksum in await self.stated]
+                answer = WeightsOk(version=push.version)
+            case DissolveGroup():
+                pass
+        self.listener.send(envelope.peer, answer, rid=envelope.rid)
+
+    @staticmethod
+    def say(rank: subprocess.Popen[str], *words: object) -> None:
+        assert rank.stdin is not None
+        rank.stdin.write(" ".join(map(str, words)) + "\n")
+        rank.stdin.flush()
+
+    async def lines(self) -> list[str]:
+        """The next line of every rank."""
+        streams = [rank.stdout for rank in self.ranks]
+        return [(await asyncio.to_thread(stream.readline)).strip() for stream in streams if stream is not None]
+
+    def close(self) -> None:
+        for rank in self.ranks:
+            rank.kill()
+            rank.communicate()
+        self.listener.close()
+
+
+@pytest.mark.timeout(90)
+def test_a_wide_engine_and_a_plain_one_share_a_broadcast() -> None:
+    async def body() -> None:
+        broadcaster = Broadcaster(WeightsConfig(push_deadline_s=40), device="cpu", incarnation=1)
+        servers = [WideServer("wide", num_ranks=2), WideServer("plain", num_ranks=1)]
+        for server in servers:
+            assert await server.lines() == ["ready"] * server.num_ranks
+        snapshot = Held({"a": torch.randn(300, 40), "b": torch.randn(7, 3)}, bucket_bytes=4096)
+        outcome = await broadcaster.push(snapshot, version=5, step=1, servers=[server.entry for server in servers])
+        assert ({name: ok.version for name, ok in outcome.activated.items()}, outcome.failed) == ({"wide": 5, "plain": 5}, {})
+        assert [server.places for server in servers] == [[1, 2], [3]]
+        await broadcaster.close()
+        for server in servers:
+            server.close()
+
+    asyncio.run(body())

@@ -1,0 +1,194 @@
+"""Leases to samples where examples are slow or hang: a real runner and thread, an engine and rewards that answer at once."""
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from areal_like.config import from_mapping
+from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed
+from rollout_server.buffer_client.lease_desk import Answer
+from rollout_server.episodes.base import SingleTurn, Turnstile
+from rollout_server.episodes.lease_runner import LeaseRunner
+from rollout_server.rewards.pool import Reward
+from rollout_server.tasks.base import Example, Split, Task
+from tests.rollout_server.test_episodes import CountingEngine, Digits
+
+LIMIT_S = 0.5
+GROUP = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slow(Task):
+    """Examples that take a tenth of the limit, or for ever where they are named; `asked` are those whose turn came."""
+
+    seconds: float = LIMIT_S / 10
+    hanging: tuple[int, ...] = ()
+    released: threading.Event = field(default_factory=threading.Event)
+    asked: list[int] = field(default_factory=list)
+
+    def example(self, split: Split, index: int) -> Example:
+        self.asked.append(index)
+        if index in self.hanging:
+            self.released.wait(60)
+        time.sleep(self.seconds)
+        return Example(prompt="7=", answer=None)
+
+    def reward(self, example: Example, completion: str) -> float:
+        return 0.5
+
+
+@pytest.fixture
+def hanging() -> Iterator[Callable[..., Slow]]:
+    """A task whose threads end with the test."""
+    released = threading.Event()
+    yield lambda *indices, seconds=0.0: Slow(hanging=indices, seconds=seconds, released=released)
+    released.set()
+
+
+class FixedRewards:
+    async def score(self, *, split: Split, index: int, completion: str) -> Reward:
+        return Reward(value=0.5, components={}, seconds=0.0)
+
+
+class Served:
+    """A runner and what it answered."""
+
+    def __init__(self, task: Task) -> None:
+        self.answers: list[Answer] = []
+        self.engine = CountingEngine()
+        config = from_mapping({"rollout": {"reward_timeout_s": LIMIT_S}, "sampling": {"group_size": GROUP}})
+        self.runner = LeaseRunner(
+            config,
+            task=task,
+            tokenizer=Digits(),
+            stop_token_ids=(),
+            episode=SingleTurn(),
+            rewards=FixedRewards(),
+            turnstile=Turnstile(),
+            on_answer=self.answers.append,
+        )
+        self.runner.engine = self.engine
+
+    def grant(self, *lease_ids: int) -> None:
+        self.runner.start(
+            [
+                Lease(
+                    lease_id=lease_id,
+                    ticket_id=lease_id,
+                    prompt_index=lease_id,
+                    purpose=Purpose.TRAIN,
+                    sample_indices=list(range(GROUP)),
+                    seed=1,
+                )
+                for lease_id in lease_ids
+            ]
+        )
+
+    async def until(self, is_so: Callable[[], bool]) -> None:
+        async with asyncio.timeout(20):
+            while not is_so():
+                await asyncio.sleep(0.005)
+
+    async def answered(self, *lease_ids: int) -> None:
+        await self.until(lambda: {answer.lease_id for answer in self.answers} >= set(lease_ids))
+
+    def of(self, lease_id: int) -> list[Answer]:
+        return [answer for answer in self.answers if answer.lease_id == lease_id]
+
+
+@contextlib.asynccontextmanager
+async def serving(task: Task) -> AsyncIterator[Served]:
+    served = Served(task)
+    try:
+        yield served
+        assert not served.runner.failed.done()
+    finally:
+        await served.runner.close()
+
+
+def assert_hung(answers: list[Answer]) -> None:
+    assert len(answers) == GROUP
+    assert all(isinstance(answer, SampleFailed) and "task.example() took longer" in answer.error for answer in answers)
+
+
+def test_each_example_has_a_limit_of_its_own_and_no_sample_waits_for_the_examples_after_its_own() -> None:
+    task = Slow()
+
+    async def body() -> None:
+        async with serving(task) as served:
+            served.grant(*range(15))
+            served.grant(*range(15, 25))
+            await served.answered(0)
+            assert len(task.asked) < 15, "it began before the message's last example did"
+            await served.answered(*range(25))
+            assert len(served.answers) == 25 * GROUP and all(isinstance(answer, SampleDone) for answer in served.answers)
+
+    asyncio.run(body())
+
+
+def test_examples_that_hang_fail_their_own_samples_and_no_others(hanging: Callable[..., Slow]) -> None:
+    async def body() -> None:
+        task = hanging(2, 3, 5)
+        async with serving(task) as served:
+            served.grant(1, 2, 3, 4)
+            served.grant(5, 6)
+            await served.answered(*range(1, 7))
+            for lease_id in (2, 3, 5):
+                assert_hung(served.of(lease_id))
+            for lease_id in (1, 4, 6):
+                assert all(isinstance(answer, SampleDone) for answer in served.of(lease_id))
+            assert sorted(task.asked) == [1, 2, 3, 4, 5, 6]
+            task.released.set()
+            await asyncio.sleep(0.05)
+            assert len(task.asked) == 6 and len(served.answers) == 6 * GROUP, "a thread that was left behind does nothing more"
+
+    asyncio.run(body())
+
+
+def test_cancelled_leases_are_not_answered_and_their_examples_not_made(hanging: Callable[..., Slow]) -> None:
+    async def body() -> None:
+        task = hanging(1)
+        async with serving(task) as served:
+            served.grant(1, 2, 3)
+            served.grant(4, 5)
+            await served.until(lambda: task.asked == [1])
+            served.runner.cancel([1, 2, 4])
+            await served.answered(3, 5)
+            assert {answer.lease_id for answer in served.answers} == {3, 5}
+            assert task.asked == [1, 3, 5]
+
+    asyncio.run(body())
+
+
+def test_closing_waits_for_no_example(hanging: Callable[..., Slow]) -> None:
+    async def body() -> None:
+        task = hanging(1)
+        served = Served(task)
+        served.grant(1, 2)
+        await served.until(lambda: task.asked == [1])
+        began_s = time.monotonic()
+        await served.runner.close()
+        assert time.monotonic() - began_s < LIMIT_S
+        task.released.set()
+        await asyncio.sleep(0.05)
+        assert task.asked == [1] and not served.answers
+
+    asyncio.run(body())
+
+
+def test_quick_examples_of_a_message_start_their_samples_together() -> None:
+    async def body() -> None:
+        async with serving(Slow(seconds=0.0)) as served:
+            served.grant(*range(20))
+            num_requests = [0]
+            while num_requests[-1] < 20 * GROUP:
+                await asyncio.sleep(0)
+                num_requests.append(len(served.engine.requests))
+            assert len(set(num_requests)) < 10, "they began in few turns of the loop"
+
+    asyncio.run(body())

@@ -1,0 +1,159 @@
+"""Rewards in real worker processes: what raises, hangs, dies or prints costs its own sample and nothing else."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from areal_like.errors import RewardError
+from rollout_server.rewards.pool import RewardPool
+from rollout_server.tasks.base import Example, Split, Task
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture(autouse=True)
+def workers_find_this_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hostile(Task):
+    """The completion says how its reward misbehaves."""
+
+    def example(self, split: Split, index: int) -> Example:
+        return Example(prompt=f"{split}-{index}", answer=index)
+
+    def reward(self, example: Example, completion: str) -> Any:
+        match completion:
+            case "raise":
+                raise KeyError("no such move")
+            case "hang":
+                time.sleep(3600)
+            case "print":
+                os.write(1, b"raw noise on stdout\n" * 100)
+                print("more noise", flush=True)
+            case "read stdin":
+                return float(len(os.read(0, 100)))
+            case "garble":
+                for descriptor in range(3, 20):
+                    with contextlib.suppress(OSError):
+                        os.write(descriptor, b"\x01\x00\x00\x00\xc1")
+            case "crash":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "nan":
+                return float("nan")
+            case "none":
+                return None
+            case "parts":
+                return {"format": 0.25, "answer": 1}
+            case "empty":
+                return {}
+        return float(example.answer)
+
+
+def pool(*, num_workers: int = 1, timeout_s: float = 5.0, task: str = f"{__name__}.Hostile") -> RewardPool:
+    return RewardPool({"_target_": task}, seed=0, num_workers=num_workers, timeout_s=timeout_s)
+
+
+def outcomes(completions: list[str], **settings: Any) -> tuple[list[Any], int]:
+    """Rewards or error texts, in order; and the number of worker restarts."""
+
+    async def body() -> tuple[list[Any], int]:
+        async with pool(**settings) as rewards:
+            asked = (rewards.score(split="train", index=i, completion=text) for i, text in enumerate(completions))
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+            return [str(a) if isinstance(a, RewardError) else a for a in answers], rewards.num_restarts
+
+    return asyncio.run(body())
+
+
+def test_values_parts_and_order() -> None:
+    answers, restarts = outcomes(["a", "parts", "print", "read stdin", "b"], num_workers=2)
+    assert [a.value for a in answers] == [0.0, 1.25, 2.0, 0.0, 4.0]
+    assert answers[1].components == {"format": 0.25, "answer": 1.0}
+    assert restarts == 0
+
+
+def test_bad_returns_fail_their_own_sample() -> None:
+    answers, restarts = outcomes(["raise", "nan", "none", "empty", "ok"])
+    for answer, message in zip(answers, ["no such move", "nan", "NoneType", "empty dict"], strict=False):
+        assert message in answer
+    assert "\n" not in answers[0]
+    assert answers[4].value == 4.0 and restarts == 0
+
+
+def test_hang_is_killed_and_those_behind_it_are_scored() -> None:
+    started = time.monotonic()
+    answers, restarts = outcomes(["a", "hang", "b", "c"], timeout_s=1.0)
+    assert "reward_timeout_s=1" in answers[1]
+    assert [answers[i].value for i in (0, 2, 3)] == [0.0, 2.0, 3.0]
+    assert restarts == 1 and time.monotonic() - started < 15
+
+
+def test_crash_names_the_signal_and_those_behind_it_are_scored() -> None:
+    answers, restarts = outcomes(["crash", "b", "crash", "d"])
+    assert answers[0] == answers[2] == "the reward process died (signal 9)"
+    assert answers[1].value == 1.0 and answers[3].value == 3.0 and restarts == 2
+
+
+def test_a_reward_that_writes_into_the_stream_costs_its_own_sample() -> None:
+    answers, restarts = outcomes(["garble", "fine"])
+    assert "wrote what is no answer" in answers[0]
+    assert answers[1].value == 1.0 and restarts == 1
+
+
+def test_worker_that_dies_while_idle_costs_nothing() -> None:
+    async def body() -> None:
+        async with pool() as rewards:
+            await rewards.score(split="train", index=1, completion="")
+            (pid,) = children()
+            os.kill(pid, signal.SIGKILL)
+            while rewards.num_restarts == 0:
+                await asyncio.sleep(0.01)
+            assert (await rewards.score(split="train", index=7, completion="")).value == 7.0
+
+    asyncio.run(body())
+    assert not children()
+
+
+def test_task_that_cannot_be_imported_fails_samples_with_the_reason() -> None:
+    answers, _ = outcomes(["a"], task="nowhere_at_all.Task")
+    assert "nowhere_at_all" in answers[0]
+
+
+def test_closing_the_pool_fails_what_waits_and_leaves_no_process() -> None:
+    async def body() -> str:
+        async with pool(timeout_s=60) as rewards:
+            asked = asyncio.create_task(rewards.score(split="train", index=0, completion="hang"))
+            await asyncio.sleep(0.5)
+        with pytest.raises(RewardError, match="closed"):
+            await asked
+        return ""
+
+    asyncio.run(body())
+    assert not children()
+
+
+def test_many_rewards_a_second() -> None:
+    async def body() -> float:
+        async with RewardPool({"name": "sort"}, seed=0, num_workers=1, timeout_s=5) as rewards:
+            await rewards.score(split="train", index=0, completion="")
+            started = time.process_time()
+            for _ in range(20):
+                await asyncio.gather(*(rewards.score(split="train", index=i // 8, completion="0123") for i in range(100)))
+            return (time.process_time() - started) / 2000
+
+    assert asyncio.run(body()) < 500e-6  # CPU seconds a reward on this side; some 60e-6 when measured
+
+
+def children() -> list[int]:
+    """Workers of this process, which may have other children from other tests."""
+    pids = map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+    return [pid for pid in pids if b"reward_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]

@@ -1,0 +1,96 @@
+"""What a weight receiver makes of an engine that fails around the moment of activation: real sockets, and an engine that the test plays."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from aiohttp import web
+
+from areal_like.weights.buckets import Manifest
+from areal_like.wire.channel import Link, tcp_address
+from areal_like.wire.messages.weights import FormGroup, PushChecksums, PushWeights, WeightsFailed, WeightsOk
+from rollout_server.episodes.base import Turnstile
+from rollout_server.inference.client import EngineClient
+from rollout_server.weight_sync.receiver import WeightReceiver
+from tests.support.snapshots import Held
+
+
+class PlayedEngine:
+    """Receives nothing and says that it did; at `silent_at` it answers no more, at `failing_at` with an error."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.silent_at = self.failing_at = ""
+        self.called: list[str] = []
+
+    async def answer(self, request: web.Request) -> web.Response:
+        path, body = request.path.strip("/"), await request.json() if request.can_read_body else {}
+        self.called.append(path)
+        if path == "end_weight_update":
+            self.version = int(body["weight_version"])
+        if path == self.silent_at:
+            await asyncio.sleep(30)
+        if path == self.failing_at:
+            return web.json_response({"error": {"message": "cannot"}}, status=500)
+        return web.json_response({"success": True, "checksums": [], "weight_version": str(self.version), "stall_s": 0.0})
+
+
+def push(engine: PlayedEngine, *, update_mode: str = "recompute") -> tuple[Any, list[str]]:
+    """The receiver's answer to a push of version 1 with a time limit of 1 s, and why it thinks the engine lost."""
+    doubts: list[str] = []
+
+    async def body() -> Any:
+        app = web.Application()
+        app.router.add_route("*", "/{path}", engine.answer)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        receiver = WeightReceiver(
+            host="127.0.0.1", max_message_bytes=1 << 20, turnstile=Turnstile(), on_version=lambda _: None, on_doubt=doubts.append
+        )
+        link = Link(tcp_address("127.0.0.1", receiver.port), handler=lambda _: None)
+        async with EngineClient(f"http://127.0.0.1:{runner.addresses[0][1]}") as client:
+            receiver.set_engine(client)
+            form = FormGroup(
+                epoch=1, group_name="g", master_address="127.0.0.1", master_port=1, rank=1, world_size=2, backend="gloo", timeout_s=5.0
+            )
+            assert isinstance(await link.call(form, timeout_s=5), WeightsOk)
+            manifest = Manifest(version=1, buckets=Held({}, bucket_bytes=64).buckets).to_dict()
+            request = PushWeights(
+                epoch=1, group_name="g", version=1, step=1, update_mode=update_mode, manifest=manifest, timeout_s=1.0
+            )  # fmt: skip
+            link.send(PushChecksums(version=1, checksums=[]))
+            answer = await link.call(request, timeout_s=8)
+            await receiver.close()
+        link.close()
+        await runner.cleanup()
+        return answer
+
+    async def bounded(work: Callable[[], Awaitable[Any]]) -> Any:
+        async with asyncio.timeout(20):
+            return await work()
+
+    return asyncio.run(bounded(body)), doubts
+
+
+def test_weights_that_are_active_when_the_time_runs_out_are_active() -> None:
+    engine = PlayedEngine()
+    engine.silent_at = "continue_generation"
+    answer, _ = push(engine, update_mode="abort_resume")
+    assert isinstance(answer, WeightsOk) and answer.version == 1
+
+
+def test_one_that_runs_out_of_time_leaves_so_that_nobody_waits_for_it() -> None:
+    engine = PlayedEngine()
+    engine.silent_at = "receive_weights"
+    answer, doubts = push(engine)
+    assert isinstance(answer, WeightsFailed) and "not active within 1 s" in answer.reason
+    assert engine.called[-1] == "destroy_weights_update_group" and not doubts
+
+
+def test_an_engine_that_stays_paused_after_a_swap_is_lost() -> None:
+    engine = PlayedEngine()
+    engine.failing_at = "continue_generation"
+    _, doubts = push(engine, update_mode="abort_resume")
+    assert engine.version == 1 and len(doubts) == 1 and "stays paused" in doubts[0]

@@ -1,0 +1,209 @@
+"""A buffer as a real process, fake producers beside it, and a trainer that the test plays itself."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from areal_like.config import Config, from_mapping
+from areal_like.paths import RunPaths
+from areal_like.runtime.command_line import save_config
+from areal_like.wire.channel import Link
+from areal_like.wire.fingerprint import dataset_fingerprint
+from areal_like.wire.messages.consumer import CompleteStep, Directory, Fetch, Group, StartTraining
+from areal_like.wire.messages.hello import Hello, Role
+from areal_like.wire.messages.producer import SampleAck, SampleAcks
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def job(directory: Path, **overrides: Any) -> Config:
+    """A small job; `overrides` are whole sections or top-level fields."""
+    mapping: dict[str, Any] = {
+        "name": "job",
+        "runs_dir": str(directory / "runs"),
+        "max_staleness": 1,
+        "sampling": {"group_size": 2},
+        "trainer": {"num_steps": 6, "groups_per_step": 4},
+        "buffer": {"lease_timeout_s": 1.5},
+        "daemon": {"heartbeat_s": 0.1},
+    }
+    return from_mapping(mapping | overrides)
+
+
+class BufferProcess:
+    """`python -m buffer`, ready to serve."""
+
+    def __init__(self, config: Config, *settings: str, name: str = "buffer", wait: bool = True) -> None:
+        self.config = config
+        self._name = name
+        self.paths = RunPaths.of(config)
+        save_config(config, self.paths.config)
+        (self.paths.endpoints / f"{name}.json").unlink(missing_ok=True)  # of one that was killed
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "buffer", "--config", str(self.paths.config), "--name", name, *settings],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.producers: list[subprocess.Popen[bytes]] = []
+        if wait:
+            self._wait_ready()
+
+    def _wait_ready(self) -> None:
+        deadline_s = time.monotonic() + 60
+        file = self.paths.endpoints / f"{self._name}.json"
+        while time.monotonic() < deadline_s:
+            assert self.process.poll() is None, self.process.communicate()[1]
+            if file.exists() and "stream" in (endpoint := json.loads(file.read_text())):
+                self.address, self.http = endpoint["stream"], endpoint["http"]
+                return
+            time.sleep(0.02)
+        raise AssertionError("the buffer did not become ready")
+
+    def produce(self, name: str, *, capacity: int = 8, sample_s: float = 0.01) -> subprocess.Popen[bytes]:
+        """Starts a fake producer."""
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "tests.support.fake_producer",
+                self.address,
+                name,
+                str(capacity),
+                str(sample_s),
+                dataset_fingerprint(self.config),
+            ],
+            cwd=ROOT,
+        )
+        self.producers.append(process)
+        return process
+
+    def get(self, path: str) -> str:
+        """Body of a GET on the HTTP plane."""
+        with urllib.request.urlopen(f"http://{self.http}{path}", timeout=5) as response:
+            return str(response.read().decode())
+
+    def status(self) -> dict[str, Any]:
+        """/status."""
+        return dict(json.loads(self.get("/status")))
+
+    def wait_status(self, accept: Any, *, timeout_s: float = 10) -> dict[str, Any]:
+        """The first status that `accept` likes."""
+        deadline_s = time.monotonic() + timeout_s
+        while not accept(status := self.status()):
+            assert time.monotonic() < deadline_s, status
+            time.sleep(0.05)
+        return status
+
+    def rss_bytes(self) -> int:
+        """Resident memory."""
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def terminate(self) -> tuple[int, str]:
+        """(exit code, stderr) after SIGTERM."""
+        self.process.send_signal(signal.SIGTERM)
+        _, stderr = self.process.communicate(timeout=30)
+        return self.process.returncode, stderr
+
+    def close(self) -> None:
+        """Kills what is left."""
+        for process in (*self.producers, self.process):
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+
+@contextmanager
+def running_buffer(directory: Path, **overrides: Any) -> Iterator[BufferProcess]:
+    """A buffer that is ready; it and its producers are killed at the end."""
+    buffer = BufferProcess(job(directory, **overrides))
+    try:
+        yield buffer
+    finally:
+        buffer.close()
+
+
+class PlayedTrainer:
+    """Rank 0 over a real link."""
+
+    def __init__(self, config: Config, link: Link) -> None:
+        self.config = config
+        self.link = link
+
+    async def call(self, message: Any, *, timeout_s: float = 10) -> Any:
+        return await self.link.call(message, timeout_s=timeout_s)
+
+    async def groups(self, step: int) -> list[Group]:
+        """All groups of a step, asked for at once."""
+        fetches = [self.call(Fetch(step=step, position=position)) for position in range(self.config.trainer.groups_per_step)]
+        return list(await asyncio.gather(*fetches))
+
+    async def train(self, step: int) -> list[Group]:
+        """Fetches a step and completes it."""
+        groups = await self.groups(step)
+        await self.call(CompleteStep(step=step))
+        return groups
+
+
+def trainer_hello(config: Config, **changes: Any) -> Hello:
+    """Rank 0's hello."""
+    fields: dict[str, Any] = {
+        "role": Role.TRAINER,
+        "name": "trainer-0",
+        "incarnation": time.time_ns(),
+        "job": config.name,
+        "model": "m",
+        "tokenizer": "t",
+        "dataset": dataset_fingerprint(config),
+        "http_address": "",
+    }
+    return Hello(**(fields | changes))
+
+
+def one_by_one(acks: SampleAcks) -> list[SampleAck]:
+    """Each sample's own."""
+    return [dataclasses.replace(ack, sample_indices=[index]) for ack in acks.acks for index in ack.sample_indices]
+
+
+@asynccontextmanager
+async def connected(buffer: BufferProcess, hello: Hello | None = None, *, inbox: list[Any] | None = None) -> AsyncIterator[Link]:
+    """A link; `hello` is said first, and what was not an answer is put into `inbox` (acknowledgements one by one)."""
+
+    def take(message: Any) -> None:
+        if inbox is not None:
+            inbox.extend(one_by_one(message) if isinstance(message, SampleAcks) else [message])
+
+    link = Link(buffer.address, handler=take)
+    try:
+        if hello is not None:
+            await link.call(hello, timeout_s=10)
+        yield link
+    finally:
+        link.close()
+
+
+@asynccontextmanager
+async def training(buffer: BufferProcess, *, directories: list[Any] | None = None) -> AsyncIterator[PlayedTrainer]:
+    """A trainer that has said hello and started at step 0."""
+    inbox: list[Any] = []
+    async with connected(buffer, trainer_hello(buffer.config), inbox=inbox) as link:
+        trainer = PlayedTrainer(buffer.config, link)
+        await trainer.call(StartTraining(step=0))
+        yield trainer
+    if directories is not None:
+        directories += [message for message in inbox if isinstance(message, Directory)]

@@ -1,0 +1,226 @@
+"""What an engine must do to be driven by the rollout server: functions of an `Engine`, whichever it is.
+
+Each leaves the engine generating, with whatever weights it pushed last under a version larger than before. `models` are two
+saved models of one architecture; the engine was started with the first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import aiohttp
+import numpy as np
+import pytest
+
+from areal_like.errors import EngineError
+from areal_like.trajectory import FinishReason
+from rollout_server.inference.client import EngineClient, Sampling
+from tests.support.engine_harness import (
+    CONTEXT,
+    EOS,
+    VOCAB,
+    Engine,
+    Pusher,
+    error_of,
+    load_model,
+    reference_greedy,
+    reference_logprobs,
+    sample,
+    weights_of,
+)
+
+PROMPT = [5, 17, 33, 8]
+TOLERANCE = 1e-4
+
+
+async def until_running(client: EngineClient, num_sequences: int) -> None:
+    """Waits until the engine decodes so many."""
+    async with asyncio.timeout(20):
+        while (await client.load())["running"] < num_sequences:
+            await asyncio.sleep(0.01)
+
+
+async def logprobs_and_greedy_match_transformers(engine: Engine, models: tuple[Path, Path]) -> None:
+    """Before and after pushes in both bucket forms; the same prompt throughout, so a stale prefix would show."""
+    async with engine.client() as client:
+        version = await client.weight_version()
+        for path, flattened in ((models[0], None), (models[1], True), (models[0], False)):
+            if flattened is not None:
+                version += 1
+                async with Pusher(engine, client) as pusher:
+                    await pusher.push(weights_of(path), version=version, flattened=flattened)
+                assert await client.weight_version() == version
+            model = load_model(path)
+            prompts = [PROMPT, PROMPT, [9], list(range(3, 40))]
+            drawn = await asyncio.gather(
+                *(sample(client, p, 20, temperature=t) for p, t in zip(prompts, (1.0, 0.7, 1.3, 1.0), strict=True))
+            )
+            for prompt, generation, temperature in zip(prompts, drawn, (1.0, 0.7, 1.3, 1.0), strict=True):
+                assert error_of(model, prompt, generation, temperature=temperature) < TOLERANCE
+                assert generation.versions.tolist() == [version] * 20
+            greedy = await sample(client, PROMPT, 12, temperature=0)
+            assert greedy.output_ids.tolist() == reference_greedy(model, PROMPT, 12)
+            assert error_of(model, PROMPT, greedy) < TOLERANCE
+
+
+async def stop_and_length(engine: Engine, model_path: Path) -> None:
+    """Stop tokens end a sequence and are its last token; the limit ends it otherwise; end-of-sequence stops unless ignored."""
+    async with engine.client() as client:
+        greedy = (await sample(client, PROMPT, 12, temperature=0)).output_ids.tolist()
+        stop = greedy[6]
+        assert EOS not in greedy
+        stopped = await sample(client, PROMPT, 12, temperature=0, stop_token_ids=(stop,), ignore_eos=False)
+        assert stopped.output_ids.tolist() == greedy[: greedy.index(stop) + 1]
+        assert (stopped.finish_reason, stopped.matched) == (FinishReason.STOP, stop)
+        assert (await sample(client, PROMPT, 3)).finish_reason is FinishReason.LENGTH
+        drawn = await asyncio.gather(*(sample(client, PROMPT, 60, ignore_eos=False, temperature=1.5) for _ in range(32)))
+        ended = [g for g in drawn if g.finish_reason is FinishReason.STOP]
+        assert ended, "some of 32 long samples hit the end-of-sequence token"
+        for generation in drawn:
+            eos_at = np.nonzero(generation.output_ids == EOS)[0].tolist()
+            assert eos_at == ([len(generation.output_ids) - 1] if generation.finish_reason is FinishReason.STOP else [])
+
+
+async def abort_returns_partial_tokens(engine: Engine, model_path: Path) -> None:
+    """By id and all at once; what an aborted request returns is as good as the whole would have been."""
+    model = load_model(model_path)
+    async with engine.client() as client:
+        one = asyncio.ensure_future(client.generate(PROMPT, sampling=Sampling(max_new_tokens=1500, ignore_eos=True), rid="1"))
+        two = asyncio.ensure_future(client.generate(PROMPT, sampling=Sampling(max_new_tokens=1500, ignore_eos=True), rid="12"))
+        await until_running(client, 2)
+        await client.abort("1")
+        aborted = await asyncio.wait_for(one, 5)
+        assert aborted.finish_reason is FinishReason.ABORT and 0 < len(aborted.output_ids) < 1500
+        assert error_of(model, PROMPT, aborted) < TOLERANCE
+        assert not two.done(), "an id is not a prefix"
+        await client.abort()
+        assert (await asyncio.wait_for(two, 5)).finish_reason is FinishReason.ABORT
+        await client.abort("no such request")
+        assert len((await sample(client, PROMPT, 2)).output_ids) == 2
+
+
+async def pause_modes(engine: Engine, model_path: Path) -> None:
+    """Paused: running requests wait or return, new ones wait. Resumed: everything goes on exactly where it was."""
+    model = load_model(model_path)
+    async with engine.client() as client:
+        for mode in ("in_place", "retract", "abort"):
+            running = asyncio.ensure_future(sample(client, PROMPT, 600))
+            await until_running(client, 1)
+            await client.pause(mode)
+            new = asyncio.ensure_future(sample(client, PROMPT, 3))
+            await asyncio.sleep(0.3)
+            assert not new.done(), f"a new request waits while paused ({mode})"
+            assert running.done() == (mode == "abort")
+            await client.resume()
+            generation = await asyncio.wait_for(running, 20)
+            assert generation.finish_reason is (FinishReason.ABORT if mode == "abort" else FinishReason.LENGTH)
+            assert error_of(model, PROMPT, generation) < TOLERANCE
+            assert len((await asyncio.wait_for(new, 10)).output_ids) == 3
+
+
+async def groups_made_destroyed_made_again(engine: Engine, model_path: Path) -> None:
+    """Under one name and under another; leaving twice is an error that changes nothing."""
+    async with engine.client() as client:
+        version = await client.weight_version()
+        for name in ("same", "same", "other"):
+            version += 1
+            async with Pusher(engine, client, name=name) as pusher:
+                await pusher.push(weights_of(model_path), version=version)
+        with pytest.raises(EngineError, match="400"):
+            await client.destroy_weights_group(group_name="same")
+        assert await client.weight_version() == version
+
+
+async def versions_across_an_update_in_flight(engine: Engine, models: tuple[Path, Path], *, running: str) -> float:
+    """Requests that span an update say for every token which weights sampled it. Returns the largest log-prob error of any token
+    under the weights of its stated version."""
+    old_new = [load_model(path) for path in models]
+    new_weights = weights_of(models[1])
+    async with engine.client() as client:
+        version = await client.weight_version()
+        async with Pusher(engine, client) as pusher:
+            await pusher.push(weights_of(models[0]), version=version + 1)
+            prompts = [PROMPT, PROMPT, [9], list(range(3, 30))]
+            drawing = asyncio.gather(*(sample(client, prompt, CONTEXT - 50) for prompt in prompts))
+            await until_running(client, len(prompts))
+            await pusher.push(new_weights, version=version + 2, running=running, bucket_bytes=1 << 15)
+            drawn = await drawing
+            errors = []
+            for prompt, generation in zip(prompts, drawn, strict=True):
+                assert sorted(set(generation.versions.tolist())) == [version + 1, version + 2], "the update came in mid-request"
+                assert np.all(np.diff(generation.versions) >= 0)
+                for model, stated in zip(old_new, (version + 1, version + 2), strict=True):
+                    mine = generation.versions == stated
+                    want = reference_logprobs(model, prompt, generation.output_ids.tolist())
+                    errors.append(float(np.abs(want - generation.logprobs)[mine].max()))
+            await pusher.push(weights_of(models[0]), version=version + 3)
+    return max(errors)
+
+
+BAD_BODIES: list[tuple[object, str]] = [
+    ({"input_ids": [5, 1.5]}, "not a token id"),
+    ({"input_ids": [5, True]}, "not a token id"),
+    ({"input_ids": []}, "non-empty"),
+    ({"input_ids": "5"}, "must be"),
+    ({"text": "hello"}, "input_ids is missing"),
+    ({"input_ids": [5] * 3000}, "leave no room"),
+    ({"input_ids": [5], "sampling_params": {"max_new_tokens": 5000}}, "exceed the context"),
+    ({"input_ids": [5], "sampling_params": {"max_tokens": 5}}, "unknown sampling parameter"),
+    ({"input_ids": [5], "sampling_params": {"temperature": -1}}, "temperature must be"),
+    ({"input_ids": [5], "sampling_params": {"temperature": "hot"}}, "temperature must be"),
+    ({"input_ids": [5], "sampling_params": {"top_p": 0}}, "top_p must be"),
+    ({"input_ids": [5], "sampling_params": {"top_k": 0}}, "top_k must be"),
+    ({"input_ids": [5], "rid": 7}, "rid must be"),
+    ({"input_ids": [5], "stream": "yes"}, "stream must be"),
+    ([1, 2], "must be a JSON object"),
+]
+"""/generate bodies that every engine refuses, and a piece of the message that the embedded engine answers."""
+
+WORSE_BODIES: list[tuple[object, str]] = [
+    ({"input_ids": [5, VOCAB]}, "outside the vocabulary"),
+    ({"input_ids": [5, -1]}, "outside the vocabulary"),
+    ({"input_ids": [[5], []]}, "non-empty"),
+    ({"input_ids": [5], "sampling_params": {"max_new_tokens": 0}}, "at least 1"),
+    ({"input_ids": [5], "sampling_params": {"frequency_penalty": 0.5}}, "not supported"),
+    ({"input_ids": [5], "sampling_params": {"stop_token_ids": [VOCAB]}}, "outside the vocabulary"),
+    ({"input_ids": [5], "sampling_params": [{}, {}]}, "2 entries for 1 prompts"),
+    ({"input_ids": [[5], [6]], "rid": ["a", "a"]}, "id of its own"),
+]
+"""Those that the embedded engine refuses too, and that SGLang takes, answers with 500, or dies of: its client must never send one."""
+
+
+async def bad_requests_are_refused(engine: Engine) -> None:
+    """400 with a message, and the engine lives; a good request in the same batch is not harmed."""
+    async with aiohttp.ClientSession() as session:
+        for body, message in [*BAD_BODIES, *(WORSE_BODIES if engine.kind == "embedded" else [])]:
+            async with session.post(f"{engine.url}/generate", json=body) as response:
+                text = await response.text()
+                assert response.status == 400, f"{body}: {response.status} {text}"
+                assert engine.kind != "embedded" or message in text, f"{body}: {text}"
+        async with session.post(f"{engine.url}/generate", data=b"{not json") as response:
+            assert response.status == 400
+    async with engine.client() as client:
+        good, bad = await asyncio.gather(sample(client, PROMPT, 3), sample(client, [VOCAB + 5], 3), return_exceptions=True)
+        assert not isinstance(good, BaseException) and len(good.output_ids) == 3
+        assert isinstance(bad, EngineError)
+
+
+async def update_calls_need_a_session_and_a_group(engine: Engine, model_path: Path) -> None:
+    """Calls out of order are 400 and change nothing."""
+    async with engine.client() as client:
+        version = await client.weight_version()
+        async with Pusher(engine, client) as pusher:
+            with pytest.raises(EngineError, match="400"):
+                await client.end_weight_update(weight_version=version + 1, timeout_s=5)
+            assert pusher.group is not None
+        assert await client.weight_version() == version
+
+
+async def throughput_of_concurrent_requests(engine: Engine) -> float:
+    """Samples a second for 200 short requests started together: they must share HTTP requests and decode steps."""
+    async with engine.client() as client:
+        started_s = time.perf_counter()
+        await asyncio.gather(*(sample(client, [5 + i // 8], 8) for i in range(200)))
+        return 200 / (time.perf_counter() - started_s)

@@ -1,0 +1,143 @@
+"""A durable store under a load that everybody can predict: what a ticket's samples are follows from its number.
+
+`python -m tests.support.store_load DIRECTORY DURABILITY NUM_TICKETS` ingests, batches, trains and releases as a ledger
+does, continues from what it finds in DIRECTORY, and prints what was acknowledged: one line `TICKET INDEX` a sample, written the moment its turn comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from areal_like.trajectory import FinishReason, Trajectory
+from areal_like.wire.messages.producer import Purpose
+from areal_like.wire.records import Record
+from buffer.storage.durable import DurableStore, StoreSettings
+from buffer.tickets import Sample, State, Ticket
+
+SIZE = 2
+"""Samples of a ticket."""
+KEPT = 6
+"""A ticket is released when so many newer ones are trained."""
+_SEGMENT_BYTES = 1 << 16
+
+
+def trajectory_of(ticket_id: int, sample_index: int) -> Trajectory:
+    """The one trajectory that this sample can be."""
+    rng = np.random.default_rng([ticket_id, sample_index])
+    num_prompt, num_sampled = int(rng.integers(1, 20)), int(rng.integers(1, 600))
+    versions = np.concatenate([np.full(num_prompt, -1), np.sort(rng.integers(0, 3, num_sampled))]).astype(np.int32)
+    return Trajectory(
+        tokens=rng.integers(0, 1 << 30, num_prompt + num_sampled, dtype=np.int32),
+        loss_mask=(versions >= 0).astype(np.uint8),
+        logprobs=np.where(versions >= 0, -rng.random(num_prompt + num_sampled), 0).astype(np.float32),
+        versions=versions,
+        reward=float(rng.standard_normal()),
+        reward_components={"exact": float(ticket_id), "format": 0.1},
+        finish_reason=FinishReason.LENGTH if ticket_id % 3 else FinishReason.STOP,
+        generation_s=0.1 * sample_index,
+        is_greedy=sample_index == 1,
+    )
+
+
+def is_same(left: Trajectory, right: Trajectory) -> bool:
+    """Bit for bit."""
+    arrays = ("tokens", "loss_mask", "logprobs", "versions")
+    facts = ("reward", "reward_components", "finish_reason", "generation_s", "reward_s", "is_greedy")
+    return all(getattr(left, name).tobytes() == getattr(right, name).tobytes() for name in arrays) and all(
+        getattr(left, name) == getattr(right, name) for name in facts
+    )
+
+
+def new_ticket(ticket_id: int, *, num_samples: int = SIZE) -> Ticket:
+    """As the register would issue it."""
+    return Ticket(ticket_id=ticket_id, purpose=Purpose.TRAIN, prompt_index=ticket_id % 7, num_samples=num_samples, max_staleness=4)
+
+
+def sample_of(ticket_id: int, sample_index: int, trajectory: Trajectory) -> Sample:
+    """Its row."""
+    return Sample(
+        lease_id=100 + ticket_id,
+        oldest_step=0,
+        sum_token_steps=sample_index,
+        oldest_version=trajectory.oldest_version,
+        newest_version=trajectory.newest_version,
+        num_sampled=trajectory.num_sampled,
+        reward=trajectory.reward,
+    )
+
+
+def put_sample(store: DurableStore, ticket: Ticket, sample_index: int) -> None:
+    """Accepts a sample."""
+    trajectory = trajectory_of(ticket.ticket_id, sample_index)
+    sample = ticket.samples[sample_index] = sample_of(ticket.ticket_id, sample_index, trajectory)
+    store.put_sample(sample, Record.of(ticket.ticket_id, sample_index, trajectory))
+
+
+def move(store: DurableStore, ticket: Ticket, state: State) -> None:
+    """Writes a ticket's new state."""
+    ticket.state = state
+    store.put_ticket(ticket)
+
+
+async def durable(store: DurableStore) -> None:
+    """Returns when everything written so far is durable."""
+    done = asyncio.get_running_loop().create_future()
+    store.when_durable(lambda: done.set_result(None))
+    await done
+
+
+def raising(error: Exception) -> None:
+    """For `on_error` where no error is expected: ends the process loudly."""
+    raise error
+
+
+async def load(directory: Path, *, durability: str, num_tickets: int) -> None:
+    """Goes on from what is there until `num_tickets` more are trained."""
+    store = DurableStore(directory, StoreSettings(durability=durability, segment_bytes=_SEGMENT_BYTES), on_error=raising)
+    recovered = store.recover()
+    trained = list(recovered.trained)
+    for ticket in recovered.tickets:  # complete what an earlier life left unfinished
+        for index in sorted(set(range(SIZE)) - set(ticket.samples)):
+            put_sample(store, ticket, index)
+            store.when_durable(_acknowledge(ticket.ticket_id, index))
+        train(store, ticket, trained)
+    for ticket_id in range(recovered.num_issued + 1, recovered.num_issued + num_tickets + 1):
+        ticket = new_ticket(ticket_id)
+        store.put_ticket(ticket)
+        for index in range(SIZE):
+            put_sample(store, ticket, index)
+            store.when_durable(_acknowledge(ticket_id, index))
+            await asyncio.sleep(0)
+        train(store, ticket, trained)
+        if ticket_id % 5 == 0:
+            await durable(store)
+    await durable(store)
+    store.close()
+
+
+def train(store: DurableStore, ticket: Ticket, trained: list[Ticket]) -> None:
+    """Batches and trains a complete ticket, and releases one that is old enough. A sum over all trained ids goes with them."""
+    move(store, ticket, State.READY)
+    ticket.step, ticket.position = ticket.ticket_id, 0
+    move(store, ticket, State.BATCHED)
+    move(store, ticket, State.TRAINED)
+    store.put_mark("committed_step", ticket.step)
+    trained.append(ticket)
+    if len(trained) > KEPT:
+        store.release(trained.pop(0))
+
+
+def _acknowledge(ticket_id: int, sample_index: int) -> object:
+    line = f"{ticket_id} {sample_index}\n".encode()
+    return lambda: os.write(1, line)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a load whose test has ended must end too
+    asyncio.run(load(Path(sys.argv[1]), durability=sys.argv[2], num_tickets=int(sys.argv[3])))

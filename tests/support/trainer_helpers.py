@@ -1,0 +1,95 @@
+"""What the trainer's tests share: random trajectories, tiny models, the dense reference, and real ranks as processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from areal_like.trajectory import FinishReason, Trajectory
+from trainer.models.tiny import character_tokenizer
+
+VOCAB = 41
+"""Odd, so that two ranks hold unequal shards of the embedding."""
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True},
+    "qwen3": {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
+    "qwen2": {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 1},
+    "mistral": {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 4},
+    "gpt2": {"n_embd": 32, "n_head": 4, "n_positions": 64},
+}
+
+
+def write_model(out_dir: Path, architecture: str = "llama", *, dtype: torch.dtype = torch.float64) -> str:
+    """A random model of some ten thousand parameters, two layers, and a tokenizer."""
+    settings = {("n_layer" if architecture == "gpt2" else "num_hidden_layers"): 2, "vocab_size": VOCAB}
+    config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture], **settings, bos_token_id=1, eos_token_id=2)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(torch.randn_like(param) * 0.05)
+    model.save_pretrained(out_dir)
+    character_tokenizer().save_pretrained(out_dir)
+    return str(out_dir)
+
+
+def random_groups(num_groups: int, *, group_size: int = 3, seed: int = 0, longest: int = 12) -> list[list[Trajectory]]:
+    """Groups of trajectories with masks that also have holes (several turns); every third group has no spread."""
+    rng = np.random.default_rng(seed)
+    return [
+        [_trajectory(rng, longest=longest, reward=float(i % 2) if g % 3 else 1.0) for i in range(group_size)] for g in range(num_groups)
+    ]
+
+
+def _trajectory(rng: np.random.Generator, *, longest: int, reward: float) -> Trajectory:
+    length = int(rng.integers(3, longest + 1))
+    mask = (rng.random(length) < 0.7).astype(np.uint8)
+    mask[0], mask[-1] = 0, 1
+    return Trajectory(
+        tokens=rng.integers(3, VOCAB, length).astype(np.int32),
+        loss_mask=mask,
+        logprobs=np.where(mask, -3.7 + 0.3 * rng.standard_normal(length), 0).astype(np.float32),
+        versions=np.where(mask, 5, -1).astype(np.int32),
+        reward=reward,
+        finish_reason=FinishReason.STOP,
+    )
+
+
+def dense_logprobs(model: Any, trajectories: list[Trajectory], *, temperature: float = 1.0) -> Tensor:
+    """[B, L] log-prob of each token given its prefix, by transformers' own attention on a padded batch."""
+    model.set_attn_implementation("sdpa")
+    longest = max(t.num_tokens for t in trajectories)
+    tokens_BL = torch.zeros(len(trajectories), longest, dtype=torch.long)
+    for row, t in enumerate(trajectories):
+        tokens_BL[row, : t.num_tokens] = torch.from_numpy(t.tokens)
+    # Pads are at the end, where a causal model cannot see them.
+    logits_BLV = model(input_ids=tokens_BL, use_cache=False).logits / temperature
+    logps_BL = torch.log_softmax(logits_BLV[:, :-1], -1).gather(-1, tokens_BL[:, 1:, None]).squeeze(-1)
+    return torch.cat([torch.zeros(len(trajectories), 1, dtype=logps_BL.dtype), logps_BL], 1)
+
+
+def run_ranks(check: str, *args: str, world_size: int, timeout_s: float = 100.0, module: str = "tests.support.trainer_ranks") -> None:
+    """Runs `python -m MODULE CHECK ARGS` as real ranks over gloo; raises with their output if one fails."""
+    store = Path(args[0]) / f"store-{check}-{world_size}-{os.urandom(4).hex()}"
+    ranks = subprocess.Popen(
+        [sys.executable, "-m", module, check, str(store), str(world_size), *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=Path(__file__).resolve().parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        output, _ = ranks.communicate(timeout=timeout_s)
+    finally:
+        ranks.kill()  # and with it its forks
+    assert ranks.returncode == 0, output

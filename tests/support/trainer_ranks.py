@@ -1,0 +1,182 @@
+"""Ranks of a real trainer over gloo, started by `trainer_helpers.run_ranks`: `CHECK STORE WORLD_SIZE OUT_DIR ...`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from areal_like.config import KlConfig
+from areal_like.runtime.process import die_with_parent
+from tests.support.trainer_helpers import random_groups
+from trainer.advantages.base import ADVANTAGES, Advantage
+from trainer.advantages.critic import Critic, ValueModel
+from trainer.advantages.gae import Gae
+from trainer.advantages.reward_shaping import SHAPINGS
+from trainer.checkpoint import Checkpoints
+from trainer.distributed.ranks import Ranks
+from trainer.models.policy import Policy
+from trainer.models.sharded_weights import gather, gather_full_state, shards_of
+from trainer.objectives import build_objective
+from trainer.objectives.normalizers import Normalizer
+from trainer.optimizer import ShardedAdamW
+from trainer.step.runner import StepRunner
+
+SHARES = {"even": [0, 1, 0, 1, 0, 1, 0, 1], "uneven": [0, 0, 0, 1, 0, 0, 0, 0], "one-sided": [0] * 8}
+"""Which rank gets each group."""
+BUDGET_TOKENS = 40
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+
+
+def make_runner(
+    path: str,
+    ranks: Ranks,
+    *,
+    dtype: torch.dtype = torch.float64,
+    beta1: float = 0.9,
+    budget_tokens: int = BUDGET_TOKENS,
+    checkpointing: bool = False,
+    normalize: bool = False,
+    max_grad_norm: float = 0.0,
+    advantage: Advantage | None = None,
+    settings: dict[str, Any] | None = None,
+) -> StepRunner:
+    """A runner over a test model; sequence TIS, token mean, unless `settings` say otherwise (sections as in the configuration)."""
+    sections = settings or {}
+    graded = dict(sections.get("advantage", {"name": "grpo"}))
+    shapings = SHAPINGS.build_list(graded.pop("shaping", None), job={"max_tokens": 12})
+    kl = KlConfig(**sections["kl"]) if "kl" in sections else None
+    policy = Policy.load(path, chunk_tokens=16, gradient_checkpointing=checkpointing, master_dtype=dtype).shard(ranks)
+    estimator = advantage or ADVANTAGES.build(graded)
+    critic = None
+    if isinstance(estimator, Gae):
+        model = ValueModel.load(path, gradient_checkpointing=checkpointing, master_dtype=dtype).shard(ranks)
+        adam = ShardedAdamW(model, ranks, lr=1e-2, betas=(beta1, 0.9), max_grad_norm=max_grad_norm)
+        critic = Critic(model, adam, ranks, settings=estimator, budget_tokens=budget_tokens)
+    return StepRunner(
+        policy,
+        ShardedAdamW(policy, ranks, lr=1e-2, betas=(beta1, 0.9), max_grad_norm=max_grad_norm),
+        ranks,
+        objective=build_objective(
+            sections.get("objective", {"name": "tis", "level": "sequence", "cap": 2.0, "normalize": normalize}), kl=kl
+        ),
+        advantage=estimator,
+        normalizer=Normalizer(name="token_mean", max_tokens=10),
+        budget_tokens=budget_tokens,
+        reference=Policy.load(path, master_dtype=dtype).shard(ranks) if kl else None,
+        shapings=shapings,
+        kl=kl if kl and kl.place == "reward" else None,
+        critic=critic,
+    )
+
+
+def last_gradient(runner: StepRunner | Critic) -> dict[str, Tensor]:
+    """With beta1 = 0, Adam's first moment is the gradient of the last step. Whole on rank 0."""
+    moments = {name: runner.optimizer.moments(name)["exp_avg"] for name in runner.optimizer.shards}
+    return dict(gather(shards_of(runner.model if isinstance(runner, Critic) else runner.policy, moments)))
+
+
+def gradients(ranks: Ranks, out_dir: Path, *paths: str) -> None:
+    """One step for each dtype (a model each) and way of sharing eight groups; writes its gradient and metrics."""
+    groups = random_groups(8)
+    for (dtype_name, dtype), path in zip(DTYPES.items(), paths, strict=True):
+        for share, owners in SHARES.items():
+            for normalize in (False, True):
+                runner = make_runner(path, ranks, dtype=dtype, beta1=0.0, checkpointing=share == "uneven", normalize=normalize)
+                mine = [group for group, owner in zip(groups, owners, strict=True) if owner == ranks.rank]
+                metrics = runner.run(mine, step=0)
+                gradient = last_gradient(runner)
+                if ranks.rank == 0:
+                    name = f"{dtype_name}-{share}-{'normalized' if normalize else 'plain'}"
+                    save_file({k: v.contiguous() for k, v in gradient.items()}, out_dir / f"{name}.safetensors")
+                    (out_dir / f"{name}.json").write_text(json.dumps(metrics))
+
+
+def steps(ranks: Ranks, out_dir: Path, path: str, cases: str) -> None:
+    """One float64 step for each of the settings and of two ways of sharing eight groups; writes its gradient."""
+    groups = random_groups(8)
+    for index, settings in enumerate(json.loads(cases)):
+        for share in ("even", "one-sided"):
+            runner = make_runner(path, ranks, beta1=0.0, settings=settings)
+            runner.run([group for group, owner in zip(groups, SHARES[share], strict=True) if owner == ranks.rank], step=7)
+            gradient = last_gradient(runner)
+            if ranks.rank == 0:
+                save_file({k: v.contiguous() for k, v in gradient.items()}, out_dir / f"{index}-{share}.safetensors")
+
+
+def resume(ranks: Ranks, out_dir: Path, path: str) -> None:
+    """Loads the checkpoint of step 2, does step 3 with even shares, saves it."""
+    runner = make_runner(path, ranks)
+    checkpoints = Checkpoints(out_dir / "checkpoints", keep=9, tokenizer_path=path)
+    if ranks.rank > 0:  # a directory that this rank sees as it was a while ago
+        older = Checkpoints(out_dir / "older", keep=9, tokenizer_path=path)
+        older.path(1).mkdir(parents=True)
+    assert (checkpoints if ranks.rank == 0 else older).latest(ranks) == 2
+    extra = checkpoints.load(2, runner.policy, runner.optimizer, ranks)
+    runner.run(random_groups(4, seed=2)[ranks.rank :: ranks.world_size], step=2)
+    checkpoints.save(3, runner.policy, runner.optimizer, ranks, extra={**extra, "ranks": ranks.world_size})
+    checkpoints.close()
+    ranks.any(True)  # rank 0 has written it
+    assert bool(gather_full_state(runner.policy)) == (ranks.rank == 0)
+
+
+def outage(_: Ranks, out_dir: Path, path: str) -> None:
+    """Rank 1's groups come long after the others' collectives would have given up."""
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=dist.FileStore(f"{out_dir}/impatient", 2), rank=rank, world_size=2, timeout=timedelta(seconds=2))
+    ranks = Ranks(patience_s=30)
+    runner = make_runner(path, ranks)
+
+    def groups() -> Iterator[Any]:
+        time.sleep(5.0 * rank)
+        yield from random_groups(4)[rank::2]
+
+    assert runner.run(groups(), step=0, num_groups=4)["num_groups"] == 4
+    ranks.meet()
+
+
+def main(**checks: Callable[..., None]) -> None:
+    """Runs the check that the command line names: each rank is a fork of this process, which has imported torch for all of them."""
+    check, store, world_size, out_dir, *rest = sys.argv[1:]
+    pids = []
+    for rank in range(int(world_size)):
+        pids.append(os.fork())
+        if not pids[-1]:
+            try:
+                die_with_parent(signum=signal.SIGKILL)
+                _be(rank, int(world_size), store, lambda ranks: checks[check](ranks, Path(out_dir), *rest))
+                code = 0
+            except Exception:
+                traceback.print_exc()
+                code = 1
+            sys.stdout.flush()
+            sys.stderr.flush()
+            # Torch's threads now and then abort a process that takes itself down in order ("terminate called without an active exception").
+            os._exit(code)
+    sys.exit(any(os.waitpid(pid, 0)[1] for pid in pids))  # at the first that failed: the others die with us
+
+
+def _be(rank: int, world_size: int, store: str, check: Callable[[Ranks], None]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+    )
+    check(Ranks())
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(gradients=gradients, steps=steps, resume=resume, outage=outage)

@@ -1,0 +1,206 @@
+"""What stands beside an objective: masks, KL to a reference, entropy, and a class from a file of one's own."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from areal_like.config import KlConfig
+from areal_like.errors import ConfigError
+from areal_like.runtime.command_line import load_config
+from tests.support.objective_helpers import MU, PI, evaluate, published, tokens_of
+from trainer.advantages.base import ADVANTAGES
+from trainer.advantages.reward_shaping import SHAPINGS
+from trainer.objectives import MASKS, OBJECTIVES, Composed, Need, build_objective
+from trainer.objectives.composed import kl_estimate
+
+TOKEN_TIS = {"name": "tis", "level": "token", "cap": 2}
+
+
+def test_a_band_gives_the_published_rejection() -> None:
+    band = {"name": "band", "level": "geometric", "low": 0.7, "high": 1.4}
+    loss, grad = evaluate(build_objective({**TOKEN_TIS, "masks": [band]}), [published()])
+    assert loss == pytest.approx(0.744005, abs=1e-6)
+    assert grad == pytest.approx([-0.244281, -0.4, -0.180967, 0, 0], abs=1e-6)
+    sequence = {"name": "band", "level": "sequence", "low": 0.5, "high": 3, "denominator": "kept"}
+    loss, grad = evaluate(build_objective({"name": "tis", "cap": 8, "masks": [sequence]}), [published()])
+    assert loss == pytest.approx(2.265235, abs=1e-6) and grad == pytest.approx([-0.906094] * 3 + [0, 0], abs=1e-6)
+
+
+def test_opsm_drops_bad_sequences_that_were_left_behind() -> None:
+    def kept(delta: float, advantages: list[float]) -> list[bool]:
+        objective = build_objective({"name": "reinforce", "masks": [{"name": "opsm", "delta": delta}]})
+        return objective.losses(published(advantages=advantages), {}).means["kept_fraction"].tolist()
+
+    assert kept(0.4, [1, -1]) == [True] * 3 + [False] * 2
+    assert kept(0.6, [1, -1]) == [True] * 5
+    assert kept(0.4, [-1, -1]) == [True] * 3 + [False] * 2, "mean(mu - pi) of the first is -1/3"
+    assert kept(0.4, [-1, 1]) == [True] * 5
+
+
+def test_truncated_samples_may_be_dropped() -> None:
+    objective = build_objective({"name": "reinforce", "masks": [{"name": "truncated"}]})
+    assert evaluate(objective, [published(truncated=[False, True])])[1] == pytest.approx([-0.2] * 3 + [0, 0])
+
+
+def test_stapo_drops_unlikely_sure_tokens_of_good_samples() -> None:
+    """Entropies 1..5 have the 80th percentile 4.2."""
+    rare, common = math.log(0.001), math.log(0.5)
+    pi = [[rare, rare, common], [rare, common]]
+    entropy = [[1.0, 5.0, 2.0], [3.0, 4.0]]
+    objective = build_objective({"name": "reinforce", "masks": [{"name": "stapo"}]})
+    for parts in (
+        [tokens_of(pi, pi, [1, -1], entropy=entropy)],
+        [tokens_of([p], [p], [a], entropy=[e]) for p, a, e in zip(pi, [1, -1], entropy, strict=True)],
+    ):
+        _, grad = evaluate(objective, parts)
+        assert grad == pytest.approx([0, -0.25, -0.25, 0.25, 0.25]), "the first token is dropped, and from the count of five"
+
+
+def test_masks_compose_and_their_denominators_do() -> None:
+    masks = [{"name": "band", "level": "token", "low": 0.5, "high": 2}, {"name": "opsm", "delta": 0.4, "denominator": "kept"}]
+    objective = build_objective({**TOKEN_TIS, "cap": 9, "masks": masks})
+    _, grad = evaluate(objective, [published()])
+    assert grad == pytest.approx([-math.exp(0.2) / 3, 0, -math.exp(-0.1) / 3, 0, 0]), "token 2 stays in the count, sequence 2 does not"
+    assert not objective.skips_zero_advantage
+
+
+def test_nothing_asked_for_is_the_bare_objective() -> None:
+    assert not isinstance(build_objective({"name": "tis"}, kl=KlConfig(), max_tokens=9), Composed)
+    assert not isinstance(build_objective({"name": "tis"}, kl=KlConfig(coef=1, place="reward")), Composed)
+
+
+def test_the_length_of_the_job_reaches_an_objective_that_asks() -> None:
+    assert vars(build_objective({"name": "oapl"}, max_tokens=500))["max_tokens"] == 500
+    assert vars(build_objective({"name": "oapl", "max_tokens": 7}, max_tokens=500))["max_tokens"] == 7
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_in_the_loss(estimator: str) -> None:
+    bare, composed = (build_objective({"name": "reinforce"}, kl=KlConfig(coef=c, estimator=estimator)) for c in (0, 0.5))
+    assert composed.needs == {Need.REF} and not composed.skips_zero_advantage
+    x = [p - r for p_row, r_row in zip(PI, MU, strict=True) for p, r in zip(p_row, r_row, strict=True)]
+    value = {"k1": lambda v: v, "k2": lambda v: v * v / 2, "k3": lambda v: math.exp(-v) - 1 + v}[estimator]
+    slope = {"k1": lambda v: 1, "k2": lambda v: v, "k3": lambda v: 1 - math.exp(-v)}[estimator]
+    loss, grad = evaluate(bare, [published()])
+    with_kl, with_kl_grad = evaluate(composed, [published(ref=MU)])
+    assert with_kl - loss == pytest.approx(0.5 * sum(map(value, x)) / 5)
+    assert [b - a for a, b in zip(grad, with_kl_grad, strict=True)] == pytest.approx([0.1 * slope(v) for v in x])
+
+
+def test_what_the_estimators_gradients_are_on_policy() -> None:
+    """On a tabular policy, summed over what it samples: k2's is that of KL(pi || ref), k3's of KL(ref || pi), k1's zero."""
+    logits = torch.tensor([0.5, -0.2, 0.1], dtype=torch.float64, requires_grad=True)
+    ref = torch.log_softmax(torch.tensor([-0.3, 0.4, 0.2], dtype=torch.float64), 0)
+    pi = torch.log_softmax(logits, 0)
+
+    def gradient(value: torch.Tensor) -> list[float]:
+        (grad,) = torch.autograd.grad(value, logits, retain_graph=True)
+        return grad.tolist()
+
+    def expected(estimator: str) -> torch.Tensor:
+        return (pi.exp().detach() * kl_estimate(pi - ref, estimator=estimator)).sum()
+
+    assert gradient(expected("k1")) == pytest.approx([0, 0, 0], abs=1e-12)
+    assert gradient(expected("k2")) == pytest.approx(gradient((pi.exp() * (pi - ref)).sum()))
+    assert gradient(expected("k3")) == pytest.approx(gradient((ref.exp() * (ref - pi)).sum()))
+    kl = (pi.exp() * (pi - ref)).sum().item()
+    assert expected("k1").item() == pytest.approx(kl) == expected("k3").item()
+    assert torch.isfinite(kl_estimate(torch.tensor([1000.0, -1000.0]), estimator="k3")).all()
+
+
+def test_entropy_is_a_bonus() -> None:
+    objective = build_objective({"name": "reinforce"}, entropy_coef=0.1)
+    entropy = [[1.0, 2.0, 3.0], [4.0, 5.0]]
+    assert objective.needs == {Need.ENTROPY}
+    plain, _ = evaluate(build_objective({"name": "reinforce"}), [published()])
+    assert evaluate(objective, [published(entropy=entropy)])[0] == pytest.approx(plain - 0.1 * 3)
+
+
+def test_everything_at_once_still_ignores_what_is_masked() -> None:
+    masks = [{"name": "band", "level": "token", "low": 0.5, "high": 2}]
+    objective = build_objective({"name": "oapl", "masks": masks}, kl=KlConfig(coef=1.0), entropy_coef=0.1)
+    losses = objective.losses(published(ref=MU), {})
+    assert losses.loss_S[1] == 0
+    assert evaluate(objective, [published(ref=MU)])[1][1] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"masks": {"name": "opsm"}}, "objective.masks: want a list"),
+        ({"masks": [{"delta": 1}]}, "each with `name`"),
+        ({"masks": [{"name": "opsn"}]}, "known are band, opsm, stapo, truncated"),
+        ({"masks": [{"name": "opsm", "detla": 1}]}, "did you mean delta"),
+        ({"masks": [{"name": "band", "low": 3}]}, "low < high"),
+        ({"masks": [{"name": "stapo", "denominator": "all"}]}, "original or kept"),
+    ],
+)
+def test_mistakes_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_objective({"name": "tis", **settings})
+
+
+def test_what_scales_its_losses_afterwards_takes_no_terms() -> None:
+    with pytest.raises(ConfigError, match="Vcpo takes no other terms"):
+        build_objective({"name": "vcpo"}, entropy_coef=0.1)
+
+
+OWN = """
+from dataclasses import dataclass
+import torch
+from trainer.objectives import Objective, TokenLosses
+
+@dataclass(frozen=True, kw_only=True)
+class SoftReinforce(Objective):
+    power: float = 1.0
+
+    def losses(self, batch, facts):
+        weight_S = torch.exp(self.power * (batch.pi_S - batch.mu_S).clamp(max=1.0)).detach()
+        return TokenLosses(loss_S=-weight_S * batch.advantage_S * batch.pi_S)
+"""
+
+
+def test_an_objective_from_a_file_in_the_working_directory(tmp_path: Path) -> None:
+    """As every role reads its configuration: the file is found where the job starts, and masks compose with it too."""
+    (tmp_path / "my_objectives.py").write_text(OWN)
+    code = (
+        "from areal_like.runtime.command_line import load_config; from trainer.objectives import build_objective; "
+        "section = ['objective._target_=my_objectives.SoftReinforce', 'objective.power=0.5', 'objective.masks=[{name: opsm}]']; "
+        "config = load_config(section); "
+        "objective = build_objective(config.objective); print(type(objective.inner).__name__, objective.inner.power, len(objective.masks))"
+    )
+    root = str(Path(__file__).resolve().parents[3])
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.split() == ["SoftReinforce", "0.5", "1"], done.stderr
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).resolve().parents[3] / "configs" / "objective").glob("*.yaml")), ids=lambda file: file.stem
+)
+def test_every_preset_builds(file: Path) -> None:
+    if file.stem != "custom":
+        config = load_config([f"objective={file.stem}"])
+        assert build_objective(config.objective, max_tokens=config.sampling.max_new_tokens).losses
+
+
+def test_every_registered_name_has_a_preset() -> None:
+    configs = Path(__file__).resolve().parents[3] / "configs"
+    for section, registry in (("objective", OBJECTIVES), ("advantage", ADVANTAGES)):
+        assert {file.stem for file in (configs / section).glob("*.yaml")} >= set(registry.names())
+    for name in ADVANTAGES.names():
+        assert ADVANTAGES.build(load_config([f"advantage={name}"]).advantage)
+
+
+def test_the_page_names_everything_that_may_be_chosen() -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "objectives.md").read_text()
+    for registry in (OBJECTIVES, ADVANTAGES, MASKS, SHAPINGS):
+        for name in registry.names():
+            assert f"`{name}`" in page, f"{name} is not in docs/objectives.md"

@@ -1,0 +1,193 @@
+"""What must hold for every registered objective, whatever it is: one that is added later is tested here without being named.
+
+Objectives with `late_coefficients` are left out: their losses are not yet their gradient (tests of their own cover them).
+"""
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support.objective_helpers import NORMALIZERS, Rows, evaluate, tokens_of
+from trainer.batching.scope import Scope
+from trainer.objectives import OBJECTIVES, Objective, SampledTokens, build_objective
+from trainer.objectives.base import Facts
+
+REGISTERED: list[dict[str, Any]] = [{"name": name} for name in OBJECTIVES.names() if not OBJECTIVES.build({"name": name}).late_coefficients]
+VARIANTS: list[dict[str, Any]] = [
+    {"name": "ppo", "dual_clip": 3.0},
+    {"name": "decoupled_ppo", "prox": "interpolated"},
+    {"name": "decoupled_ppo", "level": "sequence", "mode": "mask"},
+    {"name": "gspo", "clip_low": 0.2, "clip_high": 0.3},
+    {"name": "topr", "level": "token"},
+    {"name": "oapl", "beta2": 1e-3},
+    {"name": "vcpo", "baseline": "none"},
+    {"name": "lad", "divergence": "hellinger", "eta": 1.0},
+    {"name": "lad", "divergence": "tv", "level": "token"},
+]
+MASKED: list[dict[str, Any]] = [
+    {"name": "tis", "masks": [{"name": "stapo", "max_prob": 0.3}]},
+    {"name": "vespo", "masks": [{"name": "opsm"}, {"name": "band", "low": 0.8, "denominator": "kept"}]},
+    {"name": "m2po", "masks": [{"name": "stapo", "max_prob": 0.3}, {"name": "band", "level": "token"}]},
+    {"name": "oapl", "masks": [{"name": "band", "level": "token"}]},
+]
+ALL = REGISTERED + VARIANTS + MASKED
+ON_POLICY: dict[str, Callable[[Any, float], float]] = {
+    "oapl": lambda objective, advantage: 2 * (objective.beta2 or 0.25) * advantage,
+    "lad": lambda objective, advantage: lad_advantage(objective.divergence, advantage / objective.eta),
+}
+"""Where the on-policy gradient is REINFORCE's with another advantage."""
+
+
+def lad_advantage(divergence: str, u: float) -> float:
+    """-f'(exp(-u)), from the derivatives as one finds them in a table of f-divergences."""
+    x = math.exp(-u)
+    slopes = {"js": 0.5 * math.log(2 * x / (x + 1)), "hellinger": 0.5 * (1 - 1 / math.sqrt(x)), "tv": math.copysign(0.5, x - 1)}
+    return -slopes[divergence]
+
+
+def rows(seed: int, lengths: Sequence[int], *, high: float) -> Rows:
+    numbers = random.Random(seed)
+    return [[-numbers.uniform(0.05, high) for _ in range(length)] for length in lengths]
+
+
+LENGTHS = (3, 1, 4, 2, 5)
+DATA: dict[str, Any] = {
+    "pi": rows(1, LENGTHS, high=2.0),
+    "mu": rows(2, LENGTHS, high=2.0),
+    "advantages": [1.0, -1.5, 0.5, -0.25, 2.0],
+    "prox": rows(3, LENGTHS, high=2.0),
+    "entropy": [[-x for x in row] for row in rows(4, LENGTHS, high=3.0)],
+    "lag": [[float(i % 3) for i, _ in enumerate(row)] for row in rows(5, LENGTHS, high=1.0)],
+}
+
+
+def batch_of(places: Sequence[int], **changes: Any) -> SampledTokens:
+    """The named sequences of DATA in this order."""
+    data = {**DATA, **changes}
+    return tokens_of(**{name: [values[i] for i in places] for name, values in data.items()})
+
+
+def by_sequence(places: Sequence[int], grad: Sequence[float]) -> dict[int, list[float]]:
+    at = 0
+    out = {}
+    for place in places:
+        out[place] = list(grad[at : at + LENGTHS[place]])
+        at += LENGTHS[place]
+    return out
+
+
+def facts_of(objective: Objective, batch: SampledTokens) -> Facts:
+    if objective.scope is not Scope.BATCH:
+        return {}
+    return objective.summarize({name: vector.detach().double() for name, vector in objective.observe(batch).items()})
+
+
+@pytest.mark.parametrize("settings", REGISTERED + VARIANTS, ids=str)
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_on_policy_the_gradient_is_reinforce(settings: dict[str, Any], normalizer: str) -> None:
+    objective = build_objective(settings)
+    mu = DATA["mu"]
+    batch = batch_of(range(5), pi=mu, prox=mu)
+    of = ON_POLICY.get(settings["name"], lambda _, advantage: advantage)
+    plain_batch = batch_of(range(5), pi=mu, prox=mu, advantages=[of(objective, advantage) for advantage in DATA["advantages"]])
+    _, plain = evaluate(build_objective({"name": "reinforce"}), [plain_batch], normalizer=objective.normalizer or normalizer)
+    _, grad = evaluate(objective, [batch], normalizer=normalizer)
+    assert grad == pytest.approx(plain, rel=1e-12)
+
+
+@pytest.mark.parametrize("settings", ALL, ids=str)
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_neither_order_nor_cuts_matter(settings: dict[str, Any], normalizer: str) -> None:
+    objective = build_objective(settings)
+    loss, grad = evaluate(objective, [batch_of(range(5))], normalizer=normalizer)
+    want = by_sequence(range(5), grad)
+    assert any(grad) or settings["name"] == "gspo", "these numbers show nothing"
+    for cut in ([[3, 0, 4, 1, 2]], [[0], [1, 2], [3, 4]], [[4, 2], [1], [3, 0]]):
+        got_loss, got = evaluate(objective, [batch_of(part) for part in cut], normalizer=normalizer)
+        assert got_loss == pytest.approx(loss, rel=1e-12)
+        for place, values in by_sequence([i for part in cut for i in part], got).items():
+            assert values == pytest.approx(want[place], rel=1e-12)
+
+
+@pytest.mark.parametrize("settings", ALL, ids=str)
+def test_a_tokens_loss_reaches_its_own_log_prob_alone(settings: dict[str, Any]) -> None:
+    objective = build_objective(settings)
+    batch = batch_of(range(5))
+    loss_S = objective.losses(batch, facts_of(objective, batch)).loss_S
+    for t in range(len(loss_S)):
+        (grad_S,) = torch.autograd.grad(loss_S[t], batch.pi_S, retain_graph=True)
+        grad_S[t] = 0
+        assert not grad_S.any()
+
+
+@pytest.mark.parametrize("settings", ALL, ids=str)
+@pytest.mark.parametrize("extreme", [1000.0, -1000.0])
+def test_extreme_ratios_stay_finite(settings: dict[str, Any], extreme: float) -> None:
+    objective, mild = build_objective(settings), -0.5
+    pi = [[min(extreme, 0.0) or mild, mild], [mild, mild], [min(extreme, 0.0) or mild] * 3]
+    mu = [[min(-extreme, 0.0) or mild, mild], [mild, mild], [min(-extreme, 0.0) or mild] * 3]
+    for advantages in ([1.0, -1.0, 1.0], [-1.0, 1.0, -1.0]):
+        batch = tokens_of(pi, mu, advantages, lag=[[2.0] * len(row) for row in pi])
+        loss, grad = evaluate(objective, [batch])
+        assert all(torch.isfinite(torch.tensor([loss, *grad])))
+        reported = objective.losses(batch, facts_of(objective, batch)).means
+        assert all(torch.isfinite(values.double()).all() for values in reported.values())
+
+
+def weighted(pi_S: Tensor, grad_S: Tensor) -> Tensor:
+    """-w A pi with a detached w: the loss is its own gradient times pi."""
+    return grad_S * pi_S
+
+
+def gated(_: Tensor, grad_S: Tensor) -> Tensor:
+    """-F r A with a detached F: the loss is its own gradient."""
+    return grad_S
+
+
+DETACHED = {
+    "reinforce": weighted,
+    "tis": weighted,
+    "cispo": weighted,
+    "topr": weighted,
+    "vespo": weighted,
+    "vcpo": weighted,
+    "lad": weighted,
+    "maspo": gated,
+}
+"""Losses whose gradient is on purpose not that of their value. All others are tested by finite differences."""
+
+
+@pytest.mark.parametrize("settings", REGISTERED + VARIANTS, ids=str)
+def test_gradient_is_that_of_the_value(settings: dict[str, Any]) -> None:
+    objective = build_objective(settings)
+    batch = batch_of(range(5))
+    facts = facts_of(objective, batch)
+    loss_S = objective.losses(batch, facts).loss_S
+    (grad_S,) = torch.autograd.grad(loss_S.sum(), batch.pi_S)
+    if settings["name"] in DETACHED:
+        assert torch.allclose(DETACHED[settings["name"]](batch.pi_S, grad_S), loss_S, rtol=1e-12)
+        return
+    # The prox that is interpolated moves with pi; it is held where it was, as the gradient holds it.
+    if settings.get("prox") == "interpolated":
+        prox_S = objective.prox_S(batch)  # type: ignore[attr-defined]
+        settings, changes = {**settings, "prox": "recomputed"}, {"prox": split(prox_S)}
+        objective = build_objective(settings)
+    else:
+        changes = {}
+    step = 1e-6
+    for t in range(len(grad_S)):
+        values = []
+        for sign in (1, -1):
+            flat = batch.pi_S.detach().clone()
+            flat[t] += sign * step
+            values.append(objective.losses(batch_of(range(5), pi=split(flat), **changes), facts).loss_S.sum().item())
+        assert (values[0] - values[1]) / (2 * step) == pytest.approx(grad_S[t].item(), rel=1e-6, abs=1e-8)
+
+
+def split(flat_S: Tensor) -> Rows:
+    return [part.tolist() for part in torch.split(flat_S.detach(), LENGTHS)]

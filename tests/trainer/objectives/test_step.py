@@ -1,0 +1,206 @@
+"""Objectives, masks, shaping and KL in the real step: a model, micro-batches, ranks, and the checkpoint's part of it."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from areal_like.config import Config, KlConfig, TrainerConfig
+from areal_like.errors import ConfigError
+from areal_like.trajectory import Trajectory
+from areal_like.wire.messages.consumer import Group
+from areal_like.wire.records import Record
+from tests.support.trainer_helpers import dense_logprobs, random_groups, run_ranks, write_model
+from tests.support.trainer_ranks import last_gradient, make_runner
+from trainer.batching.packing import Sample, collate
+from trainer.distributed.ranks import Ranks
+from trainer.metrics.lag import LagTally
+from trainer.models.policy import Policy, build_policy
+from trainer.objectives import OBJECTIVES
+from trainer.step.runner import StepRunner
+
+DIAGNOSTICS = (
+    *("ess_ratio", "log_w_mean", "log_w_std", "kl_k3", "clipped_fraction", "kept_fraction", "entropy", "grad_norm", "lr", "lr_scale"),
+    *("response_tokens", "prompt_tokens", "truncated_fraction"),
+)
+WHOLE_STEP: list[dict[str, Any]] = [
+    {"objective": {"name": "m2po"}},
+    {"objective": {"name": "tis", "masks": [{"name": "stapo", "max_prob": 0.03}]}},
+    {"objective": {"name": "ppo"}, "advantage": {"name": "reinforce_pp", "baseline": "group"}},
+    {"objective": {"name": "vespo"}, "advantage": {"name": "gpg", "shaping": [{"name": "grpo_lambda", "top": 0.5}]}},
+    {"objective": {"name": "reinforce"}, "kl": {"coef": 0.3, "estimator": "k3", "place": "reward"}},
+    {"objective": {"name": "oapl"}, "kl": {"coef": 0.3, "place": "loss"}},
+]
+"""What depends on all groups of a step, or runs a second model."""
+
+
+@pytest.fixture
+def ranks() -> Iterator[Ranks]:
+    yield Ranks.alone()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_model(tmp_path_factory.mktemp("model"), "gpt2")
+
+
+def littered(groups: list[list[Trajectory]]) -> list[list[Trajectory]]:
+    """The same groups with other numbers at every token that nobody sampled."""
+
+    def one(t: Trajectory) -> Trajectory:
+        return replace(t, logprobs=np.where(t.loss_mask == 1, t.logprobs, -7.5).astype(np.float32))
+
+    return [[one(t) for t in group] for group in groups]
+
+
+def relative_error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
+    assert got.keys() == want.keys()
+    difference = torch.stack([(got[name] - want[name]).norm() for name in want]).norm()
+    return float(difference / torch.stack([grad.norm() for grad in want.values()]).norm())
+
+
+@pytest.mark.parametrize("name", OBJECTIVES.names())
+def test_any_objective_gives_one_gradient_however_the_step_is_cut(path: str, ranks: Ranks, name: str) -> None:
+    """And what nobody sampled cannot matter, and the common diagnostics are there."""
+    groups = random_groups(5)
+    gradients = []
+    for budget_tokens, data in ((10_000, groups), (37, littered(groups))):
+        runner = make_runner(path, ranks, beta1=0.0, budget_tokens=budget_tokens, settings={"objective": {"name": name}})
+        metrics = runner.run(data, step=7)
+        gradients.append(last_gradient(runner))
+        assert all(np.isfinite(metrics[key]) for key in DIAGNOSTICS)
+        assert 0 <= metrics["clipped_fraction"] <= 1 and 0 <= metrics["kept_fraction"] <= 1
+    assert metrics["num_microbatches"] > 1
+    assert relative_error(gradients[1], gradients[0]) < 1e-9 or metrics["grad_norm"] == 0
+
+
+@pytest.mark.timeout(100)
+def test_two_ranks_give_the_gradient_of_one(path: str, ranks: Ranks, tmp_path: Path) -> None:
+    run_ranks("steps", str(tmp_path), path, json.dumps(WHOLE_STEP), world_size=2)
+    for index, settings in enumerate(WHOLE_STEP):
+        runner = make_runner(path, ranks, beta1=0.0, settings=settings, budget_tokens=10_000)
+        runner.run(random_groups(8), step=7)
+        for share in ("even", "one-sided"):
+            got = load_file(tmp_path / f"{index}-{share}.safetensors")
+            assert relative_error(got, last_gradient(runner)) < 1e-9, (settings, share)
+
+
+def test_kl_in_the_reward_is_what_advantages_are_made_of(path: str, ranks: Ranks) -> None:
+    groups = random_groups(4)
+    settings = {
+        "objective": {"name": "reinforce"},
+        "advantage": {"name": "dr_grpo"},
+        "kl": {"coef": 0.3, "estimator": "k1", "place": "reward"},
+    }
+    metrics = make_runner(path, ranks, settings=settings).run(groups, step=7)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+    loss = total_reward = 0.0
+    for group in groups:
+        with torch.no_grad():
+            ref_BL = dense_logprobs(model, group).numpy()
+        logps = [ref_BL[i, : t.num_tokens][t.loss_mask == 1] for i, t in enumerate(group)]
+        rewards = [t.reward - 0.3 * float((t.logprobs[t.loss_mask == 1] - logp).sum()) for t, logp in zip(group, logps, strict=True)]
+        total_reward += sum(rewards)
+        # The policy is still the reference, so its log-probs are too.
+        loss -= sum((r - np.mean(rewards)) * logp.sum() for r, logp in zip(rewards, logps, strict=True))
+    num_tokens = sum(t.num_sampled for group in groups for t in group)
+    assert metrics["loss"] == pytest.approx(loss / num_tokens, rel=1e-6)
+    assert metrics["shaped_reward"] == pytest.approx(total_reward / 12, rel=1e-6)
+    assert metrics["reward"] == pytest.approx(np.mean([t.reward for group in groups for t in group])), "what the task said"
+
+
+def test_entropy_carries_its_gradient_only_when_asked(path: str) -> None:
+    policy = Policy.load(path, chunk_tokens=4, master_dtype=torch.float64)
+    batch = collate([Sample(trajectory=t, advantage=1.0, group=0) for t in random_groups(1)[0]])
+    assert not policy(batch).entropy_S.requires_grad
+    policy.with_entropy_gradient = True
+    policy(batch).entropy_S.sum().backward()
+    params = [p for p in policy.parameters() if p.grad is not None]
+    torch.manual_seed(1)
+    direction = [torch.randn_like(p) for p in params]
+    slope = sum(float((p.grad * d).sum()) for p, d in zip(params, direction, strict=True))
+    values = []
+    with torch.no_grad():
+        for step in (1e-5, -2e-5):
+            for p, d in zip(params, direction, strict=True):
+                p.add_(d, alpha=step)
+            values.append(policy(batch).entropy_S.sum().item())
+    assert (values[0] - values[1]) / 2e-5 == pytest.approx(slope, rel=1e-5)
+
+
+def test_configured_terms_pull_and_push(tmp_path: Path, ranks: Ranks) -> None:
+    """A bonus raises entropy, a penalty in the loss keeps the policy near the model it began with."""
+    path = write_model(tmp_path)
+    groups = random_groups(4)
+
+    def last(entropy_coef: float, kl_coef: float) -> dict[str, float]:
+        trainer = TrainerConfig(lr=1e-3, warmup_steps=1, entropy_coef=entropy_coef)
+        config = Config(trainer=trainer, kl=KlConfig(coef=kl_coef), objective={"name": "ppo"})
+        runner = StepRunner.of(config, build_policy(config, path, ranks), ranks, initial=path)
+        return [runner.run(groups, step=step) for step in range(6)][-1]
+
+    assert last(1.0, 0.0)["entropy"] > last(0.0, 0.0)["entropy"] + 1e-3
+    strong, weak = last(0.0, 30.0), last(0.0, 1e-9)
+    assert 0 < strong["kl_ref"] < 0.3 * weak["kl_ref"]
+
+
+def test_a_penalty_without_a_reference_is_refused(path: str, ranks: Ranks) -> None:
+    config = Config(kl=KlConfig(coef=0.1))
+    with pytest.raises(ConfigError, match="reference model"):
+        StepRunner.of(config, build_policy(config, path, ranks), ranks)
+    config = Config(kl=KlConfig(coef=0.1, place="reward"))
+    with pytest.raises(ConfigError, match="reference model"):
+        StepRunner.of(config, build_policy(config, path, ranks), ranks)
+
+
+def test_the_price_of_length_is_learned_and_goes_through_a_checkpoint(path: str, ranks: Ranks, caplog: pytest.LogCaptureFixture) -> None:
+    shaping = [{"name": "overlong"}, {"name": "laconic", "budget_tokens": 2, "rate": 0.1}]
+    settings = {"advantage": {"name": "grpo", "shaping": shaping}}
+    runner = make_runner(path, ranks, settings=settings)
+    groups = random_groups(4)
+    metrics = runner.run(groups, step=7)
+    mean_tokens = np.mean([t.num_sampled for group in groups for t in group])
+    assert metrics["shaping_dual_1"] == pytest.approx(0.1 * (mean_tokens / 2 - 1)) and "shaping_dual_0" not in metrics
+    assert runner.run(groups, step=8)["shaped_reward"] < metrics["shaped_reward"], "the price is charged from the next step on"
+    kept = json.loads(json.dumps(runner.rewards.duals))
+    resumed = make_runner(path, ranks, settings=settings)
+    resumed.rewards.restore(kept)
+    assert resumed.rewards.duals == runner.rewards.duals != [0, 0]
+    plain = make_runner(path, ranks)
+    plain.rewards.restore(kept)
+    assert plain.rewards.duals == [] and "not what the checkpoint was made with" in caplog.text
+
+
+def test_lags_of_tokens() -> None:
+    """The ledger knows the step of a sample's oldest version; later versions are a step each."""
+    (trajectory,) = random_groups(1, group_size=1, longest=3)[0]
+    versions = np.full(trajectory.num_tokens, -1, dtype=np.int32)
+    versions[1:] = [40, 42]
+    spanning = replace(trajectory, loss_mask=(versions >= 0).astype(np.uint8), versions=versions)
+    tally = LagTally(max_staleness=4)
+    tally.counted(Group(step=10, position=0, ticket_id=1, prompt_index=0, records=[Record.of(1, 0, spanning)], version_steps=[7]))
+    assert tally.of_tokens(spanning).tolist() == [0, 3, 1]
+
+
+def test_mismatch_is_measured_on_tokens_of_the_current_weights_alone(path: str, ranks: Ranks) -> None:
+    """All versions are 5: at step 5 they are the current weights', at step 7 nothing is known."""
+    groups = random_groups(3)
+    at_five, at_seven = (make_runner(path, ranks, settings={"objective": {"name": "sapo"}}).run(groups, step=step) for step in (5, 7))
+    assert "mismatch_abs" not in at_seven
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+    errors = []
+    for group in groups:
+        if len({t.reward for t in group}) > 1:  # the others are not run
+            pi_BL = dense_logprobs(model, group).detach().numpy()
+            errors += [abs(pi_BL[i, : t.num_tokens] - t.logprobs)[t.loss_mask == 1] for i, t in enumerate(group)]
+    assert at_five["mismatch_abs"] == pytest.approx(np.concatenate(errors).mean(), rel=1e-6)

@@ -1,0 +1,488 @@
+"""Pushes over real sockets and real gloo groups: members that come, fail, fall silent and die."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from areal_like.config import WeightsConfig
+from areal_like.errors import ArealError, ConfigError, WeightSyncError
+from areal_like.weights.buckets import Manifest, checksum, unflatten
+from areal_like.weights.collective import WeightGroup
+from areal_like.wire.channel import Envelope, Listener, tcp_address
+from areal_like.wire.messages.consumer import ServerEntry, VersionGranted
+from areal_like.wire.messages.weights import (
+    Alive,
+    AskAlive,
+    DissolveGroup,
+    FormGroup,
+    PushChecksums,
+    PushWeights,
+    WeightsFailed,
+    WeightsOk,
+)
+from tests.support.snapshots import Held
+from trainer.weight_sync.broadcaster import Broadcaster, NcclTrial, choose_backend, cohorts_of
+from trainer.weight_sync.group_session import seats_of
+from trainer.weight_sync.publisher import Publisher, PushReport
+from trainer.weight_sync.receivers import Member, Shunning
+
+
+class Receiver:
+    """A rollout server's weight socket without an engine: it keeps the tensors and can be told to misbehave."""
+
+    def __init__(self, name: str, *, incarnation: int = 1) -> None:
+        self.name, self.incarnation = name, incarnation
+        self.version = 0
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.misbehave = ""
+        self.stated: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
+        self.group: WeightGroup | None = None
+        self.thread = ThreadPoolExecutor(max_workers=4)
+        self.pushed: asyncio.Task[None] | None = None
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.listener = Listener(host="127.0.0.1", port=0, handler=self.handle, max_message_bytes=1 << 20)
+
+    @property
+    def entry(self) -> ServerEntry:
+        address = tcp_address("127.0.0.1", self.listener.port)
+        return ServerEntry(
+            name=self.name,
+            incarnation=self.incarnation,
+            weights_address=address,
+            device="cpu",
+            state="serving",
+            weights_version=self.version,
+        )
+
+    def handle(self, envelope: Envelope) -> None:
+        if self.misbehave == "mute":
+            return
+        if isinstance(envelope.message, PushChecksums):
+            self.stated.set_result(envelope.message.checksums)
+            return
+        if isinstance(envelope.message, PushWeights):
+            self.stated = asyncio.get_running_loop().create_future()
+            self.pushed = asyncio.get_running_loop().create_task(self.answer(envelope))
+            return
+        if isinstance(envelope.message, DissolveGroup):
+            self.leave()
+            if self.pushed is not None:
+                self.pushed.cancel()
+        task = asyncio.get_running_loop().create_task(self.answer(envelope))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def answer(self, envelope: Envelope) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            match envelope.message:
+                case FormGroup() as form:
+                    self.group = await loop.run_in_executor(self.thread, self.join, form)
+                case PushWeights() as push:
+                    if self.misbehave in ("die", "spoil"):
+                        self.leave()
+                    if self.misbehave in ("die", "hang"):
+                        return
+                    if self.misbehave == "decline":
+                        raise WeightSyncError("will not have it")
+                    receiving = loop.run_in_executor(self.thread, self.receive, push)
+                    if self.misbehave == "protest":
+                        raise WeightSyncError("will not have it")
+                    found = await receiving
+                    if self.misbehave != "vanish":
+                        assert await self.stated == found
+                        self.activate(push)
+                case AskAlive():
+                    alive = Alive(version=self.version, num_ranks=1, device="cpu", device_uuid="", nccl_version="")
+                    self.listener.send(envelope.peer, alive, rid=envelope.rid)
+                    return
+                case DissolveGroup():
+                    pass
+        except (WeightSyncError, asyncio.CancelledError) as error:
+            self.listener.send(envelope.peer, WeightsFailed(version=self.version, reason=str(error)), rid=envelope.rid)
+            return
+        if self.misbehave == "vanish":  # with the whole broadcast received, so that nothing breaks
+            self.misbehave = "mute"
+            return
+        self.listener.send(envelope.peer, WeightsOk(version=self.version), rid=envelope.rid)
+
+    def join(self, form: FormGroup) -> WeightGroup:
+        if self.misbehave == "refuse":
+            raise WeightSyncError("no room for a group")
+        return WeightGroup.join(
+            master_address=form.master_address,
+            master_port=form.master_port,
+            rank=form.rank,
+            world_size=form.world_size,
+            group_name=form.group_name,
+            backend=form.backend,
+            timeout_s=form.timeout_s,
+        )
+
+    def receive(self, push: PushWeights) -> list[int]:
+        checksums = []
+        for bucket in Manifest.from_dict(push.manifest).buckets:
+            data = torch.empty(bucket.num_bytes, dtype=torch.uint8)
+            if self.group is None:
+                raise WeightSyncError("left the group")
+            self.group.broadcast(data)
+            checksums.append(checksum(data))
+            self.tensors |= unflatten(bucket, data)
+        return checksums
+
+    def activate(self, push: PushWeights) -> None:
+        if self.misbehave == "reject":
+            raise WeightSyncError("verification failed")
+        self.version = push.version
+
+    def leave(self) -> None:
+        group, self.group = self.group, None
+        if group is not None:
+            group.close()
+
+    def close(self) -> None:
+        self.leave()
+        self.listener.close()
+        self.thread.shutdown(wait=False)
+
+
+def snapshot(value: float, *, size: int = 300) -> Held:
+    return Held({"a": torch.full((size,), float(value)), "b": torch.full((7, 3), value + 1.0)}, bucket_bytes=1024)
+
+
+def run(body: Callable[[Broadcaster], Awaitable[None]], *, deadline_s: float = 10.0, **settings: Any) -> None:
+    async def bounded() -> None:
+        broadcaster = Broadcaster(WeightsConfig(push_deadline_s=deadline_s, **settings), device="cpu", incarnation=1)
+        async with asyncio.timeout(30):
+            await body(broadcaster)
+            await broadcaster.close()
+
+    asyncio.run(bounded())
+
+
+def test_one_group_serves_many_pushes_and_a_joiner_makes_a_new_one() -> None:
+    async def body(broadcaster: Broadcaster) -> None:
+        one, two = Receiver("one"), Receiver("two")
+        for version in (1, 2, 3):
+            outcome = await broadcaster.push(snapshot(version), version=version, step=version, servers=[one.entry])
+            assert (set(outcome.activated), outcome.failed) == ({"one"}, {})
+        assert broadcaster.num_epochs == 1
+        outcome = await broadcaster.push(snapshot(4), version=4, step=4, servers=[one.entry, two.entry])
+        assert set(outcome.activated) == {"one", "two"}
+        assert broadcaster.num_epochs == 2
+        for receiver in (one, two):
+            assert torch.equal(receiver.tensors["a"], torch.full((300,), 4.0))
+            assert torch.equal(receiver.tensors["b"], torch.full((7, 3), 5.0))
+            receiver.close()
+
+    run(body)
+
+
+@pytest.mark.parametrize("how", ["reject", "die", "refuse", "mute", "vanish"])
+def test_one_bad_member_costs_one_push_and_the_others_go_on(how: str) -> None:
+    async def body(broadcaster: Broadcaster) -> None:
+        good, bad = Receiver("good"), Receiver("bad")
+        await broadcaster.push(snapshot(1), version=1, step=1, servers=[good.entry, bad.entry])
+        bad.misbehave = how
+        if how in ("refuse", "mute"):  # these show when a group is formed
+            bad.incarnation += 1
+        servers = [good.entry, bad.entry]
+        outcome = await broadcaster.push(snapshot(2), version=2, step=2, servers=servers)
+        assert "bad" in outcome.failed
+        # Nothing new was heard of `bad`, so it is not tried again; `good` is at the new version at the latest now.
+        outcome = await broadcaster.push(snapshot(3), version=3, step=3, servers=servers)
+        assert (set(outcome.activated), good.version, bad.version) == ({"good"}, 3, 1)
+        # It recovers as another incarnation and is taken in again.
+        bad.misbehave, bad.incarnation = "", bad.incarnation + 1
+        outcome = await broadcaster.push(snapshot(4), version=4, step=4, servers=[good.entry, bad.entry])
+        assert set(outcome.activated) == {"good", "bad"}
+        for receiver in (good, bad):
+            receiver.close()
+
+    # A death or a refusal is noticed long before the deadline.
+    run(body, deadline_s=40.0)
+
+
+def test_nobody_there_is_not_an_error() -> None:
+    async def body(broadcaster: Broadcaster) -> None:
+        outcome = await broadcaster.push(snapshot(1), version=1, step=1, servers=[])
+        assert (outcome.activated, outcome.failed) == ({}, {})
+
+    run(body)
+
+
+def test_a_server_that_was_slow_once_is_tried_again_and_costs_no_versions_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.weight_sync.broadcaster.Shunning", lambda: Shunning(first_s=1.5))
+    versions = iter(range(1, 100))
+
+    async def granted(_: Any, *, timeout_s: float) -> VersionGranted:
+        return VersionGranted(version=next(versions))
+
+    async def body(broadcaster: Broadcaster) -> None:
+        slow = Receiver("slow")
+        slow.misbehave = "mute"
+        reports, failures = list[PushReport](), list[ArealError]()
+        publisher = Publisher(broadcaster, call=granted, servers=lambda: [slow.entry], on_push=reports.append, on_failure=failures.append)
+        publisher.offer(1, snapshot(1))
+        while not reports:
+            await asyncio.sleep(0.05)
+        slow.misbehave = ""  # its entry in the directory is what it was
+        assert (await publisher.wait_active(1), failures) == (2, [])
+        await publisher.close()
+        slow.close()
+
+    run(body)
+
+
+def test_one_that_refuses_costs_the_others_no_further_pushes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.weight_sync.broadcaster.Shunning", lambda: Shunning(first_s=3.0))
+    versions = iter(range(1, 100))
+
+    async def granted(_: Any, *, timeout_s: float) -> VersionGranted:
+        return VersionGranted(version=next(versions))
+
+    async def body(broadcaster: Broadcaster) -> None:
+        good, bad = Receiver("good"), Receiver("bad")
+        bad.misbehave = "reject"
+        reports, failures = list[PushReport](), list[ArealError]()
+        publisher = Publisher(
+            broadcaster, call=granted, servers=lambda: [good.entry, bad.entry], on_push=reports.append, on_failure=failures.append
+        )
+        publisher.offer(1, snapshot(1))
+        await publisher.wait_active(1)
+        for _ in range(3):
+            await asyncio.sleep(0.4)
+            publisher.directory_changed()
+        assert (len(reports), good.version, bad.version) == (1, 1, 0)
+        bad.misbehave = ""  # its time is up before anything new is offered or heard
+        while len(reports) == 1:
+            await asyncio.sleep(0.05)
+        assert (good.version, bad.version, failures) == (2, 2, [])
+        await publisher.close()
+        for receiver in (good, bad):
+            receiver.close()
+
+    run(body)
+
+
+def test_a_host_that_is_not_ours_is_named() -> None:
+    async def body() -> None:
+        receiver = Receiver("one")
+        broadcaster = Broadcaster(WeightsConfig(host="192.0.2.1"), device="cpu", incarnation=1)
+        with pytest.raises(ConfigError, match=r"cannot listen on 192\.0\.2\.1.*set weights\.host"):
+            await broadcaster.push(snapshot(1), version=1, step=1, servers=[receiver.entry])
+        await broadcaster.close()
+        receiver.close()
+
+    asyncio.run(body())
+
+
+def test_a_publisher_that_cannot_go_on_says_so() -> None:
+    async def granted(_: Any, *, timeout_s: float) -> VersionGranted:
+        return VersionGranted(version=1)
+
+    async def body() -> None:
+        receiver, failures = Receiver("one"), list[ArealError]()
+        broadcaster = Broadcaster(WeightsConfig(host="192.0.2.1"), device="cpu", incarnation=1)
+        publisher = Publisher(
+            broadcaster, call=granted, servers=lambda: [receiver.entry], on_push=lambda _: None, on_failure=failures.append
+        )
+        publisher.offer(1, snapshot(1))
+        with pytest.raises(ConfigError, match=r"weights\.host"):
+            await publisher.wait_active(1)
+        assert len(failures) == 1
+        await publisher.close()
+        receiver.close()
+
+    asyncio.run(body())
+
+
+def test_a_publisher_that_meets_a_bug_says_so_too() -> None:
+    async def granted(_: Any, *, timeout_s: float) -> VersionGranted:
+        raise RuntimeError("out of memory")
+
+    async def body(broadcaster: Broadcaster) -> None:
+        receiver, failures = Receiver("one"), list[ArealError]()
+        publisher = Publisher(
+            broadcaster, call=granted, servers=lambda: [receiver.entry], on_push=lambda _: None, on_failure=failures.append
+        )
+        publisher.offer(1, snapshot(1))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            await publisher.wait_active(1)
+        assert list(map(str, failures)) == ["no more weights are published: RuntimeError: out of memory"]
+        await publisher.close()
+        receiver.close()
+
+    run(body)
+
+
+def test_a_server_that_kept_the_weights_of_an_earlier_run_gets_those_of_this_one() -> None:
+    async def granted(_: Any, *, timeout_s: float) -> VersionGranted:
+        return VersionGranted(version=1)
+
+    async def body(broadcaster: Broadcaster) -> None:
+        fresh, kept = Receiver("fresh"), Receiver("kept")
+        kept.version = 57
+        servers, reports, failures = [fresh.entry], list[PushReport](), list[ArealError]()
+        publisher = Publisher(broadcaster, call=granted, servers=lambda: servers, on_push=reports.append, on_failure=failures.append)
+        publisher.offer(0, snapshot(0), loaded=True)
+        publisher.directory_changed()
+        await asyncio.sleep(0.1)
+        assert not reports, "a server that starts with the run's first weights needs no push"
+        servers.append(kept.entry)
+        publisher.directory_changed()
+        while not reports:
+            await asyncio.sleep(0.02)
+        assert (fresh.version, kept.version, failures) == (1, 1, [])
+        await publisher.close()
+        for receiver in (fresh, kept):
+            receiver.close()
+
+    run(body)
+
+
+def test_one_that_breaks_every_broadcast_and_survives_is_singled_out() -> None:
+    async def body(broadcaster: Broadcaster) -> None:
+        good, bad = Receiver("good"), Receiver("bad")
+        bad.misbehave = "spoil"
+        servers = [good.entry, bad.entry]
+        pushes = [await broadcaster.push(snapshot(v, size=1 << 22), version=v, step=v, servers=servers) for v in (1, 2, 3)]
+        # Nobody was silent, so nobody was to blame; then each got a group of its own.
+        assert [set(outcome.activated) for outcome in pushes] == [set(), set(), {"good"}]
+        assert all({"good", "bad"} <= set(outcome.failed) for outcome in pushes[:2])
+        assert all(outcome.recovery_s["good"] < 2 for outcome in pushes[:2])
+        outcome = await broadcaster.push(snapshot(4), version=4, step=4, servers=servers)
+        assert (set(outcome.activated), outcome.failed) == ({"good"}, {}), "the culprit is left out"
+        for receiver in (good, bad):
+            receiver.close()
+
+    run(body)
+
+
+def test_a_group_for_each_engine_keeps_a_hang_to_itself() -> None:
+    async def body(broadcaster: Broadcaster) -> None:
+        loop = asyncio.get_running_loop()
+        good, bad = Receiver("good"), Receiver("bad")
+        bad.misbehave = "hang"
+        started_s = loop.time()
+        push = asyncio.ensure_future(broadcaster.push(snapshot(1, size=1 << 23), version=1, step=1, servers=[bad.entry, good.entry]))
+        while good.version != 1:
+            await asyncio.sleep(0.01)
+        assert not push.done() and loop.time() - started_s < 3
+        outcome = await push
+        assert (set(outcome.activated), set(outcome.failed)) == ({"good"}, {"bad", "broadcast"})
+        outcome = await broadcaster.push(snapshot(2), version=2, step=2, servers=[bad.entry, good.entry])
+        assert (set(outcome.activated), outcome.failed) == ({"good"}, {})
+        assert broadcaster.num_epochs == 2, "the good one keeps its group"
+        for receiver in (good, bad):
+            receiver.close()
+
+    run(body, deadline_s=4.0, topology="per_engine")
+
+
+def test_a_push_ends_when_a_member_declines_it_or_the_weights_do_not_come() -> None:
+    async def body(broadcaster: Broadcaster) -> None:
+        loop = asyncio.get_running_loop()
+        one, slow = Receiver("one"), snapshot(2)
+        await broadcaster.push(snapshot(1), version=1, step=1, servers=[one.entry])
+        come = threading.Event()
+        read = slow.read
+        slow.read = lambda index: (come.wait(30), read(index))[1]  # type: ignore[method-assign]
+        started_s = loop.time()
+        outcome = await broadcaster.push(slow, version=2, step=2, servers=[one.entry])
+        come.set()
+        assert "not done within 4 s" in outcome.failed["broadcast"] and one.version == 1
+        one.misbehave = "decline"  # it stays in the group, and receives nothing
+        outcome = await broadcaster.push(snapshot(3, size=1 << 23), version=3, step=3, servers=[one.entry])
+        assert "will not have it" in outcome.failed["broadcast"] and outcome.failed["one"] == "will not have it"
+        one.misbehave = ""
+        outcome = await broadcaster.push(snapshot(4), version=4, step=4, servers=[one.entry])
+        assert (set(outcome.activated), one.version) == ({"one"}, 4)
+        assert loop.time() - started_s < 12
+        one.close()
+
+    run(body, deadline_s=4.0)
+
+
+def test_one_that_fails_early_and_takes_part_costs_the_others_nothing() -> None:
+    async def body(broadcaster: Broadcaster) -> None:
+        good, bad = Receiver("good"), Receiver("bad")
+        bad.misbehave = "protest"
+        slow = snapshot(1)
+        read = slow.read
+        slow.read = lambda index: (time.sleep(0.3), read(index))[1]  # type: ignore[method-assign]
+        outcome = await broadcaster.push(slow, version=1, step=1, servers=[good.entry, bad.entry])
+        assert (set(outcome.activated), outcome.failed) == ({"good"}, {"bad": "will not have it"})
+        for receiver in (good, bad):
+            receiver.close()
+
+    run(body)
+
+
+@pytest.mark.parametrize("topology", ["shared", "per_engine"])
+def test_waves_leave_capacity(topology: str) -> None:
+    async def body(broadcaster: Broadcaster) -> None:
+        receivers = [Receiver(name) for name in "abcde"]
+        most = 0
+        done = asyncio.Event()
+
+        async def watch() -> None:
+            nonlocal most
+            while not done.is_set():
+                most = max(most, sum(len(r.tensors) > 0 and r.version == 0 for r in receivers))
+                await asyncio.sleep(0)
+
+        watching = asyncio.create_task(watch())
+        outcome = await broadcaster.push(snapshot(1), version=1, step=1, servers=[r.entry for r in receivers])
+        done.set()
+        await watching
+        assert (set(outcome.activated), outcome.failed) == (set("abcde"), {})
+        assert 1 <= most <= 2
+        assert broadcaster.num_epochs == (3 if topology == "shared" else 5)
+        for receiver in receivers:
+            receiver.close()
+
+    run(body, topology=topology, max_unavailable=2)
+
+
+def test_cohorts() -> None:
+    a, b, c, d = (("a", 1), ("b", 1), ("c", 1), ("d", 1))
+    assert cohorts_of([], topology="shared", max_unavailable=0) == []
+    assert cohorts_of([a, b, c], topology="shared", max_unavailable=0) == [[a, b, c]]
+    assert cohorts_of([a, b, c], topology="per_engine", max_unavailable=0) == [[a], [b], [c]]
+    assert cohorts_of([a, b, c], topology="shared", max_unavailable=2) == [[a, b], [c]]
+    assert cohorts_of([a, b, c], topology="shared", max_unavailable=0, alone=[b, d]) == [[b], [a, c]]
+
+
+def alive(*, num_ranks: int = 1, device: str = "cuda:0", uuid: str = "", nccl: str = "2.27.5") -> Alive:
+    return Alive(version=0, num_ranks=num_ranks, device=device, device_uuid=uuid, nccl_version=nccl)
+
+
+def test_an_engine_takes_as_many_places_as_it_has_ranks() -> None:
+    members: list[Any] = [Member(entry=None, link=None) for _ in range(3)]  # type: ignore[arg-type]
+    seats, world_size = seats_of(members, [alive(), alive(num_ranks=4), alive(num_ranks=2)])
+    assert [seat.first_rank for seat in seats] == [1, 2, 6] and world_size == 8
+
+
+def test_nccl_only_between_equals() -> None:
+    ours = {"device": "cuda:0", "device_uuid": "gpu-0", "nccl_version": "2.27.5"}
+    assert choose_backend("auto", ours=ours, engines=[alive(uuid="gpu-1"), alive(nccl="")]) == ("nccl", "")
+    assert choose_backend("gloo", ours=ours, engines=[alive()]) == ("gloo", "")
+    assert choose_backend("auto", ours=ours, engines=[alive(device="cpu")]) == ("gloo", "")
+    assert choose_backend("nccl", ours=ours, engines=[alive(device="cpu")])[1] == "not everybody is on a GPU"
+    assert choose_backend("auto", ours=ours, engines=[alive(nccl="2.21.5")]) == ("gloo", "NCCL versions differ: 2.21.5, 2.27.5")
+    assert choose_backend("nccl", ours=ours, engines=[alive(uuid="gpu-0")]) == ("gloo", "two of them share a GPU")
+
+
+def test_nccl_that_never_worked_is_not_tried_for_ever() -> None:
+    new, proven, insisting = NcclTrial("auto"), NcclTrial("auto"), NcclTrial("nccl")
+    proven.report(broken="")
+    for trial in (new, proven, insisting):
+        trial.report(broken="invalid usage")
+    assert (new.wanted, proven.wanted, insisting.wanted) == ("gloo", "auto", "nccl")

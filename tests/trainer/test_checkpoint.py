@@ -1,0 +1,215 @@
+"""Checkpoints: loadable by transformers, bitwise resumable, resumable at another world size, complete or absent."""
+
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from areal_like.errors import ConfigError, DiskFullError
+from tests.support.launching import wait_until
+from tests.support.small_disk import small_disk
+from tests.support.trainer_helpers import random_groups, run_ranks, write_model
+from tests.support.trainer_ranks import make_runner
+from trainer.checkpoint import Checkpoints
+from trainer.distributed.ranks import Ranks
+from trainer.models.sharded_weights import freeze, gather, gather_full_state
+
+
+@pytest.fixture
+def ranks() -> Iterator[Ranks]:
+    yield Ranks.alone()
+    dist.destroy_process_group()
+
+
+def test_resumed_training_is_bitwise_equal_to_unbroken_training(tmp_path: Path, ranks: Ranks) -> None:
+    path = write_model(tmp_path / "model", dtype=torch.float32)
+    unbroken = make_runner(path, ranks, dtype=torch.float32)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2, tokenizer_path=path)
+    for step in range(4):
+        unbroken.run(random_groups(4, seed=step), step=step)
+        if step == 1:
+            saved = checkpoints.save(2, unbroken.policy, unbroken.optimizer, ranks, extra={"cursor": [7, 9]})
+            at_save = dict(gather_full_state(unbroken.policy))
+    checkpoints.wait()  # it was written while training went on
+    resumed = make_runner(path, ranks, dtype=torch.float32)
+    assert checkpoints.load(2, resumed.policy, resumed.optimizer, ranks) == {"cursor": [7, 9]}
+    for step in (2, 3):
+        resumed.run(random_groups(4, seed=step), step=step)
+    for (name, a), (_, b) in zip(gather_full_state(unbroken.policy), gather_full_state(resumed.policy), strict=True):
+        assert torch.equal(a, b), name
+
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    assert {n: p.detach() for n, p in model.named_parameters()}.keys() == at_save.keys()
+    assert all(torch.equal(p, at_save[name]) for name, p in model.named_parameters())
+    assert AutoTokenizer.from_pretrained(saved).decode(AutoTokenizer.from_pretrained(saved).encode("42=24")) == "42=24"
+
+
+@pytest.mark.timeout(120)
+def test_a_checkpoint_of_one_rank_goes_on_with_two(tmp_path: Path, ranks: Ranks) -> None:
+    path = write_model(tmp_path / "model", "qwen2")
+    runner = make_runner(path, ranks)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=9, tokenizer_path=path)
+    for step in range(2):
+        runner.run(random_groups(4, seed=step), step=step)
+    checkpoints.save(2, runner.policy, runner.optimizer, ranks, extra={"cursor": 5})
+    checkpoints.wait()
+    run_ranks("resume", str(tmp_path), path, world_size=2)
+    runner.run(random_groups(4, seed=2), step=2)
+
+    other = make_runner(path, ranks)
+    assert checkpoints.load(3, other.policy, other.optimizer, ranks) == {"cursor": 5, "ranks": 2}
+    assert other.optimizer.num_updates == 3
+    for (name, a), (_, b) in zip(gather_full_state(runner.policy), gather_full_state(other.policy), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9, msg=name)
+
+
+def test_only_the_newest_are_kept_and_a_partial_one_is_not_seen(tmp_path: Path, ranks: Ranks) -> None:
+    path = write_model(tmp_path / "model")
+    runner = make_runner(path, ranks)
+    checkpoints = Checkpoints(tmp_path / "c", keep=2, tokenizer_path=path)
+    oldest_kept: list[int] = []
+    for step in (1, 2, 30, 4_000_000):
+        checkpoints.save(step, runner.policy, runner.optimizer, ranks, extra={"at": step}, then=oldest_kept.append)
+    checkpoints.wait()
+    assert checkpoints.steps() == [30, 4_000_000] and oldest_kept == [1, 1, 2, 30]
+    (tmp_path / "c" / ".step_000031.partial").mkdir()
+    assert checkpoints.steps() == [30, 4_000_000]
+    checkpoints.save(4_000_000, runner.policy, runner.optimizer, ranks, extra={"at": "again"})
+    checkpoints.wait()
+    assert not list((tmp_path / "c").glob(".*")), "a partial one outlived the next"
+    assert checkpoints.load(4_000_000, runner.policy, runner.optimizer, ranks) == {"at": "again"}
+    assert runner.optimizer.num_updates == 0
+
+
+def test_nothing_is_copied_while_another_checkpoint_holds_its_copies(tmp_path: Path, ranks: Ranks) -> None:
+    path = write_model(tmp_path / "model")
+    runner = make_runner(path, ranks)
+    checkpoints = Checkpoints(tmp_path / "c", keep=2, tokenizer_path=path)
+    committed = threading.Event()
+
+    def hold(oldest_kept_step: int) -> None:
+        committed.wait(20)
+
+    checkpoints.save(1, runner.policy, runner.optimizer, ranks, extra={}, then=hold)
+    saving = threading.Thread(target=lambda: checkpoints.save(2, runner.policy, runner.optimizer, ranks, extra={}))
+    saving.start()
+    saving.join(timeout=0.5)
+    with torch.no_grad():
+        for param in runner.policy.parameters():
+            param.zero_()
+    committed.set()
+    saving.join()
+    checkpoints.close()
+    saved = load_file(checkpoints.path(2) / "model.safetensors")
+    assert not any(bool(tensor.any()) for tensor in saved.values()), "copies of step 2 were made beside those of step 1"
+
+
+def test_checkpoints_of_a_branch_that_was_left_are_set_aside(tmp_path: Path, ranks: Ranks) -> None:
+    path = write_model(tmp_path / "model")
+    runner = make_runner(path, ranks)
+    checkpoints = Checkpoints(tmp_path / "c", keep=1, tokenizer_path=path)
+    checkpoints.save(300, runner.policy, runner.optimizer, ranks, extra={})
+    checkpoints.save(100, runner.policy, runner.optimizer, ranks, extra={})  # another run, in the same directory
+    checkpoints.wait()
+    assert checkpoints.steps() == [100]
+    assert (tmp_path / "c" / "step_000300.rolled_back").is_dir()
+    many = Checkpoints(tmp_path / "c", keep=3, tokenizer_path=path)
+    many.save(200, runner.policy, runner.optimizer, ranks, extra={})
+    many.wait()
+    many.load(100, runner.policy, runner.optimizer, ranks)
+    assert many.steps() == [100, 200], "whoever only tries may be refused"
+    many.set_aside_after(100)
+    assert many.steps() == [100], "resume=latest would go on from the branch that resume=step:100 left"
+
+
+def test_a_frozen_copy_is_not_moved_by_training(tmp_path: Path, ranks: Ranks) -> None:
+    path = write_model(tmp_path / "model")
+    runner = make_runner(path, ranks)
+    before, frozen = gather_full_state(runner.policy), freeze(runner.policy)
+    runner.run(random_groups(4), step=0)
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(before, gather(frozen), strict=True))
+    after = gather_full_state(runner.policy)
+    assert [name for name, _ in after] == [name for name, _ in before]
+    assert not any(torch.equal(a[1], b[1]) for a, b in zip(before, after, strict=True))
+    assert {name for name, _ in before} == set(load_file(Path(path) / "model.safetensors")), "tied weights once"
+
+
+def test_what_cannot_be_resumed_is_named(tmp_path: Path, ranks: Ranks) -> None:
+    path = write_model(tmp_path / "model")
+    runner = make_runner(path, ranks)
+    checkpoints = Checkpoints(tmp_path / "c", keep=2, tokenizer_path=path)
+    with pytest.raises(ConfigError, match=r"no checkpoint of step 7 .*there: none"):
+        checkpoints.load(7, runner.policy, runner.optimizer, ranks)
+    saved = checkpoints.save(7, runner.policy, runner.optimizer, ranks, extra={})
+    checkpoints.wait()
+    other = make_runner(write_model(tmp_path / "other", "qwen3"), ranks)
+    with pytest.raises(ConfigError, match=r"cannot be read|in this model"):
+        checkpoints.load(7, other.policy, other.optimizer, ranks)
+    (saved / "optimizer.safetensors").write_bytes(b"torn")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        checkpoints.load(7, runner.policy, runner.optimizer, ranks)
+
+
+def test_what_went_wrong_behind_the_trainers_back_is_raised_by_the_next_call(tmp_path: Path, ranks: Ranks) -> None:
+    path = write_model(tmp_path / "model")
+    runner = make_runner(path, ranks)
+    checkpoints = Checkpoints(tmp_path / "c", keep=2, tokenizer_path=path)
+    (tmp_path / "c").write_text("a file where the directory should be")
+    checkpoints.save(1, runner.policy, runner.optimizer, ranks, extra={})
+    with pytest.raises(OSError):
+        checkpoints.save(2, runner.policy, runner.optimizer, ranks, extra={})
+    (tmp_path / "c").unlink()
+
+    def cannot_commit(oldest_kept_step: int) -> None:
+        raise ConnectionError("the buffer is gone")
+
+    checkpoints.save(3, runner.policy, runner.optimizer, ranks, extra={}, then=cannot_commit)
+    with pytest.raises(ConnectionError, match="gone"):
+        checkpoints.close()
+    assert checkpoints.steps() == [3], "the checkpoint is there all the same"
+
+
+def test_a_full_disk_costs_one_checkpoint_and_gets_its_space_back(tmp_path: Path, ranks: Ranks, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_model(tmp_path / "model")
+    runner = make_runner(path, ranks)
+    committed: list[int] = []
+
+    def save(step: int) -> None:
+        checkpoints.save(step, runner.policy, runner.optimizer, ranks, extra={}, then=committed.append)
+
+    with small_disk(tmp_path / "disk", num_mib=16) as disk:
+        checkpoints = Checkpoints(disk / "c", keep=2, tokenizer_path=path)
+        save(1)
+        checkpoints.wait()
+        model_bytes = (checkpoints.path(1) / "model.safetensors").stat().st_size
+        filler = disk / "filler"
+        filler.write_bytes(bytes(shutil.disk_usage(disk).free - model_bytes - 8192))
+        free = shutil.disk_usage(disk).free
+        save(2)
+        wait_until(lambda: "step_000002 was not written" in caplog.text, timeout_s=10, what="an error at once")
+        assert "free space there" in caplog.text
+        assert not list((disk / "c").glob(".*")) and shutil.disk_usage(disk).free == free, "the ledger may wait for it"
+        save(3)
+        with pytest.raises(DiskFullError, match="step_000003 was not written"):
+            checkpoints.wait()
+        assert checkpoints.steps() == committed == [1]
+        filler.unlink()
+        save(4)
+        checkpoints.close()
+        assert checkpoints.steps() == [1, 4] and committed == [1, 1]
+
+
+def test_what_a_failed_checkpoint_has_written_is_removed(tmp_path: Path, ranks: Ranks) -> None:
+    path = write_model(tmp_path / "model")
+    runner = make_runner(path, ranks)
+    checkpoints = Checkpoints(tmp_path / "c", keep=2, tokenizer_path=str(tmp_path / "nowhere"))
+    checkpoints.save(1, runner.policy, runner.optimizer, ranks, extra={})
+    with pytest.raises((OSError, ValueError), match="nowhere"):
+        checkpoints.wait()
+    assert not list((tmp_path / "c").iterdir())

@@ -1,0 +1,172 @@
+"""The trainer as a process beside a real buffer without servers, and its link to a buffer that the test plays."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from areal_like.config import Config, TrainerConfig
+from areal_like.errors import ArealError, ConfigError
+from areal_like.paths import RunPaths
+from areal_like.wire.channel import Envelope, Listener
+from areal_like.wire.messages.consumer import CompleteStep, TrainerHeartbeat
+from areal_like.wire.messages.hello import Goodbye, Hello, Ok, Welcome
+from tests.support.buffer_harness import ROOT, BufferProcess, job
+from tests.support.trainer_helpers import write_model
+from tests.support.trainer_ranks import make_runner
+from trainer.buffer_client.client import BufferLink
+from trainer.checkpoint import Checkpoints
+from trainer.distributed.process_group import device_of
+from trainer.distributed.ranks import Ranks
+
+pytestmark = pytest.mark.timeout(90)
+
+
+@contextlib.contextmanager
+def trainer(buffer: BufferProcess, *settings: str) -> Iterator["subprocess.Popen[str]"]:
+    port = buffer.address.rpartition(":")[2]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trainer", "--config", str(buffer.paths.config), f"buffer.port={port}", *settings],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_for_state(buffer: BufferProcess, state: str) -> None:
+    deadline_s = time.monotonic() + 40
+    while not any(peer["name"] == "trainer-0" and peer["state"] == state for peer in buffer.status()["peers"]):
+        assert time.monotonic() < deadline_s, buffer.status()
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("summary_can_be_written", [True, False])
+def test_a_drain_ends_waiting_and_its_exit_code_says_how_it_went(tmp_path: Path, summary_can_be_written: bool) -> None:
+    config = job(tmp_path, model={"path": write_model(tmp_path / "model")})
+    paths = RunPaths.of(config)
+    if not summary_can_be_written:
+        paths.summary.mkdir(parents=True)
+    paths.endpoints.mkdir(parents=True)
+    (paths.endpoints / "trainer-1.json").write_text("{}")  # of an earlier run with two ranks that were killed
+    (paths.checkpoints / ".step_000003.partial").mkdir(parents=True)  # of a trainer that was killed too
+    buffer = BufferProcess(config)
+    try:
+        with trainer(buffer) as process:
+            wait_for_state(buffer, "evaluating")  # which nobody answers: there is no server
+            process.send_signal(signal.SIGTERM)
+            started_s = time.monotonic()
+            assert process.wait(timeout=30) == (0 if summary_can_be_written else 1)
+            assert time.monotonic() - started_s < 15
+            assert not list(paths.endpoints.glob("trainer-0.json"))
+            assert not list(paths.checkpoints.glob(".*"))
+    finally:
+        buffer.close()
+
+
+def test_a_trainer_that_dies_while_servers_start_has_rolled_back(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model", dtype=torch.float32)
+    config = job(tmp_path, model={"path": path})
+    ranks = Ranks.alone()
+    runner = make_runner(path, ranks, dtype=torch.float32)
+    checkpoints = Checkpoints(RunPaths.of(config).checkpoints, keep=9, tokenizer_path=path)
+    for step in (2, 4):
+        stream = {"stream": {"cursor": 4 * step, "next_version": 1, "pending": []}}
+        checkpoints.save(step, runner.policy, runner.optimizer, ranks, extra={"stream": stream, "shaping_duals": runner.rewards.duals})
+    checkpoints.wait()
+    dist.destroy_process_group()
+    buffer = BufferProcess(config)
+    try:
+        for resume in ("step:2", "latest"):
+            with trainer(buffer, f"resume={resume}"):  # and is killed
+                wait_for_state(buffer, "pushing")  # to nobody: there is no server
+                assert checkpoints.steps() == [2], "the next trainer would undo the rollback"
+    finally:
+        buffer.close()
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ConfigError, match="rank 2 of this machine wants GPU 99"):
+        device_of(Config(trainer=TrainerConfig(device="cuda:97")))
+
+
+class PlayedBuffer:
+    """Welcomes everybody, and answers what `answer` says, from a thread with a loop of its own."""
+
+    def __init__(self, answer: Callable[[Any], Any]) -> None:
+        self._answer = answer
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread.start()
+        self._listener = asyncio.run_coroutine_threadsafe(self._open(), self._loop).result(timeout=5)
+        self.port = self._listener.port
+
+    def __enter__(self) -> "PlayedBuffer":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._loop.call_soon_threadsafe(self._listener.close)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _open(self) -> Listener:
+        return Listener(host="127.0.0.1", port=0, handler=self._handle, max_message_bytes=1 << 20)
+
+    def _handle(self, envelope: Envelope) -> None:
+        match envelope.message:
+            case Hello():
+                answer: Any = Welcome(job="job", step=0, newest_version=0)
+            case Goodbye():
+                answer = Ok()
+            case TrainerHeartbeat():
+                answer = None
+            case message:
+                answer = self._answer(message)
+        if answer is not None:
+            self._listener.send(envelope.peer, answer, rid=envelope.rid)
+
+
+def test_a_request_whose_answer_was_lost_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.buffer_client.client._ASK_AGAIN_S", 0.3)
+    asked: list[Any] = []
+
+    def answer(message: Any) -> Any:
+        asked.append(message)
+        return Ok() if len(asked) > 1 else None
+
+    with PlayedBuffer(answer) as played:
+        config = job(tmp_path, model={"path": write_model(tmp_path / "model")}, buffer={"port": played.port})
+        with BufferLink(config, rank=0, world_size=1, device="cpu", incarnation=1) as link:
+            assert link.call(CompleteStep(step=3), timeout_s=5) == Ok()
+            assert asked == [CompleteStep(step=3)] * 2
+
+            link.fail(ArealError("no more weights"))
+            with pytest.raises(ArealError, match="no more weights"):
+                link.wait(link.submit(asyncio.sleep(5)), name="anything", timeout_s=20)
+
+
+def test_a_heartbeat_that_dies_ends_every_wait(tmp_path: Path) -> None:
+    with PlayedBuffer(lambda _: None) as played:
+        settings = {"model": {"path": write_model(tmp_path / "model")}, "buffer": {"port": played.port}, "daemon": {"heartbeat_s": 0.1}}
+        config = job(tmp_path, **settings)
+        with BufferLink(config, rank=0, world_size=1, device="cpu", incarnation=1) as link:
+            link.stats = {"what cannot be sent": object()}  # type: ignore[dict-item]
+            with pytest.raises(ArealError, match="no more heartbeats are sent: TypeError"):
+                link.call(CompleteStep(step=3), timeout_s=20)

@@ -1,0 +1,273 @@
+"""GAE against its definition, and the critic against the dense model, its cuts, its ranks, its checkpoint and a task it has to learn."""
+
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from areal_like.config import Config, SamplingConfig, TrainerConfig, from_mapping
+from areal_like.errors import ConfigError
+from areal_like.runtime.metrics import Metrics
+from areal_like.trajectory import Trajectory
+from benchmarks.staleness_cell import Sampler
+from tests.support.critic_ranks import SETTINGS
+from tests.support.trainer_helpers import random_groups, run_ranks, write_model
+from tests.support.trainer_ranks import last_gradient, make_runner
+from trainer.advantages.base import ADVANTAGES, FloatArray
+from trainer.advantages.critic import Critic, value_loss
+from trainer.advantages.gae import Gae, gae
+from trainer.batching.packing import Sample
+from trainer.checkpoint import CRITIC_FILE, Checkpoints
+from trainer.distributed.ranks import Ranks
+from trainer.metrics.phase_timer import PhaseClock
+from trainer.metrics.prometheus import TrainerSeries
+from trainer.metrics.step_totals import StepTotals
+from trainer.models.policy import build_policy
+from trainer.models.sharded_weights import gather_full_state
+from trainer.models.tiny import build_tiny_model
+from trainer.step.runner import StepRunner
+
+PLAIN = {"advantage": {"name": "gae"}}
+
+
+@pytest.fixture
+def ranks() -> Iterator[Ranks]:
+    yield Ranks.alone()
+    dist.destroy_process_group()
+
+
+# --- the recursion ---
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (0.9, 0.8), (0.97, 0.0), (1.0, 0.95)])
+def test_the_recursion_is_the_sum_that_it_stands_for(gamma: float, lam: float) -> None:
+    rng = np.random.default_rng(0)
+    for length in (1, 2, 9):
+        rewards_S, values_S = rng.standard_normal(length), rng.standard_normal(length)
+        after_S = [*values_S[1:], 0.0]
+        deltas = [r + gamma * w - v for r, v, w in zip(rewards_S, values_S, after_S, strict=True)]
+        sums = [sum((gamma * lam) ** (k - s) * deltas[k] for k in range(s, length)) for s in range(length)]
+        assert gae(rewards_S, values_S, gamma=gamma, lam=lam).tolist() == pytest.approx(sums, abs=1e-12)
+
+
+def test_without_discount_an_advantage_is_return_minus_value() -> None:
+    rewards_S, values_S = np.array([-0.1, 0.0, -0.2, 1.0]), np.array([0.3, 0.1, 0.9, 0.4])
+    returns_S = np.array([0.7, 0.8, 0.8, 1.0])
+    estimator = Gae(lam=1.0)
+    advantages_S, targets_S = estimator.of_tokens(rewards_S, values_S)
+    assert advantages_S.tolist() == pytest.approx((returns_S - values_S).tolist())
+    assert targets_S.tolist() == pytest.approx(returns_S.tolist())
+
+
+def test_policy_and_critic_have_a_lambda_each() -> None:
+    rewards_S, values_S = np.array([0.0, 1.0]), np.array([0.5, 0.25])
+    advantages_S, targets_S = Gae(lam=0.0).of_tokens(rewards_S, values_S)
+    assert advantages_S.tolist() == [-0.25, 0.75] and targets_S.tolist() == [1.0, 1.0]
+
+
+def test_a_value_held_near_the_old_one_has_no_gradient_beyond() -> None:
+    value_S = torch.tensor([0.1, 0.9, 0.9, -0.9], dtype=torch.float64, requires_grad=True)
+    old_S, target_S = torch.zeros(4, dtype=torch.float64), torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64)
+    loss_S = value_loss(value_S, old_S, target_S, clip=0.5)
+    assert loss_S.tolist() == pytest.approx([0.5 * 0.9**2, 0.5 * 0.5**2, 0.5 * 1.9**2, 0.5 * 0.5**2])
+    (gradient_S,) = torch.autograd.grad(loss_S.sum(), value_S)
+    assert gradient_S.tolist() == pytest.approx([-0.9, 0, 1.9, 0])
+    assert value_loss(value_S, old_S, target_S, clip=0.0).tolist() == pytest.approx([0.405, 0.005, 1.805, 0.005])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"gamma": 0}, "gamma"), ({"lam": 1.1}, "lam"), ({"critic_updates": 0}, "critic_updates"), ({"lamb": 1}, "did you mean lam")],
+)
+def test_mistakes_are_named(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ADVANTAGES.build({"name": "gae", **settings})
+
+
+# --- values ---
+
+
+def with_head(runner: StepRunner) -> tuple[Critic, Tensor, float]:
+    """The runner's critic with a head that says something, its weight [D] and its bias."""
+    assert runner.critic is not None
+    shards = runner.critic.optimizer.shards
+    weight, bias = shards["model.lm_head.weight"], shards["model.lm_head.bias"]
+    with torch.no_grad():
+        weight.copy_(torch.linspace(-1, 1, weight.numel()).view_as(weight))
+        bias.fill_(0.25)
+    return runner.critic, weight[0].detach().clone(), 0.25
+
+
+def dense_values(path: str, trajectory: Trajectory, weight_D: Tensor, bias: float) -> FloatArray:
+    """Of the sampled tokens, by transformers alone: the state before each."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+    with torch.no_grad():
+        hidden_TD = model.base_model(input_ids=torch.from_numpy(trajectory.tokens.astype(np.int64))[None]).last_hidden_state[0]
+    before = np.flatnonzero(trajectory.loss_mask) - 1
+    return np.asarray((hidden_TD[before] @ weight_D + bias).numpy())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2"])  # tied, untied, and with a head found elsewhere
+def test_values_and_advantages_are_those_of_the_sampled_tokens(tmp_path: Path, ranks: Ranks, architecture: str) -> None:
+    """Trajectories have holes in their masks (prompt, tool output): these get no value, no reward and no advantage, and are skipped."""
+    path, groups = write_model(tmp_path, architecture), random_groups(3)
+    runner = make_runner(path, ranks, settings={"advantage": {"name": "gae", "gamma": 0.9, "lam": 0.7}})
+    critic, weight_D, bias = with_head(runner)
+    trajectories = [t for group in groups for t in group]
+    wanted = [dense_values(path, t, weight_D, bias) for t in trajectories]
+    for got_S, want_S in zip(critic.values(trajectories), wanted, strict=True):
+        assert got_S.tolist() == pytest.approx(want_S.tolist(), abs=1e-9)
+
+    samples = appraised(runner, groups)
+    rewards = [np.append(np.zeros(t.num_sampled - 1), t.reward) for t in trajectories]
+    plain = [gae(rewards_S, values_S, gamma=0.9, lam=0.7) for rewards_S, values_S in zip(rewards, wanted, strict=True)]
+    every_S = np.concatenate(plain)
+    for sample, raw_S in zip(samples, plain, strict=True):
+        advantage_T = np.asarray(sample.advantage)
+        sampled = sample.trajectory.loss_mask == 1
+        assert advantage_T[sampled].tolist() == pytest.approx(((raw_S - every_S.mean()) / every_S.std()).tolist(), abs=1e-9)
+
+
+def appraised(runner: StepRunner, groups: list[list[Trajectory]]) -> list[Sample]:
+    totals, clock = StepTotals(), PhaseClock(("compute_s",))
+    return list(itertools.chain(*runner.appraiser.appraise(groups, totals, clock, lags=lambda t: np.zeros(t.num_tokens, dtype=np.int64))))
+
+
+def test_a_kl_penalty_is_charged_where_it_arises(tmp_path: Path, ranks: Ranks) -> None:
+    """With gamma = lam = 1 and values of zero an advantage is what is still to come: later tokens do not pay for earlier ones."""
+    path, groups = write_model(tmp_path), random_groups(2)
+    runner = make_runner(path, ranks, settings=SETTINGS | {"advantage": {"name": "gae", "lam": 1.0}})
+    paid, costs = runner.rewards.of_step(groups)
+    raw = []
+    for before, after, cost_S in zip(itertools.chain(*groups), itertools.chain(*paid), itertools.chain(*costs), strict=True):
+        assert len(cost_S) == before.num_sampled and after.reward == pytest.approx(before.reward - cost_S.sum())
+        raw.append(before.reward - np.cumsum(cost_S[::-1])[::-1])
+    every_S = np.concatenate(raw)
+    for sample, raw_S in zip(appraised(runner, groups), raw, strict=True):
+        got_S = np.asarray(sample.advantage)[sample.trajectory.loss_mask == 1]
+        assert got_S.tolist() == pytest.approx(((raw_S - every_S.mean()) / every_S.std()).tolist(), abs=1e-9)
+
+
+# --- learning ---
+
+
+def test_updates_move_the_values_and_a_warming_critic_leaves_the_policy_alone(tmp_path: Path, ranks: Ranks) -> None:
+    path, groups = write_model(tmp_path), random_groups(6)
+    losses = {}
+    for updates in (1, 4):
+        settings = {"advantage": {"name": "gae", "critic_updates": updates, "critic_warmup_steps": 2, "value_clip": 0.0}}
+        runner = make_runner(path, ranks, settings=settings)
+        before = gather_full_state(runner.policy)
+        rows = [runner.run(groups, step=step) for step in range(3)]
+        assert rows[0]["value_mean"] == 0 and rows[0]["explained_variance"] == pytest.approx(0), "the head begins at zero"
+        assert (rows[1]["lr"], rows[2]["lr"]) == (0, 1e-2)
+        assert not any(torch.equal(a, b) for (_, a), (_, b) in zip(before, gather_full_state(runner.policy), strict=True))
+        losses[updates] = [row["value_loss"] for row in rows]
+        fresh = make_runner(path, ranks, settings=settings)
+        fresh.run(groups, step=0)
+        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(before, gather_full_state(fresh.policy), strict=True))
+    assert losses[1][0] == losses[4][0] and losses[4][1] < losses[1][1] < losses[1][0]
+
+
+def test_equal_targets_explain_nothing(tmp_path: Path, ranks: Ranks) -> None:
+    runner = make_runner(write_model(tmp_path), ranks, settings=PLAIN)
+    assert math.isnan(runner.run([random_groups(1)[0]], step=0)["explained_variance"])
+
+
+def test_the_critic_can_be_watched(tmp_path: Path, ranks: Ranks) -> None:
+    metrics = Metrics()
+    series = TrainerSeries(metrics)
+    row = make_runner(write_model(tmp_path), ranks, settings=PLAIN).run(random_groups(4), step=0)
+    series.stepped(0, row | {"tokens_trained": 1, "wait_data_s": 0.0, "freeze_s": 0.0})
+    exposed = metrics.exposition().decode()
+    for name in ("value_loss", "explained_variance", "critic_grad_norm"):
+        assert f"areal_trainer_{name} {row[name]}" in exposed
+
+
+def test_an_advantage_without_its_critic_is_refused(tmp_path: Path, ranks: Ranks) -> None:
+    path = write_model(tmp_path, dtype=torch.float32)
+    config = from_mapping({"advantage": {"name": "gae"}})
+    with pytest.raises(ConfigError, match="needs a critic"):
+        StepRunner.of(config, build_policy(config, path, ranks), ranks)
+    for advantage, greedy in (("remax", False), ("grpo", True)):
+        config = Config(advantage={"name": advantage}, sampling=SamplingConfig(greedy_baseline=greedy))
+        with pytest.raises(ConfigError, match=rf"set sampling\.greedy_baseline={str(not greedy).lower()}"):
+            StepRunner.of(config, build_policy(config, path, ranks), ranks)
+
+
+@pytest.mark.timeout(120)
+def test_neither_cuts_nor_ranks_change_what_policy_and_critic_learn(tmp_path: Path, ranks: Ranks) -> None:
+    path = write_model(tmp_path / "model", "qwen2")
+    run_ranks("gradients", str(tmp_path), path, world_size=2, module="tests.support.critic_ranks")
+    runner = make_runner(path, ranks, beta1=0.0, settings=SETTINGS, budget_tokens=1000)
+    for step in range(2):
+        metrics = runner.run(random_groups(8, seed=step), step=step)
+    assert runner.critic is not None
+    for share in ("even", "uneven", "one-sided"):
+        for name, gradient in (("policy", last_gradient(runner)), ("critic", last_gradient(runner.critic))):
+            got = load_file(tmp_path / f"{share}-{name}.safetensors")
+            assert got.keys() == gradient.keys() and any(gradient[key].abs().max() > 1e-4 for key in gradient)
+            for key in gradient:
+                torch.testing.assert_close(got[key], gradient[key], rtol=1e-7, atol=1e-9, msg=f"{share} {name} {key}")
+        row = json.loads((tmp_path / f"{share}.json").read_text())
+        for key in ("value_loss", "value_mean", "explained_variance", "critic_grad_norm", "loss", "grad_norm", "shaped_reward"):
+            assert row[key] == pytest.approx(metrics[key], rel=1e-7), (share, key)
+
+
+@pytest.mark.timeout(120)
+def test_a_checkpoint_holds_the_critic_at_any_number_of_ranks(tmp_path: Path, ranks: Ranks, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_model(tmp_path / "model", "qwen2")
+    runner = make_runner(path, ranks, settings=SETTINGS)
+    assert runner.critic is not None
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=9, tokenizer_path=path)
+    for step in range(2):
+        runner.run(random_groups(4, seed=step), step=step)
+    checkpoints.save(2, runner.policy, runner.optimizer, ranks, critic=runner.critic, extra={})
+    checkpoints.save(1, runner.policy, runner.optimizer, ranks, extra={})  # of a run without one
+    checkpoints.save(2, runner.policy, runner.optimizer, ranks, critic=runner.critic, extra={})
+    checkpoints.wait()
+    run_ranks("resume", str(tmp_path), path, world_size=2, module="tests.support.critic_ranks")
+    runner.run(random_groups(4, seed=2), step=2)
+
+    again = make_runner(path, ranks, settings=SETTINGS)
+    assert again.critic is not None
+    checkpoints.load(3, again.policy, again.optimizer, ranks, critic=again.critic)
+    assert again.critic.optimizer.num_updates == runner.critic.optimizer.num_updates == 6
+    for (name, a), (_, b) in zip(gather_full_state(runner.critic.model), gather_full_state(again.critic.model), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9, msg=name)
+    for key, shard in runner.critic.optimizer.shards.items():
+        torch.testing.assert_close(runner.critic.optimizer.moments(key), again.critic.optimizer.moments(key), rtol=1e-7, atol=1e-9)
+        assert shard.shape == again.critic.optimizer.shards[key].shape
+    assert "lm_head.weight" in load_file(tmp_path / "checkpoints" / "step_000003" / CRITIC_FILE)
+
+    checkpoints.load(1, again.policy, again.optimizer, ranks, critic=again.critic)
+    assert "without a critic: it begins anew" in caplog.text
+
+
+@pytest.mark.timeout(240)
+def test_on_the_sorting_task_the_critic_learns_what_an_answer_will_be_worth(tmp_path: Path, ranks: Ranks) -> None:
+    """In process: the policy is held still, so that rising explained variance is the critic's doing and not the policy's."""
+    num_steps = 18
+    build_tiny_model(tmp_path, seed=0, warm_start_steps=200, swap_prob=0.1, hidden_size=64, num_layers=2)
+    config = Config(
+        advantage={"name": "gae", "critic_lr": 1e-3, "critic_updates": 4, "critic_warmup_steps": num_steps},
+        trainer=TrainerConfig(num_steps=num_steps, lr_schedule="constant"),
+    )
+    policy = build_policy(config, str(tmp_path), ranks)
+    runner = StepRunner.of(config, policy, ranks, initial=str(tmp_path))
+    sampler = Sampler(str(tmp_path), config)
+    rows = [runner.run(sampler.groups(range(step * 64, step * 64 + 64), size=2), step=step) for step in range(num_steps)]
+    explained = [row["explained_variance"] for row in rows]
+    assert explained[0] == pytest.approx(0) and statistics.mean(explained[-6:]) > 0.05 > statistics.mean(explained[:6])
+    mean_reward, mean_value = (statistics.mean(row[name] for row in rows[-6:]) for name in ("reward", "value_mean"))
+    assert 0.3 < mean_reward < 0.7 and mean_value == pytest.approx(mean_reward, abs=0.1)

@@ -1,0 +1,88 @@
+"""The packed policy computes what transformers computes on a padded batch, for several architectures and any chunk size."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from areal_like.errors import ConfigError
+from areal_like.trajectory import Trajectory
+from tests.support.trainer_helpers import ARCHITECTURES, dense_logprobs, random_groups, write_model
+from trainer.batching.packing import PackedBatch, Sample, collate
+from trainer.models.policy import Policy
+
+
+def packed(trajectories: list[Trajectory]) -> PackedBatch:
+    return collate([Sample(trajectory=t, advantage=1.0, group=0) for t in trajectories])
+
+
+def sampled(logps_BL: Tensor, trajectories: list[Trajectory]) -> Tensor:
+    return torch.cat([logps_BL[i, : t.num_tokens][torch.from_numpy(t.loss_mask) == 1] for i, t in enumerate(trajectories)])
+
+
+def gradients(module: Any) -> dict[str, Tensor]:
+    return {name: param.grad.clone() for name, param in module.named_parameters() if param.grad is not None}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("uneven", [False, True], ids=["one-rectangle", "several-rectangles"])
+def test_packed_equals_padded_in_value_and_gradient(tmp_path: Path, architecture: str, uneven: bool) -> None:
+    path = write_model(tmp_path, architecture)
+    trajectories = [t for group in random_groups(3) for t in group]
+    if uneven:
+        trajectories[4:4] = random_groups(1, seed=1, group_size=1, longest=50)[0][:1]
+        trajectories += [t for seed in range(2, 6) for t in random_groups(1, seed=seed, group_size=2, longest=3)[0]]
+    reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
+    want_S = sampled(dense_logprobs(reference, trajectories, temperature=0.7), trajectories)
+    policy = Policy.load(path, temperature=0.7, chunk_tokens=7, master_dtype=torch.float64)
+    got_S = policy(packed(trajectories)).logprobs_S
+    torch.testing.assert_close(got_S, want_S, rtol=1e-10, atol=1e-10)
+
+    weights_S = torch.linspace(-1, 1, len(got_S), dtype=torch.float64)
+    (want_S * weights_S).sum().backward()
+    (got_S * weights_S).sum().backward()
+    want = gradients(reference)
+    assert want.keys() == gradients(policy.model).keys()
+    for name, grad in gradients(policy.model).items():
+        torch.testing.assert_close(grad, want[name], rtol=1e-9, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_chunks_change_nothing_and_bound_the_logits(tmp_path: Path, checkpointing: bool) -> None:
+    path = write_model(tmp_path)
+    batch = packed([t for group in random_groups(4) for t in group])
+    results = []
+    for chunk_tokens in (1000, 9, 1):
+        policy = Policy.load(path, chunk_tokens=chunk_tokens, gradient_checkpointing=checkpointing, master_dtype=torch.float64)
+        rows: list[int] = []
+        policy.model.get_output_embeddings().register_forward_hook(lambda _m, _i, out, rows=rows: rows.append(len(out)))
+        out = policy(batch)
+        out.logprobs_S.sum().backward()
+        assert max(rows) <= chunk_tokens
+        results.append((out.logprobs_S.detach(), out.entropy_S, gradients(policy)))
+    for logprobs_S, entropy_S, grads in results[1:]:
+        torch.testing.assert_close(logprobs_S, results[0][0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(entropy_S, results[0][1], rtol=1e-12, atol=1e-12)
+        for name, grad in grads.items():
+            torch.testing.assert_close(grad, results[0][2][name], rtol=1e-10, atol=1e-11)
+
+
+def test_entropy_is_that_of_the_tempered_distribution(tmp_path: Path) -> None:
+    path = write_model(tmp_path)
+    (trajectory, *_) = random_groups(1)[0]
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+    logits_LV = model(input_ids=torch.from_numpy(trajectory.tokens).long()[None]).logits[0] / 0.5
+    want_L = torch.distributions.Categorical(logits=logits_LV).entropy()
+    got_S = Policy.load(path, temperature=0.5, master_dtype=torch.float64)(packed([trajectory])).entropy_S
+    places = torch.from_numpy(trajectory.loss_mask).nonzero().squeeze(1) - 1
+    torch.testing.assert_close(got_S, want_L[places], rtol=1e-10, atol=1e-10)
+
+
+def test_a_model_whose_logits_are_more_than_its_head_is_refused(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(write_model(tmp_path))
+    model.config.logit_scale = 0.5
+    with pytest.raises(ConfigError, match="scales its logits"):
+        Policy(model)
