@@ -65,7 +65,10 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         _require(self.group_size >= 1, "sampling.group_size must be at least 1")
         _require(self.max_new_tokens >= 1, "sampling.max_new_tokens must be at least 1")
-        _require(self.temperature > 0, "sampling.temperature must be above 0 for training (evaluation is greedy by itself)")
+        _require(
+            self.temperature > 0,
+            "sampling.temperature must be above 0 for training (evaluation is greedy by itself)",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,9 +130,16 @@ class BufferConfig:
     def __post_init__(self) -> None:
         _require(bool(self.host), "buffer.host is empty: give an address to bind, e.g. 127.0.0.1")
         _require(self.num_shards >= 1, "buffer.num_shards must be at least 1")
-        _require(0 <= self.port <= 65536 - self.num_shards, f"buffer.port={self.port}: use 0..{65536 - self.num_shards}")
         _require(
-            not self.ports or (len(set(self.ports)) == self.num_shards == len(self.ports) and all(0 < port < 65536 for port in self.ports)),
+            0 <= self.port <= 65536 - self.num_shards,
+            f"buffer.port={self.port}: use 0..{65536 - self.num_shards}",
+        )
+        _require(
+            not self.ports
+            or (
+                len(set(self.ports)) == self.num_shards == len(self.ports)
+                and all(0 < port < 65536 for port in self.ports)
+            ),
             f"buffer.ports={list(self.ports)}: give buffer.num_shards={self.num_shards} different ports of 1..65535, or none",
         )
         _require(self.lease_timeout_s > 0, "buffer.lease_timeout_s must be above 0")
@@ -139,14 +149,25 @@ class BufferConfig:
             f"buffer.group_filter={self.group_filter}: use none, spread or single_version",
         )
         curricula = ("none", "goldilocks", "paced")
-        _require(self.curriculum in curricula, f"buffer.curriculum={self.curriculum}: use one of {', '.join(curricula)}")
-        _require(self.curriculum_pool >= 2, "buffer.curriculum_pool must be at least 2: with one candidate there is nothing to choose")
-        _require(0 < self.curriculum_target < 1, f"buffer.curriculum_target={self.curriculum_target:g}: use a number between 0 and 1")
+        _require(
+            self.curriculum in curricula,
+            f"buffer.curriculum={self.curriculum}: use one of {', '.join(curricula)}",
+        )
+        _require(
+            self.curriculum_pool >= 2,
+            "buffer.curriculum_pool must be at least 2: with one candidate there is nothing to choose",
+        )
+        _require(
+            0 < self.curriculum_target < 1,
+            f"buffer.curriculum_target={self.curriculum_target:g}: use a number between 0 and 1",
+        )
         _require(
             0 < self.curriculum_exploration <= 1,
             f"buffer.curriculum_exploration={self.curriculum_exploration:g}: use a number above 0 (or what loses never comes back) up to 1",
         )
-        _require(1 <= self.curriculum_memory <= 100_000, "buffer.curriculum_memory must be between 1 and 100000")
+        _require(
+            1 <= self.curriculum_memory <= 100_000, "buffer.curriculum_memory must be between 1 and 100000"
+        )
         _require(self.curriculum_half_life >= 1, "buffer.curriculum_half_life must be at least 1")
         _require(
             self.curriculum_reward_low < self.curriculum_reward_high,
@@ -157,12 +178,18 @@ class BufferConfig:
         _require(self.max_consecutive_failures >= 1, "buffer.max_consecutive_failures must be at least 1")
         _require(self.max_message_bytes >= 1 << 16, "buffer.max_message_bytes must be at least 65536")
         durabilities = ("power_loss", "process_crash", "none")
-        _require(self.durability in durabilities, f"buffer.durability={self.durability}: use one of {', '.join(durabilities)}")
+        _require(
+            self.durability in durabilities,
+            f"buffer.durability={self.durability}: use one of {', '.join(durabilities)}",
+        )
         _require(
             not (self.retain_trajectories and self.durability == "none"),
             "buffer.retain_trajectories=true keeps trajectories on disk: set buffer.durability to process_crash or power_loss",
         )
-        _require(1 << 16 <= self.segment_bytes <= 1 << 31, "buffer.segment_bytes must be between 65536 and 2147483648")
+        _require(
+            1 << 16 <= self.segment_bytes <= 1 << 31,
+            "buffer.segment_bytes must be between 65536 and 2147483648",
+        )
         _require(self.cache_bytes >= 0, "buffer.cache_bytes must be at least 0")
         _require(self.min_free_bytes >= 0, "buffer.min_free_bytes must be at least 0")
 
@@ -187,7 +214,10 @@ class SglangConfig:
             words = shlex.split(self.args)
         except ValueError as error:
             raise ConfigError(f"rollout.sglang.args={self.args!r}: {error}") from None
-        _require(not words or words[0].startswith("-"), f"rollout.sglang.args={self.args!r}: begin with an option, e.g. --tp-size 2")
+        _require(
+            not words or words[0].startswith("-"),
+            f"rollout.sglang.args={self.args!r}: begin with an option, e.g. --tp-size 2",
+        )
         _require(
             not self.url or self.url.startswith(("http://", "https://")),
             f"rollout.sglang.url={self.url}: give http://host:port",
@@ -233,7 +263,9 @@ class RolloutConfig:
     def __post_init__(self) -> None:
         _require(self.num_servers >= 1, "rollout.num_servers must be at least 1")
         _require(bool(self.host), "rollout.host is empty: give an address to bind, e.g. 127.0.0.1")
-        _require(self.engine in ("embedded", "sglang"), f"rollout.engine={self.engine}: use embedded or sglang")
+        _require(
+            self.engine in ("embedded", "sglang"), f"rollout.engine={self.engine}: use embedded or sglang"
+        )
         _check_device("rollout.engine_device", self.engine_device)
         _require(
             self.engine == "sglang" or self.sglang == SglangConfig(),
@@ -277,15 +309,26 @@ class WeightsConfig:
     """Servers that are updated at the same time, so that the others keep generating where an update pauses an engine; 0: all at once."""
 
     def __post_init__(self) -> None:
-        _require(self.topology in ("shared", "per_engine"), f"weights.topology={self.topology}: use shared or per_engine")
-        _require(self.max_unavailable >= 0, "weights.max_unavailable must be at least 0 (0: all servers at once)")
+        _require(
+            self.topology in ("shared", "per_engine"),
+            f"weights.topology={self.topology}: use shared or per_engine",
+        )
+        _require(
+            self.max_unavailable >= 0, "weights.max_unavailable must be at least 0 (0: all servers at once)"
+        )
         _require(bool(self.host), "weights.host is empty: give an address of the trainer's machine")
         modes = ("recompute", "keep", "abort_resume", "drain")
-        _require(self.update_mode in modes, f"weights.update_mode={self.update_mode}: use one of {', '.join(modes)}")
+        _require(
+            self.update_mode in modes,
+            f"weights.update_mode={self.update_mode}: use one of {', '.join(modes)}",
+        )
         _require(self.bucket_bytes >= 1 << 10, "weights.bucket_bytes must be at least 1024")
         _require(self.sync_interval >= 1, "weights.sync_interval must be at least 1")
         _require(self.push_deadline_s > 0, "weights.push_deadline_s must be above 0")
-        _require(self.backend in ("auto", "gloo", "nccl"), f"weights.backend={self.backend}: use auto, gloo or nccl")
+        _require(
+            self.backend in ("auto", "gloo", "nccl"),
+            f"weights.backend={self.backend}: use auto, gloo or nccl",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,9 +407,15 @@ class TrainerConfig:
             "num_threads",
         ):
             _require(getattr(self, name) >= 1, f"trainer.{name} must be at least 1")
-        _require(self.groups_per_step >= self.world_size, "trainer.groups_per_step must be at least trainer.world_size")
+        _require(
+            self.groups_per_step >= self.world_size,
+            "trainer.groups_per_step must be at least trainer.world_size",
+        )
         _check_device("trainer.device", self.device)
-        _require(all(0 <= beta < 1 for beta in self.betas), f"trainer.betas={list(self.betas)}: use two numbers of at least 0 and below 1")
+        _require(
+            all(0 <= beta < 1 for beta in self.betas),
+            f"trainer.betas={list(self.betas)}: use two numbers of at least 0 and below 1",
+        )
         for name in ("lr", "warmup_steps", "weight_decay", "max_grad_norm"):
             _require(getattr(self, name) >= 0, f"trainer.{name} must be at least 0")
         for name in ("collective_timeout_s", "fetch_timeout_s", "buffer_timeout_s"):
@@ -374,9 +423,15 @@ class TrainerConfig:
         _require(self.entropy_coef >= 0, "trainer.entropy_coef must be at least 0")
         _require(self.checkpoint_interval >= 1, "trainer.checkpoint_interval must be at least 1")
         _require(self.keep_checkpoints >= 1, "trainer.keep_checkpoints must be at least 1")
-        _require(self.lr_schedule in ("constant", "linear"), f"trainer.lr_schedule={self.lr_schedule}: use constant or linear")
+        _require(
+            self.lr_schedule in ("constant", "linear"),
+            f"trainer.lr_schedule={self.lr_schedule}: use constant or linear",
+        )
         normalizers = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant")
-        _require(self.normalizer in normalizers, f"trainer.normalizer={self.normalizer}: use one of {', '.join(normalizers)}")
+        _require(
+            self.normalizer in normalizers,
+            f"trainer.normalizer={self.normalizer}: use one of {', '.join(normalizers)}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -414,7 +469,9 @@ class DaemonConfig:
         _require(self.heartbeat_s > 0, "daemon.heartbeat_s must be above 0")
         _require(self.drain_timeout_s > 0, "daemon.drain_timeout_s must be above 0")
         levels = ("DEBUG", "INFO", "WARNING", "ERROR")
-        _require(self.log_level in levels, f"daemon.log_level={self.log_level}: use one of {', '.join(levels)}")
+        _require(
+            self.log_level in levels, f"daemon.log_level={self.log_level}: use one of {', '.join(levels)}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -443,7 +500,9 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    objective: dict[str, Any] = field(default_factory=lambda: {"name": "tis", "level": "sequence", "cap": 2.0})
+    objective: dict[str, Any] = field(
+        default_factory=lambda: {"name": "tis", "level": "sequence", "cap": 2.0}
+    )
     """`name` or `_target_`, that objective's own settings, and `masks`: a list of the same kind."""
     advantage: dict[str, Any] = field(default_factory=lambda: {"name": "grpo"})
     """`name` or `_target_`, that advantage's own settings, and `shaping`: a list of the same kind."""
@@ -453,8 +512,14 @@ class Config:
 
     def __post_init__(self) -> None:
         is_count = isinstance(self.max_staleness, int) and not isinstance(self.max_staleness, bool)
-        _require(is_count or self.max_staleness == "auto", f"max_staleness={self.max_staleness}: use a number of steps or auto")
-        _require(self.max_staleness == "auto" or self.staleness_cap >= 0, "max_staleness must be at least 0 (0 is synchronous)")
+        _require(
+            is_count or self.max_staleness == "auto",
+            f"max_staleness={self.max_staleness}: use a number of steps or auto",
+        )
+        _require(
+            self.max_staleness == "auto" or self.staleness_cap >= 0,
+            "max_staleness must be at least 0 (0 is synchronous)",
+        )
         _require(self.max_staleness_cap >= 0, "max_staleness_cap must be at least 0")
         _require(0 < self.ess_target < 1, f"ess_target={self.ess_target:g}: use a number between 0 and 1")
         self._check_sync_interval()

@@ -83,7 +83,9 @@ def model_path(config: Config) -> str:
     if config.model.path in BUILT_MODELS:
         built = RunPaths.of(config).built_model
         if not (built / "config.json").exists():
-            raise ConfigError(f"{built} does not hold a model: run `python -m trainer.prepare_model` with this configuration first")
+            raise ConfigError(
+                f"{built} does not hold a model: run `python -m trainer.prepare_model` with this configuration first"
+            )
         return str(built)
     looks_local = config.model.path.startswith((".", "/", "~"))
     if looks_local and not (Path(config.model.path).expanduser() / "config.json").exists():

@@ -73,7 +73,9 @@ class Registry(Generic[T]):
         )
         if not well_formed:
             names = ", ".join(self.names())
-            raise ConfigError(f"{self._section}: want a list of mappings, each with `name` ({names}) or `_target_`, got {settings!r}")
+            raise ConfigError(
+                f"{self._section}: want a list of mappings, each with `name` ({names}) or `_target_`, got {settings!r}"
+            )
         return tuple(self.build(one, job=job) for one in settings)
 
     def _named(self, name: str) -> type[T]:
@@ -94,7 +96,9 @@ class Registry(Generic[T]):
         except ValueError:
             raise ConfigError(f"{key}: write module.Class") from None
         except (ImportError, SyntaxError) as error:
-            raise ConfigError(f"{key}: {error}; it must be importable from the directory the job starts in") from error
+            raise ConfigError(
+                f"{key}: {error}; it must be importable from the directory the job starts in"
+            ) from error
         except AttributeError:
             raise ConfigError(f"{key}: module {module_name} has no {attribute}") from None
         if not (inspect.isclass(cls) and issubclass(cls, self._base)):
@@ -109,7 +113,9 @@ class Registry(Generic[T]):
             path = f"{self._section}.{key}"
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"its settings are {', '.join(known) or 'none'}"
+                hint = (
+                    f"did you mean {near[0]}?" if near else f"its settings are {', '.join(known) or 'none'}"
+                )
                 raise ConfigError(f"unknown key `{path}` of {cls.__name__}: {hint}")
             values[key] = _coerced(hints.get(key), value, path=path)
         missing = [name for name, p in known.items() if p.default is p.empty and name not in values]

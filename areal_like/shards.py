@@ -38,7 +38,9 @@ class Shard:
             return cls()
         names = [cls(index, count).name for index in range(count)]
         if name not in names:
-            raise ConfigError(f"buffer.num_shards={count}: say which of them this is, --name {' or '.join(names)} (not {name})")
+            raise ConfigError(
+                f"buffer.num_shards={count}: say which of them this is, --name {' or '.join(names)} (not {name})"
+            )
         return cls(names.index(name), count)
 
     @property

@@ -80,7 +80,9 @@ class Trajectory:
         for name, dtype in _DTYPES:
             array = getattr(self, name)
             if array.dtype != dtype or array.ndim != 1 or len(array) != len(self.tokens):
-                raise ValueError(f"trajectory.{name}: want {dtype.name}[{self.tokens.size}], got {array.dtype.name}{list(array.shape)}")
+                raise ValueError(
+                    f"trajectory.{name}: want {dtype.name}[{self.tokens.size}], got {array.dtype.name}{list(array.shape)}"
+                )
         if not len(self.tokens) or np.maximum.reduce(self.loss_mask) > 1:
             raise ValueError("trajectory.loss_mask: want at least one token and only 0 or 1")
         if np.minimum.reduce(self.tokens) < 0:
@@ -105,7 +107,9 @@ class Trajectory:
     @property
     def oldest_version(self) -> int:
         """Smallest version among sampled tokens (NOT_SAMPLED if there is none)."""
-        oldest = int(self.versions.view(np.uint32).min())  # as unsigned numbers, those of unsampled tokens are the largest
+        oldest = int(
+            self.versions.view(np.uint32).min()
+        )  # as unsigned numbers, those of unsampled tokens are the largest
         return oldest if oldest < 1 << 31 else NOT_SAMPLED
 
     @property

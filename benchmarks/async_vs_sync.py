@@ -36,7 +36,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for number, (label, (max_staleness, num_threads)) in enumerate(jobs.items()):
             threads = [f"trainer.num_threads={num_threads}", f"rollout.num_threads={num_threads}"]
-            overrides = [f"max_staleness={max_staleness}", f"trainer.num_steps={args.steps}", *threads, *args.overrides]
+            overrides = [
+                f"max_staleness={max_staleness}",
+                f"trainer.num_steps={args.steps}",
+                *threads,
+                *args.overrides,
+            ]
             summary, rows = run_job(f"job-{number}", overrides, runs_dir=Path(scratch), timeout_s=1800)
             measured[label] = measure(summary, rows, target=args.target)
             print(f"{label}: {measured[label]['steps_per_minute']:.0f} steps/min", flush=True)
@@ -105,7 +110,13 @@ def measure(summary: dict[str, Any], rows: list[dict[str, Any]], *, target: floa
         "training_s": step_s - wait_s,
         **{
             key: summary[key]
-            for key in ("generation_idle_fraction", "trainer_idle_fraction", "mean_trained_lag", "eval_before", "eval_after")
+            for key in (
+                "generation_idle_fraction",
+                "trainer_idle_fraction",
+                "mean_trained_lag",
+                "eval_before",
+                "eval_after",
+            )
         },
     }
 

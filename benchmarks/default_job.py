@@ -20,8 +20,23 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 KEPT = (
-    *("steps", "eval_before", "eval_after", "reward_first", "reward_last", "training_seconds", "wall_seconds"),
-    *("max_trained_lag", "mean_trained_lag", "tickets", "drops", "generation_idle_fraction", "trainer_idle_fraction"),
+    *(
+        "steps",
+        "eval_before",
+        "eval_after",
+        "reward_first",
+        "reward_last",
+        "training_seconds",
+        "wall_seconds",
+    ),
+    *(
+        "max_trained_lag",
+        "mean_trained_lag",
+        "tickets",
+        "drops",
+        "generation_idle_fraction",
+        "trainer_idle_fraction",
+    ),
 )
 
 
@@ -34,7 +49,9 @@ def main() -> None:
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for seed in args.seeds:
-            summary, rows = run_job(f"seed-{seed}", [f"seed={seed}", *args.overrides], runs_dir=Path(scratch), timeout_s=900)
+            summary, rows = run_job(
+                f"seed-{seed}", [f"seed={seed}", *args.overrides], runs_dir=Path(scratch), timeout_s=900
+            )
             start_s = rows[0]["time_unix_s"]
             curve = [(round(row["time_unix_s"] - start_s, 2), row["reward_mean"]) for row in rows]
             evals = [(row["step"], row["eval_reward"]) for row in rows if "eval_reward" in row]
@@ -44,7 +61,16 @@ def main() -> None:
     draw(runs, ROOT / "docs" / "default_job.png")
     print(
         table(
-            ["seed", "held-out before", "held-out after", "steps", "training s", "max lag", "mean lag", "stale drops / issued"],
+            [
+                "seed",
+                "held-out before",
+                "held-out after",
+                "steps",
+                "training s",
+                "max lag",
+                "mean lag",
+                "stale drops / issued",
+            ],
             [
                 [
                     run["seed"],
@@ -67,7 +93,10 @@ def draw(runs: list[dict[str, Any]], path: Path, *, window: int = 15) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 3.6), dpi=140)
     for run in runs:
         seconds, rewards = zip(*run["curve"], strict=True)
-        smooth = [sum(rewards[max(0, i - window + 1) : i + 1]) / len(rewards[max(0, i - window + 1) : i + 1]) for i in range(len(rewards))]
+        smooth = [
+            sum(rewards[max(0, i - window + 1) : i + 1]) / len(rewards[max(0, i - window + 1) : i + 1])
+            for i in range(len(rewards))
+        ]
         label = f"seed {run['seed']}: held-out greedy {run['eval_before']:.2f} → {run['eval_after']:.2f}"
         axes.plot(seconds, smooth, linewidth=1.4, label=label)
     axes.set_xlabel("seconds of training on two cores")

@@ -48,7 +48,9 @@ def workload(num_requests: int, *, group_size: int = 1, equal: bool = False) -> 
     rng = np.random.default_rng(7)
     prompts = [tuple(rng.integers(3, 100, PROMPT_TOKENS).tolist()) for _ in range(num_requests // group_size)]
     lengths = np.clip(rng.lognormal(1.4, 0.9, num_requests).astype(int), 1, MAX_NEW_TOKENS)
-    return [(prompts[i // group_size], MAX_NEW_TOKENS if equal else int(lengths[i])) for i in range(num_requests)]
+    return [
+        (prompts[i // group_size], MAX_NEW_TOKENS if equal else int(lengths[i])) for i in range(num_requests)
+    ]
 
 
 def run_generate(model: Any, requests: Workload) -> None:
@@ -82,11 +84,16 @@ async def run_http(client: EngineClient, requests: Workload) -> None:
     """The same requests through the client, all at once."""
     await client.flush_cache()
     await asyncio.gather(
-        *(client.generate(prompt, sampling=Sampling(max_new_tokens=length, ignore_eos=True)) for prompt, length in requests)
+        *(
+            client.generate(prompt, sampling=Sampling(max_new_tokens=length, ignore_eos=True))
+            for prompt, length in requests
+        )
     )
 
 
-def rates(runs: dict[str, tuple[Workload, Callable[[], None]]], repeats: int) -> tuple[dict[str, float], dict[str, float]]:
+def rates(
+    runs: dict[str, tuple[Workload, Callable[[], None]]], repeats: int
+) -> tuple[dict[str, float], dict[str, float]]:
     """Median tokens per second of CPU time of this thread, and of wall time, of every run; interleaved, after one warm-up each."""
     cpu: dict[str, list[float]] = {name: [] for name in runs}
     wall: dict[str, list[float]] = {name: [] for name in runs}
@@ -98,25 +105,37 @@ def rates(runs: dict[str, tuple[Workload, Callable[[], None]]], repeats: int) ->
                 num_tokens = sum(length for _, length in requests)
                 cpu[name].append(num_tokens / (time.thread_time() - cpu_s))
                 wall[name].append(num_tokens / (time.perf_counter() - wall_s))
-    medians = [{name: statistics.median(values) for name, values in measured.items()} for measured in (cpu, wall)]
+    medians = [
+        {name: statistics.median(values) for name, values in measured.items()} for measured in (cpu, wall)
+    ]
     return medians[0], medians[1]
 
 
 def main() -> None:
     """Runs everything, prints a table, writes benchmarks/results/engine.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--model", default="", help="a Hugging Face directory; default: the default job's model with random weights")
+    parser.add_argument(
+        "--model",
+        default="",
+        help="a Hugging Face directory; default: the default job's model with random weights",
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as scratch:
-        report = measure(arguments.model or tiny_model(f"{scratch}/model"), scratch, repeats=arguments.repeats)
+        report = measure(
+            arguments.model or tiny_model(f"{scratch}/model"), scratch, repeats=arguments.repeats
+        )
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(report, indent=1) + "\n")
     print(f"{'workload':<12}{'engine tok/s':>14}{'generate tok/s':>16}{'ratio':>8}{'goal':>7}")
     for name, row in report["workloads"].items():
-        print(f"{name:<12}{row['engine']:>14,.0f}{row['generate']:>16,.0f}{row['ratio']:>8.2f}{row['goal'] or '':>7}")
+        print(
+            f"{name:<12}{row['engine']:>14,.0f}{row['generate']:>16,.0f}{row['ratio']:>8.2f}{row['goal'] or '':>7}"
+        )
     print(f"written to {RESULTS}")
 
 
@@ -140,8 +159,25 @@ def measure(path: str, scratch: str, *, repeats: int) -> dict[str, Any]:
     reference = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     equal, tail, grouped = workload(BATCH, equal=True), workload(256), workload(256, group_size=8)
     port_file = Path(scratch) / "port"
-    command = [sys.executable, "-m", "rollout_server.engine", "--model-path", path, "--max-running-requests", str(BATCH)]
-    command += ["--context-length", str(context), "--port", "0", "--port-file", str(port_file), "--weight-version", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "rollout_server.engine",
+        "--model-path",
+        path,
+        "--max-running-requests",
+        str(BATCH),
+    ]
+    command += [
+        "--context-length",
+        str(context),
+        "--port",
+        "0",
+        "--port-file",
+        str(port_file),
+        "--weight-version",
+        "0",
+    ]
     command += ["--log-level", "WARNING"]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     loop = asyncio.new_event_loop()
@@ -173,10 +209,17 @@ def measure(path: str, scratch: str, *, repeats: int) -> dict[str, Any]:
         rate = wall if name == "http" else cpu
         other = "equal/generate" if name == "equal" else "long_tail/generate"
         engine, generate = rate[f"{name}/engine"], rate[other]
-        workloads[name] = {"engine": round(engine), "generate": round(generate), "ratio": round(engine / generate, 2), "goal": goal}
+        workloads[name] = {
+            "engine": round(engine),
+            "generate": round(generate),
+            "ratio": round(engine / generate, 2),
+            "goal": goal,
+        }
     return {
         "workloads": workloads,
-        "tokens_per_cpu_second": {name: round(value) for name, value in cpu.items() if not name.startswith("http")},
+        "tokens_per_cpu_second": {
+            name: round(value) for name, value in cpu.items() if not name.startswith("http")
+        },
         "tokens_per_wall_second": {name: round(value) for name, value in wall.items()},
         "load_average": os.getloadavg()[0],
         "batch": BATCH,

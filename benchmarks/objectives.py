@@ -32,7 +32,9 @@ KEPT = (
 
 def presets() -> list[str]:
     """Every objective with a preset, the mission's first."""
-    names = sorted(path.stem for path in (ROOT / "configs" / "objective").glob("*.yaml") if path.stem != "custom")
+    names = sorted(
+        path.stem for path in (ROOT / "configs" / "objective").glob("*.yaml") if path.stem != "custom"
+    )
     return [*MISSION, *(name for name in names if name not in MISSION)]
 
 
@@ -48,7 +50,9 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Runs what is missing, then prints the table of all that is there."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="+", default=presets(), metavar="OBJECTIVE")
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--results", type=Path, default=RESULTS / "objectives.jsonl")
@@ -75,7 +79,10 @@ def run(objective: str, seed: int, overrides: list[str], *, scratch: Path, resul
     with results.open("a") as file:
         file.write(json.dumps({"objective": objective, "seed": seed, "overrides": overrides, **kept}) + "\n")
     scores = f"{summary['eval_before']:.2f} -> {summary['eval_after']:.2f}"
-    print(f"{time.strftime('%H:%M:%S')} {objective} seed {seed}: {scores} in {summary['training_seconds']:.0f} s", flush=True)
+    print(
+        f"{time.strftime('%H:%M:%S')} {objective} seed {seed}: {scores} in {summary['training_seconds']:.0f} s",
+        flush=True,
+    )
 
 
 def as_table(runs: list[dict[str, Any]]) -> str:
@@ -89,7 +96,17 @@ def as_table(runs: list[dict[str, Any]]) -> str:
             lag = f"{max(run['max_trained_lag'] for run in own)} / {sum(run['mean_trained_lag'] for run in own) / len(own):.1f}"
             stale = sum(run["drops"]["stale"] for run in own)
             rows.append([f"`{objective}`", after, sampled, lag, stale, " ".join(own[0]["overrides"]) or "–"])
-    return table(["objective", "held-out greedy after", "samples at the end", "lag max / mean", "stale drops", "beside the defaults"], rows)
+    return table(
+        [
+            "objective",
+            "held-out greedy after",
+            "samples at the end",
+            "lag max / mean",
+            "stale drops",
+            "beside the defaults",
+        ],
+        rows,
+    )
 
 
 if __name__ == "__main__":

@@ -19,8 +19,20 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
-    return {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
+    cpu = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        "",
+    )
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 def write(name: str, result: dict[str, Any]) -> Path:
@@ -37,11 +49,21 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def run_job(name: str, overrides: Sequence[str], *, runs_dir: Path, timeout_s: float) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def run_job(
+    name: str, overrides: Sequence[str], *, runs_dir: Path, timeout_s: float
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Runs `areal-like run` to its end; returns its summary and its metrics rows. Raises RuntimeError if it fails."""
     shutil.rmtree(runs_dir / name, ignore_errors=True)
     command = [sys.executable, "-m", "launch", "run", f"name={name}", f"runs_dir={runs_dir}", *overrides]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout_s, check=False)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} exited with {done.returncode}:\n{done.stdout[-2000:]}")
     summary = json.loads((runs_dir / name / "summary.json").read_text())

@@ -54,8 +54,14 @@ FULL_METHODS: dict[str, dict[str, Any]] = {
     **README_METHODS,
     "sequence TIS 8": {"objective": {"name": "tis", "level": "sequence", "cap": 8.0}},
     "geometric TIS": {"objective": {"name": "tis", "level": "geometric", "cap": 2.0}},
-    "VCPO, leave one out": {"objective": {"name": "vcpo", "leave_one_out": True}, "normalizer": "seq_mean_token_mean"},
-    "VCPO, no baseline": {"objective": {"name": "vcpo", "baseline": "none"}, "normalizer": "seq_mean_token_mean"},
+    "VCPO, leave one out": {
+        "objective": {"name": "vcpo", "leave_one_out": True},
+        "normalizer": "seq_mean_token_mean",
+    },
+    "VCPO, no baseline": {
+        "objective": {"name": "vcpo", "baseline": "none"},
+        "normalizer": "seq_mean_token_mean",
+    },
     "token mask": {"objective": {"name": "tis", "level": "token", "mode": "mask"}},
     "sequence mask": {"objective": {"name": "tis", "level": "sequence", "mode": "mask"}},
     "decoupled PPO": {"objective": {"name": "decoupled_ppo"}},
@@ -134,13 +140,18 @@ def run(cells: list[Cell], results: Results, *, num_jobs: int) -> None:
         kinds = dict.fromkeys((cell.seed, cell.warm_start_steps) for cell in cells)
         models = {kind: f"{scratch}/{number}" for number, kind in enumerate(kinds)}
         list(pool.map(_build, models.values(), *zip(*kinds, strict=True)))
-        futures = {pool.submit(run_cell, cell, models[cell.seed, cell.warm_start_steps]): cell for cell in cells}
+        futures = {
+            pool.submit(run_cell, cell, models[cell.seed, cell.warm_start_steps]): cell for cell in cells
+        }
         try:
             for number, future in enumerate(as_completed(futures), start=1):
                 cell, result = futures[future], future.result()
                 results.add(cell, result)
                 scored = f"reward {result.reward:.3f} best {result.best:.3f} greedy {result.greedy:.3f} ess {result.ess_ratio:.2f}"
-                print(f"{time.strftime('%H:%M:%S')} {number}/{len(cells)} {name_of(cell)}: {scored} {result.wall_s:.0f} s", flush=True)
+                print(
+                    f"{time.strftime('%H:%M:%S')} {number}/{len(cells)} {name_of(cell)}: {scored} {result.wall_s:.0f} s",
+                    flush=True,
+                )
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -159,10 +170,16 @@ def _start_worker() -> None:
 
 def main() -> None:
     """Runs what is missing of the grid, then reports on all of it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="every objective, and lags 1 2 8 32 beside the README's")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="every objective, and lags 1 2 8 32 beside the README's"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time, one thread each")
-    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="cells whose name matches one of these")
+    parser.add_argument(
+        "--only", nargs="+", default=["*"], metavar="PATTERN", help="cells whose name matches one of these"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps of a cell")
     parser.add_argument("--report", action="store_true", help="run nothing")
@@ -172,12 +189,20 @@ def main() -> None:
     cells = grid(full=args.full, seeds=args.seeds, num_steps=args.steps)
     results = Results(args.results)
     if not args.report:
-        wanted = [cell for cell in cells if any(fnmatch.fnmatchcase(name_of(cell), pattern) for pattern in args.only)]
+        wanted = [
+            cell
+            for cell in cells
+            if any(fnmatch.fnmatchcase(name_of(cell), pattern) for pattern in args.only)
+        ]
         run([cell for cell in wanted if results.get(cell) is None], results, num_jobs=args.jobs)
     done = [(cell, result) for cell in cells if (result := results.get(cell)) is not None]
     if not done:
-        raise SystemExit(f"no cell of this grid is in {args.results} and none was run: leave --report out, or look at --only")
-    print(f"\n{len(done)} of {len(cells)} cells, {len(args.seeds)} seeds, best / worst of the learning rates {LEARNING_RATES}\n")
+        raise SystemExit(
+            f"no cell of this grid is in {args.results} and none was run: leave --report out, or look at --only"
+        )
+    print(
+        f"\n{len(done)} of {len(cells)} cells, {len(args.seeds)} seeds, best / worst of the learning rates {LEARNING_RATES}\n"
+    )
     print(as_table(done, FULL_METHODS))
     draw(done, FULL_METHODS, args.figure)
 

@@ -147,14 +147,18 @@ MEANS = ("log_w_std", "kl_k3", "entropy", "grad_norm", "clipped_fraction", "lr_s
 
 def build_model(out_dir: Path, *, seed: int, warm_start_steps: int) -> None:
     """The default job's recipe at two thirds of its width and depth; smaller, it takes longer to learn the format (10 ms a step)."""
-    build_tiny_model(out_dir, seed=seed, warm_start_steps=warm_start_steps, swap_prob=0.5, hidden_size=64, num_layers=2)
+    build_tiny_model(
+        out_dir, seed=seed, warm_start_steps=warm_start_steps, swap_prob=0.5, hidden_size=64, num_layers=2
+    )
 
 
 class Sampler:
     """An engine, a task and the reward of what the one answers to the other."""
 
     def __init__(self, model_path: str, config: Config) -> None:
-        model, weights = load(model_path, dtype=torch.float32, device=torch.device("cpu"), context_length=CONTEXT_TOKENS)
+        model, weights = load(
+            model_path, dtype=torch.float32, device=torch.device("cpu"), context_length=CONTEXT_TOKENS
+        )
         options = EngineOptions(max_running=128, context_length=CONTEXT_TOKENS)
         self._core = EngineCore(model, weights, options, version="0")
         self._task = make_task(config.task, seed=config.seed)
@@ -179,7 +183,10 @@ class Sampler:
         asked = self._asked("train", indices)
         luck = [self._train_luck + index for index in indices]
         answers = self._answers([prompt for _, prompt in asked], luck=luck, size=size, temperature=1.0)
-        return [[self._trajectory(example, s) for s in group] for (example, _), group in zip(asked, answers, strict=True)]
+        return [
+            [self._trajectory(example, s) for s in group]
+            for (example, _), group in zip(asked, answers, strict=True)
+        ]
 
     def score(self, *, num_prompts: int, temperature: float) -> float:
         """Mean reward of held-out prompts, always the same ones, one sample each, with other random numbers under each version."""
@@ -187,19 +194,30 @@ class Sampler:
         first = self._held_out_luck + int(self._core.version) * GREEDY_PROMPTS
         luck = range(first, first + num_prompts)
         answers = self._answers([prompt for _, prompt in asked], luck=luck, size=1, temperature=temperature)
-        return statistics.mean(self._reward(example, s) for (example, _), (s,) in zip(asked, answers, strict=True))
+        return statistics.mean(
+            self._reward(example, s) for (example, _), (s,) in zip(asked, answers, strict=True)
+        )
 
     def _asked(self, split: Split, indices: Iterable[int]) -> list[tuple[Example, tuple[int, ...]]]:
         examples = [self._task.example(split, index) for index in indices]
         return [(example, tuple(self._renderer.encode(example).tolist())) for example in examples]
 
-    def _answers(self, prompts: Iterable[tuple[int, ...]], *, luck: Iterable[int], size: int, temperature: float) -> list[list[Sequence]]:
+    def _answers(
+        self, prompts: Iterable[tuple[int, ...]], *, luck: Iterable[int], size: int, temperature: float
+    ) -> list[list[Sequence]]:
         """`luck`: a seed for each prompt."""
         stops = tuple(self._renderer.stop_token_ids)
         groups = []
         for place, (prompt, seed) in enumerate(zip(prompts, luck, strict=True)):
-            params = SamplingParams(max_new_tokens=self._max_new_tokens, temperature=temperature, stop_token_ids=stops, sampling_seed=seed)
-            groups.append([Sequence(seq_id=f"{place}.{i}", prompt=prompt, params=params) for i in range(size)])
+            params = SamplingParams(
+                max_new_tokens=self._max_new_tokens,
+                temperature=temperature,
+                stop_token_ids=stops,
+                sampling_seed=seed,
+            )
+            groups.append(
+                [Sequence(seq_id=f"{place}.{i}", prompt=prompt, params=params) for i in range(size)]
+            )
             for index, sequence in enumerate(groups[-1]):
                 self._core.submit(sequence, index=index)
         while self._core.all_sequences:
@@ -207,7 +225,9 @@ class Sampler:
         return groups
 
     def _reward(self, example: Example, sequence: Sequence) -> float:
-        reward = self._task.reward(example, self._renderer.decode(np.array(sequence.output_ids, dtype=np.int32)))
+        reward = self._task.reward(
+            example, self._renderer.decode(np.array(sequence.output_ids, dtype=np.int32))
+        )
         assert isinstance(reward, float)
         return reward
 
@@ -244,7 +264,9 @@ def run_cell(cell: Cell, model_path: str) -> CellResult:
         wanted, at_point = plan.get(version, []), version % every == 0
         if wanted or at_point:
             sampler.activate(policy, version=version)
-        sampled = sampler.groups([step * cell.groups_per_step + group for step, group in wanted], size=cell.group_size)
+        sampled = sampler.groups(
+            [step * cell.groups_per_step + group for step, group in wanted], size=cell.group_size
+        )
         for (step, group), trajectories in zip(wanted, sampled, strict=True):
             queue[step][group] = trajectories
         if at_point:

@@ -34,7 +34,9 @@ def scores(done: Iterable[tuple[Cell, CellResult]]) -> Scores:
     return {key: (max(values), min(values)) for key, values in means.items()}
 
 
-def in_order(done: Iterable[tuple[Cell, CellResult]], methods: Iterable[str]) -> tuple[list[str], list[Setting]]:
+def in_order(
+    done: Iterable[tuple[Cell, CellResult]], methods: Iterable[str]
+) -> tuple[list[str], list[Setting]]:
     """The methods and settings that have results: methods as given, fixed before mixed, short lags before long."""
     pairs = list(done)
     have = {cell.method for cell, _ in pairs}
@@ -46,7 +48,10 @@ def as_table(done: list[tuple[Cell, CellResult]], methods: Iterable[str]) -> str
     names, settings = in_order(done, methods)
     found = scores(done)
     fields = [[_field(found.get((name, setting))) for setting in settings] for name in names]
-    return table(["method", *(f"{mode} {lag}" for mode, lag in settings)], [[n, *f] for n, f in zip(names, fields, strict=True)])
+    return table(
+        ["method", *(f"{mode} {lag}" for mode, lag in settings)],
+        [[n, *f] for n, f in zip(names, fields, strict=True)],
+    )
 
 
 def _field(pair: tuple[float, float] | None) -> str:
@@ -62,11 +67,18 @@ def draw(done: list[tuple[Cell, CellResult]], methods: Iterable[str], path: Path
     for rank, (axes, title) in enumerate(zip(panels, ("best", "worst"), strict=True)):
         for number, name in enumerate(names):
             for mode in ("fixed", "mixed"):
-                places = [i for i, setting in enumerate(settings) if setting[0] == mode and (name, setting) in found]
+                places = [
+                    i for i, setting in enumerate(settings) if setting[0] == mode and (name, setting) in found
+                ]
                 rewards = [found[name, settings[i]][rank] for i in places]
                 style = {"color": colors(number % colors.N), "label": name if mode == "fixed" else None}
-                axes.plot(places, rewards, marker="os^vDP*X"[number % 8], markersize=5, linewidth=1.3, **style)
-        axes.set_xticks(range(len(settings)), [f"{lag}" if mode == "fixed" else f"0..{lag}\n(mixed)" for mode, lag in settings])
+                axes.plot(
+                    places, rewards, marker="os^vDP*X"[number % 8], markersize=5, linewidth=1.3, **style
+                )
+        axes.set_xticks(
+            range(len(settings)),
+            [f"{lag}" if mode == "fixed" else f"0..{lag}\n(mixed)" for mode, lag in settings],
+        )
         axes.set_xlabel("age of the samples, optimizer steps")
         axes.set_title(f"{title} of the learning rates", fontsize=10)
         axes.set_ylim(0, 1)

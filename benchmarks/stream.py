@@ -43,17 +43,26 @@ from benchmarks.report import ROOT, table, write
 from benchmarks.stream_peers import bare_zmq, ledger_cost, ours
 from benchmarks.stream_peers.load import NUM_PROCESSES, WARM_UP_S, Plan, Served, cpu_s
 
-RAY_MODES = {"queue": "ray queue, one at a time", "queue_batch": "ray queue, a window at a time", "transfer_queue": "transfer queue"}
+RAY_MODES = {
+    "queue": "ray queue, one at a time",
+    "queue_batch": "ray queue, a window at a time",
+    "transfer_queue": "transfer queue",
+}
 NUM_TICKETS = (1_000, 10_000, 100_000, 1_000_000)
 """Ages of the ledger at which `cost` is measured."""
 
 
-def measure(module: str, served: Served, plan: Plan, *, seconds: float, environment: dict[str, str]) -> dict[str, Any]:
+def measure(
+    module: str, served: Served, plan: Plan, *, seconds: float, environment: dict[str, str]
+) -> dict[str, Any]:
     """Runs producers and consumer as processes; returns what they saw, and what it cost the server."""
     plans = [dataclasses.replace(plan, role="producers", index=index) for index in range(NUM_PROCESSES)]
     plans.append(dataclasses.replace(plan, role="consumer"))
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    workers = [subprocess.Popen([sys.executable, "-m", module, each.dumps()], cwd=ROOT, env=environment, **pipes) for each in plans]
+    workers = [
+        subprocess.Popen([sys.executable, "-m", module, each.dumps()], cwd=ROOT, env=environment, **pipes)
+        for each in plans
+    ]
     try:
         for worker in workers:
             assert worker.stdout.readline() == "ready\n", module
@@ -66,19 +75,33 @@ def measure(module: str, served: Served, plan: Plan, *, seconds: float, environm
         before_s = [served.cpu_s, cpu_s(*producers), cpu_s(consumer)]
         time.sleep(seconds)
         after_s = [served.cpu_s, cpu_s(*producers), cpu_s(consumer)]
-        found = summary([json.loads(worker.communicate(timeout=60)[0]) for worker in workers], seconds=seconds)
+        found = summary(
+            [json.loads(worker.communicate(timeout=60)[0]) for worker in workers], seconds=seconds
+        )
     finally:
         for worker in workers:
             worker.kill()
             worker.wait()
-    used_us = [1e6 * (after - before) / max(1, found["per_s"] * seconds) for before, after in zip(before_s, after_s, strict=True)]
-    return found | dict(zip(("server_cpu_us", "producer_cpu_us", "consumer_cpu_us"), [round(used, 1) for used in used_us], strict=True))
+    used_us = [
+        1e6 * (after - before) / max(1, found["per_s"] * seconds)
+        for before, after in zip(before_s, after_s, strict=True)
+    ]
+    return found | dict(
+        zip(
+            ("server_cpu_us", "producer_cpu_us", "consumer_cpu_us"),
+            [round(used, 1) for used in used_us],
+            strict=True,
+        )
+    )
 
 
 def summary(tallies: list[dict[str, Any]], *, seconds: float) -> dict[str, Any]:
     """Rates and latencies over all processes."""
     latencies_ms = np.concatenate([tally["latencies_ms"] for tally in tallies])
-    acked, consumed = sum(tally["num_acked"] for tally in tallies), sum(tally["num_consumed"] for tally in tallies)
+    acked, consumed = (
+        sum(tally["num_acked"] for tally in tallies),
+        sum(tally["num_consumed"] for tally in tallies),
+    )
     return {
         "per_s": round(min(acked, consumed) / seconds),
         "acked_per_s": round(acked / seconds),
@@ -112,16 +135,27 @@ class Bench:
 
     def __init__(self, *, seconds: float, peers: str, scratch: Path) -> None:
         self._seconds, self._scratch = seconds, scratch
-        self._environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(filter(None, [str(ROOT), peers]))}
+        self._environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": ":".join(filter(None, [str(ROOT), peers])),
+        }
         if peers:
             sys.path.append(peers)
         self.rows: dict[str, dict[str, Any]] = {}
         self.costs: list[dict[str, Any]] = []
 
-    def _row(self, name: str, module: str, server: contextlib.AbstractContextManager[Served], *, half_load: bool) -> None:
+    def _row(
+        self, name: str, module: str, server: contextlib.AbstractContextManager[Served], *, half_load: bool
+    ) -> None:
         with server as served:
             flushes = Flushes(self._scratch)
-            row = measure(module, served, Plan(role="", address=served.address), seconds=self._seconds, environment=self._environment)
+            row = measure(
+                module,
+                served,
+                Plan(role="", address=served.address),
+                seconds=self._seconds,
+                environment=self._environment,
+            )
             row["flushes_per_s"] = _rate(flushes.since_start, self._seconds + WARM_UP_S)
         self.rows[name] = row
         print(name, json.dumps(row), flush=True)
@@ -142,7 +176,9 @@ class Bench:
         kind, _, how = name.partition(", ")
         try:
             if kind == "ours":
-                with ours.server(directory, durability=how, backlog=Plan(role="", address="").backlog) as served:
+                with ours.server(
+                    directory, durability=how, backlog=Plan(role="", address="").backlog
+                ) as served:
                     yield served
             elif kind == "redis":
                 from benchmarks.stream_peers import redis_streams
@@ -159,13 +195,20 @@ class Bench:
         """The buffer, at each durability."""
         for durability in ("power_loss", "process_crash", "none"):
             name = f"ours, {durability}"
-            self._row(name, "benchmarks.stream_peers.ours", self._server(name), half_load=durability != "none")
+            self._row(
+                name, "benchmarks.stream_peers.ours", self._server(name), half_load=durability != "none"
+            )
 
     def redis(self) -> None:
         """Redis Streams."""
         for appendfsync in ("always", "no"):
             name = f"redis, {appendfsync}"
-            self._row(name, "benchmarks.stream_peers.redis_streams", self._server(name), half_load=appendfsync == "always")
+            self._row(
+                name,
+                "benchmarks.stream_peers.redis_streams",
+                self._server(name),
+                half_load=appendfsync == "always",
+            )
 
     def bare_zmq(self) -> None:
         """The ceiling."""
@@ -182,8 +225,23 @@ class Bench:
         """Ray's queue in two ways, and TransferQueue."""
         plan = Plan(role="", address="").dumps()
         for mode, name in RAY_MODES.items():
-            command = [sys.executable, "-m", "benchmarks.stream_peers.ray_cluster", mode, str(self._seconds), plan]
-            done = subprocess.run(command, cwd=ROOT, env=self._environment, capture_output=True, text=True, timeout=300, check=False)
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.stream_peers.ray_cluster",
+                mode,
+                str(self._seconds),
+                plan,
+            ]
+            done = subprocess.run(
+                command,
+                cwd=ROOT,
+                env=self._environment,
+                capture_output=True,
+                text=True,
+                timeout=300,
+                check=False,
+            )
             if done.returncode:
                 self.rows[name] = {"failed": done.stderr.strip().splitlines()[-1]}
             else:
@@ -203,7 +261,9 @@ def shares(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
         ("ours, process_crash", "bare zmq"),
     )
     measured = [pair for pair in pairs if all("per_s" in rows.get(name, {}) for name in pair)]
-    return {f"{mine} / {other}": round(rows[mine]["per_s"] / rows[other]["per_s"], 2) for mine, other in measured}
+    return {
+        f"{mine} / {other}": round(rows[mine]["per_s"] / rows[other]["per_s"], 2) for mine, other in measured
+    }
 
 
 def _rate(count: int | None, seconds: float) -> int | None:
@@ -212,10 +272,16 @@ def _rate(count: int | None, seconds: float) -> int | None:
 
 def main() -> None:
     """Measures, prints a table, writes benchmarks/results/stream.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=8.0)
-    parser.add_argument("--peers", default="", help="directory with hiredis, ray, TransferQueue (pip install --target)")
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure")
+    parser.add_argument(
+        "--peers", default="", help="directory with hiredis, ray, TransferQueue (pip install --target)"
+    )
+    parser.add_argument(
+        "--scratch", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure"
+    )
     parser.add_argument("--only", default="bare_zmq,ours,redis,ray,cost")
     arguments = parser.parse_args()
     arguments.scratch.mkdir(parents=True, exist_ok=True)
@@ -223,7 +289,15 @@ def main() -> None:
     for part in arguments.only.split(","):
         if part in ("bare_zmq", "ours", "cost") or arguments.peers:
             getattr(bench, part)()
-    write("stream", {"seconds": arguments.seconds, "rows": bench.rows, "shares": shares(bench.rows), "costs": bench.costs})
+    write(
+        "stream",
+        {
+            "seconds": arguments.seconds,
+            "rows": bench.rows,
+            "shares": shares(bench.rows),
+            "costs": bench.costs,
+        },
+    )
     names = (
         "per_s",
         "acked_per_s",
@@ -236,7 +310,11 @@ def main() -> None:
         "ack_p99_ms",
         "half_load_ack_p99_ms",
     )
-    print(table(["", *names], [[name, *(row.get(key, "") for key in names)] for name, row in bench.rows.items()]))
+    print(
+        table(
+            ["", *names], [[name, *(row.get(key, "") for key in names)] for name, row in bench.rows.items()]
+        )
+    )
     for pair, share in shares(bench.rows).items():
         print(f"{pair}: {share:.2f}")
 

@@ -69,7 +69,9 @@ class Server:
         num_done, stalls = 0, []
         progress = asyncio.Condition()
         versions = range(first_version, first_version + NUM_UPDATES) if mode else range(0)
-        snapshots = {version: Held(weights_of(self.model, version), bucket_bytes=BUCKET_BYTES) for version in versions}
+        snapshots = {
+            version: Held(weights_of(self.model, version), bucket_bytes=BUCKET_BYTES) for version in versions
+        }
 
         async def one(index: int) -> Trajectory:
             nonlocal num_done
@@ -77,7 +79,12 @@ class Server:
             sampling = Sampling(max_new_tokens=int(LENGTHS[index]), ignore_eos=True)
             transcript.give(np.random.default_rng(index).integers(3, 100, PROMPT_TOKENS).astype(np.int32))
             async with places:
-                speaker = Speaker(self.client, sampling=sampling, rid=f"{mode}{first_version}.{index}", turnstile=self.turnstile)
+                speaker = Speaker(
+                    self.client,
+                    sampling=sampling,
+                    rid=f"{mode}{first_version}.{index}",
+                    turnstile=self.turnstile,
+                )
                 await speaker.extend(transcript)
             async with progress:
                 num_done += 1
@@ -89,7 +96,12 @@ class Server:
             broadcaster = Broadcaster(config, device="cpu", incarnation=time.time_ns())
             address = f"tcp://127.0.0.1:{self.receiver.port}"
             entry = ServerEntry(
-                name="rollout-0", incarnation=1, weights_address=address, device="cpu", state="serving", weights_version=first_version - 1
+                name="rollout-0",
+                incarnation=1,
+                weights_address=address,
+                device="cpu",
+                state="serving",
+                weights_version=first_version - 1,
             )
             for i, (version, snapshot) in enumerate(snapshots.items()):
                 due = round((i + 0.5) * NUM_SEQUENCES / NUM_UPDATES)
@@ -149,7 +161,9 @@ async def serving(config: Config, model: Path) -> AsyncIterator[Server]:
     context_tokens = PROMPT_TOKENS + int(LENGTHS.max())
     engine: EngineProcess
     if is_sglang:
-        engine = SglangProcess(config, name="rollout-0", model=str(model), context_tokens=context_tokens, vocab_size=100)
+        engine = SglangProcess(
+            config, name="rollout-0", model=str(model), context_tokens=context_tokens, vocab_size=100
+        )
     else:
         engine = EmbeddedProcess(config, name="rollout-0", model=str(model), context_tokens=context_tokens)
     turnstile = Turnstile()
@@ -157,11 +171,19 @@ async def serving(config: Config, model: Path) -> AsyncIterator[Server]:
     client = await engine.start(version=0)
     if isinstance(client, SglangClient):
         in_place = InPlaceUpdate(
-            tensors=ModelTensors.of(str(model)), turnstile=turnstile, on_quarantine=lambda reason, _: doubt(reason), on_doubt=doubt
+            tensors=ModelTensors.of(str(model)),
+            turnstile=turnstile,
+            on_quarantine=lambda reason, _: doubt(reason),
+            on_doubt=doubt,
         )
         await in_place.begin_with(client, path=str(model), version=0)
     receiver = WeightReceiver(
-        host="127.0.0.1", max_message_bytes=1 << 24, turnstile=turnstile, on_version=lambda _: None, on_doubt=doubt, in_place=in_place
+        host="127.0.0.1",
+        max_message_bytes=1 << 24,
+        turnstile=turnstile,
+        on_version=lambda _: None,
+        on_doubt=doubt,
+        in_place=in_place,
     )
     receiver.set_engine(client, version=0)
     try:
@@ -175,7 +197,9 @@ async def serving(config: Config, model: Path) -> AsyncIterator[Server]:
 async def measure(kind: str, directory: Path, model: Path, *, repeats: int) -> dict[str, Any]:
     """One engine: its rate without updates, and each mode. `keep`'s options for all, so that only the mode differs."""
     rollout = {"engine": kind, "max_running": NUM_RUNNING, "start_timeout_s": 600}
-    config = from_mapping({"runs_dir": str(directory), "name": kind, "rollout": rollout, "weights": {"update_mode": "keep"}})
+    config = from_mapping(
+        {"runs_dir": str(directory), "name": kind, "rollout": rollout, "weights": {"update_mode": "keep"}}
+    )
     seconds: dict[str, list[float]] = {mode: [] for mode in ("", *MODES)}
     stalls: dict[str, list[float]] = {mode: [] for mode in MODES}
     trajectories: dict[str, list[Trajectory]] = {mode: [] for mode in MODES}
@@ -211,7 +235,9 @@ async def measure(kind: str, directory: Path, model: Path, *, repeats: int) -> d
 def main() -> None:
     """Measures, writes benchmarks/results/update_modes.json, prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
-    parser.add_argument("--engines", nargs="+", default=["embedded", "sglang"], choices=["embedded", "sglang"])
+    parser.add_argument(
+        "--engines", nargs="+", default=["embedded", "sglang"], choices=["embedded", "sglang"]
+    )
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -236,7 +262,16 @@ def main() -> None:
         for kind, result in engines.items()
         for mode, figures in result["modes"].items()
     ]  # fmt: skip
-    header = ["engine", "tokens/s", "mode", "stall, ms", "lost per update, ms", "tokens lost per update", "mean error", "largest error"]
+    header = [
+        "engine",
+        "tokens/s",
+        "mode",
+        "stall, ms",
+        "lost per update, ms",
+        "tokens lost per update",
+        "mean error",
+        "largest error",
+    ]
     print(table(header, rows))
 
 

@@ -63,7 +63,8 @@ def groups_of(num_groups: int, *, group_size: int = 8) -> list[list[Trajectory]]
     """Prompts of 6 to 10 tokens, answers of 5 to 10, alternating rewards."""
     rng = np.random.default_rng(0)
     return [
-        [trajectory(rng, num_prompt=int(prompt), reward=i % 2) for i in range(group_size)] for prompt in rng.integers(6, 11, num_groups)
+        [trajectory(rng, num_prompt=int(prompt), reward=i % 2) for i in range(group_size)]
+        for prompt in rng.integers(6, 11, num_groups)
     ]
 
 
@@ -100,13 +101,19 @@ def peak_mib(name: str, path: str, num_groups: int) -> float:
     """Growth of the resident peak over three steps; in a process of its own."""
     torch.set_num_threads(1)
     runner, groups = runner_of(path, OBJECTIVE_SETTINGS[name]), groups_of(num_groups)
-    before = int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS")).split()[1])
+    before = int(
+        next(
+            line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS")
+        ).split()[1]
+    )
     for step in range(3):
         runner.run(groups, step=step)
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
-def step_seconds(path: str, num_groups: int, names: Sequence[str], *, repeats: int) -> dict[str, dict[str, float]]:
+def step_seconds(
+    path: str, num_groups: int, names: Sequence[str], *, repeats: int
+) -> dict[str, dict[str, float]]:
     """Median CPU seconds of a step, and their median ratio to the first objective's of the same repetition."""
     torch.set_num_threads(1)
     groups = groups_of(num_groups)
@@ -130,7 +137,9 @@ def step_seconds(path: str, num_groups: int, names: Sequence[str], *, repeats: i
 
 def main() -> None:
     """Measures, prints a table, writes benchmarks/results/vcpo_overhead.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--groups", type=int, default=16)
     parser.add_argument("--width", type=int, default=96)
@@ -143,17 +152,28 @@ def main() -> None:
                 memory[name] = pool.submit(peak_mib, name, path, arguments.groups).result()
         fast = [name for name in OBJECTIVE_SETTINGS if name != "vcpo, exact"]
         rows = step_seconds(path, arguments.groups, fast, repeats=arguments.repeats)
-        slow = step_seconds(path, arguments.groups, ["tis", "vcpo, exact"], repeats=max(3, arguments.repeats // 6))
+        slow = step_seconds(
+            path, arguments.groups, ["tis", "vcpo, exact"], repeats=max(3, arguments.repeats // 6)
+        )
         rows["vcpo, exact"] = slow["vcpo, exact"]
     for name, row in rows.items():
         row["peak_mib"] = memory[name]
     suffix = "" if arguments.width == 96 else f"_{arguments.width}"
-    settings = {"goal": GOAL, "groups": arguments.groups, "group_size": 8, "width": arguments.width, "repeats": arguments.repeats}
+    settings = {
+        "goal": GOAL,
+        "groups": arguments.groups,
+        "group_size": 8,
+        "width": arguments.width,
+        "repeats": arguments.repeats,
+    }
     write(f"vcpo_overhead{suffix}", {**settings, "objectives": rows})
     print(
         table(
             ["objective", "step, ms", "of plain TIS", "peak memory over rest, MiB"],
-            [[name, f"{1e3 * row['step_s']:.1f}", f"{row['ratio']:.2f}", f"{row['peak_mib']:.0f}"] for name, row in rows.items()],
+            [
+                [name, f"{1e3 * row['step_s']:.1f}", f"{row['ratio']:.2f}", f"{row['peak_mib']:.0f}"]
+                for name, row in rows.items()
+            ],
         )
     )
 

@@ -63,7 +63,9 @@ def write_model(path: Path, size: str) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(path)
     save_file(
-        {name: torch.full(param.shape, 0.01) for name, param in model.named_parameters()}, path / "model.safetensors", {"format": "pt"}
+        {name: torch.full(param.shape, 0.01) for name, param in model.named_parameters()},
+        path / "model.safetensors",
+        {"format": "pt"},
     )
     return path
 
@@ -73,10 +75,21 @@ def write_model(path: Path, size: str) -> Path:
 
 async def receive(model: Path) -> None:
     """An engine and its weight plane, until stdin closes."""
-    config = from_mapping({"runs_dir": str(model.parent), "name": "run", "model": {"path": str(model)}, "rollout": {"max_running": 1}})
+    config = from_mapping(
+        {
+            "runs_dir": str(model.parent),
+            "name": "run",
+            "model": {"path": str(model)},
+            "rollout": {"max_running": 1},
+        }
+    )
     engine = EmbeddedProcess(config, name="receiver", model=str(model), context_tokens=64)
     receiver = WeightReceiver(
-        host="127.0.0.1", max_message_bytes=1 << 24, turnstile=Turnstile(), on_version=lambda _: None, on_doubt=lambda _: None
+        host="127.0.0.1",
+        max_message_bytes=1 << 24,
+        turnstile=Turnstile(),
+        on_version=lambda _: None,
+        on_doubt=lambda _: None,
     )
     client = await engine.start(version=0)
     receiver.set_engine(client)
@@ -89,7 +102,9 @@ async def receive(model: Path) -> None:
 
 def bare(store: str, sizes: list[int], rank: int) -> Callable[[], float]:
     """Seconds of one bare broadcast of buckets of these sizes; call it on both ranks at once."""
-    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2, timeout=timedelta(seconds=120))
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2, timeout=timedelta(seconds=120)
+    )
     whole = torch.ones(max(sizes), dtype=torch.uint8)
     barrier = torch.zeros(1)
 
@@ -142,18 +157,28 @@ async def pushes(model: Path, size: str, *, rounds: int, folder: Path) -> dict[s
     sizes = [bucket.num_bytes for bucket in freezers["bucketed"].buckets]
     dist.destroy_process_group()
     seconds: dict[str, list[float]] = {"bare": [], "bucketed": [], "per_tensor": []}
-    with child("--receiver", str(model)) as receiver, child("--bare", str(folder / f"store-{size}"), json.dumps(sizes)) as peer:
+    with (
+        child("--receiver", str(model)) as receiver,
+        child("--bare", str(folder / f"store-{size}"), json.dumps(sizes)) as peer,
+    ):
         assert receiver.stdout is not None and peer.stdin is not None
         port = int(await asyncio.to_thread(receiver.stdout.readline))
         once = bare(str(folder / f"store-{size}"), sizes, rank=0)
-        broadcaster = Broadcaster(WeightsConfig(push_deadline_s=120), device="cpu", incarnation=time.time_ns())
+        broadcaster = Broadcaster(
+            WeightsConfig(push_deadline_s=120), device="cpu", incarnation=time.time_ns()
+        )
         version = 0
 
         async def push(how: str) -> float:
             nonlocal version
             version += 1
             entry = ServerEntry(
-                name="receiver", incarnation=1, weights_address=f"tcp://127.0.0.1:{port}", device="cpu", state="serving", weights_version=0
+                name="receiver",
+                incarnation=1,
+                weights_address=f"tcp://127.0.0.1:{port}",
+                device="cpu",
+                state="serving",
+                weights_version=0,
             )
             snapshot = freezers[how].freeze()  # anew: checksums are kept with a snapshot
             assert snapshot is not None and snapshot.acquire()
@@ -189,7 +214,9 @@ async def pushes(model: Path, size: str, *, rounds: int, folder: Path) -> dict[s
 
 def stall(store: str, rank: int, model: str, rounds: int) -> None:
     """One of two ranks: what training waits for, with and without a gathering beside it."""
-    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2, timeout=timedelta(seconds=120))
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2, timeout=timedelta(seconds=120)
+    )
     ranks = Ranks()
     policy = Policy.load(model).shard(ranks)
     freezer = Freezer(policy, ranks, bucket_bytes=BUCKET_BYTES, dtype="float32")
@@ -202,20 +229,30 @@ def stall(store: str, rank: int, model: str, rounds: int) -> None:
         dist.barrier()
         started_s = time.perf_counter()
         tensors = dict(gather_full_state(policy))
-        for bucket in cut_buckets([spec_of(name, tensor) for name, tensor in tensors.items()], bucket_bytes=BUCKET_BYTES):
+        for bucket in cut_buckets(
+            [spec_of(name, tensor) for name, tensor in tensors.items()], bucket_bytes=BUCKET_BYTES
+        ):
             checksum(flatten(bucket, tensors))
         dist.barrier()
         gathered_s.append(time.perf_counter() - started_s)
     freezer.close()
     if rank == 0:
-        print(json.dumps({"freeze_s": statistics.median(frozen_s[1:]), "gather_s": statistics.median(gathered_s[1:])}), flush=True)
+        print(
+            json.dumps(
+                {"freeze_s": statistics.median(frozen_s[1:]), "gather_s": statistics.median(gathered_s[1:])}
+            ),
+            flush=True,
+        )
     dist.destroy_process_group()
 
 
 def stalls(model: Path, size: str, *, rounds: int, folder: Path) -> dict[str, Any]:
     """Training's stall on two ranks."""
     store = str(folder / f"stall-{size}")
-    with child("--stall", store, "0", str(model), str(rounds)) as first, child("--stall", store, "1", str(model), str(rounds)):
+    with (
+        child("--stall", store, "0", str(model), str(rounds)) as first,
+        child("--stall", store, "1", str(model), str(rounds)),
+    ):
         assert first.stdout is not None
         answer: dict[str, float] = json.loads(first.stdout.readline())
     return {"size": size} | {name: round(value, 4) for name, value in answer.items()}
@@ -239,15 +276,38 @@ def main() -> None:
             (model / "model.safetensors").unlink()
     if not options.no_write:
         write(
-            "weight_sync", {"command": f"python -m benchmarks.weight_sync --rounds {options.rounds}", "pushes": synced, "stalls": stalled}
+            "weight_sync",
+            {
+                "command": f"python -m benchmarks.weight_sync --rounds {options.rounds}",
+                "pushes": synced,
+                "stalls": stalled,
+            },
         )
     hows = ("bare", "bucketed", "per_tensor")
     counts = ("size", "num_tensors", "num_buckets", "bare_gb_per_s")
     shares = ("share_bucketed", "share_per_tensor")
-    rows = [(*(r[key] for key in counts), *(r["seconds"][how] for how in hows), *(r[key] for key in shares)) for r in synced]
-    header = ("size", "tensors", "buckets", "bare GB/s", "bare s", "push s", "tensor by tensor s", "push share", "tensor by tensor share")
+    rows = [
+        (*(r[key] for key in counts), *(r["seconds"][how] for how in hows), *(r[key] for key in shares))
+        for r in synced
+    ]
+    header = (
+        "size",
+        "tensors",
+        "buckets",
+        "bare GB/s",
+        "bare s",
+        "push s",
+        "tensor by tensor s",
+        "push share",
+        "tensor by tensor share",
+    )
     print(table(header, rows))
-    print(table(("size", "training waits, frozen s", "gathered at once s"), [(r["size"], r["freeze_s"], r["gather_s"]) for r in stalled]))
+    print(
+        table(
+            ("size", "training waits, frozen s", "gathered at once s"),
+            [(r["size"], r["freeze_s"], r["gather_s"]) for r in stalled],
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -45,7 +45,9 @@ class LedgerSettings:
 
     def __post_init__(self) -> None:
         if self.group_filter == "spread" and self.group_size < 2:
-            raise ConfigError("buffer.group_filter=spread drops every group of one sample: set sampling.group_size to at least 2")
+            raise ConfigError(
+                "buffer.group_filter=spread drops every group of one sample: set sampling.group_size to at least 2"
+            )
 
     @classmethod
     def from_config(cls, config: Config, shard: Shard = WHOLE) -> Self:
@@ -54,7 +56,9 @@ class LedgerSettings:
             max_staleness=config.staleness_cap,
             adaptive=config.max_staleness == "auto",
             # Where a group may span a push, a longer interval only means fewer pushes.
-            sync_interval=config.weights.sync_interval if config.buffer.group_filter == "single_version" else 1,
+            sync_interval=config.weights.sync_interval
+            if config.buffer.group_filter == "single_version"
+            else 1,
             groups_per_step=shard.share(config.trainer.groups_per_step),
             group_size=config.sampling.group_size,
             num_greedy=int(config.sampling.greedy_baseline),

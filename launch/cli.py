@@ -52,7 +52,14 @@ areal-like rollout --join --buffer HOST:PORT [--name NAME] name=JOB [key=value .
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0 done, 1 failed, 2 the user's mistake (one message on stderr)."""
     args = list(sys.argv[1:] if argv is None else argv)
-    commands = {"run": _run, "status": _status, "audit": _audit, "drop": _drop, "replay": _replay, "version": _version}
+    commands = {
+        "run": _run,
+        "status": _status,
+        "audit": _audit,
+        "drop": _drop,
+        "replay": _replay,
+        "version": _version,
+    }
     commands |= {"rollout": _rollout, "drain": _drain, "restart": _restart}
     if not args or args[0] in ("-h", "--help", "help"):
         sys.stdout.write("".join(f"areal-like {text}\n" for text in HELP.values()))
@@ -61,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args[0] not in commands:
             near = difflib.get_close_matches(args[0], commands, n=1)
             raise ConfigError(
-                f"unknown command {args[0]!r}: " + (f"did you mean `{near[0]}`?" if near else f"use one of {', '.join(commands)}")
+                f"unknown command {args[0]!r}: "
+                + (f"did you mean `{near[0]}`?" if near else f"use one of {', '.join(commands)}")
             )
         if args[0] != "run" and any(arg in ("-h", "--help") for arg in args[1:]):
             sys.stdout.write(f"areal-like {HELP[args[0]]}\n")
@@ -91,7 +99,10 @@ def _show_keys(*, everything: bool) -> None:
 
     width = max(80, shutil.get_terminal_size().columns)
     lines = ["areal-like run key=value ...: runs a whole job on this machine and writes runs/<name>/"]
-    lines += ["--config FILE: begins with the settings of a config.yaml, for instance that of another run", ""]
+    lines += [
+        "--config FILE: begins with the settings of a config.yaml, for instance that of another run",
+        "",
+    ]
     lines += [f"  {section}={'|'.join(names)}" for section, names in choices().items()]
     lines.append("  task._target_=my_module.MyTask: a class of your own (objective and advantage alike)")
     group = None
@@ -145,7 +156,9 @@ def _drop(args: list[str]) -> int:
     from launch.local_job.rundir import find_run
 
     if len(args) < 2 or args[0].startswith("-") or not all(ticket_id.isdecimal() for ticket_id in args[1:]):
-        raise ConfigError("drop: name one run and its tickets by their numbers, e.g. `areal-like drop default 17 23`")
+        raise ConfigError(
+            "drop: name one run and its tickets by their numbers, e.g. `areal-like drop default 17 23`"
+        )
     sys.stdout.write(drop_tickets(find_run(args[0]), [int(ticket_id) for ticket_id in args[1:]]) + "\n")
     return 0
 
@@ -155,7 +168,9 @@ def _replay(args: list[str]) -> int:
     from launch.local_job.rundir import find_run
 
     if not args or args[0].startswith("-") or "=" in args[0]:
-        raise ConfigError("replay: name one run, then settings, e.g. `areal-like replay default objective=ppo`")
+        raise ConfigError(
+            "replay: name one run, then settings, e.g. `areal-like replay default objective=ppo`"
+        )
     return run_replay(find_run(args[0]), args[1:])
 
 
@@ -181,7 +196,9 @@ def _drain(args: list[str]) -> int:
     from launch.commands.scale import drain
 
     if len(args) != 2 or any(arg.startswith("-") for arg in args):
-        raise ConfigError("drain: name one run and one of its servers, e.g. `areal-like drain default rollout-1`")
+        raise ConfigError(
+            "drain: name one run and one of its servers, e.g. `areal-like drain default rollout-1`"
+        )
     return drain(*args)
 
 
@@ -189,7 +206,9 @@ def _restart(args: list[str]) -> int:
     from launch.commands.scale import restart
 
     if len(args) < 2 or any(arg.startswith("-") for arg in args) or "=" in "".join(args[:2]):
-        raise ConfigError("restart: name one run and `trainer`, e.g. `areal-like restart default trainer trainer.world_size=2`")
+        raise ConfigError(
+            "restart: name one run and `trainer`, e.g. `areal-like restart default trainer trainer.world_size=2`"
+        )
     return restart(args[0], args[1], args[2:])
 
 

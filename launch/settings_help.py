@@ -70,7 +70,9 @@ def _keys_of(cls: type, *, prefix: str) -> list[Key]:
         if dataclasses.is_dataclass(value):
             keys += _keys_of(type(value), prefix=f"{prefix}{spec.name}.")
         else:
-            default = value["name"] if isinstance(value, dict) and spec.name in OPEN_SECTIONS else _written(value)
+            default = (
+                value["name"] if isinstance(value, dict) and spec.name in OPEN_SECTIONS else _written(value)
+            )
             keys.append(Key(path=f"{prefix}{spec.name}", default=default, text=texts.get(spec.name, "")))
     return keys
 
@@ -86,11 +88,17 @@ def _written(value: object) -> str:
 
 def _field_docstrings(cls: type) -> dict[str, str]:
     tree = next(
-        node for node in ast.parse(inspect.getsource(config_module)).body if isinstance(node, ast.ClassDef) and node.name == cls.__name__
+        node
+        for node in ast.parse(inspect.getsource(config_module)).body
+        if isinstance(node, ast.ClassDef) and node.name == cls.__name__
     )
     texts = {}
     for node, following in zip(tree.body, tree.body[1:], strict=False):
-        is_text = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant) and isinstance(following.value.value, str)
+        is_text = (
+            isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+            and isinstance(following.value.value, str)
+        )
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and is_text:
             texts[node.target.id] = " ".join(ast.literal_eval(following.value).split())  # type: ignore[attr-defined]
     return texts

@@ -23,7 +23,12 @@ from areal_like.runtime.imports import torch_hidden, uncollected
 from areal_like.weights.snapshots_on_disk import newest_snapshot
 from areal_like.wire.addresses import buffer_addresses
 from areal_like.wire.channel import tcp_address
-from areal_like.wire.fingerprint import dataset_fingerprint, model_fingerprint, shared_settings, tokenizer_fingerprint
+from areal_like.wire.fingerprint import (
+    dataset_fingerprint,
+    model_fingerprint,
+    shared_settings,
+    tokenizer_fingerprint,
+)
 from areal_like.wire.messages.hello import Hello, Role
 from areal_like.wire.messages.producer import Lease, ServerState
 from areal_like.wire.records import BYTES_PER_TOKEN
@@ -61,7 +66,9 @@ async def main(runtime: Runtime) -> None:
     config = runtime.config
     task = make_task(config.task, seed=config.seed)
     if config.eval.num_prompts > task.num_eval:
-        raise ConfigError(f"eval.num_prompts={config.eval.num_prompts}: the task holds out {task.num_eval} (task.num_eval)")
+        raise ConfigError(
+            f"eval.num_prompts={config.eval.num_prompts}: the task holds out {task.num_eval} (task.num_eval)"
+        )
     buffer_addresses(config)
     model = model_path(config)
     with torch_hidden(), uncollected():
@@ -70,10 +77,22 @@ async def main(runtime: Runtime) -> None:
     renderer.max_prompt_tokens = min(task.max_prompt_tokens, context_tokens - config.sampling.max_new_tokens)
     log.info("task %s, examples %s", config.task, task.fingerprint())
     rollout = config.rollout
-    pool = RewardPool(config.task, seed=config.seed, num_workers=rollout.reward_workers, timeout_s=rollout.reward_timeout_s)
-    engine, tensors = _engine(config, name=runtime.name, model=model, context_tokens=context_tokens, vocab_size=renderer.vocab_size)
+    pool = RewardPool(
+        config.task, seed=config.seed, num_workers=rollout.reward_workers, timeout_s=rollout.reward_timeout_s
+    )
+    engine, tensors = _engine(
+        config, name=runtime.name, model=model, context_tokens=context_tokens, vocab_size=renderer.vocab_size
+    )
     async with pool as rewards:
-        server = RolloutServer(runtime, task=task, renderer=renderer, model=model, rewards=rewards, engine=engine, tensors=tensors)
+        server = RolloutServer(
+            runtime,
+            task=task,
+            renderer=renderer,
+            model=model,
+            rewards=rewards,
+            engine=engine,
+            tensors=tensors,
+        )
         try:
             await server.run()
         finally:
@@ -89,7 +108,9 @@ def _engine(
     tensors = ModelTensors.of(model)
     if config.rollout.sglang.url:
         return SglangAtUrl(config, name=name, model=model, vocab_size=vocab_size), tensors
-    return SglangProcess(config, name=name, model=model, context_tokens=context_tokens, vocab_size=vocab_size), tensors
+    return SglangProcess(
+        config, name=name, model=model, context_tokens=context_tokens, vocab_size=vocab_size
+    ), tensors
 
 
 def check_context(config: Config, task: Task, *, max_positions: int) -> int:
@@ -107,7 +128,9 @@ def check_context(config: Config, task: Task, *, max_positions: int) -> int:
             f"(rollout.max_context={config.rollout.max_context}, the model ends at {max_positions}): lower it"
         )
     num_samples = config.sampling.group_size + config.sampling.greedy_baseline
-    if (num_bytes := num_samples * (BYTES_PER_TOKEN * context + _SAMPLE_OVERHEAD_BYTES)) > config.buffer.max_message_bytes:
+    if (
+        num_bytes := num_samples * (BYTES_PER_TOKEN * context + _SAMPLE_OVERHEAD_BYTES)
+    ) > config.buffer.max_message_bytes:
         raise ConfigError(
             f"a group of {num_samples} samples of up to {context} tokens may take {num_bytes} bytes, and "
             f"buffer.max_message_bytes={config.buffer.max_message_bytes} is the most that travels in one message: raise it"
@@ -174,9 +197,16 @@ class RolloutServer:
             on_answer=self._link.deliver,
         )
         self._stats = ServerStats(
-            runtime.metrics, link=self._link, runner=self._runner, rewards=rewards, receiver=self._receiver, engine=engine
+            runtime.metrics,
+            link=self._link,
+            runner=self._runner,
+            rewards=rewards,
+            receiver=self._receiver,
+            engine=engine,
         )
-        self._weights_address = tcp_address(config.rollout.advertise_host or config.rollout.host, self._receiver.port)
+        self._weights_address = tcp_address(
+            config.rollout.advertise_host or config.rollout.host, self._receiver.port
+        )
         runtime.status = self._status
         runtime.advertise(weights=self._weights_address)
 
@@ -188,7 +218,13 @@ class RolloutServer:
             asyncio.create_task(self._observe(), name="stats"),
         ]
         stopping = asyncio.create_task(self._runtime.stopping.wait(), name="stopping")
-        watched: list[asyncio.Future[Any]] = [*tasks, stopping, self._receiver.serving, self._runner.failed, *self._rewards.serving]
+        watched: list[asyncio.Future[Any]] = [
+            *tasks,
+            stopping,
+            self._receiver.serving,
+            self._runner.failed,
+            *self._rewards.serving,
+        ]
         async with cancelled_on_exit(*tasks, stopping):
             done, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
             for ended in done:
@@ -249,7 +285,9 @@ class RolloutServer:
             else:
                 answered_s = loop.time()
             self._link.tell(self._stats.update(load, now_s=loop.time()))
-            problem = self._link.problem or ("" if self._link.state is ServerState.SERVING else self._link.state.value)
+            problem = self._link.problem or (
+                "" if self._link.state is ServerState.SERVING else self._link.state.value
+            )
             if problem:
                 self._runtime.unready(problem)
             else:
@@ -262,18 +300,32 @@ class RolloutServer:
             return self._model, _INITIAL_VERSION
         timeout_s = self._runtime.config.rollout.start_timeout_s
         try:
-            await client.update_weights_from_disk(str(found.path), weight_version=found.version, timeout_s=timeout_s)
+            await client.update_weights_from_disk(
+                str(found.path), weight_version=found.version, timeout_s=timeout_s
+            )
         except EngineError as error:
-            log.warning("%s was not loaded, the engine begins with the run's first weights: %s", found.path, error)
+            log.warning(
+                "%s was not loaded, the engine begins with the run's first weights: %s", found.path, error
+            )
             if self._in_place is not None:  # half of it may be in
-                await client.update_weights_from_disk(self._model, weight_version=_INITIAL_VERSION, timeout_s=timeout_s)
+                await client.update_weights_from_disk(
+                    self._model, weight_version=_INITIAL_VERSION, timeout_s=timeout_s
+                )
             return self._model, _INITIAL_VERSION
         log.info("%s loaded as version %d", found.path, found.version)
         return str(found.path), found.version
 
     def _on_engine(self, client: EngineClient, *, version: int) -> None:
-        restarted = version == _INITIAL_VERSION and self._engine.num_starts > 1 and self._link.newest_version > _INITIAL_VERSION
-        log.info("engine ready, pid %d%s", self._engine.pid, ": it takes leases after the next push" if restarted else "")
+        restarted = (
+            version == _INITIAL_VERSION
+            and self._engine.num_starts > 1
+            and self._link.newest_version > _INITIAL_VERSION
+        )
+        log.info(
+            "engine ready, pid %d%s",
+            self._engine.pid,
+            ": it takes leases after the next push" if restarted else "",
+        )
         self._client = self._runner.engine = client
         self._receiver.set_engine(client, version=version)
         state = ServerState.QUARANTINED if restarted else ServerState.SERVING

@@ -57,7 +57,13 @@ class ServerStats:
         receiver: WeightReceiver,
         engine: Engine,
     ) -> None:
-        self._link, self._runner, self._rewards, self._receiver, self._engine = link, runner, rewards, receiver, engine
+        self._link, self._runner, self._rewards, self._receiver, self._engine = (
+            link,
+            runner,
+            rewards,
+            receiver,
+            engine,
+        )
         self._counters = {key: metrics.counter(*named) for key, named in _COUNTERS.items()}
         self._gauges = {key: metrics.gauge(*named) for key, named in _GAUGES.items()}
         self._before_engine = dict.fromkeys(_CUMULATIVE, 0.0)

@@ -89,7 +89,11 @@ class StalenessController:
         mean = state.sum_ess / state.num_seen
         is_good = mean > self._raise_above and state.max_lag >= state.bound
         measured = dataclasses.replace(
-            state, num_seen=0, sum_ess=0.0, max_lag=0, num_good_windows=state.num_good_windows + 1 if is_good else 0
+            state,
+            num_seen=0,
+            sum_ess=0.0,
+            max_lag=0,
+            num_good_windows=state.num_good_windows + 1 if is_good else 0,
         )
         if mean < self._target:
             return self._lowered(measured)
@@ -101,7 +105,9 @@ class StalenessController:
         return measured
 
     def _lowered(self, state: _State) -> _State:
-        if not state.bound:  # on-policy data fall short by themselves (the engine's numerics): no bound can help
+        if (
+            not state.bound
+        ):  # on-policy data fall short by themselves (the engine's numerics): no bound can help
             return state
         failed_again = state.bound == state.ceiling
         patience = min(2 * state.patience, _MAX_PATIENCE) if failed_again else _FIRST_PATIENCE
@@ -110,4 +116,6 @@ class StalenessController:
 
 def _changed(state: _State, bound: int) -> _State:
     # Tickets of the old bound are trained for so long, and one step is recorded ahead.
-    return dataclasses.replace(state, bound=bound, settling_steps=max(state.bound, bound) + 1, num_good_windows=0)
+    return dataclasses.replace(
+        state, bound=bound, settling_steps=max(state.bound, bound) + 1, num_good_windows=0
+    )

@@ -153,7 +153,15 @@ class Checkpoints:
         in_flight, self._in_flight = self._in_flight, None
         return None if in_flight is None else in_flight.result()
 
-    def load(self, step: int, policy: Policy, optimizer: ShardedAdamW, ranks: Ranks, *, critic: Critic | None = None) -> dict[str, Any]:
+    def load(
+        self,
+        step: int,
+        policy: Policy,
+        optimizer: ShardedAdamW,
+        ranks: Ranks,
+        *,
+        critic: Critic | None = None,
+    ) -> dict[str, Any]:
         """Restores weights, moments and random state in place, at any number of ranks; returns `extra`.
 
         A critic that the checkpoint does not have stays as it is, with a warning.
@@ -163,15 +171,33 @@ class Checkpoints:
         path = self.path(step)
         if step not in self.steps():
             found = ", ".join(map(str, self.steps())) or "none"
-            raise ConfigError(f"no checkpoint of step {step} in {self._root} (there: {found}): set resume to one of them")
+            raise ConfigError(
+                f"no checkpoint of step {step} in {self._root} (there: {found}): set resume to one of them"
+            )
         try:
             state = json.loads((path / STATE_FILE).read_text())
             if state["format"] != FORMAT:
-                raise ConfigError(f"{path}: written by another version (format {state['format']}, this is {FORMAT})")
-            _read(path / MODEL_FILE, path / OPTIMIZER_FILE, policy, optimizer, ranks, num_updates=int(state["num_updates"]))
+                raise ConfigError(
+                    f"{path}: written by another version (format {state['format']}, this is {FORMAT})"
+                )
+            _read(
+                path / MODEL_FILE,
+                path / OPTIMIZER_FILE,
+                policy,
+                optimizer,
+                ranks,
+                num_updates=int(state["num_updates"]),
+            )
             if critic is not None and "num_critic_updates" in state:
                 num_updates = int(state["num_critic_updates"])
-                _read(path / CRITIC_FILE, path / CRITIC_OPTIMIZER_FILE, critic.model, critic.optimizer, ranks, num_updates=num_updates)
+                _read(
+                    path / CRITIC_FILE,
+                    path / CRITIC_OPTIMIZER_FILE,
+                    critic.model,
+                    critic.optimizer,
+                    ranks,
+                    num_updates=num_updates,
+                )
             elif critic is not None:
                 log.warning("%s was made without a critic: it begins anew", path)
             with safe_open(path / OPTIMIZER_FILE, framework="pt") as file:
@@ -206,16 +232,34 @@ def _whole(model: PackedModel, optimizer: ShardedAdamW) -> tuple[dict[str, Tenso
     return weights, moments
 
 
-def _read(weights_path: Path, moments_path: Path, model: PackedModel, optimizer: ShardedAdamW, ranks: Ranks, *, num_updates: int) -> None:
+def _read(
+    weights_path: Path,
+    moments_path: Path,
+    model: PackedModel,
+    optimizer: ShardedAdamW,
+    ranks: Ranks,
+    *,
+    num_updates: int,
+) -> None:
     """This rank's rows of weights and moments, as `_whole` gave them."""
     _read_rows(weights_path, model, optimizer.shards, ranks, prefix="")
-    moments = {name: {key: torch.empty_like(shard) for key in MOMENTS} for name, shard in optimizer.shards.items()}
+    moments = {
+        name: {key: torch.empty_like(shard) for key in MOMENTS} for name, shard in optimizer.shards.items()
+    }
     for key in MOMENTS:
-        _read_rows(moments_path, model, {name: tensors[key] for name, tensors in moments.items()}, ranks, prefix=f"{key}.")
+        _read_rows(
+            moments_path,
+            model,
+            {name: tensors[key] for name, tensors in moments.items()},
+            ranks,
+            prefix=f"{key}.",
+        )
     optimizer.restore(moments, num_updates=num_updates)
 
 
-def _read_rows(file_path: Path, model: PackedModel, into: Mapping[str, Tensor], ranks: Ranks, *, prefix: str) -> None:
+def _read_rows(
+    file_path: Path, model: PackedModel, into: Mapping[str, Tensor], ranks: Ranks, *, prefix: str
+) -> None:
     """Copies this rank's rows of every parameter-like tensor of a file into `into` (by the model's names)."""
     with safe_open(file_path, framework="pt") as file, torch.no_grad():
         for name, param in model.named_parameters():
@@ -250,7 +294,9 @@ def _write(final: Path, fill: Callable[[Path], None]) -> DiskFullError | None:
         shutil.rmtree(partial, ignore_errors=True)  # at once: the ledger may wait for this space
         if not any(words in str(error) for words in _NO_SPACE):
             raise
-        full = DiskFullError(f"{final} was not written ({error}): free space there, or lower trainer.keep_checkpoints")
+        full = DiskFullError(
+            f"{final} was not written ({error}): free space there, or lower trainer.keep_checkpoints"
+        )
         log.error("%s; the checkpoint before it stays the newest, and the next is the next try", full)
         return full
     return None

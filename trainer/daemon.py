@@ -54,9 +54,13 @@ class Trainer:
         source = model_path(config)
         self._policy = build_policy(config, source, ranks)
         self._runner = StepRunner.of(config, self._policy, ranks, initial=source)
-        self._freezer = Freezer(self._policy, ranks, bucket_bytes=config.weights.bucket_bytes, dtype=config.model.dtype)
+        self._freezer = Freezer(
+            self._policy, ranks, bucket_bytes=config.weights.bucket_bytes, dtype=config.model.dtype
+        )
         self._freeze_s = 0.0
-        self._checkpoints = Checkpoints(self._paths.checkpoints, keep=config.trainer.keep_checkpoints, tokenizer_path=source)
+        self._checkpoints = Checkpoints(
+            self._paths.checkpoints, keep=config.trainer.keep_checkpoints, tokenizer_path=source
+        )
         self._step, self._stream = self._resume()
         self._saved_step = self._step
         link.step = self._step
@@ -69,7 +73,9 @@ class Trainer:
         """The whole run."""
         with contextlib.closing(self._checkpoints):
             self._begin()
-            while self._step < self._config.trainer.num_steps and not self._ranks.any(self._link.stop_requested.is_set()):
+            while self._step < self._config.trainer.num_steps and not self._ranks.any(
+                self._link.stop_requested.is_set()
+            ):
                 try:
                     self._train_step()
                 except IncompleteStepError as error:
@@ -82,10 +88,14 @@ class Trainer:
         resume = self._config.resume
         if not resume:
             return 0, {}
-        step = self._checkpoints.latest(self._ranks) if resume == "latest" else int(resume.removeprefix("step:"))
+        step = (
+            self._checkpoints.latest(self._ranks) if resume == "latest" else int(resume.removeprefix("step:"))
+        )
         if step is None:
             raise ConfigError(f"resume=latest: there is no checkpoint in {self._paths.checkpoints}")
-        extra = self._checkpoints.load(step, self._policy, self._runner.optimizer, self._ranks, critic=self._runner.critic)
+        extra = self._checkpoints.load(
+            step, self._policy, self._runner.optimizer, self._ranks, critic=self._runner.critic
+        )
         self._runner.rewards.restore(extra["shaping_duals"])
         return step, extra["stream"]
 
@@ -97,7 +107,9 @@ class Trainer:
             # Not earlier, the buffer may refuse; not later, whoever is started after a death while servers start takes the latest.
             self._checkpoints.set_aside_after(self._step)
             oldest_kept_step = min(self._checkpoints.steps(), default=0)
-            self._leader.begin(snapshot, is_new=is_new, stream=self._stream, oldest_kept_step=oldest_kept_step)
+            self._leader.begin(
+                snapshot, is_new=is_new, stream=self._stream, oldest_kept_step=oldest_kept_step
+            )
         # No rank may fetch before rank 0 has said where training starts.
         self._ranks.meet()
         self._link.runtime.ready()
@@ -107,13 +119,17 @@ class Trainer:
         link.state = "training"
         lags = LagTally(config.staleness_cap)
         groups = (lags.counted(group) for group in link.groups(step))
-        metrics = self._runner.run(groups, step=step, num_groups=config.trainer.groups_per_step, lags=lags.of_tokens)
+        metrics = self._runner.run(
+            groups, step=step, num_groups=config.trainer.groups_per_step, lags=lags.of_tokens
+        )
         self._step = link.step = step + 1
         lag_metrics = lags.reduced(self._ranks)
         is_sync = self._step % config.weights.sync_interval == 0 or self._step == config.trainer.num_steps
         snapshot = self._snapshot() if is_sync else None
         if self._leader is not None:
-            self._leader.stepped(step, metrics | lag_metrics | {"freeze_s": self._freeze_s * is_sync}, snapshot)
+            self._leader.stepped(
+                step, metrics | lag_metrics | {"freeze_s": self._freeze_s * is_sync}, snapshot
+            )
         if self._step % config.trainer.checkpoint_interval == 0 or self._step == config.trainer.num_steps:
             self._save()
 
@@ -152,7 +168,9 @@ class Trainer:
             leader.commit(step - 1, oldest_kept_step=oldest_kept_step)
 
         runner = self._runner
-        self._checkpoints.save(step, self._policy, runner.optimizer, self._ranks, critic=runner.critic, extra=extra, then=commit)
+        self._checkpoints.save(
+            step, self._policy, runner.optimizer, self._ranks, critic=runner.critic, extra=extra, then=commit
+        )
         self._saved_step = step
 
     async def _hand_over(self, _: dict[str, Any]) -> dict[str, Any]:
@@ -165,7 +183,11 @@ class Trainer:
         return {"handing_over": True}
 
     def _status(self) -> dict[str, Any]:
-        base: dict[str, Any] = {"state": self._link.state, "step": self._step, "num_steps": self._config.trainer.num_steps}
+        base: dict[str, Any] = {
+            "state": self._link.state,
+            "step": self._step,
+            "num_steps": self._config.trainer.num_steps,
+        }
         return base | (self._leader.status() if self._leader is not None else {})
 
 
@@ -181,7 +203,12 @@ def _patience_s(config: Config) -> float:
     started again."""
     trainer, num_groups = config.trainer, -(-config.trainer.groups_per_step // config.trainer.world_size)
     leading_s = 2 * (config.rollout.start_timeout_s + config.weights.push_deadline_s + config.eval.timeout_s)
-    return leading_s + num_groups * trainer.fetch_timeout_s + trainer.buffer_timeout_s + trainer.collective_timeout_s
+    return (
+        leading_s
+        + num_groups * trainer.fetch_timeout_s
+        + trainer.buffer_timeout_s
+        + trainer.collective_timeout_s
+    )
 
 
 def _run(config: Config) -> None:
@@ -194,9 +221,17 @@ def _run(config: Config) -> None:
         ranks = Ranks(device=device, patience_s=_patience_s(config))
         incarnation = torch.tensor([time.time_ns()], dtype=torch.int64)
         dist.broadcast(incarnation, src=0)
-        if ranks.rank == 0:  # before the buffer is asked anything: on a full disk it answers when there is space
+        if (
+            ranks.rank == 0
+        ):  # before the buffer is asked anything: on a full disk it answers when there is space
             remove_partials(RunPaths.of(config).checkpoints)
-        link = BufferLink(config, rank=ranks.rank, world_size=ranks.world_size, device=str(device), incarnation=int(incarnation))
+        link = BufferLink(
+            config,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            device=str(device),
+            incarnation=int(incarnation),
+        )
 
         def on_drain() -> None:
             link.stop_requested.set()

@@ -68,13 +68,17 @@ class Leader:
         from here: another start would be refused too.
         """
         try:
-            welcome = self._link.call(StartTraining(step=self._step, stream=stream.get("stream", {})), timeout_s=_CALL_TIMEOUT_S)
+            welcome = self._link.call(
+                StartTraining(step=self._step, stream=stream.get("stream", {})), timeout_s=_CALL_TIMEOUT_S
+            )
         except RefusedError as error:
             raise UserError(str(error)) from error
         # Without a checkpoint the run begins anew, but servers may hold what an earlier trainer pushed.
         return self._step == 0 and bool(welcome.newest_version == 0)
 
-    def begin(self, snapshot: Snapshot, *, is_new: bool, stream: dict[str, Any], oldest_kept_step: int) -> None:
+    def begin(
+        self, snapshot: Snapshot, *, is_new: bool, stream: dict[str, Any], oldest_kept_step: int
+    ) -> None:
         """After `claim`, which says `is_new`: unless the run is new, the engines get this trainer's weights before anything else.
 
         `stream`: as in `claim`. `oldest_kept_step`: as in `commit`. A drain ends the waiting.
@@ -127,7 +131,11 @@ class Leader:
         row = self._row(step, {**metrics, "max_staleness": bound})
         self._metrics.append(row)
         self._series.stepped(step, {**metrics, **row})
-        link.stats = {name: row[name] for name in ("reward_mean", "loss", "tokens_per_s_trained") if math.isfinite(row[name])}
+        link.stats = {
+            name: row[name]
+            for name in ("reward_mean", "loss", "tokens_per_s_trained")
+            if math.isfinite(row[name])
+        }
         if self._step == WARM_UP_STEPS:
             self._warm_books = link.call(GetBooks(), timeout_s=_CALL_TIMEOUT_S)
         is_due = self._step % self._config.eval.interval == 0 and self._step < self._config.trainer.num_steps
@@ -165,11 +173,15 @@ class Leader:
         if finished and self._metrics.num_rows:
             try:
                 link.run(
-                    self._publisher.wait_active(self._step), name="the last weights to be active", timeout_s=config.weights.push_deadline_s
+                    self._publisher.wait_active(self._step),
+                    name="the last weights to be active",
+                    timeout_s=config.weights.push_deadline_s,
                 )
                 if config.eval.num_prompts:
                     link.state = "evaluating"
-                    eval_after = self._finish_eval(self._ask_eval(), timeout_s=config.eval.timeout_s).mean_reward
+                    eval_after = self._finish_eval(
+                        self._ask_eval(), timeout_s=config.eval.timeout_s
+                    ).mean_reward
             except ArealError as error:
                 log.warning("the run is trained and saved, but its last evaluation is missing: %s", error)
         link.run(self._publisher.close(), name="weight groups to dissolve", timeout_s=30)
@@ -229,14 +241,24 @@ class Leader:
 
     def _ask_eval(self) -> Future[EvalResult]:
         version = self._publisher.active_version
-        request = RequestEval(eval_id=self._step, num_prompts=self._config.eval.num_prompts, min_version=version)
-        return self._link.submit_call(request, timeout_s=self._config.rollout.start_timeout_s + self._config.eval.timeout_s)
+        request = RequestEval(
+            eval_id=self._step, num_prompts=self._config.eval.num_prompts, min_version=version
+        )
+        return self._link.submit_call(
+            request, timeout_s=self._config.rollout.start_timeout_s + self._config.eval.timeout_s
+        )
 
     def _finish_eval(self, future: Future[EvalResult], *, timeout_s: float) -> EvalResult:
-        result: EvalResult = self._link.wait(future, name="the evaluation", timeout_s=timeout_s, may_stop=True)
+        result: EvalResult = self._link.wait(
+            future, name="the evaluation", timeout_s=timeout_s, may_stop=True
+        )
         if result.num_evaluated == 0:
-            raise ArealError(f"none of the {result.num_failed} held-out prompts could be evaluated: see the rollout servers' logs")
-        log.info("evaluation %d: %.4f over %d prompts", result.eval_id, result.mean_reward, result.num_evaluated)
+            raise ArealError(
+                f"none of the {result.num_failed} held-out prompts could be evaluated: see the rollout servers' logs"
+            )
+        log.info(
+            "evaluation %d: %.4f over %d prompts", result.eval_id, result.mean_reward, result.num_evaluated
+        )
         self._series.evaluated(result.mean_reward)
         return result
 

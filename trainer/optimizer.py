@@ -54,7 +54,9 @@ class ShardedAdamW:
         self._decay_steps = decay_steps
         self._max_grad_norm = max_grad_norm
         self._params = dict(model.named_parameters())
-        self.shards = {name: torch.nn.Parameter(local(param.detach())) for name, param in self._params.items()}
+        self.shards = {
+            name: torch.nn.Parameter(local(param.detach())) for name, param in self._params.items()
+        }
         """This rank's part of each parameter, by name; memory shared with the model."""
         # A parameter with fewer rows than there are ranks leaves some of them an empty shard.
         used = [(self._params[name].ndim, shard) for name, shard in self.shards.items() if shard.numel()]
@@ -81,7 +83,11 @@ class ShardedAdamW:
     def learning_rate(self, step: int) -> float:
         """Learning rate of the step after `step` completed ones."""
         warm = min(1.0, (step + 1) / max(self._warmup_steps, 1))
-        left = (self._decay_steps - step) / max(self._decay_steps - self._warmup_steps, 1) if self._decay_steps else 1.0
+        left = (
+            (self._decay_steps - step) / max(self._decay_steps - self._warmup_steps, 1)
+            if self._decay_steps
+            else 1.0
+        )
         return self._lr * min(warm, max(left, 0.0))
 
     def step(self, *, divisor: float, lr: float) -> float:

@@ -53,13 +53,22 @@ def _tiny(config: Config) -> Recipe:
             "or set model.warm_start_steps=0 for random weights"
         )
     # Read, not imported: a model that is in the cache costs no import of torch.
-    sources = [path.read_text() for path in (Path(__file__).parent / "models" / "tiny.py", Path(sorting.__file__))]
-    key = {"seed": config.seed, "steps": steps, "swap_prob": config.model.warm_start_swap_prob, "sources": sources}
+    sources = [
+        path.read_text() for path in (Path(__file__).parent / "models" / "tiny.py", Path(sorting.__file__))
+    ]
+    key = {
+        "seed": config.seed,
+        "steps": steps,
+        "swap_prob": config.model.warm_start_swap_prob,
+        "sources": sources,
+    }
 
     def build(out_dir: Path) -> None:
         from trainer.models import tiny
 
-        tiny.build_tiny_model(out_dir, seed=config.seed, warm_start_steps=steps, swap_prob=config.model.warm_start_swap_prob)
+        tiny.build_tiny_model(
+            out_dir, seed=config.seed, warm_start_steps=steps, swap_prob=config.model.warm_start_swap_prob
+        )
 
     return "tiny", key, build
 
@@ -68,7 +77,11 @@ def _smollm2(config: Config) -> Recipe:
     from trainer.models import smollm2
 
     source = smollm2.smollm2_gguf()
-    key = {"file": source.name, "num_bytes": source.stat().st_size, "source": Path(smollm2.__file__).read_text()}
+    key = {
+        "file": source.name,
+        "num_bytes": source.stat().st_size,
+        "source": Path(smollm2.__file__).read_text(),
+    }
     return "smollm2", key, smollm2.convert_smollm2
 
 

@@ -88,7 +88,9 @@ def _from_file(path: Path, overrides: list[str]) -> dict[str, Any]:
         for override in overrides:
             section, _, choice = override.partition("=")
             if section.removesuffix("._target_") in OPEN_SECTIONS:
-                merged[section.removesuffix("._target_")] = {}  # what another class was told is not for this one
+                merged[
+                    section.removesuffix("._target_")
+                ] = {}  # what another class was told is not for this one
             if section in GROUPS and not choice.startswith("{"):
                 merged = OmegaConf.merge(merged, _preset(section, choice))
             else:
@@ -106,7 +108,9 @@ def _preset(section: str, choice: str) -> Any:
         raise ConfigError(_no_choice(section, choice))
     file = CONFIGS / section / f"{choice}.yaml"
     preset = OmegaConf.load(file)
-    return preset if file.read_text().startswith("# @package _global_") else OmegaConf.create({section: preset})
+    return (
+        preset if file.read_text().startswith("# @package _global_") else OmegaConf.create({section: preset})
+    )
 
 
 def _compose(overrides: list[str]) -> dict[str, Any]:
@@ -131,7 +135,9 @@ def _open(overrides: list[str]) -> Iterator[str]:
     """Lets open sections take any key, and drops the default's own keys when a `_target_` or a whole mapping replaces it."""
     for section in OPEN_SECTIONS:
         whole = any(o.startswith((f"{section}._target_=", f"{section}={{")) for o in overrides)
-        if whole and not any(o.startswith(f"{section}=") and not o.startswith(f"{section}={{") for o in overrides):
+        if whole and not any(
+            o.startswith(f"{section}=") and not o.startswith(f"{section}={{") for o in overrides
+        ):
             yield f"{section}=custom"
     for override in overrides:
         is_open = override.startswith((*_OPEN_PREFIXES, *(f"{section}={{" for section in OPEN_SECTIONS)))
@@ -170,7 +176,9 @@ def _explain(error: Exception, overrides: list[str], base: dict[str, Any]) -> st
         key = override.split("=", 1)[0].lstrip("+~")
         if key not in known and not key.startswith(_OPEN_PREFIXES):
             near = difflib.get_close_matches(key, known, n=1)
-            return f"unknown key `{key}`" + (f": did you mean `{near[0]}`?" if near else ": see --help for the keys")
+            return f"unknown key `{key}`" + (
+                f": did you mean `{near[0]}`?" if near else ": see --help for the keys"
+            )
         if key in GROUPS and "Could not find" in str(error):
             return _no_choice(key, override.partition("=")[2])
     return _first_line(error)
@@ -181,7 +189,9 @@ def _no_choice(section: str, choice: str) -> str:
     near = difflib.get_close_matches(choice, known, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     own = (
-        f"a Hugging Face directory or name is model.path={choice}" if section == "model" else f"a class of yours is {section}._target_=..."
+        f"a Hugging Face directory or name is model.path={choice}"
+        if section == "model"
+        else f"a class of yours is {section}._target_=..."
     )
     return f"{section}={choice}: {hint}known choices are {', '.join(known)}; {own}"
 

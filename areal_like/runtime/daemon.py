@@ -77,7 +77,9 @@ def configure_logging(config: Config, name: str) -> None:
     file.setFormatter(JsonFormatter())
     plain = logging.StreamHandler(sys.stderr)
     plain.setFormatter(PlainFormatter(name))
-    plain.addFilter(lambda record: record.name != exit_log.name)  # the exit's one line on stderr is written without decoration
+    plain.addFilter(
+        lambda record: record.name != exit_log.name
+    )  # the exit's one line on stderr is written without decoration
     plain.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
     logging.basicConfig(level=config.daemon.log_level, handlers=[file, plain], force=True)
 
@@ -156,13 +158,27 @@ class Runtime:
         try:
             listening = bound_socket(host, 0)
         except OSError as error:
-            raise ConfigError(f"cannot bind {host} ({error.strerror}): set daemon.http_host to an address of this machine") from None
+            raise ConfigError(
+                f"cannot bind {host} ({error.strerror}): set daemon.http_host to an address of this machine"
+            ) from None
         listening.listen(128)  # from here on a request waits for the server instead of being refused
         self.http_port = listening.getsockname()[1]
-        settings = uvicorn.Config(self._app(), log_level="warning", lifespan="off", access_log=False, loop="asyncio", log_config=None)
+        settings = uvicorn.Config(
+            self._app(),
+            log_level="warning",
+            lifespan="off",
+            access_log=False,
+            loop="asyncio",
+            log_config=None,
+        )
         self._server = _QuietServer(settings)
         self._serving = asyncio.create_task(self._server.serve(sockets=[listening]), name="http")
-        self.advertise(role=self.role, pid=os.getpid(), http=f"{host}:{self.http_port}", started_unix_s=round(time.time(), 3))
+        self.advertise(
+            role=self.role,
+            pid=os.getpid(),
+            http=f"{host}:{self.http_port}",
+            started_unix_s=round(time.time(), 3),
+        )
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -195,7 +211,11 @@ class Runtime:
 
         async def status(_: Request) -> Response:
             base = {"role": self.role, "name": self.name, "pid": os.getpid(), "incarnation": self.incarnation}
-            return JSONResponse(base | {"not_ready": self.not_ready_because, "waiting_on": self.waits.report()} | self.status())
+            return JSONResponse(
+                base
+                | {"not_ready": self.not_ready_because, "waiting_on": self.waits.report()}
+                | self.status()
+            )
 
         async def control(request: Request) -> Response:
             verb = self.verbs.get(request.path_params["verb"])
@@ -240,7 +260,9 @@ def exit_code_of(name: str, run: Callable[[], None]) -> int:
         exit_log.error("%s: %s", type(error).__name__, error)
         sys.stderr.write(f"{name}: {error}\n")
         return 1
-    except Exception as error:  # the outermost frame of a process: log the trace-back where it is looked for, and end
+    except (
+        Exception
+    ) as error:  # the outermost frame of a process: log the trace-back where it is looked for, and end
         exit_log.exception("unexpected")
         sys.stderr.write(f"{name}: unexpected {type(error).__name__}: {error} (trace-back in its log)\n")
         return 1

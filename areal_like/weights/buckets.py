@@ -47,7 +47,9 @@ class TensorSpec:
         if not isinstance(self.name, str) or not self.name:
             raise WeightSyncError(f"tensor name: want a non-empty string, got {self.name!r}")
         if self.dtype not in ITEM_BYTES:
-            raise WeightSyncError(f"tensor {self.name}: dtype {self.dtype!r} is not one of {', '.join(ITEM_BYTES)}")
+            raise WeightSyncError(
+                f"tensor {self.name}: dtype {self.dtype!r} is not one of {', '.join(ITEM_BYTES)}"
+            )
         if not all(type(size) is int and 0 <= size <= MAX_DIM for size in self.shape):
             raise WeightSyncError(f"tensor {self.name}: shape {list(self.shape)!r} is not a list of sizes")
 
@@ -100,14 +102,18 @@ class Bucket:
         if not all(isinstance(column, list) and len(column) <= MAX_TENSORS for column in columns):
             raise WeightSyncError("bucket: names, dtypes and shapes must be lists")
         names, dtypes, shapes = (list(column) for column in columns if isinstance(column, list))
-        if not len(names) == len(dtypes) == len(shapes) or not all(isinstance(shape, (list, tuple)) for shape in shapes):
+        if not len(names) == len(dtypes) == len(shapes) or not all(
+            isinstance(shape, (list, tuple)) for shape in shapes
+        ):
             raise WeightSyncError("bucket: names, dtypes and shapes must have one entry a tensor")
         stated = raw.get("checksum")
         if stated is not None and type(stated) is not int:
             raise WeightSyncError(f"bucket: checksum must be an integer, got {stated!r}")
         specs = zip(names, dtypes, shapes, strict=True)
         return cls(
-            tensors=tuple(TensorSpec(name=name, dtype=dtype, shape=tuple(shape)) for name, dtype, shape in specs),
+            tensors=tuple(
+                TensorSpec(name=name, dtype=dtype, shape=tuple(shape)) for name, dtype, shape in specs
+            ),
             checksum=stated,
         )
 
@@ -137,7 +143,11 @@ class Manifest:
     def from_dict(cls, raw: Mapping[str, Any]) -> Manifest:
         """Inverse of `to_dict`. Raises WeightSyncError."""
         version, buckets = raw.get("version"), raw.get("buckets")
-        if type(version) is not int or not isinstance(buckets, list) or not all(isinstance(b, Mapping) for b in buckets):
+        if (
+            type(version) is not int
+            or not isinstance(buckets, list)
+            or not all(isinstance(b, Mapping) for b in buckets)
+        ):
             raise WeightSyncError("manifest: want an integer `version` and a list of `buckets`")
         return cls(version=version, buckets=tuple(Bucket.from_dict(bucket) for bucket in buckets))
 
@@ -157,15 +167,21 @@ def cut_buckets(tensors: Iterable[TensorSpec], *, bucket_bytes: int) -> tuple[Bu
             room = bucket_bytes
         groups[-1].append(spec)
         room -= spec.num_bytes
-    return tuple(Bucket(tensors=tuple(sorted(group, key=lambda spec: -ITEM_BYTES[spec.dtype]))) for group in groups)
+    return tuple(
+        Bucket(tensors=tuple(sorted(group, key=lambda spec: -ITEM_BYTES[spec.dtype]))) for group in groups
+    )
 
 
 def spec_of(name: str, tensor: torch.Tensor, *, dtype: str | None = None) -> TensorSpec:
     """The spec of `tensor`, or of its cast to `dtype` where the wire's dtype differs (bf16 from fp32 masters)."""
-    return TensorSpec(name=name, dtype=dtype or str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape))
+    return TensorSpec(
+        name=name, dtype=dtype or str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape)
+    )
 
 
-def flatten(bucket: Bucket, tensors: Mapping[str, torch.Tensor], *, device: torch.device | str | None = None) -> torch.Tensor:
+def flatten(
+    bucket: Bucket, tensors: Mapping[str, torch.Tensor], *, device: torch.device | str | None = None
+) -> torch.Tensor:
     """One uint8[bucket.num_bytes] buffer with the tensors' bytes, cast to the bucket's dtypes: one copy, no
     temporaries.
 
@@ -179,7 +195,9 @@ def flatten(bucket: Bucket, tensors: Mapping[str, torch.Tensor], *, device: torc
             raise WeightSyncError(f"tensor {spec.name} is in the manifest but not among the weights")
         source = tensors[spec.name]
         if tuple(source.shape) != spec.shape:
-            raise WeightSyncError(f"tensor {spec.name}: shape {list(source.shape)}, the manifest says {list(spec.shape)}")
+            raise WeightSyncError(
+                f"tensor {spec.name}: shape {list(source.shape)}, the manifest says {list(spec.shape)}"
+            )
         view.copy_(source.detach())
     return flat
 
@@ -273,7 +291,9 @@ def check_names(
     if wrong:
         first = wrong[0]
         want = list(shapes[first.name])
-        problems.append(f"wrong shape: {_some([s.name for s in wrong])} ({first.name}: want {want}, got {list(first.shape)})")
+        problems.append(
+            f"wrong shape: {_some([s.name for s in wrong])} ({first.name}: want {want}, got {list(first.shape)})"
+        )
     if problems:
         raise WeightSyncError("weights do not fit the model: " + "; ".join(problems))
 

@@ -44,7 +44,11 @@ def device_facts(device: torch.device) -> dict[str, str]:
         return {"device": device.type, "device_uuid": "", "nccl_version": ""}
     nccl: Any = torch.cuda.nccl
     version = ".".join(map(str, nccl.version())) if dist.is_nccl_available() else ""
-    return {"device": str(device), "device_uuid": str(torch.cuda.get_device_properties(device).uuid), "nccl_version": version}
+    return {
+        "device": str(device),
+        "device_uuid": str(torch.cuda.get_device_properties(device).uuid),
+        "nccl_version": version,
+    }
 
 
 class WeightGroup:
@@ -106,12 +110,21 @@ class WeightGroup:
             listener.listen(1024)
         except OSError as error:
             listener.close()
-            raise WeightSyncError(f"weight group {group_name}: cannot listen on {host}:{port}: {error.strerror}") from None
+            raise WeightSyncError(
+                f"weight group {group_name}: cannot listen on {host}:{port}: {error.strerror}"
+            ) from None
         bound_port: int = listener.getsockname()[1]
         timeout = timedelta(seconds=timeout_s)
         try:
             server = _dist.TCPStore(
-                host, bound_port, None, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True
+                host,
+                bound_port,
+                None,
+                True,
+                timeout,
+                wait_for_workers=False,
+                master_listen_fd=listener.detach(),
+                use_libuv=True,
             )
             # We are a client of it like everybody: to drop the server then ends every rendezvous at once, also our own in another thread.
             store = _dist.TCPStore(host, bound_port, None, False, timeout, wait_for_workers=False)
@@ -144,9 +157,18 @@ class WeightGroup:
         """Rank 1 and up: connects to rank 0's store and waits until every rank is there."""
         _check(rank=rank, world_size=world_size, backend=backend)
         try:
-            store = _dist.TCPStore(master_address, master_port, world_size, False, timedelta(seconds=timeout_s), wait_for_workers=False)
+            store = _dist.TCPStore(
+                master_address,
+                master_port,
+                world_size,
+                False,
+                timedelta(seconds=timeout_s),
+                wait_for_workers=False,
+            )
         except RuntimeError as error:
-            raise WeightSyncError(f"weight group {group_name}: no store at {master_address}:{master_port}: {_first_line(error)}") from None
+            raise WeightSyncError(
+                f"weight group {group_name}: no store at {master_address}:{master_port}: {_first_line(error)}"
+            ) from None
         group = cls(
             store,
             address=master_address,
@@ -238,7 +260,9 @@ class WeightGroup:
     def __enter__(self) -> WeightGroup:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self.close()
 
     def _gloo(self, store: Any) -> Any:

@@ -25,7 +25,11 @@ class DiskSnapshot:
 
 def newest_snapshot(checkpoints: Path) -> DiskSnapshot | None:
     """The checkpoint of the latest step; None when there is none to be seen from here, or it names no version."""
-    steps = {int(step): path for path in checkpoints.glob("step_*") if (step := path.name.removeprefix("step_")).isdigit()}
+    steps = {
+        int(step): path
+        for path in checkpoints.glob("step_*")
+        if (step := path.name.removeprefix("step_")).isdigit()
+    }
     if not steps:
         return None
     path = steps[max(steps)]

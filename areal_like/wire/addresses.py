@@ -28,5 +28,7 @@ def buffer_addresses(config: Config) -> list[str]:
     """The only configured addresses: one a shard. Raises ConfigError when a port is still open."""
     shards = all_shards(config.buffer.num_shards)
     if not all(buffer_port(config, shard) for shard in shards):
-        raise ConfigError("buffer.port is 0, so nobody can find the buffer: set the port that the buffer was started with")
+        raise ConfigError(
+            "buffer.port is 0, so nobody can find the buffer: set the port that the buffer was started with"
+        )
     return [tcp_address(reachable_host(config, shard), buffer_port(config, shard)) for shard in shards]

@@ -22,7 +22,15 @@ from typing import Any
 
 import zmq
 
-from areal_like.errors import ArealError, ConfigError, DeadlineError, PeerLostError, RefusedError, WireError, WireVersionError
+from areal_like.errors import (
+    ArealError,
+    ConfigError,
+    DeadlineError,
+    PeerLostError,
+    RefusedError,
+    WireError,
+    WireVersionError,
+)
 from areal_like.wire.codec import decode, encode
 from areal_like.wire.messages.hello import JobFailed, Refused
 
@@ -135,7 +143,9 @@ class Listener:
             socket.bind(f"tcp://{_bracket(host)}:{port or '*'}")
         except zmq.ZMQError as error:
             socket.close()
-            raise ConfigError(f"cannot bind {host}:{port} ({error.strerror}): set {setting} to a free port or 0") from None
+            raise ConfigError(
+                f"cannot bind {host}:{port} ({error.strerror}): set {setting} to a free port or 0"
+            ) from None
         self.port = int(socket.get_string(zmq.LAST_ENDPOINT).rsplit(":", 1)[1])
         self._pump = _Pump(socket, self._on_frames)
 
@@ -166,9 +176,13 @@ class Listener:
             message, rid = decode(frames[1:])
         except WireError as error:
             self.num_bad_frames += 1
-            if self.num_bad_frames.bit_count() == 1:  # at 1, 2, 4, 8, ...: a flood of garbage must not become a flood of logs
+            if (
+                self.num_bad_frames.bit_count() == 1
+            ):  # at 1, 2, 4, 8, ...: a flood of garbage must not become a flood of logs
                 log.warning("bad frame refused (%d so far): %s", self.num_bad_frames, error)
-            if isinstance(error, WireVersionError):  # the peer cannot read more of it than our version, which is what it needs to know
+            if isinstance(
+                error, WireVersionError
+            ):  # the peer cannot read more of it than our version, which is what it needs to know
                 self._tell_version(frames[0], str(error))
             return
         self._handler(Envelope(peer=frames[0], rid=rid, message=message, num_bytes=sum(map(len, frames))))
@@ -181,7 +195,9 @@ class Link:
     `last_heard_s` is the loop's clock at the last message.
     """
 
-    def __init__(self, address: str, *, handler: Callable[[Any], None], max_message_bytes: int = 64 << 20) -> None:
+    def __init__(
+        self, address: str, *, handler: Callable[[Any], None], max_message_bytes: int = 64 << 20
+    ) -> None:
         self._handler = handler
         self._rids = itertools.count(1)
         self._pending: dict[int, tuple[Any, asyncio.Future[Any]]] = {}
@@ -199,7 +215,9 @@ class Link:
             socket.connect(address)
         except zmq.ZMQError as error:
             socket.close()
-            raise ConfigError(f"cannot connect to {address!r} ({error.strerror}): want tcp://host:port") from None
+            raise ConfigError(
+                f"cannot connect to {address!r} ({error.strerror}): want tcp://host:port"
+            ) from None
         self._pump = _Pump(socket, self._on_frames)
 
     def send(self, message: Any) -> None:
@@ -219,7 +237,9 @@ class Link:
             async with asyncio.timeout(timeout_s):
                 answer = await future
         except TimeoutError:
-            raise DeadlineError(f"{self.address} did not answer {type(message).__name__} within {timeout_s:g} s") from None
+            raise DeadlineError(
+                f"{self.address} did not answer {type(message).__name__} within {timeout_s:g} s"
+            ) from None
         finally:
             del self._pending[rid]
         if isinstance(answer, Refused):

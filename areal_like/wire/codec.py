@@ -82,7 +82,9 @@ class _Reader:
 
     def copy(self, offset: int, length: int) -> bytes:
         self.num_copied += length
-        if self.num_copied > len(self.data):  # a small header could name the same bytes a hundred thousand times
+        if self.num_copied > len(
+            self.data
+        ):  # a small header could name the same bytes a hundred thousand times
             raise ValueError("records overlap")
         return bytes(self.data[offset : offset + length])
 
@@ -98,7 +100,9 @@ def encode(message: Any, *, rid: int = 0) -> list[bytes]:
     body = _ENCODERS[tag](message, writer)
     header = msgpack.packb([WIRE_VERSION, tag, rid, body])
     if len(header) > MAX_HEADER_BYTES:
-        raise ValueError(f"{tag} makes a header of {len(header)} bytes; no peer takes more than {MAX_HEADER_BYTES}")
+        raise ValueError(
+            f"{tag} makes a header of {len(header)} bytes; no peer takes more than {MAX_HEADER_BYTES}"
+        )
     return [header, b"".join(writer.chunks)] if writer.chunks else [header]
 
 
@@ -116,7 +120,9 @@ def decode(frames: Sequence[Frame]) -> tuple[Any, int]:
         raise WireError("header is not [wire version, tag, rid, body]")
     version, tag, rid, body = header
     if version != WIRE_VERSION or type(version) is not int:
-        raise WireVersionError(f"the peer speaks wire version {version!r} and this side {WIRE_VERSION}: run the same release on both")
+        raise WireVersionError(
+            f"the peer speaks wire version {version!r} and this side {WIRE_VERSION}: run the same release on both"
+        )
     if type(rid) is not int or not isinstance(tag, str) or tag not in _DECODERS:
         raise WireError(f"unknown message {str(tag)[:40]!r}")
     try:
@@ -157,7 +163,9 @@ def _compile_scalar(hint: type) -> tuple[_Encode, _Decode]:
             raise TypeError(f"want {hint.__name__}, got {type(raw).__name__}")
         if type(raw) is int and not -1 << 63 <= raw < 1 << 63:
             raise ValueError(f"{raw} does not fit into 64 bits with a sign")
-        if isinstance(raw, float) and not math.isfinite(raw):  # no timer, sum or JSON document of the receiver's could bear it
+        if isinstance(raw, float) and not math.isfinite(
+            raw
+        ):  # no timer, sum or JSON document of the receiver's could bear it
             raise ValueError(f"{raw} is not finite")
         return raw
 
@@ -182,7 +190,11 @@ def _compile_array(dtype: np.dtype[Any]) -> tuple[_Encode, _Decode]:
 
     def read(raw: Any, blob: _Reader) -> Any:
         offset, length = blob.place(raw, itemsize=dtype.itemsize)
-        return np.frombuffer(blob.data, dtype=dtype, count=length, offset=offset) if length else np.empty(0, dtype)
+        return (
+            np.frombuffer(blob.data, dtype=dtype, count=length, offset=offset)
+            if length
+            else np.empty(0, dtype)
+        )
 
     return write, read
 

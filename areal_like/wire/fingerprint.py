@@ -14,7 +14,14 @@ from typing import Any
 from areal_like.config import Config
 from areal_like.wire.messages.hello import Role
 
-_ARCHITECTURE_IGNORES = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
+_ARCHITECTURE_IGNORES = (
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "architectures",
+)
 
 
 def model_fingerprint(path: str) -> str:
@@ -42,7 +49,10 @@ def shared_settings(config: Config, role: Role) -> str:
     them, and a server that samples at another temperature would record log-probs of another policy."""
     settings = {f"sampling.{name}": value for name, value in dataclasses.asdict(config.sampling).items()}
     if role is Role.TRAINER:
-        settings |= {"trainer.groups_per_step": config.trainer.groups_per_step, "trainer.num_steps": config.trainer.num_steps}
+        settings |= {
+            "trainer.groups_per_step": config.trainer.groups_per_step,
+            "trainer.num_steps": config.trainer.num_steps,
+        }
     return " ".join(f"{name}={value}" for name, value in settings.items())
 
 

@@ -87,7 +87,10 @@ class Record:
             ]
         )
         parts = [meta, _padding(len(meta))]
-        for array in (np.ascontiguousarray(trajectory.tokens, dtype=_INT), np.ascontiguousarray(trajectory.logprobs, dtype=_FLOAT)):
+        for array in (
+            np.ascontiguousarray(trajectory.tokens, dtype=_INT),
+            np.ascontiguousarray(trajectory.logprobs, dtype=_FLOAT),
+        ):
             parts += [array.data.cast("B"), _padding(array.nbytes)]
         body = b"".join(parts)
         identity = struct.pack("<IQII", sample_index, ticket_id, len(meta), 0)
@@ -105,7 +108,9 @@ class Record:
             raise ValueError(f"no record of {len(data)} bytes begins there")
         if zlib.crc32(memoryview(data)[_CHECKED_FROM:]) != crc32:
             raise ValueError("the record does not match its checksum")
-        record = cls._made(data, ticket_id, sample_index, crc32, data[_HEADER.size : _HEADER.size + meta_bytes])
+        record = cls._made(
+            data, ticket_id, sample_index, crc32, data[_HEADER.size : _HEADER.size + meta_bytes]
+        )
         if _end_of_array(record._logprobs_at, record.num_tokens) != len(data):
             raise ValueError(f"{record.num_tokens} tokens do not make a record of {len(data)} bytes")
         if np.minimum.reduce(np.frombuffer(data, _INT, record.num_tokens, record._tokens_at)) < 0:
@@ -186,7 +191,9 @@ def read_record(directory: Path, place: Place, *, ticket_id: int, sample_index: 
     try:
         file = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
-        raise StoreCorruptError(f"sample {sample_index} of ticket {ticket_id}: its file {path} is missing") from None
+        raise StoreCorruptError(
+            f"sample {sample_index} of ticket {ticket_id}: its file {path} is missing"
+        ) from None
     try:
         data = os.pread(file, place.num_bytes, place.offset)
     finally:
@@ -196,7 +203,9 @@ def read_record(directory: Path, place: Place, *, ticket_id: int, sample_index: 
     except ValueError as error:
         raise StoreCorruptError(f"{whose}: {error}") from None
     if (record.ticket_id, record.sample_index) != (ticket_id, sample_index):
-        raise StoreCorruptError(f"{whose}: the record there is sample {record.sample_index} of ticket {record.ticket_id}")
+        raise StoreCorruptError(
+            f"{whose}: the record there is sample {record.sample_index} of ticket {record.ticket_id}"
+        )
     if record.crc32 != place.crc32:
         raise StoreCorruptError(f"{whose}: the record is not the one that the ledger names")
     return record
@@ -216,10 +225,14 @@ def count_whole_records(data: bytes) -> tuple[int, int]:
     return num_records, offset
 
 
-def _facts(meta: bytes, *, rest_bytes: int) -> tuple[int, list[list[int]], float, dict[str, float], FinishReason, float, float, bool]:
+def _facts(
+    meta: bytes, *, rest_bytes: int
+) -> tuple[int, list[list[int]], float, dict[str, float], FinishReason, float, float, bool]:
     """What the msgpack part says, with `rest_bytes` behind it. Raises ValueError when it says something else, or too much."""
     if len(meta) > rest_bytes + _MAX_OTHER_BYTES:
-        raise ValueError(f"what a record says of itself takes {len(meta)} bytes: name fewer reward components")
+        raise ValueError(
+            f"what a record says of itself takes {len(meta)} bytes: name fewer reward components"
+        )
     try:
         raw: Any = unpack(meta, max_containers=rest_bytes // BYTES_PER_TOKEN + _OTHER_CONTAINERS)
     except ValueError as error:
@@ -231,7 +244,9 @@ def _facts(meta: bytes, *, rest_bytes: int) -> tuple[int, list[list[int]], float
         raise ValueError("want a number of tokens and runs [version, number of tokens]")
     if not 0 < num_tokens == sum([length for _, length in runs]):
         raise ValueError(f"runs of versions cover other than {num_tokens} tokens")
-    if any(left[0] == right[0] for left, right in pairwise(runs)):  # they would take memory that nobody counts
+    if any(
+        left[0] == right[0] for left, right in pairwise(runs)
+    ):  # they would take memory that nobody counts
         raise ValueError("neighbouring runs have the same version")
     if type(components) is not dict or not all(type(name) is str for name in components):
         raise ValueError("reward components: want names and numbers")
@@ -240,7 +255,16 @@ def _facts(meta: bytes, *, rest_bytes: int) -> tuple[int, list[list[int]], float
             raise ValueError(f"{number!r} is not a finite number")
     if type(finish_reason) is not str or finish_reason not in _FINISH_REASONS or type(is_greedy) is not bool:
         raise ValueError(f"finish reason {finish_reason!r}, is_greedy {is_greedy!r}")
-    return num_tokens, runs, reward, components, _FINISH_REASONS[finish_reason], generation_s, reward_s, is_greedy
+    return (
+        num_tokens,
+        runs,
+        reward,
+        components,
+        _FINISH_REASONS[finish_reason],
+        generation_s,
+        reward_s,
+        is_greedy,
+    )
 
 
 def _is_run(run: Any) -> bool:

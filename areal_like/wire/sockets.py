@@ -11,7 +11,9 @@ def bound_socket(host: str, port: int) -> socket.socket:
     The protocol is named because asyncio turns Nagle's algorithm off only where it is; with it an answer, whose head and body are two
     writes, waits some 40 ms for the acknowledgement of its head.
     """
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener = socket.socket(
+        socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP
+    )
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))

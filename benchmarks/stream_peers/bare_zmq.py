@@ -27,7 +27,10 @@ ASKED_AHEAD = 64
 def server() -> Iterator[Served]:
     """The forwarder as a process."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.stream_peers.bare_zmq", "forward"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "benchmarks.stream_peers.bare_zmq", "forward"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     try:
@@ -56,7 +59,9 @@ def _forward() -> None:
             socket.send_multipart([peer, b"%d %d" % (len(records), len(waiting))])
             waiting.extend(records)
         while wanted and len(waiting) >= GROUP_SIZE:
-            socket.send_multipart([wanted.popleft(), b"".join([waiting.popleft() for _ in range(GROUP_SIZE)])])
+            socket.send_multipart(
+                [wanted.popleft(), b"".join([waiting.popleft() for _ in range(GROUP_SIZE)])]
+            )
 
 
 def _produce(plan: Plan, tally: Tally) -> None:

@@ -29,7 +29,9 @@ NUM_STEPS = 24
 COMMIT_EVERY = 8
 
 
-async def cost(directory: Path, *, num_tickets: int, num_tokens: int = 64, durability: str = "process_crash") -> dict[str, Any]:
+async def cost(
+    directory: Path, *, num_tickets: int, num_tokens: int = 64, durability: str = "process_crash"
+) -> dict[str, Any]:
     """Microseconds of CPU for one sample inserted and one read, seconds to open, bytes of the ledger's file."""
     config = config_of(directory, durability=durability, backlog=8192)
     paths = RunPaths.of(config)
@@ -58,7 +60,9 @@ def _open(config: Config) -> tuple[Ledger, Store]:
         raise error
 
     store = open_store(config, on_error=fail)
-    return recover(LedgerSettings.from_config(config), store, now_s=0.0, first_lease_id=1 << 40, dataset=1), store
+    return recover(
+        LedgerSettings.from_config(config), store, now_s=0.0, first_lease_id=1 << 40, dataset=1
+    ), store
 
 
 def _grow_old(file: Path, num_tickets: int) -> None:
@@ -78,7 +82,12 @@ def _grow_old(file: Path, num_tickets: int) -> None:
             "num_sampled, reward, segment, offset, num_bytes, crc32) "
             f"SELECT ticket_id, value, ticket_id, step, 0, 0, 0, 1, 1.0, 0, 0, 0, 0 FROM tickets, json_each('{list(range(GROUP_SIZE))}')"
         )
-        marks = {"trainer_step": num_steps, "committed_step": num_steps - 1, "oldest_kept_step": num_steps, "trainer_incarnation": 1}
+        marks = {
+            "trainer_step": num_steps,
+            "committed_step": num_steps - 1,
+            "oldest_kept_step": num_steps,
+            "trainer_incarnation": 1,
+        }
         connection.executemany("INSERT OR REPLACE INTO marks VALUES (?, ?)", marks.items())
 
 

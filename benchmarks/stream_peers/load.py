@@ -117,7 +117,9 @@ class Tally:
     def dumps(self) -> str:
         """For the parent."""
         latencies_ms = [round(1e3 * latency_s, 3) for latency_s in self.latencies_s]
-        return json.dumps({"num_acked": self.num_acked, "num_consumed": self.num_consumed, "latencies_ms": latencies_ms})
+        return json.dumps(
+            {"num_acked": self.num_acked, "num_consumed": self.num_consumed, "latencies_ms": latencies_ms}
+        )
 
 
 class Pacer:
@@ -130,7 +132,9 @@ class Pacer:
 
     def may_send(self) -> bool:
         """Whether one more is due."""
-        return not self._rate_per_s or self._num_sent < (time.monotonic() - self._started_s) * self._rate_per_s
+        return (
+            not self._rate_per_s or self._num_sent < (time.monotonic() - self._started_s) * self._rate_per_s
+        )
 
     def sent(self) -> None:
         """One was sent."""

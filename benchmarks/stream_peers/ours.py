@@ -24,7 +24,15 @@ from areal_like.wire.channel import Link
 from areal_like.wire.fingerprint import dataset_fingerprint
 from areal_like.wire.messages.consumer import AllocVersion, CommitStep, CompleteStep, Fetch, StartTraining
 from areal_like.wire.messages.hello import Hello, Role
-from areal_like.wire.messages.producer import HeartbeatAck, Leases, SampleAcks, SampleDone, Samples, ServerHeartbeat, ServerState
+from areal_like.wire.messages.producer import (
+    HeartbeatAck,
+    Leases,
+    SampleAcks,
+    SampleDone,
+    Samples,
+    ServerHeartbeat,
+    ServerState,
+)
 from areal_like.wire.records import Record
 from benchmarks.report import ROOT
 from benchmarks.stream_peers.load import Pacer, Plan, Served, Tally, trajectories
@@ -135,7 +143,9 @@ class _Producer:
             case Leases():
                 for lease in message.leases:
                     self._leases[lease.lease_id] = len(lease.sample_indices)
-                    self._work.extend((lease.lease_id, lease.ticket_id, index) for index in lease.sample_indices)
+                    self._work.extend(
+                        (lease.lease_id, lease.ticket_id, index) for index in lease.sample_indices
+                    )
                 self.send()
             case HeartbeatAck() if message.newest_version >= self._version + _VERSIONS_A_PUSH:
                 self._version = message.newest_version

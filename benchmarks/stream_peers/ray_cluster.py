@@ -24,7 +24,16 @@ import ray  # with the rest in the peers' own packages
 from ray.util.queue import Empty, Full, Queue
 
 from benchmarks.report import ROOT
-from benchmarks.stream_peers.load import NUM_PROCESSES, WARM_UP_S, Pacer, Plan, Tally, packed, trajectories, unpacked
+from benchmarks.stream_peers.load import (
+    NUM_PROCESSES,
+    WARM_UP_S,
+    Pacer,
+    Plan,
+    Tally,
+    packed,
+    trajectories,
+    unpacked,
+)
 
 _BATCH = 256
 
@@ -102,7 +111,10 @@ class Transferred:
         fields = ("tokens", "loss_mask", "logprobs", "versions")
         samples = trajectories(plan.num_tokens, count=plan.window)
         self._batch = TensorDict(
-            {name: torch.stack([torch.from_numpy(getattr(sample, name).copy()) for sample in samples]) for name in fields},
+            {
+                name: torch.stack([torch.from_numpy(getattr(sample, name).copy()) for sample in samples])
+                for name in fields
+            },
             batch_size=[plan.window],
         )
 
@@ -126,7 +138,11 @@ class Transferred:
     def _consume(self) -> None:
         while not self._tally.is_over:
             meta = self._client.get_meta(
-                data_fields=list(self._batch.keys()), batch_size=_BATCH, partition_id="train", mode="fetch", task_name="train"
+                data_fields=list(self._batch.keys()),
+                batch_size=_BATCH,
+                partition_id="train",
+                mode="fetch",
+                task_name="train",
             )
             if not meta.size:
                 time.sleep(0.002)
@@ -141,7 +157,13 @@ def main() -> None:
     mode, seconds, raw = sys.argv[1:]
     plan = Plan(**json.loads(raw))
     environment = {"env_vars": {"PYTHONPATH": ":".join([str(ROOT), *filter(None, sys.path)])}}
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="error", runtime_env=environment)
+    ray.init(
+        num_cpus=8,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+        runtime_env=environment,
+    )
     plans = [dataclasses.replace(plan, role="producers", index=index) for index in range(NUM_PROCESSES)]
     plans.append(dataclasses.replace(plan, role="consumer"))
     if mode == "transfer_queue":
@@ -152,7 +174,10 @@ def main() -> None:
         actors = [ray.remote(Transferred).remote(each) for each in plans]
     else:
         queue = Queue(maxsize=plan.backlog)
-        actors = [ray.remote(Queued).options(max_concurrency=4).remote(each, queue, batched=mode == "queue_batch") for each in plans]
+        actors = [
+            ray.remote(Queued).options(max_concurrency=4).remote(each, queue, batched=mode == "queue_batch")
+            for each in plans
+        ]
     ray.get([actor.run.remote(0.0, 0.0) for actor in actors])
     begin_s = time.monotonic() + WARM_UP_S
     print(json.dumps(ray.get([actor.run.remote(begin_s, begin_s + float(seconds)) for actor in actors])))

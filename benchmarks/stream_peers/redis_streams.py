@@ -35,7 +35,10 @@ def server(directory: Path, *, appendfsync: str) -> Iterator[Served]:
         "port": port, "bind": "127.0.0.1", "dir": directory, "save": "", "appendonly": "yes", "appendfsync": appendfsync,
         "auto-aof-rewrite-percentage": 0, "stream-node-max-entries": 100, "loglevel": "warning",
     }  # fmt: skip
-    command = ["redis-server", *(text for key, value in settings.items() for text in (f"--{key}", str(value)))]
+    command = [
+        "redis-server",
+        *(text for key, value in settings.items() for text in (f"--{key}", str(value))),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         deadline_s = time.monotonic() + 10
@@ -146,7 +149,19 @@ def _produce(plan: Plan, tally: Tally) -> None:
 def _consume(plan: Plan, tally: Tally) -> None:
     with _Client(plan.address) as client:
         while not tally.is_over:
-            answer = client.call("XREADGROUP", "GROUP", "trainer", "trainer-0", "COUNT", BATCH, "BLOCK", 100, "STREAMS", "stream", ">")
+            answer = client.call(
+                "XREADGROUP",
+                "GROUP",
+                "trainer",
+                "trainer-0",
+                "COUNT",
+                BATCH,
+                "BLOCK",
+                100,
+                "STREAMS",
+                "stream",
+                ">",
+            )
             if not answer:
                 continue
             entries = answer[0][1]

@@ -78,8 +78,15 @@ class Ledger:
         self.register = Register(store, settings.shard)
         curriculum = None if settings.curriculum is None else Curriculum(settings.curriculum)
         self.prompts = PromptOrder(seed=settings.seed, curriculum=curriculum, shard=settings.shard)
-        self.book = LeaseBook(store, lease_timeout_s=settings.lease_timeout_s, first_lease_id=first_lease_id, shard=settings.shard)
-        self.bound = LagBound(0 if settings.adaptive else settings.max_staleness, sync_interval=settings.sync_interval)
+        self.book = LeaseBook(
+            store,
+            lease_timeout_s=settings.lease_timeout_s,
+            first_lease_id=first_lease_id,
+            shard=settings.shard,
+        )
+        self.bound = LagBound(
+            0 if settings.adaptive else settings.max_staleness, sync_interval=settings.sync_interval
+        )
         self.recorder = Recorder(
             groups_per_step=settings.groups_per_step,
             num_steps=settings.num_steps,
@@ -121,7 +128,9 @@ class Ledger:
         """Notes that a process of this name and incarnation is here. Raises StaleIncarnationError when a newer one has been before."""
         known = self.incarnations.get(name, 0)
         if incarnation < known:
-            raise StaleIncarnationError(f"{name} was started again: incarnation {known} is newer than {incarnation}")
+            raise StaleIncarnationError(
+                f"{name} was started again: incarnation {known} is newer than {incarnation}"
+            )
         if incarnation > known:
             self.incarnations[name] = incarnation
             self.store.put_mark(f"incarnation:{name}", incarnation)
@@ -133,7 +142,9 @@ class Ledger:
 
     # --- trainer ---
 
-    def start_training(self, *, incarnation: int, step: int, stream: dict[str, int | list[int]], unix_s: float = 0.0) -> None:
+    def start_training(
+        self, *, incarnation: int, step: int, stream: dict[str, int | list[int]], unix_s: float = 0.0
+    ) -> None:
         """A trainer begins at `step` completed steps and fences every older one. Idempotent for the same incarnation.
 
         Its checkpoint is the authority. Steps before `step` are proven; recorded ones from there on are served again identically, and what
@@ -141,7 +152,9 @@ class Ledger:
         or what it has is of other settings), the stream starts there, with `stream` as `stream_state` wrote it.
         """
         if incarnation < self.trainer_incarnation:
-            raise StaleIncarnationError(f"trainer incarnation {self.trainer_incarnation} is newer than {incarnation}")
+            raise StaleIncarnationError(
+                f"trainer incarnation {self.trainer_incarnation} is newer than {incarnation}"
+            )
         if incarnation == self.trainer_incarnation:
             return
         self._check_start(step, stream)
@@ -171,7 +184,10 @@ class Ledger:
         self._check_trainer(incarnation)
         self._check_weights_step(step)
         if not self.versions.adopt(version, step=step, trainer_incarnation=incarnation):
-            raise RefusedError("version", f"{version} is not newer than {self.versions.newest}, and was not given out for step {step}")
+            raise RefusedError(
+                "version",
+                f"{version} is not newer than {self.versions.newest}, and was not given out for step {step}",
+            )
 
     def fetch(self, *, step: int, position: int) -> Group | None:
         """The group recorded at (step, position), the same whenever asked; None: not recorded yet. `position` is the whole step's."""
@@ -180,7 +196,9 @@ class Ledger:
             raise RefusedError("step", f"steps {first}..{last} are served, not {step}")
         shard, num_places = self.settings.shard, self.settings.groups_per_step
         if not shard.owns(position) or not 0 <= shard.local(position) < num_places:
-            raise RefusedError("position", f"{position} is none of the {num_places} places that {shard.name} fills in a step")
+            raise RefusedError(
+                "position", f"{position} is none of the {num_places} places that {shard.name} fills in a step"
+            )
         ticket = self.steps.recorded.get(step, {}).get(shard.local(position))
         if ticket is None:
             return None
@@ -202,7 +220,8 @@ class Ledger:
             return
         if step > self.trainer_step or step >= self.recorder.num_full_steps:
             raise RefusedError(
-                "step", f"{step} cannot be complete: {self.trainer_step} is in training, {self.recorder.num_full_steps} being recorded"
+                "step",
+                f"{step} cannot be complete: {self.trainer_step} is in training, {self.recorder.num_full_steps} being recorded",
             )
         self.steps.count_to(step + 1)
         self.steps.done()
@@ -215,7 +234,9 @@ class Ledger:
         """
         self._check_trainer(incarnation)
         if step >= self.trainer_step:
-            raise RefusedError("step", f"{step} cannot be committed: only {self.trainer_step} steps are complete")
+            raise RefusedError(
+                "step", f"{step} cannot be committed: only {self.trainer_step} steps are complete"
+            )
         if step > self.committed_step:
             self.steps.commit_to(step)
         keep_from = oldest_kept_step if self.settings.durable else self.committed_step + 1
@@ -246,7 +267,9 @@ class Ledger:
     def stream_state(self, *, step: int) -> dict[str, int | list[int]]:
         """Where the prompts stand for a checkpoint that contains steps <= `step`: what `start_training` of a fresh ledger goes on from."""
         train = (ticket for ticket in self.register.live.values() if ticket.purpose is Purpose.TRAIN)
-        pending = [ticket.prompt_index for ticket in train if ticket.state is not State.BATCHED or ticket.step > step]
+        pending = [
+            ticket.prompt_index for ticket in train if ticket.state is not State.BATCHED or ticket.step > step
+        ]
         state: dict[str, int | list[int]] = {
             "cursor": self.prompts.cursor,
             "next_version": self.versions.newest + 1,
@@ -267,7 +290,10 @@ class Ledger:
         self.steps.ended_in_peace()
         if self.settings.durable:
             for lease in [
-                lease for ticket in self.register.live.values() if ticket.purpose is Purpose.TRAIN for lease in ticket.leases.values()
+                lease
+                for ticket in self.register.live.values()
+                if ticket.purpose is Purpose.TRAIN
+                for lease in ticket.leases.values()
             ]:
                 self._revoke(lease)
         else:
@@ -279,10 +305,14 @@ class Ledger:
         self._check_trainer(incarnation)
         if not self.settings.adaptive:
             raise RefusedError(
-                "max_staleness", f"it is fixed at {self.settings.max_staleness} in this buffer: start all roles with max_staleness=auto"
+                "max_staleness",
+                f"it is fixed at {self.settings.max_staleness} in this buffer: start all roles with max_staleness=auto",
             )
         if not 0 <= max_staleness <= self.settings.max_staleness:
-            raise RefusedError("max_staleness", f"want 0..{self.settings.max_staleness} (max_staleness_cap), got {max_staleness}")
+            raise RefusedError(
+                "max_staleness",
+                f"want 0..{self.settings.max_staleness} (max_staleness_cap), got {max_staleness}",
+            )
         self.bound.max_staleness = max_staleness
         self.store.put_mark("max_staleness", max_staleness)
 
@@ -291,12 +321,18 @@ class Ledger:
         if num_prompts < 1:
             raise RefusedError("num_prompts", f"want at least 1, got {num_prompts}")
         if eval_id not in self._evals:
-            round_ = self._evals[eval_id] = EvalRound(eval_id=eval_id, num_prompts=num_prompts, min_version=min_version)
+            round_ = self._evals[eval_id] = EvalRound(
+                eval_id=eval_id, num_prompts=num_prompts, min_version=min_version
+            )
             for prompt_index in range(num_prompts):
-                ticket = self.register.issue(Purpose.EVAL, Prompt(index=prompt_index), num_samples=1, eval_id=eval_id)
+                ticket = self.register.issue(
+                    Purpose.EVAL, Prompt(index=prompt_index), num_samples=1, eval_id=eval_id
+                )
                 round_.queue.append(ticket.ticket_id)
             self.register.check()
-            for forgotten in [done_id for done_id, round_ in self._evals.items() if round_.is_done][:-_NUM_EVALS_KEPT]:
+            for forgotten in [done_id for done_id, round_ in self._evals.items() if round_.is_done][
+                :-_NUM_EVALS_KEPT
+            ]:
                 del self._evals[forgotten]
         return self._evals[eval_id].result() if self._evals[eval_id].is_done else None
 
@@ -308,13 +344,17 @@ class Ledger:
         fewest = self.settings.shard.count
         if num_prompts < fewest or known not in (0, num_prompts):
             wanted = known or f"at least {fewest}"
-            raise RefusedError("num_train_prompts", f"want {wanted}, got {num_prompts}: servers need the same task settings")
+            raise RefusedError(
+                "num_train_prompts", f"want {wanted}, got {num_prompts}: servers need the same task settings"
+            )
         self.prompts.num_prompts = num_prompts
 
     def register_server(self, name: str, *, incarnation: int, weights_version: int, now_s: float) -> None:
         """A server said hello; a new incarnation of a known name loses its leases. Raises StaleIncarnationError for an older one."""
         self.fence(name, incarnation)
-        self._lose(self.book.register(name, incarnation=incarnation, weights_version=weights_version, now_s=now_s))
+        self._lose(
+            self.book.register(name, incarnation=incarnation, weights_version=weights_version, now_s=now_s)
+        )
 
     def remove_server(self, name: str) -> None:
         """A server left; its missing samples are leased again."""
@@ -346,7 +386,11 @@ class Ledger:
         granted: dict[str, list[Lease]] = {}
         if self.fatal or self.store.health or not self._has_work():
             return granted
-        hungry = [(-server.free_samples, name) for name, server in self.book.servers.items() if server.free_samples > 0]
+        hungry = [
+            (-server.free_samples, name)
+            for name, server in self.book.servers.items()
+            if server.free_samples > 0
+        ]
         heapq.heapify(hungry)
         while hungry:
             server = self.book.servers[heapq.heappop(hungry)[1]]
@@ -370,7 +414,9 @@ class Ledger:
     def sample_failed(self, name: str, message: SampleFailed) -> Verdict:
         """A server could not make a sample: tried again, there or elsewhere, until its ticket drops."""
         index = message.sample_index
-        verdict, ticket = self._judge(name, lease_id=message.lease_id, ticket_id=message.ticket_id, sample_index=index)
+        verdict, ticket = self._judge(
+            name, lease_id=message.lease_id, ticket_id=message.ticket_id, sample_index=index
+        )
         if ticket is not None:
             self._fail(ticket, message.lease_id, index, error=f"{name}: {message.error}")
             self._settle()
@@ -404,7 +450,9 @@ class Ledger:
         return not self.closed_because and self.prompts.num_prompts > 0
 
     def _has_work(self) -> bool:
-        return (self._is_open and self.admission.has_work()) or any(round_.queue for round_ in self._evals.values())
+        return (self._is_open and self.admission.has_work()) or any(
+            round_.queue for round_ in self._evals.values()
+        )
 
     def _next_for(self, server: Server, weights_step: int) -> Ticket | None:
         """The ticket that this server may take now, if any."""
@@ -438,7 +486,9 @@ class Ledger:
 
     # --- samples ---
 
-    def _judge(self, name: str, *, lease_id: int, ticket_id: int, sample_index: int) -> tuple[Verdict, Ticket | None]:
+    def _judge(
+        self, name: str, *, lease_id: int, ticket_id: int, sample_index: int
+    ) -> tuple[Verdict, Ticket | None]:
         """The verdict on a sample by its numbers alone, and its ticket where it is accepted."""
         ticket = self.register.live.get(ticket_id)
         if ticket is None:
@@ -456,7 +506,9 @@ class Ledger:
         verdict, ticket = self._judge(name, lease_id=lease_id, ticket_id=record.ticket_id, sample_index=index)
         num_sampled = record.num_sampled
         if ticket is not None:
-            is_other_kind = ticket.purpose is Purpose.TRAIN and record.is_greedy is not ticket.is_greedy(index)
+            is_other_kind = ticket.purpose is Purpose.TRAIN and record.is_greedy is not ticket.is_greedy(
+                index
+            )
             is_too_long = record.num_tokens > self.settings.max_tokens
             if record.finish_reason is FinishReason.ABORT or num_sampled == 0 or is_other_kind or is_too_long:
                 verdict = Verdict.INVALID
@@ -472,7 +524,9 @@ class Ledger:
             self._settle_sample(ticket, lease_id, index, arrived=False)
             self._requeue(ticket, [index])
         else:
-            self._fail(ticket, lease_id, index, error=f"{name} sent a sample that cannot be used ({verdict.value})")
+            self._fail(
+                ticket, lease_id, index, error=f"{name} sent a sample that cannot be used ({verdict.value})"
+            )
         return verdict
 
     def _accept(self, ticket: Ticket, sample: Sample, record: Record) -> None:
@@ -538,12 +592,19 @@ class Ledger:
     def _complete(self, ticket: Ticket) -> None:
         """All samples are here: the group filters decide before a place in a step is spent."""
         if self.prompts.curriculum is not None:
-            heard = self.prompts.curriculum.observe(ticket.prompt_index, [sample.reward for sample in ticket.learned_from])
+            heard = self.prompts.curriculum.observe(
+                ticket.prompt_index, [sample.reward for sample in ticket.learned_from]
+            )
             for name, value in heard.items():
                 self.store.put_mark(name, value)
-        if self.settings.group_filter == "spread" and len({sample.reward for sample in ticket.learned_from}) == 1:
+        if (
+            self.settings.group_filter == "spread"
+            and len({sample.reward for sample in ticket.learned_from}) == 1
+        ):
             self._drop(ticket, Drop.NO_SPREAD)
-        elif self.settings.group_filter == "single_version" and not self._is_single_version(ticket.samples.values()):
+        elif self.settings.group_filter == "single_version" and not self._is_single_version(
+            ticket.samples.values()
+        ):
             self.last_rejection = _mixed_versions(ticket)
             self._drop(ticket, Drop.REJECTED)
         else:
@@ -557,7 +618,9 @@ class Ledger:
 
     def _is_single_version(self, samples: Iterable[Sample]) -> bool:
         """By weights, not by number: a push that was repeated for a server that came late counts as one version."""
-        versions = {version for sample in samples for version in (sample.oldest_version, sample.newest_version)}
+        versions = {
+            version for sample in samples for version in (sample.oldest_version, sample.newest_version)
+        }
         return len({self.versions.weights_of(version) for version in versions}) == 1
 
     def _deadline(self, ticket: Ticket, floor: int | None) -> int | None:
@@ -582,10 +645,16 @@ class Ledger:
             if ticket.eval_id in self._evals:  # of this life
                 self._evals[ticket.eval_id].num_failed += 1
         elif reason is Drop.CANCELLED:
-            self._give_back(Prompt(index=ticket.prompt_index, parent=ticket.ticket_id, num_reissues=ticket.num_reissues))
+            self._give_back(
+                Prompt(index=ticket.prompt_index, parent=ticket.ticket_id, num_reissues=ticket.num_reissues)
+            )
         elif reason in REISSUED and ticket.num_reissues < self.settings.max_reissues:
             self.statistics.reissued()
-            self._give_back(Prompt(index=ticket.prompt_index, parent=ticket.ticket_id, num_reissues=ticket.num_reissues + 1))
+            self._give_back(
+                Prompt(
+                    index=ticket.prompt_index, parent=ticket.ticket_id, num_reissues=ticket.num_reissues + 1
+                )
+            )
 
     def _give_back(self, prompt: Prompt) -> None:
         self.prompts.give_back(prompt)
@@ -614,12 +683,17 @@ class Ledger:
     def _drop_late(self, ticket: Ticket) -> None:
         floor = ticket.proven_floor
         assert floor is not None
-        self._drop(ticket, Drop.STALE if self.recorder.num_full_steps - floor > ticket.max_staleness else Drop.INTERVAL)
+        self._drop(
+            ticket,
+            Drop.STALE if self.recorder.num_full_steps - floor > ticket.max_staleness else Drop.INTERVAL,
+        )
 
     def _record(self, ticket: Ticket) -> None:
         ticket.step, ticket.position = self.recorder.place(ticket.ticket_id)
         lag = ticket.step - min(sample.oldest_step for sample in ticket.samples.values())
-        assert 0 <= lag <= ticket.max_staleness, f"ticket {ticket.ticket_id} has lag {lag} in step {ticket.step}"
+        assert 0 <= lag <= ticket.max_staleness, (
+            f"ticket {ticket.ticket_id} has lag {lag} in step {ticket.step}"
+        )
         self.steps.put(ticket)
         self.register.move(ticket, State.BATCHED)
 
@@ -629,10 +703,16 @@ class Ledger:
         """Whether a trainer may begin at `step`."""
         wanted = {"cursor": int, "next_version": int, "pending": list, "curriculum": list}
         if not all(isinstance(value, wanted.get(name, object)) for name, value in stream.items()):
-            raise RefusedError("stream", "not what GetStreamState answers: was the checkpoint made by another program version?")
+            raise RefusedError(
+                "stream",
+                "not what GetStreamState answers: was the checkpoint made by another program version?",
+            )
         num_steps, first = self.settings.num_steps, self.steps.first_kept
         if not 0 <= step <= num_steps:
-            raise RefusedError("step", f"want 0..{num_steps}, got {step}: raise trainer.num_steps to go on from a finished run")
+            raise RefusedError(
+                "step",
+                f"want 0..{num_steps}, got {step}: raise trainer.num_steps to go on from a finished run",
+            )
         if self.trainer_incarnation and step < first:
             raise RefusedError(
                 "step",
@@ -650,7 +730,9 @@ class Ledger:
     def _begin(self, step: int, stream: dict[str, Any]) -> None:
         """The stream starts at `step`; nothing that is recorded from there on can be used."""
         has_past = bool(self.trainer_incarnation)
-        takes_prompts = not self.has_other_prompts and (stream.get("cursor", 0) > self.prompts.cursor or not has_past)
+        takes_prompts = not self.has_other_prompts and (
+            stream.get("cursor", 0) > self.prompts.cursor or not has_past
+        )
         if takes_prompts:
             self._restart_curriculum(stream.get("curriculum", []))
         self._cancel_from(min(step, self.trainer_step))
@@ -686,12 +768,18 @@ class Ledger:
     def _abandon(self, step: int) -> None:
         """Nothing of weights after `step` is trained on unless it was recorded; evaluations of the older trainer are nobody's."""
         self._cancel_evals()
-        waiting = [t for t in self.register.live.values() if t.purpose is Purpose.TRAIN and t.state is not State.BATCHED]
+        waiting = [
+            t
+            for t in self.register.live.values()
+            if t.purpose is Purpose.TRAIN and t.state is not State.BATCHED
+        ]
         for ticket in waiting:
             if any(map(self.versions.has_abandoned, ticket.samples.values())):
                 self._drop(ticket, Drop.ABANDONED)
         # Only then: what is taken back makes room, into which a group that has to go would be recorded.
-        for lease in [lease for ticket in waiting for lease in ticket.leases.values() if lease.weights_step > step]:
+        for lease in [
+            lease for ticket in waiting for lease in ticket.leases.values() if lease.weights_step > step
+        ]:
             self._revoke(lease)
 
     def _cancel_evals(self) -> None:
@@ -718,25 +806,34 @@ class Ledger:
         self.store.put_mark("cursor", cursor)
 
     def _restart_curriculum(self, state: int | list[int]) -> None:
-        if self.prompts.curriculum is None or not isinstance(state, list) or not state:  # it was off until now, or is
+        if (
+            self.prompts.curriculum is None or not isinstance(state, list) or not state
+        ):  # it was off until now, or is
             return
         try:
             self.prompts.curriculum.restore(state)
         except ValueError as error:
-            raise RefusedError("stream", f"{error}: was the checkpoint made by another program version?") from None
+            raise RefusedError(
+                "stream", f"{error}: was the checkpoint made by another program version?"
+            ) from None
         for name, value in self.prompts.curriculum.marks().items():
             self.store.put_mark(name, value)
 
     def _check_weights_step(self, step: int) -> None:
         newest = min(self.trainer_step + 1, self.recorder.step)
         if not 0 <= step <= newest:
-            raise RefusedError("step", f"weights of step {step} cannot exist yet: the newest possible are those of step {newest}")
+            raise RefusedError(
+                "step",
+                f"weights of step {step} cannot exist yet: the newest possible are those of step {newest}",
+            )
 
     def _poisonable(self, ticket_id: int) -> Ticket:
         ticket = self.register.live.get(ticket_id)
         if ticket is None or ticket.state is not State.BATCHED:
             state = f"{ticket.state.value}" if ticket else "ended, or was never issued"
-            raise RefusedError(str(ticket_id), f"is not recorded in a step that is still to be trained: it is {state}")
+            raise RefusedError(
+                str(ticket_id), f"is not recorded in a step that is still to be trained: it is {state}"
+            )
         if ticket.step < self.trainer_step:
             reason = f"was trained on in step {ticket.step}, and the weights have it: go back with resume=step:K, K <= {ticket.step}, first"
             raise RefusedError(str(ticket_id), reason)
@@ -744,7 +841,9 @@ class Ledger:
 
     def _check_trainer(self, incarnation: int) -> None:
         if incarnation < self.trainer_incarnation:
-            raise StaleIncarnationError(f"trainer incarnation {self.trainer_incarnation} is newer than {incarnation}")
+            raise StaleIncarnationError(
+                f"trainer incarnation {self.trainer_incarnation} is newer than {incarnation}"
+            )
         if incarnation > self.trainer_incarnation:
             raise RefusedError("incarnation", "say StartTraining first")
 
@@ -759,7 +858,9 @@ class Ledger:
 
 def _mixed_versions(ticket: Ticket) -> str:
     by_sample = ", ".join(
-        str(sample.oldest_version) if sample.oldest_version == sample.newest_version else f"{sample.oldest_version}-{sample.newest_version}"
+        str(sample.oldest_version)
+        if sample.oldest_version == sample.newest_version
+        else f"{sample.oldest_version}-{sample.newest_version}"
         for _, sample in sorted(ticket.samples.items())
     )
     return (

@@ -26,7 +26,13 @@ _SHAPE = ("groups_per_step", "group_size", "num_greedy", "sync_interval", "max_s
 
 
 def recover(
-    settings: LedgerSettings, store: Store, *, now_s: float, first_lease_id: int = 1, dataset: int = 0, ignoring: Collection[int] = ()
+    settings: LedgerSettings,
+    store: Store,
+    *,
+    now_s: float,
+    first_lease_id: int = 1,
+    dataset: int = 0,
+    ignoring: Collection[int] = (),
 ) -> Ledger:
     """The ledger that `store` remembers; a new one when it remembers nothing. Call it once, before anything is written.
 
@@ -38,10 +44,14 @@ def recover(
     _check_shard(settings, marks)
     store.put_mark("shard", settings.shard.index)
     store.put_mark("num_shards", settings.shard.count)
-    ledger.shape = {f"shape:{name}": int(getattr(settings, name)) for name in _SHAPE} | {"shape:dataset": dataset}
+    ledger.shape = {f"shape:{name}": int(getattr(settings, name)) for name in _SHAPE} | {
+        "shape:dataset": dataset
+    }
     ledger.is_reshaped = any(marks.get(name, value) != value for name, value in ledger.shape.items())
     ledger.has_other_prompts = marks.get("shape:dataset", dataset) != dataset
-    if not ledger.is_reshaped:  # else the marks stay those of what is recorded, for whoever starts the buffer before a trainer comes
+    if (
+        not ledger.is_reshaped
+    ):  # else the marks stay those of what is recorded, for whoever starts the buffer before a trainer comes
         ledger.put_shape()
     _restore_books(ledger, memory)
     _restore_stream(ledger, memory, now_s=now_s)
@@ -74,7 +84,11 @@ def _restore_books(ledger: Ledger, memory: Recovered) -> None:
     ledger.versions.restore(memory.versions, memory.rollbacks, newest=marks.get("newest_version", 0))
     if ledger.settings.adaptive:
         ledger.bound.max_staleness = min(marks.get("max_staleness", 0), ledger.settings.max_staleness)
-    ledger.incarnations = {name.removeprefix("incarnation:"): value for name, value in marks.items() if name.startswith("incarnation:")}
+    ledger.incarnations = {
+        name.removeprefix("incarnation:"): value
+        for name, value in marks.items()
+        if name.startswith("incarnation:")
+    }
     ledger.prompts.resume(cursor=marks.get("cursor", 0), returned=memory.returned)
     _restore_curriculum(ledger, marks)
 
@@ -98,7 +112,9 @@ def _restore_stream(ledger: Ledger, memory: Recovered, *, now_s: float) -> None:
     ledger.steps.restore([*memory.trained, *batched], memory.marks, memory.attempts)
     if ledger.is_reshaped:  # its places are not those of the steps that are recorded
         return
-    ledger.recorder.restore([(ticket.step, ticket.position) for ticket in batched], first_step=ledger.committed_step + 1)
+    ledger.recorder.restore(
+        [(ticket.step, ticket.position) for ticket in batched], first_step=ledger.committed_step + 1
+    )
     for ticket in memory.tickets:
         if ticket.purpose is Purpose.TRAIN:
             ledger.readmit(ticket)

@@ -92,7 +92,11 @@ class Curriculum:
         """The candidate to issue; `luck` in [0, 1) belongs to this choice and decides whether it explores."""
         explores = luck < self.settings.exploration
         self.num_explored += explores
-        chosen = candidates[0] if explores else max(candidates, key=lambda index: self._score(self.solve_rate(index)))
+        chosen = (
+            candidates[0]
+            if explores
+            else max(candidates, key=lambda index: self._score(self.solve_rate(index)))
+        )
         self.issued_solve_rate += _ISSUED_SMOOTHING * (self.solve_rate(chosen) - self.issued_solve_rate)
         return chosen
 
@@ -152,10 +156,14 @@ class Curriculum:
         """Goes on from `state`, with slots of its own: `marks` have to be written anew. Raises ValueError where it is not one."""
         rows = [tuple(state[at : at + 4]) for at in range(0, len(state) - 3, 4)]
         is_well_formed = bool(rows) and 4 * len(rows) == len(state) and rows[0][0] == -1 and rows[0][2] > 0
-        if not is_well_formed or not all(0 <= solved <= total and 0 <= clock <= rows[0][3] for _, solved, total, clock in rows):
+        if not is_well_formed or not all(
+            0 <= solved <= total and 0 <= clock <= rows[0][3] for _, solved, total, clock in rows
+        ):
             raise ValueError("not the state of a curriculum")
         self._clock = rows[0][3]
-        told = sorted((row for row in rows[1:] if row[2]), key=lambda row: row[3])  # a cleared slot has no evidence
+        told = sorted(
+            (row for row in rows[1:] if row[2]), key=lambda row: row[3]
+        )  # a cleared slot has no evidence
         newest = {index: (solved, total, clock) for index, solved, total, clock in told}
         kept = list(newest.items())[-self.settings.memory :]
         self._all = _Evidence(slot=-1, index=-1, solved=rows[0][1], total=rows[0][2], clock=self._clock)
@@ -167,7 +175,9 @@ class Curriculum:
     def _score(self, solve_rate: float) -> float:
         if self.settings.kind is Kind.GOLDILOCKS:
             return math.sqrt(solve_rate * (1 - solve_rate))
-        return float(solve_rate ** (2 * self.settings.target) * (1 - solve_rate) ** (2 * (1 - self.settings.target)))
+        return float(
+            solve_rate ** (2 * self.settings.target) * (1 - solve_rate) ** (2 * (1 - self.settings.target))
+        )
 
     def _weight(self, evidence: _Evidence) -> float:
         return float(0.5 ** ((self._clock - evidence.clock) / self.settings.half_life))
@@ -175,7 +185,10 @@ class Curriculum:
     def _aged(self, evidence: _Evidence, solved: int, total: int) -> _Evidence:
         weight = self._weight(evidence)
         return replace(
-            evidence, solved=round(weight * evidence.solved) + solved, total=round(weight * evidence.total) + total, clock=self._clock
+            evidence,
+            solved=round(weight * evidence.solved) + solved,
+            total=round(weight * evidence.total) + total,
+            clock=self._clock,
         )
 
 

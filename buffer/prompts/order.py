@@ -37,7 +37,9 @@ def permuted(index: int, *, size: int, seed: int, epoch: int) -> int:
         for round_ in range(_NUM_ROUNDS):
             left, right = right, left ^ (_mix(key ^ (right << 8) ^ round_) & half_mask)
         index = left << half_bits | right
-        if index < size:  # the network permutes a power of four; walking its cycle back into range keeps it a bijection
+        if (
+            index < size
+        ):  # the network permutes a power of four; walking its cycle back into range keeps it a bijection
             return index
 
 
@@ -58,7 +60,9 @@ class Prompt:
 class PromptOrder:
     """Hands out a shard's training prompts: those that came back first, then the shuffled epochs, forever."""
 
-    def __init__(self, *, seed: int, num_prompts: int = 0, curriculum: Curriculum | None = None, shard: Shard = WHOLE) -> None:
+    def __init__(
+        self, *, seed: int, num_prompts: int = 0, curriculum: Curriculum | None = None, shard: Shard = WHOLE
+    ) -> None:
         self.num_prompts = num_prompts
         """Training prompts of the task, those of other shards too; 0 until it is known."""
         self.curriculum = curriculum

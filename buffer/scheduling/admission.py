@@ -23,7 +23,9 @@ from buffer.tickets import State, Ticket
 class Admission:
     """Reads the books of others; its own are the tickets that wait."""
 
-    def __init__(self, settings: LedgerSettings, *, register: Register, recorder: Recorder, bound: LagBound) -> None:
+    def __init__(
+        self, settings: LedgerSettings, *, register: Register, recorder: Recorder, bound: LagBound
+    ) -> None:
         self._settings = settings
         self._register = register
         self._recorder = recorder
@@ -39,7 +41,9 @@ class Admission:
     @property
     def waiting(self) -> list[int]:
         """Tickets that wait, in the order in which they will be taken."""
-        return [ticket_id for begins, ticket_id in sorted(set(self._waiting)) if self._waits(begins, ticket_id)]
+        return [
+            ticket_id for begins, ticket_id in sorted(set(self._waiting)) if self._waits(begins, ticket_id)
+        ]
 
     def has_work(self) -> bool:
         """Cheap test before servers are looked at. No weights are newer than the open step, so it finds as many places as any."""
@@ -64,7 +68,9 @@ class Admission:
         # lowered they could forbid one another for ever.
         num_with_deadline = self._num_to_place() - self._recorder.num_without_deadline + begins
         lowers_floor = ticket.floor is None or weights_step < ticket.floor
-        finds_no_place = lowers_floor and num_with_deadline > self._num_places(weights_step, max_staleness=max_staleness)
+        finds_no_place = lowers_floor and num_with_deadline > self._num_places(
+            weights_step, max_staleness=max_staleness
+        )
         if finds_no_place or not server.can_take(len(ticket.unleased)):
             return None
         heapq.heappop(self._waiting)

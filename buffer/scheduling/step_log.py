@@ -22,7 +22,9 @@ MAX_STARTS = 3
 class Steps:
     """Steps are absolute: a run that goes on after K steps begins at step K."""
 
-    def __init__(self, store: Store, register: Register, statistics: StreamStatistics, *, groups_per_step: int) -> None:
+    def __init__(
+        self, store: Store, register: Register, statistics: StreamStatistics, *, groups_per_step: int
+    ) -> None:
         self._store = store
         self._register = register
         self._statistics = statistics
@@ -142,7 +144,9 @@ class Steps:
 
     def crash_loop(self, *, first: int) -> int | None:
         """A step from `first` on that has cost as many trainers as it may."""
-        return next((step for step, num in sorted(self.attempts.items()) if step >= first and num >= MAX_STARTS), None)
+        return next(
+            (step for step, num in sorted(self.attempts.items()) if step >= first and num >= MAX_STARTS), None
+        )
 
     def forget_attempts(self, step: int) -> None:
         """The step is done, or its data are others now."""

@@ -133,7 +133,9 @@ class Recorder:
         self._holes.clear()
         last = max(taken, default=self._before(first_step, 0))
         self._go_to(last[0], last[1] + 1)
-        everywhere = range(first_step * self._groups_per_step, self.step * self._groups_per_step + self.position)
+        everywhere = range(
+            first_step * self._groups_per_step, self.step * self._groups_per_step + self.position
+        )
         self._holes = {divmod(index, self._groups_per_step) for index in everywhere} - set(taken)
 
     @property

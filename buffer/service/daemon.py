@@ -30,7 +30,16 @@ from areal_like.wire.addresses import buffer_host, buffer_port, reachable_host
 from areal_like.wire.channel import Envelope, Listener, tcp_address
 from areal_like.wire.fingerprint import as_number, dataset_fingerprint, shared_settings
 from areal_like.wire.messages import consumer, producer
-from areal_like.wire.messages.hello import Goodbye, Hello, HelloRequired, JobFailed, Ok, Refused, Role, Welcome
+from areal_like.wire.messages.hello import (
+    Goodbye,
+    Hello,
+    HelloRequired,
+    JobFailed,
+    Ok,
+    Refused,
+    Role,
+    Welcome,
+)
 from buffer.ledger.recovery import recover
 from buffer.service.peers import Peer, PeerBook
 from buffer.service.prometheus import BufferSeries
@@ -177,13 +186,20 @@ class BufferDaemon:
             "step": ledger.trainer_step,
             "committed_steps": ledger.committed_step + 1,
             "max_staleness": ledger.bound.max_staleness,
-            "open_step": {"step": ledger.recorder.step, "recorded": ledger.recorder.position, "due_and_running": ledger.recorder.num_due},
+            "open_step": {
+                "step": ledger.recorder.step,
+                "recorded": ledger.recorder.position,
+                "due_and_running": ledger.recorder.num_due,
+            },
             "newest_version": ledger.versions.newest,
             "curriculum": ledger.prompts.curriculum.status() if ledger.prompts.curriculum else None,
             "closed_because": ledger.closed_because,
             "store_trouble": ledger.store.health,
             "trainers_lost": {
-                str(step): {"starts": num_starts, "tickets": [ticket.ticket_id for ticket in ledger.steps.of(step)]}
+                str(step): {
+                    "starts": num_starts,
+                    "tickets": [ticket.ticket_id for ticket in ledger.steps.of(step)],
+                }
                 for step, num_starts in sorted(ledger.steps.attempts.items())
             },
             "failed_because": ledger.fatal,
@@ -191,7 +207,9 @@ class BufferDaemon:
             "drops": books.drops,
             "last_rejection": ledger.last_rejection,
             "counters": books.counters,
-            "lag_histogram": {str(lag): count for lag, count in sorted(ledger.statistics.lag_histogram.items())},
+            "lag_histogram": {
+                str(lag): count for lag, count in sorted(ledger.statistics.lag_histogram.items())
+            },
             "fetches_waiting": len(self._fetches),
             "buffer_bytes": ledger.store.num_bytes,
             "bad_frames": self._listener.num_bad_frames,
@@ -214,7 +232,11 @@ class BufferDaemon:
         server = self.ledger.book.servers.get(name)
         if server is None:
             return {}
-        return {"weights_version": server.weights_version, "free_samples": server.free_samples, "owed_samples": server.owed_samples}
+        return {
+            "weights_version": server.weights_version,
+            "free_samples": server.free_samples,
+            "owed_samples": server.owed_samples,
+        }
 
     def _counters(self) -> dict[str, float]:
         counters = self.ledger.statistics.counters()
@@ -231,7 +253,9 @@ class BufferDaemon:
         with self._runtime.waits("trainer: to end before its buffer"):
             while self._has_trainer() and self._loop.time() < deadline_s and not self._over.done():
                 await asyncio.sleep(0.05)
-        if not (self._has_trainer() and self.ledger.settings.durable):  # one that stays goes on with the next buffer
+        if not (
+            self._has_trainer() and self.ledger.settings.durable
+        ):  # one that stays goes on with the next buffer
             self.ledger.close("the buffer is draining")
         self._turn()
 
@@ -287,7 +311,9 @@ class BufferDaemon:
             return JobFailed(reason=self.ledger.fatal)
         handler = self._handlers[peer.hello.role].get(type(message))
         if handler is None:
-            raise RefusedError("message", f"{type(message).__name__} is not for a {peer.hello.role.value} to send")
+            raise RefusedError(
+                "message", f"{type(message).__name__} is not for a {peer.hello.role.value} to send"
+            )
         return handler(peer, envelope)
 
     def _hello(self, route: bytes, hello: Hello, *, now_s: float) -> Welcome:
@@ -302,13 +328,17 @@ class BufferDaemon:
         if hello.role is Role.TRAINER:
             self._listener.send(peer.route, self._directory)
         log.info("%s registered, incarnation %d", hello.name, hello.incarnation)
-        return Welcome(job=self._config.name, step=self.ledger.trainer_step, newest_version=self.ledger.versions.newest)
+        return Welcome(
+            job=self._config.name, step=self.ledger.trainer_step, newest_version=self.ledger.versions.newest
+        )
 
     def _let_in(self, hello: Hello, *, now_s: float) -> None:
         """Raises RefusedError or StaleIncarnationError."""
         if hello.role is Role.ROLLOUT:
             self.ledger.set_num_train_prompts(hello.num_train_prompts)
-            self.ledger.register_server(hello.name, incarnation=hello.incarnation, weights_version=hello.weights_version, now_s=now_s)
+            self.ledger.register_server(
+                hello.name, incarnation=hello.incarnation, weights_version=hello.weights_version, now_s=now_s
+            )
             self._num_eval_prompts = hello.num_eval_prompts
         else:
             self.ledger.fence(hello.name, hello.incarnation)
@@ -328,16 +358,28 @@ class BufferDaemon:
         for sample, verdict in zip(samples, self.ledger.samples_done(peer.hello.name, samples), strict=True):
             if verdict in (Verdict.UNKNOWN_VERSION, Verdict.INVALID):
                 log.warning(
-                    "sample %d of ticket %d by %s refused: %s", sample.sample_index, sample.ticket_id, peer.hello.name, verdict.value
+                    "sample %d of ticket %d by %s refused: %s",
+                    sample.sample_index,
+                    sample.ticket_id,
+                    peer.hello.name,
+                    verdict.value,
                 )
             self._acknowledge(peer, sample, verdict)
 
     def _sample_failed(self, peer: Peer, envelope: Envelope) -> None:
         failed: producer.SampleFailed = envelope.message
-        log.warning("%s could not make sample %d of ticket %d: %s", peer.hello.name, failed.sample_index, failed.ticket_id, failed.error)
+        log.warning(
+            "%s could not make sample %d of ticket %d: %s",
+            peer.hello.name,
+            failed.sample_index,
+            failed.ticket_id,
+            failed.error,
+        )
         self._acknowledge(peer, failed, self.ledger.sample_failed(peer.hello.name, failed))
 
-    def _acknowledge(self, peer: Peer, answer: producer.SampleDone | producer.SampleFailed, verdict: Verdict) -> None:
+    def _acknowledge(
+        self, peer: Peer, answer: producer.SampleDone | producer.SampleFailed, verdict: Verdict
+    ) -> None:
         acks = self._acks.setdefault(peer.route, {})
         acks.setdefault((answer.lease_id, verdict.refusal), []).append(answer.sample_index)
 
@@ -382,24 +424,36 @@ class BufferDaemon:
 
     def _check_trainer(self, incarnation: int) -> None:
         if incarnation < self.ledger.trainer_incarnation:
-            raise StaleIncarnationError(f"trainer incarnation {self.ledger.trainer_incarnation} is newer than {incarnation}")
+            raise StaleIncarnationError(
+                f"trainer incarnation {self.ledger.trainer_incarnation} is newer than {incarnation}"
+            )
 
     def _start_training(self, peer: Peer, envelope: Envelope) -> Welcome:
         message: consumer.StartTraining = envelope.message
-        self.ledger.start_training(incarnation=peer.hello.incarnation, step=message.step, stream=message.stream, unix_s=time.time())
-        self._evals = {key: waiting for key, waiting in self._evals.items() if key[0] == peer.route}  # nobody else's are asked for
+        self.ledger.start_training(
+            incarnation=peer.hello.incarnation, step=message.step, stream=message.stream, unix_s=time.time()
+        )
+        self._evals = {
+            key: waiting for key, waiting in self._evals.items() if key[0] == peer.route
+        }  # nobody else's are asked for
         for rank in self.peers.of(Role.TRAINER):
             if rank.hello.incarnation < peer.hello.incarnation:
                 self.peers.forget(rank.hello.name)
         log.info("training starts at step %d, incarnation %d", message.step, peer.hello.incarnation)
-        return Welcome(job=self._config.name, step=self.ledger.trainer_step, newest_version=self.ledger.versions.newest)
+        return Welcome(
+            job=self._config.name, step=self.ledger.trainer_step, newest_version=self.ledger.versions.newest
+        )
 
     def _alloc_version(self, peer: Peer, envelope: Envelope) -> consumer.VersionGranted:
-        return consumer.VersionGranted(version=self.ledger.alloc_version(incarnation=peer.hello.incarnation, step=envelope.message.step))
+        return consumer.VersionGranted(
+            version=self.ledger.alloc_version(incarnation=peer.hello.incarnation, step=envelope.message.step)
+        )
 
     def _adopt_version(self, peer: Peer, envelope: Envelope) -> Ok:
         message: consumer.AdoptVersion = envelope.message
-        self.ledger.adopt_version(incarnation=peer.hello.incarnation, version=message.version, step=message.step)
+        self.ledger.adopt_version(
+            incarnation=peer.hello.incarnation, version=message.version, step=message.step
+        )
         return Ok()
 
     def _complete_step(self, peer: Peer, envelope: Envelope) -> Ok:
@@ -414,7 +468,9 @@ class BufferDaemon:
 
     def _commit_step(self, peer: Peer, envelope: Envelope) -> Ok:
         message: consumer.CommitStep = envelope.message
-        self.ledger.commit(incarnation=peer.hello.incarnation, step=message.step, oldest_kept_step=message.oldest_kept_step)
+        self.ledger.commit(
+            incarnation=peer.hello.incarnation, step=message.step, oldest_kept_step=message.oldest_kept_step
+        )
         return Ok()
 
     def _stream_state(self, peer: Peer, envelope: Envelope) -> consumer.StreamState:
@@ -425,7 +481,9 @@ class BufferDaemon:
         if 0 < self._num_eval_prompts < message.num_prompts:
             reason = f"the task has {self._num_eval_prompts} held-out prompts, {message.num_prompts} were asked for: lower eval.num_prompts"
             raise RefusedError("num_prompts", reason)
-        result = self.ledger.request_eval(eval_id=message.eval_id, num_prompts=message.num_prompts, min_version=message.min_version)
+        result = self.ledger.request_eval(
+            eval_id=message.eval_id, num_prompts=message.num_prompts, min_version=message.min_version
+        )
         if result is None:
             self._evals[peer.route, message.eval_id] = (envelope.rid, message)
         return result
@@ -440,7 +498,11 @@ class BufferDaemon:
     async def _drop(self, body: dict[str, Any]) -> dict[str, Any]:
         """`POST /control/drop {"tickets": [17, 23]}`: poison them all or, with the reason, none."""
         ticket_ids = body.get("tickets")
-        if not isinstance(ticket_ids, list) or not ticket_ids or not all(type(ticket_id) is int for ticket_id in ticket_ids):
+        if (
+            not isinstance(ticket_ids, list)
+            or not ticket_ids
+            or not all(type(ticket_id) is int for ticket_id in ticket_ids)
+        ):
             raise UserError('want {"tickets": [ID, ...]}')
         refusal = ""
         with self._ending_on_error():
@@ -461,7 +523,9 @@ class BufferDaemon:
 
     def _heartbeat_ack(self) -> producer.HeartbeatAck:
         ledger = self.ledger
-        return producer.HeartbeatAck(step=ledger.trainer_step, newest_version=ledger.versions.newest, trouble=ledger.store.health)
+        return producer.HeartbeatAck(
+            step=ledger.trainer_step, newest_version=ledger.versions.newest, trouble=ledger.store.health
+        )
 
     def _turn_soon(self) -> None:
         if not self._turn_is_due:
@@ -505,11 +569,17 @@ class BufferDaemon:
             else:
                 self._runtime.ready()
             for name in self.ledger.expire(now_s=self._loop.time()):
-                log.warning("%s has been silent for %g s: its samples are leased again", name, self._config.buffer.lease_timeout_s)
+                log.warning(
+                    "%s has been silent for %g s: its samples are leased again",
+                    name,
+                    self._config.buffer.lease_timeout_s,
+                )
                 self.peers.forget(name)
             self._servers_changed = True
             self._turn_soon()
-            self._series.update(self.ledger, self.peers, self._counters() | {"bad_frames": self._listener.num_bad_frames})
+            self._series.update(
+                self.ledger, self.peers, self._counters() | {"bad_frames": self._listener.num_bad_frames}
+            )
 
     def _send_leases(self) -> None:
         for name, leases in self.ledger.grant(now_s=self._loop.time()).items():
@@ -522,14 +592,19 @@ class BufferDaemon:
         for name, lease_ids in self.ledger.take_aborts().items():
             peer = self.peers.named(name)
             if peer is not None:
-                self._listener.send(peer.route, producer.AbortLeases(leases=lease_ids, reason="nothing more is expected of them"))
+                self._listener.send(
+                    peer.route,
+                    producer.AbortLeases(leases=lease_ids, reason="nothing more is expected of them"),
+                )
 
     def _answer_fetches(self) -> None:
         if self._num_recorded_seen == self.ledger.steps.num_recorded:
             return
         self._num_recorded_seen = self.ledger.steps.num_recorded
         for (route, step, position), rid in list(self._fetches.items()):
-            if step <= self.ledger.committed_step or self.peers.at(route) is None:  # whoever asked is gone, or has gone on without it
+            if (
+                step <= self.ledger.committed_step or self.peers.at(route) is None
+            ):  # whoever asked is gone, or has gone on without it
                 del self._fetches[route, step, position]
             elif (group := self.ledger.fetch(step=step, position=position)) is not None:
                 del self._fetches[route, step, position]
@@ -540,7 +615,9 @@ class BufferDaemon:
             if self.peers.at(route) is None:
                 del self._evals[route, eval_id]
                 continue
-            result = self.ledger.request_eval(eval_id=eval_id, num_prompts=message.num_prompts, min_version=message.min_version)
+            result = self.ledger.request_eval(
+                eval_id=eval_id, num_prompts=message.num_prompts, min_version=message.min_version
+            )
             if result is not None:
                 del self._evals[route, eval_id]
                 self._listener.send(route, result, rid=rid)

@@ -45,4 +45,6 @@ async def _drop(config: Config, ticket_ids: Sequence[int], shard: Shard) -> None
             async with asyncio.timeout(_PATIENCE_S):
                 await durable
         except TimeoutError:
-            raise ConfigError(store.health or f"the ledger was not written within {_PATIENCE_S:g} s") from None
+            raise ConfigError(
+                store.health or f"the ledger was not written within {_PATIENCE_S:g} s"
+            ) from None

@@ -30,12 +30,16 @@ class Peer:
 class PeerBook:
     """Peers by name and by routing id."""
 
-    def __init__(self, *, job: str, dataset: str, settings: Mapping[Role, str] | None = None, shard: Shard = WHOLE) -> None:
+    def __init__(
+        self, *, job: str, dataset: str, settings: Mapping[Role, str] | None = None, shard: Shard = WHOLE
+    ) -> None:
         """`dataset` and, by role, `settings` are what the buffer's own configuration gives; model and tokenizer are those of the first
         peer that was welcome."""
         self._settings = dict(settings or {})
         own = {"job": job, "num_shards": shard.count, "shard": shard.index, "dataset": dataset}
-        self._expected: dict[str, tuple[object, str]] = {name: (value, "the buffer") for name, value in own.items()}
+        self._expected: dict[str, tuple[object, str]] = {
+            name: (value, "the buffer") for name, value in own.items()
+        }
         self._by_name: dict[str, Peer] = {}
         self._by_route: dict[bytes, Peer] = {}
         self._retired: dict[tuple[str, int], dict[str, float]] = {}
@@ -54,15 +58,25 @@ class PeerBook:
             raise RefusedError("settings", reason)
         known = self._by_name.get(hello.name)
         if known is not None and known.hello.role is not hello.role:
-            raise RefusedError("name", f"{hello.name} is taken by a {known.hello.role.value}: give every daemon a name of its own")
+            raise RefusedError(
+                "name",
+                f"{hello.name} is taken by a {known.hello.role.value}: give every daemon a name of its own",
+            )
         if known is not None and known.hello.incarnation > hello.incarnation:
-            raise StaleIncarnationError(f"a newer {hello.name} has registered (incarnation {known.hello.incarnation})")
+            raise StaleIncarnationError(
+                f"a newer {hello.name} has registered (incarnation {known.hello.incarnation})"
+            )
         is_same_process = known is not None and known.hello.incarnation == hello.incarnation
         if known is not None and not is_same_process:
             self._retire(known)
         if known is not None:
             self._by_route.pop(known.route, None)
-        peer = Peer(route=route, hello=hello, last_heard_s=now_s, stats=self._retired.pop((hello.name, hello.incarnation), {}))
+        peer = Peer(
+            route=route,
+            hello=hello,
+            last_heard_s=now_s,
+            stats=self._retired.pop((hello.name, hello.incarnation), {}),
+        )
         if known is not None and is_same_process:
             peer.state, peer.stats = known.state, known.stats
         self._by_name[hello.name] = self._by_route[route] = peer
@@ -83,7 +97,10 @@ class PeerBook:
 
     def of(self, role: Role) -> list[Peer]:
         """All peers of a role, by name."""
-        return sorted((peer for peer in self._by_name.values() if peer.hello.role is role), key=lambda peer: peer.hello.name)
+        return sorted(
+            (peer for peer in self._by_name.values() if peer.hello.role is role),
+            key=lambda peer: peer.hello.name,
+        )
 
     def forget(self, name: str) -> None:
         """The peer left or fell silent; if it speaks again it has to say hello."""

@@ -19,16 +19,33 @@ class BufferSeries:
     def __init__(self, metrics: Metrics, *, max_staleness: int) -> None:
         lags = [str(lag) for lag in range(max_staleness + 1)]
         self._tickets = metrics.gauge("tickets", "Tickets by state", label="state", values=list(State))
-        self._drops = metrics.counter("tickets_dropped", "Dropped tickets by reason", label="reason", values=list(Drop))
-        self._samples = metrics.counter("samples_offered", "Samples that arrived, by verdict", label="verdict", values=list(Verdict))
-        self._trained = metrics.counter("samples_trained", "Samples learned from, by lag in optimizer steps", label="lag", values=lags)
-        self._peers = metrics.gauge("peers", "Registered peers by role", label="role", values=[role.value for role in Role])
-        self._steps = metrics.gauge("step", "Optimizer steps: completed, committed, and the one being recorded", label="of", values=_STEPS)
-        self._bound = metrics.gauge("max_staleness", "Bound on lag, in optimizer steps, of tickets issued now")
+        self._drops = metrics.counter(
+            "tickets_dropped", "Dropped tickets by reason", label="reason", values=list(Drop)
+        )
+        self._samples = metrics.counter(
+            "samples_offered", "Samples that arrived, by verdict", label="verdict", values=list(Verdict)
+        )
+        self._trained = metrics.counter(
+            "samples_trained", "Samples learned from, by lag in optimizer steps", label="lag", values=lags
+        )
+        self._peers = metrics.gauge(
+            "peers", "Registered peers by role", label="role", values=[role.value for role in Role]
+        )
+        self._steps = metrics.gauge(
+            "step",
+            "Optimizer steps: completed, committed, and the one being recorded",
+            label="of",
+            values=_STEPS,
+        )
+        self._bound = metrics.gauge(
+            "max_staleness", "Bound on lag, in optimizer steps, of tickets issued now"
+        )
         self._version = metrics.gauge("weights_newest_version", "Newest allocated weights version")
         self._bytes = metrics.gauge("buffer_bytes", "Bytes of records held")
         self._free = metrics.gauge("free_samples", "Samples that servers could take now")
-        self._due = metrics.gauge("tickets_due", "Running tickets that cannot be recorded later than in the open step")
+        self._due = metrics.gauge(
+            "tickets_due", "Running tickets that cannot be recorded later than in the open step"
+        )
         self._solve_rate = metrics.gauge(
             "curriculum_solve_rate",
             "Estimated solve rate of prompts (with buffer.curriculum): issued of late, and all",
@@ -62,7 +79,9 @@ class BufferSeries:
             self._raise(counter, "", plain[name])
         for role in Role:
             self._peers.labels(role.value).set(len(peers.of(role)))
-        for of, step in zip(_STEPS, (ledger.trainer_step, ledger.committed_step + 1, ledger.recorder.step), strict=True):
+        for of, step in zip(
+            _STEPS, (ledger.trainer_step, ledger.committed_step + 1, ledger.recorder.step), strict=True
+        ):
             self._steps.labels(of).set(step)
         self._bound.set(ledger.bound.max_staleness)
         self._version.set(ledger.versions.newest)
@@ -70,7 +89,9 @@ class BufferSeries:
         self._free.set(sum(max(0, server.free_samples) for server in ledger.book.servers.values()))
         self._due.set(ledger.recorder.num_due)
         if (curriculum := ledger.prompts.curriculum) is not None:
-            for of, rate in zip(_PROMPTS, (curriculum.issued_solve_rate, curriculum.mean_solve_rate), strict=True):
+            for of, rate in zip(
+                _PROMPTS, (curriculum.issued_solve_rate, curriculum.mean_solve_rate), strict=True
+            ):
                 self._solve_rate.labels(of).set(rate)
 
     def _raise(self, counter: Counter, label: str, value: float) -> None:

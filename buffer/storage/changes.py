@@ -117,7 +117,12 @@ class RowRecorder:
 
     def push_returned(self, prompt: Prompt) -> None:
         """See Store."""
-        self.changes.returned[self._next_returned] = (self._next_returned, prompt.index, prompt.parent, prompt.num_reissues)
+        self.changes.returned[self._next_returned] = (
+            self._next_returned,
+            prompt.index,
+            prompt.parent,
+            prompt.num_reissues,
+        )
         self._next_returned += 1
         self._changed()
 

@@ -77,7 +77,9 @@ class DurableStore(RowRecorder):
     OPEN -> recover() -> WRITING -> close() -> CLOSED
     """
 
-    def __init__(self, directory: Path, settings: StoreSettings, *, on_error: Callable[[Exception], None]) -> None:
+    def __init__(
+        self, directory: Path, settings: StoreSettings, *, on_error: Callable[[Exception], None]
+    ) -> None:
         """`on_error` hears, in the loop, of what cannot be mended by waiting; nothing more becomes durable then."""
         super().__init__()
         self._directory = directory
@@ -88,7 +90,8 @@ class DurableStore(RowRecorder):
         self._lock = _lock(directory)
         try:
             self._connection = schema.connect(
-                directory / "ledger.sqlite3", synchronous="FULL" if settings.durability == "power_loss" else "NORMAL"
+                directory / "ledger.sqlite3",
+                synchronous="FULL" if settings.durability == "power_loss" else "NORMAL",
             )
         except (UserError, StoreCorruptError):
             os.close(self._lock)
@@ -111,14 +114,18 @@ class DurableStore(RowRecorder):
         recovered = schema.read(self._connection)
         self._continue_from(recovered, first_returned=schema.first_returned(self._connection))
         self._places = schema.read_places(self._connection)
-        self._num_needed = Counter(place.segment for places in self._places.values() for place in places.values())
+        self._num_needed = Counter(
+            place.segment for places in self._places.values() for place in places.values()
+        )
         segments = schema.read_segments(self._connection)
         self._retained = frozenset(row.segment for row in segments if row.retained)
         last = segments[-1] if segments else schema.SegmentRow(0, 0, False)
         self._verify(last.segment, ignoring=ignoring)
         num_whole, num_torn_bytes = unnamed_tail(self._directory, segment=last.segment, offset=last.num_bytes)
         if num_whole or num_torn_bytes:
-            log.warning("cut %d unacknowledged trajectories and %d bytes of a torn one", num_whole, num_torn_bytes)
+            log.warning(
+                "cut %d unacknowledged trajectories and %d bytes of a torn one", num_whole, num_torn_bytes
+            )
         self._remove_unnamed({row.segment for row in segments})
         self._gone_segments = [row.segment for row in segments[:-1] if not self._is_needed(row.segment)]
         writer = SegmentWriter(
@@ -199,7 +206,9 @@ class DurableStore(RowRecorder):
         if not (self.changes or self._gone_segments) or (self._in_flight is not None and not even_while_busy):
             return
         self._writer.is_pressed = False
-        self._in_flight = Batch(changes=self.changes, callbacks=self._callbacks, gone_segments=self._gone_segments)
+        self._in_flight = Batch(
+            changes=self.changes, callbacks=self._callbacks, gone_segments=self._gone_segments
+        )
         self.changes, self._callbacks, self._gone_segments = Changes(), [], []
         self._writer.submit(self._in_flight)
 
@@ -228,7 +237,9 @@ class DurableStore(RowRecorder):
         self._gone_segments += gone
 
     def _is_needed(self, segment: int) -> bool:
-        return self._num_needed[segment] > 0 or segment in self._retained or self._settings.retain_trajectories
+        return (
+            self._num_needed[segment] > 0 or segment in self._retained or self._settings.retain_trajectories
+        )
 
     def _verify(self, last_segment: int, *, ignoring: Collection[int]) -> None:
         """Everything named must be there; in the segment that was being written it must also match its checksum.
@@ -264,7 +275,9 @@ def _lock(directory: Path) -> int:
     except BlockingIOError:
         holder = os.pread(file, 32, 0).decode(errors="replace").strip() or "unknown"
         os.close(file)
-        raise UserError(f"{directory} is in use by another buffer (pid {holder}): stop that one, or give this run another name") from None
+        raise UserError(
+            f"{directory} is in use by another buffer (pid {holder}): stop that one, or give this run another name"
+        ) from None
     os.ftruncate(file, 0)
     os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
     return file

@@ -86,7 +86,9 @@ class SegmentWriter:
 
     def _write_all(self, records: list[bytes]) -> None:
         num_written = os.writev(self._file, records)
-        if num_written < sum(map(len, records)):  # a disk that fills up takes a part first and refuses the rest
+        if num_written < sum(
+            map(len, records)
+        ):  # a disk that fills up takes a part first and refuses the rest
             rest = memoryview(b"".join(records))[num_written:]
             while rest:
                 rest = rest[os.write(self._file, rest) :]

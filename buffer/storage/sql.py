@@ -133,7 +133,9 @@ def apply(
             "num_bytes = excluded.num_bytes, retained = max(retained, excluded.retained)",
             [dataclasses.astuple(row) for row in segments],
         )
-        connection.executemany("DELETE FROM segments WHERE segment = ?", [(segment,) for segment in gone_segments])
+        connection.executemany(
+            "DELETE FROM segments WHERE segment = ?", [(segment,) for segment in gone_segments]
+        )
         connection.execute("COMMIT")
     except sqlite3.Error:
         if connection.in_transaction:  # some errors have rolled back by themselves
@@ -151,24 +153,58 @@ def _write(connection: sqlite3.Connection, changes: Changes, places: Iterable[Pl
     )
     _insert(connection, "INSERT INTO samples VALUES", _sample_rows(changes, places))
     _each(connection, "UPDATE tickets SET released = 1 WHERE ticket_id IN", changes.released)
-    _insert(connection, "INSERT OR REPLACE INTO failures VALUES", [(*key, count) for key, count in changes.failures.items()])
-    _insert(connection, "INSERT OR REPLACE INTO leases VALUES", [row for row in changes.leases.values() if row])
-    _each(connection, "DELETE FROM leases WHERE lease_id IN", [lease_id for lease_id, row in changes.leases.items() if not row])
+    _insert(
+        connection,
+        "INSERT OR REPLACE INTO failures VALUES",
+        [(*key, count) for key, count in changes.failures.items()],
+    )
+    _insert(
+        connection, "INSERT OR REPLACE INTO leases VALUES", [row for row in changes.leases.values() if row]
+    )
+    _each(
+        connection,
+        "DELETE FROM leases WHERE lease_id IN",
+        [lease_id for lease_id, row in changes.leases.items() if not row],
+    )
     _insert(
         connection,
         "INSERT INTO versions VALUES",
         [(row.version, row.step, row.parent, row.trainer_incarnation) for row in changes.versions],
     )
     _insert(connection, "INSERT OR REPLACE INTO marks VALUES", list(changes.marks.items()))
-    _insert(connection, "INSERT OR REPLACE INTO returned_prompts VALUES", [row for row in changes.returned.values() if row])
-    _each(connection, "DELETE FROM returned_prompts WHERE place IN", [place for place, row in changes.returned.items() if not row])
-    _insert(connection, "INSERT OR REPLACE INTO attempts VALUES", [item for item in changes.attempts.items() if item[1]])
-    _each(connection, "DELETE FROM attempts WHERE step IN", [step for step, num_starts in changes.attempts.items() if not num_starts])
+    _insert(
+        connection,
+        "INSERT OR REPLACE INTO returned_prompts VALUES",
+        [row for row in changes.returned.values() if row],
+    )
+    _each(
+        connection,
+        "DELETE FROM returned_prompts WHERE place IN",
+        [place for place, row in changes.returned.items() if not row],
+    )
+    _insert(
+        connection,
+        "INSERT OR REPLACE INTO attempts VALUES",
+        [item for item in changes.attempts.items() if item[1]],
+    )
+    _each(
+        connection,
+        "DELETE FROM attempts WHERE step IN",
+        [step for step, num_starts in changes.attempts.items() if not num_starts],
+    )
     _insert(
         connection,
         "INSERT INTO rollbacks VALUES",
         [
-            (None, row.trainer_incarnation, row.from_step, row.to_step, row.num_tickets, row.num_tokens, row.unix_s)
+            (
+                None,
+                row.trainer_incarnation,
+                row.from_step,
+                row.to_step,
+                row.num_tickets,
+                row.num_tokens,
+                row.unix_s,
+            )
             for row in changes.rollbacks
         ],
     )
@@ -252,7 +288,9 @@ def read(connection: sqlite3.Connection) -> Recovered:
     ):
         tickets[ticket_id].samples[sample_index] = _sample(*facts)
         tickets[ticket_id].unleased.discard(sample_index)
-    for ticket_id, sample_index, count in every("SELECT failures.* FROM tickets CROSS JOIN failures USING (ticket_id) WHERE released = 0"):
+    for ticket_id, sample_index, count in every(
+        "SELECT failures.* FROM tickets CROSS JOIN failures USING (ticket_id) WHERE released = 0"
+    ):
         tickets[ticket_id].num_failures[sample_index] = count
     trained = [ticket for ticket in tickets.values() if ticket.state is State.TRAINED]
     return Recovered(
@@ -280,13 +318,22 @@ def read(connection: sqlite3.Connection) -> Recovered:
         ],
         attempts=dict(every("SELECT * FROM attempts")),
         rollbacks=[
-            RollbackRow(trainer_incarnation=row[1], from_step=row[2], to_step=row[3], num_tickets=row[4], num_tokens=row[5], unix_s=row[6])
+            RollbackRow(
+                trainer_incarnation=row[1],
+                from_step=row[2],
+                to_step=row[3],
+                num_tickets=row[4],
+                num_tokens=row[5],
+                unix_s=row[6],
+            )
             for row in every("SELECT * FROM rollbacks ORDER BY id")
         ],
         statistics=dict(every("SELECT * FROM statistics")),
         ended={
             (Purpose(purpose), State(state), Drop(reason) if reason else None): count
-            for purpose, state, reason, count in every("SELECT purpose, state, reason, count(*) FROM tickets GROUP BY 1, 2, 3")
+            for purpose, state, reason, count in every(
+                "SELECT purpose, state, reason, count(*) FROM tickets GROUP BY 1, 2, 3"
+            )
             if State(state).is_terminal
         },
         num_issued=every("SELECT coalesce(max(ticket_id), 0) FROM tickets").fetchone()[0],
@@ -311,11 +358,20 @@ def read_places(connection: sqlite3.Connection) -> dict[int, dict[int, Place]]:
 
 def read_segments(connection: sqlite3.Connection) -> list[SegmentRow]:
     """All files of trajectories, oldest first; the last one is being written."""
-    return [SegmentRow(row[0], row[1], bool(row[2])) for row in connection.execute("SELECT * FROM segments ORDER BY segment")]
+    return [
+        SegmentRow(row[0], row[1], bool(row[2]))
+        for row in connection.execute("SELECT * FROM segments ORDER BY segment")
+    ]
 
 
 def _sample(
-    lease_id: int, oldest_step: int, sum_token_steps: int, oldest_version: int, newest_version: int, num_sampled: int, reward: float
+    lease_id: int,
+    oldest_step: int,
+    sum_token_steps: int,
+    oldest_version: int,
+    newest_version: int,
+    num_sampled: int,
+    reward: float,
 ) -> Sample:
     return Sample(
         lease_id=lease_id,

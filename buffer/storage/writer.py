@@ -93,7 +93,11 @@ class Writer:
         if self._refused_because or since_s is None:
             return self._refused_because
         seconds = time.monotonic() - since_s
-        return f"disk hangs: a write in {self._directory} has taken {seconds:.0f} s" if seconds > _HANGS_AFTER_S else ""
+        return (
+            f"disk hangs: a write in {self._directory} has taken {seconds:.0f} s"
+            if seconds > _HANGS_AFTER_S
+            else ""
+        )
 
     def submit(self, batch: Batch) -> None:
         """Queues a batch."""
@@ -113,7 +117,9 @@ class Writer:
                 if places is None:
                     return
                 self._tell(self._on_done, batch, places)
-        except Exception as error:  # the outermost frame of a thread: whoever waits for acknowledgements has to hear of it
+        except (
+            Exception
+        ) as error:  # the outermost frame of a thread: whoever waits for acknowledgements has to hear of it
             log.exception("the ledger cannot be written")
             self._tell(self._on_error, error)
 
@@ -149,9 +155,14 @@ class Writer:
         try:
             places = self._segments.write(records)
             sizes = {place.segment: place.offset + place.num_bytes for place in places}
-            rows = [SegmentRow(segment, sizes.get(segment, 0), self._retain) for segment in range(first, self._segments.segment + 1)]
+            rows = [
+                SegmentRow(segment, sizes.get(segment, 0), self._retain)
+                for segment in range(first, self._segments.segment + 1)
+            ]
             grown = [row for row in rows if row.num_bytes]
-            schema.apply(self._connection, batch.changes, places, segments=grown, gone_segments=batch.gone_segments)
+            schema.apply(
+                self._connection, batch.changes, places, segments=grown, gone_segments=batch.gone_segments
+            )
         except OSError as error:
             if error.errno not in _NO_SPACE:
                 raise
@@ -159,7 +170,9 @@ class Writer:
             raise _NoSpaceError(f"disk full: {error.strerror} in {self._directory}") from None
         except sqlite3.OperationalError as error:
             if error.sqlite_errorname == "SQLITE_BUSY":
-                reason = f"locked: another program holds {self._directory}/ledger.sqlite3 (an open sqlite3 shell?)"
+                reason = (
+                    f"locked: another program holds {self._directory}/ledger.sqlite3 (an open sqlite3 shell?)"
+                )
             elif error.sqlite_errorname in _SQLITE_WAITS:
                 reason = f"disk full: {error} in {self._directory}"
             else:

@@ -73,21 +73,29 @@ class LeaseBook:
             )
             server = self.servers.get(row.server)
             if server is None:
-                server = Server(name=row.server, incarnation=row.server_incarnation, weights_version=0, last_heard_s=now_s)
+                server = Server(
+                    name=row.server, incarnation=row.server_incarnation, weights_version=0, last_heard_s=now_s
+                )
                 self.servers[row.server] = server
             self._next_id = max(self._next_id, self._shard.local(row.lease_id) + 1)
             self._enter(lease, server, ticket)
 
-    def register(self, name: str, *, incarnation: int, weights_version: int, now_s: float) -> list[LeaseRecord]:
+    def register(
+        self, name: str, *, incarnation: int, weights_version: int, now_s: float
+    ) -> list[LeaseRecord]:
         """A server said hello; the leases of an earlier incarnation are lost. Raises StaleIncarnationError for an older one."""
         known = self.servers.get(name)
         if known is not None and known.incarnation > incarnation:
-            raise StaleIncarnationError(f"{name} was started again: incarnation {known.incarnation} is newer than {incarnation}")
+            raise StaleIncarnationError(
+                f"{name} was started again: incarnation {known.incarnation} is newer than {incarnation}"
+            )
         if known is not None and known.incarnation == incarnation:
             known.last_heard_s, known.weights_version = now_s, weights_version
             return []
         lost = self.remove(name)
-        self.servers[name] = Server(name=name, incarnation=incarnation, weights_version=weights_version, last_heard_s=now_s)
+        self.servers[name] = Server(
+            name=name, incarnation=incarnation, weights_version=weights_version, last_heard_s=now_s
+        )
         return lost
 
     def remove(self, name: str) -> list[LeaseRecord]:
@@ -128,7 +136,9 @@ class LeaseBook:
             else:
                 self.revoke(lease)
                 lost.append(lease)
-        silent = [server.name for server in self.servers.values() if server.last_heard_s + self._timeout_s <= now_s]
+        silent = [
+            server.name for server in self.servers.values() if server.last_heard_s + self._timeout_s <= now_s
+        ]
         for name in silent:
             lost += self.remove(name)
         return lost, silent

@@ -26,7 +26,13 @@ class Register:
         """Ticket id -> ticket, in order of issue."""
         self._counts = {purpose: Counter[State]() for purpose in Purpose}
 
-    def restore(self, tickets: Iterable[Ticket], ended: Mapping[tuple[Purpose, State, Drop | None], int], *, last_id: int) -> None:
+    def restore(
+        self,
+        tickets: Iterable[Ticket],
+        ended: Mapping[tuple[Purpose, State, Drop | None], int],
+        *,
+        last_id: int,
+    ) -> None:
         """What an earlier life knew. `tickets`: live ones, by id. `ended`: how many have, and how. `last_id`: 0 if none was issued."""
         self.num_issued = self._shard.local(last_id) if last_id else 0
         for ticket in tickets:
@@ -36,7 +42,14 @@ class Register:
             self._counts[purpose][state] += count
 
     def issue(
-        self, purpose: Purpose, prompt: Prompt, *, num_samples: int, num_greedy: int = 0, eval_id: int = 0, max_staleness: int = 0
+        self,
+        purpose: Purpose,
+        prompt: Prompt,
+        *,
+        num_samples: int,
+        num_greedy: int = 0,
+        eval_id: int = 0,
+        max_staleness: int = 0,
     ) -> Ticket:
         """A new ticket, QUEUED. `num_greedy`: how many of its samples are."""
         self.num_issued += 1
@@ -74,7 +87,9 @@ class Register:
     def take_back(self, tickets: Sequence[Ticket]) -> None:
         """Committed work that a trainer does again: BATCHED as it was."""
         if tickets:
-            self.live = dict(sorted([*self.live.items(), *((ticket.ticket_id, ticket) for ticket in tickets)]))
+            self.live = dict(
+                sorted([*self.live.items(), *((ticket.ticket_id, ticket) for ticket in tickets)])
+            )
         for ticket in tickets:
             self.move(ticket, State.BATCHED)
 
@@ -90,5 +105,7 @@ class Register:
         """The conservation law. Constant time."""
         num_counted = sum(sum(counts.values()) for counts in self._counts.values())
         num_live = num_counted - sum(counts[state] for counts in self._counts.values() for state in TERMINAL)
-        assert num_counted == self.num_issued, f"tickets are lost: {self.num_issued} issued, {self.num_by_state()}"
+        assert num_counted == self.num_issued, (
+            f"tickets are lost: {self.num_issued} issued, {self.num_by_state()}"
+        )
         assert num_live == len(self.live), f"{len(self.live)} tickets in memory, {num_live} counted live"

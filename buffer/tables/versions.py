@@ -44,7 +44,9 @@ class VersionBook:
 
     def alloc(self, *, step: int, trainer_incarnation: int) -> int:
         """A new version for weights that are the start of `step`."""
-        row = VersionRow(version=self.newest + 1, step=step, parent=self.newest, trainer_incarnation=trainer_incarnation)
+        row = VersionRow(
+            version=self.newest + 1, step=step, parent=self.newest, trainer_incarnation=trainer_incarnation
+        )
         self._put(row)
         return row.version
 
@@ -52,7 +54,11 @@ class VersionBook:
         """A version that another shard gave out; again is as good as once. False where it is not newer than all that are known."""
         if version <= self.newest:
             return self._weights.get(version) == (step, trainer_incarnation)
-        self._put(VersionRow(version=version, step=step, parent=self.newest, trainer_incarnation=trainer_incarnation))
+        self._put(
+            VersionRow(
+                version=version, step=step, parent=self.newest, trainer_incarnation=trainer_incarnation
+            )
+        )
         return True
 
     def abandon(self, *, after_step: int, trainer_incarnation: int) -> bool:
@@ -60,7 +66,11 @@ class VersionBook:
 
         Returns whether there were any.
         """
-        left = {v for v, (step, incarnation) in self._weights.items() if step > after_step and incarnation < trainer_incarnation}
+        left = {
+            v
+            for v, (step, incarnation) in self._weights.items()
+            if step > after_step and incarnation < trainer_incarnation
+        }
         has_new = not left <= self._abandoned
         self._abandoned |= left
         return has_new

@@ -221,18 +221,24 @@ def audit_run(root: Path) -> Report:
     if not directories:
         raise ConfigError(f"{root} has no ledger: with buffer.durability=none a run leaves no books to audit")
     config = load_config(["--config", str(RunPaths(root).config)])
-    checkpointed = max(checkpoints(RunPaths(root)), default=0)  # before the ledgers are read: a running job adds some
+    checkpointed = max(
+        checkpoints(RunPaths(root)), default=0
+    )  # before the ledgers are read: a running job adds some
     shards = [_Shard(directory) for directory in directories]
     try:
         reports = [shard.report() for shard in shards]
     except sqlite3.DatabaseError as error:
-        raise StoreCorruptError(f"{root}: its ledger cannot be read ({error}); is it whole, and of this release?") from None
+        raise StoreCorruptError(
+            f"{root}: its ledger cannot be read ({error}); is it whole, and of this release?"
+        ) from None
     checks = [
         Check(
             text=same[0].text,
             num_checked=sum(check.num_checked for check in same),
             offenders=[
-                _in_shard(offender, shard, shards) for shard, check in zip(shards, same, strict=True) for offender in check.offenders
+                _in_shard(offender, shard, shards)
+                for shard, check in zip(shards, same, strict=True)
+                for offender in check.offenders
             ],
         )
         for same in zip(*(report.checks for report in reports), strict=True)
@@ -247,7 +253,10 @@ def audit_run(root: Path) -> Report:
         drops=add_up(report.drops for report in reports),
         facts=add_up(report.facts for report in reports)
         # Every shard has these of its own, and they are the same.
-        | {name: min(report.facts[name] for report in reports) for name in ("committed_steps", "versions", "rollbacks")},
+        | {
+            name: min(report.facts[name] for report in reports)
+            for name in ("committed_steps", "versions", "rollbacks")
+        },
     )
 
 
@@ -260,17 +269,33 @@ def _whole_steps(shards: list[_Shard], *, config: Config, checkpointed: int) -> 
     for shard in shards:
         groups = {step: num_groups for step, num_groups, _ in shard.steps}
         wanted = shard.place.share(config.trainer.groups_per_step)
-        found = [f"step {step}: {num} groups, the last at position {last}" for step, num, last in shard.steps if last != num - 1]
-        found += [f"step {step}: {groups.get(step, 0)} of {wanted} groups" for step in range(begun, done) if groups.get(step, 0) != wanted]
+        found = [
+            f"step {step}: {num} groups, the last at position {last}"
+            for step, num, last in shard.steps
+            if last != num - 1
+        ]
+        found += [
+            f"step {step}: {groups.get(step, 0)} of {wanted} groups"
+            for step in range(begun, done)
+            if groups.get(step, 0) != wanted
+        ]
         problems += [_in_shard(problem, shard, shards) for problem in found]
-    return Check(text="every step that was committed or checkpointed is whole", num_checked=max(0, done - begun), offenders=problems)
+    return Check(
+        text="every step that was committed or checkpointed is whole",
+        num_checked=max(0, done - begun),
+        offenders=problems,
+    )
 
 
 def _every_shard(shards: list[_Shard], *, config: Config) -> Check:
     """The ledgers are one each of as many shards as the run has."""
     wanted = {shard.ledger: shard for shard in all_shards(config.buffer.num_shards)}
     found = {shard.directory.name: shard.place for shard in shards}
-    problems = [f"{name}: shard {place.index} of {place.count}" for name, place in found.items() if wanted.get(name) != place]
+    problems = [
+        f"{name}: shard {place.index} of {place.count}"
+        for name, place in found.items()
+        if wanted.get(name) != place
+    ]
     problems += [f"{name} is missing" for name in wanted if name not in found]
     return Check(text="every shard is there, once", num_checked=len(shards), offenders=problems)
 
@@ -285,7 +310,9 @@ def _same_versions(shards: list[_Shard]) -> Check:
                 problem = f"version {version} is weights of step {step}, in {first.directory.name} of {first.versions.get(version, 'none')}"
                 problems.append(_in_shard(problem, other, shards))
     num_checked = sum(len(other.versions) for other in others)
-    return Check(text="a version is the same weights in every shard", num_checked=num_checked, offenders=problems)
+    return Check(
+        text="a version is the same weights in every shard", num_checked=num_checked, offenders=problems
+    )
 
 
 class _Shard:
@@ -307,11 +334,17 @@ class _Shard:
             connection.execute("BEGIN")
             every = connection.execute
             checks = [
-                Check(text=law.text, num_checked=every(law.count).fetchone()[0], offenders=[row[0] for row in every(law.against)])
+                Check(
+                    text=law.text,
+                    num_checked=every(law.count).fetchone()[0],
+                    offenders=[row[0] for row in every(law.against)],
+                )
                 for law in _LAWS
             ]
             tickets = dict(every("SELECT state, count(*) FROM tickets GROUP BY 1 ORDER BY 1"))
-            drops = dict(every("SELECT reason, count(*) FROM tickets WHERE state = 'dropped' GROUP BY 1 ORDER BY 1"))
+            drops = dict(
+                every("SELECT reason, count(*) FROM tickets WHERE state = 'dropped' GROUP BY 1 ORDER BY 1")
+            )
             marks = dict(every("SELECT name, value FROM marks"))
             self.place = Shard(marks.get("shard", 0), marks.get("num_shards", 1))
             self.committed_step = marks.get("committed_step", -1)
@@ -321,7 +354,9 @@ class _Shard:
             self.first_step = self.steps[0][0] if self.steps else self.committed_step + 1
             self.versions = dict(every("SELECT version, step FROM versions"))
             (num_bytes,) = every("SELECT coalesce(sum(num_bytes), 0) FROM segments").fetchone()
-            num_rollbacks, num_tokens = every("SELECT count(*), coalesce(sum(num_tokens), 0) FROM rollbacks").fetchone()
+            num_rollbacks, num_tokens = every(
+                "SELECT count(*), coalesce(sum(num_tokens), 0) FROM rollbacks"
+            ).fetchone()
             places = every(
                 "SELECT ticket_id, sample_index, segment, offset, num_bytes, crc32 FROM tickets CROSS JOIN samples USING (ticket_id) "
                 "WHERE released = 0 AND state IN ('ready', 'batched', 'trained')"
@@ -342,7 +377,9 @@ class _Shard:
         )
 
     def _connect(self) -> sqlite3.Connection:
-        return sqlite3.connect(f"file:{self.directory / 'ledger.sqlite3'}?mode=ro", uri=True, isolation_level=None, timeout=10)
+        return sqlite3.connect(
+            f"file:{self.directory / 'ledger.sqlite3'}?mode=ro", uri=True, isolation_level=None, timeout=10
+        )
 
     def _records(self, places: list[tuple[int, ...]]) -> Check:
         problems: dict[int, str] = {}
@@ -353,7 +390,9 @@ class _Shard:
                 problems.setdefault(ticket_id, str(error))
         if problems:  # a running buffer lets go of what nobody can ask for any more, perhaps since we looked
             with closing(self._connect()) as connection:
-                gone = connection.execute("SELECT ticket_id FROM tickets WHERE released = 1 OR state = 'dropped'")
+                gone = connection.execute(
+                    "SELECT ticket_id FROM tickets WHERE released = 1 OR state = 'dropped'"
+                )
                 for (ticket_id,) in gone:
                     problems.pop(ticket_id, None)
         return Check(

@@ -30,7 +30,9 @@ def drop_tickets(root: Path, ticket_ids: Sequence[int]) -> str:
     tickets = ", ".join(map(str, ticket_ids))
     are_running = [_drop(paths, shard, ticket_ids) for shard in shards]
     if any(are_running):
-        return f"the running buffer has dropped tickets {tickets}; its trainer starts again from its checkpoint"
+        return (
+            f"the running buffer has dropped tickets {tickets}; its trainer starts again from its checkpoint"
+        )
     return f"dropped tickets {tickets} from the ledger of a job that is not running; go on with resume=latest"
 
 
@@ -39,13 +41,32 @@ def _drop(paths: RunPaths, shard: Shard, ticket_ids: Sequence[int]) -> bool:
     endpoint = read_endpoint(paths.endpoints / f"{shard.name}.json")
     if endpoint is not None and _ask(str(endpoint["http"]), ticket_ids):
         return True
-    here = [f"runs_dir={paths.root.resolve().parent}", f"name={paths.root.resolve().name}"]  # it may have been moved
+    here = [
+        f"runs_dir={paths.root.resolve().parent}",
+        f"name={paths.root.resolve().name}",
+    ]  # it may have been moved
     ids = ",".join(map(str, ticket_ids))
-    command = [sys.executable, "-m", "buffer", "--name", shard.name, "--drop", ids, "--config", str(paths.config), *here]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))}
+    command = [
+        sys.executable,
+        "-m",
+        "buffer",
+        "--name",
+        shard.name,
+        "--drop",
+        ids,
+        "--config",
+        str(paths.config),
+        *here,
+    ]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ConfigError(done.stderr.strip().removeprefix("buffer: ") or f"the ledger could not be opened (exit code {done.returncode})")
+        raise ConfigError(
+            done.stderr.strip().removeprefix("buffer: ")
+            or f"the ledger could not be opened (exit code {done.returncode})"
+        )
     return False
 
 
@@ -56,5 +77,7 @@ def _ask(address: str, ticket_ids: Sequence[int]) -> bool:
     except ConnectionRefusedError:
         return False
     except OSError as error:
-        raise ConfigError(f"drop: the buffer at {address} does not answer ({error}): is its disk full? See its /readyz") from None
+        raise ConfigError(
+            f"drop: the buffer at {address} does not answer ({error}): is its disk full? See its /readyz"
+        ) from None
     return True

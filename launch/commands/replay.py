@@ -26,13 +26,26 @@ from launch.view.report import summary_table
 from launch.view.view import LastingView, PlainView, View, unless_seen_by_nobody
 
 _TICK_S = 0.1
-_IGNORED = ("buffer.", "rollout.", "weights.", "eval.", "sampling.", "task", "max_staleness", "max_staleness_cap", "ess_target", "seed")
+_IGNORED = (
+    "buffer.",
+    "rollout.",
+    "weights.",
+    "eval.",
+    "sampling.",
+    "task",
+    "max_staleness",
+    "max_staleness_cap",
+    "ess_target",
+    "seed",
+)
 
 
 def run_replay(recorded: Path, argv: Sequence[str]) -> int:
     """Replays to the end; returns the exit code. Raises ConfigError before anything was started."""
     if any(arg.startswith("resume=") for arg in argv):
-        raise ConfigError("replay: a replay begins at the recording's first step (resume= is for `areal-like run`)")
+        raise ConfigError(
+            "replay: a replay begins at the recording's first step (resume= is for `areal-like run`)"
+        )
     run = open_replay(recorded, argv)
     console = Console()
     say = LastingView(PlainView(run.config, console))
@@ -67,7 +80,9 @@ def _watch(recorded: Path, run: OpenRun, *, view: View) -> int:
                 num_obeyed = stops.count
                 if num_obeyed > 1:
                     break
-                view.notice("stopping: the step at hand is finished and a checkpoint written (Ctrl-C again to stop at once)")
+                view.notice(
+                    "stopping: the step at hand is finished and a checkpoint written (Ctrl-C again to stop at once)"
+                )
                 child.terminate()
             view.update(Observation(progress=tail.read()), phase="replaying", detail="")
             time.sleep(_TICK_S)
@@ -79,7 +94,9 @@ def _watch(recorded: Path, run: OpenRun, *, view: View) -> int:
     if code == 2:
         raise ConfigError(child.complaint())
     if code != 0:
-        sys.stderr.write("\n".join([f"replay failed ({describe_exit(code)}); its last lines:", *child.last_words(), ""]))
+        sys.stderr.write(
+            "\n".join([f"replay failed ({describe_exit(code)}); its last lines:", *child.last_words(), ""])
+        )
         return 1
     return 0
 
@@ -87,8 +104,16 @@ def _watch(recorded: Path, run: OpenRun, *, view: View) -> int:
 def _compared(recorded: RunPaths, replayed: RunPaths) -> list[str]:
     """What can be said of the steps at which both have a checkpoint."""
     steps = sorted(set(checkpoints(recorded)) & set(checkpoints(replayed)))
-    same = [step for step in steps if filecmp.cmp(_weights_at(recorded, step), _weights_at(replayed, step), shallow=False)]
-    lines = [f"weights after step {', '.join(map(str, same))}: equal to those of the run, to the last bit"] if same else []
+    same = [
+        step
+        for step in steps
+        if filecmp.cmp(_weights_at(recorded, step), _weights_at(replayed, step), shallow=False)
+    ]
+    lines = (
+        [f"weights after step {', '.join(map(str, same))}: equal to those of the run, to the last bit"]
+        if same
+        else []
+    )
     if others := [step for step in steps if step not in same]:
         lines.append(f"weights after step {', '.join(map(str, others))}: not those of the run")
     return lines

@@ -44,7 +44,9 @@ def run_local(argv: Sequence[str]) -> int:
     logging.basicConfig(level=run.config.daemon.log_level, handlers=[handler], force=True)
     stops = StopSignals()
     console.print(f"run directory {run.paths.root}", markup=False, highlight=False, soft_wrap=True)
-    view = LastingView(LiveView(run.config, console) if console.is_terminal else PlainView(run.config, console))
+    view = LastingView(
+        LiveView(run.config, console) if console.is_terminal else PlainView(run.config, console)
+    )
     job = LocalJob(run, view=view, num_stops=lambda: stops.count)
     try:
         exit_code = job.run()

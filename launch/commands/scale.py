@@ -45,7 +45,11 @@ def join(run: str, settings: Sequence[str], *, buffer: str = "", name: str = "")
     all settings are needed. Raises ConfigError before anything was started.
     """
     paths = RunPaths(find_run(run)) if run else None
-    arguments = ["--config", str(paths.config), f"runs_dir={paths.root.resolve().parent}", *settings] if paths else list(settings)
+    arguments = (
+        ["--config", str(paths.config), f"runs_dir={paths.root.resolve().parent}", *settings]
+        if paths
+        else list(settings)
+    )
     arguments += buffer_settings(load_config(arguments), paths, buffer)
     config = load_config(arguments)
     addresses = ", ".join(address.removeprefix("tcp://") for address in buffer_addresses(config))
@@ -58,8 +62,14 @@ def join(run: str, settings: Sequence[str], *, buffer: str = "", name: str = "")
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
     }
     stops = StopSignals()
-    server = subprocess.Popen([sys.executable, "-m", "rollout_server", "--name", name, *arguments], env=environment, start_new_session=True)
-    sys.stdout.write(f"{name} joins the job at {addresses}; Ctrl-C, or `areal-like drain {run or 'RUN'} {name}`, ends it\n")
+    server = subprocess.Popen(
+        [sys.executable, "-m", "rollout_server", "--name", name, *arguments],
+        env=environment,
+        start_new_session=True,
+    )
+    sys.stdout.write(
+        f"{name} joins the job at {addresses}; Ctrl-C, or `areal-like drain {run or 'RUN'} {name}`, ends it\n"
+    )
     sys.stdout.flush()
     num_obeyed = 0
     while (code := server.poll()) is None:
@@ -98,20 +108,30 @@ def restart(run: str, role: str, settings: Sequence[str]) -> int:
     """Has a job's trainer replaced by one with other settings, while its servers generate. Returns 0 when the launcher has begun."""
     paths = RunPaths(find_run(run))
     if role != "trainer":
-        raise ConfigError(f"restart: {role!r} cannot be restarted alone, only `trainer`; servers are drained and joined")
+        raise ConfigError(
+            f"restart: {role!r} cannot be restarted alone, only `trainer`; servers are drained and joined"
+        )
     if any(not setting.startswith("trainer.") for setting in settings):
-        raise ConfigError("restart: only trainer.* settings may change while the other roles go on with theirs")
+        raise ConfigError(
+            "restart: only trainer.* settings may change while the other roles go on with theirs"
+        )
     if fixed := [setting for setting in settings if setting.partition("=")[0] in _OF_THE_RUN]:
-        raise ConfigError(f"restart: {fixed[0]} is the buffer's too: stop the run and go on with resume=latest {fixed[0]}")
+        raise ConfigError(
+            f"restart: {fixed[0]} is the buffer's too: stop the run and go on with resume=latest {fixed[0]}"
+        )
     load_config(["--config", str(paths.config), *settings])
     if is_over(paths):
-        raise ConfigError(f"restart: {paths.root} is not being run by a launcher; start the trainer yourself with resume=latest")
+        raise ConfigError(
+            f"restart: {paths.root} is not being run by a launcher; start the trainer yourself with resume=latest"
+        )
     write_json(order_file(paths), {"role": role, "settings": list(settings)})
     deadline_s = time.monotonic() + _TAKEN_WITHIN_S
     while order_file(paths).exists():
         if time.monotonic() > deadline_s:
             order_file(paths).unlink(missing_ok=True)
-            raise ConfigError(f"restart: the launcher of {paths.root.name} does not take the order; is it closing, or still starting?")
+            raise ConfigError(
+                f"restart: the launcher of {paths.root.name} does not take the order; is it closing, or still starting?"
+            )
         time.sleep(_TICK_S)
     sys.stdout.write("the trainer finishes its step, writes a checkpoint, and is started again\n")
     return 0
@@ -123,14 +143,23 @@ def buffer_settings(config: Config, paths: RunPaths | None, given: str) -> list[
         host, _, port = given.rpartition(":")
         if not (host and port.isdecimal()):
             raise ConfigError(f"--buffer {given}: want host:port")
-        return [f'buffer.host="{host.strip("[]")}"', "buffer.advertise_host=''", f"buffer.port={port}", "buffer.ports=[]"]
+        return [
+            f'buffer.host="{host.strip("[]")}"',
+            "buffer.advertise_host=''",
+            f"buffer.port={port}",
+            "buffer.ports=[]",
+        ]
     if paths is None:
-        raise ConfigError("rollout --join: no running buffer is known; name a running job, or give --buffer host:port")
+        raise ConfigError(
+            "rollout --join: no running buffer is known; name a running job, or give --buffer host:port"
+        )
     ports = []
     for shard in all_shards(config.buffer.num_shards):
         endpoint = read_endpoint(paths.endpoints / f"{shard.name}.json")
         if endpoint is None or "stream" not in endpoint:
-            raise ConfigError(f"rollout --join: the {shard.name} of {paths.root.name} is not running; is the job?")
+            raise ConfigError(
+                f"rollout --join: the {shard.name} of {paths.root.name} is not running; is the job?"
+            )
         ports.append(str(endpoint["stream"]).rpartition(":")[2])
     return [f"buffer.ports=[{','.join(ports)}]"]
 
@@ -140,7 +169,11 @@ def _free_name(paths: RunPaths) -> str:
     if not paths.endpoints.is_dir():
         return f"rollout-{socket.gethostname()}-p{os.getpid()}"  # no number at its end, which would be taken for the server's
     names = (f"rollout-{number}" for number in itertools.count())
-    return next(name for name in names if not (paths.endpoints / f"{name}.json").exists() and _made(paths.logs / f"{name}.log"))
+    return next(
+        name
+        for name in names
+        if not (paths.endpoints / f"{name}.json").exists() and _made(paths.logs / f"{name}.log")
+    )
 
 
 def _made(path: Path) -> bool:
@@ -154,8 +187,20 @@ def _made(path: Path) -> bool:
 
 def servers_of(config: Config, paths: RunPaths) -> dict[str, str]:
     """Name -> address of the HTTP plane of every rollout server that a buffer of the job knows. Raises ConfigError when none answers."""
-    endpoints = [read_endpoint(paths.endpoints / f"{shard.name}.json") for shard in all_shards(config.buffer.num_shards)]
-    answers = [status for endpoint in endpoints if endpoint and (status := fetch_json(str(endpoint.get("http", "")), "/status"))]
+    endpoints = [
+        read_endpoint(paths.endpoints / f"{shard.name}.json")
+        for shard in all_shards(config.buffer.num_shards)
+    ]
+    answers = [
+        status
+        for endpoint in endpoints
+        if endpoint and (status := fetch_json(str(endpoint.get("http", "")), "/status"))
+    ]
     if not answers:
         raise ConfigError(f"{paths.root}: its buffer does not answer; is the job running?")
-    return {str(peer["name"]): str(peer["http"]) for status in answers for peer in status.get("peers", []) if peer.get("role") == "rollout"}
+    return {
+        str(peer["name"]): str(peer["http"])
+        for status in answers
+        for peer in status.get("peers", [])
+        if peer.get("role") == "rollout"
+    }

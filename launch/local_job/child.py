@@ -108,7 +108,9 @@ class Child:
     def last_words(self, *, num_lines: int = 12) -> list[str]:
         """The last lines of its output, then of the trace-back in its log if that holds one."""
         lines = _tail(self._output, start=self._output_start, num_lines=num_lines)
-        traces = [entry["exception"] for entry in _entries(self._log, start=self._log_start) if "exception" in entry]
+        traces = [
+            entry["exception"] for entry in _entries(self._log, start=self._log_start) if "exception" in entry
+        ]
         return lines + ([*traces[-1].splitlines()[-num_lines:]] if traces else [])
 
 

@@ -128,12 +128,18 @@ class LocalJob:
 
     # Starting
 
-    def _start(self, name: str, *command: str, num_threads: int = 1, stop_signal: signal.Signals = signal.SIGTERM) -> None:
-        self._specs[name] = ChildSpec(name=name, command=command, num_threads=num_threads, stop_signal=stop_signal)
+    def _start(
+        self, name: str, *command: str, num_threads: int = 1, stop_signal: signal.Signals = signal.SIGTERM
+    ) -> None:
+        self._specs[name] = ChildSpec(
+            name=name, command=command, num_threads=num_threads, stop_signal=stop_signal
+        )
         self._spawn(name)
 
     def _spawn(self, name: str) -> None:
-        child = Child(self._specs[name], paths=self._run.paths, marker=self._marker, lock_fd=self._run.lock_fd)
+        child = Child(
+            self._specs[name], paths=self._run.paths, marker=self._marker, lock_fd=self._run.lock_fd
+        )
         log.info("%s started, pid %d", name, child.pid)
         self._children[name] = child
 
@@ -149,7 +155,9 @@ class LocalJob:
         for index in range(self._config.rollout.num_servers):
             name = f"rollout-{index}"
             self._restarts[name] = Restarts(now_s=time.monotonic())
-            self._start(name, "rollout_server", *common, "--name", name, num_threads=self._config.rollout.num_threads)
+            self._start(
+                name, "rollout_server", *common, "--name", name, num_threads=self._config.rollout.num_threads
+            )
         self._start("trainer", "trainer", *common, num_threads=self._config.trainer.num_threads)
 
     def _advance(self) -> None:
@@ -157,9 +165,15 @@ class LocalJob:
         waited_s = time.monotonic() - self._phase_since_s
         if self._phase is Phase.PREPARING:
             seen = self._observer.newest.daemons
-            unready = [name for name in self._buffers if name not in seen or seen[name].not_ready or "stream" not in seen[name].endpoint]
+            unready = [
+                name
+                for name in self._buffers
+                if name not in seen or seen[name].not_ready or "stream" not in seen[name].endpoint
+            ]
             if "prepare_model" not in self._children and not unready:
-                self._start_others([str(seen[name].endpoint["stream"]).rpartition(":")[2] for name in self._buffers])
+                self._start_others(
+                    [str(seen[name].endpoint["stream"]).rpartition(":")[2] for name in self._buffers]
+                )
                 self._enter(Phase.STARTING)
             elif unready and waited_s > BUFFER_START_TIMEOUT_S:
                 self._fail_unready(unready, waited_s)
@@ -180,7 +194,9 @@ class LocalJob:
             # It is seen up to a second late, perhaps after the death that followed it.
             late_s = time.time() - float(self._observer.newest.steps[-1]["time_unix_s"])
             self._cores["trainer"].got_on(at_s=time.monotonic() - late_s)
-        self._were_ready |= {view.name for view in self._observer.newest.daemons.values() if not view.not_ready}
+        self._were_ready |= {
+            view.name for view in self._observer.newest.daemons.values() if not view.not_ready
+        }
         if self._phase in (Phase.STARTING, Phase.RUNNING):
             self._end_without_servers()
         if self._phase in (Phase.STARTING, Phase.RUNNING):
@@ -264,14 +280,20 @@ class LocalJob:
         if self._phase is Phase.STARTING:
             return ", ".join(f"{name} ({self._why_unready(name)})" for name in self._unready())
         if self._phase is Phase.CLOSING:
-            return f"waiting for {', '.join(sorted(self._asked & set(self._children)))}" if self._asked & set(self._children) else ""
+            return (
+                f"waiting for {', '.join(sorted(self._asked & set(self._children)))}"
+                if self._asked & set(self._children)
+                else ""
+            )
         return ""
 
     # Deaths
 
     def _notice_deaths(self) -> None:
         # Buffers first: when one dies the others soon follow, and they are not to blame.
-        for name in sorted(self._children, key=lambda name: (name not in self._buffers, name != "trainer", name)):
+        for name in sorted(
+            self._children, key=lambda name: (name not in self._buffers, name != "trainer", name)
+        ):
             child = self._children.get(name)  # an earlier death in this loop may have closed the run
             code = child.exit_code() if child else None
             if child is None or code is None:
@@ -280,10 +302,14 @@ class LocalJob:
             child.kill()  # what it left of its process group
             (self._run.paths.endpoints / f"{name}.json").unlink(missing_ok=True)
             log.info("%s ended: %s", name, describe_exit(code))
-            if self._phase is Phase.CLOSING and not (name in self._cores and name in self._buffers and "trainer" in self._children):
+            if self._phase is Phase.CLOSING and not (
+                name in self._cores and name in self._buffers and "trainer" in self._children
+            ):
                 self._died_closing(child, code)
             elif code == 2 and not (name in self._were_ready and name in self._restarts | self._cores):
-                self._fail([child.complaint(), *(self._trainer_died if name == "trainer" else ())], exit_code=2)
+                self._fail(
+                    [child.complaint(), *(self._trainer_died if name == "trainer" else ())], exit_code=2
+                )
             elif name in self._restarts:
                 self._server_died(child, code)
             elif code != 0:
@@ -307,14 +333,18 @@ class LocalJob:
             restarts.died(now_s=time.monotonic())
             if restarts.phase is Life.WAITING:
                 delay_s = restarts.due_s - time.monotonic()
-                self._view.notice(f"{child.name} ended ({describe_exit(code)}): starting it again in {delay_s:.1f} s")
+                self._view.notice(
+                    f"{child.name} ended ({describe_exit(code)}): starting it again in {delay_s:.1f} s"
+                )
             else:
                 self._view.notice(f"{child.name} ended {restarts.num_quick_deaths} times in a row: given up")
         self._last_server = child, code
 
     def _end_without_servers(self) -> None:
         """Asked all the time, because a guest may be the last to leave. A buffer that was started again knows its guests after a while."""
-        if self._last_server is None or any(other.phase is not Life.GIVEN_UP for other in self._restarts.values()):
+        if self._last_server is None or any(
+            other.phase is not Life.GIVEN_UP for other in self._restarts.values()
+        ):
             return
         if self._guests():
             self._guests_seen_s = time.monotonic()
@@ -325,7 +355,9 @@ class LocalJob:
             self._close(self._config.daemon.drain_timeout_s)
         else:
             self._fail(
-                [f"{child.name} failed ({describe_exit(code)}) and no rollout server is left; its last lines:"]
+                [
+                    f"{child.name} failed ({describe_exit(code)}) and no rollout server is left; its last lines:"
+                ]
                 + [f"  {line}" for line in child.last_words()],
                 exit_code=1,
             )
@@ -334,14 +366,21 @@ class LocalJob:
         """Rollout servers that joined by themselves and are there: they answer, or the buffer knows them (they may be on machines that do
         not see the run's directory)."""
         seen = self._observer.newest
-        answering = [view.name for view in seen.daemons.values() if view.role == "rollout" and view.status is not None]
+        answering = [
+            view.name for view in seen.daemons.values() if view.role == "rollout" and view.status is not None
+        ]
         known = [str(peer["name"]) for peer in seen.buffer.get("peers", []) if peer.get("role") == "rollout"]
         return [name for name in answering + known if name not in self._specs]
 
     def _core_died(self, child: Child, code: int) -> None:
-        words = [f"{child.name} failed ({describe_exit(code)}); its last lines:", *(f"  {x}" for x in child.last_words())]
+        words = [
+            f"{child.name} failed ({describe_exit(code)}); its last lines:",
+            *(f"  {x}" for x in child.last_words()),
+        ]
         restarts = self._cores.get(child.name)
-        is_hopeless = child.name == "trainer" and 0 < code < 128 and self._best_step < 0  # from 128 on: a rank that was killed
+        is_hopeless = (
+            child.name == "trainer" and 0 < code < 128 and self._best_step < 0
+        )  # from 128 on: a rank that was killed
         if restarts is None or is_hopeless:
             self._fail(words, exit_code=1)
             return
@@ -354,12 +393,22 @@ class LocalJob:
             self._trainer_died = words
         for line in words[1:] if code > 0 else ():
             log.error("%s", line)
-        self._view.notice(f"{child.name} ended ({describe_exit(code)}): starting it again in {restarts.due_s - time.monotonic():.1f} s")
+        self._view.notice(
+            f"{child.name} ended ({describe_exit(code)}): starting it again in {restarts.due_s - time.monotonic():.1f} s"
+        )
 
     def _died_closing(self, child: Child, code: int) -> None:
-        if child.name == "trainer" and code not in (0, -signal.SIGTERM, 128 + signal.SIGTERM) and not self.failure:
+        if (
+            child.name == "trainer"
+            and code not in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+            and not self.failure
+        ):
             self._failed(
-                [f"trainer failed while it drained ({describe_exit(code)}); its last lines:", *(f"  {x}" for x in child.last_words())], 1
+                [
+                    f"trainer failed while it drained ({describe_exit(code)}); its last lines:",
+                    *(f"  {x}" for x in child.last_words()),
+                ],
+                1,
             )
         elif code not in (0, -signal.SIGTERM, -child.spec.stop_signal):
             log.warning("%s ended while closing: %s", child.name, describe_exit(code))
@@ -376,7 +425,9 @@ class LocalJob:
             self._children.clear()
             self._enter(Phase.CLOSING)
         elif self._num_stops() == 1 and self._phase is not Phase.CLOSING:
-            self._view.notice("stopping: the trainer finishes its step and writes a checkpoint (Ctrl-C again to stop at once)")
+            self._view.notice(
+                "stopping: the trainer finishes its step and writes a checkpoint (Ctrl-C again to stop at once)"
+            )
             self._close(self._config.daemon.drain_timeout_s)
 
     def _failed(self, lines: list[str], exit_code: int) -> None:
@@ -397,7 +448,11 @@ class LocalJob:
     def _advance_closing(self) -> None:
         """Trainer, then servers, then buffer; who overstays is killed, so that the next still has time."""
         left_s = self._close_by_s - time.monotonic()
-        groups = {"trainer": ("prepare_model", "trainer"), "servers": tuple(self._restarts), "buffer": tuple(self._buffers)}
+        groups = {
+            "trainer": ("prepare_model", "trainer"),
+            "servers": tuple(self._restarts),
+            "buffer": tuple(self._buffers),
+        }
         for group, names in groups.items():
             living = [name for name in names if name in self._children]
             for name in set(living) - self._asked:

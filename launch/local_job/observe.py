@@ -63,7 +63,11 @@ class Observation:
     @property
     def tokens_per_s_generated(self) -> float | None:
         """Over all rollout servers; None when none of them tells."""
-        rates = [find_number(view.status or {}, "tokens_per_s") for view in self.daemons.values() if view.role == "rollout"]
+        rates = [
+            find_number(view.status or {}, "tokens_per_s")
+            for view in self.daemons.values()
+            if view.role == "rollout"
+        ]
         known = [rate for rate in rates if rate is not None]
         return sum(known) if known else None
 
@@ -73,7 +77,9 @@ class Observation:
         statuses = [view.status for view in self.daemons.values() if view.role == "buffer" and view.status]
         if len(statuses) < 2:
             return statuses[0] if statuses else {}
-        return statuses[0] | {name: add_up(find_table(status, name) for status in statuses) for name in ("tickets", "drops")}
+        return statuses[0] | {
+            name: add_up(find_table(status, name) for status in statuses) for name in ("tickets", "drops")
+        }
 
 
 class MetricsTail:
@@ -89,7 +95,9 @@ class MetricsTail:
         """Of all rows so far, in the order of the file, which is that of the steps."""
         try:
             with self._path.open("rb") as file:
-                if (inode := os.fstat(file.fileno()).st_ino) != self._inode:  # a resumed trainer writes the file anew
+                if (
+                    inode := os.fstat(file.fileno()).st_ino
+                ) != self._inode:  # a resumed trainer writes the file anew
                     self._inode, self._offset, self._tally = inode, 0, StepTally()
                 file.seek(self._offset)
                 for line in file:  # and not at once: that of a resumed run may be large

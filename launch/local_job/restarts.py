@@ -27,9 +27,20 @@ class Restarts:
     """The restart policy of one process. Times are seconds on any one monotonic clock."""
 
     def __init__(
-        self, *, now_s: float, base_s: float = 0.5, max_s: float = 30.0, healthy_s: float = 30.0, max_quick_deaths: int = 3
+        self,
+        *,
+        now_s: float,
+        base_s: float = 0.5,
+        max_s: float = 30.0,
+        healthy_s: float = 30.0,
+        max_quick_deaths: int = 3,
     ) -> None:
-        self._base_s, self._max_s, self._healthy_s, self._max_quick_deaths = base_s, max_s, healthy_s, max_quick_deaths
+        self._base_s, self._max_s, self._healthy_s, self._max_quick_deaths = (
+            base_s,
+            max_s,
+            healthy_s,
+            max_quick_deaths,
+        )
         self.phase = Phase.RUNNING
         self.num_deaths = 0
         """Deaths since the first start."""

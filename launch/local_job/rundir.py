@@ -57,9 +57,15 @@ def open_replay(recorded: Path, argv: Sequence[str]) -> OpenRun:
     if config.model.path in BUILT_MODELS:
         built = str(RunPaths(recorded.resolve()).built_model)
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=built))
-    runs_dir = config.runs_dir if any(arg.startswith("runs_dir=") for arg in argv) else str(recorded.resolve().parent)
+    runs_dir = (
+        config.runs_dir
+        if any(arg.startswith("runs_dir=") for arg in argv)
+        else str(recorded.resolve().parent)
+    )
     name = config.name if is_named else f"{recorded.resolve().name}-replay"
-    return _prepared(_start(dataclasses.replace(config, name=name, runs_dir=runs_dir, resume=""), is_named=is_named))
+    return _prepared(
+        _start(dataclasses.replace(config, name=name, runs_dir=runs_dir, resume=""), is_named=is_named)
+    )
 
 
 def _prepared(run: OpenRun) -> OpenRun:
@@ -89,14 +95,20 @@ def _start(config: Config, *, is_named: bool) -> OpenRun:
                 raise
             continue
         if not holds_run(paths):
-            for ledger in paths.ledgers:  # of a job that failed before its first step: its tickets are none of this one's
+            for ledger in (
+                paths.ledgers
+            ):  # of a job that failed before its first step: its tickets are none of this one's
                 shutil.rmtree(ledger)
             return OpenRun(config=candidate, paths=paths, lock_fd=lock_fd)
         os.close(lock_fd)
         if is_named:
             kind = "a finished" if paths.summary.exists() else "an unfinished"
             can_resume = bool(checkpoints(paths) or paths.ledgers)
-            way_on = "go on with resume=latest" if can_resume else "remove that directory (it has no checkpoint to resume from)"
+            way_on = (
+                "go on with resume=latest"
+                if can_resume
+                else "remove that directory (it has no checkpoint to resume from)"
+            )
             raise ConfigError(f"{paths.root} already holds {kind} run: choose another name=..., or {way_on}")
     raise AssertionError("itertools.count ended")
 
@@ -104,18 +116,26 @@ def _start(config: Config, *, is_named: bool) -> OpenRun:
 def _resume(config: Config, argv: Sequence[str]) -> OpenRun:
     paths = RunPaths.of(config)
     if not paths.config.is_file():
-        raise ConfigError(f"resume={config.resume}: there is no run in {paths.root}; name=... chooses the run")
+        raise ConfigError(
+            f"resume={config.resume}: there is no run in {paths.root}; name=... chooses the run"
+        )
     lock_fd = _lock(paths)
     try:
         steps = checkpoints(paths)
         begins_again = config.resume == "latest" and not steps and bool(paths.ledgers)
         if not steps and not begins_again:
-            raise ConfigError(f"resume={config.resume}: {paths.checkpoints} holds no checkpoint; start again under another name=...")
+            raise ConfigError(
+                f"resume={config.resume}: {paths.checkpoints} holds no checkpoint; start again under another name=..."
+            )
         if config.resume.startswith("step:") and int(config.resume.removeprefix("step:")) not in steps:
-            raise ConfigError(f"resume={config.resume}: the checkpoints kept are {', '.join(f'step:{step}' for step in steps)}")
+            raise ConfigError(
+                f"resume={config.resume}: the checkpoints kept are {', '.join(f'step:{step}' for step in steps)}"
+            )
         if "--config" not in argv:
             config = _with_own_settings(config, argv, own=paths.config)
-        if begins_again:  # it died before its first checkpoint: from step 0, on the groups that its ledger holds
+        if (
+            begins_again
+        ):  # it died before its first checkpoint: from step 0, on the groups that its ledger holds
             config = dataclasses.replace(config, resume="")
     except ConfigError:
         os.close(lock_fd)
@@ -125,17 +145,27 @@ def _resume(config: Config, argv: Sequence[str]) -> OpenRun:
 
 def _with_own_settings(composed: Config, argv: Sequence[str], *, own: Path) -> Config:
     """The run's own configuration with this command line's overrides. A section chosen anew (`task=...`) is taken as composed."""
-    chosen = {section for section in GROUPS for arg in argv if arg.startswith((f"{section}=", f"{section}._target_="))}
+    chosen = {
+        section
+        for section in GROUPS
+        for arg in argv
+        if arg.startswith((f"{section}=", f"{section}._target_="))
+    }
     plain = [arg for arg in argv if not arg.startswith(tuple(f"{s}{mark}" for s in chosen for mark in "=."))]
     stored = load_config(["--config", str(own), *plain])
     return dataclasses.replace(
-        stored, name=composed.name, runs_dir=composed.runs_dir, **{section: getattr(composed, section) for section in chosen}
+        stored,
+        name=composed.name,
+        runs_dir=composed.runs_dir,
+        **{section: getattr(composed, section) for section in chosen},
     )
 
 
 def find_run(name: str) -> Path:
     """The directory of a run by its name under runs/ or its path. Raises ConfigError when there is none."""
-    root = next((path for path in (Path(name), Path("runs") / name) if (path / "config.yaml").is_file()), None)
+    root = next(
+        (path for path in (Path(name), Path("runs") / name) if (path / "config.yaml").is_file()), None
+    )
     if root is None:
         raise ConfigError(f"there is no run {name!r} (neither a run directory nor a name under runs/)")
     return root
@@ -179,7 +209,11 @@ def holds_run(paths: RunPaths) -> bool:
 
 def checkpoints(paths: RunPaths) -> list[int]:
     """Steps of the complete checkpoints, ascending."""
-    return sorted(int(digits) for path in paths.checkpoints.glob("step_*") if (digits := path.name.removeprefix("step_")).isdigit())
+    return sorted(
+        int(digits)
+        for path in paths.checkpoints.glob("step_*")
+        if (digits := path.name.removeprefix("step_")).isdigit()
+    )
 
 
 class _InUseError(ConfigError):
@@ -191,7 +225,9 @@ def _lock(paths: RunPaths) -> int:
         paths.root.mkdir(parents=True, exist_ok=True)
         lock_fd = os.open(paths.root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise ConfigError(f"cannot create the run directory {paths.root}: {error.strerror}; choose another runs_dir=...") from None
+        raise ConfigError(
+            f"cannot create the run directory {paths.root}: {error.strerror}; choose another runs_dir=..."
+        ) from None
     try:
         fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -19,7 +19,10 @@ def curve(values: Sequence[float], *, width: int, height: int, low: float, high:
         share = (min(max(value, low), high) - low) / (high - low) if high > low else 0.0
         row = round((1 - share) * (rows - 1))
         # Joined to its neighbour, so that a jump is a stroke and not two far dots.
-        for dot in range(min(row, previous if previous is not None else row), max(row, previous if previous is not None else row) + 1):
+        for dot in range(
+            min(row, previous if previous is not None else row),
+            max(row, previous if previous is not None else row) + 1,
+        ):
             cells[dot // 4][column // 2] |= _DOTS[dot % 4][column % 2]
         previous = row
     return ["".join(chr(0x2800 + bits) for bits in line) for line in cells]

@@ -38,13 +38,21 @@ def show_summary(run: OpenRun, console: Console, *, since_unix_s: float) -> None
         summary = json.loads(paths.summary.read_text())
         console.print(summary_table(summary, title=config.name))
     files = [path for path in (paths.metrics, paths.checkpoints, paths.logs) if path.exists()]
-    names = ["summary.json"] * bool(summary) + ["config.yaml"] + [f"{path.name}{'/' if path.is_dir() else ''}" for path in files]
+    names = (
+        ["summary.json"] * bool(summary)
+        + ["config.yaml"]
+        + [f"{path.name}{'/' if path.is_dir() else ''}" for path in files]
+    )
     say = f"{paths.root}: {', '.join(names)}"
     console.print(say, markup=False, highlight=False, soft_wrap=True)
     steps = checkpoints(paths)
     if steps and steps[-1] < config.trainer.num_steps:
         command = resume_command(config)
-        console.print(f"stopped after step {steps[-1]} of {config.trainer.num_steps}; go on with: {command}", markup=False, soft_wrap=True)
+        console.print(
+            f"stopped after step {steps[-1]} of {config.trainer.num_steps}; go on with: {command}",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def summary_table(summary: dict[str, Any], *, title: str) -> Table:
@@ -55,7 +63,11 @@ def summary_table(summary: dict[str, Any], *, title: str) -> Table:
             table.add_row(label, form.format(summary[key]))
     if isinstance(seconds := summary.get("wall_seconds"), (int, float)):
         generated = summary.get("tokens_generated")
-        rate = f", {number(generated / seconds)} generated tok/s" if generated is not None and seconds > 0 else ""
+        rate = (
+            f", {number(generated / seconds)} generated tok/s"
+            if generated is not None and seconds > 0
+            else ""
+        )
         table.add_row("wall time", f"{duration(seconds)}{rate}")
     for label, key in (("tickets", "tickets"), ("drops", "drops")):
         counts = {name: count for name, count in (summary.get(key) or {}).items() if count}
@@ -66,5 +78,7 @@ def summary_table(summary: dict[str, Any], *, title: str) -> Table:
 
 def resume_command(config: Config) -> str:
     """What to type to go on with this run."""
-    settings = f"name={config.name} resume=latest" + ("" if config.runs_dir == "runs" else f" runs_dir={config.runs_dir}")
+    settings = f"name={config.name} resume=latest" + (
+        "" if config.runs_dir == "runs" else f" runs_dir={config.runs_dir}"
+    )
     return f'make run ARGS="{settings}"' if "MAKELEVEL" in os.environ else f"areal-like run {settings}"

@@ -57,14 +57,22 @@ class PlainView:
             return
         self._due_s = now_s + self._interval_s
         is_training = seen.steps and not detail
-        line = plain_line(seen, config=self._config, eta=self._eta) if is_training else f"{phase}: {detail}" if detail else phase
+        line = (
+            plain_line(seen, config=self._config, eta=self._eta)
+            if is_training
+            else f"{phase}: {detail}"
+            if detail
+            else phase
+        )
         if line != self._last:
             self._last = line
             self.notice(line)
 
     def notice(self, text: str) -> None:
         """One time-stamped line."""
-        self._console.print(f"{time.strftime('%H:%M:%S')} {text}", markup=False, highlight=False, soft_wrap=True)
+        self._console.print(
+            f"{time.strftime('%H:%M:%S')} {text}", markup=False, highlight=False, soft_wrap=True
+        )
 
     def close(self) -> None:
         """Nothing to end."""
@@ -87,7 +95,15 @@ class LiveView:
         if now_s >= self._due_s:
             self._due_s = now_s + self._interval_s
             self._live.update(
-                picture(seen, config=self._config, eta=self._eta, phase=phase, detail=detail, width=self._console.width), refresh=True
+                picture(
+                    seen,
+                    config=self._config,
+                    eta=self._eta,
+                    phase=phase,
+                    detail=detail,
+                    width=self._console.width,
+                ),
+                refresh=True,
             )
 
     def notice(self, text: str) -> None:
@@ -161,7 +177,9 @@ class Eta:
         return "-" if not rate else duration(max(0, self._num_steps - 1 - self._step) / rate)
 
 
-def picture(seen: Observation, *, config: Config, eta: Eta, phase: str, detail: str, width: int) -> RenderableType:
+def picture(
+    seen: Observation, *, config: Config, eta: Eta, phase: str, detail: str, width: int
+) -> RenderableType:
     """The whole live view at one moment."""
     num_done = last_step(seen) + 1
     head = Table.grid(expand=True, padding=(0, 1))
@@ -169,7 +187,13 @@ def picture(seen: Observation, *, config: Config, eta: Eta, phase: str, detail: 
     head.add_column(justify="right")
     rate = eta.steps_per_s
     head.add_row(
-        Text.assemble((config.name, "bold"), f"  {phase}", (f"  {detail}" if detail else "", "yellow"), overflow="ellipsis", no_wrap=True),
+        Text.assemble(
+            (config.name, "bold"),
+            f"  {phase}",
+            (f"  {detail}" if detail else "", "yellow"),
+            overflow="ellipsis",
+            no_wrap=True,
+        ),
         f"step {num_done}/{config.trainer.num_steps}  {rate:.1f} steps/s  ETA {eta}"
         if rate
         else f"step {num_done}/{config.trainer.num_steps}",
@@ -199,7 +223,9 @@ def _reward_panel(seen: Observation, *, width: int) -> Panel:
     held_out = "" if progress.eval_reward is None else f" · held-out {progress.eval_reward:.2f}"
     title = f"reward {_recent(seen, 'reward_mean') or 0.0:.2f}{held_out}"
     return Panel(
-        Text("\n".join(label + line for label, line in zip(labels, lines, strict=True)), style="green"), title=title, title_align="left"
+        Text("\n".join(label + line for label, line in zip(labels, lines, strict=True)), style="green"),
+        title=title,
+        title_align="left",
     )
 
 
@@ -228,7 +254,9 @@ def _rates(seen: Observation) -> Text:
         ("loss", f"{_written(_recent(seen, 'loss'), digits=4)}"),
         ("length", f"{_written(_recent(seen, 'response_length_mean'), digits=1)}"),
     ]
-    return Text("  ").join(Text.assemble((f"{name} ", "dim"), value) for name, value in items if not value.startswith("-"))
+    return Text("  ").join(
+        Text.assemble((f"{name} ", "dim"), value) for name, value in items if not value.startswith("-")
+    )
 
 
 def tickets_line(seen: Observation) -> Text:
@@ -238,7 +266,9 @@ def tickets_line(seen: Observation) -> Text:
     text = Text.assemble(("tickets ", "dim"))
     text.append("  ".join(f"{state} {count:,}" for state, count in states.items() if isinstance(count, int)))
     if drops:
-        text.append(f"  ({', '.join(f'{reason} {count:,}' for reason, count in drops.items())})", style="yellow")
+        text.append(
+            f"  ({', '.join(f'{reason} {count:,}' for reason, count in drops.items())})", style="yellow"
+        )
     return text
 
 
@@ -256,7 +286,10 @@ def daemon_table(daemons: list[DaemonView], *, width: int) -> Table:
         longest = max(waits.items(), key=lambda item: item[1], default=None)
         table.add_row(
             daemon.name,
-            Text(_cut(state if not reason or reason == state else f"{state}: {reason}", room), style="yellow" if reason else "green"),
+            Text(
+                _cut(state if not reason or reason == state else f"{state}: {reason}", room),
+                style="yellow" if reason else "green",
+            ),
             str(_first(status, "weights_version", "version", "newest_version")),
             str(_first(status, "queue", "ready", "running", "in_flight")),
             f"{time.monotonic() - daemon.seen_s:.0f} s ago" if daemon.seen_s else "never",
@@ -287,7 +320,9 @@ def tokens_per_s_trained(seen: Observation) -> float | None:
     rows = [row for row in rows if row["time_unix_s"] > rows[-1]["time_unix_s"] - 60]  # not across a resume
     if len(rows) < 2 or rows[-1]["time_unix_s"] <= rows[0]["time_unix_s"]:
         return None
-    return float(sum(row["tokens_trained"] for row in rows[1:]) / (rows[-1]["time_unix_s"] - rows[0]["time_unix_s"]))
+    return float(
+        sum(row["tokens_trained"] for row in rows[1:]) / (rows[-1]["time_unix_s"] - rows[0]["time_unix_s"])
+    )
 
 
 def last_step(seen: Observation) -> int:
@@ -306,7 +341,9 @@ def number(value: float | None) -> str:
     """A rate in three digits or so: `940`, `12.3k`."""
     if value is None:
         return "-"
-    return f"{value:.0f}" if value < 1000 else f"{value / 1000:.1f}k" if value < 1e6 else f"{value / 1e6:.2f}M"
+    return (
+        f"{value:.0f}" if value < 1000 else f"{value / 1000:.1f}k" if value < 1e6 else f"{value / 1e6:.2f}M"
+    )
 
 
 def _recent(seen: Observation, key: str) -> float | None:

@@ -71,7 +71,9 @@ class BufferLink:
         self._on_leases = on_leases
         self._on_abort = on_abort
         address = buffer_addresses(config)[shard.index]
-        self._link = Link(address, handler=self._on_message, max_message_bytes=config.buffer.max_message_bytes)
+        self._link = Link(
+            address, handler=self._on_message, max_message_bytes=config.buffer.max_message_bytes
+        )
         self._loop = asyncio.get_running_loop()
         self._beat_now = asyncio.Event()
         self._outbox: list[Answer] = []
@@ -94,7 +96,11 @@ class BufferLink:
         if not self._registered:
             return f"not registered at the buffer ({self._link.address})"
         silent_s = self._silent_s
-        return f"the buffer ({self._link.address}) has been silent for {silent_s:.0f} s" if silent_s > _SILENT_AFTER_S else ""
+        return (
+            f"the buffer ({self._link.address}) has been silent for {silent_s:.0f} s"
+            if silent_s > _SILENT_AFTER_S
+            else ""
+        )
 
     @property
     def _silent_s(self) -> float:
@@ -159,7 +165,9 @@ class BufferLink:
     async def _register(self) -> None:
         for attempt in itertools.count(1):
             try:
-                hello = dataclasses.replace(self._hello(), shard=self._shard.index, num_shards=self._shard.count)
+                hello = dataclasses.replace(
+                    self._hello(), shard=self._shard.index, num_shards=self._shard.count
+                )
                 with self._waits(f"{self._shard.name}: welcome"):
                     welcome = await self._link.call(hello, timeout_s=_HELLO_TIMEOUT_S)
                 break
@@ -183,7 +191,9 @@ class BufferLink:
     def _flush(self) -> None:
         answers, self._outbox = self._outbox, []
         samples = (answer for answer in answers if isinstance(answer, SampleDone))
-        for batch in Samples.batches(samples, max_bytes=min(BATCH_BYTES, self._config.buffer.max_message_bytes // 2)):
+        for batch in Samples.batches(
+            samples, max_bytes=min(BATCH_BYTES, self._config.buffer.max_message_bytes // 2)
+        ):
             self._link.send(batch)
         for answer in answers:
             if isinstance(answer, SampleFailed):
@@ -208,7 +218,9 @@ class BufferLink:
                 for ack in message.acks:
                     self._desk.acknowledge(ack)
                     if ack.refused:
-                        self.num_refused[ack.refused] = self.num_refused.get(ack.refused, 0) + len(ack.sample_indices)
+                        self.num_refused[ack.refused] = self.num_refused.get(ack.refused, 0) + len(
+                            ack.sample_indices
+                        )
             case Leases():
                 self._take(message.leases)
             case AbortLeases():
@@ -229,7 +241,9 @@ class BufferLink:
 
     def _take(self, leases: list[Lease]) -> None:
         if self.state is not ServerState.SERVING:  # granted while the news was on its way
-            self._link.send(ReturnLeases(leases=[lease.lease_id for lease in leases], reason=self.state.value))
+            self._link.send(
+                ReturnLeases(leases=[lease.lease_id for lease in leases], reason=self.state.value)
+            )
             return
         self._on_leases([lease for lease in leases if self._desk.grant(lease)])
 

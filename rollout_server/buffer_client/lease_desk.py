@@ -95,7 +95,10 @@ class LeaseDesk:
     def to_resend(self, *, now_s: float, older_than_s: float) -> list[Answer]:
         """Answers sent before `now_s - older_than_s` and not acknowledged; they count as sent now."""
         due = [
-            waiting for held in self._held.values() for waiting in held.unacknowledged.values() if waiting.sent_s <= now_s - older_than_s
+            waiting
+            for held in self._held.values()
+            for waiting in held.unacknowledged.values()
+            if waiting.sent_s <= now_s - older_than_s
         ]
         for waiting in due:
             waiting.sent_s = now_s

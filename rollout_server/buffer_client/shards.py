@@ -36,9 +36,13 @@ class BufferLinks:
     ) -> None:
         """`capacity_samples`: room of the whole server. The others are as of `BufferLink`."""
         self._count = config.buffer.num_shards
-        self._desks = [LeaseDesk(capacity_samples=shard.share(capacity_samples)) for shard in all_shards(self._count)]
+        self._desks = [
+            LeaseDesk(capacity_samples=shard.share(capacity_samples)) for shard in all_shards(self._count)
+        ]
         self._links = [
-            BufferLink(config, shard, hello=hello, desk=desk, waits=waits, on_leases=on_leases, on_abort=on_abort)
+            BufferLink(
+                config, shard, hello=hello, desk=desk, waits=waits, on_leases=on_leases, on_abort=on_abort
+            )
             for shard, desk in zip(all_shards(self._count), self._desks, strict=True)
         ]
 
@@ -80,7 +84,9 @@ class BufferLinks:
 
     async def run(self) -> None:
         """Registers everywhere, and beats for ever. Raises what any link raises."""
-        tasks = [asyncio.create_task(link.run(), name=f"link {index}") for index, link in enumerate(self._links)]
+        tasks = [
+            asyncio.create_task(link.run(), name=f"link {index}") for index, link in enumerate(self._links)
+        ]
         async with cancelled_on_exit(*tasks):
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
 

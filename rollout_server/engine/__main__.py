@@ -28,19 +28,42 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--port-file", type=Path, help="the port is written here once the engine answers")
     parser.add_argument("--device", default="cpu", help="cpu | cuda | cuda:N")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="float32")
-    parser.add_argument("--max-running-requests", type=int, default=128, help="sequences decoded at a time (KV rows)")
-    parser.add_argument("--context-length", type=int, default=1024, help="longest sequence, prompt and output, in tokens")
-    parser.add_argument("--max-prefill-tokens", type=int, default=8192, help="context tokens computed before one decode step")
-    parser.add_argument("--prefix-cache-tokens", type=int, default=16384, help="tokens of shared prompts kept; 0: none")
-    parser.add_argument("--weight-version", default="default", help="version of the weights that --model-path holds")
+    parser.add_argument(
+        "--max-running-requests", type=int, default=128, help="sequences decoded at a time (KV rows)"
+    )
+    parser.add_argument(
+        "--context-length", type=int, default=1024, help="longest sequence, prompt and output, in tokens"
+    )
+    parser.add_argument(
+        "--max-prefill-tokens", type=int, default=8192, help="context tokens computed before one decode step"
+    )
+    parser.add_argument(
+        "--prefix-cache-tokens", type=int, default=16384, help="tokens of shared prompts kept; 0: none"
+    )
+    parser.add_argument(
+        "--weight-version", default="default", help="version of the weights that --model-path holds"
+    )
     parser.add_argument("--random-seed", type=int, default=0)
     parser.add_argument("--num-threads", type=int, default=1, help="CPU threads of the forward pass")
-    parser.add_argument("--stream-interval", type=int, default=0, help="tokens between streamed chunks; 0: only the end of each sequence")
+    parser.add_argument(
+        "--stream-interval",
+        type=int,
+        default=0,
+        help="tokens between streamed chunks; 0: only the end of each sequence",
+    )
     parser.add_argument("--max-body-bytes", type=int, default=64 << 20)
-    parser.add_argument("--weights-timeout-s", type=float, default=60.0, help="bound of joining a group and of one broadcast")
+    parser.add_argument(
+        "--weights-timeout-s", type=float, default=60.0, help="bound of joining a group and of one broadcast"
+    )
     parser.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
     options = parser.parse_args(argv)
-    for name in ("max_running_requests", "context_length", "max_prefill_tokens", "num_threads", "max_body_bytes"):
+    for name in (
+        "max_running_requests",
+        "context_length",
+        "max_prefill_tokens",
+        "num_threads",
+        "max_body_bytes",
+    ):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     for name in ("prefix_cache_tokens", "stream_interval"):
@@ -54,7 +77,9 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         return bound_socket(host, port)
     except OSError as error:
-        raise ConfigError(f"--port {port}: cannot bind {host}:{port}: {error.strerror}; choose another, or 0") from None
+        raise ConfigError(
+            f"--port {port}: cannot bind {host}:{port}: {error.strerror}; choose another, or 0"
+        ) from None
 
 
 def check_model_path(path: str) -> None:
@@ -67,7 +92,9 @@ def main(argv: list[str]) -> int:
     """Checks the options, serves, returns the exit code."""
     die_with_parent()
     options = parse(argv)
-    logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=options.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
+    )
     try:
         check_model_path(options.model_path)
         listener = bind(options.host, options.port)

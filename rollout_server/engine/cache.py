@@ -47,15 +47,27 @@ class DecodeBatch:
 class KVCache:
     """Storage for `num_rows` sequences of up to `context_length` tokens."""
 
-    def __init__(self, shapes: Sequence[KVShape], *, num_rows: int, context_length: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        shapes: Sequence[KVShape],
+        *,
+        num_rows: int,
+        context_length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         heads, dim = max(s.num_heads for s in shapes), max(max(s.key_dim, s.value_dim) for s in shapes)
         self.num_rows, self.context_length, self.device, self.dtype = num_rows, context_length, device, dtype
         # Zeros, not empty: masked positions have weight 0, and 0 times an uninitialised NaN is NaN.
-        self._storage = torch.zeros(len(shapes), 2, num_rows, heads, context_length, dim, dtype=dtype, device=device)
+        self._storage = torch.zeros(
+            len(shapes), 2, num_rows, heads, context_length, dim, dtype=dtype, device=device
+        )
         self.keys = [self._storage[i, 0, :, : s.num_heads, :, : s.key_dim] for i, s in enumerate(shapes)]
         """Per layer [S, H, T, D] view."""
         self.values = [self._storage[i, 1, :, : s.num_heads, :, : s.value_dim] for i, s in enumerate(shapes)]
-        self._flat = [(self._storage[i, 0].view(-1, dim), self._storage[i, 1].view(-1, dim)) for i in range(len(shapes))]
+        self._flat = [
+            (self._storage[i, 0].view(-1, dim), self._storage[i, 1].view(-1, dim)) for i in range(len(shapes))
+        ]
         self._heads = sorted({s.num_heads for s in shapes})
         self._storage_heads = heads
         self._arange_T = np.arange(context_length)
@@ -73,10 +85,14 @@ class KVCache:
         """Prepares a step over rows 0..N-1 whose new token sits at `position_N`."""
         num_rows, num_positions = len(position_N), int(position_N.max()) + 1
         # Small arrays are made in numpy: a torch kernel costs more to start than these cost to compute.
-        bias_NT = np.where(self._arange_T[:num_positions] > position_N[:, None], np.float32("-inf"), np.float32(0))
+        bias_NT = np.where(
+            self._arange_T[:num_positions] > position_N[:, None], np.float32("-inf"), np.float32(0)
+        )
         index = {}
         for heads in self._heads:
-            row_head = np.arange(num_rows, dtype=np.int64)[:, None] * self._storage_heads + np.arange(heads, dtype=np.int64)
+            row_head = np.arange(num_rows, dtype=np.int64)[:, None] * self._storage_heads + np.arange(
+                heads, dtype=np.int64
+            )
             flat = row_head * self.context_length + position_N[:, None]
             index[heads] = torch.from_numpy(flat.reshape(-1)).to(self.device)
         self._batch = DecodeBatch(
@@ -130,9 +146,14 @@ class KVCache:
     def move(self, sources: Sequence[int], targets: Sequence[int], *, num_positions: int) -> None:
         """Copies rows' first `num_positions` positions; `sources` and `targets` do not overlap."""
         if len(sources) == 1:
-            self._storage[:, :, targets[0], :, :num_positions] = self._storage[:, :, sources[0], :, :num_positions]
+            self._storage[:, :, targets[0], :, :num_positions] = self._storage[
+                :, :, sources[0], :, :num_positions
+            ]
         else:
-            source, target = torch.tensor(sources, device=self.device), torch.tensor(targets, device=self.device)
+            source, target = (
+                torch.tensor(sources, device=self.device),
+                torch.tensor(targets, device=self.device),
+            )
             self._storage[:, :, target, :, :num_positions] = self._storage[:, :, source, :, :num_positions]
 
     def write(self, rows: Sequence[int], prefix_L2HTD: Tensor) -> None:

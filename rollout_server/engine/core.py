@@ -117,7 +117,9 @@ class EngineCore:
         self.num_prefilled = 0
         self.num_prefix_hits = 0
         self.num_steps = 0
-        self.scheduler = Scheduler(num_rows=options.max_running, max_prefill_tokens=options.max_prefill_tokens)
+        self.scheduler = Scheduler(
+            num_rows=options.max_running, max_prefill_tokens=options.max_prefill_tokens
+        )
         self._weights = weights
         self._spare: Weights | None = None
         self._rows = _Rows(options)
@@ -283,12 +285,18 @@ class EngineCore:
         top_p, top_k, min_p = rows.top_p[:count], rows.top_k[:count], rows.min_p[:count]
         if top_p.min() >= 1 and top_k.min() >= self.model.facts.vocab_size and min_p.max() <= 0:
             return None
-        return Filters(top_p_N1=self._tensor(top_p[:, None]), top_k_N1=self._tensor(top_k[:, None]), min_p_N1=self._tensor(min_p[:, None]))
+        return Filters(
+            top_p_N1=self._tensor(top_p[:, None]),
+            top_k_N1=self._tensor(top_k[:, None]),
+            min_p_N1=self._tensor(min_p[:, None]),
+        )
 
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(array).to(self.model.facts.device)
 
-    def _record(self, count: int, tokens_N: NDArray[np.int64], logprobs_N: NDArray[np.float32]) -> list[Sequence]:
+    def _record(
+        self, count: int, tokens_N: NDArray[np.int64], logprobs_N: NDArray[np.float32]
+    ) -> list[Sequence]:
         """Writes the drawn tokens to their rows and finishes who is done."""
         rows, all_rows = self._rows, np.arange(count)
         position_N = rows.num_output[:count]
@@ -314,7 +322,9 @@ class EngineCore:
                 rows.num_output[row] -= 1
                 self._cache.clear_row(row)
                 self._prefixes.clear()
-                finish = Finish(reason=FinishReason.ABORT, message="the model's logits are not finite", is_error=True)
+                finish = Finish(
+                    reason=FinishReason.ABORT, message="the model's logits are not finite", is_error=True
+                )
             elif stopped_N[row]:
                 finish = Finish(reason=FinishReason.STOP, matched=int(tokens_N[row]))
             else:

@@ -79,7 +79,9 @@ class EngineLoop:
         self._num_threads = num_threads
         self._on_report = on_report
         self._on_failure = on_failure
-        self._commands: queue.SimpleQueue[tuple[Callable[[EngineCore], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[tuple[Callable[[EngineCore], Any], Future[Any]] | None] = (
+            queue.SimpleQueue()
+        )
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._failure = ""
         self._stopping = False
@@ -159,7 +161,9 @@ class EngineLoop:
                 while not self._stopping:
                     self._run_commands()
                     self._step()
-        except Exception as error:  # the thread's outermost frame: whoever waits must learn that nothing will come any more
+        except (
+            Exception
+        ) as error:  # the thread's outermost frame: whoever waits must learn that nothing will come any more
             logger.exception("the engine failed")
             self._failure = f"{type(error).__name__}: {error}"
             self._on_failure(self._failure)
@@ -221,4 +225,6 @@ class EngineLoop:
             except queue.Empty:
                 return
             if entry is not None:
-                entry[1].set_exception(EngineError(f"the engine has stopped: {self._failure or 'shutting down'}"))
+                entry[1].set_exception(
+                    EngineError(f"the engine has stopped: {self._failure or 'shutting down'}")
+                )

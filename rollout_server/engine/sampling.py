@@ -78,7 +78,9 @@ def sample(
         token_N1 = torch.searchsorted(cdf_NV, uniform_N.unsqueeze(1) * cdf_NV[:, -1:], right=True)
         token_N1 = token_N1.clamp_(max=logits_NV.shape[1] - 1)
         if any_greedy:
-            token_N1 = torch.where((temperature_N > 0).unsqueeze(1), token_N1, logits_NV.argmax(-1, keepdim=True))
+            token_N1 = torch.where(
+                (temperature_N > 0).unsqueeze(1), token_N1, logits_NV.argmax(-1, keepdim=True)
+            )
     else:
         token_N1 = logits_NV.argmax(-1, keepdim=True)
     return token_N1.squeeze(1), logprobs_NV.gather(1, token_N1).squeeze(1)
@@ -89,6 +91,10 @@ def _filtered(probs_NV: Tensor, filters: Filters) -> Tensor:
     sorted_NV, order_NV = probs_NV.sort(-1, descending=True)
     before_NV = sorted_NV.cumsum(-1) - sorted_NV
     rank_V = torch.arange(probs_NV.shape[1], device=probs_NV.device)
-    keep_NV = (before_NV <= filters.top_p_N1) & (rank_V < filters.top_k_N1) & (sorted_NV >= sorted_NV[:, :1] * filters.min_p_N1)
+    keep_NV = (
+        (before_NV <= filters.top_p_N1)
+        & (rank_V < filters.top_k_N1)
+        & (sorted_NV >= sorted_NV[:, :1] * filters.min_p_N1)
+    )
     keep_NV[:, 0] = True
     return torch.zeros_like(probs_NV).scatter_(-1, order_NV, sorted_NV * keep_NV)

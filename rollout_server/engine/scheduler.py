@@ -212,7 +212,9 @@ class Scheduler:
         """The conservation law: free and held rows make up all rows, and every sequence is in exactly one place."""
         running = [sequence for sequence in self.rows if sequence is not None]
         assert self.num_free + len(running) == self.num_rows and self.num_free >= 0
-        assert all(sequence.status is Status.RUNNING and self.rows[sequence.row] is sequence for sequence in running)
+        assert all(
+            sequence.status is Status.RUNNING and self.rows[sequence.row] is sequence for sequence in running
+        )
         assert all(sequence.status is Status.WAITING and sequence.row == -1 for sequence in self.waiting)
         ids = [sequence.seq_id for sequence in (*running, *self.waiting)]
         assert len(ids) == len(set(ids)) == len(self.by_id)

@@ -25,7 +25,16 @@ from torch import Tensor
 
 from areal_like.errors import WeightSyncError
 from areal_like.runtime.threads import in_thread
-from areal_like.weights.buckets import Bucket, TensorSpec, check_names, checksum, checksum_and_finiteness, is_finite, spec_of, unflatten
+from areal_like.weights.buckets import (
+    Bucket,
+    TensorSpec,
+    check_names,
+    checksum,
+    checksum_and_finiteness,
+    is_finite,
+    spec_of,
+    unflatten,
+)
 from areal_like.weights.collective import WeightGroup, device_facts
 from rollout_server.engine.loop import EngineLoop
 from rollout_server.engine.models.base import ModelFacts, Weights
@@ -136,7 +145,9 @@ class _Session:
             if name not in shapes:
                 raise WeightSyncError(f"tensor {name} is unknown to the model")
             if tuple(tensor.shape) != tuple(shapes[name]):
-                raise WeightSyncError(f"tensor {name}: want shape {list(shapes[name])}, got {list(tensor.shape)}")
+                raise WeightSyncError(
+                    f"tensor {name}: want shape {list(shapes[name])}, got {list(tensor.shape)}"
+                )
             target = self.weights.named[name]
             target.copy_(tensor)
             self._check_finite(name, target)
@@ -150,10 +161,16 @@ class _Session:
         if arena is None or arena.device != device:
             return None
         dtype = str(self.facts.dtype).removeprefix("torch.")
-        if any(s.name not in named or s.dtype != dtype or tuple(named[s.name].shape) != s.shape for s in bucket.tensors):
+        if any(
+            s.name not in named or s.dtype != dtype or tuple(named[s.name].shape) != s.shape
+            for s in bucket.tensors
+        ):
             return None
         start = named[bucket.tensors[0].name].data_ptr()
-        if any(named[s.name].data_ptr() != start + offset for s, offset in zip(bucket.tensors, bucket.offsets, strict=True)):
+        if any(
+            named[s.name].data_ptr() != start + offset
+            for s, offset in zip(bucket.tensors, bucket.offsets, strict=True)
+        ):
             return None
         first = start - arena.data_ptr()
         if first % _WORD_BYTES:  # inside a group only; checksums read words
@@ -171,7 +188,9 @@ class _Session:
     def _verify(self, bucket: Bucket, flat: Tensor, buffer: Tensor | None) -> int:
         """Checks a bucket that has come and, from a buffer, stores it; its checksum."""
         is_in_place = buffer is None
-        found, all_finite = checksum_and_finiteness(flat, dtype=self.facts.dtype) if is_in_place else (checksum(flat), True)
+        found, all_finite = (
+            checksum_and_finiteness(flat, dtype=self.facts.dtype) if is_in_place else (checksum(flat), True)
+        )
         try:
             if bucket.checksum not in (None, found):
                 raise WeightSyncError("a bucket's checksum is wrong: the bytes changed on the way")
@@ -209,14 +228,26 @@ class WeightUpdater:
         self.update_s = 0.0
         """Sum over successful updates of the time from `begin` to activation."""
         self._max_bucket_bytes = 1 << 24
-        self._max_bucket_bytes += 8 * sum(torch.Size(shape).numel() for shape in facts.parameter_shapes.values())
+        self._max_bucket_bytes += 8 * sum(
+            torch.Size(shape).numel() for shape in facts.parameter_shapes.values()
+        )
 
     async def init_group(
-        self, *, master_address: str, master_port: int, rank: int, world_size: int, group_name: str, backend: str, timeout_s: float
+        self,
+        *,
+        master_address: str,
+        master_port: int,
+        rank: int,
+        world_size: int,
+        group_name: str,
+        backend: str,
+        timeout_s: float,
     ) -> None:
         """Joins a group; one that has the same name is left first."""
         if backend == "nccl" and self._facts.device.type != "cuda":
-            raise WeightSyncError(f"backend nccl needs a CUDA engine, this one runs on {self._facts.device}: use gloo")
+            raise WeightSyncError(
+                f"backend nccl needs a CUDA engine, this one runs on {self._facts.device}: use gloo"
+            )
         if group_name in self._groups:
             await self.destroy_group(group_name)
         self._groups[group_name] = await self._threads.run(
@@ -245,27 +276,41 @@ class WeightUpdater:
         buffers, self._buffers = self._buffers, []
         self._session = _Session(weights, self._facts, buffers)
 
-    async def receive(self, bucket: Bucket, *, group_name: str, flattened: bool, version: str, timeout_s: float) -> int | None:
+    async def receive(
+        self, bucket: Bucket, *, group_name: str, flattened: bool, version: str, timeout_s: float
+    ) -> int | None:
         """Receives one bucket, after those that were asked for before; the checksum of a flattened one.
 
         `timeout_s`: of the broadcast. A failure is raised here and spoils the session.
         """
         session = self._open_session()
-        found = await self._receive(session, [bucket], group_name=group_name, flattened=flattened, timeout_s=timeout_s)
+        found = await self._receive(
+            session, [bucket], group_name=group_name, flattened=flattened, timeout_s=timeout_s
+        )
         session.version = version or session.version
         return found[0] if flattened else None
 
     async def receive_all(self, buckets: Sequence[Bucket], *, group_name: str, timeout_s: float) -> list[int]:
         """Opens a session and receives all of it, flattened; the checksums. A failure is raised here and spoils the session."""
         await self.begin()
-        return await self._receive(self._open_session(), buckets, group_name=group_name, flattened=True, timeout_s=timeout_s)
+        return await self._receive(
+            self._open_session(), buckets, group_name=group_name, flattened=True, timeout_s=timeout_s
+        )
 
     async def _receive(
-        self, session: _Session, buckets: Sequence[Bucket], *, group_name: str, flattened: bool, timeout_s: float
+        self,
+        session: _Session,
+        buckets: Sequence[Bucket],
+        *,
+        group_name: str,
+        flattened: bool,
+        timeout_s: float,
     ) -> list[int]:
         group = self._groups.get(group_name)
         if group is None:
-            raise WeightSyncError(f"weight group {group_name!r} does not exist: call /init_weights_update_group first")
+            raise WeightSyncError(
+                f"weight group {group_name!r} does not exist: call /init_weights_update_group first"
+            )
 
         def work() -> list[int]:
             if flattened:
@@ -279,7 +324,9 @@ class WeightUpdater:
                 if session.is_given_up:
                     raise WeightSyncError("the weight update was given up")
                 if any(bucket.num_bytes > self._max_bucket_bytes for bucket in buckets):
-                    await self.destroy_group(group_name)  # what we would not receive must not keep the sender waiting
+                    await self.destroy_group(
+                        group_name
+                    )  # what we would not receive must not keep the sender waiting
                     raise WeightSyncError("a bucket is larger than this model could need")
                 found = await self._threads.run(lambda: session.beside_decoding(work))
             if session.problem:
@@ -309,7 +356,9 @@ class WeightUpdater:
             self._give_up()
             raise
         self._session, self._buffers = None, session.buffers
-        stall_s = await asyncio.wrap_future(self._loop.swap(session.weights, version=version, recompute=recompute))
+        stall_s = await asyncio.wrap_future(
+            self._loop.swap(session.weights, version=version, recompute=recompute)
+        )
         self.num_updates += 1
         self.update_s += time.perf_counter() - session.started_s
         logger.info("weights %s active, %.1f ms stall", version, stall_s * 1e3)
@@ -321,7 +370,9 @@ class WeightUpdater:
         session = self._open_session()
         session.num_receiving += 1
         try:
-            await self._threads.run(lambda: session.beside_decoding(lambda: _read_directory(Path(path), session)))
+            await self._threads.run(
+                lambda: session.beside_decoding(lambda: _read_directory(Path(path), session))
+            )
         except WeightSyncError as error:
             session.problem = str(error)
         finally:

@@ -31,7 +31,9 @@ _SEED_STRIDE = 0x9E3779B1
 class Engine(Protocol):
     """What an episode needs of an engine; `EngineClient` is one."""
 
-    async def generate(self, input_ids: Sequence[int], *, sampling: Sampling, rid: str | None = None) -> Generation:
+    async def generate(
+        self, input_ids: Sequence[int], *, sampling: Sampling, rid: str | None = None
+    ) -> Generation:
         """See EngineClient.generate."""
 
 
@@ -67,7 +69,9 @@ class Transcript:
 
     def give(self, tokens_T: NDArray[np.int32]) -> None:
         """The world speaks: tokens that are not trained on."""
-        self._append(tokens_T, np.zeros(len(tokens_T), np.float32), np.full(len(tokens_T), NOT_SAMPLED, np.int32))
+        self._append(
+            tokens_T, np.zeros(len(tokens_T), np.float32), np.full(len(tokens_T), NOT_SAMPLED, np.int32)
+        )
 
     def say(self, generation: Generation) -> None:
         """The policy speaks."""
@@ -75,7 +79,13 @@ class Transcript:
         self.finish_reason = generation.finish_reason
 
     def to_trajectory(
-        self, *, reward: float, reward_components: dict[str, float], generation_s: float, reward_s: float, is_greedy: bool = False
+        self,
+        *,
+        reward: float,
+        reward_components: dict[str, float],
+        generation_s: float,
+        reward_s: float,
+        is_greedy: bool = False,
     ) -> Trajectory:
         """The transcript with its reward. Raises ValueError where the engine's numbers make no sense."""
         return Trajectory(
@@ -91,7 +101,9 @@ class Transcript:
             reward_s=reward_s,
         )
 
-    def _append(self, tokens_T: NDArray[np.int32], logprobs_T: NDArray[np.float32], versions_T: NDArray[np.int32]) -> None:
+    def _append(
+        self, tokens_T: NDArray[np.int32], logprobs_T: NDArray[np.float32], versions_T: NDArray[np.int32]
+    ) -> None:
         self._tokens.append(tokens_T)
         self._logprobs.append(logprobs_T)
         self._versions.append(versions_T)
@@ -139,7 +151,9 @@ class Turnstile:
 class Speaker:
     """The policy's voice in one episode: sampling parameters, request ids, resumption after an interrupted generation."""
 
-    def __init__(self, engine: Engine, *, sampling: Sampling, rid: str, turnstile: AbstractAsyncContextManager[None]) -> None:
+    def __init__(
+        self, engine: Engine, *, sampling: Sampling, rid: str, turnstile: AbstractAsyncContextManager[None]
+    ) -> None:
         """`sampling.max_new_tokens` limits each turn; `rid` must be unique among running episodes."""
         self._engine = engine
         self._sampling = sampling
@@ -165,7 +179,9 @@ class Speaker:
                 return FinishReason.LENGTH
             num_fruitless = 0 if len(generation.output_ids) else num_fruitless + 1
             if num_fruitless >= _MAX_FRUITLESS_ABORTS:
-                raise EngineError(f"the engine aborted a request {num_fruitless} times without a token: {generation.message}")
+                raise EngineError(
+                    f"the engine aborted a request {num_fruitless} times without a token: {generation.message}"
+                )
 
     async def _request(self, tokens_T: NDArray[np.int32], *, max_new_tokens: int) -> Generation:
         sampling = self._sampling
@@ -184,14 +200,18 @@ class Episode(ABC):
     """One kind of conversation."""
 
     @abstractmethod
-    async def run(self, example: Example, speaker: Speaker, tokenizer: Tokenizer, transcript: Transcript) -> str:
+    async def run(
+        self, example: Example, speaker: Speaker, tokenizer: Tokenizer, transcript: Transcript
+    ) -> str:
         """Fills the transcript (it holds the prompt already) and returns the text that the reward function is given."""
 
 
 class SingleTurn(Episode):
     """Prompt, answer, end."""
 
-    async def run(self, example: Example, speaker: Speaker, tokenizer: Tokenizer, transcript: Transcript) -> str:
+    async def run(
+        self, example: Example, speaker: Speaker, tokenizer: Tokenizer, transcript: Transcript
+    ) -> str:
         """The answer."""
         await speaker.extend(transcript)
         return tokenizer.decode(transcript.sampled)

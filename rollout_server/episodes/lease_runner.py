@@ -61,7 +61,11 @@ class LeaseRunner:
         self._turnstile = turnstile
         self._on_answer = on_answer
         sampling = config.sampling
-        self._sampling = Sampling(max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature, stop_token_ids=stop_token_ids)
+        self._sampling = Sampling(
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            stop_token_ids=stop_token_ids,
+        )
         self._examples = Examples(task, tokenizer, timeout_s=config.rollout.reward_timeout_s)
         self._waiting: list[Lease] = []
         self._preparing: asyncio.Task[None] | None = None
@@ -131,7 +135,9 @@ class LeaseRunner:
         try:
             if isinstance(prompt, str):
                 raise RewardError(prompt)
-            record = Record.of(lease.ticket_id, sample_index, await self._trajectory(lease, sample_index, *prompt))
+            record = Record.of(
+                lease.ticket_id, sample_index, await self._trajectory(lease, sample_index, *prompt)
+            )
         except EngineError as error:
             engine = self.engine
             await asyncio.sleep(_ENGINE_GRACE_S)
@@ -144,7 +150,9 @@ class LeaseRunner:
             self.num_done += 1
             self._on_answer(SampleDone(lease_id=lease.lease_id, record=record))
 
-    async def _trajectory(self, lease: Lease, sample_index: int, example: Example, prompt_P: NDArray[np.int32]) -> Trajectory:
+    async def _trajectory(
+        self, lease: Lease, sample_index: int, example: Example, prompt_P: NDArray[np.int32]
+    ) -> Trajectory:
         if self.engine is None:
             raise EngineError("there is no engine")
         loop = asyncio.get_running_loop()
@@ -161,7 +169,9 @@ class LeaseRunner:
         started_s = loop.time()
         completion = await self._episode.run(example, speaker, self._tokenizer, transcript)
         generation_s = loop.time() - started_s
-        reward = await self._rewards.score(split=SPLITS[lease.purpose], index=lease.prompt_index, completion=completion)
+        reward = await self._rewards.score(
+            split=SPLITS[lease.purpose], index=lease.prompt_index, completion=completion
+        )
         return transcript.to_trajectory(
             reward=reward.value,
             reward_components=reward.components,
@@ -173,5 +183,10 @@ class LeaseRunner:
     def _fail(self, lease: Lease, sample_index: int, error: str) -> None:
         self.num_failed += 1
         log.warning("sample %d of ticket %d failed: %s", sample_index, lease.ticket_id, error)
-        failed = SampleFailed(lease_id=lease.lease_id, ticket_id=lease.ticket_id, sample_index=sample_index, error=error[:_MAX_ERROR_CHARS])
+        failed = SampleFailed(
+            lease_id=lease.lease_id,
+            ticket_id=lease.ticket_id,
+            sample_index=sample_index,
+            error=error[:_MAX_ERROR_CHARS],
+        )
         self._on_answer(failed)

@@ -52,17 +52,26 @@ class Examples:
         self._thread = _thread()
 
     async def prepare(
-        self, leases: list[Lease], *, is_wanted: Callable[[Lease], bool], on_prompt: Callable[[Lease, Prompt | str], None]
+        self,
+        leases: list[Lease],
+        *,
+        is_wanted: Callable[[Lease], bool],
+        on_prompt: Callable[[Lease, Prompt | str], None],
     ) -> None:
         """Calls `on_prompt` for each lease in order, as soon as it is known, with its prompt or why there is none.
 
         `is_wanted` is asked in the thread when a lease's turn comes; one that is not gets no prompt.
         """
         while leases:
-            num_known = await self._run(_Run(leases=leases, is_wanted=is_wanted, at=(0, time.monotonic())), on_prompt)
+            num_known = await self._run(
+                _Run(leases=leases, is_wanted=is_wanted, at=(0, time.monotonic())), on_prompt
+            )
             if num_known < len(leases):
                 self._leave_thread()
-                on_prompt(leases[num_known], f"task.example() took longer than rollout.reward_timeout_s={self._timeout_s:g}")
+                on_prompt(
+                    leases[num_known],
+                    f"task.example() took longer than rollout.reward_timeout_s={self._timeout_s:g}",
+                )
             leases = leases[num_known + 1 :]
 
     def close(self) -> None:
@@ -95,7 +104,9 @@ class Examples:
                 return
             run.at = (index, time.monotonic())
             wanted = run.is_wanted(lease)
-            run.prompts.append(self._prompt(SPLITS[lease.purpose], lease.prompt_index) if wanted else "cancelled")
+            run.prompts.append(
+                self._prompt(SPLITS[lease.purpose], lease.prompt_index) if wanted else "cancelled"
+            )
 
     def _prompt(self, split: Split, index: int) -> Prompt | str:
         """The prompt of an example, or why there is none. Runs in the thread."""

@@ -26,7 +26,9 @@ class PromptRenderer:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
             config = AutoConfig.from_pretrained(model)
         except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"model.path={model}: no tokenizer and config that transformers can load ({error})") from error
+            raise ConfigError(
+                f"model.path={model}: no tokenizer and config that transformers can load ({error})"
+            ) from error
         try:
             eos = GenerationConfig.from_pretrained(model).eos_token_id
         except OSError:  # the file is optional
@@ -36,10 +38,14 @@ class PromptRenderer:
         """Longest sequence of the model."""
         self.vocab_size = int(text.vocab_size)
         """Rows of the model's embedding: every token id is below it."""
-        self.stop_token_ids: list[int] = sorted({self._tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None})
+        self.stop_token_ids: list[int] = sorted(
+            {self._tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+        )
         """Ids that end an answer: the tokenizer's EOS and those of generation_config.json."""
         if not self.stop_token_ids:
-            raise ConfigError(f"model.path={model}: no EOS token in tokenizer or generation_config.json, so no answer could end")
+            raise ConfigError(
+                f"model.path={model}: no EOS token in tokenizer or generation_config.json, so no answer could end"
+            )
         self.max_prompt_tokens = self.max_positions
         """Longer prompts are refused; the owner lowers it to what its engine has room for."""
 
@@ -52,7 +58,9 @@ class PromptRenderer:
             )
         tokens_P = np.asarray(tokens, dtype=np.int32)
         if int(tokens_P.max()) >= self.vocab_size:
-            raise ValueError(f"prompt holds token id {tokens_P.max()}, the model's vocabulary ends at {self.vocab_size}")
+            raise ValueError(
+                f"prompt holds token id {tokens_P.max()}, the model's vocabulary ends at {self.vocab_size}"
+            )
         return tokens_P
 
     def decode(self, tokens: NDArray[np.int32]) -> str:
@@ -63,7 +71,9 @@ class PromptRenderer:
         if isinstance(prompt, str):
             return list(self._tokenizer(prompt)["input_ids"])
         if not self._tokenizer.chat_template:
-            return list(self._tokenizer("\n".join(message["content"] for message in prompt) + "\n")["input_ids"])
+            return list(
+                self._tokenizer("\n".join(message["content"] for message in prompt) + "\n")["input_ids"]
+            )
         text = self._tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         # The template writes its own special tokens: adding them again would double the BOS.
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])

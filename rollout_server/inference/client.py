@@ -59,7 +59,13 @@ class Sampling:
         params: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature}
         if self.stop_token_ids:
             params["stop_token_ids"] = list(self.stop_token_ids)
-        for name, default in (("ignore_eos", False), ("top_p", 1.0), ("top_k", -1), ("min_p", 0.0), ("sampling_seed", None)):
+        for name, default in (
+            ("ignore_eos", False),
+            ("top_p", 1.0),
+            ("top_k", -1),
+            ("min_p", 0.0),
+            ("sampling_seed", None),
+        ):
             if getattr(self, name) != default:
                 params[name] = getattr(self, name)
         return params
@@ -140,7 +146,9 @@ class EngineClient:
     async def __aenter__(self) -> EngineClient:
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         await self.close()
 
     async def close(self) -> None:
@@ -159,7 +167,9 @@ class EngineClient:
 
     # Generation
 
-    async def generate(self, input_ids: Sequence[int], *, sampling: Sampling, rid: str | None = None) -> Generation:
+    async def generate(
+        self, input_ids: Sequence[int], *, sampling: Sampling, rid: str | None = None
+    ) -> Generation:
         """Samples one continuation of `input_ids`.
 
         `rid` names the request for `abort`; it must be unique among those in flight. Returns with finish_reason ABORT
@@ -241,7 +251,9 @@ class EngineClient:
 
     async def abort(self, rid: str | None = None) -> None:
         """Aborts one request, or all with `rid=None`; their generate() calls return the partial tokens. Unknown rids are no error."""
-        await self._call("POST", "/abort_request", {"abort_all": True} if rid is None else {"rid": _wire_rid(rid)})
+        await self._call(
+            "POST", "/abort_request", {"abort_all": True} if rid is None else {"rid": _wire_rid(rid)}
+        )
 
     async def _abort_quietly(self, wire_rid: str) -> None:
         try:
@@ -281,7 +293,9 @@ class EngineClient:
             "backend": backend,
             "timeout_s": timeout_s,
         }
-        await self._call("POST", "/init_weights_update_group", body, timeout_s=timeout_s + self._connect_timeout_s)
+        await self._call(
+            "POST", "/init_weights_update_group", body, timeout_s=timeout_s + self._connect_timeout_s
+        )
 
     async def destroy_weights_group(self, *, group_name: str) -> None:
         """Leaves the group. Raises EngineError if the engine is not in it."""
@@ -316,16 +330,26 @@ class EngineClient:
             body["weight_version"] = str(weight_version)
         await self._call("POST", "/update_weights_from_distributed", body, timeout_s=timeout_s)
 
-    async def receive_weights(self, buckets: Sequence[Bucket], *, group_name: str, timeout_s: float) -> list[int]:
+    async def receive_weights(
+        self, buckets: Sequence[Bucket], *, group_name: str, timeout_s: float
+    ) -> list[int]:
         """Embedded engine only: opens a session and receives all buckets of a push, in order, in one call; returns their checksums.
 
         `timeout_s`: of the engine, which says what it waited for in vain.
         """
-        body = {"buckets": [bucket.to_dict() for bucket in buckets], "group_name": group_name, "timeout_s": timeout_s}
-        answer = await self._call("POST", "/receive_weights", body, timeout_s=timeout_s + self._connect_timeout_s)
+        body = {
+            "buckets": [bucket.to_dict() for bucket in buckets],
+            "group_name": group_name,
+            "timeout_s": timeout_s,
+        }
+        answer = await self._call(
+            "POST", "/receive_weights", body, timeout_s=timeout_s + self._connect_timeout_s
+        )
         return [int(checksum) for checksum in answer.get("checksums", ())]
 
-    async def end_weight_update(self, *, weight_version: int | None = None, running: str = "recompute", timeout_s: float) -> dict[str, Any]:
+    async def end_weight_update(
+        self, *, weight_version: int | None = None, running: str = "recompute", timeout_s: float
+    ) -> dict[str, Any]:
         """Verifies what the session received and activates it between two decode steps (embedded engine), or closes it (SGLang).
 
         `running`: what happens to sequences in flight, `recompute` | `keep`. Returns the engine's answer; the embedded engine's has
@@ -379,14 +403,18 @@ class EngineClient:
         """Fills `facts`."""
         self.facts = EngineFacts.of(await self.server_info())
 
-    async def _call(self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout_s: float | None = None) -> Any:
+    async def _call(
+        self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout_s: float | None = None
+    ) -> Any:
         total_s = self._control_timeout_s if timeout_s is None else timeout_s
         timeout = aiohttp.ClientTimeout(total=total_s, sock_connect=min(total_s, self._connect_timeout_s))
         name = f"engine {self.base_url}{path}"
         if self.is_closed:
             raise EngineError(f"{name}: the client was closed")
         try:
-            async with self._http().request(method, f"{self.base_url}{path}", json=body, timeout=timeout) as response:
+            async with self._http().request(
+                method, f"{self.base_url}{path}", json=body, timeout=timeout
+            ) as response:
                 if response.status != 200:
                     raise EngineError(f"{name}: {await _error_text(response)}")
                 text = await response.text()
@@ -406,7 +434,9 @@ class EngineClient:
         if self._session is None:
             # No limit: a waiting stream holds its connection, and aborts and weight calls must never queue behind streams.
             # We drop idle connections before uvicorn's 5 s do: a POST on one that is being closed is lost and not retried.
-            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S))
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
+            )
         return self._session
 
 
@@ -432,7 +462,9 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, A
                 raise ValueError("event is not an object")
             if "error" in event:
                 error = event["error"]
-                raise ValueError(str(error.get("message", error) if isinstance(error, dict) else error)[:MAX_ERROR_CHARS])
+                raise ValueError(
+                    str(error.get("message", error) if isinstance(error, dict) else error)[:MAX_ERROR_CHARS]
+                )
             yield event
 
 
@@ -458,7 +490,9 @@ def _generation(chunk: dict[str, Any], meta: dict[str, Any], reason: dict[str, A
     if logprobs.shape != output_ids.shape:
         raise ValueError(f"{len(output_ids)} tokens but {len(logprobs)} log-probs")
     versions = np.full(output_ids.shape, -1, dtype=np.int32)
-    for span in meta.get("weight_versions") or [{"version": meta.get("weight_version"), "start": 0, "end": len(output_ids)}]:
+    for span in meta.get("weight_versions") or [
+        {"version": meta.get("weight_version"), "start": 0, "end": len(output_ids)}
+    ]:
         versions[int(span["start"]) : int(span["end"])] = _version(span["version"])
     if np.any(versions < 0):
         raise ValueError("weight_versions do not cover the output")
@@ -485,7 +519,9 @@ def _version(raw: Any) -> int:
     try:
         return int(raw)
     except (TypeError, ValueError):
-        raise EngineError(f"the engine's weight version {raw!r} is not a number: start it with --weight-version 0") from None
+        raise EngineError(
+            f"the engine's weight version {raw!r} is not a number: start it with --weight-version 0"
+        ) from None
 
 
 def _fail(pending: _Pending, message: str) -> None:

@@ -92,7 +92,9 @@ class EngineProcess(ABC):
                 return await self._connect(await self._port())
         except TimeoutError:
             await self._end()
-            raise EngineError(f"engine was not ready within rollout.start_timeout_s={timeout_s:g}{self._log_end()}") from None
+            raise EngineError(
+                f"engine was not ready within rollout.start_timeout_s={timeout_s:g}{self._log_end()}"
+            ) from None
 
     async def died(self) -> str:
         """Returns when the process has ended, saying how."""
@@ -150,7 +152,12 @@ class EngineProcess(ABC):
         with self.log_path.open("ab") as log_file:
             # A process group of its own: some engines are several processes, which end together.
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file, env=self._environment(), start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=log_file,
+                env=self._environment(),
+                start_new_session=True,
             )
 
     async def _connect(self, port: int) -> EngineClient:

@@ -98,7 +98,9 @@ class RewardPool:
         """The reward of a completion. Raises RewardError if the task raised, hung past the limit, or returned no finite number."""
         loop = asyncio.get_running_loop()
         self._numbers += 1
-        item = _Item(number=self._numbers, split=split, index=index, completion=completion, done=loop.create_future())
+        item = _Item(
+            number=self._numbers, split=split, index=index, completion=completion, done=loop.create_future()
+        )
         if not self._unsent:
             loop.call_soon(self._send)
         self._unsent.append(item)
@@ -149,7 +151,9 @@ class _Worker:
             ours, theirs = socket.socketpair()
             with theirs:
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "rollout_server.rewards.worker"], stdin=theirs.fileno(), stdout=theirs.fileno()
+                    [sys.executable, "-m", "rollout_server.rewards.worker"],
+                    stdin=theirs.fileno(),
+                    stdout=theirs.fileno(),
                 )
             reader, writer = await asyncio.open_connection(sock=ours)
             try:
@@ -160,7 +164,9 @@ class _Worker:
                 process.kill()
                 process.wait()  # SIGKILL cannot be refused: this returns at once
 
-    async def _serve(self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve(
+        self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         """Feeds one process until it is lost."""
         try:
             writer.write(pack(self._setup))
@@ -175,7 +181,9 @@ class _Worker:
                 self._fail_first(f"reward worker cannot start: {problem}")
             return
         self._pipe = writer
-        if self.items:  # they stood behind the item that cost the last process its life, or came before it was ready
+        if (
+            self.items
+        ):  # they stood behind the item that cost the last process its life, or came before it was ready
             self.submit(list(self.items.values()))
         while True:
             try:
@@ -190,10 +198,14 @@ class _Worker:
                 await self._lose(f"the reward process died ({await _how(process)})")
                 return
             except (ValueError, TypeError, KeyError) as error:
-                await self._lose(f"the reward process wrote what is no answer ({type(error).__name__}: {error})")
+                await self._lose(
+                    f"the reward process wrote what is no answer ({type(error).__name__}: {error})"
+                )
                 return
 
-    def _answer(self, number: int, value: float, components: dict[str, float], seconds: float, error: str) -> None:
+    def _answer(
+        self, number: int, value: float, components: dict[str, float], seconds: float, error: str
+    ) -> None:
         done = self.items.pop(number).done
         if done.done():  # its asker was cancelled meanwhile
             return

@@ -61,7 +61,9 @@ def _try_score(
 ) -> tuple[float, dict[str, float], str]:
     try:
         return *_score(task, example(split, index), completion), ""
-    except Exception as raised:  # a researcher's code may raise anything, and the promise is that only its own sample fails
+    except (
+        Exception
+    ) as raised:  # a researcher's code may raise anything, and the promise is that only its own sample fails
         return 0.0, {}, _last_line(raised)
 
 
@@ -88,7 +90,11 @@ def _number(value: Any, *, name: str) -> float:
 def _last_line(error: Exception) -> str:
     where = traceback.extract_tb(error.__traceback__)[-1]
     message = traceback.format_exception_only(error)[-1].strip()
-    return message if isinstance(error, RewardError) else f"{message} ({where.filename}:{where.lineno} in {where.name})"
+    return (
+        message
+        if isinstance(error, RewardError)
+        else f"{message} ({where.filename}:{where.lineno} in {where.name})"
+    )
 
 
 def _claim_stream() -> tuple[BinaryIO, int]:

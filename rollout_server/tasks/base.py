@@ -103,7 +103,11 @@ class Task(ABC):
     def _probe(self) -> str:
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         count = {"train": self.num_train, "eval": self.num_eval}
-        examples = [self._first(split, i) for split in get_args(Split) for i in range(min(_FINGERPRINT_EXAMPLES, count[split]))]
+        examples = [
+            self._first(split, i)
+            for split in get_args(Split)
+            for i in range(min(_FINGERPRINT_EXAMPLES, count[split]))
+        ]
         parts = [type(self).__qualname__, settings, [(e.prompt, e.answer) for e in examples]]
         return json.dumps(parts, sort_keys=True, default=repr)
 
@@ -111,7 +115,9 @@ class Task(ABC):
         try:
             return self.example(split, index)
         except Exception as error:  # a researcher's code may raise anything; at the start of a job it is a mistake to be mended
-            raise ConfigError(f"task {type(self).__name__}: example({split!r}, {index}) raised {type(error).__name__}: {error}") from error
+            raise ConfigError(
+                f"task {type(self).__name__}: example({split!r}, {index}) raised {type(error).__name__}: {error}"
+            ) from error
 
 
 TASKS = Registry[Task](

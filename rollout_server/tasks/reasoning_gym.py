@@ -34,11 +34,15 @@ class ReasoningGymTask(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.seed < _EVAL_SEED_OFFSET or self.num_train > _EVAL_SEED_OFFSET:
-            raise ConfigError("task reasoning_gym: seed must be in 0 .. 999999999 and num_train at most 1000000000")
+            raise ConfigError(
+                "task reasoning_gym: seed must be in 0 .. 999999999 and num_train at most 1000000000"
+            )
         try:
             gym = importlib.import_module("reasoning_gym")
         except ImportError as error:
-            raise ConfigError(f"task reasoning_gym needs an extra: pip install 'areal-like[tasks]' ({error})") from error
+            raise ConfigError(
+                f"task reasoning_gym needs an extra: pip install 'areal-like[tasks]' ({error})"
+            ) from error
         names = importlib.import_module("reasoning_gym.factory").DATASETS
         if self.dataset not in names:
             raise ConfigError(f"task.dataset={self.dataset!r}: reasoning_gym has {', '.join(sorted(names))}")
@@ -52,7 +56,9 @@ class ReasoningGymTask(Task):
         gym = importlib.import_module("reasoning_gym")
         return {
             "train": gym.create_dataset(self.dataset, seed=self.seed, size=self.num_train, **self.params),
-            "eval": gym.create_dataset(self.dataset, seed=self.seed + _EVAL_SEED_OFFSET, size=self.num_eval, **self.params),
+            "eval": gym.create_dataset(
+                self.dataset, seed=self.seed + _EVAL_SEED_OFFSET, size=self.num_eval, **self.params
+            ),
         }
 
     @cached_property

@@ -89,7 +89,9 @@ class InPlaceUpdate:
                 await engine.pause("in_place" if request.update_mode == "keep" else "retract")
                 await engine.begin_weight_update()
                 for bucket in manifest.buckets:
-                    await engine.update_weights_from_distributed(bucket, group_name=request.group_name, timeout_s=left_s())
+                    await engine.update_weights_from_distributed(
+                        bucket, group_name=request.group_name, timeout_s=left_s()
+                    )
             await engine.end_weight_update(timeout_s=left_s())
             digest = await engine.weights_checksum()
             if request.update_mode != "keep":
@@ -99,7 +101,9 @@ class InPlaceUpdate:
             is_done = True
         finally:
             # Shielded: a push that is cancelled must not leave an engine paused for ever.
-            await asyncio.shield(asyncio.ensure_future(self._finish(engine, is_done=is_done, is_held=is_held)))
+            await asyncio.shield(
+                asyncio.ensure_future(self._finish(engine, is_done=is_done, is_held=is_held))
+            )
         return loop.time() - started_s
 
     async def _empty(self, engine: SglangClient, *, interrupting: bool) -> None:
@@ -107,7 +111,9 @@ class InPlaceUpdate:
         if interrupting:
             while self._turnstile.num_inside:
                 await engine.abort()
-                with contextlib.suppress(TimeoutError):  # a request that was on its way is there the next time
+                with contextlib.suppress(
+                    TimeoutError
+                ):  # a request that was on its way is there the next time
                     async with asyncio.timeout(_ABORT_AGAIN_S):
                         await self._turnstile.wait_empty()
         await self._turnstile.wait_empty()
@@ -134,9 +140,13 @@ class InPlaceUpdate:
         await engine.pause("retract")  # after `in_place`: what runs would keep the cache from being flushed
         await engine.abort()
         await self._end_session(engine)
-        await engine.update_weights_from_disk(self._path, weight_version=self._path_version, timeout_s=_RELOAD_S)
+        await engine.update_weights_from_disk(
+            self._path, weight_version=self._path_version, timeout_s=_RELOAD_S
+        )
         if (digest := await engine.weights_checksum()) != self._initial_digest:
-            raise EngineError(f"after a reload from {self._path} its weights' digest is {digest}, at its start {self._initial_digest}")
+            raise EngineError(
+                f"after a reload from {self._path} its weights' digest is {digest}, at its start {self._initial_digest}"
+            )
         self._digest = digest
         log.warning("reloaded from %s", self._path)
 

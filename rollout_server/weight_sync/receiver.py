@@ -65,7 +65,13 @@ class WeightReceiver:
     ) -> None:
         """`on_version` is called when a version became active; `on_doubt` when nobody knows what the engine holds. `in_place`: how SGLang
         is brought up to date."""
-        self._listener = Listener(host=host, port=0, handler=self._on_request, max_message_bytes=max_message_bytes, setting="rollout.host")
+        self._listener = Listener(
+            host=host,
+            port=0,
+            handler=self._on_request,
+            max_message_bytes=max_message_bytes,
+            setting="rollout.host",
+        )
         self.port = self._listener.port
         self.engine: EngineClient | None = None
         self.version = 0
@@ -117,14 +123,20 @@ class WeightReceiver:
             self._is_stated.set()
             return
         # A newer group, or leaving this one, ends a rendezvous or a broadcast that may be waiting for a dead peer.
-        if isinstance(envelope.message, (FormGroup, DissolveGroup)) and self._work is not None and self._waits_for_peers:
+        if (
+            isinstance(envelope.message, (FormGroup, DissolveGroup))
+            and self._work is not None
+            and self._waits_for_peers
+        ):
             self._work.cancel()
         self._queue.put_nowait(envelope)
 
     async def _serve(self) -> None:
         while True:
             envelope = await self._queue.get()
-            self._work = asyncio.create_task(self._handle(envelope), name=f"weights:{type(envelope.message).__name__}")
+            self._work = asyncio.create_task(
+                self._handle(envelope), name=f"weights:{type(envelope.message).__name__}"
+            )
             await asyncio.wait([self._work])
             if not self._work.cancelled():
                 self._work.result()
@@ -135,14 +147,18 @@ class WeightReceiver:
         request = envelope.message
         loop = asyncio.get_running_loop()
         started_s = loop.time()
-        answer: WeightsOk | WeightsFailed = WeightsFailed(version=self.version, reason=f"cannot handle {type(request).__name__}")
+        answer: WeightsOk | WeightsFailed = WeightsFailed(
+            version=self.version, reason=f"cannot handle {type(request).__name__}"
+        )
         try:
             stall_s = await self._perform(request)
             answer = WeightsOk(version=self.version, seconds=loop.time() - started_s, stall_seconds=stall_s)
         except (EngineError, WeightSyncError) as error:
             answer = WeightsFailed(version=self.version, reason=str(error))
         except asyncio.CancelledError:
-            answer = WeightsFailed(version=self.version, reason=f"{type(request).__name__} was ended before it was done")
+            answer = WeightsFailed(
+                version=self.version, reason=f"{type(request).__name__} was ended before it was done"
+            )
         finally:
             self._answer(envelope, answer)
             self._account(request, answer)
@@ -155,7 +171,12 @@ class WeightReceiver:
             self.num_pushes += 1
             self.seconds_total += answer.seconds
             self.stall_seconds_total += answer.stall_seconds
-            log.info("version %d active after %.3f s (stalled %.3f s)", answer.version, answer.seconds, answer.stall_seconds)
+            log.info(
+                "version %d active after %.3f s (stalled %.3f s)",
+                answer.version,
+                answer.seconds,
+                answer.stall_seconds,
+            )
             self._on_version(answer.version)
 
     def _facts(self) -> Alive | WeightsFailed:
@@ -180,7 +201,9 @@ class WeightReceiver:
                 return 0.0
             case PushWeights():
                 if request.group_name != self._group_name:
-                    raise WeightSyncError(f"not in group {request.group_name!r} of epoch {request.epoch}, but in {self._group_name!r}")
+                    raise WeightSyncError(
+                        f"not in group {request.group_name!r} of epoch {request.epoch}, but in {self._group_name!r}"
+                    )
                 return await self._push(self.engine, request)
         raise WeightSyncError(f"{type(request).__name__} does not belong on this socket")
 
@@ -205,7 +228,9 @@ class WeightReceiver:
         try:
             await engine.destroy_weights_group(group_name=group_name)
         except EngineError as error:
-            log.info("leaving group %s: %s", group_name, error)  # it was never joined, or the engine gave it up itself
+            log.info(
+                "leaving group %s: %s", group_name, error
+            )  # it was never joined, or the engine gave it up itself
 
     async def _push(self, engine: EngineClient, request: PushWeights) -> float:
         manifest = Manifest.from_dict(request.manifest)
@@ -215,7 +240,11 @@ class WeightReceiver:
                 if isinstance(engine, SglangClient):
                     assert self._in_place is not None
                     stall_s = await self._in_place.push(
-                        engine, request, manifest, left_s=lambda: clock.left_s, waiting=self._waiting_for_peers
+                        engine,
+                        request,
+                        manifest,
+                        left_s=lambda: clock.left_s,
+                        waiting=self._waiting_for_peers,
                     )
                 else:
                     stall_s = await self._push_beside(engine, request, manifest, clock)
@@ -224,19 +253,27 @@ class WeightReceiver:
                 # The sender may be waiting for us to take the next bucket: leaving tells it now, and not at its time limit.
                 await self._leave(engine)
                 if isinstance(error, TimeoutError):
-                    raise WeightSyncError(f"version {request.version} was not active within {request.timeout_s:g} s") from None
+                    raise WeightSyncError(
+                        f"version {request.version} was not active within {request.timeout_s:g} s"
+                    ) from None
                 raise
             stall_s = 0.0  # the answer was lost, the swap was not
         self.version = request.version
         return stall_s
 
-    async def _push_beside(self, engine: EngineClient, request: PushWeights, manifest: Manifest, clock: _Deadline) -> float:
+    async def _push_beside(
+        self, engine: EngineClient, request: PushWeights, manifest: Manifest, clock: _Deadline
+    ) -> float:
         """Into shadow buffers while decoding goes on, and then active between two steps."""
         with self._waiting_for_peers():
-            found = await engine.receive_weights(manifest.buckets, group_name=request.group_name, timeout_s=clock.left_s)
+            found = await engine.receive_weights(
+                manifest.buckets, group_name=request.group_name, timeout_s=clock.left_s
+            )
             stated = await self._checksums_of(request.version)
         if found != stated:
-            raise WeightSyncError(f"version {request.version}: a bucket's checksum is wrong, its bytes changed on the way")
+            raise WeightSyncError(
+                f"version {request.version}: a bucket's checksum is wrong, its bytes changed on the way"
+            )
         return await self._activate(engine, request, clock)
 
     async def _checksums_of(self, version: int) -> list[int]:
@@ -251,7 +288,9 @@ class WeightReceiver:
         running = "keep" if request.update_mode == "keep" else "recompute"
 
         async def swap() -> float:
-            answer = await engine.end_weight_update(weight_version=request.version, running=running, timeout_s=clock.left_s)
+            answer = await engine.end_weight_update(
+                weight_version=request.version, running=running, timeout_s=clock.left_s
+            )
             return float(answer.get("stall_s", 0.0))
 
         match request.update_mode:
@@ -294,7 +333,9 @@ class WeightReceiver:
             async with asyncio.timeout(_CLEANUP_TIMEOUT_S):
                 return await engine.weight_version() == version
         except (EngineError, TimeoutError) as error:
-            self._on_doubt(f"cannot say which weights it has after a failed push of version {version}: {error}")
+            self._on_doubt(
+                f"cannot say which weights it has after a failed push of version {version}: {error}"
+            )
             return False
 
 
@@ -311,7 +352,9 @@ class _Deadline:
 
 
 async def _between(
-    before: Callable[[], Awaitable[None]], swap: Callable[[], Awaitable[float]], after: Callable[[], Coroutine[Any, Any, None]]
+    before: Callable[[], Awaitable[None]],
+    swap: Callable[[], Awaitable[float]],
+    after: Callable[[], Coroutine[Any, Any, None]],
 ) -> float:
     """before, swap, after; `after` also when one of the others failed or was cancelled. Returns its seconds from `before` on."""
     loop = asyncio.get_running_loop()

@@ -45,7 +45,9 @@ def test_every_tensor_travels_once_and_comes_back_equal(specs: list[TensorSpec],
         flat = flatten(bucket, sent)
         for name, tensor in unflatten(bucket, flat).items():
             assert tensor.dtype == sent[name].dtype
-            assert torch.equal(tensor.view(torch.uint8), sent[name].view(torch.uint8)) if tensor.ndim else True
+            assert (
+                torch.equal(tensor.view(torch.uint8), sent[name].view(torch.uint8)) if tensor.ndim else True
+            )
 
 
 def test_layout_is_plain_concatenation_in_order_of_names() -> None:
@@ -73,7 +75,10 @@ def test_flatten_casts_to_the_wire_dtype_and_refuses_what_differs() -> None:
 
 
 def test_unaligned_bucket_is_refused_where_it_would_be_viewed() -> None:
-    specs = (TensorSpec(name="a", dtype="float16", shape=(1,)), TensorSpec(name="b", dtype="float32", shape=(1,)))
+    specs = (
+        TensorSpec(name="a", dtype="float16", shape=(1,)),
+        TensorSpec(name="b", dtype="float32", shape=(1,)),
+    )
     with pytest.raises(WeightSyncError, match="falling item size"):
         unflatten(Bucket(tensors=specs), torch.empty(6, dtype=torch.uint8))
 
@@ -102,7 +107,9 @@ def test_one_value_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype
         for bad in (float("nan"), float("inf"), float("-inf")):
             before = values[place].clone()
             values[place] = bad
-            assert checksum_and_finiteness(flat, dtype=dtype) == (checksum(flat), False) and not is_finite(values)
+            assert checksum_and_finiteness(flat, dtype=dtype) == (checksum(flat), False) and not is_finite(
+                values
+            )
             values[place] = before
     if num_bytes > 64:
         values[0], values[1] = float("inf"), float("-inf")

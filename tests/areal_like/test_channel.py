@@ -49,7 +49,9 @@ def test_requests_find_their_answers() -> None:
     async def body() -> None:
         listener = serve(answer)
         link = Link(tcp_address("127.0.0.1", listener.port), handler=lambda _: None)
-        answers = await asyncio.gather(*(link.call(AllocVersion(step=step), timeout_s=5) for step in range(600)))
+        answers = await asyncio.gather(
+            *(link.call(AllocVersion(step=step), timeout_s=5) for step in range(600))
+        )
         assert [a.version for a in answers] == [step + 100 for step in range(600)]
         with pytest.raises(RefusedError, match="closed"):
             await link.call(GetBooks(), timeout_s=5)
@@ -87,7 +89,9 @@ def test_what_is_not_handled_yet_waits_at_its_sender() -> None:
         raw.set(zmq.SNDHWM, 1)
         raw.connect(tcp_address("127.0.0.1", listener.port))
         num_sent = 0
-        while num_sent < 2_000 and raw.poll(500, zmq.POLLOUT):  # the loop that handles them stands still meanwhile
+        while num_sent < 2_000 and raw.poll(
+            500, zmq.POLLOUT
+        ):  # the loop that handles them stands still meanwhile
             raw.send(bytes(1 << 16))
             num_sent += 1
         assert num_sent < 2_000, "128 MB were taken in from one peer"
@@ -144,7 +148,13 @@ def test_a_taken_port_and_a_bad_address_say_what_to_change() -> None:
     async def body() -> None:
         listener = serve(answer)
         with pytest.raises(ConfigError, match=r"cannot bind .* set buffer\.port to a free port"):
-            Listener(host="127.0.0.1", port=listener.port, handler=lambda _: None, max_message_bytes=MAX_BYTES, setting="buffer.port")
+            Listener(
+                host="127.0.0.1",
+                port=listener.port,
+                handler=lambda _: None,
+                max_message_bytes=MAX_BYTES,
+                setting="buffer.port",
+            )
         with pytest.raises(ConfigError, match="want tcp://host:port"):
             Link("nonsense", handler=lambda _: None)
         listener.close()
@@ -160,7 +170,9 @@ def test_a_peer_of_another_version_that_does_not_listen_is_not_answered_for_ever
         peer.connect(tcp_address("127.0.0.1", listener.port))
         (newer,) = codec.encode(GetBooks(), rid=1)
         for _ in range(100):
-            peer.send(newer.replace(msgpack.packb(codec.WIRE_VERSION), msgpack.packb(codec.WIRE_VERSION + 1), 1))
+            peer.send(
+                newer.replace(msgpack.packb(codec.WIRE_VERSION), msgpack.packb(codec.WIRE_VERSION + 1), 1)
+            )
         while listener.num_bad_frames < 100:
             await asyncio.sleep(0.01)
         num_answers = 0
@@ -180,7 +192,9 @@ def test_another_wire_version_is_refused_by_name_on_both_sides(monkeypatch: pyte
         listener = serve(lambda _, envelope: heard.append(envelope))
         link = Link(tcp_address("127.0.0.1", listener.port), handler=heard.append)
         newer = codec.encode(GetBooks(), rid=1)
-        newer[0] = newer[0].replace(msgpack.packb(codec.WIRE_VERSION), msgpack.packb(codec.WIRE_VERSION + 1), 1)
+        newer[0] = newer[0].replace(
+            msgpack.packb(codec.WIRE_VERSION), msgpack.packb(codec.WIRE_VERSION + 1), 1
+        )
         monkeypatch.setattr(channel, "encode", lambda message, *, rid=0: newer)
         with pytest.raises(RefusedError, match="run the same release on both"):
             await link.call(GetBooks(), timeout_s=5)

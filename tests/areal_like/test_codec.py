@@ -17,7 +17,16 @@ from areal_like.trajectory import FinishReason, Trajectory
 from areal_like.wire.codec import MAX_HEADER_BYTES, WIRE_VERSION, decode, encode
 from areal_like.wire.messages.consumer import Books, Group, StartTraining
 from areal_like.wire.messages.hello import Refused
-from areal_like.wire.messages.producer import BATCH_BYTES, Lease, Leases, Purpose, SampleAck, SampleAcks, SampleDone, Samples
+from areal_like.wire.messages.producer import (
+    BATCH_BYTES,
+    Lease,
+    Leases,
+    Purpose,
+    SampleAck,
+    SampleAcks,
+    SampleDone,
+    Samples,
+)
 from areal_like.wire.messages.weights import PushWeights
 from areal_like.wire.records import Record
 
@@ -63,7 +72,9 @@ def test_trajectories_come_back_equal(num_prompt: int, num_sampled: int, rid: in
 
 
 def test_nested_lists_enums_unions_and_maps_come_back_equal() -> None:
-    lease = Lease(lease_id=1, ticket_id=2, prompt_index=3, purpose=Purpose.EVAL, sample_indices=[0, 2], seed=9)
+    lease = Lease(
+        lease_id=1, ticket_id=2, prompt_index=3, purpose=Purpose.EVAL, sample_indices=[0, 2], seed=9
+    )
     for message in (
         Leases(leases=[lease]),
         StartTraining(step=3, stream={"cursor": 4, "pending": [1, 2]}),
@@ -80,7 +91,10 @@ def test_nested_lists_enums_unions_and_maps_come_back_equal() -> None:
         version_steps=[1, 1],
     )
     received, _ = decode(encode(group))
-    assert [same(a, b) for a, b in zip(received.trajectories, group.trajectories, strict=True)] == [True, True]
+    assert [same(a, b) for a, b in zip(received.trajectories, group.trajectories, strict=True)] == [
+        True,
+        True,
+    ]
 
 
 def header(**changes: object) -> list[bytes]:
@@ -100,7 +114,9 @@ def inner(**changes: object) -> list[bytes]:
     return body(samples=[good | changes])
 
 
-def record(at: int = -1, value: object = None, *, tokens: object = None, logprobs: object = None, cut: int = 0) -> list[bytes]:
+def record(
+    at: int = -1, value: object = None, *, tokens: object = None, logprobs: object = None, cut: int = 0
+) -> list[bytes]:
     """A good sample's frames, but its record says or holds something else, under a checksum that is right."""
     good = trajectory()
     data = Record.of(2, 0, good).data
@@ -113,12 +129,18 @@ def record(at: int = -1, value: object = None, *, tokens: object = None, logprob
         np.asarray(tokens if tokens is not None else good.tokens, "<i4"),
         np.asarray(good.logprobs if logprobs is None else logprobs, "<f4"),
     ]
-    parts = [packed, bytes(-len(packed) % 8)] + [part for array in arrays for part in (array.tobytes(), bytes(-array.nbytes % 8))]
+    parts = [packed, bytes(-len(packed) % 8)] + [
+        part for array in arrays for part in (array.tobytes(), bytes(-array.nbytes % 8))
+    ]
     joined = b"".join(parts)
     identity = struct.pack("<IQII", 0, 2, len(packed), 0)
-    checked = struct.pack("<4sII", b"ATR1", 32 + len(joined), zlib.crc32(identity + joined)) + identity + joined
+    checked = (
+        struct.pack("<4sII", b"ATR1", 32 + len(joined), zlib.crc32(identity + joined)) + identity + joined
+    )
     checked = checked[: len(checked) - cut]
-    header = msgpack.packb([WIRE_VERSION, "Samples", 0, {"samples": [{"lease_id": 1, "record": [0, len(checked)]}]}])
+    header = msgpack.packb(
+        [WIRE_VERSION, "Samples", 0, {"samples": [{"lease_id": 1, "record": [0, len(checked)]}]}]
+    )
     return [header, checked]
 
 
@@ -212,7 +234,9 @@ def test_a_flipped_byte_never_escapes(data: st.DataObject) -> None:
     except WireError:
         return
     assert type(message).__name__ == "Samples"
-    assert all(same(done.record.trajectory(), trajectory()) for done in message.samples), "a flipped byte passed the checksum"
+    assert all(same(done.record.trajectory(), trajectory()) for done in message.samples), (
+        "a flipped byte passed the checksum"
+    )
 
 
 def test_records_do_not_overlap() -> None:
@@ -250,7 +274,10 @@ def test_a_record_of_lists_does_not_grow_in_memory(item: bytes, array_bytes: int
     identity = struct.pack("<IQII", 0, 1, len(meta), 0)
     rest = identity + meta + bytes(array_bytes)
     data = struct.pack("<4sII", b"ATR1", 12 + len(rest), zlib.crc32(rest)) + rest
-    frames = [msgpack.packb([WIRE_VERSION, "Samples", 0, {"samples": [{"lease_id": 1, "record": [0, len(data)]}]}]), data]
+    frames = [
+        msgpack.packb([WIRE_VERSION, "Samples", 0, {"samples": [{"lease_id": 1, "record": [0, len(data)]}]}]),
+        data,
+    ]
     peak = peak_bytes_refusing(frames, match="lists and maps" if array_bytes else "says of itself takes")
     assert peak < 12 * len(data)
 
@@ -264,11 +291,15 @@ def test_a_header_of_lists_does_not_grow_in_memory(item: bytes) -> None:
 
 @pytest.mark.parametrize("num_tokens", [1, 50_000])
 @pytest.mark.parametrize("first_version", [0, (1 << 31) - 50_000])
-def test_a_version_a_token_and_a_thousand_reward_components_are_one_record(num_tokens: int, first_version: int) -> None:
+def test_a_version_a_token_and_a_thousand_reward_components_are_one_record(
+    num_tokens: int, first_version: int
+) -> None:
     sent = dataclasses.replace(
         trajectory(0, num_tokens),
         versions=np.arange(first_version, first_version + num_tokens, dtype=np.int32),
-        reward_components={f"a part of the reward that has a long name: {index}": 0.5 for index in range(1000)},
+        reward_components={
+            f"a part of the reward that has a long name: {index}": 0.5 for index in range(1000)
+        },
     )
     received, _ = decode(encode(sample(sent)))
     assert same(received.samples[0].record.trajectory(), sent)
@@ -287,12 +318,38 @@ def test_more_reward_components_than_a_record_can_hold_are_refused_where_it_is_m
 
 def test_long_headers_of_small_parts_are_taken() -> None:
     record = Record.of(5, 0, trajectory(1, 1))
-    tensors = {"names": [f"{index}.w" for index in range(20_000)], "dtypes": ["bfloat16"] * 20_000, "shapes": [[1]] * 20_000}
+    tensors = {
+        "names": [f"{index}.w" for index in range(20_000)],
+        "dtypes": ["bfloat16"] * 20_000,
+        "shapes": [[1]] * 20_000,
+    }
     for message in (
-        Group(step=1, position=0, ticket_id=5, prompt_index=9, records=[record] * 20_000, version_steps=[1] * 20_000),
+        Group(
+            step=1,
+            position=0,
+            ticket_id=5,
+            prompt_index=9,
+            records=[record] * 20_000,
+            version_steps=[1] * 20_000,
+        ),
         SampleAcks(acks=[SampleAck(lease_id=0, sample_indices=[])] * 20_000),
-        Leases(leases=[Lease(lease_id=1, ticket_id=2, prompt_index=3, purpose=Purpose.EVAL, sample_indices=[], seed=9)] * 20_000),
-        PushWeights(epoch=1, group_name="g", version=1, step=1, update_mode="keep", manifest={"buckets": [tensors]}, timeout_s=1.0),
+        Leases(
+            leases=[
+                Lease(
+                    lease_id=1, ticket_id=2, prompt_index=3, purpose=Purpose.EVAL, sample_indices=[], seed=9
+                )
+            ]
+            * 20_000
+        ),
+        PushWeights(
+            epoch=1,
+            group_name="g",
+            version=1,
+            step=1,
+            update_mode="keep",
+            manifest={"buckets": [tensors]},
+            timeout_s=1.0,
+        ),
     ):
         frames = encode(message)
         assert len(frames[0]) > 1 << 16
@@ -308,8 +365,12 @@ def test_a_backlog_is_sent_in_parts() -> None:
     record_of = [Record.of(2, index, trajectory(100, 5_000)) for index in range(40)]
     batches = list(Samples.batches(SampleDone(lease_id=1, record=each) for each in record_of))
     assert [sample.sample_index for batch in batches for sample in batch.samples] == list(range(40))
-    assert len(batches) > 2 and all(sum(len(sample.record.data) for sample in batch.samples) <= BATCH_BYTES for batch in batches)
-    one_by_one = list(Samples.batches((sample for batch in batches for sample in batch.samples), max_bytes=1000))
+    assert len(batches) > 2 and all(
+        sum(len(sample.record.data) for sample in batch.samples) <= BATCH_BYTES for batch in batches
+    )
+    one_by_one = list(
+        Samples.batches((sample for batch in batches for sample in batch.samples), max_bytes=1000)
+    )
     assert [len(batch.samples) for batch in one_by_one] == [1] * 40, "one that is larger travels alone"
 
 

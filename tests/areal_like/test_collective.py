@@ -190,12 +190,16 @@ def test_waits_end_and_bad_arguments_are_named() -> None:
     with create(timeout_s=2) as group, pytest.raises(WeightSyncError, match="rank 0 of 2 could not connect"):
         group.connect()
     with pytest.raises(WeightSyncError, match=r"no store at 127.0.0.1:1:"):
-        WeightGroup.join(master_address="127.0.0.1", master_port=1, rank=1, world_size=2, group_name="w", timeout_s=2)
+        WeightGroup.join(
+            master_address="127.0.0.1", master_port=1, rank=1, world_size=2, group_name="w", timeout_s=2
+        )
     assert time.monotonic() - started < 15
     with pytest.raises(WeightSyncError, match="backend 'mpi'"):
         WeightGroup.create(world_size=2, group_name="w", backend="mpi", timeout_s=1)
     with pytest.raises(WeightSyncError, match="rank 2 is not below world_size 2"):
-        WeightGroup.join(master_address="127.0.0.1", master_port=1, rank=2, world_size=2, group_name="w", timeout_s=1)
+        WeightGroup.join(
+            master_address="127.0.0.1", master_port=1, rank=2, world_size=2, group_name="w", timeout_s=1
+        )
     with create() as group, pytest.raises(WeightSyncError, match="cannot listen"):
         WeightGroup.create(port=group.port, world_size=2, group_name="w", timeout_s=1)
 

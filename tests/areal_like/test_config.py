@@ -19,19 +19,26 @@ def test_round_trips(tmp_path: Path) -> None:
     assert from_mapping(to_mapping(config)) == config
     save_config(config, tmp_path / "config.yaml")
     assert load_config(["--config", str(tmp_path / "config.yaml")]) == config
-    again, name = role_arguments(["--config", str(tmp_path / "config.yaml"), "--name", "rollout-3", "seed=4"], default_name="x")
+    again, name = role_arguments(
+        ["--config", str(tmp_path / "config.yaml"), "--name", "rollout-3", "seed=4"], default_name="x"
+    )
     assert (again.seed, name) == (4, "rollout-3")
 
 
 def test_an_engines_options_and_variables() -> None:
-    config = load_config(["rollout.engine=sglang", "rollout.sglang.args=--tp-size 2", "rollout.sglang.env.NCCL_DEBUG=INFO"])
+    config = load_config(
+        ["rollout.engine=sglang", "rollout.sglang.args=--tp-size 2", "rollout.sglang.env.NCCL_DEBUG=INFO"]
+    )
     assert (config.rollout.sglang.args, config.rollout.sglang.env) == ("--tp-size 2", {"NCCL_DEBUG": "INFO"})
 
 
 def test_a_class_of_ones_own_replaces_the_defaults_settings() -> None:
     config = load_config(["objective._target_=my.Objective", "objective.alpha=2"])
     assert config.objective == {"_target_": "my.Objective", "alpha": 2}
-    assert load_config(["objective={name: vespo}", "objective.k_positive=3"]).objective == {"name": "vespo", "k_positive": 3}
+    assert load_config(["objective={name: vespo}", "objective.k_positive=3"]).objective == {
+        "name": "vespo",
+        "k_positive": 3,
+    }
 
 
 def test_text_needs_no_quotes_within_quotes() -> None:
@@ -47,10 +54,20 @@ def test_presets_go_with_a_file(tmp_path: Path) -> None:
         return load_config(["--config", str(file), *settings])
 
     config = read("objective.dual_clip=3", "objective=ppo")
-    assert config.objective == {"name": "ppo", "clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3} and config.trainer.num_steps == 3
+    assert (
+        config.objective == {"name": "ppo", "clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3}
+        and config.trainer.num_steps == 3
+    )
     config = read("objective=oapl", "model=smollm2")
-    assert (config.weights.sync_interval, config.objective["name"], config.model.path) == (4, "oapl", "smollm2")
-    assert read("objective._target_=my.Objective", "objective.alpha=2").objective == {"_target_": "my.Objective", "alpha": 2}
+    assert (config.weights.sync_interval, config.objective["name"], config.model.path) == (
+        4,
+        "oapl",
+        "smollm2",
+    )
+    assert read("objective._target_=my.Objective", "objective.alpha=2").objective == {
+        "_target_": "my.Objective",
+        "alpha": 2,
+    }
     with pytest.raises(ConfigError, match="did you mean tis"):
         read("objective=tsi")
 
@@ -80,8 +97,14 @@ def test_presets_go_with_a_file(tmp_path: Path) -> None:
         (["rollout.sglang.args=--tp-size 2"], r"set rollout\.engine=sglang"),
         (["rollout.engine=sglang", "rollout.sglang.args=tp-size 2"], "begin with an option"),
         (["rollout.engine=sglang", "rollout.sglang.url=gpu0"], "http://host:port"),
-        (["rollout.engine=sglang", "rollout.sglang.url=http://gpu0:30000", "rollout.num_servers=2"], "into the url"),
-        (["rollout.engine=sglang", "rollout.sglang.url=http://gpu0:30000", "rollout.sglang.args=--x"], "would change nothing"),
+        (
+            ["rollout.engine=sglang", "rollout.sglang.url=http://gpu0:30000", "rollout.num_servers=2"],
+            "into the url",
+        ),
+        (
+            ["rollout.engine=sglang", "rollout.sglang.url=http://gpu0:30000", "rollout.sglang.args=--x"],
+            "would change nothing",
+        ),
         (["rollout.max_context=5000"], r"does not fit into trainer\.tokens_per_microbatch"),
         (["trainer={"], "brackets and quotes"),
         (["objective=tsi"], "did you mean tis"),

@@ -104,13 +104,20 @@ def test_the_http_plane_and_a_drain(started: Any) -> None:
     assert (status["answer"], status["role"], list(status["waiting_on"])) == (42, "test", ["a signal"])
     assert "process_resident_memory_bytes" in daemon.get("/metrics")[1]
     assert daemon.get("/control/double", b'{"n": 4}') == (200, '{"n":8}')
-    for verb, body, code in (("double", b"{}", 400), ("double", b"[]", 400), ("double", b"{", 400), ("nope", b"{}", 404)):
+    for verb, body, code in (
+        ("double", b"{}", 400),
+        ("double", b"[]", 400),
+        ("double", b"{", 400),
+        ("nope", b"{}", 404),
+    ):
         assert daemon.get(f"/control/{verb}", body)[0] == code
     daemon.process.send_signal(signal.SIGTERM)
     daemon.process.send_signal(signal.SIGINT)  # the same Ctrl-C, delivered twice
     assert daemon.process.wait(timeout=10) == 0
     assert not (daemon.run / "endpoints" / "test-0.json").exists()
-    assert all(json.loads(line)["level"] for line in (daemon.run / "logs" / "test-0.log").read_text().splitlines())
+    assert all(
+        json.loads(line)["level"] for line in (daemon.run / "logs" / "test-0.log").read_text().splitlines()
+    )
 
 
 def test_the_drain_verb_is_sigterm_but_once(started: Any) -> None:

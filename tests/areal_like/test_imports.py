@@ -13,7 +13,10 @@ from rollout_server.tasks.base import Example
 from tests.support.launching import ROOT
 from trainer.models.tiny import build_tiny_model
 
-PROMPTS: list[str | list[dict[str, str]]] = ["3 1 2", [{"role": "user", "content": "3 1"}, {"role": "user", "content": "2"}]]
+PROMPTS: list[str | list[dict[str, str]]] = [
+    "3 1 2",
+    [{"role": "user", "content": "3 1"}, {"role": "user", "content": "2"}],
+]
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 
 IN_A_PROCESS_OF_ITS_OWN = """

@@ -13,11 +13,16 @@ def test_examples_are_pure_functions_of_their_index() -> None:
 
 
 def test_no_held_out_multiset_is_ever_trained_on() -> None:
-    held_out = {"".join(sorted(sort_example(seed=0, split=Split.HELD_OUT, index=i).answer)) for i in range(500)}
+    held_out = {
+        "".join(sorted(sort_example(seed=0, split=Split.HELD_OUT, index=i).answer)) for i in range(500)
+    }
     trained = set()
     for seed in (0, 7):
         trained |= {sort_example(seed=seed, split=Split.TRAIN, index=i).answer for i in range(2000)}
-        trained |= {"".join(sorted(noisy_demonstration(seed=seed, index=i, swap_prob=0.5).answer)) for i in range(2000)}
+        trained |= {
+            "".join(sorted(noisy_demonstration(seed=seed, index=i, swap_prob=0.5).answer))
+            for i in range(2000)
+        }
     assert not held_out & trained
     assert all(is_held_out(digits) for digits in held_out)
 

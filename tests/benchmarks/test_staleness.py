@@ -24,14 +24,27 @@ TINY = Cell(
     groups_per_step=4,
     warm_start_steps=150,
 )
-RESULT = CellResult(reward=0.5, best=0.5, greedy=0.5, ess_ratio=1.0, means={}, curve=[(0, 0.1), (10, 0.5)], wall_s=1.0, cpu_s=1.0)
+RESULT = CellResult(
+    reward=0.5,
+    best=0.5,
+    greedy=0.5,
+    ess_ratio=1.0,
+    means={},
+    curve=[(0, 0.1), (10, 0.5)],
+    wall_s=1.0,
+    cpu_s=1.0,
+)
 
 
 def ages(cell: Cell) -> list[int]:
     """Of every group of every step."""
-    planned = [(step, group, step - version) for version, wanted in cell.plan().items() for step, group in wanted]
+    planned = [
+        (step, group, step - version) for version, wanted in cell.plan().items() for step, group in wanted
+    ]
     places = [(step, group) for step in range(cell.num_steps) for group in range(cell.groups_per_step)]
-    assert sorted((step, group) for step, group, _ in planned) == places, "every group of every step is sampled once"
+    assert sorted((step, group) for step, group, _ in planned) == places, (
+        "every group of every step is sampled once"
+    )
     return [age for *_, age in sorted(planned)]
 
 
@@ -43,13 +56,17 @@ def test_mixed_ages_are_uniform_up_to_the_lag_and_the_same_for_every_method() ->
     cell = replace(TINY, mode="mixed", lag=4, num_steps=400)
     drawn = ages(cell)
     settled = drawn[4 * cell.groups_per_step :]
-    assert {age: abs(settled.count(age) / len(settled) - 0.2) < 0.05 for age in settled} == dict.fromkeys(range(5), True)
+    assert {age: abs(settled.count(age) / len(settled) - 0.2) < 0.05 for age in settled} == dict.fromkeys(
+        range(5), True
+    )
     assert ages(replace(cell, method="PPO", objective={"name": "ppo"}, lr=1e-4)) == drawn
     assert ages(replace(cell, seed=1)) != drawn
 
 
 @pytest.mark.parametrize(("mode", "longest"), [("fixed", 8), ("mixed", 4)])
-def test_a_periodic_sync_gives_the_mean_age_of_the_mode_that_it_stands_in_for(mode: str, longest: int) -> None:
+def test_a_periodic_sync_gives_the_mean_age_of_the_mode_that_it_stands_in_for(
+    mode: str, longest: int
+) -> None:
     cell = replace(TINY, mode=mode, lag=4, periodic=True, num_steps=90)
     assert max(ages(cell)) == longest
     assert statistics.mean(ages(cell)) == {"fixed": 4, "mixed": 2}[mode]
@@ -98,9 +115,15 @@ def test_a_stopped_grid_goes_on_where_it_was(tmp_path: Path) -> None:
 
 def test_the_table_shows_the_best_and_the_worst_learning_rate_of_means_over_seeds(tmp_path: Path) -> None:
     rewards = {(3e-4, 0): 0.9, (3e-4, 1): 0.5, (1e-4, 0): 0.2, (1e-4, 1): 0.4}
-    done = [(replace(TINY, lr=lr, seed=seed, lag=16), replace(RESULT, reward=reward)) for (lr, seed), reward in rewards.items()]
+    done = [
+        (replace(TINY, lr=lr, seed=seed, lag=16), replace(RESULT, reward=reward))
+        for (lr, seed), reward in rewards.items()
+    ]
     done.append((replace(TINY, method="PPO", mode="mixed", lag=4), RESULT))
     assert scores(done)["none", ("fixed", 16)] == pytest.approx((0.7, 0.3))
-    assert as_table(done, README_METHODS).splitlines()[2:] == ["| none | 0.70 / 0.30 | – |", "| PPO | – | 0.50 / 0.50 |"]
+    assert as_table(done, README_METHODS).splitlines()[2:] == [
+        "| none | 0.70 / 0.30 | – |",
+        "| PPO | – | 0.50 / 0.50 |",
+    ]
     draw(done, README_METHODS, tmp_path / "docs" / "figure.png")
     assert (tmp_path / "docs" / "figure.png").read_bytes().startswith(b"\x89PNG")

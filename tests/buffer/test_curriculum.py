@@ -70,7 +70,9 @@ def test_each_kind_takes_the_candidate_nearest_to_what_it_wants() -> None:
 def test_more_groups_have_spread_than_without_a_curriculum(kind: Kind) -> None:
     num_prompts, num_groups = 480, 1500
     plain = share_with_spread(PromptOrder(seed=3, num_prompts=num_prompts), num_groups=num_groups)
-    chosen = share_with_spread(PromptOrder(seed=3, num_prompts=num_prompts, curriculum=curriculum(kind)), num_groups=num_groups)
+    chosen = share_with_spread(
+        PromptOrder(seed=3, num_prompts=num_prompts, curriculum=curriculum(kind)), num_groups=num_groups
+    )
     assert 0.3 < plain < 0.42, "what the plant's solve rates give: 0.36"
     assert chosen > plain + 0.2
 
@@ -97,7 +99,9 @@ def test_a_prompt_that_always_loses_still_comes_back() -> None:
     order = PromptOrder(seed=0, num_prompts=num_prompts, curriculum=core)
     num_epochs = 2000
     issued = Counter(order.next().index for _ in range(num_epochs * num_prompts // 4))
-    assert issued[0] == pytest.approx(num_epochs * exploration / 4, rel=0.3), "once in pool / exploration epochs"
+    assert issued[0] == pytest.approx(num_epochs * exploration / 4, rel=0.3), (
+        "once in pool / exploration epochs"
+    )
 
 
 def test_a_pool_larger_than_the_data_set_is_the_data_set() -> None:
@@ -150,7 +154,9 @@ def test_the_same_outcomes_give_the_same_prompts_and_a_restored_run_goes_on_with
         for _ in range(count):
             issued.append(order.next().index)
             assert order.curriculum is not None
-            order.curriculum.observe(issued[-1], [float(rng.random() < SOLVE_RATES[issued[-1] % 12]) for _ in range(GROUP_SIZE)])
+            order.curriculum.observe(
+                issued[-1], [float(rng.random() < SOLVE_RATES[issued[-1] % 12]) for _ in range(GROUP_SIZE)]
+            )
         return issued
 
     rng, other = random.Random(2), random.Random(2)
@@ -165,7 +171,12 @@ def test_the_same_outcomes_give_the_same_prompts_and_a_restored_run_goes_on_with
 
 
 def settings(**more: object) -> dict[str, object]:
-    return {"curriculum": CurriculumSettings(kind=Kind.GOLDILOCKS), "group_filter": "spread", "num_steps": 50, **more}
+    return {
+        "curriculum": CurriculumSettings(kind=Kind.GOLDILOCKS),
+        "group_filter": "spread",
+        "num_steps": 50,
+        **more,
+    }
 
 
 def test_the_ledger_hears_of_complete_groups_and_carries_it_over_a_resume() -> None:
@@ -188,7 +199,9 @@ def test_the_ledger_hears_of_complete_groups_and_carries_it_over_a_resume() -> N
     resumed.start_training(incarnation=2, step=0, stream=stream)
     assert resumed.prompts.curriculum is not None and resumed.prompts.curriculum.state() == heard.state()
     add_server(resumed, "a", capacity=100)
-    issued, issued_by_resumed = ([lease.prompt_index for lease in each.grant(now_s=0.0)["a"]] for each in (ledger, resumed))
+    issued, issued_by_resumed = (
+        [lease.prompt_index for lease in each.grant(now_s=0.0)["a"]] for each in (ledger, resumed)
+    )
     assert len(issued) == 4 and issued == issued_by_resumed
 
 
@@ -200,14 +213,21 @@ def test_the_estimates_are_series() -> None:
         ledger.prompts.next()
     BufferSeries(metrics, max_staleness=1).update(ledger, PeerBook(job="job", dataset=""), Counter())
     for of in ("issued", "all"):
-        assert metrics.registry.get_sample_value("areal_curriculum_solve_rate", {"of": of}) == pytest.approx(1 / 128, rel=0.2)
+        assert metrics.registry.get_sample_value("areal_curriculum_solve_rate", {"of": of}) == pytest.approx(
+            1 / 128, rel=0.2
+        )
 
 
 def test_a_ledger_on_disk_remembers_what_it_heard_unless_the_prompts_are_others(tmp_path: Path) -> None:
     async def life(dataset: int) -> tuple[list[int], list[int]]:
         """(what it knows at its start, and at its end) of one process that generates a few groups."""
         store = DurableStore(tmp_path, StoreSettings(), on_error=lambda error: pytest.fail(str(error)))
-        ledger = recover(LedgerSettings(max_staleness=1, groups_per_step=2, group_size=2, **settings()), store, now_s=0.0, dataset=dataset)  # type: ignore[arg-type]
+        ledger = recover(
+            LedgerSettings(max_staleness=1, groups_per_step=2, group_size=2, **settings()),
+            store,
+            now_s=0.0,
+            dataset=dataset,
+        )  # type: ignore[arg-type]
         assert ledger.prompts.curriculum is not None
         before = ledger.prompts.curriculum.state()
         ledger.set_num_train_prompts(1000)
@@ -225,9 +245,13 @@ def test_a_ledger_on_disk_remembers_what_it_heard_unless_the_prompts_are_others(
     assert len(lives[1][1]) > len(lives[0][1]) > len(nothing)
 
 
-@pytest.mark.parametrize("state", [[1], [-1, 2, 1, 5], [-1, 0, 0, 0], [-1, 0, 1, 3, 7, -1, 2, 0], [-1, 0, 1, 3, 7, 1, 2, 9]])
+@pytest.mark.parametrize(
+    "state", [[1], [-1, 2, 1, 5], [-1, 0, 0, 0], [-1, 0, 1, 3, 7, -1, 2, 0], [-1, 0, 1, 3, 7, 1, 2, 9]]
+)
 def test_a_state_that_is_none_is_refused(state: list[int]) -> None:
-    ledger = Ledger(LedgerSettings(max_staleness=1, groups_per_step=2, group_size=2, **settings()), MemoryStore())  # type: ignore[arg-type]
+    ledger = Ledger(
+        LedgerSettings(max_staleness=1, groups_per_step=2, group_size=2, **settings()), MemoryStore()
+    )  # type: ignore[arg-type]
     with pytest.raises(RefusedError, match="not the state of a curriculum"):
         ledger.start_training(incarnation=1, step=0, stream={"curriculum": state})
 
@@ -235,7 +259,9 @@ def test_a_state_that_is_none_is_refused(state: list[int]) -> None:
 def test_settings_come_from_the_configuration_and_wrong_ones_are_refused() -> None:
     assert LedgerSettings.from_config(from_mapping({})).curriculum is None
     job = {"buffer": {"curriculum": "paced", "curriculum_target": 0.3, "curriculum_pool": 8}}
-    assert LedgerSettings.from_config(from_mapping(job)).curriculum == CurriculumSettings(kind=Kind.PACED, target=0.3, pool=8)
+    assert LedgerSettings.from_config(from_mapping(job)).curriculum == CurriculumSettings(
+        kind=Kind.PACED, target=0.3, pool=8
+    )
     for wrong, message in (
         ({"curriculum": "silver"}, "none, goldilocks, paced"),
         ({"curriculum_pool": 1}, "at least 2"),

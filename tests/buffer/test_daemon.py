@@ -43,7 +43,14 @@ from areal_like.wire.messages.producer import (
     ServerState,
 )
 from areal_like.wire.records import Record
-from tests.support.buffer_harness import BufferProcess, connected, job, running_buffer, trainer_hello, training
+from tests.support.buffer_harness import (
+    BufferProcess,
+    connected,
+    job,
+    running_buffer,
+    trainer_hello,
+    training,
+)
 from tests.support.fake_producer import hello
 from tests.support.ledger_plant import trajectory
 
@@ -56,11 +63,17 @@ def buffer(tmp_path: Path) -> Iterator[BufferProcess]:
         yield process
 
 
-def beat(*, free: int, leases: list[Lease] | None = None, state: ServerState = ServerState.SERVING) -> ServerHeartbeat:
+def beat(
+    *, free: int, leases: list[Lease] | None = None, state: ServerState = ServerState.SERVING
+) -> ServerHeartbeat:
     held = leases or []
     holding = sum(len(lease.sample_indices) for lease in held)
     return ServerHeartbeat(
-        state=state, free_samples=free, holding_samples=holding, weights_version=0, leases=[lease.lease_id for lease in held]
+        state=state,
+        free_samples=free,
+        holding_samples=holding,
+        weights_version=0,
+        leases=[lease.lease_id for lease in held],
     )
 
 
@@ -82,13 +95,20 @@ def test_a_whole_run_with_two_producers(buffer: BufferProcess) -> None:
         tickets = []
         async with training(buffer, directories=directories) as trainer:
             before = await trainer.call(RequestEval(eval_id=0, num_prompts=8, min_version=0), timeout_s=20)
-            assert (before.num_evaluated, before.num_failed, before.mean_reward, before.mean_tokens) == (8, 0, 3.5, 2.0)
+            assert (before.num_evaluated, before.num_failed, before.mean_reward, before.mean_tokens) == (
+                8,
+                0,
+                3.5,
+                2.0,
+            )
             for step in range(config.trainer.num_steps):
                 groups = await trainer.train(step)
                 tickets += [group.ticket_id for group in groups]
                 assert [group.position for group in groups] == list(range(4))
                 assert all(0 <= step - oldest <= 1 for group in groups for oldest in group.version_steps)
-                assert all(t.reward == float(group.prompt_index) for group in groups for t in group.trajectories)
+                assert all(
+                    t.reward == float(group.prompt_index) for group in groups for t in group.trajectories
+                )
                 again = await trainer.groups(step)
                 assert [group.ticket_id for group in again] == [group.ticket_id for group in groups]
                 version = (await trainer.call(AllocVersion(step=step + 1))).version
@@ -98,7 +118,9 @@ def test_a_whole_run_with_two_producers(buffer: BufferProcess) -> None:
             await trainer.call(CommitStep(step=5, oldest_kept_step=6))
             await trainer.call(CommitStep(step=5))
             await trainer.call(CloseAdmission(reason="finished"))
-            after = await trainer.call(RequestEval(eval_id=1, num_prompts=8, min_version=version), timeout_s=20)
+            after = await trainer.call(
+                RequestEval(eval_id=1, num_prompts=8, min_version=version), timeout_s=20
+            )
             assert after.oldest_version == version
             return await trainer.call(GetBooks()), tickets
 
@@ -165,8 +187,12 @@ def test_garbage_is_counted_and_changes_nothing(buffer: BufferProcess) -> None:
         before = buffer.rss_bytes()
         for num_sent in range(1000, 11_000, 1000):  # so that what waits in sockets is little
             for _ in range(1000):
-                socket_.send_multipart([rng.randbytes(rng.randrange(1, 200)) for _ in range(rng.randrange(1, 4))])
-            buffer.wait_status(lambda status, num_sent=num_sent: status["bad_frames"] == len(broken) + num_sent, timeout_s=30)
+                socket_.send_multipart(
+                    [rng.randbytes(rng.randrange(1, 200)) for _ in range(rng.randrange(1, 4))]
+                )
+            buffer.wait_status(
+                lambda status, num_sent=num_sent: status["bad_frames"] == len(broken) + num_sent, timeout_s=30
+            )
         assert buffer.rss_bytes() < before * 1.1 + (8 << 20)
     finally:
         socket_.close()
@@ -193,11 +219,20 @@ def test_the_door(buffer: BufferProcess) -> None:
             for field in ("job", "dataset"):
                 with pytest.raises(RefusedError, match=rf"\({field}\).*other"):
                     await link.call(trainer_hello(config, **{field: "other"}), timeout_s=5)
-            smaller = from_mapping({"trainer": {"groups_per_step": 2, "num_steps": 6}, "sampling": {"group_size": 2}})
+            smaller = from_mapping(
+                {"trainer": {"groups_per_step": 2, "num_steps": 6}, "sampling": {"group_size": 2}}
+            )
             with pytest.raises(RefusedError, match=r"groups_per_step=2.*groups_per_step=4"):
-                await link.call(trainer_hello(config, settings=shared_settings(smaller, Role.TRAINER)), timeout_s=5)
-            with pytest.raises(RefusedError, match="num_train_prompts"):  # who is refused says nothing about the others' model
-                await link.call(hello("rollout-9", dataset=dataset, model="m of a stranger", num_train_prompts=0), timeout_s=5)
+                await link.call(
+                    trainer_hello(config, settings=shared_settings(smaller, Role.TRAINER)), timeout_s=5
+                )
+            with pytest.raises(
+                RefusedError, match="num_train_prompts"
+            ):  # who is refused says nothing about the others' model
+                await link.call(
+                    hello("rollout-9", dataset=dataset, model="m of a stranger", num_train_prompts=0),
+                    timeout_s=5,
+                )
             await link.call(trainer_hello(config, incarnation=5), timeout_s=5)
             with pytest.raises(RefusedError, match=r"\(model\).*trainer-0 has 'm'"):
                 await link.call(hello("rollout-0", dataset=dataset, model="other"), timeout_s=5)
@@ -215,7 +250,9 @@ def test_the_door(buffer: BufferProcess) -> None:
                     await old.call(trainer_hello(config, incarnation=6), timeout_s=5)
                 await new.call(StartTraining(step=0), timeout_s=5)
                 with pytest.raises(RefusedError, match="not for a trainer"):
-                    await new.call(SampleFailed(lease_id=1, ticket_id=1, sample_index=0, error=""), timeout_s=5)
+                    await new.call(
+                        SampleFailed(lease_id=1, ticket_id=1, sample_index=0, error=""), timeout_s=5
+                    )
                 with pytest.raises(RefusedError, match="step"):
                     await new.call(Fetch(step=6, position=0), timeout_s=5)
             async with connected(buffer, trainer_hello(config, name="trainer-1", rank=1)) as other_rank:
@@ -231,21 +268,49 @@ def test_a_server_resends_fails_and_leaves(buffer: BufferProcess) -> None:
     async def run() -> None:
         inbox: list[Any] = []
         async with training(buffer) as trainer:
-            async with connected(buffer, hello("rollout-0", dataset=dataset_fingerprint(config)), inbox=inbox) as link:
-                unknown = Lease(lease_id=77, ticket_id=1, prompt_index=0, purpose=Purpose.TRAIN, sample_indices=[0], seed=0)
+            async with connected(
+                buffer, hello("rollout-0", dataset=dataset_fingerprint(config)), inbox=inbox
+            ) as link:
+                unknown = Lease(
+                    lease_id=77,
+                    ticket_id=1,
+                    prompt_index=0,
+                    purpose=Purpose.TRAIN,
+                    sample_indices=[0],
+                    seed=0,
+                )
                 link.send(beat(free=1, leases=[unknown]))
                 (abort,) = await until(inbox, AbortLeases)
                 assert abort.leases == [77], "left over from an earlier buffer"
                 ((lease,),) = [message.leases for message in await until(inbox, Leases)]
                 assert len(await until(inbox, HeartbeatAck)) == 1
-                sample = Samples(samples=[SampleDone(lease_id=lease.lease_id, record=Record.of(lease.ticket_id, 0, trajectory([0])))])
+                sample = Samples(
+                    samples=[
+                        SampleDone(
+                            lease_id=lease.lease_id, record=Record.of(lease.ticket_id, 0, trajectory([0]))
+                        )
+                    ]
+                )
                 link.send(sample)
                 link.send(sample)
-                link.send(SampleFailed(lease_id=lease.lease_id, ticket_id=lease.ticket_id, sample_index=1, error="reward hung"))
+                link.send(
+                    SampleFailed(
+                        lease_id=lease.lease_id,
+                        ticket_id=lease.ticket_id,
+                        sample_index=1,
+                        error="reward hung",
+                    )
+                )
                 acks = await until(inbox, SampleAck, count=3)
-                assert [(ack.sample_indices, ack.refused) for ack in acks] == [([0], ""), ([0], ""), ([1], "")]
+                assert [(ack.sample_indices, ack.refused) for ack in acks] == [
+                    ([0], ""),
+                    ([0], ""),
+                    ([1], ""),
+                ]
                 (_, again) = await until(inbox, Leases, count=2)
-                assert [entry.sample_indices for entry in again.leases if entry.ticket_id == lease.ticket_id] == [[1]]
+                assert [
+                    entry.sample_indices for entry in again.leases if entry.ticket_id == lease.ticket_id
+                ] == [[1]]
                 await link.call(Goodbye(), timeout_s=5)
                 link.send(beat(free=2))
                 await until(inbox, HelloRequired)
@@ -263,7 +328,9 @@ def test_failures_in_a_row_end_the_job_and_everybody_hears_why(tmp_path: Path) -
             inbox: list[Any] = []
             async with (
                 training(buffer) as trainer,
-                connected(buffer, hello("rollout-0", dataset=dataset_fingerprint(buffer.config)), inbox=inbox) as link,
+                connected(
+                    buffer, hello("rollout-0", dataset=dataset_fingerprint(buffer.config)), inbox=inbox
+                ) as link,
             ):
                 waiting = asyncio.create_task(trainer.call(Fetch(step=0, position=0)))
                 link.send(beat(free=4))
@@ -271,7 +338,12 @@ def test_failures_in_a_row_end_the_job_and_everybody_hears_why(tmp_path: Path) -
                 for lease in leases:
                     for index in lease.sample_indices:
                         link.send(
-                            SampleFailed(lease_id=lease.lease_id, ticket_id=lease.ticket_id, sample_index=index, error="no such verifier")
+                            SampleFailed(
+                                lease_id=lease.lease_id,
+                                ticket_id=lease.ticket_id,
+                                sample_index=index,
+                                error="no such verifier",
+                            )
                         )
                 with pytest.raises(ArealError, match="no such verifier"):
                     await waiting
@@ -316,7 +388,9 @@ def test_a_port_in_use_is_the_users_to_mend(tmp_path: Path) -> None:
 
 
 def test_a_setting_that_cannot_work_is_refused_at_the_start(tmp_path: Path) -> None:
-    buffer = BufferProcess(job(tmp_path, sampling={"group_size": 1}, buffer={"group_filter": "spread"}), wait=False)
+    buffer = BufferProcess(
+        job(tmp_path, sampling={"group_size": 1}, buffer={"group_filter": "spread"}), wait=False
+    )
     try:
         _, stderr = buffer.process.communicate(timeout=20)
     finally:

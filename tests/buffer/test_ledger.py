@@ -23,7 +23,14 @@ def leases_of(ledger: Ledger, name: str = "a", *, now_s: float = 0.0) -> list[Le
     return ledger.grant(now_s=now_s).get(name, [])
 
 
-def finish(ledger: Ledger, lease: Lease, *, version: int = 0, rewards: tuple[float, ...] = (0.0, 1.0), name: str = "a") -> None:
+def finish(
+    ledger: Ledger,
+    lease: Lease,
+    *,
+    version: int = 0,
+    rewards: tuple[float, ...] = (0.0, 1.0),
+    name: str = "a",
+) -> None:
     for index in lease.sample_indices:
         assert deliver(ledger, name, done(lease, index, [version], reward=rewards[index])) is Verdict.ACCEPTED
 
@@ -48,7 +55,9 @@ def test_admission_stops_at_the_staleness_budget_and_goes_on_with_new_weights() 
         finish(ledger, lease)
     assert leases_of(ledger) == [], "recorded groups count too"
     version = train_step(ledger)
-    assert leases_of(ledger) == [], "the server has not received the new weights: its tokens would be a step too old"
+    assert leases_of(ledger) == [], (
+        "the server has not received the new weights: its tokens would be a step too old"
+    )
     beat(ledger, "a", capacity=100, version=version)
     assert len(leases_of(ledger)) == 2
 
@@ -63,7 +72,9 @@ def test_a_ticket_is_leased_whole_and_only_within_credit() -> None:
     ledger = new_ledger(max_staleness=4)
     add_server(ledger, "a", capacity=5)
     leases = leases_of(ledger)
-    assert [lease.sample_indices for lease in leases] == [[0, 1], [0, 1]], "the fifth slot is not enough for a group"
+    assert [lease.sample_indices for lease in leases] == [[0, 1], [0, 1]], (
+        "the fifth slot is not enough for a group"
+    )
     deliver(ledger, "a", done(leases[0], 0, [0]))
     assert len(leases_of(ledger)) == 1
 
@@ -72,7 +83,9 @@ def test_credit_does_not_drift_when_a_heartbeat_crosses_a_grant() -> None:
     ledger = new_ledger(max_staleness=4)
     add_server(ledger, "a", capacity=4)
     assert len(leases_of(ledger)) == 2
-    written_before = ServerHeartbeat(state=ServerState.SERVING, free_samples=4, holding_samples=0, weights_version=0, leases=[])
+    written_before = ServerHeartbeat(
+        state=ServerState.SERVING, free_samples=4, holding_samples=0, weights_version=0, leases=[]
+    )
     ledger.heartbeat("a", written_before, now_s=0.1)
     assert leases_of(ledger) == []
 
@@ -105,7 +118,9 @@ def test_a_server_of_unknown_version_gets_nothing() -> None:
 
 
 def test_no_ticket_before_a_trainer_has_started_and_the_task_is_known() -> None:
-    ledger = Ledger(LedgerSettings(max_staleness=1, groups_per_step=2, group_size=2, num_steps=2), MemoryStore())
+    ledger = Ledger(
+        LedgerSettings(max_staleness=1, groups_per_step=2, group_size=2, num_steps=2), MemoryStore()
+    )
     add_server(ledger, "a", capacity=8)
     assert leases_of(ledger) == []
     ledger.start_training(incarnation=1, step=0, stream={})
@@ -128,12 +143,18 @@ def test_duplicates_are_acknowledged_and_superseded_leases_refused() -> None:
     ledger.remove_server("a")
     add_server(ledger, "b", capacity=2)
     (again,) = leases_of(ledger, "b")
-    assert (again.ticket_id, again.sample_indices) == (lease.ticket_id, [1]), "only the missing sample is made again"
+    assert (again.ticket_id, again.sample_indices) == (lease.ticket_id, [1]), (
+        "only the missing sample is made again"
+    )
     assert again.seed == lease.seed
     assert deliver(ledger, "a", done(lease, 1, [0])) is Verdict.SUPERSEDED
     assert deliver(ledger, "b", done(again, 1, [0])) is Verdict.ACCEPTED
     counters = ledger.statistics.counters()
-    assert (counters["samples_duplicate"], counters["refusals_superseded"], counters["leases_lost"]) == (1, 1, 1)
+    assert (counters["samples_duplicate"], counters["refusals_superseded"], counters["leases_lost"]) == (
+        1,
+        1,
+        1,
+    )
     assert counters["tokens_generated"] == 3, "two accepted, one refused; a duplicate was generated once"
 
 
@@ -142,7 +163,9 @@ def test_samples_that_cannot_be_used_are_refused_and_made_again() -> None:
     add_server(ledger, "a", capacity=2)
     (lease,) = leases_of(ledger)
     assert deliver(ledger, "a", done(lease, 0, [3])) is Verdict.UNKNOWN_VERSION
-    aborted = dataclasses.replace(done(lease, 1, [0]), record=Record.of(lease.ticket_id, 1, trajectory([0], finish=FinishReason.ABORT)))
+    aborted = dataclasses.replace(
+        done(lease, 1, [0]), record=Record.of(lease.ticket_id, 1, trajectory([0], finish=FinishReason.ABORT))
+    )
     assert deliver(ledger, "a", aborted) is Verdict.INVALID
     (again,) = leases_of(ledger)
     assert again.sample_indices == [0, 1]
@@ -177,7 +200,11 @@ def test_a_heartbeat_renews_what_it_names_and_the_rest_expires() -> None:
     kept, lost = leases_of(ledger)
     for now_s in (6.0, 12.0):
         naming_one = ServerHeartbeat(
-            state=ServerState.SERVING, free_samples=0, holding_samples=4, weights_version=0, leases=[kept.lease_id]
+            state=ServerState.SERVING,
+            free_samples=0,
+            holding_samples=4,
+            weights_version=0,
+            leases=[kept.lease_id],
         )
         ledger.heartbeat("a", naming_one, now_s=now_s)
         assert ledger.expire(now_s=now_s) == []
@@ -185,7 +212,13 @@ def test_a_heartbeat_renews_what_it_names_and_the_rest_expires() -> None:
     assert ledger.take_aborts() == {"a": [lost.lease_id]}
     (again,) = leases_of(ledger, now_s=12.0)
     assert again.ticket_id == lost.ticket_id
-    naming_lost = ServerHeartbeat(state=ServerState.SERVING, free_samples=0, holding_samples=4, weights_version=0, leases=[lost.lease_id])
+    naming_lost = ServerHeartbeat(
+        state=ServerState.SERVING,
+        free_samples=0,
+        holding_samples=4,
+        weights_version=0,
+        leases=[lost.lease_id],
+    )
     ledger.heartbeat("a", naming_lost, now_s=13.0)
     assert ledger.take_aborts() == {"a": [lost.lease_id]}, "named again until the server has understood"
 
@@ -199,7 +232,11 @@ def test_a_silent_server_is_forgotten_and_reconciled_when_it_returns() -> None:
     assert ledger.register.num_by_state()[State.QUEUED] == 1
     ledger.register_server("a", incarnation=1, weights_version=0, now_s=11.0)
     still_working = ServerHeartbeat(
-        state=ServerState.SERVING, free_samples=0, holding_samples=2, weights_version=0, leases=[lease.lease_id]
+        state=ServerState.SERVING,
+        free_samples=0,
+        holding_samples=2,
+        weights_version=0,
+        leases=[lease.lease_id],
     )
     ledger.heartbeat("a", still_working, now_s=11.0)
     assert ledger.take_aborts() == {"a": [lease.lease_id]}
@@ -229,7 +266,9 @@ def test_a_lost_ticket_waits_for_weights_that_do_not_break_the_budget() -> None:
     ledger.remove_server("b")
     ledger.return_leases("a", [lease.lease_id for lease in old[2:]])
     again = leases_of(ledger)
-    assert [lease.ticket_id for lease in again] == [lease.ticket_id for lease in old[2:]], "two more would break the budget of 4 for step 0"
+    assert [lease.ticket_id for lease in again] == [lease.ticket_id for lease in old[2:]], (
+        "two more would break the budget of 4 for step 0"
+    )
     beat(ledger, "a", capacity=100, version=version)
     assert [lease.ticket_id for lease in leases_of(ledger)] == [lease.ticket_id for lease in fresh]
 
@@ -347,7 +386,11 @@ def test_recorded_groups_are_served_identically_until_committed() -> None:
     assert ledger.fetch(step=0, position=0) is None
     finish(ledger, lease)
     group = ledger.fetch(step=0, position=0)
-    assert group is not None and group.ticket_id == lease.ticket_id and [t.reward for t in group.trajectories] == [0.0, 1.0]
+    assert (
+        group is not None
+        and group.ticket_id == lease.ticket_id
+        and [t.reward for t in group.trajectories] == [0.0, 1.0]
+    )
     with pytest.raises(RefusedError, match="complete"):
         ledger.commit(incarnation=1, step=0)
     train_step(ledger)
@@ -399,9 +442,13 @@ def test_resuming_in_a_fresh_ledger_reissues_what_was_not_trained_first() -> Non
         finish(ledger, lease)
     train_step(ledger)
     state = ledger.stream_state(step=0)
-    assert state["pending"] == [lease.prompt_index for lease in leases[2:]], "one recorded in step 1, one still running"
+    assert state["pending"] == [lease.prompt_index for lease in leases[2:]], (
+        "one recorded in step 1, one still running"
+    )
     ledger.close("interrupted")
-    assert sorted(ledger.stream_state(step=0)["pending"]) == sorted(state["pending"]), "cancelled prompts are not lost"  # type: ignore[arg-type]
+    assert sorted(ledger.stream_state(step=0)["pending"]) == sorted(state["pending"]), (
+        "cancelled prompts are not lost"
+    )  # type: ignore[arg-type]
 
     resumed = Ledger(ledger.settings, MemoryStore())
     resumed.set_num_train_prompts(1000)
@@ -433,7 +480,9 @@ def test_closing_cancels_what_no_completed_step_holds_and_leaves_eval_alone() ->
     assert ledger.register.num_by_state()[State.BATCHED] == 2, "the completed step waits for its commit"
     assert ledger.fetch(step=1, position=0) is None
     ledger.commit(incarnation=1, step=0)
-    assert sorted(ledger.stream_state(step=0)["pending"]) == sorted(lease.prompt_index for lease in leases[2:])  # type: ignore[arg-type]
+    assert sorted(ledger.stream_state(step=0)["pending"]) == sorted(
+        lease.prompt_index for lease in leases[2:]
+    )  # type: ignore[arg-type]
     assert ledger.request_eval(eval_id=1, num_prompts=1, min_version=0) is None
     assert [lease.purpose for lease in leases_of(ledger)] == [Purpose.EVAL]
 
@@ -448,10 +497,14 @@ def test_evaluation_goes_first_waits_for_its_version_and_reports_means() -> None
     finish(ledger, lease)
     version = train_step(ledger)
     assert ledger.request_eval(eval_id=5, num_prompts=3, min_version=version) is None
-    assert [lease.purpose for lease in leases_of(ledger)] == [Purpose.TRAIN], "this server is too old for the evaluation"
+    assert [lease.purpose for lease in leases_of(ledger)] == [Purpose.TRAIN], (
+        "this server is too old for the evaluation"
+    )
     add_server(ledger, "b", capacity=3, version=version)
     leases = leases_of(ledger, "b")
-    assert [(lease.purpose, lease.prompt_index, lease.sample_indices) for lease in leases] == [(Purpose.EVAL, i, [0]) for i in range(3)]
+    assert [(lease.purpose, lease.prompt_index, lease.sample_indices) for lease in leases] == [
+        (Purpose.EVAL, i, [0]) for i in range(3)
+    ]
     deliver(ledger, "b", done(leases[0], 0, [version], reward=1.0))
     ledger.sample_failed("b", failed(leases[1], 0))
     ledger.return_leases("b", [leases[2].lease_id])
@@ -459,7 +512,12 @@ def test_evaluation_goes_first_waits_for_its_version_and_reports_means() -> None
     deliver(ledger, "b", done(again, 0, [version, version], reward=0.0))
     result = ledger.request_eval(eval_id=5, num_prompts=3, min_version=version)
     assert result is not None
-    assert (result.num_evaluated, result.num_failed, result.mean_reward, result.mean_tokens) == (2, 1, 0.5, 1.5)
+    assert (result.num_evaluated, result.num_failed, result.mean_reward, result.mean_tokens) == (
+        2,
+        1,
+        0.5,
+        1.5,
+    )
     assert (result.oldest_version, result.newest_version) == (version, version)
     counts = ledger.register.num_by_state()
     assert (counts[State.EVALUATED], counts[State.DROPPED]) == (2, 1)
@@ -478,7 +536,9 @@ def test_an_epoch_is_a_permutation_that_depends_on_seed_and_epoch(size: int) -> 
     assert all(sorted(order) == list(range(size)) for order in orders.values())
     if size >= 64:
         assert len(set(orders.values())) == 4
-        assert abs(sum(orders[0, 0][: size // 2]) / (size // 2) - (size - 1) / 2) < size / 6, "the first half is not a fair sample"
+        assert abs(sum(orders[0, 0][: size // 2]) / (size // 2) - (size - 1) / 2) < size / 6, (
+            "the first half is not a fair sample"
+        )
 
 
 def test_the_prompt_cursor_resumes_in_the_middle_of_an_epoch() -> None:
@@ -497,7 +557,17 @@ def test_sampling_seeds_fit_into_31_bits_with_room_for_a_group() -> None:
 
 def test_settings_come_from_the_job_configuration() -> None:
     config = from_mapping(
-        {"max_staleness": 2, "trainer": {"groups_per_step": 3}, "sampling": {"group_size": 5}, "buffer": {"overdue": "drop"}}
+        {
+            "max_staleness": 2,
+            "trainer": {"groups_per_step": 3},
+            "sampling": {"group_size": 5},
+            "buffer": {"overdue": "drop"},
+        }
     )
     chosen = LedgerSettings.from_config(config)
-    assert (chosen.max_staleness, chosen.groups_per_step, chosen.group_size, chosen.overdue) == (2, 3, 5, "drop")
+    assert (chosen.max_staleness, chosen.groups_per_step, chosen.group_size, chosen.overdue) == (
+        2,
+        3,
+        5,
+        "drop",
+    )

@@ -19,13 +19,19 @@ def servers() -> list[PlantServer]:
 @pytest.mark.parametrize("overdue", ["wait", "drop"])
 @pytest.mark.parametrize("step_s", [0.2, 8.0])
 @pytest.mark.parametrize("max_staleness", [0, 1, 4])
-def test_a_run_ends_with_every_place_filled_and_no_lag_beyond_the_bound(max_staleness: int, step_s: float, overdue: str) -> None:
-    ledger = new_ledger(max_staleness=max_staleness, groups_per_step=8, group_size=4, num_steps=25, overdue=overdue)
+def test_a_run_ends_with_every_place_filled_and_no_lag_beyond_the_bound(
+    max_staleness: int, step_s: float, overdue: str
+) -> None:
+    ledger = new_ledger(
+        max_staleness=max_staleness, groups_per_step=8, group_size=4, num_steps=25, overdue=overdue
+    )
     plant = Plant(ledger=ledger, servers=servers(), step_s=step_s, seed=max_staleness)
     plant.run()
     counts = ledger.register.num_by_state()
     assert counts[State.TRAINED] == 25 * 8
-    assert [(step, position) for step, position, _ in plant.order] == [(step, position) for step in range(25) for position in range(8)]
+    assert [(step, position) for step, position, _ in plant.order] == [
+        (step, position) for step in range(25) for position in range(8)
+    ]
     assert len({ticket_id for _, _, ticket_id in plant.order}) == 25 * 8, "a ticket was trained twice"
     assert sum(counts.values()) == counts[State.TRAINED] + counts[State.DROPPED], "tickets are left over"
     assert max(ledger.statistics.lag_histogram) <= max_staleness

@@ -16,7 +16,11 @@ from tests.support.row_store import RowStore
 
 
 def durable_ledger(**settings: object) -> Ledger:
-    return new_ledger(store=RowStore(), durable=True, **({"groups_per_step": 1, "max_staleness": 2, "num_steps": 8} | settings))
+    return new_ledger(
+        store=RowStore(),
+        durable=True,
+        **({"groups_per_step": 1, "max_staleness": 2, "num_steps": 8} | settings),
+    )
 
 
 def train(ledger: Ledger, *, incarnation: int = 1) -> int:
@@ -34,7 +38,9 @@ def generate(ledger: Ledger, *, version: int) -> list[Lease]:
     leases = ledger.grant(now_s=0.0).get("a", [])
     for lease in leases:
         for index in lease.sample_indices:
-            assert deliver(ledger, "a", done(lease, index, [version], reward=float(index))) is Verdict.ACCEPTED
+            assert (
+                deliver(ledger, "a", done(lease, index, [version], reward=float(index))) is Verdict.ACCEPTED
+            )
     return leases
 
 
@@ -59,7 +65,13 @@ def test_an_older_kept_checkpoint_gets_its_steps_again_though_they_were_committe
     assert ledger.register.num_by_state()[State.TRAINED] == 2 and ledger.committed_step == 1
     assert isinstance(ledger.store, RowStore)
     (row,) = ledger.store.copy().recover().rollbacks
-    assert (row.trainer_incarnation, row.from_step, row.to_step, row.num_tickets, row.num_tokens) == (2, 4, 2, 2, 4)
+    assert (row.trainer_incarnation, row.from_step, row.to_step, row.num_tickets, row.num_tokens) == (
+        2,
+        4,
+        2,
+        2,
+        4,
+    )
     counted = ledger.statistics.counters()["samples_trained"]
     train(ledger, incarnation=2)
     assert ledger.statistics.counters()["samples_trained"] == counted, "a repeated step is counted once"
@@ -98,7 +110,9 @@ def test_a_poisoned_place_is_filled_by_another_group_and_the_trainer_starts_agai
     ledger.poison([victim.ticket_id])
     assert ledger.drops == {Drop.POISON: 1} and victim.prompt_index not in ledger.prompts.returned
     filled = ledger.fetch(step=1, position=0)
-    assert filled is not None and filled.ticket_id not in (victim.ticket_id, other.ticket_id), "a ready group has its place"
+    assert filled is not None and filled.ticket_id not in (victim.ticket_id, other.ticket_id), (
+        "a ready group has its place"
+    )
     assert ledger.fetch(step=1, position=1).ticket_id == other.ticket_id  # type: ignore[union-attr]
     with pytest.raises(StaleIncarnationError):
         ledger.complete_step(incarnation=1, step=1)
@@ -136,7 +150,10 @@ def test_a_step_that_costs_three_trainers_is_named_until_its_data_change() -> No
         if incarnation > 1:
             train(ledger, incarnation=incarnation)
         ledger.fetch(step=1, position=0)
-    with pytest.raises(RefusedError, match=rf"3 trainers died in step 1, whose tickets are {culprit.ticket_id}:.*areal-like drop"):
+    with pytest.raises(
+        RefusedError,
+        match=rf"3 trainers died in step 1, whose tickets are {culprit.ticket_id}:.*areal-like drop",
+    ):
         ledger.start_training(incarnation=4, step=0, stream={})
     ledger.poison([culprit.ticket_id])
     ledger.start_training(incarnation=5, step=0, stream={})
@@ -159,7 +176,12 @@ def test_a_person_who_starts_again_gets_one_more_try_and_a_drain_is_no_crash() -
 @pytest.mark.parametrize("num_starts", [1, 2], ids=["one start", "two starts before a trainer comes"])
 @pytest.mark.parametrize(
     ("change", "groups_per_step"),
-    [({"groups_per_step": 2}, 1), ({"groups_per_step": 1}, 2), ({"max_staleness": 0}, 1), ({"group_size": 3}, 1)],
+    [
+        ({"groups_per_step": 2}, 1),
+        ({"groups_per_step": 1}, 2),
+        ({"max_staleness": 0}, 1),
+        ({"group_size": 3}, 1),
+    ],
 )
 def test_other_settings_cancel_what_is_recorded_and_go_on_from_the_checkpoint(
     change: dict[str, int], groups_per_step: int, num_starts: int

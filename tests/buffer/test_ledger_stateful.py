@@ -42,7 +42,15 @@ class LedgerMachine(RuleBasedStateMachine):
         sync_interval=st.sampled_from([1, 1, 2, 3]),
         num_greedy=st.sampled_from([0, 0, 1]),
     )
-    def begin(self, max_staleness: int, overdue: str, group_filter: str, adaptive: bool, sync_interval: int, num_greedy: int) -> None:
+    def begin(
+        self,
+        max_staleness: int,
+        overdue: str,
+        group_filter: str,
+        adaptive: bool,
+        sync_interval: int,
+        num_greedy: int,
+    ) -> None:
         self.num_greedy = num_greedy
         self.sync_interval = min(sync_interval, max_staleness + 1)
         self.ledger = new_ledger(
@@ -81,7 +89,14 @@ class LedgerMachine(RuleBasedStateMachine):
         self.server_incarnation[name] += restarted
         known = self.ledger.book.servers.get(name)
         version = known.weights_version if known and not restarted else self.versions[-1]
-        add_server(self.ledger, name, capacity=2 * SIZE, version=version, now_s=self.now_s, incarnation=self.server_incarnation[name])
+        add_server(
+            self.ledger,
+            name,
+            capacity=2 * SIZE,
+            version=version,
+            now_s=self.now_s,
+            incarnation=self.server_incarnation[name],
+        )
         self.grant()
 
     @rule(
@@ -122,7 +137,12 @@ class LedgerMachine(RuleBasedStateMachine):
         return Verdict.ACCEPTED if is_held else Verdict.SUPERSEDED
 
     @precondition(lambda self: self.leases)
-    @rule(data=st.data(), reward=st.sampled_from([0.0, 1.0]), old=st.booleans(), other_server=st.sampled_from([False, False, True]))
+    @rule(
+        data=st.data(),
+        reward=st.sampled_from([0.0, 1.0]),
+        old=st.booleans(),
+        other_server=st.sampled_from([False, False, True]),
+    )
     def deliver(self, data: st.DataObject, reward: float, old: bool, other_server: bool) -> None:
         name, lease, index = self.draw_sample(data)
         if other_server:
@@ -144,7 +164,10 @@ class LedgerMachine(RuleBasedStateMachine):
         name, lease = data.draw(st.sampled_from(self.leases[-4:]))
         version = self.ledger.book.servers[name].weights_version if name in self.ledger.book.servers else 0
         for index in lease.sample_indices:
-            if deliver(self.ledger, name, done(lease, index, [version], reward=float(index))) is Verdict.ACCEPTED:
+            if (
+                deliver(self.ledger, name, done(lease, index, [version], reward=float(index)))
+                is Verdict.ACCEPTED
+            ):
                 self.accepted[lease.ticket_id, index] = lease.lease_id
         self.grant()
 
@@ -193,13 +216,17 @@ class LedgerMachine(RuleBasedStateMachine):
         if group is None:
             assert (step, position) not in self.served, "a recorded group is gone"
             return
-        assert self.served.setdefault((step, position), group.ticket_id) == group.ticket_id, "a place was given to another group"
+        assert self.served.setdefault((step, position), group.ticket_id) == group.ticket_id, (
+            "a place was given to another group"
+        )
         assert list(self.served.values()).count(group.ticket_id) == 1, "a group is in two places"
         assert len(group.trajectories) == SIZE + self.num_greedy
         for trajectory, oldest_step in zip(group.trajectories, group.version_steps, strict=True):
             assert 0 <= step - oldest_step <= self.ledger.settings.max_staleness
             if self.sync_interval > 1:
-                assert step // self.sync_interval == oldest_step // self.sync_interval, "trained in another interval than it was sampled in"
+                assert step // self.sync_interval == oldest_step // self.sync_interval, (
+                    "trained in another interval than it was sampled in"
+                )
             assert trajectory.num_sampled > 0
 
     @precondition(lambda self: self.ledger.recorder.num_full_steps > self.ledger.trainer_step)
@@ -262,7 +289,11 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger.close("test")
         assert self.ledger.register.count(Purpose.TRAIN, State.LEASED) == 0
         if not self.durable:
-            self.served = {place: ticket_id for place, ticket_id in self.served.items() if place[0] < self.ledger.trainer_step}
+            self.served = {
+                place: ticket_id
+                for place, ticket_id in self.served.items()
+                if place[0] < self.ledger.trainer_step
+            }
             self.num_trained = min(self.num_trained, self.ledger.trainer_step)
             assert self.ledger.register.count(Purpose.TRAIN, State.QUEUED, State.READY) == 0
 
@@ -273,7 +304,9 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger.register.check()
         counts = self.ledger.register.num_by_state()
         assert counts[State.DROPPED] == self.ledger.drops.total()
-        train = self.ledger.register.count(Purpose.TRAIN, *State) - self.ledger.register.count(Purpose.TRAIN, State.DROPPED)
+        train = self.ledger.register.count(Purpose.TRAIN, *State) - self.ledger.register.count(
+            Purpose.TRAIN, State.DROPPED
+        )
         assert train <= STEPS * GROUPS, "more groups than the run has places"
 
     @invariant()
@@ -281,7 +314,9 @@ class LedgerMachine(RuleBasedStateMachine):
         counters = self.ledger.statistics.counters()
         assert counters["samples_trained"] == self.num_trained * GROUPS * SIZE
         assert counters["max_trained_lag"] <= self.ledger.settings.max_staleness
-        assert self.num_taken <= (self.num_trained + 2) * GROUPS, "recording ran more than one step ahead of the trainer"
+        assert self.num_taken <= (self.num_trained + 2) * GROUPS, (
+            "recording ran more than one step ahead of the trainer"
+        )
 
     @invariant()
     def leases_match_tickets(self) -> None:
@@ -292,9 +327,9 @@ class LedgerMachine(RuleBasedStateMachine):
         for ticket in live.values():
             if ticket.state in (State.QUEUED, State.LEASED):
                 making = [index for lease in ticket.leases.values() for index in lease.outstanding]
-                assert sorted([*making, *ticket.unleased, *ticket.samples]) == list(range(ticket.num_samples)), (
-                    "a sample is lost or made twice"
-                )
+                assert sorted([*making, *ticket.unleased, *ticket.samples]) == list(
+                    range(ticket.num_samples)
+                ), "a sample is lost or made twice"
                 assert (ticket.state is State.LEASED) == bool(ticket.leases)
 
     def teardown(self) -> None:
@@ -308,16 +343,27 @@ class LedgerMachine(RuleBasedStateMachine):
         for _ in range(40 * STEPS):
             version = self.versions[-1]
             self.server_incarnation["a"] += 1
-            add_server(ledger, "a", capacity=100, version=version, now_s=self.now_s, incarnation=self.server_incarnation["a"])
+            add_server(
+                ledger,
+                "a",
+                capacity=100,
+                version=version,
+                now_s=self.now_s,
+                incarnation=self.server_incarnation["a"],
+            )
             for leases in ledger.grant(now_s=self.now_s).values():
                 for lease in leases:
                     for index in lease.sample_indices:
                         deliver(ledger, "a", done(lease, index, [version], reward=float(index)))
             if ledger.recorder.num_full_steps > ledger.trainer_step:
                 self.train(push=True, commit=True)
-        assert ledger.trainer_step == STEPS, f"stuck: {ledger.register.num_by_state()}, step {ledger.recorder.step}"
+        assert ledger.trainer_step == STEPS, (
+            f"stuck: {ledger.register.num_by_state()}, step {ledger.recorder.step}"
+        )
         assert ledger.register.count(Purpose.TRAIN, State.TRAINED) == STEPS * GROUPS
-        assert not any(ticket.purpose is Purpose.TRAIN for ticket in ledger.register.live.values()), "tickets are left over"
+        assert not any(ticket.purpose is Purpose.TRAIN for ticket in ledger.register.live.values()), (
+            "tickets are left over"
+        )
         ledger.commit(incarnation=self.incarnation, step=STEPS - 1, oldest_kept_step=STEPS)
         assert ledger.store.num_bytes == 0
 
@@ -340,7 +386,9 @@ class DurableLedgerMachine(LedgerMachine):
         """The ledger that the next buffer would have if this one were killed now."""
         store = self.ledger.store
         assert isinstance(store, RowStore)
-        ledger = recover(self.ledger.settings, store.copy(), now_s=self.now_s, first_lease_id=self.ledger.book._next_id)
+        ledger = recover(
+            self.ledger.settings, store.copy(), now_s=self.now_s, first_lease_id=self.ledger.book._next_id
+        )
         ledger.set_num_train_prompts(1000)
         return ledger
 
@@ -355,7 +403,12 @@ class DurableLedgerMachine(LedgerMachine):
         for name in sorted(back & before.book.servers.keys()):
             server = before.book.servers[name]
             add_server(
-                self.ledger, name, capacity=2 * SIZE, version=server.weights_version, now_s=self.now_s, incarnation=server.incarnation
+                self.ledger,
+                name,
+                capacity=2 * SIZE,
+                version=server.weights_version,
+                now_s=self.now_s,
+                incarnation=server.incarnation,
             )
             live = before.register.live
             kept = {i for i, lease in server.leases.items() if live[lease.ticket_id].purpose is Purpose.TRAIN}
@@ -365,13 +418,24 @@ class DurableLedgerMachine(LedgerMachine):
 
 def observed(ledger: Ledger) -> dict[str, object]:
     """Everything that the future depends on, but for what is not meant to survive: evaluations, servers, whom a group was served to."""
-    train = {ticket.ticket_id: ticket for ticket in ledger.register.live.values() if ticket.purpose is Purpose.TRAIN}
+    train = {
+        ticket.ticket_id: ticket
+        for ticket in ledger.register.live.values()
+        if ticket.purpose is Purpose.TRAIN
+    }
     drops = ledger.drops.copy()
     drops[Drop.CANCELLED] += len(ledger.register.live) - len(train)
     return {
         "tickets": {ticket_id: facts(ticket) for ticket_id, ticket in train.items()},
-        "recorded": {step: {position: facts(t) for position, t in row.items()} for step, row in ledger.steps.recorded.items()},
-        "arrays": {t.ticket_id: len(ledger.store.group(t)) for row in ledger.steps.recorded.values() for t in row.values()},
+        "recorded": {
+            step: {position: facts(t) for position, t in row.items()}
+            for step, row in ledger.steps.recorded.items()
+        },
+        "arrays": {
+            t.ticket_id: len(ledger.store.group(t))
+            for row in ledger.steps.recorded.values()
+            for t in row.values()
+        },
         "num_issued": ledger.register.num_issued,
         "counts": {state: ledger.register.count(Purpose.TRAIN, state) for state in State},
         "drops": {reason: drops[reason] for reason in Drop},
@@ -380,8 +444,19 @@ def observed(ledger: Ledger) -> dict[str, object]:
         "bound": ledger.bound.max_staleness,
         "open": not ledger.closed_because,
         "trainer": (ledger.trainer_incarnation, ledger.incarnations),
-        "steps": (ledger.steps.current, ledger.steps.committed, ledger.steps.first_kept, ledger.steps.num_counted, ledger.steps.attempts),
-        "recorder": (ledger.recorder.step, ledger.recorder.position, ledger.recorder._holes, ledger.recorder._ready),
+        "steps": (
+            ledger.steps.current,
+            ledger.steps.committed,
+            ledger.steps.first_kept,
+            ledger.steps.num_counted,
+            ledger.steps.attempts,
+        ),
+        "recorder": (
+            ledger.recorder.step,
+            ledger.recorder.position,
+            ledger.recorder._holes,
+            ledger.recorder._ready,
+        ),
         "deadlines": (ledger.recorder._tracked, +ledger.recorder._num_due),
         "ready": sorted(entry for entry in set(ledger.recorder._heap) if entry[1] in ledger.recorder._ready),
         "waiting": ledger.admission.waiting,
@@ -391,11 +466,19 @@ def observed(ledger: Ledger) -> dict[str, object]:
 
 def facts(ticket: Ticket) -> dict[str, object]:
     """A ticket as plain data; expiry is by a clock of its buffer's own."""
-    leases = {i: (x.ticket_id, x.server, x.weights_step, frozenset(x.outstanding)) for i, x in ticket.leases.items()}
-    return {field.name: getattr(ticket, field.name) for field in dataclasses.fields(ticket)} | {"leases": leases}
+    leases = {
+        i: (x.ticket_id, x.server, x.weights_step, frozenset(x.outstanding)) for i, x in ticket.leases.items()
+    }
+    return {field.name: getattr(ticket, field.name) for field in dataclasses.fields(ticket)} | {
+        "leases": leases
+    }
 
 
 TestLedger = LedgerMachine.TestCase
-TestLedger.settings = settings(max_examples=50, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck))
+TestLedger.settings = settings(
+    max_examples=50, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
+)
 TestDurableLedger = DurableLedgerMachine.TestCase
-TestDurableLedger.settings = settings(max_examples=50, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck))
+TestDurableLedger.settings = settings(
+    max_examples=50, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
+)

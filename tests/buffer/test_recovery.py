@@ -13,10 +13,25 @@ import pytest
 
 from areal_like.errors import RefusedError
 from areal_like.wire.fingerprint import dataset_fingerprint
-from areal_like.wire.messages.consumer import AllocVersion, CloseAdmission, CommitStep, CompleteStep, Fetch, GetBooks, StartTraining
+from areal_like.wire.messages.consumer import (
+    AllocVersion,
+    CloseAdmission,
+    CommitStep,
+    CompleteStep,
+    Fetch,
+    GetBooks,
+    StartTraining,
+)
 from areal_like.wire.messages.hello import HelloRequired
 from areal_like.wire.messages.producer import Lease, Leases, SampleAck, Samples, ServerHeartbeat, ServerState
-from tests.support.buffer_harness import BufferProcess, PlayedTrainer, connected, job, running_buffer, trainer_hello
+from tests.support.buffer_harness import (
+    BufferProcess,
+    PlayedTrainer,
+    connected,
+    job,
+    running_buffer,
+    trainer_hello,
+)
 from tests.support.fake_producer import hello
 from tests.support.ledger_plant import done
 
@@ -30,7 +45,9 @@ def sample(lease: Lease, index: int) -> Samples:
 def beat(leases: list[Lease], *, free: int) -> ServerHeartbeat:
     holding = sum(len(lease.sample_indices) for lease in leases)
     ids = [lease.lease_id for lease in leases]
-    return ServerHeartbeat(state=ServerState.SERVING, free_samples=free, holding_samples=holding, weights_version=0, leases=ids)
+    return ServerHeartbeat(
+        state=ServerState.SERVING, free_samples=free, holding_samples=holding, weights_version=0, leases=ids
+    )
 
 
 async def until(inbox: list[Any], kind: type, *, count: int = 1) -> list[Any]:
@@ -67,24 +84,38 @@ def test_leases_places_versions_and_fences_survive_a_kill(tmp_path: Path) -> Non
         async with connected(buffer) as link, connected(buffer, inbox=inbox) as producer:
             producer.send(sample(leases[2], 0))
             await until(inbox, HelloRequired)
-            for older in (trainer_hello(config, incarnation=9), hello("rollout-0", dataset=server.dataset, incarnation=19)):
+            for older in (
+                trainer_hello(config, incarnation=9),
+                hello("rollout-0", dataset=server.dataset, incarnation=19),
+            ):
                 with pytest.raises(RefusedError, match="incarnation"):
                     await link.call(older, timeout_s=10)
             await link.call(rank, timeout_s=10)
             await producer.call(server, timeout_s=10)
             producer.send(beat(leases[2:], free=0))
-            for message in (sample(leases[2], 0), sample(leases[2], 1), sample(leases[3], 0), sample(leases[3], 1)):
+            for message in (
+                sample(leases[2], 0),
+                sample(leases[2], 1),
+                sample(leases[3], 0),
+                sample(leases[3], 1),
+            ):
                 producer.send(message)
             acks = await until(inbox, SampleAck, count=4)
             assert [ack.refused for ack in acks] == [""] * 4, "a lease did not survive"
             trainer = PlayedTrainer(config, link)
-            assert [group.ticket_id for group in await trainer.groups(0)] == tickets, "an uncommitted step is served again"
+            assert [group.ticket_id for group in await trainer.groups(0)] == tickets, (
+                "an uncommitted step is served again"
+            )
             groups = await trainer.train(1)
             assert sorted(group.ticket_id for group in groups) == [lease.ticket_id for lease in leases[2:]]
             assert (await trainer.call(AllocVersion(step=2))).version == 2
             await trainer.call(CommitStep(step=1))
             counters = (await trainer.call(GetBooks())).counters
-            assert counters["samples_duplicate"] == 1 and counters["samples_accepted"] == 8 and counters["samples_trained"] == 8
+            assert (
+                counters["samples_duplicate"] == 1
+                and counters["samples_accepted"] == 8
+                and counters["samples_trained"] == 8
+            )
 
     buffer = BufferProcess(config)
     try:
@@ -125,7 +156,9 @@ def test_a_drain_keeps_what_is_recorded_and_ready(tmp_path: Path) -> None:
 
 def post(buffer: BufferProcess, body: Any) -> tuple[int, Any]:
     """(status, answer) of `POST /control/drop`."""
-    request = urllib.request.Request(f"http://{buffer.http}/control/drop", data=json.dumps(body).encode(), method="POST")
+    request = urllib.request.Request(
+        f"http://{buffer.http}/control/drop", data=json.dumps(body).encode(), method="POST"
+    )
     try:
         with urllib.request.urlopen(request, timeout=10) as response:
             return response.status, json.loads(response.read())

@@ -44,7 +44,9 @@ def test_shards_share_everything_evenly_and_without_overlap(count: int, total: i
     owned = [[number for number in range(total) if shard.owns(number)] for shard in all_shards(count)]
     assert sorted(number for numbers in owned for number in numbers) == list(range(total))
     assert [len(numbers) for numbers in owned] == [shard.share(total) for shard in all_shards(count)]
-    assert all(before - after in (0, 1) for before, after in pairwise(map(len, owned))), "the first shards have one more"
+    assert all(before - after in (0, 1) for before, after in pairwise(map(len, owned))), (
+        "the first shards have one more"
+    )
     assert max(map(len, owned)) - min(map(len, owned)) <= 1
 
 
@@ -58,8 +60,12 @@ def test_a_number_says_whose_it_is(count: int, number: int) -> None:
 
 @given(count=counts, num_places=st.integers(1, 60))
 def test_places_of_a_step_are_merged_by_local_position_then_shard(count: int, num_places: int) -> None:
-    places = [(shard.local(p), shard.index) for p in range(num_places) for shard in [Shard.of(p, count=count)]]
-    assert places == sorted((local, shard.index) for shard in all_shards(count) for local in range(shard.share(num_places)))
+    places = [
+        (shard.local(p), shard.index) for p in range(num_places) for shard in [Shard.of(p, count=count)]
+    ]
+    assert places == sorted(
+        (local, shard.index) for shard in all_shards(count) for local in range(shard.share(num_places))
+    )
 
 
 @given(count=counts, num_prompts=st.integers(1, 80), seed=st.integers(0, 99))
@@ -68,7 +74,9 @@ def test_every_epoch_of_a_shard_is_its_own_prompts(count: int, num_prompts: int,
         own = shard.share(num_prompts)
         order = PromptOrder(seed=seed, num_prompts=num_prompts, shard=shard)
         for _ in range(2):
-            assert sorted(order.next().index for _ in range(own)) == [index for index in range(num_prompts) if shard.owns(index)]
+            assert sorted(order.next().index for _ in range(own)) == [
+                index for index in range(num_prompts) if shard.owns(index)
+            ]
 
 
 def test_a_daemon_is_told_by_its_name_which_shard_it_is() -> None:
@@ -93,10 +101,18 @@ def test_settings_that_leave_a_shard_without_work_are_refused() -> None:
 
 
 def test_a_peer_that_counts_shards_otherwise_is_refused() -> None:
-    fields: dict[str, Any] = {"job": "job", "model": "m", "tokenizer": "t", "dataset": "d", "http_address": ""}
+    fields: dict[str, Any] = {
+        "job": "job",
+        "model": "m",
+        "tokenizer": "t",
+        "dataset": "d",
+        "http_address": "",
+    }
     book = PeerBook(job="job", dataset="d", shard=Shard(1, 2))
     for shard, count, field in ((0, 2, "shard"), (1, 3, "num_shards"), (0, 1, "num_shards")):
-        hello = Hello(role=Role.TRAINER, name="trainer-0", incarnation=1, shard=shard, num_shards=count, **fields)
+        hello = Hello(
+            role=Role.TRAINER, name="trainer-0", incarnation=1, shard=shard, num_shards=count, **fields
+        )
         with pytest.raises(RefusedError) as refused:
             book.admit(b"route", hello, now_s=0.0)
         assert refused.value.args[0] == field
@@ -104,7 +120,14 @@ def test_a_peer_that_counts_shards_otherwise_is_refused() -> None:
 
 def test_a_server_that_comes_back_is_counted_once() -> None:
     book = PeerBook(job="job", dataset="d")
-    fields: dict[str, Any] = {"role": Role.ROLLOUT, "job": "job", "model": "m", "tokenizer": "t", "dataset": "d", "http_address": ""}
+    fields: dict[str, Any] = {
+        "role": Role.ROLLOUT,
+        "job": "job",
+        "model": "m",
+        "tokenizer": "t",
+        "dataset": "d",
+        "http_address": "",
+    }
     for incarnation, tokens, total in ((1, 10.0, 10.0), (1, 12.0, 12.0), (2, 5.0, 17.0)):
         peer = book.admit(b"route", Hello(name="rollout-0", incarnation=incarnation, **fields), now_s=0.0)
         peer.stats = {"tokens_generated": tokens}
@@ -117,7 +140,11 @@ def test_a_server_that_comes_back_is_counted_once() -> None:
 
 def shard_ledger(shard: Shard, store: RowStore | None = None) -> Ledger:
     """A shard of a job with 5 places a step and 10 prompts."""
-    config = {"max_staleness": 1, "trainer": {"groups_per_step": 5, "num_steps": 4}, "sampling": {"group_size": 1}}
+    config = {
+        "max_staleness": 1,
+        "trainer": {"groups_per_step": 5, "num_steps": 4},
+        "sampling": {"group_size": 1},
+    }
     return recover(LedgerSettings.from_config(from_mapping(config), shard), store or RowStore(), now_s=0.0)
 
 
@@ -174,7 +201,9 @@ def test_a_ledger_stays_with_its_shard() -> None:
     before = begin(shard_ledger(Shard(1, 2), store))
     generate(before)
     again = shard_ledger(Shard(1, 2), store.copy())
-    assert again.register.num_issued == 4 and again.register.has_issued(3) and not again.register.has_issued(2)
+    assert (
+        again.register.num_issued == 4 and again.register.has_issued(3) and not again.register.has_issued(2)
+    )
     again.set_num_train_prompts(10)
     again.complete_step(incarnation=1, step=0)
     again.adopt_version(incarnation=1, version=1, step=1)
@@ -250,8 +279,13 @@ def test_refusals_of_several_shards_are_one() -> None:
 
 
 def test_a_checkpoint_keeps_what_every_shard_said_of_its_stream() -> None:
-    streams: list[dict[str, int | list[int]]] = [{"cursor": 4, "pending": [1, 2]}, {"cursor": 5, "pending": []}]
-    state = ask(GetStreamState(step=0), *(Asked({GetStreamState: StreamState(stream=stream)}) for stream in streams))
+    streams: list[dict[str, int | list[int]]] = [
+        {"cursor": 4, "pending": [1, 2]},
+        {"cursor": 5, "pending": []},
+    ]
+    state = ask(
+        GetStreamState(step=0), *(Asked({GetStreamState: StreamState(stream=stream)}) for stream in streams)
+    )
     shards = [Asked({StartTraining: Welcome(job="j", step=1, newest_version=index)}) for index in range(2)]
     assert ask(StartTraining(step=1, stream=state.stream), *shards).newest_version == 0
     assert [shard.heard[0].stream for shard in shards] == streams
@@ -264,13 +298,30 @@ def test_a_checkpoint_keeps_what_every_shard_said_of_its_stream() -> None:
 
 def test_books_add_up_and_their_means_are_means() -> None:
     def books(trained: int, lag: float, generated: float) -> Books:
-        counters = dict.fromkeys(("generation_busy_s", "generation_idle_s", "samples_dropped", "mean_dropped_sample_tokens"), 0.0)
-        counters |= {"samples_trained": trained, "tokens_trained": 10.0 * trained, "tokens_generated": generated, "max_trained_lag": lag}
-        counters |= {"mean_trained_lag": lag, "mean_trained_token_lag": lag, "mean_trained_sample_tokens": 10.0}
+        counters = dict.fromkeys(
+            ("generation_busy_s", "generation_idle_s", "samples_dropped", "mean_dropped_sample_tokens"), 0.0
+        )
+        counters |= {
+            "samples_trained": trained,
+            "tokens_trained": 10.0 * trained,
+            "tokens_generated": generated,
+            "max_trained_lag": lag,
+        }
+        counters |= {
+            "mean_trained_lag": lag,
+            "mean_trained_token_lag": lag,
+            "mean_trained_sample_tokens": 10.0,
+        }
         return Books(tickets={"issued": trained}, drops={"stale": 1}, counters=counters)
 
-    merged = ask(GetBooks(), *(Asked({GetBooks: one}) for one in (books(30, 1.0, 900.0), books(10, 3.0, 880.0))))
+    merged = ask(
+        GetBooks(), *(Asked({GetBooks: one}) for one in (books(30, 1.0, 900.0), books(10, 3.0, 880.0)))
+    )
     assert merged.tickets == {"issued": 40} and merged.drops == {"stale": 2}
     counters = merged.counters
-    assert counters["mean_trained_lag"] == 1.5 and counters["max_trained_lag"] == 3.0 and counters["tokens_generated"] == 900.0
+    assert (
+        counters["mean_trained_lag"] == 1.5
+        and counters["max_trained_lag"] == 3.0
+        and counters["tokens_generated"] == 900.0
+    )
     assert counters["mean_trained_sample_tokens"] == 10.0 and counters["mean_dropped_sample_tokens"] == 0.0

@@ -26,7 +26,17 @@ from buffer.storage.durable import DurableStore, StoreSettings
 from buffer.tickets import Drop, LeaseRecord, State, Ticket
 from tests.support.buffer_harness import job
 from tests.support.small_disk import small_disk
-from tests.support.store_load import SIZE, durable, is_same, move, new_ticket, put_sample, raising, train, trajectory_of
+from tests.support.store_load import (
+    SIZE,
+    durable,
+    is_same,
+    move,
+    new_ticket,
+    put_sample,
+    raising,
+    train,
+    trajectory_of,
+)
 
 
 @contextlib.asynccontextmanager
@@ -84,14 +94,25 @@ def test_every_fact_comes_back(tmp_path: Path, durability: str) -> None:
             leased.num_failures[2] = 2
             store.put_failure(leased, 2)
             for lease_id in (70, 71):
-                lease = LeaseRecord(lease_id=lease_id, ticket_id=1, server="a", weights_step=5, outstanding={0, 2}, expires_s=9.0)
+                lease = LeaseRecord(
+                    lease_id=lease_id,
+                    ticket_id=1,
+                    server="a",
+                    weights_step=5,
+                    outstanding={0, 2},
+                    expires_s=9.0,
+                )
                 store.put_lease(lease, server_incarnation=1 << 60)
             move(store, leased, State.LEASED)
             store.end_lease(71)
             move(store, ready, State.READY)
             trained, dropped, evaluated = full_ticket(store, 3), full_ticket(store, 4), new_ticket(5)
             trained.step, trained.position, dropped.drop, evaluated.purpose = 7, 2, Drop.STALE, Purpose.EVAL
-            for ticket, state in ((trained, State.TRAINED), (dropped, State.DROPPED), (evaluated, State.EVALUATED)):
+            for ticket, state in (
+                (trained, State.TRAINED),
+                (dropped, State.DROPPED),
+                (evaluated, State.EVALUATED),
+            ):
                 move(store, ticket, state)
             store.put_version(VersionRow(version=1, step=0, parent=0, trainer_incarnation=8))
             store.put_version(VersionRow(version=2, step=1, parent=1, trainer_incarnation=8))
@@ -103,24 +124,50 @@ def test_every_fact_comes_back(tmp_path: Path, durability: str) -> None:
             store.put_attempt(7, 2)
             store.put_attempt(6, 1)
             store.put_attempt(6, 0)
-            store.put_rollback(RollbackRow(trainer_incarnation=9, from_step=8, to_step=6, num_tickets=4, num_tokens=99, unix_s=1.5))
+            store.put_rollback(
+                RollbackRow(
+                    trainer_incarnation=9, from_step=8, to_step=6, num_tickets=4, num_tokens=99, unix_s=1.5
+                )
+            )
             store.put_statistics({"tokens": 1 << 53, "mean": 0.1})
             await durable(store)
 
     async def read() -> None:
         async with opened(tmp_path, durability=durability) as (store, found):
             leased, ready = found.tickets
-            assert (leased.state, leased.unleased, set(leased.samples), leased.num_failures) == (State.LEASED, {0, 2}, {1}, {2: 2})
-            assert (ready.state, ready.unleased, ready.leases, ready.purpose) == (State.READY, set(), {}, Purpose.TRAIN)
+            assert (leased.state, leased.unleased, set(leased.samples), leased.num_failures) == (
+                State.LEASED,
+                {0, 2},
+                {1},
+                {2: 2},
+            )
+            assert (ready.state, ready.unleased, ready.leases, ready.purpose) == (
+                State.READY,
+                set(),
+                {},
+                Purpose.TRAIN,
+            )
             assert ready.samples[1].reward == trajectory_of(2, 1).reward and ready.samples[1].lease_id == 102
-            assert [(ticket.ticket_id, ticket.step, ticket.position) for ticket in found.trained] == [(3, 7, 2)]
+            assert [(ticket.ticket_id, ticket.step, ticket.position) for ticket in found.trained] == [
+                (3, 7, 2)
+            ]
             assert found.leases == [
-                LeaseRow(lease_id=70, ticket_id=1, server="a", server_incarnation=1 << 60, weights_step=5, outstanding=frozenset({0, 2}))
+                LeaseRow(
+                    lease_id=70,
+                    ticket_id=1,
+                    server="a",
+                    server_incarnation=1 << 60,
+                    weights_step=5,
+                    outstanding=frozenset({0, 2}),
+                )
             ]
             assert [(row.version, row.parent) for row in found.versions] == [(1, 0), (2, 1)]
             assert found.marks == {"cursor": 12} and found.attempts == {7: 2} and found.num_issued == 5
             assert [prompt.index for prompt in found.returned] == [6, 7]
-            assert found.rollbacks[0].num_tokens == 99 and found.statistics == {"tokens": 1 << 53, "mean": 0.1}
+            assert found.rollbacks[0].num_tokens == 99 and found.statistics == {
+                "tokens": 1 << 53,
+                "mean": 0.1,
+            }
             assert found.ended == {
                 (Purpose.TRAIN, State.TRAINED, None): 1,
                 (Purpose.TRAIN, State.DROPPED, Drop.STALE): 1,
@@ -171,7 +218,9 @@ def test_one_turn_is_one_transaction(tmp_path: Path) -> None:
                     store.put_ticket(new_ticket(ticket_id))
                     store.put_mark("issued", ticket_id)
                     await asyncio.sleep(0)
-                    (row,) = ledger.execute("SELECT (SELECT count(*) FROM tickets), (SELECT coalesce(max(value), 0) FROM marks)")
+                    (row,) = ledger.execute(
+                        "SELECT (SELECT count(*) FROM tickets), (SELECT coalesce(max(value), 0) FROM marks)"
+                    )
                     assert row[0] == row[1]
             await durable(store)
 
@@ -230,7 +279,9 @@ def test_a_torn_tail_is_cut(tmp_path: Path) -> None:
             file.write(tail)
         asyncio.run(write(ticket_id))
     rows = query(tmp_path, "SELECT offset, num_bytes FROM samples ORDER BY offset")
-    assert [offset for offset, _ in rows] == [sum(size for _, size in rows[:number]) for number in range(len(rows))]
+    assert [offset for offset, _ in rows] == [
+        sum(size for _, size in rows[:number]) for number in range(len(rows))
+    ]
     assert path.stat().st_size == sum(size for _, size in rows)
 
 
@@ -247,7 +298,8 @@ def test_damage_is_named_and_never_served(tmp_path: Path, caplog: pytest.LogCapt
 
     def damage(ticket_id: int) -> Path:
         ((segment, offset, size),) = query(
-            tmp_path, f"SELECT segment, offset, num_bytes FROM samples WHERE ticket_id = {ticket_id} AND sample_index = 1"
+            tmp_path,
+            f"SELECT segment, offset, num_bytes FROM samples WHERE ticket_id = {ticket_id} AND sample_index = 1",
         )
         path = segment_path(tmp_path, segment)
         with path.open("r+b") as file:
@@ -282,7 +334,9 @@ def test_damage_is_named_and_never_served(tmp_path: Path, caplog: pytest.LogCapt
 def test_one_buffer_at_a_time(tmp_path: Path) -> None:
     async def run() -> None:
         async with opened(tmp_path):
-            with pytest.raises(UserError, match=f"in use by another buffer .pid {os.getpid()}.: stop that one"):
+            with pytest.raises(
+                UserError, match=f"in use by another buffer .pid {os.getpid()}.: stop that one"
+            ):
                 DurableStore(tmp_path, StoreSettings(), on_error=raising)
         async with opened(tmp_path):
             pass
@@ -301,13 +355,20 @@ def test_schemas_go_forward_only(tmp_path: Path) -> None:
     asyncio.run(write())
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as ledger:
         with pytest.raises(sqlite3.OperationalError, match="no such table"):
-            schema.migrate(ledger, path=path, migrations=(*schema.MIGRATIONS, "ALTER TABLE marks ADD COLUMN note TEXT; DROP TABLE nowhere"))
+            schema.migrate(
+                ledger,
+                path=path,
+                migrations=(*schema.MIGRATIONS, "ALTER TABLE marks ADD COLUMN note TEXT; DROP TABLE nowhere"),
+            )
         ledger.execute("ROLLBACK")
         assert ledger.execute("SELECT * FROM marks").fetchall() == [("cursor", 3)]
         schema.migrate(ledger, path=path, migrations=later)
         schema.migrate(ledger, path=path, migrations=later)
         assert ledger.execute("SELECT * FROM marks").fetchall() == [("cursor", 3, "old")]
-    with pytest.raises(UserError, match=f"schema version {len(later)} and this program knows {len(later) - 1}: run the release"):
+    with pytest.raises(
+        UserError,
+        match=f"schema version {len(later)} and this program knows {len(later) - 1}: run the release",
+    ):
         asyncio.run(write())
     path.write_bytes(b"not a ledger at all" * 1000)
     for name in ("ledger.sqlite3-wal", "ledger.sqlite3-shm"):
@@ -329,7 +390,9 @@ async def fill_until_unhealthy(store: DurableStore, *, first_id: int) -> tuple[i
     raise AssertionError("the disk never became full")
 
 
-async def check_recovery(store: DurableStore, directory: Path, *, last_id: int, acknowledged: list[int], first_id: int = 1) -> None:
+async def check_recovery(
+    store: DurableStore, directory: Path, *, last_id: int, acknowledged: list[int], first_id: int = 1
+) -> None:
     """After space came: everything is acknowledged, and there."""
     await settled(lambda: len(acknowledged) == last_id - first_id + 1)
     assert store.health == "" and acknowledged == list(range(first_id, last_id + 1))
@@ -406,7 +469,9 @@ def test_free_space_is_left_on_the_disk(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-def test_what_frees_space_gets_through_when_samples_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_frees_space_gets_through_when_samples_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def run() -> None:
         async with opened(tmp_path, segment_bytes=1 << 12, min_free_bytes=1) as (store, _):
             tickets = [full_ticket(store, ticket_id) for ticket_id in range(1, 12)]
@@ -448,7 +513,9 @@ def test_a_disk_that_hangs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_an_open_transaction_of_somebody_else_is_waited_for(tmp_path: Path) -> None:
     async def run() -> None:
         async with opened(tmp_path) as (store, _):
-            with contextlib.closing(sqlite3.connect(tmp_path / "ledger.sqlite3", isolation_level=None)) as shell:
+            with contextlib.closing(
+                sqlite3.connect(tmp_path / "ledger.sqlite3", isolation_level=None)
+            ) as shell:
                 shell.execute("BEGIN IMMEDIATE")
                 full_ticket(store, 1)
                 await settled(lambda: bool(store.health))
@@ -491,7 +558,11 @@ def test_recovery_reads_no_ended_ticket(tmp_path: Path) -> None:
         schema.read(ledger)
         schema.read_places(ledger)
         ledger.set_trace_callback(None)
-        plans = {sql: " ".join(row[3] for row in ledger.execute(f"EXPLAIN QUERY PLAN {sql}")) for sql in statements if "samples" in sql}
+        plans = {
+            sql: " ".join(row[3] for row in ledger.execute(f"EXPLAIN QUERY PLAN {sql}"))
+            for sql in statements
+            if "samples" in sql
+        }
     assert plans
     for sql, plan in plans.items():
         assert "SCAN samples" not in plan and "tickets_with_arrays" in plan, f"{sql}: {plan}"
@@ -501,11 +572,16 @@ def test_recovery_reads_no_ended_ticket(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"durability": "fsync"}, "buffer.durability=fsync: use one of power_loss, process_crash, none"),
-        ({"durability": "none", "retain_trajectories": True}, "set buffer.durability to process_crash or power_loss"),
+        (
+            {"durability": "none", "retain_trajectories": True},
+            "set buffer.durability to process_crash or power_loss",
+        ),
         ({"segment_bytes": 100}, "buffer.segment_bytes must be between"),
         ({"min_free_bytes": -1}, "buffer.min_free_bytes must be at least 0"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+def test_settings_that_cannot_work_are_refused(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         job(tmp_path, buffer=settings)

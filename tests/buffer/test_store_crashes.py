@@ -27,7 +27,9 @@ NUM_KILLS = 20
 NUM_POWER_LOSSES = 30
 
 
-def start_load(directory: Path, *, durability: str, num_tickets: int, **environment: str) -> subprocess.Popen[bytes]:
+def start_load(
+    directory: Path, *, durability: str, num_tickets: int, **environment: str
+) -> subprocess.Popen[bytes]:
     """`tests.support.store_load` as a process."""
     return subprocess.Popen(
         [sys.executable, "-m", "tests.support.store_load", str(directory), durability, str(num_tickets)],
@@ -64,7 +66,10 @@ def check(directory: Path, acknowledged: set[tuple[int, int]], *, durability: st
             "SELECT ticket_id, sample_index, released, segment, offset, num_bytes, crc32 FROM samples JOIN tickets USING (ticket_id)"
         )
         found = {(ticket_id, index): (released, Place(*place)) for ticket_id, index, released, *place in rows}
-        trained = [row[0] for row in ledger.execute("SELECT ticket_id FROM tickets WHERE state = 'trained' ORDER BY 1")]
+        trained = [
+            row[0]
+            for row in ledger.execute("SELECT ticket_id FROM tickets WHERE state = 'trained' ORDER BY 1")
+        ]
         (num_samples,) = ledger.execute("SELECT count(*) FROM samples").fetchone()
         (integrity,) = ledger.execute("PRAGMA integrity_check").fetchone()
     assert integrity == "ok" and num_samples == len(found)
@@ -72,7 +77,9 @@ def check(directory: Path, acknowledged: set[tuple[int, int]], *, durability: st
     for (ticket_id, index), (released, place) in found.items():
         if not released:
             record = read_record(directory, place, ticket_id=ticket_id, sample_index=index)
-            assert is_same(record.trajectory(), trajectory_of(ticket_id, index)), f"sample {index} of ticket {ticket_id} is another one"
+            assert is_same(record.trajectory(), trajectory_of(ticket_id, index)), (
+                f"sample {index} of ticket {ticket_id} is another one"
+            )
     assert trained == list(range(1, len(trained) + 1))
     assert recovered.marks.get("committed_step", 0) == len(trained), "half of one turn's writes"
     assert len(recovered.trained) == min(KEPT, len(trained))
@@ -156,7 +163,9 @@ def lose_power(tmp_path: Path, *, num_points: int, seed: int) -> None:
             disk.lose_power(into, survives=lambda chance=chance: rng.random() < chance, rng=rng)
             check(into, acknowledged, durability="power_loss")
             shutil.rmtree(into)
-    assert num_acknowledged[-1] > 200 and len(set(num_acknowledged)) >= min(num_points // 2, len(acknowledging))
+    assert num_acknowledged[-1] > 200 and len(set(num_acknowledged)) >= min(
+        num_points // 2, len(acknowledging)
+    )
 
 
 def test_power_loss_loses_nothing_acknowledged(tmp_path: Path) -> None:

@@ -13,7 +13,14 @@ import msgpack
 from areal_like.errors import WireError
 from areal_like.wire.codec import WIRE_VERSION, decode, encode
 from areal_like.wire.messages.consumer import Fetch, StartTraining
-from areal_like.wire.messages.producer import SampleAck, SampleAcks, SampleDone, Samples, ServerHeartbeat, ServerState
+from areal_like.wire.messages.producer import (
+    SampleAck,
+    SampleAcks,
+    SampleDone,
+    Samples,
+    ServerHeartbeat,
+    ServerState,
+)
 from areal_like.wire.records import Record
 from tests.support.ledger_plant import trajectory
 
@@ -33,7 +40,11 @@ def malformed(seed: int) -> Iterator[list[bytes]]:
         encode(SampleAcks(acks=[SampleAck(lease_id=1, sample_indices=[0])])),
         encode(Fetch(step=0, position=0), rid=1),
         encode(StartTraining(step=0, stream={"cursor": 1, "pending": [1, 2]}), rid=2),
-        encode(ServerHeartbeat(state=ServerState.SERVING, free_samples=1, holding_samples=0, weights_version=0, leases=[1])),
+        encode(
+            ServerHeartbeat(
+                state=ServerState.SERVING, free_samples=1, holding_samples=0, weights_version=0, leases=[1]
+            )
+        ),
     ]
     kinds = [_truncated, _flipped, _extended, _of_wrong_types, _nested, _pickled, _random]
     for number in count():
@@ -69,7 +80,19 @@ def _extended(frames: list[bytes], rng: random.Random) -> list[bytes]:
 
 def _of_wrong_types(frames: list[bytes], rng: random.Random) -> list[bytes]:
     version, tag, rid, body = msgpack.unpackb(frames[0])
-    wrong: Any = rng.choice([None, -1, 2**64 - 1, float("nan"), "x" * rng.randrange(1000), [1] * rng.randrange(100), {}, b"\0" * 9, True])
+    wrong: Any = rng.choice(
+        [
+            None,
+            -1,
+            2**64 - 1,
+            float("nan"),
+            "x" * rng.randrange(1000),
+            [1] * rng.randrange(100),
+            {},
+            b"\0" * 9,
+            True,
+        ]
+    )
     body[rng.choice(list(body))] = wrong
     return [msgpack.packb([version, tag, rid, body]), *frames[1:]]
 

@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from areal_like.config import Config
-from areal_like.wire.messages.consumer import AllocVersion, Books, CommitStep, CompleteStep, GetBooks, Group, StartTraining
+from areal_like.wire.messages.consumer import (
+    AllocVersion,
+    Books,
+    CommitStep,
+    CompleteStep,
+    GetBooks,
+    Group,
+    StartTraining,
+)
 from tests.chaos.producer import is_invented
 from tests.chaos.proxy import FaultProxy, Faults
 from tests.support.buffer_harness import ROOT, BufferProcess, job
@@ -52,18 +60,26 @@ class Plant:
         self._stack = stack
         self.buffer = BufferProcess(config)
         stack.callback(lambda: self.buffer.close())
-        self.proxy = stack.enter_context(FaultProxy(lambda: self.buffer.address.removeprefix("tcp://"), faults=faults, seed=seed))
-        self.config = dataclasses.replace(config, buffer=dataclasses.replace(config.buffer, port=self.proxy.port))
+        self.proxy = stack.enter_context(
+            FaultProxy(lambda: self.buffer.address.removeprefix("tcp://"), faults=faults, seed=seed)
+        )
+        self.config = dataclasses.replace(
+            config, buffer=dataclasses.replace(config.buffer, port=self.proxy.port)
+        )
         self.producers: dict[str, subprocess.Popen[bytes]] = {}
         stack.callback(self._kill_producers)
 
     def restart_buffer(self) -> None:
         """SIGKILL and a new process on the same run."""
         self.buffer.close()
-        (self.buffer.paths.endpoints / "buffer.json").unlink(missing_ok=True)  # of the process that was killed
+        (self.buffer.paths.endpoints / "buffer.json").unlink(
+            missing_ok=True
+        )  # of the process that was killed
         self.buffer = BufferProcess(self.buffer.config)
 
-    def produce(self, name: str, *, capacity: int = 32, sample_s: float = 0.002, num_tokens: int = 64) -> subprocess.Popen[bytes]:
+    def produce(
+        self, name: str, *, capacity: int = 32, sample_s: float = 0.002, num_tokens: int = 64
+    ) -> subprocess.Popen[bytes]:
         """Starts a producer, or starts it again after it was killed."""
         numbers = [str(capacity), str(sample_s), str(num_tokens)]
         settings = ["--config", str(self.buffer.paths.config), f"buffer.port={self.proxy.port}"]
@@ -79,7 +95,9 @@ class Plant:
         """Rank 0's link through the proxy."""
         before, link_module._ASK_AGAIN_S = link_module._ASK_AGAIN_S, ASK_AGAIN_S
         try:
-            with BufferLink(self.config, rank=0, world_size=1, device="cpu", incarnation=time.time_ns()) as link:
+            with BufferLink(
+                self.config, rank=0, world_size=1, device="cpu", incarnation=time.time_ns()
+            ) as link:
                 yield link
         finally:
             link_module._ASK_AGAIN_S = before
@@ -92,7 +110,9 @@ class Plant:
 
 
 @contextlib.contextmanager
-def plant(directory: Path, *, faults: Faults | None = None, seed: int = 0, **overrides: Any) -> Iterator[Plant]:
+def plant(
+    directory: Path, *, faults: Faults | None = None, seed: int = 0, **overrides: Any
+) -> Iterator[Plant]:
     """A buffer behind a proxy."""
     with ExitStack() as stack:
         yield Plant(chaos_job(directory, **overrides), faults=faults or Faults(), seed=seed, stack=stack)
@@ -120,13 +140,20 @@ def books_of(link: BufferLink) -> Books:
 def check_groups(groups: list[Group], config: Config, *, first: int, last: int) -> None:
     """Every place is filled once, in order, with a whole group that nobody has seen before, within the bound."""
     places = [(group.step, group.position) for group in groups]
-    assert places == [(step, position) for step in range(first, last) for position in range(config.trainer.groups_per_step)]
+    assert places == [
+        (step, position) for step in range(first, last) for position in range(config.trainer.groups_per_step)
+    ]
     assert len({group.ticket_id for group in groups}) == len(groups), "a ticket was trained twice"
     for group in groups:
-        assert all(0 <= group.step - oldest <= config.staleness_cap for oldest in group.version_steps), group.ticket_id
+        assert all(0 <= group.step - oldest <= config.staleness_cap for oldest in group.version_steps), (
+            group.ticket_id
+        )
         assert len(group.trajectories) == config.sampling.group_size
         for index, trajectory in enumerate(group.trajectories):
-            assert is_invented(trajectory, ticket_id=group.ticket_id, sample_index=index), (group.ticket_id, index)
+            assert is_invented(trajectory, ticket_id=group.ticket_id, sample_index=index), (
+                group.ticket_id,
+                index,
+            )
 
 
 def check_books(books: Books) -> None:

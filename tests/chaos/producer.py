@@ -47,9 +47,13 @@ def invented(ticket_id: int, sample_index: int, *, num_tokens: int, version: int
 
 def is_invented(trajectory: Trajectory, *, ticket_id: int, sample_index: int) -> bool:
     """Whether it came through unharmed."""
-    original = invented(ticket_id, sample_index, num_tokens=trajectory.num_tokens, version=trajectory.newest_version)
+    original = invented(
+        ticket_id, sample_index, num_tokens=trajectory.num_tokens, version=trajectory.newest_version
+    )
     names = ("tokens", "loss_mask", "logprobs", "versions")
-    return trajectory.reward == original.reward and all(np.array_equal(getattr(trajectory, n), getattr(original, n)) for n in names)
+    return trajectory.reward == original.reward and all(
+        np.array_equal(getattr(trajectory, n), getattr(original, n)) for n in names
+    )
 
 
 class Producer:
@@ -106,17 +110,23 @@ class Producer:
     def _take(self, leases: list[Lease]) -> None:
         for lease in leases:
             for index in lease.sample_indices:
-                self._loop.call_later(self._sample_s * (1 + (lease.ticket_id + index) % 4), self._finish, lease, index)
+                self._loop.call_later(
+                    self._sample_s * (1 + (lease.ticket_id + index) % 4), self._finish, lease, index
+                )
 
     def _finish(self, lease: Lease, index: int) -> None:
         trajectory = invented(lease.ticket_id, index, num_tokens=self._num_tokens, version=self._version)
-        self._link.deliver(SampleDone(lease_id=lease.lease_id, record=Record.of(lease.ticket_id, index, trajectory)))
+        self._link.deliver(
+            SampleDone(lease_id=lease.lease_id, record=Record.of(lease.ticket_id, index, trajectory))
+        )
 
 
 async def _main() -> None:
     name, capacity, sample_s, num_tokens, *settings = sys.argv[1:]
     config = load_config(settings)
-    await Producer(config, name, capacity=int(capacity), sample_s=float(sample_s), num_tokens=int(num_tokens)).run()
+    await Producer(
+        config, name, capacity=int(capacity), sample_s=float(sample_s), num_tokens=int(num_tokens)
+    ).run()
 
 
 if __name__ == "__main__":

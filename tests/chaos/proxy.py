@@ -90,7 +90,9 @@ class FaultProxy:
             far_reader, far_writer = await asyncio.open_connection(host, int(port), limit=1 << 24)
             writers.append(far_writer)
             ways = [
-                asyncio.create_task(self._pass_on(source, sink, rng=random.Random(f"{self._seed}/{number}/{way}")))
+                asyncio.create_task(
+                    self._pass_on(source, sink, rng=random.Random(f"{self._seed}/{number}/{way}"))
+                )
                 for way, source, sink in (("in", near_reader, far_writer), ("out", far_reader, near_writer))
             ]
             try:
@@ -105,10 +107,14 @@ class FaultProxy:
             for writer in writers:
                 writer.transport.abort()
 
-    async def _pass_on(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, rng: random.Random) -> None:
+    async def _pass_on(
+        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, rng: random.Random
+    ) -> None:
         """One direction; ends with the connection or a cut."""
         left = _GREETING_BYTES
-        while left:  # in pieces as they come: each side waits for the other's first bytes before it sends the rest
+        while (
+            left
+        ):  # in pieces as they come: each side waits for the other's first bytes before it sends the rest
             piece = await source.read(left)
             if not piece:
                 return

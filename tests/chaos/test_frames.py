@@ -29,12 +29,16 @@ def flood(directory: Path, *, num_frames: int, num_oversized: int) -> None:
         rss_bytes = 0
         for num_sent in range(_BATCH, num_frames + 1, _BATCH):
             with _sent(job.buffer.address, list(islice(frames, _BATCH))):
-                job.buffer.wait_status(lambda status, all_sent=num_sent: status["bad_frames"] == all_sent, timeout_s=60)
+                job.buffer.wait_status(
+                    lambda status, all_sent=num_sent: status["bad_frames"] == all_sent, timeout_s=60
+                )
             rss_bytes = rss_bytes or job.buffer.rss_bytes()
         for _ in range(num_oversized):
             with _sent(job.buffer.address, [[bytes(MAX_MESSAGE_BYTES + 1)]]):
                 time.sleep(0.2)
-        assert job.buffer.status()["bad_frames"] == num_frames, "what is too large never gets as far as being decoded"
+        assert job.buffer.status()["bad_frames"] == num_frames, (
+            "what is too large never gets as far as being decoded"
+        )
         assert job.buffer.rss_bytes() < 1.05 * rss_bytes
         groups += train(link, first=10, last=20)
         check_groups(groups, job.config, first=0, last=20)

@@ -74,7 +74,10 @@ def kill_producers(directory: Path, *, num_kills: int, num_steps: int) -> None:
             job.producers[victim].send_signal(signal.SIGKILL)
             killed_s = time.monotonic()
             job.producers[victim].wait()
-            job.buffer.wait_status(lambda status, name=victim: name not in [peer["name"] for peer in status["peers"]], timeout_s=20)
+            job.buffer.wait_status(
+                lambda status, name=victim: name not in [peer["name"] for peer in status["peers"]],
+                timeout_s=20,
+            )
             assert time.monotonic() - killed_s < 2.0 + 1.0, "its leases are late"
             job.produce(victim, sample_s=0.03)
         training.finish(timeout_s=60 + num_steps)
@@ -143,8 +146,17 @@ def stop_trainer(directory: Path, *, stopped_s: float) -> None:
     with plant(directory, **settings(num_steps, cache_bytes=1 << 20)) as job:
         for name in ("rollout-0", "rollout-1"):
             job.produce(name, num_tokens=2048)
-        command = [sys.executable, "-m", "tests.chaos.consumer", str(num_steps), "--config", str(job.buffer.paths.config)]
-        with _killed_at_the_end([*command, f"buffer.port={job.buffer.address.rpartition(':')[2]}"]) as consumer:
+        command = [
+            sys.executable,
+            "-m",
+            "tests.chaos.consumer",
+            str(num_steps),
+            "--config",
+            str(job.buffer.paths.config),
+        ]
+        with _killed_at_the_end(
+            [*command, f"buffer.port={job.buffer.address.rpartition(':')[2]}"]
+        ) as consumer:
             job.buffer.wait_status(lambda status: status["step"] >= 5, timeout_s=60)
             consumer.send_signal(signal.SIGSTOP)
             # What the bound admits is made, and then everybody waits.

@@ -35,13 +35,24 @@ class Server:
     """A rollout server's engine and weight plane, with requests that never end."""
 
     def __init__(self, name: str, model: Path, folder: Path) -> None:
-        config = from_mapping({"runs_dir": str(folder), "name": name, "model": {"path": str(model)}, "rollout": {"max_running": 4}})
+        config = from_mapping(
+            {
+                "runs_dir": str(folder),
+                "name": name,
+                "model": {"path": str(model)},
+                "rollout": {"max_running": 4},
+            }
+        )
         self.name = name
         self.state = "starting"
         self.incarnation = 1
         self.engine = EmbeddedProcess(config, name=name, model=str(model), context_tokens=64)
         self.receiver = WeightReceiver(
-            host="127.0.0.1", max_message_bytes=1 << 20, turnstile=Turnstile(), on_version=self.serve, on_doubt=lambda _: self.engine.kill()
+            host="127.0.0.1",
+            max_message_bytes=1 << 20,
+            turnstile=Turnstile(),
+            on_version=self.serve,
+            on_doubt=lambda _: self.engine.kill(),
         )
         self.generations: list[Generation] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -66,7 +77,9 @@ class Server:
         client = await self.engine.start(version=0)
         self.receiver.set_engine(client)
         self.state = "quarantined" if self.engine.num_starts > 1 else "serving"
-        self._tasks = [asyncio.create_task(self._generate(client)) for _ in range(4)] + [asyncio.create_task(self._watch(client))]
+        self._tasks = [asyncio.create_task(self._generate(client)) for _ in range(4)] + [
+            asyncio.create_task(self._watch(client))
+        ]
 
     async def close(self) -> None:
         await self.receiver.close()
@@ -103,7 +116,9 @@ async def kill_in_mid_broadcast(folder: Path, *, seeds: range) -> tuple[list[Gen
         nonlocal version
         version += 1
         snapshot = Held(weights(model, version), bucket_bytes=2048)
-        return await broadcaster.push(snapshot, version=version, step=version, servers=[server.entry for server in servers])
+        return await broadcaster.push(
+            snapshot, version=version, step=version, servers=[server.entry for server in servers]
+        )
 
     async def push_to_all() -> float:
         started_s = time.monotonic()
@@ -143,13 +158,16 @@ def weights(model: Path, version: int) -> dict[str, torch.Tensor]:
     """Those of a version; the first are the model's own."""
     generator = torch.Generator().manual_seed(version)
     return {
-        name: tensor + 0.05 * bool(version) * torch.randn(tensor.shape, generator=generator) for name, tensor in weights_of(model).items()
+        name: tensor + 0.05 * bool(version) * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in weights_of(model).items()
     }
 
 
 def check(model: Path, generations: list[Generation]) -> None:
     """Log-probs under the attested weights."""
-    mixed_first = sorted(generations, key=lambda generation: len(set(generation.versions.tolist())), reverse=True)
+    mixed_first = sorted(
+        generations, key=lambda generation: len(set(generation.versions.tolist())), reverse=True
+    )
     models = {}
     for generation in mixed_first[:NUM_CHECKED]:
         for version in set(generation.versions.tolist()):

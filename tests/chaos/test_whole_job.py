@@ -49,7 +49,11 @@ class Killer:
         """SIGKILL for one of those that may be killed."""
         now_s = time.monotonic()
         living = processes_of(self._root)
-        names = [name for name in self._victims if sum(now_s - killed_s < _CALM_S for killed_s in self.kills[name]) < 2]
+        names = [
+            name
+            for name in self._victims
+            if sum(now_s - killed_s < _CALM_S for killed_s in self.kills[name]) < 2
+        ]
         self.rng.shuffle(names)
         for name in names:
             pids = [pid for pid, command in living.items() if self._victims[name] in command]
@@ -69,7 +73,10 @@ def test_a_job_under_fire_loses_nothing(tmp_path: Path, num_shards: int, duratio
         "server 0": "-m rollout_server --config",
         "server 1": "--name rollout-1",
         "engine": "-m rollout_server.engine",
-    } | {f"buffer {index}": f"--name {name}" for index, name in enumerate(["buffer"] if num_shards == 1 else ["buffer-0", "buffer-1"])}
+    } | {
+        f"buffer {index}": f"--name {name}"
+        for index, name in enumerate(["buffer"] if num_shards == 1 else ["buffer-0", "buffer-1"])
+    }
     killer = Killer(root, victims, seed=num_shards)
     with launcher(*SETTINGS, f"buffer.num_shards={num_shards}", cwd=tmp_path) as process:
         wait_until(lambda: num_steps_done(root) > 5, timeout_s=180, what="training")
@@ -80,7 +87,9 @@ def test_a_job_under_fire_loses_nothing(tmp_path: Path, num_shards: int, duratio
             killer.strike()
         # What was killed last comes back, and then the job goes on.
         num_done = num_steps_done(root)
-        wait_until(lambda: num_steps_done(root) > num_done + 5, timeout_s=180, what="training after the last kill")
+        wait_until(
+            lambda: num_steps_done(root) > num_done + 5, timeout_s=180, what="training after the last kill"
+        )
         process.terminate()
         out, err = process.communicate(timeout=90)
     assert (process.returncode, err) == (0, ""), out + err
@@ -89,5 +98,7 @@ def test_a_job_under_fire_loses_nothing(tmp_path: Path, num_shards: int, duratio
     assert report.is_clean, "\n".join(report.lines())
     pending = sum(report.tickets.get(state, 0) for state in ("queued", "leased", "ready", "batched"))
     ended = report.tickets["trained"] + report.tickets.get("dropped", 0) + report.tickets.get("evaluated", 0)
-    assert report.tickets["issued"] == pending + ended and report.tickets.get("dropped", 0) == sum(report.drops.values())
+    assert report.tickets["issued"] == pending + ended and report.tickets.get("dropped", 0) == sum(
+        report.drops.values()
+    )
     print(f"{sum(map(len, killer.kills.values()))} kills in {duration_s:.0f} s", *report.lines(), sep="\n")

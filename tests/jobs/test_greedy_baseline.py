@@ -22,7 +22,13 @@ from areal_like.wire.messages.producer import Lease
 from areal_like.wire.records import Record
 from buffer.ledger.ledger import Ledger
 from buffer.tickets import Drop, State, Verdict
-from tests.support.buffer_harness import BufferProcess, PlayedTrainer, connected, running_buffer, trainer_hello
+from tests.support.buffer_harness import (
+    BufferProcess,
+    PlayedTrainer,
+    connected,
+    running_buffer,
+    trainer_hello,
+)
 from tests.support.ledger_plant import add_server, deliver, done, new_ledger, trajectory
 from tests.support.rollout_harness import ServerProcess
 from tests.support.trainer_helpers import random_groups, write_model
@@ -45,10 +51,16 @@ def test_a_group_has_one_more_sample_which_is_greedy() -> None:
         assert deliver(ledger, "a", done(lease, index, [0], reward=float(index))) is Verdict.ACCEPTED
     group = ledger.fetch(step=0, position=0)
     assert group is not None
-    assert [t.is_greedy for t in group.trajectories] == [False, False, True] and group.trajectories[2].reward == 2
+    assert [t.is_greedy for t in group.trajectories] == [False, False, True] and group.trajectories[
+        2
+    ].reward == 2
     ledger.complete_step(incarnation=1, step=0)
     counters = ledger.statistics.counters()
-    assert (counters["samples_accepted"], counters["samples_trained"], counters["tokens_trained"]) == (3, 2, 2)
+    assert (counters["samples_accepted"], counters["samples_trained"], counters["tokens_trained"]) == (
+        3,
+        2,
+        2,
+    )
 
 
 def test_only_what_is_missing_is_leased_again_in_its_own_kind() -> None:
@@ -69,7 +81,8 @@ def test_a_sample_of_the_other_kind_is_refused() -> None:
     (lease,) = leases_of(ledger)
     for index, is_greedy in ((0, True), (1, False)):
         message = dataclasses.replace(
-            done(lease, index, [0]), record=Record.of(lease.ticket_id, index, trajectory([0], is_greedy=is_greedy))
+            done(lease, index, [0]),
+            record=Record.of(lease.ticket_id, index, trajectory([0], is_greedy=is_greedy)),
         )
         assert deliver(ledger, "a", message) is Verdict.INVALID
 
@@ -85,7 +98,9 @@ def test_the_greedy_reward_is_no_spread(rewards: tuple[float, ...], num_dropped:
 
 
 def test_the_greedy_sample_counts_for_version_and_lag() -> None:
-    ledger = new_ledger(group_size=1, num_greedy=1, groups_per_step=1, group_filter="single_version", max_staleness=1)
+    ledger = new_ledger(
+        group_size=1, num_greedy=1, groups_per_step=1, group_filter="single_version", max_staleness=1
+    )
     add_server(ledger, "a", capacity=4)
     first, second = leases_of(ledger)
     deliver(ledger, "a", done(first, 0, [0]))
@@ -117,7 +132,9 @@ def test_a_step_compares_with_the_greedy_sample_and_learns_nothing_from_it(tmp_p
     """The same gradient as with its reward known beforehand, a penalty that the greedy sample does not pay included."""
     ranks, path = Ranks.alone(), write_model(tmp_path)
     kl = {"kl": {"coef": 0.05, "estimator": "k1", "place": "reward"}}
-    with_greedy = [[*group, dataclasses.replace(group[0], is_greedy=True, reward=0.25)] for group in random_groups(4)]
+    with_greedy = [
+        [*group, dataclasses.replace(group[0], is_greedy=True, reward=0.25)] for group in random_groups(4)
+    ]
     remax = make_runner(path, ranks, beta1=0.0, settings=kl | {"advantage": {"name": "remax"}})
     known = make_runner(path, ranks, beta1=0.0, settings=kl, advantage=AboveQuarter())
     got, want = remax.run(with_greedy, step=0), known.run(random_groups(4), step=0)
@@ -149,7 +166,9 @@ def test_real_servers_answer_greedily_where_they_are_asked_to(tmp_path: Path) ->
         }
         buffer = stack.enter_context(running_buffer(tmp_path, model={"path": str(model)}, **settings))
         port = int(buffer.address.rsplit(":", 1)[1])
-        config = dataclasses.replace(buffer.config, buffer=dataclasses.replace(buffer.config.buffer, port=port))
+        config = dataclasses.replace(
+            buffer.config, buffer=dataclasses.replace(buffer.config.buffer, port=port)
+        )
         server = ServerProcess(config)
         stack.callback(server.close)
         groups, books = asyncio.run(_train(buffer, model))
@@ -158,17 +177,28 @@ def test_real_servers_answer_greedily_where_they_are_asked_to(tmp_path: Path) ->
     sampled: dict[int, set[tuple[int, ...]]] = {}
     for group in groups:
         texts.setdefault(group.prompt_index, set()).add(tuple(group.trajectories[3].tokens.tolist()))
-        sampled.setdefault(group.prompt_index, set()).update(tuple(t.tokens.tolist()) for t in group.trajectories[:3])
-    assert all(len(greedy) == 1 for greedy in texts.values()) and all(len(drawn) > 3 for drawn in sampled.values())
-    assert books.tickets["batched"] == NUM_STEPS * GROUPS and books.counters["samples_trained"] == NUM_STEPS * GROUPS * 3
+        sampled.setdefault(group.prompt_index, set()).update(
+            tuple(t.tokens.tolist()) for t in group.trajectories[:3]
+        )
+    assert all(len(greedy) == 1 for greedy in texts.values()) and all(
+        len(drawn) > 3 for drawn in sampled.values()
+    )
+    assert (
+        books.tickets["batched"] == NUM_STEPS * GROUPS
+        and books.counters["samples_trained"] == NUM_STEPS * GROUPS * 3
+    )
 
 
 async def _train(buffer: BufferProcess, model: Path) -> tuple[list[Group], Books]:
     config = buffer.config
-    hello = trainer_hello(config, model=model_fingerprint(str(model)), tokenizer=tokenizer_fingerprint(str(model)))
+    hello = trainer_hello(
+        config, model=model_fingerprint(str(model)), tokenizer=tokenizer_fingerprint(str(model))
+    )
     async with connected(buffer, hello) as link:
         trainer = PlayedTrainer(config, link)
         await trainer.call(StartTraining(step=0))
-        await trainer.call(RequestEval(eval_id=0, num_prompts=2, min_version=0), timeout_s=60)  # the engine has started
+        await trainer.call(
+            RequestEval(eval_id=0, num_prompts=2, min_version=0), timeout_s=60
+        )  # the engine has started
         groups = [group for step in range(NUM_STEPS) for group in await trainer.train(step)]
         return groups, await trainer.call(GetBooks())

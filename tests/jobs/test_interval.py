@@ -97,11 +97,18 @@ def test_a_group_that_mixes_weights_is_refused_with_a_reason_and_a_repeated_push
     other = ledger.alloc_version(incarnation=1, step=0)
     deliver(ledger, "a", done(first, 0, [again]))
     deliver(ledger, "a", done(first, 1, [again, other]))
-    assert ledger.register.num_by_state()[State.BATCHED] == 1, "the same weights, sent twice for a server that came late"
+    assert ledger.register.num_by_state()[State.BATCHED] == 1, (
+        "the same weights, sent twice for a server that came late"
+    )
     deliver(ledger, "a", done(second, 0, [0]))
     deliver(ledger, "a", done(second, 1, [0, again]))
     assert ledger.drops == {Drop.REJECTED: 1}
-    for part in (f"ticket {second.ticket_id}", f"versions 0, 0-{again}", "weights.update_mode=drain", "weights.sync_interval"):
+    for part in (
+        f"ticket {second.ticket_id}",
+        f"versions 0, 0-{again}",
+        "weights.update_mode=drain",
+        "weights.sync_interval",
+    ):
         assert part in ledger.last_rejection
 
 
@@ -112,14 +119,20 @@ class DrainPlant(Plant):
     interval: int = 1
     versions_trained: list[tuple[int, set[int]]] = field(default_factory=list)
 
-    def _finish(self, server: PlantServer, lease: Lease, index: int, first_version: int, num_tokens: int) -> None:
+    def _finish(
+        self, server: PlantServer, lease: Lease, index: int, first_version: int, num_tokens: int
+    ) -> None:
         assert server.version == first_version, "a drain lets sequences end before weights change"
         super()._finish(server, lease, index, first_version, num_tokens)
 
     def _end_step(self, step: int) -> None:
         ledger = self.ledger
-        groups = [ledger.fetch(step=step, position=position) for position in range(ledger.settings.groups_per_step)]
-        self.versions_trained.append((step, {t.oldest_version for group in groups if group for t in group.trajectories}))
+        groups = [
+            ledger.fetch(step=step, position=position) for position in range(ledger.settings.groups_per_step)
+        ]
+        self.versions_trained.append(
+            (step, {t.oldest_version for group in groups if group for t in group.trajectories})
+        )
         ledger.complete_step(incarnation=1, step=step)
         if (step + 1) % self.interval == 0:
             version = ledger.alloc_version(incarnation=1, step=step + 1)
@@ -143,18 +156,29 @@ class DrainPlant(Plant):
 @pytest.mark.parametrize("fail_probability", [0.0, 0.05])
 def test_every_interval_is_trained_on_one_version_of_its_own(step_s: float, fail_probability: float) -> None:
     ledger = new_ledger(
-        max_staleness=4, sync_interval=4, group_filter="single_version", groups_per_step=8, group_size=4, num_steps=26, max_sample_retries=1
+        max_staleness=4,
+        sync_interval=4,
+        group_filter="single_version",
+        groups_per_step=8,
+        group_size=4,
+        num_steps=26,
+        max_sample_retries=1,
     )
     servers = [
         PlantServer(name="fast", tokens_per_s=100, max_running=24, capacity=32),
         PlantServer(name="slow", tokens_per_s=20, max_running=12, capacity=16),
     ]
-    plant = DrainPlant(ledger=ledger, servers=servers, step_s=step_s, fail_probability=fail_probability, interval=4)
+    plant = DrainPlant(
+        ledger=ledger, servers=servers, step_s=step_s, fail_probability=fail_probability, interval=4
+    )
     plant.run()
     assert plant.versions_trained == [(step, {step // 4}) for step in range(26)], "interval n has version n"
     assert set(ledger.statistics.lag_histogram) == {0, 1, 2, 3}
     counts = ledger.register.num_by_state()
-    assert counts[State.TRAINED] == 26 * 8 and counts[State.TRAINED] + counts[State.DROPPED] == ledger.register.num_issued
+    assert (
+        counts[State.TRAINED] == 26 * 8
+        and counts[State.TRAINED] + counts[State.DROPPED] == ledger.register.num_issued
+    )
     assert set(ledger.drops) <= {Drop.FAILED}, "nothing is left over at a sync, nothing is mixed"
     assert bool(ledger.drops) == bool(fail_probability)
     assert ledger.store.num_bytes == 0
@@ -166,10 +190,16 @@ def test_every_interval_is_trained_on_one_version_of_its_own(step_s: float, fail
 def test_the_preset_of_oapl_sets_everything_that_it_needs_and_each_may_be_overridden() -> None:
     config = load_config(["objective=oapl", "objective.beta2=0.2", "weights.sync_interval=5"])
     assert (config.objective["name"], config.objective["beta2"]) == ("oapl", 0.2)
-    assert (config.weights.update_mode, config.weights.sync_interval, config.buffer.group_filter) == ("drain", 5, "single_version")
+    assert (config.weights.update_mode, config.weights.sync_interval, config.buffer.group_filter) == (
+        "drain",
+        5,
+        "single_version",
+    )
     assert LedgerSettings.from_config(config).sync_interval == 5
     anywhere = load_config(["weights.sync_interval=3"])
-    assert LedgerSettings.from_config(anywhere).sync_interval == 1, "where groups may span a push, only pushes get rarer"
+    assert LedgerSettings.from_config(anywhere).sync_interval == 1, (
+        "where groups may span a push, only pushes get rarer"
+    )
 
 
 @pytest.mark.parametrize(
@@ -177,7 +207,10 @@ def test_the_preset_of_oapl_sets_everything_that_it_needs_and_each_may_be_overri
     [
         (["weights.sync_interval=6"], ["weights.sync_interval=6", "max_staleness to at least 5"]),
         (["objective=oapl", "max_staleness=2"], ["weights.sync_interval=4", "max_staleness=2"]),
-        (["objective=oapl", "weights.update_mode=recompute"], ["objective.name=oapl", "weights.update_mode=drain"]),
+        (
+            ["objective=oapl", "weights.update_mode=recompute"],
+            ["objective.name=oapl", "weights.update_mode=drain"],
+        ),
         (["objective=oapl", "max_staleness=auto"], ["weights.sync_interval=4", "max_staleness a number"]),
         (["weights.sync_interval=0"], ["weights.sync_interval must be at least 1"]),
     ],
@@ -193,7 +226,9 @@ def test_a_contradiction_names_both_keys(settings: list[str], parts: list[str]) 
 
 @pytest.mark.timeout(60)
 def test_a_trainer_refuses_oapl_on_groups_that_may_mix_versions(tmp_path: Path) -> None:
-    buffer = BufferProcess(job(tmp_path, model={"path": write_model(tmp_path / "model")}, objective={"name": "oapl"}))
+    buffer = BufferProcess(
+        job(tmp_path, model={"path": write_model(tmp_path / "model")}, objective={"name": "oapl"})
+    )
     try:
         with trainer(buffer) as process:
             _, err = process.communicate(timeout=50)
@@ -213,13 +248,17 @@ SMALL = (
 )
 
 
-def run_job(tmp_path: Path, cache: dict[str, str], *settings: str) -> tuple[list[dict[str, object]], dict[str, object]]:
+def run_job(
+    tmp_path: Path, cache: dict[str, str], *settings: str
+) -> tuple[list[dict[str, object]], dict[str, object]]:
     """(rows of metrics.jsonl, summary.json) of a whole job."""
     with launcher(*SMALL, *settings, cwd=tmp_path, environment=cache) as process:
         _, err = process.communicate(timeout=140)
         assert process.returncode == 0, err
     root = tmp_path / "runs" / "x"
-    return [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()], json.loads((root / "summary.json").read_text())
+    return [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()], json.loads(
+        (root / "summary.json").read_text()
+    )
 
 
 @pytest.mark.slow
@@ -233,9 +272,17 @@ def test_oapl_runs_by_its_name_alone(tmp_path: Path, cache: dict[str, str]) -> N
 
 @pytest.mark.slow
 @pytest.mark.timeout(150)
-def test_an_automatic_bound_moves_in_a_real_run_and_survives_a_resume(tmp_path: Path, cache: dict[str, str]) -> None:
+def test_an_automatic_bound_moves_in_a_real_run_and_survives_a_resume(
+    tmp_path: Path, cache: dict[str, str]
+) -> None:
     # With an entropy bonus groups without spread are run as well: a step in which nothing is run says nothing about its ESS.
-    auto = ("max_staleness=auto", "max_staleness_cap=2", "ess_target=0.05", "eval.num_prompts=0", "trainer.entropy_coef=1e-6")
+    auto = (
+        "max_staleness=auto",
+        "max_staleness_cap=2",
+        "ess_target=0.05",
+        "eval.num_prompts=0",
+        "trainer.entropy_coef=1e-6",
+    )
     rows, summary = run_job(tmp_path, cache, *auto, "trainer.num_steps=22")
     assert [row["max_staleness"] for row in rows[:8]] == [0] * 8
     assert [row["lag_max"] for row in rows[:8]] == [0] * 8

@@ -49,7 +49,9 @@ def test_every_column_is_on_the_page(tmp_path: Path, ranks: Ranks) -> None:
     ]
     rows: list[dict[str, Any]] = []
     for step, settings in enumerate(jobs):
-        metrics = make_runner(path, ranks, settings=settings).run(groups, step=5 + step)  # sampled with version 5: the first is on-policy
+        metrics = make_runner(path, ranks, settings=settings).run(
+            groups, step=5 + step
+        )  # sampled with version 5: the first is on-policy
         rows.append(step_row(step, metrics | LagTally(4).reduced(ranks)))
     seen = {re.sub(r"_\d+$", "_I", name) for row in rows for name in row}
     assert seen | OF_THE_LEADER | {"greedy_reward"} == named_columns()
@@ -72,4 +74,6 @@ def test_every_series_is_on_the_page() -> None:
         assert set(re.findall(r"`(areal_\w+)(?:\{\w+\})?`", text)) == series_of(metrics.registry)
     listed = set(re.findall(r"`(areal_trainer_[a-z_]+)(?:\{\w+\})?`", trainer_text))
     gauges = trainer_text.partition("there): ")[2]
-    assert listed | {f"areal_trainer_{name}" for name in re.findall(r"`(\w+)`", gauges)} == series_of(trainer.registry)
+    assert listed | {f"areal_trainer_{name}" for name in re.findall(r"`(\w+)`", gauges)} == series_of(
+        trainer.registry
+    )

@@ -45,11 +45,24 @@ def machines() -> Iterator[tuple[str, str]]:
             subprocess.run(["ip", "netns", "delete", namespace], check=False, capture_output=True)
 
 
-def test_the_default_job_across_two_addresses(tmp_path: Path, machines: tuple[str, str], cache: dict[str, str]) -> None:
+def test_the_default_job_across_two_addresses(
+    tmp_path: Path, machines: tuple[str, str], cache: dict[str, str]
+) -> None:
     run = tmp_path / "runs" / "x"
     settings = (
-        *("name=x", f"runs_dir={tmp_path}/runs", "model.warm_start_steps=20", "trainer.num_steps=12", "eval.num_prompts=16"),
-        *("buffer.host=0.0.0.0", f"buffer.advertise_host={TRAINER_HOST}", f"buffer.port={PORT}", f"weights.host={TRAINER_HOST}"),
+        *(
+            "name=x",
+            f"runs_dir={tmp_path}/runs",
+            "model.warm_start_steps=20",
+            "trainer.num_steps=12",
+            "eval.num_prompts=16",
+        ),
+        *(
+            "buffer.host=0.0.0.0",
+            f"buffer.advertise_host={TRAINER_HOST}",
+            f"buffer.port={PORT}",
+            f"weights.host={TRAINER_HOST}",
+        ),
     )
     # Whoever is not the buffer knows its address, and the one at which it can be reached itself.
     trains = (*settings, f"buffer.host={TRAINER_HOST}")

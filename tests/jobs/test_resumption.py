@@ -64,7 +64,9 @@ def command(*words: str, cwd: Path) -> str:
     return run.stdout
 
 
-def test_a_trainer_killed_at_each_point_ends_with_the_weights_of_an_unbroken_run(tmp_path: Path, root: Path, cache: dict[str, str]) -> None:
+def test_a_trainer_killed_at_each_point_ends_with_the_weights_of_an_unbroken_run(
+    tmp_path: Path, root: Path, cache: dict[str, str]
+) -> None:
     deaths = ["update:5", "save:7", "commit:11"]
     settings = (
         *SMALL,
@@ -79,7 +81,9 @@ def test_a_trainer_killed_at_each_point_ends_with_the_weights_of_an_unbroken_run
     with launcher(*settings, cwd=tmp_path, environment=cache) as process:
         while process.poll() is None:
             now = places(root)
-            assert not {place for place in seen if now.get(place, seen[place]) != seen[place]}, "a place was given to another group"
+            assert not {place for place in seen if now.get(place, seen[place]) != seen[place]}, (
+                "a place was given to another group"
+            )
             seen |= now
             try:
                 process.wait(timeout=0.3)
@@ -88,16 +92,25 @@ def test_a_trainer_killed_at_each_point_ends_with_the_weights_of_an_unbroken_run
         out, err = process.communicate()
     assert (process.returncode, err) == (0, ""), out + err
     assert all((tmp_path / death).exists() for death in deaths)
-    assert out.count("trainer ended (killed by SIGKILL): starting it again") == 3 and "rollout-0 ended" not in out
-    assert [json.loads(line)["step"] for line in (root / "metrics.jsonl").read_text().splitlines()] == list(range(16))
+    assert (
+        out.count("trainer ended (killed by SIGKILL): starting it again") == 3
+        and "rollout-0 ended" not in out
+    )
+    assert [json.loads(line)["step"] for line in (root / "metrics.jsonl").read_text().splitlines()] == list(
+        range(16)
+    )
     command("audit", "x", cwd=tmp_path)
 
     assert places(root) == seen and len(seen) == 64
     rollbacks = query(root, "SELECT from_step, to_step FROM rollbacks ORDER BY id")
     assert rollbacks[:2] == [(5, 4), (8, 4)], rollbacks
-    assert {to_step for _, to_step in rollbacks[2:]} <= {12} and len(rollbacks) <= 3, "steps that were done while 12 was being written"
+    assert {to_step for _, to_step in rollbacks[2:]} <= {12} and len(rollbacks) <= 3, (
+        "steps that were done while 12 was being written"
+    )
     versions = query(root, "SELECT version, parent, trainer_incarnation FROM versions ORDER BY version")
-    assert [row[0] for row in versions] == list(range(1, len(versions) + 1)) and len({row[2] for row in versions}) == 4
+    assert [row[0] for row in versions] == list(range(1, len(versions) + 1)) and len(
+        {row[2] for row in versions}
+    ) == 4
     assert query(root, "SELECT * FROM leases") == [] and query(root, "SELECT * FROM attempts") == []
     told = command("replay", "x", cwd=tmp_path)
     assert "weights after step 12, 16: equal to those of the run, to the last bit" in told, told
@@ -115,7 +128,9 @@ def test_a_run_goes_on_without_the_checkpoints_that_a_full_disk_prevents_but_not
             process.terminate()
             out, err = process.communicate(timeout=60)
         assert process.returncode == 1 and "trainer failed while it drained" in err, out + err
-        assert "was not written" in err and "free space there" in err and "trainer ended" not in out, out + err
+        assert "was not written" in err and "free space there" in err and "trainer ended" not in out, (
+            out + err
+        )
         assert query(root, "SELECT value FROM marks WHERE name = 'committed_step' AND value >= 0") == []
         assert [path.name for path in disk.iterdir()] == ["filler"]
         filler.unlink()
@@ -130,8 +145,16 @@ def test_a_run_goes_on_without_the_checkpoints_that_a_full_disk_prevents_but_not
 
 
 @pytest.mark.chaos
-def test_a_killed_buffer_costs_a_pause_and_ranks_come_and_go(tmp_path: Path, root: Path, cache: dict[str, str]) -> None:
-    settings = (*SMALL, "trainer.num_steps=100000", "trainer.checkpoint_interval=5", "rollout.num_servers=2", "daemon.drain_timeout_s=120")
+def test_a_killed_buffer_costs_a_pause_and_ranks_come_and_go(
+    tmp_path: Path, root: Path, cache: dict[str, str]
+) -> None:
+    settings = (
+        *SMALL,
+        "trainer.num_steps=100000",
+        "trainer.checkpoint_interval=5",
+        "rollout.num_servers=2",
+        "daemon.drain_timeout_s=120",
+    )
     with launcher(*settings, cwd=tmp_path, environment=cache) as process:
         wait_until(lambda: num_steps_done(root) > 5, timeout_s=90, what="training")
         others = [pid_of(root, part) for part in ("-m trainer ", "rollout-0", "rollout-1")]
@@ -149,21 +172,31 @@ def test_a_killed_buffer_costs_a_pause_and_ranks_come_and_go(tmp_path: Path, roo
 
     for world_size in (2, 1):
         num_done = num_steps_done(root)
-        with launcher("name=x", "resume=latest", f"trainer.world_size={world_size}", cwd=tmp_path, environment=cache) as process:
-            wait_until(lambda num_done=num_done: num_steps_done(root) > num_done + 3, timeout_s=90, what="training goes on")
+        with launcher(
+            "name=x", "resume=latest", f"trainer.world_size={world_size}", cwd=tmp_path, environment=cache
+        ) as process:
+            wait_until(
+                lambda num_done=num_done: num_steps_done(root) > num_done + 3,
+                timeout_s=90,
+                what="training goes on",
+            )
             process.terminate()
             out, err = process.communicate(timeout=60)
         assert (process.returncode, err) == (0, ""), out + err
         assert after.items() <= places(root).items(), "the stream did not go on where it stood"
         after = places(root)
         command("audit", "x", cwd=tmp_path)
-    assert query(root, "SELECT DISTINCT reason FROM tickets WHERE reason IS NOT NULL") == [], "a drain has dropped work"
+    assert query(root, "SELECT DISTINCT reason FROM tickets WHERE reason IS NOT NULL") == [], (
+        "a drain has dropped work"
+    )
     steps = [json.loads(line)["step"] for line in (root / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(len(steps)))
 
 
 @pytest.mark.chaos
-def test_data_that_no_trainer_survives_are_named_and_dropped_and_the_run_goes_on(tmp_path: Path, root: Path, cache: dict[str, str]) -> None:
+def test_data_that_no_trainer_survives_are_named_and_dropped_and_the_run_goes_on(
+    tmp_path: Path, root: Path, cache: dict[str, str]
+) -> None:
     settings = (
         *SMALL,
         "trainer.num_steps=6",
@@ -177,7 +210,10 @@ def test_data_that_no_trainer_survives_are_named_and_dropped_and_the_run_goes_on
     assert process.returncode == 2, out + err
     assert out.count("trainer ended (killed by SIGKILL): starting it again") == 3
     tickets = {position: ticket_id for (step, position), ticket_id in places(root).items() if step == 3}
-    assert f"3 trainers died in step 3, whose tickets are {' '.join(str(tickets[position]) for position in range(4))}" in err
+    assert (
+        f"3 trainers died in step 3, whose tickets are {' '.join(str(tickets[position]) for position in range(4))}"
+        in err
+    )
     command("drop", "x", str(tickets[0]), cwd=tmp_path)
     with launcher("name=x", "resume=latest", cwd=tmp_path, environment=cache) as process:
         out, err = process.communicate(timeout=90)

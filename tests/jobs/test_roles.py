@@ -24,14 +24,29 @@ def start(tmp_path: Path, cache: dict[str, str]) -> Iterator[Callable[..., subpr
     """Starts `python -m ...` with the run's settings; whatever is alive at the end is an orphan."""
     run = tmp_path / "runs" / "x"
     settings = (
-        *("name=x", f"runs_dir={tmp_path}/runs", "model.warm_start_steps=20", "trainer.num_steps=100000", "eval.num_prompts=0"),
-        *("sampling.group_size=4", "trainer.groups_per_step=4", "rollout.max_running=16", "rollout.queue_samples=8"),
+        *(
+            "name=x",
+            f"runs_dir={tmp_path}/runs",
+            "model.warm_start_steps=20",
+            "trainer.num_steps=100000",
+            "eval.num_prompts=0",
+        ),
+        *(
+            "sampling.group_size=4",
+            "trainer.groups_per_step=4",
+            "rollout.max_running=16",
+            "rollout.queue_samples=8",
+        ),
     )
-    environment = os.environ | {RUN_MARKER: f"{run}:test", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | cache
+    environment = (
+        os.environ | {RUN_MARKER: f"{run}:test", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | cache
+    )
     started: list[subprocess.Popen[bytes]] = []
 
     def begin(*command: str) -> subprocess.Popen[bytes]:
-        started.append(subprocess.Popen([sys.executable, "-m", *command, *settings], cwd=tmp_path, env=environment))
+        started.append(
+            subprocess.Popen([sys.executable, "-m", *command, *settings], cwd=tmp_path, env=environment)
+        )
         return started[-1]
 
     yield begin
@@ -54,23 +69,33 @@ def test_roles_by_hand_and_a_trainer_that_is_replaced(tmp_path: Path, start: Any
     assert start("trainer.prepare_model").wait(timeout=90) == 0
     buffer = start("buffer")
     endpoint = run / "endpoints" / "buffer.json"
-    wait_until(lambda: endpoint.exists() and "stream" in endpoint.read_text(), timeout_s=30, what="the buffer")
+    wait_until(
+        lambda: endpoint.exists() and "stream" in endpoint.read_text(), timeout_s=30, what="the buffer"
+    )
     port = json.loads(endpoint.read_text())["stream"].rpartition(":")[2]
     server = start("rollout_server", "--name", "rollout-x", f"buffer.port={port}")
 
-    first = start("torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m", "trainer", f"buffer.port={port}")
+    first = start(
+        "torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m", "trainer", f"buffer.port={port}"
+    )
     wait_until(lambda: num_steps_done(run) > 3, timeout_s=90, what="training")
-    assert "libtorch" not in Path(f"/proc/{server.pid}/maps").read_text(), "a server has started with torch, which only its engine needs"
+    assert "libtorch" not in Path(f"/proc/{server.pid}/maps").read_text(), (
+        "a server has started with torch, which only its engine needs"
+    )
     drain(first)  # torchrun reports the signal in its own exit code; what counts is what its rank left
     assert not (run / "endpoints" / "trainer-0.json").exists(), "the rank did not end by itself"
     (checkpoint,) = (run / "checkpoints").iterdir()
     done = num_steps_done(run)
     assert int(checkpoint.name.removeprefix("step_")) == done
     books = json.loads((run / "summary.json").read_text())["tickets"]
-    assert (books["trained"], books["leased"]) == (4 * done, 0), "what was recorded beyond that waits for the next trainer"
+    assert (books["trained"], books["leased"]) == (4 * done, 0), (
+        "what was recorded beyond that waits for the next trainer"
+    )
 
     second = start("trainer", f"buffer.port={port}", "resume=latest")
-    wait_until(lambda: num_steps_done(run) > done + 3, timeout_s=90, what="training after the trainer was replaced")
+    wait_until(
+        lambda: num_steps_done(run) > done + 3, timeout_s=90, what="training after the trainer was replaced"
+    )
     assert drain(second) == 0
     assert drain(server) == 0
     assert drain(buffer) == 0

@@ -12,7 +12,13 @@ from areal_like.config import Config
 from areal_like.wire.fingerprint import model_fingerprint, tokenizer_fingerprint
 from areal_like.wire.messages.consumer import GetBooks, Group, RequestEval, StartTraining
 from rollout_server.tasks.sort import SortTask
-from tests.support.buffer_harness import BufferProcess, PlayedTrainer, connected, running_buffer, trainer_hello
+from tests.support.buffer_harness import (
+    BufferProcess,
+    PlayedTrainer,
+    connected,
+    running_buffer,
+    trainer_hello,
+)
 from tests.support.rollout_harness import ServerProcess
 from trainer.models.tiny import build_tiny_model, character_tokenizer
 
@@ -33,22 +39,34 @@ def test_a_run_survives_the_death_of_one_of_two_servers(tmp_path: Path) -> None:
     with ExitStack() as stack:
         buffer = stack.enter_context(running_buffer(tmp_path, model={"path": str(model)}, **SETTINGS))
         port = int(buffer.address.rsplit(":", 1)[1])
-        config = dataclasses.replace(buffer.config, buffer=dataclasses.replace(buffer.config.buffer, port=port))
+        config = dataclasses.replace(
+            buffer.config, buffer=dataclasses.replace(buffer.config.buffer, port=port)
+        )
         servers = [ServerProcess(config, name=f"rollout-{i}") for i in range(2)]
         for server in servers:
             stack.callback(server.close)
         groups, books = asyncio.run(train(buffer, config, model, victim=servers[0]))
         check(groups)
-        assert books.tickets["trained"] + books.tickets["batched"] == NUM_STEPS * 8 and books.tickets["evaluated"] == 16
-        assert sum(count for state, count in books.tickets.items() if state != "issued") == books.tickets["issued"]
+        assert (
+            books.tickets["trained"] + books.tickets["batched"] == NUM_STEPS * 8
+            and books.tickets["evaluated"] == 16
+        )
+        assert (
+            sum(count for state, count in books.tickets.items() if state != "issued")
+            == books.tickets["issued"]
+        )
         assert books.counters["generation_busy_s"] > 0
         assert books.counters["tokens_generated"] >= books.counters["tokens_trained"] > 0
         code, _, errors = servers[1].terminate()
         assert code == 0, errors
 
 
-async def train(buffer: BufferProcess, config: Config, model: Path, *, victim: ServerProcess) -> tuple[list[Group], Any]:
-    hello = trainer_hello(config, model=model_fingerprint(str(model)), tokenizer=tokenizer_fingerprint(str(model)))
+async def train(
+    buffer: BufferProcess, config: Config, model: Path, *, victim: ServerProcess
+) -> tuple[list[Group], Any]:
+    hello = trainer_hello(
+        config, model=model_fingerprint(str(model)), tokenizer=tokenizer_fingerprint(str(model))
+    )
     groups: list[Group] = []
     async with connected(buffer, hello) as link:
         trainer = PlayedTrainer(config, link)
@@ -72,4 +90,6 @@ def check(groups: list[Group]) -> None:
         for trajectory in group.trajectories:
             sampled = trajectory.loss_mask == 1
             assert tokenizer.decode(trajectory.tokens[~sampled]) == example.prompt
-            assert trajectory.reward == task.reward(example, tokenizer.decode(trajectory.tokens[sampled], skip_special_tokens=True))
+            assert trajectory.reward == task.reward(
+                example, tokenizer.decode(trajectory.tokens[sampled], skip_special_tokens=True)
+            )

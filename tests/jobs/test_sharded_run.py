@@ -39,13 +39,17 @@ class ShardedPlant:
         self.buffers = [BufferProcess(open_ports, name=shard.name) for shard in all_shards(2)]
         ports = tuple(int(buffer.address.rpartition(":")[2]) for buffer in self.buffers)
         self._where = f"buffer.ports=[{ports[0]},{ports[1]}]"
-        self.config: Config = dataclasses.replace(open_ports, buffer=dataclasses.replace(open_ports.buffer, ports=ports))
+        self.config: Config = dataclasses.replace(
+            open_ports, buffer=dataclasses.replace(open_ports.buffer, ports=ports)
+        )
         assert buffer_addresses(self.config) == [buffer.address for buffer in self.buffers]
         self._producers = [self._produce(f"rollout-{index}") for index in range(2)]
 
     def _produce(self, name: str) -> subprocess.Popen[bytes]:
         settings = ["--config", str(self.buffers[0].paths.config), self._where]
-        return subprocess.Popen([sys.executable, "-m", "tests.chaos.producer", name, "32", "0.002", "64", *settings], cwd=ROOT)
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.chaos.producer", name, "32", "0.002", "64", *settings], cwd=ROOT
+        )
 
     def kill(self, index: int) -> None:
         """SIGKILL."""
@@ -80,20 +84,31 @@ def plant(tmp_path: Path) -> Iterator[ShardedPlant]:
         job.close()
 
 
-def test_a_dead_shard_stalls_the_step_the_other_fills_its_own_places_and_nothing_is_lost(plant: ShardedPlant) -> None:
+def test_a_dead_shard_stalls_the_step_the_other_fills_its_own_places_and_nothing_is_lost(
+    plant: ShardedPlant,
+) -> None:
     with ThreadPoolExecutor(max_workers=1) as training, plant.trainer() as link:
         groups = train(link, first=0, last=3)
-        plant.buffers[0].wait_status(lambda seen: [peer.get("weights_version") for peer in seen["peers"]].count(3) == 2)
+        plant.buffers[0].wait_status(
+            lambda seen: [peer.get("weights_version") for peer in seen["peers"]].count(3) == 2
+        )
         plant.kill(1)
-        assert sorted(servers_of(plant.config, plant.buffers[0].paths)) == ["rollout-0", "rollout-1"], "the other shard knows them too"
+        assert sorted(servers_of(plant.config, plant.buffers[0].paths)) == ["rollout-0", "rollout-1"], (
+            "the other shard knows them too"
+        )
         rest = training.submit(train, link, first=3, last=NUM_STEPS)
         # Recording goes one step ahead of the trainer, and generation as far as the bound: with its own three places a step.
         ahead = {"step": 5, "recorded": 0, "due_and_running": 0}
-        filled = plant.buffers[0].wait_status(lambda seen: seen["open_step"] == ahead and seen["tickets"]["ready"] == 3, timeout_s=20)
+        filled = plant.buffers[0].wait_status(
+            lambda seen: seen["open_step"] == ahead and seen["tickets"]["ready"] == 3, timeout_s=20
+        )
         time.sleep(0.5)
         later = plant.buffers[0].status()
         assert later["step"] == 3 and later["tickets"] == filled["tickets"] and not rest.done()
-        assert filled["tickets"]["issued"] == 18 and filled["tickets"]["batched"] + filled["tickets"]["trained"] == 15
+        assert (
+            filled["tickets"]["issued"] == 18
+            and filled["tickets"]["batched"] + filled["tickets"]["trained"] == 15
+        )
 
         plant.start_again(1)
         groups += rest.result(timeout=90)
@@ -108,7 +123,10 @@ def test_a_dead_shard_stalls_the_step_the_other_fills_its_own_places_and_nothing
         assert buffer.terminate()[0] == 0
     report = audit_run(plant.buffers[0].paths.root)
     assert report.is_clean, "\n".join(report.lines())
-    assert report.facts["committed_steps"] == NUM_STEPS and report.tickets["trained"] == NUM_STEPS * GROUPS_PER_STEP
+    assert (
+        report.facts["committed_steps"] == NUM_STEPS
+        and report.tickets["trained"] == NUM_STEPS * GROUPS_PER_STEP
+    )
 
 
 SMALL = (
@@ -133,7 +151,12 @@ def test_a_whole_run_survives_the_death_of_a_shard(tmp_path: Path, cache: dict[s
     with launcher(*SMALL, cwd=tmp_path, environment=cache) as process:
         wait_until(lambda: num_steps_done(root) > 5, timeout_s=90, what="training")
         os.kill(
-            next(pid for pid, command in processes_of(root).items() if "-m buffer " in command and "buffer-1" in command), signal.SIGKILL
+            next(
+                pid
+                for pid, command in processes_of(root).items()
+                if "-m buffer " in command and "buffer-1" in command
+            ),
+            signal.SIGKILL,
         )
         out, err = process.communicate(timeout=110)
     assert (process.returncode, err) == (0, ""), out + err

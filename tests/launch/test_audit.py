@@ -53,9 +53,13 @@ def test_a_killed_buffers_books_balance(run: Path, capsys: pytest.CaptureFixture
     report = audit_run(run)
     assert report.is_clean, "\n".join(report.lines())
     assert report.tickets["trained"] == 20 and report.facts["committed_steps"] == 5
-    assert report.tickets["issued"] == sum(count for state, count in report.tickets.items() if state != "issued")
+    assert report.tickets["issued"] == sum(
+        count for state, count in report.tickets.items() if state != "issued"
+    )
     checked = {check.text: check.num_checked for check in report.checks}
-    assert all(count for text, count in checked.items() if "tried again" not in text), "every law must have had something to say"
+    assert all(count for text, count in checked.items() if "tried again" not in text), (
+        "every law must have had something to say"
+    )
     assert main(["audit", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["clean"] is True
 

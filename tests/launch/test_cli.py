@@ -20,14 +20,24 @@ ROOT = Path(__file__).resolve().parents[2]
 def areal_like(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Runs the command in a process of its own."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
-    return subprocess.run([sys.executable, "-m", "launch", *args], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-m", "launch", *args],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["rnu"], "unknown command 'rnu': did you mean `run`?"),
-        (["run", "trainer.num_stpes=3"], "unknown key `trainer.num_stpes`: did you mean `trainer.num_steps`?"),
+        (
+            ["run", "trainer.num_stpes=3"],
+            "unknown key `trainer.num_stpes`: did you mean `trainer.num_steps`?",
+        ),
         (["run", "trainer.num_steps=0"], "trainer.num_steps must be at least 1"),
         (["run", "max_staleness=soon"], "max_staleness"),
         (["run", "objective=magic"], "known choices are"),
@@ -57,8 +67,16 @@ def test_a_mistake_is_one_message_and_code_2(args: list[str], message: str, tmp_
 def test_help_names_the_keys_with_their_defaults(tmp_path: Path) -> None:
     done = areal_like("run", "--help", cwd=tmp_path)
     assert done.returncode == 0
-    assert "model.path=tiny" in done.stdout and "rollout.engine=" in done.stdout and "--config FILE" in done.stdout
-    assert "trainer.num_steps=" in done.stdout and "max_staleness=4" in done.stdout and "model=smollm2|tiny" in done.stdout
+    assert (
+        "model.path=tiny" in done.stdout
+        and "rollout.engine=" in done.stdout
+        and "--config FILE" in done.stdout
+    )
+    assert (
+        "trainer.num_steps=" in done.stdout
+        and "max_staleness=4" in done.stdout
+        and "model=smollm2|tiny" in done.stdout
+    )
     assert len(done.stdout.splitlines()) < 80
 
 
@@ -75,7 +93,12 @@ def test_every_command_has_help(tmp_path: Path) -> None:
 def test_roles_have_help(module: str, tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-m", module, "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", module, "--help"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert f"python -m {module}" in done.stdout and "--config FILE" in done.stdout

@@ -13,7 +13,9 @@ from tests.chaos.plant import check_groups, plant, train
 pytestmark = pytest.mark.timeout(90)
 
 
-def test_dropped_tickets_leave_their_places_to_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dropped_tickets_leave_their_places_to_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     trainer = {"num_steps": 10, "groups_per_step": 4, "fetch_timeout_s": 60.0}
     with plant(tmp_path, trainer=trainer) as job:
         job.produce("rollout-0")

@@ -101,14 +101,20 @@ def test_resume_keeps_the_runs_own_settings(tmp_path: Path) -> None:
     ledger.touch()
     again = open_run([*base, "resume=latest"])
     again.close()
-    assert (again.config.resume, again.config.trainer.groups_per_step) == ("", 3), "from the beginning, on what is recorded"
+    assert (again.config.resume, again.config.trainer.groups_per_step) == ("", 3), (
+        "from the beginning, on what is recorded"
+    )
     for step in (10, 20):
         (run.paths.checkpoints / f"step_{step:06d}").mkdir(parents=True)
     with pytest.raises(ConfigError, match="step:10, step:20"):
         open_run([*base, "resume=step:15"])
     run = open_run([*base, "resume=step:20", "trainer.num_steps=77", "task=sort"])
     run.close()
-    assert (run.config.trainer.groups_per_step, run.config.trainer.num_steps, run.config.objective["cap"]) == (3, 77, 7)
+    assert (
+        run.config.trainer.groups_per_step,
+        run.config.trainer.num_steps,
+        run.config.objective["cap"],
+    ) == (3, 77, 7)
     assert run.config.resume == "step:20"
     assert "groups_per_step: 3" in run.paths.config.read_text()
 
@@ -130,7 +136,11 @@ def test_metrics_are_read_as_they_grow_and_anew_after_a_resume(tmp_path: Path) -
 def test_of_a_long_run_only_what_is_shown_is_kept(tmp_path: Path) -> None:
     path, luck = tmp_path / "metrics.jsonl", random.Random(0)
     rows: list[dict[str, object]] = [
-        {"step": step, "reward_mean": None if step % 7 == 3 else luck.uniform(-0.5, 1.5), "lag_max": 9 if step == 5 else 2}
+        {
+            "step": step,
+            "reward_mean": None if step % 7 == 3 else luck.uniform(-0.5, 1.5),
+            "lag_max": 9 if step == 5 else 2,
+        }
         | ({"eval_reward": step / 1e5} if step % 100 == 0 and step < 9_000 else {})
         for step in range(10_000)
     ]
@@ -144,7 +154,10 @@ def test_of_a_long_run_only_what_is_shown_is_kept(tmp_path: Path) -> None:
         assert seen.recent == tuple(rows[:num_rows][-50:])
         known = rewards[: num_rows - sum(step % 7 == 3 for step in range(num_rows))]
         assert (seen.reward_low, seen.reward_high) == (min(0.0, *known, 0.0), max(1.0, *known, 1.0))
-        assert (seen.lag_max, seen.eval_reward) == (9 if num_rows > 5 else 2, (min(num_rows - 1, 8_999) // 100) * 100 / 1e5)
+        assert (seen.lag_max, seen.eval_reward) == (
+            9 if num_rows > 5 else 2,
+            (min(num_rows - 1, 8_999) // 100) * 100 / 1e5,
+        )
         length = 1
         while len(known) > length * MAX_STRETCHES and length * MAX_STRETCHES + length <= len(known):
             length *= 2
@@ -162,7 +175,9 @@ def test_a_dead_endpoint_is_seen_as_unanswering(tmp_path: Path) -> None:
 
 
 def test_a_server_that_joins_finds_every_shard(tmp_path: Path) -> None:
-    config = from_mapping({"buffer": {"num_shards": 2, "host": "10.0.0.{shard}"}, "runs_dir": str(tmp_path), "name": "x"})
+    config = from_mapping(
+        {"buffer": {"num_shards": 2, "host": "10.0.0.{shard}"}, "runs_dir": str(tmp_path), "name": "x"}
+    )
     paths = RunPaths.of(config)
     paths.endpoints.mkdir(parents=True)
     (paths.endpoints / "buffer-0.json").write_text(json.dumps({"stream": "tcp://10.0.0.0:7001"}))
@@ -200,19 +215,32 @@ def test_units() -> None:
 @pytest.mark.parametrize("width", [40, 80, 160])
 @pytest.mark.parametrize("steps", [0, 1, 500])
 def test_the_picture_shows_what_is_there(width: int, steps: int) -> None:
-    status = {"not_ready": "", "waiting_on": {"a group": 1.5}, "tickets": {"queued": 3, "dropped": 2}, "drops": {"stale": 2, "failed": 0}}
+    status = {
+        "not_ready": "",
+        "waiting_on": {"a group": 1.5},
+        "tickets": {"queued": 3, "dropped": 2},
+        "drops": {"stale": 2, "failed": 0},
+    }
     daemons = {
         "buffer": DaemonView(name="buffer", endpoint={"role": "buffer"}, status=status, seen_s=1.0),
         "rollout-0": DaemonView(name="rollout-0", endpoint={}, status=None, seen_s=0.0),
     }
-    row = {"reward_mean": 0.5, "lag_histogram": {"0": 3, "2": 1}, "lag_max": 2, "tokens_per_s_trained": None, "eval_reward": 0.25}
+    row = {
+        "reward_mean": 0.5,
+        "lag_histogram": {"0": 3, "2": 1},
+        "lag_max": 2,
+        "tokens_per_s_trained": None,
+        "eval_reward": 0.25,
+    }
     tally = StepTally()
     for step in range(steps):
         tally.add(row | {"step": step})
     seen = Observation(daemons=daemons, progress=tally.progress)
     config = Config()
     console = Console(width=width, record=True, file=io.StringIO())
-    console.print(picture(seen, config=config, eta=Eta(num_steps=600), phase="running", detail="", width=width))
+    console.print(
+        picture(seen, config=config, eta=Eta(num_steps=600), phase="running", detail="", width=width)
+    )
     text = console.export_text()
     assert f"step {steps}/600" in text
     if width >= 80:
@@ -241,11 +269,15 @@ def test_servers_that_join_at_once_get_names_of_their_own(tmp_path: Path) -> Non
     assert sorted(names) == [f"rollout-{number}" for number in range(9) if number != 1]
 
 
-@pytest.mark.parametrize(("ends", "code"), [("os.kill(os.getpid(), 9)", 137), ("sys.exit(3)", 3), ("None", 0)])
+@pytest.mark.parametrize(
+    ("ends", "code"), [("os.kill(os.getpid(), 9)", 137), ("sys.exit(3)", 3), ("None", 0)]
+)
 def test_the_exit_code_of_ranks_tells_a_killed_one_from_one_that_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str, code: int
 ) -> None:
-    (tmp_path / "ranks_that_end.py").write_text(f"import os, sys\nif os.environ['RANK'] == '1':\n    {ends}\n")
+    (tmp_path / "ranks_that_end.py").write_text(
+        f"import os, sys\nif os.environ['RANK'] == '1':\n    {ends}\n"
+    )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -30,7 +30,9 @@ def rows(directory: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_replay_gives_the_same_weights_and_another_objective_others(tmp_path: Path, cache: dict[str, str]) -> None:
+def test_a_replay_gives_the_same_weights_and_another_objective_others(
+    tmp_path: Path, cache: dict[str, str]
+) -> None:
     ran = areal_like("run", *SMALL, "buffer.retain_trajectories=true", cwd=tmp_path, environment=cache)
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
@@ -43,17 +45,27 @@ def test_a_replay_gives_the_same_weights_and_another_objective_others(tmp_path: 
     assert [row["loss"] for row in replayed] == [row["loss"] for row in original]
     assert [row["lag_mean"] for row in replayed] == [row["lag_mean"] for row in original]
 
-    other = areal_like("replay", "x", "objective=ppo", "buffer.cache_bytes=0", cwd=tmp_path, environment=cache)
+    other = areal_like(
+        "replay", "x", "objective=ppo", "buffer.cache_bytes=0", cwd=tmp_path, environment=cache
+    )
     assert other.returncode == 0, other.stdout + other.stderr
-    assert "weights after step 3, 6: not those of the run" in other.stdout and "buffer.cache_bytes=0 has no effect" in other.stdout
-    assert [row["reward_mean"] for row in rows(tmp_path / "runs" / "x-replay-2")] == [row["reward_mean"] for row in original]
+    assert (
+        "weights after step 3, 6: not those of the run" in other.stdout
+        and "buffer.cache_bytes=0 has no effect" in other.stdout
+    )
+    assert [row["reward_mean"] for row in rows(tmp_path / "runs" / "x-replay-2")] == [
+        row["reward_mean"] for row in original
+    ]
 
     recording = Recording(tmp_path / "runs" / "x")
     config = load_config(["--config", str(tmp_path / "runs" / "x" / "config.yaml")])
     assert recording.num_whole_steps(groups_per_step=config.trainer.groups_per_step) == 6
     recording.close()
     wider = areal_like("replay", "x", "trainer.groups_per_step=8", cwd=tmp_path, environment=cache)
-    assert (wider.returncode, wider.stderr.count("\n")) == (2, 1) and "no whole step of 8 groups" in wider.stderr
+    assert (wider.returncode, wider.stderr.count("\n")) == (
+        2,
+        1,
+    ) and "no whole step of 8 groups" in wider.stderr
 
 
 def test_where_no_ledger_is_nothing_can_be_replayed(tmp_path: Path) -> None:

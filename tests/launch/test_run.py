@@ -45,19 +45,27 @@ def finish(process: subprocess.Popen[str], *, timeout_s: float) -> tuple[int, st
     return process.returncode, out, err
 
 
-def test_a_run_survives_its_launcher_and_a_server_and_adds_up(tmp_path: Path, root: Path, cache: dict[str, str]) -> None:
+def test_a_run_survives_its_launcher_and_a_server_and_adds_up(
+    tmp_path: Path, root: Path, cache: dict[str, str]
+) -> None:
     settings = (*SMALL, "trainer.num_steps=40", "max_staleness=1", "trainer.checkpoint_interval=20")
     with launcher(*settings, cwd=tmp_path, environment=cache) as process:
         wait_until(lambda: num_steps_done(root) > 3, timeout_s=90, what="training")
         process.kill()
         wait_until(lambda: not processes_of(root), timeout_s=35, what="all daemons and engines end")
     num_before = num_steps_done(root)
-    assert num_before < 40 and (root / "checkpoints" / f"step_{num_before:06d}").exists(), "the trainer drained by itself"
+    assert num_before < 40 and (root / "checkpoints" / f"step_{num_before:06d}").exists(), (
+        "the trainer drained by itself"
+    )
 
     again = ("name=x", "resume=latest", "trainer.world_size=2", "rollout.num_servers=2")
     with launcher(*again, cwd=tmp_path, environment=cache) as process:
         wait_until(lambda: num_steps_done(root) > num_before + 3, timeout_s=90, what="training goes on")
-        victim = next(pid for pid, command in processes_of(root).items() if "rollout_server --config" in command and "rollout-1" in command)
+        victim = next(
+            pid
+            for pid, command in processes_of(root).items()
+            if "rollout_server --config" in command and "rollout-1" in command
+        )
         os.kill(victim, signal.SIGKILL)
         code, out, err = finish(process, timeout_s=90)
     assert (code, err) == (0, ""), out + err
@@ -67,20 +75,42 @@ def test_a_run_survives_its_launcher_and_a_server_and_adds_up(tmp_path: Path, ro
     assert summary["steps"] == 40 and summary["resumed_from_step"] == num_before and tickets["trained"] == 160
     assert tickets["issued"] == sum(count for state, count in tickets.items() if state != "issued")
     assert summary["max_trained_lag"] <= 1
-    assert {"reward_first", "reward_last", "eval_before", "eval_after", "wall_seconds", "tokens_generated", "tokens_trained"} <= set(
-        summary
-    )
-    assert {"mean_trained_lag", "weights_version", "generation_idle_fraction", "trainer_idle_fraction"} <= set(summary)
+    assert {
+        "reward_first",
+        "reward_last",
+        "eval_before",
+        "eval_after",
+        "wall_seconds",
+        "tokens_generated",
+        "tokens_trained",
+    } <= set(summary)
+    assert {
+        "mean_trained_lag",
+        "weights_version",
+        "generation_idle_fraction",
+        "trainer_idle_fraction",
+    } <= set(summary)
     assert (root / "checkpoints" / "step_000040" / "model.safetensors").exists()
     rows = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(40)) and all(set(row) <= named_columns() for row in rows)
-    assert {path.name for path in (root / "logs").glob("*.log")} >= {"buffer.log", "rollout-0.log", "trainer-0.log", "trainer-1.log"}
+    assert [row["step"] for row in rows] == list(range(40)) and all(
+        set(row) <= named_columns() for row in rows
+    )
+    assert {path.name for path in (root / "logs").glob("*.log")} >= {
+        "buffer.log",
+        "rollout-0.log",
+        "trainer-0.log",
+        "trainer-1.log",
+    }
 
     replay = areal_like("replay", "x", cwd=tmp_path)
-    assert replay.returncode == 2 and "buffer.retain_trajectories=true" in replay.stderr, "what was not kept cannot be replayed"
+    assert replay.returncode == 2 and "buffer.retain_trajectories=true" in replay.stderr, (
+        "what was not kept cannot be replayed"
+    )
 
 
-def test_a_model_that_does_not_exist_is_one_message(tmp_path: Path, root: Path, cache: dict[str, str]) -> None:
+def test_a_model_that_does_not_exist_is_one_message(
+    tmp_path: Path, root: Path, cache: dict[str, str]
+) -> None:
     with launcher(*SMALL, "model.path=./nowhere", cwd=tmp_path, environment=cache) as process:
         code, _, err = finish(process, timeout_s=60)
     assert code == 2

@@ -19,8 +19,18 @@ from tests.support.launching import ROOT, launcher, num_steps_done, processes_of
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
 SMALL = (
-    *("name=x", "model.warm_start_steps=0", "task._target_=tests.support.rollout_tasks.Unhurried", "eval.num_prompts=0"),
-    *("sampling.group_size=4", "trainer.groups_per_step=4", "rollout.max_running=16", "rollout.queue_samples=8"),
+    *(
+        "name=x",
+        "model.warm_start_steps=0",
+        "task._target_=tests.support.rollout_tasks.Unhurried",
+        "eval.num_prompts=0",
+    ),
+    *(
+        "sampling.group_size=4",
+        "trainer.groups_per_step=4",
+        "rollout.max_running=16",
+        "rollout.queue_samples=8",
+    ),
 )
 
 
@@ -40,7 +50,9 @@ def status(run: Path, name: str) -> dict[str, object]:
     from launch.local_job.observe import fetch_json
 
     endpoint = run / "endpoints" / f"{name}.json"
-    return (fetch_json(json.loads(endpoint.read_text())["http"], "/status") if endpoint.exists() else None) or {}
+    return (
+        fetch_json(json.loads(endpoint.read_text())["http"], "/status") if endpoint.exists() else None
+    ) or {}
 
 
 def samples_of(run: Path, server: str) -> float:
@@ -56,12 +68,16 @@ def audited(run: Path) -> None:
     assert [row["step"] for row in rows] == list(range(len(rows))), "no step was lost or done twice"
     assert max(row["lag_max"] for row in rows) <= 4
     books = json.loads((run / "summary.json").read_text())["tickets"]
-    assert books["trained"] == 4 * len(rows) and books["issued"] == sum(n for state, n in books.items() if state != "issued")
+    assert books["trained"] == 4 * len(rows) and books["issued"] == sum(
+        n for state, n in books.items() if state != "issued"
+    )
     report = audit_run(run)
     assert report.is_clean, "\n".join(report.lines())
 
 
-def test_servers_come_and_go_and_a_wider_trainer_takes_over_in_one_run(tmp_path: Path, cache: dict[str, str]) -> None:
+def test_servers_come_and_go_and_a_wider_trainer_takes_over_in_one_run(
+    tmp_path: Path, cache: dict[str, str]
+) -> None:
     run = tmp_path / "runs" / "x"
 
     def trains(num_steps: int, what: str) -> None:
@@ -71,9 +87,16 @@ def test_servers_come_and_go_and_a_wider_trainer_takes_over_in_one_run(tmp_path:
     settings = ("trainer.num_steps=100000", "trainer.checkpoint_interval=1000")
     with launcher(*SMALL, *settings, cwd=tmp_path, environment={"OMP_NUM_THREADS": "1"} | cache) as process:
         wait_until(lambda: num_steps_done(run) > 3, timeout_s=120, what="training")
-        stays, leaves, dies = (command("rollout", "x", "--join", *name, cwd=tmp_path) for name in ((), ("--name", "l"), ("--name", "d")))
+        stays, leaves, dies = (
+            command("rollout", "x", "--join", *name, cwd=tmp_path)
+            for name in ((), ("--name", "l"), ("--name", "d"))
+        )
         for name in ("rollout-1", "l", "d"):
-            wait_until(lambda name=name: samples_of(run, name) > 8, timeout_s=90, what=f"samples of {name}, which joined")
+            wait_until(
+                lambda name=name: samples_of(run, name) > 8,
+                timeout_s=90,
+                what=f"samples of {name}, which joined",
+            )
         os.kill(json.loads((run / "endpoints" / "d.json").read_text())["pid"], signal.SIGKILL)
         dies.communicate(timeout=60)
         trains(4, "training without the guest that died")
@@ -94,7 +117,9 @@ def test_servers_come_and_go_and_a_wider_trainer_takes_over_in_one_run(tmp_path:
         restarted = command("restart", "x", "trainer", "trainer.world_size=2", cwd=tmp_path)
         out, _ = restarted.communicate(timeout=60)
         assert restarted.returncode == 0, out
-        wait_until(lambda: (run / "endpoints" / "trainer-1.json").exists(), timeout_s=90, what="the second rank")
+        wait_until(
+            lambda: (run / "endpoints" / "trainer-1.json").exists(), timeout_s=90, what="the second rank"
+        )
         done = num_steps_done(run)
         trains(4, "training on two ranks")
         assert samples_of(run, "rollout-1") > before
@@ -106,7 +131,9 @@ def test_servers_come_and_go_and_a_wider_trainer_takes_over_in_one_run(tmp_path:
         assert (process.returncode, err) == (0, ""), out + err
         assert time.monotonic() - started_s < 30
         num_done = num_steps_done(run)
-        assert f"stopped after step {num_done} of 100000; go on with: areal-like run name=x resume=latest" in out
+        assert (
+            f"stopped after step {num_done} of 100000; go on with: areal-like run name=x resume=latest" in out
+        )
         stays.communicate(timeout=30)
         assert stays.returncode == 0, "the guest ends with its run"
     assert is_over(RunPaths(run))
@@ -118,7 +145,11 @@ def test_servers_come_and_go_and_a_wider_trainer_takes_over_in_one_run(tmp_path:
 @pytest.mark.timeout(1800)
 def test_servers_come_and_go_every_ten_seconds(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "x"
-    settings = ("task._target_=tests.support.rollout_tasks.Checksum", "trainer.num_steps=1000000", "trainer.lr_schedule=constant")
+    settings = (
+        "task._target_=tests.support.rollout_tasks.Checksum",
+        "trainer.num_steps=1000000",
+        "trainer.lr_schedule=constant",
+    )
     with launcher(*SMALL, *settings, cwd=tmp_path, environment={"OMP_NUM_THREADS": "1"}) as process:
         wait_until(lambda: num_steps_done(run) > 3, timeout_s=120, what="training")
         for index in range(30):
@@ -133,7 +164,9 @@ def test_servers_come_and_go_every_ten_seconds(tmp_path: Path) -> None:
                 guest.terminate()
             guest.communicate(timeout=60)
             done = num_steps_done(run)
-            wait_until(lambda: num_steps_done(run) > done + 4, timeout_s=90, what="training without the guest")  # noqa: B023
+            wait_until(
+                lambda: num_steps_done(run) > done + 4, timeout_s=90, what="training without the guest"
+            )  # noqa: B023
         process.terminate()
         assert process.wait(timeout=60) == 0
     audited(run)

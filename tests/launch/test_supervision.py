@@ -35,7 +35,9 @@ def workplace(tmp_path: Path) -> Iterator[Path]:
 
 def run(workplace: Path, *settings: str, script: dict[str, str] | None = None) -> tuple[int, str, str]:
     """A whole job under the name x; returns exit code, stdout and stderr."""
-    with launcher("name=x", *settings, cwd=workplace, environment={"SCRIPT": json.dumps(script or {})}) as process:
+    with launcher(
+        "name=x", *settings, cwd=workplace, environment={"SCRIPT": json.dumps(script or {})}
+    ) as process:
         out, err = process.communicate(timeout=50)
     return process.returncode, out, err
 
@@ -51,7 +53,9 @@ def test_a_run_ends_with_a_summary_and_without_processes(workplace: Path) -> Non
 
 
 def test_a_dead_server_is_started_again(workplace: Path) -> None:
-    code, out, _ = run(workplace, "trainer.num_steps=60", "rollout.num_servers=2", script={"rollout-1": "crash once"})
+    code, out, _ = run(
+        workplace, "trainer.num_steps=60", "rollout.num_servers=2", script={"rollout-1": "crash once"}
+    )
     assert code == 0
     assert out.count("rollout-1 ended (exit code 3): starting it again") == 1
 
@@ -63,13 +67,17 @@ def test_servers_that_keep_dying_end_the_run(workplace: Path) -> None:
 
 
 def test_a_server_whose_settings_worked_once_is_started_again_though_they_do_not_now(workplace: Path) -> None:
-    code, out, _ = run(workplace, "trainer.num_steps=160", "rollout.num_servers=2", script={"rollout-1": "loses its device"})
+    code, out, _ = run(
+        workplace, "trainer.num_steps=160", "rollout.num_servers=2", script={"rollout-1": "loses its device"}
+    )
     assert code == 0
     assert out.count("rollout-1 ended (exit code 3): starting it again") == 1
     assert out.count("rollout-1 ended (exit code 2): starting it again") == 1
 
 
-def test_a_failed_run_gives_its_trainer_time_for_a_checkpoint_however_long_a_drain_may_take(workplace: Path) -> None:
+def test_a_failed_run_gives_its_trainer_time_for_a_checkpoint_however_long_a_drain_may_take(
+    workplace: Path,
+) -> None:
     script = {"rollout-0": "crash", "trainer-0": "drain slowly"}
     code, out, err = run(workplace, "trainer.num_steps=100000", "daemon.drain_timeout_s=120", script=script)
     assert code == 1 and "no rollout server is left" in err and "did not end in time" not in out
@@ -91,11 +99,23 @@ def test_a_run_whose_terminal_goes_away_drains(workplace: Path) -> None:
     ours, theirs = os.openpty()
     command = [sys.executable, "-m", "launch", "run", "name=x", "trainer.num_steps=100000"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "SCRIPT": "{}"}
-    process = subprocess.Popen(command, cwd=workplace, env=environment, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        cwd=workplace,
+        env=environment,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+    )
     os.close(theirs)
     try:
         wait_until(
-            lambda: select.select([ours], [], [], 0)[0] and os.read(ours, 1 << 16) and num_steps_done(root) > 3, timeout_s=20, what="steps"
+            lambda: (
+                select.select([ours], [], [], 0)[0] and os.read(ours, 1 << 16) and num_steps_done(root) > 3
+            ),
+            timeout_s=20,
+            what="steps",
         )
     finally:
         os.close(ours)
@@ -132,17 +152,33 @@ def test_a_killed_buffer_and_trainer_are_started_again_and_nobody_else(workplace
         before = {name: pid_of(root, name) for name in ("buffer", "trainer", "rollout_server")}
         for name in ("buffer", "trainer"):
             os.kill(before[name], signal.SIGKILL)
-            wait_until(lambda name=name: is_back(root, name, after=before[name]), timeout_s=20, what=f"{name} is back")
+            wait_until(
+                lambda name=name: is_back(root, name, after=before[name]),
+                timeout_s=20,
+                what=f"{name} is back",
+            )
         commands = processes_of(root)
-        assert before["rollout_server"] in commands and not {before["buffer"], before["trainer"]} & set(commands)
+        assert before["rollout_server"] in commands and not {before["buffer"], before["trainer"]} & set(
+            commands
+        )
         assert "buffer.ports=[12345]" in commands[pid_of(root, "buffer")], "where everybody knows it"
         assert commands[pid_of(root, "trainer")].rstrip().endswith("resume=''"), "there is no checkpoint yet"
         (root / "checkpoints" / "step_000003").mkdir(parents=True)
         os.kill(pid_of(root, "trainer"), signal.SIGKILL)
-        wait_until(lambda: any("resume=latest" in c for c in processes_of(root).values()), timeout_s=20, what="trainer is back")
+        wait_until(
+            lambda: any("resume=latest" in c for c in processes_of(root).values()),
+            timeout_s=20,
+            what="trainer is back",
+        )
         os.kill(pid_of(root, "trainer"), signal.SIGKILL)
-        write_json(order_file(RunPaths(root)), {"role": "trainer", "settings": ["trainer.lr=3e-5"]})  # there is nobody to hand over
-        wait_until(lambda: any("trainer.lr=3e-5" in c for c in processes_of(root).values()), timeout_s=20, what="trainer is back")
+        write_json(
+            order_file(RunPaths(root)), {"role": "trainer", "settings": ["trainer.lr=3e-5"]}
+        )  # there is nobody to hand over
+        wait_until(
+            lambda: any("trainer.lr=3e-5" in c for c in processes_of(root).values()),
+            timeout_s=20,
+            what="trainer is back",
+        )
         process.terminate()
         out, _ = process.communicate(timeout=30)
     assert process.returncode == 0
@@ -152,14 +188,20 @@ def test_a_killed_buffer_and_trainer_are_started_again_and_nobody_else(workplace
 def test_a_trainer_that_never_gets_further_is_given_up_with_its_own_words(workplace: Path) -> None:
     code, out, err = run(workplace, script={"trainer": "fail", "trainer-0": "fail"})
     assert code == 1
-    assert out.count("trainer ended (exit code 1): starting it again") == 3 and "trainer died 4 times in a row" in err
+    assert (
+        out.count("trainer ended (exit code 1): starting it again") == 3
+        and "trainer died 4 times in a row" in err
+    )
     assert "trainer failed (exit code 1)" in err and "no group for step 5 within 300 s" in err
 
 
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        ({"buffer": "user error"}, "buffer: cannot bind 127.0.0.1:1 (in use): set buffer.port to a free port"),
+        (
+            {"buffer": "user error"},
+            "buffer: cannot bind 127.0.0.1:1 (in use): set buffer.port to a free port",
+        ),
         ({"prepare_model": "user error"}, "model.path=/nowhere: no config.json there"),
     ],
 )
@@ -200,7 +242,9 @@ def test_a_deaf_daemon_is_killed_in_time(workplace: Path) -> None:
 
 def test_a_second_signal_ends_everything_at_once(workplace: Path) -> None:
     root = workplace / "runs" / "x"
-    with launcher("name=x", cwd=workplace, environment={"SCRIPT": json.dumps({"rollout-0": "deaf"})}) as process:
+    with launcher(
+        "name=x", cwd=workplace, environment={"SCRIPT": json.dumps({"rollout-0": "deaf"})}
+    ) as process:
         wait_until(lambda: num_steps_done(root) > 3, timeout_s=20, what="training")
         process.send_signal(signal.SIGINT)
         time.sleep(1.3)
@@ -228,13 +272,19 @@ def test_a_server_that_was_asked_to_stop_is_not_missed(workplace: Path) -> None:
     with launcher("name=x", "rollout.num_servers=2", "trainer.num_steps=100000", cwd=workplace) as process:
         wait_until(lambda: num_steps_done(root) > 3, timeout_s=20, what="training")
         # Of a guest that was killed: it is no server that is left.
-        write_json(root / "endpoints" / "rollout-7.json", {"role": "rollout", "pid": 999_999, "http": "127.0.0.1:1"})
+        write_json(
+            root / "endpoints" / "rollout-7.json", {"role": "rollout", "pid": 999_999, "http": "127.0.0.1:1"}
+        )
         for name in ("rollout-0", "rollout-1"):
             before = num_steps_done(root)
             pid = next(pid for pid, command in processes_of(root).items() if f"--name {name}" in command)
             os.kill(pid, signal.SIGTERM)
             if name == "rollout-0":
-                wait_until(lambda before=before: num_steps_done(root) > before + 10, timeout_s=20, what="training goes on with one server")
+                wait_until(
+                    lambda before=before: num_steps_done(root) > before + 10,
+                    timeout_s=20,
+                    what="training goes on with one server",
+                )
         out, _ = process.communicate(timeout=20)
         assert process.returncode == 0
         assert "rollout-0 was asked to stop" in out and "go on with" in out

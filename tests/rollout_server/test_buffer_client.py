@@ -25,7 +25,16 @@ from areal_like.wire.messages.producer import (
 from rollout_server.buffer_client.client import BufferLink
 from rollout_server.buffer_client.lease_desk import LeaseDesk
 
-HELLO = Hello(role=Role.ROLLOUT, name="r", incarnation=1, job="j", model="m", tokenizer="t", dataset="d", http_address="127.0.0.1:1")
+HELLO = Hello(
+    role=Role.ROLLOUT,
+    name="r",
+    incarnation=1,
+    job="j",
+    model="m",
+    tokenizer="t",
+    dataset="d",
+    http_address="127.0.0.1:1",
+)
 LEASE = Lease(lease_id=1, ticket_id=1, prompt_index=0, purpose=Purpose.TRAIN, sample_indices=[0], seed=0)
 FAILED = SampleFailed(lease_id=1, ticket_id=1, sample_index=0, error="no reason")
 
@@ -45,11 +54,17 @@ class PlayedBuffer:
         self.peer = envelope.peer
         match envelope.message:
             case Hello():
-                self.listener.send(envelope.peer, Welcome(job="j", step=0, newest_version=0), rid=envelope.rid)
+                self.listener.send(
+                    envelope.peer, Welcome(job="j", step=0, newest_version=0), rid=envelope.rid
+                )
             case ServerHeartbeat():
-                self.listener.send(envelope.peer, HeartbeatAck(step=0, newest_version=0, trouble=self.trouble))
+                self.listener.send(
+                    envelope.peer, HeartbeatAck(step=0, newest_version=0, trouble=self.trouble)
+                )
             case SampleFailed() if self.acknowledging:
-                self.listener.send(envelope.peer, SampleAcks(acks=[SampleAck(lease_id=1, sample_indices=[0])]))
+                self.listener.send(
+                    envelope.peer, SampleAcks(acks=[SampleAck(lease_id=1, sample_indices=[0])])
+                )
 
     async def expect(self, name: str) -> None:
         async with asyncio.timeout(10):
@@ -58,15 +73,30 @@ class PlayedBuffer:
 
 
 @pytest.mark.timeout(60)
-def test_what_is_sent_to_a_buffer_that_is_away_does_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_sent_to_a_buffer_that_is_away_does_not_pile_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in (("_SILENT_AFTER_S", 0.3), ("_RESEND_AFTER_S", 0.05), ("_HELLO_TIMEOUT_S", 0.5)):
         monkeypatch.setattr(f"rollout_server.buffer_client.client.{name}", value)
 
     async def body() -> None:
         first = PlayedBuffer()
-        config = from_mapping({"runs_dir": str(tmp_path), "buffer": {"port": first.listener.port}, "daemon": {"heartbeat_s": 0.02}})
+        config = from_mapping(
+            {
+                "runs_dir": str(tmp_path),
+                "buffer": {"port": first.listener.port},
+                "daemon": {"heartbeat_s": 0.02},
+            }
+        )
         desk, leases = LeaseDesk(capacity_samples=4), list[Any]()
-        link = BufferLink(config, hello=lambda: HELLO, desk=desk, waits=WaitBook(), on_leases=leases.extend, on_abort=lambda _: None)
+        link = BufferLink(
+            config,
+            hello=lambda: HELLO,
+            desk=desk,
+            waits=WaitBook(),
+            on_leases=leases.extend,
+            on_abort=lambda _: None,
+        )
         link.announce(state=ServerState.SERVING)
         running = asyncio.create_task(link.run())
         await first.expect("ServerHeartbeat")
@@ -92,14 +122,29 @@ def test_what_is_sent_to_a_buffer_that_is_away_does_not_pile_up(tmp_path: Path, 
 
 
 @pytest.mark.timeout(60)
-def test_a_buffer_that_cannot_write_is_not_told_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_buffer_that_cannot_write_is_not_told_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("rollout_server.buffer_client.client._RESEND_AFTER_S", 0.05)
 
     async def body() -> None:
         buffer = PlayedBuffer()
-        config = from_mapping({"runs_dir": str(tmp_path), "buffer": {"port": buffer.listener.port}, "daemon": {"heartbeat_s": 0.02}})
+        config = from_mapping(
+            {
+                "runs_dir": str(tmp_path),
+                "buffer": {"port": buffer.listener.port},
+                "daemon": {"heartbeat_s": 0.02},
+            }
+        )
         desk, leases = LeaseDesk(capacity_samples=4), list[Any]()
-        link = BufferLink(config, hello=lambda: HELLO, desk=desk, waits=WaitBook(), on_leases=leases.extend, on_abort=lambda _: None)
+        link = BufferLink(
+            config,
+            hello=lambda: HELLO,
+            desk=desk,
+            waits=WaitBook(),
+            on_leases=leases.extend,
+            on_abort=lambda _: None,
+        )
         link.announce(state=ServerState.SERVING)
         running = asyncio.create_task(link.run())
         await buffer.expect("ServerHeartbeat")

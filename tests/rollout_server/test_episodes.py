@@ -26,7 +26,9 @@ class CountingEngine:
         self.eos_at = eos_at
         self.requests: list[tuple[list[int], Sampling, str]] = []
 
-    async def generate(self, input_ids: Sequence[int], *, sampling: Sampling, rid: str | None = None) -> Generation:
+    async def generate(
+        self, input_ids: Sequence[int], *, sampling: Sampling, rid: str | None = None
+    ) -> Generation:
         self.requests.append((list(input_ids), sampling, rid or ""))
         limit = self.interruptions.pop(0) if self.interruptions else None
         tokens: list[int] = []
@@ -38,7 +40,13 @@ class CountingEngine:
             if tokens[-1] == EOS:
                 break
         interrupted = limit is not None and len(tokens) == limit and tokens[-1:] != [EOS]
-        reason = FinishReason.ABORT if interrupted else FinishReason.STOP if tokens[-1] == EOS else FinishReason.LENGTH
+        reason = (
+            FinishReason.ABORT
+            if interrupted
+            else FinishReason.STOP
+            if tokens[-1] == EOS
+            else FinishReason.LENGTH
+        )
         generation = Generation(
             output_ids=np.array(tokens, np.int32),
             logprobs=-np.array(tokens, np.float32) / 100,
@@ -58,7 +66,9 @@ class Digits:
         return ",".join(str(token) for token in tokens if token != EOS)
 
 
-def play(engine: CountingEngine, *, max_new_tokens: int = 8, episode: Episode | None = None) -> tuple[Transcript, str]:
+def play(
+    engine: CountingEngine, *, max_new_tokens: int = 8, episode: Episode | None = None
+) -> tuple[Transcript, str]:
     async def body() -> tuple[Transcript, str]:
         transcript, tokenizer = Transcript(), Digits()
         transcript.give(tokenizer.encode(EXAMPLE))
@@ -102,7 +112,9 @@ def test_engine_that_aborts_for_ever_is_an_error() -> None:
 class Calculator(Episode):
     """Two turns with a tool in between: what multi-turn will look like."""
 
-    async def run(self, example: Example, speaker: Speaker, tokenizer: Tokenizer, transcript: Transcript) -> str:
+    async def run(
+        self, example: Example, speaker: Speaker, tokenizer: Tokenizer, transcript: Transcript
+    ) -> str:
         await speaker.extend(transcript)
         transcript.give(np.array([40, 41], np.int32))
         await speaker.extend(transcript)

@@ -37,7 +37,14 @@ class Desk(RuleBasedStateMachine):
     @rule(lease_id=st.integers(1, 6), samples=st.sets(st.integers(0, 3)))
     def grant(self, lease_id: int, samples: set[int]) -> None:
         known = any(lease_id == held for held, _ in self.owed | self.sent.keys())
-        lease = Lease(lease_id=lease_id, ticket_id=lease_id, prompt_index=0, purpose=Purpose.TRAIN, sample_indices=sorted(samples), seed=0)
+        lease = Lease(
+            lease_id=lease_id,
+            ticket_id=lease_id,
+            prompt_index=0,
+            purpose=Purpose.TRAIN,
+            sample_indices=sorted(samples),
+            seed=0,
+        )
         assert self.desk.grant(lease) == (bool(samples) and not known)
         if not known:
             self.owed |= {(lease_id, sample) for sample in samples}
@@ -46,7 +53,9 @@ class Desk(RuleBasedStateMachine):
     def finish(self, lease_id: int, sample: int, failed: bool) -> None:
         named = {"lease_id": lease_id, "ticket_id": lease_id, "sample_index": sample}
         answer = (
-            SampleFailed(**named, error="x") if failed else SampleDone(lease_id=lease_id, record=Record.of(lease_id, sample, trajectory()))
+            SampleFailed(**named, error="x")
+            if failed
+            else SampleDone(lease_id=lease_id, record=Record.of(lease_id, sample, trajectory()))
         )
         assert self.desk.finish(answer, now_s=self.now_s) == ((lease_id, sample) in self.owed)
         if (lease_id, sample) in self.owed:

@@ -113,7 +113,10 @@ async def serving(task: Task) -> AsyncIterator[Served]:
 
 def assert_hung(answers: list[Answer]) -> None:
     assert len(answers) == GROUP
-    assert all(isinstance(answer, SampleFailed) and "task.example() took longer" in answer.error for answer in answers)
+    assert all(
+        isinstance(answer, SampleFailed) and "task.example() took longer" in answer.error
+        for answer in answers
+    )
 
 
 def test_each_example_has_a_limit_of_its_own_and_no_sample_waits_for_the_examples_after_its_own() -> None:
@@ -126,7 +129,9 @@ def test_each_example_has_a_limit_of_its_own_and_no_sample_waits_for_the_example
             await served.answered(0)
             assert len(task.asked) < 15, "it began before the message's last example did"
             await served.answered(*range(25))
-            assert len(served.answers) == 25 * GROUP and all(isinstance(answer, SampleDone) for answer in served.answers)
+            assert len(served.answers) == 25 * GROUP and all(
+                isinstance(answer, SampleDone) for answer in served.answers
+            )
 
     asyncio.run(body())
 
@@ -145,7 +150,9 @@ def test_examples_that_hang_fail_their_own_samples_and_no_others(hanging: Callab
             assert sorted(task.asked) == [1, 2, 3, 4, 5, 6]
             task.released.set()
             await asyncio.sleep(0.05)
-            assert len(task.asked) == 6 and len(served.answers) == 6 * GROUP, "a thread that was left behind does nothing more"
+            assert len(task.asked) == 6 and len(served.answers) == 6 * GROUP, (
+                "a thread that was left behind does nothing more"
+            )
 
     asyncio.run(body())
 

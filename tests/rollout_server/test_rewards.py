@@ -67,7 +67,9 @@ def outcomes(completions: list[str], **settings: Any) -> tuple[list[Any], int]:
 
     async def body() -> tuple[list[Any], int]:
         async with pool(**settings) as rewards:
-            asked = (rewards.score(split="train", index=i, completion=text) for i, text in enumerate(completions))
+            asked = (
+                rewards.score(split="train", index=i, completion=text) for i, text in enumerate(completions)
+            )
             answers = await asyncio.gather(*asked, return_exceptions=True)
             return [str(a) if isinstance(a, RewardError) else a for a in answers], rewards.num_restarts
 
@@ -147,7 +149,9 @@ def test_many_rewards_a_second() -> None:
             await rewards.score(split="train", index=0, completion="")
             started = time.process_time()
             for _ in range(20):
-                await asyncio.gather(*(rewards.score(split="train", index=i // 8, completion="0123") for i in range(100)))
+                await asyncio.gather(
+                    *(rewards.score(split="train", index=i // 8, completion="0123") for i in range(100))
+                )
             return (time.process_time() - started) / 2000
 
     assert asyncio.run(body()) < 500e-6  # CPU seconds a reward on this side; some 60e-6 when measured

@@ -23,9 +23,24 @@ from areal_like.config import WeightsConfig
 from areal_like.trajectory import FinishReason, Trajectory
 from areal_like.wire.messages.consumer import ServerEntry
 from areal_like.wire.messages.hello import Goodbye, Hello, JobFailed, Refused
-from areal_like.wire.messages.producer import AbortLeases, Purpose, ReturnLeases, SampleDone, SampleFailed, ServerState
+from areal_like.wire.messages.producer import (
+    AbortLeases,
+    Purpose,
+    ReturnLeases,
+    SampleDone,
+    SampleFailed,
+    ServerState,
+)
 from rollout_server.tasks.sort import SortTask
-from tests.support.rollout_harness import PlayedBuffer, ServerProcess, descendants, is_alive, job, serving, wait_until
+from tests.support.rollout_harness import (
+    PlayedBuffer,
+    ServerProcess,
+    descendants,
+    is_alive,
+    job,
+    serving,
+    wait_until,
+)
 from tests.support.snapshots import Held
 from trainer.models.tiny import build_tiny_model, character_tokenizer
 from trainer.weight_sync.broadcaster import Broadcaster, PushOutcome
@@ -43,10 +58,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def shared(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[PlayedBuffer, ServerProcess]]:
+def shared(
+    model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[PlayedBuffer, ServerProcess]]:
     """One server for every test that leaves it as it was."""
     with PlayedBuffer() as buffer:
-        config = job(tmp_path_factory.mktemp("run"), port=buffer.port, model_dir=model, sampling={"max_new_tokens": 40})
+        config = job(
+            tmp_path_factory.mktemp("run"), port=buffer.port, model_dir=model, sampling={"max_new_tokens": 40}
+        )
         with serving(config) as server:
             buffer.expect_beat(lambda beat: beat.state is ServerState.SERVING, timeout_s=60)
             yield buffer, server
@@ -58,10 +77,14 @@ def buffer(shared: tuple[PlayedBuffer, ServerProcess]) -> Iterator[PlayedBuffer]
     yield buffer
     buffer.acknowledging = True
     assert server.process.poll() is None
-    buffer.expect_beat(lambda beat: beat.state is ServerState.SERVING and not beat.leases and beat.free_samples == CAPACITY)
+    buffer.expect_beat(
+        lambda beat: beat.state is ServerState.SERVING and not beat.leases and beat.free_samples == CAPACITY
+    )
 
 
-def push(buffer: PlayedBuffer, tensors: dict[str, torch.Tensor], *, version: int, **settings: Any) -> PushOutcome:
+def push(
+    buffer: PlayedBuffer, tensors: dict[str, torch.Tensor], *, version: int, **settings: Any
+) -> PushOutcome:
     """What trainer rank 0 does, with its own code; a new epoch each time."""
 
     async def body() -> PushOutcome:
@@ -77,7 +100,9 @@ def push(buffer: PlayedBuffer, tensors: dict[str, torch.Tensor], *, version: int
         config = WeightsConfig(bucket_bytes=1 << 16, push_deadline_s=20, **settings)
         broadcaster = Broadcaster(config, device="cpu", incarnation=time.time_ns())
         try:
-            return await broadcaster.push(Held(tensors, bucket_bytes=1 << 16), version=version, step=version, servers=[entry])
+            return await broadcaster.push(
+                Held(tensors, bucket_bytes=1 << 16), version=version, step=version, servers=[entry]
+            )
         finally:
             await broadcaster.close()
 
@@ -94,7 +119,9 @@ def perturbed(model: Path, seed: int) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def logprobs_under(model: Path, tensors: dict[str, torch.Tensor] | None, trajectory: Trajectory) -> np.ndarray:
+def logprobs_under(
+    model: Path, tensors: dict[str, torch.Tensor] | None, trajectory: Trajectory
+) -> np.ndarray:
     """[T] log-prob of every token given its prefix; 0 for the first."""
     policy = AutoModelForCausalLM.from_pretrained(model)
     policy.load_state_dict(tensors or {}, strict=False)
@@ -107,7 +134,9 @@ def logprobs_under(model: Path, tensors: dict[str, torch.Tensor] | None, traject
 def test_hello_says_who_serves_what(buffer: PlayedBuffer) -> None:
     hello = buffer.hellos[0]
     assert hello.name == "rollout-0" and hello.weights_address.startswith("tcp://127.0.0.1:")
-    assert hello.model and hello.tokenizer and hello.dataset and hello.num_train_prompts == SortTask().num_train
+    assert (
+        hello.model and hello.tokenizer and hello.dataset and hello.num_train_prompts == SortTask().num_train
+    )
     assert hello.num_eval_prompts == SortTask().num_eval
 
 
@@ -143,7 +172,10 @@ def test_leases_become_samples_with_their_evidence(buffer: PlayedBuffer, model: 
     assert version == 0
     buffer.grant(buffer.lease(1, samples=8, prompt=7), buffer.lease(2, samples=[1, 3], prompt=8))
     answers = buffer.expect(SampleDone, count=10)
-    assert {(a.lease_id, a.ticket_id, a.sample_index) for a in answers} == {(1, 101, i) for i in range(8)} | {(2, 102, 1), (2, 102, 3)}
+    assert {(a.lease_id, a.ticket_id, a.sample_index) for a in answers} == {(1, 101, i) for i in range(8)} | {
+        (2, 102, 1),
+        (2, 102, 3),
+    }
     tokenizer, task = character_tokenizer(), SortTask(seed=0)
     for answer in answers:
         trajectory = answer.record.trajectory()
@@ -151,8 +183,12 @@ def test_leases_become_samples_with_their_evidence(buffer: PlayedBuffer, model: 
         prompt = tokenizer(example.prompt)["input_ids"]
         sampled = trajectory.loss_mask == 1
         assert trajectory.tokens[~sampled].tolist() == prompt
-        assert (trajectory.tokens[-1] == tokenizer.eos_token_id) == (trajectory.finish_reason is FinishReason.STOP)
-        assert trajectory.reward == task.reward(example, tokenizer.decode(trajectory.tokens[sampled], skip_special_tokens=True))
+        assert (trajectory.tokens[-1] == tokenizer.eos_token_id) == (
+            trajectory.finish_reason is FinishReason.STOP
+        )
+        assert trajectory.reward == task.reward(
+            example, tokenizer.decode(trajectory.tokens[sampled], skip_special_tokens=True)
+        )
         assert set(trajectory.versions[sampled]) == {0}
         expected = logprobs_under(model, None, trajectory)
         np.testing.assert_allclose(trajectory.logprobs[sampled], expected[sampled], atol=1e-4)
@@ -212,7 +248,9 @@ def test_failed_push_leaves_the_old_weights(buffer: PlayedBuffer, model: Path) -
     incomplete = dict(list(tensors.items())[:-1])
     outcome = push(buffer, incomplete, version=1)
     assert not outcome.activated and "missing" in str(outcome.failed)
-    misnamed = {(f"{name}.x" if name.endswith("norm.weight") else name): tensor for name, tensor in tensors.items()}
+    misnamed = {
+        (f"{name}.x" if name.endswith("norm.weight") else name): tensor for name, tensor in tensors.items()
+    }
     assert "unknown" in str(push(buffer, misnamed, version=2).failed)
     buffer.grant(buffer.lease(20, samples=1))
     (answer,) = buffer.expect(SampleDone)
@@ -220,14 +258,18 @@ def test_failed_push_leaves_the_old_weights(buffer: PlayedBuffer, model: Path) -
     assert buffer.expect_beat(lambda _: True).weights_version == before
 
 
-@pytest.mark.parametrize(("mode", "version"), [("recompute", 10), ("abort_resume", 11), ("drain", 12), ("keep", 13)])
+@pytest.mark.parametrize(
+    ("mode", "version"), [("recompute", 10), ("abort_resume", 11), ("drain", 12), ("keep", 13)]
+)
 def test_push_while_samples_are_in_flight(buffer: PlayedBuffer, model: Path, mode: str, version: int) -> None:
     old_version = buffer.expect_beat(lambda _: True).weights_version
     old = perturbed(model, old_version) if old_version else None
     new = perturbed(model, version)
     trajectories: list[Trajectory] = []
     outcome: list[PushOutcome] = []
-    pushing = threading.Thread(target=lambda: outcome.append(push(buffer, new, version=version, update_mode=mode)))
+    pushing = threading.Thread(
+        target=lambda: outcome.append(push(buffer, new, version=version, update_mode=mode))
+    )
     leases = [buffer.lease(version * 10_000 + i, samples=8, prompt=i) for i in range(2000)]
     waiting = iter(leases)
     # Far more than the engine runs at a time, and eight go for every eight that come: it is never without work when the swap comes.
@@ -260,20 +302,32 @@ def test_push_while_samples_are_in_flight(buffer: PlayedBuffer, model: Path, mod
 def test_lost_engine_is_replaced_and_a_drain_leaves_nothing_behind(model: Path, tmp_path: Path) -> None:
     with PlayedBuffer() as buffer:
         sampling = {"max_new_tokens": 200}
-        config = job(tmp_path, port=buffer.port, model_dir=model, sampling=sampling, rollout={"max_running": 4, "queue_samples": 96})
+        config = job(
+            tmp_path,
+            port=buffer.port,
+            model_dir=model,
+            sampling=sampling,
+            rollout={"max_running": 4, "queue_samples": 96},
+        )
         with serving(config) as server:
             buffer.newest_version = 6
             buffer.expect_beat(lambda beat: beat.state is ServerState.SERVING, timeout_s=60)
             # A server whose engine dies gives its leases back and waits for the newest weights.
             buffer.grant(*(buffer.lease(i, samples=8, prompt=i) for i in range(1, 11)))
             buffer.expect_beat(lambda beat: len(beat.leases) > 5)
-            (engine,) = (pid for pid in descendants(server.process.pid) if b"rollout_server.engine" in cmdline(pid))
+            (engine,) = (
+                pid for pid in descendants(server.process.pid) if b"rollout_server.engine" in cmdline(pid)
+            )
             os.kill(engine, signal.SIGKILL)
             assert buffer.expect(ReturnLeases)[0].reason == "engine lost"
             beat = buffer.expect_beat(lambda beat: beat.state is ServerState.QUARANTINED)
             assert beat.free_samples == 0 and not beat.leases and beat.stats["engine_starts"] == 2
             assert push(buffer, perturbed(model, 6), version=6).activated
-            buffer.expect_beat(lambda beat: beat.state is ServerState.SERVING and beat.weights_version == 6 and beat.free_samples > 0)
+            buffer.expect_beat(
+                lambda beat: (
+                    beat.state is ServerState.SERVING and beat.weights_version == 6 and beat.free_samples > 0
+                )
+            )
             buffer.grant(buffer.lease(50, samples=1))
             assert buffer.expect(SampleDone)[0].record.trajectory().oldest_version == 6
             # SIGTERM in the middle of work.
@@ -286,7 +340,11 @@ def test_lost_engine_is_replaced_and_a_drain_leaves_nothing_behind(model: Path, 
             returned = buffer.expect(ReturnLeases)[0].leases
             assert returned and set(returned) <= set(range(101, 111))
             buffer.expect(Goodbye)
-            assert buffer.beat is not None and buffer.beat.state is ServerState.DRAINING and not buffer.beat.leases
+            assert (
+                buffer.beat is not None
+                and buffer.beat.state is ServerState.DRAINING
+                and not buffer.beat.leases
+            )
             wait_until(lambda: not any(map(is_alive, children)))
             assert not list(server.paths.endpoints.glob("*.json"))
 
@@ -296,22 +354,32 @@ def test_a_late_joiner_begins_with_the_newest_checkpoint(model: Path, tmp_path: 
     for step, version in ((100, 3), (200, 7)):
         checkpoint = tmp_path / "runs" / "job" / "checkpoints" / f"step_{step:06d}"
         shutil.copytree(model, checkpoint)
-        save_file(tensors if version == 7 else perturbed(model, 3), checkpoint / "model.safetensors", {"format": "pt"})
+        save_file(
+            tensors if version == 7 else perturbed(model, 3),
+            checkpoint / "model.safetensors",
+            {"format": "pt"},
+        )
         (checkpoint / "trainer_state.json").write_text(json.dumps({"extra": {"weights_version": version}}))
     with PlayedBuffer() as buffer:
         buffer.newest_version = 9
         with serving(job(tmp_path, port=buffer.port, model_dir=model)):
-            buffer.expect_beat(lambda beat: beat.state is ServerState.SERVING and beat.weights_version == 7, timeout_s=60)
+            buffer.expect_beat(
+                lambda beat: beat.state is ServerState.SERVING and beat.weights_version == 7, timeout_s=60
+            )
             buffer.grant(buffer.lease(1, samples=1))
             trajectory = buffer.expect(SampleDone)[0].record.trajectory()
             sampled = trajectory.loss_mask == 1
             assert set(trajectory.versions[sampled]) == {7}
-            np.testing.assert_allclose(trajectory.logprobs[sampled], logprobs_under(model, tensors, trajectory)[sampled], atol=1e-4)
+            np.testing.assert_allclose(
+                trajectory.logprobs[sampled], logprobs_under(model, tensors, trajectory)[sampled], atol=1e-4
+            )
             assert push(buffer, perturbed(model, 9), version=9).activated
             buffer.expect_beat(lambda beat: beat.weights_version == 9)
 
 
-def test_bad_rewards_are_reported_and_a_killed_server_takes_its_children_with_it(model: Path, tmp_path: Path) -> None:
+def test_bad_rewards_are_reported_and_a_killed_server_takes_its_children_with_it(
+    model: Path, tmp_path: Path
+) -> None:
     with PlayedBuffer() as buffer:
         config = job(
             tmp_path,
@@ -345,12 +413,16 @@ def test_bad_rewards_are_reported_and_a_killed_server_takes_its_children_with_it
         ({"rollout": {"engine_device": "cuda:99"}}, "the engine refuses its settings"),
     ],
 )
-def test_bad_settings_end_with_one_message(model: Path, tmp_path: Path, overrides: dict[str, Any], message: str) -> None:
+def test_bad_settings_end_with_one_message(
+    model: Path, tmp_path: Path, overrides: dict[str, Any], message: str
+) -> None:
     config = job(tmp_path, port=1, model_dir=model, **overrides)
     with serving(config) as server:
         code, _, errors = server.wait()
         assert code == 2 and message in errors
-        lines = [line for line in errors.strip().splitlines() if "no welcome from the buffer" not in line]  # this may last
+        lines = [
+            line for line in errors.strip().splitlines() if "no welcome from the buffer" not in line
+        ]  # this may last
         assert "Traceback" not in errors and len(lines) <= 2
 
 
@@ -362,16 +434,26 @@ def test_a_refusal_ends_the_server(model: Path, tmp_path: Path) -> None:
         assert code == 1 and "another model" in errors and "Traceback" not in errors
 
 
-def test_an_example_that_hangs_keeps_neither_the_next_ones_nor_the_process_from_ending_with_its_job(model: Path, tmp_path: Path) -> None:
+def test_an_example_that_hangs_keeps_neither_the_next_ones_nor_the_process_from_ending_with_its_job(
+    model: Path, tmp_path: Path
+) -> None:
     rollout = {"max_running": 4, "queue_samples": 0, "reward_timeout_s": 1.0}
     with PlayedBuffer() as buffer:
-        config = job(tmp_path, port=buffer.port, model_dir=model, task={"_target_": "tests.support.rollout_tasks.Moody"}, rollout=rollout)
+        config = job(
+            tmp_path,
+            port=buffer.port,
+            model_dir=model,
+            task={"_target_": "tests.support.rollout_tasks.Moody"},
+            rollout=rollout,
+        )
         with serving(config) as server:
             buffer.expect_beat(lambda beat: beat.state is ServerState.SERVING, timeout_s=60)
             buffer.grant(buffer.lease(1, samples=1, prompt=9))
             assert "task.example() took longer" in buffer.expect(SampleFailed)[0].error
             buffer.grant(buffer.lease(2, samples=1, prompt=4))
-            assert buffer.expect(SampleDone)[0].lease_id == 2, "the next example is not behind the one that hangs"
+            assert buffer.expect(SampleDone)[0].lease_id == 2, (
+                "the next example is not behind the one that hangs"
+            )
             buffer.send(JobFailed(reason="20 failures in a row"))
             code, _, errors = server.wait(timeout_s=15)
             assert code == 1 and "20 failures in a row" in errors and "Traceback" not in errors

@@ -21,7 +21,9 @@ def test_an_engine_that_is_gone_is_missed_at_once(tmp_path: Path) -> None:
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         url = f"http://localhost:{runner.addresses[0][1]}"
-        config = from_mapping({"runs_dir": str(tmp_path), "rollout": {"engine": "sglang", "sglang": {"url": url}}})
+        config = from_mapping(
+            {"runs_dir": str(tmp_path), "rollout": {"engine": "sglang", "sglang": {"url": url}}}
+        )
         dying = asyncio.create_task(SglangAtUrl(config, name="rollout-0", model="", vocab_size=10).died())
         await asyncio.sleep(0.5)
         assert not dying.done()

@@ -59,8 +59,12 @@ def test_fingerprint_tells_seed_settings_and_class_apart() -> None:
     ]
     prints = [task.fingerprint() for task in tasks]
     assert len(set(prints)) == len(prints)
-    code = "from rollout_server.tasks import make_task; print(make_task({'name': 'sort'}, seed=0).fingerprint())"
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30)
+    code = (
+        "from rollout_server.tasks import make_task; print(make_task({'name': 'sort'}, seed=0).fingerprint())"
+    )
+    other = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30
+    )
     assert other.stdout.strip() == prints[0]
     with pytest.raises(ConfigError, match="two different answers"):
         make_task({"_target_": f"{__name__}.Impure"}, seed=0).fingerprint()
@@ -80,7 +84,10 @@ def test_own_task_takes_its_settings() -> None:
         ({"name": "sort", "zzz": 5}, "its settings are seed, num_train"),
         ({"name": "sort", "num_train": 0}, "at least 1"),
         ({"name": "sort", "num_train": "many"}, "task.num_train: want int"),
-        ({"_target_": f"{__name__}.Picky", "digits": 0}, "task tests.rollout_server.test_tasks.Picky: no digits"),
+        (
+            {"_target_": f"{__name__}.Picky", "digits": 0},
+            "task tests.rollout_server.test_tasks.Picky: no digits",
+        ),
         ({"_target_": "nowhere_at_all.Task"}, "importable from the directory the job"),
         ({"_target_": "json.dumps"}, "not a subclass"),
         ({"_target_": "json"}, "write module.Class"),

@@ -32,7 +32,9 @@ class PlayedEngine:
             await asyncio.sleep(30)
         if path == self.failing_at:
             return web.json_response({"error": {"message": "cannot"}}, status=500)
-        return web.json_response({"success": True, "checksums": [], "weight_version": str(self.version), "stall_s": 0.0})
+        return web.json_response(
+            {"success": True, "checksums": [], "weight_version": str(self.version), "stall_s": 0.0}
+        )
 
 
 def push(engine: PlayedEngine, *, update_mode: str = "recompute") -> tuple[Any, list[str]]:
@@ -47,13 +49,24 @@ def push(engine: PlayedEngine, *, update_mode: str = "recompute") -> tuple[Any, 
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
         receiver = WeightReceiver(
-            host="127.0.0.1", max_message_bytes=1 << 20, turnstile=Turnstile(), on_version=lambda _: None, on_doubt=doubts.append
+            host="127.0.0.1",
+            max_message_bytes=1 << 20,
+            turnstile=Turnstile(),
+            on_version=lambda _: None,
+            on_doubt=doubts.append,
         )
         link = Link(tcp_address("127.0.0.1", receiver.port), handler=lambda _: None)
         async with EngineClient(f"http://127.0.0.1:{runner.addresses[0][1]}") as client:
             receiver.set_engine(client)
             form = FormGroup(
-                epoch=1, group_name="g", master_address="127.0.0.1", master_port=1, rank=1, world_size=2, backend="gloo", timeout_s=5.0
+                epoch=1,
+                group_name="g",
+                master_address="127.0.0.1",
+                master_port=1,
+                rank=1,
+                world_size=2,
+                backend="gloo",
+                timeout_s=5.0,
             )
             assert isinstance(await link.call(form, timeout_s=5), WeightsOk)
             manifest = Manifest(version=1, buckets=Held({}, bucket_bytes=64).buckets).to_dict()

@@ -29,7 +29,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     directory = tmp_path_factory.mktemp("models")
-    return save_model(directory / "llama-0", "llama", seed=0), save_model(directory / "llama-1", "llama", seed=1)
+    return save_model(directory / "llama-0", "llama", seed=0), save_model(
+        directory / "llama-1", "llama", seed=1
+    )
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +48,9 @@ def config(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Config:
 @pytest.fixture(scope="session")
 def engine(config: Config, models: Models) -> Iterator[Engine]:
     """Started by the code that a rollout server starts it with."""
-    process = SglangProcess(config, name="rollout-0", model=str(models[0]), context_tokens=CONTEXT, vocab_size=VOCAB)
+    process = SglangProcess(
+        config, name="rollout-0", model=str(models[0]), context_tokens=CONTEXT, vocab_size=VOCAB
+    )
 
     async def start() -> EngineClient:
         async with await process.start(version=0) as client:

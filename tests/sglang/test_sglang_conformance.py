@@ -35,11 +35,17 @@ def test_groups_made_destroyed_made_again(engine: Engine, models: Models) -> Non
 
 
 def test_recompute_in_flight_is_exact(engine: Engine, models: Models) -> None:
-    assert asyncio.run(conformance.versions_across_an_update_in_flight(engine, models, running="recompute")) < conformance.TOLERANCE
+    assert (
+        asyncio.run(conformance.versions_across_an_update_in_flight(engine, models, running="recompute"))
+        < conformance.TOLERANCE
+    )
 
 
 def test_keep_in_flight_states_versions_and_has_an_error(engine: Engine, models: Models) -> None:
-    assert asyncio.run(conformance.versions_across_an_update_in_flight(engine, models, running="keep")) > conformance.TOLERANCE
+    assert (
+        asyncio.run(conformance.versions_across_an_update_in_flight(engine, models, running="keep"))
+        > conformance.TOLERANCE
+    )
 
 
 def test_bad_requests_are_refused(engine: Engine) -> None:

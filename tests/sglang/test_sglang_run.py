@@ -46,7 +46,11 @@ def test_a_job_on_sglang_from_start_to_summary(tmp_path: Path) -> None:
         tickets = summary["tickets"]
         assert tickets["trained"] == 8 * NUM_STEPS
         assert tickets["issued"] == sum(count for state, count in tickets.items() if state != "issued")
-        pushes = (root / "logs" / "rollout-0-engine.log").read_text().count('POST /update_weight_version HTTP/1.1" 200')
+        pushes = (
+            (root / "logs" / "rollout-0-engine.log")
+            .read_text()
+            .count('POST /update_weight_version HTTP/1.1" 200')
+        )
         assert pushes >= NUM_STEPS
     finally:
         left = processes_of(root)

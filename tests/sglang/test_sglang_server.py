@@ -33,7 +33,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_server_with_sglang_from_its_first_lease_to_its_last(model: Path, tmp_path: Path) -> None:
     with PlayedBuffer() as buffer:
         rollout = {"engine": "sglang", "max_running": 16, "queue_samples": 600, "start_timeout_s": START_S}
-        config = job(tmp_path, port=buffer.port, model_dir=model, sampling={"max_new_tokens": 60}, rollout=rollout)
+        config = job(
+            tmp_path, port=buffer.port, model_dir=model, sampling={"max_new_tokens": 60}, rollout=rollout
+        )
         with serving(config) as server:
             buffer.expect_beat(lambda beat: beat.state is ServerState.SERVING, timeout_s=START_S)
             _samples_say_what_sampled_them(buffer, model)
@@ -45,13 +47,20 @@ def test_a_server_with_sglang_from_its_first_lease_to_its_last(model: Path, tmp_
             buffer.newest_version = 6
             buffer.grant(*(buffer.lease(i, samples=8, prompt=i) for i in range(101, 131)))
             buffer.expect_beat(lambda beat: beat.stats["running"] > 0 and len(beat.leases) > 5)
-            (engine,) = (pid for pid in children if b"sglang.launch_server" in Path(f"/proc/{pid}/cmdline").read_bytes())
+            (engine,) = (
+                pid
+                for pid in children
+                if b"sglang.launch_server" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            )
             below = descendants(engine)
             assert below, "SGLang's schedulers are processes of their own"
             os.kill(engine, signal.SIGKILL)
             assert buffer.expect(ReturnLeases)[0].reason == "engine lost"
             wait_until(lambda: not any(map(is_alive, below)))
-            buffer.expect_beat(lambda beat: beat.state is ServerState.QUARANTINED and beat.stats["engine_starts"] == 2, timeout_s=START_S)
+            buffer.expect_beat(
+                lambda beat: beat.state is ServerState.QUARANTINED and beat.stats["engine_starts"] == 2,
+                timeout_s=START_S,
+            )
             assert push(buffer, perturbed(model, 7), version=7).activated
             buffer.expect_beat(lambda beat: beat.state is ServerState.SERVING and beat.weights_version == 7)
 
@@ -65,7 +74,9 @@ def test_a_server_with_sglang_from_its_first_lease_to_its_last(model: Path, tmp_
 
 
 def _samples_say_what_sampled_them(buffer: PlayedBuffer, model: Path) -> None:
-    buffer.grant(buffer.lease(1, samples=8, prompt=7), buffer.lease(2, samples=2, prompt=5, purpose=Purpose.EVAL))
+    buffer.grant(
+        buffer.lease(1, samples=8, prompt=7), buffer.lease(2, samples=2, prompt=5, purpose=Purpose.EVAL)
+    )
     answers = buffer.expect(SampleDone, count=10)
     tokenizer, task = character_tokenizer(), SortTask(seed=0)
     for answer in answers:
@@ -73,10 +84,17 @@ def _samples_say_what_sampled_them(buffer: PlayedBuffer, model: Path) -> None:
         sampled = trajectory.loss_mask == 1
         assert set(trajectory.versions[sampled]) == {0}
         if answer.lease_id == 1:
-            assert trajectory.tokens[~sampled].tolist() == tokenizer(task.example("train", 7).prompt)["input_ids"]
-            np.testing.assert_allclose(trajectory.logprobs[sampled], logprobs_under(model, None, trajectory)[sampled], atol=1e-4)
+            assert (
+                trajectory.tokens[~sampled].tolist()
+                == tokenizer(task.example("train", 7).prompt)["input_ids"]
+            )
+            np.testing.assert_allclose(
+                trajectory.logprobs[sampled], logprobs_under(model, None, trajectory)[sampled], atol=1e-4
+            )
     assert len({tuple(a.record.trajectory().tokens) for a in answers if a.lease_id == 1}) > 1
-    assert len({tuple(a.record.trajectory().tokens) for a in answers if a.lease_id == 2}) == 1, "evaluation is greedy"
+    assert len({tuple(a.record.trajectory().tokens) for a in answers if a.lease_id == 2}) == 1, (
+        "evaluation is greedy"
+    )
 
 
 def _push_in_mid_work(buffer: PlayedBuffer, model: Path, *, version: int) -> list[Trajectory]:
@@ -86,20 +104,27 @@ def _push_in_mid_work(buffer: PlayedBuffer, model: Path, *, version: int) -> lis
     trajectories = [answer.record.trajectory() for answer in buffer.expect(SampleDone, count=16)]
     pushing = threading.Thread(target=lambda: outcome.append(push(buffer, new, version=version)))
     pushing.start()
-    trajectories += [answer.record.trajectory() for answer in buffer.expect(SampleDone, count=60 * 8 - 16, timeout_s=120)]
+    trajectories += [
+        answer.record.trajectory() for answer in buffer.expect(SampleDone, count=60 * 8 - 16, timeout_s=120)
+    ]
     pushing.join()
     assert set(outcome[0].activated) == {"rollout-0"} and not outcome[0].failed
     mixed = [t for t in trajectories if t.oldest_version != t.newest_version]
     for trajectory in [*mixed[:4], trajectories[0], trajectories[-1]]:
         for stated, tensors in ((0, None), (version, new)):
             chosen = trajectory.versions == stated
-            np.testing.assert_allclose(trajectory.logprobs[chosen], logprobs_under(model, tensors, trajectory)[chosen], atol=1e-4)
+            np.testing.assert_allclose(
+                trajectory.logprobs[chosen], logprobs_under(model, tensors, trajectory)[chosen], atol=1e-4
+            )
     return mixed
 
 
 def _bad_names_change_nothing(buffer: PlayedBuffer, model: Path, *, version: int) -> None:
     before = buffer.expect_beat(lambda beat: not beat.leases).weights_version
-    misnamed = {(f"{name}.x" if name.endswith("norm.weight") else name): tensor for name, tensor in perturbed(model, version).items()}
+    misnamed = {
+        (f"{name}.x" if name.endswith("norm.weight") else name): tensor
+        for name, tensor in perturbed(model, version).items()
+    }
     assert "unknown" in str(push(buffer, misnamed, version=version).failed)
     buffer.grant(buffer.lease(90, samples=1))
     assert buffer.expect(SampleDone)[0].record.trajectory().newest_version == before

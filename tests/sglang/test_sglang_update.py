@@ -26,7 +26,16 @@ from rollout_server.inference.sglang.process import SglangAtUrl
 from rollout_server.weight_sync.in_place import InPlaceUpdate
 from tests.sglang.conftest import Models
 from tests.support.engine_conformance import PROMPT, TOLERANCE, until_running
-from tests.support.engine_harness import VOCAB, Engine, Pusher, error_of, load_model, reference_logprobs, sample, weights_of
+from tests.support.engine_harness import (
+    VOCAB,
+    Engine,
+    Pusher,
+    error_of,
+    load_model,
+    reference_logprobs,
+    sample,
+    weights_of,
+)
 
 pytestmark = pytest.mark.timeout(480)
 
@@ -57,7 +66,12 @@ class Plane:
         await self.update.begin_with(self.client, path=str(self.models[0]), version=INITIAL)
 
     async def push(
-        self, tensors: Mapping[str, Tensor], *, mode: str = "recompute", num_sent: int | None = None, hangs: bool = False
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        mode: str = "recompute",
+        num_sent: int | None = None,
+        hangs: bool = False,
     ) -> float:
         """One push of the next version; the sender ends after `num_sent` buckets, by leaving or by falling silent."""
         buckets = cut_buckets([spec_of(n, t) for n, t in tensors.items()], bucket_bytes=BUCKET_BYTES)
@@ -68,7 +82,9 @@ class Plane:
                 timeout_s=20,
             )  # fmt: skip
             await asyncio.gather(joining, asyncio.to_thread(group.connect))
-            sending = asyncio.create_task(asyncio.to_thread(_send, group, buckets[:num_sent], tensors, leaves=not hangs))
+            sending = asyncio.create_task(
+                asyncio.to_thread(_send, group, buckets[:num_sent], tensors, leaves=not hangs)
+            )
             try:
                 return await self._receive(buckets, mode=mode, timeout_s=3 if hangs else 30)
             finally:
@@ -89,7 +105,9 @@ class Plane:
             timeout_s=timeout_s,
         )
         async with asyncio.timeout(timeout_s):
-            stall_s = await self.update.push(self.client, request, manifest, left_s=lambda: 2 * timeout_s, waiting=_nothing)
+            stall_s = await self.update.push(
+                self.client, request, manifest, left_s=lambda: 2 * timeout_s, waiting=_nothing
+            )
         self.version += 1
         return stall_s
 
@@ -101,7 +119,9 @@ class Plane:
         assert error_of(model, PROMPT, generation) < TOLERANCE
 
 
-def _send(group: WeightGroup, buckets: tuple[Bucket, ...], tensors: Mapping[str, Tensor], *, leaves: bool) -> None:
+def _send(
+    group: WeightGroup, buckets: tuple[Bucket, ...], tensors: Mapping[str, Tensor], *, leaves: bool
+) -> None:
     with contextlib.suppress(WeightSyncError):
         for bucket in buckets:
             group.broadcast(flatten(bucket, tensors))
@@ -135,7 +155,10 @@ def test_push_while_sequences_run(engine: Engine, models: Models, mode: str) -> 
             transcripts = [Transcript() for _ in range(6)]
             for i, transcript in enumerate(transcripts):
                 transcript.give(np.asarray([*PROMPT, i], np.int32))
-            speakers = [Speaker(plane.client, sampling=sampling, rid=f"{mode}{i}", turnstile=plane.turnstile) for i in range(6)]
+            speakers = [
+                Speaker(plane.client, sampling=sampling, rid=f"{mode}{i}", turnstile=plane.turnstile)
+                for i in range(6)
+            ]
             speaking = asyncio.gather(*(s.extend(t) for s, t in zip(speakers, transcripts, strict=True)))
             await until_running(plane.client, 6)
             stall_s = await plane.push(new_weights, mode=mode)
@@ -145,26 +168,34 @@ def test_push_while_sequences_run(engine: Engine, models: Models, mode: str) -> 
             await asyncio.wait_for(speaking, 60)
             old_and_new, kept_errors = set(), []
             for transcript in transcripts:
-                trajectory = transcript.to_trajectory(reward=0.0, reward_components={}, generation_s=1.0, reward_s=0.0)
+                trajectory = transcript.to_trajectory(
+                    reward=0.0, reward_components={}, generation_s=1.0, reward_s=0.0
+                )
                 tokens, sampled = trajectory.tokens.tolist(), trajectory.loss_mask == 1
                 assert sampled.sum() == 500
                 versions = trajectory.versions[sampled]
                 old_and_new.add(tuple(sorted(set(versions.tolist()))))
                 for version, model in enumerate(references):
                     mine = versions == version
-                    errors = np.abs(reference_logprobs(model, tokens[:5], tokens[5:]) - trajectory.logprobs[sampled])[mine]
+                    errors = np.abs(
+                        reference_logprobs(model, tokens[:5], tokens[5:]) - trajectory.logprobs[sampled]
+                    )[mine]
                     if mode == "keep" and version == 1:
                         kept_errors.append(errors.max())
                     else:
                         assert not mine.any() or errors.max() < TOLERANCE
             assert old_and_new == ({(0,)} if mode == "drain" else {(0, 1)})
-            assert mode != "keep" or max(kept_errors) > TOLERANCE, "old KV under new weights must show, or it was not kept"
+            assert mode != "keep" or max(kept_errors) > TOLERANCE, (
+                "old KV under new weights must show, or it was not kept"
+            )
 
     asyncio.run(body())
 
 
 @pytest.mark.parametrize("how", ["unknown", "missing", "shape"])
-def test_what_does_not_fit_is_refused_before_the_engine_hears_of_it(engine: Engine, models: Models, how: str) -> None:
+def test_what_does_not_fit_is_refused_before_the_engine_hears_of_it(
+    engine: Engine, models: Models, how: str
+) -> None:
     tensors = weights_of(models[1])
     if how == "unknown":
         tensors["model.layers.9.mlp.up_proj.weight"] = tensors[NAME]
@@ -201,7 +232,9 @@ def test_half_an_update_is_quarantined_and_reloaded(engine: Engine, models: Mode
     asyncio.run(body())
 
 
-def test_a_push_that_breaks_before_its_first_bucket_leaves_the_old_version_serving(engine: Engine, models: Models) -> None:
+def test_a_push_that_breaks_before_its_first_bucket_leaves_the_old_version_serving(
+    engine: Engine, models: Models
+) -> None:
     async def body() -> None:
         async with plane_of(engine, models) as plane:
             await plane.push(weights_of(models[1]))
@@ -213,7 +246,9 @@ def test_a_push_that_breaks_before_its_first_bucket_leaves_the_old_version_servi
     asyncio.run(body())
 
 
-def test_an_engine_stuck_in_a_broadcast_is_given_up_and_can_be_taken_again(engine: Engine, models: Models, config: Config) -> None:
+def test_an_engine_stuck_in_a_broadcast_is_given_up_and_can_be_taken_again(
+    engine: Engine, models: Models, config: Config
+) -> None:
     rollout = replace(config.rollout, sglang=SglangConfig(url=engine.url))
 
     async def body() -> None:
@@ -221,10 +256,15 @@ def test_an_engine_stuck_in_a_broadcast_is_given_up_and_can_be_taken_again(engin
             with pytest.raises(TimeoutError):
                 await plane.push(weights_of(models[1]), num_sent=1, hangs=True)
             assert plane.doubted and not plane.quarantined
-        at_url = SglangAtUrl(replace(config, rollout=rollout), name="rollout-0", model=str(models[0]), vocab_size=VOCAB)
+        at_url = SglangAtUrl(
+            replace(config, rollout=rollout), name="rollout-0", model=str(models[0]), vocab_size=VOCAB
+        )
         async with await at_url.start(version=7) as client:
             generation = await asyncio.wait_for(sample(client, PROMPT, 12), 20)
-            assert set(generation.versions.tolist()) == {7} and error_of(load_model(models[0]), PROMPT, generation) < TOLERANCE
+            assert (
+                set(generation.versions.tolist()) == {7}
+                and error_of(load_model(models[0]), PROMPT, generation) < TOLERANCE
+            )
             dying = asyncio.create_task(at_url.died())
             await asyncio.sleep(0.1)
             assert not dying.done()
@@ -249,7 +289,9 @@ def test_what_sglang_does_unguarded(engine: Engine, models: Models) -> None:
             assert await client.weights_checksum() == digest
             # A wrong shape is refused after what came before it was loaded.
             with pytest.raises(EngineError):
-                await pusher.send({**tensors, NAME: tensors[NAME].T.contiguous()}, version=None, bucket_bytes=1 << 24)
+                await pusher.send(
+                    {**tensors, NAME: tensors[NAME].T.contiguous()}, version=None, bucket_bytes=1 << 24
+                )
             assert await client.weights_checksum() != digest
             await client.end_weight_update(timeout_s=10)
             await client.resume()
@@ -278,7 +320,9 @@ async def _send_flushing(pusher: Pusher, tensors: Mapping[str, Tensor]) -> None:
     (bucket,) = cut_buckets([spec_of(n, t) for n, t in tensors.items()], bucket_bytes=1 << 24)
     assert pusher.group is not None
     receiving = asyncio.create_task(
-        pusher.client.update_weights_from_distributed(bucket, group_name=pusher.name, timeout_s=20, flush_cache=True)
+        pusher.client.update_weights_from_distributed(
+            bucket, group_name=pusher.name, timeout_s=20, flush_cache=True
+        )
     )
     await asyncio.to_thread(pusher.group.broadcast, flatten(bucket, tensors))
     await receiving

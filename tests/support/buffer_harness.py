@@ -150,7 +150,10 @@ class PlayedTrainer:
 
     async def groups(self, step: int) -> list[Group]:
         """All groups of a step, asked for at once."""
-        fetches = [self.call(Fetch(step=step, position=position)) for position in range(self.config.trainer.groups_per_step)]
+        fetches = [
+            self.call(Fetch(step=step, position=position))
+            for position in range(self.config.trainer.groups_per_step)
+        ]
         return list(await asyncio.gather(*fetches))
 
     async def train(self, step: int) -> list[Group]:
@@ -177,11 +180,15 @@ def trainer_hello(config: Config, **changes: Any) -> Hello:
 
 def one_by_one(acks: SampleAcks) -> list[SampleAck]:
     """Each sample's own."""
-    return [dataclasses.replace(ack, sample_indices=[index]) for ack in acks.acks for index in ack.sample_indices]
+    return [
+        dataclasses.replace(ack, sample_indices=[index]) for ack in acks.acks for index in ack.sample_indices
+    ]
 
 
 @asynccontextmanager
-async def connected(buffer: BufferProcess, hello: Hello | None = None, *, inbox: list[Any] | None = None) -> AsyncIterator[Link]:
+async def connected(
+    buffer: BufferProcess, hello: Hello | None = None, *, inbox: list[Any] | None = None
+) -> AsyncIterator[Link]:
     """A link; `hello` is said first, and what was not an answer is put into `inbox` (acknowledgements one by one)."""
 
     def take(message: Any) -> None:
@@ -198,7 +205,9 @@ async def connected(buffer: BufferProcess, hello: Hello | None = None, *, inbox:
 
 
 @asynccontextmanager
-async def training(buffer: BufferProcess, *, directories: list[Any] | None = None) -> AsyncIterator[PlayedTrainer]:
+async def training(
+    buffer: BufferProcess, *, directories: list[Any] | None = None
+) -> AsyncIterator[PlayedTrainer]:
     """A trainer that has said hello and started at step 0."""
     inbox: list[Any] = []
     async with connected(buffer, trainer_hello(buffer.config), inbox=inbox) as link:

@@ -12,7 +12,10 @@ from tests.support.trainer_ranks import SHARES, last_gradient, main, make_runner
 from trainer.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
 
-SETTINGS = {"advantage": {"name": "gae", "critic_updates": 2}, "kl": {"coef": 0.05, "estimator": "k1", "place": "reward"}}
+SETTINGS = {
+    "advantage": {"name": "gae", "critic_updates": 2},
+    "kl": {"coef": 0.05, "estimator": "k1", "place": "reward"},
+}
 """Two updates, so that the second begins with a head that is not zero."""
 
 
@@ -23,11 +26,15 @@ def gradients(ranks: Ranks, out_dir: Path, path: str) -> None:
         assert runner.critic is not None
         for step in range(2):
             groups = random_groups(8, seed=step)
-            metrics = runner.run([group for group, owner in zip(groups, owners, strict=True) if owner == ranks.rank], step=step)
+            metrics = runner.run(
+                [group for group, owner in zip(groups, owners, strict=True) if owner == ranks.rank], step=step
+            )
         found = last_gradient(runner), last_gradient(runner.critic)
         if ranks.rank == 0:
             for name, gradient in zip(("policy", "critic"), found, strict=True):
-                save_file({k: v.contiguous() for k, v in gradient.items()}, out_dir / f"{share}-{name}.safetensors")
+                save_file(
+                    {k: v.contiguous() for k, v in gradient.items()}, out_dir / f"{share}-{name}.safetensors"
+                )
             (out_dir / f"{share}.json").write_text(json.dumps(metrics))
 
 

@@ -55,7 +55,10 @@ async def logprobs_and_greedy_match_transformers(engine: Engine, models: tuple[P
             model = load_model(path)
             prompts = [PROMPT, PROMPT, [9], list(range(3, 40))]
             drawn = await asyncio.gather(
-                *(sample(client, p, 20, temperature=t) for p, t in zip(prompts, (1.0, 0.7, 1.3, 1.0), strict=True))
+                *(
+                    sample(client, p, 20, temperature=t)
+                    for p, t in zip(prompts, (1.0, 0.7, 1.3, 1.0), strict=True)
+                )
             )
             for prompt, generation, temperature in zip(prompts, drawn, (1.0, 0.7, 1.3, 1.0), strict=True):
                 assert error_of(model, prompt, generation, temperature=temperature) < TOLERANCE
@@ -75,20 +78,28 @@ async def stop_and_length(engine: Engine, model_path: Path) -> None:
         assert stopped.output_ids.tolist() == greedy[: greedy.index(stop) + 1]
         assert (stopped.finish_reason, stopped.matched) == (FinishReason.STOP, stop)
         assert (await sample(client, PROMPT, 3)).finish_reason is FinishReason.LENGTH
-        drawn = await asyncio.gather(*(sample(client, PROMPT, 60, ignore_eos=False, temperature=1.5) for _ in range(32)))
+        drawn = await asyncio.gather(
+            *(sample(client, PROMPT, 60, ignore_eos=False, temperature=1.5) for _ in range(32))
+        )
         ended = [g for g in drawn if g.finish_reason is FinishReason.STOP]
         assert ended, "some of 32 long samples hit the end-of-sequence token"
         for generation in drawn:
             eos_at = np.nonzero(generation.output_ids == EOS)[0].tolist()
-            assert eos_at == ([len(generation.output_ids) - 1] if generation.finish_reason is FinishReason.STOP else [])
+            assert eos_at == (
+                [len(generation.output_ids) - 1] if generation.finish_reason is FinishReason.STOP else []
+            )
 
 
 async def abort_returns_partial_tokens(engine: Engine, model_path: Path) -> None:
     """By id and all at once; what an aborted request returns is as good as the whole would have been."""
     model = load_model(model_path)
     async with engine.client() as client:
-        one = asyncio.ensure_future(client.generate(PROMPT, sampling=Sampling(max_new_tokens=1500, ignore_eos=True), rid="1"))
-        two = asyncio.ensure_future(client.generate(PROMPT, sampling=Sampling(max_new_tokens=1500, ignore_eos=True), rid="12"))
+        one = asyncio.ensure_future(
+            client.generate(PROMPT, sampling=Sampling(max_new_tokens=1500, ignore_eos=True), rid="1")
+        )
+        two = asyncio.ensure_future(
+            client.generate(PROMPT, sampling=Sampling(max_new_tokens=1500, ignore_eos=True), rid="12")
+        )
         await until_running(client, 2)
         await client.abort("1")
         aborted = await asyncio.wait_for(one, 5)
@@ -115,7 +126,9 @@ async def pause_modes(engine: Engine, model_path: Path) -> None:
             assert running.done() == (mode == "abort")
             await client.resume()
             generation = await asyncio.wait_for(running, 20)
-            assert generation.finish_reason is (FinishReason.ABORT if mode == "abort" else FinishReason.LENGTH)
+            assert generation.finish_reason is (
+                FinishReason.ABORT if mode == "abort" else FinishReason.LENGTH
+            )
             assert error_of(model, PROMPT, generation) < TOLERANCE
             assert len((await asyncio.wait_for(new, 10)).output_ids) == 3
 
@@ -133,7 +146,9 @@ async def groups_made_destroyed_made_again(engine: Engine, model_path: Path) -> 
         assert await client.weight_version() == version
 
 
-async def versions_across_an_update_in_flight(engine: Engine, models: tuple[Path, Path], *, running: str) -> float:
+async def versions_across_an_update_in_flight(
+    engine: Engine, models: tuple[Path, Path], *, running: str
+) -> float:
     """Requests that span an update say for every token which weights sampled it. Returns the largest log-prob error of any token
     under the weights of its stated version."""
     old_new = [load_model(path) for path in models]
@@ -149,7 +164,9 @@ async def versions_across_an_update_in_flight(engine: Engine, models: tuple[Path
             drawn = await drawing
             errors = []
             for prompt, generation in zip(prompts, drawn, strict=True):
-                assert sorted(set(generation.versions.tolist())) == [version + 1, version + 2], "the update came in mid-request"
+                assert sorted(set(generation.versions.tolist())) == [version + 1, version + 2], (
+                    "the update came in mid-request"
+                )
                 assert np.all(np.diff(generation.versions) >= 0)
                 for model, stated in zip(old_new, (version + 1, version + 2), strict=True):
                     mine = generation.versions == stated
@@ -202,7 +219,9 @@ async def bad_requests_are_refused(engine: Engine) -> None:
         async with session.post(f"{engine.url}/generate", data=b"{not json") as response:
             assert response.status == 400
     async with engine.client() as client:
-        good, bad = await asyncio.gather(sample(client, PROMPT, 3), sample(client, [VOCAB + 5], 3), return_exceptions=True)
+        good, bad = await asyncio.gather(
+            sample(client, PROMPT, 3), sample(client, [VOCAB + 5], 3), return_exceptions=True
+        )
         assert not isinstance(good, BaseException) and len(good.output_ids) == 3
         assert isinstance(bad, EngineError)
 

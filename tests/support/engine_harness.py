@@ -49,19 +49,34 @@ KINDS = ("llama", "qwen2", "qwen3", "gpt2")
 def save_model(path: Path, kind: str, *, seed: int = 0) -> Path:
     """Writes a tiny random model. The initial spread is wide, so that wrong KV or positions change log-probs visibly."""
     torch.manual_seed(seed)
-    common: dict[str, Any] = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": 0, "initializer_range": 0.15}
+    common: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "bos_token_id": 1,
+        "eos_token_id": EOS,
+        "pad_token_id": 0,
+        "initializer_range": 0.15,
+    }
     sizes: dict[str, Any] = {
         "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": CONTEXT,
     }  # fmt: skip
     if kind == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**common, **sizes, num_key_value_heads=4, tie_word_embeddings=True))
+        model = LlamaForCausalLM(
+            LlamaConfig(**common, **sizes, num_key_value_heads=4, tie_word_embeddings=True)
+        )
     elif kind == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(**common, **sizes, num_key_value_heads=2, tie_word_embeddings=True))
+        model = Qwen2ForCausalLM(
+            Qwen2Config(**common, **sizes, num_key_value_heads=2, tie_word_embeddings=True)
+        )
     elif kind == "qwen3":
-        model = Qwen3ForCausalLM(Qwen3Config(**common, **sizes, num_key_value_heads=2, head_dim=16, tie_word_embeddings=False))
+        model = Qwen3ForCausalLM(
+            Qwen3Config(**common, **sizes, num_key_value_heads=2, head_dim=16, tie_word_embeddings=False)
+        )
     else:
         model = GPT2LMHeadModel(GPT2Config(**common, n_positions=CONTEXT, n_embd=32, n_layer=2, n_head=4))
-    for name, parameter in model.named_parameters():  # biases and norms too: at zero and one they would hide mistakes
+    for (
+        name,
+        parameter,
+    ) in model.named_parameters():  # biases and norms too: at zero and one they would hide mistakes
         if parameter.ndim == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
         assert name
@@ -80,11 +95,15 @@ def weights_of(path: Path | str) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def reference_logprobs(model: Any, prompt: Sequence[int], output: Sequence[int], *, temperature: float = 1.0) -> NDArray[np.float32]:
+def reference_logprobs(
+    model: Any, prompt: Sequence[int], output: Sequence[int], *, temperature: float = 1.0
+) -> NDArray[np.float32]:
     """float32[len(output)]: transformers' log-prob of each output token."""
     logits_TV = model(input_ids=torch.tensor([[*prompt, *output]])).logits[0, len(prompt) - 1 : -1].float()
     logprobs_TV = torch.log_softmax(logits_TV / (temperature or 1.0), -1)
-    chosen: NDArray[np.float32] = logprobs_TV.gather(1, torch.tensor([list(map(int, output))]).T)[:, 0].numpy()
+    chosen: NDArray[np.float32] = logprobs_TV.gather(1, torch.tensor([list(map(int, output))]).T)[
+        :, 0
+    ].numpy()
     return chosen
 
 
@@ -133,8 +152,23 @@ def running_engine(path: Path, **options: Any) -> Iterator[Engine]:
 def engine_process(path: Path, **options: Any) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """The process and its URL, once it answers."""
     port_file = path.parent / f"port-{time.monotonic_ns()}"
-    settings = {"port": 0, "port_file": port_file, "context_length": CONTEXT, "weight_version": 0, "max_running_requests": 16, **options}
-    command = [sys.executable, "-m", "rollout_server.engine", "--model-path", str(path), "--log-level", "WARNING"]
+    settings = {
+        "port": 0,
+        "port_file": port_file,
+        "context_length": CONTEXT,
+        "weight_version": 0,
+        "max_running_requests": 16,
+        **options,
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "rollout_server.engine",
+        "--model-path",
+        str(path),
+        "--log-level",
+        "WARNING",
+    ]
     for name, value in settings.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -154,7 +188,9 @@ def engine_process(path: Path, **options: Any) -> Iterator[tuple[subprocess.Pope
 class Pusher:
     """Rank 0 of a weight group with one engine."""
 
-    def __init__(self, engine: Engine, client: EngineClient, *, timeout_s: float = 20.0, name: str = "trainer") -> None:
+    def __init__(
+        self, engine: Engine, client: EngineClient, *, timeout_s: float = 20.0, name: str = "trainer"
+    ) -> None:
         self.engine, self.client, self.timeout_s, self.name = engine, client, timeout_s, name
         self.group: WeightGroup | None = None
 
@@ -186,7 +222,9 @@ class Pusher:
     ) -> None:
         """Sends all buckets of a session that is open."""
         assert self.group is not None
-        buckets = cut_buckets([spec_of(n, t, dtype=dtype) for n, t in tensors.items()], bucket_bytes=bucket_bytes)
+        buckets = cut_buckets(
+            [spec_of(n, t, dtype=dtype) for n, t in tensors.items()], bucket_bytes=bucket_bytes
+        )
         for i, bucket in enumerate(buckets):
             flat = flatten(bucket, tensors)
             stated = (checksum(flat) ^ wrong_checksum) if flattened else None
@@ -202,12 +240,16 @@ class Pusher:
                 await asyncio.to_thread(self.group.broadcast, piece)
             await receiving
 
-    async def push(self, tensors: Mapping[str, Tensor], *, version: int, running: str = "recompute", **options: Any) -> None:
+    async def push(
+        self, tensors: Mapping[str, Tensor], *, version: int, running: str = "recompute", **options: Any
+    ) -> None:
         """A whole update. SGLang loads in place, so it is paused meanwhile; the embedded engine goes on decoding."""
         if not isinstance(self.client, SglangClient):
             await self.client.begin_weight_update()
             await self.send(tensors, version=version, **options)
-            await self.client.end_weight_update(weight_version=version, running=running, timeout_s=self.timeout_s)
+            await self.client.end_weight_update(
+                weight_version=version, running=running, timeout_s=self.timeout_s
+            )
             return
         await self.client.pause("retract" if running == "recompute" else "in_place")
         await self.client.begin_weight_update()
@@ -221,4 +263,6 @@ class Pusher:
 
 async def sample(client: EngineClient, prompt: Sequence[int], num_tokens: int, **options: Any) -> Generation:
     """One generation that ends by length unless told otherwise."""
-    return await client.generate(prompt, sampling=Sampling(**{"max_new_tokens": num_tokens, "ignore_eos": True, **options}))
+    return await client.generate(
+        prompt, sampling=Sampling(**{"max_new_tokens": num_tokens, "ignore_eos": True, **options})
+    )

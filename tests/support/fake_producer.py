@@ -14,7 +14,16 @@ from areal_like.errors import ArealError
 from areal_like.runtime.process import die_with_parent
 from areal_like.wire.channel import Link
 from areal_like.wire.messages.hello import Hello, HelloRequired, JobFailed, Role
-from areal_like.wire.messages.producer import AbortLeases, HeartbeatAck, Lease, Leases, SampleAcks, Samples, ServerHeartbeat, ServerState
+from areal_like.wire.messages.producer import (
+    AbortLeases,
+    HeartbeatAck,
+    Lease,
+    Leases,
+    SampleAcks,
+    Samples,
+    ServerHeartbeat,
+    ServerState,
+)
 from tests.support.ledger_plant import done
 
 
@@ -101,7 +110,11 @@ class FakeProducer:
         await asyncio.sleep(self._sample_s * (1 + (lease.ticket_id + index) % 4))
         if lease.lease_id in self._leases:
             self._num_tokens += 2
-            self._link.send(Samples(samples=[done(lease, index, [first, self._version], reward=float(lease.prompt_index))]))
+            self._link.send(
+                Samples(
+                    samples=[done(lease, index, [first, self._version], reward=float(lease.prompt_index))]
+                )
+            )
 
 
 async def main() -> None:

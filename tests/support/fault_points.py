@@ -34,7 +34,9 @@ class Doomed(TruncatedIS):
         doom = _Doom({death: Path(self.folder) / death for death in self.deaths.split()})
         run, stream_state, commit = StepRunner.run, Leader.stream_state, Leader.commit
 
-        def doomed_run(runner: StepRunner, groups: Iterable[Any], *, step: int, **rest: Any) -> dict[str, float]:
+        def doomed_run(
+            runner: StepRunner, groups: Iterable[Any], *, step: int, **rest: Any
+        ) -> dict[str, float]:
             metrics = run(runner, doom.poisoned(groups, step=step), step=step, **rest)
             doom.at("update", step)  # the weights have moved, nobody knows
             return metrics
@@ -72,7 +74,9 @@ class _Doom:
         if note is None:
             return groups
         groups = list(groups)
-        first = hashlib.sha256(b"".join(trajectory.logprobs.tobytes() for trajectory in groups[0])).hexdigest()
+        first = hashlib.sha256(
+            b"".join(trajectory.logprobs.tobytes() for trajectory in groups[0])
+        ).hexdigest()
         if not note.exists():
             note.write_text(first)
         if note.read_text() == first:

@@ -18,7 +18,9 @@ _ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "MAKEL
 
 
 @contextlib.contextmanager
-def launcher(*settings: str, cwd: Path, environment: dict[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
+def launcher(
+    *settings: str, cwd: Path, environment: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen[str]]:
     """`areal-like run` with its run directories under `cwd/runs`, in a session of its own; killed at the end if it still runs."""
     process = subprocess.Popen(
         [sys.executable, "-m", "launch", "run", *settings],
@@ -38,7 +40,9 @@ def launcher(*settings: str, cwd: Path, environment: dict[str, str] | None = Non
         process.communicate()
 
 
-def areal_like(*words: str, cwd: Path, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def areal_like(
+    *words: str, cwd: Path, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """`areal-like WORDS` in another shell, to its end."""
     return subprocess.run(
         [sys.executable, "-m", "launch", *words],

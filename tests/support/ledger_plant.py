@@ -14,7 +14,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
-from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed, ServerHeartbeat, ServerState
+from areal_like.wire.messages.producer import (
+    Lease,
+    Purpose,
+    SampleDone,
+    SampleFailed,
+    ServerHeartbeat,
+    ServerState,
+)
 from areal_like.wire.records import Record
 from buffer.ledger.ledger import Ledger
 from buffer.ledger.recovery import recover
@@ -24,7 +31,11 @@ from buffer.tickets import Verdict
 
 
 def trajectory(
-    versions: list[int], *, reward: float = 0.0, finish: FinishReason = FinishReason.STOP, is_greedy: bool = False
+    versions: list[int],
+    *,
+    reward: float = 0.0,
+    finish: FinishReason = FinishReason.STOP,
+    is_greedy: bool = False,
 ) -> Trajectory:
     """One prompt token and then one sampled token for each version given."""
     num_tokens = 1 + len(versions)
@@ -49,7 +60,13 @@ def new_ledger(*, store: Store | None = None, **settings: object) -> Ledger:
 
 
 def beat(
-    ledger: Ledger, name: str, *, capacity: int, version: int = 0, now_s: float = 0.0, state: ServerState = ServerState.SERVING
+    ledger: Ledger,
+    name: str,
+    *,
+    capacity: int,
+    version: int = 0,
+    now_s: float = 0.0,
+    state: ServerState = ServerState.SERVING,
 ) -> None:
     """A heartbeat of a registered server that names all its leases."""
     server = ledger.book.servers[name]
@@ -63,7 +80,9 @@ def beat(
     ledger.heartbeat(name, message, now_s=now_s)
 
 
-def add_server(ledger: Ledger, name: str, *, capacity: int, version: int = 0, now_s: float = 0.0, incarnation: int = 1) -> None:
+def add_server(
+    ledger: Ledger, name: str, *, capacity: int, version: int = 0, now_s: float = 0.0, incarnation: int = 1
+) -> None:
     """Registers a server and gives it credit."""
     ledger.register_server(name, incarnation=incarnation, weights_version=version, now_s=now_s)
     beat(ledger, name, capacity=capacity, version=version, now_s=now_s)
@@ -134,7 +153,9 @@ class Plant:
         self._grant()
         while self.ledger.committed_step < self.ledger.settings.num_steps - 1:
             self.now_s, _, action = heapq.heappop(self._events)
-            assert self.now_s < limit_s, f"stuck at step {self.ledger.trainer_step}: {self.ledger.register.num_by_state()}"
+            assert self.now_s < limit_s, (
+                f"stuck at step {self.ledger.trainer_step}: {self.ledger.register.num_by_state()}"
+            )
             action()
             assert not self.ledger.fatal, self.ledger.fatal
             self._grant()
@@ -151,7 +172,9 @@ class Plant:
     def _grant(self) -> None:
         by_name = {server.name: server for server in self.servers}
         for name, ids in self.ledger.take_aborts().items():
-            by_name[name].waiting = [(lease, index) for lease, index in by_name[name].waiting if lease.lease_id not in ids]
+            by_name[name].waiting = [
+                (lease, index) for lease, index in by_name[name].waiting if lease.lease_id not in ids
+            ]
         for name, leases in self.ledger.grant(now_s=self.now_s).items():
             for lease in leases:
                 assert lease.purpose is Purpose.TRAIN
@@ -170,7 +193,9 @@ class Plant:
                 ),
             )
 
-    def _finish(self, server: PlantServer, lease: Lease, index: int, first_version: int, num_tokens: int) -> None:
+    def _finish(
+        self, server: PlantServer, lease: Lease, index: int, first_version: int, num_tokens: int
+    ) -> None:
         if not server.alive:
             return
         server.running -= 1
@@ -195,7 +220,9 @@ class Plant:
         self.ledger.complete_step(incarnation=1, step=step)
         version = self.ledger.alloc_version(incarnation=1, step=step + 1)
         for server in self.servers:
-            self.at(self.push_s * self._rng.uniform(0.5, 2.0), lambda server=server: self._push(server, version))  # type: ignore[misc]
+            self.at(
+                self.push_s * self._rng.uniform(0.5, 2.0), lambda server=server: self._push(server, version)
+            )  # type: ignore[misc]
         self.ledger.commit(incarnation=1, step=step)
         if step + 1 < self.ledger.settings.num_steps:
             self._start_step()

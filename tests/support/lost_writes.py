@@ -105,7 +105,12 @@ class Disk:
             for op in file.unsynced:
                 if survives():
                     torn = op.kind == "W" and rng.random() < 0.3
-                    _apply(data, Op(op.kind, op.path, op.offset, op.data[: rng.randrange(len(op.data))]) if torn else op)
+                    _apply(
+                        data,
+                        Op(op.kind, op.path, op.offset, op.data[: rng.randrange(len(op.data))])
+                        if torn
+                        else op,
+                    )
             target = into / os.path.relpath(path, self._directory)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(data)

@@ -59,7 +59,9 @@ def tokens_of(
     )
 
 
-def evaluate(objective: Objective, parts: Sequence[SampledTokens], *, normalizer: str = "token_mean") -> tuple[float, list[float]]:
+def evaluate(
+    objective: Objective, parts: Sequence[SampledTokens], *, normalizer: str = "token_mean"
+) -> tuple[float, list[float]]:
     """Loss and dL/dpi of a step that was cut into these micro-batches; a normaliser that the objective prescribes wins."""
     observed: dict[str, list[Tensor]] = {}
     for part in parts:
@@ -75,7 +77,11 @@ def evaluate(objective: Objective, parts: Sequence[SampledTokens], *, normalizer
         part.pi_S.grad = None
         loss_S, tokens, seqs = norm.weigh(objective.losses(part, facts), part)
         loss_S.sum().backward()  # type: ignore[no-untyped-call]
-        total, num_tokens, num_seqs = total + loss_S.sum().item(), num_tokens + float(tokens), num_seqs + float(seqs)
+        total, num_tokens, num_seqs = (
+            total + loss_S.sum().item(),
+            num_tokens + float(tokens),
+            num_seqs + float(seqs),
+        )
     divisor = norm.divisor(num_tokens=num_tokens, num_seqs=num_seqs)
     grads = [part.pi_S.grad for part in parts]
     return total / divisor, [x / divisor for grad in grads if grad is not None for x in grad.tolist()]

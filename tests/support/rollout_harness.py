@@ -75,10 +75,17 @@ class PlayedBuffer:
     def send(self, message: Any) -> None:
         self._loop.call_soon_threadsafe(self._listener.send, self._peer, message)
 
-    def lease(self, lease_id: int, *, samples: int | list[int], prompt: int = 0, purpose: Purpose = Purpose.TRAIN) -> Lease:
+    def lease(
+        self, lease_id: int, *, samples: int | list[int], prompt: int = 0, purpose: Purpose = Purpose.TRAIN
+    ) -> Lease:
         indices = list(range(samples)) if isinstance(samples, int) else samples
         return Lease(
-            lease_id=lease_id, ticket_id=100 + lease_id, prompt_index=prompt, purpose=purpose, sample_indices=indices, seed=lease_id * 64
+            lease_id=lease_id,
+            ticket_id=100 + lease_id,
+            prompt_index=prompt,
+            purpose=purpose,
+            sample_indices=indices,
+            seed=lease_id * 64,
         )
 
     def grant(self, *leases: Lease) -> None:
@@ -95,12 +102,16 @@ class PlayedBuffer:
             try:
                 message = self.received.get(timeout=max(0.01, deadline_s - time.monotonic()))
             except queue.Empty:
-                raise AssertionError(f"{len(found)} of {count} {kind} within {timeout_s} s; last heartbeat {self.beat}") from None
+                raise AssertionError(
+                    f"{len(found)} of {count} {kind} within {timeout_s} s; last heartbeat {self.beat}"
+                ) from None
             if isinstance(message, kind):
                 found.append(message)
         return found
 
-    def expect_beat(self, accept: Callable[[ServerHeartbeat], bool], *, timeout_s: float = 30) -> ServerHeartbeat:
+    def expect_beat(
+        self, accept: Callable[[ServerHeartbeat], bool], *, timeout_s: float = 30
+    ) -> ServerHeartbeat:
         """Waits for a heartbeat, looking at the newest one only."""
         deadline_s = time.monotonic() + timeout_s
         while time.monotonic() < deadline_s:
@@ -157,7 +168,9 @@ class ServerProcess:
         self.paths = RunPaths.of(config)
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "rollout_server", "--name", name, "--config", str(path)]
-        self.process = subprocess.Popen(command, cwd=path.parent, env=environment, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, cwd=path.parent, env=environment, stderr=subprocess.PIPE, text=True
+        )
 
     def terminate(self, *, timeout_s: float = 20) -> tuple[int, float, str]:
         """(exit code, seconds, stderr) after SIGTERM."""

@@ -53,7 +53,9 @@ def main(role: str, default_name: str) -> None:
     """One daemon."""
     config, name = role_arguments(sys.argv[1:], default_name=default_name)
     script = behaviour(name)
-    if script == "crash" or (script == "crash once" and not _seen_before(RunPaths.of(config).root / f"{name}.crashed")):
+    if script == "crash" or (
+        script == "crash once" and not _seen_before(RunPaths.of(config).root / f"{name}.crashed")
+    ):
         sys.stderr.write(f"{name}: the dog ate my weights\n")
         sys.exit(3)
 
@@ -71,7 +73,11 @@ def main(role: str, default_name: str) -> None:
             subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
         if role == "buffer":
             runtime.advertise(stream="tcp://127.0.0.1:12345")
-            runtime.status = lambda: {"tickets": {"queued": 1, "trained": 7}, "drops": {"stale": 2}, "tokens_generated": 99}
+            runtime.status = lambda: {
+                "tickets": {"queued": 1, "trained": 7},
+                "drops": {"stale": 2},
+                "tokens_generated": 99,
+            }
         num_lives = _num_lives(runtime.paths.root / f"{name}.lives") if script == "loses its device" else 0
         if num_lives == 2:
             raise ConfigError("rollout.engine_device=cuda:1: there is no such device")
@@ -80,7 +86,9 @@ def main(role: str, default_name: str) -> None:
             await asyncio.sleep(2)
             os._exit(3)
         if role == "trainer":
-            await train(runtime, fail_at=5 if script == "fail" else None, drain_s=2 if script == "drain slowly" else 0)
+            await train(
+                runtime, fail_at=5 if script == "fail" else None, drain_s=2 if script == "drain slowly" else 0
+            )
         else:
             await runtime.stopping.wait()
 
@@ -120,4 +128,7 @@ async def train(runtime: Runtime, *, fail_at: int | None, drain_s: float) -> Non
             await asyncio.sleep(0.05)
     await asyncio.sleep(drain_s)
     (runtime.paths.checkpoints / f"step_{num_done:06d}").mkdir(parents=True)
-    write_json(runtime.paths.summary, {"steps": num_done, "wall_seconds": time.monotonic() - started_s, "tickets": {"trained": num_done}})
+    write_json(
+        runtime.paths.summary,
+        {"steps": num_done, "wall_seconds": time.monotonic() - started_s, "tickets": {"trained": num_done}},
+    )

@@ -16,7 +16,12 @@ def small_disk(directory: Path, *, num_mib: int = 2) -> Iterator[Path]:
     """A file system of so many MiB at a new directory; skips the test where mounting is not permitted."""
     directory.mkdir(parents=True)
     mount = shutil.which("mount")
-    if mount is None or subprocess.run([mount, "-t", "tmpfs", "-o", f"size={num_mib}m", "none", directory], capture_output=True).returncode:
+    if (
+        mount is None
+        or subprocess.run(
+            [mount, "-t", "tmpfs", "-o", f"size={num_mib}m", "none", directory], capture_output=True
+        ).returncode
+    ):
         pytest.skip("mounting is not permitted here")
     try:
         yield directory

@@ -43,7 +43,9 @@ def frozen(ranks: Ranks, out_dir: Path, path: str) -> None:
 
     first, expected_first = freeze()
     if first is not None:
-        assert len(first.buckets) > 3 and all(spec.dtype == "bfloat16" for bucket in first.buckets for spec in bucket.tensors)
+        assert len(first.buckets) > 3 and all(
+            spec.dtype == "bfloat16" for bucket in first.buckets for spec in bucket.tensors
+        )
         assert "lm_head.weight" not in expected_first, "a tied head travels once, as the embedding"
         assert first.acquire()
     seen: list[dict[str, torch.Tensor]] = []
@@ -68,7 +70,9 @@ def frozen(ranks: Ranks, out_dir: Path, path: str) -> None:
     dist.barrier()
     for _ in range(4):
         freeze()
-    shard_bytes = sum(2 * -(-param.shape[0] // ranks.world_size) * param.shape[1:].numel() for param in policy.parameters())
+    shard_bytes = sum(
+        2 * -(-param.shape[0] // ranks.world_size) * param.shape[1:].numel() for param in policy.parameters()
+    )
     assert freezer.num_bytes == 2 * shard_bytes, "two frozen copies, however many were made"
     freezer.close()
 
@@ -90,7 +94,9 @@ def late(ranks: Ranks, _: Path, path: str) -> None:
     if first is not None:
         assert first.acquire()
         tensors = received(first)
-        assert tensors.keys() == expected.keys() and all(torch.equal(tensors[name], expected[name]) for name in tensors)
+        assert tensors.keys() == expected.keys() and all(
+            torch.equal(tensors[name], expected[name]) for name in tensors
+        )
     dist.barrier()
     # A push breaks while the bucket after the next is asked for: the question overtakes the end of that snapshot.
     with freezer._reading:

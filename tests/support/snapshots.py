@@ -14,7 +14,10 @@ class Held:
     """A snapshot of plain tensors."""
 
     def __init__(self, tensors: Mapping[str, Tensor], *, bucket_bytes: int, dtype: str = "float32") -> None:
-        self.buckets = cut_buckets([spec_of(name, tensor, dtype=dtype) for name, tensor in tensors.items()], bucket_bytes=bucket_bytes)
+        self.buckets = cut_buckets(
+            [spec_of(name, tensor, dtype=dtype) for name, tensor in tensors.items()],
+            bucket_bytes=bucket_bytes,
+        )
         self._data = [flatten(bucket, tensors) for bucket in self.buckets]
 
     def acquire(self) -> bool:

@@ -31,7 +31,9 @@ def trajectory_of(ticket_id: int, sample_index: int) -> Trajectory:
     """The one trajectory that this sample can be."""
     rng = np.random.default_rng([ticket_id, sample_index])
     num_prompt, num_sampled = int(rng.integers(1, 20)), int(rng.integers(1, 600))
-    versions = np.concatenate([np.full(num_prompt, -1), np.sort(rng.integers(0, 3, num_sampled))]).astype(np.int32)
+    versions = np.concatenate([np.full(num_prompt, -1), np.sort(rng.integers(0, 3, num_sampled))]).astype(
+        np.int32
+    )
     return Trajectory(
         tokens=rng.integers(0, 1 << 30, num_prompt + num_sampled, dtype=np.int32),
         loss_mask=(versions >= 0).astype(np.uint8),
@@ -56,7 +58,13 @@ def is_same(left: Trajectory, right: Trajectory) -> bool:
 
 def new_ticket(ticket_id: int, *, num_samples: int = SIZE) -> Ticket:
     """As the register would issue it."""
-    return Ticket(ticket_id=ticket_id, purpose=Purpose.TRAIN, prompt_index=ticket_id % 7, num_samples=num_samples, max_staleness=4)
+    return Ticket(
+        ticket_id=ticket_id,
+        purpose=Purpose.TRAIN,
+        prompt_index=ticket_id % 7,
+        num_samples=num_samples,
+        max_staleness=4,
+    )
 
 
 def sample_of(ticket_id: int, sample_index: int, trajectory: Trajectory) -> Sample:
@@ -99,7 +107,9 @@ def raising(error: Exception) -> None:
 
 async def load(directory: Path, *, durability: str, num_tickets: int) -> None:
     """Goes on from what is there until `num_tickets` more are trained."""
-    store = DurableStore(directory, StoreSettings(durability=durability, segment_bytes=_SEGMENT_BYTES), on_error=raising)
+    store = DurableStore(
+        directory, StoreSettings(durability=durability, segment_bytes=_SEGMENT_BYTES), on_error=raising
+    )
     recovered = store.recover()
     trained = list(recovered.trained)
     for ticket in recovered.tickets:  # complete what an earlier life left unfinished

@@ -20,10 +20,28 @@ VOCAB = 41
 """Odd, so that two ranks hold unequal shards of the embedding."""
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "llama": {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True},
-    "qwen3": {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
+    "llama": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+    },
+    "qwen3": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    },
     "qwen2": {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 1},
-    "mistral": {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 4},
+    "mistral": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "sliding_window": 4,
+    },
     "gpt2": {"n_embd": 32, "n_head": 4, "n_positions": 64},
 }
 
@@ -31,7 +49,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 def write_model(out_dir: Path, architecture: str = "llama", *, dtype: torch.dtype = torch.float64) -> str:
     """A random model of some ten thousand parameters, two layers, and a tokenizer."""
     settings = {("n_layer" if architecture == "gpt2" else "num_hidden_layers"): 2, "vocab_size": VOCAB}
-    config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture], **settings, bos_token_id=1, eos_token_id=2)
+    config = AutoConfig.for_model(
+        architecture, **ARCHITECTURES[architecture], **settings, bos_token_id=1, eos_token_id=2
+    )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
@@ -42,11 +62,14 @@ def write_model(out_dir: Path, architecture: str = "llama", *, dtype: torch.dtyp
     return str(out_dir)
 
 
-def random_groups(num_groups: int, *, group_size: int = 3, seed: int = 0, longest: int = 12) -> list[list[Trajectory]]:
+def random_groups(
+    num_groups: int, *, group_size: int = 3, seed: int = 0, longest: int = 12
+) -> list[list[Trajectory]]:
     """Groups of trajectories with masks that also have holes (several turns); every third group has no spread."""
     rng = np.random.default_rng(seed)
     return [
-        [_trajectory(rng, longest=longest, reward=float(i % 2) if g % 3 else 1.0) for i in range(group_size)] for g in range(num_groups)
+        [_trajectory(rng, longest=longest, reward=float(i % 2) if g % 3 else 1.0) for i in range(group_size)]
+        for g in range(num_groups)
     ]
 
 
@@ -77,7 +100,13 @@ def dense_logprobs(model: Any, trajectories: list[Trajectory], *, temperature: f
     return torch.cat([torch.zeros(len(trajectories), 1, dtype=logps_BL.dtype), logps_BL], 1)
 
 
-def run_ranks(check: str, *args: str, world_size: int, timeout_s: float = 100.0, module: str = "tests.support.trainer_ranks") -> None:
+def run_ranks(
+    check: str,
+    *args: str,
+    world_size: int,
+    timeout_s: float = 100.0,
+    module: str = "tests.support.trainer_ranks",
+) -> None:
     """Runs `python -m MODULE CHECK ARGS` as real ranks over gloo; raises with their output if one fails."""
     store = Path(args[0]) / f"store-{check}-{world_size}-{os.urandom(4).hex()}"
     ranks = subprocess.Popen(

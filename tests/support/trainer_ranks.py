@@ -58,7 +58,9 @@ def make_runner(
     graded = dict(sections.get("advantage", {"name": "grpo"}))
     shapings = SHAPINGS.build_list(graded.pop("shaping", None), job={"max_tokens": 12})
     kl = KlConfig(**sections["kl"]) if "kl" in sections else None
-    policy = Policy.load(path, chunk_tokens=16, gradient_checkpointing=checkpointing, master_dtype=dtype).shard(ranks)
+    policy = Policy.load(
+        path, chunk_tokens=16, gradient_checkpointing=checkpointing, master_dtype=dtype
+    ).shard(ranks)
     estimator = advantage or ADVANTAGES.build(graded)
     critic = None
     if isinstance(estimator, Gae):
@@ -70,7 +72,10 @@ def make_runner(
         ShardedAdamW(policy, ranks, lr=1e-2, betas=(beta1, 0.9), max_grad_norm=max_grad_norm),
         ranks,
         objective=build_objective(
-            sections.get("objective", {"name": "tis", "level": "sequence", "cap": 2.0, "normalize": normalize}), kl=kl
+            sections.get(
+                "objective", {"name": "tis", "level": "sequence", "cap": 2.0, "normalize": normalize}
+            ),
+            kl=kl,
         ),
         advantage=estimator,
         normalizer=Normalizer(name="token_mean", max_tokens=10),
@@ -94,13 +99,17 @@ def gradients(ranks: Ranks, out_dir: Path, *paths: str) -> None:
     for (dtype_name, dtype), path in zip(DTYPES.items(), paths, strict=True):
         for share, owners in SHARES.items():
             for normalize in (False, True):
-                runner = make_runner(path, ranks, dtype=dtype, beta1=0.0, checkpointing=share == "uneven", normalize=normalize)
+                runner = make_runner(
+                    path, ranks, dtype=dtype, beta1=0.0, checkpointing=share == "uneven", normalize=normalize
+                )
                 mine = [group for group, owner in zip(groups, owners, strict=True) if owner == ranks.rank]
                 metrics = runner.run(mine, step=0)
                 gradient = last_gradient(runner)
                 if ranks.rank == 0:
                     name = f"{dtype_name}-{share}-{'normalized' if normalize else 'plain'}"
-                    save_file({k: v.contiguous() for k, v in gradient.items()}, out_dir / f"{name}.safetensors")
+                    save_file(
+                        {k: v.contiguous() for k, v in gradient.items()}, out_dir / f"{name}.safetensors"
+                    )
                     (out_dir / f"{name}.json").write_text(json.dumps(metrics))
 
 
@@ -110,10 +119,15 @@ def steps(ranks: Ranks, out_dir: Path, path: str, cases: str) -> None:
     for index, settings in enumerate(json.loads(cases)):
         for share in ("even", "one-sided"):
             runner = make_runner(path, ranks, beta1=0.0, settings=settings)
-            runner.run([group for group, owner in zip(groups, SHARES[share], strict=True) if owner == ranks.rank], step=7)
+            runner.run(
+                [group for group, owner in zip(groups, SHARES[share], strict=True) if owner == ranks.rank],
+                step=7,
+            )
             gradient = last_gradient(runner)
             if ranks.rank == 0:
-                save_file({k: v.contiguous() for k, v in gradient.items()}, out_dir / f"{index}-{share}.safetensors")
+                save_file(
+                    {k: v.contiguous() for k, v in gradient.items()}, out_dir / f"{index}-{share}.safetensors"
+                )
 
 
 def resume(ranks: Ranks, out_dir: Path, path: str) -> None:
@@ -136,7 +150,13 @@ def outage(_: Ranks, out_dir: Path, path: str) -> None:
     """Rank 1's groups come long after the others' collectives would have given up."""
     rank = dist.get_rank()
     dist.destroy_process_group()
-    dist.init_process_group("gloo", store=dist.FileStore(f"{out_dir}/impatient", 2), rank=rank, world_size=2, timeout=timedelta(seconds=2))
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(f"{out_dir}/impatient", 2),
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=2),
+    )
     ranks = Ranks(patience_s=30)
     runner = make_runner(path, ranks)
 
@@ -172,7 +192,11 @@ def main(**checks: Callable[..., None]) -> None:
 def _be(rank: int, world_size: int, store: str, check: Callable[[Ranks], None]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+        "gloo",
+        store=dist.FileStore(store, world_size),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=60),
     )
     check(Ranks())
     dist.destroy_process_group()

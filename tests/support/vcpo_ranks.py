@@ -28,8 +28,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
 } | {
     "ghost-others": {"leave_one_out": True},
     "none": {"baseline": "none"},
-    "ghost-masks": {"masks": [{"name": "opsm"}, {"name": "band", "level": "token", "low": 0.8, "high": 1.2, "denominator": "kept"}]},
-    "proxy-batch-masks": {"norms": "proxy", "baseline": "batch", "masks": [{"name": "band", "low": 0.9, "high": 1.1}]},
+    "ghost-masks": {
+        "masks": [
+            {"name": "opsm"},
+            {"name": "band", "level": "token", "low": 0.8, "high": 1.2, "denominator": "kept"},
+        ]
+    },
+    "proxy-batch-masks": {
+        "norms": "proxy",
+        "baseline": "batch",
+        "masks": [{"name": "band", "low": 0.9, "high": 1.1}],
+    },
 }
 
 
@@ -50,7 +59,9 @@ def make_runner(
     **settings: Any,
 ) -> StepRunner:
     """VCPO with these settings (`masks` among them); Adam's first moment is the gradient, and weights stay as they are but for `lr`."""
-    policy = Policy.load(path, chunk_tokens=16, gradient_checkpointing=checkpointing, master_dtype=dtype).shard(ranks, dtype=compute)
+    policy = Policy.load(
+        path, chunk_tokens=16, gradient_checkpointing=checkpointing, master_dtype=dtype
+    ).shard(ranks, dtype=compute)
     return StepRunner(
         policy,
         ShardedAdamW(policy, ranks, lr=lr, betas=(0.0, 0.9), max_grad_norm=0.0),
@@ -62,7 +73,9 @@ def make_runner(
     )
 
 
-def gradient_of(runner: StepRunner, groups: list[list[Trajectory]]) -> tuple[dict[str, float], dict[str, Tensor]]:
+def gradient_of(
+    runner: StepRunner, groups: list[list[Trajectory]]
+) -> tuple[dict[str, float], dict[str, Tensor]]:
     """(metrics, gradient) of the second of two steps: what the first did to the policy must have been undone."""
     runner.run(groups[:1], step=0)
     metrics = runner.run(groups, step=1)
@@ -74,10 +87,15 @@ def shares(ranks: Ranks, out_dir: Path, path: str) -> None:
     for variant, settings in VARIANTS.items():
         for share, owners in shares_of(variant).items():
             runner = make_runner(path, ranks, checkpointing=share == "uneven", **settings)
-            mine = [group for group, owner in zip(random_groups(8), owners, strict=True) if owner == ranks.rank]
+            mine = [
+                group for group, owner in zip(random_groups(8), owners, strict=True) if owner == ranks.rank
+            ]
             metrics, gradient = gradient_of(runner, mine)
             if ranks.rank == 0:
-                save_file({k: v.contiguous() for k, v in gradient.items()}, out_dir / f"{variant}-{share}.safetensors")
+                save_file(
+                    {k: v.contiguous() for k, v in gradient.items()},
+                    out_dir / f"{variant}-{share}.safetensors",
+                )
                 (out_dir / f"{variant}-{share}.json").write_text(json.dumps(metrics))
 
 

@@ -39,7 +39,9 @@ class Policy:
         for step in range(num_steps):
             wanted = min(controller.bound, self.reachable_lag)
             lag += (wanted > lag) - (wanted < lag)
-            self.ess.append(min(1.0, max(0.0, math.exp(-self.drift(step) * lag**2) + rng.gauss(0, self.noise))))
+            self.ess.append(
+                min(1.0, max(0.0, math.exp(-self.drift(step) * lag**2) + rng.gauss(0, self.noise)))
+            )
             self.lags.append(lag)
             self.bounds.append(controller.observe(ess_ratio=self.ess[-1], lag_max=lag))
 
@@ -51,7 +53,9 @@ def largest_within(drift: float) -> int:
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 @pytest.mark.parametrize("drift", [0.5, 0.08, 0.02, 0.009, 0.004])
-def test_it_settles_at_the_largest_bound_that_keeps_the_target_or_one_below(drift: float, noise: float) -> None:
+def test_it_settles_at_the_largest_bound_that_keeps_the_target_or_one_below(
+    drift: float, noise: float
+) -> None:
     policy = Policy(drift=lambda step: drift, noise=noise)
     policy.run(StalenessController(cap=8, target=TARGET), 3000)
     best = min(8, largest_within(drift))
@@ -148,7 +152,9 @@ def test_a_lower_bound_stops_admission_and_wastes_nothing_that_was_admitted() ->
     for step in range(5):
         assert ledger.grant(now_s=0.0) == {}, "what was admitted fills the next steps"
         group = ledger.fetch(step=step, position=0)
-        assert group is not None and step - group.version_steps[0] == step, "recorded under the bound that it was issued with"
+        assert group is not None and step - group.version_steps[0] == step, (
+            "recorded under the bound that it was issued with"
+        )
         ledger.complete_step(incarnation=1, step=step)
         version = ledger.alloc_version(incarnation=1, step=step + 1)
         beat(ledger, "a", capacity=100, version=version)
@@ -173,7 +179,10 @@ class AdaptivePlant(Plant):
     bounds: list[int]
 
     def _end_step(self, step: int) -> None:
-        groups = [self.ledger.fetch(step=step, position=position) for position in range(self.ledger.settings.groups_per_step)]
+        groups = [
+            self.ledger.fetch(step=step, position=position)
+            for position in range(self.ledger.settings.groups_per_step)
+        ]
         lags = [step - version_step for group in groups if group for version_step in group.version_steps]
         ess = math.exp(-self.drift * sum(lag**2 for lag in lags) / len(lags))
         bound = self.controller.observe(ess_ratio=ess, lag_max=max(lags))

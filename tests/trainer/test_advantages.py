@@ -36,7 +36,9 @@ def graded(rewards: Sequence[float], *, lengths: Sequence[int] | None = None) ->
     return out
 
 
-def advantages(settings: dict[str, Any], rewards: Sequence[float], *, lengths: Sequence[int] | None = None) -> list[float]:
+def advantages(
+    settings: dict[str, Any], rewards: Sequence[float], *, lengths: Sequence[int] | None = None
+) -> list[float]:
     """Of one group; where a greedy sample is wanted it is the last."""
     advantage = ADVANTAGES.build(settings)
     assert isinstance(advantage, Advantage)
@@ -46,7 +48,9 @@ def advantages(settings: dict[str, Any], rewards: Sequence[float], *, lengths: S
     return [float(a) for a in advantage.of_group(group)]
 
 
-def step(settings: dict[str, Any], groups: Sequence[Sequence[float]], *, tokens: int = 2) -> list[list[float]]:
+def step(
+    settings: dict[str, Any], groups: Sequence[Sequence[float]], *, tokens: int = 2
+) -> list[list[float]]:
     """Advantages of a whole step's groups, every sample having so many tokens."""
     advantage = ADVANTAGES.build(settings)
     raw = [advantages(settings, group) for group in groups]
@@ -58,18 +62,26 @@ def step(settings: dict[str, Any], groups: Sequence[Sequence[float]], *, tokens:
 
 def test_group_advantages() -> None:
     assert advantages({"name": "grpo"}, [1, 0]) == [1, -1]
-    assert advantages({"name": "grpo"}, [1, 0, 0, 0]) == pytest.approx([3**0.5, -(3**-0.5), -(3**-0.5), -(3**-0.5)])
+    assert advantages({"name": "grpo"}, [1, 0, 0, 0]) == pytest.approx(
+        [3**0.5, -(3**-0.5), -(3**-0.5), -(3**-0.5)]
+    )
     assert advantages({"name": "dr_grpo"}, [1, 0, 0, 0]) == [0.75, -0.25, -0.25, -0.25]
     assert advantages({"name": "rloo"}, [1, 0, 0, 0]) == pytest.approx([1, -1 / 3, -1 / 3, -1 / 3])
     assert advantages({"name": "opo"}, [1, 0, 0], lengths=[6, 2, 2]) == pytest.approx([0.4, -0.6, -0.6])
-    assert advantages({"name": "remax"}, [1, 0, 0.5, 0.25]) == [0.75, -0.25, 0.25, 0], "the last is the greedy one"
+    assert advantages({"name": "remax"}, [1, 0, 0.5, 0.25]) == [0.75, -0.25, 0.25, 0], (
+        "the last is the greedy one"
+    )
 
 
 GROUP_ADVANTAGES = sorted(set(ADVANTAGES.names()) - {"gae"})
 """`gae` compares with a critic, which may be wrong about a group without spread: tests/trainer/test_gae.py."""
 
 
-@pytest.mark.parametrize("settings", [*({"name": n} for n in GROUP_ADVANTAGES), {"name": "reinforce_pp", "baseline": "group"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [*({"name": n} for n in GROUP_ADVANTAGES), {"name": "reinforce_pp", "baseline": "group"}],
+    ids=str,
+)
 def test_without_spread_an_advantage_is_exactly_zero(settings: dict[str, Any]) -> None:
     assert step(settings, [[0.1] * 7, [0.1] * 7]) == [[0.0] * 7] * 2
     assert step(settings, [[0.3]]) == [[0.0]]
@@ -87,14 +99,21 @@ def test_gpg_makes_up_for_groups_without_spread() -> None:
     assert step({"name": "gpg"}, [[1, 0], [1, 1], [0, 0], [0, 0]]) == [[2, -2], [0, 0], [0, 0], [0, 0]]
 
 
-def shaped(settings: dict[str, Any], rewards: Sequence[float], lengths: Sequence[int], standing: Standing | None = None) -> list[float]:
+def shaped(
+    settings: dict[str, Any],
+    rewards: Sequence[float],
+    lengths: Sequence[int],
+    standing: Standing | None = None,
+) -> list[float]:
     shaping = SHAPINGS.build(settings, job={"max_tokens": 10})
     return [float(r) for r in shaping.rewards(graded(rewards, lengths=lengths), standing or Standing())]
 
 
 def test_overlong_falls_linearly_over_the_last_part() -> None:
     assert shaped({"name": "overlong"}, [1, 1, 1, 0], [5, 8, 9, 10]) == pytest.approx([1, 1, 0.5, -1])
-    assert shaped({"name": "overlong", "max_tokens": 4, "soft_fraction": 0.5, "weight": 0.2}, [1, 1], [3, 9]) == pytest.approx([0.9, 0.8])
+    assert shaped(
+        {"name": "overlong", "max_tokens": 4, "soft_fraction": 0.5, "weight": 0.2}, [1, 1], [3, 9]
+    ) == pytest.approx([0.9, 0.8])
 
 
 def test_grpo_lambda_rewards_brevity_only_where_the_policy_is_right() -> None:
@@ -114,7 +133,9 @@ def test_laconic_finds_the_price_that_meets_the_budget() -> None:
     for _ in range(2000):
         dual = laconic.next_dual(dual, mean_tokens=16 - 20 * dual)
     assert dual == pytest.approx(0.4, abs=1e-6)
-    assert [float(r) for r in laconic.rewards(graded([1, 1], lengths=[12, 4]), Standing(dual=dual))] == pytest.approx([0.8, 1])
+    assert [
+        float(r) for r in laconic.rewards(graded([1, 1], lengths=[12, 4]), Standing(dual=dual))
+    ] == pytest.approx([0.8, 1])
     assert laconic.next_dual(0.0, mean_tokens=1) == 0, "an unused budget is not paid for"
     assert laconic.next_dual(1.0, mean_tokens=1e6) == 1
 

@@ -99,13 +99,17 @@ class Receiver:
                         assert await self.stated == found
                         self.activate(push)
                 case AskAlive():
-                    alive = Alive(version=self.version, num_ranks=1, device="cpu", device_uuid="", nccl_version="")
+                    alive = Alive(
+                        version=self.version, num_ranks=1, device="cpu", device_uuid="", nccl_version=""
+                    )
                     self.listener.send(envelope.peer, alive, rid=envelope.rid)
                     return
                 case DissolveGroup():
                     pass
         except (WeightSyncError, asyncio.CancelledError) as error:
-            self.listener.send(envelope.peer, WeightsFailed(version=self.version, reason=str(error)), rid=envelope.rid)
+            self.listener.send(
+                envelope.peer, WeightsFailed(version=self.version, reason=str(error)), rid=envelope.rid
+            )
             return
         if self.misbehave == "vanish":  # with the whole broadcast received, so that nothing breaks
             self.misbehave = "mute"
@@ -153,12 +157,16 @@ class Receiver:
 
 
 def snapshot(value: float, *, size: int = 300) -> Held:
-    return Held({"a": torch.full((size,), float(value)), "b": torch.full((7, 3), value + 1.0)}, bucket_bytes=1024)
+    return Held(
+        {"a": torch.full((size,), float(value)), "b": torch.full((7, 3), value + 1.0)}, bucket_bytes=1024
+    )
 
 
 def run(body: Callable[[Broadcaster], Awaitable[None]], *, deadline_s: float = 10.0, **settings: Any) -> None:
     async def bounded() -> None:
-        broadcaster = Broadcaster(WeightsConfig(push_deadline_s=deadline_s, **settings), device="cpu", incarnation=1)
+        broadcaster = Broadcaster(
+            WeightsConfig(push_deadline_s=deadline_s, **settings), device="cpu", incarnation=1
+        )
         async with asyncio.timeout(30):
             await body(broadcaster)
             await broadcaster.close()
@@ -170,7 +178,9 @@ def test_one_group_serves_many_pushes_and_a_joiner_makes_a_new_one() -> None:
     async def body(broadcaster: Broadcaster) -> None:
         one, two = Receiver("one"), Receiver("two")
         for version in (1, 2, 3):
-            outcome = await broadcaster.push(snapshot(version), version=version, step=version, servers=[one.entry])
+            outcome = await broadcaster.push(
+                snapshot(version), version=version, step=version, servers=[one.entry]
+            )
             assert (set(outcome.activated), outcome.failed) == ({"one"}, {})
         assert broadcaster.num_epochs == 1
         outcome = await broadcaster.push(snapshot(4), version=4, step=4, servers=[one.entry, two.entry])
@@ -217,7 +227,9 @@ def test_nobody_there_is_not_an_error() -> None:
     run(body)
 
 
-def test_a_server_that_was_slow_once_is_tried_again_and_costs_no_versions_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_was_slow_once_is_tried_again_and_costs_no_versions_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("trainer.weight_sync.broadcaster.Shunning", lambda: Shunning(first_s=1.5))
     versions = iter(range(1, 100))
 
@@ -228,7 +240,13 @@ def test_a_server_that_was_slow_once_is_tried_again_and_costs_no_versions_meanwh
         slow = Receiver("slow")
         slow.misbehave = "mute"
         reports, failures = list[PushReport](), list[ArealError]()
-        publisher = Publisher(broadcaster, call=granted, servers=lambda: [slow.entry], on_push=reports.append, on_failure=failures.append)
+        publisher = Publisher(
+            broadcaster,
+            call=granted,
+            servers=lambda: [slow.entry],
+            on_push=reports.append,
+            on_failure=failures.append,
+        )
         publisher.offer(1, snapshot(1))
         while not reports:
             await asyncio.sleep(0.05)
@@ -252,7 +270,11 @@ def test_one_that_refuses_costs_the_others_no_further_pushes(monkeypatch: pytest
         bad.misbehave = "reject"
         reports, failures = list[PushReport](), list[ArealError]()
         publisher = Publisher(
-            broadcaster, call=granted, servers=lambda: [good.entry, bad.entry], on_push=reports.append, on_failure=failures.append
+            broadcaster,
+            call=granted,
+            servers=lambda: [good.entry, bad.entry],
+            on_push=reports.append,
+            on_failure=failures.append,
         )
         publisher.offer(1, snapshot(1))
         await publisher.wait_active(1)
@@ -291,7 +313,11 @@ def test_a_publisher_that_cannot_go_on_says_so() -> None:
         receiver, failures = Receiver("one"), list[ArealError]()
         broadcaster = Broadcaster(WeightsConfig(host="192.0.2.1"), device="cpu", incarnation=1)
         publisher = Publisher(
-            broadcaster, call=granted, servers=lambda: [receiver.entry], on_push=lambda _: None, on_failure=failures.append
+            broadcaster,
+            call=granted,
+            servers=lambda: [receiver.entry],
+            on_push=lambda _: None,
+            on_failure=failures.append,
         )
         publisher.offer(1, snapshot(1))
         with pytest.raises(ConfigError, match=r"weights\.host"):
@@ -310,7 +336,11 @@ def test_a_publisher_that_meets_a_bug_says_so_too() -> None:
     async def body(broadcaster: Broadcaster) -> None:
         receiver, failures = Receiver("one"), list[ArealError]()
         publisher = Publisher(
-            broadcaster, call=granted, servers=lambda: [receiver.entry], on_push=lambda _: None, on_failure=failures.append
+            broadcaster,
+            call=granted,
+            servers=lambda: [receiver.entry],
+            on_push=lambda _: None,
+            on_failure=failures.append,
         )
         publisher.offer(1, snapshot(1))
         with pytest.raises(RuntimeError, match="out of memory"):
@@ -330,7 +360,13 @@ def test_a_server_that_kept_the_weights_of_an_earlier_run_gets_those_of_this_one
         fresh, kept = Receiver("fresh"), Receiver("kept")
         kept.version = 57
         servers, reports, failures = [fresh.entry], list[PushReport](), list[ArealError]()
-        publisher = Publisher(broadcaster, call=granted, servers=lambda: servers, on_push=reports.append, on_failure=failures.append)
+        publisher = Publisher(
+            broadcaster,
+            call=granted,
+            servers=lambda: servers,
+            on_push=reports.append,
+            on_failure=failures.append,
+        )
         publisher.offer(0, snapshot(0), loaded=True)
         publisher.directory_changed()
         await asyncio.sleep(0.1)
@@ -352,7 +388,10 @@ def test_one_that_breaks_every_broadcast_and_survives_is_singled_out() -> None:
         good, bad = Receiver("good"), Receiver("bad")
         bad.misbehave = "spoil"
         servers = [good.entry, bad.entry]
-        pushes = [await broadcaster.push(snapshot(v, size=1 << 22), version=v, step=v, servers=servers) for v in (1, 2, 3)]
+        pushes = [
+            await broadcaster.push(snapshot(v, size=1 << 22), version=v, step=v, servers=servers)
+            for v in (1, 2, 3)
+        ]
         # Nobody was silent, so nobody was to blame; then each got a group of its own.
         assert [set(outcome.activated) for outcome in pushes] == [set(), set(), {"good"}]
         assert all({"good", "bad"} <= set(outcome.failed) for outcome in pushes[:2])
@@ -371,7 +410,9 @@ def test_a_group_for_each_engine_keeps_a_hang_to_itself() -> None:
         good, bad = Receiver("good"), Receiver("bad")
         bad.misbehave = "hang"
         started_s = loop.time()
-        push = asyncio.ensure_future(broadcaster.push(snapshot(1, size=1 << 23), version=1, step=1, servers=[bad.entry, good.entry]))
+        push = asyncio.ensure_future(
+            broadcaster.push(snapshot(1, size=1 << 23), version=1, step=1, servers=[bad.entry, good.entry])
+        )
         while good.version != 1:
             await asyncio.sleep(0.01)
         assert not push.done() and loop.time() - started_s < 3
@@ -400,7 +441,9 @@ def test_a_push_ends_when_a_member_declines_it_or_the_weights_do_not_come() -> N
         assert "not done within 4 s" in outcome.failed["broadcast"] and one.version == 1
         one.misbehave = "decline"  # it stays in the group, and receives nothing
         outcome = await broadcaster.push(snapshot(3, size=1 << 23), version=3, step=3, servers=[one.entry])
-        assert "will not have it" in outcome.failed["broadcast"] and outcome.failed["one"] == "will not have it"
+        assert (
+            "will not have it" in outcome.failed["broadcast"] and outcome.failed["one"] == "will not have it"
+        )
         one.misbehave = ""
         outcome = await broadcaster.push(snapshot(4), version=4, step=4, servers=[one.entry])
         assert (set(outcome.activated), one.version) == ({"one"}, 4)
@@ -476,8 +519,14 @@ def test_nccl_only_between_equals() -> None:
     assert choose_backend("gloo", ours=ours, engines=[alive()]) == ("gloo", "")
     assert choose_backend("auto", ours=ours, engines=[alive(device="cpu")]) == ("gloo", "")
     assert choose_backend("nccl", ours=ours, engines=[alive(device="cpu")])[1] == "not everybody is on a GPU"
-    assert choose_backend("auto", ours=ours, engines=[alive(nccl="2.21.5")]) == ("gloo", "NCCL versions differ: 2.21.5, 2.27.5")
-    assert choose_backend("nccl", ours=ours, engines=[alive(uuid="gpu-0")]) == ("gloo", "two of them share a GPU")
+    assert choose_backend("auto", ours=ours, engines=[alive(nccl="2.21.5")]) == (
+        "gloo",
+        "NCCL versions differ: 2.21.5, 2.27.5",
+    )
+    assert choose_backend("nccl", ours=ours, engines=[alive(uuid="gpu-0")]) == (
+        "gloo",
+        "two of them share a GPU",
+    )
 
 
 def test_nccl_that_never_worked_is_not_tried_for_ever() -> None:

@@ -41,13 +41,18 @@ def test_resumed_training_is_bitwise_equal_to_unbroken_training(tmp_path: Path, 
     assert checkpoints.load(2, resumed.policy, resumed.optimizer, ranks) == {"cursor": [7, 9]}
     for step in (2, 3):
         resumed.run(random_groups(4, seed=step), step=step)
-    for (name, a), (_, b) in zip(gather_full_state(unbroken.policy), gather_full_state(resumed.policy), strict=True):
+    for (name, a), (_, b) in zip(
+        gather_full_state(unbroken.policy), gather_full_state(resumed.policy), strict=True
+    ):
         assert torch.equal(a, b), name
 
     model = AutoModelForCausalLM.from_pretrained(saved)
     assert {n: p.detach() for n, p in model.named_parameters()}.keys() == at_save.keys()
     assert all(torch.equal(p, at_save[name]) for name, p in model.named_parameters())
-    assert AutoTokenizer.from_pretrained(saved).decode(AutoTokenizer.from_pretrained(saved).encode("42=24")) == "42=24"
+    assert (
+        AutoTokenizer.from_pretrained(saved).decode(AutoTokenizer.from_pretrained(saved).encode("42=24"))
+        == "42=24"
+    )
 
 
 @pytest.mark.timeout(120)
@@ -65,7 +70,9 @@ def test_a_checkpoint_of_one_rank_goes_on_with_two(tmp_path: Path, ranks: Ranks)
     other = make_runner(path, ranks)
     assert checkpoints.load(3, other.policy, other.optimizer, ranks) == {"cursor": 5, "ranks": 2}
     assert other.optimizer.num_updates == 3
-    for (name, a), (_, b) in zip(gather_full_state(runner.policy), gather_full_state(other.policy), strict=True):
+    for (name, a), (_, b) in zip(
+        gather_full_state(runner.policy), gather_full_state(other.policy), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9, msg=name)
 
 
@@ -75,7 +82,9 @@ def test_only_the_newest_are_kept_and_a_partial_one_is_not_seen(tmp_path: Path, 
     checkpoints = Checkpoints(tmp_path / "c", keep=2, tokenizer_path=path)
     oldest_kept: list[int] = []
     for step in (1, 2, 30, 4_000_000):
-        checkpoints.save(step, runner.policy, runner.optimizer, ranks, extra={"at": step}, then=oldest_kept.append)
+        checkpoints.save(
+            step, runner.policy, runner.optimizer, ranks, extra={"at": step}, then=oldest_kept.append
+        )
     checkpoints.wait()
     assert checkpoints.steps() == [30, 4_000_000] and oldest_kept == [1, 1, 2, 30]
     (tmp_path / "c" / ".step_000031.partial").mkdir()
@@ -97,7 +106,9 @@ def test_nothing_is_copied_while_another_checkpoint_holds_its_copies(tmp_path: P
         committed.wait(20)
 
     checkpoints.save(1, runner.policy, runner.optimizer, ranks, extra={}, then=hold)
-    saving = threading.Thread(target=lambda: checkpoints.save(2, runner.policy, runner.optimizer, ranks, extra={}))
+    saving = threading.Thread(
+        target=lambda: checkpoints.save(2, runner.policy, runner.optimizer, ranks, extra={})
+    )
     saving.start()
     saving.join(timeout=0.5)
     with torch.no_grad():
@@ -107,7 +118,9 @@ def test_nothing_is_copied_while_another_checkpoint_holds_its_copies(tmp_path: P
     saving.join()
     checkpoints.close()
     saved = load_file(checkpoints.path(2) / "model.safetensors")
-    assert not any(bool(tensor.any()) for tensor in saved.values()), "copies of step 2 were made beside those of step 1"
+    assert not any(bool(tensor.any()) for tensor in saved.values()), (
+        "copies of step 2 were made beside those of step 1"
+    )
 
 
 def test_checkpoints_of_a_branch_that_was_left_are_set_aside(tmp_path: Path, ranks: Ranks) -> None:
@@ -115,7 +128,9 @@ def test_checkpoints_of_a_branch_that_was_left_are_set_aside(tmp_path: Path, ran
     runner = make_runner(path, ranks)
     checkpoints = Checkpoints(tmp_path / "c", keep=1, tokenizer_path=path)
     checkpoints.save(300, runner.policy, runner.optimizer, ranks, extra={})
-    checkpoints.save(100, runner.policy, runner.optimizer, ranks, extra={})  # another run, in the same directory
+    checkpoints.save(
+        100, runner.policy, runner.optimizer, ranks, extra={}
+    )  # another run, in the same directory
     checkpoints.wait()
     assert checkpoints.steps() == [100]
     assert (tmp_path / "c" / "step_000300.rolled_back").is_dir()
@@ -137,7 +152,9 @@ def test_a_frozen_copy_is_not_moved_by_training(tmp_path: Path, ranks: Ranks) ->
     after = gather_full_state(runner.policy)
     assert [name for name, _ in after] == [name for name, _ in before]
     assert not any(torch.equal(a[1], b[1]) for a, b in zip(before, after, strict=True))
-    assert {name for name, _ in before} == set(load_file(Path(path) / "model.safetensors")), "tied weights once"
+    assert {name for name, _ in before} == set(load_file(Path(path) / "model.safetensors")), (
+        "tied weights once"
+    )
 
 
 def test_what_cannot_be_resumed_is_named(tmp_path: Path, ranks: Ranks) -> None:
@@ -156,7 +173,9 @@ def test_what_cannot_be_resumed_is_named(tmp_path: Path, ranks: Ranks) -> None:
         checkpoints.load(7, runner.policy, runner.optimizer, ranks)
 
 
-def test_what_went_wrong_behind_the_trainers_back_is_raised_by_the_next_call(tmp_path: Path, ranks: Ranks) -> None:
+def test_what_went_wrong_behind_the_trainers_back_is_raised_by_the_next_call(
+    tmp_path: Path, ranks: Ranks
+) -> None:
     path = write_model(tmp_path / "model")
     runner = make_runner(path, ranks)
     checkpoints = Checkpoints(tmp_path / "c", keep=2, tokenizer_path=path)
@@ -175,7 +194,9 @@ def test_what_went_wrong_behind_the_trainers_back_is_raised_by_the_next_call(tmp
     assert checkpoints.steps() == [3], "the checkpoint is there all the same"
 
 
-def test_a_full_disk_costs_one_checkpoint_and_gets_its_space_back(tmp_path: Path, ranks: Ranks, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_disk_costs_one_checkpoint_and_gets_its_space_back(
+    tmp_path: Path, ranks: Ranks, caplog: pytest.LogCaptureFixture
+) -> None:
     path = write_model(tmp_path / "model")
     runner = make_runner(path, ranks)
     committed: list[int] = []
@@ -192,9 +213,13 @@ def test_a_full_disk_costs_one_checkpoint_and_gets_its_space_back(tmp_path: Path
         filler.write_bytes(bytes(shutil.disk_usage(disk).free - model_bytes - 8192))
         free = shutil.disk_usage(disk).free
         save(2)
-        wait_until(lambda: "step_000002 was not written" in caplog.text, timeout_s=10, what="an error at once")
+        wait_until(
+            lambda: "step_000002 was not written" in caplog.text, timeout_s=10, what="an error at once"
+        )
         assert "free space there" in caplog.text
-        assert not list((disk / "c").glob(".*")) and shutil.disk_usage(disk).free == free, "the ledger may wait for it"
+        assert not list((disk / "c").glob(".*")) and shutil.disk_usage(disk).free == free, (
+            "the ledger may wait for it"
+        )
         save(3)
         with pytest.raises(DiskFullError, match="step_000003 was not written"):
             checkpoints.wait()

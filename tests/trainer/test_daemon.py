@@ -37,7 +37,15 @@ pytestmark = pytest.mark.timeout(90)
 def trainer(buffer: BufferProcess, *settings: str) -> Iterator["subprocess.Popen[str]"]:
     port = buffer.address.rpartition(":")[2]
     process = subprocess.Popen(
-        [sys.executable, "-m", "trainer", "--config", str(buffer.paths.config), f"buffer.port={port}", *settings],
+        [
+            sys.executable,
+            "-m",
+            "trainer",
+            "--config",
+            str(buffer.paths.config),
+            f"buffer.port={port}",
+            *settings,
+        ],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
@@ -51,13 +59,17 @@ def trainer(buffer: BufferProcess, *settings: str) -> Iterator["subprocess.Popen
 
 def wait_for_state(buffer: BufferProcess, state: str) -> None:
     deadline_s = time.monotonic() + 40
-    while not any(peer["name"] == "trainer-0" and peer["state"] == state for peer in buffer.status()["peers"]):
+    while not any(
+        peer["name"] == "trainer-0" and peer["state"] == state for peer in buffer.status()["peers"]
+    ):
         assert time.monotonic() < deadline_s, buffer.status()
         time.sleep(0.1)
 
 
 @pytest.mark.parametrize("summary_can_be_written", [True, False])
-def test_a_drain_ends_waiting_and_its_exit_code_says_how_it_went(tmp_path: Path, summary_can_be_written: bool) -> None:
+def test_a_drain_ends_waiting_and_its_exit_code_says_how_it_went(
+    tmp_path: Path, summary_can_be_written: bool
+) -> None:
     config = job(tmp_path, model={"path": write_model(tmp_path / "model")})
     paths = RunPaths.of(config)
     if not summary_can_be_written:
@@ -87,7 +99,13 @@ def test_a_trainer_that_dies_while_servers_start_has_rolled_back(tmp_path: Path)
     checkpoints = Checkpoints(RunPaths.of(config).checkpoints, keep=9, tokenizer_path=path)
     for step in (2, 4):
         stream = {"stream": {"cursor": 4 * step, "next_version": 1, "pending": []}}
-        checkpoints.save(step, runner.policy, runner.optimizer, ranks, extra={"stream": stream, "shaping_duals": runner.rewards.duals})
+        checkpoints.save(
+            step,
+            runner.policy,
+            runner.optimizer,
+            ranks,
+            extra={"stream": stream, "shaping_duals": runner.rewards.duals},
+        )
     checkpoints.wait()
     dist.destroy_process_group()
     buffer = BufferProcess(config)
@@ -164,7 +182,11 @@ def test_a_request_whose_answer_was_lost_is_repeated(tmp_path: Path, monkeypatch
 
 def test_a_heartbeat_that_dies_ends_every_wait(tmp_path: Path) -> None:
     with PlayedBuffer(lambda _: None) as played:
-        settings = {"model": {"path": write_model(tmp_path / "model")}, "buffer": {"port": played.port}, "daemon": {"heartbeat_s": 0.1}}
+        settings = {
+            "model": {"path": write_model(tmp_path / "model")},
+            "buffer": {"port": played.port},
+            "daemon": {"heartbeat_s": 0.1},
+        }
         config = job(tmp_path, **settings)
         with BufferLink(config, rank=0, world_size=1, device="cpu", incarnation=1) as link:
             link.stats = {"what cannot be sent": object()}  # type: ignore[dict-item]

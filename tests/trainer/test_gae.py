@@ -77,17 +77,27 @@ def test_policy_and_critic_have_a_lambda_each() -> None:
 
 def test_a_value_held_near_the_old_one_has_no_gradient_beyond() -> None:
     value_S = torch.tensor([0.1, 0.9, 0.9, -0.9], dtype=torch.float64, requires_grad=True)
-    old_S, target_S = torch.zeros(4, dtype=torch.float64), torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64)
+    old_S, target_S = (
+        torch.zeros(4, dtype=torch.float64),
+        torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64),
+    )
     loss_S = value_loss(value_S, old_S, target_S, clip=0.5)
     assert loss_S.tolist() == pytest.approx([0.5 * 0.9**2, 0.5 * 0.5**2, 0.5 * 1.9**2, 0.5 * 0.5**2])
     (gradient_S,) = torch.autograd.grad(loss_S.sum(), value_S)
     assert gradient_S.tolist() == pytest.approx([-0.9, 0, 1.9, 0])
-    assert value_loss(value_S, old_S, target_S, clip=0.0).tolist() == pytest.approx([0.405, 0.005, 1.805, 0.005])
+    assert value_loss(value_S, old_S, target_S, clip=0.0).tolist() == pytest.approx(
+        [0.405, 0.005, 1.805, 0.005]
+    )
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"gamma": 0}, "gamma"), ({"lam": 1.1}, "lam"), ({"critic_updates": 0}, "critic_updates"), ({"lamb": 1}, "did you mean lam")],
+    [
+        ({"gamma": 0}, "gamma"),
+        ({"lam": 1.1}, "lam"),
+        ({"critic_updates": 0}, "critic_updates"),
+        ({"lamb": 1}, "did you mean lam"),
+    ],
 )
 def test_mistakes_are_named(settings: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -112,13 +122,19 @@ def dense_values(path: str, trajectory: Trajectory, weight_D: Tensor, bias: floa
     """Of the sampled tokens, by transformers alone: the state before each."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
     with torch.no_grad():
-        hidden_TD = model.base_model(input_ids=torch.from_numpy(trajectory.tokens.astype(np.int64))[None]).last_hidden_state[0]
+        hidden_TD = model.base_model(
+            input_ids=torch.from_numpy(trajectory.tokens.astype(np.int64))[None]
+        ).last_hidden_state[0]
     before = np.flatnonzero(trajectory.loss_mask) - 1
     return np.asarray((hidden_TD[before] @ weight_D + bias).numpy())
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2"])  # tied, untied, and with a head found elsewhere
-def test_values_and_advantages_are_those_of_the_sampled_tokens(tmp_path: Path, ranks: Ranks, architecture: str) -> None:
+@pytest.mark.parametrize(
+    "architecture", ["llama", "qwen3", "gpt2"]
+)  # tied, untied, and with a head found elsewhere
+def test_values_and_advantages_are_those_of_the_sampled_tokens(
+    tmp_path: Path, ranks: Ranks, architecture: str
+) -> None:
     """Trajectories have holes in their masks (prompt, tool output): these get no value, no reward and no advantage, and are skipped."""
     path, groups = write_model(tmp_path, architecture), random_groups(3)
     runner = make_runner(path, ranks, settings={"advantage": {"name": "gae", "gamma": 0.9, "lam": 0.7}})
@@ -130,17 +146,28 @@ def test_values_and_advantages_are_those_of_the_sampled_tokens(tmp_path: Path, r
 
     samples = appraised(runner, groups)
     rewards = [np.append(np.zeros(t.num_sampled - 1), t.reward) for t in trajectories]
-    plain = [gae(rewards_S, values_S, gamma=0.9, lam=0.7) for rewards_S, values_S in zip(rewards, wanted, strict=True)]
+    plain = [
+        gae(rewards_S, values_S, gamma=0.9, lam=0.7)
+        for rewards_S, values_S in zip(rewards, wanted, strict=True)
+    ]
     every_S = np.concatenate(plain)
     for sample, raw_S in zip(samples, plain, strict=True):
         advantage_T = np.asarray(sample.advantage)
         sampled = sample.trajectory.loss_mask == 1
-        assert advantage_T[sampled].tolist() == pytest.approx(((raw_S - every_S.mean()) / every_S.std()).tolist(), abs=1e-9)
+        assert advantage_T[sampled].tolist() == pytest.approx(
+            ((raw_S - every_S.mean()) / every_S.std()).tolist(), abs=1e-9
+        )
 
 
 def appraised(runner: StepRunner, groups: list[list[Trajectory]]) -> list[Sample]:
     totals, clock = StepTotals(), PhaseClock(("compute_s",))
-    return list(itertools.chain(*runner.appraiser.appraise(groups, totals, clock, lags=lambda t: np.zeros(t.num_tokens, dtype=np.int64))))
+    return list(
+        itertools.chain(
+            *runner.appraiser.appraise(
+                groups, totals, clock, lags=lambda t: np.zeros(t.num_tokens, dtype=np.int64)
+            )
+        )
+    )
 
 
 def test_a_kl_penalty_is_charged_where_it_arises(tmp_path: Path, ranks: Ranks) -> None:
@@ -149,8 +176,12 @@ def test_a_kl_penalty_is_charged_where_it_arises(tmp_path: Path, ranks: Ranks) -
     runner = make_runner(path, ranks, settings=SETTINGS | {"advantage": {"name": "gae", "lam": 1.0}})
     paid, costs = runner.rewards.of_step(groups)
     raw = []
-    for before, after, cost_S in zip(itertools.chain(*groups), itertools.chain(*paid), itertools.chain(*costs), strict=True):
-        assert len(cost_S) == before.num_sampled and after.reward == pytest.approx(before.reward - cost_S.sum())
+    for before, after, cost_S in zip(
+        itertools.chain(*groups), itertools.chain(*paid), itertools.chain(*costs), strict=True
+    ):
+        assert len(cost_S) == before.num_sampled and after.reward == pytest.approx(
+            before.reward - cost_S.sum()
+        )
         raw.append(before.reward - np.cumsum(cost_S[::-1])[::-1])
     every_S = np.concatenate(raw)
     for sample, raw_S in zip(appraised(runner, groups), raw, strict=True):
@@ -161,21 +192,36 @@ def test_a_kl_penalty_is_charged_where_it_arises(tmp_path: Path, ranks: Ranks) -
 # --- learning ---
 
 
-def test_updates_move_the_values_and_a_warming_critic_leaves_the_policy_alone(tmp_path: Path, ranks: Ranks) -> None:
+def test_updates_move_the_values_and_a_warming_critic_leaves_the_policy_alone(
+    tmp_path: Path, ranks: Ranks
+) -> None:
     path, groups = write_model(tmp_path), random_groups(6)
     losses = {}
     for updates in (1, 4):
-        settings = {"advantage": {"name": "gae", "critic_updates": updates, "critic_warmup_steps": 2, "value_clip": 0.0}}
+        settings = {
+            "advantage": {
+                "name": "gae",
+                "critic_updates": updates,
+                "critic_warmup_steps": 2,
+                "value_clip": 0.0,
+            }
+        }
         runner = make_runner(path, ranks, settings=settings)
         before = gather_full_state(runner.policy)
         rows = [runner.run(groups, step=step) for step in range(3)]
-        assert rows[0]["value_mean"] == 0 and rows[0]["explained_variance"] == pytest.approx(0), "the head begins at zero"
+        assert rows[0]["value_mean"] == 0 and rows[0]["explained_variance"] == pytest.approx(0), (
+            "the head begins at zero"
+        )
         assert (rows[1]["lr"], rows[2]["lr"]) == (0, 1e-2)
-        assert not any(torch.equal(a, b) for (_, a), (_, b) in zip(before, gather_full_state(runner.policy), strict=True))
+        assert not any(
+            torch.equal(a, b) for (_, a), (_, b) in zip(before, gather_full_state(runner.policy), strict=True)
+        )
         losses[updates] = [row["value_loss"] for row in rows]
         fresh = make_runner(path, ranks, settings=settings)
         fresh.run(groups, step=0)
-        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(before, gather_full_state(fresh.policy), strict=True))
+        assert all(
+            torch.equal(a, b) for (_, a), (_, b) in zip(before, gather_full_state(fresh.policy), strict=True)
+        )
     assert losses[1][0] == losses[4][0] and losses[4][1] < losses[1][1] < losses[1][0]
 
 
@@ -218,14 +264,26 @@ def test_neither_cuts_nor_ranks_change_what_policy_and_critic_learn(tmp_path: Pa
             got = load_file(tmp_path / f"{share}-{name}.safetensors")
             assert got.keys() == gradient.keys() and any(gradient[key].abs().max() > 1e-4 for key in gradient)
             for key in gradient:
-                torch.testing.assert_close(got[key], gradient[key], rtol=1e-7, atol=1e-9, msg=f"{share} {name} {key}")
+                torch.testing.assert_close(
+                    got[key], gradient[key], rtol=1e-7, atol=1e-9, msg=f"{share} {name} {key}"
+                )
         row = json.loads((tmp_path / f"{share}.json").read_text())
-        for key in ("value_loss", "value_mean", "explained_variance", "critic_grad_norm", "loss", "grad_norm", "shaped_reward"):
+        for key in (
+            "value_loss",
+            "value_mean",
+            "explained_variance",
+            "critic_grad_norm",
+            "loss",
+            "grad_norm",
+            "shaped_reward",
+        ):
             assert row[key] == pytest.approx(metrics[key], rel=1e-7), (share, key)
 
 
 @pytest.mark.timeout(120)
-def test_a_checkpoint_holds_the_critic_at_any_number_of_ranks(tmp_path: Path, ranks: Ranks, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_checkpoint_holds_the_critic_at_any_number_of_ranks(
+    tmp_path: Path, ranks: Ranks, caplog: pytest.LogCaptureFixture
+) -> None:
     path = write_model(tmp_path / "model", "qwen2")
     runner = make_runner(path, ranks, settings=SETTINGS)
     assert runner.critic is not None
@@ -243,10 +301,14 @@ def test_a_checkpoint_holds_the_critic_at_any_number_of_ranks(tmp_path: Path, ra
     assert again.critic is not None
     checkpoints.load(3, again.policy, again.optimizer, ranks, critic=again.critic)
     assert again.critic.optimizer.num_updates == runner.critic.optimizer.num_updates == 6
-    for (name, a), (_, b) in zip(gather_full_state(runner.critic.model), gather_full_state(again.critic.model), strict=True):
+    for (name, a), (_, b) in zip(
+        gather_full_state(runner.critic.model), gather_full_state(again.critic.model), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9, msg=name)
     for key, shard in runner.critic.optimizer.shards.items():
-        torch.testing.assert_close(runner.critic.optimizer.moments(key), again.critic.optimizer.moments(key), rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(
+            runner.critic.optimizer.moments(key), again.critic.optimizer.moments(key), rtol=1e-7, atol=1e-9
+        )
         assert shard.shape == again.critic.optimizer.shards[key].shape
     assert "lm_head.weight" in load_file(tmp_path / "checkpoints" / "step_000003" / CRITIC_FILE)
 
@@ -255,7 +317,9 @@ def test_a_checkpoint_holds_the_critic_at_any_number_of_ranks(tmp_path: Path, ra
 
 
 @pytest.mark.timeout(240)
-def test_on_the_sorting_task_the_critic_learns_what_an_answer_will_be_worth(tmp_path: Path, ranks: Ranks) -> None:
+def test_on_the_sorting_task_the_critic_learns_what_an_answer_will_be_worth(
+    tmp_path: Path, ranks: Ranks
+) -> None:
     """In process: the policy is held still, so that rising explained variance is the critic's doing and not the policy's."""
     num_steps = 18
     build_tiny_model(tmp_path, seed=0, warm_start_steps=200, swap_prob=0.1, hidden_size=64, num_layers=2)
@@ -266,8 +330,15 @@ def test_on_the_sorting_task_the_critic_learns_what_an_answer_will_be_worth(tmp_
     policy = build_policy(config, str(tmp_path), ranks)
     runner = StepRunner.of(config, policy, ranks, initial=str(tmp_path))
     sampler = Sampler(str(tmp_path), config)
-    rows = [runner.run(sampler.groups(range(step * 64, step * 64 + 64), size=2), step=step) for step in range(num_steps)]
+    rows = [
+        runner.run(sampler.groups(range(step * 64, step * 64 + 64), size=2), step=step)
+        for step in range(num_steps)
+    ]
     explained = [row["explained_variance"] for row in rows]
-    assert explained[0] == pytest.approx(0) and statistics.mean(explained[-6:]) > 0.05 > statistics.mean(explained[:6])
-    mean_reward, mean_value = (statistics.mean(row[name] for row in rows[-6:]) for name in ("reward", "value_mean"))
+    assert explained[0] == pytest.approx(0) and statistics.mean(explained[-6:]) > 0.05 > statistics.mean(
+        explained[:6]
+    )
+    mean_reward, mean_value = (
+        statistics.mean(row[name] for row in rows[-6:]) for name in ("reward", "value_mean")
+    )
     assert 0.3 < mean_reward < 0.7 and mean_value == pytest.approx(mean_reward, abs=0.1)

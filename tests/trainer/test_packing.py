@@ -27,7 +27,9 @@ def trajectory(*, prompt: int, response: int, first: int = 0) -> Trajectory:
 
 def group_of(sizes: list[int], *, position: int) -> list[Sample]:
     return [
-        Sample(trajectory=trajectory(prompt=1, response=size - 1, first=i), advantage=float(i), group=position)
+        Sample(
+            trajectory=trajectory(prompt=1, response=size - 1, first=i), advantage=float(i), group=position
+        )
         for i, size in enumerate(sizes)
     ]
 
@@ -41,13 +43,17 @@ group_sizes = st.lists(st.lists(st.integers(1, 8), min_size=1, max_size=4), max_
 
 
 @given(group_sizes, st.booleans())
-def test_packs_hold_every_sequence_once_in_order_within_the_budget(sizes: list[list[int]], whole: bool) -> None:
+def test_packs_hold_every_sequence_once_in_order_within_the_budget(
+    sizes: list[list[int]], whole: bool
+) -> None:
     groups = [group_of(s, position=i) for i, s in enumerate(sizes)]
     packs = cuts(groups, whole_groups=whole)
     assert [id(s) for pack in packs for s in pack] == [id(s) for group in groups for s in group]
     assert all(0 < sum(s.trajectory.num_tokens for s in pack) <= BUDGET for pack in packs)
     if whole:
-        homes = [{i for i, pack in enumerate(packs) for s in pack if s.group == g} for g in range(len(groups))]
+        homes = [
+            {i for i, pack in enumerate(packs) for s in pack if s.group == g} for g in range(len(groups))
+        ]
         assert all(len(home) == 1 for home in homes)
 
 
@@ -78,7 +84,9 @@ def test_what_can_never_fit_is_refused() -> None:
 def test_collate_lays_sequences_end_to_end() -> None:
     samples = [
         Sample(trajectory=trajectory(prompt=2, response=1, first=10), advantage=1.5, group=4),
-        Sample(trajectory=trajectory(prompt=1, response=3, first=20), advantage=np.array([0.0, 1, 2, 3]), group=5),
+        Sample(
+            trajectory=trajectory(prompt=1, response=3, first=20), advantage=np.array([0.0, 1, 2, 3]), group=5
+        ),
     ]
     batch = collate(samples)
     assert batch.tokens_T.tolist() == [10, 11, 12, 20, 21, 22, 23]

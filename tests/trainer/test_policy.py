@@ -20,7 +20,9 @@ def packed(trajectories: list[Trajectory]) -> PackedBatch:
 
 
 def sampled(logps_BL: Tensor, trajectories: list[Trajectory]) -> Tensor:
-    return torch.cat([logps_BL[i, : t.num_tokens][torch.from_numpy(t.loss_mask) == 1] for i, t in enumerate(trajectories)])
+    return torch.cat(
+        [logps_BL[i, : t.num_tokens][torch.from_numpy(t.loss_mask) == 1] for i, t in enumerate(trajectories)]
+    )
 
 
 def gradients(module: Any) -> dict[str, Tensor]:
@@ -34,7 +36,9 @@ def test_packed_equals_padded_in_value_and_gradient(tmp_path: Path, architecture
     trajectories = [t for group in random_groups(3) for t in group]
     if uneven:
         trajectories[4:4] = random_groups(1, seed=1, group_size=1, longest=50)[0][:1]
-        trajectories += [t for seed in range(2, 6) for t in random_groups(1, seed=seed, group_size=2, longest=3)[0]]
+        trajectories += [
+            t for seed in range(2, 6) for t in random_groups(1, seed=seed, group_size=2, longest=3)[0]
+        ]
     reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
     want_S = sampled(dense_logprobs(reference, trajectories, temperature=0.7), trajectories)
     policy = Policy.load(path, temperature=0.7, chunk_tokens=7, master_dtype=torch.float64)
@@ -56,9 +60,13 @@ def test_chunks_change_nothing_and_bound_the_logits(tmp_path: Path, checkpointin
     batch = packed([t for group in random_groups(4) for t in group])
     results = []
     for chunk_tokens in (1000, 9, 1):
-        policy = Policy.load(path, chunk_tokens=chunk_tokens, gradient_checkpointing=checkpointing, master_dtype=torch.float64)
+        policy = Policy.load(
+            path, chunk_tokens=chunk_tokens, gradient_checkpointing=checkpointing, master_dtype=torch.float64
+        )
         rows: list[int] = []
-        policy.model.get_output_embeddings().register_forward_hook(lambda _m, _i, out, rows=rows: rows.append(len(out)))
+        policy.model.get_output_embeddings().register_forward_hook(
+            lambda _m, _i, out, rows=rows: rows.append(len(out))
+        )
         out = policy(batch)
         out.logprobs_S.sum().backward()
         assert max(rows) <= chunk_tokens

@@ -38,7 +38,11 @@ def test_warm_start_learns_the_format_and_is_cached(tmp_path: Path, cache: Path)
     model = AutoModelForCausalLM.from_pretrained(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
     assert 200_000 < sum(p.numel() for p in model.parameters()) < 400_000
-    assert _answer_loss(model, tokenizer) < 3.0 < _answer_loss(AutoModelForCausalLM.from_config(model.config), tokenizer)
+    assert (
+        _answer_loss(model, tokenizer)
+        < 3.0
+        < _answer_loss(AutoModelForCausalLM.from_config(model.config), tokenizer)
+    )
 
     (built,) = cache.iterdir()
     before = (built / "model.safetensors").stat()
@@ -84,7 +88,14 @@ def test_command_line_exits_2_with_the_message_alone(tmp_path: Path) -> None:
 
 
 def test_settings_are_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "trainer", f"model.path={tmp_path}/nowhere", f"runs_dir={tmp_path}", "objective.clpi=0.2"]
+    command = [
+        sys.executable,
+        "-m",
+        "trainer",
+        f"model.path={tmp_path}/nowhere",
+        f"runs_dir={tmp_path}",
+        "objective.clpi=0.2",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "unknown key `objective.clpi`" in done.stderr and "Traceback" not in done.stderr

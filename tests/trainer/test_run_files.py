@@ -52,12 +52,16 @@ def test_the_account_is_that_of_all_rows_and_a_resume_changes_nothing(tmp_path: 
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == list(range(num_rows + 1))
     rows = [row(step) for step in range(num_rows)]
     tenth = max(1, num_rows // 10)
-    assert account.num_steps == num_rows and account.tokens_trained == sum(row["tokens_trained"] for row in rows)
+    assert account.num_steps == num_rows and account.tokens_trained == sum(
+        row["tokens_trained"] for row in rows
+    )
     assert account.reward_first == pytest.approx(mean([row["reward_mean"] for row in rows[:tenth]]))
     assert account.reward_last == pytest.approx(mean([row["reward_mean"] for row in rows[-tenth:]]))
     assert account.loss_last == pytest.approx(mean([row["loss"] for row in rows[-tenth:]]))
     steady = rows[WARM_UP_STEPS:]
-    idle = sum(row["wait_data_s"] for row in steady) / sum(row["step_s"] for row in steady) if steady else None
+    idle = (
+        sum(row["wait_data_s"] for row in steady) / sum(row["step_s"] for row in steady) if steady else None
+    )
     assert account.trainer_idle_fraction == (None if idle is None else pytest.approx(idle, abs=1e-4))
 
 

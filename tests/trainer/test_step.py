@@ -40,7 +40,9 @@ def ranks() -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
-def padded_gradient(path: str, groups: list[list[Trajectory]], *, normalize: bool) -> tuple[float, dict[str, Tensor]]:
+def padded_gradient(
+    path: str, groups: list[list[Trajectory]], *, normalize: bool
+) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradient of sequence TIS, cap 2, token mean, on one padded float64 batch, straight from the definition."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
     trajectories = [t for group in groups for t in group]
@@ -90,7 +92,9 @@ def test_a_rank_waits_for_groups_longer_than_a_collective_may_take(tmp_path: Pat
 
 
 @pytest.mark.parametrize("budget_tokens", [12, 37, 10_000])
-def test_one_rank_and_any_budget_give_the_gradient_of_one_padded_batch(tmp_path: Path, ranks: Ranks, budget_tokens: int) -> None:
+def test_one_rank_and_any_budget_give_the_gradient_of_one_padded_batch(
+    tmp_path: Path, ranks: Ranks, budget_tokens: int
+) -> None:
     path = write_model(tmp_path, MODELS["float64"])
     groups = random_groups(5)
     want_loss, want = padded_gradient(path, groups, normalize=False)
@@ -122,7 +126,11 @@ def test_a_step_without_any_spread_still_counts_and_decays_the_momentum(tmp_path
     runner.run(random_groups(4), step=0)
     before = dict(gather_full_state(runner.policy))
     metrics = runner.run(random_groups(1), step=1)
-    assert metrics["grad_norm"] == 0 and metrics["zero_advantage_groups"] == 1 and metrics["num_microbatches"] == 0
+    assert (
+        metrics["grad_norm"] == 0
+        and metrics["zero_advantage_groups"] == 1
+        and metrics["num_microbatches"] == 0
+    )
     assert runner.optimizer.num_updates == 2
     assert any(not torch.equal(before[name], after) for name, after in gather_full_state(runner.policy))
 
@@ -153,7 +161,9 @@ def test_the_configured_runner_learns_and_reports(tmp_path: Path, ranks: Ranks) 
     config = Config(trainer=TrainerConfig(lr=1e-3, warmup_steps=2, tokens_per_microbatch=64))
     runner = StepRunner.of(config, build_policy(config, path, ranks), ranks)
     groups = random_groups(4)
-    good = collate([Sample(trajectory=t, advantage=1.0, group=0) for g in groups[1:3] for t in g if t.reward == 1])
+    good = collate(
+        [Sample(trajectory=t, advantage=1.0, group=0) for g in groups[1:3] for t in g if t.reward == 1]
+    )
     before = runner.policy(good).logprobs_S.sum().item()
     history = [runner.run(groups, step=step) for step in range(8)]
     assert runner.policy(good).logprobs_S.sum().item() > before + 1
@@ -175,7 +185,9 @@ class Whitened(Advantage):
     def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
         return [t.reward for t in group]
 
-    def rescale(self, *, advantages_S: NDArray[np.float64], groups_S: NDArray[np.int64]) -> tuple[float, float]:
+    def rescale(
+        self, *, advantages_S: NDArray[np.float64], groups_S: NDArray[np.int64]
+    ) -> tuple[float, float]:
         assert len(advantages_S) == len(groups_S)
         return -float(advantages_S.mean()), 1 / float(advantages_S.std())
 
@@ -210,9 +222,15 @@ class Watchful(Reinforce):
 
     def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
         assert batch.prox_S is not None and batch.ref_S is not None
-        assert torch.equal(batch.prox_S, batch.pi_S) and not batch.prox_S.requires_grad and not batch.ref_S.requires_grad
+        assert (
+            torch.equal(batch.prox_S, batch.pi_S)
+            and not batch.prox_S.requires_grad
+            and not batch.ref_S.requires_grad
+        )
         assert set(batch.group_N.bincount().tolist()) <= {0, 3}, "a group was split"
-        return TokenLosses(loss_S=-batch.pi_S, means={"distance_to_ref": (batch.ref_S - batch.pi_S.detach()).abs()})
+        return TokenLosses(
+            loss_S=-batch.pi_S, means={"distance_to_ref": (batch.ref_S - batch.pi_S.detach()).abs()}
+        )
 
     def observe(self, batch: SampledTokens) -> dict[str, Tensor]:
         return {"rewards": batch.reward_N}

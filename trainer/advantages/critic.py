@@ -78,7 +78,9 @@ def value_loss(value_S: Tensor, old_S: Tensor, target_S: Tensor, *, clip: float)
 class Critic:
     """Value model and optimizer. `values` and `learn` are collective."""
 
-    def __init__(self, model: ValueModel, optimizer: ShardedAdamW, ranks: Ranks, *, settings: Gae, budget_tokens: int) -> None:
+    def __init__(
+        self, model: ValueModel, optimizer: ShardedAdamW, ranks: Ranks, *, settings: Gae, budget_tokens: int
+    ) -> None:
         """`model` is sharded. `budget_tokens`: of one micro-batch."""
         self.model = model
         self.optimizer = optimizer
@@ -90,7 +92,9 @@ class Critic:
     def of(cls, config: Config, settings: Gae, ranks: Ranks, *, initial: str) -> Critic:
         """The critic that a configuration describes, untrained. `initial`: the model that the run began with."""
         trainer = config.trainer
-        model = ValueModel.load(initial, gradient_checkpointing=trainer.gradient_checkpointing).shard(ranks, dtype=config.model.dtype)
+        model = ValueModel.load(initial, gradient_checkpointing=trainer.gradient_checkpointing).shard(
+            ranks, dtype=config.model.dtype
+        )
         optimizer = ShardedAdamW.of(trainer, model, ranks, lr=settings.critic_lr or _LR_RATIO * trainer.lr)
         return cls(model, optimizer, ranks, settings=settings, budget_tokens=trainer.tokens_per_microbatch)
 
@@ -112,7 +116,9 @@ class Critic:
         targets_S = np.concatenate([np.zeros(0), *(lesson.targets_S for lesson in lessons)])
         errors_S = targets_S - np.concatenate([np.zeros(0), *(lesson.values_S for lesson in lessons)])
         sums = [len(targets_S), targets_S.sum(), (targets_S**2).sum(), errors_S.sum(), (errors_S**2).sum()]
-        count, target, target_square, error, error_square = self._ranks.sum(torch.tensor(sums, dtype=torch.float64)).tolist()
+        count, target, target_square, error, error_square = self._ranks.sum(
+            torch.tensor(sums, dtype=torch.float64)
+        ).tolist()
         count = max(count, 1.0)
         norm = 0.0
         for _ in range(self.settings.critic_updates):
@@ -137,7 +143,10 @@ class Critic:
                 taught = list(islice(left, batch.num_sequences))
                 old_S, target_S = (
                     torch.from_numpy(np.concatenate(arrays)).to(value_S)
-                    for arrays in ([lesson.values_S for lesson in taught], [lesson.targets_S for lesson in taught])
+                    for arrays in (
+                        [lesson.values_S for lesson in taught],
+                        [lesson.targets_S for lesson in taught],
+                    )
                 )
                 loss = value_loss(value_S, old_S, target_S, clip=self.settings.value_clip).sum()
             else:
@@ -147,5 +156,7 @@ class Critic:
     def _cut(self, trajectories: Sequence[Trajectory]) -> Iterator[MicroBatch]:
         """In their order."""
         packer = Packer(budget_tokens=self._budget_tokens)
-        yield from packer.add([Sample(trajectory=trajectory, advantage=0.0, group=0) for trajectory in trajectories])
+        yield from packer.add(
+            [Sample(trajectory=trajectory, advantage=0.0, group=0) for trajectory in trajectories]
+        )
         yield from packer.flush()

@@ -60,7 +60,12 @@ class Gae(Estimator):
     def __post_init__(self) -> None:
         if not 0 < self.gamma <= 1 or not 0 <= self.lam <= 1 or not 0 <= self.lam_critic <= 1:
             raise ConfigError("advantage: gae wants 0 < gamma <= 1, and lam and lam_critic between 0 and 1")
-        if self.critic_lr < 0 or self.critic_warmup_steps < 0 or self.critic_updates < 1 or self.value_clip < 0:
+        if (
+            self.critic_lr < 0
+            or self.critic_warmup_steps < 0
+            or self.critic_updates < 1
+            or self.value_clip < 0
+        ):
             raise ConfigError(
                 "advantage: gae wants critic_lr, critic_warmup_steps and value_clip of at least 0, and critic_updates of at least 1"
             )

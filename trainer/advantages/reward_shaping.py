@@ -74,11 +74,15 @@ class Overlong(Shaping):
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1 or not 0 < self.soft_fraction <= 1 or self.weight < 0:
-            raise ConfigError("advantage.shaping: overlong wants max_tokens of at least 1, 0 < soft_fraction <= 1 and weight >= 0")
+            raise ConfigError(
+                "advantage.shaping: overlong wants max_tokens of at least 1, 0 < soft_fraction <= 1 and weight >= 0"
+            )
 
     def rewards(self, group: Sequence[Trajectory], standing: Standing) -> FloatArray:
         """R - weight * clip((L - (1 - soft_fraction) max_tokens) / (soft_fraction max_tokens), 0, 1)"""
-        over_G = (lengths_of(group) - (1 - self.soft_fraction) * self.max_tokens) / (self.soft_fraction * self.max_tokens)
+        over_G = (lengths_of(group) - (1 - self.soft_fraction) * self.max_tokens) / (
+            self.soft_fraction * self.max_tokens
+        )
         return np.asarray(rewards_of(group) - self.weight * np.clip(over_G, 0, 1))
 
 
@@ -101,7 +105,9 @@ class GrpoLambda(Shaping):
 
     def __post_init__(self) -> None:
         if not 0 <= self.top <= 1 or self.weight < 0:
-            raise ConfigError("advantage.shaping: grpo_lambda wants top between 0 and 1 and weight of at least 0")
+            raise ConfigError(
+                "advantage.shaping: grpo_lambda wants top between 0 and 1 and weight of at least 0"
+            )
 
     def score(self, group: Sequence[Trajectory]) -> float:
         """Rate of right answers."""
@@ -135,11 +141,15 @@ class Laconic(Shaping):
 
     def __post_init__(self) -> None:
         if self.budget_tokens < 1 or not self.rate > 0 or not self.max_dual > 0:
-            raise ConfigError("advantage.shaping: laconic wants budget_tokens of at least 1, and rate and max_dual above 0")
+            raise ConfigError(
+                "advantage.shaping: laconic wants budget_tokens of at least 1, and rate and max_dual above 0"
+            )
 
     def rewards(self, group: Sequence[Trajectory], standing: Standing) -> FloatArray:
         """R - dual * max(0, L / budget - 1)"""
-        return np.asarray(rewards_of(group) - standing.dual * np.maximum(0, lengths_of(group) / self.budget_tokens - 1))
+        return np.asarray(
+            rewards_of(group) - standing.dual * np.maximum(0, lengths_of(group) / self.budget_tokens - 1)
+        )
 
     def next_dual(self, dual: float, *, mean_tokens: float) -> float:
         """Projected ascent on the constraint mean L <= budget."""

@@ -51,7 +51,9 @@ class Packer:
     OPEN(samples so far) -> add() yields those that became full -> flush() yields the rest, once, at the end of the step.
     """
 
-    def __init__(self, *, budget_tokens: int, whole_groups: bool = False, lone_sequences: bool = False) -> None:
+    def __init__(
+        self, *, budget_tokens: int, whole_groups: bool = False, lone_sequences: bool = False
+    ) -> None:
         """`budget_tokens`: most tokens of a micro-batch. `whole_groups`: never split a group over two micro-batches.
 
         `lone_sequences`: every sequence is a micro-batch by itself.
@@ -150,8 +152,12 @@ def collate(samples: Sequence[Sample], *, device: torch.device | str = "cpu") ->
     starts, total = bounds[:-1], int(bounds[-1])
     mask = np.concatenate([t.loss_mask for t in trajectories]).astype(bool)
     mask[starts] = False
-    advantages = np.concatenate([np.broadcast_to(s.advantage, (n,)) for s, n in zip(samples, lengths, strict=True)], dtype=np.float64)
-    lags = np.concatenate([np.broadcast_to(s.lag, (n,)) for s, n in zip(samples, lengths, strict=True)], dtype=np.int64)
+    advantages = np.concatenate(
+        [np.broadcast_to(s.advantage, (n,)) for s, n in zip(samples, lengths, strict=True)], dtype=np.float64
+    )
+    lags = np.concatenate(
+        [np.broadcast_to(s.lag, (n,)) for s, n in zip(samples, lengths, strict=True)], dtype=np.int64
+    )
 
     def put(array: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(array).to(device)

@@ -29,7 +29,12 @@ from areal_like.errors import ArealError, DeadlineError, PeerLostError
 from areal_like.paths import model_path
 from areal_like.runtime.daemon import Runtime
 from areal_like.wire.addresses import buffer_addresses
-from areal_like.wire.fingerprint import dataset_fingerprint, model_fingerprint, shared_settings, tokenizer_fingerprint
+from areal_like.wire.fingerprint import (
+    dataset_fingerprint,
+    model_fingerprint,
+    shared_settings,
+    tokenizer_fingerprint,
+)
 from areal_like.wire.messages.consumer import Directory, Fetch, Group, TrainerHeartbeat
 from areal_like.wire.messages.hello import Goodbye, Hello, Role
 from trainer.buffer_client.connection import Connection
@@ -99,18 +104,26 @@ class BufferLink:
 
     def call(self, message: Any, *, timeout_s: float) -> Any:
         """Request and answer. Raises as `Link.call`, or when the link is lost."""
-        return self.run(self.call_async(message, timeout_s=timeout_s), name=type(message).__name__, timeout_s=timeout_s + 5)
+        return self.run(
+            self.call_async(message, timeout_s=timeout_s),
+            name=type(message).__name__,
+            timeout_s=timeout_s + 5,
+        )
 
     async def call_async(self, message: Any, *, timeout_s: float) -> Any:
         """`call` for coroutines in the link's own loop."""
-        return await ask_buffers(message, [functools.partial(self._ask_one, buffer, timeout_s) for buffer in self._buffers])
+        return await ask_buffers(
+            message, [functools.partial(self._ask_one, buffer, timeout_s) for buffer in self._buffers]
+        )
 
     async def _ask_one(self, buffer: Connection, timeout_s: float, message: Any) -> Any:
         """Asks again now and then: an answer may have been lost with a connection."""
         deadline_s = self._patient_s() + timeout_s
         while True:
             try:
-                return await buffer.call(message, timeout_s=min(_ASK_AGAIN_S, max(0.0, deadline_s - self._patient_s())))
+                return await buffer.call(
+                    message, timeout_s=min(_ASK_AGAIN_S, max(0.0, deadline_s - self._patient_s()))
+                )
             except DeadlineError:
                 if self._patient_s() >= deadline_s:
                     raise
@@ -134,11 +147,15 @@ class BufferLink:
         """Starts a coroutine in the link's loop."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    def run(self, coroutine: Coroutine[Any, Any, Any], *, name: str, timeout_s: float, may_stop: bool = False) -> Any:
+    def run(
+        self, coroutine: Coroutine[Any, Any, Any], *, name: str, timeout_s: float, may_stop: bool = False
+    ) -> Any:
         """Runs a coroutine in the link's loop and waits for it."""
         return self.wait(self.submit(coroutine), name=name, timeout_s=timeout_s, may_stop=may_stop)
 
-    def wait(self, future: concurrent.futures.Future[Any], *, name: str, timeout_s: float, may_stop: bool = False) -> Any:
+    def wait(
+        self, future: concurrent.futures.Future[Any], *, name: str, timeout_s: float, may_stop: bool = False
+    ) -> Any:
         """Waits for a future of `submit`, but not for a lost buffer; with `may_stop` raises StopRequestedError when a drain begins."""
         deadline_s = self._patient_s() + timeout_s
         while True:
@@ -183,7 +200,9 @@ class BufferLink:
         assert isinstance(group, Group)
         return group
 
-    def _wait_group(self, future: concurrent.futures.Future[Any], *, step: int, position: int) -> Group | None:
+    def _wait_group(
+        self, future: concurrent.futures.Future[Any], *, step: int, position: int
+    ) -> Group | None:
         deadline_s = self._patient_s() + self.config.trainer.fetch_timeout_s
         while not future.done():
             if self._lost is not None:
@@ -260,7 +279,11 @@ class BufferLink:
                 self._troubled_s += self._loop.time() - beaten_s
             for buffer in self._buffers:
                 if buffer.silent_s > self.config.trainer.buffer_timeout_s:
-                    self.fail(PeerLostError(f"the buffer at {buffer.address} has been silent for {buffer.silent_s:.0f} s"))
+                    self.fail(
+                        PeerLostError(
+                            f"the buffer at {buffer.address} has been silent for {buffer.silent_s:.0f} s"
+                        )
+                    )
 
     def _on_heartbeat_end(self, task: asyncio.Task[None]) -> None:
         # Nobody awaits it, and without it the buffer takes us for dead while we train on.

@@ -82,12 +82,20 @@ class Connection:
         match message:
             case HeartbeatAck():
                 if message.trouble and not self._trouble:
-                    log.warning("the buffer at %s is in trouble, its answers are waited for: %s", self.address, message.trouble)
+                    log.warning(
+                        "the buffer at %s is in trouble, its answers are waited for: %s",
+                        self.address,
+                        message.trouble,
+                    )
                 self._trouble = message.trouble
             case JobFailed():
                 self._fail(ArealError(message.reason))
             case HelloRequired() if not self._survives:
-                self._fail(PeerLostError("the buffer was restarted and its in-memory store is gone: start again with resume=latest"))
+                self._fail(
+                    PeerLostError(
+                        "the buffer was restarted and its in-memory store is gone: start again with resume=latest"
+                    )
+                )
             case HelloRequired():
                 self._trouble = ""  # another process
                 if self._rehello is None or self._rehello.done():

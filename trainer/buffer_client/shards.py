@@ -64,12 +64,17 @@ async def ask_buffers(message: Any, asks: Sequence[Ask]) -> Any:
             return granted
         case StartTraining():
             streams = split_stream(message.stream, num_shards=len(asks))
-            welcomes = await _all(ask(StartTraining(step=message.step, stream=part)) for ask, part in zip(asks, streams, strict=True))
+            welcomes = await _all(
+                ask(StartTraining(step=message.step, stream=part))
+                for ask, part in zip(asks, streams, strict=True)
+            )
             return welcomes[0]
         case CompleteStep() | SetMaxStaleness() | CommitStep() | CloseAdmission() | Goodbye():
             return (await _all(ask(message) for ask in asks))[0]
         case GetStreamState():
-            return StreamState(stream=merge_streams([state.stream for state in await _all(ask(message) for ask in asks)]))
+            return StreamState(
+                stream=merge_streams([state.stream for state in await _all(ask(message) for ask in asks)])
+            )
         case GetBooks():
             return merge_books(await _all(ask(message) for ask in asks))
         case _:
@@ -80,7 +85,9 @@ def merge_streams(streams: Sequence[Stream]) -> Stream:
     """One mapping for a checkpoint, from which `split_stream` makes the shards' own again."""
     if len(streams) == 1:
         return streams[0]
-    merged: Stream = {f"{index}:{key}": value for index, stream in enumerate(streams) for key, value in stream.items()}
+    merged: Stream = {
+        f"{index}:{key}": value for index, stream in enumerate(streams) for key, value in stream.items()
+    }
     return merged | {"num_shards": len(streams)}
 
 
@@ -88,7 +95,9 @@ def split_stream(stream: Stream, *, num_shards: int) -> list[Stream]:
     """What each shard said. Raises RefusedError when they were not so many."""
     were = stream.get("num_shards", 1)
     if stream and were != num_shards:
-        raise RefusedError(f"the checkpoint was made with buffer.num_shards={were}, not {num_shards}: set that again")
+        raise RefusedError(
+            f"the checkpoint was made with buffer.num_shards={were}, not {num_shards}: set that again"
+        )
     if num_shards == 1:
         return [stream]
     parts: list[Stream] = [{} for _ in range(num_shards)]
@@ -105,8 +114,14 @@ def merge_books(books: Sequence[Books]) -> Books:
     counters = {name: sum(one[name] for one in every) for name in every[0]}
     counters |= {name: max(one[name] for one in every) for name in _SEEN_BY_ALL}
     for name, over in _MEANS.items():
-        counters[name] = sum(one[name] * one[over] for one in every) / counters[over] if counters[over] else 0.0
-    return Books(tickets=add_up(one.tickets for one in books), drops=add_up(one.drops for one in books), counters=counters)
+        counters[name] = (
+            sum(one[name] * one[over] for one in every) / counters[over] if counters[over] else 0.0
+        )
+    return Books(
+        tickets=add_up(one.tickets for one in books),
+        drops=add_up(one.drops for one in books),
+        counters=counters,
+    )
 
 
 async def _all(requests: Iterable[Awaitable[Any]]) -> list[Any]:

@@ -30,7 +30,12 @@ def add_gradient(param: nn.Parameter, shard: Tensor) -> None:
         grad.add_(shard)
     elif isinstance(param, DTensor):
         param.grad = DTensor.from_local(
-            shard, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+            shard,
+            param.device_mesh,
+            param.placements,
+            run_check=False,
+            shape=param.shape,
+            stride=param.stride(),
         )
     else:
         param.grad = shard

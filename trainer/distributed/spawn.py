@@ -25,7 +25,10 @@ def start_ranks(argv: Sequence[str], *, world_size: int, module: str = "trainer"
     """Runs `python -m MODULE` once a rank; returns the exit code of the first rank that failed (128 + N if signal N killed it), else 0."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
-        ranks = [_start_rank(rank, world_size, [module, *argv], port=port, listening=listening) for rank in range(world_size)]
+        ranks = [
+            _start_rank(rank, world_size, [module, *argv], port=port, listening=listening)
+            for rank in range(world_size)
+        ]
 
     def pass_on(number: int, _: object) -> None:
         for rank in ranks:
@@ -53,8 +56,16 @@ def _first_failure(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
     return min((code for rank in ranks if (code := rank.poll())), key=lambda code: code > 0, default=0)
 
 
-def _start_rank(rank: int, world_size: int, command: Sequence[str], *, port: int, listening: socket.socket) -> subprocess.Popen[bytes]:
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+def _start_rank(
+    rank: int, world_size: int, command: Sequence[str], *, port: int, listening: socket.socket
+) -> subprocess.Popen[bytes]:
+    place = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world_size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     environment = os.environ | {key: str(value) for key, value in place.items()}
     if sys.platform == "linux":
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -23,7 +23,9 @@ class Gradients:
         self._loss: Tensor | float = 0.0
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Undoes what entering did to the policy."""
 
     def add(self, loss_S: Tensor, *, tokens: SampledTokens, batch: PackedBatch) -> None:

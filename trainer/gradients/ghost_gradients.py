@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 class GhostGradients(Gradients):
     """Micro-batches of whole groups (of any sequences with `over_batch`); `loss_S` is that of advantage 1."""
 
-    def __init__(self, policy: Policy, ranks: Ranks, *, over_batch: bool = False, leave_one_out: bool = False) -> None:
+    def __init__(
+        self, policy: Policy, ranks: Ranks, *, over_batch: bool = False, leave_one_out: bool = False
+    ) -> None:
         """`over_batch`: one baseline for all sequences of the step and all ranks. Raises ConfigError for a model it does not know."""
         self._policy = policy
         self._ranks = ranks
@@ -51,7 +53,9 @@ class GhostGradients(Gradients):
         self._chunk_tokens, self._policy.chunk_tokens = self._policy.chunk_tokens, sys.maxsize
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._tape.detach()
         self._policy.chunk_tokens = self._chunk_tokens
 
@@ -60,7 +64,9 @@ class GhostGradients(Gradients):
         loss_S.sum().backward()  # type: ignore[no-untyped-call]
         device = loss_S.device
         rows = Rows.of(batch.lengths, device=device)
-        head_rows = Rows.of([int(length) for length in tokens.length_N.tolist()], device=device, like=batch.lengths)
+        head_rows = Rows.of(
+            [int(length) for length in tokens.length_N.tolist()], device=device, like=batch.lengths
+        )
         with torch.no_grad():
             squares_N = self._tape.squares(rows, head_rows, read_S=batch.sampled_S - 1)
             advantage_N = tokens.mean_N(tokens.advantage_S).double()
@@ -73,7 +79,9 @@ class GhostGradients(Gradients):
                     self._scores[name] = self._scores[name] + shard if name in self._scores else shard
                 self._loss_scores += loss_N.sum()
             else:
-                baseline_N = optimal_baseline(squares_N, advantage_N, tokens.group_N, leave_one_out=self._leave_one_out)
+                baseline_N = optimal_baseline(
+                    squares_N, advantage_N, tokens.group_N, leave_one_out=self._leave_one_out
+                )
                 self._add(advantage_N - baseline_N, loss_N)
                 self._baselines += (baseline_N * (squares_N > 0)).sum()
             self._num_sequences += (squares_N > 0).double().sum()  # not a dummy's

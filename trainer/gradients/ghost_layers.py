@@ -47,7 +47,9 @@ class Layer:
 
     def record(self, x: Tensor, e: Tensor) -> None:
         if self in self.reached:
-            raise ConfigError(f"objective.norms=ghost cannot follow {self.path}, which runs twice in one forward: use exact or proxy")
+            raise ConfigError(
+                f"objective.norms=ghost cannot follow {self.path}, which runs twice in one forward: use exact or proxy"
+            )
         self.x_TI, self.e_TO = x, e
         self.reached.append(self)
 
@@ -75,7 +77,9 @@ class Matrix(Layer):
         num_in, num_out = x_TI.shape[1], e_TO.shape[1]
         longest = max(block.places_nL.shape[1] for block in self.rows.blocks)
         if "weight" in self.names and longest * (num_in + num_out) > num_in * num_out:
-            parts = zip(torch.split(x_TI, self.rows.lengths), torch.split(e_TO, self.rows.lengths), strict=True)
+            parts = zip(
+                torch.split(x_TI, self.rows.lengths), torch.split(e_TO, self.rows.lengths), strict=True
+            )
             out_N += torch.stack([(e.t() @ x).square().sum() for x, e in parts])
         elif "weight" in self.names:
             # Layers that read the same tensor (query, key and value) share its Gram matrices.
@@ -98,7 +102,10 @@ class Matrix(Layer):
             key = x_TI.data_ptr()
             x_TI = scaled[key] = scaled[key] if key in scaled else (x_TI * coefficient_T1).to(x_TI.dtype)
         if "weight" in self.names:
-            yield self.names["weight"], x_TI.t() @ e_TO if isinstance(self.module, Conv1D) else e_TO.t() @ x_TI
+            yield (
+                self.names["weight"],
+                x_TI.t() @ e_TO if isinstance(self.module, Conv1D) else e_TO.t() @ x_TI,
+            )
         if "bias" in self.names:
             yield self.names["bias"], e_TO.sum(0)
 
@@ -119,12 +126,17 @@ class Embedding(Layer):
         keys_U, index_T = torch.unique(self.rows.segment_T * num_rows + self.x_TI[:, 0], return_inverse=True)
         e_TO = wide(self.e_TO)
         rows_UO = e_TO.new_zeros(len(keys_U), e_TO.shape[1]).index_add_(0, index_T, e_TO)
-        return e_TO.new_zeros(len(self.rows.lengths)).index_add_(0, keys_U // num_rows, rows_UO.square().sum(1))
+        return e_TO.new_zeros(len(self.rows.lengths)).index_add_(
+            0, keys_U // num_rows, rows_UO.square().sum(1)
+        )
 
     def combined(self, coefficient_N: Tensor, scaled: dict[int, Tensor]) -> Iterator[tuple[str, Tensor]]:
         e_TO = wide(self.e_TO)
         e_TO = e_TO * coefficient_N[self.rows.segment_T, None].to(e_TO.dtype)
-        yield self.names["weight"], e_TO.new_zeros(self.module.num_embeddings, e_TO.shape[1]).index_add_(0, self.x_TI[:, 0], e_TO)
+        yield (
+            self.names["weight"],
+            e_TO.new_zeros(self.module.num_embeddings, e_TO.shape[1]).index_add_(0, self.x_TI[:, 0], e_TO),
+        )
 
 
 class _Scale(Layer):
@@ -135,7 +147,13 @@ class _Scale(Layer):
         self._normalised = _without_parameters(module)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _apply(_Affine, self._normalised(x), self.module.weight, getattr(self.module, "bias", None), self._record_rows)
+        return _apply(
+            _Affine,
+            self._normalised(x),
+            self.module.weight,
+            getattr(self.module, "bias", None),
+            self._record_rows,
+        )
 
     def _record_rows(self, x: Tensor, e: Tensor) -> None:
         # [1, T, heads, D]: the heads of a token are rows of their own, whose gradients are added up in `squares`.

@@ -47,14 +47,27 @@ class GhostTape:
         names = {id(param): name for name, param in model.named_parameters()}
         known: set[str] = set()
         for path, module in model.named_modules():
-            own = {key: names[id(param)] for key, param in module.named_parameters(recurse=False) if param.requires_grad}
+            own = {
+                key: names[id(param)]
+                for key, param in module.named_parameters(recurse=False)
+                if param.requires_grad
+            }
             layer = layer_of(module) if own else None
             if layer is not None:
-                layer.path, layer.names, layer.is_head, layer.reached = path, own, module is head, self._reached
+                layer.path, layer.names, layer.is_head, layer.reached = (
+                    path,
+                    own,
+                    module is head,
+                    self._reached,
+                )
                 self._layers.append(layer)
                 known |= set(own.values())
-        if unknown := [name for name, param in model.named_parameters() if param.requires_grad and name not in known]:
-            raise ConfigError(f"objective.norms=ghost does not know the layers of {', '.join(unknown[:3])}: use exact or proxy")
+        if unknown := [
+            name for name, param in model.named_parameters() if param.requires_grad and name not in known
+        ]:
+            raise ConfigError(
+                f"objective.norms=ghost does not know the layers of {', '.join(unknown[:3])}: use exact or proxy"
+            )
         self._tied = list(_tied(self._layers))
 
     def attach(self) -> None:
@@ -88,12 +101,18 @@ class GhostTape:
         num_rows = len(rows.segment_T)
         is_late = read_S is not None and len(read_S) < 0.75 * num_rows
         if read_S is not None and is_late:
-            unread_T = torch.ones(num_rows, dtype=torch.bool, device=read_S.device).index_fill_(0, read_S, False).nonzero()[:, 0]
+            unread_T = (
+                torch.ones(num_rows, dtype=torch.bool, device=read_S.device)
+                .index_fill_(0, read_S, False)
+                .nonzero()[:, 0]
+            )
         chosen: dict[int, Tensor] = {}
         for layer in self._reached:
             layer.rows = head_rows if layer.is_head else rows
             if len(layer.e_TO) != len(layer.rows.segment_T):
-                raise ConfigError(f"objective.norms=ghost cannot tell whose tokens {layer.path} sees: use exact or proxy")
+                raise ConfigError(
+                    f"objective.norms=ghost cannot tell whose tokens {layer.path} sees: use exact or proxy"
+                )
             # From the head down, until attention mixes rows: what the head does not read has no gradient.
             if layer.is_head or not is_late:
                 continue
@@ -101,7 +120,11 @@ class GhostTape:
             if is_late and read_S is not None:
                 key = layer.x_TI.data_ptr()
                 chosen[key] = chosen[key] if key in chosen else layer.x_TI.index_select(0, read_S)
-                layer.rows, layer.x_TI, layer.e_TO = head_rows, chosen[key], layer.e_TO.index_select(0, read_S)
+                layer.rows, layer.x_TI, layer.e_TO = (
+                    head_rows,
+                    chosen[key],
+                    layer.e_TO.index_select(0, read_S),
+                )
 
     @torch.no_grad()
     def combined(self, coefficient_N: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -15,7 +15,9 @@ _LEAST_SHARE = 1e-12
 """Of a group's mass, below which what is left without one sample is rounding."""
 
 
-def optimal_baseline(squares_N: Tensor, returns_N: Tensor, group_N: Tensor, *, leave_one_out: bool = False) -> Tensor:
+def optimal_baseline(
+    squares_N: Tensor, returns_N: Tensor, group_N: Tensor, *, leave_one_out: bool = False
+) -> Tensor:
     """[N] float64: `sum m R / sum m` over each sequence's group, with m = `squares_N`; `group_N` holds any integers.
 
     `leave_one_out`: over the others of the group. Where no m is left (weights that underflow, a group of one), the mean return.

@@ -54,7 +54,9 @@ class SequenceGradients(Gradients):
                 module.set_requires_gradient_sync(False, recurse=False)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for module in self._policy.modules():
             if isinstance(module, FSDPModule):
                 module.set_reshard_after_forward(module is not self._policy, recurse=False)
@@ -70,7 +72,9 @@ class SequenceGradients(Gradients):
         if group != self._group and not self._over_batch:
             self._fold_group()
         self._group = group
-        whole = [param for param in self._policy.parameters() if param.requires_grad]  # after the forward: unsharded
+        whole = [
+            param for param in self._policy.parameters() if param.requires_grad
+        ]  # after the forward: unsharded
         computed = torch.autograd.grad(loss_S.sum(), whole, allow_unused=True, materialize_grads=True)
         grads = [grad.to(total.dtype) for grad, total in zip(computed, self._total, strict=True)]
         advantage = float(tokens.mean_N(tokens.advantage_S))

@@ -50,7 +50,9 @@ class Rows:
     blocks: tuple[Block, ...]
 
     @classmethod
-    def of(cls, lengths: Sequence[int], *, device: torch.device | str = "cpu", like: Sequence[int] | None = None) -> Rows:
+    def of(
+        cls, lengths: Sequence[int], *, device: torch.device | str = "cpu", like: Sequence[int] | None = None
+    ) -> Rows:
         """Rows of sequences with these lengths (0 allowed). `like`: lengths by which blocks are chosen, these by default."""
         lengths_N, chosen_N = np.asarray(lengths), np.asarray(like or lengths)
         starts_N = np.cumsum(lengths_N) - lengths_N
@@ -75,4 +77,6 @@ class Rows:
 
     def sum_ND(self, value_TD: Tensor) -> Tensor:
         """Sum over each sequence's rows."""
-        return value_TD.new_zeros(len(self.lengths), value_TD.shape[1]).index_add_(0, self.segment_T, value_TD)
+        return value_TD.new_zeros(len(self.lengths), value_TD.shape[1]).index_add_(
+            0, self.segment_T, value_TD
+        )

@@ -24,10 +24,14 @@ class LagTally:
     def counted(self, group: Group) -> list[Trajectory]:
         """Counts a group and passes its trajectories on. The buffer's promise is checked here, where it matters."""
         self._step = group.step
-        self._steps |= {t.oldest_version: step for t, step in zip(group.trajectories, group.version_steps, strict=True)}
+        self._steps |= {
+            t.oldest_version: step for t, step in zip(group.trajectories, group.version_steps, strict=True)
+        }
         for version_step in group.version_steps:
             lag = group.step - version_step
-            assert 0 <= lag < len(self._num_by_lag), f"ticket {group.ticket_id} has lag {lag} in step {group.step}"
+            assert 0 <= lag < len(self._num_by_lag), (
+                f"ticket {group.ticket_id} has lag {lag} in step {group.step}"
+            )
             self._num_by_lag[lag] += 1
         return group.trajectories
 

@@ -43,18 +43,26 @@ class TrainerSeries:
         self._gauges = {name: metrics.gauge(f"trainer_{name}", doc) for name, doc in _GAUGES.items()}
         self._step = metrics.gauge("trainer_step", "Completed optimizer steps")
         self._tokens = metrics.counter("trainer_tokens", "Sampled tokens trained on")
-        self._seconds = metrics.counter("trainer_seconds", "Seconds of the step loop by phase", label="phase", values=("wait", "work"))
-        self._pushes = metrics.counter("trainer_pushes", "Weight pushes by outcome", label="outcome", values=("ok", "failed"))
+        self._seconds = metrics.counter(
+            "trainer_seconds", "Seconds of the step loop by phase", label="phase", values=("wait", "work")
+        )
+        self._pushes = metrics.counter(
+            "trainer_pushes", "Weight pushes by outcome", label="outcome", values=("ok", "failed")
+        )
         self._push_bytes = metrics.counter("trainer_push_bytes", "Bytes of weights broadcast")
         self._push_seconds = metrics.histogram(
-            "trainer_push_seconds", "Seconds from a granted version to its activation", buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
+            "trainer_push_seconds",
+            "Seconds from a granted version to its activation",
+            buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100),
         )
         self._recovery_seconds = metrics.histogram(
             "trainer_push_recovery_seconds",
             "Longest time that a survivor of a broken broadcast needed to get out of it",
             buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10),
         )
-        self._freeze_seconds = metrics.counter("trainer_freeze_seconds", "Time that training stood still to freeze weights for a push")
+        self._freeze_seconds = metrics.counter(
+            "trainer_freeze_seconds", "Time that training stood still to freeze weights for a push"
+        )
         self._version = metrics.gauge("trainer_weights_version", "Newest version active at an engine")
         self._eval = metrics.gauge("trainer_eval_reward", "Mean held-out greedy reward")
 

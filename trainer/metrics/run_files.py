@@ -23,8 +23,13 @@ _RENAMED = {"reward": "reward_mean", "wait_s": "wait_data_s", "response_tokens":
 def step_row(step: int, metrics: dict[str, Any]) -> dict[str, Any]:
     """The line of one optimizer step, from what `StepRunner.run` returned."""
     num_tokens = round(metrics["response_tokens"] * metrics["num_sequences"])
-    row = {"step": step, "time_unix_s": round(time.time(), 3)} | {_RENAMED.get(name, name): value for name, value in metrics.items()}
-    return row | {"tokens_trained": num_tokens, "tokens_per_s_trained": num_tokens / max(1e-9, metrics["step_s"])}
+    row = {"step": step, "time_unix_s": round(time.time(), 3)} | {
+        _RENAMED.get(name, name): value for name, value in metrics.items()
+    }
+    return row | {
+        "tokens_trained": num_tokens,
+        "tokens_per_s_trained": num_tokens / max(1e-9, metrics["step_s"]),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +69,10 @@ class MetricsFile:
 
     def append(self, row: dict[str, Any]) -> None:
         """One optimizer step. Non-finite numbers become null: JSON has no NaN."""
-        row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        row = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()
+        }
         self._write(row, self._file)
         self._file.flush()
 

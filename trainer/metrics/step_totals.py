@@ -66,9 +66,16 @@ class StepTotals:
         self.add_vector("entropy", tokens.entropy_S, live=live)
         # What differs although the weights are the same is numerics, engine's against trainer's, and nothing else.
         same_S = tokens.lag_S == 0
-        self.add("mismatch_abs", (log_ratio_S.abs() * same_S).sum() if live else 0.0, count=same_S.sum() if live else 0)
+        self.add(
+            "mismatch_abs",
+            (log_ratio_S.abs() * same_S).sum() if live else 0.0,
+            count=same_S.sum() if live else 0,
+        )
         # Both fractions exist for every objective, so that runs can be compared: nothing clipped and all kept unless it says otherwise.
-        fractions = {"clipped_fraction": torch.zeros_like(log_ratio_S), "kept_fraction": torch.ones_like(log_ratio_S)}
+        fractions = {
+            "clipped_fraction": torch.zeros_like(log_ratio_S),
+            "kept_fraction": torch.ones_like(log_ratio_S),
+        }
         for name, values in (fractions | losses.means).items():
             self.add_vector(name, values.detach().to(log_ratio_S.dtype), live=live)
         self._log_w.append(tokens.log_w_N if live else tokens.log_w_N[:0])
@@ -103,7 +110,9 @@ class StepTotals:
         metrics = {name: self.mean(name) for name in self._sums if name not in _HIDDEN}
         metrics.update({name: self.total(name) for name in _COUNTS})
         if self.count("mismatch_abs") == 0:
-            metrics.pop("mismatch_abs", None)  # no token of the current weights: nothing is known, which is not zero
+            metrics.pop(
+                "mismatch_abs", None
+            )  # no token of the current weights: nothing is known, which is not zero
         variance = self.mean("reward_square") - self.mean("reward") ** 2
         log_w_B = self.log_w_B
         metrics.update(

@@ -60,13 +60,18 @@ class PackedLayout:
             classes_N = np.zeros(len(lengths_N), dtype=np.int64)
         else:
             classes_N = np.ceil(np.log2(lengths_N)).astype(np.int64)
-        rectangles = tuple(_rectangle(starts_N[classes_N == c], lengths_N[classes_N == c], device=device) for c in np.unique(classes_N))
+        rectangles = tuple(
+            _rectangle(starts_N[classes_N == c], lengths_N[classes_N == c], device=device)
+            for c in np.unique(classes_N)
+        )
         if len(rectangles) == 1:
             return cls(rectangles=rectangles, order_T=None)
         return cls(rectangles=rectangles, order_T=torch.cat([r.tokens_T for r in rectangles]).argsort())
 
 
-def _rectangle(starts_N: NDArray[np.int64], lengths_N: NDArray[np.int64], *, device: torch.device | str) -> Rectangle:
+def _rectangle(
+    starts_N: NDArray[np.int64], lengths_N: NDArray[np.int64], *, device: torch.device | str
+) -> Rectangle:
     longest = int(lengths_N.max())
     offsets_L = np.arange(longest)
     places_NL = starts_N[:, None] + np.minimum(offsets_L, lengths_N[:, None] - 1)

@@ -39,9 +39,19 @@ class PackedModel(nn.Module):
         self.eval()
 
     @classmethod
-    def load(cls, path: str, *, gradient_checkpointing: bool = False, master_dtype: torch.dtype = torch.float32, **settings: Any) -> Self:
+    def load(
+        cls,
+        path: str,
+        *,
+        gradient_checkpointing: bool = False,
+        master_dtype: torch.dtype = torch.float32,
+        **settings: Any,
+    ) -> Self:
         """Reads a Hugging Face directory or name; `settings` are the subclass's. Not yet sharded: see `shard`."""
-        loaded = cls(AutoModelForCausalLM.from_pretrained(path, dtype=master_dtype, trust_remote_code=False), **settings)
+        loaded = cls(
+            AutoModelForCausalLM.from_pretrained(path, dtype=master_dtype, trust_remote_code=False),
+            **settings,
+        )
         if gradient_checkpointing:
             loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             loaded.train()  # transformers recomputes only in training mode; dropout is zero all the same
@@ -86,4 +96,6 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers:
             return module
-    raise ConfigError(f"{type(model).__name__}: no list of {model.config.num_hidden_layers} decoder layers to shard")
+    raise ConfigError(
+        f"{type(model).__name__}: no list of {model.config.num_hidden_layers} decoder layers to shard"
+    )

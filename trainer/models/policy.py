@@ -40,7 +40,9 @@ class Policy(PackedModel):
         """Takes over a transformers causal LM. Raises ConfigError if its logits are more than head(hidden)."""
         for name in ("logit_scale", "logits_scaling", "final_logit_softcapping"):
             if getattr(model.config, name, None) not in (None, 1, 1.0):
-                raise ConfigError(f"{type(model).__name__} scales its logits ({name}), which the trainer does not support")
+                raise ConfigError(
+                    f"{type(model).__name__} scales its logits ({name}), which the trainer does not support"
+                )
         super().__init__(model)
         self.temperature = temperature
         self.chunk_tokens = chunk_tokens
@@ -53,10 +55,16 @@ class Policy(PackedModel):
         targets_S = batch.tokens_T.index_select(0, batch.sampled_S)
         if len(targets_S) <= self.chunk_tokens:
             return TokenLogProbs(*self._head(hidden_SD, targets_S))
-        chunks = zip(torch.split(hidden_SD, self.chunk_tokens), torch.split(targets_S, self.chunk_tokens), strict=True)
-        parts = [checkpoint(self._head, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in chunks]
+        chunks = zip(
+            torch.split(hidden_SD, self.chunk_tokens), torch.split(targets_S, self.chunk_tokens), strict=True
+        )
+        parts = [
+            checkpoint(self._head, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in chunks
+        ]
         logprobs, entropies, collisions = zip(*parts, strict=True)
-        return TokenLogProbs(torch.cat(logprobs), torch.cat(entropies), torch.cat(collisions) if self.with_collision else None)
+        return TokenLogProbs(
+            torch.cat(logprobs), torch.cat(entropies), torch.cat(collisions) if self.with_collision else None
+        )
 
     def _head(self, hidden_CD: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         logits_CV = self.model.get_output_embeddings()(hidden_CD)
@@ -67,7 +75,9 @@ class Policy(PackedModel):
         with torch.set_grad_enabled(self.with_entropy_gradient and torch.is_grad_enabled()):
             probs_CV = logps_CV.exp()
             entropy_C = -(probs_CV * logps_CV).sum(-1)
-            collision_C = torch.linalg.vector_norm(probs_CV.detach(), dim=-1).square() if self.with_collision else None
+            collision_C = (
+                torch.linalg.vector_norm(probs_CV.detach(), dim=-1).square() if self.with_collision else None
+            )
         # A sum and not a squeeze: FSDP2 hangs its backward hook on outputs, which must not be views.
         return logps_CV.gather(1, targets_C[:, None]).sum(1), entropy_C, collision_C
 

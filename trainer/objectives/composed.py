@@ -55,7 +55,11 @@ class Composed(Objective):
     @property
     def scope(self) -> Scope:  # type: ignore[override]
         """BATCH where any part needs the whole step."""
-        return Scope.BATCH if Scope.BATCH in (self.inner.scope, *(mask.scope for mask in self.masks)) else Scope.GROUP
+        return (
+            Scope.BATCH
+            if Scope.BATCH in (self.inner.scope, *(mask.scope for mask in self.masks))
+            else Scope.GROUP
+        )
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]
@@ -171,7 +175,9 @@ def build_objective(
     inner = OBJECTIVES.build(bare, job=job)
     in_loss = kl if kl is not None and kl.coef and kl.place == "loss" else None
     if inner.late_coefficients and (in_loss is not None or entropy_coef):
-        raise ConfigError(f"{type(inner).__name__} takes no other terms in its loss: use kl.place=reward and no entropy bonus")
+        raise ConfigError(
+            f"{type(inner).__name__} takes no other terms in its loss: use kl.place=reward and no entropy bonus"
+        )
     if not masks and in_loss is None and not entropy_coef:
         return inner
     return Composed(inner=inner, masks=masks, kl=in_loss, entropy_coef=entropy_coef)

@@ -48,5 +48,7 @@ class Dcpo(Objective):
         """The surrogate with each token's own bounds."""
         r_S = live_ratio_S(batch.pi_S, batch.mu_S)
         low_S, high_S = self.bounds_S(batch.mu_S)
-        loss_S, clipped_S = clipped_surrogate(r_S, torch.minimum(torch.maximum(r_S, low_S), high_S), batch.advantage_S)
+        loss_S, clipped_S = clipped_surrogate(
+            r_S, torch.minimum(torch.maximum(r_S, low_S), high_S), batch.advantage_S
+        )
         return TokenLosses(loss_S=loss_S, means={"clipped_fraction": clipped_S})

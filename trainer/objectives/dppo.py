@@ -40,7 +40,9 @@ class DppoTv(Objective):
     def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
         """The masked surrogate and the pull; `kept_fraction` counts what is inside the region."""
         moved_S = torch.exp(batch.pi_S.detach()) - torch.exp(batch.mu_S)
-        beyond_S = ((batch.advantage_S > 0) & (moved_S > self.high)) | ((batch.advantage_S < 0) & (moved_S < -self.low))
+        beyond_S = ((batch.advantage_S > 0) & (moved_S > self.high)) | (
+            (batch.advantage_S < 0) & (moved_S < -self.low)
+        )
         policy_S = -batch.advantage_S * live_ratio_S(batch.pi_S, batch.mu_S) * ~beyond_S
         return TokenLosses(
             loss_S=policy_S + self.pull * (batch.pi_S - batch.mu_S).square(),

@@ -32,6 +32,10 @@ class Gspo(Objective):
 
     def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
         """The clipped sequence ratio at each of its tokens."""
-        s_S = ratio_S(batch, batch.log_ratio_S, level="geometric") * torch.exp(batch.pi_S - batch.pi_S.detach())
-        loss_S, clipped_S = clipped_surrogate(s_S, s_S.clamp(1 - self.clip_low, 1 + self.clip_high), batch.advantage_S)
+        s_S = ratio_S(batch, batch.log_ratio_S, level="geometric") * torch.exp(
+            batch.pi_S - batch.pi_S.detach()
+        )
+        loss_S, clipped_S = clipped_surrogate(
+            s_S, s_S.clamp(1 - self.clip_low, 1 + self.clip_high), batch.advantage_S
+        )
         return TokenLosses(loss_S=loss_S, means={"clipped_fraction": clipped_S})

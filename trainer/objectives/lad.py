@@ -50,11 +50,16 @@ class Lad(Objective):
 
     def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
         """The loss with the right gradient; `divergence` is the value that it is the gradient of."""
-        advantage_S = batch.advantage_S if self.level == "token" else batch.spread_S(batch.mean_N(batch.advantage_S))
+        advantage_S = (
+            batch.advantage_S if self.level == "token" else batch.spread_S(batch.mean_N(batch.advantage_S))
+        )
         u_S = (advantage_S / self.eta).clamp(-MAX_EXPONENT, MAX_EXPONENT)
         w_S = ratio_S(batch, batch.log_ratio_S, level=self.level)
         log_x_S = w_S.log() - u_S
-        return TokenLosses(loss_S=w_S * self._slope(log_x_S) * batch.pi_S, means={"divergence": self._value(w_S, u_S.exp(), log_x_S)})
+        return TokenLosses(
+            loss_S=w_S * self._slope(log_x_S) * batch.pi_S,
+            means={"divergence": self._value(w_S, u_S.exp(), log_x_S)},
+        )
 
     def _slope(self, log_x_S: Tensor) -> Tensor:
         """f'(x)"""

@@ -49,7 +49,9 @@ class M2po(Objective):
         """The smallest moment that is dropped (infinite: none). Ties go together, so that the order of tokens cannot matter."""
         ascending_S = observed["second_moment"].sort().values
         running_S = ascending_S.cumsum(0) / torch.arange(1, len(ascending_S) + 1)
-        num_kept = int((running_S < self.threshold).sum())  # the running mean of an ascending sequence ascends
+        num_kept = int(
+            (running_S < self.threshold).sum()
+        )  # the running mean of an ascending sequence ascends
         infinite = ascending_S.new_tensor(torch.inf)
         return {"first_dropped": ascending_S[num_kept] if num_kept < len(ascending_S) else infinite}
 

@@ -44,7 +44,9 @@ class SoftAdvantage(Advantage):
     def of_rewards(self, rewards_G: FloatArray) -> FloatArray:
         """[G]; exactly zero without spread."""
         top = rewards_G.max()
-        return np.asarray(rewards_G - top - self.beta1 * np.log(np.exp((rewards_G - top) / self.beta1).mean()))
+        return np.asarray(
+            rewards_G - top - self.beta1 * np.log(np.exp((rewards_G - top) / self.beta1).mean())
+        )
 
 
 @OBJECTIVES.register("oapl")

@@ -44,12 +44,16 @@ class Ppo(Objective):
         if not 0 < self.clip_low < 1 or not self.clip_high > 0:
             raise ConfigError("objective: want clip_low between 0 and 1 and clip_high above 0")
         if self.dual_clip != 0 and self.dual_clip <= 1 + self.clip_high:
-            raise ConfigError(f"objective.dual_clip={self.dual_clip}: use 0 (off) or a value above 1 + clip_high")
+            raise ConfigError(
+                f"objective.dual_clip={self.dual_clip}: use 0 (off) or a value above 1 + clip_high"
+            )
 
     def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
         """The surrogate; `clipped_fraction` counts what either bound has cut off."""
         r_S = live_ratio_S(batch.pi_S, batch.mu_S)
-        loss_S, clipped_S = clipped_surrogate(r_S, r_S.clamp(1 - self.clip_low, 1 + self.clip_high), batch.advantage_S)
+        loss_S, clipped_S = clipped_surrogate(
+            r_S, r_S.clamp(1 - self.clip_low, 1 + self.clip_high), batch.advantage_S
+        )
         if self.dual_clip:
             ceiling_S = -batch.advantage_S * self.dual_clip
             beyond_S = (batch.advantage_S < 0) & (loss_S > ceiling_S)
@@ -100,7 +104,9 @@ class DecoupledPpo(Objective):
             weight_S = weight_S.clamp(max=self.cap)
         elif self.mode == "mask":
             kept_S = weight_S <= self.cap
-        return TokenLosses(loss_S=loss_S * weight_S * kept_S, means={"clipped_fraction": clipped_S, "kept_fraction": kept_S})
+        return TokenLosses(
+            loss_S=loss_S * weight_S * kept_S, means={"clipped_fraction": clipped_S, "kept_fraction": kept_S}
+        )
 
     def prox_S(self, batch: SampledTokens) -> Tensor:
         """Log-probs around which the ratio is clipped."""

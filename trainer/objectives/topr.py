@@ -30,4 +30,6 @@ class Topr(Objective):
         r_S = ratio_S(batch, batch.log_ratio_S, level=self.level)
         bad_S = batch.advantage_S < 0
         weight_S = torch.where(bad_S, r_S.clamp(max=1.0), 1.0)
-        return TokenLosses(loss_S=-weight_S * batch.advantage_S * batch.pi_S, means={"clipped_fraction": bad_S & (r_S > 1)})
+        return TokenLosses(
+            loss_S=-weight_S * batch.advantage_S * batch.pi_S, means={"clipped_fraction": bad_S & (r_S > 1)}
+        )

@@ -73,7 +73,9 @@ class Vcpo(Objective):
         if self.cap < 0 or not 0 < self.rho_ref <= 1:
             raise ConfigError("objective: want cap of at least 0 and rho_ref above 0 and at most 1")
         if self.leave_one_out and (self.baseline != "group" or self.norms == "exact"):
-            raise ConfigError("objective.leave_one_out needs objective.baseline=group and objective.norms=ghost or proxy")
+            raise ConfigError(
+                "objective.leave_one_out needs objective.baseline=group and objective.norms=ghost or proxy"
+            )
 
     @property
     def scope(self) -> Scope:  # type: ignore[override]
@@ -108,7 +110,9 @@ class Vcpo(Objective):
     def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
         """`-w (A - b*) pi`; where norms come from the backward, `-w pi`, and `gradients` does the rest."""
         weight_N = self._weights(batch)
-        means = {"clipped_fraction": batch.log_w_N > math.log(self.cap) if self.cap else torch.zeros_like(weight_N)}
+        means = {
+            "clipped_fraction": batch.log_w_N > math.log(self.cap) if self.cap else torch.zeros_like(weight_N)
+        }
         if self.late_coefficients:
             return TokenLosses(loss_S=-batch.spread_S(weight_N) * batch.pi_S, means=means)
         if self.baseline == "none":
@@ -118,10 +122,15 @@ class Vcpo(Objective):
             baseline_N = facts["baseline"].to(advantage_N).expand_as(advantage_N)
         else:
             baseline_N = optimal_baseline(
-                self._proxy_squares(batch), advantage_N.double(), batch.group_N, leave_one_out=self.leave_one_out
+                self._proxy_squares(batch),
+                advantage_N.double(),
+                batch.group_N,
+                leave_one_out=self.leave_one_out,
             ).to(advantage_N)
         means["baseline"] = baseline_N
-        return TokenLosses(loss_S=-batch.spread_S(weight_N * (advantage_N - baseline_N)) * batch.pi_S, means=means)
+        return TokenLosses(
+            loss_S=-batch.spread_S(weight_N * (advantage_N - baseline_N)) * batch.pi_S, means=means
+        )
 
     def observe(self, batch: SampledTokens) -> dict[str, Tensor]:
         """Every sequence's log W, and what a proxy's b* of the whole step is made of."""
@@ -152,7 +161,9 @@ class Vcpo(Objective):
             return Gradients()
         if self.norms == "exact":
             return SequenceGradients(policy, ranks, over_batch=self.baseline == "batch")
-        return GhostGradients(policy, ranks, over_batch=self.baseline == "batch", leave_one_out=self.leave_one_out)
+        return GhostGradients(
+            policy, ranks, over_batch=self.baseline == "batch", leave_one_out=self.leave_one_out
+        )
 
     @property
     def _is_proxy(self) -> bool:
@@ -160,7 +171,11 @@ class Vcpo(Objective):
 
     def _weights(self, batch: SampledTokens) -> Tensor:
         """[N] min(W, cap)"""
-        return torch.exp(batch.log_w_N.clamp(max=math.log(self.cap))) if self.cap else torch.ones_like(batch.log_w_N)
+        return (
+            torch.exp(batch.log_w_N.clamp(max=math.log(self.cap)))
+            if self.cap
+            else torch.ones_like(batch.log_w_N)
+        )
 
     def _proxy_squares(self, batch: SampledTokens) -> Tensor:
         """[N] float64: ||grad||^2 with respect to the logits, `1 - 2 pi_t + sum_v pi_v^2` a token, times w^2 (and 1 / L^2)."""
@@ -169,6 +184,8 @@ class Vcpo(Objective):
         squares_N = batch.sum_N(squares_S if batch.kept_S is None else squares_S * batch.kept_S).double()
         scale_N = self._weights(batch).double()
         if self.normalizer == "seq_mean_token_mean":
-            counted_N = batch.length_N if batch.counted_S is None else batch.sum_N(batch.counted_S.to(batch.length_N))
+            counted_N = (
+                batch.length_N if batch.counted_S is None else batch.sum_N(batch.counted_S.to(batch.length_N))
+            )
             scale_N = scale_N / counted_N.clamp(min=1).double()
         return squares_N * scale_N.square()

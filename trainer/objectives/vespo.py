@@ -43,7 +43,9 @@ class Vespo(Objective):
         log_w_N = batch.sum_N(batch.log_ratio_S.clamp(-MAX_EXPONENT, MAX_EXPONENT))
         # A sequence has one sign, also where an advantage varies over its tokens.
         phi_N = self.phi_N(log_w_N, positive_N=batch.sum_N(batch.advantage_S) >= 0)
-        return TokenLosses(loss_S=-batch.spread_S(phi_N) * batch.advantage_S * batch.pi_S, means={"phi": phi_N})
+        return TokenLosses(
+            loss_S=-batch.spread_S(phi_N) * batch.advantage_S * batch.pi_S, means={"phi": phi_N}
+        )
 
     def phi_N(self, log_w_N: Tensor, *, positive_N: Tensor) -> Tensor:
         """The kernel of each sequence's log W."""

@@ -49,7 +49,9 @@ log = logging.getLogger(__name__)
 class Replay:
     """One rank. `run` returns when every recorded step is trained, or a stop was asked for."""
 
-    def __init__(self, config: Config, recording: Recording, ranks: Ranks, *, stopping: threading.Event) -> None:
+    def __init__(
+        self, config: Config, recording: Recording, ranks: Ranks, *, stopping: threading.Event
+    ) -> None:
         self._config = config
         self._recording = recording
         self._ranks = ranks
@@ -59,13 +61,17 @@ class Replay:
         source = model_path(config)
         self._policy = build_policy(config, source, ranks)
         self._runner = StepRunner.of(config, self._policy, ranks, initial=source)
-        self._checkpoints = Checkpoints(self._paths.checkpoints, keep=config.trainer.keep_checkpoints, tokenizer_path=source)
+        self._checkpoints = Checkpoints(
+            self._paths.checkpoints, keep=config.trainer.keep_checkpoints, tokenizer_path=source
+        )
         self._metrics = MetricsFile(self._paths.metrics, start_step=0) if ranks.rank == 0 else None
 
     def run(self) -> None:
         """Every recorded step up to `trainer.num_steps`."""
         trainer = self._config.trainer
-        num_steps = min(trainer.num_steps, self._recording.num_whole_steps(groups_per_step=trainer.groups_per_step))
+        num_steps = min(
+            trainer.num_steps, self._recording.num_whole_steps(groups_per_step=trainer.groups_per_step)
+        )
         step = saved_step = 0
         with contextlib.closing(self._checkpoints):
             while step < num_steps and not self._ranks.any(self._stopping.is_set()):
@@ -86,7 +92,9 @@ class Replay:
         lags = LagTally(self._config.staleness_cap)
         positions = range(self._ranks.rank, trainer.groups_per_step, self._ranks.world_size)
         groups = (lags.counted(group) for group in self._recording.groups(step, positions))
-        metrics: dict[str, Any] = dict(self._runner.run(groups, step=step, num_groups=trainer.groups_per_step, lags=lags.of_tokens))
+        metrics: dict[str, Any] = dict(
+            self._runner.run(groups, step=step, num_groups=trainer.groups_per_step, lags=lags.of_tokens)
+        )
         lag_metrics = lags.reduced(self._ranks)
         if self._metrics is not None:
             self._metrics.append(step_row(step, metrics | lag_metrics))

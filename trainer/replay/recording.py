@@ -24,7 +24,9 @@ class Recording:
         self._root = root
         self._directories = RunPaths(root).ledgers
         if not self._directories:
-            raise ConfigError(f"{root} has no ledger: with buffer.durability=none nothing of a run can be replayed")
+            raise ConfigError(
+                f"{root} has no ledger: with buffer.durability=none nothing of a run can be replayed"
+            )
         self._ledgers = [
             sqlite3.connect(f"file:{directory / 'ledger.sqlite3'}?mode=ro", uri=True, isolation_level=None)
             for directory in self._directories
@@ -42,7 +44,9 @@ class Recording:
         counts = Counter(step for step, _ in self._places)
         first = min(counts, default=0)
         if first > 0:
-            raise ConfigError(f"the ledger in {self._root} begins at step {first}: what was trained on before it is not recorded")
+            raise ConfigError(
+                f"the ledger in {self._root} begins at step {first}: what was trained on before it is not recorded"
+            )
         num_whole = next((step for step in range(len(counts) + 1) if counts[step] < groups_per_step), 0)
         if not num_whole:
             raise ConfigError(f"{self._root} has recorded no whole step of {groups_per_step} groups")
@@ -59,7 +63,9 @@ class Recording:
             records, version_steps = [], []
             for sample_index, oldest_step, *place in rows:
                 directory = self._directories[shard]
-                records.append(read_record(directory, Place(*place), ticket_id=ticket_id, sample_index=sample_index))
+                records.append(
+                    read_record(directory, Place(*place), ticket_id=ticket_id, sample_index=sample_index)
+                )
                 version_steps.append(oldest_step)
             yield Group(
                 step=step,
@@ -82,8 +88,13 @@ class Recording:
                     f"{num_gone} trajectories that {self._root} was trained on were not kept: "
                     "only a run with buffer.retain_trajectories=true can be replayed"
                 )
-            tickets = ledger.execute("SELECT step, position, ticket_id, prompt_index FROM tickets WHERE state IN ('batched', 'trained')")
-            rows += [(step, position, shard, ticket_id, prompt_index) for step, position, ticket_id, prompt_index in tickets]
+            tickets = ledger.execute(
+                "SELECT step, position, ticket_id, prompt_index FROM tickets WHERE state IN ('batched', 'trained')"
+            )
+            rows += [
+                (step, position, shard, ticket_id, prompt_index)
+                for step, position, ticket_id, prompt_index in tickets
+            ]
         places: dict[tuple[int, int], tuple[int, int, int]] = {}
         taken: Counter[int] = Counter()
         for step, _, shard, ticket_id, prompt_index in sorted(rows):

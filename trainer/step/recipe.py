@@ -34,7 +34,9 @@ class Recipe:
         settings = dict(config.advantage)
         shapings = settings.pop("shaping", None)
         recipe = cls(
-            objective=build_objective(config.objective, max_tokens=max_tokens, kl=kl, entropy_coef=config.trainer.entropy_coef),
+            objective=build_objective(
+                config.objective, max_tokens=max_tokens, kl=kl, entropy_coef=config.trainer.entropy_coef
+            ),
             advantage=ADVANTAGES.build(settings),
             shapings=SHAPINGS.build_list(shapings, job={"max_tokens": max_tokens}),
             kl=kl if kl.coef and kl.place == "reward" else None,
@@ -42,7 +44,9 @@ class Recipe:
         used = recipe.estimator
         if used.uses_greedy != config.sampling.greedy_baseline:
             wanted = "a greedy sample of every prompt" if used.uses_greedy else "no greedy samples"
-            raise ConfigError(f"{type(used).__name__} wants {wanted}: set sampling.greedy_baseline={str(used.uses_greedy).lower()}")
+            raise ConfigError(
+                f"{type(used).__name__} wants {wanted}: set sampling.greedy_baseline={str(used.uses_greedy).lower()}"
+            )
         return recipe
 
     @property

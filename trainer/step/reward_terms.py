@@ -40,7 +40,13 @@ class Rewards:
     """Changes the rewards of a step's groups. `duals` is its whole state, one number a shaping; the checkpoint holds it."""
 
     def __init__(
-        self, shapings: Sequence[Shaping], ranks: Ranks, *, kl: KlConfig | None, reference: Policy | None, budget_tokens: int
+        self,
+        shapings: Sequence[Shaping],
+        ranks: Ranks,
+        *,
+        kl: KlConfig | None,
+        reference: Policy | None,
+        budget_tokens: int,
     ) -> None:
         """`kl`: the penalty; None: none. `reference`: for the penalty. `budget_tokens`: of a micro-batch of its forward.
 
@@ -63,7 +69,11 @@ class Rewards:
     @property
     def scope(self) -> Scope:
         """BATCH: only `of_step` can do it."""
-        return Scope.BATCH if self._kl is not None or any(s.scope is Scope.BATCH for s in self._shapings) else Scope.GROUP
+        return (
+            Scope.BATCH
+            if self._kl is not None or any(s.scope is Scope.BATCH for s in self._shapings)
+            else Scope.GROUP
+        )
 
     def of_group(self, group: Group, *, ahead: Sequence[float] = ()) -> Group:
         """The shaped group. `ahead`: its standing by each shaping's score."""
@@ -75,19 +85,28 @@ class Rewards:
 
     def of_step(self, groups: Sequence[Group]) -> tuple[list[Group], Costs]:
         """This rank's groups of a step in recorded order, and what of their rewards was taken off at which token. Collective."""
-        shaped = [self.of_group(group, ahead=place) for group, place in zip(groups, self._standings(groups), strict=True)]
+        shaped = [
+            self.of_group(group, ahead=place)
+            for group, place in zip(groups, self._standings(groups), strict=True)
+        ]
         costs = self._costs(shaped)
         if self._kl is None:
             return shaped, costs
         paid = [
-            [replace(t, reward=t.reward - float(cost_S.sum())) for t, cost_S in zip(group, prices, strict=True)]
+            [
+                replace(t, reward=t.reward - float(cost_S.sum()))
+                for t, cost_S in zip(group, prices, strict=True)
+            ]
             for group, prices in zip(shaped, costs, strict=True)
         ]
         return [*paid], costs
 
     def advance(self, *, mean_tokens: float) -> None:
         """After a step over samples of this mean length."""
-        self.duals = [s.next_dual(dual, mean_tokens=mean_tokens) for s, dual in zip(self._shapings, self.duals, strict=True)]
+        self.duals = [
+            s.next_dual(dual, mean_tokens=mean_tokens)
+            for s, dual in zip(self._shapings, self.duals, strict=True)
+        ]
 
     def metrics(self) -> dict[str, float]:
         """Dual variables of the shapings that learn one, by their place in the list."""
@@ -99,7 +118,9 @@ class Rewards:
         if len(duals) == len(self.duals):
             self.duals = list(duals)
         else:
-            log.warning("advantage.shaping is not what the checkpoint was made with: dual variables begin at 0 again")
+            log.warning(
+                "advantage.shaping is not what the checkpoint was made with: dual variables begin at 0 again"
+            )
 
     def _standings(self, groups: Sequence[Group]) -> list[list[float]]:
         """For each group and shaping, the share of all ranks' groups that rank before it. Collective."""
@@ -107,7 +128,9 @@ class Rewards:
         positions_J = self._ranks.gather(torch.tensor(mine, dtype=torch.int64)).numpy()
         standings: list[list[float]] = [[] for _ in groups]
         for shaping in self._shapings:
-            scores_J = self._ranks.gather(torch.tensor([shaping.score(group) for group in groups], dtype=torch.float64)).numpy()
+            scores_J = self._ranks.gather(
+                torch.tensor([shaping.score(group) for group in groups], dtype=torch.float64)
+            ).numpy()
             order = np.lexsort((positions_J, -scores_J))
             ahead = {int(positions_J[j]): place / len(order) for place, j in enumerate(order)}
             for places, position in zip(standings, mine, strict=True):
@@ -119,13 +142,17 @@ class Rewards:
             return [[np.zeros(num_targets(t)) for t in group] for group in groups]
         assert self._reference is not None
         packer = Packer(budget_tokens=self._budget_tokens)
-        samples = [Sample(trajectory=t, advantage=0.0, group=0) for group in groups for t in group if not t.is_greedy]
+        samples = [
+            Sample(trajectory=t, advantage=0.0, group=0) for group in groups for t in group if not t.is_greedy
+        ]
         costs: list[FloatArray] = []
         for batch, live in matched(iter([*packer.add(samples), *packer.flush()]), self._ranks):
             with torch.no_grad():
                 ref_S = self._reference(batch).logprobs_S
             if live:
-                kl_S = kl_estimate(batch.mu_T[batch.sampled_S].to(ref_S.dtype) - ref_S, estimator=self._kl.estimator)
+                kl_S = kl_estimate(
+                    batch.mu_T[batch.sampled_S].to(ref_S.dtype) - ref_S, estimator=self._kl.estimator
+                )
                 costs += by_sequence(self._kl.coef * kl_S, batch)
         left = iter(costs)
         return [[np.zeros(num_targets(t)) if t.is_greedy else next(left) for t in group] for group in groups]

@@ -77,13 +77,25 @@ class StepRunner:
         there is none.
         """
         if Need.REF in objective.needs and reference is None:
-            raise ConfigError(f"objective {type(objective).__name__} needs a reference model, and none is configured")
+            raise ConfigError(
+                f"objective {type(objective).__name__} needs a reference model, and none is configured"
+            )
         for setting, wanted, prescribed in (
             ("trainer.normalizer", normalizer.name, objective.normalizer),
-            ("advantage", type(advantage).__name__, objective.advantage and type(objective.advantage).__name__),
+            (
+                "advantage",
+                type(advantage).__name__,
+                objective.advantage and type(objective.advantage).__name__,
+            ),
         ):
             if prescribed not in (None, wanted):
-                log.warning("%s=%s is ignored: %s prescribes %s", setting, wanted, type(objective).__name__, prescribed)
+                log.warning(
+                    "%s=%s is ignored: %s prescribes %s",
+                    setting,
+                    wanted,
+                    type(objective).__name__,
+                    prescribed,
+                )
         policy.with_collision = Need.COLLISION in objective.needs
         policy.with_entropy_gradient = Need.ENTROPY in objective.needs
         self.policy = policy
@@ -127,7 +139,12 @@ class StepRunner:
         )
 
     def run(
-        self, groups: Iterable[Group], *, step: int, num_groups: int | None = None, lags: Callable[[Trajectory], Lags] | None = None
+        self,
+        groups: Iterable[Group],
+        *,
+        step: int,
+        num_groups: int | None = None,
+        lags: Callable[[Trajectory], Lags] | None = None,
     ) -> dict[str, float]:
         """One optimizer step after `step` completed ones. Collective. Returns its metrics, equal on all ranks but for seconds.
 
@@ -151,7 +168,9 @@ class StepRunner:
             if self._objective.scope is Scope.BATCH:
                 packs = list(self._cut(samples, totals))
                 with torch.no_grad(), clock.span("compute_s"):
-                    observed = [self._observed(batch, live) for batch, live in matched(iter(packs), self._ranks)]
+                    observed = [
+                        self._observed(batch, live) for batch, live in matched(iter(packs), self._ranks)
+                    ]
                 facts = self._summarize(observed)
                 self._accumulate(gradients, iter(packs), facts, totals, clock)
             else:
@@ -163,10 +182,14 @@ class StepRunner:
         with clock.span("reduce_s"):
             totals.reduce(self._ranks)
         if num_groups is not None and totals.total("num_groups") < num_groups:
-            raise IncompleteStepError(f"step {step} ended with {totals.total('num_groups'):.0f} of {num_groups} groups")
+            raise IncompleteStepError(
+                f"step {step} ended with {totals.total('num_groups'):.0f} of {num_groups} groups"
+            )
         lr_scale = self._objective.lr_scale(facts)
         lr = 0.0 if self.appraiser.policy_waits(step) else self.optimizer.learning_rate(step) * lr_scale
-        divisor = self._normalizer.divisor(num_tokens=totals.total("counted_tokens"), num_seqs=totals.total("counted_seqs"))
+        divisor = self._normalizer.divisor(
+            num_tokens=totals.total("counted_tokens"), num_seqs=totals.total("counted_seqs")
+        )
         with clock.span("update_s"):
             grad_norm = self.optimizer.step(divisor=divisor, lr=lr)
             lessons = self.appraiser.learn(step)
@@ -179,7 +202,11 @@ class StepRunner:
     def _cut(self, groups: Iterable[list[Sample]], totals: StepTotals) -> Iterator[MicroBatch]:
         """Micro-batches as they become determined; groups without a gradient are only counted."""
         objective = self._objective
-        packer = Packer(budget_tokens=self._budget_tokens, whole_groups=objective.whole_groups, lone_sequences=objective.lone_sequences)
+        packer = Packer(
+            budget_tokens=self._budget_tokens,
+            whole_groups=objective.whole_groups,
+            lone_sequences=objective.lone_sequences,
+        )
         for group in groups:
             idle = all(not np.any(sample.advantage) for sample in group)
             totals.add("zero_advantage_groups", float(idle))
@@ -191,7 +218,12 @@ class StepRunner:
         yield from packer.flush()
 
     def _accumulate(
-        self, gradients: Gradients, packs: Iterator[MicroBatch], facts: Facts, totals: StepTotals, clock: PhaseClock
+        self,
+        gradients: Gradients,
+        packs: Iterator[MicroBatch],
+        facts: Facts,
+        totals: StepTotals,
+        clock: PhaseClock,
     ) -> list[dict[str, Tensor]]:
         """Forward and backward of every micro-batch; returns what the objective observed (scope GROUP)."""
         observed = []
@@ -219,7 +251,9 @@ class StepRunner:
     def _summarize(self, observed: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Facts from all micro-batches of all ranks. Collective if the objective observes anything."""
         names = sorted(observed[0]) if observed else []
-        whole = {name: self._ranks.gather(torch.cat([o[name].double().cpu() for o in observed])) for name in names}
+        whole = {
+            name: self._ranks.gather(torch.cat([o[name].double().cpu() for o in observed])) for name in names
+        }
         return self._objective.summarize(whole) if whole else {}
 
     def _sampled(self, batch: PackedBatch) -> SampledTokens:

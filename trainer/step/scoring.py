@@ -33,7 +33,9 @@ Lags = NDArray[np.int64]
 class Appraiser:
     """Of one step at a time: `appraise`, then, when the policy has learned from it, `learn`."""
 
-    def __init__(self, advantage: Estimator, rewards: Rewards, ranks: Ranks, *, critic: Critic | None = None) -> None:
+    def __init__(
+        self, advantage: Estimator, rewards: Rewards, ranks: Ranks, *, critic: Critic | None = None
+    ) -> None:
         """Raises ConfigError when the advantage needs a critic and there is none."""
         if isinstance(advantage, Gae) and critic is None:
             raise ConfigError("advantage=gae needs a critic, and none was built")
@@ -50,7 +52,12 @@ class Appraiser:
         return (*shaped, "greedy_reward") if self._advantage.uses_greedy else shaped
 
     def appraise(
-        self, groups: Iterable[Group], totals: StepTotals, clock: PhaseClock, *, lags: Callable[[Trajectory], Lags]
+        self,
+        groups: Iterable[Group],
+        totals: StepTotals,
+        clock: PhaseClock,
+        *,
+        lags: Callable[[Trajectory], Lags],
     ) -> Iterable[list[Sample]]:
         """This rank's groups with their advantages. Collective unless everything is of scope GROUP; then groups are taken as they come."""
         recorded = (totals.recorded(group) for group in groups)
@@ -62,7 +69,11 @@ class Appraiser:
             paid, costs = self._rewards.of_step(collected)
             for group in paid:
                 self._shown(group, totals)
-            advantages = self._valued(paid, costs) if self._critic is not None else [self._compared(group) for group in paid]
+            advantages = (
+                self._valued(paid, costs)
+                if self._critic is not None
+                else [self._compared(group) for group in paid]
+            )
             samples = list(self._samples(zip(paid, advantages, strict=True), lags))
             return self._rescaled(samples) if self._advantage.scope is Scope.BATCH else samples
 
@@ -93,9 +104,13 @@ class Appraiser:
         trajectories = [trajectory for group in groups for trajectory in group]
         prices = [cost_S for group in costs for cost_S in group]
         self._lessons, tokens = [], []
-        for trajectory, cost_S, values_S in zip(trajectories, prices, self._critic.values(trajectories), strict=True):
+        for trajectory, cost_S, values_S in zip(
+            trajectories, prices, self._critic.values(trajectories), strict=True
+        ):
             rewards_S = -cost_S
-            rewards_S[-1:] += trajectory.reward + cost_S.sum()  # what the sample is worth has its costs taken off already
+            rewards_S[-1:] += (
+                trajectory.reward + cost_S.sum()
+            )  # what the sample is worth has its costs taken off already
             advantages_S, targets_S = self._critic.settings.of_tokens(rewards_S, values_S)
             self._lessons.append(Lesson(trajectory=trajectory, values_S=values_S, targets_S=targets_S))
             advantages_T = np.zeros(trajectory.num_tokens)
@@ -105,7 +120,9 @@ class Appraiser:
         return [[next(left) for _ in group] for group in groups]
 
     def _samples(
-        self, compared: Iterable[tuple[Group, Sequence[float | FloatArray]]], lags: Callable[[Trajectory], Lags]
+        self,
+        compared: Iterable[tuple[Group, Sequence[float | FloatArray]]],
+        lags: Callable[[Trajectory], Lags],
     ) -> Iterator[list[Sample]]:
         for index, (group, advantages) in enumerate(compared):
             position = index * self._ranks.world_size + self._ranks.rank
@@ -118,9 +135,14 @@ class Appraiser:
     def _rescaled(self, groups: list[list[Sample]]) -> list[list[Sample]]:
         """Applies what the advantage says about the whole step. Collective."""
         samples = [sample for group in groups for sample in group]
-        tokens = [np.broadcast_to(s.advantage, (s.trajectory.num_tokens,))[1:][s.trajectory.loss_mask[1:] == 1] for s in samples]
+        tokens = [
+            np.broadcast_to(s.advantage, (s.trajectory.num_tokens,))[1:][s.trajectory.loss_mask[1:] == 1]
+            for s in samples
+        ]
         positions = [np.full(len(a), s.group) for a, s in zip(tokens, samples, strict=True)]
         advantages_S = self._ranks.gather(torch.from_numpy(np.concatenate([np.zeros(0), *tokens])))
-        groups_S = self._ranks.gather(torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *positions])))
+        groups_S = self._ranks.gather(
+            torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *positions]))
+        )
         shift, factor = self._advantage.rescale(advantages_S=advantages_S.numpy(), groups_S=groups_S.numpy())
         return [[replace(s, advantage=(s.advantage + shift) * factor) for s in group] for group in groups]

@@ -54,21 +54,29 @@ class PushOutcome:
     """Name of each server that survived a broken broadcast -> seconds until it had left it."""
 
 
-def cohorts_of(keys: Sequence[Key], *, topology: str, max_unavailable: int, alone: Iterable[Key] = ()) -> list[list[Key]]:
+def cohorts_of(
+    keys: Sequence[Key], *, topology: str, max_unavailable: int, alone: Iterable[Key] = ()
+) -> list[list[Key]]:
     """Who shares a group. `alone`: servers that get one of their own whatever the topology."""
     singled = set(alone)
     rest = [key for key in keys if key not in singled]
     size = 1 if topology == "per_engine" else max_unavailable or max(1, len(rest))
-    return [[key] for key in keys if key in singled] + [rest[start : start + size] for start in range(0, len(rest), size)]
+    return [[key] for key in keys if key in singled] + [
+        rest[start : start + size] for start in range(0, len(rest), size)
+    ]
 
 
 def choose_backend(wanted: str, *, ours: dict[str, str], engines: Sequence[Alive]) -> tuple[str, str]:
     """(`nccl` or `gloo`, why it is not the NCCL that was wanted). `ours`: `device_facts` of the trainer."""
     if wanted == "gloo":
         return "gloo", ""
-    if not all(device.startswith("cuda") for device in (ours["device"], *(engine.device for engine in engines))):
+    if not all(
+        device.startswith("cuda") for device in (ours["device"], *(engine.device for engine in engines))
+    ):
         return "gloo", "not everybody is on a GPU" if wanted == "nccl" else ""
-    versions = {version for version in (ours["nccl_version"], *(engine.nccl_version for engine in engines)) if version}
+    versions = {
+        version for version in (ours["nccl_version"], *(engine.nccl_version for engine in engines)) if version
+    }
     if len(versions) > 1:
         return "gloo", f"NCCL versions differ: {', '.join(sorted(versions))}"
     uuids = [uuid for uuid in (ours["device_uuid"], *(engine.device_uuid for engine in engines)) if uuid]
@@ -95,7 +103,10 @@ class NcclTrial:
             self._is_proven = True
         elif self.wanted == "auto" and not self._is_proven:
             self.wanted = "gloo"
-            log.warning("weights travel over gloo from now on: the first epoch over NCCL broke (%s); weights.backend=nccl insists", broken)
+            log.warning(
+                "weights travel over gloo from now on: the first epoch over NCCL broke (%s); weights.backend=nccl insists",
+                broken,
+            )
 
 
 class Broadcaster:
@@ -121,7 +132,9 @@ class Broadcaster:
         now_s = time.monotonic()
         return [entry for entry in servers if self._shunning.is_eligible(entry, now_s=now_s)]
 
-    async def push(self, snapshot: Snapshot, *, version: int, step: int, servers: Sequence[ServerEntry]) -> PushOutcome:
+    async def push(
+        self, snapshot: Snapshot, *, version: int, step: int, servers: Sequence[ServerEntry]
+    ) -> PushOutcome:
         """Sends an acquired snapshot to every eligible server of the directory and waits for activation.
 
         Never raises for what a server does: its reason is in the outcome. Raises ConfigError when weights.host is no address of ours.
@@ -155,7 +168,9 @@ class Broadcaster:
         for member in self._members.values():
             member.link.close()
 
-    async def _push_to(self, cohort: list[Key], snapshot: Snapshot, outcome: PushOutcome, *, version: int, step: int) -> None:
+    async def _push_to(
+        self, cohort: list[Key], snapshot: Snapshot, outcome: PushOutcome, *, version: int, step: int
+    ) -> None:
         epoch = await self._epoch(cohort, outcome)
         if epoch is None:
             return
@@ -184,7 +199,11 @@ class Broadcaster:
             return epoch
         members = [self._member(self._directory[key]) for key in cohort]
         alive = dict[Key, Alive]()
-        for member, answer in zip(members, await asyncio.gather(*(m.ask(AskAlive(), timeout_s=ALIVE_S) for m in members)), strict=True):
+        for member, answer in zip(
+            members,
+            await asyncio.gather(*(m.ask(AskAlive(), timeout_s=ALIVE_S) for m in members)),
+            strict=True,
+        ):
             if isinstance(answer, Alive):
                 alive[member.key] = answer
             else:
@@ -197,7 +216,12 @@ class Broadcaster:
         if self._settle(epoch, formed, outcome) < len(members) or formed.broken:
             await epoch.dissolve(is_broken=False)
             return None
-        log.info("epoch %d: %s over %s", epoch.number, [member.entry.name for member in members], epoch.group.backend)
+        log.info(
+            "epoch %d: %s over %s",
+            epoch.number,
+            [member.entry.name for member in members],
+            epoch.group.backend,
+        )
         self._epochs[epoch.keys] = epoch
         return epoch
 
@@ -217,10 +241,14 @@ class Broadcaster:
                 timeout_s=min(self._config.push_deadline_s, _FORM_S),
             )
         except WeightSyncError as error:
-            raise ConfigError(f"{error}: set weights.host to an address of the machine of trainer rank 0") from None
+            raise ConfigError(
+                f"{error}: set weights.host to an address of the machine of trainer rank 0"
+            ) from None
         return Epoch(number=self.num_epochs, group=group, seats=seats, device=self._device)
 
-    def _settle(self, epoch: Epoch, result: EpochOutcome, outcome: PushOutcome, *, version: int | None = None) -> int:
+    def _settle(
+        self, epoch: Epoch, result: EpochOutcome, outcome: PushOutcome, *, version: int | None = None
+    ) -> int:
         """Sorts the answers to a push (or, without `version`, to an invitation); how many did what was asked."""
         num_succeeded = 0
         for member, answer in zip(epoch.members, result.answers, strict=True):
@@ -230,14 +258,18 @@ class Broadcaster:
                     outcome.activated[member.entry.name] = answer
                     self._shunning.succeeded(member.key)
                     del self._survived[member.key]
-            elif member.key in result.blameless and (len(epoch.members) > 1 or self._survived[member.key] < _PROBE_AFTER):
+            elif member.key in result.blameless and (
+                len(epoch.members) > 1 or self._survived[member.key] < _PROBE_AFTER
+            ):
                 outcome.failed[member.entry.name] = _reason(answer, version)
                 self._survived[member.key] += 1
             else:
                 self._blame(member, answer, outcome, version=version)
         return num_succeeded
 
-    def _blame(self, member: Member, answer: Answer, outcome: PushOutcome, *, version: int | None = None) -> None:
+    def _blame(
+        self, member: Member, answer: Answer, outcome: PushOutcome, *, version: int | None = None
+    ) -> None:
         outcome.failed[member.entry.name] = _reason(answer, version)
         self._shunning.failed(self._directory[member.key], now_s=time.monotonic())
         del self._survived[member.key]
@@ -250,7 +282,13 @@ class Broadcaster:
 
     async def _forget_all_but(self, keys: set[Key]) -> None:
         gone = self._members.keys() - keys
-        await asyncio.gather(*(self._dissolve(epoch, is_broken=False) for epoch in list(self._epochs.values()) if epoch.keys & gone))
+        await asyncio.gather(
+            *(
+                self._dissolve(epoch, is_broken=False)
+                for epoch in list(self._epochs.values())
+                if epoch.keys & gone
+            )
+        )
         for key in gone:
             self._members.pop(key).link.close()
             del self._survived[key]

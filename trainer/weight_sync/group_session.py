@@ -25,7 +25,15 @@ from torch import device as Device
 from areal_like.errors import WeightSyncError
 from areal_like.runtime.threads import in_thread
 from areal_like.weights.collective import WeightGroup
-from areal_like.wire.messages.weights import Alive, AskAlive, DissolveGroup, FormGroup, PushChecksums, PushWeights, WeightsFailed
+from areal_like.wire.messages.weights import (
+    Alive,
+    AskAlive,
+    DissolveGroup,
+    FormGroup,
+    PushChecksums,
+    PushWeights,
+    WeightsFailed,
+)
 from trainer.weight_sync.receivers import Answer, Key, Member
 from trainer.weight_sync.snapshot import Snapshot
 
@@ -91,7 +99,10 @@ class Epoch:
     async def form(self) -> EpochOutcome:
         """Invites everybody and meets them. If anybody is not there afterwards, the epoch has to be dissolved."""
         timeout_s = self.group.timeout_s
-        invited = [asyncio.create_task(seat.member.ask(self._invitation(seat), timeout_s=timeout_s + 2 * ALIVE_S)) for seat in self._seats]
+        invited = [
+            asyncio.create_task(seat.member.ask(self._invitation(seat), timeout_s=timeout_s + 2 * ALIVE_S))
+            for seat in self._seats
+        ]
         connecting = in_thread(self.group.connect, name=f"epoch-{self.number}")
         blameless: set[Key] = set()
         broken = ""
@@ -101,18 +112,25 @@ class Epoch:
             log.warning("epoch %d was not formed: %s", self.number, error)
             broken = str(error)
             # Whoever is still waiting in the rendezvous did what it was asked; it answers when told to leave.
-            blameless = {member.key for member, answer in zip(self.members, invited, strict=True) if not answer.done()}
+            blameless = {
+                member.key for member, answer in zip(self.members, invited, strict=True) if not answer.done()
+            }
             await self._close()
             await self._farewell()
         return EpochOutcome(answers=await asyncio.gather(*invited), blameless=blameless, broken=broken)
 
     async def push(self, request: PushWeights, snapshot: Snapshot) -> EpochOutcome:
         """Sends the snapshot's buckets and waits for activation. Broken or not, everybody has answered or fallen silent when it returns."""
-        asked = [asyncio.create_task(member.ask(request, timeout_s=request.timeout_s + _VERDICT_S + ALIVE_S)) for member in self.members]
+        asked = [
+            asyncio.create_task(member.ask(request, timeout_s=request.timeout_s + _VERDICT_S + ALIVE_S))
+            for member in self.members
+        ]
         recovery_s: dict[str, float] = {}
         broken = ""
         try:
-            sending = in_thread(lambda: self._send(snapshot, timeout_s=request.timeout_s), name=f"epoch-{self.number}")
+            sending = in_thread(
+                lambda: self._send(snapshot, timeout_s=request.timeout_s), name=f"epoch-{self.number}"
+            )
             # A failure breaks nothing by itself: that member may have had all that it needs of the broadcast.
             checksums = await _unless_refused(sending, asked, timeout_s=request.timeout_s, grace_s=ALIVE_S)
         except WeightSyncError as error:
@@ -133,7 +151,11 @@ class Epoch:
         survivors = set[Key]()
         if broken:  # whoever reports it has survived it; whoever broke it is silent
             reports = zip(self.members, answers, strict=True)
-            survivors = {member.key for member, answer in reports if isinstance(answer, WeightsFailed) and answer.version >= 0}
+            survivors = {
+                member.key
+                for member, answer in reports
+                if isinstance(answer, WeightsFailed) and answer.version >= 0
+            }
         return EpochOutcome(answers=answers, blameless=survivors, broken=broken, recovery_s=recovery_s)
 
     async def dissolve(self, *, is_broken: bool) -> None:
@@ -163,7 +185,9 @@ class Epoch:
             try:
                 on_wire = whole.data.to(self._device) if self.group.backend == "nccl" else whole.data
             except RuntimeError as error:  # the GPU's memory is full: another push may find room
-                raise WeightSyncError(f"a bucket of {len(whole.data)} bytes did not get to {self._device}: {error}") from None
+                raise WeightSyncError(
+                    f"a bucket of {len(whole.data)} bytes did not get to {self._device}: {error}"
+                ) from None
             self.group.broadcast(on_wire, timeout_s=timeout_s)
             checksums.append(summing.result())
         return checksums
@@ -177,7 +201,8 @@ class Epoch:
             rank=seat.first_rank,
             world_size=self.group.world_size,
             backend=self.group.backend,
-            timeout_s=self.group.timeout_s + ALIVE_S,  # after us, so that we can tell who is waiting from who refused
+            timeout_s=self.group.timeout_s
+            + ALIVE_S,  # after us, so that we can tell who is waiting from who refused
         )
 
     async def _farewell(self) -> dict[str, float]:
@@ -195,7 +220,9 @@ class Epoch:
         return left_s
 
 
-async def _unless_refused(work: asyncio.Future[T], asked: Sequence[asyncio.Task[Answer]], *, timeout_s: float, grace_s: float = 0.0) -> T:
+async def _unless_refused(
+    work: asyncio.Future[T], asked: Sequence[asyncio.Task[Answer]], *, timeout_s: float, grace_s: float = 0.0
+) -> T:
     """The outcome of our own end, unless the time is over or a member says that it takes no part: then it has `grace_s` left.
 
     Raises WeightSyncError.
@@ -221,7 +248,11 @@ async def _while_alive(members: list[Member], asked: list[asyncio.Task[Answer]])
     while pending:
         done, _ = await asyncio.wait(pending, timeout=ALIVE_S, return_when=asyncio.FIRST_COMPLETED)
         if not done:
-            alive = await asyncio.gather(*(member.ask(AskAlive(), timeout_s=ALIVE_S) for member in pending.values()))
-            done = {task for task, answer in zip(pending, alive, strict=True) if isinstance(answer, WeightsFailed)}
+            alive = await asyncio.gather(
+                *(member.ask(AskAlive(), timeout_s=ALIVE_S) for member in pending.values())
+            )
+            done = {
+                task for task, answer in zip(pending, alive, strict=True) if isinstance(answer, WeightsFailed)
+            }
         for task in done:
             del pending[task]

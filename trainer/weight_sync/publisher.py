@@ -138,7 +138,9 @@ class Publisher:
         self._newest_version = granted.version
         started_s = time.monotonic()
         servers = {(server.name, server.incarnation): server for server in self._servers()}
-        outcome = await self._broadcaster.push(snapshot, version=granted.version, step=step, servers=list(servers.values()))
+        outcome = await self._broadcaster.push(
+            snapshot, version=granted.version, step=step, servers=list(servers.values())
+        )
         report = PushReport(
             version=granted.version,
             step=step,

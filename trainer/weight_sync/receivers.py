@@ -45,7 +45,9 @@ class Member:
         except ArealError as error:
             return WeightsFailed(version=-1, reason=str(error))
         if not isinstance(answer, (Alive, WeightsOk, WeightsFailed)):
-            return WeightsFailed(version=-1, reason=f"answered {type(answer).__name__} to {type(request).__name__}")
+            return WeightsFailed(
+                version=-1, reason=f"answered {type(answer).__name__} to {type(request).__name__}"
+            )
         return answer
 
 

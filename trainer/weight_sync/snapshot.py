@@ -111,12 +111,19 @@ class Freezer:
         self._ranks = ranks
         self._shards = shards_of(policy)
         specs = [
-            TensorSpec(name=s.name, dtype=dtype if s.rows.is_floating_point() else spec_of(s.name, s.rows).dtype, shape=tuple(s.shape))
+            TensorSpec(
+                name=s.name,
+                dtype=dtype if s.rows.is_floating_point() else spec_of(s.name, s.rows).dtype,
+                shape=tuple(s.shape),
+            )
             for s in self._shards
         ]
         self.buckets = cut_buckets(specs, bucket_bytes=bucket_bytes)
         """Of every snapshot, without checksums."""
-        self._rows = [Bucket(tensors=tuple(_rows_of_a_rank(spec, ranks.world_size) for spec in bucket.tensors)) for bucket in self.buckets]
+        self._rows = [
+            Bucket(tensors=tuple(_rows_of_a_rank(spec, ranks.world_size) for spec in bucket.tensors))
+            for bucket in self.buckets
+        ]
         self._lock = threading.Condition()
         self._held: list[_Frozen] = []
         self._acquired: _Frozen | None = None
@@ -132,7 +139,11 @@ class Freezer:
     @property
     def num_bytes(self) -> int:
         """Memory of this rank's frozen copies."""
-        return sum(flat.numel() for packed in (*self._spare, *(frozen.packed for frozen in self._held)) for flat in packed)
+        return sum(
+            flat.numel()
+            for packed in (*self._spare, *(frozen.packed for frozen in self._held))
+            for flat in packed
+        )
 
     def freeze(self) -> Snapshot | None:
         """The weights of now; rank 0 gets the snapshot. Collective; for the training thread."""
@@ -185,7 +196,9 @@ class Freezer:
 
     def _new_buffers(self) -> list[Tensor]:
         is_pinned = self._ranks.device.type == "cuda"
-        return [torch.empty(bucket.num_bytes, dtype=torch.uint8, pin_memory=is_pinned) for bucket in self._rows]
+        return [
+            torch.empty(bucket.num_bytes, dtype=torch.uint8, pin_memory=is_pinned) for bucket in self._rows
+        ]
 
     def _retire(self) -> None:
         """Gives up all that is frozen but what is being pushed; rank 0 knows what that is."""
@@ -209,10 +222,14 @@ class Freezer:
         try:
             dist.broadcast(torch.tensor([frozen.number, index]), group=self._group, group_src=0)
             parts = [torch.empty_like(frozen.packed[index]) for _ in range(self._ranks.world_size)]
-            work: Any = dist.gather(frozen.packed[index], parts, group=self._group, group_dst=0, async_op=True)
+            work: Any = dist.gather(
+                frozen.packed[index], parts, group=self._group, group_dst=0, async_op=True
+            )
             work.wait(_GATHER)
         except RuntimeError as error:
-            raise WeightSyncError(f"a rank of the trainer was lost while weights were gathered: {error}") from None
+            raise WeightSyncError(
+                f"a rank of the trainer was lost while weights were gathered: {error}"
+            ) from None
         flat = torch.empty(self.buckets[index].num_bytes, dtype=torch.uint8)
         whole = unflatten(self.buckets[index], flat)
         for rank, part in enumerate(parts):
@@ -235,10 +252,14 @@ class Freezer:
                     self._lock.wait_for(lambda: self._num_frozen >= int(order[0]))
                     packed = next((frozen.packed for frozen in self._held if frozen.number == number), None)
                 # Retired after a push that broke: rank 0 waits for these rows, and discards them.
-                part = packed[index] if packed else torch.empty(self._rows[index].num_bytes, dtype=torch.uint8)
+                part = (
+                    packed[index] if packed else torch.empty(self._rows[index].num_bytes, dtype=torch.uint8)
+                )
                 dist.gather(part, None, group=self._group, group_dst=0)
         except RuntimeError as error:
-            log.info("no more weights are gathered: %s", error)  # rank 0 has ended; the training thread notices by itself
+            log.info(
+                "no more weights are gathered: %s", error
+            )  # rank 0 has ended; the training thread notices by itself
 
 
 def _rows_of_a_rank(spec: TensorSpec, world_size: int) -> TensorSpec:

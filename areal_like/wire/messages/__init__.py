@@ -6,5 +6,7 @@ rollout server. `areal_like.wire.codec` turns them into frames; a class is on th
 
 from areal_like.wire.messages import consumer, hello, producer, weights
 
-MESSAGES: dict[str, type] = {cls.__name__: cls for module in (hello, producer, consumer, weights) for cls in module.MESSAGES}
+MESSAGES: dict[str, type] = {
+    cls.__name__: cls for module in (hello, producer, consumer, weights) for cls in module.MESSAGES
+}
 """Wire tag (the class name) -> class."""

@@ -176,4 +176,13 @@ class AbortLeases:
     reason: str
 
 
-MESSAGES = (ServerHeartbeat, HeartbeatAck, Leases, Samples, SampleAcks, SampleFailed, ReturnLeases, AbortLeases)
+MESSAGES = (
+    ServerHeartbeat,
+    HeartbeatAck,
+    Leases,
+    Samples,
+    SampleAcks,
+    SampleFailed,
+    ReturnLeases,
+    AbortLeases,
+)

@@ -42,8 +42,12 @@ def run(options: argparse.Namespace, listener: socket.socket) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"--device {options.device}: this machine or this torch has no CUDA; use cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"--device {options.device}: this machine has {torch.cuda.device_count()} GPUs, counted from 0")
-    model, weights = load(options.model_path, dtype=DTYPES[options.dtype], device=device, context_length=options.context_length)
+        raise ConfigError(
+            f"--device {options.device}: this machine has {torch.cuda.device_count()} GPUs, counted from 0"
+        )
+    model, weights = load(
+        options.model_path, dtype=DTYPES[options.dtype], device=device, context_length=options.context_length
+    )
     engine_options = EngineOptions(
         max_running=options.max_running_requests,
         context_length=options.context_length,
@@ -101,11 +105,18 @@ async def serve(options: argparse.Namespace, core: EngineCore, listener: socket.
         stream_interval=options.stream_interval,
     )
     server_options = ServerOptions(
-        model_path=options.model_path, max_body_bytes=options.max_body_bytes, weights_timeout_s=options.weights_timeout_s
+        model_path=options.model_path,
+        max_body_bytes=options.max_body_bytes,
+        weights_timeout_s=options.weights_timeout_s,
     )
     server = EngineServer(engine, updater, limits, server_options, model_type=facts.model_type)
     config = uvicorn.Config(
-        server.app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=SHUTDOWN_S, http="httptools"
+        server.app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=SHUTDOWN_S,
+        http="httptools",
     )
     http = _Server(config, port_file=options.port_file, port=port)
 

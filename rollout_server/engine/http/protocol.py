@@ -119,11 +119,23 @@ def _params(raw: Any, prompt: Any, limits: Limits) -> tuple[SamplingParams, int]
         raise UserError("input_ids: every prompt must be a non-empty list of token ids")
     _check_tokens(prompt, limits, what="input_ids")
     if len(prompt) >= limits.context_length:
-        raise UserError(f"the prompt's {len(prompt)} tokens leave no room in a context of {limits.context_length}")
+        raise UserError(
+            f"the prompt's {len(prompt)} tokens leave no room in a context of {limits.context_length}"
+        )
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
         raise UserError("sampling_params must be an object")
-    known = {"max_new_tokens", "temperature", "top_p", "top_k", "min_p", "stop_token_ids", "ignore_eos", "sampling_seed", "n"}
+    known = {
+        "max_new_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "stop_token_ids",
+        "ignore_eos",
+        "sampling_seed",
+        "n",
+    }
     for name, value in raw.items():
         if name in known:
             continue
@@ -157,7 +169,9 @@ def _params(raw: Any, prompt: Any, limits: Limits) -> tuple[SamplingParams, int]
         top_k=top_k,
         min_p=_number(raw, "min_p", 0.0, low=0, high=1),
         stop_token_ids=tuple(dict.fromkeys(stops)),
-        sampling_seed=None if seed is None else int(_number(raw, "sampling_seed", 0, low=-(1 << 63), high=(1 << 64) - 1, whole=True)),
+        sampling_seed=None
+        if seed is None
+        else int(_number(raw, "sampling_seed", 0, low=-(1 << 63), high=(1 << 64) - 1, whole=True)),
     )
     return params, int(_number(raw, "n", 1, low=1, high=MAX_SEQUENCES, whole=True))
 
@@ -170,7 +184,15 @@ def _check_tokens(tokens: list[Any], limits: Limits, *, what: str) -> None:
             raise UserError(f"{what}: token id {token} is outside the vocabulary of {limits.vocab_size}")
 
 
-def _number(raw: Mapping[str, Any], name: str, default: float, *, low: float, high: float = math.inf, whole: bool = False) -> float:
+def _number(
+    raw: Mapping[str, Any],
+    name: str,
+    default: float,
+    *,
+    low: float,
+    high: float = math.inf,
+    whole: bool = False,
+) -> float:
     value = raw.get(name)
     if value is None:
         return default
@@ -214,7 +236,9 @@ def answer(report: Report, *, index: int, return_logprob: bool, version: str) ->
             reason["message"] = finish.message
             reason["status_code"] = 500 if finish.is_error else None
         meta["finish_reason"] = reason
-        meta["weight_versions"] = [{"version": v, "start": start, "end": end} for v, start, end in report.version_spans]
+        meta["weight_versions"] = [
+            {"version": v, "start": start, "end": end} for v, start, end in report.version_spans
+        ]
     return {"text": "", "output_ids": report.output_ids, "meta_info": meta, "index": index}
 
 

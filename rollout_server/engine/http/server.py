@@ -71,7 +71,15 @@ class _Inbox:
 class EngineServer:
     """The application. `start` must run in the event loop before the first request."""
 
-    def __init__(self, loop: EngineLoop, updater: WeightUpdater, limits: Limits, options: ServerOptions, *, model_type: str) -> None:
+    def __init__(
+        self,
+        loop: EngineLoop,
+        updater: WeightUpdater,
+        limits: Limits,
+        options: ServerOptions,
+        *,
+        model_type: str,
+    ) -> None:
         self._loop = loop
         self._updater = updater
         self._limits = limits
@@ -177,7 +185,9 @@ class EngineServer:
         if body.get("abort_all") is True:
             await asyncio.wrap_future(self._loop.abort(lambda core: core.all_sequences))
         elif isinstance(rid, str) and rid:
-            await asyncio.wrap_future(self._loop.abort(lambda core: [s for s in core.all_sequences if rid in (s.seq_id, s.rid)]))
+            await asyncio.wrap_future(
+                self._loop.abort(lambda core: [s for s in core.all_sequences if rid in (s.seq_id, s.rid)])
+            )
         else:
             raise UserError("name a request with `rid`, or set `abort_all` to true")
         return JSONResponse({"success": True, "message": ""})
@@ -269,7 +279,9 @@ class EngineServer:
         return await self._flush({})
 
     async def _health(self, request: Request) -> Response:
-        return PlainTextResponse("" if self._loop.alive else "the engine has stopped", status_code=200 if self._loop.alive else 503)
+        return PlainTextResponse(
+            "" if self._loop.alive else "the engine has stopped", status_code=200 if self._loop.alive else 503
+        )
 
     async def _model_info(self, request: Request) -> Response:
         return JSONResponse(
@@ -301,7 +313,9 @@ class EngineServer:
 
     # Plumbing
 
-    def _with_body(self, handler: Callable[[dict[str, Any]], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+    def _with_body(
+        self, handler: Callable[[dict[str, Any]], Awaitable[Response]]
+    ) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
             try:
                 return await handler(await self._read(request))
@@ -321,7 +335,10 @@ class EngineServer:
             async for piece in request.stream():
                 content += piece
                 if len(content) > self._options.max_body_bytes:
-                    raise _BodyError(413, f"the body is larger than {self._options.max_body_bytes} bytes (--max-body-bytes)")
+                    raise _BodyError(
+                        413,
+                        f"the body is larger than {self._options.max_body_bytes} bytes (--max-body-bytes)",
+                    )
         except ClientDisconnect:
             raise _BodyError(400, "the client left before its body was complete") from None
         try:
@@ -334,8 +351,14 @@ class EngineServer:
 
     def _timeout(self, body: dict[str, Any]) -> float:
         timeout_s = body.get("timeout_s", self._options.weights_timeout_s)
-        if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not 0 < timeout_s <= MAX_TIMEOUT_S:
-            raise UserError(f"timeout_s must be a number of seconds up to {MAX_TIMEOUT_S:g}, got {timeout_s!r}")
+        if (
+            isinstance(timeout_s, bool)
+            or not isinstance(timeout_s, (int, float))
+            or not 0 < timeout_s <= MAX_TIMEOUT_S
+        ):
+            raise UserError(
+                f"timeout_s must be a number of seconds up to {MAX_TIMEOUT_S:g}, got {timeout_s!r}"
+            )
         return float(timeout_s)
 
 
@@ -375,7 +398,10 @@ async def _disconnected(request: Request) -> None:
 
 
 def _error(status: int, message: str) -> Response:
-    return JSONResponse({"success": False, "message": message, "error": {"message": message, "code": status}}, status_code=status)
+    return JSONResponse(
+        {"success": False, "message": message, "error": {"message": message, "code": status}},
+        status_code=status,
+    )
 
 
 def _text(body: dict[str, Any], name: str, default: str = "") -> str:
@@ -408,7 +434,11 @@ def _recompute(body: dict[str, Any]) -> bool:
 
 
 def _update_numbers(updater: WeightUpdater) -> dict[str, float]:
-    return {"updates": updater.num_updates, "failed_updates": updater.num_failures, "update_s": updater.update_s}
+    return {
+        "updates": updater.num_updates,
+        "failed_updates": updater.num_failures,
+        "update_s": updater.update_s,
+    }
 
 
 class _EngineCollector(Collector):
@@ -425,14 +455,26 @@ class _EngineCollector(Collector):
             counters=[
                 ("engine_generated_tokens", "Tokens sampled", load.generated_tokens),
                 ("engine_prefilled_tokens", "Context tokens computed", load.prefilled_tokens),
-                ("engine_shared_prefixes", "Sequences whose context was already computed", load.shared_prefixes),
+                (
+                    "engine_shared_prefixes",
+                    "Sequences whose context was already computed",
+                    load.shared_prefixes,
+                ),
                 ("engine_steps", "Decode steps", load.steps),
                 ("engine_busy_seconds", "Time inside steps", load.busy_s),
                 ("engine_idle_seconds", "Time with no runnable sequence", load.idle_s),
-                ("engine_stall_seconds", "Time from stopping for new weights to the next token", load.stall_s),
+                (
+                    "engine_stall_seconds",
+                    "Time from stopping for new weights to the next token",
+                    load.stall_s,
+                ),
                 ("engine_weight_updates", "Weight updates activated", updates["updates"]),
                 ("engine_weight_update_failures", "Weight updates refused", updates["failed_updates"]),
-                ("engine_weight_update_seconds", "Time from opening updates to activating them", updates["update_s"]),
+                (
+                    "engine_weight_update_seconds",
+                    "Time from opening updates to activating them",
+                    updates["update_s"],
+                ),
             ],
             gauges=[
                 ("engine_running", "Sequences being decoded", load.running),
@@ -440,12 +482,18 @@ class _EngineCollector(Collector):
                 ("engine_kv_rows", "KV rows", load.rows),
                 ("engine_kv_rows_used", "KV rows in use", load.running),
                 ("engine_paused", "1 while generation is paused", int(load.paused)),
-                ("engine_weight_version", "Active version, -1 if it is not a number", _as_number(load.weight_version)),
+                (
+                    "engine_weight_version",
+                    "Active version, -1 if it is not a number",
+                    _as_number(load.weight_version),
+                ),
             ],
         )
 
     @staticmethod
-    def _families(*, counters: list[tuple[str, str, float]], gauges: list[tuple[str, str, float]]) -> Iterator[Metric]:
+    def _families(
+        *, counters: list[tuple[str, str, float]], gauges: list[tuple[str, str, float]]
+    ) -> Iterator[Metric]:
         for name, doc, value in counters:
             yield CounterMetricFamily(f"{PREFIX}_{name}", doc, value=value)
         for name, doc, value in gauges:

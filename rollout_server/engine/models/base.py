@@ -53,10 +53,15 @@ def new_arena(facts: ModelFacts, groups: Iterable[Sequence[str]]) -> tuple[Tenso
 
     Groups begin at multiples of 64 bytes, for the matrix products; in most models every tensor ends at one, and there are no gaps.
     """
-    sizes = [sum(math.prod(facts.parameter_shapes[name]) for name in group) * facts.dtype.itemsize for group in groups]
+    sizes = [
+        sum(math.prod(facts.parameter_shapes[name]) for name in group) * facts.dtype.itemsize
+        for group in groups
+    ]
     starts = list(itertools.accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes), initial=0))
     arena = torch.empty(starts[-1], dtype=torch.uint8, device=facts.device)
-    return arena, [arena[start : start + size].view(facts.dtype) for start, size in zip(starts, sizes, strict=False)]
+    return arena, [
+        arena[start : start + size].view(facts.dtype) for start, size in zip(starts, sizes, strict=False)
+    ]
 
 
 class CausalModel(Protocol):

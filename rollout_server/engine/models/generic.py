@@ -29,10 +29,14 @@ class RowCache(Cache):
         self.seen: dict[int, KVShape] = {}
         """Shapes of what each layer brought; how the engine learns them, whatever the configuration calls them."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Keeps keys and values [B, H, T, D]; returns what the layer's queries attend to."""
         if self.rows is None:
-            self.seen[layer_idx] = KVShape(num_heads=key_states.shape[1], key_dim=key_states.shape[3], value_dim=value_states.shape[3])
+            self.seen[layer_idx] = KVShape(
+                num_heads=key_states.shape[1], key_dim=key_states.shape[3], value_dim=value_states.shape[3]
+            )
         elif self.decoding:
             return self.rows.append(layer_idx, key_states.squeeze(2), value_states.squeeze(2))
         else:
@@ -57,7 +61,10 @@ class GenericModel:
         """An uninitialised set."""
         facts = self.facts
         arena, parts = new_arena(facts, [(name,) for name in facts.parameter_shapes])
-        named = {name: part.view(shape) for (name, shape), part in zip(facts.parameter_shapes.items(), parts, strict=True)}
+        named = {
+            name: part.view(shape)
+            for (name, shape), part in zip(facts.parameter_shapes.items(), parts, strict=True)
+        }
         return Weights(named=named, arena=arena)
 
     def activate(self, weights: Weights) -> None:
@@ -70,17 +77,25 @@ class GenericModel:
         length = tokens_BT.shape[1]
         if self._causal_11TT.shape[-1] < length:
             # Additive, not boolean: models without an SDPA path add their mask to the scores.
-            hidden = torch.full((1, 1, length, length), float("-inf"), dtype=self.facts.dtype, device=self.facts.device)
+            hidden = torch.full(
+                (1, 1, length, length), float("-inf"), dtype=self.facts.dtype, device=self.facts.device
+            )
             self._causal_11TT = hidden.triu_(1)
         positions_BT = torch.arange(length, device=self.facts.device).expand_as(tokens_BT)
-        self._forward(tokens_BT, positions_BT, self._causal_11TT[..., :length, :length], cache, decoding=False)
+        self._forward(
+            tokens_BT, positions_BT, self._causal_11TT[..., :length, :length], cache, decoding=False
+        )
 
     def decode(self, tokens_N: Tensor, batch: DecodeBatch, cache: KVCache) -> Tensor:
         """Logits [N, V] after one more token in each of rows 0..N-1."""
         mask_N11T = batch.bias_N1T.unsqueeze(1)
-        return self._forward(tokens_N.unsqueeze(1), batch.position_N.unsqueeze(1), mask_N11T, cache, decoding=True)
+        return self._forward(
+            tokens_N.unsqueeze(1), batch.position_N.unsqueeze(1), mask_N11T, cache, decoding=True
+        )
 
-    def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: KVCache, *, decoding: bool) -> Tensor:
+    def _forward(
+        self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: KVCache, *, decoding: bool
+    ) -> Tensor:
         self._cache.rows, self._cache.decoding = cache, decoding
         logits: Tensor = self._module(
             input_ids=tokens,

@@ -129,7 +129,9 @@ class LlamaModel:
         # On a CPU in float32 a few plain kernels beat the composite ones at these sizes (32 rows: attention 42 against 60 us, norm
         # 6 against 10 us, of which there are seven a step).
         self._plain = facts.device.type == "cpu" and facts.dtype == torch.float32
-        self._mean_C1 = torch.full((config.hidden_size, 1), 1 / config.hidden_size, dtype=facts.dtype, device=facts.device)
+        self._mean_C1 = torch.full(
+            (config.hidden_size, 1), 1 / config.hidden_size, dtype=facts.dtype, device=facts.device
+        )
         self._eps_11 = torch.full((1, 1), self._eps, dtype=facts.dtype, device=facts.device)
         self._plan: _Plan | None = None
 
@@ -142,7 +144,9 @@ class LlamaModel:
         named: dict[str, Tensor] = {}
         for group, part in flat.items():
             shapes = [facts.parameter_shapes[name] for name in group]
-            for name, shape, piece in zip(group, shapes, torch.split(part, [math.prod(shape) for shape in shapes]), strict=True):
+            for name, shape, piece in zip(
+                group, shapes, torch.split(part, [math.prod(shape) for shape in shapes]), strict=True
+            ):
                 named[name] = piece.view(shape)
         layers = []
         for i in range(config.num_hidden_layers):
@@ -208,12 +212,17 @@ class LlamaModel:
             h = self._rms_norm(x, layer.input_norm_C)
             qkv = F.linear(h, layer.qkv, layer.qkv_bias).view(num_contexts, length, -1, self._head_dim)
             qk = self._rotate(self._normed(qkv[:, :, :rotated_heads], layer), cos_1T1D, sin_1T1D)
-            query, key = qk[:, :, : self._num_heads].transpose(1, 2), qk[:, :, self._num_heads :].transpose(1, 2)
+            query, key = (
+                qk[:, :, : self._num_heads].transpose(1, 2),
+                qk[:, :, self._num_heads :].transpose(1, 2),
+            )
             value = qkv[:, :, rotated_heads:].transpose(1, 2)
             cache.fill(i, key, value)
             if i + 1 == len(plan.layers):
                 break  # only KV is wanted: the last layer's output feeds nothing
-            attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self._scale, enable_gqa=self._group > 1)
+            attended = F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=self._scale, enable_gqa=self._group > 1
+            )
             attended = attended.transpose(1, 2).reshape(num_contexts * length, -1)
             x = self._mlp(torch.addmm(x, attended, layer.output_CO.t()), layer)
 
@@ -229,7 +238,10 @@ class LlamaModel:
             return qk
         query, key = qk[..., : self._num_heads, :], qk[..., self._num_heads :, :]
         size = (self._head_dim,)
-        query, key = F.rms_norm(query, size, layer.q_norm_D, self._eps), F.rms_norm(key, size, layer.k_norm_D, self._eps)
+        query, key = (
+            F.rms_norm(query, size, layer.q_norm_D, self._eps),
+            F.rms_norm(key, size, layer.k_norm_D, self._eps),
+        )
         return torch.cat((query, key), -2)
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -238,7 +250,9 @@ class LlamaModel:
     def _attend(self, query_NKGD: Tensor, key_NKTD: Tensor, value_NKTD: Tensor, bias_N11T: Tensor) -> Tensor:
         """One query a row; the group's G heads stand where a longer query's positions would, so keys are never repeated."""
         if not self._plain:
-            return F.scaled_dot_product_attention(query_NKGD, key_NKTD, value_NKTD, attn_mask=bias_N11T, scale=self._scale)
+            return F.scaled_dot_product_attention(
+                query_NKGD, key_NKTD, value_NKTD, attn_mask=bias_N11T, scale=self._scale
+            )
         scores_NKGT = torch.matmul(query_NKGD, key_NKTD.transpose(-1, -2))
         scores_NKGT = torch.add(bias_N11T, scores_NKGT, alpha=self._scale)
         return torch.matmul(torch.softmax(scores_NKGT, -1), value_NKTD)

@@ -43,14 +43,18 @@ def load(
     tokens_BT = torch.randint(0, config.vocab_size, (2, CHECK_TOKENS), generator=generator).to(device)
     facts = _facts(module, tokens_BT, dtype=dtype, device=device)
     if facts.max_positions < context_length:
-        raise ConfigError(f"--context-length {context_length}: {path} has only {facts.max_positions} positions; use at most that many")
+        raise ConfigError(
+            f"--context-length {context_length}: {path} has only {facts.max_positions} positions; use at most that many"
+        )
     reference = [module(input_ids=tokens_BT[:1], use_cache=False).logits[0, -1]]
     reference.append(module(input_ids=tokens_BT[1:, : CHECK_TOKENS // 2], use_cache=False).logits[0, -1])
 
     names = set(facts.parameter_shapes)
     if allow_fast_path and llama.supports(config, names):
         positions_1T = torch.arange(context_length, device=device).unsqueeze(0)
-        cos_1TD, sin_1TD = module.model.rotary_emb(torch.zeros(1, dtype=torch.float32, device=device), positions_1T)
+        cos_1TD, sin_1TD = module.model.rotary_emb(
+            torch.zeros(1, dtype=torch.float32, device=device), positions_1T
+        )
         model: CausalModel = llama.LlamaModel(config, facts, rotary=(cos_1TD[0], sin_1TD[0]))
     else:
         model = GenericModel(module, facts)
@@ -68,7 +72,9 @@ def load(
             f"(log-probs differ by {difference:.2g} from transformers)"
         )
     num_parameters = sum(tensor.numel() for tensor in weights.named.values())
-    logger.info("%s: %s, %d parameters, %s path", path, facts.model_type, num_parameters, type(model).__name__)
+    logger.info(
+        "%s: %s, %d parameters, %s path", path, facts.model_type, num_parameters, type(model).__name__
+    )
     return model, weights
 
 
@@ -83,11 +89,15 @@ def _check_attention(config: Any, *, context_length: int) -> None:
     """Sliding windows are exact as long as no sequence outgrows them; other kinds of layers have no KV rows."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if other := kinds - {"full_attention", "sliding_attention"}:
-        raise ConfigError(f"model type {config.model_type} has {', '.join(sorted(other))} layers: the embedded engine runs attention only")
+        raise ConfigError(
+            f"model type {config.model_type} has {', '.join(sorted(other))} layers: the embedded engine runs attention only"
+        )
     window = getattr(config, "sliding_window", None)
     implicit = not hasattr(config, "layer_types") and getattr(config, "use_sliding_window", True)
     if window and ("sliding_attention" in kinds or implicit) and context_length > window:
-        raise ConfigError(f"--context-length {context_length}: the model attends to a sliding window of {window}; use at most that")
+        raise ConfigError(
+            f"--context-length {context_length}: the model attends to a sliding window of {window}; use at most that"
+        )
 
 
 def _facts(module: Any, tokens_BT: Tensor, *, dtype: torch.dtype, device: torch.device) -> ModelFacts:
@@ -98,7 +108,9 @@ def _facts(module: Any, tokens_BT: Tensor, *, dtype: torch.dtype, device: torch.
     except _ODD_MODEL as error:
         raise ConfigError(f"model type {config.model_type} cannot run over our KV cache: {error}") from None
     if sorted(probe.seen) != list(range(config.num_hidden_layers)):
-        raise ConfigError(f"model type {config.model_type}: not every layer keeps keys and values; the embedded engine needs that")
+        raise ConfigError(
+            f"model type {config.model_type}: not every layer keeps keys and values; the embedded engine needs that"
+        )
     unique = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     every = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     eos = module.generation_config.eos_token_id
@@ -121,7 +133,9 @@ def _difference(model: CausalModel, tokens_BT: Tensor, reference: list[Tensor]) 
     """Largest log-prob difference to `reference` after a padded prefill and one decode step of two contexts of unequal length."""
     facts = model.facts
     lengths = [CHECK_TOKENS, CHECK_TOKENS // 2]
-    cache = KVCache(facts.kv_shapes, num_rows=2, context_length=CHECK_TOKENS, dtype=facts.dtype, device=facts.device)
+    cache = KVCache(
+        facts.kv_shapes, num_rows=2, context_length=CHECK_TOKENS, dtype=facts.dtype, device=facts.device
+    )
     cache.begin_prefill(num_contexts=2, num_positions=CHECK_TOKENS - 1)
     model.prefill(tokens_BT[:, :-1], cache)
     cache.end_prefill(rows=[0, 1], sources=[0, 1])

@@ -36,7 +36,9 @@ class ModelTensors:
                 with safe_open(path, framework="numpy") as tensors:
                     shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118 - not a mapping
         except (OSError, SafetensorError, ValueError, KeyError) as error:
-            raise ConfigError(f"model.path={model}: rollout.engine=sglang needs its weights as safetensors ({error})") from None
+            raise ConfigError(
+                f"model.path={model}: rollout.engine=sglang needs its weights as safetensors ({error})"
+            ) from None
         return cls(shapes)
 
     def check(self, specs: Sequence[TensorSpec]) -> None:
@@ -45,14 +47,20 @@ class ModelTensors:
 
 
 def _files(model: str) -> list[Path]:
-    from transformers.utils.hub import cached_file  # a second of import that only rollout.engine=sglang has to pay
+    from transformers.utils.hub import (
+        cached_file,
+    )  # a second of import that only rollout.engine=sglang has to pay
 
     def find(name: str) -> Path | None:
         found = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
         return None if found is None else Path(found)
 
     index = find(_INDEX)
-    names = ["model.safetensors"] if index is None else sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    names = (
+        ["model.safetensors"]
+        if index is None
+        else sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    )
     files = [find(name) for name in names]
     if absent := [name for name, path in zip(names, files, strict=True) if path is None]:
         raise OSError(f"no {absent[0]} there")

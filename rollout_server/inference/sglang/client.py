@@ -27,12 +27,16 @@ class SglangClient(EngineClient):
         self._created_s = self._since_s = asyncio.get_running_loop().time()
         self._busy_s = 0.0
 
-    async def generate(self, input_ids: Sequence[int], *, sampling: Sampling, rid: str | None = None) -> Generation:
+    async def generate(
+        self, input_ids: Sequence[int], *, sampling: Sampling, rid: str | None = None
+    ) -> Generation:
         """See EngineClient.generate. Raises EngineError for ids that are none, which SGLang would die of."""
         for what, ids in (("input_ids", input_ids), ("stop_token_ids", sampling.stop_token_ids)):
             if any(not 0 <= token < self._vocab_size for token in ids):
                 outside = next(token for token in ids if not 0 <= token < self._vocab_size)
-                raise EngineError(f"{what}: token id {outside} is outside the vocabulary of {self._vocab_size}")
+                raise EngineError(
+                    f"{what}: token id {outside} is outside the vocabulary of {self._vocab_size}"
+                )
         self._account(entering=1)
         try:
             generation = await super().generate(input_ids, sampling=sampling, rid=rid)
@@ -63,7 +67,9 @@ class SglangClient(EngineClient):
 
     async def set_weight_version(self, version: int) -> None:
         """Names the weights that are loaded; tokens sampled from now on carry it."""
-        await self._call("POST", "/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
+        await self._call(
+            "POST", "/update_weight_version", {"new_version": str(version), "abort_all_requests": False}
+        )
 
     async def weights_checksum(self) -> str:
         """A digest of every parameter that the engine holds, over all its ranks; answers while paused."""

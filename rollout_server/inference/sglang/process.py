@@ -50,7 +50,9 @@ def find_python(configured: str) -> str:
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             environment = foreign_environment(os.environ)
             command = [candidate, "-c", _MODULE_CHECK]
-            check = subprocess.run(command, env=environment, stderr=subprocess.DEVNULL, check=False, timeout=_CHECK_TIMEOUT_S)
+            check = subprocess.run(
+                command, env=environment, stderr=subprocess.DEVNULL, check=False, timeout=_CHECK_TIMEOUT_S
+            )
             if check.returncode == 0:
                 return candidate
     raise ConfigError(
@@ -82,15 +84,23 @@ def launch_options(config: Config, *, model: str, port: int, version: int, index
         flags.append("disable-radix-cache")
     if device == "cpu":
         options |= {"attention-backend": "torch_native", "max-total-tokens": _MAX_CPU_KV_TOKENS}
-        flags += ["disable-cuda-graph", "disable-overlap-schedule", "sleep-on-idle"]  # else its idle loop has a core to itself
-    words = [word for key, value in options.items() for word in (f"--{key}", str(value))] + [f"--{flag}" for flag in flags]
+        flags += [
+            "disable-cuda-graph",
+            "disable-overlap-schedule",
+            "sleep-on-idle",
+        ]  # else its idle loop has a core to itself
+    words = [word for key, value in options.items() for word in (f"--{key}", str(value))] + [
+        f"--{flag}" for flag in flags
+    ]
     return words + shlex.split(rollout.sglang.args.replace("{index}", str(index)))
 
 
 class SglangProcess(EngineProcess):
     """A `sglang.launch_server` that this process started."""
 
-    def __init__(self, config: Config, *, name: str, model: str, context_tokens: int, vocab_size: int) -> None:
+    def __init__(
+        self, config: Config, *, name: str, model: str, context_tokens: int, vocab_size: int
+    ) -> None:
         """Raises ConfigError if there is no SGLang to start."""
         super().__init__(config, name=name, model=model, context_tokens=context_tokens)
         self._python = find_python(config.rollout.sglang.python)
@@ -114,8 +124,18 @@ class SglangProcess(EngineProcess):
         with socket.socket() as probe:
             probe.bind((self._config.rollout.host, 0))
             self._chosen_port = probe.getsockname()[1]
-        options = launch_options(self._config, model=self._model, port=self._chosen_port, version=version, index=self._index)
-        return [sys.executable, "-m", "areal_like.runtime.tied_exec", self._python, "-m", "sglang.launch_server", *options]
+        options = launch_options(
+            self._config, model=self._model, port=self._chosen_port, version=version, index=self._index
+        )
+        return [
+            sys.executable,
+            "-m",
+            "areal_like.runtime.tied_exec",
+            self._python,
+            "-m",
+            "sglang.launch_server",
+            *options,
+        ]
 
     def _environment(self) -> dict[str, str]:
         rollout = self._config.rollout
@@ -128,7 +148,9 @@ class SglangProcess(EngineProcess):
         return self._chosen_port
 
     def _client(self, url: str) -> EngineClient:
-        return SglangClient(url, vocab_size=self._vocab_size, generate_timeout_s=self._config.rollout.generate_timeout_s)
+        return SglangClient(
+            url, vocab_size=self._vocab_size, generate_timeout_s=self._config.rollout.generate_timeout_s
+        )
 
 
 class SglangAtUrl:
@@ -153,7 +175,9 @@ class SglangAtUrl:
         self.num_starts += 1
         timeout_s = self._config.rollout.start_timeout_s
         rollout = self._config.rollout
-        client = SglangClient(self._url, vocab_size=self._vocab_size, generate_timeout_s=rollout.generate_timeout_s)
+        client = SglangClient(
+            self._url, vocab_size=self._vocab_size, generate_timeout_s=rollout.generate_timeout_s
+        )
         try:
             async with asyncio.timeout(timeout_s):
                 while not await client.health():
@@ -209,7 +233,9 @@ class SglangAtUrl:
         await client.abort()
         with contextlib.suppress(EngineError):  # 400: no session was left open
             await client.end_weight_update(timeout_s=_PROBE_S)
-        await client.update_weights_from_disk(self._model, weight_version=version, timeout_s=self._config.rollout.start_timeout_s)
+        await client.update_weights_from_disk(
+            self._model, weight_version=version, timeout_s=self._config.rollout.start_timeout_s
+        )
 
 
 async def _refuses(url: str) -> bool:
@@ -218,7 +244,9 @@ async def _refuses(url: str) -> bool:
     num_refused = 0
     try:
         async with asyncio.timeout(_PROBE_S):
-            for family, kind, protocol, _, address in await loop.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_STREAM):
+            for family, kind, protocol, _, address in await loop.getaddrinfo(
+                parts.hostname, parts.port or 80, type=socket.SOCK_STREAM
+            ):
                 with socket.socket(family, kind, protocol) as probe:
                     probe.setblocking(False)
                     try:

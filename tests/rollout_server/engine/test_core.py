@@ -18,20 +18,43 @@ from rollout_server.engine.models.llama import LlamaModel
 from rollout_server.engine.models.loading import load
 from rollout_server.engine.sampling import Filters, noise_key, sample, uniforms
 from rollout_server.engine.scheduler import SamplingParams, Sequence
-from tests.support.engine_harness import KINDS, load_model, reference_greedy, reference_logprobs, save_model, weights_of
+from tests.support.engine_harness import (
+    KINDS,
+    load_model,
+    reference_greedy,
+    reference_logprobs,
+    save_model,
+    weights_of,
+)
 
 CPU = torch.device("cpu")
 
 
-def make_core(path: Path, *, fast: bool = True, max_running: int = 8, prefix_cache_tokens: int = 1000, prefill: int = 8192) -> EngineCore:
+def make_core(
+    path: Path,
+    *,
+    fast: bool = True,
+    max_running: int = 8,
+    prefix_cache_tokens: int = 1000,
+    prefill: int = 8192,
+) -> EngineCore:
     model, weights = load(str(path), dtype=torch.float32, device=CPU, context_length=64, allow_fast_path=fast)
-    options = EngineOptions(max_running=max_running, context_length=64, prefix_cache_tokens=prefix_cache_tokens, max_prefill_tokens=prefill)
+    options = EngineOptions(
+        max_running=max_running,
+        context_length=64,
+        prefix_cache_tokens=prefix_cache_tokens,
+        max_prefill_tokens=prefill,
+    )
     return EngineCore(model, weights, options, version="0")
 
 
 def submit(core: EngineCore, prompt: SequenceType[int], **params: object) -> Sequence:
     merged = {"max_new_tokens": 10, **params}
-    sequence = Sequence(seq_id=str(len(core.scheduler.by_id)) + str(prompt), prompt=tuple(prompt), params=SamplingParams(**merged))  # type: ignore[arg-type]
+    sequence = Sequence(
+        seq_id=str(len(core.scheduler.by_id)) + str(prompt),
+        prompt=tuple(prompt),
+        params=SamplingParams(**merged),
+    )  # type: ignore[arg-type]
     core.submit(sequence)
     return sequence
 
@@ -89,16 +112,25 @@ SMALL: dict[str, object] = {
         }),
     ],
 )  # fmt: skip
-def test_generic_path_runs_windows_sinks_experts_and_latent_attention(kind: str, settings: dict[str, object], tmp_path: Path) -> None:
+def test_generic_path_runs_windows_sinks_experts_and_latent_attention(
+    kind: str, settings: dict[str, object], tmp_path: Path
+) -> None:
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SMALL, **settings})).save_pretrained(tmp_path / kind)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SMALL, **settings})).save_pretrained(
+        tmp_path / kind
+    )
     core = make_core(tmp_path / kind)
-    sequences = [submit(core, [5, 6, 7], max_new_tokens=15), submit(core, list(range(10, 40)), max_new_tokens=8)]
+    sequences = [
+        submit(core, [5, 6, 7], max_new_tokens=15),
+        submit(core, list(range(10, 40)), max_new_tokens=8),
+    ]
     run(core)
     assert all(error(tmp_path / kind, sequence) < 1e-4 for sequence in sequences)
 
 
-@pytest.mark.parametrize(("kind", "message"), [("bloom", "cannot run over our KV cache"), ("mamba", "runs attention only")])
+@pytest.mark.parametrize(
+    ("kind", "message"), [("bloom", "cannot run over our KV cache"), ("mamba", "runs attention only")]
+)
 def test_architectures_that_cannot_run_are_refused(kind: str, message: str, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL)).save_pretrained(tmp_path / kind)
     with pytest.raises(ConfigError, match=message):
@@ -153,7 +185,9 @@ def test_swap_between_steps(recompute: bool, tmp_path: Path) -> None:
             want = reference_logprobs(load_model(path), sequence.prompt, sequence.output_ids)
             worst = max(worst, float(np.abs(want - got)[span].max()))
     assert (worst < 1e-4) is recompute
-    assert late.version_spans == [("1", 0, 20)] and error(paths[1], late) < 1e-4, "a prefix of the old weights was used"
+    assert late.version_spans == [("1", 0, 20)] and error(paths[1], late) < 1e-4, (
+        "a prefix of the old weights was used"
+    )
 
 
 def test_retract_and_abort_keep_what_was_sampled(tmp_path: Path) -> None:
@@ -166,7 +200,9 @@ def test_retract_and_abort_keep_what_was_sampled(tmp_path: Path) -> None:
     core.retract()
     assert core.scheduler.num_running == 0 and len(kept.output_ids) == 5
     (ended,) = core.abort([aborted])
-    assert ended.finish is not None and ended.finish.reason is FinishReason.ABORT and len(ended.output_ids) == 5
+    assert (
+        ended.finish is not None and ended.finish.reason is FinishReason.ABORT and len(ended.output_ids) == 5
+    )
     run(core)
     assert kept.version_spans == [("0", 0, 12)] and error(path, kept) < 1e-4 and error(path, aborted) < 1e-4
     assert core.abort([kept, aborted]) == []
@@ -188,7 +224,9 @@ def test_logits_that_are_not_finite_end_a_sequence_not_the_engine(tmp_path: Path
     spare = core.take_spare()
     with torch.inference_mode():
         core.swap(spare, version="2", recompute=True)
-    submit(core, list(range(3, 20)))  # a longer neighbour: positions beyond the short one's end are read, and masked
+    submit(
+        core, list(range(3, 20))
+    )  # a longer neighbour: positions beyond the short one's end are read, and masked
     core.step()
     after = submit(core, [5, 6])
     run(core)
@@ -203,7 +241,9 @@ def test_loading_refuses_what_it_cannot_run(tmp_path: Path) -> None:
         load(str(tmp_path / "absent"), dtype=torch.float32, device=CPU, context_length=64)
 
 
-def draw(logits_V: torch.Tensor, num_draws: int, *, temperature: float = 1.0, filters: Filters | None = None) -> np.ndarray:
+def draw(
+    logits_V: torch.Tensor, num_draws: int, *, temperature: float = 1.0, filters: Filters | None = None
+) -> np.ndarray:
     keys = np.full(num_draws, noise_key(3, 0), np.uint64)
     uniform_N = torch.from_numpy(uniforms(keys, np.arange(num_draws, dtype=np.int64)))
     tokens_N, _ = sample(
@@ -237,7 +277,9 @@ def test_filters_keep_what_they_should() -> None:
 
     def kept(*, top_p: float = 1.0, top_k: int = 1 << 40, min_p: float = 0.0) -> set[int]:
         filters = Filters(
-            top_p_N1=torch.full((2000, 1), top_p), top_k_N1=torch.full((2000, 1), top_k), min_p_N1=torch.full((2000, 1), min_p)
+            top_p_N1=torch.full((2000, 1), top_p),
+            top_k_N1=torch.full((2000, 1), top_k),
+            min_p_N1=torch.full((2000, 1), min_p),
         )
         return set(draw(logits_V, 2000, filters=filters).tolist())
 
@@ -267,4 +309,9 @@ def test_noise_depends_on_seed_index_and_position_only() -> None:
     keys = {noise_key(seed, index) for seed in range(50) for index in range(50)}
     assert len(keys) == 2500
     draws = uniforms(np.array([noise_key(1, 2)] * 1000, np.uint64), np.arange(1000, dtype=np.int64))
-    assert len(set(draws.tolist())) == 1000 and draws.min() >= 0 and draws.max() < 1 and abs(draws.mean() - 0.5) < 0.05
+    assert (
+        len(set(draws.tolist())) == 1000
+        and draws.min() >= 0
+        and draws.max() < 1
+        and abs(draws.mean() - 0.5) < 0.05
+    )

@@ -41,7 +41,9 @@ Models = tuple[Path, Path]
 
 
 def make_models(directory: Path, kind: str) -> Models:
-    return save_model(directory / f"{kind}-0", kind, seed=0), save_model(directory / f"{kind}-1", kind, seed=1)
+    return save_model(directory / f"{kind}-0", kind, seed=0), save_model(
+        directory / f"{kind}-1", kind, seed=1
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,9 @@ def gpt2_models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 @pytest.fixture(scope="module")
 def gpt2_engine(gpt2_models: Models) -> Iterator[Engine]:
     """The generic path, with the options that the default leaves off."""
-    with running_engine(gpt2_models[0], stream_interval=4, max_body_bytes=4000, prefix_cache_tokens=0) as engine:
+    with running_engine(
+        gpt2_models[0], stream_interval=4, max_body_bytes=4000, prefix_cache_tokens=0
+    ) as engine:
         yield engine
 
 
@@ -130,7 +134,9 @@ def broken(tensors: dict[str, torch.Tensor], how: str) -> dict[str, torch.Tensor
         ("checksum", "checksum"),
     ],
 )
-def test_update_that_does_not_fit_leaves_the_old_weights(engine: Engine, models: Models, how: str, message: str) -> None:
+def test_update_that_does_not_fit_leaves_the_old_weights(
+    engine: Engine, models: Models, how: str, message: str
+) -> None:
     async def body() -> None:
         async with engine.client() as client:
             version = await client.weight_version()
@@ -139,7 +145,9 @@ def test_update_that_does_not_fit_leaves_the_old_weights(engine: Engine, models:
                 with pytest.raises(EngineError, match=message):
                     tensors = weights_of(models[1])
                     wrong = how == "checksum"
-                    await pusher.push(tensors if wrong else broken(tensors, how), version=version + 2, wrong_checksum=wrong)
+                    await pusher.push(
+                        tensors if wrong else broken(tensors, how), version=version + 2, wrong_checksum=wrong
+                    )
                 if how != "missing":  # the spoilt session still answers with its first reason
                     with pytest.raises(EngineError, match=message):
                         await client.end_weight_update(weight_version=version + 2, timeout_s=5)
@@ -177,7 +185,10 @@ def test_weights_from_disk(engine: Engine, models: Models, tmp_path: Path) -> No
             assert set(generation.versions.tolist()) == {version}
             assert error_of(load_model(models[1]), PROMPT, generation) < conformance.TOLERANCE
             other = save_model(tmp_path / "gpt2", "gpt2")
-            for path, message in ((other, "unknown to the model"), (tmp_path / "absent", "cannot read weights")):
+            for path, message in (
+                (other, "unknown to the model"),
+                (tmp_path / "absent", "cannot read weights"),
+            ):
                 with pytest.raises(EngineError, match=message):
                     await client.update_weights_from_disk(str(path), weight_version=version + 1, timeout_s=20)
             assert await client.weight_version() == version
@@ -199,7 +210,9 @@ sys.stdin.readline()
 
 def test_sender_killed_in_mid_broadcast_leaves_the_old_weights(engine: Engine, models: Models) -> None:
     async def body() -> None:
-        sender = subprocess.Popen([sys.executable, "-c", SENDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        sender = subprocess.Popen(
+            [sys.executable, "-c", SENDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         assert sender.stdout is not None
         port = int(await asyncio.to_thread(sender.stdout.readline))
         async with engine.client() as client:
@@ -210,10 +223,16 @@ def test_sender_killed_in_mid_broadcast_leaves_the_old_weights(engine: Engine, m
                 timeout_s=30,
             )  # fmt: skip
             await client.begin_weight_update()
-            (bucket,) = cut_buckets([spec_of(n, t) for n, t in weights_of(models[1]).items()], bucket_bytes=1 << 24)
-            receiving = asyncio.ensure_future(client.update_weights_from_distributed(bucket, group_name="doomed", timeout_s=30))
+            (bucket,) = cut_buckets(
+                [spec_of(n, t) for n, t in weights_of(models[1]).items()], bucket_bytes=1 << 24
+            )
+            receiving = asyncio.ensure_future(
+                client.update_weights_from_distributed(bucket, group_name="doomed", timeout_s=30)
+            )
             await asyncio.sleep(0.3)
-            assert len((await sample(client, PROMPT, 5)).output_ids) == 5, "decoding goes on while the broadcast hangs"
+            assert len((await sample(client, PROMPT, 5)).output_ids) == 5, (
+                "decoding goes on while the broadcast hangs"
+            )
             sender.send_signal(signal.SIGKILL)
             killed_s = time.monotonic()
             with pytest.raises(EngineError, match="broadcast failed"):
@@ -225,7 +244,9 @@ def test_sender_killed_in_mid_broadcast_leaves_the_old_weights(engine: Engine, m
             await client.destroy_weights_group(group_name="doomed")
             assert await client.weight_version() == version
             after = await sample(client, PROMPT, 12, temperature=0)
-            assert after.output_ids.tolist() == before.output_ids.tolist() and set(after.versions.tolist()) == {version}
+            assert after.output_ids.tolist() == before.output_ids.tolist() and set(
+                after.versions.tolist()
+            ) == {version}
             async with Pusher(engine, client, name="doomed") as pusher:
                 await pusher.push(weights_of(models[0]), version=version + 2)
 
@@ -243,9 +264,13 @@ def test_all_buckets_of_a_push_in_one_call(engine: Engine, models: Models, dtype
 
             async def push(tensors: dict[str, torch.Tensor]) -> None:
                 assert pusher.group is not None
-                buckets = cut_buckets([spec_of(n, t, dtype=dtype) for n, t in tensors.items()], bucket_bytes=1 << 14)
+                buckets = cut_buckets(
+                    [spec_of(n, t, dtype=dtype) for n, t in tensors.items()], bucket_bytes=1 << 14
+                )
                 assert len(buckets) > 2
-                receiving = asyncio.ensure_future(client.receive_weights(buckets, group_name="whole", timeout_s=20))
+                receiving = asyncio.ensure_future(
+                    client.receive_weights(buckets, group_name="whole", timeout_s=20)
+                )
                 flats = [flatten(bucket, tensors) for bucket in buckets]
                 for flat in flats:
                     await asyncio.to_thread(pusher.group.broadcast, flat)
@@ -288,7 +313,10 @@ def test_seed_is_honoured_whatever_else_runs(engine: Engine) -> None:
     async def body() -> None:
         async with engine.client() as client:
             alone = await sample(client, PROMPT, 20, sampling_seed=11)
-            crowd = await asyncio.gather(*(sample(client, [7 + i], 30) for i in range(20)), sample(client, PROMPT, 20, sampling_seed=11))
+            crowd = await asyncio.gather(
+                *(sample(client, [7 + i], 30) for i in range(20)),
+                sample(client, PROMPT, 20, sampling_seed=11),
+            )
             assert crowd[-1].output_ids.tolist() == alone.output_ids.tolist()
             other = await sample(client, PROMPT, 20, sampling_seed=12)
             unseeded = [await sample(client, PROMPT, 20) for _ in range(2)]
@@ -308,13 +336,21 @@ def test_plain_and_batched_answers_have_sglangs_shape(engine: Engine) -> None:
         async with aiohttp.ClientSession() as session:
             url = f"{engine.url}/generate"
             params = {"max_new_tokens": 3, "temperature": 0, "ignore_eos": True}
-            one = await post(session, url, {"input_ids": PROMPT, "sampling_params": params, "return_logprob": True, "rid": "r"})
+            one = await post(
+                session,
+                url,
+                {"input_ids": PROMPT, "sampling_params": params, "return_logprob": True, "rid": "r"},
+            )
             meta = one["meta_info"]
             assert len(one["output_ids"]) == 3 and meta["id"] == "r" and meta["prompt_tokens"] == 4
             assert meta["finish_reason"] == {"type": "length", "length": 3}
-            assert [entry[1:] for entry in meta["output_token_logprobs"]] == [[token, None] for token in one["output_ids"]]
+            assert [entry[1:] for entry in meta["output_token_logprobs"]] == [
+                [token, None] for token in one["output_ids"]
+            ]
             assert [(s["start"], s["end"]) for s in meta["weight_versions"]] == [(0, 3)]
-            many = await post(session, url, {"input_ids": [PROMPT, [9]], "sampling_params": [{**params, "n": 2}, params]})
+            many = await post(
+                session, url, {"input_ids": [PROMPT, [9]], "sampling_params": [{**params, "n": 2}, params]}
+            )
             assert [a["output_ids"] for a in many[:2]] == [one["output_ids"]] * 2 and len(many) == 3
             assert "output_token_logprobs" not in many[0]["meta_info"]
 
@@ -323,9 +359,17 @@ def test_plain_and_batched_answers_have_sglangs_shape(engine: Engine) -> None:
 
 def test_stream_interval_sends_cumulative_chunks(gpt2_engine: Engine) -> None:
     async def body(engine: Engine) -> None:
-        body = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 10, "ignore_eos": True}, "stream": True, "return_logprob": True}
+        body = {
+            "input_ids": PROMPT,
+            "sampling_params": {"max_new_tokens": 10, "ignore_eos": True},
+            "stream": True,
+            "return_logprob": True,
+        }
         events = []
-        async with aiohttp.ClientSession() as session, session.post(f"{engine.url}/generate", json=body) as response:
+        async with (
+            aiohttp.ClientSession() as session,
+            session.post(f"{engine.url}/generate", json=body) as response,
+        ):
             async for line in response.content:
                 if line.startswith(b"data: {"):
                     events.append(json.loads(line[6:]))
@@ -384,7 +428,9 @@ def test_state_metrics_and_idle_time(engine: Engine) -> None:
             await asyncio.gather(*(sample(client, [5, 6, 7], 10) for _ in range(8)))
             after = (await client.server_info())["load"]
             assert after["generated_tokens"] - idle["generated_tokens"] == 80
-            assert after["prefilled_tokens"] - idle["prefilled_tokens"] == 2, "a group's prompt is computed once"
+            assert after["prefilled_tokens"] - idle["prefilled_tokens"] == 2, (
+                "a group's prompt is computed once"
+            )
             assert after["busy_s"] > idle["busy_s"]
             async with aiohttp.ClientSession() as session, session.get(f"{engine.url}/metrics") as response:
                 text = await response.text()
@@ -417,7 +463,10 @@ def test_sigterm_in_mid_work_ends_with_partial_answers_and_exit_0(models: Models
     """Also while a broadcast hangs: its thread must not keep the process."""
 
     async def body() -> None:
-        with engine_process(models[0]) as (process, url), WeightGroup.create(world_size=2, group_name="w", timeout_s=60) as group:
+        with (
+            engine_process(models[0]) as (process, url),
+            WeightGroup.create(world_size=2, group_name="w", timeout_s=60) as group,
+        ):
             async with EngineClient(url) as client:
                 joining = client.init_weights_group(
                     master_address=group.address, master_port=group.port, rank_offset=1, world_size=2, group_name="w", backend="gloo",
@@ -426,7 +475,9 @@ def test_sigterm_in_mid_work_ends_with_partial_answers_and_exit_0(models: Models
                 await asyncio.gather(joining, asyncio.to_thread(group.connect))
                 await client.begin_weight_update()
                 (bucket,) = cut_buckets([spec_of("lm_head.weight", torch.zeros(4))], bucket_bytes=100)
-                hanging = asyncio.ensure_future(client.update_weights_from_distributed(bucket, group_name="w", timeout_s=60))
+                hanging = asyncio.ensure_future(
+                    client.update_weights_from_distributed(bucket, group_name="w", timeout_s=60)
+                )
                 running = asyncio.ensure_future(sample(client, PROMPT, 2000))
                 await asyncio.sleep(0.3)
                 process.terminate()
@@ -472,7 +523,14 @@ def test_engine_dies_with_its_parent(models: Models, tmp_path: Path) -> None:
     ],
 )
 def test_wrong_options_are_one_clear_message(models: Models, arguments: list[str], message: str) -> None:
-    command = [sys.executable, "-m", "rollout_server.engine", "--port", "0", *(str(models[0]) if a == "MODEL" else a for a in arguments)]
+    command = [
+        sys.executable,
+        "-m",
+        "rollout_server.engine",
+        "--port",
+        "0",
+        *(str(models[0]) if a == "MODEL" else a for a in arguments),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
@@ -481,7 +539,10 @@ def test_wrong_options_are_one_clear_message(models: Models, arguments: list[str
 def test_body_limit(gpt2_engine: Engine) -> None:
     async def body(engine: Engine) -> None:
         body = {"input_ids": [5] * 2000}
-        async with aiohttp.ClientSession() as session, session.post(f"{engine.url}/generate", json=body) as response:
+        async with (
+            aiohttp.ClientSession() as session,
+            session.post(f"{engine.url}/generate", json=body) as response,
+        ):
             assert response.status == 413
         async with engine.client() as client:
             await client.generate(PROMPT, sampling=Sampling(max_new_tokens=2))

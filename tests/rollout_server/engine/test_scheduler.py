@@ -73,7 +73,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.num_submitted == running + waiting + self.num_finished
         assert self.scheduler.num_free + running == NUM_ROWS
         for held in self.scheduler.rows:
-            assert held is None or self.array[held.row] == held.seq_id, "what the row holds followed the sequence"
+            assert held is None or self.array[held.row] == held.seq_id, (
+                "what the row holds followed the sequence"
+            )
 
 
 SchedulerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -24,7 +24,9 @@ def loaded(path: Path) -> CausalModel:
     return model
 
 
-def receive(session: _Session, buckets: tuple[Bucket, ...], flats: list[torch.Tensor], *, num_sent: int | None = None) -> list[int]:
+def receive(
+    session: _Session, buckets: tuple[Bucket, ...], flats: list[torch.Tensor], *, num_sent: int | None = None
+) -> list[int]:
     """A push of these over gloo; `num_sent`: rank 0 leaves after so many."""
     with WeightGroup.create(world_size=2, group_name="g", timeout_s=20) as sender:
 
@@ -58,7 +60,9 @@ def receive(session: _Session, buckets: tuple[Bucket, ...], flats: list[torch.Te
         ("llama", "bfloat16", False),
     ],
 )
-def test_a_bucket_laid_out_as_the_shadow_set_is_received_in_its_place(kind: str, dtype: str, is_in_place: bool, tmp_path: Path) -> None:
+def test_a_bucket_laid_out_as_the_shadow_set_is_received_in_its_place(
+    kind: str, dtype: str, is_in_place: bool, tmp_path: Path
+) -> None:
     path = save_model(tmp_path / kind, kind)
     model, tensors = loaded(path), weights_of(path)
     buckets = cut_buckets([spec_of(n, t, dtype=dtype) for n, t in tensors.items()], bucket_bytes=BUCKET_BYTES)
@@ -69,13 +73,20 @@ def test_a_bucket_laid_out_as_the_shadow_set_is_received_in_its_place(kind: str,
     for _ in range(2):
         assert receive(session, buckets, flats) == list(map(checksum, flats))
         assert not session.problem and not session.is_tainted
-        assert all(torch.equal(weights.named[name], t.to(getattr(torch, dtype)).float()) for name, t in tensors.items())
+        assert all(
+            torch.equal(weights.named[name], t.to(getattr(torch, dtype)).float())
+            for name, t in tensors.items()
+        )
         assert len(session.buffers) == 0 if is_in_place else 0 < len(session.buffers) <= 2
-    assert [spec.name for spec in session.received] == 2 * [spec.name for bucket in buckets for spec in bucket.tensors]
+    assert [spec.name for spec in session.received] == 2 * [
+        spec.name for bucket in buckets for spec in bucket.tensors
+    ]
 
 
 @pytest.mark.parametrize(("kind", "is_in_place"), [("llama", True), ("qwen2", False)])
-def test_a_set_that_a_broken_broadcast_may_still_write_into_is_not_used_again(kind: str, is_in_place: bool, tmp_path: Path) -> None:
+def test_a_set_that_a_broken_broadcast_may_still_write_into_is_not_used_again(
+    kind: str, is_in_place: bool, tmp_path: Path
+) -> None:
     path = save_model(tmp_path / kind, kind)
     model, tensors = loaded(path), weights_of(path)
     buckets = cut_buckets([spec_of(n, t) for n, t in tensors.items()], bucket_bytes=BUCKET_BYTES)

@@ -14,7 +14,15 @@ from areal_like.config import WeightsConfig
 from areal_like.weights.buckets import Manifest
 from areal_like.wire.channel import Envelope, Listener
 from areal_like.wire.messages.consumer import ServerEntry
-from areal_like.wire.messages.weights import Alive, AskAlive, DissolveGroup, FormGroup, PushChecksums, PushWeights, WeightsOk
+from areal_like.wire.messages.weights import (
+    Alive,
+    AskAlive,
+    DissolveGroup,
+    FormGroup,
+    PushChecksums,
+    PushWeights,
+    WeightsOk,
+)
 from tests.support.launching import ROOT
 from tests.support.snapshots import Held
 from trainer.weight_sync.broadcaster import Broadcaster
@@ -43,7 +51,13 @@ class WideServer:
         self.name, self.num_ranks = name, num_ranks
         self.places: list[int] = []
         self.ranks = [
-            subprocess.Popen([sys.executable, "-c", RANK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+            subprocess.Popen(
+                [sys.executable, "-c", RANK],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=ROOT,
+            )
             for _ in range(num_ranks)
         ]
         self.stated: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
@@ -53,7 +67,14 @@ class WideServer:
     @property
     def entry(self) -> ServerEntry:
         address = f"tcp://127.0.0.1:{self.listener.port}"
-        return ServerEntry(name=self.name, incarnation=1, weights_address=address, device="cpu", state="serving", weights_version=0)
+        return ServerEntry(
+            name=self.name,
+            incarnation=1,
+            weights_address=address,
+            device="cpu",
+            state="serving",
+            weights_version=0,
+        )
 
     def handle(self, envelope: Envelope) -> None:
         if isinstance(envelope.message, PushChecksums):
@@ -67,11 +88,15 @@ class WideServer:
         answer: Any = WeightsOk(version=0)
         match envelope.message:
             case AskAlive():
-                answer = Alive(version=0, num_ranks=self.num_ranks, device="cpu", device_uuid="", nccl_version="")
+                answer = Alive(
+                    version=0, num_ranks=self.num_ranks, device="cpu", device_uuid="", nccl_version=""
+                )
             case FormGroup() as form:
                 self.places = [form.rank + i for i in range(self.num_ranks)]
                 for place, rank in zip(self.places, self.ranks, strict=True):
-                    self.say(rank, form.master_address, form.master_port, place, form.world_size, form.group_name)
+                    self.say(
+                        rank, form.master_address, form.master_port, place, form.world_size, form.group_name
+                    )
                 assert await self.lines() == ["joined"] * self.num_ranks
             case PushWeights() as push:
                 buckets = Manifest.from_dict(push.manifest).buckets
@@ -93,7 +118,9 @@ class WideServer:
     async def lines(self) -> list[str]:
         """The next line of every rank."""
         streams = [rank.stdout for rank in self.ranks]
-        return [(await asyncio.to_thread(stream.readline)).strip() for stream in streams if stream is not None]
+        return [
+            (await asyncio.to_thread(stream.readline)).strip() for stream in streams if stream is not None
+        ]
 
     def close(self) -> None:
         for rank in self.ranks:
@@ -110,8 +137,13 @@ def test_a_wide_engine_and_a_plain_one_share_a_broadcast() -> None:
         for server in servers:
             assert await server.lines() == ["ready"] * server.num_ranks
         snapshot = Held({"a": torch.randn(300, 40), "b": torch.randn(7, 3)}, bucket_bytes=4096)
-        outcome = await broadcaster.push(snapshot, version=5, step=1, servers=[server.entry for server in servers])
-        assert ({name: ok.version for name, ok in outcome.activated.items()}, outcome.failed) == ({"wide": 5, "plain": 5}, {})
+        outcome = await broadcaster.push(
+            snapshot, version=5, step=1, servers=[server.entry for server in servers]
+        )
+        assert ({name: ok.version for name, ok in outcome.activated.items()}, outcome.failed) == (
+            {"wide": 5, "plain": 5},
+            {},
+        )
         assert [server.places for server in servers] == [[1, 2], [3]]
         await broadcaster.close()
         for server in servers:

@@ -29,7 +29,9 @@ def test_a_band_gives_the_published_rejection() -> None:
     assert grad == pytest.approx([-0.244281, -0.4, -0.180967, 0, 0], abs=1e-6)
     sequence = {"name": "band", "level": "sequence", "low": 0.5, "high": 3, "denominator": "kept"}
     loss, grad = evaluate(build_objective({"name": "tis", "cap": 8, "masks": [sequence]}), [published()])
-    assert loss == pytest.approx(2.265235, abs=1e-6) and grad == pytest.approx([-0.906094] * 3 + [0, 0], abs=1e-6)
+    assert loss == pytest.approx(2.265235, abs=1e-6) and grad == pytest.approx(
+        [-0.906094] * 3 + [0, 0], abs=1e-6
+    )
 
 
 def test_opsm_drops_bad_sequences_that_were_left_behind() -> None:
@@ -59,14 +61,21 @@ def test_stapo_drops_unlikely_sure_tokens_of_good_samples() -> None:
         [tokens_of([p], [p], [a], entropy=[e]) for p, a, e in zip(pi, [1, -1], entropy, strict=True)],
     ):
         _, grad = evaluate(objective, parts)
-        assert grad == pytest.approx([0, -0.25, -0.25, 0.25, 0.25]), "the first token is dropped, and from the count of five"
+        assert grad == pytest.approx([0, -0.25, -0.25, 0.25, 0.25]), (
+            "the first token is dropped, and from the count of five"
+        )
 
 
 def test_masks_compose_and_their_denominators_do() -> None:
-    masks = [{"name": "band", "level": "token", "low": 0.5, "high": 2}, {"name": "opsm", "delta": 0.4, "denominator": "kept"}]
+    masks = [
+        {"name": "band", "level": "token", "low": 0.5, "high": 2},
+        {"name": "opsm", "delta": 0.4, "denominator": "kept"},
+    ]
     objective = build_objective({**TOKEN_TIS, "cap": 9, "masks": masks})
     _, grad = evaluate(objective, [published()])
-    assert grad == pytest.approx([-math.exp(0.2) / 3, 0, -math.exp(-0.1) / 3, 0, 0]), "token 2 stays in the count, sequence 2 does not"
+    assert grad == pytest.approx([-math.exp(0.2) / 3, 0, -math.exp(-0.1) / 3, 0, 0]), (
+        "token 2 stays in the count, sequence 2 does not"
+    )
     assert not objective.skips_zero_advantage
 
 
@@ -82,7 +91,9 @@ def test_the_length_of_the_job_reaches_an_objective_that_asks() -> None:
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_kl_in_the_loss(estimator: str) -> None:
-    bare, composed = (build_objective({"name": "reinforce"}, kl=KlConfig(coef=c, estimator=estimator)) for c in (0, 0.5))
+    bare, composed = (
+        build_objective({"name": "reinforce"}, kl=KlConfig(coef=c, estimator=estimator)) for c in (0, 0.5)
+    )
     assert composed.needs == {Need.REF} and not composed.skips_zero_advantage
     x = [p - r for p_row, r_row in zip(PI, MU, strict=True) for p, r in zip(p_row, r_row, strict=True)]
     value = {"k1": lambda v: v, "k2": lambda v: v * v / 2, "k3": lambda v: math.exp(-v) - 1 + v}[estimator]
@@ -90,7 +101,9 @@ def test_kl_in_the_loss(estimator: str) -> None:
     loss, grad = evaluate(bare, [published()])
     with_kl, with_kl_grad = evaluate(composed, [published(ref=MU)])
     assert with_kl - loss == pytest.approx(0.5 * sum(map(value, x)) / 5)
-    assert [b - a for a, b in zip(grad, with_kl_grad, strict=True)] == pytest.approx([0.1 * slope(v) for v in x])
+    assert [b - a for a, b in zip(grad, with_kl_grad, strict=True)] == pytest.approx(
+        [0.1 * slope(v) for v in x]
+    )
 
 
 def test_what_the_estimators_gradients_are_on_policy() -> None:
@@ -177,13 +190,20 @@ def test_an_objective_from_a_file_in_the_working_directory(tmp_path: Path) -> No
     )
     root = str(Path(__file__).resolve().parents[3])
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.stdout.split() == ["SoftReinforce", "0.5", "1"], done.stderr
 
 
 @pytest.mark.parametrize(
-    "file", sorted((Path(__file__).resolve().parents[3] / "configs" / "objective").glob("*.yaml")), ids=lambda file: file.stem
+    "file",
+    sorted((Path(__file__).resolve().parents[3] / "configs" / "objective").glob("*.yaml")),
+    ids=lambda file: file.stem,
 )
 def test_every_preset_builds(file: Path) -> None:
     if file.stem != "custom":

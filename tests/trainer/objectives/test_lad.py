@@ -30,14 +30,18 @@ def test_gradient_and_value_are_those_of_the_divergence(divergence: str, level: 
     batch = published(advantages=[1.7, -0.4])
     log_ratio_S = batch.pi_S - batch.mu_S
     log_w, u = (
-        (batch.sum_N(log_ratio_S), torch.tensor([1.7, -0.4]) / eta) if level == "sequence" else (log_ratio_S, batch.advantage_S / eta)
+        (batch.sum_N(log_ratio_S), torch.tensor([1.7, -0.4]) / eta)
+        if level == "sequence"
+        else (log_ratio_S, batch.advantage_S / eta)
     )
     value = u.exp() * GENERATORS[divergence](log_w.exp() / u.exp())
     (want_S,) = torch.autograd.grad(value.sum(), batch.pi_S)
     losses = Lad(divergence=divergence, level=level, eta=eta).losses(batch, {})
     (got_S,) = torch.autograd.grad(losses.loss_S.sum(), batch.pi_S)
     assert torch.allclose(got_S, want_S, rtol=1e-6)
-    assert torch.allclose(losses.means["divergence"], batch.spread_S(value) if level == "sequence" else value, rtol=1e-6)
+    assert torch.allclose(
+        losses.means["divergence"], batch.spread_S(value) if level == "sequence" else value, rtol=1e-6
+    )
 
 
 def fit(name: str, mu_A: Tensor, advantages: list[float], **settings: object) -> Tensor:
@@ -57,7 +61,9 @@ def test_it_learns_the_distribution_that_advantages_induce_where_reinforce_colla
     target_A = mu_A * torch.exp(torch.tensor(advantages, dtype=torch.float64))
     target_A = target_A / target_A.sum()
     for divergence in ("js", "hellinger"):
-        assert fit("lad", mu_A, advantages, eta=1.0, divergence=divergence).tolist() == pytest.approx(target_A.tolist(), abs=1e-3)
+        assert fit("lad", mu_A, advantages, eta=1.0, divergence=divergence).tolist() == pytest.approx(
+            target_A.tolist(), abs=1e-3
+        )
     assert fit("tis", mu_A, advantages, level="token", cap=1e9).max() > 0.95
 
 
@@ -70,7 +76,8 @@ def test_a_group_without_an_advantage_is_still_pulled_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"), [({"divergence": "kl"}, "js, hellinger, tv"), ({"eta": 0}, "above 0"), ({"level": "word"}, "token")]
+    ("settings", "message"),
+    [({"divergence": "kl"}, "js, hellinger, tv"), ({"eta": 0}, "above 0"), ({"level": "word"}, "token")],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -17,7 +17,9 @@ from trainer.batching.scope import Scope
 from trainer.objectives import OBJECTIVES, Objective, SampledTokens, build_objective
 from trainer.objectives.base import Facts
 
-REGISTERED: list[dict[str, Any]] = [{"name": name} for name in OBJECTIVES.names() if not OBJECTIVES.build({"name": name}).late_coefficients]
+REGISTERED: list[dict[str, Any]] = [
+    {"name": name} for name in OBJECTIVES.names() if not OBJECTIVES.build({"name": name}).late_coefficients
+]
 VARIANTS: list[dict[str, Any]] = [
     {"name": "ppo", "dual_clip": 3.0},
     {"name": "decoupled_ppo", "prox": "interpolated"},
@@ -46,7 +48,11 @@ ON_POLICY: dict[str, Callable[[Any, float], float]] = {
 def lad_advantage(divergence: str, u: float) -> float:
     """-f'(exp(-u)), from the derivatives as one finds them in a table of f-divergences."""
     x = math.exp(-u)
-    slopes = {"js": 0.5 * math.log(2 * x / (x + 1)), "hellinger": 0.5 * (1 - 1 / math.sqrt(x)), "tv": math.copysign(0.5, x - 1)}
+    slopes = {
+        "js": 0.5 * math.log(2 * x / (x + 1)),
+        "hellinger": 0.5 * (1 - 1 / math.sqrt(x)),
+        "tv": math.copysign(0.5, x - 1),
+    }
     return -slopes[divergence]
 
 
@@ -84,7 +90,9 @@ def by_sequence(places: Sequence[int], grad: Sequence[float]) -> dict[int, list[
 def facts_of(objective: Objective, batch: SampledTokens) -> Facts:
     if objective.scope is not Scope.BATCH:
         return {}
-    return objective.summarize({name: vector.detach().double() for name, vector in objective.observe(batch).items()})
+    return objective.summarize(
+        {name: vector.detach().double() for name, vector in objective.observe(batch).items()}
+    )
 
 
 @pytest.mark.parametrize("settings", REGISTERED + VARIANTS, ids=str)
@@ -94,8 +102,12 @@ def test_on_policy_the_gradient_is_reinforce(settings: dict[str, Any], normalize
     mu = DATA["mu"]
     batch = batch_of(range(5), pi=mu, prox=mu)
     of = ON_POLICY.get(settings["name"], lambda _, advantage: advantage)
-    plain_batch = batch_of(range(5), pi=mu, prox=mu, advantages=[of(objective, advantage) for advantage in DATA["advantages"]])
-    _, plain = evaluate(build_objective({"name": "reinforce"}), [plain_batch], normalizer=objective.normalizer or normalizer)
+    plain_batch = batch_of(
+        range(5), pi=mu, prox=mu, advantages=[of(objective, advantage) for advantage in DATA["advantages"]]
+    )
+    _, plain = evaluate(
+        build_objective({"name": "reinforce"}), [plain_batch], normalizer=objective.normalizer or normalizer
+    )
     _, grad = evaluate(objective, [batch], normalizer=normalizer)
     assert grad == pytest.approx(plain, rel=1e-12)
 
@@ -185,7 +197,9 @@ def test_gradient_is_that_of_the_value(settings: dict[str, Any]) -> None:
         for sign in (1, -1):
             flat = batch.pi_S.detach().clone()
             flat[t] += sign * step
-            values.append(objective.losses(batch_of(range(5), pi=split(flat), **changes), facts).loss_S.sum().item())
+            values.append(
+                objective.losses(batch_of(range(5), pi=split(flat), **changes), facts).loss_S.sum().item()
+            )
         assert (values[0] - values[1]) / (2 * step) == pytest.approx(grad_S[t].item(), rel=1e-6, abs=1e-8)
 
 

@@ -29,14 +29,28 @@ from trainer.objectives import OBJECTIVES
 from trainer.step.runner import StepRunner
 
 DIAGNOSTICS = (
-    *("ess_ratio", "log_w_mean", "log_w_std", "kl_k3", "clipped_fraction", "kept_fraction", "entropy", "grad_norm", "lr", "lr_scale"),
+    *(
+        "ess_ratio",
+        "log_w_mean",
+        "log_w_std",
+        "kl_k3",
+        "clipped_fraction",
+        "kept_fraction",
+        "entropy",
+        "grad_norm",
+        "lr",
+        "lr_scale",
+    ),
     *("response_tokens", "prompt_tokens", "truncated_fraction"),
 )
 WHOLE_STEP: list[dict[str, Any]] = [
     {"objective": {"name": "m2po"}},
     {"objective": {"name": "tis", "masks": [{"name": "stapo", "max_prob": 0.03}]}},
     {"objective": {"name": "ppo"}, "advantage": {"name": "reinforce_pp", "baseline": "group"}},
-    {"objective": {"name": "vespo"}, "advantage": {"name": "gpg", "shaping": [{"name": "grpo_lambda", "top": 0.5}]}},
+    {
+        "objective": {"name": "vespo"},
+        "advantage": {"name": "gpg", "shaping": [{"name": "grpo_lambda", "top": 0.5}]},
+    },
     {"objective": {"name": "reinforce"}, "kl": {"coef": 0.3, "estimator": "k3", "place": "reward"}},
     {"objective": {"name": "oapl"}, "kl": {"coef": 0.3, "place": "loss"}},
 ]
@@ -75,7 +89,9 @@ def test_any_objective_gives_one_gradient_however_the_step_is_cut(path: str, ran
     groups = random_groups(5)
     gradients = []
     for budget_tokens, data in ((10_000, groups), (37, littered(groups))):
-        runner = make_runner(path, ranks, beta1=0.0, budget_tokens=budget_tokens, settings={"objective": {"name": name}})
+        runner = make_runner(
+            path, ranks, beta1=0.0, budget_tokens=budget_tokens, settings={"objective": {"name": name}}
+        )
         metrics = runner.run(data, step=7)
         gradients.append(last_gradient(runner))
         assert all(np.isfinite(metrics[key]) for key in DIAGNOSTICS)
@@ -109,14 +125,19 @@ def test_kl_in_the_reward_is_what_advantages_are_made_of(path: str, ranks: Ranks
         with torch.no_grad():
             ref_BL = dense_logprobs(model, group).numpy()
         logps = [ref_BL[i, : t.num_tokens][t.loss_mask == 1] for i, t in enumerate(group)]
-        rewards = [t.reward - 0.3 * float((t.logprobs[t.loss_mask == 1] - logp).sum()) for t, logp in zip(group, logps, strict=True)]
+        rewards = [
+            t.reward - 0.3 * float((t.logprobs[t.loss_mask == 1] - logp).sum())
+            for t, logp in zip(group, logps, strict=True)
+        ]
         total_reward += sum(rewards)
         # The policy is still the reference, so its log-probs are too.
         loss -= sum((r - np.mean(rewards)) * logp.sum() for r, logp in zip(rewards, logps, strict=True))
     num_tokens = sum(t.num_sampled for group in groups for t in group)
     assert metrics["loss"] == pytest.approx(loss / num_tokens, rel=1e-6)
     assert metrics["shaped_reward"] == pytest.approx(total_reward / 12, rel=1e-6)
-    assert metrics["reward"] == pytest.approx(np.mean([t.reward for group in groups for t in group])), "what the task said"
+    assert metrics["reward"] == pytest.approx(np.mean([t.reward for group in groups for t in group])), (
+        "what the task said"
+    )
 
 
 def test_entropy_carries_its_gradient_only_when_asked(path: str) -> None:
@@ -163,15 +184,22 @@ def test_a_penalty_without_a_reference_is_refused(path: str, ranks: Ranks) -> No
         StepRunner.of(config, build_policy(config, path, ranks), ranks)
 
 
-def test_the_price_of_length_is_learned_and_goes_through_a_checkpoint(path: str, ranks: Ranks, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_price_of_length_is_learned_and_goes_through_a_checkpoint(
+    path: str, ranks: Ranks, caplog: pytest.LogCaptureFixture
+) -> None:
     shaping = [{"name": "overlong"}, {"name": "laconic", "budget_tokens": 2, "rate": 0.1}]
     settings = {"advantage": {"name": "grpo", "shaping": shaping}}
     runner = make_runner(path, ranks, settings=settings)
     groups = random_groups(4)
     metrics = runner.run(groups, step=7)
     mean_tokens = np.mean([t.num_sampled for group in groups for t in group])
-    assert metrics["shaping_dual_1"] == pytest.approx(0.1 * (mean_tokens / 2 - 1)) and "shaping_dual_0" not in metrics
-    assert runner.run(groups, step=8)["shaped_reward"] < metrics["shaped_reward"], "the price is charged from the next step on"
+    assert (
+        metrics["shaping_dual_1"] == pytest.approx(0.1 * (mean_tokens / 2 - 1))
+        and "shaping_dual_0" not in metrics
+    )
+    assert runner.run(groups, step=8)["shaped_reward"] < metrics["shaped_reward"], (
+        "the price is charged from the next step on"
+    )
     kept = json.loads(json.dumps(runner.rewards.duals))
     resumed = make_runner(path, ranks, settings=settings)
     resumed.rewards.restore(kept)
@@ -188,19 +216,33 @@ def test_lags_of_tokens() -> None:
     versions[1:] = [40, 42]
     spanning = replace(trajectory, loss_mask=(versions >= 0).astype(np.uint8), versions=versions)
     tally = LagTally(max_staleness=4)
-    tally.counted(Group(step=10, position=0, ticket_id=1, prompt_index=0, records=[Record.of(1, 0, spanning)], version_steps=[7]))
+    tally.counted(
+        Group(
+            step=10,
+            position=0,
+            ticket_id=1,
+            prompt_index=0,
+            records=[Record.of(1, 0, spanning)],
+            version_steps=[7],
+        )
+    )
     assert tally.of_tokens(spanning).tolist() == [0, 3, 1]
 
 
 def test_mismatch_is_measured_on_tokens_of_the_current_weights_alone(path: str, ranks: Ranks) -> None:
     """All versions are 5: at step 5 they are the current weights', at step 7 nothing is known."""
     groups = random_groups(3)
-    at_five, at_seven = (make_runner(path, ranks, settings={"objective": {"name": "sapo"}}).run(groups, step=step) for step in (5, 7))
+    at_five, at_seven = (
+        make_runner(path, ranks, settings={"objective": {"name": "sapo"}}).run(groups, step=step)
+        for step in (5, 7)
+    )
     assert "mismatch_abs" not in at_seven
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
     errors = []
     for group in groups:
         if len({t.reward for t in group}) > 1:  # the others are not run
             pi_BL = dense_logprobs(model, group).detach().numpy()
-            errors += [abs(pi_BL[i, : t.num_tokens] - t.logprobs)[t.loss_mask == 1] for i, t in enumerate(group)]
+            errors += [
+                abs(pi_BL[i, : t.num_tokens] - t.logprobs)[t.loss_mask == 1] for i, t in enumerate(group)
+            ]
     assert at_five["mismatch_abs"] == pytest.approx(np.concatenate(errors).mean(), rel=1e-6)

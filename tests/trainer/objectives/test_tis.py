@@ -86,15 +86,24 @@ VECTORS: list[tuple[dict[str, Any], str, float, list[float]]] = [
 
 @pytest.mark.parametrize(("settings", "normalizer", "loss", "grad"), VECTORS)
 def test_published_vectors(settings: dict[str, Any], normalizer: str, loss: float, grad: list[float]) -> None:
-    got_loss, got_grad = evaluate(OBJECTIVES.build(settings), [tokens_of(PI, MU, ADVANTAGES, REWARDS)], normalizer=normalizer)
+    got_loss, got_grad = evaluate(
+        OBJECTIVES.build(settings), [tokens_of(PI, MU, ADVANTAGES, REWARDS)], normalizer=normalizer
+    )
     assert got_loss == pytest.approx(loss, abs=1e-6)
     assert got_grad == pytest.approx(grad, abs=1e-6)
 
 
 SETTINGS: list[dict[str, Any]] = [
     {"name": "reinforce"},
-    *({"name": "tis", "level": level, "normalize": n} for level in ("token", "sequence", "geometric") for n in (False, True)),
-    *({"name": "tis", "level": level, "mode": "mask", "denominator": "kept"} for level in ("token", "sequence")),
+    *(
+        {"name": "tis", "level": level, "normalize": n}
+        for level in ("token", "sequence", "geometric")
+        for n in (False, True)
+    ),
+    *(
+        {"name": "tis", "level": level, "mode": "mask", "denominator": "kept"}
+        for level in ("token", "sequence")
+    ),
     {"name": "tis", "mode": "mask", "denominator": "kept", "normalize": True},
 ]
 
@@ -107,7 +116,10 @@ def test_cuts_do_not_matter(settings: dict[str, Any], normalizer: str) -> None:
     objective = OBJECTIVES.build(settings)
     whole = evaluate(objective, [tokens_of(pi, mu, advantages)], normalizer=normalizer)
     for cut in (1, 2, 3):
-        parts = [tokens_of(p, m, a) for p, m, a in ((pi[:cut], mu[:cut], advantages[:cut]), (pi[cut:], mu[cut:], advantages[cut:]))]
+        parts = [
+            tokens_of(p, m, a)
+            for p, m, a in ((pi[:cut], mu[:cut], advantages[:cut]), (pi[cut:], mu[cut:], advantages[cut:]))
+        ]
         loss, grad = evaluate(objective, parts, normalizer=normalizer)
         assert loss == pytest.approx(whole[0], rel=1e-12)
         assert grad == pytest.approx(whole[1], rel=1e-12)
@@ -138,7 +150,14 @@ def test_normalized_weights_have_mean_one() -> None:
 
 def test_a_batch_in_which_everything_is_masked_gives_a_zero_gradient() -> None:
     for normalize in (True, False):
-        settings = {"name": "tis", "mode": "mask", "low": 4, "high": 5, "denominator": "kept", "normalize": normalize}
+        settings = {
+            "name": "tis",
+            "mode": "mask",
+            "low": 4,
+            "high": 5,
+            "denominator": "kept",
+            "normalize": normalize,
+        }
         loss, grad = evaluate(OBJECTIVES.build(settings), [tokens_of(PI, MU, ADVANTAGES)])
         assert loss == 0 and not any(grad)
 

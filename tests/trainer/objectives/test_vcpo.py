@@ -61,14 +61,21 @@ def test_published_baselines() -> None:
     squares_N = w_N.square() * numbers(2, 5)
     assert squares_N.tolist() == pytest.approx([14.778112, 0.676676], abs=1e-6)
     rewards_N = numbers(*REWARDS)
-    assert optimal_baseline(squares_N, rewards_N, group_of(2)).tolist() == pytest.approx([0.956216] * 2, abs=1e-6)
-    assert optimal_baseline(squares_N / lengths_N**2, rewards_N, group_of(2)).tolist() == pytest.approx([0.906597] * 2, abs=1e-6)
+    assert optimal_baseline(squares_N, rewards_N, group_of(2)).tolist() == pytest.approx(
+        [0.956216] * 2, abs=1e-6
+    )
+    assert optimal_baseline(squares_N / lengths_N**2, rewards_N, group_of(2)).tolist() == pytest.approx(
+        [0.906597] * 2, abs=1e-6
+    )
     # The advantage's units: the same baseline, less the mean, over the standard deviation.
     shifted = optimal_baseline(squares_N, numbers(*ADVANTAGES), group_of(2))
     assert (0.5 + 0.5 * shifted).tolist() == pytest.approx([0.956216] * 2, abs=1e-6)
 
 
-@pytest.mark.parametrize(("std", "loss", "grad"), [(0.5, -0.410888, (-0.039673, 0.175886)), (1.0, -0.205444, (-0.019836, 0.087943))])
+@pytest.mark.parametrize(
+    ("std", "loss", "grad"),
+    [(0.5, -0.410888, (-0.039673, 0.175886)), (1.0, -0.205444, (-0.019836, 0.087943))],
+)
 def test_published_losses_at_a_given_baseline(std: float, loss: float, grad: tuple[float, float]) -> None:
     batch = published()
     losses = Vcpo().losses(batch, {})
@@ -102,7 +109,9 @@ def played(model: Tabular, actions: list[list[int]], returns: list[float]) -> Sa
     flat_S = torch.tensor([a for row in actions for a in row])
     rows = [[math.log(1 / 3)] * len(row) for row in actions]
     collision = torch.softmax(model.table.weight.detach()[:, 0], 0).square().sum()
-    return dataclasses.replace(tokens_of(rows, rows, returns, returns), pi_S=model(flat_S), collision_S=collision.expand(len(flat_S)))
+    return dataclasses.replace(
+        tokens_of(rows, rows, returns, returns), pi_S=model(flat_S), collision_S=collision.expand(len(flat_S))
+    )
 
 
 @pytest.mark.parametrize(
@@ -177,16 +186,22 @@ def test_baselines_of_several_groups_and_of_the_others() -> None:
     groups_N = torch.tensor([9, 4, 9, 4, 2])
     assert optimal_baseline(squares_N, returns_N, groups_N).tolist() == pytest.approx([7 / 4, 2, 7 / 4, 2, 7])
     others = optimal_baseline(squares_N, returns_N, groups_N, leave_one_out=True)
-    assert others.tolist() == pytest.approx([2, 3, 1, 0, 7]), "a group of one falls back on itself: no coefficient"
+    assert others.tolist() == pytest.approx([2, 3, 1, 0, 7]), (
+        "a group of one falls back on itself: no coefficient"
+    )
 
 
 def test_equal_returns_give_exactly_no_coefficient() -> None:
     squares_N, returns_N = torch.rand(7, dtype=torch.float64), torch.full((7,), 0.1, dtype=torch.float64)
     for leave_one_out in (False, True):
-        assert torch.equal(optimal_baseline(squares_N, returns_N, group_of(7), leave_one_out=leave_one_out), returns_N)
+        assert torch.equal(
+            optimal_baseline(squares_N, returns_N, group_of(7), leave_one_out=leave_one_out), returns_N
+        )
     nothing = optimal_baseline(torch.zeros(2), numbers(1, 0), group_of(2))
     assert nothing.tolist() == [0.5, 0.5], "all weights underflowed"
-    dominated = optimal_baseline(numbers(1e300, 1e-30, 1e-30), numbers(1, 0, 0.5), group_of(3), leave_one_out=True)
+    dominated = optimal_baseline(
+        numbers(1e300, 1e-30, 1e-30), numbers(1, 0, 0.5), group_of(3), leave_one_out=True
+    )
     assert torch.isfinite(dominated).all() and dominated.min() >= 0 and dominated.max() <= 1
 
 
@@ -195,11 +210,17 @@ def test_equal_returns_give_exactly_no_coefficient() -> None:
 def test_extreme_ratios_stay_finite(settings: dict[str, Any], extreme: float) -> None:
     objective = Vcpo(**settings)
     pi, mu = [[min(0.0, extreme), -1.0], [-1.0, -0.5]], [[min(0.0, -extreme), -1.0], [-1.0, -0.5]]
-    batch = dataclasses.replace(tokens_of(pi, mu, ADVANTAGES), collision_S=torch.full((4,), 0.5, dtype=torch.float64))
+    batch = dataclasses.replace(
+        tokens_of(pi, mu, ADVANTAGES), collision_S=torch.full((4,), 0.5, dtype=torch.float64)
+    )
     facts = facts_of(objective, batch)
     losses = objective.losses(batch, facts)
     losses.loss_S.sum().backward()  # type: ignore[no-untyped-call]
-    assert batch.pi_S.grad is not None and torch.isfinite(losses.loss_S).all() and torch.isfinite(batch.pi_S.grad).all()
+    assert (
+        batch.pi_S.grad is not None
+        and torch.isfinite(losses.loss_S).all()
+        and torch.isfinite(batch.pi_S.grad).all()
+    )
     assert float(facts["rho"]) == pytest.approx(0.5) and objective.lr_scale(facts) == pytest.approx(0.5**0.5)
 
 
@@ -213,7 +234,9 @@ def test_population() -> None:
     action_N = torch.multinomial(mu_V, num_samples, replacement=True, generator=generator)
     rows = pi_V.log()[action_N, None].tolist(), mu_V.log()[action_N, None].tolist()
     batch = tokens_of(*rows, [1.0] * num_samples)
-    weight_N = -torch.autograd.grad(Vcpo().losses(batch, {}).loss_S.sum(), batch.pi_S)[0]  # one token a sequence
+    weight_N = -torch.autograd.grad(Vcpo().losses(batch, {}).loss_S.sum(), batch.pi_S)[
+        0
+    ]  # one token a sequence
     assert float(weight_N.max()) < Vcpo().cap, "truncation would bias the mean"
     score_NV = torch.eye(4, dtype=torch.float64)[action_N] - pi_V
     g_NV = weight_N[:, None] * score_NV
@@ -231,7 +254,9 @@ def test_population() -> None:
     for other in (0.0, mean_reward, float((pi_V * reward_V).sum()), best - 0.2, best + 0.2):
         terms_NV = g_NV * (reward_V[action_N] - other)[:, None]
         assert ((terms_NV.mean(0) - true_V).abs() < 3 * terms_NV.std(0) / num_samples**0.5).all()
-        excess_N = terms_NV.square().sum(1) - at_best_N  # equal means, so variances differ by as much as second moments
+        excess_N = (
+            terms_NV.square().sum(1) - at_best_N
+        )  # equal means, so variances differ by as much as second moments
         assert float(excess_N.mean()) > 3 * float(excess_N.std()) / num_samples**0.5
 
 

@@ -32,7 +32,12 @@ def ranks() -> Iterator[Ranks]:
 
 
 def defined(
-    path: str, groups: list[list[Trajectory]], *, over_batch: bool = False, leave_one_out: bool = False, token_mean: bool = False
+    path: str,
+    groups: list[list[Trajectory]],
+    *,
+    over_batch: bool = False,
+    leave_one_out: bool = False,
+    token_mean: bool = False,
 ) -> tuple[float, float, dict[str, Tensor]]:
     """(loss, mean baseline, gradient) straight from the definition: each sequence alone through transformers, in float64."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
@@ -54,11 +59,16 @@ def defined(
     squares = [sum(float(g.square().sum()) for g in grad) for grad in grads]
     baselines = []
     for i, group_i in enumerate(members):
-        others = [j for j, group_j in enumerate(members) if group_j == group_i and not (leave_one_out and j == i)]
+        others = [
+            j for j, group_j in enumerate(members) if group_j == group_i and not (leave_one_out and j == i)
+        ]
         baselines.append(sum(squares[j] * advantages[j] for j in others) / sum(squares[j] for j in others))
     coefficients = [a - b for a, b in zip(advantages, baselines, strict=True)]
     divisor = num_tokens if token_mean else len(losses)
-    total = [sum(c * grad[k] for c, grad in zip(coefficients, grads, strict=True)) / divisor for k in range(len(params))]
+    total = [
+        sum(c * grad[k] for c, grad in zip(coefficients, grads, strict=True)) / divisor
+        for k in range(len(params))
+    ]
     loss = sum(c * x for c, x in zip(coefficients, losses, strict=True)) / divisor
     return loss, float(np.mean(baselines)), dict(zip(names, total, strict=True))
 
@@ -89,7 +99,10 @@ def test_the_gradient_is_the_definitions(tmp_path: Path, ranks: Ranks, architect
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen3"])
 def test_ghost_norms_agree_with_autograd_in_float32(tmp_path: Path, ranks: Ranks, architecture: str) -> None:
     path, groups = write_model(tmp_path, architecture, dtype=torch.float32), random_groups(4, group_size=4)
-    ghost, exact = (gradient_of(make_runner(path, ranks, dtype=torch.float32, norms=n), groups) for n in ("ghost", "exact"))
+    ghost, exact = (
+        gradient_of(make_runner(path, ranks, dtype=torch.float32, norms=n), groups)
+        for n in ("ghost", "exact")
+    )
     assert_same_gradient(ghost[1], exact[1], relative=1e-5)
     assert ghost[0]["baseline"] == pytest.approx(exact[0]["baseline"], rel=1e-4)
 
@@ -97,7 +110,9 @@ def test_ghost_norms_agree_with_autograd_in_float32(tmp_path: Path, ranks: Ranks
 def test_ghost_norms_agree_with_autograd_in_bfloat16(tmp_path: Path, ranks: Ranks) -> None:
     """Both round; they must not differ by more than that."""
     path, groups = write_model(tmp_path, "qwen3", dtype=torch.float32), random_groups(4, group_size=4)
-    runners = [make_runner(path, ranks, dtype=torch.float32, compute="bfloat16", norms=n) for n in ("ghost", "exact")]
+    runners = [
+        make_runner(path, ranks, dtype=torch.float32, compute="bfloat16", norms=n) for n in ("ghost", "exact")
+    ]
     ghost, exact = (gradient_of(runner, groups) for runner in runners)
     assert_same_gradient(ghost[1], exact[1], relative=0.03)
 
@@ -105,7 +120,9 @@ def test_ghost_norms_agree_with_autograd_in_bfloat16(tmp_path: Path, ranks: Rank
 def test_leave_one_out_and_another_normalizer(tmp_path: Path, ranks: Ranks) -> None:
     path, groups = write_model(tmp_path, "gpt2"), random_groups(4, group_size=4)
     _, _, others = defined(path, groups, leave_one_out=True)
-    assert_same_gradient(gradient_of(make_runner(path, ranks, cap=CAP, leave_one_out=True), groups)[1], others, relative=1e-12)
+    assert_same_gradient(
+        gradient_of(make_runner(path, ranks, cap=CAP, leave_one_out=True), groups)[1], others, relative=1e-12
+    )
     _, _, tokens = defined(path, groups, token_mean=True)
     for norms in ("ghost", "exact"):
         runner = make_runner(path, ranks, cap=CAP, normalizer="token_mean", norms=norms)
@@ -116,7 +133,10 @@ def test_leave_one_out_and_another_normalizer(tmp_path: Path, ranks: Ranks) -> N
 def test_cuts_do_not_matter(tmp_path: Path, ranks: Ranks, variant: str) -> None:
     path, groups = write_model(tmp_path, "gpt2"), random_groups(5)
     steps = {
-        budget: gradient_of(make_runner(path, ranks, budget_tokens=budget, checkpointing=budget == 37, **VARIANTS[variant]), groups)
+        budget: gradient_of(
+            make_runner(path, ranks, budget_tokens=budget, checkpointing=budget == 37, **VARIANTS[variant]),
+            groups,
+        )
         for budget in (37, 60, 10_000)
     }
     whole, gradient = steps[10_000]
@@ -136,7 +156,9 @@ def test_two_ranks_give_the_gradient_of_one(tmp_path: Path, ranks: Ranks) -> Non
             metrics = json.loads((tmp_path / f"{variant}-{share}.json").read_text())
             for name in ("loss", "lr_scale", "grad_norm", "num_groups"):
                 assert metrics[name] == pytest.approx(want[name], rel=1e-9), (variant, share)
-            assert_same_gradient(load_file(tmp_path / f"{variant}-{share}.safetensors"), gradient, relative=1e-10)
+            assert_same_gradient(
+                load_file(tmp_path / f"{variant}-{share}.safetensors"), gradient, relative=1e-10
+            )
 
 
 def test_groups_without_spread_count_for_the_step_size_and_nothing_else(tmp_path: Path, ranks: Ranks) -> None:
@@ -145,7 +167,9 @@ def test_groups_without_spread_count_for_the_step_size_and_nothing_else(tmp_path
     for norms in ("ghost", "exact", "proxy"):
         runner = make_runner(path, ranks, norms=norms)
         alone = runner.run([flat], step=0)
-        assert alone["grad_norm"] == 0 and alone["zero_advantage_groups"] == 1 and alone["num_microbatches"] > 0
+        assert (
+            alone["grad_norm"] == 0 and alone["zero_advantage_groups"] == 1 and alone["num_microbatches"] > 0
+        )
         assert 0.25 < alone["ess_ratio"] < 1 and alone["lr_scale"] == pytest.approx(alone["ess_ratio"] ** 0.5)
         both, only = runner.run([flat, mixed], step=1), runner.run([mixed], step=2)
         assert both["grad_norm"] == pytest.approx(only["grad_norm"] / 2), "half of the mean's sequences"
@@ -154,7 +178,10 @@ def test_groups_without_spread_count_for_the_step_size_and_nothing_else(tmp_path
 
 def test_extreme_ratios_stay_finite(tmp_path: Path, ranks: Ranks) -> None:
     path = write_model(tmp_path, "gpt2")
-    groups = [[replace(t, logprobs=t.logprobs - np.float32(1000) * t.loss_mask) for t in g] for g in random_groups(3)]
+    groups = [
+        [replace(t, logprobs=t.logprobs - np.float32(1000) * t.loss_mask) for t in g]
+        for g in random_groups(3)
+    ]
     for variant, settings in VARIANTS.items():
         metrics = make_runner(path, ranks, **settings).run(groups, step=0)
         assert all(np.isfinite(value) for value in metrics.values()), variant
@@ -202,7 +229,9 @@ def test_layers_that_ghost_norms_do_not_know_are_named() -> None:
 def test_long_sequences_and_frozen_parameters() -> None:
     """Longer than the layer is wide, norms come from the product itself; what is frozen has no part in them."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.RMSNorm(5), nn.Linear(5, 2, bias=False)).double()
+    model = nn.Sequential(
+        nn.Linear(3, 5), nn.LayerNorm(5), nn.RMSNorm(5), nn.Linear(5, 2, bias=False)
+    ).double()
     model[1].weight.requires_grad_(False)
     lengths = [9, 0, 2, 17]
     x_TI = torch.randn(sum(lengths), 3, dtype=torch.float64)

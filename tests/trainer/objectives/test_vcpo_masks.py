@@ -60,13 +60,22 @@ def masked_groups() -> list[list[Trajectory]]:
     groups = random_groups(4, group_size=4, seed=3)
     cut_off = {(1, 0), (1, 3), *((3, i) for i in range(4))}
     return [
-        [replace(t, finish_reason=FinishReason.LENGTH) if (g, i) in cut_off else t for i, t in enumerate(group)]
+        [
+            replace(t, finish_reason=FinishReason.LENGTH) if (g, i) in cut_off else t
+            for i, t in enumerate(group)
+        ]
         for g, group in enumerate(groups)
     ]
 
 
 def defined(
-    path: str, groups: list[list[Trajectory]], keeps: list[Keeps], counts: list[Keeps], *, proxy: bool, over_batch: bool
+    path: str,
+    groups: list[list[Trajectory]],
+    keeps: list[Keeps],
+    counts: list[Keeps],
+    *,
+    proxy: bool,
+    over_batch: bool,
 ) -> tuple[float, dict[str, Tensor]]:
     """(share of tokens kept, gradient) straight from the definition: each sequence alone, in float64."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
@@ -77,12 +86,19 @@ def defined(
         advantages += list((rewards - rewards.mean()) / (rewards.std() or 1.0))
         for t in group:
             at = torch.from_numpy(t.loss_mask == 1).nonzero()[:, 0]
-            logps_SV = torch.log_softmax(model(input_ids=torch.from_numpy(t.tokens).long()[None]).logits[0, at - 1], -1)
+            logps_SV = torch.log_softmax(
+                model(input_ids=torch.from_numpy(t.tokens).long()[None]).logits[0, at - 1], -1
+            )
             pi_S = logps_SV.gather(1, torch.from_numpy(t.tokens).long()[at, None])[:, 0]
             log_ratio_S = pi_S.detach() - torch.from_numpy(t.logprobs)[at]
             every = torch.ones(len(at), dtype=torch.bool)
-            kept_S, counted_S = (np.prod([every, *(keep(t, log_ratio_S) for keep in who)], axis=0) for who in (keeps, counts))
-            kept_S, counted_S = torch.as_tensor(kept_S, dtype=torch.float64), torch.as_tensor(counted_S, dtype=torch.float64)
+            kept_S, counted_S = (
+                np.prod([every, *(keep(t, log_ratio_S) for keep in who)], axis=0) for who in (keeps, counts)
+            )
+            kept_S, counted_S = (
+                torch.as_tensor(kept_S, dtype=torch.float64),
+                torch.as_tensor(counted_S, dtype=torch.float64),
+            )
             weight = torch.exp(log_ratio_S.sum()).clamp(max=CAP) / counted_S.sum().clamp(min=1)
             grads.append(torch.autograd.grad(-weight * (kept_S * pi_S).sum(), params))
             proxy_S = 1 - 2 * pi_S.detach().exp() + logps_SV.detach().exp().square().sum(-1)
@@ -96,16 +112,25 @@ def defined(
         mass = [(squares[j], advantages[j]) for j, group_j in enumerate(members) if group_j == group_i]
         total = sum(m for m, _ in mass)
         coefficients.append(advantages[i] - (sum(m * a for m, a in mass) / total if total else 0.0))
-    summed = [sum(c * grad[k] for c, grad in zip(coefficients, grads, strict=True)) / num_seqs for k in range(len(params))]
+    summed = [
+        sum(c * grad[k] for c, grad in zip(coefficients, grads, strict=True)) / num_seqs
+        for k in range(len(params))
+    ]
     return num_kept / num_sampled, dict(zip(names, summed, strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("norms, baseline", [("ghost", "group"), ("exact", "group"), ("proxy", "group"), ("proxy", "batch")])
-def test_the_gradient_is_the_definitions_over_what_is_kept(path: str, ranks: Ranks, case: str, norms: str, baseline: str) -> None:
+@pytest.mark.parametrize(
+    "norms, baseline", [("ghost", "group"), ("exact", "group"), ("proxy", "group"), ("proxy", "batch")]
+)
+def test_the_gradient_is_the_definitions_over_what_is_kept(
+    path: str, ranks: Ranks, case: str, norms: str, baseline: str
+) -> None:
     groups = masked_groups()
     masks, keeps, counts = CASES[case]
-    metrics, gradient = gradient_of(make_runner(path, ranks, cap=CAP, norms=norms, baseline=baseline, masks=masks), groups)
+    metrics, gradient = gradient_of(
+        make_runner(path, ranks, cap=CAP, norms=norms, baseline=baseline, masks=masks), groups
+    )
     kept, want = defined(path, groups, keeps, counts, proxy=norms == "proxy", over_batch=baseline == "batch")
     assert metrics["kept_fraction"] == pytest.approx(kept) and 0.1 < kept < 0.8
     assert_same_gradient(gradient, want, relative=1e-12)
@@ -114,7 +139,10 @@ def test_the_gradient_is_the_definitions_over_what_is_kept(path: str, ranks: Ran
 def test_the_step_size_is_that_of_all_sequences(path: str, ranks: Ranks) -> None:
     """How stale a batch is does not depend on what is learned from it."""
     groups = masked_groups()
-    plain, masked = (make_runner(path, ranks, cap=CAP, masks=masks).run(groups, step=0) for masks in ([], [TRUNCATED, BAND]))
+    plain, masked = (
+        make_runner(path, ranks, cap=CAP, masks=masks).run(groups, step=0)
+        for masks in ([], [TRUNCATED, BAND])
+    )
     assert masked["ess_ratio"] == plain["ess_ratio"] < 1
     assert masked["lr_scale"] == plain["lr_scale"] < 1
 
@@ -123,10 +151,32 @@ def test_every_diagnostic_is_a_series(path: str, ranks: Ranks) -> None:
     groups, metrics = masked_groups(), Metrics()
     series = TrainerSeries(metrics)
     row = make_runner(path, ranks, lr=2e-9, masks=[TRUNCATED, BAND], dtype=torch.float32).run(groups, step=5)
-    series.stepped(5, row | {"tokens_trained": 1, "wait_data_s": 0.0, "freeze_s": 0.0, "lag_mean": 0.0, "lag_max": 0, "max_staleness": 4})
+    series.stepped(
+        5,
+        row
+        | {
+            "tokens_trained": 1,
+            "wait_data_s": 0.0,
+            "freeze_s": 0.0,
+            "lag_mean": 0.0,
+            "lag_max": 0,
+            "max_staleness": 4,
+        },
+    )
     shown = {name: metrics.registry.get_sample_value(f"areal_trainer_{name}") for name in row}
     for name in (
-        *("ess_ratio", "log_w_mean", "log_w_std", "kl_k3", "clipped_fraction", "kept_fraction", "entropy", "grad_norm", "lr", "lr_scale"),
+        *(
+            "ess_ratio",
+            "log_w_mean",
+            "log_w_std",
+            "kl_k3",
+            "clipped_fraction",
+            "kept_fraction",
+            "entropy",
+            "grad_norm",
+            "lr",
+            "lr_scale",
+        ),
         *("response_tokens", "prompt_tokens", "truncated_fraction", "mismatch_abs", "zero_advantage_groups"),
     ):
         assert shown[name] == row[name] != 0, name
@@ -146,12 +196,28 @@ def test_a_group_that_is_dropped_whole_leaves_no_gradient(path: str, ranks: Rank
 
 def test_masks_do_not_undo_what_the_objective_declares() -> None:
     for settings in ({}, {"norms": "exact"}, {"norms": "proxy"}, {"norms": "proxy", "baseline": "batch"}):
-        bare, composed = (build_objective({"name": "vcpo", **settings, **masks}) for masks in ({}, {"masks": [TRUNCATED]}))
-        for name in ("scope", "needs", "whole_groups", "lone_sequences", "late_coefficients", "skips_zero_advantage", "normalizer"):
+        bare, composed = (
+            build_objective({"name": "vcpo", **settings, **masks}) for masks in ({}, {"masks": [TRUNCATED]})
+        )
+        for name in (
+            "scope",
+            "needs",
+            "whole_groups",
+            "lone_sequences",
+            "late_coefficients",
+            "skips_zero_advantage",
+            "normalizer",
+        ):
             assert getattr(composed, name) == getattr(bare, name)
-        batch = replace(published(truncated=[True, False]), collision_S=torch.full((5,), 0.1, dtype=torch.float64))
-        facts = composed.summarize({name: vector.double() for name, vector in composed.observe(batch).items()})
-        assert composed.lr_scale(facts) == bare.lr_scale(bare.summarize({"log_w": batch.log_w_N, **_rest(bare, batch)}))
+        batch = replace(
+            published(truncated=[True, False]), collision_S=torch.full((5,), 0.1, dtype=torch.float64)
+        )
+        facts = composed.summarize(
+            {name: vector.double() for name, vector in composed.observe(batch).items()}
+        )
+        assert composed.lr_scale(facts) == bare.lr_scale(
+            bare.summarize({"log_w": batch.log_w_N, **_rest(bare, batch)})
+        )
 
 
 def _rest(objective: Any, batch: Any) -> dict[str, Tensor]:

@@ -20,16 +20,51 @@ VECTORS: list[tuple[dict[str, Any], str, float, list[float]]] = [
     ({**DECOUPLED, "mode": "none"}, "token_mean", -0.630383, [-0.244281, -0.491921, 0, 0.148164, 0]),
     ({**DECOUPLED, "cap": 2}, "token_mean", -0.580531, [-0.244281, -0.442068, 0, 0.148164, 0]),
     ({**DECOUPLED, "cap": 2, "mode": "mask"}, "token_mean", -0.138463, [-0.244281, 0, 0, 0.148164, 0]),
-    ({**DECOUPLED, "cap": 2, "level": "sequence"}, "token_mean", -0.907527, [-0.364424, -0.364424, 0, 0.109762, 0]),
-    ({**DECOUPLED, "cap": 2, "level": "geometric"}, "token_mean", -0.540708, [-0.261121, -0.261121, 0, 0.134064, 0]),
+    (
+        {**DECOUPLED, "cap": 2, "level": "sequence"},
+        "token_mean",
+        -0.907527,
+        [-0.364424, -0.364424, 0, 0.109762, 0],
+    ),
+    (
+        {**DECOUPLED, "cap": 2, "level": "geometric"},
+        "token_mean",
+        -0.540708,
+        [-0.261121, -0.261121, 0, 0.134064, 0],
+    ),
     ({"name": "gspo"}, "seq_mean_token_mean", -0.000350, [0, 0, 0, 0, 0]),
     (WIDE_GSPO, "seq_mean_token_mean", -0.394541, [-0.232602, -0.232602, -0.232602, 0.151633, 0.151633]),
-    ({"name": "sapo"}, "seq_mean_token_mean", -0.463570, [-0.201093, -0.250855, -0.150465, 0.181817, 0.115863]),
-    ({"name": "cispo", "high": 1.28}, "token_mean", 0.248739, [-0.244281, -0.256, -0.180967, 0.148164, 0.099317]),
-    ({"name": "cispo", "high": 5}, "token_mean", 0.508252, [-0.244281, -0.491921, -0.180967, 0.148164, 0.099317]),
+    (
+        {"name": "sapo"},
+        "seq_mean_token_mean",
+        -0.463570,
+        [-0.201093, -0.250855, -0.150465, 0.181817, 0.115863],
+    ),
+    (
+        {"name": "cispo", "high": 1.28},
+        "token_mean",
+        0.248739,
+        [-0.244281, -0.256, -0.180967, 0.148164, 0.099317],
+    ),
+    (
+        {"name": "cispo", "high": 5},
+        "token_mean",
+        0.508252,
+        [-0.244281, -0.491921, -0.180967, 0.148164, 0.099317],
+    ),
     ({"name": "vespo"}, "token_mean", -0.080912, [-0.008529, -0.008529, -0.008529, 0.035253, 0.035253]),
-    ({"name": "vespo"}, "seq_mean_token_mean", -0.110024, [-0.007107, -0.007107, -0.007107, 0.044067, 0.044067]),
-    ({"name": "vespo"}, "seq_mean_token_sum", -0.202280, [-0.021322, -0.021322, -0.021322, 0.088133, 0.088133]),
+    (
+        {"name": "vespo"},
+        "seq_mean_token_mean",
+        -0.110024,
+        [-0.007107, -0.007107, -0.007107, 0.044067, 0.044067],
+    ),
+    (
+        {"name": "vespo"},
+        "seq_mean_token_sum",
+        -0.202280,
+        [-0.021322, -0.021322, -0.021322, 0.088133, 0.088133],
+    ),
 ]
 
 
@@ -172,7 +207,9 @@ def test_dppo_drops_what_has_moved_too_far_and_pulls_all() -> None:
     pull = [2e-3 * math.log(2) / 2, 2e-3 * math.log(1.5) / 2]
     assert up == pytest.approx([pull[0], pull[1] - 1.5 / 2])
     _, down = evaluate(OBJECTIVES.build({"name": "dppo_tv"}), [tokens_of(pi, mu, [-1.0])])
-    assert down == pytest.approx([pull[0] + 2 / 2, pull[1] + 1.5 / 2]), "moving up is no reason to drop a bad token"
+    assert down == pytest.approx([pull[0] + 2 / 2, pull[1] + 1.5 / 2]), (
+        "moving up is no reason to drop a bad token"
+    )
     _, back = evaluate(OBJECTIVES.build({"name": "dppo_tv", "pull": 0}), [tokens_of(mu, pi, [-1.0])])
     assert back == pytest.approx([0, 1 / 1.5 / 2])
 
