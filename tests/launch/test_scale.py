@@ -166,7 +166,7 @@ def test_servers_come_and_go_every_ten_seconds(tmp_path: Path) -> None:
             done = num_steps_done(run)
             wait_until(
                 lambda: num_steps_done(run) > done + 4, timeout_s=90, what="training without the guest"
-            )  # noqa: B023
+            )
         process.terminate()
         assert process.wait(timeout=60) == 0
     audited(run)
