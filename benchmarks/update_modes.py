@@ -31,13 +31,13 @@ from areal_like.config import Config, WeightsConfig, from_mapping
 from areal_like.trajectory import Trajectory
 from areal_like.wire.messages.consumer import ServerEntry
 from benchmarks.report import table, write
-from rollout_server.episodes.base import Speaker, Transcript, Turnstile
+from rollout_server.episodes.base import GenerationGate, PolicyClient, Transcript
 from rollout_server.inference.client import EngineClient, Sampling
 from rollout_server.inference.process import EmbeddedProcess, EngineProcess
 from rollout_server.inference.sglang.checkpoint_shapes import ModelTensors
 from rollout_server.inference.sglang.client import SglangClient
 from rollout_server.inference.sglang.process import SglangProcess
-from rollout_server.weight_sync.in_place import InPlaceUpdate
+from rollout_server.weight_sync.in_place import SglangWeightUpdate
 from rollout_server.weight_sync.receiver import WeightReceiver
 from tests.support.snapshots import Held
 from trainer.models.tiny import build_tiny_model
@@ -59,7 +59,7 @@ class Server:
     """A rollout server's engine, weight plane and voice, without its buffer."""
 
     client: EngineClient
-    turnstile: Turnstile
+    turnstile: GenerationGate
     receiver: WeightReceiver
     model: Path
 
@@ -79,7 +79,7 @@ class Server:
             sampling = Sampling(max_new_tokens=int(LENGTHS[index]), ignore_eos=True)
             transcript.give(np.random.default_rng(index).integers(3, 100, PROMPT_TOKENS).astype(np.int32))
             async with places:
-                speaker = Speaker(
+                speaker = PolicyClient(
                     self.client,
                     sampling=sampling,
                     rid=f"{mode}{first_version}.{index}",
@@ -166,11 +166,11 @@ async def serving(config: Config, model: Path) -> AsyncIterator[Server]:
         )
     else:
         engine = EmbeddedProcess(config, name="rollout-0", model=str(model), context_tokens=context_tokens)
-    turnstile = Turnstile()
+    turnstile = GenerationGate()
     in_place = None
     client = await engine.start(version=0)
     if isinstance(client, SglangClient):
-        in_place = InPlaceUpdate(
+        in_place = SglangWeightUpdate(
             tensors=ModelTensors.of(str(model)),
             turnstile=turnstile,
             on_quarantine=lambda reason, _: doubt(reason),

@@ -35,14 +35,14 @@ from areal_like.config import WeightsConfig, from_mapping
 from areal_like.weights.buckets import checksum, cut_buckets, flatten, spec_of
 from areal_like.wire.messages.consumer import ServerEntry
 from benchmarks.report import ROOT, table, write
-from rollout_server.episodes.base import Turnstile
+from rollout_server.episodes.base import GenerationGate
 from rollout_server.inference.process import EmbeddedProcess
 from rollout_server.weight_sync.receiver import WeightReceiver
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
 from trainer.models.sharded_weights import gather_full_state
 from trainer.weight_sync.broadcaster import Broadcaster
-from trainer.weight_sync.snapshot import Freezer
+from trainer.weight_sync.snapshot import WeightSnapshotter
 
 SIZES = {"10MB": (256, 688, 3), "100MB": (512, 1376, 8), "500MB": (1024, 2752, 10), "2GB": (2048, 5504, 10)}
 """Name -> hidden size, intermediate size, layers of a Llama of about so many bytes in float32."""
@@ -87,7 +87,7 @@ async def receive(model: Path) -> None:
     receiver = WeightReceiver(
         host="127.0.0.1",
         max_message_bytes=1 << 24,
-        turnstile=Turnstile(),
+        turnstile=GenerationGate(),
         on_version=lambda _: None,
         on_doubt=lambda _: None,
     )
@@ -151,8 +151,8 @@ async def pushes(model: Path, size: str, *, rounds: int, folder: Path) -> dict[s
     """Medians over rounds of one size."""
     policy = Policy.load(str(model)).shard(Ranks.alone())
     freezers = {
-        "bucketed": Freezer(policy, Ranks.alone(), bucket_bytes=BUCKET_BYTES, dtype="float32"),
-        "per_tensor": Freezer(policy, Ranks.alone(), bucket_bytes=1, dtype="float32"),
+        "bucketed": WeightSnapshotter(policy, Ranks.alone(), bucket_bytes=BUCKET_BYTES, dtype="float32"),
+        "per_tensor": WeightSnapshotter(policy, Ranks.alone(), bucket_bytes=1, dtype="float32"),
     }
     sizes = [bucket.num_bytes for bucket in freezers["bucketed"].buckets]
     dist.destroy_process_group()
@@ -219,7 +219,7 @@ def stall(store: str, rank: int, model: str, rounds: int) -> None:
     )
     ranks = Ranks()
     policy = Policy.load(model).shard(ranks)
-    freezer = Freezer(policy, ranks, bucket_bytes=BUCKET_BYTES, dtype="float32")
+    freezer = WeightSnapshotter(policy, ranks, bucket_bytes=BUCKET_BYTES, dtype="float32")
     frozen_s, gathered_s = [], []
     for _ in range(rounds + 1):
         dist.barrier()

@@ -33,7 +33,7 @@ from areal_like.wire.messages.hello import Hello, Role
 from areal_like.wire.messages.producer import Lease, ServerState
 from areal_like.wire.records import BYTES_PER_TOKEN
 from rollout_server.buffer_client.shards import BufferLinks
-from rollout_server.episodes.base import SingleTurn, Turnstile
+from rollout_server.episodes.base import GenerationGate, SingleTurn
 from rollout_server.episodes.lease_runner import LeaseRunner
 from rollout_server.episodes.prompt_renderer import PromptRenderer
 from rollout_server.inference.client import EngineClient
@@ -44,7 +44,7 @@ from rollout_server.inference.sglang.process import SglangAtUrl, SglangProcess
 from rollout_server.metrics import ServerStats
 from rollout_server.rewards.pool import RewardPool
 from rollout_server.tasks.base import Task, make_task
-from rollout_server.weight_sync.in_place import InPlaceUpdate
+from rollout_server.weight_sync.in_place import SglangWeightUpdate
 from rollout_server.weight_sync.receiver import WeightReceiver
 
 log = logging.getLogger(__name__)
@@ -161,10 +161,10 @@ class RolloutServer:
         self._engine = engine
         self._rewards = rewards
         self._client: EngineClient | None = None
-        turnstile = Turnstile()
-        self._in_place: InPlaceUpdate | None = None
+        turnstile = GenerationGate()
+        self._in_place: SglangWeightUpdate | None = None
         if tensors is not None:
-            self._in_place = InPlaceUpdate(
+            self._in_place = SglangWeightUpdate(
                 tensors=tensors,
                 turnstile=turnstile,
                 on_quarantine=self._on_quarantine,

@@ -35,7 +35,7 @@ from trainer.metrics.lag import LagTally
 from trainer.models.policy import build_policy
 from trainer.step.recipe import Recipe
 from trainer.step.runner import IncompleteStepError, StepRunner
-from trainer.weight_sync.snapshot import Freezer, Snapshot
+from trainer.weight_sync.snapshot import Snapshot, WeightSnapshotter
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Trainer:
         source = model_path(config)
         self._policy = build_policy(config, source, ranks)
         self._runner = StepRunner.of(config, self._policy, ranks, initial=source)
-        self._freezer = Freezer(
+        self._freezer = WeightSnapshotter(
             self._policy, ranks, bucket_bytes=config.weights.bucket_bytes, dtype=config.model.dtype
         )
         self._freeze_s = 0.0

@@ -14,14 +14,14 @@ from areal_like.errors import ArealError, RefusedError, UserError
 from areal_like.paths import RunPaths
 from areal_like.wire.messages.consumer import (
     AllocVersion,
-    Books,
     CloseAdmission,
     CommitStep,
     CompleteStep,
     EvalResult,
-    GetBooks,
+    GetRunCounters,
     GetStreamState,
     RequestEval,
+    RunCounters,
     SetMaxStaleness,
     StartTraining,
     VersionGranted,
@@ -57,7 +57,7 @@ class Leader:
         self._eval_before: float | None = None
         self._resumed_from_step = 0
         self._eval: Future[EvalResult] | None = None
-        self._warm_books: Books | None = None
+        self._warm_books: RunCounters | None = None
         self._last_push: PushReport | None = None
         self._publisher: Publisher
 
@@ -137,7 +137,7 @@ class Leader:
             if math.isfinite(row[name])
         }
         if self._step == WARM_UP_STEPS:
-            self._warm_books = link.call(GetBooks(), timeout_s=_CALL_TIMEOUT_S)
+            self._warm_books = link.call(GetRunCounters(), timeout_s=_CALL_TIMEOUT_S)
         is_due = self._step % self._config.eval.interval == 0 and self._step < self._config.trainer.num_steps
         if is_due and self._config.eval.num_prompts and self._eval is None:
             self._eval = self._ask_eval()
@@ -163,7 +163,7 @@ class Leader:
         `hands_over`: another trainer goes on at once, so generation does not stop meanwhile.
         """
         config, link = self._config, self._link
-        books = link.call(GetBooks(), timeout_s=_CALL_TIMEOUT_S)
+        books = link.call(GetRunCounters(), timeout_s=_CALL_TIMEOUT_S)
         generation_ended = books
         if not hands_over:
             reason = "the run is finished" if finished else "the trainer is draining"
@@ -188,7 +188,7 @@ class Leader:
         write_summary(
             self._paths.summary,
             account=self._metrics.account(),
-            books=link.call(GetBooks(), timeout_s=_CALL_TIMEOUT_S),
+            books=link.call(GetRunCounters(), timeout_s=_CALL_TIMEOUT_S),
             books_after_warm_up=self._warm_books,
             books_at_end=generation_ended,
             eval_before=self._eval_before,

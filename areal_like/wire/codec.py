@@ -25,7 +25,7 @@ import msgpack
 import numpy as np
 
 from areal_like.errors import WireError, WireVersionError
-from areal_like.wire.messages import MESSAGES
+from areal_like.wire.messages import MESSAGES, TAGS
 from areal_like.wire.records import Record
 from areal_like.wire.unpacking import unpack
 
@@ -95,7 +95,7 @@ _Decode = Callable[[Any, _Reader], Any]
 
 def encode(message: Any, *, rid: int = 0) -> list[bytes]:
     """Frames of a message. `rid` ties an answer to its request; 0 is one-way. Raises ValueError for a header that no peer would take."""
-    tag = type(message).__name__
+    tag = TAGS[type(message)]
     writer = _Writer()
     body = _ENCODERS[tag](message, writer)
     header = msgpack.packb([WIRE_VERSION, tag, rid, body])

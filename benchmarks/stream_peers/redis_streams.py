@@ -123,7 +123,7 @@ class _Producer:
             self._pacer.sent()
 
     def take(self) -> None:
-        """Books the replies that have come."""
+        """RunCounters the replies that have come."""
         for reply in self.client.replies():
             if isinstance(reply, Exception):
                 raise reply

@@ -47,15 +47,15 @@ from areal_like.wire.records import Record
 from buffer.prompts.curriculum import Curriculum
 from buffer.prompts.order import Prompt, PromptOrder, sampling_seed
 from buffer.scheduling.admission import Admission
-from buffer.scheduling.staleness import LagBound
-from buffer.scheduling.step_log import Steps
-from buffer.scheduling.step_scheduler import Recorder
+from buffer.scheduling.staleness import StalenessBound
+from buffer.scheduling.step_log import StepLog
+from buffer.scheduling.step_scheduler import StepScheduler
 from buffer.settings import LedgerSettings
 from buffer.storage.base import RollbackRow, Store
-from buffer.tables.counters import StreamStatistics
+from buffer.tables.counters import StreamCounters
 from buffer.tables.evaluations import EvalRound
-from buffer.tables.leases import LeaseBook, Server
-from buffer.tables.ticket_table import Register
+from buffer.tables.leases import LeaseTable, Server
+from buffer.tables.ticket_table import TicketTable
 from buffer.tables.versions import VersionBook
 from buffer.tickets import REISSUED, Drop, LeaseRecord, Sample, State, Ticket, Verdict
 
@@ -73,31 +73,31 @@ class Ledger:
         """
         self.settings = settings
         self.store = store
-        self.statistics = StreamStatistics()
+        self.statistics = StreamCounters()
         self.versions = VersionBook(store)
-        self.register = Register(store, settings.shard)
+        self.register = TicketTable(store, settings.shard)
         curriculum = None if settings.curriculum is None else Curriculum(settings.curriculum)
         self.prompts = PromptOrder(seed=settings.seed, curriculum=curriculum, shard=settings.shard)
-        self.book = LeaseBook(
+        self.book = LeaseTable(
             store,
             lease_timeout_s=settings.lease_timeout_s,
             first_lease_id=first_lease_id,
             shard=settings.shard,
         )
-        self.bound = LagBound(
+        self.bound = StalenessBound(
             0 if settings.adaptive else settings.max_staleness, sync_interval=settings.sync_interval
         )
-        self.recorder = Recorder(
+        self.recorder = StepScheduler(
             groups_per_step=settings.groups_per_step,
             num_steps=settings.num_steps,
             wait_for_overdue=settings.overdue == "wait",
         )
         self.admission = Admission(settings, register=self.register, recorder=self.recorder, bound=self.bound)
-        self.steps = Steps(store, self.register, self.statistics, groups_per_step=settings.groups_per_step)
+        self.steps = StepLog(store, self.register, self.statistics, groups_per_step=settings.groups_per_step)
         self.incarnations: dict[str, int] = {}
         """Newest incarnation of every peer that ever registered, by name."""
         self.trainer_incarnation = 0
-        self.is_reshaped = False
+        self.settings_changed = False
         """What is recorded is of another shape (`trainer.groups_per_step`, ...): the next trainer does not go on with it."""
         self.has_other_prompts = False
         """Prompt indices meant other prompts when they were drawn: the next trainer starts the order anew."""
@@ -165,7 +165,7 @@ class Ledger:
         known = min(step, max(self.trainer_step, self.recorder.num_full_steps))
         if self.trainer_incarnation:
             self._come_back(known, incarnation, unix_s=unix_s)
-        if not self.trainer_incarnation or step > known or self.is_reshaped:
+        if not self.trainer_incarnation or step > known or self.settings_changed:
             self._begin(step, stream)
         self._set_trainer(incarnation)
         self._open()
@@ -287,7 +287,7 @@ class Ledger:
         """
         self.closed_because = reason
         self.store.put_mark("is_open", 0)
-        self.steps.ended_in_peace()
+        self.steps.trainer_left_cleanly()
         if self.settings.durable:
             for lease in [
                 lease
@@ -669,7 +669,7 @@ class Ledger:
 
     def _settle(self) -> None:
         """Drops what has become stale and records what may be recorded, until nothing changes; then the books must balance."""
-        while not self.is_reshaped:
+        while not self.settings_changed:
             if (late := self.recorder.stale()) is not None:
                 self._drop_late(self.register.live[late])
             elif (ready := self.recorder.next_to_record(trainer_step=self.trainer_step)) is not None:
@@ -740,7 +740,7 @@ class Ledger:
             self._restart_prompts(0, [])
         elif takes_prompts:
             self._restart_prompts(stream.get("cursor", 0), stream.get("pending", []))
-        self.is_reshaped = self.has_other_prompts = False
+        self.settings_changed = self.has_other_prompts = False
         self.put_shape()
         self.recorder.restore((), first_step=step)
         for ticket in self.steps.begin_at(step):

@@ -47,16 +47,16 @@ def recover(
     ledger.shape = {f"shape:{name}": int(getattr(settings, name)) for name in _SHAPE} | {
         "shape:dataset": dataset
     }
-    ledger.is_reshaped = any(marks.get(name, value) != value for name, value in ledger.shape.items())
+    ledger.settings_changed = any(marks.get(name, value) != value for name, value in ledger.shape.items())
     ledger.has_other_prompts = marks.get("shape:dataset", dataset) != dataset
     if (
-        not ledger.is_reshaped
+        not ledger.settings_changed
     ):  # else the marks stay those of what is recorded, for whoever starts the buffer before a trainer comes
         ledger.put_shape()
     _restore_books(ledger, memory)
     _restore_stream(ledger, memory, now_s=now_s)
     ledger.trainer_incarnation = marks.get("trainer_incarnation", 0)
-    if ledger.is_reshaped:
+    if ledger.settings_changed:
         ledger.close("the settings have changed: the next trainer starts the stream anew")
     elif marks.get("is_open", 0):
         ledger.closed_because = ""
@@ -110,7 +110,7 @@ def _restore_stream(ledger: Ledger, memory: Recovered, *, now_s: float) -> None:
     ledger.book.restore(memory.leases, ledger.register.live, now_s=now_s)
     batched = [ticket for ticket in memory.tickets if ticket.state is State.BATCHED]
     ledger.steps.restore([*memory.trained, *batched], memory.marks, memory.attempts)
-    if ledger.is_reshaped:  # its places are not those of the steps that are recorded
+    if ledger.settings_changed:  # its places are not those of the steps that are recorded
         return
     ledger.recorder.restore(
         [(ticket.step, ticket.position) for ticket in batched], first_step=ledger.committed_step + 1

@@ -12,11 +12,11 @@ import heapq
 from collections.abc import Callable
 
 from areal_like.wire.messages.producer import Purpose
-from buffer.scheduling.staleness import LagBound
-from buffer.scheduling.step_scheduler import Recorder
+from buffer.scheduling.staleness import StalenessBound
+from buffer.scheduling.step_scheduler import StepScheduler
 from buffer.settings import LedgerSettings
 from buffer.tables.leases import Server
-from buffer.tables.ticket_table import Register
+from buffer.tables.ticket_table import TicketTable
 from buffer.tickets import State, Ticket
 
 
@@ -24,7 +24,12 @@ class Admission:
     """Reads the books of others; its own are the tickets that wait."""
 
     def __init__(
-        self, settings: LedgerSettings, *, register: Register, recorder: Recorder, bound: LagBound
+        self,
+        settings: LedgerSettings,
+        *,
+        register: TicketTable,
+        recorder: StepScheduler,
+        bound: StalenessBound,
     ) -> None:
         self._settings = settings
         self._register = register

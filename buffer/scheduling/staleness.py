@@ -14,7 +14,7 @@ interval n admits at most (n+1) * I * groups_per_step groups since the run began
 from __future__ import annotations
 
 
-class LagBound:
+class StalenessBound:
     """The bound now, and the arithmetic of deadlines. Pure."""
 
     def __init__(self, max_staleness: int, *, sync_interval: int) -> None:

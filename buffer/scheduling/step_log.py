@@ -11,19 +11,19 @@ has finished the steps before) is kept until the step is complete: data that cra
 from __future__ import annotations
 
 from buffer.storage.base import Store
-from buffer.tables.counters import StreamStatistics
-from buffer.tables.ticket_table import Register
+from buffer.tables.counters import StreamCounters
+from buffer.tables.ticket_table import TicketTable
 from buffer.tickets import State, Ticket
 
 MAX_STARTS = 3
 """Trainers that one step may cost. The next is refused, with the names of the step's tickets."""
 
 
-class Steps:
+class StepLog:
     """Steps are absolute: a run that goes on after K steps begins at step K."""
 
     def __init__(
-        self, store: Store, register: Register, statistics: StreamStatistics, *, groups_per_step: int
+        self, store: Store, register: TicketTable, statistics: StreamCounters, *, groups_per_step: int
     ) -> None:
         self._store = store
         self._register = register
@@ -153,7 +153,7 @@ class Steps:
         if step in self.attempts:
             self._set_attempts(step, 0)
 
-    def ended_in_peace(self) -> None:
+    def trainer_left_cleanly(self) -> None:
         """The trainer left on purpose: that it began its step is no mark against it. What cost too many gets one more try later."""
         peaceful = {self.current} if self._begun == self.current else set()
         for step in [step for step, num in self.attempts.items() if step in peaceful or num >= MAX_STARTS]:

@@ -26,7 +26,7 @@ Place = tuple[int, int]
 """(step, position)"""
 
 
-class Recorder:
+class StepScheduler:
     """Places (step, position), handed out in order. Pure bookkeeping over ticket ids."""
 
     def __init__(self, *, groups_per_step: int, num_steps: int, wait_for_overdue: bool) -> None:

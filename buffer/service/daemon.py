@@ -133,7 +133,7 @@ class BufferDaemon:
                 consumer.GetStreamState: self._lead(self._stream_state),
                 consumer.RequestEval: self._lead(self._request_eval),
                 consumer.CloseAdmission: self._lead(self._close_admission),
-                consumer.GetBooks: self._lead(lambda peer, envelope: self.books()),
+                consumer.GetRunCounters: self._lead(lambda peer, envelope: self.books()),
                 Goodbye: self._trainer_leaves,
             },
         }
@@ -170,10 +170,10 @@ class BufferDaemon:
         self._listener.close()
         self.ledger.store.close()
 
-    def books(self) -> consumer.Books:
+    def books(self) -> consumer.RunCounters:
         """The account of the run."""
         tickets = {state.value: count for state, count in self.ledger.register.num_by_state().items()}
-        return consumer.Books(
+        return consumer.RunCounters(
             tickets=tickets | {"issued": self.ledger.register.num_issued},
             drops={reason.value: self.ledger.drops[reason] for reason in Drop},
             counters=self._counters(),

@@ -15,7 +15,7 @@ _LAG = "trained_lag_"
 _VERDICT = "verdict_"
 
 
-class StreamStatistics:
+class StreamCounters:
     """Running sums; constant memory (there are at most max_staleness + 1 lags)."""
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ class StreamStatistics:
         return Counter({int(name.removeprefix(_LAG)): int(count) for name, count in lags.items() if count})
 
     def counters(self) -> dict[str, float]:
-        """Flat numbers for `Books.counters` and /status."""
+        """Flat numbers for `RunCounters.counters` and /status."""
         lags, verdicts = self.lag_histogram, self.verdicts
         trained, tokens_trained = lags.total(), self["tokens_trained"]
         dropped, tokens_dropped = self["num_samples_dropped"], self["tokens_dropped"]

@@ -46,7 +46,7 @@ class Server:
         return self.free_samples >= num_samples or (self.free_samples > 0 and not self.leases)
 
 
-class LeaseBook:
+class LeaseTable:
     """Servers and leases. Every method that takes leases away returns them; the ledger decides what becomes of their samples."""
 
     def __init__(self, store: Store, *, lease_timeout_s: float, first_lease_id: int, shard: Shard) -> None:

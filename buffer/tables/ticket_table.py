@@ -12,7 +12,7 @@ from buffer.storage.base import Store
 from buffer.tickets import TERMINAL, Drop, State, Ticket
 
 
-class Register:
+class TicketTable:
     """Issues tickets and moves them between states; the only writer of `Ticket.state`.
 
     Terminal tickets leave it: the store has their rows.

@@ -1,8 +1,8 @@
 """From an example to a transcript: the loop between policy and world.
 
-An `Episode` only says who speaks when. `Speaker.extend` lets the policy speak, `Transcript.give` lets the world (prompt, tool output, the
-next user turn): everything given has loss mask zero, everything sampled has one, EOS included. Interruption by a weight
-update (`abort_resume`) is invisible from here on: the speaker resubmits what was said so far and stitches tokens, log-probs and versions.
+An `Episode` decides the order of turns. `PolicyClient.extend` appends what the policy samples, `Transcript.give` appends
+context (prompt, tool output, the next user turn): everything given has loss mask zero, everything sampled has one, EOS
+included. Interruption by a weight update (`abort_resume`) is invisible from here on: the speaker resubmits what was said so far and stitches tokens, log-probs and versions.
 A tool-using episode is the same three lines in a loop (tests/rollout_server/test_episodes.py has one).
 """
 
@@ -112,7 +112,7 @@ class Transcript:
         return np.concatenate(self._versions) != NOT_SAMPLED if self._versions else np.empty(0, np.bool_)
 
 
-class Turnstile:
+class GenerationGate:
     """Counts who is at the engine, and can hold back who comes next: how a `drain` update waits for running sequences.
 
     OPEN -> hold() -> HELD (those inside finish, newcomers wait) -> release() -> OPEN
@@ -148,7 +148,7 @@ class Turnstile:
         await self._empty.wait()
 
 
-class Speaker:
+class PolicyClient:
     """The policy's voice in one episode: sampling parameters, request ids, resumption after an interrupted generation."""
 
     def __init__(
@@ -201,7 +201,7 @@ class Episode(ABC):
 
     @abstractmethod
     async def run(
-        self, example: Example, speaker: Speaker, tokenizer: Tokenizer, transcript: Transcript
+        self, example: Example, speaker: PolicyClient, tokenizer: Tokenizer, transcript: Transcript
     ) -> str:
         """Fills the transcript (it holds the prompt already) and returns the text that the reward function is given."""
 
@@ -210,7 +210,7 @@ class SingleTurn(Episode):
     """Prompt, answer, end."""
 
     async def run(
-        self, example: Example, speaker: Speaker, tokenizer: Tokenizer, transcript: Transcript
+        self, example: Example, speaker: PolicyClient, tokenizer: Tokenizer, transcript: Transcript
     ) -> str:
         """The answer."""
         await speaker.extend(transcript)

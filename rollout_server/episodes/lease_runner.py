@@ -23,7 +23,7 @@ from areal_like.trajectory import Trajectory
 from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed
 from areal_like.wire.records import Record
 from rollout_server.buffer_client.lease_desk import Answer
-from rollout_server.episodes.base import Episode, Speaker, Tokenizer, Transcript, Turnstile
+from rollout_server.episodes.base import Episode, GenerationGate, PolicyClient, Tokenizer, Transcript
 from rollout_server.episodes.prompt_loader import SPLITS, Examples, Prompt
 from rollout_server.inference.client import EngineClient, Sampling
 from rollout_server.rewards.pool import RewardPool
@@ -51,7 +51,7 @@ class LeaseRunner:
         stop_token_ids: tuple[int, ...],
         episode: Episode,
         rewards: RewardPool,
-        turnstile: Turnstile,
+        turnstile: GenerationGate,
         on_answer: Callable[[Answer], None],
     ) -> None:
         """`on_answer` is called once a sample, unless its lease was cancelled or the engine was lost."""
@@ -163,7 +163,7 @@ class LeaseRunner:
             sampling_seed=None if is_greedy else (lease.seed + sample_index) % _MAX_SEED,
         )
         rid = f"{lease.lease_id}.{sample_index}"
-        speaker = Speaker(self.engine, sampling=sampling, rid=rid, turnstile=self._turnstile)
+        speaker = PolicyClient(self.engine, sampling=sampling, rid=rid, turnstile=self._turnstile)
         transcript = Transcript()
         transcript.give(prompt_P)
         started_s = loop.time()

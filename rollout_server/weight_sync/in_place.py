@@ -26,7 +26,7 @@ from contextlib import AbstractContextManager
 from areal_like.errors import EngineError
 from areal_like.weights.buckets import Manifest
 from areal_like.wire.messages.weights import PushWeights
-from rollout_server.episodes.base import Turnstile
+from rollout_server.episodes.base import GenerationGate
 from rollout_server.inference.sglang.checkpoint_shapes import ModelTensors
 from rollout_server.inference.sglang.client import SglangClient
 
@@ -38,14 +38,14 @@ _RELOAD_S = 120.0
 _ABORT_AGAIN_S = 0.1
 
 
-class InPlaceUpdate:
+class SglangWeightUpdate:
     """Pushes to one SGLang at a time; `begin_with` tells it of a new one."""
 
     def __init__(
         self,
         *,
         tensors: ModelTensors,
-        turnstile: Turnstile,
+        turnstile: GenerationGate,
         on_quarantine: Callable[[str, int], None],
         on_doubt: Callable[[str], None],
     ) -> None:

@@ -35,10 +35,10 @@ from areal_like.wire.messages.weights import (
     WeightsFailed,
     WeightsOk,
 )
-from rollout_server.episodes.base import Turnstile
+from rollout_server.episodes.base import GenerationGate
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.sglang.client import SglangClient
-from rollout_server.weight_sync.in_place import InPlaceUpdate
+from rollout_server.weight_sync.in_place import SglangWeightUpdate
 
 log = logging.getLogger(__name__)
 
@@ -58,10 +58,10 @@ class WeightReceiver:
         *,
         host: str,
         max_message_bytes: int,
-        turnstile: Turnstile,
+        turnstile: GenerationGate,
         on_version: Callable[[int], None],
         on_doubt: Callable[[str], None],
-        in_place: InPlaceUpdate | None = None,
+        in_place: SglangWeightUpdate | None = None,
     ) -> None:
         """`on_version` is called when a version became active; `on_doubt` when nobody knows what the engine holds. `in_place`: how SGLang
         is brought up to date."""

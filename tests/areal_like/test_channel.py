@@ -11,7 +11,7 @@ import zmq
 from areal_like.errors import ArealError, ConfigError, DeadlineError, PeerLostError, RefusedError
 from areal_like.wire import channel, codec
 from areal_like.wire.channel import Envelope, Link, Listener, tcp_address
-from areal_like.wire.messages.consumer import AllocVersion, CommitStep, Fetch, GetBooks, VersionGranted
+from areal_like.wire.messages.consumer import AllocVersion, CommitStep, Fetch, GetRunCounters, VersionGranted
 from areal_like.wire.messages.hello import HelloRequired, JobFailed, Refused
 
 MAX_BYTES = 1 << 20
@@ -37,7 +37,7 @@ def answer(listener: Listener, envelope: Envelope) -> None:
     match envelope.message:
         case AllocVersion(step=step):
             listener.send(envelope.peer, VersionGranted(version=step + 100), rid=envelope.rid)
-        case GetBooks():
+        case GetRunCounters():
             listener.send(envelope.peer, Refused(field="books", reason="closed"), rid=envelope.rid)
         case CommitStep():
             listener.send(envelope.peer, JobFailed(reason="the job is over"), rid=envelope.rid)
@@ -54,7 +54,7 @@ def test_requests_find_their_answers() -> None:
         )
         assert [a.version for a in answers] == [step + 100 for step in range(600)]
         with pytest.raises(RefusedError, match="closed"):
-            await link.call(GetBooks(), timeout_s=5)
+            await link.call(GetRunCounters(), timeout_s=5)
         with pytest.raises(ArealError, match="the job is over"):
             await link.call(CommitStep(step=0), timeout_s=5)
         link.close()
@@ -132,7 +132,7 @@ def test_a_peer_that_left_is_unroutable_not_fatal() -> None:
         seen: list[bytes] = []
         listener = serve(lambda _, envelope: seen.append(envelope.peer))
         link = Link(tcp_address("127.0.0.1", listener.port), handler=lambda _: None)
-        link.send(GetBooks())
+        link.send(GetRunCounters())
         while not seen:
             await asyncio.sleep(0.01)
         link.close()
@@ -168,7 +168,7 @@ def test_a_peer_of_another_version_that_does_not_listen_is_not_answered_for_ever
         peer = zmq.Context.instance().socket(zmq.DEALER)
         peer.set(zmq.LINGER, 0)
         peer.connect(tcp_address("127.0.0.1", listener.port))
-        (newer,) = codec.encode(GetBooks(), rid=1)
+        (newer,) = codec.encode(GetRunCounters(), rid=1)
         for _ in range(100):
             peer.send(
                 newer.replace(msgpack.packb(codec.WIRE_VERSION), msgpack.packb(codec.WIRE_VERSION + 1), 1)
@@ -191,13 +191,13 @@ def test_another_wire_version_is_refused_by_name_on_both_sides(monkeypatch: pyte
         heard: list[Any] = []
         listener = serve(lambda _, envelope: heard.append(envelope))
         link = Link(tcp_address("127.0.0.1", listener.port), handler=heard.append)
-        newer = codec.encode(GetBooks(), rid=1)
+        newer = codec.encode(GetRunCounters(), rid=1)
         newer[0] = newer[0].replace(
             msgpack.packb(codec.WIRE_VERSION), msgpack.packb(codec.WIRE_VERSION + 1), 1
         )
         monkeypatch.setattr(channel, "encode", lambda message, *, rid=0: newer)
         with pytest.raises(RefusedError, match="run the same release on both"):
-            await link.call(GetBooks(), timeout_s=5)
+            await link.call(GetRunCounters(), timeout_s=5)
         assert (heard, listener.num_bad_frames) == ([], 1)
         link.close()
         listener.close()

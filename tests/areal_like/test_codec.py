@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from areal_like.errors import WireError
 from areal_like.trajectory import FinishReason, Trajectory
 from areal_like.wire.codec import MAX_HEADER_BYTES, WIRE_VERSION, decode, encode
-from areal_like.wire.messages.consumer import Books, Group, StartTraining
+from areal_like.wire.messages.consumer import Group, RunCounters, StartTraining
 from areal_like.wire.messages.hello import Refused
 from areal_like.wire.messages.producer import (
     BATCH_BYTES,
@@ -78,7 +78,7 @@ def test_nested_lists_enums_unions_and_maps_come_back_equal() -> None:
     for message in (
         Leases(leases=[lease]),
         StartTraining(step=3, stream={"cursor": 4, "pending": [1, 2]}),
-        Books(tickets={"queued": 1}, drops={}, counters={"lag": 0.5}),
+        RunCounters(tickets={"queued": 1}, drops={}, counters={"lag": 0.5}),
         Refused(field="model", reason="differs"),
     ):
         assert decode(encode(message)) == (message, 0)

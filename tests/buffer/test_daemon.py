@@ -23,7 +23,7 @@ from areal_like.wire.messages.consumer import (
     CloseAdmission,
     CommitStep,
     Fetch,
-    GetBooks,
+    GetRunCounters,
     GetStreamState,
     RequestEval,
     StartTraining,
@@ -122,7 +122,7 @@ def test_a_whole_run_with_two_producers(buffer: BufferProcess) -> None:
                 RequestEval(eval_id=1, num_prompts=8, min_version=version), timeout_s=20
             )
             assert after.oldest_version == version
-            return await trainer.call(GetBooks()), tickets
+            return await trainer.call(GetRunCounters()), tickets
 
     books, tickets = asyncio.run(run())
     assert len(set(tickets)) == 24
@@ -156,7 +156,7 @@ def test_a_killed_producer_is_replaced_by_the_other(buffer: BufferProcess) -> No
             for step in range(6):
                 await trainer.train(step)
                 await trainer.call(AllocVersion(step=step + 1))
-            return await trainer.call(GetBooks())
+            return await trainer.call(GetRunCounters())
 
     books = asyncio.run(run())
     assert books.counters["leases_lost"] == 4
@@ -199,7 +199,7 @@ def test_garbage_is_counted_and_changes_nothing(buffer: BufferProcess) -> None:
 
     async def still_works() -> None:
         async with training(buffer) as trainer:
-            assert (await trainer.call(GetBooks())).tickets["issued"] == 0
+            assert (await trainer.call(GetRunCounters())).tickets["issued"] == 0
 
     asyncio.run(still_works())
     buffer.wait_status(lambda _: "areal_bad_frames_total 10007.0" in buffer.get("/metrics"))
@@ -213,7 +213,7 @@ def test_the_door(buffer: BufferProcess) -> None:
         inbox: list[Any] = []
         async with connected(buffer, inbox=inbox) as link:
             with pytest.raises(DeadlineError):
-                await link.call(GetBooks(), timeout_s=0.3)
+                await link.call(GetRunCounters(), timeout_s=0.3)
             await until(inbox, HelloRequired)
             assert inbox == [HelloRequired()]
             for field in ("job", "dataset"):
@@ -314,7 +314,7 @@ def test_a_server_resends_fails_and_leaves(buffer: BufferProcess) -> None:
                 await link.call(Goodbye(), timeout_s=5)
                 link.send(beat(free=2))
                 await until(inbox, HelloRequired)
-            books = await trainer.call(GetBooks())
+            books = await trainer.call(GetRunCounters())
             assert books.counters["samples_duplicate"] == 1 and books.counters["samples_failed"] == 1
             assert books.tickets["queued"] == books.tickets["issued"] > 0 and books.tickets["leased"] == 0
 

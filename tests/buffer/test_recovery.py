@@ -19,7 +19,7 @@ from areal_like.wire.messages.consumer import (
     CommitStep,
     CompleteStep,
     Fetch,
-    GetBooks,
+    GetRunCounters,
     StartTraining,
 )
 from areal_like.wire.messages.hello import HelloRequired
@@ -110,7 +110,7 @@ def test_leases_places_versions_and_fences_survive_a_kill(tmp_path: Path) -> Non
             assert sorted(group.ticket_id for group in groups) == [lease.ticket_id for lease in leases[2:]]
             assert (await trainer.call(AllocVersion(step=2))).version == 2
             await trainer.call(CommitStep(step=1))
-            counters = (await trainer.call(GetBooks())).counters
+            counters = (await trainer.call(GetRunCounters())).counters
             assert (
                 counters["samples_duplicate"] == 1
                 and counters["samples_accepted"] == 8
@@ -145,7 +145,7 @@ def test_a_drain_keeps_what_is_recorded_and_ready(tmp_path: Path) -> None:
                     await trainer.groups(step + 1)
                     await trainer.call(CommitStep(step=step))
                     await trainer.call(CloseAdmission(reason="drain"))
-                    return await trainer.call(GetBooks())
+                    return await trainer.call(GetRunCounters())
 
             books.append(asyncio.run(run()))
             assert buffer.terminate() == (0, "")

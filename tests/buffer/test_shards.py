@@ -16,12 +16,12 @@ from areal_like.shards import WHOLE, Shard, all_shards
 from areal_like.wire.messages.consumer import (
     AdoptVersion,
     AllocVersion,
-    Books,
     CommitStep,
     Fetch,
-    GetBooks,
+    GetRunCounters,
     GetStreamState,
     RequestEval,
+    RunCounters,
     StartTraining,
     StreamState,
     VersionGranted,
@@ -297,7 +297,7 @@ def test_a_checkpoint_keeps_what_every_shard_said_of_its_stream() -> None:
 
 
 def test_books_add_up_and_their_means_are_means() -> None:
-    def books(trained: int, lag: float, generated: float) -> Books:
+    def books(trained: int, lag: float, generated: float) -> RunCounters:
         counters = dict.fromkeys(
             ("generation_busy_s", "generation_idle_s", "samples_dropped", "mean_dropped_sample_tokens"), 0.0
         )
@@ -312,10 +312,11 @@ def test_books_add_up_and_their_means_are_means() -> None:
             "mean_trained_token_lag": lag,
             "mean_trained_sample_tokens": 10.0,
         }
-        return Books(tickets={"issued": trained}, drops={"stale": 1}, counters=counters)
+        return RunCounters(tickets={"issued": trained}, drops={"stale": 1}, counters=counters)
 
     merged = ask(
-        GetBooks(), *(Asked({GetBooks: one}) for one in (books(30, 1.0, 900.0), books(10, 3.0, 880.0)))
+        GetRunCounters(),
+        *(Asked({GetRunCounters: one}) for one in (books(30, 1.0, 900.0), books(10, 3.0, 880.0))),
     )
     assert merged.tickets == {"issued": 40} and merged.drops == {"stale": 2}
     counters = merged.counters

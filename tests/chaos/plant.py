@@ -18,11 +18,11 @@ from typing import Any
 from areal_like.config import Config
 from areal_like.wire.messages.consumer import (
     AllocVersion,
-    Books,
     CommitStep,
     CompleteStep,
-    GetBooks,
+    GetRunCounters,
     Group,
+    RunCounters,
     StartTraining,
 )
 from tests.chaos.producer import is_invented
@@ -131,9 +131,9 @@ def train(link: BufferLink, *, first: int, last: int, commit_every: int = 5) -> 
     return groups
 
 
-def books_of(link: BufferLink) -> Books:
+def books_of(link: BufferLink) -> RunCounters:
     """The account of the run."""
-    books: Books = link.call(GetBooks(), timeout_s=CALL_TIMEOUT_S)
+    books: RunCounters = link.call(GetRunCounters(), timeout_s=CALL_TIMEOUT_S)
     return books
 
 
@@ -156,7 +156,7 @@ def check_groups(groups: list[Group], config: Config, *, first: int, last: int) 
             )
 
 
-def check_books(books: Books) -> None:
+def check_books(books: RunCounters) -> None:
     """The sums."""
     states = {state: count for state, count in books.tickets.items() if state != "issued"}
     assert sum(states.values()) == books.tickets["issued"], json.dumps(books.tickets)

@@ -17,7 +17,7 @@ import torch
 from areal_like.config import WeightsConfig, from_mapping
 from areal_like.errors import EngineError
 from areal_like.wire.messages.consumer import ServerEntry
-from rollout_server.episodes.base import Turnstile
+from rollout_server.episodes.base import GenerationGate
 from rollout_server.inference.client import EngineClient, Generation
 from rollout_server.inference.process import EmbeddedProcess
 from rollout_server.weight_sync.receiver import WeightReceiver
@@ -50,7 +50,7 @@ class Server:
         self.receiver = WeightReceiver(
             host="127.0.0.1",
             max_message_bytes=1 << 20,
-            turnstile=Turnstile(),
+            turnstile=GenerationGate(),
             on_version=self.serve,
             on_doubt=lambda _: self.engine.kill(),
         )

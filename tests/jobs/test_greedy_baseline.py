@@ -17,7 +17,7 @@ from areal_like.config import SamplingConfig
 from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
 from areal_like.wire.fingerprint import model_fingerprint, tokenizer_fingerprint
-from areal_like.wire.messages.consumer import Books, GetBooks, Group, RequestEval, StartTraining
+from areal_like.wire.messages.consumer import GetRunCounters, Group, RequestEval, RunCounters, StartTraining
 from areal_like.wire.messages.producer import Lease
 from areal_like.wire.records import Record
 from buffer.ledger.ledger import Ledger
@@ -189,7 +189,7 @@ def test_real_servers_answer_greedily_where_they_are_asked_to(tmp_path: Path) ->
     )
 
 
-async def _train(buffer: BufferProcess, model: Path) -> tuple[list[Group], Books]:
+async def _train(buffer: BufferProcess, model: Path) -> tuple[list[Group], RunCounters]:
     config = buffer.config
     hello = trainer_hello(
         config, model=model_fingerprint(str(model)), tokenizer=tokenizer_fingerprint(str(model))
@@ -201,4 +201,4 @@ async def _train(buffer: BufferProcess, model: Path) -> tuple[list[Group], Books
             RequestEval(eval_id=0, num_prompts=2, min_version=0), timeout_s=60
         )  # the engine has started
         groups = [group for step in range(NUM_STEPS) for group in await trainer.train(step)]
-        return groups, await trainer.call(GetBooks())
+        return groups, await trainer.call(GetRunCounters())

@@ -13,7 +13,7 @@ from areal_like.errors import ConfigError
 from areal_like.runtime.command_line import load_config
 from areal_like.wire.messages.producer import Lease
 from buffer.ledger.ledger import Ledger
-from buffer.scheduling.staleness import LagBound
+from buffer.scheduling.staleness import StalenessBound
 from buffer.settings import LedgerSettings
 from buffer.tickets import Drop, State
 from tests.support.buffer_harness import BufferProcess, job
@@ -43,7 +43,7 @@ def grant(ledger: Ledger) -> list[Lease]:
 
 
 def test_a_group_may_be_recorded_within_its_bound_and_within_its_interval() -> None:
-    every_step, by_three = LagBound(4, sync_interval=1), LagBound(4, sync_interval=3)
+    every_step, by_three = StalenessBound(4, sync_interval=1), StalenessBound(4, sync_interval=3)
     assert [every_step.deadline(floor, max_staleness=4) for floor in range(4)] == [4, 5, 6, 7]
     assert [by_three.deadline(floor, max_staleness=4) for floor in range(7)] == [2, 2, 2, 5, 5, 5, 8]
     assert [by_three.deadline(floor, max_staleness=1) for floor in range(4)] == [1, 2, 2, 4]

@@ -10,7 +10,7 @@ import pytest
 
 from areal_like.config import Config
 from areal_like.wire.fingerprint import model_fingerprint, tokenizer_fingerprint
-from areal_like.wire.messages.consumer import GetBooks, Group, RequestEval, StartTraining
+from areal_like.wire.messages.consumer import GetRunCounters, Group, RequestEval, StartTraining
 from rollout_server.tasks.sort import SortTask
 from tests.support.buffer_harness import (
     BufferProcess,
@@ -77,7 +77,7 @@ async def train(
             if step == 3:
                 victim.process.kill()
             groups += await trainer.train(step)
-        return groups, await trainer.call(GetBooks())
+        return groups, await trainer.call(GetRunCounters())
 
 
 def check(groups: list[Group]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from areal_like.wire.messages.consumer import GetBooks
+from areal_like.wire.messages.consumer import GetRunCounters
 from launch.cli import main
 from launch.commands.audit import audit_run
 from tests.chaos.plant import plant, train
@@ -72,7 +72,7 @@ def test_books_balance_when_a_trainer_has_just_gone_back(tmp_path: Path) -> None
             train(link, first=0, last=7)
         with job.trainer() as link:
             train(link, first=5, last=5)
-            link.call(GetBooks(), timeout_s=10)
+            link.call(GetRunCounters(), timeout_s=10)
         job.buffer.process.kill()
         job.buffer.process.wait()
         report = audit_run(job.buffer.paths.root)

@@ -165,7 +165,9 @@ def test_servers_come_and_go_every_ten_seconds(tmp_path: Path) -> None:
             guest.communicate(timeout=60)
             done = num_steps_done(run)
             wait_until(
-                lambda: num_steps_done(run) > done + 4, timeout_s=90, what="training without the guest"
+                lambda done=done: num_steps_done(run) > done + 4,
+                timeout_s=90,
+                what="training without the guest",
             )
         process.terminate()
         assert process.wait(timeout=60) == 0

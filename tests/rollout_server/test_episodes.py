@@ -8,7 +8,14 @@ import pytest
 
 from areal_like.errors import EngineError
 from areal_like.trajectory import NOT_SAMPLED, FinishReason
-from rollout_server.episodes.base import Episode, SingleTurn, Speaker, Tokenizer, Transcript, Turnstile
+from rollout_server.episodes.base import (
+    Episode,
+    GenerationGate,
+    PolicyClient,
+    SingleTurn,
+    Tokenizer,
+    Transcript,
+)
 from rollout_server.inference.client import Generation, Sampling
 from rollout_server.tasks.base import Example
 
@@ -73,7 +80,7 @@ def play(
         transcript, tokenizer = Transcript(), Digits()
         transcript.give(tokenizer.encode(EXAMPLE))
         sampling = Sampling(max_new_tokens=max_new_tokens, sampling_seed=5)
-        speaker = Speaker(engine, sampling=sampling, rid="1.0", turnstile=Turnstile())
+        speaker = PolicyClient(engine, sampling=sampling, rid="1.0", turnstile=GenerationGate())
         return transcript, await (episode or SingleTurn()).run(EXAMPLE, speaker, tokenizer, transcript)
 
     return asyncio.run(body())
@@ -113,7 +120,7 @@ class Calculator(Episode):
     """Two turns with a tool in between: what multi-turn will look like."""
 
     async def run(
-        self, example: Example, speaker: Speaker, tokenizer: Tokenizer, transcript: Transcript
+        self, example: Example, speaker: PolicyClient, tokenizer: Tokenizer, transcript: Transcript
     ) -> str:
         await speaker.extend(transcript)
         transcript.give(np.array([40, 41], np.int32))
@@ -133,7 +140,7 @@ def test_tool_tokens_are_outside_the_mask() -> None:
 
 def test_turnstile_holds_newcomers_and_waits_for_those_inside() -> None:
     async def body() -> None:
-        turnstile = Turnstile()
+        turnstile = GenerationGate()
         leave = asyncio.Event()
         seen: list[str] = []
 

@@ -12,7 +12,7 @@ import pytest
 from areal_like.config import from_mapping
 from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed
 from rollout_server.buffer_client.lease_desk import Answer
-from rollout_server.episodes.base import SingleTurn, Turnstile
+from rollout_server.episodes.base import GenerationGate, SingleTurn
 from rollout_server.episodes.lease_runner import LeaseRunner
 from rollout_server.rewards.pool import Reward
 from rollout_server.tasks.base import Example, Split, Task
@@ -69,7 +69,7 @@ class Served:
             stop_token_ids=(),
             episode=SingleTurn(),
             rewards=FixedRewards(),
-            turnstile=Turnstile(),
+            turnstile=GenerationGate(),
             on_answer=self.answers.append,
         )
         self.runner.engine = self.engine

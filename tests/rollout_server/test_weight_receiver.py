@@ -9,7 +9,7 @@ from aiohttp import web
 from areal_like.weights.buckets import Manifest
 from areal_like.wire.channel import Link, tcp_address
 from areal_like.wire.messages.weights import FormGroup, PushChecksums, PushWeights, WeightsFailed, WeightsOk
-from rollout_server.episodes.base import Turnstile
+from rollout_server.episodes.base import GenerationGate
 from rollout_server.inference.client import EngineClient
 from rollout_server.weight_sync.receiver import WeightReceiver
 from tests.support.snapshots import Held
@@ -51,7 +51,7 @@ def push(engine: PlayedEngine, *, update_mode: str = "recompute") -> tuple[Any, 
         receiver = WeightReceiver(
             host="127.0.0.1",
             max_message_bytes=1 << 20,
-            turnstile=Turnstile(),
+            turnstile=GenerationGate(),
             on_version=lambda _: None,
             on_doubt=doubts.append,
         )

@@ -18,12 +18,12 @@ from areal_like.errors import EngineError, WeightSyncError
 from areal_like.weights.buckets import Bucket, Manifest, cut_buckets, flatten, spec_of
 from areal_like.weights.collective import WeightGroup
 from areal_like.wire.messages.weights import PushWeights
-from rollout_server.episodes.base import Speaker, Transcript, Turnstile
+from rollout_server.episodes.base import GenerationGate, PolicyClient, Transcript
 from rollout_server.inference.client import Sampling
 from rollout_server.inference.sglang.checkpoint_shapes import ModelTensors
 from rollout_server.inference.sglang.client import SglangClient
 from rollout_server.inference.sglang.process import SglangAtUrl
-from rollout_server.weight_sync.in_place import InPlaceUpdate
+from rollout_server.weight_sync.in_place import SglangWeightUpdate
 from tests.sglang.conftest import Models
 from tests.support.engine_conformance import PROMPT, TOLERANCE, until_running
 from tests.support.engine_harness import (
@@ -51,12 +51,12 @@ class Plane:
     client: SglangClient
     models: Models
     version: int = INITIAL
-    turnstile: Turnstile = field(default_factory=Turnstile)
+    turnstile: GenerationGate = field(default_factory=GenerationGate)
     quarantined: list[int] = field(default_factory=list)
     doubted: list[str] = field(default_factory=list)
 
     async def start(self) -> None:
-        self.update = InPlaceUpdate(
+        self.update = SglangWeightUpdate(
             tensors=ModelTensors.of(str(self.models[0])),
             turnstile=self.turnstile,
             on_quarantine=lambda reason, version: self.quarantined.append(version),
@@ -156,7 +156,7 @@ def test_push_while_sequences_run(engine: Engine, models: Models, mode: str) -> 
             for i, transcript in enumerate(transcripts):
                 transcript.give(np.asarray([*PROMPT, i], np.int32))
             speakers = [
-                Speaker(plane.client, sampling=sampling, rid=f"{mode}{i}", turnstile=plane.turnstile)
+                PolicyClient(plane.client, sampling=sampling, rid=f"{mode}{i}", turnstile=plane.turnstile)
                 for i in range(6)
             ]
             speaking = asyncio.gather(*(s.extend(t) for s, t in zip(speakers, transcripts, strict=True)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trainer.batching.scope import Scope
-from trainer.objectives import Facts, Objective, SampledTokens
+from trainer.objectives import Objective, SampledTokens, StepStats
 from trainer.objectives.normalizers import Normalizer
 
 MU = [[-1.0, -2.0, -0.5], [-0.7, -1.2]]
@@ -43,8 +43,8 @@ def tokens_of(
 
     zeros = [[0.0] * len(row) for row in pi]
     return SampledTokens(
-        pi_S=flat(pi).requires_grad_(),
-        mu_S=flat(mu),
+        logp_S=flat(pi).requires_grad_(),
+        behavior_logp_S=flat(mu),
         advantage_S=torch.tensor(advantages, dtype=torch.float64)[segment_S],
         segment_S=segment_S,
         length_N=lengths.double(),
@@ -54,8 +54,8 @@ def tokens_of(
         version_S=torch.zeros(len(segment_S), dtype=torch.int32),
         lag_S=flat(lag or zeros),
         entropy_S=flat(entropy or zeros),
-        prox_S=flat(prox or pi),
-        ref_S=flat(ref or mu),
+        prox_logp_S=flat(prox or pi),
+        ref_logp_S=flat(ref or mu),
     )
 
 
@@ -68,14 +68,14 @@ def evaluate(
         with torch.no_grad():
             for name, vector in objective.observe(part).items():
                 observed.setdefault(name, []).append(vector.double())
-    facts: Facts = {}
+    stats: StepStats = {}
     if objective.scope is Scope.BATCH:
-        facts = objective.summarize({name: torch.cat(vectors) for name, vectors in observed.items()})
+        stats = objective.summarize({name: torch.cat(vectors) for name, vectors in observed.items()})
     norm = Normalizer(name=objective.normalizer or normalizer, max_tokens=10)
     total = num_tokens = num_seqs = 0.0
     for part in parts:
-        part.pi_S.grad = None
-        loss_S, tokens, seqs = norm.weigh(objective.losses(part, facts), part)
+        part.logp_S.grad = None
+        loss_S, tokens, seqs = norm.weigh(objective.losses(part, stats), part)
         loss_S.sum().backward()  # type: ignore[no-untyped-call]
         total, num_tokens, num_seqs = (
             total + loss_S.sum().item(),
@@ -83,7 +83,7 @@ def evaluate(
             num_seqs + float(seqs),
         )
     divisor = norm.divisor(num_tokens=num_tokens, num_seqs=num_seqs)
-    grads = [part.pi_S.grad for part in parts]
+    grads = [part.logp_S.grad for part in parts]
     return total / divisor, [x / divisor for grad in grads if grad is not None for x in grad.tolist()]
 
 

@@ -15,7 +15,7 @@ from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
 from trainer.models.sharded_weights import gather_full_state
 from trainer.optimizer import local
-from trainer.weight_sync.snapshot import Freezer, Snapshot
+from trainer.weight_sync.snapshot import Snapshot, WeightSnapshotter
 
 
 def received(snapshot: Snapshot) -> dict[str, torch.Tensor]:
@@ -29,7 +29,7 @@ def received(snapshot: Snapshot) -> dict[str, torch.Tensor]:
 def frozen(ranks: Ranks, out_dir: Path, path: str) -> None:
     """Snapshots equal what the weights were, whatever happens meanwhile, in bounded memory."""
     policy = Policy.load(path, master_dtype=torch.float32).shard(ranks)
-    freezer = Freezer(policy, ranks, bucket_bytes=5000, dtype="bfloat16")
+    freezer = WeightSnapshotter(policy, ranks, bucket_bytes=5000, dtype="bfloat16")
 
     def freeze() -> tuple[Snapshot | None, dict[str, torch.Tensor]]:
         expected = {name: whole.to(torch.bfloat16) for name, whole in gather_full_state(policy)}
@@ -77,7 +77,7 @@ def frozen(ranks: Ranks, out_dir: Path, path: str) -> None:
     freezer.close()
 
 
-class Tardy(Freezer):
+class Tardy(WeightSnapshotter):
     """Rank 1 is slow to copy its rows when its buffers are new."""
 
     def _new_buffers(self) -> list[torch.Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from areal_like.weights.buckets import cut_buckets, flatten, spec_of
-from trainer.weight_sync.snapshot import Whole
+from trainer.weight_sync.snapshot import GatheredBucket
 
 
 class Held:
@@ -26,5 +26,5 @@ class Held:
     def release(self) -> None:
         pass
 
-    def read(self, index: int) -> Whole:
-        return Whole(self._data[index])
+    def read(self, index: int) -> GatheredBucket:
+        return GatheredBucket(self._data[index])

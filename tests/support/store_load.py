@@ -1,7 +1,7 @@
 """A durable store under a load that everybody can predict: what a ticket's samples are follows from its number.
 
 `python -m tests.support.store_load DIRECTORY DURABILITY NUM_TICKETS` ingests, batches, trains and releases as a ledger
-does, continues from what it finds in DIRECTORY, and prints what was acknowledged: one line `TICKET INDEX` a sample, written the moment its turn comes.
+does, continues from what it finds in DIRECTORY, and prints one line `TICKET INDEX` for each acknowledged sample.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
 from tests.support.trainer_helpers import random_groups
 from trainer.advantages.base import ADVANTAGES, Advantage
-from trainer.advantages.reward_shaping import SHAPINGS, Shaping, Standing
+from trainer.advantages.reward_shaping import SHAPINGS, Shaping, ShapingContext
 from trainer.batching.scope import Scope
 
 
@@ -103,10 +103,10 @@ def shaped(
     settings: dict[str, Any],
     rewards: Sequence[float],
     lengths: Sequence[int],
-    standing: Standing | None = None,
+    standing: ShapingContext | None = None,
 ) -> list[float]:
     shaping = SHAPINGS.build(settings, job={"max_tokens": 10})
-    return [float(r) for r in shaping.rewards(graded(rewards, lengths=lengths), standing or Standing())]
+    return [float(r) for r in shaping.rewards(graded(rewards, lengths=lengths), standing or ShapingContext())]
 
 
 def test_overlong_falls_linearly_over_the_last_part() -> None:
@@ -120,7 +120,7 @@ def test_grpo_lambda_rewards_brevity_only_where_the_policy_is_right() -> None:
     lengths = [2, 4, 9]
     chosen = shaped({"name": "grpo_lambda", "weight": 0.5}, [1, 1, 0], lengths)
     assert chosen == pytest.approx([1 - 0.5 / (1 + math.e), 1 - 0.5 / (1 + math.exp(-1)), 0])
-    assert shaped({"name": "grpo_lambda"}, [1, 1, 0], lengths, Standing(ahead=0.2)) == [1, 1, 0]
+    assert shaped({"name": "grpo_lambda"}, [1, 1, 0], lengths, ShapingContext(ahead=0.2)) == [1, 1, 0]
     assert shaped({"name": "grpo_lambda", "weight": 0.5}, [1, 1], [3, 3]) == [0.75, 0.75]
     assert shaped({"name": "grpo_lambda"}, [0, 0], [3, 4]) == [0, 0]
     assert SHAPINGS.build({"name": "grpo_lambda"}).score(graded([1, 1, 0, 0])) == 0.5
@@ -134,7 +134,7 @@ def test_laconic_finds_the_price_that_meets_the_budget() -> None:
         dual = laconic.next_dual(dual, mean_tokens=16 - 20 * dual)
     assert dual == pytest.approx(0.4, abs=1e-6)
     assert [
-        float(r) for r in laconic.rewards(graded([1, 1], lengths=[12, 4]), Standing(dual=dual))
+        float(r) for r in laconic.rewards(graded([1, 1], lengths=[12, 4]), ShapingContext(dual=dual))
     ] == pytest.approx([0.8, 1])
     assert laconic.next_dual(0.0, mean_tokens=1) == 0, "an unused budget is not paid for"
     assert laconic.next_dual(1.0, mean_tokens=1e6) == 1

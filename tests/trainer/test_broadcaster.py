@@ -27,10 +27,10 @@ from areal_like.wire.messages.weights import (
     WeightsOk,
 )
 from tests.support.snapshots import Held
-from trainer.weight_sync.broadcaster import Broadcaster, NcclTrial, choose_backend, cohorts_of
-from trainer.weight_sync.group_session import seats_of
+from trainer.weight_sync.broadcaster import Broadcaster, NcclTrial, choose_backend, split_groups
+from trainer.weight_sync.group_session import rank_ranges
 from trainer.weight_sync.publisher import Publisher, PushReport
-from trainer.weight_sync.receivers import Member, Shunning
+from trainer.weight_sync.receivers import Member, ReceiverBackoff
 
 
 class Receiver:
@@ -230,7 +230,9 @@ def test_nobody_there_is_not_an_error() -> None:
 def test_a_server_that_was_slow_once_is_tried_again_and_costs_no_versions_meanwhile(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("trainer.weight_sync.broadcaster.Shunning", lambda: Shunning(first_s=1.5))
+    monkeypatch.setattr(
+        "trainer.weight_sync.broadcaster.ReceiverBackoff", lambda: ReceiverBackoff(first_s=1.5)
+    )
     versions = iter(range(1, 100))
 
     async def granted(_: Any, *, timeout_s: float) -> VersionGranted:
@@ -259,7 +261,9 @@ def test_a_server_that_was_slow_once_is_tried_again_and_costs_no_versions_meanwh
 
 
 def test_one_that_refuses_costs_the_others_no_further_pushes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.weight_sync.broadcaster.Shunning", lambda: Shunning(first_s=3.0))
+    monkeypatch.setattr(
+        "trainer.weight_sync.broadcaster.ReceiverBackoff", lambda: ReceiverBackoff(first_s=3.0)
+    )
     versions = iter(range(1, 100))
 
     async def granted(_: Any, *, timeout_s: float) -> VersionGranted:
@@ -496,11 +500,11 @@ def test_waves_leave_capacity(topology: str) -> None:
 
 def test_cohorts() -> None:
     a, b, c, d = (("a", 1), ("b", 1), ("c", 1), ("d", 1))
-    assert cohorts_of([], topology="shared", max_unavailable=0) == []
-    assert cohorts_of([a, b, c], topology="shared", max_unavailable=0) == [[a, b, c]]
-    assert cohorts_of([a, b, c], topology="per_engine", max_unavailable=0) == [[a], [b], [c]]
-    assert cohorts_of([a, b, c], topology="shared", max_unavailable=2) == [[a, b], [c]]
-    assert cohorts_of([a, b, c], topology="shared", max_unavailable=0, alone=[b, d]) == [[b], [a, c]]
+    assert split_groups([], topology="shared", max_unavailable=0) == []
+    assert split_groups([a, b, c], topology="shared", max_unavailable=0) == [[a, b, c]]
+    assert split_groups([a, b, c], topology="per_engine", max_unavailable=0) == [[a], [b], [c]]
+    assert split_groups([a, b, c], topology="shared", max_unavailable=2) == [[a, b], [c]]
+    assert split_groups([a, b, c], topology="shared", max_unavailable=0, alone=[b, d]) == [[b], [a, c]]
 
 
 def alive(*, num_ranks: int = 1, device: str = "cuda:0", uuid: str = "", nccl: str = "2.27.5") -> Alive:
@@ -509,7 +513,7 @@ def alive(*, num_ranks: int = 1, device: str = "cuda:0", uuid: str = "", nccl: s
 
 def test_an_engine_takes_as_many_places_as_it_has_ranks() -> None:
     members: list[Any] = [Member(entry=None, link=None) for _ in range(3)]  # type: ignore[arg-type]
-    seats, world_size = seats_of(members, [alive(), alive(num_ranks=4), alive(num_ranks=2)])
+    seats, world_size = rank_ranges(members, [alive(), alive(num_ranks=4), alive(num_ranks=2)])
     assert [seat.first_rank for seat in seats] == [1, 2, 6] and world_size == 8
 
 

@@ -29,7 +29,7 @@ from trainer.advantages.gae import Gae, gae
 from trainer.batching.packing import Sample
 from trainer.checkpoint import CRITIC_FILE, Checkpoints
 from trainer.distributed.ranks import Ranks
-from trainer.metrics.phase_timer import PhaseClock
+from trainer.metrics.phase_timer import PhaseTimer
 from trainer.metrics.prometheus import TrainerSeries
 from trainer.metrics.step_totals import StepTotals
 from trainer.models.policy import build_policy
@@ -160,7 +160,7 @@ def test_values_and_advantages_are_those_of_the_sampled_tokens(
 
 
 def appraised(runner: StepRunner, groups: list[list[Trajectory]]) -> list[Sample]:
-    totals, clock = StepTotals(), PhaseClock(("compute_s",))
+    totals, clock = StepTotals(), PhaseTimer(("compute_s",))
     return list(
         itertools.chain(
             *runner.appraiser.appraise(

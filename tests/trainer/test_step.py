@@ -25,7 +25,7 @@ from trainer.batching.scope import Scope
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy, build_policy
 from trainer.models.sharded_weights import gather_full_state
-from trainer.objectives import Facts, Need, Reinforce, SampledTokens, TokenLosses
+from trainer.objectives import Need, Reinforce, SampledTokens, StepStats, TokenLosses
 from trainer.objectives.normalizers import Normalizer
 from trainer.optimizer import ShardedAdamW
 from trainer.step.runner import StepRunner
@@ -209,8 +209,8 @@ def test_an_advantage_of_batch_scope_sees_every_sampled_token(tmp_path: Path, ra
     white_S = torch.from_numpy((rewards_S - rewards_S.mean()) / rewards_S.std())
     reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
     logps_BL = dense_logprobs(reference, trajectories)
-    pi_S = torch.cat([logps_BL[i, : t.num_tokens][t.loss_mask == 1] for i, t in enumerate(trajectories)])
-    assert runner.run(groups, step=0)["loss"] == pytest.approx(-(white_S * pi_S).mean().item(), rel=1e-9)
+    logp_S = torch.cat([logps_BL[i, : t.num_tokens][t.loss_mask == 1] for i, t in enumerate(trajectories)])
+    assert runner.run(groups, step=0)["loss"] == pytest.approx(-(white_S * logp_S).mean().item(), rel=1e-9)
 
 
 class Watchful(Reinforce):
@@ -220,26 +220,26 @@ class Watchful(Reinforce):
     whole_groups = True
     skips_zero_advantage = False
 
-    def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
-        assert batch.prox_S is not None and batch.ref_S is not None
+    def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
+        assert batch.prox_logp_S is not None and batch.ref_logp_S is not None
         assert (
-            torch.equal(batch.prox_S, batch.pi_S)
-            and not batch.prox_S.requires_grad
-            and not batch.ref_S.requires_grad
+            torch.equal(batch.prox_logp_S, batch.logp_S)
+            and not batch.prox_logp_S.requires_grad
+            and not batch.ref_logp_S.requires_grad
         )
         assert set(batch.group_N.bincount().tolist()) <= {0, 3}, "a group was split"
         return TokenLosses(
-            loss_S=-batch.pi_S, means={"distance_to_ref": (batch.ref_S - batch.pi_S.detach()).abs()}
+            loss_S=-batch.logp_S, means={"distance_to_ref": (batch.ref_logp_S - batch.logp_S.detach()).abs()}
         )
 
     def observe(self, batch: SampledTokens) -> dict[str, Tensor]:
         return {"rewards": batch.reward_N}
 
-    def summarize(self, observed: Facts) -> dict[str, Tensor]:
+    def summarize(self, observed: StepStats) -> dict[str, Tensor]:
         return {"mean_reward": observed["rewards"].mean()}
 
-    def lr_scale(self, facts: Facts) -> float:
-        return float(facts["mean_reward"])
+    def lr_scale(self, stats: StepStats) -> float:
+        return float(stats["mean_reward"])
 
 
 def test_an_objective_may_see_references_and_set_the_learning_rate(tmp_path: Path, ranks: Ranks) -> None:

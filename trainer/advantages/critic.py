@@ -58,7 +58,7 @@ class ValueModel(PackedModel):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Lesson:
+class ValueTarget:
     """What the critic said of one trajectory's sampled tokens, and what it should have said."""
 
     trajectory: Trajectory
@@ -108,7 +108,7 @@ class Critic:
                 values += by_sequence(value_S, batch)
         return values
 
-    def learn(self, lessons: Sequence[Lesson], *, step: int) -> dict[str, float]:
+    def learn(self, lessons: Sequence[ValueTarget], *, step: int) -> dict[str, float]:
         """Moves the values towards their targets, after `step` completed steps. Metrics are of the values as they were before.
 
         `explained_variance`: 1 - Var(target - value) / Var(target), 0 for a critic that says the mean; NaN where all targets are equal.
@@ -134,7 +134,7 @@ class Critic:
             "critic_grad_norm": norm,
         }
 
-    def _accumulate(self, lessons: Sequence[Lesson]) -> None:
+    def _accumulate(self, lessons: Sequence[ValueTarget]) -> None:
         self.model.zero_grad()
         left = iter(lessons)
         for batch, live in matched(self._cut([lesson.trajectory for lesson in lessons]), self._ranks):

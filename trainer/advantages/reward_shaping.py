@@ -24,7 +24,7 @@ from trainer.batching.scope import Scope
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standing:
+class ShapingContext:
     """What a shaping may know beside the group itself."""
 
     dual: float = 0.0
@@ -40,7 +40,7 @@ class Shaping(ABC):
     """BATCH: `standing.ahead` is wanted."""
 
     @abstractmethod
-    def rewards(self, group: Sequence[Trajectory], standing: Standing) -> FloatArray:
+    def rewards(self, group: Sequence[Trajectory], standing: ShapingContext) -> FloatArray:
         """[G] the shaped reward of each sample."""
 
     def score(self, group: Sequence[Trajectory]) -> float:
@@ -78,7 +78,7 @@ class Overlong(Shaping):
                 "advantage.shaping: overlong wants max_tokens of at least 1, 0 < soft_fraction <= 1 and weight >= 0"
             )
 
-    def rewards(self, group: Sequence[Trajectory], standing: Standing) -> FloatArray:
+    def rewards(self, group: Sequence[Trajectory], standing: ShapingContext) -> FloatArray:
         """R - weight * clip((L - (1 - soft_fraction) max_tokens) / (soft_fraction max_tokens), 0, 1)"""
         over_G = (lengths_of(group) - (1 - self.soft_fraction) * self.max_tokens) / (
             self.soft_fraction * self.max_tokens
@@ -113,7 +113,7 @@ class GrpoLambda(Shaping):
         """Rate of right answers."""
         return float((rewards_of(group) >= self.correct).mean())
 
-    def rewards(self, group: Sequence[Trajectory], standing: Standing) -> FloatArray:
+    def rewards(self, group: Sequence[Trajectory], standing: ShapingContext) -> FloatArray:
         """R - weight * sigmoid((L - mean) / std) for right answers of a chosen group, mean and std over its right answers."""
         rewards_G, lengths_G = rewards_of(group), lengths_of(group)
         right_G = rewards_G >= self.correct
@@ -145,7 +145,7 @@ class Laconic(Shaping):
                 "advantage.shaping: laconic wants budget_tokens of at least 1, and rate and max_dual above 0"
             )
 
-    def rewards(self, group: Sequence[Trajectory], standing: Standing) -> FloatArray:
+    def rewards(self, group: Sequence[Trajectory], standing: ShapingContext) -> FloatArray:
         """R - dual * max(0, L / budget - 1)"""
         return np.asarray(
             rewards_of(group) - standing.dual * np.maximum(0, lengths_of(group) / self.budget_tokens - 1)

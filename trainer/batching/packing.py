@@ -52,16 +52,16 @@ class Packer:
     """
 
     def __init__(
-        self, *, budget_tokens: int, whole_groups: bool = False, lone_sequences: bool = False
+        self, *, budget_tokens: int, whole_groups: bool = False, one_sequence_per_microbatch: bool = False
     ) -> None:
         """`budget_tokens`: most tokens of a micro-batch. `whole_groups`: never split a group over two micro-batches.
 
-        `lone_sequences`: every sequence is a micro-batch by itself.
+        `one_sequence_per_microbatch`: every sequence is a micro-batch by itself.
         """
-        assert budget_tokens >= 1 and not (whole_groups and lone_sequences)
+        assert budget_tokens >= 1 and not (whole_groups and one_sequence_per_microbatch)
         self._budget = budget_tokens
         self._whole_groups = whole_groups
-        self._lone_sequences = lone_sequences
+        self._lone_sequences = one_sequence_per_microbatch
         self._open: list[Sample] = []
         self._used = 0
 
@@ -106,7 +106,7 @@ class PackedBatch:
     """int64 index in 0..N-1 of each token's sequence."""
     loss_mask_T: Tensor
     """bool, True where the token is trained on."""
-    mu_T: Tensor
+    behavior_logp_T: Tensor
     """float32 behaviour log-prob; 0 outside the mask."""
     versions_T: Tensor
     """int32 version of the weights that sampled the token; NOT_SAMPLED elsewhere."""
@@ -167,7 +167,7 @@ def collate(samples: Sequence[Sample], *, device: torch.device | str = "cpu") ->
         positions_T=put(np.arange(total) - np.repeat(starts, lengths)),
         segments_T=put(np.repeat(np.arange(len(lengths)), lengths)),
         loss_mask_T=put(mask),
-        mu_T=put(np.concatenate([t.logprobs for t in trajectories])),
+        behavior_logp_T=put(np.concatenate([t.logprobs for t in trajectories])),
         versions_T=put(np.concatenate([t.versions for t in trajectories])),
         lags_T=put(lags),
         advantages_T=put(advantages),

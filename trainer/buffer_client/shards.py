@@ -24,13 +24,13 @@ from areal_like.shards import Shard, add_up
 from areal_like.wire.messages.consumer import (
     AdoptVersion,
     AllocVersion,
-    Books,
     CloseAdmission,
     CommitStep,
     CompleteStep,
     Fetch,
-    GetBooks,
+    GetRunCounters,
     GetStreamState,
+    RunCounters,
     SetMaxStaleness,
     StartTraining,
     StreamState,
@@ -75,8 +75,8 @@ async def ask_buffers(message: Any, asks: Sequence[Ask]) -> Any:
             return StreamState(
                 stream=merge_streams([state.stream for state in await _all(ask(message) for ask in asks)])
             )
-        case GetBooks():
-            return merge_books(await _all(ask(message) for ask in asks))
+        case GetRunCounters():
+            return merge_run_counters(await _all(ask(message) for ask in asks))
         case _:
             return await first(message)
 
@@ -108,7 +108,7 @@ def split_stream(stream: Stream, *, num_shards: int) -> list[Stream]:
     return parts
 
 
-def merge_books(books: Sequence[Books]) -> Books:
+def merge_run_counters(books: Sequence[RunCounters]) -> RunCounters:
     """The account of the whole job."""
     every = [one.counters for one in books]
     counters = {name: sum(one[name] for one in every) for name in every[0]}
@@ -117,7 +117,7 @@ def merge_books(books: Sequence[Books]) -> Books:
         counters[name] = (
             sum(one[name] * one[over] for one in every) / counters[over] if counters[over] else 0.0
         )
-    return Books(
+    return RunCounters(
         tickets=add_up(one.tickets for one in books),
         drops=add_up(one.drops for one in books),
         counters=counters,

@@ -10,7 +10,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-class PhaseClock:
+class PhaseTimer:
     """Seconds by phase."""
 
     def __init__(self, phases: Iterable[str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from areal_like.paths import write_json
-from areal_like.wire.messages.consumer import Books
+from areal_like.wire.messages.consumer import RunCounters
 
 WARM_UP_STEPS = 10
 """Steps whose waiting does not count as idleness: the pipeline is filling."""
@@ -140,9 +140,9 @@ def write_summary(
     path: Path,
     *,
     account: Account,
-    books: Books,
-    books_after_warm_up: Books | None,
-    books_at_end: Books,
+    books: RunCounters,
+    books_after_warm_up: RunCounters | None,
+    books_at_end: RunCounters,
     eval_before: float | None,
     eval_after: float | None,
     weights_version: int,
@@ -182,7 +182,7 @@ def write_summary(
     return summary
 
 
-def _generation_idle(books: Books, earlier: Books | None) -> float | None:
+def _generation_idle(books: RunCounters, earlier: RunCounters | None) -> float | None:
     def difference(name: str) -> float:
         return books.counters.get(name, 0.0) - (earlier.counters.get(name, 0.0) if earlier else 0.0)
 

@@ -1,6 +1,6 @@
 """Objectives by name. Importing this package registers all of them."""
 
-from trainer.objectives.base import OBJECTIVES, Facts, Need, Objective, SampledTokens, TokenLosses
+from trainer.objectives.base import OBJECTIVES, Need, Objective, SampledTokens, StepStats, TokenLosses
 from trainer.objectives.cispo import Cispo
 from trainer.objectives.composed import Composed, build_objective
 from trainer.objectives.dcpo import Dcpo
@@ -25,7 +25,6 @@ __all__ = [
     "Dcpo",
     "DecoupledPpo",
     "DppoTv",
-    "Facts",
     "Gspo",
     "Lad",
     "M2po",
@@ -38,6 +37,7 @@ __all__ = [
     "Reinforce",
     "SampledTokens",
     "Sapo",
+    "StepStats",
     "TokenLosses",
     "Topr",
     "TruncatedIS",

@@ -5,10 +5,10 @@ so what is masked cannot contribute; it returns losses that are neither averaged
 What depends on the whole step is declared (`scope = Scope.BATCH`) and comes in three moves, all optional:
 
     observe(batch) -> vectors, one call a micro-batch    gathered over micro-batches and ranks
-    summarize(vectors) -> facts                          once, the same on every rank
-    losses(batch, facts)                                 facts are empty under scope GROUP
+    summarize(vectors) -> stats                          once, the same on every rank
+    losses(batch, stats)                                 stats are empty under scope GROUP
 
-Under scope GROUP the observing happens beside the gradient, and the facts serve `lr_scale` alone.
+Under scope GROUP the observing happens beside the gradient, and the stats serve `lr_scale` alone.
 
 An objective of one's own, complete (`objective._target_=my_module.SoftReinforce objective.power=0.5`):
 
@@ -16,9 +16,9 @@ An objective of one's own, complete (`objective._target_=my_module.SoftReinforce
     class SoftReinforce(Objective):
         power: float = 1.0
 
-        def losses(self, batch, facts):
-            weight_S = torch.exp(self.power * (batch.pi_S - batch.mu_S).clamp(max=1.0)).detach()
-            return TokenLosses(loss_S=-weight_S * batch.advantage_S * batch.pi_S)
+        def losses(self, batch, stats):
+            weight_S = torch.exp(self.power * (batch.logp_S - batch.behavior_logp_S).clamp(max=1.0)).detach()
+            return TokenLosses(loss_S=-weight_S * batch.advantage_S * batch.logp_S)
 
 Shape suffixes: S sampled tokens of a micro-batch, N its sequences.
 """
@@ -62,9 +62,9 @@ class Need(StrEnum):
 class SampledTokens:
     """Sampled tokens of one micro-batch, whole sequences, in packed order. Float tensors share one dtype, float32 or wider."""
 
-    pi_S: Tensor
+    logp_S: Tensor
     """Log-prob under the current weights; the only one that carries gradient."""
-    mu_S: Tensor
+    behavior_logp_S: Tensor
     """Behaviour log-prob recorded by the engine."""
     advantage_S: Tensor
     segment_S: Tensor
@@ -82,9 +82,9 @@ class SampledTokens:
     """Optimizer steps between the weights that sampled the token and those at the start of the step, as floats; 0 is on-policy."""
     entropy_S: Tensor
     """Entropy of the policy's distribution at the token, in nats; detached unless Need.ENTROPY."""
-    prox_S: Tensor | None = None
+    prox_logp_S: Tensor | None = None
     """For Need.PROX."""
-    ref_S: Tensor | None = None
+    ref_logp_S: Tensor | None = None
     """For Need.REF."""
     collision_S: Tensor | None = None
     """For Need.COLLISION; detached."""
@@ -108,7 +108,7 @@ class SampledTokens:
     @cached_property
     def log_ratio_S(self) -> Tensor:
         """log pi/mu, detached."""
-        return self.pi_S.detach() - self.mu_S
+        return self.logp_S.detach() - self.behavior_logp_S
 
     @cached_property
     def log_w_N(self) -> Tensor:
@@ -128,7 +128,7 @@ class TokenLosses:
     """Vectors, of tokens or sequences, whose mean over the step becomes a metric of that name."""
 
 
-Facts = Mapping[str, Tensor]
+StepStats = Mapping[str, Tensor]
 
 
 class Objective(ABC):
@@ -138,7 +138,7 @@ class Objective(ABC):
     needs: frozenset[Need] = frozenset()
     whole_groups: bool = False
     """True: a group is never split over micro-batches (baselines and gradients of a whole group)."""
-    lone_sequences: bool = False
+    one_sequence_per_microbatch: bool = False
     """True: every sequence is a micro-batch by itself (autograd's own gradient of each sequence)."""
     late_coefficients: bool = False
     """True: `gradients` multiplies the losses by coefficients that it finds later, so nothing else may be added to them."""
@@ -152,18 +152,18 @@ class Objective(ABC):
     """Set where the method prescribes its own normaliser; it replaces the configured one."""
 
     @abstractmethod
-    def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
+    def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """Per-token losses of one micro-batch. Must be finite for any finite log-ratio."""
 
     def observe(self, batch: SampledTokens) -> dict[str, Tensor]:
         """Vectors of any length that `summarize` needs of this micro-batch; called without gradient."""
         return {}
 
-    def summarize(self, observed: Facts) -> dict[str, Tensor]:
-        """Facts about the whole step, from each vector's concatenation (float64, on the CPU)."""
+    def summarize(self, observed: StepStats) -> dict[str, Tensor]:
+        """StepStats about the whole step, from each vector's concatenation (float64, on the CPU)."""
         return {}
 
-    def lr_scale(self, facts: Facts) -> float:
+    def lr_scale(self, stats: StepStats) -> float:
         """Factor on this step's learning rate."""
         return 1.0
 

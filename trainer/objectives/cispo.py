@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from areal_like.errors import ConfigError
-from trainer.objectives.base import OBJECTIVES, Facts, Objective, SampledTokens, TokenLosses
+from trainer.objectives.base import OBJECTIVES, Objective, SampledTokens, StepStats, TokenLosses
 from trainer.objectives.importance import ratio_S
 
 
@@ -25,10 +25,10 @@ class Cispo(Objective):
         if not self.high > 0:
             raise ConfigError(f"objective.high={self.high}: want a value above 0")
 
-    def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
+    def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """The weighted loss."""
         r_S = ratio_S(batch, batch.log_ratio_S, level="token")
         return TokenLosses(
-            loss_S=-r_S.clamp(max=self.high) * batch.advantage_S * batch.pi_S,
+            loss_S=-r_S.clamp(max=self.high) * batch.advantage_S * batch.logp_S,
             means={"clipped_fraction": r_S > self.high},
         )

@@ -24,7 +24,7 @@ from areal_like.errors import ConfigError
 from trainer.advantages.base import Advantage
 from trainer.batching.scope import Scope
 from trainer.gradients.base import Gradients
-from trainer.objectives.base import OBJECTIVES, Facts, Need, Objective, SampledTokens, TokenLosses
+from trainer.objectives.base import OBJECTIVES, Need, Objective, SampledTokens, StepStats, TokenLosses
 from trainer.objectives.importance import MAX_EXPONENT
 from trainer.objectives.masks import MASKS, Mask
 
@@ -73,9 +73,9 @@ class Composed(Objective):
         return self.inner.whole_groups
 
     @property
-    def lone_sequences(self) -> bool:  # type: ignore[override]
+    def one_sequence_per_microbatch(self) -> bool:  # type: ignore[override]
         """The objective's."""
-        return self.inner.lone_sequences
+        return self.inner.one_sequence_per_microbatch
 
     @property
     def late_coefficients(self) -> bool:  # type: ignore[override]
@@ -103,14 +103,14 @@ class Composed(Objective):
         """The objective's."""
         return self.inner.normalizer
 
-    def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
+    def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """The objective's losses and the terms, of the tokens that every mask keeps."""
-        batch = self._masked(batch, facts, [*enumerate(self.masks)])
-        bare = self.inner.losses(batch, _part(facts, ""))
+        batch = self._masked(batch, stats, [*enumerate(self.masks)])
+        bare = self.inner.losses(batch, _part(stats, ""))
         loss_S, counted_S, means = bare.loss_S, bare.counted_S, dict(bare.means)
         if self.kl is not None:
-            assert batch.ref_S is not None
-            kl_S = kl_estimate(batch.pi_S - batch.ref_S, estimator=self.kl.estimator)
+            assert batch.ref_logp_S is not None
+            kl_S = kl_estimate(batch.logp_S - batch.ref_logp_S, estimator=self.kl.estimator)
             loss_S = loss_S + self.kl.coef * kl_S
             means["kl_ref"] = kl_S
         if self.entropy_coef:
@@ -133,28 +133,30 @@ class Composed(Objective):
             observed |= {f"{index}/{name}": vector for name, vector in mask.observe(batch).items()}
         return observed
 
-    def summarize(self, observed: Facts) -> dict[str, Tensor]:
-        """Each part's facts under its own names."""
+    def summarize(self, observed: StepStats) -> dict[str, Tensor]:
+        """Each part's stats under its own names."""
         mine = _part(observed, "")
-        facts = self.inner.summarize(mine) if mine else {}
+        stats = self.inner.summarize(mine) if mine else {}
         for index, mask in enumerate(self.masks):
             if theirs := _part(observed, f"{index}/"):
-                facts |= {f"{index}/{name}": fact for name, fact in mask.summarize(theirs).items()}
-        return facts
+                stats |= {f"{index}/{name}": fact for name, fact in mask.summarize(theirs).items()}
+        return stats
 
-    def _masked(self, batch: SampledTokens, facts: Facts, masks: Sequence[tuple[int, Mask]]) -> SampledTokens:
+    def _masked(
+        self, batch: SampledTokens, stats: StepStats, masks: Sequence[tuple[int, Mask]]
+    ) -> SampledTokens:
         """The batch that knows what these masks, with their places in the list, leave of it."""
         kept_S, counted_S = batch.kept_S, batch.counted_S
         for index, mask in masks:
-            mask_S = mask.kept_S(batch, _part(facts, f"{index}/"))
+            mask_S = mask.kept_S(batch, _part(stats, f"{index}/"))
             kept_S = mask_S if kept_S is None else kept_S & mask_S
             if mask.denominator == "kept":
                 counted_S = mask_S if counted_S is None else counted_S & mask_S
         return replace(batch, kept_S=kept_S, counted_S=counted_S)
 
-    def lr_scale(self, facts: Facts) -> float:
+    def lr_scale(self, stats: StepStats) -> float:
         """The objective's."""
-        return self.inner.lr_scale(_part(facts, ""))
+        return self.inner.lr_scale(_part(stats, ""))
 
     def gradients(self, policy: Policy, ranks: Ranks) -> Gradients:
         """The objective's."""
@@ -183,7 +185,7 @@ def build_objective(
     return Composed(inner=inner, masks=masks, kl=in_loss, entropy_coef=entropy_coef)
 
 
-def _part(named: Facts, prefix: str) -> dict[str, Tensor]:
+def _part(named: StepStats, prefix: str) -> dict[str, Tensor]:
     """Entries of one part: those with its prefix (without it), or those with none."""
     if not prefix:
         return {name: value for name, value in named.items() if "/" not in name}

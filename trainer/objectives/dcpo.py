@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from areal_like.errors import ConfigError
-from trainer.objectives.base import OBJECTIVES, Facts, Objective, SampledTokens, TokenLosses
+from trainer.objectives.base import OBJECTIVES, Objective, SampledTokens, StepStats, TokenLosses
 from trainer.objectives.importance import live_ratio_S
 from trainer.objectives.ppo import clipped_surrogate
 
@@ -35,19 +35,19 @@ class Dcpo(Objective):
         if not self.clip_low > 0 or not self.clip_high > 0 or not self.max_ratio > 1:
             raise ConfigError("objective: want clip_low and clip_high above 0 and max_ratio above 1")
 
-    def bounds_S(self, mu_S: Tensor) -> tuple[Tensor, Tensor]:
+    def bounds_S(self, behavior_logp_S: Tensor) -> tuple[Tensor, Tensor]:
         """(lower, upper) bound of each token's ratio, from its behaviour log-prob."""
         # Beyond this log-prob both bounds have saturated; the clamp keeps 1/q finite.
         floor = math.log(4 * self.clip_high) - 2 * math.log(2 * self.max_ratio)
-        inverse_S = torch.exp(-mu_S.clamp(min=min(floor, math.log(4 * self.clip_low))))
+        inverse_S = torch.exp(-behavior_logp_S.clamp(min=min(floor, math.log(4 * self.clip_low))))
         low_S = 0.5 + 0.5 * torch.sqrt((1 - 4 * self.clip_low * inverse_S).clamp(min=0))
         high_S = 0.5 + 0.5 * torch.sqrt(1 + 4 * self.clip_high * inverse_S)
         return low_S, high_S.clamp(max=self.max_ratio)
 
-    def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
+    def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """The surrogate with each token's own bounds."""
-        r_S = live_ratio_S(batch.pi_S, batch.mu_S)
-        low_S, high_S = self.bounds_S(batch.mu_S)
+        r_S = live_ratio_S(batch.logp_S, batch.behavior_logp_S)
+        low_S, high_S = self.bounds_S(batch.behavior_logp_S)
         loss_S, clipped_S = clipped_surrogate(
             r_S, torch.minimum(torch.maximum(r_S, low_S), high_S), batch.advantage_S
         )

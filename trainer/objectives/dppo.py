@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from areal_like.errors import ConfigError
-from trainer.objectives.base import OBJECTIVES, Facts, Objective, SampledTokens, TokenLosses
+from trainer.objectives.base import OBJECTIVES, Objective, SampledTokens, StepStats, TokenLosses
 from trainer.objectives.importance import live_ratio_S
 
 
@@ -37,14 +37,14 @@ class DppoTv(Objective):
         """Tokens without an advantage are pulled back too."""
         return self.pull == 0
 
-    def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
+    def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """The masked surrogate and the pull; `kept_fraction` counts what is inside the region."""
-        moved_S = torch.exp(batch.pi_S.detach()) - torch.exp(batch.mu_S)
+        moved_S = torch.exp(batch.logp_S.detach()) - torch.exp(batch.behavior_logp_S)
         beyond_S = ((batch.advantage_S > 0) & (moved_S > self.high)) | (
             (batch.advantage_S < 0) & (moved_S < -self.low)
         )
-        policy_S = -batch.advantage_S * live_ratio_S(batch.pi_S, batch.mu_S) * ~beyond_S
+        policy_S = -batch.advantage_S * live_ratio_S(batch.logp_S, batch.behavior_logp_S) * ~beyond_S
         return TokenLosses(
-            loss_S=policy_S + self.pull * (batch.pi_S - batch.mu_S).square(),
+            loss_S=policy_S + self.pull * (batch.logp_S - batch.behavior_logp_S).square(),
             means={"kept_fraction": ~beyond_S},
         )

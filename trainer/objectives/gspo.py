@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from areal_like.errors import ConfigError
-from trainer.objectives.base import OBJECTIVES, Facts, Objective, SampledTokens, TokenLosses
+from trainer.objectives.base import OBJECTIVES, Objective, SampledTokens, StepStats, TokenLosses
 from trainer.objectives.importance import ratio_S
 from trainer.objectives.ppo import clipped_surrogate
 
@@ -30,10 +30,10 @@ class Gspo(Objective):
         if not 0 < self.clip_low < 1 or not self.clip_high > 0:
             raise ConfigError("objective: want clip_low between 0 and 1 and clip_high above 0")
 
-    def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
+    def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """The clipped sequence ratio at each of its tokens."""
         s_S = ratio_S(batch, batch.log_ratio_S, level="geometric") * torch.exp(
-            batch.pi_S - batch.pi_S.detach()
+            batch.logp_S - batch.logp_S.detach()
         )
         loss_S, clipped_S = clipped_surrogate(
             s_S, s_S.clamp(1 - self.clip_low, 1 + self.clip_high), batch.advantage_S

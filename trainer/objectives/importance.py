@@ -40,9 +40,9 @@ def within_S(ratio_S: Tensor, *, low: float, high: float) -> Tensor:
     return (ratio_S >= low) & (ratio_S <= high)
 
 
-def live_ratio_S(pi_S: Tensor, old_S: Tensor) -> Tensor:
+def live_ratio_S(logp_S: Tensor, old_S: Tensor) -> Tensor:
     """exp(pi - old) of each token, carrying pi's gradient (none beyond the clamp)."""
-    return torch.exp((pi_S - old_S).clamp(-MAX_EXPONENT, MAX_EXPONENT))
+    return torch.exp((logp_S - old_S).clamp(-MAX_EXPONENT, MAX_EXPONENT))
 
 
 def ess_ratio(log_w_B: Tensor) -> float:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from areal_like.errors import ConfigError
-from trainer.objectives.base import OBJECTIVES, Facts, Objective, SampledTokens, TokenLosses
+from trainer.objectives.base import OBJECTIVES, Objective, SampledTokens, StepStats, TokenLosses
 from trainer.objectives.importance import MAX_EXPONENT, check_level, ratio_S
 
 _DIVERGENCES = ("js", "hellinger", "tv")
@@ -48,7 +48,7 @@ class Lad(Objective):
         if self.eta <= 0:
             raise ConfigError(f"objective.eta={self.eta:g}: want it above 0")
 
-    def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
+    def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """The loss with the right gradient; `divergence` is the value that it is the gradient of."""
         advantage_S = (
             batch.advantage_S if self.level == "token" else batch.spread_S(batch.mean_N(batch.advantage_S))
@@ -57,7 +57,7 @@ class Lad(Objective):
         w_S = ratio_S(batch, batch.log_ratio_S, level=self.level)
         log_x_S = w_S.log() - u_S
         return TokenLosses(
-            loss_S=w_S * self._slope(log_x_S) * batch.pi_S,
+            loss_S=w_S * self._slope(log_x_S) * batch.logp_S,
             means={"divergence": self._value(w_S, u_S.exp(), log_x_S)},
         )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from areal_like.errors import ConfigError
 from trainer.batching.scope import Scope
-from trainer.objectives.base import OBJECTIVES, Facts, Need, Objective, SampledTokens, TokenLosses
+from trainer.objectives.base import OBJECTIVES, Need, Objective, SampledTokens, StepStats, TokenLosses
 from trainer.objectives.importance import live_ratio_S
 
 
@@ -33,11 +33,11 @@ class M2po(Objective):
         if not self.threshold > 0:
             raise ConfigError(f"objective.threshold={self.threshold}: want a value above 0")
 
-    def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
+    def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """The masked surrogate."""
-        kept_S = _second_moment_S(batch).double() < facts["first_dropped"].to(batch.mu_S.device)
+        kept_S = _second_moment_S(batch).double() < stats["first_dropped"].to(batch.behavior_logp_S.device)
         return TokenLosses(
-            loss_S=-batch.advantage_S * live_ratio_S(batch.pi_S, batch.mu_S) * kept_S,
+            loss_S=-batch.advantage_S * live_ratio_S(batch.logp_S, batch.behavior_logp_S) * kept_S,
             means={"kept_fraction": kept_S},
         )
 
@@ -45,7 +45,7 @@ class M2po(Objective):
         """Every token's second moment."""
         return {"second_moment": _second_moment_S(batch)}
 
-    def summarize(self, observed: Facts) -> dict[str, Tensor]:
+    def summarize(self, observed: StepStats) -> dict[str, Tensor]:
         """The smallest moment that is dropped (infinite: none). Ties go together, so that the order of tokens cannot matter."""
         ascending_S = observed["second_moment"].sort().values
         running_S = ascending_S.cumsum(0) / torch.arange(1, len(ascending_S) + 1)
@@ -57,5 +57,5 @@ class M2po(Objective):
 
 
 def _second_moment_S(batch: SampledTokens) -> Tensor:
-    assert batch.prox_S is not None
-    return (batch.mu_S - batch.prox_S).square()
+    assert batch.prox_logp_S is not None
+    return (batch.behavior_logp_S - batch.prox_logp_S).square()

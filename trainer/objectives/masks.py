@@ -21,7 +21,7 @@ from torch import Tensor
 from areal_like.errors import ConfigError
 from areal_like.registry import Registry
 from trainer.batching.scope import Scope
-from trainer.objectives.base import Facts, SampledTokens
+from trainer.objectives.base import SampledTokens, StepStats
 from trainer.objectives.importance import check_level, ratio_S, within_S
 
 
@@ -39,14 +39,14 @@ class Mask(ABC):
             raise ConfigError(f"objective.masks: denominator={self.denominator}: use original or kept")
 
     @abstractmethod
-    def kept_S(self, batch: SampledTokens, facts: Facts) -> Tensor:
+    def kept_S(self, batch: SampledTokens, stats: StepStats) -> Tensor:
         """bool: what may be learned from."""
 
     def observe(self, batch: SampledTokens) -> dict[str, Tensor]:
         """As in Objective; only under scope BATCH."""
         return {}
 
-    def summarize(self, observed: Facts) -> dict[str, Tensor]:
+    def summarize(self, observed: StepStats) -> dict[str, Tensor]:
         """As in Objective; only under scope BATCH."""
         return {}
 
@@ -72,7 +72,7 @@ class Band(Mask):
         if not 0 <= self.low < self.high:
             raise ConfigError("objective.masks: band wants 0 <= low < high")
 
-    def kept_S(self, batch: SampledTokens, facts: Facts) -> Tensor:
+    def kept_S(self, batch: SampledTokens, stats: StepStats) -> Tensor:
         """Inside the band."""
         return within_S(ratio_S(batch, batch.log_ratio_S, level=self.level), low=self.low, high=self.high)
 
@@ -85,7 +85,7 @@ class Opsm(Mask):
     delta: float = 0.05
     """Largest mean of mu - pi, in nats a token, of a sequence with A < 0. It has to exceed what engine and trainer differ by."""
 
-    def kept_S(self, batch: SampledTokens, facts: Facts) -> Tensor:
+    def kept_S(self, batch: SampledTokens, stats: StepStats) -> Tensor:
         """All but sequences with A < 0 and mean(mu - pi) above delta."""
         dropped_N = (batch.sum_N(batch.advantage_S) < 0) & (batch.mean_N(-batch.log_ratio_S) > self.delta)
         return ~batch.spread_S(dropped_N)
@@ -96,7 +96,7 @@ class Opsm(Mask):
 class Truncated(Mask):
     """Drops samples that ended at the length limit (DAPO's overlong filtering). Their rewards stay in their group's baseline."""
 
-    def kept_S(self, batch: SampledTokens, facts: Facts) -> Tensor:
+    def kept_S(self, batch: SampledTokens, stats: StepStats) -> Tensor:
         """All but tokens of truncated sequences."""
         return ~batch.spread_S(batch.truncated_N)
 
@@ -119,17 +119,17 @@ class Stapo(Mask):
         if not 0 < self.max_prob < 1 or not 0 < self.quantile < 1:
             raise ConfigError("objective.masks: stapo wants max_prob and quantile between 0 and 1")
 
-    def kept_S(self, batch: SampledTokens, facts: Facts) -> Tensor:
+    def kept_S(self, batch: SampledTokens, stats: StepStats) -> Tensor:
         """All but tokens with A > 0, pi < max_prob and an entropy below the step's quantile."""
-        unlikely_S = batch.pi_S.detach() < math.log(self.max_prob)
-        sure_S = batch.entropy_S.detach().double() < facts["entropy_quantile"].to(batch.pi_S.device)
+        unlikely_S = batch.logp_S.detach() < math.log(self.max_prob)
+        sure_S = batch.entropy_S.detach().double() < stats["entropy_quantile"].to(batch.logp_S.device)
         return ~((batch.advantage_S > 0) & unlikely_S & sure_S)
 
     def observe(self, batch: SampledTokens) -> dict[str, Tensor]:
         """Entropies."""
         return {"entropy": batch.entropy_S}
 
-    def summarize(self, observed: Facts) -> dict[str, Tensor]:
+    def summarize(self, observed: StepStats) -> dict[str, Tensor]:
         """Their quantile, linearly interpolated; minus infinity for no tokens."""
         ascending_S = observed["entropy"].sort().values
         if len(ascending_S) == 0:

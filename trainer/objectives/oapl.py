@@ -23,7 +23,7 @@ import torch
 from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
 from trainer.advantages.base import Advantage, FloatArray, rewards_of
-from trainer.objectives.base import OBJECTIVES, Facts, Objective, SampledTokens, TokenLosses
+from trainer.objectives.base import OBJECTIVES, Objective, SampledTokens, StepStats, TokenLosses
 
 
 def default_beta2(max_tokens: int) -> float:
@@ -74,13 +74,13 @@ class Oapl(Objective):
         """The method's own."""
         return SoftAdvantage(beta1=self.beta1)
 
-    def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
+    def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """The squared residual, spread over the sequence's tokens."""
         beta2 = self.beta2 or default_beta2(self.max_tokens)
         residual_N = beta2 * batch.log_w_N - batch.mean_N(batch.advantage_S)
         share_S = batch.spread_S(residual_N.square() / batch.length_N.clamp(min=1))
         slope_S = batch.spread_S(2 * beta2 * residual_N)
         return TokenLosses(
-            loss_S=share_S + slope_S * (batch.pi_S - batch.pi_S.detach()),
+            loss_S=share_S + slope_S * (batch.logp_S - batch.logp_S.detach()),
             means={"residual_abs": torch.abs(residual_N)},
         )

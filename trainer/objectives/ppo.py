@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from areal_like.errors import ConfigError
-from trainer.objectives.base import OBJECTIVES, Facts, Need, Objective, SampledTokens, TokenLosses
+from trainer.objectives.base import OBJECTIVES, Need, Objective, SampledTokens, StepStats, TokenLosses
 from trainer.objectives.importance import check_level, live_ratio_S, ratio_S
 
 
@@ -48,9 +48,9 @@ class Ppo(Objective):
                 f"objective.dual_clip={self.dual_clip}: use 0 (off) or a value above 1 + clip_high"
             )
 
-    def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
+    def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """The surrogate; `clipped_fraction` counts what either bound has cut off."""
-        r_S = live_ratio_S(batch.pi_S, batch.mu_S)
+        r_S = live_ratio_S(batch.logp_S, batch.behavior_logp_S)
         loss_S, clipped_S = clipped_surrogate(
             r_S, r_S.clamp(1 - self.clip_low, 1 + self.clip_high), batch.advantage_S
         )
@@ -92,12 +92,12 @@ class DecoupledPpo(Objective):
         """The interpolated prox needs no forward of its own."""
         return frozenset({Need.PROX} if self.prox == "recomputed" else ())
 
-    def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
+    def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """The weighted surrogate; `kept_fraction` counts what the mask left, `clipped_fraction` what clip or cap cut."""
-        prox_S = self.prox_S(batch)
-        r_S = live_ratio_S(batch.pi_S, prox_S)
+        prox_logp_S = self.prox_logp_S(batch)
+        r_S = live_ratio_S(batch.logp_S, prox_logp_S)
         loss_S, clipped_S = clipped_surrogate(r_S, r_S.clamp(1 - self.clip, 1 + self.clip), batch.advantage_S)
-        weight_S = ratio_S(batch, prox_S - batch.mu_S, level=self.level)
+        weight_S = ratio_S(batch, prox_logp_S - batch.behavior_logp_S, level=self.level)
         kept_S = torch.ones_like(clipped_S)
         if self.mode == "truncate":
             clipped_S = clipped_S | (weight_S > self.cap)
@@ -108,10 +108,10 @@ class DecoupledPpo(Objective):
             loss_S=loss_S * weight_S * kept_S, means={"clipped_fraction": clipped_S, "kept_fraction": kept_S}
         )
 
-    def prox_S(self, batch: SampledTokens) -> Tensor:
+    def prox_logp_S(self, batch: SampledTokens) -> Tensor:
         """Log-probs around which the ratio is clipped."""
         if self.prox == "recomputed":
-            assert batch.prox_S is not None
-            return batch.prox_S
+            assert batch.prox_logp_S is not None
+            return batch.prox_logp_S
         alpha_S = batch.lag_S / (batch.lag_S + 1)
-        return batch.mu_S + alpha_S * batch.log_ratio_S
+        return batch.behavior_logp_S + alpha_S * batch.log_ratio_S

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from areal_like.errors import ConfigError
-from trainer.objectives.base import OBJECTIVES, Facts, Objective, SampledTokens, TokenLosses
+from trainer.objectives.base import OBJECTIVES, Objective, SampledTokens, StepStats, TokenLosses
 from trainer.objectives.importance import live_ratio_S
 
 
@@ -34,9 +34,9 @@ class Sapo(Objective):
         if not self.tau_positive > 0 or not self.tau_negative > 0:
             raise ConfigError("objective: want tau_positive and tau_negative above 0")
 
-    def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
+    def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """The gated surrogate."""
-        r_S = live_ratio_S(batch.pi_S, batch.mu_S)
+        r_S = live_ratio_S(batch.logp_S, batch.behavior_logp_S)
         tau_S = torch.where(batch.advantage_S >= 0, self.tau_positive, self.tau_negative).to(r_S)
         return TokenLosses(loss_S=-batch.advantage_S * (4 / tau_S) * torch.sigmoid(tau_S * (r_S - 1)))
 
@@ -59,19 +59,19 @@ class Maspo(Objective):
         if not self.sigma > 0 or not self.max_sigma > 0 or self.alpha < 0 or self.beta < 0:
             raise ConfigError("objective: want sigma and max_sigma above 0, alpha and beta at least 0")
 
-    def sigma_S(self, mu_S: Tensor, advantage_S: Tensor) -> Tensor:
+    def sigma_S(self, behavior_logp_S: Tensor, advantage_S: Tensor) -> Tensor:
         """Width of each token's gate."""
         confidence_S = torch.log1p(self.beta * advantage_S.abs()) * torch.sign(advantage_S)
-        log_sigma_S = math.log(self.sigma) - self.alpha * mu_S + confidence_S
+        log_sigma_S = math.log(self.sigma) - self.alpha * behavior_logp_S + confidence_S
         return torch.exp(log_sigma_S.clamp(max=math.log(self.max_sigma)))
 
-    def gate_S(self, ratio_S: Tensor, mu_S: Tensor, advantage_S: Tensor) -> Tensor:
+    def gate_S(self, ratio_S: Tensor, behavior_logp_S: Tensor, advantage_S: Tensor) -> Tensor:
         """F of each token."""
-        deviation_S = (ratio_S - 1) / self.sigma_S(mu_S, advantage_S)
+        deviation_S = (ratio_S - 1) / self.sigma_S(behavior_logp_S, advantage_S)
         return torch.where(advantage_S * (ratio_S - 1) > 0, torch.exp(-0.5 * deviation_S.square()), 1.0)
 
-    def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
+    def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """The gated surrogate; `gate` is the mean of F."""
-        r_S = live_ratio_S(batch.pi_S, batch.mu_S)
-        gate_S = self.gate_S(r_S.detach(), batch.mu_S, batch.advantage_S)
+        r_S = live_ratio_S(batch.logp_S, batch.behavior_logp_S)
+        gate_S = self.gate_S(r_S.detach(), batch.behavior_logp_S, batch.advantage_S)
         return TokenLosses(loss_S=-gate_S * r_S * batch.advantage_S, means={"gate": gate_S})

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from areal_like.errors import ConfigError
 from trainer.batching.scope import Scope
-from trainer.objectives.base import OBJECTIVES, Facts, Objective, SampledTokens, TokenLosses
+from trainer.objectives.base import OBJECTIVES, Objective, SampledTokens, StepStats, TokenLosses
 from trainer.objectives.importance import check_level, ratio_S, within_S
 
 
@@ -25,9 +25,9 @@ from trainer.objectives.importance import check_level, ratio_S, within_S
 class Reinforce(Objective):
     """`-A pi`: no correction at all. Right on-policy; the baseline that corrections are measured against."""
 
-    def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
+    def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """`-A pi`"""
-        return TokenLosses(loss_S=-batch.advantage_S * batch.pi_S)
+        return TokenLosses(loss_S=-batch.advantage_S * batch.logp_S)
 
 
 @OBJECTIVES.register("tis")
@@ -69,13 +69,13 @@ class TruncatedIS(Objective):
         """A group that is not run could not say how many of its tokens were kept, or what they weigh."""
         return self.denominator == "original" and not self.normalize
 
-    def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
+    def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """`-w A pi`"""
         weight_S, kept_S, clipped_S = self._weights(batch)
         if self.normalize:
-            weight_S = weight_S / facts["mean_weight"].to(weight_S)
+            weight_S = weight_S / stats["mean_weight"].to(weight_S)
         return TokenLosses(
-            loss_S=-weight_S * batch.advantage_S * batch.pi_S,
+            loss_S=-weight_S * batch.advantage_S * batch.logp_S,
             counted_S=kept_S if self.denominator == "kept" else None,
             means={"clipped_fraction": clipped_S, "kept_fraction": kept_S},
         )
@@ -87,7 +87,7 @@ class TruncatedIS(Objective):
         weight_S, _, _ = self._weights(batch)
         return {"weight": weight_S if self.level == "token" else batch.mean_N(weight_S)[batch.length_N > 0]}
 
-    def summarize(self, observed: Facts) -> dict[str, Tensor]:
+    def summarize(self, observed: StepStats) -> dict[str, Tensor]:
         """Their mean. All masked: the smallest normal number, which leaves every weight zero."""
         if not self.normalize:
             return {}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.objectives.base import OBJECTIVES, Facts, Objective, SampledTokens, TokenLosses
+from trainer.objectives.base import OBJECTIVES, Objective, SampledTokens, StepStats, TokenLosses
 from trainer.objectives.importance import check_level, ratio_S
 
 
@@ -25,11 +25,11 @@ class Topr(Objective):
     def __post_init__(self) -> None:
         check_level("objective.level", self.level)
 
-    def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
+    def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """The tapered loss; `clipped_fraction` counts ratios above 1 among A < 0."""
         r_S = ratio_S(batch, batch.log_ratio_S, level=self.level)
         bad_S = batch.advantage_S < 0
         weight_S = torch.where(bad_S, r_S.clamp(max=1.0), 1.0)
         return TokenLosses(
-            loss_S=-weight_S * batch.advantage_S * batch.pi_S, means={"clipped_fraction": bad_S & (r_S > 1)}
+            loss_S=-weight_S * batch.advantage_S * batch.logp_S, means={"clipped_fraction": bad_S & (r_S > 1)}
         )

@@ -30,7 +30,7 @@ from trainer.gradients.base import Gradients
 from trainer.gradients.ghost_gradients import GhostGradients
 from trainer.gradients.optimal_baseline import optimal_baseline
 from trainer.gradients.per_sequence import SequenceGradients
-from trainer.objectives.base import OBJECTIVES, Facts, Need, Objective, SampledTokens, TokenLosses
+from trainer.objectives.base import OBJECTIVES, Need, Objective, SampledTokens, StepStats, TokenLosses
 from trainer.objectives.importance import ess_ratio
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Vcpo(Objective):
         return self.baseline == "group" and self.norms != "exact"
 
     @property
-    def lone_sequences(self) -> bool:  # type: ignore[override]
+    def one_sequence_per_microbatch(self) -> bool:  # type: ignore[override]
         """Autograd separates no sequences."""
         return self.late_coefficients and self.norms == "exact"
 
@@ -107,19 +107,21 @@ class Vcpo(Objective):
         """The effective sample size is that of all sequences, and the step's b* moves groups without spread too."""
         return self.step_size == "none" and self.baseline != "batch"
 
-    def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
+    def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """`-w (A - b*) pi`; where norms come from the backward, `-w pi`, and `gradients` does the rest."""
         weight_N = self._weights(batch)
         means = {
             "clipped_fraction": batch.log_w_N > math.log(self.cap) if self.cap else torch.zeros_like(weight_N)
         }
         if self.late_coefficients:
-            return TokenLosses(loss_S=-batch.spread_S(weight_N) * batch.pi_S, means=means)
+            return TokenLosses(loss_S=-batch.spread_S(weight_N) * batch.logp_S, means=means)
         if self.baseline == "none":
-            return TokenLosses(loss_S=-batch.spread_S(weight_N) * batch.advantage_S * batch.pi_S, means=means)
+            return TokenLosses(
+                loss_S=-batch.spread_S(weight_N) * batch.advantage_S * batch.logp_S, means=means
+            )
         advantage_N = batch.mean_N(batch.advantage_S)
         if self.baseline == "batch":
-            baseline_N = facts["baseline"].to(advantage_N).expand_as(advantage_N)
+            baseline_N = stats["baseline"].to(advantage_N).expand_as(advantage_N)
         else:
             baseline_N = optimal_baseline(
                 self._proxy_squares(batch),
@@ -129,7 +131,7 @@ class Vcpo(Objective):
             ).to(advantage_N)
         means["baseline"] = baseline_N
         return TokenLosses(
-            loss_S=-batch.spread_S(weight_N * (advantage_N - baseline_N)) * batch.pi_S, means=means
+            loss_S=-batch.spread_S(weight_N * (advantage_N - baseline_N)) * batch.logp_S, means=means
         )
 
     def observe(self, batch: SampledTokens) -> dict[str, Tensor]:
@@ -139,20 +141,20 @@ class Vcpo(Objective):
             observed |= {"squares": self._proxy_squares(batch), "advantage": batch.mean_N(batch.advantage_S)}
         return observed
 
-    def summarize(self, observed: Facts) -> dict[str, Tensor]:
+    def summarize(self, observed: StepStats) -> dict[str, Tensor]:
         """rho, and the step's b*."""
-        facts = {"rho": torch.tensor(ess_ratio(observed["log_w"]), dtype=torch.float64)}
+        stats = {"rho": torch.tensor(ess_ratio(observed["log_w"]), dtype=torch.float64)}
         if self.scope is Scope.BATCH:
             squares_B = observed["squares"]
             one_group_B = torch.zeros(len(squares_B), dtype=torch.int64)
-            facts["baseline"] = optimal_baseline(squares_B, observed["advantage"], one_group_B)[:1].sum()
-        return facts
+            stats["baseline"] = optimal_baseline(squares_B, observed["advantage"], one_group_B)[:1].sum()
+        return stats
 
-    def lr_scale(self, facts: Facts) -> float:
+    def lr_scale(self, stats: StepStats) -> float:
         """sqrt(x) or x; 1 for a step without data."""
-        if self.step_size == "none" or "rho" not in facts:
+        if self.step_size == "none" or "rho" not in stats:
             return 1.0
-        x = min(1.0, float(facts["rho"]) / self.rho_ref)
+        x = min(1.0, float(stats["rho"]) / self.rho_ref)
         return math.sqrt(x) if self.step_size == "sqrt" else x
 
     def gradients(self, policy: Policy, ranks: Ranks) -> Gradients:
@@ -180,7 +182,7 @@ class Vcpo(Objective):
     def _proxy_squares(self, batch: SampledTokens) -> Tensor:
         """[N] float64: ||grad||^2 with respect to the logits, `1 - 2 pi_t + sum_v pi_v^2` a token, times w^2 (and 1 / L^2)."""
         assert batch.collision_S is not None
-        squares_S = 1 - 2 * batch.pi_S.detach().exp() + batch.collision_S
+        squares_S = 1 - 2 * batch.logp_S.detach().exp() + batch.collision_S
         squares_N = batch.sum_N(squares_S if batch.kept_S is None else squares_S * batch.kept_S).double()
         scale_N = self._weights(batch).double()
         if self.normalizer == "seq_mean_token_mean":

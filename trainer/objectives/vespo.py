@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from areal_like.errors import ConfigError
-from trainer.objectives.base import OBJECTIVES, Facts, Objective, SampledTokens, TokenLosses
+from trainer.objectives.base import OBJECTIVES, Objective, SampledTokens, StepStats, TokenLosses
 from trainer.objectives.importance import MAX_EXPONENT
 
 MIN_LOG_W = math.log(1e-8)
@@ -38,13 +38,13 @@ class Vespo(Objective):
         if min(self.k_positive, self.lambda_positive, self.k_negative, self.lambda_negative) <= 0:
             raise ConfigError("objective: want every k and lambda above 0")
 
-    def losses(self, batch: SampledTokens, facts: Facts) -> TokenLosses:
+    def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """The weighted loss; `phi` is the mean weight of a sequence."""
         log_w_N = batch.sum_N(batch.log_ratio_S.clamp(-MAX_EXPONENT, MAX_EXPONENT))
         # A sequence has one sign, also where an advantage varies over its tokens.
         phi_N = self.phi_N(log_w_N, positive_N=batch.sum_N(batch.advantage_S) >= 0)
         return TokenLosses(
-            loss_S=-batch.spread_S(phi_N) * batch.advantage_S * batch.pi_S, means={"phi": phi_N}
+            loss_S=-batch.spread_S(phi_N) * batch.advantage_S * batch.logp_S, means={"phi": phi_N}
         )
 
     def phi_N(self, log_w_N: Tensor, *, positive_N: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from areal_like.config import KlConfig
 from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
 from trainer.advantages.base import FloatArray
-from trainer.advantages.reward_shaping import Shaping, Standing
+from trainer.advantages.reward_shaping import Shaping, ShapingContext
 from trainer.batching.microbatches import matched
 from trainer.batching.packing import Packer, Sample, by_sequence, num_targets
 from trainer.batching.scope import Scope
@@ -79,7 +79,7 @@ class Rewards:
         """The shaped group. `ahead`: its standing by each shaping's score."""
         standings = ahead or [0.0] * len(self._shapings)
         for shaping, dual, place in zip(self._shapings, self.duals, standings, strict=True):
-            rewards_G = shaping.rewards(group, Standing(dual=dual, ahead=place))
+            rewards_G = shaping.rewards(group, ShapingContext(dual=dual, ahead=place))
             group = [replace(t, reward=float(r)) for t, r in zip(group, rewards_G, strict=True)]
         return group
 
@@ -148,10 +148,11 @@ class Rewards:
         costs: list[FloatArray] = []
         for batch, live in matched(iter([*packer.add(samples), *packer.flush()]), self._ranks):
             with torch.no_grad():
-                ref_S = self._reference(batch).logprobs_S
+                ref_logp_S = self._reference(batch).logprobs_S
             if live:
                 kl_S = kl_estimate(
-                    batch.mu_T[batch.sampled_S].to(ref_S.dtype) - ref_S, estimator=self._kl.estimator
+                    batch.behavior_logp_T[batch.sampled_S].to(ref_logp_S.dtype) - ref_logp_S,
+                    estimator=self._kl.estimator,
                 )
                 costs += by_sequence(self._kl.coef * kl_S, batch)
         left = iter(costs)

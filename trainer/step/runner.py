@@ -32,15 +32,15 @@ from trainer.batching.packing import MicroBatch, PackedBatch, Packer, Sample, nu
 from trainer.batching.scope import Scope
 from trainer.distributed.ranks import Ranks
 from trainer.gradients.base import Gradients
-from trainer.metrics.phase_timer import PhaseClock
+from trainer.metrics.phase_timer import PhaseTimer
 from trainer.metrics.step_totals import StepTotals
 from trainer.models.policy import Policy, build_policy
-from trainer.objectives import Facts, Need, Objective, SampledTokens
+from trainer.objectives import Need, Objective, SampledTokens, StepStats
 from trainer.objectives.normalizers import Normalizer
 from trainer.optimizer import ShardedAdamW
 from trainer.step.recipe import Recipe
 from trainer.step.reward_terms import Group, Rewards
-from trainer.step.scoring import Appraiser, Lags
+from trainer.step.scoring import AdvantagePipeline, Lags
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,9 @@ class StepRunner:
         self._reference = reference
         self.rewards = Rewards(shapings, ranks, kl=kl, reference=reference, budget_tokens=budget_tokens)
         self.critic = critic
-        self.appraiser = Appraiser(objective.advantage or advantage, self.rewards, ranks, critic=critic)
+        self.appraiser = AdvantagePipeline(
+            objective.advantage or advantage, self.rewards, ranks, critic=critic
+        )
 
     @classmethod
     def of(cls, config: Config, policy: Policy, ranks: Ranks, *, initial: str = "") -> StepRunner:
@@ -159,11 +161,11 @@ class StepRunner:
         sampled, if any: the numerical mismatch of engine and trainer), what else the objective reports, shaped_reward (where advantages
         are not made of `reward`), shaping_dual_I (of a shaping that learns one), wait_s, compute_s, reduce_s, update_s, step_s.
         """
-        clock, totals = PhaseClock(_PHASES), StepTotals(self.appraiser.extra_totals)
+        clock, totals = PhaseTimer(_PHASES), StepTotals(self.appraiser.extra_totals)
         self.policy.zero_grad()  # a step that was given up may have left some
         lags = lags or (lambda trajectory: np.maximum(step - trajectory.versions.astype(np.int64), 0))
         samples = self.appraiser.appraise(clock.timed("wait_s", groups), totals, clock, lags=lags)
-        facts: Facts = {}
+        stats: StepStats = {}
         with self._gradients as gradients:
             if self._objective.scope is Scope.BATCH:
                 packs = list(self._cut(samples, totals))
@@ -171,11 +173,11 @@ class StepRunner:
                     observed = [
                         self._observed(batch, live) for batch, live in matched(iter(packs), self._ranks)
                     ]
-                facts = self._summarize(observed)
-                self._accumulate(gradients, iter(packs), facts, totals, clock)
+                stats = self._summarize(observed)
+                self._accumulate(gradients, iter(packs), stats, totals, clock)
             else:
-                seen = self._accumulate(gradients, self._cut(samples, totals), facts, totals, clock)
-                facts = self._summarize(seen)
+                seen = self._accumulate(gradients, self._cut(samples, totals), stats, totals, clock)
+                stats = self._summarize(seen)
             with clock.span("reduce_s"):
                 for name, (total, count) in gradients.finish().items():
                     totals.add(name, total, count=count)
@@ -185,7 +187,7 @@ class StepRunner:
             raise IncompleteStepError(
                 f"step {step} ended with {totals.total('num_groups'):.0f} of {num_groups} groups"
             )
-        lr_scale = self._objective.lr_scale(facts)
+        lr_scale = self._objective.lr_scale(stats)
         lr = 0.0 if self.appraiser.policy_waits(step) else self.optimizer.learning_rate(step) * lr_scale
         divisor = self._normalizer.divisor(
             num_tokens=totals.total("counted_tokens"), num_seqs=totals.total("counted_seqs")
@@ -205,7 +207,7 @@ class StepRunner:
         packer = Packer(
             budget_tokens=self._budget_tokens,
             whole_groups=objective.whole_groups,
-            lone_sequences=objective.lone_sequences,
+            one_sequence_per_microbatch=objective.one_sequence_per_microbatch,
         )
         for group in groups:
             idle = all(not np.any(sample.advantage) for sample in group)
@@ -221,16 +223,16 @@ class StepRunner:
         self,
         gradients: Gradients,
         packs: Iterator[MicroBatch],
-        facts: Facts,
+        stats: StepStats,
         totals: StepTotals,
-        clock: PhaseClock,
+        clock: PhaseTimer,
     ) -> list[dict[str, Tensor]]:
         """Forward and backward of every micro-batch; returns what the objective observed (scope GROUP)."""
         observed = []
         for batch, live in matched(packs, self._ranks):
             with clock.span("compute_s"):
                 tokens = self._sampled(batch)
-                losses = self._objective.losses(tokens, facts)
+                losses = self._objective.losses(tokens, stats)
                 loss_S, num_tokens, num_seqs = self._normalizer.weigh(losses, tokens)
                 if not live:
                     loss_S = loss_S * 0.0
@@ -249,7 +251,7 @@ class StepRunner:
         return _only(self._objective.observe(self._sampled(batch)), live=live)
 
     def _summarize(self, observed: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Facts from all micro-batches of all ranks. Collective if the objective observes anything."""
+        """StepStats from all micro-batches of all ranks. Collective if the objective observes anything."""
         names = sorted(observed[0]) if observed else []
         whole = {
             name: self._ranks.gather(torch.cat([o[name].double().cpu() for o in observed])) for name in names
@@ -258,29 +260,29 @@ class StepRunner:
 
     def _sampled(self, batch: PackedBatch) -> SampledTokens:
         """Runs the policy and collects what an objective may see."""
-        pi_S, entropy_S, collision_S = self.policy(batch)
-        ref_S = None
+        logp_S, entropy_S, collision_S = self.policy(batch)
+        ref_logp_S = None
         if Need.REF in self._objective.needs:
             assert self._reference is not None
             with torch.no_grad():
-                ref_S = self._reference(batch).logprobs_S
+                ref_logp_S = self._reference(batch).logprobs_S
         at = batch.sampled_S
         segment_S = batch.segments_T[at]
         ones_S = torch.ones_like(entropy_S)
         return SampledTokens(
-            pi_S=pi_S,
-            mu_S=batch.mu_T[at].to(pi_S.dtype),
-            advantage_S=batch.advantages_T[at].to(pi_S.dtype),
+            logp_S=logp_S,
+            behavior_logp_S=batch.behavior_logp_T[at].to(logp_S.dtype),
+            advantage_S=batch.advantages_T[at].to(logp_S.dtype),
             segment_S=segment_S,
             length_N=ones_S.new_zeros(batch.num_sequences).index_add(0, segment_S, ones_S),
-            reward_N=batch.rewards_N.to(pi_S.dtype),
+            reward_N=batch.rewards_N.to(logp_S.dtype),
             group_N=batch.groups_N,
             truncated_N=batch.truncated_N,
             version_S=batch.versions_T[at],
-            lag_S=batch.lags_T[at].to(pi_S.dtype),
+            lag_S=batch.lags_T[at].to(logp_S.dtype),
             entropy_S=entropy_S,
-            prox_S=pi_S.detach() if Need.PROX in self._objective.needs else None,
-            ref_S=ref_S,
+            prox_logp_S=logp_S.detach() if Need.PROX in self._objective.needs else None,
+            ref_logp_S=ref_logp_S,
             collision_S=collision_S,
         )
 

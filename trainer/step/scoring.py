@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
 from trainer.advantages.base import Advantage, Estimator, FloatArray
-from trainer.advantages.critic import Critic, Lesson
+from trainer.advantages.critic import Critic, ValueTarget
 from trainer.advantages.gae import Gae
 from trainer.batching.packing import Sample
 from trainer.batching.scope import Scope
 from trainer.distributed.ranks import Ranks
-from trainer.metrics.phase_timer import PhaseClock
+from trainer.metrics.phase_timer import PhaseTimer
 from trainer.metrics.step_totals import StepTotals
 from trainer.step.reward_terms import Costs, Group, Rewards
 
@@ -30,7 +30,7 @@ Lags = NDArray[np.int64]
 """[num_tokens]"""
 
 
-class Appraiser:
+class AdvantagePipeline:
     """Of one step at a time: `appraise`, then, when the policy has learned from it, `learn`."""
 
     def __init__(
@@ -43,7 +43,7 @@ class Appraiser:
         self._rewards = rewards
         self._ranks = ranks
         self._critic = critic
-        self._lessons: list[Lesson] = []
+        self._lessons: list[ValueTarget] = []
 
     @property
     def extra_totals(self) -> tuple[str, ...]:
@@ -55,7 +55,7 @@ class Appraiser:
         self,
         groups: Iterable[Group],
         totals: StepTotals,
-        clock: PhaseClock,
+        clock: PhaseTimer,
         *,
         lags: Callable[[Trajectory], Lags],
     ) -> Iterable[list[Sample]]:
@@ -112,7 +112,7 @@ class Appraiser:
                 trajectory.reward + cost_S.sum()
             )  # what the sample is worth has its costs taken off already
             advantages_S, targets_S = self._critic.settings.of_tokens(rewards_S, values_S)
-            self._lessons.append(Lesson(trajectory=trajectory, values_S=values_S, targets_S=targets_S))
+            self._lessons.append(ValueTarget(trajectory=trajectory, values_S=values_S, targets_S=targets_S))
             advantages_T = np.zeros(trajectory.num_tokens)
             advantages_T[1:][trajectory.loss_mask[1:] == 1] = advantages_S
             tokens.append(advantages_T)

@@ -29,8 +29,8 @@ from areal_like.weights.collective import WeightGroup, device_facts
 from areal_like.wire.channel import Link
 from areal_like.wire.messages.consumer import ServerEntry
 from areal_like.wire.messages.weights import Alive, AskAlive, PushWeights, WeightsFailed, WeightsOk
-from trainer.weight_sync.group_session import ALIVE_S, Epoch, EpochOutcome, seats_of
-from trainer.weight_sync.receivers import Answer, Key, Member, Shunning, key_of
+from trainer.weight_sync.group_session import ALIVE_S, SessionOutcome, WeightGroupSession, rank_ranges
+from trainer.weight_sync.receivers import Answer, Key, Member, ReceiverBackoff, key_of
 from trainer.weight_sync.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class PushOutcome:
     """Name of each server that survived a broken broadcast -> seconds until it had left it."""
 
 
-def cohorts_of(
+def split_groups(
     keys: Sequence[Key], *, topology: str, max_unavailable: int, alone: Iterable[Key] = ()
 ) -> list[list[Key]]:
     """Who shares a group. `alone`: servers that get one of their own whatever the topology."""
@@ -118,10 +118,10 @@ class Broadcaster:
         self._incarnation = incarnation
         self._members: dict[Key, Member] = {}
         self._directory: dict[Key, ServerEntry] = {}
-        self._shunning = Shunning()
+        self._shunning = ReceiverBackoff()
         self._survived: Counter[Key] = Counter()
         """Broken broadcasts in a row that a server survived without anybody being to blame."""
-        self._epochs: dict[frozenset[Key], Epoch] = {}
+        self._epochs: dict[frozenset[Key], WeightGroupSession] = {}
         self._warned = ""
         self._nccl = NcclTrial(config.backend)
         self.num_epochs = 0
@@ -143,7 +143,7 @@ class Broadcaster:
         self._shunning.forget_all_but(self._directory)
         wanted = self.eligible(servers)
         await self._forget_all_but({key_of(entry) for entry in wanted})
-        cohorts = cohorts_of(
+        cohorts = split_groups(
             [key_of(entry) for entry in wanted],
             topology=self._config.topology,
             max_unavailable=self._config.max_unavailable,
@@ -193,7 +193,7 @@ class Broadcaster:
         if activated < len(epoch.members) or pushed.broken:
             await self._dissolve(epoch, is_broken=bool(pushed.broken))
 
-    async def _epoch(self, cohort: list[Key], outcome: PushOutcome) -> Epoch | None:
+    async def _epoch(self, cohort: list[Key], outcome: PushOutcome) -> WeightGroupSession | None:
         """The cohort's epoch, formed if it is new, of those who are alive. None when there is none; the reasons are in the outcome."""
         if (epoch := self._epochs.get(frozenset(cohort))) is not None:
             return epoch
@@ -225,13 +225,13 @@ class Broadcaster:
         self._epochs[epoch.keys] = epoch
         return epoch
 
-    def _new_epoch(self, members: list[Member], alive: list[Alive]) -> Epoch:
+    def _new_epoch(self, members: list[Member], alive: list[Alive]) -> WeightGroupSession:
         self.num_epochs += 1
         backend, warning = choose_backend(self._nccl.wanted, ours=device_facts(self._device), engines=alive)
         if warning and warning != self._warned:
             log.warning("weights travel over gloo: %s", warning)
         self._warned = warning
-        seats, world_size = seats_of(members, alive)
+        seats, world_size = rank_ranges(members, alive)
         try:
             group = WeightGroup.create(
                 host=self._config.host,
@@ -244,10 +244,15 @@ class Broadcaster:
             raise ConfigError(
                 f"{error}: set weights.host to an address of the machine of trainer rank 0"
             ) from None
-        return Epoch(number=self.num_epochs, group=group, seats=seats, device=self._device)
+        return WeightGroupSession(number=self.num_epochs, group=group, seats=seats, device=self._device)
 
     def _settle(
-        self, epoch: Epoch, result: EpochOutcome, outcome: PushOutcome, *, version: int | None = None
+        self,
+        epoch: WeightGroupSession,
+        result: SessionOutcome,
+        outcome: PushOutcome,
+        *,
+        version: int | None = None,
     ) -> int:
         """Sorts the answers to a push (or, without `version`, to an invitation); how many did what was asked."""
         num_succeeded = 0
@@ -297,7 +302,7 @@ class Broadcaster:
         unwanted = self._epochs.keys() - set(kept)
         await asyncio.gather(*(self._dissolve(self._epochs[keys], is_broken=False) for keys in unwanted))
 
-    async def _dissolve(self, epoch: Epoch, *, is_broken: bool) -> None:
+    async def _dissolve(self, epoch: WeightGroupSession, *, is_broken: bool) -> None:
         self._epochs.pop(epoch.keys, None)
         await epoch.dissolve(is_broken=is_broken)
 

@@ -48,24 +48,24 @@ _VERDICT_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seat:
+class RankRange:
     """A member's place in a group."""
 
     member: Member
     first_rank: int
 
 
-def seats_of(members: Sequence[Member], alive: Sequence[Alive]) -> tuple[list[Seat], int]:
+def rank_ranges(members: Sequence[Member], alive: Sequence[Alive]) -> tuple[list[RankRange], int]:
     """Places in the order given, each as wide as its engine has ranks, after rank 0 (the trainer); and the group's size."""
     seats, next_rank = [], 1
     for member, facts in zip(members, alive, strict=True):
-        seats.append(Seat(member=member, first_rank=next_rank))
+        seats.append(RankRange(member=member, first_rank=next_rank))
         next_rank += facts.num_ranks
     return seats, next_rank
 
 
 @dataclass(frozen=True, kw_only=True)
-class EpochOutcome:
+class SessionOutcome:
     """What came of forming an epoch or of a push through it."""
 
     answers: list[Answer]
@@ -78,10 +78,12 @@ class EpochOutcome:
     """Name of each survivor of a broken broadcast -> seconds until it had left it."""
 
 
-class Epoch:
+class WeightGroupSession:
     """See the module. Everything but the broadcast runs in one event loop."""
 
-    def __init__(self, *, number: int, group: WeightGroup, seats: Sequence[Seat], device: Device) -> None:
+    def __init__(
+        self, *, number: int, group: WeightGroup, seats: Sequence[RankRange], device: Device
+    ) -> None:
         self.number = number
         self.group = group
         self.members = [seat.member for seat in seats]
@@ -96,7 +98,7 @@ class Epoch:
         """Who takes part."""
         return frozenset(member.key for member in self.members)
 
-    async def form(self) -> EpochOutcome:
+    async def form(self) -> SessionOutcome:
         """Invites everybody and meets them. If anybody is not there afterwards, the epoch has to be dissolved."""
         timeout_s = self.group.timeout_s
         invited = [
@@ -117,9 +119,9 @@ class Epoch:
             }
             await self._close()
             await self._farewell()
-        return EpochOutcome(answers=await asyncio.gather(*invited), blameless=blameless, broken=broken)
+        return SessionOutcome(answers=await asyncio.gather(*invited), blameless=blameless, broken=broken)
 
-    async def push(self, request: PushWeights, snapshot: Snapshot) -> EpochOutcome:
+    async def push(self, request: PushWeights, snapshot: Snapshot) -> SessionOutcome:
         """Sends the snapshot's buckets and waits for activation. Broken or not, everybody has answered or fallen silent when it returns."""
         asked = [
             asyncio.create_task(member.ask(request, timeout_s=request.timeout_s + _VERDICT_S + ALIVE_S))
@@ -156,7 +158,7 @@ class Epoch:
                 for member, answer in reports
                 if isinstance(answer, WeightsFailed) and answer.version >= 0
             }
-        return EpochOutcome(answers=answers, blameless=survivors, broken=broken, recovery_s=recovery_s)
+        return SessionOutcome(answers=answers, blameless=survivors, broken=broken, recovery_s=recovery_s)
 
     async def dissolve(self, *, is_broken: bool) -> None:
         """Leaves the group; members of one that still stands are told to leave too."""
@@ -192,7 +194,7 @@ class Epoch:
             checksums.append(summing.result())
         return checksums
 
-    def _invitation(self, seat: Seat) -> FormGroup:
+    def _invitation(self, seat: RankRange) -> FormGroup:
         return FormGroup(
             epoch=self.number,
             group_name=self.group.group_name,

@@ -59,7 +59,7 @@ class _Shunned:
     until_s: float
 
 
-class Shunning:
+class ReceiverBackoff:
     """Who is left out. Pure: times are seconds on any one monotonic clock."""
 
     def __init__(self, *, first_s: float = 5.0, max_s: float = 300.0) -> None:

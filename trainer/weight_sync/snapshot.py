@@ -47,7 +47,7 @@ _CLOSE = -1
 _NONE = -1
 
 
-class Whole:
+class GatheredBucket:
     """One bucket, of all ranks."""
 
     def __init__(self, data: Tensor) -> None:
@@ -76,7 +76,7 @@ class Snapshot(Protocol):
         """The push is over."""
         ...
 
-    def read(self, index: int) -> Whole:
+    def read(self, index: int) -> GatheredBucket:
         """One bucket. From any thread, while acquired. Raises WeightSyncError."""
         ...
 
@@ -84,7 +84,7 @@ class Snapshot(Protocol):
 class _Frozen:
     """One rank's packed rows of one moment, and on rank 0 the snapshot itself."""
 
-    def __init__(self, freezer: Freezer, number: int, packed: list[Tensor]) -> None:
+    def __init__(self, freezer: WeightSnapshotter, number: int, packed: list[Tensor]) -> None:
         self.number = number
         self.packed = packed
         self._freezer = freezer
@@ -99,11 +99,11 @@ class _Frozen:
     def release(self) -> None:
         self._freezer.release(self)
 
-    def read(self, index: int) -> Whole:
+    def read(self, index: int) -> GatheredBucket:
         return self._freezer.read(self, index)
 
 
-class Freezer:
+class WeightSnapshotter:
     """One rank's end; make it on every rank at the same time, and `close` it there too."""
 
     def __init__(self, policy: Policy, ranks: Ranks, *, bucket_bytes: int, dtype: str) -> None:
@@ -130,7 +130,7 @@ class Freezer:
         self._spare: list[list[Tensor]] = []
         self._num_frozen = 0
         self._reading = threading.Lock()
-        self._whole: OrderedDict[tuple[int, int], Whole] = OrderedDict()
+        self._whole: OrderedDict[tuple[int, int], GatheredBucket] = OrderedDict()
         self._group = dist.new_group(backend="gloo", timeout=_QUIET) if ranks.world_size > 1 else None
         self._thread = threading.Thread(target=self._serve, name="gather", daemon=True)
         if ranks.rank > 0:
@@ -182,14 +182,14 @@ class Freezer:
             assert self._acquired is frozen
             self._acquired = None
 
-    def read(self, frozen: _Frozen, index: int) -> Whole:
+    def read(self, frozen: _Frozen, index: int) -> GatheredBucket:
         """See `Snapshot`."""
         if self._acquired is not frozen:
             raise WeightSyncError("the push of these weights is over")
         with self._reading:
             key = (frozen.number, index)
             if key not in self._whole:
-                self._whole[key] = Whole(self._gather(frozen, index))
+                self._whole[key] = GatheredBucket(self._gather(frozen, index))
                 while len(self._whole) > _MAX_WHOLE:
                     self._whole.popitem(last=False)
             return self._whole[key]

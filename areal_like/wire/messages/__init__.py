@@ -6,7 +6,15 @@ rollout server. `areal_like.wire.codec` turns them into frames; a class is on th
 
 from areal_like.wire.messages import consumer, hello, producer, weights
 
+_RENAMED = {consumer.GetRunCounters: "GetBooks", consumer.RunCounters: "Books"}
+"""Classes renamed since the wire version was fixed; their tags stay."""
+
 MESSAGES: dict[str, type] = {
-    cls.__name__: cls for module in (hello, producer, consumer, weights) for cls in module.MESSAGES
+    _RENAMED.get(cls, cls.__name__): cls
+    for module in (hello, producer, consumer, weights)
+    for cls in module.MESSAGES
 }
-"""Wire tag (the class name) -> class."""
+"""Wire tag -> class."""
+
+TAGS: dict[type, str] = {cls: tag for tag, cls in MESSAGES.items()}
+"""Class -> wire tag."""

@@ -188,12 +188,12 @@ class CloseAdmission:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GetBooks:
-    """Rank 0 -> buffer: the account of the run. Answered `Books`."""
+class GetRunCounters:
+    """Rank 0 -> buffer: the account of the run. Answered `RunCounters`."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Books:
+class RunCounters:
     """Buffer -> rank 0: what `summary.json` says about the stream."""
 
     tickets: dict[str, int]
@@ -221,6 +221,6 @@ MESSAGES = (
     EvalResult,
     Directory,
     CloseAdmission,
-    GetBooks,
-    Books,
+    GetRunCounters,
+    RunCounters,
 )

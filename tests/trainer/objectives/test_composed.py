@@ -173,9 +173,9 @@ from trainer.objectives import Objective, TokenLosses
 class SoftReinforce(Objective):
     power: float = 1.0
 
-    def losses(self, batch, facts):
-        weight_S = torch.exp(self.power * (batch.pi_S - batch.mu_S).clamp(max=1.0)).detach()
-        return TokenLosses(loss_S=-weight_S * batch.advantage_S * batch.pi_S)
+    def losses(self, batch, stats):
+        weight_S = torch.exp(self.power * (batch.logp_S - batch.behavior_logp_S).clamp(max=1.0)).detach()
+        return TokenLosses(loss_S=-weight_S * batch.advantage_S * batch.logp_S)
 """
 
 

@@ -28,16 +28,16 @@ def test_vector_worked_out_by_hand() -> None:
 @pytest.mark.parametrize("eta", [0.25, 1.0, 3.0])
 def test_gradient_and_value_are_those_of_the_divergence(divergence: str, level: str, eta: float) -> None:
     batch = published(advantages=[1.7, -0.4])
-    log_ratio_S = batch.pi_S - batch.mu_S
+    log_ratio_S = batch.logp_S - batch.behavior_logp_S
     log_w, u = (
         (batch.sum_N(log_ratio_S), torch.tensor([1.7, -0.4]) / eta)
         if level == "sequence"
         else (log_ratio_S, batch.advantage_S / eta)
     )
     value = u.exp() * GENERATORS[divergence](log_w.exp() / u.exp())
-    (want_S,) = torch.autograd.grad(value.sum(), batch.pi_S)
+    (want_S,) = torch.autograd.grad(value.sum(), batch.logp_S)
     losses = Lad(divergence=divergence, level=level, eta=eta).losses(batch, {})
-    (got_S,) = torch.autograd.grad(losses.loss_S.sum(), batch.pi_S)
+    (got_S,) = torch.autograd.grad(losses.loss_S.sum(), batch.logp_S)
     assert torch.allclose(got_S, want_S, rtol=1e-6)
     assert torch.allclose(
         losses.means["divergence"], batch.spread_S(value) if level == "sequence" else value, rtol=1e-6
@@ -50,7 +50,7 @@ def fit(name: str, mu_A: Tensor, advantages: list[float], **settings: object) ->
     for _ in range(200):
         pi_A = torch.log_softmax(theta_A, 0)
         batch = tokens_of([[x] for x in pi_A.tolist()], [[x] for x in mu_A.log().tolist()], advantages)
-        (slope_A,) = torch.autograd.grad((mu_A * objective.losses(batch, {}).loss_S).sum(), batch.pi_S)
+        (slope_A,) = torch.autograd.grad((mu_A * objective.losses(batch, {}).loss_S).sum(), batch.logp_S)
         (grad_A,) = torch.autograd.grad(pi_A, theta_A, grad_outputs=slope_A)
         theta_A = (theta_A.detach() - 10 * grad_A).requires_grad_()
     return torch.softmax(theta_A.detach(), 0)

@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.support.objective_helpers import NORMALIZERS, Rows, evaluate, tokens_of
 from trainer.batching.scope import Scope
 from trainer.objectives import OBJECTIVES, Objective, SampledTokens, build_objective
-from trainer.objectives.base import Facts
+from trainer.objectives.base import StepStats
 
 REGISTERED: list[dict[str, Any]] = [
     {"name": name} for name in OBJECTIVES.names() if not OBJECTIVES.build({"name": name}).late_coefficients
@@ -87,7 +87,7 @@ def by_sequence(places: Sequence[int], grad: Sequence[float]) -> dict[int, list[
     return out
 
 
-def facts_of(objective: Objective, batch: SampledTokens) -> Facts:
+def facts_of(objective: Objective, batch: SampledTokens) -> StepStats:
     if objective.scope is not Scope.BATCH:
         return {}
     return objective.summarize(
@@ -132,7 +132,7 @@ def test_a_tokens_loss_reaches_its_own_log_prob_alone(settings: dict[str, Any]) 
     batch = batch_of(range(5))
     loss_S = objective.losses(batch, facts_of(objective, batch)).loss_S
     for t in range(len(loss_S)):
-        (grad_S,) = torch.autograd.grad(loss_S[t], batch.pi_S, retain_graph=True)
+        (grad_S,) = torch.autograd.grad(loss_S[t], batch.logp_S, retain_graph=True)
         grad_S[t] = 0
         assert not grad_S.any()
 
@@ -151,9 +151,9 @@ def test_extreme_ratios_stay_finite(settings: dict[str, Any], extreme: float) ->
         assert all(torch.isfinite(values.double()).all() for values in reported.values())
 
 
-def weighted(pi_S: Tensor, grad_S: Tensor) -> Tensor:
+def weighted(logp_S: Tensor, grad_S: Tensor) -> Tensor:
     """-w A pi with a detached w: the loss is its own gradient times pi."""
-    return grad_S * pi_S
+    return grad_S * logp_S
 
 
 def gated(_: Tensor, grad_S: Tensor) -> Tensor:
@@ -178,16 +178,16 @@ DETACHED = {
 def test_gradient_is_that_of_the_value(settings: dict[str, Any]) -> None:
     objective = build_objective(settings)
     batch = batch_of(range(5))
-    facts = facts_of(objective, batch)
-    loss_S = objective.losses(batch, facts).loss_S
-    (grad_S,) = torch.autograd.grad(loss_S.sum(), batch.pi_S)
+    stats = facts_of(objective, batch)
+    loss_S = objective.losses(batch, stats).loss_S
+    (grad_S,) = torch.autograd.grad(loss_S.sum(), batch.logp_S)
     if settings["name"] in DETACHED:
-        assert torch.allclose(DETACHED[settings["name"]](batch.pi_S, grad_S), loss_S, rtol=1e-12)
+        assert torch.allclose(DETACHED[settings["name"]](batch.logp_S, grad_S), loss_S, rtol=1e-12)
         return
     # The prox that is interpolated moves with pi; it is held where it was, as the gradient holds it.
     if settings.get("prox") == "interpolated":
-        prox_S = objective.prox_S(batch)  # type: ignore[attr-defined]
-        settings, changes = {**settings, "prox": "recomputed"}, {"prox": split(prox_S)}
+        prox_logp_S = objective.prox_logp_S(batch)  # type: ignore[attr-defined]
+        settings, changes = {**settings, "prox": "recomputed"}, {"prox": split(prox_logp_S)}
         objective = build_objective(settings)
     else:
         changes = {}
@@ -195,10 +195,10 @@ def test_gradient_is_that_of_the_value(settings: dict[str, Any]) -> None:
     for t in range(len(grad_S)):
         values = []
         for sign in (1, -1):
-            flat = batch.pi_S.detach().clone()
+            flat = batch.logp_S.detach().clone()
             flat[t] += sign * step
             values.append(
-                objective.losses(batch_of(range(5), pi=split(flat), **changes), facts).loss_S.sum().item()
+                objective.losses(batch_of(range(5), pi=split(flat), **changes), stats).loss_S.sum().item()
             )
         assert (values[0] - values[1]) / (2 * step) == pytest.approx(grad_S[t].item(), rel=1e-6, abs=1e-8)
 

@@ -166,9 +166,9 @@ def test_a_batch_in_which_everything_is_masked_gives_a_zero_gradient() -> None:
 class SoftReinforce(Objective):
     power: float = 1.0
 
-    def losses(self, batch: SampledTokens, facts: Mapping[str, Tensor]) -> TokenLosses:
+    def losses(self, batch: SampledTokens, stats: Mapping[str, Tensor]) -> TokenLosses:
         weight_S = torch.exp(self.power * batch.log_ratio_S.clamp(max=1.0))
-        return TokenLosses(loss_S=-weight_S * batch.advantage_S * batch.pi_S)
+        return TokenLosses(loss_S=-weight_S * batch.advantage_S * batch.logp_S)
 
 
 def test_an_objective_of_ones_own_is_named_by_its_path() -> None:

@@ -50,9 +50,9 @@ def facts_of(objective: Vcpo, batch: SampledTokens) -> dict[str, Tensor]:
 )
 def test_step_size_follows_the_effective_sample_size(settings: dict[str, Any], scale: float) -> None:
     objective = Vcpo(**settings, cap=1.0)
-    facts = facts_of(objective, published())
-    assert float(facts["rho"]) == pytest.approx(0.632901, abs=1e-6), "of the weights before truncation"
-    assert objective.lr_scale(facts) == pytest.approx(scale, abs=1e-6)
+    stats = facts_of(objective, published())
+    assert float(stats["rho"]) == pytest.approx(0.632901, abs=1e-6), "of the weights before truncation"
+    assert objective.lr_scale(stats) == pytest.approx(scale, abs=1e-6)
     assert objective.lr_scale({}) == 1.0
 
 
@@ -83,8 +83,8 @@ def test_published_losses_at_a_given_baseline(std: float, loss: float, grad: tup
     total = (loss_S * batch.spread_S((batch.reward_N - 0.956216) / std)).sum() / num_seqs
     total.backward()  # type: ignore[no-untyped-call]
     assert total.item() == pytest.approx(loss, abs=1e-6)
-    assert batch.pi_S.grad is not None
-    assert batch.pi_S.grad.tolist() == pytest.approx([grad[0]] * 3 + [grad[1]] * 2, abs=1e-6)
+    assert batch.logp_S.grad is not None
+    assert batch.logp_S.grad.tolist() == pytest.approx([grad[0]] * 3 + [grad[1]] * 2, abs=1e-6)
 
 
 SEQUENCES, RETURNS = [[0, 0, 1], [2, 1]], [1.0, 0.0]
@@ -110,7 +110,9 @@ def played(model: Tabular, actions: list[list[int]], returns: list[float]) -> Sa
     rows = [[math.log(1 / 3)] * len(row) for row in actions]
     collision = torch.softmax(model.table.weight.detach()[:, 0], 0).square().sum()
     return dataclasses.replace(
-        tokens_of(rows, rows, returns, returns), pi_S=model(flat_S), collision_S=collision.expand(len(flat_S))
+        tokens_of(rows, rows, returns, returns),
+        logp_S=model(flat_S),
+        collision_S=collision.expand(len(flat_S)),
     )
 
 
@@ -147,7 +149,7 @@ def test_tabular_norms_weights_and_sample_size() -> None:
     assert Vcpo().lr_scale(facts_of(Vcpo(), batch)) == pytest.approx(0.944577, abs=1e-6)
     tape = GhostTape(model)
     tape.attach()
-    played(model, SEQUENCES, RETURNS).pi_S.sum().backward()  # type: ignore[no-untyped-call]
+    played(model, SEQUENCES, RETURNS).logp_S.sum().backward()  # type: ignore[no-untyped-call]
     rows = Rows.of([3, 2])
     assert tape.squares(rows, rows).tolist() == pytest.approx([1.337785, 1.290681], abs=1e-6)
     scores = [dict(tape.combined(numbers(*pick)))["table.weight"][:, 0].tolist() for pick in ([1, 0], [0, 1])]
@@ -161,7 +163,7 @@ def test_the_proxy_is_exact_where_logits_are_all_there_is(baseline: str) -> None
     """One token a sequence: the gradient with respect to the logits is the whole gradient."""
     model = Tabular()
     batch = played(model, [[0], [1], [2], [2]], [1.0, 0.0, 0.5, 0.25])
-    pi_N = batch.pi_S.detach().exp()
+    pi_N = batch.logp_S.detach().exp()
     others = torch.softmax(model.table.weight.detach()[:, 0], 0).square().sum()
     squares_N = (3 * pi_N).square() * (1 - 2 * pi_N + others)
     want = optimal_baseline(squares_N, batch.reward_N, group_of(4))
@@ -169,7 +171,7 @@ def test_the_proxy_is_exact_where_logits_are_all_there_is(baseline: str) -> None
     assert objective.scope is (Scope.BATCH if baseline == "batch" else Scope.GROUP)
     losses = objective.losses(batch, facts_of(objective, batch))
     assert losses.means["baseline"].tolist() == pytest.approx(want.tolist(), rel=1e-12)
-    (grad_S,) = torch.autograd.grad(losses.loss_S.sum(), batch.pi_S)
+    (grad_S,) = torch.autograd.grad(losses.loss_S.sum(), batch.logp_S)
     assert grad_S.tolist() == pytest.approx((-3 * pi_N * (batch.reward_N - want)).tolist(), rel=1e-12)
 
 
@@ -213,15 +215,15 @@ def test_extreme_ratios_stay_finite(settings: dict[str, Any], extreme: float) ->
     batch = dataclasses.replace(
         tokens_of(pi, mu, ADVANTAGES), collision_S=torch.full((4,), 0.5, dtype=torch.float64)
     )
-    facts = facts_of(objective, batch)
-    losses = objective.losses(batch, facts)
+    stats = facts_of(objective, batch)
+    losses = objective.losses(batch, stats)
     losses.loss_S.sum().backward()  # type: ignore[no-untyped-call]
     assert (
-        batch.pi_S.grad is not None
+        batch.logp_S.grad is not None
         and torch.isfinite(losses.loss_S).all()
-        and torch.isfinite(batch.pi_S.grad).all()
+        and torch.isfinite(batch.logp_S.grad).all()
     )
-    assert float(facts["rho"]) == pytest.approx(0.5) and objective.lr_scale(facts) == pytest.approx(0.5**0.5)
+    assert float(stats["rho"]) == pytest.approx(0.5) and objective.lr_scale(stats) == pytest.approx(0.5**0.5)
 
 
 def test_population() -> None:
@@ -234,7 +236,7 @@ def test_population() -> None:
     action_N = torch.multinomial(mu_V, num_samples, replacement=True, generator=generator)
     rows = pi_V.log()[action_N, None].tolist(), mu_V.log()[action_N, None].tolist()
     batch = tokens_of(*rows, [1.0] * num_samples)
-    weight_N = -torch.autograd.grad(Vcpo().losses(batch, {}).loss_S.sum(), batch.pi_S)[
+    weight_N = -torch.autograd.grad(Vcpo().losses(batch, {}).loss_S.sum(), batch.logp_S)[
         0
     ]  # one token a sequence
     assert float(weight_N.max()) < Vcpo().cap, "truncation would bias the mean"
@@ -262,8 +264,8 @@ def test_population() -> None:
 
 def test_what_each_setting_asks_of_the_step() -> None:
     ghost, exact, proxy = (Vcpo(norms=norms) for norms in ("ghost", "exact", "proxy"))
-    assert ghost.whole_groups and not ghost.lone_sequences and ghost.late_coefficients
-    assert exact.lone_sequences and not exact.whole_groups and exact.late_coefficients
+    assert ghost.whole_groups and not ghost.one_sequence_per_microbatch and ghost.late_coefficients
+    assert exact.one_sequence_per_microbatch and not exact.whole_groups and exact.late_coefficients
     assert proxy.whole_groups and not proxy.late_coefficients and proxy.needs
     assert not ghost.skips_zero_advantage and Vcpo(step_size="none").skips_zero_advantage
     assert not Vcpo(baseline="batch").whole_groups

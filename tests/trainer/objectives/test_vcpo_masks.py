@@ -89,8 +89,8 @@ def defined(
             logps_SV = torch.log_softmax(
                 model(input_ids=torch.from_numpy(t.tokens).long()[None]).logits[0, at - 1], -1
             )
-            pi_S = logps_SV.gather(1, torch.from_numpy(t.tokens).long()[at, None])[:, 0]
-            log_ratio_S = pi_S.detach() - torch.from_numpy(t.logprobs)[at]
+            logp_S = logps_SV.gather(1, torch.from_numpy(t.tokens).long()[at, None])[:, 0]
+            log_ratio_S = logp_S.detach() - torch.from_numpy(t.logprobs)[at]
             every = torch.ones(len(at), dtype=torch.bool)
             kept_S, counted_S = (
                 np.prod([every, *(keep(t, log_ratio_S) for keep in who)], axis=0) for who in (keeps, counts)
@@ -100,8 +100,8 @@ def defined(
                 torch.as_tensor(counted_S, dtype=torch.float64),
             )
             weight = torch.exp(log_ratio_S.sum()).clamp(max=CAP) / counted_S.sum().clamp(min=1)
-            grads.append(torch.autograd.grad(-weight * (kept_S * pi_S).sum(), params))
-            proxy_S = 1 - 2 * pi_S.detach().exp() + logps_SV.detach().exp().square().sum(-1)
+            grads.append(torch.autograd.grad(-weight * (kept_S * logp_S).sum(), params))
+            proxy_S = 1 - 2 * logp_S.detach().exp() + logps_SV.detach().exp().square().sum(-1)
             exact = sum(float(x.square().sum()) for x in grads[-1])
             squares.append(float(weight**2 * (kept_S * proxy_S).sum()) if proxy else exact)
             members.append(0 if over_batch else g)
@@ -203,7 +203,7 @@ def test_masks_do_not_undo_what_the_objective_declares() -> None:
             "scope",
             "needs",
             "whole_groups",
-            "lone_sequences",
+            "one_sequence_per_microbatch",
             "late_coefficients",
             "skips_zero_advantage",
             "normalizer",
@@ -212,10 +212,10 @@ def test_masks_do_not_undo_what_the_objective_declares() -> None:
         batch = replace(
             published(truncated=[True, False]), collision_S=torch.full((5,), 0.1, dtype=torch.float64)
         )
-        facts = composed.summarize(
+        stats = composed.summarize(
             {name: vector.double() for name, vector in composed.observe(batch).items()}
         )
-        assert composed.lr_scale(facts) == bare.lr_scale(
+        assert composed.lr_scale(stats) == bare.lr_scale(
             bare.summarize({"log_w": batch.log_w_N, **_rest(bare, batch)})
         )
 

@@ -158,16 +158,16 @@ def test_interpolated_prox() -> None:
     lag = [[6 - 1 - v for v in row] for row in ([3, 3, 4], [5, 5])]
     objective = DecoupledPpo(prox="interpolated")
     assert not objective.needs
-    prox_S = objective.prox_S(published(lag=lag))
-    assert prox_S.tolist() == pytest.approx([-0.866667, -1.4, -0.55, -0.7, -1.2], abs=1e-6)
+    prox_logp_S = objective.prox_logp_S(published(lag=lag))
+    assert prox_logp_S.tolist() == pytest.approx([-0.866667, -1.4, -0.55, -0.7, -1.2], abs=1e-6)
 
 
 def test_m2po_drops_the_fewest() -> None:
     def kept(threshold: float) -> list[bool]:
         batch: SampledTokens = published()
         objective = M2po(threshold=threshold)
-        facts = objective.summarize({name: v.double() for name, v in objective.observe(batch).items()})
-        return objective.losses(batch, facts).means["kept_fraction"].tolist()
+        stats = objective.summarize({name: v.double() for name, v in objective.observe(batch).items()})
+        return objective.losses(batch, stats).means["kept_fraction"].tolist()
 
     assert kept(0.2) == [True] * 5
     assert kept(0.1) == [True, False, True, True, True]
