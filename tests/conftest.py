@@ -1,4 +1,4 @@
-"""What files of tests share, and the order in which they are run."""
+"""Fixtures shared by all tests, and the order in which test files run."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ LONGEST_FIRST = (
     "jobs/test_network.py",
     "chaos/test_kills.py",
 )
-"""By what they took on two cores: started last, one of them would be run by one process while the other has nothing left."""
+"""Slowest first: a slow file that starts last leaves all other workers without work."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Longest files first, the others as they were found."""
+    """Runs LONGEST_FIRST first and the other files in the order of collection."""
     places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Environment in which a model is built once for all jobs of all tests, whichever process runs them."""
+    """Environment with one cache directory for all xdist workers, so that jobs build the tiny model once."""
     base = tmp_path_factory.getbasetemp()
     return {"XDG_CACHE_HOME": str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache")}
