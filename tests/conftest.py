@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch: its threads would compete with the other workers'
+
 LONGEST_FIRST = (
     "rollout_server/test_server.py",
     "launch/test_scale.py",
