@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -36,15 +36,25 @@ pygments_dark_style = "monokai"
 def settings_tables() -> str:
     """Markdown: one heading and one table for each section of the configuration, in the order of its dataclasses."""
     sections: dict[str, list[str]] = {}
-    for key in all_keys():
-        default = f"`{key.default}`" if key.default else "(empty)"
-        row = f"| `{key.path}` | {default} | {key.text.replace('|', chr(92) + '|')} |"
-        sections.setdefault(key.path.rpartition(".")[0], []).append(row)
+    for setting in all_keys():
+        key, kind = setting_key(setting), getattr(setting, "type", "")
+        cells = (
+            f"`{key}`",
+            f"`{kind}`" if kind else "",
+            f"`{setting.default}`" if setting.default else "(empty)",
+        )
+        row = "".join(f"| {cell.replace('|', chr(92) + '|')} " for cell in (*cells, setting.text))
+        sections.setdefault(key.rpartition(".")[0], []).append(f"{row}|")
     lines = []
     for section, rows in sections.items():
         lines += [f"## `{section}`" if section else "## The job", ""]
-        lines += ["| key | default | meaning |", "|---|---|---|", *rows, ""]
+        lines += ["| key | type or choices | default | meaning |", "|---|---|---|---|", *rows, ""]
     return "\n".join(lines)
+
+
+def setting_key(setting: Any) -> str:
+    """The dotted key of what `all_keys` returns, whose attribute is `key` or, in older versions, `path`."""
+    return str(getattr(setting, "key", "") or setting.path)
 
 
 def command_help() -> str:

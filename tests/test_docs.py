@@ -18,8 +18,13 @@ from launch.settings_help import all_keys
 from tests.support.launching import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+CONFIGURATION = runpy.run_path(str(ROOT / "docs" / "conf.py"))
 _FENCE = re.compile(r"^ *```.*?^ *```", re.M | re.S)
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def known_settings() -> set[str]:
+    return {CONFIGURATION["setting_key"](setting) for setting in all_keys()}
 
 
 def prose_of(page: Path) -> str:
@@ -61,17 +66,16 @@ def test_images_are_used() -> None:
 
 
 def test_settings_page_has_every_key() -> None:
-    configuration = runpy.run_path(str(ROOT / "docs" / "conf.py"))
     page = (ROOT / "docs" / "reference" / "settings.md").read_text()
-    for comment, generate in configuration["GENERATED"].items():
+    for comment, generate in CONFIGURATION["GENERATED"].items():
         page = page.replace(comment, generate())
     cells = [re.split(r"(?<!\\)\|", row) for row in page.splitlines() if row.startswith("| `")]
-    assert sorted(key.strip("` ") for _, key, *_ in cells) == sorted(key.path for key in all_keys())
-    assert {len(row) for row in cells} == {5}  # three cells between four bars: no text splits a row
+    assert sorted(key.strip("` ") for _, key, *_ in cells) == sorted(known_settings())
+    assert {len(row) for row in cells} == {6}  # four cells between five bars: no text splits a row
 
 
 def test_site_check_finds_remote_resources(tmp_path: Path) -> None:
-    remote_resources = runpy.run_path(str(ROOT / "docs" / "conf.py"))["remote_resources"]
+    remote_resources = CONFIGURATION["remote_resources"]
     page = tmp_path / "index.html"
     page.write_text(
         '<a href="https://example.org">a link</a><script src="a.js"></script><link rel="icon" href="b">'
@@ -106,7 +110,7 @@ def test_commands_on_the_pages_exist() -> None:
 
 
 def test_settings_on_the_pages_exist() -> None:
-    known = {key.path for key in all_keys()}
+    known = known_settings()
     sections = "|".join({name.partition(".")[0] for name in known if "." in name})
     setting = re.compile(rf"`((?:{sections})\.[a-z_.]+[a-z])(?:=[^`]*)?`")
     pages = [page for page in PAGES if page.name != "CHANGELOG.md"]  # it names modules that are gone
@@ -116,3 +120,13 @@ def test_settings_on_the_pages_exist() -> None:
         name for name in used - known - modules if not any(key.startswith(f"{name}.") for key in known)
     }
     assert unknown == {"model.generate"}  # a method of transformers
+
+
+def test_files_named_on_the_pages_exist() -> None:
+    pages = [page for page in PAGES if page.name != "CHANGELOG.md"]
+    named = {
+        (page.name, path) for page in pages for path in re.findall(r"`((?:\w+/)+\w+\.\w+)`", page.read_text())
+    }
+    written_by_runs = ("runs/", "segments/", "model/")
+    missing = [(name, path) for name, path in named if not (ROOT / path).exists()]
+    assert [item for item in missing if not item[1].startswith(written_by_runs)] == []
