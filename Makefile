@@ -4,6 +4,7 @@
 #   make chaos                         the promises about crashes and faults at length: about an hour
 #   make sglang                        an environment with SGLang on this CPU, for rollout.engine=sglang
 #   make test-sglang                   the tests against it
+#   make docs                          the documentation as a web site in build/docs/html
 #   make PYTHON=/path/to/python3.12 ...  chooses the interpreter; PIP_ARGS="--index-url ..." goes to pip
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
@@ -13,8 +14,9 @@ JOBS ?= 2
 BIN := .venv/bin
 # Named after the requirements' content and made last, so neither a change nor an interrupted set-up can leave a stale environment.
 STAMP := .venv/.installed-$(shell cat requirements.txt requirements-dev.txt pyproject.toml | cksum | cut -d' ' -f1)
+DOCS_STAMP := $(STAMP)-docs-$(shell cksum < requirements-docs.txt | cut -d' ' -f1)
 
-.PHONY: run test chaos sglang test-sglang lint format setup clean
+.PHONY: run test chaos sglang test-sglang docs lint format setup clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
@@ -31,6 +33,10 @@ sglang: $(STAMP)
 
 test-sglang: sglang
 	@$(BIN)/python -m pytest -q -m sglang tests/sglang $(ARGS)
+
+docs: $(DOCS_STAMP)
+	@$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --fresh-env -q -d build/docs/doctrees docs build/docs/html
+	@echo "documentation: build/docs/html/index.html"
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .
@@ -53,6 +59,10 @@ $(STAMP):
 	@test -e .venv/.made && $(BIN)/python -c '' 2>/dev/null || { $(PYTHON) -m venv --clear .venv && touch .venv/.made; }
 	@$(BIN)/python -m pip install -q -q --disable-pip-version-check $(PIP_ARGS) -r requirements-dev.txt
 	@$(BIN)/python -m pip install -q -q --disable-pip-version-check $(PIP_ARGS) --no-deps -e .
+	@touch $@
+
+$(DOCS_STAMP): $(STAMP)
+	@$(BIN)/python -m pip install -q -q --disable-pip-version-check $(PIP_ARGS) -r requirements-docs.txt
 	@touch $@
 
 clean:

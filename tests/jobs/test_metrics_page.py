@@ -1,4 +1,4 @@
-"""docs/metrics.md names every column of a metrics row and every Prometheus series, and none that does not exist."""
+"""docs/reference/metrics.md names every column of a metrics row and every Prometheus series, and none that does not exist."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from trainer.metrics.prometheus import TrainerSeries
 from trainer.metrics.run_files import step_row
 from trainer.objectives import OBJECTIVES
 
-PAGE = (ROOT / "docs" / "metrics.md").read_text()
+PAGE = (ROOT / "docs" / "reference" / "metrics.md").read_text()
 OF_THE_LEADER = {"max_staleness", "freeze_s", "push_s", "weights_version", "weights_step", "eval_reward"}
 """Columns that need a running job (tests/launch/test_run.py looks at the rows of one)."""
 

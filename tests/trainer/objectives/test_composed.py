@@ -220,7 +220,7 @@ def test_every_registered_name_has_a_preset() -> None:
 
 
 def test_the_page_names_everything_that_may_be_chosen() -> None:
-    page = (Path(__file__).resolve().parents[3] / "docs" / "objectives.md").read_text()
+    page = (Path(__file__).resolve().parents[3] / "docs" / "reference" / "objectives.md").read_text()
     for registry in (OBJECTIVES, ADVANTAGES, MASKS, SHAPINGS):
         for name in registry.names():
-            assert f"`{name}`" in page, f"{name} is not in docs/objectives.md"
+            assert f"`{name}`" in page, f"{name} is not in docs/reference/objectives.md"

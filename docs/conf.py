@@ -1,0 +1,104 @@
+"""Sphinx configuration of the documentation site: `make docs` builds it, with every warning an error.
+
+The tables of settings and the list of commands are generated at build time, from the configuration's dataclasses and
+from `areal-like --help`, so they cannot differ from the code. After the build every page is checked for scripts, style
+sheets, fonts and images that a browser would load from the network: the site must be readable without one.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from launch.settings_help import all_keys  # noqa: E402
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
+
+project = "areal-like"
+extensions = ["myst_parser"]
+myst_enable_extensions = ["deflist"]
+myst_heading_anchors = 3
+html_theme = "furo"
+html_title = "areal-like"
+html_static_path: list[str] = []
+html_copy_source = False
+pygments_style = "friendly"
+pygments_dark_style = "monokai"
+
+
+def settings_tables() -> str:
+    """Markdown: a heading and a table for each section of the configuration, in the order of its dataclasses."""
+    sections: dict[str, list[str]] = {}
+    for setting in all_keys():
+        key, kind = setting_key(setting), getattr(setting, "type", "")
+        cells = (
+            f"`{key}`",
+            f"`{kind}`" if kind else "",
+            f"`{setting.default}`" if setting.default else "(empty)",
+        )
+        row = "".join(f"| {cell.replace('|', chr(92) + '|')} " for cell in (*cells, setting.text))
+        sections.setdefault(key.rpartition(".")[0], []).append(f"{row}|")
+    lines = []
+    for section, rows in sections.items():
+        lines += [f"## `{section}`" if section else "## The job", ""]
+        lines += ["| key | type or choices | default | meaning |", "|---|---|---|---|", *rows, ""]
+    return "\n".join(lines)
+
+
+def setting_key(setting: Any) -> str:
+    """The dotted key of what `all_keys` returns, whose attribute is `key` or, in older versions, `path`."""
+    return str(getattr(setting, "key", "") or setting.path)
+
+
+def command_help() -> str:
+    """Markdown: the output of `areal-like --help` as a code block."""
+    help_text = subprocess.run(
+        [sys.executable, "-m", "launch", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return f"```text\n{help_text.stdout.strip()}\n```"
+
+
+GENERATED = {"<!-- settings -->": settings_tables, "<!-- commands -->": command_help}
+"""Comment in a page -> the Markdown that replaces it."""
+
+_REMOTE = re.compile(
+    r"""<(?:script|img|iframe|source)\b[^>]*\bsrc=["'](?:https?:)?//[^"']*"""
+    r"""|<link\b[^>]*\brel=["'](?:stylesheet|preconnect|preload)["'][^>]*\bhref=["'](?:https?:)?//[^"']*"""
+    r"""|url\(["']?(?:https?:)?//[^)]*|@import[^;]*//[^;]*"""
+)
+"""Whatever makes a browser load something from another host. Plain links to follow are fine."""
+
+
+def remote_resources(site: Path) -> list[str]:
+    """`page: tag` for everything in a built site that is loaded from the network."""
+    pages = [path for path in site.rglob("*") if path.suffix in (".html", ".css")]
+    return [
+        f"{page.relative_to(site)}: {found}" for page in pages for found in _REMOTE.findall(page.read_text())
+    ]
+
+
+def _fill_in(app: Sphinx, docname: str, source: list[str]) -> None:
+    for comment, generate in GENERATED.items():
+        if comment in source[0]:
+            source[0] = source[0].replace(comment, generate())
+
+
+def _check_site(app: Sphinx, exception: Exception | None) -> None:
+    from sphinx.errors import SphinxError
+
+    found = remote_resources(Path(app.outdir)) if exception is None else []
+    if found:
+        raise SphinxError("the site would load from the network:\n" + "\n".join(found))
+
+
+def setup(app: Sphinx) -> None:
+    """Called by Sphinx."""
+    app.connect("source-read", _fill_in)
+    app.connect("build-finished", _check_site)
