@@ -1,13 +1,14 @@
-"""What asynchrony buys: the default job with `max_staleness` 0 and 4 in one run, beside the analytic bound.
+"""Speed-up of asynchronous training: the default job with `max_staleness` 0 and 4, and the analytic bounds.
 
     python -m benchmarks.async_vs_sync [--steps 300] [--target 0.7] [key=value ...]
 
-A synchronous step costs g + t (generation, then training) and what lies between them: push, lease, stream (latency). Perfectly
-overlapped it costs max(g, t). All are measured in the synchronous run on one thread: t is a step without its wait for data, g the time in
-which the engine had something to decode, latency the rest of the wait. Two bounds follow: `(g + t) / max(g, t)`, which asynchrony can beat
-by hiding latency too, and `(g + latency + t) / max(g + latency, t)`, as if latency were work that could not be hidden inside generation.
-The synchronous run gets the better of one and two threads a process, because it leaves one core idle while the other works.
-Writes benchmarks/results/async_vs_sync.json.
+A synchronous step takes g + t (generation, then training) plus the latency between them (push, lease,
+stream). With perfect overlap it takes max(g, t). All are measured in the synchronous run on one thread: t is
+a step without its wait for data, g the time in which the engine had something to decode, latency the rest of
+the wait. Two bounds follow. `(g + t) / max(g, t)` can be exceeded, because asynchrony hides latency too. `(g
++ latency + t) / max(g + latency, t)` treats latency as work that cannot be hidden inside generation. The
+speed-up is over the faster of two synchronous runs, with one and with two threads a process, because a
+synchronous run leaves one core idle while the other works. Writes benchmarks/results/async_vs_sync.json.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ WINDOW = 15
 
 
 def main() -> None:
-    """Three jobs, one after the other."""
+    """Runs three jobs, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--target", type=float, default=0.7)
@@ -77,8 +78,9 @@ def main() -> None:
         )
     )
     print(
-        f"\nspeed-up {result['speedup']:.2f} over the faster synchronous run; bound (g+t)/max(g,t) = {result['bound']:.2f}, "
-        f"share {result['speedup'] / result['bound']:.2f}; with latency as work: bound {result['bound_with_latency']:.2f}, "
+        f"\nspeed-up {result['speedup']:.2f} over the faster synchronous run; "
+        f"bound (g+t)/max(g,t) = {result['bound']:.2f}, share {result['speedup'] / result['bound']:.2f}; "
+        f"with latency as work: bound {result['bound_with_latency']:.2f}, "
         f"share {result['speedup'] / result['bound_with_latency']:.2f}"
     )
 
@@ -96,7 +98,7 @@ def compare(measured: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def measure(summary: dict[str, Any], rows: list[dict[str, Any]], *, target: float) -> dict[str, Any]:
-    """Rates after warm-up, from the rows' own clock."""
+    """Rates after warm-up, from the times in the metrics rows."""
     steady = rows[WARM_UP_STEPS:]
     wall_s = steady[-1]["time_unix_s"] - rows[WARM_UP_STEPS - 1]["time_unix_s"]
     step_s = wall_s / len(steady)

@@ -1,4 +1,4 @@
-"""The default job for several seeds: held-out greedy score before and after, and the reward curves as a picture.
+"""Runs the default job with several seeds: held-out greedy score before and after, and the reward curves.
 
     python -m benchmarks.default_job [--seeds 0 1 2] [key=value ...]
 
@@ -20,24 +20,10 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 KEPT = (
-    *(
-        "steps",
-        "eval_before",
-        "eval_after",
-        "reward_first",
-        "reward_last",
-        "training_seconds",
-        "wall_seconds",
-    ),
-    *(
-        "max_trained_lag",
-        "mean_trained_lag",
-        "tickets",
-        "drops",
-        "generation_idle_fraction",
-        "trainer_idle_fraction",
-    ),
-)
+    "steps", "eval_before", "eval_after", "reward_first", "reward_last", "training_seconds", "wall_seconds",
+    "max_trained_lag", "mean_trained_lag", "tickets", "drops", "generation_idle_fraction", "trainer_idle_fraction",
+)  # fmt: skip
+"""Keys of the job's summary that go into the result."""
 
 
 def main() -> None:
@@ -89,7 +75,7 @@ def main() -> None:
 
 
 def draw(runs: list[dict[str, Any]], path: Path, *, window: int = 15) -> None:
-    """Reward of the training samples against seconds of training, a moving average over `window` steps."""
+    """Plots the training samples' reward, a moving average over `window` steps, against seconds of training."""
     figure, axes = pyplot.subplots(figsize=(7, 3.6), dpi=140)
     for run in runs:
         seconds, rewards = zip(*run["curve"], strict=True)

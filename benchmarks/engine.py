@@ -1,11 +1,15 @@
-"""Embedded engine against `model.generate`: same model, same prompts, same lengths, one thread, one process.
+"""Speed of the embedded engine against `model.generate`: same model, prompts and lengths, one thread.
 
-`equal`: 32 requests of equal length, where both run full batches and only the cost of a step counts. `long_tail`: 256 requests with
-log-normal lengths at 32 at a time; generate takes them in order in batches of 32, each running to its longest, which is
-what continuous batching avoids. Lengths are forced (no stop tokens), sampling is at temperature 1, and only requested tokens count.
-`grouped` is the long tail with eight samples a prompt, as in training. `http` is the long tail through a real engine process and client.
-Repetitions are interleaved and medians reported. Rates in process are per second of CPU time (one thread, no waiting), so that a busy
-machine changes them little; `http` spans two processes and is per second of wall time, beside generate's own wall time.
+    equal      32 requests of equal length: both run full batches, and only the cost of a step counts
+    long_tail  256 requests with log-normal lengths, 32 at a time; generate takes them in order in batches of 32, each of
+               which runs to its longest request, which is what continuous batching avoids
+    grouped    the long tail with eight samples a prompt, as in training
+    http       the long tail through a real engine process and client
+
+Lengths are forced (no stop tokens), sampling is at temperature 1, and only requested tokens count.
+Repetitions are interleaved, and medians reported. Rates in process are per second of CPU time (one thread, no
+waiting), so that a busy machine changes them little. `http` spans two processes, so its rate is per second of
+wall time, and is compared with generate's rate per second of wall time.
 
     python -m benchmarks.engine [--repeats 5] [--model DIR]
 """
@@ -40,7 +44,7 @@ BATCH, PROMPT_TOKENS, MAX_NEW_TOKENS = 32, 8, 24
 RESULTS = Path(__file__).parent / "results" / "engine.json"
 
 Workload = list[tuple[tuple[int, ...], int]]
-"""(prompt, number of new tokens) a request."""
+"""(prompt, number of new tokens) for each request."""
 
 
 def workload(num_requests: int, *, group_size: int = 1, equal: bool = False) -> Workload:
@@ -54,7 +58,7 @@ def workload(num_requests: int, *, group_size: int = 1, equal: bool = False) -> 
 
 
 def run_generate(model: Any, requests: Workload) -> None:
-    """transformers' own loop, batch after batch."""
+    """Runs transformers' own loop, batch after batch."""
     for start in range(0, len(requests), BATCH):
         batch = requests[start : start + BATCH]
         longest = max(length for _, length in batch)
@@ -72,8 +76,8 @@ def run_generate(model: Any, requests: Workload) -> None:
 
 
 def run_engine(core: EngineCore, requests: Workload) -> None:
-    """The engine at scheduler level, all requests queued at once."""
-    core.flush()
+    """Runs the engine in this process, all requests queued at once."""
+    core.flush_prefix_cache()
     for i, (prompt, length) in enumerate(requests):
         core.submit(Sequence(seq_id=str(i), prompt=prompt, params=SamplingParams(max_new_tokens=length)))
     while core.all_sequences:
@@ -81,7 +85,7 @@ def run_engine(core: EngineCore, requests: Workload) -> None:
 
 
 async def run_http(client: EngineClient, requests: Workload) -> None:
-    """The same requests through the client, all at once."""
+    """Runs the requests through the client, all at once."""
     await client.flush_cache()
     await asyncio.gather(
         *(
@@ -94,7 +98,10 @@ async def run_http(client: EngineClient, requests: Workload) -> None:
 def rates(
     runs: dict[str, tuple[Workload, Callable[[], None]]], repeats: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Median tokens per second of CPU time of this thread, and of wall time, of every run; interleaved, after one warm-up each."""
+    """Median tokens per second of this thread's CPU time, and of wall time, by run.
+
+    Runs are interleaved, after one warm-up each.
+    """
     cpu: dict[str, list[float]] = {name: [] for name in runs}
     wall: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
@@ -112,7 +119,7 @@ def rates(
 
 
 def main() -> None:
-    """Runs everything, prints a table, writes benchmarks/results/engine.json."""
+    """Measures, prints a table, writes benchmarks/results/engine.json."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -126,15 +133,16 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as scratch:
-        report = measure(
+        result = measure(
             arguments.model or tiny_model(f"{scratch}/model"), scratch, repeats=arguments.repeats
         )
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     print(f"{'workload':<12}{'engine tok/s':>14}{'generate tok/s':>16}{'ratio':>8}{'goal':>7}")
-    for name, row in report["workloads"].items():
+    for name, row in result["workloads"].items():
         print(
-            f"{name:<12}{row['engine']:>14,.0f}{row['generate']:>16,.0f}{row['ratio']:>8.2f}{row['goal'] or '':>7}"
+            f"{name:<12}{row['engine']:>14,.0f}{row['generate']:>16,.0f}"
+            f"{row['ratio']:>8.2f}{row['goal'] or '':>7}"
         )
     print(f"written to {RESULTS}")
 
@@ -143,15 +151,15 @@ def tiny_model(path: str) -> str:
     """The default job's model, untrained."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=100, hidden_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, intermediate_size=256,
-        max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        vocab_size=100, hidden_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
+        intermediate_size=256, max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(path)
     return path
 
 
 def measure(path: str, scratch: str, *, repeats: int) -> dict[str, Any]:
-    """Starts an engine process beside the in-process engine and times all of them."""
+    """Times the in-process engine, generate, and an engine process over HTTP."""
     context = PROMPT_TOKENS + MAX_NEW_TOKENS
     device = torch.device("cpu")
     model, weights = load(path, dtype=torch.float32, device=device, context_length=context)

@@ -1,10 +1,11 @@
-"""The default job with every objective: does it reach the score that the default objective reaches?
+"""Runs the default job with every objective and compares the held-out scores.
 
     python -m benchmarks.objectives [--only tis vcpo ...] [--report] [key=value ...]
 
-Three seeds for the four that the project is about, one for each other preset of configs/objective. Every setting but the objective is the
-default job's, except for LEARNING_RATES. Runs are appended to benchmarks/results/objectives.jsonl as they end and are not repeated, so it
-may be stopped and started again. The score is the greedy one on held-out prompts; how long a run took is not compared here.
+The four main objectives run with three seeds, each other preset of configs/objective with one. All other
+settings are the default job's, except for LEARNING_RATES. Runs are appended to
+benchmarks/results/objectives.jsonl as they end and are not repeated, so the benchmark may be stopped and
+started again. The score is the greedy one on held-out prompts; run times are not compared here.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from benchmarks.report import RESULTS, ROOT, run_job, table
 
-MISSION = ("tis", "vcpo", "vespo", "oapl")
+MAIN_OBJECTIVES = ("tis", "vcpo", "vespo", "oapl")
 """Objectives that are run with three seeds."""
 
 LEARNING_RATES = {"oapl": 1e-4}
@@ -31,25 +32,25 @@ KEPT = (
 
 
 def presets() -> list[str]:
-    """Every objective with a preset, the mission's first."""
+    """Every objective with a preset, the main ones first."""
     names = sorted(
         path.stem for path in (ROOT / "configs" / "objective").glob("*.yaml") if path.stem != "custom"
     )
-    return [*MISSION, *(name for name in names if name not in MISSION)]
+    return [*MAIN_OBJECTIVES, *(name for name in names if name not in MAIN_OBJECTIVES)]
 
 
 def seeds_of(objective: str) -> range:
-    """Seeds that an objective is run with."""
-    return range(3 if objective in MISSION else 1)
+    """The seeds of an objective's runs."""
+    return range(3 if objective in MAIN_OBJECTIVES else 1)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Finished runs."""
+    """The finished runs of a results file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def main() -> None:
-    """Runs what is missing, then prints the table of all that is there."""
+    """Runs what is missing, then prints a table of all results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -71,7 +72,7 @@ def main() -> None:
 
 
 def run(objective: str, seed: int, overrides: list[str], *, scratch: Path, results: Path) -> None:
-    """One job; appends its line."""
+    """Runs one job and appends its line to the results."""
     settings = [f"objective={objective}", f"seed={seed}", *overrides]
     summary, _ = run_job(f"{objective}-{seed}", settings, runs_dir=scratch, timeout_s=1800)
     kept = {key: summary[key] for key in KEPT}
@@ -80,20 +81,22 @@ def run(objective: str, seed: int, overrides: list[str], *, scratch: Path, resul
         file.write(json.dumps({"objective": objective, "seed": seed, "overrides": overrides, **kept}) + "\n")
     scores = f"{summary['eval_before']:.2f} -> {summary['eval_after']:.2f}"
     print(
-        f"{time.strftime('%H:%M:%S')} {objective} seed {seed}: {scores} in {summary['training_seconds']:.0f} s",
+        f"{time.strftime('%H:%M:%S')} {objective} seed {seed}: {scores} "
+        f"in {summary['training_seconds']:.0f} s",
         flush=True,
     )
 
 
 def as_table(runs: list[dict[str, Any]]) -> str:
-    """One line an objective: its seeds' scores side by side."""
+    """A Markdown table with one line an objective, its seeds' scores side by side."""
     rows = []
     for objective in presets():
         own = sorted((run for run in runs if run["objective"] == objective), key=lambda run: int(run["seed"]))
         if own:
             after = " ".join(f"{run['eval_after']:.2f}" for run in own)
             sampled = " ".join(f"{run['reward_last']:.2f}" for run in own)
-            lag = f"{max(run['max_trained_lag'] for run in own)} / {sum(run['mean_trained_lag'] for run in own) / len(own):.1f}"
+            mean_lag = sum(run["mean_trained_lag"] for run in own) / len(own)
+            lag = f"{max(run['max_trained_lag'] for run in own)} / {mean_lag:.1f}"
             stale = sum(run["drops"]["stale"] for run in own)
             rows.append([f"`{objective}`", after, sampled, lag, stale, " ".join(own[0]["overrides"]) or "–"])
     return table(

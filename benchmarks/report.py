@@ -1,4 +1,4 @@
-"""What every benchmark shares: run a job with the project's own command, write JSON, print a table for the README."""
+"""Helpers of the benchmarks: run a job with the project's own command, write JSON, format a Markdown table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine that the figures were measured on."""
     cpu = next(
         (
             line.split(":")[1].strip()
@@ -52,7 +52,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def run_job(
     name: str, overrides: Sequence[str], *, runs_dir: Path, timeout_s: float
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Runs `areal-like run` to its end; returns its summary and its metrics rows. Raises RuntimeError if it fails."""
+    """Runs `areal-like run` to its end; returns its summary and its metrics rows.
+
+    Raises RuntimeError if it fails.
+    """
     shutil.rmtree(runs_dir / name, ignore_errors=True)
     command = [sys.executable, "-m", "launch", "run", f"name={name}", f"runs_dir={runs_dir}", *overrides]
     done = subprocess.run(

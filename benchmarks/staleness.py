@@ -1,17 +1,21 @@
-"""Reward against staleness: which off-policy correction still learns from samples of which age, on the default task.
+"""Reward against staleness: a grid of off-policy corrections and ages of samples, on the default task.
 
     python -m benchmarks.staleness [--full] [--jobs 2] [--only PATTERN ...] [--seeds 0 1 2] [--steps 400] [--report]
 
-A cell is (method, fixed or mixed ages, lag, learning rate, seed); `benchmarks.staleness_cell` says what it does and what the ages are.
-Cells are functions of their settings, take one thread each, and are appended to benchmarks/results/staleness.jsonl as they finish, so the
-grid may be stopped and started again; what is there is not run again unless its settings have changed. The order makes a part of the
-grid useful: seed by seed, lag 16 first. Every run ends by printing the table and drawing docs/staleness.png from what is there.
+A cell of the grid is (method, fixed or mixed ages, lag, learning rate, seed); `benchmarks.staleness_cell`
+runs one and defines the ages. A cell's result depends on its settings alone. Cells take one thread each and
+are appended to benchmarks/results/staleness.jsonl as they finish, so the grid may be stopped and started
+again; a finished cell is not run again unless its settings have changed. Cells run seed by seed, lag 16
+first, so that a part of the grid is useful too. Every run ends by printing the table and drawing
+docs/staleness.png from all results so far.
 
-`--only` takes shell patterns of a cell's name, such as `PPO/*`, `*/fixed-16/*`, `VCPO/mixed-16/0.0003/seed-0`. `--report` runs nothing.
+`--only` takes shell patterns of a cell's name, such as `PPO/*`, `*/fixed-16/*`,
+`VCPO/mixed-16/0.0003/seed-0`. `--report` runs nothing.
 
-What is tuned: nothing a cell. Each method runs at both learning rates, with the settings and the normaliser of its paper and, but for
-OAPL, which brings its own, with group-normalised advantages. OAPL's beta2 is the project's rule for its length (.3 at ten tokens, set
-before the grid was run), and its engine syncs periodically, as it prescribes.
+Nothing is tuned for a single cell. Each method runs at both learning rates, with the settings and the
+normaliser of its paper and with group-normalised advantages, except for OAPL, which has its own advantages.
+OAPL's beta2 follows the project's rule for its length (.3 at ten tokens, set before the grid was run), and
+its engine syncs periodically, as its paper prescribes.
 """
 
 from __future__ import annotations
@@ -76,7 +80,7 @@ FULL_METHODS: dict[str, dict[str, Any]] = {
     "LAD": {"objective": {"name": "lad"}},
     "OAPL, no sync": {"objective": {"name": "oapl"}, "normalizer": "seq_mean_token_sum"},
 }
-"""Settings of a Cell by label; the objectives' own defaults where nothing is said."""
+"""Settings of a Cell by label; what is absent has the objective's default."""
 
 
 def grid(*, full: bool, seeds: list[int], num_steps: int) -> list[Cell]:
@@ -92,15 +96,15 @@ def grid(*, full: bool, seeds: list[int], num_steps: int) -> list[Cell]:
 
 
 def name_of(cell: Cell) -> str:
-    """`PPO/fixed-16/0.0003/seed-0`"""
+    """A cell's name, such as `PPO/fixed-16/0.0003/seed-0`."""
     return f"{cell.method}/{cell.mode}-{cell.lag}/{cell.lr:g}/seed-{cell.seed}"
 
 
 class Results:
-    """The file of finished cells, one JSON object a line; only ever appended to."""
+    """The file of finished cells, one JSON object a line. Lines are only appended."""
 
     def __init__(self, path: Path) -> None:
-        """Reads what is there. The half of a line that a killed run may have left at the end is cut off."""
+        """Reads the file. Cuts off half a line at its end, which a killed run may have left."""
         self._path = path
         self._done: dict[str, CellResult] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,11 +118,11 @@ class Results:
             self._done[_key(row["cell"])] = CellResult(**row["result"], curve=curve)
 
     def get(self, cell: Cell) -> CellResult | None:
-        """The result of exactly these settings."""
+        """The result of exactly these settings, or None."""
         return self._done.get(_key(asdict(cell)))
 
     def add(self, cell: Cell, result: CellResult) -> None:
-        """Appends a line."""
+        """Appends a result to the file."""
         self._done[_key(asdict(cell))] = result
         with self._path.open("a") as file:
             file.write(json.dumps({"cell": asdict(cell), "result": asdict(result)}) + "\n")
@@ -147,9 +151,10 @@ def run(cells: list[Cell], results: Results, *, num_jobs: int) -> None:
             for number, future in enumerate(as_completed(futures), start=1):
                 cell, result = futures[future], future.result()
                 results.add(cell, result)
-                scored = f"reward {result.reward:.3f} best {result.best:.3f} greedy {result.greedy:.3f} ess {result.ess_ratio:.2f}"
                 print(
-                    f"{time.strftime('%H:%M:%S')} {number}/{len(cells)} {name_of(cell)}: {scored} {result.wall_s:.0f} s",
+                    f"{time.strftime('%H:%M:%S')} {number}/{len(cells)} {name_of(cell)}: "
+                    f"reward {result.reward:.3f} best {result.best:.3f} greedy {result.greedy:.3f} "
+                    f"ess {result.ess_ratio:.2f} {result.wall_s:.0f} s",
                     flush=True,
                 )
         finally:
@@ -163,7 +168,8 @@ def _build(out_dir: str, seed: int, warm_start_steps: int) -> None:
 def _start_worker() -> None:
     die_with_parent()
     os.nice(10)
-    # The trainer's notes on settings that OAPL overrides, and a bar for every model that is read: once a cell is too often.
+    # Off: the trainer's warnings about settings that OAPL overrides, and a progress bar for every model that
+    # is read.
     logging.disable(logging.WARNING)
     disable_progress_bar()  # type: ignore[no-untyped-call]
 
@@ -198,10 +204,11 @@ def main() -> None:
     done = [(cell, result) for cell in cells if (result := results.get(cell)) is not None]
     if not done:
         raise SystemExit(
-            f"no cell of this grid is in {args.results} and none was run: leave --report out, or look at --only"
+            f"no cell of this grid is in {args.results} and none was run: leave --report out, or check --only"
         )
     print(
-        f"\n{len(done)} of {len(cells)} cells, {len(args.seeds)} seeds, best / worst of the learning rates {LEARNING_RATES}\n"
+        f"\n{len(done)} of {len(cells)} cells, {len(args.seeds)} seeds, "
+        f"best / worst of the learning rates {LEARNING_RATES}\n"
     )
     print(as_table(done, FULL_METHODS))
     draw(done, FULL_METHODS, args.figure)

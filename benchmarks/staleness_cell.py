@@ -1,19 +1,24 @@
-"""One cell of the staleness benchmark: the sorting task learned from samples of a prescribed age, in one thread of one process.
+"""One cell of the staleness benchmark: learns the sorting task from samples of a prescribed age, in one thread.
 
-Nothing here is timed by a clock: who is how old is decided by a *plan* before the first step, so a cell is a pure function of its
-settings (on one machine). Not the weights wait but the samples: whatever a later step will learn from version v is sampled when v is
-made, in one batch, and kept. That costs the same at every age, and it is what a replay queue does. The engine, the objective, the
-optimizer and the task are those of the real system; only the daemons between them are left out.
+Ages do not depend on timing. A *plan* sets them before the first step, so a cell's result depends on its
+settings alone (on one machine). All samples of version v that any later step trains on are drawn in one batch
+when v is made, and kept until that step. That costs the same at every age, and it is how a replay queue
+works. The engine, the objective, the optimizer and the task are those of the real system; only the daemons
+between them are left out.
 
-Ages, in optimizer steps (a group's age in step t is t less the version that sampled it whole; never older than version 0):
+Ages, in optimizer steps (a group's age in step t is t less the version that sampled it whole, which is at
+least 0):
 
-    fixed     every group is exactly `lag` old
-    mixed     every group's age is drawn by itself, uniformly from 0..lag: a queue that hands out in random order what is at most `lag` old
-    periodic  the engine syncs every I steps, so the age is t mod I: what OAPL prescribes. I = 2 lag + 1 in place of fixed and lag + 1 in
-              place of mixed, which makes the mean age that of the other methods (under mixed also the largest, and the distribution)
+    fixed     every group's age is `lag`
+    mixed     each group's age is drawn on its own, uniformly from 0..lag: a queue that hands out, in random order,
+              what is at most `lag` old
+    periodic  the engine syncs every I steps, so the age is t mod I, as OAPL prescribes. I is 2 lag + 1 in place of
+              fixed and lag + 1 in place of mixed, so the mean age is that of the other methods (with mixed, the
+              largest age and the distribution too)
 
-The ages of mixed depend on the seed alone, and a sample's random numbers on seed, prompt and place in its group: every method sees the same
-prompts at the same ages with the same luck, until its weights differ.
+The ages of mixed depend on the seed alone, and a sample's random numbers on seed, prompt and its index in its
+group. So every method gets the same prompts at the same ages with the same random numbers, until its weights
+differ.
 """
 
 from __future__ import annotations
@@ -49,7 +54,7 @@ CURVE_PROMPTS = 128
 GREEDY_PROMPTS = 512
 """Held-out prompts of the final greedy score."""
 CURVE_POINTS = 40
-"""So that the last tenth of a run is four of them."""
+"""Points of the curve; the last tenth of a run is four of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,15 +68,15 @@ class Cell:
     normalizer: str = "token_mean"
     """`trainer.normalizer`, the one of the method's paper."""
     periodic: bool = False
-    """Synchronise periodically instead."""
+    """Ages are periodic, in place of fixed or mixed."""
     mode: str
     """`fixed` | `mixed`"""
     lag: int
-    """Of every group (fixed), or the largest (mixed)."""
+    """Age of every group (fixed), or the largest age (mixed)."""
     lr: float
     """AdamW learning rate after warm-up."""
     seed: int
-    """Of the warm start, prompts, ages and draws."""
+    """Seed of the warm start, prompts, ages and samples."""
     num_steps: int = 400
     """Optimizer steps."""
     groups_per_step: int = 8
@@ -79,7 +84,7 @@ class Cell:
     group_size: int = 8
     """Samples a prompt."""
     warm_start_steps: int = 600
-    """Supervised steps of the model that it begins with."""
+    """Supervised steps that the initial model was trained for."""
 
     def __post_init__(self) -> None:
         assert self.mode in ("fixed", "mixed") and self.lag >= 0
@@ -90,7 +95,7 @@ class Cell:
         return 2 * self.lag + 1 if self.mode == "fixed" else self.lag + 1
 
     def version_of(self, *, step: int, group: int) -> int:
-        """Which version samples the `group`-th group of a step."""
+        """The version that samples the `group`-th group of a step."""
         if self.periodic:
             return step - step % self.interval
         if self.mode == "fixed":
@@ -106,12 +111,13 @@ class Cell:
         return plan
 
     def config(self) -> Config:
-        """What a job with these settings would be configured with."""
+        """The configuration of a job with these settings."""
         trainer = TrainerConfig(
             num_steps=self.num_steps,
             groups_per_step=self.groups_per_step,
             lr=self.lr,
-            # One that falls to zero would heal at the end what staleness has done: lags are in steps, and what hurts is their length.
+            # A schedule that falls to zero would undo the effect of staleness towards the end: lags are in
+            # steps, and their harm depends on the length of a step.
             lr_schedule="constant",
             normalizer=self.normalizer,
             logprob_chunk_tokens=4096,
@@ -121,39 +127,47 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class CellResult:
-    """What a cell came to. Rewards are of held-out prompts under the weights of the moment, whatever the age of what they learn from."""
+    """The result of a cell.
+
+    Rewards are of held-out prompts under the current weights, whatever the training data's age.
+    """
 
     reward: float
     """Mean of samples at temperature 1 over the last tenth of the run."""
     best: float
-    """Largest mean of four neighbours of the curve: far above `reward`, the run has collapsed."""
+    """Largest mean of four neighbouring points of the curve. If it is far above `reward`, the run has
+    collapsed."""
     greedy: float
-    """Of the final weights."""
+    """Greedy score of the final weights."""
     ess_ratio: float
-    """Mean over the run of the effective share of a step's sequences under their importance weights."""
+    """Mean over the run of the effective sample size of a step under its importance weights, over its
+    sequences."""
     means: dict[str, float]
     """Means over the run of other metrics of the step."""
     curve: list[tuple[int, float]]
     """(completed steps, reward of samples at temperature 1)."""
     wall_s: float = field(compare=False)
-    """Seconds, on a machine that may have been busy with other things."""
+    """Wall time, on a machine that may have been busy."""
     cpu_s: float = field(compare=False)
-    """Seconds of processor time."""
+    """CPU time."""
 
 
 MEANS = ("log_w_std", "kl_k3", "entropy", "grad_norm", "clipped_fraction", "lr_scale")
-"""Metrics of the step of which a result keeps the mean."""
+"""Step metrics whose means a result keeps."""
 
 
 def build_model(out_dir: Path, *, seed: int, warm_start_steps: int) -> None:
-    """The default job's recipe at two thirds of its width and depth; smaller, it takes longer to learn the format (10 ms a step)."""
+    """Builds the default job's model at two thirds of its width and depth (10 ms a step).
+
+    A smaller one takes longer to learn the format.
+    """
     build_tiny_model(
         out_dir, seed=seed, warm_start_steps=warm_start_steps, swap_prob=0.5, hidden_size=64, num_layers=2
     )
 
 
 class Sampler:
-    """An engine, a task and the reward of what the one answers to the other."""
+    """Samples from an engine on a task, with rewards."""
 
     def __init__(self, model_path: str, config: Config) -> None:
         model, weights = load(
@@ -164,51 +178,54 @@ class Sampler:
         self._task = make_task(config.task, seed=config.seed)
         self._renderer = PromptRenderer(model_path)
         self._max_new_tokens = config.sampling.max_new_tokens
-        self._held_out = self._asked("eval", range(GREEDY_PROMPTS))
-        self._train_luck = config.seed << 40
-        self._held_out_luck = self._train_luck + (1 << 39)
+        self._held_out = self._prompts("eval", range(GREEDY_PROMPTS))
+        self._train_seed = config.seed << 40
+        self._held_out_seed = self._train_seed + (1 << 39)
 
     def activate(self, policy: Policy, *, version: int) -> None:
-        """Goes over to the policy's weights."""
+        """Activates the policy's weights in the engine."""
         if self._core.version != str(version):
-            spare, state = self._core.take_spare(), gather_full_state(policy)
+            shadow, state = self._core.take_shadow_weights(), gather_full_state(policy)
             with torch.inference_mode():
                 for name, tensor in state:
-                    spare.named[name].copy_(tensor)
-            self._core.swap(spare, version=str(version), recompute=True)
+                    shadow.named[name].copy_(tensor)
+            self._core.swap_weights(shadow, version=str(version), recompute=True)
 
     def groups(self, indices: Iterable[int], *, size: int) -> list[list[Trajectory]]:
-        """`size` samples at temperature 1 of each of these training prompts."""
+        """`size` samples, at temperature 1, of each of these training prompts."""
         indices = list(indices)
-        asked = self._asked("train", indices)
-        luck = [self._train_luck + index for index in indices]
-        answers = self._answers([prompt for _, prompt in asked], luck=luck, size=size, temperature=1.0)
+        prompts = self._prompts("train", indices)
+        seeds = [self._train_seed + index for index in indices]
+        groups = self._sample([prompt for _, prompt in prompts], seeds=seeds, size=size, temperature=1.0)
         return [
             [self._trajectory(example, s) for s in group]
-            for (example, _), group in zip(asked, answers, strict=True)
+            for (example, _), group in zip(prompts, groups, strict=True)
         ]
 
     def score(self, *, num_prompts: int, temperature: float) -> float:
-        """Mean reward of held-out prompts, always the same ones, one sample each, with other random numbers under each version."""
-        asked = self._held_out[:num_prompts]
-        first = self._held_out_luck + int(self._core.version) * GREEDY_PROMPTS
-        luck = range(first, first + num_prompts)
-        answers = self._answers([prompt for _, prompt in asked], luck=luck, size=1, temperature=temperature)
+        """Mean reward of the first `num_prompts` held-out prompts, one sample each.
+
+        The random numbers differ between versions.
+        """
+        prompts = self._held_out[:num_prompts]
+        first = self._held_out_seed + int(self._core.version) * GREEDY_PROMPTS
+        seeds = range(first, first + num_prompts)
+        groups = self._sample([prompt for _, prompt in prompts], seeds=seeds, size=1, temperature=temperature)
         return statistics.mean(
-            self._reward(example, s) for (example, _), (s,) in zip(asked, answers, strict=True)
+            self._reward(example, s) for (example, _), (s,) in zip(prompts, groups, strict=True)
         )
 
-    def _asked(self, split: Split, indices: Iterable[int]) -> list[tuple[Example, tuple[int, ...]]]:
+    def _prompts(self, split: Split, indices: Iterable[int]) -> list[tuple[Example, tuple[int, ...]]]:
         examples = [self._task.example(split, index) for index in indices]
         return [(example, tuple(self._renderer.encode(example).tolist())) for example in examples]
 
-    def _answers(
-        self, prompts: Iterable[tuple[int, ...]], *, luck: Iterable[int], size: int, temperature: float
+    def _sample(
+        self, prompts: Iterable[tuple[int, ...]], *, seeds: Iterable[int], size: int, temperature: float
     ) -> list[list[Sequence]]:
-        """`luck`: a seed for each prompt."""
+        """Samples `size` sequences a prompt; `seeds`: one for each prompt."""
         stops = tuple(self._renderer.stop_token_ids)
         groups = []
-        for place, (prompt, seed) in enumerate(zip(prompts, luck, strict=True)):
+        for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             params = SamplingParams(
                 max_new_tokens=self._max_new_tokens,
                 temperature=temperature,
@@ -216,7 +233,7 @@ class Sampler:
                 sampling_seed=seed,
             )
             groups.append(
-                [Sequence(seq_id=f"{place}.{i}", prompt=prompt, params=params) for i in range(size)]
+                [Sequence(seq_id=f"{number}.{i}", prompt=prompt, params=params) for i in range(size)]
             )
             for index, sequence in enumerate(groups[-1]):
                 self._core.submit(sequence, index=index)
@@ -249,7 +266,7 @@ class Sampler:
 
 
 def run_cell(cell: Cell, model_path: str) -> CellResult:
-    """Trains one cell from the model that `build_model` wrote for it. Leaves this process with one thread."""
+    """Trains one cell from the model that `build_model` wrote. Sets this process's torch threads to one."""
     torch.set_num_threads(1)
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     config, ranks, plan = cell.config(), Ranks.alone(), cell.plan()
@@ -274,7 +291,7 @@ def run_cell(cell: Cell, model_path: str) -> CellResult:
         if version < cell.num_steps:
             groups = queue.pop(version)
             rows.append(runner.run([groups[i] for i in range(cell.groups_per_step)], step=version))
-    assert not queue, "every planned sample is trained on"
+    assert not queue, "planned samples were never trained on"
     sampler.activate(policy, version=cell.num_steps)
     rewards = [reward for _, reward in curve]
     tail = max(1, len(rewards) // 10)
@@ -292,5 +309,8 @@ def run_cell(cell: Cell, model_path: str) -> CellResult:
 
 
 def _mean(rows: list[dict[str, float]], name: str) -> float:
-    """To four digits. Steps without a single group to run (equal rewards everywhere) have no such metric and are left out."""
+    """The mean to four digits.
+
+    Steps that trained no group (equal rewards in all) lack the metric and are left out.
+    """
     return float(f"{statistics.fmean(row[name] for row in rows):.4g}") if rows else 0.0

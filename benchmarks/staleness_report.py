@@ -1,7 +1,8 @@
-"""The staleness benchmark's table and figure, from whatever cells are there.
+"""Makes the staleness benchmark's table and figure from the cells that have results.
 
-A method is judged twice: at the better and at the worse of the learning rates, each a mean over seeds. A learning rate matters as much as a
-method, and one that only works at the right learning rate is shown to.
+Each method has two scores: at the better and at the worse of the learning rates, each a mean over seeds. The
+learning rate matters as much as the method, so a method that works only at the right learning rate must be
+visible as such.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ def scores(done: Iterable[tuple[Cell, CellResult]]) -> Scores:
 def in_order(
     done: Iterable[tuple[Cell, CellResult]], methods: Iterable[str]
 ) -> tuple[list[str], list[Setting]]:
-    """The methods and settings that have results: methods as given, fixed before mixed, short lags before long."""
+    """The methods and settings that have results: methods as given, then fixed before mixed, short lags first."""
     pairs = list(done)
     have = {cell.method for cell, _ in pairs}
     return [m for m in methods if m in have], sorted({(cell.mode, cell.lag) for cell, _ in pairs})
 
 
 def as_table(done: list[tuple[Cell, CellResult]], methods: Iterable[str]) -> str:
-    """Markdown: a row a method, a column a setting, `best / worst` in each field."""
+    """A Markdown table: a row a method, a column a setting, `best / worst` in each field."""
     names, settings = in_order(done, methods)
     found = scores(done)
     fields = [[_field(found.get((name, setting))) for setting in settings] for name in names]
@@ -59,7 +60,7 @@ def _field(pair: tuple[float, float] | None) -> str:
 
 
 def draw(done: list[tuple[Cell, CellResult]], methods: Iterable[str], path: Path) -> None:
-    """Reward against lag, a line a method: at the best learning rate on the left, at the worst on the right."""
+    """Plots reward against lag, a line a method: at the best learning rate on the left, at the worst on the right."""
     names, settings = in_order(done, methods)
     found = scores(done)
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 3.9), dpi=140, sharey=True)
@@ -67,13 +68,13 @@ def draw(done: list[tuple[Cell, CellResult]], methods: Iterable[str], path: Path
     for rank, (axes, title) in enumerate(zip(panels, ("best", "worst"), strict=True)):
         for number, name in enumerate(names):
             for mode in ("fixed", "mixed"):
-                places = [
+                columns = [
                     i for i, setting in enumerate(settings) if setting[0] == mode and (name, setting) in found
                 ]
-                rewards = [found[name, settings[i]][rank] for i in places]
+                rewards = [found[name, settings[i]][rank] for i in columns]
                 style = {"color": colors(number % colors.N), "label": name if mode == "fixed" else None}
                 axes.plot(
-                    places, rewards, marker="os^vDP*X"[number % 8], markersize=5, linewidth=1.3, **style
+                    columns, rewards, marker="os^vDP*X"[number % 8], markersize=5, linewidth=1.3, **style
                 )
         axes.set_xticks(
             range(len(settings)),

@@ -1,8 +1,8 @@
 """Trajectories a second from producers that want an acknowledgement, through a buffer, to a trainer, against what else one could use.
 
-One run on one machine: 1,024-token trajectories (13.3 kB of arrays), 8 producers in two processes with a window of 32 each, one consumer,
-at most 8,192 trajectories between them (`stream_peers/load.py`). The score is the smaller of what was acknowledged and what was consumed a
-second.
+One run on one machine: 1,024-token trajectories (13.3 kB of arrays), 8 producers in two processes with a
+window of 32 each, one consumer, at most 8,192 trajectories between them (`stream_peers/load.py`). The score
+is the smaller of what was acknowledged and what was consumed a second.
 
     row               acknowledged means                          how
     ours              power_loss | process_crash | none           python -m buffer, everything that a run does to the ledger
@@ -11,10 +11,11 @@ second.
     transfer queue    in the memory of two actors                 TransferQueue's client, a window at a time
     bare zmq          forwarded                                   the same sockets and messages with nothing behind them: the ceiling
 
-Flushes are those of the disk under --scratch while it counted (/sys/dev/block/*/stat), so that group commits can be compared. `half load`
-paces the producers at half of the rate that was reached and reports when acknowledgements came. `cost` is the CPU time that one sample's
-insert and read take in a ledger that already holds so many tickets; `server_cpu_us`, `producer_cpu_us`, `consumer_cpu_us` the CPU time that
-one trajectory takes in each process.
+Flushes are those of the disk under --scratch while it counted (/sys/dev/block/*/stat), so that group commits
+can be compared. `half load` paces the producers at half of the rate that was reached and reports when
+acknowledgements came. `cost` is the CPU time that one sample's insert and read take in a ledger that already
+holds so many tickets; `server_cpu_us`, `producer_cpu_us`, `consumer_cpu_us` the CPU time that one trajectory
+takes in each process.
 
     pip install --target DIR hiredis ray TransferQueue tensordict    (for the peers; without --peers only ours and bare zmq are run)
     python -m benchmarks.stream [--seconds 8] [--peers DIR] [--scratch DIR] [--only ours,redis]

@@ -1,10 +1,12 @@
 """What a weight update costs in each mode, on each engine: seconds and tokens lost, and the log-prob error that kept KV causes.
 
-A fixed amount of work (sequences of mixed lengths, so that some end at any time) is done without updates and with several; the difference
-over the number of updates is what one costs, whatever it was spent on: the pause, KV computed again, sequences resubmitted, and on
-this machine also the cores that sending and loading take away from decoding. Pushes are the project's own, from broadcaster to
-receiver. Each version moves every weight by the default learning rate, up or down at random, as one step of Adam might. Errors are
-of tokens that were sampled after an update came in mid-sequence, against transformers with the weights that the engine attests.
+A fixed amount of work (sequences of mixed lengths, so that some end at any time) is done without updates and
+with several; the difference over the number of updates is what one costs, whatever it was spent on: the
+pause, KV computed again, sequences resubmitted, and on this machine also the cores that sending and loading
+take away from decoding. Pushes are the project's own, from broadcaster to receiver. Each version moves every
+weight by the default learning rate, up or down at random, as one step of Adam might. Errors are of tokens
+that were sampled after an update came in mid-sequence, against transformers with the weights that the engine
+attests.
 
     python -m benchmarks.update_modes [--engines embedded sglang] [--repeats 3]
 """
@@ -195,7 +197,10 @@ async def serving(config: Config, model: Path) -> AsyncIterator[Server]:
 
 
 async def measure(kind: str, directory: Path, model: Path, *, repeats: int) -> dict[str, Any]:
-    """One engine: its rate without updates, and each mode. `keep`'s options for all, so that only the mode differs."""
+    """One engine: its rate without updates, and each mode.
+
+    `keep`'s options for all, so that only the mode differs.
+    """
     rollout = {"engine": kind, "max_running": NUM_RUNNING, "start_timeout_s": 600}
     config = from_mapping(
         {"runs_dir": str(directory), "name": kind, "rollout": rollout, "weights": {"update_mode": "keep"}}

@@ -1,9 +1,10 @@
 """What VCPO's baseline costs: an optimizer step of plain sequence TIS against VCPO with ghost, exact and proxy norms.
 
-The default job's shape: its model, 16 groups of 8, sequences of about 16 tokens, every group with spread, one thread. Time is CPU time
-of the thread (nothing waits), the ratio the median of those to the plain step of the same repetition, so that a busy machine changes it
-little. Exact norms, ten times as slow, are timed after the others. Memory is the growth of the process's resident peak over the state
-before the first step, each objective in a process of its own.
+The default job's shape: its model, 16 groups of 8, sequences of about 16 tokens, every group with spread, one
+thread. Time is CPU time of the thread (nothing waits), the ratio the median of those to the plain step of the
+same repetition, so that a busy machine changes it little. Exact norms, ten times as slow, are timed after the
+others. Memory is the growth of the process's resident peak over the state before the first step, each
+objective in a process of its own.
 
 `goal`: ghost norms within 1.25 of plain TIS.
 

@@ -1,10 +1,11 @@
 """What a push costs: its share of a bare broadcast's rate, bucketed against tensor by tensor, and how long training stands still for it.
 
-The push is the project's own from end to end: frozen weights, control messages, broadcast, checksums on both sides, a real engine that
-stores into its shadow set, verifies and swaps. The bare broadcast sends the same buckets with `dist.broadcast` into one buffer that is
-there already. Both take turns, and the median counts. Training's stall is measured on two ranks: freezing (what a step waits for now),
-and gathering, flattening and checksumming everything at once (what it would wait for without). What an update costs generation,
-in each mode, is measured by `benchmarks.update_modes`.
+The push is the project's own from end to end: frozen weights, control messages, broadcast, checksums on both
+sides, a real engine that stores into its shadow set, verifies and swaps. The bare broadcast sends the same
+buckets with `dist.broadcast` into one buffer that is there already. Both take turns, and the median counts.
+Training's stall is measured on two ranks: freezing (what a step waits for now), and gathering, flattening and
+checksumming everything at once (what it would wait for without). What an update costs generation, in each
+mode, is measured by `benchmarks.update_modes`.
 
     python -m benchmarks.weight_sync [--sizes 10MB 100MB 500MB 2GB] [--rounds 5]
 """

@@ -1,8 +1,9 @@
 """The ceiling: the same messages through a process that only forwards them, with the sockets of our channel and nothing else.
 
-Producers send the records of samples (packed beforehand; as many in a message as the window has room for), the forwarder acknowledges each
-message and passes groups of eight on when the consumer asks. Nobody packs, checks or unpacks, there is no ledger and no disk. What the
-buffer reaches of this rate is what all that work leaves of it.
+Producers send the records of samples (packed beforehand; as many in a message as the window has room for),
+the forwarder acknowledges each message and passes groups of eight on when the consumer asks. Nobody packs,
+checks or unpacks, there is no ledger and no disk. What the buffer reaches of this rate is what all that work
+leaves of it.
 """
 
 from __future__ import annotations

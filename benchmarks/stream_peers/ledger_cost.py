@@ -1,7 +1,8 @@
 """What a ticket costs in a ledger that is old: CPU time of the ledger and its store, writer thread included, without sockets.
 
-The old tickets are written with SQL, as a run would have left them (trained, released, their rows kept for ever), because training a
-million of them takes longer than anyone would wait; the ledger then recovers and a run goes on behind them.
+The old tickets are written with SQL, as a run would have left them (trained, released, their rows kept for
+ever), because training a million of them takes longer than anyone would wait; the ledger then recovers and a
+run goes on behind them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The load that is the same for every peer: what is sent, how much of it may be on its way, when it counts.
 
-Eight producers in two processes, because two cores carry no more; each keeps at most `window` trajectories unacknowledged and stops when
-`backlog` are acknowledged and not yet consumed. Times are CLOCK_MONOTONIC, which all processes of a machine share.
+Eight producers in two processes, because two cores carry no more; each keeps at most `window` trajectories
+unacknowledged and stops when `backlog` are acknowledged and not yet consumed. Times are CLOCK_MONOTONIC,
+which all processes of a machine share.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """This repository's buffer: the real daemon, the real messages, the whole life of a ticket.
 
-Producers say hello, beat, get leases, send samples and count what is acknowledged; the consumer fetches groups of step after step,
-completes the step, takes a version for the next and commits every eighth. Nothing that a run does to the ledger is left out.
+Producers say hello, beat, get leases, send samples and count what is acknowledged; the consumer fetches
+groups of step after step, completes the step, takes a version for the next and commits every eighth. Nothing
+that a run does to the ledger is left out.
 """
 
 from __future__ import annotations
@@ -121,7 +122,8 @@ class _Producer:
         self._link.send(
             ServerHeartbeat(
                 state=ServerState.SERVING,
-                # As much again as may be on its way, so that leases are there when acknowledgements make room.
+                # As much again as may be on its way, so that leases are there when acknowledgements make
+                # room.
                 free_samples=max(0, 2 * self._plan.window - holding),
                 holding_samples=holding,
                 weights_version=self._version,

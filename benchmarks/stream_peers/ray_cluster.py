@@ -1,12 +1,14 @@
 """Ray's queue and TransferQueue, which both live in a Ray cluster: one driver that starts it, the load in actors of their own.
 
-`python -m benchmarks.stream_peers.ray_cluster queue|queue_batch|transfer_queue SECONDS PLAN` prints the tallies. Both keep everything in
-memory: what they acknowledge survives nothing.
+`python -m benchmarks.stream_peers.ray_cluster queue|queue_batch|transfer_queue SECONDS PLAN` prints the
+tallies. Both keep everything in memory: what they acknowledge survives nothing.
 
-* `queue`: `ray.util.queue.Queue`, one trajectory a `put_async`, as many at a time as the window.
-* `queue_batch`: the same with `put_nowait_batch` of a whole window at a time: the fastest way into it, and one that a stream of single
+* `queue`: `ray.util.queue.Queue`, one trajectory a `put_async`, as many at a time as the window. *
+`queue_batch`: the same with `put_nowait_batch` of a whole window at a time: the fastest way into it, and one
+that a stream of single
   samples cannot use.
-* `transfer_queue`: `TransferQueueClient.put` of a whole window at a time as a TensorDict, in one thread a producer; read by `get_meta` and
+* `transfer_queue`: `TransferQueueClient.put` of a whole window at a time as a TensorDict, in one thread a
+producer; read by `get_meta` and
   `get_data`, cleared when read. Two SimpleStorage units, as its default configuration has it.
 """
 

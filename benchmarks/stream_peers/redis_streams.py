@@ -1,7 +1,8 @@
 """Redis Streams: Debian's redis-server with an append-only file, `XADD` pipelined up to the window, one consumer group.
 
-The client is a socket and hiredis' parser: redis-py's own pipelines wait for a whole batch, which would cost Redis throughput that is
-the client's fault. A step's worth of entries is acknowledged and trimmed together, so that the stream stays as small as our buffer's.
+The client is a socket and hiredis' parser: redis-py's own pipelines wait for a whole batch, which would cost
+Redis throughput that is the client's fault. A step's worth of entries is acknowledged and trimmed together,
+so that the stream stays as small as our buffer's.
 """
 
 from __future__ import annotations

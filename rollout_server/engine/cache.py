@@ -1,9 +1,9 @@
-"""KV of the running sequences, one dense row each, and the prefixes that groups share.
+"""The KV cache, with one dense row a running sequence, and the cache of prefixes shared by a group.
 
-Rows are whole sequences, not pages: a decode step reads rows 0..n-1 as one strided view, with no gather and no block table, and
-at the lengths of short RL answers the memory that pages would save is small. The price is that `num_rows * context_length` tokens are
-allocated up front. A prefix is kept as a copy outside the rows: it outlives the sequence that computed it,
-and bringing it into any number of rows is one copy. Prefixes are keyed by the serial number of the weights that computed them.
+A row holds a whole sequence, there are no pages: a decode step reads rows 0..n-1 as one strided view, with no
+gather and no block table, and at the lengths of short RL answers pages would save little memory. The price is
+that `num_rows * context_length` tokens are allocated up front. A prefix is kept as a copy outside the rows:
+it outlives the sequence that computed it, and one copy brings it into any number of rows.
 
 Shapes: L layers, S rows, H KV heads, T positions, D head size, B computed contexts, N rows decoded.
 """
@@ -31,7 +31,7 @@ class KVShape:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DecodeBatch:
-    """What one decode step needs to know about the rows it reads and writes; made once a step, used by every layer."""
+    """Positions, mask and write indices of one decode step: made once a step, used by every layer."""
 
     num_rows: int
     num_positions: int
@@ -45,7 +45,13 @@ class DecodeBatch:
 
 
 class KVCache:
-    """Storage for `num_rows` sequences of up to `context_length` tokens."""
+    """Keys and values of `num_rows` sequences of up to `context_length` tokens.
+
+    Every layer takes as much memory as the one with the most heads and the largest head size.
+
+    Decode step: `begin_decode`, then `append` for each layer.
+    Prefill: `begin_prefill`, then `fill` for each layer, then `end_prefill`.
+    """
 
     def __init__(
         self,
@@ -82,9 +88,9 @@ class KVCache:
     # Decoding
 
     def begin_decode(self, position_N: NDArray[np.int64]) -> DecodeBatch:
-        """Prepares a step over rows 0..N-1 whose new token sits at `position_N`."""
+        """Prepares a step over rows 0..N-1 whose new tokens are at `position_N`."""
         num_rows, num_positions = len(position_N), int(position_N.max()) + 1
-        # Small arrays are made in numpy: a torch kernel costs more to start than these cost to compute.
+        # In numpy: to start a torch kernel costs more than these small arrays cost to compute.
         bias_NT = np.where(
             self._arange_T[:num_positions] > position_N[:, None], np.float32("-inf"), np.float32(0)
         )
@@ -105,7 +111,7 @@ class KVCache:
         return self._batch
 
     def append(self, layer: int, key_NHD: Tensor, value_NHD: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes this step's key and value; returns views [N, H, T, D] of everything up to the longest row."""
+        """Writes this step's keys and values; returns views [N, H, T, D] of all up to the longest row."""
         batch = self._batch
         assert batch is not None, "begin_decode first"
         index = batch.write_index_by_heads[key_NHD.shape[1]]
@@ -119,21 +125,22 @@ class KVCache:
     # Prefill
 
     def begin_prefill(self, *, num_contexts: int, num_positions: int) -> None:
-        """The next `fill` of each layer brings this many computed contexts, right-padded to this length."""
+        """Prepares for one `fill` a layer, each with this many contexts, right-padded to `num_positions`."""
         layers, _, _, heads, _, dim = self._storage.shape
         shape = (layers, 2, num_contexts, heads, num_positions, dim)
         self._computed_L2BHTD = torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def fill(self, layer: int, key_BHTD: Tensor, value_BHTD: Tensor) -> None:
-        """Takes one layer's computed keys and values."""
+        """Keeps one layer's computed keys and values until `end_prefill`."""
         _, heads, _, key_dim = key_BHTD.shape
         self._computed_L2BHTD[layer, 0, :, :heads, :, :key_dim] = key_BHTD
         self._computed_L2BHTD[layer, 1, :, :heads, :, : value_BHTD.shape[3]] = value_BHTD
 
     def end_prefill(self, *, rows: Sequence[int], sources: Sequence[int]) -> Tensor:
-        """Writes computed context `sources[i]` into row `rows[i]`; returns all computed KV [L, 2, B, H, T, D].
+        """Copies computed context `sources[i]` to row `rows[i]`; returns all computed KV [L, 2, B, H, T, D].
 
-        What padding leaves in a row beyond its own length is overwritten before it is ever read.
+        The KV of padding beyond a context's own length is written too, and overwritten before it is ever
+        read.
         """
         computed = self._computed_L2BHTD
         if rows:
@@ -144,7 +151,7 @@ class KVCache:
     # Rows
 
     def move(self, sources: Sequence[int], targets: Sequence[int], *, num_positions: int) -> None:
-        """Copies rows' first `num_positions` positions; `sources` and `targets` do not overlap."""
+        """Copies the first `num_positions` of rows `sources` to rows `targets`, which must not overlap."""
         if len(sources) == 1:
             self._storage[:, :, targets[0], :, :num_positions] = self._storage[
                 :, :, sources[0], :, :num_positions
@@ -157,20 +164,24 @@ class KVCache:
             self._storage[:, :, target, :, :num_positions] = self._storage[:, :, source, :, :num_positions]
 
     def write(self, rows: Sequence[int], prefix_L2HTD: Tensor) -> None:
-        """Brings a prefix [L, 2, H, T, D] into some rows."""
+        """Copies a prefix [L, 2, H, T, D] to the start of each of some rows."""
         length = prefix_L2HTD.shape[3]
         for row in rows:
             self._storage[:, :, row, :, :length] = prefix_L2HTD
 
     def clear_row(self, row: int) -> None:
-        """Zeroes a row that held something not finite, which would reach the row's next sequence through masked positions."""
+        """Zeroes a row with values that are not finite.
+
+        Left there, they would reach the row's next sequence through masked positions: 0 times NaN is NaN.
+        """
         self._storage[:, :, row].zero_()
 
 
 class PrefixCache:
     """The most recently used contexts, up to `max_tokens` positions in all.
 
-    An entry is found only under the serial of the weights that computed it; entries of older weights are dropped at a swap.
+    Entries are keyed by the serial number of the weights that computed them, so that one computed under older
+    weights is never found; a swap of weights drops them all.
     """
 
     def __init__(self, *, max_tokens: int) -> None:
@@ -191,7 +202,10 @@ class PrefixCache:
         return self._entries[key]
 
     def put(self, context: tuple[int, ...], prefix_L2HTD: Tensor) -> None:
-        """Keeps an entry, forgetting the least recently used ones for room; one that can never fit is not kept."""
+        """Keeps an entry, and drops the least recently used ones to make room.
+
+        One that can never fit is not kept.
+        """
         if len(context) > self.max_tokens or context in self:
             return
         self._entries[(self.serial, context)] = prefix_L2HTD
@@ -201,7 +215,7 @@ class PrefixCache:
             self.num_tokens -= len(oldest)
 
     def clear(self, *, serial: int | None = None) -> None:
-        """Forgets everything; `serial` names the weights that are active from now on."""
+        """Drops everything; `serial` is the number of the weights that are active from now on."""
         self._entries.clear()
         self.num_tokens = 0
         if serial is not None:

@@ -1,8 +1,9 @@
-"""The thread that owns the core: it steps while there is something to do, and runs commands between two steps.
+"""The engine's thread: it steps while sequences can run, and runs commands between two steps.
 
-All else in the process talks to the core through `call`, so the core needs no locks and a command never sees half a step. What is
-reported leaves the thread as snapshots, because a running sequence changes with the next step. Time is accounted here: *idle* is
-time with no runnable sequence (nothing there, or paused), *busy* is time inside steps.
+It owns the EngineCore. All other code in the process reaches the core through `EngineLoop.call`, so the core
+needs no locks and a command never sees a half-done step. Output leaves the thread as immutable snapshots,
+because a running sequence changes with the next step. The thread also measures time: *idle* is time with no
+runnable sequence (none there, or paused), *busy* is time inside steps.
 """
 
 from __future__ import annotations
@@ -29,42 +30,48 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
-    """A sequence as it was at one moment."""
+class SequenceOutput:
+    """A snapshot of a sequence's output."""
 
     sequence: Sequence
     output_ids: list[int]
     output_logprobs: list[float]
     version_spans: list[tuple[str, int, int]]
+    """(version, start, end) over the output: the weight version that sampled these tokens."""
     finish: Finish | None
+    """None while the sequence goes on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """Counters and levels of the engine, read without stopping it."""
+    """Counters and levels of the engine. The names are those of `load` in /server_info."""
 
     running: int
+    """Sequences that hold a row."""
     waiting: int
     rows: int
+    """Rows there are, held or free."""
     paused: bool
     weight_version: str
     generated_tokens: int
     prefilled_tokens: int
     shared_prefixes: int
-    """Sequences whose context was not computed again because another had."""
+    """Sequences whose context was not computed again, because another's was."""
     steps: int
     busy_s: float
     idle_s: float
-    swaps: int
     stall_s: float
-    """Sum over swaps of the time from stopping to the next token."""
+    """Sum over weight swaps of the time from stopping to the next token."""
 
 
 class EngineLoop:
-    """Runs an EngineCore in a daemon thread until `stop`.
+    """Runs an EngineCore in a daemon thread.
 
-    `on_report` is called in that thread with what a step or command ended. If the core fails, `on_failure` is called once with
-    the reason and every later `call` raises EngineError.
+        CREATED -> start -> RUNNING -> stop -> STOPPED
+                               \\-> the core raises: FAILED
+
+    `on_output` is called in that thread with the output that a step or a command reports. If the core raises,
+    `on_failure` is called once with the reason, and every later `call` fails with EngineError.
     """
 
     def __init__(
@@ -72,13 +79,15 @@ class EngineLoop:
         core: EngineCore,
         *,
         num_threads: int,
-        on_report: Callable[[list[Report]], None],
+        on_output: Callable[[list[SequenceOutput]], None],
         on_failure: Callable[[str], None],
     ) -> None:
+        """`num_threads`: CPU threads of the forward pass."""
         self._core = core
         self._num_threads = num_threads
-        self._on_report = on_report
+        self._on_output = on_output
         self._on_failure = on_failure
+        # None ends the thread.
         self._commands: queue.SimpleQueue[tuple[Callable[[EngineCore], Any], Future[Any]] | None] = (
             queue.SimpleQueue()
         )
@@ -87,55 +96,60 @@ class EngineLoop:
         self._stopping = False
         self._idle_since_s: float | None = None
         self._idle_s = self._busy_s = self._stall_s = 0.0
-        self._swaps = 0
 
     def start(self) -> None:
         """Starts the thread."""
         self._thread.start()
 
     def stop(self, *, timeout_s: float) -> None:
-        """Ends the thread after the step it is in."""
+        """Ends the thread after the current step."""
         self._commands.put(None)
         self._thread.join(timeout_s)
 
     @property
     def alive(self) -> bool:
-        """Whether the thread steps."""
+        """True while the thread runs steps and commands."""
         return self._thread.is_alive() and not self._failure
 
     def call(self, command: Callable[[EngineCore], T]) -> Future[T]:
-        """Runs `command` between two steps. Its exceptions are the future's."""
+        """Runs `command` between two steps. The future gets its result or its exception.
+
+        A ValueError or EngineError of a command concerns only its caller; any other exception also ends the
+        loop.
+        """
         future: Future[T] = Future()
         if not self.alive:
-            future.set_exception(EngineError(f"the engine has stopped: {self._failure or 'shutting down'}"))
+            future.set_exception(self._stopped_error())
         else:
             self._commands.put((command, future))
         return future
 
     def abort(self, choose: Callable[[EngineCore], Iterable[Sequence]]) -> Future[None]:
-        """Ends the chosen sequences with what they have; they are reported."""
+        """Ends the chosen sequences with the tokens they have, and reports them."""
 
         def command(core: EngineCore) -> None:
             self._report(core.abort(list(choose(core))))
 
         return self.call(command)
 
-    def swap(self, weights: Weights, *, version: str, recompute: bool) -> Future[float]:
-        """Activates weights between two steps. Returns the stall: seconds from stopping to the next token, rebuilding KV included."""
+    def swap_weights(self, weights: Weights, *, version: str, recompute: bool) -> Future[float]:
+        """Activates weights between two steps.
+
+        The future's result is the stall: seconds from stopping to the next token, KV recomputation included.
+        """
 
         def command(core: EngineCore) -> float:
             started_s = time.perf_counter()
-            core.swap(weights, version=version, recompute=recompute)
+            core.swap_weights(weights, version=version, recompute=recompute)
             self._step()
             stall_s = time.perf_counter() - started_s
             self._stall_s += stall_s
-            self._swaps += 1
             return stall_s
 
         return self.call(command)
 
     def load(self) -> Load:
-        """A snapshot; taken from another thread, so levels may be a step apart from each other."""
+        """The current load. Read from another thread without a lock, so its numbers may be a step apart."""
         core, idle_since_s = self._core, self._idle_since_s
         current_idle_s = 0.0 if idle_since_s is None else time.perf_counter() - idle_since_s
         return Load(
@@ -150,7 +164,6 @@ class EngineLoop:
             steps=core.num_steps,
             busy_s=self._busy_s,
             idle_s=self._idle_s + current_idle_s,
-            swaps=self._swaps,
             stall_s=self._stall_s,
         )
 
@@ -161,16 +174,15 @@ class EngineLoop:
                 while not self._stopping:
                     self._run_commands()
                     self._step()
-        except (
-            Exception
-        ) as error:  # the thread's outermost frame: whoever waits must learn that nothing will come any more
+        # The outermost frame of the thread: without this, requests would wait for output that never comes.
+        except Exception as error:
             logger.exception("the engine failed")
             self._failure = f"{type(error).__name__}: {error}"
             self._on_failure(self._failure)
         self._fail_commands()
 
     def _run_commands(self) -> None:
-        """Everything queued; waits for a command when there is nothing to step."""
+        """Runs everything queued; waits for a command when there is nothing to step."""
         while True:
             wait = not self._core.scheduler.runnable
             try:
@@ -205,9 +217,9 @@ class EngineLoop:
 
     def _report(self, sequences: list[Sequence]) -> None:
         if sequences:
-            self._on_report(
+            self._on_output(
                 [
-                    Report(
+                    SequenceOutput(
                         sequence=sequence,
                         output_ids=sequence.output_ids,
                         output_logprobs=sequence.output_logprobs,
@@ -225,6 +237,7 @@ class EngineLoop:
             except queue.Empty:
                 return
             if entry is not None:
-                entry[1].set_exception(
-                    EngineError(f"the engine has stopped: {self._failure or 'shutting down'}")
-                )
+                entry[1].set_exception(self._stopped_error())
+
+    def _stopped_error(self) -> EngineError:
+        return EngineError(f"the engine has stopped: {self._failure or 'shutting down'}")

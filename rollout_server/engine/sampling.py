@@ -1,8 +1,9 @@
-"""One batched draw for all rows, reproducible by request whatever else is in the batch.
+"""The sampler: one batched draw for all rows. A request's draws do not depend on what else is in the batch.
 
-A token is drawn by inverting the cumulative distribution at one uniform number a row. That number is a hash of the sequence's key and
-the token's index, so it depends neither on batch composition nor on a shared generator's history, and costs no loop over
-requests. Log-probs are those of the temperature-scaled distribution before any filter (SGLang's definition and the trainer's).
+A token is drawn by inverting the cumulative distribution at one uniform number a row. That number is a hash
+of the sequence's key and the token's index (a counter-based generator), so it depends neither on the batch
+nor on a shared generator's history, and costs no loop over requests. Log-probs are those of the
+temperature-scaled distribution before any filter, which is SGLang's definition and the trainer's.
 
 Shapes: N rows, V vocabulary.
 """
@@ -22,32 +23,35 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
 def mix(values_N: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The splitmix64 finaliser (Steele, Lea & Flood 2014): uint64[N] -> uint64[N], every output bit depends on every input bit."""
+    """The finaliser of splitmix64 (Steele, Lea & Flood 2014), uint64[N]: all input bits reach each output bit."""
     values_N = (values_N ^ (values_N >> np.uint64(30))) * _MIX_1
     values_N = (values_N ^ (values_N >> np.uint64(27))) * _MIX_2
     return values_N ^ (values_N >> np.uint64(31))
 
 
-def noise_key(seed: int, index: int) -> int:
-    """uint64 key of sequence `index` under `seed`."""
+def rng_key(seed: int, index: int) -> int:
+    """The uint64 key of sequence `index` under `seed`; both are taken modulo 2^64."""
     both = np.array([seed & 0xFFFFFFFFFFFFFFFF, index & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)
     mixed = mix(both + _GOLDEN)
     return int(mix(mixed[:1] + _GOLDEN * mixed[1:])[0])
 
 
 def uniforms(keys_N: NDArray[np.uint64], counters_N: NDArray[np.int64]) -> NDArray[np.float64]:
-    """float64[N] in [0, 1): the draw of token `counter` of the sequence with this key."""
+    """float64[N] in [0, 1): the random number of token `counter` of the sequence with this key."""
     bits_N = mix(keys_N + (counters_N.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
     return (bits_N >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 @dataclass(frozen=True, kw_only=True)
 class Filters:
-    """Nucleus, top-k and min-p thresholds, float32/int64[N, 1]; at their neutral values they keep everything."""
+    """Top-p, top-k and min-p thresholds; 1, the vocabulary's size and 0 keep everything."""
 
     top_p_N1: Tensor
+    """float32"""
     top_k_N1: Tensor
+    """int64"""
     min_p_N1: Tensor
+    """float32"""
 
 
 def sample(
@@ -61,8 +65,9 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """Draws one token a row: (tokens int64[N], log-probs float32[N]).
 
-    `temperature_N` float32, 0 for greedy rows; `uniform_N` float64 in [0, 1). `any_greedy` and `any_random` say which kinds of rows there
-    are, so that a batch of one kind does not pay for the other.
+    `temperature_N` is float32, 0 for greedy rows; `uniform_N` is float64 in [0, 1). `any_greedy` and
+    `any_random` are true if there are rows of that kind, so that a batch of one kind does not pay for the
+    other.
     """
     logits_NV = logits_NV.float()
     if any_random:
@@ -74,7 +79,7 @@ def sample(
         if filters is not None:
             probs_NV = _filtered(probs_NV, filters)
         cdf_NV = probs_NV.cumsum(-1, dtype=torch.float64)
-        # right=True: the first entry above the target, hence never a token of probability zero.
+        # right=True finds the first entry above the target, so a token of probability zero is never drawn.
         token_N1 = torch.searchsorted(cdf_NV, uniform_N.unsqueeze(1) * cdf_NV[:, -1:], right=True)
         token_N1 = token_N1.clamp_(max=logits_NV.shape[1] - 1)
         if any_greedy:
@@ -87,7 +92,10 @@ def sample(
 
 
 def _filtered(probs_NV: Tensor, filters: Filters) -> Tensor:
-    """Zeroes what the filters exclude; top-k first, then top-p, then min-p, each on the full distribution's values as SGLang does."""
+    """Zeroes the tokens that a filter excludes.
+
+    As in SGLang, all filters look at the unfiltered probabilities.
+    """
     sorted_NV, order_NV = probs_NV.sort(-1, descending=True)
     before_NV = sorted_NV.cumsum(-1) - sorted_NV
     rank_V = torch.arange(probs_NV.shape[1], device=probs_NV.device)
@@ -96,5 +104,6 @@ def _filtered(probs_NV: Tensor, filters: Filters) -> Tensor:
         & (rank_V < filters.top_k_N1)
         & (sorted_NV >= sorted_NV[:, :1] * filters.min_p_N1)
     )
+    # The most likely token stays, whatever the filters are, so that something can be drawn.
     keep_NV[:, 0] = True
     return torch.zeros_like(probs_NV).scatter_(-1, order_NV, sorted_NV * keep_NV)

@@ -1,15 +1,17 @@
-"""Which sequence runs in which row of the batch: a pure state machine without tensors, threads or clocks.
+"""Continuous batching: which sequence runs in which row of the batch. No tensors, threads or clocks.
 
     submit -> WAITING -> admit -> RUNNING -> finish -> FINISHED
                  ^                   |
-                 +----- retract -----+        abort: WAITING or RUNNING -> FINISHED
+                 +----- preempt -----+        abort: WAITING or RUNNING -> FINISHED
 
-Rows stay dense: the model works on rows 0..n-1 without gathering, so a row that was left is given to the next sequence that is
-admitted, and what is then still empty is closed by moving the last rows down. Waiting is first come, first served; what was
-retracted goes back to the front in its old order. A hole never outlives `admit`.
+A row is a sequence's slot in the KV cache and its index in the batch. Rows stay dense, because the model
+works on rows 0..n-1 without gathering: a freed row goes to the next sequence that is admitted, and holes that
+remain are closed by moving the last rows down. So there is no hole after `admit`. Admission is first come,
+first served; preempted sequences return to the front of the queue in their old order.
 
-A sequence that gives way keeps its tokens: prompt and output so far are its context, and admitting it again means
-computing the KV of that context under whatever weights are active. That one mechanism is `retract`, `recompute` and admission alike.
+A preempted sequence keeps its tokens. Its prompt and output are its context, and admitting it again computes
+the KV of that context under the weights that are active then. Preemption, KV recomputation after a weight
+update and first admission are therefore one mechanism.
 """
 
 from __future__ import annotations
@@ -25,14 +27,14 @@ from areal_like.trajectory import FinishReason
 
 
 class Status(Enum):
-    """Where a sequence is. Every submitted sequence is in exactly one of these."""
+    """State of a sequence. Every submitted sequence is in exactly one of these."""
 
     WAITING = "waiting"
     """In the queue; holds no row."""
     RUNNING = "running"
     """Holds a row; gains one token a step."""
     FINISHED = "finished"
-    """Ended; the scheduler has forgotten it."""
+    """Ended; no longer in the scheduler."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,45 +47,48 @@ class SamplingParams:
     top_k: int = -1
     min_p: float = 0.0
     stop_token_ids: tuple[int, ...] = ()
-    """All tokens that end the sequence, the model's own end-of-sequence tokens included unless they are to be ignored."""
+    """All tokens that end the sequence. The model's end-of-sequence tokens are among them unless `ignore_eos`
+    is set."""
     sampling_seed: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finish:
-    """Why a sequence ended."""
+    """The reason why a sequence ended."""
 
     reason: FinishReason
     matched: int | None = None
     """The stop token."""
     message: str = ""
     is_error: bool = False
-    """The engine's fault (non-finite logits), not a request."""
+    """True if the engine is at fault (logits that are not finite), false if a request aborted the
+    sequence."""
 
 
 @dataclass(eq=False, kw_only=True)
 class Sequence:
-    """One continuation being sampled."""
+    """One sample of one prompt, and its output so far."""
 
     seq_id: str
     """Unique among those in the engine."""
     rid: str = ""
-    """Id of the request it belongs to; shared by the samples of one."""
+    """Id of the request; shared by its samples."""
     prompt: tuple[int, ...]
     params: SamplingParams
-    noise_key: int = 0
-    """Seed of this sequence's random numbers (uint64): together with a token's index it decides the token's draw."""
+    rng_key: int = 0
+    """uint64; with a token's index it determines the random number that the token is drawn with."""
     stream_interval: int = 0
     """Report partial output every so many tokens; 0: only the end."""
     owner: Any = None
-    """Whoever waits for it; opaque to the engine."""
+    """The HTTP request's inbox. The engine only passes it along."""
     status: Status = Status.WAITING
     row: int = -1
+    """-1 while not RUNNING."""
     output_ids: list[int] = field(default_factory=list)
     """Sampled tokens, brought up to date when the sequence leaves its row or is reported."""
     output_logprobs: list[float] = field(default_factory=list)
     version_spans: list[tuple[str, int, int]] = field(default_factory=list)
-    """(version, start, end) over the output: which weights sampled which tokens."""
+    """(version, start, end) over the output: the weight version that sampled these tokens."""
     finish: Finish | None = None
 
     @property
@@ -101,13 +106,17 @@ class Move:
 
 
 class Scheduler:
-    """Queue and rows. Methods change the state at once and tell what the caller has to do to its arrays."""
+    """The queue and the rows.
+
+    Methods change the state at once and return what the caller must do to its arrays.
+    """
 
     def __init__(self, *, num_rows: int, max_prefill_tokens: int) -> None:
-        assert num_rows >= 1 and max_prefill_tokens >= 1
+        assert num_rows >= 1 and max_prefill_tokens >= 1, "the engine needs a row and room to prefill"
         self.num_rows = num_rows
         self.max_prefill_tokens = max_prefill_tokens
-        """Context tokens to compute in one admission, so that a long queue cannot stall those who run; one sequence always may."""
+        """Context tokens to compute in one admission, so that a long queue does not stall the running
+        sequences. The first sequence of an admission may exceed it, or a long one would wait for ever."""
         self.paused = False
         self.waiting: deque[Sequence] = deque()
         self.rows: list[Sequence | None] = []
@@ -120,39 +129,40 @@ class Scheduler:
 
     @property
     def num_free(self) -> int:
-        """Rows that nobody holds."""
+        """Rows that no sequence holds."""
         return self.num_rows - self.num_running
 
     @property
     def runnable(self) -> bool:
-        """Whether a step would do anything."""
+        """True if a step would do anything."""
         return bool(self.by_id) and not self.paused
 
     def submit(self, sequence: Sequence) -> None:
         """Puts a new sequence at the end of the queue. Its id must not be in use."""
         assert sequence.seq_id not in self.by_id, f"sequence id {sequence.seq_id} is in use"
-        assert sequence.status is Status.WAITING and sequence.row == -1
+        assert sequence.status is Status.WAITING and sequence.row == -1, f"{sequence.seq_id} is not new"
         self.by_id[sequence.seq_id] = sequence
         self.waiting.append(sequence)
 
     def admit(self, *, is_cached: Callable[[tuple[int, ...]], bool]) -> tuple[list[Sequence], list[Move]]:
-        """Gives rows to waiting sequences, holes first, then closes what holes are left.
+        """Gives rows to waiting sequences, holes first, then closes the holes that remain.
 
-        `is_cached`: whether a context costs nothing to bring in. A context that several bring in together is paid for once.
-        Returns the admitted, and the moves that close holes (to be done in order, after which rows 0..num_running-1 are dense).
+        `is_cached`: true if a context's KV need not be computed. A context that several sequences share
+        counts once. Returns the admitted sequences and the moves that close holes. After the moves, done in
+        order, rows 0..num_running-1 are dense.
         """
         admitted: list[Sequence] = []
         holes = [row for row, sequence in enumerate(self.rows) if sequence is None]
         budget = self.max_prefill_tokens
-        paid: set[tuple[int, ...]] = set()
+        to_compute: set[tuple[int, ...]] = set()
         while self.waiting and (holes or len(self.rows) < self.num_rows):
             sequence = self.waiting[0]
             context = sequence.context
-            if context not in paid and not is_cached(context):
-                if len(context) > budget and paid:
+            if context not in to_compute and not is_cached(context):
+                if len(context) > budget and to_compute:
                     break
                 budget -= len(context)
-                paid.add(context)
+                to_compute.add(context)
             self.waiting.popleft()
             if holes:
                 sequence.row = holes.pop(0)
@@ -165,6 +175,7 @@ class Scheduler:
         return admitted, self._close(holes)
 
     def _close(self, holes: list[int]) -> list[Move]:
+        """Moves the last rows into the holes, lowest hole first."""
         moves = []
         for target in holes:
             while self.rows and self.rows[-1] is None:
@@ -172,7 +183,7 @@ class Scheduler:
             if target >= len(self.rows):
                 break
             sequence = self.rows.pop()
-            assert sequence is not None
+            assert sequence is not None, "empty rows at the end were dropped above"
             moves.append(Move(sequence.row, target))
             sequence.row = target
             self.rows[target] = sequence
@@ -183,33 +194,33 @@ class Scheduler:
         return list(itertools.islice(self.waiting, limit))
 
     def finish(self, sequence: Sequence, finish: Finish) -> None:
-        """Ends a sequence wherever it is, and frees its row."""
-        assert sequence.status is not Status.FINISHED
+        """Ends a waiting or running sequence, and frees its row."""
+        assert sequence.status is not Status.FINISHED, f"{sequence.seq_id} has ended already"
         if sequence.status is Status.WAITING:
             self.waiting.remove(sequence)
         else:
-            self._leave_row(sequence)
+            self._free_row_of(sequence)
         sequence.status = Status.FINISHED
         sequence.finish = finish
         del self.by_id[sequence.seq_id]
 
-    def retract_all(self) -> None:
+    def preempt_all(self) -> None:
         """Sends every running sequence back to the front of the queue, in order of rows."""
         running = [sequence for sequence in self.rows if sequence is not None]
         for sequence in reversed(running):
-            self._leave_row(sequence)
+            self._free_row_of(sequence)
             sequence.status = Status.WAITING
             self.waiting.appendleft(sequence)
 
-    def _leave_row(self, sequence: Sequence) -> None:
-        assert self.rows[sequence.row] is sequence
+    def _free_row_of(self, sequence: Sequence) -> None:
+        assert self.rows[sequence.row] is sequence, f"{sequence.seq_id} does not hold row {sequence.row}"
         self.rows[sequence.row] = None
         sequence.row = -1
         while self.rows and self.rows[-1] is None:
             self.rows.pop()
 
     def check(self) -> None:
-        """The conservation law: free and held rows make up all rows, and every sequence is in exactly one place."""
+        """Asserts the conservation law: free and held rows are all rows, each sequence is in one place."""
         running = [sequence for sequence in self.rows if sequence is not None]
         assert self.num_free + len(running) == self.num_rows and self.num_free >= 0
         assert all(

@@ -1,4 +1,7 @@
-"""One real SGLang for these tests: it takes half a minute to start, so tests share it and leave it generating."""
+"""Fixtures: one real SGLang, shared by all tests because it takes half a minute to start.
+
+Every test leaves it generating.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,11 @@ from tests.support.engine_harness import CONTEXT, VOCAB, Engine, save_model
 
 Models = tuple[Path, Path]
 START_S = 400.0
-"""Half a minute on two quiet cores."""
+"""Time limit of the start; it takes half a minute on two quiet cores."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything below this directory carries the marker, so that no test of it can slip into the quick suite."""
+    """Marks every test of this directory `sglang`, so that none of them runs in the quick suite."""
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents:
@@ -47,7 +50,7 @@ def config(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 @pytest.fixture(scope="session")
 def engine(config: Config, models: Models) -> Iterator[Engine]:
-    """Started by the code that a rollout server starts it with."""
+    """SGLang, started by the code that a rollout server uses."""
     process = SglangProcess(
         config, name="rollout-0", model=str(models[0]), context_tokens=CONTEXT, vocab_size=VOCAB
     )

@@ -1,7 +1,7 @@
-"""Stands in for SGLang's compiled kernels, whose wheels are CUDA builds.
+"""Replaces SGLang's compiled kernels, whose wheels are CUDA builds.
 
-SGLang imports these names when it starts, for speculative decoding and for moving KV blocks. Plain generation with the torch_native
-attention backend calls none; one that is called after all says so.
+SGLang imports these names when it starts, for speculative decoding and for moving KV blocks. Plain generation
+with the torch_native attention backend calls none of them; a call raises NotImplementedError.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A real SGLang does what the conformance suite asks of any engine, and what it does otherwise is guarded or at least known."""
+"""The conformance suite against a real SGLang."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def test_pause_modes(engine: Engine, models: Models) -> None:
     asyncio.run(conformance.pause_modes(engine, models[0]))
 
 
-def test_groups_made_destroyed_made_again(engine: Engine, models: Models) -> None:
-    asyncio.run(conformance.groups_made_destroyed_made_again(engine, models[0]))
+def test_groups_are_made_destroyed_and_made_again(engine: Engine, models: Models) -> None:
+    asyncio.run(conformance.groups_are_made_destroyed_and_made_again(engine, models[0]))
 
 
 def test_recompute_in_flight_is_exact(engine: Engine, models: Models) -> None:
@@ -41,7 +41,7 @@ def test_recompute_in_flight_is_exact(engine: Engine, models: Models) -> None:
     )
 
 
-def test_keep_in_flight_states_versions_and_has_an_error(engine: Engine, models: Models) -> None:
+def test_keep_in_flight_records_versions_and_has_an_error(engine: Engine, models: Models) -> None:
     assert (
         asyncio.run(conformance.versions_across_an_update_in_flight(engine, models, running="keep"))
         > conformance.TOLERANCE
@@ -52,8 +52,8 @@ def test_bad_requests_are_refused(engine: Engine) -> None:
     asyncio.run(conformance.bad_requests_are_refused(engine))
 
 
-def test_update_calls_need_a_session_and_a_group(engine: Engine, models: Models) -> None:
-    asyncio.run(conformance.update_calls_need_a_session_and_a_group(engine, models[0]))
+def test_update_calls_need_an_open_update_and_a_group(engine: Engine, models: Models) -> None:
+    asyncio.run(conformance.update_calls_need_an_open_update_and_a_group(engine, models[0]))
 
 
 def test_requests_share_decode_steps(engine: Engine) -> None:

@@ -1,4 +1,4 @@
-"""`areal-like run rollout.engine=sglang`: a whole job, whose engine has the trainer's weights at every step."""
+"""`areal-like run rollout.engine=sglang`: a whole job, whose engine gets the trainer's weights at every step."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ NUM_STEPS = 20
 
 def test_a_job_on_sglang_from_start_to_summary(tmp_path: Path) -> None:
     root = tmp_path / "runs" / "x"
-    # Nothing is stale, so every token that is trained on was sampled by the very weights that compute its log-prob again.
+    # With max_staleness=0 every trained token was sampled by the weights that compute its log-prob again, so
+    # the two log-probs must agree.
     settings = (
         *SMALL,
-        "model.warm_start_steps=150",  # with less, rewards are zero, groups have no spread, and nothing would be trained on
+        # With fewer steps all rewards are zero, so groups have no spread and nothing is trained on.
+        "model.warm_start_steps=150",
         "sampling.group_size=8",
         "trainer.groups_per_step=8",
         "eval.num_prompts=64",
@@ -56,4 +58,4 @@ def test_a_job_on_sglang_from_start_to_summary(tmp_path: Path) -> None:
         left = processes_of(root)
         for pid in left:
             os.kill(pid, signal.SIGKILL)
-    assert not left, "orphans"
+    assert not left, "processes of the job outlived it"

@@ -1,4 +1,4 @@
-"""A whole rollout server with a real SGLang: evidence of its samples, pushes, the death of its engine, its own end."""
+"""A whole rollout server with a real SGLang: samples, pushes, the death of its engine, shutdown."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_server_with_sglang_from_its_first_lease_to_its_last(model: Path, tmp_path: Path) -> None:
+def test_server_samples_takes_pushes_and_restarts_its_engine(model: Path, tmp_path: Path) -> None:
     with PlayedBuffer() as buffer:
         rollout = {"engine": "sglang", "max_running": 16, "queue_samples": 600, "start_timeout_s": START_S}
         config = job(
@@ -38,10 +38,10 @@ def test_a_server_with_sglang_from_its_first_lease_to_its_last(model: Path, tmp_
         )
         with serving(config) as server:
             buffer.expect_beat(lambda beat: beat.state is ServerState.SERVING, timeout_s=START_S)
-            _samples_say_what_sampled_them(buffer, model)
-            mixed = _push_in_mid_work(buffer, model, version=5)
-            assert mixed, "no sequence was under way when the update came"
-            _bad_names_change_nothing(buffer, model, version=6)
+            _check_recorded_versions_and_logprobs(buffer, model)
+            mixed = _push_while_sampling(buffer, model, version=5)
+            assert mixed, "no sequence was running when the update came"
+            _check_bad_names_change_nothing(buffer, model, version=6)
 
             children = descendants(server.process.pid)
             buffer.newest_version = 6
@@ -73,7 +73,7 @@ def test_a_server_with_sglang_from_its_first_lease_to_its_last(model: Path, tmp_
             wait_until(lambda: not any(map(is_alive, children)))
 
 
-def _samples_say_what_sampled_them(buffer: PlayedBuffer, model: Path) -> None:
+def _check_recorded_versions_and_logprobs(buffer: PlayedBuffer, model: Path) -> None:
     buffer.grant(
         buffer.lease(1, samples=8, prompt=7), buffer.lease(2, samples=2, prompt=5, purpose=Purpose.EVAL)
     )
@@ -97,7 +97,7 @@ def _samples_say_what_sampled_them(buffer: PlayedBuffer, model: Path) -> None:
     )
 
 
-def _push_in_mid_work(buffer: PlayedBuffer, model: Path, *, version: int) -> list[Trajectory]:
+def _push_while_sampling(buffer: PlayedBuffer, model: Path, *, version: int) -> list[Trajectory]:
     new = perturbed(model, version)
     outcome: list[PushOutcome] = []
     buffer.grant(*(buffer.lease(10 + i, samples=8, prompt=i) for i in range(60)))
@@ -119,7 +119,7 @@ def _push_in_mid_work(buffer: PlayedBuffer, model: Path, *, version: int) -> lis
     return mixed
 
 
-def _bad_names_change_nothing(buffer: PlayedBuffer, model: Path, *, version: int) -> None:
+def _check_bad_names_change_nothing(buffer: PlayedBuffer, model: Path, *, version: int) -> None:
     before = buffer.expect_beat(lambda beat: not beat.leases).weights_version
     misnamed = {
         (f"{name}.x" if name.endswith("norm.weight") else name): tensor

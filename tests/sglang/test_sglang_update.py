@@ -1,4 +1,4 @@
-"""Pushes into a real SGLang by the code that a rollout server uses: four modes, and every way in which one may fail."""
+"""Pushes into a real SGLang by the code that a rollout server uses: the four update modes, and each way to fail."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ INITIAL = 0
 
 
 @dataclass(eq=False)
-class Plane:
-    """A server's end of the weight plane without the server, and rank 0's end beside it."""
+class UpdateHarness:
+    """Both ends of weight updates: the SglangWeightUpdate of a server (without the server), and rank 0."""
 
     client: SglangClient
     models: Models
@@ -73,13 +73,13 @@ class Plane:
         num_sent: int | None = None,
         hangs: bool = False,
     ) -> float:
-        """One push of the next version; the sender ends after `num_sent` buckets, by leaving or by falling silent."""
+        """Pushes the next version; after `num_sent` buckets the sender leaves the group, or `hangs`."""
         buckets = cut_buckets([spec_of(n, t) for n, t in tensors.items()], bucket_bytes=BUCKET_BYTES)
         assert len(buckets) > 2
         with WeightGroup.create(world_size=2, group_name="plane", timeout_s=30) as group:
             joining = self.client.init_weights_group(
-                master_address=group.address, master_port=group.port, rank_offset=1, world_size=2, group_name="plane", backend="gloo",
-                timeout_s=20,
+                master_address=group.address, master_port=group.port, rank_offset=1, world_size=2,
+                group_name="plane", backend="gloo", timeout_s=20,
             )  # fmt: skip
             await asyncio.gather(joining, asyncio.to_thread(group.connect))
             sending = asyncio.create_task(
@@ -112,7 +112,7 @@ class Plane:
         return stall_s
 
     async def check(self, model: Any, *, version: int) -> None:
-        """The engine serves these weights under this version."""
+        """Checks that the engine serves these weights under this version."""
         assert await self.client.weight_version() == version
         generation = await asyncio.wait_for(sample(self.client, PROMPT, 12), 20)
         assert set(generation.versions.tolist()) == {version}
@@ -135,13 +135,14 @@ def _nothing() -> Iterator[None]:
 
 
 @asynccontextmanager
-async def plane_of(engine: Engine, models: Models) -> AsyncIterator[Plane]:
+async def harness_of(engine: Engine, models: Models) -> AsyncIterator[UpdateHarness]:
     async with engine.client() as client:
         assert isinstance(client, SglangClient)
-        plane = Plane(client=client, models=models)
+        plane = UpdateHarness(client=client, models=models)
         await plane.start()
         yield plane
-        await client.flush_cache()  # `keep` leaves prefixes behind that belong to no weights
+        # After `keep` the prefix cache holds KV of mixed versions.
+        await client.flush_cache()
 
 
 @pytest.mark.parametrize("mode", ["recompute", "keep", "abort_resume", "drain"])
@@ -150,22 +151,22 @@ def test_push_while_sequences_run(engine: Engine, models: Models, mode: str) -> 
     new_weights = weights_of(models[1])
 
     async def body() -> None:
-        async with plane_of(engine, models) as plane:
+        async with harness_of(engine, models) as plane:
             sampling = Sampling(max_new_tokens=500, ignore_eos=True)
             transcripts = [Transcript() for _ in range(6)]
             for i, transcript in enumerate(transcripts):
                 transcript.give(np.asarray([*PROMPT, i], np.int32))
-            speakers = [
+            clients = [
                 PolicyClient(plane.client, sampling=sampling, rid=f"{mode}{i}", turnstile=plane.turnstile)
                 for i in range(6)
             ]
-            speaking = asyncio.gather(*(s.extend(t) for s, t in zip(speakers, transcripts, strict=True)))
+            extending = asyncio.gather(*(s.extend(t) for s, t in zip(clients, transcripts, strict=True)))
             await until_running(plane.client, 6)
             stall_s = await plane.push(new_weights, mode=mode)
             assert 0 < stall_s < 30 and not plane.quarantined and not plane.doubted
             if mode != "keep":
                 await plane.check(references[1], version=1)
-            await asyncio.wait_for(speaking, 60)
+            await asyncio.wait_for(extending, 60)
             old_and_new, kept_errors = set(), []
             for transcript in transcripts:
                 trajectory = transcript.to_trajectory(
@@ -186,14 +187,14 @@ def test_push_while_sequences_run(engine: Engine, models: Models, mode: str) -> 
                         assert not mine.any() or errors.max() < TOLERANCE
             assert old_and_new == ({(0,)} if mode == "drain" else {(0, 1)})
             assert mode != "keep" or max(kept_errors) > TOLERANCE, (
-                "old KV under new weights must show, or it was not kept"
+                "old KV under new weights gives wrong log-probs; if not, KV was recomputed"
             )
 
     asyncio.run(body())
 
 
 @pytest.mark.parametrize("how", ["unknown", "missing", "shape"])
-def test_what_does_not_fit_is_refused_before_the_engine_hears_of_it(
+def test_invalid_push_is_refused_before_the_engine_is_called(
     engine: Engine, models: Models, how: str
 ) -> None:
     tensors = weights_of(models[1])
@@ -205,7 +206,7 @@ def test_what_does_not_fit_is_refused_before_the_engine_hears_of_it(
         tensors[NAME] = tensors[NAME].T.contiguous()
 
     async def body() -> None:
-        async with plane_of(engine, models) as plane:
+        async with harness_of(engine, models) as plane:
             with pytest.raises(WeightSyncError, match=how):
                 await plane.push(tensors)
             assert not plane.quarantined and not plane.doubted
@@ -215,9 +216,9 @@ def test_what_does_not_fit_is_refused_before_the_engine_hears_of_it(
 
 
 @pytest.mark.parametrize("mode", ["recompute", "keep", "abort_resume"])
-def test_half_an_update_is_quarantined_and_reloaded(engine: Engine, models: Models, mode: str) -> None:
+def test_partial_update_is_quarantined_and_reloaded(engine: Engine, models: Models, mode: str) -> None:
     async def body() -> None:
-        async with plane_of(engine, models) as plane:
+        async with harness_of(engine, models) as plane:
             running = asyncio.create_task(sample(plane.client, PROMPT, 1500))
             await until_running(plane.client, 1)
             with pytest.raises(EngineError, match="receive"):
@@ -232,11 +233,9 @@ def test_half_an_update_is_quarantined_and_reloaded(engine: Engine, models: Mode
     asyncio.run(body())
 
 
-def test_a_push_that_breaks_before_its_first_bucket_leaves_the_old_version_serving(
-    engine: Engine, models: Models
-) -> None:
+def test_push_broken_before_its_first_bucket_changes_nothing(engine: Engine, models: Models) -> None:
     async def body() -> None:
-        async with plane_of(engine, models) as plane:
+        async with harness_of(engine, models) as plane:
             await plane.push(weights_of(models[1]))
             with pytest.raises(EngineError, match="receive"):
                 await plane.push(weights_of(models[0]), num_sent=0)
@@ -246,13 +245,13 @@ def test_a_push_that_breaks_before_its_first_bucket_leaves_the_old_version_servi
     asyncio.run(body())
 
 
-def test_an_engine_stuck_in_a_broadcast_is_given_up_and_can_be_taken_again(
+def test_engine_stuck_in_a_broadcast_can_be_used_again(
     engine: Engine, models: Models, config: Config
 ) -> None:
     rollout = replace(config.rollout, sglang=SglangConfig(url=engine.url))
 
     async def body() -> None:
-        async with plane_of(engine, models) as plane:
+        async with harness_of(engine, models) as plane:
             with pytest.raises(TimeoutError):
                 await plane.push(weights_of(models[1]), num_sent=1, hangs=True)
             assert plane.doubted and not plane.quarantined
@@ -274,20 +273,20 @@ def test_an_engine_stuck_in_a_broadcast_is_given_up_and_can_be_taken_again(
     asyncio.run(body())
 
 
-def test_what_sglang_does_unguarded(engine: Engine, models: Models) -> None:
-    """The reasons for the guards: if one of these fails with a newer SGLang, a guard may have become needless."""
+def test_sglang_behaviour_that_our_guards_are_for(engine: Engine, models: Models) -> None:
+    """The reasons for our guards. If one fails with a newer SGLang, a guard may no longer be needed."""
     tensors = weights_of(models[1])
 
     async def body() -> None:
-        async with plane_of(engine, models) as plane, Pusher(engine, plane.client) as pusher:
+        async with harness_of(engine, models) as plane, Pusher(engine, plane.client) as pusher:
             client = plane.client
             digest = await client.weights_checksum()
-            # An unknown name is loaded into nothing and answered with 200.
+            # An unknown name is ignored, and the response is 200.
             await client.pause("retract")
             await client.begin_weight_update()
             await pusher.send({"model.layers.9.mlp.up_proj.weight": tensors[NAME]}, version=None)
             assert await client.weights_checksum() == digest
-            # A wrong shape is refused after what came before it was loaded.
+            # A wrong shape is refused only after the tensors before it were loaded.
             with pytest.raises(EngineError):
                 await pusher.send(
                     {**tensors, NAME: tensors[NAME].T.contiguous()}, version=None, bucket_bytes=1 << 24
@@ -295,7 +294,7 @@ def test_what_sglang_does_unguarded(engine: Engine, models: Models) -> None:
             assert await client.weights_checksum() != digest
             await client.end_weight_update(timeout_s=10)
             await client.resume()
-            # Paused in place with sequences running, a flush is refused, and the weights have changed all the same.
+            # With sequences paused in place, a flush is refused, but the weights have changed already.
             running = asyncio.create_task(sample(client, PROMPT, 800))
             await until_running(client, 1)
             await client.pause("in_place")
@@ -304,12 +303,12 @@ def test_what_sglang_does_unguarded(engine: Engine, models: Models) -> None:
             with pytest.raises(EngineError, match="not flushed"):
                 await _send_flushing(pusher, weights_of(models[0]))
             assert await client.weights_checksum() != digest
-            # While paused, /health would hang; what we ask instead says no.
+            # While paused, /health would hang; our client uses /ready, which is negative.
             assert not await asyncio.wait_for(client.health(), 2)
             await client.end_weight_update(timeout_s=10)
             await client.resume()
             await running
-            # Seeds are accepted and mean nothing.
+            # Seeds are accepted but have no effect.
             drawn = [await sample(client, PROMPT, 20, sampling_seed=11) for _ in range(3)]
             assert len({tuple(generation.output_ids.tolist()) for generation in drawn}) > 1
 
@@ -328,7 +327,7 @@ async def _send_flushing(pusher: Pusher, tensors: Mapping[str, Tensor]) -> None:
     await receiving
 
 
-def test_ids_outside_the_vocabulary_are_refused_before_they_are_sent(engine: Engine) -> None:
+def test_ids_outside_the_vocabulary_are_not_sent(engine: Engine) -> None:
     async def body() -> None:
         async with engine.client() as client:
             for ids, stops in (([5, VOCAB], ()), ([-1], ()), ([5], (VOCAB,))):

@@ -1,7 +1,8 @@
-"""What an engine must do to be driven by the rollout server: functions of an `Engine`, whichever it is.
+"""The conformance suite: checks that every engine must pass to be used by the rollout server.
 
-Each leaves the engine generating, with whatever weights it pushed last under a version larger than before. `models` are two
-saved models of one architecture; the engine was started with the first.
+Each check takes an `Engine`, embedded or SGLang. Afterwards the engine still generates, with the weights that
+the check pushed last, under a version larger than before. `models` are two saved models of one architecture;
+the engine was started with the first.
 """
 
 from __future__ import annotations
@@ -36,14 +37,17 @@ TOLERANCE = 1e-4
 
 
 async def until_running(client: EngineClient, num_sequences: int) -> None:
-    """Waits until the engine decodes so many."""
+    """Waits until the engine decodes at least so many sequences."""
     async with asyncio.timeout(20):
         while (await client.load())["running"] < num_sequences:
             await asyncio.sleep(0.01)
 
 
 async def logprobs_and_greedy_match_transformers(engine: Engine, models: tuple[Path, Path]) -> None:
-    """Before and after pushes in both bucket forms; the same prompt throughout, so a stale prefix would show."""
+    """Before and after pushes of flattened and plain buckets.
+
+    The prompt is the same throughout, so a prefix cached under older weights would give wrong log-probs.
+    """
     async with engine.client() as client:
         version = await client.weight_version()
         for path, flattened in ((models[0], None), (models[1], True), (models[0], False)):
@@ -69,7 +73,10 @@ async def logprobs_and_greedy_match_transformers(engine: Engine, models: tuple[P
 
 
 async def stop_and_length(engine: Engine, model_path: Path) -> None:
-    """Stop tokens end a sequence and are its last token; the limit ends it otherwise; end-of-sequence stops unless ignored."""
+    """A stop token, the end-of-sequence token (unless ignored) or the length limit ends a sequence.
+
+    The token that ends it is its last token.
+    """
     async with engine.client() as client:
         greedy = (await sample(client, PROMPT, 12, temperature=0)).output_ids.tolist()
         stop = greedy[6]
@@ -91,7 +98,7 @@ async def stop_and_length(engine: Engine, model_path: Path) -> None:
 
 
 async def abort_returns_partial_tokens(engine: Engine, model_path: Path) -> None:
-    """By id and all at once; what an aborted request returns is as good as the whole would have been."""
+    """By id and all at once. The log-probs of an aborted request's tokens are right."""
     model = load_model(model_path)
     async with engine.client() as client:
         one = asyncio.ensure_future(
@@ -105,7 +112,7 @@ async def abort_returns_partial_tokens(engine: Engine, model_path: Path) -> None
         aborted = await asyncio.wait_for(one, 5)
         assert aborted.finish_reason is FinishReason.ABORT and 0 < len(aborted.output_ids) < 1500
         assert error_of(model, PROMPT, aborted) < TOLERANCE
-        assert not two.done(), "an id is not a prefix"
+        assert not two.done(), "request 12 was aborted with request 1: ids must be compared whole"
         await client.abort()
         assert (await asyncio.wait_for(two, 5)).finish_reason is FinishReason.ABORT
         await client.abort("no such request")
@@ -113,7 +120,7 @@ async def abort_returns_partial_tokens(engine: Engine, model_path: Path) -> None
 
 
 async def pause_modes(engine: Engine, model_path: Path) -> None:
-    """Paused: running requests wait or return, new ones wait. Resumed: everything goes on exactly where it was."""
+    """While paused, running requests wait (mode abort: return) and new ones wait; then all of them go on."""
     model = load_model(model_path)
     async with engine.client() as client:
         for mode in ("in_place", "retract", "abort"):
@@ -133,8 +140,8 @@ async def pause_modes(engine: Engine, model_path: Path) -> None:
             assert len((await asyncio.wait_for(new, 10)).output_ids) == 3
 
 
-async def groups_made_destroyed_made_again(engine: Engine, model_path: Path) -> None:
-    """Under one name and under another; leaving twice is an error that changes nothing."""
+async def groups_are_made_destroyed_and_made_again(engine: Engine, model_path: Path) -> None:
+    """Under the same name and under another; leaving a group twice is an error that changes nothing."""
     async with engine.client() as client:
         version = await client.weight_version()
         for name in ("same", "same", "other"):
@@ -149,8 +156,10 @@ async def groups_made_destroyed_made_again(engine: Engine, model_path: Path) -> 
 async def versions_across_an_update_in_flight(
     engine: Engine, models: tuple[Path, Path], *, running: str
 ) -> float:
-    """Requests that span an update say for every token which weights sampled it. Returns the largest log-prob error of any token
-    under the weights of its stated version."""
+    """Requests that span an update record, for every token, the version that sampled it.
+
+    Returns the largest log-prob error of any token under the weights of its recorded version.
+    """
     old_new = [load_model(path) for path in models]
     new_weights = weights_of(models[1])
     async with engine.client() as client:
@@ -165,7 +174,7 @@ async def versions_across_an_update_in_flight(
             errors = []
             for prompt, generation in zip(prompts, drawn, strict=True):
                 assert sorted(set(generation.versions.tolist())) == [version + 1, version + 2], (
-                    "the update came in mid-request"
+                    "the update must come while the requests run"
                 )
                 assert np.all(np.diff(generation.versions) >= 0)
                 for model, stated in zip(old_new, (version + 1, version + 2), strict=True):
@@ -193,9 +202,9 @@ BAD_BODIES: list[tuple[object, str]] = [
     ({"input_ids": [5], "stream": "yes"}, "stream must be"),
     ([1, 2], "must be a JSON object"),
 ]
-"""/generate bodies that every engine refuses, and a piece of the message that the embedded engine answers."""
+"""/generate bodies that every engine refuses, and a part of the embedded engine's error message."""
 
-WORSE_BODIES: list[tuple[object, str]] = [
+BODIES_UNSAFE_FOR_SGLANG: list[tuple[object, str]] = [
     ({"input_ids": [5, VOCAB]}, "outside the vocabulary"),
     ({"input_ids": [5, -1]}, "outside the vocabulary"),
     ({"input_ids": [[5], []]}, "non-empty"),
@@ -205,13 +214,14 @@ WORSE_BODIES: list[tuple[object, str]] = [
     ({"input_ids": [5], "sampling_params": [{}, {}]}, "2 entries for 1 prompts"),
     ({"input_ids": [[5], [6]], "rid": ["a", "a"]}, "id of its own"),
 ]
-"""Those that the embedded engine refuses too, and that SGLang takes, answers with 500, or dies of: its client must never send one."""
+"""Bodies that the embedded engine refuses, but SGLang accepts, answers with 500 or crashes on. Its client
+must not send them."""
 
 
 async def bad_requests_are_refused(engine: Engine) -> None:
-    """400 with a message, and the engine lives; a good request in the same batch is not harmed."""
+    """Status 400 with a message. The engine survives, and a good request in the same batch succeeds."""
     async with aiohttp.ClientSession() as session:
-        for body, message in [*BAD_BODIES, *(WORSE_BODIES if engine.kind == "embedded" else [])]:
+        for body, message in [*BAD_BODIES, *(BODIES_UNSAFE_FOR_SGLANG if engine.kind == "embedded" else [])]:
             async with session.post(f"{engine.url}/generate", json=body) as response:
                 text = await response.text()
                 assert response.status == 400, f"{body}: {response.status} {text}"
@@ -226,8 +236,8 @@ async def bad_requests_are_refused(engine: Engine) -> None:
         assert isinstance(bad, EngineError)
 
 
-async def update_calls_need_a_session_and_a_group(engine: Engine, model_path: Path) -> None:
-    """Calls out of order are 400 and change nothing."""
+async def update_calls_need_an_open_update_and_a_group(engine: Engine, model_path: Path) -> None:
+    """Calls out of order get status 400 and change nothing."""
     async with engine.client() as client:
         version = await client.weight_version()
         async with Pusher(engine, client) as pusher:
@@ -238,7 +248,7 @@ async def update_calls_need_a_session_and_a_group(engine: Engine, model_path: Pa
 
 
 async def throughput_of_concurrent_requests(engine: Engine) -> float:
-    """Samples a second for 200 short requests started together: they must share HTTP requests and decode steps."""
+    """Samples per second of 200 short requests started together, which must share requests and steps."""
     async with engine.client() as client:
         started_s = time.perf_counter()
         await asyncio.gather(*(sample(client, [5 + i // 8], 8) for i in range(200)))

@@ -1,6 +1,6 @@
-"""What engine tests share: tiny random models, a real engine process, transformers as the reference, and rank 0 of a push.
+"""Helpers of engine tests: tiny models, a real engine process, transformers as reference, rank 0 of a push.
 
-`Engine` is all that the conformance suite knows of an engine, so that the same functions can run against a real SGLang.
+The conformance suite uses an engine only through `Engine`, so that it also runs against a real SGLang.
 """
 
 from __future__ import annotations
@@ -47,7 +47,10 @@ KINDS = ("llama", "qwen2", "qwen3", "gpt2")
 
 
 def save_model(path: Path, kind: str, *, seed: int = 0) -> Path:
-    """Writes a tiny random model. The initial spread is wide, so that wrong KV or positions change log-probs visibly."""
+    """Writes a tiny random model.
+
+    The initial spread is wide, so that wrong KV or positions change log-probs visibly.
+    """
     torch.manual_seed(seed)
     common: dict[str, Any] = {
         "vocab_size": VOCAB,
@@ -57,7 +60,8 @@ def save_model(path: Path, kind: str, *, seed: int = 0) -> Path:
         "initializer_range": 0.15,
     }
     sizes: dict[str, Any] = {
-        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": CONTEXT,
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
+        "max_position_embeddings": CONTEXT,
     }  # fmt: skip
     if kind == "llama":
         model = LlamaForCausalLM(
@@ -73,10 +77,8 @@ def save_model(path: Path, kind: str, *, seed: int = 0) -> Path:
         )
     else:
         model = GPT2LMHeadModel(GPT2Config(**common, n_positions=CONTEXT, n_embd=32, n_layer=2, n_head=4))
-    for (
-        name,
-        parameter,
-    ) in model.named_parameters():  # biases and norms too: at zero and one they would hide mistakes
+    # Biases and norms too: at zero and one they would hide mistakes.
+    for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
         assert name
@@ -90,7 +92,7 @@ def load_model(path: Path | str) -> Any:
 
 
 def weights_of(path: Path | str) -> dict[str, Tensor]:
-    """Named parameters, tied ones once."""
+    """Parameters by name, tied ones once."""
     return {name: parameter.data for name, parameter in load_model(path).named_parameters()}
 
 
@@ -109,7 +111,7 @@ def reference_logprobs(
 
 @torch.inference_mode()
 def reference_greedy(model: Any, prompt: Sequence[int], num_tokens: int) -> list[int]:
-    """Greedy continuation by whole forward passes."""
+    """The greedy continuation, by full forward passes without a cache."""
     tokens = list(prompt)
     for _ in range(num_tokens):
         tokens.append(int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
@@ -140,7 +142,7 @@ class Engine:
 
 @contextlib.contextmanager
 def running_engine(path: Path, **options: Any) -> Iterator[Engine]:
-    """The embedded engine as a process; ends it with SIGTERM and checks that it exits 0."""
+    """Runs the embedded engine as a process; ends it with SIGTERM and checks that it exits with 0."""
     with engine_process(path, **options) as (process, url):
         yield Engine(url=url, path=path, pid=process.pid)
         assert process.poll() is None, "the engine died during the test"
@@ -150,7 +152,7 @@ def running_engine(path: Path, **options: Any) -> Iterator[Engine]:
 
 @contextlib.contextmanager
 def engine_process(path: Path, **options: Any) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """The process and its URL, once it answers."""
+    """Starts an engine; yields the process and its URL, once it answers."""
     port_file = path.parent / f"port-{time.monotonic_ns()}"
     settings = {
         "port": 0,
@@ -220,7 +222,7 @@ class Pusher:
         dtype: str | None = None,
         wrong_checksum: bool = False,
     ) -> None:
-        """Sends all buckets of a session that is open."""
+        """Sends all buckets into the open update."""
         assert self.group is not None
         buckets = cut_buckets(
             [spec_of(n, t, dtype=dtype) for n, t in tensors.items()], bucket_bytes=bucket_bytes
@@ -232,8 +234,8 @@ class Pusher:
             last = {"weight_version": version} if i == len(buckets) - 1 and version is not None else {}
             receiving = asyncio.ensure_future(
                 self.client.update_weights_from_distributed(
-                    type(bucket)(tensors=bucket.tensors, checksum=stated), group_name=self.name, timeout_s=self.timeout_s,
-                    flattened=flattened, **last,
+                    type(bucket)(tensors=bucket.tensors, checksum=stated), group_name=self.name,
+                    timeout_s=self.timeout_s, flattened=flattened, **last,
                 )
             )  # fmt: skip
             for piece in pieces:
@@ -243,7 +245,10 @@ class Pusher:
     async def push(
         self, tensors: Mapping[str, Tensor], *, version: int, running: str = "recompute", **options: Any
     ) -> None:
-        """A whole update. SGLang loads in place, so it is paused meanwhile; the embedded engine goes on decoding."""
+        """Pushes a whole update.
+
+        SGLang loads in place, so it is paused; the embedded engine goes on decoding.
+        """
         if not isinstance(self.client, SglangClient):
             await self.client.begin_weight_update()
             await self.send(tensors, version=version, **options)
@@ -262,7 +267,7 @@ class Pusher:
 
 
 async def sample(client: EngineClient, prompt: Sequence[int], num_tokens: int, **options: Any) -> Generation:
-    """One generation that ends by length unless told otherwise."""
+    """One generation of `num_tokens` tokens, unless `options` end it earlier."""
     return await client.generate(
         prompt, sampling=Sampling(**{"max_new_tokens": num_tokens, "ignore_eos": True, **options})
     )

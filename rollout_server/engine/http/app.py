@@ -1,4 +1,4 @@
-"""The engine process behind its command line: model, thread, HTTP, signals."""
+"""The engine process: loads the model, starts the engine's thread, serves HTTP, stops on signals."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from transformers.utils import logging as transformers_logging
 
 from areal_like.errors import ConfigError
 from rollout_server.engine.core import EngineCore, EngineOptions
-from rollout_server.engine.http.protocol import Limits
+from rollout_server.engine.http.generate_request import RequestLimits
+from rollout_server.engine.http.generation_routes import deliver
 from rollout_server.engine.http.server import EngineServer, ServerOptions
-from rollout_server.engine.loop import EngineLoop, Report
+from rollout_server.engine.loop import EngineLoop, SequenceOutput
 from rollout_server.engine.models.loading import load
-from rollout_server.engine.weight_updater import WeightUpdater
+from rollout_server.engine.weight_update.updater import WeightUpdater
 
 logger = logging.getLogger(__name__)
 
@@ -31,22 +32,18 @@ SHUTDOWN_S = 3
 
 
 def run(options: argparse.Namespace, listener: socket.socket) -> int:
-    """Loads the model, serves, returns the exit code. Raises ConfigError if the model or device cannot be used."""
+    """Loads the model, serves until a signal, returns the exit code.
+
+    Raises ConfigError if the model or the device cannot be used.
+    """
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.set_num_threads(options.num_threads)
-    try:
-        device = torch.device(options.device)
-    except RuntimeError as error:
-        raise ConfigError(f"--device {options.device}: {str(error).splitlines()[0]}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"--device {options.device}: this machine or this torch has no CUDA; use cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"--device {options.device}: this machine has {torch.cuda.device_count()} GPUs, counted from 0"
-        )
     model, weights = load(
-        options.model_path, dtype=DTYPES[options.dtype], device=device, context_length=options.context_length
+        options.model_path,
+        dtype=DTYPES[options.dtype],
+        device=_checked_device(options.device),
+        context_length=options.context_length,
     )
     engine_options = EngineOptions(
         max_running=options.max_running_requests,
@@ -59,8 +56,22 @@ def run(options: argparse.Namespace, listener: socket.socket) -> int:
     return asyncio.run(serve(options, core, listener))
 
 
+def _checked_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device {name}: this machine or this torch has no CUDA; use cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} GPUs, counted from 0"
+        )
+    return device
+
+
 class _Server(uvicorn.Server):
-    """uvicorn that leaves signals to us and says when it answers."""
+    """uvicorn without signal handlers of its own, that writes its port to a file once it answers."""
 
     def __init__(self, config: uvicorn.Config, *, port_file: Path | None, port: int) -> None:
         super().__init__(config)
@@ -69,13 +80,14 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Installs no handlers."""
+        """Installs no handlers: `serve` has its own."""
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Starts to answer, then publishes the port; the rename makes it whole for whoever polls the file."""
+        """Starts to answer, then publishes the port."""
         await super().startup(sockets)
         if self._port_file is not None:
+            # Renamed into place, so that whoever polls the file never reads half a number.
             temporary = self._port_file.with_name(f"{self._port_file.name}.{os.getpid()}")
             temporary.write_text(f"{self._port}\n")
             temporary.replace(self._port_file)
@@ -83,22 +95,22 @@ class _Server(uvicorn.Server):
 
 
 async def serve(options: argparse.Namespace, core: EngineCore, listener: socket.socket) -> int:
-    """Runs until a signal or the engine's failure; returns the exit code."""
+    """Serves until SIGTERM, SIGINT or a failure of the engine; returns the exit code, 0 or 1."""
     main_loop = asyncio.get_running_loop()
     port = listener.getsockname()[1]
     failures: list[str] = []
 
-    def on_report(reports: list[Report]) -> None:
-        main_loop.call_soon_threadsafe(EngineServer.deliver, reports)
+    def on_output(outputs: list[SequenceOutput]) -> None:
+        main_loop.call_soon_threadsafe(deliver, outputs)
 
     def on_failure(reason: str) -> None:
         failures.append(reason)
         main_loop.call_soon_threadsafe(stop)
 
-    engine = EngineLoop(core, num_threads=options.num_threads, on_report=on_report, on_failure=on_failure)
+    engine = EngineLoop(core, num_threads=options.num_threads, on_output=on_output, on_failure=on_failure)
     facts = core.model.facts
     updater = WeightUpdater(engine, facts)
-    limits = Limits(
+    limits = RequestLimits(
         vocab_size=facts.vocab_size,
         context_length=options.context_length,
         eos_token_ids=facts.eos_token_ids,
@@ -121,7 +133,7 @@ async def serve(options: argparse.Namespace, core: EngineCore, listener: socket.
     http = _Server(config, port_file=options.port_file, port=port)
 
     def stop() -> None:
-        """Ends every sequence and update, so that whoever waits is answered, and then the server."""
+        """Ends every sequence and update first, so that open requests are answered, then the server."""
         engine.abort(lambda core: core.all_sequences)
         updater.close()
         http.should_exit = True

@@ -1,4 +1,4 @@
-"""What the engine needs of a model, and sets of weights that can be exchanged between two steps.
+"""The interface between the engine and a model: forward passes over KV rows, and sets of weights.
 
 Shapes: B contexts, T positions, N rows, V vocabulary.
 """
@@ -17,24 +17,28 @@ from torch import Tensor
 from rollout_server.engine.cache import DecodeBatch, KVCache, KVShape
 
 _ALIGNMENT = 64
-"""Bytes; what torch's own allocator gives."""
+"""Bytes; the alignment of torch's own allocator."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Weights:
-    """A complete set of parameters in the engine's dtype and device. One set is active, another receives."""
+    """A complete set of parameters, in the engine's dtype and on its device.
+
+    One set is active, another receives updates.
+    """
 
     named: Mapping[str, Tensor]
-    """Every parameter by its Hugging Face name; writing into these is how a set is filled."""
+    """Every parameter by its Hugging Face name; a set is filled by writing into these."""
     arena: Tensor | None = None
-    """uint8[...]: the memory of all of them, where they share one. A bucket that lies in it as it travels is received in its place."""
+    """uint8[bytes]: the memory of all parameters, if they share one. A bucket with the same layout is
+    received in place."""
     plan: Any = None
-    """What the model's forward reads (views or fused storage of the same memory)."""
+    """The model's own arrangement of the same memory (views, fused matrices); only the model reads it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """What does not change while the engine runs."""
+    """Properties of a loaded model that do not change while the engine runs."""
 
     model_type: str
     vocab_size: int
@@ -49,9 +53,10 @@ class ModelFacts:
 
 
 def new_arena(facts: ModelFacts, groups: Iterable[Sequence[str]]) -> tuple[Tensor, list[Tensor]]:
-    """Uninitialised memory for a set of weights: all of it (uint8), and the part of each group of names, flat and in the model's dtype.
+    """Uninitialised memory for a set of weights: all of it (uint8), and each group's part, flat.
 
-    Groups begin at multiples of 64 bytes, for the matrix products; in most models every tensor ends at one, and there are no gaps.
+    `groups`: names of parameters that must be neighbours. Groups begin at multiples of 64 bytes, for the
+    matrix products; in most models every tensor ends at one, so there are no gaps.
     """
     sizes = [
         sum(math.prod(facts.parameter_shapes[name]) for name in group) * facts.dtype.itemsize

@@ -1,8 +1,8 @@
-"""Any decoder-only transformers model, run through its own modules over our KV rows.
+"""Runs any decoder-only transformers model through its own modules over our KV rows.
 
-Two documented hooks are enough: a cache object whose `update` writes into the rows and returns views of them, and a
-ready-made 4-D attention mask, which transformers passes through instead of building one. The engine checks at start that the
-outcome agrees with the model's own forward, so a model that ignores one of the hooks is refused, not run wrongly.
+Two documented hooks are enough: a cache object whose `update` writes into the rows and returns views of them,
+and a ready-made 4-D attention mask, which transformers uses instead of building one. `loading.load` compares
+the result with the model's own forward, so a model that ignores one of the hooks is refused.
 
 Shapes: N rows, B contexts, T positions, V vocabulary.
 """
@@ -20,19 +20,23 @@ from rollout_server.engine.models.base import ModelFacts, Weights, new_arena
 
 
 class RowCache(Cache):
-    """transformers' view of the KV rows during one forward."""
+    """A transformers cache that reads and writes the KV rows.
+
+    With `rows` None it keeps nothing and records the shapes of keys and values instead.
+    """
 
     def __init__(self) -> None:
         super().__init__(layers=[])
         self.rows: KVCache | None = None
         self.decoding = False
         self.seen: dict[int, KVShape] = {}
-        """Shapes of what each layer brought; how the engine learns them, whatever the configuration calls them."""
+        """Layer index -> shape of its keys and values. Read off a forward, because configurations name these
+        sizes differently."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Keeps keys and values [B, H, T, D]; returns what the layer's queries attend to."""
+        """Stores keys and values [B, H, T, D]; returns those that the layer's queries attend to."""
         if self.rows is None:
             self.seen[layer_idx] = KVShape(
                 num_heads=key_states.shape[1], key_dim=key_states.shape[3], value_dim=value_states.shape[3]
@@ -44,12 +48,12 @@ class RowCache(Cache):
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions are always given explicitly, so nothing may depend on this."""
+        """Always 0: positions are passed explicitly, so nothing may depend on this."""
         return 0
 
 
 class GenericModel:
-    """CausalModel over a transformers module."""
+    """A CausalModel that wraps a transformers module."""
 
     def __init__(self, module: Any, facts: ModelFacts) -> None:
         self.facts = facts
@@ -73,7 +77,10 @@ class GenericModel:
             parameter.data = weights.named[name]
 
     def prefill(self, tokens_BT: Tensor, cache: KVCache) -> None:
-        """Computes the KV of right-padded contexts: causality alone keeps padding out of what is real."""
+        """Computes the KV of right-padded contexts.
+
+        The causal mask is enough: no real token precedes padding.
+        """
         length = tokens_BT.shape[1]
         if self._causal_11TT.shape[-1] < length:
             # Additive, not boolean: models without an SDPA path add their mask to the scores.

@@ -1,11 +1,13 @@
-"""The Llama family written out: Llama, Qwen2, Qwen3 and whatever is configured like them.
+"""Hand-written forward passes of the Llama family: Llama, Qwen2, Qwen3 and models configured like them.
 
-For a small model a decode step is mostly the interpreter's time between kernels, so this path runs as few of them as it can: Q, K, V and
-gate, up are fused matrices, rotary embedding is applied to queries and keys at once, residuals are added inside the
-matrix product. The named parameters are views into the fused ones, so filling a set of weights by name fills the fused matrices.
-`supports` says which configurations it is exact for; everything else takes the generic path.
+In a decode step of a small model most of the time is the interpreter's, between kernels, so this path runs as
+few kernels as it can: Q, K, V and gate, up are fused matrices, rotary embedding is applied to queries and
+keys at once, residuals are added inside the matrix product. The named parameters are views into the fused
+matrices, so filling a set of weights by name fills those. `supports` is true for the configurations that this
+code is exact for; all others take the generic path.
 
-Shapes: N rows, B contexts, T positions, C hidden, H query heads, K key/value heads, G = H / K, D head size, F intermediate.
+Shapes: N rows, B contexts, T positions, C hidden, H query heads, K key/value heads, G = H / K, D head size, F
+intermediate.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from rollout_server.engine.models.base import ModelFacts, Weights, new_arena
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Layer:
-    """One decoder layer's tensors, as the forward reads them."""
+    """One decoder layer's tensors, fused as the forward passes use them."""
 
     input_norm_C: Tensor
     qkv: Tensor
@@ -50,17 +52,17 @@ class _Plan:
 
 
 def supports(config: Any, names: set[str]) -> bool:
-    """Whether this file computes exactly what transformers would for this configuration and these parameters."""
+    """True if this module computes what transformers would for this configuration and these parameters."""
     if config.model_type not in ("llama", "qwen2", "qwen3") or config.hidden_act != "silu":
         return False
-    # These depend on the length of the sequence: a table made once would be wrong.
+    # These rotary embeddings depend on the length of the sequence: a table made once would be wrong.
     if (config.rope_parameters or {}).get("rope_type") in ("dynamic", "longrope"):
         return False
     return names == {name for name, _ in _parameters(config, names)}
 
 
 def _parameters(config: Any, names: set[str]) -> list[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every parameter this path knows, given the optional ones present in `names`."""
+    """Name and shape of every parameter that this path uses; biases and q, k norms only if in `names`."""
     hidden, head_dim, inner = config.hidden_size, _head_dim(config), config.intermediate_size
     q_size, kv_size = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     shapes: list[tuple[str, tuple[int, ...]]] = [("model.embed_tokens.weight", (config.vocab_size, hidden))]
@@ -86,21 +88,21 @@ def _parameters(config: Any, names: set[str]) -> list[tuple[str, tuple[int, ...]
     return shapes
 
 
-def _alike(name: str) -> tuple[str, ...]:
-    """The tensors that `name`, the first of them, is fused with; itself alone if with none."""
+def _fused_with(name: str) -> tuple[str, ...]:
+    """The names fused into the matrix that begins with `name`: q, k, v or gate, up, or `name` alone."""
     for first, *others in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
         if f".{first}." in name:
             return (name, *(name.replace(f".{first}.", f".{other}.") for other in others))
     return (name,)
 
 
-def _fused(names: Iterable[str]) -> list[tuple[str, ...]]:
-    """Every name once, those that are fused together; otherwise in the order given, which is that of a push."""
+def _fused_groups(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Every name once, fused ones side by side, otherwise in the given order, which is that of a push."""
     seen: set[str] = set()
     groups = []
     for name in names:
         if name not in seen:
-            groups.append(_alike(name))
+            groups.append(_fused_with(name))
             seen.update(groups[-1])
     return groups
 
@@ -110,9 +112,10 @@ def _head_dim(config: Any) -> int:
 
 
 class LlamaModel:
-    """CausalModel for the Llama family. `rotary` gives (cos, sin) float32[T, D] for all positions the engine may use."""
+    """CausalModel for the Llama family."""
 
     def __init__(self, config: Any, facts: ModelFacts, *, rotary: tuple[Tensor, Tensor]) -> None:
+        """`rotary`: (cos, sin) float32[T, D], for all positions that the engine may use."""
         self.facts = facts
         self._config = config
         self._num_heads = config.num_attention_heads
@@ -123,11 +126,12 @@ class LlamaModel:
         self._eps = config.rms_norm_eps
         cos_TD, sin_TD = rotary
         half = self._head_dim // 2
-        # x * cos + rotate_half(x) * sin, with rotate_half's sign moved into the table: a roll is cheaper than negate and concatenate.
+        # x * cos + rotate_half(x) * sin, with rotate_half's sign moved into the table: a roll is cheaper than
+        # to negate and concatenate.
         self._cos_TD = cos_TD.to(facts.dtype)
         self._sin_TD = torch.cat((-sin_TD[:, :half], sin_TD[:, half:]), -1).to(facts.dtype)
-        # On a CPU in float32 a few plain kernels beat the composite ones at these sizes (32 rows: attention 42 against 60 us, norm
-        # 6 against 10 us, of which there are seven a step).
+        # On a CPU in float32 a few plain kernels are faster than the composite ones at these sizes (32 rows:
+        # attention takes 42 instead of 60 us, a norm 6 instead of 10 us, and there are seven norms a step).
         self._plain = facts.device.type == "cpu" and facts.dtype == torch.float32
         self._mean_C1 = torch.full(
             (config.hidden_size, 1), 1 / config.hidden_size, dtype=facts.dtype, device=facts.device
@@ -138,7 +142,7 @@ class LlamaModel:
     def new_weights(self) -> Weights:
         """An uninitialised set: fused storage, and its views by name."""
         facts, config = self.facts, self._config
-        groups = _fused(facts.parameter_shapes)
+        groups = _fused_groups(facts.parameter_shapes)
         arena, parts = new_arena(facts, groups)
         flat = dict(zip(groups, parts, strict=True))
         named: dict[str, Tensor] = {}
@@ -154,13 +158,13 @@ class LlamaModel:
             layers.append(
                 _Layer(
                     input_norm_C=named[f"{prefix}input_layernorm.weight"],
-                    qkv=flat[_alike(f"{prefix}self_attn.q_proj.weight")].view(-1, config.hidden_size),
-                    qkv_bias=flat.get(_alike(f"{prefix}self_attn.q_proj.bias")),
+                    qkv=flat[_fused_with(f"{prefix}self_attn.q_proj.weight")].view(-1, config.hidden_size),
+                    qkv_bias=flat.get(_fused_with(f"{prefix}self_attn.q_proj.bias")),
                     q_norm_D=named.get(f"{prefix}self_attn.q_norm.weight"),
                     k_norm_D=named.get(f"{prefix}self_attn.k_norm.weight"),
                     output_CO=named[f"{prefix}self_attn.o_proj.weight"],
                     post_norm_C=named[f"{prefix}post_attention_layernorm.weight"],
-                    gate_up=flat[_alike(f"{prefix}mlp.gate_proj.weight")].view(-1, config.hidden_size),
+                    gate_up=flat[_fused_with(f"{prefix}mlp.gate_proj.weight")].view(-1, config.hidden_size),
                     down_CF=named[f"{prefix}mlp.down_proj.weight"],
                 )
             )
@@ -201,7 +205,10 @@ class LlamaModel:
         return F.linear(self._rms_norm(x_NC, plan.norm_C), plan.head_VC)
 
     def prefill(self, tokens_BT: Tensor, cache: KVCache) -> None:
-        """Computes the KV of right-padded contexts: causality alone keeps padding out of what is real."""
+        """Computes the KV of right-padded contexts.
+
+        The causal mask is enough: no real token precedes padding.
+        """
         plan = self._plan
         assert plan is not None, "activate a set of weights first"
         num_contexts, length = tokens_BT.shape
@@ -218,8 +225,9 @@ class LlamaModel:
             )
             value = qkv[:, :, rotated_heads:].transpose(1, 2)
             cache.fill(i, key, value)
+            # A prefill returns KV only, so the last layer's output is not needed.
             if i + 1 == len(plan.layers):
-                break  # only KV is wanted: the last layer's output feeds nothing
+                break
             attended = F.scaled_dot_product_attention(
                 query, key, value, is_causal=True, scale=self._scale, enable_gqa=self._group > 1
             )
@@ -227,13 +235,16 @@ class LlamaModel:
             x = self._mlp(torch.addmm(x, attended, layer.output_CO.t()), layer)
 
     def _rms_norm(self, x: Tensor, weight_C: Tensor) -> Tensor:
-        """x [rows, C] over the root of its mean square; the mean is a product with a constant column."""
+        """x [rows, C] over the root of its mean square.
+
+        On the plain path the mean is a product with a constant column.
+        """
         if not self._plain:
             return F.rms_norm(x, x.shape[-1:], weight_C, self._eps)
         return (x * weight_C).mul_(torch.addmm(self._eps_11, x * x, self._mean_C1).rsqrt_())
 
     def _normed(self, qk: Tensor, layer: _Layer) -> Tensor:
-        """Qwen3 normalises queries and keys by head, before rotation."""
+        """Queries and keys normalised by head, before rotation, in models that do so (Qwen3)."""
         if layer.q_norm_D is None or layer.k_norm_D is None:
             return qk
         query, key = qk[..., : self._num_heads, :], qk[..., self._num_heads :, :]
@@ -248,7 +259,11 @@ class LlamaModel:
         return torch.addcmul(x * cos, x.roll(self._head_dim // 2, -1), sin)
 
     def _attend(self, query_NKGD: Tensor, key_NKTD: Tensor, value_NKTD: Tensor, bias_N11T: Tensor) -> Tensor:
-        """One query a row; the group's G heads stand where a longer query's positions would, so keys are never repeated."""
+        """Attention of one query a row.
+
+        The G query heads of a KV head take the place of a longer query's positions, so keys are never
+        repeated.
+        """
         if not self._plain:
             return F.scaled_dot_product_attention(
                 query_NKGD, key_NKTD, value_NKTD, attn_mask=bias_N11T, scale=self._scale

@@ -1,7 +1,8 @@
-"""From a Hugging Face directory to a CausalModel that has been proven to agree with transformers.
+"""Loads a Hugging Face model for the engine, and checks that its log-probs agree with transformers.
 
-The check at start costs two short forwards and is what lets us claim "any decoder-only model": an architecture whose attention,
-positions or cache behave unlike our paths assume is refused here with one message, instead of training on wrong log-probs.
+The check costs two short forwards at start, and makes it safe to accept any decoder-only model: an
+architecture whose attention, positions or cache do not behave as our paths assume is refused with one
+message, instead of being trained on wrong log-probs.
 """
 
 from __future__ import annotations
@@ -25,17 +26,23 @@ logger = logging.getLogger(__name__)
 
 CHECK_TOKENS = 12
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
-"""Largest log-prob difference that the check at start accepts. Reorderings alone give about 1e-5, 0.1 and 0.01."""
+"""Largest log-prob difference that the check accepts. Another order of summation alone gives 1e-5, 0.1 and
+0.01."""
 
-_ODD_MODEL = (TypeError, AttributeError, NotImplementedError, IndexError, ValueError, RuntimeError)
-"""What a forward raises that does not know our cache or mask; out of memory is a RuntimeError too, and its text says so."""
+_FORWARD_ERRORS = (TypeError, AttributeError, NotImplementedError, IndexError, ValueError, RuntimeError)
+"""Errors of a forward that cannot use our cache or mask. Out of memory is a RuntimeError too; its text tells
+them apart."""
 
 
 @torch.inference_mode()
 def load(
     path: str, *, dtype: torch.dtype, device: torch.device, context_length: int, allow_fast_path: bool = True
 ) -> tuple[CausalModel, Weights]:
-    """Loads a model and its active set of weights. Raises ConfigError where the model does not exist or cannot be run exactly."""
+    """Loads a model and its active set of weights.
+
+    Raises ConfigError if the model does not exist or cannot be run exactly. `allow_fast_path`: false takes
+    the generic path for the Llama family too (for tests).
+    """
     module = _from_pretrained(path, dtype=dtype).to(device).eval()
     config = module.config
     _check_attention(config, context_length=context_length)
@@ -44,7 +51,8 @@ def load(
     facts = _facts(module, tokens_BT, dtype=dtype, device=device)
     if facts.max_positions < context_length:
         raise ConfigError(
-            f"--context-length {context_length}: {path} has only {facts.max_positions} positions; use at most that many"
+            f"--context-length {context_length}: {path} has only {facts.max_positions} positions; "
+            "use at most that many"
         )
     reference = [module(input_ids=tokens_BT[:1], use_cache=False).logits[0, -1]]
     reference.append(module(input_ids=tokens_BT[1:, : CHECK_TOKENS // 2], use_cache=False).logits[0, -1])
@@ -64,7 +72,7 @@ def load(
     model.activate(weights)
     try:
         difference = _difference(model, tokens_BT, reference)
-    except _ODD_MODEL as error:
+    except _FORWARD_ERRORS as error:
         raise ConfigError(f"model type {facts.model_type} cannot run over our KV cache: {error}") from None
     if not difference <= TOLERANCE[dtype]:
         raise ConfigError(
@@ -86,17 +94,19 @@ def _from_pretrained(path: str, *, dtype: torch.dtype) -> Any:
 
 
 def _check_attention(config: Any, *, context_length: int) -> None:
-    """Sliding windows are exact as long as no sequence outgrows them; other kinds of layers have no KV rows."""
+    """Raises ConfigError for layers without KV rows, and sliding windows that a sequence could outgrow."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if other := kinds - {"full_attention", "sliding_attention"}:
         raise ConfigError(
-            f"model type {config.model_type} has {', '.join(sorted(other))} layers: the embedded engine runs attention only"
+            f"model type {config.model_type} has {', '.join(sorted(other))} layers: "
+            "the embedded engine runs attention only"
         )
     window = getattr(config, "sliding_window", None)
     implicit = not hasattr(config, "layer_types") and getattr(config, "use_sliding_window", True)
     if window and ("sliding_attention" in kinds or implicit) and context_length > window:
         raise ConfigError(
-            f"--context-length {context_length}: the model attends to a sliding window of {window}; use at most that"
+            f"--context-length {context_length}: the model attends to a sliding window of {window}; "
+            "use at most that"
         )
 
 
@@ -105,11 +115,12 @@ def _facts(module: Any, tokens_BT: Tensor, *, dtype: torch.dtype, device: torch.
     probe = RowCache()
     try:
         module(input_ids=tokens_BT, past_key_values=probe, use_cache=True)
-    except _ODD_MODEL as error:
+    except _FORWARD_ERRORS as error:
         raise ConfigError(f"model type {config.model_type} cannot run over our KV cache: {error}") from None
     if sorted(probe.seen) != list(range(config.num_hidden_layers)):
         raise ConfigError(
-            f"model type {config.model_type}: not every layer keeps keys and values; the embedded engine needs that"
+            f"model type {config.model_type}: not every layer keeps keys and values; "
+            "the embedded engine needs that"
         )
     unique = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     every = {name for name, _ in module.named_parameters(remove_duplicate=False)}
@@ -130,7 +141,10 @@ def _facts(module: Any, tokens_BT: Tensor, *, dtype: torch.dtype, device: torch.
 
 
 def _difference(model: CausalModel, tokens_BT: Tensor, reference: list[Tensor]) -> float:
-    """Largest log-prob difference to `reference` after a padded prefill and one decode step of two contexts of unequal length."""
+    """Largest log-prob difference to `reference`, two rows of logits [V].
+
+    Both come from a padded prefill and one decode step of two contexts of unequal length.
+    """
     facts = model.facts
     lengths = [CHECK_TOKENS, CHECK_TOKENS // 2]
     cache = KVCache(

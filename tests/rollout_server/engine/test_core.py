@@ -1,4 +1,4 @@
-"""The engine without its process: every architecture and path against transformers, sharing, swaps, and the sampler's statistics."""
+"""The engine's core: model paths against transformers, shared prompts, weight swaps, sampler statistics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rollout_server.engine.core import EngineCore, EngineOptions
 from rollout_server.engine.models.generic import GenericModel
 from rollout_server.engine.models.llama import LlamaModel
 from rollout_server.engine.models.loading import load
-from rollout_server.engine.sampling import Filters, noise_key, sample, uniforms
+from rollout_server.engine.sampling import Filters, rng_key, sample, uniforms
 from rollout_server.engine.scheduler import SamplingParams, Sequence
 from tests.support.engine_harness import (
     KINDS,
@@ -73,7 +73,10 @@ def error(path: Path, sequence: Sequence, *, temperature: float = 1.0) -> float:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("fast", [True, False])
 def test_every_path_matches_transformers(kind: str, fast: bool, tmp_path: Path) -> None:
-    """Mixed lengths, temperatures and moments of joining, more sequences than rows, so rows are reused and moved."""
+    """Mixed lengths, temperatures and steps of submission.
+
+    More sequences than rows, so rows are reused and moved.
+    """
     path = save_model(tmp_path / kind, kind)
     core = make_core(path, fast=fast, max_running=3)
     assert isinstance(core.model, LlamaModel if fast and kind != "gpt2" else GenericModel)
@@ -91,8 +94,8 @@ def test_every_path_matches_transformers(kind: str, fast: bool, tmp_path: Path) 
 
 
 SMALL: dict[str, object] = {
-    "vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 64, "max_position_embeddings": 128,
+    "vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": 128,
     "initializer_range": 0.15, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 
@@ -107,14 +110,16 @@ SMALL: dict[str, object] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
         }),
         ("deepseek_v3", {
-            "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8, "num_key_value_heads": 4,
-            "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+            "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 8,
+            "qk_nope_head_dim": 8, "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1,
+            "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
         }),
     ],
 )  # fmt: skip
-def test_generic_path_runs_windows_sinks_experts_and_latent_attention(
+def test_generic_path_runs_other_architectures(
     kind: str, settings: dict[str, object], tmp_path: Path
 ) -> None:
+    """Sliding windows, attention sinks, mixture of experts, multi-head latent attention."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SMALL, **settings})).save_pretrained(
         tmp_path / kind
@@ -137,15 +142,17 @@ def test_architectures_that_cannot_run_are_refused(kind: str, message: str, tmp_
         load(str(tmp_path / kind), dtype=torch.float32, device=CPU, context_length=64)
 
 
-def test_a_groups_prompt_is_computed_once_and_a_prefix_is_kept(tmp_path: Path) -> None:
+def test_group_prompt_is_prefilled_once_and_cached(tmp_path: Path) -> None:
     path = save_model(tmp_path / "m", "llama")
     core = make_core(path, max_running=3)
     group = [submit(core, [5, 6, 7, 8], max_new_tokens=6) for _ in range(8)]
     run(core)
-    assert core.num_prefilled == 3, "all but the last token, for eight samples in three rows"
+    assert core.num_prefilled == 3, (
+        "all but the last token are computed once, for eight samples in three rows"
+    )
     assert core.num_prefix_hits == 7
     assert len({tuple(s.output_ids) for s in group}) > 1 and all(error(path, s) < 1e-4 for s in group)
-    core.flush()
+    core.flush_prefix_cache()
     submit(core, [5, 6, 7, 8])
     run(core)
     assert core.num_prefilled == 6, "flushed: computed again"
@@ -162,20 +169,20 @@ def test_long_prompts_are_admitted_within_the_budget(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-def test_swap_between_steps(recompute: bool, tmp_path: Path) -> None:
-    """Recompute: every token is right under its stated version. Keep: versions are stated, and the error shows."""
+def test_swap_weights_between_steps(recompute: bool, tmp_path: Path) -> None:
+    """Log-probs under the recorded versions: exact with recompute, visibly wrong without."""
     paths = [save_model(tmp_path / str(seed), "llama", seed=seed) for seed in (0, 1)]
     core = make_core(paths[0])
     sequences = [submit(core, [5, 6, 7 + i], max_new_tokens=20) for i in range(4)]
     for _ in range(7):
         core.step()
     late = submit(core, [5, 6, 7], max_new_tokens=20)
-    spare = core.take_spare()
+    shadow = core.take_shadow_weights()
     for name, tensor in weights_of(paths[1]).items():
-        spare.named[name].copy_(tensor)
+        shadow.named[name].copy_(tensor)
     with torch.inference_mode():
-        core.swap(spare, version="1", recompute=recompute)
-    assert core.take_spare() is not spare, "the old set is the next shadow"
+        core.swap_weights(shadow, version="1", recompute=recompute)
+    assert core.take_shadow_weights() is not shadow, "the old set is the next shadow"
     run(core)
     worst = 0.0
     for sequence in sequences:
@@ -186,18 +193,19 @@ def test_swap_between_steps(recompute: bool, tmp_path: Path) -> None:
             worst = max(worst, float(np.abs(want - got)[span].max()))
     assert (worst < 1e-4) is recompute
     assert late.version_spans == [("1", 0, 20)] and error(paths[1], late) < 1e-4, (
-        "a prefix of the old weights was used"
+        "a prefix computed under the old weights was used"
     )
 
 
-def test_retract_and_abort_keep_what_was_sampled(tmp_path: Path) -> None:
+def test_preempt_and_abort_keep_sampled_tokens(tmp_path: Path) -> None:
     path = save_model(tmp_path / "m", "llama")
     core = make_core(path)
     kept, aborted = submit(core, [5, 6], max_new_tokens=12), submit(core, [9], max_new_tokens=12)
-    kept.stream_interval = 2  # reported more than once after it came back
+    # Reported more than once after it was admitted again.
+    kept.stream_interval = 2
     for _ in range(5):
         core.step()
-    core.retract()
+    core.preempt_all()
     assert core.scheduler.num_running == 0 and len(kept.output_ids) == 5
     (ended,) = core.abort([aborted])
     assert (
@@ -208,32 +216,31 @@ def test_retract_and_abort_keep_what_was_sampled(tmp_path: Path) -> None:
     assert core.abort([kept, aborted]) == []
 
 
-def test_logits_that_are_not_finite_end_a_sequence_not_the_engine(tmp_path: Path) -> None:
+def test_non_finite_logits_end_only_their_sequence(tmp_path: Path) -> None:
     path = save_model(tmp_path / "m", "llama")
     core = make_core(path)
-    spare = core.take_spare()
+    shadow = core.take_shadow_weights()
     for name, tensor in weights_of(path).items():
-        spare.named[name].copy_(tensor)
-    spare.named["model.layers.0.self_attn.v_proj.weight"].fill_(float("nan"))
+        shadow.named[name].copy_(tensor)
+    shadow.named["model.layers.0.self_attn.v_proj.weight"].fill_(float("nan"))
     with torch.inference_mode():
-        core.swap(spare, version="1", recompute=True)
+        core.swap_weights(shadow, version="1", recompute=True)
     submit(core, list(range(3, 15)))
     broken = submit(core, list(range(4, 16)))
     run(core)
     assert broken.finish is not None and broken.finish.is_error and broken.output_ids == []
-    spare = core.take_spare()
+    shadow = core.take_shadow_weights()
     with torch.inference_mode():
-        core.swap(spare, version="2", recompute=True)
-    submit(
-        core, list(range(3, 20))
-    )  # a longer neighbour: positions beyond the short one's end are read, and masked
+        core.swap_weights(shadow, version="2", recompute=True)
+    # A longer neighbour, so that positions beyond the short sequence's end are read, and masked.
+    submit(core, list(range(3, 20)))
     core.step()
     after = submit(core, [5, 6])
     run(core)
-    assert error(path, after) < 1e-4, "the row it left poisoned the next"
+    assert error(path, after) < 1e-4, "non-finite values in the row reached its next sequence"
 
 
-def test_loading_refuses_what_it_cannot_run(tmp_path: Path) -> None:
+def test_loading_refuses_short_and_missing_models(tmp_path: Path) -> None:
     path = save_model(tmp_path / "m", "llama")
     with pytest.raises(ConfigError, match="only 2048 positions"):
         load(str(path), dtype=torch.float32, device=CPU, context_length=4096)
@@ -244,7 +251,7 @@ def test_loading_refuses_what_it_cannot_run(tmp_path: Path) -> None:
 def draw(
     logits_V: torch.Tensor, num_draws: int, *, temperature: float = 1.0, filters: Filters | None = None
 ) -> np.ndarray:
-    keys = np.full(num_draws, noise_key(3, 0), np.uint64)
+    keys = np.full(num_draws, rng_key(3, 0), np.uint64)
     uniform_N = torch.from_numpy(uniforms(keys, np.arange(num_draws, dtype=np.int64)))
     tokens_N, _ = sample(
         logits_V.expand(num_draws, -1),
@@ -258,7 +265,10 @@ def draw(
 
 
 def test_samples_follow_the_distribution() -> None:
-    """Chi-squared over 200,000 draws, 19 degrees of freedom: 60 is beyond the 1e-5 quantile; a token of probability 0 never comes."""
+    """Chi-squared over 200,000 draws, 19 degrees of freedom: 60 is beyond the 1e-5 quantile.
+
+    A token of probability 0 is never drawn.
+    """
     generator = torch.Generator().manual_seed(0)
     logits_V = torch.randn(21, generator=generator)
     logits_V[7] = float("-inf")
@@ -272,7 +282,7 @@ def test_samples_follow_the_distribution() -> None:
         assert ((counts[possible] - expected) ** 2 / expected).sum() < 60
 
 
-def test_filters_keep_what_they_should() -> None:
+def test_filters_keep_the_right_tokens() -> None:
     logits_V = torch.log(torch.tensor([0.4, 0.3, 0.2, 0.06, 0.04]))
 
     def kept(*, top_p: float = 1.0, top_k: int = 1 << 40, min_p: float = 0.0) -> set[int]:
@@ -305,10 +315,10 @@ def test_greedy_and_random_rows_in_one_batch() -> None:
     assert torch.allclose(logprobs_N, scaled_NV.gather(1, tokens_N[:, None])[:, 0])
 
 
-def test_noise_depends_on_seed_index_and_position_only() -> None:
-    keys = {noise_key(seed, index) for seed in range(50) for index in range(50)}
+def test_random_numbers_differ_by_seed_index_and_position() -> None:
+    keys = {rng_key(seed, index) for seed in range(50) for index in range(50)}
     assert len(keys) == 2500
-    draws = uniforms(np.array([noise_key(1, 2)] * 1000, np.uint64), np.arange(1000, dtype=np.int64))
+    draws = uniforms(np.array([rng_key(1, 2)] * 1000, np.uint64), np.arange(1000, dtype=np.int64))
     assert (
         len(set(draws.tolist())) == 1000
         and draws.min() >= 0

@@ -1,4 +1,4 @@
-"""The embedded engine as a process, over real HTTP and real weight groups: the conformance suite and what only it promises."""
+"""The embedded engine as a process, over real HTTP and weight groups: the conformance suite and more."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def gpt2_models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 @pytest.fixture(scope="module")
 def gpt2_engine(gpt2_models: Models) -> Iterator[Engine]:
-    """The generic path, with the options that the default leaves off."""
+    """The generic path, with streaming, a body limit and no prefix cache."""
     with running_engine(
         gpt2_models[0], stream_interval=4, max_body_bytes=4000, prefix_cache_tokens=0
     ) as engine:
@@ -91,8 +91,8 @@ def test_pause_modes(engine: Engine, models: Models) -> None:
     asyncio.run(conformance.pause_modes(engine, models[0]))
 
 
-def test_groups_made_destroyed_made_again(engine: Engine, models: Models) -> None:
-    asyncio.run(conformance.groups_made_destroyed_made_again(engine, models[0]))
+def test_groups_are_made_destroyed_and_made_again(engine: Engine, models: Models) -> None:
+    asyncio.run(conformance.groups_are_made_destroyed_and_made_again(engine, models[0]))
 
 
 def test_recompute_in_flight_is_exact(engine: Engine, models: Models) -> None:
@@ -100,17 +100,19 @@ def test_recompute_in_flight_is_exact(engine: Engine, models: Models) -> None:
     assert error < conformance.TOLERANCE
 
 
-def test_keep_in_flight_states_versions_and_has_an_error(engine: Engine, models: Models) -> None:
+def test_keep_in_flight_records_versions_and_has_an_error(engine: Engine, models: Models) -> None:
     error = asyncio.run(conformance.versions_across_an_update_in_flight(engine, models, running="keep"))
-    assert error > conformance.TOLERANCE, "unrelated weights over old KV must show, or the mode was not kept"
+    assert error > conformance.TOLERANCE, (
+        "new weights over old KV give wrong log-probs; if not, KV was recomputed"
+    )
 
 
 def test_bad_requests_are_refused(engine: Engine) -> None:
     asyncio.run(conformance.bad_requests_are_refused(engine))
 
 
-def test_update_calls_need_a_session_and_a_group(engine: Engine, models: Models) -> None:
-    asyncio.run(conformance.update_calls_need_a_session_and_a_group(engine, models[0]))
+def test_update_calls_need_an_open_update_and_a_group(engine: Engine, models: Models) -> None:
+    asyncio.run(conformance.update_calls_need_an_open_update_and_a_group(engine, models[0]))
 
 
 def broken(tensors: dict[str, torch.Tensor], how: str) -> dict[str, torch.Tensor]:
@@ -134,7 +136,7 @@ def broken(tensors: dict[str, torch.Tensor], how: str) -> dict[str, torch.Tensor
         ("checksum", "checksum"),
     ],
 )
-def test_update_that_does_not_fit_leaves_the_old_weights(
+def test_invalid_update_leaves_the_old_weights(
     engine: Engine, models: Models, how: str, message: str
 ) -> None:
     async def body() -> None:
@@ -148,7 +150,7 @@ def test_update_that_does_not_fit_leaves_the_old_weights(
                     await pusher.push(
                         tensors if wrong else broken(tensors, how), version=version + 2, wrong_checksum=wrong
                     )
-                if how != "missing":  # the spoilt session still answers with its first reason
+                if how != "missing":  # the update is still open, and `end` gives its first error
                     with pytest.raises(EngineError, match=message):
                         await client.end_weight_update(weight_version=version + 2, timeout_s=5)
                 assert await client.weight_version() == version + 1
@@ -160,7 +162,7 @@ def test_update_that_does_not_fit_leaves_the_old_weights(
     asyncio.run(body())
 
 
-def test_bfloat16_on_the_wire_tied_name_sent_and_one_large_bucket(engine: Engine, models: Models) -> None:
+def test_push_in_bfloat16_with_tied_name_in_one_bucket(engine: Engine, models: Models) -> None:
     async def body() -> None:
         async with engine.client() as client:
             version = await client.weight_version() + 1
@@ -208,7 +210,7 @@ sys.stdin.readline()
 """
 
 
-def test_sender_killed_in_mid_broadcast_leaves_the_old_weights(engine: Engine, models: Models) -> None:
+def test_sender_killed_in_mid_broadcast_keeps_old_weights(engine: Engine, models: Models) -> None:
     async def body() -> None:
         sender = subprocess.Popen(
             [sys.executable, "-c", SENDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -219,8 +221,8 @@ def test_sender_killed_in_mid_broadcast_leaves_the_old_weights(engine: Engine, m
             version = await client.weight_version()
             before = await sample(client, PROMPT, 12, temperature=0)
             await client.init_weights_group(
-                master_address="127.0.0.1", master_port=port, rank_offset=1, world_size=2, group_name="doomed", backend="gloo",
-                timeout_s=30,
+                master_address="127.0.0.1", master_port=port, rank_offset=1, world_size=2,
+                group_name="doomed", backend="gloo", timeout_s=30,
             )  # fmt: skip
             await client.begin_weight_update()
             (bucket,) = cut_buckets(
@@ -255,7 +257,10 @@ def test_sender_killed_in_mid_broadcast_leaves_the_old_weights(engine: Engine, m
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_all_buckets_of_a_push_in_one_call(engine: Engine, models: Models, dtype: str) -> None:
-    """Received in their place where the engine has the wire's dtype, through buffers where not. A wrong one does not hold up the rest."""
+    """Received in place if the engine has the wire's dtype, through buffers if not.
+
+    A wrong bucket does not keep the remaining ones from being received.
+    """
 
     async def body() -> None:
         async with engine.client() as client, Pusher(engine, client, name="whole") as pusher:
@@ -296,11 +301,12 @@ def test_all_buckets_of_a_push_in_one_call(engine: Engine, models: Models, dtype
     asyncio.run(body())
 
 
-def test_closing_a_client_fails_what_has_not_been_sent_yet(engine: Engine) -> None:
+def test_closing_a_client_fails_unsent_requests(engine: Engine) -> None:
     async def body() -> None:
         client = engine.client()
         waiting = asyncio.create_task(sample(client, PROMPT, 5))
-        while not client._streams:  # made, and not yet had a turn
+        # Until the stream exists; its task has not run yet.
+        while not client._streams:
             await asyncio.sleep(0)
         await client.close()
         with pytest.raises(EngineError, match="client was closed"):
@@ -309,7 +315,7 @@ def test_closing_a_client_fails_what_has_not_been_sent_yet(engine: Engine) -> No
     asyncio.run(body())
 
 
-def test_seed_is_honoured_whatever_else_runs(engine: Engine) -> None:
+def test_seeded_sample_does_not_depend_on_the_batch(engine: Engine) -> None:
     async def body() -> None:
         async with engine.client() as client:
             alone = await sample(client, PROMPT, 20, sampling_seed=11)
@@ -331,7 +337,7 @@ async def post(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -
         return await response.json()
 
 
-def test_plain_and_batched_answers_have_sglangs_shape(engine: Engine) -> None:
+def test_single_and_batched_responses_are_sglangs(engine: Engine) -> None:
     async def body() -> None:
         async with aiohttp.ClientSession() as session:
             url = f"{engine.url}/generate"
@@ -387,11 +393,11 @@ def test_stream_interval_sends_cumulative_chunks(gpt2_engine: Engine) -> None:
 async def until_empty(client: EngineClient) -> None:
     deadline_s = time.monotonic() + 5
     while (load := (await client.server_info())["load"])["running"] + load["waiting"]:
-        assert time.monotonic() < deadline_s, "sequences of a client that left are still running"
+        assert time.monotonic() < deadline_s, "sequences of a disconnected client are still running"
         await asyncio.sleep(0.02)
 
 
-def test_leaving_clients_take_their_sequences_along(engine: Engine) -> None:
+def test_disconnect_aborts_the_clients_sequences(engine: Engine) -> None:
     async def body() -> None:
         async with engine.client() as watcher:
             client = engine.client()
@@ -416,7 +422,7 @@ def test_leaving_clients_take_their_sequences_along(engine: Engine) -> None:
     asyncio.run(body())
 
 
-def test_state_metrics_and_idle_time(engine: Engine) -> None:
+def test_server_info_metrics_and_idle_time(engine: Engine) -> None:
     async def body() -> None:
         async with engine.client() as client:
             assert await client.health()
@@ -440,7 +446,7 @@ def test_state_metrics_and_idle_time(engine: Engine) -> None:
     asyncio.run(body())
 
 
-def test_death_of_the_engine_fails_all_that_wait_at_once(models: Models) -> None:
+def test_death_of_the_engine_fails_all_requests_at_once(models: Models) -> None:
     async def body() -> None:
         with engine_process(models[0]) as (process, url):
             async with EngineClient(url) as client:
@@ -459,8 +465,8 @@ def test_death_of_the_engine_fails_all_that_wait_at_once(models: Models) -> None
     asyncio.run(body())
 
 
-def test_sigterm_in_mid_work_ends_with_partial_answers_and_exit_0(models: Models) -> None:
-    """Also while a broadcast hangs: its thread must not keep the process."""
+def test_sigterm_returns_partial_outputs_and_exits_0(models: Models) -> None:
+    """Also while a broadcast hangs: its thread must not keep the process alive."""
 
     async def body() -> None:
         with (
@@ -469,8 +475,8 @@ def test_sigterm_in_mid_work_ends_with_partial_answers_and_exit_0(models: Models
         ):
             async with EngineClient(url) as client:
                 joining = client.init_weights_group(
-                    master_address=group.address, master_port=group.port, rank_offset=1, world_size=2, group_name="w", backend="gloo",
-                    timeout_s=60,
+                    master_address=group.address, master_port=group.port, rank_offset=1, world_size=2,
+                    group_name="w", backend="gloo", timeout_s=60,
                 )  # fmt: skip
                 await asyncio.gather(joining, asyncio.to_thread(group.connect))
                 await client.begin_weight_update()
@@ -522,7 +528,9 @@ def test_engine_dies_with_its_parent(models: Models, tmp_path: Path) -> None:
         (["--model-path", "MODEL", "--max-running-requests", "0"], "at least 1"),
     ],
 )
-def test_wrong_options_are_one_clear_message(models: Models, arguments: list[str], message: str) -> None:
+def test_wrong_option_gives_one_message_and_exit_2(
+    models: Models, arguments: list[str], message: str
+) -> None:
     command = [
         sys.executable,
         "-m",
@@ -536,7 +544,7 @@ def test_wrong_options_are_one_clear_message(models: Models, arguments: list[str
     assert message in done.stderr and "Traceback" not in done.stderr
 
 
-def test_body_limit(gpt2_engine: Engine) -> None:
+def test_body_above_the_limit_is_413(gpt2_engine: Engine) -> None:
     async def body(engine: Engine) -> None:
         body = {"input_ids": [5] * 2000}
         async with (

@@ -1,4 +1,4 @@
-"""The scheduler as a state machine: hypothesis drives it through any order of calls and checks the conservation law after each."""
+"""The scheduler under any order of calls (hypothesis), with the conservation law checked after each."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         super().__init__()
         self.scheduler = Scheduler(num_rows=NUM_ROWS, max_prefill_tokens=BUDGET)
         self.array: list[str | None] = [None] * NUM_ROWS
-        """What a row of the KV cache would hold, kept only by what the scheduler says to do."""
+        """Row -> id of the sequence whose KV it holds, changed only by the moves and rows that the scheduler
+        returns."""
         self.open: dict[str, Sequence] = {}
         self.num_submitted = self.num_finished = 0
 
@@ -49,7 +50,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert cached or len(distinct) <= 1 or sum(map(len, distinct)) <= BUDGET
         if queue and self.scheduler.num_free:
             assert len(admitted) == len(queue) or not cached, "room was left unused"
-        assert admitted or not queue or not self.scheduler.num_free, "one sequence always may"
+        assert admitted or not queue or not self.scheduler.num_free, (
+            "the first sequence may exceed the budget"
+        )
 
     @precondition(lambda self: self.open)
     @rule(data=st.data())
@@ -60,10 +63,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert chosen.status is Status.FINISHED and chosen.finish is ABORT
 
     @rule()
-    def retract_all(self) -> None:
+    def preempt_all(self) -> None:
         running = [s for s in self.scheduler.rows if s is not None]
         queue = list(self.scheduler.waiting)
-        self.scheduler.retract_all()
+        self.scheduler.preempt_all()
         assert list(self.scheduler.waiting) == running + queue
 
     @invariant()
@@ -74,7 +77,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.num_free + running == NUM_ROWS
         for held in self.scheduler.rows:
             assert held is None or self.array[held.row] == held.seq_id, (
-                "what the row holds followed the sequence"
+                "the row holds the KV of another sequence"
             )
 
 

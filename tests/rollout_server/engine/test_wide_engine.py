@@ -1,4 +1,4 @@
-"""An engine with several ranks takes several places in a weight group: rank 0, a wide engine of two processes, and a plain one after it."""
+"""A push to engines with several tensor-parallel ranks: each takes as many ranks of the weight group."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from tests.support.launching import ROOT
 from tests.support.snapshots import Held
 from trainer.weight_sync.broadcaster import Broadcaster
 
-# One tensor-parallel rank, as SGLang's: it joins at rank_offset + its own rank, receives every bucket and says what came.
+# One tensor-parallel rank, as SGLang's: it joins at rank_offset + its own rank, receives every bucket and
+# prints its checksum.
 RANK = """
 import sys, torch
 from areal_like.weights.collective import WeightGroup
@@ -35,7 +36,9 @@ from areal_like.weights.buckets import checksum
 print("ready", flush=True)
 address, port, rank, world_size, name = sys.stdin.readline().split()
 port, rank, world_size = int(port), int(rank), int(world_size)
-with WeightGroup.join(master_address=address, master_port=port, rank=rank, world_size=world_size, group_name=name, timeout_s=30) as group:
+with WeightGroup.join(
+    master_address=address, master_port=port, rank=rank, world_size=world_size, group_name=name, timeout_s=30
+) as group:
     print("joined", flush=True)
     for num_bytes in map(int, sys.stdin.readline().split()):
         data = torch.empty(num_bytes, dtype=torch.uint8)
@@ -45,11 +48,11 @@ with WeightGroup.join(master_address=address, master_port=port, rank=rank, world
 
 
 class WideServer:
-    """A rollout server's weight socket in front of an engine of `num_ranks` processes."""
+    """Answers on a rollout server's weight socket for an engine of `num_ranks` processes."""
 
     def __init__(self, name: str, *, num_ranks: int) -> None:
         self.name, self.num_ranks = name, num_ranks
-        self.places: list[int] = []
+        self.group_ranks: list[int] = []
         self.ranks = [
             subprocess.Popen(
                 [sys.executable, "-c", RANK],
@@ -60,7 +63,7 @@ class WideServer:
             )
             for _ in range(num_ranks)
         ]
-        self.stated: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
+        self.checksums: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
         self.listener = Listener(host="127.0.0.1", port=0, handler=self.handle, max_message_bytes=1 << 20)
         self.tasks: set[asyncio.Task[None]] = set()
 
@@ -78,7 +81,7 @@ class WideServer:
 
     def handle(self, envelope: Envelope) -> None:
         if isinstance(envelope.message, PushChecksums):
-            self.stated.set_result(envelope.message.checksums)
+            self.checksums.set_result(envelope.message.checksums)
             return
         task = asyncio.get_running_loop().create_task(self.answer(envelope))
         self.tasks.add(task)
@@ -92,28 +95,33 @@ class WideServer:
                     version=0, num_ranks=self.num_ranks, device="cpu", device_uuid="", nccl_version=""
                 )
             case FormGroup() as form:
-                self.places = [form.rank + i for i in range(self.num_ranks)]
-                for place, rank in zip(self.places, self.ranks, strict=True):
-                    self.say(
-                        rank, form.master_address, form.master_port, place, form.world_size, form.group_name
+                self.group_ranks = [form.rank + i for i in range(self.num_ranks)]
+                for group_rank, process in zip(self.group_ranks, self.ranks, strict=True):
+                    self.send_line(
+                        process,
+                        form.master_address,
+                        form.master_port,
+                        group_rank,
+                        form.world_size,
+                        form.group_name,
                     )
                 assert await self.lines() == ["joined"] * self.num_ranks
             case PushWeights() as push:
                 buckets = Manifest.from_dict(push.manifest).buckets
                 for rank in self.ranks:
-                    self.say(rank, *(bucket.num_bytes for bucket in buckets))
+                    self.send_line(rank, *(bucket.num_bytes for bucket in buckets))
                 received = [await self.lines() for _ in buckets]
-                assert received == [[str(checksum)] * self.num_ranks for checksum in await self.stated]
+                assert received == [[str(checksum)] * self.num_ranks for checksum in await self.checksums]
                 answer = WeightsOk(version=push.version)
             case DissolveGroup():
                 pass
         self.listener.send(envelope.peer, answer, rid=envelope.rid)
 
     @staticmethod
-    def say(rank: subprocess.Popen[str], *words: object) -> None:
-        assert rank.stdin is not None
-        rank.stdin.write(" ".join(map(str, words)) + "\n")
-        rank.stdin.flush()
+    def send_line(process: subprocess.Popen[str], *words: object) -> None:
+        assert process.stdin is not None
+        process.stdin.write(" ".join(map(str, words)) + "\n")
+        process.stdin.flush()
 
     async def lines(self) -> list[str]:
         """The next line of every rank."""
@@ -130,7 +138,7 @@ class WideServer:
 
 
 @pytest.mark.timeout(90)
-def test_a_wide_engine_and_a_plain_one_share_a_broadcast() -> None:
+def test_engines_of_two_ranks_and_one_share_a_broadcast() -> None:
     async def body() -> None:
         broadcaster = Broadcaster(WeightsConfig(push_deadline_s=40), device="cpu", incarnation=1)
         servers = [WideServer("wide", num_ranks=2), WideServer("plain", num_ranks=1)]
@@ -144,7 +152,7 @@ def test_a_wide_engine_and_a_plain_one_share_a_broadcast() -> None:
             {"wide": 5, "plain": 5},
             {},
         )
-        assert [server.places for server in servers] == [[1, 2], [3]]
+        assert [server.group_ranks for server in servers] == [[1, 2], [3]]
         await broadcaster.close()
         for server in servers:
             server.close()

@@ -1,4 +1,4 @@
-"""What an engine's update session does with buckets off the wire: where they land, in how much memory, what a broken broadcast leaves."""
+"""Receiving buckets of a weight update, in place or through buffers, and after a broken broadcast."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from areal_like.weights.buckets import Bucket, checksum, cut_buckets, flatten, s
 from areal_like.weights.collective import WeightGroup
 from rollout_server.engine.models.base import CausalModel
 from rollout_server.engine.models.loading import load
-from rollout_server.engine.weight_updater import _Session
+from rollout_server.engine.weight_update.bucket_receiver import BucketReceiver
 from tests.support.engine_harness import save_model, weights_of
 
 BUCKET_BYTES = 1 << 14
@@ -25,9 +25,13 @@ def loaded(path: Path) -> CausalModel:
 
 
 def receive(
-    session: _Session, buckets: tuple[Bucket, ...], flats: list[torch.Tensor], *, num_sent: int | None = None
+    receiver: BucketReceiver,
+    buckets: tuple[Bucket, ...],
+    flats: list[torch.Tensor],
+    *,
+    num_sent: int | None = None,
 ) -> list[int]:
-    """A push of these over gloo; `num_sent`: rank 0 leaves after so many."""
+    """Pushes the buckets over gloo; `num_sent`: rank 0 leaves after so many."""
     with WeightGroup.create(world_size=2, group_name="g", timeout_s=20) as sender:
 
         def send() -> None:
@@ -41,11 +45,12 @@ def receive(
         with (
             torch.inference_mode(),
             WeightGroup.join(
-                master_address=sender.address, master_port=sender.port, rank=1, world_size=2, group_name="g", timeout_s=20
+                master_address=sender.address, master_port=sender.port, rank=1, world_size=2, group_name="g",
+                timeout_s=20,
             ) as group,
         ):  # fmt: skip
             try:
-                return session.receive(group, buckets, timeout_s=20)
+                return receiver.receive(group, buckets, timeout_s=20)
             finally:
                 sending.join()
 
@@ -60,7 +65,7 @@ def receive(
         ("llama", "bfloat16", False),
     ],
 )
-def test_a_bucket_laid_out_as_the_shadow_set_is_received_in_its_place(
+def test_bucket_with_the_shadow_layout_is_received_in_place(
     kind: str, dtype: str, is_in_place: bool, tmp_path: Path
 ) -> None:
     path = save_model(tmp_path / kind, kind)
@@ -69,28 +74,28 @@ def test_a_bucket_laid_out_as_the_shadow_set_is_received_in_its_place(
     assert len(buckets) > 2
     flats = [flatten(bucket, tensors) for bucket in buckets]
     weights = model.new_weights()
-    session = _Session(weights, model.facts, [])
+    receiver = BucketReceiver(weights, model.facts, [])
     for _ in range(2):
-        assert receive(session, buckets, flats) == list(map(checksum, flats))
-        assert not session.problem and not session.is_tainted
+        assert receive(receiver, buckets, flats) == list(map(checksum, flats))
+        assert not receiver.error and not receiver.is_tainted
         assert all(
             torch.equal(weights.named[name], t.to(getattr(torch, dtype)).float())
             for name, t in tensors.items()
         )
-        assert len(session.buffers) == 0 if is_in_place else 0 < len(session.buffers) <= 2
-    assert [spec.name for spec in session.received] == 2 * [
+        assert len(receiver.buffers) == 0 if is_in_place else 0 < len(receiver.buffers) <= 2
+    assert [spec.name for spec in receiver.received] == 2 * [
         spec.name for bucket in buckets for spec in bucket.tensors
     ]
 
 
 @pytest.mark.parametrize(("kind", "is_in_place"), [("llama", True), ("qwen2", False)])
-def test_a_set_that_a_broken_broadcast_may_still_write_into_is_not_used_again(
+def test_broken_broadcast_taints_weights_received_in_place(
     kind: str, is_in_place: bool, tmp_path: Path
 ) -> None:
     path = save_model(tmp_path / kind, kind)
     model, tensors = loaded(path), weights_of(path)
     buckets = cut_buckets([spec_of(n, t) for n, t in tensors.items()], bucket_bytes=BUCKET_BYTES)
-    session = _Session(model.new_weights(), model.facts, [])
+    receiver = BucketReceiver(model.new_weights(), model.facts, [])
     with pytest.raises(WeightSyncError, match="broadcast failed"):
-        receive(session, buckets, [flatten(bucket, tensors) for bucket in buckets], num_sent=1)
-    assert session.is_tainted is is_in_place
+        receive(receiver, buckets, [flatten(bucket, tensors) for bucket in buckets], num_sent=1)
+    assert receiver.is_tainted is is_in_place

@@ -1,0 +1,187 @@
+"""Checks a /generate body in SGLang's format and makes the engine's sequences from it.
+
+Everything is checked here, so the engine may assume that token ids are in the vocabulary and that a sequence
+fits its row. As in SGLang, unknown fields of a body are ignored and unknown sampling parameters are refused.
+A parameter that SGLang has and this engine does not (penalties, grammars) is refused by name: ignoring it
+would sample from another distribution than the client asked for.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from areal_like.errors import UserError
+from rollout_server.engine.http.bodies import flag, number
+from rollout_server.engine.scheduler import SamplingParams, Sequence
+
+MAX_SEQUENCES = 4096
+"""Sequences in one request."""
+DEFAULT_NEW_TOKENS = 128
+MAX_STOP_TOKENS = 64
+
+_SUPPORTED = {
+    "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "stop_token_ids", "ignore_eos",
+    "sampling_seed", "n",
+}  # fmt: skip
+_NEUTRAL = {
+    "frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1, "min_new_tokens": 0,
+    "stop": None, "stop_regex": None, "json_schema": None, "regex": None, "ebnf": None,
+    "structural_tag": None, "logit_bias": None, "custom_params": None, "skip_special_tokens": True,
+    "spaces_between_special_tokens": True, "no_stop_trim": False, "stream_interval": None,
+}  # fmt: skip
+"""SGLang's parameters that the embedded engine accepts only at the value that changes nothing."""
+_TEXT_ONLY = {"skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim", "stream_interval"}
+"""Those of them that affect only text. This engine returns no text, so any value is accepted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestLimits:
+    """The engine's limits that every request is checked against."""
+
+    vocab_size: int
+    context_length: int
+    """Longest sequence, prompt and output, in tokens."""
+    eos_token_ids: tuple[int, ...]
+    stream_interval: int
+    """Tokens between the chunks of a stream; 0: one chunk, at the end of each sequence."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GenerateRequest:
+    """A checked /generate body.
+
+    The three lists have one entry a sequence, samples of one prompt side by side.
+    """
+
+    sequences: list[Sequence]
+    sample_index: list[int]
+    """Index of each sequence among the `n` samples of its prompt."""
+    return_logprob: list[bool]
+    single: bool
+    """One prompt and one sample: the response is an object, otherwise a list."""
+    stream: bool
+
+
+def parse_generate(body: Mapping[str, Any], limits: RequestLimits) -> GenerateRequest:
+    """Checks a /generate body. Raises UserError with the first thing that is wrong."""
+    input_ids = body.get("input_ids")
+    if input_ids is None:
+        raise UserError("input_ids is missing: this engine takes token ids, not text")
+    if not isinstance(input_ids, list) or not input_ids:
+        raise UserError("input_ids must be a non-empty list of token ids, or a list of such lists")
+    batched = isinstance(input_ids[0], list)
+    prompts = input_ids if batched else [input_ids]
+    raw_params = body.get("sampling_params")
+    params = raw_params if isinstance(raw_params, list) else [raw_params] * len(prompts)
+    if len(params) != len(prompts):
+        raise UserError(f"sampling_params: {len(params)} entries for {len(prompts)} prompts")
+    checked = [_sampling_params(p, prompt, limits) for p, prompt in zip(params, prompts, strict=True)]
+    if sum(n for _, n in checked) > MAX_SEQUENCES:
+        raise UserError(f"more than {MAX_SEQUENCES} sequences in one request: send several")
+    stream = flag(body, "stream")
+    logprob = body.get("return_logprob", False)
+    logprob_flags = logprob if isinstance(logprob, list) else [logprob] * len(prompts)
+    if len(logprob_flags) != len(prompts) or not all(isinstance(one, bool) for one in logprob_flags):
+        raise UserError("return_logprob must be true, false, or one of these a prompt")
+    sequences, sample_index, return_logprob = [], [], []
+    rids = _rids(body.get("rid"), len(prompts))
+    for rid, prompt, (sampling, n), with_logprob in zip(rids, prompts, checked, logprob_flags, strict=True):
+        for index in range(n):
+            sequence = Sequence(
+                seq_id=rid if n == 1 else f"{rid}_{index}",
+                rid=body["rid"] if isinstance(body.get("rid"), str) else rid,
+                prompt=tuple(prompt),
+                params=sampling,
+                stream_interval=limits.stream_interval if stream else 0,
+            )
+            sequences.append(sequence)
+            sample_index.append(index)
+            return_logprob.append(with_logprob)
+    if len({sequence.seq_id for sequence in sequences}) < len(sequences):
+        raise UserError("rid: every prompt of a request needs an id of its own")
+    return GenerateRequest(
+        sequences=sequences,
+        sample_index=sample_index,
+        return_logprob=return_logprob,
+        single=not batched and len(sequences) == 1,
+        stream=stream,
+    )
+
+
+def _rids(rid: Any, num_prompts: int) -> list[str]:
+    """One request id a prompt: as given, numbered from the one given, or random."""
+    if rid is None:
+        return [uuid.uuid4().hex for _ in range(num_prompts)]
+    if isinstance(rid, str):
+        return [rid] if num_prompts == 1 else [f"{rid}_{i}" for i in range(num_prompts)]
+    if isinstance(rid, list) and len(rid) == num_prompts and all(isinstance(one, str) and one for one in rid):
+        return rid
+    raise UserError("rid must be a string, or a list with one string a prompt")
+
+
+def _sampling_params(raw: Any, prompt: Any, limits: RequestLimits) -> tuple[SamplingParams, int]:
+    """Checks one prompt with its sampling_params; returns the parameters and `n`, the number of samples."""
+    if not isinstance(prompt, list) or not prompt:
+        raise UserError("input_ids: every prompt must be a non-empty list of token ids")
+    _check_tokens(prompt, limits, name="input_ids")
+    if len(prompt) >= limits.context_length:
+        raise UserError(
+            f"the prompt's {len(prompt)} tokens leave no room in a context of {limits.context_length}"
+        )
+    raw = {} if raw is None else raw
+    if not isinstance(raw, dict):
+        raise UserError("sampling_params must be an object")
+    _check_supported(raw)
+    room = limits.context_length - len(prompt)
+    max_new_tokens = number(raw, "max_new_tokens", min(DEFAULT_NEW_TOKENS, room), low=1, integer=True)
+    if max_new_tokens > room:
+        raise UserError(
+            f"{len(prompt)} prompt tokens and max_new_tokens={max_new_tokens} "
+            f"exceed the context of {limits.context_length} tokens"
+        )
+    stops = raw.get("stop_token_ids") or []
+    if not isinstance(stops, list) or len(stops) > MAX_STOP_TOKENS:
+        raise UserError(f"stop_token_ids must be a list of at most {MAX_STOP_TOKENS} token ids")
+    _check_tokens(stops, limits, name="stop_token_ids")
+    if not flag(raw, "ignore_eos"):
+        stops = [*stops, *limits.eos_token_ids]
+    top_k = int(number(raw, "top_k", -1, low=-1, integer=True))
+    if top_k == 0:
+        raise UserError("top_k must be at least 1, or -1 for no limit")
+    top_p = number(raw, "top_p", 1.0, low=0, high=1)
+    if top_p == 0:
+        raise UserError("top_p must be above 0 and at most 1")
+    temperature = number(raw, "temperature", 1.0, low=0, high=1e4)
+    min_p = number(raw, "min_p", 0.0, low=0, high=1)
+    seed = number(raw, "sampling_seed", 0, low=-(1 << 63), high=(1 << 64) - 1, integer=True)
+    params = SamplingParams(
+        max_new_tokens=int(max_new_tokens),
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        stop_token_ids=tuple(dict.fromkeys(stops)),
+        sampling_seed=None if raw.get("sampling_seed") is None else int(seed),
+    )
+    return params, int(number(raw, "n", 1, low=1, high=MAX_SEQUENCES, integer=True))
+
+
+def _check_supported(raw: Mapping[str, Any]) -> None:
+    for name, value in raw.items():
+        if name in _SUPPORTED:
+            continue
+        if name not in _NEUTRAL:
+            raise UserError(f"unknown sampling parameter {name!r}")
+        if name not in _TEXT_ONLY and value != _NEUTRAL[name] and value not in (None, [], ""):
+            raise UserError(f"sampling parameter {name!r} is not supported by the embedded engine")
+
+
+def _check_tokens(tokens: list[Any], limits: RequestLimits, *, name: str) -> None:
+    for token in tokens:
+        if type(token) is not int:
+            raise UserError(f"{name}: {token!r} is not a token id")
+        if not 0 <= token < limits.vocab_size:
+            raise UserError(f"{name}: token id {token} is outside the vocabulary of {limits.vocab_size}")

@@ -1,0 +1,97 @@
+"""The endpoints of weight updates. WeightUpdater has the order in which they must be called.
+
+    /init_weights_update_group          join a weight group
+    /begin_weight_update                open an update
+    /update_weights_from_distributed    receive one bucket into it (repeated)
+    /receive_weights                    open an update and receive all buckets of it
+    /end_weight_update                  verify the update and activate it
+    /update_weights_from_disk           all of an update from a directory
+    /destroy_weights_update_group       leave the group
+
+All but `/receive_weights` are SGLang's, which changes its active weights bucket by bucket; this engine
+activates an update as a whole at its end. `/receive_weights` saves a request a bucket.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.responses import Response
+
+from areal_like.errors import UserError
+from areal_like.weights.buckets import Bucket
+from rollout_server.engine.http import bodies
+from rollout_server.engine.http.protocol import success
+from rollout_server.engine.weight_update.updater import WeightUpdater
+
+DEFAULT_GROUP = "weight_update_group"
+
+
+class WeightRoutes:
+    """Handlers of the weight update endpoints."""
+
+    def __init__(self, updater: WeightUpdater, *, default_timeout_s: float) -> None:
+        self._updater = updater
+        self._default_timeout_s = default_timeout_s
+
+    async def init_group(self, body: dict[str, Any]) -> Response:
+        """/init_weights_update_group."""
+        await self._updater.init_group(
+            master_address=bodies.text(body, "master_address"),
+            master_port=bodies.required_integer(body, "master_port", high=65535),
+            rank=bodies.required_integer(body, "rank_offset"),
+            world_size=bodies.required_integer(body, "world_size"),
+            group_name=bodies.text(body, "group_name", DEFAULT_GROUP),
+            backend=bodies.text(body, "backend", "nccl"),
+            timeout_s=bodies.timeout(body, self._default_timeout_s),
+        )
+        return success("joined the weight group")
+
+    async def destroy_group(self, body: dict[str, Any]) -> Response:
+        """/destroy_weights_update_group."""
+        await self._updater.destroy_group(bodies.text(body, "group_name", DEFAULT_GROUP))
+        return success("left the weight group")
+
+    async def begin(self, body: dict[str, Any]) -> Response:
+        """/begin_weight_update."""
+        await self._updater.begin()
+        return success("weight update open")
+
+    async def receive_bucket(self, body: dict[str, Any]) -> Response:
+        """/update_weights_from_distributed."""
+        load_format = body.get("load_format")
+        if load_format not in (None, "flattened_bucket"):
+            raise UserError(f"load_format must be null or flattened_bucket, got {load_format!r}")
+        checksum = await self._updater.receive(
+            Bucket.from_dict(body),
+            group_name=bodies.text(body, "group_name", DEFAULT_GROUP),
+            flattened=load_format is not None,
+            version=bodies.weight_version(body),
+            timeout_s=bodies.timeout(body, self._default_timeout_s),
+        )
+        return success("received", checksum=checksum)
+
+    async def receive_all(self, body: dict[str, Any]) -> Response:
+        """/receive_weights."""
+        buckets = body.get("buckets")
+        if not isinstance(buckets, list) or not all(isinstance(bucket, dict) for bucket in buckets):
+            raise UserError("buckets must be a list of objects")
+        checksums = await self._updater.receive_all(
+            [Bucket.from_dict(bucket) for bucket in buckets],
+            group_name=bodies.text(body, "group_name", DEFAULT_GROUP),
+            timeout_s=bodies.timeout(body, self._default_timeout_s),
+        )
+        return success("received", checksums=checksums)
+
+    async def end(self, body: dict[str, Any]) -> Response:
+        """/end_weight_update."""
+        stall_s = await self._updater.end(
+            version=bodies.weight_version(body), recompute=bodies.recompute(body)
+        )
+        return success("active", stall_s=stall_s)
+
+    async def load_from_disk(self, body: dict[str, Any]) -> Response:
+        """/update_weights_from_disk."""
+        path, version = bodies.text(body, "model_path"), bodies.weight_version(body)
+        stall_s = await self._updater.load_from_disk(path, version=version, recompute=bodies.recompute(body))
+        return success("active", stall_s=stall_s)

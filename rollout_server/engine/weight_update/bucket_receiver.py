@@ -1,0 +1,190 @@
+"""Receives the tensors of one weight update into the shadow weights, which no forward pass reads.
+
+A bucket that has the layout of the shadow weights (the same dtype, the same neighbours) is received in place.
+Any other is received into a buffer, and copied and cast from there. While one bucket is being received, the
+one before it is verified: checksum, names, shapes, no value that is not finite.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from areal_like.errors import WeightSyncError
+from areal_like.weights.buckets import (
+    Bucket,
+    TensorSpec,
+    checksum,
+    checksum_and_finiteness,
+    is_finite,
+    spec_of,
+    unflatten,
+)
+from areal_like.weights.collective import WeightGroup
+from rollout_server.engine.models.base import ModelFacts, Weights
+
+T = TypeVar("T")
+_WORD_BYTES = 8
+_MIN_TIMEOUT_S = 0.001
+
+
+class BucketReceiver:
+    """Fills one set of shadow weights. Its methods block and run in threads, one at a time."""
+
+    def __init__(self, weights: Weights, facts: ModelFacts, buffers: list[Tensor]) -> None:
+        """`buffers`: receive buffers that an earlier update left; this receiver takes the list over."""
+        self.weights = weights
+        self.device = facts.device
+        self.received: list[TensorSpec] = []
+        """Every tensor that was received and verified, in order."""
+        self.error = ""
+        """The first thing that was wrong; empty so far."""
+        self.is_tainted = False
+        """A broadcast into the shadow weights failed, and may write into them at any later time."""
+        self.buffers = buffers
+        """Receive buffers that are free at the moment."""
+        self._facts = facts
+        self._stream: torch.cuda.Stream | None = None
+        if self.device.type == "cuda":
+            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            # The shadow weights were active until the last swap: queued decode kernels may still read them.
+            self._stream.wait_stream(torch.cuda.default_stream(self.device))
+
+    def on_own_stream(self, work: Callable[[], T]) -> T:
+        """Runs `work` with a CUDA stream of its own; on a CPU, as it is.
+
+        In the default stream decoding would wait for the whole broadcast, and the broadcast for decoding.
+        """
+        with torch.cuda.stream(self._stream):
+            return work()
+
+    def receive(self, group: WeightGroup, buckets: Iterable[Bucket], *, timeout_s: float) -> list[int]:
+        """Receives and verifies flattened buckets; returns their checksums.
+
+        An error in the buckets themselves is kept in `error`, and the remaining buckets are received
+        nevertheless, so that neither the sender nor the other engines hang. Raises WeightSyncError if the
+        group breaks. `timeout_s`: for all of them together.
+        """
+        device = self._receive_device(group)
+        end_s = time.monotonic() + timeout_s
+        checksums: list[int] = []
+        previous: tuple[Bucket, Tensor, Tensor | None] | None = None
+        for bucket in buckets:
+            flat, buffer = self._shadow_slice(bucket, device), None
+            if flat is None:
+                buffer = self._take_buffer(bucket.num_bytes, device)
+                flat = buffer[: bucket.num_bytes]
+            wait = group.begin_broadcast(flat, timeout_s=max(_MIN_TIMEOUT_S, end_s - time.monotonic()))
+            has_ended = False
+            try:
+                if previous is not None:
+                    checksums.append(self._verify(*previous))
+                wait()
+                has_ended = True
+            finally:
+                self.is_tainted |= buffer is None and not has_ended
+            previous = bucket, flat, buffer
+        if previous is not None:
+            checksums.append(self._verify(*previous))
+        return checksums
+
+    def receive_tensors(self, group: WeightGroup, bucket: Bucket, *, timeout_s: float) -> None:
+        """Receives a bucket that was not flattened, one broadcast a tensor. Raises WeightSyncError.
+
+        `timeout_s`: for each tensor.
+        """
+        device = self._receive_device(group)
+        tensors = {}
+        for spec in bucket.tensors:
+            tensors[spec.name] = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
+            group.broadcast(tensors[spec.name], timeout_s=timeout_s)
+        self.store(tensors)
+
+    def store(self, tensors: dict[str, Tensor]) -> None:
+        """Copies tensors into the shadow weights, casting to the model's dtype.
+
+        Raises WeightSyncError for a tensor that does not fit or is not finite. A name that aliases another
+        parameter is skipped: its values come under the other name.
+        """
+        shapes = self._facts.parameter_shapes
+        for name, tensor in tensors.items():
+            if name in self._facts.tied_names:
+                continue
+            if name not in shapes:
+                raise WeightSyncError(f"tensor {name} is unknown to the model")
+            if tuple(tensor.shape) != tuple(shapes[name]):
+                raise WeightSyncError(
+                    f"tensor {name}: want shape {list(shapes[name])}, got {list(tensor.shape)}"
+                )
+            target = self.weights.named[name]
+            target.copy_(tensor)
+            self._check_finite(name, target)
+            self.received.append(spec_of(name, tensor))
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def _receive_device(self, group: WeightGroup) -> torch.device:
+        return self.device if group.backend == "nccl" else torch.device("cpu")
+
+    def _shadow_slice(self, bucket: Bucket, device: torch.device) -> Tensor | None:
+        """The part of the shadow weights that has the bucket's layout, uint8[num_bytes], or None."""
+        arena, named = self.weights.arena, self.weights.named
+        if arena is None or arena.device != device:
+            return None
+        dtype = str(self._facts.dtype).removeprefix("torch.")
+        if any(
+            s.name not in named or s.dtype != dtype or tuple(named[s.name].shape) != s.shape
+            for s in bucket.tensors
+        ):
+            return None
+        start = named[bucket.tensors[0].name].data_ptr()
+        if any(
+            named[s.name].data_ptr() != start + offset
+            for s, offset in zip(bucket.tensors, bucket.offsets, strict=True)
+        ):
+            return None
+        first = start - arena.data_ptr()
+        # Checksums read whole words. Only a bucket that begins inside a group of fused tensors can be
+        # unaligned.
+        if first % _WORD_BYTES:
+            return None
+        return arena[first : first + bucket.num_bytes]
+
+    def _take_buffer(self, num_bytes: int, device: torch.device) -> Tensor:
+        """A free buffer, uint8[num_bytes or more]."""
+        for index, buffer in enumerate(self.buffers):
+            if buffer.numel() >= num_bytes and buffer.device == device:
+                return self.buffers.pop(index)
+        # One buffer may be in use, so at most one too small one is free: with the new one there are never
+        # more than two.
+        del self.buffers[:1]
+        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+
+    def _verify(self, bucket: Bucket, flat: Tensor, buffer: Tensor | None) -> int:
+        """Checks a bucket that has arrived, stores it if it is in a buffer, and returns its checksum."""
+        is_in_place = buffer is None
+        found, all_finite = (
+            checksum_and_finiteness(flat, dtype=self._facts.dtype) if is_in_place else (checksum(flat), True)
+        )
+        try:
+            if bucket.checksum not in (None, found):
+                raise WeightSyncError("a bucket's checksum is wrong: the bytes changed on the way")
+            if is_in_place:
+                for name, tensor in unflatten(bucket, flat).items() if not all_finite else ():
+                    self._check_finite(name, tensor)
+                self.received += bucket.tensors
+            else:
+                self.store(unflatten(bucket, flat))
+        except WeightSyncError as error:
+            self.error = self.error or str(error)
+        if buffer is not None:
+            self.buffers.append(buffer)
+        return found
+
+    def _check_finite(self, name: str, tensor: Tensor) -> None:
+        if not is_finite(tensor):
+            raise WeightSyncError(f"tensor {name} holds values that are not finite in {self._facts.dtype}")

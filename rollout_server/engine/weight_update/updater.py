@@ -1,0 +1,271 @@
+"""Weight updates of a running engine: received while it decodes, then activated as a whole or not at all.
+
+Two sets of weights exist. Forward passes read the active set; an update fills the shadow set, and activating
+it swaps the two between two decode steps. Whatever goes wrong before that leaves the active weights as they
+were.
+
+Blocking calls run in threads of their own. A broadcast whose sender hangs holds only its thread, until the
+group's timeout. The shadow weights that it may still write into are then never used again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from areal_like.errors import WeightSyncError
+from areal_like.runtime.threads import in_thread
+from areal_like.weights.buckets import Bucket, check_names
+from areal_like.weights.collective import WeightGroup, device_facts
+from rollout_server.engine.loop import EngineLoop
+from rollout_server.engine.models.base import ModelFacts
+from rollout_server.engine.weight_update.bucket_receiver import BucketReceiver
+from rollout_server.engine.weight_update.checkpoint import store_checkpoint
+from rollout_server.engine.weight_update.threads import AbandonableThreads
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _OpenUpdate:
+    """The update between `begin` and `end`."""
+
+    receiver: BucketReceiver
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by the call that receives: broadcasts of a group must run in the order in which they were
+    requested."""
+    num_receiving: int = 0
+    """Calls that receive or wait for the lock. The shadow weights cannot be used again before it is 0."""
+    version: str = ""
+    is_discarded: bool = False
+    started_s: float = field(default_factory=time.perf_counter)
+
+
+class WeightUpdater:
+    """The weight groups of an engine and its one open update. All methods must be called on the event loop.
+
+        CLOSED -> begin -> OPEN -> receive (repeated) -> end -> verified: weights swapped -> CLOSED
+                                                             -> any error: active weights stay -> CLOSED
+
+    `begin` in state OPEN discards the update and opens another. `receive_all` and `load_from_disk` begin by
+    themselves. An error in a bucket fails the call that received it and later `end`, with the first error's
+    message.
+    """
+
+    def __init__(self, loop: EngineLoop, facts: ModelFacts) -> None:
+        self._loop = loop
+        self._facts = facts
+        self._groups: dict[str, WeightGroup] = {}
+        self._update: _OpenUpdate | None = None
+        self._threads = AbandonableThreads()
+        self._buffers: list[Tensor] = []
+        """Receive buffers for buckets that cannot be received in place, at most two. They are kept between
+        updates, because receiving into memory that the kernel has to map first takes twice as long."""
+        self.num_updates = 0
+        """Updates activated."""
+        self.num_failures = 0
+        """Updates that `end` refused."""
+        self.update_s = 0.0
+        """Sum over successful updates of the time from `begin` to activation."""
+        # A bound that the model's own tensors cannot exceed in any dtype; a larger bucket is an error of the
+        # sender.
+        self._max_bucket_bytes = 1 << 24
+        self._max_bucket_bytes += 8 * sum(
+            torch.Size(shape).numel() for shape in facts.parameter_shapes.values()
+        )
+
+    async def init_group(
+        self,
+        *,
+        master_address: str,
+        master_port: int,
+        rank: int,
+        world_size: int,
+        group_name: str,
+        backend: str,
+        timeout_s: float,
+    ) -> None:
+        """Joins a weight group, after leaving one of the same name. Raises WeightSyncError."""
+        if backend == "nccl" and self._facts.device.type != "cuda":
+            raise WeightSyncError(
+                f"backend nccl needs a CUDA engine, this one runs on {self._facts.device}: use gloo"
+            )
+        if group_name in self._groups:
+            await self.destroy_group(group_name)
+        self._groups[group_name] = await self._threads.run(
+            lambda: WeightGroup.join(
+                master_address=master_address,
+                master_port=master_port,
+                rank=rank,
+                world_size=world_size,
+                group_name=group_name,
+                backend=backend,
+                timeout_s=timeout_s,
+            )
+        )
+
+    async def destroy_group(self, group_name: str) -> None:
+        """Leaves a group. Raises WeightSyncError if there is none of that name."""
+        group = self._groups.pop(group_name, None)
+        if group is None:
+            raise WeightSyncError(f"weight group {group_name!r} does not exist")
+        # In a thread: NCCL's abort may wait for a peer that hangs.
+        await self._threads.run(group.close)
+
+    async def begin(self) -> None:
+        """Opens an update; one that is open is discarded."""
+        self._discard()
+        weights = await asyncio.wrap_future(self._loop.call(lambda core: core.take_shadow_weights()))
+        buffers, self._buffers = self._buffers, []
+        self._update = _OpenUpdate(BucketReceiver(weights, self._facts, buffers))
+
+    async def receive(
+        self, bucket: Bucket, *, group_name: str, flattened: bool, version: str, timeout_s: float
+    ) -> int | None:
+        """Receives one bucket, after those requested before it; returns the checksum if it is flattened.
+
+        `timeout_s`: of each broadcast. Raises WeightSyncError; the update can then no longer be activated.
+        """
+        update = self._open_update()
+        checksums = await self._receive(
+            update, [bucket], group_name=group_name, flattened=flattened, timeout_s=timeout_s
+        )
+        update.version = version or update.version
+        return checksums[0] if flattened else None
+
+    async def receive_all(self, buckets: Sequence[Bucket], *, group_name: str, timeout_s: float) -> list[int]:
+        """Opens an update and receives all its flattened buckets; returns their checksums.
+
+        `timeout_s`: of all broadcasts together. Raises WeightSyncError; the update can then no longer be
+        activated.
+        """
+        await self.begin()
+        return await self._receive(
+            self._open_update(), buckets, group_name=group_name, flattened=True, timeout_s=timeout_s
+        )
+
+    async def _receive(
+        self,
+        update: _OpenUpdate,
+        buckets: Sequence[Bucket],
+        *,
+        group_name: str,
+        flattened: bool,
+        timeout_s: float,
+    ) -> list[int]:
+        receiver = update.receiver
+        group = self._groups.get(group_name)
+        if group is None:
+            raise WeightSyncError(
+                f"weight group {group_name!r} does not exist: call /init_weights_update_group first"
+            )
+
+        def work() -> list[int]:
+            if flattened:
+                return receiver.receive(group, buckets, timeout_s=timeout_s)
+            receiver.receive_tensors(group, buckets[0], timeout_s=timeout_s)
+            return []
+
+        update.num_receiving += 1
+        try:
+            async with update.lock:
+                if update.is_discarded:
+                    raise WeightSyncError("the weight update was discarded")
+                if any(bucket.num_bytes > self._max_bucket_bytes for bucket in buckets):
+                    # This bucket will not be received. Leaving the group fails its broadcast at the sender at
+                    # once.
+                    await self.destroy_group(group_name)
+                    raise WeightSyncError("a bucket is larger than this model could need")
+                checksums = await self._threads.run(lambda: receiver.on_own_stream(work))
+            if receiver.error:
+                raise WeightSyncError(receiver.error)
+        except WeightSyncError as error:
+            receiver.error = receiver.error or str(error)
+            raise
+        finally:
+            update.num_receiving -= 1
+            self._reclaim(update)
+        return checksums
+
+    async def end(self, *, version: str, recompute: bool) -> float:
+        """Checks that the update is complete and activates it; returns the stall of decoding in seconds.
+
+        `recompute`: running sequences get their KV computed anew; otherwise they go on with what they have.
+        Raises WeightSyncError, with the old weights still active.
+        """
+        update = self._open_update()
+        if update.num_receiving:
+            raise WeightSyncError("a bucket is still being received")
+        receiver, version = update.receiver, version or update.version
+        try:
+            if receiver.error:
+                raise WeightSyncError(receiver.error)
+            check_names(receiver.received, self._facts.parameter_shapes, tied=self._facts.tied_names)
+            if not version:
+                raise WeightSyncError("no weight_version was given: name it in /end_weight_update")
+        except WeightSyncError:
+            self.num_failures += 1
+            self._discard()
+            raise
+        self._update, self._buffers = None, receiver.buffers
+        stall_s = await asyncio.wrap_future(
+            self._loop.swap_weights(receiver.weights, version=version, recompute=recompute)
+        )
+        self.num_updates += 1
+        self.update_s += time.perf_counter() - update.started_s
+        logger.info("weight version %s is active, decoding stalled for %.1f ms", version, stall_s * 1e3)
+        return stall_s
+
+    async def load_from_disk(self, path: str, *, version: str, recompute: bool) -> float:
+        """Loads a Hugging Face directory as one update; returns and raises as `end` does."""
+        await self.begin()
+        update = self._open_update()
+        receiver = update.receiver
+        update.num_receiving += 1
+        try:
+            await self._threads.run(
+                lambda: receiver.on_own_stream(lambda: store_checkpoint(Path(path), receiver))
+            )
+        except WeightSyncError as error:
+            receiver.error = str(error)
+        finally:
+            update.num_receiving -= 1
+        return await self.end(version=version, recompute=recompute)
+
+    def device_facts(self) -> dict[str, str]:
+        """Device and NCCL version of this engine: rank 0 compares them before it chooses a backend."""
+        return device_facts(self._facts.device)
+
+    def close(self) -> None:
+        """Fails every call that is receiving, and leaves all groups without waiting."""
+        self._threads.abandon("the engine is shutting down")
+        for group in self._groups.values():
+            in_thread(group.close, name="weights")
+        self._groups.clear()
+
+    def _open_update(self) -> _OpenUpdate:
+        if self._update is None:
+            raise WeightSyncError("no weight update is open: call /begin_weight_update first")
+        return self._update
+
+    def _discard(self) -> None:
+        update, self._update = self._update, None
+        if update is None:
+            return
+        update.is_discarded = True
+        self._reclaim(update)
+
+    def _reclaim(self, update: _OpenUpdate) -> None:
+        """Takes back the memory of a discarded update, once nothing writes into it any more."""
+        if update.is_discarded and not update.num_receiving:
+            receiver = update.receiver
+            self._buffers = receiver.buffers
+            if not receiver.is_tainted:
+                self._loop.call(lambda core: core.return_shadow_weights(receiver.weights))
