@@ -21,14 +21,14 @@ from torch import Tensor
 from areal_like.config import KlConfig
 from areal_like.runtime.process import die_with_parent
 from tests.support.trainer_helpers import random_groups
-from trainer.advantages.base import ADVANTAGES, Advantage
-from trainer.advantages.critic import Critic, ValueModel
-from trainer.advantages.gae import Gae
+from trainer.advantages import ADVANTAGES, Advantage, Gae
+from trainer.advantages.critic import Critic
 from trainer.advantages.reward_shaping import SHAPINGS
 from trainer.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
 from trainer.models.sharded_weights import gather, gather_full_state, shards_of
+from trainer.models.value_model import ValueModel
 from trainer.objectives import build_objective
 from trainer.objectives.normalizers import Normalizer
 from trainer.optimizer import ShardedAdamW

@@ -13,7 +13,7 @@ from torch import Tensor
 from areal_like.trajectory import Trajectory
 from tests.support.trainer_helpers import random_groups
 from tests.support.trainer_ranks import SHARES, last_gradient, main
-from trainer.advantages.base import Grpo
+from trainer.advantages.group import Grpo
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
 from trainer.objectives import build_objective

@@ -11,7 +11,7 @@ import pytest
 from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
 from tests.support.trainer_helpers import random_groups
-from trainer.advantages.base import ADVANTAGES, Advantage
+from trainer.advantages import ADVANTAGES, Advantage
 from trainer.advantages.reward_shaping import SHAPINGS, Shaping, ShapingContext
 from trainer.batching.scope import Scope
 

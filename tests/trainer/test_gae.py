@@ -23,10 +23,10 @@ from benchmarks.staleness_cell import Sampler
 from tests.support.critic_ranks import SETTINGS
 from tests.support.trainer_helpers import random_groups, run_ranks, write_model
 from tests.support.trainer_ranks import last_gradient, make_runner
-from trainer.advantages.base import ADVANTAGES, FloatArray
+from trainer.advantages import ADVANTAGES, FloatArray
 from trainer.advantages.critic import Critic, value_loss
 from trainer.advantages.gae import Gae, gae
-from trainer.batching.packing import Sample
+from trainer.batching.packing import TrainingSample
 from trainer.checkpoint import CRITIC_FILE, Checkpoints
 from trainer.distributed.ranks import Ranks
 from trainer.metrics.phase_timer import PhaseTimer
@@ -35,6 +35,7 @@ from trainer.metrics.step_totals import StepTotals
 from trainer.models.policy import build_policy
 from trainer.models.sharded_weights import gather_full_state
 from trainer.models.tiny import build_tiny_model
+from trainer.step.build import build_step_runner
 from trainer.step.runner import StepRunner
 
 PLAIN = {"advantage": {"name": "gae"}}
@@ -159,11 +160,11 @@ def test_values_and_advantages_are_those_of_the_sampled_tokens(
         )
 
 
-def appraised(runner: StepRunner, groups: list[list[Trajectory]]) -> list[Sample]:
+def appraised(runner: StepRunner, groups: list[list[Trajectory]]) -> list[TrainingSample]:
     totals, clock = StepTotals(), PhaseTimer(("compute_s",))
     return list(
         itertools.chain(
-            *runner.appraiser.appraise(
+            *runner.advantages.compute(
                 groups, totals, clock, lags=lambda t: np.zeros(t.num_tokens, dtype=np.int64)
             )
         )
@@ -174,7 +175,7 @@ def test_a_kl_penalty_is_charged_where_it_arises(tmp_path: Path, ranks: Ranks) -
     """With gamma = lam = 1 and values of zero an advantage is what is still to come: later tokens do not pay for earlier ones."""
     path, groups = write_model(tmp_path), random_groups(2)
     runner = make_runner(path, ranks, settings=SETTINGS | {"advantage": {"name": "gae", "lam": 1.0}})
-    paid, costs = runner.rewards.of_step(groups)
+    paid, costs = runner.rewards.shape_step(groups)
     raw = []
     for before, after, cost_S in zip(
         itertools.chain(*groups), itertools.chain(*paid), itertools.chain(*costs), strict=True
@@ -244,11 +245,11 @@ def test_an_advantage_without_its_critic_is_refused(tmp_path: Path, ranks: Ranks
     path = write_model(tmp_path, dtype=torch.float32)
     config = from_mapping({"advantage": {"name": "gae"}})
     with pytest.raises(ConfigError, match="needs a critic"):
-        StepRunner.of(config, build_policy(config, path, ranks), ranks)
+        build_step_runner(config, build_policy(config, path, ranks), ranks)
     for advantage, greedy in (("remax", False), ("grpo", True)):
         config = Config(advantage={"name": advantage}, sampling=SamplingConfig(greedy_baseline=greedy))
         with pytest.raises(ConfigError, match=rf"set sampling\.greedy_baseline={str(not greedy).lower()}"):
-            StepRunner.of(config, build_policy(config, path, ranks), ranks)
+            build_step_runner(config, build_policy(config, path, ranks), ranks)
 
 
 @pytest.mark.timeout(120)
@@ -328,7 +329,7 @@ def test_on_the_sorting_task_the_critic_learns_what_an_answer_will_be_worth(
         trainer=TrainerConfig(num_steps=num_steps, lr_schedule="constant"),
     )
     policy = build_policy(config, str(tmp_path), ranks)
-    runner = StepRunner.of(config, policy, ranks, initial=str(tmp_path))
+    runner = build_step_runner(config, policy, ranks, initial=str(tmp_path))
     sampler = Sampler(str(tmp_path), config)
     rows = [
         runner.run(sampler.groups(range(step * 64, step * 64 + 64), size=2), step=step)

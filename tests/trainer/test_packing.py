@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from areal_like.errors import ConfigError
 from areal_like.trajectory import FinishReason, Trajectory
-from trainer.batching.packing import MicroBatch, Packer, Sample, collate, num_targets
+from trainer.batching.packing import MicroBatch, Packer, TrainingSample, collate, num_targets
 
 BUDGET = 32
 
@@ -25,16 +25,16 @@ def trajectory(*, prompt: int, response: int, first: int = 0) -> Trajectory:
     )
 
 
-def group_of(sizes: list[int], *, position: int) -> list[Sample]:
+def group_of(sizes: list[int], *, position: int) -> list[TrainingSample]:
     return [
-        Sample(
+        TrainingSample(
             trajectory=trajectory(prompt=1, response=size - 1, first=i), advantage=float(i), group=position
         )
         for i, size in enumerate(sizes)
     ]
 
 
-def cuts(groups: list[list[Sample]], *, whole_groups: bool = False) -> list[MicroBatch]:
+def cuts(groups: list[list[TrainingSample]], *, whole_groups: bool = False) -> list[MicroBatch]:
     packer = Packer(budget_tokens=BUDGET, whole_groups=whole_groups)
     return [pack for group in groups for pack in packer.add(group)] + packer.flush()
 
@@ -83,8 +83,8 @@ def test_what_can_never_fit_is_refused() -> None:
 
 def test_collate_lays_sequences_end_to_end() -> None:
     samples = [
-        Sample(trajectory=trajectory(prompt=2, response=1, first=10), advantage=1.5, group=4),
-        Sample(
+        TrainingSample(trajectory=trajectory(prompt=2, response=1, first=10), advantage=1.5, group=4),
+        TrainingSample(
             trajectory=trajectory(prompt=1, response=3, first=20), advantage=np.array([0.0, 1, 2, 3]), group=5
         ),
     ]
@@ -102,6 +102,6 @@ def test_collate_lays_sequences_end_to_end() -> None:
 
 def test_a_first_token_is_never_trained_on() -> None:
     sampled_from_nothing = trajectory(prompt=0, response=3)
-    batch = collate([Sample(trajectory=sampled_from_nothing, advantage=1.0, group=0)] * 2)
+    batch = collate([TrainingSample(trajectory=sampled_from_nothing, advantage=1.0, group=0)] * 2)
     assert batch.sampled_S.tolist() == [1, 2, 4, 5]
     assert num_targets(sampled_from_nothing) == 2

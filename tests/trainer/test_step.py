@@ -19,8 +19,8 @@ from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
 from tests.support.trainer_helpers import dense_logprobs, random_groups, run_ranks, write_model
 from tests.support.trainer_ranks import DTYPES, SHARES, last_gradient, make_runner
-from trainer.advantages.base import ADVANTAGES, Advantage, DrGrpo
-from trainer.batching.packing import Sample, collate
+from trainer.advantages import ADVANTAGES, Advantage, DrGrpo
+from trainer.batching.packing import TrainingSample, collate
 from trainer.batching.scope import Scope
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy, build_policy
@@ -28,6 +28,7 @@ from trainer.models.sharded_weights import gather_full_state
 from trainer.objectives import Need, Reinforce, SampledTokens, StepStats, TokenLosses
 from trainer.objectives.normalizers import Normalizer
 from trainer.optimizer import ShardedAdamW
+from trainer.step.build import build_step_runner
 from trainer.step.runner import StepRunner
 
 MODELS = {"float64": "gpt2", "float32": "qwen3"}
@@ -159,10 +160,15 @@ def test_the_configured_runner_learns_and_reports(tmp_path: Path, ranks: Ranks) 
     """The same data every step: the rewarded answers must become likelier."""
     path = write_model(tmp_path)
     config = Config(trainer=TrainerConfig(lr=1e-3, warmup_steps=2, tokens_per_microbatch=64))
-    runner = StepRunner.of(config, build_policy(config, path, ranks), ranks)
+    runner = build_step_runner(config, build_policy(config, path, ranks), ranks)
     groups = random_groups(4)
     good = collate(
-        [Sample(trajectory=t, advantage=1.0, group=0) for g in groups[1:3] for t in g if t.reward == 1]
+        [
+            TrainingSample(trajectory=t, advantage=1.0, group=0)
+            for g in groups[1:3]
+            for t in g
+            if t.reward == 1
+        ]
     )
     before = runner.policy(good).logprobs_S.sum().item()
     history = [runner.run(groups, step=step) for step in range(8)]

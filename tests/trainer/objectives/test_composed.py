@@ -14,7 +14,7 @@ from areal_like.config import KlConfig
 from areal_like.errors import ConfigError
 from areal_like.runtime.command_line import load_config
 from tests.support.objective_helpers import MU, PI, evaluate, published, tokens_of
-from trainer.advantages.base import ADVANTAGES
+from trainer.advantages import ADVANTAGES
 from trainer.advantages.reward_shaping import SHAPINGS
 from trainer.objectives import MASKS, OBJECTIVES, Composed, Need, build_objective
 from trainer.objectives.composed import kl_estimate

@@ -21,12 +21,12 @@ from areal_like.wire.messages.consumer import Group
 from areal_like.wire.records import Record
 from tests.support.trainer_helpers import dense_logprobs, random_groups, run_ranks, write_model
 from tests.support.trainer_ranks import last_gradient, make_runner
-from trainer.batching.packing import Sample, collate
+from trainer.batching.packing import TrainingSample, collate
 from trainer.distributed.ranks import Ranks
 from trainer.metrics.lag import LagTally
 from trainer.models.policy import Policy, build_policy
 from trainer.objectives import OBJECTIVES
-from trainer.step.runner import StepRunner
+from trainer.step.build import build_step_runner
 
 DIAGNOSTICS = (
     *(
@@ -142,7 +142,7 @@ def test_kl_in_the_reward_is_what_advantages_are_made_of(path: str, ranks: Ranks
 
 def test_entropy_carries_its_gradient_only_when_asked(path: str) -> None:
     policy = Policy.load(path, chunk_tokens=4, master_dtype=torch.float64)
-    batch = collate([Sample(trajectory=t, advantage=1.0, group=0) for t in random_groups(1)[0]])
+    batch = collate([TrainingSample(trajectory=t, advantage=1.0, group=0) for t in random_groups(1)[0]])
     assert not policy(batch).entropy_S.requires_grad
     policy.with_entropy_gradient = True
     policy(batch).entropy_S.sum().backward()
@@ -167,7 +167,7 @@ def test_configured_terms_pull_and_push(tmp_path: Path, ranks: Ranks) -> None:
     def last(entropy_coef: float, kl_coef: float) -> dict[str, float]:
         trainer = TrainerConfig(lr=1e-3, warmup_steps=1, entropy_coef=entropy_coef)
         config = Config(trainer=trainer, kl=KlConfig(coef=kl_coef), objective={"name": "ppo"})
-        runner = StepRunner.of(config, build_policy(config, path, ranks), ranks, initial=path)
+        runner = build_step_runner(config, build_policy(config, path, ranks), ranks, initial=path)
         return [runner.run(groups, step=step) for step in range(6)][-1]
 
     assert last(1.0, 0.0)["entropy"] > last(0.0, 0.0)["entropy"] + 1e-3
@@ -178,10 +178,10 @@ def test_configured_terms_pull_and_push(tmp_path: Path, ranks: Ranks) -> None:
 def test_a_penalty_without_a_reference_is_refused(path: str, ranks: Ranks) -> None:
     config = Config(kl=KlConfig(coef=0.1))
     with pytest.raises(ConfigError, match="reference model"):
-        StepRunner.of(config, build_policy(config, path, ranks), ranks)
+        build_step_runner(config, build_policy(config, path, ranks), ranks)
     config = Config(kl=KlConfig(coef=0.1, place="reward"))
     with pytest.raises(ConfigError, match="reference model"):
-        StepRunner.of(config, build_policy(config, path, ranks), ranks)
+        build_step_runner(config, build_policy(config, path, ranks), ranks)
 
 
 def test_the_price_of_length_is_learned_and_goes_through_a_checkpoint(
@@ -206,7 +206,7 @@ def test_the_price_of_length_is_learned_and_goes_through_a_checkpoint(
     assert resumed.rewards.duals == runner.rewards.duals != [0, 0]
     plain = make_runner(path, ranks)
     plain.rewards.restore(kept)
-    assert plain.rewards.duals == [] and "not what the checkpoint was made with" in caplog.text
+    assert plain.rewards.duals == [] and "differs from the checkpoint's" in caplog.text
 
 
 def test_lags_of_tokens() -> None:
