@@ -1,7 +1,7 @@
 """Base classes and registry of advantage estimators.
 
-`Estimator` is the base of all. `Advantage` compares a sample with the other samples of its prompt (`group.py`); GAE compares
-each token with the values of a critic (`gae.py`).
+`Estimator` is the base of all. `Advantage` compares a sample with the other samples of its prompt
+(`group.py`); GAE compares each token with the values of a critic (`gae.py`).
 
 Shape suffixes: G samples of a group, S sampled tokens of the step over all ranks.
 """
@@ -30,15 +30,18 @@ class Estimator:
     """True: every group must have a greedy sample (`sampling.greedy_baseline`)."""
 
     def rescale(self, *, advantages_S: FloatArray, groups_S: NDArray[np.int64]) -> tuple[float, float]:
-        """(shift, factor) by which every advantage `a` of the step becomes `(a + shift) * factor`; the same on every rank.
+        """(shift, factor): every advantage `a` of the step becomes `(a + shift) * factor`.
 
-        `advantages_S`: of all sampled tokens of the step over all ranks. `groups_S`: the position of each token's group.
+        The same on every rank.
+
+        `advantages_S`: of all sampled tokens of the step over all ranks. `groups_S`: the position of each
+        token's group.
         """
         return 0.0, 1.0
 
 
 def whitening(advantages_S: FloatArray) -> tuple[float, float]:
-    """(-mean, 1 / population standard deviation); (0, 0), which makes every advantage zero, if all are equal."""
+    """(-mean, 1 / population standard deviation) of the step; (0, 0), which zeroes all, if all are equal."""
     if len(advantages_S) == 0 or advantages_S.max() == advantages_S.min():
         return 0.0, 0.0
     return -float(advantages_S.mean()), 1 / float(advantages_S.std())
@@ -54,7 +57,8 @@ class Advantage(Estimator, ABC):
     def of_group(self, group: Sequence[Trajectory]) -> Sequence[float | FloatArray]:
         """Advantage of each sample: one number for all its tokens, or an array [num_tokens].
 
-        With `uses_greedy` the last sample of the group is the greedy one; the advantage returned for it is ignored.
+        With `uses_greedy` the last sample of the group is the greedy one; the advantage returned for it is
+        ignored.
         """
 
 

@@ -1,10 +1,11 @@
 """Trains the critic of `advantage=gae`: values for every sampled token, and regression towards their targets.
 
-    values(trajectories) -> [the policy's update] -> learn(targets): `critic_updates` times forward, backward, AdamW
+    values(trajectories) -> [the policy's update] -> learn(targets): forward, backward and AdamW, `critic_updates` times
 
-The critic is a model of its own that starts from the policy's initial weights and is sharded and packed like the policy. Its
-losses are summed and divided once by the step's number of sampled tokens, so neither cuts nor ranks change the result. It
-cuts its own micro-batches: every sequence takes part, also those with zero advantage, which the policy skips.
+The critic is a model of its own that starts from the policy's initial weights and is sharded and packed like
+the policy. Its losses are summed and divided once by the step's number of sampled tokens, so neither cuts nor
+ranks change the result. It cuts its own micro-batches: every sequence takes part, also those with zero
+advantage, which the policy skips.
 
 Shape suffix: S sampled tokens (of one trajectory in numpy arrays, of a micro-batch in tensors).
 """
@@ -31,12 +32,12 @@ from trainer.models.value_model import ValueModel
 from trainer.optimizer import ShardedAdamW
 
 _LR_RATIO = 10.0
-"""Critic's over policy's learning rate where none is configured; usual in PPO for language models (1e-5 and 1e-6)."""
+"""Default ratio of critic's to policy's learning rate; usual in PPO for language models (1e-5 and 1e-6)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ValueTarget:
-    """The critic's values [S] of one trajectory at the start of the step, and the targets [S] to move them to."""
+    """The critic's values [S] of one trajectory at the start of the step, and the targets [S] for them."""
 
     trajectory: Trajectory
     values_S: FloatArray
@@ -89,10 +90,12 @@ class Critic:
         return values
 
     def learn(self, targets: Sequence[ValueTarget], *, step: int) -> dict[str, float]:
-        """Updates the critic after `step` completed steps. Returns metrics of the values as they were before the update.
+        """Updates the critic after `step` completed steps.
 
-        `explained_variance`: 1 - Var(target - value) / Var(target): 0 for a critic that predicts the mean, NaN where all
-        targets are equal.
+        Returns metrics of the values as they were before the update.
+
+        `explained_variance`: 1 - Var(target - value) / Var(target): 0 for a critic that predicts the mean,
+        NaN where all targets are equal.
         """
         target_S = np.concatenate([np.zeros(0), *(target.targets_S for target in targets)])
         error_S = target_S - np.concatenate([np.zeros(0), *(target.values_S for target in targets)])

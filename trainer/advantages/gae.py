@@ -1,21 +1,21 @@
 """Generalised advantage estimation (GAE, arXiv 1506.02438) with a critic, as in PPO for language models.
 
-    delta_s  = r_s + gamma V_{s+1} - V_s         s runs over the sampled tokens of a sequence; V is 0 after the last
+    delta_s  = r_s + gamma V_{s+1} - V_s     s: sampled tokens of a sequence; V is 0 after the last
     A_s      = delta_s + gamma lam A_{s+1}
     target_s = V_s + A_s, with `lam_critic` for lam
 
-Rewards are per token: the sequence's reward at its last sampled token, and with `kl.place=reward` minus each token's KL
-penalty. The policy's advantages use `lam` and the critic's targets `lam_critic` (VC-PPO, arXiv 2503.01491): with lam below 1
-the reward at the end of a long answer fades before it reaches the beginning, so the critic regresses on the full return.
-Advantages are whitened over the step.
+Rewards are per token: the sequence's reward at its last sampled token, and with `kl.place=reward` minus each
+token's KL penalty. The policy's advantages use `lam` and the critic's targets `lam_critic` (VC-PPO, arXiv
+2503.01491): with lam below 1 the reward at the end of a long answer fades before it reaches the beginning, so
+the critic regresses on the full return. Advantages are whitened over the step.
 
-A sequence cut off at the length limit ends there like any other, because its reward was given for the text that exists. Left
-out: V-trace and other corrections of the targets for stale samples (the targets are returns of the policies that sampled;
-the objective corrects the policy's gradient), length-adaptive lam (VAPO), and a trunk shared by policy and critic, whose
-gradient would mix the two losses.
+A sequence cut off at the length limit ends there like any other, because its reward was given for the text
+that exists. Left out: V-trace and other corrections of the targets for stale samples (the targets are returns
+of the policies that sampled; the objective corrects the policy's gradient), length-adaptive lam (VAPO), and a
+trunk shared by policy and critic, whose gradient would mix the two losses.
 
-This module is pure numpy; the value model and its training are in `critic.py`.
-Shape suffix: S sampled tokens of one sequence.
+This module is pure numpy; the value model and its training are in `critic.py`. Shape suffix: S sampled tokens
+of one sequence.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from trainer.batching.scope import Scope
 
 
 def gae(rewards_S: FloatArray, values_S: FloatArray, *, gamma: float, lam: float) -> FloatArray:
-    """[S] advantages A_s of the sampled tokens of one sequence, in order, from float64 rewards [S] and values [S]."""
+    """[S] advantages of one sequence's sampled tokens, in order, from float64 rewards [S] and values [S]."""
     deltas_S = rewards_S + gamma * np.append(values_S[1:], 0.0) - values_S
     advantages_S, running = np.empty_like(deltas_S), 0.0
     for s in reversed(range(len(deltas_S))):
@@ -43,7 +43,10 @@ def gae(rewards_S: FloatArray, values_S: FloatArray, *, gamma: float, lam: float
 @ADVANTAGES.register("gae")
 @dataclass(frozen=True, kw_only=True)
 class Gae(Estimator):
-    """Advantage of each token over the critic's estimate. Trains a critic, a second model of the policy's size."""
+    """Advantage of each token over the critic's estimate.
+
+    Trains a critic, a second model of the policy's size.
+    """
 
     scope = Scope.BATCH
 
@@ -60,7 +63,10 @@ class Gae(Estimator):
     critic_updates: int = 1
     """Updates of the critic per step, all on the step's samples."""
     value_clip: float = 0.5
-    """Distance a value may move in one step before its loss is clipped; 0: no clip. No effect with one update a step."""
+    """Distance a value may move in one step before its loss is clipped; 0: no clip.
+
+    No effect with one update a step.
+    """
 
     def __post_init__(self) -> None:
         if not 0 < self.gamma <= 1 or not 0 <= self.lam <= 1 or not 0 <= self.lam_critic <= 1:

@@ -2,12 +2,11 @@
 
     advantage: {name: grpo, shaping: [{name: overlong}, {name: laconic, budget_tokens: 200}]}
 
-Shapings apply in the order of the list. Metrics keep showing the task's own reward beside the shaped one. A shaping that
-ranks the groups of a step (scope BATCH) waits for all of them. One that learns a dual variable (a Lagrange multiplier)
-updates it by a pure function: the step holds the number and the checkpoint stores it.
+Shapings apply in the order of the list. Metrics keep showing the task's own reward beside the shaped one. A
+shaping that ranks the groups of a step (scope BATCH) waits for all of them. One that learns a dual variable
+(a Lagrange multiplier) updates it by a pure function: the step holds the number and the checkpoint stores it.
 
-Notation: R reward of a sample, L its number of sampled tokens.
-Shape suffix: G samples of a group.
+Notation: R reward of a sample, L its number of sampled tokens. Shape suffix: G samples of a group.
 """
 
 from __future__ import annotations
@@ -36,7 +35,10 @@ class ShapingContext:
 
 
 class Shaping(ABC):
-    """Base of all shapings. One of your own is a dataclass in your module: `{_target_: my_module.MyShaping}`."""
+    """Base of all shapings.
+
+    One of your own is a dataclass in your module: `{_target_: my_module.MyShaping}`.
+    """
 
     scope: Scope = Scope.GROUP
     """BATCH: `rewards` reads `context.ahead`."""
@@ -50,7 +52,7 @@ class Shaping(ABC):
         return 0.0
 
     def next_dual(self, dual: float, *, mean_tokens: float) -> float:
-        """The dual variable (initially 0) after a step whose samples have `mean_tokens` sampled tokens on average."""
+        """The dual variable (initially 0) after a step with `mean_tokens` sampled tokens per sample."""
         return dual
 
 
@@ -65,7 +67,7 @@ def lengths_of(group: Sequence[Trajectory]) -> FloatArray:
 @SHAPINGS.register("overlong")
 @dataclass(frozen=True, kw_only=True)
 class Overlong(Shaping):
-    """Soft overlong punishment (DAPO, arXiv 2503.14476): the penalty grows linearly over the last part of the length limit."""
+    """Soft overlong punishment (DAPO, arXiv 2503.14476): a penalty growing linearly near the length limit."""
 
     max_tokens: int = 0
     """Length at which the penalty is full; `sampling.max_new_tokens` by default."""
@@ -77,7 +79,7 @@ class Overlong(Shaping):
     def __post_init__(self) -> None:
         if self.max_tokens < 1 or not 0 < self.soft_fraction <= 1 or self.weight < 0:
             raise ConfigError(
-                "advantage.shaping: overlong needs max_tokens of at least 1, 0 < soft_fraction <= 1 and weight >= 0"
+                "advantage.shaping: overlong needs max_tokens >= 1, 0 < soft_fraction <= 1 and weight >= 0"
             )
 
     def rewards(self, group: Sequence[Trajectory], context: ShapingContext) -> FloatArray:
@@ -91,9 +93,10 @@ class Overlong(Shaping):
 @SHAPINGS.register("grpo_lambda")
 @dataclass(frozen=True, kw_only=True)
 class GrpoLambda(Shaping):
-    """GRPO-lambda (arXiv 2505.18086): penalises long right answers, but only in the groups with the highest accuracy.
+    """GRPO-lambda (arXiv 2505.18086): penalises long right answers, only in the groups of highest accuracy.
 
-    A length penalty on all groups makes accuracy collapse, so only the best `top` of the step's groups get it.
+    A length penalty on all groups makes accuracy collapse, so only the best `top` of the step's groups get
+    it.
     """
 
     scope = Scope.BATCH
@@ -116,7 +119,7 @@ class GrpoLambda(Shaping):
         return float((rewards_of(group) >= self.correct).mean())
 
     def rewards(self, group: Sequence[Trajectory], context: ShapingContext) -> FloatArray:
-        """R - weight * sigmoid((L - mean) / std) for right answers of a top group; mean and std over its right answers."""
+        """R - weight * sigmoid((L - mean) / std) for right answers of a top group, with their mean, std."""
         rewards_G, lengths_G = rewards_of(group), lengths_of(group)
         right_G = rewards_G >= self.correct
         if context.ahead >= self.top or not right_G.any():
@@ -131,8 +134,8 @@ class GrpoLambda(Shaping):
 class Laconic(Shaping):
     """LACONIC (arXiv 2602.14468): penalises tokens beyond a budget, with a coefficient found by dual ascent.
 
-    R - dual * max(0, L / budget - 1); after each step dual <- clip(dual + rate * (mean L / budget - 1), 0, max_dual).
-    The coefficient rises while answers are longer than the budget on average.
+    R - dual * max(0, L / budget - 1); after each step dual <- clip(dual + rate * (mean L / budget - 1), 0,
+    max_dual). The coefficient rises while answers are longer than the budget on average.
     """
 
     budget_tokens: int = 0

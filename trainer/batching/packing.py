@@ -1,14 +1,15 @@
 """Lays sequences of different lengths end to end and cuts them into micro-batches under a token budget.
 
-The cuts are a pure function of recorded order and budget (next fit; a sequence is never split), never of when a group
-arrived, so a step that is served again gives bitwise the same gradient. Next fit also streams: a micro-batch is complete as
-soon as the next sequence does not fit. Packings that fill better (first fit, sorting by length) were left out because they
-need the whole step first.
+The cuts are a pure function of recorded order and budget (next fit; a sequence is never split), never of when
+a group arrived, so a step that is served again gives bitwise the same gradient. Next fit also streams: a
+micro-batch is complete as soon as the next sequence does not fit. Packings that fill better (first fit,
+sorting by length) were left out because they need the whole step first.
 
 Shape suffixes: T tokens of a micro-batch, S sampled tokens (loss mask 1), N sequences.
 
-Alignment: entry t of a per-token quantity belongs to token t given the tokens before it in its own sequence. A sequence's
-first token has no prefix, so it is never in the loss mask, even if a policy sampled it from an empty prompt.
+Alignment: entry t of a per-token quantity belongs to token t given the tokens before it in its own sequence.
+A sequence's first token has no prefix, so it is never in the loss mask, even if a policy sampled it from an
+empty prompt.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class TrainingSample:
     group: int
     """Position of its group in the step, counted over all ranks."""
     lag: int | NDArray[np.int64] = 0
-    """Optimizer steps since the weights that sampled its tokens: one number, or an int64 array [num_tokens]."""
+    """Optimizer steps since the weights that sampled its tokens: a number, or an int64 array [num_tokens]."""
 
 
 MicroBatch = tuple[TrainingSample, ...]
@@ -50,13 +51,16 @@ def num_targets(trajectory: Trajectory) -> int:
 class Packer:
     """Cuts a stream of groups into micro-batches.
 
-    FILLING -> add() returns the micro-batches that became full -> flush() returns the rest, once, at the end of the step.
+    FILLING -> add() returns the micro-batches that became full -> flush() returns the rest, once, at the end
+    of the step.
     """
 
     def __init__(
         self, *, budget_tokens: int, whole_groups: bool = False, one_sequence_per_microbatch: bool = False
     ) -> None:
-        """`budget_tokens`: most tokens of a micro-batch. `whole_groups`: never split a group over two micro-batches.
+        """`budget_tokens`: most tokens of a micro-batch.
+
+        `whole_groups`: never split a group over two micro-batches.
 
         `one_sequence_per_microbatch`: each sequence is a micro-batch of its own.
         """

@@ -27,7 +27,10 @@ _RENAMED = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SampledTokens:
-    """Sampled tokens of whole sequences, in packed order. All float tensors share one dtype, float32 or wider."""
+    """Sampled tokens of whole sequences, in packed order.
+
+    All float tensors share one dtype, float32 or wider.
+    """
 
     logp_S: Tensor
     """Log-prob under the current weights; the only tensor that carries gradient."""
@@ -48,12 +51,12 @@ class SampledTokens:
     version_S: Tensor
     """int32: version of the weights that sampled the token."""
     lag_S: Tensor
-    """Optimizer steps between the weights that sampled the token and those at the start of the step, as floats.
+    """Optimizer steps from the weights that sampled the token to those at the start of the step, as floats.
 
     0 is on-policy.
     """
     entropy_S: Tensor
-    """Entropy of the policy's distribution at the token, in nats; detached unless the objective has Need.ENTROPY."""
+    """Entropy of the policy's distribution at the token, in nats; detached without Need.ENTROPY."""
     prox_logp_S: Tensor | None = None
     """Log-prob under the weights at the start of the step, detached; None without Need.PROX."""
     ref_logp_S: Tensor | None = None
@@ -76,7 +79,7 @@ class SampledTokens:
         ref_logp_S: Tensor | None = None,
         collision_S: Tensor | None = None,
     ) -> SampledTokens:
-        """Picks the sampled tokens out of a packed batch and adds the results [S] of the forward passes over it."""
+        """The sampled tokens of a packed batch, with the results [S] of the forward passes over it."""
         dtype, at = logp_S.dtype, batch.sampled_S
         segment_S = batch.segments_T[at]
         ones_S = torch.ones_like(entropy_S)
@@ -116,7 +119,7 @@ class SampledTokens:
 
     @cached_property
     def log_w_N(self) -> Tensor:
-        """[N] log W: log of the sequence's likelihood ratio, the sum (not the mean) of its tokens' log-ratios; detached."""
+        """[N] log W, W = prod_t pi_t / mu_t of the sequence: the sum (not mean) of log-ratios; detached."""
         return self.sum_N(self.log_ratio_S)
 
     if not TYPE_CHECKING:  # a type checker that saw __getattr__ would accept any misspelt attribute

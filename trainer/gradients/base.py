@@ -1,8 +1,8 @@
 """Accumulates the gradients of a step's micro-batches; an objective chooses the accumulator.
 
-The plain one lets autograd add each micro-batch to `.grad`, where FSDP2 reduces and shards it. A method that needs more than
-a sum, such as a baseline from the norms of single sequences' gradients, overrides `Gradients` and leaves the step's sum in
-`.grad` by other means.
+The plain one lets autograd add each micro-batch to `.grad`, where FSDP2 reduces and shards it. A method that
+needs more than a sum, such as a baseline from the norms of single sequences' gradients, overrides `Gradients`
+and leaves the step's sum in `.grad` by other means.
 """
 
 from __future__ import annotations
@@ -41,5 +41,8 @@ class Gradients:
         self._loss += loss_S.detach().sum()
 
     def finish(self) -> dict[str, tuple[Tensor | float, Tensor | float]]:
-        """Call after the last micro-batch. Collective. Returns this rank's (sum, count) of `loss` and of other metrics."""
+        """Call after the last micro-batch.
+
+        Collective. Returns this rank's (sum, count) of `loss` and of other metrics.
+        """
         return {"loss": (self._loss, 1.0)}

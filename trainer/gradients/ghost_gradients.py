@@ -1,12 +1,13 @@
-"""Gradients with a variance-minimising baseline at the cost of one ordinary backward, by ghost norms (see `ghost_tape.py`).
+"""Gradients with a variance-minimising baseline at the cost of one ordinary backward (see `ghost_tape.py`).
 
-    backward -> squared norms [N] -> b* [N] -> coefficients A - b* [N] -> each parameter's gradient, reduced into its shard
+    backward -> squared norms [N] -> b* [N] -> coefficients A - b* [N] -> gradients, reduced into shards
 
-With one baseline for the whole step, b* is known only after the last micro-batch. Then `sum A_i g_i` is accumulated in the
-shards' `.grad`, `sum g_i` in a second set of shards, and b* times the second is subtracted at the end.
+With one baseline for the whole step, b* is known only after the last micro-batch. Then `sum A_i g_i` is
+accumulated in the shards' `.grad`, `sum g_i` in a second set of shards, and b* times the second is subtracted
+at the end.
 
-Notation: A_i advantage, g_i gradient of sequence i at advantage 1.
-Shape suffixes: S sampled tokens of a micro-batch, N its sequences.
+Notation: A_i advantage, g_i gradient of sequence i at advantage 1. Shape suffixes: S sampled tokens of a
+micro-batch, N its sequences.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class GhostGradients(Gradients):
-    """Micro-batches must hold whole groups (with `over_batch`: any sequences); `loss_S` is the loss at advantage 1."""
+    """For micro-batches of whole groups (with `over_batch`: of any sequences) and losses at advantage 1."""
 
     def __init__(
         self, policy: Policy, ranks: Ranks, *, over_batch: bool = False, leave_one_out: bool = False

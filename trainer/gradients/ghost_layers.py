@@ -1,11 +1,11 @@
-"""Layers for `GhostTape` that record inputs and output gradients instead of multiplying them into parameter gradients.
+"""Layers that record inputs and output gradients for `GhostTape` instead of multiplying them.
 
-Each kind has a forward of its own whose backward passes the gradient on to the layer's input, records what a parameter
-gradient is made of, and leaves `.grad` alone. From the records it computes each sequence's squared gradient norm (`squares`)
-and any weighted sum of the sequences' gradients (`combined`).
+Each kind has a forward of its own whose backward passes the gradient on to the layer's input, records what a
+parameter gradient is made of, and leaves `.grad` alone. From the records it computes each sequence's squared
+gradient norm (`squares`) and any weighted sum of the sequences' gradients (`combined`).
 
-Shape suffixes: T rows (tokens), N sequences, n sequences of one block, L longest of them, I in, O out, D features,
-U distinct (sequence, token id) pairs.
+Shape suffixes: T rows (tokens), N sequences, n sequences of one block, L longest of them, I in, O out, D
+features, U distinct (sequence, token id) pairs.
 """
 
 from __future__ import annotations
@@ -54,7 +54,10 @@ class Layer:
         self.x_TI = self.e_TO = torch.empty(0)
 
     def record(self, x: Tensor, e: Tensor) -> None:
-        """Stores the layer's input and output gradient. Raises ConfigError on a second call in one backward."""
+        """Stores the layer's input and output gradient.
+
+        Raises ConfigError on a second call in one backward.
+        """
         if self in self.reached:
             raise ConfigError(
                 f"objective.norms=ghost does not support {self.path}, which runs twice in one forward: "
@@ -68,11 +71,17 @@ class Layer:
         raise NotImplementedError
 
     def squares(self, grams: dict[int, list[Tensor]]) -> Tensor:
-        """[N] squared norm of each sequence's gradient. `grams` caches Gram matrices by the input they belong to."""
+        """[N] squared norm of each sequence's gradient.
+
+        `grams` caches Gram matrices by the input they belong to.
+        """
         raise NotImplementedError
 
     def combined(self, coefficient_N: Tensor, scaled: dict[int, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """(model's parameter name, sum of coefficient times gradient over sequences). `scaled` caches scaled inputs."""
+        """(model's parameter name, sum of coefficient times gradient over sequences).
+
+        `scaled` caches scaled inputs.
+        """
         raise NotImplementedError
 
 
@@ -198,7 +207,10 @@ def _gram(block: Block, x_TI: Tensor) -> Tensor:
 
 
 def _is_scale(module: nn.Module) -> bool:
-    """True if the module's one parameter, a vector `weight`, multiplies its output. Tried on four inputs per feature."""
+    """True if the module's one parameter, a vector `weight`, multiplies its output.
+
+    Tried on four inputs per feature.
+    """
     params = dict(module.named_parameters())
     if list(params) != ["weight"] or params["weight"].ndim != 1 or list(module.children()):
         return False

@@ -1,23 +1,24 @@
-"""Per-sequence gradient norms, and any weighted sum of per-sequence gradients, from one backward over a packed micro-batch.
+"""Per-sequence gradient norms and weighted sums of gradients from one backward over a packed micro-batch.
 
-A layer's parameter gradient is a sum over tokens of input times output gradient. `GhostTape` records both (x and e) instead
-of multiplying them, for every layer that has parameters. Tokens of different sequences never mix within such a layer, so for
-each sequence i (the "ghost norm" trick of per-example gradient clipping):
+A layer's parameter gradient is a sum over tokens of input times output gradient. `GhostTape` records both (x
+and e) instead of multiplying them, for every layer that has parameters. Tokens of different sequences never
+mix within such a layer, so for each sequence i (the "ghost norm" trick of per-example gradient clipping):
 
-    Linear          ||E_i^T X_i||^2 = sum_tt' (X_i X_i^T * E_i E_i^T)_tt', or E_i^T X_i itself where it is smaller
+    Linear          ||E_i^T X_i||^2 = sum_tt' (X_i X_i^T * E_i E_i^T)_tt', or of E_i^T X_i where it is smaller
     Embedding       the same with one-hot inputs: rows of equal tokens are added up first
     tied to a head  plus twice <E_i^T X_i, embedding's gradient of i>: one parameter has one gradient
     norms, biases   one vector per sequence, computed directly
 
-Once coefficients c_i are known, `sum_i c_i g_i = (c E)^T X`, the product that autograd would have formed during the backward.
-So the norms cost their Gram matrices and nothing is run twice. The price is memory: inputs and output gradients of all layers
-of a micro-batch exist at the same time, those of the head (tokens times vocabulary) too; `trainer.tokens_per_microbatch`
-bounds it.
+Once coefficients c_i are known, `sum_i c_i g_i = (c E)^T X`, the product that autograd would have formed
+during the backward. So the norms cost their Gram matrices and nothing is run twice. The price is memory:
+inputs and output gradients of all layers of a micro-batch exist at the same time, those of the head (tokens
+times vocabulary) too; `trainer.tokens_per_microbatch` bounds it.
 
-Supported layers: torch's Linear, Embedding and LayerNorm, transformers' Conv1D, and any module with one vector `weight` that
-multiplies its output. A trainable parameter anywhere else is refused by name.
+Supported layers: torch's Linear, Embedding and LayerNorm, transformers' Conv1D, and any module with one
+vector `weight` that multiplies its output. A trainable parameter anywhere else is refused by name.
 
-Shape suffixes: T rows (tokens), S rows that the head reads, N sequences, n sequences of one block, L longest of them.
+Shape suffixes: T rows (tokens), S rows that the head reads, N sequences, n sequences of one block, L longest
+of them.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ class GhostTape:
     """
 
     def __init__(self, model: nn.Module, *, head: nn.Module | None = None) -> None:
-        """`head`: the module that runs over `head_rows`. Raises ConfigError naming trainable parameters that it cannot handle."""
+        """`head`: the module that runs over `head_rows`.
+
+        Raises ConfigError naming trainable parameters that it cannot handle.
+        """
         self._layers: list[Layer] = []
         self._reached: list[Layer] = []
         names = {id(param): name for name, param in model.named_parameters()}
@@ -68,7 +72,8 @@ class GhostTape:
             name for name, param in model.named_parameters() if param.requires_grad and name not in known
         ]:
             raise ConfigError(
-                f"objective.norms=ghost does not support the layers of {', '.join(unknown[:3])}: use exact or proxy"
+                f"objective.norms=ghost does not support the layers of {', '.join(unknown[:3])}: "
+                "use exact or proxy"
             )
         self._tied = list(_tied(self._layers))
 
@@ -85,9 +90,10 @@ class GhostTape:
 
     @torch.no_grad()
     def squares(self, rows: Rows, head_rows: Rows, *, read_S: Tensor | None = None) -> Tensor:
-        """[N] float64: each sequence's squared gradient norm over all parameters, from the backward that was just run.
+        """[N] float64: each sequence's squared gradient norm over all parameters, from the last backward.
 
-        `read_S`: which of `rows` the head reads, `head_rows` in their order. Layers above the last attention then work on those alone.
+        `read_S`: which of `rows` the head reads, `head_rows` in their order. Layers above the last attention
+        then work on those alone.
         """
         self._assign(rows, head_rows, read_S)
         total_N = torch.zeros(len(rows.lengths), dtype=torch.float64, device=rows.segment_T.device)
@@ -116,7 +122,7 @@ class GhostTape:
                     f"objective.norms=ghost cannot tell which sequences the rows of {layer.path} belong to: "
                     "use exact or proxy"
                 )
-            # Between the last attention and the head, rows that the head does not read have no gradient: drop them.
+            # Rows that the head does not read have no gradient above the last attention: drop them there.
             if layer.is_head or not is_late:
                 continue
             is_late = float(torch.linalg.vector_norm(layer.e_TO.index_select(0, unread_T), ord=math.inf)) == 0
@@ -131,7 +137,7 @@ class GhostTape:
 
     @torch.no_grad()
     def combined(self, coefficient_N: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """(name, sum of coefficient times gradient over sequences) of each parameter that the backward reached.
+        """(name, sum of coefficient times gradient over sequences) of each parameter with a gradient.
 
         Call after squares(). Yields one at a time, so only one full gradient need exist.
         """
@@ -169,7 +175,10 @@ def _cross(embedding: Layer, head: Layer) -> Tensor:
 
 
 def _tied(layers: Sequence[Layer]) -> Iterator[tuple[Layer, Layer]]:
-    """Pairs (embedding, linear layer) that share a table. Raises ConfigError for any other shared parameter."""
+    """Pairs (embedding, linear layer) that share a table.
+
+    Raises ConfigError for any other shared parameter.
+    """
     users: dict[str, list[Layer]] = {}
     for layer in layers:
         for name in layer.names.values():

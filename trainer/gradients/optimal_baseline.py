@@ -1,9 +1,9 @@
-"""The baseline b that minimises the variance of `sum_i (R_i - b) g_i`: the mean of returns weighted by squared gradient norms.
+"""The baseline b that minimises the variance of the gradient estimate `sum_i (R_i - b) g_i`.
 
     b* = sum_i m_i R_i / sum_i m_i,  m_i = ||g_i||^2
 
-Returns are taken relative to one return of their group, so that equal returns give exactly that return: a group without
-spread must not learn from rounding.
+Returns are taken relative to one return of their group, so that equal returns give exactly that return: a
+group without spread must not learn from rounding.
 
 Shape suffixes: N sequences, G groups.
 """
@@ -22,8 +22,8 @@ def optimal_baseline(
 ) -> Tensor:
     """[N] float64: b* of each sequence's group, with m_i = `squares_N` and R_i = `returns_N`.
 
-    `group_N`: any integer per group. `leave_one_out`: each sequence's b* is computed from the others of its group. Where no m
-    is left (weights that underflow, a group of one), b* is the mean return.
+    `group_N`: any integer per group. `leave_one_out`: each sequence's b* is computed from the others of its
+    group. Where no m is left (weights that underflow, a group of one), b* is the mean return.
     """
     _, index_N = torch.unique(group_N, return_inverse=True)
     squares_N, returns_N = squares_N.double(), returns_N.double()

@@ -1,13 +1,15 @@
-"""Per-sequence gradients by autograd, and a variance-minimising baseline from their norms, with one backward per sequence.
+"""Per-sequence gradients by autograd, with a variance-minimising baseline, in one backward per sequence.
 
     G_R = sum_i A_i g_i    G_S = sum_i g_i    gradient of a group = G_R - b* G_S
 
-b* is known once the group's last norm is, so two accumulators suffice: nothing is run twice and no g_i is kept. Micro-batches
-are single sequences. Parameters stay unsharded on every rank during the step, since FSDP2's reduce-scatter would mix the
-sequences of several ranks; groups are added up locally, and the step's sum is reduced once. This supports any architecture,
-at the price of the full model, two accumulators and one gradient of its size on every rank.
+b* is known once the group's last norm is, so two accumulators suffice: nothing is run twice and no g_i is
+kept. Micro-batches are single sequences. Parameters stay unsharded on every rank during the step, since
+FSDP2's reduce-scatter would mix the sequences of several ranks; groups are added up locally, and the step's
+sum is reduced once. This supports any architecture, at the price of the full model, two accumulators and one
+gradient of its size on every rank.
 
-Notation: A_i advantage, g_i gradient of sequence i at advantage 1. Shape suffixes: S sampled tokens, N sequences.
+Notation: A_i advantage, g_i gradient of sequence i at advantage 1. Shape suffixes: S sampled tokens, N
+sequences.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class SequenceGradients(Gradients):
-    """Micro-batches must hold one sequence each, group after group; `loss_S` is the loss at advantage 1."""
+    """For micro-batches of one sequence each, group after group, and losses at advantage 1."""
 
     def __init__(self, policy: nn.Module, ranks: Ranks, *, over_batch: bool = False) -> None:
         """`over_batch`: one baseline for all sequences of the step and all ranks."""

@@ -53,7 +53,10 @@ class Rows:
     def of(
         cls, lengths: Sequence[int], *, device: torch.device | str = "cpu", like: Sequence[int] | None = None
     ) -> Rows:
-        """Rows of sequences with these lengths (0 allowed). `like`: lengths by which blocks are formed; default `lengths`."""
+        """Rows of sequences with these lengths (0 allowed).
+
+        `like`: lengths by which blocks are formed; default `lengths`.
+        """
         lengths_N, chosen_N = np.asarray(lengths), np.asarray(like or lengths)
         starts_N = np.cumsum(lengths_N) - lengths_N
         # Gram matrices cost the square of the length, so a block's lengths are within a factor of root two.

@@ -1,4 +1,4 @@
-"""The value model of an actor-critic: a causal language model with a scalar head in place of the vocabulary's.
+"""The critic's value model: a causal language model with a scalar head in place of the vocabulary's.
 
 The head's weight and bias start at zero, so every value is 0 until the critic has learned, whatever the seed.
 
@@ -29,7 +29,7 @@ class ValueModel(PackedModel):
         super().__init__(model)
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """[S] float32 (or the master weights' dtype if wider): the value of the state before each sampled token.
+        """[S] value of the state before each sampled token, in float32 or the master weights' dtype if wider.
 
         It is read from the same hidden state as the token's log-prob.
         """

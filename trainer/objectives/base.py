@@ -1,11 +1,12 @@
 """Base class and registry of objectives: per-token losses computed from the sampled tokens of a micro-batch.
 
-An objective does nothing else. Masks, packing, micro-batches, ranks, normalisation, clipping and the optimizer are handled by
-the step. It sees sampled tokens only, so prompt tokens cannot contribute; it returns losses that are neither averaged nor
-normalised, so the cuts of a step cannot matter. An objective that depends on the whole step declares `scope = Scope.BATCH`
-and gets its statistics from three methods, of which the first two are optional:
+An objective does nothing else. Masks, packing, micro-batches, ranks, normalisation, clipping and the
+optimizer are handled by the step. It sees sampled tokens only, so prompt tokens cannot contribute; it returns
+losses that are neither averaged nor normalised, so the cuts of a step cannot matter. An objective that
+depends on the whole step declares `scope = Scope.BATCH` and gets its statistics from three methods, of which
+the first two are optional:
 
-    observe(batch) -> vectors     once per micro-batch; the vectors are concatenated over micro-batches and ranks
+    observe(batch) -> vectors     once per micro-batch; concatenated over micro-batches and ranks
     summarize(vectors) -> stats   once, with the same result on every rank
     losses(batch, stats)          stats are empty under scope GROUP
 
@@ -55,11 +56,14 @@ class Need(StrEnum):
     """An input that is computed only for objectives that ask for it."""
 
     PROX = "prox"
-    """Log-probs under the weights at the start of the step. Free: with one optimizer step a batch they are `logp_S`, detached."""
+    """Log-probs under the weights at the start of the step.
+
+    Free: with one optimizer step a batch they are `logp_S`, detached.
+    """
     REF = "ref"
     """Log-probs under a frozen reference model: one more forward."""
     COLLISION = "collision"
-    """Sum over the vocabulary of the squared probabilities at each sampled token: one more pass over the logits."""
+    """Sum over the vocabulary of squared probabilities at each token: one more pass over the logits."""
     ENTROPY = "entropy"
     """An entropy that carries gradient: its softmax is kept for the backward."""
 
@@ -69,7 +73,10 @@ class TokenLosses:
     """The result of `Objective.losses`."""
 
     loss_S: Tensor
-    """Loss of each sampled token. Its gradient reaches only its own token's log-prob, so that masks compose."""
+    """Loss of each sampled token.
+
+    Its gradient reaches only its own token's log-prob, so that masks compose.
+    """
     counted_S: Tensor | None = None
     """bool: tokens that count in the normaliser. None: all, also those whose loss was masked to zero."""
     means: dict[str, Tensor] = field(default_factory=dict)
@@ -81,7 +88,10 @@ StepStats = Mapping[str, Tensor]
 
 
 class Objective(ABC):
-    """Base of all objectives. A subclass may shadow class attributes with properties where they depend on settings."""
+    """Base of all objectives.
+
+    A subclass may shadow class attributes with properties where they depend on settings.
+    """
 
     scope: Scope = Scope.GROUP
     """BATCH: the losses depend on the whole step."""
@@ -92,18 +102,18 @@ class Objective(ABC):
     one_sequence_per_microbatch: bool = False
     """True: every sequence is a micro-batch of its own (for autograd's gradient of each sequence)."""
     late_coefficients: bool = False
-    """True: `gradients` multiplies the losses by coefficients found after the backward, so no term may be added to them."""
+    """True: `gradients` scales the losses after the backward, so no other term may be added to them."""
     skips_zero_advantage: bool = True
-    """True: a group whose advantages are all zero has no gradient, so it counts in the normaliser but is not run."""
+    """True: a group whose advantages are all zero has no gradient, so it is counted but not run."""
     single_version: bool = False
-    """True: all samples of a group must come from one weight version (`buffer.group_filter=single_version`)."""
+    """True: a group's samples must come from one weight version (`buffer.group_filter=single_version`)."""
     advantage: Advantage | None = None
     """Set where the method prescribes its own advantage; it replaces the configured one."""
     normalizer: str | None = None
     """Set where the method prescribes its own normaliser; it replaces the configured one."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Raises ConfigError for a class that sets an attribute by an earlier name, which would have no effect."""
+        """Raises ConfigError for a class that sets an attribute by its earlier name, to no effect."""
         super().__init_subclass__(**kwargs)
         for old, new in _RENAMED.items():
             if old in vars(cls) or old in vars(cls).get("__annotations__", {}):
@@ -111,7 +121,10 @@ class Objective(ABC):
 
     @abstractmethod
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
-        """Per-token losses of one micro-batch. Must be finite for any finite log-ratio. Both arguments are positional."""
+        """Per-token losses of one micro-batch.
+
+        Must be finite for any finite log-ratio. Both arguments are positional.
+        """
 
     def observe(self, batch: SampledTokens) -> dict[str, Tensor]:
         """Vectors of any length that `summarize` needs of this micro-batch; called without gradient."""
@@ -126,9 +139,10 @@ class Objective(ABC):
         return 1.0
 
     def gradients(self, policy: Policy, ranks: Ranks) -> Gradients:
-        """The accumulator that turns micro-batch losses into the step's gradient; called once, with the sharded policy.
+        """The accumulator of the step's gradient. Called once, with the sharded policy.
 
-        Overridden by methods that need more than a sum, such as a baseline from the norms of each sequence's gradient.
+        Overridden by methods that need more than a sum, such as a baseline from the norms of each sequence's
+        gradient.
         """
         return Gradients()
 

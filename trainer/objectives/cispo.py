@@ -1,9 +1,10 @@
-"""CISPO (MiniMax-M1, arXiv 2506.13585): REINFORCE with a clipped, detached token ratio, so that no token loses its gradient.
+"""CISPO (MiniMax-M1, arXiv 2506.13585): REINFORCE weighted by a clipped, detached token ratio.
 
     loss_t = -sg(min(r_t, high)) A_t log pi_t,  r_t = pi_t / mu_t
 
-PPO's clip drops exactly the rare tokens whose probability moves most; this one only limits their weight. It equals
-token-level truncated importance sampling (`tis.py`) with its own name and default. No lower bound, as published.
+No token loses its gradient: PPO's clip drops the rare tokens whose probability moves most, this one limits
+their weight. It equals token-level truncated importance sampling (`tis.py`) with its own name and default. No
+lower bound, as published.
 """
 
 from __future__ import annotations

@@ -2,12 +2,13 @@
 
     losses = mask * (objective + kl.coef * KL(pi || ref) - entropy_coef * entropy)
 
-`build_objective` returns the bare objective where none of these is configured. The KL penalty on rewards is not part of the
-loss (see `trainer/step/reward_terms.py`).
+`build_objective` returns the bare objective where none of these is configured. The KL penalty on rewards is
+not part of the loss (see `trainer/step/reward_terms.py`).
 
-Estimators of KL(pi || ref) from one token, with x = log(pi / ref): k1 = x, k2 = x^2 / 2, k3 = exp(-x) - 1 + x. k2 and k3 are never
-negative; k1 and k3 are unbiased. In a loss their gradients matter: on-policy, the gradient of k2 is that of KL(pi || ref), the
-gradient of k3 that of KL(ref || pi), and the gradient of k1 is zero in expectation.
+Estimators of KL(pi || ref) from one token, with x = log(pi / ref): k1 = x, k2 = x^2 / 2, k3 = exp(-x) - 1 +
+x. k2 and k3 are never negative; k1 and k3 are unbiased. In a loss their gradients matter: on-policy, the
+gradient of k2 is that of KL(pi || ref), the gradient of k3 that of KL(ref || pi), and the gradient of k1 is
+zero in expectation.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ if TYPE_CHECKING:
 
 
 def kl_estimate(log_ratio: Tensor, *, estimator: str) -> Tensor:
-    """Element-wise estimate of KL(pi || ref) from log(pi / ref), any shape. `estimator`: `k1` | `k2` | `k3`."""
+    """Element-wise estimate of KL(pi || ref) from log(pi / ref), any shape.
+
+    `estimator`: `k1` | `k2` | `k3`.
+    """
     if estimator == "k1":
         return log_ratio
     if estimator == "k2":
@@ -44,7 +48,7 @@ def kl_estimate(log_ratio: Tensor, *, estimator: str) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Composed(Objective):
-    """An objective with masks and terms around it; attributes are the inner objective's unless a term changes them."""
+    """An objective with masks and terms; other attributes are the inner objective's."""
 
     inner: Objective
     """The objective without masks and terms."""
@@ -84,7 +88,7 @@ class Composed(Objective):
     @property
     def skips_zero_advantage(self) -> bool:  # type: ignore[override]
         """False where a term or mask also concerns tokens with zero advantage."""
-        # A mask that changes the normaliser, or gathers statistics of the step, needs the tokens of every group.
+        # A mask that changes the normaliser or gathers statistics of the step needs all groups.
         masks_allow = all(mask.denominator == "original" and mask.scope is Scope.GROUP for mask in self.masks)
         return self.inner.skips_zero_advantage and masks_allow and not self.kl and not self.entropy_coef
 
@@ -122,7 +126,8 @@ class Composed(Objective):
     def observe(self, batch: SampledTokens) -> dict[str, Tensor]:
         """The vectors of objective and masks; a mask's names begin with its index in the list.
 
-        The inner objective still sees the tokens that masks of scope BATCH will drop, which are not known yet.
+        The inner objective still sees the tokens that masks of scope BATCH will drop, which are not known
+        yet.
         """
         of_group = [(index, mask) for index, mask in enumerate(self.masks) if mask.scope is Scope.GROUP]
         observed = self.inner.observe(self._masked(batch, {}, of_group))
@@ -142,7 +147,7 @@ class Composed(Objective):
     def _masked(
         self, batch: SampledTokens, stats: StepStats, masks: Sequence[tuple[int, Mask]]
     ) -> SampledTokens:
-        """The batch with `kept_S` and `counted_S` set by these masks, each given with its index in the list."""
+        """The batch with `kept_S` and `counted_S` set by these masks, given with their list indices."""
         kept_S, counted_S = batch.kept_S, batch.counted_S
         for index, mask in masks:
             mask_S = mask.kept_S(batch, _part(stats, f"{index}/"))
@@ -163,8 +168,8 @@ def build_objective(
 ) -> Objective:
     """Builds the configured objective with its masks and terms. Raises ConfigError.
 
-    `settings`: the section `objective`, with an optional list `masks`. `max_tokens`: the job's limit of sampled tokens, for an
-    objective that has a setting of that name and was not given one.
+    `settings`: the section `objective`, with an optional list `masks`. `max_tokens`: the job's limit of
+    sampled tokens, for an objective that has a setting of that name and was not given one.
     """
     bare = dict(settings)
     job = {"max_tokens": max_tokens} if max_tokens else {}
@@ -173,7 +178,8 @@ def build_objective(
     in_loss = kl if kl is not None and kl.coef and kl.place == "loss" else None
     if inner.late_coefficients and (in_loss is not None or entropy_coef):
         raise ConfigError(
-            f"{type(inner).__name__} allows no other terms in its loss: use kl.place=reward and no entropy bonus"
+            f"{type(inner).__name__} allows no other terms in its loss: "
+            "use kl.place=reward and no entropy bonus"
         )
     if not masks and in_loss is None and not entropy_coef:
         return inner
@@ -181,7 +187,7 @@ def build_objective(
 
 
 def _part(named: StepStats, prefix: str) -> dict[str, Tensor]:
-    """The entries of the mask with this prefix, with the prefix removed; for '', those of the inner objective."""
+    """The entries of the mask with this prefix, which is removed; for '', those of the inner objective."""
     if not prefix:
         return {name: value for name, value in named.items() if "/" not in name}
     return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}

@@ -1,12 +1,12 @@
-"""DCPO (arXiv 2509.02333): PPO's clip with bounds that widen for tokens that the behaviour policy found unlikely.
+"""DCPO (arXiv 2509.02333): PPO's clip with wider bounds for tokens that the behaviour policy found unlikely.
 
     loss_t = max(-A r, -A clip(r, low(q), high(q))),  r = pi_t / mu_t,  q = mu_t
     low(q)  = 1/2 + 1/2 sqrt(max(1 - 4 clip_low / q, 0))
     high(q) = min(1/2 + 1/2 sqrt(1 + 4 clip_high / q), max_ratio)
 
-PPO bounds the ratio, so a rare token may hardly gain probability at all. DCPO bounds |(r - 1) pi_t|, the moved probability
-times the ratio, which solves to the bounds above. Left out: its smoothing of advantages over a prompt's history, because
-prompts seldom recur here.
+PPO bounds the ratio, so a rare token may hardly gain probability at all. DCPO bounds |(r - 1) pi_t|, the
+moved probability times the ratio, which solves to the bounds above. Left out: its smoothing of advantages
+over a prompt's history, because prompts seldom recur here.
 """
 
 from __future__ import annotations

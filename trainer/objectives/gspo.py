@@ -1,10 +1,10 @@
-"""GSPO (arXiv 2507.18071): PPO's clip on the sequence's geometric mean ratio, so a sequence is clipped as a whole.
+"""GSPO (arXiv 2507.18071): PPO's clip on the geometric mean ratio of the whole sequence.
 
     loss = max(-A s, -A clip(s, 1 - clip_low, 1 + clip_high)),  s = exp(mean_t log(pi_t / mu_t))
 
-Each token carries `sg(s) pi_t / sg(pi_t)`, whose value is s and whose gradient reaches its own log-prob only (GSPO-token);
-with `trainer.normalizer=seq_mean_token_mean`, the paper's, the sum over tokens is the sequence's clipped s. The bounds are
-tiny because s is a mean.
+Each token carries `sg(s) pi_t / sg(pi_t)`, whose value is s and whose gradient reaches its own log-prob only
+(GSPO-token); with `trainer.normalizer=seq_mean_token_mean`, the paper's, the sum over tokens is the
+sequence's clipped s. The bounds are tiny because s is a mean.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ class Gspo(Objective):
     """`max(-A s, -A clip(s, 1 - clip_low, 1 + clip_high))`"""
 
     clip_low: float = 3e-4
-    """A ratio s below 1 - clip_low is not lowered further. On stale data 3e-4 clips nearly everything: try .05 and more."""
+    """A ratio s below 1 - clip_low is not lowered further.
+
+    On stale data 3e-4 clips nearly everything: try .05 and more.
+    """
     clip_high: float = 4e-4
     """A ratio s above 1 + clip_high is not raised further."""
 

@@ -1,7 +1,7 @@
-"""Importance ratios between two policies, per token, per sequence (product) or as a sequence's geometric mean.
+"""Importance ratios of two policies: per token, per sequence (product), or as the geometric mean.
 
-All are computed in log space with the exponent clamped to +-20, so a log-ratio of a thousand gives a large weight and not
-infinity.
+All are computed in log space with the exponent clamped to +-20, so a log-ratio of a thousand gives a large
+weight and not infinity.
 
 Shape suffixes: S sampled tokens, N sequences, B sequences of the whole step.
 """
@@ -28,7 +28,7 @@ def check_level(key: str, level: str) -> None:
 
 
 def ratio_S(batch: SampledTokens, log_ratio_S: Tensor, *, level: str) -> Tensor:
-    """[S] exp of the log-ratio [S], detached: of the token itself, of its sequence's sum, or of its sequence's mean."""
+    """[S] detached exp of log-ratios [S]: of each token, of its sequence's sum, or of its sequence's mean."""
     log_ratio_S = log_ratio_S.detach()
     if level == "sequence":
         log_ratio_S = batch.spread_S(batch.sum_N(log_ratio_S))

@@ -1,10 +1,10 @@
-"""M2PO (arXiv 2510.01161): bounds the second moment of the log-ratio over the step by dropping the fewest extreme tokens.
+"""M2PO (arXiv 2510.01161): bounds the step's second moment of the log-ratio by dropping extreme tokens.
 
     loss_t = -A r [kept],  r = pi_t / mu_t;  mean over kept tokens of (log(mu_t / prox_t))^2 < threshold
 
-A clip treats every token alike however stale the batch is. Here the tokens with the largest squared log-ratio are dropped
-until the mean over the rest is below the threshold, and the rest is trained on without a clip. The set depends on the whole
-step: scope BATCH. Dropped tokens stay in the normaliser.
+A clip treats every token alike however stale the batch is. Here the tokens with the largest squared log-ratio
+are dropped until the mean over the rest is below the threshold, and the rest is trained on without a clip.
+The set depends on the whole step: scope BATCH. Dropped tokens stay in the normaliser.
 """
 
 from __future__ import annotations

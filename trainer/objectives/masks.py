@@ -1,11 +1,13 @@
-"""Masks decide which tokens an objective may learn from. They compose with any objective and with one another.
+"""Masks decide which tokens an objective may learn from.
+
+They compose with any objective and with one another.
 
     objective: {name: vespo, masks: [{name: stapo}, {name: opsm, delta: 0.05}]}
 
-A mask gets the same input as an objective and may depend on the whole step through the same methods (`observe`, `summarize`,
-then `kept_S`). A token that any mask drops has no loss and no gradient; with `denominator=kept` it also leaves the
-normaliser. Quantities of whole sequences (W, V*) still include dropped tokens: a sequence's importance weight does not change
-because one of its tokens is not trained on.
+A mask gets the same input as an objective and may depend on the whole step through the same methods
+(`observe`, `summarize`, then `kept_S`). A token that any mask drops has no loss and no gradient; with
+`denominator=kept` it also leaves the normaliser. Quantities of whole sequences (W, V*) still include dropped
+tokens: a sequence's importance weight does not change because one of its tokens is not trained on.
 
 Shape suffixes: S sampled tokens, N sequences.
 """
@@ -82,10 +84,13 @@ class Band(Mask):
 @MASKS.register("opsm")
 @dataclass(frozen=True, kw_only=True)
 class Opsm(Mask):
-    """Off-policy sequence masking (DeepSeek-V3.2): drops sequences with A < 0 that have already become unlikely."""
+    """Off-policy sequence masking (DeepSeek-V3.2): drops sequences with A < 0 that have become unlikely."""
 
     delta: float = 0.05
-    """Largest mean of log(mu / pi), in nats per token, of a sequence with A < 0. Keep it above the engine's mismatch."""
+    """Largest mean of log(mu / pi), in nats per token, of a sequence with A < 0.
+
+    Keep it above the engine's mismatch.
+    """
 
     def kept_S(self, batch: SampledTokens, stats: StepStats) -> Tensor:
         """All but sequences with A < 0 and a mean of log(mu / pi) above delta."""

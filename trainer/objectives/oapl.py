@@ -3,16 +3,16 @@
     loss = mean over sequences of [ beta2 sum_t log(pi_t / mu_t) - (R - V*) ]^2
     V*   = beta1 log mean_j exp(R_j / beta1)   over the group
 
-The optimum of reward with a KL penalty towards the behaviour policy satisfies `beta2 log(pi / mu) = R - V*`. No factor 1/2, no
-division by length, no clip. A group with equal rewards still pulls pi back to mu.
+The optimum of reward with a KL penalty towards the behaviour policy satisfies `beta2 log(pi / mu) = R - V*`.
+No factor 1/2, no division by length, no clip. A group with equal rewards still pulls pi back to mu.
 
-`R - V*` is the method's own advantage, so a group is complete where advantages are computed and may be cut over micro-batches
-afterwards. In value, each token carries an equal share of its sequence's squared residual, in gradient its own derivative, so
-masks compose.
+`R - V*` is the method's own advantage, so a group is complete where advantages are computed and may be cut
+over micro-batches afterwards. In value, each token carries an equal share of its sequence's squared residual,
+in gradient its own derivative, so masks compose.
 
-Addition: a default for beta2. It weighs a nat of the whole sequence, and log-ratios grow with length, so it must shrink with
-length: 1e-3 for thousands of tokens, .25 at 64, .3 at about ten. The default is a power law through the first two, capped at
-the third.
+Addition: a default for beta2. It weighs a nat of the whole sequence, and log-ratios grow with length, so it
+must shrink with length: 1e-3 for thousands of tokens, .25 at 64, .3 at about ten. The default is a power law
+through the first two, capped at the third.
 
 Shape suffixes: S sampled tokens, N sequences, G samples of a group.
 """
@@ -82,7 +82,7 @@ class Oapl(Objective):
         return SoftAdvantage(beta1=self.beta1)
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
-        """The squared residual, spread over the sequence's tokens; `residual_abs` is the mean absolute residual."""
+        """The squared residual, spread over the sequence's tokens; `residual_abs` is the mean |residual|."""
         beta2 = self.beta2 or default_beta2(self.max_tokens)
         residual_N = beta2 * batch.log_w_N - batch.mean_N(batch.advantage_S)
         share_S = batch.spread_S(residual_N.square() / batch.length_N.clamp(min=1))

@@ -1,19 +1,20 @@
 """PPO's clipped surrogate (arXiv 1707.06347), and the decoupled form for data older than the last weights.
 
     ppo            loss_t = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)),  r = pi_t / mu_t
-    decoupled_ppo  loss_t = sg(w) max(-A r, -A clip(r, 1 - clip, 1 + clip)),     r = pi_t / prox_t,  w = prox_t / mu_t
+    decoupled_ppo  loss_t = sg(w) max(-A r, -A clip(r, 1 - clip, 1 + clip)),
+                   r = pi_t / prox_t,  w = prox_t / mu_t
 
-`ppo`: with DAPO's bounds (arXiv 2503.14476) a ratio may rise further than it may fall. `dual_clip` bounds the loss of a token
-with A < 0 that has become likelier (arXiv 1912.09729).
+`ppo`: with DAPO's bounds (arXiv 2503.14476) a ratio may rise further than it may fall. `dual_clip` bounds the
+loss of a token with A < 0 that has become likelier (arXiv 1912.09729).
 
-`decoupled_ppo` (arXiv 2110.00641; AReaL, arXiv 2505.24298): clips around prox, the weights at the start of the step, and
-corrects for the data's age by the weight w. With one optimizer step a batch and prox recomputed, r is 1 and the clip has no
-effect: the weight alone corrects for staleness.
+`decoupled_ppo` (arXiv 2110.00641; AReaL, arXiv 2505.24298): clips around prox, the weights at the start of
+the step, and corrects for the data's age by the weight w. With one optimizer step a batch and prox
+recomputed, r is 1 and the clip has no effect: the weight alone corrects for staleness.
 
-A-3PO (`prox=interpolated`) puts prox between mu and pi instead, so that the clip takes effect: log prox = log mu + alpha
-(log pi - log mu), alpha = (v - 1 - v_b) / (v - v_b) for a token sampled by version v_b, where v is the version that the step
-will make. In terms of the token's lag at the start of the step, alpha = lag / (lag + 1). (The forward that A-3PO saves
-elsewhere does not exist here, where the recomputed prox is pi, detached.)
+A-3PO (`prox=interpolated`) puts prox between mu and pi instead, so that the clip takes effect: log prox = log
+mu + alpha (log pi - log mu), alpha = (v - 1 - v_b) / (v - v_b) for a token sampled by version v_b, where v is
+the version that the step will make. In terms of the token's lag at the start of the step, alpha = lag / (lag
++ 1). (The forward that A-3PO saves elsewhere does not exist here, where the recomputed prox is pi, detached.)
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ from trainer.objectives.importance import check_level, live_ratio_S, ratio_S
 
 
 def clipped_surrogate(ratio_S: Tensor, bounded_S: Tensor, advantage_S: Tensor) -> tuple[Tensor, Tensor]:
-    """([S] `max(-A r, -A bounded)`, [S] bool: the bound has cut the token off). Both ratios carry the gradient."""
+    """([S] `max(-A r, -A bounded)`, [S] bool: the bound has cut the token off).
+
+    Both ratios carry the gradient.
+    """
     loss_S = torch.maximum(-advantage_S * ratio_S, -advantage_S * bounded_S)
     return loss_S, (advantage_S * (ratio_S - bounded_S) > 0).detach()
 
@@ -76,7 +80,7 @@ class DecoupledPpo(Objective):
     clip: float = 0.2
     """Half-width of the band around 1 in which pi / prox is not clipped."""
     prox: str = "recomputed"
-    """`recomputed` (log-probs at the start of the step) | `interpolated` between mu and pi by the token's lag (A-3PO)."""
+    """`recomputed` (weights at the start of the step) | `interpolated` between mu and pi by lag (A-3PO)."""
     level: str = "token"
     """Level of the weight: `token` | `sequence` | `geometric`."""
     mode: str = "truncate"
@@ -99,7 +103,7 @@ class DecoupledPpo(Objective):
         return frozenset({Need.PROX} if self.prox == "recomputed" else ())
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
-        """The weighted surrogate; `clipped_fraction` counts tokens cut by clip or cap, `kept_fraction` those not masked."""
+        """The weighted surrogate; `clipped_fraction`: cut by clip or cap, `kept_fraction`: not masked."""
         prox_logp_S = self.prox_logp_S(batch)
         r_S = live_ratio_S(batch.logp_S, prox_logp_S)
         loss_S, clipped_S = clipped_surrogate(r_S, r_S.clamp(1 - self.clip, 1 + self.clip), batch.advantage_S)

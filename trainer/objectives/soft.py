@@ -1,12 +1,15 @@
-"""Soft gates instead of PPO's hard clip: the further a token's ratio from 1, the less is learned from it, without an edge.
+"""SAPO and MASPO: soft gates instead of PPO's hard clip, so that a token's gradient fades with its ratio.
 
     sapo   (arXiv 2511.20347)  loss_t = -A (4 / tau) sigmoid(tau (r - 1)),  r = pi_t / mu_t
-    maspo  (arXiv 2602.17550)  loss_t = -sg(F) r A,  F = exp(-(r - 1)^2 / (2 sigma_t^2)) on the side that PPO would clip, else 1
-                               sigma_t = sigma mu_t^-alpha (1 + beta A) for A > 0, sigma mu_t^-alpha / (1 - beta A) for A < 0
+    maspo  (arXiv 2602.17550)  loss_t = -sg(F) r A,
+                               F = exp(-(r - 1)^2 / (2 sigma_t^2)) where A (r - 1) > 0, else 1,
+                               sigma_t = sigma mu_t^-alpha (1 + beta A)    for A > 0,
+                               sigma_t = sigma mu_t^-alpha / (1 - beta A)  for A < 0
 
-SAPO's slope at r = 1 is that of the plain surrogate and falls off on both sides; tau is larger for A < 0, because such a
-token's gradient spreads over the whole vocabulary. MASPO's gate is wider for tokens that the behaviour policy found unlikely
-and for large positive advantages. Addition: sigma_t is capped at `max_sigma`.
+SAPO's slope at r = 1 is that of the plain surrogate and falls off on both sides; tau is larger for A < 0,
+because such a token's gradient spreads over the whole vocabulary. MASPO gates only the side that PPO would
+clip; its gate is wider for tokens that the behaviour policy found unlikely and for large positive advantages.
+Addition: sigma_t is capped at `max_sigma`.
 """
 
 from __future__ import annotations

@@ -3,13 +3,13 @@
     reinforce  loss_t = -A log pi_t
     tis        loss_t = -sg(w) A log pi_t,  w from pi / mu at `level`
 
-`mode=truncate` takes min(w, cap): low variance, biased towards the behaviour policy. `mode=mask` takes w inside [low, high] and
-zero outside (IcePop), so that what is too far off is not learned from. A masked token may leave the normaliser
-(`denominator=kept`) or stay in it (`original`: a bad batch then takes a smaller step). To reject by the ratio of another level
-on top of either, add the mask `band`.
+`mode=truncate` takes min(w, cap): low variance, biased towards the behaviour policy. `mode=mask` takes w
+inside [low, high] and zero outside (IcePop), so that what is too far off is not learned from. A masked token
+may leave the normaliser (`denominator=kept`) or stay in it (`original`: a bad batch then takes a smaller
+step). To reject by the ratio of another level on top of either, add the mask `band`.
 
-A fixed sequence-level band filters by length: the mismatch between engine and trainer alone gives a standard deviation of
-log W of about .031 sqrt(L).
+A fixed sequence-level band filters by length: the mismatch between engine and trainer alone gives a standard
+deviation of log W of about .031 sqrt(L).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class TruncatedIS(Objective):
     denominator: str = "original"
     """What masked tokens do in the normaliser: `original` (they count) | `kept` (they do not)."""
     normalize: bool = False
-    """Divide the weights by their mean over the step (over tokens, or over sequences for the other levels). Scope BATCH."""
+    """Divide weights by their mean over the step's tokens (sequences for the other levels). Scope BATCH."""
 
     def __post_init__(self) -> None:
         check_level("objective.level", self.level)

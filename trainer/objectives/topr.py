@@ -1,9 +1,9 @@
-"""TOPR (arXiv 2503.14286), tapered off-policy REINFORCE: bad samples lose weight as they become unlikely, good ones do not.
+"""TOPR (arXiv 2503.14286): off-policy REINFORCE in which bad samples lose weight as they become unlikely.
 
     loss_t = -w A log pi_t,  w = 1 for A >= 0,  w = sg(clip(W, 0, 1)) for A < 0,  W = prod_t pi_t / mu_t
 
-Lowering what is already unlikely is what makes off-policy REINFORCE diverge; raising good samples is supervised learning and
-cannot. Addition: W at the levels `token` and `geometric`.
+Lowering what is already unlikely is what makes off-policy REINFORCE diverge; raising good samples is
+supervised learning and cannot. Addition: W at the levels `token` and `geometric`.
 """
 
 from __future__ import annotations

@@ -1,18 +1,21 @@
-"""VCPO: variance-controlled policy optimisation for stale batches (arXiv 2602.17616). Three parts, each usable alone.
+"""VCPO: variance-controlled policy optimisation for stale batches (arXiv 2602.17616).
+
+Three parts, each usable alone.
 
     loss_i    = -sg(w_i) (A_i - b*) sum_t log pi_t / L_i
     weight    w_i = min(W_i, cap),  W_i = prod_t pi_t / mu_t of the sequence
-    step size lr * sqrt(min(1, rho / rho_ref)),  rho = ESS / B of the untruncated W over all B sequences of the step
-    baseline  b* = sum_i m_i A_i / sum_i m_i,  m_i = ||w_i grad log pi_i / L_i||^2, which minimises the gradient's variance
+    step size lr * sqrt(min(1, rho / rho_ref)),  rho = ESS / B of the untruncated W of the step's B sequences
+    baseline  b* = sum_i m_i A_i / sum_i m_i,  m_i = ||w_i grad log pi_i / L_i||^2
 
-b* commutes with what an advantage does to a group's rewards: with A = (R - mean) / std it is the b* of the rewards less their
-mean, over std, and A - b* is the paper's (R - b*) / std. So the configured advantage is the scale (`grpo` divides by the
-population standard deviation, `dr_grpo` does not divide) and a group without spread stays exactly zero. m_i is computed from
-the gradient that is used, so truncation, masks and the normaliser's 1 / L_i are included. A per-token advantage counts by its
-mean over the sequence.
+b* minimises the variance of the gradient. It commutes with what an advantage does to a group's rewards: with
+A = (R - mean) / std it is the b* of the rewards less their mean, over std, and A - b* is the paper's (R - b*)
+/ std. So the configured advantage is the scale (`grpo` divides by the population standard deviation,
+`dr_grpo` does not divide) and a group without spread stays exactly zero. m_i is computed from the gradient
+that is used, so truncation, masks and the normaliser's 1 / L_i are included. A per-token advantage counts by
+its mean over the sequence.
 
-rho above rho_ref does not raise the step size. Adam cancels the scale of a gradient but not of the learning rate, which is why
-the method scales the latter.
+rho above rho_ref does not raise the step size. Adam cancels the scale of a gradient but not of the learning
+rate, which is why the method scales the latter.
 
 Shape suffixes: S sampled tokens, N sequences, B sequences of the whole step.
 """
@@ -57,14 +60,21 @@ class Vcpo(Objective):
     step_size: str = "sqrt"
     """Factor on the learning rate, with x = min(1, rho / rho_ref): `sqrt` of x | `linear`, x | `none`, 1."""
     rho_ref: float = 1.0
-    """ESS ratio with the full step size: 1, or the job's on-policy value (.55 for several turns in the paper)."""
+    """ESS ratio of a full step size: 1, or the job's on-policy value (.55 for several turns in the paper)."""
     baseline: str = "group"
     """Samples that share one b*: `group` (of a prompt) | `batch` (of the step) | `none` (no baseline)."""
     norms: str = "ghost"
-    """Computation of ||grad log pi_i||: `ghost` (exact, from activations and their gradients) | `exact` (autograd, one
-    backward per sequence: any architecture, slow) | `proxy` (norm of the logits' gradient only; one pass over the logits)."""
+    """Computation of ||grad log pi_i||: `ghost` | `exact` | `proxy`.
+
+    `ghost`: exact, from activations and their gradients. `exact`: by autograd, one backward per sequence;
+    slow, but for any architecture. `proxy`: norm of the gradient of the logits only; one pass over the
+    logits.
+    """
     leave_one_out: bool = False
-    """Each sample's b* is computed from the others of its group, which removes its bias. Not with `norms=exact`."""
+    """Each sample's b* is computed from the others of its group, which removes its bias.
+
+    Not with `norms=exact`.
+    """
     normalizer: str = "seq_mean_token_mean"
     """Normaliser of the loss; replaces `trainer.normalizer`."""
 
@@ -106,11 +116,11 @@ class Vcpo(Objective):
 
     @property
     def skips_zero_advantage(self) -> bool:  # type: ignore[override]
-        """False where groups with zero advantage matter: for the effective sample size, or for a b* of the step."""
+        """False where groups of zero advantage matter: for the effective sample size, or a b* of the step."""
         return self.step_size == "none" and self.baseline != "batch"
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
-        """`-w (A - b*) log pi`; where b* comes from the backward, `-w log pi`, which `gradients` multiplies by A - b*."""
+        """`-w (A - b*) log pi`; with late coefficients `-w log pi`, which `gradients` scales by A - b*."""
         weight_N = self._weights(batch)
         means = {
             "clipped_fraction": batch.log_w_N > math.log(self.cap) if self.cap else torch.zeros_like(weight_N)

@@ -1,12 +1,12 @@
-"""VESPO (arXiv 2602.10693): REINFORCE weighted by a soft, asymmetric kernel of the sequence's importance weight W.
+"""VESPO (arXiv 2602.10693): REINFORCE weighted by a soft, asymmetric kernel of the importance weight W.
 
     loss_t = -sg(phi(W)) A log pi_t
     phi(W) = W^k exp(lambda (1 - W)),  W = prod_t pi_t / mu_t
     (k, lambda) = (2, 3) for A >= 0,  (3, 2) for A < 0
 
-phi(1) = 1; phi peaks at W = k / lambda and falls off on both sides, so neither a sequence that has become unlikely nor one
-that has become much likelier dominates. W is the product over the sequence: its length-normalised form, or one (k, lambda) for
-both signs, breaks the method.
+phi(1) = 1; phi peaks at W = k / lambda and falls off on both sides, so neither a sequence that has become
+unlikely nor one that has become much likelier dominates. W is the product over the sequence: its
+length-normalised form, or one (k, lambda) for both signs, breaks the method.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Builds the StepRunner that a configuration describes: optimizer, reference model and critic around a sharded policy."""
+"""Builds the configured StepRunner: optimizer, reference model and critic around a sharded policy."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from trainer.step.runner import StepRunner
 def build_step_runner(config: Config, policy: Policy, ranks: Ranks, *, initial: str = "") -> StepRunner:
     """Returns a runner with a fresh optimizer. `policy` is sharded. Raises ConfigError.
 
-    `initial`: the model that the run started from. The critic starts from it, and it is the reference model where one is
-    needed and `kl.reference` names none.
+    `initial`: the model that the run started from. The critic starts from it, and it is the reference model
+    where one is needed and `kl.reference` names none.
     """
     trainer, recipe = config.trainer, StepRecipe.of(config)
     reference = None

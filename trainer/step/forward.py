@@ -1,4 +1,4 @@
-"""The forward passes over one micro-batch: the policy's, and the reference model's if the objective needs it."""
+"""The forward passes over a micro-batch: the policy's, and the reference model's if it is needed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from trainer.objectives import Need
 def forward(
     batch: PackedBatch, *, policy: Policy, reference: Policy | None, needs: Set[Need]
 ) -> SampledTokens:
-    """Log-probs of the micro-batch's sampled tokens, with whatever else `needs` names. Collective under FSDP2."""
+    """Log-probs of the micro-batch's sampled tokens, with whatever else `needs` names.
+
+    Collective under FSDP2.
+    """
     logp_S, entropy_S, collision_S = policy(batch)
     ref_logp_S = None
     if Need.REF in needs:

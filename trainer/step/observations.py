@@ -1,4 +1,4 @@
-"""Statistics of a whole step for an objective: vectors observed per micro-batch, gathered over all ranks and summarised."""
+"""Statistics of a whole step for an objective, from vectors observed per micro-batch on all ranks."""
 
 from __future__ import annotations
 
@@ -20,12 +20,18 @@ class Observations:
 
     @torch.no_grad()
     def add(self, tokens: SampledTokens, *, live: bool) -> None:
-        """Observes one micro-batch. `live=False`: a dummy, of which only the names of the vectors are kept."""
+        """Observes one micro-batch.
+
+        `live=False`: a dummy, of which only the names of the vectors are kept.
+        """
         observed = self._objective.observe(tokens)
         self._vectors.append(observed if live else {name: vector[:0] for name, vector in observed.items()})
 
     def summarize(self) -> StepStats:
-        """The objective's stats from all micro-batches of all ranks. Collective if the objective observes anything."""
+        """The objective's stats from all micro-batches of all ranks.
+
+        Collective if the objective observes anything.
+        """
         names = sorted(self._vectors[0]) if self._vectors else []
         gathered = {
             name: self._ranks.gather(torch.cat([vectors[name].double().cpu() for vectors in self._vectors]))

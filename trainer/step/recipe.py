@@ -29,7 +29,7 @@ class StepRecipe:
 
     @classmethod
     def of(cls, config: Config) -> Self:
-        """Raises ConfigError for an unknown name, a setting of the wrong type, or parts that do not go together."""
+        """Raises ConfigError for an unknown name, a wrong type, or parts that do not go together."""
         max_tokens, kl = config.sampling.max_new_tokens, config.kl
         settings = dict(config.advantage)
         shapings = settings.pop("shaping", None)
@@ -52,7 +52,7 @@ class StepRecipe:
 
     @property
     def estimator(self) -> Estimator:
-        """The advantage estimator that is used: the objective's own if it prescribes one, else the configured one."""
+        """The estimator in use: the objective's own if it prescribes one, else the configured one."""
         return self.objective.advantage or self.advantage
 
     @property
@@ -61,9 +61,9 @@ class StepRecipe:
         return Need.REF in self.objective.needs or self.kl is not None
 
     def check_stream(self, config: Config) -> None:
-        """Raises ConfigError if the buffer is configured to serve groups that the objective cannot train on."""
+        """Raises ConfigError if the buffer would serve groups that the objective cannot train on."""
         if self.objective.single_version and config.buffer.group_filter != "single_version":
             raise ConfigError(
-                "this objective needs every group from one weight version: set buffer.group_filter=single_version, "
+                "this objective needs groups of one weight version: set buffer.group_filter=single_version, "
                 "weights.update_mode=drain and weights.sync_interval (the preset objective=oapl does)"
             )

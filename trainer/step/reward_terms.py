@@ -2,12 +2,14 @@
 
     shapings in order -> R - kl.coef * sum_t KL_t(mu || ref) -> advantages
 
-The KL penalty is that of the behaviour policy mu, whose log-probs are recorded, so only the reference model needs a forward
-pass. It is a sum over the sample, so it also favours short answers; GAE charges each token with its own term. A greedy
-sample is shaped like its group but pays no penalty, because the recorded log-probs are not those of the sampling policy.
-Both changes are made on copies; metrics keep showing the task's reward.
+The KL penalty is that of the behaviour policy mu, whose log-probs are recorded, so only the reference model
+needs a forward pass. It is a sum over the sample, so it also favours short answers; GAE charges each token
+with its own term. A greedy sample is shaped like its group but pays no penalty, because the recorded
+log-probs are not those of the sampling policy. Both changes are made on copies; metrics keep showing the
+task's reward.
 
-Shape suffixes: S sampled tokens of a sample (of a micro-batch, for tensors), J groups of the step over all ranks.
+Shape suffixes: S sampled tokens of a sample (of a micro-batch, for tensors), J groups of the step over all
+ranks.
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ class RewardTerms:
         reference: Policy | None,
         budget_tokens: int,
     ) -> None:
-        """`kl`: the penalty; None: none. `reference`: model for the penalty. `budget_tokens`: of its micro-batches.
+        """`kl`: the penalty; None: none.
+
+        `reference`: model for the penalty. `budget_tokens`: of its micro-batches.
 
         Raises ConfigError for a penalty without a reference model.
         """
@@ -80,7 +84,10 @@ class RewardTerms:
         return Scope.GROUP
 
     def shape_group(self, group: TrajectoryGroup, *, ahead: Sequence[float] = ()) -> TrajectoryGroup:
-        """The group with shaped rewards. `ahead`: for each shaping, the share of groups that rank before this one."""
+        """The group with shaped rewards.
+
+        `ahead`: for each shaping, the share of groups that rank before this one.
+        """
         shares = ahead or [0.0] * len(self._shapings)
         for shaping, dual, share in zip(self._shapings, self.duals, shares, strict=True):
             rewards_G = shaping.rewards(group, ShapingContext(dual=dual, ahead=share))
@@ -88,7 +95,9 @@ class RewardTerms:
         return group
 
     def shape_step(self, groups: Sequence[TrajectoryGroup]) -> tuple[list[TrajectoryGroup], TokenPenalties]:
-        """This rank's groups with shaped and penalised rewards, and each token's share of the penalties. Collective.
+        """This rank's groups with shaped and penalised rewards, and each token's share of the penalties.
+
+        Collective.
 
         `groups`: this rank's share of the step, in recorded order.
         """
@@ -121,7 +130,7 @@ class RewardTerms:
         return {f"shaping_dual_{i}": self.duals[i] for i in with_dual}
 
     def restore(self, duals: Sequence[float]) -> None:
-        """Sets the dual variables from a checkpoint; if the number of shapings differs, warns and starts at zero."""
+        """Sets the dual variables from a checkpoint; warns and keeps zeros if their number differs."""
         if len(duals) == len(self.duals):
             self.duals = list(duals)
         else:
@@ -144,7 +153,10 @@ class RewardTerms:
         return shares
 
     def _kl_penalties(self, groups: Sequence[TrajectoryGroup]) -> TokenPenalties:
-        """kl.coef times the KL estimate at each sampled token; zeros for greedy samples. Collective with a penalty."""
+        """kl.coef times the KL estimate at each sampled token; zeros for greedy samples.
+
+        Collective with a penalty.
+        """
         if self._kl is None:
             return [[np.zeros(num_targets(t)) for t in group] for group in groups]
         assert self._reference is not None

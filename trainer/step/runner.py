@@ -1,11 +1,13 @@
-"""One optimizer step, from groups of trajectories to updated weights. `StepRunner.run` is the whole algorithm:
+"""One optimizer step, from groups of trajectories to updated weights.
 
-    groups -> rewards shaped -> advantages -> micro-batches -> forward, losses, backward -> ... -> divide -> clip -> AdamW
+`StepRunner.run` is the whole algorithm:
 
-Gradients of unnormalised sums accumulate while later groups are still being generated, and are divided once by global
-counts, so the result depends neither on the cuts nor on the number of ranks nor on the order of arrival. An objective of
-scope BATCH waits for the whole step and gets a pass without gradient first. All ranks run equal numbers of micro-batches
-(see `batching/microbatches.py`).
+    groups -> advantages -> micro-batches -> [forward -> losses -> backward]* -> divide -> clip -> AdamW
+
+Gradients of unnormalised sums accumulate while later groups are still being generated, and are divided once
+by global counts, so the result depends neither on the cuts nor on the number of ranks nor on the order of
+arrival. An objective of scope BATCH waits for the whole step and gets a pass without gradient first. All
+ranks run equal numbers of micro-batches (see `batching/microbatches.py`).
 
 A group whose advantages are all zero counts in the normaliser but is not run, unless the objective needs it.
 """
@@ -71,9 +73,10 @@ class StepRunner:
     ) -> None:
         """`build_step_runner` makes one from a configuration. `policy` and `reference` are sharded.
 
-        `budget_tokens`: most tokens of a micro-batch. `reference`: frozen model, for objectives that need one. `shapings`:
-        of rewards, in order. `kl`: penalty on rewards; None: none (one in the loss is part of the objective). `critic`: for
-        an advantage that needs one. Raises ConfigError if the objective's reference or the advantage's critic is missing.
+        `budget_tokens`: most tokens of a micro-batch. `reference`: frozen model, for objectives that need
+        one. `shapings`: of rewards, in order. `kl`: penalty on rewards; None: none (one in the loss is part
+        of the objective). `critic`: for an advantage that needs one. Raises ConfigError if the objective's
+        reference or the advantage's critic is missing.
         """
         if Need.REF in objective.needs and reference is None:
             raise ConfigError(
@@ -104,13 +107,15 @@ class StepRunner:
         num_groups: int | None = None,
         lags: Callable[[Trajectory], Lags] | None = None,
     ) -> dict[str, float]:
-        """One optimizer step after `step` completed ones. Collective. Returns metrics, equal on all ranks but for seconds.
+        """One optimizer step after `step` completed ones.
 
-        `groups`: this rank's share in recorded order (of all groups of the step, j goes to rank j mod world size). It may
-        block until the next group arrives; that time is reported as `wait_s`. What it raises passes through, and no update
-        is made. `num_groups`: how many groups all ranks together must have seen; with fewer, every rank raises
-        IncompleteStepError and makes no update. `lags`: the lag of each token of a trajectory, in optimizer steps; None: a
-        version is the number of steps before it.
+        Collective. Returns metrics, equal on all ranks but for seconds.
+
+        `groups`: this rank's share in recorded order (of all groups of the step, j goes to rank j mod world
+        size). It may block until the next group arrives; that time is reported as `wait_s`. What it raises
+        passes through, and no update is made. `num_groups`: how many groups all ranks together must have
+        seen; with fewer, every rank raises IncompleteStepError and makes no update. `lags`: the lag of each
+        token of a trajectory, in optimizer steps; None: a version is the number of steps before it.
         """
         timer, totals = PhaseTimer(_PHASES), StepTotals(self.advantages.extra_totals)
         observations = Observations(self._objective, self._ranks)
@@ -188,7 +193,7 @@ class StepRunner:
         *,
         live: bool,
     ) -> None:
-        """Adds a micro-batch to the step's totals; `num_tokens` and `num_seqs` are what counts in the normaliser."""
+        """Adds a micro-batch to the step's totals; `num_tokens` and `num_seqs` count in the normaliser."""
         totals.observe(tokens, losses, live=live)
         totals.add("counted_tokens", num_tokens if live else 0.0)
         totals.add("counted_seqs", num_seqs if live else 0.0)
@@ -196,14 +201,17 @@ class StepRunner:
         totals.add("num_microbatches", float(live))
 
     def _update(self, step: int, stats: StepStats, totals: StepTotals, timer: PhaseTimer) -> dict[str, float]:
-        """Divides the accumulated gradients, updates policy and critic, and returns the step's metrics. Collective.
+        """Divides the accumulated gradients, updates policy and critic, and returns the step's metrics.
 
-        Metrics: loss, grad_norm, lr, lr_scale, reward, reward_std, response_tokens, prompt_tokens, truncated_fraction,
-        num_groups, zero_advantage_groups, num_sequences, num_tokens (packed and run), num_microbatches (of all ranks),
-        ess_ratio, log_w_mean, log_w_std, kl_k3, entropy, clipped_fraction, kept_fraction, mismatch_abs (mean
-        |log(pi / mu)| of tokens that the current weights sampled, if there are any: the numerical mismatch of engine and
-        trainer), the objective's own, shaped_reward (where advantages are not computed from `reward`), shaping_dual_I (of a
-        shaping with a dual variable), the critic's, wait_s, compute_s, reduce_s, update_s, step_s.
+        Collective.
+
+        Metrics: loss, grad_norm, lr, lr_scale, reward, reward_std, response_tokens, prompt_tokens,
+        truncated_fraction, num_groups, zero_advantage_groups, num_sequences, num_tokens (packed and run),
+        num_microbatches (of all ranks), ess_ratio, log_w_mean, log_w_std, kl_k3, entropy, clipped_fraction,
+        kept_fraction, mismatch_abs (mean |log(pi / mu)| of tokens that the current weights sampled, if there
+        are any: the numerical mismatch of engine and trainer), the objective's own, shaped_reward (where
+        advantages are not computed from `reward`), shaping_dual_I (of a shaping with a dual variable), the
+        critic's, wait_s, compute_s, reduce_s, update_s, step_s.
         """
         lr_scale = self._objective.lr_scale(stats)
         lr = self.optimizer.learning_rate(step) * lr_scale

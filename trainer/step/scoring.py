@@ -1,11 +1,12 @@
 """The first stage of a step: turns groups of trajectories into training samples with advantages.
 
-    groups -> task rewards recorded -> rewards shaped -> advantages (by group, or by critic) -> rescaled over the step
+    groups -> task rewards recorded -> rewards shaped -> advantages (of group or critic) -> rescaled
 
-As long as nothing depends on the whole step, groups stream through one by one as they arrive. Greedy samples serve as
-baselines and are then left out.
+As long as nothing depends on the whole step, groups stream through one by one as they arrive. Greedy samples
+serve as baselines and are then left out.
 
-Shape suffixes: S sampled tokens (of one trajectory or of the step over all ranks), T tokens of one trajectory.
+Shape suffixes: S sampled tokens (of one trajectory or of the step over all ranks), T tokens of one
+trajectory.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ class AdvantagePipeline:
     ) -> Iterable[list[TrainingSample]]:
         """This rank's groups as samples with advantages.
 
-        If rewards and advantage are of scope GROUP, groups are taken lazily as they arrive. Otherwise the call is collective
-        and waits for the last group.
+        If rewards and advantage are of scope GROUP, groups are taken lazily as they arrive. Otherwise the
+        call is collective and waits for the last group.
         """
         recorded = (totals.recorded(group) for group in groups)
         if self._rewards.scope is Scope.GROUP and self._advantage.scope is Scope.GROUP:
@@ -89,7 +90,10 @@ class AdvantagePipeline:
         return self._critic is not None and step < self._critic.settings.critic_warmup_steps
 
     def train_critic(self, step: int) -> dict[str, float]:
-        """Trains the critic, if there is one, on this step's value targets; returns its metrics. Collective."""
+        """Trains the critic, if there is one, on this step's value targets; returns its metrics.
+
+        Collective.
+        """
         if self._critic is None:
             return {}
         targets, self._value_targets = self._value_targets, []
@@ -112,7 +116,10 @@ class AdvantagePipeline:
     def _critic_advantages(
         self, groups: Sequence[TrajectoryGroup], penalties: TokenPenalties
     ) -> list[list[FloatArray]]:
-        """[num_tokens] advantages of each sample by GAE; keeps the value targets for `train_critic`. Collective."""
+        """[num_tokens] advantages of each sample by GAE; keeps the value targets for `train_critic`.
+
+        Collective.
+        """
         assert self._critic is not None
         trajectories = [trajectory for group in groups for trajectory in group]
         token_penalties = [penalty_S for of_group in penalties for penalty_S in of_group]
