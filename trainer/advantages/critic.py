@@ -1,6 +1,6 @@
 """Trains the critic of `advantage=gae`: values for every sampled token, and regression towards their targets.
 
-    values(trajectories) -> [the policy's update] -> learn(targets): forward, backward and AdamW, `critic_updates` times
+    values(trajectories) -> [the policy's update] -> learn(targets): `critic_updates` AdamW updates
 
 The critic is a model of its own that starts from the policy's initial weights and is sharded and packed like
 the policy. Its losses are summed and divided once by the step's number of sampled tokens, so neither cuts nor

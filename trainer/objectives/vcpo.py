@@ -1,11 +1,9 @@
-"""VCPO: variance-controlled policy optimisation for stale batches (arXiv 2602.17616).
+"""VCPO (arXiv 2602.17616): variance control for stale batches, in three parts that are each usable alone.
 
-Three parts, each usable alone.
-
-    loss_i    = -sg(w_i) (A_i - b*) sum_t log pi_t / L_i
-    weight    w_i = min(W_i, cap),  W_i = prod_t pi_t / mu_t of the sequence
-    step size lr * sqrt(min(1, rho / rho_ref)),  rho = ESS / B of the untruncated W of the step's B sequences
-    baseline  b* = sum_i m_i A_i / sum_i m_i,  m_i = ||w_i grad log pi_i / L_i||^2
+    loss_i     = -sg(w_i) (A_i - b*) sum_t log pi_t / L_i
+    weight     w_i = min(W_i, cap),  W_i = prod_t pi_t / mu_t of the sequence
+    step size  lr * sqrt(min(1, rho / rho_ref)),  rho = ESS / B of the untruncated W of the step's B sequences
+    baseline   b* = sum_i m_i A_i / sum_i m_i,  m_i = ||w_i grad log pi_i / L_i||^2
 
 b* minimises the variance of the gradient. It commutes with what an advantage does to a group's rewards: with
 A = (R - mean) / std it is the b* of the rewards less their mean, over std, and A - b* is the paper's (R - b*)

@@ -22,7 +22,7 @@ from trainer.objectives.base import OBJECTIVES, Objective, SampledTokens, StepSt
 from trainer.objectives.importance import MAX_EXPONENT
 
 MIN_LOG_W = math.log(1e-8)
-"""Below this, W^k is held constant, so that k log W cannot underflow to infinity."""
+"""Floor of log W in `k log W`; smaller weights give the same factor."""
 
 
 @OBJECTIVES.register("vespo")

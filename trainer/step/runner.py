@@ -107,9 +107,9 @@ class StepRunner:
         num_groups: int | None = None,
         lags: Callable[[Trajectory], Lags] | None = None,
     ) -> dict[str, float]:
-        """One optimizer step after `step` completed ones.
+        """Runs one optimizer step after `step` completed ones. Collective.
 
-        Collective. Returns metrics, equal on all ranks but for seconds.
+        Returns the step's metrics (see `_update`), equal on all ranks except for times.
 
         `groups`: this rank's share in recorded order (of all groups of the step, j goes to rank j mod world
         size). It may block until the next group arrives; that time is reported as `wait_s`. What it raises
@@ -201,9 +201,7 @@ class StepRunner:
         totals.add("num_microbatches", float(live))
 
     def _update(self, step: int, stats: StepStats, totals: StepTotals, timer: PhaseTimer) -> dict[str, float]:
-        """Divides the accumulated gradients, updates policy and critic, and returns the step's metrics.
-
-        Collective.
+        """Divides the accumulated gradients, updates policy and critic, returns the metrics. Collective.
 
         Metrics: loss, grad_norm, lr, lr_scale, reward, reward_std, response_tokens, prompt_tokens,
         truncated_fraction, num_groups, zero_advantage_groups, num_sequences, num_tokens (packed and run),
