@@ -5,10 +5,14 @@
 `build_objective` returns the bare objective where none of these is configured. The KL penalty on rewards is
 not part of the loss (see `trainer/step/reward_terms.py`).
 
-Estimators of KL(pi || ref) from one token, with x = log(pi / ref): k1 = x, k2 = x^2 / 2, k3 = exp(-x) - 1 +
-x. k2 and k3 are never negative; k1 and k3 are unbiased. In a loss their gradients matter: on-policy, the
-gradient of k2 is that of KL(pi || ref), the gradient of k3 that of KL(ref || pi), and the gradient of k1 is
-zero in expectation.
+Estimators of KL(pi || ref) from one token, with x = log(pi / ref):
+
+    k1 = x                  unbiased
+    k2 = x^2 / 2            never negative
+    k3 = exp(-x) - 1 + x    unbiased, never negative
+
+In a loss their gradients matter: on-policy, the gradient of k2 is that of KL(pi || ref), the gradient of k3
+that of KL(ref || pi), and the gradient of k1 is zero in expectation.
 """
 
 from __future__ import annotations

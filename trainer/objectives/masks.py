@@ -1,6 +1,4 @@
-"""Masks decide which tokens an objective may learn from.
-
-They compose with any objective and with one another.
+"""Masks, which drop tokens from any objective's loss and compose with one another.
 
     objective: {name: vespo, masks: [{name: stapo}, {name: opsm, delta: 0.05}]}
 

@@ -1,10 +1,8 @@
-"""Normalisers: how per-token losses become one number.
+"""Normalisers turn the per-token losses of a step into one number.
 
-A setting of its own, so that no objective has it built in.
-
-A normaliser is a weight on each token's loss and a divisor that is known only at the end of the step:
-weighted sums are accumulated, and everything is divided once by the global divisor. A mean of micro-batch
-means would depend on the cuts.
+The choice is a setting of its own, so that no objective has it built in. A normaliser is a weight on each
+token's loss and a divisor that is known only at the end of the step: weighted sums are accumulated, and
+everything is divided once by the global divisor. A mean of micro-batch means would depend on the cuts.
 
     token_mean            sum of losses / tokens
     seq_mean_token_mean   sum of each sequence's mean loss / sequences

@@ -11,10 +11,13 @@ loss of a token with A < 0 that has become likelier (arXiv 1912.09729).
 the step, and corrects for the data's age by the weight w. With one optimizer step a batch and prox
 recomputed, r is 1 and the clip has no effect: the weight alone corrects for staleness.
 
-A-3PO (`prox=interpolated`) puts prox between mu and pi instead, so that the clip takes effect: log prox = log
-mu + alpha (log pi - log mu), alpha = (v - 1 - v_b) / (v - v_b) for a token sampled by version v_b, where v is
-the version that the step will make. In terms of the token's lag at the start of the step, alpha = lag / (lag
-+ 1). (The forward that A-3PO saves elsewhere does not exist here, where the recomputed prox is pi, detached.)
+A-3PO (`prox=interpolated`) puts prox between mu and pi instead, so that the clip takes effect:
+
+    log prox = log mu + alpha (log pi - log mu),  alpha = (v - 1 - v_b) / (v - v_b) = lag / (lag + 1)
+
+for a token sampled by version v_b, where v is the version that the step will make and lag the token's lag at
+the start of the step. (The forward that A-3PO saves elsewhere does not exist here, where the recomputed prox
+is pi, detached.)
 """
 
 from __future__ import annotations

@@ -5,12 +5,12 @@
     step size  lr * sqrt(min(1, rho / rho_ref)),  rho = ESS / B of the untruncated W of the step's B sequences
     baseline   b* = sum_i m_i A_i / sum_i m_i,  m_i = ||w_i grad log pi_i / L_i||^2
 
-b* minimises the variance of the gradient. It commutes with what an advantage does to a group's rewards: with
-A = (R - mean) / std it is the b* of the rewards less their mean, over std, and A - b* is the paper's (R - b*)
-/ std. So the configured advantage is the scale (`grpo` divides by the population standard deviation,
-`dr_grpo` does not divide) and a group without spread stays exactly zero. m_i is computed from the gradient
-that is used, so truncation, masks and the normaliser's 1 / L_i are included. A per-token advantage counts by
-its mean over the sequence.
+b* minimises the variance of the gradient. It commutes with an advantage's shift and scale of rewards: with A
+= (R - mean) / std, b* is that of the rewards less their mean, over std, and A - b* is the paper's (R - b*) /
+std. So the configured advantage sets the scale (`grpo` divides by the population standard deviation,
+`dr_grpo` does not divide) and a group with equal rewards stays exactly zero. m_i is computed from the
+gradient that is used, so truncation, masks and the normaliser's 1 / L_i are included. A per-token advantage
+counts by its mean over the sequence.
 
 rho above rho_ref does not raise the step size. Adam cancels the scale of a gradient but not of the learning
 rate, which is why the method scales the latter.
