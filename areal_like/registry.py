@@ -93,6 +93,8 @@ class Registry(Generic[T]):
         key = f"{self._section}._target_={target}"
         try:
             cls = getattr(importlib.import_module(module_name), attribute)
+        except ConfigError:  # the module itself names what to change
+            raise
         except ValueError:
             raise ConfigError(f"{key}: write module.Class") from None
         except (ImportError, SyntaxError) as error:

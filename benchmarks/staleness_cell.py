@@ -46,7 +46,7 @@ from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy, build_policy
 from trainer.models.sharded_weights import gather_full_state
 from trainer.models.tiny import build_tiny_model
-from trainer.step.runner import StepRunner
+from trainer.step.build import build_step_runner
 
 CONTEXT_TOKENS = 24
 CURVE_PROMPTS = 128
@@ -271,7 +271,7 @@ def run_cell(cell: Cell, model_path: str) -> CellResult:
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     config, ranks, plan = cell.config(), Ranks.alone(), cell.plan()
     policy = build_policy(config, model_path, ranks)
-    runner = StepRunner.of(config, policy, ranks)
+    runner = build_step_runner(config, policy, ranks)
     sampler = Sampler(model_path, config)
     queue: dict[int, dict[int, list[Trajectory]]] = defaultdict(dict)
     every = max(1, cell.num_steps // CURVE_POINTS)

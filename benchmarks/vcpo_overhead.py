@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from areal_like.config import Config
 from areal_like.trajectory import FinishReason, Trajectory
 from benchmarks.report import table, write
-from trainer.advantages.base import Grpo
+from trainer.advantages.group import Grpo
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
 from trainer.objectives import OBJECTIVES

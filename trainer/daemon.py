@@ -33,8 +33,9 @@ from trainer.distributed.ranks import Ranks
 from trainer.leader import Leader
 from trainer.metrics.lag import LagTally
 from trainer.models.policy import build_policy
-from trainer.step.recipe import Recipe
-from trainer.step.runner import IncompleteStepError, StepRunner
+from trainer.step.build import build_step_runner
+from trainer.step.recipe import StepRecipe
+from trainer.step.runner import IncompleteStepError
 from trainer.weight_sync.snapshot import Snapshot, WeightSnapshotter
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class Trainer:
         link.state = "loading"
         source = model_path(config)
         self._policy = build_policy(config, source, ranks)
-        self._runner = StepRunner.of(config, self._policy, ranks, initial=source)
+        self._runner = build_step_runner(config, self._policy, ranks, initial=source)
         self._freezer = WeightSnapshotter(
             self._policy, ranks, bucket_bytes=config.weights.bucket_bytes, dtype=config.model.dtype
         )
@@ -213,7 +214,7 @@ def _patience_s(config: Config) -> float:
 
 def _run(config: Config) -> None:
     started_s = time.monotonic()
-    Recipe.of(config).check_stream(config)  # a mistake in the settings is said before anything is loaded
+    StepRecipe.of(config).check_stream(config)  # a mistake in the settings is said before anything is loaded
     torch.set_num_threads(config.trainer.num_threads)
     device = device_of(config)
     join_ranks(config, device)

@@ -13,20 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from areal_like.config import TrainerConfig
 from trainer.distributed.ranks import Ranks
+from trainer.distributed.sharding import local
 from trainer.models.packed_model import PackedModel
 
 log = logging.getLogger(__name__)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a parameter or gradient, sharing its memory; the tensor itself if it is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class ShardedAdamW:

@@ -1,4 +1,4 @@
-"""Ranks of a trainer with a critic, started by `trainer_helpers.run_ranks`: `CHECK STORE WORLD_SIZE OUT_DIR MODEL`."""
+"""Ranks of a trainer with a critic, run by `run_ranks`: `CHECK STORE WORLD_SIZE OUT_DIR MODEL`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ SETTINGS = {
     "advantage": {"name": "gae", "critic_updates": 2},
     "kl": {"coef": 0.05, "estimator": "k1", "place": "reward"},
 }
-"""Two updates, so that the second begins with a head that is not zero."""
+"""Two critic updates, so that the second starts with a head that is not zero."""
 
 
 def gradients(ranks: Ranks, out_dir: Path, path: str) -> None:
-    """Two steps for each way of sharing eight groups; writes the last gradients of policy and critic, and the metrics."""
+    """Two steps for each split of eight groups; writes the last gradients of both models, and metrics."""
     for share, owners in SHARES.items():
         runner = make_runner(path, ranks, beta1=0.0, settings=SETTINGS, checkpointing=share == "uneven")
         assert runner.critic is not None
@@ -39,14 +39,14 @@ def gradients(ranks: Ranks, out_dir: Path, path: str) -> None:
 
 
 def resume(ranks: Ranks, out_dir: Path, path: str) -> None:
-    """Loads the checkpoint of step 2, does step 3 with even shares, saves it."""
+    """Loads the checkpoint of step 2, runs step 3 with an even split, saves it."""
     runner = make_runner(path, ranks, settings=SETTINGS)
     checkpoints = Checkpoints(out_dir / "checkpoints", keep=9, tokenizer_path=path)
     checkpoints.load(2, runner.policy, runner.optimizer, ranks, critic=runner.critic)
     runner.run(random_groups(4, seed=2)[ranks.rank :: ranks.world_size], step=2)
     checkpoints.save(3, runner.policy, runner.optimizer, ranks, critic=runner.critic, extra={})
     checkpoints.close()
-    ranks.any(True)  # rank 0 has written it
+    ranks.any(True)  # waits until rank 0 has written it
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the tests of objectives share: the numbers of the published vectors, and a step done as the trainer does it."""
+"""For tests of objectives: inputs of the published vectors, and a step computed as the trainer does it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from trainer.batching.scope import Scope
 from trainer.objectives import Objective, SampledTokens, StepStats
 from trainer.objectives.normalizers import Normalizer
 
-MU = [[-1.0, -2.0, -0.5], [-0.7, -1.2]]
-PROX = [[-0.9, -1.2, -0.9], [-0.8, -1.5]]
-PI = [[-0.8, -1.1, -0.6], [-1.0, -1.9]]
+BEHAVIOR_LOGP = [[-1.0, -2.0, -0.5], [-0.7, -1.2]]
+PROX_LOGP = [[-0.9, -1.2, -0.9], [-0.8, -1.5]]
+LOGP = [[-0.8, -1.1, -0.6], [-1.0, -1.9]]
 ADVANTAGES = [1.0, -1.0]
 REWARDS = [1.0, 0.0]
 NORMALIZERS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant")
@@ -23,46 +23,52 @@ Rows = Sequence[Sequence[float]]
 
 
 def tokens_of(
-    pi: Rows,
-    mu: Rows,
+    logp: Rows,
+    behavior_logp: Rows,
     advantages: Sequence[float],
     rewards: Sequence[float] | None = None,
     *,
-    prox: Rows | None = None,
-    ref: Rows | None = None,
+    prox_logp: Rows | None = None,
+    ref_logp: Rows | None = None,
     entropy: Rows | None = None,
     lag: Rows | None = None,
     truncated: Sequence[bool] | None = None,
 ) -> SampledTokens:
-    """Sequences as a micro-batch, in float64; one group. `prox` defaults to pi, as with one optimizer step a batch; `ref` to mu."""
-    lengths = torch.tensor([len(row) for row in pi])
-    segment_S = torch.repeat_interleave(torch.arange(len(pi)), lengths)
+    """One group of sequences, given by the log-probs of their tokens, as a micro-batch in float64.
+
+    `prox_logp` defaults to `logp`, as with one optimizer step a batch; `ref_logp` to `behavior_logp`.
+    """
+    lengths = torch.tensor([len(row) for row in logp])
+    segment_S = torch.repeat_interleave(torch.arange(len(logp)), lengths)
 
     def flat(rows: Rows) -> Tensor:
         return torch.tensor([x for row in rows for x in row], dtype=torch.float64)
 
-    zeros = [[0.0] * len(row) for row in pi]
+    zeros = [[0.0] * len(row) for row in logp]
     return SampledTokens(
-        logp_S=flat(pi).requires_grad_(),
-        behavior_logp_S=flat(mu),
+        logp_S=flat(logp).requires_grad_(),
+        behavior_logp_S=flat(behavior_logp),
         advantage_S=torch.tensor(advantages, dtype=torch.float64)[segment_S],
         segment_S=segment_S,
         length_N=lengths.double(),
-        reward_N=torch.tensor(rewards or [0.0] * len(pi), dtype=torch.float64),
-        group_N=torch.zeros(len(pi), dtype=torch.int64),
-        truncated_N=torch.tensor(truncated or [False] * len(pi)),
+        reward_N=torch.tensor(rewards or [0.0] * len(logp), dtype=torch.float64),
+        group_N=torch.zeros(len(logp), dtype=torch.int64),
+        truncated_N=torch.tensor(truncated or [False] * len(logp)),
         version_S=torch.zeros(len(segment_S), dtype=torch.int32),
         lag_S=flat(lag or zeros),
         entropy_S=flat(entropy or zeros),
-        prox_logp_S=flat(prox or pi),
-        ref_logp_S=flat(ref or mu),
+        prox_logp_S=flat(prox_logp or logp),
+        ref_logp_S=flat(ref_logp or behavior_logp),
     )
 
 
 def evaluate(
     objective: Objective, parts: Sequence[SampledTokens], *, normalizer: str = "token_mean"
 ) -> tuple[float, list[float]]:
-    """Loss and dL/dpi of a step that was cut into these micro-batches; a normaliser that the objective prescribes wins."""
+    """Loss of a step cut into these micro-batches, and its gradient with respect to log pi.
+
+    A normaliser that the objective prescribes replaces `normalizer`.
+    """
     observed: dict[str, list[Tensor]] = {}
     for part in parts:
         with torch.no_grad():
@@ -89,5 +95,10 @@ def evaluate(
 
 def published(**more: Any) -> SampledTokens:
     """The published example as one micro-batch."""
-    settings: Mapping[str, Any] = {"advantages": ADVANTAGES, "rewards": REWARDS, "prox": PROX, **more}
-    return tokens_of(PI, MU, **settings)
+    settings: Mapping[str, Any] = {
+        "advantages": ADVANTAGES,
+        "rewards": REWARDS,
+        "prox_logp": PROX_LOGP,
+        **more,
+    }
+    return tokens_of(LOGP, BEHAVIOR_LOGP, **settings)

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from areal_like.weights.buckets import unflatten
 from tests.support.trainer_ranks import main
 from trainer.distributed.ranks import Ranks
+from trainer.distributed.sharding import local
 from trainer.models.policy import Policy
 from trainer.models.sharded_weights import gather_full_state
-from trainer.optimizer import local
 from trainer.weight_sync.snapshot import Snapshot, WeightSnapshotter
 
 

@@ -1,4 +1,4 @@
-"""What the trainer's tests share: random trajectories, tiny models, the dense reference, and real ranks as processes."""
+"""For tests of the trainer: random trajectories, tiny models, a dense reference, and ranks as processes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def write_model(out_dir: Path, architecture: str = "llama", *, dtype: torch.dtype = torch.float64) -> str:
-    """A random model of some ten thousand parameters, two layers, and a tokenizer."""
+    """Writes a random model of about ten thousand parameters and a tokenizer; returns the path."""
     settings = {("n_layer" if architecture == "gpt2" else "num_hidden_layers"): 2, "vocab_size": VOCAB}
     config = AutoConfig.for_model(
         architecture, **ARCHITECTURES[architecture], **settings, bos_token_id=1, eos_token_id=2
@@ -65,7 +65,7 @@ def write_model(out_dir: Path, architecture: str = "llama", *, dtype: torch.dtyp
 def random_groups(
     num_groups: int, *, group_size: int = 3, seed: int = 0, longest: int = 12
 ) -> list[list[Trajectory]]:
-    """Groups of trajectories with masks that also have holes (several turns); every third group has no spread."""
+    """Groups of trajectories, some with several sampled segments; every third group has equal rewards."""
     rng = np.random.default_rng(seed)
     return [
         [_trajectory(rng, longest=longest, reward=float(i % 2) if g % 3 else 1.0) for i in range(group_size)]
@@ -94,7 +94,7 @@ def dense_logprobs(model: Any, trajectories: list[Trajectory], *, temperature: f
     tokens_BL = torch.zeros(len(trajectories), longest, dtype=torch.long)
     for row, t in enumerate(trajectories):
         tokens_BL[row, : t.num_tokens] = torch.from_numpy(t.tokens)
-    # Pads are at the end, where a causal model cannot see them.
+    # Padding is at the end, where a causal model does not attend to it.
     logits_BLV = model(input_ids=tokens_BL, use_cache=False).logits / temperature
     logps_BL = torch.log_softmax(logits_BLV[:, :-1], -1).gather(-1, tokens_BL[:, 1:, None]).squeeze(-1)
     return torch.cat([torch.zeros(len(trajectories), 1, dtype=logps_BL.dtype), logps_BL], 1)
@@ -120,5 +120,5 @@ def run_ranks(
     try:
         output, _ = ranks.communicate(timeout=timeout_s)
     finally:
-        ranks.kill()  # and with it its forks
+        ranks.kill()  # its forks die with it
     assert ranks.returncode == 0, output

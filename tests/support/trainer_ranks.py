@@ -1,4 +1,4 @@
-"""Ranks of a real trainer over gloo, started by `trainer_helpers.run_ranks`: `CHECK STORE WORLD_SIZE OUT_DIR ...`."""
+"""Ranks of a real trainer over gloo, run by `run_ranks`: `CHECK STORE WORLD_SIZE OUT_DIR ...`."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from torch import Tensor
 from areal_like.config import KlConfig
 from areal_like.runtime.process import die_with_parent
 from tests.support.trainer_helpers import random_groups
-from trainer.advantages.base import ADVANTAGES, Advantage
-from trainer.advantages.critic import Critic, ValueModel
-from trainer.advantages.gae import Gae
+from trainer.advantages import ADVANTAGES, Advantage, Gae
+from trainer.advantages.critic import Critic
 from trainer.advantages.reward_shaping import SHAPINGS
 from trainer.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
 from trainer.models.sharded_weights import gather, gather_full_state, shards_of
+from trainer.models.value_model import ValueModel
 from trainer.objectives import build_objective
 from trainer.objectives.normalizers import Normalizer
 from trainer.optimizer import ShardedAdamW
 from trainer.step.runner import StepRunner
 
 SHARES = {"even": [0, 1, 0, 1, 0, 1, 0, 1], "uneven": [0, 0, 0, 1, 0, 0, 0, 0], "one-sided": [0] * 8}
-"""Which rank gets each group."""
+"""The rank that gets each of eight groups."""
 BUDGET_TOKENS = 40
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
@@ -53,15 +53,15 @@ def make_runner(
     advantage: Advantage | None = None,
     settings: dict[str, Any] | None = None,
 ) -> StepRunner:
-    """A runner over a test model; sequence TIS, token mean, unless `settings` say otherwise (sections as in the configuration)."""
+    """A runner over a test model: sequence TIS and token mean, unless `settings` (sections) override them."""
     sections = settings or {}
-    graded = dict(sections.get("advantage", {"name": "grpo"}))
-    shapings = SHAPINGS.build_list(graded.pop("shaping", None), job={"max_tokens": 12})
+    advantage_settings = dict(sections.get("advantage", {"name": "grpo"}))
+    shapings = SHAPINGS.build_list(advantage_settings.pop("shaping", None), job={"max_tokens": 12})
     kl = KlConfig(**sections["kl"]) if "kl" in sections else None
     policy = Policy.load(
         path, chunk_tokens=16, gradient_checkpointing=checkpointing, master_dtype=dtype
     ).shard(ranks)
-    estimator = advantage or ADVANTAGES.build(graded)
+    estimator = advantage or ADVANTAGES.build(advantage_settings)
     critic = None
     if isinstance(estimator, Gae):
         model = ValueModel.load(path, gradient_checkpointing=checkpointing, master_dtype=dtype).shard(ranks)
@@ -88,13 +88,13 @@ def make_runner(
 
 
 def last_gradient(runner: StepRunner | Critic) -> dict[str, Tensor]:
-    """With beta1 = 0, Adam's first moment is the gradient of the last step. Whole on rank 0."""
+    """The gradient of the last step: with beta1 = 0, Adam's first moment. Unsharded, on rank 0."""
     moments = {name: runner.optimizer.moments(name)["exp_avg"] for name in runner.optimizer.shards}
     return dict(gather(shards_of(runner.model if isinstance(runner, Critic) else runner.policy, moments)))
 
 
 def gradients(ranks: Ranks, out_dir: Path, *paths: str) -> None:
-    """One step for each dtype (a model each) and way of sharing eight groups; writes its gradient and metrics."""
+    """One step for each dtype (one model each) and split of eight groups; writes gradient and metrics."""
     groups = random_groups(8)
     for (dtype_name, dtype), path in zip(DTYPES.items(), paths, strict=True):
         for share, owners in SHARES.items():
@@ -114,7 +114,7 @@ def gradients(ranks: Ranks, out_dir: Path, *paths: str) -> None:
 
 
 def steps(ranks: Ranks, out_dir: Path, path: str, cases: str) -> None:
-    """One float64 step for each of the settings and of two ways of sharing eight groups; writes its gradient."""
+    """One float64 step for each of the settings and of two splits of eight groups; writes its gradient."""
     groups = random_groups(8)
     for index, settings in enumerate(json.loads(cases)):
         for share in ("even", "one-sided"):
@@ -131,10 +131,10 @@ def steps(ranks: Ranks, out_dir: Path, path: str, cases: str) -> None:
 
 
 def resume(ranks: Ranks, out_dir: Path, path: str) -> None:
-    """Loads the checkpoint of step 2, does step 3 with even shares, saves it."""
+    """Loads the checkpoint of step 2, runs step 3 with an even split, saves it."""
     runner = make_runner(path, ranks)
     checkpoints = Checkpoints(out_dir / "checkpoints", keep=9, tokenizer_path=path)
-    if ranks.rank > 0:  # a directory that this rank sees as it was a while ago
+    if ranks.rank > 0:  # a network file system may show this rank an older directory
         older = Checkpoints(out_dir / "older", keep=9, tokenizer_path=path)
         older.path(1).mkdir(parents=True)
     assert (checkpoints if ranks.rank == 0 else older).latest(ranks) == 2
@@ -142,17 +142,17 @@ def resume(ranks: Ranks, out_dir: Path, path: str) -> None:
     runner.run(random_groups(4, seed=2)[ranks.rank :: ranks.world_size], step=2)
     checkpoints.save(3, runner.policy, runner.optimizer, ranks, extra={**extra, "ranks": ranks.world_size})
     checkpoints.close()
-    ranks.any(True)  # rank 0 has written it
+    ranks.any(True)  # waits until rank 0 has written it
     assert bool(gather_full_state(runner.policy)) == (ranks.rank == 0)
 
 
 def outage(_: Ranks, out_dir: Path, path: str) -> None:
-    """Rank 1's groups come long after the others' collectives would have given up."""
+    """Rank 1's groups arrive long after the timeout of the default group's collectives."""
     rank = dist.get_rank()
     dist.destroy_process_group()
     dist.init_process_group(
         "gloo",
-        store=dist.FileStore(f"{out_dir}/impatient", 2),
+        store=dist.FileStore(f"{out_dir}/short-timeout", 2),
         rank=rank,
         world_size=2,
         timeout=timedelta(seconds=2),
@@ -169,7 +169,7 @@ def outage(_: Ranks, out_dir: Path, path: str) -> None:
 
 
 def main(**checks: Callable[..., None]) -> None:
-    """Runs the check that the command line names: each rank is a fork of this process, which has imported torch for all of them."""
+    """Runs the check named on the command line; ranks are forks of this process: one import of torch."""
     check, store, world_size, out_dir, *rest = sys.argv[1:]
     pids = []
     for rank in range(int(world_size)):
@@ -177,19 +177,22 @@ def main(**checks: Callable[..., None]) -> None:
         if not pids[-1]:
             try:
                 die_with_parent(signum=signal.SIGKILL)
-                _be(rank, int(world_size), store, lambda ranks: checks[check](ranks, Path(out_dir), *rest))
+                _run_rank(
+                    rank, int(world_size), store, lambda ranks: checks[check](ranks, Path(out_dir), *rest)
+                )
                 code = 0
             except Exception:
                 traceback.print_exc()
                 code = 1
             sys.stdout.flush()
             sys.stderr.flush()
-            # Torch's threads now and then abort a process that takes itself down in order ("terminate called without an active exception").
+            # In an orderly exit torch sometimes aborts: "terminate called without an active exception".
             os._exit(code)
-    sys.exit(any(os.waitpid(pid, 0)[1] for pid in pids))  # at the first that failed: the others die with us
+    # Exits at the first rank that failed; the others die with this process.
+    sys.exit(any(os.waitpid(pid, 0)[1] for pid in pids))
 
 
-def _be(rank: int, world_size: int, store: str, check: Callable[[Ranks], None]) -> None:
+def _run_rank(rank: int, world_size: int, store: str, check: Callable[[Ranks], None]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",

@@ -1,4 +1,4 @@
-"""Ranks of a trainer with VCPO over gloo: `python -m tests.support.vcpo_ranks CHECK STORE WORLD_SIZE OUT_DIR MODEL`."""
+"""Ranks of a trainer with VCPO, run by `run_ranks`: `CHECK STORE WORLD_SIZE OUT_DIR MODEL`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from areal_like.trajectory import Trajectory
 from tests.support.trainer_helpers import random_groups
 from tests.support.trainer_ranks import SHARES, last_gradient, main
-from trainer.advantages.base import Grpo
+from trainer.advantages.group import Grpo
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
 from trainer.objectives import build_objective
@@ -43,7 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def shares_of(variant: str) -> dict[str, list[int]]:
-    """Which rank gets each group, by name."""
+    """The splits of eight groups over ranks to test, by name."""
     return SHARES if variant == "ghost-group" else {"uneven": SHARES["uneven"]}
 
 
@@ -58,7 +58,7 @@ def make_runner(
     lr: float = 0.0,
     **settings: Any,
 ) -> StepRunner:
-    """VCPO with these settings (`masks` among them); Adam's first moment is the gradient, and weights stay as they are but for `lr`."""
+    """A VCPO runner; `settings` may include `masks`. Adam's first moment is the last gradient."""
     policy = Policy.load(
         path, chunk_tokens=16, gradient_checkpointing=checkpointing, master_dtype=dtype
     ).shard(ranks, dtype=compute)
@@ -76,14 +76,14 @@ def make_runner(
 def gradient_of(
     runner: StepRunner, groups: list[list[Trajectory]]
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """(metrics, gradient) of the second of two steps: what the first did to the policy must have been undone."""
+    """(metrics, gradient) of the second of two steps; the first must leave the policy as it was."""
     runner.run(groups[:1], step=0)
     metrics = runner.run(groups, step=1)
     return metrics, last_gradient(runner)
 
 
 def shares(ranks: Ranks, out_dir: Path, path: str) -> None:
-    """Every variant with unequal shares of eight groups, the default one also with others."""
+    """One step of every variant with an uneven split of eight groups; the default variant with all splits."""
     for variant, settings in VARIANTS.items():
         for share, owners in shares_of(variant).items():
             runner = make_runner(path, ranks, checkpointing=share == "uneven", **settings)

@@ -11,12 +11,12 @@ import pytest
 from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
 from tests.support.trainer_helpers import random_groups
-from trainer.advantages.base import ADVANTAGES, Advantage
+from trainer.advantages import ADVANTAGES, Advantage
 from trainer.advantages.reward_shaping import SHAPINGS, Shaping, ShapingContext
 from trainer.batching.scope import Scope
 
 
-def graded(rewards: Sequence[float], *, lengths: Sequence[int] | None = None) -> list[Trajectory]:
+def group_of(rewards: Sequence[float], *, lengths: Sequence[int] | None = None) -> list[Trajectory]:
     """A group with these rewards; sample i has lengths[i] sampled tokens."""
     (group, *_) = random_groups(1, group_size=len(rewards))
     out = []
@@ -39,10 +39,10 @@ def graded(rewards: Sequence[float], *, lengths: Sequence[int] | None = None) ->
 def advantages(
     settings: dict[str, Any], rewards: Sequence[float], *, lengths: Sequence[int] | None = None
 ) -> list[float]:
-    """Of one group; where a greedy sample is wanted it is the last."""
+    """Advantages of one group; with `uses_greedy` the last sample is the greedy one."""
     advantage = ADVANTAGES.build(settings)
     assert isinstance(advantage, Advantage)
-    group = graded(rewards, lengths=lengths)
+    group = group_of(rewards, lengths=lengths)
     if advantage.uses_greedy:
         group[-1] = replace(group[-1], is_greedy=True)
     return [float(a) for a in advantage.of_group(group)]
@@ -51,7 +51,7 @@ def advantages(
 def step(
     settings: dict[str, Any], groups: Sequence[Sequence[float]], *, tokens: int = 2
 ) -> list[list[float]]:
-    """Advantages of a whole step's groups, every sample having so many tokens."""
+    """Advantages of the groups of a step, in which every sample has `tokens` sampled tokens."""
     advantage = ADVANTAGES.build(settings)
     raw = [advantages(settings, group) for group in groups]
     flat = np.repeat([a for group in raw for a in group], tokens)
@@ -69,12 +69,12 @@ def test_group_advantages() -> None:
     assert advantages({"name": "rloo"}, [1, 0, 0, 0]) == pytest.approx([1, -1 / 3, -1 / 3, -1 / 3])
     assert advantages({"name": "opo"}, [1, 0, 0], lengths=[6, 2, 2]) == pytest.approx([0.4, -0.6, -0.6])
     assert advantages({"name": "remax"}, [1, 0, 0.5, 0.25]) == [0.75, -0.25, 0.25, 0], (
-        "the last is the greedy one"
+        "the last sample is the greedy one"
     )
 
 
 GROUP_ADVANTAGES = sorted(set(ADVANTAGES.names()) - {"gae"})
-"""`gae` compares with a critic, which may be wrong about a group without spread: tests/trainer/test_gae.py."""
+"""All but `gae`, whose critic may be wrong about a group with equal rewards (see test_gae.py)."""
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ GROUP_ADVANTAGES = sorted(set(ADVANTAGES.names()) - {"gae"})
     [*({"name": n} for n in GROUP_ADVANTAGES), {"name": "reinforce_pp", "baseline": "group"}],
     ids=str,
 )
-def test_without_spread_an_advantage_is_exactly_zero(settings: dict[str, Any]) -> None:
+def test_equal_rewards_give_exactly_zero_advantages(settings: dict[str, Any]) -> None:
     assert step(settings, [[0.1] * 7, [0.1] * 7]) == [[0.0] * 7] * 2
     assert step(settings, [[0.3]]) == [[0.0]]
 
@@ -95,7 +95,7 @@ def test_global_whitening() -> None:
     assert ADVANTAGES.build({"name": "reinforce_pp"}).scope is Scope.BATCH
 
 
-def test_gpg_makes_up_for_groups_without_spread() -> None:
+def test_gpg_scales_up_for_groups_with_equal_rewards() -> None:
     assert step({"name": "gpg"}, [[1, 0], [1, 1], [0, 0], [0, 0]]) == [[2, -2], [0, 0], [0, 0], [0, 0]]
 
 
@@ -103,40 +103,42 @@ def shaped(
     settings: dict[str, Any],
     rewards: Sequence[float],
     lengths: Sequence[int],
-    standing: ShapingContext | None = None,
+    context: ShapingContext | None = None,
 ) -> list[float]:
     shaping = SHAPINGS.build(settings, job={"max_tokens": 10})
-    return [float(r) for r in shaping.rewards(graded(rewards, lengths=lengths), standing or ShapingContext())]
+    return [
+        float(r) for r in shaping.rewards(group_of(rewards, lengths=lengths), context or ShapingContext())
+    ]
 
 
-def test_overlong_falls_linearly_over_the_last_part() -> None:
+def test_overlong_penalty_grows_linearly() -> None:
     assert shaped({"name": "overlong"}, [1, 1, 1, 0], [5, 8, 9, 10]) == pytest.approx([1, 1, 0.5, -1])
     assert shaped(
         {"name": "overlong", "max_tokens": 4, "soft_fraction": 0.5, "weight": 0.2}, [1, 1], [3, 9]
     ) == pytest.approx([0.9, 0.8])
 
 
-def test_grpo_lambda_rewards_brevity_only_where_the_policy_is_right() -> None:
+def test_grpo_lambda_penalises_length_in_top_groups_only() -> None:
     lengths = [2, 4, 9]
     chosen = shaped({"name": "grpo_lambda", "weight": 0.5}, [1, 1, 0], lengths)
     assert chosen == pytest.approx([1 - 0.5 / (1 + math.e), 1 - 0.5 / (1 + math.exp(-1)), 0])
     assert shaped({"name": "grpo_lambda"}, [1, 1, 0], lengths, ShapingContext(ahead=0.2)) == [1, 1, 0]
     assert shaped({"name": "grpo_lambda", "weight": 0.5}, [1, 1], [3, 3]) == [0.75, 0.75]
     assert shaped({"name": "grpo_lambda"}, [0, 0], [3, 4]) == [0, 0]
-    assert SHAPINGS.build({"name": "grpo_lambda"}).score(graded([1, 1, 0, 0])) == 0.5
+    assert SHAPINGS.build({"name": "grpo_lambda"}).score(group_of([1, 1, 0, 0])) == 0.5
 
 
-def test_laconic_finds_the_price_that_meets_the_budget() -> None:
-    """Against a plant whose answers shorten as the price rises, the dual settles where the mean is the budget."""
+def test_laconic_dual_settles_at_the_budget() -> None:
+    """With answers that shorten as the coefficient rises, the dual settles where the mean is the budget."""
     laconic: Shaping = SHAPINGS.build({"name": "laconic", "budget_tokens": 8, "rate": 0.05})
     dual = 0.0
     for _ in range(2000):
         dual = laconic.next_dual(dual, mean_tokens=16 - 20 * dual)
     assert dual == pytest.approx(0.4, abs=1e-6)
     assert [
-        float(r) for r in laconic.rewards(graded([1, 1], lengths=[12, 4]), ShapingContext(dual=dual))
+        float(r) for r in laconic.rewards(group_of([1, 1], lengths=[12, 4]), ShapingContext(dual=dual))
     ] == pytest.approx([0.8, 1])
-    assert laconic.next_dual(0.0, mean_tokens=1) == 0, "an unused budget is not paid for"
+    assert laconic.next_dual(0.0, mean_tokens=1) == 0, "the dual stays at zero within the budget"
     assert laconic.next_dual(1.0, mean_tokens=1e6) == 1
 
 
@@ -149,12 +151,12 @@ def test_laconic_finds_the_price_that_meets_the_budget() -> None:
         ({"name": "overlonge"}, "known are grpo_lambda, laconic, overlong"),
     ],
 )
-def test_mistakes_in_shaping_are_named(settings: dict[str, Any], message: str) -> None:
+def test_mistakes_in_shaping_settings_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         SHAPINGS.build_list([settings], job={"max_tokens": 10})
 
 
-def test_a_list_of_shapings_is_a_list() -> None:
+def test_shaping_must_be_a_list() -> None:
     with pytest.raises(ConfigError, match=r"advantage.shaping: want a list of mappings"):
         SHAPINGS.build_list({"name": "overlong"})
     with pytest.raises(ConfigError, match=r"reinforce|baseline"):

@@ -1,4 +1,4 @@
-"""GAE against its definition, and the critic against the dense model, its cuts, its ranks, its checkpoint and a task it has to learn."""
+"""GAE against its definition; the critic against a dense model, over cuts, ranks, checkpoints, on a task."""
 
 import itertools
 import json
@@ -23,10 +23,10 @@ from benchmarks.staleness_cell import Sampler
 from tests.support.critic_ranks import SETTINGS
 from tests.support.trainer_helpers import random_groups, run_ranks, write_model
 from tests.support.trainer_ranks import last_gradient, make_runner
-from trainer.advantages.base import ADVANTAGES, FloatArray
+from trainer.advantages import ADVANTAGES, FloatArray
 from trainer.advantages.critic import Critic, value_loss
 from trainer.advantages.gae import Gae, gae
-from trainer.batching.packing import Sample
+from trainer.batching.packing import TrainingSample
 from trainer.checkpoint import CRITIC_FILE, Checkpoints
 from trainer.distributed.ranks import Ranks
 from trainer.metrics.phase_timer import PhaseTimer
@@ -35,6 +35,7 @@ from trainer.metrics.step_totals import StepTotals
 from trainer.models.policy import build_policy
 from trainer.models.sharded_weights import gather_full_state
 from trainer.models.tiny import build_tiny_model
+from trainer.step.build import build_step_runner
 from trainer.step.runner import StepRunner
 
 PLAIN = {"advantage": {"name": "gae"}}
@@ -50,7 +51,7 @@ def ranks() -> Iterator[Ranks]:
 
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (0.9, 0.8), (0.97, 0.0), (1.0, 0.95)])
-def test_the_recursion_is_the_sum_that_it_stands_for(gamma: float, lam: float) -> None:
+def test_gae_recursion_equals_its_sum(gamma: float, lam: float) -> None:
     rng = np.random.default_rng(0)
     for length in (1, 2, 9):
         rewards_S, values_S = rng.standard_normal(length), rng.standard_normal(length)
@@ -60,7 +61,7 @@ def test_the_recursion_is_the_sum_that_it_stands_for(gamma: float, lam: float) -
         assert gae(rewards_S, values_S, gamma=gamma, lam=lam).tolist() == pytest.approx(sums, abs=1e-12)
 
 
-def test_without_discount_an_advantage_is_return_minus_value() -> None:
+def test_lambda_one_gives_return_minus_value() -> None:
     rewards_S, values_S = np.array([-0.1, 0.0, -0.2, 1.0]), np.array([0.3, 0.1, 0.9, 0.4])
     returns_S = np.array([0.7, 0.8, 0.8, 1.0])
     estimator = Gae(lam=1.0)
@@ -69,13 +70,13 @@ def test_without_discount_an_advantage_is_return_minus_value() -> None:
     assert targets_S.tolist() == pytest.approx(returns_S.tolist())
 
 
-def test_policy_and_critic_have_a_lambda_each() -> None:
+def test_policy_and_critic_have_their_own_lambda() -> None:
     rewards_S, values_S = np.array([0.0, 1.0]), np.array([0.5, 0.25])
     advantages_S, targets_S = Gae(lam=0.0).of_tokens(rewards_S, values_S)
     assert advantages_S.tolist() == [-0.25, 0.75] and targets_S.tolist() == [1.0, 1.0]
 
 
-def test_a_value_held_near_the_old_one_has_no_gradient_beyond() -> None:
+def test_value_clip_removes_the_gradient_beyond_it() -> None:
     value_S = torch.tensor([0.1, 0.9, 0.9, -0.9], dtype=torch.float64, requires_grad=True)
     old_S, target_S = (
         torch.zeros(4, dtype=torch.float64),
@@ -108,7 +109,7 @@ def test_mistakes_are_named(settings: dict[str, float], message: str) -> None:
 
 
 def with_head(runner: StepRunner) -> tuple[Critic, Tensor, float]:
-    """The runner's critic with a head that says something, its weight [D] and its bias."""
+    """The runner's critic with a head that is not zero, the head's weight [D] and its bias."""
     assert runner.critic is not None
     shards = runner.critic.optimizer.shards
     weight, bias = shards["model.lm_head.weight"], shards["model.lm_head.bias"]
@@ -119,7 +120,7 @@ def with_head(runner: StepRunner) -> tuple[Critic, Tensor, float]:
 
 
 def dense_values(path: str, trajectory: Trajectory, weight_D: Tensor, bias: float) -> FloatArray:
-    """Of the sampled tokens, by transformers alone: the state before each."""
+    """Values of the states before the sampled tokens, computed by transformers alone."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
     with torch.no_grad():
         hidden_TD = model.base_model(
@@ -129,13 +130,10 @@ def dense_values(path: str, trajectory: Trajectory, weight_D: Tensor, bias: floa
     return np.asarray((hidden_TD[before] @ weight_D + bias).numpy())
 
 
-@pytest.mark.parametrize(
-    "architecture", ["llama", "qwen3", "gpt2"]
-)  # tied, untied, and with a head found elsewhere
-def test_values_and_advantages_are_those_of_the_sampled_tokens(
-    tmp_path: Path, ranks: Ranks, architecture: str
-) -> None:
-    """Trajectories have holes in their masks (prompt, tool output): these get no value, no reward and no advantage, and are skipped."""
+# Tied, untied, and with a head in another place.
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2"])
+def test_values_and_advantages_match_the_dense_model(tmp_path: Path, ranks: Ranks, architecture: str) -> None:
+    """Tokens that were not sampled (prompt, tool output) have no value, reward or advantage."""
     path, groups = write_model(tmp_path, architecture), random_groups(3)
     runner = make_runner(path, ranks, settings={"advantage": {"name": "gae", "gamma": 0.9, "lam": 0.7}})
     critic, weight_D, bias = with_head(runner)
@@ -144,7 +142,7 @@ def test_values_and_advantages_are_those_of_the_sampled_tokens(
     for got_S, want_S in zip(critic.values(trajectories), wanted, strict=True):
         assert got_S.tolist() == pytest.approx(want_S.tolist(), abs=1e-9)
 
-    samples = appraised(runner, groups)
+    samples = with_advantages(runner, groups)
     rewards = [np.append(np.zeros(t.num_sampled - 1), t.reward) for t in trajectories]
     plain = [
         gae(rewards_S, values_S, gamma=0.9, lam=0.7)
@@ -159,32 +157,32 @@ def test_values_and_advantages_are_those_of_the_sampled_tokens(
         )
 
 
-def appraised(runner: StepRunner, groups: list[list[Trajectory]]) -> list[Sample]:
+def with_advantages(runner: StepRunner, groups: list[list[Trajectory]]) -> list[TrainingSample]:
     totals, clock = StepTotals(), PhaseTimer(("compute_s",))
     return list(
         itertools.chain(
-            *runner.appraiser.appraise(
+            *runner.advantages.compute(
                 groups, totals, clock, lags=lambda t: np.zeros(t.num_tokens, dtype=np.int64)
             )
         )
     )
 
 
-def test_a_kl_penalty_is_charged_where_it_arises(tmp_path: Path, ranks: Ranks) -> None:
-    """With gamma = lam = 1 and values of zero an advantage is what is still to come: later tokens do not pay for earlier ones."""
+def test_kl_penalty_is_charged_at_each_token(tmp_path: Path, ranks: Ranks) -> None:
+    """With gamma = lam = 1 and zero values, an advantage is the sum of later rewards only."""
     path, groups = write_model(tmp_path), random_groups(2)
     runner = make_runner(path, ranks, settings=SETTINGS | {"advantage": {"name": "gae", "lam": 1.0}})
-    paid, costs = runner.rewards.of_step(groups)
+    penalised, penalties = runner.rewards.shape_step(groups)
     raw = []
-    for before, after, cost_S in zip(
-        itertools.chain(*groups), itertools.chain(*paid), itertools.chain(*costs), strict=True
+    for before, after, penalty_S in zip(
+        itertools.chain(*groups), itertools.chain(*penalised), itertools.chain(*penalties), strict=True
     ):
-        assert len(cost_S) == before.num_sampled and after.reward == pytest.approx(
-            before.reward - cost_S.sum()
+        assert len(penalty_S) == before.num_sampled and after.reward == pytest.approx(
+            before.reward - penalty_S.sum()
         )
-        raw.append(before.reward - np.cumsum(cost_S[::-1])[::-1])
+        raw.append(before.reward - np.cumsum(penalty_S[::-1])[::-1])
     every_S = np.concatenate(raw)
-    for sample, raw_S in zip(appraised(runner, groups), raw, strict=True):
+    for sample, raw_S in zip(with_advantages(runner, groups), raw, strict=True):
         got_S = np.asarray(sample.advantage)[sample.trajectory.loss_mask == 1]
         assert got_S.tolist() == pytest.approx(((raw_S - every_S.mean()) / every_S.std()).tolist(), abs=1e-9)
 
@@ -192,9 +190,7 @@ def test_a_kl_penalty_is_charged_where_it_arises(tmp_path: Path, ranks: Ranks) -
 # --- learning ---
 
 
-def test_updates_move_the_values_and_a_warming_critic_leaves_the_policy_alone(
-    tmp_path: Path, ranks: Ranks
-) -> None:
+def test_critic_updates_and_warmup(tmp_path: Path, ranks: Ranks) -> None:
     path, groups = write_model(tmp_path), random_groups(6)
     losses = {}
     for updates in (1, 4):
@@ -210,7 +206,7 @@ def test_updates_move_the_values_and_a_warming_critic_leaves_the_policy_alone(
         before = gather_full_state(runner.policy)
         rows = [runner.run(groups, step=step) for step in range(3)]
         assert rows[0]["value_mean"] == 0 and rows[0]["explained_variance"] == pytest.approx(0), (
-            "the head begins at zero"
+            "the head starts at zero"
         )
         assert (rows[1]["lr"], rows[2]["lr"]) == (0, 1e-2)
         assert not any(
@@ -225,12 +221,12 @@ def test_updates_move_the_values_and_a_warming_critic_leaves_the_policy_alone(
     assert losses[1][0] == losses[4][0] and losses[4][1] < losses[1][1] < losses[1][0]
 
 
-def test_equal_targets_explain_nothing(tmp_path: Path, ranks: Ranks) -> None:
+def test_explained_variance_of_equal_targets_is_nan(tmp_path: Path, ranks: Ranks) -> None:
     runner = make_runner(write_model(tmp_path), ranks, settings=PLAIN)
     assert math.isnan(runner.run([random_groups(1)[0]], step=0)["explained_variance"])
 
 
-def test_the_critic_can_be_watched(tmp_path: Path, ranks: Ranks) -> None:
+def test_critic_metrics_are_prometheus_series(tmp_path: Path, ranks: Ranks) -> None:
     metrics = Metrics()
     series = TrainerSeries(metrics)
     row = make_runner(write_model(tmp_path), ranks, settings=PLAIN).run(random_groups(4), step=0)
@@ -240,19 +236,19 @@ def test_the_critic_can_be_watched(tmp_path: Path, ranks: Ranks) -> None:
         assert f"areal_trainer_{name} {row[name]}" in exposed
 
 
-def test_an_advantage_without_its_critic_is_refused(tmp_path: Path, ranks: Ranks) -> None:
+def test_missing_critic_or_greedy_setting_is_refused(tmp_path: Path, ranks: Ranks) -> None:
     path = write_model(tmp_path, dtype=torch.float32)
     config = from_mapping({"advantage": {"name": "gae"}})
     with pytest.raises(ConfigError, match="needs a critic"):
-        StepRunner.of(config, build_policy(config, path, ranks), ranks)
+        build_step_runner(config, build_policy(config, path, ranks), ranks)
     for advantage, greedy in (("remax", False), ("grpo", True)):
         config = Config(advantage={"name": advantage}, sampling=SamplingConfig(greedy_baseline=greedy))
         with pytest.raises(ConfigError, match=rf"set sampling\.greedy_baseline={str(not greedy).lower()}"):
-            StepRunner.of(config, build_policy(config, path, ranks), ranks)
+            build_step_runner(config, build_policy(config, path, ranks), ranks)
 
 
 @pytest.mark.timeout(120)
-def test_neither_cuts_nor_ranks_change_what_policy_and_critic_learn(tmp_path: Path, ranks: Ranks) -> None:
+def test_cuts_and_ranks_do_not_change_gae_gradients(tmp_path: Path, ranks: Ranks) -> None:
     path = write_model(tmp_path / "model", "qwen2")
     run_ranks("gradients", str(tmp_path), path, world_size=2, module="tests.support.critic_ranks")
     runner = make_runner(path, ranks, beta1=0.0, settings=SETTINGS, budget_tokens=1000)
@@ -281,7 +277,7 @@ def test_neither_cuts_nor_ranks_change_what_policy_and_critic_learn(tmp_path: Pa
 
 
 @pytest.mark.timeout(120)
-def test_a_checkpoint_holds_the_critic_at_any_number_of_ranks(
+def test_critic_checkpoint_loads_at_any_world_size(
     tmp_path: Path, ranks: Ranks, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write_model(tmp_path / "model", "qwen2")
@@ -291,7 +287,7 @@ def test_a_checkpoint_holds_the_critic_at_any_number_of_ranks(
     for step in range(2):
         runner.run(random_groups(4, seed=step), step=step)
     checkpoints.save(2, runner.policy, runner.optimizer, ranks, critic=runner.critic, extra={})
-    checkpoints.save(1, runner.policy, runner.optimizer, ranks, extra={})  # of a run without one
+    checkpoints.save(1, runner.policy, runner.optimizer, ranks, extra={})  # of a run without a critic
     checkpoints.save(2, runner.policy, runner.optimizer, ranks, critic=runner.critic, extra={})
     checkpoints.wait()
     run_ranks("resume", str(tmp_path), path, world_size=2, module="tests.support.critic_ranks")
@@ -317,10 +313,8 @@ def test_a_checkpoint_holds_the_critic_at_any_number_of_ranks(
 
 
 @pytest.mark.timeout(240)
-def test_on_the_sorting_task_the_critic_learns_what_an_answer_will_be_worth(
-    tmp_path: Path, ranks: Ranks
-) -> None:
-    """In process: the policy is held still, so that rising explained variance is the critic's doing and not the policy's."""
+def test_the_critic_learns_values_on_the_sorting_task(tmp_path: Path, ranks: Ranks) -> None:
+    """The policy is held fixed, so that only the critic can raise the explained variance."""
     num_steps = 18
     build_tiny_model(tmp_path, seed=0, warm_start_steps=200, swap_prob=0.1, hidden_size=64, num_layers=2)
     config = Config(
@@ -328,7 +322,7 @@ def test_on_the_sorting_task_the_critic_learns_what_an_answer_will_be_worth(
         trainer=TrainerConfig(num_steps=num_steps, lr_schedule="constant"),
     )
     policy = build_policy(config, str(tmp_path), ranks)
-    runner = StepRunner.of(config, policy, ranks, initial=str(tmp_path))
+    runner = build_step_runner(config, policy, ranks, initial=str(tmp_path))
     sampler = Sampler(str(tmp_path), config)
     rows = [
         runner.run(sampler.groups(range(step * 64, step * 64 + 64), size=2), step=step)

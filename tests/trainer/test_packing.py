@@ -1,4 +1,4 @@
-"""Packing: nothing lost, nothing reordered, nothing over budget, and cuts that depend on order and budget alone."""
+"""Packing: nothing is lost, reordered or over budget, and cuts depend only on order and budget."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from areal_like.errors import ConfigError
 from areal_like.trajectory import FinishReason, Trajectory
-from trainer.batching.packing import MicroBatch, Packer, Sample, collate, num_targets
+from trainer.batching.packing import MicroBatch, Packer, TrainingSample, collate, num_targets
 
 BUDGET = 32
 
@@ -25,16 +25,16 @@ def trajectory(*, prompt: int, response: int, first: int = 0) -> Trajectory:
     )
 
 
-def group_of(sizes: list[int], *, position: int) -> list[Sample]:
+def group_of(sizes: list[int], *, position: int) -> list[TrainingSample]:
     return [
-        Sample(
+        TrainingSample(
             trajectory=trajectory(prompt=1, response=size - 1, first=i), advantage=float(i), group=position
         )
         for i, size in enumerate(sizes)
     ]
 
 
-def cuts(groups: list[list[Sample]], *, whole_groups: bool = False) -> list[MicroBatch]:
+def microbatches_of(groups: list[list[TrainingSample]], *, whole_groups: bool = False) -> list[MicroBatch]:
     packer = Packer(budget_tokens=BUDGET, whole_groups=whole_groups)
     return [pack for group in groups for pack in packer.add(group)] + packer.flush()
 
@@ -43,11 +43,9 @@ group_sizes = st.lists(st.lists(st.integers(1, 8), min_size=1, max_size=4), max_
 
 
 @given(group_sizes, st.booleans())
-def test_packs_hold_every_sequence_once_in_order_within_the_budget(
-    sizes: list[list[int]], whole: bool
-) -> None:
+def test_every_sequence_is_packed_once_in_order(sizes: list[list[int]], whole: bool) -> None:
     groups = [group_of(s, position=i) for i, s in enumerate(sizes)]
-    packs = cuts(groups, whole_groups=whole)
+    packs = microbatches_of(groups, whole_groups=whole)
     assert [id(s) for pack in packs for s in pack] == [id(s) for group in groups for s in group]
     assert all(0 < sum(s.trajectory.num_tokens for s in pack) <= BUDGET for pack in packs)
     if whole:
@@ -58,33 +56,33 @@ def test_packs_hold_every_sequence_once_in_order_within_the_budget(
 
 
 @given(group_sizes)
-def test_a_stream_of_single_sequences_is_cut_like_a_stream_of_groups(sizes: list[list[int]]) -> None:
+def test_cuts_do_not_depend_on_how_samples_are_added(sizes: list[list[int]]) -> None:
     groups = [group_of(s, position=i) for i, s in enumerate(sizes)]
-    singly = cuts([[sample] for group in groups for sample in group])
-    assert [len(pack) for pack in cuts(groups)] == [len(pack) for pack in singly]
+    singly = microbatches_of([[sample] for group in groups for sample in group])
+    assert [len(pack) for pack in microbatches_of(groups)] == [len(pack) for pack in singly]
 
 
 @given(group_sizes)
-def test_a_pack_is_given_out_as_soon_as_it_is_determined(sizes: list[list[int]]) -> None:
+def test_a_microbatch_is_returned_as_soon_as_it_is_full(sizes: list[list[int]]) -> None:
     packer = Packer(budget_tokens=BUDGET)
     open_tokens = 0
     for position, size in enumerate(sizes):
         done = packer.add(group_of(size, position=position))
         open_tokens += sum(size) - sum(s.trajectory.num_tokens for pack in done for s in pack)
-        assert 0 <= open_tokens < BUDGET, "a full pack must not be kept back"
+        assert 0 <= open_tokens < BUDGET, "a full micro-batch must be returned at once"
 
 
-def test_what_can_never_fit_is_refused() -> None:
+def test_sequences_over_the_budget_are_refused() -> None:
     with pytest.raises(ConfigError, match="raise it to at least 33"):
-        cuts([group_of([33], position=0)])
+        microbatches_of([group_of([33], position=0)])
     with pytest.raises(ConfigError, match="a group of 40 tokens"):
-        cuts([group_of([20, 20], position=0)], whole_groups=True)
+        microbatches_of([group_of([20, 20], position=0)], whole_groups=True)
 
 
 def test_collate_lays_sequences_end_to_end() -> None:
     samples = [
-        Sample(trajectory=trajectory(prompt=2, response=1, first=10), advantage=1.5, group=4),
-        Sample(
+        TrainingSample(trajectory=trajectory(prompt=2, response=1, first=10), advantage=1.5, group=4),
+        TrainingSample(
             trajectory=trajectory(prompt=1, response=3, first=20), advantage=np.array([0.0, 1, 2, 3]), group=5
         ),
     ]
@@ -100,8 +98,8 @@ def test_collate_lays_sequences_end_to_end() -> None:
     assert batch.versions_T.tolist() == [-1, -1, 3, -1, 3, 3, 3]
 
 
-def test_a_first_token_is_never_trained_on() -> None:
+def test_the_first_token_is_never_trained_on() -> None:
     sampled_from_nothing = trajectory(prompt=0, response=3)
-    batch = collate([Sample(trajectory=sampled_from_nothing, advantage=1.0, group=0)] * 2)
+    batch = collate([TrainingSample(trajectory=sampled_from_nothing, advantage=1.0, group=0)] * 2)
     assert batch.sampled_S.tolist() == [1, 2, 4, 5]
     assert num_targets(sampled_from_nothing) == 2

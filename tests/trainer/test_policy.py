@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM
 from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
 from tests.support.trainer_helpers import ARCHITECTURES, dense_logprobs, random_groups, write_model
-from trainer.batching.packing import PackedBatch, Sample, collate
+from trainer.batching.packing import PackedBatch, TrainingSample, collate
 from trainer.models.policy import Policy
 
 
 def packed(trajectories: list[Trajectory]) -> PackedBatch:
-    return collate([Sample(trajectory=t, advantage=1.0, group=0) for t in trajectories])
+    return collate([TrainingSample(trajectory=t, advantage=1.0, group=0) for t in trajectories])
 
 
 def sampled(logps_BL: Tensor, trajectories: list[Trajectory]) -> Tensor:

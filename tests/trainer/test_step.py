@@ -1,4 +1,4 @@
-"""The step: packed, cut and sharded gradients are those of one padded batch; streaming, counting and metrics."""
+"""The step: packed, cut and sharded gradients equal those of one padded batch; streaming, counts, metrics."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -19,8 +19,8 @@ from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
 from tests.support.trainer_helpers import dense_logprobs, random_groups, run_ranks, write_model
 from tests.support.trainer_ranks import DTYPES, SHARES, last_gradient, make_runner
-from trainer.advantages.base import ADVANTAGES, Advantage, DrGrpo
-from trainer.batching.packing import Sample, collate
+from trainer.advantages import ADVANTAGES, Advantage, DrGrpo
+from trainer.batching.packing import TrainingSample, collate
 from trainer.batching.scope import Scope
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy, build_policy
@@ -28,10 +28,11 @@ from trainer.models.sharded_weights import gather_full_state
 from trainer.objectives import Need, Reinforce, SampledTokens, StepStats, TokenLosses
 from trainer.objectives.normalizers import Normalizer
 from trainer.optimizer import ShardedAdamW
+from trainer.step.build import build_step_runner
 from trainer.step.runner import StepRunner
 
 MODELS = {"float64": "gpt2", "float32": "qwen3"}
-"""RMSNorm computes in float32 in any dtype, so only LayerNorm can show that nothing else rounds."""
+"""RMSNorm always computes in float32, so the float64 test needs a model with LayerNorm."""
 
 
 @pytest.fixture
@@ -43,22 +44,22 @@ def ranks() -> Iterator[Ranks]:
 def padded_gradient(
     path: str, groups: list[list[Trajectory]], *, normalize: bool
 ) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradient of sequence TIS, cap 2, token mean, on one padded float64 batch, straight from the definition."""
+    """Loss and gradient of sequence TIS, cap 2, token mean, by definition, on one padded float64 batch."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
     trajectories = [t for group in groups for t in group]
-    pi_BL = dense_logprobs(model, trajectories)
-    mask_BL, mu_BL = torch.zeros_like(pi_BL), torch.zeros_like(pi_BL)
+    logp_BL = dense_logprobs(model, trajectories)
+    mask_BL, behavior_logp_BL = torch.zeros_like(logp_BL), torch.zeros_like(logp_BL)
     for row, t in enumerate(trajectories):
         mask_BL[row, : t.num_tokens] = torch.from_numpy(t.loss_mask).double()
-        mu_BL[row, : t.num_tokens] = torch.from_numpy(t.logprobs).double()
+        behavior_logp_BL[row, : t.num_tokens] = torch.from_numpy(t.logprobs).double()
     advantages = []
     for group in groups:
         rewards = np.array([t.reward for t in group])
         advantages += list((rewards - rewards.mean()) / rewards.std() if rewards.std() > 0 else 0 * rewards)
-    w_B = torch.exp(((pi_BL - mu_BL) * mask_BL).sum(1).detach()).clamp(max=2.0)
+    w_B = torch.exp(((logp_BL - behavior_logp_BL) * mask_BL).sum(1).detach()).clamp(max=2.0)
     if normalize:
         w_B = w_B / w_B.mean()
-    loss = -(w_B * torch.tensor(advantages) * (pi_BL * mask_BL).sum(1)).sum() / mask_BL.sum()
+    loss = -(w_B * torch.tensor(advantages) * (logp_BL * mask_BL).sum(1)).sum() / mask_BL.sum()
     loss.backward()
     return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -71,7 +72,7 @@ def assert_same_gradient(got: dict[str, Tensor], want: dict[str, Tensor], *, rel
 
 
 @pytest.mark.timeout(120)
-def test_two_ranks_with_unequal_shares_give_the_gradient_of_one_padded_batch(tmp_path: Path) -> None:
+def test_two_ranks_match_one_padded_batch(tmp_path: Path) -> None:
     paths = {dtype: write_model(tmp_path / dtype, MODELS[dtype]) for dtype in DTYPES}
     run_ranks("gradients", str(tmp_path), *paths.values(), world_size=2)
     for dtype, path in paths.items():
@@ -87,14 +88,12 @@ def test_two_ranks_with_unequal_shares_give_the_gradient_of_one_padded_batch(tmp
                 assert_same_gradient(load_file(tmp_path / f"{name}.safetensors"), want, relative=tolerance)
 
 
-def test_a_rank_waits_for_groups_longer_than_a_collective_may_take(tmp_path: Path) -> None:
+def test_waiting_for_groups_outlasts_collective_timeouts(tmp_path: Path) -> None:
     run_ranks("outage", str(tmp_path), write_model(tmp_path / "model"), world_size=2)
 
 
 @pytest.mark.parametrize("budget_tokens", [12, 37, 10_000])
-def test_one_rank_and_any_budget_give_the_gradient_of_one_padded_batch(
-    tmp_path: Path, ranks: Ranks, budget_tokens: int
-) -> None:
+def test_any_token_budget_matches_one_padded_batch(tmp_path: Path, ranks: Ranks, budget_tokens: int) -> None:
     path = write_model(tmp_path, MODELS["float64"])
     groups = random_groups(5)
     want_loss, want = padded_gradient(path, groups, normalize=False)
@@ -106,7 +105,7 @@ def test_one_rank_and_any_budget_give_the_gradient_of_one_padded_batch(
     assert_same_gradient(last_gradient(runner), want, relative=1e-9)
 
 
-def test_micro_batches_are_trained_on_while_later_groups_are_awaited(tmp_path: Path, ranks: Ranks) -> None:
+def test_microbatches_run_while_later_groups_are_awaited(tmp_path: Path, ranks: Ranks) -> None:
     runner = make_runner(write_model(tmp_path), ranks, budget_tokens=12)
     forwards: list[int] = []
     runner.policy.register_forward_hook(lambda *_: forwards.append(1))
@@ -121,7 +120,7 @@ def test_micro_batches_are_trained_on_while_later_groups_are_awaited(tmp_path: P
     assert seen[0] == 0 and seen[-1] > 0 and seen == sorted(seen)
 
 
-def test_a_step_without_any_spread_still_counts_and_decays_the_momentum(tmp_path: Path, ranks: Ranks) -> None:
+def test_a_step_without_gradient_still_updates_momentum(tmp_path: Path, ranks: Ranks) -> None:
     runner = make_runner(write_model(tmp_path), ranks)
     runner.run(random_groups(4), step=0)
     before = dict(gather_full_state(runner.policy))
@@ -135,7 +134,7 @@ def test_a_step_without_any_spread_still_counts_and_decays_the_momentum(tmp_path
     assert any(not torch.equal(before[name], after) for name, after in gather_full_state(runner.policy))
 
 
-def test_a_gradient_that_is_not_finite_leaves_the_weights(tmp_path: Path, ranks: Ranks) -> None:
+def test_a_non_finite_gradient_leaves_the_weights(tmp_path: Path, ranks: Ranks) -> None:
     runner = make_runner(write_model(tmp_path), ranks, advantage=DrGrpo())
     before = gather_full_state(runner.policy)
     (group,) = random_groups(1, group_size=2)
@@ -145,7 +144,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights(tmp_path: Path, ranks:
     assert all(torch.equal(a[1], b[1]) for a, b in zip(gather_full_state(runner.policy), before, strict=True))
 
 
-def test_clipping_bounds_the_update_and_reports_the_norm_before(tmp_path: Path, ranks: Ranks) -> None:
+def test_clipping_reports_the_norm_before_clipping(tmp_path: Path, ranks: Ranks) -> None:
     path, groups = write_model(tmp_path), random_groups(4)
     free = make_runner(path, ranks, beta1=0.0)
     norm = free.run(groups, step=0)["grad_norm"]
@@ -155,14 +154,19 @@ def test_clipping_bounds_the_update_and_reports_the_norm_before(tmp_path: Path, 
     assert_same_gradient(last_gradient(clipped), quarter, relative=1e-9)
 
 
-def test_the_configured_runner_learns_and_reports(tmp_path: Path, ranks: Ranks) -> None:
-    """The same data every step: the rewarded answers must become likelier."""
+def test_configured_runner_learns_and_reports_metrics(tmp_path: Path, ranks: Ranks) -> None:
+    """Trained on the same data in every step, the rewarded answers must become likelier."""
     path = write_model(tmp_path)
     config = Config(trainer=TrainerConfig(lr=1e-3, warmup_steps=2, tokens_per_microbatch=64))
-    runner = StepRunner.of(config, build_policy(config, path, ranks), ranks)
+    runner = build_step_runner(config, build_policy(config, path, ranks), ranks)
     groups = random_groups(4)
     good = collate(
-        [Sample(trajectory=t, advantage=1.0, group=0) for g in groups[1:3] for t in g if t.reward == 1]
+        [
+            TrainingSample(trajectory=t, advantage=1.0, group=0)
+            for g in groups[1:3]
+            for t in g
+            if t.reward == 1
+        ]
     )
     before = runner.policy(good).logprobs_S.sum().item()
     history = [runner.run(groups, step=step) for step in range(8)]
@@ -178,7 +182,7 @@ def test_the_configured_runner_learns_and_reports(tmp_path: Path, ranks: Ranks) 
 
 @dataclass(frozen=True, kw_only=True)
 class Whitened(Advantage):
-    """Global whitening: an advantage that needs the whole step."""
+    """Whitens over the step: an advantage of scope BATCH."""
 
     scope = Scope.BATCH
 
@@ -192,7 +196,7 @@ class Whitened(Advantage):
         return -float(advantages_S.mean()), 1 / float(advantages_S.std())
 
 
-def test_an_advantage_of_batch_scope_sees_every_sampled_token(tmp_path: Path, ranks: Ranks) -> None:
+def test_batch_scope_advantage_sees_every_sampled_token(tmp_path: Path, ranks: Ranks) -> None:
     path, groups = write_model(tmp_path), random_groups(3)
     policy = Policy.load(path, master_dtype=torch.float64).shard(ranks)
     runner = StepRunner(
@@ -213,8 +217,8 @@ def test_an_advantage_of_batch_scope_sees_every_sampled_token(tmp_path: Path, ra
     assert runner.run(groups, step=0)["loss"] == pytest.approx(-(white_S * logp_S).mean().item(), rel=1e-9)
 
 
-class Watchful(Reinforce):
-    """Looks at everything an objective may look at, and sets the step's learning rate from the whole step."""
+class ReadsEverything(Reinforce):
+    """Checks every input that an objective may read, and scales the learning rate by the mean reward."""
 
     needs = frozenset({Need.REF, Need.PROX})
     whole_groups = True
@@ -242,14 +246,14 @@ class Watchful(Reinforce):
         return float(stats["mean_reward"])
 
 
-def test_an_objective_may_see_references_and_set_the_learning_rate(tmp_path: Path, ranks: Ranks) -> None:
+def test_reference_inputs_and_lr_scale_of_an_objective(tmp_path: Path, ranks: Ranks) -> None:
     path, groups = write_model(tmp_path), random_groups(4)
     policy = Policy.load(path).shard(ranks)
     runner = StepRunner(
         policy,
         ShardedAdamW(policy, ranks, lr=0.1),
         ranks,
-        objective=Watchful(),
+        objective=ReadsEverything(),
         advantage=DrGrpo(),
         normalizer=Normalizer(name="token_mean", max_tokens=10),
         budget_tokens=60,
@@ -265,7 +269,7 @@ class NeedsReference(Reinforce):
     needs = frozenset({Need.REF})
 
 
-def test_a_missing_reference_is_named(tmp_path: Path, ranks: Ranks) -> None:
+def test_a_missing_reference_model_is_refused(tmp_path: Path, ranks: Ranks) -> None:
     policy = Policy.load(write_model(tmp_path)).shard(ranks)
     with pytest.raises(ConfigError, match="needs a reference model"):
         StepRunner(

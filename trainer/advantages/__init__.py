@@ -1,0 +1,20 @@
+"""Advantage estimators by name. Importing this package registers all of them."""
+
+from trainer.advantages.base import ADVANTAGES, Advantage, Estimator, FloatArray
+from trainer.advantages.gae import Gae
+from trainer.advantages.group import DrGrpo, Gpg, Grpo, Opo, ReinforcePlusPlus, Remax, Rloo
+
+__all__ = [
+    "ADVANTAGES",
+    "Advantage",
+    "DrGrpo",
+    "Estimator",
+    "FloatArray",
+    "Gae",
+    "Gpg",
+    "Grpo",
+    "Opo",
+    "ReinforcePlusPlus",
+    "Remax",
+    "Rloo",
+]

@@ -1,14 +1,13 @@
-"""The critic of `advantage=gae`: a value for every sampled token, learned beside the policy.
+"""Trains the critic of `advantage=gae`: values for every sampled token, and regression towards their targets.
 
-    values(trajectories) at the start of a step -> [policy's step] -> learn(lessons) : `critic_updates` times forward, backward, AdamW
+    values(trajectories) -> [the policy's update] -> learn(targets): `critic_updates` AdamW updates
 
-It is a model of its own, begun from the policy's initial weights with a scalar head in place of the vocabulary's, sharded and packed as the
-policy is. The head begins at zero: all values are 0 until it has learned, whatever the seed. A value is that of the state *before* its
-token, so it reads the same hidden state as the token's log-prob. Losses are summed unnormalised and divided once by the step's tokens,
-so neither cuts nor ranks change the result. Its micro-batches are its own: every sequence takes part, also those that teach the policy
-nothing.
+The critic is a model of its own that starts from the policy's initial weights and is sharded and packed like
+the policy. Its losses are summed and divided once by the step's number of sampled tokens, so neither cuts nor
+ranks change the result. It cuts its own micro-batches: every sequence takes part, also those with zero
+advantage, which the policy skips.
 
-Shape suffixes: S sampled tokens, N sequences, D hidden size.
+Shape suffix: S sampled tokens (of one trajectory in numpy arrays, of a micro-batch in tensors).
 """
 
 from __future__ import annotations
@@ -17,49 +16,28 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from areal_like.config import Config
 from areal_like.trajectory import Trajectory
 from trainer.advantages.base import FloatArray
 from trainer.advantages.gae import Gae
-from trainer.batching.microbatches import matched
-from trainer.batching.packing import MicroBatch, PackedBatch, Packer, Sample, by_sequence
+from trainer.batching.microbatches import in_lockstep
+from trainer.batching.packing import MicroBatch, Packer, TrainingSample, split_by_sequence
 from trainer.distributed.ranks import Ranks
-from trainer.models.packed_model import PackedModel
+from trainer.models.value_model import ValueModel
 from trainer.optimizer import ShardedAdamW
 
 _LR_RATIO = 10.0
-"""Of the critic's learning rate to the policy's, where none is given: what PPO for language models uses (1e-5 and 1e-6)."""
-
-
-class ValueModel(PackedModel):
-    """A causal LM whose head says what a state is worth."""
-
-    def __init__(self, model: Any) -> None:
-        """Takes over a transformers causal LM, whose head is thrown away."""
-        head = nn.Linear(model.config.hidden_size, 1, dtype=model.dtype)
-        nn.init.zeros_(head.weight)
-        nn.init.zeros_(head.bias)
-        model.config.tie_word_embeddings = False
-        model.set_output_embeddings(head)
-        super().__init__(model)
-
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """[S] float32 (or the masters' dtype if wider): the value of the state before each sampled token."""
-        value_S1 = self.model.get_output_embeddings()(self.hidden(batch))
-        # A sum and not a squeeze: FSDP2 hangs its backward hook on outputs, which must not be views.
-        value_S: Tensor = value_S1.to(torch.promote_types(value_S1.dtype, torch.float32)).sum(1)
-        return value_S
+"""Default ratio of critic's to policy's learning rate; usual in PPO for language models (1e-5 and 1e-6)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ValueTarget:
-    """What the critic said of one trajectory's sampled tokens, and what it should have said."""
+    """The critic's values [S] of one trajectory at the start of the step, and the targets [S] for them."""
 
     trajectory: Trajectory
     values_S: FloatArray
@@ -67,21 +45,24 @@ class ValueTarget:
 
 
 def value_loss(value_S: Tensor, old_S: Tensor, target_S: Tensor, *, clip: float) -> Tensor:
-    """Half the squared error, or that of the value held within `clip` of the old one if it is larger; 0: no clip."""
+    """[S] half the squared error, as in PPO: 1/2 max((V - target)^2, (V_clipped - target)^2).
+
+    V_clipped is the value held within `clip` of the old one; 0 turns clipping off.
+    """
     loss_S = (value_S - target_S).square()
     if clip:
-        near_S = old_S + (value_S - old_S).clamp(-clip, clip)
-        loss_S = torch.maximum(loss_S, (near_S - target_S).square())
+        clipped_S = old_S + (value_S - old_S).clamp(-clip, clip)
+        loss_S = torch.maximum(loss_S, (clipped_S - target_S).square())
     return 0.5 * loss_S
 
 
 class Critic:
-    """Value model and optimizer. `values` and `learn` are collective."""
+    """A value model and its optimizer. `values` and `learn` are collective."""
 
     def __init__(
         self, model: ValueModel, optimizer: ShardedAdamW, ranks: Ranks, *, settings: Gae, budget_tokens: int
     ) -> None:
-        """`model` is sharded. `budget_tokens`: of one micro-batch."""
+        """`model` is sharded. `budget_tokens`: most tokens of one of the critic's micro-batches."""
         self.model = model
         self.optimizer = optimizer
         self.settings = settings
@@ -90,7 +71,7 @@ class Critic:
 
     @classmethod
     def of(cls, config: Config, settings: Gae, ranks: Ranks, *, initial: str) -> Critic:
-        """The critic that a configuration describes, untrained. `initial`: the model that the run began with."""
+        """Builds the configured critic, untrained, from `initial`, the model that the run started from."""
         trainer = config.trainer
         model = ValueModel.load(initial, gradient_checkpointing=trainer.gradient_checkpointing).shard(
             ranks, dtype=config.model.dtype
@@ -99,64 +80,65 @@ class Critic:
         return cls(model, optimizer, ranks, settings=settings, budget_tokens=trainer.tokens_per_microbatch)
 
     def values(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
-        """Of each trajectory's sampled tokens."""
+        """[S] values of each trajectory's sampled tokens, computed without gradient."""
         values: list[FloatArray] = []
-        for batch, live in matched(self._cut(trajectories), self._ranks):
+        for batch, live in in_lockstep(self._microbatches(trajectories), self._ranks):
             with torch.no_grad():
                 value_S = self.model(batch)
             if live:
-                values += by_sequence(value_S, batch)
+                values += split_by_sequence(value_S, batch)
         return values
 
-    def learn(self, lessons: Sequence[ValueTarget], *, step: int) -> dict[str, float]:
-        """Moves the values towards their targets, after `step` completed steps. Metrics are of the values as they were before.
+    def learn(self, targets: Sequence[ValueTarget], *, step: int) -> dict[str, float]:
+        """Updates the critic after `step` completed steps.
 
-        `explained_variance`: 1 - Var(target - value) / Var(target), 0 for a critic that says the mean; NaN where all targets are equal.
+        Returns metrics of the values as they were before the update.
+
+        `explained_variance`: 1 - Var(target - value) / Var(target): 0 for a critic that predicts the mean,
+        NaN where all targets are equal.
         """
-        targets_S = np.concatenate([np.zeros(0), *(lesson.targets_S for lesson in lessons)])
-        errors_S = targets_S - np.concatenate([np.zeros(0), *(lesson.values_S for lesson in lessons)])
-        sums = [len(targets_S), targets_S.sum(), (targets_S**2).sum(), errors_S.sum(), (errors_S**2).sum()]
-        count, target, target_square, error, error_square = self._ranks.sum(
+        target_S = np.concatenate([np.zeros(0), *(target.targets_S for target in targets)])
+        error_S = target_S - np.concatenate([np.zeros(0), *(target.values_S for target in targets)])
+        sums = [len(target_S), target_S.sum(), (target_S**2).sum(), error_S.sum(), (error_S**2).sum()]
+        count, target_sum, target_square, error_sum, error_square = self._ranks.sum(
             torch.tensor(sums, dtype=torch.float64)
         ).tolist()
         count = max(count, 1.0)
         norm = 0.0
         for _ in range(self.settings.critic_updates):
-            self._accumulate(lessons)
+            self._accumulate(targets)
             norm = self.optimizer.step(divisor=count, lr=self.optimizer.learning_rate(step))
-        variance = target_square / count - (target / count) ** 2
-        unexplained = error_square / count - (error / count) ** 2
-        has_spread = variance > 1e-12 * target_square / count
+        variance = target_square / count - (target_sum / count) ** 2
+        unexplained = error_square / count - (error_sum / count) ** 2
+        targets_differ = variance > 1e-12 * target_square / count  # smaller is rounding
         return {
             "value_loss": 0.5 * error_square / count,
-            "value_mean": (target - error) / count,
-            "explained_variance": 1 - unexplained / variance if has_spread else math.nan,
+            "value_mean": (target_sum - error_sum) / count,
+            "explained_variance": 1 - unexplained / variance if targets_differ else math.nan,
             "critic_grad_norm": norm,
         }
 
-    def _accumulate(self, lessons: Sequence[ValueTarget]) -> None:
+    def _accumulate(self, targets: Sequence[ValueTarget]) -> None:
+        """Forward and backward of every sequence; leaves the sum of the losses' gradients in `.grad`."""
         self.model.zero_grad()
-        left = iter(lessons)
-        for batch, live in matched(self._cut([lesson.trajectory for lesson in lessons]), self._ranks):
+        remaining = iter(targets)
+        for batch, live in in_lockstep(self._microbatches([t.trajectory for t in targets]), self._ranks):
             value_S = self.model(batch)
             if live:
-                taught = list(islice(left, batch.num_sequences))
+                of_batch = list(islice(remaining, batch.num_sequences))
                 old_S, target_S = (
                     torch.from_numpy(np.concatenate(arrays)).to(value_S)
-                    for arrays in (
-                        [lesson.values_S for lesson in taught],
-                        [lesson.targets_S for lesson in taught],
-                    )
+                    for arrays in ([t.values_S for t in of_batch], [t.targets_S for t in of_batch])
                 )
                 loss = value_loss(value_S, old_S, target_S, clip=self.settings.value_clip).sum()
             else:
                 loss = value_S.sum() * 0.0
             loss.backward()  # type: ignore[no-untyped-call]
 
-    def _cut(self, trajectories: Sequence[Trajectory]) -> Iterator[MicroBatch]:
-        """In their order."""
+    def _microbatches(self, trajectories: Sequence[Trajectory]) -> Iterator[MicroBatch]:
+        """Cuts the trajectories into micro-batches, in order."""
         packer = Packer(budget_tokens=self._budget_tokens)
         yield from packer.add(
-            [Sample(trajectory=trajectory, advantage=0.0, group=0) for trajectory in trajectories]
+            [TrainingSample(trajectory=trajectory, advantage=0.0, group=0) for trajectory in trajectories]
         )
         yield from packer.flush()

@@ -1,11 +1,12 @@
-"""Reward shaping: what a sample's length adds to or takes from its reward, before advantages are made of it.
+"""Reward shaping: changes rewards by the samples' lengths before advantages are computed.
 
     advantage: {name: grpo, shaping: [{name: overlong}, {name: laconic, budget_tokens: 200}]}
 
-Shapings apply in order. Metrics go on showing the task's own reward. One that ranks the groups of a step (scope BATCH) waits for all of
-them. One that learns a dual variable does it as a pure function: the state is a number that the step keeps and the checkpoint holds.
+Shapings apply in the order of the list. Metrics keep showing the task's own reward beside the shaped one. A
+shaping that ranks the groups of a step (scope BATCH) waits for all of them. One that learns a dual variable
+(a Lagrange multiplier) updates it by a pure function: the step holds the number and the checkpoint stores it.
 
-Shape suffix: G samples of a group.
+Notation: R reward of a sample, L its number of sampled tokens. Shape suffix: G samples of a group.
 """
 
 from __future__ import annotations
@@ -25,30 +26,33 @@ from trainer.batching.scope import Scope
 
 @dataclass(frozen=True, kw_only=True)
 class ShapingContext:
-    """What a shaping may know beside the group itself."""
+    """Inputs of a shaping other than the group itself."""
 
     dual: float = 0.0
-    """Its dual variable, from the steps before."""
+    """The shaping's dual variable after the previous step."""
     ahead: float = 0.0
-    """Scope BATCH: share of the step's groups that rank before this one, in [0, 1)."""
+    """For scope BATCH: share of the step's groups that rank before this one by `score`, in [0, 1)."""
 
 
 class Shaping(ABC):
-    """Base of all. Yours: a dataclass in a module of your own, `{_target_: my_module.MyShaping}`."""
+    """Base of all shapings.
+
+    One of your own is a dataclass in your module: `{_target_: my_module.MyShaping}`.
+    """
 
     scope: Scope = Scope.GROUP
-    """BATCH: `standing.ahead` is wanted."""
+    """BATCH: `rewards` reads `context.ahead`."""
 
     @abstractmethod
-    def rewards(self, group: Sequence[Trajectory], standing: ShapingContext) -> FloatArray:
-        """[G] the shaped reward of each sample."""
+    def rewards(self, group: Sequence[Trajectory], context: ShapingContext) -> FloatArray:
+        """[G] shaped reward of each sample."""
 
     def score(self, group: Sequence[Trajectory]) -> float:
-        """What the groups of a step are ranked by, the largest first; ties by recorded order."""
+        """The number by which the groups of a step are ranked, largest first; ties by recorded order."""
         return 0.0
 
     def next_dual(self, dual: float, *, mean_tokens: float) -> float:
-        """The dual variable (0 at first) after a step whose samples had so many sampled tokens on average."""
+        """The dual variable (initially 0) after a step with `mean_tokens` sampled tokens per sample."""
         return dual
 
 
@@ -56,29 +60,29 @@ SHAPINGS = Registry[Shaping]("advantage.shaping", Shaping)  # type: ignore[type-
 
 
 def lengths_of(group: Sequence[Trajectory]) -> FloatArray:
-    """Sampled tokens [G]."""
+    """[G] number of sampled tokens of each sample."""
     return np.array([trajectory.num_sampled for trajectory in group], dtype=np.float64)
 
 
 @SHAPINGS.register("overlong")
 @dataclass(frozen=True, kw_only=True)
 class Overlong(Shaping):
-    """DAPO's soft penalty (arXiv 2503.14476): falls linearly from 0 to -weight over the last part of the allowed length."""
+    """Soft overlong punishment (DAPO, arXiv 2503.14476): a penalty growing linearly near the length limit."""
 
     max_tokens: int = 0
-    """Length of the full penalty; `sampling.max_new_tokens` where it is not given."""
+    """Length at which the penalty is full; `sampling.max_new_tokens` by default."""
     soft_fraction: float = 0.2
-    """Share of that length over which the penalty sets in (the paper: 4096 of 20480)."""
+    """Last share of that length, over which the penalty grows (the paper: 4096 of 20480)."""
     weight: float = 1.0
-    """Largest penalty."""
+    """Full penalty."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1 or not 0 < self.soft_fraction <= 1 or self.weight < 0:
             raise ConfigError(
-                "advantage.shaping: overlong wants max_tokens of at least 1, 0 < soft_fraction <= 1 and weight >= 0"
+                "advantage.shaping: overlong needs max_tokens >= 1, 0 < soft_fraction <= 1 and weight >= 0"
             )
 
-    def rewards(self, group: Sequence[Trajectory], standing: ShapingContext) -> FloatArray:
+    def rewards(self, group: Sequence[Trajectory], context: ShapingContext) -> FloatArray:
         """R - weight * clip((L - (1 - soft_fraction) max_tokens) / (soft_fraction max_tokens), 0, 1)"""
         over_G = (lengths_of(group) - (1 - self.soft_fraction) * self.max_tokens) / (
             self.soft_fraction * self.max_tokens
@@ -89,35 +93,36 @@ class Overlong(Shaping):
 @SHAPINGS.register("grpo_lambda")
 @dataclass(frozen=True, kw_only=True)
 class GrpoLambda(Shaping):
-    """GRPO-lambda (arXiv 2505.18086): the shorter of the right answers is better, but only where the policy is already right most often.
+    """GRPO-lambda (arXiv 2505.18086): penalises long right answers, only in the groups of highest accuracy.
 
-    A length penalty everywhere makes accuracy collapse; here the step's best `top` of the groups get it, the others none.
+    A length penalty on all groups makes accuracy collapse, so only the best `top` of the step's groups get
+    it.
     """
 
     scope = Scope.BATCH
 
     top: float = 0.2
-    """Share of the step's groups, by their rate of right answers, that are rewarded for brevity."""
+    """Share of the step's groups, by accuracy, that get the length penalty."""
     weight: float = 0.6
     """Largest penalty of a right answer."""
     correct: float = 1.0
-    """Reward from which an answer counts as right."""
+    """Smallest reward of an answer that counts as right."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.top <= 1 or self.weight < 0:
             raise ConfigError(
-                "advantage.shaping: grpo_lambda wants top between 0 and 1 and weight of at least 0"
+                "advantage.shaping: grpo_lambda needs top between 0 and 1 and weight of at least 0"
             )
 
     def score(self, group: Sequence[Trajectory]) -> float:
-        """Rate of right answers."""
+        """Share of right answers."""
         return float((rewards_of(group) >= self.correct).mean())
 
-    def rewards(self, group: Sequence[Trajectory], standing: ShapingContext) -> FloatArray:
-        """R - weight * sigmoid((L - mean) / std) for right answers of a chosen group, mean and std over its right answers."""
+    def rewards(self, group: Sequence[Trajectory], context: ShapingContext) -> FloatArray:
+        """R - weight * sigmoid((L - mean) / std) for right answers of a top group, with their mean, std."""
         rewards_G, lengths_G = rewards_of(group), lengths_of(group)
         right_G = rewards_G >= self.correct
-        if standing.ahead >= self.top or not right_G.any():
+        if context.ahead >= self.top or not right_G.any():
             return rewards_G
         mean, std = lengths_G[right_G].mean(), lengths_G[right_G].std()
         z_G = (lengths_G - mean) / std if std > 0 else np.zeros_like(lengths_G)
@@ -127,30 +132,31 @@ class GrpoLambda(Shaping):
 @SHAPINGS.register("laconic")
 @dataclass(frozen=True, kw_only=True)
 class Laconic(Shaping):
-    """LACONIC (arXiv 2602.14468): a price on tokens beyond a budget, found by dual ascent: it rises while answers are too long on average.
+    """LACONIC (arXiv 2602.14468): penalises tokens beyond a budget, with a coefficient found by dual ascent.
 
-    Reward R - dual * max(0, L / budget - 1); after each step dual <- clip(dual + rate (mean L / budget - 1), 0, max_dual).
+    R - dual * max(0, L / budget - 1); after each step dual <- clip(dual + rate * (mean L / budget - 1), 0,
+    max_dual). The coefficient rises while answers are longer than the budget on average.
     """
 
     budget_tokens: int = 0
-    """Sampled tokens that an answer may have on average."""
+    """Budget: sampled tokens that an answer may have on average."""
     rate: float = 0.01
-    """Step size of the ascent."""
+    """Step size of the dual ascent."""
     max_dual: float = 1.0
-    """Largest price."""
+    """Largest coefficient."""
 
     def __post_init__(self) -> None:
         if self.budget_tokens < 1 or not self.rate > 0 or not self.max_dual > 0:
             raise ConfigError(
-                "advantage.shaping: laconic wants budget_tokens of at least 1, and rate and max_dual above 0"
+                "advantage.shaping: laconic needs budget_tokens of at least 1, and rate and max_dual above 0"
             )
 
-    def rewards(self, group: Sequence[Trajectory], standing: ShapingContext) -> FloatArray:
+    def rewards(self, group: Sequence[Trajectory], context: ShapingContext) -> FloatArray:
         """R - dual * max(0, L / budget - 1)"""
         return np.asarray(
-            rewards_of(group) - standing.dual * np.maximum(0, lengths_of(group) / self.budget_tokens - 1)
+            rewards_of(group) - context.dual * np.maximum(0, lengths_of(group) / self.budget_tokens - 1)
         )
 
     def next_dual(self, dual: float, *, mean_tokens: float) -> float:
-        """Projected ascent on the constraint mean L <= budget."""
+        """One step of projected dual ascent on the constraint mean L <= budget."""
         return min(self.max_dual, max(0.0, dual + self.rate * (mean_tokens / self.budget_tokens - 1)))

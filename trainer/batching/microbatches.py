@@ -1,32 +1,37 @@
-"""Micro-batches in step on all ranks: FSDP2's collectives match only if every rank runs as many as the others.
+"""Runs equal numbers of micro-batches on all ranks, because FSDP2's collectives hang if one rank runs fewer.
 
-Before each one the ranks ask whether anybody has any left; who has none runs a dummy, which must count for nothing.
+Before each micro-batch the ranks vote on whether any of them has one left. A rank that has none runs a dummy
+micro-batch, whose contribution the caller multiplies by zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from areal_like.trajectory import FinishReason, Trajectory
-from trainer.batching.packing import MicroBatch, PackedBatch, Sample, collate
+from trainer.batching.packing import MicroBatch, PackedBatch, TrainingSample, collate
 from trainer.distributed.ranks import Ranks
 
 
-def matched(packs: Iterator[MicroBatch], ranks: Ranks) -> Iterator[tuple[PackedBatch, bool]]:
-    """(micro-batch, True), or (dummy, False) while only other ranks have any left. Collective."""
+def in_lockstep(microbatches: Iterable[MicroBatch], ranks: Ranks) -> Iterator[tuple[PackedBatch, bool]]:
+    """Yields (batch, live): this rank's micro-batches with live=True, then dummies with live=False.
+
+    Dummies follow for as long as another rank still has micro-batches. Collective.
+    """
+    remaining = iter(microbatches)
     while True:
-        pack = next(packs, None)
-        if not ranks.any(pack is not None):
+        microbatch = next(remaining, None)
+        if not ranks.any(microbatch is not None):
             return
-        if pack is None:
+        if microbatch is None:
             yield collate([_DUMMY], device=ranks.device), False
         else:
-            yield collate(pack, device=ranks.device), True
+            yield collate(microbatch, device=ranks.device), True
 
 
-_DUMMY = Sample(
+_DUMMY = TrainingSample(
     trajectory=Trajectory(
         tokens=np.zeros(2, dtype=np.int32),
         loss_mask=np.array([0, 1], dtype=np.uint8),
@@ -38,4 +43,4 @@ _DUMMY = Sample(
     advantage=0.0,
     group=0,
 )
-"""What a rank without data runs."""
+"""The shortest trajectory with one sampled token."""

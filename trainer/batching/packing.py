@@ -1,13 +1,15 @@
-"""Sequences of different lengths laid end to end, cut into micro-batches under a token budget.
+"""Lays sequences of different lengths end to end and cuts them into micro-batches under a token budget.
 
-Cuts are a pure function of recorded order and budget (next fit, sequences whole): never of when a group arrived, so that a
-step that is served again gives the same gradient to the last bit. Next fit also streams: a micro-batch is known as soon as the
-next sequence does not fit. Better-filling packings (first fit, sorting) were left out because they have to see the whole step first.
+The cuts are a pure function of recorded order and budget (next fit; a sequence is never split), never of when
+a group arrived, so a step that is served again gives bitwise the same gradient. Next fit also streams: a
+micro-batch is complete as soon as the next sequence does not fit. Packings that fill better (first fit,
+sorting by length) were left out because they need the whole step first.
 
 Shape suffixes: T tokens of a micro-batch, S sampled tokens (loss mask 1), N sequences.
 
-Alignment: entry t of a per-token quantity belongs to token t given the tokens before it in its own sequence. A sequence's first
-token has nothing before it and is therefore never in the mask, even if a policy sampled it from an empty prompt.
+Alignment: entry t of a per-token quantity belongs to token t given the tokens before it in its own sequence.
+A sequence's first token has no prefix, so it is never in the loss mask, even if a policy sampled it from an
+empty prompt.
 """
 
 from __future__ import annotations
@@ -25,48 +27,52 @@ from areal_like.trajectory import FinishReason, Trajectory
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Sample:
-    """One trajectory with what the step knows about it."""
+class TrainingSample:
+    """One trajectory with its advantage, its group's position in the step, and its lag."""
 
     trajectory: Trajectory
     advantage: float | NDArray[np.float64]
-    """One number for all its tokens, or an array [num_tokens]."""
+    """One number for all its tokens, or a float64 array [num_tokens]."""
     group: int
-    """Position of its group in the step, over all ranks."""
+    """Position of its group in the step, counted over all ranks."""
     lag: int | NDArray[np.int64] = 0
-    """Optimizer steps since the weights that sampled its tokens: one number, or an array [num_tokens]."""
+    """Optimizer steps since the weights that sampled its tokens: a number, or an int64 array [num_tokens]."""
 
 
-MicroBatch = tuple[Sample, ...]
+MicroBatch = tuple[TrainingSample, ...]
+"""Samples that run through the model together; `collate` turns them into a PackedBatch."""
 
 
 def num_targets(trajectory: Trajectory) -> int:
-    """Tokens that are trained on: sampled ones that have a prefix."""
+    """Number of tokens that are trained on: sampled ones that have a prefix."""
     return int(trajectory.loss_mask[1:].sum())
 
 
 class Packer:
     """Cuts a stream of groups into micro-batches.
 
-    OPEN(samples so far) -> add() yields those that became full -> flush() yields the rest, once, at the end of the step.
+    FILLING -> add() returns the micro-batches that became full -> flush() returns the rest, once, at the end
+    of the step.
     """
 
     def __init__(
         self, *, budget_tokens: int, whole_groups: bool = False, one_sequence_per_microbatch: bool = False
     ) -> None:
-        """`budget_tokens`: most tokens of a micro-batch. `whole_groups`: never split a group over two micro-batches.
+        """`budget_tokens`: most tokens of a micro-batch.
 
-        `one_sequence_per_microbatch`: every sequence is a micro-batch by itself.
+        `whole_groups`: never split a group over two micro-batches.
+
+        `one_sequence_per_microbatch`: each sequence is a micro-batch of its own.
         """
         assert budget_tokens >= 1 and not (whole_groups and one_sequence_per_microbatch)
         self._budget = budget_tokens
         self._whole_groups = whole_groups
-        self._lone_sequences = one_sequence_per_microbatch
-        self._open: list[Sample] = []
+        self._one_sequence = one_sequence_per_microbatch
+        self._open: list[TrainingSample] = []
         self._used = 0
 
-    def add(self, group: Sequence[Sample]) -> list[MicroBatch]:
-        """Takes the next group in recorded order; returns the micro-batches that it completed.
+    def add(self, group: Sequence[TrainingSample]) -> list[MicroBatch]:
+        """Adds the next group in recorded order; returns the micro-batches that it completed.
 
         Raises ConfigError if a sequence (with `whole_groups`: a group) is longer than the budget.
         """
@@ -77,18 +83,19 @@ class Packer:
             if size > self._budget:
                 what = "group" if self._whole_groups else "sequence"
                 raise ConfigError(
-                    f"a {what} of {size} tokens does not fit trainer.tokens_per_microbatch={self._budget}: raise it to at least {size}"
+                    f"a {what} of {size} tokens does not fit trainer.tokens_per_microbatch={self._budget}: "
+                    f"raise it to at least {size}"
                 )
             if self._used + size > self._budget:
                 done += self.flush()
             self._open += unit
             self._used += size
-            if self._used == self._budget or self._lone_sequences:
+            if self._used == self._budget or self._one_sequence:
                 done += self.flush()
         return done
 
     def flush(self) -> list[MicroBatch]:
-        """The micro-batch that is still open, if any."""
+        """Returns the unfinished micro-batch, if there is one, and starts a new one."""
         rest = [tuple(self._open)] if self._open else []
         self._open, self._used = [], 0
         return rest
@@ -104,18 +111,16 @@ class PackedBatch:
     """int64, from 0 in each sequence."""
     segments_T: Tensor
     """int64 index in 0..N-1 of each token's sequence."""
-    loss_mask_T: Tensor
-    """bool, True where the token is trained on."""
     behavior_logp_T: Tensor
-    """float32 behaviour log-prob; 0 outside the mask."""
+    """float32 log-prob under the policy that sampled the token; 0 outside the loss mask."""
     versions_T: Tensor
     """int32 version of the weights that sampled the token; NOT_SAMPLED elsewhere."""
     lags_T: Tensor
-    """int64 optimizer steps since those weights; meaningless outside the mask."""
+    """int64 optimizer steps since those weights; meaningless outside the loss mask."""
     advantages_T: Tensor
-    """float64 advantage."""
+    """float64 advantage of each token."""
     cu_seqlens: Tensor
-    """int32 [N+1] where sequences begin and the last one ends."""
+    """int32 [N + 1]: start of each sequence, then the end of the last."""
     rewards_N: Tensor
     """float64 reward of each sequence."""
     groups_N: Tensor
@@ -123,29 +128,29 @@ class PackedBatch:
     truncated_N: Tensor
     """bool: the sequence ended at the length limit."""
     sampled_S: Tensor
-    """int64 indices into T of the tokens in the mask."""
+    """int64 [S] indices into T of the tokens that are trained on."""
     lengths: tuple[int, ...]
-    """Tokens of each sequence, on the host."""
+    """Number of tokens of each sequence; Python ints, so reading them does not wait for the device."""
 
     @property
     def num_sequences(self) -> int:
-        """N."""
+        """Number of sequences (N)."""
         return len(self.lengths)
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """Number of tokens (T)."""
         return len(self.tokens_T)
 
 
-def by_sequence(value_S: Tensor, batch: PackedBatch) -> list[NDArray[np.float64]]:
-    """Values of the sampled tokens of a packed batch, cut into its sequences, on the host."""
+def split_by_sequence(value_S: Tensor, batch: PackedBatch) -> list[NDArray[np.float64]]:
+    """Splits a value [S] per sampled token into one float64 array per sequence, on the host."""
     length_N = torch.bincount(batch.segments_T[batch.sampled_S], minlength=batch.num_sequences)
     return np.split(value_S.double().cpu().numpy(), length_N.cumsum(0)[:-1].cpu().numpy())
 
 
-def collate(samples: Sequence[Sample], *, device: torch.device | str = "cpu") -> PackedBatch:
-    """Lays trajectories end to end. Needs at least one."""
+def collate(samples: Sequence[TrainingSample], *, device: torch.device | str = "cpu") -> PackedBatch:
+    """Lays the samples' trajectories end to end as tensors on `device`. Needs at least one sample."""
     trajectories = [sample.trajectory for sample in samples]
     lengths = [t.num_tokens for t in trajectories]
     bounds = np.concatenate([[0], np.cumsum(lengths)])
@@ -166,7 +171,6 @@ def collate(samples: Sequence[Sample], *, device: torch.device | str = "cpu") ->
         tokens_T=put(np.concatenate([t.tokens for t in trajectories]).astype(np.int64)),
         positions_T=put(np.arange(total) - np.repeat(starts, lengths)),
         segments_T=put(np.repeat(np.arange(len(lengths)), lengths)),
-        loss_mask_T=put(mask),
         behavior_logp_T=put(np.concatenate([t.logprobs for t in trajectories])),
         versions_T=put(np.concatenate([t.versions for t in trajectories])),
         lags_T=put(lags),

@@ -1,12 +1,12 @@
-"""What an objective or advantage has to see before the first gradient of a step may be computed."""
+"""How much of a step must have arrived before its first gradient can be computed."""
 
 from enum import StrEnum
 
 
 class Scope(StrEnum):
-    """How much of a step a quantity depends on."""
+    """The part of a step that an objective, advantage, mask or reward shaping depends on."""
 
     GROUP = "group"
-    """One group: micro-batches are trained on while others are still being generated."""
+    """One group: micro-batches are trained on while later groups are still being generated."""
     BATCH = "batch"
     """All groups of the step on all ranks: a pass without gradient gathers statistics first."""

@@ -7,6 +7,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a parameter or gradient, sharing its memory; the tensor itself if it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def reshard(model: nn.Module) -> None:
     """Puts the sharded parameters back on every module that a forward without a backward left whole."""
     for module in model.modules():

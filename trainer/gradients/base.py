@@ -1,7 +1,8 @@
-"""How the micro-batches of a step become its gradient; a choice of the objective's.
+"""Accumulates the gradients of a step's micro-batches; an objective chooses the accumulator.
 
-Plain: autograd adds each micro-batch to `.grad`, reduced and sharded by FSDP2. A method that needs more than a sum, such as a baseline
-from the norms of single sequences' gradients, brings a subclass that leaves the step's sum in `.grad` by its own way.
+The plain one lets autograd add each micro-batch to `.grad`, where FSDP2 reduces and shards it. A method that
+needs more than a sum, such as a baseline from the norms of single sequences' gradients, overrides `Gradients`
+and leaves the step's sum in `.grad` by other means.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from trainer.batching.packing import PackedBatch
-    from trainer.objectives.base import SampledTokens
+    from trainer.batching.sampled_tokens import SampledTokens
 
 
 class Gradients:
-    """Of one step at a time: [entered -> add() a micro-batch, many -> finish() -> left]*. Leaving without finish() gives the step up."""
+    """Accumulates one step at a time: [enter -> add() per micro-batch -> finish() -> exit]*.
+
+    Exit without finish() abandons the step.
+    """
 
     def __enter__(self) -> Gradients:
         self._loss: Tensor | float = 0.0
@@ -26,13 +30,19 @@ class Gradients:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Undoes what entering did to the policy."""
+        """Restores the policy to its state before entering."""
 
     def add(self, loss_S: Tensor, *, tokens: SampledTokens, batch: PackedBatch) -> None:
-        """Adds one micro-batch; collective. `loss_S` is weighted by the normaliser, not yet divided; all zero for a dummy."""
+        """Adds the gradient of one micro-batch. Collective.
+
+        `loss_S`: losses weighted by the normaliser but not yet divided by its divisor; all zero for a dummy.
+        """
         loss_S.sum().backward()  # type: ignore[no-untyped-call]
         self._loss += loss_S.detach().sum()
 
     def finish(self) -> dict[str, tuple[Tensor | float, Tensor | float]]:
-        """After the last micro-batch; collective. This rank's (sum, count) of `loss` and of what else became known."""
+        """Call after the last micro-batch.
+
+        Collective. Returns this rank's (sum, count) of `loss` and of other metrics.
+        """
         return {"loss": (self._loss, 1.0)}

@@ -1,8 +1,13 @@
-"""A variance-minimising baseline at the price of one ordinary backward: norms and gradients of a packed micro-batch from a `GhostTape`.
+"""Gradients with a variance-minimising baseline at the cost of one ordinary backward (see `ghost_tape.py`).
 
-    backward -> squared norms [N] -> b* -> coefficients A - b* [N] -> every parameter's gradient, one at a time, reduced into its shard
+    backward -> squared norms [N] -> b* [N] -> coefficients A - b* [N] -> gradients, reduced into shards
 
-With one baseline for the step, b* comes too late for that; so `sum A_i g_i` goes into the shards and `sum g_i` into second ones.
+With one baseline for the whole step, b* is known only after the last micro-batch. Then `sum A_i g_i` is
+accumulated in the shards' `.grad`, `sum g_i` in a second set of shards, and b* times the second is subtracted
+at the end.
+
+Notation: A_i advantage, g_i gradient of sequence i at advantage 1. Shape suffixes: S sampled tokens of a
+micro-batch, N its sequences.
 """
 
 from __future__ import annotations
@@ -22,18 +27,21 @@ from trainer.gradients.segment_rows import Rows
 
 if TYPE_CHECKING:
     from trainer.batching.packing import PackedBatch
+    from trainer.batching.sampled_tokens import SampledTokens
     from trainer.distributed.ranks import Ranks
     from trainer.models.policy import Policy
-    from trainer.objectives.base import SampledTokens
 
 
 class GhostGradients(Gradients):
-    """Micro-batches of whole groups (of any sequences with `over_batch`); `loss_S` is that of advantage 1."""
+    """For micro-batches of whole groups (with `over_batch`: of any sequences) and losses at advantage 1."""
 
     def __init__(
         self, policy: Policy, ranks: Ranks, *, over_batch: bool = False, leave_one_out: bool = False
     ) -> None:
-        """`over_batch`: one baseline for all sequences of the step and all ranks. Raises ConfigError for a model it does not know."""
+        """`over_batch`: one baseline for all sequences of the step and all ranks.
+
+        Raises ConfigError for a model with layers that GhostTape does not support.
+        """
         self._policy = policy
         self._ranks = ranks
         self._over_batch = over_batch
@@ -44,12 +52,12 @@ class GhostGradients(Gradients):
     def __enter__(self) -> GhostGradients:
         super().__enter__()
         self._sums = torch.zeros(2, dtype=torch.float64)
-        self._scores: dict[str, Tensor] = {}
-        self._loss_scores: Tensor | float = 0.0
+        self._score_shards: dict[str, Tensor] = {}
+        self._loss_sum: Tensor | float = 0.0
         self._baselines: Tensor | float = 0.0
         self._num_sequences: Tensor | float = 0.0
         self._tape.attach()
-        # The tape keeps what chunking would free, and must see the head's rows at once.
+        # No chunks: the tape keeps what chunking would free, and needs all rows of the head in one call.
         self._chunk_tokens, self._policy.chunk_tokens = self._policy.chunk_tokens, sys.maxsize
         return self
 
@@ -60,7 +68,7 @@ class GhostGradients(Gradients):
         self._policy.chunk_tokens = self._chunk_tokens
 
     def add(self, loss_S: Tensor, *, tokens: SampledTokens, batch: PackedBatch) -> None:
-        """One backward, then products of what it left."""
+        """Runs one backward, then forms each parameter's gradient from what the tape recorded."""
         loss_S.sum().backward()  # type: ignore[no-untyped-call]
         device = loss_S.device
         rows = Rows.of(batch.lengths, device=device)
@@ -74,31 +82,34 @@ class GhostGradients(Gradients):
             if self._over_batch:
                 self._sums += torch.stack([squares_N.sum(), (squares_N * advantage_N).sum()]).cpu()
                 self._add(advantage_N, loss_N)
-                for name, whole in self._tape.combined(torch.ones_like(advantage_N)):
-                    shard = reduced(self._params[name], whole)
-                    self._scores[name] = self._scores[name] + shard if name in self._scores else shard
-                self._loss_scores += loss_N.sum()
+                for name, full in self._tape.combined(torch.ones_like(advantage_N)):
+                    shard = reduced(self._params[name], full)
+                    self._score_shards[name] = (
+                        self._score_shards[name] + shard if name in self._score_shards else shard
+                    )
+                self._loss_sum += loss_N.sum()
             else:
                 baseline_N = optimal_baseline(
                     squares_N, advantage_N, tokens.group_N, leave_one_out=self._leave_one_out
                 )
                 self._add(advantage_N - baseline_N, loss_N)
                 self._baselines += (baseline_N * (squares_N > 0)).sum()
-            self._num_sequences += (squares_N > 0).double().sum()  # not a dummy's
+            self._num_sequences += (squares_N > 0).double().sum()  # zero for a dummy
         self._tape.clear()
 
     def finish(self) -> dict[str, tuple[Tensor | float, Tensor | float]]:
-        """With one baseline for the step: sets it, now that all norms are known."""
+        """With one baseline for the step: subtracts b* times `sum g_i`, now that all norms are known."""
         if self._over_batch:
-            mass, moment = self._ranks.sum(self._sums).tolist()
-            baseline = moment / mass if mass > 0 else 0.0
-            for name, scores in self._scores.items():
+            square_sum, weighted_sum = self._ranks.sum(self._sums).tolist()
+            baseline = weighted_sum / square_sum if square_sum > 0 else 0.0
+            for name, scores in self._score_shards.items():
                 add_gradient(self._params[name], scores.mul_(-baseline))
-            self._loss -= baseline * self._loss_scores
+            self._loss -= baseline * self._loss_sum
             self._baselines = baseline * self._num_sequences
         return {"loss": (self._loss, 1.0), "baseline": (self._baselines, self._num_sequences)}
 
     def _add(self, coefficient_N: Tensor, loss_N: Tensor) -> None:
+        """Adds `sum c_i g_i` to the shards' gradients and `sum c_i loss_i` to the loss."""
         self._loss += (coefficient_N * loss_N).sum()
-        for name, whole in self._tape.combined(coefficient_N):
-            add_gradient(self._params[name], reduced(self._params[name], whole))
+        for name, full in self._tape.combined(coefficient_N):
+            add_gradient(self._params[name], reduced(self._params[name], full))

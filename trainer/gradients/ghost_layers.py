@@ -1,8 +1,11 @@
-"""Layers whose inputs and output gradients are kept instead of multiplied, for `GhostTape`: what each kind makes of them.
+"""Layers that record inputs and output gradients for `GhostTape` instead of multiplying them.
 
-Each has a forward of its own whose backward passes the gradient on, records, and leaves the parameters' gradients out.
+Each kind has a forward of its own whose backward passes the gradient on to the layer's input, records what a
+parameter gradient is made of, and leaves `.grad` alone. From the records it computes each sequence's squared
+gradient norm (`squares`) and any weighted sum of the sequences' gradients (`combined`).
 
-Shape suffixes: T rows (tokens), N sequences, n sequences of one block, L longest of them, I in, O out, D features, U distinct rows.
+Shape suffixes: T rows (tokens), N sequences, n sequences of one block, L longest of them, I in, O out, D
+features, U distinct (sequence, token id) pairs.
 """
 
 from __future__ import annotations
@@ -21,7 +24,10 @@ from trainer.gradients.segment_rows import Block, Rows
 
 
 def layer_of(module: nn.Module) -> Layer | None:
-    """How to record this module; None if it is of no known kind. A subclass with a forward of its own is a kind of its own."""
+    """The recorder for this module, or None if its kind is not supported.
+
+    A subclass of a supported layer that overrides `forward` is not supported.
+    """
     forward = type(module).forward
     if forward in (nn.Linear.forward, Conv1D.forward):
         return Matrix(module)
@@ -31,41 +37,56 @@ def layer_of(module: nn.Module) -> Layer | None:
 
 
 class Layer:
-    """One module and what the last backward recorded of it."""
+    """One module with the records of the last backward: inputs `x_TI` and output gradients `e_TO`."""
 
     path: str
     names: dict[str, str]
-    """Its trainable parameters' own names -> those in the model."""
+    """Names of its trainable parameters: in the module -> in the model."""
     is_head: bool
+    """True: the module is the model's head, which runs over sampled tokens only."""
     reached: list[Layer]
-    """The tape's: layers in the order in which the backward reached them."""
+    """Shared by all layers of a tape: layers in the order in which the backward reached them."""
     rows: Rows
+    """The sequence of each recorded row."""
 
     def __init__(self, module: Any) -> None:
         self.module = module
         self.x_TI = self.e_TO = torch.empty(0)
 
     def record(self, x: Tensor, e: Tensor) -> None:
+        """Stores the layer's input and output gradient.
+
+        Raises ConfigError on a second call in one backward.
+        """
         if self in self.reached:
             raise ConfigError(
-                f"objective.norms=ghost cannot follow {self.path}, which runs twice in one forward: use exact or proxy"
+                f"objective.norms=ghost does not support {self.path}, which runs twice in one forward: "
+                "use exact or proxy"
             )
         self.x_TI, self.e_TO = x, e
         self.reached.append(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Replaces the module's forward while the tape is attached."""
         raise NotImplementedError
 
     def squares(self, grams: dict[int, list[Tensor]]) -> Tensor:
-        """[N]"""
+        """[N] squared norm of each sequence's gradient.
+
+        `grams` caches Gram matrices by the input they belong to.
+        """
         raise NotImplementedError
 
     def combined(self, coefficient_N: Tensor, scaled: dict[int, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """(model's parameter name, sum of coefficient times gradient over sequences).
+
+        `scaled` caches scaled inputs.
+        """
         raise NotImplementedError
 
 
 class Matrix(Layer):
-    """`x W^T + b`, or transformers' `x W + b`."""
+    """A matrix multiplication: Linear, `x W^T + b`, or transformers' Conv1D, `x W + b`."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.module.weight.t() if isinstance(self.module, Conv1D) else self.module.weight
@@ -80,6 +101,7 @@ class Matrix(Layer):
             parts = zip(
                 torch.split(x_TI, self.rows.lengths), torch.split(e_TO, self.rows.lengths), strict=True
             )
+            # Sequences are so long that their gradients are smaller than their Gram matrices.
             out_N += torch.stack([(e.t() @ x).square().sum() for x, e in parts])
         elif "weight" in self.names:
             # Layers that read the same tensor (query, key and value) share its Gram matrices.
@@ -111,7 +133,7 @@ class Matrix(Layer):
 
 
 class Embedding(Layer):
-    """Rows of a table; `x_TI` holds token ids [T, 1]."""
+    """Rows of a table looked up by token id; `x_TI` holds the ids [T, 1]."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _apply(_Lookup, x, self.module.weight, self._record_ids)
@@ -140,7 +162,7 @@ class Embedding(Layer):
 
 
 class _Scale(Layer):
-    """`weight * normalised(x) + bias`; `x_TI` holds normalised(x)."""
+    """`weight * normalised(x) + bias` (LayerNorm, RMSNorm); `x_TI` holds normalised(x)."""
 
     def __init__(self, module: Any) -> None:
         super().__init__(module)
@@ -156,7 +178,7 @@ class _Scale(Layer):
         )
 
     def _record_rows(self, x: Tensor, e: Tensor) -> None:
-        # [1, T, heads, D]: the heads of a token are rows of their own, whose gradients are added up in `squares`.
+        # [1, T, heads, D] keeps its heads apart: [T, heads, D]. `squares` adds their gradients up.
         last = 1 if x.ndim == 4 else -2
         self.record(x.flatten(0, last), e.flatten(0, last))
 
@@ -173,19 +195,22 @@ class _Scale(Layer):
 
 
 def wide(value: Tensor) -> Tensor:
-    """At least float32: sums of squares of bfloat16 would keep two digits."""
+    """The value in float32 or wider: a sum of squares in bfloat16 would keep two digits."""
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def _gram(block: Block, x_TI: Tensor) -> Tensor:
-    """[n, L, L] inner products of the inputs, zero where either is a pad."""
+    """[n, L, L] inner products of the inputs of each sequence, zero where either token is padding."""
     x_nLI = block.pad(x_TI)
     gram_nLL = torch.bmm(x_nLI, x_nLI.mT)
     return gram_nLL if block.is_dense else gram_nLL.mul_(block.pairs_nLL)
 
 
 def _is_scale(module: nn.Module) -> bool:
-    """True if its one parameter, a vector `weight`, multiplies an output that has none: tried on four numbers a feature."""
+    """True if the module's one parameter, a vector `weight`, multiplies its output.
+
+    Tried on four inputs per feature.
+    """
     params = dict(module.named_parameters())
     if list(params) != ["weight"] or params["weight"].ndim != 1 or list(module.children()):
         return False
@@ -198,12 +223,12 @@ def _is_scale(module: nn.Module) -> bool:
         scaled_TD = twin(x_TD)
         twin._parameters = {"weight": nn.Parameter(torch.ones_like(weight_D), requires_grad=False)}
         return bool(torch.allclose(scaled_TD, weight_D * twin(x_TD), rtol=1e-4, atol=1e-6))
-    except (RuntimeError, TypeError):  # it wants other arguments, so it is something else
+    except (RuntimeError, TypeError):  # its forward takes other arguments, so it is another kind of module
         return False
 
 
 def _without_parameters(module: Any) -> Any:
-    """The module's forward with weight 1 and no bias, of an input's dtype."""
+    """The module's forward with weight 1 and no bias, in the input's dtype."""
     if isinstance(module, nn.LayerNorm):
         shape, eps = module.normalized_shape, module.eps
         return lambda x: F.layer_norm(x, shape, None, None, eps)
@@ -219,6 +244,8 @@ def _without_parameters(module: Any) -> Any:
 
 
 class _Linear(torch.autograd.Function):
+    """F.linear whose backward records (x [T, I], e [T, O]) and computes no parameter gradient."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, record: Any) -> Tensor:
         ctx.save_for_backward(x, weight)
@@ -234,6 +261,8 @@ class _Linear(torch.autograd.Function):
 
 
 class _Lookup(torch.autograd.Function):
+    """F.embedding whose backward records (ids, e) and computes no parameter gradient."""
+
     @staticmethod
     def forward(ctx: Any, ids: Tensor, weight: Tensor, record: Any) -> Tensor:
         ctx.save_for_backward(ids)
@@ -247,6 +276,8 @@ class _Lookup(torch.autograd.Function):
 
 
 class _Affine(torch.autograd.Function):
+    """x * weight + bias whose backward records (x, e) and computes no parameter gradient."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, record: Any) -> Tensor:
         ctx.save_for_backward(x, weight)

@@ -1,21 +1,24 @@
-"""Norms of single sequences' gradients, and any weighted sum of those gradients, from one backward over a whole micro-batch.
+"""Per-sequence gradient norms and weighted sums of gradients from one backward over a packed micro-batch.
 
-A layer's parameter gradient is a sum over tokens of its inputs times its output gradients. `GhostTape` keeps both (`x`, `e`) instead of
-multiplying them, for every layer that has parameters, and then knows for each sequence i, whose tokens never mix with others':
+A layer's parameter gradient is a sum over tokens of input times output gradient. `GhostTape` records both (x
+and e) instead of multiplying them, for every layer that has parameters. Tokens of different sequences never
+mix within such a layer, so for each sequence i (the "ghost norm" trick of per-example gradient clipping):
 
-    Linear          ||E_i^T X_i||^2 = sum_tt' (X_i X_i^T * E_i E_i^T)_tt', or the product itself where that is smaller ("ghost norm")
+    Linear          ||E_i^T X_i||^2 = sum_tt' (X_i X_i^T * E_i E_i^T)_tt', or of E_i^T X_i where it is smaller
     Embedding       the same with one-hot inputs: rows of equal tokens are added up first
-    tied to a head  plus twice <E_i^T X_i, embedding's gradient of i>: one parameter, one gradient
-    norms, biases   a vector each, so simply computed
+    tied to a head  plus twice <E_i^T X_i, embedding's gradient of i>: one parameter has one gradient
+    norms, biases   one vector per sequence, computed directly
 
-and, once coefficients c_i are known, `sum_i c_i g_i` as `(c E)^T X`: the very product that autograd would have made, made later. So
-norms cost their Gram matrices and nothing is run twice. The price is memory: the inputs and output gradients of all layers of a micro-batch
-exist together, those of the head (tokens times vocabulary) too; `trainer.tokens_per_microbatch` bounds it.
+Once coefficients c_i are known, `sum_i c_i g_i = (c E)^T X`, the product that autograd would have formed
+during the backward. So the norms cost their Gram matrices and nothing is run twice. The price is memory:
+inputs and output gradients of all layers of a micro-batch exist at the same time, those of the head (tokens
+times vocabulary) too; `trainer.tokens_per_microbatch` bounds it.
 
-Layers known: torch's Linear, Embedding and LayerNorm; transformers' Conv1D; any module with one vector `weight` that multiplies
-its output. A trainable parameter anywhere else is refused by name.
+Supported layers: torch's Linear, Embedding and LayerNorm, transformers' Conv1D, and any module with one
+vector `weight` that multiplies its output. A trainable parameter anywhere else is refused by name.
 
-Shape suffixes: T rows (tokens), S rows that the head reads, N sequences, n sequences of one block, L longest of them.
+Shape suffixes: T rows (tokens), S rows that the head reads, N sequences, n sequences of one block, L longest
+of them.
 """
 
 from __future__ import annotations
@@ -33,15 +36,18 @@ from trainer.gradients.segment_rows import Rows
 
 
 class GhostTape:
-    """Records one backward at a time.
+    """Records one backward at a time:
 
     attach() -> [forward, backward -> squares() -> combined(), once or more -> clear()]* -> detach()
 
-    While attached, a backward leaves no gradient in any `.grad`.
+    While it is attached, a backward writes no `.grad`.
     """
 
     def __init__(self, model: nn.Module, *, head: nn.Module | None = None) -> None:
-        """`head`: the module whose rows are `head_rows`. Raises ConfigError naming trainable parameters in layers it does not know."""
+        """`head`: the module that runs over `head_rows`.
+
+        Raises ConfigError naming trainable parameters that it cannot handle.
+        """
         self._layers: list[Layer] = []
         self._reached: list[Layer] = []
         names = {id(param): name for name, param in model.named_parameters()}
@@ -66,26 +72,28 @@ class GhostTape:
             name for name, param in model.named_parameters() if param.requires_grad and name not in known
         ]:
             raise ConfigError(
-                f"objective.norms=ghost does not know the layers of {', '.join(unknown[:3])}: use exact or proxy"
+                f"objective.norms=ghost does not support the layers of {', '.join(unknown[:3])}: "
+                "use exact or proxy"
             )
         self._tied = list(_tied(self._layers))
 
     def attach(self) -> None:
-        """Puts recording forwards in the place of the layers' own."""
+        """Replaces the layers' forwards with recording ones."""
         for layer in self._layers:
             layer.module.forward = layer.forward
 
     def detach(self) -> None:
-        """Gives every layer its own forward back."""
+        """Restores the layers' own forwards."""
         for layer in self._layers:
             del layer.module.forward
         self.clear()
 
     @torch.no_grad()
     def squares(self, rows: Rows, head_rows: Rows, *, read_S: Tensor | None = None) -> Tensor:
-        """[N] float64: each sequence's squared gradient norm over all parameters, from the backward that was just run.
+        """[N] float64: each sequence's squared gradient norm over all parameters, from the last backward.
 
-        `read_S`: which of `rows` the head reads, `head_rows` in their order. Layers above the last attention then work on those alone.
+        `read_S`: which of `rows` the head reads, `head_rows` in their order. Layers above the last attention
+        then work on those alone.
         """
         self._assign(rows, head_rows, read_S)
         total_N = torch.zeros(len(rows.lengths), dtype=torch.float64, device=rows.segment_T.device)
@@ -111,9 +119,10 @@ class GhostTape:
             layer.rows = head_rows if layer.is_head else rows
             if len(layer.e_TO) != len(layer.rows.segment_T):
                 raise ConfigError(
-                    f"objective.norms=ghost cannot tell whose tokens {layer.path} sees: use exact or proxy"
+                    f"objective.norms=ghost cannot tell which sequences the rows of {layer.path} belong to: "
+                    "use exact or proxy"
                 )
-            # From the head down, until attention mixes rows: what the head does not read has no gradient.
+            # Rows that the head does not read have no gradient above the last attention: drop them there.
             if layer.is_head or not is_late:
                 continue
             is_late = float(torch.linalg.vector_norm(layer.e_TO.index_select(0, unread_T), ord=math.inf)) == 0
@@ -128,7 +137,10 @@ class GhostTape:
 
     @torch.no_grad()
     def combined(self, coefficient_N: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """(name, sum of coefficient times gradient over sequences) of every parameter that was reached, one at a time; after squares()."""
+        """(name, sum of coefficient times gradient over sequences) of each parameter with a gradient.
+
+        Call after squares(). Yields one at a time, so only one full gradient need exist.
+        """
         halves: dict[str, Tensor] = {}
         scaled: dict[int, Tensor] = {}
         tied = {embedding.names["weight"] for embedding, _ in self._tied}
@@ -141,26 +153,32 @@ class GhostTape:
         yield from halves.items()
 
     def clear(self) -> None:
-        """Forgets the backward that was recorded."""
+        """Drops the recorded backward and frees its memory."""
         for layer in self._reached:
             layer.x_TI = layer.e_TO = torch.empty(0)
         self._reached.clear()
 
 
 def _cross(embedding: Layer, head: Layer) -> Tensor:
-    """[N] twice the inner product of what the two uses of a tied table give each sequence; their blocks hold the same sequences."""
+    """[N] twice the inner product of each sequence's gradients from the two uses of a tied table.
+
+    The blocks of both layers hold the same sequences.
+    """
     out_N = wide(embedding.e_TO).new_zeros(len(embedding.rows.lengths))
-    for mine, theirs in zip(embedding.rows.blocks, head.rows.blocks, strict=True):
-        tokens_nL = mine.pad(embedding.x_TI).squeeze(-1)
-        inner_nSL = torch.bmm(theirs.pad(wide(head.x_TI)), mine.pad(wide(embedding.e_TO)).mT)
-        at_tokens_nSL = head.e_TO[theirs.places_nL[:, :, None], tokens_nL[:, None, :]]
-        real_nSL = theirs.real_nL[:, :, None] & mine.real_nL[:, None, :]
-        out_N.index_add_(0, mine.sequences_n, 2 * (inner_nSL * at_tokens_nSL * real_nSL).sum((1, 2)))
+    for of_embedding, of_head in zip(embedding.rows.blocks, head.rows.blocks, strict=True):
+        tokens_nL = of_embedding.pad(embedding.x_TI).squeeze(-1)
+        inner_nSL = torch.bmm(of_head.pad(wide(head.x_TI)), of_embedding.pad(wide(embedding.e_TO)).mT)
+        at_tokens_nSL = head.e_TO[of_head.places_nL[:, :, None], tokens_nL[:, None, :]]
+        real_nSL = of_head.real_nL[:, :, None] & of_embedding.real_nL[:, None, :]
+        out_N.index_add_(0, of_embedding.sequences_n, 2 * (inner_nSL * at_tokens_nSL * real_nSL).sum((1, 2)))
     return out_N
 
 
 def _tied(layers: Sequence[Layer]) -> Iterator[tuple[Layer, Layer]]:
-    """(embedding, linear layer) that share a table. Raises ConfigError for any other sharing."""
+    """Pairs (embedding, linear layer) that share a table.
+
+    Raises ConfigError for any other shared parameter.
+    """
     users: dict[str, list[Layer]] = {}
     for layer in layers:
         for name in layer.names.values():
@@ -170,5 +188,7 @@ def _tied(layers: Sequence[Layer]) -> Iterator[tuple[Layer, Layer]]:
             continue
         pair = sorted(sharing, key=lambda layer: isinstance(layer, Matrix))
         if [type(layer) for layer in pair] != [Embedding, Matrix] or isinstance(pair[1].module, Conv1D):
-            raise ConfigError(f"objective.norms=ghost does not know how {name} is shared: use exact or proxy")
+            raise ConfigError(
+                f"objective.norms=ghost does not support the sharing of {name}: use exact or proxy"
+            )
         yield pair[0], pair[1]

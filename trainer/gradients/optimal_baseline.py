@@ -1,7 +1,9 @@
-"""The baseline that minimises the variance of `sum_i (R_i - b) g_i`: each return weighted by its gradient's squared norm.
+"""The baseline b that minimises the variance of the gradient estimate `sum_i (R_i - b) g_i`.
 
-Returns are taken relative to one of their group, so that equal returns give exactly that return: a group without spread must not learn
-from rounding.
+    b* = sum_i m_i R_i / sum_i m_i,  m_i = ||g_i||^2
+
+Returns are taken relative to one return of their group, so that equal returns give exactly that return: a
+group without spread must not learn from rounding.
 
 Shape suffixes: N sequences, G groups.
 """
@@ -12,15 +14,16 @@ import torch
 from torch import Tensor
 
 _LEAST_SHARE = 1e-12
-"""Of a group's mass, below which what is left without one sample is rounding."""
+"""Share of a group's `sum m` below which the remainder without one sample is only rounding."""
 
 
 def optimal_baseline(
     squares_N: Tensor, returns_N: Tensor, group_N: Tensor, *, leave_one_out: bool = False
 ) -> Tensor:
-    """[N] float64: `sum m R / sum m` over each sequence's group, with m = `squares_N`; `group_N` holds any integers.
+    """[N] float64: b* of each sequence's group, with m_i = `squares_N` and R_i = `returns_N`.
 
-    `leave_one_out`: over the others of the group. Where no m is left (weights that underflow, a group of one), the mean return.
+    `group_N`: any integer per group. `leave_one_out`: each sequence's b* is computed from the others of its
+    group. Where no m is left (weights that underflow, a group of one), b* is the mean return.
     """
     _, index_N = torch.unique(group_N, return_inverse=True)
     squares_N, returns_N = squares_N.double(), returns_N.double()
@@ -31,9 +34,9 @@ def optimal_baseline(
     def summed(value_N: Tensor) -> Tensor:
         return zeros_G.index_add(0, index_N, value_N)[index_N]
 
-    total_N, moment_N = summed(squares_N), summed(squares_N * returns_N)
-    mass_N = total_N
+    total_N, numerator_N = summed(squares_N), summed(squares_N * returns_N)
+    denominator_N = total_N
     if leave_one_out:
-        mass_N, moment_N = mass_N - squares_N, moment_N - squares_N * returns_N
+        denominator_N, numerator_N = denominator_N - squares_N, numerator_N - squares_N * returns_N
     mean_N = summed(returns_N) / summed(torch.ones_like(returns_N))
-    return origin_N + torch.where(mass_N > _LEAST_SHARE * total_N, moment_N / mass_N, mean_N)
+    return origin_N + torch.where(denominator_N > _LEAST_SHARE * total_N, numerator_N / denominator_N, mean_N)

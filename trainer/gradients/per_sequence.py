@@ -1,11 +1,15 @@
-"""Gradients of single sequences by autograd, and a variance-minimising baseline from their norms, in one backward a sequence.
+"""Per-sequence gradients by autograd, with a variance-minimising baseline, in one backward per sequence.
 
     G_R = sum_i A_i g_i    G_S = sum_i g_i    gradient of a group = G_R - b* G_S
 
-Two accumulators make b*, which is known when the group's last norm is, enough: nothing is run twice and no g_i is kept. Micro-batches are
-single sequences. Parameters stay whole on every rank while the step lasts, since FSDP2's reduce-scatter would mix the sequences of several
-ranks; groups are folded locally and the step's sum is reduced once. That is the price of a reference that knows nothing of the
-architecture: the whole model, two accumulators and one gradient of its size on every rank.
+b* is known once the group's last norm is, so two accumulators suffice: nothing is run twice and no g_i is
+kept. Micro-batches are single sequences. Parameters stay unsharded on every rank during the step, since
+FSDP2's reduce-scatter would mix the sequences of several ranks; groups are added up locally, and the step's
+sum is reduced once. This supports any architecture, at the price of the full model, two accumulators and one
+gradient of its size on every rank.
+
+Notation: A_i advantage, g_i gradient of sequence i at advantage 1. Shape suffixes: S sampled tokens, N
+sequences.
 """
 
 from __future__ import annotations
@@ -23,12 +27,12 @@ from trainer.gradients.optimal_baseline import optimal_baseline
 
 if TYPE_CHECKING:
     from trainer.batching.packing import PackedBatch
+    from trainer.batching.sampled_tokens import SampledTokens
     from trainer.distributed.ranks import Ranks
-    from trainer.objectives.base import SampledTokens
 
 
 class SequenceGradients(Gradients):
-    """Micro-batches of one sequence, groups one after another; `loss_S` is that of advantage 1."""
+    """For micro-batches of one sequence each, group after group, and losses at advantage 1."""
 
     def __init__(self, policy: nn.Module, ranks: Ranks, *, over_batch: bool = False) -> None:
         """`over_batch`: one baseline for all sequences of the step and all ranks."""
@@ -41,8 +45,8 @@ class SequenceGradients(Gradients):
         self._group = -1
         self._squares: list[Tensor] = []
         self._advantages: list[float] = []
-        self._loss_scores = self._baselines = 0.0
-        self._num_folded = 0
+        self._loss_sum = self._baselines = 0.0
+        self._num_sequences = 0
         reshard(self._policy)
         self._shards = [param for param in self._policy.parameters() if param.requires_grad]
         self._total = [torch.zeros(p.shape, dtype=p.dtype, device=p.device) for p in self._shards]
@@ -66,16 +70,15 @@ class SequenceGradients(Gradients):
         del self._shards, self._total, self._scores
 
     def add(self, loss_S: Tensor, *, tokens: SampledTokens, batch: PackedBatch) -> None:
-        """One sequence; the group before it is folded when it is the first of its own."""
+        """Adds one sequence; the first of a group finishes the group before it."""
         assert len(tokens.length_N) == 1
         group = int(tokens.group_N)
         if group != self._group and not self._over_batch:
-            self._fold_group()
+            self._finish_group()
         self._group = group
-        whole = [
-            param for param in self._policy.parameters() if param.requires_grad
-        ]  # after the forward: unsharded
-        computed = torch.autograd.grad(loss_S.sum(), whole, allow_unused=True, materialize_grads=True)
+        # After the forward, parameters are unsharded.
+        params = [param for param in self._policy.parameters() if param.requires_grad]
+        computed = torch.autograd.grad(loss_S.sum(), params, allow_unused=True, materialize_grads=True)
         grads = [grad.to(total.dtype) for grad, total in zip(computed, self._total, strict=True)]
         advantage = float(tokens.mean_N(tokens.advantage_S))
         torch._foreach_add_(self._total, grads, alpha=advantage)
@@ -84,35 +87,38 @@ class SequenceGradients(Gradients):
         self._advantages.append(advantage)
         loss = float(loss_S.detach().sum())
         self._loss += advantage * loss
-        self._loss_scores += loss
+        self._loss_sum += loss
 
     def finish(self) -> dict[str, tuple[Tensor | float, Tensor | float]]:
-        """Folds what is left and reduces the step's gradient into the shards."""
+        """Finishes the last group and reduces the step's gradient into the shards."""
         if self._over_batch:
             squares_N, advantage_N = self._sequences()
             sums = self._ranks.sum(torch.stack([squares_N.sum(), (squares_N * advantage_N).sum()]))
-            self._fold(float(sums[1] / sums[0]) if sums[0] > 0 else 0.0)
+            self._subtract_baseline(float(sums[1] / sums[0]) if sums[0] > 0 else 0.0)
         else:
-            self._fold_group()
+            self._finish_group()
         for shard, total in zip(self._shards, self._total, strict=True):
             add_gradient(shard, reduced(shard, total))
-        return {"loss": (self._loss, 1.0), "baseline": (self._baselines, self._num_folded)}
+        return {"loss": (self._loss, 1.0), "baseline": (self._baselines, self._num_sequences)}
 
     def _sequences(self) -> tuple[Tensor, Tensor]:
-        """(squared norms, advantages) [N] of those not yet folded: float64, on the host."""
+        """(squared norms, advantages) [N] of the unfinished group's sequences: float64, on the host."""
         squares_N = torch.stack(self._squares).cpu() if self._squares else torch.zeros(0, dtype=torch.float64)
         return squares_N, torch.tensor(self._advantages, dtype=torch.float64)
 
-    def _fold_group(self) -> None:
+    def _finish_group(self) -> None:
         if self._squares:
             squares_N, advantage_N = self._sequences()
-            self._fold(float(optimal_baseline(squares_N, advantage_N, torch.zeros(len(squares_N)))[0]))
+            self._subtract_baseline(
+                float(optimal_baseline(squares_N, advantage_N, torch.zeros(len(squares_N)))[0])
+            )
 
-    def _fold(self, baseline: float) -> None:
+    def _subtract_baseline(self, baseline: float) -> None:
+        """Adds `-b* G_S` of the unfinished sequences to the step's sum and starts the next group."""
         torch._foreach_add_(self._total, self._scores, alpha=-baseline)
         torch._foreach_zero_(self._scores)
-        self._loss -= baseline * self._loss_scores
+        self._loss -= baseline * self._loss_sum
         self._baselines += baseline * len(self._squares)
-        self._num_folded += len(self._squares)
-        self._loss_scores = 0.0
+        self._num_sequences += len(self._squares)
+        self._loss_sum = 0.0
         self._squares, self._advantages = [], []

@@ -1,6 +1,6 @@
-"""Packed rows as rectangles, where something is to be computed for each sequence by itself.
+"""Packed rows padded to rectangles of similar lengths, for computations on each sequence by itself.
 
-Shape suffixes: T rows, N sequences, n sequences of one block, L longest of them, D features.
+Shape suffixes: T rows (tokens), N sequences, n sequences of one block, L longest of them, D features.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Block:
-    """Sequences of similar lengths as a rectangle."""
+    """Sequences of similar lengths as a padded rectangle."""
 
     sequences_n: Tensor
-    """int64"""
+    """int64 indices into N."""
     places_nL: Tensor
-    """int64 rows; 0 in pads."""
+    """int64 indices into T; 0 in the padding."""
     real_nL: Tensor
-    """bool"""
+    """bool: not padding."""
     is_dense: bool
-    """True: the rectangle is all rows in their order."""
+    """True: the rectangle is all T rows in order, without padding."""
 
     @cached_property
     def pairs_nLL(self) -> Tensor:
-        """bool: neither is a pad."""
+        """bool: neither token is padding."""
         return self.real_nL[:, :, None] & self.real_nL[:, None, :]
 
     def pad(self, value_TD: Tensor) -> Tensor:
-        """[n, L, D]; pads repeat row 0."""
+        """[n, L, D] from [T, D]; the padding repeats row 0."""
         if self.is_dense:
             return value_TD.view(*self.places_nL.shape, -1)
         return value_TD.index_select(0, self.places_nL.flatten()).view(*self.places_nL.shape, -1)
@@ -41,19 +41,22 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Rows:
-    """Which sequence each row of a layer's input belongs to; sequences are contiguous and in order."""
+    """The sequence of each row of a layer's input. Sequences are contiguous and in order."""
 
     segment_T: Tensor
-    """int64"""
+    """int64 in 0..N-1."""
     lengths: list[int]
-    """Of each sequence."""
+    """Number of rows of each sequence."""
     blocks: tuple[Block, ...]
 
     @classmethod
     def of(
         cls, lengths: Sequence[int], *, device: torch.device | str = "cpu", like: Sequence[int] | None = None
     ) -> Rows:
-        """Rows of sequences with these lengths (0 allowed). `like`: lengths by which blocks are chosen, these by default."""
+        """Rows of sequences with these lengths (0 allowed).
+
+        `like`: lengths by which blocks are formed; default `lengths`.
+        """
         lengths_N, chosen_N = np.asarray(lengths), np.asarray(like or lengths)
         starts_N = np.cumsum(lengths_N) - lengths_N
         # Gram matrices cost the square of the length, so a block's lengths are within a factor of root two.
@@ -76,7 +79,7 @@ class Rows:
         return cls(segment_T=segment_T, lengths=list(lengths), blocks=tuple(blocks))
 
     def sum_ND(self, value_TD: Tensor) -> Tensor:
-        """Sum over each sequence's rows."""
+        """[N, D] sum of [T, D] over each sequence's rows."""
         return value_TD.new_zeros(len(self.lengths), value_TD.shape[1]).index_add_(
             0, self.segment_T, value_TD
         )

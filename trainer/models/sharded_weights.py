@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer.distributed.sharding import local
 from trainer.models.packed_model import PackedModel
-from trainer.optimizer import local
 
 MODEL_PREFIX = "model."
 """What `PackedModel` puts before the Hugging Face name of a parameter."""

@@ -1,16 +1,18 @@
-"""What an objective is: per-token losses from flat sampled tokens and segment ids, and nothing else.
+"""Base class and registry of objectives: per-token losses computed from the sampled tokens of a micro-batch.
 
-Masks, packing, micro-batches, ranks, normalisers, clipping and the optimizer are not its business. It sees sampled tokens only,
-so what is masked cannot contribute; it returns losses that are neither averaged nor weighted, so how the step was cut cannot matter.
-What depends on the whole step is declared (`scope = Scope.BATCH`) and comes in three moves, all optional:
+An objective does nothing else. Masks, packing, micro-batches, ranks, normalisation, clipping and the
+optimizer are handled by the step. It sees sampled tokens only, so prompt tokens cannot contribute; it returns
+losses that are neither averaged nor normalised, so the cuts of a step cannot matter. An objective that
+depends on the whole step declares `scope = Scope.BATCH` and gets its statistics from three methods, of which
+the first two are optional:
 
-    observe(batch) -> vectors, one call a micro-batch    gathered over micro-batches and ranks
-    summarize(vectors) -> stats                          once, the same on every rank
-    losses(batch, stats)                                 stats are empty under scope GROUP
+    observe(batch) -> vectors     once per micro-batch; concatenated over micro-batches and ranks
+    summarize(vectors) -> stats   once, with the same result on every rank
+    losses(batch, stats)          stats are empty under scope GROUP
 
-Under scope GROUP the observing happens beside the gradient, and the stats serve `lr_scale` alone.
+Under scope GROUP, `observe` runs beside the gradient, and its stats serve `lr_scale` alone.
 
-An objective of one's own, complete (`objective._target_=my_module.SoftReinforce objective.power=0.5`):
+A complete custom objective (`objective._target_=my_module.SoftReinforce objective.power=0.5`):
 
     @dataclass(frozen=True, kw_only=True)
     class SoftReinforce(Objective):
@@ -29,14 +31,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
+from areal_like.errors import ConfigError
 from areal_like.registry import Registry
 from trainer.advantages.base import Advantage
+from trainer.batching.sampled_tokens import SampledTokens
 from trainer.batching.scope import Scope
 from trainer.gradients.base import Gradients
 
@@ -44,123 +46,92 @@ if TYPE_CHECKING:
     from trainer.distributed.ranks import Ranks
     from trainer.models.policy import Policy
 
+__all__ = ["OBJECTIVES", "Need", "Objective", "SampledTokens", "StepStats", "TokenLosses"]
+
+_RENAMED = {"lone_sequences": "one_sequence_per_microbatch"}
+"""Earlier names of attributes that a custom objective may set, and the present ones."""
+
 
 class Need(StrEnum):
-    """What an objective wants beside pi, mu and the advantage."""
+    """An input that is computed only for objectives that ask for it."""
 
     PROX = "prox"
-    """Log-probs under the weights at the start of the step. With one optimizer step a batch that is pi itself, detached: free."""
+    """Log-probs under the weights at the start of the step.
+
+    Free: with one optimizer step a batch they are `logp_S`, detached.
+    """
     REF = "ref"
     """Log-probs under a frozen reference model: one more forward."""
     COLLISION = "collision"
-    """Sum over the vocabulary of the squared probabilities at each sampled token: one more pass over the logits."""
+    """Sum over the vocabulary of squared probabilities at each token: one more pass over the logits."""
     ENTROPY = "entropy"
     """An entropy that carries gradient: its softmax is kept for the backward."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SampledTokens:
-    """Sampled tokens of one micro-batch, whole sequences, in packed order. Float tensors share one dtype, float32 or wider."""
-
-    logp_S: Tensor
-    """Log-prob under the current weights; the only one that carries gradient."""
-    behavior_logp_S: Tensor
-    """Behaviour log-prob recorded by the engine."""
-    advantage_S: Tensor
-    segment_S: Tensor
-    """int64 in 0..N-1: the sequence of each token."""
-    length_N: Tensor
-    """Sampled tokens of each sequence, as floats."""
-    reward_N: Tensor
-    group_N: Tensor
-    """int64: position in the step of each sequence's group."""
-    truncated_N: Tensor
-    """bool: the sequence ended at the length limit."""
-    version_S: Tensor
-    """int32: version of the weights that sampled the token."""
-    lag_S: Tensor
-    """Optimizer steps between the weights that sampled the token and those at the start of the step, as floats; 0 is on-policy."""
-    entropy_S: Tensor
-    """Entropy of the policy's distribution at the token, in nats; detached unless Need.ENTROPY."""
-    prox_logp_S: Tensor | None = None
-    """For Need.PROX."""
-    ref_logp_S: Tensor | None = None
-    """For Need.REF."""
-    collision_S: Tensor | None = None
-    """For Need.COLLISION; detached."""
-    kept_S: Tensor | None = None
-    """bool: tokens whose loss masks will leave standing, for an objective that weighs its own gradient. None: all."""
-    counted_S: Tensor | None = None
-    """bool: tokens that masks leave in the normaliser. None: all."""
-
-    def sum_N(self, value_S: Tensor) -> Tensor:
-        """Sum over each sequence's sampled tokens."""
-        return torch.zeros_like(self.length_N).index_add(0, self.segment_S, value_S)
-
-    def mean_N(self, value_S: Tensor) -> Tensor:
-        """Mean over each sequence's sampled tokens (0 where there are none)."""
-        return self.sum_N(value_S) / self.length_N.clamp(min=1)
-
-    def spread_S(self, value_N: Tensor) -> Tensor:
-        """Each sequence's value at each of its tokens."""
-        return value_N.index_select(0, self.segment_S)
-
-    @cached_property
-    def log_ratio_S(self) -> Tensor:
-        """log pi/mu, detached."""
-        return self.logp_S.detach() - self.behavior_logp_S
-
-    @cached_property
-    def log_w_N(self) -> Tensor:
-        """log W: the sequence's true log-ratio, a sum and not a mean; detached."""
-        return self.sum_N(self.log_ratio_S)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class TokenLosses:
-    """What an objective returns."""
+    """The result of `Objective.losses`."""
 
     loss_S: Tensor
-    """Loss of each sampled token; carries the gradient, and each to its own token's log-prob alone, so that masks compose."""
+    """Loss of each sampled token.
+
+    Its gradient reaches only its own token's log-prob, so that masks compose.
+    """
     counted_S: Tensor | None = None
-    """bool: tokens that count in the normaliser. None: all of them, also those whose loss was masked to zero."""
+    """bool: tokens that count in the normaliser. None: all, also those whose loss was masked to zero."""
     means: dict[str, Tensor] = field(default_factory=dict)
-    """Vectors, of tokens or sequences, whose mean over the step becomes a metric of that name."""
+    """Vectors, over tokens or sequences, whose mean over the step becomes a metric of that name."""
 
 
 StepStats = Mapping[str, Tensor]
+"""Statistics of the whole step by name; float64 on the CPU."""
 
 
 class Objective(ABC):
-    """Base of all. Class attributes may be shadowed by properties where they depend on settings."""
+    """Base of all objectives.
+
+    A subclass may shadow class attributes with properties where they depend on settings.
+    """
 
     scope: Scope = Scope.GROUP
+    """BATCH: the losses depend on the whole step."""
     needs: frozenset[Need] = frozenset()
+    """Optional inputs that `losses` or `observe` reads."""
     whole_groups: bool = False
-    """True: a group is never split over micro-batches (baselines and gradients of a whole group)."""
+    """True: a group is never split over micro-batches (for baselines and gradients of a whole group)."""
     one_sequence_per_microbatch: bool = False
-    """True: every sequence is a micro-batch by itself (autograd's own gradient of each sequence)."""
+    """True: every sequence is a micro-batch of its own (for autograd's gradient of each sequence)."""
     late_coefficients: bool = False
-    """True: `gradients` multiplies the losses by coefficients that it finds later, so nothing else may be added to them."""
+    """True: `gradients` scales the losses after the backward, so no other term may be added to them."""
     skips_zero_advantage: bool = True
-    """True: a group whose advantages are all zero adds nothing to the gradient, so it counts in the normaliser and is not run."""
+    """True: a group whose advantages are all zero has no gradient, so it is counted but not run."""
     single_version: bool = False
-    """True: all samples of a group must come from one version of the weights (`buffer.group_filter=single_version`)."""
+    """True: a group's samples must come from one weight version (`buffer.group_filter=single_version`)."""
     advantage: Advantage | None = None
     """Set where the method prescribes its own advantage; it replaces the configured one."""
     normalizer: str | None = None
     """Set where the method prescribes its own normaliser; it replaces the configured one."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Raises ConfigError for a class that sets an attribute by its earlier name, to no effect."""
+        super().__init_subclass__(**kwargs)
+        for old, new in _RENAMED.items():
+            if old in vars(cls) or old in vars(cls).get("__annotations__", {}):
+                raise ConfigError(f"objective {cls.__name__} sets {old}, which is now called {new}")
+
     @abstractmethod
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
-        """Per-token losses of one micro-batch. Must be finite for any finite log-ratio."""
+        """Per-token losses of one micro-batch.
+
+        Must be finite for any finite log-ratio. Both arguments are positional.
+        """
 
     def observe(self, batch: SampledTokens) -> dict[str, Tensor]:
         """Vectors of any length that `summarize` needs of this micro-batch; called without gradient."""
         return {}
 
     def summarize(self, observed: StepStats) -> dict[str, Tensor]:
-        """StepStats about the whole step, from each vector's concatenation (float64, on the CPU)."""
+        """Statistics of the whole step from each vector's concatenation (float64, on the CPU)."""
         return {}
 
     def lr_scale(self, stats: StepStats) -> float:
@@ -168,9 +139,10 @@ class Objective(ABC):
         return 1.0
 
     def gradients(self, policy: Policy, ranks: Ranks) -> Gradients:
-        """How the micro-batches of a step become its gradient; called once, with the sharded policy.
+        """The accumulator of the step's gradient. Called once, with the sharded policy.
 
-        Overridden by methods that need more than a sum, such as a baseline from the norms of each sequence's gradient.
+        Overridden by methods that need more than a sum, such as a baseline from the norms of each sequence's
+        gradient.
         """
         return Gradients()
 

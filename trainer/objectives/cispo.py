@@ -1,7 +1,10 @@
-"""CISPO (MiniMax-M1, arXiv 2506.13585): REINFORCE with a clipped, detached token ratio, so that no token loses its gradient.
+"""CISPO (MiniMax-M1, arXiv 2506.13585): REINFORCE weighted by a clipped, detached token ratio.
 
-`-sg(min(r, high)) A pi`. PPO's clip drops exactly the rare tokens whose probability moves most; this one only limits their weight.
-It is token-level truncated importance sampling under its own name and default.
+    loss_t = -sg(min(r_t, high)) A_t log pi_t,  r_t = pi_t / mu_t
+
+No token loses its gradient: PPO's clip drops the rare tokens whose probability moves most, this one limits
+their weight. It equals token-level truncated importance sampling (`tis.py`) with its own name and default. No
+lower bound, as published.
 """
 
 from __future__ import annotations
@@ -16,17 +19,17 @@ from trainer.objectives.importance import ratio_S
 @OBJECTIVES.register("cispo")
 @dataclass(frozen=True, kw_only=True)
 class Cispo(Objective):
-    """`-sg(min(r, high)) A pi`"""
+    """`-sg(min(r, high)) A log pi`"""
 
     high: float = 5.0
-    """Largest ratio."""
+    """Largest weight of a token."""
 
     def __post_init__(self) -> None:
         if not self.high > 0:
-            raise ConfigError(f"objective.high={self.high}: want a value above 0")
+            raise ConfigError(f"objective.high={self.high}: use a value above 0")
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
-        """The weighted loss."""
+        """The weighted log-probs; `clipped_fraction` counts ratios above `high`."""
         r_S = ratio_S(batch, batch.log_ratio_S, level="token")
         return TokenLosses(
             loss_S=-r_S.clamp(max=self.high) * batch.advantage_S * batch.logp_S,

@@ -1,13 +1,18 @@
-"""What stands beside an objective, once for all of them: masks, a KL penalty towards a reference model, an entropy bonus.
+"""Terms around any objective: masks, a KL penalty towards a reference model, an entropy bonus.
 
-    losses = mask * (objective + kl.coef * kl(pi, ref) - entropy_coef * entropy)
+    losses = mask * (objective + kl.coef * KL(pi || ref) - entropy_coef * entropy)
 
-`build_objective` returns the bare objective where nothing of this is asked for. KL in the reward is not here: it changes rewards
-before advantages are made (`trainer/step/reward_terms.py`).
+`build_objective` returns the bare objective where none of these is configured. The KL penalty on rewards is
+not part of the loss (see `trainer/step/reward_terms.py`).
 
-Estimators of KL(pi || ref) from a token, x = pi - ref: k1 = x, k2 = x^2 / 2, k3 = exp(-x) - 1 + x (never negative, like k2; unbiased, like
-k1). In a loss their gradients are what matters: on-policy, k2's is that of KL(pi || ref), k3's that of KL(ref || pi), and k1's is zero in
-expectation.
+Estimators of KL(pi || ref) from one token, with x = log(pi / ref):
+
+    k1 = x                  unbiased
+    k2 = x^2 / 2            never negative
+    k3 = exp(-x) - 1 + x    unbiased, never negative
+
+In a loss their gradients matter: on-policy, the gradient of k2 is that of KL(pi || ref), the gradient of k3
+that of KL(ref || pi), and the gradient of k1 is zero in expectation.
 """
 
 from __future__ import annotations
@@ -34,7 +39,10 @@ if TYPE_CHECKING:
 
 
 def kl_estimate(log_ratio: Tensor, *, estimator: str) -> Tensor:
-    """k1, k2 or k3 of KL(pi || ref) from log pi/ref."""
+    """Element-wise estimate of KL(pi || ref) from log(pi / ref), any shape.
+
+    `estimator`: `k1` | `k2` | `k3`.
+    """
     if estimator == "k1":
         return log_ratio
     if estimator == "k2":
@@ -44,17 +52,19 @@ def kl_estimate(log_ratio: Tensor, *, estimator: str) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Composed(Objective):
-    """An objective with masks and terms around it; everything else is the objective's own."""
+    """An objective with masks and terms; other attributes are the inner objective's."""
 
     inner: Objective
+    """The objective without masks and terms."""
     masks: tuple[Mask, ...] = ()
     kl: KlConfig | None = None
-    """The penalty in the loss; None: none."""
+    """KL penalty in the loss; None: none."""
     entropy_coef: float = 0.0
+    """Weight of the entropy bonus; 0: none."""
 
     @property
     def scope(self) -> Scope:  # type: ignore[override]
-        """BATCH where any part needs the whole step."""
+        """BATCH if the objective or any mask needs the whole step."""
         return (
             Scope.BATCH
             if Scope.BATCH in (self.inner.scope, *(mask.scope for mask in self.masks))
@@ -63,48 +73,43 @@ class Composed(Objective):
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]
-        """The objective's, and the terms'."""
+        """The inner objective's needs and those of the terms."""
         terms = {Need.REF} if self.kl else set()
         return self.inner.needs | terms | ({Need.ENTROPY} if self.entropy_coef else set())
 
     @property
     def whole_groups(self) -> bool:  # type: ignore[override]
-        """The objective's."""
         return self.inner.whole_groups
 
     @property
     def one_sequence_per_microbatch(self) -> bool:  # type: ignore[override]
-        """The objective's."""
         return self.inner.one_sequence_per_microbatch
 
     @property
     def late_coefficients(self) -> bool:  # type: ignore[override]
-        """The objective's."""
         return self.inner.late_coefficients
 
     @property
     def skips_zero_advantage(self) -> bool:  # type: ignore[override]
-        """Terms and counting masks concern tokens without an advantage too, and so do masks that look at the whole step."""
-        indifferent = all(mask.denominator == "original" and mask.scope is Scope.GROUP for mask in self.masks)
-        return self.inner.skips_zero_advantage and indifferent and not self.kl and not self.entropy_coef
+        """False where a term or mask also concerns tokens with zero advantage."""
+        # A mask that changes the normaliser or gathers statistics of the step needs all groups.
+        masks_allow = all(mask.denominator == "original" and mask.scope is Scope.GROUP for mask in self.masks)
+        return self.inner.skips_zero_advantage and masks_allow and not self.kl and not self.entropy_coef
 
     @property
     def single_version(self) -> bool:  # type: ignore[override]
-        """The objective's."""
         return self.inner.single_version
 
     @property
     def advantage(self) -> Advantage | None:  # type: ignore[override]
-        """The objective's."""
         return self.inner.advantage
 
     @property
     def normalizer(self) -> str | None:  # type: ignore[override]
-        """The objective's."""
         return self.inner.normalizer
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
-        """The objective's losses and the terms, of the tokens that every mask keeps."""
+        """The inner losses plus the terms, zero at tokens that a mask drops."""
         batch = self._masked(batch, stats, [*enumerate(self.masks)])
         bare = self.inner.losses(batch, _part(stats, ""))
         loss_S, counted_S, means = bare.loss_S, bare.counted_S, dict(bare.means)
@@ -123,29 +128,30 @@ class Composed(Objective):
         return TokenLosses(loss_S=loss_S, counted_S=counted_S, means=means)
 
     def observe(self, batch: SampledTokens) -> dict[str, Tensor]:
-        """What each part observes; a mask's names begin with its place in the list.
+        """The vectors of objective and masks; a mask's names begin with its index in the list.
 
-        What a mask of scope BATCH will drop is not known yet: to the objective it is still there.
+        The inner objective still sees the tokens that masks of scope BATCH will drop, which are not known
+        yet.
         """
-        known = [(index, mask) for index, mask in enumerate(self.masks) if mask.scope is Scope.GROUP]
-        observed = self.inner.observe(self._masked(batch, {}, known))
+        of_group = [(index, mask) for index, mask in enumerate(self.masks) if mask.scope is Scope.GROUP]
+        observed = self.inner.observe(self._masked(batch, {}, of_group))
         for index, mask in enumerate(self.masks):
             observed |= {f"{index}/{name}": vector for name, vector in mask.observe(batch).items()}
         return observed
 
     def summarize(self, observed: StepStats) -> dict[str, Tensor]:
-        """Each part's stats under its own names."""
-        mine = _part(observed, "")
-        stats = self.inner.summarize(mine) if mine else {}
+        """The stats of objective and masks; a mask's names begin with its index in the list."""
+        of_inner = _part(observed, "")
+        stats = self.inner.summarize(of_inner) if of_inner else {}
         for index, mask in enumerate(self.masks):
-            if theirs := _part(observed, f"{index}/"):
-                stats |= {f"{index}/{name}": fact for name, fact in mask.summarize(theirs).items()}
+            if of_mask := _part(observed, f"{index}/"):
+                stats |= {f"{index}/{name}": value for name, value in mask.summarize(of_mask).items()}
         return stats
 
     def _masked(
         self, batch: SampledTokens, stats: StepStats, masks: Sequence[tuple[int, Mask]]
     ) -> SampledTokens:
-        """The batch that knows what these masks, with their places in the list, leave of it."""
+        """The batch with `kept_S` and `counted_S` set by these masks, given with their list indices."""
         kept_S, counted_S = batch.kept_S, batch.counted_S
         for index, mask in masks:
             mask_S = mask.kept_S(batch, _part(stats, f"{index}/"))
@@ -155,21 +161,19 @@ class Composed(Objective):
         return replace(batch, kept_S=kept_S, counted_S=counted_S)
 
     def lr_scale(self, stats: StepStats) -> float:
-        """The objective's."""
         return self.inner.lr_scale(_part(stats, ""))
 
     def gradients(self, policy: Policy, ranks: Ranks) -> Gradients:
-        """The objective's."""
         return self.inner.gradients(policy, ranks)
 
 
 def build_objective(
     settings: Mapping[str, Any], *, max_tokens: int = 0, kl: KlConfig | None = None, entropy_coef: float = 0.0
 ) -> Objective:
-    """The objective that the configuration describes, with what stands beside it.
+    """Builds the configured objective with its masks and terms. Raises ConfigError.
 
-    `settings`: its section, with an optional list `masks`. `max_tokens`: the job's limit of sampled tokens, for an objective that has a
-    setting of that name and was not given one. Raises ConfigError.
+    `settings`: the section `objective`, with an optional list `masks`. `max_tokens`: the job's limit of
+    sampled tokens, for an objective that has a setting of that name and was not given one.
     """
     bare = dict(settings)
     job = {"max_tokens": max_tokens} if max_tokens else {}
@@ -178,7 +182,8 @@ def build_objective(
     in_loss = kl if kl is not None and kl.coef and kl.place == "loss" else None
     if inner.late_coefficients and (in_loss is not None or entropy_coef):
         raise ConfigError(
-            f"{type(inner).__name__} takes no other terms in its loss: use kl.place=reward and no entropy bonus"
+            f"{type(inner).__name__} allows no other terms in its loss: "
+            "use kl.place=reward and no entropy bonus"
         )
     if not masks and in_loss is None and not entropy_coef:
         return inner
@@ -186,7 +191,7 @@ def build_objective(
 
 
 def _part(named: StepStats, prefix: str) -> dict[str, Tensor]:
-    """Entries of one part: those with its prefix (without it), or those with none."""
+    """The entries of the mask with this prefix, which is removed; for '', those of the inner objective."""
     if not prefix:
         return {name: value for name, value in named.items() if "/" not in name}
     return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}

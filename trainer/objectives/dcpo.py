@@ -1,8 +1,12 @@
-"""DCPO (arXiv 2509.02333): PPO's clip with bounds that widen for tokens the behaviour policy found unlikely.
+"""DCPO (arXiv 2509.02333): PPO's clip with wider bounds for tokens that the behaviour policy found unlikely.
 
-PPO bounds the ratio, so a rare token may hardly gain probability at all. DCPO bounds `|(r - 1) p|`, which solves to
-r in [.5 + .5 sqrt(max(1 - 4 e_low / q, 0)), .5 + .5 sqrt(1 + 4 e_high / q)] for behaviour probability q. Its advantage smoothing over
-a prompt's history was left out: prompts seldom come twice here.
+    loss_t = max(-A r, -A clip(r, low(q), high(q))),  r = pi_t / mu_t,  q = mu_t
+    low(q)  = 1/2 + 1/2 sqrt(max(1 - 4 clip_low / q, 0))
+    high(q) = min(1/2 + 1/2 sqrt(1 + 4 clip_high / q), max_ratio)
+
+PPO bounds the ratio, so a rare token may hardly gain probability at all. DCPO bounds |(r - 1) pi_t|, the
+moved probability times the ratio, which solves to the bounds above. Left out: its smoothing of advantages
+over a prompt's history, because prompts seldom recur here.
 """
 
 from __future__ import annotations
@@ -22,21 +26,21 @@ from trainer.objectives.ppo import clipped_surrogate
 @OBJECTIVES.register("dcpo")
 @dataclass(frozen=True, kw_only=True)
 class Dcpo(Objective):
-    """`max(-A r, -A clip(r, low(q), high(q)))`"""
+    """`max(-A r, -A clip(r, low(q), high(q)))`, q = mu of the token"""
 
     clip_low: float = 0.16
-    """e_low: mass that a token may lose."""
+    """Bound on |(r - 1) pi| of a token that loses probability."""
     clip_high: float = 0.2
-    """e_high: mass that a token may gain."""
+    """Bound on |(r - 1) pi| of a token that gains probability."""
     max_ratio: float = 5.0
     """Ceiling of the upper bound, which grows without limit as q goes to 0."""
 
     def __post_init__(self) -> None:
         if not self.clip_low > 0 or not self.clip_high > 0 or not self.max_ratio > 1:
-            raise ConfigError("objective: want clip_low and clip_high above 0 and max_ratio above 1")
+            raise ConfigError("objective: use clip_low and clip_high above 0 and max_ratio above 1")
 
     def bounds_S(self, behavior_logp_S: Tensor) -> tuple[Tensor, Tensor]:
-        """(lower, upper) bound of each token's ratio, from its behaviour log-prob."""
+        """([S], [S]) lower and upper bound of each token's ratio, from its behaviour log-prob [S]."""
         # Beyond this log-prob both bounds have saturated; the clamp keeps 1/q finite.
         floor = math.log(4 * self.clip_high) - 2 * math.log(2 * self.max_ratio)
         inverse_S = torch.exp(-behavior_logp_S.clamp(min=min(floor, math.log(4 * self.clip_low))))
@@ -45,7 +49,7 @@ class Dcpo(Objective):
         return low_S, high_S.clamp(max=self.max_ratio)
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
-        """The surrogate with each token's own bounds."""
+        """The clipped surrogate; `clipped_fraction` counts tokens that a bound has cut off."""
         r_S = live_ratio_S(batch.logp_S, batch.behavior_logp_S)
         low_S, high_S = self.bounds_S(batch.behavior_logp_S)
         loss_S, clipped_S = clipped_surrogate(

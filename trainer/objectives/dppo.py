@@ -1,8 +1,11 @@
-"""DPPO with total variation: a trust region in probabilities instead of ratios.
+"""DPPO with total variation: PPO with a trust region on probabilities instead of ratios.
 
-A ratio of 2 is a revolution for a token of probability .4 and nothing for one of 1e-5. The policy term of a token is dropped when its
-probability has already moved by more than the threshold in the direction of its advantage; a small `log(r)^2` pulls every token,
-dropped or not, back towards the behaviour policy.
+    loss_t = -A r [inside the region] + pull (log r)^2,  r = pi_t / mu_t
+    inside:  pi_t - mu_t <= high  if A > 0,  mu_t - pi_t <= low  if A < 0
+
+A ratio of 2 is a large change for a token of probability .4 and none for one of 1e-5. The policy term of a
+token is dropped once its probability has moved beyond the threshold in the direction of its advantage. The
+small quadratic term pulls every token, inside or outside, back towards the behaviour policy.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from trainer.objectives.importance import live_ratio_S
 @OBJECTIVES.register("dppo_tv")
 @dataclass(frozen=True, kw_only=True)
 class DppoTv(Objective):
-    """`-A r [not beyond the region] + pull log(r)^2`"""
+    """`-A r [inside the region] + pull (log r)^2`"""
 
     low: float = 0.2
     """Probability that a token with A < 0 may lose."""
@@ -30,15 +33,15 @@ class DppoTv(Objective):
 
     def __post_init__(self) -> None:
         if not self.low > 0 or not self.high > 0 or self.pull < 0:
-            raise ConfigError("objective: want low and high above 0 and pull at least 0")
+            raise ConfigError("objective: use low and high above 0 and pull at least 0")
 
     @property
     def skips_zero_advantage(self) -> bool:  # type: ignore[override]
-        """Tokens without an advantage are pulled back too."""
+        """False with a pull, which also acts on tokens without an advantage."""
         return self.pull == 0
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
-        """The masked surrogate and the pull; `kept_fraction` counts what is inside the region."""
+        """The masked surrogate and the pull; `kept_fraction` counts tokens inside the region."""
         moved_S = torch.exp(batch.logp_S.detach()) - torch.exp(batch.behavior_logp_S)
         beyond_S = ((batch.advantage_S > 0) & (moved_S > self.high)) | (
             (batch.advantage_S < 0) & (moved_S < -self.low)

@@ -1,7 +1,10 @@
-"""GSPO (arXiv 2507.18071): PPO's clip on the sequence's geometric ratio, so that a sequence is learned from as a whole or not at all.
+"""GSPO (arXiv 2507.18071): PPO's clip on the geometric mean ratio of the whole sequence.
 
-`s = exp(mean(pi - mu))`; each token carries `s exp(pi - sg pi)`, whose value is s and whose gradient reaches its own log-prob alone: with
-`trainer.normalizer=seq_mean_token_mean`, the paper's, the sum is the sequence's clipped s. Its bounds are tiny because s is a mean.
+    loss = max(-A s, -A clip(s, 1 - clip_low, 1 + clip_high)),  s = exp(mean_t log(pi_t / mu_t))
+
+Each token carries `sg(s) pi_t / sg(pi_t)`, whose value is s and whose gradient reaches its own log-prob only
+(GSPO-token); with `trainer.normalizer=seq_mean_token_mean`, the paper's, the sum over tokens is the
+sequence's clipped s. The bounds are tiny because s is a mean.
 """
 
 from __future__ import annotations
@@ -22,16 +25,19 @@ class Gspo(Objective):
     """`max(-A s, -A clip(s, 1 - clip_low, 1 + clip_high))`"""
 
     clip_low: float = 3e-4
-    """A sequence's ratio below 1 - this is not lowered further. Under real staleness 3e-4 clips nearly all: try .05 and more."""
+    """A ratio s below 1 - clip_low is not lowered further.
+
+    On stale data 3e-4 clips nearly everything: try .05 and more.
+    """
     clip_high: float = 4e-4
-    """A sequence's ratio above 1 + this is not raised further."""
+    """A ratio s above 1 + clip_high is not raised further."""
 
     def __post_init__(self) -> None:
         if not 0 < self.clip_low < 1 or not self.clip_high > 0:
-            raise ConfigError("objective: want clip_low between 0 and 1 and clip_high above 0")
+            raise ConfigError("objective: use clip_low between 0 and 1 and clip_high above 0")
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
-        """The clipped sequence ratio at each of its tokens."""
+        """The clipped surrogate of the sequence's ratio, at each of its tokens."""
         s_S = ratio_S(batch, batch.log_ratio_S, level="geometric") * torch.exp(
             batch.logp_S - batch.logp_S.detach()
         )

@@ -1,6 +1,7 @@
-"""Importance weights between two recorded policies, at the level of a token, a sequence, or a sequence's geometric mean.
+"""Importance ratios of two policies: per token, per sequence (product), or as the geometric mean.
 
-All in log space, the exponent clamped to +-20, so that a log-ratio of a thousand is a large weight and not an infinity.
+All are computed in log space with the exponent clamped to +-20, so a log-ratio of a thousand gives a large
+weight and not infinity.
 
 Shape suffixes: S sampled tokens, N sequences, B sequences of the whole step.
 """
@@ -17,6 +18,7 @@ from trainer.objectives.base import SampledTokens
 
 LEVELS = ("token", "sequence", "geometric")
 MAX_EXPONENT = 20.0
+"""Bound of exponents; exp(20) is 4.9e8."""
 
 
 def check_level(key: str, level: str) -> None:
@@ -26,7 +28,7 @@ def check_level(key: str, level: str) -> None:
 
 
 def ratio_S(batch: SampledTokens, log_ratio_S: Tensor, *, level: str) -> Tensor:
-    """exp(log-ratio) at each token: its own, its sequence's product, or the geometric mean of its sequence. Detached."""
+    """[S] detached exp of log-ratios [S]: of each token, of its sequence's sum, or of its sequence's mean."""
     log_ratio_S = log_ratio_S.detach()
     if level == "sequence":
         log_ratio_S = batch.spread_S(batch.sum_N(log_ratio_S))
@@ -36,17 +38,20 @@ def ratio_S(batch: SampledTokens, log_ratio_S: Tensor, *, level: str) -> Tensor:
 
 
 def within_S(ratio_S: Tensor, *, low: float, high: float) -> Tensor:
-    """bool: the ratio is inside the band, its ends included."""
+    """[S] bool: low <= ratio <= high."""
     return (ratio_S >= low) & (ratio_S <= high)
 
 
 def live_ratio_S(logp_S: Tensor, old_S: Tensor) -> Tensor:
-    """exp(pi - old) of each token, carrying pi's gradient (none beyond the clamp)."""
+    """[S] exp(logp - old) of each token, with the gradient of logp (none beyond the clamp)."""
     return torch.exp((logp_S - old_S).clamp(-MAX_EXPONENT, MAX_EXPONENT))
 
 
 def ess_ratio(log_w_B: Tensor) -> float:
-    """Effective sample size over B, `(sum W)^2 / (B sum W^2)`, in log space so that it cannot overflow; 1 for no sequences."""
+    """Effective sample size over B, `(sum W)^2 / (B sum W^2)`, from log W [B]; 1 for no sequences.
+
+    Computed in log space so that it cannot overflow.
+    """
     if len(log_w_B) == 0:
         return 1.0
     log_ess = 2 * torch.logsumexp(log_w_B, 0) - torch.logsumexp(2 * log_w_B, 0)

@@ -1,13 +1,16 @@
-"""LAD (arXiv 2602.20132): the policy's change is matched to what the advantages ask for, instead of being pushed along them for ever.
+"""LAD (arXiv 2602.20132): minimises a divergence between the policy's change and that implied by advantages.
 
-The best policy within a trust region changes each answer's probability by a factor that goes with exp(A / eta). So an f-divergence between
-what has changed and what should is minimised over the samples of the behaviour policy:
+    loss = E_mu [ e^u f(W / e^u) ],  u = A / eta,  W = prod_t pi_t / mu_t
+    implemented as  sg(W f'(W / e^u)) log pi,  which has the same gradient
 
-    E_mu [ e^u f(W / e^u) ],  u = A / eta      whose gradient is that of  sg(W f'(W / e^u)) pi
+The best policy within a trust region changes each answer's probability by a factor proportional to
+exp(A / eta); the f-divergence is between the actual change and that one. The gradient vanishes where W = e^u:
+a sample that has been reinforced enough is left alone, whatever its advantage. Under `js`, f' is at most
+log(2) / 2 and behaves like log W - u for small W. On-policy that is REINFORCE with the advantage
+(softplus(u) - log 2) / 2, whose slope at A = 0 is 1 / (4 eta).
 
-It vanishes where W = e^u: what has been reinforced enough is left alone, whatever its advantage. Under `js`, f' is at most log(2) / 2
-above and goes like log W - u below. On-policy that is REINFORCE with the advantage (softplus(u) - log 2) / 2, whose slope at A = 0 is
-1 / (4 eta). No clip and no cap, as published; other levels than `sequence`, the paper's W, are for long answers.
+No clip and no cap, as published. Addition: the levels `geometric` and `token`, for long answers; the paper's
+W is the `sequence` product.
 """
 
 from __future__ import annotations
@@ -29,27 +32,27 @@ _DIVERGENCES = ("js", "hellinger", "tv")
 @OBJECTIVES.register("lad")
 @dataclass(frozen=True, kw_only=True)
 class Lad(Objective):
-    """`sg(W f'(W / e^u)) pi`"""
+    """`sg(W f'(W / e^u)) log pi`, u = A / eta"""
 
     eta: float = 0.25
-    """Advantage that asks for a factor e. 1/4 gives `js` REINFORCE's slope on-policy."""
+    """Advantage that asks for a factor e. With `js`, 1/4 has the slope of REINFORCE on-policy."""
     divergence: str = "js"
-    """`js` x/2 log x - (x+1)/2 log((x+1)/2) | `hellinger` (sqrt(x) - 1)^2 / 2 | `tv` |x - 1| / 2."""
+    """f(x): `js` x/2 log x - (x+1)/2 log((x+1)/2) | `hellinger` (sqrt(x) - 1)^2 / 2 | `tv` |x - 1| / 2."""
     level: str = "sequence"
-    """Of W: `sequence` (the true product) | `geometric` | `token`."""
+    """Level of W: `sequence` (the product) | `geometric` | `token`."""
 
     skips_zero_advantage = False
-    """Without an advantage W is still pulled to 1."""
+    """Without an advantage, W is still pulled to 1."""
 
     def __post_init__(self) -> None:
         check_level("objective.level", self.level)
         if self.divergence not in _DIVERGENCES:
             raise ConfigError(f"objective.divergence={self.divergence}: use one of {', '.join(_DIVERGENCES)}")
         if self.eta <= 0:
-            raise ConfigError(f"objective.eta={self.eta:g}: want it above 0")
+            raise ConfigError(f"objective.eta={self.eta:g}: use a value above 0")
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
-        """The loss with the right gradient; `divergence` is the value that it is the gradient of."""
+        """A loss with the divergence's gradient; `divergence` is the divergence itself."""
         advantage_S = (
             batch.advantage_S if self.level == "token" else batch.spread_S(batch.mean_N(batch.advantage_S))
         )
@@ -62,7 +65,7 @@ class Lad(Objective):
         )
 
     def _slope(self, log_x_S: Tensor) -> Tensor:
-        """f'(x)"""
+        """[S] f'(x)"""
         if self.divergence == "js":
             return 0.5 * (math.log(2) - softplus(-log_x_S))
         if self.divergence == "hellinger":
@@ -70,7 +73,7 @@ class Lad(Objective):
         return 0.5 * log_x_S.sign()
 
     def _value(self, w_S: Tensor, target_S: Tensor, log_x_S: Tensor) -> Tensor:
-        """e^u f(W / e^u), with e^u the target."""
+        """[S] e^u f(W / e^u), with `target_S` = e^u."""
         if self.divergence == "js":
             return 0.5 * (w_S * log_x_S - (w_S + target_S) * (softplus(log_x_S) - math.log(2)))
         if self.divergence == "hellinger":

@@ -1,10 +1,11 @@
-"""Masks: which tokens an objective may learn from. They compose with any objective and with one another.
+"""Masks, which drop tokens from any objective's loss and compose with one another.
 
     objective: {name: vespo, masks: [{name: stapo}, {name: opsm, delta: 0.05}]}
 
-A mask sees what an objective sees and may look at the whole step in the same three moves (`observe`, `summarize`, `kept_S`). A token
-that any mask drops has no loss and no gradient; with `denominator=kept` it leaves the normaliser too. What the objective computes from
-whole sequences (W, V*) still counts dropped tokens: a sequence's importance does not change because one of its tokens is not learned.
+A mask gets the same input as an objective and may depend on the whole step through the same methods
+(`observe`, `summarize`, then `kept_S`). A token that any mask drops has no loss and no gradient; with
+`denominator=kept` it also leaves the normaliser. Quantities of whole sequences (W, V*) still include dropped
+tokens: a sequence's importance weight does not change because one of its tokens is not trained on.
 
 Shape suffixes: S sampled tokens, N sequences.
 """
@@ -27,12 +28,13 @@ from trainer.objectives.importance import check_level, ratio_S, within_S
 
 @dataclass(frozen=True, kw_only=True)
 class Mask(ABC):
-    """Base of all. Yours: a dataclass in a module of your own, `{_target_: my_module.MyMask}`."""
+    """Base of all masks. One of your own is a dataclass in your module: `{_target_: my_module.MyMask}`."""
 
     scope = Scope.GROUP
+    """BATCH: `kept_S` depends on the whole step."""
 
     denominator: str = "original"
-    """What dropped tokens do in the normaliser: `original` (they count) | `kept` (they do not)."""
+    """The normaliser: `original` (dropped tokens count) | `kept` (they do not)."""
 
     def __post_init__(self) -> None:
         if self.denominator not in ("original", "kept"):
@@ -40,14 +42,14 @@ class Mask(ABC):
 
     @abstractmethod
     def kept_S(self, batch: SampledTokens, stats: StepStats) -> Tensor:
-        """bool: what may be learned from."""
+        """[S] bool: tokens that may be learned from."""
 
     def observe(self, batch: SampledTokens) -> dict[str, Tensor]:
-        """As in Objective; only under scope BATCH."""
+        """As in Objective; called only under scope BATCH."""
         return {}
 
     def summarize(self, observed: StepStats) -> dict[str, Tensor]:
-        """As in Objective; only under scope BATCH."""
+        """As in Objective; called only under scope BATCH."""
         return {}
 
 
@@ -57,10 +59,10 @@ MASKS = Registry[Mask]("objective.masks", Mask)  # type: ignore[type-abstract]
 @MASKS.register("band")
 @dataclass(frozen=True, kw_only=True)
 class Band(Mask):
-    """Rejection: drops what pi/mu has left the band [low, high], at the level of a token, a sequence or its geometric mean."""
+    """Rejection sampling: drops tokens, or whole sequences, whose ratio pi / mu is outside [low, high]."""
 
     level: str = "geometric"
-    """`token` | `sequence` | `geometric`: the latter two drop whole sequences."""
+    """Level of the ratio: `token`, or `sequence` | `geometric`, which drop whole sequences."""
     low: float = 0.5
     """Lower end, inclusive."""
     high: float = 2.0
@@ -70,23 +72,26 @@ class Band(Mask):
         super().__post_init__()
         check_level("objective.masks: level", self.level)
         if not 0 <= self.low < self.high:
-            raise ConfigError("objective.masks: band wants 0 <= low < high")
+            raise ConfigError("objective.masks: band needs 0 <= low < high")
 
     def kept_S(self, batch: SampledTokens, stats: StepStats) -> Tensor:
-        """Inside the band."""
+        """Tokens with a ratio inside the band, at the mask's level."""
         return within_S(ratio_S(batch, batch.log_ratio_S, level=self.level), low=self.low, high=self.high)
 
 
 @MASKS.register("opsm")
 @dataclass(frozen=True, kw_only=True)
 class Opsm(Mask):
-    """Off-policy sequence masking (DeepSeek-V3.2): drops bad sequences that the policy has already left behind."""
+    """Off-policy sequence masking (DeepSeek-V3.2): drops sequences with A < 0 that have become unlikely."""
 
     delta: float = 0.05
-    """Largest mean of mu - pi, in nats a token, of a sequence with A < 0. It has to exceed what engine and trainer differ by."""
+    """Largest mean of log(mu / pi), in nats per token, of a sequence with A < 0.
+
+    Keep it above the engine's mismatch.
+    """
 
     def kept_S(self, batch: SampledTokens, stats: StepStats) -> Tensor:
-        """All but sequences with A < 0 and mean(mu - pi) above delta."""
+        """All but sequences with A < 0 and a mean of log(mu / pi) above delta."""
         dropped_N = (batch.sum_N(batch.advantage_S) < 0) & (batch.mean_N(-batch.log_ratio_S) > self.delta)
         return ~batch.spread_S(dropped_N)
 
@@ -94,7 +99,10 @@ class Opsm(Mask):
 @MASKS.register("truncated")
 @dataclass(frozen=True, kw_only=True)
 class Truncated(Mask):
-    """Drops samples that ended at the length limit (DAPO's overlong filtering). Their rewards stay in their group's baseline."""
+    """Overlong filtering (DAPO): drops samples that ended at the length limit.
+
+    Their rewards stay in their group's baseline.
+    """
 
     def kept_S(self, batch: SampledTokens, stats: StepStats) -> Tensor:
         """All but tokens of truncated sequences."""
@@ -104,36 +112,39 @@ class Truncated(Mask):
 @MASKS.register("stapo")
 @dataclass(frozen=True, kw_only=True)
 class Stapo(Mask):
-    """Drops spurious tokens: unlikely ones in good samples, where the policy was not even unsure. They carry outsized gradients."""
+    """STAPO: drops spurious tokens: unlikely ones in samples with A > 0, at places of low entropy.
+
+    Their gradients are outsized.
+    """
 
     scope = Scope.BATCH
 
     denominator: str = "kept"
     max_prob: float = 0.002
-    """Only tokens less likely than this under pi are dropped."""
+    """Only tokens with a probability below this under pi are dropped,"""
     quantile: float = 0.8
-    """... and only where the entropy is below this quantile of the step's."""
+    """and only where the entropy is below this quantile of the step's entropies."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.max_prob < 1 or not 0 < self.quantile < 1:
-            raise ConfigError("objective.masks: stapo wants max_prob and quantile between 0 and 1")
+            raise ConfigError("objective.masks: stapo needs max_prob and quantile between 0 and 1")
 
     def kept_S(self, batch: SampledTokens, stats: StepStats) -> Tensor:
         """All but tokens with A > 0, pi < max_prob and an entropy below the step's quantile."""
         unlikely_S = batch.logp_S.detach() < math.log(self.max_prob)
-        sure_S = batch.entropy_S.detach().double() < stats["entropy_quantile"].to(batch.logp_S.device)
-        return ~((batch.advantage_S > 0) & unlikely_S & sure_S)
+        low_entropy_S = batch.entropy_S.detach().double() < stats["entropy_quantile"].to(batch.logp_S.device)
+        return ~((batch.advantage_S > 0) & unlikely_S & low_entropy_S)
 
     def observe(self, batch: SampledTokens) -> dict[str, Tensor]:
-        """Entropies."""
+        """The entropy at every token."""
         return {"entropy": batch.entropy_S}
 
     def summarize(self, observed: StepStats) -> dict[str, Tensor]:
-        """Their quantile, linearly interpolated; minus infinity for no tokens."""
+        """The quantile of the entropies, linearly interpolated; minus infinity for no tokens."""
         ascending_S = observed["entropy"].sort().values
         if len(ascending_S) == 0:
             return {"entropy_quantile": ascending_S.new_tensor(-torch.inf)}
-        place = self.quantile * (len(ascending_S) - 1)
-        low, high = math.floor(place), math.ceil(place)
-        return {"entropy_quantile": torch.lerp(ascending_S[low], ascending_S[high], place - low)}
+        position = self.quantile * (len(ascending_S) - 1)
+        low, high = math.floor(position), math.ceil(position)
+        return {"entropy_quantile": torch.lerp(ascending_S[low], ascending_S[high], position - low)}

@@ -1,7 +1,13 @@
-"""How per-token losses become one number: a setting of its own, so that no objective has it baked in.
+"""Normalisers turn the per-token losses of a step into one number.
 
-A normaliser is a weight on each token's loss and a divisor that is only known when the step is over: sums are accumulated with the
-weights, and everything is divided once at the end by the global divisor. A mean of micro-batch means would depend on the cuts.
+The choice is a setting of its own, so that no objective has it built in. A normaliser is a weight on each
+token's loss and a divisor that is known only at the end of the step: weighted sums are accumulated, and
+everything is divided once by the global divisor. A mean of micro-batch means would depend on the cuts.
+
+    token_mean            sum of losses / tokens
+    seq_mean_token_mean   sum of each sequence's mean loss / sequences
+    seq_mean_token_sum    sum of losses / sequences
+    constant              sum of losses / (sequences * max_tokens), as in Dr. GRPO
 
 Shape suffixes: S sampled tokens, N sequences.
 """
@@ -17,14 +23,15 @@ from trainer.objectives.base import SampledTokens, TokenLosses
 
 @dataclass(frozen=True, kw_only=True)
 class Normalizer:
-    """One of `token_mean`, `seq_mean_token_mean`, `seq_mean_token_sum`, `constant` (Dr. GRPO)."""
+    """Weights and divisor of one normalisation; see the module."""
 
     name: str
+    """`token_mean` | `seq_mean_token_mean` | `seq_mean_token_sum` | `constant`."""
     max_tokens: int
-    """L_max of `constant`: the limit of sampled tokens."""
+    """The limit of sampled tokens, used by `constant`."""
 
     def weigh(self, losses: TokenLosses, batch: SampledTokens) -> tuple[Tensor, Tensor, Tensor]:
-        """(weighted losses [S], tokens that count, sequences that count); the counts as scalars."""
+        """(weighted losses [S], tokens that count, sequences that count); the counts as scalar tensors."""
         if losses.counted_S is None:
             counted_N = batch.length_N
             num_seqs = counted_N.new_tensor(len(counted_N))
@@ -37,7 +44,7 @@ class Normalizer:
         return loss_S, counted_N.sum(), num_seqs
 
     def divisor(self, *, num_tokens: float, num_seqs: float) -> float:
-        """What the step's sum is divided by, from global counts; 1 where nothing counted."""
+        """The divisor of the step's sum, from counts over all ranks; 1 where nothing counts."""
         divisor = {
             "token_mean": num_tokens,
             "seq_mean_token_mean": num_seqs,

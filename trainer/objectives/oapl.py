@@ -1,14 +1,20 @@
-"""OAPL (arXiv 2602.19362): regress the sequence's log-ratio on its advantage; no importance weights, so nothing can explode.
+"""OAPL (arXiv 2602.19362): regresses the sequence's log-ratio on its advantage, without importance weights.
 
-The optimum of reward with a KL penalty towards the behaviour policy satisfies `beta2 log(pi/mu) = r - V*`, and V* of a prompt can be
-estimated from its group: `V* = beta1 log mean_j exp(r_j / beta1)`. The loss is the squared residual of a sequence,
-`[beta2 sum_t (pi - mu) - (r - V*)]^2`, averaged over sequences: no 1/2, no length, no clip. Equal rewards still pull pi back to mu.
+    loss = mean over sequences of [ beta2 sum_t log(pi_t / mu_t) - (R - V*) ]^2
+    V*   = beta1 log mean_j exp(R_j / beta1)   over the group
 
-V* is the method's own advantage, so a group is seen whole where advantages are made and may be cut over micro-batches afterwards. Each
-token carries an equal share of its sequence's residual in value and exactly its own derivative in gradient, so that masks compose.
+The optimum of reward with a KL penalty towards the behaviour policy satisfies `beta2 log(pi / mu) = R - V*`.
+No factor 1/2, no division by length, no clip. A group with equal rewards still pulls pi back to mu.
 
-beta2 is the price of a nat per sequence, and log-ratios grow with length, so it must shrink with it: 1e-3 for thousands of tokens, .25 at
-64, .3 for about ten. The default rule is a power law through the first two, levelled off at the third.
+`R - V*` is the method's own advantage, so a group is complete where advantages are computed and may be cut
+over micro-batches afterwards. In value, each token carries an equal share of its sequence's squared residual,
+in gradient its own derivative, so masks compose.
+
+Addition: a default for beta2. It weighs a nat of the whole sequence, and log-ratios grow with length, so it
+must shrink with length: 1e-3 for thousands of tokens, .25 at 64, .3 at about ten. The default is a power law
+through the first two, capped at the third.
+
+Shape suffixes: S sampled tokens, N sequences, G samples of a group.
 """
 
 from __future__ import annotations
@@ -33,16 +39,17 @@ def default_beta2(max_tokens: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class SoftAdvantage(Advantage):
-    """r - V*, V* = beta1 log mean exp(r / beta1)."""
+    """R - V*, V* = beta1 log mean exp(R / beta1) over the group."""
 
     beta1: float = 1.0
+    """Temperature of V*."""
 
     def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
         """[G]"""
         return [float(a) for a in self.of_rewards(rewards_of(group))]
 
     def of_rewards(self, rewards_G: FloatArray) -> FloatArray:
-        """[G]; exactly zero without spread."""
+        """[G] from rewards [G]; exactly zero if all are equal."""
         top = rewards_G.max()
         return np.asarray(
             rewards_G - top - self.beta1 * np.log(np.exp((rewards_G - top) / self.beta1).mean())
@@ -52,30 +59,30 @@ class SoftAdvantage(Advantage):
 @OBJECTIVES.register("oapl")
 @dataclass(frozen=True, kw_only=True)
 class Oapl(Objective):
-    """`[beta2 sum_t (pi - mu) - (r - V*)]^2`, mean over sequences."""
+    """`[beta2 sum_t log(pi / mu) - (R - V*)]^2`, mean over sequences"""
 
     normalizer = "seq_mean_token_sum"
     skips_zero_advantage = False
     single_version = True
 
     beta1: float = 1.0
-    """Temperature of V*: small takes the best of the group, large its mean."""
+    """Temperature of V*: V* tends to the group's best reward as it falls, to the mean as it rises."""
     beta2: float = 0.0
     """Weight of the log-ratio; 0: `default_beta2(max_tokens)`."""
     max_tokens: int = 64
-    """Length that the rule for beta2 is asked for; the trainer fills in `sampling.max_new_tokens`."""
+    """Length for `default_beta2`; the trainer fills in `sampling.max_new_tokens`."""
 
     def __post_init__(self) -> None:
         if not self.beta1 > 0 or self.beta2 < 0 or self.max_tokens < 1:
-            raise ConfigError("objective: want beta1 above 0, beta2 at least 0 and max_tokens at least 1")
+            raise ConfigError("objective: use beta1 above 0, beta2 at least 0 and max_tokens at least 1")
 
     @property
     def advantage(self) -> Advantage:  # type: ignore[override]
-        """The method's own."""
+        """R - V*."""
         return SoftAdvantage(beta1=self.beta1)
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
-        """The squared residual, spread over the sequence's tokens."""
+        """The squared residual, spread over the sequence's tokens; `residual_abs` is the mean |residual|."""
         beta2 = self.beta2 or default_beta2(self.max_tokens)
         residual_N = beta2 * batch.log_w_N - batch.mean_N(batch.advantage_S)
         share_S = batch.spread_S(residual_N.square() / batch.length_N.clamp(min=1))

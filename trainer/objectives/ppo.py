@@ -1,13 +1,23 @@
-"""PPO's clipped surrogate, `max(-A r, -A clip(r))`, and the decoupled form for data that is older than the last weights.
+"""PPO's clipped surrogate (arXiv 1707.06347), and the decoupled form for data older than the last weights.
 
-`ppo` takes r = pi/mu. With DAPO's bounds (arXiv 2503.14476) a likely token may be raised further than it may be lowered; `dual_clip`
-bounds the loss of a bad token that has become likelier (arXiv 1912.09729).
+    ppo            loss_t = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)),  r = pi_t / mu_t
+    decoupled_ppo  loss_t = sg(w) max(-A r, -A clip(r, 1 - clip, 1 + clip)),
+                   r = pi_t / prox_t,  w = prox_t / mu_t
 
-`decoupled_ppo` clips r = pi/prox around the weights at the start of the step, and corrects for the data's age by a detached weight
-prox/mu (arXiv 2110.00641; AReaL). With one optimizer step a batch and prox recomputed, r is 1 and the clip does nothing: what protects
-the run is the weight. A-3PO puts prox between mu and pi instead, so that the clip has something to do: prox = mu + alpha (pi - mu),
-alpha = (v-1-v_b)/(v-v_b) for a token sampled by version v_b, v being the version that the step will make. In terms of the token's lag
-at the start of the step that is alpha = lag / (lag + 1). (The forward that A-3PO saves elsewhere is none here: prox is pi, detached.)
+`ppo`: with DAPO's bounds (arXiv 2503.14476) a ratio may rise further than it may fall. `dual_clip` bounds the
+loss of a token with A < 0 that has become likelier (arXiv 1912.09729).
+
+`decoupled_ppo` (arXiv 2110.00641; AReaL, arXiv 2505.24298): clips around prox, the weights at the start of
+the step, and corrects for the data's age by the weight w. With one optimizer step a batch and prox
+recomputed, r is 1 and the clip has no effect: the weight alone corrects for staleness.
+
+A-3PO (`prox=interpolated`) puts prox between mu and pi instead, so that the clip takes effect:
+
+    log prox = log mu + alpha (log pi - log mu),  alpha = (v - 1 - v_b) / (v - v_b) = lag / (lag + 1)
+
+for a token sampled by version v_b, where v is the version that the step will make and lag the token's lag at
+the start of the step. (The forward that A-3PO saves elsewhere does not exist here, where the recomputed prox
+is pi, detached.)
 """
 
 from __future__ import annotations
@@ -23,7 +33,10 @@ from trainer.objectives.importance import check_level, live_ratio_S, ratio_S
 
 
 def clipped_surrogate(ratio_S: Tensor, bounded_S: Tensor, advantage_S: Tensor) -> tuple[Tensor, Tensor]:
-    """(`max(-A r, -A bounded)`, which tokens the bound has cut off). Both ratios carry the gradient."""
+    """([S] `max(-A r, -A bounded)`, [S] bool: the bound has cut the token off).
+
+    Both ratios carry the gradient.
+    """
     loss_S = torch.maximum(-advantage_S * ratio_S, -advantage_S * bounded_S)
     return loss_S, (advantage_S * (ratio_S - bounded_S) > 0).detach()
 
@@ -31,25 +44,25 @@ def clipped_surrogate(ratio_S: Tensor, bounded_S: Tensor, advantage_S: Tensor) -
 @OBJECTIVES.register("ppo")
 @dataclass(frozen=True, kw_only=True)
 class Ppo(Objective):
-    """`max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))`, r = pi/mu of a token."""
+    """`max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))`, r = pi / mu of a token"""
 
     clip_low: float = 0.2
-    """A ratio below 1 - this is not lowered further."""
+    """A ratio below 1 - clip_low is not lowered further."""
     clip_high: float = 0.28
-    """A ratio above 1 + this is not raised further (DAPO; .2 is the classic)."""
+    """A ratio above 1 + clip_high is not raised further (.28 is DAPO's, .2 the original)."""
     dual_clip: float = 0.0
-    """Largest ratio that counts for A < 0, above 1 (typically 3); 0 turns it off."""
+    """Largest ratio that counts for A < 0, above 1 + clip_high (typically 3); 0 turns it off."""
 
     def __post_init__(self) -> None:
         if not 0 < self.clip_low < 1 or not self.clip_high > 0:
-            raise ConfigError("objective: want clip_low between 0 and 1 and clip_high above 0")
+            raise ConfigError("objective: use clip_low between 0 and 1 and clip_high above 0")
         if self.dual_clip != 0 and self.dual_clip <= 1 + self.clip_high:
             raise ConfigError(
                 f"objective.dual_clip={self.dual_clip}: use 0 (off) or a value above 1 + clip_high"
             )
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
-        """The surrogate; `clipped_fraction` counts what either bound has cut off."""
+        """The clipped surrogate; `clipped_fraction` counts tokens that a bound has cut off."""
         r_S = live_ratio_S(batch.logp_S, batch.behavior_logp_S)
         loss_S, clipped_S = clipped_surrogate(
             r_S, r_S.clamp(1 - self.clip_low, 1 + self.clip_high), batch.advantage_S
@@ -65,16 +78,16 @@ class Ppo(Objective):
 @OBJECTIVES.register("decoupled_ppo")
 @dataclass(frozen=True, kw_only=True)
 class DecoupledPpo(Objective):
-    """`w max(-A r, -A clip(r, 1 +- clip))`, r = pi/prox, w = prox/mu detached."""
+    """`sg(w) max(-A r, -A clip(r, 1 - clip, 1 + clip))`, r = pi / prox, w = prox / mu"""
 
     clip: float = 0.2
-    """Half-width of the band of pi/prox."""
+    """Half-width of the band around 1 in which pi / prox is not clipped."""
     prox: str = "recomputed"
-    """`recomputed` (the weights at the start of the step) | `interpolated` between mu and pi by the token's lag (A-3PO)."""
+    """`recomputed` (weights at the start of the step) | `interpolated` between mu and pi by lag (A-3PO)."""
     level: str = "token"
-    """Of the weight: `token` | `sequence` | `geometric`."""
+    """Level of the weight: `token` | `sequence` | `geometric`."""
     mode: str = "truncate"
-    """`truncate` at `cap` | `mask` above `cap` | `none`."""
+    """`truncate` weights at `cap` | `mask` tokens with a weight above `cap` | `none`."""
     cap: float = 5.0
     """Largest weight; ignored under `mode=none`."""
 
@@ -85,15 +98,15 @@ class DecoupledPpo(Objective):
         if self.mode not in ("truncate", "mask", "none"):
             raise ConfigError(f"objective.mode={self.mode}: use truncate, mask or none")
         if not 0 < self.clip < 1 or not self.cap > 0:
-            raise ConfigError("objective: want clip between 0 and 1 and cap above 0")
+            raise ConfigError("objective: use clip between 0 and 1 and cap above 0")
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]
-        """The interpolated prox needs no forward of its own."""
+        """PROX, unless prox is interpolated."""
         return frozenset({Need.PROX} if self.prox == "recomputed" else ())
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
-        """The weighted surrogate; `kept_fraction` counts what the mask left, `clipped_fraction` what clip or cap cut."""
+        """The weighted surrogate; `clipped_fraction`: cut by clip or cap, `kept_fraction`: not masked."""
         prox_logp_S = self.prox_logp_S(batch)
         r_S = live_ratio_S(batch.logp_S, prox_logp_S)
         loss_S, clipped_S = clipped_surrogate(r_S, r_S.clamp(1 - self.clip, 1 + self.clip), batch.advantage_S)
@@ -109,7 +122,7 @@ class DecoupledPpo(Objective):
         )
 
     def prox_logp_S(self, batch: SampledTokens) -> Tensor:
-        """Log-probs around which the ratio is clipped."""
+        """[S] log-probs around which the ratio is clipped."""
         if self.prox == "recomputed":
             assert batch.prox_logp_S is not None
             return batch.prox_logp_S

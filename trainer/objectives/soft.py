@@ -1,10 +1,15 @@
-"""Soft gates instead of a hard clip: a token far off is learned from less and less, never cut off at an edge.
+"""SAPO and MASPO: soft gates instead of PPO's hard clip, so that a token's gradient fades with its ratio.
 
-`sapo` (arXiv 2511.20347): `-A (4/tau) sigmoid(tau (r - 1))`, whose slope at r = 1 is that of the plain surrogate and falls off on both
-sides; negative tokens fall off faster because their gradient spreads over the whole vocabulary.
+    sapo   (arXiv 2511.20347)  loss_t = -A (4 / tau) sigmoid(tau (r - 1)),  r = pi_t / mu_t
+    maspo  (arXiv 2602.17550)  loss_t = -sg(F) r A,
+                               F = exp(-(r - 1)^2 / (2 sigma_t^2)) where A (r - 1) > 0, else 1,
+                               sigma_t = sigma mu_t^-alpha (1 + beta A)    for A > 0,
+                               sigma_t = sigma mu_t^-alpha / (1 - beta A)  for A < 0
 
-`maspo` (arXiv 2602.17550): `-sg(F) r A` with a Gaussian F only on the side that PPO would clip, wider for tokens the behaviour policy
-found unlikely and for surer advantages: sigma+ = s0 p^-alpha (1 + beta A), sigma- = s0 p^-alpha / (1 - beta A), p = exp(mu).
+SAPO's slope at r = 1 is that of the plain surrogate and falls off on both sides; tau is larger for A < 0,
+because such a token's gradient spreads over the whole vocabulary. MASPO gates only the side that PPO would
+clip; its gate is wider for tokens that the behaviour policy found unlikely and for large positive advantages.
+Addition: sigma_t is capped at `max_sigma`.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from trainer.objectives.importance import live_ratio_S
 @OBJECTIVES.register("sapo")
 @dataclass(frozen=True, kw_only=True)
 class Sapo(Objective):
-    """`-A (4/tau) sigmoid(tau (r - 1))`"""
+    """`-A (4 / tau) sigmoid(tau (r - 1))`"""
 
     tau_positive: float = 1.0
     """Temperature for A >= 0."""
@@ -32,10 +37,10 @@ class Sapo(Objective):
 
     def __post_init__(self) -> None:
         if not self.tau_positive > 0 or not self.tau_negative > 0:
-            raise ConfigError("objective: want tau_positive and tau_negative above 0")
+            raise ConfigError("objective: use tau_positive and tau_negative above 0")
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
-        """The gated surrogate."""
+        """The gated surrogate of each token."""
         r_S = live_ratio_S(batch.logp_S, batch.behavior_logp_S)
         tau_S = torch.where(batch.advantage_S >= 0, self.tau_positive, self.tau_negative).to(r_S)
         return TokenLosses(loss_S=-batch.advantage_S * (4 / tau_S) * torch.sigmoid(tau_S * (r_S - 1)))
@@ -44,29 +49,29 @@ class Sapo(Objective):
 @OBJECTIVES.register("maspo")
 @dataclass(frozen=True, kw_only=True)
 class Maspo(Objective):
-    """`-sg(F) r A`, F = exp(-(r - 1)^2 / 2 sigma^2) where (A > 0, r > 1) or (A < 0, r < 1), else 1."""
+    """`-sg(F) r A`, F = exp(-(r - 1)^2 / (2 sigma^2)) where A (r - 1) > 0, else 1"""
 
     sigma: float = 1.0
-    """s0: width at probability 1 and advantage 0."""
+    """Width of the gate at probability 1 and advantage 0."""
     alpha: float = 0.3
-    """How much wider the gate is for unlikely tokens."""
+    """Power by which the gate widens for unlikely tokens."""
     beta: float = 0.03
-    """How much the advantage widens (A > 0) or narrows (A < 0) it."""
+    """Factor by which the advantage widens (A > 0) or narrows (A < 0) the gate."""
     max_sigma: float = 10.0
-    """Largest width."""
+    """Largest width of the gate."""
 
     def __post_init__(self) -> None:
         if not self.sigma > 0 or not self.max_sigma > 0 or self.alpha < 0 or self.beta < 0:
-            raise ConfigError("objective: want sigma and max_sigma above 0, alpha and beta at least 0")
+            raise ConfigError("objective: use sigma and max_sigma above 0, alpha and beta at least 0")
 
     def sigma_S(self, behavior_logp_S: Tensor, advantage_S: Tensor) -> Tensor:
-        """Width of each token's gate."""
+        """[S] width of each token's gate, from behaviour log-probs [S] and advantages [S]."""
         confidence_S = torch.log1p(self.beta * advantage_S.abs()) * torch.sign(advantage_S)
         log_sigma_S = math.log(self.sigma) - self.alpha * behavior_logp_S + confidence_S
         return torch.exp(log_sigma_S.clamp(max=math.log(self.max_sigma)))
 
     def gate_S(self, ratio_S: Tensor, behavior_logp_S: Tensor, advantage_S: Tensor) -> Tensor:
-        """F of each token."""
+        """[S] F of each token, from detached ratios [S], behaviour log-probs [S] and advantages [S]."""
         deviation_S = (ratio_S - 1) / self.sigma_S(behavior_logp_S, advantage_S)
         return torch.where(advantage_S * (ratio_S - 1) > 0, torch.exp(-0.5 * deviation_S.square()), 1.0)
 

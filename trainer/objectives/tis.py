@@ -1,10 +1,15 @@
-"""Truncated and masked importance sampling on a REINFORCE loss: `-w A pi`, with w from pi/mu, detached.
+"""REINFORCE, and truncated or masked importance sampling (TIS, IcePop) on it.
 
-`mode=truncate` takes `min(w, cap)`: low variance, biased towards the behaviour policy. `mode=mask` takes w inside [low, high] and
-zero outside (IcePop): what is too far off is not learned from at all. Such a token may leave the normaliser (`denominator=kept`) or stay
-in it (`original`: a bad batch then takes a smaller step). To reject by the ratio of another level on top of either, add the mask `band`.
+    reinforce  loss_t = -A log pi_t
+    tis        loss_t = -sg(w) A log pi_t,  w from pi / mu at `level`
 
-A fixed sequence-level band is a length filter: mismatch between engine and trainer alone gives sd(log W) of about .031 sqrt(L).
+`mode=truncate` takes min(w, cap): low variance, biased towards the behaviour policy. `mode=mask` takes w
+inside [low, high] and zero outside (IcePop), so that what is too far off is not learned from. A masked token
+may leave the normaliser (`denominator=kept`) or stay in it (`original`: a bad batch then takes a smaller
+step). To reject by the ratio of another level on top of either, add the mask `band`.
+
+A fixed sequence-level band filters by length: the mismatch between engine and trainer alone gives a standard
+deviation of log W of about .031 sqrt(L).
 """
 
 from __future__ import annotations
@@ -23,17 +28,20 @@ from trainer.objectives.importance import check_level, ratio_S, within_S
 @OBJECTIVES.register("reinforce")
 @dataclass(frozen=True, kw_only=True)
 class Reinforce(Objective):
-    """`-A pi`: no correction at all. Right on-policy; the baseline that corrections are measured against."""
+    """`-A log pi`, without any correction: right on-policy, and the baseline for corrections."""
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
-        """`-A pi`"""
+        """`-A log pi`"""
         return TokenLosses(loss_S=-batch.advantage_S * batch.logp_S)
 
 
 @OBJECTIVES.register("tis")
 @dataclass(frozen=True, kw_only=True)
 class TruncatedIS(Objective):
-    """`-w A pi`. Typical: token 2, sequence 2 (verl) or 8, token 5 (AReaL), token mask [.5, 5] (IcePop)."""
+    """`-sg(w) A log pi`
+
+    Typical caps: token 2, sequence 2 (verl) or 8, token 5 (AReaL); typical token mask: [.5, 5] (IcePop).
+    """
 
     level: str = "sequence"
     """Of the weight: `token` | `sequence` (the true product) | `geometric` (its length-normalised form)."""
@@ -48,7 +56,7 @@ class TruncatedIS(Objective):
     denominator: str = "original"
     """What masked tokens do in the normaliser: `original` (they count) | `kept` (they do not)."""
     normalize: bool = False
-    """Divide the weights by their mean over the step (over tokens, or over sequences for the other levels). Scope BATCH."""
+    """Divide weights by their mean over the step's tokens (sequences for the other levels). Scope BATCH."""
 
     def __post_init__(self) -> None:
         check_level("objective.level", self.level)
@@ -61,16 +69,16 @@ class TruncatedIS(Objective):
 
     @property
     def scope(self) -> Scope:  # type: ignore[override]
-        """BATCH where the mean weight of the step is needed."""
+        """BATCH with `normalize`, which needs the mean weight of the step."""
         return Scope.BATCH if self.normalize else Scope.GROUP
 
     @property
     def skips_zero_advantage(self) -> bool:  # type: ignore[override]
-        """A group that is not run could not say how many of its tokens were kept, or what they weigh."""
+        """False where the normaliser or the mean weight depends on every token's weight."""
         return self.denominator == "original" and not self.normalize
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
-        """`-w A pi`"""
+        """`-sg(w) A log pi`; `clipped_fraction` counts truncated tokens, `kept_fraction` those not masked."""
         weight_S, kept_S, clipped_S = self._weights(batch)
         if self.normalize:
             weight_S = weight_S / stats["mean_weight"].to(weight_S)
@@ -81,20 +89,20 @@ class TruncatedIS(Objective):
         )
 
     def observe(self, batch: SampledTokens) -> dict[str, Tensor]:
-        """Weights, one a token or one a sequence."""
+        """The weights, one per token or one per sequence."""
         if not self.normalize:
             return {}
         weight_S, _, _ = self._weights(batch)
         return {"weight": weight_S if self.level == "token" else batch.mean_N(weight_S)[batch.length_N > 0]}
 
     def summarize(self, observed: StepStats) -> dict[str, Tensor]:
-        """Their mean. All masked: the smallest normal number, which leaves every weight zero."""
+        """The mean weight. If all are masked, the smallest normal number, which leaves every weight zero."""
         if not self.normalize:
             return {}
         return {"mean_weight": observed["weight"].mean().clamp(min=torch.finfo(torch.float32).tiny)}
 
     def _weights(self, batch: SampledTokens) -> tuple[Tensor, Tensor, Tensor]:
-        """(weights, kept, truncated) of each token."""
+        """([S] weights, [S] bool kept, [S] bool truncated)"""
         weight_S = ratio_S(batch, batch.log_ratio_S, level=self.level)
         kept_S = torch.ones_like(weight_S, dtype=torch.bool)
         clipped_S = torch.zeros_like(kept_S)

@@ -1,16 +1,19 @@
-"""VCPO: variance control for stale batches (arXiv 2602.17616). Three parts, each usable alone.
+"""VCPO (arXiv 2602.17616): variance control for stale batches, in three parts that are each usable alone.
 
-    weight      w_i = min(W_i, cap), W_i the sequence's true likelihood ratio pi/mu
-    step size   lr * sqrt(min(1, rho / rho_ref)), rho = ESS / B of the untruncated W over all B sequences of the step
-    baseline    sum_i w_i (A_i - b) grad log pi_i / L_i, with the b that minimises its variance:
-                b* = sum_i m_i A_i / sum_i m_i, m_i = ||w_i grad log pi_i / L_i||^2
+    loss_i     = -sg(w_i) (A_i - b*) sum_t log pi_t / L_i
+    weight     w_i = min(W_i, cap),  W_i = prod_t pi_t / mu_t of the sequence
+    step size  lr * sqrt(min(1, rho / rho_ref)),  rho = ESS / B of the untruncated W of the step's B sequences
+    baseline   b* = sum_i m_i A_i / sum_i m_i,  m_i = ||w_i grad log pi_i / L_i||^2
 
-b* commutes with what an advantage does to a group's rewards: with A = (R - mean) / std it is the b* of the rewards less their mean, over
-std, and A - b* is the paper's (R - b*) / std. So the configured advantage is the scale (`grpo` divides by the population standard
-deviation, `dr_grpo` by nothing) and a group without spread stays exactly zero. m_i is taken from the gradient that is used, so that
-truncation, masks and the normaliser's 1/L_i are in it whatever they are. A per-token advantage counts by its mean over the sequence.
+b* minimises the variance of the gradient. It commutes with an advantage's shift and scale of rewards: with A
+= (R - mean) / std, b* is that of the rewards less their mean, over std, and A - b* is the paper's (R - b*) /
+std. So the configured advantage sets the scale (`grpo` divides by the population standard deviation,
+`dr_grpo` does not divide) and a group with equal rewards stays exactly zero. m_i is computed from the
+gradient that is used, so truncation, masks and the normaliser's 1 / L_i are included. A per-token advantage
+counts by its mean over the sequence.
 
-A step size above rho_ref is not raised. Adam hides a gradient's scale but not the learning rate's, which is why it is that.
+rho above rho_ref does not raise the step size. Adam cancels the scale of a gradient but not of the learning
+rate, which is why the method scales the latter.
 
 Shape suffixes: S sampled tokens, N sequences, B sequences of the whole step.
 """
@@ -48,30 +51,37 @@ _CHOICES = {
 @OBJECTIVES.register("vcpo")
 @dataclass(frozen=True, kw_only=True)
 class Vcpo(Objective):
-    """`-w (A - b*) pi`, at a learning rate that follows the effective sample size."""
+    """`-sg(w) (A - b*) log pi`, at a learning rate that follows the effective sample size"""
 
     cap: float = 8.0
-    """Largest weight of a sequence; 0 leaves the weights out (all are 1)."""
+    """Largest weight of a sequence; 0: no weights (all are 1)."""
     step_size: str = "sqrt"
-    """How the learning rate follows x = min(1, rho / rho_ref): `sqrt` | `linear` | `none`."""
+    """Factor on the learning rate, with x = min(1, rho / rho_ref): `sqrt` of x | `linear`, x | `none`, 1."""
     rho_ref: float = 1.0
-    """ESS ratio at which the step is whole: 1, or what the job measures on-policy (.55 for several turns in the paper)."""
+    """ESS ratio of a full step size: 1, or the job's on-policy value (.55 for several turns in the paper)."""
     baseline: str = "group"
-    """What shares one b*: `group` (a prompt's samples) | `batch` (the step's) | `none` (the advantage as it is)."""
+    """Samples that share one b*: `group` (of a prompt) | `batch` (of the step) | `none` (no baseline)."""
     norms: str = "ghost"
-    """How ||grad log pi_i|| is found: `ghost` (exact, from activations and their gradients) | `exact` (autograd, a backward a sequence:
-    any architecture, slow) | `proxy` (of the logits' gradient alone; no more than a pass over the logits)."""
+    """Computation of ||grad log pi_i||: `ghost` | `exact` | `proxy`.
+
+    `ghost`: exact, from activations and their gradients. `exact`: by autograd, one backward per sequence;
+    slow, but for any architecture. `proxy`: norm of the gradient of the logits only; one pass over the
+    logits.
+    """
     leave_one_out: bool = False
-    """Each sample's b* is that of the others of its group: no bias from its own part in it. Not with `norms=exact`."""
+    """Each sample's b* is computed from the others of its group, which removes its bias.
+
+    Not with `norms=exact`.
+    """
     normalizer: str = "seq_mean_token_mean"
-    """The loss's, instead of `trainer.normalizer`."""
+    """Normaliser of the loss; replaces `trainer.normalizer`."""
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"objective.{name}={getattr(self, name)}: use {', '.join(choices)}")
         if self.cap < 0 or not 0 < self.rho_ref <= 1:
-            raise ConfigError("objective: want cap of at least 0 and rho_ref above 0 and at most 1")
+            raise ConfigError("objective: use cap of at least 0 and rho_ref above 0 and at most 1")
         if self.leave_one_out and (self.baseline != "group" or self.norms == "exact"):
             raise ConfigError(
                 "objective.leave_one_out needs objective.baseline=group and objective.norms=ghost or proxy"
@@ -79,36 +89,36 @@ class Vcpo(Objective):
 
     @property
     def scope(self) -> Scope:  # type: ignore[override]
-        """BATCH where the loss itself holds a b* of the whole step."""
+        """BATCH where the loss contains a b* of the whole step."""
         return Scope.BATCH if self.norms == "proxy" and self.baseline == "batch" else Scope.GROUP
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]
-        """What the proxy is made of."""
+        """COLLISION for the proxy norms."""
         return frozenset({Need.COLLISION}) if self._is_proxy else frozenset()
 
     @property
     def whole_groups(self) -> bool:  # type: ignore[override]
-        """Where a group's b* must be known before its micro-batch is done."""
+        """True where a group's b* must be known within its micro-batch."""
         return self.baseline == "group" and self.norms != "exact"
 
     @property
     def one_sequence_per_microbatch(self) -> bool:  # type: ignore[override]
-        """Autograd separates no sequences."""
+        """True for `norms=exact`: autograd gives one gradient per micro-batch."""
         return self.late_coefficients and self.norms == "exact"
 
     @property
     def late_coefficients(self) -> bool:  # type: ignore[override]
-        """A - b* is known only after the backward, except by the proxy."""
+        """True with a baseline, unless by proxy: A - b* is known only after the backward."""
         return self.baseline != "none" and self.norms != "proxy"
 
     @property
     def skips_zero_advantage(self) -> bool:  # type: ignore[override]
-        """The effective sample size is that of all sequences, and the step's b* moves groups without spread too."""
+        """False where groups of zero advantage matter: for the effective sample size, or a b* of the step."""
         return self.step_size == "none" and self.baseline != "batch"
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
-        """`-w (A - b*) pi`; where norms come from the backward, `-w pi`, and `gradients` does the rest."""
+        """`-w (A - b*) log pi`; with late coefficients `-w log pi`, which `gradients` scales by A - b*."""
         weight_N = self._weights(batch)
         means = {
             "clipped_fraction": batch.log_w_N > math.log(self.cap) if self.cap else torch.zeros_like(weight_N)
@@ -135,14 +145,14 @@ class Vcpo(Objective):
         )
 
     def observe(self, batch: SampledTokens) -> dict[str, Tensor]:
-        """Every sequence's log W, and what a proxy's b* of the whole step is made of."""
+        """Every sequence's log W, and for a proxy b* of the whole step, squared norms and advantages."""
         observed = {"log_w": batch.log_w_N}
         if self.scope is Scope.BATCH:
             observed |= {"squares": self._proxy_squares(batch), "advantage": batch.mean_N(batch.advantage_S)}
         return observed
 
     def summarize(self, observed: StepStats) -> dict[str, Tensor]:
-        """rho, and the step's b*."""
+        """`rho`, and for a proxy b* of the whole step, `baseline`."""
         stats = {"rho": torch.tensor(ess_ratio(observed["log_w"]), dtype=torch.float64)}
         if self.scope is Scope.BATCH:
             squares_B = observed["squares"]
@@ -151,14 +161,14 @@ class Vcpo(Objective):
         return stats
 
     def lr_scale(self, stats: StepStats) -> float:
-        """sqrt(x) or x; 1 for a step without data."""
+        """sqrt(x), x or 1 by `step_size`; 1 for a step without data."""
         if self.step_size == "none" or "rho" not in stats:
             return 1.0
         x = min(1.0, float(stats["rho"]) / self.rho_ref)
         return math.sqrt(x) if self.step_size == "sqrt" else x
 
     def gradients(self, policy: Policy, ranks: Ranks) -> Gradients:
-        """By the choice of `norms`."""
+        """The accumulator for the chosen `norms`."""
         if not self.late_coefficients:
             return Gradients()
         if self.norms == "exact":
@@ -180,7 +190,10 @@ class Vcpo(Objective):
         )
 
     def _proxy_squares(self, batch: SampledTokens) -> Tensor:
-        """[N] float64: ||grad||^2 with respect to the logits, `1 - 2 pi_t + sum_v pi_v^2` a token, times w^2 (and 1 / L^2)."""
+        """[N] float64: squared gradient norm with respect to the logits, times w^2 (and 1 / L^2).
+
+        Per token it is `1 - 2 pi_t + sum_v pi_v^2`.
+        """
         assert batch.collision_S is not None
         squares_S = 1 - 2 * batch.logp_S.detach().exp() + batch.collision_S
         squares_N = batch.sum_N(squares_S if batch.kept_S is None else squares_S * batch.kept_S).double()

@@ -1,8 +1,12 @@
-"""VESPO (arXiv 2602.10693): a soft, asymmetric kernel on the sequence's true importance weight.
+"""VESPO (arXiv 2602.10693): REINFORCE weighted by a soft, asymmetric kernel of the importance weight W.
 
-`-phi(W) A pi`, phi(W) = W^k exp(lambda (1 - W)), detached: phi(1) = 1, it rises to a peak at W = k/lambda and falls off on both sides, so
-that neither a sequence the policy has left behind nor one it has rushed towards dominates. (k, lambda) = (2, 3) for A >= 0 and (3, 2)
-for A < 0. W is the product over the sequence: its length-normalised form, or one (k, lambda) for both signs, breaks the method.
+    loss_t = -sg(phi(W)) A log pi_t
+    phi(W) = W^k exp(lambda (1 - W)),  W = prod_t pi_t / mu_t
+    (k, lambda) = (2, 3) for A >= 0,  (3, 2) for A < 0
+
+phi(1) = 1; phi peaks at W = k / lambda and falls off on both sides, so neither a sequence that has become
+unlikely nor one that has become much likelier dominates. W is the product over the sequence: its
+length-normalised form, or one (k, lambda) for both signs, breaks the method.
 """
 
 from __future__ import annotations
@@ -18,37 +22,38 @@ from trainer.objectives.base import OBJECTIVES, Objective, SampledTokens, StepSt
 from trainer.objectives.importance import MAX_EXPONENT
 
 MIN_LOG_W = math.log(1e-8)
+"""Floor of log W in `k log W`; smaller weights give the same factor."""
 
 
 @OBJECTIVES.register("vespo")
 @dataclass(frozen=True, kw_only=True)
 class Vespo(Objective):
-    """`-phi(W) A pi`"""
+    """`-sg(phi(W)) A log pi`, phi(W) = W^k exp(lambda (1 - W))"""
 
     k_positive: float = 2.0
-    """Power for A >= 0."""
+    """k for A >= 0."""
     lambda_positive: float = 3.0
-    """Decay for A >= 0."""
+    """lambda for A >= 0."""
     k_negative: float = 3.0
-    """Power for A < 0."""
+    """k for A < 0."""
     lambda_negative: float = 2.0
-    """Decay for A < 0."""
+    """lambda for A < 0."""
 
     def __post_init__(self) -> None:
         if min(self.k_positive, self.lambda_positive, self.k_negative, self.lambda_negative) <= 0:
-            raise ConfigError("objective: want every k and lambda above 0")
+            raise ConfigError("objective: use every k and lambda above 0")
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
-        """The weighted loss; `phi` is the mean weight of a sequence."""
+        """The weighted log-probs; the metric `phi` is the mean weight of a sequence."""
         log_w_N = batch.sum_N(batch.log_ratio_S.clamp(-MAX_EXPONENT, MAX_EXPONENT))
-        # A sequence has one sign, also where an advantage varies over its tokens.
+        # A sequence has one sign, even where the advantage varies over its tokens.
         phi_N = self.phi_N(log_w_N, positive_N=batch.sum_N(batch.advantage_S) >= 0)
         return TokenLosses(
             loss_S=-batch.spread_S(phi_N) * batch.advantage_S * batch.logp_S, means={"phi": phi_N}
         )
 
     def phi_N(self, log_w_N: Tensor, *, positive_N: Tensor) -> Tensor:
-        """The kernel of each sequence's log W."""
+        """[N] phi(W) of each sequence, from log W [N] and the sign of its advantage [N] (bool: A >= 0)."""
         log_w_N = log_w_N.clamp(-MAX_EXPONENT, MAX_EXPONENT)
         k_N = torch.where(positive_N, self.k_positive, self.k_negative).to(log_w_N)
         lambda_N = torch.where(positive_N, self.lambda_positive, self.lambda_negative).to(log_w_N)

@@ -40,8 +40,8 @@ from trainer.metrics.lag import LagTally
 from trainer.metrics.run_files import MetricsFile, step_row
 from trainer.models.policy import build_policy
 from trainer.replay.recording import Recording
-from trainer.step.recipe import Recipe
-from trainer.step.runner import StepRunner
+from trainer.step.build import build_step_runner
+from trainer.step.recipe import StepRecipe
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Replay:
         self._paths = RunPaths.of(config)
         source = model_path(config)
         self._policy = build_policy(config, source, ranks)
-        self._runner = StepRunner.of(config, self._policy, ranks, initial=source)
+        self._runner = build_step_runner(config, self._policy, ranks, initial=source)
         self._checkpoints = Checkpoints(
             self._paths.checkpoints, keep=config.trainer.keep_checkpoints, tokenizer_path=source
         )
@@ -122,7 +122,7 @@ def _run(config: Config, root: Path) -> None:
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
-    Recipe.of(config)  # a mistake in the settings is said before anything is loaded
+    StepRecipe.of(config)  # a mistake in the settings is said before anything is loaded
     torch.set_num_threads(config.trainer.num_threads)
     device = device_of(config)
     join_ranks(config, device)

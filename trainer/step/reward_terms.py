@@ -1,10 +1,15 @@
-"""From the rewards that tasks gave to those that advantages are made of: shaping, then the price of leaving a reference model.
+"""Changes a step's rewards before advantages are computed: reward shaping, then the KL penalty on rewards.
 
-    shaping in order -> R - kl.coef * sum_t KL(mu || ref) -> advantages
+    shapings in order -> R - kl.coef * sum_t KL_t(mu || ref) -> advantages
 
-The penalty is that of the policy which sampled, whose log-probs are on record: no forward but the reference's. It is a sum over the
-sample, so it pays for brevity too; who learns from rewards of tokens is told each token's part. A greedy sample is shaped like its group
-and pays no penalty: its log-probs are not the policy's. Both kinds of change are made on copies; metrics show what the task said.
+The KL penalty is that of the behaviour policy mu, whose log-probs are recorded, so only the reference model
+needs a forward pass. It is a sum over the sample, so it also favours short answers; GAE charges each token
+with its own term. A greedy sample is shaped like its group but pays no penalty, because the recorded
+log-probs are not those of the sampling policy. Both changes are made on copies; metrics keep showing the
+task's reward.
+
+Shape suffixes: S sampled tokens of a sample (of a micro-batch, for tensors), J groups of the step over all
+ranks.
 """
 
 from __future__ import annotations
@@ -21,8 +26,8 @@ from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
 from trainer.advantages.base import FloatArray
 from trainer.advantages.reward_shaping import Shaping, ShapingContext
-from trainer.batching.microbatches import matched
-from trainer.batching.packing import Packer, Sample, by_sequence, num_targets
+from trainer.batching.microbatches import in_lockstep
+from trainer.batching.packing import Packer, TrainingSample, num_targets, split_by_sequence
 from trainer.batching.scope import Scope
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
@@ -30,14 +35,17 @@ from trainer.objectives.composed import kl_estimate
 
 log = logging.getLogger(__name__)
 
-Group = Sequence[Trajectory]
-"""Samples of one prompt, in sample order; a greedy one is the last."""
-Costs = list[list[FloatArray]]
-"""What each sampled token of each sample of each group costs."""
+TrajectoryGroup = Sequence[Trajectory]
+"""Samples of one prompt, in sample order; a greedy sample is the last."""
+TokenPenalties = list[list[FloatArray]]
+"""For each group, for each sample: the KL penalty [S] of its sampled tokens."""
 
 
-class Rewards:
-    """Changes the rewards of a step's groups. `duals` is its whole state, one number a shaping; the checkpoint holds it."""
+class RewardTerms:
+    """Applies reward shapings and the KL penalty.
+
+    Its only state is `duals`, one number per shaping, which the checkpoint stores.
+    """
 
     def __init__(
         self,
@@ -48,9 +56,11 @@ class Rewards:
         reference: Policy | None,
         budget_tokens: int,
     ) -> None:
-        """`kl`: the penalty; None: none. `reference`: for the penalty. `budget_tokens`: of a micro-batch of its forward.
+        """`kl`: the penalty; None: none.
 
-        Raises ConfigError for a penalty without a reference.
+        `reference`: model for the penalty. `budget_tokens`: of its micro-batches.
+
+        Raises ConfigError for a penalty without a reference model.
         """
         if kl is not None and reference is None:
             raise ConfigError("kl.place=reward needs a reference model: name one in kl.reference")
@@ -62,98 +72,110 @@ class Rewards:
         self.duals = [0.0] * len(shapings)
 
     @property
-    def is_plain(self) -> bool:
-        """Nothing is changed."""
+    def is_identity(self) -> bool:
+        """True if rewards stay as the task gave them."""
         return not self._shapings and self._kl is None
 
     @property
     def scope(self) -> Scope:
-        """BATCH: only `of_step` can do it."""
-        return (
-            Scope.BATCH
-            if self._kl is not None or any(s.scope is Scope.BATCH for s in self._shapings)
-            else Scope.GROUP
-        )
+        """GROUP: `shape_group` does it all. BATCH: `shape_step` is needed."""
+        if self._kl is not None or any(shaping.scope is Scope.BATCH for shaping in self._shapings):
+            return Scope.BATCH
+        return Scope.GROUP
 
-    def of_group(self, group: Group, *, ahead: Sequence[float] = ()) -> Group:
-        """The shaped group. `ahead`: its standing by each shaping's score."""
-        standings = ahead or [0.0] * len(self._shapings)
-        for shaping, dual, place in zip(self._shapings, self.duals, standings, strict=True):
-            rewards_G = shaping.rewards(group, ShapingContext(dual=dual, ahead=place))
+    def shape_group(self, group: TrajectoryGroup, *, ahead: Sequence[float] = ()) -> TrajectoryGroup:
+        """The group with shaped rewards.
+
+        `ahead`: for each shaping, the share of groups that rank before this one.
+        """
+        shares = ahead or [0.0] * len(self._shapings)
+        for shaping, dual, share in zip(self._shapings, self.duals, shares, strict=True):
+            rewards_G = shaping.rewards(group, ShapingContext(dual=dual, ahead=share))
             group = [replace(t, reward=float(r)) for t, r in zip(group, rewards_G, strict=True)]
         return group
 
-    def of_step(self, groups: Sequence[Group]) -> tuple[list[Group], Costs]:
-        """This rank's groups of a step in recorded order, and what of their rewards was taken off at which token. Collective."""
-        shaped = [
-            self.of_group(group, ahead=place)
-            for group, place in zip(groups, self._standings(groups), strict=True)
-        ]
-        costs = self._costs(shaped)
-        if self._kl is None:
-            return shaped, costs
-        paid = [
-            [
-                replace(t, reward=t.reward - float(cost_S.sum()))
-                for t, cost_S in zip(group, prices, strict=True)
-            ]
-            for group, prices in zip(shaped, costs, strict=True)
-        ]
-        return [*paid], costs
+    def shape_step(self, groups: Sequence[TrajectoryGroup]) -> tuple[list[TrajectoryGroup], TokenPenalties]:
+        """This rank's groups with shaped and penalised rewards, and each token's share of the penalties.
 
-    def advance(self, *, mean_tokens: float) -> None:
-        """After a step over samples of this mean length."""
+        Collective.
+
+        `groups`: this rank's share of the step, in recorded order.
+        """
+        shaped = [
+            self.shape_group(group, ahead=ahead)
+            for group, ahead in zip(groups, self._shares_ahead(groups), strict=True)
+        ]
+        penalties = self._kl_penalties(shaped)
+        if self._kl is None:
+            return shaped, penalties
+        penalised: list[TrajectoryGroup] = [
+            [
+                replace(t, reward=t.reward - float(penalty_S.sum()))
+                for t, penalty_S in zip(group, of_group, strict=True)
+            ]
+            for group, of_group in zip(shaped, penalties, strict=True)
+        ]
+        return penalised, penalties
+
+    def update_duals(self, *, mean_tokens: float) -> None:
+        """Updates the dual variables after a step over samples of this mean number of sampled tokens."""
         self.duals = [
             s.next_dual(dual, mean_tokens=mean_tokens)
             for s, dual in zip(self._shapings, self.duals, strict=True)
         ]
 
     def metrics(self) -> dict[str, float]:
-        """Dual variables of the shapings that learn one, by their place in the list."""
-        learners = (i for i, s in enumerate(self._shapings) if type(s).next_dual is not Shaping.next_dual)
-        return {f"shaping_dual_{i}": self.duals[i] for i in learners}
+        """`shaping_dual_I`: the dual variable of the shaping at index I, for those that have one."""
+        with_dual = (i for i, s in enumerate(self._shapings) if type(s).next_dual is not Shaping.next_dual)
+        return {f"shaping_dual_{i}": self.duals[i] for i in with_dual}
 
     def restore(self, duals: Sequence[float]) -> None:
-        """Goes on from a checkpoint's `duals`; from zero, with a warning, if it is of other shapings."""
+        """Sets the dual variables from a checkpoint; warns and keeps zeros if their number differs."""
         if len(duals) == len(self.duals):
             self.duals = list(duals)
         else:
             log.warning(
-                "advantage.shaping is not what the checkpoint was made with: dual variables begin at 0 again"
+                "advantage.shaping differs from the checkpoint's: its dual variables start again at 0"
             )
 
-    def _standings(self, groups: Sequence[Group]) -> list[list[float]]:
+    def _shares_ahead(self, groups: Sequence[TrajectoryGroup]) -> list[list[float]]:
         """For each group and shaping, the share of all ranks' groups that rank before it. Collective."""
-        mine = [index * self._ranks.world_size + self._ranks.rank for index in range(len(groups))]
-        positions_J = self._ranks.gather(torch.tensor(mine, dtype=torch.int64)).numpy()
-        standings: list[list[float]] = [[] for _ in groups]
+        positions = [index * self._ranks.world_size + self._ranks.rank for index in range(len(groups))]
+        positions_J = self._ranks.gather(torch.tensor(positions, dtype=torch.int64)).numpy()
+        shares: list[list[float]] = [[] for _ in groups]
         for shaping in self._shapings:
-            scores_J = self._ranks.gather(
-                torch.tensor([shaping.score(group) for group in groups], dtype=torch.float64)
-            ).numpy()
-            order = np.lexsort((positions_J, -scores_J))
-            ahead = {int(positions_J[j]): place / len(order) for place, j in enumerate(order)}
-            for places, position in zip(standings, mine, strict=True):
-                places.append(ahead[position])
-        return standings
+            scores = torch.tensor([shaping.score(group) for group in groups], dtype=torch.float64)
+            scores_J = self._ranks.gather(scores).numpy()
+            order = np.lexsort((positions_J, -scores_J))  # best score first, ties by recorded order
+            share_of = {int(positions_J[j]): rank / len(order) for rank, j in enumerate(order)}
+            for of_group, position in zip(shares, positions, strict=True):
+                of_group.append(share_of[position])
+        return shares
 
-    def _costs(self, groups: Sequence[Group]) -> Costs:
+    def _kl_penalties(self, groups: Sequence[TrajectoryGroup]) -> TokenPenalties:
+        """kl.coef times the KL estimate at each sampled token; zeros for greedy samples.
+
+        Collective with a penalty.
+        """
         if self._kl is None:
             return [[np.zeros(num_targets(t)) for t in group] for group in groups]
         assert self._reference is not None
         packer = Packer(budget_tokens=self._budget_tokens)
         samples = [
-            Sample(trajectory=t, advantage=0.0, group=0) for group in groups for t in group if not t.is_greedy
+            TrainingSample(trajectory=t, advantage=0.0, group=0)
+            for group in groups
+            for t in group
+            if not t.is_greedy
         ]
-        costs: list[FloatArray] = []
-        for batch, live in matched(iter([*packer.add(samples), *packer.flush()]), self._ranks):
+        penalties: list[FloatArray] = []
+        for batch, live in in_lockstep([*packer.add(samples), *packer.flush()], self._ranks):
             with torch.no_grad():
                 ref_logp_S = self._reference(batch).logprobs_S
             if live:
-                kl_S = kl_estimate(
-                    batch.behavior_logp_T[batch.sampled_S].to(ref_logp_S.dtype) - ref_logp_S,
-                    estimator=self._kl.estimator,
-                )
-                costs += by_sequence(self._kl.coef * kl_S, batch)
-        left = iter(costs)
-        return [[np.zeros(num_targets(t)) if t.is_greedy else next(left) for t in group] for group in groups]
+                behavior_logp_S = batch.behavior_logp_T[batch.sampled_S].to(ref_logp_S.dtype)
+                kl_S = kl_estimate(behavior_logp_S - ref_logp_S, estimator=self._kl.estimator)
+                penalties += split_by_sequence(self._kl.coef * kl_S, batch)
+        remaining = iter(penalties)
+        return [
+            [np.zeros(num_targets(t)) if t.is_greedy else next(remaining) for t in group] for group in groups
+        ]

@@ -1,8 +1,12 @@
-"""From the groups of a step to samples with advantages; the first half of a step, the second is the policy's.
+"""The first stage of a step: turns groups of trajectories into training samples with advantages.
 
-    groups -> recorded -> rewards shaped -> compared: with the group, or with the critic -> rescaled over the step -> samples
+    groups -> task rewards recorded -> rewards shaped -> advantages (of group or critic) -> rescaled
 
-While nothing needs the whole step, groups pass one by one as they come. Greedy samples are compared with and go no further.
+As long as nothing depends on the whole step, groups stream through one by one as they arrive. Greedy samples
+serve as baselines and are then left out.
+
+Shape suffixes: S sampled tokens (of one trajectory or of the step over all ranks), T tokens of one
+trajectory.
 """
 
 from __future__ import annotations
@@ -19,121 +23,140 @@ from areal_like.trajectory import Trajectory
 from trainer.advantages.base import Advantage, Estimator, FloatArray
 from trainer.advantages.critic import Critic, ValueTarget
 from trainer.advantages.gae import Gae
-from trainer.batching.packing import Sample
+from trainer.batching.packing import TrainingSample
 from trainer.batching.scope import Scope
 from trainer.distributed.ranks import Ranks
 from trainer.metrics.phase_timer import PhaseTimer
 from trainer.metrics.step_totals import StepTotals
-from trainer.step.reward_terms import Costs, Group, Rewards
+from trainer.step.reward_terms import RewardTerms, TokenPenalties, TrajectoryGroup
 
 Lags = NDArray[np.int64]
-"""[num_tokens]"""
+"""Lag of each token of a trajectory, [num_tokens], in optimizer steps."""
 
 
 class AdvantagePipeline:
-    """Of one step at a time: `appraise`, then, when the policy has learned from it, `learn`."""
+    """In each step: `compute`, and after the policy's update `train_critic`."""
 
     def __init__(
-        self, advantage: Estimator, rewards: Rewards, ranks: Ranks, *, critic: Critic | None = None
+        self, advantage: Estimator, rewards: RewardTerms, ranks: Ranks, *, critic: Critic | None = None
     ) -> None:
-        """Raises ConfigError when the advantage needs a critic and there is none."""
+        """Raises ConfigError if the advantage needs a critic and there is none."""
         if isinstance(advantage, Gae) and critic is None:
             raise ConfigError("advantage=gae needs a critic, and none was built")
         self._advantage = advantage
         self._rewards = rewards
         self._ranks = ranks
         self._critic = critic
-        self._lessons: list[ValueTarget] = []
+        self._value_targets: list[ValueTarget] = []
 
     @property
     def extra_totals(self) -> tuple[str, ...]:
-        """Names that `appraise` adds to the totals of a step."""
-        shaped = () if self._rewards.is_plain else ("shaped_reward",)
+        """Names that `compute` adds to the totals of a step."""
+        shaped = () if self._rewards.is_identity else ("shaped_reward",)
         return (*shaped, "greedy_reward") if self._advantage.uses_greedy else shaped
 
-    def appraise(
+    def compute(
         self,
-        groups: Iterable[Group],
+        groups: Iterable[TrajectoryGroup],
         totals: StepTotals,
-        clock: PhaseTimer,
+        timer: PhaseTimer,
         *,
         lags: Callable[[Trajectory], Lags],
-    ) -> Iterable[list[Sample]]:
-        """This rank's groups with their advantages. Collective unless everything is of scope GROUP; then groups are taken as they come."""
+    ) -> Iterable[list[TrainingSample]]:
+        """This rank's groups as samples with advantages.
+
+        If rewards and advantage are of scope GROUP, groups are taken lazily as they arrive. Otherwise the
+        call is collective and waits for the last group.
+        """
         recorded = (totals.recorded(group) for group in groups)
         if self._rewards.scope is Scope.GROUP and self._advantage.scope is Scope.GROUP:
-            graded = (self._shown(self._rewards.of_group(group), totals) for group in recorded)
-            return self._samples(((group, self._compared(group)) for group in graded), lags)
+            shaped = (self._rewards.shape_group(group) for group in recorded)
+            scored = ((group, self._group_advantages(group)) for group in self._record_shaped(shaped, totals))
+            return self._samples(scored, lags)
         collected = list(recorded)
-        with clock.span("compute_s"):
-            paid, costs = self._rewards.of_step(collected)
-            for group in paid:
-                self._shown(group, totals)
+        with timer.span("compute_s"):
+            penalised, penalties = self._rewards.shape_step(collected)
+            step_groups = list(self._record_shaped(penalised, totals))
             advantages = (
-                self._valued(paid, costs)
+                self._critic_advantages(step_groups, penalties)
                 if self._critic is not None
-                else [self._compared(group) for group in paid]
+                else [self._group_advantages(group) for group in step_groups]
             )
-            samples = list(self._samples(zip(paid, advantages, strict=True), lags))
+            samples = list(self._samples(zip(step_groups, advantages, strict=True), lags))
             return self._rescaled(samples) if self._advantage.scope is Scope.BATCH else samples
 
-    def policy_waits(self, step: int) -> bool:
-        """Whether the critic alone learns in this step."""
+    def is_critic_warmup(self, step: int) -> bool:
+        """True in the first steps, in which only the critic is trained."""
         return self._critic is not None and step < self._critic.settings.critic_warmup_steps
 
-    def learn(self, step: int) -> dict[str, float]:
-        """Teaches the critic, if there is one, what this step's values should have been; its metrics. Collective."""
+    def train_critic(self, step: int) -> dict[str, float]:
+        """Trains the critic, if there is one, on this step's value targets; returns its metrics.
+
+        Collective.
+        """
         if self._critic is None:
             return {}
-        lessons, self._lessons = self._lessons, []
-        return self._critic.learn(lessons, step=step)
+        targets, self._value_targets = self._value_targets, []
+        return self._critic.learn(targets, step=step)
 
-    def _shown(self, group: Group, totals: StepTotals) -> Group:
-        if not self._rewards.is_plain:
-            rewards = [trajectory.reward for trajectory in group if not trajectory.is_greedy]
-            totals.add("shaped_reward", sum(rewards), count=float(len(rewards)))
-        return group
+    def _record_shaped(
+        self, groups: Iterable[TrajectoryGroup], totals: StepTotals
+    ) -> Iterator[TrajectoryGroup]:
+        """Passes the groups on and adds their shaped rewards to the totals."""
+        for group in groups:
+            if not self._rewards.is_identity:
+                rewards = [trajectory.reward for trajectory in group if not trajectory.is_greedy]
+                totals.add("shaped_reward", sum(rewards), count=float(len(rewards)))
+            yield group
 
-    def _compared(self, group: Group) -> Sequence[float | FloatArray]:
+    def _group_advantages(self, group: TrajectoryGroup) -> Sequence[float | FloatArray]:
         assert isinstance(self._advantage, Advantage)
         return self._advantage.of_group(group)
 
-    def _valued(self, groups: Sequence[Group], costs: Costs) -> list[list[FloatArray]]:
-        """Advantages [num_tokens] of each sample by the critic's values, which `learn` will correct. Collective."""
+    def _critic_advantages(
+        self, groups: Sequence[TrajectoryGroup], penalties: TokenPenalties
+    ) -> list[list[FloatArray]]:
+        """[num_tokens] advantages of each sample by GAE; keeps the value targets for `train_critic`.
+
+        Collective.
+        """
         assert self._critic is not None
         trajectories = [trajectory for group in groups for trajectory in group]
-        prices = [cost_S for group in costs for cost_S in group]
-        self._lessons, tokens = [], []
-        for trajectory, cost_S, values_S in zip(
-            trajectories, prices, self._critic.values(trajectories), strict=True
+        token_penalties = [penalty_S for of_group in penalties for penalty_S in of_group]
+        self._value_targets, advantages = [], []
+        for trajectory, penalty_S, values_S in zip(
+            trajectories, token_penalties, self._critic.values(trajectories), strict=True
         ):
-            rewards_S = -cost_S
-            rewards_S[-1:] += (
-                trajectory.reward + cost_S.sum()
-            )  # what the sample is worth has its costs taken off already
+            rewards_S = -penalty_S
+            # `trajectory.reward` is net of the penalties, which are charged token by token here.
+            rewards_S[-1:] += trajectory.reward + penalty_S.sum()
             advantages_S, targets_S = self._critic.settings.of_tokens(rewards_S, values_S)
-            self._lessons.append(ValueTarget(trajectory=trajectory, values_S=values_S, targets_S=targets_S))
+            self._value_targets.append(
+                ValueTarget(trajectory=trajectory, values_S=values_S, targets_S=targets_S)
+            )
             advantages_T = np.zeros(trajectory.num_tokens)
             advantages_T[1:][trajectory.loss_mask[1:] == 1] = advantages_S
-            tokens.append(advantages_T)
-        left = iter(tokens)
-        return [[next(left) for _ in group] for group in groups]
+            advantages.append(advantages_T)
+        remaining = iter(advantages)
+        return [[next(remaining) for _ in group] for group in groups]
 
     def _samples(
         self,
-        compared: Iterable[tuple[Group, Sequence[float | FloatArray]]],
+        scored: Iterable[tuple[TrajectoryGroup, Sequence[float | FloatArray]]],
         lags: Callable[[Trajectory], Lags],
-    ) -> Iterator[list[Sample]]:
-        for index, (group, advantages) in enumerate(compared):
+    ) -> Iterator[list[TrainingSample]]:
+        for index, (group, advantages) in enumerate(scored):
             position = index * self._ranks.world_size + self._ranks.rank
             yield [
-                Sample(trajectory=trajectory, advantage=advantage, group=position, lag=lags(trajectory))
+                TrainingSample(
+                    trajectory=trajectory, advantage=advantage, group=position, lag=lags(trajectory)
+                )
                 for trajectory, advantage in zip(group, advantages, strict=True)
                 if not trajectory.is_greedy
             ]
 
-    def _rescaled(self, groups: list[list[Sample]]) -> list[list[Sample]]:
-        """Applies what the advantage says about the whole step. Collective."""
+    def _rescaled(self, groups: list[list[TrainingSample]]) -> list[list[TrainingSample]]:
+        """Applies the estimator's `rescale` to the whole step. Collective."""
         samples = [sample for group in groups for sample in group]
         tokens = [
             np.broadcast_to(s.advantage, (s.trajectory.num_tokens,))[1:][s.trajectory.loss_mask[1:] == 1]

@@ -1,4 +1,4 @@
-"""LAD against its definition: the divergence written out and differentiated, and what it converges to."""
+"""LAD against its definition (the divergence differentiated by autograd), and the policy it converges to."""
 
 import math
 
@@ -17,8 +17,8 @@ GENERATORS = {
 }
 
 
-def test_vector_worked_out_by_hand() -> None:
-    """W = e and 1/e, u = 4 and -4: weights e (log 2 - log(1 + e^3)) / 2 and e^-1 (log 2 - log(1 + e^-3)) / 2, over five tokens."""
+def test_lad_gradient_worked_out_by_hand() -> None:
+    """W = e and 1/e, u = 4 and -4: weights W (log 2 - log(1 + e^u / W)) / 2, over five tokens."""
     _, grad = evaluate(Lad(), [published()], normalizer="token_mean")
     assert grad == pytest.approx([-0.640275] * 3 + [0.023712] * 2, abs=1e-6)
 
@@ -26,7 +26,7 @@ def test_vector_worked_out_by_hand() -> None:
 @pytest.mark.parametrize("divergence", list(GENERATORS))
 @pytest.mark.parametrize("level", ["sequence", "token"])
 @pytest.mark.parametrize("eta", [0.25, 1.0, 3.0])
-def test_gradient_and_value_are_those_of_the_divergence(divergence: str, level: str, eta: float) -> None:
+def test_gradient_and_value_match_the_divergence(divergence: str, level: str, eta: float) -> None:
     batch = published(advantages=[1.7, -0.4])
     log_ratio_S = batch.logp_S - batch.behavior_logp_S
     log_w, u = (
@@ -45,7 +45,7 @@ def test_gradient_and_value_are_those_of_the_divergence(divergence: str, level: 
 
 
 def fit(name: str, mu_A: Tensor, advantages: list[float], **settings: object) -> Tensor:
-    """Gradient descent on the expected loss of a bandit whose every arm is tried as often as mu would."""
+    """Gradient descent on the expected loss of a bandit whose arms are sampled from mu."""
     objective, theta_A = OBJECTIVES.build({"name": name, **settings}), mu_A.log().clone().requires_grad_()
     for _ in range(200):
         pi_A = torch.log_softmax(theta_A, 0)
@@ -56,7 +56,7 @@ def fit(name: str, mu_A: Tensor, advantages: list[float], **settings: object) ->
     return torch.softmax(theta_A.detach(), 0)
 
 
-def test_it_learns_the_distribution_that_advantages_induce_where_reinforce_collapses() -> None:
+def test_lad_converges_where_tis_collapses() -> None:
     mu_A, advantages = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64), [1.0, 0.5, -1.0, 0.8]
     target_A = mu_A * torch.exp(torch.tensor(advantages, dtype=torch.float64))
     target_A = target_A / target_A.sum()
@@ -67,11 +67,11 @@ def test_it_learns_the_distribution_that_advantages_induce_where_reinforce_colla
     assert fit("tis", mu_A, advantages, level="token", cap=1e9).max() > 0.95
 
 
-def test_a_group_without_an_advantage_is_still_pulled_back() -> None:
+def test_zero_advantage_still_pulls_the_ratio_to_one() -> None:
     objective = Lad()
     assert not objective.skips_zero_advantage
     _, grad = evaluate(objective, [published(advantages=[0.0, 0.0])], normalizer="token_mean")
-    assert grad[0] > 0 > grad[-1], "W was e and 1/e: both move towards 1"
+    assert grad[0] > 0 > grad[-1], "W is e and 1/e: both move towards 1"
     assert math.isfinite(sum(grad))
 
 
@@ -79,6 +79,6 @@ def test_a_group_without_an_advantage_is_still_pulled_back() -> None:
     ("settings", "message"),
     [({"divergence": "kl"}, "js, hellinger, tv"), ({"eta": 0}, "above 0"), ({"level": "word"}, "token")],
 )
-def test_settings_that_make_no_sense_are_refused(settings: dict[str, object], message: str) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         OBJECTIVES.build({"name": "lad", **settings})

@@ -1,6 +1,6 @@
-"""What must hold for every registered objective, whatever it is: one that is added later is tested here without being named.
+"""Properties of every registered objective; one that is added later is tested here without being named.
 
-Objectives with `late_coefficients` are left out: their losses are not yet their gradient (tests of their own cover them).
+Objectives with `late_coefficients` are left out: their losses lack coefficients (other tests cover them).
 """
 
 import math
@@ -42,11 +42,11 @@ ON_POLICY: dict[str, Callable[[Any, float], float]] = {
     "oapl": lambda objective, advantage: 2 * (objective.beta2 or 0.25) * advantage,
     "lad": lambda objective, advantage: lad_advantage(objective.divergence, advantage / objective.eta),
 }
-"""Where the on-policy gradient is REINFORCE's with another advantage."""
+"""Objectives whose on-policy gradient is that of REINFORCE with another advantage."""
 
 
 def lad_advantage(divergence: str, u: float) -> float:
-    """-f'(exp(-u)), from the derivatives as one finds them in a table of f-divergences."""
+    """-f'(exp(-u)), with the derivatives from a table of f-divergences."""
     x = math.exp(-u)
     slopes = {
         "js": 0.5 * math.log(2 * x / (x + 1)),
@@ -63,17 +63,17 @@ def rows(seed: int, lengths: Sequence[int], *, high: float) -> Rows:
 
 LENGTHS = (3, 1, 4, 2, 5)
 DATA: dict[str, Any] = {
-    "pi": rows(1, LENGTHS, high=2.0),
-    "mu": rows(2, LENGTHS, high=2.0),
+    "logp": rows(1, LENGTHS, high=2.0),
+    "behavior_logp": rows(2, LENGTHS, high=2.0),
     "advantages": [1.0, -1.5, 0.5, -0.25, 2.0],
-    "prox": rows(3, LENGTHS, high=2.0),
+    "prox_logp": rows(3, LENGTHS, high=2.0),
     "entropy": [[-x for x in row] for row in rows(4, LENGTHS, high=3.0)],
     "lag": [[float(i % 3) for i, _ in enumerate(row)] for row in rows(5, LENGTHS, high=1.0)],
 }
 
 
 def batch_of(places: Sequence[int], **changes: Any) -> SampledTokens:
-    """The named sequences of DATA in this order."""
+    """The sequences of DATA at these indices, in this order."""
     data = {**DATA, **changes}
     return tokens_of(**{name: [values[i] for i in places] for name, values in data.items()})
 
@@ -87,7 +87,7 @@ def by_sequence(places: Sequence[int], grad: Sequence[float]) -> dict[int, list[
     return out
 
 
-def facts_of(objective: Objective, batch: SampledTokens) -> StepStats:
+def stats_of(objective: Objective, batch: SampledTokens) -> StepStats:
     if objective.scope is not Scope.BATCH:
         return {}
     return objective.summarize(
@@ -99,11 +99,14 @@ def facts_of(objective: Objective, batch: SampledTokens) -> StepStats:
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 def test_on_policy_the_gradient_is_reinforce(settings: dict[str, Any], normalizer: str) -> None:
     objective = build_objective(settings)
-    mu = DATA["mu"]
-    batch = batch_of(range(5), pi=mu, prox=mu)
+    on_policy = DATA["behavior_logp"]
+    batch = batch_of(range(5), logp=on_policy, prox_logp=on_policy)
     of = ON_POLICY.get(settings["name"], lambda _, advantage: advantage)
     plain_batch = batch_of(
-        range(5), pi=mu, prox=mu, advantages=[of(objective, advantage) for advantage in DATA["advantages"]]
+        range(5),
+        logp=on_policy,
+        prox_logp=on_policy,
+        advantages=[of(objective, advantage) for advantage in DATA["advantages"]],
     )
     _, plain = evaluate(
         build_objective({"name": "reinforce"}), [plain_batch], normalizer=objective.normalizer or normalizer
@@ -118,7 +121,7 @@ def test_neither_order_nor_cuts_matter(settings: dict[str, Any], normalizer: str
     objective = build_objective(settings)
     loss, grad = evaluate(objective, [batch_of(range(5))], normalizer=normalizer)
     want = by_sequence(range(5), grad)
-    assert any(grad) or settings["name"] == "gspo", "these numbers show nothing"
+    assert any(grad) or settings["name"] == "gspo", "the example has no gradient"
     for cut in ([[3, 0, 4, 1, 2]], [[0], [1, 2], [3, 4]], [[4, 2], [1], [3, 0]]):
         got_loss, got = evaluate(objective, [batch_of(part) for part in cut], normalizer=normalizer)
         assert got_loss == pytest.approx(loss, rel=1e-12)
@@ -127,10 +130,10 @@ def test_neither_order_nor_cuts_matter(settings: dict[str, Any], normalizer: str
 
 
 @pytest.mark.parametrize("settings", ALL, ids=str)
-def test_a_tokens_loss_reaches_its_own_log_prob_alone(settings: dict[str, Any]) -> None:
+def test_a_loss_reaches_only_its_own_tokens_log_prob(settings: dict[str, Any]) -> None:
     objective = build_objective(settings)
     batch = batch_of(range(5))
-    loss_S = objective.losses(batch, facts_of(objective, batch)).loss_S
+    loss_S = objective.losses(batch, stats_of(objective, batch)).loss_S
     for t in range(len(loss_S)):
         (grad_S,) = torch.autograd.grad(loss_S[t], batch.logp_S, retain_graph=True)
         grad_S[t] = 0
@@ -141,23 +144,23 @@ def test_a_tokens_loss_reaches_its_own_log_prob_alone(settings: dict[str, Any]) 
 @pytest.mark.parametrize("extreme", [1000.0, -1000.0])
 def test_extreme_ratios_stay_finite(settings: dict[str, Any], extreme: float) -> None:
     objective, mild = build_objective(settings), -0.5
-    pi = [[min(extreme, 0.0) or mild, mild], [mild, mild], [min(extreme, 0.0) or mild] * 3]
-    mu = [[min(-extreme, 0.0) or mild, mild], [mild, mild], [min(-extreme, 0.0) or mild] * 3]
+    logp = [[min(extreme, 0.0) or mild, mild], [mild, mild], [min(extreme, 0.0) or mild] * 3]
+    behavior_logp = [[min(-extreme, 0.0) or mild, mild], [mild, mild], [min(-extreme, 0.0) or mild] * 3]
     for advantages in ([1.0, -1.0, 1.0], [-1.0, 1.0, -1.0]):
-        batch = tokens_of(pi, mu, advantages, lag=[[2.0] * len(row) for row in pi])
+        batch = tokens_of(logp, behavior_logp, advantages, lag=[[2.0] * len(row) for row in logp])
         loss, grad = evaluate(objective, [batch])
         assert all(torch.isfinite(torch.tensor([loss, *grad])))
-        reported = objective.losses(batch, facts_of(objective, batch)).means
+        reported = objective.losses(batch, stats_of(objective, batch)).means
         assert all(torch.isfinite(values.double()).all() for values in reported.values())
 
 
 def weighted(logp_S: Tensor, grad_S: Tensor) -> Tensor:
-    """-w A pi with a detached w: the loss is its own gradient times pi."""
+    """-sg(w) A log pi: the loss is its own gradient times log pi."""
     return grad_S * logp_S
 
 
 def gated(_: Tensor, grad_S: Tensor) -> Tensor:
-    """-F r A with a detached F: the loss is its own gradient."""
+    """-sg(F) r A: the loss is its own gradient."""
     return grad_S
 
 
@@ -171,23 +174,23 @@ DETACHED = {
     "lad": weighted,
     "maspo": gated,
 }
-"""Losses whose gradient is on purpose not that of their value. All others are tested by finite differences."""
+"""Losses with detached weights; all others are tested by finite differences."""
 
 
 @pytest.mark.parametrize("settings", REGISTERED + VARIANTS, ids=str)
-def test_gradient_is_that_of_the_value(settings: dict[str, Any]) -> None:
+def test_gradient_matches_finite_differences(settings: dict[str, Any]) -> None:
     objective = build_objective(settings)
     batch = batch_of(range(5))
-    stats = facts_of(objective, batch)
+    stats = stats_of(objective, batch)
     loss_S = objective.losses(batch, stats).loss_S
     (grad_S,) = torch.autograd.grad(loss_S.sum(), batch.logp_S)
     if settings["name"] in DETACHED:
         assert torch.allclose(DETACHED[settings["name"]](batch.logp_S, grad_S), loss_S, rtol=1e-12)
         return
-    # The prox that is interpolated moves with pi; it is held where it was, as the gradient holds it.
+    # An interpolated prox moves with log pi; it is held fixed here, as in the gradient.
     if settings.get("prox") == "interpolated":
         prox_logp_S = objective.prox_logp_S(batch)  # type: ignore[attr-defined]
-        settings, changes = {**settings, "prox": "recomputed"}, {"prox": split(prox_logp_S)}
+        settings, changes = {**settings, "prox": "recomputed"}, {"prox_logp": split(prox_logp_S)}
         objective = build_objective(settings)
     else:
         changes = {}
@@ -198,7 +201,7 @@ def test_gradient_is_that_of_the_value(settings: dict[str, Any]) -> None:
             flat = batch.logp_S.detach().clone()
             flat[t] += sign * step
             values.append(
-                objective.losses(batch_of(range(5), pi=split(flat), **changes), stats).loss_S.sum().item()
+                objective.losses(batch_of(range(5), logp=split(flat), **changes), stats).loss_S.sum().item()
             )
         assert (values[0] - values[1]) / (2 * step) == pytest.approx(grad_S[t].item(), rel=1e-6, abs=1e-8)
 

@@ -1,4 +1,4 @@
-"""Objectives, masks, shaping and KL in the real step: a model, micro-batches, ranks, and the checkpoint's part of it."""
+"""Objectives, masks, shaping and KL in the real step: with model, micro-batches, ranks, checkpoint state."""
 
 import json
 from collections.abc import Iterator
@@ -21,12 +21,12 @@ from areal_like.wire.messages.consumer import Group
 from areal_like.wire.records import Record
 from tests.support.trainer_helpers import dense_logprobs, random_groups, run_ranks, write_model
 from tests.support.trainer_ranks import last_gradient, make_runner
-from trainer.batching.packing import Sample, collate
+from trainer.batching.packing import TrainingSample, collate
 from trainer.distributed.ranks import Ranks
 from trainer.metrics.lag import LagTally
 from trainer.models.policy import Policy, build_policy
 from trainer.objectives import OBJECTIVES
-from trainer.step.runner import StepRunner
+from trainer.step.build import build_step_runner
 
 DIAGNOSTICS = (
     *(
@@ -54,7 +54,7 @@ WHOLE_STEP: list[dict[str, Any]] = [
     {"objective": {"name": "reinforce"}, "kl": {"coef": 0.3, "estimator": "k3", "place": "reward"}},
     {"objective": {"name": "oapl"}, "kl": {"coef": 0.3, "place": "loss"}},
 ]
-"""What depends on all groups of a step, or runs a second model."""
+"""Settings that depend on all groups of a step or run a second model."""
 
 
 @pytest.fixture
@@ -68,8 +68,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_model(tmp_path_factory.mktemp("model"), "gpt2")
 
 
-def littered(groups: list[list[Trajectory]]) -> list[list[Trajectory]]:
-    """The same groups with other numbers at every token that nobody sampled."""
+def with_changed_prompt_logprobs(groups: list[list[Trajectory]]) -> list[list[Trajectory]]:
+    """The same groups with other log-probs at every token that was not sampled."""
 
     def one(t: Trajectory) -> Trajectory:
         return replace(t, logprobs=np.where(t.loss_mask == 1, t.logprobs, -7.5).astype(np.float32))
@@ -84,11 +84,11 @@ def relative_error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES.names())
-def test_any_objective_gives_one_gradient_however_the_step_is_cut(path: str, ranks: Ranks, name: str) -> None:
-    """And what nobody sampled cannot matter, and the common diagnostics are there."""
+def test_cuts_do_not_change_any_objectives_gradient(path: str, ranks: Ranks, name: str) -> None:
+    """Log-probs of tokens that were not sampled cannot matter either, and the common diagnostics exist."""
     groups = random_groups(5)
     gradients = []
-    for budget_tokens, data in ((10_000, groups), (37, littered(groups))):
+    for budget_tokens, data in ((10_000, groups), (37, with_changed_prompt_logprobs(groups))):
         runner = make_runner(
             path, ranks, beta1=0.0, budget_tokens=budget_tokens, settings={"objective": {"name": name}}
         )
@@ -111,7 +111,7 @@ def test_two_ranks_give_the_gradient_of_one(path: str, ranks: Ranks, tmp_path: P
             assert relative_error(got, last_gradient(runner)) < 1e-9, (settings, share)
 
 
-def test_kl_in_the_reward_is_what_advantages_are_made_of(path: str, ranks: Ranks) -> None:
+def test_kl_in_the_reward_changes_advantages(path: str, ranks: Ranks) -> None:
     groups = random_groups(4)
     settings = {
         "objective": {"name": "reinforce"},
@@ -136,13 +136,13 @@ def test_kl_in_the_reward_is_what_advantages_are_made_of(path: str, ranks: Ranks
     assert metrics["loss"] == pytest.approx(loss / num_tokens, rel=1e-6)
     assert metrics["shaped_reward"] == pytest.approx(total_reward / 12, rel=1e-6)
     assert metrics["reward"] == pytest.approx(np.mean([t.reward for group in groups for t in group])), (
-        "what the task said"
+        "the task's own reward"
     )
 
 
-def test_entropy_carries_its_gradient_only_when_asked(path: str) -> None:
+def test_entropy_carries_gradient_only_on_request(path: str) -> None:
     policy = Policy.load(path, chunk_tokens=4, master_dtype=torch.float64)
-    batch = collate([Sample(trajectory=t, advantage=1.0, group=0) for t in random_groups(1)[0]])
+    batch = collate([TrainingSample(trajectory=t, advantage=1.0, group=0) for t in random_groups(1)[0]])
     assert not policy(batch).entropy_S.requires_grad
     policy.with_entropy_gradient = True
     policy(batch).entropy_S.sum().backward()
@@ -159,15 +159,15 @@ def test_entropy_carries_its_gradient_only_when_asked(path: str) -> None:
     assert (values[0] - values[1]) / 2e-5 == pytest.approx(slope, rel=1e-5)
 
 
-def test_configured_terms_pull_and_push(tmp_path: Path, ranks: Ranks) -> None:
-    """A bonus raises entropy, a penalty in the loss keeps the policy near the model it began with."""
+def test_entropy_bonus_and_kl_penalty_have_effect(tmp_path: Path, ranks: Ranks) -> None:
+    """A bonus raises entropy; a penalty in the loss keeps the policy near its initial model."""
     path = write_model(tmp_path)
     groups = random_groups(4)
 
     def last(entropy_coef: float, kl_coef: float) -> dict[str, float]:
         trainer = TrainerConfig(lr=1e-3, warmup_steps=1, entropy_coef=entropy_coef)
         config = Config(trainer=trainer, kl=KlConfig(coef=kl_coef), objective={"name": "ppo"})
-        runner = StepRunner.of(config, build_policy(config, path, ranks), ranks, initial=path)
+        runner = build_step_runner(config, build_policy(config, path, ranks), ranks, initial=path)
         return [runner.run(groups, step=step) for step in range(6)][-1]
 
     assert last(1.0, 0.0)["entropy"] > last(0.0, 0.0)["entropy"] + 1e-3
@@ -178,13 +178,13 @@ def test_configured_terms_pull_and_push(tmp_path: Path, ranks: Ranks) -> None:
 def test_a_penalty_without_a_reference_is_refused(path: str, ranks: Ranks) -> None:
     config = Config(kl=KlConfig(coef=0.1))
     with pytest.raises(ConfigError, match="reference model"):
-        StepRunner.of(config, build_policy(config, path, ranks), ranks)
+        build_step_runner(config, build_policy(config, path, ranks), ranks)
     config = Config(kl=KlConfig(coef=0.1, place="reward"))
     with pytest.raises(ConfigError, match="reference model"):
-        StepRunner.of(config, build_policy(config, path, ranks), ranks)
+        build_step_runner(config, build_policy(config, path, ranks), ranks)
 
 
-def test_the_price_of_length_is_learned_and_goes_through_a_checkpoint(
+def test_dual_variables_are_learned_and_restored(
     path: str, ranks: Ranks, caplog: pytest.LogCaptureFixture
 ) -> None:
     shaping = [{"name": "overlong"}, {"name": "laconic", "budget_tokens": 2, "rate": 0.1}]
@@ -198,7 +198,7 @@ def test_the_price_of_length_is_learned_and_goes_through_a_checkpoint(
         and "shaping_dual_0" not in metrics
     )
     assert runner.run(groups, step=8)["shaped_reward"] < metrics["shaped_reward"], (
-        "the price is charged from the next step on"
+        "the penalty applies from the next step on"
     )
     kept = json.loads(json.dumps(runner.rewards.duals))
     resumed = make_runner(path, ranks, settings=settings)
@@ -206,11 +206,11 @@ def test_the_price_of_length_is_learned_and_goes_through_a_checkpoint(
     assert resumed.rewards.duals == runner.rewards.duals != [0, 0]
     plain = make_runner(path, ranks)
     plain.rewards.restore(kept)
-    assert plain.rewards.duals == [] and "not what the checkpoint was made with" in caplog.text
+    assert plain.rewards.duals == [] and "differs from the checkpoint's" in caplog.text
 
 
-def test_lags_of_tokens() -> None:
-    """The ledger knows the step of a sample's oldest version; later versions are a step each."""
+def test_lag_of_each_token_of_a_sample() -> None:
+    """The ledger gives the step of a sample's oldest version; later versions are one step each."""
     (trajectory,) = random_groups(1, group_size=1, longest=3)[0]
     versions = np.full(trajectory.num_tokens, -1, dtype=np.int32)
     versions[1:] = [40, 42]
@@ -229,8 +229,8 @@ def test_lags_of_tokens() -> None:
     assert tally.of_tokens(spanning).tolist() == [0, 3, 1]
 
 
-def test_mismatch_is_measured_on_tokens_of_the_current_weights_alone(path: str, ranks: Ranks) -> None:
-    """All versions are 5: at step 5 they are the current weights', at step 7 nothing is known."""
+def test_mismatch_counts_only_tokens_of_the_current_weights(path: str, ranks: Ranks) -> None:
+    """All versions are 5: at step 5 they are the current weights, at step 7 there is nothing to measure."""
     groups = random_groups(3)
     at_five, at_seven = (
         make_runner(path, ranks, settings={"objective": {"name": "sapo"}}).run(groups, step=step)
@@ -240,7 +240,7 @@ def test_mismatch_is_measured_on_tokens_of_the_current_weights_alone(path: str, 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
     errors = []
     for group in groups:
-        if len({t.reward for t in group}) > 1:  # the others are not run
+        if len({t.reward for t in group}) > 1:  # the other groups are not run
             pi_BL = dense_logprobs(model, group).detach().numpy()
             errors += [
                 abs(pi_BL[i, : t.num_tokens] - t.logprobs)[t.loss_mask == 1] for i, t in enumerate(group)

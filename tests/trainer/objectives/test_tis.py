@@ -1,4 +1,4 @@
-"""Truncated and masked importance sampling: every vector of the definitions, gradients included, and what must hold beyond them."""
+"""Truncated and masked importance sampling: published losses and gradients, and further properties."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from areal_like.errors import ConfigError
-from tests.support.objective_helpers import ADVANTAGES, MU, NORMALIZERS, PI, REWARDS, evaluate, tokens_of
+from tests.support.objective_helpers import (
+    ADVANTAGES,
+    BEHAVIOR_LOGP,
+    LOGP,
+    NORMALIZERS,
+    REWARDS,
+    evaluate,
+    tokens_of,
+)
 from trainer.objectives import OBJECTIVES, Objective, SampledTokens, TokenLosses
 
 VECTORS: list[tuple[dict[str, Any], str, float, list[float]]] = [
@@ -87,7 +95,9 @@ VECTORS: list[tuple[dict[str, Any], str, float, list[float]]] = [
 @pytest.mark.parametrize(("settings", "normalizer", "loss", "grad"), VECTORS)
 def test_published_vectors(settings: dict[str, Any], normalizer: str, loss: float, grad: list[float]) -> None:
     got_loss, got_grad = evaluate(
-        OBJECTIVES.build(settings), [tokens_of(PI, MU, ADVANTAGES, REWARDS)], normalizer=normalizer
+        OBJECTIVES.build(settings),
+        [tokens_of(LOGP, BEHAVIOR_LOGP, ADVANTAGES, REWARDS)],
+        normalizer=normalizer,
     )
     assert got_loss == pytest.approx(loss, abs=1e-6)
     assert got_grad == pytest.approx(grad, abs=1e-6)
@@ -111,14 +121,17 @@ SETTINGS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 def test_cuts_do_not_matter(settings: dict[str, Any], normalizer: str) -> None:
-    pi, mu = [*PI, [-0.3], [-1.1, -0.2]], [*MU, [-0.9], [-0.6, -0.3]]
+    logp, behavior_logp = [*LOGP, [-0.3], [-1.1, -0.2]], [*BEHAVIOR_LOGP, [-0.9], [-0.6, -0.3]]
     advantages = [1.0, -1.0, 0.5, -0.25]
     objective = OBJECTIVES.build(settings)
-    whole = evaluate(objective, [tokens_of(pi, mu, advantages)], normalizer=normalizer)
+    whole = evaluate(objective, [tokens_of(logp, behavior_logp, advantages)], normalizer=normalizer)
     for cut in (1, 2, 3):
         parts = [
-            tokens_of(p, m, a)
-            for p, m, a in ((pi[:cut], mu[:cut], advantages[:cut]), (pi[cut:], mu[cut:], advantages[cut:]))
+            tokens_of(p, b, a)
+            for p, b, a in (
+                (logp[:cut], behavior_logp[:cut], advantages[:cut]),
+                (logp[cut:], behavior_logp[cut:], advantages[cut:]),
+            )
         ]
         loss, grad = evaluate(objective, parts, normalizer=normalizer)
         assert loss == pytest.approx(whole[0], rel=1e-12)
@@ -128,27 +141,29 @@ def test_cuts_do_not_matter(settings: dict[str, Any], normalizer: str) -> None:
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("extreme", [1000.0, -1000.0])
 def test_extreme_ratios_stay_finite(settings: dict[str, Any], extreme: float) -> None:
-    pi = [[min(0.0, extreme), -1.0], [-1.0, min(0.0, extreme)]]
-    mu = [[min(0.0, -extreme), -1.0], [-1.0, min(0.0, -extreme)]]
-    loss, grad = evaluate(OBJECTIVES.build(settings), [tokens_of(pi, mu, ADVANTAGES)])
+    logp = [[min(0.0, extreme), -1.0], [-1.0, min(0.0, extreme)]]
+    behavior_logp = [[min(0.0, -extreme), -1.0], [-1.0, min(0.0, -extreme)]]
+    loss, grad = evaluate(OBJECTIVES.build(settings), [tokens_of(logp, behavior_logp, ADVANTAGES)])
     assert all(torch.isfinite(torch.tensor([loss, *grad])))
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_on_policy_every_form_is_reinforce(settings: dict[str, Any]) -> None:
-    plain = evaluate(OBJECTIVES.build({"name": "reinforce"}), [tokens_of(MU, MU, ADVANTAGES)])
-    got = evaluate(OBJECTIVES.build(settings), [tokens_of(MU, MU, ADVANTAGES)])
+def test_on_policy_every_variant_equals_reinforce(settings: dict[str, Any]) -> None:
+    plain = evaluate(
+        OBJECTIVES.build({"name": "reinforce"}), [tokens_of(BEHAVIOR_LOGP, BEHAVIOR_LOGP, ADVANTAGES)]
+    )
+    got = evaluate(OBJECTIVES.build(settings), [tokens_of(BEHAVIOR_LOGP, BEHAVIOR_LOGP, ADVANTAGES)])
     assert got[0] == pytest.approx(plain[0], rel=1e-12) and got[1] == pytest.approx(plain[1], rel=1e-12)
 
 
 def test_normalized_weights_have_mean_one() -> None:
     objective = OBJECTIVES.build({"name": "tis", "level": "sequence", "cap": 8, "normalize": True})
-    _, grad = evaluate(objective, [tokens_of(PI, MU, ADVANTAGES)])
+    _, grad = evaluate(objective, [tokens_of(LOGP, BEHAVIOR_LOGP, ADVANTAGES)])
     weights = [-grad[0] * 5, grad[3] * 5]
     assert sum(weights) / 2 == pytest.approx(1.0) and weights[0] / weights[1] == pytest.approx(math.exp(2))
 
 
-def test_a_batch_in_which_everything_is_masked_gives_a_zero_gradient() -> None:
+def test_a_fully_masked_batch_has_zero_gradient() -> None:
     for normalize in (True, False):
         settings = {
             "name": "tis",
@@ -158,7 +173,7 @@ def test_a_batch_in_which_everything_is_masked_gives_a_zero_gradient() -> None:
             "denominator": "kept",
             "normalize": normalize,
         }
-        loss, grad = evaluate(OBJECTIVES.build(settings), [tokens_of(PI, MU, ADVANTAGES)])
+        loss, grad = evaluate(OBJECTIVES.build(settings), [tokens_of(LOGP, BEHAVIOR_LOGP, ADVANTAGES)])
         assert loss == 0 and not any(grad)
 
 
@@ -171,9 +186,9 @@ class SoftReinforce(Objective):
         return TokenLosses(loss_S=-weight_S * batch.advantage_S * batch.logp_S)
 
 
-def test_an_objective_of_ones_own_is_named_by_its_path() -> None:
+def test_custom_objective_by_dotted_path() -> None:
     mine = OBJECTIVES.build({"_target_": f"{__name__}.SoftReinforce", "power": "0"})
-    assert evaluate(mine, [tokens_of(PI, MU, ADVANTAGES)])[0] == pytest.approx(-0.08)
+    assert evaluate(mine, [tokens_of(LOGP, BEHAVIOR_LOGP, ADVANTAGES)])[0] == pytest.approx(-0.08)
 
 
 @pytest.mark.parametrize(

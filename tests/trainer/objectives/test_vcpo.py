@@ -1,4 +1,4 @@
-"""VCPO: the published numbers, the population that its baseline is optimal for, and its settings."""
+"""VCPO: the published numbers, optimality of its baseline in a known population, and its settings."""
 
 import dataclasses
 import math
@@ -34,7 +34,7 @@ def group_of(size: int) -> Tensor:
     return torch.zeros(size, dtype=torch.int64)
 
 
-def facts_of(objective: Vcpo, batch: SampledTokens) -> dict[str, Tensor]:
+def stats_of(objective: Vcpo, batch: SampledTokens) -> dict[str, Tensor]:
     return objective.summarize({name: vector.double() for name, vector in objective.observe(batch).items()})
 
 
@@ -50,8 +50,8 @@ def facts_of(objective: Vcpo, batch: SampledTokens) -> dict[str, Tensor]:
 )
 def test_step_size_follows_the_effective_sample_size(settings: dict[str, Any], scale: float) -> None:
     objective = Vcpo(**settings, cap=1.0)
-    stats = facts_of(objective, published())
-    assert float(stats["rho"]) == pytest.approx(0.632901, abs=1e-6), "of the weights before truncation"
+    stats = stats_of(objective, published())
+    assert float(stats["rho"]) == pytest.approx(0.632901, abs=1e-6), "the ESS of the untruncated weights"
     assert objective.lr_scale(stats) == pytest.approx(scale, abs=1e-6)
     assert objective.lr_scale({}) == 1.0
 
@@ -67,7 +67,7 @@ def test_published_baselines() -> None:
     assert optimal_baseline(squares_N / lengths_N**2, rewards_N, group_of(2)).tolist() == pytest.approx(
         [0.906597] * 2, abs=1e-6
     )
-    # The advantage's units: the same baseline, less the mean, over the standard deviation.
+    # In the advantage's units: the same baseline less the mean, over the standard deviation.
     shifted = optimal_baseline(squares_N, numbers(*ADVANTAGES), group_of(2))
     assert (0.5 + 0.5 * shifted).tolist() == pytest.approx([0.956216] * 2, abs=1e-6)
 
@@ -104,8 +104,8 @@ class Tabular(nn.Module):
         return out
 
 
-def played(model: Tabular, actions: list[list[int]], returns: list[float]) -> SampledTokens:
-    """These sequences, sampled uniformly, with their log-probs under the model; advantages are the returns themselves."""
+def sampled_uniformly(model: Tabular, actions: list[list[int]], returns: list[float]) -> SampledTokens:
+    """These sequences, sampled uniformly, with log-probs under the model; advantages are the returns."""
     flat_S = torch.tensor([a for row in actions for a in row])
     rows = [[math.log(1 / 3)] * len(row) for row in actions]
     collision = torch.softmax(model.table.weight.detach()[:, 0], 0).square().sum()
@@ -123,14 +123,14 @@ def played(model: Tabular, actions: list[list[int]], returns: list[float]) -> Sa
         ("seq_mean_token_mean", [0.286326, -0.068227, -0.218099], -0.112180),
     ],
 )
-def test_tabular_ascent(normalizer: str, ascent: list[float], loss: float) -> None:
+def test_tabular_gradient_matches_published_values(normalizer: str, ascent: list[float], loss: float) -> None:
     model = Tabular()
     objective = Vcpo(normalizer=normalizer, norms="exact")
     gradients = cast(SequenceGradients, objective.gradients(cast(Any, model), ONE_RANK))
     norm = Normalizer(name=normalizer, max_tokens=10)
     with gradients:
         for actions, reward in zip(SEQUENCES, RETURNS, strict=True):
-            batch = played(model, [actions], [reward])
+            batch = sampled_uniformly(model, [actions], [reward])
             loss_S, _, _ = norm.weigh(objective.losses(batch, {}), batch)
             gradients.add(loss_S, tokens=batch, batch=cast(PackedBatch, None))
         sums = gradients.finish()
@@ -143,13 +143,13 @@ def test_tabular_ascent(normalizer: str, ascent: list[float], loss: float) -> No
 
 def test_tabular_norms_weights_and_sample_size() -> None:
     model = Tabular()
-    batch = played(model, SEQUENCES, RETURNS)
+    batch = sampled_uniformly(model, SEQUENCES, RETURNS)
     assert batch.log_w_N.exp().tolist() == pytest.approx([1.317764, 0.638026], abs=1e-6)
-    assert float(facts_of(Vcpo(), batch)["rho"]) == pytest.approx(0.892226, abs=1e-6)
-    assert Vcpo().lr_scale(facts_of(Vcpo(), batch)) == pytest.approx(0.944577, abs=1e-6)
+    assert float(stats_of(Vcpo(), batch)["rho"]) == pytest.approx(0.892226, abs=1e-6)
+    assert Vcpo().lr_scale(stats_of(Vcpo(), batch)) == pytest.approx(0.944577, abs=1e-6)
     tape = GhostTape(model)
     tape.attach()
-    played(model, SEQUENCES, RETURNS).logp_S.sum().backward()  # type: ignore[no-untyped-call]
+    sampled_uniformly(model, SEQUENCES, RETURNS).logp_S.sum().backward()  # type: ignore[no-untyped-call]
     rows = Rows.of([3, 2])
     assert tape.squares(rows, rows).tolist() == pytest.approx([1.337785, 1.290681], abs=1e-6)
     scores = [dict(tape.combined(numbers(*pick)))["table.weight"][:, 0].tolist() for pick in ([1, 0], [0, 1])]
@@ -159,23 +159,23 @@ def test_tabular_norms_weights_and_sample_size() -> None:
 
 
 @pytest.mark.parametrize("baseline", ["group", "batch"])
-def test_the_proxy_is_exact_where_logits_are_all_there_is(baseline: str) -> None:
+def test_proxy_norms_are_exact_for_a_tabular_policy(baseline: str) -> None:
     """One token a sequence: the gradient with respect to the logits is the whole gradient."""
     model = Tabular()
-    batch = played(model, [[0], [1], [2], [2]], [1.0, 0.0, 0.5, 0.25])
+    batch = sampled_uniformly(model, [[0], [1], [2], [2]], [1.0, 0.0, 0.5, 0.25])
     pi_N = batch.logp_S.detach().exp()
     others = torch.softmax(model.table.weight.detach()[:, 0], 0).square().sum()
     squares_N = (3 * pi_N).square() * (1 - 2 * pi_N + others)
     want = optimal_baseline(squares_N, batch.reward_N, group_of(4))
     objective = Vcpo(norms="proxy", baseline=baseline)
     assert objective.scope is (Scope.BATCH if baseline == "batch" else Scope.GROUP)
-    losses = objective.losses(batch, facts_of(objective, batch))
+    losses = objective.losses(batch, stats_of(objective, batch))
     assert losses.means["baseline"].tolist() == pytest.approx(want.tolist(), rel=1e-12)
     (grad_S,) = torch.autograd.grad(losses.loss_S.sum(), batch.logp_S)
     assert grad_S.tolist() == pytest.approx((-3 * pi_N * (batch.reward_N - want)).tolist(), rel=1e-12)
 
 
-def test_without_a_baseline_it_is_truncated_importance_sampling() -> None:
+def test_without_baseline_vcpo_equals_tis() -> None:
     tis = OBJECTIVES.build({"name": "tis", "level": "sequence", "cap": 2.0})
     mine = Vcpo(baseline="none", cap=2.0).losses(published(), {})
     assert torch.equal(mine.loss_S, tis.losses(published(), {}).loss_S)
@@ -183,17 +183,17 @@ def test_without_a_baseline_it_is_truncated_importance_sampling() -> None:
     assert torch.equal(plain.loss_S, OBJECTIVES.build({"name": "reinforce"}).losses(published(), {}).loss_S)
 
 
-def test_baselines_of_several_groups_and_of_the_others() -> None:
+def test_baselines_of_several_groups_and_leave_one_out() -> None:
     squares_N, returns_N = numbers(1, 2, 3, 4, 5), numbers(1, 0, 2, 3, 7)
     groups_N = torch.tensor([9, 4, 9, 4, 2])
     assert optimal_baseline(squares_N, returns_N, groups_N).tolist() == pytest.approx([7 / 4, 2, 7 / 4, 2, 7])
     others = optimal_baseline(squares_N, returns_N, groups_N, leave_one_out=True)
     assert others.tolist() == pytest.approx([2, 3, 1, 0, 7]), (
-        "a group of one falls back on itself: no coefficient"
+        "a group of one sequence is its own baseline: coefficient zero"
     )
 
 
-def test_equal_returns_give_exactly_no_coefficient() -> None:
+def test_equal_returns_give_exactly_zero_coefficients() -> None:
     squares_N, returns_N = torch.rand(7, dtype=torch.float64), torch.full((7,), 0.1, dtype=torch.float64)
     for leave_one_out in (False, True):
         assert torch.equal(
@@ -211,11 +211,14 @@ def test_equal_returns_give_exactly_no_coefficient() -> None:
 @pytest.mark.parametrize("settings", [{}, {"norms": "proxy"}, {"baseline": "none"}, {"cap": 0.0}], ids=str)
 def test_extreme_ratios_stay_finite(settings: dict[str, Any], extreme: float) -> None:
     objective = Vcpo(**settings)
-    pi, mu = [[min(0.0, extreme), -1.0], [-1.0, -0.5]], [[min(0.0, -extreme), -1.0], [-1.0, -0.5]]
-    batch = dataclasses.replace(
-        tokens_of(pi, mu, ADVANTAGES), collision_S=torch.full((4,), 0.5, dtype=torch.float64)
+    logp, behavior_logp = (
+        [[min(0.0, extreme), -1.0], [-1.0, -0.5]],
+        [[min(0.0, -extreme), -1.0], [-1.0, -0.5]],
     )
-    stats = facts_of(objective, batch)
+    batch = dataclasses.replace(
+        tokens_of(logp, behavior_logp, ADVANTAGES), collision_S=torch.full((4,), 0.5, dtype=torch.float64)
+    )
+    stats = stats_of(objective, batch)
     losses = objective.losses(batch, stats)
     losses.loss_S.sum().backward()  # type: ignore[no-untyped-call]
     assert (
@@ -226,8 +229,8 @@ def test_extreme_ratios_stay_finite(settings: dict[str, Any], extreme: float) ->
     assert float(stats["rho"]) == pytest.approx(0.5) and objective.lr_scale(stats) == pytest.approx(0.5**0.5)
 
 
-def test_population() -> None:
-    """mu, pi and r known: the estimator's mean does not depend on the baseline, and its variance is least at b*."""
+def test_baseline_is_unbiased_and_optimal_in_the_population() -> None:
+    """With mu, pi and r known: the mean does not depend on the baseline, and the variance is least at b*."""
     generator = torch.Generator().manual_seed(0)
     num_samples = 200_000
     logits_V, reward_V = numbers(0.4, -0.3, 0.9, 0.0), numbers(1.0, 0.2, -0.5, 0.6)
@@ -236,9 +239,8 @@ def test_population() -> None:
     action_N = torch.multinomial(mu_V, num_samples, replacement=True, generator=generator)
     rows = pi_V.log()[action_N, None].tolist(), mu_V.log()[action_N, None].tolist()
     batch = tokens_of(*rows, [1.0] * num_samples)
-    weight_N = -torch.autograd.grad(Vcpo().losses(batch, {}).loss_S.sum(), batch.logp_S)[
-        0
-    ]  # one token a sequence
+    (grad_S,) = torch.autograd.grad(Vcpo().losses(batch, {}).loss_S.sum(), batch.logp_S)
+    weight_N = -grad_S  # one token per sequence
     assert float(weight_N.max()) < Vcpo().cap, "truncation would bias the mean"
     score_NV = torch.eye(4, dtype=torch.float64)[action_N] - pi_V
     g_NV = weight_N[:, None] * score_NV
@@ -252,17 +254,16 @@ def test_population() -> None:
     true_V = pi_V * (reward_V - (pi_V * reward_V).sum())  # grad of sum pi r
     at_best_N = (g_NV * (reward_V[action_N] - best)[:, None]).square().sum(1)
     mean_reward = float((mu_V * reward_V).sum())
-    assert abs(best - mean_reward) > 0.05, "otherwise the example shows nothing"
+    assert abs(best - mean_reward) > 0.05, "the example must have a baseline that differs from the mean"
     for other in (0.0, mean_reward, float((pi_V * reward_V).sum()), best - 0.2, best + 0.2):
         terms_NV = g_NV * (reward_V[action_N] - other)[:, None]
         assert ((terms_NV.mean(0) - true_V).abs() < 3 * terms_NV.std(0) / num_samples**0.5).all()
-        excess_N = (
-            terms_NV.square().sum(1) - at_best_N
-        )  # equal means, so variances differ by as much as second moments
+        # The means are equal, so variances differ by as much as second moments.
+        excess_N = terms_NV.square().sum(1) - at_best_N
         assert float(excess_N.mean()) > 3 * float(excess_N.std()) / num_samples**0.5
 
 
-def test_what_each_setting_asks_of_the_step() -> None:
+def test_requirements_of_each_setting() -> None:
     ghost, exact, proxy = (Vcpo(norms=norms) for norms in ("ghost", "exact", "proxy"))
     assert ghost.whole_groups and not ghost.one_sequence_per_microbatch and ghost.late_coefficients
     assert exact.one_sequence_per_microbatch and not exact.whole_groups and exact.late_coefficients
@@ -287,8 +288,8 @@ def test_mistakes_are_named(settings: dict[str, Any], message: str) -> None:
         OBJECTIVES.build({"name": "vcpo", **settings})
 
 
-def test_terms_that_the_coefficients_would_multiply_are_refused() -> None:
+def test_other_loss_terms_are_refused_unless_by_proxy() -> None:
     kl = KlConfig(coef=0.1, place="loss")
-    with pytest.raises(ConfigError, match="takes no other terms in its loss"):
+    with pytest.raises(ConfigError, match="allows no other terms in its loss"):
         build_objective({"name": "vcpo"}, kl=kl)
     build_objective({"name": "vcpo", "norms": "proxy"}, kl=kl)

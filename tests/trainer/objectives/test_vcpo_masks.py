@@ -1,4 +1,4 @@
-"""VCPO under masks: what they drop has no gradient, no part in a baseline and, if so asked, none in the normaliser, whatever the norms."""
+"""VCPO with masks: dropped tokens affect neither gradient nor baseline, nor, with `kept`, the normaliser."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -23,25 +23,25 @@ from trainer.objectives import build_objective
 
 CAP = 2.0
 Keeps = Callable[[Trajectory, Tensor], Tensor]
-"""[L] bool of a trajectory and its log-ratios: what is learned from."""
+"""[L] bool from a trajectory and its log-ratios [L]: tokens that are kept."""
 
 
-def few_tokens(trajectory: Trajectory, log_ratio_L: Tensor) -> Tensor:
+def ratio_in_band(trajectory: Trajectory, log_ratio_L: Tensor) -> Tensor:
     return (log_ratio_L.exp() >= 0.8) & (log_ratio_L.exp() <= 1.25)
 
 
-def no_cut_off(trajectory: Trajectory, log_ratio_L: Tensor) -> Tensor:
+def not_truncated(trajectory: Trajectory, log_ratio_L: Tensor) -> Tensor:
     return torch.full_like(log_ratio_L, trajectory.finish_reason is not FinishReason.LENGTH, dtype=torch.bool)
 
 
 BAND: dict[str, Any] = {"name": "band", "level": "token", "low": 0.8, "high": 1.25}
 TRUNCATED: dict[str, Any] = {"name": "truncated"}
 CASES: dict[str, tuple[list[dict[str, Any]], list[Keeps], list[Keeps]]] = {
-    "tokens, kept": ([BAND | {"denominator": "kept"}], [few_tokens], [few_tokens]),
-    "sequences": ([TRUNCATED], [no_cut_off], []),
-    "both": ([BAND, TRUNCATED | {"denominator": "kept"}], [few_tokens, no_cut_off], [no_cut_off]),
+    "tokens, kept": ([BAND | {"denominator": "kept"}], [ratio_in_band], [ratio_in_band]),
+    "sequences": ([TRUNCATED], [not_truncated], []),
+    "both": ([BAND, TRUNCATED | {"denominator": "kept"}], [ratio_in_band, not_truncated], [not_truncated]),
 }
-"""Masks, who keeps what, and who says what counts in the normaliser."""
+"""Masks, their definitions, and the definitions of those that also change the normaliser."""
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def ranks() -> Iterator[Ranks]:
 
 
 def masked_groups() -> list[list[Trajectory]]:
-    """Random ones, of which the second is cut off in part and the last altogether."""
+    """Random groups; half of the second group's samples and all of the last group's are truncated."""
     groups = random_groups(4, group_size=4, seed=3)
     cut_off = {(1, 0), (1, 3), *((3, i) for i in range(4))}
     return [
@@ -77,7 +77,7 @@ def defined(
     proxy: bool,
     over_batch: bool,
 ) -> tuple[float, dict[str, Tensor]]:
-    """(share of tokens kept, gradient) straight from the definition: each sequence alone, in float64."""
+    """(share of tokens kept, gradient) from the definition: each sequence alone, in float64."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
     names, params = zip(*model.named_parameters(), strict=True)
     grads, squares, advantages, members, num_seqs, num_kept, num_sampled = [], [], [], [], 0, 0, 0
@@ -123,7 +123,7 @@ def defined(
 @pytest.mark.parametrize(
     "norms, baseline", [("ghost", "group"), ("exact", "group"), ("proxy", "group"), ("proxy", "batch")]
 )
-def test_the_gradient_is_the_definitions_over_what_is_kept(
+def test_masked_gradient_matches_the_definition(
     path: str, ranks: Ranks, case: str, norms: str, baseline: str
 ) -> None:
     groups = masked_groups()
@@ -136,8 +136,8 @@ def test_the_gradient_is_the_definitions_over_what_is_kept(
     assert_same_gradient(gradient, want, relative=1e-12)
 
 
-def test_the_step_size_is_that_of_all_sequences(path: str, ranks: Ranks) -> None:
-    """How stale a batch is does not depend on what is learned from it."""
+def test_masks_do_not_change_the_step_size(path: str, ranks: Ranks) -> None:
+    """Staleness is a property of the batch, whatever part of it is trained on."""
     groups = masked_groups()
     plain, masked = (
         make_runner(path, ranks, cap=CAP, masks=masks).run(groups, step=0)
@@ -147,7 +147,7 @@ def test_the_step_size_is_that_of_all_sequences(path: str, ranks: Ranks) -> None
     assert masked["lr_scale"] == plain["lr_scale"] < 1
 
 
-def test_every_diagnostic_is_a_series(path: str, ranks: Ranks) -> None:
+def test_every_diagnostic_is_a_prometheus_series(path: str, ranks: Ranks) -> None:
     groups, metrics = masked_groups(), Metrics()
     series = TrainerSeries(metrics)
     row = make_runner(path, ranks, lr=2e-9, masks=[TRUNCATED, BAND], dtype=torch.float32).run(groups, step=5)
@@ -187,14 +187,14 @@ def test_every_diagnostic_is_a_series(path: str, ranks: Ranks) -> None:
     assert shown["lr"] == pytest.approx(2e-9 * shown["lr_scale"]) and shown["lr_scale"] < 1
 
 
-def test_a_group_that_is_dropped_whole_leaves_no_gradient(path: str, ranks: Ranks) -> None:
+def test_a_fully_dropped_group_has_no_gradient(path: str, ranks: Ranks) -> None:
     groups = masked_groups()
     for norms in ("ghost", "exact", "proxy"):
         metrics = make_runner(path, ranks, norms=norms, masks=[TRUNCATED]).run(groups[3:], step=0)
         assert metrics["grad_norm"] == 0 and metrics["kept_fraction"] == 0 and metrics["num_tokens"] > 0
 
 
-def test_masks_do_not_undo_what_the_objective_declares() -> None:
+def test_masks_keep_the_objectives_declarations() -> None:
     for settings in ({}, {"norms": "exact"}, {"norms": "proxy"}, {"norms": "proxy", "baseline": "batch"}):
         bare, composed = (
             build_objective({"name": "vcpo", **settings, **masks}) for masks in ({}, {"masks": [TRUNCATED]})

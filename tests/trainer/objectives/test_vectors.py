@@ -1,4 +1,4 @@
-"""Every published vector of the registry beyond truncated importance sampling: losses and gradients to 1e-6 in float64."""
+"""Published vectors of all objectives but TIS: losses and gradients to 1e-6 in float64."""
 
 import math
 from typing import Any
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from areal_like.errors import ConfigError
-from tests.support.objective_helpers import ADVANTAGES, MU, PI, evaluate, published, tokens_of
+from tests.support.objective_helpers import ADVANTAGES, BEHAVIOR_LOGP, LOGP, evaluate, published, tokens_of
 from trainer.objectives import OBJECTIVES, Dcpo, DecoupledPpo, M2po, Maspo, Oapl, SampledTokens, Vespo
 from trainer.objectives.oapl import SoftAdvantage, default_beta2
 
@@ -91,10 +91,12 @@ def test_oapl(beta1: float, beta2: float, loss: float, grad: list[float], tolera
     assert got_grad == pytest.approx(grad, abs=tolerance)
 
 
-def test_oapl_cut_between_the_sequences_of_a_group_is_the_same() -> None:
+def test_oapl_does_not_depend_on_cuts_within_a_group() -> None:
     objective = Oapl(beta2=0.5)
     a, b = SoftAdvantage().of_rewards(np.array([1.0, 0.0])).tolist()
-    loss, grad = evaluate(objective, [tokens_of(PI[:1], MU[:1], [a]), tokens_of(PI[1:], MU[1:], [b])])
+    loss, grad = evaluate(
+        objective, [tokens_of(LOGP[:1], BEHAVIOR_LOGP[:1], [a]), tokens_of(LOGP[1:], BEHAVIOR_LOGP[1:], [b])]
+    )
     assert loss == pytest.approx(0.014427, abs=1e-6) and grad == pytest.approx([0.060057] * 5, abs=1e-6)
 
 
@@ -115,7 +117,7 @@ def test_oapl_value(rewards: list[float], at_one: float, at_half: float) -> None
     assert np.isfinite(SoftAdvantage(beta1=1e-3).of_rewards(np.array([1e4, 0.0]))).all()
 
 
-def test_oapl_default_beta2_passes_its_anchors_and_follows_the_job() -> None:
+def test_oapl_default_beta2_follows_the_length_limit() -> None:
     assert default_beta2(64) == 0.25
     assert default_beta2(4096) == pytest.approx(1e-3, rel=0.03)
     assert default_beta2(10) == 0.3
@@ -143,15 +145,15 @@ def test_vespo_kernel() -> None:
     assert phi([25, -30, -1], positive=False) == pytest.approx([0, 7.389056e-24, 0.176266], rel=3e-6)
 
 
-def test_dual_clip_bounds_the_loss_of_a_bad_token_that_became_likely() -> None:
-    def step(pi: float, dual_clip: float) -> tuple[float, list[float]]:
+def test_dual_clip_bounds_the_loss_of_bad_tokens() -> None:
+    def step(logp: float, dual_clip: float) -> tuple[float, list[float]]:
         objective = OBJECTIVES.build({"name": "ppo", "dual_clip": dual_clip})
-        return evaluate(objective, [tokens_of([[pi]], [[-3.0]], [-1.0])])
+        return evaluate(objective, [tokens_of([[logp]], [[-3.0]], [-1.0])])
 
     assert step(-1.0, 3.0) == (3.0, [0.0])
     loss, grad = step(-1.0, 0.0)
     assert loss == pytest.approx(math.exp(2)) and grad == pytest.approx([math.exp(2)])
-    assert step(-2.5, 3.0)[0] == pytest.approx(math.exp(0.5)), "below the ceiling nothing changes"
+    assert step(-2.5, 3.0)[0] == pytest.approx(math.exp(0.5)), "below the ceiling the loss is unchanged"
 
 
 def test_interpolated_prox() -> None:
@@ -162,7 +164,7 @@ def test_interpolated_prox() -> None:
     assert prox_logp_S.tolist() == pytest.approx([-0.866667, -1.4, -0.55, -0.7, -1.2], abs=1e-6)
 
 
-def test_m2po_drops_the_fewest() -> None:
+def test_m2po_drops_the_fewest_tokens() -> None:
     def kept(threshold: float) -> list[bool]:
         batch: SampledTokens = published()
         objective = M2po(threshold=threshold)
@@ -191,26 +193,28 @@ def test_dcpo_bounds() -> None:
     assert high_S.tolist() == pytest.approx([1.187184, 5, 5], abs=1e-6)
 
 
-def test_topr_tapers_bad_sequences_only() -> None:
+def test_topr_tapers_only_bad_sequences() -> None:
     _, grad = evaluate(OBJECTIVES.build({"name": "topr"}), [published()])
     weights = [1.0] * 3 + [math.exp(-1)] * 2
     assert grad == pytest.approx([-w * a / 5 for w, a in zip(weights, [1, 1, 1, -1, -1], strict=True)])
-    _, grad = evaluate(OBJECTIVES.build({"name": "topr"}), [tokens_of(MU, PI, [-1.0, 1.0])])
+    _, grad = evaluate(OBJECTIVES.build({"name": "topr"}), [tokens_of(BEHAVIOR_LOGP, LOGP, [-1.0, 1.0])])
     assert grad == pytest.approx([math.exp(-1) / 5] * 3 + [-0.2] * 2)
-    _, grad = evaluate(OBJECTIVES.build({"name": "topr"}), [tokens_of(PI, MU, [-1.0, 1.0])])
-    assert grad == pytest.approx([0.2] * 3 + [-0.2] * 2), "a bad sequence that became likelier has weight 1"
+    _, grad = evaluate(OBJECTIVES.build({"name": "topr"}), [tokens_of(LOGP, BEHAVIOR_LOGP, [-1.0, 1.0])])
+    assert grad == pytest.approx([0.2] * 3 + [-0.2] * 2), (
+        "a bad sequence that has become likelier has weight 1"
+    )
 
 
-def test_dppo_drops_what_has_moved_too_far_and_pulls_all() -> None:
-    mu, pi = [[math.log(0.3), math.log(0.3)]], [[math.log(0.6), math.log(0.45)]]
-    _, up = evaluate(OBJECTIVES.build({"name": "dppo_tv"}), [tokens_of(pi, mu, [1.0])])
+def test_dppo_drops_far_moved_tokens_and_pulls_all() -> None:
+    old, new = [[math.log(0.3), math.log(0.3)]], [[math.log(0.6), math.log(0.45)]]
+    _, up = evaluate(OBJECTIVES.build({"name": "dppo_tv"}), [tokens_of(new, old, [1.0])])
     pull = [2e-3 * math.log(2) / 2, 2e-3 * math.log(1.5) / 2]
     assert up == pytest.approx([pull[0], pull[1] - 1.5 / 2])
-    _, down = evaluate(OBJECTIVES.build({"name": "dppo_tv"}), [tokens_of(pi, mu, [-1.0])])
+    _, down = evaluate(OBJECTIVES.build({"name": "dppo_tv"}), [tokens_of(new, old, [-1.0])])
     assert down == pytest.approx([pull[0] + 2 / 2, pull[1] + 1.5 / 2]), (
-        "moving up is no reason to drop a bad token"
+        "a bad token that has become likelier is not dropped"
     )
-    _, back = evaluate(OBJECTIVES.build({"name": "dppo_tv", "pull": 0}), [tokens_of(mu, pi, [-1.0])])
+    _, back = evaluate(OBJECTIVES.build({"name": "dppo_tv", "pull": 0}), [tokens_of(old, new, [-1.0])])
     assert back == pytest.approx([0, 1 / 1.5 / 2])
 
 
@@ -238,6 +242,6 @@ def test_mistakes_are_named(settings: dict[str, Any], message: str) -> None:
         OBJECTIVES.build(settings)
 
 
-def test_the_example_is_what_the_vectors_were_made_from() -> None:
+def test_example_matches_the_published_inputs() -> None:
     batch = published()
     assert batch.log_w_N.tolist() == pytest.approx([1, -1]) and ADVANTAGES == [1, -1]

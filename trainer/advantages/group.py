@@ -1,0 +1,148 @@
+"""Advantages that compare the samples of one prompt with each other: GRPO and its relatives.
+
+A group whose rewards are all equal gets advantages of exactly zero. Computing them would not: the mean of
+equal floats can differ from them in the last bit, and dividing that rounding error by a standard deviation of
+the same size turns it into a signal.
+
+Left out: ProGRPO (arXiv 2602.05281), `A + alpha (c_q - c_o)` in groups with a right answer, where c_o is exp
+of the mean log-prob of the answer's least likely fifth of tokens. The paper leaves open over which prompt
+tokens c_q is taken and what alpha is, and c_q needs the log-probs of prompts, which are not recorded.
+
+Notation: R reward of a sample, mean and std over its group, L its number of sampled tokens. Shape suffix: G
+samples of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from areal_like.errors import ConfigError
+from areal_like.trajectory import Trajectory
+from trainer.advantages.base import ADVANTAGES, Advantage, FloatArray, rewards_of, whitening
+from trainer.batching.scope import Scope
+
+
+def centred(rewards_G: FloatArray) -> FloatArray:
+    """[G] R - mean; exactly zero if all rewards are equal."""
+    if rewards_G.max() == rewards_G.min():
+        return np.zeros_like(rewards_G)
+    return np.asarray(rewards_G - rewards_G.mean())
+
+
+@ADVANTAGES.register("dr_grpo")
+@dataclass(frozen=True, kw_only=True)
+class DrGrpo(Advantage):
+    """Dr.
+
+    GRPO (arXiv 2503.20783): A = R - mean. Without the division, hard and easy prompts are not weighted up.
+    """
+
+    def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
+        """[G]"""
+        return [float(a) for a in centred(rewards_of(group))]
+
+
+@ADVANTAGES.register("grpo")
+@dataclass(frozen=True, kw_only=True)
+class Grpo(Advantage):
+    """GRPO (arXiv 2402.03300): A = (R - mean) / std, with the population standard deviation."""
+
+    def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
+        """[G]"""
+        rewards_G = rewards_of(group)
+        centred_G = centred(rewards_G)
+        std = float(rewards_G.std())
+        return [float(a) for a in centred_G / std] if std > 0 else [0.0] * len(group)
+
+
+@ADVANTAGES.register("rloo")
+@dataclass(frozen=True, kw_only=True)
+class Rloo(Advantage):
+    """RLOO (arXiv 2402.14740): A = R - mean of the other samples = G / (G - 1) (R - mean).
+
+    The baseline is unbiased.
+    """
+
+    def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
+        """[G]; zero for a group of one sample."""
+        size = len(group)
+        return [float(a) for a in centred(rewards_of(group)) * (size / max(size - 1, 1))]
+
+
+@ADVANTAGES.register("remax")
+@dataclass(frozen=True, kw_only=True)
+class Remax(Advantage):
+    """ReMax (arXiv 2310.10505): A = R - R of the greedy answer to the same prompt; needs no other samples."""
+
+    uses_greedy = True
+
+    def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
+        """[G + 1], with the greedy sample last."""
+        baseline = group[-1]
+        assert baseline.is_greedy and not any(trajectory.is_greedy for trajectory in group[:-1])
+        return [trajectory.reward - baseline.reward for trajectory in group]
+
+
+@ADVANTAGES.register("opo")
+@dataclass(frozen=True, kw_only=True)
+class Opo(Advantage):
+    """OPO (arXiv 2505.23585): A = R - sum(L R) / sum(L).
+
+    This baseline has the least variance if a gradient's squared norm grows with the length of the answer.
+    """
+
+    def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
+        """[G]"""
+        rewards_G = rewards_of(group)
+        if rewards_G.max() == rewards_G.min():
+            return [0.0] * len(group)
+        lengths_G = np.array([trajectory.num_sampled for trajectory in group], dtype=np.float64)
+        return [float(a) for a in rewards_G - lengths_G @ rewards_G / max(lengths_G.sum(), 1.0)]
+
+
+@ADVANTAGES.register("gpg")
+@dataclass(frozen=True, kw_only=True)
+class Gpg(Advantage):
+    """GPG (arXiv 2504.02546): A = alpha (R - mean), alpha = groups of the step / groups whose rewards differ.
+
+    The factor makes up for groups without a gradient, which would dilute the others in the mean.
+    """
+
+    scope = Scope.BATCH
+
+    def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
+        """[G], before the factor alpha."""
+        return [float(a) for a in centred(rewards_of(group))]
+
+    def rescale(self, *, advantages_S: FloatArray, groups_S: NDArray[np.int64]) -> tuple[float, float]:
+        """(0, alpha); alpha is 1 if no group of the step has differing rewards."""
+        num_groups, num_spread = len(np.unique(groups_S)), len(np.unique(groups_S[advantages_S != 0]))
+        return 0.0, num_groups / num_spread if num_spread else 1.0
+
+
+@ADVANTAGES.register("reinforce_pp")
+@dataclass(frozen=True, kw_only=True)
+class ReinforcePlusPlus(Advantage):
+    """REINFORCE++ (arXiv 2501.03262): rewards whitened over all sampled tokens of the step."""
+
+    scope = Scope.BATCH
+
+    baseline: str = "none"
+    """`none`, or `group` to subtract the group's mean first (the paper's form for reasoning)."""
+
+    def __post_init__(self) -> None:
+        if self.baseline not in ("none", "group"):
+            raise ConfigError(f"advantage.baseline={self.baseline}: use none or group")
+
+    def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
+        """[G], before whitening."""
+        rewards_G = rewards_of(group)
+        return [float(a) for a in (centred(rewards_G) if self.baseline == "group" else rewards_G)]
+
+    def rescale(self, *, advantages_S: FloatArray, groups_S: NDArray[np.int64]) -> tuple[float, float]:
+        """Whitens the step."""
+        return whitening(advantages_S)

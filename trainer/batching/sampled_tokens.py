@@ -1,0 +1,130 @@
+"""The sampled tokens of one micro-batch with their log-probs: the input of every objective.
+
+Prompt and tool tokens are left out, so an objective cannot train on them by mistake.
+
+Shape suffixes: S sampled tokens of a micro-batch, N its sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from trainer.batching.packing import PackedBatch
+
+_RENAMED = {
+    "pi_S": "logp_S",
+    "mu_S": "behavior_logp_S",
+    "prox_S": "prox_logp_S",
+    "ref_S": "ref_logp_S",
+}
+"""Earlier attribute names and the present ones, for the error message that an older custom objective gets."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SampledTokens:
+    """Sampled tokens of whole sequences, in packed order.
+
+    All float tensors share one dtype, float32 or wider.
+    """
+
+    logp_S: Tensor
+    """Log-prob under the current weights; the only tensor that carries gradient."""
+    behavior_logp_S: Tensor
+    """Log-prob under the behaviour policy, recorded by the engine at sampling time."""
+    advantage_S: Tensor
+    """Advantage of each token."""
+    segment_S: Tensor
+    """int64 in 0..N-1: the sequence of each token."""
+    length_N: Tensor
+    """Number of sampled tokens of each sequence, as floats."""
+    reward_N: Tensor
+    """Reward of each sequence, after reward shaping."""
+    group_N: Tensor
+    """int64: position in the step of each sequence's group."""
+    truncated_N: Tensor
+    """bool: the sequence ended at the length limit."""
+    version_S: Tensor
+    """int32: version of the weights that sampled the token."""
+    lag_S: Tensor
+    """Optimizer steps from the weights that sampled the token to those at the start of the step, as floats.
+
+    0 is on-policy.
+    """
+    entropy_S: Tensor
+    """Entropy of the policy's distribution at the token, in nats; detached without Need.ENTROPY."""
+    prox_logp_S: Tensor | None = None
+    """Log-prob under the weights at the start of the step, detached; None without Need.PROX."""
+    ref_logp_S: Tensor | None = None
+    """Log-prob under the frozen reference model; None without Need.REF."""
+    collision_S: Tensor | None = None
+    """Sum over the vocabulary of the squared probabilities, detached; None without Need.COLLISION."""
+    kept_S: Tensor | None = None
+    """bool: tokens that no mask drops, for an objective that weighs gradients itself. None: all."""
+    counted_S: Tensor | None = None
+    """bool: tokens that masks leave in the normaliser. None: all."""
+
+    @classmethod
+    def of(
+        cls,
+        batch: PackedBatch,
+        *,
+        logp_S: Tensor,
+        entropy_S: Tensor,
+        prox_logp_S: Tensor | None = None,
+        ref_logp_S: Tensor | None = None,
+        collision_S: Tensor | None = None,
+    ) -> SampledTokens:
+        """The sampled tokens of a packed batch, with the results [S] of the forward passes over it."""
+        dtype, at = logp_S.dtype, batch.sampled_S
+        segment_S = batch.segments_T[at]
+        ones_S = torch.ones_like(entropy_S)
+        return cls(
+            logp_S=logp_S,
+            behavior_logp_S=batch.behavior_logp_T[at].to(dtype),
+            advantage_S=batch.advantages_T[at].to(dtype),
+            segment_S=segment_S,
+            length_N=ones_S.new_zeros(batch.num_sequences).index_add(0, segment_S, ones_S),
+            reward_N=batch.rewards_N.to(dtype),
+            group_N=batch.groups_N,
+            truncated_N=batch.truncated_N,
+            version_S=batch.versions_T[at],
+            lag_S=batch.lags_T[at].to(dtype),
+            entropy_S=entropy_S,
+            prox_logp_S=prox_logp_S,
+            ref_logp_S=ref_logp_S,
+            collision_S=collision_S,
+        )
+
+    def sum_N(self, value_S: Tensor) -> Tensor:
+        """[N] sum of a value [S] over each sequence's sampled tokens."""
+        return torch.zeros_like(self.length_N).index_add(0, self.segment_S, value_S)
+
+    def mean_N(self, value_S: Tensor) -> Tensor:
+        """[N] mean of a value [S] over each sequence's sampled tokens; 0 for a sequence without any."""
+        return self.sum_N(value_S) / self.length_N.clamp(min=1)
+
+    def spread_S(self, value_N: Tensor) -> Tensor:
+        """[S] each sequence's value [N], repeated at each of its sampled tokens."""
+        return value_N.index_select(0, self.segment_S)
+
+    @cached_property
+    def log_ratio_S(self) -> Tensor:
+        """[S] log(pi / mu) of each token, detached."""
+        return self.logp_S.detach() - self.behavior_logp_S
+
+    @cached_property
+    def log_w_N(self) -> Tensor:
+        """[N] log W, W = prod_t pi_t / mu_t of the sequence: the sum (not mean) of log-ratios; detached."""
+        return self.sum_N(self.log_ratio_S)
+
+    if not TYPE_CHECKING:  # a type checker that saw __getattr__ would accept any misspelt attribute
+
+        def __getattr__(self, name: str) -> None:
+            """Raises AttributeError; for an earlier attribute name the message gives the present one."""
+            hint = f": renamed to {_RENAMED[name]}" if name in _RENAMED else ""
+            raise AttributeError(f"SampledTokens has no attribute {name!r}{hint}", name=name, obj=self)

@@ -1,0 +1,39 @@
+"""The critic's value model: a causal language model with a scalar head in place of the vocabulary's.
+
+The head's weight and bias start at zero, so every value is 0 until the critic has learned, whatever the seed.
+
+Shape suffixes: S sampled tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.batching.packing import PackedBatch
+from trainer.models.packed_model import PackedModel
+
+
+class ValueModel(PackedModel):
+    """Estimates the return from the state before each sampled token."""
+
+    def __init__(self, model: Any) -> None:
+        """Takes over a transformers causal LM and replaces its head."""
+        head = nn.Linear(model.config.hidden_size, 1, dtype=model.dtype)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        model.config.tie_word_embeddings = False
+        model.set_output_embeddings(head)
+        super().__init__(model)
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """[S] value of the state before each sampled token, in float32 or the master weights' dtype if wider.
+
+        It is read from the same hidden state as the token's log-prob.
+        """
+        value_S1 = self.model.get_output_embeddings()(self.hidden(batch))
+        # A sum and not a squeeze: FSDP2 hangs its backward hook on outputs, which must not be views.
+        value_S: Tensor = value_S1.to(torch.promote_types(value_S1.dtype, torch.float32)).sum(1)
+        return value_S

@@ -1,0 +1,41 @@
+"""Builds the configured StepRunner: optimizer, reference model and critic around a sharded policy."""
+
+from __future__ import annotations
+
+from areal_like.config import Config
+from trainer.advantages.critic import Critic
+from trainer.advantages.gae import Gae
+from trainer.distributed.ranks import Ranks
+from trainer.models.policy import Policy, build_policy
+from trainer.objectives.normalizers import Normalizer
+from trainer.optimizer import ShardedAdamW
+from trainer.step.recipe import StepRecipe
+from trainer.step.runner import StepRunner
+
+
+def build_step_runner(config: Config, policy: Policy, ranks: Ranks, *, initial: str = "") -> StepRunner:
+    """Returns a runner with a fresh optimizer. `policy` is sharded. Raises ConfigError.
+
+    `initial`: the model that the run started from. The critic starts from it, and it is the reference model
+    where one is needed and `kl.reference` names none.
+    """
+    trainer, recipe = config.trainer, StepRecipe.of(config)
+    reference = None
+    if recipe.needs_reference and (config.kl.reference or initial):
+        reference = build_policy(config, config.kl.reference or initial, ranks).requires_grad_(False)
+    critic = None
+    if isinstance(recipe.estimator, Gae) and initial:
+        critic = Critic.of(config, recipe.estimator, ranks, initial=initial)
+    return StepRunner(
+        policy,
+        ShardedAdamW.of(trainer, policy, ranks, lr=trainer.lr),
+        ranks,
+        objective=recipe.objective,
+        advantage=recipe.advantage,
+        normalizer=Normalizer(name=trainer.normalizer, max_tokens=config.sampling.max_new_tokens),
+        budget_tokens=trainer.tokens_per_microbatch,
+        reference=reference,
+        shapings=recipe.shapings,
+        kl=recipe.kl,
+        critic=critic,
+    )

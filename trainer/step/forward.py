@@ -1,0 +1,36 @@
+"""The forward passes over a micro-batch: the policy's, and the reference model's if it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+import torch
+
+from trainer.batching.packing import PackedBatch
+from trainer.batching.sampled_tokens import SampledTokens
+from trainer.models.policy import Policy
+from trainer.objectives import Need
+
+
+def forward(
+    batch: PackedBatch, *, policy: Policy, reference: Policy | None, needs: Set[Need]
+) -> SampledTokens:
+    """Log-probs of the micro-batch's sampled tokens, with whatever else `needs` names.
+
+    Collective under FSDP2.
+    """
+    logp_S, entropy_S, collision_S = policy(batch)
+    ref_logp_S = None
+    if Need.REF in needs:
+        assert reference is not None
+        with torch.no_grad():
+            ref_logp_S = reference(batch).logprobs_S
+    return SampledTokens.of(
+        batch,
+        logp_S=logp_S,
+        entropy_S=entropy_S,
+        # One optimizer step a batch: the weights at the start of the step are the current ones.
+        prox_logp_S=logp_S.detach() if Need.PROX in needs else None,
+        ref_logp_S=ref_logp_S,
+        collision_S=collision_S,
+    )
