@@ -26,8 +26,9 @@ from areal_like.errors import ConfigError, UserError
 from areal_like.paths import RunPaths, model_path
 from areal_like.runtime.daemon import DrainSignals, configure_logging, exit_code_of
 from areal_like.weights.snapshots_on_disk import VERSION_KEY
-from trainer.buffer_client.client import BufferLink, StopRequestedError
-from trainer.checkpoint import Checkpoints, remove_partials
+from trainer.buffer_client.client import StopRequestedError, TrainerBufferClient
+from trainer.checkpoint import Checkpoints
+from trainer.checkpoint_files import remove_partials
 from trainer.distributed.process_group import device_of, join_ranks
 from trainer.distributed.ranks import Ranks
 from trainer.leader import Leader
@@ -43,7 +44,7 @@ log = logging.getLogger(__name__)
 class Trainer:
     """One rank. `run` returns when the run is finished or drained, and raises when it cannot go on."""
 
-    def __init__(self, config: Config, link: BufferLink, ranks: Ranks, *, started_s: float) -> None:
+    def __init__(self, config: Config, link: TrainerBufferClient, ranks: Ranks, *, started_s: float) -> None:
         self._config = config
         self._link = link
         self._ranks = ranks
@@ -54,7 +55,7 @@ class Trainer:
         source = model_path(config)
         self._policy = build_policy(config, source, ranks)
         self._runner = StepRunner.of(config, self._policy, ranks, initial=source)
-        self._freezer = WeightSnapshotter(
+        self._snapshotter = WeightSnapshotter(
             self._policy, ranks, bucket_bytes=config.weights.bucket_bytes, dtype=config.model.dtype
         )
         self._freeze_s = 0.0
@@ -143,12 +144,12 @@ class Trainer:
             self._leader.end(finished=finished, hands_over=self._hands_over and not finished)
         # The other ranks keep their place in the process group until rank 0 is done.
         self._ranks.meet()
-        self._freezer.close()
+        self._snapshotter.close()
 
     def _snapshot(self) -> Snapshot | None:
         """The weights of now for the publisher. Collective; only rank 0 gets one."""
         started_s = time.monotonic()
-        snapshot = self._freezer.freeze()
+        snapshot = self._snapshotter.take_snapshot()
         self._freeze_s = time.monotonic() - started_s
         return snapshot
 
@@ -169,7 +170,13 @@ class Trainer:
 
         runner = self._runner
         self._checkpoints.save(
-            step, self._policy, runner.optimizer, self._ranks, critic=runner.critic, extra=extra, then=commit
+            step,
+            self._policy,
+            runner.optimizer,
+            self._ranks,
+            critic=runner.critic,
+            extra=extra,
+            on_saved=commit,
         )
         self._saved_step = step
 
@@ -225,7 +232,7 @@ def _run(config: Config) -> None:
             ranks.rank == 0
         ):  # before the buffer is asked anything: on a full disk it answers when there is space
             remove_partials(RunPaths.of(config).checkpoints)
-        link = BufferLink(
+        link = TrainerBufferClient(
             config,
             rank=ranks.rank,
             world_size=ranks.world_size,

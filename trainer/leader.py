@@ -27,7 +27,7 @@ from areal_like.wire.messages.consumer import (
     VersionGranted,
 )
 from trainer.adaptive_staleness import StalenessController
-from trainer.buffer_client.client import BufferLink, StopRequestedError
+from trainer.buffer_client.client import StopRequestedError, TrainerBufferClient
 from trainer.metrics.prometheus import TrainerSeries
 from trainer.metrics.run_files import WARM_UP_STEPS, MetricsFile, step_row, write_summary
 from trainer.weight_sync.broadcaster import Broadcaster
@@ -42,7 +42,7 @@ _CALL_TIMEOUT_S = 60.0
 class Leader:
     """Rank 0's duties. Methods run in the training thread unless they say otherwise, and return as soon as the trainer may go on."""
 
-    def __init__(self, config: Config, link: BufferLink, *, step: int, started_s: float) -> None:
+    def __init__(self, config: Config, link: TrainerBufferClient, *, step: int, started_s: float) -> None:
         self._config = config
         self._link = link
         self._step = step
@@ -106,7 +106,7 @@ class Leader:
         if not is_new:
             link.state = "pushing"
             link.run(
-                self._publisher.wait_active(self._step),
+                self._publisher.wait_until_active(self._step),
                 name="the checkpoint's weights to be active at a server",
                 timeout_s=start_timeout_s + config.weights.push_deadline_s,
                 may_stop=True,
@@ -173,7 +173,7 @@ class Leader:
         if finished and self._metrics.num_rows:
             try:
                 link.run(
-                    self._publisher.wait_active(self._step),
+                    self._publisher.wait_until_active(self._step),
                     name="the last weights to be active",
                     timeout_s=config.weights.push_deadline_s,
                 )

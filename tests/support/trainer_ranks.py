@@ -20,6 +20,7 @@ from torch import Tensor
 
 from areal_like.config import KlConfig
 from areal_like.runtime.process import die_with_parent
+from tests.support.full_state import gather_full_state
 from tests.support.trainer_helpers import random_groups
 from trainer.advantages.base import ADVANTAGES, Advantage
 from trainer.advantages.critic import Critic, ValueModel
@@ -28,7 +29,7 @@ from trainer.advantages.reward_shaping import SHAPINGS
 from trainer.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
-from trainer.models.sharded_weights import gather, gather_full_state, shards_of
+from trainer.models.sharded_weights import gather, shards_of
 from trainer.objectives import build_objective
 from trainer.objectives.normalizers import Normalizer
 from trainer.optimizer import ShardedAdamW
