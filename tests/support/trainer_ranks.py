@@ -158,7 +158,7 @@ def outage(_: Ranks, out_dir: Path, path: str) -> None:
         world_size=2,
         timeout=timedelta(seconds=2),
     )
-    ranks = Ranks(patience_s=30)
+    ranks = Ranks(control_timeout_s=30)
     runner = make_runner(path, ranks)
 
     def groups() -> Iterator[Any]:

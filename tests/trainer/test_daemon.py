@@ -120,7 +120,7 @@ def test_a_trainer_that_dies_while_servers_start_has_rolled_back(tmp_path: Path)
 
 def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ConfigError, match="rank 2 of this machine wants GPU 99"):
+    with pytest.raises(ConfigError, match="rank 2 of this machine needs GPU 99"):
         device_of(Config(trainer=TrainerConfig(device="cuda:97")))
 
 

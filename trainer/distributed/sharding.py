@@ -1,4 +1,4 @@
-"""Whole gradients into the shards that FSDP2's optimizer step reads, for those who do not let autograd accumulate them."""
+"""Puts full gradients into the shards that FSDP2 keeps, for estimators that do not let autograd accumulate them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from torch.distributed.tensor import DTensor, Partial
 
 
 def reshard(model: nn.Module) -> None:
-    """Puts the sharded parameters back on every module that a forward without a backward left whole."""
+    """Reshards every module: a forward without a backward leaves the parameters unsharded."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def reduced(param: nn.Parameter, whole: Tensor) -> Tensor:
-    """This rank's shard, in the parameter's dtype, of the sum over ranks of `whole`: their parts of its full gradient. Collective."""
+    """Sums `whole`, each rank's part of a parameter's full gradient, over ranks; returns this rank's shard of the sum.
+
+    In the parameter's dtype. Collective.
+    """
     whole = whole.to(param.dtype)
     if not isinstance(param, DTensor) or param.device_mesh.size() == 1:
         return whole
@@ -24,7 +27,7 @@ def reduced(param: nn.Parameter, whole: Tensor) -> Tensor:
 
 
 def add_gradient(param: nn.Parameter, shard: Tensor) -> None:
-    """Adds to `param.grad` what `reduced` returned."""
+    """Adds `shard`, as `reduced` returned it, to `param.grad`."""
     if param.grad is not None:
         grad = param.grad.to_local() if isinstance(param.grad, DTensor) else param.grad
         grad.add_(shard)

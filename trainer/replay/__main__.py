@@ -105,14 +105,14 @@ class Replay:
 
     def _summarise(self, *, finished: bool) -> None:
         assert self._metrics is not None
-        account = self._metrics.account()
+        totals = self._metrics.totals()
         summary = {
             "finished": finished,
-            "steps": account.num_steps,
-            "reward_first": account.reward_first,
-            "reward_last": account.reward_last,
-            "loss_last": account.loss_last,
-            "tokens_trained": account.tokens_trained,
+            "steps": totals.num_steps,
+            "reward_first": totals.reward_first,
+            "reward_last": totals.reward_last,
+            "loss_last": totals.loss_last,
+            "tokens_trained": totals.tokens_trained,
             "wall_seconds": round(time.monotonic() - self._started_s, 3),
         }
         write_json(self._paths.summary, summary)
