@@ -113,7 +113,7 @@ def find_checkpoints(checkpoints: Path) -> dict[int, Path]:
 
 
 def cache_dir() -> Path:
-    """Directory for what is downloaded or built once for all runs: `$XDG_CACHE_HOME/areal_like`, or in `~/.cache`."""
+    """Directory for files that all runs share: `areal_like` in `$XDG_CACHE_HOME` or `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "areal_like"
 
 

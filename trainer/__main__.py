@@ -1,7 +1,9 @@
-"""Starts the trainer: `python -m trainer key=value ...`, on several machines `torchrun ... -m trainer key=value ...`.
+"""Starts the trainer: `python -m trainer key=value ...`.
 
-Without torchrun's environment this process is the only rank, or with `trainer.world_size` > 1 it starts the ranks
-(`distributed/spawn.py`).
+On several machines it is started by torchrun: `torchrun ... -m trainer key=value ...`.
+
+Without torchrun's environment this process is the only rank, or with `trainer.world_size` > 1 it starts the
+ranks (`distributed/spawn.py`).
 """
 
 from __future__ import annotations

@@ -1,22 +1,23 @@
-"""`max_staleness: auto`: adapts the staleness bound to the effective sample size (ESS) of the trained batches.
+"""`max_staleness: auto`: adapts the staleness bound to the effective sample size (ESS) of the batches.
 
 With m the mean ESS ratio over a window of steps, T the target, and b the bound:
 
     m < T                                          b -> b // 2, and the old b becomes the ceiling
-    m > T + (1 - T) / 4, and some lag reached b    b -> b + 1; to reach the ceiling, only after `patience` such
-                                                   windows in a row
+    m > T + (1 - T) / 4, and some lag reached b    b -> b + 1; up to the ceiling, only after
+                                                   `patience` such windows in a row
     else                                           b stays
 
-Halving and adding one is TCP's rule, for the same reason: too stale a batch does harm at once, too fresh a batch only
-costs time. Three things keep the bound from oscillating as TCP does:
+Halving and adding one is TCP's rule, for the same reason: too stale a batch does harm at once, too fresh a
+batch only costs time. Three things keep the bound from oscillating as TCP does:
 
 * No decision uses data from before the last change. Those take b + 1 steps to be trained.
 * Between T and the threshold for raising, the bound stays.
-* A bound that failed is a ceiling. The number of good windows before it is tried again (`patience`) doubles with each
-  failure and is reset when the bound holds. Attempts become rare while conditions stay the same, and still discover
-  when they have changed.
+* A bound that failed is a ceiling. The number of good windows before it is tried again (`patience`) doubles
+  with each failure and is reset when the bound holds. Attempts become rare while conditions stay the same,
+  and still discover when they have changed.
 
-A bound that no lag reaches (generation is the bottleneck) is not raised: nothing would be learned about the higher one.
+A bound that no lag reaches (generation is the bottleneck) is not raised: nothing would be learned about the
+higher one.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""The checkpoints of a run: directories that transformers loads, with the state for a resume beside the model. No pickle.
+"""The checkpoints of a run: directories that transformers can load, and from which a run resumes.
 
-    step_000100/  model.safetensors config.json tokenizer*              the policy, for `from_pretrained`
-                  optimizer.safetensors                                 Adam's moments; the random state
-                  critic.safetensors critic_optimizer.safetensors       the same for the critic, if there is one
-                  trainer_state.json                                    step, number of updates, the daemon's own JSON
+    step_000100/  model.safetensors config.json tokenizer*        the policy, for `from_pretrained`
+                  optimizer.safetensors                           Adam's moments; the random state
+                  critic.safetensors critic_optimizer.safetensors the same for the critic, if there is one
+                  trainer_state.json                              step, number of updates, the daemon's own JSON
 
 A checkpoint appears by the rename of a finished, synced directory, so one that exists is complete.
-torch.distributed.checkpoint was left out because its metadata is a pickle.
+There is no pickle in it: torch.distributed.checkpoint was left out because its metadata is one.
 """
 
 from __future__ import annotations
@@ -42,15 +42,17 @@ RANDOM_STATE = "random_state.cpu"
 
 
 class Checkpoints:
-    """Saves and loads the checkpoints of one run. `latest`, `save` and `load` are collective, the rest is not.
+    """Saves and loads the checkpoints of one run.
+
+    `latest`, `save` and `load` are collective, the rest is not.
 
         IDLE -> save(): state copied to the CPU -> WRITING, in a thread while training goes on
              -> renamed, old ones pruned, `on_saved` called -> IDLE
              -> failed: the partial directory is removed at once -> IDLE
 
-    At most one checkpoint is being written: the next `save` waits for it. An error in the thread is raised by the next
-    `save` or `wait`. A full disk does not end the training: that checkpoint is skipped, the one before it stays, and
-    the next `save` is another attempt; only `wait` raises it.
+    At most one checkpoint is being written: the next `save` waits for it. An error in the thread is raised by
+    the next `save` or `wait`. A full disk does not end the training: that checkpoint is skipped, the one
+    before it stays, and the next `save` is another attempt; only `wait` raises it.
     """
 
     def __init__(self, root: Path, *, keep: int, tokenizer_path: str) -> None:
@@ -66,7 +68,10 @@ class Checkpoints:
         return list(find_checkpoints(self._root))
 
     def latest(self, ranks: Ranks) -> int | None:
-        """The newest step, as rank 0 sees it: over a network file system another rank may see fewer. Collective."""
+        """The newest step, as rank 0 sees it: over a network file system another rank may see fewer.
+
+        Collective.
+        """
         step = ranks.agree(max(self.steps(), default=-1))
         return step if step >= 0 else None
 
@@ -87,8 +92,9 @@ class Checkpoints:
     ) -> Path:
         """Copies the state after `step` optimizer steps; rank 0 writes it in a thread while training goes on.
 
-        `extra`: JSON that `load` returns (rank 0's). `on_saved(oldest_kept_step)`: called in rank 0's thread when the
-        checkpoint is complete on disk and old ones are pruned; not called for a checkpoint that was skipped.
+        `extra`: JSON that `load` returns (rank 0's). `on_saved(oldest_kept_step)`: called in rank 0's thread
+        when the checkpoint is complete on disk and old ones are pruned; not called for a checkpoint that was
+        skipped.
         """
         self._finish_in_flight()  # before the copies: the one in flight holds as much memory
         model, moments = copy_state(policy, optimizer)
@@ -127,7 +133,7 @@ class Checkpoints:
         return final
 
     def wait(self) -> None:
-        """Waits for the checkpoint in flight, if there is one; raises what its thread or its `on_saved` raised.
+        """Waits for the checkpoint in flight, if any; raises what its thread or `on_saved` raised.
 
         DiskFullError: the checkpoint was skipped.
         """
@@ -135,7 +141,10 @@ class Checkpoints:
             raise full
 
     def close(self) -> None:
-        """Waits for the checkpoint in flight and ends the thread. Call `wait` first if that checkpoint is needed."""
+        """Waits for the checkpoint in flight and ends the thread.
+
+        Call `wait` first if that checkpoint is needed.
+        """
         try:
             self._finish_in_flight()
         finally:
@@ -150,10 +159,12 @@ class Checkpoints:
         *,
         critic: Critic | None = None,
     ) -> dict[str, Any]:
-        """Restores weights, moments and random state in place, at any number of ranks; returns `extra`. Collective.
+        """Restores weights, moments and random state in place, at any number of ranks; returns `extra`.
 
-        If the checkpoint has no critic, `critic` stays as it is, with a warning. Raises ConfigError if there is no
-        such checkpoint, it cannot be read, or it is of another model.
+        Collective.
+
+        If the checkpoint has no critic, `critic` stays as it is, with a warning. Raises ConfigError if there
+        is no such checkpoint, it cannot be read, or it is of another model.
         """
         path = self.path(step)
         if step not in self.steps():
@@ -177,8 +188,8 @@ class Checkpoints:
     def set_aside_after(self, step: int) -> None:
         """Renames checkpoints after `step` to `step_000300.rolled_back`, because the run goes on from `step`.
 
-        Under their own names they could push a new checkpoint out, or be taken for the latest. On rank 0, once it is
-        certain that training goes on from here.
+        Under their own names they could push a new checkpoint out, or be taken for the latest. On rank 0,
+        once it is certain that training goes on from here.
         """
         for later in self.steps():
             if later > step:
@@ -215,7 +226,8 @@ class Checkpoints:
     def _finish_in_flight(self) -> DiskFullError | None:
         """Waits for the checkpoint in flight; returns why it was skipped, if it was.
 
-        The error is not raised because the log has it, and raised here it would hide what else ends the trainer.
+        The error is not raised because the log has it, and raised here it would hide what else ends the
+        trainer.
         """
         in_flight, self._in_flight = self._in_flight, None
         return None if in_flight is None else in_flight.result()

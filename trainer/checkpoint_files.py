@@ -1,7 +1,7 @@
-"""The files of one checkpoint: model and optimizer state to tensors and back, and a directory that is whole or absent.
+"""The files of one checkpoint: written and read, in a directory that is complete or absent.
 
-Tensors are saved whole (gathered to rank 0), so that any number of ranks can read them, each its own rows. The
-masters are saved in float32, whatever dtype the engines run.
+Tensors are saved whole (gathered to rank 0), so that any number of ranks can read them, each its own rows.
+The masters are saved in float32, whatever dtype the engines run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ _NO_SPACE = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT)))
 
 
 def copy_state(model: PackedModel, optimizer: ShardedAdamW) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(weights, moments) on rank 0, by their names in the files; copies on the CPU. Empty elsewhere. Collective."""
+    """(weights, moments) on rank 0, by their names in the files; copies on the CPU.
+
+    Empty elsewhere. Collective.
+    """
     weights = {name: _copy(tensor) for name, tensor in gather(shards_of(model))}
     moments: dict[str, Tensor] = {}
     for key in MOMENTS:
@@ -49,7 +52,7 @@ def read_state(
     *,
     num_updates: int,
 ) -> None:
-    """Reads this rank's rows of weights and moments, as `copy_state` returned them, into model and optimizer."""
+    """Reads this rank's rows of what `copy_state` returned into model and optimizer."""
     _read_rows(weights_path, model, optimizer.shards, ranks, prefix="")
     moments = {
         name: {key: torch.empty_like(shard) for key in MOMENTS} for name, shard in optimizer.shards.items()
@@ -63,8 +66,8 @@ def read_state(
 def write_directory(final: Path, fill: Callable[[Path], None]) -> DiskFullError | None:
     """Makes directory `final` appear with the files that `fill` writes into a directory, whole or not at all.
 
-    Returns the error if there was no space. It is returned and not raised because a raised error's trace-back would
-    keep the copies of the state alive.
+    Returns the error if there was no space. It is returned and not raised because a raised error's trace-back
+    would keep the copies of the state alive.
     """
     remove_partials(final.parent)
     partial = final.with_name(f".{final.name}.partial")
@@ -99,14 +102,14 @@ def _copy(tensor: Tensor) -> Tensor:
 def _read_rows(
     file_path: Path, model: PackedModel, into: Mapping[str, Tensor], ranks: Ranks, *, prefix: str
 ) -> None:
-    """Copies this rank's rows of every tensor of a file into `into`, which is keyed by the model's own names."""
+    """Copies this rank's rows of every tensor of a file into `into` (by the model's own names)."""
     with safe_open(file_path, framework="pt") as file, torch.no_grad():
         for name, param in model.named_parameters():
             rows = file.get_slice(prefix + name.removeprefix(MODEL_PREFIX))
             if tuple(rows.get_shape()) != tuple(param.shape):
                 raise ConfigError(
-                    f"{file_path}: {name} has shape {tuple(rows.get_shape())} there and {tuple(param.shape)} in this "
-                    "model; resume with the model that the run began with"
+                    f"{file_path}: {name} has shape {tuple(rows.get_shape())} there and "
+                    f"{tuple(param.shape)} in this model; resume with the model that the run began with"
                 )
             first, end = row_range(param.shape, rank=ranks.rank, world_size=ranks.world_size)
             if end > first:
@@ -114,7 +117,7 @@ def _read_rows(
 
 
 def _commit(partial: Path, final: Path) -> None:
-    """Syncs every file before the rename, so that a directory with the final name is complete even after a crash."""
+    """Syncs every file before the rename: a directory with the final name is complete even after a crash."""
     for file in partial.iterdir():
         _sync(file)
     _sync(partial)

@@ -1,12 +1,13 @@
 """One rank of the trainer: the loop around the optimizer step.
 
-    load -> (resume) -> evaluate -> { groups -> step -> complete -> offer weights -> checkpoint } * -> evaluate -> summary
-                                                                         (in a thread: write -> commit)
+    load -> (resume) -> evaluate
+         -> { groups -> step -> complete -> offer weights -> checkpoint (in a thread: write -> commit) } *
+         -> evaluate -> summary
 
-Every rank fetches its own groups; everything else that goes to the buffer is sent by rank 0 (`leader.py`). Before each
-step the ranks agree on whether to go on, because a signal reaches them at different times. A drain finishes the step
-at hand (or gives it up when no servers are left that could fill it), waits for its checkpoint and the commit, closes
-admission, and exits 0.
+Every rank fetches its own groups; everything else that goes to the buffer is sent by rank 0 (`leader.py`).
+Before each step the ranks agree on whether to go on, because a signal reaches them at different times. A
+drain finishes the step at hand (or gives it up when no servers are left that could fill it), waits for its
+checkpoint and the commit, closes admission, and exits 0.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class Trainer:
         return not self._ranks.any(self._buffer.stop_requested.is_set())
 
     def _resume(self) -> tuple[int, dict[str, Any]]:
-        """(completed steps, state of the prompt stream) of the checkpoint in `resume`; (0, {}) for a new run."""
+        """(completed steps, state of the prompt stream) of the `resume` checkpoint; (0, {}) for a new run."""
         resume = self._config.resume
         if not resume:
             return 0, {}
@@ -113,8 +114,9 @@ class Trainer:
         if self._leader is not None:
             assert snapshot is not None
             is_new = self._leader.start_stream(self._stream)
-            # Not before start_stream, which the buffer may refuse. Not after begin, which waits for servers: a trainer
-            # that replaces this one meanwhile resumes from the latest checkpoint, which must not be a later one.
+            # Not before start_stream, which the buffer may refuse. Not after begin, which waits for servers:
+            # a trainer that replaces this one meanwhile resumes from the latest checkpoint, which must not be
+            # a later one.
             self._checkpoints.set_aside_after(self._step)
             oldest_kept_step = min(self._checkpoints.steps(), default=0)
             self._leader.begin(
@@ -163,10 +165,10 @@ class Trainer:
         return snapshot
 
     def _save(self) -> None:
-        """Saves a checkpoint; when it is on disk its steps are committed: the ledger counts them as trained for good.
+        """Saves a checkpoint. When it is on disk its steps are committed: they will not be rolled back.
 
-        A checkpoint that a full disk prevents commits nothing: its steps stay in the ledger, and the next checkpoint
-        commits them too.
+        A checkpoint that a full disk prevents commits nothing: its steps stay in the ledger, and the next
+        checkpoint commits them too.
         """
         step, leader = self._step, self._leader
         # The version before the stream's state, which contains the number of the next version.
@@ -235,7 +237,8 @@ def _run(config: Config) -> None:
         ranks = Ranks(device=device, control_timeout_s=_control_timeout_s(config))
         incarnation = torch.tensor([time.time_ns()], dtype=torch.int64)
         dist.broadcast(incarnation, src=0)
-        # Before the first request to the buffer: on a full disk the buffer replies only when there is space again.
+        # Before the first request to the buffer: on a full disk the buffer replies only when there is space
+        # again.
         if ranks.rank == 0:
             remove_partials(RunPaths.of(config).checkpoints)
         buffer = TrainerBufferClient(

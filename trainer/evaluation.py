@@ -1,4 +1,4 @@
-"""Evaluations on held-out prompts, which the buffer hands to the rollout servers on behalf of trainer rank 0."""
+"""Evaluations on held-out prompts: trainer rank 0 requests them, rollout servers run them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ class Evaluations:
             self._running = self._request(step, min_version)
 
     def poll(self) -> float | None:
-        """The mean reward of the evaluation that has ended since the last call; None if none has, or it failed."""
+        """The mean reward of the evaluation that ended since the last call; None if none did, or it
+        failed."""
         if self._running is None or not self._running.done():
             return None
         ended, self._running = self._running, None

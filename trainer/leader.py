@@ -1,7 +1,7 @@
 """The duties of trainer rank 0 around the optimizer steps.
 
-It reports steps and commits to the buffer, publishes the weights, has the policy evaluated, adapts the staleness
-bound, and writes metrics and summary.
+It reports steps and commits to the buffer, publishes the weights, has the policy evaluated, adapts the
+staleness bound, and writes metrics and summary.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Leader:
     """
 
     def __init__(self, config: Config, buffer: TrainerBufferClient, *, step: int, started_s: float) -> None:
-        """`step`: completed steps of the checkpoint; 0 for a new run. `started_s`: of the process, monotonic."""
+        """`step`: completed steps, 0 for a new run. `started_s`: start of the process, monotonic clock."""
         self._config = config
         self._buffer = buffer
         self._step = step
@@ -72,8 +72,8 @@ class Leader:
     def start_stream(self, stream: dict[str, Any]) -> bool:
         """Tells the buffer from which step training goes on; returns True if the run is new.
 
-        `stream`: the `stream_state` in the checkpoint; empty for a new run. Raises UserError when the buffer cannot go
-        on from here: another start would be refused too.
+        `stream`: the `stream_state` in the checkpoint; empty for a new run. Raises UserError when the buffer
+        cannot go on from here: another start would be refused too.
         """
         start = StartTraining(step=self._step, stream=stream.get("stream", {}))
         try:
@@ -81,7 +81,8 @@ class Leader:
         except RefusedError as error:
             raise UserError(str(error)) from error
         self._counters_at_start, self._counted_from_s = self._get_counters(), time.monotonic()
-        # Without a checkpoint the run starts over, but servers may still hold weights that an earlier trainer pushed.
+        # Without a checkpoint the run starts over, but servers may still hold weights that an earlier trainer
+        # pushed.
         return self._step == 0 and bool(welcome.newest_version == 0)
 
     def begin(
@@ -133,7 +134,7 @@ class Leader:
         return kept if self._staleness is None else kept | {"staleness": self._staleness.dump()}
 
     def alloc_version(self) -> int:
-        """A weight version for a checkpoint of the present weights: a server that loads it samples under it."""
+        """A version for a checkpoint's weights: a server that loads the checkpoint samples under it."""
         granted: VersionGranted = self._buffer.call(AllocVersion(step=self._step), timeout_s=_CALL_TIMEOUT_S)
         return granted.version
 
@@ -194,7 +195,7 @@ class Leader:
         )
 
     def _evaluate_last_weights(self) -> float | None:
-        """Waits for the last push even if evaluations are off: a finished run leaves its servers at its last weights."""
+        """Also waits for the last push if evaluations are off, so that servers end with the last weights."""
         try:
             self._buffer.run(
                 self._publisher.wait_until_active(self._step),
@@ -219,7 +220,10 @@ class Leader:
         return self._config.staleness_cap if self._staleness is None else self._staleness.bound
 
     def _adapt_staleness(self, metrics: dict[str, Any]) -> None:
-        """With `max_staleness=auto`: moves the bound. A step in which no sequence was run has no ESS and is skipped."""
+        """With `max_staleness=auto`: moves the bound.
+
+        A step in which no sequence was run has no ESS and is skipped.
+        """
         if self._staleness is None or not metrics["num_tokens"]:
             return
         before = self._staleness.bound

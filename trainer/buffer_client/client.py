@@ -1,8 +1,8 @@
 """One rank's client of the buffer (all its shards), for the training thread.
 
-The training thread is inside torch most of the time, so the client runs an event loop in a thread of its own for the
-heartbeats, the HTTP server, the prefetch of groups and (on rank 0) the publisher. The training thread meets that loop
-only through `call`, `groups` and the flags of the client.
+The training thread is inside torch most of the time, so the client runs an event loop in a thread of its own
+for the heartbeats, the HTTP server, the prefetch of groups and (on rank 0) the publisher. The training thread
+meets that loop only through `call`, `groups` and the flags of the client.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class TrainerBufferClient:
 
         CONNECTED -> IN TROUBLE (the buffer is silent, or its disk is full) -> CONNECTED
             |          | (the buffer was restarted: hello again, then every pending request again)
-            +----------+-> LOST (silent for `trainer.buffer_timeout_s`, or replaced by a newer incarnation of this
-                           rank) -> every wait raises
+            +----------+-> LOST (silent for `trainer.buffer_timeout_s`, or a newer incarnation of this rank
+                           has registered) -> every wait raises
 
     Time in trouble does not count against the timeouts of requests: they wait for the buffer to come back.
     """
@@ -68,7 +68,7 @@ class TrainerBufferClient:
         self.stop_requested = threading.Event()
         """Set by a signal, never cleared."""
         self.give_up = threading.Event()
-        """Set when a draining trainer has waited long enough for the groups of its step: `groups` ends early."""
+        """Set when a draining trainer has waited long enough for its step's groups: `groups` ends early."""
         self.on_directory: Callable[[], None] = lambda: None
         """Called in the client's loop when the directory of rollout servers changed."""
         self.device = device
@@ -144,7 +144,10 @@ class TrainerBufferClient:
         return self.submit(self.call_async(message, timeout_s=timeout_s))
 
     def fail(self, error: ArealError) -> None:
-        """Makes every wait of the training thread raise `error`. For tasks in the client's loop that cannot go on."""
+        """Makes every wait of the training thread raise `error`.
+
+        For tasks in the client's loop that cannot go on.
+        """
         self._lost = self._lost or error
 
     def submit(self, coroutine: Coroutine[Any, Any, Any]) -> concurrent.futures.Future[Any]:
@@ -183,8 +186,8 @@ class TrainerBufferClient:
     def groups(self, step: int) -> Iterator[Group]:
         """This rank's groups of a step in recorded order, each as soon as the buffer has recorded it.
 
-        The next step's groups are requested too, so that they arrive while this step trains. Ends early only after
-        `give_up`.
+        The next step's groups are requested too, so that they arrive while this step trains. Ends early only
+        after `give_up`.
         """
         for ahead in (step, step + 1):
             if ahead < self.config.trainer.num_steps:
@@ -295,7 +298,8 @@ class TrainerBufferClient:
                     )
 
     def _on_heartbeat_end(self, task: asyncio.Task[None]) -> None:
-        # Nobody awaits this task, and without heartbeats the buffer would give up a trainer that goes on training.
+        # Nobody awaits this task, and without heartbeats the buffer would give up a trainer that goes on
+        # training.
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("the heartbeat ended", exc_info=error)
             self.fail(ArealError(f"no more heartbeats are sent: {type(error).__name__}: {error}"))

@@ -8,9 +8,9 @@
 | RequestEval | the first shard, which also sends the directory of servers |
 | GetRunCounters, GetStreamState | every shard; the replies are merged here |
 
-A request to every shard waits for the last reply, so a shard that is away stalls the step. The others go on and fill
-their own positions, as far as their budgets allow. If one shard replies and another does not, nothing is undone:
-every request is idempotent and is sent again, also by the next trainer.
+A request to every shard waits for the last reply, so a shard that is away stalls the step. The others go on
+and fill their own positions, as far as their budgets allow. If one shard replies and another does not,
+nothing is undone: every request is idempotent and is sent again, also by the next trainer.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ Stream = dict[str, int | list[int]]
 Call = Callable[[Any], Awaitable[Any]]
 
 _MERGED_BY_MAX = ("tokens_generated", "generation_busy_s", "generation_idle_s", "max_trained_lag")
-"""Counters that must not be added up: every server reports the same figures to every shard, and one is a maximum."""
+"""Counters that must not be added up: every server reports the same figures to every shard, and one is a
+maximum."""
 _MEANS = {
     "mean_trained_lag": "samples_trained",
     "mean_trained_token_lag": "tokens_trained",
@@ -53,7 +54,10 @@ _MEANS = {
 
 
 async def call_shards(message: Any, calls: Sequence[Call]) -> Any:
-    """The job's reply to a request. `calls`: sends a request to each shard, in order. Raises what any of them raises."""
+    """The job's reply to a request.
+
+    `calls`: sends a request to each shard, in order. Raises what any of them raises.
+    """
     first, *others = calls
     match message:
         case Fetch():
@@ -92,7 +96,10 @@ def merge_streams(streams: Sequence[Stream]) -> Stream:
 
 
 def split_stream(stream: Stream, *, num_shards: int) -> list[Stream]:
-    """The stream state of each shard. Raises RefusedError if the checkpoint was made with another number of shards."""
+    """The stream state of each shard.
+
+    Raises RefusedError if the checkpoint was made with another number of shards.
+    """
     were = stream.get("num_shards", 1)
     if stream and were != num_shards:
         raise RefusedError(
@@ -124,7 +131,7 @@ def merge_run_counters(parts: Sequence[RunCounters]) -> RunCounters:
 
 
 async def _all(requests: Iterable[Awaitable[Any]]) -> list[Any]:
-    """All replies. Raises the first error once all requests have ended; several refusals are joined into one."""
+    """All replies. Raises the first error when all requests have ended; several refusals become one."""
     replies = await asyncio.gather(*requests, return_exceptions=True)
     errors = [reply for reply in replies if isinstance(reply, BaseException)]
     if len(errors) > 1 and all(isinstance(error, RefusedError) for error in errors):

@@ -14,11 +14,12 @@ from trainer.distributed.spawn import STORE_FD
 
 
 def join_ranks(config: Config, device: torch.device) -> None:
-    """Creates the default process group: of this process alone, of the ranks that `spawn.py` started, or of torchrun's."""
+    """Creates the default process group: of this process alone, of `spawn.py`'s ranks, or of torchrun's."""
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     timeout = timedelta(seconds=config.trainer.collective_timeout_s)
     if "RANK" not in os.environ:
-        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        alone = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, timeout=timeout, store=alone, rank=0, world_size=1)
     elif (listen_fd := os.environ.get(STORE_FD)) is not None:
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         store = dist.TCPStore(  # type: ignore[attr-defined]
@@ -44,8 +45,8 @@ def device_of(config: Config) -> torch.device:
     index = int(config.trainer.device.partition(":")[2] or 0) + local_rank
     if index >= torch.cuda.device_count():
         raise ConfigError(
-            f"trainer.device={config.trainer.device}: rank {local_rank} of this machine needs GPU {index}, and "
-            f"{torch.cuda.device_count()} are visible"
+            f"trainer.device={config.trainer.device}: rank {local_rank} of this machine needs GPU "
+            f"{index}, and {torch.cuda.device_count()} are visible"
         )
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)

@@ -1,10 +1,10 @@
 """This rank of the trainer: its number, device and mesh, and the small control collectives of a step.
 
-The caller creates the default process group (`gloo`, or `cpu:gloo,cuda:nccl` on GPUs). Parameters and gradients travel
-over the backend of the device. The control messages (is there another micro-batch, counts, metrics) are CPU tensors
-and travel over gloo, so that they never wait behind a kernel. They have a process group of their own because of its
-timeout: a rank that has its data may have to wait long for one that is still fetching, while no rank should be late in
-the collectives of a forward.
+The caller creates the default process group (`gloo`, or `cpu:gloo,cuda:nccl` on GPUs). Parameters and
+gradients travel over the backend of the device. The control messages (is there another micro-batch, counts,
+metrics) are CPU tensors and travel over gloo, so that they never wait behind a kernel. They have a process
+group of their own because of its timeout: a rank that has its data may have to wait long for one that is
+still fetching, while no rank should be late in the collectives of a forward.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ class Ranks:
     """Every method is collective: all ranks call it in the same order."""
 
     def __init__(self, *, device: torch.device | str = "cpu", control_timeout_s: float | None = None) -> None:
-        """Needs the default process group. `control_timeout_s`: of a control collective; None: the default group's."""
+        """Needs the default process group.
+
+        `control_timeout_s`: of a control collective; None: the default group's.
+        """
         self.device = torch.device(device)
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()

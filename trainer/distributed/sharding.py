@@ -1,4 +1,4 @@
-"""Puts full gradients into the shards that FSDP2 keeps, for estimators that do not let autograd accumulate them."""
+"""Puts full gradients into FSDP2's shards, for estimators that do not use autograd's accumulation."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def reshard(model: nn.Module) -> None:
 
 
 def reduced(param: nn.Parameter, whole: Tensor) -> Tensor:
-    """Sums `whole`, each rank's part of a parameter's full gradient, over ranks; returns this rank's shard of the sum.
+    """Sums the ranks' parts of a parameter's full gradient; returns this rank's shard of the sum.
 
-    In the parameter's dtype. Collective.
+    `whole`: this rank's part. The result has the parameter's dtype. Collective.
     """
     whole = whole.to(param.dtype)
     if not isinstance(param, DTensor) or param.device_mesh.size() == 1:

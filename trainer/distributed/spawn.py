@@ -1,8 +1,8 @@
 """Starts all trainer ranks of one machine, in place of `torchrun`.
 
-torchrun's rendezvous listens on every interface and unpickles what it receives. Here the ranks meet at a store whose
-socket this process binds to loopback and passes to rank 0. SIGTERM and SIGINT are passed on to the ranks; when one rank
-fails the others get SIGTERM. A job on several machines needs torchrun itself.
+torchrun's rendezvous listens on every interface and unpickles what it receives. Here the ranks meet at a
+store whose socket this process binds to loopback and passes to rank 0. SIGTERM and SIGINT are passed on to
+the ranks; when one rank fails the others get SIGTERM. A job on several machines needs torchrun itself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import time
 from collections.abc import Sequence
 
 STORE_FD = "AREAL_LIKE_STORE_FD"
-"""Environment variable of the ranks: the file descriptor of the store's listening socket for rank 0, -1 for others."""
+"""Environment variable of the ranks: the file descriptor of the store's listening socket for rank 0, -1 for
+others."""
 _POLL_S = 0.05
 _TERMINATE_S = 10.0
 """Time that the other ranks get to end after one has failed, before they are killed."""

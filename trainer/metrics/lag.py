@@ -14,7 +14,8 @@ from trainer.distributed.ranks import Ranks
 
 
 class LagTally:
-    """Counts the samples of one step by lag: the step minus the step of the weights of their oldest trained token."""
+    """Counts the samples of one step by lag: the step minus the weights' step of their oldest trained
+    token."""
 
     def __init__(self, max_staleness: int) -> None:
         self._num_by_lag = torch.zeros(max_staleness + 1, dtype=torch.int64)
@@ -36,10 +37,10 @@ class LagTally:
         return group.trajectories
 
     def of_tokens(self, trajectory: Trajectory) -> NDArray[np.int64]:
-        """Lag in steps of each token of a counted trajectory, int64 [num_tokens]; 0 for tokens that were not sampled.
+        """Lag in steps of a counted trajectory's tokens, int64 [num_tokens]; 0 where not sampled.
 
-        The buffer sends the step of the oldest version only. Each later version is taken to be one step newer, which
-        is wrong only if the trainer was restarted or a push failed between the two.
+        The buffer sends the step of the oldest version only. Each later version is taken to be one step
+        newer, which is wrong only if the trainer was restarted or a push failed between the two.
         """
         oldest = trajectory.oldest_version
         steps = self._steps[oldest] + trajectory.versions.astype(np.int64) - oldest

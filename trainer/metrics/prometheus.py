@@ -19,7 +19,8 @@ _GAUGES = {
     "log_w_std": "Standard deviation of the same",
     "kl_k3": "KL(mu || pi), k3 estimator",
     "entropy": "Mean entropy of sampled tokens in nats",
-    "mismatch_abs": "Mean |log pi/mu| of tokens sampled by the current weights, the last time there were any: numerical mismatch",
+    "mismatch_abs": "Mean |log pi/mu| of tokens sampled by the current weights, the last time there were "
+    "any: numerical mismatch",
     "clipped_fraction": "Share of tokens whose weight or loss the objective has cut",
     "kept_fraction": "Share of tokens that masks have left to learn from",
     "response_tokens": "Mean sampled tokens of a sample",

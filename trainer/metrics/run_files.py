@@ -1,4 +1,7 @@
-"""The result files of a run: `metrics.jsonl`, one JSON object per optimizer step, and `summary.json`. Rank 0 only."""
+"""The result files of a run: `metrics.jsonl`, one JSON object per optimizer step, and `summary.json`.
+
+Rank 0 only.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ def step_row(step: int, metrics: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class RunTotals:
-    """Totals and means over the rows of a run. Means leave out unknown values; None if there is no known one."""
+    """Totals and means over the rows of a run. Unknown values are left out; None if all are unknown."""
 
     num_steps: int
     reward_first: float | None
@@ -51,7 +54,7 @@ class RunTotals:
 class MetricsFile:
     """Appends the rows of steps; on a resume drops the rows of steps that will be trained again.
 
-    Rows are not kept in memory, as there may be millions: `totals` reads them from the file, once, at the end.
+    Rows are not kept in memory, as there may be millions: `totals` reads them from the file at the end.
     """
 
     def __init__(self, path: Path, *, start_step: int) -> None:
@@ -155,13 +158,14 @@ def write_summary(
 ) -> dict[str, Any]:
     """Writes and returns the summary of a run.
 
-    Over the whole run: rewards, the trainer's idle fraction, and (if the buffer's ledger is durable) tickets, tokens
-    and lags. Since the trainer's last start, which may have been a resume: seconds, `tokens_per_s_generated` and the
-    idle fraction of generation. Whoever wants a rate has to divide figures of the same span.
+    Over the whole run: rewards, the trainer's idle fraction, and (if the buffer's ledger is durable) tickets,
+    tokens and lags. Since the trainer's last start, which may have been a resume: seconds,
+    `tokens_per_s_generated` and the idle fraction of generation. Whoever wants a rate has to divide figures
+    of the same span.
 
-    `counters_at_start`, `counters_at_end`: the buffer's counters `counted_seconds` apart, of which the rate is made.
-    `counters_after_warm_up`, `counters_at_close`: they bound the time over which generation counts as idle or busy;
-    at the close admission ends, so generation runs dry afterwards.
+    `counters_at_start`, `counters_at_end`: the buffer's counters `counted_seconds` apart, of which the rate
+    is made. `counters_after_warm_up`, `counters_at_close`: they bound the time over which generation counts
+    as idle or busy; at the close admission ends, so generation runs dry afterwards.
     """
     counters = counters_at_end.counters
     summary = {

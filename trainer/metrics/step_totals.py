@@ -1,8 +1,9 @@
 """The metrics of one optimizer step, summed over its micro-batches and over ranks.
 
 Every metric is kept as (sum, count) and reduced once at the end, so that it means the same at any number of
-micro-batches and ranks. Sums stay on the device until then: reading a number from a GPU in mid-step would stall it.
-All ranks must record the same names, so a rank without data records zeros through its dummy micro-batches.
+micro-batches and ranks. Sums stay on the device until then: reading a number from a GPU in mid-step would
+stall it. All ranks must record the same names, so a rank without data records zeros through its dummy
+micro-batches.
 
 Shape suffixes: S sampled tokens, N sequences, B sequences of the whole step.
 """
@@ -39,7 +40,7 @@ class StepTotals:
         self._counts[name] = self._counts.get(name, 0.0) + count
 
     def add_vector(self, name: str, values: Tensor, *, live: bool = True) -> None:
-        """Adds a vector's sum, with its length as the count. If not `live` (a dummy micro-batch) adds zeros."""
+        """Adds a vector's sum, with its length as the count. A dummy micro-batch (not `live`) adds zeros."""
         self.add(name, values.sum() if live else 0.0, count=len(values) if live else 0)
 
     def recorded(self, group: Sequence[Trajectory]) -> Sequence[Trajectory]:
@@ -66,8 +67,8 @@ class StepTotals:
     def observe(self, tokens: SampledTokens, losses: TokenLosses, *, live: bool) -> None:
         """Records the diagnostics that all objectives have, and those that this objective reports itself."""
         log_ratio_S = tokens.log_ratio_S
-        # k3: exp(x) - 1 - x with x the log-ratio of policy to behaviour policy. It estimates KL(behaviour || policy)
-        # and is never negative.
+        # k3: exp(x) - 1 - x with x the log-ratio of policy to behaviour policy. It estimates KL(behaviour ||
+        # policy) and is never negative.
         kl_S = torch.expm1(log_ratio_S.clamp(-MAX_EXPONENT, MAX_EXPONENT)) - log_ratio_S
         self.add_vector("kl_k3", kl_S, live=live)
         self.add_vector("entropy", tokens.entropy_S, live=live)
@@ -78,8 +79,8 @@ class StepTotals:
             (log_ratio_S.abs() * same_S).sum() if live else 0.0,
             count=same_S.sum() if live else 0,
         )
-        # Both fractions exist for every objective, so that runs can be compared. Unless the objective reports its own,
-        # nothing is clipped and all is kept.
+        # Both fractions exist for every objective, so that runs can be compared. Unless the objective reports
+        # its own, nothing is clipped and all is kept.
         fractions = {
             "clipped_fraction": torch.zeros_like(log_ratio_S),
             "kept_fraction": torch.ones_like(log_ratio_S),

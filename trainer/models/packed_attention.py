@@ -1,15 +1,16 @@
 """Attention inside each sequence of a packed batch, registered with transformers as `areal_packed`.
 
-A mask of T x T would be correct and waste nearly all work: a pack of 2,000 tokens holds about a hundred sequences. So,
-for the attention only, the flat tokens are laid out as [sequences, longest] and gathered back afterwards. Plain causal
-attention is correct there: padding is at the end, where no real query attends to it. Sequences of very different
-lengths go into several such rectangles, one for each power of two, so that padding at most doubles the work. The
-layout is computed on the host, once a micro-batch.
+A mask of T x T would be correct and waste nearly all work: a pack of 2,000 tokens holds about a hundred
+sequences. So, for the attention only, the flat tokens are laid out as [sequences, longest] and gathered back
+afterwards. Plain causal attention is correct there: padding is at the end, where no real query attends to it.
+Sequences of very different lengths go into several such rectangles, one for each power of two, so that
+padding at most doubles the work. The layout is computed on the host, once a micro-batch.
 
-The gathers have a hand-written backward: both directions are permutations, and autograd's own backward (index_put with
-accumulation) costs more than the attention on a CPU.
+The gathers have a hand-written backward: both directions are permutations, and autograd's own backward
+(index_put with accumulation) costs more than the attention on a CPU.
 
-Shape suffixes: T packed tokens, N sequences, L longest of them, H heads, D head size, P = N * L padded positions.
+Shape suffixes: T packed tokens, N sequences, L longest of them, H heads, D head size, P = N * L padded
+positions.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Rectangle:
     shape: tuple[int, int]
     """(N, L)"""
     source_P: Tensor
-    """int64: index of the packed token in each padded position (padding repeats the sequence's last token)."""
+    """int64: index of the packed token in each padded position (padding repeats a sequence's last)."""
     tokens_T: Tensor
     """int64: indices of this rectangle's packed tokens, in packed order."""
     positions_T: Tensor
@@ -50,7 +51,7 @@ class PackedLayout:
 
     rectangles: tuple[Rectangle, ...]
     order_T: Tensor | None
-    """int64: puts the rectangles' concatenated tokens back in packed order; None when there is one rectangle."""
+    """int64: puts the rectangles' concatenated tokens back in packed order; None for one rectangle."""
 
     @classmethod
     def of(cls, lengths: Sequence[int], *, device: torch.device | str = "cpu") -> PackedLayout:
@@ -86,7 +87,7 @@ def _rectangle(
 
 
 class _Pad(torch.autograd.Function):
-    """[T, H, D] -> [P, H, D]. Padding never gets a gradient, so the backward reads the real positions only."""
+    """[T, H, D] -> [P, H, D]. Padding gets no gradient, so the backward reads real positions only."""
 
     @staticmethod
     def forward(ctx: Any, flat_THD: Tensor, rectangle: Rectangle) -> Tensor:
@@ -148,13 +149,13 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, H, T, D], key and value [1, H_kv, T, D] -> [1, T, H, D].
 
-    Dropout is ignored: a policy's log-probs must be those of the engine. Raises ConfigError for architectures whose attention
-    is more than softmax over a causal window.
+    Dropout is ignored: a policy's log-probs must be those of the engine. Raises ConfigError for architectures
+    whose attention is more than softmax over a causal window.
     """
     if packed_layout is None or softcap is not None or s_aux is not None:
         raise ConfigError(
-            f"{type(module).__name__} cannot be trained packed: its attention uses soft-capping or sinks, or its model "
-            "does not hand keyword arguments down to it. Choose another model.path"
+            f"{type(module).__name__} cannot be trained packed: its attention uses soft-capping or sinks, or its "
+            "model does not hand keyword arguments down to it. Choose another model.path"
         )
     assert attention_mask is None and len(query) == 1
     flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]

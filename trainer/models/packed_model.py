@@ -1,9 +1,10 @@
 """A causal language model of transformers over packed batches, under FSDP2: the base of policy and critic.
 
-The master weights are float32; the forward runs in `dtype` through FSDP2's mixed precision. Dropout is always off: the
-trained policy has to be the one that the engine samples from.
+The master weights are float32; the forward runs in `dtype` through FSDP2's mixed precision. Dropout is always
+off: the trained policy has to be the one that the engine samples from.
 
-Left out: loading shard by shard (every rank reads the whole model into host memory once), tensor and pipeline parallelism.
+Left out: loading shard by shard (every rank reads the whole model into host memory once), tensor and pipeline
+parallelism.
 
 Shape suffixes: T packed tokens, S sampled tokens, D hidden size.
 """
@@ -60,7 +61,8 @@ class PackedModel(nn.Module):
     def shard(self, ranks: Ranks, *, dtype: str = "float32") -> Self:
         """Moves the model to the rank's device and shards it in place: each decoder layer, then the rest.
 
-        Returns itself. Gradients are summed over ranks and not averaged: the step divides by global counts, once.
+        Returns itself. Gradients are summed over ranks and not averaged: the step divides by global counts,
+        once.
         """
         self.to(ranks.device)
         compute = DTYPES[dtype]
@@ -94,7 +96,10 @@ class PackedModel(nn.Module):
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
-    """The model's stack of decoder layers. Raises ConfigError if there is no list of `num_hidden_layers` modules."""
+    """The model's stack of decoder layers.
+
+    Raises ConfigError if there is no list of `num_hidden_layers` modules.
+    """
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers:
             return module

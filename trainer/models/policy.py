@@ -1,8 +1,9 @@
-"""The trained policy: log-probs of the sampled tokens of a packed batch, from any causal language model, under FSDP2.
+"""The trained policy: log-probs of a packed batch's sampled tokens, from any causal language model.
 
-The transformer runs over all tokens, its head only over positions whose next token is trained on, `chunk_tokens` rows
-at a time, so that the logits of a whole batch never exist. A chunk's logits are recomputed in the backward
-(checkpointing). If there is only one chunk its logits are kept: recomputing them would save no memory.
+The transformer runs over all tokens, its head only over positions whose next token is trained on,
+`chunk_tokens` rows at a time, so that the logits of a whole batch never exist. A chunk's logits are
+recomputed in the backward (checkpointing). If there is only one chunk its logits are kept: recomputing them
+would save no memory.
 
 Shape suffixes: S sampled tokens, C rows of a chunk, D hidden size, V vocabulary.
 """
@@ -23,10 +24,14 @@ from trainer.models.packed_model import PackedModel
 
 
 class TokenLogProbs(NamedTuple):
-    """Output of a forward. A NamedTuple, because FSDP2 looks for tensors with gradients only in outputs it can traverse."""
+    """Output of a forward.
+
+    A NamedTuple, because FSDP2 looks for tensors with gradients only in outputs that it can traverse.
+    """
 
     logprobs_S: Tensor
-    """float32 (or the masters' dtype if wider): log_softmax(logits / temperature) of each sampled token; carries gradient."""
+    """float32 (or the masters' dtype if wider): log_softmax(logits / temperature) of each sampled token;
+    carries gradient."""
     entropy_S: Tensor
     """Entropy of the same distribution, in nats; detached unless `Policy.with_entropy_gradient`."""
     collision_S: Tensor | None
@@ -37,7 +42,7 @@ class Policy(PackedModel):
     """The model that is trained."""
 
     def __init__(self, model: Any, *, temperature: float = 1.0, chunk_tokens: int = 1024) -> None:
-        """`model`: a transformers causal LM. Raises ConfigError if it transforms its logits after the head."""
+        """`model`: a transformers causal LM. Raises ConfigError if it scales or caps its logits."""
         for name in ("logit_scale", "logits_scaling", "final_logit_softcapping"):
             if getattr(model.config, name, None) not in (None, 1, 1.0):
                 raise ConfigError(

@@ -1,8 +1,9 @@
 """Gathers sharded weights into whole tensors on rank 0.
 
-FSDP2 shards rows: rank r holds rows r * ceil(rows / M) and up. Plain padded tensors are gathered instead of DTensors,
-so that it works on a process group other than the mesh's and for tensors that are only sharded like the parameters
-(the optimizer's moments). Names and order are those of the Hugging Face model; tied weights appear once.
+FSDP2 shards rows: rank r holds rows r * ceil(rows / M) and up. Plain padded tensors are gathered instead of
+DTensors, so that it works on a process group other than the mesh's and for tensors that are only sharded like
+the parameters (the optimizer's moments). Names and order are those of the Hugging Face model; tied weights
+appear once.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class RowShard:
 def shards_of(model: PackedModel, values: Mapping[str, Tensor] | None = None) -> list[RowShard]:
     """This rank's shards under their Hugging Face names, sharing memory.
 
-    `values`: tensors sharded like the parameters (moments), by the model's own names; the parameters themselves by
-    default.
+    `values`: tensors sharded like the parameters (moments), by the model's own names; the parameters
+    themselves by default.
     """
     return [
         RowShard(
@@ -50,7 +51,8 @@ def shards_of(model: PackedModel, values: Mapping[str, Tensor] | None = None) ->
 def gather(shards: list[RowShard], *, group: dist.ProcessGroup | None = None) -> Iterator[tuple[str, Tensor]]:
     """Yields (name, whole tensor on the CPU) on rank 0, one at a time, and nothing on other ranks.
 
-    Collective: every rank has to exhaust the iterator. With one rank the tensors share memory with shards on the CPU.
+    Collective: every rank has to exhaust the iterator. With one rank the tensors share memory with shards on
+    the CPU.
     """
     world_size, rank = dist.get_world_size(group), dist.get_rank(group)
     for shard in shards:

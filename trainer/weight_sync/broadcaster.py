@@ -1,14 +1,14 @@
 """Pushes one snapshot of the weights from trainer rank 0 to the rollout servers.
 
-`weights.topology` decides which servers share a process group: all of them (`shared`: one broadcast feeds all, and a
-server that breaks it costs everybody this push), or each one by itself (`per_engine`: rank 0 sends everything once
-for each engine, and a failure stays with its server). `weights.max_unavailable` bounds how many servers are updated
-at a time: shared groups are cut to that size and served one after the other, so that capacity never reaches zero
-where an engine has to pause for an update.
+`weights.topology` decides which servers share a process group: all of them (`shared`: one broadcast feeds
+all, and a server that breaks it costs everybody this push), or each one by itself (`per_engine`: rank 0 sends
+everything once for each engine, and a failure stays with its server). `weights.max_unavailable` bounds how
+many servers are updated at a time: shared groups are cut to that size and served one after the other, so that
+capacity never reaches zero where an engine has to pause for an update.
 
-A server that fails or misses its deadline backs off (`receivers.py`). If a shared broadcast breaks and every receiver
-survives it, the culprit is unknown. A server that was in `_ISOLATE_AFTER` such pushes in a row therefore gets a group
-of its own, where the culprit fails alone.
+A server that fails or misses its deadline backs off (`receivers.py`). If a shared broadcast breaks and every
+receiver survives it, the culprit is unknown. A server that was in `_ISOLATE_AFTER` such pushes in a row
+therefore gets a group of its own, where the culprit fails alone.
 """
 
 from __future__ import annotations
@@ -62,7 +62,10 @@ def split_groups(
     max_unavailable: int,
     alone: Iterable[ReceiverId] = (),
 ) -> list[list[ReceiverId]]:
-    """Divides the receivers into process groups. `alone`: those that get a group of their own in any topology."""
+    """Divides the receivers into process groups.
+
+    `alone`: those that get a group of their own in any topology.
+    """
     isolated = set(alone)
     rest = [key for key in receivers if key not in isolated]
     size = 1 if topology == "per_engine" else max_unavailable or max(1, len(rest))
@@ -73,11 +76,11 @@ def split_groups(
 class Broadcaster:
     """Pushes snapshots to servers, one `push` at a time. For each group of servers a push does this:
 
-        alive = await receiver.request(AskAlive())              # each receiver; one that does not reply is left out
+        alive = await receiver.request(AskAlive())          # each receiver; the silent ones are left out
         session = WeightGroupSession(group=WeightGroup.create(backend=...), ...)    # an NCCL or gloo group
-        await session.form()                                    # FormGroup to each receiver, then the rendezvous
-        await session.push(PushWeights(...), snapshot)          # all buckets, PushChecksums, then WeightsOk from each
-        await session.dissolve()                                # only after a failure or a change of members
+        await session.form()                                # FormGroup to each receiver, then the rendezvous
+        await session.push(PushWeights(...), snapshot)      # buckets, PushChecksums; each replies WeightsOk
+        await session.dissolve()                            # only after a failure or a change of receivers
 
     A session that stands is reused by the next push to the same servers.
     """
@@ -108,8 +111,8 @@ class Broadcaster:
     ) -> PushOutcome:
         """Sends an acquired snapshot to every eligible server of the directory and waits for activation.
 
-        Failures of servers do not raise; their reasons are in the outcome. Raises ConfigError when `weights.host` is
-        no address of this machine.
+        Failures of servers do not raise; their reasons are in the outcome. Raises ConfigError when
+        `weights.host` is no address of this machine.
         """
         self._directory = {receiver_id(entry): entry for entry in servers}
         self._backoff.keep_only(self._directory)
@@ -224,7 +227,7 @@ class Broadcaster:
         *,
         version: int | None = None,
     ) -> int:
-        """Sorts the replies to a push (without `version`: to FormGroup) into `outcome`; returns how many succeeded."""
+        """Adds the replies to a push (without `version`: to FormGroup) to `outcome`; returns the successes."""
         num_succeeded = 0
         for receiver, reply in zip(session.receivers, result.replies, strict=True):
             key = receiver.id

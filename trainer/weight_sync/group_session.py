@@ -1,15 +1,16 @@
-"""One session of a weight group: an NCCL or gloo process group of trainer rank 0 and some engines, for many pushes.
+"""The NCCL or gloo process group of a weight push: trainer rank 0 and some engines, for many pushes.
 
-A session never changes its members and is never repaired: after a failure it is left and the next push forms another
-one, because a rank that is still blocked in a broken group cannot be told from one that is not. The survivors of a
-broken broadcast are asked to leave the group, which ends their wait; the time this takes is their recovery time.
+A session never changes its members and is never repaired: after a failure it is left and the next push forms
+another one, because a rank that is still blocked in a broken group cannot be told from one that is not. The
+survivors of a broken broadcast are asked to leave the group, which ends their wait; the time this takes is
+their recovery time.
 
-Control messages run in the caller's event loop, the blocking broadcast in a thread of this session, so that one
-session that hangs does not hold up another. Every wait for such a thread is bounded: a thread that never returns is
-abandoned with its group.
+Control messages run in the caller's event loop, the blocking broadcast in a thread of this session, so that
+one session that hangs does not hold up another. Every wait for such a thread is bounded: a thread that never
+returns is abandoned with its group.
 
-On the wire a session's number is the field `epoch` of FormGroup, PushWeights and DissolveGroup (in the code, an epoch
-is a pass over the prompts).
+On the wire a session's number is the field `epoch` of FormGroup, PushWeights and DissolveGroup (in the code,
+an epoch is a pass over the prompts).
 """
 
 from __future__ import annotations
@@ -45,15 +46,17 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 ALIVE_S = 2.0
-"""Time in which a healthy control socket replies. Also the grace period for survivors of a broken broadcast, and for
-a broadcast after a receiver has failed."""
+"""Time in which a healthy control socket replies. Also the grace period for survivors of a broken broadcast,
+and for a broadcast after a receiver has failed."""
 _REPLY_GRACE_S = 5.0
-"""Time after a push's deadline in which a receiver may ask its engine which weights it has before it replies."""
+"""Time after a push's deadline in which a receiver may ask its engine which weights it has."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankRange:
-    """A receiver's ranks in the process group: `first_rank` and as many as its engine has tensor-parallel ranks."""
+    """A receiver's ranks in the process group: `first_rank` and as many as its engine has tensor-parallel
+    ranks.
+    """
 
     receiver: Receiver
     first_rank: int
@@ -98,9 +101,11 @@ class WeightGroupSession:
         self.receivers = [rank_range.receiver for rank_range in rank_ranges]
         self._rank_ranges = rank_ranges
         self._device = device
-        # A stream of its own: on the default stream training would wait for the whole broadcast, and the broadcast
-        # for everything that training has queued.
-        self._stream = torch.cuda.Stream(device) if group.backend == "nccl" else None  # type: ignore[no-untyped-call]
+        # A stream of its own: on the default stream training would wait for the whole broadcast, and the
+        # broadcast for everything that training has queued.
+        self._stream: torch.cuda.Stream | None = None
+        if group.backend == "nccl":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"weight-session-{number}-read")
 
     @property
@@ -157,15 +162,16 @@ class WeightGroupSession:
                 lambda: self._broadcast_all(snapshot, timeout_s=request.timeout_s),
                 name=f"weight-session-{self.number}",
             )
-            # A receiver's failure does not break the broadcast by itself, hence the grace period: the receiver may
-            # still be taking part, or may have received all that it has to receive.
+            # A receiver's failure does not break the broadcast by itself, hence the grace period: the
+            # receiver may still be taking part, or may have received all that it has to receive.
             checksums = await _wait_unless_refused(
                 sending, requests, timeout_s=request.timeout_s, grace_s=ALIVE_S
             )
         except WeightSyncError as error:
             broken_reason = str(error)
             await self._leave_group()
-            # Survivors may be blocked in the broadcast that the dead peer broke: DissolveGroup makes them reply.
+            # Survivors may be blocked in the broadcast that the dead peer broke: DissolveGroup makes them
+            # reply.
             recovery_s, _ = await asyncio.gather(
                 self._ask_all_to_leave(), asyncio.wait(requests, timeout=ALIVE_S)
             )
@@ -235,12 +241,14 @@ class WeightGroupSession:
             rank=rank_range.first_rank,
             world_size=self.group.world_size,
             backend=self.group.backend,
-            # Longer than our own wait: when ours ends, a receiver that still waits can be told from one that refused.
+            # Longer than our own wait: when ours ends, a receiver that still waits can be told from one that
+            # refused.
             timeout_s=self.group.timeout_s + ALIVE_S,
         )
 
     async def _ask_all_to_leave(self) -> dict[str, float]:
-        """Sends DissolveGroup to every receiver; returns the seconds after which each had left, by its name."""
+        """Sends DissolveGroup to every receiver; returns the seconds after which each had left, by its
+        name."""
         started_s = time.monotonic()
         left_after_s: dict[str, float] = {}
 
@@ -285,7 +293,8 @@ async def _wait_for_replies_while_alive(
 ) -> None:
     """Waits for the replies to a push, but not for a server that no longer replies to AskAlive.
 
-    A server may die with the whole broadcast in its socket's buffer: the broadcast succeeds and no reply ever comes.
+    A server may die with the whole broadcast in its socket's buffer: the broadcast succeeds and no reply ever
+    comes.
     """
     pending = dict(zip(requests, receivers, strict=True))
     while pending:

@@ -1,7 +1,7 @@
 """Keeps the engines at the newest weights while training goes on (trainer rank 0).
 
-A snapshot that a newer one replaces before its push began is skipped and never gets a version. Runs in the event loop
-of the trainer's buffer client.
+A snapshot that a newer one replaces before its push began is skipped and never gets a version. Runs in the
+event loop of the trainer's buffer client.
 """
 
 from __future__ import annotations
@@ -44,15 +44,18 @@ class PushReport:
 
 
 class Publisher:
-    """Owns the task that pushes weights. Create it inside the event loop, end it with `close`. One push, end to end:
+    """Owns the task that pushes weights.
 
-        snapshot = snapshotter.take_snapshot()        # every trainer rank, between two steps; training then goes on
-        publisher.offer(step, snapshot)               # rank 0; the rest is done by the publisher's task:
-        snapshot.acquire()                            # False if a newer snapshot has replaced it
-        version = (await call(AllocVersion(step=step))).version             # granted by the buffer, never reused
-        await broadcaster.push(snapshot, version=version, step=step, servers=...); snapshot.release()
+    Create it inside the event loop, end it with `close`. One push, end to end:
 
-    States: IDLE -> offer() -> acquired -> version granted -> broadcast -> active at the servers -> released -> IDLE
+        snapshot = snapshotter.take_snapshot()      # on every rank, between two steps; then training goes on
+        publisher.offer(step, snapshot)             # rank 0; the publisher's task does the rest:
+        snapshot.acquire()                          # False if a newer snapshot has replaced it
+        version = (await call(AllocVersion(step=step))).version     # granted by the buffer, never reused
+        await broadcaster.push(snapshot, version=version, ...); snapshot.release()
+
+    States: IDLE -> offer() -> acquired -> version granted -> broadcast -> active at the servers -> released
+    -> IDLE
     """
 
     def __init__(
@@ -66,7 +69,8 @@ class Publisher:
     ) -> None:
         """`call`: sends a request to the buffer. `servers`: the buffer's directory of rollout servers.
 
-        `on_failure` is called with the reason when the task ends early: nobody awaits it while training goes on.
+        `on_failure` is called with the reason when the task ends early: nobody awaits it while training goes
+        on.
         """
         self._broadcaster = broadcaster
         self._call = call
@@ -87,7 +91,8 @@ class Publisher:
         self._task = asyncio.create_task(self._run(), name="publisher")
 
     def offer(self, step: int, snapshot: Snapshot, *, loaded: bool = False) -> None:
-        """Hands over the weights at the start of optimizer step `step`; replaces an offer whose push has not begun.
+        """Hands over the weights at the start of optimizer step `step`; replaces an offer whose push has not
+        begun.
 
         `loaded`: servers start with these weights, so they are sent only to a server that falls behind.
         """
@@ -98,7 +103,7 @@ class Publisher:
             self._wake.set()
 
     async def wait_until_active(self, step: int) -> int:
-        """Waits until a server has weights of `step` or later active; returns their version. Without a timeout."""
+        """Waits until a server has weights of `step` or later active; returns their version. No timeout."""
         async with self._active:
             await self._active.wait_for(lambda: self.active_step >= step or self._task.done())
         if self._task.done():
@@ -129,8 +134,8 @@ class Publisher:
                     self._is_pushing = True
                     await self._push_if_needed(*self._offered)
                     self._is_pushing = False
-                    # A server that joins or recovers must not wait for the trainer's next step: with max_staleness=0
-                    # that step waits for the server.
+                    # A server that joins or recovers must not wait for the trainer's next step: with
+                    # max_staleness=0 that step waits for the server.
                     retry_s = _RETRY_S if self._any_behind(self._servers()) else None
         except ArealError as error:
             self._on_failure(error)
@@ -144,9 +149,9 @@ class Publisher:
                 self._active.notify_all()
 
     async def _push_if_needed(self, step: int, snapshot: Snapshot) -> None:
-        # A server that backs off stays behind. If it alone counted, every retry would spend a version and make all
-        # the others recompute their caches for nothing; so only eligible servers count.
-        # acquire() fails if a newer snapshot exists; that one's offer wakes the task again.
+        # A server that backs off stays behind. If it alone counted, every retry would spend a version and
+        # make all the others recompute their caches for nothing; so only eligible servers count. acquire()
+        # fails if a newer snapshot exists; that one's offer wakes the task again.
         if self._any_behind(self._broadcaster.eligible(self._servers())) and snapshot.acquire():
             try:
                 await self._push(step, snapshot)
@@ -184,8 +189,8 @@ class Publisher:
 
     def _any_behind(self, servers: list[ServerEntry]) -> bool:
         """True if one of these servers lacks the newest weights."""
-        # A push that reached no server (a resumed trainer is often ready before its servers) leaves `active_step`
-        # where it was: then every server that can be reached is behind.
+        # A push that reached no server (a resumed trainer is often ready before its servers) leaves
+        # `active_step` where it was: then every server that can be reached is behind.
         is_never_pushed = self._offered is not None and self.active_step < self._offered[0]
         reachable = [server for server in servers if server.state in ("serving", "quarantined")]
         return any(is_never_pushed or self._version_of(server) < self.active_version for server in reachable)

@@ -1,9 +1,9 @@
 """The rollout servers that receive a weight push: the link to each, and the back-off after a failure.
 
-A server that failed gets no push for a while: `first_s` seconds after the first failure, twice as long after each
-further one. The back-off ends early when the server's entry in the directory changes (another incarnation, state or
-weight version). A bad engine therefore costs a deadline now and then instead of one a push, and a healthy server
-that was slow once is tried again.
+A server that failed gets no push for a while: `first_s` seconds after the first failure, twice as long after
+each further one. The back-off ends early when the server's entry in the directory changes (another
+incarnation, state or weight version). A bad engine therefore costs a deadline now and then instead of one a
+push, and a healthy server that was slow once is tried again.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ class Receiver:
         return receiver_id(self.entry)
 
     async def request(self, request: Any, *, timeout_s: float) -> Reply:
-        """Sends a request and returns the reply. A timeout, a refusal or an unexpected reply becomes WeightsFailed."""
+        """Sends a request and returns the reply.
+
+        A timeout, a refusal or an unexpected reply becomes WeightsFailed.
+        """
         try:
             reply = await self.link.call(request, timeout_s=timeout_s)
         except ArealError as error:

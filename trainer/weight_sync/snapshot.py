@@ -1,20 +1,22 @@
 """Snapshots of the weights for a push, taken between two optimizer steps, while training goes on.
 
-    snapshotter.take_snapshot()   on every rank: copies and casts this rank's rows of every bucket. Training waits
-                                  for this copy and for nothing else.
-    snapshot.read(i)              on rank 0, in any thread: gathers bucket i from all ranks over a process group of
-                                  its own.
+    snapshotter.take_snapshot()   on every rank: copies and casts this rank's rows of every bucket. Training
+                                  waits for this copy and for nothing else.
+    snapshot.read(i)              on rank 0, in any thread: gathers bucket i from all ranks over a process
+                                  group of its own.
 
-Rank 0 reads one bucket at a time, so it never holds the whole model: at most `_MAX_GATHERED` buckets, and the parts
-of one more. Every rank holds at most two copies of its own rows: the one that is being pushed and the newest. A new
-snapshot reuses the memory of the newest one unless that is being pushed, so memory use does not grow during a run.
+Rank 0 reads one bucket at a time, so it never holds the whole model: at most `_MAX_GATHERED` buckets, and the
+parts of one more. Every rank holds at most two copies of its own rows: the one that is being pushed and the
+newest. A new snapshot reuses the memory of the newest one unless that is being pushed, so memory use does not
+grow during a run.
 
-With one rank the rows are the whole tensors: its copies are the buckets, and nothing is gathered. FSDP2 gives rank r
-the rows from r * ceil(rows / M) on. The other ranks gather in a thread that waits for rank 0's requests without a
-time limit: a training run may push nothing for hours, and if a rank dies the group breaks at once.
+With one rank the rows are the whole tensors: its copies are the buckets, and nothing is gathered. FSDP2 gives
+rank r the rows from r * ceil(rows / M) on. The other ranks gather in a thread that waits for rank 0's
+requests without a time limit: a training run may push nothing for hours, and if a rank dies the group breaks
+at once.
 
-Left out: gathering over NCCL, which must not run beside the training's own collectives without an order between
-them. Rows go through host memory and gloo.
+Left out: gathering over NCCL, which must not run beside the training's own collectives without an order
+between them. Rows go through host memory and gloo.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ _MAX_GATHERED = 2
 _GROUP_TIMEOUT = timedelta(days=30)
 """Of the gathering group: longest time between two pushes."""
 _GATHER_TIMEOUT = timedelta(seconds=120)
-"""Longest that rank 0 waits for all ranks' rows of one bucket. The rows of a rank that is later are discarded."""
+"""Longest that rank 0 waits for all ranks' rows of one bucket. The rows of a rank that is later are
+discarded."""
 _CLOSE = -1
 """Rank 0 broadcasts it in place of a snapshot's number to end the other ranks' threads."""
 _NONE = -1
@@ -254,8 +257,8 @@ class WeightSnapshotter:
 
     def _rows_of(self, number: int, index: int) -> Tensor:
         with self._lock:
-            # Rank 0 may request a snapshot that this rank has not taken yet. Rank 0 bounds its own wait, and if our
-            # training thread fails before it takes the snapshot the process ends.
+            # Rank 0 may request a snapshot that this rank has not taken yet. Rank 0 bounds its own wait, and
+            # if our training thread fails before it takes the snapshot the process ends.
             self._lock.wait_for(lambda: self._num_taken >= number)
             for snapshot in self._snapshots:
                 if snapshot.number == number:
