@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from areal_like.shards import WHOLE, Shard
 
 BUILT_MODELS = ("tiny", "smollm2")
 """Values of `model.path` that are prepared into the run's directory."""
+
+_CHECKPOINT_NAME = re.compile(r"step_(\d{6,})")
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,32 @@ def model_path(config: Config) -> str:
     if looks_local and not (Path(config.model.path).expanduser() / "config.json").exists():
         raise ConfigError(f"model.path={config.model.path}: no config.json there")
     return str(Path(config.model.path).expanduser()) if looks_local else config.model.path
+
+
+def checkpoint_name(step: int) -> str:
+    """Name of the directory of the checkpoint after `step` optimizer steps."""
+    return f"step_{step:06d}"
+
+
+def find_checkpoints(checkpoints: Path) -> dict[int, Path]:
+    """Step -> directory of every complete checkpoint in `RunPaths.checkpoints`, ascending.
+
+    A checkpoint appears by a rename when it is complete, so its name is all that has to be checked.
+    """
+    if not checkpoints.is_dir():
+        return {}
+    names = ((_CHECKPOINT_NAME.fullmatch(path.name), path) for path in checkpoints.iterdir())
+    return dict(sorted((int(match[1]), path) for match, path in names if match))
+
+
+def cache_dir() -> Path:
+    """Directory for files that all runs share: `areal_like` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "areal_like"
+
+
+def smollm2_file() -> Path:
+    """Where `areal-like fetch smollm2` puts the weights of `model.path=smollm2`."""
+    return cache_dir() / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def write_json(path: Path, value: Any) -> None:

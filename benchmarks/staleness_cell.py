@@ -42,9 +42,9 @@ from rollout_server.engine.models.loading import load
 from rollout_server.engine.scheduler import SamplingParams, Sequence
 from rollout_server.episodes.prompt_renderer import PromptRenderer
 from rollout_server.tasks.base import Example, Split, make_task
+from tests.support.full_state import gather_full_state
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy, build_policy
-from trainer.models.sharded_weights import gather_full_state
 from trainer.models.tiny import build_tiny_model
 from trainer.step.build import build_step_runner
 

@@ -39,9 +39,9 @@ from benchmarks.report import ROOT, table, write
 from rollout_server.episodes.base import GenerationGate
 from rollout_server.inference.process import EmbeddedProcess
 from rollout_server.weight_sync.receiver import WeightReceiver
+from tests.support.full_state import gather_full_state
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
-from trainer.models.sharded_weights import gather_full_state
 from trainer.weight_sync.broadcaster import Broadcaster
 from trainer.weight_sync.snapshot import WeightSnapshotter
 
@@ -181,7 +181,7 @@ async def pushes(model: Path, size: str, *, rounds: int, folder: Path) -> dict[s
                 state="serving",
                 weights_version=0,
             )
-            snapshot = freezers[how].freeze()  # anew: checksums are kept with a snapshot
+            snapshot = freezers[how].take_snapshot()  # anew: checksums are kept with a snapshot
             assert snapshot is not None and snapshot.acquire()
             started_s = time.perf_counter()
             outcome = await broadcaster.push(snapshot, version=version, step=version, servers=[entry])
@@ -225,7 +225,7 @@ def stall(store: str, rank: int, model: str, rounds: int) -> None:
     for _ in range(rounds + 1):
         dist.barrier()
         started_s = time.perf_counter()
-        freezer.freeze()
+        freezer.take_snapshot()
         frozen_s.append(time.perf_counter() - started_s)
         dist.barrier()
         started_s = time.perf_counter()

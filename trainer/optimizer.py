@@ -1,8 +1,8 @@
 """AdamW over this rank's shards.
 
-Works on the shards as plain tensors: element-wise updates need no notion of a distributed tensor, whose dispatch costs more than
-the update itself for a small model. Everything that needs all shards is one number, the gradient's norm. The learning rate is a
-pure function of the step (linear warm-up, then constant), so there is no scheduler state to save.
+The shards are plain tensors: element-wise updates do not need DTensor, whose dispatch costs more than the
+update itself for a small model. Only the gradient's norm needs all shards. The learning rate is a pure
+function of the step (linear warm-up, then constant or linear decay), so there is no scheduler state to save.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ShardedAdamW:
-    """`scale -> clip -> update` of accumulated, unnormalised gradients."""
+    """Scales, clips and applies accumulated, unnormalised gradients."""
 
     def __init__(
         self,
@@ -39,9 +39,9 @@ class ShardedAdamW:
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
     ) -> None:
-        """`lr` after warm-up; it falls linearly to zero at `decay_steps` (0: it stays). `weight_decay` applies to matrices only.
+        """`lr`: after the warm-up; it falls linearly to zero at step `decay_steps` (0: it stays constant).
 
-        `max_grad_norm`: 0 turns clipping off.
+        `weight_decay` applies to matrices only. `max_grad_norm`: 0 turns clipping off.
         """
         self._ranks = ranks
         self._lr = lr
@@ -63,7 +63,7 @@ class ShardedAdamW:
 
     @classmethod
     def of(cls, config: TrainerConfig, model: PackedModel, ranks: Ranks, *, lr: float) -> ShardedAdamW:
-        """The optimizer that a configuration describes, with a learning rate of its own."""
+        """The optimizer of `config`. `lr` is separate because policy and critic have different ones."""
         return cls(
             model,
             ranks,
@@ -86,15 +86,16 @@ class ShardedAdamW:
         return self._lr * min(warm, max(left, 0.0))
 
     def step(self, *, divisor: float, lr: float) -> float:
-        """Divides the accumulated gradients, clips, updates, clears. Collective. Returns the norm before clipping.
+        """Divides the accumulated gradients by `divisor`, clips, updates and clears them. Collective.
 
-        A norm that is not finite leaves weights and moments as they are: one broken batch must not end the run, and must not be
-        published.
+        Returns the gradient's norm before clipping. If it is not finite, weights and moments stay as they
+        are: one broken batch must neither end the run nor be published.
         """
         grads = []
         for name, param in self._params.items():
             shard = self.shards[name]
-            # No gradient at all (every group without spread) is a zero gradient: the momentum still moves the weights.
+            # If no group had an advantage there is no gradient at all. It counts as zero: momentum still
+            # moves the weights.
             shard.grad = torch.zeros_like(shard) if param.grad is None else local(param.grad)
             param.grad = None
             grads.append(shard.grad)
@@ -121,16 +122,16 @@ class ShardedAdamW:
 
     @property
     def num_updates(self) -> int:
-        """Updates done so far, which Adam's bias correction counts."""
+        """Updates so far, for Adam's bias correction."""
         return max((int(state["step"]) for state in self._adam.state.values()), default=0)
 
     def restore(self, moments: dict[str, dict[str, Tensor]], *, num_updates: int) -> None:
-        """Sets the moments of every shard, as `moments` gave them. Copies."""
+        """Sets the moments of every shard, as `moments` returned them. Copies them."""
         if num_updates == 0:
             return
         for name, shard in self.shards.items():
             if shard.numel():
-                # A tensor on the shard's device: what the fused kernel keeps its count in.
+                # The fused kernel keeps its count in a tensor on the shard's device.
                 self._adam.state[shard] = {
                     "step": torch.tensor(float(num_updates), dtype=torch.float32, device=shard.device),
                     **{key: moments[name][key].detach().to(shard, copy=True) for key in MOMENTS},

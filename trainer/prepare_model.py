@@ -1,8 +1,9 @@
-"""The initial policy as a Hugging Face directory: `python -m trainer.prepare_model --config run/config.yaml`.
+"""Prepares the initial policy: `python -m trainer.prepare_model --config run/config.yaml`.
 
-Run once before the daemons start, because trainer and engines must load the very same weights. Models that we build (`tiny`,
-`smollm2`) are cached under a hash of everything that shapes them, the building code included, and then linked into the run's
-directory, so that a run stays whole when the cache is cleared. Any other model is only checked, where it is.
+The result is a Hugging Face directory. This runs once before the daemons start, because trainer and engines
+must load the very same weights. Models that are built here (`tiny`, `smollm2`) are cached under a hash of
+everything that determines them, the building code included, and then linked into the run's directory, so that
+the run stays complete when the cache is cleared. Any other model is checked, and stays where it is.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 from areal_like import sorting
 from areal_like.config import Config
 from areal_like.errors import ConfigError, UserError
-from areal_like.paths import RunPaths, model_path
+from areal_like.paths import RunPaths, cache_dir, model_path
 from areal_like.runtime.command_line import load_config, shows_help
 from areal_like.runtime.imports import torch_hidden
 from areal_like.runtime.process import die_with_launcher
@@ -31,31 +32,30 @@ log = logging.getLogger(__name__)
 
 
 def prepare_model(config: Config, *, out_dir: Path | None = None) -> str:
-    """Makes `config.model` loadable and returns what `from_pretrained` takes: a directory, or the hub name unchanged.
+    """Makes `config.model` loadable and returns a directory, or the hub name, for `from_pretrained`.
 
-    `out_dir`: where a built model goes; by default the place in the run's directory where `areal_like.paths.model_path` looks.
-    Raises ConfigError when the model cannot be built, found or loaded.
+    `out_dir`: where a built model goes; by default the directory of the run that
+    `areal_like.paths.model_path` returns. Raises ConfigError when the model cannot be built, found or loaded.
     """
-    if recipe := _BUILT.get(config.model.path):
-        return str(_cached(*recipe(config), out_dir=out_dir or RunPaths.of(config).built_model))
+    if plan_of := _BUILT.get(config.model.path):
+        return str(_cached(*plan_of(config), out_dir=out_dir or RunPaths.of(config).built_model))
     return _check_existing(config)
 
 
-Recipe = tuple[str, Mapping[str, Any], Callable[[Path], None]]
-"""(name, everything that shapes the result, function that writes it into a directory)"""
+BuildPlan = tuple[str, Mapping[str, Any], Callable[[Path], None]]
+"""(name, everything that determines the result, function that writes it into a directory)"""
 
 
-def _tiny(config: Config) -> Recipe:
+def _tiny(config: Config) -> BuildPlan:
     steps, task = config.model.warm_start_steps, config.task.get("name", config.task.get("_target_"))
     if steps > 0 and task != "sort":
         raise ConfigError(
             f"model.path=tiny is warm-started on the sort task, and task is {task}: name a pretrained model, "
             "or set model.warm_start_steps=0 for random weights"
         )
-    # Read, not imported: a model that is in the cache costs no import of torch.
-    sources = [
-        path.read_text() for path in (Path(__file__).parent / "models" / "tiny.py", Path(sorting.__file__))
-    ]
+    # Read and not imported: a model that is in the cache must not cost an import of torch.
+    files = (Path(__file__).parent / "models" / "tiny.py", Path(sorting.__file__))
+    sources = [path.read_text() for path in files]
     key = {
         "seed": config.seed,
         "steps": steps,
@@ -73,7 +73,7 @@ def _tiny(config: Config) -> Recipe:
     return "tiny", key, build
 
 
-def _smollm2(config: Config) -> Recipe:
+def _smollm2(config: Config) -> BuildPlan:
     from trainer.models import smollm2
 
     source = smollm2.smollm2_gguf()
@@ -85,13 +85,14 @@ def _smollm2(config: Config) -> Recipe:
     return "smollm2", key, smollm2.convert_smollm2
 
 
-_BUILT: Mapping[str, Callable[[Config], Recipe]] = {"tiny": _tiny, "smollm2": _smollm2}
-"""What `model.path` calls the models that we build."""
+_BUILT: Mapping[str, Callable[[Config], BuildPlan]] = {"tiny": _tiny, "smollm2": _smollm2}
+"""Value of `model.path` -> plan, for the models that are built here."""
 
 
 def _cached(name: str, key: Mapping[str, Any], build: Callable[[Path], None], *, out_dir: Path) -> Path:
+    """Builds the model into the cache unless it is there, and replaces `out_dir` by links to it."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "areal_like"
+    root = cache_dir()
     cached = root / f"{name}-{digest}"
     if not cached.exists():
         root.mkdir(parents=True, exist_ok=True)
@@ -99,7 +100,7 @@ def _cached(name: str, key: Mapping[str, Any], build: Callable[[Path], None], *,
         partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
         try:
             build(partial)
-            _publish(partial, cached)
+            _rename_into_cache(partial, cached)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -116,18 +117,18 @@ def _cached(name: str, key: Mapping[str, Any], build: Callable[[Path], None], *,
     return out_dir
 
 
-def _publish(partial: Path, final: Path) -> None:
+def _rename_into_cache(partial: Path, final: Path) -> None:
     partial.chmod(0o755)
     try:
         partial.rename(final)
     except OSError:
-        # Two processes may build the same model at once: whoever comes second uses the first one's.
+        # Two processes may build the same model at once: the second one uses the model of the first.
         if not final.exists():
             raise
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
-    # Only weights are linked: small files are edited in place by people, and an edit must not reach the cache.
+    # Only weights are linked: people edit the small files in place, and an edit must not change the cache.
     if source.suffix == ".safetensors":
         try:
             target.hardlink_to(source)
@@ -147,18 +148,23 @@ def _check_existing(config: Config) -> str:
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"model.path={config.model.path}: neither a directory nor a reachable Hugging Face model that transformers "
-            f"can load ({reason}). Use tiny, smollm2, a directory with config.json, or an owner/name"
+            f"model.path={config.model.path}: neither a directory nor a reachable Hugging Face model that "
+            f"transformers can load ({reason}). Use tiny, smollm2, a directory with config.json, or an "
+            "owner/name"
         ) from error
     return path
 
 
 def main(argv: list[str]) -> int:
-    """`[--config FILE] [--out DIR] [key=value ...]`; writes the model's path to stdout. Exit status 2 for a user's mistake."""
+    """`[--config FILE] [--out DIR] [key=value ...]`; writes the model's path to stdout.
+
+    Exit code 2: a user's mistake.
+    """
     if shows_help(argv, f"python -m trainer.prepare_model {main.__doc__}\n\n{__doc__}"):
         return 0
     die_with_launcher()
-    # One thread, before torch is imported: a seed then gives the same model on every machine, and a tiny model is faster for it.
+    # One thread, set before torch is imported: a seed then gives the same model on every machine, and a tiny
+    # model is built faster.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     try:
@@ -170,7 +176,7 @@ def main(argv: list[str]) -> int:
             out_dir = Path(argv[at + 1])
             del argv[at : at + 2]
         config = load_config(argv)
-        # A model that is only looked at has to have a tokenizer and a configuration, which need no torch.
+        # A model that is only checked needs a tokenizer and a configuration, which load faster without torch.
         with contextlib.nullcontext() if config.model.path in _BUILT else torch_hidden():
             sys.stdout.write(prepare_model(config, out_dir=out_dir) + "\n")
     except UserError as error:

@@ -10,6 +10,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from areal_like.paths import find_checkpoints
+
 STATE_FILE = "trainer_state.json"
 VERSION_KEY = "weights_version"
 """In the state file's `extra`."""
@@ -25,11 +27,7 @@ class DiskSnapshot:
 
 def newest_snapshot(checkpoints: Path) -> DiskSnapshot | None:
     """The checkpoint of the latest step; None when there is none to be seen from here, or it names no version."""
-    steps = {
-        int(step): path
-        for path in checkpoints.glob("step_*")
-        if (step := path.name.removeprefix("step_")).isdigit()
-    }
+    steps = find_checkpoints(checkpoints)
     if not steps:
         return None
     path = steps[max(steps)]

@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 
 from areal_like.errors import ConfigError
-from areal_like.paths import RunPaths
+from areal_like.paths import RunPaths, checkpoint_name
 from launch.commands.run import StopSignals
 from launch.local_job.child import Child, ChildSpec, describe_exit, kill_marked
 from launch.local_job.observe import MetricsTail, Observation
@@ -120,4 +120,4 @@ def _compared(recorded: RunPaths, replayed: RunPaths) -> list[str]:
 
 
 def _weights_at(paths: RunPaths, step: int) -> Path:
-    return paths.checkpoints / f"step_{step:06d}" / "model.safetensors"
+    return paths.checkpoints / checkpoint_name(step) / "model.safetensors"

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from areal_like.config import Config
 from areal_like.errors import ConfigError
-from areal_like.paths import BUILT_MODELS, RunPaths
+from areal_like.paths import BUILT_MODELS, RunPaths, find_checkpoints
 from areal_like.runtime.command_line import GROUPS, load_config, save_config
 
 
@@ -209,11 +209,7 @@ def holds_run(paths: RunPaths) -> bool:
 
 def checkpoints(paths: RunPaths) -> list[int]:
     """Steps of the complete checkpoints, ascending."""
-    return sorted(
-        int(digits)
-        for path in paths.checkpoints.glob("step_*")
-        if (digits := path.name.removeprefix("step_")).isdigit()
-    )
+    return list(find_checkpoints(paths.checkpoints))
 
 
 class _InUseError(ConfigError):

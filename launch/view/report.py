@@ -62,12 +62,9 @@ def summary_table(summary: dict[str, Any], *, title: str) -> Table:
         if isinstance(summary.get(key), (int, float)):
             table.add_row(label, form.format(summary[key]))
     if isinstance(seconds := summary.get("wall_seconds"), (int, float)):
-        generated = summary.get("tokens_generated")
-        rate = (
-            f", {number(generated / seconds)} generated tok/s"
-            if generated is not None and seconds > 0
-            else ""
-        )
+        # Not tokens_generated / seconds: after a resume the tokens are of the whole run, the seconds are not.
+        generated = summary.get("tokens_per_s_generated")
+        rate = f", {number(generated)} generated tok/s" if generated is not None else ""
         table.add_row("wall time", f"{duration(seconds)}{rate}")
     for label, key in (("tickets", "tickets"), ("drops", "drops")):
         counts = {name: count for name, count in (summary.get(key) or {}).items() if count}

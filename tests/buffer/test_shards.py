@@ -34,7 +34,7 @@ from buffer.service.peers import PeerBook
 from buffer.settings import LedgerSettings
 from tests.support.ledger_plant import add_server, beat, deliver, done
 from tests.support.row_store import RowStore
-from trainer.buffer_client.shards import ask_buffers, merge_streams, split_stream
+from trainer.buffer_client.shards import call_shards, merge_streams, split_stream
 
 counts = st.integers(1, 9)
 
@@ -254,7 +254,7 @@ class Asked:
 
 def ask(message: Any, *shards: Asked) -> Any:
     """The job's answer."""
-    return asyncio.run(ask_buffers(message, shards))
+    return asyncio.run(call_shards(message, shards))
 
 
 def test_each_request_goes_to_whom_it_concerns() -> None:

@@ -11,14 +11,14 @@ import time
 from areal_like.runtime.command_line import load_config
 from areal_like.runtime.process import die_with_parent
 from tests.chaos.plant import check_groups, train
-from trainer.buffer_client.client import BufferLink
+from trainer.buffer_client.client import TrainerBufferClient
 
 
 def main() -> None:
     """Trains every step."""
     num_steps, *settings = sys.argv[1:]
     config = load_config(settings)
-    with BufferLink(config, rank=0, world_size=1, device="cpu", incarnation=time.time_ns()) as link:
+    with TrainerBufferClient(config, rank=0, world_size=1, device="cpu", incarnation=time.time_ns()) as link:
         for step in range(int(num_steps)):
             groups = train(link, first=step, last=step + 1)
             check_groups(groups, config, first=step, last=step + 1)

@@ -29,7 +29,7 @@ from tests.chaos.producer import is_invented
 from tests.chaos.proxy import FaultProxy, Faults
 from tests.support.buffer_harness import ROOT, BufferProcess, job
 from trainer.buffer_client import client as link_module
-from trainer.buffer_client.client import BufferLink
+from trainer.buffer_client.client import TrainerBufferClient
 
 CALL_TIMEOUT_S = 30.0
 ASK_AGAIN_S = 0.5
@@ -91,16 +91,16 @@ class Plant:
         return self.producers[name]
 
     @contextlib.contextmanager
-    def trainer(self) -> Iterator[BufferLink]:
+    def trainer(self) -> Iterator[TrainerBufferClient]:
         """Rank 0's link through the proxy."""
-        before, link_module._ASK_AGAIN_S = link_module._ASK_AGAIN_S, ASK_AGAIN_S
+        before, link_module._RESEND_AFTER_S = link_module._RESEND_AFTER_S, ASK_AGAIN_S
         try:
-            with BufferLink(
+            with TrainerBufferClient(
                 self.config, rank=0, world_size=1, device="cpu", incarnation=time.time_ns()
             ) as link:
                 yield link
         finally:
-            link_module._ASK_AGAIN_S = before
+            link_module._RESEND_AFTER_S = before
 
     def _kill_producers(self) -> None:
         for process in self.producers.values():
@@ -118,7 +118,7 @@ def plant(
         yield Plant(chaos_job(directory, **overrides), faults=faults or Faults(), seed=seed, stack=stack)
 
 
-def train(link: BufferLink, *, first: int, last: int, commit_every: int = 5) -> list[Group]:
+def train(link: TrainerBufferClient, *, first: int, last: int, commit_every: int = 5) -> list[Group]:
     """Plays rank 0 from step `first` to `last`: groups in order, complete, a version, a commit after every fifth."""
     link.call(StartTraining(step=first), timeout_s=CALL_TIMEOUT_S)
     groups = []
@@ -131,7 +131,7 @@ def train(link: BufferLink, *, first: int, last: int, commit_every: int = 5) -> 
     return groups
 
 
-def books_of(link: BufferLink) -> RunCounters:
+def books_of(link: TrainerBufferClient) -> RunCounters:
     """The account of the run."""
     books: RunCounters = link.call(GetRunCounters(), timeout_s=CALL_TIMEOUT_S)
     return books

@@ -23,7 +23,7 @@ from launch.commands.scale import servers_of
 from tests.chaos.plant import books_of, chaos_job, check_books, check_groups, train
 from tests.support.buffer_harness import ROOT, BufferProcess
 from tests.support.launching import launcher, num_steps_done, processes_of, wait_until
-from trainer.buffer_client.client import BufferLink
+from trainer.buffer_client.client import TrainerBufferClient
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -61,9 +61,11 @@ class ShardedPlant:
         self.buffers[index] = BufferProcess(self.buffers[index].config, self._where, name=name)
 
     @contextlib.contextmanager
-    def trainer(self) -> Iterator[BufferLink]:
+    def trainer(self) -> Iterator[TrainerBufferClient]:
         """Rank 0's link."""
-        with BufferLink(self.config, rank=0, world_size=1, device="cpu", incarnation=time.time_ns()) as link:
+        with TrainerBufferClient(
+            self.config, rank=0, world_size=1, device="cpu", incarnation=time.time_ns()
+        ) as link:
             yield link
 
     def close(self) -> None:

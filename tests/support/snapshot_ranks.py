@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 
 from areal_like.weights.buckets import unflatten
+from tests.support.full_state import gather_full_state
 from tests.support.trainer_ranks import main
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
 from trainer.models.policy import Policy
-from trainer.models.sharded_weights import gather_full_state
 from trainer.weight_sync.snapshot import Snapshot, WeightSnapshotter
 
 
@@ -33,7 +33,7 @@ def frozen(ranks: Ranks, out_dir: Path, path: str) -> None:
 
     def freeze() -> tuple[Snapshot | None, dict[str, torch.Tensor]]:
         expected = {name: whole.to(torch.bfloat16) for name, whole in gather_full_state(policy)}
-        return freezer.freeze(), expected
+        return freezer.take_snapshot(), expected
 
     def train() -> None:
         with torch.no_grad():
@@ -90,7 +90,7 @@ def late(ranks: Ranks, _: Path, path: str) -> None:
     policy = Policy.load(path, master_dtype=torch.float32).shard(ranks)
     freezer = Tardy(policy, ranks, bucket_bytes=5000, dtype="float32")
     expected = dict(gather_full_state(policy))
-    first = freezer.freeze()
+    first = freezer.take_snapshot()
     if first is not None:
         assert first.acquire()
         tensors = received(first)
@@ -99,13 +99,13 @@ def late(ranks: Ranks, _: Path, path: str) -> None:
         )
     dist.barrier()
     # A push breaks while the bucket after the next is asked for: the question overtakes the end of that snapshot.
-    with freezer._reading:
+    with freezer._gather_lock:
         reading = threading.Thread(target=lambda: first.read(3) if first is not None else None)
         reading.start()
         time.sleep(0.2)
         if first is not None:
             first.release()
-        second = freezer.freeze()
+        second = freezer.take_snapshot()
         dist.barrier()
     reading.join()
     if second is not None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from areal_like.config import KlConfig
 from areal_like.runtime.process import die_with_parent
+from tests.support.full_state import gather_full_state
 from tests.support.trainer_helpers import random_groups
 from trainer.advantages import ADVANTAGES, Advantage, Gae
 from trainer.advantages.critic import Critic
@@ -27,7 +28,7 @@ from trainer.advantages.reward_shaping import SHAPINGS
 from trainer.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
-from trainer.models.sharded_weights import gather, gather_full_state, shards_of
+from trainer.models.sharded_weights import gather, shards_of
 from trainer.models.value_model import ValueModel
 from trainer.objectives import build_objective
 from trainer.objectives.normalizers import Normalizer
@@ -157,7 +158,7 @@ def outage(_: Ranks, out_dir: Path, path: str) -> None:
         world_size=2,
         timeout=timedelta(seconds=2),
     )
-    ranks = Ranks(patience_s=30)
+    ranks = Ranks(control_timeout_s=30)
     runner = make_runner(path, ranks)
 
     def groups() -> Iterator[Any]:

@@ -27,10 +27,12 @@ from areal_like.wire.messages.weights import (
     WeightsOk,
 )
 from tests.support.snapshots import Held
-from trainer.weight_sync.broadcaster import Broadcaster, NcclTrial, choose_backend, split_groups
-from trainer.weight_sync.group_session import rank_ranges
+from trainer.weight_sync.backend import NcclTrial, choose_backend
+from trainer.weight_sync.broadcaster import Broadcaster, split_groups
+from trainer.weight_sync.group_session import assign_ranks
 from trainer.weight_sync.publisher import Publisher, PushReport
-from trainer.weight_sync.receivers import Member, ReceiverBackoff
+from trainer.weight_sync.receivers import Receiver as WeightReceiver
+from trainer.weight_sync.receivers import ReceiverBackoff
 
 
 class Receiver:
@@ -182,10 +184,10 @@ def test_one_group_serves_many_pushes_and_a_joiner_makes_a_new_one() -> None:
                 snapshot(version), version=version, step=version, servers=[one.entry]
             )
             assert (set(outcome.activated), outcome.failed) == ({"one"}, {})
-        assert broadcaster.num_epochs == 1
+        assert broadcaster.num_sessions == 1
         outcome = await broadcaster.push(snapshot(4), version=4, step=4, servers=[one.entry, two.entry])
         assert set(outcome.activated) == {"one", "two"}
-        assert broadcaster.num_epochs == 2
+        assert broadcaster.num_sessions == 2
         for receiver in (one, two):
             assert torch.equal(receiver.tensors["a"], torch.full((300,), 4.0))
             assert torch.equal(receiver.tensors["b"], torch.full((7, 3), 5.0))
@@ -253,7 +255,7 @@ def test_a_server_that_was_slow_once_is_tried_again_and_costs_no_versions_meanwh
         while not reports:
             await asyncio.sleep(0.05)
         slow.misbehave = ""  # its entry in the directory is what it was
-        assert (await publisher.wait_active(1), failures) == (2, [])
+        assert (await publisher.wait_until_active(1), failures) == (2, [])
         await publisher.close()
         slow.close()
 
@@ -281,7 +283,7 @@ def test_one_that_refuses_costs_the_others_no_further_pushes(monkeypatch: pytest
             on_failure=failures.append,
         )
         publisher.offer(1, snapshot(1))
-        await publisher.wait_active(1)
+        await publisher.wait_until_active(1)
         for _ in range(3):
             await asyncio.sleep(0.4)
             publisher.directory_changed()
@@ -325,7 +327,7 @@ def test_a_publisher_that_cannot_go_on_says_so() -> None:
         )
         publisher.offer(1, snapshot(1))
         with pytest.raises(ConfigError, match=r"weights\.host"):
-            await publisher.wait_active(1)
+            await publisher.wait_until_active(1)
         assert len(failures) == 1
         await publisher.close()
         receiver.close()
@@ -348,7 +350,7 @@ def test_a_publisher_that_meets_a_bug_says_so_too() -> None:
         )
         publisher.offer(1, snapshot(1))
         with pytest.raises(RuntimeError, match="out of memory"):
-            await publisher.wait_active(1)
+            await publisher.wait_until_active(1)
         assert list(map(str, failures)) == ["no more weights are published: RuntimeError: out of memory"]
         await publisher.close()
         receiver.close()
@@ -424,7 +426,7 @@ def test_a_group_for_each_engine_keeps_a_hang_to_itself() -> None:
         assert (set(outcome.activated), set(outcome.failed)) == ({"good"}, {"bad", "broadcast"})
         outcome = await broadcaster.push(snapshot(2), version=2, step=2, servers=[bad.entry, good.entry])
         assert (set(outcome.activated), outcome.failed) == ({"good"}, {})
-        assert broadcaster.num_epochs == 2, "the good one keeps its group"
+        assert broadcaster.num_sessions == 2, "the good one keeps its group"
         for receiver in (good, bad):
             receiver.close()
 
@@ -491,7 +493,7 @@ def test_waves_leave_capacity(topology: str) -> None:
         await watching
         assert (set(outcome.activated), outcome.failed) == (set("abcde"), {})
         assert 1 <= most <= 2
-        assert broadcaster.num_epochs == (3 if topology == "shared" else 5)
+        assert broadcaster.num_sessions == (3 if topology == "shared" else 5)
         for receiver in receivers:
             receiver.close()
 
@@ -512,9 +514,9 @@ def alive(*, num_ranks: int = 1, device: str = "cuda:0", uuid: str = "", nccl: s
 
 
 def test_an_engine_takes_as_many_places_as_it_has_ranks() -> None:
-    members: list[Any] = [Member(entry=None, link=None) for _ in range(3)]  # type: ignore[arg-type]
-    seats, world_size = rank_ranges(members, [alive(), alive(num_ranks=4), alive(num_ranks=2)])
-    assert [seat.first_rank for seat in seats] == [1, 2, 6] and world_size == 8
+    receivers: list[Any] = [WeightReceiver(entry=None, link=None) for _ in range(3)]  # type: ignore[arg-type]
+    ranges, world_size = assign_ranks(receivers, [alive(), alive(num_ranks=4), alive(num_ranks=2)])
+    assert [each.first_rank for each in ranges] == [1, 2, 6] and world_size == 8
 
 
 def test_nccl_only_between_equals() -> None:
@@ -522,7 +524,10 @@ def test_nccl_only_between_equals() -> None:
     assert choose_backend("auto", ours=ours, engines=[alive(uuid="gpu-1"), alive(nccl="")]) == ("nccl", "")
     assert choose_backend("gloo", ours=ours, engines=[alive()]) == ("gloo", "")
     assert choose_backend("auto", ours=ours, engines=[alive(device="cpu")]) == ("gloo", "")
-    assert choose_backend("nccl", ours=ours, engines=[alive(device="cpu")])[1] == "not everybody is on a GPU"
+    assert (
+        choose_backend("nccl", ours=ours, engines=[alive(device="cpu")])[1]
+        == "trainer and engines are not all on GPUs"
+    )
     assert choose_backend("auto", ours=ours, engines=[alive(nccl="2.21.5")]) == (
         "gloo",
         "NCCL versions differ: 2.21.5, 2.27.5",
@@ -535,7 +540,7 @@ def test_nccl_only_between_equals() -> None:
 
 def test_nccl_that_never_worked_is_not_tried_for_ever() -> None:
     new, proven, insisting = NcclTrial("auto"), NcclTrial("auto"), NcclTrial("nccl")
-    proven.report(broken="")
+    proven.report(broken_reason="")
     for trial in (new, proven, insisting):
-        trial.report(broken="invalid usage")
+        trial.report(broken_reason="invalid usage")
     assert (new.wanted, proven.wanted, insisting.wanted) == ("gloo", "auto", "nccl")

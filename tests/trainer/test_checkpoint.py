@@ -12,13 +12,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from areal_like.errors import ConfigError, DiskFullError
+from tests.support.full_state import copy_shards, gather_full_state
 from tests.support.launching import wait_until
 from tests.support.small_disk import small_disk
 from tests.support.trainer_helpers import random_groups, run_ranks, write_model
 from tests.support.trainer_ranks import make_runner
 from trainer.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
-from trainer.models.sharded_weights import freeze, gather, gather_full_state
+from trainer.models.sharded_weights import gather
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def test_only_the_newest_are_kept_and_a_partial_one_is_not_seen(tmp_path: Path, 
     oldest_kept: list[int] = []
     for step in (1, 2, 30, 4_000_000):
         checkpoints.save(
-            step, runner.policy, runner.optimizer, ranks, extra={"at": step}, then=oldest_kept.append
+            step, runner.policy, runner.optimizer, ranks, extra={"at": step}, on_saved=oldest_kept.append
         )
     checkpoints.wait()
     assert checkpoints.steps() == [30, 4_000_000] and oldest_kept == [1, 1, 2, 30]
@@ -105,7 +106,7 @@ def test_nothing_is_copied_while_another_checkpoint_holds_its_copies(tmp_path: P
     def hold(oldest_kept_step: int) -> None:
         committed.wait(20)
 
-    checkpoints.save(1, runner.policy, runner.optimizer, ranks, extra={}, then=hold)
+    checkpoints.save(1, runner.policy, runner.optimizer, ranks, extra={}, on_saved=hold)
     saving = threading.Thread(
         target=lambda: checkpoints.save(2, runner.policy, runner.optimizer, ranks, extra={})
     )
@@ -146,7 +147,7 @@ def test_checkpoints_of_a_branch_that_was_left_are_set_aside(tmp_path: Path, ran
 def test_a_frozen_copy_is_not_moved_by_training(tmp_path: Path, ranks: Ranks) -> None:
     path = write_model(tmp_path / "model")
     runner = make_runner(path, ranks)
-    before, frozen = gather_full_state(runner.policy), freeze(runner.policy)
+    before, frozen = gather_full_state(runner.policy), copy_shards(runner.policy)
     runner.run(random_groups(4), step=0)
     assert all(torch.equal(a[1], b[1]) for a, b in zip(before, gather(frozen), strict=True))
     after = gather_full_state(runner.policy)
@@ -188,7 +189,7 @@ def test_what_went_wrong_behind_the_trainers_back_is_raised_by_the_next_call(
     def cannot_commit(oldest_kept_step: int) -> None:
         raise ConnectionError("the buffer is gone")
 
-    checkpoints.save(3, runner.policy, runner.optimizer, ranks, extra={}, then=cannot_commit)
+    checkpoints.save(3, runner.policy, runner.optimizer, ranks, extra={}, on_saved=cannot_commit)
     with pytest.raises(ConnectionError, match="gone"):
         checkpoints.close()
     assert checkpoints.steps() == [3], "the checkpoint is there all the same"
@@ -202,7 +203,7 @@ def test_a_full_disk_costs_one_checkpoint_and_gets_its_space_back(
     committed: list[int] = []
 
     def save(step: int) -> None:
-        checkpoints.save(step, runner.policy, runner.optimizer, ranks, extra={}, then=committed.append)
+        checkpoints.save(step, runner.policy, runner.optimizer, ranks, extra={}, on_saved=committed.append)
 
     with small_disk(tmp_path / "disk", num_mib=16) as disk:
         checkpoints = Checkpoints(disk / "c", keep=2, tokenizer_path=path)

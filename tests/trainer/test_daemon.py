@@ -25,7 +25,7 @@ from areal_like.wire.messages.hello import Goodbye, Hello, Ok, Welcome
 from tests.support.buffer_harness import ROOT, BufferProcess, job
 from tests.support.trainer_helpers import write_model
 from tests.support.trainer_ranks import make_runner
-from trainer.buffer_client.client import BufferLink
+from trainer.buffer_client.client import TrainerBufferClient
 from trainer.checkpoint import Checkpoints
 from trainer.distributed.process_group import device_of
 from trainer.distributed.ranks import Ranks
@@ -120,7 +120,7 @@ def test_a_trainer_that_dies_while_servers_start_has_rolled_back(tmp_path: Path)
 
 def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ConfigError, match="rank 2 of this machine wants GPU 99"):
+    with pytest.raises(ConfigError, match="rank 2 of this machine needs GPU 99"):
         device_of(Config(trainer=TrainerConfig(device="cuda:97")))
 
 
@@ -162,7 +162,7 @@ class PlayedBuffer:
 
 
 def test_a_request_whose_answer_was_lost_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.buffer_client.client._ASK_AGAIN_S", 0.3)
+    monkeypatch.setattr("trainer.buffer_client.client._RESEND_AFTER_S", 0.3)
     asked: list[Any] = []
 
     def answer(message: Any) -> Any:
@@ -171,7 +171,7 @@ def test_a_request_whose_answer_was_lost_is_repeated(tmp_path: Path, monkeypatch
 
     with PlayedBuffer(answer) as played:
         config = job(tmp_path, model={"path": write_model(tmp_path / "model")}, buffer={"port": played.port})
-        with BufferLink(config, rank=0, world_size=1, device="cpu", incarnation=1) as link:
+        with TrainerBufferClient(config, rank=0, world_size=1, device="cpu", incarnation=1) as link:
             assert link.call(CompleteStep(step=3), timeout_s=5) == Ok()
             assert asked == [CompleteStep(step=3)] * 2
 
@@ -188,7 +188,7 @@ def test_a_heartbeat_that_dies_ends_every_wait(tmp_path: Path) -> None:
             "daemon": {"heartbeat_s": 0.1},
         }
         config = job(tmp_path, **settings)
-        with BufferLink(config, rank=0, world_size=1, device="cpu", incarnation=1) as link:
+        with TrainerBufferClient(config, rank=0, world_size=1, device="cpu", incarnation=1) as link:
             link.stats = {"what cannot be sent": object()}  # type: ignore[dict-item]
             with pytest.raises(ArealError, match="no more heartbeats are sent: TypeError"):
                 link.call(CompleteStep(step=3), timeout_s=20)

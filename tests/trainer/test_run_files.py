@@ -1,4 +1,4 @@
-"""The account of a run: what is said of its rows at the end, from the file alone."""
+"""metrics.jsonl and summary.json: totals over all rows, read from the file alone, and rates after a resume."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from trainer.metrics.run_files import WARM_UP_STEPS, MetricsFile
+from areal_like.wire.messages.consumer import RunCounters
+from trainer.metrics.run_files import WARM_UP_STEPS, MetricsFile, write_summary
 
 
 def row(step: int) -> dict[str, Any]:
-    """Every seventh step has no reward."""
+    """A row with random figures; every seventh has no reward."""
     luck = random.Random(step)
     return {
         "step": step,
@@ -33,7 +34,7 @@ def mean(values: list[float]) -> float | None:
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 3, 9, 10, 11, 57, 230])
-def test_the_account_is_that_of_all_rows_and_a_resume_changes_nothing(tmp_path: Path, num_rows: int) -> None:
+def test_totals_are_over_all_rows_also_after_a_resume(tmp_path: Path, num_rows: int) -> None:
     path = tmp_path / "metrics.jsonl"
     resumed_at = num_rows // 3
     file = MetricsFile(path, start_step=0)
@@ -45,35 +46,85 @@ def test_the_account_is_that_of_all_rows_and_a_resume_changes_nothing(tmp_path: 
     assert file.last.get("step", -1) == resumed_at - 1
     for step in range(resumed_at, num_rows):
         file.append(row(step))
-    account = file.account()
-    file.append(row(num_rows))  # a look at the file does not move its end
+    totals = file.totals()
+    file.append(row(num_rows))  # reading the file must not move the place where rows are appended
     file.close()
 
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == list(range(num_rows + 1))
     rows = [row(step) for step in range(num_rows)]
     tenth = max(1, num_rows // 10)
-    assert account.num_steps == num_rows and account.tokens_trained == sum(
+    assert totals.num_steps == num_rows and totals.tokens_trained == sum(
         row["tokens_trained"] for row in rows
     )
-    assert account.reward_first == pytest.approx(mean([row["reward_mean"] for row in rows[:tenth]]))
-    assert account.reward_last == pytest.approx(mean([row["reward_mean"] for row in rows[-tenth:]]))
-    assert account.loss_last == pytest.approx(mean([row["loss"] for row in rows[-tenth:]]))
+    assert totals.reward_first == pytest.approx(mean([row["reward_mean"] for row in rows[:tenth]]))
+    assert totals.reward_last == pytest.approx(mean([row["reward_mean"] for row in rows[-tenth:]]))
+    assert totals.loss_last == pytest.approx(mean([row["loss"] for row in rows[-tenth:]]))
     steady = rows[WARM_UP_STEPS:]
     idle = (
         sum(row["wait_data_s"] for row in steady) / sum(row["step_s"] for row in steady) if steady else None
     )
-    assert account.trainer_idle_fraction == (None if idle is None else pytest.approx(idle, abs=1e-4))
+    assert totals.trainer_idle_fraction == (None if idle is None else pytest.approx(idle, abs=1e-4))
 
 
-def test_rows_are_not_kept(tmp_path: Path) -> None:
+def test_rows_are_not_kept_in_memory(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(row(step) | {"reward_mean": 0.5}) + "\n" for step in range(10_000)))
     tracemalloc.start()
     file = MetricsFile(path, start_step=10_000)
     for step in range(10_000, 12_000):
         file.append(row(step))
-    assert file.account().num_steps == 12_000
+    assert file.totals().num_steps == 12_000
     _, most_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     file.close()
-    assert most_bytes < path.stat().st_size / 4, "somewhere all rows are in memory"
+    assert most_bytes < path.stat().st_size / 4, "all rows are kept in memory somewhere"
+
+
+def counters(*, tokens_generated: float, busy_s: float, idle_s: float) -> RunCounters:
+    """The buffer's counters at one moment."""
+    figures = {
+        "tokens_generated": tokens_generated,
+        "tokens_trained": tokens_generated / 2,
+        "max_trained_lag": 1.0,
+        "mean_trained_lag": 0.5,
+        "generation_busy_s": busy_s,
+        "generation_idle_s": idle_s,
+    }
+    return RunCounters(tickets={"trained": 400}, drops={}, counters=figures)
+
+
+def test_rates_after_a_resume_are_over_one_span(tmp_path: Path) -> None:
+    """40 steps of 1 s, then a resume and 20 more of 1 s, at 6,000 tokens a second in all of them."""
+    metrics = tmp_path / "metrics.jsonl"
+    first = MetricsFile(metrics, start_step=0)
+    for step in range(40):
+        first.append(row(step))
+    first.close()
+    resumed = MetricsFile(metrics, start_step=40)
+    for step in range(40, 60):
+        resumed.append(row(step))
+    at_end = counters(tokens_generated=360_000.0, busy_s=18.0, idle_s=2.0)
+    path = tmp_path / "summary.json"
+    write_summary(
+        path,
+        totals=resumed.totals(),
+        counters_at_start=counters(tokens_generated=240_000.0, busy_s=0.0, idle_s=0.0),
+        counters_after_warm_up=None,
+        counters_at_close=at_end,
+        counters_at_end=at_end,
+        counted_seconds=20.0,
+        eval_before=None,
+        eval_after=None,
+        weights_version=60,
+        finished=True,
+        resumed_from_step=40,
+        wall_seconds=25.0,
+        training_seconds=20.0,
+    )
+    resumed.close()
+
+    summary = json.loads(path.read_text())
+    assert summary["tokens_per_s_generated"] == 6000.0
+    assert (summary["steps"], summary["resumed_from_step"]) == (60, 40)
+    assert (summary["tokens_generated"], summary["tokens_trained"]) == (360_000, 180_000)
+    assert (summary["wall_seconds"], summary["generation_idle_fraction"]) == (25.0, 0.1)

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from areal_like.config import Config, TrainerConfig
 from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
+from tests.support.full_state import gather_full_state
 from tests.support.trainer_helpers import dense_logprobs, random_groups, run_ranks, write_model
 from tests.support.trainer_ranks import DTYPES, SHARES, last_gradient, make_runner
 from trainer.advantages import ADVANTAGES, Advantage, DrGrpo
@@ -24,7 +25,6 @@ from trainer.batching.packing import TrainingSample, collate
 from trainer.batching.scope import Scope
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy, build_policy
-from trainer.models.sharded_weights import gather_full_state
 from trainer.objectives import Need, Reinforce, SampledTokens, StepStats, TokenLosses
 from trainer.objectives.normalizers import Normalizer
 from trainer.optimizer import ShardedAdamW

@@ -1,13 +1,8 @@
-"""One rank's connection to the buffer (or its shards), seen from the training thread.
+"""One rank's client of the buffer (all its shards), for the training thread.
 
-The training thread is inside torch most of the time, so a thread of its own runs the event loop: heartbeats, the HTTP plane, group
-prefetch, and (rank 0) the publisher. The training thread meets it only through `call`, `groups` and the flags here.
-
-    LINKED -> troubled (silent, or its disk is full) -> LINKED
-       |         | (restarted: hello, then every request that waits is asked again)
-       +---------+-> lost (silent for `trainer.buffer_timeout_s`, or a newer incarnation took over) -> every wait raises
-
-Time in trouble does not count against the timeouts of requests: they wait for a buffer that comes back.
+The training thread is inside torch most of the time, so the client runs an event loop in a thread of its own
+for the heartbeats, the HTTP server, the prefetch of groups and (on rank 0) the publisher. The training thread
+meets that loop only through `call`, `groups` and the flags of the client.
 """
 
 from __future__ import annotations
@@ -38,21 +33,29 @@ from areal_like.wire.fingerprint import (
 from areal_like.wire.messages.consumer import Directory, Fetch, Group, TrainerHeartbeat
 from areal_like.wire.messages.hello import Goodbye, Hello, Role
 from trainer.buffer_client.connection import Connection
-from trainer.buffer_client.shards import ask_buffers
+from trainer.buffer_client.shards import call_shards
 
 log = logging.getLogger(__name__)
 
-_ASK_AGAIN_S = 20.0
+_RESEND_AFTER_S = 20.0
 _POLL_S = 0.25
-"""How often a blocked training thread looks whether the link was lost or a stop was asked for."""
+"""Interval at which a blocked training thread checks for a lost buffer or a requested stop."""
 
 
 class StopRequestedError(ArealError):
-    """A drain began while the training thread waited for something that it can do without."""
+    """A drain began while the training thread waited for something that is not needed for it."""
 
 
-class BufferLink:
-    """Use with `with`; all methods are for the training thread."""
+class TrainerBufferClient:
+    """A context manager; all methods are for the training thread unless they say otherwise.
+
+        CONNECTED -> IN TROUBLE (the buffer is silent, or its disk is full) -> CONNECTED
+            |          | (the buffer was restarted: hello again, then every pending request again)
+            +----------+-> LOST (silent for `trainer.buffer_timeout_s`, or a newer incarnation of this rank
+                           has registered) -> every wait raises
+
+    Time in trouble does not count against the timeouts of requests: they wait for the buffer to come back.
+    """
 
     def __init__(self, config: Config, *, rank: int, world_size: int, device: str, incarnation: int) -> None:
         self.config = config
@@ -65,32 +68,34 @@ class BufferLink:
         self.stop_requested = threading.Event()
         """Set by a signal, never cleared."""
         self.give_up = threading.Event()
-        """Set when a draining trainer has waited long enough for its step to fill: `groups` ends early."""
+        """Set when a draining trainer has waited long enough for its step's groups: `groups` ends early."""
         self.on_directory: Callable[[], None] = lambda: None
-        """Called in the link's loop when the directory changed."""
+        """Called in the client's loop when the directory of rollout servers changed."""
         self.device = device
         self.incarnation = incarnation
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="link", daemon=True)
+        self._thread = threading.Thread(target=self._loop.run_forever, name="buffer-client", daemon=True)
         self._lost: ArealError | None = None
         self._fetches: dict[tuple[int, int], concurrent.futures.Future[Any]] = {}
+        """(step, position) -> group that was requested and not used yet."""
         self._troubled_s = 0.0
+        """Total time in trouble so far."""
         self.runtime: Runtime
         self._buffers: list[Connection] = []
-        """In order of shards."""
+        """In the order of shards."""
         self._heartbeat: asyncio.Task[None]
 
     def __enter__(self) -> Self:
         self._thread.start()
         try:
             self.run(self._open(), name="buffer (hello)", timeout_s=60.0, may_stop=True)
-        except BaseException:  # whatever ended the opening, the loop's thread must not outlive it
+        except BaseException:  # whatever ended it, a signal included: the loop's thread must not stay
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *exc: object) -> None:
-        # Not through run(): the link may be lost, and closing must work all the same.
+        # Not through run(), which raises if the buffer is lost.
         asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(timeout=10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=5)
@@ -103,7 +108,7 @@ class BufferLink:
         return range(self.rank, self.config.trainer.groups_per_step, self.world_size)
 
     def call(self, message: Any, *, timeout_s: float) -> Any:
-        """Request and answer. Raises as `Link.call`, or when the link is lost."""
+        """Sends a request and returns the reply. Raises as `Link.call`, or when the buffer is lost."""
         return self.run(
             self.call_async(message, timeout_s=timeout_s),
             name=type(message).__name__,
@@ -111,77 +116,83 @@ class BufferLink:
         )
 
     async def call_async(self, message: Any, *, timeout_s: float) -> Any:
-        """`call` for coroutines in the link's own loop."""
-        return await ask_buffers(
-            message, [functools.partial(self._ask_one, buffer, timeout_s) for buffer in self._buffers]
+        """`call` for coroutines in the client's own loop."""
+        return await call_shards(
+            message, [functools.partial(self._call_shard, buffer, timeout_s) for buffer in self._buffers]
         )
 
-    async def _ask_one(self, buffer: Connection, timeout_s: float, message: Any) -> Any:
-        """Asks again now and then: an answer may have been lost with a connection."""
-        deadline_s = self._patient_s() + timeout_s
+    async def _call_shard(self, buffer: Connection, timeout_s: float, message: Any) -> Any:
+        """Resends the request now and then: a reply may have been lost with a connection."""
+        deadline_s = self._untroubled_time_s() + timeout_s
         while True:
             try:
-                return await buffer.call(
-                    message, timeout_s=min(_ASK_AGAIN_S, max(0.0, deadline_s - self._patient_s()))
-                )
+                left_s = max(0.0, deadline_s - self._untroubled_time_s())
+                return await buffer.call(message, timeout_s=min(_RESEND_AFTER_S, left_s))
             except DeadlineError:
-                if self._patient_s() >= deadline_s:
+                if self._untroubled_time_s() >= deadline_s:
                     raise
-            # One that cannot write has the question, and would keep an answer for each time that it is asked.
+            # A buffer that is out of disk queues one reply per resend, so do not resend.
             while buffer.is_stuck:
                 await asyncio.sleep(_POLL_S)
 
-    def _patient_s(self) -> float:
-        """A clock that stands still while a buffer is in trouble. From any thread."""
+    def _untroubled_time_s(self) -> float:
+        """A clock that stops while a buffer is in trouble. From any thread."""
         return time.monotonic() - self._troubled_s
 
     def submit_call(self, message: Any, *, timeout_s: float) -> concurrent.futures.Future[Any]:
-        """`call` without waiting."""
+        """Sends a request; the reply is the future's result."""
         return self.submit(self.call_async(message, timeout_s=timeout_s))
 
     def fail(self, error: ArealError) -> None:
-        """Ends every wait of the training thread with `error`: something that the link's loop does for it cannot go on."""
+        """Makes every wait of the training thread raise `error`.
+
+        For tasks in the client's loop that cannot go on.
+        """
         self._lost = self._lost or error
 
     def submit(self, coroutine: Coroutine[Any, Any, Any]) -> concurrent.futures.Future[Any]:
-        """Starts a coroutine in the link's loop."""
+        """Starts a coroutine in the client's loop."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def run(
         self, coroutine: Coroutine[Any, Any, Any], *, name: str, timeout_s: float, may_stop: bool = False
     ) -> Any:
-        """Runs a coroutine in the link's loop and waits for it."""
+        """Runs a coroutine in the client's loop and waits for it as `wait` does."""
         return self.wait(self.submit(coroutine), name=name, timeout_s=timeout_s, may_stop=may_stop)
 
     def wait(
         self, future: concurrent.futures.Future[Any], *, name: str, timeout_s: float, may_stop: bool = False
     ) -> Any:
-        """Waits for a future of `submit`, but not for a lost buffer; with `may_stop` raises StopRequestedError when a drain begins."""
-        deadline_s = self._patient_s() + timeout_s
+        """Waits for a future of `submit`. Raises DeadlineError, or the error of a lost buffer.
+
+        `name`: of the wait, for error messages. `may_stop`: raises StopRequestedError when a drain begins.
+        """
+        deadline_s = self._untroubled_time_s() + timeout_s
         while True:
             try:
                 return future.result(timeout=_POLL_S)
             except concurrent.futures.TimeoutError:
-                if future.done():  # since then, or with a timeout of its own
+                if future.done():  # finished just now, or failed with a TimeoutError of its own
                     return future.result()
             if self._lost is not None:
                 raise self._lost
             if may_stop and self.stop_requested.is_set():
                 future.cancel()
                 raise StopRequestedError(f"draining while waiting for {name}")
-            if self._patient_s() > deadline_s:
+            if self._untroubled_time_s() > deadline_s:
                 future.cancel()
                 raise DeadlineError(f"waited {timeout_s:g} s for {name}")
 
     def groups(self, step: int) -> Iterator[Group]:
         """This rank's groups of a step in recorded order, each as soon as the buffer has recorded it.
 
-        The next step's groups are asked for ahead, so that they travel while this one trains. Ends early only after `give_up`.
+        The next step's groups are requested too, so that they arrive while this step trains. Ends early only
+        after `give_up`.
         """
         for ahead in (step, step + 1):
             if ahead < self.config.trainer.num_steps:
                 for position in self.positions:
-                    self._ask(ahead, position)
+                    self._request_group(ahead, position)
         for position in self.positions:
             future = self._fetches[step, position]
             with self.runtime.waits(f"buffer: group {position} of step {step}"):
@@ -191,7 +202,7 @@ class BufferLink:
             del self._fetches[step, position]
             yield group
 
-    def _ask(self, step: int, position: int) -> None:
+    def _request_group(self, step: int, position: int) -> None:
         if (step, position) not in self._fetches:
             self._fetches[step, position] = self.submit(self._fetch(Fetch(step=step, position=position)))
 
@@ -203,16 +214,17 @@ class BufferLink:
     def _wait_group(
         self, future: concurrent.futures.Future[Any], *, step: int, position: int
     ) -> Group | None:
-        deadline_s = self._patient_s() + self.config.trainer.fetch_timeout_s
+        deadline_s = self._untroubled_time_s() + self.config.trainer.fetch_timeout_s
         while not future.done():
             if self._lost is not None:
                 raise self._lost
             if self.give_up.is_set():
                 return None
-            if self._patient_s() > deadline_s:
+            if self._untroubled_time_s() > deadline_s:
+                servers = [(s.name, s.state, s.weights_version) for s in self.directory.servers]
                 raise DeadlineError(
-                    f"no group {position} of step {step} within trainer.fetch_timeout_s={self.config.trainer.fetch_timeout_s:g}: "
-                    f"servers {[(s.name, s.state, s.weights_version) for s in self.directory.servers]}"
+                    f"no group {position} of step {step} within "
+                    f"trainer.fetch_timeout_s={self.config.trainer.fetch_timeout_s:g}: servers {servers}"
                 )
             concurrent.futures.wait([future], timeout=_POLL_S)
         group: Group = future.result()
@@ -235,7 +247,7 @@ class BufferLink:
             self._buffers.append(connection)
         with self.runtime.waits("buffer: welcome"):
             await asyncio.gather(*(buffer.register(timeout_s=55.0) for buffer in self._buffers))
-        self._heartbeat = asyncio.create_task(self._beat(), name="heartbeat")
+        self._heartbeat = asyncio.create_task(self._send_heartbeats(), name="heartbeat")
         self._heartbeat.add_done_callback(self._on_heartbeat_end)
 
     async def _close(self) -> None:
@@ -245,7 +257,7 @@ class BufferLink:
             self._heartbeat.cancel()
             if self._lost is None:
                 goodbyes = (buffer.call(Goodbye(stats=self.stats), timeout_s=2.0) for buffer in self._buffers)
-                with contextlib.suppress(ArealError):  # we leave all the same
+                with contextlib.suppress(ArealError):  # a courtesy: the trainer leaves in any case
                     await asyncio.gather(*goodbyes)
         for buffer in self._buffers:
             buffer.close()
@@ -269,14 +281,14 @@ class BufferLink:
             world_size=self.world_size,
         )
 
-    async def _beat(self) -> None:
+    async def _send_heartbeats(self) -> None:
         while True:
             for buffer in self._buffers:
                 buffer.send(TrainerHeartbeat(state=self.state, step=self.step, stats=self.stats))
-            beaten_s = self._loop.time()
+            sent_s = self._loop.time()
             await asyncio.sleep(self.config.daemon.heartbeat_s)
             if any(buffer.is_troubled for buffer in self._buffers):
-                self._troubled_s += self._loop.time() - beaten_s
+                self._troubled_s += self._loop.time() - sent_s
             for buffer in self._buffers:
                 if buffer.silent_s > self.config.trainer.buffer_timeout_s:
                     self.fail(
@@ -286,7 +298,8 @@ class BufferLink:
                     )
 
     def _on_heartbeat_end(self, task: asyncio.Task[None]) -> None:
-        # Nobody awaits it, and without it the buffer takes us for dead while we train on.
+        # Nobody awaits this task, and without heartbeats the buffer would give up a trainer that goes on
+        # training.
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("the heartbeat ended", exc_info=error)
             self.fail(ArealError(f"no more heartbeats are sent: {type(error).__name__}: {error}"))

@@ -1,16 +1,16 @@
-"""All buffers of a job (`buffer.num_shards`) as the one that the rest of the trainer talks to.
+"""Makes one buffer out of all the buffers of a job (`buffer.num_shards`), for the rest of the trainer.
 
-| what | goes to |
+| request | goes to |
 |---|---|
-| a group of a step | the shard whose place it is |
-| where training starts, steps, commits, the bound on lag, admission | every shard |
-| a version | the first shard gives it out; every other has adopted it before anybody is sent its weights |
-| evaluations, the directory of servers | the first shard |
-| books, the state of the stream | every shard; merged here |
+| Fetch (one group of a step) | the shard that fills that position of the step |
+| StartTraining, CompleteStep, CommitStep, SetMaxStaleness, CloseAdmission | every shard |
+| AllocVersion | the first shard allocates; all others adopt the version before any server gets its weights |
+| RequestEval | the first shard, which also sends the directory of servers |
+| GetRunCounters, GetStreamState | every shard; the replies are merged here |
 
-What every shard has to answer waits for the last of them: a shard that is away stalls the step. The others go on and fill their own places,
-which is all that their budgets allow. Nothing is undone when one answers and another does not: every request is idempotent, and it is asked
-again, also by the trainer that comes next.
+A request to every shard waits for the last reply, so a shard that is away stalls the step. The others go on
+and fill their own positions, as far as their budgets allow. If one shard replies and another does not,
+nothing is undone: every request is idempotent and is sent again, also by the next trainer.
 """
 
 from __future__ import annotations
@@ -39,50 +39,54 @@ from areal_like.wire.messages.consumer import (
 from areal_like.wire.messages.hello import Goodbye
 
 Stream = dict[str, int | list[int]]
-Ask = Callable[[Any], Awaitable[Any]]
+Call = Callable[[Any], Awaitable[Any]]
 
-_SEEN_BY_ALL = ("tokens_generated", "generation_busy_s", "generation_idle_s", "max_trained_lag")
-"""Counters that are no sums: what servers tell every shard of themselves, and a maximum."""
+_MERGED_BY_MAX = ("tokens_generated", "generation_busy_s", "generation_idle_s", "max_trained_lag")
+"""Counters that must not be added up: every server reports the same figures to every shard, and one is a
+maximum."""
 _MEANS = {
     "mean_trained_lag": "samples_trained",
     "mean_trained_token_lag": "tokens_trained",
     "mean_trained_sample_tokens": "samples_trained",
     "mean_dropped_sample_tokens": "samples_dropped",
 }
-"""Counters that are means -> what they are means over."""
+"""Counter that is a mean -> the counter of what it is a mean over."""
 
 
-async def ask_buffers(message: Any, asks: Sequence[Ask]) -> Any:
-    """The job's answer to a request. `asks`: how to ask each shard, in order. Raises what any of them does."""
-    first, *others = asks
+async def call_shards(message: Any, calls: Sequence[Call]) -> Any:
+    """The job's reply to a request.
+
+    `calls`: sends a request to each shard, in order. Raises what any of them raises.
+    """
+    first, *others = calls
     match message:
         case Fetch():
-            return await asks[Shard.of(message.position, count=len(asks)).index](message)
+            return await calls[Shard.of(message.position, count=len(calls)).index](message)
         case AllocVersion():
             granted: VersionGranted = await first(message)
-            await _all(ask(AdoptVersion(version=granted.version, step=message.step)) for ask in others)
+            await _all(call(AdoptVersion(version=granted.version, step=message.step)) for call in others)
             return granted
         case StartTraining():
-            streams = split_stream(message.stream, num_shards=len(asks))
+            streams = split_stream(message.stream, num_shards=len(calls))
             welcomes = await _all(
-                ask(StartTraining(step=message.step, stream=part))
-                for ask, part in zip(asks, streams, strict=True)
+                call(StartTraining(step=message.step, stream=part))
+                for call, part in zip(calls, streams, strict=True)
             )
             return welcomes[0]
         case CompleteStep() | SetMaxStaleness() | CommitStep() | CloseAdmission() | Goodbye():
-            return (await _all(ask(message) for ask in asks))[0]
+            return (await _all(call(message) for call in calls))[0]
         case GetStreamState():
             return StreamState(
-                stream=merge_streams([state.stream for state in await _all(ask(message) for ask in asks)])
+                stream=merge_streams([state.stream for state in await _all(call(message) for call in calls)])
             )
         case GetRunCounters():
-            return merge_run_counters(await _all(ask(message) for ask in asks))
+            return merge_run_counters(await _all(call(message) for call in calls))
         case _:
             return await first(message)
 
 
 def merge_streams(streams: Sequence[Stream]) -> Stream:
-    """One mapping for a checkpoint, from which `split_stream` makes the shards' own again."""
+    """Merges the shards' stream states into one for a checkpoint; `split_stream` is the inverse."""
     if len(streams) == 1:
         return streams[0]
     merged: Stream = {
@@ -92,7 +96,10 @@ def merge_streams(streams: Sequence[Stream]) -> Stream:
 
 
 def split_stream(stream: Stream, *, num_shards: int) -> list[Stream]:
-    """What each shard said. Raises RefusedError when they were not so many."""
+    """The stream state of each shard.
+
+    Raises RefusedError if the checkpoint was made with another number of shards.
+    """
     were = stream.get("num_shards", 1)
     if stream and were != num_shards:
         raise RefusedError(
@@ -108,28 +115,27 @@ def split_stream(stream: Stream, *, num_shards: int) -> list[Stream]:
     return parts
 
 
-def merge_run_counters(books: Sequence[RunCounters]) -> RunCounters:
-    """The account of the whole job."""
-    every = [one.counters for one in books]
-    counters = {name: sum(one[name] for one in every) for name in every[0]}
-    counters |= {name: max(one[name] for one in every) for name in _SEEN_BY_ALL}
+def merge_run_counters(parts: Sequence[RunCounters]) -> RunCounters:
+    """The counters of the whole job."""
+    each = [part.counters for part in parts]
+    counters = {name: sum(part[name] for part in each) for name in each[0]}
+    counters |= {name: max(part[name] for part in each) for name in _MERGED_BY_MAX}
     for name, over in _MEANS.items():
-        counters[name] = (
-            sum(one[name] * one[over] for one in every) / counters[over] if counters[over] else 0.0
-        )
+        total = sum(part[name] * part[over] for part in each)
+        counters[name] = total / counters[over] if counters[over] else 0.0
     return RunCounters(
-        tickets=add_up(one.tickets for one in books),
-        drops=add_up(one.drops for one in books),
+        tickets=add_up(part.tickets for part in parts),
+        drops=add_up(part.drops for part in parts),
         counters=counters,
     )
 
 
 async def _all(requests: Iterable[Awaitable[Any]]) -> list[Any]:
-    """Every answer. What any of them raises is raised when all have ended; several refusals are one."""
-    answers = await asyncio.gather(*requests, return_exceptions=True)
-    errors = [answer for answer in answers if isinstance(answer, BaseException)]
+    """All replies. Raises the first error when all requests have ended; several refusals become one."""
+    replies = await asyncio.gather(*requests, return_exceptions=True)
+    errors = [reply for reply in replies if isinstance(reply, BaseException)]
     if len(errors) > 1 and all(isinstance(error, RefusedError) for error in errors):
         raise RefusedError("; ".join(dict.fromkeys(map(str, errors))))
     for error in errors:
         raise error
-    return answers
+    return replies

@@ -1,4 +1,4 @@
-"""How a process becomes a rank: its device, and the process group that it joins."""
+"""The device of a trainer rank, and the default process group that it joins."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from trainer.distributed.spawn import STORE_FD
 
 
 def join_ranks(config: Config, device: torch.device) -> None:
-    """Makes the default process group: alone, among the ranks that `python -m trainer` started, or among torchrun's."""
+    """Creates the default process group: of this process alone, of `spawn.py`'s ranks, or of torchrun's."""
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     timeout = timedelta(seconds=config.trainer.collective_timeout_s)
     if "RANK" not in os.environ:
-        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        alone = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, timeout=timeout, store=alone, rank=0, world_size=1)
     elif (listen_fd := os.environ.get(STORE_FD)) is not None:
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         store = dist.TCPStore(  # type: ignore[attr-defined]
@@ -28,7 +29,7 @@ def join_ranks(config: Config, device: torch.device) -> None:
             rank == 0,
             timeout,
             wait_for_workers=False,
-            # Bound by our parent: torch itself would listen on every interface.
+            # Bound to loopback by the parent process: torch itself would listen on every interface.
             master_listen_fd=int(listen_fd) if rank == 0 else None,
         )
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
@@ -37,15 +38,15 @@ def join_ranks(config: Config, device: torch.device) -> None:
 
 
 def device_of(config: Config) -> torch.device:
-    """Where this rank computes. Raises ConfigError when it is not there."""
+    """The device of this rank. Raises ConfigError if this machine does not have it."""
     if config.trainer.device == "cpu":
         return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     index = int(config.trainer.device.partition(":")[2] or 0) + local_rank
     if index >= torch.cuda.device_count():
         raise ConfigError(
-            f"trainer.device={config.trainer.device}: rank {local_rank} of this machine wants GPU {index}, and "
-            f"{torch.cuda.device_count()} are visible"
+            f"trainer.device={config.trainer.device}: rank {local_rank} of this machine needs GPU "
+            f"{index}, and {torch.cuda.device_count()} are visible"
         )
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)

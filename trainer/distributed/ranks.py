@@ -1,9 +1,10 @@
-"""This rank among all: its device, the mesh, and the few control collectives of a step.
+"""This rank of the trainer: its number, device and mesh, and the small control collectives of a step.
 
-The default process group is the caller's to make (`gloo`, or `cpu:gloo,cuda:nccl` on GPUs): parameters and gradients travel by its
-device's backend, the small control messages (is there another micro-batch, counts, metrics) are CPU tensors and so travel by gloo,
-where they never wait behind a kernel. Control messages have a group of their own: a rank that has its data waits in one for another that
-is still fetching, rightly for as long as that may take, while in the collectives of a forward nobody should be late.
+The caller creates the default process group (`gloo`, or `cpu:gloo,cuda:nccl` on GPUs). Parameters and
+gradients travel over the backend of the device. The control messages (is there another micro-batch, counts,
+metrics) are CPU tensors and travel over gloo, so that they never wait behind a kernel. They have a process
+group of their own because of its timeout: a rank that has its data may have to wait long for one that is
+still fetching, while no rank should be late in the collectives of a forward.
 """
 
 from __future__ import annotations
@@ -19,26 +20,33 @@ from torch.distributed.device_mesh import init_device_mesh
 class Ranks:
     """Every method is collective: all ranks call it in the same order."""
 
-    def __init__(self, *, device: torch.device | str = "cpu", patience_s: float | None = None) -> None:
-        """Needs the default process group. `patience_s`: longest wait of a control message; None: as the default group's."""
+    def __init__(self, *, device: torch.device | str = "cpu", control_timeout_s: float | None = None) -> None:
+        """Needs the default process group.
+
+        `control_timeout_s`: of a control collective; None: the default group's.
+        """
         self.device = torch.device(device)
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.mesh = init_device_mesh(self.device.type, (self.world_size,))
         self._control: dist.ProcessGroup | None = None
-        if patience_s is not None and self.world_size > 1:
-            self._control = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience_s))
+        if control_timeout_s is not None and self.world_size > 1:
+            timeout = timedelta(seconds=control_timeout_s)
+            self._control = dist.new_group(backend="gloo", timeout=timeout)
 
     @classmethod
     def alone(cls) -> Ranks:
-        """One rank on the CPU without torchrun or a port: makes the default group if there is none. For benchmarks and tests."""
+        """One rank on the CPU, without torchrun and without a port, for benchmarks and tests.
+
+        Creates the default process group if there is none.
+        """
         if not dist.is_initialized():
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group("gloo", timeout=timedelta(seconds=60), store=store, rank=0, world_size=1)
         return cls()
 
     def meet(self) -> None:
-        """Waits for every rank."""
+        """Barrier: waits for every rank."""
         if self.world_size > 1:
             dist.barrier(self._control)
 
@@ -51,7 +59,7 @@ class Ranks:
         return bool(votes)
 
     def agree(self, number: int) -> int:
-        """Rank 0's number."""
+        """Returns rank 0's number on every rank."""
         if self.world_size == 1:
             return number
         shared = torch.tensor([number])

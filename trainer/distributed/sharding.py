@@ -1,4 +1,4 @@
-"""Whole gradients into the shards that FSDP2's optimizer step reads, for those who do not let autograd accumulate them."""
+"""Puts full gradients into FSDP2's shards, for estimators that do not use autograd's accumulation."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def reshard(model: nn.Module) -> None:
-    """Puts the sharded parameters back on every module that a forward without a backward left whole."""
+    """Reshards every module: a forward without a backward leaves the parameters unsharded."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def reduced(param: nn.Parameter, whole: Tensor) -> Tensor:
-    """This rank's shard, in the parameter's dtype, of the sum over ranks of `whole`: their parts of its full gradient. Collective."""
+    """Sums the ranks' parts of a parameter's full gradient; returns this rank's shard of the sum.
+
+    `whole`: this rank's part. The result has the parameter's dtype. Collective.
+    """
     whole = whole.to(param.dtype)
     if not isinstance(param, DTensor) or param.device_mesh.size() == 1:
         return whole
@@ -29,7 +32,7 @@ def reduced(param: nn.Parameter, whole: Tensor) -> Tensor:
 
 
 def add_gradient(param: nn.Parameter, shard: Tensor) -> None:
-    """Adds to `param.grad` what `reduced` returned."""
+    """Adds `shard`, as `reduced` returned it, to `param.grad`."""
     if param.grad is not None:
         grad = param.grad.to_local() if isinstance(param.grad, DTensor) else param.grad
         grad.add_(shard)

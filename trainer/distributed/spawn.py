@@ -1,7 +1,8 @@
-"""Starts the ranks of one machine: `torchrun` without its rendezvous, which listens on every interface and unpickles what it is sent.
+"""Starts all trainer ranks of one machine, in place of `torchrun`.
 
-The ranks meet at a store whose socket we bind to loopback and hand to rank 0. SIGTERM and SIGINT are passed on; when one rank fails the
-others are told to end. Several machines need torchrun itself.
+torchrun's rendezvous listens on every interface and unpickles what it receives. Here the ranks meet at a
+store whose socket this process binds to loopback and passes to rank 0. SIGTERM and SIGINT are passed on to
+the ranks; when one rank fails the others get SIGTERM. A job on several machines needs torchrun itself.
 """
 
 from __future__ import annotations
@@ -15,14 +16,18 @@ import time
 from collections.abc import Sequence
 
 STORE_FD = "AREAL_LIKE_STORE_FD"
-"""Environment variable of ranks that we started: rank 0 finds the number of its store's listening socket there, the others -1."""
+"""Environment variable of the ranks: the file descriptor of the store's listening socket for rank 0, -1 for
+others."""
 _POLL_S = 0.05
-_FAREWELL_S = 10.0
-"""How long the other ranks get to end when one has failed."""
+_TERMINATE_S = 10.0
+"""Time that the other ranks get to end after one has failed, before they are killed."""
 
 
 def start_ranks(argv: Sequence[str], *, world_size: int, module: str = "trainer") -> int:
-    """Runs `python -m MODULE` once a rank; returns the exit code of the first rank that failed (128 + N if signal N killed it), else 0."""
+    """Runs `python -m MODULE` once for each rank.
+
+    Returns 0, or the exit code of the first rank that failed (128 + N if signal N killed it).
+    """
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
         ranks = [
@@ -41,7 +46,7 @@ def start_ranks(argv: Sequence[str], *, world_size: int, module: str = "trainer"
     while any(rank.poll() is None for rank in ranks):
         if not failed and any(rank.poll() for rank in ranks):
             failed = _first_failure(ranks)
-            end_by_s = time.monotonic() + _FAREWELL_S
+            end_by_s = time.monotonic() + _TERMINATE_S
             pass_on(signal.SIGTERM, None)
         if time.monotonic() > end_by_s:
             for rank in ranks:
@@ -52,23 +57,26 @@ def start_ranks(argv: Sequence[str], *, world_size: int, module: str = "trainer"
 
 
 def _first_failure(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Exit code of a rank that failed, 0 if none has. One that was killed goes before others, whose connections to it broke."""
+    """Exit code of a rank that failed; 0 if none has.
+
+    A rank that was killed (negative code) comes first: the others fail because their connections to it broke.
+    """
     return min((code for rank in ranks if (code := rank.poll())), key=lambda code: code > 0, default=0)
 
 
 def _start_rank(
     rank: int, world_size: int, command: Sequence[str], *, port: int, listening: socket.socket
 ) -> subprocess.Popen[bytes]:
-    place = {
+    variables = {
         "RANK": rank,
         "LOCAL_RANK": rank,
         "WORLD_SIZE": world_size,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
     }
-    environment = os.environ | {key: str(value) for key, value in place.items()}
+    environment = os.environ | {key: str(value) for key, value in variables.items()}
     if sys.platform == "linux":
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    handed = [listening.fileno()] if rank == 0 else []
-    environment[STORE_FD] = str(handed[0] if handed else -1)
-    return subprocess.Popen([sys.executable, "-m", *command], env=environment, pass_fds=handed)
+    inherited = [listening.fileno()] if rank == 0 else []
+    environment[STORE_FD] = str(inherited[0] if inherited else -1)
+    return subprocess.Popen([sys.executable, "-m", *command], env=environment, pass_fds=inherited)

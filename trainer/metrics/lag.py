@@ -1,4 +1,4 @@
-"""How stale the samples of one step are: counted by every rank, added up over all."""
+"""The staleness of one step's samples: counted on every rank, summed over all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from trainer.distributed.ranks import Ranks
 
 
 class LagTally:
-    """Samples of one step by lag: the step's index minus the step of their oldest masked-in token's weights."""
+    """Counts the samples of one step by lag: the step minus the weights' step of their oldest trained
+    token."""
 
     def __init__(self, max_staleness: int) -> None:
         self._num_by_lag = torch.zeros(max_staleness + 1, dtype=torch.int64)
@@ -22,7 +23,7 @@ class LagTally:
         self._step = 0
 
     def counted(self, group: Group) -> list[Trajectory]:
-        """Counts a group and passes its trajectories on. The buffer's promise is checked here, where it matters."""
+        """Counts a group and returns its trajectories. Asserts that the buffer kept the staleness bound."""
         self._step = group.step
         self._steps |= {
             t.oldest_version: step for t, step in zip(group.trajectories, group.version_steps, strict=True)
@@ -36,10 +37,10 @@ class LagTally:
         return group.trajectories
 
     def of_tokens(self, trajectory: Trajectory) -> NDArray[np.int64]:
-        """Lag [num_tokens] of each token of a counted trajectory; 0 where none was sampled.
+        """Lag in steps of a counted trajectory's tokens, int64 [num_tokens]; 0 where not sampled.
 
-        The buffer says which step the oldest version belongs to. A version after it is taken to be one step younger, which is so unless
-        the trainer was restarted or pushes failed between the two.
+        The buffer sends the step of the oldest version only. Each later version is taken to be one step
+        newer, which is wrong only if the trainer was restarted or a push failed between the two.
         """
         oldest = trajectory.oldest_version
         steps = self._steps[oldest] + trajectory.versions.astype(np.int64) - oldest

@@ -1,4 +1,4 @@
-"""Where the time of one step went."""
+"""Seconds of one optimizer step by phase, for its metrics."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 class PhaseTimer:
-    """Seconds by phase."""
+    """Adds up wall time by phase, from its creation on."""
 
     def __init__(self, phases: Iterable[str]) -> None:
-        """`phases`: those that are reported even if no time was spent in them."""
+        """`phases`: all names; a phase in which no time was spent is reported as 0."""
         self._start = time.perf_counter()
         self._spent = dict.fromkeys(phases, 0.0)
 
@@ -39,5 +39,5 @@ class PhaseTimer:
             yield item
 
     def seconds(self) -> dict[str, float]:
-        """Phases, and `step_s` since the beginning."""
+        """Seconds of each phase, and `step_s` since the creation."""
         return {**self._spent, "step_s": time.perf_counter() - self._start}

@@ -1,4 +1,4 @@
-"""The trainer's Prometheus series (rank 0)."""
+"""The trainer's Prometheus metrics (rank 0)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ _GAUGES = {
     "log_w_std": "Standard deviation of the same",
     "kl_k3": "KL(mu || pi), k3 estimator",
     "entropy": "Mean entropy of sampled tokens in nats",
-    "mismatch_abs": "Mean |log pi/mu| of tokens sampled by the current weights, the last time there were any: numerical mismatch",
+    "mismatch_abs": "Mean |log pi/mu| of tokens sampled by the current weights, the last time there were "
+    "any: numerical mismatch",
     "clipped_fraction": "Share of tokens whose weight or loss the objective has cut",
     "kept_fraction": "Share of tokens that masks have left to learn from",
     "response_tokens": "Mean sampled tokens of a sample",
@@ -37,7 +38,7 @@ _GAUGES = {
 
 
 class TrainerSeries:
-    """Registers everything at once, so that each series exists from the start."""
+    """Registers all series when it is created, so that each exists, at zero, from the start."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._gauges = {name: metrics.gauge(f"trainer_{name}", doc) for name, doc in _GAUGES.items()}
@@ -67,7 +68,7 @@ class TrainerSeries:
         self._eval = metrics.gauge("trainer_eval_reward", "Mean held-out greedy reward")
 
     def stepped(self, step: int, row: dict[str, Any]) -> None:
-        """After a step: its metrics row."""
+        """Updates the series after optimizer step `step`. `row`: its metrics."""
         self._step.set(step + 1)
         for name, gauge in self._gauges.items():
             value = row.get(name)
@@ -79,7 +80,7 @@ class TrainerSeries:
         self._seconds.labels("work").inc(max(0.0, row["step_s"] - row["wait_data_s"]))
 
     def pushed(self, report: PushReport) -> None:
-        """After a push."""
+        """Updates the series after a push of weights."""
         self._pushes.labels("ok" if report.num_activated else "failed").inc()
         self._push_bytes.inc(report.num_bytes)
         self._push_seconds.observe(report.seconds)
@@ -89,5 +90,5 @@ class TrainerSeries:
             self._version.set(report.version)
 
     def evaluated(self, reward: float) -> None:
-        """After an evaluation."""
+        """Updates the held-out reward after an evaluation."""
         self._eval.set(reward)

@@ -1,4 +1,7 @@
-"""What a run leaves to be read: `metrics.jsonl`, one object an optimizer step, and `summary.json` at its end. Rank 0 only."""
+"""The result files of a run: `metrics.jsonl`, one JSON object per optimizer step, and `summary.json`.
+
+Rank 0 only.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +17,17 @@ from areal_like.paths import write_json
 from areal_like.wire.messages.consumer import RunCounters
 
 WARM_UP_STEPS = 10
-"""Steps whose waiting does not count as idleness: the pipeline is filling."""
+"""First steps of a run, left out of the idle fractions: the pipeline is still filling."""
 
-
-_RENAMED = {"reward": "reward_mean", "wait_s": "wait_data_s", "response_tokens": "response_length_mean"}
+_ROW_NAMES = {"reward": "reward_mean", "wait_s": "wait_data_s", "response_tokens": "response_length_mean"}
+"""Name in the metrics of `StepRunner.run` -> name in metrics.jsonl, where it differs."""
 
 
 def step_row(step: int, metrics: dict[str, Any]) -> dict[str, Any]:
-    """The line of one optimizer step, from what `StepRunner.run` returned."""
+    """The row of one optimizer step, from the metrics that `StepRunner.run` returned."""
     num_tokens = round(metrics["response_tokens"] * metrics["num_sequences"])
     row = {"step": step, "time_unix_s": round(time.time(), 3)} | {
-        _RENAMED.get(name, name): value for name, value in metrics.items()
+        _ROW_NAMES.get(name, name): value for name, value in metrics.items()
     }
     return row | {
         "tokens_trained": num_tokens,
@@ -33,8 +36,8 @@ def step_row(step: int, metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Account:
-    """What the rows of a run come to. Means are of the known values; None where there are none."""
+class RunTotals:
+    """Totals and means over the rows of a run. Unknown values are left out; None if all are unknown."""
 
     num_steps: int
     reward_first: float | None
@@ -45,13 +48,13 @@ class Account:
     """Over the last tenth."""
     tokens_trained: int
     trainer_idle_fraction: float | None
-    """Part of the steps' time, those of the warm-up left out, in which the trainer waited for data."""
+    """Share of the steps' time in which the trainer waited for data, without the warm-up."""
 
 
 class MetricsFile:
-    """Appends step metrics; on resume drops the lines of steps that will be trained again.
+    """Appends the rows of steps; on a resume drops the rows of steps that will be trained again.
 
-    The file is the only memory of the rows, which may be millions: what is said of all of them is read from it once, at the end.
+    Rows are not kept in memory, as there may be millions: `totals` reads them from the file at the end.
     """
 
     def __init__(self, path: Path, *, start_step: int) -> None:
@@ -76,8 +79,8 @@ class MetricsFile:
         self._write(row, self._file)
         self._file.flush()
 
-    def account(self) -> Account:
-        """Of everything that was appended, in this life or before."""
+    def totals(self) -> RunTotals:
+        """Over all rows, those from before a resume included."""
         tenth = max(1, self.num_rows // 10)
         reward_first, reward_last, loss_last = _Mean(), _Mean(), _Mean()
         step_s = wait_s = 0.0
@@ -93,7 +96,7 @@ class MetricsFile:
                 loss_last.add(row["loss"])
             if index >= WARM_UP_STEPS:
                 step_s, wait_s = step_s + row["step_s"], wait_s + row["wait_data_s"]
-        return Account(
+        return RunTotals(
             num_steps=self.num_rows,
             reward_first=reward_first.value,
             reward_last=reward_last.value,
@@ -125,7 +128,7 @@ class _Mean:
 
 
 def _earlier_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of an earlier life; a last line that a crash cut short is left out."""
+    """The rows that are in the file; a last line that a crash cut short is left out."""
     if not path.exists():
         return
     with path.open() as file:
@@ -139,10 +142,12 @@ def _earlier_rows(path: Path) -> Iterator[dict[str, Any]]:
 def write_summary(
     path: Path,
     *,
-    account: Account,
-    books: RunCounters,
-    books_after_warm_up: RunCounters | None,
-    books_at_end: RunCounters,
+    totals: RunTotals,
+    counters_at_start: RunCounters,
+    counters_after_warm_up: RunCounters | None,
+    counters_at_close: RunCounters,
+    counters_at_end: RunCounters,
+    counted_seconds: float,
     eval_before: float | None,
     eval_after: float | None,
     weights_version: int,
@@ -151,40 +156,56 @@ def write_summary(
     wall_seconds: float,
     training_seconds: float,
 ) -> dict[str, Any]:
-    """Writes and returns the account of a run.
+    """Writes and returns the summary of a run.
 
-    Rewards and the trainer's idle fraction are over all its steps, seconds and generation's idle fraction since `resumed_from_step`, and
-    tickets, tokens and lags, which the buffer counts, over the whole run where its ledger is durable.
-    `books_after_warm_up` and `books_at_end` bound the time over which generation counts as idle or busy; `books` are the last ones.
+    Over the whole run: rewards, the trainer's idle fraction, and (if the buffer's ledger is durable) tickets,
+    tokens and lags. Since the trainer's last start, which may have been a resume: seconds,
+    `tokens_per_s_generated` and the idle fraction of generation. Whoever wants a rate has to divide figures
+    of the same span.
+
+    `counters_at_start`, `counters_at_end`: the buffer's counters `counted_seconds` apart, of which the rate
+    is made. `counters_after_warm_up`, `counters_at_close`: they bound the time over which generation counts
+    as idle or busy; at the close admission ends, so generation runs dry afterwards.
     """
+    counters = counters_at_end.counters
     summary = {
         "finished": finished,
         "resumed_from_step": resumed_from_step,
-        "steps": account.num_steps,
-        "reward_first": account.reward_first,
-        "reward_last": account.reward_last,
+        "steps": totals.num_steps,
+        "reward_first": totals.reward_first,
+        "reward_last": totals.reward_last,
         "eval_before": eval_before,
         "eval_after": eval_after,
         "wall_seconds": round(wall_seconds, 3),
         "training_seconds": round(training_seconds, 3),
-        "tokens_generated": int(books.counters["tokens_generated"]),
-        "tokens_trained": int(books.counters["tokens_trained"]),
-        "max_trained_lag": int(books.counters["max_trained_lag"]),
-        "mean_trained_lag": books.counters["mean_trained_lag"],
+        "tokens_generated": int(counters["tokens_generated"]),
+        "tokens_per_s_generated": _rate(
+            "tokens_generated", counters_at_start, counters_at_end, counted_seconds
+        ),
+        "tokens_trained": int(counters["tokens_trained"]),
+        "max_trained_lag": int(counters["max_trained_lag"]),
+        "mean_trained_lag": counters["mean_trained_lag"],
         "weights_version": weights_version,
-        "tickets": books.tickets,
-        "drops": books.drops,
-        "generation_idle_fraction": _generation_idle(books_at_end, books_after_warm_up),
-        "trainer_idle_fraction": account.trainer_idle_fraction,
-        "counters": books.counters,
+        "tickets": counters_at_end.tickets,
+        "drops": counters_at_end.drops,
+        "generation_idle_fraction": _generation_idle(counters_after_warm_up, counters_at_close),
+        "trainer_idle_fraction": totals.trainer_idle_fraction,
+        "counters": counters,
     }
     write_json(path, summary)
     return summary
 
 
-def _generation_idle(books: RunCounters, earlier: RunCounters | None) -> float | None:
-    def difference(name: str) -> float:
-        return books.counters.get(name, 0.0) - (earlier.counters.get(name, 0.0) if earlier else 0.0)
+def _rate(name: str, first: RunCounters, last: RunCounters, seconds: float) -> float | None:
+    """Increase of a counter per second; None if no time has passed."""
+    return round(_increase(name, first, last) / seconds, 1) if seconds > 0 else None
 
-    total_s = difference("generation_busy_s") + difference("generation_idle_s")
-    return round(difference("generation_idle_s") / total_s, 4) if total_s > 0 else None
+
+def _generation_idle(first: RunCounters | None, last: RunCounters) -> float | None:
+    idle_s = _increase("generation_idle_s", first, last)
+    total_s = _increase("generation_busy_s", first, last) + idle_s
+    return round(idle_s / total_s, 4) if total_s > 0 else None
+
+
+def _increase(name: str, first: RunCounters | None, last: RunCounters) -> float:
+    return last.counters.get(name, 0.0) - (first.counters.get(name, 0.0) if first else 0.0)

@@ -1,8 +1,9 @@
-"""What one step looked like: sums over micro-batches and ranks that become the step's metrics.
+"""The metrics of one optimizer step, summed over its micro-batches and over ranks.
 
-Everything is kept as (sum, count) and reduced once at the end, so that a metric means the same at any number of micro-batches and
-ranks. Sums stay on the device until then: reading a number from a GPU in mid-step would stall it. All ranks must record the same
-names, which is why a rank without data records zeros through its dummy micro-batches.
+Every metric is kept as (sum, count) and reduced once at the end, so that it means the same at any number of
+micro-batches and ranks. Sums stay on the device until then: reading a number from a GPU in mid-step would
+stall it. All ranks must record the same names, so a rank without data records zeros through its dummy
+micro-batches.
 
 Shape suffixes: S sampled tokens, N sequences, B sequences of the whole step.
 """
@@ -22,10 +23,13 @@ from trainer.objectives.importance import MAX_EXPONENT, ess_ratio
 
 
 class StepTotals:
-    """RECORDING -> reduce() -> READABLE"""
+    """Collects sums, then gives their means.
+
+    RECORDING: add*(), recorded(), observe() -> reduce() -> READABLE: total(), mean(), count(), metrics()
+    """
 
     def __init__(self, seeded: Iterable[str] = ()) -> None:
-        """`seeded`: further names that every rank records, even one whose share is empty."""
+        """`seeded`: further names that exist on every rank, also on one without data."""
         self._sums: dict[str, Tensor | float] = dict.fromkeys((*_SEEDED, *seeded), 0.0)
         self._counts: dict[str, Tensor | float] = dict.fromkeys((*_SEEDED, *seeded), 0.0)
         self._log_w: list[Tensor] = []
@@ -36,11 +40,14 @@ class StepTotals:
         self._counts[name] = self._counts.get(name, 0.0) + count
 
     def add_vector(self, name: str, values: Tensor, *, live: bool = True) -> None:
-        """Adds a vector's sum, its length being the count; nothing but the name if not `live`."""
+        """Adds a vector's sum, with its length as the count. A dummy micro-batch (not `live`) adds zeros."""
         self.add(name, values.sum() if live else 0.0, count=len(values) if live else 0)
 
     def recorded(self, group: Sequence[Trajectory]) -> Sequence[Trajectory]:
-        """Records what the task made of a group, and passes it on. A greedy sample is told apart: it is not learned from."""
+        """Records the rewards and lengths of a group, and returns it.
+
+        Greedy samples are recorded apart: they are not trained on.
+        """
         learned = [trajectory for trajectory in group if not trajectory.is_greedy]
         for trajectory in group:
             if trajectory.is_greedy:
@@ -58,20 +65,22 @@ class StepTotals:
         return group
 
     def observe(self, tokens: SampledTokens, losses: TokenLosses, *, live: bool) -> None:
-        """Records what every objective is watched by, and what this one reports itself."""
+        """Records the diagnostics that all objectives have, and those that this objective reports itself."""
         log_ratio_S = tokens.log_ratio_S
-        # k3: exp(x) - 1 - x with x = log pi/mu, an estimate of KL(mu || pi) that is never negative.
+        # k3: exp(x) - 1 - x with x the log-ratio of policy to behaviour policy. It estimates KL(behaviour ||
+        # policy) and is never negative.
         kl_S = torch.expm1(log_ratio_S.clamp(-MAX_EXPONENT, MAX_EXPONENT)) - log_ratio_S
         self.add_vector("kl_k3", kl_S, live=live)
         self.add_vector("entropy", tokens.entropy_S, live=live)
-        # What differs although the weights are the same is numerics, engine's against trainer's, and nothing else.
+        # At lag 0 engine and trainer have the same weights: a difference there comes from numerics alone.
         same_S = tokens.lag_S == 0
         self.add(
             "mismatch_abs",
             (log_ratio_S.abs() * same_S).sum() if live else 0.0,
             count=same_S.sum() if live else 0,
         )
-        # Both fractions exist for every objective, so that runs can be compared: nothing clipped and all kept unless it says otherwise.
+        # Both fractions exist for every objective, so that runs can be compared. Unless the objective reports
+        # its own, nothing is clipped and all is kept.
         fractions = {
             "clipped_fraction": torch.zeros_like(log_ratio_S),
             "kept_fraction": torch.ones_like(log_ratio_S),
@@ -90,7 +99,7 @@ class StepTotals:
         self._counts = dict(zip(names, totals[len(names) :], strict=True))
         local = torch.cat(self._log_w) if self._log_w else torch.zeros(0)
         self.log_w_B = ranks.gather(local.double().cpu())
-        """log W of every sequence that was run, float64, the same on all ranks."""
+        """Summed log-ratio of every sequence of the step, float64, the same on all ranks."""
 
     def total(self, name: str) -> float:
         """The sum; 0 if nothing was recorded."""
@@ -106,13 +115,11 @@ class StepTotals:
         return float(self._counts.get(name, 0.0))
 
     def metrics(self) -> dict[str, float]:
-        """What the step reports of all this: means, counts, and what the sequences' weights look like."""
+        """The metrics of the step: means, counts, and statistics of the sequences' importance weights."""
         metrics = {name: self.mean(name) for name in self._sums if name not in _HIDDEN}
         metrics.update({name: self.total(name) for name in _COUNTS})
-        if self.count("mismatch_abs") == 0:
-            metrics.pop(
-                "mismatch_abs", None
-            )  # no token of the current weights: nothing is known, which is not zero
+        if self.count("mismatch_abs") == 0:  # no token at lag 0: the mismatch is unknown, which is not zero
+            metrics.pop("mismatch_abs", None)
         variance = self.mean("reward_square") - self.mean("reward") ** 2
         log_w_B = self.log_w_B
         metrics.update(

@@ -1,14 +1,16 @@
 """Attention inside each sequence of a packed batch, registered with transformers as `areal_packed`.
 
-A mask of T x T would work everywhere and waste nearly everything: a pack of 2,000 tokens holds some hundred sequences. So only
-for the attention itself the flat tokens are laid out as [sequences, longest], where plain causal attention is right (pads are
-at the end and no real query can see them), and gathered back. Sequences of very different lengths go into several such
-rectangles, by power of two, so that padding at most doubles the work. The layout is computed once a micro-batch on the host.
+A mask of T x T would be correct and waste nearly all work: a pack of 2,000 tokens holds about a hundred
+sequences. So, for the attention only, the flat tokens are laid out as [sequences, longest] and gathered back
+afterwards. Plain causal attention is correct there: padding is at the end, where no real query attends to it.
+Sequences of very different lengths go into several such rectangles, one for each power of two, so that
+padding at most doubles the work. The layout is computed on the host, once a micro-batch.
 
-Gathers have a hand-written backward: both directions are permutations, and autograd's own (index_put with accumulation) costs more
-than the attention on a CPU.
+The gathers have a hand-written backward: both directions are permutations, and autograd's own backward
+(index_put with accumulation) costs more than the attention on a CPU.
 
-Shape suffixes: T packed tokens, N sequences, L longest of them, H heads, D head size, P = N * L padded places.
+Shape suffixes: T packed tokens, N sequences, L longest of them, H heads, D head size, P = N * L padded
+positions.
 """
 
 from __future__ import annotations
@@ -31,25 +33,25 @@ ATTENTION_NAME = "areal_packed"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Rectangle:
-    """Sequences that are padded to one length and attended together."""
+    """Sequences that are padded to one length, for one call of attention."""
 
     shape: tuple[int, int]
     """(N, L)"""
-    places_P: Tensor
-    """int64: which packed token stands in each padded place (a pad repeats a token of its own sequence)."""
+    source_P: Tensor
+    """int64: index of the packed token in each padded position (padding repeats a sequence's last)."""
     tokens_T: Tensor
-    """int64: the packed tokens of this rectangle, in packed order."""
-    homes_T: Tensor
-    """int64: the padded place of each of `tokens_T`."""
+    """int64: indices of this rectangle's packed tokens, in packed order."""
+    positions_T: Tensor
+    """int64: the padded position of each of `tokens_T`."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PackedLayout:
-    """How the sequences of one micro-batch are arranged for attention."""
+    """The arrangement of one micro-batch's sequences for attention."""
 
     rectangles: tuple[Rectangle, ...]
     order_T: Tensor | None
-    """int64: puts the rectangles' concatenated tokens back in packed order; None when there is one rectangle."""
+    """int64: puts the rectangles' concatenated tokens back in packed order; None for one rectangle."""
 
     @classmethod
     def of(cls, lengths: Sequence[int], *, device: torch.device | str = "cpu") -> PackedLayout:
@@ -74,28 +76,28 @@ def _rectangle(
 ) -> Rectangle:
     longest = int(lengths_N.max())
     offsets_L = np.arange(longest)
-    places_NL = starts_N[:, None] + np.minimum(offsets_L, lengths_N[:, None] - 1)
+    source_NL = starts_N[:, None] + np.minimum(offsets_L, lengths_N[:, None] - 1)
     real_P = (offsets_L < lengths_N[:, None]).ravel()
     return Rectangle(
         shape=(len(lengths_N), longest),
-        places_P=torch.from_numpy(places_NL.ravel()).to(device),
-        tokens_T=torch.from_numpy(places_NL.ravel()[real_P]).to(device),
-        homes_T=torch.from_numpy(np.flatnonzero(real_P)).to(device),
+        source_P=torch.from_numpy(source_NL.ravel()).to(device),
+        tokens_T=torch.from_numpy(source_NL.ravel()[real_P]).to(device),
+        positions_T=torch.from_numpy(np.flatnonzero(real_P)).to(device),
     )
 
 
 class _Pad(torch.autograd.Function):
-    """[T, H, D] -> [P, H, D]. No gradient ever reaches a pad, so the backward reads the real places alone."""
+    """[T, H, D] -> [P, H, D]. Padding gets no gradient, so the backward reads real positions only."""
 
     @staticmethod
     def forward(ctx: Any, flat_THD: Tensor, rectangle: Rectangle) -> Tensor:
         ctx.rectangle, ctx.num_tokens = rectangle, len(flat_THD)
-        return flat_THD.index_select(0, rectangle.places_P)
+        return flat_THD.index_select(0, rectangle.source_P)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad_PHD,) = grads
-        real_THD = grad_PHD.index_select(0, ctx.rectangle.homes_T)
+        real_THD = grad_PHD.index_select(0, ctx.rectangle.positions_T)
         if len(real_THD) == ctx.num_tokens:
             return real_THD, None
         flat_THD = grad_PHD.new_zeros((ctx.num_tokens, *grad_PHD.shape[1:]))
@@ -107,14 +109,14 @@ class _Unpad(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, padded_PHD: Tensor, rectangle: Rectangle) -> Tensor:
-        ctx.rectangle, ctx.num_places = rectangle, len(padded_PHD)
-        return padded_PHD.index_select(0, rectangle.homes_T)
+        ctx.rectangle, ctx.num_positions = rectangle, len(padded_PHD)
+        return padded_PHD.index_select(0, rectangle.positions_T)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad_THD,) = grads
-        padded_PHD = grad_THD.new_zeros((ctx.num_places, *grad_THD.shape[1:]))
-        return padded_PHD.index_copy_(0, ctx.rectangle.homes_T, grad_THD), None
+        padded_PHD = grad_THD.new_zeros((ctx.num_positions, *grad_THD.shape[1:]))
+        return padded_PHD.index_copy_(0, ctx.rectangle.positions_T, grad_THD), None
 
 
 class _Reorder(torch.autograd.Function):
@@ -147,13 +149,13 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, H, T, D], key and value [1, H_kv, T, D] -> [1, T, H, D].
 
-    Dropout is ignored: a policy's log-probs must be those of the engine. Raises ConfigError for architectures whose attention
-    is more than softmax over a causal window.
+    Dropout is ignored: a policy's log-probs must be those of the engine. Raises ConfigError for architectures
+    whose attention is more than softmax over a causal window.
     """
     if packed_layout is None or softcap is not None or s_aux is not None:
         raise ConfigError(
-            f"{type(module).__name__} cannot be trained packed: its attention uses soft-capping or sinks, or its model "
-            "does not hand keyword arguments down to it. Choose another model.path"
+            f"{type(module).__name__} cannot be trained packed: its attention uses soft-capping or sinks, or its "
+            "model does not hand keyword arguments down to it. Choose another model.path"
         )
     assert attention_mask is None and len(query) == 1
     flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]

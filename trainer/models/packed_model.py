@@ -1,9 +1,10 @@
-"""A causal language model of transformers that runs over packed batches, under FSDP2: what a policy and a critic share.
+"""A causal language model of transformers over packed batches, under FSDP2: the base of policy and critic.
 
-Masters are float32; the forward runs in `dtype` by FSDP2's mixed precision. Dropout is off always: pi has to be the policy that the
-engine samples from.
+The master weights are float32; the forward runs in `dtype` through FSDP2's mixed precision. Dropout is always
+off: the trained policy has to be the one that the engine samples from.
 
-Left out: loading shard by shard (every rank reads the whole model into host memory once), tensor and pipeline parallelism.
+Left out: loading shard by shard (every rank reads the whole model into host memory once), tensor and pipeline
+parallelism.
 
 Shape suffixes: T packed tokens, S sampled tokens, D hidden size.
 """
@@ -26,10 +27,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class PackedModel(nn.Module):
-    """Base; a subclass writes `forward`. `model` keeps its Hugging Face parameter names."""
+    """Base class; a subclass defines `forward`. `model` keeps its Hugging Face parameter names."""
 
     def __init__(self, model: Any) -> None:
-        """Takes over a transformers causal LM."""
+        """`model`: a transformers causal LM, which is modified in place."""
         super().__init__()
         self.model = model
         model.set_attn_implementation(ATTENTION_NAME)
@@ -47,20 +48,21 @@ class PackedModel(nn.Module):
         master_dtype: torch.dtype = torch.float32,
         **settings: Any,
     ) -> Self:
-        """Reads a Hugging Face directory or name; `settings` are the subclass's. Not yet sharded: see `shard`."""
+        """Loads a Hugging Face directory or name. `settings`: of the subclass. Call `shard` afterwards."""
         loaded = cls(
             AutoModelForCausalLM.from_pretrained(path, dtype=master_dtype, trust_remote_code=False),
             **settings,
         )
         if gradient_checkpointing:
             loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            loaded.train()  # transformers recomputes only in training mode; dropout is zero all the same
+            loaded.train()  # transformers recomputes only in training mode; dropout stays zero
         return loaded
 
     def shard(self, ranks: Ranks, *, dtype: str = "float32") -> Self:
-        """Moves to the rank's device and shards in place: each decoder layer, then the rest. Returns itself.
+        """Moves the model to the rank's device and shards it in place: each decoder layer, then the rest.
 
-        Gradients are summed over ranks, not averaged: the step divides by global counts, once.
+        Returns itself. Gradients are summed over ranks and not averaged: the step divides by global counts,
+        once.
         """
         self.to(ranks.device)
         compute = DTYPES[dtype]
@@ -74,13 +76,15 @@ class PackedModel(nn.Module):
         for module in self.modules():
             if isinstance(module, FSDPModule) and ranks.world_size > 1:
                 module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)  # a plain sum: what gloo knows, and exact
+                module.set_force_sum_reduction_for_comms(
+                    True
+                )  # gloo supports a plain sum only, which is exact
         return self
 
     def hidden(self, batch: PackedBatch) -> Tensor:
-        """[S, D] last hidden states from which the sampled tokens were drawn: those of the place before each.
+        """Last hidden states [S, D] at the position before each sampled token, where its logits come from.
 
-        A sequence's first token is never sampled.
+        A sequence's first token is never sampled, so there is always a position before.
         """
         hidden_TD: Tensor = self.model.base_model(
             input_ids=batch.tokens_T[None],
@@ -92,7 +96,10 @@ class PackedModel(nn.Module):
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
-    """The model's stack of decoder layers. Raises ConfigError if there is no list of `num_hidden_layers` modules."""
+    """The model's stack of decoder layers.
+
+    Raises ConfigError if there is no list of `num_hidden_layers` modules.
+    """
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers:
             return module

@@ -1,8 +1,9 @@
-"""Any causal language model of transformers as a function from a packed batch to log-probs of its sampled tokens, under FSDP2.
+"""The trained policy: log-probs of a packed batch's sampled tokens, from any causal language model.
 
-The transformer runs over all tokens, its head only over positions whose next token is trained on, `chunk_tokens` rows at a time:
-logits of a whole batch never exist. A chunk's logits are recomputed in the backward (checkpointing) unless there is only one
-chunk, which may as well keep them. What is not about log-probs is in `packed_model.py`.
+The transformer runs over all tokens, its head only over positions whose next token is trained on,
+`chunk_tokens` rows at a time, so that the logits of a whole batch never exist. A chunk's logits are
+recomputed in the backward (checkpointing). If there is only one chunk its logits are kept: recomputing them
+would save no memory.
 
 Shape suffixes: S sampled tokens, C rows of a chunk, D hidden size, V vocabulary.
 """
@@ -23,10 +24,14 @@ from trainer.models.packed_model import PackedModel
 
 
 class TokenLogProbs(NamedTuple):
-    """What a forward returns. A NamedTuple because FSDP2 looks for gradient-carrying tensors in outputs it can traverse."""
+    """Output of a forward.
+
+    A NamedTuple, because FSDP2 looks for tensors with gradients only in outputs that it can traverse.
+    """
 
     logprobs_S: Tensor
-    """float32 (or the masters' dtype if wider): log_softmax(logits / temperature) of each sampled token; carries gradient."""
+    """float32 (or the masters' dtype if wider): log_softmax(logits / temperature) of each sampled token;
+    carries gradient."""
     entropy_S: Tensor
     """Entropy of the same distribution, in nats; detached unless `Policy.with_entropy_gradient`."""
     collision_S: Tensor | None
@@ -37,7 +42,7 @@ class Policy(PackedModel):
     """The model that is trained."""
 
     def __init__(self, model: Any, *, temperature: float = 1.0, chunk_tokens: int = 1024) -> None:
-        """Takes over a transformers causal LM. Raises ConfigError if its logits are more than head(hidden)."""
+        """`model`: a transformers causal LM. Raises ConfigError if it scales or caps its logits."""
         for name in ("logit_scale", "logits_scaling", "final_logit_softcapping"):
             if getattr(model.config, name, None) not in (None, 1, 1.0):
                 raise ConfigError(
@@ -78,12 +83,12 @@ class Policy(PackedModel):
             collision_C = (
                 torch.linalg.vector_norm(probs_CV.detach(), dim=-1).square() if self.with_collision else None
             )
-        # A sum and not a squeeze: FSDP2 hangs its backward hook on outputs, which must not be views.
+        # A sum and not a squeeze: FSDP2 attaches its backward hook to outputs, which must not be views.
         return logps_CV.gather(1, targets_C[:, None]).sum(1), entropy_C, collision_C
 
 
 def build_policy(config: Config, path: str, ranks: Ranks) -> Policy:
-    """The sharded policy that a configuration describes, read from `path` (see `areal_like.paths.model_path`)."""
+    """The sharded policy of a configuration, loaded from `path` (see `areal_like.paths.model_path`)."""
     policy = Policy.load(
         path,
         temperature=config.sampling.temperature,

@@ -1,10 +1,9 @@
-"""Sharded weights made whole on rank 0, in two moves, so that training need not wait for the slow one.
+"""Gathers sharded weights into whole tensors on rank 0.
 
-    freeze(model)    copies this rank's shards: the weights may change afterwards
-    gather(frozen)   brings them together, tensor by tensor, on any process group and any thread
-
-FSDP2 shards rows: rank r holds rows r * ceil(rows / M) and up. Gathering plain padded tensors instead of DTensors lets it run on a
-group other than the mesh's. Names and order are those of the Hugging Face model, tied weights once.
+FSDP2 shards rows: rank r holds rows r * ceil(rows / M) and up. Plain padded tensors are gathered instead of
+DTensors, so that it works on a process group other than the mesh's and for tensors that are only sharded like
+the parameters (the optimizer's moments). Names and order are those of the Hugging Face model; tied weights
+appear once.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from trainer.distributed.sharding import local
 from trainer.models.packed_model import PackedModel
 
 MODEL_PREFIX = "model."
-"""What `PackedModel` puts before the Hugging Face name of a parameter."""
+"""Prefix that `PackedModel` adds to the Hugging Face name of a parameter."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Shard:
+class RowShard:
     """This rank's rows of one tensor."""
 
     name: str
@@ -33,13 +32,14 @@ class Shard:
     """Of the whole tensor."""
 
 
-def shards_of(model: PackedModel, values: Mapping[str, Tensor] | None = None) -> list[Shard]:
+def shards_of(model: PackedModel, values: Mapping[str, Tensor] | None = None) -> list[RowShard]:
     """This rank's shards under their Hugging Face names, sharing memory.
 
-    `values`: tensors sharded like the parameters (moments), by the model's own names; the parameters themselves by default.
+    `values`: tensors sharded like the parameters (moments), by the model's own names; the parameters
+    themselves by default.
     """
     return [
-        Shard(
+        RowShard(
             name=name.removeprefix(MODEL_PREFIX),
             rows=local(param.detach()) if values is None else values[name],
             shape=param.shape,
@@ -48,15 +48,11 @@ def shards_of(model: PackedModel, values: Mapping[str, Tensor] | None = None) ->
     ]
 
 
-def freeze(model: PackedModel) -> list[Shard]:
-    """A copy of this rank's shards of the weights."""
-    return [Shard(name=s.name, rows=s.rows.clone(), shape=s.shape) for s in shards_of(model)]
+def gather(shards: list[RowShard], *, group: dist.ProcessGroup | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Yields (name, whole tensor on the CPU) on rank 0, one at a time, and nothing on other ranks.
 
-
-def gather(shards: list[Shard], *, group: dist.ProcessGroup | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, whole tensor on the CPU) on rank 0, one at a time; yields nothing elsewhere. Collective: exhaust it on all.
-
-    Tensors of a lone rank share memory with the shards if these are on the CPU.
+    Collective: every rank has to exhaust the iterator. With one rank the tensors share memory with shards on
+    the CPU.
     """
     world_size, rank = dist.get_world_size(group), dist.get_rank(group)
     for shard in shards:
@@ -72,16 +68,8 @@ def gather(shards: list[Shard], *, group: dist.ProcessGroup | None = None) -> It
             yield shard.name, torch.cat(parts)[: shard.shape[0]].cpu()
 
 
-def gather_full_state(model: PackedModel) -> list[tuple[str, Tensor]]:
-    """All weights as (Hugging Face name, CPU tensor in the masters' dtype) on rank 0, an empty list elsewhere. Collective.
-
-    The order is the same at every call; nothing shares memory with the model.
-    """
-    return list(gather(freeze(model)))
-
-
 def rows_per_rank(shape: torch.Size, world_size: int) -> int:
-    """Rows of a full shard."""
+    """Rows of every rank's shard but the last ranks', which may hold fewer or none."""
     return -(-shape[0] // world_size)
 
 

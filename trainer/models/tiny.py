@@ -1,8 +1,9 @@
-"""The default job's policy: a character-level Llama of 0.3M parameters, warm-started on mostly wrong demonstrations.
+"""The default job's policy: a character-level Llama of 0.3M parameters, warm-started.
 
-RL needs a policy that is sometimes right. This one has learned the format and a noisy half of the skill, so that a verifier has
-something to reward and something left to teach. Everything here is a function of (seed, steps, swap probability): the same
-arguments give the same model, which is why the result may be cached.
+RL needs a policy that is right sometimes. The warm start, on mostly wrong demonstrations, teaches the format
+and part of the skill, so that some answers are rewarded and there is still something to learn. The model is a
+function of (seed, steps, swap probability): the same arguments give the same model, so the result may be
+cached.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ IGNORED = -100
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character of printable ASCII; no token is added by itself, so a prompt is exactly its characters."""
+    """One token per character of printable ASCII.
+
+    It adds no special tokens, so a prompt is exactly its characters.
+    """
     vocabulary = {token: i for i, token in enumerate([PAD, BOS, EOS, UNK, *CHARACTERS])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNK))
     tokenizer.pre_tokenizer = SplitOn(Regex(r"[\s\S]"), "isolated")
@@ -57,7 +61,10 @@ def build_tiny_model(
     hidden_size: int = 96,
     num_layers: int = 3,
 ) -> None:
-    """Writes a warm-started model and its tokenizer into `out_dir` (Hugging Face layout). About ten seconds on one thread."""
+    """Writes a warm-started model and its tokenizer into `out_dir` (Hugging Face layout).
+
+    About 10 s on one thread.
+    """
     tokenizer = character_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -82,7 +89,7 @@ def build_tiny_model(
 def warm_start(
     model: Any, tokenizer: PreTrainedTokenizerFast, *, seed: int, num_steps: int, swap_prob: float
 ) -> None:
-    """Supervised steps in place, cross-entropy on answer and end token, learning rate falling linearly to zero."""
+    """Trains in place: cross-entropy on answer and end token, learning rate falling linearly to zero."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=WARM_START_LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
@@ -91,7 +98,7 @@ def warm_start(
         optimizer.param_groups[0]["lr"] = WARM_START_LR * min(1.0, (step + 1) / 10) * (1 - step / num_steps)
         first = step * WARM_START_BATCH
         tokens_BL, labels_BL = _demonstrations(tokenizer, seed=seed, first=first, swap_prob=swap_prob)
-        # Pads are on the right, where a causal model cannot see them: no attention mask is needed.
+        # Padding is on the right, where a causal model does not attend to it: no attention mask is needed.
         logits_BLV = model(input_ids=tokens_BL[:, :-1], use_cache=False).logits
         loss = F.cross_entropy(logits_BLV.flatten(0, 1), labels_BL[:, 1:].flatten(), ignore_index=IGNORED)
         optimizer.zero_grad()

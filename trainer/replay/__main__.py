@@ -1,13 +1,16 @@
-"""`python -m trainer.replay --recording RUN --config FILE key=value ...`: trains again from what a run was trained on.
+"""Trains again on the recorded data of a run.
+
+    python -m trainer.replay --recording RUN --config FILE key=value ...
 
     read the recording -> { recorded groups -> step -> checkpoint now and then } * -> summary
 
-The step is the trainer's own (`StepRunner`), fed with the recorded groups in their places. With the run's own settings every parameter
-comes out as it did there, to the last bit (on a CPU with as many ranks); with another objective it is that objective on the same data,
-which is off-policy by more and more: the study of an estimator, not a run that could have been.
+The step is the trainer's own (`StepRunner`), with the recorded groups at their positions. With the run's own
+settings every parameter ends up equal to the last bit (on a CPU with as many ranks). With another objective
+the same data become ever more off-policy: that is a study of an estimator, not a run that could have
+happened.
 
-SIGTERM and SIGINT end it after the step at hand, with a checkpoint. Left out: going on with a stopped replay, which takes as long as
-reading on.
+SIGTERM and SIGINT end the replay after the step at hand, with a checkpoint. Left out: resuming a stopped
+replay, which would take as long as reading the recording up to there.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ log = logging.getLogger(__name__)
 
 
 class Replay:
-    """One rank. `run` returns when every recorded step is trained, or a stop was asked for."""
+    """One rank. `run` returns when every recorded step is trained, or after a signal."""
 
     def __init__(
         self, config: Config, recording: Recording, ranks: Ranks, *, stopping: threading.Event
@@ -67,7 +70,7 @@ class Replay:
         self._metrics = MetricsFile(self._paths.metrics, start_step=0) if ranks.rank == 0 else None
 
     def run(self) -> None:
-        """Every recorded step up to `trainer.num_steps`."""
+        """Trains every recorded step up to `trainer.num_steps`."""
         trainer = self._config.trainer
         num_steps = min(
             trainer.num_steps, self._recording.num_whole_steps(groups_per_step=trainer.groups_per_step)
@@ -84,7 +87,7 @@ class Replay:
                 self._save(step)
             self._checkpoints.wait()
         if self._metrics is not None:
-            self._summarise(finished=step == num_steps)
+            self._write_summary(finished=step == num_steps)
             self._metrics.close()
 
     def _train(self, step: int) -> None:
@@ -103,16 +106,16 @@ class Replay:
         extra = {"shaping_duals": self._runner.rewards.duals, "stream": {}}
         self._checkpoints.save(step, self._policy, self._runner.optimizer, self._ranks, extra=extra)
 
-    def _summarise(self, *, finished: bool) -> None:
+    def _write_summary(self, *, finished: bool) -> None:
         assert self._metrics is not None
-        account = self._metrics.account()
+        totals = self._metrics.totals()
         summary = {
             "finished": finished,
-            "steps": account.num_steps,
-            "reward_first": account.reward_first,
-            "reward_last": account.reward_last,
-            "loss_last": account.loss_last,
-            "tokens_trained": account.tokens_trained,
+            "steps": totals.num_steps,
+            "reward_first": totals.reward_first,
+            "reward_last": totals.reward_last,
+            "loss_last": totals.loss_last,
+            "tokens_trained": totals.tokens_trained,
             "wall_seconds": round(time.monotonic() - self._started_s, 3),
         }
         write_json(self._paths.summary, summary)
@@ -122,7 +125,7 @@ def _run(config: Config, root: Path) -> None:
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
-    StepRecipe.of(config)  # a mistake in the settings is said before anything is loaded
+    StepRecipe.of(config)  # reports a mistake in the settings before anything is loaded
     torch.set_num_threads(config.trainer.num_threads)
     device = device_of(config)
     join_ranks(config, device)
@@ -134,7 +137,7 @@ def _run(config: Config, root: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """One rank, or all of them; returns the exit code."""
+    """Runs one rank (under torchrun), or starts all; returns the exit code."""
     args = list(argv)
     try:
         if "--recording" not in args[:-1]:

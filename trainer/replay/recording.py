@@ -1,7 +1,8 @@
-"""What a finished or stopped run was trained on, read from its ledger: the same groups in the same places, without a buffer.
+"""Reads the training data of a finished or stopped run from its ledger: the same groups, in the same order.
 
-Reads rows and segment files directly (docs/ledger.md); the buffer's own code stays in the buffer. Several shards' ledgers are one
-stream: groups of a step in the order of their positions, then of their shards.
+Reads the tables and segment files directly (docs/ledger.md), because the trainer does not import the buffer's
+code. The ledgers of several shards are merged into one stream: the groups of a step by position, then by
+shard.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from areal_like.wire.records import Place, read_record
 
 
 class Recording:
-    """The recorded steps of the run in `root`. Raises ConfigError when there are none, or their trajectories were not kept."""
+    """The recorded steps of the run in `root`.
+
+    Raises ConfigError if there are none, or trajectories were not kept.
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -32,20 +36,24 @@ class Recording:
             for directory in self._directories
         ]
         self._places = self._read_places()
-        """(step, position in the merged order) -> (shard, ticket)."""
+        """(step, position in the merged order) -> (shard, ticket_id, prompt_index)."""
 
     def close(self) -> None:
-        """Lets go of the ledgers."""
+        """Closes the ledgers."""
         for ledger in self._ledgers:
             ledger.close()
 
     def num_whole_steps(self, *, groups_per_step: int) -> int:
-        """Steps from the run's first on that have all their groups."""
+        """Number of steps, from step 0 on, that have all their groups.
+
+        Raises ConfigError if there is none, or if the ledger does not begin at step 0.
+        """
         counts = Counter(step for step, _ in self._places)
         first = min(counts, default=0)
         if first > 0:
             raise ConfigError(
-                f"the ledger in {self._root} begins at step {first}: what was trained on before it is not recorded"
+                f"the ledger in {self._root} begins at step {first}: "
+                "the data of the steps before it are not recorded"
             )
         num_whole = next((step for step in range(len(counts) + 1) if counts[step] < groups_per_step), 0)
         if not num_whole:
@@ -57,7 +65,8 @@ class Recording:
         for position in positions:
             shard, ticket_id, prompt_index = self._places[step, position]
             rows = self._ledgers[shard].execute(
-                "SELECT sample_index, oldest_step, segment, offset, num_bytes, crc32 FROM samples WHERE ticket_id = ? ORDER BY 1",
+                "SELECT sample_index, oldest_step, segment, offset, num_bytes, crc32 FROM samples "
+                "WHERE ticket_id = ? ORDER BY 1",
                 (ticket_id,),
             )
             records, version_steps = [], []
@@ -81,7 +90,8 @@ class Recording:
         for shard, ledger in enumerate(self._ledgers):
             (num_gone,) = ledger.execute(
                 "SELECT count(*) FROM tickets CROSS JOIN samples USING (ticket_id) "
-                "WHERE state IN ('batched', 'trained') AND segment NOT IN (SELECT segment FROM segments WHERE retained = 1)"
+                "WHERE state IN ('batched', 'trained') "
+                "AND segment NOT IN (SELECT segment FROM segments WHERE retained = 1)"
             ).fetchone()
             if num_gone:
                 raise ConfigError(
@@ -89,7 +99,8 @@ class Recording:
                     "only a run with buffer.retain_trajectories=true can be replayed"
                 )
             tickets = ledger.execute(
-                "SELECT step, position, ticket_id, prompt_index FROM tickets WHERE state IN ('batched', 'trained')"
+                "SELECT step, position, ticket_id, prompt_index FROM tickets "
+                "WHERE state IN ('batched', 'trained')"
             )
             rows += [
                 (step, position, shard, ticket_id, prompt_index)

@@ -1,14 +1,14 @@
-"""Rank 0's end of the weight plane: which servers take part in a push, in which groups and waves, and what became of it.
+"""Pushes one snapshot of the weights from trainer rank 0 to the rollout servers.
 
-    eligible servers -> (who is alive?) -> cohorts -> an epoch each, kept while its members stay -> push -> outcome
+`weights.topology` decides which servers share a process group: all of them (`shared`: one broadcast feeds
+all, and a server that breaks it costs everybody this push), or each one by itself (`per_engine`: rank 0 sends
+everything once for each engine, and a failure stays with its server). `weights.max_unavailable` bounds how
+many servers are updated at a time: shared groups are cut to that size and served one after the other, so that
+capacity never reaches zero where an engine has to pause for an update.
 
-`weights.topology` says what a cohort is: everybody (`shared`: one broadcast feeds all, and one that breaks it costs all this push), or
-each engine by itself (`per_engine`: rank 0 sends everything once an engine, and nobody notices a neighbour's failure).
-`weights.max_unavailable` bounds how many servers are being updated at a time: shared cohorts are then cut to that size and go
-one after the other, so that capacity never reaches zero where an engine has to pause.
-
-A server that fails, or is silent past its deadline, is left out for a while (`members.py`). In a shared group nobody can say who broke
-a broadcast if all survive it, so whoever was in `_PROBE_AFTER` broken ones in a row gets a group of its own: the culprit fails there alone.
+A server that fails or misses its deadline backs off (`receivers.py`). If a shared broadcast breaks and every
+receiver survives it, the culprit is unknown. A server that was in `_ISOLATE_AFTER` such pushes in a row
+therefore gets a group of its own, where the culprit fails alone.
 """
 
 from __future__ import annotations
@@ -29,214 +29,185 @@ from areal_like.weights.collective import WeightGroup, device_facts
 from areal_like.wire.channel import Link
 from areal_like.wire.messages.consumer import ServerEntry
 from areal_like.wire.messages.weights import Alive, AskAlive, PushWeights, WeightsFailed, WeightsOk
-from trainer.weight_sync.group_session import ALIVE_S, SessionOutcome, WeightGroupSession, rank_ranges
-from trainer.weight_sync.receivers import Answer, Key, Member, ReceiverBackoff, key_of
+from trainer.weight_sync.backend import NcclTrial, choose_backend
+from trainer.weight_sync.group_session import ALIVE_S, SessionOutcome, WeightGroupSession, assign_ranks
+from trainer.weight_sync.receivers import Receiver, ReceiverBackoff, ReceiverId, Reply, receiver_id
 from trainer.weight_sync.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 
 _FORM_S = 15.0
-"""Longest rendezvous of members that have just said that they are alive."""
+"""Longest rendezvous of servers that have just replied to AskAlive."""
 
-_PROBE_AFTER = 2
+_ISOLATE_AFTER = 2
 """Broken pushes in a row that a server survives before it gets a group of its own."""
 
 
 @dataclass(kw_only=True)
 class PushOutcome:
-    """Who has the new version active, and why others have not."""
+    """The servers that activated the new version, and why the others did not."""
 
     activated: dict[str, WeightsOk] = field(default_factory=dict)
-    """Server name -> its answer."""
+    """Server name -> its reply."""
     failed: dict[str, str] = field(default_factory=dict)
     """Server name (or `broadcast`) -> reason."""
     recovery_s: dict[str, float] = field(default_factory=dict)
-    """Name of each server that survived a broken broadcast -> seconds until it had left it."""
+    """Name of each server that survived a broken broadcast -> seconds until it had left the group."""
 
 
 def split_groups(
-    keys: Sequence[Key], *, topology: str, max_unavailable: int, alone: Iterable[Key] = ()
-) -> list[list[Key]]:
-    """Who shares a group. `alone`: servers that get one of their own whatever the topology."""
-    singled = set(alone)
-    rest = [key for key in keys if key not in singled]
-    size = 1 if topology == "per_engine" else max_unavailable or max(1, len(rest))
-    return [[key] for key in keys if key in singled] + [
-        rest[start : start + size] for start in range(0, len(rest), size)
-    ]
+    receivers: Sequence[ReceiverId],
+    *,
+    topology: str,
+    max_unavailable: int,
+    alone: Iterable[ReceiverId] = (),
+) -> list[list[ReceiverId]]:
+    """Divides the receivers into process groups.
 
-
-def choose_backend(wanted: str, *, ours: dict[str, str], engines: Sequence[Alive]) -> tuple[str, str]:
-    """(`nccl` or `gloo`, why it is not the NCCL that was wanted). `ours`: `device_facts` of the trainer."""
-    if wanted == "gloo":
-        return "gloo", ""
-    if not all(
-        device.startswith("cuda") for device in (ours["device"], *(engine.device for engine in engines))
-    ):
-        return "gloo", "not everybody is on a GPU" if wanted == "nccl" else ""
-    versions = {
-        version for version in (ours["nccl_version"], *(engine.nccl_version for engine in engines)) if version
-    }
-    if len(versions) > 1:
-        return "gloo", f"NCCL versions differ: {', '.join(sorted(versions))}"
-    uuids = [uuid for uuid in (ours["device_uuid"], *(engine.device_uuid for engine in engines)) if uuid]
-    if len(set(uuids)) < len(uuids):
-        return "gloo", "two of them share a GPU"
-    return "nccl", ""
-
-
-class NcclTrial:
-    """What to use where everybody seems able to use NCCL; SGLang tells neither its version nor its GPU, so only a push can show. Pure.
-
-    UNTRIED -> pushed, unbroken -> PROVEN
-            -> broken -> OUT: `auto` means gloo from now on; `nccl` insists
+    `alone`: those that get a group of their own in any topology.
     """
-
-    def __init__(self, wanted: str) -> None:
-        self.wanted = wanted
-        """As `weights.backend`, until NCCL is out."""
-        self._is_proven = False
-
-    def report(self, *, broken: str) -> None:
-        """What came of an epoch over NCCL."""
-        if not broken:
-            self._is_proven = True
-        elif self.wanted == "auto" and not self._is_proven:
-            self.wanted = "gloo"
-            log.warning(
-                "weights travel over gloo from now on: the first epoch over NCCL broke (%s); weights.backend=nccl insists",
-                broken,
-            )
+    isolated = set(alone)
+    rest = [key for key in receivers if key not in isolated]
+    size = 1 if topology == "per_engine" else max_unavailable or max(1, len(rest))
+    groups = [[key] for key in receivers if key in isolated]
+    return groups + [rest[start : start + size] for start in range(0, len(rest), size)]
 
 
 class Broadcaster:
-    """Pushes snapshots to servers. Knows neither the buffer nor optimizer steps; one `push` at a time."""
+    """Pushes snapshots to servers, one `push` at a time. For each group of servers a push does this:
+
+        alive = await receiver.request(AskAlive())          # each receiver; the silent ones are left out
+        session = WeightGroupSession(group=WeightGroup.create(backend=...), ...)    # an NCCL or gloo group
+        await session.form()                                # FormGroup to each receiver, then the rendezvous
+        await session.push(PushWeights(...), snapshot)      # buckets, PushChecksums; each replies WeightsOk
+        await session.dissolve()                            # only after a failure or a change of receivers
+
+    A session that stands is reused by the next push to the same servers.
+    """
 
     def __init__(self, config: WeightsConfig, *, device: str, incarnation: int) -> None:
+        """`device`: the trainer's. `incarnation`: of the trainer; makes the names of its groups unique."""
         self._config = config
         self._device = torch.device(device)
         self._incarnation = incarnation
-        self._members: dict[Key, Member] = {}
-        self._directory: dict[Key, ServerEntry] = {}
-        self._shunning = ReceiverBackoff()
-        self._survived: Counter[Key] = Counter()
-        """Broken broadcasts in a row that a server survived without anybody being to blame."""
-        self._epochs: dict[frozenset[Key], WeightGroupSession] = {}
-        self._warned = ""
+        self._receivers: dict[ReceiverId, Receiver] = {}
+        self._directory: dict[ReceiverId, ServerEntry] = {}
+        self._backoff = ReceiverBackoff()
+        self._num_breaks_survived: Counter[ReceiverId] = Counter()
+        """Broken broadcasts in a row that a server survived and for which no culprit was found."""
+        self._sessions: dict[frozenset[ReceiverId], WeightGroupSession] = {}
+        self._last_warning = ""
         self._nccl = NcclTrial(config.backend)
-        self.num_epochs = 0
-        """Groups formed so far, or tried."""
+        self.num_sessions = 0
+        """Sessions formed so far, failed attempts included."""
 
     def eligible(self, servers: Iterable[ServerEntry]) -> list[ServerEntry]:
-        """Those of the directory that a push would go to now."""
+        """The servers of the directory that a push would go to now."""
         now_s = time.monotonic()
-        return [entry for entry in servers if self._shunning.is_eligible(entry, now_s=now_s)]
+        return [entry for entry in servers if self._backoff.is_eligible(entry, now_s=now_s)]
 
     async def push(
         self, snapshot: Snapshot, *, version: int, step: int, servers: Sequence[ServerEntry]
     ) -> PushOutcome:
         """Sends an acquired snapshot to every eligible server of the directory and waits for activation.
 
-        Never raises for what a server does: its reason is in the outcome. Raises ConfigError when weights.host is no address of ours.
+        Failures of servers do not raise; their reasons are in the outcome. Raises ConfigError when
+        `weights.host` is no address of this machine.
         """
-        self._directory = {key_of(entry): entry for entry in servers}
-        self._shunning.forget_all_but(self._directory)
-        wanted = self.eligible(servers)
-        await self._forget_all_but({key_of(entry) for entry in wanted})
-        cohorts = split_groups(
-            [key_of(entry) for entry in wanted],
+        self._directory = {receiver_id(entry): entry for entry in servers}
+        self._backoff.keep_only(self._directory)
+        targets = [receiver_id(entry) for entry in self.eligible(servers)]
+        await self._drop_receivers_except(set(targets))
+        groups = split_groups(
+            targets,
             topology=self._config.topology,
             max_unavailable=self._config.max_unavailable,
-            alone=[key for key, count in self._survived.items() if count >= _PROBE_AFTER],
+            alone=[key for key, count in self._num_breaks_survived.items() if count >= _ISOLATE_AFTER],
         )
-        await self._dissolve_all_but(frozenset(cohort) for cohort in cohorts)
+        await self._dissolve_all_except(frozenset(group) for group in groups)
         outcome = PushOutcome()
-        places = asyncio.Semaphore(self._config.max_unavailable or len(cohorts) or 1)
-        if self._config.topology == "shared" and self._config.max_unavailable:
-            places = asyncio.Semaphore(1)
+        # A shared group has `max_unavailable` servers already, so only one group is updated at a time.
+        one_at_a_time = self._config.topology == "shared" and self._config.max_unavailable > 0
+        slots = asyncio.Semaphore(1 if one_at_a_time else self._config.max_unavailable or len(groups) or 1)
 
-        async def one(cohort: list[Key]) -> None:
-            async with places:
-                await self._push_to(cohort, snapshot, outcome, version=version, step=step)
+        async def push_when_free(group: list[ReceiverId]) -> None:
+            async with slots:
+                await self._push_to_group(group, snapshot, outcome, version=version, step=step)
 
-        await asyncio.gather(*map(one, cohorts))
+        await asyncio.gather(*map(push_when_free, groups))
         return outcome
 
     async def close(self) -> None:
         """Dissolves the groups and closes every link."""
-        await self._dissolve_all_but(())
-        for member in self._members.values():
-            member.link.close()
+        await self._dissolve_all_except(())
+        for receiver in self._receivers.values():
+            receiver.link.close()
 
-    async def _push_to(
-        self, cohort: list[Key], snapshot: Snapshot, outcome: PushOutcome, *, version: int, step: int
+    async def _push_to_group(
+        self, group: list[ReceiverId], snapshot: Snapshot, outcome: PushOutcome, *, version: int, step: int
     ) -> None:
-        epoch = await self._epoch(cohort, outcome)
-        if epoch is None:
+        session = await self._session_of(group, outcome)
+        if session is None:
             return
         request = PushWeights(
-            epoch=epoch.number,
-            group_name=epoch.group.group_name,
+            epoch=session.number,
+            group_name=session.group.group_name,
             version=version,
             step=step,
             update_mode=self._config.update_mode,
             manifest=Manifest(version=version, buckets=snapshot.buckets).to_dict(),
             timeout_s=self._config.push_deadline_s,
         )
-        pushed = await epoch.push(request, snapshot)
-        if epoch.group.backend == "nccl":
-            self._nccl.report(broken=pushed.broken)
+        pushed = await session.push(request, snapshot)
+        if session.group.backend == "nccl":
+            self._nccl.report(broken_reason=pushed.broken_reason)
         outcome.recovery_s |= pushed.recovery_s
-        if pushed.broken:
-            outcome.failed["broadcast"] = pushed.broken
-        activated = self._settle(epoch, pushed, outcome, version=version)
-        if activated < len(epoch.members) or pushed.broken:
-            await self._dissolve(epoch, is_broken=bool(pushed.broken))
+        if pushed.broken_reason:
+            outcome.failed["broadcast"] = pushed.broken_reason
+        num_activated = self._record_replies(session, pushed, outcome, version=version)
+        if num_activated < len(session.receivers) or pushed.broken_reason:
+            await self._dissolve(session, is_broken=bool(pushed.broken_reason))
 
-    async def _epoch(self, cohort: list[Key], outcome: PushOutcome) -> WeightGroupSession | None:
-        """The cohort's epoch, formed if it is new, of those who are alive. None when there is none; the reasons are in the outcome."""
-        if (epoch := self._epochs.get(frozenset(cohort))) is not None:
-            return epoch
-        members = [self._member(self._directory[key]) for key in cohort]
-        alive = dict[Key, Alive]()
-        for member, answer in zip(
-            members,
-            await asyncio.gather(*(m.ask(AskAlive(), timeout_s=ALIVE_S) for m in members)),
-            strict=True,
-        ):
-            if isinstance(answer, Alive):
-                alive[member.key] = answer
+    async def _session_of(self, group: list[ReceiverId], outcome: PushOutcome) -> WeightGroupSession | None:
+        """The group's session; if there is none, a new one of the servers that are alive.
+
+        None if it cannot be formed; the reasons are in `outcome`.
+        """
+        if (session := self._sessions.get(frozenset(group))) is not None:
+            return session
+        receivers = [self._receiver(self._directory[key]) for key in group]
+        replies = await asyncio.gather(*(r.request(AskAlive(), timeout_s=ALIVE_S) for r in receivers))
+        alive = dict[ReceiverId, Alive]()
+        for receiver, reply in zip(receivers, replies, strict=True):
+            if isinstance(reply, Alive):
+                alive[receiver.id] = reply
             else:
-                self._blame(member, answer, outcome)
-        members = [member for member in members if member.key in alive]
-        if not members:
+                self._record_failure(receiver, reply, outcome)
+        receivers = [receiver for receiver in receivers if receiver.id in alive]
+        if not receivers:
             return None
-        epoch = self._new_epoch(members, [alive[member.key] for member in members])
-        formed = await epoch.form()
-        if self._settle(epoch, formed, outcome) < len(members) or formed.broken:
-            await epoch.dissolve(is_broken=False)
+        session = self._new_session(receivers, [alive[receiver.id] for receiver in receivers])
+        formed = await session.form()
+        if self._record_replies(session, formed, outcome) < len(receivers) or formed.broken_reason:
+            await session.dissolve(is_broken=False)
             return None
-        log.info(
-            "epoch %d: %s over %s",
-            epoch.number,
-            [member.entry.name for member in members],
-            epoch.group.backend,
-        )
-        self._epochs[epoch.keys] = epoch
-        return epoch
+        names = [receiver.entry.name for receiver in receivers]
+        log.info("weight session %d: %s over %s", session.number, names, session.group.backend)
+        self._sessions[session.receiver_ids] = session
+        return session
 
-    def _new_epoch(self, members: list[Member], alive: list[Alive]) -> WeightGroupSession:
-        self.num_epochs += 1
+    def _new_session(self, receivers: list[Receiver], alive: list[Alive]) -> WeightGroupSession:
+        self.num_sessions += 1
         backend, warning = choose_backend(self._nccl.wanted, ours=device_facts(self._device), engines=alive)
-        if warning and warning != self._warned:
+        if warning and warning != self._last_warning:
             log.warning("weights travel over gloo: %s", warning)
-        self._warned = warning
-        seats, world_size = rank_ranges(members, alive)
+        self._last_warning = warning
+        rank_ranges, world_size = assign_ranks(receivers, alive)
         try:
             group = WeightGroup.create(
                 host=self._config.host,
                 world_size=world_size,
-                group_name=f"weights-{self._incarnation}-{self.num_epochs}",
+                group_name=f"weights-{self._incarnation}-{self.num_sessions}",
                 backend=backend,
                 timeout_s=min(self._config.push_deadline_s, _FORM_S),
             )
@@ -244,72 +215,71 @@ class Broadcaster:
             raise ConfigError(
                 f"{error}: set weights.host to an address of the machine of trainer rank 0"
             ) from None
-        return WeightGroupSession(number=self.num_epochs, group=group, seats=seats, device=self._device)
+        return WeightGroupSession(
+            number=self.num_sessions, group=group, rank_ranges=rank_ranges, device=self._device
+        )
 
-    def _settle(
+    def _record_replies(
         self,
-        epoch: WeightGroupSession,
+        session: WeightGroupSession,
         result: SessionOutcome,
         outcome: PushOutcome,
         *,
         version: int | None = None,
     ) -> int:
-        """Sorts the answers to a push (or, without `version`, to an invitation); how many did what was asked."""
+        """Adds the replies to a push (without `version`: to FormGroup) to `outcome`; returns the successes."""
         num_succeeded = 0
-        for member, answer in zip(epoch.members, result.answers, strict=True):
-            if isinstance(answer, WeightsOk) and version in (None, answer.version):
+        for receiver, reply in zip(session.receivers, result.replies, strict=True):
+            key = receiver.id
+            if isinstance(reply, WeightsOk) and version in (None, reply.version):
                 num_succeeded += 1
                 if version is not None:
-                    outcome.activated[member.entry.name] = answer
-                    self._shunning.succeeded(member.key)
-                    del self._survived[member.key]
-            elif member.key in result.blameless and (
-                len(epoch.members) > 1 or self._survived[member.key] < _PROBE_AFTER
+                    outcome.activated[receiver.entry.name] = reply
+                    self._backoff.record_success(key)
+                    del self._num_breaks_survived[key]
+            elif key in result.blameless and (
+                len(session.receivers) > 1 or self._num_breaks_survived[key] < _ISOLATE_AFTER
             ):
-                outcome.failed[member.entry.name] = _reason(answer, version)
-                self._survived[member.key] += 1
+                outcome.failed[receiver.entry.name] = _failure_reason(reply, version)
+                self._num_breaks_survived[key] += 1
             else:
-                self._blame(member, answer, outcome, version=version)
+                self._record_failure(receiver, reply, outcome, version=version)
         return num_succeeded
 
-    def _blame(
-        self, member: Member, answer: Answer, outcome: PushOutcome, *, version: int | None = None
+    def _record_failure(
+        self, receiver: Receiver, reply: Reply, outcome: PushOutcome, *, version: int | None = None
     ) -> None:
-        outcome.failed[member.entry.name] = _reason(answer, version)
-        self._shunning.failed(self._directory[member.key], now_s=time.monotonic())
-        del self._survived[member.key]
+        outcome.failed[receiver.entry.name] = _failure_reason(reply, version)
+        self._backoff.record_failure(self._directory[receiver.id], now_s=time.monotonic())
+        del self._num_breaks_survived[receiver.id]
 
-    def _member(self, entry: ServerEntry) -> Member:
-        key = key_of(entry)
-        if key not in self._members:
-            self._members[key] = Member(entry=entry, link=Link(entry.weights_address, handler=lambda _: None))
-        return self._members[key]
+    def _receiver(self, entry: ServerEntry) -> Receiver:
+        key = receiver_id(entry)
+        if key not in self._receivers:
+            link = Link(entry.weights_address, handler=lambda _: None)
+            self._receivers[key] = Receiver(entry=entry, link=link)
+        return self._receivers[key]
 
-    async def _forget_all_but(self, keys: set[Key]) -> None:
-        gone = self._members.keys() - keys
-        await asyncio.gather(
-            *(
-                self._dissolve(epoch, is_broken=False)
-                for epoch in list(self._epochs.values())
-                if epoch.keys & gone
-            )
-        )
+    async def _drop_receivers_except(self, kept: set[ReceiverId]) -> None:
+        gone = self._receivers.keys() - kept
+        sessions = [session for session in self._sessions.values() if session.receiver_ids & gone]
+        await asyncio.gather(*(self._dissolve(session, is_broken=False) for session in sessions))
         for key in gone:
-            self._members.pop(key).link.close()
-            del self._survived[key]
+            self._receivers.pop(key).link.close()
+            del self._num_breaks_survived[key]
 
-    async def _dissolve_all_but(self, kept: Iterable[frozenset[Key]]) -> None:
-        unwanted = self._epochs.keys() - set(kept)
-        await asyncio.gather(*(self._dissolve(self._epochs[keys], is_broken=False) for keys in unwanted))
+    async def _dissolve_all_except(self, kept: Iterable[frozenset[ReceiverId]]) -> None:
+        unwanted = self._sessions.keys() - set(kept)
+        await asyncio.gather(*(self._dissolve(self._sessions[keys], is_broken=False) for keys in unwanted))
 
-    async def _dissolve(self, epoch: WeightGroupSession, *, is_broken: bool) -> None:
-        self._epochs.pop(epoch.keys, None)
-        await epoch.dissolve(is_broken=is_broken)
+    async def _dissolve(self, session: WeightGroupSession, *, is_broken: bool) -> None:
+        self._sessions.pop(session.receiver_ids, None)
+        await session.dissolve(is_broken=is_broken)
 
 
-def _reason(answer: Answer, version: int | None) -> str:
-    if isinstance(answer, WeightsFailed):
-        return answer.reason
-    if isinstance(answer, WeightsOk):
-        return f"is at version {answer.version} after the push of {version}"
-    return f"answered {type(answer).__name__}"
+def _failure_reason(reply: Reply, version: int | None) -> str:
+    if isinstance(reply, WeightsFailed):
+        return reply.reason
+    if isinstance(reply, WeightsOk):
+        return f"is at version {reply.version} after the push of {version}"
+    return f"replied {type(reply).__name__}"

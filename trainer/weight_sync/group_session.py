@@ -1,12 +1,16 @@
-"""One epoch: a process group of rank 0 and some engines, from the rendezvous to its end.
+"""The NCCL or gloo process group of a weight push: trainer rank 0 and some engines, for many pushes.
 
-    form() -> FORMED -> push() -> push() -> ... -> dissolve()
-       \\-> None: somebody refused        \\-> broken, or somebody failed: dissolve() and form another
+A session never changes its members and is never repaired: after a failure it is left and the next push forms
+another one, because a rank that is still blocked in a broken group cannot be told from one that is not. The
+survivors of a broken broadcast are asked to leave the group, which ends their wait; the time this takes is
+their recovery time.
 
-An epoch never changes its members and is never mended: a broken group is left behind, because a rank that may still be blocked in it cannot
-be told from one that is not. Survivors of a broken broadcast are told to leave, which makes them answer; how long that took is their
-recovery time. Control messages run in the caller's event loop, the blocking broadcast in a thread of the epoch's own, so that
-one epoch that hangs holds up no other. Every wait for such a thread has an end: one that never returns is left behind with the group.
+Control messages run in the caller's event loop, the blocking broadcast in a thread of this session, so that
+one session that hangs does not hold up another. Every wait for such a thread is bounded: a thread that never
+returns is abandoned with its group.
+
+On the wire a session's number is the field `epoch` of FormGroup, PushWeights and DissolveGroup (in the code,
+an epoch is a pass over the prompts).
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ from areal_like.wire.messages.weights import (
     PushWeights,
     WeightsFailed,
 )
-from trainer.weight_sync.receivers import Answer, Key, Member
+from trainer.weight_sync.receivers import Receiver, ReceiverId, Reply
 from trainer.weight_sync.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
@@ -42,219 +46,265 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 ALIVE_S = 2.0
-"""How fast a healthy control socket answers; also the grace for survivors of a broken broadcast, and for one that a member has given up."""
-_VERDICT_S = 5.0
-"""How long after its time limit a receiver may ask its engine which weights it has, before it gives its reason."""
+"""Time in which a healthy control socket replies. Also the grace period for survivors of a broken broadcast,
+and for a broadcast after a receiver has failed."""
+_REPLY_GRACE_S = 5.0
+"""Time after a push's deadline in which a receiver may ask its engine which weights it has."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankRange:
-    """A member's place in a group."""
+    """A receiver's ranks in the process group: `first_rank` and as many as its engine has tensor-parallel
+    ranks.
+    """
 
-    member: Member
+    receiver: Receiver
     first_rank: int
 
 
-def rank_ranges(members: Sequence[Member], alive: Sequence[Alive]) -> tuple[list[RankRange], int]:
-    """Places in the order given, each as wide as its engine has ranks, after rank 0 (the trainer); and the group's size."""
-    seats, next_rank = [], 1
-    for member, facts in zip(members, alive, strict=True):
-        seats.append(RankRange(member=member, first_rank=next_rank))
-        next_rank += facts.num_ranks
-    return seats, next_rank
+def assign_ranks(receivers: Sequence[Receiver], alive: Sequence[Alive]) -> tuple[list[RankRange], int]:
+    """Ranks in the order given, after rank 0 (the trainer); and the group's world size."""
+    rank_ranges, next_rank = [], 1
+    for receiver, reply in zip(receivers, alive, strict=True):
+        rank_ranges.append(RankRange(receiver=receiver, first_rank=next_rank))
+        next_rank += reply.num_ranks
+    return rank_ranges, next_rank
 
 
 @dataclass(frozen=True, kw_only=True)
 class SessionOutcome:
-    """What came of forming an epoch or of a push through it."""
+    """Result of forming a session, or of one push through it."""
 
-    answers: list[Answer]
-    """One a member, in their order."""
-    blameless: set[Key] = field(default_factory=set)
-    """Members that failed because of another."""
-    broken: str = ""
-    """Why the group broke; empty when it did not."""
+    replies: list[Reply]
+    """One for each receiver, in their order."""
+    blameless: set[ReceiverId] = field(default_factory=set)
+    """Receivers that failed because of another one."""
+    broken_reason: str = ""
+    """Why the group broke; empty if it did not."""
     recovery_s: dict[str, float] = field(default_factory=dict)
-    """Name of each survivor of a broken broadcast -> seconds until it had left it."""
+    """Name of each survivor of a broken broadcast -> seconds until it had left the group."""
 
 
 class WeightGroupSession:
-    """See the module. Everything but the broadcast runs in one event loop."""
+    """A process group for pushes. All methods run in one event loop.
+
+    form() -> FORMED -> push() -> push() -> ... -> dissolve()
+      |                   +-> broken, or a receiver failed: dissolve() and form another session
+      +-> not formed (a receiver refused or did not come): dissolve()
+    """
 
     def __init__(
-        self, *, number: int, group: WeightGroup, seats: Sequence[RankRange], device: Device
+        self, *, number: int, group: WeightGroup, rank_ranges: Sequence[RankRange], device: Device
     ) -> None:
         self.number = number
         self.group = group
-        self.members = [seat.member for seat in seats]
-        self._seats = seats
+        self.receivers = [rank_range.receiver for rank_range in rank_ranges]
+        self._rank_ranges = rank_ranges
         self._device = device
-        # Not the default stream: training would wait for the whole broadcast, and the broadcast for what training has queued.
-        self._stream = torch.cuda.Stream(device) if group.backend == "nccl" else None  # type: ignore[no-untyped-call]
-        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"epoch-{number}-read")
+        # A stream of its own: on the default stream training would wait for the whole broadcast, and the
+        # broadcast for everything that training has queued.
+        self._stream: torch.cuda.Stream | None = None
+        if group.backend == "nccl":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"weight-session-{number}-read")
 
     @property
-    def keys(self) -> frozenset[Key]:
-        """Who takes part."""
-        return frozenset(member.key for member in self.members)
+    def receiver_ids(self) -> frozenset[ReceiverId]:
+        """Ids of the receivers."""
+        return frozenset(receiver.id for receiver in self.receivers)
 
     async def form(self) -> SessionOutcome:
-        """Invites everybody and meets them. If anybody is not there afterwards, the epoch has to be dissolved."""
+        """Sends FormGroup to every receiver and meets them in the rendezvous.
+
+        If one of them failed, the session is not usable: call `dissolve`.
+        """
         timeout_s = self.group.timeout_s
-        invited = [
-            asyncio.create_task(seat.member.ask(self._invitation(seat), timeout_s=timeout_s + 2 * ALIVE_S))
-            for seat in self._seats
+        requests = [
+            asyncio.create_task(
+                rank_range.receiver.request(self._form_group(rank_range), timeout_s=timeout_s + 2 * ALIVE_S)
+            )
+            for rank_range in self._rank_ranges
         ]
-        connecting = in_thread(self.group.connect, name=f"epoch-{self.number}")
-        blameless: set[Key] = set()
-        broken = ""
+        connecting = in_thread(self.group.connect, name=f"weight-session-{self.number}")
+        blameless: set[ReceiverId] = set()
+        broken_reason = ""
         try:
-            await _unless_refused(connecting, invited, timeout_s=timeout_s + ALIVE_S)
+            await _wait_unless_refused(connecting, requests, timeout_s=timeout_s + ALIVE_S)
         except WeightSyncError as error:
-            log.warning("epoch %d was not formed: %s", self.number, error)
-            broken = str(error)
-            # Whoever is still waiting in the rendezvous did what it was asked; it answers when told to leave.
+            log.warning("weight session %d was not formed: %s", self.number, error)
+            broken_reason = str(error)
+            # A receiver that is still waiting in the rendezvous did its part; it replies when asked to leave.
             blameless = {
-                member.key for member, answer in zip(self.members, invited, strict=True) if not answer.done()
+                receiver.id
+                for receiver, request in zip(self.receivers, requests, strict=True)
+                if not request.done()
             }
-            await self._close()
-            await self._farewell()
-        return SessionOutcome(answers=await asyncio.gather(*invited), blameless=blameless, broken=broken)
+            await self._leave_group()
+            await self._ask_all_to_leave()
+        replies = await asyncio.gather(*requests)
+        return SessionOutcome(replies=replies, blameless=blameless, broken_reason=broken_reason)
 
     async def push(self, request: PushWeights, snapshot: Snapshot) -> SessionOutcome:
-        """Sends the snapshot's buckets and waits for activation. Broken or not, everybody has answered or fallen silent when it returns."""
-        asked = [
-            asyncio.create_task(member.ask(request, timeout_s=request.timeout_s + _VERDICT_S + ALIVE_S))
-            for member in self.members
+        """Broadcasts the snapshot's buckets and waits for activation.
+
+        On return every receiver has replied or has been given up, whether the broadcast broke or not.
+        """
+        requests = [
+            asyncio.create_task(
+                receiver.request(request, timeout_s=request.timeout_s + _REPLY_GRACE_S + ALIVE_S)
+            )
+            for receiver in self.receivers
         ]
         recovery_s: dict[str, float] = {}
-        broken = ""
+        broken_reason = ""
         try:
             sending = in_thread(
-                lambda: self._send(snapshot, timeout_s=request.timeout_s), name=f"epoch-{self.number}"
+                lambda: self._broadcast_all(snapshot, timeout_s=request.timeout_s),
+                name=f"weight-session-{self.number}",
             )
-            # A failure breaks nothing by itself: that member may have had all that it needs of the broadcast.
-            checksums = await _unless_refused(sending, asked, timeout_s=request.timeout_s, grace_s=ALIVE_S)
+            # A receiver's failure does not break the broadcast by itself, hence the grace period: the
+            # receiver may still be taking part, or may have received all that it has to receive.
+            checksums = await _wait_unless_refused(
+                sending, requests, timeout_s=request.timeout_s, grace_s=ALIVE_S
+            )
         except WeightSyncError as error:
-            broken = str(error)
-            await self._close()
-            # Survivors may be blocked in the broadcast that the dead peer broke: telling them to leave makes them answer.
-            recovery_s, _ = await asyncio.gather(self._farewell(), asyncio.wait(asked, timeout=ALIVE_S))
+            broken_reason = str(error)
+            await self._leave_group()
+            # Survivors may be blocked in the broadcast that the dead peer broke: DissolveGroup makes them
+            # reply.
+            recovery_s, _ = await asyncio.gather(
+                self._ask_all_to_leave(), asyncio.wait(requests, timeout=ALIVE_S)
+            )
         else:
-            for member in self.members:
-                member.link.send(PushChecksums(version=request.version, checksums=checksums))
-            await _while_alive(self.members, asked)
-        for task in asked:
+            for receiver in self.receivers:
+                receiver.link.send(PushChecksums(version=request.version, checksums=checksums))
+            await _wait_for_replies_while_alive(self.receivers, requests)
+        for task in requests:
             task.cancel()
-        answers = [
-            WeightsFailed(version=-1, reason="silent") if isinstance(answer, BaseException) else answer
-            for answer in await asyncio.gather(*asked, return_exceptions=True)
+        replies = [
+            WeightsFailed(version=-1, reason="silent") if isinstance(reply, BaseException) else reply
+            for reply in await asyncio.gather(*requests, return_exceptions=True)
         ]
-        survivors = set[Key]()
-        if broken:  # whoever reports it has survived it; whoever broke it is silent
-            reports = zip(self.members, answers, strict=True)
+        survivors = set[ReceiverId]()
+        if broken_reason:  # a receiver that reports the failure survived it; the one that caused it is silent
             survivors = {
-                member.key
-                for member, answer in reports
-                if isinstance(answer, WeightsFailed) and answer.version >= 0
+                receiver.id
+                for receiver, reply in zip(self.receivers, replies, strict=True)
+                if isinstance(reply, WeightsFailed) and reply.version >= 0
             }
-        return SessionOutcome(answers=answers, blameless=survivors, broken=broken, recovery_s=recovery_s)
+        return SessionOutcome(
+            replies=replies, blameless=survivors, broken_reason=broken_reason, recovery_s=recovery_s
+        )
 
     async def dissolve(self, *, is_broken: bool) -> None:
-        """Leaves the group; members of one that still stands are told to leave too."""
+        """Leaves the group. Unless it is broken already, the receivers are asked to leave it too."""
         if not is_broken:
-            await self._farewell()
-        await self._close()
+            await self._ask_all_to_leave()
+        await self._leave_group()
         self._reader.shutdown(wait=False)
 
-    async def _close(self) -> None:
-        """Leaves the group; in a thread of its own, because NCCL's abort and the broadcast that it ends may wait for a hung member."""
-        await asyncio.wait([in_thread(self.group.close, name=f"epoch-{self.number}-close")], timeout=ALIVE_S)
+    async def _leave_group(self) -> None:
+        # In a thread: NCCL's abort, and the broadcast that it ends, may wait for a receiver that hangs.
+        leaving = in_thread(self.group.close, name=f"weight-session-{self.number}-close")
+        await asyncio.wait([leaving], timeout=ALIVE_S)
 
-    def _send(self, snapshot: Snapshot, *, timeout_s: float) -> list[int]:
-        """Broadcasts every bucket; returns their checksums. Runs in the sender's thread."""
+    def _broadcast_all(self, snapshot: Snapshot, *, timeout_s: float) -> list[int]:
+        """Broadcasts every bucket and returns their checksums. Blocks; runs in a thread of its own."""
         with torch.cuda.stream(self._stream):
-            return self._send_all(snapshot, timeout_s=timeout_s)
+            return self._broadcast_buckets(snapshot, timeout_s=timeout_s)
 
-    def _send_all(self, snapshot: Snapshot, *, timeout_s: float) -> list[int]:
+    def _broadcast_buckets(self, snapshot: Snapshot, *, timeout_s: float) -> list[int]:
+        """Reads bucket i + 1 and checksums bucket i while bucket i is being sent."""
         checksums = []
-        ahead = self._reader.submit(snapshot.read, 0)
+        next_read = self._reader.submit(snapshot.read, 0)
         for index in range(len(snapshot.buckets)):
-            whole = ahead.result()
+            bucket = next_read.result()
             if index + 1 < len(snapshot.buckets):
-                ahead = self._reader.submit(snapshot.read, index + 1)
-            summing = self._reader.submit(getattr, whole, "checksum")
+                next_read = self._reader.submit(snapshot.read, index + 1)
+            checksum = self._reader.submit(getattr, bucket, "checksum")
             try:
-                on_wire = whole.data.to(self._device) if self.group.backend == "nccl" else whole.data
-            except RuntimeError as error:  # the GPU's memory is full: another push may find room
+                on_wire = bucket.data.to(self._device) if self.group.backend == "nccl" else bucket.data
+            except RuntimeError as error:  # the GPU's memory is full: a later push may find room
                 raise WeightSyncError(
-                    f"a bucket of {len(whole.data)} bytes did not get to {self._device}: {error}"
+                    f"could not copy a bucket of {len(bucket.data)} bytes to {self._device}: {error}"
                 ) from None
             self.group.broadcast(on_wire, timeout_s=timeout_s)
-            checksums.append(summing.result())
+            checksums.append(checksum.result())
         return checksums
 
-    def _invitation(self, seat: RankRange) -> FormGroup:
+    def _form_group(self, rank_range: RankRange) -> FormGroup:
         return FormGroup(
             epoch=self.number,
             group_name=self.group.group_name,
             master_address=self.group.address,
             master_port=self.group.port,
-            rank=seat.first_rank,
+            rank=rank_range.first_rank,
             world_size=self.group.world_size,
             backend=self.group.backend,
-            timeout_s=self.group.timeout_s
-            + ALIVE_S,  # after us, so that we can tell who is waiting from who refused
+            # Longer than our own wait: when ours ends, a receiver that still waits can be told from one that
+            # refused.
+            timeout_s=self.group.timeout_s + ALIVE_S,
         )
 
-    async def _farewell(self) -> dict[str, float]:
-        """Tells everybody to leave; the seconds after which each had left."""
+    async def _ask_all_to_leave(self) -> dict[str, float]:
+        """Sends DissolveGroup to every receiver; returns the seconds after which each had left, by its
+        name."""
         started_s = time.monotonic()
-        left_s: dict[str, float] = {}
+        left_after_s: dict[str, float] = {}
 
-        async def tell(member: Member) -> None:
+        async def ask_to_leave(receiver: Receiver) -> None:
             request = DissolveGroup(epoch=self.number, group_name=self.group.group_name)
-            answer = await member.ask(request, timeout_s=ALIVE_S)
-            if not isinstance(answer, WeightsFailed):
-                left_s[member.entry.name] = time.monotonic() - started_s
+            reply = await receiver.request(request, timeout_s=ALIVE_S)
+            if not isinstance(reply, WeightsFailed):
+                left_after_s[receiver.entry.name] = time.monotonic() - started_s
 
-        await asyncio.gather(*map(tell, self.members))
-        return left_s
+        await asyncio.gather(*map(ask_to_leave, self.receivers))
+        return left_after_s
 
 
-async def _unless_refused(
-    work: asyncio.Future[T], asked: Sequence[asyncio.Task[Answer]], *, timeout_s: float, grace_s: float = 0.0
+async def _wait_unless_refused(
+    work: asyncio.Future[T],
+    requests: Sequence[asyncio.Task[Reply]],
+    *,
+    timeout_s: float,
+    grace_s: float = 0.0,
 ) -> T:
-    """The outcome of our own end, unless the time is over or a member says that it takes no part: then it has `grace_s` left.
+    """Waits for rank 0's own part and returns its result.
 
-    Raises WeightSyncError.
+    Raises WeightSyncError at the timeout, or `grace_s` after a receiver has replied WeightsFailed.
     """
     loop = asyncio.get_running_loop()
-    end_s, why = loop.time() + timeout_s, f"rank 0 was not done within {timeout_s:g} s"
-    answers: set[asyncio.Future[Any]] = set(asked)
+    end_s, reason = loop.time() + timeout_s, f"rank 0 was not done within {timeout_s:g} s"
+    pending: set[asyncio.Future[Any]] = set(requests)
     while not work.done() and (left_s := end_s - loop.time()) > 0:
-        done, _ = await asyncio.wait({work, *answers}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
-        for answer in answers & done:
-            if isinstance(refusal := answer.result(), WeightsFailed):
-                end_s, why = min(end_s, loop.time() + grace_s), f"a member takes no part: {refusal.reason}"
-        answers -= done
+        done, _ = await asyncio.wait({work, *pending}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+        for request in pending & done:
+            if isinstance(refusal := request.result(), WeightsFailed):
+                end_s, reason = min(end_s, loop.time() + grace_s), f"a receiver failed: {refusal.reason}"
+        pending -= done
     if not work.done():
         work.cancel()
-        raise WeightSyncError(why)
+        raise WeightSyncError(reason)
     return work.result()
 
 
-async def _while_alive(members: list[Member], asked: list[asyncio.Task[Answer]]) -> None:
-    """Waits for answers, but not for a server that has died with the whole broadcast in its socket's buffer."""
-    pending = dict(zip(asked, members, strict=True))
+async def _wait_for_replies_while_alive(
+    receivers: list[Receiver], requests: list[asyncio.Task[Reply]]
+) -> None:
+    """Waits for the replies to a push, but not for a server that no longer replies to AskAlive.
+
+    A server may die with the whole broadcast in its socket's buffer: the broadcast succeeds and no reply ever
+    comes.
+    """
+    pending = dict(zip(requests, receivers, strict=True))
     while pending:
         done, _ = await asyncio.wait(pending, timeout=ALIVE_S, return_when=asyncio.FIRST_COMPLETED)
         if not done:
             alive = await asyncio.gather(
-                *(member.ask(AskAlive(), timeout_s=ALIVE_S) for member in pending.values())
+                *(receiver.request(AskAlive(), timeout_s=ALIVE_S) for receiver in pending.values())
             )
             done = {
-                task for task, answer in zip(pending, alive, strict=True) if isinstance(answer, WeightsFailed)
+                task for task, reply in zip(pending, alive, strict=True) if isinstance(reply, WeightsFailed)
             }
         for task in done:
             del pending[task]

@@ -1,9 +1,7 @@
-"""Rank 0: keeps the engines at the newest weights while training goes on.
+"""Keeps the engines at the newest weights while training goes on (trainer rank 0).
 
-    idle -> offer(snapshot) -> acquired -> version granted by the buffer -> broadcast -> active at the servers -> released -> idle
-                 ^ a newer snapshot offered meanwhile replaces one that has not been acquired
-
-The trainer freezes its weights and goes on at once. Skipped snapshots never get a version. Runs in the link's event loop.
+A snapshot that a newer one replaces before its push began is skipped and never gets a version. Runs in the
+event loop of the trainer's buffer client.
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ from typing import Any
 from areal_like.errors import ArealError
 from areal_like.wire.messages.consumer import AllocVersion, ServerEntry, VersionGranted
 from trainer.weight_sync.broadcaster import Broadcaster
+from trainer.weight_sync.receivers import ReceiverId, receiver_id
 from trainer.weight_sync.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
@@ -29,22 +28,35 @@ _CALL_TIMEOUT_S = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class PushReport:
-    """What one push came to."""
+    """Figures of one push."""
 
     version: int
     step: int
     num_activated: int
     failed: dict[str, str]
+    """Server name (or `broadcast`) -> reason."""
     num_bytes: int
     seconds: float
     stall_seconds: float
     """Longest time that one engine decoded nothing because of the push."""
     recovery_seconds: float
-    """Longest time that a survivor of a broken broadcast needed to get out of it; 0 when none broke."""
+    """Longest time that a survivor needed to leave a broken broadcast; 0 if none broke."""
 
 
 class Publisher:
-    """Owns one task; create it inside the event loop, end it with `close`."""
+    """Owns the task that pushes weights.
+
+    Create it inside the event loop, end it with `close`. One push, end to end:
+
+        snapshot = snapshotter.take_snapshot()      # on every rank, between two steps; then training goes on
+        publisher.offer(step, snapshot)             # rank 0; the publisher's task does the rest:
+        snapshot.acquire()                          # False if a newer snapshot has replaced it
+        version = (await call(AllocVersion(step=step))).version     # granted by the buffer, never reused
+        await broadcaster.push(snapshot, version=version, ...); snapshot.release()
+
+    States: IDLE -> offer() -> acquired -> version granted -> broadcast -> active at the servers -> released
+    -> IDLE
+    """
 
     def __init__(
         self,
@@ -55,7 +67,11 @@ class Publisher:
         on_push: Callable[[PushReport], None],
         on_failure: Callable[[ArealError], None],
     ) -> None:
-        """`on_failure` is told why no more weights will be published: nobody awaits this task while training goes on."""
+        """`call`: sends a request to the buffer. `servers`: the buffer's directory of rollout servers.
+
+        `on_failure` is called with the reason when the task ends early: nobody awaits it while training goes
+        on.
+        """
         self._broadcaster = broadcaster
         self._call = call
         self._servers = servers
@@ -66,17 +82,19 @@ class Publisher:
         self._is_pushing = False
         self._active = asyncio.Condition()
         self.active_step = -1
-        """Step of the newest weights that every answering server has active; -1 before the first push."""
+        """Step of the newest weights that at least one server has active; -1 before the first push."""
         self.active_version = 0
         self._newest_version = 0
-        """Newest that was granted to us; a server that names a newer one kept it from an earlier run."""
-        self._holds: dict[tuple[str, int], int] = {}
+        """Newest version granted to this trainer; a server with a newer one kept it from an earlier run."""
+        self._activated_versions: dict[ReceiverId, int] = {}
+        """Version that each server confirmed to us, which may be newer than the one in the directory."""
         self._task = asyncio.create_task(self._run(), name="publisher")
 
     def offer(self, step: int, snapshot: Snapshot, *, loaded: bool = False) -> None:
-        """The newest weights: those at the start of optimizer step `step`.
+        """Hands over the weights at the start of optimizer step `step`; replaces an offer whose push has not
+        begun.
 
-        `loaded`: servers start with these, so they are sent only to one that falls behind.
+        `loaded`: servers start with these weights, so they are sent only to a server that falls behind.
         """
         self._offered = (step, snapshot)
         if loaded:
@@ -84,8 +102,8 @@ class Publisher:
         else:
             self._wake.set()
 
-    async def wait_active(self, step: int) -> int:
-        """Waits until weights of `step` or later are active somewhere; returns their version. The caller bounds the wait."""
+    async def wait_until_active(self, step: int) -> int:
+        """Waits until a server has weights of `step` or later active; returns their version. No timeout."""
         async with self._active:
             await self._active.wait_for(lambda: self.active_step >= step or self._task.done())
         if self._task.done():
@@ -93,10 +111,16 @@ class Publisher:
         return self.active_version
 
     async def close(self) -> None:
-        """Ends the task and the group."""
+        """Ends the task and dissolves the weight groups."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         await self._broadcaster.close()
+
+    def directory_changed(self) -> None:
+        """To be called when a server joined or changed: it gets the newest weights if it is behind."""
+        # During a push nothing is done: `_run` looks at the directory again when the push ends.
+        if not self._is_pushing and self._offered is not None and self._any_behind(self._servers()):
+            self._wake.set()
 
     async def _run(self) -> None:
         try:
@@ -108,26 +132,27 @@ class Publisher:
                 self._wake.clear()
                 if self._offered is not None:
                     self._is_pushing = True
-                    await self._publish(*self._offered)
+                    await self._push_if_needed(*self._offered)
                     self._is_pushing = False
-                    # A server that joins or recovers must not wait for the trainer's next step: with max_staleness 0 that step waits
-                    # for the server.
-                    retry_s = _RETRY_S if self._behind(self._servers()) else None
+                    # A server that joins or recovers must not wait for the trainer's next step: with
+                    # max_staleness=0 that step waits for the server.
+                    retry_s = _RETRY_S if self._any_behind(self._servers()) else None
         except ArealError as error:
             self._on_failure(error)
             raise
         except Exception as error:  # the outermost frame of a task that nobody awaits while training goes on
-            log.exception("the publisher ended")
+            log.exception("the publisher failed")
             self._on_failure(ArealError(f"no more weights are published: {type(error).__name__}: {error}"))
             raise
         finally:
             async with self._active:
                 self._active.notify_all()
 
-    async def _publish(self, step: int, snapshot: Snapshot) -> None:
-        # Without anybody who would gain by it, a version would be spent, and everybody made to recompute, again and again: one that is
-        # left out is behind all the while. A snapshot that is superseded already will be followed by the offer of its successor.
-        if self._behind(self._broadcaster.eligible(self._servers())) and snapshot.acquire():
+    async def _push_if_needed(self, step: int, snapshot: Snapshot) -> None:
+        # A server that backs off stays behind. If it alone counted, every retry would spend a version and
+        # make all the others recompute their caches for nothing; so only eligible servers count. acquire()
+        # fails if a newer snapshot exists; that one's offer wakes the task again.
+        if self._any_behind(self._broadcaster.eligible(self._servers())) and snapshot.acquire():
             try:
                 await self._push(step, snapshot)
             finally:
@@ -137,7 +162,7 @@ class Publisher:
         granted: VersionGranted = await self._call(AllocVersion(step=step), timeout_s=_CALL_TIMEOUT_S)
         self._newest_version = granted.version
         started_s = time.monotonic()
-        servers = {(server.name, server.incarnation): server for server in self._servers()}
+        servers = {receiver_id(server): server for server in self._servers()}
         outcome = await self._broadcaster.push(
             snapshot, version=granted.version, step=step, servers=list(servers.values())
         )
@@ -148,36 +173,31 @@ class Publisher:
             failed=outcome.failed,
             num_bytes=sum(bucket.num_bytes for bucket in snapshot.buckets),
             seconds=time.monotonic() - started_s,
-            stall_seconds=max((answer.stall_seconds for answer in outcome.activated.values()), default=0.0),
+            stall_seconds=max((reply.stall_seconds for reply in outcome.activated.values()), default=0.0),
             recovery_seconds=max(outcome.recovery_s.values(), default=0.0),
         )
         for name, reason in outcome.failed.items():
             log.warning("push of version %d to %s failed: %s", granted.version, name, reason)
         if outcome.activated:
-            self._holds = {key: version for key, version in self._holds.items() if key in servers} | {
-                key: granted.version for key in servers if key[0] in outcome.activated
-            }
+            earlier = {key: version for key, version in self._activated_versions.items() if key in servers}
+            now_active = {key: granted.version for key in servers if key[0] in outcome.activated}
+            self._activated_versions = earlier | now_active
             async with self._active:
                 self.active_step, self.active_version = step, granted.version
                 self._active.notify_all()
         self._on_push(report)
 
-    def directory_changed(self) -> None:
-        """A server joined or changed: offers it the newest weights if it is behind."""
-        # What a push in progress leaves undone is seen at its end.
-        if not self._is_pushing and self._offered is not None and self._behind(self._servers()):
-            self._wake.set()
-
-    def _behind(self, servers: list[ServerEntry]) -> bool:
-        """Whether any of these lacks the newest weights."""
-
-        def version_of(server: ServerEntry) -> int:
-            if server.state == "quarantined" or server.weights_version > self._newest_version:
-                return -1
-            # The directory lags behind what a server told us itself.
-            return max(server.weights_version, self._holds.get((server.name, server.incarnation), -1))
-
-        # A push that reached nobody (a resumed trainer is often ready before its servers) leaves `active_version` where it was.
-        is_owed = self._offered is not None and self.active_step < self._offered[0]
+    def _any_behind(self, servers: list[ServerEntry]) -> bool:
+        """True if one of these servers lacks the newest weights."""
+        # A push that reached no server (a resumed trainer is often ready before its servers) leaves
+        # `active_step` where it was: then every server that can be reached is behind.
+        is_never_pushed = self._offered is not None and self.active_step < self._offered[0]
         reachable = [server for server in servers if server.state in ("serving", "quarantined")]
-        return any(is_owed or version_of(server) < self.active_version for server in reachable)
+        return any(is_never_pushed or self._version_of(server) < self.active_version for server in reachable)
+
+    def _version_of(self, server: ServerEntry) -> int:
+        """The version that a server has active; -1 if its weights are unknown or of an earlier run."""
+        if server.state == "quarantined" or server.weights_version > self._newest_version:
+            return -1
+        # The directory is updated by heartbeats and so lags behind the server's own reply to a push.
+        return max(server.weights_version, self._activated_versions.get(receiver_id(server), -1))

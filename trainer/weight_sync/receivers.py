@@ -1,8 +1,9 @@
-"""The servers that a push may go to: a link to each, and who is left out for a while.
+"""The rollout servers that receive a weight push: the link to each, and the back-off after a failure.
 
-Left out is who failed, for `first_s`, twice as long after each failure more, or until the directory says something new of it (a restart,
-another state or version): a bad engine costs a deadline now and then and not one a push, and a healthy one that was slow
-once is not lost for ever.
+A server that failed gets no push for a while: `first_s` seconds after the first failure, twice as long after
+each further one. The back-off ends early when the server's entry in the directory changes (another
+incarnation, state or weight version). A bad engine therefore costs a deadline now and then instead of one a
+push, and a healthy server that was slow once is tried again.
 """
 
 from __future__ import annotations
@@ -16,76 +17,81 @@ from areal_like.wire.channel import Link
 from areal_like.wire.messages.consumer import ServerEntry
 from areal_like.wire.messages.weights import Alive, WeightsFailed, WeightsOk
 
-Key = tuple[str, int]
-"""Name and incarnation of a server."""
-Answer = Alive | WeightsOk | WeightsFailed
+ReceiverId = tuple[str, int]
+"""(name, incarnation): a restarted server is another receiver."""
+Reply = Alive | WeightsOk | WeightsFailed
 
 
-def key_of(entry: ServerEntry) -> Key:
-    """What tells one life of a server from another."""
+def receiver_id(entry: ServerEntry) -> ReceiverId:
+    """The id of the server behind a directory entry."""
     return entry.name, entry.incarnation
 
 
 @dataclass(frozen=True, kw_only=True)
-class Member:
+class Receiver:
     """One server and the link to its weight socket."""
 
     entry: ServerEntry
     link: Link
 
     @property
-    def key(self) -> Key:
-        """See `key_of`."""
-        return key_of(self.entry)
+    def id(self) -> ReceiverId:
+        """(name, incarnation)."""
+        return receiver_id(self.entry)
 
-    async def ask(self, request: Any, *, timeout_s: float) -> Answer:
-        """Its answer; silence and refusals become WeightsFailed."""
+    async def request(self, request: Any, *, timeout_s: float) -> Reply:
+        """Sends a request and returns the reply.
+
+        A timeout, a refusal or an unexpected reply becomes WeightsFailed.
+        """
         try:
-            answer = await self.link.call(request, timeout_s=timeout_s)
+            reply = await self.link.call(request, timeout_s=timeout_s)
         except ArealError as error:
             return WeightsFailed(version=-1, reason=str(error))
-        if not isinstance(answer, (Alive, WeightsOk, WeightsFailed)):
-            return WeightsFailed(
-                version=-1, reason=f"answered {type(answer).__name__} to {type(request).__name__}"
-            )
-        return answer
+        if not isinstance(reply, (Alive, WeightsOk, WeightsFailed)):
+            reason = f"replied {type(reply).__name__} to {type(request).__name__}"
+            return WeightsFailed(version=-1, reason=reason)
+        return reply
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Shunned:
+class _Backoff:
     entry: ServerEntry
-    """What the directory said of it when it failed."""
-    for_s: float
+    """The server's directory entry when it failed."""
+    delay_s: float
     until_s: float
 
 
 class ReceiverBackoff:
-    """Who is left out. Pure: times are seconds on any one monotonic clock."""
+    """Decides which servers get no push for now. Pure: times are seconds on any one monotonic clock.
+
+    eligible -> record_failure() -> backing off -> delay over, or directory entry changed -> eligible
+    """
 
     def __init__(self, *, first_s: float = 5.0, max_s: float = 300.0) -> None:
         self._first_s, self._max_s = first_s, max_s
-        self._shunned: dict[Key, _Shunned] = {}
+        self._backoffs: dict[ReceiverId, _Backoff] = {}
 
     def is_eligible(self, entry: ServerEntry, *, now_s: float) -> bool:
-        """Whether a push goes to this server of the directory."""
+        """True if a push may go to this server."""
         if not entry.weights_address or entry.state in ("starting", "draining"):
             return False
-        shunned = self._shunned.get(key_of(entry))
-        if shunned is None or now_s >= shunned.until_s:
+        backoff = self._backoffs.get(receiver_id(entry))
+        if backoff is None or now_s >= backoff.until_s:
             return True
-        return (shunned.entry.state, shunned.entry.weights_version) != (entry.state, entry.weights_version)
+        return (backoff.entry.state, backoff.entry.weights_version) != (entry.state, entry.weights_version)
 
-    def failed(self, entry: ServerEntry, *, now_s: float) -> None:
-        """A server did not do its part."""
-        before = self._shunned.get(key_of(entry))
-        for_s = min(self._max_s, 2 * before.for_s) if before else self._first_s
-        self._shunned[key_of(entry)] = _Shunned(entry=entry, for_s=for_s, until_s=now_s + for_s)
+    def record_failure(self, entry: ServerEntry, *, now_s: float) -> None:
+        """Starts a back-off, twice as long as the server's last one."""
+        last = self._backoffs.get(receiver_id(entry))
+        delay_s = min(self._max_s, 2 * last.delay_s) if last else self._first_s
+        self._backoffs[receiver_id(entry)] = _Backoff(entry=entry, delay_s=delay_s, until_s=now_s + delay_s)
 
-    def succeeded(self, key: Key) -> None:
-        """A server has new weights active."""
-        self._shunned.pop(key, None)
+    def record_success(self, receiver: ReceiverId) -> None:
+        """Ends the back-off of a server that activated new weights; its next one is short again."""
+        self._backoffs.pop(receiver, None)
 
-    def forget_all_but(self, keys: Iterable[Key]) -> None:
-        """Only these are in the directory."""
-        kept = set(keys)
-        self._shunned = {key: shunned for key, shunned in self._shunned.items() if key in kept}
+    def keep_only(self, receivers: Iterable[ReceiverId]) -> None:
+        """Drops the history of every server that is not among `receivers`."""
+        kept = set(receivers)
+        self._backoffs = {key: backoff for key, backoff in self._backoffs.items() if key in kept}

@@ -1,20 +1,22 @@
-"""The weights of one moment, held still for a push while training goes on.
+"""Snapshots of the weights for a push, taken between two optimizer steps, while training goes on.
 
-    freeze() on every rank, between two steps   this rank's rows of every bucket, packed and cast: one copy, and all that training waits for
-    Snapshot.read(i) on rank 0, any thread      bucket i made whole: every rank's rows over a process group of their own
+    snapshotter.take_snapshot()   on every rank: copies and casts this rank's rows of every bucket. Training
+                                  waits for this copy and for nothing else.
+    snapshot.read(i)              on rank 0, in any thread: gathers bucket i from all ranks over a process
+                                  group of its own.
 
-Rank 0 asks for one bucket at a time, so it never holds the whole model: at most `_MAX_WHOLE` buckets, and the parts of one more. Every rank
-holds at most two frozen copies of its own rows: the one that is being pushed (`acquire`d) and the newest. Freezing overwrites the
-newest if nobody has acquired it, so memory is neither asked for nor given back while a run goes on.
+Rank 0 reads one bucket at a time, so it never holds the whole model: at most `_MAX_GATHERED` buckets, and the
+parts of one more. Every rank holds at most two copies of its own rows: the one that is being pushed and the
+newest. A new snapshot reuses the memory of the newest one unless that is being pushed, so memory use does not
+grow during a run.
 
-    FROZEN -> acquire() -> being pushed -> release() -> FROZEN -> superseded by the next freeze (acquire() is False from then on)
+With one rank the rows are the whole tensors: its copies are the buckets, and nothing is gathered. FSDP2 gives
+rank r the rows from r * ceil(rows / M) on. The other ranks gather in a thread that waits for rank 0's
+requests without a time limit: a training run may push nothing for hours, and if a rank dies the group breaks
+at once.
 
-A lone rank's rows are the whole tensors, so its frozen copies are the buckets themselves and nothing is gathered. FSDP2 gives rank r the
-rows from r * ceil(rows / M) on. Other ranks gather in a thread that takes its orders from rank 0 and waits for them without limit: a
-training run may be quiet for hours, and a rank that dies breaks the group at once.
-
-Left out: gathering over NCCL, which must not run beside the training's own collectives without an order between them. Rows go
-through host memory and gloo.
+Left out: gathering over NCCL, which must not run beside the training's own collectives without an order
+between them. Rows go through host memory and gloo.
 """
 
 from __future__ import annotations
@@ -34,21 +36,25 @@ from areal_like.errors import WeightSyncError
 from areal_like.weights.buckets import Bucket, TensorSpec, checksum, cut_buckets, spec_of, unflatten
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
-from trainer.models.sharded_weights import row_range, rows_per_rank, shards_of
+from trainer.models.sharded_weights import RowShard, row_range, rows_per_rank, shards_of
 
 log = logging.getLogger(__name__)
 
-_MAX_WHOLE = 2
-"""Buckets that rank 0 keeps whole, so that engines that keep step share one gathering."""
-_QUIET = timedelta(days=30)
-_GATHER = timedelta(seconds=120)
-"""Longest that rank 0 waits for everybody's rows of one bucket; a rank that is so late still answers, and nobody listens."""
+_MAX_GATHERED = 2
+"""Gathered buckets that rank 0 keeps, so that engines that are pushed to side by side share one gathering."""
+_GROUP_TIMEOUT = timedelta(days=30)
+"""Of the gathering group: longest time between two pushes."""
+_GATHER_TIMEOUT = timedelta(seconds=120)
+"""Longest that rank 0 waits for all ranks' rows of one bucket. The rows of a rank that is later are
+discarded."""
 _CLOSE = -1
+"""Rank 0 broadcasts it in place of a snapshot's number to end the other ranks' threads."""
 _NONE = -1
+"""In place of the number of the acquired snapshot: none is."""
 
 
 class GatheredBucket:
-    """One bucket, of all ranks."""
+    """One bucket with the rows of all ranks."""
 
     def __init__(self, data: Tensor) -> None:
         self.data = data
@@ -56,12 +62,15 @@ class GatheredBucket:
 
     @cached_property
     def checksum(self) -> int:
-        """Of `data`; computed when it is asked for, which may be while `data` travels."""
+        """Checksum of `data`. Computed on first use, so that this can overlap sending `data`."""
         return checksum(self.data)
 
 
 class Snapshot(Protocol):
-    """What the publisher needs of frozen weights."""
+    """The weights of one moment, as the publisher sees them.
+
+    NEWEST -> acquire() -> being pushed -> release() -> NEWEST -> replaced by a newer one: acquire() is False
+    """
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:
@@ -69,11 +78,11 @@ class Snapshot(Protocol):
         ...
 
     def acquire(self) -> bool:
-        """Keeps the weights until `release`; False when newer ones have taken their place."""
+        """Keeps the weights until `release`; returns False if a newer snapshot has replaced this one."""
         ...
 
     def release(self) -> None:
-        """The push is over."""
+        """Ends the push."""
         ...
 
     def read(self, index: int) -> GatheredBucket:
@@ -81,190 +90,195 @@ class Snapshot(Protocol):
         ...
 
 
-class _Frozen:
-    """One rank's packed rows of one moment, and on rank 0 the snapshot itself."""
+class _RankSnapshot:
+    """One rank's rows of one moment; on rank 0 also the `Snapshot`."""
 
-    def __init__(self, freezer: WeightSnapshotter, number: int, packed: list[Tensor]) -> None:
+    def __init__(self, snapshotter: WeightSnapshotter, number: int, row_buffers: list[Tensor]) -> None:
         self.number = number
-        self.packed = packed
-        self._freezer = freezer
+        self.row_buffers = row_buffers
+        """One for each bucket: uint8, this rank's rows, cast to the dtype on the wire."""
+        self._snapshotter = snapshotter
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:
-        return self._freezer.buckets
+        return self._snapshotter.buckets
 
     def acquire(self) -> bool:
-        return self._freezer.acquire(self)
+        return self._snapshotter.acquire(self)
 
     def release(self) -> None:
-        self._freezer.release(self)
+        self._snapshotter.release(self)
 
     def read(self, index: int) -> GatheredBucket:
-        return self._freezer.read(self, index)
+        return self._snapshotter.read(self, index)
 
 
 class WeightSnapshotter:
-    """One rank's end; make it on every rank at the same time, and `close` it there too."""
+    """Takes the snapshots of one rank. Create and `close` it on all ranks at the same time."""
 
     def __init__(self, policy: Policy, ranks: Ranks, *, bucket_bytes: int, dtype: str) -> None:
         """`dtype`: of floating-point weights on the wire. Collective."""
         self._ranks = ranks
         self._shards = shards_of(policy)
-        specs = [
-            TensorSpec(
-                name=s.name,
-                dtype=dtype if s.rows.is_floating_point() else spec_of(s.name, s.rows).dtype,
-                shape=tuple(s.shape),
-            )
-            for s in self._shards
-        ]
+        specs = [_spec_on_wire(shard, dtype) for shard in self._shards]
         self.buckets = cut_buckets(specs, bucket_bytes=bucket_bytes)
         """Of every snapshot, without checksums."""
-        self._rows = [
-            Bucket(tensors=tuple(_rows_of_a_rank(spec, ranks.world_size) for spec in bucket.tensors))
+        self._row_buckets = [
+            Bucket(tensors=tuple(_spec_of_rows(spec, ranks.world_size) for spec in bucket.tensors))
             for bucket in self.buckets
         ]
+        """The part of each bucket that one rank holds."""
         self._lock = threading.Condition()
-        self._held: list[_Frozen] = []
-        self._acquired: _Frozen | None = None
-        self._spare: list[list[Tensor]] = []
-        self._num_frozen = 0
-        self._reading = threading.Lock()
-        self._whole: OrderedDict[tuple[int, int], GatheredBucket] = OrderedDict()
-        self._group = dist.new_group(backend="gloo", timeout=_QUIET) if ranks.world_size > 1 else None
-        self._thread = threading.Thread(target=self._serve, name="gather", daemon=True)
+        self._snapshots: list[_RankSnapshot] = []
+        """The newest, and the one that is being pushed."""
+        self._acquired: _RankSnapshot | None = None
+        self._free_buffers: list[list[Tensor]] = []
+        self._num_taken = 0
+        self._gather_lock = threading.Lock()
+        self._gathered: OrderedDict[tuple[int, int], GatheredBucket] = OrderedDict()
+        """(number of the snapshot, index of the bucket) -> bucket, on rank 0."""
+        is_alone = ranks.world_size == 1
+        self._group = None if is_alone else dist.new_group(backend="gloo", timeout=_GROUP_TIMEOUT)
+        self._thread = threading.Thread(target=self._serve_gathers, name="gather", daemon=True)
         if ranks.rank > 0:
             self._thread.start()
 
     @property
     def num_bytes(self) -> int:
-        """Memory of this rank's frozen copies."""
-        return sum(
-            flat.numel()
-            for packed in (*self._spare, *(frozen.packed for frozen in self._held))
-            for flat in packed
-        )
+        """Memory of this rank's copies, in bytes."""
+        taken = (snapshot.row_buffers for snapshot in self._snapshots)
+        return sum(buffer.numel() for buffers in (*self._free_buffers, *taken) for buffer in buffers)
 
-    def freeze(self) -> Snapshot | None:
-        """The weights of now; rank 0 gets the snapshot. Collective; for the training thread."""
-        self._retire()
-        packed = self._spare.pop() if self._spare else self._new_buffers()
+    def take_snapshot(self) -> Snapshot | None:
+        """Copies the present weights; returns the snapshot on rank 0. Collective; for the training thread."""
+        self._free_superseded()
+        row_buffers = self._free_buffers.pop() if self._free_buffers else self._new_buffers()
         rows_of = {shard.name: shard.rows for shard in self._shards}
-        for bucket, flat in zip(self._rows, packed, strict=True):
-            for name, view in unflatten(bucket, flat).items():
+        for bucket, buffer in zip(self._row_buckets, row_buffers, strict=True):
+            for name, view in unflatten(bucket, buffer).items():
                 rows = rows_of[name]
                 (view[: len(rows)] if view.ndim else view).copy_(rows)
         with self._lock:
-            self._num_frozen += 1
-            frozen = _Frozen(self, self._num_frozen, packed)
-            self._held.append(frozen)
+            self._num_taken += 1
+            snapshot = _RankSnapshot(self, self._num_taken, row_buffers)
+            self._snapshots.append(snapshot)
             self._lock.notify_all()
-        return frozen if self._ranks.rank == 0 else None
+        return snapshot if self._ranks.rank == 0 else None
 
     def close(self) -> None:
-        """No push is under way any more: ends the other ranks' threads. Collective."""
+        """Ends the other ranks' threads. Collective; when no push is under way any more."""
         if self._ranks.rank > 0:
             self._thread.join()
         elif self._group is not None:
-            with self._reading:
+            with self._gather_lock:
                 dist.broadcast(torch.tensor([_CLOSE, 0]), group=self._group, group_src=0)
 
-    def acquire(self, frozen: _Frozen) -> bool:
-        """See `Snapshot`; one at a time."""
+    def acquire(self, snapshot: _RankSnapshot) -> bool:
+        """`Snapshot.acquire`; at most one is acquired at a time."""
         with self._lock:
             assert self._acquired is None
-            self._acquired = frozen if frozen in self._held else None
-            return self._acquired is frozen
+            self._acquired = snapshot if snapshot in self._snapshots else None
+            return self._acquired is snapshot
 
-    def release(self, frozen: _Frozen) -> None:
-        """See `Snapshot`."""
+    def release(self, snapshot: _RankSnapshot) -> None:
+        """`Snapshot.release`."""
         with self._lock:
-            assert self._acquired is frozen
+            assert self._acquired is snapshot
             self._acquired = None
 
-    def read(self, frozen: _Frozen, index: int) -> GatheredBucket:
-        """See `Snapshot`."""
-        if self._acquired is not frozen:
+    def read(self, snapshot: _RankSnapshot, index: int) -> GatheredBucket:
+        """`Snapshot.read`."""
+        if self._acquired is not snapshot:
             raise WeightSyncError("the push of these weights is over")
-        with self._reading:
-            key = (frozen.number, index)
-            if key not in self._whole:
-                self._whole[key] = GatheredBucket(self._gather(frozen, index))
-                while len(self._whole) > _MAX_WHOLE:
-                    self._whole.popitem(last=False)
-            return self._whole[key]
+        with self._gather_lock:
+            key = (snapshot.number, index)
+            if key not in self._gathered:
+                self._gathered[key] = GatheredBucket(self._gather(snapshot, index))
+                while len(self._gathered) > _MAX_GATHERED:
+                    self._gathered.popitem(last=False)
+            return self._gathered[key]
 
     def _new_buffers(self) -> list[Tensor]:
         is_pinned = self._ranks.device.type == "cuda"
         return [
-            torch.empty(bucket.num_bytes, dtype=torch.uint8, pin_memory=is_pinned) for bucket in self._rows
+            torch.empty(bucket.num_bytes, dtype=torch.uint8, pin_memory=is_pinned)
+            for bucket in self._row_buckets
         ]
 
-    def _retire(self) -> None:
-        """Gives up all that is frozen but what is being pushed; rank 0 knows what that is."""
+    def _free_superseded(self) -> None:
+        """Frees every snapshot but the acquired one. Collective: only rank 0 has acquired one."""
         with self._lock:
             kept = torch.tensor([_NONE if self._acquired is None else self._acquired.number])
             if self._ranks.rank == 0:
-                self._keep(int(kept))
+                self._free_all_but(int(kept))
         if self._group is not None:
             dist.broadcast(kept, src=0)
             with self._lock:
-                self._keep(int(kept))
+                self._free_all_but(int(kept))
 
-    def _keep(self, number: int) -> None:
-        self._spare += [frozen.packed for frozen in self._held if frozen.number != number]
-        self._held = [frozen for frozen in self._held if frozen.number == number]
+    def _free_all_but(self, number: int) -> None:
+        self._free_buffers += [each.row_buffers for each in self._snapshots if each.number != number]
+        self._snapshots = [each for each in self._snapshots if each.number == number]
 
-    def _gather(self, frozen: _Frozen, index: int) -> Tensor:
-        """On rank 0: bucket `index` whole."""
+    def _gather(self, snapshot: _RankSnapshot, index: int) -> Tensor:
+        """On rank 0: bucket `index` with the rows of all ranks, uint8[num_bytes]."""
         if self._group is None:
-            return frozen.packed[index]
+            return snapshot.row_buffers[index]
         try:
-            dist.broadcast(torch.tensor([frozen.number, index]), group=self._group, group_src=0)
-            parts = [torch.empty_like(frozen.packed[index]) for _ in range(self._ranks.world_size)]
-            work: Any = dist.gather(
-                frozen.packed[index], parts, group=self._group, group_dst=0, async_op=True
-            )
-            work.wait(_GATHER)
+            dist.broadcast(torch.tensor([snapshot.number, index]), group=self._group, group_src=0)
+            own = snapshot.row_buffers[index]
+            parts = [torch.empty_like(own) for _ in range(self._ranks.world_size)]
+            work: Any = dist.gather(own, parts, group=self._group, group_dst=0, async_op=True)
+            work.wait(_GATHER_TIMEOUT)
         except RuntimeError as error:
             raise WeightSyncError(
                 f"a rank of the trainer was lost while weights were gathered: {error}"
             ) from None
         flat = torch.empty(self.buckets[index].num_bytes, dtype=torch.uint8)
-        whole = unflatten(self.buckets[index], flat)
+        tensors = unflatten(self.buckets[index], flat)
         for rank, part in enumerate(parts):
-            for name, rows in unflatten(self._rows[index], part).items():
-                first, end = row_range(whole[name].shape, rank=rank, world_size=self._ranks.world_size)
-                whole[name][first:end].copy_(rows[: end - first])
+            for name, rows in unflatten(self._row_buckets[index], part).items():
+                first, end = row_range(tensors[name].shape, rank=rank, world_size=self._ranks.world_size)
+                tensors[name][first:end].copy_(rows[: end - first])
         return flat
 
-    def _serve(self) -> None:
-        """The other ranks' thread: gathers what rank 0 asks for until it closes or is gone."""
-        order = torch.empty(2, dtype=torch.int64)
+    def _serve_gathers(self) -> None:
+        """The other ranks' thread: sends the rows that rank 0 requests until rank 0 closes or is gone."""
+        request = torch.empty(2, dtype=torch.int64)
         try:
             while True:
-                dist.broadcast(order, group=self._group, group_src=0)
-                number, index = order.tolist()
+                dist.broadcast(request, group=self._group, group_src=0)
+                number, index = map(int, request)
                 if number == _CLOSE:
                     return
-                with self._lock:
-                    # Rank 0 may be ahead of our freeze. It bounds the wait; a training thread that fails in its freeze ends the process.
-                    self._lock.wait_for(lambda: self._num_frozen >= int(order[0]))
-                    packed = next((frozen.packed for frozen in self._held if frozen.number == number), None)
-                # Retired after a push that broke: rank 0 waits for these rows, and discards them.
-                part = (
-                    packed[index] if packed else torch.empty(self._rows[index].num_bytes, dtype=torch.uint8)
-                )
-                dist.gather(part, None, group=self._group, group_dst=0)
-        except RuntimeError as error:
-            log.info(
-                "no more weights are gathered: %s", error
-            )  # rank 0 has ended; the training thread notices by itself
+                dist.gather(self._rows_of(number, index), None, group=self._group, group_dst=0)
+        except RuntimeError as error:  # rank 0 has ended; the training thread notices by itself
+            log.info("this rank gathers no more weights: %s", error)
+
+    def _rows_of(self, number: int, index: int) -> Tensor:
+        with self._lock:
+            # Rank 0 may request a snapshot that this rank has not taken yet. Rank 0 bounds its own wait, and
+            # if our training thread fails before it takes the snapshot the process ends.
+            self._lock.wait_for(lambda: self._num_taken >= number)
+            for snapshot in self._snapshots:
+                if snapshot.number == number:
+                    return snapshot.row_buffers[index]
+        # Freed after a push that broke: rank 0 still waits for as many bytes, and discards them.
+        return torch.empty(self._row_buckets[index].num_bytes, dtype=torch.uint8)
 
 
-def _rows_of_a_rank(spec: TensorSpec, world_size: int) -> TensorSpec:
-    """A rank's rows of a tensor, padded so that all ranks have equally many."""
-    if world_size == 1:  # also a tensor without dimensions
+def _spec_on_wire(shard: RowShard, dtype: str) -> TensorSpec:
+    own_dtype = spec_of(shard.name, shard.rows).dtype
+    return TensorSpec(
+        name=shard.name,
+        dtype=dtype if shard.rows.is_floating_point() else own_dtype,
+        shape=tuple(shard.shape),
+    )
+
+
+def _spec_of_rows(spec: TensorSpec, world_size: int) -> TensorSpec:
+    """One rank's rows of a tensor, padded so that all ranks have equally many."""
+    if world_size == 1:  # also a tensor without dimensions, which has no rows
         return spec
     num_rows = rows_per_rank(torch.Size(spec.shape), world_size)
     return TensorSpec(name=spec.name, dtype=spec.dtype, shape=(num_rows, *spec.shape[1:]))

