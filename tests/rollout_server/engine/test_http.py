@@ -20,7 +20,8 @@ from areal_like.errors import EngineError
 from areal_like.trajectory import FinishReason
 from areal_like.weights.buckets import checksum, cut_buckets, flatten, spec_of
 from areal_like.weights.collective import WeightGroup
-from rollout_server.inference.client import EngineClient, Sampling
+from rollout_server.inference.client import EngineClient
+from rollout_server.inference.types import Sampling
 from tests.support import engine_conformance as conformance
 from tests.support.engine_harness import (
     Engine,
