@@ -2,8 +2,8 @@
 
     UNREGISTERED -> register() -> REGISTERED -> HelloRequired (the buffer was restarted) -> UNREGISTERED
 
-A buffer may be restarted at the same address: it then answers `HelloRequired` to whoever has not registered.
-Two other conditions are told apart here, because the owner must not do the same in both:
+A buffer may be restarted at the same address: it then answers `HelloRequired` to peers that have not
+registered. Two other conditions are distinguished, because they need different behaviour:
 
     silent   nothing was received for SILENT_AFTER_S: messages pile up in the socket, so send only a hello
     stuck    it answers, but reports that it cannot write (a full disk): it queues one reply for each

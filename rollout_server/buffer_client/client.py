@@ -102,7 +102,7 @@ class BufferClient:
         return ""
 
     async def run(self) -> None:
-        """Registers, and sends heartbeats for ever.
+        """Registers, and sends heartbeats until cancelled.
 
         Raises RefusedError or ArealError when the buffer refuses this server or the job has failed.
         """

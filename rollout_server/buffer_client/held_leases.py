@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from areal_like.wire.messages.producer import Lease, SampleAck, SampleDone, SampleFailed
 
 SampleResult = SampleDone | SampleFailed
-"""What is sent to the buffer for each leased sample. The buffer retries a failed one
+"""Sent to the buffer for each leased sample. The buffer retries a failed one
 (`buffer.max_sample_retries`)."""
 
 

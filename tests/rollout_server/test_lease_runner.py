@@ -25,15 +25,15 @@ GROUP = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Slow(Task):
-    """Examples that take `seconds`, or hang if in `hanging`; `asked` are those requested."""
+    """Examples that take `seconds`, or hang if in `hanging`; `requested` are those that were called for."""
 
     seconds: float = LIMIT_S / 10
     hanging: tuple[int, ...] = ()
     released: threading.Event = field(default_factory=threading.Event)
-    asked: list[int] = field(default_factory=list)
+    requested: list[int] = field(default_factory=list)
 
     def example(self, split: Split, index: int) -> Example:
-        self.asked.append(index)
+        self.requested.append(index)
         if index in self.hanging:
             self.released.wait(60)
         time.sleep(self.seconds)
@@ -128,7 +128,7 @@ def test_time_limit_is_per_example_and_samples_start_early() -> None:
             served.grant(*range(15))
             served.grant(*range(15, 25))
             await served.finished(0)
-            assert len(task.asked) < 15, "samples must start before the last example is loaded"
+            assert len(task.requested) < 15, "samples must start before the last example is loaded"
             await served.finished(*range(25))
             assert len(served.results) == 25 * GROUP and all(
                 isinstance(result, SampleDone) for result in served.results
@@ -148,10 +148,10 @@ def test_examples_that_hang_fail_only_their_own_samples(hanging: Callable[..., S
                 assert_hung(served.of(lease_id))
             for lease_id in (1, 4, 6):
                 assert all(isinstance(result, SampleDone) for result in served.of(lease_id))
-            assert sorted(task.asked) == [1, 2, 3, 4, 5, 6]
+            assert sorted(task.requested) == [1, 2, 3, 4, 5, 6]
             task.released.set()
             await asyncio.sleep(0.05)
-            assert len(task.asked) == 6 and len(served.results) == 6 * GROUP, (
+            assert len(task.requested) == 6 and len(served.results) == 6 * GROUP, (
                 "an abandoned thread must not go on"
             )
 
@@ -164,11 +164,11 @@ def test_cancelled_leases_load_no_example_and_report_nothing(hanging: Callable[.
         async with serving(task) as served:
             served.grant(1, 2, 3)
             served.grant(4, 5)
-            await served.until(lambda: task.asked == [1])
+            await served.until(lambda: task.requested == [1])
             served.runner.cancel([1, 2, 4])
             await served.finished(3, 5)
             assert {result.lease_id for result in served.results} == {3, 5}
-            assert task.asked == [1, 3, 5]
+            assert task.requested == [1, 3, 5]
 
     asyncio.run(body())
 
@@ -178,13 +178,13 @@ def test_closing_does_not_wait_for_a_hanging_example(hanging: Callable[..., Slow
         task = hanging(1)
         served = Served(task)
         served.grant(1, 2)
-        await served.until(lambda: task.asked == [1])
+        await served.until(lambda: task.requested == [1])
         began_s = time.monotonic()
         await served.runner.close()
         assert time.monotonic() - began_s < LIMIT_S
         task.released.set()
         await asyncio.sleep(0.05)
-        assert task.asked == [1] and not served.results
+        assert task.requested == [1] and not served.results
 
     asyncio.run(body())
 

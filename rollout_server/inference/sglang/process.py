@@ -170,7 +170,7 @@ class SglangProcess(EngineProcess):
 
 
 class SglangAtUrl:
-    """An SGLang that was started, and will be ended, by somebody else; an `Engine`."""
+    """An SGLang that this server neither starts nor ends; an `Engine`."""
 
     pid = 0
     """There is no process of ours."""
@@ -239,7 +239,7 @@ class SglangAtUrl:
                     # one of its ticket's tries.
                     num_refused = num_refused + 1 if await _refuses(self._url) else 0
                     if num_refused == 2:
-                        return f"nobody listens at {self._url} any more"
+                        return f"no server listens at {self._url} any more"
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_POLL_S if num_refused else _PROBE_S):
                         await self._given_up.wait()

@@ -69,7 +69,7 @@ class SglangWeightUpdate:
         await client.update_weights_from_disk(path, weight_version=version, timeout_s=timeout_s)
 
     async def push(self, client: EngineClient, push: WeightPush) -> float:
-        """See WeightUpdateStrategy.push."""
+        """As WeightUpdateStrategy.push."""
         request = push.request
         self._shapes.check(push.manifest.tensors)
         loop = asyncio.get_running_loop()
