@@ -301,7 +301,7 @@ def test_closing_a_client_fails_what_has_not_been_sent_yet(engine: Engine) -> No
     async def body() -> None:
         client = engine.client()
         waiting = asyncio.create_task(sample(client, PROMPT, 5))
-        while not client._streams:  # made, and not yet had a turn
+        while not client._batcher._tasks:  # made, and not yet had a turn
             await asyncio.sleep(0)
         await client.close()
         with pytest.raises(EngineError, match="client was closed"):
