@@ -38,7 +38,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rollout_server.engine.core import EngineCore, EngineOptions
 from rollout_server.engine.models.loading import load
 from rollout_server.engine.scheduler import SamplingParams, Sequence
-from rollout_server.inference.client import EngineClient, Sampling
+from rollout_server.inference.client import EngineClient
+from rollout_server.inference.types import Sampling
 
 BATCH, PROMPT_TOKENS, MAX_NEW_TOKENS = 32, 8, 24
 RESULTS = Path(__file__).parent / "results" / "engine.json"

@@ -33,13 +33,13 @@ from areal_like.config import Config, WeightsConfig, from_mapping
 from areal_like.trajectory import Trajectory
 from areal_like.wire.messages.consumer import ServerEntry
 from benchmarks.report import table, write
-from rollout_server.episodes.base import GenerationGate, PolicyClient, Transcript
-from rollout_server.inference.client import EngineClient, Sampling
+from rollout_server.episodes.base import PolicyClient
+from rollout_server.episodes.transcript import Transcript
+from rollout_server.inference.client import EngineClient
+from rollout_server.inference.generation_gate import GenerationGate
 from rollout_server.inference.process import EmbeddedProcess, EngineProcess
-from rollout_server.inference.sglang.checkpoint_shapes import ModelTensors
-from rollout_server.inference.sglang.client import SglangClient
 from rollout_server.inference.sglang.process import SglangProcess
-from rollout_server.weight_sync.in_place import SglangWeightUpdate
+from rollout_server.inference.types import Sampling
 from rollout_server.weight_sync.receiver import WeightReceiver
 from tests.support.snapshots import Held
 from trainer.models.tiny import build_tiny_model
@@ -61,7 +61,7 @@ class Server:
     """A rollout server's engine, weight plane and voice, without its buffer."""
 
     client: EngineClient
-    turnstile: GenerationGate
+    gate: GenerationGate
     receiver: WeightReceiver
     model: Path
 
@@ -79,13 +79,15 @@ class Server:
             nonlocal num_done
             transcript = Transcript()
             sampling = Sampling(max_new_tokens=int(LENGTHS[index]), ignore_eos=True)
-            transcript.give(np.random.default_rng(index).integers(3, 100, PROMPT_TOKENS).astype(np.int32))
+            transcript.append_context(
+                np.random.default_rng(index).integers(3, 100, PROMPT_TOKENS).astype(np.int32)
+            )
             async with places:
                 speaker = PolicyClient(
                     self.client,
                     sampling=sampling,
                     rid=f"{mode}{first_version}.{index}",
-                    turnstile=self.turnstile,
+                    gate=self.gate,
                 )
                 await speaker.extend(transcript)
             async with progress:
@@ -168,28 +170,22 @@ async def serving(config: Config, model: Path) -> AsyncIterator[Server]:
         )
     else:
         engine = EmbeddedProcess(config, name="rollout-0", model=str(model), context_tokens=context_tokens)
-    turnstile = GenerationGate()
-    in_place = None
+    gate = GenerationGate()
+    strategy = engine.weight_update_strategy(
+        gate=gate, on_quarantine=lambda reason, _: doubt(reason), on_untrusted=doubt
+    )
     client = await engine.start(version=0)
-    if isinstance(client, SglangClient):
-        in_place = SglangWeightUpdate(
-            tensors=ModelTensors.of(str(model)),
-            turnstile=turnstile,
-            on_quarantine=lambda reason, _: doubt(reason),
-            on_doubt=doubt,
-        )
-        await in_place.begin_with(client, path=str(model), version=0)
+    await strategy.engine_started(client, path=str(model), version=0)
     receiver = WeightReceiver(
         host="127.0.0.1",
         max_message_bytes=1 << 24,
-        turnstile=turnstile,
+        strategy=strategy,
         on_version=lambda _: None,
-        on_doubt=doubt,
-        in_place=in_place,
+        on_untrusted=doubt,
     )
     receiver.set_engine(client, version=0)
     try:
-        yield Server(client=client, turnstile=turnstile, receiver=receiver, model=model)
+        yield Server(client=client, gate=gate, receiver=receiver, model=model)
     finally:
         await receiver.close()
         await client.close()

@@ -36,8 +36,9 @@ from areal_like.config import WeightsConfig, from_mapping
 from areal_like.weights.buckets import checksum, cut_buckets, flatten, spec_of
 from areal_like.wire.messages.consumer import ServerEntry
 from benchmarks.report import ROOT, table, write
-from rollout_server.episodes.base import GenerationGate
+from rollout_server.inference.generation_gate import GenerationGate
 from rollout_server.inference.process import EmbeddedProcess
+from rollout_server.inference.shadow_update import ShadowWeightUpdate
 from rollout_server.weight_sync.receiver import WeightReceiver
 from tests.support.full_state import gather_full_state
 from trainer.distributed.ranks import Ranks
@@ -88,9 +89,9 @@ async def receive(model: Path) -> None:
     receiver = WeightReceiver(
         host="127.0.0.1",
         max_message_bytes=1 << 24,
-        turnstile=GenerationGate(),
+        strategy=ShadowWeightUpdate(gate=GenerationGate(), on_untrusted=lambda _: None),
         on_version=lambda _: None,
-        on_doubt=lambda _: None,
+        on_untrusted=lambda _: None,
     )
     client = await engine.start(version=0)
     receiver.set_engine(client)

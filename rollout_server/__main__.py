@@ -1,4 +1,4 @@
-"""`python -m rollout_server [--name rollout-0] [--config run/config.yaml] key=value ...`: one rollout server."""
+"""One rollout server: `python -m rollout_server [--name rollout-0] [--config FILE] key=value ...`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from areal_like.runtime.process import exit_at_once
 
 
 def main() -> int:
-    """Exit code: 0 drained, 1 failed, 2 the user's mistake."""
+    """Runs the server; returns 0 when drained, 1 when failed, 2 for a mistake in the settings."""
     if shows_help(sys.argv[1:], __doc__):
         return 0
-    # Until the daemon drains by itself: what it imports takes a second.
+    # Exit quietly until the daemon handles SIGTERM itself: its imports take a second.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     from areal_like.runtime.daemon import run_daemon
     from rollout_server.daemon import main as serve

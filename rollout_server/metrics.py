@@ -1,6 +1,6 @@
-"""One set of numbers about a server, for three readers: the heartbeat, /status and /metrics.
+"""A server's statistics, collected once for the heartbeat, /status and /metrics.
 
-Cumulative numbers survive a restart of the engine: what an engine counted is added to what its predecessors did.
+Cumulative numbers survive a restart of the engine: the counts of all its engines are added up.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from areal_like.runtime.metrics import Metrics
-from rollout_server.buffer_client.shards import BufferLinks
+from rollout_server.buffer_client.shards import ShardedBufferClient
 from rollout_server.episodes.lease_runner import LeaseRunner
-from rollout_server.inference.process import Engine
+from rollout_server.inference.engine import Engine
 from rollout_server.rewards.pool import RewardPool
 from rollout_server.weight_sync.receiver import WeightReceiver
 
 _CUMULATIVE = {"tokens_generated": "generated_tokens", "busy_s": "busy_s", "idle_s": "idle_s"}
-"""Ours -> the engine's own name; counted by it since its start."""
+"""Our name -> the engine's name of a number that it counts from its start."""
 _COUNTERS = {
     "tokens_generated": ("tokens_generated", "Tokens that this server's engines sampled."),
     "busy_s": ("generation_busy_seconds", "Time in which an engine had a runnable sequence."),
@@ -26,7 +26,7 @@ _COUNTERS = {
     "reward_s": ("reward_seconds", "Time spent in the task's reward function."),
     "reward_restarts": ("reward_worker_restarts", "Reward workers lost to a timeout or a crash."),
     "pushes": ("weight_pushes", "Weight pushes activated."),
-    "push_failures": ("weight_push_failures", "Requests of the weight plane that failed."),
+    "push_failures": ("weight_push_failures", "Weight requests that failed."),
     "push_s": ("weight_push_seconds", "Time from push request to activation."),
     "stall_s": ("weight_stall_seconds", "Time in which a push kept the engine from decoding."),
     "bad_frames": ("weights_bad_frames", "Frames refused on the weight control socket."),
@@ -45,41 +45,36 @@ _SMOOTHING = 0.3
 
 
 class ServerStats:
-    """Collects from the parts of a server; `update` is called every heartbeat."""
+    """Collects numbers from the parts of a server; `update` is called every heartbeat."""
 
     def __init__(
         self,
         metrics: Metrics,
         *,
-        link: BufferLinks,
+        buffers: ShardedBufferClient,
         runner: LeaseRunner,
         rewards: RewardPool,
         receiver: WeightReceiver,
         engine: Engine,
     ) -> None:
-        self._link, self._runner, self._rewards, self._receiver, self._engine = (
-            link,
-            runner,
-            rewards,
-            receiver,
-            engine,
-        )
+        self._buffers, self._runner, self._rewards = buffers, runner, rewards
+        self._receiver, self._engine = receiver, engine
         self._counters = {key: metrics.counter(*named) for key, named in _COUNTERS.items()}
         self._gauges = {key: metrics.gauge(*named) for key, named in _GAUGES.items()}
         self._before_engine = dict.fromkeys(_CUMULATIVE, 0.0)
         self._by_engine = dict.fromkeys(_CUMULATIVE, 0.0)
         self._updated_s = 0.0
         self.values: dict[str, float] = dict.fromkeys((*_COUNTERS, *_GAUGES), 0.0)
-        """Number by name, as they go out with the heartbeat."""
+        """Numbers by name, as sent with the heartbeat."""
 
     def engine_lost(self) -> None:
-        """The next engine counts from zero."""
+        """Adds the lost engine's counts to the totals; the next engine counts from zero."""
         for key in _CUMULATIVE:
             self._before_engine[key] += self._by_engine[key]
             self._by_engine[key] = 0.0
 
     def update(self, load: Mapping[str, Any], *, now_s: float) -> dict[str, float]:
-        """New values from the engine's `load` (empty if it did not answer) and the server's own parts."""
+        """New values from the engine's `load` (empty if it did not answer) and the server's parts."""
         self._by_engine |= {key: float(load[name]) for key, name in _CUMULATIVE.items() if name in load}
         totals = {key: self._before_engine[key] + self._by_engine[key] for key in _CUMULATIVE}
         values = totals | {
@@ -94,8 +89,8 @@ class ServerStats:
             "bad_frames": self._receiver.num_bad_frames,
             "running": float(load.get("running", 0)),
             "waiting": float(load.get("waiting", 0)),
-            "holding": self._link.holding_samples,
-            "unacknowledged": self._link.num_unacknowledged,
+            "holding": self._buffers.holding_samples,
+            "unacknowledged": self._buffers.num_unacknowledged,
             "rewards_waiting": self._rewards.num_waiting,
             "tokens_per_s": self._rate(totals["tokens_generated"], now_s=now_s),
             "weights_version": self._receiver.version,

@@ -1,10 +1,11 @@
-"""The server's connections to all buffers (`buffer.num_shards`), for everybody else one.
+"""The server's clients of all buffers (`buffer.num_shards`), behind one interface.
 
-Each buffer is a world of its own: it leases by its own budget, knows the server's state and weights from its own heartbeats, and gets back
-the samples that it has leased. What has to be shared is the room for samples, and it is shared out evenly once and for all: shard i may
-have floor or ceil of capacity / num_shards of them under way, so that what is granted by buffers that know nothing of one another never
-exceeds what there is. The price is room that stays empty while one of them is away; but then its part of the step is missing too. (A
-ticket larger than a share still comes whole to a server that holds nothing of that shard, as with one buffer.)
+The buffers are independent: each leases within its own budget, receives the server's state and version in
+heartbeats of its own, and gets back the samples that it has leased. Only the server's capacity is shared. It
+is split evenly and permanently: shard i may have floor or ceil of capacity / num_shards samples under way, so
+that buffers that do not coordinate never grant more than the capacity. The price is unused capacity while one
+of them is away; but then its part of the step is missing too. (A ticket larger than a share is still leased
+whole to a server that holds nothing of that shard, as with one buffer.)
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from areal_like.runtime.daemon import WaitBook, cancelled_on_exit
 from areal_like.shards import Shard, all_shards
 from areal_like.wire.messages.hello import Hello
 from areal_like.wire.messages.producer import Lease, ServerState
-from rollout_server.buffer_client.client import BufferLink
-from rollout_server.buffer_client.lease_desk import Answer, LeaseDesk
+from rollout_server.buffer_client.client import BufferClient
+from rollout_server.buffer_client.held_leases import HeldLeases, SampleResult
 
 
-class BufferLinks:
-    """A `BufferLink` and a `LeaseDesk` for each shard. Create it in its event loop; `run` is the task that keeps them."""
+class ShardedBufferClient:
+    """A `BufferClient` for each shard. Create it in its event loop; `run` is its task."""
 
     def __init__(
         self,
@@ -34,85 +35,87 @@ class BufferLinks:
         on_leases: Callable[[list[Lease]], None],
         on_abort: Callable[[list[int]], None],
     ) -> None:
-        """`capacity_samples`: room of the whole server. The others are as of `BufferLink`."""
-        self._count = config.buffer.num_shards
-        self._desks = [
-            LeaseDesk(capacity_samples=shard.share(capacity_samples)) for shard in all_shards(self._count)
-        ]
-        self._links = [
-            BufferLink(
-                config, shard, hello=hello, desk=desk, waits=waits, on_leases=on_leases, on_abort=on_abort
+        """`capacity_samples`: of the whole server. The others are as of `BufferClient`."""
+        self._num_shards = config.buffer.num_shards
+        shards = all_shards(self._num_shards)
+        self._held = [HeldLeases(capacity_samples=shard.share(capacity_samples)) for shard in shards]
+        self._clients = [
+            BufferClient(
+                config, shard, hello=hello, held=held, waits=waits, on_leases=on_leases, on_abort=on_abort
             )
-            for shard, desk in zip(all_shards(self._count), self._desks, strict=True)
+            for shard, held in zip(shards, self._held, strict=True)
         ]
 
     @property
     def state(self) -> ServerState:
-        """What was announced last."""
-        return self._links[0].state
+        """The state that was announced last."""
+        return self._clients[0].state
 
     @property
     def problem(self) -> str:
         """Why a buffer cannot be used now; empty if all can."""
-        return "; ".join(filter(None, (link.problem for link in self._links)))
+        return "; ".join(filter(None, (client.problem for client in self._clients)))
 
     @property
     def newest_version(self) -> int:
-        """Newest version that all buffers know of, as far as we heard."""
-        return min(link.newest_version for link in self._links)
+        """Newest weights version that every buffer has reported."""
+        return min(client.newest_version for client in self._clients)
 
     @property
     def num_refused(self) -> dict[str, int]:
-        """Samples that were not wanted, by reason."""
-        reasons = sorted({reason for link in self._links for reason in link.num_refused})
-        return {reason: sum(link.num_refused.get(reason, 0) for link in self._links) for reason in reasons}
+        """Samples that were refused, by reason."""
+        reasons = sorted({reason for client in self._clients for reason in client.num_refused})
+        return {
+            reason: sum(client.num_refused.get(reason, 0) for client in self._clients) for reason in reasons
+        }
 
     @property
     def lease_ids(self) -> list[int]:
-        """Leases that are worked on, or whose samples are not acknowledged."""
-        return [lease_id for desk in self._desks for lease_id in desk.lease_ids]
+        """Leases with a missing or unacknowledged sample."""
+        return [lease_id for held in self._held for lease_id in held.lease_ids]
 
     @property
     def holding_samples(self) -> int:
-        """Samples of received leases that are not finished."""
-        return sum(desk.holding_samples for desk in self._desks)
+        """Samples of held leases that are missing."""
+        return sum(held.holding_samples for held in self._held)
 
     @property
     def num_unacknowledged(self) -> int:
-        """Answers that no buffer has confirmed."""
-        return sum(desk.num_unacknowledged for desk in self._desks)
+        """Results that their buffer has not confirmed."""
+        return sum(held.num_unacknowledged for held in self._held)
 
     async def run(self) -> None:
-        """Registers everywhere, and beats for ever. Raises what any link raises."""
+        """Registers at every buffer, and sends heartbeats until cancelled. Raises as `BufferClient.run`."""
         tasks = [
-            asyncio.create_task(link.run(), name=f"link {index}") for index, link in enumerate(self._links)
+            asyncio.create_task(client.run(), name=f"buffer {index}")
+            for index, client in enumerate(self._clients)
         ]
         async with cancelled_on_exit(*tasks):
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
 
     def announce(self, *, state: ServerState | None = None, weights_version: int | None = None) -> None:
-        """State or version changed: every buffer hears of it."""
-        for link in self._links:
-            link.announce(state=state, weights_version=weights_version)
+        """Changes the server's state or version at every buffer."""
+        for client in self._clients:
+            client.announce(state=state, weights_version=weights_version)
 
-    def tell(self, stats: dict[str, float]) -> None:
-        """Goes out with every heartbeat from now on."""
-        for link in self._links:
-            link.stats = stats
+    def set_stats(self, stats: dict[str, float]) -> None:
+        """Sends these statistics with every heartbeat from now on."""
+        for client in self._clients:
+            client.stats = stats
 
-    def deliver(self, answer: Answer) -> None:
-        """A finished or failed sample, to the buffer that leased it."""
-        self._links[Shard.of(answer.lease_id, count=self._count).index].deliver(answer)
+    def deliver(self, result: SampleResult) -> None:
+        """Sends a sample's result to the buffer that leased it."""
+        self._clients[Shard.of(result.lease_id, count=self._num_shards).index].deliver(result)
 
     def give_back(self, *, reason: str) -> list[int]:
-        """Returns every lease with an unfinished sample; says which."""
-        return [lease_id for link in self._links for lease_id in link.give_back(reason=reason)]
+        """Returns every lease with a missing sample to its buffer; returns their ids."""
+        return [lease_id for client in self._clients for lease_id in client.give_back(reason=reason)]
 
     async def leave(self) -> None:
-        """Last words of a server that drains, to all at once."""
-        await asyncio.gather(*(link.leave() for link in self._links))
+        """The end of a drain, at all buffers at once."""
+        await asyncio.gather(*(client.leave() for client in self._clients))
 
     def close(self) -> None:
         """Closes the sockets."""
-        for link in self._links:
-            link.close()
+        for client in self._clients:
+            client.close()

@@ -1,11 +1,12 @@
-"""Prompts of leases, made by a task's code in a thread: it is slow for some data sets, and the loop must not wait for it.
+"""Loads the prompts of leases in a thread: some tasks are slow and must not block the event loop.
 
-    lease: waiting -> its turn in the thread -> prompt | why there is none
-                                             -> too long: its thread is left behind, and those after it go on in a new one
-                   -> cancelled: passed over
+    lease: waiting -> being loaded -> Prompt | FailedPrompt
+                                   -> took too long: FailedPrompt; its thread is replaced
+                   -> cancelled: skipped
 
-One thread, so that a task need not bear several at a time. The loop looks at it every few milliseconds rather than being called for each
-prompt: prompts that were quick are handed over in one turn, and the limit of the one that is being made needs no timer of its own.
+One thread, so that a task need not be thread-safe. The event loop polls the thread every few milliseconds
+instead of being called for each prompt: quick prompts are then handed over in one turn of the loop, and the
+time limit of the one being loaded needs no timer of its own.
 """
 
 from __future__ import annotations
@@ -24,102 +25,115 @@ from rollout_server.episodes.base import Tokenizer
 from rollout_server.tasks.base import Example, Split, Task
 
 SPLITS: dict[Purpose, Split] = {Purpose.TRAIN: "train", Purpose.EVAL: "eval"}
-Prompt = tuple[Example, NDArray[np.int32]]
+_POLL_S = 0.01
 
-_LOOK_S = 0.01
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Prompt:
+    """An example and its token ids."""
+
+    example: Example
+    tokens_P: NDArray[np.int32]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FailedPrompt:
+    """The reason why a lease has no prompt."""
+
+    reason: str
 
 
 @dataclass(kw_only=True, slots=True)
-class _Run:
-    """What thread and loop share: the thread writes, but for `is_left`."""
+class _Batch:
+    """State shared by the thread and the event loop. The thread writes all of it but `is_abandoned`."""
 
     leases: list[Lease]
     is_wanted: Callable[[Lease], bool]
-    prompts: list[Prompt | str] = field(default_factory=list)
-    at: tuple[int, float]
-    """The lease whose turn it is, and since when: one object, so that no reader sees half of a step."""
-    is_left: bool = False
+    prompts: list[Prompt | FailedPrompt] = field(default_factory=list)
+    current: tuple[int, float]
+    """Lease being loaded, and since when: one object, so that the loop never reads half an update."""
+    is_abandoned: bool = False
 
 
-class Examples:
-    """The examples' thread. One event loop, one `prepare` at a time."""
+class PromptLoader:
+    """One event loop, one `load` at a time."""
 
     def __init__(self, task: Task, tokenizer: Tokenizer, *, timeout_s: float) -> None:
-        """`timeout_s` is the limit of each example by itself, from when its turn comes."""
+        """`timeout_s`: limit of each example, counted from the start of its own loading."""
         self._task = task
         self._tokenizer = tokenizer
         self._timeout_s = timeout_s
-        self._thread = _thread()
+        self._thread = _new_thread()
 
-    async def prepare(
+    async def load(
         self,
         leases: list[Lease],
         *,
         is_wanted: Callable[[Lease], bool],
-        on_prompt: Callable[[Lease, Prompt | str], None],
+        on_prompt: Callable[[Lease, Prompt | FailedPrompt], None],
     ) -> None:
-        """Calls `on_prompt` for each lease in order, as soon as it is known, with its prompt or why there is none.
+        """Calls `on_prompt` for each lease in order, as soon as its prompt is loaded or has failed.
 
-        `is_wanted` is asked in the thread when a lease's turn comes; one that is not gets no prompt.
+        `is_wanted` is called in the thread before a lease is loaded; if it returns False, no prompt is made.
         """
         while leases:
-            num_known = await self._run(
-                _Run(leases=leases, is_wanted=is_wanted, at=(0, time.monotonic())), on_prompt
-            )
-            if num_known < len(leases):
-                self._leave_thread()
-                on_prompt(
-                    leases[num_known],
-                    f"task.example() took longer than rollout.reward_timeout_s={self._timeout_s:g}",
-                )
-            leases = leases[num_known + 1 :]
+            batch = _Batch(leases=leases, is_wanted=is_wanted, current=(0, time.monotonic()))
+            num_loaded = await self._load_until_timeout(batch, on_prompt)
+            if num_loaded < len(leases):
+                self._replace_thread()
+                limit = f"rollout.reward_timeout_s={self._timeout_s:g}"
+                on_prompt(leases[num_loaded], FailedPrompt(reason=f"task.example() took longer than {limit}"))
+            leases = leases[num_loaded + 1 :]
 
     def close(self) -> None:
-        """Waits for nothing: an example may hang."""
+        """Does not wait for the thread: an example may hang."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def _run(self, run: _Run, on_prompt: Callable[[Lease, Prompt | str], None]) -> int:
-        """How many leases got an answer before one took too long."""
-        made = asyncio.get_running_loop().run_in_executor(self._thread, self._make, run)
-        num_known = 0
+    async def _load_until_timeout(
+        self, batch: _Batch, on_prompt: Callable[[Lease, Prompt | FailedPrompt], None]
+    ) -> int:
+        """Returns the number of leases that were handed over before one took too long."""
+        loading = asyncio.get_running_loop().run_in_executor(self._thread, self._load_in_thread, batch)
+        num_loaded = 0
         try:
-            while num_known < len(run.leases):
-                await asyncio.wait({made}, timeout=_LOOK_S)
-                if made.done():
-                    made.result()
-                index, began_s = run.at
-                for prompt in run.prompts[num_known:]:
-                    on_prompt(run.leases[num_known], prompt)
-                    num_known += 1
-                if index == num_known and time.monotonic() - began_s > self._timeout_s:
+            while num_loaded < len(batch.leases):
+                await asyncio.wait({loading}, timeout=_POLL_S)
+                if loading.done():
+                    loading.result()
+                index, started_s = batch.current
+                for prompt in batch.prompts[num_loaded:]:
+                    on_prompt(batch.leases[num_loaded], prompt)
+                    num_loaded += 1
+                if index == num_loaded and time.monotonic() - started_s > self._timeout_s:
                     break
         finally:
-            run.is_left = True
-            made.cancel()
-        return num_known
+            batch.is_abandoned = True
+            loading.cancel()
+        return num_loaded
 
-    def _make(self, run: _Run) -> None:
-        for index, lease in enumerate(run.leases):
-            if run.is_left:  # one that ends after all must not make the rest beside the thread that took over
+    def _load_in_thread(self, batch: _Batch) -> None:
+        for index, lease in enumerate(batch.leases):
+            # An example that ends after its time limit must not go on beside the thread that took over.
+            if batch.is_abandoned:
                 return
-            run.at = (index, time.monotonic())
-            wanted = run.is_wanted(lease)
-            run.prompts.append(
-                self._prompt(SPLITS[lease.purpose], lease.prompt_index) if wanted else "cancelled"
-            )
+            batch.current = (index, time.monotonic())
+            if batch.is_wanted(lease):
+                batch.prompts.append(self._make_prompt(SPLITS[lease.purpose], lease.prompt_index))
+            else:
+                batch.prompts.append(FailedPrompt(reason="cancelled"))
 
-    def _prompt(self, split: Split, index: int) -> Prompt | str:
-        """The prompt of an example, or why there is none. Runs in the thread."""
+    def _make_prompt(self, split: Split, index: int) -> Prompt | FailedPrompt:
+        """Runs in the thread."""
         try:
             example = self._task.example(split, index)
-            return example, self._tokenizer.encode(example)
-        except Exception as error:  # a researcher's code may raise anything, and the promise is that only its own samples fail
-            return f"example({split!r}, {index}): {type(error).__name__}: {error}"
+            return Prompt(example=example, tokens_P=self._tokenizer.encode(example))
+        except Exception as error:  # a task's code may raise anything, and only its own samples may fail
+            return FailedPrompt(reason=f"example({split!r}, {index}): {type(error).__name__}: {error}")
 
-    def _leave_thread(self) -> None:
+    def _replace_thread(self) -> None:
         self._thread.shutdown(wait=False)
-        self._thread = _thread()
+        self._thread = _new_thread()
 
 
-def _thread() -> ThreadPoolExecutor:
+def _new_thread() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="examples")

@@ -1,6 +1,7 @@
-"""From an example to token ids: the only place that knows about chat templates.
+"""Renders an example to token ids, with the model's chat template where the prompt is a list of messages.
 
-Prompts are checked here, before an engine sees them: a token id outside a model's vocabulary kills a whole SGLang server.
+Prompts are checked here, before they are sent: a token id outside the model's vocabulary kills a whole SGLang
+server.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ class PromptRenderer:
     """Tokenizer, vocabulary size and stop tokens of one model."""
 
     def __init__(self, model: str) -> None:
-        """`model` is what `from_pretrained` takes. Raises ConfigError when it has no tokenizer, no config or no EOS token."""
-        # Here and not above: importing transformers costs a second and more, which --help need not pay.
+        """`model` is what `from_pretrained` takes. Raises ConfigError without tokenizer, config or EOS."""
+        # Imported here: transformers takes a second or more to import, which --help need not wait for.
         from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
         try:
@@ -37,34 +38,36 @@ class PromptRenderer:
         self.max_positions = int(getattr(text, "max_position_embeddings", 0)) or 1 << 30
         """Longest sequence of the model."""
         self.vocab_size = int(text.vocab_size)
-        """Rows of the model's embedding: every token id is below it."""
+        """Rows of the model's embedding; every token id is below it."""
         self.stop_token_ids: list[int] = sorted(
             {self._tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
         )
         """Ids that end an answer: the tokenizer's EOS and those of generation_config.json."""
         if not self.stop_token_ids:
             raise ConfigError(
-                f"model.path={model}: no EOS token in tokenizer or generation_config.json, so no answer could end"
+                f"model.path={model}: no EOS token in tokenizer or generation_config.json, "
+                "so no answer would end"
             )
         self.max_prompt_tokens = self.max_positions
-        """Longer prompts are refused; the owner lowers it to what its engine has room for."""
+        """Longer prompts are refused. The server lowers it to the room that its engine has."""
 
     def encode(self, example: Example) -> NDArray[np.int32]:
-        """Prompt token ids [P] int32. Raises ValueError for an empty, too long or out-of-vocabulary prompt."""
+        """Prompt token ids [P]. Raises ValueError for an empty, too long or out-of-vocabulary prompt."""
         tokens = self._encode(example.prompt)
         if not 0 < len(tokens) <= self.max_prompt_tokens:
             raise ValueError(
-                f"prompt of {len(tokens)} tokens: want 1 to {self.max_prompt_tokens} (task.max_prompt_tokens, rollout.max_context)"
+                f"prompt of {len(tokens)} tokens: want 1 to {self.max_prompt_tokens} "
+                "(task.max_prompt_tokens, rollout.max_context)"
             )
         tokens_P = np.asarray(tokens, dtype=np.int32)
         if int(tokens_P.max()) >= self.vocab_size:
             raise ValueError(
-                f"prompt holds token id {tokens_P.max()}, the model's vocabulary ends at {self.vocab_size}"
+                f"prompt has token id {tokens_P.max()}, the model's vocabulary has {self.vocab_size}"
             )
         return tokens_P
 
     def decode(self, tokens: NDArray[np.int32]) -> str:
-        """Text of sampled tokens without special tokens: what a reward function is given."""
+        """Text of sampled tokens without special tokens, as passed to reward functions."""
         return str(self._tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
 
     def _encode(self, prompt: str | list[ChatMessage]) -> list[int]:
@@ -75,5 +78,5 @@ class PromptRenderer:
                 self._tokenizer("\n".join(message["content"] for message in prompt) + "\n")["input_ids"]
             )
         text = self._tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        # The template writes its own special tokens: adding them again would double the BOS.
+        # The template contains the special tokens: adding them again would double the BOS.
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,9 +1,10 @@
-"""An engine as a child process: started, waited for, watched, stopped. `EmbeddedProcess` is our own; `sglang_process` has the others.
+"""An engine as a child process: start, wait until ready, watch, stop; and the embedded engine's process.
 
     STOPPED -> start() -> (port file appears, /health answers) -> RUNNING -> stop(), or it dies -> STOPPED
 
-It is a process of its own, so that Python's interpreter lock is never shared between decoding and the stream of samples, and so that
-whatever kills it leaves the server able to return its leases and start another. It dies with this process.
+The engine is a process of its own, so that decoding and the stream of samples never share Python's
+interpreter lock, and so that whatever kills it leaves the server able to return its leases and start another
+engine. It dies with this process. SGLang's processes are in sglang/process.py.
 """
 
 from __future__ import annotations
@@ -16,49 +17,31 @@ import subprocess
 import sys
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Protocol
 
 from areal_like.config import Config
 from areal_like.errors import ConfigError, EngineError
 from areal_like.paths import RunPaths
 from areal_like.wire.channel import tcp_address
 from rollout_server.inference.client import EngineClient
+from rollout_server.inference.generation_gate import GenerationGate
+from rollout_server.inference.shadow_update import ShadowWeightUpdate
+from rollout_server.inference.weight_update import OnQuarantine, OnUntrusted, WeightUpdateStrategy
 
 _POLL_S = 0.05
 _STOP_TIMEOUT_S = 5.0
 _LOG_LINES, _LOG_LINE_CHARS = 8, 200
-"""Last lines of the engine's log that an error message quotes, and how much of each: SGLang logs all its options in one."""
+"""Lines of log, and characters of each, in an error message: SGLang logs all options in one line."""
 _TAIL_BYTES = 64 << 10
-"""How much of the log's end is read for that: the event loop waits for it, and a log may be large."""
-
-
-class Engine(Protocol):
-    """What a server knows of its engine, wherever that runs."""
-
-    num_starts: int
-
-    @property
-    def pid(self) -> int:
-        """Process id; 0 when there is no process of ours."""
-
-    async def start(self, *, version: int) -> EngineClient:
-        """A client of an engine that is ready and holds the weights at `model.path`, called `version`. Raises EngineError."""
-
-    async def died(self) -> str:
-        """Returns when it is gone, saying how."""
-
-    async def stop(self) -> None:
-        """Ends it, or leaves it."""
-
-    def kill(self) -> None:
-        """Makes `died` return, whatever state the engine is in."""
+"""Bytes of the log's end that are read for that: the event loop waits for it, and a log may be large."""
+_BAD_SETTINGS_EXIT_CODE = 2
+"""The engine refuses its options, the model or the device: starting it again would fail in the same way."""
 
 
 class EngineProcess(ABC):
-    """One engine at a time. Every `start` is a new process on a port of its own."""
+    """One engine process at a time; an `Engine`. Every `start` is a new process on a port of its own."""
 
     def __init__(self, config: Config, *, name: str, model: str, context_tokens: int) -> None:
-        """`model` is what `from_pretrained` takes; `context_tokens` the longest sequence."""
+        """`model` is what `from_pretrained` takes; `context_tokens` is the longest sequence."""
         self._config = config
         self._name = name
         self._model = model
@@ -72,16 +55,22 @@ class EngineProcess(ABC):
         """Process id; 0 when stopped."""
         return self._process.pid if self._process is not None else 0
 
+    @abstractmethod
+    def weight_update_strategy(
+        self, *, gate: GenerationGate, on_quarantine: OnQuarantine, on_untrusted: OnUntrusted
+    ) -> WeightUpdateStrategy:
+        """The way in which this engine is brought from one weight version to the next."""
+
     @property
     def is_running(self) -> bool:
         """Whether the process exists."""
         return self._process is not None and self._process.poll() is None
 
     async def start(self, *, version: int) -> EngineClient:
-        """Starts an engine whose weights are called `version`; returns a client once it is ready to generate.
+        """Starts an engine with the model's weights as `version`; returns a client once it can generate.
 
-        Raises EngineError, with the end of its log, if it dies or is not ready within rollout.start_timeout_s, and ConfigError if it
-        refuses its options.
+        Raises EngineError, with the end of its log, if it dies or is not ready within
+        rollout.start_timeout_s, and ConfigError if it refuses its options.
         """
         assert not self.is_running
         self._launch(version=version)
@@ -97,7 +86,7 @@ class EngineProcess(ABC):
             ) from None
 
     async def died(self) -> str:
-        """Returns when the process has ended, saying how."""
+        """Waits until the process has ended; returns the reason for a log line or an error."""
         assert self._process is not None
         process = self._process
         while (code := process.poll()) is None:
@@ -105,7 +94,7 @@ class EngineProcess(ABC):
         return f"engine ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}{self._log_end()}"
 
     async def stop(self) -> None:
-        """SIGTERM, and SIGKILL when that did not help in time."""
+        """Sends SIGTERM, and SIGKILL if the process has not ended in time."""
         if self._process is None:
             return
         if self.is_running:
@@ -118,12 +107,12 @@ class EngineProcess(ABC):
             await self._end()
 
     def kill(self) -> None:
-        """Ends it at once. `died` reaps it: a process that is stuck in the kernel must not keep the loop."""
+        """Sends SIGKILL and does not wait: the process may be stuck in the kernel. `died` reaps it."""
         if self._process is not None:
             self._process.kill()
 
     async def _end(self) -> None:
-        """`kill`, and waits for it, though not for ever."""
+        """Kills the process and waits a limited time for its end."""
         self.kill()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_STOP_TIMEOUT_S):
@@ -132,15 +121,14 @@ class EngineProcess(ABC):
 
     @abstractmethod
     def _command(self, *, version: int) -> list[str]:
-        """The command line of a new engine."""
+        """Command line of a new engine."""
 
     def _environment(self) -> dict[str, str]:
-        """Its environment."""
         return os.environ | {"OMP_NUM_THREADS": str(self._config.rollout.num_threads)}
 
     @abstractmethod
     async def _port(self) -> int:
-        """Waits for the port that the new engine listens on. Raises EngineError if it ends before."""
+        """Waits for the port that the new engine listens on. Raises EngineError if it ends first."""
 
     def _client(self, url: str) -> EngineClient:
         """A client of the engine at `url`."""
@@ -150,7 +138,7 @@ class EngineProcess(ABC):
         command = self._command(version=version)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("ab") as log_file:
-            # A process group of its own: some engines are several processes, which end together.
+            # A process group of its own: some engines are several processes, which are killed together.
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -166,8 +154,8 @@ class EngineProcess(ABC):
             while not await client.health():
                 self._check_alive()
                 await asyncio.sleep(_POLL_S)
-            await client.learn_facts()
-        except BaseException:  # also a cancelled start must not leak the client's connections
+            await client.fetch_info()
+        except BaseException:  # a cancelled start, too, must not leak the client's connections
             await client.close()
             raise
         return client
@@ -175,9 +163,9 @@ class EngineProcess(ABC):
     def _check_alive(self) -> None:
         assert self._process is not None
         code = self._process.poll()
-        if code == 2:  # its options, the model or the device: started again it would say the same
-            complaint = _tail(self.log_path).rpartition("\n")[2].strip()
-            raise ConfigError(f"the engine refuses its settings: {complaint} (log: {self.log_path})")
+        if code == _BAD_SETTINGS_EXIT_CODE:
+            last_line = _tail(self.log_path).rpartition("\n")[2].strip()
+            raise ConfigError(f"the engine refuses its settings: {last_line} (log: {self.log_path})")
         if code is not None:
             raise EngineError(f"engine ended with code {code} before it was ready{self._log_end()}")
 
@@ -186,7 +174,13 @@ class EngineProcess(ABC):
 
 
 class EmbeddedProcess(EngineProcess):
-    """The engine of this repository; the kernel picks its port, and it writes the number to a file."""
+    """The engine of this repository. The kernel picks its port; the engine writes it to a file."""
+
+    def weight_update_strategy(
+        self, *, gate: GenerationGate, on_quarantine: OnQuarantine, on_untrusted: OnUntrusted
+    ) -> WeightUpdateStrategy:
+        """Receives into shadow buffers. Never quarantined: activates only what is verified."""
+        return ShadowWeightUpdate(gate=gate, on_untrusted=on_untrusted)
 
     @property
     def _port_file(self) -> Path:

@@ -1,13 +1,16 @@
-"""Rewards in worker processes: a reward function is a researcher's code, and may raise, hang, print, or take the process with it.
+"""A pool of worker processes that run reward functions, which may raise, hang, print, or crash the process.
 
-A pool of `python -m rollout_server.rewards.worker`, each with a queue of its own; the protocol is in that module. Why not
-multiprocessing: it pickles, and a hung worker of an executor cannot be told from its neighbours. Why processes: a thread
-cannot be killed, and the event loop must not wait.
+Each worker is a `python -m rollout_server.rewards.worker` with a queue of its own; the protocol is described
+there. Processes, because a thread cannot be killed and the event loop must not wait. Not multiprocessing,
+because it pickles, and because an executor does not tell which of its workers hangs.
 
-    worker:  STARTING -> SERVING -> (a timeout, a crash) -> STARTING ...  -> CLOSED
-    item:    queued -> sent -> answered | failed (it was first in line when its worker was lost) | sent again (it stood behind)
+    worker:  STARTING -> SERVING -> (timeout or crash: killed) -> STARTING ...  -> CLOSED
+    item:    queued -> sent -> scored | failed (it was being scored when its worker was lost)
+                                      | sent again to the new worker (it was behind that one in the queue)
 
-Items submitted in the same tick of the loop travel in one frame a worker: at 700 samples a second that halves the cost of a reward.
+A failed reward is not retried here: `score` raises RewardError, the sample is reported as failed, and the
+buffer leases it again up to `buffer.max_sample_retries` times. Items submitted in the same turn of the event
+loop travel in one frame for each worker: at 700 samples a second that halves the cost of a reward.
 """
 
 from __future__ import annotations
@@ -31,22 +34,21 @@ from rollout_server.tasks.base import Split
 log = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 60.0
-"""Importing a task may pull in a large library."""
+"""Importing a task may import a large library."""
 _RESTART_DELAY_S = 1.0
-"""Pause after a worker that could not even start, so that a broken import does not spin."""
-
+"""Pause after a worker that could not start, so that a broken import does not cause a busy loop."""
 _REAP_DELAY_S = 0.05
-"""Between the end of a worker's stream and its exit code."""
-_LOST = (ConnectionError, asyncio.IncompleteReadError)
+"""From the end of a worker's stream to its exit code."""
+_STREAM_LOST = (ConnectionError, asyncio.IncompleteReadError)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reward:
-    """What one completion is worth."""
+    """The score of one completion."""
 
     value: float
     components: dict[str, float]
-    """Named parts, when the task returned a dict."""
+    """Named parts, if the task returned a dict; else empty."""
     seconds: float
     """Time spent in the task's code."""
 
@@ -64,10 +66,11 @@ class RewardPool:
     """Worker processes that score completions. Create it in a running loop, with `async with`."""
 
     def __init__(self, task: Mapping[str, Any], *, seed: int, num_workers: int, timeout_s: float) -> None:
-        """`task` and `seed` are what `make_task` takes; `timeout_s` is the limit of one reward."""
+        """`task` and `seed` are as of `make_task`; `timeout_s` is the limit of one reward."""
         self._workers = [_Worker(task=dict(task), seed=seed, timeout_s=timeout_s) for _ in range(num_workers)]
-        self._numbers = 0
+        self._last_number = 0
         self._unsent: list[_Item] = []
+        """Items of this turn of the loop."""
         self.seconds_total = 0.0
         """Time spent in the task's code by all workers."""
 
@@ -81,7 +84,7 @@ class RewardPool:
 
     @property
     def serving(self) -> list[asyncio.Task[None]]:
-        """One task a worker; each ends only with the pool, or because no process can be started at all."""
+        """One task a worker; it ends only with the pool, or if no process can be started."""
         return [worker.running for worker in self._workers if worker.running is not None]
 
     @property
@@ -95,11 +98,18 @@ class RewardPool:
         return len(self._unsent) + sum(len(worker.items) for worker in self._workers)
 
     async def score(self, *, split: Split, index: int, completion: str) -> Reward:
-        """The reward of a completion. Raises RewardError if the task raised, hung past the limit, or returned no finite number."""
+        """The reward of a completion.
+
+        Raises RewardError if the task raised, exceeded the time limit, crashed, or returned no finite number.
+        """
         loop = asyncio.get_running_loop()
-        self._numbers += 1
+        self._last_number += 1
         item = _Item(
-            number=self._numbers, split=split, index=index, completion=completion, done=loop.create_future()
+            number=self._last_number,
+            split=split,
+            index=index,
+            completion=completion,
+            done=loop.create_future(),
         )
         if not self._unsent:
             loop.call_soon(self._send)
@@ -110,22 +120,25 @@ class RewardPool:
 
     def _send(self) -> None:
         items, self._unsent = self._unsent, []
-        # The least loaded worker first; a hung one keeps its queue and so gets no more than its share.
-        ranked = sorted(self._workers, key=lambda worker: len(worker.items))
-        for position, worker in enumerate(ranked):
-            if share := items[position :: len(ranked)]:
+        # The least loaded worker first. A worker that hangs keeps its queue, and so gets no more than its
+        # share.
+        by_load = sorted(self._workers, key=lambda worker: len(worker.items))
+        for position, worker in enumerate(by_load):
+            if share := items[position :: len(by_load)]:
                 worker.submit(share)
 
 
 class _Worker:
-    """One process and the items it has not answered, oldest first."""
+    """One process, restarted when it is lost, and the items it has not scored yet, oldest first."""
 
     def __init__(self, *, task: dict[str, Any], seed: int, timeout_s: float) -> None:
         self._setup = {"task": task, "seed": seed}
         self._timeout_s = timeout_s
         self._pipe: asyncio.StreamWriter | None = None
+        """None while no process is ready."""
+        self._limit: asyncio.Timeout | None = None
+        """Time limit of the item that is being scored."""
         self.running: asyncio.Task[None] | None = None
-        self._clock: asyncio.Timeout | None = None
         self.items: OrderedDict[int, _Item] = OrderedDict()
         self.num_lost = 0
 
@@ -140,26 +153,26 @@ class _Worker:
             self._fail_first("the reward pool was closed")
 
     def submit(self, items: list[_Item]) -> None:
-        if not self.items and self._clock is not None:
-            self._clock.reschedule(asyncio.get_running_loop().time() + self._timeout_s)
+        if not self.items and self._limit is not None:
+            self._limit.reschedule(asyncio.get_running_loop().time() + self._timeout_s)
         self.items.update((item.number, item) for item in items)
         if self._pipe is not None:
             self._pipe.write(pack([[item.number, item.split, item.index, item.completion] for item in items]))
 
     async def _run(self) -> None:
         while True:
-            ours, theirs = socket.socketpair()
-            with theirs:
+            own_end, worker_end = socket.socketpair()
+            with worker_end:
                 process = subprocess.Popen(
                     [sys.executable, "-m", "rollout_server.rewards.worker"],
-                    stdin=theirs.fileno(),
-                    stdout=theirs.fileno(),
+                    stdin=worker_end.fileno(),
+                    stdout=worker_end.fileno(),
                 )
-            reader, writer = await asyncio.open_connection(sock=ours)
+            reader, writer = await asyncio.open_connection(sock=own_end)
             try:
                 await self._serve(process, reader, writer)
             finally:
-                self._pipe = self._clock = None
+                self._pipe = self._limit = None
                 writer.close()
                 process.kill()
                 process.wait()  # SIGKILL cannot be refused: this returns at once
@@ -167,13 +180,16 @@ class _Worker:
     async def _serve(
         self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        """Feeds one process until it is lost."""
+        """Serves items with one process until it is lost."""
         try:
             writer.write(pack(self._setup))
             async with asyncio.timeout(_START_TIMEOUT_S):
                 problem = await _read(reader)
-        except (TimeoutError, ValueError, *_LOST) as lost:
-            problem = f"the process ended or said nothing for {_START_TIMEOUT_S:g} s ({type(lost).__name__}); see the log"
+        except (TimeoutError, ValueError, *_STREAM_LOST) as lost:
+            problem = (
+                f"the process ended or did not answer for {_START_TIMEOUT_S:g} s ({type(lost).__name__}); "
+                "see the log"
+            )
         if problem is not None:
             await asyncio.sleep(_RESTART_DELAY_S)
             log.error("reward worker cannot start: %s", problem)
@@ -181,25 +197,26 @@ class _Worker:
                 self._fail_first(f"reward worker cannot start: {problem}")
             return
         self._pipe = writer
-        if (
-            self.items
-        ):  # they stood behind the item that cost the last process its life, or came before it was ready
+        # Items that were behind the one with which the last process was lost, or came before this one was
+        # ready.
+        if self.items:
             self.submit(list(self.items.values()))
         while True:
             try:
-                # Reads also while idle (without a limit, until `submit` sets one): a worker that dies then must not cost an item.
-                async with asyncio.timeout(self._timeout_s if self.items else None) as self._clock:
+                # Reads also while idle, so that a worker that dies then costs no item. Without a limit, until
+                # `submit` sets one.
+                async with asyncio.timeout(self._timeout_s if self.items else None) as self._limit:
                     number, value, components, seconds, error = await _read(reader)
                 self._answer(number, value, components, seconds, error)
             except TimeoutError:
-                await self._lose(f"reward took longer than rollout.reward_timeout_s={self._timeout_s:g}")
+                await self._on_lost(f"reward took longer than rollout.reward_timeout_s={self._timeout_s:g}")
                 return
-            except _LOST:
-                await self._lose(f"the reward process died ({await _how(process)})")
+            except _STREAM_LOST:
+                await self._on_lost(f"the reward process died ({await _exit_reason(process)})")
                 return
             except (ValueError, TypeError, KeyError) as error:
-                await self._lose(
-                    f"the reward process wrote what is no answer ({type(error).__name__}: {error})"
+                await self._on_lost(
+                    f"the reward process wrote an invalid answer ({type(error).__name__}: {error})"
                 )
                 return
 
@@ -207,15 +224,15 @@ class _Worker:
         self, number: int, value: float, components: dict[str, float], seconds: float, error: str
     ) -> None:
         done = self.items.pop(number).done
-        if done.done():  # its asker was cancelled meanwhile
+        if done.done():  # its caller was cancelled meanwhile
             return
         if error:
             done.set_exception(RewardError(error))
         else:
             done.set_result(Reward(value=value, components=components, seconds=seconds))
 
-    async def _lose(self, reason: str) -> None:
-        self._pipe = self._clock = None
+    async def _on_lost(self, reason: str) -> None:
+        self._pipe = self._limit = None
         self.num_lost += 1
         log.warning("reward worker restarts: %s", reason)
         if self.items:
@@ -229,7 +246,7 @@ class _Worker:
             item.done.set_exception(RewardError(reason))
 
 
-async def _how(process: subprocess.Popen[bytes]) -> str:
+async def _exit_reason(process: subprocess.Popen[bytes]) -> str:
     await asyncio.sleep(_REAP_DELAY_S)
     match process.poll():
         case None:

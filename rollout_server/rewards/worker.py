@@ -1,13 +1,14 @@
-"""One reward process: `python -m rollout_server.rewards.worker`, driven over its stdin and stdout (two ends of a socket) by `rewards.py`.
+"""One reward process: `python -m rollout_server.rewards.worker`, driven over its stdin and stdout by pool.py.
 
-    parent -> worker   {"task": {...}, "seed": n}              first frame: which task to import
-    worker -> parent   null | "what went wrong"                the task is there, or why not
+    parent -> worker   {"task": {...}, "seed": n}                     first frame: the task to import
+    worker -> parent   null | "error message"                         the task was imported, or why not
     parent -> worker   [[item, split, index, completion], ...]
-    worker -> parent   [item, reward, components, seconds, error]     one frame an item, in order, written as soon as it is known
+    worker -> parent   [item, reward, components, seconds, error]     one frame an item, in order
 
-A frame is a 4-byte little-endian length and msgpack. Results are written one by one because a hung item is told from its neighbours by
-being the first without an answer. The example is rebuilt here from (split, index), so a task's answers never have to be serialised.
-The stream is moved away from descriptors 0 and 1 first: a reward that prints or reads stdin must not corrupt the stream.
+Stdin and stdout are the two directions of one socket. A frame is a 4-byte little-endian length and msgpack.
+Results are written one by one, so that the item that hangs is the first without an answer. The example is
+rebuilt here from (split, index), so a task's answers never have to be serialised. The stream is moved away
+from descriptors 0 and 1 first: a reward that prints or reads stdin must not corrupt it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ MAX_FRAME_BYTES = 64 << 20
 def main() -> None:
     """Serves until stdin ends."""
     die_with_parent(signum=signal.SIGKILL)
-    # Ctrl-C reaches the whole process group; when this worker ends is its parent's decision.
+    # Ctrl-C reaches the whole process group, but only the parent ends this worker.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     requests, replies = _claim_stream()
     setup = _read(requests)
@@ -61,10 +62,8 @@ def _try_score(
 ) -> tuple[float, dict[str, float], str]:
     try:
         return *_score(task, example(split, index), completion), ""
-    except (
-        Exception
-    ) as raised:  # a researcher's code may raise anything, and the promise is that only its own sample fails
-        return 0.0, {}, _last_line(raised)
+    except Exception as raised:  # a task's code may raise anything, and only its own sample may fail
+        return 0.0, {}, _one_line(raised)
 
 
 def _score(task: Task, example: Example, completion: str) -> tuple[float, dict[str, float]]:
@@ -87,17 +86,17 @@ def _number(value: Any, *, name: str) -> float:
     return float(value)
 
 
-def _last_line(error: Exception) -> str:
-    where = traceback.extract_tb(error.__traceback__)[-1]
+def _one_line(error: Exception) -> str:
+    """The message of an exception, and where it was raised unless that is in this module."""
     message = traceback.format_exception_only(error)[-1].strip()
-    return (
-        message
-        if isinstance(error, RewardError)
-        else f"{message} ({where.filename}:{where.lineno} in {where.name})"
-    )
+    if isinstance(error, RewardError):
+        return message
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{message} ({where.filename}:{where.lineno} in {where.name})"
 
 
 def _claim_stream() -> tuple[BinaryIO, int]:
+    """Moves the stream to new descriptors; stdin becomes /dev/null, stdout becomes stderr."""
     requests, replies = os.dup(0), os.dup(1)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)

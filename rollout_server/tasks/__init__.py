@@ -1,4 +1,4 @@
-"""Tasks: prompts and their rewards. `base.py` is the one file to read before writing a task."""
+"""Tasks: prompts and their reward functions. Read `base.py` before writing a task."""
 
 from rollout_server.tasks.base import ChatMessage, Example, Split, Task, make_task
 

@@ -1,8 +1,8 @@
 """Any data set of `reasoning_gym` by name, with that package's own generator and scorer.
 
-reasoning_gym seeds example i with `seed + i`, so two splits are two far-apart seeds; small problem spaces (a handful of
-distinct questions) can still repeat a question in both, which is the data set's nature and not hidden here. The package is an
-optional extra, imported when the task is made.
+reasoning_gym seeds example i with `seed + i`, so the two splits use two seeds that are far apart. A data set
+with only a few distinct questions can still have the same question in both splits. The package is an optional
+extra, imported when the task is made.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from areal_like.errors import ConfigError
 from rollout_server.tasks.base import Example, Split, Task
 
 _EVAL_SEED_OFFSET = 1_000_000_000
-"""Larger than any sensible num_train, and small enough that seed + offset + index stays a 32-bit number for numpy's generators."""
+"""Larger than any sensible num_train; seed + offset + index still fits numpy's 32-bit seeds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +27,9 @@ class ReasoningGymTask(Task):
     dataset: str = ""
     """Name of the data set in reasoning_gym."""
     params: Mapping[str, Any] = field(default_factory=dict)
-    """That data set's own settings."""
+    """Settings of that data set."""
     system_prompt: str = "simple"
-    """Key of reasoning_gym's SYSTEM_PROMPTS, or the text itself; empty: none."""
+    """Key of reasoning_gym's SYSTEM_PROMPTS, or the text itself; empty for none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,7 +67,7 @@ class ReasoningGymTask(Task):
         return str(prompts.get(self.system_prompt, self.system_prompt))
 
     def example(self, split: Split, index: int) -> Example:
-        """The question as chat messages; `metadata["entry"]` is reasoning_gym's own record, which its scorer wants back."""
+        """The question as chat messages; `metadata["entry"]` is the record that the scorer takes."""
         entry = self._splits[split][index]
         messages = [{"role": "user", "content": entry["question"]}]
         if self._system:
@@ -75,7 +75,7 @@ class ReasoningGymTask(Task):
         return Example(prompt=messages, answer=entry["answer"], metadata={"entry": entry})
 
     def reward(self, example: Example, completion: str) -> float:
-        """reasoning_gym's score in 0 .. 1 of the last `<answer>` of the completion, or of all of it if there is none."""
+        """reasoning_gym's score in 0 .. 1 of the last `<answer>`, or of the whole completion."""
         answer = importlib.import_module("reasoning_gym.utils").extract_answer(completion)
         scored = completion.strip() if answer is None else answer
         return float(self._splits["train"].score_answer(answer=scored, entry=example.metadata["entry"]))

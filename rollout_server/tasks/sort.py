@@ -1,7 +1,8 @@
-"""The default job's task: sort a string of 4 to 8 digits, all or nothing.
+"""The default job's task: sort a string of 4 to 8 digits; the reward is 1 or 0.
 
-The generator lives in `areal_like.sorting`, because the trainer's warm start draws from the same distribution and may not import this
-package. The held-out split is one of multisets of digits.
+The generator is in `areal_like.sorting`, because the trainer's warm start draws from the same distribution
+and may not import this package. The splits divide the multisets of digits, so no held-out answer occurs in
+training.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ _SPLITS = {"train": sorting.Split.TRAIN, "eval": sorting.Split.HELD_OUT}
 
 @dataclass(frozen=True, kw_only=True)
 class SortTask(Task):
-    """`5203=` is answered by `0235`."""
+    """Prompt `5203=`, answer `0235`."""
 
     max_prompt_tokens: int = sorting.MAX_DIGITS + 2
     """Eight digits, the equals sign, and a BOS token if the tokenizer adds one."""
 
     def example(self, split: Split, index: int) -> Example:
-        """Prompt and sorted digits."""
+        """The digits with an equals sign, and the sorted digits."""
         example = sorting.sort_example(seed=self.seed, split=_SPLITS[split], index=index)
         return Example(prompt=example.prompt, answer=example.answer)
 

@@ -1,16 +1,12 @@
-"""The receiving end of weight pushes: a control socket for trainer rank 0, and one engine that is brought from version to version.
+"""Receives weight pushes: a control socket for trainer rank 0, and the engine that is kept up to date.
 
-    no group -> FormGroup -> in group -> PushWeights -> in group ... -> DissolveGroup (also in the middle of a push) -> no group
+    NO GROUP -> FormGroup -> IN GROUP -> PushWeights -> IN GROUP -> DissolveGroup (also mid-push) -> NO GROUP
 
-    recompute, keep   buckets arrive in shadow buffers while decoding goes on; verify; swap between two decode steps
-    abort_resume      the same, but running sequences are interrupted before the swap and resubmitted after it
-    drain             the same, but newcomers are held and running sequences finish before the swap
-
-That is the embedded engine; one that loads in place has its own ways to the same modes and promise (in_place.py).
-
-So that no token comes from a partial update in any mode, nothing is activated before everything was received and verified, and a
-failure leaves the old version active. Only when the engine does not even say which version it is at are its weights in
-doubt: then it is declared lost, and its owner replaces it. A control message of a newer epoch ends whatever an older one left behind.
+The engine's own strategy receives and activates a version (inference/weight_update.py). No token comes from a
+partial update: nothing is activated before everything was received and verified, and a failure leaves the old
+version active. Only if the engine does not answer which version is active are its weights unknown: then it is
+reported with `on_untrusted` and replaced. A control message of a newer weight group cancels the work of an
+older one.
 """
 
 from __future__ import annotations
@@ -19,7 +15,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from areal_like.errors import EngineError, WeightSyncError
@@ -35,22 +31,22 @@ from areal_like.wire.messages.weights import (
     WeightsFailed,
     WeightsOk,
 )
-from rollout_server.episodes.base import GenerationGate
 from rollout_server.inference.client import EngineClient
-from rollout_server.inference.sglang.client import SglangClient
-from rollout_server.weight_sync.in_place import SglangWeightUpdate
+from rollout_server.inference.weight_update import OnUntrusted, WeightPush, WeightUpdateStrategy
 
 log = logging.getLogger(__name__)
 
 _CLEANUP_TIMEOUT_S = 5.0
-"""For each call that puts an engine right after a failure."""
+"""For each call to the engine after a failure."""
 _NO_ENGINE = "this server's engine is not running"
+_MIN_TIMEOUT_S = 0.001
+"""A timeout of 0 would mean none to the engine."""
 
 
 class WeightReceiver:
-    """One server's weight plane. Create it in the loop that serves it.
+    """Weight updates of one server. Create it in the event loop that serves it.
 
-    `engine` is None while there is no engine to bring up to date: every request is then refused.
+    `engine` is None while there is no engine to update: every request is then refused.
     """
 
     def __init__(
@@ -58,13 +54,11 @@ class WeightReceiver:
         *,
         host: str,
         max_message_bytes: int,
-        turnstile: GenerationGate,
+        strategy: WeightUpdateStrategy,
         on_version: Callable[[int], None],
-        on_doubt: Callable[[str], None],
-        in_place: SglangWeightUpdate | None = None,
+        on_untrusted: OnUntrusted,
     ) -> None:
-        """`on_version` is called when a version became active; `on_doubt` when nobody knows what the engine holds. `in_place`: how SGLang
-        is brought up to date."""
+        """`on_version` gets each activated version, `on_untrusted` why the weights are unknown."""
         self._listener = Listener(
             host=host,
             port=0,
@@ -81,18 +75,19 @@ class WeightReceiver:
         self.seconds_total = 0.0
         """Time from request to activation, summed over pushes."""
         self.stall_seconds_total = 0.0
-        self._turnstile = turnstile
+        """Time in which a push kept the engine from decoding, summed over pushes."""
+        self._strategy = strategy
         self._on_version = on_version
-        self._on_doubt = on_doubt
-        self._in_place = in_place
+        self._on_untrusted = on_untrusted
         self._group_name = ""
         self._work: asyncio.Task[None] | None = None
-        self._waits_for_peers = False
-        self._stated: PushChecksums | None = None
-        self._is_stated = asyncio.Event()
+        """The request that is being handled."""
+        self._is_cancellable = False
+        self._sent_checksums: PushChecksums | None = None
+        self._checksums_arrived = asyncio.Event()
         self._queue: asyncio.Queue[Envelope] = asyncio.Queue()
         self.serving = asyncio.create_task(self._serve(), name="weights")
-        """Ends only by `close`, or by a bug."""
+        """Ends only by `close`, or with an unexpected exception."""
 
     @property
     def num_bad_frames(self) -> int:
@@ -100,13 +95,13 @@ class WeightReceiver:
         return self._listener.num_bad_frames
 
     def set_engine(self, engine: EngineClient | None, *, version: int = 0) -> None:
-        """The engine was started (at this version) or lost; groups of the one before are gone with it."""
+        """The engine was started at this version, or lost (None), and its weight group with it."""
         self.engine, self.version, self._group_name = engine, version, ""
         if self._work is not None:
             self._work.cancel()
 
     async def close(self) -> None:
-        """Ends a push that is running (its asker is told) and closes the socket."""
+        """Cancels a running push, which is answered as failed, and closes the socket."""
         if self._work is not None:
             self._work.cancel()
             await asyncio.wait([self._work], timeout=_CLEANUP_TIMEOUT_S)
@@ -116,22 +111,21 @@ class WeightReceiver:
 
     def _on_request(self, envelope: Envelope) -> None:
         if isinstance(envelope.message, AskAlive):
-            self._answer(envelope, self._facts())
+            self._answer(envelope, self._alive())
             return
         if isinstance(envelope.message, PushChecksums):
-            self._stated = envelope.message
-            self._is_stated.set()
+            self._sent_checksums = envelope.message
+            self._checksums_arrived.set()
             return
-        # A newer group, or leaving this one, ends a rendezvous or a broadcast that may be waiting for a dead peer.
-        if (
-            isinstance(envelope.message, (FormGroup, DissolveGroup))
-            and self._work is not None
-            and self._waits_for_peers
-        ):
+        # A newer group, or leaving this one, ends a rendezvous or a broadcast that may be waiting for a dead
+        # rank.
+        is_newer = isinstance(envelope.message, (FormGroup, DissolveGroup))
+        if is_newer and self._work is not None and self._is_cancellable:
             self._work.cancel()
         self._queue.put_nowait(envelope)
 
     async def _serve(self) -> None:
+        """Handles requests one after the other."""
         while True:
             envelope = await self._queue.get()
             self._work = asyncio.create_task(
@@ -143,7 +137,7 @@ class WeightReceiver:
             self._work = None
 
     async def _handle(self, envelope: Envelope) -> None:
-        """One request to its answer; whatever happens, the asker hears something."""
+        """Performs one request; it is answered whatever happens."""
         request = envelope.message
         loop = asyncio.get_running_loop()
         started_s = loop.time()
@@ -157,13 +151,13 @@ class WeightReceiver:
             answer = WeightsFailed(version=self.version, reason=str(error))
         except asyncio.CancelledError:
             answer = WeightsFailed(
-                version=self.version, reason=f"{type(request).__name__} was ended before it was done"
+                version=self.version, reason=f"{type(request).__name__} was cancelled before it was done"
             )
         finally:
             self._answer(envelope, answer)
-            self._account(request, answer)
+            self._count(request, answer)
 
-    def _account(self, request: Any, answer: WeightsOk | WeightsFailed) -> None:
+    def _count(self, request: Any, answer: WeightsOk | WeightsFailed) -> None:
         if isinstance(answer, WeightsFailed):
             self.num_failures += 1
             log.warning("%s failed: %s", type(request).__name__, answer.reason)
@@ -179,40 +173,41 @@ class WeightReceiver:
             )
             self._on_version(answer.version)
 
-    def _facts(self) -> Alive | WeightsFailed:
+    def _alive(self) -> Alive | WeightsFailed:
         if self.engine is None:
             return WeightsFailed(version=self.version, reason=_NO_ENGINE)
-        return Alive(version=self.version, **dataclasses.asdict(self.engine.facts))
+        return Alive(version=self.version, **dataclasses.asdict(self.engine.info))
 
     def _answer(self, envelope: Envelope, answer: Alive | WeightsOk | WeightsFailed) -> None:
         self._listener.send(envelope.peer, answer, rid=envelope.rid)
 
     async def _perform(self, request: Any) -> float:
-        """Does what was asked; returns the seconds in which nothing was decoded."""
+        """Performs a request; returns the seconds in which nothing was decoded."""
         if self.engine is None:
             raise EngineError(_NO_ENGINE)
         match request:
             case FormGroup():
-                await self._form(self.engine, request)
+                await self._join_group(self.engine, request)
                 return 0.0
             case DissolveGroup():
                 if request.group_name == self._group_name:
-                    await self._leave(self.engine)
+                    await self._leave_group(self.engine)
                 return 0.0
             case PushWeights():
                 if request.group_name != self._group_name:
                     raise WeightSyncError(
-                        f"not in group {request.group_name!r} of epoch {request.epoch}, but in {self._group_name!r}"
+                        f"not in group {request.group_name!r} of epoch {request.epoch}, "
+                        f"but in {self._group_name!r}"
                     )
                 return await self._push(self.engine, request)
         raise WeightSyncError(f"{type(request).__name__} does not belong on this socket")
 
-    async def _form(self, engine: EngineClient, request: FormGroup) -> None:
+    async def _join_group(self, engine: EngineClient, request: FormGroup) -> None:
         if self._group_name:
-            await self._leave(engine)
-        # Named before it is joined: a rendezvous that we are cancelled out of still has to be left.
+            await self._leave_group(engine)
+        # Recorded before it is joined: a rendezvous that is cancelled still has to be left.
         self._group_name = request.group_name
-        with self._waiting_for_peers():
+        with self._cancellable():
             await engine.init_weights_group(
                 master_address=request.master_address,
                 master_port=request.master_port,
@@ -223,146 +218,64 @@ class WeightReceiver:
                 timeout_s=request.timeout_s,
             )
 
-    async def _leave(self, engine: EngineClient) -> None:
+    async def _leave_group(self, engine: EngineClient) -> None:
         group_name, self._group_name = self._group_name, ""
         try:
             await engine.destroy_weights_group(group_name=group_name)
         except EngineError as error:
-            log.info(
-                "leaving group %s: %s", group_name, error
-            )  # it was never joined, or the engine gave it up itself
+            # It was never joined, or the engine left it by itself.
+            log.info("leaving group %s: %s", group_name, error)
 
     async def _push(self, engine: EngineClient, request: PushWeights) -> float:
-        manifest = Manifest.from_dict(request.manifest)
-        clock = _Deadline(request.timeout_s)
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + request.timeout_s
+        push = WeightPush(
+            request=request,
+            manifest=Manifest.from_dict(request.manifest),
+            left_s=lambda: max(_MIN_TIMEOUT_S, end_s - loop.time()),
+            cancellable=self._cancellable,
+            sent_checksums=lambda: self._wait_checksums(request.version),
+        )
         try:
             async with asyncio.timeout(request.timeout_s):
-                if isinstance(engine, SglangClient):
-                    assert self._in_place is not None
-                    stall_s = await self._in_place.push(
-                        engine,
-                        request,
-                        manifest,
-                        left_s=lambda: clock.left_s,
-                        waiting=self._waiting_for_peers,
-                    )
-                else:
-                    stall_s = await self._push_beside(engine, request, manifest, clock)
+                stall_s = await self._strategy.push(engine, push)
         except (TimeoutError, EngineError, WeightSyncError) as error:
-            if not await self._settle(engine, request.version):
-                # The sender may be waiting for us to take the next bucket: leaving tells it now, and not at its time limit.
-                await self._leave(engine)
+            if not await self._is_active_after_all(engine, request.version):
+                # The sender may be waiting for this engine to take the next bucket: leaving the group tells
+                # it now, rather than at its own time limit.
+                await self._leave_group(engine)
                 if isinstance(error, TimeoutError):
                     raise WeightSyncError(
                         f"version {request.version} was not active within {request.timeout_s:g} s"
                     ) from None
                 raise
-            stall_s = 0.0  # the answer was lost, the swap was not
+            stall_s = 0.0  # the engine's answer was lost, the swap was not
         self.version = request.version
         return stall_s
 
-    async def _push_beside(
-        self, engine: EngineClient, request: PushWeights, manifest: Manifest, clock: _Deadline
-    ) -> float:
-        """Into shadow buffers while decoding goes on, and then active between two steps."""
-        with self._waiting_for_peers():
-            found = await engine.receive_weights(
-                manifest.buckets, group_name=request.group_name, timeout_s=clock.left_s
-            )
-            stated = await self._checksums_of(request.version)
-        if found != stated:
-            raise WeightSyncError(
-                f"version {request.version}: a bucket's checksum is wrong, its bytes changed on the way"
-            )
-        return await self._activate(engine, request, clock)
-
-    async def _checksums_of(self, version: int) -> list[int]:
-        """What the sender says it sent; it may have said so before we had received."""
-        while self._stated is None or self._stated.version != version:
-            self._is_stated.clear()
-            await self._is_stated.wait()
-        return self._stated.checksums
-
-    async def _activate(self, engine: EngineClient, request: PushWeights, clock: _Deadline) -> float:
-        """Verifies and swaps, in the way that the update mode asks for."""
-        running = "keep" if request.update_mode == "keep" else "recompute"
-
-        async def swap() -> float:
-            answer = await engine.end_weight_update(
-                weight_version=request.version, running=running, timeout_s=clock.left_s
-            )
-            return float(answer.get("stall_s", 0.0))
-
-        match request.update_mode:
-            case "recompute" | "keep":
-                return await swap()
-            case "abort_resume":
-                return await _between(lambda: engine.pause("abort"), swap, lambda: self._resume(engine))
-            case "drain":
-
-                async def open_again() -> None:
-                    self._turnstile.release()
-
-                async def hold() -> None:
-                    self._turnstile.hold()
-                    await self._turnstile.wait_empty()
-
-                return await _between(hold, swap, open_again)
-        raise WeightSyncError(f"unknown update mode {request.update_mode!r}")
-
-    async def _resume(self, engine: EngineClient) -> None:
-        try:
-            await engine.resume()
-        except EngineError as error:
-            if not engine.is_closed:  # else its owner has lost it already, and may have started another
-                self._on_doubt(f"stays paused after a push: {error}")
-            raise
+    async def _wait_checksums(self, version: int) -> list[int]:
+        """The sender's checksums of this version; they may have arrived before the buckets were received."""
+        while self._sent_checksums is None or self._sent_checksums.version != version:
+            self._checksums_arrived.clear()
+            await self._checksums_arrived.wait()
+        return self._sent_checksums.checksums
 
     @contextlib.contextmanager
-    def _waiting_for_peers(self) -> Iterator[None]:
-        """Inside, and only there, may a newer control message end the work: a swap that has begun is seen through."""
-        self._waits_for_peers = True
+    def _cancellable(self) -> Iterator[None]:
+        """Only inside may a newer control message cancel the work: a swap that has begun is completed."""
+        self._is_cancellable = True
         try:
             yield
         finally:
-            self._waits_for_peers = False
+            self._is_cancellable = False
 
-    async def _settle(self, engine: EngineClient, version: int) -> bool:
-        """After a failed push: True if the new version is active after all; declares the engine lost if it cannot say."""
+    async def _is_active_after_all(self, engine: EngineClient, version: int) -> bool:
+        """After a failed push: whether the new version is active. Reports an engine that does not answer."""
         try:
             async with asyncio.timeout(_CLEANUP_TIMEOUT_S):
                 return await engine.weight_version() == version
         except (EngineError, TimeoutError) as error:
-            self._on_doubt(
-                f"cannot say which weights it has after a failed push of version {version}: {error}"
+            self._on_untrusted(
+                f"does not report which weights it has after a failed push of version {version}: {error}"
             )
             return False
-
-
-class _Deadline:
-    """One time limit over several waits."""
-
-    def __init__(self, timeout_s: float) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._end_s = self._loop.time() + timeout_s
-
-    @property
-    def left_s(self) -> float:
-        return max(0.001, self._end_s - self._loop.time())
-
-
-async def _between(
-    before: Callable[[], Awaitable[None]],
-    swap: Callable[[], Awaitable[float]],
-    after: Callable[[], Coroutine[Any, Any, None]],
-) -> float:
-    """before, swap, after; `after` also when one of the others failed or was cancelled. Returns its seconds from `before` on."""
-    loop = asyncio.get_running_loop()
-    started_s = loop.time()
-    try:
-        await before()
-        await swap()
-    finally:
-        # Shielded: a cancelled push must not leave an engine paused for ever.
-        await asyncio.shield(asyncio.ensure_future(after()))
-    return loop.time() - started_s

@@ -1,4 +1,4 @@
-"""A rollout server without an engine, as a process: the real link and lease desk, invented trajectories.
+"""A rollout server without an engine, as a process: the real buffer client and its leases, invented trajectories.
 
 `python -m tests.chaos.producer NAME CAPACITY SECONDS_PER_SAMPLE TOKENS --config FILE key=value ...`. Runs until it is killed, or gets
 SIGTERM and leaves as a real one does. The samples of a ticket are a function of (ticket, sample), so that whoever reads one back can
@@ -26,7 +26,7 @@ from areal_like.wire.messages.hello import Hello, Role
 from areal_like.wire.messages.producer import Lease, SampleDone, ServerState
 from areal_like.wire.records import Record
 from rollout_server.buffer_client import client as link_module
-from rollout_server.buffer_client.shards import BufferLinks
+from rollout_server.buffer_client.shards import ShardedBufferClient
 
 RESEND_AFTER_S = 0.5
 
@@ -84,7 +84,7 @@ class Producer:
 
         link_module._RESEND_AFTER_S = RESEND_AFTER_S
         link_module._HELLO_TIMEOUT_S = 1.0
-        self._link = BufferLinks(
+        self._link = ShardedBufferClient(
             config,
             capacity_samples=capacity,
             hello=hello,

@@ -17,9 +17,11 @@ import torch
 from areal_like.config import WeightsConfig, from_mapping
 from areal_like.errors import EngineError
 from areal_like.wire.messages.consumer import ServerEntry
-from rollout_server.episodes.base import GenerationGate
-from rollout_server.inference.client import EngineClient, Generation
+from rollout_server.inference.client import EngineClient
+from rollout_server.inference.generation_gate import GenerationGate
 from rollout_server.inference.process import EmbeddedProcess
+from rollout_server.inference.shadow_update import ShadowWeightUpdate
+from rollout_server.inference.types import Generation
 from rollout_server.weight_sync.receiver import WeightReceiver
 from tests.support.engine_harness import load_model, reference_logprobs, sample, save_model, weights_of
 from tests.support.snapshots import Held
@@ -50,9 +52,9 @@ class Server:
         self.receiver = WeightReceiver(
             host="127.0.0.1",
             max_message_bytes=1 << 20,
-            turnstile=GenerationGate(),
+            strategy=ShadowWeightUpdate(gate=GenerationGate(), on_untrusted=lambda _: self.engine.kill()),
             on_version=self.serve,
-            on_doubt=lambda _: self.engine.kill(),
+            on_untrusted=lambda _: self.engine.kill(),
         )
         self.generations: list[Generation] = []
         self._tasks: list[asyncio.Task[None]] = []

@@ -67,7 +67,7 @@ def test_every_series_is_on_the_page() -> None:
     buffer, server, trainer = Metrics(), Metrics(), Metrics()
     BufferSeries(buffer, max_staleness=4)
     nothing = cast(Any, None)  # the series are registered before any part is asked
-    ServerStats(server, link=nothing, runner=nothing, rewards=nothing, receiver=nothing, engine=nothing)
+    ServerStats(server, buffers=nothing, runner=nothing, rewards=nothing, receiver=nothing, engine=nothing)
     TrainerSeries(trainer)
     *_, buffer_text, server_text, trainer_text = re.split(r"^\*\*", PAGE, flags=re.M)
     for metrics, text in ((buffer, buffer_text), (server, server_text)):

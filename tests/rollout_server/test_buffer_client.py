@@ -1,4 +1,4 @@
-"""A rollout server's link to a buffer that goes away and comes back at the same address."""
+"""The buffer client with a buffer that is restarted at the same address, or cannot write."""
 
 import asyncio
 from collections import Counter
@@ -22,8 +22,8 @@ from areal_like.wire.messages.producer import (
     ServerHeartbeat,
     ServerState,
 )
-from rollout_server.buffer_client.client import BufferLink
-from rollout_server.buffer_client.lease_desk import LeaseDesk
+from rollout_server.buffer_client.client import BufferClient
+from rollout_server.buffer_client.held_leases import HeldLeases
 
 HELLO = Hello(
     role=Role.ROLLOUT,
@@ -40,7 +40,7 @@ FAILED = SampleFailed(lease_id=1, ticket_id=1, sample_index=0, error="no reason"
 
 
 class PlayedBuffer:
-    """Welcomes and counts; acknowledges samples when told to."""
+    """Welcomes peers and counts messages; acknowledges samples if `acknowledging`."""
 
     def __init__(self, *, port: int = 0, acknowledging: bool = False) -> None:
         self.acknowledging = acknowledging
@@ -73,11 +73,10 @@ class PlayedBuffer:
 
 
 @pytest.mark.timeout(60)
-def test_what_is_sent_to_a_buffer_that_is_away_does_not_pile_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in (("_SILENT_AFTER_S", 0.3), ("_RESEND_AFTER_S", 0.05), ("_HELLO_TIMEOUT_S", 0.5)):
-        monkeypatch.setattr(f"rollout_server.buffer_client.client.{name}", value)
+def test_messages_to_an_absent_buffer_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("areal_like.wire.buffer_connection.SILENT_AFTER_S", 0.3)
+    monkeypatch.setattr("rollout_server.buffer_client.client._RESEND_AFTER_S", 0.05)
+    monkeypatch.setattr("rollout_server.buffer_client.client._HELLO_TIMEOUT_S", 0.5)
 
     async def body() -> None:
         first = PlayedBuffer()
@@ -88,41 +87,41 @@ def test_what_is_sent_to_a_buffer_that_is_away_does_not_pile_up(
                 "daemon": {"heartbeat_s": 0.02},
             }
         )
-        desk, leases = LeaseDesk(capacity_samples=4), list[Any]()
-        link = BufferLink(
+        held, leases = HeldLeases(capacity_samples=4), list[Any]()
+        client = BufferClient(
             config,
             hello=lambda: HELLO,
-            desk=desk,
+            held=held,
             waits=WaitBook(),
             on_leases=leases.extend,
             on_abort=lambda _: None,
         )
-        link.announce(state=ServerState.SERVING)
-        running = asyncio.create_task(link.run())
+        client.announce(state=ServerState.SERVING)
+        running = asyncio.create_task(client.run())
         await first.expect("ServerHeartbeat")
         first.listener.send(first.peer, Leases(leases=[LEASE]))
         while not leases:
             await asyncio.sleep(0.01)
         first.listener.close()
-        link.deliver(FAILED)
+        client.deliver(FAILED)
         await asyncio.sleep(3)
         second = PlayedBuffer(port=first.listener.port, acknowledging=True)
         await second.expect("SampleFailed")
         await second.expect("ServerHeartbeat")
-        while desk.num_unacknowledged:
+        while held.num_unacknowledged:
             await asyncio.sleep(0.01)
         assert second.received["ServerHeartbeat"] < 40, second.received
         assert second.received["SampleFailed"] < 15, second.received
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
-        link.close()
+        client.close()
         second.listener.close()
 
     asyncio.run(body())
 
 
 @pytest.mark.timeout(60)
-def test_a_buffer_that_cannot_write_is_not_told_again(
+def test_nothing_is_resent_to_a_buffer_that_cannot_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rollout_server.buffer_client.client._RESEND_AFTER_S", 0.05)
@@ -136,24 +135,24 @@ def test_a_buffer_that_cannot_write_is_not_told_again(
                 "daemon": {"heartbeat_s": 0.02},
             }
         )
-        desk, leases = LeaseDesk(capacity_samples=4), list[Any]()
-        link = BufferLink(
+        held, leases = HeldLeases(capacity_samples=4), list[Any]()
+        client = BufferClient(
             config,
             hello=lambda: HELLO,
-            desk=desk,
+            held=held,
             waits=WaitBook(),
             on_leases=leases.extend,
             on_abort=lambda _: None,
         )
-        link.announce(state=ServerState.SERVING)
-        running = asyncio.create_task(link.run())
+        client.announce(state=ServerState.SERVING)
+        running = asyncio.create_task(client.run())
         await buffer.expect("ServerHeartbeat")
         buffer.trouble = "disk full"
         buffer.listener.send(buffer.peer, Leases(leases=[LEASE]))
         while not leases:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.2)
-        link.deliver(FAILED)
+        client.deliver(FAILED)
         await asyncio.sleep(0.5)
         assert buffer.received["SampleFailed"] == 1
         buffer.trouble = ""
@@ -162,7 +161,7 @@ def test_a_buffer_that_cannot_write_is_not_told_again(
                 await asyncio.sleep(0.01)
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
-        link.close()
+        client.close()
         buffer.listener.close()
 
     asyncio.run(body())

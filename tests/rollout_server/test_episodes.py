@@ -1,4 +1,4 @@
-"""Episodes: what an interrupted, a resumed and a tool-using conversation leaves in the trajectory."""
+"""Trajectories of episodes that are interrupted, resumed, or use a tool; and the gate before the engine."""
 
 import asyncio
 from collections.abc import Sequence
@@ -8,15 +8,10 @@ import pytest
 
 from areal_like.errors import EngineError
 from areal_like.trajectory import NOT_SAMPLED, FinishReason
-from rollout_server.episodes.base import (
-    Episode,
-    GenerationGate,
-    PolicyClient,
-    SingleTurn,
-    Tokenizer,
-    Transcript,
-)
-from rollout_server.inference.client import Generation, Sampling
+from rollout_server.episodes.base import Episode, PolicyClient, SingleTurn, Tokenizer
+from rollout_server.episodes.transcript import Transcript
+from rollout_server.inference.generation_gate import GenerationGate
+from rollout_server.inference.types import Generation, Sampling
 from rollout_server.tasks.base import Example
 
 EOS = 99
@@ -24,8 +19,11 @@ EXAMPLE = Example(prompt="7=", answer=None)
 
 
 class CountingEngine:
-    """A deterministic engine: the token after t is t + 1, up to EOS; it is interrupted after `interrupt_after` tokens, and every
-    interruption is a weight update. Log-prob and version are functions of the token, so that misaligned stitching shows."""
+    """A deterministic engine: the token after t is t + 1, up to EOS.
+
+    Request i is interrupted after `interrupt_after[i]` tokens, and every interruption is a weight update. The
+    log-prob is a function of the token, so that misaligned arrays are noticed.
+    """
 
     def __init__(self, *, interrupt_after: Sequence[int] = (), eos_at: int = EOS) -> None:
         self.interruptions = list(interrupt_after)
@@ -78,10 +76,10 @@ def play(
 ) -> tuple[Transcript, str]:
     async def body() -> tuple[Transcript, str]:
         transcript, tokenizer = Transcript(), Digits()
-        transcript.give(tokenizer.encode(EXAMPLE))
+        transcript.append_context(tokenizer.encode(EXAMPLE))
         sampling = Sampling(max_new_tokens=max_new_tokens, sampling_seed=5)
-        speaker = PolicyClient(engine, sampling=sampling, rid="1.0", turnstile=GenerationGate())
-        return transcript, await (episode or SingleTurn()).run(EXAMPLE, speaker, tokenizer, transcript)
+        policy = PolicyClient(engine, sampling=sampling, rid="1.0", gate=GenerationGate())
+        return transcript, await (episode or SingleTurn()).run(EXAMPLE, policy, tokenizer, transcript)
 
     return asyncio.run(body())
 
@@ -111,20 +109,20 @@ def test_interruption_is_stitched(interrupt_after: list[int]) -> None:
     assert sum(interrupt_after) >= 8 or engine.requests[-1][1].max_new_tokens == 8 - sum(interrupt_after)
 
 
-def test_engine_that_aborts_for_ever_is_an_error() -> None:
+def test_endless_aborts_are_an_engine_error() -> None:
     with pytest.raises(EngineError, match="without a token"):
         play(CountingEngine(interrupt_after=[0] * 1000))
 
 
 class Calculator(Episode):
-    """Two turns with a tool in between: what multi-turn will look like."""
+    """Two turns with a tool call between them."""
 
     async def run(
-        self, example: Example, speaker: PolicyClient, tokenizer: Tokenizer, transcript: Transcript
+        self, example: Example, policy: PolicyClient, tokenizer: Tokenizer, transcript: Transcript
     ) -> str:
-        await speaker.extend(transcript)
-        transcript.give(np.array([40, 41], np.int32))
-        await speaker.extend(transcript)
+        await policy.extend(transcript)
+        transcript.append_context(np.array([40, 41], np.int32))
+        await policy.extend(transcript)
         return tokenizer.decode(transcript.sampled)
 
 
@@ -138,28 +136,28 @@ def test_tool_tokens_are_outside_the_mask() -> None:
     assert text == "8,9,42,43"
 
 
-def test_turnstile_holds_newcomers_and_waits_for_those_inside() -> None:
+def test_gate_holds_new_requests_and_waits_for_those_inside() -> None:
     async def body() -> None:
-        turnstile = GenerationGate()
+        gate = GenerationGate()
         leave = asyncio.Event()
         seen: list[str] = []
 
         async def visit(name: str) -> None:
-            async with turnstile:
+            async with gate:
                 seen.append(name)
                 await leave.wait()
 
         first = asyncio.create_task(visit("first"))
         await asyncio.sleep(0)
-        turnstile.hold()
+        gate.hold()
         second = asyncio.create_task(visit("second"))
-        empty = asyncio.create_task(turnstile.wait_empty())
+        empty = asyncio.create_task(gate.wait_empty())
         await asyncio.sleep(0.01)
         assert seen == ["first"] and not empty.done()
         leave.set()
         await asyncio.gather(first, empty)
-        assert seen == ["first"] and turnstile.num_inside == 0
-        turnstile.release()
+        assert seen == ["first"] and gate.num_inside == 0
+        gate.release()
         await second
         assert seen == ["first", "second"]
 

@@ -1,4 +1,4 @@
-"""Leases to samples where examples are slow or hang: a real runner and thread, an engine and rewards that answer at once."""
+"""The lease runner with examples that are slow or hang; the engine and the rewards answer at once."""
 
 import asyncio
 import contextlib
@@ -11,9 +11,10 @@ import pytest
 
 from areal_like.config import from_mapping
 from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed
-from rollout_server.buffer_client.lease_desk import Answer
-from rollout_server.episodes.base import GenerationGate, SingleTurn
+from rollout_server.buffer_client.held_leases import SampleResult
+from rollout_server.episodes.base import SingleTurn
 from rollout_server.episodes.lease_runner import LeaseRunner
+from rollout_server.inference.generation_gate import GenerationGate
 from rollout_server.rewards.pool import Reward
 from rollout_server.tasks.base import Example, Split, Task
 from tests.rollout_server.test_episodes import CountingEngine, Digits
@@ -24,15 +25,15 @@ GROUP = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Slow(Task):
-    """Examples that take a tenth of the limit, or for ever where they are named; `asked` are those whose turn came."""
+    """Examples that take `seconds`, or hang if in `hanging`; `requested` are those that were called for."""
 
     seconds: float = LIMIT_S / 10
     hanging: tuple[int, ...] = ()
     released: threading.Event = field(default_factory=threading.Event)
-    asked: list[int] = field(default_factory=list)
+    requested: list[int] = field(default_factory=list)
 
     def example(self, split: Split, index: int) -> Example:
-        self.asked.append(index)
+        self.requested.append(index)
         if index in self.hanging:
             self.released.wait(60)
         time.sleep(self.seconds)
@@ -44,7 +45,7 @@ class Slow(Task):
 
 @pytest.fixture
 def hanging() -> Iterator[Callable[..., Slow]]:
-    """A task whose threads end with the test."""
+    """Makes a task with hanging examples, whose threads end with the test."""
     released = threading.Event()
     yield lambda *indices, seconds=0.0: Slow(hanging=indices, seconds=seconds, released=released)
     released.set()
@@ -56,10 +57,10 @@ class FixedRewards:
 
 
 class Served:
-    """A runner and what it answered."""
+    """A runner and the results that it reported."""
 
     def __init__(self, task: Task) -> None:
-        self.answers: list[Answer] = []
+        self.results: list[SampleResult] = []
         self.engine = CountingEngine()
         config = from_mapping({"rollout": {"reward_timeout_s": LIMIT_S}, "sampling": {"group_size": GROUP}})
         self.runner = LeaseRunner(
@@ -69,8 +70,8 @@ class Served:
             stop_token_ids=(),
             episode=SingleTurn(),
             rewards=FixedRewards(),
-            turnstile=GenerationGate(),
-            on_answer=self.answers.append,
+            gate=GenerationGate(),
+            on_result=self.results.append,
         )
         self.runner.engine = self.engine
 
@@ -94,11 +95,11 @@ class Served:
             while not is_so():
                 await asyncio.sleep(0.005)
 
-    async def answered(self, *lease_ids: int) -> None:
-        await self.until(lambda: {answer.lease_id for answer in self.answers} >= set(lease_ids))
+    async def finished(self, *lease_ids: int) -> None:
+        await self.until(lambda: {result.lease_id for result in self.results} >= set(lease_ids))
 
-    def of(self, lease_id: int) -> list[Answer]:
-        return [answer for answer in self.answers if answer.lease_id == lease_id]
+    def of(self, lease_id: int) -> list[SampleResult]:
+        return [result for result in self.results if result.lease_id == lease_id]
 
 
 @contextlib.asynccontextmanager
@@ -111,84 +112,84 @@ async def serving(task: Task) -> AsyncIterator[Served]:
         await served.runner.close()
 
 
-def assert_hung(answers: list[Answer]) -> None:
-    assert len(answers) == GROUP
+def assert_hung(results: list[SampleResult]) -> None:
+    assert len(results) == GROUP
     assert all(
-        isinstance(answer, SampleFailed) and "task.example() took longer" in answer.error
-        for answer in answers
+        isinstance(result, SampleFailed) and "task.example() took longer" in result.error
+        for result in results
     )
 
 
-def test_each_example_has_a_limit_of_its_own_and_no_sample_waits_for_the_examples_after_its_own() -> None:
+def test_time_limit_is_per_example_and_samples_start_early() -> None:
     task = Slow()
 
     async def body() -> None:
         async with serving(task) as served:
             served.grant(*range(15))
             served.grant(*range(15, 25))
-            await served.answered(0)
-            assert len(task.asked) < 15, "it began before the message's last example did"
-            await served.answered(*range(25))
-            assert len(served.answers) == 25 * GROUP and all(
-                isinstance(answer, SampleDone) for answer in served.answers
+            await served.finished(0)
+            assert len(task.requested) < 15, "samples must start before the last example is loaded"
+            await served.finished(*range(25))
+            assert len(served.results) == 25 * GROUP and all(
+                isinstance(result, SampleDone) for result in served.results
             )
 
     asyncio.run(body())
 
 
-def test_examples_that_hang_fail_their_own_samples_and_no_others(hanging: Callable[..., Slow]) -> None:
+def test_examples_that_hang_fail_only_their_own_samples(hanging: Callable[..., Slow]) -> None:
     async def body() -> None:
         task = hanging(2, 3, 5)
         async with serving(task) as served:
             served.grant(1, 2, 3, 4)
             served.grant(5, 6)
-            await served.answered(*range(1, 7))
+            await served.finished(*range(1, 7))
             for lease_id in (2, 3, 5):
                 assert_hung(served.of(lease_id))
             for lease_id in (1, 4, 6):
-                assert all(isinstance(answer, SampleDone) for answer in served.of(lease_id))
-            assert sorted(task.asked) == [1, 2, 3, 4, 5, 6]
+                assert all(isinstance(result, SampleDone) for result in served.of(lease_id))
+            assert sorted(task.requested) == [1, 2, 3, 4, 5, 6]
             task.released.set()
             await asyncio.sleep(0.05)
-            assert len(task.asked) == 6 and len(served.answers) == 6 * GROUP, (
-                "a thread that was left behind does nothing more"
+            assert len(task.requested) == 6 and len(served.results) == 6 * GROUP, (
+                "an abandoned thread must not go on"
             )
 
     asyncio.run(body())
 
 
-def test_cancelled_leases_are_not_answered_and_their_examples_not_made(hanging: Callable[..., Slow]) -> None:
+def test_cancelled_leases_load_no_example_and_report_nothing(hanging: Callable[..., Slow]) -> None:
     async def body() -> None:
         task = hanging(1)
         async with serving(task) as served:
             served.grant(1, 2, 3)
             served.grant(4, 5)
-            await served.until(lambda: task.asked == [1])
+            await served.until(lambda: task.requested == [1])
             served.runner.cancel([1, 2, 4])
-            await served.answered(3, 5)
-            assert {answer.lease_id for answer in served.answers} == {3, 5}
-            assert task.asked == [1, 3, 5]
+            await served.finished(3, 5)
+            assert {result.lease_id for result in served.results} == {3, 5}
+            assert task.requested == [1, 3, 5]
 
     asyncio.run(body())
 
 
-def test_closing_waits_for_no_example(hanging: Callable[..., Slow]) -> None:
+def test_closing_does_not_wait_for_a_hanging_example(hanging: Callable[..., Slow]) -> None:
     async def body() -> None:
         task = hanging(1)
         served = Served(task)
         served.grant(1, 2)
-        await served.until(lambda: task.asked == [1])
+        await served.until(lambda: task.requested == [1])
         began_s = time.monotonic()
         await served.runner.close()
         assert time.monotonic() - began_s < LIMIT_S
         task.released.set()
         await asyncio.sleep(0.05)
-        assert task.asked == [1] and not served.answers
+        assert task.requested == [1] and not served.results
 
     asyncio.run(body())
 
 
-def test_quick_examples_of_a_message_start_their_samples_together() -> None:
+def test_samples_of_quick_examples_start_together() -> None:
     async def body() -> None:
         async with serving(Slow(seconds=0.0)) as served:
             served.grant(*range(20))
@@ -196,6 +197,6 @@ def test_quick_examples_of_a_message_start_their_samples_together() -> None:
             while num_requests[-1] < 20 * GROUP:
                 await asyncio.sleep(0)
                 num_requests.append(len(served.engine.requests))
-            assert len(set(num_requests)) < 10, "they began in few turns of the loop"
+            assert len(set(num_requests)) < 10, "samples must start in few turns of the loop"
 
     asyncio.run(body())

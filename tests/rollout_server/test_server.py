@@ -1,4 +1,4 @@
-"""A whole rollout server: real process, real engine, real reward workers, real pushes; the test plays the buffer."""
+"""A whole rollout server: real process, engine, reward workers and pushes; the test acts as the buffer."""
 
 import asyncio
 import itertools
@@ -35,17 +35,17 @@ from rollout_server.tasks.sort import SortTask
 from tests.support.rollout_harness import (
     PlayedBuffer,
     ServerProcess,
-    descendants,
     is_alive,
     job,
     serving,
     wait_until,
 )
 from tests.support.snapshots import Held
+from tests.support.waiting import START_LIMIT_S, descendants
 from trainer.models.tiny import build_tiny_model, character_tokenizer
 from trainer.weight_sync.broadcaster import Broadcaster, PushOutcome
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = pytest.mark.timeout(START_LIMIT_S + 90)
 
 CAPACITY = 24
 
@@ -61,13 +61,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shared(
     model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[PlayedBuffer, ServerProcess]]:
-    """One server for every test that leaves it as it was."""
+    """One server for all tests that leave it as it was."""
     with PlayedBuffer() as buffer:
         config = job(
             tmp_path_factory.mktemp("run"), port=buffer.port, model_dir=model, sampling={"max_new_tokens": 40}
         )
         with serving(config) as server:
-            buffer.expect_beat(lambda beat: beat.state is ServerState.SERVING, timeout_s=60)
+            server.wait_serving(buffer)
             yield buffer, server
 
 
@@ -85,7 +85,7 @@ def buffer(shared: tuple[PlayedBuffer, ServerProcess]) -> Iterator[PlayedBuffer]
 def push(
     buffer: PlayedBuffer, tensors: dict[str, torch.Tensor], *, version: int, **settings: Any
 ) -> PushOutcome:
-    """What trainer rank 0 does, with its own code; a new epoch each time."""
+    """Pushes as trainer rank 0 does, with its code, in a new weight group each time."""
 
     async def body() -> PushOutcome:
         hello = buffer.hellos[-1]
@@ -131,7 +131,7 @@ def logprobs_under(
     return np.concatenate([[0.0], scores_T.numpy()])
 
 
-def test_hello_says_who_serves_what(buffer: PlayedBuffer) -> None:
+def test_hello_describes_server_and_task(buffer: PlayedBuffer) -> None:
     hello = buffer.hellos[0]
     assert hello.name == "rollout-0" and hello.weights_address.startswith("tcp://127.0.0.1:")
     assert (
@@ -140,7 +140,7 @@ def test_hello_says_who_serves_what(buffer: PlayedBuffer) -> None:
     assert hello.num_eval_prompts == SortTask().num_eval
 
 
-def test_http_plane(shared: tuple[PlayedBuffer, ServerProcess]) -> None:
+def test_status_readiness_and_metrics_pages(shared: tuple[PlayedBuffer, ServerProcess]) -> None:
     _, server = shared
     address = json.loads((server.paths.endpoints / "rollout-0.json").read_text())["http"]
 
@@ -157,17 +157,17 @@ def test_http_plane(shared: tuple[PlayedBuffer, ServerProcess]) -> None:
         assert line in metrics
 
 
-def test_engine_that_cannot_start_is_reported_with_its_last_words(model: Path, tmp_path: Path) -> None:
+def test_engine_that_cannot_start_is_reported_with_its_log(model: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(model, broken)
     (broken / "model.safetensors").write_bytes(b"not weights")
     with PlayedBuffer() as buffer, serving(job(tmp_path, port=buffer.port, model_dir=broken)) as server:
-        code, _, errors = server.wait(timeout_s=60)
+        code, _, errors = server.wait()
         assert code == 1 and "engine" in errors and "Traceback (most" not in errors.splitlines()[0]
         assert "rollout-0-engine.log" in errors
 
 
-def test_leases_become_samples_with_their_evidence(buffer: PlayedBuffer, model: Path) -> None:
+def test_leases_become_samples_with_reward_and_logprobs(buffer: PlayedBuffer, model: Path) -> None:
     version = buffer.expect_beat(lambda _: True).weights_version
     assert version == 0
     buffer.grant(buffer.lease(1, samples=8, prompt=7), buffer.lease(2, samples=[1, 3], prompt=8))
@@ -204,13 +204,13 @@ def test_evaluation_is_greedy(buffer: PlayedBuffer) -> None:
     assert answers[0].record.trajectory().tokens[: len(prompt)].tolist() == prompt
 
 
-def test_unacknowledged_samples_come_again_after_a_reconnect(buffer: PlayedBuffer) -> None:
+def test_unacknowledged_samples_are_sent_again_on_reconnect(buffer: PlayedBuffer) -> None:
     buffer.acknowledging = False
     buffer.grant(buffer.lease(5, samples=2))
     first = buffer.expect(SampleDone, count=2)
     beat = buffer.expect_beat(lambda beat: beat.holding_samples == 0 and beat.leases == [5])
     assert beat.free_samples == CAPACITY
-    buffer.forget()
+    buffer.restart()
     buffer.expect(Hello)
     again = buffer.expect(SampleDone, count=2)
     assert {a.sample_index for a in again} == {0, 1}
@@ -220,7 +220,7 @@ def test_unacknowledged_samples_come_again_after_a_reconnect(buffer: PlayedBuffe
         buffer.acknowledge(answer)
 
 
-def test_aborted_leases_are_stopped_and_answered_no_more(buffer: PlayedBuffer) -> None:
+def test_aborted_leases_are_stopped_without_results(buffer: PlayedBuffer) -> None:
     buffer.acknowledging = False
     buffer.grant(*(buffer.lease(10 + i, samples=8, prompt=i) for i in range(3)))
     buffer.send(AbortLeases(leases=[10, 11, 12, 99], reason="test"))
@@ -231,7 +231,7 @@ def test_aborted_leases_are_stopped_and_answered_no_more(buffer: PlayedBuffer) -
     assert not [m for m in list(buffer.received.queue) if isinstance(m, SampleDone)]
 
 
-def test_garbage_on_the_control_socket_is_counted(buffer: PlayedBuffer) -> None:
+def test_bad_frames_on_the_control_socket_are_counted(buffer: PlayedBuffer) -> None:
     import zmq
 
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
@@ -272,7 +272,8 @@ def test_push_while_samples_are_in_flight(buffer: PlayedBuffer, model: Path, mod
     )
     leases = [buffer.lease(version * 10_000 + i, samples=8, prompt=i) for i in range(2000)]
     waiting = iter(leases)
-    # Far more than the engine runs at a time, and eight go for every eight that come: it is never without work when the swap comes.
+    # Far more samples than the engine runs at a time, and eight new ones for every eight that are done: the
+    # engine always has work when the swap comes.
     buffer.grant(*itertools.islice(waiting, 40))
     pushing.start()
     while pushing.is_alive():
@@ -293,13 +294,13 @@ def test_push_while_samples_are_in_flight(buffer: PlayedBuffer, model: Path, mod
         assert set(trajectory.versions[trajectory.loss_mask == 1]) <= {old_version, version}
         for stated, tensors in ((old_version, old), (version, new)):
             if mode == "keep" and stated == version and trajectory in mixed:
-                continue  # new weights over old KV: that is the error which `keep` accepts
+                continue  # new weights over an old KV cache: `keep` accepts these errors
             chosen = trajectory.versions == stated
             expected = logprobs_under(model, tensors, trajectory)[chosen]
             np.testing.assert_allclose(trajectory.logprobs[chosen], expected, atol=1e-4)
 
 
-def test_lost_engine_is_replaced_and_a_drain_leaves_nothing_behind(model: Path, tmp_path: Path) -> None:
+def test_lost_engine_is_replaced_and_drain_leaves_nothing(model: Path, tmp_path: Path) -> None:
     with PlayedBuffer() as buffer:
         sampling = {"max_new_tokens": 200}
         config = job(
@@ -311,8 +312,8 @@ def test_lost_engine_is_replaced_and_a_drain_leaves_nothing_behind(model: Path, 
         )
         with serving(config) as server:
             buffer.newest_version = 6
-            buffer.expect_beat(lambda beat: beat.state is ServerState.SERVING, timeout_s=60)
-            # A server whose engine dies gives its leases back and waits for the newest weights.
+            server.wait_serving(buffer)
+            # A server whose engine dies returns its leases and waits for the newest weights.
             buffer.grant(*(buffer.lease(i, samples=8, prompt=i) for i in range(1, 11)))
             buffer.expect_beat(lambda beat: len(beat.leases) > 5)
             (engine,) = (
@@ -320,7 +321,7 @@ def test_lost_engine_is_replaced_and_a_drain_leaves_nothing_behind(model: Path, 
             )
             os.kill(engine, signal.SIGKILL)
             assert buffer.expect(ReturnLeases)[0].reason == "engine lost"
-            beat = buffer.expect_beat(lambda beat: beat.state is ServerState.QUARANTINED)
+            beat = server.wait_for_beat(buffer, lambda beat: beat.state is ServerState.QUARANTINED)
             assert beat.free_samples == 0 and not beat.leases and beat.stats["engine_starts"] == 2
             assert push(buffer, perturbed(model, 6), version=6).activated
             buffer.expect_beat(
@@ -330,7 +331,7 @@ def test_lost_engine_is_replaced_and_a_drain_leaves_nothing_behind(model: Path, 
             )
             buffer.grant(buffer.lease(50, samples=1))
             assert buffer.expect(SampleDone)[0].record.trajectory().oldest_version == 6
-            # SIGTERM in the middle of work.
+            # SIGTERM while samples are being made.
             children = descendants(server.process.pid)
             assert len(children) >= 2
             buffer.grant(*(buffer.lease(i, samples=8, prompt=i) for i in range(101, 111)))
@@ -349,7 +350,7 @@ def test_lost_engine_is_replaced_and_a_drain_leaves_nothing_behind(model: Path, 
             assert not list(server.paths.endpoints.glob("*.json"))
 
 
-def test_a_late_joiner_begins_with_the_newest_checkpoint(model: Path, tmp_path: Path) -> None:
+def test_a_late_joiner_starts_with_the_newest_checkpoint(model: Path, tmp_path: Path) -> None:
     tensors = perturbed(model, 7)
     for step, version in ((100, 3), (200, 7)):
         checkpoint = tmp_path / "runs" / "job" / "checkpoints" / f"step_{step:06d}"
@@ -362,9 +363,9 @@ def test_a_late_joiner_begins_with_the_newest_checkpoint(model: Path, tmp_path: 
         (checkpoint / "trainer_state.json").write_text(json.dumps({"extra": {"weights_version": version}}))
     with PlayedBuffer() as buffer:
         buffer.newest_version = 9
-        with serving(job(tmp_path, port=buffer.port, model_dir=model)):
-            buffer.expect_beat(
-                lambda beat: beat.state is ServerState.SERVING and beat.weights_version == 7, timeout_s=60
+        with serving(job(tmp_path, port=buffer.port, model_dir=model)) as server:
+            server.wait_for_beat(
+                buffer, lambda beat: beat.state is ServerState.SERVING and beat.weights_version == 7
             )
             buffer.grant(buffer.lease(1, samples=1))
             trajectory = buffer.expect(SampleDone)[0].record.trajectory()
@@ -377,9 +378,7 @@ def test_a_late_joiner_begins_with_the_newest_checkpoint(model: Path, tmp_path: 
             buffer.expect_beat(lambda beat: beat.weights_version == 9)
 
 
-def test_bad_rewards_are_reported_and_a_killed_server_takes_its_children_with_it(
-    model: Path, tmp_path: Path
-) -> None:
+def test_bad_rewards_are_reported_and_children_die_with_server(model: Path, tmp_path: Path) -> None:
     with PlayedBuffer() as buffer:
         config = job(
             tmp_path,
@@ -389,7 +388,7 @@ def test_bad_rewards_are_reported_and_a_killed_server_takes_its_children_with_it
             rollout={"max_running": 16, "queue_samples": 8, "reward_timeout_s": 1.0},
         )
         with serving(config) as server:
-            buffer.expect_beat(lambda beat: beat.state is ServerState.SERVING, timeout_s=60)
+            server.wait_serving(buffer)
             buffer.grant(*(buffer.lease(1 + prompt, samples=1, prompt=prompt) for prompt in (0, 1, 2, 7)))
             answers = {a.lease_id: a for a in buffer.expect((SampleDone, SampleFailed), count=4)}
             assert answers[1].record.trajectory().reward == 0.5
@@ -409,7 +408,7 @@ def test_bad_rewards_are_reported_and_a_killed_server_takes_its_children_with_it
         ({"model": {"path": "/no/such/model"}}, "/no/such/model"),
         ({"eval": {"num_prompts": 5000}}, "task.num_eval"),
         ({"buffer": {"port": 0}}, "buffer.port"),
-        # No machine has that many: absent from one without CUDA, and from one with it.
+        # No machine has so many devices, with CUDA or without.
         ({"rollout": {"engine_device": "cuda:99"}}, "the engine refuses its settings"),
     ],
 )
@@ -420,23 +419,20 @@ def test_bad_settings_end_with_one_message(
     with serving(config) as server:
         code, _, errors = server.wait()
         assert code == 2 and message in errors
-        lines = [
-            line for line in errors.strip().splitlines() if "no welcome from the buffer" not in line
-        ]  # this may last
+        # The start may take long enough for this warning.
+        lines = [line for line in errors.strip().splitlines() if "no welcome from the buffer" not in line]
         assert "Traceback" not in errors and len(lines) <= 2
 
 
 def test_a_refusal_ends_the_server(model: Path, tmp_path: Path) -> None:
     with PlayedBuffer() as buffer, serving(job(tmp_path, port=buffer.port, model_dir=model)) as server:
-        buffer.expect(Hello, timeout_s=60)
+        server.wait_until(lambda: bool(buffer.hellos), what="hello")
         buffer.send(Refused(field="model", reason="another model"))
         code, _, errors = server.wait()
         assert code == 1 and "another model" in errors and "Traceback" not in errors
 
 
-def test_an_example_that_hangs_keeps_neither_the_next_ones_nor_the_process_from_ending_with_its_job(
-    model: Path, tmp_path: Path
-) -> None:
+def test_hanging_example_blocks_neither_others_nor_the_end(model: Path, tmp_path: Path) -> None:
     rollout = {"max_running": 4, "queue_samples": 0, "reward_timeout_s": 1.0}
     with PlayedBuffer() as buffer:
         config = job(
@@ -447,12 +443,12 @@ def test_an_example_that_hangs_keeps_neither_the_next_ones_nor_the_process_from_
             rollout=rollout,
         )
         with serving(config) as server:
-            buffer.expect_beat(lambda beat: beat.state is ServerState.SERVING, timeout_s=60)
+            server.wait_serving(buffer)
             buffer.grant(buffer.lease(1, samples=1, prompt=9))
             assert "task.example() took longer" in buffer.expect(SampleFailed)[0].error
             buffer.grant(buffer.lease(2, samples=1, prompt=4))
             assert buffer.expect(SampleDone)[0].lease_id == 2, (
-                "the next example is not behind the one that hangs"
+                "the next example must not wait for the hanging one"
             )
             buffer.send(JobFailed(reason="20 failures in a row"))
             code, _, errors = server.wait(timeout_s=15)

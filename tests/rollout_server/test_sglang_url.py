@@ -1,4 +1,4 @@
-"""An engine at a URL that goes away, over real sockets."""
+"""An engine at a URL that stops listening, over real sockets."""
 
 import asyncio
 import time
@@ -10,7 +10,7 @@ from areal_like.config import from_mapping
 from rollout_server.inference.sglang.process import SglangAtUrl
 
 
-def test_an_engine_that_is_gone_is_missed_at_once(tmp_path: Path) -> None:
+def test_an_engine_that_stops_listening_is_lost_at_once(tmp_path: Path) -> None:
     async def model_info(_: web.Request) -> web.Response:
         return web.json_response({})
 
@@ -29,7 +29,7 @@ def test_an_engine_that_is_gone_is_missed_at_once(tmp_path: Path) -> None:
         assert not dying.done()
         await runner.cleanup()
         gone_s = time.monotonic()
-        assert "nobody listens" in await dying
+        assert "no server listens" in await dying
         return time.monotonic() - gone_s
 
     assert asyncio.run(body()) < 8

@@ -1,4 +1,4 @@
-"""Tasks: pure functions, settings refused by name, a user's own task in ten lines."""
+"""Tasks are pure functions, unknown settings are refused by name, and a user's own task takes ten lines."""
 
 import random
 import subprocess
@@ -50,7 +50,7 @@ def test_sort_is_pure_and_holds_out_multisets() -> None:
     assert task.reward(example, example.answer + "0") == 0.0
 
 
-def test_fingerprint_tells_seed_settings_and_class_apart() -> None:
+def test_fingerprint_depends_on_seed_settings_and_class() -> None:
     tasks = [
         make_task({"name": "sort"}, seed=0),
         make_task({"name": "sort"}, seed=1),
@@ -100,11 +100,12 @@ def test_bad_settings_are_config_errors(settings: dict[str, object], message: st
 
 
 def test_tasks_import_no_torch() -> None:
-    code = "import sys, rollout_server.tasks.sort, rollout_server.rewards.worker; sys.exit('torch' in sys.modules)"
+    modules = "rollout_server.tasks.sort, rollout_server.rewards.worker"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=30, check=False).returncode == 0
 
 
-def test_reasoning_gym_by_name_or_what_to_install() -> None:
+def test_reasoning_gym_by_name_or_a_hint_to_install_it() -> None:
     settings = {"name": "reasoning_gym", "dataset": "chain_sum", "params": {"max_terms": 3}}
     try:
         import reasoning_gym  # noqa: F401

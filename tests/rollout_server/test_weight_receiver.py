@@ -1,4 +1,4 @@
-"""What a weight receiver makes of an engine that fails around the moment of activation: real sockets, and an engine that the test plays."""
+"""The weight receiver with an engine that fails around activation: real sockets, and a fake engine."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -9,14 +9,15 @@ from aiohttp import web
 from areal_like.weights.buckets import Manifest
 from areal_like.wire.channel import Link, tcp_address
 from areal_like.wire.messages.weights import FormGroup, PushChecksums, PushWeights, WeightsFailed, WeightsOk
-from rollout_server.episodes.base import GenerationGate
 from rollout_server.inference.client import EngineClient
+from rollout_server.inference.generation_gate import GenerationGate
+from rollout_server.inference.shadow_update import ShadowWeightUpdate
 from rollout_server.weight_sync.receiver import WeightReceiver
 from tests.support.snapshots import Held
 
 
 class PlayedEngine:
-    """Receives nothing and says that it did; at `silent_at` it answers no more, at `failing_at` with an error."""
+    """Receives nothing and reports success; silent at `silent_at`, an error at `failing_at`."""
 
     def __init__(self) -> None:
         self.version = 0
@@ -38,8 +39,8 @@ class PlayedEngine:
 
 
 def push(engine: PlayedEngine, *, update_mode: str = "recompute") -> tuple[Any, list[str]]:
-    """The receiver's answer to a push of version 1 with a time limit of 1 s, and why it thinks the engine lost."""
-    doubts: list[str] = []
+    """Pushes version 1 with a limit of 1 s; returns the answer and reasons to replace the engine."""
+    untrusted: list[str] = []
 
     async def body() -> Any:
         app = web.Application()
@@ -51,9 +52,9 @@ def push(engine: PlayedEngine, *, update_mode: str = "recompute") -> tuple[Any, 
         receiver = WeightReceiver(
             host="127.0.0.1",
             max_message_bytes=1 << 20,
-            turnstile=GenerationGate(),
+            strategy=ShadowWeightUpdate(gate=GenerationGate(), on_untrusted=untrusted.append),
             on_version=lambda _: None,
-            on_doubt=doubts.append,
+            on_untrusted=untrusted.append,
         )
         link = Link(tcp_address("127.0.0.1", receiver.port), handler=lambda _: None)
         async with EngineClient(f"http://127.0.0.1:{runner.addresses[0][1]}") as client:
@@ -71,8 +72,14 @@ def push(engine: PlayedEngine, *, update_mode: str = "recompute") -> tuple[Any, 
             assert isinstance(await link.call(form, timeout_s=5), WeightsOk)
             manifest = Manifest(version=1, buckets=Held({}, bucket_bytes=64).buckets).to_dict()
             request = PushWeights(
-                epoch=1, group_name="g", version=1, step=1, update_mode=update_mode, manifest=manifest, timeout_s=1.0
-            )  # fmt: skip
+                epoch=1,
+                group_name="g",
+                version=1,
+                step=1,
+                update_mode=update_mode,
+                manifest=manifest,
+                timeout_s=1.0,
+            )
             link.send(PushChecksums(version=1, checksums=[]))
             answer = await link.call(request, timeout_s=8)
             await receiver.close()
@@ -84,26 +91,26 @@ def push(engine: PlayedEngine, *, update_mode: str = "recompute") -> tuple[Any, 
         async with asyncio.timeout(20):
             return await work()
 
-    return asyncio.run(bounded(body)), doubts
+    return asyncio.run(bounded(body)), untrusted
 
 
-def test_weights_that_are_active_when_the_time_runs_out_are_active() -> None:
+def test_activated_version_counts_though_the_push_timed_out() -> None:
     engine = PlayedEngine()
     engine.silent_at = "continue_generation"
     answer, _ = push(engine, update_mode="abort_resume")
     assert isinstance(answer, WeightsOk) and answer.version == 1
 
 
-def test_one_that_runs_out_of_time_leaves_so_that_nobody_waits_for_it() -> None:
+def test_timed_out_receiver_leaves_the_group() -> None:
     engine = PlayedEngine()
     engine.silent_at = "receive_weights"
-    answer, doubts = push(engine)
+    answer, untrusted = push(engine)
     assert isinstance(answer, WeightsFailed) and "not active within 1 s" in answer.reason
-    assert engine.called[-1] == "destroy_weights_update_group" and not doubts
+    assert engine.called[-1] == "destroy_weights_update_group" and not untrusted
 
 
-def test_an_engine_that_stays_paused_after_a_swap_is_lost() -> None:
+def test_an_engine_that_stays_paused_is_reported_untrusted() -> None:
     engine = PlayedEngine()
     engine.failing_at = "continue_generation"
-    _, doubts = push(engine, update_mode="abort_resume")
-    assert engine.version == 1 and len(doubts) == 1 and "stays paused" in doubts[0]
+    _, untrusted = push(engine, update_mode="abort_resume")
+    assert engine.version == 1 and len(untrusted) == 1 and "stays paused" in untrusted[0]

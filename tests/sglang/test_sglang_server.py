@@ -16,7 +16,8 @@ from areal_like.wire.messages.producer import Purpose, ReturnLeases, SampleDone,
 from rollout_server.tasks.sort import SortTask
 from tests.rollout_server.test_server import logprobs_under, perturbed, push
 from tests.sglang.conftest import START_S
-from tests.support.rollout_harness import PlayedBuffer, descendants, is_alive, job, serving, wait_until
+from tests.support.rollout_harness import PlayedBuffer, is_alive, job, serving, wait_until
+from tests.support.waiting import descendants
 from trainer.models.tiny import build_tiny_model, character_tokenizer
 from trainer.weight_sync.broadcaster import PushOutcome
 

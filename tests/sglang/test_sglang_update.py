@@ -18,12 +18,15 @@ from areal_like.errors import EngineError, WeightSyncError
 from areal_like.weights.buckets import Bucket, Manifest, cut_buckets, flatten, spec_of
 from areal_like.weights.collective import WeightGroup
 from areal_like.wire.messages.weights import PushWeights
-from rollout_server.episodes.base import GenerationGate, PolicyClient, Transcript
-from rollout_server.inference.client import Sampling
-from rollout_server.inference.sglang.checkpoint_shapes import ModelTensors
+from rollout_server.episodes.base import PolicyClient
+from rollout_server.episodes.transcript import Transcript
+from rollout_server.inference.generation_gate import GenerationGate
+from rollout_server.inference.sglang.checkpoint_shapes import CheckpointShapes
 from rollout_server.inference.sglang.client import SglangClient
 from rollout_server.inference.sglang.process import SglangAtUrl
-from rollout_server.weight_sync.in_place import SglangWeightUpdate
+from rollout_server.inference.sglang.weight_update import SglangWeightUpdate
+from rollout_server.inference.types import Sampling
+from rollout_server.inference.weight_update import WeightPush
 from tests.sglang.conftest import Models
 from tests.support.engine_conformance import PROMPT, TOLERANCE, until_running
 from tests.support.engine_harness import (
@@ -51,19 +54,19 @@ class UpdateHarness:
     client: SglangClient
     models: Models
     version: int = INITIAL
-    turnstile: GenerationGate = field(default_factory=GenerationGate)
+    gate: GenerationGate = field(default_factory=GenerationGate)
     quarantined: list[int] = field(default_factory=list)
     doubted: list[str] = field(default_factory=list)
 
     async def start(self) -> None:
         self.update = SglangWeightUpdate(
-            tensors=ModelTensors.of(str(self.models[0])),
-            turnstile=self.turnstile,
+            shapes=CheckpointShapes.of(str(self.models[0])),
+            gate=self.gate,
             on_quarantine=lambda reason, version: self.quarantined.append(version),
-            on_doubt=self.doubted.append,
+            on_untrusted=self.doubted.append,
         )
         await self.client.update_weights_from_disk(str(self.models[0]), weight_version=INITIAL, timeout_s=60)
-        await self.update.begin_with(self.client, path=str(self.models[0]), version=INITIAL)
+        await self.update.engine_started(self.client, path=str(self.models[0]), version=INITIAL)
 
     async def push(
         self,
@@ -105,9 +108,14 @@ class UpdateHarness:
             timeout_s=timeout_s,
         )
         async with asyncio.timeout(timeout_s):
-            stall_s = await self.update.push(
-                self.client, request, manifest, left_s=lambda: 2 * timeout_s, waiting=_nothing
+            push = WeightPush(
+                request=request,
+                manifest=manifest,
+                left_s=lambda: 2 * timeout_s,
+                cancellable=_nothing,
+                sent_checksums=_no_checksums,
             )
+            stall_s = await self.update.push(self.client, push)
         self.version += 1
         return stall_s
 
@@ -134,6 +142,10 @@ def _nothing() -> Iterator[None]:
     yield
 
 
+async def _no_checksums() -> list[int]:
+    raise AssertionError("SGLang is not sent checksums")
+
+
 @asynccontextmanager
 async def harness_of(engine: Engine, models: Models) -> AsyncIterator[UpdateHarness]:
     async with engine.client() as client:
@@ -155,9 +167,9 @@ def test_push_while_sequences_run(engine: Engine, models: Models, mode: str) -> 
             sampling = Sampling(max_new_tokens=500, ignore_eos=True)
             transcripts = [Transcript() for _ in range(6)]
             for i, transcript in enumerate(transcripts):
-                transcript.give(np.asarray([*PROMPT, i], np.int32))
+                transcript.append_context(np.asarray([*PROMPT, i], np.int32))
             clients = [
-                PolicyClient(plane.client, sampling=sampling, rid=f"{mode}{i}", turnstile=plane.turnstile)
+                PolicyClient(plane.client, sampling=sampling, rid=f"{mode}{i}", gate=plane.gate)
                 for i in range(6)
             ]
             extending = asyncio.gather(*(s.extend(t) for s, t in zip(clients, transcripts, strict=True)))

@@ -17,7 +17,8 @@ import pytest
 
 from areal_like.errors import EngineError
 from areal_like.trajectory import FinishReason
-from rollout_server.inference.client import EngineClient, Sampling
+from rollout_server.inference.client import EngineClient
+from rollout_server.inference.types import Sampling
 from tests.support.engine_harness import (
     CONTEXT,
     EOS,

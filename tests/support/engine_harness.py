@@ -35,8 +35,9 @@ from transformers.utils import logging as transformers_logging
 
 from areal_like.weights.buckets import checksum, cut_buckets, flatten, spec_of, unflatten
 from areal_like.weights.collective import WeightGroup
-from rollout_server.inference.client import EngineClient, Generation, Sampling
+from rollout_server.inference.client import EngineClient
 from rollout_server.inference.sglang.client import SglangClient
+from rollout_server.inference.types import Generation, Sampling
 
 transformers_logging.disable_progress_bar()
 

@@ -1,4 +1,4 @@
-"""A rollout server in its own process, and a buffer that the test plays itself: a real socket that speaks the real messages."""
+"""A rollout server in its own process, and a fake buffer on a real socket."""
 
 from __future__ import annotations
 
@@ -31,25 +31,29 @@ from areal_like.wire.messages.producer import (
     SampleFailed,
     Samples,
     ServerHeartbeat,
+    ServerState,
 )
+from tests.support.waiting import START_LIMIT_S, wait_until_ready
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def acks_of(answer: SampleDone | SampleFailed) -> SampleAcks:
+def ack_of(result: SampleDone | SampleFailed) -> SampleAcks:
     """The acknowledgement of one sample."""
-    return SampleAcks(acks=[SampleAck(lease_id=answer.lease_id, sample_indices=[answer.sample_index])])
+    return SampleAcks(acks=[SampleAck(lease_id=result.lease_id, sample_indices=[result.sample_index])])
 
 
 class PlayedBuffer:
-    """Welcomes and acknowledges by itself unless told otherwise; everything received is kept for `expect`, samples one by one."""
+    """Welcomes peers and acknowledges samples; keeps all messages for `expect`, samples singly."""
 
     def __init__(self) -> None:
         self.received: queue.Queue[Any] = queue.Queue()
         self.acknowledging = True
+        """Whether samples are acknowledged as they come."""
         self.newest_version = 0
         self.hellos: list[Hello] = []
         self.beat: ServerHeartbeat | None = None
+        """The last heartbeat."""
         self._peer = b""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -91,11 +95,11 @@ class PlayedBuffer:
     def grant(self, *leases: Lease) -> None:
         self.send(Leases(leases=list(leases)))
 
-    def acknowledge(self, answer: SampleDone | SampleFailed) -> None:
-        self.send(acks_of(answer))
+    def acknowledge(self, result: SampleDone | SampleFailed) -> None:
+        self.send(ack_of(result))
 
     def expect(self, kind: type | tuple[type, ...], *, count: int = 1, timeout_s: float = 20) -> list[Any]:
-        """The next `count` messages of a kind (others are passed over)."""
+        """The next `count` messages of a kind; others are skipped."""
         deadline_s = time.monotonic() + timeout_s
         found: list[Any] = []
         while len(found) < count:
@@ -112,7 +116,7 @@ class PlayedBuffer:
     def expect_beat(
         self, accept: Callable[[ServerHeartbeat], bool], *, timeout_s: float = 30
     ) -> ServerHeartbeat:
-        """Waits for a heartbeat, looking at the newest one only."""
+        """Waits until the newest heartbeat is accepted."""
         deadline_s = time.monotonic() + timeout_s
         while time.monotonic() < deadline_s:
             if (beat := self.beat) is not None and accept(beat):
@@ -120,8 +124,8 @@ class PlayedBuffer:
             time.sleep(0.01)
         raise AssertionError(f"no such heartbeat within {timeout_s} s; the last is {self.beat}")
 
-    def forget(self) -> None:
-        """As a restarted buffer: knows nobody."""
+    def restart(self) -> None:
+        """Acts as a restarted buffer, at which nobody is registered."""
         self.send(HelloRequired())
 
     def _on_message(self, envelope: Envelope) -> None:
@@ -138,7 +142,7 @@ class PlayedBuffer:
                 self._answer(envelope, Ok())
         for part in message.samples if isinstance(message, Samples) else [message]:
             if self.acknowledging and isinstance(part, SampleDone | SampleFailed):
-                self._listener.send(envelope.peer, acks_of(part))
+                self._listener.send(envelope.peer, ack_of(part))
             self.received.put(part)
 
     def _answer(self, envelope: Envelope, answer: Any) -> None:
@@ -163,22 +167,41 @@ class ServerProcess:
     """`python -m rollout_server` with this configuration."""
 
     def __init__(self, config: Config, *, name: str = "rollout-0") -> None:
-        path = RunPaths.of(config).config
-        save_config(config, path)
         self.paths = RunPaths.of(config)
+        path = self.paths.config
+        save_config(config, path)
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "rollout_server", "--name", name, "--config", str(path)]
         self.process = subprocess.Popen(
             command, cwd=path.parent, env=environment, stderr=subprocess.PIPE, text=True
         )
 
+    def wait_until(self, probe: Callable[[], bool], *, what: str) -> None:
+        """Waits for a start: as long as the server and its engine make progress."""
+        wait_until_ready(self.process, logs=self.paths.logs, probe=probe, what=what)
+
+    def wait_for_beat(
+        self, buffer: PlayedBuffer, accept: Callable[[ServerHeartbeat], bool]
+    ) -> ServerHeartbeat:
+        """As `PlayedBuffer.expect_beat`, where the heartbeat needs a start of the server or its engine."""
+        self.wait_until(lambda: buffer.beat is not None and accept(buffer.beat), what="heartbeat")
+        assert buffer.beat is not None
+        return buffer.beat
+
+    def wait_serving(self, buffer: PlayedBuffer) -> None:
+        """Waits until the server announces SERVING."""
+        self.wait_for_beat(buffer, lambda beat: beat.state is ServerState.SERVING)
+
     def terminate(self, *, timeout_s: float = 20) -> tuple[int, float, str]:
-        """(exit code, seconds, stderr) after SIGTERM."""
+        """Sends SIGTERM; returns the exit code, the seconds that the drain took, and stderr."""
         started_s = time.monotonic()
         self.process.send_signal(signal.SIGTERM)
         return self.wait(timeout_s=timeout_s, started_s=started_s)
 
-    def wait(self, *, timeout_s: float = 60, started_s: float | None = None) -> tuple[int, float, str]:
+    def wait(
+        self, *, timeout_s: float = START_LIMIT_S, started_s: float | None = None
+    ) -> tuple[int, float, str]:
+        """Waits for the server's end; returns as `terminate`. The default limit has room for a slow start."""
         started_s = time.monotonic() if started_s is None else started_s
         _, errors = self.process.communicate(timeout=timeout_s)
         return self.process.returncode, time.monotonic() - started_s, errors
@@ -191,6 +214,7 @@ class ServerProcess:
 
 @contextmanager
 def serving(config: Config) -> Iterator[ServerProcess]:
+    """A server process, killed at the end if it still runs."""
     server = ServerProcess(config)
     try:
         yield server
@@ -198,17 +222,8 @@ def serving(config: Config) -> Iterator[ServerProcess]:
         server.close()
 
 
-def descendants(pid: int) -> list[int]:
-    """Process ids below `pid`."""
-    found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, task.read_text().split()):
-            found += [child, *descendants(child)]
-    return found
-
-
 def is_alive(pid: int) -> bool:
-    """Whether a process exists and is no zombie."""
+    """Whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:

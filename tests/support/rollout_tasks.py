@@ -1,4 +1,4 @@
-"""Tasks that misbehave, in a module that reward workers import quickly."""
+"""Tasks for tests that raise, hang or are slow, in a module that reward workers import quickly."""
 
 import time
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from rollout_server.tasks.base import Example, Split, Task
 
 @dataclass(frozen=True, kw_only=True)
 class Moody(Task):
-    """Prompt 0 is rewarded, 1 raises, 2 hangs, 7 has no example, 9 hangs before it has one."""
+    """Rewards 1 and 2 raise and hang, examples 7 and 9 raise and hang; others are scored 0.5."""
 
     def example(self, split: Split, index: int) -> Example:
         if index == 7:
@@ -27,7 +27,7 @@ class Moody(Task):
 
 @dataclass(frozen=True, kw_only=True)
 class Checksum(Task):
-    """Sorting prompts whose reward an untrained model varies: groups with spread, and so gradients, from the first step on."""
+    """Digit prompts; an untrained model's rewards vary, so there are gradients from the start."""
 
     def example(self, split: Split, index: int) -> Example:
         return Example(prompt="".join(self.rng(split, index).choices("0123456789", k=4)) + "=", answer=None)
@@ -38,7 +38,7 @@ class Checksum(Task):
 
 @dataclass(frozen=True, kw_only=True)
 class Unhurried(Checksum):
-    """Rewards that take time and no processor: while a job waits for them, others can start."""
+    """Rewards that take time but no CPU: while a job waits for them, other processes can start."""
 
     def reward(self, example: Example, completion: str) -> float:
         time.sleep(0.03)

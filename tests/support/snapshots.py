@@ -1,4 +1,4 @@
-"""Weights to push, without a policy."""
+"""A weight snapshot of given tensors, to be pushed without a policy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainer.weight_sync.snapshot import GatheredBucket
 
 
 class Held:
-    """A snapshot of plain tensors."""
+    """Stands in for the snapshot that trainer.weight_sync makes of a policy."""
 
     def __init__(self, tensors: Mapping[str, Tensor], *, bucket_bytes: int, dtype: str = "float32") -> None:
         self.buckets = cut_buckets(

@@ -1,8 +1,10 @@
-"""A real SGLang as this server's engine: started from an environment of its own, or found running at a URL.
+"""A real SGLang as this server's engine: started in an environment of its own, or already running at a URL.
 
-The environment is its own because SGLang pins its own torch and transformers. A started one is ended with SIGKILL: it holds nothing that
-matters, and looks only every five seconds whether it was asked to drain. One at a URL is reset when it is taken (whatever pause,
-session or weights an earlier client left behind) and is "lost" when it stops answering; "restarting" it means taking it again.
+The environment is its own because SGLang pins its own torch and transformers. A process that we started is
+ended with SIGKILL: it holds no state that matters, and it checks only every five seconds whether it was asked
+to drain. An engine at a URL is reset when it is taken over (whatever pause, update session or weights an
+earlier client left behind) and counts as lost when it stops answering; "restarting" it means taking it over
+again.
 """
 
 from __future__ import annotations
@@ -22,25 +24,29 @@ from areal_like.config import Config
 from areal_like.errors import ConfigError, EngineError
 from areal_like.runtime.tied_exec import foreign_environment
 from rollout_server.inference.client import EngineClient
+from rollout_server.inference.generation_gate import GenerationGate
 from rollout_server.inference.process import EngineProcess
+from rollout_server.inference.sglang.checkpoint_shapes import CheckpointShapes
 from rollout_server.inference.sglang.client import SglangClient
+from rollout_server.inference.sglang.weight_update import SglangWeightUpdate
+from rollout_server.inference.weight_update import OnQuarantine, OnUntrusted, WeightUpdateStrategy
 
 BUILT_PYTHON = Path("areal_like/sglang/bin/python")
-"""Below the cache directory: what `make sglang` builds."""
+"""Interpreter that `make sglang` builds, below the cache directory."""
 _MAX_CPU_KV_TOKENS = 1 << 16
 """On a CPU SGLang would otherwise take most of the memory for its KV cache."""
-_WHOLE_ANSWERS = 1 << 20
-"""--stream-interval: one chunk a sequence. A chunk a token repeats all tokens before it, and nobody reads it."""
+_ONE_CHUNK_A_SEQUENCE = 1 << 20
+"""--stream-interval: a chunk for each token would repeat all tokens before it."""
 _POLL_S = 0.5
 _PROBE_S = 2.0
 _LOST_AFTER_S = 15.0
-"""An engine at a URL that answers nothing for so long is lost."""
+"""An engine at a URL that has not answered for this long is lost."""
 _CHECK_TIMEOUT_S = 60.0
 _MODULE_CHECK = "import importlib.util, sys; sys.exit(importlib.util.find_spec('sglang') is None)"
 
 
 def find_python(configured: str) -> str:
-    """The interpreter to start SGLang with. Raises ConfigError if none has it."""
+    """The interpreter to start SGLang with. Raises ConfigError if SGLang is installed for none."""
     if configured:
         candidates = [str(Path(configured).expanduser())]
     else:
@@ -56,71 +62,81 @@ def find_python(configured: str) -> str:
             if check.returncode == 0:
                 return candidate
     raise ConfigError(
-        f"rollout.engine=sglang: no SGLang in {' or '.join(candidates)}: name the interpreter of an environment that has it with "
-        "rollout.sglang.python, or build one for this CPU with `make sglang`"
+        f"rollout.engine=sglang: no SGLang in {' or '.join(candidates)}: set rollout.sglang.python to the "
+        "interpreter of an environment that has it, or build one for this CPU with `make sglang`"
     )
 
 
 def server_index(name: str) -> int:
-    """The number in a server's name, `rollout-2`: 2."""
+    """The number at the end of a server's name: 2 for `rollout-2`; 0 without one."""
     number = name.rpartition("-")[2]
     return int(number) if number.isdigit() else 0
 
 
 def launch_options(config: Config, *, model: str, port: int, version: int, index: int) -> list[str]:
-    """What follows `python -m sglang.launch_server`."""
+    """Arguments of `python -m sglang.launch_server`."""
     rollout = config.rollout
     device, _, ordinal = rollout.engine_device.partition(":")
     options = {
-        "model-path": model, "host": rollout.host, "port": port, "device": device, "dtype": config.model.dtype,
-        "max-running-requests": rollout.max_running, "weight-version": version, "random-seed": config.seed + index,
-        "stream-interval": _WHOLE_ANSWERS, "sampling-defaults": "openai",
+        "model-path": model, "host": rollout.host, "port": port, "device": device,
+        "dtype": config.model.dtype, "max-running-requests": rollout.max_running, "weight-version": version,
+        "random-seed": config.seed + index, "stream-interval": _ONE_CHUNK_A_SEQUENCE,
+        "sampling-defaults": "openai",
     }  # fmt: skip
     flags = ["skip-tokenizer-init", "enable-metrics"]
     if ordinal:
         options["base-gpu-id"] = ordinal
     if config.weights.update_mode == "keep":
-        # Prefixes computed under old weights would serve new requests, and cannot be flushed while sequences run.
+        # Prefixes computed under old weights would be used by new requests, and cannot be flushed while
+        # sequences run.
         flags.append("disable-radix-cache")
     if device == "cpu":
         options |= {"attention-backend": "torch_native", "max-total-tokens": _MAX_CPU_KV_TOKENS}
-        flags += [
-            "disable-cuda-graph",
-            "disable-overlap-schedule",
-            "sleep-on-idle",
-        ]  # else its idle loop has a core to itself
-    words = [word for key, value in options.items() for word in (f"--{key}", str(value))] + [
-        f"--{flag}" for flag in flags
-    ]
+        # Without sleep-on-idle, its idle loop uses a whole core.
+        flags += ["disable-cuda-graph", "disable-overlap-schedule", "sleep-on-idle"]
+    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    words += [f"--{flag}" for flag in flags]
     return words + shlex.split(rollout.sglang.args.replace("{index}", str(index)))
 
 
 class SglangProcess(EngineProcess):
-    """A `sglang.launch_server` that this process started."""
+    """A `sglang.launch_server` started by this process."""
 
     def __init__(
         self, config: Config, *, name: str, model: str, context_tokens: int, vocab_size: int
     ) -> None:
-        """Raises ConfigError if there is no SGLang to start."""
+        """Raises ConfigError if no interpreter with SGLang is found."""
         super().__init__(config, name=name, model=model, context_tokens=context_tokens)
         self._python = find_python(config.rollout.sglang.python)
         self._index = server_index(name)
         self._vocab_size = vocab_size
         self._chosen_port = 0
 
+    def weight_update_strategy(
+        self, *, gate: GenerationGate, on_quarantine: OnQuarantine, on_untrusted: OnUntrusted
+    ) -> WeightUpdateStrategy:
+        """Pauses and loads in place. Raises ConfigError if the model has no readable safetensors."""
+        return SglangWeightUpdate(
+            shapes=CheckpointShapes.of(self._model),
+            gate=gate,
+            on_quarantine=on_quarantine,
+            on_untrusted=on_untrusted,
+        )
+
     async def stop(self) -> None:
-        """Ends it at once."""
+        """Kills it."""
         if self._process is not None:
             await self._end()
 
     def kill(self) -> None:
-        """Ends it and its schedulers at once."""
+        """Kills it and its scheduler processes."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     def _command(self, *, version: int) -> list[str]:
-        # Free now, and SGLang needs its number beforehand; if it is taken meanwhile, SGLang ends and is started again.
+        # SGLang needs the port's number beforehand. If it is taken meanwhile, SGLang ends and is started
+        # again.
         with socket.socket() as probe:
             probe.bind((self._config.rollout.host, 0))
             self._chosen_port = probe.getsockname()[1]
@@ -154,9 +170,10 @@ class SglangProcess(EngineProcess):
 
 
 class SglangAtUrl:
-    """One that somebody else started, and ends."""
+    """An SGLang that this server neither starts nor ends; an `Engine`."""
 
     pid = 0
+    """There is no process of ours."""
 
     def __init__(self, config: Config, *, name: str, model: str, vocab_size: int) -> None:
         self._config = config
@@ -166,10 +183,22 @@ class SglangAtUrl:
         self._given_up = asyncio.Event()
         self.num_starts = 0
 
-    async def start(self, *, version: int) -> EngineClient:
-        """Takes the engine: brings it to the weights at `model.path`, called `version`, whatever it did before.
+    def weight_update_strategy(
+        self, *, gate: GenerationGate, on_quarantine: OnQuarantine, on_untrusted: OnUntrusted
+    ) -> WeightUpdateStrategy:
+        """Pauses and loads in place. Raises ConfigError if the model has no readable safetensors."""
+        return SglangWeightUpdate(
+            shapes=CheckpointShapes.of(self._model),
+            gate=gate,
+            on_quarantine=on_quarantine,
+            on_untrusted=on_untrusted,
+        )
 
-        Raises EngineError if it does not answer within rollout.start_timeout_s or refuses, ConfigError if its options do not fit ours.
+    async def start(self, *, version: int) -> EngineClient:
+        """Takes the engine over: loads the weights at `model.path` as `version`, whatever it did before.
+
+        Raises EngineError if it does not answer within rollout.start_timeout_s or refuses, ConfigError if its
+        options contradict the configuration.
         """
         self._given_up.clear()
         self.num_starts += 1
@@ -188,15 +217,16 @@ class SglangAtUrl:
         except TimeoutError:
             await client.close()
             raise EngineError(
-                f"no engine was ready at rollout.sglang.url={self._url} within rollout.start_timeout_s={timeout_s:g}"
+                f"no engine was ready at rollout.sglang.url={self._url} "
+                f"within rollout.start_timeout_s={timeout_s:g}"
             ) from None
-        except BaseException:  # also a cancelled start must not leak the client's connections
+        except BaseException:  # a cancelled start, too, must not leak the client's connections
             await client.close()
             raise
         return client
 
     async def died(self) -> str:
-        """Returns when the engine has answered nothing for a while, or is not there any more, or was given up."""
+        """Waits until the engine is silent for long, stops listening or is given up; returns why."""
         loop = asyncio.get_running_loop()
         async with EngineClient(self._url) as probe:
             answered_s, num_refused = loop.time(), 0
@@ -205,10 +235,11 @@ class SglangAtUrl:
                     await probe.model_info()
                     answered_s, num_refused = loop.time(), 0
                 except EngineError:
-                    # Every lease that is taken while nobody listens fails at once, and with it a try of its ticket.
+                    # A closed port is noticed early: each lease taken meanwhile would fail at once and use up
+                    # one of its ticket's tries.
                     num_refused = num_refused + 1 if await _refuses(self._url) else 0
                     if num_refused == 2:
-                        return f"nobody listens at {self._url} any more"
+                        return f"no server listens at {self._url} any more"
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_POLL_S if num_refused else _PROBE_S):
                         await self._given_up.wait()
@@ -216,22 +247,22 @@ class SglangAtUrl:
         return f"the engine at {self._url} has been silent for {_LOST_AFTER_S:g} s"
 
     async def stop(self) -> None:
-        """Leaves it running; what it still generates for us was aborted with our requests."""
+        """Leaves it running; requests of this server were aborted with their connections."""
 
     def kill(self) -> None:
-        """Gives it up: whoever waits in `died` goes on, and takes it anew."""
+        """Gives it up: `died` returns, so that it can be taken over again."""
         self._given_up.set()
 
     async def _reset(self, client: SglangClient, *, version: int) -> None:
         info = await client.server_info()
         if self._config.weights.update_mode == "keep" and not info.get("disable_radix_cache"):
             raise ConfigError(
-                f"weights.update_mode=keep would serve prefixes computed under old weights: start the engine at {self._url} with "
-                "--disable-radix-cache, or use recompute"
+                "weights.update_mode=keep would serve prefixes computed under old weights: start the engine "
+                f"at {self._url} with --disable-radix-cache, or use recompute"
             )
-        await client.learn_facts()
+        await client.fetch_info()
         await client.abort()
-        with contextlib.suppress(EngineError):  # 400: no session was left open
+        with contextlib.suppress(EngineError):  # 400 if no session was left open
             await client.end_weight_update(timeout_s=_PROBE_S)
         await client.update_weights_from_disk(
             self._model, weight_version=version, timeout_s=self._config.rollout.start_timeout_s
@@ -239,7 +270,7 @@ class SglangAtUrl:
 
 
 async def _refuses(url: str) -> bool:
-    """Whether the host says that nobody listens; False if it says nothing."""
+    """Whether the host refuses connections at every address; False without an answer."""
     parts, loop = urlsplit(url), asyncio.get_running_loop()
     num_refused = 0
     try:

@@ -20,7 +20,8 @@ from areal_like.errors import EngineError
 from areal_like.trajectory import FinishReason
 from areal_like.weights.buckets import checksum, cut_buckets, flatten, spec_of
 from areal_like.weights.collective import WeightGroup
-from rollout_server.inference.client import EngineClient, Sampling
+from rollout_server.inference.client import EngineClient
+from rollout_server.inference.types import Sampling
 from tests.support import engine_conformance as conformance
 from tests.support.engine_harness import (
     Engine,
@@ -305,8 +306,7 @@ def test_closing_a_client_fails_unsent_requests(engine: Engine) -> None:
     async def body() -> None:
         client = engine.client()
         waiting = asyncio.create_task(sample(client, PROMPT, 5))
-        # Until the stream exists; its task has not run yet.
-        while not client._streams:
+        while not client._batcher._tasks:  # until the task exists; it has not run yet
             await asyncio.sleep(0)
         await client.close()
         with pytest.raises(EngineError, match="client was closed"):

@@ -1,10 +1,11 @@
-"""What this server owes the buffer: samples of leases, and answers that are not acknowledged. Pure: no sockets, no tasks, no clock.
+"""The leases a rollout server holds: which samples are missing, which results are unacknowledged.
 
-    sample:  missing -> (finish) -> unacknowledged -> (ack) -> forgotten
-    lease:   granted -> named in every heartbeat while one of its samples is missing or unacknowledged -> forgotten
-             dropped at any moment by an abort of the buffer, or returned when draining
+    sample:  missing -> finish() -> unacknowledged -> acknowledge() -> removed
+    lease:   grant() -> renewed by each heartbeat while a sample is missing or unacknowledged -> removed
+             drop() at any moment: aborted by the buffer, or returned to it
 
-The buffer owns the tickets; losing all of this costs work, never correctness.
+Pure: no sockets, no tasks, no clock. The buffer owns the tickets; losing this state costs work, never
+correctness.
 """
 
 from __future__ import annotations
@@ -14,30 +15,32 @@ from dataclasses import dataclass, field
 
 from areal_like.wire.messages.producer import Lease, SampleAck, SampleDone, SampleFailed
 
-Answer = SampleDone | SampleFailed
+SampleResult = SampleDone | SampleFailed
+"""Sent to the buffer for each leased sample. The buffer retries a failed one
+(`buffer.max_sample_retries`)."""
 
 
 @dataclass(kw_only=True, slots=True)
 class _Unacknowledged:
-    answer: Answer
+    result: SampleResult
     sent_s: float
 
 
 @dataclass(kw_only=True, slots=True)
-class _Held:
+class _HeldLease:
     missing: set[int]
     unacknowledged: dict[int, _Unacknowledged] = field(default_factory=dict)
 
 
-class LeaseDesk:
-    """Leases in, answers out. `now_s` is any steadily growing clock."""
+class HeldLeases:
+    """Leases in, results out, and the credit that is left. `now_s` is any monotonic clock."""
 
     def __init__(self, *, capacity_samples: int) -> None:
         """`capacity_samples`: how many samples may be missing at a time before no credit is left."""
         self._capacity_samples = capacity_samples
-        self._held: dict[int, _Held] = {}
+        self._held: dict[int, _HeldLease] = {}
         self.holding_samples = 0
-        """Samples of received leases that are not finished."""
+        """Samples of held leases that are missing."""
 
     @property
     def free_samples(self) -> int:
@@ -46,34 +49,37 @@ class LeaseDesk:
 
     @property
     def lease_ids(self) -> list[int]:
-        """Leases to be renewed."""
+        """Leases to renew."""
         return list(self._held)
 
     @property
     def num_unacknowledged(self) -> int:
-        """Answers that the buffer has not confirmed."""
+        """Results that the buffer has not confirmed."""
         return sum(len(held.unacknowledged) for held in self._held.values())
 
     def grant(self, lease: Lease) -> bool:
-        """A lease came; False for one that is held already."""
+        """Adds a lease; False if it is empty or held already."""
         if lease.lease_id in self._held or not lease.sample_indices:
             return False
-        self._held[lease.lease_id] = _Held(missing=set(lease.sample_indices))
+        self._held[lease.lease_id] = _HeldLease(missing=set(lease.sample_indices))
         self.holding_samples += len(set(lease.sample_indices))
         return True
 
-    def finish(self, answer: Answer, *, now_s: float) -> bool:
-        """A sample is done or has failed: to be sent now, and kept until it is acknowledged. False if nobody wants it any more."""
-        held = self._held.get(answer.lease_id)
-        if held is None or answer.sample_index not in held.missing:
+    def finish(self, result: SampleResult, *, now_s: float) -> bool:
+        """Records the result of a missing sample, which is to be sent now and kept until it is acknowledged.
+
+        False if the lease was dropped or the sample is not missing: do not send it.
+        """
+        held = self._held.get(result.lease_id)
+        if held is None or result.sample_index not in held.missing:
             return False
-        held.missing.remove(answer.sample_index)
-        held.unacknowledged[answer.sample_index] = _Unacknowledged(answer=answer, sent_s=now_s)
+        held.missing.remove(result.sample_index)
+        held.unacknowledged[result.sample_index] = _Unacknowledged(result=result, sent_s=now_s)
         self.holding_samples -= 1
         return True
 
     def acknowledge(self, ack: SampleAck) -> None:
-        """The buffer has them (or refused them for good)."""
+        """Removes results that the buffer has stored, or refused for good."""
         held = self._held.get(ack.lease_id)
         if held is not None:
             for sample_index in ack.sample_indices:
@@ -82,18 +88,18 @@ class LeaseDesk:
                 del self._held[ack.lease_id]
 
     def drop(self, lease_ids: Iterable[int]) -> list[int]:
-        """Nothing is owed for these any more; returns those that were held."""
+        """Removes leases with everything that belongs to them; returns those that were held."""
         dropped = [lease_id for lease_id in dict.fromkeys(lease_ids) if lease_id in self._held]
         for lease_id in dropped:
             self.holding_samples -= len(self._held.pop(lease_id).missing)
         return dropped
 
     def drop_unfinished(self) -> list[int]:
-        """Drops every lease with a missing sample and returns them; answers of finished leases stay until acknowledged."""
+        """Drops and returns the leases with a missing sample; results of finished leases stay."""
         return self.drop([lease_id for lease_id, held in self._held.items() if held.missing])
 
-    def to_resend(self, *, now_s: float, older_than_s: float) -> list[Answer]:
-        """Answers sent before `now_s - older_than_s` and not acknowledged; they count as sent now."""
+    def to_resend(self, *, now_s: float, older_than_s: float) -> list[SampleResult]:
+        """Unacknowledged results that were sent before `now_s - older_than_s`; they count as sent now."""
         due = [
             waiting
             for held in self._held.values()
@@ -102,4 +108,4 @@ class LeaseDesk:
         ]
         for waiting in due:
             waiting.sent_s = now_s
-        return [waiting.answer for waiting in due]
+        return [waiting.result for waiting in due]

@@ -1,0 +1,79 @@
+"""The tokens of one episode, with the log-prob and weight version of each sampled one.
+
+Context (prompt, tool output, the next user turn) has loss mask zero; everything sampled has loss mask one,
+the end-of-sequence token included.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
+from rollout_server.inference.types import Generation
+
+
+@dataclass(kw_only=True, eq=False)
+class Transcript:
+    """Grows at its end only."""
+
+    finish_reason: FinishReason = FinishReason.STOP
+    """Why the policy's last turn ended."""
+    _tokens: list[NDArray[np.int32]] = field(default_factory=list)
+    _logprobs: list[NDArray[np.float32]] = field(default_factory=list)
+    _versions: list[NDArray[np.int32]] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> NDArray[np.int32]:
+        """[T] all tokens so far."""
+        return np.concatenate(self._tokens) if self._tokens else np.empty(0, np.int32)
+
+    @property
+    def sampled(self) -> NDArray[np.int32]:
+        """The policy's tokens of all turns, without the context between them."""
+        return self.tokens[self._sampled_mask()]
+
+    def append_context(self, tokens_T: NDArray[np.int32]) -> None:
+        """Appends tokens that are not trained on."""
+        num_tokens = len(tokens_T)
+        self._append(tokens_T, np.zeros(num_tokens, np.float32), np.full(num_tokens, NOT_SAMPLED, np.int32))
+
+    def append_sampled(self, generation: Generation) -> None:
+        """Appends tokens that the policy sampled."""
+        self._append(generation.output_ids, generation.logprobs, generation.versions)
+        self.finish_reason = generation.finish_reason
+
+    def to_trajectory(
+        self,
+        *,
+        reward: float,
+        reward_components: dict[str, float],
+        generation_s: float,
+        reward_s: float,
+        is_greedy: bool = False,
+    ) -> Trajectory:
+        """The transcript with its reward. Raises ValueError for invalid log-probs or versions."""
+        return Trajectory(
+            tokens=self.tokens,
+            loss_mask=self._sampled_mask().astype(np.uint8),
+            logprobs=np.concatenate(self._logprobs),
+            versions=np.concatenate(self._versions),
+            reward=reward,
+            reward_components=reward_components,
+            finish_reason=self.finish_reason,
+            is_greedy=is_greedy,
+            generation_s=generation_s,
+            reward_s=reward_s,
+        )
+
+    def _append(
+        self, tokens_T: NDArray[np.int32], logprobs_T: NDArray[np.float32], versions_T: NDArray[np.int32]
+    ) -> None:
+        self._tokens.append(tokens_T)
+        self._logprobs.append(logprobs_T)
+        self._versions.append(versions_T)
+
+    def _sampled_mask(self) -> NDArray[np.bool_]:
+        return np.concatenate(self._versions) != NOT_SAMPLED if self._versions else np.empty(0, np.bool_)

@@ -1,0 +1,51 @@
+"""An inference engine as the rollout server uses it, whichever kind the configuration chooses."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from areal_like.config import Config
+from rollout_server.inference.client import EngineClient
+from rollout_server.inference.generation_gate import GenerationGate
+from rollout_server.inference.process import EmbeddedProcess
+from rollout_server.inference.sglang.process import SglangAtUrl, SglangProcess
+from rollout_server.inference.weight_update import OnQuarantine, OnUntrusted, WeightUpdateStrategy
+
+
+class Engine(Protocol):
+    """Start, end and weight updates of an engine, in a process of ours or at a URL."""
+
+    num_starts: int
+
+    @property
+    def pid(self) -> int:
+        """Process id; 0 when there is no process of ours."""
+
+    def weight_update_strategy(
+        self, *, gate: GenerationGate, on_quarantine: OnQuarantine, on_untrusted: OnUntrusted
+    ) -> WeightUpdateStrategy:
+        """The way in which this engine is brought from one weight version to the next. Raises ConfigError."""
+
+    async def start(self, *, version: int) -> EngineClient:
+        """Returns a client of an engine that is ready and holds the weights at `model.path` as `version`.
+
+        Raises EngineError.
+        """
+
+    async def died(self) -> str:
+        """Waits until the engine is gone; returns why."""
+
+    async def stop(self) -> None:
+        """Ends the engine if it is a process of ours."""
+
+    def kill(self) -> None:
+        """Makes `died` return, whatever state the engine is in."""
+
+
+def make_engine(config: Config, *, name: str, model: str, context_tokens: int, vocab_size: int) -> Engine:
+    """The engine that `rollout.engine` and `rollout.sglang.url` choose; not started. Raises ConfigError."""
+    if config.rollout.engine == "embedded":
+        return EmbeddedProcess(config, name=name, model=model, context_tokens=context_tokens)
+    if config.rollout.sglang.url:
+        return SglangAtUrl(config, name=name, model=model, vocab_size=vocab_size)
+    return SglangProcess(config, name=name, model=model, context_tokens=context_tokens, vocab_size=vocab_size)

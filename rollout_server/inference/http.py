@@ -1,0 +1,90 @@
+"""HTTP to one engine: a session, JSON calls, and every failure as EngineError."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import aiohttp
+
+from areal_like.errors import EngineError
+from rollout_server.inference.sse import MAX_ERROR_CHARS
+
+_KEEPALIVE_S = 2.0
+
+
+class EngineHttp:
+    """OPEN -> refuse_calls() -> `call` fails -> close() -> CLOSED."""
+
+    def __init__(self, base_url: str, *, connect_timeout_s: float, control_timeout_s: float) -> None:
+        self.base_url = base_url.rstrip("/")
+        self.connect_timeout_s = connect_timeout_s
+        self._control_timeout_s = control_timeout_s
+        self._session: aiohttp.ClientSession | None = None
+        self.is_closed = False
+
+    def refuse_calls(self) -> None:
+        """Makes every later `call` raise EngineError."""
+        self.is_closed = True
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        self.refuse_calls()
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    @property
+    def session(self) -> aiohttp.ClientSession:
+        """The session, opened on first use."""
+        if self._session is None:
+            # No limit: a waiting stream holds its connection, and aborts and weight calls must never queue
+            # behind streams. Idle connections are dropped before uvicorn's 5 s do it: a POST on one that is
+            # being closed is lost and not retried.
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S)
+            )
+        return self._session
+
+    async def call(
+        self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout_s: float | None = None
+    ) -> Any:
+        """One request; returns the decoded JSON answer, or {} where the answer is plain text.
+
+        Raises EngineError for no answer within `timeout_s`, a status other than 200, and `success: false`.
+        """
+        total_s = self._control_timeout_s if timeout_s is None else timeout_s
+        timeout = aiohttp.ClientTimeout(total=total_s, sock_connect=min(total_s, self.connect_timeout_s))
+        name = f"engine {self.base_url}{path}"
+        if self.is_closed:
+            raise EngineError(f"{name}: the client was closed")
+        try:
+            async with self.session.request(
+                method, f"{self.base_url}{path}", json=body, timeout=timeout
+            ) as response:
+                if response.status != 200:
+                    raise EngineError(f"{name}: {await error_text(response)}")
+                text = await response.text()
+        except TimeoutError:
+            raise EngineError(f"{name}: no answer within {total_s:g} s") from None
+        except (aiohttp.ClientError, ConnectionError) as error:
+            raise EngineError(f"{name}: {error or type(error).__name__}") from None
+        try:
+            answer = json.loads(text)
+        except ValueError:
+            return {}  # SGLang's /health and /flush_cache answer in plain text
+        if isinstance(answer, dict) and answer.get("success") is False:
+            raise EngineError(f"{name}: {answer.get('message', 'success: false')}")
+        return answer
+
+
+async def error_text(response: aiohttp.ClientResponse) -> str:
+    """The message of an error answer. SGLang sends {"error": {"message"}}, {"message"} or plain text."""
+    text = await response.text()
+    try:
+        answer = json.loads(text)
+        inner = answer.get("error", answer) if isinstance(answer, dict) else answer
+        text = str(inner.get("message", inner) if isinstance(inner, dict) else inner)
+    except ValueError:
+        pass
+    return f"HTTP {response.status}: {text[:MAX_ERROR_CHARS]}"

@@ -1,0 +1,156 @@
+"""Weight pushes into SGLang, which loads in place and so must not decode from the first byte to the last.
+
+    SERVING -> quiet (see below) -> paused -> session: every bucket -> digest -> cache flushed -> version set
+                                                                                    -> resumed: SERVING
+        failed, digest unchanged -> resumed: SERVING, old version
+        failed, digest changed   -> QUARANTINED: reloaded from disk -> SERVING at the next push
+
+    recompute      `retract` pause: the KV cache is dropped and rebuilt under the new weights
+    keep           `in_place` pause: the old KV cache stays and is not flushed
+    abort_resume   new requests are held, running sequences are interrupted and resubmitted afterwards
+    drain          new requests are held until running sequences have finished
+
+SGLang's own `abort` pause is not used: it checks only once a second whether the running sequences have ended.
+
+Names and shapes are compared with the checkpoint before anything is sent: SGLang answers 200 to a name that
+it does not have. The version is set in a call of its own, last, so that a token can carry it only when
+everything before has succeeded. Unlike the embedded engine, SGLang does not verify the bytes: TCP and NCCL
+protect them on the way, and the digest over all parameters shows whether anything was loaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+
+from areal_like.errors import EngineError
+from rollout_server.inference.client import EngineClient
+from rollout_server.inference.generation_gate import GenerationGate
+from rollout_server.inference.sglang.checkpoint_shapes import CheckpointShapes
+from rollout_server.inference.weight_update import OnQuarantine, OnUntrusted, WeightPush
+
+log = logging.getLogger(__name__)
+
+_RECOVERY_TIMEOUT_S = 5.0
+"""For the engine to report its digest after a failure; one that is stuck in a broadcast does not answer."""
+_RELOAD_TIMEOUT_S = 120.0
+_ABORT_AGAIN_S = 0.1
+
+
+class SglangWeightUpdate:
+    """A `WeightUpdateStrategy` that pauses the engine, loads in place, and undoes a partial load."""
+
+    def __init__(
+        self,
+        *,
+        shapes: CheckpointShapes,
+        gate: GenerationGate,
+        on_quarantine: OnQuarantine,
+        on_untrusted: OnUntrusted,
+    ) -> None:
+        """`on_quarantine` is called before a partial update is undone, `on_untrusted` if that failed."""
+        self._shapes = shapes
+        self._gate = gate
+        self._on_quarantine = on_quarantine
+        self._on_untrusted = on_untrusted
+        self._path, self._path_version = "", 0
+        self._initial_digest = self._digest = ""
+
+    async def engine_started(self, client: EngineClient, *, path: str, version: int) -> None:
+        """Records the digest of the weights at `path`, which are loaded again after a failed push."""
+        self._path, self._path_version = path, version
+        self._initial_digest = self._digest = await client.weights_checksum()
+
+    async def restore_after_failed_load(
+        self, client: EngineClient, *, path: str, version: int, timeout_s: float
+    ) -> None:
+        """Loads `path`: part of the load that failed may have been loaded."""
+        await client.update_weights_from_disk(path, weight_version=version, timeout_s=timeout_s)
+
+    async def push(self, client: EngineClient, push: WeightPush) -> float:
+        """As WeightUpdateStrategy.push."""
+        request = push.request
+        self._shapes.check(push.manifest.tensors)
+        loop = asyncio.get_running_loop()
+        started_s = loop.time()
+        is_held = request.update_mode in ("abort_resume", "drain")
+        is_done = False
+        try:
+            with push.cancellable():
+                if is_held:
+                    self._gate.hold()
+                    await self._wait_empty(client, interrupting=request.update_mode == "abort_resume")
+                await client.pause("in_place" if request.update_mode == "keep" else "retract")
+                await client.begin_weight_update()
+                for bucket in push.manifest.buckets:
+                    await client.update_weights_from_distributed(
+                        bucket, group_name=request.group_name, timeout_s=push.left_s()
+                    )
+            await client.end_weight_update(timeout_s=push.left_s())
+            digest = await client.weights_checksum()
+            if request.update_mode != "keep":
+                # With `keep`, sequences still run: SGLang would refuse the flush, after it has changed the
+                # weights.
+                await client.flush_cache()
+            await client.set_weight_version(request.version)
+            self._digest = digest
+            is_done = True
+        finally:
+            # Shielded: a push that is cancelled must not leave the engine paused for ever.
+            await asyncio.shield(
+                asyncio.ensure_future(self._finish(client, is_done=is_done, is_held=is_held))
+            )
+        return loop.time() - started_s
+
+    async def _wait_empty(self, client: EngineClient, *, interrupting: bool) -> None:
+        """Waits until no request of this server is at the engine; `interrupting` aborts them."""
+        if interrupting:
+            while self._gate.num_inside:
+                await client.abort()
+                # A request that was still on its way to the engine is aborted in the next round.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_ABORT_AGAIN_S):
+                        await self._gate.wait_empty()
+        await self._gate.wait_empty()
+
+    async def _finish(self, client: EngineClient, *, is_done: bool, is_held: bool) -> None:
+        """Resumes the engine; after a failed push, first reloads it if part of the update was loaded."""
+        try:
+            async with asyncio.timeout(_RECOVERY_TIMEOUT_S):
+                is_unchanged = is_done or await client.weights_checksum() == self._digest
+            if not is_unchanged:
+                await self._reload(client)
+            if not is_done:
+                await self._end_session(client)
+            await client.resume()
+        except (EngineError, TimeoutError) as error:
+            if not client.is_closed:  # a closed one was lost already, and another may have been started
+                self._on_untrusted(f"cannot be trusted after a failed push: {error or 'no answer'}")
+        finally:
+            if is_held:
+                self._gate.release()
+
+    async def _reload(self, client: EngineClient) -> None:
+        """Part of an update is loaded: loads the weights on disk again, under their own version."""
+        self._on_quarantine("part of an update was loaded", self._path_version)
+        # After an `in_place` pause, running sequences would prevent the cache from being flushed.
+        await client.pause("retract")
+        await client.abort()
+        await self._end_session(client)
+        await client.update_weights_from_disk(
+            self._path, weight_version=self._path_version, timeout_s=_RELOAD_TIMEOUT_S
+        )
+        if (digest := await client.weights_checksum()) != self._initial_digest:
+            raise EngineError(
+                f"after a reload from {self._path} the digest of its weights is {digest}, "
+                f"at its start it was {self._initial_digest}"
+            )
+        self._digest = digest
+        log.warning("reloaded from %s", self._path)
+
+    async def _end_session(self, client: EngineClient) -> None:
+        try:
+            await client.end_weight_update(timeout_s=_RECOVERY_TIMEOUT_S)
+        except EngineError as error:
+            log.debug("no update session was open: %s", error)

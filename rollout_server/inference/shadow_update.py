@@ -1,0 +1,102 @@
+"""Weight pushes into the embedded engine: received into shadow buffers while it decodes, then swapped in.
+
+recompute, keep   receive beside decoding; verify; swap between two decode steps
+abort_resume      the same, but running sequences are interrupted before the swap and resubmitted after it
+drain             the same, but new requests are held and running sequences finish before the swap
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+from areal_like.errors import EngineError, WeightSyncError
+from rollout_server.inference.client import EngineClient
+from rollout_server.inference.generation_gate import GenerationGate
+from rollout_server.inference.weight_update import OnUntrusted, WeightPush
+
+
+class ShadowWeightUpdate:
+    """A `WeightUpdateStrategy`. A load is verified before it is activated: failures change nothing."""
+
+    def __init__(self, *, gate: GenerationGate, on_untrusted: OnUntrusted) -> None:
+        self._gate = gate
+        self._on_untrusted = on_untrusted
+
+    async def engine_started(self, client: EngineClient, *, path: str, version: int) -> None:
+        """Nothing to prepare."""
+
+    async def restore_after_failed_load(
+        self, client: EngineClient, *, path: str, version: int, timeout_s: float
+    ) -> None:
+        """Nothing to restore: the old weights are still active."""
+
+    async def push(self, client: EngineClient, push: WeightPush) -> float:
+        """As WeightUpdateStrategy.push; compares the checksums with the sender's before it activates."""
+        with push.cancellable():
+            received = await client.receive_weights(
+                push.manifest.buckets, group_name=push.request.group_name, timeout_s=push.left_s()
+            )
+            sent = await push.sent_checksums()
+        if received != sent:
+            raise WeightSyncError(
+                f"version {push.request.version}: a bucket's checksum is wrong, its bytes changed on the way"
+            )
+        return await self._activate(client, push)
+
+    async def _activate(self, client: EngineClient, push: WeightPush) -> float:
+        """Swaps the received weights in by the update mode; returns the seconds without decoding."""
+        mode = push.request.update_mode
+
+        async def swap() -> float:
+            answer = await client.end_weight_update(
+                weight_version=push.request.version,
+                running="keep" if mode == "keep" else "recompute",
+                timeout_s=push.left_s(),
+            )
+            return float(answer.get("stall_s", 0.0))
+
+        async def hold_and_drain() -> None:
+            self._gate.hold()
+            await self._gate.wait_empty()
+
+        async def release() -> None:
+            self._gate.release()
+
+        match mode:
+            case "recompute" | "keep":
+                return await swap()
+            case "abort_resume":
+                return await _between(lambda: client.pause("abort"), swap, lambda: self._resume(client))
+            case "drain":
+                return await _between(hold_and_drain, swap, release)
+        raise WeightSyncError(f"unknown update mode {mode!r}")
+
+    async def _resume(self, client: EngineClient) -> None:
+        try:
+            await client.resume()
+        except EngineError as error:
+            if not client.is_closed:  # a closed one was lost already, and another may have been started
+                self._on_untrusted(f"stays paused after a push: {error}")
+            raise
+
+
+async def _between(
+    before: Callable[[], Awaitable[None]],
+    swap: Callable[[], Awaitable[float]],
+    after: Callable[[], Coroutine[Any, Any, None]],
+) -> float:
+    """Runs before, swap and after, `after` also when one of the others failed or was cancelled.
+
+    Returns the seconds from the start of `before` on.
+    """
+    loop = asyncio.get_running_loop()
+    started_s = loop.time()
+    try:
+        await before()
+        await swap()
+    finally:
+        # Shielded: a cancelled push must not leave the engine paused for ever.
+        await asyncio.shield(asyncio.ensure_future(after()))
+    return loop.time() - started_s

@@ -1,0 +1,92 @@
+"""Parses the server-sent events that answer `POST /generate`.
+
+A batch request streams the events of all its sequences, each with the `index` of its sequence in the batch.
+Events before the last one of a sequence repeat what the last one contains, so only the last one is parsed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+import numpy as np
+
+from areal_like.errors import EngineError
+from areal_like.trajectory import FinishReason
+from rollout_server.inference.types import Generation, parse_weight_version
+
+MAX_EVENT_BYTES = 64 << 20
+MAX_ERROR_CHARS = 500
+"""Longest part of an engine's error message that is passed on."""
+
+
+async def read_events(stream: aiohttp.StreamReader) -> AsyncIterator[dict[str, Any]]:
+    """Yields the object of each `data: {json}` line until `data: [DONE]`; other lines are skipped.
+
+    Raises ValueError for an event that is too long or not an object, and with the engine's message for an
+    error event.
+    """
+    buffered = bytearray()
+    async for piece in stream.iter_any():
+        buffered += piece
+        if len(buffered) > MAX_EVENT_BYTES:
+            raise ValueError(f"event longer than {MAX_EVENT_BYTES} bytes")
+        if b"\n" not in piece:
+            continue
+        *lines, rest = bytes(buffered).split(b"\n")
+        buffered = bytearray(rest)
+        for line in lines:
+            if not line.startswith(b"data:"):
+                continue
+            data = line[5:].strip()
+            if data == b"[DONE]":
+                return
+            event = json.loads(data)
+            if not isinstance(event, dict):
+                raise ValueError("event is not an object")
+            if "error" in event:
+                error = event["error"]
+                message = error.get("message", error) if isinstance(error, dict) else error
+                raise ValueError(str(message)[:MAX_ERROR_CHARS])
+            yield event
+
+
+def finished_sequence(event: dict[str, Any]) -> int | None:
+    """Index in the batch of the sequence that this event ends; None for an event before the last."""
+    if event["meta_info"]["finish_reason"] is None:
+        return None
+    return int(event.get("index", 0))
+
+
+def parse_generation(event: dict[str, Any]) -> Generation:
+    """The generation in the last event of a sequence.
+
+    Raises EngineError if the engine gave up the request, ValueError if lengths disagree or a token has no
+    version, and KeyError or TypeError for a malformed event.
+    """
+    meta = event["meta_info"]
+    reason = meta["finish_reason"]
+    output_ids = np.asarray(event["output_ids"], dtype=np.int32)
+    logprobs = np.asarray([entry[0] for entry in meta["output_token_logprobs"]], dtype=np.float32)
+    if logprobs.shape != output_ids.shape:
+        raise ValueError(f"{len(output_ids)} tokens but {len(logprobs)} log-probs")
+    whole_output = {"version": meta.get("weight_version"), "start": 0, "end": len(output_ids)}
+    versions = np.full(output_ids.shape, -1, dtype=np.int32)
+    for span in meta.get("weight_versions") or [whole_output]:
+        versions[int(span["start"]) : int(span["end"])] = parse_weight_version(span["version"])
+    if np.any(versions < 0):
+        raise ValueError("weight_versions do not cover the output")
+    kind = str(reason["type"])
+    matched = reason.get("matched")
+    if kind == FinishReason.ABORT.value and int(reason.get("status_code") or 200) >= 400:
+        raise EngineError(f"the engine gave up a request: {reason.get('message')}")
+    return Generation(
+        output_ids=output_ids,
+        logprobs=logprobs,
+        versions=versions,
+        finish_reason=FinishReason(kind),
+        matched=matched if isinstance(matched, int) else None,
+        message=str(reason.get("message") or ""),
+    )

@@ -1,0 +1,138 @@
+"""Keeps an engine running: starts it with the newest checkpoint, replaces it when it dies or falls silent.
+
+    STARTING -> on_ready -> RUNNING -> (died, or replaced) -> on_lost -> backoff -> STARTING ...
+                                          `-> too many deaths in a row -> EngineError
+
+An engine starts with the run's newest checkpoint if this machine can see it, under the version that the
+trainer gave it; otherwise with the weights at `model.path`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from areal_like.errors import EngineError
+from areal_like.weights.snapshots_on_disk import newest_snapshot
+from rollout_server.inference.client import EngineClient
+from rollout_server.inference.engine import Engine
+from rollout_server.inference.weight_update import WeightUpdateStrategy
+
+log = logging.getLogger(__name__)
+
+INITIAL_VERSION = 0
+"""Version of the weights at `model.path`."""
+_MAX_DEATHS_IN_A_ROW = 5
+"""Deaths in a row, each within `_HEALTHY_AFTER_S`, before the server gives up and exits."""
+_HEALTHY_AFTER_S = 30.0
+_FIRST_BACKOFF_S = 0.5
+_MAX_SILENCE_S = 60.0
+"""An engine that runs but has not answered for this long is replaced."""
+
+
+class EngineSupervisor:
+    """One engine at a time. `run` is its task; `load` is called every heartbeat."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        strategy: WeightUpdateStrategy,
+        *,
+        model: str,
+        checkpoints: Path,
+        load_timeout_s: float,
+        starting: Callable[[], AbstractContextManager[None]],
+        on_ready: Callable[[EngineClient, int], None],
+        on_lost: Callable[[str], None],
+    ) -> None:
+        """`starting` surrounds each start. `on_ready` gets the client and the version that is loaded.
+        `on_lost` gets the reason, when `client` is None already and its connections are not closed yet."""
+        self._engine = engine
+        self._strategy = strategy
+        self._model = model
+        self._checkpoints = checkpoints
+        self._load_timeout_s = load_timeout_s
+        self._starting = starting
+        self._on_ready = on_ready
+        self._on_lost = on_lost
+        self._answered_s = asyncio.get_running_loop().time()
+        self.client: EngineClient | None = None
+        """Client of the running engine; None while there is none."""
+
+    async def run(self) -> None:
+        """Runs until cancelled. Raises EngineError if the first start fails or engines keep dying."""
+        loop = asyncio.get_running_loop()
+        num_deaths = 0
+        while True:
+            started_s = loop.time()
+            with self._starting():
+                client = await self._engine.start(version=INITIAL_VERSION)
+                path, version = await self._load_newest(client)
+                await self._strategy.engine_started(client, path=path, version=version)
+            self.client = client
+            self._on_ready(client, version)
+            reason = await self._engine.died()
+            await self._lose(reason)
+            num_deaths = 1 if loop.time() - started_s > _HEALTHY_AFTER_S else num_deaths + 1
+            if num_deaths >= _MAX_DEATHS_IN_A_ROW:
+                raise EngineError(reason)
+            await asyncio.sleep(_FIRST_BACKOFF_S * 2 ** (num_deaths - 1))
+
+    async def load(self) -> dict[str, Any]:
+        """The engine's load, or {}. Replaces an engine that has been silent for too long."""
+        loop = asyncio.get_running_loop()
+        load: dict[str, Any] = {}
+        if self.client is None:
+            self._answered_s = loop.time()
+            return load
+        try:
+            load = await self.client.load()
+            self._answered_s = loop.time()
+        except EngineError as error:
+            log.info("no load from the engine: %s", error)
+            silent_s = loop.time() - self._answered_s
+            if silent_s > _MAX_SILENCE_S:
+                self.replace(f"silent for {silent_s:.0f} s: {error}")
+        return load
+
+    def replace(self, reason: str) -> None:
+        """Kills the engine; `run` notices its death and starts another."""
+        log.error("engine is replaced: %s", reason)
+        self._engine.kill()
+
+    async def close(self) -> None:
+        """Stops the engine. Cancel `run` first."""
+        if self.client is not None:
+            await self.client.close()
+        await self._engine.stop()
+
+    async def _lose(self, reason: str) -> None:
+        log.error("engine lost: %s", reason)
+        client, self.client = self.client, None
+        self._on_lost(reason)
+        if client is not None:
+            await client.close()
+
+    async def _load_newest(self, client: EngineClient) -> tuple[str, int]:
+        """Loads the newest checkpoint, if there is one; returns the loaded directory and version."""
+        newest = newest_snapshot(self._checkpoints)
+        if newest is None:
+            return self._model, INITIAL_VERSION
+        try:
+            await client.update_weights_from_disk(
+                str(newest.path), weight_version=newest.version, timeout_s=self._load_timeout_s
+            )
+        except EngineError as error:
+            log.warning(
+                "%s was not loaded, the engine starts with the run's first weights: %s", newest.path, error
+            )
+            await self._strategy.restore_after_failed_load(
+                client, path=self._model, version=INITIAL_VERSION, timeout_s=self._load_timeout_s
+            )
+            return self._model, INITIAL_VERSION
+        log.info("%s loaded as version %d", newest.path, newest.version)
+        return str(newest.path), newest.version

@@ -1,0 +1,100 @@
+"""Sampling parameters, a finished generation, and properties of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from areal_like.errors import EngineError
+from areal_like.trajectory import FinishReason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Sampling parameters of one sequence.
+
+    The defaults sample from the policy's own distribution. The filters (top_p, top_k, min_p) are for
+    evaluation only: with them the recorded log-prob is not a probability under the policy.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    """0 is greedy."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Sampling one of these ends the sequence; it is the last token of the output."""
+    ignore_eos: bool = False
+    """Do not stop at the model's own end-of-sequence tokens. SGLang then ignores `stop_token_ids` too."""
+    top_p: float = 1.0
+    top_k: int = -1
+    """-1 is off."""
+    min_p: float = 0.0
+    sampling_seed: int | None = None
+    """Honoured by the embedded engine; SGLang ignores it unless started with deterministic inference."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """SGLang's `sampling_params`; fields at their default are omitted."""
+        params: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature}
+        if self.stop_token_ids:
+            params["stop_token_ids"] = list(self.stop_token_ids)
+        for name, default in (
+            ("ignore_eos", False),
+            ("top_p", 1.0),
+            ("top_k", -1),
+            ("min_p", 0.0),
+            ("sampling_seed", None),
+        ):
+            if getattr(self, name) != default:
+                params[name] = getattr(self, name)
+        return params
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Generation:
+    """Tokens sampled for one request, finished or aborted. All arrays have one length T, maybe 0."""
+
+    output_ids: NDArray[np.int32]
+    """[T] sampled tokens, a stop token included."""
+    logprobs: NDArray[np.float32]
+    """[T] log-prob of each token under temperature-scaled logits, as recorded by the engine."""
+    versions: NDArray[np.int32]
+    """[T] version of the weights that sampled each token, as reported by the engine."""
+    finish_reason: FinishReason
+    matched: int | None = None
+    """The stop token, where `finish_reason` is STOP."""
+    message: str = ""
+    """The engine's reason, where `finish_reason` is ABORT."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineInfo:
+    """Properties of an engine that a weight group depends on; defaults where the engine omits them."""
+
+    num_ranks: int = 1
+    """Tensor-parallel ranks; each takes one rank of the weight group."""
+    device: str = "cpu"
+    device_uuid: str = ""
+    nccl_version: str = ""
+
+    @classmethod
+    def from_server_info(cls, server_info: Mapping[str, Any]) -> EngineInfo:
+        """From `/server_info` of either engine."""
+        return cls(
+            num_ranks=int(server_info.get("tp_size") or 1),
+            device=str(server_info.get("device") or "cpu"),
+            device_uuid=str(server_info.get("device_uuid") or ""),
+            nccl_version=str(server_info.get("nccl_version") or ""),
+        )
+
+
+def parse_weight_version(raw: Any) -> int:
+    """The engine's weight version. Raises EngineError if it is no number, as SGLang's default."""
+    try:
+        return int(raw)
+    except (TypeError, ValueError):
+        raise EngineError(
+            f"the engine's weight version {raw!r} is not a number: start it with --weight-version 0"
+        ) from None

@@ -1,0 +1,66 @@
+"""The interface between a weight push and an engine: each kind of engine brings its own update strategy.
+
+    strategy = engine.weight_update_strategy(gate=gate, on_quarantine=..., on_untrusted=...)
+    client = await engine.start(version=0)
+    await strategy.engine_started(client, path=model, version=0)     # after every start
+    ...
+    stall_s = await strategy.push(client, push)                      # once for each push
+
+Two implementations: the embedded engine receives into shadow buffers while it decodes (shadow_update.py),
+SGLang is paused and loads in place (sglang/weight_update.py). The receiver of pushes
+(weight_sync/receiver.py) only calls this interface and never looks at the kind of engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from areal_like.weights.buckets import Manifest
+from areal_like.wire.messages.weights import PushWeights
+from rollout_server.inference.client import EngineClient
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightPush:
+    """One push as the receiver passes it to a strategy."""
+
+    request: PushWeights
+    manifest: Manifest
+    """`request.manifest`, parsed."""
+    left_s: Callable[[], float]
+    """Seconds left until the push times out; always positive."""
+    cancellable: Callable[[], AbstractContextManager[None]]
+    """Surrounds waits for other ranks: only inside may a newer control message cancel the push."""
+    sent_checksums: Callable[[], Awaitable[list[int]]]
+    """Waits for the checksums that the sender computed, one a bucket, in the order of the manifest."""
+
+
+class WeightUpdateStrategy(Protocol):
+    """Brings one engine at a time from version to version; no token may come from a partial update."""
+
+    async def engine_started(self, client: EngineClient, *, path: str, version: int) -> None:
+        """Call after each start: the engine holds the weights at `path` as `version`. Raises EngineError."""
+
+    async def restore_after_failed_load(
+        self, client: EngineClient, *, path: str, version: int, timeout_s: float
+    ) -> None:
+        """Call after a failed load from disk: restores the weights at `path`. Raises EngineError.
+
+        Does nothing for an engine that verifies a load before it activates it.
+        """
+
+    async def push(self, client: EngineClient, push: WeightPush) -> float:
+        """Receives, verifies and activates a version; returns the seconds in which nothing was decoded.
+
+        Raises WeightSyncError, EngineError or TimeoutError: then the old version is still active, or the
+        engine was reported with `on_quarantine` or `on_untrusted`.
+        """
+
+
+OnQuarantine = Callable[[str, int], None]
+"""Gets the reason and the version after a reload: until then no token may be delivered."""
+OnUntrusted = Callable[[str], None]
+"""Called with the reason when the weights that the engine holds are unknown: it has to be replaced."""
