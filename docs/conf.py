@@ -1,8 +1,9 @@
 """Sphinx configuration of the documentation site: `make docs` builds it, with every warning an error.
 
-The tables of settings and the list of commands are generated at build time, from the configuration's dataclasses and
-from `areal-like --help`, so they cannot differ from the code. After the build every page is checked for scripts, style
-sheets, fonts and images that a browser would load from the network: the site must be readable without one.
+The tables of settings and the list of commands are generated at build time, from the configuration's
+dataclasses and from `areal-like --help`, so they cannot differ from the code. After the build every page
+is checked for scripts, style sheets, fonts and images that a browser would load from the network: the
+site must be readable without one.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ pygments_dark_style = "monokai"
 
 
 def settings_tables() -> str:
-    """Markdown: a heading and a table for each section of the configuration, in the order of its dataclasses."""
+    """Markdown: a heading and a table for each section of the configuration, in their own order."""
     sections: dict[str, list[str]] = {}
     for setting in all_keys():
         key, kind = setting_key(setting), getattr(setting, "type", "")

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from areal_like.runtime.command_line import load_config
 from areal_like.wire.messages import MESSAGES
 from launch.settings_help import all_keys
 from tests.support.launching import ROOT
@@ -120,6 +122,21 @@ def test_settings_on_the_pages_exist() -> None:
         name for name in used - known - modules if not any(key.startswith(f"{name}.") for key in known)
     }
     assert unknown == {"model.generate"}  # a method of transformers
+
+
+def run_commands() -> list[str]:
+    """Every `areal-like run` of the pages' code blocks, continuation lines joined, comments and placeholders cut."""
+    blocks = "\n".join(block for page in PAGES for block in _FENCE.findall(page.read_text()))
+    lines = re.sub(r"\\\n\s*", "", blocks).splitlines()
+    found = [line.partition("areal-like run")[2] for line in lines if "areal-like run " in line]
+    return sorted(
+        {line.partition("  #")[0].replace(" ...", "").strip() for line in found if "KEY" not in line}
+    )
+
+
+@pytest.mark.parametrize("arguments", [line for line in run_commands() if "=" in line and "key=" not in line])
+def test_run_commands_are_valid_settings(arguments: str) -> None:
+    assert load_config(shlex.split(arguments))
 
 
 def test_files_named_on_the_pages_exist() -> None:
