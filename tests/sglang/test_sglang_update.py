@@ -1,4 +1,4 @@
-"""Pushes into a real SGLang by the code that a rollout server uses: the four update modes, and each way to fail."""
+"""Pushes into a real SGLang by a rollout server's code: the four update modes, and each way to fail."""
 
 from __future__ import annotations
 
