@@ -199,9 +199,9 @@ async def serving(config: Config, model: Path) -> AsyncIterator[Server]:
 
 
 async def measure(kind: str, directory: Path, model: Path, *, repeats: int) -> dict[str, Any]:
-    """One engine: its rate without updates, and each mode.
+    """Measures one engine without updates and in each mode.
 
-    `keep`'s options for all, so that only the mode differs.
+    The engine has the options of `keep` in all modes, so that only the mode differs.
     """
     rollout = {"engine": kind, "max_running": NUM_RUNNING, "start_timeout_s": 600}
     config = from_mapping(

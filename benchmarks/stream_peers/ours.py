@@ -44,8 +44,8 @@ COMMIT_EVERY = 8
 _BEAT_S = 0.05
 _PACE_S = 0.002
 _VERSIONS_A_PUSH = 4
-"""Versions between two changes of the producers' samples: an engine would stamp them, here it costs the
-producer."""
+"""Weight versions between two changes of the producers' samples. In a run the engine stamps versions; here
+the producer would pay for each change."""
 
 
 def config_of(directory: Path, *, durability: str, backlog: int) -> Config:
@@ -123,8 +123,7 @@ class _Producer:
         self._link.send(
             ServerHeartbeat(
                 state=ServerState.SERVING,
-                # As much again as may be on its way, so that leases are there when acknowledgements make
-                # room.
+                # Twice the window, so that leases are there when acknowledgements make room.
                 free_samples=max(0, 2 * self._plan.window - holding),
                 holding_samples=holding,
                 weights_version=self._version,

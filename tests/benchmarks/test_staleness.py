@@ -1,4 +1,4 @@
-"""The staleness benchmark: what is how old, that a cell is a function of its settings, and that a grid can be stopped and resumed."""
+"""The staleness benchmark: ages, a cell's result depends on its settings alone, a grid can be resumed."""
 
 import json
 import statistics
@@ -37,22 +37,22 @@ RESULT = CellResult(
 
 
 def ages(cell: Cell) -> list[int]:
-    """Of every group of every step."""
+    """The age of every group, in order of steps."""
     planned = [
         (step, group, step - version) for version, wanted in cell.plan().items() for step, group in wanted
     ]
-    places = [(step, group) for step in range(cell.num_steps) for group in range(cell.groups_per_step)]
-    assert sorted((step, group) for step, group, _ in planned) == places, (
+    all_groups = [(step, group) for step in range(cell.num_steps) for group in range(cell.groups_per_step)]
+    assert sorted((step, group) for step, group, _ in planned) == all_groups, (
         "every group of every step is sampled once"
     )
     return [age for *_, age in sorted(planned)]
 
 
-def test_a_fixed_age_is_exact_from_the_step_that_can_have_it() -> None:
+def test_fixed_age_is_exact_from_step_lag_on() -> None:
     assert ages(replace(TINY, lag=4, groups_per_step=1)) == [0, 1, 2, 3, 4, 4, 4, 4, 4, 4]
 
 
-def test_mixed_ages_are_uniform_up_to_the_lag_and_the_same_for_every_method() -> None:
+def test_mixed_ages_are_uniform_and_equal_for_all_methods() -> None:
     cell = replace(TINY, mode="mixed", lag=4, num_steps=400)
     drawn = ages(cell)
     settled = drawn[4 * cell.groups_per_step :]
@@ -64,15 +64,13 @@ def test_mixed_ages_are_uniform_up_to_the_lag_and_the_same_for_every_method() ->
 
 
 @pytest.mark.parametrize(("mode", "longest"), [("fixed", 8), ("mixed", 4)])
-def test_a_periodic_sync_gives_the_mean_age_of_the_mode_that_it_stands_in_for(
-    mode: str, longest: int
-) -> None:
+def test_periodic_sync_has_the_mean_age_of_its_mode(mode: str, longest: int) -> None:
     cell = replace(TINY, mode=mode, lag=4, periodic=True, num_steps=90)
     assert max(ages(cell)) == longest
     assert statistics.mean(ages(cell)) == {"fixed": 4, "mixed": 2}[mode]
 
 
-def test_the_grid_begins_with_one_seed_at_lag_16_and_names_what_exists() -> None:
+def test_grid_begins_with_one_seed_at_lag_16() -> None:
     cells = grid(full=False, seeds=[0, 1, 2], num_steps=400)
     assert len(cells) == len({name_of(cell) for cell in cells}) == 8 * 5 * 2 * 3
     assert {(cell.mode, cell.lag, cell.seed) for cell in cells[:16]} == {("fixed", 16, 0)}
@@ -80,21 +78,22 @@ def test_the_grid_begins_with_one_seed_at_lag_16_and_names_what_exists() -> None
 
 
 @pytest.mark.timeout(90)
-def test_a_cell_repeats_itself_and_its_samples_are_as_old_as_planned(tmp_path: Path) -> None:
+def test_cell_is_reproducible_and_trains_on_planned_ages(tmp_path: Path) -> None:
     build_model(tmp_path, seed=TINY.seed, warm_start_steps=TINY.warm_start_steps)
     try:
         fresh, old, again = (run_cell(replace(TINY, lag=lag), str(tmp_path)) for lag in (0, 6, 6))
     finally:
         dist.destroy_process_group()
     assert again == old
-    # The step's weights are the sampling weights, so every importance weight is 1 as far as engine and trainer agree.
+    # At lag 0 the trained weights are the sampling weights, so every importance weight is 1 if engine and
+    # trainer agree.
     assert fresh.ess_ratio == pytest.approx(1, abs=1e-3)
     assert old.ess_ratio < 0.98
     assert [step for step, _ in old.curve] == list(range(11))
 
 
 @pytest.mark.timeout(90)
-def test_a_stopped_grid_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_stopped_grid_resumes(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     cells = [replace(TINY, num_steps=2, warm_start_steps=0, seed=seed) for seed in (0, 1)]
     run(cells[:1], Results(path), num_jobs=1)
@@ -113,7 +112,7 @@ def test_a_stopped_grid_goes_on_where_it_was(tmp_path: Path) -> None:
     assert Results(path).get(cells[1]) == found
 
 
-def test_the_table_shows_the_best_and_the_worst_learning_rate_of_means_over_seeds(tmp_path: Path) -> None:
+def test_table_shows_best_and_worst_learning_rate(tmp_path: Path) -> None:
     rewards = {(3e-4, 0): 0.9, (3e-4, 1): 0.5, (1e-4, 0): 0.2, (1e-4, 1): 0.4}
     done = [
         (replace(TINY, lr=lr, seed=seed, lag=16), replace(RESULT, reward=reward))
