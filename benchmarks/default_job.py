@@ -21,7 +21,8 @@ from matplotlib import pyplot
 
 KEPT = (
     "steps", "eval_before", "eval_after", "reward_first", "reward_last", "training_seconds", "wall_seconds",
-    "max_trained_lag", "mean_trained_lag", "tickets", "drops", "generation_idle_fraction", "trainer_idle_fraction",
+    "max_trained_lag", "mean_trained_lag", "tickets", "drops", "generation_idle_fraction",
+    "trainer_idle_fraction",
 )  # fmt: skip
 """Keys of the job's summary that go into the result."""
 
@@ -75,7 +76,7 @@ def main() -> None:
 
 
 def draw(runs: list[dict[str, Any]], path: Path, *, window: int = 15) -> None:
-    """Plots the training samples' reward, a moving average over `window` steps, against seconds of training."""
+    """Plots the moving average of the training samples' reward over `window` steps against seconds."""
     figure, axes = pyplot.subplots(figsize=(7, 3.6), dpi=140)
     for run in runs:
         seconds, rewards = zip(*run["curve"], strict=True)

@@ -1,8 +1,8 @@
 """Speed of the embedded engine against `model.generate`: same model, prompts and lengths, one thread.
 
     equal      32 requests of equal length: both run full batches, and only the cost of a step counts
-    long_tail  256 requests with log-normal lengths, 32 at a time; generate takes them in order in batches of 32, each of
-               which runs to its longest request, which is what continuous batching avoids
+    long_tail  256 requests with log-normal lengths, 32 at a time; generate takes them in order, in batches of
+               32, each of which runs to its longest request: continuous batching avoids that
     grouped    the long tail with eight samples a prompt, as in training
     http       the long tail through a real engine process and client
 
@@ -153,7 +153,8 @@ def tiny_model(path: str) -> str:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=100, hidden_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
-        intermediate_size=256, max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        intermediate_size=256, max_position_embeddings=64, tie_word_embeddings=True,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(path)
     return path

@@ -98,7 +98,8 @@ def as_table(runs: list[dict[str, Any]]) -> str:
             mean_lag = sum(run["mean_trained_lag"] for run in own) / len(own)
             lag = f"{max(run['max_trained_lag'] for run in own)} / {mean_lag:.1f}"
             stale = sum(run["drops"]["stale"] for run in own)
-            rows.append([f"`{objective}`", after, sampled, lag, stale, " ".join(own[0]["overrides"]) or "–"])
+            overrides = " ".join(own[0]["overrides"]) or "–"
+            rows.append([f"`{objective}`", after, sampled, lag, stale, overrides])
     return table(
         [
             "objective",

@@ -1,6 +1,7 @@
 """Reward against staleness: a grid of off-policy corrections and ages of samples, on the default task.
 
-    python -m benchmarks.staleness [--full] [--jobs 2] [--only PATTERN ...] [--seeds 0 1 2] [--steps 400] [--report]
+    python -m benchmarks.staleness [--full] [--jobs 2] [--only PATTERN ...] [--seeds 0 1 2] [--steps 400]
+                                   [--report]
 
 A cell of the grid is (method, fixed or mixed ages, lag, learning rate, seed); `benchmarks.staleness_cell`
 runs one and defines the ages. A cell's result depends on its settings alone. Cells take one thread each and

@@ -1,4 +1,6 @@
-"""One cell of the staleness benchmark: learns the sorting task from samples of a prescribed age, in one thread.
+"""One cell of the staleness benchmark: learns the sorting task from samples of a prescribed age.
+
+It runs in one thread of one process.
 
 Ages do not depend on timing. A *plan* sets them before the first step, so a cell's result depends on its
 settings alone (on one machine). All samples of version v that any later step trains on are drawn in one batch
@@ -10,11 +12,11 @@ Ages, in optimizer steps (a group's age in step t is t less the version that sam
 least 0):
 
     fixed     every group's age is `lag`
-    mixed     each group's age is drawn on its own, uniformly from 0..lag: a queue that hands out, in random order,
-              what is at most `lag` old
-    periodic  the engine syncs every I steps, so the age is t mod I, as OAPL prescribes. I is 2 lag + 1 in place of
-              fixed and lag + 1 in place of mixed, so the mean age is that of the other methods (with mixed, the
-              largest age and the distribution too)
+    mixed     each group's age is drawn on its own, uniformly from 0..lag: a queue that hands out, in random
+              order, what is at most `lag` old
+    periodic  the engine syncs every I steps, so the age is t mod I, as OAPL prescribes. I is 2 lag + 1 in
+              place of fixed and lag + 1 in place of mixed, so the mean age is that of the other methods (with
+              mixed, the largest age and the distribution too)
 
 The ages of mixed depend on the seed alone, and a sample's random numbers on seed, prompt and its index in its
 group. So every method gets the same prompts at the same ages with the same random numbers, until its weights

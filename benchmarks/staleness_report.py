@@ -38,7 +38,7 @@ def scores(done: Iterable[tuple[Cell, CellResult]]) -> Scores:
 def in_order(
     done: Iterable[tuple[Cell, CellResult]], methods: Iterable[str]
 ) -> tuple[list[str], list[Setting]]:
-    """The methods and settings that have results: methods as given, then fixed before mixed, short lags first."""
+    """The methods and settings that have results: methods as given, fixed before mixed, short lags first."""
     pairs = list(done)
     have = {cell.method for cell, _ in pairs}
     return [m for m in methods if m in have], sorted({(cell.mode, cell.lag) for cell, _ in pairs})
@@ -60,7 +60,7 @@ def _field(pair: tuple[float, float] | None) -> str:
 
 
 def draw(done: list[tuple[Cell, CellResult]], methods: Iterable[str], path: Path) -> None:
-    """Plots reward against lag, a line a method: at the best learning rate on the left, at the worst on the right."""
+    """Plots reward against lag, a line a method: left at the best learning rate, right at the worst."""
     names, settings = in_order(done, methods)
     found = scores(done)
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 3.9), dpi=140, sharey=True)

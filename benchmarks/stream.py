@@ -1,23 +1,23 @@
-"""Trajectories a second from producers that want an acknowledgement, through a buffer, to a trainer, against what else one could use.
+"""Throughput of trajectories from producers through a buffer to a trainer: our buffer and other systems.
 
-One run on one machine: 1,024-token trajectories (13.3 kB of arrays), 8 producers in two processes with a
-window of 32 each, one consumer, at most 8,192 trajectories between them (`stream_peers/load.py`). The score
-is the smaller of what was acknowledged and what was consumed a second.
+Everything runs on one machine: 1,024-token trajectories (13.3 kB of arrays), 8 producers in two processes
+with a window of 32 each, one consumer, at most 8,192 trajectories between them (`stream_peers/load.py`). The
+score is the smaller of the trajectories acknowledged and consumed per second.
 
-    row               acknowledged means                          how
-    ours              power_loss | process_crash | none           python -m buffer, everything that a run does to the ledger
-    redis             appendfsync always | no                     Redis Streams, pipelined XADD, one consumer group (7.0, Debian)
-    ray queue         in the memory of an actor                   ray.util.queue, one at a time | a window at a time
-    transfer queue    in the memory of two actors                 TransferQueue's client, a window at a time
-    bare zmq          forwarded                                   the same sockets and messages with nothing behind them: the ceiling
+    row             acknowledged means                    implementation
+    ours            power_loss | process_crash | none     python -m buffer, with all ledger calls of a run
+    redis           appendfsync always | no               Redis Streams (7.0, Debian), pipelined XADD
+    ray queue       in the memory of an actor             ray.util.queue, one at a time | a window at a time
+    transfer queue  in the memory of two actors           TransferQueue's client, a window at a time
+    bare zmq        forwarded                             the same sockets and messages alone: the upper bound
 
-Flushes are those of the disk under --scratch while it counted (/sys/dev/block/*/stat), so that group commits
-can be compared. `half load` paces the producers at half of the rate that was reached and reports when
-acknowledgements came. `cost` is the CPU time that one sample's insert and read take in a ledger that already
-holds so many tickets; `server_cpu_us`, `producer_cpu_us`, `consumer_cpu_us` the CPU time that one trajectory
-takes in each process.
+Flushes are those of the disk under --scratch during the measurement (/sys/dev/block/*/stat), so that group
+commits can be compared. `half load` paces the producers at half of the measured rate and reports the latency
+of acknowledgements. `cost` is the CPU time of one sample's insert and read in a ledger that already holds so
+many tickets. `server_cpu_us`, `producer_cpu_us` and `consumer_cpu_us` are the CPU time of one trajectory in
+each process. The other systems need their packages; without --peers only ours and bare zmq are run.
 
-    pip install --target DIR hiredis ray TransferQueue tensordict    (for the peers; without --peers only ours and bare zmq are run)
+    pip install --target DIR hiredis ray TransferQueue tensordict
     python -m benchmarks.stream [--seconds 8] [--peers DIR] [--scratch DIR] [--only ours,redis]
 """
 
@@ -50,13 +50,13 @@ RAY_MODES = {
     "transfer_queue": "transfer queue",
 }
 NUM_TICKETS = (1_000, 10_000, 100_000, 1_000_000)
-"""Ages of the ledger at which `cost` is measured."""
+"""Sizes of the ledger at which `cost` is measured."""
 
 
 def measure(
     module: str, served: Served, plan: Plan, *, seconds: float, environment: dict[str, str]
 ) -> dict[str, Any]:
-    """Runs producers and consumer as processes; returns what they saw, and what it cost the server."""
+    """Runs producers and consumer as processes; returns rates, latencies and CPU time per trajectory."""
     plans = [dataclasses.replace(plan, role="producers", index=index) for index in range(NUM_PROCESSES)]
     plans.append(dataclasses.replace(plan, role="consumer"))
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -113,7 +113,7 @@ def summary(tallies: list[dict[str, Any]], *, seconds: float) -> dict[str, Any]:
 
 
 class Flushes:
-    """Flushes of the block device under a directory since `start`; None where the kernel does not tell."""
+    """Counts flushes of the block device under a directory; None where the kernel does not report them."""
 
     def __init__(self, directory: Path) -> None:
         device = directory.stat().st_dev
@@ -126,13 +126,13 @@ class Flushes:
 
     @property
     def since_start(self) -> int | None:
-        """How many so far."""
+        """Flushes since this object was made."""
         now = self._read()
         return None if now is None or self._start is None else now - self._start
 
 
 class Bench:
-    """Runs the rows one after the other."""
+    """Measures the rows of the table, one after the other."""
 
     def __init__(self, *, seconds: float, peers: str, scratch: Path) -> None:
         self._seconds, self._scratch = seconds, scratch
@@ -212,11 +212,11 @@ class Bench:
             )
 
     def bare_zmq(self) -> None:
-        """The ceiling."""
+        """Bare ZeroMQ: the upper bound."""
         self._row("bare zmq", "benchmarks.stream_peers.bare_zmq", self._server("bare zmq"), half_load=False)
 
     def cost(self) -> None:
-        """What a ticket costs in ledgers of different ages."""
+        """CPU time of a ticket in ledgers of different sizes."""
         for num_tickets in NUM_TICKETS:
             with tempfile.TemporaryDirectory(dir=self._scratch) as directory:
                 self.costs.append(asyncio.run(ledger_cost.cost(Path(directory), num_tickets=num_tickets)))
@@ -251,7 +251,7 @@ class Bench:
 
 
 def shares(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Our rates over those that they are to be compared with, as far as both were measured."""
+    """Our rates over those of the other systems, where both were measured."""
     pairs = (
         ("ours, power_loss", "redis, always"),
         ("ours, process_crash", "redis, no"),

@@ -1,12 +1,11 @@
-"""What a weight update costs in each mode, on each engine: seconds and tokens lost, and the log-prob error that kept KV causes.
+"""Cost of a weight update in each update mode and engine: seconds, tokens, and the log-prob error of kept KV.
 
 A fixed amount of work (sequences of mixed lengths, so that some end at any time) is done without updates and
-with several; the difference over the number of updates is what one costs, whatever it was spent on: the
-pause, KV computed again, sequences resubmitted, and on this machine also the cores that sending and loading
-take away from decoding. Pushes are the project's own, from broadcaster to receiver. Each version moves every
-weight by the default learning rate, up or down at random, as one step of Adam might. Errors are of tokens
-that were sampled after an update came in mid-sequence, against transformers with the weights that the engine
-attests.
+with several. The difference in time, divided by the number of updates, is the cost of one: the pause, KV
+computed again, sequences resubmitted, and on this machine also the CPU time that sending and loading take
+from decoding. Pushes are the project's own, from broadcaster to receiver. Each version moves every weight by
+the default learning rate, up or down at random, as a step of Adam might. Errors are those of tokens sampled
+after an update during their sequence, against transformers with the weights of their recorded version.
 
     python -m benchmarks.update_modes [--engines embedded sglang] [--repeats 3]
 """
@@ -51,14 +50,14 @@ LENGTHS = np.random.default_rng(0).integers(100, 301, NUM_SEQUENCES)
 """Sampled tokens of each sequence."""
 NUM_UPDATES = 4
 NUM_CHECKED = 12
-"""Sequences a mode whose log-probs are recomputed."""
+"""Sequences of each mode whose log-probs are recomputed."""
 STEP_SIZE = 8e-5
 BUCKET_BYTES = 64 << 20
 
 
 @dataclass(eq=False)
 class Server:
-    """A rollout server's engine, weight plane and voice, without its buffer."""
+    """A rollout server's engine, generation gate and weight receiver, without its buffer."""
 
     client: EngineClient
     gate: GenerationGate
@@ -66,8 +65,11 @@ class Server:
     model: Path
 
     async def work(self, mode: str, *, first_version: int) -> tuple[float, list[Trajectory], list[float]]:
-        """All sequences, with NUM_UPDATES pushes spread evenly unless mode is empty: seconds, trajectories, stalls."""
-        places = asyncio.Semaphore(NUM_RUNNING)
+        """Samples all sequences, with NUM_UPDATES pushes spread evenly unless mode is empty.
+
+        Returns seconds, trajectories, and the stall of each push.
+        """
+        slots = asyncio.Semaphore(NUM_RUNNING)
         num_done, stalls = 0, []
         progress = asyncio.Condition()
         versions = range(first_version, first_version + NUM_UPDATES) if mode else range(0)
@@ -82,14 +84,14 @@ class Server:
             transcript.append_context(
                 np.random.default_rng(index).integers(3, 100, PROMPT_TOKENS).astype(np.int32)
             )
-            async with places:
-                speaker = PolicyClient(
+            async with slots:
+                policy_client = PolicyClient(
                     self.client,
                     sampling=sampling,
                     rid=f"{mode}{first_version}.{index}",
                     gate=self.gate,
                 )
-                await speaker.extend(transcript)
+                await policy_client.extend(transcript)
             async with progress:
                 num_done += 1
                 progress.notify_all()
@@ -127,7 +129,7 @@ class Server:
 
 
 def weights_of(model: Path, version: int) -> dict[str, torch.Tensor]:
-    """The weights of a version: STEP_SIZE away from its predecessor's in every coordinate, in random directions."""
+    """The weights of a version: each is STEP_SIZE above or below the previous version's, at random."""
     parameters = dict(AutoModelForCausalLM.from_pretrained(model).named_parameters())
     for step in range(1, version + 1):
         generator = torch.Generator().manual_seed(step)
@@ -156,7 +158,7 @@ def logprob_errors(model: Path, trajectories: list[Trajectory]) -> np.ndarray:
 
 @asynccontextmanager
 async def serving(config: Config, model: Path) -> AsyncIterator[Server]:
-    """A server with the engine that the configuration names."""
+    """Runs a server with the engine that the configuration names."""
 
     def doubt(reason: str) -> None:
         raise RuntimeError(reason)
@@ -193,9 +195,9 @@ async def serving(config: Config, model: Path) -> AsyncIterator[Server]:
 
 
 async def measure(kind: str, directory: Path, model: Path, *, repeats: int) -> dict[str, Any]:
-    """One engine: its rate without updates, and each mode.
+    """Measures one engine without updates and in each mode.
 
-    `keep`'s options for all, so that only the mode differs.
+    The engine has the options of `keep` in all modes, so that only the mode differs.
     """
     rollout = {"engine": kind, "max_running": NUM_RUNNING, "start_timeout_s": 600}
     config = from_mapping(
@@ -250,8 +252,8 @@ def main() -> None:
         for kind in options.engines:
             engines[kind] = asyncio.run(measure(kind, Path(directory), model, repeats=options.repeats))
     shape = {
-        "num_running": NUM_RUNNING, "num_sequences": NUM_SEQUENCES, "num_tokens": int(LENGTHS.sum()), "num_updates": NUM_UPDATES,
-        "step_size": STEP_SIZE, "repeats": options.repeats,
+        "num_running": NUM_RUNNING, "num_sequences": NUM_SEQUENCES, "num_tokens": int(LENGTHS.sum()),
+        "num_updates": NUM_UPDATES, "step_size": STEP_SIZE, "repeats": options.repeats,
     }  # fmt: skip
     print(write("update_modes", {"shape": shape, "engines": engines}))
     rows = [

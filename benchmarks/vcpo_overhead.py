@@ -1,10 +1,10 @@
-"""What VCPO's baseline costs: an optimizer step of plain sequence TIS against VCPO with ghost, exact and proxy norms.
+"""Overhead of VCPO's baseline: a step of plain sequence TIS against VCPO with ghost, exact and proxy norms.
 
-The default job's shape: its model, 16 groups of 8, sequences of about 16 tokens, every group with spread, one
-thread. Time is CPU time of the thread (nothing waits), the ratio the median of those to the plain step of the
-same repetition, so that a busy machine changes it little. Exact norms, ten times as slow, are timed after the
-others. Memory is the growth of the process's resident peak over the state before the first step, each
-objective in a process of its own.
+The load has the default job's shape: its model, 16 groups of 8, sequences of about 16 tokens, different
+rewards in every group, one thread. Time is the thread's CPU time (nothing waits). The ratio is the median of
+the ratios to the plain step of the same repetition, so that a busy machine changes it little. Exact norms,
+ten times as slow, are timed after the others. Memory is the growth of the process's peak resident size over
+the state before the first step, with each objective in a process of its own.
 
 `goal`: ghost norms within 1.25 of plain TIS.
 
@@ -53,8 +53,9 @@ def model_at(path: str, *, width: int) -> str:
     """The default job's architecture, untrained; `width` is its hidden size."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=100, hidden_size=width, num_hidden_layers=3, num_attention_heads=4, intermediate_size=width * 8 // 3,
-        max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        vocab_size=100, hidden_size=width, num_hidden_layers=3, num_attention_heads=4,
+        intermediate_size=width * 8 // 3, max_position_embeddings=64, tie_word_embeddings=True,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(path)
     return path
@@ -70,7 +71,7 @@ def groups_of(num_groups: int, *, group_size: int = 8) -> list[list[Trajectory]]
 
 
 def trajectory(rng: np.random.Generator, *, num_prompt: int, reward: float) -> Trajectory:
-    """Random tokens, as likely as under a uniform policy, give or take."""
+    """A sample of random tokens, with log-probs close to those of a uniform policy."""
     num_sampled = int(rng.integers(5, 11))
     mask = np.repeat([0, 1], [num_prompt, num_sampled]).astype(np.uint8)
     return Trajectory(
@@ -99,7 +100,7 @@ def runner_of(path: str, settings: dict[str, Any]) -> StepRunner:
 
 
 def peak_mib(name: str, path: str, num_groups: int) -> float:
-    """Growth of the resident peak over three steps; in a process of its own."""
+    """Growth of the peak resident size over three steps; must run in a process of its own."""
     torch.set_num_threads(1)
     runner, groups = runner_of(path, OBJECTIVE_SETTINGS[name]), groups_of(num_groups)
     before = int(
@@ -115,7 +116,7 @@ def peak_mib(name: str, path: str, num_groups: int) -> float:
 def step_seconds(
     path: str, num_groups: int, names: Sequence[str], *, repeats: int
 ) -> dict[str, dict[str, float]]:
-    """Median CPU seconds of a step, and their median ratio to the first objective's of the same repetition."""
+    """Median CPU seconds of a step, and median ratio to the first objective's step in the same repetition."""
     torch.set_num_threads(1)
     groups = groups_of(num_groups)
     runners = {name: runner_of(path, OBJECTIVE_SETTINGS[name]) for name in names}

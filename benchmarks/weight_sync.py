@@ -1,11 +1,11 @@
-"""What a push costs: its share of a bare broadcast's rate, bucketed against tensor by tensor, and how long training stands still for it.
+"""Cost of a weight push: its rate over that of a bare broadcast, and how long training waits for it.
 
-The push is the project's own from end to end: frozen weights, control messages, broadcast, checksums on both
-sides, a real engine that stores into its shadow set, verifies and swaps. The bare broadcast sends the same
-buckets with `dist.broadcast` into one buffer that is there already. Both take turns, and the median counts.
-Training's stall is measured on two ranks: freezing (what a step waits for now), and gathering, flattening and
-checksumming everything at once (what it would wait for without). What an update costs generation, in each
-mode, is measured by `benchmarks.update_modes`.
+Pushes are measured in large buckets and tensor by tensor. They are the project's own from end to end: frozen
+weights, control messages, broadcast, checksums on both sides, a real engine that stores into its shadow
+weights, verifies and swaps. The bare broadcast sends the same buckets with `dist.broadcast` into one buffer
+that exists already. Both take turns, and medians count. Training's stall is measured on two ranks: freezing
+(which a step waits for), and gathering, flattening and checksumming everything at once (which it would wait
+for otherwise). `benchmarks.update_modes` measures the cost of an update to generation.
 
     python -m benchmarks.weight_sync [--sizes 10MB 100MB 500MB 2GB] [--rounds 5]
 """
@@ -53,12 +53,13 @@ VOCAB = 1000
 
 
 def write_model(path: Path, size: str) -> Path:
-    """A model of one of SIZES. Its weights are all alike, which no step of a push notices."""
+    """Writes a model of one of SIZES. All its weights are equal, which makes no difference to a push."""
     hidden, inner, layers = SIZES[size]
     config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 64, vocab_size=VOCAB, max_position_embeddings=256, tie_word_embeddings=True,
-        bos_token_id=1, eos_token_id=2, architectures=["LlamaForCausalLM"],
+        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64, vocab_size=VOCAB,
+        max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+        architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
@@ -76,7 +77,7 @@ def write_model(path: Path, size: str) -> Path:
 
 
 async def receive(model: Path) -> None:
-    """An engine and its weight plane, until stdin closes."""
+    """Runs an engine and its weight receiver until stdin closes."""
     config = from_mapping(
         {
             "runs_dir": str(model.parent),
@@ -103,7 +104,10 @@ async def receive(model: Path) -> None:
 
 
 def bare(store: str, sizes: list[int], rank: int) -> Callable[[], float]:
-    """Seconds of one bare broadcast of buckets of these sizes; call it on both ranks at once."""
+    """A function that does one bare broadcast of buckets of these sizes and returns its seconds.
+
+    Call it on both ranks at once.
+    """
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2, timeout=timedelta(seconds=120)
     )
@@ -123,7 +127,7 @@ def bare(store: str, sizes: list[int], rank: int) -> Callable[[], float]:
 
 
 def bare_receiver(store: str, sizes: list[int]) -> None:
-    """The other rank of `bare`: once for each line on stdin."""
+    """The other rank of `bare`: one broadcast for each line on stdin."""
     once = bare(store, sizes, rank=1)
     for _ in sys.stdin:
         once()
@@ -131,7 +135,7 @@ def bare_receiver(store: str, sizes: list[int]) -> None:
 
 @contextlib.contextmanager
 def child(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """This file in another process."""
+    """Runs this file in another process."""
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.weight_sync", *arguments],
         stdin=subprocess.PIPE,
@@ -150,13 +154,13 @@ def child(*arguments: str) -> Iterator[subprocess.Popen[str]]:
 
 
 async def pushes(model: Path, size: str, *, rounds: int, folder: Path) -> dict[str, Any]:
-    """Medians over rounds of one size."""
+    """Measures pushes and bare broadcasts of one size."""
     policy = Policy.load(str(model)).shard(Ranks.alone())
-    freezers = {
+    snapshotters = {
         "bucketed": WeightSnapshotter(policy, Ranks.alone(), bucket_bytes=BUCKET_BYTES, dtype="float32"),
         "per_tensor": WeightSnapshotter(policy, Ranks.alone(), bucket_bytes=1, dtype="float32"),
     }
-    sizes = [bucket.num_bytes for bucket in freezers["bucketed"].buckets]
+    sizes = [bucket.num_bytes for bucket in snapshotters["bucketed"].buckets]
     dist.destroy_process_group()
     seconds: dict[str, list[float]] = {"bare": [], "bucketed": [], "per_tensor": []}
     with (
@@ -182,7 +186,8 @@ async def pushes(model: Path, size: str, *, rounds: int, folder: Path) -> dict[s
                 state="serving",
                 weights_version=0,
             )
-            snapshot = freezers[how].take_snapshot()  # anew: checksums are kept with a snapshot
+            # A new one for each push, because a snapshot keeps its checksums.
+            snapshot = snapshotters[how].take_snapshot()
             assert snapshot is not None and snapshot.acquire()
             started_s = time.perf_counter()
             outcome = await broadcaster.push(snapshot, version=version, step=version, servers=[entry])
@@ -195,8 +200,11 @@ async def pushes(model: Path, size: str, *, rounds: int, folder: Path) -> dict[s
         for round_ in range(rounds + 1):
             peer.stdin.write("\n")
             peer.stdin.flush()
-            measured = {"bare": await asyncio.to_thread(once)} | {how: await push(how) for how in freezers}
-            for how in seconds if round_ else ():  # the first forms the group and touches memory
+            measured = {"bare": await asyncio.to_thread(once)} | {
+                how: await push(how) for how in snapshotters
+            }
+            # The first round forms the group and touches memory for the first time, so it does not count.
+            for how in seconds if round_ else ():
                 seconds[how].append(measured[how])
         await broadcaster.close()
         dist.destroy_process_group()
@@ -204,7 +212,7 @@ async def pushes(model: Path, size: str, *, rounds: int, folder: Path) -> dict[s
     return {
         "size": size,
         "num_bytes": sum(sizes),
-        "num_tensors": sum(len(bucket.tensors) for bucket in freezers["bucketed"].buckets),
+        "num_tensors": sum(len(bucket.tensors) for bucket in snapshotters["bucketed"].buckets),
         "num_buckets": len(sizes),
         "seconds": {how: round(value, 4) for how, value in medians.items()},
         "all_seconds": {how: [round(value, 4) for value in values] for how, values in seconds.items()},
@@ -215,18 +223,18 @@ async def pushes(model: Path, size: str, *, rounds: int, folder: Path) -> dict[s
 
 
 def stall(store: str, rank: int, model: str, rounds: int) -> None:
-    """One of two ranks: what training waits for, with and without a gathering beside it."""
+    """Runs one of two ranks: times freezing, and gathering everything at once."""
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2, timeout=timedelta(seconds=120)
     )
     ranks = Ranks()
     policy = Policy.load(model).shard(ranks)
-    freezer = WeightSnapshotter(policy, ranks, bucket_bytes=BUCKET_BYTES, dtype="float32")
+    snapshotter = WeightSnapshotter(policy, ranks, bucket_bytes=BUCKET_BYTES, dtype="float32")
     frozen_s, gathered_s = [], []
     for _ in range(rounds + 1):
         dist.barrier()
         started_s = time.perf_counter()
-        freezer.take_snapshot()
+        snapshotter.take_snapshot()
         frozen_s.append(time.perf_counter() - started_s)
         dist.barrier()
         started_s = time.perf_counter()
@@ -237,7 +245,7 @@ def stall(store: str, rank: int, model: str, rounds: int) -> None:
             checksum(flatten(bucket, tensors))
         dist.barrier()
         gathered_s.append(time.perf_counter() - started_s)
-    freezer.close()
+    snapshotter.close()
     if rank == 0:
         print(
             json.dumps(
@@ -249,15 +257,15 @@ def stall(store: str, rank: int, model: str, rounds: int) -> None:
 
 
 def stalls(model: Path, size: str, *, rounds: int, folder: Path) -> dict[str, Any]:
-    """Training's stall on two ranks."""
+    """Measures training's stall on two ranks."""
     store = str(folder / f"stall-{size}")
     with (
         child("--stall", store, "0", str(model), str(rounds)) as first,
         child("--stall", store, "1", str(model), str(rounds)),
     ):
         assert first.stdout is not None
-        answer: dict[str, float] = json.loads(first.stdout.readline())
-    return {"size": size} | {name: round(value, 4) for name, value in answer.items()}
+        medians: dict[str, float] = json.loads(first.stdout.readline())
+    return {"size": size} | {name: round(value, 4) for name, value in medians.items()}
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
-"""What `benchmarks/stream.py` measures: one file each for the buffer of this repository, Redis Streams, Ray's
-queue, TransferQueue, and bare ZeroMQ.
+"""The systems of `benchmarks/stream.py`: our buffer, Redis Streams, Ray's queue, TransferQueue, bare ZeroMQ.
 
-A peer is a server, producers and a consumer in processes of their own, which agree on `load.Plan` and report
-a `load.Tally`.
+Each is a server, producers and a consumer in processes of their own. Producers and consumer get a `load.Plan`
+and print a `load.Tally`.
 """

@@ -1,9 +1,9 @@
-"""The ceiling: the same messages through a process that only forwards them, with the sockets of our channel and nothing else.
+"""The upper bound of `benchmarks/stream.py`: the same messages through a process that only forwards them.
 
-Producers send the records of samples (packed beforehand; as many in a message as the window has room for),
-the forwarder acknowledges each message and passes groups of eight on when the consumer asks. Nobody packs,
-checks or unpacks, there is no ledger and no disk. What the buffer reaches of this rate is what all that work
-leaves of it.
+The sockets are those of our channel. Producers send the records of samples (packed beforehand; as many in a
+message as the window has room for). The forwarder acknowledges each message, and sends a group of eight for
+each request of the consumer. Nothing is packed, checked or unpacked, and there is no ledger and no disk. The
+buffer's share of this rate shows the cost of that work.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from benchmarks.report import ROOT
 from benchmarks.stream_peers.load import Pacer, Plan, Served, Tally, packed, trajectories
 
 GROUP_SIZE = 8
-ASKED_AHEAD = 64
+REQUESTS_AHEAD = 64
 
 
 @contextlib.contextmanager
 def server() -> Iterator[Served]:
-    """The forwarder as a process."""
+    """Runs the forwarder as a process."""
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.stream_peers.bare_zmq", "forward"],
         cwd=ROOT,
@@ -53,7 +53,8 @@ def _forward() -> None:
     wanted: deque[bytes] = deque()
     while True:
         peer, joined = socket.recv_multipart()
-        if not joined:  # the consumer asks for a group
+        # An empty message is the consumer's request for a group.
+        if not joined:
             wanted.append(peer)
         else:
             records = [joined[start : start + num_bytes] for start in range(0, len(joined), num_bytes)]
@@ -93,7 +94,8 @@ def _produce(plan: Plan, tally: Tally) -> None:
                     num_taken, backlog = map(int, socket.recv(zmq.NOBLOCK).split())
                     for _ in range(num_taken):
                         tally.acked(sent_s[socket].popleft())
-        if not any(sent_s.values()):  # nothing on its way that could tell of a smaller backlog
+        # With nothing unacknowledged, no acknowledgement would report a smaller backlog.
+        if not any(sent_s.values()):
             backlog = 0
 
 
@@ -102,7 +104,7 @@ def _consume(plan: Plan, tally: Tally) -> None:
     socket.set(zmq.LINGER, 0)
     socket.set(zmq.RCVHWM, 0)
     socket.connect(plan.address)
-    for _ in range(ASKED_AHEAD):
+    for _ in range(REQUESTS_AHEAD):
         socket.send(b"")
     while not tally.is_over:
         if socket.poll(100):

@@ -1,8 +1,10 @@
-"""What a ticket costs in a ledger that is old: CPU time of the ledger and its store, writer thread included, without sockets.
+"""CPU time of a ticket in a ledger with many old ones: the ledger and its store, without sockets.
 
-The old tickets are written with SQL, as a run would have left them (trained, released, their rows kept for
-ever), because training a million of them takes longer than anyone would wait; the ledger then recovers and a
-run goes on behind them.
+The store's writer thread is included.
+
+The old tickets are written with SQL, as a run leaves them (trained, released, their rows kept for ever),
+because training a million of them would take too long. The ledger then recovers, and a run goes on from
+there.
 """
 
 from __future__ import annotations
@@ -33,17 +35,18 @@ COMMIT_EVERY = 8
 async def cost(
     directory: Path, *, num_tickets: int, num_tokens: int = 64, durability: str = "process_crash"
 ) -> dict[str, Any]:
-    """Microseconds of CPU for one sample inserted and one read, seconds to open, bytes of the ledger's file."""
+    """Microseconds of CPU of one insert and one read, seconds to open, bytes of the ledger's file."""
     config = config_of(directory, durability=durability, backlog=8192)
     paths = RunPaths.of(config)
+    # Opening makes the tables.
     with contextlib.closing(_open(config)[1]):
-        pass  # makes the tables
-    _grow_old(paths.ledger / "ledger.sqlite3", num_tickets)
+        pass
+    _write_old_tickets(paths.ledger / "ledger.sqlite3", num_tickets)
     started_s = time.monotonic()
     ledger, store = _open(config)
     open_s = time.monotonic() - started_s
     try:
-        inserted_s, read_s = await _go_on(ledger, store, num_tokens=num_tokens)
+        inserted_s, read_s = await _run_steps(ledger, store, num_tokens=num_tokens)
     finally:
         store.close()
     num_samples = NUM_STEPS * GROUPS_PER_STEP * GROUP_SIZE
@@ -66,22 +69,25 @@ def _open(config: Config) -> tuple[Ledger, Store]:
     ), store
 
 
-def _grow_old(file: Path, num_tickets: int) -> None:
-    """Whole steps of trained and released tickets, and the marks that go with them."""
+def _write_old_tickets(file: Path, num_tickets: int) -> None:
+    """Writes whole steps of trained and released tickets, and the scalars that go with them."""
     num_steps = num_tickets // GROUPS_PER_STEP
-    numbers = f"WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i + 1 < {num_steps * GROUPS_PER_STEP}) "
+    last = num_steps * GROUPS_PER_STEP
+    numbers = f"WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i + 1 < {last}) "
     with contextlib.closing(sqlite3.connect(file)) as connection, connection:
         columns = {
-            "ticket_id": "i + 1", "purpose": "'train'", "prompt_index": "i", "num_samples": GROUP_SIZE, "parent": 0, "num_reissues": 0,
-            "eval_id": 0, "max_staleness": 15, "state": "'trained'", "step": f"i / {GROUPS_PER_STEP}", "position": f"i % {GROUPS_PER_STEP}",
-            "num_greedy": 0, "released": 1,
+            "ticket_id": "i + 1", "purpose": "'train'", "prompt_index": "i", "num_samples": GROUP_SIZE,
+            "parent": 0, "num_reissues": 0, "eval_id": 0, "max_staleness": 15, "state": "'trained'",
+            "step": f"i / {GROUPS_PER_STEP}", "position": f"i % {GROUPS_PER_STEP}", "num_greedy": 0,
+            "released": 1,
         }  # fmt: skip
         names, values = ", ".join(columns), ", ".join(map(str, columns.values()))
         connection.execute(f"INSERT INTO tickets ({names}) {numbers} SELECT {values} FROM n")
         connection.execute(
-            "INSERT INTO samples (ticket_id, sample_index, lease_id, oldest_step, sum_token_steps, oldest_version, newest_version, "
-            "num_sampled, reward, segment, offset, num_bytes, crc32) "
-            f"SELECT ticket_id, value, ticket_id, step, 0, 0, 0, 1, 1.0, 0, 0, 0, 0 FROM tickets, json_each('{list(range(GROUP_SIZE))}')"
+            "INSERT INTO samples (ticket_id, sample_index, lease_id, oldest_step, sum_token_steps, "
+            "oldest_version, newest_version, num_sampled, reward, segment, offset, num_bytes, crc32) "
+            "SELECT ticket_id, value, ticket_id, step, 0, 0, 0, 1, 1.0, 0, 0, 0, 0 "
+            f"FROM tickets, json_each('{list(range(GROUP_SIZE))}')"
         )
         marks = {
             "trainer_step": num_steps,
@@ -92,8 +98,8 @@ def _grow_old(file: Path, num_tickets: int) -> None:
         connection.executemany("INSERT OR REPLACE INTO marks VALUES (?, ?)", marks.items())
 
 
-async def _go_on(ledger: Ledger, store: Store, *, num_tokens: int) -> tuple[float, float]:
-    """A run of NUM_STEPS steps: (CPU seconds of inserting, of reading)."""
+async def _run_steps(ledger: Ledger, store: Store, *, num_tokens: int) -> tuple[float, float]:
+    """Runs NUM_STEPS steps; returns the CPU seconds of inserting and of reading."""
     first_step = ledger.trainer_step
     ledger.set_num_train_prompts(1_000_000)
     ledger.start_training(incarnation=2, step=first_step, stream={})

@@ -1,8 +1,8 @@
-"""The load that is the same for every peer: what is sent, how much of it may be on its way, when it counts.
+"""The load, the same for every system: trajectories, window and backlog, and when measuring begins and ends.
 
-Eight producers in two processes, because two cores carry no more; each keeps at most `window` trajectories
-unacknowledged and stops when `backlog` are acknowledged and not yet consumed. Times are CLOCK_MONOTONIC,
-which all processes of a machine share.
+There are eight producers in two processes, because two cores carry no more. Each keeps at most `window`
+trajectories unacknowledged, and stops when `backlog` are acknowledged and not yet consumed. Times are
+CLOCK_MONOTONIC, which all processes of a machine share.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from areal_like.wire.records import Record
 NUM_PRODUCERS = 8
 NUM_PROCESSES = 2
 WARM_UP_S = 2.0
-"""Load before it counts."""
+"""Time under load before measuring begins."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """A peer's server."""
+    """The server of one system."""
 
     address: str
     pid: int
@@ -50,17 +50,17 @@ def cpu_s(*pids: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What one process is told, as JSON on its command line."""
+    """The task of one process, passed as JSON on its command line."""
 
     role: str
     """`producers` | `consumer`."""
     address: str
-    """Of the peer's server."""
+    """Address of the server."""
     begin_s: float = 0.0
     end_s: float = 0.0
-    """What is acknowledged or consumed between these counts."""
+    """Trajectories acknowledged or consumed between these times are counted."""
     index: int = 0
-    """Which of the producers' processes."""
+    """Number of the producers' process."""
     window: int = 32
     """Unacknowledged trajectories of one producer."""
     backlog: int = 8192
@@ -71,14 +71,14 @@ class Plan:
 
     @classmethod
     def from_argv(cls) -> Self:
-        """The plan of this process; when it counts is said on stdin, once every process has said that it is ready."""
+        """The plan of this process. Prints "ready", then reads the times from stdin."""
         plan = cls(**json.loads(sys.argv[1]))
         print("ready", flush=True)
         begin_s, end_s = map(float, input().split())
         return replace(plan, begin_s=begin_s, end_s=end_s)
 
     def dumps(self) -> str:
-        """For the command line."""
+        """The plan as a command line argument."""
         return json.dumps(asdict(self))
 
     @property
@@ -90,7 +90,7 @@ class Plan:
 
 @dataclass(kw_only=True)
 class Tally:
-    """What one process saw between `begin_s` and `end_s`."""
+    """Counts and latencies of one process between `begin_s` and `end_s`."""
 
     plan: Plan
     num_acked: int = 0
@@ -100,7 +100,7 @@ class Tally:
 
     @property
     def is_over(self) -> bool:
-        """Time to stop."""
+        """True when the process should stop."""
         return time.monotonic() >= self.plan.end_s
 
     def acked(self, sent_s: float) -> None:
@@ -111,12 +111,12 @@ class Tally:
             self.latencies_s.append(now_s - sent_s)
 
     def consumed(self, count: int) -> None:
-        """So many were decoded now."""
+        """`count` trajectories were consumed now."""
         if self.plan.begin_s <= time.monotonic() < self.plan.end_s:
             self.num_consumed += count
 
     def dumps(self) -> str:
-        """For the parent."""
+        """The tally as JSON, for the parent process."""
         latencies_ms = [round(1e3 * latency_s, 3) for latency_s in self.latencies_s]
         return json.dumps(
             {"num_acked": self.num_acked, "num_consumed": self.num_consumed, "latencies_ms": latencies_ms}
@@ -124,7 +124,7 @@ class Tally:
 
 
 class Pacer:
-    """Says how many may be sent by now at a steady rate; always enough at rate 0."""
+    """Limits sending to a steady rate; no limit at rate 0."""
 
     def __init__(self, rate_per_s: float) -> None:
         self._rate_per_s = rate_per_s
@@ -132,18 +132,18 @@ class Pacer:
         self._num_sent = 0
 
     def may_send(self) -> bool:
-        """Whether one more is due."""
+        """True if one more trajectory is due."""
         return (
             not self._rate_per_s or self._num_sent < (time.monotonic() - self._started_s) * self._rate_per_s
         )
 
     def sent(self) -> None:
-        """One was sent."""
+        """Counts one trajectory as sent."""
         self._num_sent += 1
 
 
 def trajectories(num_tokens: int, *, count: int = 64, version: int = 0) -> list[Trajectory]:
-    """Different ones, so that nothing on the way can profit from sending the same bytes again."""
+    """Distinct trajectories, so that no system profits from sending the same bytes again."""
     rng = np.random.default_rng(0)
     mask = np.arange(num_tokens) >= num_tokens // 8
     return [
@@ -160,10 +160,10 @@ def trajectories(num_tokens: int, *, count: int = 64, version: int = 0) -> list[
 
 
 def packed(trajectory: Trajectory, number: int) -> bytes:
-    """As every producer that sends bytes has to serialise it."""
+    """A trajectory serialised, which every producer of bytes must do."""
     return Record.of(number, 0, trajectory).data
 
 
 def unpacked(data: bytes) -> Trajectory:
-    """As every consumer has to read it before anybody can train on it."""
+    """A trajectory deserialised, which every consumer must do before training on it."""
     return Record.opened(data).trajectory()

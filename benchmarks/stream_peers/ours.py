@@ -1,8 +1,8 @@
-"""This repository's buffer: the real daemon, the real messages, the whole life of a ticket.
+"""This repository's buffer under load: the real daemon, the real messages, the whole life of a ticket.
 
-Producers say hello, beat, get leases, send samples and count what is acknowledged; the consumer fetches
-groups of step after step, completes the step, takes a version for the next and commits every eighth. Nothing
-that a run does to the ledger is left out.
+Producers send hello and heartbeats, get leases, send samples and count acknowledgements. The consumer fetches
+the groups of step after step, completes each step, takes a version for the next and commits every eighth. No
+call that a run makes to the ledger is left out.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ COMMIT_EVERY = 8
 _BEAT_S = 0.05
 _PACE_S = 0.002
 _VERSIONS_A_PUSH = 4
-"""Stamping trajectories with another version is work that an engine would do."""
+"""Weight versions between two changes of the producers' samples. In a run the engine stamps versions; here
+the producer would pay for each change."""
 
 
 def config_of(directory: Path, *, durability: str, backlog: int) -> Config:
@@ -63,7 +64,7 @@ def config_of(directory: Path, *, durability: str, backlog: int) -> Config:
 
 @contextlib.contextmanager
 def server(directory: Path, *, durability: str, backlog: int) -> Iterator[Served]:
-    """The daemon."""
+    """Runs the buffer daemon."""
     config = config_of(directory, durability=durability, backlog=backlog)
     paths = RunPaths.of(config)
     save_config(config, paths.config)
@@ -122,8 +123,7 @@ class _Producer:
         self._link.send(
             ServerHeartbeat(
                 state=ServerState.SERVING,
-                # As much again as may be on its way, so that leases are there when acknowledgements make
-                # room.
+                # Twice the window, so that leases are there when acknowledgements make room.
                 free_samples=max(0, 2 * self._plan.window - holding),
                 holding_samples=holding,
                 weights_version=self._version,
@@ -155,7 +155,7 @@ class _Producer:
                 self._beat()
 
     def send(self) -> None:
-        """What may be sent now, in one message."""
+        """Sends, in one message, all samples that may be sent now."""
         finished = []
         while self._work and len(self._sent_s) < self._plan.window and self._pacer.may_send():
             lease_id, ticket_id, index = self._work.popleft()
@@ -169,7 +169,7 @@ class _Producer:
 
 
 async def _pace(producers: deque[_Producer], tally: Tally) -> None:
-    """What is due, in turn from each."""
+    """Lets every producer send what is due, in turn."""
     while not tally.is_over:
         producers.rotate()
         for producer in producers:
@@ -184,14 +184,14 @@ async def _consume(plan: Plan, tally: Tally) -> None:
         group = await link.call(Fetch(step=step, position=position), timeout_s=60)
         tally.consumed(len(group.trajectories))
 
-    def asked(step: int) -> list[asyncio.Task[None]]:
+    def requested(step: int) -> list[asyncio.Task[None]]:
         return [asyncio.create_task(fetched(step, position)) for position in range(GROUPS_PER_STEP)]
 
     await link.call(_hello(Role.TRAINER, "trainer-0"), timeout_s=20)
     await link.call(StartTraining(step=0), timeout_s=20)
-    ahead, step = asked(0), 0
+    ahead, step = requested(0), 0
     while not tally.is_over:
-        current, ahead = ahead, asked(step + 1)
+        current, ahead = ahead, requested(step + 1)
         _, late = await asyncio.wait(current, timeout=max(0.0, plan.end_s - time.monotonic()))
         if late:
             break

@@ -1,15 +1,15 @@
-"""Ray's queue and TransferQueue, which both live in a Ray cluster: one driver that starts it, the load in actors of their own.
+"""Ray's queue and TransferQueue under load, in a Ray cluster: one driver that starts it, the load in actors.
 
 `python -m benchmarks.stream_peers.ray_cluster queue|queue_batch|transfer_queue SECONDS PLAN` prints the
-tallies. Both keep everything in memory: what they acknowledge survives nothing.
+tallies. Both systems keep everything in memory: an acknowledged trajectory does not survive the actor's
+process.
 
-* `queue`: `ray.util.queue.Queue`, one trajectory a `put_async`, as many at a time as the window. *
-`queue_batch`: the same with `put_nowait_batch` of a whole window at a time: the fastest way into it, and one
-that a stream of single
-  samples cannot use.
-* `transfer_queue`: `TransferQueueClient.put` of a whole window at a time as a TensorDict, in one thread a
-producer; read by `get_meta` and
-  `get_data`, cleared when read. Two SimpleStorage units, as its default configuration has it.
+    queue           `ray.util.queue.Queue`, one trajectory a `put_async`, as many at a time as the window
+    queue_batch     the same with `put_nowait_batch` of a whole window at a time: the fastest way to write to
+                    it, but a stream of single samples cannot use it
+    transfer_queue  `TransferQueueClient.put` of a whole window at a time as a TensorDict, in one thread a
+                    producer; read by `get_meta` and `get_data`, cleared when read; two SimpleStorage units,
+                    as in its default configuration
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import threading
 import time
 from typing import Any
 
-import ray  # with the rest in the peers' own packages
+import ray  # installed below --peers only
 from ray.util.queue import Empty, Full, Queue
 
 from benchmarks.report import ROOT
@@ -50,7 +50,7 @@ class Queued:
         self._num_sent = 0
 
     async def run(self, begin_s: float, end_s: float) -> dict[str, Any]:
-        """Until `end_s`; 0: only says that it is there."""
+        """Runs until `end_s` and returns the tally. With 0 it returns at once: the actor is up."""
         self._tally = Tally(plan=dataclasses.replace(self._plan, begin_s=begin_s, end_s=end_s))
         if self._plan.role == "consumer":
             await asyncio.to_thread(self._consume)
@@ -121,7 +121,7 @@ class Transferred:
         )
 
     async def run(self, begin_s: float, end_s: float) -> dict[str, Any]:
-        """Until `end_s`; 0: only says that it is there."""
+        """Runs until `end_s` and returns the tally. With 0 it returns at once: the actor is up."""
         self._tally = Tally(plan=dataclasses.replace(self._plan, begin_s=begin_s, end_s=end_s))
         if self._plan.role == "consumer":
             await asyncio.to_thread(self._consume)

@@ -1,8 +1,8 @@
-"""Redis Streams: Debian's redis-server with an append-only file, `XADD` pipelined up to the window, one consumer group.
+"""Redis Streams under load: Debian's redis-server, append-only file, pipelined `XADD`, one consumer group.
 
-The client is a socket and hiredis' parser: redis-py's own pipelines wait for a whole batch, which would cost
-Redis throughput that is the client's fault. A step's worth of entries is acknowledged and trimmed together,
-so that the stream stays as small as our buffer's.
+The client is a socket and hiredis' parser: redis-py's own pipelines wait for a whole batch, and the lost
+throughput would be the client's fault, not Redis's. A step's worth of entries is acknowledged and trimmed
+together, so that the stream stays as small as our buffer's.
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import hiredis  # only in the peers' own packages
+import hiredis  # installed below --peers only
 
 from benchmarks.stream_peers.load import Pacer, Plan, Served, Tally, packed, trajectories, unpacked
 
 BATCH = 512
 _LOOK_EVERY = 64
-"""Trajectories between two looks at the backlog."""
+"""Trajectories between two reads of the backlog."""
 
 
 @contextlib.contextmanager
 def server(directory: Path, *, appendfsync: str) -> Iterator[Served]:
-    """redis-server on a loopback port."""
+    """Runs redis-server on a loopback port."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     directory.mkdir(parents=True, exist_ok=True)
     settings = {
-        "port": port, "bind": "127.0.0.1", "dir": directory, "save": "", "appendonly": "yes", "appendfsync": appendfsync,
-        "auto-aof-rewrite-percentage": 0, "stream-node-max-entries": 100, "loglevel": "warning",
+        "port": port, "bind": "127.0.0.1", "dir": directory, "save": "", "appendonly": "yes",
+        "appendfsync": appendfsync, "auto-aof-rewrite-percentage": 0, "stream-node-max-entries": 100,
+        "loglevel": "warning",
     }  # fmt: skip
     command = [
         "redis-server",
@@ -58,7 +59,7 @@ def server(directory: Path, *, appendfsync: str) -> Iterator[Served]:
 
 
 class _Client:
-    """Commands out, replies in, no more."""
+    """A minimal client: sends commands, reads replies."""
 
     def __init__(self, address: str) -> None:
         host, port = address.split(":")
@@ -84,7 +85,7 @@ class _Client:
         return found
 
     def replies(self) -> list[Any]:
-        """Those that have come; call it when the socket is readable."""
+        """The replies that have arrived; call it when the socket is readable."""
         self._reader.feed(self.socket.recv(1 << 20))
         found = []
         while (reply := self._reader.gets()) is not False:
@@ -102,12 +103,12 @@ class _Producer:
         self._plan, self._tally, self._pacer = plan, tally, pacer
         self._samples = trajectories(plan.num_tokens)
         self._sent_s: deque[float] = deque()
-        """Of what was asked and not answered, in order; 0: a look at the backlog."""
+        """Send times of the commands without a reply yet, in order; 0 for a read of the backlog."""
         self._num_sent = 0
         self._backlog = 0
 
     def pump(self) -> None:
-        """Sends what may be sent."""
+        """Sends all that the window and the backlog allow."""
         while len(self._sent_s) < self._plan.window and self._pacer.may_send():
             if self._num_sent % _LOOK_EVERY == 0 or self._backlog > self._plan.backlog:
                 if 0.0 in self._sent_s:
@@ -115,7 +116,8 @@ class _Producer:
                 self.client.send("XLEN", "stream")
                 self._sent_s.append(0.0)
                 if self._backlog > self._plan.backlog:
-                    time.sleep(0.002)  # the consumer is behind: no need to ask faster
+                    # The consumer is behind: there is no need to read the backlog more often.
+                    time.sleep(0.002)
                     return
             self._sent_s.append(time.monotonic())
             record = packed(self._samples[self._num_sent % len(self._samples)], self._num_sent)
@@ -124,7 +126,7 @@ class _Producer:
             self._pacer.sent()
 
     def take(self) -> None:
-        """RunCounters the replies that have come."""
+        """Counts the replies that have arrived."""
         for reply in self.client.replies():
             if isinstance(reply, Exception):
                 raise reply

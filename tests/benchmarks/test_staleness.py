@@ -41,8 +41,8 @@ def ages(cell: Cell) -> list[int]:
     planned = [
         (step, group, step - version) for version, wanted in cell.plan().items() for step, group in wanted
     ]
-    places = [(step, group) for step in range(cell.num_steps) for group in range(cell.groups_per_step)]
-    assert sorted((step, group) for step, group, _ in planned) == places, (
+    all_groups = [(step, group) for step in range(cell.num_steps) for group in range(cell.groups_per_step)]
+    assert sorted((step, group) for step, group, _ in planned) == all_groups, (
         "every group of every step is sampled once"
     )
     return [age for *_, age in sorted(planned)]

@@ -14,9 +14,8 @@ import pytest
 from areal_like.config import Config, from_mapping
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.sglang.process import SglangProcess
-from tests.support.engine_harness import CONTEXT, VOCAB, Engine, save_model
+from tests.support.engine_harness import CONTEXT, VOCAB, Engine, Models, save_models
 
-Models = tuple[Path, Path]
 START_S = 400.0
 """Time limit of the start; it takes half a minute on two quiet cores."""
 
@@ -31,10 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    directory = tmp_path_factory.mktemp("models")
-    return save_model(directory / "llama-0", "llama", seed=0), save_model(
-        directory / "llama-1", "llama", seed=1
-    )
+    return save_models(tmp_path_factory.mktemp("models"), "llama")
 
 
 @pytest.fixture(scope="session")

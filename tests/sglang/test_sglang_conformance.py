@@ -6,9 +6,8 @@ import asyncio
 
 import pytest
 
-from tests.sglang.conftest import Models
 from tests.support import engine_conformance as conformance
-from tests.support.engine_harness import Engine
+from tests.support.engine_harness import Engine, Models
 
 pytestmark = pytest.mark.timeout(480)
 PROMPT = conformance.PROMPT

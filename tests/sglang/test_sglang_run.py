@@ -1,4 +1,4 @@
-"""`areal-like run rollout.engine=sglang`: a whole job, whose engine gets the trainer's weights at every step."""
+"""`areal-like run rollout.engine=sglang`: a whole job that pushes weights into SGLang at every step."""
 
 from __future__ import annotations
 

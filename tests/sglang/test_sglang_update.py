@@ -1,4 +1,4 @@
-"""Pushes into a real SGLang by the code that a rollout server uses: the four update modes, and each way to fail."""
+"""Pushes into a real SGLang by a rollout server's code: the four update modes, and each way to fail."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from rollout_server.inference.sglang.process import SglangAtUrl
 from rollout_server.inference.sglang.weight_update import SglangWeightUpdate
 from rollout_server.inference.types import Sampling
 from rollout_server.inference.weight_update import WeightPush
-from tests.sglang.conftest import Models
 from tests.support.engine_conformance import PROMPT, TOLERANCE, until_running
 from tests.support.engine_harness import (
     VOCAB,
     Engine,
+    Models,
     Pusher,
     error_of,
     load_model,
@@ -79,10 +79,10 @@ class UpdateHarness:
         """Pushes the next version; after `num_sent` buckets the sender leaves the group, or `hangs`."""
         buckets = cut_buckets([spec_of(n, t) for n, t in tensors.items()], bucket_bytes=BUCKET_BYTES)
         assert len(buckets) > 2
-        with WeightGroup.create(world_size=2, group_name="plane", timeout_s=30) as group:
+        with WeightGroup.create(world_size=2, group_name="updates", timeout_s=30) as group:
             joining = self.client.init_weights_group(
                 master_address=group.address, master_port=group.port, rank_offset=1, world_size=2,
-                group_name="plane", backend="gloo", timeout_s=20,
+                group_name="updates", backend="gloo", timeout_s=20,
             )  # fmt: skip
             await asyncio.gather(joining, asyncio.to_thread(group.connect))
             sending = asyncio.create_task(
@@ -93,14 +93,14 @@ class UpdateHarness:
             finally:
                 group.close()
                 with contextlib.suppress(EngineError):
-                    await self.client.destroy_weights_group(group_name="plane")
+                    await self.client.destroy_weights_group(group_name="updates")
                 await asyncio.wait([sending])
 
     async def _receive(self, buckets: tuple[Bucket, ...], *, mode: str, timeout_s: float) -> float:
         manifest = Manifest(version=self.version + 1, buckets=buckets)
         request = PushWeights(
             epoch=1,
-            group_name="plane",
+            group_name="updates",
             version=self.version + 1,
             step=1,
             update_mode=mode,
@@ -150,9 +150,9 @@ async def _no_checksums() -> list[int]:
 async def harness_of(engine: Engine, models: Models) -> AsyncIterator[UpdateHarness]:
     async with engine.client() as client:
         assert isinstance(client, SglangClient)
-        plane = UpdateHarness(client=client, models=models)
-        await plane.start()
-        yield plane
+        harness = UpdateHarness(client=client, models=models)
+        await harness.start()
+        yield harness
         # After `keep` the prefix cache holds KV of mixed versions.
         await client.flush_cache()
 
@@ -163,21 +163,21 @@ def test_push_while_sequences_run(engine: Engine, models: Models, mode: str) -> 
     new_weights = weights_of(models[1])
 
     async def body() -> None:
-        async with harness_of(engine, models) as plane:
+        async with harness_of(engine, models) as harness:
             sampling = Sampling(max_new_tokens=500, ignore_eos=True)
             transcripts = [Transcript() for _ in range(6)]
             for i, transcript in enumerate(transcripts):
                 transcript.append_context(np.asarray([*PROMPT, i], np.int32))
             clients = [
-                PolicyClient(plane.client, sampling=sampling, rid=f"{mode}{i}", gate=plane.gate)
+                PolicyClient(harness.client, sampling=sampling, rid=f"{mode}{i}", gate=harness.gate)
                 for i in range(6)
             ]
             extending = asyncio.gather(*(s.extend(t) for s, t in zip(clients, transcripts, strict=True)))
-            await until_running(plane.client, 6)
-            stall_s = await plane.push(new_weights, mode=mode)
-            assert 0 < stall_s < 30 and not plane.quarantined and not plane.doubted
+            await until_running(harness.client, 6)
+            stall_s = await harness.push(new_weights, mode=mode)
+            assert 0 < stall_s < 30 and not harness.quarantined and not harness.doubted
             if mode != "keep":
-                await plane.check(references[1], version=1)
+                await harness.check(references[1], version=1)
             await asyncio.wait_for(extending, 60)
             old_and_new, kept_errors = set(), []
             for transcript in transcripts:
@@ -218,11 +218,11 @@ def test_invalid_push_is_refused_before_the_engine_is_called(
         tensors[NAME] = tensors[NAME].T.contiguous()
 
     async def body() -> None:
-        async with harness_of(engine, models) as plane:
+        async with harness_of(engine, models) as harness:
             with pytest.raises(WeightSyncError, match=how):
-                await plane.push(tensors)
-            assert not plane.quarantined and not plane.doubted
-            await plane.check(load_model(models[0]), version=INITIAL)
+                await harness.push(tensors)
+            assert not harness.quarantined and not harness.doubted
+            await harness.check(load_model(models[0]), version=INITIAL)
 
     asyncio.run(body())
 
@@ -230,29 +230,29 @@ def test_invalid_push_is_refused_before_the_engine_is_called(
 @pytest.mark.parametrize("mode", ["recompute", "keep", "abort_resume"])
 def test_partial_update_is_quarantined_and_reloaded(engine: Engine, models: Models, mode: str) -> None:
     async def body() -> None:
-        async with harness_of(engine, models) as plane:
-            running = asyncio.create_task(sample(plane.client, PROMPT, 1500))
-            await until_running(plane.client, 1)
+        async with harness_of(engine, models) as harness:
+            running = asyncio.create_task(sample(harness.client, PROMPT, 1500))
+            await until_running(harness.client, 1)
             with pytest.raises(EngineError, match="receive"):
-                await plane.push(weights_of(models[1]), num_sent=2, mode=mode)
-            assert plane.quarantined == [INITIAL] and not plane.doubted
+                await harness.push(weights_of(models[1]), num_sent=2, mode=mode)
+            assert harness.quarantined == [INITIAL] and not harness.doubted
             interrupted = await asyncio.wait_for(running, 20)
             assert set(interrupted.versions.tolist()) == {INITIAL}
-            await plane.check(load_model(models[0]), version=INITIAL)
-            await plane.push(weights_of(models[1]))
-            await plane.check(load_model(models[1]), version=1)
+            await harness.check(load_model(models[0]), version=INITIAL)
+            await harness.push(weights_of(models[1]))
+            await harness.check(load_model(models[1]), version=1)
 
     asyncio.run(body())
 
 
 def test_push_broken_before_its_first_bucket_changes_nothing(engine: Engine, models: Models) -> None:
     async def body() -> None:
-        async with harness_of(engine, models) as plane:
-            await plane.push(weights_of(models[1]))
+        async with harness_of(engine, models) as harness:
+            await harness.push(weights_of(models[1]))
             with pytest.raises(EngineError, match="receive"):
-                await plane.push(weights_of(models[0]), num_sent=0)
-            assert not plane.quarantined and not plane.doubted
-            await plane.check(load_model(models[1]), version=1)
+                await harness.push(weights_of(models[0]), num_sent=0)
+            assert not harness.quarantined and not harness.doubted
+            await harness.check(load_model(models[1]), version=1)
 
     asyncio.run(body())
 
@@ -263,10 +263,10 @@ def test_engine_stuck_in_a_broadcast_can_be_used_again(
     rollout = replace(config.rollout, sglang=SglangConfig(url=engine.url))
 
     async def body() -> None:
-        async with harness_of(engine, models) as plane:
+        async with harness_of(engine, models) as harness:
             with pytest.raises(TimeoutError):
-                await plane.push(weights_of(models[1]), num_sent=1, hangs=True)
-            assert plane.doubted and not plane.quarantined
+                await harness.push(weights_of(models[1]), num_sent=1, hangs=True)
+            assert harness.doubted and not harness.quarantined
         at_url = SglangAtUrl(
             replace(config, rollout=rollout), name="rollout-0", model=str(models[0]), vocab_size=VOCAB
         )
@@ -290,8 +290,8 @@ def test_sglang_behaviour_that_our_guards_are_for(engine: Engine, models: Models
     tensors = weights_of(models[1])
 
     async def body() -> None:
-        async with harness_of(engine, models) as plane, Pusher(engine, plane.client) as pusher:
-            client = plane.client
+        async with harness_of(engine, models) as harness, Pusher(engine, harness.client) as pusher:
+            client = harness.client
             digest = await client.weights_checksum()
             # An unknown name is ignored, and the response is 200.
             await client.pause("retract")

@@ -46,6 +46,9 @@ EOS = 2
 CONTEXT = 2048
 KINDS = ("llama", "qwen2", "qwen3", "gpt2")
 
+Models = tuple[Path, Path]
+"""Directories of two models of one architecture with different weights."""
+
 
 def save_model(path: Path, kind: str, *, seed: int = 0) -> Path:
     """Writes a tiny random model.
@@ -85,6 +88,14 @@ def save_model(path: Path, kind: str, *, seed: int = 0) -> Path:
         assert name
     model.save_pretrained(path)
     return path
+
+
+def save_models(directory: Path, kind: str) -> Models:
+    """Writes two tiny models of one architecture."""
+    return (
+        save_model(directory / f"{kind}-0", kind, seed=0),
+        save_model(directory / f"{kind}-1", kind, seed=1),
+    )
 
 
 def load_model(path: Path | str) -> Any:

@@ -87,7 +87,7 @@ class _Server(uvicorn.Server):
         """Starts to answer, then publishes the port."""
         await super().startup(sockets)
         if self._port_file is not None:
-            # Renamed into place, so that whoever polls the file never reads half a number.
+            # Renamed into place, so that a process that polls the file never reads half a number.
             temporary = self._port_file.with_name(f"{self._port_file.name}.{os.getpid()}")
             temporary.write_text(f"{self._port}\n")
             temporary.replace(self._port_file)

@@ -79,7 +79,7 @@ class GenericModel:
     def prefill(self, tokens_BT: Tensor, cache: KVCache) -> None:
         """Computes the KV of right-padded contexts.
 
-        The causal mask is enough: no real token precedes padding.
+        The causal mask is enough: padding comes after all real tokens.
         """
         length = tokens_BT.shape[1]
         if self._causal_11TT.shape[-1] < length:

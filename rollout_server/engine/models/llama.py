@@ -207,7 +207,7 @@ class LlamaModel:
     def prefill(self, tokens_BT: Tensor, cache: KVCache) -> None:
         """Computes the KV of right-padded contexts.
 
-        The causal mask is enough: no real token precedes padding.
+        The causal mask is enough: padding comes after all real tokens.
         """
         plan = self._plan
         assert plan is not None, "activate a set of weights first"

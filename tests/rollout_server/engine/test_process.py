@@ -1,0 +1,121 @@
+"""The engine process: wrong options, signals, the death of the engine and of its parent."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from areal_like.errors import EngineError
+from areal_like.trajectory import FinishReason
+from areal_like.weights.buckets import cut_buckets, spec_of
+from areal_like.weights.collective import WeightGroup
+from rollout_server.inference.client import EngineClient
+from tests.support import engine_conformance as conformance
+from tests.support.engine_harness import Models, engine_process, sample
+
+pytestmark = pytest.mark.timeout(90)
+PROMPT = conformance.PROMPT
+
+
+def test_death_of_the_engine_fails_all_requests_at_once(models: Models) -> None:
+    async def body() -> None:
+        with engine_process(models[0]) as (process, url):
+            async with EngineClient(url) as client:
+                waiting = [asyncio.ensure_future(sample(client, PROMPT, 2000)) for _ in range(20)]
+                await asyncio.sleep(0.3)
+                process.kill()
+                killed_s = time.monotonic()
+                for task in waiting:
+                    with pytest.raises(EngineError):
+                        await task
+                assert time.monotonic() - killed_s < 3
+                with pytest.raises(EngineError):
+                    await sample(client, PROMPT, 5)
+                assert not await client.health()
+
+    asyncio.run(body())
+
+
+def test_sigterm_returns_partial_outputs_and_exits_0(models: Models) -> None:
+    """Also while a broadcast hangs: its thread must not keep the process alive."""
+
+    async def body() -> None:
+        with (
+            engine_process(models[0]) as (process, url),
+            WeightGroup.create(world_size=2, group_name="w", timeout_s=60) as group,
+        ):
+            async with EngineClient(url) as client:
+                joining = client.init_weights_group(
+                    master_address=group.address, master_port=group.port, rank_offset=1, world_size=2,
+                    group_name="w", backend="gloo", timeout_s=60,
+                )  # fmt: skip
+                await asyncio.gather(joining, asyncio.to_thread(group.connect))
+                await client.begin_weight_update()
+                (bucket,) = cut_buckets([spec_of("lm_head.weight", torch.zeros(4))], bucket_bytes=100)
+                hanging = asyncio.ensure_future(
+                    client.update_weights_from_distributed(bucket, group_name="w", timeout_s=60)
+                )
+                running = asyncio.ensure_future(sample(client, PROMPT, 2000))
+                await asyncio.sleep(0.3)
+                process.terminate()
+                generation = await running
+                assert generation.finish_reason is FinishReason.ABORT and len(generation.output_ids) > 0
+                assert await asyncio.to_thread(process.wait, 10) == 0
+                with pytest.raises(EngineError):
+                    await hanging
+
+    asyncio.run(body())
+
+
+PARENT = """
+import subprocess, sys, time
+process = subprocess.Popen([sys.executable, "-m", "rollout_server.engine", *sys.argv[1:]])
+print(process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_engine_dies_with_its_parent(models: Models, tmp_path: Path) -> None:
+    port_file = tmp_path / "port"
+    arguments = ["--model-path", str(models[0]), "--port", "0", "--port-file", str(port_file)]
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, *arguments], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    while not port_file.exists():
+        time.sleep(0.05)
+    parent.kill()
+    parent.communicate()
+    deadline_s = time.monotonic() + 10
+    while Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline_s, "the engine outlived its parent"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model-path", "/does/not/exist"], "no config.json there"),
+        (["--model-path", "MODEL", "--host", "192.0.2.1"], "cannot bind"),
+        (["--model-path", "MODEL", "--max-running-requests", "0"], "at least 1"),
+    ],
+)
+def test_wrong_option_gives_one_message_and_exit_2(
+    models: Models, arguments: list[str], message: str
+) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "rollout_server.engine",
+        "--port",
+        "0",
+        *(str(models[0]) if a == "MODEL" else a for a in arguments),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
