@@ -15,6 +15,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
+from areal_like.config.common import check_choice
 from areal_like.errors import ConfigError
 
 T = TypeVar("T")
@@ -133,4 +134,5 @@ def _coerced(hint: Any, value: Any, *, path: str) -> Any:
             raise ConfigError(f"{path}: want a number, got {value!r}") from None
     if hint in (int, bool, str, float) and (type(value) is not hint):
         raise ConfigError(f"{path}: want {hint.__name__}, got {value!r}")
+    check_choice(hint, value, key=path)
     return value
