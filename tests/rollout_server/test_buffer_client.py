@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from areal_like.config import from_mapping
-from areal_like.runtime.daemon import WaitBook
+from areal_like.runtime.waits import PendingWaits
 from areal_like.wire.channel import Envelope, Listener
 from areal_like.wire.messages.hello import Hello, Role, Welcome
 from areal_like.wire.messages.producer import (
@@ -93,7 +93,7 @@ def test_what_is_sent_to_a_buffer_that_is_away_does_not_pile_up(
             config,
             hello=lambda: HELLO,
             desk=desk,
-            waits=WaitBook(),
+            waits=PendingWaits(),
             on_leases=leases.extend,
             on_abort=lambda _: None,
         )
@@ -141,7 +141,7 @@ def test_a_buffer_that_cannot_write_is_not_told_again(
             config,
             hello=lambda: HELLO,
             desk=desk,
-            waits=WaitBook(),
+            waits=PendingWaits(),
             on_leases=leases.extend,
             on_abort=lambda _: None,
         )
