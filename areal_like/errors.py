@@ -1,12 +1,27 @@
-"""The one tree of exceptions.
+"""All exceptions that this project raises on purpose, in one tree.
 
-`UserError` and what is below it are mistakes that a person can mend: the command line prints the message alone and exits
-with code 2. Everything else is an event inside a running system that some daemon catches by its own name.
+ArealError
+  x UserError (also a ValueError)
+    - ConfigError
+  x WireError
+    - WireVersionError
+  - RefusedError
+  - StaleIncarnationError
+  - DeadlineError
+  - PeerLostError
+  - EngineError
+  - WeightSyncError
+  - RewardError
+  - DiskFullError
+  - StoreCorruptError
+
+x marks a class with subclasses. A UserError is a mistake that a person can correct: the command line prints only its
+message and exits with code 2. The others are events in a running system; a daemon catches each by its own name.
 """
 
 
 class ArealError(Exception):
-    """Root of every exception that this project raises on purpose."""
+    """Root of the tree."""
 
 
 class UserError(ArealError, ValueError):
@@ -14,19 +29,19 @@ class UserError(ArealError, ValueError):
 
 
 class ConfigError(UserError):
-    """A configuration key is unknown, out of range, or contradicts another."""
+    """A setting is unknown, out of range, or contradicts another."""
 
 
 class WireError(ArealError):
-    """A frame could not be decoded: counted by the receiver, never the end of a daemon."""
+    """A message could not be decoded. The receiver counts and drops it; it never ends a daemon."""
 
 
 class WireVersionError(WireError):
-    """A frame of another wire version: one side has to be upgraded."""
+    """A message has another wire version: one side has to be upgraded."""
 
 
 class RefusedError(ArealError):
-    """A peer refused our `hello`; the message names the field that differs."""
+    """A peer refused our request; the message names the field that differs."""
 
 
 class StaleIncarnationError(ArealError):
@@ -34,28 +49,28 @@ class StaleIncarnationError(ArealError):
 
 
 class DeadlineError(ArealError):
-    """A named wait ran out of time."""
+    """A named wait took too long."""
 
 
 class PeerLostError(ArealError):
-    """A peer that a request depends on is gone."""
+    """The connection that a pending request needs is closed."""
 
 
 class EngineError(ArealError):
-    """The inference engine answered with an error or not at all."""
+    """The inference engine returned an error or did not respond."""
 
 
 class WeightSyncError(ArealError):
-    """A weight push failed; the receiver is at its old version or quarantined."""
-
-
-class DiskFullError(ArealError):
-    """A checkpoint was not written for want of space; the one before it is whole."""
+    """A weight push failed; the receiver keeps its old version or is quarantined."""
 
 
 class RewardError(ArealError):
-    """A reward function raised, hung past its time limit, or returned no finite number."""
+    """A reward function raised, exceeded its time limit, or returned no finite number."""
+
+
+class DiskFullError(ArealError):
+    """A checkpoint could not be written for lack of disk space; the previous one is complete."""
 
 
 class StoreCorruptError(ArealError):
-    """What the ledger names is not on disk as it was written; the message names the ticket and the file."""
+    """A record on disk differs from what the ledger states; the message names the ticket and the file."""

@@ -1,4 +1,4 @@
-"""Where a run keeps its files; the only place that spells their names."""
+"""Paths of a run's files. No other module spells their names."""
 
 from __future__ import annotations
 
@@ -27,67 +27,67 @@ class RunPaths:
 
     @classmethod
     def of(cls, config: Config) -> RunPaths:
-        """The run directory that a configuration names (absolute)."""
+        """The run directory of a configuration, as an absolute path."""
         return cls(Path(config.runs_dir).expanduser().resolve() / config.name)
 
     @property
     def config(self) -> Path:
-        """Resolved configuration."""
+        """The resolved configuration."""
         return self.root / "config.yaml"
 
     @property
     def logs(self) -> Path:
-        """One `<daemon>.log` each."""
+        """Directory with one `<daemon>.log` for each daemon."""
         return self.root / "logs"
 
     @property
     def endpoints(self) -> Path:
-        """One `<daemon>.json` each: pid and addresses of a running daemon."""
+        """Directory with one `<daemon>.json` for each running daemon: its pid and addresses."""
         return self.root / "endpoints"
 
     @property
     def checkpoints(self) -> Path:
-        """`step_000100/` and so on."""
+        """Directory of the checkpoints, `step_000100/` and so on."""
         return self.root / "checkpoints"
 
     @property
     def ledger(self) -> Path:
-        """What the buffer must not forget: `ledger.sqlite3` and `segments/`."""
+        """The buffer's durable state: `ledger.sqlite3` and `segments/`."""
         return self.ledger_of(WHOLE)
 
     def ledger_of(self, shard: Shard) -> Path:
-        """The same of one of several buffers."""
+        """The ledger directory of one shard."""
         return self.root / shard.ledger
 
     @property
     def ledgers(self) -> list[Path]:
-        """Those that are there, in the order of their shards."""
+        """The ledger directories that exist, in the order of their shards."""
         found = [path.parent for path in self.root.glob("ledger*/ledger.sqlite3")]
         return sorted(found, key=lambda path: (len(path.name), path.name))
 
     @property
     def built_model(self) -> Path:
-        """Initial policy when `model.path` is one that we build."""
+        """Directory of the initial policy if `model.path` is one of BUILT_MODELS."""
         return self.root / "model"
 
     @property
     def metrics(self) -> Path:
-        """One JSON object an optimizer step."""
+        """One JSON object for each optimizer step."""
         return self.root / "metrics.jsonl"
 
     @property
     def summary(self) -> Path:
-        """The run in one JSON object, written at its end."""
+        """Summary of the run, one JSON object written at its end."""
         return self.root / "summary.json"
 
 
 def model_path(config: Config) -> str:
-    """What `from_pretrained` is given: a directory, or a hub name. Raises ConfigError for a directory that is not there."""
+    """The argument for `from_pretrained`: a directory or a hub name. Raises ConfigError for an absent directory."""
     if config.model.path in BUILT_MODELS:
         built = RunPaths.of(config).built_model
         if not (built / "config.json").exists():
             raise ConfigError(
-                f"{built} does not hold a model: run `python -m trainer.prepare_model` with this configuration first"
+                f"{built} contains no model: run `python -m trainer.prepare_model` with this configuration first"
             )
         return str(built)
     looks_local = config.model.path.startswith((".", "/", "~"))
@@ -123,7 +123,7 @@ def smollm2_file() -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a whole file or none: readers never see half of it."""
+    """Writes a JSON file atomically: readers never see a partial one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(json.dumps(value, indent=2) + "\n")

@@ -1,8 +1,9 @@
-"""From an open section of the configuration (`name` or `_target_`, and settings) to an object: an objective, a mask, a task.
+"""Builds an object (an objective, a mask, a task) from an open section of the configuration.
 
-A registered class is a frozen keyword-only dataclass, so its fields are its settings and a misspelt one is refused by name. A
-`_target_` is the dotted path of anybody's class; it needs no registration. A class may also be registered by such a path, to be imported
-only by those who ask for it.
+A section has `name` or `_target_`, and settings. A registered class is a frozen keyword-only dataclass: its fields are
+its settings, a misspelt one is refused by name, and a value outside a `Literal` field's choices too. A `_target_` is
+the dotted path of any class; it needs no registration. A class may also be registered by such a path, so that it is
+imported only when it is used.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
+from areal_like.config.common import check_choice
 from areal_like.errors import ConfigError
 
 T = TypeVar("T")
@@ -24,14 +26,14 @@ class Registry(Generic[T]):
     """Classes by name, for one section of the configuration."""
 
     def __init__(self, section: str, base: type[T], *, elsewhere: Mapping[str, str] | None = None) -> None:
-        """`elsewhere`: dotted paths of classes that are registered without being imported."""
+        """`elsewhere`: name -> dotted path of classes that are registered without being imported."""
         self._section = section
         self._base = base
         self._elsewhere = dict(elsewhere or {})
         self._classes: dict[str, type[T]] = {}
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
-        """Class decorator."""
+        """Class decorator that registers the class under `name`."""
 
         def add(cls: type[T]) -> type[T]:
             assert name not in self._classes, f"{self._section} {name} is registered twice"
@@ -41,13 +43,14 @@ class Registry(Generic[T]):
         return add
 
     def names(self) -> list[str]:
-        """What may be written as `name`."""
+        """The registered names, sorted."""
         return sorted([*self._classes, *self._elsewhere])
 
     def build(self, settings: Mapping[str, Any], *, job: Mapping[str, Any] | None = None) -> T:
-        """The object that a section describes. Raises ConfigError that lists what exists for an unknown name or setting.
+        """The object that a section describes. Raises ConfigError for an unknown name or setting, listing the known ones.
 
-        `job`: facts of the job (`max_tokens`), for a class that has a setting of that name where the section does not give it.
+        `job`: values that the job provides (`max_tokens`), for a class with a setting of that name that the section
+        does not give.
         """
         values = dict(settings)
         name, target = values.pop("name", None), values.pop("_target_", None)
@@ -55,17 +58,17 @@ class Registry(Generic[T]):
             raise ConfigError(f"{self._section}: give either `name` or `_target_`")
         cls = self._named(str(name)) if target is None else self._import(str(target))
         known = inspect.signature(cls).parameters
-        values = {name: fact for name, fact in (job or {}).items() if name in known} | values
+        values = {name: value for name, value in (job or {}).items() if name in known} | values
         values = self._checked(cls, values)
         try:
             return cls(**values)
         except ConfigError:
             raise
-        except (TypeError, ValueError) as error:  # somebody's class refuses its settings
+        except (TypeError, ValueError) as error:  # a class of the user's may raise either
             raise ConfigError(f"{self._section} {name or target}: {error}") from error
 
     def build_list(self, settings: Any, *, job: Mapping[str, Any] | None = None) -> tuple[T, ...]:
-        """The objects that a list of such sections describes; none for None. Raises ConfigError."""
+        """The objects that a list of such sections describes; empty for None. Raises ConfigError."""
         if settings is None:
             return ()
         well_formed = isinstance(settings, Sequence) and all(
@@ -127,7 +130,7 @@ class Registry(Generic[T]):
 
 
 def _coerced(hint: Any, value: Any, *, path: str) -> Any:
-    # YAML 1.1 reads `1e-3` as a string, and an int where a float is meant is no mistake.
+    # YAML 1.1 reads `1e-3` as a string; an int is fine where a float is expected.
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             return float(value)
@@ -135,4 +138,5 @@ def _coerced(hint: Any, value: Any, *, path: str) -> Any:
             raise ConfigError(f"{path}: want a number, got {value!r}") from None
     if hint in (int, bool, str, float) and (type(value) is not hint):
         raise ConfigError(f"{path}: want {hint.__name__}, got {value!r}")
+    check_choice(hint, value, key=path)
     return value

@@ -1,9 +1,10 @@
-"""How a job is split over several buffers (`buffer.num_shards`): one rule for everything that is numbered.
+"""The split of a job over several buffer daemons (`buffer.num_shards`): one rule for everything that is numbered.
 
-Prompts, tickets, leases and the places of a step are numbered over the whole job. Number x belongs to shard x mod n, which counts its own
-by x div n. So a shard needs nobody's leave to issue a ticket, whoever sees a number knows whom to ask, a step's places are dealt out as
-evenly as they can be, and with one shard every number is what it would be without any. Left out: moving anything from one shard to another;
-the number of shards is that of a run for life.
+Prompts, tickets, leases and the groups of a step are numbered over the whole job. Number x belongs to shard x mod n,
+which counts it as x div n. So a shard issues tickets without coordination, anyone with a number can compute its
+shard, a step's groups are spread as evenly as possible, and with one shard all numbers are as without shards.
+
+Left out: moving anything between shards. The number of shards is fixed for a run's life.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from areal_like.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One of `count` buffers."""
+    """One of the `count` buffer daemons of a job."""
 
     index: int = 0
     count: int = 1
@@ -33,49 +34,49 @@ class Shard:
 
     @classmethod
     def named(cls, name: str, *, count: int) -> Self:
-        """The shard that a daemon of this name is. Raises ConfigError when its name does not say."""
+        """The shard of the daemon with this name. Raises ConfigError for a name that belongs to no shard."""
         if count == 1:
             return cls()
         names = [cls(index, count).name for index in range(count)]
         if name not in names:
             raise ConfigError(
-                f"buffer.num_shards={count}: say which of them this is, --name {' or '.join(names)} (not {name})"
+                f"buffer.num_shards={count}: name the shard with --name {' or '.join(names)} (not {name})"
             )
         return cls(names.index(name), count)
 
     @property
     def name(self) -> str:
-        """Of its daemon: `buffer`, or `buffer-1` of several."""
-        return self._of_several("buffer")
+        """Name of the shard's daemon: `buffer`, or `buffer-1` of several."""
+        return self._numbered("buffer")
 
     @property
     def ledger(self) -> str:
-        """Of its directory in the run's: `ledger`, or `ledger-1` of several."""
-        return self._of_several("ledger")
+        """Name of its directory in the run's: `ledger`, or `ledger-1` of several."""
+        return self._numbered("ledger")
 
     def owns(self, number: int) -> bool:
-        """Whether a number belongs to this shard."""
+        """True if the number belongs to this shard."""
         return number % self.count == self.index
 
     def number(self, local: int) -> int:
-        """The number, over the whole job, of what this shard counts as `local`."""
+        """The job-wide number of this shard's number `local`."""
         return local * self.count + self.index
 
     def local(self, number: int) -> int:
-        """What this shard counts a number of its own as."""
-        assert self.owns(number), f"{number} is not of shard {self.index} of {self.count}"
+        """This shard's number of the job-wide `number`, which must belong to it."""
+        assert self.owns(number), f"{number} belongs to another shard than {self.index} of {self.count}"
         return number // self.count
 
     def share(self, total: int) -> int:
-        """How many of the numbers 0..total-1 are its own: total / count, rounded up for the first shards and down for the others."""
+        """How many of the numbers 0..total-1 belong to it: total / count, rounded up for the first shards, else down."""
         return (total - self.index + self.count - 1) // self.count
 
-    def _of_several(self, what: str) -> str:
-        return what if self.count == 1 else f"{what}-{self.index}"
+    def _numbered(self, word: str) -> str:
+        return word if self.count == 1 else f"{word}-{self.index}"
 
 
 WHOLE = Shard()
-"""The only one."""
+"""The only shard of an unsharded job."""
 
 
 def all_shards(count: int) -> Sequence[Shard]:
@@ -84,7 +85,7 @@ def all_shards(count: int) -> Sequence[Shard]:
 
 
 def add_up(tables: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """What every shard has counted, by name."""
+    """Sum of the shards' counts, by name."""
     total: Counter[str] = Counter()
     for table in tables:
         total.update(table)

@@ -1,8 +1,9 @@
-"""The digit-sorting task: `5203=` is answered by `0235`. Here because the rollout task and the trainer's warm start both need it.
+"""Examples of the digit-sorting task: the right response to `5203=` is `0235`.
 
-An example is a pure function of (seed, split, index): nothing is stored, and every process draws the same prompts. The held-out
-split is a set of *multisets* of digits, fixed by a hash that no seed changes: a model that has seen `0253` in training has in
-effect seen the answer to `5203`, so a held-out set of mere strings would measure memory.
+The rollout task and the trainer's warm start both draw from here. An example is a pure function of (seed, split,
+index): nothing is stored, and every process draws the same prompts. The held-out split is a set of *multisets* of
+digits, fixed by a hash that does not depend on the seed: a model that has seen `0253` in training has in effect seen
+the answer to `5203`, so a held-out set of strings would measure memorisation.
 """
 
 from __future__ import annotations
@@ -18,24 +19,24 @@ HELD_OUT_PERCENT = 10
 
 
 class Split(StrEnum):
-    """Which stream of examples."""
+    """The streams of examples."""
 
     TRAIN = "train"
     """Prompts of the RL run."""
     WARM_START = "warm_start"
-    """Prompts of the supervised warm start; the same multisets as TRAIN, in another order."""
+    """Prompts of the supervised warm start; the multisets of TRAIN, in another order."""
     HELD_OUT = "held_out"
-    """Prompts of the evaluation; no multiset of theirs appears in the other two."""
+    """Prompts of the evaluation; none of their multisets appears in the other two splits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SortExample:
-    """One prompt with its only right answer."""
+    """One prompt with the only right answer."""
 
     prompt: str
     """Digits and an equals sign, `5203=`."""
     answer: str
-    """The digits in ascending order, `0235`; the policy has to stop after them."""
+    """The digits in ascending order, `0235`; the policy must stop after them."""
 
 
 def is_held_out(digits: str) -> bool:
@@ -53,13 +54,11 @@ def sort_example(*, seed: int, split: Split, index: int) -> SortExample:
             return SortExample(prompt=f"{digits}=", answer="".join(sorted(digits)))
 
 
-def sort_reward(*, prompt: str, response: str) -> float:
-    """1.0 if `response` (without the end token) is exactly the sorted digits of `prompt`, else 0.0."""
-    return float(response == "".join(sorted(prompt.removesuffix("="))))
-
-
 def noisy_demonstration(*, seed: int, index: int, swap_prob: float) -> SortExample:
-    """A warm-start example whose answer is mostly wrong: each adjacent pair, left to right, is swapped with probability `swap_prob`."""
+    """A warm-start example with a mostly wrong answer.
+
+    Each adjacent pair of digits, from left to right, is swapped with probability `swap_prob`.
+    """
     example = sort_example(seed=seed, split=Split.WARM_START, index=index)
     rng = random.Random(f"{seed}/noise/{index}")
     answer = list(example.answer)

@@ -1,7 +1,7 @@
-"""One sample of one group: what the engine produced, what it was worth, and which weights produced each token.
+"""A trajectory: one sample of a group, with its tokens, their log-probs and weight versions, and its reward.
 
-All per-token arrays cover prompt and response alike and have the same length T, so that a trajectory of many turns (prompt,
-answer, tool output, answer, ...) needs no other layout: `loss_mask` says which tokens the policy sampled.
+All per-token arrays cover prompt and response and have the same length T, so that a trajectory of many turns (prompt,
+response, tool output, response, ...) has the same layout: `loss_mask` marks the tokens that the policy sampled.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 NOT_SAMPLED = -1
-"""Version of a token that no policy sampled: prompt, tool output."""
+"""Version of a token that the policy did not sample: prompt, tool output."""
 
 
 class FinishReason(StrEnum):
     """Why a trajectory ended."""
 
     STOP = "stop"
-    """The policy sampled a stop token; it is the last token and inside the loss mask."""
+    """The policy sampled a stop token, which is the last token and in the loss mask."""
     LENGTH = "length"
     """The limit of new tokens was reached."""
     ABORT = "abort"
-    """Generation was interrupted; never trained on, only resumed or counted."""
+    """Generation was interrupted; such a trajectory is resumed or counted, never trained on."""
 
 
 _DTYPES = (
@@ -37,12 +37,15 @@ _DTYPES = (
 
 
 _MAX_LOGPROB_BITS = int(np.float32(1e-5).view(np.int32))
-"""What rounding may make of a certain token's 0."""
+"""Largest log-prob taken for 0, in bits: rounding may push that of a certain token above 0."""
 _NEGATIVE_INFINITY_BITS = int(np.float32(-math.inf).view(np.uint32))
 
 
 def are_logprobs(values: NDArray[np.float32]) -> bool:
-    """Whether all of at least one float32 are finite and at most 0. As whole numbers, in which they compare at twice the speed."""
+    """True if all values, of which there is at least one, are finite and at most 0 (up to rounding).
+
+    Compares the bit patterns as integers, which is twice as fast as comparing floats.
+    """
     if np.maximum.reduce(values.view(np.uint32)) >= _NEGATIVE_INFINITY_BITS:
         return False
     return bool(np.maximum.reduce(values.view(np.int32)) <= _MAX_LOGPROB_BITS)
@@ -50,9 +53,9 @@ def are_logprobs(values: NDArray[np.float32]) -> bool:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Trajectory:
-    """Tokens of one sample with the evidence needed to learn from it off-policy.
+    """Tokens of one sample with all that off-policy learning needs.
 
-    Raises ValueError where arrays disagree: lengths, a masked-in token without version, a log-prob above zero.
+    Raises ValueError for arrays that disagree: lengths, a masked-in token without version, a log-prob above zero.
     """
 
     tokens: NDArray[np.int32]
@@ -60,23 +63,23 @@ class Trajectory:
     loss_mask: NDArray[np.uint8]
     """[T] 1 where the policy sampled the token, else 0."""
     logprobs: NDArray[np.float32]
-    """[T] behaviour log-prob of each sampled token under temperature-scaled logits, as the engine recorded it; 0 elsewhere."""
+    """[T] behaviour log-prob of each sampled token under temperature-scaled logits, from the engine; 0 elsewhere."""
     versions: NDArray[np.int32]
-    """[T] version of the weights that sampled each token, as attested by the engine; NOT_SAMPLED elsewhere."""
+    """[T] version of the weights that sampled each token, from the engine; NOT_SAMPLED elsewhere."""
     reward: float
     """Scalar reward of the whole trajectory."""
     reward_components: dict[str, float] = field(default_factory=dict)
     """Named parts of the reward, for metrics."""
     finish_reason: FinishReason
     is_greedy: bool = False
-    """Taken at temperature 0: evaluated, or a baseline beside its group; never trained on, so its log-probs are used nowhere."""
+    """Sampled at temperature 0, for evaluation or as a group's baseline; never trained on, its log-probs are unused."""
     generation_s: float = 0.0
     """Seconds from submitting to the engine to the last token."""
     reward_s: float = 0.0
     """Seconds spent computing the reward."""
 
     def __post_init__(self) -> None:
-        # Every rank runs this for each sample, so it is written for speed: one pass over each array, no temporary but one.
+        # Every rank runs this for each sample: one pass over each array, with a single temporary.
         for name, dtype in _DTYPES:
             array = getattr(self, name)
             if array.dtype != dtype or array.ndim != 1 or len(array) != len(self.tokens):
@@ -107,9 +110,8 @@ class Trajectory:
     @property
     def oldest_version(self) -> int:
         """Smallest version among sampled tokens (NOT_SAMPLED if there is none)."""
-        oldest = int(
-            self.versions.view(np.uint32).min()
-        )  # as unsigned numbers, those of unsampled tokens are the largest
+        # As unsigned numbers, the versions of unsampled tokens are the largest.
+        oldest = int(self.versions.view(np.uint32).min())
         return oldest if oldest < 1 << 31 else NOT_SAMPLED
 
     @property

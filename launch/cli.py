@@ -18,7 +18,6 @@ import difflib
 import importlib.metadata
 import shutil
 import sys
-import textwrap
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -98,28 +97,10 @@ def _run(args: list[str]) -> int:
 
 
 def _show_keys(*, everything: bool) -> None:
-    from launch.settings_help import COMMON, all_keys, choices
+    from launch.settings_help import help_text
 
     width = max(80, shutil.get_terminal_size().columns)
-    lines = ["areal-like run key=value ...: runs a whole job on this machine and writes runs/<name>/"]
-    lines += [
-        "--config FILE: begins with the settings of a config.yaml, for instance that of another run",
-        "",
-    ]
-    lines += [f"  {section}={'|'.join(names)}" for section, names in choices().items()]
-    lines.append("  task._target_=my_module.MyTask: a class of your own (objective and advantage alike)")
-    group = None
-    for key in all_keys():
-        if not everything and key.path not in COMMON:
-            continue
-        section = key.path.rpartition(".")[0]
-        lines += [""] * (section != group)
-        group = section
-        name = f"  {key.path}={key.default}".ljust(37)
-        lines += textwrap.wrap(f"{name} {key.text}", width=width, subsequent_indent=" " * 38)
-    own = "Settings of a task, objective or advantage are the fields of its class: objective.cap=8 (docs/objectives.md)."
-    lines += ["", own if everything else "run --help-all shows every key."]
-    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.write(help_text(width=width, everything=everything))
 
 
 def _status(args: list[str]) -> int:

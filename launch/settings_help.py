@@ -1,6 +1,7 @@
-"""The settings, read from the dataclasses of areal_like/config.py: one place says what a key means, help and README repeat it.
+"""The settings with their defaults, choices and texts, read from the dataclasses of areal_like/config/.
 
-Python keeps no docstrings of fields, so they are read from the source with `ast`.
+`areal-like run --help` and the settings reference of the docs are generated from this, so that both repeat what the
+dataclasses state. Python keeps no docstrings of fields at run time: they are read from the source with `ast`.
 """
 
 from __future__ import annotations
@@ -8,10 +9,14 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import textwrap
+import typing
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
-from areal_like import config as config_module
 from areal_like.config import Config
+from areal_like.config.common import choices_of, members_of
 from areal_like.runtime.command_line import GROUPS, OPEN_SECTIONS, presets
 
 COMMON = (
@@ -38,47 +43,98 @@ COMMON = (
     "eval.num_prompts",
     "eval.interval",
 )
-"""Keys that `run --help` shows; `run --help-all` shows all."""
+"""Settings that `run --help` shows; `run --help-all` shows all."""
+_NAME_COLUMNS = 38
 
 
 @dataclass(frozen=True, kw_only=True)
-class Key:
-    """One setting."""
+class Setting:
+    """One setting as help and the docs describe it."""
 
-    path: str
-    """Dotted, as on the command line."""
+    key: str
+    """Dotted, as on the command line: `buffer.durability`."""
+    section: str
+    """The part of the key before the last dot; empty at the root."""
+    type: str
+    """The field's annotation with its choices spelled out: `int`, `tuple[int, ...]`, `wait|drop`, `int|auto`."""
     default: str
+    """As one would type it."""
+    choices: tuple[str, ...]
+    """The allowed words (for `max_staleness`, in addition to a number); empty for a field without choices."""
     text: str
-    """Its docstring on one line."""
+    """The field's docstring on one line."""
 
 
-def all_keys() -> list[Key]:
-    """Every key that has a fixed type, in the order of config.py. The open sections (task, objective, advantage) appear as one each."""
-    return _keys_of(Config, prefix="")
+def all_keys() -> list[Setting]:
+    """Every setting in the order of the dataclasses. An open section (task, objective, advantage) is one entry."""
+    return _settings_of(Config, section="")
 
 
 def choices() -> dict[str, list[str]]:
-    """Section -> names that `section=name` accepts."""
+    """Section -> names of its presets, which `section=name` accepts."""
     return {section: presets(section) for section in GROUPS}
 
 
-def _keys_of(cls: type, *, prefix: str) -> list[Key]:
-    texts = _field_docstrings(cls)
-    keys = []
-    for spec in dataclasses.fields(cls):
-        value = spec.default_factory() if callable(spec.default_factory) else spec.default
-        if dataclasses.is_dataclass(value):
-            keys += _keys_of(type(value), prefix=f"{prefix}{spec.name}.")
-        else:
-            default = (
-                value["name"] if isinstance(value, dict) and spec.name in OPEN_SECTIONS else _written(value)
+def help_text(*, width: int, everything: bool) -> str:
+    """The help of `areal-like run`: presets and settings in lines of `width` columns; only COMMON unless `everything`."""
+    lines = [
+        "areal-like run key=value ...: runs a whole job on this machine and writes runs/<name>/",
+        "--config FILE: begins with the settings of a config.yaml, for instance that of another run",
+        "",
+    ]
+    lines += [f"  {section}={'|'.join(names)}" for section, names in choices().items()]
+    lines.append("  task._target_=my_module.MyTask: a class of your own (objective and advantage alike)")
+    section = None
+    for setting in all_keys():
+        if not everything and setting.key not in COMMON:
+            continue
+        if setting.section != section:
+            section = setting.section
+            lines.append("")
+        name = f"  {setting.key}={setting.default}".ljust(_NAME_COLUMNS - 1)
+        allowed = f" [{setting.type}]" if setting.choices else ""
+        lines += textwrap.wrap(
+            f"{name} {setting.text}{allowed}",
+            width=width,
+            subsequent_indent=" " * _NAME_COLUMNS,
+            break_on_hyphens=False,
+        )
+    own = "Settings of a task, objective or advantage are the fields of its class: objective.cap=8 (docs/objectives.md)."
+    lines += ["", own if everything else "run --help-all shows every key."]
+    return "\n".join(lines) + "\n"
+
+
+def _settings_of(cls: type, *, section: str) -> list[Setting]:
+    texts, hints = _field_docstrings(cls), typing.get_type_hints(cls)
+    settings = []
+    for field in dataclasses.fields(cls):
+        key = f"{section}.{field.name}".lstrip(".")
+        default: Any = field.default_factory() if callable(field.default_factory) else field.default
+        if dataclasses.is_dataclass(default):
+            settings += _settings_of(type(default), section=key)
+            continue
+        settings.append(
+            Setting(
+                key=key,
+                section=section,
+                type=_type_text(hints[field.name]),
+                default=default["name"] if key in OPEN_SECTIONS else _as_typed(default),
+                choices=choices_of(hints[field.name]),
+                text=texts.get(field.name, ""),
             )
-            keys.append(Key(path=f"{prefix}{spec.name}", default=default, text=texts.get(spec.name, "")))
-    return keys
+        )
+    return settings
 
 
-def _written(value: object) -> str:
-    """A value as one would type it."""
+def _type_text(hint: Any) -> str:
+    if choices := choices_of(hint):
+        others = [member.__name__ for member in members_of(hint) if isinstance(member, type)]
+        return "|".join([*others, *choices])
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+
+
+def _as_typed(value: object) -> str:
+    """A value as one would type it on the command line."""
     if isinstance(value, dict):
         return f"{{{','.join(f'{key}:{item}' for key, item in value.items())}}}"
     if isinstance(value, (tuple, list)):
@@ -87,18 +143,11 @@ def _written(value: object) -> str:
 
 
 def _field_docstrings(cls: type) -> dict[str, str]:
-    tree = next(
-        node
-        for node in ast.parse(inspect.getsource(config_module)).body
-        if isinstance(node, ast.ClassDef) and node.name == cls.__name__
-    )
+    """Field name -> the string literal that follows the field in the class body, on one line."""
+    (body,) = [node.body for node in ast.parse(inspect.getsource(cls)).body if isinstance(node, ast.ClassDef)]
     texts = {}
-    for node, following in zip(tree.body, tree.body[1:], strict=False):
-        is_text = (
-            isinstance(following, ast.Expr)
-            and isinstance(following.value, ast.Constant)
-            and isinstance(following.value.value, str)
-        )
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and is_text:
-            texts[node.target.id] = " ".join(ast.literal_eval(following.value).split())  # type: ignore[attr-defined]
+    for node, following in pairwise(body):
+        match node, following:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                texts[name] = " ".join(text.split())
     return texts

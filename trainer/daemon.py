@@ -26,7 +26,8 @@ import torch.distributed as dist
 from areal_like.config import Config
 from areal_like.errors import ConfigError, UserError
 from areal_like.paths import RunPaths, model_path
-from areal_like.runtime.daemon import DrainSignals, configure_logging, exit_code_of
+from areal_like.runtime.daemon import DrainSignals, exit_code_of
+from areal_like.runtime.logs import configure_logging
 from areal_like.weights.snapshots_on_disk import VERSION_KEY
 from trainer.buffer_client.client import StopRequestedError, TrainerBufferClient
 from trainer.checkpoint import Checkpoints

@@ -2,20 +2,22 @@
 
 Two forms, the same for every role:
     python -m buffer key=value ...                    compose from configs/
-    python -m buffer --config run/config.yaml ...     a resolved file (what the launcher hands to its children), then overrides
+    python -m buffer --config run/config.yaml ...     read a resolved file (the launcher's children do), then override
 
-`objective`, `advantage` and `task` are open: `objective.cap=8` or `objective._target_=my_module.MyObjective` need no `+`; so are the
-variables of `rollout.sglang.env`. `objective=ppo` takes a preset of configs/ in both forms. Text that hydra's grammar cannot read
-(`model.path=~/x`, `name=a,b`) is taken as it stands, so nobody needs quotes within quotes.
+`objective`, `advantage` and `task` are open mappings: `objective.cap=8` or `objective._target_=my_module.MyObjective`
+need no `+`; nor do the variables of `rollout.sglang.env`. `objective=ppo` takes a preset of configs/ in both forms.
+Text that hydra's grammar cannot parse (`model.path=~/x`, `name=a,b`) is taken literally, so that nobody has to nest
+quotes.
 """
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -25,9 +27,42 @@ from areal_like.errors import ConfigError
 
 OPEN_SECTIONS = ("objective", "advantage", "task")
 GROUPS = ("model", *OPEN_SECTIONS)
-"""Sections that have presets in configs/: `model=smollm2` names one."""
+"""Sections that have presets in configs/: `model=smollm2` selects one."""
 _OPEN_PREFIXES = (*(f"{section}." for section in OPEN_SECTIONS), "rollout.sglang.env.")
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+class Options(argparse.ArgumentParser):
+    """The `--options` of one role; everything else on its command line is a setting.
+
+        options = Options()
+        options.add("--config", missing="name a resolved configuration file")
+        values, settings = options.split(argv)
+
+    Unlike plain argparse, a mistake raises ConfigError with one message instead of printing the usage and exiting.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(add_help=False, allow_abbrev=False)
+        self._missing: dict[str, str] = {}
+
+    def add(self, flag: str, *, missing: str, default: str | None = None) -> None:
+        """Adds an option with one value; `missing` is the error message for `flag` without a value."""
+        # nargs="?": argparse's own message for an absent value would not say what to give.
+        action = self.add_argument(flag, nargs="?", default=default, const="")
+        self._missing[action.dest] = f"{flag}: {missing}"
+
+    def split(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """(values of the options, all other arguments in order). Raises ConfigError for an option without a value."""
+        values, rest = self.parse_known_args(list(argv))
+        for name, message in self._missing.items():
+            if getattr(values, name) == "":
+                raise ConfigError(message)
+        return values, rest
+
+    def error(self, message: str) -> NoReturn:
+        """Raises ConfigError where argparse would exit."""
+        raise ConfigError(message)
 
 
 def presets(section: str) -> list[str]:
@@ -36,8 +71,10 @@ def presets(section: str) -> list[str]:
 
 
 def shows_help(argv: Sequence[str], text: str | None) -> bool:
-    """Writes the help of `python -m role` where it is asked for; `text`: what the role's own options are."""
-    if not any(arg in ("-h", "--help") for arg in argv):
+    """Writes the help of `python -m role` and returns True if `argv` asks for it; `text` describes the role's options."""
+    options = Options()
+    options.add_argument("-h", "--help", action="store_true")
+    if not options.parse_known_args(list(argv))[0].help:
         return False
     common = "--config FILE reads a resolved config.yaml, key=value changes it. All keys: `areal-like run --help-all`."
     sys.stdout.write(f"{(text or '').strip()}\n\n{common}\n")
@@ -45,32 +82,23 @@ def shows_help(argv: Sequence[str], text: str | None) -> bool:
 
 
 def load_config(argv: Sequence[str]) -> Config:
-    """The configuration that a command line asks for. Raises ConfigError with one clear message."""
-    args = list(argv)
-    file: str | None = None
-    if "--config" in args:
-        at = args.index("--config")
-        if at + 1 >= len(args):
-            raise ConfigError("--config: name a resolved configuration file")
-        file = args[at + 1]
-        del args[at : at + 2]
-    for arg in args:
-        if "=" not in arg or arg.startswith("-"):
-            raise ConfigError(f"cannot read {arg!r}: settings are given as key=value (see --help)")
-    raw = _compose(args) if file is None else _from_file(Path(file), args)
+    """The configuration of a command line of `--config FILE` and settings. Raises ConfigError with one message."""
+    options = Options()
+    options.add("--config", missing="name a resolved configuration file")
+    values, settings = options.split(argv)
+    for setting in settings:
+        if "=" not in setting or setting.startswith("-"):
+            raise ConfigError(f"cannot read {setting!r}: settings are given as key=value (see --help)")
+    raw = _compose(settings) if values.config is None else _from_file(Path(values.config), settings)
     return from_mapping(raw)
 
 
 def role_arguments(argv: Sequence[str], *, default_name: str) -> tuple[Config, str]:
-    """(configuration, daemon name) of one role: `--name rollout-1` beside what `load_config` takes."""
-    args, name = list(argv), default_name
-    if "--name" in args:
-        at = args.index("--name")
-        if at + 1 >= len(args):
-            raise ConfigError("--name: give the daemon's name, e.g. rollout-1")
-        name = args[at + 1]
-        del args[at : at + 2]
-    return load_config(args), name
+    """(configuration, daemon name) of one role: `--name rollout-1` in addition to what `load_config` takes."""
+    options = Options()
+    options.add("--name", missing="give the daemon's name, e.g. rollout-1", default=default_name)
+    values, rest = options.split(argv)
+    return load_config(rest), values.name
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -88,9 +116,8 @@ def _from_file(path: Path, overrides: list[str]) -> dict[str, Any]:
         for override in overrides:
             section, _, choice = override.partition("=")
             if section.removesuffix("._target_") in OPEN_SECTIONS:
-                merged[
-                    section.removesuffix("._target_")
-                ] = {}  # what another class was told is not for this one
+                # The settings of the class that the file names are not those of its replacement.
+                merged[section.removesuffix("._target_")] = {}
             if section in GROUPS and not choice.startswith("{"):
                 merged = OmegaConf.merge(merged, _preset(section, choice))
             else:
@@ -105,47 +132,48 @@ def _from_file(path: Path, overrides: list[str]) -> dict[str, Any]:
 
 def _preset(section: str, choice: str) -> Any:
     if choice not in presets(section):
-        raise ConfigError(_no_choice(section, choice))
+        raise ConfigError(_unknown_preset(section, choice))
     file = CONFIGS / section / f"{choice}.yaml"
     preset = OmegaConf.load(file)
-    return (
-        preset if file.read_text().startswith("# @package _global_") else OmegaConf.create({section: preset})
-    )
+    is_global = file.read_text().startswith("# @package _global_")
+    return preset if is_global else OmegaConf.create({section: preset})
 
 
 def _compose(overrides: list[str]) -> dict[str, Any]:
-    from hydra import (
-        compose,
-        initialize_config_dir,
-    )  # hydra costs half a second that a child with --config does not need
+    # hydra costs half a second, which a child with --config does not need.
+    from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
 
-    base = to_mapping(Config())
-    ConfigStore.instance().store(name="base", node={k: v for k, v in base.items() if k not in OPEN_SECTIONS})
+    defaults = to_mapping(Config())
+    base = {key: value for key, value in defaults.items() if not _is_replaced(key, overrides)}
+    ConfigStore.instance().store(name="base", node=base)
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             composed = compose("config", overrides=[_readable(override) for override in _open(overrides)])
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error, overrides, base)) from None
+    except ConfigError:
+        raise
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(_explain(error, overrides, defaults)) from None
     return _plain(composed)
 
 
+def _is_replaced(section: str, overrides: list[str]) -> bool:
+    """True if a preset, a `_target_` or a whole mapping takes the place of an open section's default."""
+    return section in OPEN_SECTIONS and any(
+        override.startswith((f"{section}=", f"{section}._target_=")) for override in overrides
+    )
+
+
 def _open(overrides: list[str]) -> Iterator[str]:
-    """Lets open sections take any key, and drops the default's own keys when a `_target_` or a whole mapping replaces it."""
-    for section in OPEN_SECTIONS:
-        whole = any(o.startswith((f"{section}._target_=", f"{section}={{")) for o in overrides)
-        if whole and not any(
-            o.startswith(f"{section}=") and not o.startswith(f"{section}={{") for o in overrides
-        ):
-            yield f"{section}=custom"
+    """The overrides in hydra's grammar: keys of open sections may be new there (`++`)."""
     for override in overrides:
         is_open = override.startswith((*_OPEN_PREFIXES, *(f"{section}={{" for section in OPEN_SECTIONS)))
         yield f"++{override}" if is_open else override
 
 
 def _readable(override: str) -> str:
-    """The override with its value in quotes where hydra could not read it as one value otherwise."""
+    """The override, its value quoted where hydra could not parse it as one value otherwise."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -170,21 +198,22 @@ def _plain(node: Any) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items()}
 
 
-def _explain(error: Exception, overrides: list[str], base: dict[str, Any]) -> str:
-    known = list(_dotted(base))
+def _explain(error: Exception, overrides: list[str], defaults: dict[str, Any]) -> str:
+    """hydra's error in one line, with the nearest key or the known presets."""
+    known = list(_dotted(defaults))
     for override in overrides:
         key = override.split("=", 1)[0].lstrip("+~")
         if key not in known and not key.startswith(_OPEN_PREFIXES):
             near = difflib.get_close_matches(key, known, n=1)
-            return f"unknown key `{key}`" + (
-                f": did you mean `{near[0]}`?" if near else ": see --help for the keys"
-            )
-        if key in GROUPS and "Could not find" in str(error):
-            return _no_choice(key, override.partition("=")[2])
+            hint = f"did you mean `{near[0]}`?" if near else "see --help for the keys"
+            return f"unknown key `{key}`: {hint}"
+        # hydra raises a bare ValueError for `objective=null`.
+        if key in GROUPS and ("Could not find" in str(error) or "Got NoneType" in str(error)):
+            return _unknown_preset(key, override.partition("=")[2])
     return _first_line(error)
 
 
-def _no_choice(section: str, choice: str) -> str:
+def _unknown_preset(section: str, choice: str) -> str:
     known = presets(section)
     near = difflib.get_close_matches(choice, known, n=1)
     hint = f"did you mean {near[0]}? " if near else ""

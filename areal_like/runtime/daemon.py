@@ -1,12 +1,13 @@
-"""What every daemon is made of: configuration from the command line, logs, signals, an HTTP plane, named waits, exit codes.
+"""The frame of every daemon: logs, signals, HTTP endpoints, named waits, exit codes.
 
     STARTING -> READY <-> UNREADY -> DRAINING -> (process exits)
 
-A daemon's own code is an `async def main(runtime)`. The runtime sets `stopping` on SIGTERM or SIGINT (a second one, or a drain that
-outlasts `daemon.drain_timeout_s`, kills the process) and serves /livez, /readyz, /metrics and /status on a port
-of its own, which it writes to `<run>/endpoints/<daemon>.json`.
+A daemon's own code is an `async def main(runtime)`. The runtime sets `stopping` on SIGTERM or SIGINT (a second
+signal, or a drain longer than `daemon.drain_timeout_s`, kills the process). It serves /livez, /readyz, /metrics,
+/status and /control on a free port, which it writes to `<run>/endpoints/<daemon>.json`.
 
-Exit codes: 0 done or drained, 1 failed (the reason in the log and one line on stderr), 2 the user's mistake (one message on stderr).
+Exit codes: 0 done or drained, 1 failed (the reason is in the log and one line on stderr), 2 a mistake of the user (one
+message on stderr).
 """
 
 from __future__ import annotations
@@ -32,81 +33,17 @@ from starlette.routing import Route
 from areal_like.config import Config
 from areal_like.errors import ArealError, ConfigError, UserError
 from areal_like.paths import RunPaths, write_json
+from areal_like.runtime.logs import configure_logging, exit_log
 from areal_like.runtime.metrics import CONTENT_TYPE, Metrics
 from areal_like.runtime.process import die_with_launcher
+from areal_like.runtime.waits import PendingWaits
 from areal_like.wire.sockets import bound_socket
 
 log = logging.getLogger(__name__)
-exit_log = logging.getLogger(f"{__name__}.exit")
-
-
-class JsonFormatter(logging.Formatter):
-    """One JSON object a line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """time (unix s), level, logger, message, and the trace-back if there is one."""
-        entry = {
-            "time": round(record.created, 3),
-            "level": record.levelname,
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            entry["exception"] = self.formatException(record.exc_info)
-        return json.dumps(entry)
-
-
-class PlainFormatter(logging.Formatter):
-    """One short line; trace-backs are in the log file."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self._name = name
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Time of day, daemon, level, message."""
-        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-        return f"{clock} {self._name} {record.levelname} {record.getMessage()}"
-
-
-def configure_logging(config: Config, name: str) -> None:
-    """JSON lines to `<run>/logs/<name>.log`, and warnings to stderr in plain words (everything when it is a terminal)."""
-    paths = RunPaths.of(config)
-    paths.logs.mkdir(parents=True, exist_ok=True)
-    file = logging.FileHandler(paths.logs / f"{name}.log")
-    file.setFormatter(JsonFormatter())
-    plain = logging.StreamHandler(sys.stderr)
-    plain.setFormatter(PlainFormatter(name))
-    plain.addFilter(
-        lambda record: record.name != exit_log.name
-    )  # the exit's one line on stderr is written without decoration
-    plain.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
-    logging.basicConfig(level=config.daemon.log_level, handlers=[file, plain], force=True)
-
-
-class WaitBook:
-    """Names what the daemon waits for, so that a stall says who waits on whom. Used from one thread."""
-
-    def __init__(self) -> None:
-        self._since: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Everything inside the `with` waits for `name`."""
-        self._since[name] = time.monotonic()
-        try:
-            yield
-        finally:
-            del self._since[name]
-
-    def report(self) -> dict[str, float]:
-        """Wait name -> seconds so far."""
-        now = time.monotonic()
-        return {name: round(now - since, 3) for name, since in list(self._since.items())}
 
 
 class Runtime:
-    """One daemon's surroundings. Create it in the loop that serves it, with `async with`."""
+    """HTTP endpoints, metrics and state of one daemon. Enter it with `async with`, in the loop that it runs in."""
 
     def __init__(self, config: Config, *, role: str, name: str) -> None:
         self.config = config
@@ -114,34 +51,34 @@ class Runtime:
         self.name = name
         self.paths = RunPaths.of(config)
         self.metrics = Metrics()
-        self.waits = WaitBook()
+        self.waits = PendingWaits()
         self.stopping = asyncio.Event()
-        """Set when the daemon has to drain."""
+        """Set when the daemon must drain."""
         self.incarnation = time.time_ns()
-        """Grows with every start; fences an older process of the same name."""
+        """Start time in nanoseconds: grows with every start, and fences off an older process of the same name."""
         self.status: Callable[[], dict[str, Any]] = dict
-        """Supplies the daemon's own part of /status."""
+        """Returns the daemon's own part of /status."""
         self.verbs: dict[str, Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]] = {"drain": self._drain}
-        """Control verbs: `POST /control/<verb>` with a JSON object; UserError becomes a 400."""
+        """Handlers of `POST /control/<verb>`: JSON object in, JSON object out; UserError becomes a 400."""
         self.http_port = 0
         self._loop = asyncio.get_running_loop()
-        self._was_told_to_drain = False
+        self._drain_requested = False
         self._unready = "starting"
         self._endpoint: dict[str, Any] = {}
         self._server: uvicorn.Server | None = None
         self._serving: asyncio.Task[None] | None = None
 
     def ready(self) -> None:
-        """`/readyz` answers 200 from now on (unless the daemon is draining)."""
+        """Makes /readyz return 200 from now on (unless the daemon is draining)."""
         self._unready = ""
 
     def unready(self, reason: str) -> None:
-        """`/readyz` answers 503 with this reason."""
+        """Makes /readyz return 503 with this reason."""
         self._unready = reason
 
     @property
     def not_ready_because(self) -> str:
-        """Empty when ready."""
+        """The reason that /readyz gives; empty when ready."""
         return "draining" if self.stopping.is_set() else self._unready
 
     def advertise(self, **addresses: Any) -> None:
@@ -150,7 +87,7 @@ class Runtime:
         write_json(self.paths.endpoints / f"{self.name}.json", self._endpoint)
 
     def stop(self) -> None:
-        """Begins the drain; safe from any thread."""
+        """Begins the drain. Safe to call from any thread."""
         self._loop.call_soon_threadsafe(self.stopping.set)
 
     async def __aenter__(self) -> Self:
@@ -161,7 +98,8 @@ class Runtime:
             raise ConfigError(
                 f"cannot bind {host} ({error.strerror}): set daemon.http_host to an address of this machine"
             ) from None
-        listening.listen(128)  # from here on a request waits for the server instead of being refused
+        # From here on a request waits for the server instead of being refused.
+        listening.listen(128)
         self.http_port = listening.getsockname()[1]
         settings = uvicorn.Config(
             self._app(),
@@ -189,12 +127,12 @@ class Runtime:
         (self.paths.endpoints / f"{self.name}.json").unlink(missing_ok=True)
 
     async def _drain(self, _: dict[str, Any]) -> dict[str, Any]:
-        """Every daemon's verb: the same as SIGTERM, watchdog included, for whoever can reach its HTTP plane and not its shell.
+        """The same as SIGTERM, watchdog included, for callers who can reach the daemon's HTTP port but not its shell.
 
-        Asking again is no second signal, which would end the daemon at once.
+        A repeated call sends no second signal, which would kill the daemon at once.
         """
-        if not (self._was_told_to_drain or self.stopping.is_set()):
-            self._was_told_to_drain = True
+        if not (self._drain_requested or self.stopping.is_set()):
+            self._drain_requested = True
             os.kill(os.getpid(), signal.SIGTERM)
         return {"draining": True}
 
@@ -213,7 +151,7 @@ class Runtime:
             base = {"role": self.role, "name": self.name, "pid": os.getpid(), "incarnation": self.incarnation}
             return JSONResponse(
                 base
-                | {"not_ready": self.not_ready_because, "waiting_on": self.waits.report()}
+                | {"not_ready": self.not_ready_because, "waiting_on": self.waits.durations()}
                 | self.status()
             )
 
@@ -249,7 +187,7 @@ class _QuietServer(uvicorn.Server):
 
 
 def exit_code_of(name: str, run: Callable[[], None]) -> int:
-    """Runs a daemon's body and turns its exceptions into an exit code and one line on stderr."""
+    """Runs a daemon's body; returns its exit code, and writes the reason of a failure to the log and stderr."""
     try:
         run()
     except UserError as error:
@@ -260,20 +198,21 @@ def exit_code_of(name: str, run: Callable[[], None]) -> int:
         exit_log.error("%s: %s", type(error).__name__, error)
         sys.stderr.write(f"{name}: {error}\n")
         return 1
-    except (
-        Exception
-    ) as error:  # the outermost frame of a process: log the trace-back where it is looked for, and end
+    except Exception as error:  # the outermost frame of a process: the traceback must reach its log
         exit_log.exception("unexpected")
-        sys.stderr.write(f"{name}: unexpected {type(error).__name__}: {error} (trace-back in its log)\n")
+        sys.stderr.write(f"{name}: unexpected {type(error).__name__}: {error} (traceback in its log)\n")
         return 1
     return 0
 
 
 class DrainSignals:
-    """SIGTERM and SIGINT begin the drain; a second one ends the process at once.
+    """Signal handlers: SIGTERM or SIGINT begins the drain, a second one kills the process.
 
-    A terminal and a supervisor often deliver the same Ctrl-C twice, so repeats within a second are the same signal. The watchdog
-    behind `drain_timeout_s` is a kernel timer: it ends the process even when the interpreter is stuck in native code.
+        IDLE --signal--> DRAINING --another after 1 s, or drain_timeout_s over--> (process killed)
+
+    A terminal and a supervisor often deliver the same Ctrl-C twice, so repeats within a second count as one signal.
+    The watchdog of `drain_timeout_s` is a kernel timer (SIGALRM): it ends the process even when the interpreter is
+    stuck in native code.
     """
 
     def __init__(self, *, drain_timeout_s: float, on_drain: Callable[[], None]) -> None:
@@ -314,7 +253,7 @@ def run_daemon(config: Config, *, role: str, name: str, main: Callable[[Runtime]
 
 @contextlib.asynccontextmanager
 async def cancelled_on_exit(*tasks: asyncio.Task[Any]) -> AsyncIterator[None]:
-    """Cancels tasks at the end of the block and waits for them; a task that failed raises here."""
+    """Cancels the tasks at the end of the block and waits for them; raises the exception of a task that failed."""
     try:
         yield
     finally:

@@ -1,13 +1,15 @@
-"""How torch and transformers are imported by processes that a person waits for.
+"""Faster imports of torch and transformers, for processes whose start a person waits for.
 
-Importing both costs some five seconds of CPU time and 350 MB, the same in every process of a job, and on a small machine the processes
-start one at the expense of another. Two things make it less, where each is safe:
+Importing both costs about five seconds of CPU time and 350 MB in every process of a job; on a small machine the
+processes slow each other down. Two remedies, where each is safe:
 
-- A rollout server, and the check of a model's name, need a tokenizer and a configuration. transformers has them without torch, if it finds
-  none: `torch_hidden`.
-- The collector walks everything that has been imported so far, again and again, while imports leave hardly any garbage: `uncollected`.
+- A rollout server and the check of a model's name need only a tokenizer and a configuration. transformers provides
+  both without torch if it finds none: `torch_hidden`.
+- The garbage collector repeatedly scans all modules imported so far, though imports leave hardly any garbage:
+  `uncollected`.
 
-Not done: to skip transformers' own table of its thousand modules, which it makes by reading them; that would take a patch of its insides.
+Left out: skipping the index of its thousand modules that transformers builds by reading them; that would mean patching
+its internals.
 """
 
 from __future__ import annotations
@@ -23,16 +25,16 @@ _QUIET = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 
 @contextlib.contextmanager
 def torch_hidden() -> Iterator[None]:
-    """Within, nothing can import torch. Does nothing where it is imported already, as by a task that runs models itself.
+    """Makes `import torch` fail inside the block. Does nothing if torch is already imported, e.g. by a task.
 
-    For the start of a process of its own, in the main thread: a transformers that was imported within has tokenizers and configurations
-    for good, and no models. torch itself can be imported afterwards.
+    Use it at the start of a process, in the main thread: a transformers imported inside the block has tokenizers and
+    configurations but no models for the rest of the process. torch itself can be imported afterwards.
     """
     if "torch" in sys.modules:
         yield
         return
     quiet = os.environ.get(_QUIET)
-    os.environ[_QUIET] = "1"  # "PyTorch was not found", on stderr
+    os.environ[_QUIET] = "1"  # transformers would warn on stderr that PyTorch was not found
     sys.modules["torch"] = None  # type: ignore[assignment]
     try:
         yield
@@ -46,7 +48,7 @@ def torch_hidden() -> Iterator[None]:
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Within, no garbage is collected; what is there at its end is never walked by the collector again."""
+    """Disables the garbage collector inside the block, and exempts all objects that exist at its end for good."""
     gc.disable()
     try:
         yield

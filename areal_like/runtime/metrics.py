@@ -1,4 +1,7 @@
-"""Prometheus series of one daemon: one prefix, base units, every labelled series seeded at zero so that a rate exists from the start."""
+"""Prometheus metrics of one daemon: one prefix, base units.
+
+Every labelled series is seeded at zero, so that a rate exists from the start.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Metrics:
-    """A registry of its own, so that tests can hold several daemons in one process."""
+    """The metrics of one daemon, in a registry of its own, so that a test can run several daemons in one process."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -36,5 +39,5 @@ class Metrics:
         return Histogram(f"{PREFIX}_{name}", doc, buckets=buckets, registry=self.registry)
 
     def exposition(self) -> bytes:
-        """What `/metrics` answers."""
+        """The body of /metrics, in Prometheus' text format."""
         return generate_latest(self.registry)

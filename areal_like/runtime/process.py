@@ -1,8 +1,8 @@
-"""What every child process does first: tie its life to its parent's.
+"""Ties a child process's life to its parent's; every child does this first.
 
-A daemon that outlives its launcher holds a port, a core and perhaps a GPU, and nobody knows it is there. The kernel
-can end it for us (PR_SET_PDEATHSIG), which also works when the parent is killed with SIGKILL and could not have told
-anyone. Linux only; elsewhere this does nothing, and a parent that dies by SIGKILL leaves its children.
+A daemon that outlives its launcher holds a port, a core and perhaps a GPU without anyone noticing. The kernel can end
+it (PR_SET_PDEATHSIG), also when the parent dies by SIGKILL and has no time to signal its children. Linux only:
+elsewhere this does nothing, and a parent that dies by SIGKILL leaves its children running.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(*, signum: int = signal.SIGTERM) -> None:
-    """Asks the kernel to send `signum` to this process when its parent ends. Call it first thing, in the main thread.
+    """Makes the kernel send `signum` to this process when its parent ends. Call it first, in the main thread.
 
     The signal follows the *thread* that started this process, so a parent must spawn its children from a thread that
-    lives as long as the parent does. Exits at once with status 1 if the parent is already gone.
+    runs as long as the parent does. Exits with status 1 if the parent is already gone.
     """
     if sys.platform != "linux":
         return
@@ -36,7 +36,7 @@ def die_with_parent(*, signum: int = signal.SIGTERM) -> None:
 
 
 def exit_at_once(code: int) -> NoReturn:
-    """Ends this process without waiting for its threads: one may hang in a researcher's code, and Python would join it."""
+    """Ends this process without joining its threads, one of which may hang in a user's reward or task code."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -44,7 +44,7 @@ def exit_at_once(code: int) -> NoReturn:
 
 
 PARENT_PID = "AREAL_LIKE_PARENT_PID"
-"""Environment variable by which the launcher tells a child that the child's life is tied to it."""
+"""Environment variable with the launcher's pid, set for the children whose life is tied to it."""
 
 
 def die_with_launcher() -> None:

@@ -1,4 +1,4 @@
-"""Blocking work beside an event loop, in daemon threads: one that hangs keeps neither the loop nor the process."""
+"""Blocking work beside an event loop, in daemon threads: a call that hangs blocks neither the loop nor the exit."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ T = TypeVar("T")
 
 
 def in_thread(work: Callable[[], T], *, name: str) -> asyncio.Future[T]:
-    """What `work` returns or raises. It is not ended by cancelling the future, only no longer waited for."""
+    """A future with the result or exception of `work`. Cancelling it does not stop `work`; the result is discarded."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
-    def settle(set_outcome: Callable[[Any], None], outcome: Any) -> None:
+    def deliver(set_outcome: Callable[[Any], None], outcome: Any) -> None:
         if not future.done():
             set_outcome(outcome)
 
     def main() -> None:
         try:
             outcome: tuple[Callable[[Any], None], Any] = (future.set_result, work())
-        except BaseException as error:  # not swallowed: handed to whoever awaits
+        except BaseException as error:  # re-raised where the future is awaited
             outcome = (future.set_exception, error)
         with contextlib.suppress(RuntimeError):  # the loop has closed: the process is ending
-            loop.call_soon_threadsafe(settle, *outcome)
+            loop.call_soon_threadsafe(deliver, *outcome)
 
     threading.Thread(target=main, name=name, daemon=True).start()
     return future

@@ -1,8 +1,7 @@
-"""`python -m areal_like.runtime.tied_exec COMMAND ...`: becomes COMMAND, which then dies with the process that started it.
+"""`python -m areal_like.runtime.tied_exec COMMAND ...`: executes COMMAND so that it dies with the process that started it.
 
-For programs that are not ours and cannot call `die_with_parent` themselves: the kernel keeps the request across exec. The
-signal is SIGKILL, because a program that drains on SIGTERM would outlive its parent by as long as that takes. A Python program of
-another environment must not find our packages (`tests`, `configs`) before its own, so neither PYTHONPATH nor the directory is passed on.
+For programs of others, which cannot call `die_with_parent`: the kernel keeps that request across exec. The signal is
+SIGKILL, because a program that drains on SIGTERM would outlive its parent for as long as the drain takes.
 """
 
 from __future__ import annotations
@@ -16,7 +15,11 @@ from areal_like.runtime.process import die_with_parent
 
 
 def foreign_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """What a program of another Python environment may inherit."""
+    """Environment variables for a program of another Python environment.
+
+    It must not import our packages (`tests`, `configs`) instead of its own, so it gets neither PYTHONPATH nor the
+    current directory as an import path.
+    """
     return {key: value for key, value in environment.items() if key != "PYTHONPATH"} | {"PYTHONSAFEPATH": "1"}
 
 

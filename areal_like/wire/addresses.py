@@ -1,4 +1,4 @@
-"""Which address to bind and which to tell others."""
+"""Addresses of the buffer's shards: the one to bind, and the one that others connect to."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from areal_like.wire.channel import tcp_address
 
 
 def buffer_port(config: Config, shard: Shard) -> int:
-    """Where this shard listens; 0: not decided yet."""
+    """The port that this shard listens on; 0: not chosen yet."""
     buffer = config.buffer
     return buffer.ports[shard.index] if buffer.ports else buffer.port and buffer.port + shard.index
 
@@ -20,15 +20,15 @@ def buffer_host(config: Config, shard: Shard) -> str:
 
 
 def reachable_host(config: Config, shard: Shard) -> str:
-    """The address at which others reach it."""
+    """The address at which others reach this shard."""
     return config.buffer.advertise_host.replace("{shard}", str(shard.index)) or buffer_host(config, shard)
 
 
 def buffer_addresses(config: Config) -> list[str]:
-    """The only configured addresses: one a shard. Raises ConfigError when a port is still open."""
+    """`tcp://host:port` of each shard. Raises ConfigError if a port is not chosen yet."""
     shards = all_shards(config.buffer.num_shards)
     if not all(buffer_port(config, shard) for shard in shards):
         raise ConfigError(
-            "buffer.port is 0, so nobody can find the buffer: set the port that the buffer was started with"
+            "buffer.port is 0, so the buffer cannot be found: set the port that the buffer was started with"
         )
     return [tcp_address(reachable_host(config, shard), buffer_port(config, shard)) for shard in shards]

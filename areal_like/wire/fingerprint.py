@@ -1,6 +1,6 @@
-"""What peers compare in `hello`, so that a server with another model, tokenizer or dataset is refused and not trained on.
+"""Fingerprints that peers compare in `hello`: a server with another model, tokenizer or dataset is refused.
 
-Fingerprints cover what must agree, not what may differ: a model's architecture but not its weights, a task's settings and seed.
+A fingerprint covers only what must agree: a model's architecture but not its weights, a task's settings and seed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ARCHITECTURE_IGNORES = (
 
 
 def model_fingerprint(path: str) -> str:
-    """Fingerprint of a model directory's config.json; of the name itself when it is a hub name."""
+    """Fingerprint of a model directory's config.json, or of the name if it is a hub name."""
     config = Path(path) / "config.json"
     if not config.is_file():
         return _digest(path)
@@ -34,19 +34,22 @@ def model_fingerprint(path: str) -> str:
 
 
 def tokenizer_fingerprint(path: str) -> str:
-    """Fingerprint of a model directory's tokenizer.json (its vocabulary and rules); of the name when it is a hub name."""
+    """Fingerprint of a model directory's tokenizer.json (vocabulary and rules), or of the name if it is a hub name."""
     tokenizer = Path(path) / "tokenizer.json"
     return _digest(json.loads(tokenizer.read_text()) if tokenizer.is_file() else path)
 
 
 def dataset_fingerprint(config: Config) -> str:
-    """Fingerprint of the task's settings and the seed, which together fix every prompt."""
+    """Fingerprint of the task's settings and the seed, which together determine every prompt."""
     return _digest({"task": config.task, "seed": config.seed})
 
 
 def shared_settings(config: Config, role: Role) -> str:
-    """What a peer and the buffer must have alike, spelled out: a trainer whose steps are smaller would leave groups untrained and commit
-    them, and a server that samples at another temperature would record log-probs of another policy."""
+    """The settings that must be equal at a peer of this role and at the buffer, as text `key=value ...`.
+
+    A trainer with smaller steps would commit groups that it has not trained on. A server that samples at another
+    temperature would record log-probs of another policy.
+    """
     settings = {f"sampling.{name}": value for name, value in dataclasses.asdict(config.sampling).items()}
     if role is Role.TRAINER:
         settings |= {
@@ -57,7 +60,7 @@ def shared_settings(config: Config, role: Role) -> str:
 
 
 def as_number(fingerprint: str) -> int:
-    """63 bits of a fingerprint, for those who keep numbers."""
+    """63 bits of a fingerprint, for storage in an integer column."""
     return int(fingerprint, 16) >> 1
 
 

@@ -1,4 +1,4 @@
-"""The listening sockets of the HTTP planes."""
+"""Listening sockets of the HTTP servers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import socket
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
-    """A TCP socket bound to an address (port 0: a free one), to be handed to an HTTP server. Raises OSError.
-
-    The protocol is named because asyncio turns Nagle's algorithm off only where it is; with it an answer, whose head and body are two
-    writes, waits some 40 ms for the acknowledgement of its head.
-    """
+    """A TCP socket bound to an address (port 0: a free one), to be passed to an HTTP server. Raises OSError."""
+    # The protocol is explicit because asyncio turns Nagle's algorithm off only then. With Nagle, a response, whose head
+    # and body are two writes, waits about 40 ms for the acknowledgement of its head.
     listener = socket.socket(
         socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP
     )

@@ -1,8 +1,9 @@
-"""msgpack that a peer wrote, without what a few bytes of it can become in memory.
+"""Unpacks a peer's msgpack with a bound on the memory that it takes.
 
-An empty list is one byte in a message and eighty here, so a message of some megabytes could take hundreds. Lists and maps are therefore
-counted as they are made, and whoever knows the schema says how many it can hold. What is short is not counted: it cannot become much,
-and it is the hot path. Numbers and strings are not counted either: of them msgpack makes 24 bytes a byte at most.
+An empty list is one byte in a message and eighty in memory, so a message of a few megabytes could take hundreds.
+Lists and maps are therefore counted as they are created, against a maximum that the caller derives from its schema.
+Short messages are not counted: they cannot grow much, and they are the hot path. Numbers and strings are not counted
+either: msgpack makes at most 24 bytes in memory from one byte of them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ _UNCOUNTED_BYTES = 1 << 16
 
 
 def unpack(data: bytes | memoryview, *, max_containers: int) -> Any:
-    """The object that `data` is. Raises ValueError when it is none, or holds more lists and maps than `max_containers`."""
+    """The object packed in `data`. Raises ValueError for malformed data, and for more than `max_containers` lists and
+    maps."""
     options: dict[str, Any] = {"strict_map_key": True, "ext_hook": _refuse_ext}
     if len(data) > _UNCOUNTED_BYTES:
         options["list_hook"] = options["object_hook"] = _Count(max_containers)
@@ -26,7 +28,7 @@ def unpack(data: bytes | memoryview, *, max_containers: int) -> Any:
 
 
 class _Count:
-    """Lets a number of containers pass."""
+    """msgpack hook that raises ValueError after `max_containers` calls."""
 
     def __init__(self, max_containers: int) -> None:
         self._max_containers = self._num_left = max_containers

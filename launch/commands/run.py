@@ -11,7 +11,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from areal_like.runtime.daemon import JsonFormatter
+from areal_like.runtime.logs import JsonFormatter
 from launch.local_job.job import LocalJob
 from launch.local_job.rundir import open_run
 from launch.view.report import show_summary

@@ -20,7 +20,7 @@ from typing import Any
 
 from areal_like.config import Config
 from areal_like.errors import ArealError, DeadlineError
-from areal_like.runtime.daemon import WaitBook
+from areal_like.runtime.waits import PendingWaits
 from areal_like.shards import WHOLE, Shard
 from areal_like.wire.addresses import buffer_addresses
 from areal_like.wire.buffer_connection import BufferConnection
@@ -59,7 +59,7 @@ class BufferClient:
         *,
         hello: Callable[[], Hello],
         held: HeldLeases,
-        waits: WaitBook,
+        waits: PendingWaits,
         on_leases: Callable[[list[Lease]], None],
         on_abort: Callable[[list[int]], None],
     ) -> None:

@@ -14,7 +14,8 @@ import asyncio
 from collections.abc import Callable
 
 from areal_like.config import Config
-from areal_like.runtime.daemon import WaitBook, cancelled_on_exit
+from areal_like.runtime.daemon import cancelled_on_exit
+from areal_like.runtime.waits import PendingWaits
 from areal_like.shards import Shard, all_shards
 from areal_like.wire.messages.hello import Hello
 from areal_like.wire.messages.producer import Lease, ServerState
@@ -31,7 +32,7 @@ class ShardedBufferClient:
         *,
         capacity_samples: int,
         hello: Callable[[], Hello],
-        waits: WaitBook,
+        waits: PendingWaits,
         on_leases: Callable[[list[Lease]], None],
         on_abort: Callable[[list[int]], None],
     ) -> None:

@@ -1,19 +1,39 @@
-"""Configuration: what is accepted comes back the same, what is wrong is one clear message."""
+"""Configuration: settings survive a round trip, and every mistake is one clear message."""
 
+import dataclasses
+import typing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from areal_like.config import Config, from_mapping, to_mapping
+import trainer.advantages.gae  # noqa: F401  (registers the advantage gae)
+from areal_like.config import BufferConfig, Config, WeightsConfig, from_mapping, to_mapping
+from areal_like.config.common import Section, check_choice, choices_of
 from areal_like.errors import ConfigError
-from areal_like.runtime.command_line import load_config, role_arguments, save_config
+from areal_like.runtime.command_line import CONFIGS, load_config, role_arguments, save_config
+from trainer.advantages.base import ADVANTAGES
+from trainer.objectives import OBJECTIVES
 
 
-def test_the_default_job_is_the_dataclasses_defaults() -> None:
+def test_default_job_is_the_dataclasses_defaults() -> None:
     assert load_config([]) == Config()
 
 
-def test_round_trips(tmp_path: Path) -> None:
+def test_presets_state_only_what_differs_from_the_class() -> None:
+    for section, registry in (("objective", OBJECTIVES), ("advantage", ADVANTAGES)):
+        for file in (CONFIGS / section).glob("*.yaml"):
+            if file.stem == "custom":
+                continue
+            settings = getattr(load_config([f"{section}={file.stem}"]), section)
+            default = registry.build({"name": settings["name"]})
+            for key, value in settings.items():
+                assert key == "name" or getattr(default, key) != value, (
+                    f"{file}: {key}={value} is the default"
+                )
+
+
+def test_config_survives_yaml_and_dicts(tmp_path: Path) -> None:
     config = load_config(["name=x", "trainer.lr=3e-4", "objective.cap=8", "trainer.betas=[0.8,0.9]"])
     assert (config.trainer.lr, config.objective["cap"], config.trainer.betas) == (3e-4, 8, (0.8, 0.9))
     assert from_mapping(to_mapping(config)) == config
@@ -25,14 +45,14 @@ def test_round_trips(tmp_path: Path) -> None:
     assert (again.seed, name) == (4, "rollout-3")
 
 
-def test_an_engines_options_and_variables() -> None:
+def test_engine_options_and_environment_are_open() -> None:
     config = load_config(
         ["rollout.engine=sglang", "rollout.sglang.args=--tp-size 2", "rollout.sglang.env.NCCL_DEBUG=INFO"]
     )
     assert (config.rollout.sglang.args, config.rollout.sglang.env) == ("--tp-size 2", {"NCCL_DEBUG": "INFO"})
 
 
-def test_a_class_of_ones_own_replaces_the_defaults_settings() -> None:
+def test_own_class_replaces_the_default_settings() -> None:
     config = load_config(["objective._target_=my.Objective", "objective.alpha=2"])
     assert config.objective == {"_target_": "my.Objective", "alpha": 2}
     assert load_config(["objective={name: vespo}", "objective.k_positive=3"]).objective == {
@@ -41,12 +61,12 @@ def test_a_class_of_ones_own_replaces_the_defaults_settings() -> None:
     }
 
 
-def test_text_needs_no_quotes_within_quotes() -> None:
+def test_text_is_taken_without_nested_quotes() -> None:
     config = load_config(["model.path=~/x", "name=a,b", 'task.text=it\'s a "b" {c}'])
     assert (config.model.path, config.name, config.task["text"]) == ("~/x", "a,b", 'it\'s a "b" {c}')
 
 
-def test_presets_go_with_a_file(tmp_path: Path) -> None:
+def test_presets_apply_on_top_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     save_config(load_config(["objective.cap=7", "trainer.num_steps=3"]), file)
 
@@ -54,10 +74,7 @@ def test_presets_go_with_a_file(tmp_path: Path) -> None:
         return load_config(["--config", str(file), *settings])
 
     config = read("objective.dual_clip=3", "objective=ppo")
-    assert (
-        config.objective == {"name": "ppo", "clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3}
-        and config.trainer.num_steps == 3
-    )
+    assert config.objective == {"name": "ppo", "dual_clip": 3} and config.trainer.num_steps == 3
     config = read("objective=oapl", "model=smollm2")
     assert (config.weights.sync_interval, config.objective["name"], config.model.path) == (
         4,
@@ -78,12 +95,21 @@ def test_presets_go_with_a_file(tmp_path: Path) -> None:
         (["trainer.num_step=1"], "did you mean `trainer.num_steps`"),
         (["objectiv=tis"], "unknown key `objectiv`"),
         (["objective=nope"], "known choices are"),
+        (["objective=null"], "known choices are"),
         (["trainer.lr=abc"], "trainer.lr: want a number"),
         (["trainer.num_steps=1.5"], "trainer.num_steps: want int"),
         (["trainer.num_steps=0"], "at least 1"),
         (["max_staleness=-1"], "max_staleness must be at least 0"),
         (["buffer.port=70000"], r"0\.\.65535"),
-        (["weights.update_mode=later"], "recompute"),
+        (["weights.update_mode=later"], "one of recompute, keep, abort_resume, drain"),
+        (["weights.update_mode=recompte"], r"did you mean recompute\?"),
+        (
+            ["buffer.durability=fsync"],
+            r"buffer\.durability=fsync: use one of power_loss, process_crash, none",
+        ),
+        (["buffer.overdue="], r"buffer\.overdue=: use wait or drop"),
+        (["max_staleness=soon"], "max_staleness=soon: use a whole number or auto"),
+        (["max_staleness=true"], "max_staleness=True: use a whole number or auto"),
         (["name=a/b"], "plain directory name"),
         (["resume=yesterday"], "latest or step:K"),
         (["sampling.temperature=0"], "above 0"),
@@ -92,7 +118,7 @@ def test_presets_go_with_a_file(tmp_path: Path) -> None:
         (["trainer.betas=[2,3]"], "at least 0 and below 1"),
         (["eval.timeout_s=-1"], r"eval\.timeout_s must be above 0"),
         (["rollout.host="], r"rollout\.host is empty"),
-        (["buffer.lease_timeout_s=1", "daemon.heartbeat_s=1"], "every lease would run out"),
+        (["buffer.lease_timeout_s=1", "daemon.heartbeat_s=1"], "every lease would expire"),
         (["rollout.engine=vllm"], "use embedded or sglang"),
         (["rollout.sglang.args=--tp-size 2"], r"set rollout\.engine=sglang"),
         (["rollout.engine=sglang", "rollout.sglang.args=tp-size 2"], "begin with an option"),
@@ -112,10 +138,51 @@ def test_presets_go_with_a_file(tmp_path: Path) -> None:
         (["nonsense"], "key=value"),
         (["--config", "/nowhere.yaml"], "no such file"),
         (["--config"], "name a resolved"),
+        (["--config", "--name"], "name a resolved"),
+        (["-v"], "key=value"),
         (["--config", "/dev/null", "trainer.nope=1"], "no such file|unknown key"),
     ],
 )
-def test_mistakes_are_one_clear_message(arguments: list[str], message: str) -> None:
+def test_mistake_is_one_clear_message(arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         load_config(arguments)
     assert "\n" not in str(caught.value)
+
+
+def _sections(cls: type[Section]) -> list[type[Section]]:
+    nested = [hint for hint in typing.get_type_hints(cls).values() if dataclasses.is_dataclass(hint)]
+    return [cls, *(section for hint in nested for section in _sections(typing.cast(type[Section], hint)))]
+
+
+@pytest.mark.parametrize("cls", _sections(Config), ids=lambda cls: cls.__name__)
+def test_constructor_refuses_a_value_that_is_no_choice(cls: type[Section]) -> None:
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if choices_of(typing.get_type_hints(cls)[field.name]):
+            with pytest.raises(ConfigError, match=f"{cls.key}.{field.name}".lstrip(".") + "=xyz: use "):
+                cls(**{field.name: "xyz"})
+
+
+def test_ranges_are_checked_with_the_choices() -> None:
+    with pytest.raises(ConfigError, match="at least 1024"):
+        WeightsConfig(bucket_bytes=1)
+    with pytest.raises(ConfigError, match=r"retain_trajectories=true"):
+        BufferConfig(durability="none", retain_trajectories=True)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "good", "bad"),
+    [
+        (typing.Literal["a", "b"], ["a", "b"], ["c", None, 1]),
+        (int | typing.Literal["auto"], [3, "auto"], ["3", True, 1.5, None]),
+        (typing.Literal["a"] | None, ["a", None], ["b", 0, ""]),
+        (typing.Optional[typing.Literal["a"]], ["a", None], ["b"]),  # noqa: UP045
+        (float | None, [1.0, None, "anything"], []),
+    ],
+    ids=str,
+)
+def test_choices_of_unions_are_checked(annotation: Any, good: list[Any], bad: list[Any]) -> None:
+    for value in good:
+        check_choice(annotation, value, key="k")
+    for value in bad:
+        with pytest.raises(ConfigError, match="k="):
+            check_choice(annotation, value, key="k")

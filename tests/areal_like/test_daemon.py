@@ -1,4 +1,4 @@
-"""The daemon runtime as a real process: HTTP plane, drain, watchdog, exit codes, parent's death."""
+"""The daemon runtime in real processes: HTTP endpoints, drain, watchdog, exit codes, death of the parent."""
 
 import json
 import os
@@ -96,7 +96,7 @@ def started(tmp_path: Path) -> Iterator[Any]:
         daemon.process.communicate()
 
 
-def test_the_http_plane_and_a_drain(started: Any) -> None:
+def test_http_endpoints_and_drain(started: Any) -> None:
     daemon = started("serve")
     daemon.wait_ready()
     assert daemon.get("/livez") == (200, "ok")
@@ -120,7 +120,7 @@ def test_the_http_plane_and_a_drain(started: Any) -> None:
     )
 
 
-def test_the_drain_verb_is_sigterm_but_once(started: Any) -> None:
+def test_repeated_drain_verb_is_one_sigterm(started: Any) -> None:
     daemon = started("slow")
     daemon.wait_ready()
     assert daemon.get("/control/drain", b"") == (200, '{"draining":true}')
@@ -129,14 +129,14 @@ def test_the_drain_verb_is_sigterm_but_once(started: Any) -> None:
     assert daemon.process.wait(timeout=10) == 0
 
 
-def test_a_stuck_drain_is_ended_by_the_watchdog(started: Any) -> None:
+def test_watchdog_ends_a_stuck_drain(started: Any) -> None:
     daemon = started("stuck", "daemon.drain_timeout_s=1")
     daemon.wait_ready()
     daemon.process.send_signal(signal.SIGTERM)
     assert daemon.process.wait(timeout=10) == -signal.SIGALRM
 
 
-def test_a_second_signal_ends_it_at_once(started: Any) -> None:
+def test_second_signal_ends_the_process_at_once(started: Any) -> None:
     daemon = started("stuck")
     daemon.wait_ready()
     daemon.process.send_signal(signal.SIGTERM)
@@ -150,10 +150,10 @@ def test_a_second_signal_ends_it_at_once(started: Any) -> None:
     [
         ("user error", 2, "test-0: x is wrong: use y\n"),
         ("failure", 1, "test-0: the disk is on fire\n"),
-        ("bug", 1, "test-0: unexpected KeyError: 'surprise' (trace-back in its log)\n"),
+        ("bug", 1, "test-0: unexpected KeyError: 'surprise' (traceback in its log)\n"),
     ],
 )
-def test_exit_codes_and_one_message(started: Any, mode: str, code: int, message: str) -> None:
+def test_exit_codes_and_single_message(started: Any, mode: str, code: int, message: str) -> None:
     daemon = started(mode)
     _, stderr = daemon.process.communicate(timeout=20)
     assert daemon.process.returncode == code
@@ -161,7 +161,7 @@ def test_exit_codes_and_one_message(started: Any, mode: str, code: int, message:
     assert "Traceback" not in stderr
 
 
-def test_a_daemon_of_a_launcher_that_is_gone_does_not_start(tmp_path: Path) -> None:
+def test_daemon_of_a_dead_launcher_does_not_start(tmp_path: Path) -> None:
     command = [sys.executable, "-c", BODY, "serve", "name=test", f"runs_dir={tmp_path}/runs"]
     done = subprocess.run(command, env=dict(os.environ) | {PARENT_PID: "1"}, timeout=20, check=False)
     assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""What is left out when a process starts: torch where only a tokenizer is needed, and the collector while modules are imported."""
+"""Faster process starts: no torch where only a tokenizer is needed, no garbage collection during imports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROMPTS: list[str | list[dict[str, str]]] = [
 ]
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 
-IN_A_PROCESS_OF_ITS_OWN = """
+CHILD = """
 import gc, os, sys
 from areal_like.runtime.imports import torch_hidden, uncollected
 from rollout_server.episodes.prompt_renderer import PromptRenderer
@@ -32,19 +32,20 @@ assert gc.isenabled() and gc.get_freeze_count() > 10_000, gc.get_freeze_count()
 assert dict(os.environ) == before
 for prompt in eval(sys.argv[2]):
     tokens = renderer.encode(Example(prompt=prompt, answer=""))
-    print(tokens.tolist(), repr(renderer.decode(tokens)), renderer.stop_token_ids, renderer.vocab_size, renderer.max_positions)
+    print(tokens.tolist(), repr(renderer.decode(tokens)), renderer.stop_token_ids, renderer.vocab_size,
+          renderer.max_positions)
 assert "torch" not in sys.modules
 import torch
 assert torch.zeros(1).item() == 0
 """
 
 
-def test_a_tokenizer_is_the_same_without_torch_and_torch_can_be_imported_afterwards(tmp_path: Path) -> None:
+def test_tokenizer_is_the_same_without_torch(tmp_path: Path) -> None:
     build_tiny_model(tmp_path, seed=0, warm_start_steps=0, swap_prob=0.0)
     model = str(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
     run = subprocess.run(
-        [sys.executable, "-c", IN_A_PROCESS_OF_ITS_OWN, model, repr(PROMPTS)],
+        [sys.executable, "-c", CHILD, model, repr(PROMPTS)],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -56,13 +57,14 @@ def test_a_tokenizer_is_the_same_without_torch_and_torch_can_be_imported_afterwa
     for prompt in PROMPTS:
         tokens = renderer.encode(Example(prompt=prompt, answer=""))
         expected.append(
-            f"{tokens.tolist()} {renderer.decode(tokens)!r} {renderer.stop_token_ids} {renderer.vocab_size} {renderer.max_positions}"
+            f"{tokens.tolist()} {renderer.decode(tokens)!r} {renderer.stop_token_ids} {renderer.vocab_size} "
+            f"{renderer.max_positions}"
         )
     assert run.stdout.splitlines() == expected
     assert len(set(expected)) == len(PROMPTS)
 
 
-def test_torch_that_is_there_stays_there() -> None:
+def test_imported_torch_stays_imported() -> None:
     torch = sys.modules["torch"]
     with torch_hidden():
         assert sys.modules["torch"] is torch

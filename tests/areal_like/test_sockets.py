@@ -1,4 +1,4 @@
-"""What an HTTP plane listens on."""
+"""Listening sockets of the HTTP servers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from areal_like.wire.sockets import bound_socket
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_connections_do_not_wait_for_acknowledgements(host: str) -> None:
+def test_accepted_connections_have_nagle_turned_off(host: str) -> None:
     async def body() -> int:
         found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
@@ -30,7 +30,7 @@ def test_connections_do_not_wait_for_acknowledgements(host: str) -> None:
     assert asyncio.run(body()) == 1
 
 
-def test_a_port_in_use_is_an_error() -> None:
+def test_port_in_use_is_an_error() -> None:
     with bound_socket("127.0.0.1", 0) as taken:
         taken.listen()
         with pytest.raises(OSError, match="in use"):

@@ -1,8 +1,10 @@
-"""The digit-sorting task: splits never share a multiset, examples are pure, the reward is exact match."""
+"""The digit-sorting task: held-out multisets are never trained on, examples are pure, the reward is exact match."""
 
 from collections import Counter
 
-from areal_like.sorting import Split, is_held_out, noisy_demonstration, sort_example, sort_reward
+from areal_like.sorting import Split, is_held_out, noisy_demonstration, sort_example
+from rollout_server.tasks.base import Example
+from rollout_server.tasks.sort import SortTask
 
 
 def test_examples_are_pure_functions_of_their_index() -> None:
@@ -12,7 +14,7 @@ def test_examples_are_pure_functions_of_their_index() -> None:
     assert a != [sort_example(seed=1, split=Split.WARM_START, index=i) for i in range(50)]
 
 
-def test_no_held_out_multiset_is_ever_trained_on() -> None:
+def test_held_out_multisets_are_never_trained_on() -> None:
     held_out = {
         "".join(sorted(sort_example(seed=0, split=Split.HELD_OUT, index=i).answer)) for i in range(500)
     }
@@ -34,15 +36,16 @@ def test_lengths_are_four_to_eight_and_equally_likely() -> None:
 
 
 def test_reward_is_exact_match() -> None:
-    assert sort_reward(prompt="5203=", response="0235") == 1.0
+    example = Example(prompt="5203=", answer="0235")
+    assert SortTask().reward(example, "0235") == 1.0
     for wrong in ("0253", "02355", "023", "", " 0235", "0235="):
-        assert sort_reward(prompt="5203=", response=wrong) == 0.0
+        assert SortTask().reward(example, wrong) == 0.0
 
 
 def test_demonstrations_are_mostly_wrong_permutations() -> None:
     demos = [noisy_demonstration(seed=0, index=i, swap_prob=0.5) for i in range(1000)]
     assert all(sorted(d.answer) == sorted(d.prompt[:-1]) for d in demos)
-    right = sum(sort_reward(prompt=d.prompt, response=d.answer) for d in demos) / len(demos)
+    right = sum(d.answer == "".join(sorted(d.prompt[:-1])) for d in demos) / len(demos)
     assert 0.02 < right < 0.3
     clean = [noisy_demonstration(seed=0, index=i, swap_prob=0.0) for i in range(50)]
-    assert all(sort_reward(prompt=d.prompt, response=d.answer) == 1.0 for d in clean)
+    assert all(d.answer == "".join(sorted(d.prompt[:-1])) for d in clean)

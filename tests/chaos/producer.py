@@ -18,8 +18,8 @@ from areal_like.config import Config
 from areal_like.errors import ArealError
 from areal_like.paths import model_path
 from areal_like.runtime.command_line import load_config
-from areal_like.runtime.daemon import WaitBook
 from areal_like.runtime.process import die_with_parent
+from areal_like.runtime.waits import PendingWaits
 from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
 from areal_like.wire.fingerprint import dataset_fingerprint, model_fingerprint, tokenizer_fingerprint
 from areal_like.wire.messages.hello import Hello, Role
@@ -88,7 +88,7 @@ class Producer:
             config,
             capacity_samples=capacity,
             hello=hello,
-            waits=WaitBook(),
+            waits=PendingWaits(),
             on_leases=self._take,
             on_abort=lambda leases: None,
         )

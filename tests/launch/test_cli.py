@@ -106,7 +106,7 @@ def test_roles_have_help(module: str, tmp_path: Path) -> None:
 
 
 def test_what_help_prints_may_be_typed(tmp_path: Path) -> None:
-    defaults = [f"{key.path}={key.default}" for key in all_keys()]
+    defaults = [f"{setting.key}={setting.default}" for setting in all_keys()]
     assert load_config(defaults) == Config()
     save_config(Config(), tmp_path / "config.yaml")
     assert load_config(["--config", str(tmp_path / "config.yaml"), *defaults]) == Config()

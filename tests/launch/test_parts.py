@@ -251,9 +251,9 @@ def test_the_picture_shows_what_is_there(width: int, steps: int) -> None:
 
 
 def test_help_is_complete() -> None:
-    keys = {key.path: key for key in all_keys()}
+    keys = {setting.key: setting for setting in all_keys()}
     assert set(COMMON) <= set(keys), "a key that help shows was renamed"
-    assert not [key.path for key in keys.values() if not key.text], "a field without a docstring"
+    assert not [setting.key for setting in keys.values() if not setting.text], "a field without a docstring"
     assert keys["trainer.num_steps"].default == "600" and "steps" in keys["trainer.num_steps"].text
     default = from_mapping({})
     assert keys["seed"].default == str(default.seed)

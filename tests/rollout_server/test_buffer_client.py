@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from areal_like.config import from_mapping
-from areal_like.runtime.daemon import WaitBook
+from areal_like.runtime.waits import PendingWaits
 from areal_like.wire.channel import Envelope, Listener
 from areal_like.wire.messages.hello import Hello, Role, Welcome
 from areal_like.wire.messages.producer import (
@@ -92,7 +92,7 @@ def test_messages_to_an_absent_buffer_do_not_pile_up(tmp_path: Path, monkeypatch
             config,
             hello=lambda: HELLO,
             held=held,
-            waits=WaitBook(),
+            waits=PendingWaits(),
             on_leases=leases.extend,
             on_abort=lambda _: None,
         )
@@ -140,7 +140,7 @@ def test_nothing_is_resent_to_a_buffer_that_cannot_write(
             config,
             hello=lambda: HELLO,
             held=held,
-            waits=WaitBook(),
+            waits=PendingWaits(),
             on_leases=leases.extend,
             on_abort=lambda _: None,
         )

@@ -222,7 +222,7 @@ def test_auto_is_a_setting_and_its_cap_bounds_everything() -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("max_staleness=soon", "max_staleness=soon: use a number of steps or auto"),
+        ("max_staleness=soon", "max_staleness=soon: use a whole number or auto"),
         ("max_staleness=1.5", "max_staleness=1.5"),
         ("max_staleness=true", "max_staleness=True"),
         ("ess_target=1", "ess_target=1"),

@@ -33,7 +33,8 @@ from areal_like.config import Config
 from areal_like.errors import ConfigError, UserError
 from areal_like.paths import RunPaths, model_path, write_json
 from areal_like.runtime.command_line import load_config
-from areal_like.runtime.daemon import configure_logging, exit_code_of
+from areal_like.runtime.daemon import exit_code_of
+from areal_like.runtime.logs import configure_logging
 from areal_like.runtime.process import die_with_launcher, die_with_parent
 from trainer.checkpoint import Checkpoints
 from trainer.distributed.process_group import device_of, join_ranks

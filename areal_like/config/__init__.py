@@ -1,0 +1,32 @@
+"""The settings of a job as frozen dataclasses: one section, one class.
+
+hydra composes YAML; these classes define which keys exist, their types, choices, ranges and defaults. Every
+daemon gets the same resolved configuration. A default is stated here and nowhere else. `objective`,
+`advantage` and `task` stay open mappings: the class that they name defines their keys and checks them
+(areal_like/registry.py).
+
+The package imports neither hydra nor torch, because every process imports it first.
+"""
+
+from areal_like.config.buffer import BufferConfig
+from areal_like.config.job import Config, DaemonConfig, EvalConfig, ModelConfig
+from areal_like.config.loading import from_mapping, to_mapping
+from areal_like.config.rollout import RolloutConfig, SamplingConfig, SglangConfig
+from areal_like.config.trainer import KlConfig, TrainerConfig
+from areal_like.config.weights import WeightsConfig
+
+__all__ = [
+    "BufferConfig",
+    "Config",
+    "DaemonConfig",
+    "EvalConfig",
+    "KlConfig",
+    "ModelConfig",
+    "RolloutConfig",
+    "SamplingConfig",
+    "SglangConfig",
+    "TrainerConfig",
+    "WeightsConfig",
+    "from_mapping",
+    "to_mapping",
+]

@@ -1,0 +1,129 @@
+"""Settings of the buffer: the ledger of tickets, the curriculum, and the storage of trajectories."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from areal_like.config.common import Section, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class BufferConfig(Section, key="buffer"):
+    """The buffer between rollout servers and trainer."""
+
+    host: str = "127.0.0.1"
+    """Address to bind; with several shards, `{shard}` in it stands for the shard's number."""
+    port: int = 0
+    """Port to bind, for shard i this plus i; 0: a free one, which the launcher passes on. Daemons started by
+    hand need a fixed port."""
+    advertise_host: str = ""
+    """Address at which other hosts reach the buffer, `{shard}` as in `host`; empty: `host`."""
+    num_shards: int = 1
+    """Buffer daemons (buffer-0, buffer-1, ...) that split the prompts and the groups of every step; fixed for
+    a run's life."""
+    ports: tuple[int, ...] = ()
+    """The shards' ports one by one; empty: `port` and those after it."""
+    lease_timeout_s: float = 10.0
+    """Seconds without a heartbeat after which a lease expires and its missing samples are leased again."""
+    overdue: Literal["wait", "drop"] = "wait"
+    """What a step does about a healthy ticket that a later step could not train on within the staleness
+    bound."""
+    group_filter: Literal["none", "spread", "single_version"] = "none"
+    """Groups that may be trained on: `spread` drops and replaces groups whose rewards are all equal (DAPO
+    dynamic sampling), `single_version` drops groups that mix weight versions."""
+    curriculum: Literal["none", "goldilocks", "paced"] = "none"
+    """Choice of the next prompt among a few of the epoch: `goldilocks` prefers a solve rate near 1/2, `paced`
+    one near curriculum_target."""
+    curriculum_pool: int = 4
+    """Candidate prompts for each choice; those not chosen wait for the next epoch."""
+    curriculum_target: float = 0.5
+    """Solve rate that `curriculum=paced` prefers."""
+    curriculum_exploration: float = 0.1
+    """Share of choices that take the first candidate whatever its solve rate."""
+    curriculum_memory: int = 16384
+    """Prompts whose outcomes are remembered (they are part of every checkpoint)."""
+    curriculum_half_life: int = 1024
+    """Complete groups after which an outcome counts half."""
+    curriculum_reward_low: float = 0.0
+    """Reward that counts as a solve rate of 0."""
+    curriculum_reward_high: float = 1.0
+    """Reward that counts as a solve rate of 1; rewards in between count in proportion."""
+    max_reissues: int = 3
+    """How often the prompt of a dropped ticket may be issued again."""
+    max_sample_retries: int = 2
+    """How often a failed sample (reward raised or hung) is tried again before its ticket drops with reason
+    `failed`."""
+    max_consecutive_failures: int = 20
+    """Failed samples in a row that stop the run with the last error."""
+    max_message_bytes: int = 64 << 20
+    """Largest message accepted from any peer, in bytes."""
+    durability: Literal["power_loss", "process_crash", "none"] = "process_crash"
+    """What an acknowledged sample survives: `power_loss` syncs it to disk before the acknowledgement,
+    `process_crash` hands it to the operating system before it, `none` keeps it in memory only (a buffer that
+    dies ends the run)."""
+    retain_trajectories: bool = False
+    """Keep every accepted trajectory on disk, for replay and study, instead of only those that may still be
+    trained on."""
+    segment_bytes: int = 64 << 20
+    """Size at which a new segment file is begun, in bytes; a segment is deleted when nothing in it is needed
+    any more."""
+    cache_bytes: int = 256 << 20
+    """Trajectories kept in memory as well as on disk, in bytes; past it they are read back when a rank
+    fetches them."""
+    min_free_bytes: int = 256 << 20
+    """Free disk space to leave, in bytes: below it nothing is admitted or acknowledged until there is space
+    again."""
+
+    def check(self) -> None:
+        """Ranges; ports that fit the shards; retained trajectories need a disk."""
+        require(bool(self.host), "buffer.host is empty: give an address to bind, e.g. 127.0.0.1")
+        for name in ("num_shards", "max_consecutive_failures", "curriculum_half_life"):
+            require(getattr(self, name) >= 1, f"buffer.{name} must be at least 1")
+        for name in ("max_reissues", "max_sample_retries", "cache_bytes", "min_free_bytes"):
+            require(getattr(self, name) >= 0, f"buffer.{name} must be at least 0")
+        self._check_ports()
+        self._check_curriculum()
+        require(self.lease_timeout_s > 0, "buffer.lease_timeout_s must be above 0")
+        require(self.max_message_bytes >= 1 << 16, "buffer.max_message_bytes must be at least 65536")
+        require(
+            not (self.retain_trajectories and self.durability == "none"),
+            "buffer.retain_trajectories=true keeps trajectories on disk: "
+            "set buffer.durability to process_crash or power_loss",
+        )
+        require(
+            1 << 16 <= self.segment_bytes <= 1 << 31,
+            "buffer.segment_bytes must be between 65536 and 2147483648",
+        )
+
+    def _check_ports(self) -> None:
+        largest = 65536 - self.num_shards
+        require(0 <= self.port <= largest, f"buffer.port={self.port}: use 0..{largest}")
+        are_distinct = len(set(self.ports)) == self.num_shards == len(self.ports)
+        require(
+            not self.ports or (are_distinct and all(0 < port < 65536 for port in self.ports)),
+            f"buffer.ports={list(self.ports)}: "
+            f"give buffer.num_shards={self.num_shards} different ports of 1..65535, or none",
+        )
+
+    def _check_curriculum(self) -> None:
+        require(
+            self.curriculum_pool >= 2,
+            "buffer.curriculum_pool must be at least 2: with one candidate there is nothing to choose",
+        )
+        require(
+            0 < self.curriculum_target < 1,
+            f"buffer.curriculum_target={self.curriculum_target:g}: use a number between 0 and 1",
+        )
+        require(
+            0 < self.curriculum_exploration <= 1,
+            f"buffer.curriculum_exploration={self.curriculum_exploration:g}: "
+            "use a number above 0 (at 0 a prompt that never wins is never tried again) up to 1",
+        )
+        require(
+            1 <= self.curriculum_memory <= 100_000, "buffer.curriculum_memory must be between 1 and 100000"
+        )
+        require(
+            self.curriculum_reward_low < self.curriculum_reward_high,
+            "buffer.curriculum_reward_low must be below buffer.curriculum_reward_high",
+        )

@@ -1,0 +1,87 @@
+"""The base class of every section of the configuration, and the checks that sections share."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from typing import Any, ClassVar, Literal
+
+from areal_like.errors import ConfigError
+
+_TYPE_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    type(None): "null",
+}
+
+
+class Section:
+    """Base of the frozen dataclasses: refuses a value that is none of its field's choices, then calls
+    `check`.
+
+    class BufferConfig(Section, key="buffer"):
+        durability: Literal["power_loss", "process_crash", "none"] = "process_crash"
+
+    The choices come from the annotation, so they are stated once. The check runs on direct construction too,
+    and not only when the loader builds the object.
+    """
+
+    key: ClassVar[str] = ""
+    """Dotted path of the section in the configuration; empty for the root."""
+
+    def __init_subclass__(cls, *, key: str = "") -> None:
+        cls.key = key
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a value outside its choices, and whatever `check` raises."""
+        for name, annotation in typing.get_type_hints(type(self)).items():
+            check_choice(annotation, getattr(self, name), key=f"{self.key}.{name}".lstrip("."))
+        self.check()
+
+    def check(self) -> None:
+        """Ranges, and rules over several fields. Raises ConfigError with what to change."""
+
+
+def members_of(annotation: Any) -> tuple[Any, ...]:
+    """The alternatives of a union; the annotation alone when it is none."""
+    is_union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
+    return typing.get_args(annotation) if is_union else (annotation,)
+
+
+def choices_of(annotation: Any) -> tuple[str, ...]:
+    """The strings that `Literal` allows in an annotation or in a member of its union; empty without a
+    `Literal`."""
+    literals = [member for member in members_of(annotation) if typing.get_origin(member) is Literal]
+    return tuple(choice for literal in literals for choice in typing.get_args(literal))
+
+
+def check_choice(annotation: Any, value: Any, *, key: str) -> None:
+    """Raises ConfigError when `value` is neither one of the choices nor of another type in the annotation's
+    union.
+
+    An annotation without a `Literal` allows anything here.
+    """
+    choices = choices_of(annotation)
+    others = [member for member in members_of(annotation) if typing.get_origin(member) is not Literal]
+    if not choices or type(value) in others or (isinstance(value, str) and value in choices):
+        return
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    names = [*(_TYPE_NAMES.get(other, str(other)) for other in others), *choices]
+    listed = f"one of {', '.join(names)}" if len(names) > 2 else " or ".join(names)
+    raise ConfigError(f"{key}={'' if value is None else value}: {hint}use {listed}")
+
+
+def require(ok: bool, message: str) -> None:
+    """Raises ConfigError with `message` unless `ok`."""
+    if not ok:
+        raise ConfigError(message)
+
+
+def check_device(device: str, *, key: str) -> None:
+    """Raises ConfigError unless `device` is `cpu`, `cuda` or `cuda:N`."""
+    require(re.fullmatch(r"cpu|cuda(:\d+)?", device) is not None, f"{key}={device}: use cpu, cuda or cuda:N")

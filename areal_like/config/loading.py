@@ -1,0 +1,107 @@
+"""From plain dicts to the configuration's dataclasses and back.
+
+A key that is no field is refused with the nearest name. Values are converted only where YAML or a shell could
+not write them otherwise: a number in quotes, `1e-4` (a string in YAML 1.1), a list for a tuple, nothing for
+an empty text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from typing import Any, Literal
+
+from areal_like.config.common import check_choice, members_of, require
+from areal_like.config.job import Config
+from areal_like.errors import ConfigError
+
+
+def from_mapping(raw: dict[str, Any]) -> Config:
+    """Builds the configuration from plain dicts (hydra's resolved YAML). Raises ConfigError for unknown keys
+    and wrong types or values."""
+    return typing.cast(Config, _build(Config, raw, path=""))
+
+
+def to_mapping(config: Config) -> dict[str, Any]:
+    """The inverse of `from_mapping`: plain dicts and lists, ready for YAML or JSON."""
+    plain = _lists_for_tuples(dataclasses.asdict(config))
+    assert isinstance(plain, dict)
+    return plain
+
+
+def _lists_for_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _lists_for_tuples(item) for key, item in value.items()}
+    return [_lists_for_tuples(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+def _build(cls: type, raw: Any, *, path: str) -> Any:
+    require(isinstance(raw, dict), f"{path.rstrip('.') or 'config'}: want a mapping, got {raw!r}")
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    values = {}
+    for key, value in raw.items():
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"did you mean `{path}{near[0]}`?" if near else f"known keys: {', '.join(names)}"
+            raise ConfigError(f"unknown key `{path}{key}`: {hint}")
+        values[key] = _convert(hints[key], value, path=f"{path}{key}")
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, *, path: str) -> Any:
+    """`value` in the type of the annotation `hint`. Raises ConfigError when it does not fit."""
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, path=f"{path}.")
+    origin = typing.get_origin(hint)
+    if origin is dict:
+        require(isinstance(value, dict), f"{path}: want a mapping, got {value!r}")
+        return dict(value)
+    if origin is tuple:
+        return _convert_tuple(hint, value, path=path)
+    if origin is Literal:
+        check_choice(hint, value, key=path)
+        return value
+    if len(members := members_of(hint)) > 1:
+        return _convert_union(hint, members, value, path=path)
+    return _convert_scalar(hint, value, path=path)
+
+
+def _convert_tuple(hint: Any, value: Any, *, path: str) -> tuple[Any, ...]:
+    args = typing.get_args(hint)
+    if args[-1] is Ellipsis and isinstance(value, (list, tuple)):
+        args = (args[0],) * len(value)
+    require(
+        isinstance(value, (list, tuple)) and len(value) == len(args),
+        f"{path}: want {len(args)} values, got {value!r}",
+    )
+    return tuple(_convert(arg, item, path=path) for arg, item in zip(args, value, strict=True))
+
+
+def _convert_union(hint: Any, members: tuple[Any, ...], value: Any, *, path: str) -> Any:
+    """`value` as the first member of the union that takes it."""
+    for member in members:
+        try:
+            return _convert(member, value, path=path)
+        except ConfigError:
+            continue
+    check_choice(hint, value, key=path)
+    raise ConfigError(f"{path}: want {hint}, got {value!r}")
+
+
+def _convert_scalar(hint: type, value: Any, *, path: str) -> Any:
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            raise ConfigError(f"{path}: want a number, got {value!r}") from None
+    if hint is str and value is None:  # YAML reads `resume=` as null
+        return ""
+    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    require(
+        isinstance(value, hint) and not (hint is int and isinstance(value, bool)),
+        f"{path}: want {hint.__name__}, got {value!r}",
+    )
+    return value

@@ -1,0 +1,132 @@
+"""Settings of sampling, of the rollout servers, and of their engines."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from areal_like.config.common import Section, check_device, require
+from areal_like.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig(Section, key="sampling"):
+    """Sampling of training responses.
+
+    top_p, top_k, min_p and penalties are left out on purpose: with them the recorded log-prob would not be a
+    probability under the policy, and importance ratios would be wrong.
+    """
+
+    group_size: int = 8
+    """Samples of one prompt (a group)."""
+    max_new_tokens: int = 10
+    """Limit of sampled tokens in one turn."""
+    greedy_baseline: bool = False
+    """Sample one more response to each prompt at temperature 0, as the baseline of `advantage=remax`; it is
+    not trained on."""
+    temperature: float = 1.0
+    """Softmax temperature; engine and trainer both compute log-probs after it."""
+
+    def check(self) -> None:
+        require(self.group_size >= 1, "sampling.group_size must be at least 1")
+        require(self.max_new_tokens >= 1, "sampling.max_new_tokens must be at least 1")
+        require(
+            self.temperature > 0,
+            "sampling.temperature must be above 0 for training (evaluation is always greedy)",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SglangConfig(Section, key="rollout.sglang"):
+    """With `rollout.engine=sglang`: how a rollout server starts its SGLang, or which running one it uses.
+
+    In `args` and `url`, `{index}` stands for the number at the end of the server's name (rollout-2: 2; none:
+    0), so that each server can have its own GPUs or host.
+    """
+
+    python: str = ""
+    """Interpreter of the environment that has SGLang; empty: this one if it has SGLang, else the one built by
+    `make sglang`."""
+    args: str = ""
+    """More options of sglang.launch_server, as in a shell: `--tp-size 2 --mem-fraction-static 0.8`. They come
+    last and win."""
+    env: dict[str, Any] = field(default_factory=dict)
+    """Environment variables of the engine, added to those of this process."""
+    url: str = ""
+    """`http://host:port` of a running engine: it is used, updated and reset, but never started or stopped. It
+    must be able to read `model.path`. Empty: the server starts an engine."""
+
+    def check(self) -> None:
+        """Options that a shell can split; a URL excludes the settings of a new engine."""
+        try:
+            words = shlex.split(self.args)
+        except ValueError as error:
+            raise ConfigError(f"rollout.sglang.args={self.args!r}: {error}") from None
+        require(
+            not words or words[0].startswith("-"),
+            f"rollout.sglang.args={self.args!r}: begin with an option, e.g. --tp-size 2",
+        )
+        require(
+            not self.url or self.url.startswith(("http://", "https://")),
+            f"rollout.sglang.url={self.url}: give http://host:port",
+        )
+        require(
+            not (self.url and (self.args or self.env or self.python)),
+            "rollout.sglang.url names an engine that is already running: "
+            "python, args and env would change nothing, remove them",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig(Section, key="rollout"):
+    """The rollout servers and their engines."""
+
+    num_servers: int = 1
+    """Rollout servers that the local launcher starts."""
+    engine: Literal["embedded", "sglang"] = "embedded"
+    """Inference engine of each server, in a process of its own; `embedded` is the one in this repository."""
+    engine_device: str = "cpu"
+    """Device of the engine: `cpu`, `cuda` or `cuda:N`."""
+    max_running: int = 128
+    """Sequences that one engine decodes at a time (KV slots)."""
+    max_context: int = 0
+    """Longest sequence, prompt and response, in tokens; 0: derived from task and sampling."""
+    queue_samples: int = 32
+    """Samples leased beyond max_running, so that a freed KV slot never waits for the network."""
+    reward_workers: int = 1
+    """Processes that compute rewards."""
+    reward_timeout_s: float = 10.0
+    """Time limit of one reward and of one task.example(), in seconds; past it the worker process is killed
+    and the sample counts as failed."""
+    generate_timeout_s: float = 600.0
+    """Longest wait for one generation, in seconds."""
+    start_timeout_s: float = 180.0
+    """Longest wait for an engine to become ready, in seconds."""
+    host: str = "127.0.0.1"
+    """Address that a server and its engine bind."""
+    advertise_host: str = ""
+    """Address at which the trainer reaches this server; empty: `host`."""
+    num_threads: int = 1
+    """CPU threads of one engine."""
+    sglang: SglangConfig = field(default_factory=SglangConfig)
+
+    def check(self) -> None:
+        """Ranges; `sglang` settings only with that engine."""
+        for name in ("num_servers", "max_running", "reward_workers", "num_threads"):
+            require(getattr(self, name) >= 1, f"rollout.{name} must be at least 1")
+        for name in ("max_context", "queue_samples"):
+            require(getattr(self, name) >= 0, f"rollout.{name} must be at least 0")
+        for name in ("reward_timeout_s", "generate_timeout_s", "start_timeout_s"):
+            require(getattr(self, name) > 0, f"rollout.{name} must be above 0")
+        require(bool(self.host), "rollout.host is empty: give an address to bind, e.g. 127.0.0.1")
+        check_device(self.engine_device, key="rollout.engine_device")
+        require(
+            self.engine == "sglang" or self.sglang == SglangConfig(),
+            "rollout.sglang is set, but rollout.engine=embedded would ignore it: set rollout.engine=sglang",
+        )
+        require(
+            self.num_servers == 1 or not self.sglang.url or "{index}" in self.sglang.url,
+            f"rollout.sglang.url={self.sglang.url} is one engine for rollout.num_servers={self.num_servers}: "
+            "put {index} into the url",
+        )

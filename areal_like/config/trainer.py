@@ -1,0 +1,104 @@
+"""Settings of the trainer's ranks, its optimizer, and the KL penalty."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from areal_like.config.common import Section, check_device, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class KlConfig(Section, key="kl"):
+    """A penalty on the distance from a frozen reference model. It costs that model's memory and one forward a
+    step."""
+
+    coef: float = 0.0
+    """Weight of the penalty; 0: no penalty, and no reference model is loaded."""
+    estimator: Literal["k1", "k2", "k3"] = "k2"
+    """Estimator of KL(policy || ref) from one token, with x = logp - ref_logp: `k1` x, `k2` x^2 / 2, `k3`
+    exp(-x) - 1 + x."""
+    place: Literal["loss", "reward"] = "loss"
+    """`loss`: added to each token's loss. `reward`: subtracted from each sample's reward before advantages; a
+    step then waits for its last group."""
+    reference: str = ""
+    """Hugging Face directory or name of the reference model; empty: the model that the run began with."""
+
+    def check(self) -> None:
+        require(self.coef >= 0, "kl.coef must be at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig(Section, key="trainer"):
+    """The trainer's ranks and its optimizer."""
+
+    num_steps: int = 600
+    """Optimizer steps of the whole run."""
+    world_size: int = 1
+    """Ranks (FSDP2 shards) that the local launcher starts."""
+    device: str = "cpu"
+    """`cpu`, `cuda` or `cuda:N`: the first rank on a machine takes GPU N, the next N + 1, and so on."""
+    groups_per_step: int = 16
+    """Groups (prompts) in one optimizer step."""
+    tokens_per_microbatch: int = 4096
+    """Packing budget: padding-free tokens in one forward and backward."""
+    lr: float = 8e-5
+    """AdamW learning rate after warm-up."""
+    warmup_steps: int = 10
+    """Steps of linear learning-rate warm-up."""
+    lr_schedule: Literal["constant", "linear"] = "linear"
+    """Learning rate after warm-up; `linear` falls to zero at num_steps."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW betas."""
+    weight_decay: float = 0.0
+    """AdamW weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping by the global norm; 0 turns it off."""
+    normalizer: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant"] = "token_mean"
+    """How the step's loss averages token losses: over tokens, over sequences of their tokens' mean or sum, or
+    (`constant`, Dr. GRPO) their sum over sequences times the limit of sampled tokens."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus in the loss, in 1/nats; 0: none."""
+    logprob_chunk_tokens: int = 1024
+    """Rows of logits in memory at one time."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward."""
+    checkpoint_interval: int = 100
+    """Steps between checkpoints; the last step always has one."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept on disk."""
+    collective_timeout_s: float = 300.0
+    """Timeout of the ranks' collectives, in seconds."""
+    fetch_timeout_s: float = 300.0
+    """Longest wait for one group, in seconds; then the trainer reports a stall and stops."""
+    buffer_timeout_s: float = 300.0
+    """Longest silence of the buffer, in seconds, that the trainer waits out; a buffer restarted within it
+    costs nothing."""
+    num_threads: int = 1
+    """CPU threads of one rank."""
+
+    def check(self) -> None:
+        for name in (
+            "num_steps",
+            "world_size",
+            "groups_per_step",
+            "tokens_per_microbatch",
+            "logprob_chunk_tokens",
+            "num_threads",
+            "checkpoint_interval",
+            "keep_checkpoints",
+        ):
+            require(getattr(self, name) >= 1, f"trainer.{name} must be at least 1")
+        for name in ("lr", "warmup_steps", "weight_decay", "max_grad_norm", "entropy_coef"):
+            require(getattr(self, name) >= 0, f"trainer.{name} must be at least 0")
+        for name in ("collective_timeout_s", "fetch_timeout_s", "buffer_timeout_s"):
+            require(getattr(self, name) > 0, f"trainer.{name} must be above 0")
+        require(
+            self.groups_per_step >= self.world_size,
+            "trainer.groups_per_step must be at least trainer.world_size",
+        )
+        check_device(self.device, key="trainer.device")
+        require(
+            all(0 <= beta < 1 for beta in self.betas),
+            f"trainer.betas={list(self.betas)}: use two numbers of at least 0 and below 1",
+        )

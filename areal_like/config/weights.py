@@ -1,0 +1,47 @@
+"""Settings of weight synchronisation: how running engines get new weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from areal_like.config.common import Section, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsConfig(Section, key="weights"):
+    """Weight pushes from trainer rank 0 to the engines."""
+
+    update_mode: Literal["recompute", "keep", "abort_resume", "drain"] = "recompute"
+    """Treatment of sequences in flight: `recompute` rebuilds their KV cache under the new weights, `keep`
+    keeps the old KV cache, `abort_resume` interrupts them and resubmits the partial tokens, `drain` finishes
+    them first."""
+    bucket_bytes: int = 64 << 20
+    """Size of one flattened broadcast, in bytes."""
+    host: str = "127.0.0.1"
+    """Address of trainer rank 0 for the broadcast group's rendezvous; every engine must be able to reach
+    it."""
+    sync_interval: int = 1
+    """Optimizer steps between pushes (the weights after the last step are always pushed). Above 1 with
+    `buffer.group_filter=single_version`, each interval trains only on groups sampled with the weights that it
+    began with; groups left over at its end drop with reason `interval`."""
+    push_deadline_s: float = 60.0
+    """Time limit of a push, in seconds; a receiver that has not answered by then is excluded from the
+    broadcast group."""
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """Backend of the broadcast group; `auto`: NCCL where trainer and engine are on GPUs, else gloo."""
+    topology: Literal["shared", "per_engine"] = "shared"
+    """`shared`: one group of all engines, fed by one broadcast. `per_engine`: one group for each engine, so
+    that an engine that hangs delays no other, at the cost of sending all weights once an engine."""
+    max_unavailable: int = 0
+    """Servers updated at the same time, so that the others keep generating where an update pauses an engine;
+    0: all."""
+
+    def check(self) -> None:
+        require(
+            self.max_unavailable >= 0, "weights.max_unavailable must be at least 0 (0: all servers at once)"
+        )
+        require(bool(self.host), "weights.host is empty: give an address of the trainer's machine")
+        require(self.bucket_bytes >= 1 << 10, "weights.bucket_bytes must be at least 1024")
+        require(self.sync_interval >= 1, "weights.sync_interval must be at least 1")
+        require(self.push_deadline_s > 0, "weights.push_deadline_s must be above 0")

@@ -1,0 +1,32 @@
+"""Named waits of a daemon, shown in its /status, so that a stall can be traced to what the daemon waits for."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+
+class PendingWaits:
+    """The waits in progress, by name. Use it from one thread; a name can be waited for once at a time.
+
+    with waits("buffer: welcome"):
+        await link.call(...)
+    """
+
+    def __init__(self) -> None:
+        self._since_s: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Lists the wait `name` for the duration of the block."""
+        self._since_s[name] = time.monotonic()
+        try:
+            yield
+        finally:
+            del self._since_s[name]
+
+    def durations(self) -> dict[str, float]:
+        """Wait name -> seconds so far."""
+        now_s = time.monotonic()
+        return {name: round(now_s - since_s, 3) for name, since_s in list(self._since_s.items())}
