@@ -125,7 +125,7 @@ def test_settings_on_the_pages_exist() -> None:
 
 
 def run_commands() -> list[str]:
-    """Every `areal-like run` of the pages' code blocks, continuation lines joined, comments and placeholders cut."""
+    """The arguments of every `areal-like run` in a code block, without comments and placeholders."""
     blocks = "\n".join(block for page in PAGES for block in _FENCE.findall(page.read_text()))
     lines = re.sub(r"\\\n\s*", "", blocks).splitlines()
     found = [line.partition("areal-like run")[2] for line in lines if "areal-like run " in line]
