@@ -3,7 +3,7 @@
     step_000100/  model.safetensors config.json tokenizer*        the policy, for `from_pretrained`
                   optimizer.safetensors                           Adam's moments; the random state
                   critic.safetensors critic_optimizer.safetensors the same for the critic, if there is one
-                  trainer_state.json                              step, number of updates, the daemon's own JSON
+                  trainer_state.json                              step, number of updates, `extra`
 
 A checkpoint appears by the rename of a finished, synced directory, so one that exists is complete.
 There is no pickle in it: torch.distributed.checkpoint was left out because its metadata is one.

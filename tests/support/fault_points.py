@@ -1,9 +1,11 @@
-"""The default objective in a trainer that dies at prescribed moments: `objective._target_=tests.support.fault_points.Doomed`.
+"""An objective whose trainer is killed at given points, for tests of resumption.
 
-`objective.deaths="update:5 save:7 commit:11"`: each happens once, by SIGKILL, and is noted in `objective.folder`, so that the next trainer
-gets past it, and a replay with the same settings meets none. The checkpoint before is waited for: a step may be quicker than its writing,
-and what the next trainer goes back to would be luck. `poison:3` happens as long as the first group of step 3 is the one that it was
-at first: data that no trainer survives.
+Set `objective._target_=tests.support.fault_points.Doomed` and `objective.deaths`, for instance
+`"update:5 save:7 commit:11"`. Each death happens once, by SIGKILL, and leaves a file in
+`objective.folder`, so that the next trainer gets past it, and a replay with the same settings meets none.
+Before a death the checkpoint in flight is waited for: a step may be quicker than the writing, and then it
+would depend on luck from where the next trainer resumes. `poison:3` kills every trainer as long as the first
+group of step 3 is the same.
 """
 
 from __future__ import annotations
@@ -24,47 +26,49 @@ from trainer.step.runner import StepRunner
 
 @dataclass(frozen=True, kw_only=True)
 class Doomed(TruncatedIS):
-    """See the module."""
+    """The default objective (TIS) with deaths."""
 
     deaths: str
     folder: str
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        doom = _Doom({death: Path(self.folder) / death for death in self.deaths.split()})
+        points = _FaultPoints({death: Path(self.folder) / death for death in self.deaths.split()})
         run, stream_state, commit = StepRunner.run, Leader.stream_state, Leader.commit
 
         def doomed_run(
             runner: StepRunner, groups: Iterable[Any], *, step: int, **rest: Any
         ) -> dict[str, float]:
-            metrics = run(runner, doom.poisoned(groups, step=step), step=step, **rest)
-            doom.at("update", step)  # the weights have moved, nobody knows
+            metrics = run(runner, points.poisoned(groups, step=step), step=step, **rest)
+            points.at("update", step)  # the weights have changed; the buffer has not been told
             return metrics
 
         def doomed_stream_state(leader: Leader, step: int) -> dict[str, Any]:
-            doom.at("save", step)  # the ledger knows that the step is complete, there is no checkpoint
-            doom.committed.clear()
+            points.at("save", step)  # the step is complete in the ledger; there is no checkpoint
+            points.committed.clear()
             return stream_state(leader, step)
 
         def doomed_commit(leader: Leader, step: int, **rest: Any) -> None:
-            doom.at("commit", step)  # there is a checkpoint, the ledger does not know
+            points.at("commit", step)  # there is a checkpoint; it is not committed
             commit(leader, step, **rest)
-            doom.committed.set()
+            points.committed.set()
 
-        StepRunner.run, Leader.stream_state, Leader.commit = doomed_run, doomed_stream_state, doomed_commit  # type: ignore[method-assign]
+        StepRunner.run = doomed_run  # type: ignore[method-assign]
+        Leader.stream_state = doomed_stream_state  # type: ignore[method-assign]
+        Leader.commit = doomed_commit  # type: ignore[method-assign]
 
 
-class _Doom:
+class _FaultPoints:
     def __init__(self, notes: dict[str, Path]) -> None:
         self._notes = notes
         self.committed = threading.Event()
-        """No checkpoint is being written."""
+        """Set while no checkpoint is being written."""
         self.committed.set()
 
     def at(self, point: str, step: int) -> None:
         note = self._notes.get(f"{point}:{step}")
         if note is not None and not note.exists():
-            if point != "commit":  # which is called by the writer itself
+            if point != "commit":  # called by the checkpoint's own thread
                 assert self.committed.wait(timeout=60)
             note.touch()
             os.kill(os.getpid(), signal.SIGKILL)

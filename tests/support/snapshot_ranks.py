@@ -1,4 +1,4 @@
-"""Ranks that freeze weights while they go on changing them; see `test_snapshot.py`."""
+"""Ranks that take snapshots of the weights and go on training them; the processes of `test_snapshot.py`."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from trainer.weight_sync.snapshot import Snapshot, WeightSnapshotter
 
 
 def received(snapshot: Snapshot) -> dict[str, torch.Tensor]:
-    """What an engine would get."""
+    """The tensors that an engine would receive."""
     tensors = {}
     for index, bucket in enumerate(snapshot.buckets):
         tensors |= {name: view.clone() for name, view in unflatten(bucket, snapshot.read(index).data).items()}
     return tensors
 
 
-def frozen(ranks: Ranks, out_dir: Path, path: str) -> None:
-    """Snapshots equal what the weights were, whatever happens meanwhile, in bounded memory."""
+def snapshots(ranks: Ranks, out_dir: Path, path: str) -> None:
+    """Snapshots keep the weights of their moment while training goes on, in bounded memory."""
     policy = Policy.load(path, master_dtype=torch.float32).shard(ranks)
-    freezer = WeightSnapshotter(policy, ranks, bucket_bytes=5000, dtype="bfloat16")
+    snapshotter = WeightSnapshotter(policy, ranks, bucket_bytes=5000, dtype="bfloat16")
 
-    def freeze() -> tuple[Snapshot | None, dict[str, torch.Tensor]]:
+    def take() -> tuple[Snapshot | None, dict[str, torch.Tensor]]:
         expected = {name: whole.to(torch.bfloat16) for name, whole in gather_full_state(policy)}
-        return freezer.take_snapshot(), expected
+        return snapshotter.take_snapshot(), expected
 
     def train() -> None:
         with torch.no_grad():
@@ -41,21 +41,21 @@ def frozen(ranks: Ranks, out_dir: Path, path: str) -> None:
                 local(param).mul_(1.1).add_(0.01)
         dist.all_reduce(torch.ones(1000))
 
-    first, expected_first = freeze()
+    first, expected_first = take()
     if first is not None:
         assert len(first.buckets) > 3 and all(
             spec.dtype == "bfloat16" for bucket in first.buckets for spec in bucket.tensors
         )
-        assert "lm_head.weight" not in expected_first, "a tied head travels once, as the embedding"
+        assert "lm_head.weight" not in expected_first, "a tied head is sent once, as the embedding"
         assert first.acquire()
     seen: list[dict[str, torch.Tensor]] = []
     reading = threading.Thread(target=lambda: seen.append(received(first)) if first is not None else None)
     reading.start()
-    for _ in range(20):  # beside the gathering, on the training's own group
+    for _ in range(20):  # while rows are gathered, on the training's own process group
         train()
-    second, _ = freeze()
+    second, _ = take()
     train()
-    third, expected_third = freeze()
+    third, expected_third = take()
     train()
     reading.join()
     if first is not None and second is not None and third is not None:
@@ -63,34 +63,37 @@ def frozen(ranks: Ranks, out_dir: Path, path: str) -> None:
             assert tensors.keys() == expected_first.keys()
             assert all(torch.equal(tensors[name], expected_first[name]) for name in tensors)
         first.release()
-        assert not second.acquire(), "the third took its place"
+        assert not second.acquire(), "the third snapshot replaced it"
         assert third.acquire()
         assert all(torch.equal(tensor, expected_third[name]) for name, tensor in received(third).items())
         third.release()
     dist.barrier()
     for _ in range(4):
-        freeze()
+        take()
     shard_bytes = sum(
         2 * -(-param.shape[0] // ranks.world_size) * param.shape[1:].numel() for param in policy.parameters()
     )
-    assert freezer.num_bytes == 2 * shard_bytes, "two frozen copies, however many were made"
-    freezer.close()
+    assert snapshotter.num_bytes == 2 * shard_bytes, (
+        "at most two copies may exist, however many snapshots were taken"
+    )
+    snapshotter.close()
 
 
-class Tardy(WeightSnapshotter):
-    """Rank 1 is slow to copy its rows when its buffers are new."""
+class SlowOnRank1(WeightSnapshotter):
+    """Rank 1 needs half a second for its buffers when they are new."""
 
     def _new_buffers(self) -> list[torch.Tensor]:
         time.sleep(0.5 * self._ranks.rank)
         return super()._new_buffers()
 
 
-def late(ranks: Ranks, _: Path, path: str) -> None:
-    """Rank 0 asks for rows that rank 1 has not frozen yet, and for some that it has given up already."""
+def late_ranks(ranks: Ranks, _: Path, path: str) -> None:
+    """Rank 0 requests rows of a snapshot that rank 1 has not taken yet, and of one that it has freed
+    already."""
     policy = Policy.load(path, master_dtype=torch.float32).shard(ranks)
-    freezer = Tardy(policy, ranks, bucket_bytes=5000, dtype="float32")
+    snapshotter = SlowOnRank1(policy, ranks, bucket_bytes=5000, dtype="float32")
     expected = dict(gather_full_state(policy))
-    first = freezer.take_snapshot()
+    first = snapshotter.take_snapshot()
     if first is not None:
         assert first.acquire()
         tensors = received(first)
@@ -98,14 +101,15 @@ def late(ranks: Ranks, _: Path, path: str) -> None:
             torch.equal(tensors[name], expected[name]) for name in tensors
         )
     dist.barrier()
-    # A push breaks while the bucket after the next is asked for: the question overtakes the end of that snapshot.
-    with freezer._gather_lock:
+    # A push breaks while the bucket after the next is requested: the request comes after the snapshot's
+    # release.
+    with snapshotter._gather_lock:
         reading = threading.Thread(target=lambda: first.read(3) if first is not None else None)
         reading.start()
         time.sleep(0.2)
         if first is not None:
             first.release()
-        second = freezer.take_snapshot()
+        second = snapshotter.take_snapshot()
         dist.barrier()
     reading.join()
     if second is not None:
@@ -113,8 +117,8 @@ def late(ranks: Ranks, _: Path, path: str) -> None:
         tensors = received(second)
         assert all(torch.equal(tensors[name], expected[name]) for name in expected)
         second.release()
-    freezer.close()
+    snapshotter.close()
 
 
 if __name__ == "__main__":
-    main(frozen=frozen, late=late)
+    main(snapshots=snapshots, late_ranks=late_ranks)

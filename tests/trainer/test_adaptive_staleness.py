@@ -1,4 +1,7 @@
-"""`max_staleness: auto` on simulated plants: it settles, keeps the target and the cap, recovers, and wastes no work in the ledger."""
+"""`max_staleness: auto` on simulated policies, and in the ledger.
+
+The bound settles, keeps the target and the cap, recovers, and wastes no work.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ TARGET = 0.7
 
 @dataclass
 class Policy:
-    """ESS ratio exp(-drift * lag^2) with noise; the lag follows the bound by a step a step, as far as generation gets ahead."""
+    """A simulated policy with ESS ratio exp(-drift * lag^2) and noise.
+
+    The lag moves towards the bound by one per step, up to `reachable_lag` (how far generation gets ahead).
+    """
 
     drift: Callable[[int], float]
     noise: float = 0.0
@@ -34,7 +40,7 @@ class Policy:
     lags: list[int] = field(default_factory=list)
 
     def run(self, controller: StalenessController, num_steps: int) -> None:
-        """Trains."""
+        """Trains `num_steps` steps under the controller."""
         rng, lag = random.Random(self.seed), 0
         for step in range(num_steps):
             wanted = min(controller.bound, self.reachable_lag)
@@ -53,9 +59,7 @@ def largest_within(drift: float) -> int:
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 @pytest.mark.parametrize("drift", [0.5, 0.08, 0.02, 0.009, 0.004])
-def test_it_settles_at_the_largest_bound_that_keeps_the_target_or_one_below(
-    drift: float, noise: float
-) -> None:
+def test_it_settles_at_the_largest_bound_that_keeps_the_target(drift: float, noise: float) -> None:
     policy = Policy(drift=lambda step: drift, noise=noise)
     policy.run(StalenessController(cap=8, target=TARGET), 3000)
     best = min(8, largest_within(drift))
@@ -64,23 +68,25 @@ def test_it_settles_at_the_largest_bound_that_keeps_the_target_or_one_below(
     assert best - 2 <= settled <= best
     if not noise:
         assert settled >= best - 1
-        assert tail.count(settled) > 0.9 * len(tail), "it swings"
+        assert tail.count(settled) > 0.9 * len(tail), "the bound oscillates"
     changes = [a != b for a, b in itertools.pairwise(policy.bounds)]
-    assert sum(changes[1500:]) <= sum(changes[:1500]) + 2, "it calms down"
+    assert sum(changes[1500:]) <= sum(changes[:1500]) + 2, "the bound must change less often with time"
     assert sum(tail_ess := policy.ess[1500:]) / len(tail_ess) > TARGET
 
 
-def test_it_never_exceeds_the_cap_and_reaches_it_where_staleness_is_harmless() -> None:
+def test_it_reaches_the_cap_but_never_exceeds_it() -> None:
     policy = Policy(drift=lambda step: 0.0)
     policy.run(StalenessController(cap=5, target=TARGET), 200)
     assert policy.bounds[0] == 0 and max(policy.bounds) == 5 == policy.bounds[-1]
-    assert all(b - a in (0, 1) for a, b in itertools.pairwise(policy.bounds)), "one more at a time"
-    frozen = Policy(drift=lambda step: 0.0)
-    frozen.run(StalenessController(cap=0, target=TARGET), 100)
-    assert set(frozen.bounds) == {0}
+    assert all(b - a in (0, 1) for a, b in itertools.pairwise(policy.bounds)), (
+        "the bound must rise by one at a time"
+    )
+    capped = Policy(drift=lambda step: 0.0)
+    capped.run(StalenessController(cap=0, target=TARGET), 100)
+    assert set(capped.bounds) == {0}
 
 
-def test_it_backs_off_fast_when_the_policy_begins_to_move_and_recovers_afterwards() -> None:
+def test_it_falls_fast_when_the_ess_falls_and_recovers() -> None:
     """A policy that learns fast between steps 300 and 600, and slowly otherwise."""
     policy = Policy(drift=lambda step: 0.3 if 300 <= step < 600 else 0.005)
     policy.run(StalenessController(cap=8, target=TARGET), 1500)
@@ -90,8 +96,9 @@ def test_it_backs_off_fast_when_the_policy_begins_to_move_and_recovers_afterward
     assert policy.bounds[-1] >= 7
 
 
-def test_nothing_is_decided_on_what_was_admitted_before_the_last_change() -> None:
-    """Steps in flight when the bound falls are as bad as those before; they must not count against the new bound."""
+def test_data_from_before_a_change_are_ignored() -> None:
+    """Data in flight when the bound falls are as stale as before; they must not count against the new
+    bound."""
     controller = StalenessController(cap=8, target=TARGET)
     controller.restore({**controller.dump(), "bound": 8})
     for _ in range(WINDOW_STEPS):
@@ -105,13 +112,13 @@ def test_nothing_is_decided_on_what_was_admitted_before_the_last_change() -> Non
     assert controller.bound == 4
 
 
-def test_a_bound_that_generation_does_not_reach_stays() -> None:
+def test_a_bound_that_no_lag_reaches_is_not_raised() -> None:
     policy = Policy(drift=lambda step: 0.0, reachable_lag=2)
     policy.run(StalenessController(cap=8, target=TARGET), 400)
-    assert policy.bounds[-1] == 3, "one above what is used: only then it is seen to be enough"
+    assert policy.bounds[-1] == 3, "the bound ends one above the lag that generation reaches"
 
 
-def test_on_policy_data_below_the_target_cannot_be_helped_and_nonsense_counts_as_bad() -> None:
+def test_bad_on_policy_data_keep_zero_and_nan_counts_as_bad() -> None:
     controller = StalenessController(cap=8, target=TARGET)
     assert {controller.observe(ess_ratio=0.2, lag_max=0) for _ in range(100)} == {0}
     blown_up = StalenessController(cap=8, target=TARGET)
@@ -119,7 +126,7 @@ def test_on_policy_data_below_the_target_cannot_be_helped_and_nonsense_counts_as
     assert [blown_up.observe(ess_ratio=math.nan, lag_max=2) for _ in range(WINDOW_STEPS)][-1] == 1
 
 
-def test_it_goes_on_from_a_checkpoint_as_if_nothing_had_happened() -> None:
+def test_a_restored_controller_decides_the_same() -> None:
     policy = Policy(drift=lambda step: 0.02, noise=0.2)
     policy.run(StalenessController(cap=6, target=TARGET), 400)
     controller, bounds = StalenessController(cap=6, target=TARGET), []
@@ -138,11 +145,11 @@ def test_it_goes_on_from_a_checkpoint_as_if_nothing_had_happened() -> None:
 # --- in the ledger ---
 
 
-def test_a_lower_bound_stops_admission_and_wastes_nothing_that_was_admitted() -> None:
+def test_a_lower_bound_stops_admission_and_drops_nothing() -> None:
     ledger = new_ledger(max_staleness=4, adaptive=True, groups_per_step=1, group_size=1, num_steps=20)
     add_server(ledger, "a", capacity=100)
     first = ledger.grant(now_s=0.0)["a"]
-    assert len(first) == 1, "it begins synchronously"
+    assert len(first) == 1, "the bound begins at 0: one step's tickets"
     ledger.set_max_staleness(incarnation=1, max_staleness=4)
     more = ledger.grant(now_s=0.0)["a"]
     assert len(more) == 4, "five groups for steps 0 to 4"
@@ -150,19 +157,19 @@ def test_a_lower_bound_stops_admission_and_wastes_nothing_that_was_admitted() ->
     for lease in first + more:
         deliver(ledger, "a", done(lease, 0, [0]))
     for step in range(5):
-        assert ledger.grant(now_s=0.0) == {}, "what was admitted fills the next steps"
+        assert ledger.grant(now_s=0.0) == {}, "the admitted tickets fill the next steps"
         group = ledger.fetch(step=step, position=0)
         assert group is not None and step - group.version_steps[0] == step, (
-            "recorded under the bound that it was issued with"
+            "a ticket keeps the bound that it was issued with"
         )
         ledger.complete_step(incarnation=1, step=step)
         version = ledger.alloc_version(incarnation=1, step=step + 1)
         beat(ledger, "a", capacity=100, version=version)
     assert ledger.drops[Drop.STALE] == 0
-    assert len(ledger.grant(now_s=0.0)["a"]) == 1, "synchronous again"
+    assert len(ledger.grant(now_s=0.0)["a"]) == 1, "at bound 0 one step's tickets are granted again"
 
 
-def test_only_the_newest_trainer_may_move_the_bound_and_only_up_to_the_cap() -> None:
+def test_a_bound_outside_the_cap_or_a_fixed_one_is_refused() -> None:
     ledger = new_ledger(max_staleness=4, adaptive=True)
     for bound in (-1, 5):
         with pytest.raises(RefusedError, match=r"0\.\.4"):
@@ -172,7 +179,7 @@ def test_only_the_newest_trainer_may_move_the_bound_and_only_up_to_the_cap() -> 
 
 
 class AdaptivePlant(Plant):
-    """The trainer's ESS falls with the lag of what it trained on, and the controller moves the ledger's bound."""
+    """The ESS falls with the lag of the trained groups, and the controller moves the ledger's bound."""
 
     controller: StalenessController
     drift: float
@@ -202,7 +209,7 @@ def test_the_whole_stream_under_a_moving_bound(drift: float, expected: set[int])
     plant.controller, plant.drift, plant.bounds = StalenessController(cap=4, target=TARGET), drift, []
     plant.run()
     assert max(ledger.statistics.lag_histogram) <= 4
-    assert ledger.drops[Drop.STALE] == 0, "a moving bound wastes nothing"
+    assert ledger.drops[Drop.STALE] == 0, "a moving bound must not make samples stale"
     assert max(set(plant.bounds[100:]), key=plant.bounds[100:].count) in expected
     assert ledger.store.num_bytes == 0
 
@@ -210,7 +217,7 @@ def test_the_whole_stream_under_a_moving_bound(drift: float, expected: set[int])
 # --- settings ---
 
 
-def test_auto_is_a_setting_and_its_cap_bounds_everything() -> None:
+def test_auto_uses_the_cap_as_the_ledgers_bound() -> None:
     config = load_config(["max_staleness=auto", "max_staleness_cap=3", "ess_target=0.5"])
     assert config.staleness_cap == 3
     settings = LedgerSettings.from_config(config)

@@ -1,4 +1,4 @@
-"""Pushes over real sockets and real gloo groups: members that come, fail, fall silent and die."""
+"""Pushes over real sockets and real gloo groups: to servers that join, fail, fall silent and die."""
 
 import asyncio
 import threading
@@ -31,12 +31,11 @@ from trainer.weight_sync.backend import NcclTrial, choose_backend
 from trainer.weight_sync.broadcaster import Broadcaster, split_groups
 from trainer.weight_sync.group_session import assign_ranks
 from trainer.weight_sync.publisher import Publisher, PushReport
-from trainer.weight_sync.receivers import Receiver as WeightReceiver
-from trainer.weight_sync.receivers import ReceiverBackoff
+from trainer.weight_sync.receivers import Receiver, ReceiverBackoff
 
 
-class Receiver:
-    """A rollout server's weight socket without an engine: it keeps the tensors and can be told to misbehave."""
+class FakeServer:
+    """A rollout server's weight socket without an engine; it keeps the tensors and can misbehave."""
 
     def __init__(self, name: str, *, incarnation: int = 1) -> None:
         self.name, self.incarnation = name, incarnation
@@ -87,7 +86,7 @@ class Receiver:
                 case FormGroup() as form:
                     self.group = await loop.run_in_executor(self.thread, self.join, form)
                 case PushWeights() as push:
-                    if self.misbehave in ("die", "spoil"):
+                    if self.misbehave in ("die", "leave"):
                         self.leave()
                     if self.misbehave in ("die", "hang"):
                         return
@@ -113,7 +112,7 @@ class Receiver:
                 envelope.peer, WeightsFailed(version=self.version, reason=str(error)), rid=envelope.rid
             )
             return
-        if self.misbehave == "vanish":  # with the whole broadcast received, so that nothing breaks
+        if self.misbehave == "vanish":  # after the whole broadcast, so that the broadcast does not break
             self.misbehave = "mute"
             return
         self.listener.send(envelope.peer, WeightsOk(version=self.version), rid=envelope.rid)
@@ -176,9 +175,9 @@ def run(body: Callable[[Broadcaster], Awaitable[None]], *, deadline_s: float = 1
     asyncio.run(bounded())
 
 
-def test_one_group_serves_many_pushes_and_a_joiner_makes_a_new_one() -> None:
+def test_a_group_serves_many_pushes_until_a_server_joins() -> None:
     async def body(broadcaster: Broadcaster) -> None:
-        one, two = Receiver("one"), Receiver("two")
+        one, two = FakeServer("one"), FakeServer("two")
         for version in (1, 2, 3):
             outcome = await broadcaster.push(
                 snapshot(version), version=version, step=version, servers=[one.entry]
@@ -197,20 +196,20 @@ def test_one_group_serves_many_pushes_and_a_joiner_makes_a_new_one() -> None:
 
 
 @pytest.mark.parametrize("how", ["reject", "die", "refuse", "mute", "vanish"])
-def test_one_bad_member_costs_one_push_and_the_others_go_on(how: str) -> None:
+def test_a_bad_server_costs_the_others_one_push(how: str) -> None:
     async def body(broadcaster: Broadcaster) -> None:
-        good, bad = Receiver("good"), Receiver("bad")
+        good, bad = FakeServer("good"), FakeServer("bad")
         await broadcaster.push(snapshot(1), version=1, step=1, servers=[good.entry, bad.entry])
         bad.misbehave = how
-        if how in ("refuse", "mute"):  # these show when a group is formed
+        if how in ("refuse", "mute"):  # these fail when a group is formed
             bad.incarnation += 1
         servers = [good.entry, bad.entry]
         outcome = await broadcaster.push(snapshot(2), version=2, step=2, servers=servers)
         assert "bad" in outcome.failed
-        # Nothing new was heard of `bad`, so it is not tried again; `good` is at the new version at the latest now.
+        # The directory says nothing new about `bad`, so it gets no push; `good` has the new version by now.
         outcome = await broadcaster.push(snapshot(3), version=3, step=3, servers=servers)
         assert (set(outcome.activated), good.version, bad.version) == ({"good"}, 3, 1)
-        # It recovers as another incarnation and is taken in again.
+        # A new incarnation of `bad` is eligible again.
         bad.misbehave, bad.incarnation = "", bad.incarnation + 1
         outcome = await broadcaster.push(snapshot(4), version=4, step=4, servers=[good.entry, bad.entry])
         assert set(outcome.activated) == {"good", "bad"}
@@ -221,7 +220,7 @@ def test_one_bad_member_costs_one_push_and_the_others_go_on(how: str) -> None:
     run(body, deadline_s=40.0)
 
 
-def test_nobody_there_is_not_an_error() -> None:
+def test_a_push_without_servers_is_not_an_error() -> None:
     async def body(broadcaster: Broadcaster) -> None:
         outcome = await broadcaster.push(snapshot(1), version=1, step=1, servers=[])
         assert (outcome.activated, outcome.failed) == ({}, {})
@@ -229,7 +228,7 @@ def test_nobody_there_is_not_an_error() -> None:
     run(body)
 
 
-def test_a_server_that_was_slow_once_is_tried_again_and_costs_no_versions_meanwhile(
+def test_a_slow_server_is_retried_and_costs_no_versions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
@@ -241,7 +240,7 @@ def test_a_server_that_was_slow_once_is_tried_again_and_costs_no_versions_meanwh
         return VersionGranted(version=next(versions))
 
     async def body(broadcaster: Broadcaster) -> None:
-        slow = Receiver("slow")
+        slow = FakeServer("slow")
         slow.misbehave = "mute"
         reports, failures = list[PushReport](), list[ArealError]()
         publisher = Publisher(
@@ -254,7 +253,7 @@ def test_a_server_that_was_slow_once_is_tried_again_and_costs_no_versions_meanwh
         publisher.offer(1, snapshot(1))
         while not reports:
             await asyncio.sleep(0.05)
-        slow.misbehave = ""  # its entry in the directory is what it was
+        slow.misbehave = ""  # its directory entry has not changed
         assert (await publisher.wait_until_active(1), failures) == (2, [])
         await publisher.close()
         slow.close()
@@ -262,7 +261,7 @@ def test_a_server_that_was_slow_once_is_tried_again_and_costs_no_versions_meanwh
     run(body)
 
 
-def test_one_that_refuses_costs_the_others_no_further_pushes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusing_server_costs_others_no_further_pushes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "trainer.weight_sync.broadcaster.ReceiverBackoff", lambda: ReceiverBackoff(first_s=3.0)
     )
@@ -272,7 +271,7 @@ def test_one_that_refuses_costs_the_others_no_further_pushes(monkeypatch: pytest
         return VersionGranted(version=next(versions))
 
     async def body(broadcaster: Broadcaster) -> None:
-        good, bad = Receiver("good"), Receiver("bad")
+        good, bad = FakeServer("good"), FakeServer("bad")
         bad.misbehave = "reject"
         reports, failures = list[PushReport](), list[ArealError]()
         publisher = Publisher(
@@ -288,7 +287,7 @@ def test_one_that_refuses_costs_the_others_no_further_pushes(monkeypatch: pytest
             await asyncio.sleep(0.4)
             publisher.directory_changed()
         assert (len(reports), good.version, bad.version) == (1, 1, 0)
-        bad.misbehave = ""  # its time is up before anything new is offered or heard
+        bad.misbehave = ""  # its back-off ends before anything is offered or its entry changes
         while len(reports) == 1:
             await asyncio.sleep(0.05)
         assert (good.version, bad.version, failures) == (2, 2, [])
@@ -299,9 +298,9 @@ def test_one_that_refuses_costs_the_others_no_further_pushes(monkeypatch: pytest
     run(body)
 
 
-def test_a_host_that_is_not_ours_is_named() -> None:
+def test_a_host_of_another_machine_is_named() -> None:
     async def body() -> None:
-        receiver = Receiver("one")
+        receiver = FakeServer("one")
         broadcaster = Broadcaster(WeightsConfig(host="192.0.2.1"), device="cpu", incarnation=1)
         with pytest.raises(ConfigError, match=r"cannot listen on 192\.0\.2\.1.*set weights\.host"):
             await broadcaster.push(snapshot(1), version=1, step=1, servers=[receiver.entry])
@@ -311,12 +310,12 @@ def test_a_host_that_is_not_ours_is_named() -> None:
     asyncio.run(body())
 
 
-def test_a_publisher_that_cannot_go_on_says_so() -> None:
+def test_a_publisher_reports_a_wrong_setting() -> None:
     async def granted(_: Any, *, timeout_s: float) -> VersionGranted:
         return VersionGranted(version=1)
 
     async def body() -> None:
-        receiver, failures = Receiver("one"), list[ArealError]()
+        receiver, failures = FakeServer("one"), list[ArealError]()
         broadcaster = Broadcaster(WeightsConfig(host="192.0.2.1"), device="cpu", incarnation=1)
         publisher = Publisher(
             broadcaster,
@@ -335,12 +334,12 @@ def test_a_publisher_that_cannot_go_on_says_so() -> None:
     asyncio.run(body())
 
 
-def test_a_publisher_that_meets_a_bug_says_so_too() -> None:
+def test_a_publisher_reports_an_unexpected_error() -> None:
     async def granted(_: Any, *, timeout_s: float) -> VersionGranted:
         raise RuntimeError("out of memory")
 
     async def body(broadcaster: Broadcaster) -> None:
-        receiver, failures = Receiver("one"), list[ArealError]()
+        receiver, failures = FakeServer("one"), list[ArealError]()
         publisher = Publisher(
             broadcaster,
             call=granted,
@@ -358,12 +357,12 @@ def test_a_publisher_that_meets_a_bug_says_so_too() -> None:
     run(body)
 
 
-def test_a_server_that_kept_the_weights_of_an_earlier_run_gets_those_of_this_one() -> None:
+def test_a_server_with_an_earlier_runs_weights_gets_a_push() -> None:
     async def granted(_: Any, *, timeout_s: float) -> VersionGranted:
         return VersionGranted(version=1)
 
     async def body(broadcaster: Broadcaster) -> None:
-        fresh, kept = Receiver("fresh"), Receiver("kept")
+        fresh, kept = FakeServer("fresh"), FakeServer("kept")
         kept.version = 57
         servers, reports, failures = [fresh.entry], list[PushReport](), list[ArealError]()
         publisher = Publisher(
@@ -389,31 +388,31 @@ def test_a_server_that_kept_the_weights_of_an_earlier_run_gets_those_of_this_one
     run(body)
 
 
-def test_one_that_breaks_every_broadcast_and_survives_is_singled_out() -> None:
+def test_a_server_that_breaks_every_broadcast_is_isolated() -> None:
     async def body(broadcaster: Broadcaster) -> None:
-        good, bad = Receiver("good"), Receiver("bad")
-        bad.misbehave = "spoil"
+        good, bad = FakeServer("good"), FakeServer("bad")
+        bad.misbehave = "leave"
         servers = [good.entry, bad.entry]
         pushes = [
             await broadcaster.push(snapshot(v, size=1 << 22), version=v, step=v, servers=servers)
             for v in (1, 2, 3)
         ]
-        # Nobody was silent, so nobody was to blame; then each got a group of its own.
+        # No server was silent, so the culprit was unknown; then each got a group of its own.
         assert [set(outcome.activated) for outcome in pushes] == [set(), set(), {"good"}]
         assert all({"good", "bad"} <= set(outcome.failed) for outcome in pushes[:2])
         assert all(outcome.recovery_s["good"] < 2 for outcome in pushes[:2])
         outcome = await broadcaster.push(snapshot(4), version=4, step=4, servers=servers)
-        assert (set(outcome.activated), outcome.failed) == ({"good"}, {}), "the culprit is left out"
+        assert (set(outcome.activated), outcome.failed) == ({"good"}, {}), "the culprit must back off"
         for receiver in (good, bad):
             receiver.close()
 
     run(body)
 
 
-def test_a_group_for_each_engine_keeps_a_hang_to_itself() -> None:
+def test_per_engine_groups_isolate_a_hang() -> None:
     async def body(broadcaster: Broadcaster) -> None:
         loop = asyncio.get_running_loop()
-        good, bad = Receiver("good"), Receiver("bad")
+        good, bad = FakeServer("good"), FakeServer("bad")
         bad.misbehave = "hang"
         started_s = loop.time()
         push = asyncio.ensure_future(
@@ -426,17 +425,17 @@ def test_a_group_for_each_engine_keeps_a_hang_to_itself() -> None:
         assert (set(outcome.activated), set(outcome.failed)) == ({"good"}, {"bad", "broadcast"})
         outcome = await broadcaster.push(snapshot(2), version=2, step=2, servers=[bad.entry, good.entry])
         assert (set(outcome.activated), outcome.failed) == ({"good"}, {})
-        assert broadcaster.num_sessions == 2, "the good one keeps its group"
+        assert broadcaster.num_sessions == 2, "the good server must keep its group"
         for receiver in (good, bad):
             receiver.close()
 
     run(body, deadline_s=4.0, topology="per_engine")
 
 
-def test_a_push_ends_when_a_member_declines_it_or_the_weights_do_not_come() -> None:
+def test_a_push_ends_when_refused_or_rank_0_is_stuck() -> None:
     async def body(broadcaster: Broadcaster) -> None:
         loop = asyncio.get_running_loop()
-        one, slow = Receiver("one"), snapshot(2)
+        one, slow = FakeServer("one"), snapshot(2)
         await broadcaster.push(snapshot(1), version=1, step=1, servers=[one.entry])
         come = threading.Event()
         read = slow.read
@@ -445,7 +444,7 @@ def test_a_push_ends_when_a_member_declines_it_or_the_weights_do_not_come() -> N
         outcome = await broadcaster.push(slow, version=2, step=2, servers=[one.entry])
         come.set()
         assert "not done within 4 s" in outcome.failed["broadcast"] and one.version == 1
-        one.misbehave = "decline"  # it stays in the group, and receives nothing
+        one.misbehave = "decline"  # it stays in the group and receives nothing
         outcome = await broadcaster.push(snapshot(3, size=1 << 23), version=3, step=3, servers=[one.entry])
         assert (
             "will not have it" in outcome.failed["broadcast"] and outcome.failed["one"] == "will not have it"
@@ -459,9 +458,9 @@ def test_a_push_ends_when_a_member_declines_it_or_the_weights_do_not_come() -> N
     run(body, deadline_s=4.0)
 
 
-def test_one_that_fails_early_and_takes_part_costs_the_others_nothing() -> None:
+def test_a_failed_server_that_still_receives_breaks_nothing() -> None:
     async def body(broadcaster: Broadcaster) -> None:
-        good, bad = Receiver("good"), Receiver("bad")
+        good, bad = FakeServer("good"), FakeServer("bad")
         bad.misbehave = "protest"
         slow = snapshot(1)
         read = slow.read
@@ -475,9 +474,9 @@ def test_one_that_fails_early_and_takes_part_costs_the_others_nothing() -> None:
 
 
 @pytest.mark.parametrize("topology", ["shared", "per_engine"])
-def test_waves_leave_capacity(topology: str) -> None:
+def test_max_unavailable_leaves_capacity(topology: str) -> None:
     async def body(broadcaster: Broadcaster) -> None:
-        receivers = [Receiver(name) for name in "abcde"]
+        receivers = [FakeServer(name) for name in "abcde"]
         most = 0
         done = asyncio.Event()
 
@@ -500,7 +499,7 @@ def test_waves_leave_capacity(topology: str) -> None:
     run(body, topology=topology, max_unavailable=2)
 
 
-def test_cohorts() -> None:
+def test_split_groups() -> None:
     a, b, c, d = (("a", 1), ("b", 1), ("c", 1), ("d", 1))
     assert split_groups([], topology="shared", max_unavailable=0) == []
     assert split_groups([a, b, c], topology="shared", max_unavailable=0) == [[a, b, c]]
@@ -513,13 +512,13 @@ def alive(*, num_ranks: int = 1, device: str = "cuda:0", uuid: str = "", nccl: s
     return Alive(version=0, num_ranks=num_ranks, device=device, device_uuid=uuid, nccl_version=nccl)
 
 
-def test_an_engine_takes_as_many_places_as_it_has_ranks() -> None:
-    receivers: list[Any] = [WeightReceiver(entry=None, link=None) for _ in range(3)]  # type: ignore[arg-type]
+def test_an_engine_gets_as_many_ranks_as_it_has() -> None:
+    receivers: list[Any] = [Receiver(entry=None, link=None) for _ in range(3)]  # type: ignore[arg-type]
     ranges, world_size = assign_ranks(receivers, [alive(), alive(num_ranks=4), alive(num_ranks=2)])
     assert [each.first_rank for each in ranges] == [1, 2, 6] and world_size == 8
 
 
-def test_nccl_only_between_equals() -> None:
+def test_nccl_needs_equal_versions_and_separate_gpus() -> None:
     ours = {"device": "cuda:0", "device_uuid": "gpu-0", "nccl_version": "2.27.5"}
     assert choose_backend("auto", ours=ours, engines=[alive(uuid="gpu-1"), alive(nccl="")]) == ("nccl", "")
     assert choose_backend("gloo", ours=ours, engines=[alive()]) == ("gloo", "")
@@ -538,7 +537,7 @@ def test_nccl_only_between_equals() -> None:
     )
 
 
-def test_nccl_that_never_worked_is_not_tried_for_ever() -> None:
+def test_auto_gives_up_nccl_after_a_failed_first_push() -> None:
     new, proven, insisting = NcclTrial("auto"), NcclTrial("auto"), NcclTrial("nccl")
     proven.report(broken_reason="")
     for trial in (new, proven, insisting):

@@ -1,4 +1,4 @@
-"""Checkpoints: loadable by transformers, bitwise resumable, resumable at another world size, complete or absent."""
+"""Checkpoints: readable by transformers, bitwise resumable, at another world size too, complete or absent."""
 
 import shutil
 import threading
@@ -57,7 +57,7 @@ def test_resumed_training_is_bitwise_equal_to_unbroken_training(tmp_path: Path, 
 
 
 @pytest.mark.timeout(120)
-def test_a_checkpoint_of_one_rank_goes_on_with_two(tmp_path: Path, ranks: Ranks) -> None:
+def test_a_checkpoint_of_one_rank_resumes_on_two(tmp_path: Path, ranks: Ranks) -> None:
     path = write_model(tmp_path / "model", "qwen2")
     runner = make_runner(path, ranks)
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=9, tokenizer_path=path)
@@ -77,7 +77,7 @@ def test_a_checkpoint_of_one_rank_goes_on_with_two(tmp_path: Path, ranks: Ranks)
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9, msg=name)
 
 
-def test_only_the_newest_are_kept_and_a_partial_one_is_not_seen(tmp_path: Path, ranks: Ranks) -> None:
+def test_only_the_newest_are_kept_and_partial_ones_ignored(tmp_path: Path, ranks: Ranks) -> None:
     path = write_model(tmp_path / "model")
     runner = make_runner(path, ranks)
     checkpoints = Checkpoints(tmp_path / "c", keep=2, tokenizer_path=path)
@@ -92,12 +92,12 @@ def test_only_the_newest_are_kept_and_a_partial_one_is_not_seen(tmp_path: Path, 
     assert checkpoints.steps() == [30, 4_000_000]
     checkpoints.save(4_000_000, runner.policy, runner.optimizer, ranks, extra={"at": "again"})
     checkpoints.wait()
-    assert not list((tmp_path / "c").glob(".*")), "a partial one outlived the next"
+    assert not list((tmp_path / "c").glob(".*")), "the next save must remove a partial checkpoint"
     assert checkpoints.load(4_000_000, runner.policy, runner.optimizer, ranks) == {"at": "again"}
     assert runner.optimizer.num_updates == 0
 
 
-def test_nothing_is_copied_while_another_checkpoint_holds_its_copies(tmp_path: Path, ranks: Ranks) -> None:
+def test_a_save_copies_only_when_the_last_one_is_written(tmp_path: Path, ranks: Ranks) -> None:
     path = write_model(tmp_path / "model")
     runner = make_runner(path, ranks)
     checkpoints = Checkpoints(tmp_path / "c", keep=2, tokenizer_path=path)
@@ -120,18 +120,17 @@ def test_nothing_is_copied_while_another_checkpoint_holds_its_copies(tmp_path: P
     checkpoints.close()
     saved = load_file(checkpoints.path(2) / "model.safetensors")
     assert not any(bool(tensor.any()) for tensor in saved.values()), (
-        "copies of step 2 were made beside those of step 1"
+        "step 2 was copied while the copies of step 1 still existed"
     )
 
 
-def test_checkpoints_of_a_branch_that_was_left_are_set_aside(tmp_path: Path, ranks: Ranks) -> None:
+def test_later_checkpoints_are_set_aside_after_a_rollback(tmp_path: Path, ranks: Ranks) -> None:
     path = write_model(tmp_path / "model")
     runner = make_runner(path, ranks)
     checkpoints = Checkpoints(tmp_path / "c", keep=1, tokenizer_path=path)
     checkpoints.save(300, runner.policy, runner.optimizer, ranks, extra={})
-    checkpoints.save(
-        100, runner.policy, runner.optimizer, ranks, extra={}
-    )  # another run, in the same directory
+    # Another run in the same directory.
+    checkpoints.save(100, runner.policy, runner.optimizer, ranks, extra={})
     checkpoints.wait()
     assert checkpoints.steps() == [100]
     assert (tmp_path / "c" / "step_000300.rolled_back").is_dir()
@@ -139,26 +138,26 @@ def test_checkpoints_of_a_branch_that_was_left_are_set_aside(tmp_path: Path, ran
     many.save(200, runner.policy, runner.optimizer, ranks, extra={})
     many.wait()
     many.load(100, runner.policy, runner.optimizer, ranks)
-    assert many.steps() == [100, 200], "whoever only tries may be refused"
+    assert many.steps() == [100, 200], "load alone must not rename: the buffer may still refuse the trainer"
     many.set_aside_after(100)
     assert many.steps() == [100], "resume=latest would go on from the branch that resume=step:100 left"
 
 
-def test_a_frozen_copy_is_not_moved_by_training(tmp_path: Path, ranks: Ranks) -> None:
+def test_copied_shards_do_not_change_with_training(tmp_path: Path, ranks: Ranks) -> None:
     path = write_model(tmp_path / "model")
     runner = make_runner(path, ranks)
-    before, frozen = gather_full_state(runner.policy), copy_shards(runner.policy)
+    before, copied = gather_full_state(runner.policy), copy_shards(runner.policy)
     runner.run(random_groups(4), step=0)
-    assert all(torch.equal(a[1], b[1]) for a, b in zip(before, gather(frozen), strict=True))
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(before, gather(copied), strict=True))
     after = gather_full_state(runner.policy)
     assert [name for name, _ in after] == [name for name, _ in before]
     assert not any(torch.equal(a[1], b[1]) for a, b in zip(before, after, strict=True))
     assert {name for name, _ in before} == set(load_file(Path(path) / "model.safetensors")), (
-        "tied weights once"
+        "tied weights must appear once"
     )
 
 
-def test_what_cannot_be_resumed_is_named(tmp_path: Path, ranks: Ranks) -> None:
+def test_a_checkpoint_that_cannot_be_loaded_is_named(tmp_path: Path, ranks: Ranks) -> None:
     path = write_model(tmp_path / "model")
     runner = make_runner(path, ranks)
     checkpoints = Checkpoints(tmp_path / "c", keep=2, tokenizer_path=path)
@@ -174,9 +173,7 @@ def test_what_cannot_be_resumed_is_named(tmp_path: Path, ranks: Ranks) -> None:
         checkpoints.load(7, runner.policy, runner.optimizer, ranks)
 
 
-def test_what_went_wrong_behind_the_trainers_back_is_raised_by_the_next_call(
-    tmp_path: Path, ranks: Ranks
-) -> None:
+def test_an_error_in_the_thread_is_raised_by_the_next_call(tmp_path: Path, ranks: Ranks) -> None:
     path = write_model(tmp_path / "model")
     runner = make_runner(path, ranks)
     checkpoints = Checkpoints(tmp_path / "c", keep=2, tokenizer_path=path)
@@ -192,10 +189,10 @@ def test_what_went_wrong_behind_the_trainers_back_is_raised_by_the_next_call(
     checkpoints.save(3, runner.policy, runner.optimizer, ranks, extra={}, on_saved=cannot_commit)
     with pytest.raises(ConnectionError, match="gone"):
         checkpoints.close()
-    assert checkpoints.steps() == [3], "the checkpoint is there all the same"
+    assert checkpoints.steps() == [3], "the checkpoint itself must be complete"
 
 
-def test_a_full_disk_costs_one_checkpoint_and_gets_its_space_back(
+def test_a_full_disk_costs_one_checkpoint_and_no_space(
     tmp_path: Path, ranks: Ranks, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write_model(tmp_path / "model")
@@ -215,11 +212,13 @@ def test_a_full_disk_costs_one_checkpoint_and_gets_its_space_back(
         free = shutil.disk_usage(disk).free
         save(2)
         wait_until(
-            lambda: "step_000002 was not written" in caplog.text, timeout_s=10, what="an error at once"
+            lambda: "step_000002 was not written" in caplog.text,
+            timeout_s=10,
+            what="an error as soon as the disk is full",
         )
         assert "free space there" in caplog.text
         assert not list((disk / "c").glob(".*")) and shutil.disk_usage(disk).free == free, (
-            "the ledger may wait for it"
+            "the space must be free at once: the ledger may wait for it"
         )
         save(3)
         with pytest.raises(DiskFullError, match="step_000003 was not written"):
@@ -231,7 +230,7 @@ def test_a_full_disk_costs_one_checkpoint_and_gets_its_space_back(
         assert checkpoints.steps() == [1, 4] and committed == [1, 1]
 
 
-def test_what_a_failed_checkpoint_has_written_is_removed(tmp_path: Path, ranks: Ranks) -> None:
+def test_files_of_a_failed_checkpoint_are_removed(tmp_path: Path, ranks: Ranks) -> None:
     path = write_model(tmp_path / "model")
     runner = make_runner(path, ranks)
     checkpoints = Checkpoints(tmp_path / "c", keep=2, tokenizer_path=str(tmp_path / "nowhere"))

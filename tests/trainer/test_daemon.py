@@ -1,4 +1,4 @@
-"""The trainer as a process beside a real buffer without servers, and its link to a buffer that the test plays."""
+"""The trainer as a process with a real buffer and no servers, and its client against a scripted buffer."""
 
 import asyncio
 import contextlib
@@ -67,9 +67,7 @@ def wait_for_state(buffer: BufferProcess, state: str) -> None:
 
 
 @pytest.mark.parametrize("summary_can_be_written", [True, False])
-def test_a_drain_ends_waiting_and_its_exit_code_says_how_it_went(
-    tmp_path: Path, summary_can_be_written: bool
-) -> None:
+def test_a_drain_ends_waiting_with_the_right_exit_code(tmp_path: Path, summary_can_be_written: bool) -> None:
     config = job(tmp_path, model={"path": write_model(tmp_path / "model")})
     paths = RunPaths.of(config)
     if not summary_can_be_written:
@@ -80,7 +78,7 @@ def test_a_drain_ends_waiting_and_its_exit_code_says_how_it_went(
     buffer = BufferProcess(config)
     try:
         with trainer(buffer) as process:
-            wait_for_state(buffer, "evaluating")  # which nobody answers: there is no server
+            wait_for_state(buffer, "evaluating")  # there is no server, so no evaluation ends
             process.send_signal(signal.SIGTERM)
             started_s = time.monotonic()
             assert process.wait(timeout=30) == (0 if summary_can_be_written else 1)
@@ -91,7 +89,7 @@ def test_a_drain_ends_waiting_and_its_exit_code_says_how_it_went(
         buffer.close()
 
 
-def test_a_trainer_that_dies_while_servers_start_has_rolled_back(tmp_path: Path) -> None:
+def test_a_trainer_killed_at_its_start_has_rolled_back(tmp_path: Path) -> None:
     path = write_model(tmp_path / "model", dtype=torch.float32)
     config = job(tmp_path, model={"path": path})
     ranks = Ranks.alone()
@@ -111,9 +109,9 @@ def test_a_trainer_that_dies_while_servers_start_has_rolled_back(tmp_path: Path)
     buffer = BufferProcess(config)
     try:
         for resume in ("step:2", "latest"):
-            with trainer(buffer, f"resume={resume}"):  # and is killed
-                wait_for_state(buffer, "pushing")  # to nobody: there is no server
-                assert checkpoints.steps() == [2], "the next trainer would undo the rollback"
+            with trainer(buffer, f"resume={resume}"):  # killed when the block ends
+                wait_for_state(buffer, "pushing")  # there is no server to push to
+                assert checkpoints.steps() == [2], "resume=latest would undo the rollback"
     finally:
         buffer.close()
 
@@ -124,8 +122,11 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> No
         device_of(Config(trainer=TrainerConfig(device="cuda:97")))
 
 
-class PlayedBuffer:
-    """Welcomes everybody, and answers what `answer` says, from a thread with a loop of its own."""
+class ScriptedBuffer:
+    """A buffer that welcomes every peer and replies what `answer` returns.
+
+    Runs in a thread with its own loop.
+    """
 
     def __init__(self, answer: Callable[[Any], Any]) -> None:
         self._answer = answer
@@ -135,7 +136,7 @@ class PlayedBuffer:
         self._listener = asyncio.run_coroutine_threadsafe(self._open(), self._loop).result(timeout=5)
         self.port = self._listener.port
 
-    def __enter__(self) -> "PlayedBuffer":
+    def __enter__(self) -> "ScriptedBuffer":
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -161,7 +162,9 @@ class PlayedBuffer:
             self._listener.send(envelope.peer, answer, rid=envelope.rid)
 
 
-def test_a_request_whose_answer_was_lost_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_whose_reply_was_lost_is_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("trainer.buffer_client.client._RESEND_AFTER_S", 0.3)
     asked: list[Any] = []
 
@@ -169,26 +172,28 @@ def test_a_request_whose_answer_was_lost_is_repeated(tmp_path: Path, monkeypatch
         asked.append(message)
         return Ok() if len(asked) > 1 else None
 
-    with PlayedBuffer(answer) as played:
-        config = job(tmp_path, model={"path": write_model(tmp_path / "model")}, buffer={"port": played.port})
-        with TrainerBufferClient(config, rank=0, world_size=1, device="cpu", incarnation=1) as link:
-            assert link.call(CompleteStep(step=3), timeout_s=5) == Ok()
+    with ScriptedBuffer(answer) as scripted:
+        config = job(
+            tmp_path, model={"path": write_model(tmp_path / "model")}, buffer={"port": scripted.port}
+        )
+        with TrainerBufferClient(config, rank=0, world_size=1, device="cpu", incarnation=1) as buffer:
+            assert buffer.call(CompleteStep(step=3), timeout_s=5) == Ok()
             assert asked == [CompleteStep(step=3)] * 2
 
-            link.fail(ArealError("no more weights"))
+            buffer.fail(ArealError("no more weights"))
             with pytest.raises(ArealError, match="no more weights"):
-                link.wait(link.submit(asyncio.sleep(5)), name="anything", timeout_s=20)
+                buffer.wait(buffer.submit(asyncio.sleep(5)), name="anything", timeout_s=20)
 
 
-def test_a_heartbeat_that_dies_ends_every_wait(tmp_path: Path) -> None:
-    with PlayedBuffer(lambda _: None) as played:
+def test_a_failed_heartbeat_ends_every_wait(tmp_path: Path) -> None:
+    with ScriptedBuffer(lambda _: None) as scripted:
         settings = {
             "model": {"path": write_model(tmp_path / "model")},
-            "buffer": {"port": played.port},
+            "buffer": {"port": scripted.port},
             "daemon": {"heartbeat_s": 0.1},
         }
         config = job(tmp_path, **settings)
-        with TrainerBufferClient(config, rank=0, world_size=1, device="cpu", incarnation=1) as link:
-            link.stats = {"what cannot be sent": object()}  # type: ignore[dict-item]
+        with TrainerBufferClient(config, rank=0, world_size=1, device="cpu", incarnation=1) as buffer:
+            buffer.stats = {"what cannot be sent": object()}  # type: ignore[dict-item]
             with pytest.raises(ArealError, match="no more heartbeats are sent: TypeError"):
-                link.call(CompleteStep(step=3), timeout_s=20)
+                buffer.call(CompleteStep(step=3), timeout_s=20)

@@ -1,4 +1,7 @@
-"""The packed policy computes what transformers computes on a padded batch, for several architectures and any chunk size."""
+"""The packed policy gives the same log-probs and gradients as transformers on a padded batch.
+
+For several architectures and any chunk size.
+"""
 
 from pathlib import Path
 from typing import Any

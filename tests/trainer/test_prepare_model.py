@@ -1,4 +1,4 @@
-"""The initial policy: the tokenizer is exact, the warm start helps, the cache is used, mistakes are named."""
+"""The initial policy: an exact tokenizer, a warm start that helps, the cache, and messages for mistakes."""
 
 import subprocess
 import sys
@@ -49,7 +49,9 @@ def test_warm_start_learns_the_format_and_is_cached(tmp_path: Path, cache: Path)
     again = prepare_model(config, out_dir=tmp_path / "again")
     assert (Path(again) / "model.safetensors").stat().st_ino == before.st_ino
     prepare_model(Config(seed=1, model=ModelConfig(warm_start_steps=0)), out_dir=tmp_path / "other")
-    assert len(list(cache.iterdir())) == 2, "another seed is another model, and nothing partial is left"
+    assert len(list(cache.iterdir())) == 2, (
+        "another seed must build another model, and no partial directory may be left"
+    )
 
 
 def _answer_loss(model: torch.nn.Module, tokenizer: object) -> float:

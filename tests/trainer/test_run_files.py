@@ -1,4 +1,5 @@
-"""metrics.jsonl and summary.json: totals over all rows, read from the file alone, and rates after a resume."""
+"""metrics.jsonl and summary.json: totals over all rows, read from the file alone, and rates after a
+resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights frozen for a push: what is sent is what they were, on one rank and on several."""
+"""Snapshots of the weights for a push, on one rank and on several."""
 
 from pathlib import Path
 
@@ -9,11 +9,11 @@ from tests.support.trainer_helpers import run_ranks, write_model
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_frozen_weights_outlive_the_steps_after_them(tmp_path: Path, world_size: int) -> None:
+def test_a_snapshot_outlives_the_steps_after_it(tmp_path: Path, world_size: int) -> None:
     path = write_model(tmp_path / "model", dtype=torch.float32)
-    run_ranks("frozen", str(tmp_path), path, world_size=world_size, module="tests.support.snapshot_ranks")
+    run_ranks("snapshots", str(tmp_path), path, world_size=world_size, module="tests.support.snapshot_ranks")
 
 
-def test_rank_0_may_be_ahead_of_the_others_and_behind_them(tmp_path: Path) -> None:
+def test_rank_0_may_be_ahead_of_the_others_or_behind(tmp_path: Path) -> None:
     path = write_model(tmp_path / "model", dtype=torch.float32)
-    run_ranks("late", str(tmp_path), path, world_size=2, module="tests.support.snapshot_ranks")
+    run_ranks("late_ranks", str(tmp_path), path, world_size=2, module="tests.support.snapshot_ranks")

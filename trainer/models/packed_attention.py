@@ -41,7 +41,7 @@ class Rectangle:
     """int64: index of the packed token in each padded position (padding repeats a sequence's last)."""
     tokens_T: Tensor
     """int64: indices of this rectangle's packed tokens, in packed order."""
-    positions_T: Tensor
+    padded_positions_T: Tensor
     """int64: the padded position of each of `tokens_T`."""
 
 
@@ -82,7 +82,7 @@ def _rectangle(
         shape=(len(lengths_N), longest),
         source_P=torch.from_numpy(source_NL.ravel()).to(device),
         tokens_T=torch.from_numpy(source_NL.ravel()[real_P]).to(device),
-        positions_T=torch.from_numpy(np.flatnonzero(real_P)).to(device),
+        padded_positions_T=torch.from_numpy(np.flatnonzero(real_P)).to(device),
     )
 
 
@@ -97,7 +97,7 @@ class _Pad(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad_PHD,) = grads
-        real_THD = grad_PHD.index_select(0, ctx.rectangle.positions_T)
+        real_THD = grad_PHD.index_select(0, ctx.rectangle.padded_positions_T)
         if len(real_THD) == ctx.num_tokens:
             return real_THD, None
         flat_THD = grad_PHD.new_zeros((ctx.num_tokens, *grad_PHD.shape[1:]))
@@ -110,13 +110,13 @@ class _Unpad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, padded_PHD: Tensor, rectangle: Rectangle) -> Tensor:
         ctx.rectangle, ctx.num_positions = rectangle, len(padded_PHD)
-        return padded_PHD.index_select(0, rectangle.positions_T)
+        return padded_PHD.index_select(0, rectangle.padded_positions_T)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad_THD,) = grads
         padded_PHD = grad_THD.new_zeros((ctx.num_positions, *grad_THD.shape[1:]))
-        return padded_PHD.index_copy_(0, ctx.rectangle.positions_T, grad_THD), None
+        return padded_PHD.index_copy_(0, ctx.rectangle.padded_positions_T, grad_THD), None
 
 
 class _Reorder(torch.autograd.Function):
@@ -154,8 +154,8 @@ def packed_attention(
     """
     if packed_layout is None or softcap is not None or s_aux is not None:
         raise ConfigError(
-            f"{type(module).__name__} cannot be trained packed: its attention uses soft-capping or sinks, or its "
-            "model does not hand keyword arguments down to it. Choose another model.path"
+            f"{type(module).__name__} cannot be trained packed: its attention uses soft-capping or sinks, "
+            "or its model does not hand keyword arguments down to it. Choose another model.path"
         )
     assert attention_mask is None and len(query) == 1
     flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]

@@ -227,7 +227,8 @@ class Broadcaster:
         *,
         version: int | None = None,
     ) -> int:
-        """Adds the replies to a push (without `version`: to FormGroup) to `outcome`; returns the successes."""
+        """Adds the replies to a push (without `version`: to FormGroup) to `outcome`; returns the
+        successes."""
         num_succeeded = 0
         for receiver, reply in zip(session.receivers, result.replies, strict=True):
             key = receiver.id

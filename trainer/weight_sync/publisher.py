@@ -54,8 +54,9 @@ class Publisher:
         version = (await call(AllocVersion(step=step))).version     # granted by the buffer, never reused
         await broadcaster.push(snapshot, version=version, ...); snapshot.release()
 
-    States: IDLE -> offer() -> acquired -> version granted -> broadcast -> active at the servers -> released
-    -> IDLE
+    A newer snapshot may replace an offered one until it is acquired:
+
+        IDLE -> offer() -> OFFERED -> acquire() -> version granted -> broadcast -> active -> release() -> IDLE
     """
 
     def __init__(
