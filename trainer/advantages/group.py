@@ -8,8 +8,8 @@ Left out: ProGRPO (arXiv 2602.05281), `A + alpha (c_q - c_o)` in groups with a r
 of the mean log-prob of the answer's least likely fifth of tokens. The paper leaves open over which prompt
 tokens c_q is taken and what alpha is, and c_q needs the log-probs of prompts, which are not recorded.
 
-Notation: R reward of a sample, mean and std over its group, L its number of sampled tokens. Shape suffix: G
-samples of a group.
+Notation: R reward of a sample, mean and std over its group, L its number of sampled tokens.
+Shape suffix: G samples of a group.
 """
 
 from __future__ import annotations

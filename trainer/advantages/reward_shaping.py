@@ -6,7 +6,8 @@ Shapings apply in the order of the list. Metrics keep showing the task's own rew
 shaping that ranks the groups of a step (scope BATCH) waits for all of them. One that learns a dual variable
 (a Lagrange multiplier) updates it by a pure function: the step holds the number and the checkpoint stores it.
 
-Notation: R reward of a sample, L its number of sampled tokens. Shape suffix: G samples of a group.
+Notation: R reward of a sample, L its number of sampled tokens.
+Shape suffix: G samples of a group.
 """
 
 from __future__ import annotations

@@ -41,8 +41,5 @@ class Gradients:
         self._loss += loss_S.detach().sum()
 
     def finish(self) -> dict[str, tuple[Tensor | float, Tensor | float]]:
-        """Call after the last micro-batch.
-
-        Collective. Returns this rank's (sum, count) of `loss` and of other metrics.
-        """
+        """Completes the gradient; returns this rank's (sum, count) of `loss` and other metrics. Collective."""
         return {"loss": (self._loss, 1.0)}

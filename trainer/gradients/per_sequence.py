@@ -8,8 +8,8 @@ FSDP2's reduce-scatter would mix the sequences of several ranks; groups are adde
 sum is reduced once. This supports any architecture, at the price of the full model, two accumulators and one
 gradient of its size on every rank.
 
-Notation: A_i advantage, g_i gradient of sequence i at advantage 1. Shape suffixes: S sampled tokens, N
-sequences.
+Notation: A_i advantage, g_i gradient of sequence i at advantage 1.
+Shape suffixes: S sampled tokens, N sequences.
 """
 
 from __future__ import annotations
