@@ -8,13 +8,11 @@ and leaves the step's sum in `.grad` by other means.
 from __future__ import annotations
 
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from trainer.batching.packing import PackedBatch
-    from trainer.batching.sampled_tokens import SampledTokens
+from trainer.batching.packing import PackedBatch
+from trainer.batching.sampled_tokens import SampledTokens
 
 
 class Gradients:
