@@ -39,5 +39,8 @@ class Gradients:
         self._loss += loss_S.detach().sum()
 
     def finish(self) -> dict[str, tuple[Tensor | float, Tensor | float]]:
-        """Completes the gradient; returns this rank's (sum, count) of `loss` and other metrics. Collective."""
+        """Completes the gradient; returns this rank's (sum, count) of `loss` and other metrics.
+
+        Collective.
+        """
         return {"loss": (self._loss, 1.0)}
