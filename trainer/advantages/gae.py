@@ -14,8 +14,8 @@ that exists. Left out: V-trace and other corrections of the targets for stale sa
 of the policies that sampled; the objective corrects the policy's gradient), length-adaptive lam (VAPO), and a
 trunk shared by policy and critic, whose gradient would mix the two losses.
 
-This module is pure numpy; the value model and its training are in `critic.py`. Shape suffix: S sampled tokens
-of one sequence.
+This module is pure numpy; the value model and its training are in `critic.py`.
+Shape suffix: S sampled tokens of one sequence.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Advantages that compare the samples of one prompt with each other: GRPO and its relatives.
 
-A group whose rewards are all equal gets advantages of exactly zero. Computing them would not: the mean of
-equal floats can differ from them in the last bit, and dividing that rounding error by a standard deviation of
-the same size turns it into a signal.
+A group whose rewards are all equal gets advantages of exactly zero, without computing them: the mean of equal
+floats can differ from them in the last bit, and dividing that rounding error by a standard deviation of the
+same size turns it into a signal.
 
 Left out: ProGRPO (arXiv 2602.05281), `A + alpha (c_q - c_o)` in groups with a right answer, where c_o is exp
-of the mean log-prob of the answer's least likely fifth of tokens. The paper leaves open over which prompt
+of the mean log-prob of the answer's least likely fifth of tokens. We could not establish over which prompt
 tokens c_q is taken and what alpha is, and c_q needs the log-probs of prompts, which are not recorded.
 
 Notation: R reward of a sample, mean and std over its group, L its number of sampled tokens. Shape suffix: G

@@ -6,7 +6,8 @@ Shapings apply in the order of the list. Metrics keep showing the task's own rew
 shaping that ranks the groups of a step (scope BATCH) waits for all of them. One that learns a dual variable
 (a Lagrange multiplier) updates it by a pure function: the step holds the number and the checkpoint stores it.
 
-Notation: R reward of a sample, L its number of sampled tokens. Shape suffix: G samples of a group.
+Notation: R reward of a sample, L its number of sampled tokens.
+Shape suffix: G samples of a group.
 """
 
 from __future__ import annotations
@@ -119,7 +120,10 @@ class GrpoLambda(Shaping):
         return float((rewards_of(group) >= self.correct).mean())
 
     def rewards(self, group: Sequence[Trajectory], context: ShapingContext) -> FloatArray:
-        """R - weight * sigmoid((L - mean) / std) for right answers of a top group, with their mean, std."""
+        """R - weight * sigmoid((L - mean) / std) for right answers of a top group.
+
+        mean and std are of L over the group's right answers.
+        """
         rewards_G, lengths_G = rewards_of(group), lengths_of(group)
         right_G = rewards_G >= self.correct
         if context.ahead >= self.top or not right_G.any():
@@ -134,8 +138,10 @@ class GrpoLambda(Shaping):
 class Laconic(Shaping):
     """LACONIC (arXiv 2602.14468): penalises tokens beyond a budget, with a coefficient found by dual ascent.
 
-    R - dual * max(0, L / budget - 1); after each step dual <- clip(dual + rate * (mean L / budget - 1), 0,
-    max_dual). The coefficient rises while answers are longer than the budget on average.
+        reward <- R - dual * max(0, L / budget - 1)
+        dual   <- clip(dual + rate * (mean L / budget - 1), 0, max_dual)    after each step
+
+    The coefficient rises while answers are longer than the budget on average.
     """
 
     budget_tokens: int = 0

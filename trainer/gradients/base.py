@@ -8,13 +8,11 @@ and leaves the step's sum in `.grad` by other means.
 from __future__ import annotations
 
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from trainer.batching.packing import PackedBatch
-    from trainer.batching.sampled_tokens import SampledTokens
+from trainer.batching.packing import PackedBatch
+from trainer.batching.sampled_tokens import SampledTokens
 
 
 class Gradients:
@@ -41,8 +39,8 @@ class Gradients:
         self._loss += loss_S.detach().sum()
 
     def finish(self) -> dict[str, tuple[Tensor | float, Tensor | float]]:
-        """Call after the last micro-batch.
+        """Completes the gradient; returns this rank's (sum, count) of `loss` and other metrics.
 
-        Collective. Returns this rank's (sum, count) of `loss` and of other metrics.
+        Collective.
         """
         return {"loss": (self._loss, 1.0)}

@@ -6,8 +6,8 @@ With one baseline for the whole step, b* is known only after the last micro-batc
 accumulated in the shards' `.grad`, `sum g_i` in a second set of shards, and b* times the second is subtracted
 at the end.
 
-Notation: A_i advantage, g_i gradient of sequence i at advantage 1. Shape suffixes: S sampled tokens of a
-micro-batch, N its sequences.
+Notation: A_i advantage, g_i gradient of sequence i at advantage 1.
+Shape suffixes: S sampled tokens of a micro-batch, N its sequences.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Each kind has a forward of its own whose backward passes the gradient on to the 
 parameter gradient is made of, and leaves `.grad` alone. From the records it computes each sequence's squared
 gradient norm (`squares`) and any weighted sum of the sequences' gradients (`combined`).
 
-Shape suffixes: T rows (tokens), N sequences, n sequences of one block, L longest of them, I in, O out, D
-features, U distinct (sequence, token id) pairs.
+Shape suffixes: T rows (tokens), N sequences, n sequences of one block, L longest of them, I in, O out,
+D features, U distinct (sequence, token id) pairs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from trainer.gradients.segment_rows import Block, Rows
 def layer_of(module: nn.Module) -> Layer | None:
     """The recorder for this module, or None if its kind is not supported.
 
-    A subclass of a supported layer that overrides `forward` is not supported.
+    A subclass that overrides `forward` is of another kind than its base.
     """
     forward = type(module).forward
     if forward in (nn.Linear.forward, Conv1D.forward):

@@ -8,27 +8,24 @@ FSDP2's reduce-scatter would mix the sequences of several ranks; groups are adde
 sum is reduced once. This supports any architecture, at the price of the full model, two accumulators and one
 gradient of its size on every rank.
 
-Notation: A_i advantage, g_i gradient of sequence i at advantage 1. Shape suffixes: S sampled tokens, N
-sequences.
+Notation: A_i advantage, g_i gradient of sequence i at advantage 1.
+Shape suffixes: S sampled tokens, N sequences.
 """
 
 from __future__ import annotations
 
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from trainer.batching.packing import PackedBatch
+from trainer.batching.sampled_tokens import SampledTokens
+from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import add_gradient, reduced, reshard
 from trainer.gradients.base import Gradients
 from trainer.gradients.optimal_baseline import optimal_baseline
-
-if TYPE_CHECKING:
-    from trainer.batching.packing import PackedBatch
-    from trainer.batching.sampled_tokens import SampledTokens
-    from trainer.distributed.ranks import Ranks
 
 
 class SequenceGradients(Gradients):

@@ -2,12 +2,14 @@
 
 Notation of the formulas in these modules, for token t of a sequence:
 
-    pi_t, mu_t, prox_t, ref_t   probability under the current weights, under the behaviour policy that sampled the
-                                token, under the weights at the start of the step, under the reference model
-    r                           pi_t / mu_t unless a module defines it otherwise
-    W                           prod_t pi_t / mu_t over the sequence's sampled tokens
-    A, R, L                     advantage; reward and number of sampled tokens of the sequence
-    sg(x)                       x without gradient
+    pi_t     its probability under the current weights
+    mu_t     under the behaviour policy, which sampled it
+    prox_t   under the weights at the start of the step
+    ref_t    under the frozen reference model
+    r        pi_t / mu_t, unless a module defines it otherwise
+    W        prod_t pi_t / mu_t over the sampled tokens of the sequence
+    A, R, L  advantage; reward and number of sampled tokens of the sequence
+    sg(x)    x without gradient
 """
 
 from trainer.objectives.base import OBJECTIVES, Need, Objective, SampledTokens, StepStats, TokenLosses

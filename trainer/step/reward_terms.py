@@ -4,12 +4,10 @@
 
 The KL penalty is that of the behaviour policy mu, whose log-probs are recorded, so only the reference model
 needs a forward pass. It is a sum over the sample, so it also favours short answers; GAE charges each token
-with its own term. A greedy sample is shaped like its group but pays no penalty, because the recorded
-log-probs are not those of the sampling policy. Both changes are made on copies; metrics keep showing the
-task's reward.
+with its own term. A greedy sample is shaped like its group but pays no penalty, because its recorded
+log-probs are not the policy's. Both changes are made on copies; metrics keep showing the task's reward.
 
-Shape suffixes: S sampled tokens of a sample (of a micro-batch, for tensors), J groups of the step over all
-ranks.
+Shape suffixes: S sampled tokens of a sample (tensors: of a micro-batch), J groups of the step over all ranks.
 """
 
 from __future__ import annotations
