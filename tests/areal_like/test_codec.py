@@ -278,7 +278,7 @@ def test_a_record_of_lists_does_not_grow_in_memory(item: bytes, array_bytes: int
         msgpack.packb([WIRE_VERSION, "Samples", 0, {"samples": [{"lease_id": 1, "record": [0, len(data)]}]}]),
         data,
     ]
-    peak = peak_bytes_refusing(frames, match="lists and maps" if array_bytes else "says of itself takes")
+    peak = peak_bytes_refusing(frames, match="lists and maps" if array_bytes else "record metadata takes")
     assert peak < 12 * len(data)
 
 
@@ -312,7 +312,7 @@ def test_versions_that_take_few_bytes_are_many_runs() -> None:
 
 def test_more_reward_components_than_a_record_can_hold_are_refused_where_it_is_made() -> None:
     components = {f"{index:099d}": 0.5 for index in range(1000)}
-    with pytest.raises(ValueError, match="name fewer reward components"):
+    with pytest.raises(ValueError, match="use fewer reward components"):
         Record.of(2, 0, dataclasses.replace(trajectory(), reward_components=components))
 
 

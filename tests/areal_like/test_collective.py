@@ -1,4 +1,5 @@
-"""The weight group over real processes: makes, remakes, interoperates with SGLang's recipe, and fails fast."""
+"""The weight group over real processes: makes, remakes, interoperates with SGLang's recipe, and fails
+fast."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ for _ in range(rounds):
     port = int(line) if line else port
 """
 
-# What SGLang 0.5 does in init_custom_process_group and update_weights_from_distributed, reduced to its torch calls.
+# What SGLang 0.5 does in init_custom_process_group and update_weights_from_distributed, reduced to its torch
+# calls.
 SGLANG = """
 import sys, torch, torch.distributed as dist
 from datetime import timedelta
@@ -170,7 +172,7 @@ def test_a_broadcast_that_outlives_its_group_does_not_count() -> None:
         group.close()
         say(process, "")
         assert line(process) == str(NUM_BYTES)
-        with pytest.raises(WeightSyncError, match="left during a broadcast"):
+        with pytest.raises(WeightSyncError, match="closed during a broadcast"):
             sending.result()
 
 
