@@ -85,7 +85,8 @@ def model_path(config: Config) -> str:
         built = RunPaths.of(config).built_model
         if not (built / "config.json").exists():
             raise ConfigError(
-                f"{built} contains no model: run `python -m trainer.prepare_model` with this configuration first"
+                f"{built} contains no model: "
+                "run `python -m trainer.prepare_model` with this configuration first"
             )
         return str(built)
     looks_local = config.model.path.startswith((".", "/", "~"))

@@ -78,7 +78,8 @@ class Registry(Generic[T]):
         if not well_formed:
             names = ", ".join(self.names())
             raise ConfigError(
-                f"{self._section}: want a list of mappings, each with `name` ({names}) or `_target_`, got {settings!r}"
+                f"{self._section}: want a list of mappings, each with `name` ({names}) or `_target_`, "
+                f"got {settings!r}"
             )
         return tuple(self.build(one, job=job) for one in settings)
 

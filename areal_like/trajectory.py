@@ -88,7 +88,8 @@ class Trajectory:
             array = getattr(self, name)
             if array.dtype != dtype or array.ndim != 1 or len(array) != len(self.tokens):
                 raise ValueError(
-                    f"trajectory.{name}: want {dtype.name}[{self.tokens.size}], got {array.dtype.name}{list(array.shape)}"
+                    f"trajectory.{name}: want {dtype.name}[{self.tokens.size}], "
+                    f"got {array.dtype.name}{list(array.shape)}"
                 )
         if not len(self.tokens) or np.maximum.reduce(self.loss_mask) > 1:
             raise ValueError("trajectory.loss_mask: want at least one token and only 0 or 1")

@@ -103,7 +103,10 @@ def help_text(*, width: int, everything: bool) -> str:
             subsequent_indent=" " * _NAME_COLUMNS,
             break_on_hyphens=False,
         )
-    own = "Settings of a task, objective or advantage are the fields of its class: objective.cap=8 (docs/objectives.md)."
+    own = (
+        "Settings of a task, objective or advantage are the fields of its class: "
+        "objective.cap=8 (docs/objectives.md)."
+    )
     lines += ["", own if everything else "run --help-all shows every key."]
     return "\n".join(lines) + "\n"
 

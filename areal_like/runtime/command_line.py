@@ -79,7 +79,10 @@ def shows_help(argv: Sequence[str], text: str | None) -> bool:
     options.add_argument("-h", "--help", action="store_true")
     if not options.parse_known_args(list(argv))[0].help:
         return False
-    common = "--config FILE reads a resolved config.yaml, key=value changes it. All keys: `areal-like run --help-all`."
+    common = (
+        "--config FILE reads a resolved config.yaml, key=value changes it. "
+        "All keys: `areal-like run --help-all`."
+    )
     sys.stdout.write(f"{(text or '').strip()}\n\n{common}\n")
     return True
 

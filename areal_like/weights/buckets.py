@@ -296,7 +296,8 @@ def check_names(
         first = wrong[0]
         want = list(shapes[first.name])
         problems.append(
-            f"wrong shape: {_some([s.name for s in wrong])} ({first.name}: want {want}, got {list(first.shape)})"
+            f"wrong shape: {_some([s.name for s in wrong])} "
+            f"({first.name}: want {want}, got {list(first.shape)})"
         )
     if problems:
         raise WeightSyncError("weights do not fit the model: " + "; ".join(problems))

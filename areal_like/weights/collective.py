@@ -201,7 +201,8 @@ class WeightGroup:
         except RuntimeError as error:
             self.close()
             raise WeightSyncError(
-                f"weight group {self.group_name}: rank {self.rank} of {self.world_size} could not connect: {_first_line(error)}"
+                f"weight group {self.group_name}: rank {self.rank} of {self.world_size} could not connect: "
+                f"{_first_line(error)}"
             ) from None
 
     def broadcast(self, tensor: torch.Tensor, *, timeout_s: float | None = None) -> None:

@@ -125,7 +125,8 @@ def decode(frames: Sequence[Frame]) -> tuple[Any, int]:
     version, tag, rid, body = header
     if version != WIRE_VERSION or type(version) is not int:
         raise WireVersionError(
-            f"the peer uses wire version {version!r} and this side {WIRE_VERSION}: run the same release on both"
+            f"the peer uses wire version {version!r} and this side {WIRE_VERSION}: "
+            "run the same release on both"
         )
     if type(rid) is not int or not isinstance(tag, str) or tag not in _DECODERS:
         raise WireError(f"unknown message {str(tag)[:40]!r}")
