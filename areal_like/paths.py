@@ -79,8 +79,10 @@ class RunPaths:
 
 
 def model_path(config: Config) -> str:
-    """The argument for `from_pretrained`: a directory or a hub name. Raises ConfigError for an absent
-    directory."""
+    """The argument for `from_pretrained`: a directory or a hub name.
+
+    Raises ConfigError for an absent directory.
+    """
     if config.model.path in BUILT_MODELS:
         built = RunPaths.of(config).built_model
         if not (built / "config.json").exists():

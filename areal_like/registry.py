@@ -47,8 +47,9 @@ class Registry(Generic[T]):
         return sorted([*self._classes, *self._elsewhere])
 
     def build(self, settings: Mapping[str, Any], *, job: Mapping[str, Any] | None = None) -> T:
-        """The object that a section describes. Raises ConfigError for an unknown name or setting, listing the
-        known ones.
+        """The object that a section describes.
+
+        Raises ConfigError for an unknown name or setting, listing the known ones.
 
         `job`: values that the job provides (`max_tokens`), for a class with a setting of that name that the
         section does not give.

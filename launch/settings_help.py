@@ -68,8 +68,10 @@ class Setting:
 
 
 def all_keys() -> list[Setting]:
-    """Every setting in the order of the dataclasses. An open section (task, objective, advantage) is one
-    entry."""
+    """Every setting in the order of the dataclasses.
+
+    An open section (task, objective, advantage) is one entry.
+    """
     return _settings_of(Config, section="")
 
 
@@ -79,8 +81,10 @@ def choices() -> dict[str, list[str]]:
 
 
 def help_text(*, width: int, everything: bool) -> str:
-    """The help of `areal-like run`: presets and settings in lines of `width` columns; only COMMON unless
-    `everything`."""
+    """The help of `areal-like run`: presets and settings in lines of `width` columns.
+
+    Only the settings in COMMON unless `everything`.
+    """
     lines = [
         "areal-like run key=value ...: runs a whole job on this machine and writes runs/<name>/",
         "--config FILE: begins with the settings of a config.yaml, for instance that of another run",

@@ -54,8 +54,10 @@ class Options(argparse.ArgumentParser):
         self._missing[action.dest] = f"{flag}: {missing}"
 
     def split(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-        """(values of the options, all other arguments in order). Raises ConfigError for an option without a
-        value."""
+        """(values of the options, all other arguments in order).
+
+        Raises ConfigError for an option without a value.
+        """
         values, rest = self.parse_known_args(list(argv))
         for name, message in self._missing.items():
             if getattr(values, name) == "":
@@ -73,8 +75,10 @@ def presets(section: str) -> list[str]:
 
 
 def shows_help(argv: Sequence[str], text: str | None) -> bool:
-    """Writes the help of `python -m role` and returns True if `argv` asks for it; `text` describes the role's
-    options."""
+    """Writes the help of `python -m role` if `argv` asks for it.
+
+    Returns True if it did. `text` describes the role's options.
+    """
     options = Options()
     options.add_argument("-h", "--help", action="store_true")
     if not options.parse_known_args(list(argv))[0].help:
@@ -88,8 +92,10 @@ def shows_help(argv: Sequence[str], text: str | None) -> bool:
 
 
 def load_config(argv: Sequence[str]) -> Config:
-    """The configuration of a command line of `--config FILE` and settings. Raises ConfigError with one
-    message."""
+    """The configuration of a command line of `--config FILE` and settings.
+
+    Raises ConfigError with one message.
+    """
     options = Options()
     options.add("--config", missing="name a resolved configuration file")
     values, settings = options.split(argv)
@@ -101,8 +107,7 @@ def load_config(argv: Sequence[str]) -> Config:
 
 
 def role_arguments(argv: Sequence[str], *, default_name: str) -> tuple[Config, str]:
-    """(configuration, daemon name) of one role: `--name rollout-1` in addition to what `load_config`
-    takes."""
+    """(configuration, daemon name) of one role: `load_config`'s arguments and `--name rollout-1`."""
     options = Options()
     options.add("--name", missing="give the daemon's name, e.g. rollout-1", default=default_name)
     values, rest = options.split(argv)

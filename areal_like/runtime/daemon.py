@@ -43,8 +43,10 @@ log = logging.getLogger(__name__)
 
 
 class Runtime:
-    """HTTP endpoints, metrics and state of one daemon. Enter it with `async with`, in the loop that it runs
-    in."""
+    """HTTP endpoints, metrics and state of one daemon.
+
+    Enter it with `async with`, in the loop that it runs in.
+    """
 
     def __init__(self, config: Config, *, role: str, name: str) -> None:
         self.config = config
@@ -129,8 +131,7 @@ class Runtime:
         (self.paths.endpoints / f"{self.name}.json").unlink(missing_ok=True)
 
     async def _drain(self, _: dict[str, Any]) -> dict[str, Any]:
-        """The same as SIGTERM, watchdog included, for callers who can reach the daemon's HTTP port but not
-        its shell.
+        """The same as SIGTERM, watchdog included, for callers who can reach only the HTTP port.
 
         A repeated call sends no second signal, which would kill the daemon at once.
         """
@@ -190,8 +191,7 @@ class _QuietServer(uvicorn.Server):
 
 
 def exit_code_of(name: str, run: Callable[[], None]) -> int:
-    """Runs a daemon's body; returns its exit code, and writes the reason of a failure to the log and
-    stderr."""
+    """Runs a daemon's body and returns its exit code; reports a failure in the log and on stderr."""
     try:
         run()
     except UserError as error:
@@ -257,8 +257,7 @@ def run_daemon(config: Config, *, role: str, name: str, main: Callable[[Runtime]
 
 @contextlib.asynccontextmanager
 async def cancelled_on_exit(*tasks: asyncio.Task[Any]) -> AsyncIterator[None]:
-    """Cancels the tasks at the end of the block and waits for them; raises the exception of a task that
-    failed."""
+    """Cancels the tasks when the block ends and waits for them; raises the exception of one that failed."""
     try:
         yield
     finally:

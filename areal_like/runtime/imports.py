@@ -49,8 +49,7 @@ def torch_hidden() -> Iterator[None]:
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Disables the garbage collector inside the block, and exempts all objects that exist at its end for
-    good."""
+    """Disables the garbage collector inside the block; it never scans the objects that exist at the end."""
     gc.disable()
     try:
         yield

@@ -45,8 +45,7 @@ class PlainFormatter(logging.Formatter):
 
 
 def configure_logging(config: Config, name: str) -> None:
-    """JSON lines to `<run>/logs/<name>.log`, and plain warnings to stderr (from INFO on if it is a
-    terminal)."""
+    """Logs JSON lines to `<run>/logs/<name>.log`, and plain warnings to stderr (on a terminal, INFO too)."""
     paths = RunPaths.of(config)
     paths.logs.mkdir(parents=True, exist_ok=True)
     file = logging.FileHandler(paths.logs / f"{name}.log")

@@ -36,8 +36,7 @@ def die_with_parent(*, signum: int = signal.SIGTERM) -> None:
 
 
 def exit_at_once(code: int) -> NoReturn:
-    """Ends this process without joining its threads, one of which may hang in a user's reward or task
-    code."""
+    """Ends this process without joining its threads, one of which may hang in a user's reward or task."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -49,8 +48,7 @@ PARENT_PID = "AREAL_LIKE_PARENT_PID"
 
 
 def die_with_launcher() -> None:
-    """`die_with_parent` for a daemon that the launcher started; a daemon started by hand outlives its
-    shell."""
+    """`die_with_parent` for a daemon started by the launcher; one started by hand outlives its shell."""
     launcher_pid = os.environ.pop(PARENT_PID, "")
     if launcher_pid:
         die_with_parent()

@@ -1,5 +1,4 @@
-"""`python -m areal_like.runtime.tied_exec COMMAND ...`: executes COMMAND so that it dies with the process
-that started it.
+"""`python -m areal_like.runtime.tied_exec COMMAND ...` runs COMMAND so that it dies with its parent.
 
 For programs of others, which cannot call `die_with_parent`: the kernel keeps that request across exec. The
 signal is SIGKILL, because a program that drains on SIGTERM would outlive its parent for as long as the drain

@@ -36,8 +36,10 @@ _PIECE_BLOCKS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """Name, dtype and shape of one tensor. Raises WeightSyncError for an unsupported dtype or a malformed
-    shape."""
+    """Name, dtype and shape of one tensor.
+
+    Raises WeightSyncError for an unsupported dtype or a malformed shape.
+    """
 
     name: str
     dtype: str
@@ -98,8 +100,10 @@ class Bucket:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Bucket:
-        """Inverse of `to_dict`; also reads the body of `/update_weights_from_distributed`. Raises
-        WeightSyncError."""
+        """Inverse of `to_dict`; also reads the body of `/update_weights_from_distributed`.
+
+        Raises WeightSyncError.
+        """
         columns = [raw.get(key) for key in ("names", "dtypes", "shapes")]
         if not all(isinstance(column, list) and len(column) <= MAX_TENSORS for column in columns):
             raise WeightSyncError("bucket: names, dtypes and shapes must be lists")
@@ -155,8 +159,7 @@ class Manifest:
 
 
 def cut_buckets(tensors: Iterable[TensorSpec], *, bucket_bytes: int) -> tuple[Bucket, ...]:
-    """Cuts tensors into buckets of at most `bucket_bytes`, in the given order; a larger tensor gets its own
-    bucket.
+    """Cuts tensors into buckets of at most `bucket_bytes`, in order; a larger tensor gets its own bucket.
 
     Within a bucket, tensors are ordered by falling item size (stable), which aligns offsets without padding.
     """
@@ -183,8 +186,9 @@ def spec_of(name: str, tensor: torch.Tensor, *, dtype: str | None = None) -> Ten
 def flatten(
     bucket: Bucket, tensors: Mapping[str, torch.Tensor], *, device: torch.device | str | None = None
 ) -> torch.Tensor:
-    """Copies the tensors, cast to the bucket's dtypes, into one uint8[bucket.num_bytes] buffer without
-    temporaries.
+    """Copies the tensors, cast to the bucket's dtypes, into one uint8[bucket.num_bytes] buffer.
+
+    There are no temporaries.
 
     `device`: of the buffer (default: CPU). Raises WeightSyncError for an absent tensor or another shape.
     """
@@ -277,8 +281,9 @@ def check_names(
     *,
     tied: Iterable[str] = (),
 ) -> None:
-    """Compares the tensors of a push with a model's parameters (`shapes` by name). Raises WeightSyncError
-    with the differences.
+    """Compares the tensors of a push with a model's parameters (`shapes` by name).
+
+    Raises WeightSyncError with the differences.
 
     `tied`: names that alias another parameter (a tied `lm_head.weight`); they may be sent or left out.
     """

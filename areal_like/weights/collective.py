@@ -1,5 +1,6 @@
-"""The weight group: a torch.distributed group of trainer rank 0 and the engines, independent of the default
-group.
+"""The weight group: a torch.distributed group of trainer rank 0 and the engines.
+
+It is independent of the default group.
 
 It is compatible with SGLang's `init_custom_process_group`, whose receivers rendezvous at `tcp://address:port`
 and prefix the store's keys with the group's name, then with name and device. We build the backend directly
@@ -43,8 +44,10 @@ training's own collectives must not block the host."""
 
 
 def device_facts(device: torch.device) -> dict[str, str]:
-    """`device`, `device_uuid` and `nccl_version`: ranks of an NCCL group need the same version and different
-    GPUs."""
+    """`device`, `device_uuid` and `nccl_version`.
+
+    Ranks of an NCCL group need the same version and different GPUs.
+    """
     if device.type != "cuda":
         return {"device": device.type, "device_uuid": "", "nccl_version": ""}
     nccl: Any = torch.cuda.nccl
@@ -102,8 +105,7 @@ class WeightGroup:
         backend: str = "gloo",
         timeout_s: float,
     ) -> WeightGroup:
-        """Rank 0: opens the store on `host` (also the address that joiners use) and returns without waiting
-        for anyone.
+        """Rank 0: opens the store on `host`, the address that joiners use, and returns without waiting.
 
         The listening socket is ours and handed over to the store, so port 0 has no race and only `host` is
         listened on.
@@ -206,8 +208,7 @@ class WeightGroup:
             ) from None
 
     def broadcast(self, tensor: torch.Tensor, *, timeout_s: float | None = None) -> None:
-        """Sends `tensor` (rank 0) to, or receives into it from, all ranks; returns when this rank is done
-        with it.
+        """Sends `tensor` (rank 0) or receives into it (other ranks); returns when this rank is done with it.
 
         Any contiguous dtype; CPU for gloo, CUDA for nccl. `timeout_s`: instead of the group's. After a
         failure the group is closed: make a new one.

@@ -25,8 +25,7 @@ class DiskSnapshot:
 
 
 def newest_snapshot(checkpoints: Path) -> DiskSnapshot | None:
-    """The checkpoint of the latest step; None if none is visible on this machine, or if it states no
-    version."""
+    """The checkpoint of the latest step; None if this machine sees none, or if it states no version."""
     steps = {
         int(step): path
         for path in checkpoints.glob("step_*")

@@ -1,5 +1,4 @@
-"""ZeroMQ sockets in an asyncio loop: `Listener` (ROUTER, one for each daemon that serves) and `Link` (DEALER,
-one for each connection to a listener).
+"""ZeroMQ sockets in an asyncio loop: `Listener` (a server's ROUTER) and `Link` (a DEALER connected to one).
 
 Both call a handler for each message and never raise for what a peer sent: a malformed message is counted and
 dropped. The sockets are read through the loop's own reader, because zmq.asyncio costs a future for each
@@ -259,8 +258,10 @@ class Link:
         return reply
 
     def resend_pending(self) -> None:
-        """Sends every pending request again, after its receiver restarted and lost them. Requests are
-        idempotent."""
+        """Sends every pending request again, after its receiver restarted and lost them.
+
+        Requests are idempotent.
+        """
         for rid, (message, _) in self._pending.items():
             self._pump.send(encode(message, rid=rid))
 

@@ -97,8 +97,10 @@ _Decode = Callable[[Any, _Reader], Any]
 
 
 def encode(message: Any, *, rid: int = 0) -> list[bytes]:
-    """Frames of a message. `rid` matches a reply to its request; 0: one-way. Raises ValueError for an
-    overlong header."""
+    """Frames of a message.
+
+    `rid` matches a reply to its request; 0: one-way. Raises ValueError for an overlong header.
+    """
     tag = TAGS[type(message)]
     writer = _Writer()
     body = _ENCODERS[tag](message, writer)

@@ -35,8 +35,7 @@ def model_fingerprint(path: str) -> str:
 
 
 def tokenizer_fingerprint(path: str) -> str:
-    """Fingerprint of a model directory's tokenizer.json (vocabulary and rules), or of the name if it is a hub
-    name."""
+    """Fingerprint of a model directory's tokenizer.json (vocabulary, rules); of the name for a hub name."""
     tokenizer = Path(path) / "tokenizer.json"
     return _digest(json.loads(tokenizer.read_text()) if tokenizer.is_file() else path)
 

@@ -1,5 +1,4 @@
-"""One trajectory as bytes with a checksum: the same bytes from the rollout server through the ledger to the
-trainer.
+"""One trajectory as bytes with a checksum, the same bytes from rollout server to ledger to trainer.
 
     0  magic "ATR1" | num_bytes u32 | crc32 u32 | sample_index u32 | ticket_id u64 | meta_bytes u32 | 0 u32
     32 msgpack metadata [num_tokens, [[version, num_tokens], ...], reward, {component: reward}, finish_reason,
@@ -58,8 +57,10 @@ _FINISH_REASONS = {reason.value: reason for reason in FinishReason}
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Record:
-    """The bytes of a trajectory and their decoded metadata. Construction checks everything, so every Record
-    is valid."""
+    """The bytes of a trajectory and their decoded metadata.
+
+    Construction checks everything, so every Record is valid.
+    """
 
     data: bytes
     ticket_id: int
@@ -108,8 +109,10 @@ class Record:
 
     @classmethod
     def opened(cls, data: bytes) -> Self:
-        """Decodes and checks a record. Raises ValueError for bytes that are none, or of an invalid
-        trajectory."""
+        """Decodes and checks a record.
+
+        Raises ValueError for bytes that are none, or of an invalid trajectory.
+        """
         if len(data) < _HEADER.size:
             raise ValueError(f"the record is cut off after {len(data)} bytes")
         magic, num_bytes, crc32, sample_index, ticket_id, meta_bytes, reserved = _HEADER.unpack_from(data)
@@ -238,8 +241,10 @@ def count_whole_records(data: bytes) -> tuple[int, int]:
 def _metadata(
     meta: bytes, *, rest_bytes: int
 ) -> tuple[int, list[list[int]], float, dict[str, float], FinishReason, float, float, bool]:
-    """The fields of the msgpack part, which `rest_bytes` follow. Raises ValueError if it is malformed or too
-    long."""
+    """The fields of the msgpack part, which `rest_bytes` follow.
+
+    Raises ValueError if it is malformed or too long.
+    """
     if len(meta) > rest_bytes + _MAX_OTHER_BYTES:
         raise ValueError(
             f"record metadata takes {len(meta)} bytes, more than its arrays and {_MAX_OTHER_BYTES}: "

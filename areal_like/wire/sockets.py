@@ -6,8 +6,10 @@ import socket
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
-    """A TCP socket bound to an address (port 0: a free one), to be passed to an HTTP server. Raises
-    OSError."""
+    """A TCP socket bound to an address (port 0: a free one), to be passed to an HTTP server.
+
+    Raises OSError.
+    """
     # The protocol is explicit because asyncio turns Nagle's algorithm off only then. With Nagle, a response,
     # whose head and body are two writes, waits about 40 ms for the acknowledgement of its head.
     listener = socket.socket(

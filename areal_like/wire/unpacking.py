@@ -16,8 +16,10 @@ _UNCOUNTED_BYTES = 1 << 16
 
 
 def unpack(data: bytes | memoryview, *, max_containers: int) -> Any:
-    """The object packed in `data`. Raises ValueError for malformed data, and for more than `max_containers`
-    lists and maps."""
+    """The object packed in `data`.
+
+    Raises ValueError for malformed data, and for more than `max_containers` lists and maps.
+    """
     options: dict[str, Any] = {"strict_map_key": True, "ext_hook": _refuse_ext}
     if len(data) > _UNCOUNTED_BYTES:
         options["list_hook"] = options["object_hook"] = _Count(max_containers)

@@ -29,8 +29,9 @@ class TrainerHeartbeat:
 
 @dataclass(frozen=True, kw_only=True)
 class StartTraining:
-    """Rank 0 -> buffer, once an incarnation, before any other request: the trainer's position. Reply:
-    `Welcome`.
+    """Rank 0 -> buffer, once an incarnation, before any other request: the trainer's position.
+
+    Reply: `Welcome`.
 
     Fences off every older trainer incarnation. The trainer's checkpoint decides: recorded steps from `step`
     on are served again identically, and weights of later steps are abandoned. An empty ledger starts the
@@ -61,8 +62,10 @@ class VersionGranted:
 
 @dataclass(frozen=True, kw_only=True)
 class AdoptVersion:
-    """Rank 0 -> every shard but the first, before a push: the version that the first allocated. Reply: `Ok`.
-    Idempotent."""
+    """Rank 0 -> every shard but the first, before a push: the version that the first allocated.
+
+    Reply: `Ok`. Idempotent.
+    """
 
     version: int
     step: int
@@ -70,8 +73,9 @@ class AdoptVersion:
 
 @dataclass(frozen=True, kw_only=True)
 class Fetch:
-    """Rank -> buffer: fetch the group recorded at a position of a step. Reply: `Group`, once there is one
-    (long poll).
+    """Rank -> buffer: fetch the group recorded at a position of a step.
+
+    Reply: `Group`, once there is one (long poll).
 
     The same step and position always return the same group. The caller has its own timeout and may ask again.
     """
@@ -145,8 +149,9 @@ class StreamState:
 
 @dataclass(frozen=True, kw_only=True)
 class RequestEval:
-    """Rank 0 -> buffer: evaluate held-out prompts 0..num_prompts-1 greedily. Reply: `EvalResult` when done
-    (long poll).
+    """Rank 0 -> buffer: evaluate held-out prompts 0..num_prompts-1 greedily.
+
+    Reply: `EvalResult` when done (long poll).
 
     A repeated request with the same eval_id waits for the same evaluation.
     """
@@ -184,8 +189,10 @@ class ServerEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Directory:
-    """Buffer -> every rank, unsolicited: after the rank's hello, and when a server joins, leaves or changes
-    its state."""
+    """Buffer -> every rank, unsolicited: the registered servers.
+
+    Sent after the rank's hello, and when a server joins, leaves or changes its state.
+    """
 
     servers: list[ServerEntry]
 

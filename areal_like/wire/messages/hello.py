@@ -74,8 +74,10 @@ class Welcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Refused:
-    """Buffer -> peer: a request or hello was not accepted, and what to change. May be the reply to any
-    request."""
+    """Buffer -> peer: a request or hello was not accepted, and what to change.
+
+    May be the reply to any request.
+    """
 
     field: str
     """The field that differs or the rule that forbids it, e.g. `incarnation`, `model`, `step`."""

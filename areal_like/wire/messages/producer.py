@@ -1,5 +1,4 @@
-"""Rollout server <-> buffer: credit to the buffer, leases to the server, samples to the buffer,
-acknowledgements back.
+"""Rollout server <-> buffer: credit and samples to the buffer, leases and acknowledgements to the server.
 
 The server keeps each sample until `SampleAcks` names it, and sends it again after a reconnect; the buffer
 deduplicates by (ticket, sample index).
@@ -122,8 +121,10 @@ class SampleDone:
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """Server -> buffer: samples that finished at about the same time, batched because a message costs more
-    than a sample."""
+    """Server -> buffer: samples that finished at about the same time.
+
+    They are batched because a message costs more than handling a sample.
+    """
 
     samples: list[SampleDone]
 
@@ -158,16 +159,20 @@ class SampleAck:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleAcks:
-    """Buffer -> server: outcomes of samples that were written together, batched because a message costs more
-    than an ack."""
+    """Buffer -> server: outcomes of samples that were written together.
+
+    They are batched because a message costs more than an acknowledgement.
+    """
 
     acks: list[SampleAck]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleFailed:
-    """Server -> buffer: a sample failed (reward raised or hung, engine refused). Acknowledged in
-    `SampleAcks`."""
+    """Server -> buffer: a sample failed (reward raised or hung, engine refused).
+
+    Acknowledged in `SampleAcks`.
+    """
 
     lease_id: int
     ticket_id: int
@@ -177,8 +182,7 @@ class SampleFailed:
 
 @dataclass(frozen=True, kw_only=True)
 class ReturnLeases:
-    """Server -> buffer: the server returns these leases (draining, engine lost); missing samples are leased
-    again."""
+    """Server -> buffer: returns leases (draining, engine lost), whose missing samples are leased again."""
 
     leases: list[int]
     reason: str

@@ -13,8 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class AskAlive:
-    """Rank 0 -> server, before a group is formed: a server that does not reply at once is left out of the
-    rendezvous.
+    """Rank 0 -> server, before a group is formed: servers that do not reply at once are left out of it.
 
     Replied to with `Alive`, or with `WeightsFailed` by a server without an engine.
     """
@@ -38,8 +37,10 @@ class Alive:
 
 @dataclass(frozen=True, kw_only=True)
 class FormGroup:
-    """Rank 0 -> server: join the broadcast group. Replied to once joined; all members join at the same
-    time."""
+    """Rank 0 -> server: join the broadcast group.
+
+    Replied to once joined; all members join at the same time.
+    """
 
     epoch: int
     """Number of the group, one more for each group formed (not a pass over the prompts)."""
@@ -56,8 +57,9 @@ class FormGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class PushWeights:
-    """Rank 0 -> server: receive the buckets of this manifest, verify and activate them. Replied to once
-    active.
+    """Rank 0 -> server: receive the buckets of this manifest, verify and activate them.
+
+    Replied to once active.
 
     The manifest has no checksums, because the first bucket travels while the last is still being gathered;
     `PushChecksums` follows.
@@ -75,8 +77,10 @@ class PushWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class PushChecksums:
-    """Rank 0 -> server, after the last bucket of a push; no reply. Weights are activated only if the
-    checksums agree."""
+    """Rank 0 -> server, after the last bucket of a push; no reply.
+
+    Weights are activated only if the checksums agree.
+    """
 
     version: int
     checksums: list[int]
@@ -85,8 +89,10 @@ class PushChecksums:
 
 @dataclass(frozen=True, kw_only=True)
 class DissolveGroup:
-    """Rank 0 -> server: leave the group, also during a broadcast (its `PushWeights` then gets
-    `WeightsFailed`)."""
+    """Rank 0 -> server: leave the group, also during a broadcast.
+
+    The broadcast's `PushWeights` then gets `WeightsFailed`.
+    """
 
     epoch: int
     group_name: str
