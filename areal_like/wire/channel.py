@@ -257,7 +257,7 @@ class Link:
             raise ArealError(reply.reason)
         return reply
 
-    def resend_pending(self) -> None:
+    def ask_again(self) -> None:
         """Sends every pending request again, after its receiver restarted and lost them.
 
         Requests are idempotent.

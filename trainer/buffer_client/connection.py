@@ -113,4 +113,4 @@ class Connection:
             self._fail(error)
             return
         log.info("registered again at the buffer at %s", self.address)
-        self._link.resend_pending()
+        self._link.ask_again()
