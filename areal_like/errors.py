@@ -15,8 +15,9 @@ ArealError
   - DiskFullError
   - StoreCorruptError
 
-x marks a class with subclasses. A UserError is a mistake that a person can correct: the command line prints only its
-message and exits with code 2. The others are events in a running system; a daemon catches each by its own name.
+x marks a class with subclasses. A UserError is a mistake that a person can correct: the command line prints
+only its message and exits with code 2. The others are events in a running system; a daemon catches each by
+its own name.
 """
 
 

@@ -82,12 +82,16 @@ class RunPaths:
 
 
 def model_path(config: Config) -> str:
-    """The argument for `from_pretrained`: a directory or a hub name. Raises ConfigError for an absent directory."""
+    """The argument for `from_pretrained`: a directory or a hub name.
+
+    Raises ConfigError for an absent directory.
+    """
     if config.model.path in BUILT_MODELS:
         built = RunPaths.of(config).built_model
         if not (built / "config.json").exists():
             raise ConfigError(
-                f"{built} contains no model: run `python -m trainer.prepare_model` with this configuration first"
+                f"{built} contains no model: "
+                "run `python -m trainer.prepare_model` with this configuration first"
             )
         return str(built)
     looks_local = config.model.path.startswith((".", "/", "~"))

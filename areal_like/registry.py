@@ -1,9 +1,9 @@
 """Builds an object (an objective, a mask, a task) from an open section of the configuration.
 
-A section has `name` or `_target_`, and settings. A registered class is a frozen keyword-only dataclass: its fields are
-its settings, a misspelt one is refused by name, and a value outside a `Literal` field's choices too. A `_target_` is
-the dotted path of any class; it needs no registration. A class may also be registered by such a path, so that it is
-imported only when it is used.
+A section has `name` or `_target_`, and settings. A registered class is a frozen keyword-only dataclass: its
+fields are its settings, a misspelt one is refused by name, and a value outside a `Literal` field's choices
+too. A `_target_` is the dotted path of any class; it needs no registration. A class may also be registered by
+such a path, so that it is imported only when it is used.
 """
 
 from __future__ import annotations
@@ -47,10 +47,12 @@ class Registry(Generic[T]):
         return sorted([*self._classes, *self._elsewhere])
 
     def build(self, settings: Mapping[str, Any], *, job: Mapping[str, Any] | None = None) -> T:
-        """The object that a section describes. Raises ConfigError for an unknown name or setting, listing the known ones.
+        """The object that a section describes.
 
-        `job`: values that the job provides (`max_tokens`), for a class with a setting of that name that the section
-        does not give.
+        Raises ConfigError for an unknown name or setting, listing the known ones.
+
+        `job`: values that the job provides (`max_tokens`), for a class with a setting of that name that the
+        section does not give.
         """
         values = dict(settings)
         name, target = values.pop("name", None), values.pop("_target_", None)
@@ -77,7 +79,8 @@ class Registry(Generic[T]):
         if not well_formed:
             names = ", ".join(self.names())
             raise ConfigError(
-                f"{self._section}: want a list of mappings, each with `name` ({names}) or `_target_`, got {settings!r}"
+                f"{self._section}: want a list of mappings, each with `name` ({names}) or `_target_`, "
+                f"got {settings!r}"
             )
         return tuple(self.build(one, job=job) for one in settings)
 

@@ -1,8 +1,9 @@
-"""The split of a job over several buffer daemons (`buffer.num_shards`): one rule for everything that is numbered.
+"""The split of a job over several buffer daemons (`buffer.num_shards`): one rule for all numbering.
 
-Prompts, tickets, leases and the groups of a step are numbered over the whole job. Number x belongs to shard x mod n,
-which counts it as x div n. So a shard issues tickets without coordination, anyone with a number can compute its
-shard, a step's groups are spread as evenly as possible, and with one shard all numbers are as without shards.
+Prompts, tickets, leases and the groups of a step are numbered over the whole job. Number x belongs to shard x
+mod n, which counts it as x div n. So a shard issues tickets without coordination, anyone with a number can
+compute its shard, a step's groups are spread as evenly as possible, and with one shard all numbers are as
+without shards.
 
 Left out: moving anything between shards. The number of shards is fixed for a run's life.
 """
@@ -68,7 +69,10 @@ class Shard:
         return number // self.count
 
     def share(self, total: int) -> int:
-        """How many of the numbers 0..total-1 belong to it: total / count, rounded up for the first shards, else down."""
+        """How many of the numbers 0..total-1 belong to it.
+
+        That is total / count, rounded up for the first shards and down for the others.
+        """
         return (total - self.index + self.count - 1) // self.count
 
     def _numbered(self, word: str) -> str:

@@ -1,9 +1,9 @@
 """Examples of the digit-sorting task: the right response to `5203=` is `0235`.
 
-The rollout task and the trainer's warm start both draw from here. An example is a pure function of (seed, split,
-index): nothing is stored, and every process draws the same prompts. The held-out split is a set of *multisets* of
-digits, fixed by a hash that does not depend on the seed: a model that has seen `0253` in training has in effect seen
-the answer to `5203`, so a held-out set of strings would measure memorisation.
+The rollout task and the trainer's warm start both draw from here. An example is a pure function of (seed,
+split, index): nothing is stored, and every process draws the same prompts. The held-out split is a set of
+*multisets* of digits, fixed by a hash that does not depend on the seed: a model that has seen `0253` in
+training has in effect seen the answer to `5203`, so a held-out set of strings would measure memorisation.
 """
 
 from __future__ import annotations

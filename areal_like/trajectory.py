@@ -1,7 +1,8 @@
 """A trajectory: one sample of a group, with its tokens, their log-probs and weight versions, and its reward.
 
-All per-token arrays cover prompt and response and have the same length T, so that a trajectory of many turns (prompt,
-response, tool output, response, ...) has the same layout: `loss_mask` marks the tokens that the policy sampled.
+All per-token arrays cover prompt and response and have the same length T, so that a trajectory of many turns
+(prompt, response, tool output, response, ...) has the same layout: `loss_mask` marks the tokens that the
+policy sampled.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def are_logprobs(values: NDArray[np.float32]) -> bool:
 class Trajectory:
     """Tokens of one sample with all that off-policy learning needs.
 
-    Raises ValueError for arrays that disagree: lengths, a masked-in token without version, a log-prob above zero.
+    Raises ValueError for arrays that disagree: lengths, a masked-in token without version, a log-prob above
+    zero.
     """
 
     tokens: NDArray[np.int32]
@@ -63,7 +65,8 @@ class Trajectory:
     loss_mask: NDArray[np.uint8]
     """[T] 1 where the policy sampled the token, else 0."""
     logprobs: NDArray[np.float32]
-    """[T] behaviour log-prob of each sampled token under temperature-scaled logits, from the engine; 0 elsewhere."""
+    """[T] behaviour log-prob of each sampled token under temperature-scaled logits, from the engine; 0
+    elsewhere."""
     versions: NDArray[np.int32]
     """[T] version of the weights that sampled each token, from the engine; NOT_SAMPLED elsewhere."""
     reward: float
@@ -72,7 +75,8 @@ class Trajectory:
     """Named parts of the reward, for metrics."""
     finish_reason: FinishReason
     is_greedy: bool = False
-    """Sampled at temperature 0, for evaluation or as a group's baseline; never trained on, its log-probs are unused."""
+    """Sampled at temperature 0, for evaluation or as a group's baseline; never trained on, its log-probs are
+    unused."""
     generation_s: float = 0.0
     """Seconds from submitting to the engine to the last token."""
     reward_s: float = 0.0
@@ -84,7 +88,8 @@ class Trajectory:
             array = getattr(self, name)
             if array.dtype != dtype or array.ndim != 1 or len(array) != len(self.tokens):
                 raise ValueError(
-                    f"trajectory.{name}: want {dtype.name}[{self.tokens.size}], got {array.dtype.name}{list(array.shape)}"
+                    f"trajectory.{name}: want {dtype.name}[{self.tokens.size}], "
+                    f"got {array.dtype.name}{list(array.shape)}"
                 )
         if not len(self.tokens) or np.maximum.reduce(self.loss_mask) > 1:
             raise ValueError("trajectory.loss_mask: want at least one token and only 0 or 1")

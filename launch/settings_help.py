@@ -1,7 +1,8 @@
 """The settings with their defaults, choices and texts, read from the dataclasses of areal_like/config/.
 
-`areal-like run --help` and the settings reference of the docs are generated from this, so that both repeat what the
-dataclasses state. Python keeps no docstrings of fields at run time: they are read from the source with `ast`.
+`areal-like run --help` and the settings reference of the docs are generated from this, so that both repeat
+what the dataclasses state. Python keeps no docstrings of fields at run time: they are read from the source
+with `ast`.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class Setting:
     section: str
     """The part of the key before the last dot; empty at the root."""
     type: str
-    """The field's annotation with its choices spelled out: `int`, `tuple[int, ...]`, `wait|drop`, `int|auto`."""
+    """The field's annotation with its choices spelled out: `int`, `tuple[int, ...]`, `wait|drop`,
+    `int|auto`."""
     default: str
     """As one would type it."""
     choices: tuple[str, ...]
@@ -66,7 +68,10 @@ class Setting:
 
 
 def all_keys() -> list[Setting]:
-    """Every setting in the order of the dataclasses. An open section (task, objective, advantage) is one entry."""
+    """Every setting in the order of the dataclasses.
+
+    An open section (task, objective, advantage) is one entry.
+    """
     return _settings_of(Config, section="")
 
 
@@ -76,7 +81,10 @@ def choices() -> dict[str, list[str]]:
 
 
 def help_text(*, width: int, everything: bool) -> str:
-    """The help of `areal-like run`: presets and settings in lines of `width` columns; only COMMON unless `everything`."""
+    """The help of `areal-like run`: presets and settings in lines of `width` columns.
+
+    Only the settings in COMMON unless `everything`.
+    """
     lines = [
         "areal-like run key=value ...: runs a whole job on this machine and writes runs/<name>/",
         "--config FILE: begins with the settings of a config.yaml, for instance that of another run",
@@ -99,7 +107,10 @@ def help_text(*, width: int, everything: bool) -> str:
             subsequent_indent=" " * _NAME_COLUMNS,
             break_on_hyphens=False,
         )
-    own = "Settings of a task, objective or advantage are the fields of its class: objective.cap=8 (docs/objectives.md)."
+    own = (
+        "Settings of a task, objective or advantage are the fields of its class: "
+        "objective.cap=8 (docs/objectives.md)."
+    )
     lines += ["", own if everything else "run --help-all shows every key."]
     return "\n".join(lines) + "\n"
 

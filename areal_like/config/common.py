@@ -20,8 +20,7 @@ _TYPE_NAMES = {
 
 
 class Section:
-    """Base of the frozen dataclasses: refuses a value that is none of its field's choices, then calls
-    `check`.
+    """Base of the frozen dataclasses: checks the choices of `Literal` fields, then calls `check`.
 
     class BufferConfig(Section, key="buffer"):
         durability: Literal["power_loss", "process_crash", "none"] = "process_crash"
@@ -53,15 +52,13 @@ def members_of(annotation: Any) -> tuple[Any, ...]:
 
 
 def choices_of(annotation: Any) -> tuple[str, ...]:
-    """The strings that `Literal` allows in an annotation or in a member of its union; empty without a
-    `Literal`."""
+    """The strings that `Literal` allows in an annotation or a member of its union; empty without one."""
     literals = [member for member in members_of(annotation) if typing.get_origin(member) is Literal]
     return tuple(choice for literal in literals for choice in typing.get_args(literal))
 
 
 def check_choice(annotation: Any, value: Any, *, key: str) -> None:
-    """Raises ConfigError when `value` is neither one of the choices nor of another type in the annotation's
-    union.
+    """Raises ConfigError unless `value` is one of the choices or of another type in the annotation's union.
 
     An annotation without a `Literal` allows anything here.
     """

@@ -121,7 +121,8 @@ class Config(Section):
         require(
             longest <= self.trainer.tokens_per_microbatch,
             f"a sequence may have {longest} tokens (rollout.max_context, sampling.max_new_tokens), "
-            f"which does not fit into trainer.tokens_per_microbatch={self.trainer.tokens_per_microbatch}: raise it",
+            "which does not fit into trainer.tokens_per_microbatch="
+            f"{self.trainer.tokens_per_microbatch}: raise it",
         )
         require(
             bool(self.name) and "/" not in self.name and self.name not in (".", ".."),
@@ -146,7 +147,8 @@ class Config(Section):
         require(
             self.trainer.groups_per_step >= num_shards,
             f"buffer.num_shards={num_shards}: "
-            f"a step has trainer.groups_per_step={self.trainer.groups_per_step} groups, so some shards would have none",
+            f"a step has trainer.groups_per_step={self.trainer.groups_per_step} groups, "
+            "so some shards would have none",
         )
         require(
             self.rollout.max_running + self.rollout.queue_samples >= num_shards,
@@ -166,7 +168,8 @@ class Config(Section):
         require(
             self.staleness_cap >= interval - 1,
             f"weights.sync_interval={interval} causes lags up to {interval - 1}, "
-            f"and max_staleness={self.max_staleness} forbids them: set max_staleness to at least {interval - 1} "
+            f"and max_staleness={self.max_staleness} forbids them: "
+            f"set max_staleness to at least {interval - 1} "
             f"or weights.sync_interval to at most {self.staleness_cap + 1}",
         )
         require(

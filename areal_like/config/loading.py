@@ -18,8 +18,10 @@ from areal_like.errors import ConfigError
 
 
 def from_mapping(raw: dict[str, Any]) -> Config:
-    """Builds the configuration from plain dicts (hydra's resolved YAML). Raises ConfigError for unknown keys
-    and wrong types or values."""
+    """Builds the configuration from plain dicts (hydra's resolved YAML).
+
+    Raises ConfigError for unknown keys and wrong types or values.
+    """
     return typing.cast(Config, _build(Config, raw, path=""))
 
 

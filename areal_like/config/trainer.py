@@ -10,8 +10,10 @@ from areal_like.config.common import Section, check_device, require
 
 @dataclass(frozen=True, kw_only=True)
 class KlConfig(Section, key="kl"):
-    """A penalty on the distance from a frozen reference model. It costs that model's memory and one forward a
-    step."""
+    """A penalty on the distance from a frozen reference model.
+
+    It costs that model's memory and one forward a step.
+    """
 
     coef: float = 0.0
     """Weight of the penalty; 0: no penalty, and no reference model is loaded."""

@@ -1,13 +1,13 @@
 """From a command line to a `Config`: hydra composes `configs/`, the dataclasses check it.
 
-Two forms, the same for every role:
-    python -m buffer key=value ...                    compose from configs/
-    python -m buffer --config run/config.yaml ...     read a resolved file (the launcher's children do), then override
+Two forms, the same for every role: python -m buffer key=value ...                    compose from configs/
+    python -m buffer --config run/config.yaml ...     read a resolved file (the launcher's children do), then
+    override
 
-`objective`, `advantage` and `task` are open mappings: `objective.cap=8` or `objective._target_=my_module.MyObjective`
-need no `+`; nor do the variables of `rollout.sglang.env`. `objective=ppo` takes a preset of configs/ in both forms.
-Text that hydra's grammar cannot parse (`model.path=~/x`, `name=a,b`) is taken literally, so that nobody has to nest
-quotes.
+`objective`, `advantage` and `task` are open mappings: `objective.cap=8` or
+`objective._target_=my_module.MyObjective` need no `+`; nor do the variables of `rollout.sglang.env`.
+`objective=ppo` takes a preset of configs/ in both forms. Text that hydra's grammar cannot parse
+(`model.path=~/x`, `name=a,b`) is taken literally, so that nobody has to nest quotes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Options(argparse.ArgumentParser):
         options.add("--config", missing="name a resolved configuration file")
         values, settings = options.split(argv)
 
-    Unlike plain argparse, a mistake raises ConfigError with one message instead of printing the usage and exiting.
+    Unlike plain argparse, a mistake raises ConfigError with one message instead of printing the usage and
+    exiting.
     """
 
     def __init__(self) -> None:
@@ -53,7 +54,10 @@ class Options(argparse.ArgumentParser):
         self._missing[action.dest] = f"{flag}: {missing}"
 
     def split(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-        """(values of the options, all other arguments in order). Raises ConfigError for an option without a value."""
+        """(values of the options, all other arguments in order).
+
+        Raises ConfigError for an option without a value.
+        """
         values, rest = self.parse_known_args(list(argv))
         for name, message in self._missing.items():
             if getattr(values, name) == "":
@@ -71,18 +75,27 @@ def presets(section: str) -> list[str]:
 
 
 def shows_help(argv: Sequence[str], text: str | None) -> bool:
-    """Writes the help of `python -m role` and returns True if `argv` asks for it; `text` describes the role's options."""
+    """Writes the help of `python -m role` if `argv` asks for it.
+
+    Returns True if it did. `text` describes the role's options.
+    """
     options = Options()
     options.add_argument("-h", "--help", action="store_true")
     if not options.parse_known_args(list(argv))[0].help:
         return False
-    common = "--config FILE reads a resolved config.yaml, key=value changes it. All keys: `areal-like run --help-all`."
+    common = (
+        "--config FILE reads a resolved config.yaml, key=value changes it. "
+        "All keys: `areal-like run --help-all`."
+    )
     sys.stdout.write(f"{(text or '').strip()}\n\n{common}\n")
     return True
 
 
 def load_config(argv: Sequence[str]) -> Config:
-    """The configuration of a command line of `--config FILE` and settings. Raises ConfigError with one message."""
+    """The configuration of a command line of `--config FILE` and settings.
+
+    Raises ConfigError with one message.
+    """
     options = Options()
     options.add("--config", missing="name a resolved configuration file")
     values, settings = options.split(argv)
@@ -94,7 +107,7 @@ def load_config(argv: Sequence[str]) -> Config:
 
 
 def role_arguments(argv: Sequence[str], *, default_name: str) -> tuple[Config, str]:
-    """(configuration, daemon name) of one role: `--name rollout-1` in addition to what `load_config` takes."""
+    """(configuration, daemon name) of one role: `load_config`'s arguments and `--name rollout-1`."""
     options = Options()
     options.add("--name", missing="give the daemon's name, e.g. rollout-1", default=default_name)
     values, rest = options.split(argv)

@@ -2,12 +2,12 @@
 
     STARTING -> READY <-> UNREADY -> DRAINING -> (process exits)
 
-A daemon's own code is an `async def main(runtime)`. The runtime sets `stopping` on SIGTERM or SIGINT (a second
-signal, or a drain longer than `daemon.drain_timeout_s`, kills the process). It serves /livez, /readyz, /metrics,
-/status and /control on a free port, which it writes to `<run>/endpoints/<daemon>.json`.
+A daemon's own code is an `async def main(runtime)`. The runtime sets `stopping` on SIGTERM or SIGINT (a
+second signal, or a drain longer than `daemon.drain_timeout_s`, kills the process). It serves /livez, /readyz,
+/metrics, /status and /control on a free port, which it writes to `<run>/endpoints/<daemon>.json`.
 
-Exit codes: 0 done or drained, 1 failed (the reason is in the log and one line on stderr), 2 a mistake of the user (one
-message on stderr).
+Exit codes: 0 done or drained, 1 failed (the reason is in the log and one line on stderr), 2 a mistake of the
+user (one message on stderr).
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ log = logging.getLogger(__name__)
 
 
 class Runtime:
-    """HTTP endpoints, metrics and state of one daemon. Enter it with `async with`, in the loop that it runs in."""
+    """HTTP endpoints, metrics and state of one daemon.
+
+    Enter it with `async with`, in the loop that it runs in.
+    """
 
     def __init__(self, config: Config, *, role: str, name: str) -> None:
         self.config = config
@@ -55,7 +58,8 @@ class Runtime:
         self.stopping = asyncio.Event()
         """Set when the daemon must drain."""
         self.incarnation = time.time_ns()
-        """Start time in nanoseconds: grows with every start, and fences off an older process of the same name."""
+        """Start time in nanoseconds: grows with every start, and fences off an older process of the same
+        name."""
         self.status: Callable[[], dict[str, Any]] = dict
         """Returns the daemon's own part of /status."""
         self.verbs: dict[str, Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]] = {"drain": self._drain}
@@ -127,7 +131,7 @@ class Runtime:
         (self.paths.endpoints / f"{self.name}.json").unlink(missing_ok=True)
 
     async def _drain(self, _: dict[str, Any]) -> dict[str, Any]:
-        """The same as SIGTERM, watchdog included, for callers who can reach the daemon's HTTP port but not its shell.
+        """The same as SIGTERM, watchdog included, for callers who can reach only the HTTP port.
 
         A repeated call sends no second signal, which would kill the daemon at once.
         """
@@ -187,7 +191,7 @@ class _QuietServer(uvicorn.Server):
 
 
 def exit_code_of(name: str, run: Callable[[], None]) -> int:
-    """Runs a daemon's body; returns its exit code, and writes the reason of a failure to the log and stderr."""
+    """Runs a daemon's body and returns its exit code; reports a failure in the log and on stderr."""
     try:
         run()
     except UserError as error:
@@ -210,9 +214,9 @@ class DrainSignals:
 
         IDLE --signal--> DRAINING --another after 1 s, or drain_timeout_s over--> (process killed)
 
-    A terminal and a supervisor often deliver the same Ctrl-C twice, so repeats within a second count as one signal.
-    The watchdog of `drain_timeout_s` is a kernel timer (SIGALRM): it ends the process even when the interpreter is
-    stuck in native code.
+    A terminal and a supervisor often deliver the same Ctrl-C twice, so repeats within a second count as one
+    signal. The watchdog of `drain_timeout_s` is a kernel timer (SIGALRM): it ends the process even when the
+    interpreter is stuck in native code.
     """
 
     def __init__(self, *, drain_timeout_s: float, on_drain: Callable[[], None]) -> None:
@@ -253,7 +257,7 @@ def run_daemon(config: Config, *, role: str, name: str, main: Callable[[Runtime]
 
 @contextlib.asynccontextmanager
 async def cancelled_on_exit(*tasks: asyncio.Task[Any]) -> AsyncIterator[None]:
-    """Cancels the tasks at the end of the block and waits for them; raises the exception of a task that failed."""
+    """Cancels the tasks when the block ends and waits for them; raises the exception of one that failed."""
     try:
         yield
     finally:

@@ -1,15 +1,15 @@
 """Faster imports of torch and transformers, for processes whose start a person waits for.
 
-Importing both costs about five seconds of CPU time and 350 MB in every process of a job; on a small machine the
-processes slow each other down. Two remedies, where each is safe:
+Importing both costs about five seconds of CPU time and 350 MB in every process of a job; on a small machine
+the processes slow each other down. Two remedies, where each is safe:
 
-- A rollout server and the check of a model's name need only a tokenizer and a configuration. transformers provides
-  both without torch if it finds none: `torch_hidden`.
+- A rollout server and the check of a model's name need only a tokenizer and a configuration. transformers
+  provides both without torch if it finds none: `torch_hidden`.
 - The garbage collector repeatedly scans all modules imported so far, though imports leave hardly any garbage:
   `uncollected`.
 
-Left out: skipping the index of its thousand modules that transformers builds by reading them; that would mean patching
-its internals.
+Left out: skipping the index of its thousand modules that transformers builds by reading them; that would mean
+patching its internals.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ _QUIET = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 def torch_hidden() -> Iterator[None]:
     """Makes `import torch` fail inside the block. Does nothing if torch is already imported, e.g. by a task.
 
-    Use it at the start of a process, in the main thread: a transformers imported inside the block has tokenizers and
-    configurations but no models for the rest of the process. torch itself can be imported afterwards.
+    Use it at the start of a process, in the main thread: a transformers imported inside the block has
+    tokenizers and configurations but no models for the rest of the process. torch itself can be imported
+    afterwards.
     """
     if "torch" in sys.modules:
         yield
@@ -48,7 +49,7 @@ def torch_hidden() -> Iterator[None]:
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Disables the garbage collector inside the block, and exempts all objects that exist at its end for good."""
+    """Disables the garbage collector inside the block; it never scans the objects that exist at the end."""
     gc.disable()
     try:
         yield

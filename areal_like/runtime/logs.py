@@ -11,7 +11,8 @@ from areal_like.config import Config
 from areal_like.paths import RunPaths
 
 exit_log = logging.getLogger("areal_like.runtime.exit")
-"""Logger of the reason for which a process ends. It stays off stderr, where the caller writes that line undecorated."""
+"""Logger of the reason for which a process ends. It stays off stderr, where the caller writes that line
+undecorated."""
 
 
 class JsonFormatter(logging.Formatter):
@@ -44,7 +45,7 @@ class PlainFormatter(logging.Formatter):
 
 
 def configure_logging(config: Config, name: str) -> None:
-    """JSON lines to `<run>/logs/<name>.log`, and plain warnings to stderr (from INFO on if it is a terminal)."""
+    """Logs JSON lines to `<run>/logs/<name>.log`, and plain warnings to stderr (on a terminal, INFO too)."""
     paths = RunPaths.of(config)
     paths.logs.mkdir(parents=True, exist_ok=True)
     file = logging.FileHandler(paths.logs / f"{name}.log")

@@ -14,7 +14,10 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Metrics:
-    """The metrics of one daemon, in a registry of its own, so that a test can run several daemons in one process."""
+    """The metrics of one daemon.
+
+    Each has its own registry, so that a test can run several daemons in one process.
+    """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

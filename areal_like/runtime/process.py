@@ -1,8 +1,8 @@
 """Ties a child process's life to its parent's; every child does this first.
 
-A daemon that outlives its launcher holds a port, a core and perhaps a GPU without anyone noticing. The kernel can end
-it (PR_SET_PDEATHSIG), also when the parent dies by SIGKILL and has no time to signal its children. Linux only:
-elsewhere this does nothing, and a parent that dies by SIGKILL leaves its children running.
+A daemon that outlives its launcher holds a port, a core and perhaps a GPU without anyone noticing. The kernel
+can end it (PR_SET_PDEATHSIG), also when the parent dies by SIGKILL and has no time to signal its children.
+Linux only: elsewhere this does nothing, and a parent that dies by SIGKILL leaves its children running.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _PR_SET_PDEATHSIG = 1
 def die_with_parent(*, signum: int = signal.SIGTERM) -> None:
     """Makes the kernel send `signum` to this process when its parent ends. Call it first, in the main thread.
 
-    The signal follows the *thread* that started this process, so a parent must spawn its children from a thread that
-    runs as long as the parent does. Exits with status 1 if the parent is already gone.
+    The signal follows the *thread* that started this process, so a parent must spawn its children from a
+    thread that runs as long as the parent does. Exits with status 1 if the parent is already gone.
     """
     if sys.platform != "linux":
         return
@@ -36,7 +36,7 @@ def die_with_parent(*, signum: int = signal.SIGTERM) -> None:
 
 
 def exit_at_once(code: int) -> NoReturn:
-    """Ends this process without joining its threads, one of which may hang in a user's reward or task code."""
+    """Ends this process without joining its threads, one of which may hang in a user's reward or task."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -48,7 +48,7 @@ PARENT_PID = "AREAL_LIKE_PARENT_PID"
 
 
 def die_with_launcher() -> None:
-    """`die_with_parent` for a daemon that the launcher started; a daemon started by hand outlives its shell."""
+    """`die_with_parent` for a daemon started by the launcher; one started by hand outlives its shell."""
     launcher_pid = os.environ.pop(PARENT_PID, "")
     if launcher_pid:
         die_with_parent()

@@ -1,4 +1,4 @@
-"""Blocking work beside an event loop, in daemon threads: a call that hangs blocks neither the loop nor the exit."""
+"""Blocking work in daemon threads beside an event loop: a call that hangs blocks neither loop nor exit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ T = TypeVar("T")
 
 
 def in_thread(work: Callable[[], T], *, name: str) -> asyncio.Future[T]:
-    """A future with the result or exception of `work`. Cancelling it does not stop `work`; the result is discarded."""
+    """A future with the result or exception of `work`.
+
+    Cancelling it does not stop `work`; the result is discarded.
+    """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 

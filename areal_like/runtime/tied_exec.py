@@ -1,7 +1,8 @@
-"""`python -m areal_like.runtime.tied_exec COMMAND ...`: executes COMMAND so that it dies with the process that started it.
+"""`python -m areal_like.runtime.tied_exec COMMAND ...` runs COMMAND so that it dies with its parent.
 
-For programs of others, which cannot call `die_with_parent`: the kernel keeps that request across exec. The signal is
-SIGKILL, because a program that drains on SIGTERM would outlive its parent for as long as the drain takes.
+For programs of others, which cannot call `die_with_parent`: the kernel keeps that request across exec. The
+signal is SIGKILL, because a program that drains on SIGTERM would outlive its parent for as long as the drain
+takes.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from areal_like.runtime.process import die_with_parent
 def foreign_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Environment variables for a program of another Python environment.
 
-    It must not import our packages (`tests`, `configs`) instead of its own, so it gets neither PYTHONPATH nor the
-    current directory as an import path.
+    It must not import our packages (`tests`, `configs`) instead of its own, so it gets neither PYTHONPATH nor
+    the current directory as an import path.
     """
     return {key: value for key, value in environment.items() if key != "PYTHONPATH"} | {"PYTHONSAFEPATH": "1"}
 

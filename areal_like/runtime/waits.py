@@ -1,4 +1,4 @@
-"""Named waits of a daemon, shown in its /status, so that a stall can be traced to what the daemon waits for."""
+"""Named waits of a daemon, listed in its /status, so that a stall shows what the daemon waits for."""
 
 from __future__ import annotations
 

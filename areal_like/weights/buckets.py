@@ -1,12 +1,13 @@
-"""How a set of named tensors becomes a few large broadcasts, and how a receiver proves that it got exactly those.
+"""Packs named tensors into a few large broadcasts, and lets a receiver verify that it got exactly those.
 
-A **bucket** is one uint8 buffer with the bytes of several tensors, in the order of their names and without padding:
-the layout of SGLang's `flattened_bucket`, so that one broadcast serves both engines. A receiver views slices of the
-buffer as tensors, which needs every offset to be a multiple of its dtype's size. Padding would break SGLang's layout,
-so tensors inside a bucket are ordered by falling item size instead: each tensor's length is a multiple of its own
-item size, hence of every smaller one.
+A **bucket** is one uint8 buffer with the bytes of several tensors, in the order of its list of names and
+without padding: the layout of SGLang's `flattened_bucket`, so that one broadcast serves both engines. A
+receiver views slices of the buffer as tensors, for which every offset must be a multiple of its dtype's size.
+Padding would break SGLang's layout, so tensors in a bucket are ordered by falling item size: each tensor's
+length is a multiple of its own item size, hence of every smaller one.
 
-Specs, buckets and manifests are plain data and import no torch; functions that touch bytes import it when called.
+Specs, buckets and manifests are plain data and import no torch; functions that touch bytes import it when
+called.
 """
 
 from __future__ import annotations
@@ -23,20 +24,22 @@ if TYPE_CHECKING:
     import torch
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
-"""Dtypes that may travel, with their sizes in bytes. Names are torch's."""
+"""Dtypes that can be sent, by torch's names, with their item sizes in bytes."""
 
 MAX_TENSORS = 1 << 20
 MAX_DIM = 1 << 40
 _LANES = 128
 _BLOCK_BYTES = 256 << 10
 _PIECE_BLOCKS = 2
-"""What is summed twice in a row, and has to stay in a core's cache in between."""
+"""Blocks that are read twice in a row, few enough to stay in a core's cache between the two reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """Name, dtype and shape of one tensor. Raises WeightSyncError for a dtype that does not travel or a malformed
-    shape."""
+    """Name, dtype and shape of one tensor.
+
+    Raises WeightSyncError for an unsupported dtype or a malformed shape.
+    """
 
     name: str
     dtype: str
@@ -61,12 +64,12 @@ class TensorSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Bucket:
-    """Tensors that travel in one broadcast. Offsets and length follow from the tensors, so they cannot disagree with
-    them."""
+    """The tensors of one broadcast. Offsets and length are computed from them, so they cannot disagree."""
 
     tensors: tuple[TensorSpec, ...]
     checksum: int | None = None
-    """`checksum` of the flattened bytes; None where the sender tells it later, because it is still being computed while others travel."""
+    """`checksum` of the flattened bytes; None if the sender supplies it after the broadcasts, not to delay
+    the first."""
 
     def __post_init__(self) -> None:
         if not self.tensors:
@@ -97,7 +100,10 @@ class Bucket:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Bucket:
-        """Inverse of `to_dict`; also reads the body of `/update_weights_from_distributed`. Raises WeightSyncError."""
+        """Inverse of `to_dict`; also reads the body of `/update_weights_from_distributed`.
+
+        Raises WeightSyncError.
+        """
         columns = [raw.get(key) for key in ("names", "dtypes", "shapes")]
         if not all(isinstance(column, list) and len(column) <= MAX_TENSORS for column in columns):
             raise WeightSyncError("bucket: names, dtypes and shapes must be lists")
@@ -120,7 +126,7 @@ class Bucket:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything a push will send: the version it makes, and its buckets in the order of sending."""
+    """The contents of a push: its version, and its buckets in the order of sending."""
 
     version: int
     buckets: tuple[Bucket, ...]
@@ -153,11 +159,9 @@ class Manifest:
 
 
 def cut_buckets(tensors: Iterable[TensorSpec], *, bucket_bytes: int) -> tuple[Bucket, ...]:
-    """Cuts tensors into buckets of at most `bucket_bytes`, in the given order; a larger tensor gets a bucket of its
-    own.
+    """Cuts tensors into buckets of at most `bucket_bytes`, in order; a larger tensor gets its own bucket.
 
-    Within a bucket tensors are ordered by falling item size (stable), which is what keeps offsets aligned without
-    padding.
+    Within a bucket, tensors are ordered by falling item size (stable), which aligns offsets without padding.
     """
     groups: list[list[TensorSpec]] = []
     room = 0
@@ -173,7 +177,7 @@ def cut_buckets(tensors: Iterable[TensorSpec], *, bucket_bytes: int) -> tuple[Bu
 
 
 def spec_of(name: str, tensor: torch.Tensor, *, dtype: str | None = None) -> TensorSpec:
-    """The spec of `tensor`, or of its cast to `dtype` where the wire's dtype differs (bf16 from fp32 masters)."""
+    """The spec of `tensor`, or of its cast to `dtype` (bf16 weights sent from fp32 masters)."""
     return TensorSpec(
         name=name, dtype=dtype or str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape)
     )
@@ -182,10 +186,11 @@ def spec_of(name: str, tensor: torch.Tensor, *, dtype: str | None = None) -> Ten
 def flatten(
     bucket: Bucket, tensors: Mapping[str, torch.Tensor], *, device: torch.device | str | None = None
 ) -> torch.Tensor:
-    """One uint8[bucket.num_bytes] buffer with the tensors' bytes, cast to the bucket's dtypes: one copy, no
-    temporaries.
+    """Copies the tensors, cast to the bucket's dtypes, into one uint8[bucket.num_bytes] buffer.
 
-    `device`: where the buffer lives (default: CPU). Raises WeightSyncError for an absent tensor or another shape.
+    There are no temporaries.
+
+    `device`: of the buffer (default: CPU). Raises WeightSyncError for an absent tensor or another shape.
     """
     import torch
 
@@ -221,10 +226,11 @@ def unflatten(bucket: Bucket, flat: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def checksum(flat: torch.Tensor) -> int:
-    """A 32-bit checksum of a contiguous uint8 buffer, at the speed of memory: zlib.crc32 alone is as slow as the broadcast that it guards.
+    """A 32-bit checksum of a contiguous uint8 buffer, at memory bandwidth.
 
-    Blocks of 256 KiB are first summed to 1 KiB each, as 64-bit words in 128 lanes, where the buffer lives; the crc is of those sums and of
-    the rest. Any change within one word shows, and so does whatever moves bytes to another lane or block.
+    zlib.crc32 alone would take as long as the broadcast. So blocks of 256 KiB are first summed to 1 KiB each,
+    as 64-bit words in 128 lanes on the buffer's device; the crc covers those sums and the remaining bytes. It
+    detects any change within one word, and bytes moved to another lane or block.
     """
     import torch
 
@@ -238,19 +244,21 @@ def _crc(sums: torch.Tensor, tail: torch.Tensor) -> int:
 
 
 def is_finite(values: torch.Tensor) -> bool:
-    """Whether there is neither NaN nor infinity among them: read once, no mask is written."""
+    """True if no value is NaN or infinite. Reads the values once and writes no mask."""
     import torch
 
     if not values.numel():
         return True
-    # A sum is finite only if every term is, and faster than extremes. One that is not may have overflowed.
+    # A finite sum proves finite terms, and is faster than min and max. A sum that is not finite may have
+    # overflowed.
     return bool(torch.isfinite(values.sum())) or all(map(bool, map(torch.isfinite, torch.aminmax(values))))
 
 
 def checksum_and_finiteness(flat: torch.Tensor, *, dtype: torch.dtype) -> tuple[int, bool]:
-    """`checksum(flat)`, and `is_finite` of its bytes read as `dtype`.
+    """`checksum(flat)`, and `is_finite` of its bytes viewed as `dtype`.
 
-    On a CPU both at a time, piece by piece: the second reads what the first has brought into the cache, and memory is what both wait for.
+    On a CPU both are computed piece by piece: both are bound by memory bandwidth, and the second pass over a
+    piece hits the cache.
     """
     import torch
 
@@ -273,8 +281,9 @@ def check_names(
     *,
     tied: Iterable[str] = (),
 ) -> None:
-    """Compares what a push sends with a model's parameters (`shapes` by name). Raises WeightSyncError naming what
-    differs.
+    """Compares the tensors of a push with a model's parameters (`shapes` by name).
+
+    Raises WeightSyncError with the differences.
 
     `tied`: names that alias another parameter (a tied `lm_head.weight`); they may be sent or left out.
     """
@@ -292,7 +301,8 @@ def check_names(
         first = wrong[0]
         want = list(shapes[first.name])
         problems.append(
-            f"wrong shape: {_some([s.name for s in wrong])} ({first.name}: want {want}, got {list(first.shape)})"
+            f"wrong shape: {_some([s.name for s in wrong])} "
+            f"({first.name}: want {want}, got {list(first.shape)})"
         )
     if problems:
         raise WeightSyncError("weights do not fit the model: " + "; ".join(problems))

@@ -1,11 +1,14 @@
-"""The weight group: a torch.distributed group of trainer rank 0 and the engines, beside whatever default group exists.
+"""The weight group: a torch.distributed group of trainer rank 0 and the engines.
 
-It speaks to SGLang's `init_custom_process_group`, whose receivers rendezvous at `tcp://address:port` and prefix the
-store with the group's name, then once more with name and device. We build the backend itself over a store with those
-prefixes instead of calling torch's private `_new_process_group_helper`: nothing is registered globally, so names can
-be used again, a trainer's default group (and torchrun's agent store, which a `tcp://` rendezvous would silently pick
-up) never comes into it, and we choose the address that gloo listens on. What was left out: collectives other than
-broadcast, and any reuse of a group after an error. A broken group is closed and made again.
+It is independent of the default group.
+
+It is compatible with SGLang's `init_custom_process_group`, whose receivers rendezvous at `tcp://address:port`
+and prefix the store's keys with the group's name, then with name and device. We build the backend directly
+over a store with those prefixes instead of calling torch's private `_new_process_group_helper`. So nothing is
+registered globally and names can be reused; the trainer's default group is not involved, nor torchrun's agent
+store, which a `tcp://` rendezvous would silently use; and we choose the address that gloo listens on. Left
+out: collectives other than broadcast, and reuse of a group after an error: a broken group is closed, and a
+new one is formed.
 
     create()/join() -> connect() -> broadcast()* -> close()
 """
@@ -32,14 +35,19 @@ _dist: Any = dist
 _c10d: Any = distributed_c10d
 
 _PREFIX_DEVICE = {"gloo": "cpu", "nccl": "cuda"}
-"""First device that torch lists for a backend; part of the store's key prefix, so both sides must agree."""
+"""First device that torch lists for a backend. It is part of the store's key prefix, so both sides must use
+the same."""
 _BLOCKING_WAIT = "TORCH_NCCL_BLOCKING_WAIT"
-"""Read when a group is made. Without it a broadcast that outlasts its time limit ends the whole process, from torch's watchdog; with it,
-`wait` raises. For this group alone: the training's own collectives shall not block the host."""
+"""Environment variable that torch reads when a group is created. Without it, torch's watchdog ends the whole
+process when a broadcast exceeds its time limit; with it, `wait` raises. Set for this group only: the
+training's own collectives must not block the host."""
 
 
 def device_facts(device: torch.device) -> dict[str, str]:
-    """What two ends of an NCCL group have to agree on (the version) or differ in (the GPU): `device`, `device_uuid`, `nccl_version`."""
+    """`device`, `device_uuid` and `nccl_version`.
+
+    Ranks of an NCCL group need the same version and different GPUs.
+    """
     if device.type != "cuda":
         return {"device": device.type, "device_uuid": "", "nccl_version": ""}
     nccl: Any = torch.cuda.nccl
@@ -54,11 +62,11 @@ def device_facts(device: torch.device) -> dict[str, str]:
 class WeightGroup:
     """One rank's end of a weight group. Rank 0 (the trainer) sends, all others receive.
 
-    `create` (rank 0) opens the store and returns at once with the port, so that joiners can be told; `connect` waits
-    for them. `join` (rank 1 and up) does both. Every wait ends after `timeout_s`. A peer that dies is noticed at once,
-    except by a receiver whose message it has cut in the middle: gloo forgets that operation, so whoever hears of the death by other means
-    should leave and not wait. All failures are WeightSyncError. Not thread safe, but may be used from a thread other than the one that
-    made it.
+    `create` (rank 0) opens the store and returns at once with the port, so that it can be sent to joiners;
+    `connect` waits for them. `join` (rank 1 and up) does both. Every wait ends after `timeout_s`. A dead peer
+    is noticed at once, except by a receiver in the middle of that peer's message: gloo loses that operation,
+    so a caller that learns of the death otherwise should close the group and not wait. All failures raise
+    WeightSyncError. Not thread safe, but may be used from another thread than the one that created it.
     """
 
     def __init__(
@@ -75,7 +83,7 @@ class WeightGroup:
         server: Any = None,
     ) -> None:
         self.address = address
-        """Where the store listens; joiners need it."""
+        """Address of the store, which joiners connect to."""
         self.port = port
         self.rank = rank
         self.world_size = world_size
@@ -97,9 +105,10 @@ class WeightGroup:
         backend: str = "gloo",
         timeout_s: float,
     ) -> WeightGroup:
-        """Rank 0: opens the store on `host` (also the address that joiners use) and returns without waiting for anyone.
+        """Rank 0: opens the store on `host`, the address that joiners use, and returns without waiting.
 
-        The listening socket is ours and handed over to the store, so port 0 has no race and only `host` is listened on.
+        The listening socket is ours and handed over to the store, so port 0 has no race and only `host` is
+        listened on.
         """
         _check(rank=0, world_size=world_size, backend=backend)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -126,7 +135,8 @@ class WeightGroup:
                 master_listen_fd=listener.detach(),
                 use_libuv=True,
             )
-            # We are a client of it like everybody: to drop the server then ends every rendezvous at once, also our own in another thread.
+            # Rank 0 is a client like the others, so that dropping the server ends every rendezvous at once,
+            # including its own in another thread.
             store = _dist.TCPStore(host, bound_port, None, False, timeout, wait_for_workers=False)
         except RuntimeError as error:
             raise WeightSyncError(f"weight group {group_name}: {_first_line(error)}") from None
@@ -154,7 +164,7 @@ class WeightGroup:
         backend: str = "gloo",
         timeout_s: float,
     ) -> WeightGroup:
-        """Rank 1 and up: connects to rank 0's store and waits until every rank is there."""
+        """Rank 1 and up: connects to rank 0's store and waits for all ranks."""
         _check(rank=rank, world_size=world_size, backend=backend)
         try:
             store = _dist.TCPStore(
@@ -193,19 +203,20 @@ class WeightGroup:
         except RuntimeError as error:
             self.close()
             raise WeightSyncError(
-                f"weight group {self.group_name}: rank {self.rank} of {self.world_size} could not connect: {_first_line(error)}"
+                f"weight group {self.group_name}: rank {self.rank} of {self.world_size} could not connect: "
+                f"{_first_line(error)}"
             ) from None
 
     def broadcast(self, tensor: torch.Tensor, *, timeout_s: float | None = None) -> None:
-        """Sends `tensor` (rank 0) to, or receives into it from, all ranks; returns when this rank is done with it.
+        """Sends `tensor` (rank 0) or receives into it (other ranks); returns when this rank is done with it.
 
-        Any contiguous dtype; CPU for gloo, CUDA for nccl. `timeout_s`: instead of the group's. After a failure the group is closed: make
-        a new one.
+        Any contiguous dtype; CPU for gloo, CUDA for nccl. `timeout_s`: instead of the group's. After a
+        failure the group is closed: make a new one.
         """
         self.begin_broadcast(tensor, timeout_s=timeout_s)()
 
     def begin_broadcast(self, tensor: torch.Tensor, *, timeout_s: float | None = None) -> Callable[[], None]:
-        """A `broadcast` that goes on in the background; call what it returns, once, to wait for the end."""
+        """Starts a `broadcast` in the background; call the returned function once to wait for its end."""
         if self._group is None:
             raise WeightSyncError(f"weight group {self.group_name} is not connected")
         if not tensor.is_contiguous():
@@ -214,8 +225,8 @@ class WeightGroup:
         options.rootRank = 0
         options.rootTensor = 0
         options.timeout = timedelta(seconds=self.timeout_s if timeout_s is None else timeout_s)
-        # Held here while we wait: closing from another thread must not run the group's destructor, which would join a worker
-        # that waits for a hung peer, with the interpreter's lock in its hand.
+        # Keeps the group alive while we wait: after a close() from another thread its destructor would join,
+        # while holding the GIL, a worker that waits for a hung peer.
         held = [self._group]
         try:
             work = held[0].broadcast([tensor], options)
@@ -228,17 +239,18 @@ class WeightGroup:
                 if self.backend == "gloo":
                     work.wait()
                 else:
-                    work.wait(options.timeout)  # NCCL does not look at the options' limit
+                    work.wait(options.timeout)  # NCCL ignores the timeout in the options
                 if tensor.is_cuda:
-                    # NCCL's wait only orders streams; the caller reads or reuses the buffer as soon as we return.
+                    # NCCL's wait only orders streams, but the caller uses the buffer as soon as we return.
                     torch.cuda.current_stream(tensor.device).synchronize()
             except RuntimeError as error:
-                # The trace-back keeps this frame: with the group in it, connections would stay open and survivors blocked.
+                # The traceback keeps this frame alive: with the group in it, connections would stay open and
+                # block the surviving ranks.
                 held.clear()
                 raise self._broken(error) from None
             held.clear()
-            if self._group is None:  # an aborted NCCL broadcast ends like one that succeeded
-                raise WeightSyncError(f"weight group {self.group_name} was left during a broadcast")
+            if self._group is None:  # an aborted NCCL broadcast returns without an error
+                raise WeightSyncError(f"weight group {self.group_name} was closed during a broadcast")
 
         return wait
 
@@ -247,10 +259,10 @@ class WeightGroup:
         return WeightSyncError(f"weight group {self.group_name}: broadcast failed: {_first_line(error)}")
 
     def close(self) -> None:
-        """Leaves the group; peers that wait for us notice at once. The name can be used again.
+        """Leaves the group; peers that wait for this rank notice at once. The name can be reused.
 
-        May be called twice, and from another thread: a broadcast under way there then ends by itself, at its timeout at the latest, and a
-        rendezvous that rank 0 gives up ends for everybody.
+        May be called twice, and from another thread: a broadcast in progress there ends at its timeout at the
+        latest, and a rendezvous that rank 0 abandons ends for all ranks.
         """
         self._server = None
         group, self._group, self._store = self._group, None, None
@@ -287,8 +299,11 @@ class WeightGroup:
                 os.environ[_BLOCKING_WAIT] = before
 
     def _local_address(self) -> str:
-        """This host's address on the way to rank 0. Gloo would otherwise resolve the host's own name, which on many
-        machines is 127.0.1.1 or absent, and peers elsewhere could not connect."""
+        """This host's address on the route to rank 0.
+
+        Gloo would otherwise resolve the host's own name, which on many machines is 127.0.1.1 or absent, and
+        peers on other machines could not connect.
+        """
         if self.rank == 0:
             return self.address
         infos = socket.getaddrinfo(self.address, self.port, type=socket.SOCK_DGRAM)
@@ -307,5 +322,5 @@ def _check(*, rank: int, world_size: int, backend: str) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    """torch's messages carry a C++ stack after the first line."""
+    """The message without the C++ stack that torch appends after the first line."""
     return str(error).strip().split("\n")[0]

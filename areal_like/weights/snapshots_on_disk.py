@@ -1,7 +1,8 @@
-"""Weights on disk that an engine may start from: the run's checkpoints, as far as they say which version they are.
+"""Weights on disk from which an engine may start: those checkpoints of the run that state their version.
 
-The trainer has a version given out for each checkpoint, so a server that joins late, or lost its engine, can serve at once what the
-staleness bound still allows, under a version that the ledger knows, and need not be sent anything to be of use.
+The trainer allocates a version for each checkpoint. So a server that joins late, or has lost its engine, can
+serve at once under a version that the ledger accepts, as long as the staleness bound allows it, without
+waiting for a push.
 """
 
 from __future__ import annotations
@@ -14,19 +15,19 @@ from areal_like.paths import find_checkpoints
 
 STATE_FILE = "trainer_state.json"
 VERSION_KEY = "weights_version"
-"""In the state file's `extra`."""
+"""Key of the version in the state file's `extra`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiskSnapshot:
-    """A Hugging Face directory and the version that its weights have."""
+    """A Hugging Face directory and the version of its weights."""
 
     path: Path
     version: int
 
 
 def newest_snapshot(checkpoints: Path) -> DiskSnapshot | None:
-    """The checkpoint of the latest step; None when there is none to be seen from here, or it names no version."""
+    """The checkpoint of the latest step; None if this machine sees none, or if it states no version."""
     steps = find_checkpoints(checkpoints)
     if not steps:
         return None
@@ -34,5 +35,5 @@ def newest_snapshot(checkpoints: Path) -> DiskSnapshot | None:
     try:
         version = json.loads((path / STATE_FILE).read_text())["extra"][VERSION_KEY]
     except (OSError, ValueError, KeyError):
-        return None  # pruned while we looked, or written before checkpoints had versions
+        return None  # pruned meanwhile, or written before checkpoints had versions
     return DiskSnapshot(path=path, version=int(version))

@@ -1,12 +1,13 @@
-"""ZeroMQ sockets in an asyncio loop: `Listener` (ROUTER, one a daemon that serves) and `Link` (DEALER, one a peer).
+"""ZeroMQ sockets in an asyncio loop: `Listener` (a server's ROUTER) and `Link` (a DEALER connected to one).
 
-Both call a handler for each message and never raise for what a peer sent: a bad frame is counted and dropped. The sockets are read
-through the loop's own reader rather than zmq.asyncio, which costs a future an operation; the edge-triggered descriptor is the
-reason for the re-check after every send (a send may swallow the edge).
+Both call a handler for each message and never raise for what a peer sent: a malformed message is counted and
+dropped. The sockets are read through the loop's own reader, because zmq.asyncio costs a future for each
+operation.
 
-Send queues are unbounded on purpose: what bounds them is credit. A server sends no more than its leased samples, a rank asks for
-one group at a time, so nothing has to be dropped silently. Whoever ignores credit is bounded where it arrives: past a few messages
-that wait to be handled its connection is not read on, and message size is bounded by the socket itself (ZMQ_MAXMSGSIZE).
+Send queues are unbounded on purpose; credit bounds them: a server sends at most its leased samples, and a
+rank fetches one group at a time, so no message has to be dropped. A peer that ignores credit is bounded on
+the receiving side: its connection is not read while a few of its messages wait to be handled, and the socket
+limits the size of a message (ZMQ_MAXMSGSIZE).
 """
 
 from __future__ import annotations
@@ -39,14 +40,17 @@ log = logging.getLogger(__name__)
 _HEARTBEAT_MS = 2_000
 _HEARTBEAT_TIMEOUT_MS = 10_000
 _MAX_WAITING = 64
-"""Messages of one peer that wait to be handled; the rest stays in its TCP connection, so a flood costs its sender's memory, not ours."""
+"""Messages of one peer that wait to be handled; more stay in its TCP connection, so a flood fills the
+sender's memory."""
 
 _DRAIN_BATCH = 256
-"""Messages handled before other tasks of the loop get a turn."""
+"""Messages handled before other tasks of the loop run."""
 
-_MAX_TOLD = 16
-"""Answers to a peer of another wire version: no credit bounds them, and one that never reads must not fill our memory."""
-_MAX_TOLD_PEERS = 1024
+_MAX_VERSION_REFUSALS = 16
+"""Refusals sent to one peer of another wire version. No credit bounds them, and a peer that never reads must
+not fill our memory."""
+_MAX_REFUSED_PEERS = 1024
+"""Peers for which refusals are counted; past it the counts start over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +60,10 @@ class Envelope:
     peer: bytes
     """Routing id of the sender (empty on a Link)."""
     rid: int
-    """Id to answer with; 0 when no answer is expected."""
+    """Request id for the reply; 0 if none is expected."""
     message: Any
     num_bytes: int
-    """Size of all frames."""
+    """Size of all frames, including the routing id."""
 
 
 def _socket(kind: int, *, max_message_bytes: int) -> zmq.Socket[bytes]:
@@ -74,7 +78,13 @@ def _socket(kind: int, *, max_message_bytes: int) -> zmq.Socket[bytes]:
 
 
 class _Pump:
-    """Reads a socket from the running loop. OPEN -> close() -> CLOSED."""
+    """Reads a socket from the running loop.
+
+    OPEN -> close() -> CLOSED
+
+    The socket's descriptor is edge-triggered and a send may consume the edge, hence the extra read after
+    every send.
+    """
 
     def __init__(self, socket: zmq.Socket[bytes], on_frames: Callable[[list[bytes]], None]) -> None:
         self._socket = socket
@@ -117,8 +127,9 @@ class _Pump:
 class Listener:
     """A bound ROUTER.
 
-    `handler(envelope)` runs in the loop for each good message; `num_bad_frames` counts the others.
-    Raises ConfigError when the address cannot be bound.
+    `handler(envelope)` runs in the loop for each well-formed message; `num_bad_frames` counts the others.
+    Raises ConfigError if the address cannot be bound; `setting` is the configuration key that the message
+    names.
     """
 
     def __init__(
@@ -132,8 +143,7 @@ class Listener:
     ) -> None:
         self._handler = handler
         self.num_bad_frames = 0
-        self.num_unroutable = 0
-        self._num_told: Counter[bytes] = Counter()
+        self._num_refusals: Counter[bytes] = Counter()
         socket = _socket(zmq.ROUTER, max_message_bytes=max_message_bytes)
         socket.set(zmq.ROUTER_MANDATORY, 1)
         socket.set(zmq.ROUTER_HANDOVER, 1)
@@ -150,25 +160,24 @@ class Listener:
         self._pump = _Pump(socket, self._on_frames)
 
     def send(self, peer: bytes, message: Any, *, rid: int = 0) -> bool:
-        """Queues a message for a peer; False when that peer is no longer connected."""
+        """Queues a message for a peer. Returns False if the peer is no longer connected."""
         try:
             self._pump.send([peer, *encode(message, rid=rid)])
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
-            self.num_unroutable += 1
             return False
         return True
 
     def close(self) -> None:
-        """Closes the socket; queued messages to peers are dropped."""
+        """Closes the socket and discards queued messages."""
         self._pump.close()
 
-    def _tell_version(self, peer: bytes, reason: str) -> None:
-        if len(self._num_told) > _MAX_TOLD_PEERS:
-            self._num_told.clear()
-        self._num_told[peer] += 1
-        if self._num_told[peer] <= _MAX_TOLD:
+    def _refuse_version(self, peer: bytes, reason: str) -> None:
+        if len(self._num_refusals) > _MAX_REFUSED_PEERS:
+            self._num_refusals.clear()
+        self._num_refusals[peer] += 1
+        if self._num_refusals[peer] <= _MAX_VERSION_REFUSALS:
             self.send(peer, Refused(field="wire version", reason=reason))
 
     def _on_frames(self, frames: list[bytes]) -> None:
@@ -176,14 +185,12 @@ class Listener:
             message, rid = decode(frames[1:])
         except WireError as error:
             self.num_bad_frames += 1
-            if (
-                self.num_bad_frames.bit_count() == 1
-            ):  # at 1, 2, 4, 8, ...: a flood of garbage must not become a flood of logs
+            # Logged at 1, 2, 4, 8, ...: a flood of garbage must not become a flood of log lines.
+            if self.num_bad_frames.bit_count() == 1:
                 log.warning("bad frame refused (%d so far): %s", self.num_bad_frames, error)
-            if isinstance(
-                error, WireVersionError
-            ):  # the peer cannot read more of it than our version, which is what it needs to know
-                self._tell_version(frames[0], str(error))
+            # The peer cannot decode the refusal, but reads our wire version from its header.
+            if isinstance(error, WireVersionError):
+                self._refuse_version(frames[0], str(error))
             return
         self._handler(Envelope(peer=frames[0], rid=rid, message=message, num_bytes=sum(map(len, frames))))
 
@@ -191,8 +198,8 @@ class Listener:
 class Link:
     """A DEALER connected to one Listener. Use it from its own loop only.
 
-    `handler(message)` sees what was not an answer. ZeroMQ reconnects by itself; what tells a lost peer is silence:
-    `last_heard_s` is the loop's clock at the last message.
+    `handler(message)` gets every message that is no reply. ZeroMQ reconnects by itself, so a lost peer shows
+    only as silence: `last_heard_s` is the loop's clock at the last message.
     """
 
     def __init__(
@@ -205,7 +212,8 @@ class Link:
         self.num_bad_frames = 0
         self.last_heard_s = asyncio.get_running_loop().time()
         socket = _socket(zmq.DEALER, max_message_bytes=max_message_bytes)
-        # Under one name for life, so that a TCP reconnect neither loses our registration nor the answers on their way.
+        # A fixed routing id, so that a TCP reconnect loses neither our registration nor the replies in
+        # flight.
         socket.set(zmq.ROUTING_ID, uuid.uuid4().bytes)
         socket.set(zmq.RECONNECT_IVL, 100)
         socket.set(zmq.RECONNECT_IVL_MAX, 2_000)
@@ -225,9 +233,10 @@ class Link:
         self._pump.send(encode(message))
 
     async def call(self, message: Any, *, timeout_s: float) -> Any:
-        """Sends a request and returns its answer.
+        """Sends a request and returns its reply.
 
-        Raises DeadlineError without an answer in time, RefusedError for `Refused`, ArealError for `JobFailed`.
+        Raises DeadlineError without a reply in time, PeerLostError when the link is closed meanwhile,
+        RefusedError for `Refused`, ArealError for `JobFailed`.
         """
         rid = next(self._rids)
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -235,26 +244,29 @@ class Link:
         try:
             self._pump.send(encode(message, rid=rid))
             async with asyncio.timeout(timeout_s):
-                answer = await future
+                reply = await future
         except TimeoutError:
             raise DeadlineError(
                 f"{self.address} did not answer {type(message).__name__} within {timeout_s:g} s"
             ) from None
         finally:
             del self._pending[rid]
-        if isinstance(answer, Refused):
-            raise RefusedError(f"{type(message).__name__} was refused ({answer.field}): {answer.reason}")
-        if isinstance(answer, JobFailed):
-            raise ArealError(answer.reason)
-        return answer
+        if isinstance(reply, Refused):
+            raise RefusedError(f"{type(message).__name__} was refused ({reply.field}): {reply.reason}")
+        if isinstance(reply, JobFailed):
+            raise ArealError(reply.reason)
+        return reply
 
     def ask_again(self) -> None:
-        """Sends every request that waits for its answer once more: whoever was to answer it has forgotten it. They are idempotent."""
+        """Sends every pending request again, after its receiver restarted and lost them.
+
+        Requests are idempotent.
+        """
         for rid, (message, _) in self._pending.items():
             self._pump.send(encode(message, rid=rid))
 
     def close(self) -> None:
-        """Closes the socket and fails what is pending."""
+        """Closes the socket; pending calls raise PeerLostError."""
         self._pump.close()
         for _, future in self._pending.values():
             if not future.done():
@@ -278,7 +290,7 @@ class Link:
         elif rid == 0:
             self._handler(message)
         else:
-            log.debug("answer %s came after its caller gave up", type(message).__name__)
+            log.debug("reply %s came after its caller gave up", type(message).__name__)
 
 
 def _bracket(host: str) -> str:

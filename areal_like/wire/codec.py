@@ -1,14 +1,17 @@
 """Messages to frames and back: a msgpack header and one frame of raw little-endian arrays.
 
-    frame 0   msgpack [WIRE_VERSION, tag, rid, {field: value}]     numbers, strings, lists; an array or a record is [offset, length]
-    frame 1   the bytes of all arrays and records, each aligned to 8; absent when the message holds none
+    frame 0   msgpack [WIRE_VERSION, tag, rid, {field: value}]: numbers, strings, lists, maps; an array or a
+              record is its span [offset, length] in frame 1
+    frame 1   the bytes of all arrays and records, each aligned to 8; absent if the message has none
 
-The schema is the dataclass: dtypes and types come from its annotations, never from the wire, so a frame can claim nothing but offsets and
-lengths, and both are checked. Decoded arrays are read-only views of frame 1 (no copy). Records (records.py) are copied out of it, so that
-one that is kept does not keep its neighbours, and check themselves. Everything wrong with a frame raises WireError. Encoders and decoders
-are compiled once a class: this is the hot path of the stream.
+The schema is the dataclass: dtypes and types come from its annotations, never from the wire, so a peer
+supplies only offsets and lengths, and both are checked. Decoded arrays are read-only views of frame 1.
+Records (records.py) are copied out of it, so that keeping one does not keep the whole frame in memory, and
+verify their own checksum. Anything malformed raises WireError. Encoders and decoders are compiled once for
+each class: this is the hot path of the stream.
 
-Left out: compression (float log-probs do not compress) and schema evolution within a wire version (`hello` refuses a mismatch).
+Left out: compression (float log-probs do not compress) and schema evolution within a wire version (`hello`
+refuses a mismatch).
 """
 
 from __future__ import annotations
@@ -32,14 +35,15 @@ from areal_like.wire.unpacking import unpack
 WIRE_VERSION = 3
 MAX_HEADER_BYTES = 4 << 20
 _MIN_CONTAINER_BYTES = 6
-"""Of a long header, for each list and map in it. The densest is a `Group`: a place of 5 bytes or more and a step for each record."""
+"""Least bytes of a long header for each list and map in it. The densest message is `Group`: for each record a
+span of at least 5 bytes, and a step."""
 _ALIGN = 8
 
 Frame = bytes | memoryview
 
 
 class _Writer:
-    """Collects arrays of one message and hands out their places."""
+    """Collects the bytes of one message's arrays and records, and returns their spans."""
 
     __slots__ = ("chunks", "size")
 
@@ -50,9 +54,9 @@ class _Writer:
     def add(self, array: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> list[int]:
         if array.dtype != dtype or array.ndim != 1:
             raise ValueError(f"want a 1-D {dtype} array, got {array.dtype}{list(array.shape)}")
-        place = [self.size, len(array)]
+        span = [self.size, len(array)]
         self.put(np.ascontiguousarray(array).view(np.uint8).data if len(array) else b"")
-        return place
+        return span
 
     def put(self, data: Frame) -> None:
         self.chunks.append(data)
@@ -71,10 +75,10 @@ class _Reader:
         self.data = data
         self.num_copied = 0
 
-    def place(self, raw: Any, *, itemsize: int) -> tuple[int, int]:
-        """Offset and length that a header names, which may be anything."""
+    def span(self, raw: Any, *, itemsize: int) -> tuple[int, int]:
+        """Checks the offset and length of a header, which a peer chose freely."""
         if type(raw) is not list or len(raw) != 2 or type(raw[0]) is not int or type(raw[1]) is not int:
-            raise TypeError("a place is [offset, length]")
+            raise TypeError("want [offset, length] of an array or record")
         offset, length = raw
         if offset < 0 or length < 0 or offset % _ALIGN or offset + length * itemsize > len(self.data):
             raise ValueError(f"[{offset}, {length}] is outside its frame of {len(self.data)} bytes")
@@ -82,9 +86,8 @@ class _Reader:
 
     def copy(self, offset: int, length: int) -> bytes:
         self.num_copied += length
-        if self.num_copied > len(
-            self.data
-        ):  # a small header could name the same bytes a hundred thousand times
+        # A small header could name the same bytes a hundred thousand times.
+        if self.num_copied > len(self.data):
             raise ValueError("records overlap")
         return bytes(self.data[offset : offset + length])
 
@@ -94,20 +97,23 @@ _Decode = Callable[[Any, _Reader], Any]
 
 
 def encode(message: Any, *, rid: int = 0) -> list[bytes]:
-    """Frames of a message. `rid` ties an answer to its request; 0 is one-way. Raises ValueError for a header that no peer would take."""
+    """Frames of a message.
+
+    `rid` matches a reply to its request; 0: one-way. Raises ValueError for an overlong header.
+    """
     tag = TAGS[type(message)]
     writer = _Writer()
     body = _ENCODERS[tag](message, writer)
     header = msgpack.packb([WIRE_VERSION, tag, rid, body])
     if len(header) > MAX_HEADER_BYTES:
         raise ValueError(
-            f"{tag} makes a header of {len(header)} bytes; no peer takes more than {MAX_HEADER_BYTES}"
+            f"{tag} needs a header of {len(header)} bytes; peers accept at most {MAX_HEADER_BYTES}"
         )
     return [header, b"".join(writer.chunks)] if writer.chunks else [header]
 
 
 def decode(frames: Sequence[Frame]) -> tuple[Any, int]:
-    """(message, rid) of the frames. Raises WireError for anything that `encode` would not have written."""
+    """(message, rid) of the frames. Raises WireError for anything that `encode` would not write."""
     if not 1 <= len(frames) <= 2:
         raise WireError(f"want 1 or 2 frames, got {len(frames)}")
     if len(frames[0]) > MAX_HEADER_BYTES:
@@ -121,7 +127,8 @@ def decode(frames: Sequence[Frame]) -> tuple[Any, int]:
     version, tag, rid, body = header
     if version != WIRE_VERSION or type(version) is not int:
         raise WireVersionError(
-            f"the peer speaks wire version {version!r} and this side {WIRE_VERSION}: run the same release on both"
+            f"the peer uses wire version {version!r} and this side {WIRE_VERSION}: "
+            "run the same release on both"
         )
     if type(rid) is not int or not isinstance(tag, str) or tag not in _DECODERS:
         raise WireError(f"unknown message {str(tag)[:40]!r}")
@@ -163,9 +170,8 @@ def _compile_scalar(hint: type) -> tuple[_Encode, _Decode]:
             raise TypeError(f"want {hint.__name__}, got {type(raw).__name__}")
         if type(raw) is int and not -1 << 63 <= raw < 1 << 63:
             raise ValueError(f"{raw} does not fit into 64 bits with a sign")
-        if isinstance(raw, float) and not math.isfinite(
-            raw
-        ):  # no timer, sum or JSON document of the receiver's could bear it
+        # NaN and infinity would break the receiver's timers, sums and JSON documents.
+        if isinstance(raw, float) and not math.isfinite(raw):
             raise ValueError(f"{raw} is not finite")
         return raw
 
@@ -173,13 +179,13 @@ def _compile_scalar(hint: type) -> tuple[_Encode, _Decode]:
 
 
 def _compile_union(args: tuple[Any, ...]) -> tuple[_Encode, _Decode]:
-    """A union of plain types that msgpack can tell apart (`int | list[int]`)."""
+    """A union of types that msgpack distinguishes (`int | list[int]`)."""
     kinds = {typing.get_origin(arg) or arg: _compile(arg) for arg in args}
 
-    def read(raw: Any, blob: _Reader) -> Any:
+    def read(raw: Any, reader: _Reader) -> Any:
         if type(raw) not in kinds:
             raise TypeError(f"want one of {[kind.__name__ for kind in kinds]}, got {type(raw).__name__}")
-        return kinds[type(raw)][1](raw, blob)
+        return kinds[type(raw)][1](raw, reader)
 
     return (lambda value, writer: kinds[type(value)][0](value, writer)), read
 
@@ -188,41 +194,39 @@ def _compile_array(dtype: np.dtype[Any]) -> tuple[_Encode, _Decode]:
     def write(value: Any, writer: _Writer) -> Any:
         return writer.add(value, dtype)
 
-    def read(raw: Any, blob: _Reader) -> Any:
-        offset, length = blob.place(raw, itemsize=dtype.itemsize)
-        return (
-            np.frombuffer(blob.data, dtype=dtype, count=length, offset=offset)
-            if length
-            else np.empty(0, dtype)
-        )
+    def read(raw: Any, reader: _Reader) -> Any:
+        offset, length = reader.span(raw, itemsize=dtype.itemsize)
+        if not length:
+            return np.empty(0, dtype)
+        return np.frombuffer(reader.data, dtype=dtype, count=length, offset=offset)
 
     return write, read
 
 
 def _write_record(record: Record, writer: _Writer) -> list[int]:
-    place = [writer.size, len(record.data)]
+    span = [writer.size, len(record.data)]
     writer.put(record.data)
-    return place
+    return span
 
 
-def _read_record(raw: Any, blob: _Reader) -> Record:
-    return Record.opened(blob.copy(*blob.place(raw, itemsize=1)))
+def _read_record(raw: Any, reader: _Reader) -> Record:
+    return Record.opened(reader.copy(*reader.span(raw, itemsize=1)))
 
 
 def _compile_list(encode_item: _Encode, decode_item: _Decode) -> tuple[_Encode, _Decode]:
-    def read(raw: Any, blob: _Reader) -> Any:
+    def read(raw: Any, reader: _Reader) -> Any:
         if type(raw) is not list:
             raise TypeError(f"want a list, got {type(raw).__name__}")
-        return [decode_item(item, blob) for item in raw]
+        return [decode_item(item, reader) for item in raw]
 
     return (lambda value, writer: [encode_item(item, writer) for item in value]), read
 
 
 def _compile_dict(encode_item: _Encode, decode_item: _Decode) -> tuple[_Encode, _Decode]:
-    def read(raw: Any, blob: _Reader) -> Any:
+    def read(raw: Any, reader: _Reader) -> Any:
         if type(raw) is not dict or not all(type(key) is str for key in raw):
             raise TypeError("want a map with string keys")
-        return {key: decode_item(item, blob) for key, item in raw.items()}
+        return {key: decode_item(item, reader) for key, item in raw.items()}
 
     return (lambda value, writer: {key: encode_item(item, writer) for key, item in value.items()}), read
 
@@ -235,11 +239,11 @@ def _compile_dataclass(cls: type) -> tuple[_Encode, _Decode]:
     def write(value: Any, writer: _Writer) -> Any:
         return {name: encode_field(getattr(value, name), writer) for name, encode_field, _ in parts}
 
-    def read(raw: Any, blob: _Reader) -> Any:
+    def read(raw: Any, reader: _Reader) -> Any:
         if type(raw) is not dict or len(raw) != len(parts):
             raise TypeError(f"{cls.__name__} wants exactly the fields {names}")
         try:
-            return cls(**{name: decode_field(raw[name], blob) for name, _, decode_field in parts})
+            return cls(**{name: decode_field(raw[name], reader) for name, _, decode_field in parts})
         except KeyError as missing:
             raise TypeError(f"{cls.__name__} lacks {missing}") from None
 

@@ -1,6 +1,7 @@
 """Fingerprints that peers compare in `hello`: a server with another model, tokenizer or dataset is refused.
 
-A fingerprint covers only what must agree: a model's architecture but not its weights, a task's settings and seed.
+A fingerprint covers only what must agree: a model's architecture but not its weights, a task's settings and
+seed.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def model_fingerprint(path: str) -> str:
 
 
 def tokenizer_fingerprint(path: str) -> str:
-    """Fingerprint of a model directory's tokenizer.json (vocabulary and rules), or of the name if it is a hub name."""
+    """Fingerprint of a model directory's tokenizer.json (vocabulary, rules); of the name for a hub name."""
     tokenizer = Path(path) / "tokenizer.json"
     return _digest(json.loads(tokenizer.read_text()) if tokenizer.is_file() else path)
 
@@ -47,8 +48,8 @@ def dataset_fingerprint(config: Config) -> str:
 def shared_settings(config: Config, role: Role) -> str:
     """The settings that must be equal at a peer of this role and at the buffer, as text `key=value ...`.
 
-    A trainer with smaller steps would commit groups that it has not trained on. A server that samples at another
-    temperature would record log-probs of another policy.
+    A trainer with smaller steps would commit groups that it has not trained on. A server that samples at
+    another temperature would record log-probs of another policy.
     """
     settings = {f"sampling.{name}": value for name, value in dataclasses.asdict(config.sampling).items()}
     if role is Role.TRAINER:

@@ -1,19 +1,23 @@
-"""One trajectory as bytes with a checksum. Its server makes them, and they are what is sent, written, served and at last trained on.
+"""One trajectory as bytes with a checksum, the same bytes from rollout server to ledger to trainer.
 
-    0  magic "ATR1" | num_bytes u32 | crc32 u32 | sample_index u32 | ticket_id u64 | meta_bytes u32 | 0 u32      little-endian
-    32 msgpack [num_tokens, [[version, num_tokens], ...], reward, {component: reward}, finish_reason, generation_s, reward_s,
-       is_greedy]
-       tokens int32[num_tokens], logprobs float32[num_tokens], each part padded to 8 bytes
+    0  magic "ATR1" | num_bytes u32 | crc32 u32 | sample_index u32 | ticket_id u64 | meta_bytes u32 | 0 u32
+    32 msgpack metadata [num_tokens, [[version, num_tokens], ...], reward, {component: reward}, finish_reason,
+       generation_s, reward_s, is_greedy]
+       tokens int32[num_tokens], logprobs float32[num_tokens]
 
-The checksum covers everything behind it, whose sample it is included, so that neither a torn write nor a place that was used for something
-else passes for the record. Versions are written as runs and the loss mask not at all (it is 1 exactly where a version is): that is a third
-less to move, and the buffer learns which weights a sample is of without looking at its tokens. It never encodes one either; that, and
-that nobody on the way can change what was sampled, is why there is one form and not one for the wire and one for the disk.
+Little-endian; metadata and arrays are each padded to 8 bytes. The checksum covers everything after it,
+including which sample of which ticket this is, so neither a torn write nor a reused file region passes for
+the record. Versions are stored as runs, and the loss mask not at all (it is 1 exactly where there is a
+version): a third less data, and the buffer gets a sample's weight versions without reading its tokens. One
+form serves wire and disk, so the buffer never encodes a record, and no process between server and trainer can
+change what was sampled.
 
-The msgpack part may be 64 KiB longer than the arrays, which is room for a version a token, and for the names of a thousand reward
-components. More is refused before it is unpacked: in memory it would be many times what the peer had to send.
+The metadata may be 64 KiB longer than the arrays: room for a version a token and for the names of a thousand
+reward components. Longer metadata is refused before it is unpacked, because unpacked it takes many times as
+much memory.
 
-Nothing but this file knows the layout. Readers outside of the buffer (audit, replay) need no more than a directory and a ledger row.
+Only this module depends on the layout. Readers outside the buffer (audit, replay) need a directory and a
+ledger row.
 """
 
 from __future__ import annotations
@@ -42,17 +46,21 @@ _ALIGN = 8
 _INT, _FLOAT = np.dtype("<i4"), np.dtype("<f4")
 _MAX_INT = (1 << 31) - 1
 BYTES_PER_TOKEN = _INT.itemsize + _FLOAT.itemsize
-"""Of a record's arrays."""
+"""Bytes of a record's arrays for each token."""
 _MAX_OTHER_BYTES = 1 << 16
-"""Of the msgpack part beside the runs: reward components, nearly all. A run takes at most 7 bytes, and its tokens 8 each in the arrays."""
+"""Limit of the metadata beside the runs, which is nearly all reward components. A run takes at most 7 bytes,
+and each of its tokens 8 bytes in the arrays."""
 _OTHER_CONTAINERS = 3
-"""Lists and maps of the msgpack part that are not one run."""
+"""Lists and maps of the metadata that are no run."""
 _FINISH_REASONS = {reason.value: reason for reason in FinishReason}
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Record:
-    """The bytes, and what they say but for the arrays. Checked whole when made, so that whoever holds one can rely on it."""
+    """The bytes of a trajectory and their decoded metadata.
+
+    Construction checks everything, so every Record is valid.
+    """
 
     data: bytes
     ticket_id: int
@@ -61,7 +69,8 @@ class Record:
     num_tokens: int
     """Prompt and response tokens."""
     runs: list[list[int]]
-    """[version, number of tokens] from the first token to the last; NOT_SAMPLED where the policy sampled none."""
+    """[version, number of tokens] from the first token to the last; NOT_SAMPLED for tokens that were not
+    sampled."""
     reward: float
     reward_components: dict[str, float]
     finish_reason: FinishReason
@@ -100,12 +109,15 @@ class Record:
 
     @classmethod
     def opened(cls, data: bytes) -> Self:
-        """The record that these bytes are. Raises ValueError when they are not one, or not of a valid trajectory."""
+        """Decodes and checks a record.
+
+        Raises ValueError for bytes that are none, or of an invalid trajectory.
+        """
         if len(data) < _HEADER.size:
-            raise ValueError(f"only {len(data)} bytes of a record are there")
+            raise ValueError(f"the record is cut off after {len(data)} bytes")
         magic, num_bytes, crc32, sample_index, ticket_id, meta_bytes, reserved = _HEADER.unpack_from(data)
         if magic != _MAGIC or num_bytes != len(data) or reserved:
-            raise ValueError(f"no record of {len(data)} bytes begins there")
+            raise ValueError(f"no record of {len(data)} bytes: wrong magic or length")
         if zlib.crc32(memoryview(data)[_CHECKED_FROM:]) != crc32:
             raise ValueError("the record does not match its checksum")
         record = cls._made(
@@ -121,8 +133,9 @@ class Record:
 
     @classmethod
     def _made(cls, data: bytes, ticket_id: int, sample_index: int, crc32: int, meta: bytes) -> Self:
-        facts = _facts(meta, rest_bytes=len(data) - _HEADER.size - len(meta))
-        num_tokens, runs, reward, components, finish_reason, generation_s, reward_s, is_greedy = facts
+        num_tokens, runs, reward, components, finish_reason, generation_s, reward_s, is_greedy = _metadata(
+            meta, rest_bytes=len(data) - _HEADER.size - len(meta)
+        )
         tokens_at = _HEADER.size + len(meta) + -len(meta) % _ALIGN
         return cls(
             data=data,
@@ -147,7 +160,7 @@ class Record:
         return sum([length for version, length in self.runs if version != NOT_SAMPLED])
 
     def trajectory(self) -> Trajectory:
-        """With arrays: tokens and log-probs are read-only views of the bytes."""
+        """The trajectory; its tokens and log-probs are read-only views of the bytes."""
         runs = np.array(self.runs, dtype=np.int64)
         versions = np.repeat(runs[:, 0].astype(np.int32), runs[:, 1])
         return Trajectory(
@@ -166,7 +179,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a record is, as the ledger's row says."""
+    """Location of a record on disk, as in the ledger's row."""
 
     segment: int
     offset: int
@@ -175,19 +188,19 @@ class Place:
 
 
 def segment_path(directory: Path, segment: int) -> Path:
-    """File of a segment in a ledger's directory."""
+    """The file of a segment in a ledger's directory."""
     return directory / "segments" / f"{segment:06d}.seg"
 
 
 def crc32_of(record: bytes) -> int:
-    """The checksum that a record carries."""
+    """The checksum in a record's header."""
     return int(_HEADER.unpack_from(record)[2])
 
 
 def read_record(directory: Path, place: Place, *, ticket_id: int, sample_index: int) -> Record:
-    """The record that a ledger row names. Raises StoreCorruptError when it is not there as it was written."""
+    """Reads the record of a ledger row. Raises StoreCorruptError if it is absent or differs from the row."""
     path = segment_path(directory, place.segment)
-    whose = f"sample {sample_index} of ticket {ticket_id} ({path} at {place.offset})"
+    what = f"sample {sample_index} of ticket {ticket_id} ({path} at {place.offset})"
     try:
         file = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -201,18 +214,18 @@ def read_record(directory: Path, place: Place, *, ticket_id: int, sample_index: 
     try:
         record = Record.opened(data)
     except ValueError as error:
-        raise StoreCorruptError(f"{whose}: {error}") from None
+        raise StoreCorruptError(f"{what}: {error}") from None
     if (record.ticket_id, record.sample_index) != (ticket_id, sample_index):
         raise StoreCorruptError(
-            f"{whose}: the record there is sample {record.sample_index} of ticket {record.ticket_id}"
+            f"{what}: the record on disk is sample {record.sample_index} of ticket {record.ticket_id}"
         )
     if record.crc32 != place.crc32:
-        raise StoreCorruptError(f"{whose}: the record is not the one that the ledger names")
+        raise StoreCorruptError(f"{what}: the record's checksum is not the ledger's")
     return record
 
 
 def count_whole_records(data: bytes) -> tuple[int, int]:
-    """(whole records from the beginning of `data`, their bytes): what is behind them is torn."""
+    """(number of complete records at the beginning of `data`, their bytes); what follows is a torn write."""
     num_records = offset = 0
     while offset + _HEADER.size <= len(data):
         magic, num_bytes, crc32, *_ = _HEADER.unpack_from(data, offset)
@@ -225,28 +238,32 @@ def count_whole_records(data: bytes) -> tuple[int, int]:
     return num_records, offset
 
 
-def _facts(
+def _metadata(
     meta: bytes, *, rest_bytes: int
 ) -> tuple[int, list[list[int]], float, dict[str, float], FinishReason, float, float, bool]:
-    """What the msgpack part says, with `rest_bytes` behind it. Raises ValueError when it says something else, or too much."""
+    """The fields of the msgpack part, which `rest_bytes` follow.
+
+    Raises ValueError if it is malformed or too long.
+    """
     if len(meta) > rest_bytes + _MAX_OTHER_BYTES:
         raise ValueError(
-            f"what a record says of itself takes {len(meta)} bytes: name fewer reward components"
+            f"record metadata takes {len(meta)} bytes, more than its arrays and {_MAX_OTHER_BYTES}: "
+            "use fewer reward components"
         )
     try:
         raw: Any = unpack(meta, max_containers=rest_bytes // BYTES_PER_TOKEN + _OTHER_CONTAINERS)
     except ValueError as error:
-        raise ValueError(f"what a record says of itself is not msgpack: {error}") from None
+        raise ValueError(f"record metadata is not msgpack: {error}") from None
     if type(raw) is not list or len(raw) != 8:
-        raise ValueError("a record says eight things of itself")
+        got = len(raw) if type(raw) is list else type(raw).__name__
+        raise ValueError(f"record metadata must have 8 fields, got {got}")
     num_tokens, runs, reward, components, finish_reason, generation_s, reward_s, is_greedy = raw
     if type(num_tokens) is not int or type(runs) is not list or not all(map(_is_run, runs)):
         raise ValueError("want a number of tokens and runs [version, number of tokens]")
     if not 0 < num_tokens == sum([length for _, length in runs]):
-        raise ValueError(f"runs of versions cover other than {num_tokens} tokens")
-    if any(
-        left[0] == right[0] for left, right in pairwise(runs)
-    ):  # they would take memory that nobody counts
+        raise ValueError(f"the runs of versions do not cover {num_tokens} tokens")
+    # They could be merged; unmerged they would take memory that no limit counts.
+    if any(left[0] == right[0] for left, right in pairwise(runs)):
         raise ValueError("neighbouring runs have the same version")
     if type(components) is not dict or not all(type(name) is str for name in components):
         raise ValueError("reward components: want names and numbers")
@@ -285,7 +302,7 @@ def _runs(versions: NDArray[np.int32]) -> list[list[int]]:
 
 
 def _end_of_array(offset: int, num_tokens: int) -> int:
-    """Where what comes behind `num_tokens` numbers at `offset` begins."""
+    """Offset after an array of `num_tokens` 4-byte numbers at `offset`, padding included."""
     return offset + 4 * num_tokens + -(4 * num_tokens) % _ALIGN
 
 

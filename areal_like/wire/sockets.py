@@ -6,9 +6,12 @@ import socket
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
-    """A TCP socket bound to an address (port 0: a free one), to be passed to an HTTP server. Raises OSError."""
-    # The protocol is explicit because asyncio turns Nagle's algorithm off only then. With Nagle, a response, whose head
-    # and body are two writes, waits about 40 ms for the acknowledgement of its head.
+    """A TCP socket bound to an address (port 0: a free one), to be passed to an HTTP server.
+
+    Raises OSError.
+    """
+    # The protocol is explicit because asyncio turns Nagle's algorithm off only then. With Nagle, a response,
+    # whose head and body are two writes, waits about 40 ms for the acknowledgement of its head.
     listener = socket.socket(
         socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP
     )

@@ -1,9 +1,9 @@
 """Unpacks a peer's msgpack with a bound on the memory that it takes.
 
-An empty list is one byte in a message and eighty in memory, so a message of a few megabytes could take hundreds.
-Lists and maps are therefore counted as they are created, against a maximum that the caller derives from its schema.
-Short messages are not counted: they cannot grow much, and they are the hot path. Numbers and strings are not counted
-either: msgpack makes at most 24 bytes in memory from one byte of them.
+An empty list is one byte in a message and eighty in memory, so a message of a few megabytes could take
+hundreds. Lists and maps are therefore counted as they are created, against a maximum that the caller derives
+from its schema. Short messages are not counted: they cannot grow much, and they are the hot path. Numbers and
+strings are not counted either: msgpack makes at most 24 bytes in memory from one byte of them.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ _UNCOUNTED_BYTES = 1 << 16
 
 
 def unpack(data: bytes | memoryview, *, max_containers: int) -> Any:
-    """The object packed in `data`. Raises ValueError for malformed data, and for more than `max_containers` lists and
-    maps."""
+    """The object packed in `data`.
+
+    Raises ValueError for malformed data, and for more than `max_containers` lists and maps.
+    """
     options: dict[str, Any] = {"strict_map_key": True, "ext_hook": _refuse_ext}
     if len(data) > _UNCOUNTED_BYTES:
         options["list_hook"] = options["object_hook"] = _Count(max_containers)

@@ -1,4 +1,4 @@
-"""Buckets: cut, flatten, unflatten, checksum, and the refusal of what does not fit."""
+"""Buckets: cutting, flattening, checksums, and the refusal of tensors that do not fit."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ specs = st.lists(
 
 @given(specs=specs, bucket_bytes=st.integers(1, 400))
 @settings(max_examples=100, deadline=None)
-def test_every_tensor_travels_once_and_comes_back_equal(specs: list[TensorSpec], bucket_bytes: int) -> None:
+def test_every_tensor_is_sent_once_and_unchanged(specs: list[TensorSpec], bucket_bytes: int) -> None:
     sent = {s.name: torch.randn(s.shape).to(getattr(torch, s.dtype)) for s in specs}
     buckets = cut_buckets(specs, bucket_bytes=bucket_bytes)
     assert sorted(s.name for b in buckets for s in b.tensors) == sorted(sent)
@@ -50,7 +50,7 @@ def test_every_tensor_travels_once_and_comes_back_equal(specs: list[TensorSpec],
             )
 
 
-def test_layout_is_plain_concatenation_in_order_of_names() -> None:
+def test_layout_is_concatenation_by_falling_item_size() -> None:
     tensors = {
         "b": torch.arange(3, dtype=torch.bfloat16),
         "a": torch.randn(2, 2),
@@ -62,7 +62,7 @@ def test_layout_is_plain_concatenation_in_order_of_names() -> None:
     assert torch.equal(flatten(bucket, tensors), want)
 
 
-def test_flatten_casts_to_the_wire_dtype_and_refuses_what_differs() -> None:
+def test_flatten_casts_and_refuses_other_shapes() -> None:
     master = {"w": torch.randn(4, 3)}
     (bucket,) = cut_buckets([spec_of("w", master["w"], dtype="bfloat16")], bucket_bytes=1 << 20)
     assert torch.equal(unflatten(bucket, flatten(bucket, master))["w"], master["w"].bfloat16())
@@ -74,7 +74,7 @@ def test_flatten_casts_to_the_wire_dtype_and_refuses_what_differs() -> None:
         unflatten(bucket, torch.empty(23, dtype=torch.uint8))
 
 
-def test_unaligned_bucket_is_refused_where_it_would_be_viewed() -> None:
+def test_unflatten_refuses_an_unaligned_bucket() -> None:
     specs = (
         TensorSpec(name="a", dtype="float16", shape=(1,)),
         TensorSpec(name="b", dtype="float32", shape=(1,)),
@@ -84,33 +84,33 @@ def test_unaligned_bucket_is_refused_where_it_would_be_viewed() -> None:
 
 
 @pytest.mark.parametrize("num_bytes", [1000, 256 << 10, (600 << 10) + 5])
-def test_checksum_sees_a_flipped_bit_and_a_shift(num_bytes: int) -> None:
+def test_checksum_detects_a_flipped_bit_and_a_shift(num_bytes: int) -> None:
     flat = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     before = checksum(flat)
     assert checksum(flat.clone()) == before
-    for place in (0, num_bytes // 2, num_bytes - 1):
+    for index in (0, num_bytes // 2, num_bytes - 1):
         for bit in (1, 128):
-            flat[place] ^= bit
+            flat[index] ^= bit
             assert checksum(flat) != before
-            flat[place] ^= bit
+            flat[index] ^= bit
     for shift in (1, 8, 256 << 10):
         assert num_bytes <= shift or checksum(flat.roll(shift)) != before
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("num_bytes", [0, 64, 256 << 10, (600 << 10) + 16])
-def test_one_value_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype, num_bytes: int) -> None:
+def test_single_non_finite_value_is_detected_anywhere(dtype: torch.dtype, num_bytes: int) -> None:
     values = torch.randn(num_bytes // dtype.itemsize, generator=torch.Generator().manual_seed(0)).to(dtype)
     flat = values.view(torch.uint8)
     assert checksum_and_finiteness(flat, dtype=dtype) == (checksum(flat), True)
-    for place in {0, len(values) // 2, len(values) - 1} if num_bytes else ():
+    for index in {0, len(values) // 2, len(values) - 1} if num_bytes else ():
         for bad in (float("nan"), float("inf"), float("-inf")):
-            before = values[place].clone()
-            values[place] = bad
+            before = values[index].clone()
+            values[index] = bad
             assert checksum_and_finiteness(flat, dtype=dtype) == (checksum(flat), False) and not is_finite(
                 values
             )
-            values[place] = before
+            values[index] = before
     if num_bytes > 64:
         values[0], values[1] = float("inf"), float("-inf")
         assert not is_finite(values) and not checksum_and_finiteness(flat, dtype=dtype)[1]
@@ -144,7 +144,7 @@ def test_malformed_bucket_is_refused_with_the_reason(raw: dict[str, object], mes
         Bucket.from_dict(raw)
 
 
-def test_check_names_says_what_differs() -> None:
+def test_check_names_reports_the_differences() -> None:
     def spec(name: str, *shape: int) -> TensorSpec:
         return TensorSpec(name=name, dtype="float32", shape=shape)
 

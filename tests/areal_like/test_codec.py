@@ -1,4 +1,4 @@
-"""The wire: what is encoded comes back equal, and whatever else arrives is a WireError and nothing worse."""
+"""Wire encoding: messages survive a round trip, and malformed frames raise WireError and nothing else."""
 
 import dataclasses
 import pickle
@@ -61,7 +61,7 @@ def same(left: Trajectory, right: Trajectory) -> bool:
 
 
 @given(num_prompt=st.integers(0, 40), num_sampled=st.integers(1, 40), rid=st.integers(0, 2**40))
-def test_trajectories_come_back_equal(num_prompt: int, num_sampled: int, rid: int) -> None:
+def test_trajectories_survive_a_round_trip(num_prompt: int, num_sampled: int, rid: int) -> None:
     sent = trajectory(num_prompt, num_sampled)
     received, received_rid = decode(encode(sample(sent), rid=rid))
     assert received_rid == rid
@@ -71,7 +71,7 @@ def test_trajectories_come_back_equal(num_prompt: int, num_sampled: int, rid: in
     assert not done.record.trajectory().tokens.flags.writeable
 
 
-def test_nested_lists_enums_unions_and_maps_come_back_equal() -> None:
+def test_nested_messages_survive_a_round_trip() -> None:
     lease = Lease(
         lease_id=1, ticket_id=2, prompt_index=3, purpose=Purpose.EVAL, sample_indices=[0, 2], seed=9
     )
@@ -98,7 +98,7 @@ def test_nested_lists_enums_unions_and_maps_come_back_equal() -> None:
 
 
 def header(**changes: object) -> list[bytes]:
-    """A good sample's frames with some header parts replaced."""
+    """The frames of a valid message with some header parts replaced."""
     frames = encode(sample())
     parts = dict(zip(("version", "tag", "rid", "body"), msgpack.unpackb(frames[0]), strict=True)) | changes
     return [msgpack.packb(list(parts.values())), frames[1]]
@@ -117,7 +117,7 @@ def inner(**changes: object) -> list[bytes]:
 def record(
     at: int = -1, value: object = None, *, tokens: object = None, logprobs: object = None, cut: int = 0
 ) -> list[bytes]:
-    """A good sample's frames, but its record says or holds something else, under a checksum that is right."""
+    """The frames of a valid message whose record is changed as given, with a correct checksum."""
     good = trajectory()
     data = Record.of(2, 0, good).data
     meta_bytes = struct.unpack_from("<I", data, 24)[0]
@@ -144,7 +144,7 @@ def record(
     return [header, checked]
 
 
-def test_records_that_are_well_made_by_hand_are_taken() -> None:
+def test_record_built_by_hand_is_accepted() -> None:
     received, _ = decode(record())
     assert same(received.samples[0].record.trajectory(), trajectory())
 
@@ -213,19 +213,19 @@ def test_records_that_are_well_made_by_hand_are_taken() -> None:
         encode(sample())[:1],
     ],
 )
-def test_bad_frames_are_wire_errors(frames: list[bytes]) -> None:
+def test_malformed_frames_raise_wire_error(frames: list[bytes]) -> None:
     with pytest.raises(WireError):
         decode(frames)
 
 
 @given(st.lists(st.binary(max_size=200), max_size=3))
-def test_random_frames_are_wire_errors(frames: list[bytes]) -> None:
+def test_random_frames_raise_wire_error(frames: list[bytes]) -> None:
     with pytest.raises(WireError):
         decode(frames)
 
 
 @given(st.data())
-def test_a_flipped_byte_never_escapes(data: st.DataObject) -> None:
+def test_flipped_byte_never_changes_a_sample(data: st.DataObject) -> None:
     frames = [bytearray(frame) for frame in encode(sample())]
     frame = frames[data.draw(st.integers(0, 1))]
     frame[data.draw(st.integers(0, len(frame) - 1))] ^= data.draw(st.integers(1, 255))
@@ -239,8 +239,8 @@ def test_a_flipped_byte_never_escapes(data: st.DataObject) -> None:
     )
 
 
-def test_records_do_not_overlap() -> None:
-    """A small message must not become a large one in memory."""
+def test_overlapping_records_are_refused() -> None:
+    """A small message must not expand to a large one in memory."""
     record = Record.of(2, 0, trajectory(100, 5_000)).data
     for count, is_good in ((1, True), (2, False), (5_000, False)):
         samples = [{"lease_id": 1, "record": [0, len(record)]}] * count
@@ -253,7 +253,7 @@ def test_records_do_not_overlap() -> None:
 
 
 def peak_bytes_refusing(frames: list[bytes], *, match: str) -> int:
-    """Memory that the refusal of these frames takes at its worst."""
+    """Peak memory while these frames are refused."""
     tracemalloc.start()
     try:
         with pytest.raises(WireError, match=match):
@@ -269,7 +269,7 @@ def packed_list(item: bytes, num_items: int) -> bytes:
 
 @pytest.mark.parametrize("item", [b"\x90", b"\x80", b"\x81\xa0\x90"], ids=["lists", "maps", "lists in maps"])
 @pytest.mark.parametrize("array_bytes", [0, 1 << 20], ids=["alone", "with arrays"])
-def test_a_record_of_lists_does_not_grow_in_memory(item: bytes, array_bytes: int) -> None:
+def test_record_of_lists_does_not_expand_in_memory(item: bytes, array_bytes: int) -> None:
     meta = packed_list(item, (1 << 20) // len(item))
     identity = struct.pack("<IQII", 0, 1, len(meta), 0)
     rest = identity + meta + bytes(array_bytes)
@@ -278,12 +278,12 @@ def test_a_record_of_lists_does_not_grow_in_memory(item: bytes, array_bytes: int
         msgpack.packb([WIRE_VERSION, "Samples", 0, {"samples": [{"lease_id": 1, "record": [0, len(data)]}]}]),
         data,
     ]
-    peak = peak_bytes_refusing(frames, match="lists and maps" if array_bytes else "says of itself takes")
+    peak = peak_bytes_refusing(frames, match="lists and maps" if array_bytes else "record metadata takes")
     assert peak < 12 * len(data)
 
 
 @pytest.mark.parametrize("item", [b"\x90", b"\x80", b"\x81\xa0\x90"], ids=["lists", "maps", "lists in maps"])
-def test_a_header_of_lists_does_not_grow_in_memory(item: bytes) -> None:
+def test_header_of_lists_does_not_expand_in_memory(item: bytes) -> None:
     header = packed_list(item, (1 << 20) // len(item))
     peak = peak_bytes_refusing([header], match="lists and maps")
     assert peak < 30 * len(header)
@@ -291,9 +291,7 @@ def test_a_header_of_lists_does_not_grow_in_memory(item: bytes) -> None:
 
 @pytest.mark.parametrize("num_tokens", [1, 50_000])
 @pytest.mark.parametrize("first_version", [0, (1 << 31) - 50_000])
-def test_a_version_a_token_and_a_thousand_reward_components_are_one_record(
-    num_tokens: int, first_version: int
-) -> None:
+def test_record_with_a_version_a_token_and_1000_components(num_tokens: int, first_version: int) -> None:
     sent = dataclasses.replace(
         trajectory(0, num_tokens),
         versions=np.arange(first_version, first_version + num_tokens, dtype=np.int32),
@@ -305,18 +303,18 @@ def test_a_version_a_token_and_a_thousand_reward_components_are_one_record(
     assert same(received.samples[0].record.trajectory(), sent)
 
 
-def test_versions_that_take_few_bytes_are_many_runs() -> None:
+def test_record_of_many_short_version_runs() -> None:
     sent = dataclasses.replace(trajectory(0, 50_000), versions=np.arange(50_000, dtype=np.int32) % 2)
     assert same(Record.opened(Record.of(2, 0, sent).data).trajectory(), sent)
 
 
-def test_more_reward_components_than_a_record_can_hold_are_refused_where_it_is_made() -> None:
+def test_too_many_reward_components_are_refused() -> None:
     components = {f"{index:099d}": 0.5 for index in range(1000)}
-    with pytest.raises(ValueError, match="name fewer reward components"):
+    with pytest.raises(ValueError, match="use fewer reward components"):
         Record.of(2, 0, dataclasses.replace(trajectory(), reward_components=components))
 
 
-def test_long_headers_of_small_parts_are_taken() -> None:
+def test_long_headers_of_small_parts_are_accepted() -> None:
     record = Record.of(5, 0, trajectory(1, 1))
     tensors = {
         "names": [f"{index}.w" for index in range(20_000)],
@@ -356,12 +354,12 @@ def test_long_headers_of_small_parts_are_taken() -> None:
         decode(frames)
 
 
-def test_a_header_that_no_peer_takes_is_not_sent() -> None:
+def test_overlong_header_is_not_sent() -> None:
     with pytest.raises(ValueError, match="header"):
         encode(Refused(field="x", reason="y" * MAX_HEADER_BYTES))
 
 
-def test_a_backlog_is_sent_in_parts() -> None:
+def test_backlog_is_sent_in_batches() -> None:
     record_of = [Record.of(2, index, trajectory(100, 5_000)) for index in range(40)]
     batches = list(Samples.batches(SampleDone(lease_id=1, record=each) for each in record_of))
     assert [sample.sample_index for batch in batches for sample in batch.samples] == list(range(40))
@@ -371,10 +369,10 @@ def test_a_backlog_is_sent_in_parts() -> None:
     one_by_one = list(
         Samples.batches((sample for batch in batches for sample in batch.samples), max_bytes=1000)
     )
-    assert [len(batch.samples) for batch in one_by_one] == [1] * 40, "one that is larger travels alone"
+    assert [len(batch.samples) for batch in one_by_one] == [1] * 40, "a record above the limit is sent alone"
 
 
-def test_trajectories_check_themselves() -> None:
+def test_invalid_trajectories_are_refused() -> None:
     good = trajectory()
     for change in (
         {"versions": np.full_like(good.versions, -1)},

@@ -1,4 +1,4 @@
-"""The weight group over real processes: makes, remakes, interoperates with SGLang's recipe, and fails fast."""
+"""The weight group over real processes: it forms repeatedly, works with SGLang's receiver, and fails fast."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ NUM_BYTES = 1 << 16
 JOIN = """
 import sys, torch
 from areal_like.weights.collective import WeightGroup
-port, rank, world_size, rounds, timeout_s = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), 20.0
+port, rank, world_size, rounds = (int(arg) for arg in sys.argv[1:5])
+timeout_s = 20.0
 for _ in range(rounds):
     group = WeightGroup.join(master_address="127.0.0.1", master_port=port, rank=rank, world_size=world_size,
                              group_name="w", timeout_s=timeout_s)
@@ -39,17 +40,18 @@ for _ in range(rounds):
     port = int(line) if line else port
 """
 
-# What SGLang 0.5 does in init_custom_process_group and update_weights_from_distributed, reduced to its torch calls.
+# The torch calls of SGLang 0.5's init_custom_process_group and update_weights_from_distributed.
 SGLANG = """
 import sys, torch, torch.distributed as dist
 from datetime import timedelta
-from torch.distributed.distributed_c10d import _new_process_group_helper, _world, Backend, PrefixStore, rendezvous
+from torch.distributed.distributed_c10d import _new_process_group_helper, _world
+from torch.distributed.distributed_c10d import Backend, PrefixStore, rendezvous
 port, rank, world_size = (int(a) for a in sys.argv[1:4])
 timeout = timedelta(seconds=20)
 store, rank, world_size = next(rendezvous(f"tcp://127.0.0.1:{port}", rank, world_size, timeout=timeout))
 store.set_timeout(timeout)
-group, _ = _new_process_group_helper(world_size, rank, [], Backend("gloo"), PrefixStore("w", store), group_name="w",
-                                     backend_options=None, timeout=timeout)
+group, _ = _new_process_group_helper(world_size, rank, [], Backend("gloo"), PrefixStore("w", store),
+                                     group_name="w", backend_options=None, timeout=timeout)
 _world.pg_group_ranks[group] = {i: i for i in range(world_size)}
 print("joined", flush=True)
 buffer = torch.empty(1 << 16, dtype=torch.uint8)
@@ -76,12 +78,12 @@ def receiver(code: str, *args: object) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-def line(process: subprocess.Popen[str]) -> str:
+def read_line(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     return process.stdout.readline().strip()
 
 
-def say(process: subprocess.Popen[str], text: str) -> None:
+def write_line(process: subprocess.Popen[str], text: str) -> None:
     assert process.stdin is not None
     process.stdin.write(text + "\n")
     process.stdin.flush()
@@ -92,39 +94,39 @@ def create(*, world_size: int = 2, timeout_s: float = 20) -> WeightGroup:
 
 
 @pytest.mark.timeout(60)
-def test_two_receivers_get_the_bytes_and_the_name_can_be_used_again() -> None:
+def test_two_receivers_twice_under_one_group_name() -> None:
     payload = torch.arange(NUM_BYTES).to(torch.uint8)
     group = create(world_size=3)
     with receiver(JOIN, group.port, 1, 3, 2) as one, receiver(JOIN, group.port, 2, 3, 2) as two:
         for _ in range(2):
             group.connect()
-            assert [line(one), line(two)] == ["joined", "joined"]
-            say(one, "")
-            say(two, "")
+            assert [read_line(one), read_line(two)] == ["joined", "joined"]
+            write_line(one, "")
+            write_line(two, "")
             group.broadcast(payload)
-            assert line(one) == line(two) == str(int(payload.long().sum()))
+            assert read_line(one) == read_line(two) == str(int(payload.long().sum()))
             group.close()
             group = create(world_size=3)
-            say(one, str(group.port))
-            say(two, str(group.port))
+            write_line(one, str(group.port))
+            write_line(two, str(group.port))
         group.close()
 
 
 @pytest.mark.timeout(60)
-def test_speaks_with_sglangs_own_recipe() -> None:
+def test_is_compatible_with_sglangs_receiver() -> None:
     payload = torch.arange(NUM_BYTES).to(torch.uint8)
     with create() as group, receiver(SGLANG, group.port, 1, 2) as process:
         group.connect()
-        assert line(process) == "joined"
+        assert read_line(process) == "joined"
         group.broadcast(payload)
-        assert line(process) == str(int(payload.long().sum()))
+        assert read_line(process) == str(int(payload.long().sum()))
 
 
 @pytest.mark.timeout(60)
 def test_killed_receiver_fails_the_broadcast_at_once() -> None:
     with create(timeout_s=30) as group, receiver(JOIN, group.port, 1, 2, 1) as process:
         group.connect()
-        assert line(process) == "joined"
+        assert read_line(process) == "joined"
         process.send_signal(signal.SIGKILL)
         process.wait()
         started = time.monotonic()
@@ -139,8 +141,8 @@ def test_killed_receiver_fails_the_broadcast_at_once() -> None:
 def test_hung_receiver_fails_the_broadcast_at_the_timeout() -> None:
     with create(timeout_s=6) as group, receiver(JOIN, group.port, 1, 2, 1) as process:
         group.connect()
-        assert line(process) == "joined"
-        say(process, "sleep")
+        assert read_line(process) == "joined"
+        write_line(process, "sleep")
         started = time.monotonic()
         with pytest.raises(WeightSyncError, match="broadcast failed"):
             group.broadcast(torch.zeros(64 << 20, dtype=torch.uint8))
@@ -148,11 +150,11 @@ def test_hung_receiver_fails_the_broadcast_at_the_timeout() -> None:
 
 
 @pytest.mark.timeout(60)
-def test_sender_that_closes_frees_a_receiver_at_once() -> None:
+def test_closing_sender_releases_the_receiver_at_once() -> None:
     with create() as group, receiver(JOIN, group.port, 1, 2, 1) as process:
         group.connect()
-        assert line(process) == "joined"
-        say(process, "")
+        assert read_line(process) == "joined"
+        write_line(process, "")
         time.sleep(0.3)
         group.close()
         closed_s = time.monotonic()
@@ -161,31 +163,31 @@ def test_sender_that_closes_frees_a_receiver_at_once() -> None:
 
 
 @pytest.mark.timeout(60)
-def test_a_broadcast_that_outlives_its_group_does_not_count() -> None:
+def test_broadcast_of_a_closed_group_fails() -> None:
     with create() as group, receiver(JOIN, group.port, 1, 2, 1) as process, ThreadPoolExecutor() as thread:
         group.connect()
-        assert line(process) == "joined"
+        assert read_line(process) == "joined"
         sending = thread.submit(group.broadcast, torch.ones(NUM_BYTES, dtype=torch.uint8))
         time.sleep(0.3)
         group.close()
-        say(process, "")
-        assert line(process) == str(NUM_BYTES)
-        with pytest.raises(WeightSyncError, match="left during a broadcast"):
+        write_line(process, "")
+        assert read_line(process) == str(NUM_BYTES)
+        with pytest.raises(WeightSyncError, match="closed during a broadcast"):
             sending.result()
 
 
 @pytest.mark.timeout(60)
-def test_a_broadcast_may_take_longer_than_the_rendezvous() -> None:
+def test_broadcast_has_its_own_timeout() -> None:
     with create(timeout_s=4) as group, receiver(JOIN, group.port, 1, 2, 1) as process:
         group.connect()
-        assert line(process) == "joined"
-        threading.Timer(5.5, say, (process, "")).start()
+        assert read_line(process) == "joined"
+        threading.Timer(5.5, write_line, (process, "")).start()
         group.broadcast(torch.ones(NUM_BYTES, dtype=torch.uint8), timeout_s=20)
-        assert line(process) == str(NUM_BYTES)
+        assert read_line(process) == str(NUM_BYTES)
 
 
 @pytest.mark.timeout(60)
-def test_waits_end_and_bad_arguments_are_named() -> None:
+def test_waits_end_and_bad_arguments_are_reported() -> None:
     started = time.monotonic()
     with create(timeout_s=2) as group, pytest.raises(WeightSyncError, match="rank 0 of 2 could not connect"):
         group.connect()
@@ -205,17 +207,17 @@ def test_waits_end_and_bad_arguments_are_named() -> None:
 
 
 @pytest.mark.timeout(60)
-def test_lives_beside_a_default_group() -> None:
+def test_works_beside_a_default_group() -> None:
     import torch.distributed as dist
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         with create() as group, receiver(JOIN, group.port, 1, 2, 1) as process:
             group.connect()
-            assert line(process) == "joined"
-            say(process, "")
+            assert read_line(process) == "joined"
+            write_line(process, "")
             group.broadcast(torch.ones(NUM_BYTES, dtype=torch.uint8))
-            assert line(process) == str(NUM_BYTES)
+            assert read_line(process) == str(NUM_BYTES)
         total = torch.ones(1)
         dist.all_reduce(total)
         assert total.item() == 1

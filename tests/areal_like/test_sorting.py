@@ -1,4 +1,5 @@
-"""The digit-sorting task: held-out multisets are never trained on, examples are pure, the reward is exact match."""
+"""The digit-sorting task: held-out multisets are never trained on, examples are pure, the reward is exact
+match."""
 
 from collections import Counter
 

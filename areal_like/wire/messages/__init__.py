@@ -1,20 +1,24 @@
-"""Every message that crosses a ZeroMQ socket: small typed dataclasses, one file a hop.
+"""All messages between daemons: small typed dataclasses, one file for each pair of roles.
 
-`hello` everyone <-> buffer, `producer` rollout server <-> buffer, `consumer` trainer rank <-> buffer, `weights` trainer rank 0 <->
-rollout server. `areal_like.wire.codec` turns them into frames; a class is on the wire only if it is in `MESSAGES`.
+    hello      any peer <-> buffer
+    producer   rollout server <-> buffer
+    consumer   trainer rank <-> buffer
+    weights    trainer rank 0 <-> rollout server
+
+`areal_like.wire.codec` encodes them; only the classes in `MESSAGES` can be sent.
 """
 
 from areal_like.wire.messages import consumer, hello, producer, weights
 
 _RENAMED = {consumer.GetRunCounters: "GetBooks", consumer.RunCounters: "Books"}
-"""Classes renamed since the wire version was fixed; their tags stay."""
+"""Classes renamed since the wire version was fixed; they keep their old tags."""
 
 MESSAGES: dict[str, type] = {
     _RENAMED.get(cls, cls.__name__): cls
     for module in (hello, producer, consumer, weights)
     for cls in module.MESSAGES
 }
-"""Wire tag -> class."""
+"""Tag on the wire -> class."""
 
 TAGS: dict[type, str] = {cls: tag for tag, cls in MESSAGES.items()}
-"""Class -> wire tag."""
+"""Class -> tag on the wire."""

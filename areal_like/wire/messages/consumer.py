@@ -1,8 +1,10 @@
-"""Trainer ranks <-> buffer: batches in; versions, steps and commits out. Every request is answered with its `rid`.
+"""Trainer ranks <-> buffer: groups to the ranks; versions, steps and commits to the buffer.
 
-Any request may be answered `Refused` (an older incarnation, a step that makes no sense) or `JobFailed`. `Fetch` is a long poll: the
-answer comes when the group is recorded. Only rank 0 sends anything but `Fetch` and `TrainerHeartbeat`. Of several buffers (shards.py) the
-first gives out versions, evaluates and holds the directory; the rest is asked of the one whose place it is, or told to all.
+Every request gets a reply with its `rid`, which may also be `Refused` (an older incarnation, an impossible
+step) or `JobFailed`. `Fetch` is a long poll: the reply comes when the group is recorded. Ranks other than 0
+send only `Fetch` and `TrainerHeartbeat`. Of several buffer shards (shards.py), the first allocates versions,
+runs evaluations and holds the directory of servers; a `Fetch` goes to the shard that owns the position, and
+the other requests go to all shards.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ from areal_like.wire.records import Record
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerHeartbeat:
-    """Rank -> buffer, every `daemon.heartbeat_s`. Answered by `HeartbeatAck`."""
+    """Rank -> buffer, every `daemon.heartbeat_s`. Replied to with `HeartbeatAck`."""
 
     state: str
-    """`starting` | `loading` | `pushing` | `evaluating` | `training` | `draining`."""
+    """`starting`, `loading`, `pushing`, `evaluating`, `training` or `draining`."""
     step: int
     stats: dict[str, float] = field(default_factory=dict)
     """`tokens_per_s`, `loss`, `reward`, ..."""
@@ -27,37 +29,43 @@ class TrainerHeartbeat:
 
 @dataclass(frozen=True, kw_only=True)
 class StartTraining:
-    """Rank 0 -> buffer, once an incarnation, before any other request: where the trainer stands. Answered `Welcome`.
+    """Rank 0 -> buffer, once an incarnation, before any other request: the trainer's position.
 
-    Fences every older trainer incarnation. Its checkpoint is the authority: recorded steps from `step` on are served again identically,
-    weights of later steps are abandoned. A ledger without a past starts the stream at `step`.
+    Reply: `Welcome`.
+
+    Fences off every older trainer incarnation. The trainer's checkpoint decides: recorded steps from `step`
+    on are served again identically, and weights of later steps are abandoned. An empty ledger starts the
+    stream at `step`.
     """
 
     step: int
     """Completed optimizer steps (0 for a new run, K after resuming from checkpoint K)."""
     stream: dict[str, int | list[int]] = field(default_factory=dict)
-    """What `StreamState` said when the checkpoint was made; empty for a new run. Only a ledger without a past needs it."""
+    """The checkpoint's `StreamState.stream`; empty for a new run. Only an empty ledger uses it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AllocVersion:
-    """Rank 0 -> buffer, before each push. Answered `VersionGranted`."""
+    """Rank 0 -> buffer, before each push: allocate a version. Reply: `VersionGranted`."""
 
     step: int
-    """Optimizer step that these weights are the start of (weights after finishing step k-1 have step k)."""
+    """Optimizer step that starts from these weights (weights after finishing step k-1 have step k)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VersionGranted:
-    """Buffer -> rank 0."""
+    """Buffer -> rank 0: a new version."""
 
     version: int
-    """Never given out before."""
+    """Larger than every version allocated before."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdoptVersion:
-    """Rank 0 -> every buffer but the first, which gave the version out, before it is pushed. Answered `Ok`. Idempotent."""
+    """Rank 0 -> every shard but the first, before a push: the version that the first allocated.
+
+    Reply: `Ok`. Idempotent.
+    """
 
     version: int
     step: int
@@ -65,14 +73,16 @@ class AdoptVersion:
 
 @dataclass(frozen=True, kw_only=True)
 class Fetch:
-    """Rank -> buffer: the group recorded at this place. Answered `Group` when there is one (long poll).
+    """Rank -> buffer: fetch the group recorded at a position of a step.
 
-    The same place always gets the same group. The asker gives up by its own timeout and may ask again.
+    Reply: `Group`, once there is one (long poll).
+
+    The same step and position always return the same group. The caller has its own timeout and may ask again.
     """
 
     step: int
     position: int
-    """0 <= position < groups_per_step, of those that this buffer fills."""
+    """0 <= position < groups_per_step, one that belongs to this shard."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,26 +94,30 @@ class Group:
     ticket_id: int
     prompt_index: int
     records: list[Record]
-    """In sample order, as the servers made them."""
+    """By sample index, unchanged since the servers made them."""
     version_steps: list[int]
-    """For each record, the optimizer step of its oldest masked-in token's weights: lag = step - this."""
+    """For each record, the optimizer step of the oldest weights that sampled a token of it: lag = step -
+    this."""
 
     @cached_property
     def trajectories(self) -> list[Trajectory]:
-        """The records with their arrays."""
+        """The records, decoded."""
         return [record.trajectory() for record in self.records]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompleteStep:
-    """Rank 0 -> buffer: the optimizer step is done (not yet durable). Answered `Ok`. Idempotent."""
+    """Rank 0 -> buffer: the optimizer step is done (not yet durable). Reply: `Ok`. Idempotent."""
 
     step: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class SetMaxStaleness:
-    """Rank 0 -> buffer, with `max_staleness: auto`: the bound on lag of tickets issued from now on. Answered `Ok`. Idempotent."""
+    """Rank 0 -> buffer, with `max_staleness: auto`: the staleness bound of tickets issued from now on.
+
+    Reply: `Ok`. Idempotent.
+    """
 
     max_staleness: int
     """0 <= max_staleness <= max_staleness_cap."""
@@ -111,32 +125,35 @@ class SetMaxStaleness:
 
 @dataclass(frozen=True, kw_only=True)
 class CommitStep:
-    """Rank 0 -> buffer: a checkpoint that contains steps <= step is durable. Answered `Ok`. Idempotent."""
+    """Rank 0 -> buffer: a checkpoint that contains steps <= step is durable. Reply: `Ok`. Idempotent."""
 
     step: int
     oldest_kept_step: int = 0
-    """Completed steps of the oldest checkpoint that is kept: nobody will go back further, so records of earlier steps may be released."""
+    """Completed steps of the oldest checkpoint kept: no resume goes back further, so records of earlier steps
+    may be released."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GetStreamState:
-    """Rank 0 -> buffer: where the prompt stream stands, to be kept in a checkpoint made after `step`. Answered `StreamState`."""
+    """Rank 0 -> buffer: the prompt stream's state, for the checkpoint after `step`. Reply: `StreamState`."""
 
     step: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamState:
-    """Buffer -> rank 0: opaque to the trainer."""
+    """Buffer -> rank 0: state of the prompt stream, opaque to the trainer."""
 
     stream: dict[str, int | list[int]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RequestEval:
-    """Rank 0 -> buffer: evaluate held-out prompts 0..num_prompts-1 greedily. Answered `EvalResult` when done (long poll).
+    """Rank 0 -> buffer: evaluate held-out prompts 0..num_prompts-1 greedily.
 
-    Asking again with the same eval_id waits for the same evaluation.
+    Reply: `EvalResult` when done (long poll).
+
+    A repeated request with the same eval_id waits for the same evaluation.
     """
 
     eval_id: int
@@ -147,7 +164,7 @@ class RequestEval:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult:
-    """Buffer -> rank 0."""
+    """Buffer -> rank 0: a finished evaluation."""
 
     eval_id: int
     num_evaluated: int
@@ -172,16 +189,20 @@ class ServerEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Directory:
-    """Buffer -> every rank, unasked (rid 0): after its hello, and when a server joins, leaves, or changes its state."""
+    """Buffer -> every rank, unsolicited: the registered servers.
+
+    Sent after the rank's hello, and when a server joins, leaves or changes its state.
+    """
 
     servers: list[ServerEntry]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CloseAdmission:
-    """Rank 0 -> buffer: no more leases of train tickets until a trainer starts. Eval goes on. Answered `Ok`.
+    """Rank 0 -> buffer: lease no train tickets until a trainer starts; evaluation goes on. Reply: `Ok`.
 
-    A durable ledger keeps everything that was recorded or is ready; one in memory drops as `cancelled` what no completed step holds.
+    A durable ledger keeps all recorded and ready tickets; one in memory drops those outside completed steps
+    with reason `cancelled`.
     """
 
     reason: str
@@ -189,19 +210,21 @@ class CloseAdmission:
 
 @dataclass(frozen=True, kw_only=True)
 class GetRunCounters:
-    """Rank 0 -> buffer: the account of the run. Answered `RunCounters`."""
+    """Rank 0 -> buffer: request the run's counters. Reply: `RunCounters`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunCounters:
-    """Buffer -> rank 0: what `summary.json` says about the stream."""
+    """Buffer -> rank 0: the stream's counters, for `summary.json`."""
 
     tickets: dict[str, int]
-    """A count for each state: queued, leased, ready, batched, trained, evaluated, dropped, and issued."""
+    """A count for each ticket state (queued, leased, ready, batched, trained, evaluated, dropped), and
+    `issued`."""
     drops: dict[str, int]
     """A count for each drop reason (zeros included)."""
     counters: dict[str, float]
-    """tokens_generated, tokens_trained, max_trained_lag, mean_trained_lag, samples_*, refusals_*, generation_idle_s, ..."""
+    """tokens_generated, tokens_trained, max_trained_lag, mean_trained_lag, samples_*, refusals_*,
+    generation_idle_s, ..."""
 
 
 MESSAGES = (

@@ -1,6 +1,7 @@
-"""Registration: the first message of every peer, and what the buffer answers.
+"""Registration: the first message of every peer, and the buffer's replies.
 
-A peer that speaks before its `Hello` was accepted is answered `HelloRequired` (so a restarted buffer is re-registered with at once).
+A peer that sends anything before its `Hello` was accepted gets `HelloRequired`, so that it registers at once
+with a restarted buffer.
 """
 
 from __future__ import annotations
@@ -10,25 +11,26 @@ from enum import StrEnum
 
 
 class Role(StrEnum):
-    """What a peer is."""
+    """Kinds of peers."""
 
     ROLLOUT = "rollout"
-    """A rollout server: takes leases, streams samples."""
+    """A rollout server: takes leases and sends samples."""
     TRAINER = "trainer"
-    """One rank of the trainer: takes batches; rank 0 also commits and allocates versions."""
+    """One rank of the trainer: fetches groups; rank 0 also commits steps and allocates versions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hello:
-    """Peer -> buffer. `rid` of the envelope is answered with `Welcome` or `Refused`."""
+    """Peer -> buffer: registers the peer. Replied to with `Welcome` or `Refused`."""
 
     role: Role
     name: str
     """Stable name, e.g. `rollout-0`, `trainer-0`."""
     incarnation: int
-    """Grows with every start of the same name (nanoseconds of wall clock at start); an older one is refused."""
+    """Grows with every start of the same name (nanoseconds of wall clock at start); an older one is
+    refused."""
     job: str
-    """Name of the job the peer was configured for."""
+    """Name of the job that the peer is configured for."""
     model: str
     """Fingerprint of the model's config (architecture, not weights)."""
     tokenizer: str
@@ -36,22 +38,23 @@ class Hello:
     dataset: str
     """Fingerprint of the task and its settings."""
     settings: str = ""
-    """`fingerprint.shared_settings`: what this role and the buffer must have alike, spelled out. Empty: not compared."""
+    """`fingerprint.shared_settings`: the settings that must equal the buffer's, as text. Empty: not
+    compared."""
     http_address: str
-    """`host:port` of the peer's HTTP plane."""
+    """`host:port` of the peer's HTTP server."""
     shard: int = 0
-    """Which of `num_shards` buffers it takes this one for."""
+    """Index of the buffer shard that the peer expects at this address, of `num_shards`."""
     num_shards: int = 1
     weights_address: str = ""
-    """tcp://host:port of a rollout server's weight control socket."""
+    """tcp://host:port of a rollout server's socket for weight pushes."""
     weights_version: int = 0
-    """Version of the weights that the peer holds."""
+    """Version of the peer's weights."""
     device: str = "cpu"
-    """Device of the engine or rank: `cpu` | `cuda`; rank 0 picks gloo or NCCL by it."""
+    """Device of the engine or rank, `cpu` or `cuda`; rank 0 chooses between gloo and NCCL by it."""
     num_train_prompts: int = 0
-    """Rollout servers: training prompts that the task has (the buffer chooses among them by index)."""
+    """Rollout servers: number of the task's training prompts, among which the buffer chooses by index."""
     num_eval_prompts: int = 0
-    """Rollout servers: held-out prompts that the task has."""
+    """Rollout servers: number of the task's held-out prompts."""
     rank: int = 0
     """Trainer rank."""
     world_size: int = 1
@@ -60,7 +63,7 @@ class Hello:
 
 @dataclass(frozen=True, kw_only=True)
 class Welcome:
-    """Buffer -> peer: registered."""
+    """Buffer -> peer: the peer is registered."""
 
     job: str
     step: int
@@ -71,7 +74,10 @@ class Welcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Refused:
-    """Buffer -> peer: a request or hello was not accepted, with what to change. Answers any request."""
+    """Buffer -> peer: a request or hello was not accepted, and what to change.
+
+    May be the reply to any request.
+    """
 
     field: str
     """The field that differs or the rule that forbids it, e.g. `incarnation`, `model`, `step`."""
@@ -80,27 +86,27 @@ class Refused:
 
 @dataclass(frozen=True, kw_only=True)
 class HelloRequired:
-    """Buffer -> peer: we do not know you (any more); say hello again."""
+    """Buffer -> peer: the peer is not registered (any more) and must send `Hello`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ok:
-    """Positive answer without content."""
+    """Reply of success without content."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobFailed:
-    """Buffer -> anyone, as the answer to a request or pushed: the job cannot go on."""
+    """Buffer -> any peer, as a reply or unsolicited: the job cannot go on."""
 
     reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Goodbye:
-    """Peer -> buffer: leaving on purpose; leases were returned before."""
+    """Peer -> buffer: the peer leaves on purpose, after returning its leases."""
 
     stats: dict[str, float] = field(default_factory=dict)
-    """Last statistics, same keys as in the heartbeat."""
+    """Last statistics, with the keys of the heartbeat."""
 
 
 MESSAGES = (Hello, Welcome, Refused, HelloRequired, Ok, JobFailed, Goodbye)

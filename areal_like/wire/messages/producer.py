@@ -1,6 +1,7 @@
-"""Rollout server <-> buffer: credit out, leases in, samples out, acknowledgements in.
+"""Rollout server <-> buffer: credit and samples to the buffer, leases and acknowledgements to the server.
 
-The server keeps each sample until `SampleAcks` names it and sends it again after a reconnect; the buffer deduplicates by (ticket, sample).
+The server keeps each sample until `SampleAcks` names it, and sends it again after a reconnect; the buffer
+deduplicates by (ticket, sample index).
 """
 
 from __future__ import annotations
@@ -12,61 +13,67 @@ from enum import StrEnum
 from areal_like.wire.records import Record
 
 BATCH_BYTES = 1 << 18
-"""Of records in a message: far above what one costs, far below what a socket lets through."""
+"""Bytes of records in one message: far above the cost of a message, far below a socket's limit."""
 
 
 class Purpose(StrEnum):
-    """What a ticket's samples are for."""
+    """Uses of a ticket's samples."""
 
     TRAIN = "train"
-    """Enters the replay buffer."""
+    """They are trained on."""
     EVAL = "eval"
-    """Greedy, held-out; its reward is recorded, its tokens are not trained on."""
+    """Greedy evaluation on held-out prompts; rewards are recorded, tokens are not trained on."""
 
 
 class ServerState(StrEnum):
-    """What a rollout server is doing."""
+    """Life of a rollout server, as the buffer sees it.
+
+    STARTING -> SERVING <-> QUARANTINED; back to STARTING when the engine is lost; any -> DRAINING
+    """
 
     STARTING = "starting"
-    """Its engine is not ready yet: no leases."""
+    """The engine is not ready yet: no leases."""
     SERVING = "serving"
-    """Takes leases."""
+    """The server takes leases."""
     DRAINING = "draining"
-    """Leaving: no new leases."""
+    """The server is leaving: no new leases."""
     QUARANTINED = "quarantined"
-    """Its weights are in doubt: no leases until the next push."""
+    """Its weights may be corrupt after a failed push: no leases until the next push."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerHeartbeat:
-    """Server -> buffer, every `daemon.heartbeat_s` and at once when credit or version changes. Answered by `HeartbeatAck`.
+    """Server -> buffer, every `daemon.heartbeat_s` and at once when credit or version changes.
 
-    Renews every lease it names; a lease of this server that it does not name is not renewed.
+    Replied to with `HeartbeatAck`. It renews the leases that it names; other leases of this server are not
+    renewed.
     """
 
     state: ServerState
     free_samples: int
-    """Credit: samples the server can take now beyond those it holds (absolute, not a difference)."""
+    """Credit: samples that the server can take now beyond those it holds (absolute, not a difference)."""
     holding_samples: int
-    """Samples of received leases not yet finished, as the server saw it when it computed `free_samples`."""
+    """Unfinished samples of received leases, at the time at which `free_samples` was computed."""
     weights_version: int
-    """Version that a request starting now would be sampled with."""
+    """Version with which a request starting now would be sampled."""
     leases: list[int]
     """Lease ids that the server is working on."""
     stats: dict[str, float] = field(default_factory=dict)
-    """Gauges: `running`, `waiting`, `tokens_generated`, `busy_s`, `idle_s`, `tokens_per_s`, `reward_s`, ... cumulative where named so."""
+    """`running`, `waiting`, `tokens_per_s`, ... as gauges; `tokens_generated`, `busy_s`, `idle_s`,
+    `reward_s`, ... as totals."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeartbeatAck:
-    """Buffer -> server or rank."""
+    """Buffer -> server or rank, the reply to a heartbeat."""
 
     step: int
     """Optimizer steps completed."""
     newest_version: int
     """Newest allocated weights version."""
     trouble: str = ""
-    """Why the buffer cannot write now (a full disk): there are no leases, and answers wait until it can. Empty: it can."""
+    """Why the buffer cannot write now (a full disk): until it can, there are no leases and replies wait.
+    Empty: it can."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,50 +83,57 @@ class Lease:
     lease_id: int
     ticket_id: int
     prompt_index: int
-    """Index into the task's train or eval split."""
+    """Index into the task's train or eval split, by `purpose`."""
     purpose: Purpose
     sample_indices: list[int]
     """The samples of the group that are still missing."""
     greedy_indices: list[int] = field(default_factory=list)
-    """Those of `sample_indices` that are taken at temperature 0. All of an eval lease are, without being named here."""
+    """Those of `sample_indices` that are sampled at temperature 0. An eval lease names none: all of its
+    samples are."""
     seed: int
-    """Sampling seed of the ticket; sample i uses seed + i where the engine honours it."""
+    """Sampling seed of the ticket; sample i uses seed + i if the engine supports seeds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Leases:
-    """Buffer -> server."""
+    """Buffer -> server: new leases."""
 
     leases: list[Lease]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleDone:
-    """One finished sample; the record says which. Travels in `Samples`."""
+    """One finished sample, a part of `Samples`."""
 
     lease_id: int
     record: Record
 
     @property
     def ticket_id(self) -> int:
-        """The lease's ticket."""
+        """The lease's ticket, from the record."""
         return self.record.ticket_id
 
     @property
     def sample_index(self) -> int:
-        """Which sample of the ticket."""
+        """Index of the sample in its ticket, from the record."""
         return self.record.sample_index
 
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """Server -> buffer: samples that were finished at about the same time. A message for each would cost more than looking at it."""
+    """Server -> buffer: samples that finished at about the same time.
+
+    They are batched because a message costs more than handling a sample.
+    """
 
     samples: list[SampleDone]
 
     @classmethod
     def batches(cls, samples: Iterable[SampleDone], *, max_bytes: int = BATCH_BYTES) -> Iterator[Samples]:
-        """Messages with records of `max_bytes` at most, or a single larger one: no backlog makes one too long for a socket."""
+        """Messages of at most `max_bytes` of records each, or of one larger record.
+
+        So a backlog never makes a message longer than a socket accepts.
+        """
         batch: list[SampleDone] = []
         num_bytes = 0
         for sample in samples:
@@ -134,25 +148,31 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleAck:
-    """What became of samples of one lease: they are durable, or refused for good. Either way the server forgets them."""
+    """Outcome of samples of one lease: durable, or refused for good. Either way the server deletes them."""
 
     lease_id: int
     sample_indices: list[int]
     refused: str = ""
-    """Empty: accepted (also when it was a duplicate). Else why not: `superseded`, `finished`, `unknown ticket`, `unknown version`,
-    `abandoned`, `invalid`."""
+    """Empty: accepted (also a duplicate). Else the reason: `superseded`, `finished`, `unknown ticket`,
+    `unknown version`, `abandoned`, `invalid`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleAcks:
-    """Buffer -> server: samples that became durable together. A message for each would cost more than making them so."""
+    """Buffer -> server: outcomes of samples that were written together.
+
+    They are batched because a message costs more than an acknowledgement.
+    """
 
     acks: list[SampleAck]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleFailed:
-    """Server -> buffer: the sample cannot be made here (reward raised or hung, engine refused). Answered in `SampleAcks`."""
+    """Server -> buffer: a sample failed (reward raised or hung, engine refused).
+
+    Acknowledged in `SampleAcks`.
+    """
 
     lease_id: int
     ticket_id: int
@@ -162,7 +182,7 @@ class SampleFailed:
 
 @dataclass(frozen=True, kw_only=True)
 class ReturnLeases:
-    """Server -> buffer: give these back (draining, engine lost); their missing samples are leased again."""
+    """Server -> buffer: returns leases (draining, engine lost), whose missing samples are leased again."""
 
     leases: list[int]
     reason: str
@@ -170,7 +190,7 @@ class ReturnLeases:
 
 @dataclass(frozen=True, kw_only=True)
 class AbortLeases:
-    """Buffer -> server: stop generating for these; nothing more is expected of them."""
+    """Buffer -> server: stop generating for these leases; their samples are no longer needed."""
 
     leases: list[int]
     reason: str

@@ -1,8 +1,8 @@
-"""Trainer rank 0 <-> rollout server: forming the broadcast group and pushing weights through it.
+"""Trainer rank 0 <-> rollout server: forms the broadcast group and pushes weights through it.
 
-Rank 0 connects a DEALER to the ROUTER that each server names in its hello. Tensor bytes go over torch.distributed, never over this
-socket. Requests are answered with their `rid` by `WeightsOk` or `WeightsFailed` unless they say otherwise; silence past the deadline
-counts as failure.
+Rank 0 connects a DEALER to the ROUTER at the `weights_address` of each server's hello. Tensors travel over
+torch.distributed, never over this socket. Unless stated otherwise, a request is replied to with `WeightsOk`
+or `WeightsFailed`, and no reply by the deadline counts as failure.
 """
 
 from __future__ import annotations
@@ -13,36 +13,42 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class AskAlive:
-    """Rank 0 -> server, before a group is formed: whoever does not answer at once is not waited for in a rendezvous. Answered `Alive`, or
-    `WeightsFailed` by a server without an engine."""
+    """Rank 0 -> server, before a group is formed: servers that do not reply at once are left out of it.
+
+    Replied to with `Alive`, or with `WeightsFailed` by a server without an engine.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Alive:
-    """Server -> rank 0: what its engine is, as far as a group has to know."""
+    """Server -> rank 0: the properties of its engine that a group depends on."""
 
     version: int
     """Version that is active now."""
     num_ranks: int
-    """Places that the engine takes in a group: its tensor-parallel ranks."""
+    """Ranks that the engine takes in a group: its tensor-parallel ranks."""
     device: str
     """`cpu`, `cuda`, ..."""
     device_uuid: str
-    """Which GPU; empty on a CPU or where the engine does not say."""
+    """UUID of the GPU; empty on a CPU or if the engine does not report it."""
     nccl_version: str
-    """As `2.27.5`; empty without NCCL or where the engine does not say."""
+    """As `2.27.5`; empty without NCCL or if the engine does not report it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FormGroup:
-    """Rank 0 -> server: join the process group of this epoch. Answered once joined (all members join at the same time)."""
+    """Rank 0 -> server: join the broadcast group.
+
+    Replied to once joined; all members join at the same time.
+    """
 
     epoch: int
+    """Number of the group, one more for each group formed (not a pass over the prompts)."""
     group_name: str
     master_address: str
     master_port: int
     rank: int
-    """Of the engine's first rank; the trainer is 0, and an engine with several ranks takes the places from here on."""
+    """Rank of the engine's first rank in the group, the others follow it; the trainer is rank 0."""
     world_size: int
     backend: str
     """`gloo` | `nccl`."""
@@ -51,9 +57,12 @@ class FormGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class PushWeights:
-    """Rank 0 -> server: receive the buckets of this manifest, verify, activate. Answered once the version is active.
+    """Rank 0 -> server: receive the buckets of this manifest, verify and activate them.
 
-    The manifest tells no checksums: the first bucket travels while the last is still being gathered. `PushChecksums` follows.
+    Replied to once active.
+
+    The manifest has no checksums, because the first bucket travels while the last is still being gathered;
+    `PushChecksums` follows.
     """
 
     epoch: int
@@ -68,7 +77,10 @@ class PushWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class PushChecksums:
-    """Rank 0 -> server, after the last bucket of a push; no answer. Nothing is activated before it has come and agrees."""
+    """Rank 0 -> server, after the last bucket of a push; no reply.
+
+    Weights are activated only if the checksums agree.
+    """
 
     version: int
     checksums: list[int]
@@ -77,7 +89,10 @@ class PushChecksums:
 
 @dataclass(frozen=True, kw_only=True)
 class DissolveGroup:
-    """Rank 0 -> server: leave the process group, also in the middle of a broadcast (whose `PushWeights` is then answered as failed)."""
+    """Rank 0 -> server: leave the group, also during a broadcast.
+
+    The broadcast's `PushWeights` then gets `WeightsFailed`.
+    """
 
     epoch: int
     group_name: str
@@ -85,19 +100,19 @@ class DissolveGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsOk:
-    """Server -> rank 0."""
+    """Server -> rank 0: the group is joined or left, or the push is active."""
 
     version: int
     """Version that is active now."""
     seconds: float = 0.0
     """Time from the request to activation."""
     stall_seconds: float = 0.0
-    """Part of it in which no token was decoded."""
+    """Part of that time in which no token was decoded."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsFailed:
-    """Server -> rank 0: the push or the group failed; `version` is what is active still."""
+    """Server -> rank 0: the push or the group failed; `version` is still active."""
 
     version: int
     reason: str
