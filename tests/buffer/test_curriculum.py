@@ -3,37 +3,45 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import random
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from buffer.prompts.curriculum import Curriculum, CurriculumKind, CurriculumSettings, state_from_scalars
 
 from areal_like.config import from_mapping
 from areal_like.errors import ConfigError, RefusedError
 from areal_like.runtime.metrics import Metrics
 from areal_like.wire.codec import decode, encode
 from areal_like.wire.messages.consumer import StreamState
-from buffer.ledger.ledger import Ledger
 from buffer.ledger.recovery import recover
-from buffer.prompts.curriculum import Curriculum, CurriculumSettings, Kind, state_of
 from buffer.prompts.order import PromptOrder, permuted
-from buffer.service.peers import PeerBook
+from buffer.service.peers import ConnectedPeers
 from buffer.service.prometheus import BufferSeries
 from buffer.settings import LedgerSettings
-from buffer.storage.base import MemoryStore
-from buffer.storage.durable import DurableStore, StoreSettings
-from tests.support.ledger_plant import add_server, deliver, done, new_ledger
+from buffer.storage.durable import DurableStore
+from tests.support.ledger_plant import add_server, deliver, done, empty_ledger, ledger_settings, new_ledger
+from tests.support.store_load import raising, store_settings
 
 GROUP_SIZE = 8
 SOLVE_RATES = [0.0, 0.0, 0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98, 1.0, 1.0, 1.0]
 """Of prompt i: entry i mod 12. Most prompts teach next to nothing, as in a run that has learned the easy ones."""
 
 
+def curriculum_settings(kind: str = "goldilocks", **changes: Any) -> CurriculumSettings:
+    """The configuration's defaults with these changes."""
+    settings = LedgerSettings.from_config(from_mapping({"buffer": {"curriculum": kind}})).curriculum
+    assert settings is not None
+    return dataclasses.replace(settings, **changes)
+
+
 def curriculum(kind: str = "goldilocks", **settings: object) -> Curriculum:
-    return Curriculum(CurriculumSettings(kind=Kind(kind), **settings))  # type: ignore[arg-type]
+    return Curriculum(curriculum_settings(kind, **settings))
 
 
 def told(core: Curriculum, solve_rates: Sequence[float], *, num_groups: int = 20) -> Curriculum:
@@ -59,15 +67,15 @@ def share_with_spread(order: PromptOrder, *, num_groups: int) -> float:
 def test_each_kind_takes_the_candidate_nearest_to_what_it_wants() -> None:
     rates = [0.0, 0.2, 0.4, 0.8, 1.0]
     core = told(curriculum(), rates)
-    assert core.choose([0, 1, 2, 3, 4], luck=0.99) == 2
-    assert core.choose([4, 3, 0], luck=0.99) == 3
-    assert told(curriculum("paced", target=0.8), rates).choose([0, 1, 2, 3, 4], luck=0.99) == 3
-    assert told(curriculum("paced", target=0.2), rates).choose([0, 1, 2, 3, 4], luck=0.99) == 1
-    assert told(curriculum("paced", target=0.8), rates).choose([0, 1, 2, 3, 4], luck=0.05) == 0, "explores"
+    assert core.choose([0, 1, 2, 3, 4], uniform=0.99) == 2
+    assert core.choose([4, 3, 0], uniform=0.99) == 3
+    assert told(curriculum("paced", target=0.8), rates).choose([0, 1, 2, 3, 4], uniform=0.99) == 3
+    assert told(curriculum("paced", target=0.2), rates).choose([0, 1, 2, 3, 4], uniform=0.99) == 1
+    assert told(curriculum("paced", target=0.8), rates).choose([0, 1, 2, 3, 4], uniform=0.05) == 0, "explores"
 
 
-@pytest.mark.parametrize("kind", list(Kind))
-def test_more_groups_have_spread_than_without_a_curriculum(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", list(CurriculumKind))
+def test_more_groups_have_spread_than_without_a_curriculum(kind: CurriculumKind) -> None:
     num_prompts, num_groups = 480, 1500
     plain = share_with_spread(PromptOrder(seed=3, num_prompts=num_prompts), num_groups=num_groups)
     chosen = share_with_spread(
@@ -126,7 +134,7 @@ def test_memory_is_bounded_and_forgets_what_was_heard_longest_ago() -> None:
         core.observe(index, [0.0] * 8)
     assert core.status()["prompts_remembered"] == 3
     assert core.solve_rate(2) == core.mean_solve_rate and core.solve_rate(1) < core.mean_solve_rate
-    assert len(core.state()) == len(core.marks()) == 4 + 4 * 3
+    assert len(core.state()) == len(core.scalars()) == 4 + 4 * 3
 
 
 def test_the_marks_of_every_outcome_add_up_to_the_state() -> None:
@@ -134,10 +142,10 @@ def test_the_marks_of_every_outcome_add_up_to_the_state() -> None:
     for _ in range(200):
         marks |= core.observe(rng.randrange(25), [float(rng.random() < 0.5) for _ in range(3)])
     again = curriculum(memory=10)
-    again.restore(state_of(marks))
+    again.restore(state_from_scalars(marks))
     assert again.state() == core.state()
     smaller = curriculum(memory=4)
-    smaller.restore(state_of(marks))
+    smaller.restore(state_from_scalars(marks))
     assert smaller.state() == core.state()[:4] + core.state()[-16:], "those heard of last"
 
 
@@ -166,13 +174,13 @@ def test_the_same_outcomes_give_the_same_prompts_and_a_restored_run_goes_on_with
     resumed = PromptOrder(seed=1, num_prompts=200, curriculum=curriculum(memory=40))
     assert resumed.curriculum is not None and twin.curriculum is not None
     resumed.curriculum.restore(twin.curriculum.state())
-    resumed.restore(cursor=twin.cursor, pending=[])
+    resumed.restore(cursor=twin.cursor, returned=[])
     assert run(order, rng, 300) == run(resumed, other, 300)
 
 
 def settings(**more: object) -> dict[str, object]:
     return {
-        "curriculum": CurriculumSettings(kind=Kind.GOLDILOCKS),
+        "curriculum": curriculum_settings(),
         "group_filter": "spread",
         "num_steps": 50,
         **more,
@@ -186,7 +194,7 @@ def test_the_ledger_hears_of_complete_groups_and_carries_it_over_a_resume() -> N
     for lease in leases:
         for index in lease.sample_indices:
             deliver(ledger, "a", done(lease, index, [0], reward=0.0))
-    heard = ledger.prompts.curriculum
+    heard = ledger.state.prompts.curriculum
     assert heard is not None and heard.status()["prompts_remembered"] == len(leases), (
         "groups that the filter drops count too: they say most"
     )
@@ -194,10 +202,13 @@ def test_the_ledger_hears_of_complete_groups_and_carries_it_over_a_resume() -> N
 
     answer, _ = decode(encode(StreamState(stream=ledger.stream_state(step=-1))))
     stream = json.loads(json.dumps(answer.stream))
-    resumed = Ledger(ledger.settings, MemoryStore())
+    resumed = empty_ledger(ledger.settings)
     resumed.set_num_train_prompts(1000)
     resumed.start_training(incarnation=2, step=0, stream=stream)
-    assert resumed.prompts.curriculum is not None and resumed.prompts.curriculum.state() == heard.state()
+    assert (
+        resumed.state.prompts.curriculum is not None
+        and resumed.state.prompts.curriculum.state() == heard.state()
+    )
     add_server(resumed, "a", capacity=100)
     issued, issued_by_resumed = (
         [lease.prompt_index for lease in each.grant(now_s=0.0)["a"]] for each in (ledger, resumed)
@@ -207,11 +218,12 @@ def test_the_ledger_hears_of_complete_groups_and_carries_it_over_a_resume() -> N
 
 def test_the_estimates_are_series() -> None:
     ledger, metrics = new_ledger(**settings()), Metrics()
-    assert ledger.prompts.curriculum is not None
-    ledger.prompts.curriculum.observe(0, [0.0] * 63)
+    assert ledger.state.prompts.curriculum is not None
+    ledger.state.prompts.curriculum.observe(0, [0.0] * 63)
     for _ in range(200):
-        ledger.prompts.next()
-    BufferSeries(metrics, max_staleness=1).update(ledger, PeerBook(job="job", dataset=""), Counter())
+        ledger.state.prompts.order.next()
+    peers = ConnectedPeers(job="job", dataset="")
+    BufferSeries(metrics, max_staleness=1).update(ledger.snapshot(), peers, Counter())
     for of in ("issued", "all"):
         assert metrics.registry.get_sample_value("areal_curriculum_solve_rate", {"of": of}) == pytest.approx(
             1 / 128, rel=0.2
@@ -221,15 +233,15 @@ def test_the_estimates_are_series() -> None:
 def test_a_ledger_on_disk_remembers_what_it_heard_unless_the_prompts_are_others(tmp_path: Path) -> None:
     async def life(dataset: int) -> tuple[list[int], list[int]]:
         """(what it knows at its start, and at its end) of one process that generates a few groups."""
-        store = DurableStore(tmp_path, StoreSettings(), on_error=lambda error: pytest.fail(str(error)))
+        store = DurableStore(tmp_path, store_settings(), on_error=raising)
         ledger = recover(
-            LedgerSettings(max_staleness=1, groups_per_step=2, group_size=2, **settings()),
+            ledger_settings(**settings()),
             store,
             now_s=0.0,
             dataset=dataset,
-        )  # type: ignore[arg-type]
-        assert ledger.prompts.curriculum is not None
-        before = ledger.prompts.curriculum.state()
+        )
+        assert ledger.state.prompts.curriculum is not None
+        before = ledger.state.prompts.curriculum.state()
         ledger.set_num_train_prompts(1000)
         ledger.start_training(incarnation=ledger.trainer_incarnation + 1, step=0, stream={})
         add_server(ledger, "a", capacity=100)
@@ -237,7 +249,7 @@ def test_a_ledger_on_disk_remembers_what_it_heard_unless_the_prompts_are_others(
             for index in lease.sample_indices:
                 deliver(ledger, "a", done(lease, index, [0], reward=0.0))
         store.close()
-        return before, ledger.prompts.curriculum.state()
+        return before, ledger.state.prompts.curriculum.state()
 
     lives = [asyncio.run(life(dataset)) for dataset in (7, 7, 8, 8)]
     nothing = curriculum().state()
@@ -249,9 +261,7 @@ def test_a_ledger_on_disk_remembers_what_it_heard_unless_the_prompts_are_others(
     "state", [[1], [-1, 2, 1, 5], [-1, 0, 0, 0], [-1, 0, 1, 3, 7, -1, 2, 0], [-1, 0, 1, 3, 7, 1, 2, 9]]
 )
 def test_a_state_that_is_none_is_refused(state: list[int]) -> None:
-    ledger = Ledger(
-        LedgerSettings(max_staleness=1, groups_per_step=2, group_size=2, **settings()), MemoryStore()
-    )  # type: ignore[arg-type]
+    ledger = empty_ledger(ledger_settings(**settings()))
     with pytest.raises(RefusedError, match="not the state of a curriculum"):
         ledger.start_training(incarnation=1, step=0, stream={"curriculum": state})
 
@@ -259,9 +269,9 @@ def test_a_state_that_is_none_is_refused(state: list[int]) -> None:
 def test_settings_come_from_the_configuration_and_wrong_ones_are_refused() -> None:
     assert LedgerSettings.from_config(from_mapping({})).curriculum is None
     job = {"buffer": {"curriculum": "paced", "curriculum_target": 0.3, "curriculum_pool": 8}}
-    assert LedgerSettings.from_config(from_mapping(job)).curriculum == CurriculumSettings(
-        kind=Kind.PACED, target=0.3, pool=8
-    )
+    chosen = LedgerSettings.from_config(from_mapping(job)).curriculum
+    assert chosen == curriculum_settings("paced", target=0.3, pool=8)
+    assert chosen is not None and chosen.kind is CurriculumKind.PACED
     for wrong, message in (
         ({"curriculum": "silver"}, "none, goldilocks, paced"),
         ({"curriculum_pool": 1}, "at least 2"),

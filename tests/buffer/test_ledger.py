@@ -12,11 +12,20 @@ from areal_like.trajectory import FinishReason
 from areal_like.wire.messages.producer import Lease, Purpose, ServerHeartbeat, ServerState
 from areal_like.wire.records import Record
 from buffer.ledger.ledger import Ledger
-from buffer.prompts.order import PromptOrder, permuted, sampling_seed
+from buffer.prompts.order import Prompt, PromptOrder, permuted, sampling_seed
 from buffer.settings import LedgerSettings
-from buffer.storage.base import MemoryStore
 from buffer.tickets import Drop, State, Verdict
-from tests.support.ledger_plant import add_server, beat, deliver, done, failed, new_ledger, trajectory
+from tests.support.ledger_plant import (
+    add_server,
+    beat,
+    deliver,
+    done,
+    empty_ledger,
+    failed,
+    ledger_settings,
+    new_ledger,
+    trajectory,
+)
 
 
 def leases_of(ledger: Ledger, name: str = "a", *, now_s: float = 0.0) -> list[Lease]:
@@ -118,9 +127,7 @@ def test_a_server_of_unknown_version_gets_nothing() -> None:
 
 
 def test_no_ticket_before_a_trainer_has_started_and_the_task_is_known() -> None:
-    ledger = Ledger(
-        LedgerSettings(max_staleness=1, groups_per_step=2, group_size=2, num_steps=2), MemoryStore()
-    )
+    ledger = empty_ledger(ledger_settings(num_steps=2))
     add_server(ledger, "a", capacity=8)
     assert leases_of(ledger) == []
     ledger.start_training(incarnation=1, step=0, stream={})
@@ -149,7 +156,7 @@ def test_duplicates_are_acknowledged_and_superseded_leases_refused() -> None:
     assert again.seed == lease.seed
     assert deliver(ledger, "a", done(lease, 1, [0])) is Verdict.SUPERSEDED
     assert deliver(ledger, "b", done(again, 1, [0])) is Verdict.ACCEPTED
-    counters = ledger.statistics.counters()
+    counters = ledger.counters()
     assert (counters["samples_duplicate"], counters["refusals_superseded"], counters["leases_lost"]) == (
         1,
         1,
@@ -185,7 +192,7 @@ def test_lag_counts_the_oldest_token_of_the_group() -> None:
     group = ledger.fetch(step=1, position=0)
     assert group is not None and group.version_steps == [0, 1]
     train_step(ledger)
-    counters = ledger.statistics.counters()
+    counters = ledger.counters()
     assert counters["max_trained_lag"] == 1
     assert counters["mean_trained_lag"] == 1 / 4
     assert counters["mean_trained_token_lag"] == 1 / 6
@@ -208,7 +215,7 @@ def test_a_heartbeat_renews_what_it_names_and_the_rest_expires() -> None:
         )
         ledger.heartbeat("a", naming_one, now_s=now_s)
         assert ledger.expire(now_s=now_s) == []
-    assert set(ledger.book.leases) == {kept.lease_id}
+    assert set(ledger.state.leases.live) == {kept.lease_id}
     assert ledger.take_aborts() == {"a": [lost.lease_id]}
     (again,) = leases_of(ledger, now_s=12.0)
     assert again.ticket_id == lost.ticket_id
@@ -229,7 +236,7 @@ def test_a_silent_server_is_forgotten_and_reconciled_when_it_returns() -> None:
     (lease,) = leases_of(ledger)
     assert ledger.expire(now_s=9.9) == []
     assert ledger.expire(now_s=10.0) == ["a"]
-    assert ledger.register.num_by_state()[State.QUEUED] == 1
+    assert ledger.num_by_state()[State.QUEUED] == 1
     ledger.register_server("a", incarnation=1, weights_version=0, now_s=11.0)
     still_working = ServerHeartbeat(
         state=ServerState.SERVING,
@@ -247,7 +254,7 @@ def test_a_new_incarnation_loses_the_old_leases_and_fences_the_old_process() -> 
     add_server(ledger, "a", capacity=2)
     (lease,) = leases_of(ledger)
     add_server(ledger, "a", capacity=2, incarnation=2)
-    assert ledger.register.num_by_state()[State.QUEUED] == 1
+    assert ledger.num_by_state()[State.QUEUED] == 1
     with pytest.raises(StaleIncarnationError):
         ledger.register_server("a", incarnation=1, weights_version=0, now_s=0.0)
     assert leases_of(ledger)[0].ticket_id == lease.ticket_id
@@ -290,7 +297,7 @@ def test_a_failing_sample_is_retried_then_drops_its_ticket_whose_prompt_is_reiss
     assert ledger.drops == {Drop.FAILED: 1}
     (lease,) = leases_of(ledger)
     assert lease.prompt_index == prompt
-    assert ledger.register.live[lease.ticket_id].parent == first_ticket
+    assert ledger.state.tickets.live[lease.ticket_id].parent == first_ticket
     for _ in range(3):
         ledger.sample_failed("a", failed(lease, 0))
         (lease,) = leases_of(ledger)
@@ -314,7 +321,7 @@ def test_only_the_newest_evaluations_are_kept() -> None:
         deliver(ledger, "a", done(lease, 0, [0]))
         again = ledger.request_eval(eval_id=eval_id, num_prompts=1, min_version=0)
         assert again is not None and again.num_evaluated == 1
-    assert len(ledger._evals) <= 5
+    assert len(ledger.state.evals.rounds) <= 5
 
 
 def test_failures_in_a_row_are_fatal_with_the_last_error() -> None:
@@ -325,11 +332,11 @@ def test_failures_in_a_row_are_fatal_with_the_last_error() -> None:
         index = lease.sample_indices[0]
         if error is None:
             deliver(ledger, "a", done(lease, index, [0]))
-            beat(ledger, "a", capacity=2 + len(ledger.book.servers["a"].leases))
+            beat(ledger, "a", capacity=2 + len(ledger.servers["a"].leases))
         else:
             ledger.sample_failed("a", failed(lease, index, error))
             ledger.return_leases("a", [lease.lease_id])
-    assert "3 samples failed in a row" in ledger.fatal and "five" in ledger.fatal
+    assert "3 samples failed in a row" in ledger.failure_reason and "five" in ledger.failure_reason
     assert leases_of(ledger) == []
 
 
@@ -342,12 +349,12 @@ def test_a_group_without_spread_is_refilled_with_another_prompt() -> None:
     (refill,) = leases_of(ledger)
     assert refill.prompt_index != lease.prompt_index
     finish(ledger, refill, rewards=(0.0, 1.0))
-    assert ledger.register.num_by_state()[State.BATCHED] == 1
+    assert ledger.num_by_state()[State.BATCHED] == 1
 
 
 def test_spread_filter_needs_a_group() -> None:
     with pytest.raises(ConfigError, match="group_size"):
-        LedgerSettings(max_staleness=0, groups_per_step=1, group_size=1, num_steps=1, group_filter="spread")
+        ledger_settings(group_size=1, group_filter="spread")
 
 
 def test_a_group_of_mixed_versions_is_rejected_by_single_version() -> None:
@@ -397,7 +404,7 @@ def test_recorded_groups_are_served_identically_until_committed() -> None:
     again = ledger.fetch(step=0, position=0)
     assert again is not None and again.ticket_id == group.ticket_id
     ledger.commit(incarnation=1, step=0)
-    assert ledger.register.num_by_state()[State.TRAINED] == 1
+    assert ledger.num_by_state()[State.TRAINED] == 1
     with pytest.raises(RefusedError, match="served"):
         ledger.fetch(step=0, position=0)
     with pytest.raises(RefusedError, match="position"):
@@ -410,7 +417,7 @@ def test_a_newer_trainer_fences_the_older_and_may_repeat_uncommitted_steps() -> 
     for lease in leases_of(ledger):
         finish(ledger, lease)
     train_step(ledger)
-    trained = ledger.statistics["tokens_trained"]
+    trained = ledger.state.counters["tokens_trained"]
     ledger.start_training(incarnation=2, step=0, stream={})
     with pytest.raises(StaleIncarnationError):
         ledger.complete_step(incarnation=1, step=0)
@@ -420,7 +427,7 @@ def test_a_newer_trainer_fences_the_older_and_may_repeat_uncommitted_steps() -> 
         ledger.alloc_version(incarnation=3, step=0)
     assert ledger.alloc_version(incarnation=2, step=0) == 2, "versions are never reused"
     ledger.complete_step(incarnation=2, step=0)
-    assert ledger.statistics["tokens_trained"] == trained, "a repeated step is counted once"
+    assert ledger.state.counters["tokens_trained"] == trained, "a repeated step is counted once"
     ledger.commit(incarnation=2, step=0)
     with pytest.raises(RefusedError, match="restart"):
         ledger.start_training(incarnation=3, step=0, stream={})
@@ -450,7 +457,7 @@ def test_resuming_in_a_fresh_ledger_reissues_what_was_not_trained_first() -> Non
         "cancelled prompts are not lost"
     )  # type: ignore[arg-type]
 
-    resumed = Ledger(ledger.settings, MemoryStore())
+    resumed = empty_ledger(ledger.settings)
     resumed.set_num_train_prompts(1000)
     resumed.start_training(incarnation=9, step=1, stream=state)
     add_server(resumed, "a", capacity=100)
@@ -477,7 +484,7 @@ def test_closing_cancels_what_no_completed_step_holds_and_leaves_eval_alone() ->
     ledger.close("drain")
     assert ledger.drops == {Drop.CANCELLED: 2}, "one was running, one recorded for a step that nobody trained"
     assert sorted(ledger.take_aborts()["a"]) == [lease.lease_id for lease in leases[3:]]
-    assert ledger.register.num_by_state()[State.BATCHED] == 2, "the completed step waits for its commit"
+    assert ledger.num_by_state()[State.BATCHED] == 2, "the completed step waits for its commit"
     assert ledger.fetch(step=1, position=0) is None
     ledger.commit(incarnation=1, step=0)
     assert sorted(ledger.stream_state(step=0)["pending"]) == sorted(
@@ -519,7 +526,7 @@ def test_evaluation_goes_first_waits_for_its_version_and_reports_means() -> None
         1.5,
     )
     assert (result.oldest_version, result.newest_version) == (version, version)
-    counts = ledger.register.num_by_state()
+    counts = ledger.num_by_state()
     assert (counts[State.EVALUATED], counts[State.DROPPED]) == (2, 1)
 
 
@@ -545,7 +552,7 @@ def test_the_prompt_cursor_resumes_in_the_middle_of_an_epoch() -> None:
     whole = PromptOrder(seed=3, num_prompts=7)
     sequence = [whole.next().index for _ in range(20)]
     resumed = PromptOrder(seed=3, num_prompts=7)
-    resumed.restore(cursor=9, pending=[4, 2])
+    resumed.restore(cursor=9, returned=[Prompt(index=4), Prompt(index=2)])
     assert [resumed.next().index for _ in range(13)] == [4, 2, *sequence[9:]]
     assert sorted(sequence[:7]) == list(range(7))
 

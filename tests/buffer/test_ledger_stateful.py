@@ -17,7 +17,8 @@ from areal_like.errors import StaleIncarnationError
 from areal_like.wire.messages.producer import Lease, Purpose, ServerState
 from buffer.ledger.ledger import Ledger
 from buffer.ledger.recovery import recover
-from buffer.storage.base import MemoryStore, Store
+from buffer.storage.base import Store
+from buffer.storage.memory import MemoryStore
 from buffer.tickets import Drop, State, Ticket, Verdict
 from tests.support.ledger_plant import add_server, beat, deliver, done, failed, new_ledger
 from tests.support.row_store import RowStore
@@ -87,7 +88,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(name=st.sampled_from(SERVERS), restarted=st.booleans())
     def hello(self, name: str, restarted: bool) -> None:
         self.server_incarnation[name] += restarted
-        known = self.ledger.book.servers.get(name)
+        known = self.ledger.servers.get(name)
         version = known.weights_version if known and not restarted else self.versions[-1]
         add_server(
             self.ledger,
@@ -106,7 +107,7 @@ class LedgerMachine(RuleBasedStateMachine):
         state=st.just(ServerState.SERVING) | st.sampled_from(ServerState),
     )
     def heartbeat(self, name: str, newest: bool, capacity: int, state: ServerState) -> None:
-        server = self.ledger.book.servers.get(name)
+        server = self.ledger.servers.get(name)
         if server is not None:
             version = self.versions[-1] if newest else server.weights_version
             beat(self.ledger, name, capacity=capacity, version=version, now_s=self.now_s, state=state)
@@ -127,8 +128,8 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def expected(self, name: str, lease: Lease, index: int) -> Verdict:
         """What the rules say, from what this machine has seen and which samples are outstanding."""
-        held = self.ledger.book.leases.get(lease.lease_id)
-        ticket = self.ledger.register.live.get(lease.ticket_id)
+        held = self.ledger.state.leases.live.get(lease.lease_id)
+        ticket = self.ledger.state.tickets.live.get(lease.ticket_id)
         if ticket is None:
             return Verdict.FINISHED
         if self.accepted.get((lease.ticket_id, index)) == lease.lease_id:
@@ -148,7 +149,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if other_server:
             name = data.draw(st.sampled_from(SERVERS))
         expected = self.expected(name, lease, index)
-        server = self.ledger.book.servers.get(name)
+        server = self.ledger.servers.get(name)
         newest = server.weights_version if server else 0
         oldest = self.versions[max(0, self.versions.index(newest) - 1)] if old else newest
         if expected is Verdict.ACCEPTED and self.abandoned & {oldest, newest}:
@@ -162,7 +163,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def deliver_whole_lease(self, data: st.DataObject) -> None:
         name, lease = data.draw(st.sampled_from(self.leases[-4:]))
-        version = self.ledger.book.servers[name].weights_version if name in self.ledger.book.servers else 0
+        version = self.ledger.servers[name].weights_version if name in self.ledger.servers else 0
         for index in lease.sample_indices:
             if (
                 deliver(self.ledger, name, done(lease, index, [version], reward=float(index)))
@@ -183,7 +184,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def give_back(self, data: st.DataObject) -> None:
         name, lease = data.draw(st.sampled_from(self.leases))
-        if name in self.ledger.book.servers:
+        if name in self.ledger.servers:
             self.ledger.return_leases(name, [lease.lease_id, lease.lease_id])
         self.grant()
 
@@ -195,14 +196,14 @@ class LedgerMachine(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.now_s += seconds
         for name in self.ledger.expire(now_s=self.now_s):
-            assert name not in self.ledger.book.servers
+            assert name not in self.ledger.servers
         self.grant()
 
     # --- trainer ---
 
     @property
     def num_taken(self) -> int:
-        return self.ledger.recorder.step * GROUPS + self.ledger.recorder.position
+        return self.ledger.state.scheduler.step * GROUPS + self.ledger.state.scheduler.position
 
     @precondition(lambda self: self.num_taken)
     @rule(position=st.integers(0, STEPS * GROUPS - 1))
@@ -229,7 +230,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 )
             assert trajectory.num_sampled > 0
 
-    @precondition(lambda self: self.ledger.recorder.num_full_steps > self.ledger.trainer_step)
+    @precondition(lambda self: self.ledger.state.scheduler.num_full_steps > self.ledger.trainer_step)
     @rule(push=st.booleans(), commit=st.booleans())
     def train(self, push: bool, commit: bool) -> None:
         step = self.ledger.trainer_step
@@ -257,14 +258,16 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def trainer_restarts(self, data: st.DataObject) -> None:
-        first = self.ledger.steps.first_kept if self.durable else self.ledger.committed_step + 1
+        first = self.ledger.state.steps.first_kept if self.durable else self.ledger.committed_step + 1
         self.trainer_restarts_at(data.draw(st.integers(first, self.ledger.trainer_step)))
 
     @rule(data=st.data())
     def poison(self, data: st.DataObject) -> None:
-        ids = sorted(ticket.ticket_id for ticket in self.ledger.steps.from_on(self.ledger.trainer_step))
+        ids = sorted(
+            ticket.ticket_id for ticket in self.ledger.state.steps.tickets_from(self.ledger.trainer_step)
+        )
         if ids:
-            ticket = self.ledger.register.live[data.draw(st.sampled_from(ids))]
+            ticket = self.ledger.state.tickets.live[data.draw(st.sampled_from(ids))]
             self.ledger.poison([ticket.ticket_id])
             self.served.pop((ticket.step, ticket.position), None)
             self.num_trained = min(self.num_trained, ticket.step)
@@ -287,7 +290,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule()
     def close(self) -> None:
         self.ledger.close("test")
-        assert self.ledger.register.count(Purpose.TRAIN, State.LEASED) == 0
+        assert self.ledger.state.tickets.count(Purpose.TRAIN, State.LEASED) == 0
         if not self.durable:
             self.served = {
                 place: ticket_id
@@ -295,23 +298,23 @@ class LedgerMachine(RuleBasedStateMachine):
                 if place[0] < self.ledger.trainer_step
             }
             self.num_trained = min(self.num_trained, self.ledger.trainer_step)
-            assert self.ledger.register.count(Purpose.TRAIN, State.QUEUED, State.READY) == 0
+            assert self.ledger.state.tickets.count(Purpose.TRAIN, State.QUEUED, State.READY) == 0
 
     # --- promises ---
 
     @invariant()
     def books_balance(self) -> None:
-        self.ledger.register.check()
-        counts = self.ledger.register.num_by_state()
+        self.ledger.state.tickets.check_conservation()
+        counts = self.ledger.num_by_state()
         assert counts[State.DROPPED] == self.ledger.drops.total()
-        train = self.ledger.register.count(Purpose.TRAIN, *State) - self.ledger.register.count(
+        train = self.ledger.state.tickets.count(Purpose.TRAIN, *State) - self.ledger.state.tickets.count(
             Purpose.TRAIN, State.DROPPED
         )
         assert train <= STEPS * GROUPS, "more groups than the run has places"
 
     @invariant()
     def learned_once(self) -> None:
-        counters = self.ledger.statistics.counters()
+        counters = self.ledger.counters()
         assert counters["samples_trained"] == self.num_trained * GROUPS * SIZE
         assert counters["max_trained_lag"] <= self.ledger.settings.max_staleness
         assert self.num_taken <= (self.num_trained + 2) * GROUPS, (
@@ -320,10 +323,10 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @invariant()
     def leases_match_tickets(self) -> None:
-        book, live = self.ledger.book, self.ledger.register.live
-        for server in book.servers.values():
+        leases, live = self.ledger.state.leases, self.ledger.state.tickets.live
+        for server in leases.servers.values():
             assert server.owed_samples == sum(len(lease.outstanding) for lease in server.leases.values())
-        assert set(book.leases) == {lease_id for ticket in live.values() for lease_id in ticket.leases}
+        assert set(leases.live) == {lease_id for ticket in live.values() for lease_id in ticket.leases}
         for ticket in live.values():
             if ticket.state in (State.QUEUED, State.LEASED):
                 making = [index for lease in ticket.leases.values() for index in lease.outstanding]
@@ -355,17 +358,17 @@ class LedgerMachine(RuleBasedStateMachine):
                 for lease in leases:
                     for index in lease.sample_indices:
                         deliver(ledger, "a", done(lease, index, [version], reward=float(index)))
-            if ledger.recorder.num_full_steps > ledger.trainer_step:
+            if ledger.state.scheduler.num_full_steps > ledger.trainer_step:
                 self.train(push=True, commit=True)
         assert ledger.trainer_step == STEPS, (
-            f"stuck: {ledger.register.num_by_state()}, step {ledger.recorder.step}"
+            f"stuck: {ledger.num_by_state()}, step {ledger.state.scheduler.step}"
         )
-        assert ledger.register.count(Purpose.TRAIN, State.TRAINED) == STEPS * GROUPS
-        assert not any(ticket.purpose is Purpose.TRAIN for ticket in ledger.register.live.values()), (
+        assert ledger.state.tickets.count(Purpose.TRAIN, State.TRAINED) == STEPS * GROUPS
+        assert not any(ticket.purpose is Purpose.TRAIN for ticket in ledger.state.tickets.live.values()), (
             "tickets are left over"
         )
         ledger.commit(incarnation=self.incarnation, step=STEPS - 1, oldest_kept_step=STEPS)
-        assert ledger.store.num_bytes == 0
+        assert ledger.state.store.num_bytes == 0
 
     def trainer_restarts_at(self, step: int) -> None:
         self.incarnation = max(self.incarnation, self.ledger.trainer_incarnation) + 1
@@ -384,10 +387,13 @@ class DurableLedgerMachine(LedgerMachine):
 
     def another(self) -> Ledger:
         """The ledger that the next buffer would have if this one were killed now."""
-        store = self.ledger.store
+        store = self.ledger.state.store
         assert isinstance(store, RowStore)
         ledger = recover(
-            self.ledger.settings, store.copy(), now_s=self.now_s, first_lease_id=self.ledger.book._next_id
+            self.ledger.settings,
+            store.copy(),
+            now_s=self.now_s,
+            first_lease_id=self.ledger.state.leases._next_id,
         )
         ledger.set_num_train_prompts(1000)
         return ledger
@@ -400,8 +406,8 @@ class DurableLedgerMachine(LedgerMachine):
     def buffer_is_killed(self, back: set[str]) -> None:
         """Those of `back` say hello at once; others may, later, or their leases run out."""
         before, self.ledger = self.ledger, self.another()
-        for name in sorted(back & before.book.servers.keys()):
-            server = before.book.servers[name]
+        for name in sorted(back & before.servers.keys()):
+            server = before.servers[name]
             add_server(
                 self.ledger,
                 name,
@@ -410,9 +416,9 @@ class DurableLedgerMachine(LedgerMachine):
                 now_s=self.now_s,
                 incarnation=server.incarnation,
             )
-            live = before.register.live
+            live = before.state.tickets.live
             kept = {i for i, lease in server.leases.items() if live[lease.ticket_id].purpose is Purpose.TRAIN}
-            assert self.ledger.book.servers[name].leases.keys() == kept, "a lease did not survive"
+            assert self.ledger.servers[name].leases.keys() == kept, "a lease did not survive"
         self.grant()
 
 
@@ -420,47 +426,53 @@ def observed(ledger: Ledger) -> dict[str, object]:
     """Everything that the future depends on, but for what is not meant to survive: evaluations, servers, whom a group was served to."""
     train = {
         ticket.ticket_id: ticket
-        for ticket in ledger.register.live.values()
+        for ticket in ledger.state.tickets.live.values()
         if ticket.purpose is Purpose.TRAIN
     }
     drops = ledger.drops.copy()
-    drops[Drop.CANCELLED] += len(ledger.register.live) - len(train)
+    drops[Drop.CANCELLED] += len(ledger.state.tickets.live) - len(train)
     return {
         "tickets": {ticket_id: facts(ticket) for ticket_id, ticket in train.items()},
         "recorded": {
             step: {position: facts(t) for position, t in row.items()}
-            for step, row in ledger.steps.recorded.items()
+            for step, row in ledger.state.steps.recorded.items()
         },
         "arrays": {
-            t.ticket_id: len(ledger.store.group(t))
-            for row in ledger.steps.recorded.values()
+            t.ticket_id: len(ledger.state.store.records_of(t))
+            for row in ledger.state.steps.recorded.values()
             for t in row.values()
         },
-        "num_issued": ledger.register.num_issued,
-        "counts": {state: ledger.register.count(Purpose.TRAIN, state) for state in State},
+        "num_issued": ledger.state.tickets.num_issued,
+        "counts": {state: ledger.state.tickets.count(Purpose.TRAIN, state) for state in State},
         "drops": {reason: drops[reason] for reason in Drop},
-        "prompts": (ledger.prompts.cursor, list(ledger.prompts._returned)),
-        "versions": (ledger.versions._weights, ledger.versions._abandoned, ledger.versions.newest),
-        "bound": ledger.bound.max_staleness,
-        "open": not ledger.closed_because,
-        "trainer": (ledger.trainer_incarnation, ledger.incarnations),
+        "prompts": (ledger.state.prompts.order.cursor, list(ledger.state.prompts.order._returned)),
+        "versions": (
+            ledger.state.versions._weights,
+            ledger.state.versions._abandoned,
+            ledger.state.versions.newest,
+        ),
+        "bound": ledger.state.bound.max_staleness,
+        "open": not ledger.closed_reason,
+        "trainer": (ledger.trainer_incarnation, ledger.state.incarnations.newest),
         "steps": (
-            ledger.steps.current,
-            ledger.steps.committed,
-            ledger.steps.first_kept,
-            ledger.steps.num_counted,
-            ledger.steps.attempts,
+            ledger.state.steps.current,
+            ledger.state.steps.committed,
+            ledger.state.steps.first_kept,
+            ledger.state.steps.num_counted,
+            ledger.state.steps.attempts,
         ),
         "recorder": (
-            ledger.recorder.step,
-            ledger.recorder.position,
-            ledger.recorder._holes,
-            ledger.recorder._ready,
+            ledger.state.scheduler.step,
+            ledger.state.scheduler.position,
+            ledger.state.scheduler._holes,
+            ledger.state.scheduler._ready,
         ),
-        "deadlines": (ledger.recorder._tracked, +ledger.recorder._num_due),
-        "ready": sorted(entry for entry in set(ledger.recorder._heap) if entry[1] in ledger.recorder._ready),
-        "waiting": ledger.admission.waiting,
-        "counters": ledger.statistics.counters(),
+        "deadlines": (ledger.state.scheduler._tracked, +ledger.state.scheduler._num_due),
+        "ready": sorted(
+            entry for entry in set(ledger.state.scheduler._heap) if entry[1] in ledger.state.scheduler._ready
+        ),
+        "waiting": ledger.state.admission.waiting,
+        "counters": ledger.counters(),
     }
 
 

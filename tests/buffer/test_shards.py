@@ -30,7 +30,7 @@ from areal_like.wire.messages.hello import Hello, Ok, Role, Welcome
 from buffer.ledger.ledger import Ledger
 from buffer.ledger.recovery import recover
 from buffer.prompts.order import PromptOrder
-from buffer.service.peers import PeerBook
+from buffer.service.peers import ConnectedPeers
 from buffer.settings import LedgerSettings
 from tests.support.ledger_plant import add_server, beat, deliver, done
 from tests.support.row_store import RowStore
@@ -108,18 +108,18 @@ def test_a_peer_that_counts_shards_otherwise_is_refused() -> None:
         "dataset": "d",
         "http_address": "",
     }
-    book = PeerBook(job="job", dataset="d", shard=Shard(1, 2))
+    book = ConnectedPeers(job="job", dataset="d", shard=Shard(1, 2))
     for shard, count, field in ((0, 2, "shard"), (1, 3, "num_shards"), (0, 1, "num_shards")):
         hello = Hello(
             role=Role.TRAINER, name="trainer-0", incarnation=1, shard=shard, num_shards=count, **fields
         )
         with pytest.raises(RefusedError) as refused:
-            book.admit(b"route", hello, now_s=0.0)
+            book.check(hello)
         assert refused.value.args[0] == field
 
 
 def test_a_server_that_comes_back_is_counted_once() -> None:
-    book = PeerBook(job="job", dataset="d")
+    book = ConnectedPeers(job="job", dataset="d")
     fields: dict[str, Any] = {
         "role": Role.ROLLOUT,
         "job": "job",
@@ -129,9 +129,9 @@ def test_a_server_that_comes_back_is_counted_once() -> None:
         "http_address": "",
     }
     for incarnation, tokens, total in ((1, 10.0, 10.0), (1, 12.0, 12.0), (2, 5.0, 17.0)):
-        peer = book.admit(b"route", Hello(name="rollout-0", incarnation=incarnation, **fields), now_s=0.0)
+        peer = book.add(b"route", Hello(name="rollout-0", incarnation=incarnation, **fields), now_s=0.0)
         peer.stats = {"tokens_generated": tokens}
-        book.forget("rollout-0")
+        book.remove("rollout-0")
         assert book.total("tokens_generated") == total
 
 
@@ -202,14 +202,16 @@ def test_a_ledger_stays_with_its_shard() -> None:
     generate(before)
     again = shard_ledger(Shard(1, 2), store.copy())
     assert (
-        again.register.num_issued == 4 and again.register.has_issued(3) and not again.register.has_issued(2)
+        again.state.tickets.num_issued == 4
+        and again.state.tickets.has_issued(3)
+        and not again.state.tickets.has_issued(2)
     )
     again.set_num_train_prompts(10)
     again.complete_step(incarnation=1, step=0)
     again.adopt_version(incarnation=1, version=1, step=1)
     add_server(again, "rollout-0", capacity=32, version=1)
     assert [lease_id % 2 for lease_id in generate(again, version=1)] == [1, 1]
-    assert sorted(again.register.live)[-2:] == [11, 13]
+    assert sorted(again.state.tickets.live)[-2:] == [11, 13]
     for other in (Shard(0, 2), Shard(1, 3), WHOLE):
         with pytest.raises(ConfigError, match=r"shard 1 with buffer\.num_shards=2"):
             shard_ledger(other, store.copy())

@@ -20,9 +20,9 @@ from areal_like.errors import ConfigError, StoreCorruptError, UserError
 from areal_like.wire.messages.producer import Purpose
 from areal_like.wire.records import segment_path
 from buffer.prompts.order import Prompt
-from buffer.storage import sql as schema
-from buffer.storage.base import LeaseRow, Recovered, RollbackRow, VersionRow
-from buffer.storage.durable import DurableStore, StoreSettings
+from buffer.storage import sql, sql_read
+from buffer.storage.durable import DurableStore
+from buffer.storage.rows import LeaseRow, Recovered, RollbackRow, VersionRow
 from buffer.tickets import Drop, LeaseRecord, State, Ticket
 from tests.support.buffer_harness import job
 from tests.support.small_disk import small_disk
@@ -34,6 +34,7 @@ from tests.support.store_load import (
     new_ticket,
     put_sample,
     raising,
+    store_settings,
     train,
     trajectory_of,
 )
@@ -44,7 +45,7 @@ async def opened(
     directory: Path, *, on_error: Callable[[Exception], None] = raising, **settings: Any
 ) -> AsyncIterator[tuple[DurableStore, Recovered]]:
     """A store, and what it found."""
-    store = DurableStore(directory, StoreSettings(**settings), on_error=on_error)
+    store = DurableStore(directory, store_settings(**settings), on_error=on_error)
     try:
         yield store, store.recover()
     finally:
@@ -62,14 +63,14 @@ def full_ticket(store: DurableStore, ticket_id: int) -> Ticket:
 
 def is_whole(store: DurableStore, ticket: Ticket) -> bool:
     """Whether the store gives back what `full_ticket` put in."""
-    group = [record.trajectory() for record in store.group(ticket)]
+    group = [record.trajectory() for record in store.records_of(ticket)]
     return all(is_same(mine, trajectory_of(ticket.ticket_id, index)) for index, mine in enumerate(group))
 
 
-def query(directory: Path, sql: str) -> list[tuple[Any, ...]]:
+def query(directory: Path, statement: str) -> list[tuple[Any, ...]]:
     """As an operator would ask."""
     with contextlib.closing(sqlite3.connect(directory / "ledger.sqlite3")) as ledger:
-        return ledger.execute(sql).fetchall()
+        return ledger.execute(statement).fetchall()
 
 
 def num_segments(directory: Path) -> int:
@@ -116,8 +117,8 @@ def test_every_fact_comes_back(tmp_path: Path, durability: str) -> None:
                 move(store, ticket, state)
             store.put_version(VersionRow(version=1, step=0, parent=0, trainer_incarnation=8))
             store.put_version(VersionRow(version=2, step=1, parent=1, trainer_incarnation=8))
-            store.put_mark("cursor", 11)
-            store.put_mark("cursor", 12)
+            store.put_scalar("cursor", 11)
+            store.put_scalar("cursor", 12)
             for index in (5, 6, 7):
                 store.push_returned(Prompt(index=index, parent=index + 1, num_reissues=1))
             store.pop_returned()
@@ -129,7 +130,7 @@ def test_every_fact_comes_back(tmp_path: Path, durability: str) -> None:
                     trainer_incarnation=9, from_step=8, to_step=6, num_tickets=4, num_tokens=99, unix_s=1.5
                 )
             )
-            store.put_statistics({"tokens": 1 << 53, "mean": 0.1})
+            store.put_counters({"tokens": 1 << 53, "mean": 0.1})
             await durable(store)
 
     async def read() -> None:
@@ -162,9 +163,9 @@ def test_every_fact_comes_back(tmp_path: Path, durability: str) -> None:
                 )
             ]
             assert [(row.version, row.parent) for row in found.versions] == [(1, 0), (2, 1)]
-            assert found.marks == {"cursor": 12} and found.attempts == {7: 2} and found.num_issued == 5
+            assert found.scalars == {"cursor": 12} and found.attempts == {7: 2} and found.num_issued == 5
             assert [prompt.index for prompt in found.returned] == [6, 7]
-            assert found.rollbacks[0].num_tokens == 99 and found.statistics == {
+            assert found.rollbacks[0].num_tokens == 99 and found.counters == {
                 "tokens": 1 << 53,
                 "mean": 0.1,
             }
@@ -216,7 +217,7 @@ def test_one_turn_is_one_transaction(tmp_path: Path) -> None:
             with contextlib.closing(sqlite3.connect(tmp_path / "ledger.sqlite3")) as ledger:
                 for ticket_id in range(1, 301):
                     store.put_ticket(new_ticket(ticket_id))
-                    store.put_mark("issued", ticket_id)
+                    store.put_scalar("issued", ticket_id)
                     await asyncio.sleep(0)
                     (row,) = ledger.execute(
                         "SELECT (SELECT count(*) FROM tickets), (SELECT coalesce(max(value), 0) FROM marks)"
@@ -294,7 +295,7 @@ def test_damage_is_named_and_never_served(tmp_path: Path, caplog: pytest.LogCapt
 
     async def read(ticket_id: int) -> None:
         async with opened(tmp_path) as (store, found):
-            store.group(found.tickets[ticket_id - 1])
+            store.records_of(found.tickets[ticket_id - 1])
 
     def damage(ticket_id: int) -> Path:
         ((segment, offset, size),) = query(
@@ -323,7 +324,7 @@ def test_damage_is_named_and_never_served(tmp_path: Path, caplog: pytest.LogCapt
         asyncio.run(read(40))
 
     async def read_the_rest() -> None:
-        store = DurableStore(tmp_path, StoreSettings(), on_error=raising)
+        store = DurableStore(tmp_path, store_settings(), on_error=raising)
         lost = [row[0] for row in query(tmp_path, "SELECT DISTINCT ticket_id FROM samples WHERE segment = 0")]
         assert len(store.recover(ignoring=lost).tickets) == 40
         store.close()
@@ -337,7 +338,7 @@ def test_one_buffer_at_a_time(tmp_path: Path) -> None:
             with pytest.raises(
                 UserError, match=f"in use by another buffer .pid {os.getpid()}.: stop that one"
             ):
-                DurableStore(tmp_path, StoreSettings(), on_error=raising)
+                DurableStore(tmp_path, store_settings(), on_error=raising)
         async with opened(tmp_path):
             pass
 
@@ -346,28 +347,28 @@ def test_one_buffer_at_a_time(tmp_path: Path) -> None:
 
 def test_schemas_go_forward_only(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite3"
-    later = (*schema.MIGRATIONS, "ALTER TABLE marks ADD COLUMN note TEXT; UPDATE marks SET note = 'old'")
+    later = (*sql.MIGRATIONS, "ALTER TABLE marks ADD COLUMN note TEXT; UPDATE marks SET note = 'old'")
 
     async def write() -> None:
         async with opened(tmp_path) as (store, _):
-            store.put_mark("cursor", 3)
+            store.put_scalar("cursor", 3)
 
     asyncio.run(write())
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as ledger:
         with pytest.raises(sqlite3.OperationalError, match="no such table"):
-            schema.migrate(
+            sql.migrate(
                 ledger,
                 path=path,
-                migrations=(*schema.MIGRATIONS, "ALTER TABLE marks ADD COLUMN note TEXT; DROP TABLE nowhere"),
+                migrations=(*sql.MIGRATIONS, "ALTER TABLE marks ADD COLUMN note TEXT; DROP TABLE nowhere"),
             )
         ledger.execute("ROLLBACK")
         assert ledger.execute("SELECT * FROM marks").fetchall() == [("cursor", 3)]
-        schema.migrate(ledger, path=path, migrations=later)
-        schema.migrate(ledger, path=path, migrations=later)
+        sql.migrate(ledger, path=path, migrations=later)
+        sql.migrate(ledger, path=path, migrations=later)
         assert ledger.execute("SELECT * FROM marks").fetchall() == [("cursor", 3, "old")]
     with pytest.raises(
         UserError,
-        match=f"schema version {len(later)} and this program knows {len(later) - 1}: run the release",
+        match=f"schema version {len(later)}, this program supports up to {len(later) - 1}: run the release",
     ):
         asyncio.run(write())
     path.write_bytes(b"not a ledger at all" * 1000)
@@ -385,7 +386,7 @@ async def fill_until_unhealthy(store: DurableStore, *, first_id: int) -> tuple[i
         store.when_durable(lambda ticket_id=ticket_id: acknowledged.append(ticket_id))  # type: ignore[misc]
         if ticket_id % 20 == 0:
             await asyncio.sleep(0.01)
-        if store.health:
+        if store.write_blocked_reason:
             return ticket_id, acknowledged
     raise AssertionError("the disk never became full")
 
@@ -395,7 +396,7 @@ async def check_recovery(
 ) -> None:
     """After space came: everything is acknowledged, and there."""
     await settled(lambda: len(acknowledged) == last_id - first_id + 1)
-    assert store.health == "" and acknowledged == list(range(first_id, last_id + 1))
+    assert store.write_blocked_reason == "" and acknowledged == list(range(first_id, last_id + 1))
     for ticket_id in acknowledged:
         assert is_whole(store, new_ticket(ticket_id))
     assert query(directory, "PRAGMA integrity_check") == [("ok",)]
@@ -409,7 +410,7 @@ def test_a_full_disk_is_waited_for(tmp_path: Path, durability: str) -> None:
         settings: dict[str, Any] = {"durability": durability, "cache_bytes": 0, "segment_bytes": 1 << 18}
         async with opened(ledger, **settings) as (store, _):
             last_id, acknowledged = await fill_until_unhealthy(store, first_id=1)
-            assert store.health.startswith("disk full: ")
+            assert store.write_blocked_reason.startswith("disk full: ")
             await asyncio.sleep(0.6)
             num_before = len(acknowledged)
             assert 0 < num_before < last_id, "an acknowledgement of what is not there"
@@ -462,8 +463,8 @@ def test_free_space_is_left_on_the_disk(tmp_path: Path) -> None:
             store.put_ticket(new_ticket(1))
             await durable(store)
             full_ticket(store, 2)
-            await settled(lambda: bool(store.health))
-            assert "buffer.min_free_bytes keeps" in store.health
+            await settled(lambda: bool(store.write_blocked_reason))
+            assert "buffer.min_free_bytes keeps" in store.write_blocked_reason
         assert query(tmp_path, "SELECT ticket_id FROM tickets") == [(1,)]
 
     asyncio.run(run())
@@ -479,7 +480,7 @@ def test_what_frees_space_gets_through_when_samples_do_not(
             num_before = num_segments(tmp_path)
             monkeypatch.setattr("os.statvfs", lambda _: SimpleNamespace(f_bavail=0, f_frsize=4096))
             full_ticket(store, 50)
-            await settled(lambda: bool(store.health))
+            await settled(lambda: bool(store.write_blocked_reason))
             for ticket in tickets:
                 move(store, ticket, State.TRAINED)
                 store.release(ticket)
@@ -502,10 +503,10 @@ def test_a_disk_that_hangs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     async def run() -> None:
         async with opened(tmp_path) as (store, _):
             full_ticket(store, 1)
-            await settled(lambda: "disk hangs: a write in" in store.health)
+            await settled(lambda: "disk hangs: a write in" in store.write_blocked_reason)
             goes_on.set()
             await durable(store)
-            assert store.health == ""
+            assert store.write_blocked_reason == ""
 
     asyncio.run(run())
 
@@ -518,11 +519,11 @@ def test_an_open_transaction_of_somebody_else_is_waited_for(tmp_path: Path) -> N
             ) as shell:
                 shell.execute("BEGIN IMMEDIATE")
                 full_ticket(store, 1)
-                await settled(lambda: bool(store.health))
-                assert "another program holds" in store.health
+                await settled(lambda: bool(store.write_blocked_reason))
+                assert "another program holds" in store.write_blocked_reason
                 shell.execute("ROLLBACK")
             await durable(store)
-            assert store.health == ""
+            assert store.write_blocked_reason == ""
 
     asyncio.run(run())
 
@@ -555,17 +556,17 @@ def test_recovery_reads_no_ended_ticket(tmp_path: Path) -> None:
     with contextlib.closing(sqlite3.connect(tmp_path / "ledger.sqlite3")) as ledger:
         statements: list[str] = []
         ledger.set_trace_callback(statements.append)
-        schema.read(ledger)
-        schema.read_places(ledger)
+        sql_read.read_all(ledger)
+        sql_read.read_places(ledger)
         ledger.set_trace_callback(None)
         plans = {
-            sql: " ".join(row[3] for row in ledger.execute(f"EXPLAIN QUERY PLAN {sql}"))
-            for sql in statements
-            if "samples" in sql
+            statement: " ".join(row[3] for row in ledger.execute(f"EXPLAIN QUERY PLAN {statement}"))
+            for statement in statements
+            if "samples" in statement
         }
     assert plans
-    for sql, plan in plans.items():
-        assert "SCAN samples" not in plan and "tickets_with_arrays" in plan, f"{sql}: {plan}"
+    for statement, plan in plans.items():
+        assert "SCAN samples" not in plan and "tickets_with_arrays" in plan, f"{statement}: {plan}"
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 
 from areal_like.wire.records import Place, read_record
-from buffer.storage.base import Recovered
-from buffer.storage.durable import DurableStore, StoreSettings
+from buffer.storage.durable import DurableStore
+from buffer.storage.rows import Recovered
 from tests.support.buffer_harness import ROOT
 from tests.support.lost_writes import Disk, compile_shim, read_log
-from tests.support.store_load import KEPT, SIZE, is_same, raising, trajectory_of
+from tests.support.store_load import KEPT, SIZE, is_same, raising, store_settings, trajectory_of
 
 NUM_KILLS = 20
 NUM_POWER_LOSSES = 30
@@ -49,7 +49,7 @@ def open_once(directory: Path, *, durability: str) -> Recovered:
     """What a new process would find."""
 
     async def recover() -> Recovered:
-        store = DurableStore(directory, StoreSettings(durability=durability), on_error=raising)
+        store = DurableStore(directory, store_settings(durability=durability), on_error=raising)
         try:
             return store.recover()
         finally:
@@ -81,7 +81,7 @@ def check(directory: Path, acknowledged: set[tuple[int, int]], *, durability: st
                 f"sample {index} of ticket {ticket_id} is another one"
             )
     assert trained == list(range(1, len(trained) + 1))
-    assert recovered.marks.get("committed_step", 0) == len(trained), "half of one turn's writes"
+    assert recovered.scalars.get("committed_step", 0) == len(trained), "half of one turn's writes"
     assert len(recovered.trained) == min(KEPT, len(trained))
     assert all(len(ticket.samples) == SIZE for ticket in recovered.trained)
     return len(trained)

@@ -5,14 +5,18 @@ One event is at hand at a time; `run` returns when the last step is trained or r
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import itertools
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from areal_like.config import from_mapping
 from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
 from areal_like.wire.messages.producer import (
     Lease,
@@ -25,8 +29,10 @@ from areal_like.wire.messages.producer import (
 from areal_like.wire.records import Record
 from buffer.ledger.ledger import Ledger
 from buffer.ledger.recovery import recover
+from buffer.ledger.state import LedgerState
 from buffer.settings import LedgerSettings
-from buffer.storage.base import MemoryStore, Store
+from buffer.storage.base import Store
+from buffer.storage.memory import MemoryStore
 from buffer.tickets import Verdict
 
 
@@ -50,10 +56,27 @@ def trajectory(
     )
 
 
+def ledger_settings(**changes: Any) -> LedgerSettings:
+    """Settings of a small job in memory, with these changes."""
+    small: dict[str, Any] = {
+        "max_staleness": 1,
+        "groups_per_step": 2,
+        "group_size": 2,
+        "num_steps": 4,
+        "durable": False,
+        "max_tokens": sys.maxsize,
+    }
+    return dataclasses.replace(LedgerSettings.from_config(from_mapping({})), **(small | changes))
+
+
+def empty_ledger(settings: LedgerSettings) -> Ledger:
+    """A ledger in memory, without a trainer."""
+    return Ledger(LedgerState(settings, MemoryStore()))
+
+
 def new_ledger(*, store: Store | None = None, **settings: object) -> Ledger:
     """A ledger with a trainer (incarnation 1) at step 0 and 1,000 prompts."""
-    defaults: dict[str, object] = {"max_staleness": 1, "groups_per_step": 2, "group_size": 2, "num_steps": 4}
-    ledger = recover(LedgerSettings(**(defaults | settings)), store or MemoryStore(), now_s=0.0)  # type: ignore[arg-type]
+    ledger = recover(ledger_settings(**settings), store or MemoryStore(), now_s=0.0)
     ledger.set_num_train_prompts(1000)
     ledger.start_training(incarnation=1, step=0, stream={})
     return ledger
@@ -69,7 +92,7 @@ def beat(
     state: ServerState = ServerState.SERVING,
 ) -> None:
     """A heartbeat of a registered server that names all its leases."""
-    server = ledger.book.servers[name]
+    server = ledger.servers[name]
     message = ServerHeartbeat(
         state=state,
         free_samples=capacity - server.owed_samples,
@@ -154,10 +177,10 @@ class Plant:
         while self.ledger.committed_step < self.ledger.settings.num_steps - 1:
             self.now_s, _, action = heapq.heappop(self._events)
             assert self.now_s < limit_s, (
-                f"stuck at step {self.ledger.trainer_step}: {self.ledger.register.num_by_state()}"
+                f"stuck at step {self.ledger.trainer_step}: {self.ledger.num_by_state()}"
             )
             action()
-            assert not self.ledger.fatal, self.ledger.fatal
+            assert not self.ledger.failure_reason, self.ledger.failure_reason
             self._grant()
 
     def _kill(self, name: str) -> None:

@@ -7,18 +7,21 @@ does, continues from what it finds in DIRECTORY, and prints one line `TICKET IND
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from areal_like.config import from_mapping
 from areal_like.trajectory import FinishReason, Trajectory
 from areal_like.wire.messages.producer import Purpose
 from areal_like.wire.records import Record
 from buffer.storage.durable import DurableStore, StoreSettings
-from buffer.tickets import Sample, State, Ticket
+from buffer.tickets import SampleSummary, State, Ticket
 
 SIZE = 2
 """Samples of a ticket."""
@@ -56,6 +59,12 @@ def is_same(left: Trajectory, right: Trajectory) -> bool:
     )
 
 
+def store_settings(**changes: Any) -> StoreSettings:
+    """The configuration's defaults without a reserve of free space, with these changes."""
+    defaults = StoreSettings.from_config(from_mapping({}))
+    return dataclasses.replace(defaults, **({"min_free_bytes": 0} | changes))
+
+
 def new_ticket(ticket_id: int, *, num_samples: int = SIZE) -> Ticket:
     """As the register would issue it."""
     return Ticket(
@@ -67,9 +76,9 @@ def new_ticket(ticket_id: int, *, num_samples: int = SIZE) -> Ticket:
     )
 
 
-def sample_of(ticket_id: int, sample_index: int, trajectory: Trajectory) -> Sample:
+def sample_of(ticket_id: int, sample_index: int, trajectory: Trajectory) -> SampleSummary:
     """Its row."""
-    return Sample(
+    return SampleSummary(
         lease_id=100 + ticket_id,
         oldest_step=0,
         sum_token_steps=sample_index,
@@ -108,7 +117,7 @@ def raising(error: Exception) -> None:
 async def load(directory: Path, *, durability: str, num_tickets: int) -> None:
     """Goes on from what is there until `num_tickets` more are trained."""
     store = DurableStore(
-        directory, StoreSettings(durability=durability, segment_bytes=_SEGMENT_BYTES), on_error=raising
+        directory, store_settings(durability=durability, segment_bytes=_SEGMENT_BYTES), on_error=raising
     )
     recovered = store.recover()
     trained = list(recovered.trained)
@@ -137,7 +146,7 @@ def train(store: DurableStore, ticket: Ticket, trained: list[Ticket]) -> None:
     ticket.step, ticket.position = ticket.ticket_id, 0
     move(store, ticket, State.BATCHED)
     move(store, ticket, State.TRAINED)
-    store.put_mark("committed_step", ticket.step)
+    store.put_scalar("committed_step", ticket.step)
     trained.append(ticket)
     if len(trained) > KEPT:
         store.release(trained.pop(0))

@@ -201,10 +201,10 @@ def test_the_whole_stream_under_a_moving_bound(drift: float, expected: set[int])
     plant = AdaptivePlant(ledger=ledger, servers=servers, step_s=6.0, fail_probability=0.02)
     plant.controller, plant.drift, plant.bounds = StalenessController(cap=4, target=TARGET), drift, []
     plant.run()
-    assert max(ledger.statistics.lag_histogram) <= 4
+    assert max(ledger.lag_histogram()) <= 4
     assert ledger.drops[Drop.STALE] == 0, "a moving bound wastes nothing"
     assert max(set(plant.bounds[100:]), key=plant.bounds[100:].count) in expected
-    assert ledger.store.num_bytes == 0
+    assert ledger.state.store.num_bytes == 0
 
 
 # --- settings ---
