@@ -70,7 +70,8 @@ class StreamStart:
             raise RefusedError(
                 "step",
                 f"this buffer can resume from step {first} or later, not {step}: "
-                "the data of earlier steps is released. To go back further restart it without its ledger (move the run's ledger/ away)",
+                "the data of earlier steps is released. "
+                "To go back further restart it without its ledger (move the run's ledger/ away)",
             )
         if (looping := self._steps.find_crash_loop(first=step)) is not None:
             ids = " ".join(str(ticket.ticket_id) for ticket in self._steps.tickets_of(looping))

@@ -1,4 +1,5 @@
-"""The ledger's rules one by one. What must hold in every order of events is in test_ledger_stateful.py."""
+"""The rules of the ledger one by one. test_ledger_stateful.py checks what must hold in every order of
+events."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ def finish(
 
 
 def train_step(ledger: Ledger) -> int:
-    """The trainer does its step and pushes; the version of the new weights."""
+    """Completes the trainer's step; returns the version of the new weights."""
     step = ledger.trainer_step
     ledger.complete_step(incarnation=1, step=step)
     return ledger.alloc_version(incarnation=1, step=step + 1)
@@ -54,7 +55,7 @@ def train_step(ledger: Ledger) -> int:
 # --- admission and credit ---
 
 
-def test_admission_stops_at_the_staleness_budget_and_goes_on_with_new_weights() -> None:
+def test_admission_stops_at_the_staleness_budget() -> None:
     ledger = new_ledger(max_staleness=1, groups_per_step=2)
     add_server(ledger, "a", capacity=100)
     leases = leases_of(ledger)
@@ -71,7 +72,7 @@ def test_admission_stops_at_the_staleness_budget_and_goes_on_with_new_weights() 
     assert len(leases_of(ledger)) == 2
 
 
-def test_no_more_tickets_than_the_run_has_places() -> None:
+def test_no_more_tickets_than_the_run_has_positions() -> None:
     ledger = new_ledger(max_staleness=100, num_steps=3)
     add_server(ledger, "a", capacity=1000)
     assert len(leases_of(ledger)) == 3 * 2
@@ -99,7 +100,7 @@ def test_credit_does_not_drift_when_a_heartbeat_crosses_a_grant() -> None:
     assert leases_of(ledger) == []
 
 
-def test_an_idle_server_smaller_than_a_group_takes_one_all_the_same() -> None:
+def test_an_idle_server_smaller_than_a_group_takes_one() -> None:
     ledger = new_ledger(group_size=8)
     add_server(ledger, "a", capacity=3)
     assert [len(lease.sample_indices) for lease in leases_of(ledger)] == [8]
@@ -126,7 +127,7 @@ def test_a_server_of_unknown_version_gets_nothing() -> None:
     assert leases_of(ledger) == []
 
 
-def test_no_ticket_before_a_trainer_has_started_and_the_task_is_known() -> None:
+def test_no_ticket_before_trainer_and_task_are_known() -> None:
     ledger = empty_ledger(ledger_settings(num_steps=2))
     add_server(ledger, "a", capacity=8)
     assert leases_of(ledger) == []
@@ -141,7 +142,7 @@ def test_no_ticket_before_a_trainer_has_started_and_the_task_is_known() -> None:
 # --- samples ---
 
 
-def test_duplicates_are_acknowledged_and_superseded_leases_refused() -> None:
+def test_duplicates_are_acknowledged_superseded_ones_refused() -> None:
     ledger = new_ledger()
     add_server(ledger, "a", capacity=2)
     (lease,) = leases_of(ledger)
@@ -165,7 +166,7 @@ def test_duplicates_are_acknowledged_and_superseded_leases_refused() -> None:
     assert counters["tokens_generated"] == 3, "two accepted, one refused; a duplicate was generated once"
 
 
-def test_samples_that_cannot_be_used_are_refused_and_made_again() -> None:
+def test_unusable_samples_are_refused_and_leased_again() -> None:
     ledger = new_ledger()
     add_server(ledger, "a", capacity=2)
     (lease,) = leases_of(ledger)
@@ -176,7 +177,7 @@ def test_samples_that_cannot_be_used_are_refused_and_made_again() -> None:
     assert deliver(ledger, "a", aborted) is Verdict.INVALID
     (again,) = leases_of(ledger)
     assert again.sample_indices == [0, 1]
-    assert again.seed != lease.seed, "the failure may lie in the text that this seed gives"
+    assert again.seed != lease.seed, "the text that this seed gives may have caused the failure"
     unknown = dataclasses.replace(done(again, 0, [0]), record=Record.of(99, 0, trajectory([0])))
     assert deliver(ledger, "a", unknown) is Verdict.UNKNOWN_TICKET
 
@@ -201,7 +202,7 @@ def test_lag_counts_the_oldest_token_of_the_group() -> None:
 # --- leases ---
 
 
-def test_a_heartbeat_renews_what_it_names_and_the_rest_expires() -> None:
+def test_a_heartbeat_renews_the_leases_it_names_others_expire() -> None:
     ledger = new_ledger(max_staleness=4, lease_timeout_s=10.0)
     add_server(ledger, "a", capacity=4)
     kept, lost = leases_of(ledger)
@@ -227,10 +228,10 @@ def test_a_heartbeat_renews_what_it_names_and_the_rest_expires() -> None:
         leases=[lost.lease_id],
     )
     ledger.heartbeat("a", naming_lost, now_s=13.0)
-    assert ledger.take_aborts() == {"a": [lost.lease_id]}, "named again until the server has understood"
+    assert ledger.take_aborts() == {"a": [lost.lease_id]}, "aborted again while the server still names it"
 
 
-def test_a_silent_server_is_forgotten_and_reconciled_when_it_returns() -> None:
+def test_a_silent_server_is_removed_and_its_old_leases_aborted() -> None:
     ledger = new_ledger(lease_timeout_s=10.0)
     add_server(ledger, "a", capacity=2)
     (lease,) = leases_of(ledger)
@@ -249,7 +250,7 @@ def test_a_silent_server_is_forgotten_and_reconciled_when_it_returns() -> None:
     assert ledger.take_aborts() == {"a": [lease.lease_id]}
 
 
-def test_a_new_incarnation_loses_the_old_leases_and_fences_the_old_process() -> None:
+def test_a_new_server_incarnation_fences_the_old_one() -> None:
     ledger = new_ledger()
     add_server(ledger, "a", capacity=2)
     (lease,) = leases_of(ledger)
@@ -260,8 +261,8 @@ def test_a_new_incarnation_loses_the_old_leases_and_fences_the_old_process() -> 
     assert leases_of(ledger)[0].ticket_id == lease.ticket_id
 
 
-def test_a_lost_ticket_waits_for_weights_that_do_not_break_the_budget() -> None:
-    """Re-leasing to a server that lags behind would make the ticket's deadline earlier than there are places for it."""
+def test_a_lost_ticket_waits_for_weights_within_the_budget() -> None:
+    """With the older weights its deadline would be earlier than the free positions allow."""
     ledger = new_ledger(max_staleness=1, groups_per_step=2)
     add_server(ledger, "a", capacity=100)
     old = leases_of(ledger)
@@ -274,7 +275,7 @@ def test_a_lost_ticket_waits_for_weights_that_do_not_break_the_budget() -> None:
     ledger.return_leases("a", [lease.lease_id for lease in old[2:]])
     again = leases_of(ledger)
     assert [lease.ticket_id for lease in again] == [lease.ticket_id for lease in old[2:]], (
-        "two more would break the budget of 4 for step 0"
+        "two more would exceed the budget of 4 for step 0"
     )
     beat(ledger, "a", capacity=100, version=version)
     assert [lease.ticket_id for lease in leases_of(ledger)] == [lease.ticket_id for lease in fresh]
@@ -283,7 +284,7 @@ def test_a_lost_ticket_waits_for_weights_that_do_not_break_the_budget() -> None:
 # --- failures, filters, reissues ---
 
 
-def test_a_failing_sample_is_retried_then_drops_its_ticket_whose_prompt_is_reissued() -> None:
+def test_failing_samples_are_retried_then_their_ticket_drops() -> None:
     ledger = new_ledger(max_sample_retries=2, max_reissues=1)
     add_server(ledger, "a", capacity=2)
     (lease,) = leases_of(ledger)
@@ -304,7 +305,7 @@ def test_a_failing_sample_is_retried_then_drops_its_ticket_whose_prompt_is_reiss
     assert lease.prompt_index != prompt, "reissued max_reissues times"
 
 
-def test_a_sample_that_no_trainer_can_take_is_refused() -> None:
+def test_a_sample_longer_than_the_microbatch_is_refused() -> None:
     ledger = new_ledger(max_tokens=3)
     add_server(ledger, "a", capacity=2)
     (lease,) = leases_of(ledger)
@@ -312,7 +313,7 @@ def test_a_sample_that_no_trainer_can_take_is_refused() -> None:
     assert deliver(ledger, "a", done(lease, 1, [0, 0])) is Verdict.ACCEPTED
 
 
-def test_only_the_newest_evaluations_are_kept() -> None:
+def test_only_the_newest_finished_evaluations_are_kept() -> None:
     ledger = new_ledger()
     for eval_id in range(50):
         ledger.request_eval(eval_id=eval_id, num_prompts=1, min_version=0)
@@ -324,7 +325,7 @@ def test_only_the_newest_evaluations_are_kept() -> None:
     assert len(ledger.state.evals.rounds) <= 5
 
 
-def test_failures_in_a_row_are_fatal_with_the_last_error() -> None:
+def test_consecutive_failures_fail_the_job_with_the_last_error() -> None:
     ledger = new_ledger(max_consecutive_failures=3, max_sample_retries=10)
     add_server(ledger, "a", capacity=2)
     for error in ("one", "two", None, "three", "four", "five"):
@@ -357,7 +358,7 @@ def test_spread_filter_needs_a_group() -> None:
         ledger_settings(group_size=1, group_filter="spread")
 
 
-def test_a_group_of_mixed_versions_is_rejected_by_single_version() -> None:
+def test_single_version_rejects_a_group_of_mixed_versions() -> None:
     ledger = new_ledger(group_filter="single_version", max_staleness=4, groups_per_step=1)
     add_server(ledger, "a", capacity=4)
     first, second = leases_of(ledger)
@@ -368,7 +369,7 @@ def test_a_group_of_mixed_versions_is_rejected_by_single_version() -> None:
     assert ledger.drops == {Drop.REJECTED: 1}
 
 
-def test_a_hopeless_ticket_is_aborted_at_the_engine() -> None:
+def test_a_stale_ticket_is_aborted_at_its_server() -> None:
     ledger = new_ledger(overdue="drop", max_staleness=1, groups_per_step=1, num_steps=4)
     add_server(ledger, "a", capacity=4)
     slow, quick = leases_of(ledger)
@@ -378,7 +379,7 @@ def test_a_hopeless_ticket_is_aborted_at_the_engine() -> None:
     beat(ledger, "a", capacity=4, version=version)
     (third,) = leases_of(ledger)
     finish(ledger, third, version=version)
-    assert ledger.drops == {Drop.STALE: 1}, "step 2 is open, and a token of step 0 was seen"
+    assert ledger.drops == {Drop.STALE: 1}, "step 2 is open, and a token of step 0 has arrived"
     assert ledger.take_aborts() == {"a": [slow.lease_id]}
     assert deliver(ledger, "a", done(slow, 1, [version])) is Verdict.FINISHED
 
@@ -411,7 +412,7 @@ def test_recorded_groups_are_served_identically_until_committed() -> None:
         ledger.fetch(step=1, position=1)
 
 
-def test_a_newer_trainer_fences_the_older_and_may_repeat_uncommitted_steps() -> None:
+def test_a_newer_trainer_fences_older_ones_and_repeats_steps() -> None:
     ledger = new_ledger(groups_per_step=1)
     add_server(ledger, "a", capacity=4)
     for lease in leases_of(ledger):
@@ -441,7 +442,7 @@ def test_a_trainer_may_not_skip_steps_or_invent_weights() -> None:
         ledger.alloc_version(incarnation=1, step=1)
 
 
-def test_resuming_in_a_fresh_ledger_reissues_what_was_not_trained_first() -> None:
+def test_a_fresh_ledger_issues_untrained_prompts_first() -> None:
     ledger = new_ledger(groups_per_step=2, num_steps=8)
     add_server(ledger, "a", capacity=8)
     leases = leases_of(ledger)
@@ -474,7 +475,7 @@ def test_resuming_in_a_fresh_ledger_reissues_what_was_not_trained_first() -> Non
     assert resumed.fetch(step=1, position=0) is not None
 
 
-def test_closing_cancels_what_no_completed_step_holds_and_leaves_eval_alone() -> None:
+def test_close_cancels_uncompleted_train_tickets_but_no_evals() -> None:
     ledger = new_ledger()
     add_server(ledger, "a", capacity=8)
     leases = leases_of(ledger)
@@ -482,7 +483,7 @@ def test_closing_cancels_what_no_completed_step_holds_and_leaves_eval_alone() ->
         finish(ledger, lease)
     ledger.complete_step(incarnation=1, step=0)
     ledger.close("drain")
-    assert ledger.drops == {Drop.CANCELLED: 2}, "one was running, one recorded for a step that nobody trained"
+    assert ledger.drops == {Drop.CANCELLED: 2}, "one was running, one recorded in a step that was not trained"
     assert sorted(ledger.take_aborts()["a"]) == [lease.lease_id for lease in leases[3:]]
     assert ledger.num_by_state()[State.BATCHED] == 2, "the completed step waits for its commit"
     assert ledger.fetch(step=1, position=0) is None
@@ -497,7 +498,7 @@ def test_closing_cancels_what_no_completed_step_holds_and_leaves_eval_alone() ->
 # --- eval ---
 
 
-def test_evaluation_goes_first_waits_for_its_version_and_reports_means() -> None:
+def test_evaluations_go_first_and_wait_for_their_version() -> None:
     ledger = new_ledger(max_staleness=4, groups_per_step=1, max_sample_retries=0)
     add_server(ledger, "a", capacity=2)
     (lease,) = leases_of(ledger)
@@ -505,7 +506,7 @@ def test_evaluation_goes_first_waits_for_its_version_and_reports_means() -> None
     version = train_step(ledger)
     assert ledger.request_eval(eval_id=5, num_prompts=3, min_version=version) is None
     assert [lease.purpose for lease in leases_of(ledger)] == [Purpose.TRAIN], (
-        "this server is too old for the evaluation"
+        "the weights of this server are too old for the evaluation"
     )
     add_server(ledger, "b", capacity=3, version=version)
     leases = leases_of(ledger, "b")
@@ -534,7 +535,7 @@ def test_evaluation_goes_first_waits_for_its_version_and_reports_means() -> None
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 64, 1000])
-def test_an_epoch_is_a_permutation_that_depends_on_seed_and_epoch(size: int) -> None:
+def test_an_epoch_is_a_permutation_by_seed_and_epoch(size: int) -> None:
     orders = {
         (seed, epoch): tuple(permuted(index, size=size, seed=seed, epoch=epoch) for index in range(size))
         for seed in (0, 1)
@@ -557,7 +558,7 @@ def test_the_prompt_cursor_resumes_in_the_middle_of_an_epoch() -> None:
     assert sorted(sequence[:7]) == list(range(7))
 
 
-def test_sampling_seeds_fit_into_31_bits_with_room_for_a_group() -> None:
+def test_sampling_seeds_have_30_bits() -> None:
     seeds = {sampling_seed(0, ticket_id, 0) for ticket_id in range(1000)}
     assert len(seeds) == 1000 and min(seeds) >= 0 and max(seeds) < 2**30
 

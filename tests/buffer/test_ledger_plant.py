@@ -1,4 +1,5 @@
-"""The whole stream under a virtual clock: it ends, nothing is left over, and the staleness bound holds without wasting work."""
+"""Whole runs under a virtual clock: they end, no ticket is left over, and the staleness bound holds without
+wasted work."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ def servers() -> list[PlantServer]:
 @pytest.mark.parametrize("overdue", ["wait", "drop"])
 @pytest.mark.parametrize("step_s", [0.2, 8.0])
 @pytest.mark.parametrize("max_staleness", [0, 1, 4])
-def test_a_run_ends_with_every_place_filled_and_no_lag_beyond_the_bound(
+def test_every_position_is_filled_within_the_staleness_bound(
     max_staleness: int, step_s: float, overdue: str
 ) -> None:
     ledger = new_ledger(
@@ -38,7 +39,7 @@ def test_a_run_ends_with_every_place_filled_and_no_lag_beyond_the_bound(
     assert ledger.counters()["samples_trained"] == 25 * 8 * 4
     if overdue == "wait":
         assert ledger.drops[Drop.STALE] == 0, "a healthy run has no stale drops"
-    assert ledger.state.store.num_bytes == 0, "arrays outlived their commit"
+    assert ledger.state.store.num_bytes == 0, "records outlived their commit"
 
 
 def test_staleness_zero_is_synchronous() -> None:
@@ -49,7 +50,7 @@ def test_staleness_zero_is_synchronous() -> None:
 
 
 def test_staleness_hides_generation_behind_training() -> None:
-    """The point of the whole system: with a bound of 4 the same plant is faster, and it does use the bound."""
+    """With a bound of 4 the same plant is faster, and lags above 1 occur."""
     times = {}
     for max_staleness in (0, 4):
         ledger = new_ledger(max_staleness=max_staleness, groups_per_step=8, group_size=4, num_steps=25)
@@ -60,7 +61,7 @@ def test_staleness_hides_generation_behind_training() -> None:
     assert max(ledger.lag_histogram()) >= 2
 
 
-def test_waiting_keeps_long_answers_that_dropping_loses() -> None:
+def test_overdue_wait_keeps_long_answers_that_drop_loses() -> None:
     mean_tokens = {}
     for overdue in ("wait", "drop"):
         ledger = new_ledger(max_staleness=1, groups_per_step=8, group_size=4, num_steps=25, overdue=overdue)
@@ -70,7 +71,7 @@ def test_waiting_keeps_long_answers_that_dropping_loses() -> None:
     assert mean_tokens["wait"] > mean_tokens["drop"]
 
 
-def test_a_killed_server_and_failing_samples_do_not_stop_the_run() -> None:
+def test_a_run_survives_a_killed_server_and_failing_samples() -> None:
     ledger = new_ledger(max_staleness=4, groups_per_step=8, group_size=4, num_steps=25, lease_timeout_s=3.0)
     plant = Plant(ledger=ledger, servers=servers(), fail_probability=0.05, kill_at_s={"fast": 6.0})
     plant.run()

@@ -1,7 +1,8 @@
-"""The ledger against everything that peers may do in any order, with a model of what it has promised.
+"""The ledger under every operation of its peers in any order, checked against a model of what it has
+promised.
 
-Twice: in memory, and over rows from which it is made anew, at any moment, as after a SIGKILL of the buffer. What comes back has to be equal
-to what was lost, and to keep its promises.
+Twice: in memory, and with a store from which the ledger is rebuilt at random moments, as after a SIGKILL of
+the buffer. The rebuilt ledger has to equal the lost one, and to keep its promises.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ GROUPS, SIZE, STEPS = 2, 2, 6
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    """Model: who was granted what, what was accepted, what was served where."""
+    """Model: leases granted, samples accepted, groups served by position."""
 
     durable = False
 
@@ -117,17 +118,20 @@ class LedgerMachine(RuleBasedStateMachine):
         for name, leases in self.ledger.grant(now_s=self.now_s).items():
             for lease in leases:
                 assert not any((lease.ticket_id, index) in self.accepted for index in lease.sample_indices), (
-                    "a sample that is here is asked for"
+                    "a sample that has arrived is leased again"
                 )
                 self.leases.append((name, lease))
 
     def draw_sample(self, data: st.DataObject) -> tuple[str, Lease, int]:
-        """Any sample of any lease ever granted, the newest more often: duplicates, superseded ones and those of ended tickets too."""
+        """Any sample of any lease ever granted, the newest more often.
+
+        So duplicates, superseded samples and those of ended tickets occur too.
+        """
         name, lease = data.draw(st.sampled_from(self.leases[-4:]) | st.sampled_from(self.leases))
         return name, lease, data.draw(st.sampled_from(lease.sample_indices))
 
     def expected(self, name: str, lease: Lease, index: int) -> Verdict:
-        """What the rules say, from what this machine has seen and which samples are outstanding."""
+        """The verdict that the rules require, by the model and the outstanding samples."""
         held = self.ledger.state.leases.live.get(lease.lease_id)
         ticket = self.ledger.state.tickets.live.get(lease.ticket_id)
         if ticket is None:
@@ -215,12 +219,12 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         group = self.ledger.fetch(step=step, position=position)
         if group is None:
-            assert (step, position) not in self.served, "a recorded group is gone"
+            assert (step, position) not in self.served, "a recorded group has vanished"
             return
         assert self.served.setdefault((step, position), group.ticket_id) == group.ticket_id, (
-            "a place was given to another group"
+            "a position was given to another group"
         )
-        assert list(self.served.values()).count(group.ticket_id) == 1, "a group is in two places"
+        assert list(self.served.values()).count(group.ticket_id) == 1, "a group has two positions"
         assert len(group.trajectories) == SIZE + self.num_greedy
         for trajectory, oldest_step in zip(group.trajectories, group.version_steps, strict=True):
             assert 0 <= step - oldest_step <= self.ledger.settings.max_staleness
@@ -253,7 +257,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.steps_of[version] = step
 
     def commit(self, step: int) -> None:
-        """With the checkpoint before this one kept too."""
+        """Commits; the checkpoint before this one is kept too."""
         self.ledger.commit(incarnation=self.incarnation, step=step, oldest_kept_step=max(0, step))
 
     @rule(data=st.data())
@@ -303,17 +307,17 @@ class LedgerMachine(RuleBasedStateMachine):
     # --- promises ---
 
     @invariant()
-    def books_balance(self) -> None:
+    def tickets_are_conserved(self) -> None:
         self.ledger.state.tickets.check_conservation()
         counts = self.ledger.num_by_state()
         assert counts[State.DROPPED] == self.ledger.drops.total()
         train = self.ledger.state.tickets.count(Purpose.TRAIN, *State) - self.ledger.state.tickets.count(
             Purpose.TRAIN, State.DROPPED
         )
-        assert train <= STEPS * GROUPS, "more groups than the run has places"
+        assert train <= STEPS * GROUPS, "more groups than the run has positions"
 
     @invariant()
-    def learned_once(self) -> None:
+    def samples_are_counted_once(self) -> None:
         counters = self.ledger.counters()
         assert counters["samples_trained"] == self.num_trained * GROUPS * SIZE
         assert counters["max_trained_lag"] <= self.ledger.settings.max_staleness
@@ -332,11 +336,11 @@ class LedgerMachine(RuleBasedStateMachine):
                 making = [index for lease in ticket.leases.values() for index in lease.outstanding]
                 assert sorted([*making, *ticket.unleased, *ticket.samples]) == list(
                     range(ticket.num_samples)
-                ), "a sample is lost or made twice"
+                ), "a sample is lost or leased twice"
                 assert (ticket.state is State.LEASED) == bool(ticket.leases)
 
     def teardown(self) -> None:
-        """Whatever happened, healthy peers can bring the run to its end: no place is blocked for good."""
+        """After any history, healthy peers can finish the run: no position is blocked for good."""
         ledger = getattr(self, "ledger", None)
         if ledger is None:
             return
@@ -378,15 +382,15 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 class DurableLedgerMachine(LedgerMachine):
-    """The same promises over any number of buffers."""
+    """The same promises over any number of restarts of the buffer."""
 
     durable = True
 
     def new_store(self) -> Store:
         return RowStore()
 
-    def another(self) -> Ledger:
-        """The ledger that the next buffer would have if this one were killed now."""
+    def rebuilt(self) -> Ledger:
+        """The ledger that the next buffer would recover if this one were killed now."""
         store = self.ledger.state.store
         assert isinstance(store, RowStore)
         ledger = recover(
@@ -399,13 +403,13 @@ class DurableLedgerMachine(LedgerMachine):
         return ledger
 
     @rule()
-    def look(self) -> None:
-        assert observed(self.another()) == observed(self.ledger)
+    def rebuilding_changes_nothing(self) -> None:
+        assert observed(self.rebuilt()) == observed(self.ledger)
 
     @rule(back=st.sets(st.sampled_from(SERVERS)))
     def buffer_is_killed(self, back: set[str]) -> None:
-        """Those of `back` say hello at once; others may, later, or their leases run out."""
-        before, self.ledger = self.ledger, self.another()
+        """Servers in `back` register at once; others do so later, or their leases expire."""
+        before, self.ledger = self.ledger, self.rebuilt()
         for name in sorted(back & before.servers.keys()):
             server = before.servers[name]
             add_server(
@@ -423,7 +427,11 @@ class DurableLedgerMachine(LedgerMachine):
 
 
 def observed(ledger: Ledger) -> dict[str, object]:
-    """Everything that the future depends on, but for what is not meant to survive: evaluations, servers, whom a group was served to."""
+    """All state that later operations depend on.
+
+    Without the parts that are not recovered on purpose: evaluations, servers, and which groups a trainer has
+    received.
+    """
     train = {
         ticket.ticket_id: ticket
         for ticket in ledger.state.tickets.live.values()
@@ -432,9 +440,9 @@ def observed(ledger: Ledger) -> dict[str, object]:
     drops = ledger.drops.copy()
     drops[Drop.CANCELLED] += len(ledger.state.tickets.live) - len(train)
     return {
-        "tickets": {ticket_id: facts(ticket) for ticket_id, ticket in train.items()},
+        "tickets": {ticket_id: fields_of(ticket) for ticket_id, ticket in train.items()},
         "recorded": {
-            step: {position: facts(t) for position, t in row.items()}
+            step: {position: fields_of(t) for position, t in row.items()}
             for step, row in ledger.state.steps.recorded.items()
         },
         "arrays": {
@@ -476,8 +484,8 @@ def observed(ledger: Ledger) -> dict[str, object]:
     }
 
 
-def facts(ticket: Ticket) -> dict[str, object]:
-    """A ticket as plain data; expiry is by a clock of its buffer's own."""
+def fields_of(ticket: Ticket) -> dict[str, object]:
+    """A ticket as plain data, without expiry times (each buffer has its own clock)."""
     leases = {
         i: (x.ticket_id, x.server, x.weights_step, frozenset(x.outstanding)) for i, x in ticket.leases.items()
     }

@@ -1,11 +1,14 @@
-"""A simulated plant around the pure ledger: servers of several speeds, long-tailed answers, a trainer, and a virtual clock.
+"""A simulated job around the pure ledger: servers of several speeds, long-tailed answers, a trainer, and a
+virtual clock.
 
-One event is at hand at a time; `run` returns when the last step is trained or raises when nothing can happen any more (a deadlock).
+A discrete-event simulation: `run` returns when the last step is committed, and raises when no event is left
+(a deadlock).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import heapq
 import itertools
 import random
@@ -130,7 +133,7 @@ def failed(lease: Lease, index: int, error: str = "reward hung") -> SampleFailed
 
 @dataclass
 class PlantServer:
-    """A server that decodes `max_running` samples at a time, the rest of its capacity waits."""
+    """A server that decodes `max_running` samples at a time; the rest of its capacity waits."""
 
     name: str
     tokens_per_s: float
@@ -144,7 +147,7 @@ class PlantServer:
 
 @dataclass
 class Plant:
-    """`step_s` is the trainer's time for a step, `push_s` until a server has the new weights."""
+    """`step_s`: the trainer's time for a step. `push_s`: mean time until a server has new weights."""
 
     ledger: Ledger
     servers: list[PlantServer]
@@ -166,7 +169,7 @@ class Plant:
         heapq.heappush(self._events, (self.now_s + delay_s, next(self._ids), action))
 
     def run(self, *, limit_s: float = 10_000.0) -> None:
-        """Until num_steps are committed."""
+        """Runs until all steps are committed."""
         for server in self.servers:
             add_server(self.ledger, server.name, capacity=server.capacity, now_s=0.0)
             self.at(0.5, lambda server=server: self._beat(server))  # type: ignore[misc]
@@ -209,12 +212,8 @@ class Plant:
             lease, index = server.waiting.pop(0)
             server.running += 1
             num_tokens = min(400, int(self._rng.paretovariate(1.2) * 10))
-            self.at(
-                num_tokens / server.tokens_per_s,
-                lambda lease=lease, index=index, version=server.version, num_tokens=num_tokens: self._finish(  # type: ignore[misc]
-                    server, lease, index, version, num_tokens
-                ),
-            )
+            finish = functools.partial(self._finish, server, lease, index, server.version, num_tokens)
+            self.at(num_tokens / server.tokens_per_s, finish)
 
     def _finish(
         self, server: PlantServer, lease: Lease, index: int, first_version: int, num_tokens: int

@@ -1,4 +1,5 @@
-"""A store that keeps rows as the durable one does, in SQLite's memory, and can be found again as it was at any moment."""
+"""A store that keeps the rows of the durable one in an SQLite database in memory, and can be copied at any
+moment."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from buffer.tickets import SampleSummary, State, Ticket
 
 
 class RowStore(RowRecorder):
-    """`copy()` is what the next buffer would find after a SIGKILL."""
+    """`copy()` is the store that the next buffer would find after a SIGKILL."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,7 +1,8 @@
-"""A durable store under a load that everybody can predict: what a ticket's samples are follows from its number.
+"""A predictable load on a durable store: the samples of a ticket are a function of its id.
 
-`python -m tests.support.store_load DIRECTORY DURABILITY NUM_TICKETS` ingests, batches, trains and releases as a ledger
-does, continues from what it finds in DIRECTORY, and prints one line `TICKET INDEX` for each acknowledged sample.
+`python -m tests.support.store_load DIRECTORY DURABILITY NUM_TICKETS` writes, batches, trains and releases
+tickets as a ledger does, continues from the files in DIRECTORY, and prints one line `TICKET INDEX` for each
+acknowledged sample.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from buffer.storage.durable import DurableStore, StoreSettings
 from buffer.tickets import SampleSummary, State, Ticket
 
 SIZE = 2
-"""Samples of a ticket."""
+"""Samples in a ticket."""
 KEPT = 6
-"""A ticket is released when so many newer ones are trained."""
+"""A ticket is released when this many newer ones are trained."""
 _SEGMENT_BYTES = 1 << 16
 
 
 def trajectory_of(ticket_id: int, sample_index: int) -> Trajectory:
-    """The one trajectory that this sample can be."""
+    """The trajectory of this sample."""
     rng = np.random.default_rng([ticket_id, sample_index])
     num_prompt, num_sampled = int(rng.integers(1, 20)), int(rng.integers(1, 600))
     versions = np.concatenate([np.full(num_prompt, -1), np.sort(rng.integers(0, 3, num_sampled))]).astype(
@@ -51,11 +52,11 @@ def trajectory_of(ticket_id: int, sample_index: int) -> Trajectory:
 
 
 def is_same(left: Trajectory, right: Trajectory) -> bool:
-    """Bit for bit."""
+    """True if two trajectories are equal bit for bit."""
     arrays = ("tokens", "loss_mask", "logprobs", "versions")
-    facts = ("reward", "reward_components", "finish_reason", "generation_s", "reward_s", "is_greedy")
+    fields = ("reward", "reward_components", "finish_reason", "generation_s", "reward_s", "is_greedy")
     return all(getattr(left, name).tobytes() == getattr(right, name).tobytes() for name in arrays) and all(
-        getattr(left, name) == getattr(right, name) for name in facts
+        getattr(left, name) == getattr(right, name) for name in fields
     )
 
 
@@ -66,7 +67,7 @@ def store_settings(**changes: Any) -> StoreSettings:
 
 
 def new_ticket(ticket_id: int, *, num_samples: int = SIZE) -> Ticket:
-    """As the register would issue it."""
+    """A ticket as `TicketTable.issue` makes it."""
     return Ticket(
         ticket_id=ticket_id,
         purpose=Purpose.TRAIN,
@@ -77,7 +78,7 @@ def new_ticket(ticket_id: int, *, num_samples: int = SIZE) -> Ticket:
 
 
 def sample_of(ticket_id: int, sample_index: int, trajectory: Trajectory) -> SampleSummary:
-    """Its row."""
+    """The summary of a trajectory."""
     return SampleSummary(
         lease_id=100 + ticket_id,
         oldest_step=0,
@@ -110,18 +111,19 @@ async def durable(store: DurableStore) -> None:
 
 
 def raising(error: Exception) -> None:
-    """For `on_error` where no error is expected: ends the process loudly."""
+    """`on_error` for tests that expect no error."""
     raise error
 
 
 async def load(directory: Path, *, durability: str, num_tickets: int) -> None:
-    """Goes on from what is there until `num_tickets` more are trained."""
+    """Continues from the files in the directory until `num_tickets` more are trained."""
     store = DurableStore(
         directory, store_settings(durability=durability, segment_bytes=_SEGMENT_BYTES), on_error=raising
     )
     recovered = store.recover()
     trained = list(recovered.trained)
-    for ticket in recovered.tickets:  # complete what an earlier life left unfinished
+    # Complete the tickets that an earlier process left unfinished.
+    for ticket in recovered.tickets:
         for index in sorted(set(range(SIZE)) - set(ticket.samples)):
             put_sample(store, ticket, index)
             store.when_durable(_acknowledge(ticket.ticket_id, index))
@@ -141,7 +143,10 @@ async def load(directory: Path, *, durability: str, num_tickets: int) -> None:
 
 
 def train(store: DurableStore, ticket: Ticket, trained: list[Ticket]) -> None:
-    """Batches and trains a complete ticket, and releases one that is old enough. A sum over all trained ids goes with them."""
+    """Batches and trains a complete ticket, and releases one that is old enough.
+
+    The scalar `committed_step` is written in the same transaction.
+    """
     move(store, ticket, State.READY)
     ticket.step, ticket.position = ticket.ticket_id, 0
     move(store, ticket, State.BATCHED)
@@ -158,5 +163,6 @@ def _acknowledge(ticket_id: int, sample_index: int) -> object:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a load whose test has ended must end too
+    # Ends this process when its test has ended.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     asyncio.run(load(Path(sys.argv[1]), durability=sys.argv[2], num_tickets=int(sys.argv[3])))
