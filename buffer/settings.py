@@ -1,5 +1,7 @@
-"""The part of the configuration that the ledger's rules depend on. Defaults are in `areal_like.config`
-alone."""
+"""The part of the configuration that the ledger's rules depend on.
+
+Defaults are in `areal_like.config` alone.
+"""
 
 from __future__ import annotations
 

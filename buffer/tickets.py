@@ -116,8 +116,10 @@ class SampleSummary:
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Ticket:
-    """The right to generate one group: a prompt and `num_samples` answers to it. `TicketTable` alone writes
-    `state`."""
+    """The right to generate one group: a prompt and `num_samples` answers to it.
+
+    `TicketTable` alone writes `state`.
+    """
 
     ticket_id: int
     purpose: Purpose

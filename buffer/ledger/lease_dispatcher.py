@@ -50,8 +50,10 @@ class LeaseDispatcher:
         self._leases.clear_credit(name)
 
     def expire(self, *, now_s: float) -> list[str]:
-        """Ends leases that were not renewed in time. Returns the names of silent servers, which are
-        removed."""
+        """Ends leases that were not renewed in time.
+
+        Returns the names of silent servers, which are removed.
+        """
         lost, silent = self._leases.expire(now_s=now_s)
         self._lifecycle.lose_leases(lost)
         return silent

@@ -32,8 +32,7 @@ from buffer.tickets import REISSUED, Drop, LeaseRecord, SampleSummary, State, Ti
 
 
 class TicketLifecycle:
-    """Transitions of single tickets, and `record_ready_groups`, which follows each operation of the
-    ledger."""
+    """Transitions of single tickets; `record_ready_groups` follows each operation of the ledger."""
 
     def __init__(self, state: LedgerState) -> None:
         self._state = state
@@ -76,8 +75,7 @@ class TicketLifecycle:
             del ticket.leases[lease_id]
 
     def requeue(self, ticket: Ticket, sample_indices: Collection[int]) -> None:
-        """These samples have to be leased again (there may be none); the ticket is LEASED while it has
-        leases."""
+        """These samples (maybe none) have to be leased again; the ticket is LEASED while it has leases."""
         if sample_indices and ticket.purpose is Purpose.EVAL:
             self._state.evals.requeue(ticket)
         elif sample_indices:
@@ -146,8 +144,7 @@ class TicketLifecycle:
             self._track(ticket)
 
     def record_ready_groups(self) -> None:
-        """Drops stale tickets and records ready groups until nothing changes; then checks the conservation
-        law."""
+        """Drops stale tickets and records ready groups until nothing changes; then checks conservation."""
         steps = self._state.steps
         while not self._state.settings_changed:
             if (stale := self._scheduler.next_stale()) is not None:

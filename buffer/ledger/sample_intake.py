@@ -36,8 +36,7 @@ class SampleIntake:
         return verdicts
 
     def sample_failed(self, name: str, message: SampleFailed) -> Verdict:
-        """A server could not make a sample: it is leased again, there or elsewhere, until its ticket
-        drops."""
+        """A server could not make a sample: it is leased again, to any server, until its ticket drops."""
         index = message.sample_index
         verdict, ticket = self._find(
             name, lease_id=message.lease_id, ticket_id=message.ticket_id, sample_index=index
@@ -123,8 +122,10 @@ class SampleIntake:
             self._lifecycle.requeue(ticket, [sample_index])
 
     def _complete(self, ticket: Ticket) -> None:
-        """All samples of a train ticket are here. The group filter runs before the group can take a position
-        in a step."""
+        """All samples of a train ticket are here.
+
+        The group filter runs before the group can take a position in a step.
+        """
         self._state.prompts.observe(ticket)
         group_filter = self._settings.group_filter
         if group_filter == "spread" and len({sample.reward for sample in ticket.training_samples}) == 1:
@@ -136,8 +137,7 @@ class SampleIntake:
             self._lifecycle.mark_ready(ticket)
 
     def _is_single_version(self, samples: Iterable[SampleSummary]) -> bool:
-        """Compares weights, not version numbers: a push that was repeated for a late server counts as one
-        version."""
+        """Compares weights, not version numbers: a push and its repetition count as one version."""
         versions = {
             version for sample in samples for version in (sample.oldest_version, sample.newest_version)
         }

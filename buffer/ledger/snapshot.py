@@ -1,5 +1,4 @@
-"""A copy of the ledger's numbers at one moment, for /status and Prometheus, so that neither reads the
-ledger's tables."""
+"""A copy of the ledger's numbers at one moment, for /status and Prometheus."""
 
 from __future__ import annotations
 

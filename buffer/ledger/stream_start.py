@@ -32,8 +32,10 @@ class StreamStart:
         self._scheduler = state.scheduler
 
     def start_at(self, step: int, stream: dict[str, Any], *, incarnation: int, unix_s: float) -> None:
-        """Moves to `step` completed steps, for a trainer that is newer than all before. Raises
-        RefusedError."""
+        """Moves to `step` completed steps, for a trainer that is newer than all before.
+
+        Raises RefusedError.
+        """
         self._check(step, stream)
         self._state.versions.continue_from(stream.get("next_version", 1))
         self._steps.reset_served()

@@ -23,8 +23,10 @@ from buffer.tickets import Drop, State, Ticket
 
 
 class TrainerSession:
-    """CLOSED (no trainer) -> start_training -> OPEN -> close -> CLOSED. Fetches and evaluations work in both
-    states."""
+    """CLOSED (no trainer) -> start_training -> OPEN -> close -> CLOSED.
+
+    Fetches and evaluations work in both states.
+    """
 
     def __init__(self, state: LedgerState, lifecycle: TicketLifecycle) -> None:
         self._state = state
@@ -160,8 +162,7 @@ class TrainerSession:
             self._lifecycle.record_ready_groups()
 
     def stream_state(self, *, step: int) -> dict[str, int | list[int]]:
-        """Position of the stream for a checkpoint that contains steps <= `step`; `start_training` takes
-        it."""
+        """Position of the stream, for `start_training`, in a checkpoint that contains steps <= `step`."""
         pending = [
             ticket.prompt_index
             for ticket in self._tickets.of_purpose(Purpose.TRAIN)
@@ -186,8 +187,7 @@ class TrainerSession:
         self._lifecycle.record_ready_groups()
 
     def set_max_staleness(self, *, incarnation: int, max_staleness: int) -> None:
-        """Sets the bound of tickets issued from now on (`max_staleness: auto`); earlier tickets keep
-        theirs."""
+        """Sets the bound of new tickets (`max_staleness: auto`); tickets issued before keep theirs."""
         self._check_current(incarnation)
         cap = self._settings.max_staleness
         if not self._settings.adaptive:

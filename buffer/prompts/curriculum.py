@@ -94,8 +94,10 @@ class Curriculum:
         """Choices since the process started that took the first candidate without looking at scores."""
 
     def choose(self, candidates: Sequence[int], *, uniform: float) -> int:
-        """The candidate to issue. `uniform` in [0, 1) is the random number of this choice: it decides on
-        exploration."""
+        """The candidate to issue.
+
+        `uniform` in [0, 1) is the random number of this choice: it decides on exploration.
+        """
         if uniform < self.settings.exploration:
             self.num_explored += 1
             chosen = candidates[0]
@@ -146,8 +148,7 @@ class Curriculum:
         }
 
     def state(self) -> list[int]:
-        """Everything that later choices depend on, for a checkpoint: 4 integers for each remembered prompt,
-        and 4 more."""
+        """All that later choices depend on, for a checkpoint: 4 integers a remembered prompt, and 4 more."""
         flat = []
         for each in (self._all, *self._of.values()):
             flat += [each.index, each.solved, each.total, each.clock]

@@ -49,8 +49,10 @@ class StepLog:
         self._begun = -1
 
     def restore(self, tickets: list[Ticket], scalars: dict[str, int], attempts: dict[int, int]) -> None:
-        """Continues from the rows of an earlier buffer. `tickets`: all recorded ones that are not
-        released."""
+        """Continues from the rows of an earlier buffer.
+
+        `tickets`: all recorded ones that are not released.
+        """
         self.current = scalars.get("trainer_step", 0)
         self.committed = scalars.get("committed_step", -1)
         self.first_kept = scalars.get("oldest_kept_step", 0)
@@ -60,8 +62,10 @@ class StepLog:
             self.add(ticket)
 
     def begin_at(self, step: int) -> list[Ticket]:
-        """Starts the log at `step`, whatever was before. Returns the tickets of earlier steps, which are
-        released."""
+        """Starts the log at `step`, whatever was before.
+
+        Returns the tickets of earlier steps, which are released.
+        """
         self.move_to(step)
         self.commit_to(step - 1)
         self.count_until(step)
@@ -99,8 +103,7 @@ class StepLog:
         self.move_to(self.current + 1)
 
     def commit_to(self, step: int) -> None:
-        """A durable checkpoint contains this step and no later one: tickets up to it are TRAINED, later ones
-        BATCHED."""
+        """A durable checkpoint contains steps <= `step`: their tickets are TRAINED, later ones BATCHED."""
         for ticket in self.tickets_of(*range(self.committed + 1, step + 1)):
             self._tickets.move(ticket, State.TRAINED)
         self._tickets.reopen(self.tickets_of(*range(step + 1, self.committed + 1)))
@@ -117,8 +120,7 @@ class StepLog:
         return released
 
     def count_until(self, step: int) -> None:
-        """Counts the samples of complete steps before `step` as trained: once, however often a trainer
-        repeats a step."""
+        """Counts the samples of complete steps before `step` as trained; repeated steps count once."""
         if step > self.num_counted:
             for ticket in self.tickets_of(*range(self.num_counted, step)):
                 for sample in ticket.training_samples:
@@ -126,8 +128,7 @@ class StepLog:
             self._set_num_counted(step)
 
     def uncount_from(self, step: int) -> None:
-        """Steps from `step` on will be repeated with other groups: their samples do not count as trained any
-        more."""
+        """Steps from `step` on will be repeated with other groups: uncounts their samples."""
         if step < self.num_counted:
             for ticket in self.tickets_of(*range(step, self.num_counted)):
                 for sample in ticket.training_samples:

@@ -161,8 +161,7 @@ class StepScheduler:
         return min(self._holes, default=(self.step, self.position))
 
     def _leaves_room(self, deadline: int) -> bool:
-        """Hall's condition for the running tickets that are due before `deadline`, after one more position is
-        taken."""
+        """Hall's condition for running tickets due before `deadline`, after one more position is taken."""
         num_free = self._groups_per_step - self.position - 1 + len(self._holes)
         num_running = 0
         for due in sorted(due for due in self._num_due if due < deadline):

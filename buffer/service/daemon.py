@@ -221,8 +221,7 @@ class BufferDaemon:
             )
 
     async def _drop(self, body: dict[str, Any]) -> dict[str, Any]:
-        """`POST /control/drop {"tickets": [17, 23]}`: an operator poisons all of them or, with the reason,
-        none."""
+        """`POST /control/drop {"tickets": [17, 23]}`: poisons all of them or, with a reason, none."""
         ticket_ids = body.get("tickets")
         if (
             not isinstance(ticket_ids, list)

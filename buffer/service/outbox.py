@@ -93,8 +93,10 @@ class Outbox:
         self.send(peer.route, self._directory)
 
     def flush(self, *, now_s: float) -> None:
-        """Sends the consequences of all messages since the last flush. Raises ArealError if the job has
-        failed."""
+        """Sends the consequences of all messages since the last flush.
+
+        Raises ArealError if the job has failed.
+        """
         if self._ledger.failure_reason:
             raise ArealError(self._ledger.failure_reason)
         if self._ledger.last_rejection != self._rejection_seen:

@@ -73,8 +73,10 @@ class ConnectedPeers:
             )
 
     def add(self, route: bytes, hello: Hello, *, now_s: float) -> Peer:
-        """Registers a peer that passed `check`. It replaces an older incarnation, or its own earlier
-        route."""
+        """Registers a peer that passed `check`.
+
+        It replaces an older incarnation, or its own earlier route.
+        """
         known = self._by_name.get(hello.name)
         is_same_process = known is not None and known.hello.incarnation == hello.incarnation
         if known is not None:
@@ -89,8 +91,7 @@ class ConnectedPeers:
         return peer
 
     def expect_model_of(self, hello: Hello) -> None:
-        """From now on peers must have the model and tokenizer of this one, unless an earlier one has set
-        them."""
+        """Peers must have the model and tokenizer of the first peer for which this is called."""
         for name in ("model", "tokenizer"):
             self._expected.setdefault(name, (getattr(hello, name), hello.name))
 

@@ -1,5 +1,4 @@
-"""The buffer's Prometheus series, copied from snapshots of the ledger, which itself does not depend on
-Prometheus."""
+"""The buffer's Prometheus series, copied from snapshots of the ledger."""
 
 from __future__ import annotations
 

@@ -49,8 +49,7 @@ class Store(Protocol):
         """A weight version was allocated."""
 
     def put_scalar(self, name: str, value: int) -> None:
-        """A named number of the ledger changed: `trainer_step`, `committed_step`, `cursor`, `max_staleness`,
-        ..."""
+        """A named number of the ledger changed: `trainer_step`, `committed_step`, `cursor`, ..."""
 
     def push_returned(self, prompt: Prompt) -> None:
         """A prompt was given back, behind those given back before it."""

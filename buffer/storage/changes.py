@@ -43,8 +43,10 @@ class Changes:
 
 
 class RowRecorder:
-    """The writing half of `Store`: each `put_*` adds its row to `changes`. Subclasses write `changes`
-    somewhere."""
+    """The writing half of `Store`: each `put_*` adds its row to `changes`.
+
+    Subclasses write `changes` somewhere.
+    """
 
     def __init__(self) -> None:
         self.changes = Changes()

@@ -188,8 +188,7 @@ class DurableStore(RowRecorder):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of records in memory: all that are not durable yet, at most `buffer.cache_bytes` of
-        others."""
+        """Bytes of records in memory: those not durable yet, and at most `cache_bytes` of others."""
         return self._cache.num_bytes
 
     @property
@@ -276,8 +275,7 @@ class DurableStore(RowRecorder):
             raise StoreCorruptError("; ".join(damaged[:_MAX_LISTED]) + more)
 
     def _remove_files_without_row(self, segments: Collection[int]) -> None:
-        """Deletes files without a row: their first batch never committed, or a crash followed the deletion of
-        the row."""
+        """Deletes files without a row: their first batch, or their own deletion, was interrupted."""
         for path in (self._directory / "segments").glob("*.seg"):
             if path.stem.isdecimal() and int(path.stem) not in segments:
                 path.unlink()

@@ -11,8 +11,10 @@ from buffer.tickets import LeaseRecord, SampleSummary, State, Ticket
 
 
 class MemoryStore:
-    """A `Store` that acknowledges at once. Its size is bounded by the tickets in flight, however long the
-    run."""
+    """A `Store` that acknowledges at once.
+
+    Its size is bounded by the tickets in flight, however long the run.
+    """
 
     def __init__(self) -> None:
         self._records: dict[int, dict[int, Record]] = {}

@@ -36,8 +36,7 @@ class LeaseRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RollbackRow:
-    """Training that was undone: a trainer resumed at an earlier step than the ledger had recorded as
-    complete."""
+    """Training that was undone: a trainer resumed at an earlier step than the last complete one."""
 
     trainer_incarnation: int
     """Of the trainer that resumed."""

@@ -103,8 +103,7 @@ def sync_directory(directory: Path) -> None:
 
 
 def unreferenced_tail(directory: Path, *, segment: int, offset: int) -> tuple[int, int]:
-    """(complete records, bytes of an incomplete one) in a segment behind the last byte that a row refers
-    to."""
+    """(complete records, bytes of an incomplete one) behind the last byte that a row refers to."""
     try:
         with segment_path(directory, segment).open("rb") as file:
             file.seek(offset)

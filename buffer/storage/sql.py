@@ -100,8 +100,10 @@ def connect(path: Path, *, synchronous: str) -> sqlite3.Connection:
 
 
 def migrate(connection: sqlite3.Connection, *, path: Path, migrations: Sequence[str] = MIGRATIONS) -> None:
-    """Takes the tables to the newest version, each step in a transaction. Raises UserError if they are
-    newer."""
+    """Takes the tables to the newest version, each step in a transaction.
+
+    Raises UserError if they are newer.
+    """
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version > len(migrations):
         raise UserError(
@@ -236,8 +238,7 @@ def _each(connection: sqlite3.Connection, statement: str, keys: Sequence[int]) -
 
 
 def _chunks(rows: Sequence[_T]) -> Iterator[Sequence[_T]]:
-    """Chunks of powers of two: few different statements, which all stay in the connection's statement
-    cache."""
+    """Chunks of powers of two, so that the few different statements stay in the statement cache."""
     start = 0
     while start < len(rows):
         size = min(_MAX_ROWS, 1 << (len(rows) - start).bit_length() - 1)

@@ -55,8 +55,10 @@ class _NoSpaceError(Exception):
 
 
 class Writer:
-    """RUNNING -> close() -> CLOSED | error -> FAILED. Owns the segment files and, while it runs, the
-    connection."""
+    """RUNNING -> close() -> CLOSED | error -> FAILED.
+
+    Owns the segment files and, while it runs, the connection.
+    """
 
     def __init__(
         self,

@@ -1,5 +1,4 @@
-"""Held-out evaluations: rounds of greedy one-sample tickets, which share the servers with training and are
-leased first."""
+"""Held-out evaluations: rounds of greedy one-sample tickets, leased before train tickets."""
 
 from __future__ import annotations
 
@@ -14,8 +13,10 @@ _NUM_DONE_KEPT = 4
 
 
 class EvalRound:
-    """One evaluation. OPEN -> (every ticket evaluated or failed) -> DONE, kept so that a repeated request
-    gets the result."""
+    """One evaluation.
+
+    OPEN -> (every ticket evaluated or failed) -> DONE, kept so that a repeated request gets the result.
+    """
 
     def __init__(self, *, eval_id: int, num_prompts: int, min_version: int) -> None:
         self.eval_id = eval_id
@@ -58,8 +59,10 @@ class EvalRound:
 
 
 class EvalTable:
-    """Rounds by eval id, in the order of their requests. Not stored: a restarted buffer cancels the tickets
-    of all rounds."""
+    """Rounds by eval id, in the order of their requests.
+
+    Not stored: a restarted buffer cancels the tickets of all rounds.
+    """
 
     def __init__(self) -> None:
         self.rounds: dict[int, EvalRound] = {}

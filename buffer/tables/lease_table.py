@@ -68,8 +68,7 @@ class LeaseTable:
         self._aborts: dict[str, list[int]] = {}
 
     def restore(self, rows: Iterable[LeaseRow], tickets: Mapping[int, Ticket], *, now_s: float) -> None:
-        """Restores the leases of an earlier buffer with a new expiry time, under servers that have not
-        registered yet."""
+        """Restores leases of an earlier buffer with a new expiry time, under servers yet to register."""
         for row in rows:
             ticket = tickets[row.ticket_id]
             lease = LeaseRecord(
@@ -113,8 +112,7 @@ class LeaseTable:
         return [self._remove(lease) for lease in list(server.leases.values())] if server else []
 
     def heartbeat(self, name: str, beat: ServerHeartbeat, *, now_s: float) -> None:
-        """Updates a server and renews the leases that it names; those that are not its own are aborted
-        there."""
+        """Updates a server, renews the leases it names, and aborts those that are not its own."""
         server = self.servers[name]
         server.last_heard_s, server.state, server.weights_version = now_s, beat.state, beat.weights_version
         server.capacity_samples = beat.free_samples + beat.holding_samples
@@ -137,8 +135,7 @@ class LeaseTable:
         return [self._remove(held[lease_id]) for lease_id in dict.fromkeys(lease_ids) if lease_id in held]
 
     def expire(self, *, now_s: float) -> tuple[list[LeaseRecord], list[str]]:
-        """Ends leases that were not renewed in time, and removes silent servers: (lost leases, names of
-        servers)."""
+        """Ends leases not renewed in time, removes silent servers: (lost leases, names of servers)."""
         lost = []
         while self._expiry and self._expiry[0][0] <= now_s:
             lease = self.live.get(heapq.heappop(self._expiry)[1])
@@ -179,8 +176,10 @@ class LeaseTable:
         self.servers[name].capacity_samples = 0
 
     def remove_sample(self, lease: LeaseRecord, sample_index: int, *, arrived: bool) -> bool:
-        """Removes one sample from a live lease: it arrived, or failed. Returns True if it was the lease's
-        last."""
+        """Removes one sample from a live lease: it arrived, or failed.
+
+        Returns True if it was the lease's last.
+        """
         lease.outstanding.remove(sample_index)
         server = self.servers[lease.server]
         server.owed_samples -= 1

@@ -1,5 +1,4 @@
-"""The stream of training prompts together with its rows in the store: cursor, prompts given back,
-curriculum."""
+"""The stream of training prompts with its rows: cursor, prompts given back, curriculum."""
 
 from __future__ import annotations
 
@@ -74,8 +73,10 @@ class PromptSource:
         self._store.put_scalar("cursor", cursor)
 
     def restart_curriculum(self, state: int | list[int]) -> None:
-        """Continues with a checkpoint's curriculum, unless it is off here or was off there. Raises
-        RefusedError."""
+        """Continues with a checkpoint's curriculum, unless it is off here or was off there.
+
+        Raises RefusedError.
+        """
         if self.curriculum is None or not isinstance(state, list) or not state:
             return
         try:
@@ -89,8 +90,10 @@ class PromptSource:
     def restore(
         self, scalars: Mapping[str, int], returned: Iterable[Prompt], *, are_other_prompts: bool
     ) -> None:
-        """Continues from the rows of an earlier buffer. `are_other_prompts`: the data set has changed
-        since."""
+        """Continues from the rows of an earlier buffer.
+
+        `are_other_prompts`: the data set has changed since.
+        """
         self.order.restore(cursor=scalars.get("cursor", 0), returned=returned)
         stored = curriculum_scalars(scalars)
         if self.curriculum is None or not stored:

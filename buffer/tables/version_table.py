@@ -56,8 +56,10 @@ class VersionTable:
         return version
 
     def adopt(self, version: int, *, step: int, trainer_incarnation: int) -> bool:
-        """Adds a version that another shard allocated. Idempotent. False if it is not newer than all known
-        ones."""
+        """Adds a version that another shard allocated.
+
+        Idempotent. False if it is not newer than all known ones.
+        """
         if version <= self.newest:
             return self._weights.get(version) == (step, trainer_incarnation)
         self._put(version, step=step, trainer_incarnation=trainer_incarnation)
@@ -95,8 +97,7 @@ class VersionTable:
         return self._weights[version]
 
     def summarise(self, lease_id: int, record: Record) -> SampleSummary | Verdict:
-        """The summary of a record with at least one sampled token, or a verdict if its versions forbid
-        accepting it."""
+        """The summary of a record with a sampled token, or the verdict for which it is refused."""
         counts: dict[int, int] = {}
         for version, length in record.runs:
             if version != NOT_SAMPLED:

@@ -52,8 +52,7 @@ def observed(core: Curriculum, solve_rates: Sequence[float], *, num_groups: int 
 
 
 def share_with_spread(order: PromptOrder, *, num_groups: int) -> float:
-    """Share of groups with spread, if prompts are solved with `SOLVE_RATES` and outcomes arrive four groups
-    late."""
+    """Share of groups with spread, with `SOLVE_RATES` and outcomes that arrive four groups late."""
     rng, pending, num_with_spread = random.Random(1), [], 0
     for _ in range(num_groups):
         index = order.next().index

@@ -1,5 +1,4 @@
-"""The rules of the ledger one by one. test_ledger_stateful.py checks what must hold in every order of
-events."""
+"""The rules of the ledger one by one; test_ledger_stateful.py checks any order of events."""
 
 from __future__ import annotations
 

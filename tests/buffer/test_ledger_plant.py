@@ -1,5 +1,4 @@
-"""Whole runs under a virtual clock: they end, no ticket is left over, and the staleness bound holds without
-wasted work."""
+"""Whole runs under a virtual clock: they end, no ticket is left over, and the staleness bound holds."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Trainers that resume at an earlier or a later step, tickets dropped by an operator, and changed
-settings."""
+"""Trainers that resume at another step, tickets dropped by an operator, and changed settings."""
 
 from __future__ import annotations
 

@@ -190,8 +190,10 @@ def one_by_one(acks: SampleAcks) -> list[SampleAck]:
 async def connected(
     buffer: BufferProcess, hello: Hello | None = None, *, inbox: list[Any] | None = None
 ) -> AsyncIterator[Link]:
-    """A link on which `hello` was sent. Messages that are no answers go to `inbox`, acknowledgements one by
-    one."""
+    """A link on which `hello` was sent.
+
+    Messages that are no answers go to `inbox`, acknowledgements one by one.
+    """
 
     def take(message: Any) -> None:
         if inbox is not None:

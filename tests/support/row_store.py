@@ -1,5 +1,4 @@
-"""A store that keeps the rows of the durable one in an SQLite database in memory, and can be copied at any
-moment."""
+"""A store with the rows of the durable one in an SQLite database in memory, and with a `copy` method."""
 
 from __future__ import annotations
 
