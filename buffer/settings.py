@@ -18,8 +18,9 @@ from buffer.prompts.curriculum import CurriculumKind, CurriculumSettings
 class LedgerSettings:
     """Fields as in the configuration, unless described otherwise."""
 
-    max_staleness: int
-    """Bound on lag in optimizer steps; with `adaptive` the cap (`max_staleness_cap`)."""
+    staleness_cap: int
+    """Largest bound on lag that a ticket can have, in optimizer steps: `max_staleness`, or `max_staleness_cap`
+    with `adaptive`."""
     adaptive: bool
     """`max_staleness: auto`: the current bound begins at 0 and the trainer moves it below the cap."""
     sync_interval: int
@@ -59,7 +60,7 @@ class LedgerSettings:
         # Where a group may span a push, a longer interval only means fewer pushes and bounds nothing.
         sync_interval = config.weights.sync_interval if config.buffer.group_filter == "single_version" else 1
         return cls(
-            max_staleness=config.staleness_cap,
+            staleness_cap=config.staleness_cap,
             adaptive=config.max_staleness == "auto",
             sync_interval=sync_interval,
             groups_per_step=shard.share(config.trainer.groups_per_step),

@@ -7,9 +7,9 @@ hypothesis and in a simulator with a virtual clock.
 
     LedgerState        tables, step scheduler and log: data without rules
     TicketLifecycle    transitions of a ticket (the state machine is in its docstring)
-    LeaseDispatcher    servers, heartbeats, granting of leases      \
-    SampleIntake       verdicts on samples, group filters            > use TicketLifecycle, not one another
-    TrainerSession     start, fetch, complete, commit, evaluations  /
+    LeaseDispatcher    servers, heartbeats, granting of leases      |
+    SampleIntake       verdicts on samples, group filters           | use TicketLifecycle, not one another
+    TrainerSession     start, fetch, complete, commit, evaluations  |
     Ledger             all of them
 
 Steps are absolute (a run that resumes after K steps begins at step K). Let s be the step of a server's

@@ -50,7 +50,7 @@ class TicketLifecycle:
             self._state.prompts.next(),
             num_samples=self._settings.group_size + self._settings.num_greedy,
             num_greedy=self._settings.num_greedy,
-            max_staleness=self._bound.max_staleness,
+            max_staleness=self._bound.current,
         )
 
     def lease(self, ticket: Ticket, server: Server, weights_step: int, *, now_s: float) -> Lease:

@@ -27,11 +27,6 @@ from buffer.storage.base import Store
 from buffer.storage.rows import Recovered
 from buffer.tickets import State
 
-_RECORDED_SETTINGS = ("groups_per_step", "group_size", "num_greedy", "sync_interval", "max_staleness")
-"""Settings under which steps are recorded: another value starts the stream anew."""
-_PREFIX = "shape:"
-"""Of their scalars on disk."""
-
 
 def recover(
     settings: LedgerSettings,
@@ -80,12 +75,20 @@ def _check_shard(settings: LedgerSettings, scalars: Mapping[str, int]) -> None:
 
 
 def _compare_settings(state: LedgerState, scalars: Mapping[str, int], *, dataset: int) -> None:
-    current = {f"{_PREFIX}{name}": int(getattr(state.settings, name)) for name in _RECORDED_SETTINGS}
-    state.recorded_settings = current | {f"{_PREFIX}dataset": dataset}
+    settings = state.settings
+    # Another value of one of these starts the stream anew. The names are those on disk.
+    state.recorded_settings = {
+        "shape:groups_per_step": settings.groups_per_step,
+        "shape:group_size": settings.group_size,
+        "shape:num_greedy": settings.num_greedy,
+        "shape:sync_interval": settings.sync_interval,
+        "shape:max_staleness": settings.staleness_cap,
+        "shape:dataset": dataset,
+    }
     state.settings_changed = any(
         scalars.get(name, value) != value for name, value in state.recorded_settings.items()
     )
-    state.prompts_changed = scalars.get(f"{_PREFIX}dataset", dataset) != dataset
+    state.prompts_changed = scalars.get("shape:dataset", dataset) != dataset
     # If they changed, the scalars on disk stay those of the recorded steps, until a trainer has started the
     # stream anew: the buffer may be restarted before that.
     if not state.settings_changed:
@@ -101,7 +104,7 @@ def _restore_tables(state: LedgerState, recovered: Recovered) -> None:
             state.drops[reason] += count
     state.versions.restore(recovered.versions, recovered.rollbacks, newest=scalars.get("newest_version", 0))
     if state.settings.adaptive:
-        state.bound.max_staleness = min(scalars.get("max_staleness", 0), state.settings.max_staleness)
+        state.bound.current = min(scalars.get("max_staleness", 0), state.settings.staleness_cap)
     state.incarnations.restore(scalars)
     state.prompts.restore(scalars, recovered.returned, are_other_prompts=state.prompts_changed)
 

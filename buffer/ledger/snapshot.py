@@ -68,7 +68,7 @@ class LedgerSnapshot:
             open_step=state.scheduler.step,
             open_position=state.scheduler.position,
             num_due=state.scheduler.num_due,
-            max_staleness=state.bound.max_staleness,
+            max_staleness=state.bound.current,
             newest_version=state.versions.newest,
             num_issued=state.tickets.num_issued,
             num_by_state=state.tickets.num_by_state(),

@@ -47,7 +47,7 @@ class LedgerState:
             shard=settings.shard,
         )
         self.bound = StalenessBound(
-            0 if settings.adaptive else settings.max_staleness, sync_interval=settings.sync_interval
+            0 if settings.adaptive else settings.staleness_cap, sync_interval=settings.sync_interval
         )
         self.scheduler = StepScheduler(
             groups_per_step=settings.groups_per_step,

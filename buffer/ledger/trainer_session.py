@@ -189,7 +189,7 @@ class TrainerSession:
     def set_max_staleness(self, *, incarnation: int, max_staleness: int) -> None:
         """Sets the bound of new tickets (`max_staleness: auto`); tickets issued before keep theirs."""
         self._check_current(incarnation)
-        cap = self._settings.max_staleness
+        cap = self._settings.staleness_cap
         if not self._settings.adaptive:
             raise RefusedError(
                 "max_staleness",
@@ -197,7 +197,7 @@ class TrainerSession:
             )
         if not 0 <= max_staleness <= cap:
             raise RefusedError("max_staleness", f"want 0..{cap} (max_staleness_cap), got {max_staleness}")
-        self._state.bound.max_staleness = max_staleness
+        self._state.bound.current = max_staleness
         self._state.store.put_scalar("max_staleness", max_staleness)
 
     def request_eval(self, *, eval_id: int, num_prompts: int, min_version: int) -> EvalResult | None:

@@ -74,7 +74,7 @@ class Admission:
         not_begun, ticket_id = self._waiting[0]
         ticket = self._tickets.live[ticket_id]
         # A ticket that begins now gets its deadline now, as if it were new.
-        max_staleness = self._bound.max_staleness if not_begun else ticket.max_staleness
+        max_staleness = self._bound.current if not_begun else ticket.max_staleness
         # Other tickets that have not begun get their deadlines later, each in its turn. If they counted here,
         # they could block one another for ever after the bound was lowered.
         num_with_deadline = self._num_unrecorded() - self._scheduler.num_without_deadline + not_begun
@@ -104,6 +104,6 @@ class Admission:
 
         `max_staleness`: the bound of a ticket issued before; None: the current one.
         """
-        max_staleness = self._bound.max_staleness if max_staleness is None else max_staleness
+        max_staleness = self._bound.current if max_staleness is None else max_staleness
         deadline = self._bound.deadline(weights_step, max_staleness=max_staleness)
         return self._scheduler.num_free_before(min(deadline + 1, self._settings.num_steps))

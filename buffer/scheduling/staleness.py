@@ -21,10 +21,10 @@ from __future__ import annotations
 class StalenessBound:
     """The current bound, and the arithmetic of deadlines. Pure."""
 
-    def __init__(self, max_staleness: int, *, sync_interval: int) -> None:
+    def __init__(self, current: int, *, sync_interval: int) -> None:
         """`sync_interval`: steps of one interval; 1: there are no intervals."""
-        self.max_staleness = max_staleness
-        """The current bound: that of tickets issued from now on."""
+        self.current = current
+        """The bound of tickets issued from now on, in optimizer steps."""
         self._sync_interval = sync_interval
 
     def deadline(self, oldest_step: int, *, max_staleness: int) -> int:

@@ -572,7 +572,7 @@ def test_settings_come_from_the_job_configuration() -> None:
         }
     )
     chosen = LedgerSettings.from_config(config)
-    assert (chosen.max_staleness, chosen.groups_per_step, chosen.group_size, chosen.overdue) == (
+    assert (chosen.staleness_cap, chosen.groups_per_step, chosen.group_size, chosen.overdue) == (
         2,
         3,
         5,

@@ -182,7 +182,7 @@ def test_a_restart_by_hand_allows_one_more_attempt() -> None:
     [
         ({"groups_per_step": 2}, 1),
         ({"groups_per_step": 1}, 2),
-        ({"max_staleness": 0}, 1),
+        ({"staleness_cap": 0}, 1),
         ({"group_size": 3}, 1),
     ],
 )

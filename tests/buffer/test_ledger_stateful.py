@@ -227,7 +227,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert list(self.served.values()).count(group.ticket_id) == 1, "a group has two positions"
         assert len(group.trajectories) == SIZE + self.num_greedy
         for trajectory, oldest_step in zip(group.trajectories, group.version_steps, strict=True):
-            assert 0 <= step - oldest_step <= self.ledger.settings.max_staleness
+            assert 0 <= step - oldest_step <= self.ledger.settings.staleness_cap
             if self.sync_interval > 1:
                 assert step // self.sync_interval == oldest_step // self.sync_interval, (
                     "trained in another interval than it was sampled in"
@@ -282,7 +282,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.ledger.settings.adaptive)
     @rule(data=st.data())
     def adapt(self, data: st.DataObject) -> None:
-        bound = data.draw(st.integers(0, self.ledger.settings.max_staleness))
+        bound = data.draw(st.integers(0, self.ledger.settings.staleness_cap))
         self.ledger.set_max_staleness(incarnation=self.incarnation, max_staleness=bound)
         self.grant()
 
@@ -320,7 +320,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def samples_are_counted_once(self) -> None:
         counters = self.ledger.counters()
         assert counters["samples_trained"] == self.num_trained * GROUPS * SIZE
-        assert counters["max_trained_lag"] <= self.ledger.settings.max_staleness
+        assert counters["max_trained_lag"] <= self.ledger.settings.staleness_cap
         assert self.num_taken <= (self.num_trained + 2) * GROUPS, (
             "recording ran more than one step ahead of the trainer"
         )
@@ -459,7 +459,7 @@ def observed(ledger: Ledger) -> dict[str, object]:
             ledger.state.versions._abandoned,
             ledger.state.versions.newest,
         ),
-        "bound": ledger.state.bound.max_staleness,
+        "bound": ledger.state.bound.current,
         "open": not ledger.closed_reason,
         "trainer": (ledger.trainer_incarnation, ledger.state.incarnations.newest),
         "steps": (

@@ -60,9 +60,9 @@ def trajectory(
 
 
 def ledger_settings(**changes: Any) -> LedgerSettings:
-    """Settings of a small job in memory, with these changes."""
+    """Settings of a small job in memory, with these changes; `max_staleness` is the cap."""
     small: dict[str, Any] = {
-        "max_staleness": 1,
+        "staleness_cap": changes.pop("max_staleness", 1),
         "groups_per_step": 2,
         "group_size": 2,
         "num_steps": 4,

@@ -214,9 +214,9 @@ def test_auto_is_a_setting_and_its_cap_bounds_everything() -> None:
     config = load_config(["max_staleness=auto", "max_staleness_cap=3", "ess_target=0.5"])
     assert config.staleness_cap == 3
     settings = LedgerSettings.from_config(config)
-    assert (settings.max_staleness, settings.adaptive) == (3, True)
+    assert (settings.staleness_cap, settings.adaptive) == (3, True)
     fixed = LedgerSettings.from_config(load_config(["max_staleness=2"]))
-    assert (fixed.max_staleness, fixed.adaptive) == (2, False)
+    assert (fixed.staleness_cap, fixed.adaptive) == (2, False)
 
 
 @pytest.mark.parametrize(
