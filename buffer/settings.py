@@ -19,8 +19,7 @@ class LedgerSettings:
     """Fields as in the configuration, unless described otherwise."""
 
     staleness_cap: int
-    """Largest bound on lag that a ticket can have, in optimizer steps: `max_staleness`, or `max_staleness_cap`
-    with `adaptive`."""
+    """Largest bound of a ticket, in optimizer steps: `max_staleness`, with `adaptive` `max_staleness_cap`."""
     adaptive: bool
     """`max_staleness: auto`: the current bound begins at 0 and the trainer moves it below the cap."""
     sync_interval: int

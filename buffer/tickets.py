@@ -63,8 +63,7 @@ class Drop(StrEnum):
 
 
 REISSUED = frozenset({Drop.STALE, Drop.FAILED, Drop.REJECTED, Drop.INTERVAL, Drop.ABANDONED})
-"""Drops whose prompt is issued again. NO_SPREAD is not one: the same prompt would likely have no spread
-again."""
+"""Drops whose prompt is issued again. Not NO_SPREAD: the prompt would likely have no spread again."""
 
 
 class Verdict(StrEnum):
@@ -85,8 +84,7 @@ class Verdict(StrEnum):
     ABANDONED = "abandoned"
     """A token used weights of steps that a resumed trainer does again. The sample is leased again."""
     INVALID = "invalid"
-    """Aborted, too long, without a sampled token, or greedy where a random sample was leased (or vice
-    versa)."""
+    """Aborted, too long, without a sampled token, or greedy instead of random (or vice versa)."""
 
     @property
     def refusal(self) -> str:

@@ -59,8 +59,7 @@ class LeaseDispatcher:
         return silent
 
     def grant(self, *, now_s: float) -> dict[str, list[Lease]]:
-        """New leases by server, as far as credit and budget go: evaluations first, then waiting tickets, then
-        new prompts.
+        """New leases by server: evaluations first, then waiting tickets, then new prompts.
 
         The server with the most free samples is served first, one ticket at a time, so that no server takes
         all of a small budget.

@@ -1,5 +1,4 @@
-"""The ledger: a pure state machine that leases prompts to servers, takes their samples, and fills the
-trainer's steps.
+"""The ledger: a pure state machine that leases prompts, takes samples, and fills the trainer's steps.
 
 It owns no socket, task, thread or clock: time and messages are arguments, answers are return values, and
 leases to abort at a server are returned by `take_aborts()`. So the same code runs in the daemon, under

@@ -1,5 +1,4 @@
-"""Rebuilds a ledger from the rows of an earlier buffer: equal to it in everything that later operations
-depend on.
+"""Rebuilds a ledger from the rows of an earlier buffer, equal in all that later operations depend on.
 
 Not recovered, on purpose:
 * Evaluations. Their tickets are dropped as cancelled; the trainer requests the evaluation again and gets a

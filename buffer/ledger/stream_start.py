@@ -104,8 +104,7 @@ class StreamStart:
         self._drop_abandoned(step)
 
     def _drop_abandoned(self, step: int) -> None:
-        """Drops unrecorded tickets with samples of abandoned weights, and revokes leases on weights after
-        `step`.
+        """Drops unrecorded tickets of abandoned weights, and revokes leases on weights after `step`.
 
         Evaluations are cancelled: the older trainer requested them.
         """

@@ -1,5 +1,4 @@
-"""The ledger's operations for the trainer: start, versions, fetching groups, completing and committing steps,
-evaluations.
+"""The ledger's operations for the trainer: start, versions, groups, completed and committed steps.
 
 Steps are absolute (a run that resumes after K steps begins at step K). Only the newest trainer incarnation
 may change anything; older ones get StaleIncarnationError.
@@ -45,8 +44,7 @@ class TrainerSession:
     def start_training(
         self, *, incarnation: int, step: int, stream: dict[str, Any], unix_s: float = 0.0
     ) -> None:
-        """A trainer begins at `step` completed steps and fences every older one. Idempotent for one
-        incarnation.
+        """A trainer begins at `step` completed steps and fences every older one. Idempotent.
 
         `stream`: from `stream_state`, as the checkpoint has it; empty without one. See `stream_start.py`.
         """
@@ -139,8 +137,7 @@ class TrainerSession:
         self._tickets.check_conservation()
 
     def poison(self, ticket_ids: Sequence[int]) -> None:
-        """Removes tickets from the steps that they are recorded in, for an operator; other groups take their
-        positions.
+        """Removes tickets from their steps, for an operator; other groups take their positions.
 
         A trainer that has received one may have trained on it: it is fenced and starts again from its
         checkpoint. All tickets or none: raises RefusedError(ticket_id, reason). Tickets of other shards are

@@ -1,5 +1,4 @@
-"""The log of recorded steps: which step the trainer is in, which are committed, and which groups can still be
-served.
+"""The log of recorded steps: the one in training, the committed ones, the groups that can be served.
 
     one step:  being recorded -> full -> in training -> complete -> committed -> released
                                              ^             |            |

@@ -1,5 +1,4 @@
-"""The step scheduler: which finished group enters the open step, and which steps have to wait for running
-groups.
+"""The step scheduler: which finished group enters the open step, and when a step has to wait.
 
 Every group has a *deadline*: the last step in which its oldest token is within the staleness bound
 (`staleness.py`). Groups are recorded earliest deadline first, among equals the oldest ticket; for unit jobs

@@ -1,5 +1,4 @@
-"""The buffer as a process: one ROUTER socket around the ledger. All peers connect to it; no other role has a
-configured address.
+"""The buffer as a process: one ROUTER socket around the ledger, to which all peers connect.
 
     STARTING -> READY -> DRAINING (SIGTERM: serves on while a trainer is there to finish its step) -> exit 0
                    |

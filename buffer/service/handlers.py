@@ -31,8 +31,7 @@ NEEDS_DURABILITY = (
     consumer.CloseAdmission,
     Goodbye,
 )
-"""Requests that are answered only when the ledger's rows are durable: a restarted buffer must keep what it
-answered."""
+"""Requests answered only when the ledger's rows are durable: a restarted buffer must keep its answers."""
 
 
 class Handlers:

@@ -1,5 +1,4 @@
-"""The store that survives its process: SQLite for rows, append-only segment files for records, one thread for
-the disk.
+"""The durable store: SQLite for rows, append-only segment files for records, one thread for the disk.
 
     put_*, when_durable --> Changes --(end of the loop's turn, writer idle)--> Batch --> Writer --> callbacks,
     in order

@@ -66,8 +66,7 @@ class VersionTable:
         return True
 
     def abandon(self, *, after_step: int, trainer_incarnation: int) -> bool:
-        """The trainer of this incarnation resumed at `after_step`: abandons later weights of its
-        predecessors.
+        """A trainer resumed at `after_step`: abandons later weights of its predecessors.
 
         Returns True if there were any that had not been abandoned before.
         """

@@ -1,5 +1,4 @@
-"""The ledger under every operation of its peers in any order, checked against a model of what it has
-promised.
+"""The ledger under every operation of its peers in any order, checked against a model of its promises.
 
 Twice: in memory, and with a store from which the ledger is rebuilt at random moments, as after a SIGKILL of
 the buffer. The rebuilt ledger has to equal the lost one, and to keep its promises.

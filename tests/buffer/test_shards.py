@@ -139,7 +139,7 @@ def test_a_server_that_comes_back_is_counted_once() -> None:
 
 
 def shard_ledger(shard: Shard, store: RowStore | None = None) -> Ledger:
-    """A shard of a job with 5 places a step and 10 prompts."""
+    """A shard of a job with 5 groups a step and 10 prompts."""
     config = {
         "max_staleness": 1,
         "trainer": {"groups_per_step": 5, "num_steps": 4},

@@ -1,5 +1,4 @@
-"""A simulated job around the pure ledger: servers of several speeds, long-tailed answers, a trainer, and a
-virtual clock.
+"""A simulated job around the pure ledger: servers, long-tailed answers, a trainer, a virtual clock.
 
 A discrete-event simulation: `run` returns when the last step is committed, and raises when no event is left
 (a deadlock).

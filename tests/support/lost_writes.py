@@ -1,5 +1,4 @@
-"""A model of a disk after a power loss: a write that no fsync of its file followed may be missing, in whole
-or in part.
+"""A model of a disk after a power loss: writes without a later fsync may be missing, whole or in part.
 
 `disk_shim.c` logs the file operations of a process. `Disk` replays such a log up to any point and then loses
 what was not synced: all of it, or a random part, each write and each name by itself. Names are as volatile as
