@@ -18,10 +18,10 @@ _GC_THRESHOLDS = (1_000, 20, 1_000)
 
 
 def main() -> int:
-    """Exit code: 0 drained, 1 failed, 2 the user's mistake."""
+    """Exit code: 0 drained, 1 failed, 2 a mistake of the user."""
     if shows_help(sys.argv[1:], __doc__):
         return 0
-    # Until the daemon drains by itself: what it imports takes a second.
+    # Until the daemon handles the signal by draining: its imports take a second.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     from areal_like.runtime.daemon import run_daemon
     from buffer.service.daemon import main as serve
@@ -36,11 +36,12 @@ def main() -> int:
     except UserError as error:
         sys.stderr.write(f"buffer: {error}\n")
         return 2
-    # The writer's thread needs the interpreter some twenty times a batch. A busy loop that kept it for Python's 5 ms would add 100 ms to
-    # every acknowledgement.
+    # The writer's thread needs the interpreter lock some twenty times a batch. A busy event loop that kept it
+    # for Python's default of 5 ms would add 100 ms to every acknowledgement.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    # What a buffer holds lives for steps and is in no cycle; the collector would walk thousands of live samples again and again. What is
-    # young is looked at often: an HTTP connection is a cycle when it ends, and thousands of them would lie about.
+    # Tickets and records live for steps and are in no reference cycle; the collector would traverse thousands
+    # of live ones again and again. Young objects are collected often: an ended HTTP connection is a cycle,
+    # and thousands would accumulate.
     gc.freeze()
     gc.set_threshold(*_GC_THRESHOLDS)
     return run_daemon(config, role="buffer", name=name, main=serve)

@@ -1,64 +1,67 @@
-"""The part of the configuration that the ledger's rules depend on."""
+"""The part of the configuration that the ledger's rules depend on.
+
+Defaults are in `areal_like.config` alone.
+"""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Self
 
 from areal_like.config import BufferConfig, Config
 from areal_like.errors import ConfigError
 from areal_like.shards import WHOLE, Shard
-from buffer.prompts.curriculum import CurriculumSettings, Kind
+from buffer.prompts.curriculum import CurriculumKind, CurriculumSettings
 
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerSettings:
-    """What the rules depend on; fields as in the configuration."""
+    """Fields as in the configuration, unless described otherwise."""
 
-    max_staleness: int
-    """The bound on lag in steps; with `adaptive` the largest that it may become."""
+    staleness_cap: int
+    """Largest bound of a ticket, in optimizer steps: `max_staleness`, with `adaptive` `max_staleness_cap`."""
+    adaptive: bool
+    """`max_staleness: auto`: the current bound begins at 0 and the trainer moves it below the cap."""
+    sync_interval: int
+    """Steps between weight pushes that no group may span; 1: groups may span pushes."""
     groups_per_step: int
     """Of this shard."""
     group_size: int
+    num_greedy: int
+    """Greedy samples in each group, in addition to `group_size`."""
     num_steps: int
-    num_greedy: int = 0
-    """Greedy samples of each group, beside its `group_size` others."""
-    adaptive: bool = False
-    """`max_staleness: auto`: the bound begins at 0 and the trainer moves it."""
-    sync_interval: int = 1
-    """Steps between weights that no group may mix, each trained on its own groups; 1: new weights may come at any time."""
-    seed: int = 0
-    overdue: str = "wait"
-    group_filter: str = "none"
-    max_reissues: int = 3
-    max_sample_retries: int = 2
-    max_consecutive_failures: int = 20
-    lease_timeout_s: float = 10.0
-    max_tokens: int = sys.maxsize
-    """Longest sequence, prompt included, that the trainer can take: a longer one is refused where it comes in, and ends no trainer."""
-    durable: bool = False
-    """Whether the store survives this process: then a closed stream keeps what it has, and committed steps can be served again."""
-    curriculum: CurriculumSettings | None = None
+    seed: int
+    overdue: str
+    group_filter: str
+    max_reissues: int
+    max_sample_retries: int
+    max_consecutive_failures: int
+    lease_timeout_s: float
+    max_tokens: int
+    """Longest sequence, prompt included, that the trainer can take. Longer ones are refused on arrival."""
+    durable: bool
+    """True if the store survives this process: then a closed stream keeps its tickets, and committed steps
+    can be served again."""
+    curriculum: CurriculumSettings | None
     shard: Shard = WHOLE
-    """Which part of the job's numbers this ledger gives out."""
+    """The shard of the job's numbers (tickets, leases, positions) that this ledger owns."""
 
     def __post_init__(self) -> None:
         if self.group_filter == "spread" and self.group_size < 2:
             raise ConfigError(
-                "buffer.group_filter=spread drops every group of one sample: set sampling.group_size to at least 2"
+                "buffer.group_filter=spread drops every group of one sample: "
+                "set sampling.group_size to at least 2"
             )
 
     @classmethod
     def from_config(cls, config: Config, shard: Shard = WHOLE) -> Self:
-        """Picks the fields out of the job's configuration."""
+        """The settings of one shard of a job."""
+        # Where a group may span a push, a longer interval only means fewer pushes and bounds nothing.
+        sync_interval = config.weights.sync_interval if config.buffer.group_filter == "single_version" else 1
         return cls(
-            max_staleness=config.staleness_cap,
+            staleness_cap=config.staleness_cap,
             adaptive=config.max_staleness == "auto",
-            # Where a group may span a push, a longer interval only means fewer pushes.
-            sync_interval=config.weights.sync_interval
-            if config.buffer.group_filter == "single_version"
-            else 1,
+            sync_interval=sync_interval,
             groups_per_step=shard.share(config.trainer.groups_per_step),
             group_size=config.sampling.group_size,
             num_greedy=int(config.sampling.greedy_baseline),
@@ -81,7 +84,7 @@ def _curriculum(config: BufferConfig) -> CurriculumSettings | None:
     if config.curriculum == "none":
         return None
     return CurriculumSettings(
-        kind=Kind(config.curriculum),
+        kind=CurriculumKind(config.curriculum),
         pool=config.curriculum_pool,
         target=config.curriculum_target,
         exploration=config.curriculum_exploration,

@@ -1,4 +1,7 @@
-"""The nouns of the ledger: tickets, their samples, and what may become of them. Plain data; the rules are in `ledger.py`."""
+"""The records that the ledger works with: tickets, leases, accepted samples, and the enums of their outcomes.
+
+Plain data. The rules that change it are in `buffer/ledger/`.
+"""
 
 from __future__ import annotations
 
@@ -9,26 +12,27 @@ from areal_like.wire.messages.producer import Purpose
 
 
 class State(StrEnum):
-    """Where a ticket is. Every issued ticket is in exactly one of these."""
+    """State of a ticket. Every issued ticket is in exactly one of them."""
 
     QUEUED = "queued"
-    """No server holds any of its missing samples."""
+    """No server holds a lease on any of its missing samples."""
     LEASED = "leased"
-    """At least one server works on it."""
+    """At least one server holds a lease."""
     READY = "ready"
-    """All samples are here and passed the filters; not yet in a step."""
+    """All samples arrived and passed the group filter; not assigned to a step yet."""
     BATCHED = "batched"
-    """Recorded at (step, position); served to the trainer from there, however often it asks."""
+    """Recorded at (step, position); the trainer gets the same group from there, however often it fetches
+    it."""
     TRAINED = "trained"
-    """A checkpoint that contains its step is durable."""
+    """A durable checkpoint contains its step."""
     EVALUATED = "evaluated"
-    """An eval ticket whose reward is known."""
+    """An eval ticket whose sample arrived."""
     DROPPED = "dropped"
-    """Ended without being trained on, for a recorded reason."""
+    """Ended without being trained on; `Ticket.drop` is the reason."""
 
     @property
     def is_terminal(self) -> bool:
-        """Nothing more happens to such a ticket."""
+        """True for the states that a ticket does not leave (except TRAINED, when a trainer goes back)."""
         return self in TERMINAL
 
 
@@ -36,49 +40,51 @@ TERMINAL = frozenset({State.TRAINED, State.EVALUATED, State.DROPPED})
 
 
 class Drop(StrEnum):
-    """Why a ticket was dropped."""
+    """Reason for which a ticket was dropped."""
 
     STALE = "stale"
-    """A sample was beyond the ticket's `max_staleness` for the open step."""
+    """A sample exceeded the ticket's `max_staleness` at the open step."""
     NO_SPREAD = "no_spread"
-    """All rewards of the group were equal (`group_filter: spread`)."""
+    """All rewards of the group were equal (`buffer.group_filter=spread`)."""
     FAILED = "failed"
-    """A sample failed more often than `max_sample_retries`."""
+    """A sample failed more often than `buffer.max_sample_retries`."""
     REJECTED = "rejected"
-    """The group mixes weights versions (`group_filter: single_version`)."""
+    """The group mixes weight versions (`buffer.group_filter=single_version`)."""
     CANCELLED = "cancelled"
-    """Admission was closed before it was recorded."""
+    """Admission was closed before the group was recorded."""
     INTERVAL = "interval"
-    """It began before the engines' last sync and was not recorded in that interval (`weights.sync_interval`)."""
+    """Sampled before the last weight sync and not recorded within that sync interval
+    (`weights.sync_interval`)."""
     ABANDONED = "abandoned"
-    """A sample's weights are of steps that a trainer which came back will do anew, and it was not recorded in one before."""
+    """A sample used weights of steps that a resumed trainer does again, and the group was not recorded
+    before."""
     POISON = "poison"
-    """An operator took it out of the step that it was recorded in; another group gets its place."""
+    """An operator removed it from the step that it was recorded in; another group takes its position."""
 
 
 REISSUED = frozenset({Drop.STALE, Drop.FAILED, Drop.REJECTED, Drop.INTERVAL, Drop.ABANDONED})
-"""Drops whose prompt is tried again. A group without spread is refilled with another prompt: the same one would likely have none again."""
+"""Drops whose prompt is issued again. Not NO_SPREAD: the prompt would likely have no spread again."""
 
 
 class Verdict(StrEnum):
-    """What became of an offered sample."""
+    """Outcome of a sample that a server sent."""
 
     ACCEPTED = "accepted"
     """Recorded."""
     DUPLICATE = "duplicate"
-    """Sent again by the lease that delivered it: acknowledged again, nothing recorded."""
+    """Sent twice under the same lease: acknowledged again, nothing recorded."""
     SUPERSEDED = "superseded"
-    """Its lease was taken away; another server makes (or made) this sample."""
+    """The lease was revoked; another server generates (or generated) this sample."""
     FINISHED = "finished"
-    """Its ticket has ended: dropped, or trained long ago."""
+    """The ticket has ended: dropped, or trained long ago."""
     UNKNOWN_TICKET = "unknown ticket"
     """No such ticket was ever issued."""
     UNKNOWN_VERSION = "unknown version"
-    """A token names weights that were never allocated."""
+    """A token carries a weight version that was never allocated."""
     ABANDONED = "abandoned"
-    """A token's weights are of steps that a trainer which came back does anew. The sample is made again."""
+    """A token used weights of steps that a resumed trainer does again. The sample is leased again."""
     INVALID = "invalid"
-    """Aborted, or no token of it was sampled: nothing to learn from. Or not the kind of sample that was asked for."""
+    """Aborted, too long, without a sampled token, or greedy instead of random (or vice versa)."""
 
     @property
     def refusal(self) -> str:
@@ -90,15 +96,15 @@ REFUSALS = tuple(verdict for verdict in Verdict if verdict.refusal)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sample:
-    """What the ledger needs to know of an accepted trajectory; its record is in the store."""
+class SampleSummary:
+    """The fields of an accepted trajectory that the rules use; the trajectory itself is in the store."""
 
     lease_id: int
-    """The lease that delivered it."""
+    """The lease under which it arrived."""
     oldest_step: int
-    """Step of the oldest sampled token's weights: lag in step j is j minus this."""
+    """Optimizer step of the oldest sampled token's weights: trained in step j, its lag is j minus this."""
     sum_token_steps: int
-    """Sum over sampled tokens of the step of their weights."""
+    """Sum over sampled tokens of the step of their weights (for the mean lag of tokens)."""
     oldest_version: int
     newest_version: int
     num_sampled: int
@@ -108,7 +114,10 @@ class Sample:
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Ticket:
-    """The right to generate one group. Transitions are the ledger's (see its docstring)."""
+    """The right to generate one group: a prompt and `num_samples` answers to it.
+
+    `TicketTable` alone writes `state`.
+    """
 
     ticket_id: int
     purpose: Purpose
@@ -116,44 +125,47 @@ class Ticket:
     num_samples: int
     """Greedy ones included."""
     num_greedy: int = 0
-    """The last so many of its samples are greedy: baselines, which are never trained on."""
+    """The last so many samples are greedy: reward baselines, never trained on."""
     parent: int = 0
-    """Ticket whose prompt this one tries again; 0: none."""
+    """The dropped ticket whose prompt this one repeats; 0: none."""
     num_reissues: int = 0
-    """Tickets before this one in the chain of parents."""
+    """Length of the chain of parents."""
     eval_id: int = 0
     max_staleness: int = 0
-    """The bound on lag, in steps, that it was issued under."""
+    """The ticket's own bound on lag, in optimizer steps: the bound that was current when it was issued."""
     state: State = State.QUEUED
     drop: Drop | None = None
-    samples: dict[int, Sample] = field(default_factory=dict)
+    samples: dict[int, SampleSummary] = field(default_factory=dict)
     """Accepted samples by index."""
     unleased: set[int] = field(default_factory=set)
-    """Sample indices that are neither here nor being made."""
+    """Indices of samples that have not arrived and are under no lease."""
     leases: dict[int, LeaseRecord] = field(default_factory=dict)
-    """Live leases; each covers samples of its own."""
+    """Live leases by id; no two cover the same sample."""
     num_failures: dict[int, int] = field(default_factory=dict)
     """Failures of each sample index so far."""
     step: int = -1
     position: int = -1
 
     def is_greedy(self, sample_index: int) -> bool:
-        """Whether a sample is a baseline."""
+        """True if a sample is a greedy baseline."""
         return sample_index >= self.num_samples - self.num_greedy
 
     @property
-    def learned_from(self) -> list[Sample]:
-        """Accepted samples but for the greedy ones."""
+    def training_samples(self) -> list[SampleSummary]:
+        """Accepted samples without the greedy ones."""
         return [sample for index, sample in self.samples.items() if not self.is_greedy(index)]
 
     @property
-    def proven_floor(self) -> int | None:
+    def oldest_sampled_step(self) -> int | None:
         """Step of the oldest token that has arrived; None before the first sample."""
         return min((sample.oldest_step for sample in self.samples.values()), default=None)
 
     @property
-    def floor(self) -> int | None:
-        """Lower bound on the step of its oldest token: what arrived, and what live leases may at worst sample with; None: no bound yet."""
+    def oldest_possible_step(self) -> int | None:
+        """Lower bound on the step of the group's oldest token; None: no sample and no lease yet.
+
+        A lease counts with the weights that its server had when it was granted: no token of it can be older.
+        """
         steps = [sample.oldest_step for sample in self.samples.values()]
         steps += [lease.weights_step for lease in self.leases.values()]
         return min(steps, default=None)
@@ -161,13 +173,13 @@ class Ticket:
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class LeaseRecord:
-    """Samples of one ticket that one server is making."""
+    """Samples of one ticket that one server generates."""
 
     lease_id: int
     ticket_id: int
     server: str
     weights_step: int
-    """Step of the server's weights when it was granted: no token of it can be older."""
+    """Step of the server's weights when the lease was granted: no token of it can be older."""
     outstanding: set[int]
     """Sample indices not yet finished."""
     expires_s: float

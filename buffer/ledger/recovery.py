@@ -1,13 +1,16 @@
-"""A ledger out of what an earlier one wrote: equal to it in everything that the future depends on.
+"""Rebuilds a ledger from the rows of an earlier buffer, equal in all that later operations depend on.
 
 Not recovered, on purpose:
-* Evaluations. Their tickets drop as cancelled; the trainer asks again and gets a new round.
-* Servers. They have to say hello again; until then those with leases are kept as silent ones, so that a server that went on working
-  delivers under the lease it has, and one that is gone loses it after `lease_timeout_s`.
-* A run of failed samples, and the reason for which the job had failed: whoever starts the buffer again wants to try again.
+* Evaluations. Their tickets are dropped as cancelled; the trainer requests the evaluation again and gets a
+  new round.
+* Servers. They have to register again. Until then those with leases are kept as silent ones, so that a server
+  that continued to work delivers under the lease it has, and one that is gone loses it after
+  `lease_timeout_s`.
+* The count of consecutive failed samples, and the reason for which the job had failed: whoever starts the
+  buffer again wants to retry.
 
-A ledger that was open goes on at once: its trainer is there and does not know that anything happened. One that was closed, or whose records
-have another shape than the settings now ask for, waits for a trainer to start.
+A ledger that was open is open again at once: its trainer is still there, and need not do anything. One that
+was closed, or whose steps were recorded under other settings, waits for a trainer to start.
 """
 
 from __future__ import annotations
@@ -17,12 +20,11 @@ from collections.abc import Collection, Mapping
 from areal_like.errors import ConfigError
 from areal_like.wire.messages.producer import Purpose
 from buffer.ledger.ledger import Ledger
-from buffer.prompts import curriculum as curricula
+from buffer.ledger.state import LedgerState
 from buffer.settings import LedgerSettings
-from buffer.storage.base import Recovered, Store
+from buffer.storage.base import Store
+from buffer.storage.rows import Recovered
 from buffer.tickets import State
-
-_SHAPE = ("groups_per_step", "group_size", "num_greedy", "sync_interval", "max_staleness")
 
 
 def recover(
@@ -34,87 +36,82 @@ def recover(
     dataset: int = 0,
     ignoring: Collection[int] = (),
 ) -> Ledger:
-    """The ledger that `store` remembers; a new one when it remembers nothing. Call it once, before anything is written.
+    """The ledger that `store` contains; a new one if it is empty. Call it once, before the first write.
 
-    `dataset`: a number that says which prompts the indices mean. `ignoring`: tickets whose trajectories may be damaged.
+    `dataset`: a number that identifies the prompts that indices refer to. `ignoring`: tickets whose
+    trajectories may be damaged. Raises ConfigError for the ledger of another shard, StoreCorruptError for
+    damaged trajectories.
     """
-    memory = store.recover(ignoring=ignoring)
-    ledger = Ledger(settings, store, first_lease_id=first_lease_id)
-    marks = memory.marks
-    _check_shard(settings, marks)
-    store.put_mark("shard", settings.shard.index)
-    store.put_mark("num_shards", settings.shard.count)
-    ledger.shape = {f"shape:{name}": int(getattr(settings, name)) for name in _SHAPE} | {
-        "shape:dataset": dataset
-    }
-    ledger.settings_changed = any(marks.get(name, value) != value for name, value in ledger.shape.items())
-    ledger.has_other_prompts = marks.get("shape:dataset", dataset) != dataset
-    if (
-        not ledger.settings_changed
-    ):  # else the marks stay those of what is recorded, for whoever starts the buffer before a trainer comes
-        ledger.put_shape()
-    _restore_books(ledger, memory)
-    _restore_stream(ledger, memory, now_s=now_s)
-    ledger.trainer_incarnation = marks.get("trainer_incarnation", 0)
-    if ledger.settings_changed:
+    recovered = store.recover(ignoring=ignoring)
+    state = LedgerState(settings, store, first_lease_id=first_lease_id)
+    _check_shard(settings, recovered.scalars)
+    store.put_scalar("shard", settings.shard.index)
+    store.put_scalar("num_shards", settings.shard.count)
+    _compare_settings(state, recovered.scalars, dataset=dataset)
+    _restore_tables(state, recovered)
+    _restore_steps(state, recovered, now_s=now_s)
+    state.trainer_incarnation = recovered.scalars.get("trainer_incarnation", 0)
+    ledger = Ledger(state)
+    if state.settings_changed:
         ledger.close("the settings have changed: the next trainer starts the stream anew")
-    elif marks.get("is_open", 0):
-        ledger.closed_because = ""
-    ledger.settle_recovered()
+    else:
+        # Where the settings changed, nothing is scheduled: its positions are not those of the recorded steps.
+        ledger.readmit(ticket for ticket in recovered.tickets if ticket.purpose is Purpose.TRAIN)
+        if recovered.scalars.get("is_open", 0):
+            state.closed_reason = ""
+    ledger.finish_recovery()
     return ledger
 
 
-def _check_shard(settings: LedgerSettings, marks: Mapping[str, int]) -> None:
+def _check_shard(settings: LedgerSettings, scalars: Mapping[str, int]) -> None:
     shard = settings.shard
-    index, count = marks.get("shard", shard.index), marks.get("num_shards", shard.count)
+    index, count = scalars.get("shard", shard.index), scalars.get("num_shards", shard.count)
     if (index, count) != (shard.index, shard.count):
         raise ConfigError(
-            f"this ledger was written by shard {index} with buffer.num_shards={count}, which stay as they are for a run's life"
+            f"this ledger was written by shard {index} with buffer.num_shards={count}, "
+            "and the number of shards cannot change during a run"
         )
 
 
-def _restore_books(ledger: Ledger, memory: Recovered) -> None:
-    """Counts and marks."""
-    marks = memory.marks
-    ledger.statistics.restore(memory.statistics)
-    ledger.register.restore(memory.tickets, memory.ended, last_id=memory.num_issued)
-    for (_, _, reason), count in memory.ended.items():
-        if reason is not None:
-            ledger.drops[reason] += count
-    ledger.versions.restore(memory.versions, memory.rollbacks, newest=marks.get("newest_version", 0))
-    if ledger.settings.adaptive:
-        ledger.bound.max_staleness = min(marks.get("max_staleness", 0), ledger.settings.max_staleness)
-    ledger.incarnations = {
-        name.removeprefix("incarnation:"): value
-        for name, value in marks.items()
-        if name.startswith("incarnation:")
+def _compare_settings(state: LedgerState, scalars: Mapping[str, int], *, dataset: int) -> None:
+    settings = state.settings
+    # Another value of one of these starts the stream anew. The names are those on disk.
+    state.recorded_settings = {
+        "shape:groups_per_step": settings.groups_per_step,
+        "shape:group_size": settings.group_size,
+        "shape:num_greedy": settings.num_greedy,
+        "shape:sync_interval": settings.sync_interval,
+        "shape:max_staleness": settings.staleness_cap,
+        "shape:dataset": dataset,
     }
-    ledger.prompts.resume(cursor=marks.get("cursor", 0), returned=memory.returned)
-    _restore_curriculum(ledger, marks)
-
-
-def _restore_curriculum(ledger: Ledger, marks: Mapping[str, int]) -> None:
-    """What was heard of prompts, unless they are others now. Slots are given out anew, so all marks are written again."""
-    curriculum = ledger.prompts.curriculum
-    heard = curricula.marks_of(marks)
-    if curriculum is None or not heard:
-        return
-    if not ledger.has_other_prompts:
-        curriculum.restore(curricula.state_of(heard))
-    for name, value in (dict.fromkeys(heard, 0) | curriculum.marks()).items():
-        ledger.store.put_mark(name, value)
-
-
-def _restore_stream(ledger: Ledger, memory: Recovered, *, now_s: float) -> None:
-    """Tickets to where their states say they are."""
-    ledger.book.restore(memory.leases, ledger.register.live, now_s=now_s)
-    batched = [ticket for ticket in memory.tickets if ticket.state is State.BATCHED]
-    ledger.steps.restore([*memory.trained, *batched], memory.marks, memory.attempts)
-    if ledger.settings_changed:  # its places are not those of the steps that are recorded
-        return
-    ledger.recorder.restore(
-        [(ticket.step, ticket.position) for ticket in batched], first_step=ledger.committed_step + 1
+    state.settings_changed = any(
+        scalars.get(name, value) != value for name, value in state.recorded_settings.items()
     )
-    for ticket in memory.tickets:
-        if ticket.purpose is Purpose.TRAIN:
-            ledger.readmit(ticket)
+    state.prompts_changed = scalars.get("shape:dataset", dataset) != dataset
+    # If they changed, the scalars on disk stay those of the recorded steps, until a trainer has started the
+    # stream anew: the buffer may be restarted before that.
+    if not state.settings_changed:
+        state.put_recorded_settings()
+
+
+def _restore_tables(state: LedgerState, recovered: Recovered) -> None:
+    scalars = recovered.scalars
+    state.counters.restore(recovered.counters)
+    state.tickets.restore(recovered.tickets, recovered.ended, last_id=recovered.num_issued)
+    for (_, _, reason), count in recovered.ended.items():
+        if reason is not None:
+            state.drops[reason] += count
+    state.versions.restore(recovered.versions, recovered.rollbacks, newest=scalars.get("newest_version", 0))
+    if state.settings.adaptive:
+        state.bound.current = min(scalars.get("max_staleness", 0), state.settings.staleness_cap)
+    state.incarnations.restore(scalars)
+    state.prompts.restore(scalars, recovered.returned, are_other_prompts=state.prompts_changed)
+
+
+def _restore_steps(state: LedgerState, recovered: Recovered, *, now_s: float) -> None:
+    state.leases.restore(recovered.leases, state.tickets.live, now_s=now_s)
+    batched = [ticket for ticket in recovered.tickets if ticket.state is State.BATCHED]
+    state.steps.restore([*recovered.trained, *batched], recovered.scalars, recovered.attempts)
+    if not state.settings_changed:
+        taken = [(ticket.step, ticket.position) for ticket in batched]
+        state.scheduler.restore(taken, first_step=state.steps.committed + 1)

@@ -1,8 +1,10 @@
-"""Which prompt comes next: every epoch is a permutation that is computed index by index, so there is nothing to store or to replay.
+"""The order of training prompts: each epoch is a pseudo-random permutation, computed index by index.
 
-The permutation is a Feistel network with cycle walking: a pure function of (seed, epoch, index) in constant memory, which matters for
-synthetic tasks with billions of prompts, and one that no library upgrade can change under a resumed run. Its place is one integer.
-A curriculum (`curricula.py`) chooses among neighbours in that order; it changes what is issued, never the order.
+The permutation is a Feistel network with cycle walking, a pure function of (seed, epoch, index). It needs
+constant memory, which matters for synthetic tasks with billions of prompts; its whole state is one integer
+(the cursor), so nothing is stored or replayed on resume; and no library upgrade can change it under a resumed
+run. A curriculum (`curriculum.py`) chooses among neighbours in that order: it changes which prompts are
+issued, never the order.
 """
 
 from __future__ import annotations
@@ -12,45 +14,41 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from areal_like.shards import WHOLE, Shard
+from areal_like.splitmix64 import MASK_64, mix
 from buffer.prompts.curriculum import Curriculum
 
 _NUM_ROUNDS = 6
-_MASK = (1 << 64) - 1
-
-
-def _mix(value: int) -> int:
-    """The finaliser of splitmix64: a fixed, well-spread function of 64 bits."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
 
 
 def permuted(index: int, *, size: int, seed: int, epoch: int) -> int:
-    """Where a shuffle of 0..size-1 puts `index`. A bijection for every (seed, epoch)."""
+    """Position of `index` in a shuffle of 0..size-1. A bijection for every (seed, epoch)."""
     assert 0 <= index < size
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
     half_mask = (1 << half_bits) - 1
-    key = _mix(_mix(seed & _MASK) ^ epoch)
+    key = mix(mix(seed & MASK_64) ^ epoch)
     while True:
         left, right = index >> half_bits, index & half_mask
         for round_ in range(_NUM_ROUNDS):
-            left, right = right, left ^ (_mix(key ^ (right << 8) ^ round_) & half_mask)
+            left, right = right, left ^ (mix(key ^ (right << 8) ^ round_) & half_mask)
         index = left << half_bits | right
-        if (
-            index < size
-        ):  # the network permutes a power of four; walking its cycle back into range keeps it a bijection
+        # The network permutes a power of four >= size. Applying it again until the index is below `size`
+        # (cycle walking) keeps it a bijection.
+        if index < size:
             return index
 
 
 def sampling_seed(seed: int, ticket_id: int, num_failures: int) -> int:
-    """30 bits. The same when a lost lease is repeated; another one after a failure, which may lie in the very text that was sampled."""
-    return _mix(_mix(_mix(seed & _MASK) ^ ticket_id) ^ num_failures) >> 34
+    """30-bit sampling seed of a ticket.
+
+    The same when a lost lease is repeated. Another one after a failure, because the sampled text may have
+    caused it.
+    """
+    return mix(mix(mix(seed & MASK_64) ^ ticket_id) ^ num_failures) >> 34
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """A prompt to issue, with the ticket it replaces."""
+    """A prompt to issue; `parent` is the dropped ticket that it replaces (0: none)."""
 
     index: int
     parent: int = 0
@@ -58,17 +56,19 @@ class Prompt:
 
 
 class PromptOrder:
-    """Hands out a shard's training prompts: those that came back first, then the shuffled epochs, forever."""
+    """Hands out a shard's training prompts: returned ones first, then the shuffled epochs, without end."""
 
     def __init__(
         self, *, seed: int, num_prompts: int = 0, curriculum: Curriculum | None = None, shard: Shard = WHOLE
     ) -> None:
         self.num_prompts = num_prompts
-        """Training prompts of the task, those of other shards too; 0 until it is known."""
+        """Training prompts of the task over all shards; 0 until a server has registered and reported it."""
         self.curriculum = curriculum
-        """Who chooses among the next few of an epoch; None: each is issued in its turn."""
+        """Chooses among the next few prompts of an epoch; None: each is issued in turn."""
         self._shard = shard
-        self._seed = seed + shard.index  # or neighbours would always come together
+        # A seed of its own for each shard: with the same one, neighbouring prompts would always be issued
+        # together.
+        self._seed = seed + shard.index
         self.cursor = 0
         """Prompts drawn from the epochs so far."""
         self._returned: deque[Prompt] = deque()
@@ -79,12 +79,12 @@ class PromptOrder:
             return self._returned.popleft()
         if self.curriculum is None:
             return Prompt(index=self._draw())
-        luck = (_mix(_mix(self._seed & _MASK) ^ self.cursor) >> 11) / 2**53
+        uniform = (mix(mix(self._seed & MASK_64) ^ self.cursor) >> 11) / 2**53
         candidates = [self._draw() for _ in range(min(self.curriculum.settings.pool, self.num_own))]
-        return Prompt(index=self.curriculum.choose(candidates, luck=luck))
+        return Prompt(index=self.curriculum.choose(candidates, uniform=uniform))
 
     def give_back(self, prompt: Prompt) -> None:
-        """Puts a prompt before the next epoch index and behind those given back earlier."""
+        """Queues a prompt to be issued again, behind those given back earlier and before the epoch's next."""
         self._returned.append(prompt)
 
     def _draw(self) -> int:
@@ -99,15 +99,10 @@ class PromptOrder:
 
     @property
     def returned(self) -> list[int]:
-        """Indices given back and not issued again yet."""
+        """Indices of prompts that were given back and not issued again yet."""
         return [prompt.index for prompt in self._returned]
 
-    def resume(self, *, cursor: int, returned: Iterable[Prompt]) -> None:
-        """Goes on in a ledger that remembers whom each prompt replaces."""
+    def restore(self, *, cursor: int, returned: Iterable[Prompt]) -> None:
+        """Continues an earlier run: `returned` first, then the epochs from `cursor`."""
         self.cursor = cursor
         self._returned = deque(returned)
-
-    def restore(self, *, cursor: int, pending: Iterable[int]) -> None:
-        """Goes on from an earlier run: `pending` first, then from `cursor`."""
-        self.cursor = cursor
-        self._returned = deque(Prompt(index=index) for index in pending)

@@ -1,9 +1,10 @@
-"""Which train ticket a server may take now: one that came back and waits, or a new one.
+"""The admission gate: which train ticket a server may take now, a waiting one or a new one.
 
-A server with weights of step s may take a ticket while everything ready and running fits into the free places of the steps up to
-deadline(s) (`bounds.py`), and of the run. A place that was emptied in a step that a trainer does again is free however far later steps are
-recorded. A ticket that has begun has a deadline already and goes before those that have not; a new one is issued
-only when none waits, because it would take the oldest ticket's budget, and on a small server its slots.
+A server with weights of step s may take a ticket while everything ready and running fits into the free
+positions of the steps up to deadline(s) (`staleness.py`), and of the run. A position that was freed in a step
+that a trainer repeats counts as free, however far later steps are recorded. Waiting tickets that have begun
+have a deadline already and go before those that have not. A new ticket is issued only if none waits, because
+it would take the oldest ticket's budget and, on a small server, its slots.
 """
 
 from __future__ import annotations
@@ -15,86 +16,94 @@ from areal_like.wire.messages.producer import Purpose
 from buffer.scheduling.staleness import StalenessBound
 from buffer.scheduling.step_scheduler import StepScheduler
 from buffer.settings import LedgerSettings
-from buffer.tables.leases import Server
+from buffer.tables.lease_table import Server
 from buffer.tables.ticket_table import TicketTable
 from buffer.tickets import State, Ticket
 
 
 class Admission:
-    """Reads the books of others; its own are the tickets that wait."""
+    """The queue of waiting tickets, and the budget for new ones."""
 
     def __init__(
         self,
         settings: LedgerSettings,
         *,
-        register: TicketTable,
-        recorder: StepScheduler,
+        tickets: TicketTable,
+        scheduler: StepScheduler,
         bound: StalenessBound,
     ) -> None:
         self._settings = settings
-        self._register = register
-        self._recorder = recorder
+        self._tickets = tickets
+        self._scheduler = scheduler
         self._bound = bound
         self._waiting: list[tuple[bool, int]] = []
-        """Heap of train tickets with unleased samples: those that have begun first (they have deadlines), the oldest first. An entry that
-        no longer says what is so is skipped."""
+        """Heap of (has not begun, ticket id) of train tickets with unleased samples: those that have begun
+        (and so have a deadline) first, then the oldest. An entry that is out of date is skipped."""
 
-    def wait(self, ticket: Ticket) -> None:
-        """Samples of this ticket have to be leased again."""
-        heapq.heappush(self._waiting, (ticket.floor is None, ticket.ticket_id))
+    def add_waiting(self, ticket: Ticket) -> None:
+        """Queues a ticket with samples that have to be leased again."""
+        heapq.heappush(self._waiting, (ticket.oldest_possible_step is None, ticket.ticket_id))
 
     @property
     def waiting(self) -> list[int]:
-        """Tickets that wait, in the order in which they will be taken."""
+        """Ids of waiting tickets, in the order in which they will be leased."""
         return [
-            ticket_id for begins, ticket_id in sorted(set(self._waiting)) if self._waits(begins, ticket_id)
+            ticket_id
+            for not_begun, ticket_id in sorted(set(self._waiting))
+            if self._is_waiting(not_begun, ticket_id)
         ]
 
-    def has_work(self) -> bool:
-        """Cheap test before servers are looked at. No weights are newer than the open step, so it finds as many places as any."""
-        return bool(self._waiting) or self._num_to_place() < self._num_places(self._recorder.step)
+    def may_have_work(self) -> bool:
+        """Cheap test before servers are looked at; False: no server can take a train ticket now.
+
+        No weights are newer than the open step, so no server has more free positions than counted here.
+        """
+        return bool(self._waiting) or self._num_unrecorded() < self._num_free_positions(self._scheduler.step)
 
     def next_for(self, server: Server, weights_step: int, *, issue: Callable[[], Ticket]) -> Ticket | None:
-        """The ticket that this server may take, with weights of this step, if any. `issue`: makes a new one."""
-        while self._waiting and not self._waits(*self._waiting[0]):
+        """The ticket that a server with weights of this step may take, if any. `issue` makes a new one."""
+        while self._waiting and not self._is_waiting(*self._waiting[0]):
             heapq.heappop(self._waiting)
         if self._waiting:
             return self._take_waiting(server, weights_step)
         num_samples = self._settings.group_size + self._settings.num_greedy
-        may_issue = self._num_to_place() < self._num_places(weights_step) and server.can_take(num_samples)
-        return issue() if may_issue else None
+        may_issue = self._num_unrecorded() < self._num_free_positions(weights_step)
+        return issue() if may_issue and server.can_take(num_samples) else None
 
     def _take_waiting(self, server: Server, weights_step: int) -> Ticket | None:
-        begins, ticket_id = self._waiting[0]
-        ticket = self._register.live[ticket_id]
-        # The deadline of one that begins is set now, as if it were new.
-        max_staleness = self._bound.max_staleness if begins else ticket.max_staleness
-        # Others that have not begun get their deadlines later, each in its turn. If they counted, then after the bound was
-        # lowered they could forbid one another for ever.
-        num_with_deadline = self._num_to_place() - self._recorder.num_without_deadline + begins
-        lowers_floor = ticket.floor is None or weights_step < ticket.floor
-        finds_no_place = lowers_floor and num_with_deadline > self._num_places(
+        not_begun, ticket_id = self._waiting[0]
+        ticket = self._tickets.live[ticket_id]
+        # A ticket that begins now gets its deadline now, as if it were new.
+        max_staleness = self._bound.current if not_begun else ticket.max_staleness
+        # Other tickets that have not begun get their deadlines later, each in its turn. If they counted here,
+        # they could block one another for ever after the bound was lowered.
+        num_with_deadline = self._num_unrecorded() - self._scheduler.num_without_deadline + not_begun
+        oldest_step = ticket.oldest_possible_step
+        gets_earlier_deadline = oldest_step is None or weights_step < oldest_step
+        exceeds_budget = gets_earlier_deadline and num_with_deadline > self._num_free_positions(
             weights_step, max_staleness=max_staleness
         )
-        if finds_no_place or not server.can_take(len(ticket.unleased)):
+        if exceeds_budget or not server.can_take(len(ticket.unleased)):
             return None
         heapq.heappop(self._waiting)
         ticket.max_staleness = max_staleness
         return ticket
 
-    def _waits(self, begins: bool, ticket_id: int) -> bool:
-        ticket = self._register.live.get(ticket_id)
-        return ticket is not None and bool(ticket.unleased) and begins == (ticket.floor is None)
+    def _is_waiting(self, not_begun: bool, ticket_id: int) -> bool:
+        ticket = self._tickets.live.get(ticket_id)
+        if ticket is None or not ticket.unleased:
+            return False
+        return not_begun == (ticket.oldest_possible_step is None)
 
-    def _num_to_place(self) -> int:
-        """Groups that will need a place: ready or running."""
-        return self._register.count(Purpose.TRAIN, State.QUEUED, State.LEASED, State.READY)
+    def _num_unrecorded(self) -> int:
+        """Groups that will need a position: ready or running."""
+        return self._tickets.count(Purpose.TRAIN, State.QUEUED, State.LEASED, State.READY)
 
-    def _num_places(self, weights_step: int, *, max_staleness: int | None = None) -> int:
-        """Places for what a server with weights of this step samples: free ones in the run's steps within its bound.
+    def _num_free_positions(self, weights_step: int, *, max_staleness: int | None = None) -> int:
+        """Free positions of the run's steps that a sample with weights of this step can be recorded in.
 
-        `max_staleness`: of a ticket that was issued before; None: of a new one.
+        `max_staleness`: the bound of a ticket issued before; None: the current one.
         """
-        max_staleness = self._bound.max_staleness if max_staleness is None else max_staleness
+        max_staleness = self._bound.current if max_staleness is None else max_staleness
         deadline = self._bound.deadline(weights_step, max_staleness=max_staleness)
-        return self._recorder.num_free_before(min(deadline + 1, self._settings.num_steps))
+        return self._scheduler.num_free_before(min(deadline + 1, self._settings.num_steps))

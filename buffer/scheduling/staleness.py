@@ -1,31 +1,40 @@
-"""How old a group may be when it is recorded: the one rule that admission and recording share.
+"""The staleness bound: the last optimizer step in which a group may be trained on.
 
-    deadline(step of the oldest token) = that step + max_staleness, and never beyond the sync interval that the step belongs to
+    deadline = step of its oldest token's weights + max_staleness, and never beyond the sync interval of that
+    step
 
-A ticket keeps the bound it was issued under. So the bound may change at any time without wasting work: lowering it closes admission until
-what was admitted before is through, and no ticket that was on time becomes late. Admission still proves that every deadline can be met:
-whenever a ticket is issued, everything recorded, ready and running fits into the steps up to that ticket's deadline.
+Admission and recording share this rule. A ticket keeps the bound it was issued under, so the current bound
+may change at any time without wasting work: lowering it closes admission until the tickets admitted before
+are through, and no ticket that was on time becomes late. Admission still guarantees that every deadline can
+be met: whenever a ticket is issued, everything recorded, ready and running fits into the steps up to that
+ticket's deadline.
 
-Intervals (`weights.sync_interval` I > 1 with `buffer.group_filter: single_version`): engines get new weights every I steps, no group may
-mix two of them, and every interval is trained on its own groups. Steps nI..(n+1)I-1 take what was sampled with weights of those steps, so
-interval n admits at most (n+1) * I * groups_per_step groups since the run began, replacements of dropped ones included.
+Sync intervals (`weights.sync_interval` I > 1 with `buffer.group_filter: single_version`): engines get new
+weights every I steps, no group may mix two of them, and every interval is trained on its own groups. Steps
+nI..(n+1)I-1 take the groups sampled with weights of those steps, so up to interval n at most (n+1) * I *
+groups_per_step groups are admitted, replacements of dropped ones included.
 """
 
 from __future__ import annotations
 
 
 class StalenessBound:
-    """The bound now, and the arithmetic of deadlines. Pure."""
+    """The current bound, and the arithmetic of deadlines. Pure."""
 
-    def __init__(self, max_staleness: int, *, sync_interval: int) -> None:
-        """`sync_interval`: steps of one interval; 1: there are none."""
-        self.max_staleness = max_staleness
-        """Of tickets issued from now on."""
+    def __init__(self, current: int, *, sync_interval: int) -> None:
+        """`sync_interval`: steps of one interval; 1: there are no intervals."""
+        self.current = current
+        """The bound of tickets issued from now on, in optimizer steps."""
         self._sync_interval = sync_interval
 
-    def deadline(self, floor: int, *, max_staleness: int) -> int:
-        """The last step that may record a group whose oldest token is at step `floor`, of a ticket issued under this bound."""
-        last = floor + max_staleness
+    def deadline(self, oldest_step: int, *, max_staleness: int) -> int:
+        """The last step that may record a group.
+
+        `oldest_step`: step of its oldest token's weights. `max_staleness`: the bound that its ticket was
+        issued under.
+        """
+        last = oldest_step + max_staleness
         if self._sync_interval > 1:
-            last = min(last, floor - floor % self._sync_interval + self._sync_interval - 1)
+            end_of_interval = oldest_step - oldest_step % self._sync_interval + self._sync_interval - 1
+            last = min(last, end_of_interval)
         return last

@@ -1,4 +1,4 @@
-"""What an operator may do to the ledger of a job that is not running."""
+"""Dropping tickets from the ledger of a job whose buffer is not running (`python -m buffer --drop`)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from buffer.ledger.recovery import recover
 from buffer.settings import LedgerSettings
 from buffer.storage.durable import open_store
 
-_PATIENCE_S = 30.0
-"""With a full disk, or a ledger that another program holds."""
+_WRITE_TIMEOUT_S = 30.0
+"""With a full disk, or a ledger file that another program has locked."""
 
 
 def drop_offline(config: Config, ticket_ids: Sequence[int], shard: Shard) -> None:
-    """Poisons a shard's tickets: all of its own among them, or none. Raises ConfigError if one may not be, or the ledger is in use."""
+    """Drops the shard's own tickets among these as poison: all of them, or none.
+
+    Raises ConfigError if one may not be dropped, or if the ledger is in use.
+    """
     if config.buffer.durability == "none":
         raise ConfigError("buffer.durability=none: a stopped buffer has no ledger to drop tickets from")
     asyncio.run(_drop(config, ticket_ids, shard))
@@ -34,7 +37,8 @@ async def _drop(config: Config, ticket_ids: Sequence[int], shard: Shard) -> None
             store,
             now_s=loop.time(),
             dataset=as_number(dataset_fingerprint(config)),
-            ignoring=ticket_ids,  # they may be dropped because their trajectories are damaged
+            # Damaged trajectories may be the reason for dropping them.
+            ignoring=ticket_ids,
         )
         try:
             ledger.poison(ticket_ids)
@@ -42,9 +46,9 @@ async def _drop(config: Config, ticket_ids: Sequence[int], shard: Shard) -> None
             raise ConfigError("ticket {} {}".format(*error.args)) from None
         store.when_durable(lambda: durable.set_result(None))
         try:
-            async with asyncio.timeout(_PATIENCE_S):
+            async with asyncio.timeout(_WRITE_TIMEOUT_S):
                 await durable
         except TimeoutError:
             raise ConfigError(
-                store.health or f"the ledger was not written within {_PATIENCE_S:g} s"
+                store.write_blocked_reason or f"the ledger was not written within {_WRITE_TIMEOUT_S:g} s"
             ) from None

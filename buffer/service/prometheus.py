@@ -1,4 +1,4 @@
-"""The buffer's Prometheus series. The ledger counts; here its numbers are copied, so that the ledger knows nothing of metrics."""
+"""The buffer's Prometheus series, copied from snapshots of the ledger."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ from prometheus_client import Counter
 
 from areal_like.runtime.metrics import Metrics
 from areal_like.wire.messages.hello import Role
-from buffer.ledger.ledger import Ledger
-from buffer.service.peers import PeerBook
+from buffer.ledger.snapshot import LedgerSnapshot
+from buffer.service.peers import ConnectedPeers
 from buffer.tickets import Drop, State, Verdict
+
+_STEPS = ("completed", "committed", "recording")
+_PROMPTS = ("issued", "all")
 
 
 class BufferSeries:
-    """Call `update` often; every labelled series exists from the start."""
+    """All series of the buffer. Every labelled series exists from the start, at zero."""
 
     def __init__(self, metrics: Metrics, *, max_staleness: int) -> None:
+        """`max_staleness`: the largest lag that a sample can have (the cap)."""
         lags = [str(lag) for lag in range(max_staleness + 1)]
         self._tickets = metrics.gauge("tickets", "Tickets by state", label="state", values=list(State))
         self._drops = metrics.counter(
@@ -52,7 +56,7 @@ class BufferSeries:
             label="of",
             values=_PROMPTS,
         )
-        self._plain = {
+        self._unlabelled = {
             name: metrics.counter(name, doc)
             for name, doc in (
                 ("samples_failed", "Samples that a server could not make"),
@@ -63,43 +67,40 @@ class BufferSeries:
                 ("bad_frames", "Messages that could not be decoded"),
             )
         }
-        self._seen: dict[tuple[int, str], float] = {}
+        self._exported: dict[tuple[int, str], float] = {}
+        """Value of each counter at the last update, by (id of the counter, label)."""
 
-    def update(self, ledger: Ledger, peers: PeerBook, plain: Mapping[str, float]) -> None:
-        """Copies the numbers; `plain` has one for each unlabelled counter."""
-        for state, count in ledger.register.num_by_state().items():
+    def update(
+        self, snapshot: LedgerSnapshot, peers: ConnectedPeers, unlabelled: Mapping[str, float]
+    ) -> None:
+        """Copies the numbers; `unlabelled` has the value of each counter without a label."""
+        for state, count in snapshot.num_by_state.items():
             self._tickets.labels(state).set(count)
-        for reason, count in ledger.drops.items():
-            self._raise(self._drops, reason, count)
-        for verdict, count in ledger.statistics.verdicts.items():
-            self._raise(self._samples, verdict, count)
-        for lag, count in ledger.statistics.lag_histogram.items():
-            self._raise(self._trained, str(lag), count)
-        for name, counter in self._plain.items():
-            self._raise(counter, "", plain[name])
+        for reason, count in snapshot.drops.items():
+            self._raise_to(self._drops, reason, count)
+        for verdict, count in snapshot.verdicts.items():
+            self._raise_to(self._samples, verdict, count)
+        for lag, count in snapshot.lag_histogram.items():
+            self._raise_to(self._trained, str(lag), count)
+        for name, counter in self._unlabelled.items():
+            self._raise_to(counter, "", unlabelled[name])
         for role in Role:
             self._peers.labels(role.value).set(len(peers.of(role)))
-        for of, step in zip(
-            _STEPS, (ledger.trainer_step, ledger.committed_step + 1, ledger.recorder.step), strict=True
-        ):
+        steps = (snapshot.trainer_step, snapshot.committed_steps, snapshot.open_step)
+        for of, step in zip(_STEPS, steps, strict=True):
             self._steps.labels(of).set(step)
-        self._bound.set(ledger.bound.max_staleness)
-        self._version.set(ledger.versions.newest)
-        self._bytes.set(ledger.store.num_bytes)
-        self._free.set(sum(max(0, server.free_samples) for server in ledger.book.servers.values()))
-        self._due.set(ledger.recorder.num_due)
-        if (curriculum := ledger.prompts.curriculum) is not None:
-            for of, rate in zip(
-                _PROMPTS, (curriculum.issued_solve_rate, curriculum.mean_solve_rate), strict=True
-            ):
+        self._bound.set(snapshot.max_staleness)
+        self._version.set(snapshot.newest_version)
+        self._bytes.set(snapshot.num_bytes)
+        self._free.set(snapshot.free_samples)
+        self._due.set(snapshot.num_due)
+        if (curriculum := snapshot.curriculum) is not None:
+            rates = (curriculum.issued_solve_rate, curriculum.mean_solve_rate)
+            for of, rate in zip(_PROMPTS, rates, strict=True):
                 self._solve_rate.labels(of).set(rate)
 
-    def _raise(self, counter: Counter, label: str, value: float) -> None:
+    def _raise_to(self, counter: Counter, label: str, value: float) -> None:
         key = (id(counter), label)
-        if (more := value - self._seen.get(key, 0.0)) > 0:
-            (counter.labels(label) if label else counter).inc(more)
-            self._seen[key] = value
-
-
-_PROMPTS = ("issued", "all")
-_STEPS = ("completed", "committed", "recording")
+        if (increase := value - self._exported.get(key, 0.0)) > 0:
+            (counter.labels(label) if label else counter).inc(increase)
+            self._exported[key] = value

@@ -1,7 +1,8 @@
-"""What the ledger wrote since the last hand-over, as rows: taken from mutable tickets at once, folded so that the last state counts.
+"""The rows that the ledger wrote since the last batch was handed to the writer, as one transaction.
 
-A `Changes` is one transaction. It is filled in the event loop and then belongs to whoever applies it (`schema.apply`), so that no row
-ever changes under a writer. Pure: no file, no thread.
+Tickets and leases are mutable, so their rows are built at the time of the write; later writes of the same row
+replace earlier ones. A `Changes` is filled in the event loop and then belongs to whoever applies it
+(`sql.apply`), so no row changes under the writer's thread. Pure: no file, no thread.
 """
 
 from __future__ import annotations
@@ -12,37 +13,40 @@ from typing import Any
 
 from areal_like.wire.records import Record
 from buffer.prompts.order import Prompt
-from buffer.storage.base import Recovered, RollbackRow, VersionRow
-from buffer.tickets import LeaseRecord, Sample, State, Ticket
+from buffer.storage.rows import Recovered, RollbackRow, VersionRow
+from buffer.tickets import LeaseRecord, SampleSummary, State, Ticket
 
 Row = tuple[Any, ...]
 
 
 @dataclass(kw_only=True, slots=True)
 class Changes:
-    """Rows by key; None: the row goes."""
+    """Rows by key; None: the row is deleted."""
 
     tickets: dict[int, Row] = field(default_factory=dict)
-    samples: list[tuple[Sample, Record]] = field(default_factory=list)
-    """Accepted samples: the row is made of both when it is known where the record is."""
+    samples: list[tuple[SampleSummary, Record]] = field(default_factory=list)
+    """Accepted samples. Their rows also contain where the record is on disk, which the writer finds out."""
     failures: dict[tuple[int, int], int] = field(default_factory=dict)
     leases: dict[int, Row | None] = field(default_factory=dict)
     versions: list[VersionRow] = field(default_factory=list)
-    marks: dict[str, int] = field(default_factory=dict)
+    scalars: dict[str, int] = field(default_factory=dict)
     returned: dict[int, Row | None] = field(default_factory=dict)
     """By place in the queue of prompts given back."""
     attempts: dict[int, int] = field(default_factory=dict)
     rollbacks: list[RollbackRow] = field(default_factory=list)
-    statistics: dict[str, float] = field(default_factory=dict)
+    counters: dict[str, float] = field(default_factory=dict)
     released: list[int] = field(default_factory=list)
-    """Tickets whose records nobody will ask for any more."""
+    """Tickets whose records nobody will fetch any more."""
 
     def __bool__(self) -> bool:
         return any(getattr(self, name) for name in self.__slots__)
 
 
 class RowRecorder:
-    """The writing half of `Store`, into `changes`. Subclasses say what becomes of them."""
+    """The writing half of `Store`: each `put_*` adds its row to `changes`.
+
+    Subclasses write `changes` somewhere.
+    """
 
     def __init__(self) -> None:
         self.changes = Changes()
@@ -57,7 +61,6 @@ class RowRecorder:
         self._next_returned = first_returned + len(recovered.returned)
 
     def put_ticket(self, ticket: Ticket) -> None:
-        """See Store."""
         self.changes.tickets[ticket.ticket_id] = (
             ticket.ticket_id,
             ticket.purpose.value,
@@ -77,18 +80,15 @@ class RowRecorder:
             self.changes.released.append(ticket.ticket_id)
         self._changed()
 
-    def put_sample(self, sample: Sample, record: Record) -> None:
-        """See Store."""
+    def put_sample(self, sample: SampleSummary, record: Record) -> None:
         self.changes.samples.append((sample, record))
         self._changed()
 
     def put_failure(self, ticket: Ticket, sample_index: int) -> None:
-        """See Store."""
         self.changes.failures[ticket.ticket_id, sample_index] = ticket.num_failures[sample_index]
         self._changed()
 
     def put_lease(self, lease: LeaseRecord, *, server_incarnation: int) -> None:
-        """See Store."""
         outstanding = f"[{','.join(map(str, sorted(lease.outstanding)))}]"
         self.changes.leases[lease.lease_id] = (
             lease.lease_id,
@@ -101,54 +101,41 @@ class RowRecorder:
         self._changed()
 
     def end_lease(self, lease_id: int) -> None:
-        """See Store."""
         self.changes.leases[lease_id] = None
         self._changed()
 
     def put_version(self, row: VersionRow) -> None:
-        """See Store."""
         self.changes.versions.append(row)
         self._changed()
 
-    def put_mark(self, name: str, value: int) -> None:
-        """See Store."""
-        self.changes.marks[name] = value
+    def put_scalar(self, name: str, value: int) -> None:
+        self.changes.scalars[name] = value
         self._changed()
 
     def push_returned(self, prompt: Prompt) -> None:
-        """See Store."""
-        self.changes.returned[self._next_returned] = (
-            self._next_returned,
-            prompt.index,
-            prompt.parent,
-            prompt.num_reissues,
-        )
+        place = self._next_returned
+        self.changes.returned[place] = (place, prompt.index, prompt.parent, prompt.num_reissues)
         self._next_returned += 1
         self._changed()
 
     def pop_returned(self) -> None:
-        """See Store."""
         assert self._first_returned < self._next_returned, "no prompt was given back"
         self.changes.returned[self._first_returned] = None
         self._first_returned += 1
         self._changed()
 
     def put_attempt(self, step: int, num_starts: int) -> None:
-        """See Store."""
         self.changes.attempts[step] = num_starts
         self._changed()
 
     def put_rollback(self, row: RollbackRow) -> None:
-        """See Store."""
         self.changes.rollbacks.append(row)
         self._changed()
 
-    def put_statistics(self, values: Mapping[str, float]) -> None:
-        """See Store."""
-        self.changes.statistics |= values
+    def put_counters(self, values: Mapping[str, float]) -> None:
+        self.changes.counters |= values
         self._changed()
 
     def release(self, ticket: Ticket) -> None:
-        """See Store."""
         self.changes.released.append(ticket.ticket_id)
         self._changed()

@@ -1,13 +1,17 @@
-"""The store that outlives its process: SQLite for the rows, append-only segments for the records, one thread that waits for the disk.
+"""The durable store: SQLite for rows, append-only segment files for records, one thread for the disk.
 
-    put_*, when_durable --> Changes --(end of the loop's turn, writer idle)--> Batch --> Writer --> callbacks, in order
+    put_*, when_durable --> Changes --(end of the loop's turn, writer idle)--> Batch --> Writer --> callbacks,
+    in order
 
-A batch is handed over by a callback of its own, never from inside a put, so that what one ledger operation wrote is in one transaction. The
-loop never waits for the disk, except to read back a group that is not in memory any more.
+A batch is handed over in a loop callback of its own, never inside a `put_*`, so that the writes of one ledger
+operation are in one transaction. The event loop never waits for the disk, except to read back a group that is
+not in memory any more.
 
-Segments and not blobs, because that measured better: at 12.4 kB a trajectory and 128 in a batch, blobs took 8.7-9.9 thousand a second
-with an fsync a commit and segments 15.7-19.2 (two fsyncs); without fsync 9.4-10.9 and 54-55. SQLite writes a blob twice, to the WAL and at
-a checkpoint to the file. Left out: compression, and a second thread that would overlap a segment's fsync with the ledger's before it.
+Records are in segment files and not in SQLite blobs because that is faster: with 12.4 kB a trajectory and 128
+in a batch, blobs took 8.7-9.9 thousand a second with an fsync a commit, segments 15.7-19.2 thousand (with two
+fsyncs); without fsync 9.4-10.9 and 54-55 thousand. SQLite writes a blob twice, to the WAL and, at a
+checkpoint, to the file. Left out: compression, and a second thread that would overlap a segment's fsync with
+that of the rows before it.
 """
 
 from __future__ import annotations
@@ -27,33 +31,35 @@ from areal_like.errors import StoreCorruptError, UserError
 from areal_like.paths import RunPaths
 from areal_like.shards import WHOLE, Shard
 from areal_like.wire.records import Place, Record, read_record, segment_path
-from buffer.storage import sql as schema
-from buffer.storage.base import MemoryStore, Recovered, Store
+from buffer.storage import sql, sql_read
+from buffer.storage.base import Store
 from buffer.storage.changes import Changes, RowRecorder
+from buffer.storage.memory import MemoryStore
 from buffer.storage.record_cache import RecordCache
-from buffer.storage.segments import SegmentWriter, sync_directory, unnamed_tail
+from buffer.storage.rows import Recovered, SegmentRow
+from buffer.storage.segments import SegmentWriter, sync_directory, unreferenced_tail
 from buffer.storage.writer import Batch, Writer
-from buffer.tickets import Sample, Ticket
+from buffer.tickets import SampleSummary, Ticket
 
 log = logging.getLogger(__name__)
 
-_NUM_NAMED = 10
-"""Corrupt records that an error lists."""
+_MAX_LISTED = 10
+"""Damaged records that an error message lists one by one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoreSettings:
-    """Fields as in the configuration (`buffer.*`)."""
+    """Fields as in the configuration (`buffer.*`), which has the defaults."""
 
-    durability: str = "process_crash"
-    retain_trajectories: bool = False
-    segment_bytes: int = 64 << 20
-    cache_bytes: int = 256 << 20
-    min_free_bytes: int = 0
+    durability: str
+    retain_trajectories: bool
+    segment_bytes: int
+    cache_bytes: int
+    min_free_bytes: int
 
     @classmethod
     def from_config(cls, config: Config) -> Self:
-        """Picks the fields out of the job's configuration."""
+        """The settings of a job."""
         return cls(
             durability=config.buffer.durability,
             retain_trajectories=config.buffer.retain_trajectories,
@@ -64,7 +70,7 @@ class StoreSettings:
 
 
 def open_store(config: Config, *, on_error: Callable[[Exception], None], shard: Shard = WHOLE) -> Store:
-    """The store that `buffer.durability` names, in the run's directory."""
+    """Opens the store that `buffer.durability` selects, in the run's directory."""
     settings = StoreSettings.from_config(config)
     if settings.durability == "none":
         return MemoryStore()
@@ -72,7 +78,7 @@ def open_store(config: Config, *, on_error: Callable[[Exception], None], shard: 
 
 
 class DurableStore(RowRecorder):
-    """See the module, and `Store` for the methods. Made in the event loop that uses it; raises UserError when another process has it.
+    """A `Store` on disk. Construct it in the event loop that uses it.
 
     OPEN -> recover() -> WRITING -> close() -> CLOSED
     """
@@ -80,7 +86,11 @@ class DurableStore(RowRecorder):
     def __init__(
         self, directory: Path, settings: StoreSettings, *, on_error: Callable[[Exception], None]
     ) -> None:
-        """`on_error` hears, in the loop, of what cannot be mended by waiting; nothing more becomes durable then."""
+        """Raises UserError if another process has the directory.
+
+        `on_error` is called in the loop on an error that waiting cannot mend; nothing becomes durable after
+        it.
+        """
         super().__init__()
         self._directory = directory
         self._settings = settings
@@ -89,7 +99,7 @@ class DurableStore(RowRecorder):
         (directory / "segments").mkdir(parents=True, exist_ok=True)
         self._lock = _lock(directory)
         try:
-            self._connection = schema.connect(
+            self._connection = sql.connect(
                 directory / "ledger.sqlite3",
                 synchronous="FULL" if settings.durability == "power_loss" else "NORMAL",
             )
@@ -98,9 +108,9 @@ class DurableStore(RowRecorder):
             raise
         self._cache = RecordCache(max_bytes=settings.cache_bytes)
         self._places: dict[int, dict[int, Place]] = {}
-        """Of durable samples that may still be asked for."""
+        """Positions on disk, by ticket and sample index, of durable records that may still be fetched."""
         self._num_needed: Counter[int] = Counter()
-        """Of those, how many in each segment."""
+        """Number of them in each segment."""
         self._retained: frozenset[int] = frozenset()
         self._gone_segments: list[int] = []
         self._callbacks: list[Callable[[], None]] = []
@@ -109,24 +119,27 @@ class DurableStore(RowRecorder):
         self._writer: Writer | None = None
 
     def recover(self, *, ignoring: Collection[int] = ()) -> Recovered:
-        """See Store."""
-        assert self._writer is None, "recover once"
-        recovered = schema.read(self._connection)
-        self._continue_from(recovered, first_returned=schema.first_returned(self._connection))
-        self._places = schema.read_places(self._connection)
+        assert self._writer is None, "recover was called twice"
+        recovered = sql_read.read_all(self._connection)
+        self._continue_from(recovered, first_returned=sql_read.first_returned(self._connection))
+        self._places = sql_read.read_places(self._connection)
         self._num_needed = Counter(
             place.segment for places in self._places.values() for place in places.values()
         )
-        segments = schema.read_segments(self._connection)
+        segments = sql_read.read_segments(self._connection)
         self._retained = frozenset(row.segment for row in segments if row.retained)
-        last = segments[-1] if segments else schema.SegmentRow(0, 0, False)
+        last = segments[-1] if segments else SegmentRow(segment=0, num_bytes=0, retained=False)
         self._verify(last.segment, ignoring=ignoring)
-        num_whole, num_torn_bytes = unnamed_tail(self._directory, segment=last.segment, offset=last.num_bytes)
+        num_whole, num_torn_bytes = unreferenced_tail(
+            self._directory, segment=last.segment, offset=last.num_bytes
+        )
         if num_whole or num_torn_bytes:
             log.warning(
-                "cut %d unacknowledged trajectories and %d bytes of a torn one", num_whole, num_torn_bytes
+                "removed %d unacknowledged trajectories and %d bytes of an incomplete one",
+                num_whole,
+                num_torn_bytes,
             )
-        self._remove_unnamed({row.segment for row in segments})
+        self._remove_files_without_row({row.segment for row in segments})
         self._gone_segments = [row.segment for row in segments[:-1] if not self._is_needed(row.segment)]
         writer = SegmentWriter(
             self._directory,
@@ -149,25 +162,22 @@ class DurableStore(RowRecorder):
         )
         return recovered
 
-    def put_sample(self, sample: Sample, record: Record) -> None:
-        """See Store."""
+    def put_sample(self, sample: SampleSummary, record: Record) -> None:
         self._cache.add(record)
         super().put_sample(sample, record)
 
-    def group(self, ticket: Ticket) -> list[Record]:
-        """See Store."""
-        group = []
+    def records_of(self, ticket: Ticket) -> list[Record]:
+        records = []
         for index in range(ticket.num_samples):
             record = self._cache.get(ticket.ticket_id, index)
             if record is None:
                 place = self._places[ticket.ticket_id][index]
                 record = read_record(self._directory, place, ticket_id=ticket.ticket_id, sample_index=index)
-            group.append(record)
-        self._cache.served(ticket.ticket_id)
-        return group
+            records.append(record)
+        self._cache.mark_served(ticket.ticket_id)
+        return records
 
     def when_durable(self, then: Callable[[], None]) -> None:
-        """See Store."""
         if self.changes:
             self._callbacks.append(then)
         elif self._in_flight is not None:
@@ -177,16 +187,14 @@ class DurableStore(RowRecorder):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of records in memory: those that are not durable yet, and `buffer.cache_bytes` at most of others."""
+        """Bytes of records in memory: those not durable yet, and at most `cache_bytes` of others."""
         return self._cache.num_bytes
 
     @property
-    def health(self) -> str:
-        """See Store."""
-        return self._writer.health if self._writer else ""
+    def write_blocked_reason(self) -> str:
+        return self._writer.blocked_reason if self._writer else ""
 
     def close(self) -> None:
-        """See Store."""
         if self._writer is not None:
             self._hand_over(even_while_busy=True)
             self._writer.close()
@@ -195,17 +203,17 @@ class DurableStore(RowRecorder):
 
     def _changed(self) -> None:
         if self._writer is not None and self.changes.released:
-            self._writer.is_pressed = True
+            self._writer.frees_space = True
         if not self._hand_over_is_due:
             self._hand_over_is_due = True
             self._loop.call_soon(self._hand_over)
 
     def _hand_over(self, *, even_while_busy: bool = False) -> None:
         self._hand_over_is_due = False
-        assert self._writer is not None, "recover comes before the first write"
+        assert self._writer is not None, "recover has to be called before the first write"
         if not (self.changes or self._gone_segments) or (self._in_flight is not None and not even_while_busy):
             return
-        self._writer.is_pressed = False
+        self._writer.frees_space = False
         self._in_flight = Batch(
             changes=self.changes, callbacks=self._callbacks, gone_segments=self._gone_segments
         )
@@ -213,7 +221,7 @@ class DurableStore(RowRecorder):
         self._writer.submit(self._in_flight)
 
     def _done(self, batch: Batch, places: list[Place]) -> None:
-        """In the loop: a batch is durable."""
+        """A batch is durable. Called in the event loop."""
         self._in_flight = None
         for (_, record), place in zip(batch.changes.samples, places, strict=True):
             self._places.setdefault(record.ticket_id, {})[record.sample_index] = place
@@ -229,7 +237,10 @@ class DurableStore(RowRecorder):
             callback()
 
     def _collect_segments(self) -> None:
-        """Files that nothing durable needs go with the next batch: after the rows that say so, so that no crash comes between."""
+        """Queues files that no durable row needs for deletion with the next batch.
+
+        They are deleted after the rows that released them are durable, so a crash in between loses nothing.
+        """
         newest = max(self._num_needed, default=0)
         gone = [segment for segment in self._num_needed if segment < newest and not self._is_needed(segment)]
         for segment in gone:
@@ -242,9 +253,10 @@ class DurableStore(RowRecorder):
         )
 
     def _verify(self, last_segment: int, *, ignoring: Collection[int]) -> None:
-        """Everything named must be there; in the segment that was being written it must also match its checksum.
+        """Checks that every record that a row refers to is on disk, and the checksums of the last segment's.
 
-        Older segments were whole when the last one was begun, and are checked as they are read: a start must not take minutes.
+        Older segments were complete when the last one was begun. Their checksums are verified at each read,
+        because a start must not take minutes. Raises StoreCorruptError.
         """
         sizes: dict[int, int] = {}
         damaged = []
@@ -258,13 +270,13 @@ class DurableStore(RowRecorder):
                 except StoreCorruptError as error:
                     damaged.append(str(error))
         if damaged:
-            more = f"; and {len(damaged) - _NUM_NAMED} more" if len(damaged) > _NUM_NAMED else ""
-            raise StoreCorruptError("; ".join(damaged[:_NUM_NAMED]) + more)
+            more = f"; and {len(damaged) - _MAX_LISTED} more" if len(damaged) > _MAX_LISTED else ""
+            raise StoreCorruptError("; ".join(damaged[:_MAX_LISTED]) + more)
 
-    def _remove_unnamed(self, named: Collection[int]) -> None:
-        """Files whose first batch never committed, or whose last row went just before a crash."""
+    def _remove_files_without_row(self, segments: Collection[int]) -> None:
+        """Deletes files without a row: their first batch, or their own deletion, was interrupted."""
         for path in (self._directory / "segments").glob("*.seg"):
-            if path.stem.isdecimal() and int(path.stem) not in named:
+            if path.stem.isdecimal() and int(path.stem) not in segments:
                 path.unlink()
 
 
@@ -276,7 +288,8 @@ def _lock(directory: Path) -> int:
         holder = os.pread(file, 32, 0).decode(errors="replace").strip() or "unknown"
         os.close(file)
         raise UserError(
-            f"{directory} is in use by another buffer (pid {holder}): stop that one, or give this run another name"
+            f"{directory} is in use by another buffer (pid {holder}): "
+            "stop that one, or give this run another name"
         ) from None
     os.ftruncate(file, 0)
     os.pwrite(file, f"{os.getpid()}\n".encode(), 0)

@@ -1,10 +1,11 @@
-"""Records in memory, so that most groups need not be read back, within a bound.
+"""A bounded cache of records in memory, so that most groups need not be read back from disk.
 
     add -> PINNED (not durable yet) -> unpin -> KEPT -> evicted | removed
 
-Groups leave the buffer roughly in the order in which their samples came, so when there is no room it is the newest that is not kept: what
-comes next stays at hand. Served groups go first: they are asked for again only after a trainer's crash. Pinned ones are
-the only copy and never go; what bounds those is the credit of the servers, who send nothing new before an acknowledgement.
+Groups leave the buffer roughly in the order in which their samples arrived. So when the cache is full the
+newest record is the one that is not kept: the records needed next stay in memory. Served groups are evicted
+first: they are fetched again only after a trainer's crash. Pinned records are the only copy and are never
+evicted; servers bound their number, because they send nothing new before an acknowledgement.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from areal_like.wire.records import Record
 
 
 class RecordCache:
-    """By ticket and sample. Pure."""
+    """Records by ticket and sample index. Pure."""
 
     def __init__(self, *, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -23,13 +24,13 @@ class RecordCache:
         self.num_bytes = 0
 
     def add(self, record: Record) -> None:
-        """Takes a record that is nowhere else."""
+        """Adds a record, pinned: there is no copy on disk yet."""
         self._records.setdefault(record.ticket_id, {})[record.sample_index] = record
         self._pinned.add((record.ticket_id, record.sample_index))
         self.num_bytes += len(record.data)
 
     def unpin(self, ticket_id: int, sample_index: int) -> None:
-        """The record is on disk too: it stays if there is room."""
+        """The record is on disk: keep it in memory if there is room."""
         self._pinned.discard((ticket_id, sample_index))
         while self.num_bytes > self._max_bytes and self._served:
             served = next(iter(self._served))
@@ -40,16 +41,16 @@ class RecordCache:
             self._evict(ticket_id, sample_index)
 
     def get(self, ticket_id: int, sample_index: int) -> Record | None:
-        """The record, if it is here."""
+        """The record, or None if it is not in memory."""
         return self._records.get(ticket_id, {}).get(sample_index)
 
-    def served(self, ticket_id: int) -> None:
-        """The group was handed out: it is the next to go."""
+    def mark_served(self, ticket_id: int) -> None:
+        """A rank has fetched the group: it is evicted before others."""
         if ticket_id in self._records:
             self._served[ticket_id] = None
 
     def remove(self, ticket_id: int) -> None:
-        """Nobody needs the ticket's records any more."""
+        """Removes all records of a ticket, pinned ones too: nobody needs them any more."""
         self._served.pop(ticket_id, None)
         for index in list(self._records.get(ticket_id, ())):
             self._pinned.discard((ticket_id, index))

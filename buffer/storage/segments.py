@@ -1,10 +1,11 @@
-"""The files that trajectories are appended to: written by one thread, in batches, each of which may be taken back.
+"""Segments: the files that trajectories are appended to, by one thread, in batches that can be undone.
 
-    write(records) -> (the ledger's row commits) -> keep()     a batch that stays
-    write(records) -> cut()                                    the disk was full: as if nothing had happened
+    write(records) -> (the transaction with their rows commits) -> keep()   the batch stays
+    write(records) -> cut()                                                 disk full: files as before
 
-A row may name bytes only when they are as safe as the row: with `sync` they are on the disk before `write` returns, and so is the name of a
-new file. What an interrupted batch left behind the last named byte is cut at the next start.
+A row may refer to bytes only if they are at least as durable as the row: with `sync`, `write` returns after
+they are on disk, and so is the name of a new file. Bytes of an interrupted batch behind the last referenced
+one are removed at the next start.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from pathlib import Path
 from areal_like.wire.records import Place, count_whole_records, crc32_of, segment_path
 
 _MAX_BUFFERS = 1024
-"""Of one writev (IOV_MAX)."""
+"""Limit of one writev (IOV_MAX)."""
 
 
 class SegmentWriter:
-    """Appends to the newest segment and begins another when it is full."""
+    """Appends records to the newest segment and begins another one when it is full."""
 
     def __init__(self, directory: Path, *, segment: int, offset: int, segment_bytes: int, sync: bool) -> None:
-        """Goes on at `offset` of a segment that may or may not exist."""
+        """Continues at `offset` of a segment, which is created if it does not exist."""
         self._directory = directory
         self._segment_bytes = segment_bytes
         self._sync = sync
@@ -35,9 +36,9 @@ class SegmentWriter:
         os.ftruncate(self._file, offset)
 
     def write(self, records: Sequence[bytes]) -> list[Place]:
-        """Appends the records. After an OSError call `cut`."""
+        """Appends the records and returns their positions. Call `cut` after an OSError."""
         places: list[Place] = []
-        for segment_records in self._divided(records, places):
+        for segment_records in self._by_segment(records, places):
             for start in range(0, len(segment_records), _MAX_BUFFERS):
                 self._write_all(segment_records[start : start + _MAX_BUFFERS])
             if self._sync and segment_records:
@@ -45,11 +46,11 @@ class SegmentWriter:
         return places
 
     def keep(self) -> None:
-        """The ledger names what was written: it stays."""
+        """Rows refer to the written records now: `cut` does not remove them any more."""
         self._kept = (self.segment, self.offset)
 
     def cut(self) -> None:
-        """Takes back what was written since the last `keep`."""
+        """Removes everything written since the last `keep`."""
         segment, offset = self._kept
         for newer in range(segment + 1, self.segment + 1):
             segment_path(self._directory, newer).unlink(missing_ok=True)
@@ -58,11 +59,10 @@ class SegmentWriter:
         self.offset = offset
 
     def close(self) -> None:
-        """Closes the file."""
         os.close(self._file)
 
-    def _divided(self, records: Sequence[bytes], places: list[Place]) -> Iterator[list[bytes]]:
-        """Records of one segment after another; the caller writes each list before it asks for the next."""
+    def _by_segment(self, records: Sequence[bytes], places: list[Place]) -> Iterator[list[bytes]]:
+        """The records of one segment after another. The caller writes each list before it takes the next."""
         here: list[bytes] = []
         for record in records:
             if self.offset > 0 and self.offset + len(record) > self._segment_bytes:
@@ -86,16 +86,15 @@ class SegmentWriter:
 
     def _write_all(self, records: list[bytes]) -> None:
         num_written = os.writev(self._file, records)
-        if num_written < sum(
-            map(len, records)
-        ):  # a disk that fills up takes a part first and refuses the rest
+        # A disk that becomes full accepts a part first and refuses the rest.
+        if num_written < sum(map(len, records)):
             rest = memoryview(b"".join(records))[num_written:]
             while rest:
                 rest = rest[os.write(self._file, rest) :]
 
 
 def sync_directory(directory: Path) -> None:
-    """Makes the names in a directory durable."""
+    """Makes the names of the files in a directory durable (fsync)."""
     file = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(file)
@@ -103,8 +102,8 @@ def sync_directory(directory: Path) -> None:
         os.close(file)
 
 
-def unnamed_tail(directory: Path, *, segment: int, offset: int) -> tuple[int, int]:
-    """(whole records, torn bytes) behind the last byte of a segment that a row names."""
+def unreferenced_tail(directory: Path, *, segment: int, offset: int) -> tuple[int, int]:
+    """(complete records, bytes of an incomplete one) behind the last byte that a row refers to."""
     try:
         with segment_path(directory, segment).open("rb") as file:
             file.seek(offset)

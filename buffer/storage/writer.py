@@ -1,11 +1,13 @@
-"""The one thread that waits for the disk: takes batches in order, makes each durable, and says so.
+"""The writer's thread: takes batches in order, makes each one durable, and reports it to the event loop.
 
-    batch -> records into a segment (fsync) -> rows into SQLite (fsync) -> done(batch) in the event loop
+    batch -> records into a segment (fsync) -> rows into SQLite (fsync) -> on_done(batch) in the event loop
 
-One batch is one transaction: what piles up in the loop while the disk is busy becomes the next one (group commit). A row never names bytes
-that are less durable than itself, hence the order. When there is no space a batch is taken back whole and tried again until there is, so a
-full disk costs time and nothing else; what frees space may use what `buffer.min_free_bytes` keeps. Any other error ends the writer: after a
-failed fsync nobody knows what the disk holds (the kernel drops the pages), so going on could only acknowledge what is not there.
+A batch is one transaction. Writes that accumulate in the loop while the disk is busy become the next batch
+(group commit). Records are written before rows, because a row must never refer to bytes that are less durable
+than itself. When there is no space, a batch is undone and retried until there is, so a full disk costs time
+and nothing else; batches that free space may use the reserve of `buffer.min_free_bytes`. Any other error ends
+the writer: after a failed fsync the contents of the disk are unknown (the kernel drops the pages), so
+continuing could acknowledge lost data.
 """
 
 from __future__ import annotations
@@ -23,18 +25,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from areal_like.wire.records import Place, segment_path
-from buffer.storage import sql as schema
+from buffer.storage import sql
 from buffer.storage.changes import Changes
+from buffer.storage.rows import SegmentRow
 from buffer.storage.segments import SegmentWriter
-from buffer.storage.sql import SegmentRow
 
 log = logging.getLogger(__name__)
 
 _RETRY_S = 0.25
 _HANGS_AFTER_S = 5.0
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-_SQLITE_WAITS = frozenset({"SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE"})
-"""What SQLite makes of the three above: nothing was written, and it may succeed later."""
+_SQLITE_NO_SPACE = frozenset({"SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE"})
+"""SQLite's names for the three above: nothing was written, and a retry may succeed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,17 +45,20 @@ class Batch:
 
     changes: Changes
     callbacks: list[Callable[[], None]]
-    """To be called, in order, when it is durable."""
+    """Called in order when the batch is durable."""
     gone_segments: list[int]
-    """Files that no durable row needs any more."""
+    """Files to delete: no durable row refers to them any more."""
 
 
 class _NoSpaceError(Exception):
-    """The batch was not written, and may be later."""
+    """The batch was not written; a retry may succeed."""
 
 
 class Writer:
-    """RUNNING -> close() -> CLOSED | error -> FAILED. Owns the segment files and, while it runs, the connection."""
+    """RUNNING -> close() -> CLOSED | error -> FAILED.
+
+    Owns the segment files and, while it runs, the connection.
+    """
 
     def __init__(
         self,
@@ -78,20 +83,21 @@ class Writer:
         self._on_error = on_error
         self._batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self._closing = threading.Event()
-        self._refused_because = ""
-        """Why the batch at hand cannot be written now."""
+        self._refused_reason = ""
+        """Why the current batch cannot be written now; empty if it can."""
         self._writing_since_s: float | None = None
-        self.is_pressed = False
-        """Set by the owner while something waits that will free space: the batch at hand may use what is kept free."""
+        self.frees_space = False
+        """Set by the owner while a batch that frees space waits: the current batch may then use the
+        reserve."""
         self._thread = threading.Thread(target=self._run, name="ledger-writer", daemon=True)
         self._thread.start()
 
     @property
-    def health(self) -> str:
-        """Why the batch at hand is not written; empty while all is well. From any thread."""
+    def blocked_reason(self) -> str:
+        """Why the current batch is not written; empty if writes succeed. May be called from any thread."""
         since_s = self._writing_since_s
-        if self._refused_because or since_s is None:
-            return self._refused_because
+        if self._refused_reason or since_s is None:
+            return self._refused_reason
         seconds = time.monotonic() - since_s
         return (
             f"disk hangs: a write in {self._directory} has taken {seconds:.0f} s"
@@ -100,11 +106,11 @@ class Writer:
         )
 
     def submit(self, batch: Batch) -> None:
-        """Queues a batch."""
+        """Queues a batch for writing."""
         self._batches.put(batch)
 
     def close(self) -> None:
-        """Writes what was submitted, if there is space for it, and ends the thread."""
+        """Writes the submitted batches, as far as there is space, and ends the thread."""
         self._closing.set()
         self._batches.put(None)
         self._thread.join()
@@ -116,51 +122,51 @@ class Writer:
                 places = self._write_when_there_is_space(batch)
                 if places is None:
                     return
-                self._tell(self._on_done, batch, places)
-        except (
-            Exception
-        ) as error:  # the outermost frame of a thread: whoever waits for acknowledgements has to hear of it
+                self._call_in_loop(self._on_done, batch, places)
+        # The outermost frame of the thread: an error that is not reported would leave acknowledgements
+        # waiting for ever.
+        except Exception as error:
             log.exception("the ledger cannot be written")
-            self._tell(self._on_error, error)
+            self._call_in_loop(self._on_error, error)
 
-    def _tell(self, callback: Callable[..., None], *arguments: object) -> None:
+    def _call_in_loop(self, callback: Callable[..., None], *arguments: object) -> None:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(callback, *arguments)
 
     def _write_when_there_is_space(self, batch: Batch) -> list[Place] | None:
-        """Where the records are; None: closed before there was space."""
+        """Positions of the records on disk; None: closed before there was space."""
         records = [record.data for _, record in batch.changes.samples]
         while True:
             self._writing_since_s = time.monotonic()
             try:
                 places = self._write(batch, records)
             except _NoSpaceError as full:
-                if not self._refused_because:
+                if not self._refused_reason:
                     log.error("%s", full)
-                self._refused_because = str(full)
+                self._refused_reason = str(full)
                 if self._closing.wait(_RETRY_S):
                     return None
             else:
-                if self._refused_because:
-                    log.warning("the ledger is being written again")
-                self._refused_because = ""
+                if self._refused_reason:
+                    log.warning("the ledger can be written again")
+                self._refused_reason = ""
                 return places
             finally:
                 self._writing_since_s = None
 
     def _write(self, batch: Batch, records: list[bytes]) -> list[Place]:
-        if records and not (self.is_pressed or batch.changes.released or batch.gone_segments):
+        if records and not (self.frees_space or batch.changes.released or batch.gone_segments):
             self._check_free(sum(map(len, records)))
         first = self._segments.segment
         try:
             places = self._segments.write(records)
             sizes = {place.segment: place.offset + place.num_bytes for place in places}
             rows = [
-                SegmentRow(segment, sizes.get(segment, 0), self._retain)
+                SegmentRow(segment=segment, num_bytes=sizes.get(segment, 0), retained=self._retain)
                 for segment in range(first, self._segments.segment + 1)
             ]
             grown = [row for row in rows if row.num_bytes]
-            schema.apply(
+            sql.apply(
                 self._connection, batch.changes, places, segments=grown, gone_segments=batch.gone_segments
             )
         except OSError as error:
@@ -173,7 +179,7 @@ class Writer:
                 reason = (
                     f"locked: another program holds {self._directory}/ledger.sqlite3 (an open sqlite3 shell?)"
                 )
-            elif error.sqlite_errorname in _SQLITE_WAITS:
+            elif error.sqlite_errorname in _SQLITE_NO_SPACE:
                 reason = f"disk full: {error} in {self._directory}"
             else:
                 raise

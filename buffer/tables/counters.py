@@ -1,7 +1,8 @@
-"""What the books say about the stream: counts of samples and tokens, and how stale was what was learned from.
+"""Counters of the stream: samples and tokens by outcome, and the lag of what was trained on.
 
-Lag is counted when the trainer completes a step, not when a checkpoint commits it: that is when the data had its effect. A step
-that a resumed trainer does again is counted once. Counters survive a restart: they are names and numbers, written as they change.
+Lag is counted when the trainer completes a step, not when a checkpoint commits it: that is when the data took
+effect. A step that a resumed trainer repeats is counted once. Counters survive a restart: names and numbers,
+written as they change.
 """
 
 from __future__ import annotations
@@ -9,63 +10,63 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from buffer.tickets import REFUSALS, Sample, Ticket, Verdict
+from buffer.tickets import REFUSALS, SampleSummary, Ticket, Verdict
 
 _LAG = "trained_lag_"
 _VERDICT = "verdict_"
 
 
 class StreamCounters:
-    """Running sums; constant memory (there are at most max_staleness + 1 lags)."""
+    """Running sums in constant memory (there are at most max_staleness + 1 different lags)."""
 
     def __init__(self) -> None:
         self._values = Counter[str]()
         self._changed: set[str] = set()
 
     def restore(self, values: Mapping[str, float]) -> None:
-        """What earlier lives counted."""
+        """Continues from the values of an earlier buffer."""
         self._values = Counter({name: int(value) for name, value in values.items()})
 
     def take_changes(self) -> dict[str, float]:
-        """Counters that changed since the last call, as they are now."""
+        """Current values of the counters that changed since the last call."""
         changes: dict[str, float] = {name: self._values[name] for name in self._changed}
         self._changed.clear()
         return changes
 
-    def offered(self, verdict: Verdict, *, num_sampled: int) -> None:
-        """A sample came in. A duplicate's tokens were counted the first time."""
+    def count_offered(self, verdict: Verdict, *, num_sampled: int) -> None:
+        """Counts a sample that arrived. The tokens of a duplicate were counted the first time."""
         self._add(_VERDICT + verdict.name.lower(), 1)
         if verdict is Verdict.ACCEPTED:
             self._add("tokens_accepted", num_sampled)
         elif verdict.refusal:
             self._add("tokens_refused", num_sampled)
 
-    def failed(self) -> None:
-        """A server could not make a sample."""
+    def count_failure(self) -> None:
+        """Counts a sample that a server could not make."""
         self._add("num_failures", 1)
 
-    def lease_lost(self) -> None:
-        """A lease expired, was returned or taken away with samples missing."""
+    def count_lost_lease(self) -> None:
+        """Counts a lease that expired, was returned or was revoked with samples missing."""
         self._add("num_leases_lost", 1)
 
-    def reissued(self) -> None:
-        """A dropped ticket's prompt will be tried again."""
+    def count_reissue(self) -> None:
+        """Counts a dropped ticket whose prompt is issued again."""
         self._add("num_reissued", 1)
 
-    def dropped(self, ticket: Ticket) -> None:
-        """A ticket was dropped with these samples in it."""
+    def count_dropped(self, ticket: Ticket) -> None:
+        """Counts the samples of a dropped ticket."""
         self._add("num_samples_dropped", len(ticket.samples))
         self._add("tokens_dropped", sum(sample.num_sampled for sample in ticket.samples.values()))
 
-    def trained(self, sample: Sample, *, step: int) -> None:
-        """The trainer learned from a sample in `step`."""
-        self._learned(sample, step=step, sign=1)
+    def count_trained(self, sample: SampleSummary, *, step: int) -> None:
+        """Counts a sample that was trained on in `step`."""
+        self._add_trained(sample, step=step, sign=1)
 
-    def untrained(self, sample: Sample, *, step: int) -> None:
-        """Takes `trained` back: the step will be done again, and not only with the same samples."""
-        self._learned(sample, step=step, sign=-1)
+    def uncount_trained(self, sample: SampleSummary, *, step: int) -> None:
+        """Undoes `count_trained`: the step will be repeated with other samples."""
+        self._add_trained(sample, step=step, sign=-1)
 
-    def _learned(self, sample: Sample, *, step: int, sign: int) -> None:
+    def _add_trained(self, sample: SampleSummary, *, step: int, sign: int) -> None:
         self._add(f"{_LAG}{step - sample.oldest_step}", sign)
         self._add("tokens_trained", sign * sample.num_sampled)
         self._add("sum_token_lag", sign * (step * sample.num_sampled - sample.sum_token_steps))
@@ -79,17 +80,17 @@ class StreamCounters:
 
     @property
     def verdicts(self) -> Counter[Verdict]:
-        """Offered samples by verdict."""
+        """Samples that arrived, by verdict."""
         return Counter({verdict: self[_VERDICT + verdict.name.lower()] for verdict in Verdict})
 
     @property
     def lag_histogram(self) -> Counter[int]:
-        """Lag (steps) -> trained samples."""
+        """Lag in optimizer steps -> trained samples."""
         lags = {name: count for name, count in self._values.items() if name.startswith(_LAG)}
         return Counter({int(name.removeprefix(_LAG)): int(count) for name, count in lags.items() if count})
 
-    def counters(self) -> dict[str, float]:
-        """Flat numbers for `RunCounters.counters` and /status."""
+    def summary(self) -> dict[str, float]:
+        """Sums and means by name, for `RunCounters.counters` and /status."""
         lags, verdicts = self.lag_histogram, self.verdicts
         trained, tokens_trained = lags.total(), self["tokens_trained"]
         dropped, tokens_dropped = self["num_samples_dropped"], self["tokens_dropped"]

@@ -1,4 +1,4 @@
-"""The register of live tickets: who is in which state, and the law that none is ever lost."""
+"""The table of live tickets and their states, with the conservation law that none is ever lost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from buffer.tickets import TERMINAL, Drop, State, Ticket
 class TicketTable:
     """Issues tickets and moves them between states; the only writer of `Ticket.state`.
 
-    Terminal tickets leave it: the store has their rows.
+    Tickets in a terminal state leave the table: their rows are in the store.
     """
 
     def __init__(self, store: Store, shard: Shard) -> None:
@@ -33,7 +33,11 @@ class TicketTable:
         *,
         last_id: int,
     ) -> None:
-        """What an earlier life knew. `tickets`: live ones, by id. `ended`: how many have, and how. `last_id`: 0 if none was issued."""
+        """Continues from the rows of an earlier buffer.
+
+        `tickets`: live ones, by id. `ended`: number of ended ones by outcome. `last_id`: 0 if none was
+        issued.
+        """
         self.num_issued = self._shard.local(last_id) if last_id else 0
         for ticket in tickets:
             self.live[ticket.ticket_id] = ticket
@@ -51,7 +55,7 @@ class TicketTable:
         eval_id: int = 0,
         max_staleness: int = 0,
     ) -> Ticket:
-        """A new ticket, QUEUED. `num_greedy`: how many of its samples are."""
+        """A new ticket, QUEUED. `num_greedy` of its `num_samples` are greedy."""
         self.num_issued += 1
         ticket = Ticket(
             ticket_id=self._shard.number(self.num_issued),
@@ -71,11 +75,15 @@ class TicketTable:
         return ticket
 
     def has_issued(self, ticket_id: int) -> bool:
-        """Whether there ever was such a ticket."""
+        """True if a ticket of this id was ever issued."""
         return self._shard.owns(ticket_id) and 0 < self._shard.local(ticket_id) <= self.num_issued
 
+    def of_purpose(self, purpose: Purpose) -> list[Ticket]:
+        """Live tickets of a purpose, in order of issue."""
+        return [ticket for ticket in self.live.values() if ticket.purpose is purpose]
+
     def move(self, ticket: Ticket, state: State) -> None:
-        """Changes a ticket's state (or writes its row again when only leases changed)."""
+        """Changes a ticket's state (or writes its row again if only its leases changed)."""
         counts = self._counts[ticket.purpose]
         counts[ticket.state] -= 1
         counts[state] += 1
@@ -84,25 +92,24 @@ class TicketTable:
             del self.live[ticket.ticket_id]
         self._store.put_ticket(ticket)
 
-    def take_back(self, tickets: Sequence[Ticket]) -> None:
-        """Committed work that a trainer does again: BATCHED as it was."""
+    def reopen(self, tickets: Sequence[Ticket]) -> None:
+        """Trained tickets whose steps a trainer repeats are BATCHED again."""
         if tickets:
-            self.live = dict(
-                sorted([*self.live.items(), *((ticket.ticket_id, ticket) for ticket in tickets)])
-            )
+            reopened = ((ticket.ticket_id, ticket) for ticket in tickets)
+            self.live = dict(sorted([*self.live.items(), *reopened]))
         for ticket in tickets:
             self.move(ticket, State.BATCHED)
 
     def count(self, purpose: Purpose, *states: State) -> int:
-        """Tickets of a purpose in any of these states."""
+        """Number of tickets of a purpose in any of these states."""
         return sum(self._counts[purpose][state] for state in states)
 
     def num_by_state(self) -> dict[State, int]:
-        """Tickets of both purposes in each state."""
+        """Number of tickets in each state, over both purposes."""
         return {state: sum(counts[state] for counts in self._counts.values()) for state in State}
 
-    def check(self) -> None:
-        """The conservation law. Constant time."""
+    def check_conservation(self) -> None:
+        """Asserts that every issued ticket is in exactly one state. Constant time."""
         num_counted = sum(sum(counts.values()) for counts in self._counts.values())
         num_live = num_counted - sum(counts[state] for counts in self._counts.values() for state in TERMINAL)
         assert num_counted == self.num_issued, (

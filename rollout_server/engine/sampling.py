@@ -17,28 +17,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
+from areal_like.splitmix64 import GOLDEN_GAMMA, mix_array
 
-
-def mix(values_N: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of splitmix64 (Steele, Lea & Flood 2014), uint64[N]: all input bits reach each output bit."""
-    values_N = (values_N ^ (values_N >> np.uint64(30))) * _MIX_1
-    values_N = (values_N ^ (values_N >> np.uint64(27))) * _MIX_2
-    return values_N ^ (values_N >> np.uint64(31))
+_GOLDEN = np.uint64(GOLDEN_GAMMA)
 
 
 def rng_key(seed: int, index: int) -> int:
     """The uint64 key of sequence `index` under `seed`; both are taken modulo 2^64."""
     both = np.array([seed & 0xFFFFFFFFFFFFFFFF, index & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)
-    mixed = mix(both + _GOLDEN)
-    return int(mix(mixed[:1] + _GOLDEN * mixed[1:])[0])
+    mixed = mix_array(both + _GOLDEN)
+    return int(mix_array(mixed[:1] + _GOLDEN * mixed[1:])[0])
 
 
 def uniforms(keys_N: NDArray[np.uint64], counters_N: NDArray[np.int64]) -> NDArray[np.float64]:
-    """float64[N] in [0, 1): the random number of token `counter` of the sequence with this key."""
-    bits_N = mix(keys_N + (counters_N.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
+    """float64[N] in [0, 1): the draw of token `counter` of the sequence with this key."""
+    bits_N = mix_array(keys_N + (counters_N.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
     return (bits_N >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

@@ -1,4 +1,4 @@
-"""The buffer over real sockets, in a process of its own, with producers in theirs."""
+"""The buffer process over real sockets, with fake producers as processes."""
 
 from __future__ import annotations
 
@@ -124,15 +124,16 @@ def test_a_whole_run_with_two_producers(buffer: BufferProcess) -> None:
             assert after.oldest_version == version
             return await trainer.call(GetRunCounters()), tickets
 
-    books, tickets = asyncio.run(run())
+    totals, tickets = asyncio.run(run())
     assert len(set(tickets)) == 24
     serving = [(entry.name, entry.state) for entry in directories[-1].servers]
     assert serving == [("rollout-0", "serving"), ("rollout-1", "serving")]
-    assert books.tickets == {
-        "queued": 0, "leased": 0, "ready": 0, "batched": 0, "trained": 24, "evaluated": 16, "dropped": 0, "issued": 40,
+    assert totals.tickets == {
+        "queued": 0, "leased": 0, "ready": 0, "batched": 0,
+        "trained": 24, "evaluated": 16, "dropped": 0, "issued": 40,
     }  # fmt: skip
-    assert books.counters["tokens_trained"] == 24 * 2 * 2 and books.counters["max_trained_lag"] <= 1
-    assert (books.counters["generation_busy_s"], books.counters["generation_idle_s"]) == (6.0, 2.0)
+    assert totals.counters["tokens_trained"] == 24 * 2 * 2 and totals.counters["max_trained_lag"] <= 1
+    assert (totals.counters["generation_busy_s"], totals.counters["generation_idle_s"]) == (6.0, 2.0)
     status = buffer.wait_status(lambda status: status["counters"]["samples_trained"] == 48)
     assert sum(status["lag_histogram"].values()) == 48 and status["buffer_bytes"] == 0
     for line in (
@@ -158,9 +159,9 @@ def test_a_killed_producer_is_replaced_by_the_other(buffer: BufferProcess) -> No
                 await trainer.call(AllocVersion(step=step + 1))
             return await trainer.call(GetRunCounters())
 
-    books = asyncio.run(run())
-    assert books.counters["leases_lost"] == 4
-    assert books.tickets["batched"] == 24 and books.tickets["issued"] == 24
+    totals = asyncio.run(run())
+    assert totals.counters["leases_lost"] == 4
+    assert totals.tickets["batched"] == 24 and totals.tickets["issued"] == 24
     assert [peer["name"] for peer in buffer.status()["peers"] if peer["role"] == "rollout"] == ["rollout-1"]
 
 
@@ -185,7 +186,8 @@ def test_garbage_is_counted_and_changes_nothing(buffer: BufferProcess) -> None:
             socket_.send_multipart(frames)
         buffer.wait_status(lambda status: status["bad_frames"] == len(broken))
         before = buffer.rss_bytes()
-        for num_sent in range(1000, 11_000, 1000):  # so that what waits in sockets is little
+        # In portions, so that only little waits in the sockets.
+        for num_sent in range(1000, 11_000, 1000):
             for _ in range(1000):
                 socket_.send_multipart(
                     [rng.randbytes(rng.randrange(1, 200)) for _ in range(rng.randrange(1, 4))]
@@ -205,7 +207,7 @@ def test_garbage_is_counted_and_changes_nothing(buffer: BufferProcess) -> None:
     buffer.wait_status(lambda _: "areal_bad_frames_total 10007.0" in buffer.get("/metrics"))
 
 
-def test_the_door(buffer: BufferProcess) -> None:
+def test_hello_and_role_checks(buffer: BufferProcess) -> None:
     config = buffer.config
     dataset = dataset_fingerprint(config)
 
@@ -226,9 +228,8 @@ def test_the_door(buffer: BufferProcess) -> None:
                 await link.call(
                     trainer_hello(config, settings=shared_settings(smaller, Role.TRAINER)), timeout_s=5
                 )
-            with pytest.raises(
-                RefusedError, match="num_train_prompts"
-            ):  # who is refused says nothing about the others' model
+            # A refused peer does not set the model that others have to have.
+            with pytest.raises(RefusedError, match="num_train_prompts"):
                 await link.call(
                     hello("rollout-9", dataset=dataset, model="m of a stranger", num_train_prompts=0),
                     timeout_s=5,
@@ -281,7 +282,7 @@ def test_a_server_resends_fails_and_leaves(buffer: BufferProcess) -> None:
                 )
                 link.send(beat(free=1, leases=[unknown]))
                 (abort,) = await until(inbox, AbortLeases)
-                assert abort.leases == [77], "left over from an earlier buffer"
+                assert abort.leases == [77], "a lease of an earlier buffer is aborted"
                 ((lease,),) = [message.leases for message in await until(inbox, Leases)]
                 assert len(await until(inbox, HeartbeatAck)) == 1
                 sample = Samples(
@@ -314,14 +315,14 @@ def test_a_server_resends_fails_and_leaves(buffer: BufferProcess) -> None:
                 await link.call(Goodbye(), timeout_s=5)
                 link.send(beat(free=2))
                 await until(inbox, HelloRequired)
-            books = await trainer.call(GetRunCounters())
-            assert books.counters["samples_duplicate"] == 1 and books.counters["samples_failed"] == 1
-            assert books.tickets["queued"] == books.tickets["issued"] > 0 and books.tickets["leased"] == 0
+            totals = await trainer.call(GetRunCounters())
+            assert totals.counters["samples_duplicate"] == 1 and totals.counters["samples_failed"] == 1
+            assert totals.tickets["queued"] == totals.tickets["issued"] > 0 and totals.tickets["leased"] == 0
 
     asyncio.run(run())
 
 
-def test_failures_in_a_row_end_the_job_and_everybody_hears_why(tmp_path: Path) -> None:
+def test_a_failed_job_sends_the_reason_to_every_peer(tmp_path: Path) -> None:
     with running_buffer(tmp_path, buffer={"max_consecutive_failures": 3, "max_sample_retries": 10}) as buffer:
 
         async def run() -> None:
@@ -355,7 +356,7 @@ def test_failures_in_a_row_end_the_job_and_everybody_hears_why(tmp_path: Path) -
         assert "3 samples failed in a row" in stderr and "Traceback" not in stderr
 
 
-def test_a_draining_buffer_serves_its_trainer_to_the_end(buffer: BufferProcess) -> None:
+def test_a_draining_buffer_serves_its_trainer(buffer: BufferProcess) -> None:
     buffer.produce("rollout-0")
 
     async def run() -> None:
@@ -374,7 +375,7 @@ def test_a_draining_buffer_serves_its_trainer_to_the_end(buffer: BufferProcess) 
     assert not (buffer.paths.endpoints / "buffer.json").exists()
 
 
-def test_a_port_in_use_is_the_users_to_mend(tmp_path: Path) -> None:
+def test_a_port_in_use_is_a_user_error(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -387,7 +388,7 @@ def test_a_port_in_use_is_the_users_to_mend(tmp_path: Path) -> None:
     assert stderr.count("\n") == 1 and "buffer.port" in stderr, stderr
 
 
-def test_a_setting_that_cannot_work_is_refused_at_the_start(tmp_path: Path) -> None:
+def test_invalid_settings_are_refused_at_the_start(tmp_path: Path) -> None:
     buffer = BufferProcess(
         job(tmp_path, sampling={"group_size": 1}, buffer={"group_filter": "spread"}), wait=False
     )

@@ -1,4 +1,4 @@
-"""The ledger's rules one by one. What must hold in every order of events is in test_ledger_stateful.py."""
+"""The rules of the ledger one by one; test_ledger_stateful.py checks any order of events."""
 
 from __future__ import annotations
 
@@ -12,11 +12,20 @@ from areal_like.trajectory import FinishReason
 from areal_like.wire.messages.producer import Lease, Purpose, ServerHeartbeat, ServerState
 from areal_like.wire.records import Record
 from buffer.ledger.ledger import Ledger
-from buffer.prompts.order import PromptOrder, permuted, sampling_seed
+from buffer.prompts.order import Prompt, PromptOrder, permuted, sampling_seed
 from buffer.settings import LedgerSettings
-from buffer.storage.base import MemoryStore
 from buffer.tickets import Drop, State, Verdict
-from tests.support.ledger_plant import add_server, beat, deliver, done, failed, new_ledger, trajectory
+from tests.support.ledger_plant import (
+    add_server,
+    beat,
+    deliver,
+    done,
+    empty_ledger,
+    failed,
+    ledger_settings,
+    new_ledger,
+    trajectory,
+)
 
 
 def leases_of(ledger: Ledger, name: str = "a", *, now_s: float = 0.0) -> list[Lease]:
@@ -36,7 +45,7 @@ def finish(
 
 
 def train_step(ledger: Ledger) -> int:
-    """The trainer does its step and pushes; the version of the new weights."""
+    """Completes the trainer's step; returns the version of the new weights."""
     step = ledger.trainer_step
     ledger.complete_step(incarnation=1, step=step)
     return ledger.alloc_version(incarnation=1, step=step + 1)
@@ -45,7 +54,7 @@ def train_step(ledger: Ledger) -> int:
 # --- admission and credit ---
 
 
-def test_admission_stops_at_the_staleness_budget_and_goes_on_with_new_weights() -> None:
+def test_admission_stops_at_the_staleness_budget() -> None:
     ledger = new_ledger(max_staleness=1, groups_per_step=2)
     add_server(ledger, "a", capacity=100)
     leases = leases_of(ledger)
@@ -62,7 +71,7 @@ def test_admission_stops_at_the_staleness_budget_and_goes_on_with_new_weights() 
     assert len(leases_of(ledger)) == 2
 
 
-def test_no_more_tickets_than_the_run_has_places() -> None:
+def test_no_more_tickets_than_the_run_has_positions() -> None:
     ledger = new_ledger(max_staleness=100, num_steps=3)
     add_server(ledger, "a", capacity=1000)
     assert len(leases_of(ledger)) == 3 * 2
@@ -90,7 +99,7 @@ def test_credit_does_not_drift_when_a_heartbeat_crosses_a_grant() -> None:
     assert leases_of(ledger) == []
 
 
-def test_an_idle_server_smaller_than_a_group_takes_one_all_the_same() -> None:
+def test_an_idle_server_smaller_than_a_group_takes_one() -> None:
     ledger = new_ledger(group_size=8)
     add_server(ledger, "a", capacity=3)
     assert [len(lease.sample_indices) for lease in leases_of(ledger)] == [8]
@@ -117,10 +126,8 @@ def test_a_server_of_unknown_version_gets_nothing() -> None:
     assert leases_of(ledger) == []
 
 
-def test_no_ticket_before_a_trainer_has_started_and_the_task_is_known() -> None:
-    ledger = Ledger(
-        LedgerSettings(max_staleness=1, groups_per_step=2, group_size=2, num_steps=2), MemoryStore()
-    )
+def test_no_ticket_before_trainer_and_task_are_known() -> None:
+    ledger = empty_ledger(ledger_settings(num_steps=2))
     add_server(ledger, "a", capacity=8)
     assert leases_of(ledger) == []
     ledger.start_training(incarnation=1, step=0, stream={})
@@ -134,7 +141,7 @@ def test_no_ticket_before_a_trainer_has_started_and_the_task_is_known() -> None:
 # --- samples ---
 
 
-def test_duplicates_are_acknowledged_and_superseded_leases_refused() -> None:
+def test_duplicates_are_acknowledged_superseded_ones_refused() -> None:
     ledger = new_ledger()
     add_server(ledger, "a", capacity=2)
     (lease,) = leases_of(ledger)
@@ -149,7 +156,7 @@ def test_duplicates_are_acknowledged_and_superseded_leases_refused() -> None:
     assert again.seed == lease.seed
     assert deliver(ledger, "a", done(lease, 1, [0])) is Verdict.SUPERSEDED
     assert deliver(ledger, "b", done(again, 1, [0])) is Verdict.ACCEPTED
-    counters = ledger.statistics.counters()
+    counters = ledger.counters()
     assert (counters["samples_duplicate"], counters["refusals_superseded"], counters["leases_lost"]) == (
         1,
         1,
@@ -158,7 +165,7 @@ def test_duplicates_are_acknowledged_and_superseded_leases_refused() -> None:
     assert counters["tokens_generated"] == 3, "two accepted, one refused; a duplicate was generated once"
 
 
-def test_samples_that_cannot_be_used_are_refused_and_made_again() -> None:
+def test_unusable_samples_are_refused_and_leased_again() -> None:
     ledger = new_ledger()
     add_server(ledger, "a", capacity=2)
     (lease,) = leases_of(ledger)
@@ -169,7 +176,7 @@ def test_samples_that_cannot_be_used_are_refused_and_made_again() -> None:
     assert deliver(ledger, "a", aborted) is Verdict.INVALID
     (again,) = leases_of(ledger)
     assert again.sample_indices == [0, 1]
-    assert again.seed != lease.seed, "the failure may lie in the text that this seed gives"
+    assert again.seed != lease.seed, "the text that this seed gives may have caused the failure"
     unknown = dataclasses.replace(done(again, 0, [0]), record=Record.of(99, 0, trajectory([0])))
     assert deliver(ledger, "a", unknown) is Verdict.UNKNOWN_TICKET
 
@@ -185,7 +192,7 @@ def test_lag_counts_the_oldest_token_of_the_group() -> None:
     group = ledger.fetch(step=1, position=0)
     assert group is not None and group.version_steps == [0, 1]
     train_step(ledger)
-    counters = ledger.statistics.counters()
+    counters = ledger.counters()
     assert counters["max_trained_lag"] == 1
     assert counters["mean_trained_lag"] == 1 / 4
     assert counters["mean_trained_token_lag"] == 1 / 6
@@ -194,7 +201,7 @@ def test_lag_counts_the_oldest_token_of_the_group() -> None:
 # --- leases ---
 
 
-def test_a_heartbeat_renews_what_it_names_and_the_rest_expires() -> None:
+def test_a_heartbeat_renews_the_leases_it_names_others_expire() -> None:
     ledger = new_ledger(max_staleness=4, lease_timeout_s=10.0)
     add_server(ledger, "a", capacity=4)
     kept, lost = leases_of(ledger)
@@ -208,7 +215,7 @@ def test_a_heartbeat_renews_what_it_names_and_the_rest_expires() -> None:
         )
         ledger.heartbeat("a", naming_one, now_s=now_s)
         assert ledger.expire(now_s=now_s) == []
-    assert set(ledger.book.leases) == {kept.lease_id}
+    assert set(ledger.state.leases.live) == {kept.lease_id}
     assert ledger.take_aborts() == {"a": [lost.lease_id]}
     (again,) = leases_of(ledger, now_s=12.0)
     assert again.ticket_id == lost.ticket_id
@@ -220,16 +227,16 @@ def test_a_heartbeat_renews_what_it_names_and_the_rest_expires() -> None:
         leases=[lost.lease_id],
     )
     ledger.heartbeat("a", naming_lost, now_s=13.0)
-    assert ledger.take_aborts() == {"a": [lost.lease_id]}, "named again until the server has understood"
+    assert ledger.take_aborts() == {"a": [lost.lease_id]}, "aborted again while the server still names it"
 
 
-def test_a_silent_server_is_forgotten_and_reconciled_when_it_returns() -> None:
+def test_a_silent_server_is_removed_and_its_old_leases_aborted() -> None:
     ledger = new_ledger(lease_timeout_s=10.0)
     add_server(ledger, "a", capacity=2)
     (lease,) = leases_of(ledger)
     assert ledger.expire(now_s=9.9) == []
     assert ledger.expire(now_s=10.0) == ["a"]
-    assert ledger.register.num_by_state()[State.QUEUED] == 1
+    assert ledger.num_by_state()[State.QUEUED] == 1
     ledger.register_server("a", incarnation=1, weights_version=0, now_s=11.0)
     still_working = ServerHeartbeat(
         state=ServerState.SERVING,
@@ -242,19 +249,19 @@ def test_a_silent_server_is_forgotten_and_reconciled_when_it_returns() -> None:
     assert ledger.take_aborts() == {"a": [lease.lease_id]}
 
 
-def test_a_new_incarnation_loses_the_old_leases_and_fences_the_old_process() -> None:
+def test_a_new_server_incarnation_fences_the_old_one() -> None:
     ledger = new_ledger()
     add_server(ledger, "a", capacity=2)
     (lease,) = leases_of(ledger)
     add_server(ledger, "a", capacity=2, incarnation=2)
-    assert ledger.register.num_by_state()[State.QUEUED] == 1
+    assert ledger.num_by_state()[State.QUEUED] == 1
     with pytest.raises(StaleIncarnationError):
         ledger.register_server("a", incarnation=1, weights_version=0, now_s=0.0)
     assert leases_of(ledger)[0].ticket_id == lease.ticket_id
 
 
-def test_a_lost_ticket_waits_for_weights_that_do_not_break_the_budget() -> None:
-    """Re-leasing to a server that lags behind would make the ticket's deadline earlier than there are places for it."""
+def test_a_lost_ticket_waits_for_weights_within_the_budget() -> None:
+    """With the older weights its deadline would be earlier than the free positions allow."""
     ledger = new_ledger(max_staleness=1, groups_per_step=2)
     add_server(ledger, "a", capacity=100)
     old = leases_of(ledger)
@@ -267,7 +274,7 @@ def test_a_lost_ticket_waits_for_weights_that_do_not_break_the_budget() -> None:
     ledger.return_leases("a", [lease.lease_id for lease in old[2:]])
     again = leases_of(ledger)
     assert [lease.ticket_id for lease in again] == [lease.ticket_id for lease in old[2:]], (
-        "two more would break the budget of 4 for step 0"
+        "two more would exceed the budget of 4 for step 0"
     )
     beat(ledger, "a", capacity=100, version=version)
     assert [lease.ticket_id for lease in leases_of(ledger)] == [lease.ticket_id for lease in fresh]
@@ -276,7 +283,7 @@ def test_a_lost_ticket_waits_for_weights_that_do_not_break_the_budget() -> None:
 # --- failures, filters, reissues ---
 
 
-def test_a_failing_sample_is_retried_then_drops_its_ticket_whose_prompt_is_reissued() -> None:
+def test_failing_samples_are_retried_then_their_ticket_drops() -> None:
     ledger = new_ledger(max_sample_retries=2, max_reissues=1)
     add_server(ledger, "a", capacity=2)
     (lease,) = leases_of(ledger)
@@ -290,14 +297,14 @@ def test_a_failing_sample_is_retried_then_drops_its_ticket_whose_prompt_is_reiss
     assert ledger.drops == {Drop.FAILED: 1}
     (lease,) = leases_of(ledger)
     assert lease.prompt_index == prompt
-    assert ledger.register.live[lease.ticket_id].parent == first_ticket
+    assert ledger.state.tickets.live[lease.ticket_id].parent == first_ticket
     for _ in range(3):
         ledger.sample_failed("a", failed(lease, 0))
         (lease,) = leases_of(ledger)
     assert lease.prompt_index != prompt, "reissued max_reissues times"
 
 
-def test_a_sample_that_no_trainer_can_take_is_refused() -> None:
+def test_a_sample_longer_than_the_microbatch_is_refused() -> None:
     ledger = new_ledger(max_tokens=3)
     add_server(ledger, "a", capacity=2)
     (lease,) = leases_of(ledger)
@@ -305,7 +312,7 @@ def test_a_sample_that_no_trainer_can_take_is_refused() -> None:
     assert deliver(ledger, "a", done(lease, 1, [0, 0])) is Verdict.ACCEPTED
 
 
-def test_only_the_newest_evaluations_are_kept() -> None:
+def test_only_the_newest_finished_evaluations_are_kept() -> None:
     ledger = new_ledger()
     for eval_id in range(50):
         ledger.request_eval(eval_id=eval_id, num_prompts=1, min_version=0)
@@ -314,10 +321,10 @@ def test_only_the_newest_evaluations_are_kept() -> None:
         deliver(ledger, "a", done(lease, 0, [0]))
         again = ledger.request_eval(eval_id=eval_id, num_prompts=1, min_version=0)
         assert again is not None and again.num_evaluated == 1
-    assert len(ledger._evals) <= 5
+    assert len(ledger.state.evals.rounds) <= 5
 
 
-def test_failures_in_a_row_are_fatal_with_the_last_error() -> None:
+def test_consecutive_failures_fail_the_job_with_the_last_error() -> None:
     ledger = new_ledger(max_consecutive_failures=3, max_sample_retries=10)
     add_server(ledger, "a", capacity=2)
     for error in ("one", "two", None, "three", "four", "five"):
@@ -325,11 +332,11 @@ def test_failures_in_a_row_are_fatal_with_the_last_error() -> None:
         index = lease.sample_indices[0]
         if error is None:
             deliver(ledger, "a", done(lease, index, [0]))
-            beat(ledger, "a", capacity=2 + len(ledger.book.servers["a"].leases))
+            beat(ledger, "a", capacity=2 + len(ledger.servers["a"].leases))
         else:
             ledger.sample_failed("a", failed(lease, index, error))
             ledger.return_leases("a", [lease.lease_id])
-    assert "3 samples failed in a row" in ledger.fatal and "five" in ledger.fatal
+    assert "3 samples failed in a row" in ledger.failure_reason and "five" in ledger.failure_reason
     assert leases_of(ledger) == []
 
 
@@ -342,15 +349,15 @@ def test_a_group_without_spread_is_refilled_with_another_prompt() -> None:
     (refill,) = leases_of(ledger)
     assert refill.prompt_index != lease.prompt_index
     finish(ledger, refill, rewards=(0.0, 1.0))
-    assert ledger.register.num_by_state()[State.BATCHED] == 1
+    assert ledger.num_by_state()[State.BATCHED] == 1
 
 
 def test_spread_filter_needs_a_group() -> None:
     with pytest.raises(ConfigError, match="group_size"):
-        LedgerSettings(max_staleness=0, groups_per_step=1, group_size=1, num_steps=1, group_filter="spread")
+        ledger_settings(group_size=1, group_filter="spread")
 
 
-def test_a_group_of_mixed_versions_is_rejected_by_single_version() -> None:
+def test_single_version_rejects_a_group_of_mixed_versions() -> None:
     ledger = new_ledger(group_filter="single_version", max_staleness=4, groups_per_step=1)
     add_server(ledger, "a", capacity=4)
     first, second = leases_of(ledger)
@@ -361,7 +368,7 @@ def test_a_group_of_mixed_versions_is_rejected_by_single_version() -> None:
     assert ledger.drops == {Drop.REJECTED: 1}
 
 
-def test_a_hopeless_ticket_is_aborted_at_the_engine() -> None:
+def test_a_stale_ticket_is_aborted_at_its_server() -> None:
     ledger = new_ledger(overdue="drop", max_staleness=1, groups_per_step=1, num_steps=4)
     add_server(ledger, "a", capacity=4)
     slow, quick = leases_of(ledger)
@@ -371,7 +378,7 @@ def test_a_hopeless_ticket_is_aborted_at_the_engine() -> None:
     beat(ledger, "a", capacity=4, version=version)
     (third,) = leases_of(ledger)
     finish(ledger, third, version=version)
-    assert ledger.drops == {Drop.STALE: 1}, "step 2 is open, and a token of step 0 was seen"
+    assert ledger.drops == {Drop.STALE: 1}, "step 2 is open, and a token of step 0 has arrived"
     assert ledger.take_aborts() == {"a": [slow.lease_id]}
     assert deliver(ledger, "a", done(slow, 1, [version])) is Verdict.FINISHED
 
@@ -397,20 +404,20 @@ def test_recorded_groups_are_served_identically_until_committed() -> None:
     again = ledger.fetch(step=0, position=0)
     assert again is not None and again.ticket_id == group.ticket_id
     ledger.commit(incarnation=1, step=0)
-    assert ledger.register.num_by_state()[State.TRAINED] == 1
+    assert ledger.num_by_state()[State.TRAINED] == 1
     with pytest.raises(RefusedError, match="served"):
         ledger.fetch(step=0, position=0)
     with pytest.raises(RefusedError, match="position"):
         ledger.fetch(step=1, position=1)
 
 
-def test_a_newer_trainer_fences_the_older_and_may_repeat_uncommitted_steps() -> None:
+def test_a_newer_trainer_fences_older_ones_and_repeats_steps() -> None:
     ledger = new_ledger(groups_per_step=1)
     add_server(ledger, "a", capacity=4)
     for lease in leases_of(ledger):
         finish(ledger, lease)
     train_step(ledger)
-    trained = ledger.statistics["tokens_trained"]
+    trained = ledger.state.counters["tokens_trained"]
     ledger.start_training(incarnation=2, step=0, stream={})
     with pytest.raises(StaleIncarnationError):
         ledger.complete_step(incarnation=1, step=0)
@@ -420,7 +427,7 @@ def test_a_newer_trainer_fences_the_older_and_may_repeat_uncommitted_steps() -> 
         ledger.alloc_version(incarnation=3, step=0)
     assert ledger.alloc_version(incarnation=2, step=0) == 2, "versions are never reused"
     ledger.complete_step(incarnation=2, step=0)
-    assert ledger.statistics["tokens_trained"] == trained, "a repeated step is counted once"
+    assert ledger.state.counters["tokens_trained"] == trained, "a repeated step is counted once"
     ledger.commit(incarnation=2, step=0)
     with pytest.raises(RefusedError, match="restart"):
         ledger.start_training(incarnation=3, step=0, stream={})
@@ -434,7 +441,7 @@ def test_a_trainer_may_not_skip_steps_or_invent_weights() -> None:
         ledger.alloc_version(incarnation=1, step=1)
 
 
-def test_resuming_in_a_fresh_ledger_reissues_what_was_not_trained_first() -> None:
+def test_a_fresh_ledger_issues_untrained_prompts_first() -> None:
     ledger = new_ledger(groups_per_step=2, num_steps=8)
     add_server(ledger, "a", capacity=8)
     leases = leases_of(ledger)
@@ -450,7 +457,7 @@ def test_resuming_in_a_fresh_ledger_reissues_what_was_not_trained_first() -> Non
         "cancelled prompts are not lost"
     )  # type: ignore[arg-type]
 
-    resumed = Ledger(ledger.settings, MemoryStore())
+    resumed = empty_ledger(ledger.settings)
     resumed.set_num_train_prompts(1000)
     resumed.start_training(incarnation=9, step=1, stream=state)
     add_server(resumed, "a", capacity=100)
@@ -467,7 +474,7 @@ def test_resuming_in_a_fresh_ledger_reissues_what_was_not_trained_first() -> Non
     assert resumed.fetch(step=1, position=0) is not None
 
 
-def test_closing_cancels_what_no_completed_step_holds_and_leaves_eval_alone() -> None:
+def test_close_cancels_uncompleted_train_tickets_but_no_evals() -> None:
     ledger = new_ledger()
     add_server(ledger, "a", capacity=8)
     leases = leases_of(ledger)
@@ -475,9 +482,9 @@ def test_closing_cancels_what_no_completed_step_holds_and_leaves_eval_alone() ->
         finish(ledger, lease)
     ledger.complete_step(incarnation=1, step=0)
     ledger.close("drain")
-    assert ledger.drops == {Drop.CANCELLED: 2}, "one was running, one recorded for a step that nobody trained"
+    assert ledger.drops == {Drop.CANCELLED: 2}, "one was running, one recorded in a step that was not trained"
     assert sorted(ledger.take_aborts()["a"]) == [lease.lease_id for lease in leases[3:]]
-    assert ledger.register.num_by_state()[State.BATCHED] == 2, "the completed step waits for its commit"
+    assert ledger.num_by_state()[State.BATCHED] == 2, "the completed step waits for its commit"
     assert ledger.fetch(step=1, position=0) is None
     ledger.commit(incarnation=1, step=0)
     assert sorted(ledger.stream_state(step=0)["pending"]) == sorted(
@@ -490,7 +497,7 @@ def test_closing_cancels_what_no_completed_step_holds_and_leaves_eval_alone() ->
 # --- eval ---
 
 
-def test_evaluation_goes_first_waits_for_its_version_and_reports_means() -> None:
+def test_evaluations_go_first_and_wait_for_their_version() -> None:
     ledger = new_ledger(max_staleness=4, groups_per_step=1, max_sample_retries=0)
     add_server(ledger, "a", capacity=2)
     (lease,) = leases_of(ledger)
@@ -498,7 +505,7 @@ def test_evaluation_goes_first_waits_for_its_version_and_reports_means() -> None
     version = train_step(ledger)
     assert ledger.request_eval(eval_id=5, num_prompts=3, min_version=version) is None
     assert [lease.purpose for lease in leases_of(ledger)] == [Purpose.TRAIN], (
-        "this server is too old for the evaluation"
+        "the weights of this server are too old for the evaluation"
     )
     add_server(ledger, "b", capacity=3, version=version)
     leases = leases_of(ledger, "b")
@@ -519,7 +526,7 @@ def test_evaluation_goes_first_waits_for_its_version_and_reports_means() -> None
         1.5,
     )
     assert (result.oldest_version, result.newest_version) == (version, version)
-    counts = ledger.register.num_by_state()
+    counts = ledger.num_by_state()
     assert (counts[State.EVALUATED], counts[State.DROPPED]) == (2, 1)
 
 
@@ -527,7 +534,7 @@ def test_evaluation_goes_first_waits_for_its_version_and_reports_means() -> None
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 64, 1000])
-def test_an_epoch_is_a_permutation_that_depends_on_seed_and_epoch(size: int) -> None:
+def test_an_epoch_is_a_permutation_by_seed_and_epoch(size: int) -> None:
     orders = {
         (seed, epoch): tuple(permuted(index, size=size, seed=seed, epoch=epoch) for index in range(size))
         for seed in (0, 1)
@@ -545,12 +552,12 @@ def test_the_prompt_cursor_resumes_in_the_middle_of_an_epoch() -> None:
     whole = PromptOrder(seed=3, num_prompts=7)
     sequence = [whole.next().index for _ in range(20)]
     resumed = PromptOrder(seed=3, num_prompts=7)
-    resumed.restore(cursor=9, pending=[4, 2])
+    resumed.restore(cursor=9, returned=[Prompt(index=4), Prompt(index=2)])
     assert [resumed.next().index for _ in range(13)] == [4, 2, *sequence[9:]]
     assert sorted(sequence[:7]) == list(range(7))
 
 
-def test_sampling_seeds_fit_into_31_bits_with_room_for_a_group() -> None:
+def test_sampling_seeds_have_30_bits() -> None:
     seeds = {sampling_seed(0, ticket_id, 0) for ticket_id in range(1000)}
     assert len(seeds) == 1000 and min(seeds) >= 0 and max(seeds) < 2**30
 
@@ -565,7 +572,7 @@ def test_settings_come_from_the_job_configuration() -> None:
         }
     )
     chosen = LedgerSettings.from_config(config)
-    assert (chosen.max_staleness, chosen.groups_per_step, chosen.group_size, chosen.overdue) == (
+    assert (chosen.staleness_cap, chosen.groups_per_step, chosen.group_size, chosen.overdue) == (
         2,
         3,
         5,

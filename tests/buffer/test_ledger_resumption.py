@@ -1,4 +1,4 @@
-"""A trainer that comes back, forth or back; what an operator takes out; and other settings than the ledger was written with."""
+"""Trainers that resume at another step, tickets dropped by an operator, and changed settings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def durable_ledger(**settings: object) -> Ledger:
 
 
 def train(ledger: Ledger, *, incarnation: int = 1) -> int:
-    """Fetches and completes the step at hand; returns the version of the next weights."""
+    """Fetches and completes the current step; returns the version of the next weights."""
     step = ledger.trainer_step
     for position in range(ledger.settings.groups_per_step):
         assert ledger.fetch(step=step, position=position) is not None
@@ -33,7 +33,7 @@ def train(ledger: Ledger, *, incarnation: int = 1) -> int:
 
 
 def generate(ledger: Ledger, *, version: int) -> list[Lease]:
-    """A server with these weights makes all that it is given."""
+    """A server with these weights generates every lease that it gets."""
     add_server(ledger, "a", capacity=100, version=version)
     leases = ledger.grant(now_s=0.0).get("a", [])
     for lease in leases:
@@ -45,26 +45,27 @@ def generate(ledger: Ledger, *, version: int) -> list[Lease]:
 
 
 def trained(num_steps: int, **settings: object) -> tuple[Ledger, list[int]]:
-    """A ledger in which so many steps are complete, and the tickets that they were trained on."""
+    """A ledger with so many complete steps, and the ids of the tickets trained on."""
     ledger, version = durable_ledger(**settings), 0
     for _ in range(num_steps):
         generate(ledger, version=version)
         version = train(ledger)
     generate(ledger, version=version)
-    return ledger, [ticket.ticket_id for ticket in ledger.steps.of(*range(num_steps))]
+    return ledger, [ticket.ticket_id for ticket in ledger.state.steps.tickets_of(*range(num_steps))]
 
 
-def test_an_older_kept_checkpoint_gets_its_steps_again_though_they_were_committed() -> None:
+def test_an_older_checkpoint_repeats_committed_steps() -> None:
     ledger, tickets = trained(4)
     ledger.commit(incarnation=1, step=3, oldest_kept_step=2)
-    assert ledger.register.num_by_state()[State.TRAINED] == 4
+    assert ledger.num_by_state()[State.TRAINED] == 4
     with pytest.raises(RefusedError, match=r"from step 2 or later, not 1.*ledger/"):
         ledger.start_training(incarnation=2, step=1, stream={})
     ledger.start_training(incarnation=2, step=2, stream={}, unix_s=7.0)
-    assert [ledger.fetch(step=step, position=0).ticket_id for step in (2, 3)] == tickets[2:]  # type: ignore[union-attr]
-    assert ledger.register.num_by_state()[State.TRAINED] == 2 and ledger.committed_step == 1
-    assert isinstance(ledger.store, RowStore)
-    (row,) = ledger.store.copy().recover().rollbacks
+    groups = [ledger.fetch(step=step, position=0) for step in (2, 3)]
+    assert [group and group.ticket_id for group in groups] == tickets[2:]
+    assert ledger.num_by_state()[State.TRAINED] == 2 and ledger.committed_step == 1
+    assert isinstance(ledger.state.store, RowStore)
+    (row,) = ledger.state.store.copy().recover().rollbacks
     assert (row.trainer_incarnation, row.from_step, row.to_step, row.num_tickets, row.num_tokens) == (
         2,
         4,
@@ -72,46 +73,48 @@ def test_an_older_kept_checkpoint_gets_its_steps_again_though_they_were_committe
         2,
         4,
     )
-    counted = ledger.statistics.counters()["samples_trained"]
+    counted = ledger.counters()["samples_trained"]
     train(ledger, incarnation=2)
-    assert ledger.statistics.counters()["samples_trained"] == counted, "a repeated step is counted once"
+    assert ledger.counters()["samples_trained"] == counted, "a repeated step is counted once"
 
 
-def test_what_abandoned_weights_have_sampled_is_not_trained_on_unless_it_was_recorded() -> None:
+def test_unrecorded_samples_of_abandoned_weights_are_dropped() -> None:
     ledger, _ = trained(2, groups_per_step=2)
-    late = ledger.versions.newest
-    recorded = [ticket.ticket_id for ticket in ledger.steps.from_on(2)]
+    late = ledger.state.versions.newest
+    recorded = [ticket.ticket_id for ticket in ledger.state.steps.tickets_from(2)]
     add_server(ledger, "b", capacity=4, version=1)
     beat(ledger, "a", capacity=200, version=late)
     (running,) = ledger.grant(now_s=0.0).get("b", []) or (None,)
-    ready = [ticket for ticket in ledger.register.live.values() if ticket.state is State.READY]
-    issued = ledger.register.num_issued
+    ready = [ticket for ticket in ledger.state.tickets.live.values() if ticket.state is State.READY]
+    issued = ledger.state.tickets.num_issued
     ledger.start_training(incarnation=2, step=1, stream={})
     assert ledger.drops[Drop.ABANDONED] == len(ready) > 0
-    assert [ticket.ticket_id for ticket in ledger.steps.from_on(2)][: len(recorded)] == recorded
-    assert ledger.prompts.returned == [ticket.prompt_index for ticket in ready]
+    assert [ticket.ticket_id for ticket in ledger.state.steps.tickets_from(2)][: len(recorded)] == recorded
+    assert ledger.state.prompts.order.returned == [ticket.prompt_index for ticket in ready]
     if running is not None:
         assert deliver(ledger, "b", done(running, 0, [1, late])) is Verdict.ABANDONED
         assert deliver(ledger, "b", done(running, 1, [1])) is Verdict.ACCEPTED
-        assert ledger.register.live[running.ticket_id].unleased == {0}, "made again, and no failure"
-        assert ledger.statistics.counters()["samples_failed"] == 0
+        assert ledger.state.tickets.live[running.ticket_id].unleased == {0}, (
+            "leased again, and not counted as a failure"
+        )
+        assert ledger.counters()["samples_failed"] == 0
     beat(ledger, "a", capacity=200, version=late)
-    assert "a" not in ledger.grant(now_s=0.0), "a server that holds abandoned weights was given work"
+    assert "a" not in ledger.grant(now_s=0.0), "a server with abandoned weights got a lease"
     version = ledger.alloc_version(incarnation=2, step=1)
-    assert version == late + 1 and ledger.register.num_issued == issued
+    assert version == late + 1 and ledger.state.tickets.num_issued == issued
 
 
-def test_a_poisoned_place_is_filled_by_another_group_and_the_trainer_starts_again() -> None:
+def test_poison_refills_the_position_and_fences_the_trainer() -> None:
     ledger, _ = trained(1, groups_per_step=2)
-    victim, other = ledger.steps.of(1)
+    victim, other = ledger.state.steps.tickets_of(1)
     with pytest.raises(RefusedError, match="was trained on in step 0"):
-        ledger.poison([victim.ticket_id, ledger.steps.of(0)[0].ticket_id])
-    assert victim.state is State.BATCHED, "all or none"
+        ledger.poison([victim.ticket_id, ledger.state.steps.tickets_of(0)[0].ticket_id])
+    assert victim.state is State.BATCHED, "a refused list drops no ticket"
     ledger.poison([victim.ticket_id])
-    assert ledger.drops == {Drop.POISON: 1} and victim.prompt_index not in ledger.prompts.returned
+    assert ledger.drops == {Drop.POISON: 1} and victim.prompt_index not in ledger.state.prompts.order.returned
     filled = ledger.fetch(step=1, position=0)
     assert filled is not None and filled.ticket_id not in (victim.ticket_id, other.ticket_id), (
-        "a ready group has its place"
+        "a ready group takes its position"
     )
     assert ledger.fetch(step=1, position=1).ticket_id == other.ticket_id  # type: ignore[union-attr]
     with pytest.raises(StaleIncarnationError):
@@ -120,21 +123,21 @@ def test_a_poisoned_place_is_filled_by_another_group_and_the_trainer_starts_agai
         ledger.poison([victim.ticket_id])
 
 
-def test_a_place_emptied_in_a_step_that_is_done_again_is_filled_though_later_ones_are_full() -> None:
+def test_a_hole_in_a_repeated_step_is_filled_before_later_steps() -> None:
     ledger, _ = trained(5)
     ledger.commit(incarnation=1, step=0)
     ledger.start_training(incarnation=2, step=1, stream={})
-    ledger.poison([ledger.steps.of(1)[0].ticket_id])
+    ledger.poison([ledger.state.steps.tickets_of(1)[0].ticket_id])
     ledger.start_training(incarnation=3, step=1, stream={})
-    assert ledger.recorder.step > 4 and ledger.fetch(step=1, position=0) is None
+    assert ledger.state.scheduler.step > 4 and ledger.fetch(step=1, position=0) is None
     (lease,) = generate(ledger, version=ledger.alloc_version(incarnation=3, step=1))
     assert ledger.fetch(step=1, position=0).ticket_id == lease.ticket_id  # type: ignore[union-attr]
 
 
-def test_versions_that_a_checkpoint_knows_are_not_given_out_again_by_a_ledger_that_lost_them() -> None:
+def test_a_lost_ledger_never_reuses_versions_of_a_checkpoint() -> None:
     ledger, _ = trained(4)
-    assert isinstance(ledger.store, RowStore)
-    before_power_cut = ledger.store.copy()
+    assert isinstance(ledger.state.store, RowStore)
+    before_power_cut = ledger.state.store.copy()
     lost = [ledger.alloc_version(incarnation=1, step=4) for _ in range(3)]
     checkpoint = ledger.stream_state(step=3)
     other = recover(ledger.settings, before_power_cut, now_s=0.0)
@@ -142,9 +145,9 @@ def test_versions_that_a_checkpoint_knows_are_not_given_out_again_by_a_ledger_th
     assert other.alloc_version(incarnation=2, step=4) == lost[-1] + 1
 
 
-def test_a_step_that_costs_three_trainers_is_named_until_its_data_change() -> None:
+def test_a_step_that_crashes_three_trainers_is_refused() -> None:
     ledger, _ = trained(1)
-    (culprit,) = ledger.steps.of(1)
+    (culprit,) = ledger.state.steps.tickets_of(1)
     for incarnation in (1, 2, 3):
         ledger.start_training(incarnation=incarnation, step=0, stream={})
         if incarnation > 1:
@@ -159,7 +162,7 @@ def test_a_step_that_costs_three_trainers_is_named_until_its_data_change() -> No
     ledger.start_training(incarnation=5, step=0, stream={})
 
 
-def test_a_person_who_starts_again_gets_one_more_try_and_a_drain_is_no_crash() -> None:
+def test_a_restart_by_hand_allows_one_more_attempt() -> None:
     ledger, _ = trained(1)
     for incarnation in (2, 3, 4):
         ledger.start_training(incarnation=incarnation, step=1, stream={})
@@ -170,7 +173,7 @@ def test_a_person_who_starts_again_gets_one_more_try_and_a_drain_is_no_crash() -
     with pytest.raises(RefusedError, match="3 trainers"):
         ledger.start_training(incarnation=6, step=1, stream={})
     ledger.close("drain")
-    assert ledger.steps.attempts == {1: 2}
+    assert ledger.state.steps.attempts == {1: 2}
 
 
 @pytest.mark.parametrize("num_starts", [1, 2], ids=["one start", "two starts before a trainer comes"])
@@ -179,11 +182,11 @@ def test_a_person_who_starts_again_gets_one_more_try_and_a_drain_is_no_crash() -
     [
         ({"groups_per_step": 2}, 1),
         ({"groups_per_step": 1}, 2),
-        ({"max_staleness": 0}, 1),
+        ({"staleness_cap": 0}, 1),
         ({"group_size": 3}, 1),
     ],
 )
-def test_other_settings_cancel_what_is_recorded_and_go_on_from_the_checkpoint(
+def test_changed_settings_restart_the_stream_at_the_checkpoint(
     change: dict[str, int], groups_per_step: int, num_starts: int
 ) -> None:
     ledger, _ = trained(3, groups_per_step=groups_per_step)
@@ -192,24 +195,25 @@ def test_other_settings_cancel_what_is_recorded_and_go_on_from_the_checkpoint(
     ledger.close("drain")
     other = ledger
     for _ in range(num_starts):
-        assert isinstance(other.store, RowStore)
-        other = recover(dataclasses.replace(ledger.settings, **change), other.store.copy(), now_s=0.0)
+        assert isinstance(other.state.store, RowStore)
+        other = recover(dataclasses.replace(ledger.settings, **change), other.state.store.copy(), now_s=0.0)
     other.set_num_train_prompts(1000)
-    assert other.closed_because and generate(other, version=0) == []
+    assert other.closed_reason and generate(other, version=0) == []
     other.start_training(incarnation=2, step=2, stream={})
-    assert other.register.num_by_state()[State.TRAINED] == 2 * groups_per_step
-    assert other.drops.total() == len(pending) and set(other.drops) == {Drop.CANCELLED, Drop.ABANDONED}  # type: ignore[arg-type]
-    assert sorted(other.prompts.returned) == sorted(pending)  # type: ignore[type-var]
+    assert other.num_by_state()[State.TRAINED] == 2 * groups_per_step
+    assert isinstance(pending, list) and other.drops.total() == len(pending)
+    assert set(other.drops) == {Drop.CANCELLED, Drop.ABANDONED}
+    assert sorted(other.state.prompts.order.returned) == sorted(pending)  # type: ignore[type-var]
     version = other.alloc_version(incarnation=2, step=2)
     generate(other, version=version)
     assert other.fetch(step=2, position=0) is not None
 
 
-def test_a_ledger_that_lost_what_a_checkpoint_proves_goes_on_from_the_checkpoint() -> None:
+def test_a_ledger_behind_the_checkpoint_continues_from_it() -> None:
     ledger, _ = trained(2)
-    num_live = len(ledger.register.live)
+    num_live = len(ledger.state.tickets.live)
     ledger.start_training(incarnation=2, step=6, stream={"cursor": 40, "pending": [7], "next_version": 30})
-    assert (ledger.trainer_step, ledger.committed_step, ledger.recorder.step) == (6, 5, 6)
-    assert ledger.prompts.next().index == 7 and ledger.prompts.cursor == 40
+    assert (ledger.trainer_step, ledger.committed_step, ledger.state.scheduler.step) == (6, 5, 6)
+    assert ledger.state.prompts.order.next().index == 7 and ledger.state.prompts.order.cursor == 40
     assert ledger.alloc_version(incarnation=2, step=6) == 30 and num_live > 0
-    ledger.register.check()
+    ledger.state.tickets.check_conservation()

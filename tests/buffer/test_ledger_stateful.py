@@ -1,7 +1,7 @@
-"""The ledger against everything that peers may do in any order, with a model of what it has promised.
+"""The ledger under every operation of its peers in any order, checked against a model of its promises.
 
-Twice: in memory, and over rows from which it is made anew, at any moment, as after a SIGKILL of the buffer. What comes back has to be equal
-to what was lost, and to keep its promises.
+Twice: in memory, and with a store from which the ledger is rebuilt at random moments, as after a SIGKILL of
+the buffer. The rebuilt ledger has to equal the lost one, and to keep its promises.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from areal_like.errors import StaleIncarnationError
 from areal_like.wire.messages.producer import Lease, Purpose, ServerState
 from buffer.ledger.ledger import Ledger
 from buffer.ledger.recovery import recover
-from buffer.storage.base import MemoryStore, Store
+from buffer.storage.base import Store
+from buffer.storage.memory import MemoryStore
 from buffer.tickets import Drop, State, Ticket, Verdict
 from tests.support.ledger_plant import add_server, beat, deliver, done, failed, new_ledger
 from tests.support.row_store import RowStore
@@ -27,7 +28,7 @@ GROUPS, SIZE, STEPS = 2, 2, 6
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    """Model: who was granted what, what was accepted, what was served where."""
+    """Model: leases granted, samples accepted, groups served by position."""
 
     durable = False
 
@@ -87,7 +88,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(name=st.sampled_from(SERVERS), restarted=st.booleans())
     def hello(self, name: str, restarted: bool) -> None:
         self.server_incarnation[name] += restarted
-        known = self.ledger.book.servers.get(name)
+        known = self.ledger.servers.get(name)
         version = known.weights_version if known and not restarted else self.versions[-1]
         add_server(
             self.ledger,
@@ -106,7 +107,7 @@ class LedgerMachine(RuleBasedStateMachine):
         state=st.just(ServerState.SERVING) | st.sampled_from(ServerState),
     )
     def heartbeat(self, name: str, newest: bool, capacity: int, state: ServerState) -> None:
-        server = self.ledger.book.servers.get(name)
+        server = self.ledger.servers.get(name)
         if server is not None:
             version = self.versions[-1] if newest else server.weights_version
             beat(self.ledger, name, capacity=capacity, version=version, now_s=self.now_s, state=state)
@@ -116,19 +117,22 @@ class LedgerMachine(RuleBasedStateMachine):
         for name, leases in self.ledger.grant(now_s=self.now_s).items():
             for lease in leases:
                 assert not any((lease.ticket_id, index) in self.accepted for index in lease.sample_indices), (
-                    "a sample that is here is asked for"
+                    "a sample that has arrived is leased again"
                 )
                 self.leases.append((name, lease))
 
     def draw_sample(self, data: st.DataObject) -> tuple[str, Lease, int]:
-        """Any sample of any lease ever granted, the newest more often: duplicates, superseded ones and those of ended tickets too."""
+        """Any sample of any lease ever granted, the newest more often.
+
+        So duplicates, superseded samples and those of ended tickets occur too.
+        """
         name, lease = data.draw(st.sampled_from(self.leases[-4:]) | st.sampled_from(self.leases))
         return name, lease, data.draw(st.sampled_from(lease.sample_indices))
 
     def expected(self, name: str, lease: Lease, index: int) -> Verdict:
-        """What the rules say, from what this machine has seen and which samples are outstanding."""
-        held = self.ledger.book.leases.get(lease.lease_id)
-        ticket = self.ledger.register.live.get(lease.ticket_id)
+        """The verdict that the rules require, by the model and the outstanding samples."""
+        held = self.ledger.state.leases.live.get(lease.lease_id)
+        ticket = self.ledger.state.tickets.live.get(lease.ticket_id)
         if ticket is None:
             return Verdict.FINISHED
         if self.accepted.get((lease.ticket_id, index)) == lease.lease_id:
@@ -148,7 +152,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if other_server:
             name = data.draw(st.sampled_from(SERVERS))
         expected = self.expected(name, lease, index)
-        server = self.ledger.book.servers.get(name)
+        server = self.ledger.servers.get(name)
         newest = server.weights_version if server else 0
         oldest = self.versions[max(0, self.versions.index(newest) - 1)] if old else newest
         if expected is Verdict.ACCEPTED and self.abandoned & {oldest, newest}:
@@ -162,7 +166,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def deliver_whole_lease(self, data: st.DataObject) -> None:
         name, lease = data.draw(st.sampled_from(self.leases[-4:]))
-        version = self.ledger.book.servers[name].weights_version if name in self.ledger.book.servers else 0
+        version = self.ledger.servers[name].weights_version if name in self.ledger.servers else 0
         for index in lease.sample_indices:
             if (
                 deliver(self.ledger, name, done(lease, index, [version], reward=float(index)))
@@ -183,7 +187,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def give_back(self, data: st.DataObject) -> None:
         name, lease = data.draw(st.sampled_from(self.leases))
-        if name in self.ledger.book.servers:
+        if name in self.ledger.servers:
             self.ledger.return_leases(name, [lease.lease_id, lease.lease_id])
         self.grant()
 
@@ -195,14 +199,14 @@ class LedgerMachine(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.now_s += seconds
         for name in self.ledger.expire(now_s=self.now_s):
-            assert name not in self.ledger.book.servers
+            assert name not in self.ledger.servers
         self.grant()
 
     # --- trainer ---
 
     @property
     def num_taken(self) -> int:
-        return self.ledger.recorder.step * GROUPS + self.ledger.recorder.position
+        return self.ledger.state.scheduler.step * GROUPS + self.ledger.state.scheduler.position
 
     @precondition(lambda self: self.num_taken)
     @rule(position=st.integers(0, STEPS * GROUPS - 1))
@@ -214,22 +218,22 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         group = self.ledger.fetch(step=step, position=position)
         if group is None:
-            assert (step, position) not in self.served, "a recorded group is gone"
+            assert (step, position) not in self.served, "a recorded group has vanished"
             return
         assert self.served.setdefault((step, position), group.ticket_id) == group.ticket_id, (
-            "a place was given to another group"
+            "a position was given to another group"
         )
-        assert list(self.served.values()).count(group.ticket_id) == 1, "a group is in two places"
+        assert list(self.served.values()).count(group.ticket_id) == 1, "a group has two positions"
         assert len(group.trajectories) == SIZE + self.num_greedy
         for trajectory, oldest_step in zip(group.trajectories, group.version_steps, strict=True):
-            assert 0 <= step - oldest_step <= self.ledger.settings.max_staleness
+            assert 0 <= step - oldest_step <= self.ledger.settings.staleness_cap
             if self.sync_interval > 1:
                 assert step // self.sync_interval == oldest_step // self.sync_interval, (
                     "trained in another interval than it was sampled in"
                 )
             assert trajectory.num_sampled > 0
 
-    @precondition(lambda self: self.ledger.recorder.num_full_steps > self.ledger.trainer_step)
+    @precondition(lambda self: self.ledger.state.scheduler.num_full_steps > self.ledger.trainer_step)
     @rule(push=st.booleans(), commit=st.booleans())
     def train(self, push: bool, commit: bool) -> None:
         step = self.ledger.trainer_step
@@ -252,19 +256,21 @@ class LedgerMachine(RuleBasedStateMachine):
         self.steps_of[version] = step
 
     def commit(self, step: int) -> None:
-        """With the checkpoint before this one kept too."""
+        """Commits; the checkpoint before this one is kept too."""
         self.ledger.commit(incarnation=self.incarnation, step=step, oldest_kept_step=max(0, step))
 
     @rule(data=st.data())
     def trainer_restarts(self, data: st.DataObject) -> None:
-        first = self.ledger.steps.first_kept if self.durable else self.ledger.committed_step + 1
+        first = self.ledger.state.steps.first_kept if self.durable else self.ledger.committed_step + 1
         self.trainer_restarts_at(data.draw(st.integers(first, self.ledger.trainer_step)))
 
     @rule(data=st.data())
     def poison(self, data: st.DataObject) -> None:
-        ids = sorted(ticket.ticket_id for ticket in self.ledger.steps.from_on(self.ledger.trainer_step))
+        ids = sorted(
+            ticket.ticket_id for ticket in self.ledger.state.steps.tickets_from(self.ledger.trainer_step)
+        )
         if ids:
-            ticket = self.ledger.register.live[data.draw(st.sampled_from(ids))]
+            ticket = self.ledger.state.tickets.live[data.draw(st.sampled_from(ids))]
             self.ledger.poison([ticket.ticket_id])
             self.served.pop((ticket.step, ticket.position), None)
             self.num_trained = min(self.num_trained, ticket.step)
@@ -275,7 +281,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.ledger.settings.adaptive)
     @rule(data=st.data())
     def adapt(self, data: st.DataObject) -> None:
-        bound = data.draw(st.integers(0, self.ledger.settings.max_staleness))
+        bound = data.draw(st.integers(0, self.ledger.settings.staleness_cap))
         self.ledger.set_max_staleness(incarnation=self.incarnation, max_staleness=bound)
         self.grant()
 
@@ -287,7 +293,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule()
     def close(self) -> None:
         self.ledger.close("test")
-        assert self.ledger.register.count(Purpose.TRAIN, State.LEASED) == 0
+        assert self.ledger.state.tickets.count(Purpose.TRAIN, State.LEASED) == 0
         if not self.durable:
             self.served = {
                 place: ticket_id
@@ -295,45 +301,45 @@ class LedgerMachine(RuleBasedStateMachine):
                 if place[0] < self.ledger.trainer_step
             }
             self.num_trained = min(self.num_trained, self.ledger.trainer_step)
-            assert self.ledger.register.count(Purpose.TRAIN, State.QUEUED, State.READY) == 0
+            assert self.ledger.state.tickets.count(Purpose.TRAIN, State.QUEUED, State.READY) == 0
 
     # --- promises ---
 
     @invariant()
-    def books_balance(self) -> None:
-        self.ledger.register.check()
-        counts = self.ledger.register.num_by_state()
+    def tickets_are_conserved(self) -> None:
+        self.ledger.state.tickets.check_conservation()
+        counts = self.ledger.num_by_state()
         assert counts[State.DROPPED] == self.ledger.drops.total()
-        train = self.ledger.register.count(Purpose.TRAIN, *State) - self.ledger.register.count(
+        train = self.ledger.state.tickets.count(Purpose.TRAIN, *State) - self.ledger.state.tickets.count(
             Purpose.TRAIN, State.DROPPED
         )
-        assert train <= STEPS * GROUPS, "more groups than the run has places"
+        assert train <= STEPS * GROUPS, "more groups than the run has positions"
 
     @invariant()
-    def learned_once(self) -> None:
-        counters = self.ledger.statistics.counters()
+    def samples_are_counted_once(self) -> None:
+        counters = self.ledger.counters()
         assert counters["samples_trained"] == self.num_trained * GROUPS * SIZE
-        assert counters["max_trained_lag"] <= self.ledger.settings.max_staleness
+        assert counters["max_trained_lag"] <= self.ledger.settings.staleness_cap
         assert self.num_taken <= (self.num_trained + 2) * GROUPS, (
             "recording ran more than one step ahead of the trainer"
         )
 
     @invariant()
     def leases_match_tickets(self) -> None:
-        book, live = self.ledger.book, self.ledger.register.live
-        for server in book.servers.values():
+        leases, live = self.ledger.state.leases, self.ledger.state.tickets.live
+        for server in leases.servers.values():
             assert server.owed_samples == sum(len(lease.outstanding) for lease in server.leases.values())
-        assert set(book.leases) == {lease_id for ticket in live.values() for lease_id in ticket.leases}
+        assert set(leases.live) == {lease_id for ticket in live.values() for lease_id in ticket.leases}
         for ticket in live.values():
             if ticket.state in (State.QUEUED, State.LEASED):
                 making = [index for lease in ticket.leases.values() for index in lease.outstanding]
                 assert sorted([*making, *ticket.unleased, *ticket.samples]) == list(
                     range(ticket.num_samples)
-                ), "a sample is lost or made twice"
+                ), "a sample is lost or leased twice"
                 assert (ticket.state is State.LEASED) == bool(ticket.leases)
 
     def teardown(self) -> None:
-        """Whatever happened, healthy peers can bring the run to its end: no place is blocked for good."""
+        """After any history, healthy peers can finish the run: no position is blocked for good."""
         ledger = getattr(self, "ledger", None)
         if ledger is None:
             return
@@ -355,17 +361,17 @@ class LedgerMachine(RuleBasedStateMachine):
                 for lease in leases:
                     for index in lease.sample_indices:
                         deliver(ledger, "a", done(lease, index, [version], reward=float(index)))
-            if ledger.recorder.num_full_steps > ledger.trainer_step:
+            if ledger.state.scheduler.num_full_steps > ledger.trainer_step:
                 self.train(push=True, commit=True)
         assert ledger.trainer_step == STEPS, (
-            f"stuck: {ledger.register.num_by_state()}, step {ledger.recorder.step}"
+            f"stuck: {ledger.num_by_state()}, step {ledger.state.scheduler.step}"
         )
-        assert ledger.register.count(Purpose.TRAIN, State.TRAINED) == STEPS * GROUPS
-        assert not any(ticket.purpose is Purpose.TRAIN for ticket in ledger.register.live.values()), (
+        assert ledger.state.tickets.count(Purpose.TRAIN, State.TRAINED) == STEPS * GROUPS
+        assert not any(ticket.purpose is Purpose.TRAIN for ticket in ledger.state.tickets.live.values()), (
             "tickets are left over"
         )
         ledger.commit(incarnation=self.incarnation, step=STEPS - 1, oldest_kept_step=STEPS)
-        assert ledger.store.num_bytes == 0
+        assert ledger.state.store.num_bytes == 0
 
     def trainer_restarts_at(self, step: int) -> None:
         self.incarnation = max(self.incarnation, self.ledger.trainer_incarnation) + 1
@@ -375,33 +381,36 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 class DurableLedgerMachine(LedgerMachine):
-    """The same promises over any number of buffers."""
+    """The same promises over any number of restarts of the buffer."""
 
     durable = True
 
     def new_store(self) -> Store:
         return RowStore()
 
-    def another(self) -> Ledger:
-        """The ledger that the next buffer would have if this one were killed now."""
-        store = self.ledger.store
+    def rebuilt(self) -> Ledger:
+        """The ledger that the next buffer would recover if this one were killed now."""
+        store = self.ledger.state.store
         assert isinstance(store, RowStore)
         ledger = recover(
-            self.ledger.settings, store.copy(), now_s=self.now_s, first_lease_id=self.ledger.book._next_id
+            self.ledger.settings,
+            store.copy(),
+            now_s=self.now_s,
+            first_lease_id=self.ledger.state.leases._next_id,
         )
         ledger.set_num_train_prompts(1000)
         return ledger
 
     @rule()
-    def look(self) -> None:
-        assert observed(self.another()) == observed(self.ledger)
+    def rebuilding_changes_nothing(self) -> None:
+        assert observed(self.rebuilt()) == observed(self.ledger)
 
     @rule(back=st.sets(st.sampled_from(SERVERS)))
     def buffer_is_killed(self, back: set[str]) -> None:
-        """Those of `back` say hello at once; others may, later, or their leases run out."""
-        before, self.ledger = self.ledger, self.another()
-        for name in sorted(back & before.book.servers.keys()):
-            server = before.book.servers[name]
+        """Servers in `back` register at once; others do so later, or their leases expire."""
+        before, self.ledger = self.ledger, self.rebuilt()
+        for name in sorted(back & before.servers.keys()):
+            server = before.servers[name]
             add_server(
                 self.ledger,
                 name,
@@ -410,62 +419,72 @@ class DurableLedgerMachine(LedgerMachine):
                 now_s=self.now_s,
                 incarnation=server.incarnation,
             )
-            live = before.register.live
+            live = before.state.tickets.live
             kept = {i for i, lease in server.leases.items() if live[lease.ticket_id].purpose is Purpose.TRAIN}
-            assert self.ledger.book.servers[name].leases.keys() == kept, "a lease did not survive"
+            assert self.ledger.servers[name].leases.keys() == kept, "a lease did not survive"
         self.grant()
 
 
 def observed(ledger: Ledger) -> dict[str, object]:
-    """Everything that the future depends on, but for what is not meant to survive: evaluations, servers, whom a group was served to."""
+    """All state that later operations depend on.
+
+    Without the parts that are not recovered on purpose: evaluations, servers, and which groups a trainer has
+    received.
+    """
     train = {
         ticket.ticket_id: ticket
-        for ticket in ledger.register.live.values()
+        for ticket in ledger.state.tickets.live.values()
         if ticket.purpose is Purpose.TRAIN
     }
     drops = ledger.drops.copy()
-    drops[Drop.CANCELLED] += len(ledger.register.live) - len(train)
+    drops[Drop.CANCELLED] += len(ledger.state.tickets.live) - len(train)
     return {
-        "tickets": {ticket_id: facts(ticket) for ticket_id, ticket in train.items()},
+        "tickets": {ticket_id: fields_of(ticket) for ticket_id, ticket in train.items()},
         "recorded": {
-            step: {position: facts(t) for position, t in row.items()}
-            for step, row in ledger.steps.recorded.items()
+            step: {position: fields_of(t) for position, t in row.items()}
+            for step, row in ledger.state.steps.recorded.items()
         },
         "arrays": {
-            t.ticket_id: len(ledger.store.group(t))
-            for row in ledger.steps.recorded.values()
+            t.ticket_id: len(ledger.state.store.records_of(t))
+            for row in ledger.state.steps.recorded.values()
             for t in row.values()
         },
-        "num_issued": ledger.register.num_issued,
-        "counts": {state: ledger.register.count(Purpose.TRAIN, state) for state in State},
+        "num_issued": ledger.state.tickets.num_issued,
+        "counts": {state: ledger.state.tickets.count(Purpose.TRAIN, state) for state in State},
         "drops": {reason: drops[reason] for reason in Drop},
-        "prompts": (ledger.prompts.cursor, list(ledger.prompts._returned)),
-        "versions": (ledger.versions._weights, ledger.versions._abandoned, ledger.versions.newest),
-        "bound": ledger.bound.max_staleness,
-        "open": not ledger.closed_because,
-        "trainer": (ledger.trainer_incarnation, ledger.incarnations),
+        "prompts": (ledger.state.prompts.order.cursor, list(ledger.state.prompts.order._returned)),
+        "versions": (
+            ledger.state.versions._weights,
+            ledger.state.versions._abandoned,
+            ledger.state.versions.newest,
+        ),
+        "bound": ledger.state.bound.current,
+        "open": not ledger.closed_reason,
+        "trainer": (ledger.trainer_incarnation, ledger.state.incarnations.newest),
         "steps": (
-            ledger.steps.current,
-            ledger.steps.committed,
-            ledger.steps.first_kept,
-            ledger.steps.num_counted,
-            ledger.steps.attempts,
+            ledger.state.steps.current,
+            ledger.state.steps.committed,
+            ledger.state.steps.first_kept,
+            ledger.state.steps.num_counted,
+            ledger.state.steps.attempts,
         ),
         "recorder": (
-            ledger.recorder.step,
-            ledger.recorder.position,
-            ledger.recorder._holes,
-            ledger.recorder._ready,
+            ledger.state.scheduler.step,
+            ledger.state.scheduler.position,
+            ledger.state.scheduler._holes,
+            ledger.state.scheduler._ready,
         ),
-        "deadlines": (ledger.recorder._tracked, +ledger.recorder._num_due),
-        "ready": sorted(entry for entry in set(ledger.recorder._heap) if entry[1] in ledger.recorder._ready),
-        "waiting": ledger.admission.waiting,
-        "counters": ledger.statistics.counters(),
+        "deadlines": (ledger.state.scheduler._tracked, +ledger.state.scheduler._num_due),
+        "ready": sorted(
+            entry for entry in set(ledger.state.scheduler._heap) if entry[1] in ledger.state.scheduler._ready
+        ),
+        "waiting": ledger.state.admission.waiting,
+        "counters": ledger.counters(),
     }
 
 
-def facts(ticket: Ticket) -> dict[str, object]:
-    """A ticket as plain data; expiry is by a clock of its buffer's own."""
+def fields_of(ticket: Ticket) -> dict[str, object]:
+    """A ticket as plain data, without expiry times (each buffer has its own clock)."""
     leases = {
         i: (x.ticket_id, x.server, x.weights_step, frozenset(x.outstanding)) for i, x in ticket.leases.items()
     }

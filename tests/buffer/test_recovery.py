@@ -1,4 +1,4 @@
-"""A buffer as a process that is killed, and what its peers find when it is there again."""
+"""A buffer process that is killed and started again, as its peers see it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ async def until(inbox: list[Any], kind: type, *, count: int = 1) -> list[Any]:
     return found
 
 
-def test_leases_places_versions_and_fences_survive_a_kill(tmp_path: Path) -> None:
+def test_the_ledger_survives_sigkill_of_the_buffer(tmp_path: Path) -> None:
     config = job(tmp_path, buffer={"lease_timeout_s": 5.0}, trainer={"num_steps": 6, "groups_per_step": 2})
     server = hello("rollout-0", dataset=dataset_fingerprint(config), incarnation=20)
     rank = trainer_hello(config, incarnation=10)
@@ -130,8 +130,8 @@ def test_leases_places_versions_and_fences_survive_a_kill(tmp_path: Path) -> Non
         buffer.close()
 
 
-def test_a_drain_keeps_what_is_recorded_and_ready(tmp_path: Path) -> None:
-    books = []
+def test_a_drain_keeps_recorded_and_ready_groups(tmp_path: Path) -> None:
+    totals = []
     for step in (0, 1):
         with running_buffer(tmp_path) as buffer:
             buffer.produce("rollout-0")
@@ -147,9 +147,9 @@ def test_a_drain_keeps_what_is_recorded_and_ready(tmp_path: Path) -> None:
                     await trainer.call(CloseAdmission(reason="drain"))
                     return await trainer.call(GetRunCounters())
 
-            books.append(asyncio.run(run()))
+            totals.append(asyncio.run(run()))
             assert buffer.terminate() == (0, "")
-    first, second = books
+    first, second = totals
     assert first.tickets["batched"] == 4 and first.tickets["dropped"] == second.tickets["dropped"] == 0
     assert second.tickets["trained"] == 8 and second.tickets["issued"] >= first.tickets["issued"]
 
@@ -166,7 +166,7 @@ def post(buffer: BufferProcess, body: Any) -> tuple[int, Any]:
         return error.code, json.loads(error.read())
 
 
-def test_a_step_that_kills_trainers_is_named_and_an_operator_drops_its_ticket(tmp_path: Path) -> None:
+def test_an_operator_drops_a_ticket_that_crashes_trainers(tmp_path: Path) -> None:
     with running_buffer(tmp_path) as buffer:
         buffer.produce("rollout-0")
 
@@ -178,7 +178,7 @@ def test_a_step_that_kills_trainers_is_named_and_an_operator_drops_its_ticket(tm
                 groups = await trainer.groups(1)
                 return [group.ticket_id for group in groups]
 
-        async def go_on(poisoned: list[int]) -> None:
+        async def resume(poisoned: list[int]) -> None:
             async with connected(buffer, trainer_hello(buffer.config)) as link:
                 trainer = PlayedTrainer(buffer.config, link)
                 await trainer.call(StartTraining(step=0))
@@ -200,5 +200,5 @@ def test_a_step_that_kills_trainers_is_named_and_an_operator_drops_its_ticket(tm
             status, answer = post(buffer, bad)
             assert status == 400 and answer["error"]
         assert post(buffer, {"tickets": [lists[0][2]]}) == (200, {"dropped": [lists[0][2]]})
-        asyncio.run(go_on(lists[0]))
+        asyncio.run(resume(lists[0]))
         assert buffer.status()["drops"]["poison"] == 1

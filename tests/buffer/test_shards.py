@@ -1,4 +1,4 @@
-"""How a job is split over several buffers: the arithmetic, ledgers that keep to it, and a trainer that sees one."""
+"""A job split over several buffers: the arithmetic, the ledgers, and the trainer's client."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from areal_like.wire.messages.hello import Hello, Ok, Role, Welcome
 from buffer.ledger.ledger import Ledger
 from buffer.ledger.recovery import recover
 from buffer.prompts.order import PromptOrder
-from buffer.service.peers import PeerBook
+from buffer.service.peers import ConnectedPeers
 from buffer.settings import LedgerSettings
 from tests.support.ledger_plant import add_server, beat, deliver, done
 from tests.support.row_store import RowStore
@@ -51,7 +51,7 @@ def test_shards_share_everything_evenly_and_without_overlap(count: int, total: i
 
 
 @given(count=counts, number=st.integers(0, 1 << 62))
-def test_a_number_says_whose_it_is(count: int, number: int) -> None:
+def test_every_number_belongs_to_one_shard(count: int, number: int) -> None:
     shard = Shard.of(number, count=count)
     assert shard.owns(number) and shard.number(shard.local(number)) == number
     assert not any(other.owns(number) for other in all_shards(count) if other != shard)
@@ -59,7 +59,7 @@ def test_a_number_says_whose_it_is(count: int, number: int) -> None:
 
 
 @given(count=counts, num_places=st.integers(1, 60))
-def test_places_of_a_step_are_merged_by_local_position_then_shard(count: int, num_places: int) -> None:
+def test_positions_interleave_the_shards(count: int, num_places: int) -> None:
     places = [
         (shard.local(p), shard.index) for p in range(num_places) for shard in [Shard.of(p, count=count)]
     ]
@@ -79,7 +79,7 @@ def test_every_epoch_of_a_shard_is_its_own_prompts(count: int, num_prompts: int,
             ]
 
 
-def test_a_daemon_is_told_by_its_name_which_shard_it_is() -> None:
+def test_the_name_of_a_daemon_selects_its_shard() -> None:
     assert Shard.named("anything", count=1) == WHOLE and WHOLE.name == "buffer" and WHOLE.ledger == "ledger"
     assert [Shard.named(f"buffer-{index}", count=3) for index in range(3)] == all_shards(3)
     assert [shard.ledger for shard in all_shards(2)] == ["ledger-0", "ledger-1"]
@@ -100,7 +100,7 @@ def test_settings_that_leave_a_shard_without_work_are_refused() -> None:
             from_mapping(wrong)
 
 
-def test_a_peer_that_counts_shards_otherwise_is_refused() -> None:
+def test_a_peer_with_another_number_of_shards_is_refused() -> None:
     fields: dict[str, Any] = {
         "job": "job",
         "model": "m",
@@ -108,18 +108,18 @@ def test_a_peer_that_counts_shards_otherwise_is_refused() -> None:
         "dataset": "d",
         "http_address": "",
     }
-    book = PeerBook(job="job", dataset="d", shard=Shard(1, 2))
+    peers = ConnectedPeers(job="job", dataset="d", shard=Shard(1, 2))
     for shard, count, field in ((0, 2, "shard"), (1, 3, "num_shards"), (0, 1, "num_shards")):
         hello = Hello(
             role=Role.TRAINER, name="trainer-0", incarnation=1, shard=shard, num_shards=count, **fields
         )
         with pytest.raises(RefusedError) as refused:
-            book.admit(b"route", hello, now_s=0.0)
+            peers.check(hello)
         assert refused.value.args[0] == field
 
 
 def test_a_server_that_comes_back_is_counted_once() -> None:
-    book = PeerBook(job="job", dataset="d")
+    peers = ConnectedPeers(job="job", dataset="d")
     fields: dict[str, Any] = {
         "role": Role.ROLLOUT,
         "job": "job",
@@ -129,17 +129,17 @@ def test_a_server_that_comes_back_is_counted_once() -> None:
         "http_address": "",
     }
     for incarnation, tokens, total in ((1, 10.0, 10.0), (1, 12.0, 12.0), (2, 5.0, 17.0)):
-        peer = book.admit(b"route", Hello(name="rollout-0", incarnation=incarnation, **fields), now_s=0.0)
+        peer = peers.add(b"route", Hello(name="rollout-0", incarnation=incarnation, **fields), now_s=0.0)
         peer.stats = {"tokens_generated": tokens}
-        book.forget("rollout-0")
-        assert book.total("tokens_generated") == total
+        peers.remove("rollout-0")
+        assert peers.total("tokens_generated") == total
 
 
 # --- ledgers ---
 
 
 def shard_ledger(shard: Shard, store: RowStore | None = None) -> Ledger:
-    """A shard of a job with 5 places a step and 10 prompts."""
+    """A shard of a job with 5 groups a step and 10 prompts."""
     config = {
         "max_staleness": 1,
         "trainer": {"groups_per_step": 5, "num_steps": 4},
@@ -149,7 +149,7 @@ def shard_ledger(shard: Shard, store: RowStore | None = None) -> Ledger:
 
 
 def begin(ledger: Ledger) -> Ledger:
-    """A trainer and a server are there."""
+    """Adds a trainer and a server."""
     ledger.set_num_train_prompts(10)
     ledger.start_training(incarnation=1, step=0, stream={})
     add_server(ledger, "rollout-0", capacity=32)
@@ -157,14 +157,14 @@ def begin(ledger: Ledger) -> Ledger:
 
 
 def generate(ledger: Ledger, *, version: int = 0) -> list[int]:
-    """Everything that may be generated now; returns the lease ids."""
+    """Generates everything that is leased now; returns the lease ids."""
     leases = [lease for granted in ledger.grant(now_s=0.0).values() for lease in granted]
     for lease in leases:
         assert not deliver(ledger, "rollout-0", done(lease, 0, [version])).refusal
     return [lease.lease_id for lease in leases]
 
 
-def test_ledgers_of_two_shards_share_a_job_without_knowing_of_each_other() -> None:
+def test_two_shards_number_tickets_and_positions_apart() -> None:
     ledgers = [begin(shard_ledger(shard)) for shard in all_shards(2)]
     leases = [generate(ledger) for ledger in ledgers]
     assert [len(ids) for ids in leases] == [6, 4], "two steps' shares: lag 0 and 1"
@@ -179,7 +179,7 @@ def test_ledgers_of_two_shards_share_a_job_without_knowing_of_each_other() -> No
         ledgers[1].fetch(step=0, position=5)
 
 
-def test_a_version_is_adopted_once_and_lets_generation_go_on() -> None:
+def test_adopting_a_version_is_idempotent_and_admits_work() -> None:
     first, second = (begin(shard_ledger(shard)) for shard in all_shards(2))
     for ledger in (first, second):
         generate(ledger)
@@ -188,7 +188,7 @@ def test_a_version_is_adopted_once_and_lets_generation_go_on() -> None:
     with pytest.raises(RefusedError, match="shard"):
         second.alloc_version(incarnation=1, step=1)
     beat(second, "rollout-0", capacity=32, version=version)
-    assert not generate(second, version=version), "weights that it has not heard of"
+    assert not generate(second, version=version), "the version is not adopted yet"
     for _ in range(2):
         second.adopt_version(incarnation=1, version=version, step=1)
     assert len(generate(second, version=version)) == 2
@@ -196,26 +196,28 @@ def test_a_version_is_adopted_once_and_lets_generation_go_on() -> None:
         second.adopt_version(incarnation=1, version=version, step=0)
 
 
-def test_a_ledger_stays_with_its_shard() -> None:
+def test_a_ledger_of_another_shard_is_refused() -> None:
     store = RowStore()
     before = begin(shard_ledger(Shard(1, 2), store))
     generate(before)
     again = shard_ledger(Shard(1, 2), store.copy())
     assert (
-        again.register.num_issued == 4 and again.register.has_issued(3) and not again.register.has_issued(2)
+        again.state.tickets.num_issued == 4
+        and again.state.tickets.has_issued(3)
+        and not again.state.tickets.has_issued(2)
     )
     again.set_num_train_prompts(10)
     again.complete_step(incarnation=1, step=0)
     again.adopt_version(incarnation=1, version=1, step=1)
     add_server(again, "rollout-0", capacity=32, version=1)
     assert [lease_id % 2 for lease_id in generate(again, version=1)] == [1, 1]
-    assert sorted(again.register.live)[-2:] == [11, 13]
+    assert sorted(again.state.tickets.live)[-2:] == [11, 13]
     for other in (Shard(0, 2), Shard(1, 3), WHOLE):
         with pytest.raises(ConfigError, match=r"shard 1 with buffer\.num_shards=2"):
             shard_ledger(other, store.copy())
 
 
-def test_dropping_tickets_of_one_shard_gives_the_step_a_new_start_in_all() -> None:
+def test_poison_in_one_shard_resets_attempts_in_all() -> None:
     first, second = (begin(shard_ledger(shard)) for shard in all_shards(2))
     for incarnation in (1, 2, 3):
         for ledger in (first, second):
@@ -237,58 +239,61 @@ def test_dropping_tickets_of_one_shard_gives_the_step_a_new_start_in_all() -> No
 # --- the trainer's side ---
 
 
-class Asked:
-    """A shard that notes what it is asked and answers from a table."""
+class FakeShard:
+    """A shard that records requests and answers from a table."""
 
     def __init__(self, answers: dict[type, Any]) -> None:
-        self.heard: list[Any] = []
+        self.requests: list[Any] = []
         self._answers = answers
 
     async def __call__(self, message: Any) -> Any:
-        self.heard.append(message)
+        self.requests.append(message)
         answer = self._answers.get(type(message), Ok())
         if isinstance(answer, Exception):
             raise answer
         return answer
 
 
-def ask(message: Any, *shards: Asked) -> Any:
+def ask(message: Any, *shards: FakeShard) -> Any:
     """The job's answer."""
     return asyncio.run(call_shards(message, shards))
 
 
-def test_each_request_goes_to_whom_it_concerns() -> None:
-    shards = [Asked({AllocVersion: VersionGranted(version=7)}) for _ in range(3)]
+def test_each_request_goes_to_the_right_shards() -> None:
+    shards = [FakeShard({AllocVersion: VersionGranted(version=7)}) for _ in range(3)]
     assert ask(AllocVersion(step=2), *shards) == VersionGranted(version=7)
     ask(Fetch(step=1, position=4), *shards)
     ask(CommitStep(step=1), *shards)
     ask(RequestEval(eval_id=0, num_prompts=1, min_version=0), *shards)
     adopt = AdoptVersion(version=7, step=2)
-    assert [[type(message).__name__ for message in shard.heard] for shard in shards] == [
+    assert [[type(message).__name__ for message in shard.requests] for shard in shards] == [
         ["AllocVersion", "CommitStep", "RequestEval"],
         ["AdoptVersion", "Fetch", "CommitStep"],
         ["AdoptVersion", "CommitStep"],
     ]
-    assert adopt in shards[1].heard and adopt in shards[2].heard
+    assert adopt in shards[1].requests and adopt in shards[2].requests
 
 
-def test_refusals_of_several_shards_are_one() -> None:
-    shards = [Asked({StartTraining: RefusedError(f"tickets {index}")}) for index in range(2)]
+def test_refusals_of_several_shards_are_joined() -> None:
+    shards = [FakeShard({StartTraining: RefusedError(f"tickets {index}")}) for index in range(2)]
     with pytest.raises(RefusedError, match="tickets 0; tickets 1"):
         ask(StartTraining(step=0), *shards)
 
 
-def test_a_checkpoint_keeps_what_every_shard_said_of_its_stream() -> None:
+def test_a_checkpoint_keeps_the_stream_state_of_every_shard() -> None:
     streams: list[dict[str, int | list[int]]] = [
         {"cursor": 4, "pending": [1, 2]},
         {"cursor": 5, "pending": []},
     ]
     state = ask(
-        GetStreamState(step=0), *(Asked({GetStreamState: StreamState(stream=stream)}) for stream in streams)
+        GetStreamState(step=0),
+        *(FakeShard({GetStreamState: StreamState(stream=stream)}) for stream in streams),
     )
-    shards = [Asked({StartTraining: Welcome(job="j", step=1, newest_version=index)}) for index in range(2)]
+    shards = [
+        FakeShard({StartTraining: Welcome(job="j", step=1, newest_version=index)}) for index in range(2)
+    ]
     assert ask(StartTraining(step=1, stream=state.stream), *shards).newest_version == 0
-    assert [shard.heard[0].stream for shard in shards] == streams
+    assert [shard.requests[0].stream for shard in shards] == streams
     assert split_stream({}, num_shards=2) == [{}, {}]
     assert split_stream(merge_streams(streams[:1]), num_shards=1) == streams[:1]
     for stream, count in ((state.stream, 1), (state.stream, 3), (streams[0], 2)):
@@ -296,8 +301,8 @@ def test_a_checkpoint_keeps_what_every_shard_said_of_its_stream() -> None:
             split_stream(stream, num_shards=count)
 
 
-def test_books_add_up_and_their_means_are_means() -> None:
-    def books(trained: int, lag: float, generated: float) -> RunCounters:
+def test_run_counters_of_shards_are_summed_and_averaged() -> None:
+    def counters_of(trained: int, lag: float, generated: float) -> RunCounters:
         counters = dict.fromkeys(
             ("generation_busy_s", "generation_idle_s", "samples_dropped", "mean_dropped_sample_tokens"), 0.0
         )
@@ -316,7 +321,10 @@ def test_books_add_up_and_their_means_are_means() -> None:
 
     merged = ask(
         GetRunCounters(),
-        *(Asked({GetRunCounters: one}) for one in (books(30, 1.0, 900.0), books(10, 3.0, 880.0))),
+        *(
+            FakeShard({GetRunCounters: one})
+            for one in (counters_of(30, 1.0, 900.0), counters_of(10, 3.0, 880.0))
+        ),
     )
     assert merged.tickets == {"issued": 40} and merged.drops == {"stale": 2}
     counters = merged.counters

@@ -1,4 +1,4 @@
-"""What the durable store keeps, gives back, refuses and lets go of."""
+"""The durable store: recovery, damage, full disks, and deletion of what is not needed."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from areal_like.errors import ConfigError, StoreCorruptError, UserError
 from areal_like.wire.messages.producer import Purpose
 from areal_like.wire.records import segment_path
 from buffer.prompts.order import Prompt
-from buffer.storage import sql as schema
-from buffer.storage.base import LeaseRow, Recovered, RollbackRow, VersionRow
-from buffer.storage.durable import DurableStore, StoreSettings
+from buffer.storage import sql, sql_read
+from buffer.storage.durable import DurableStore
+from buffer.storage.rows import LeaseRow, Recovered, RollbackRow, VersionRow
 from buffer.tickets import Drop, LeaseRecord, State, Ticket
 from tests.support.buffer_harness import job
 from tests.support.small_disk import small_disk
@@ -34,6 +34,7 @@ from tests.support.store_load import (
     new_ticket,
     put_sample,
     raising,
+    store_settings,
     train,
     trajectory_of,
 )
@@ -43,8 +44,8 @@ from tests.support.store_load import (
 async def opened(
     directory: Path, *, on_error: Callable[[Exception], None] = raising, **settings: Any
 ) -> AsyncIterator[tuple[DurableStore, Recovered]]:
-    """A store, and what it found."""
-    store = DurableStore(directory, StoreSettings(**settings), on_error=on_error)
+    """A store, and what it recovered."""
+    store = DurableStore(directory, store_settings(**settings), on_error=on_error)
     try:
         yield store, store.recover()
     finally:
@@ -61,30 +62,30 @@ def full_ticket(store: DurableStore, ticket_id: int) -> Ticket:
 
 
 def is_whole(store: DurableStore, ticket: Ticket) -> bool:
-    """Whether the store gives back what `full_ticket` put in."""
-    group = [record.trajectory() for record in store.group(ticket)]
+    """True if the store returns the records that `full_ticket` wrote."""
+    group = [record.trajectory() for record in store.records_of(ticket)]
     return all(is_same(mine, trajectory_of(ticket.ticket_id, index)) for index, mine in enumerate(group))
 
 
-def query(directory: Path, sql: str) -> list[tuple[Any, ...]]:
-    """As an operator would ask."""
+def query(directory: Path, statement: str) -> list[tuple[Any, ...]]:
+    """Queries the ledger file as an operator would."""
     with contextlib.closing(sqlite3.connect(directory / "ledger.sqlite3")) as ledger:
-        return ledger.execute(sql).fetchall()
+        return ledger.execute(statement).fetchall()
 
 
 def num_segments(directory: Path) -> int:
     return len(list((directory / "segments").glob("*.seg")))
 
 
-async def settled(condition: Callable[[], bool], *, timeout_s: float = 20.0) -> None:
-    """Waits for the writer's thread."""
+async def wait_until(condition: Callable[[], bool], *, timeout_s: float = 20.0) -> None:
+    """Polls a condition that the writer's thread brings about."""
     async with asyncio.timeout(timeout_s):
         while not condition():
             await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize("durability", ["process_crash", "power_loss"])
-def test_every_fact_comes_back(tmp_path: Path, durability: str) -> None:
+def test_every_row_is_recovered(tmp_path: Path, durability: str) -> None:
     async def write() -> None:
         async with opened(tmp_path, durability=durability) as (store, found):
             assert found == Recovered()
@@ -116,8 +117,8 @@ def test_every_fact_comes_back(tmp_path: Path, durability: str) -> None:
                 move(store, ticket, state)
             store.put_version(VersionRow(version=1, step=0, parent=0, trainer_incarnation=8))
             store.put_version(VersionRow(version=2, step=1, parent=1, trainer_incarnation=8))
-            store.put_mark("cursor", 11)
-            store.put_mark("cursor", 12)
+            store.put_scalar("cursor", 11)
+            store.put_scalar("cursor", 12)
             for index in (5, 6, 7):
                 store.push_returned(Prompt(index=index, parent=index + 1, num_reissues=1))
             store.pop_returned()
@@ -129,7 +130,7 @@ def test_every_fact_comes_back(tmp_path: Path, durability: str) -> None:
                     trainer_incarnation=9, from_step=8, to_step=6, num_tickets=4, num_tokens=99, unix_s=1.5
                 )
             )
-            store.put_statistics({"tokens": 1 << 53, "mean": 0.1})
+            store.put_counters({"tokens": 1 << 53, "mean": 0.1})
             await durable(store)
 
     async def read() -> None:
@@ -162,9 +163,9 @@ def test_every_fact_comes_back(tmp_path: Path, durability: str) -> None:
                 )
             ]
             assert [(row.version, row.parent) for row in found.versions] == [(1, 0), (2, 1)]
-            assert found.marks == {"cursor": 12} and found.attempts == {7: 2} and found.num_issued == 5
+            assert found.scalars == {"cursor": 12} and found.attempts == {7: 2} and found.num_issued == 5
             assert [prompt.index for prompt in found.returned] == [6, 7]
-            assert found.rollbacks[0].num_tokens == 99 and found.statistics == {
+            assert found.rollbacks[0].num_tokens == 99 and found.counters == {
                 "tokens": 1 << 53,
                 "mean": 0.1,
             }
@@ -190,33 +191,33 @@ def test_every_fact_comes_back(tmp_path: Path, durability: str) -> None:
 def test_callbacks_keep_their_order_and_wait_for_the_disk(tmp_path: Path) -> None:
     async def run() -> None:
         async with opened(tmp_path) as (store, _):
-            heard: list[int] = []
+            called: list[int] = []
             for number in range(50):
                 full_ticket(store, number + 1)
-                store.when_durable(lambda number=number: heard.append(number))  # type: ignore[misc]
+                store.when_durable(lambda number=number: called.append(number))  # type: ignore[misc]
                 if number % 7 == 3:
                     await asyncio.sleep(0.001)
-                    assert len(heard) <= number + 1
-            assert len(heard) < 50, "called before anything was written"
-            store.when_durable(lambda: heard.append(50))
-            await settled(lambda: len(heard) == 51)
-            assert heard == list(range(51))
+                    assert len(called) <= number + 1
+            assert len(called) < 50, "called before anything was written"
+            store.when_durable(lambda: called.append(50))
+            await wait_until(lambda: len(called) == 51)
+            assert called == list(range(51))
             assert query(tmp_path, "SELECT count(*) FROM samples") == [(50 * SIZE,)]
-            store.when_durable(lambda: heard.append(51))
-            assert heard[-1] == 51, "nothing to wait for"
+            store.when_durable(lambda: called.append(51))
+            assert called[-1] == 51, "nothing to wait for"
 
     asyncio.run(run())
 
 
-def test_one_turn_is_one_transaction(tmp_path: Path) -> None:
-    """A mark and its ticket, written together 300 times, are never seen apart."""
+def test_writes_of_one_loop_turn_are_one_transaction(tmp_path: Path) -> None:
+    """A scalar and its ticket, written together 300 times, are never seen apart."""
 
     async def run() -> None:
         async with opened(tmp_path) as (store, _):
             with contextlib.closing(sqlite3.connect(tmp_path / "ledger.sqlite3")) as ledger:
                 for ticket_id in range(1, 301):
                     store.put_ticket(new_ticket(ticket_id))
-                    store.put_mark("issued", ticket_id)
+                    store.put_scalar("issued", ticket_id)
                     await asyncio.sleep(0)
                     (row,) = ledger.execute(
                         "SELECT (SELECT count(*) FROM tickets), (SELECT coalesce(max(value), 0) FROM marks)"
@@ -227,7 +228,7 @@ def test_one_turn_is_one_transaction(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-def test_memory_is_bounded_and_what_is_not_in_it_is_read_back(tmp_path: Path) -> None:
+def test_memory_is_bounded_and_evicted_records_are_read_back(tmp_path: Path) -> None:
     async def run() -> None:
         async with opened(tmp_path, cache_bytes=40_000, segment_bytes=1 << 16) as (store, _):
             tickets = [full_ticket(store, ticket_id) for ticket_id in range(1, 101)]
@@ -248,7 +249,7 @@ def test_memory_is_bounded_and_what_is_not_in_it_is_read_back(tmp_path: Path) ->
     asyncio.run(run())
 
 
-def test_space_is_given_back_unless_retained(tmp_path: Path) -> None:
+def test_segments_are_deleted_unless_retained(tmp_path: Path) -> None:
     async def run(num_tickets: int, *, retain: bool) -> int:
         async with opened(tmp_path, segment_bytes=1 << 16, retain_trajectories=retain) as (store, found):
             trained = list(found.trained)
@@ -261,10 +262,10 @@ def test_space_is_given_back_unless_retained(tmp_path: Path) -> None:
     num_retained = asyncio.run(run(100, retain=True))
     assert num_retained >= 5
     num_last = asyncio.run(run(150, retain=False))
-    assert num_retained <= num_last <= num_retained + 3, "what one life retained the next one keeps"
+    assert num_retained <= num_last <= num_retained + 3, "the next process keeps what an earlier one retained"
 
 
-def test_a_torn_tail_is_cut(tmp_path: Path) -> None:
+def test_an_incomplete_tail_is_removed(tmp_path: Path) -> None:
     async def write(first_id: int) -> None:
         async with opened(tmp_path) as (store, found):
             assert [ticket.ticket_id for ticket in found.tickets] == list(range(1, first_id))
@@ -285,7 +286,9 @@ def test_a_torn_tail_is_cut(tmp_path: Path) -> None:
     assert path.stat().st_size == sum(size for _, size in rows)
 
 
-def test_damage_is_named_and_never_served(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_records_are_reported_and_never_served(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async def write() -> None:
         async with opened(tmp_path, segment_bytes=1 << 16) as (store, _):
             for ticket_id in range(1, 41):
@@ -294,12 +297,13 @@ def test_damage_is_named_and_never_served(tmp_path: Path, caplog: pytest.LogCapt
 
     async def read(ticket_id: int) -> None:
         async with opened(tmp_path) as (store, found):
-            store.group(found.tickets[ticket_id - 1])
+            store.records_of(found.tickets[ticket_id - 1])
 
     def damage(ticket_id: int) -> Path:
         ((segment, offset, size),) = query(
             tmp_path,
-            f"SELECT segment, offset, num_bytes FROM samples WHERE ticket_id = {ticket_id} AND sample_index = 1",
+            "SELECT segment, offset, num_bytes FROM samples "
+            f"WHERE ticket_id = {ticket_id} AND sample_index = 1",
         )
         path = segment_path(tmp_path, segment)
         with path.open("r+b") as file:
@@ -323,7 +327,7 @@ def test_damage_is_named_and_never_served(tmp_path: Path, caplog: pytest.LogCapt
         asyncio.run(read(40))
 
     async def read_the_rest() -> None:
-        store = DurableStore(tmp_path, StoreSettings(), on_error=raising)
+        store = DurableStore(tmp_path, store_settings(), on_error=raising)
         lost = [row[0] for row in query(tmp_path, "SELECT DISTINCT ticket_id FROM samples WHERE segment = 0")]
         assert len(store.recover(ignoring=lost).tickets) == 40
         store.close()
@@ -331,43 +335,43 @@ def test_damage_is_named_and_never_served(tmp_path: Path, caplog: pytest.LogCapt
     asyncio.run(read_the_rest())
 
 
-def test_one_buffer_at_a_time(tmp_path: Path) -> None:
+def test_a_second_buffer_on_one_ledger_is_refused(tmp_path: Path) -> None:
     async def run() -> None:
         async with opened(tmp_path):
             with pytest.raises(
                 UserError, match=f"in use by another buffer .pid {os.getpid()}.: stop that one"
             ):
-                DurableStore(tmp_path, StoreSettings(), on_error=raising)
+                DurableStore(tmp_path, store_settings(), on_error=raising)
         async with opened(tmp_path):
             pass
 
     asyncio.run(run())
 
 
-def test_schemas_go_forward_only(tmp_path: Path) -> None:
+def test_schema_migrations_go_forward_only(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite3"
-    later = (*schema.MIGRATIONS, "ALTER TABLE marks ADD COLUMN note TEXT; UPDATE marks SET note = 'old'")
+    later = (*sql.MIGRATIONS, "ALTER TABLE marks ADD COLUMN note TEXT; UPDATE marks SET note = 'old'")
 
     async def write() -> None:
         async with opened(tmp_path) as (store, _):
-            store.put_mark("cursor", 3)
+            store.put_scalar("cursor", 3)
 
     asyncio.run(write())
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as ledger:
         with pytest.raises(sqlite3.OperationalError, match="no such table"):
-            schema.migrate(
+            sql.migrate(
                 ledger,
                 path=path,
-                migrations=(*schema.MIGRATIONS, "ALTER TABLE marks ADD COLUMN note TEXT; DROP TABLE nowhere"),
+                migrations=(*sql.MIGRATIONS, "ALTER TABLE marks ADD COLUMN note TEXT; DROP TABLE nowhere"),
             )
         ledger.execute("ROLLBACK")
         assert ledger.execute("SELECT * FROM marks").fetchall() == [("cursor", 3)]
-        schema.migrate(ledger, path=path, migrations=later)
-        schema.migrate(ledger, path=path, migrations=later)
+        sql.migrate(ledger, path=path, migrations=later)
+        sql.migrate(ledger, path=path, migrations=later)
         assert ledger.execute("SELECT * FROM marks").fetchall() == [("cursor", 3, "old")]
     with pytest.raises(
         UserError,
-        match=f"schema version {len(later)} and this program knows {len(later) - 1}: run the release",
+        match=f"schema version {len(later)}, this program supports up to {len(later) - 1}: run the release",
     ):
         asyncio.run(write())
     path.write_bytes(b"not a ledger at all" * 1000)
@@ -377,15 +381,15 @@ def test_schemas_go_forward_only(tmp_path: Path) -> None:
         asyncio.run(write())
 
 
-async def fill_until_unhealthy(store: DurableStore, *, first_id: int) -> tuple[int, list[int]]:
-    """Tickets written until the store is in trouble, and those that it acknowledged."""
+async def fill_until_blocked(store: DurableStore, *, first_id: int) -> tuple[int, list[int]]:
+    """Writes tickets until writes are blocked: (the last id, the ids acknowledged)."""
     acknowledged: list[int] = []
     for ticket_id in range(first_id, first_id + 3000):
         full_ticket(store, ticket_id)
         store.when_durable(lambda ticket_id=ticket_id: acknowledged.append(ticket_id))  # type: ignore[misc]
         if ticket_id % 20 == 0:
             await asyncio.sleep(0.01)
-        if store.health:
+        if store.write_blocked_reason:
             return ticket_id, acknowledged
     raise AssertionError("the disk never became full")
 
@@ -393,27 +397,27 @@ async def fill_until_unhealthy(store: DurableStore, *, first_id: int) -> tuple[i
 async def check_recovery(
     store: DurableStore, directory: Path, *, last_id: int, acknowledged: list[int], first_id: int = 1
 ) -> None:
-    """After space came: everything is acknowledged, and there."""
-    await settled(lambda: len(acknowledged) == last_id - first_id + 1)
-    assert store.health == "" and acknowledged == list(range(first_id, last_id + 1))
+    """Once there is space again: everything is acknowledged and readable."""
+    await wait_until(lambda: len(acknowledged) == last_id - first_id + 1)
+    assert store.write_blocked_reason == "" and acknowledged == list(range(first_id, last_id + 1))
     for ticket_id in acknowledged:
         assert is_whole(store, new_ticket(ticket_id))
     assert query(directory, "PRAGMA integrity_check") == [("ok",)]
 
 
 @pytest.mark.parametrize("durability", ["process_crash", "power_loss"])
-def test_a_full_disk_is_waited_for(tmp_path: Path, durability: str) -> None:
+def test_writes_wait_for_space_on_a_full_disk(tmp_path: Path, durability: str) -> None:
     async def run(disk: Path) -> None:
         filler, ledger = disk / "filler", disk / "ledger"
         filler.write_bytes(bytes(1 << 20))
         settings: dict[str, Any] = {"durability": durability, "cache_bytes": 0, "segment_bytes": 1 << 18}
         async with opened(ledger, **settings) as (store, _):
-            last_id, acknowledged = await fill_until_unhealthy(store, first_id=1)
-            assert store.health.startswith("disk full: ")
+            last_id, acknowledged = await fill_until_blocked(store, first_id=1)
+            assert store.write_blocked_reason.startswith("disk full: ")
             await asyncio.sleep(0.6)
             num_before = len(acknowledged)
-            assert 0 < num_before < last_id, "an acknowledgement of what is not there"
-            assert store.num_bytes > 0, "nobody else has them"
+            assert 0 < num_before < last_id, "a sample was acknowledged that is not on disk"
+            assert store.num_bytes > 0, "unacknowledged records have to stay in memory"
             filler.unlink()
             await check_recovery(store, ledger, last_id=last_id, acknowledged=acknowledged)
         async with opened(ledger, **settings) as (_, found):
@@ -423,10 +427,10 @@ def test_a_full_disk_is_waited_for(tmp_path: Path, durability: str) -> None:
         asyncio.run(run(disk))
 
 
-def test_a_process_that_ends_on_a_full_disk_keeps_what_it_acknowledged(tmp_path: Path) -> None:
+def test_exit_on_a_full_disk_keeps_acknowledged_samples(tmp_path: Path) -> None:
     async def run(disk: Path) -> None:
         async with opened(disk / "ledger") as (store, _):
-            _, acknowledged = await fill_until_unhealthy(store, first_id=1)
+            _, acknowledged = await fill_until_blocked(store, first_id=1)
         (disk / "ledger" / "ledger.sqlite3").stat()
         shutil.copytree(disk / "ledger", tmp_path / "larger")
         async with opened(tmp_path / "larger") as (store, found):
@@ -438,15 +442,15 @@ def test_a_process_that_ends_on_a_full_disk_keeps_what_it_acknowledged(tmp_path:
         asyncio.run(run(disk))
 
 
-def test_files_that_may_not_grow_are_a_full_disk(tmp_path: Path) -> None:
-    """The same without a mount: a limit on the size of files stops segment or ledger, whichever grows first."""
+def test_a_file_size_limit_counts_as_a_full_disk(tmp_path: Path) -> None:
+    """Needs no mount: a limit on file sizes stops the segment or the ledger, whichever grows first."""
 
     async def run() -> None:
         async with opened(tmp_path, cache_bytes=0) as (store, _):
             soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, hard))
             try:
-                last_id, acknowledged = await fill_until_unhealthy(store, first_id=1)
+                last_id, acknowledged = await fill_until_blocked(store, first_id=1)
                 await asyncio.sleep(0.3)
                 assert len(acknowledged) < last_id
             finally:
@@ -456,20 +460,20 @@ def test_files_that_may_not_grow_are_a_full_disk(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-def test_free_space_is_left_on_the_disk(tmp_path: Path) -> None:
+def test_min_free_bytes_are_left_on_the_disk(tmp_path: Path) -> None:
     async def run() -> None:
         async with opened(tmp_path, min_free_bytes=1 << 60) as (store, _):
             store.put_ticket(new_ticket(1))
             await durable(store)
             full_ticket(store, 2)
-            await settled(lambda: bool(store.health))
-            assert "buffer.min_free_bytes keeps" in store.health
+            await wait_until(lambda: bool(store.write_blocked_reason))
+            assert "buffer.min_free_bytes keeps" in store.write_blocked_reason
         assert query(tmp_path, "SELECT ticket_id FROM tickets") == [(1,)]
 
     asyncio.run(run())
 
 
-def test_what_frees_space_gets_through_when_samples_do_not(
+def test_releases_are_written_while_samples_wait_for_space(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def run() -> None:
@@ -479,17 +483,17 @@ def test_what_frees_space_gets_through_when_samples_do_not(
             num_before = num_segments(tmp_path)
             monkeypatch.setattr("os.statvfs", lambda _: SimpleNamespace(f_bavail=0, f_frsize=4096))
             full_ticket(store, 50)
-            await settled(lambda: bool(store.health))
+            await wait_until(lambda: bool(store.write_blocked_reason))
             for ticket in tickets:
                 move(store, ticket, State.TRAINED)
                 store.release(ticket)
-            await settled(lambda: num_segments(tmp_path) <= 2)
+            await wait_until(lambda: num_segments(tmp_path) <= 2)
             assert num_before > 4
 
     asyncio.run(run())
 
 
-def test_a_disk_that_hangs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("buffer.storage.writer._HANGS_AFTER_S", 0.1)
     goes_on, writev = threading.Event(), os.writev
 
@@ -502,15 +506,15 @@ def test_a_disk_that_hangs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     async def run() -> None:
         async with opened(tmp_path) as (store, _):
             full_ticket(store, 1)
-            await settled(lambda: "disk hangs: a write in" in store.health)
+            await wait_until(lambda: "disk hangs: a write in" in store.write_blocked_reason)
             goes_on.set()
             await durable(store)
-            assert store.health == ""
+            assert store.write_blocked_reason == ""
 
     asyncio.run(run())
 
 
-def test_an_open_transaction_of_somebody_else_is_waited_for(tmp_path: Path) -> None:
+def test_writes_wait_for_a_lock_of_another_program(tmp_path: Path) -> None:
     async def run() -> None:
         async with opened(tmp_path) as (store, _):
             with contextlib.closing(
@@ -518,17 +522,17 @@ def test_an_open_transaction_of_somebody_else_is_waited_for(tmp_path: Path) -> N
             ) as shell:
                 shell.execute("BEGIN IMMEDIATE")
                 full_ticket(store, 1)
-                await settled(lambda: bool(store.health))
-                assert "another program holds" in store.health
+                await wait_until(lambda: bool(store.write_blocked_reason))
+                assert "another program holds" in store.write_blocked_reason
                 shell.execute("ROLLBACK")
             await durable(store)
-            assert store.health == ""
+            assert store.write_blocked_reason == ""
 
     asyncio.run(run())
 
 
-def test_a_disk_that_fails_is_the_end(tmp_path: Path) -> None:
-    """A segment cannot be begun: nothing more is acknowledged, and the loop hears of it."""
+def test_a_failing_disk_ends_the_writer(tmp_path: Path) -> None:
+    """A new segment cannot be created: nothing more is acknowledged, and `on_error` is called."""
 
     async def run() -> None:
         errors: list[Exception] = []
@@ -540,13 +544,13 @@ def test_a_disk_that_fails_is_the_end(tmp_path: Path) -> None:
             for ticket_id in range(2, 60):
                 full_ticket(store, ticket_id)
             store.when_durable(lambda: acknowledged.append(1))
-            await settled(lambda: bool(errors))
+            await wait_until(lambda: bool(errors))
             assert isinstance(errors[0], FileNotFoundError) and not acknowledged
 
     asyncio.run(run())
 
 
-def test_recovery_reads_no_ended_ticket(tmp_path: Path) -> None:
+def test_recovery_does_not_scan_ended_tickets(tmp_path: Path) -> None:
     async def write() -> None:
         async with opened(tmp_path) as (store, _):
             await durable(store)
@@ -555,17 +559,17 @@ def test_recovery_reads_no_ended_ticket(tmp_path: Path) -> None:
     with contextlib.closing(sqlite3.connect(tmp_path / "ledger.sqlite3")) as ledger:
         statements: list[str] = []
         ledger.set_trace_callback(statements.append)
-        schema.read(ledger)
-        schema.read_places(ledger)
+        sql_read.read_all(ledger)
+        sql_read.read_places(ledger)
         ledger.set_trace_callback(None)
         plans = {
-            sql: " ".join(row[3] for row in ledger.execute(f"EXPLAIN QUERY PLAN {sql}"))
-            for sql in statements
-            if "samples" in sql
+            statement: " ".join(row[3] for row in ledger.execute(f"EXPLAIN QUERY PLAN {statement}"))
+            for statement in statements
+            if "samples" in statement
         }
     assert plans
-    for sql, plan in plans.items():
-        assert "SCAN samples" not in plan and "tickets_with_arrays" in plan, f"{sql}: {plan}"
+    for statement, plan in plans.items():
+        assert "SCAN samples" not in plan and "tickets_with_arrays" in plan, f"{statement}: {plan}"
 
 
 @pytest.mark.parametrize(
@@ -580,8 +584,6 @@ def test_recovery_reads_no_ended_ticket(tmp_path: Path) -> None:
         ({"min_free_bytes": -1}, "buffer.min_free_bytes must be at least 0"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(
-    tmp_path: Path, settings: dict[str, Any], message: str
-) -> None:
+def test_invalid_store_settings_are_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         job(tmp_path, buffer=settings)

@@ -1,4 +1,4 @@
-"""The store against sudden ends: a process killed at any moment, and a disk that loses what was not synced."""
+"""The durable store under SIGKILL at any moment, and on a disk that loses what was not synced."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 
 from areal_like.wire.records import Place, read_record
-from buffer.storage.base import Recovered
-from buffer.storage.durable import DurableStore, StoreSettings
+from buffer.storage.durable import DurableStore
+from buffer.storage.rows import Recovered
 from tests.support.buffer_harness import ROOT
 from tests.support.lost_writes import Disk, compile_shim, read_log
-from tests.support.store_load import KEPT, SIZE, is_same, raising, trajectory_of
+from tests.support.store_load import KEPT, SIZE, is_same, raising, store_settings, trajectory_of
 
 NUM_KILLS = 20
 NUM_POWER_LOSSES = 30
@@ -40,16 +40,16 @@ def start_load(
 
 
 def parse_acks(output: bytes) -> set[tuple[int, int]]:
-    """(ticket, sample) of whole lines."""
+    """(ticket id, sample index) of every complete line."""
     whole = output[: output.rfind(b"\n") + 1].decode().split()
     return set(zip(map(int, whole[::2]), map(int, whole[1::2]), strict=True))
 
 
 def open_once(directory: Path, *, durability: str) -> Recovered:
-    """What a new process would find."""
+    """What a new process would recover."""
 
     async def recover() -> Recovered:
-        store = DurableStore(directory, StoreSettings(durability=durability), on_error=raising)
+        store = DurableStore(directory, store_settings(durability=durability), on_error=raising)
         try:
             return store.recover()
         finally:
@@ -59,11 +59,15 @@ def open_once(directory: Path, *, durability: str) -> Recovered:
 
 
 def check(directory: Path, acknowledged: set[tuple[int, int]], *, durability: str) -> int:
-    """Everything acknowledged is there once, bit by bit, and what was written together is there together. Returns the tickets trained."""
+    """Checks that every acknowledged sample is there once, bit for bit, and that transactions are whole.
+
+    Returns the number of trained tickets.
+    """
     recovered = open_once(directory, durability=durability)
     with contextlib.closing(sqlite3.connect(directory / "ledger.sqlite3")) as ledger:
         rows = ledger.execute(
-            "SELECT ticket_id, sample_index, released, segment, offset, num_bytes, crc32 FROM samples JOIN tickets USING (ticket_id)"
+            "SELECT ticket_id, sample_index, released, segment, offset, num_bytes, crc32 "
+            "FROM samples JOIN tickets USING (ticket_id)"
         )
         found = {(ticket_id, index): (released, Place(*place)) for ticket_id, index, released, *place in rows}
         trained = [
@@ -78,17 +82,17 @@ def check(directory: Path, acknowledged: set[tuple[int, int]], *, durability: st
         if not released:
             record = read_record(directory, place, ticket_id=ticket_id, sample_index=index)
             assert is_same(record.trajectory(), trajectory_of(ticket_id, index)), (
-                f"sample {index} of ticket {ticket_id} is another one"
+                f"sample {index} of ticket {ticket_id} differs from the one written"
             )
     assert trained == list(range(1, len(trained) + 1))
-    assert recovered.marks.get("committed_step", 0) == len(trained), "half of one turn's writes"
+    assert recovered.scalars.get("committed_step", 0) == len(trained), "a transaction was written in part"
     assert len(recovered.trained) == min(KEPT, len(trained))
     assert all(len(ticket.samples) == SIZE for ticket in recovered.trained)
     return len(trained)
 
 
 def kill_in_mid_load(directory: Path, *, rng: random.Random) -> set[tuple[int, int]]:
-    """Acknowledgements of a process that was killed at a random place of its load."""
+    """Kills a load at a random moment; returns the samples that it acknowledged."""
     process = start_load(directory, durability="process_crash", num_tickets=10**6)
     assert process.stdout is not None
     num_bytes, output = rng.randrange(4_000), b""
@@ -96,7 +100,8 @@ def kill_in_mid_load(directory: Path, *, rng: random.Random) -> set[tuple[int, i
         chunk = os.read(process.stdout.fileno(), 1 << 16)
         assert chunk, "the load ended by itself"
         output += chunk
-    if rng.random() < 0.5:  # else while the pipe still holds what we have not seen
+    # In the other half of the cases the kill comes while the pipe still holds acknowledgements.
+    if rng.random() < 0.5:
         select.select([process.stdout], [], [], 0)
         time.sleep(rng.random() * 0.01)
     process.kill()
@@ -107,7 +112,7 @@ def kill_in_mid_load(directory: Path, *, rng: random.Random) -> set[tuple[int, i
 
 
 def kills(directory: Path, *, num_kills: int, seed: int) -> None:
-    """Kills one life after another; each goes on from what the one before it left."""
+    """Kills one process after another; each continues from the files of the one before."""
     rng = random.Random(seed)
     acknowledged: set[tuple[int, int]] = set()
     num_trained = [0]
@@ -124,12 +129,12 @@ def test_sigkill_loses_nothing_acknowledged(tmp_path: Path) -> None:
 
 @pytest.mark.chaos
 @pytest.mark.timeout(3600)
-def test_sigkill_at_two_hundred_points(tmp_path: Path) -> None:
+def test_sigkill_at_200_points_loses_nothing(tmp_path: Path) -> None:
     kills(tmp_path / "ledger", num_kills=200, seed=2)
 
 
 def lose_power(tmp_path: Path, *, num_points: int, seed: int) -> None:
-    """Records two lives of a load, the first killed, and loses the power at random points of them."""
+    """Records two processes, the first killed, and simulates a power loss at random points of the log."""
     try:
         shim = compile_shim(tmp_path)
     except FileNotFoundError as error:
@@ -149,7 +154,7 @@ def lose_power(tmp_path: Path, *, num_points: int, seed: int) -> None:
     ops = read_log(log)
     rng = random.Random(seed)
     acknowledging = [number for number, op in enumerate(ops) if op.kind == "A"]
-    # Half of them right behind an acknowledgement, each behind another one; half anywhere.
+    # Half of the points directly follow an acknowledgement, each another one; half are anywhere.
     points = [number + 1 for number in rng.sample(acknowledging, min(num_points // 2, len(acknowledging)))]
     points += [rng.randrange(acknowledging[0], len(ops)) for _ in range(num_points - len(points))]
     disk, at, num_acknowledged = Disk(ledger), 0, []
@@ -174,12 +179,12 @@ def test_power_loss_loses_nothing_acknowledged(tmp_path: Path) -> None:
 
 @pytest.mark.chaos
 @pytest.mark.timeout(3600)
-def test_power_loss_at_a_thousand_points(tmp_path: Path) -> None:
+def test_power_loss_at_1000_points_loses_nothing(tmp_path: Path) -> None:
     lose_power(tmp_path, num_points=1000, seed=4)
 
 
-def test_the_shim_sees_a_store_that_does_not_sync(tmp_path: Path) -> None:
-    """The test above can fail: without fsyncs before acknowledgements the same points lose rows."""
+def test_power_loss_without_fsync_is_detected_by_the_shim(tmp_path: Path) -> None:
+    """Without fsyncs before acknowledgements a power loss must lose rows: so the tests above can fail."""
     try:
         shim = compile_shim(tmp_path)
     except FileNotFoundError as error:

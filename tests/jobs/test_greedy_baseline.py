@@ -55,7 +55,7 @@ def test_a_group_has_one_more_sample_which_is_greedy() -> None:
         2
     ].reward == 2
     ledger.complete_step(incarnation=1, step=0)
-    counters = ledger.statistics.counters()
+    counters = ledger.counters()
     assert (counters["samples_accepted"], counters["samples_trained"], counters["tokens_trained"]) == (
         3,
         2,
@@ -72,7 +72,7 @@ def test_only_what_is_missing_is_leased_again_in_its_own_kind() -> None:
     (again,) = leases_of(ledger)
     assert (again.sample_indices, again.greedy_indices) == ([0, 1], [])
     ledger.return_leases("a", [again.lease_id])
-    assert ledger.register.num_by_state()[State.QUEUED] == 1
+    assert ledger.num_by_state()[State.QUEUED] == 1
 
 
 def test_a_sample_of_the_other_kind_is_refused() -> None:

@@ -85,7 +85,7 @@ def test_what_belongs_to_an_earlier_interval_drops_as_interval_and_its_prompt_co
     assert again.prompt_index == late.prompt_index
     for lease in (again, *others):
         finish(ledger, lease, version=version)
-    counts = ledger.register.num_by_state()
+    counts = ledger.num_by_state()
     assert counts[State.BATCHED] + counts[State.READY] == 2 * INTERVAL, "both intervals are full"
 
 
@@ -97,7 +97,7 @@ def test_a_group_that_mixes_weights_is_refused_with_a_reason_and_a_repeated_push
     other = ledger.alloc_version(incarnation=1, step=0)
     deliver(ledger, "a", done(first, 0, [again]))
     deliver(ledger, "a", done(first, 1, [again, other]))
-    assert ledger.register.num_by_state()[State.BATCHED] == 1, (
+    assert ledger.num_by_state()[State.BATCHED] == 1, (
         "the same weights, sent twice for a server that came late"
     )
     deliver(ledger, "a", done(second, 0, [0]))
@@ -173,15 +173,15 @@ def test_every_interval_is_trained_on_one_version_of_its_own(step_s: float, fail
     )
     plant.run()
     assert plant.versions_trained == [(step, {step // 4}) for step in range(26)], "interval n has version n"
-    assert set(ledger.statistics.lag_histogram) == {0, 1, 2, 3}
-    counts = ledger.register.num_by_state()
+    assert set(ledger.lag_histogram()) == {0, 1, 2, 3}
+    counts = ledger.num_by_state()
     assert (
         counts[State.TRAINED] == 26 * 8
-        and counts[State.TRAINED] + counts[State.DROPPED] == ledger.register.num_issued
+        and counts[State.TRAINED] + counts[State.DROPPED] == ledger.state.tickets.num_issued
     )
     assert set(ledger.drops) <= {Drop.FAILED}, "nothing is left over at a sync, nothing is mixed"
     assert bool(ledger.drops) == bool(fail_probability)
-    assert ledger.store.num_bytes == 0
+    assert ledger.state.store.num_bytes == 0
 
 
 # --- settings ---

@@ -1,4 +1,4 @@
-"""A buffer as a real process, fake producers beside it, and a trainer that the test plays itself."""
+"""The buffer as a real process, fake producers beside it, and a trainer that the test controls."""
 
 from __future__ import annotations
 
@@ -43,14 +43,15 @@ def job(directory: Path, **overrides: Any) -> Config:
 
 
 class BufferProcess:
-    """`python -m buffer`, ready to serve."""
+    """A process of `python -m buffer`."""
 
     def __init__(self, config: Config, *settings: str, name: str = "buffer", wait: bool = True) -> None:
         self.config = config
         self._name = name
         self.paths = RunPaths.of(config)
         save_config(config, self.paths.config)
-        (self.paths.endpoints / f"{name}.json").unlink(missing_ok=True)  # of one that was killed
+        # A killed buffer leaves its endpoint behind.
+        (self.paths.endpoints / f"{name}.json").unlink(missing_ok=True)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "buffer", "--config", str(self.paths.config), "--name", name, *settings],
             env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -91,16 +92,16 @@ class BufferProcess:
         return process
 
     def get(self, path: str) -> str:
-        """Body of a GET on the HTTP plane."""
+        """The body of an HTTP GET."""
         with urllib.request.urlopen(f"http://{self.http}{path}", timeout=5) as response:
             return str(response.read().decode())
 
     def status(self) -> dict[str, Any]:
-        """/status."""
+        """The body of /status."""
         return dict(json.loads(self.get("/status")))
 
     def wait_status(self, accept: Any, *, timeout_s: float = 10) -> dict[str, Any]:
-        """The first status that `accept` likes."""
+        """Polls /status until `accept` returns true for it."""
         deadline_s = time.monotonic() + timeout_s
         while not accept(status := self.status()):
             assert time.monotonic() < deadline_s, status
@@ -108,7 +109,7 @@ class BufferProcess:
         return status
 
     def rss_bytes(self) -> int:
-        """Resident memory."""
+        """Resident memory of the process, in bytes."""
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
@@ -119,7 +120,7 @@ class BufferProcess:
         return self.process.returncode, stderr
 
     def close(self) -> None:
-        """Kills what is left."""
+        """Kills the processes that still run."""
         for process in (*self.producers, self.process):
             if process.poll() is None:
                 process.kill()
@@ -130,7 +131,7 @@ class BufferProcess:
 
 @contextmanager
 def running_buffer(directory: Path, **overrides: Any) -> Iterator[BufferProcess]:
-    """A buffer that is ready; it and its producers are killed at the end."""
+    """A ready buffer; it and its producers are killed at the end."""
     buffer = BufferProcess(job(directory, **overrides))
     try:
         yield buffer
@@ -139,7 +140,7 @@ def running_buffer(directory: Path, **overrides: Any) -> Iterator[BufferProcess]
 
 
 class PlayedTrainer:
-    """Rank 0 over a real link."""
+    """Rank 0 of a trainer over a real link."""
 
     def __init__(self, config: Config, link: Link) -> None:
         self.config = config
@@ -149,7 +150,7 @@ class PlayedTrainer:
         return await self.link.call(message, timeout_s=timeout_s)
 
     async def groups(self, step: int) -> list[Group]:
-        """All groups of a step, asked for at once."""
+        """All groups of a step, fetched at the same time."""
         fetches = [
             self.call(Fetch(step=step, position=position))
             for position in range(self.config.trainer.groups_per_step)
@@ -164,7 +165,7 @@ class PlayedTrainer:
 
 
 def trainer_hello(config: Config, **changes: Any) -> Hello:
-    """Rank 0's hello."""
+    """The Hello of rank 0."""
     fields: dict[str, Any] = {
         "role": Role.TRAINER,
         "name": "trainer-0",
@@ -179,7 +180,7 @@ def trainer_hello(config: Config, **changes: Any) -> Hello:
 
 
 def one_by_one(acks: SampleAcks) -> list[SampleAck]:
-    """Each sample's own."""
+    """One acknowledgement for each sample."""
     return [
         dataclasses.replace(ack, sample_indices=[index]) for ack in acks.acks for index in ack.sample_indices
     ]
@@ -189,7 +190,10 @@ def one_by_one(acks: SampleAcks) -> list[SampleAck]:
 async def connected(
     buffer: BufferProcess, hello: Hello | None = None, *, inbox: list[Any] | None = None
 ) -> AsyncIterator[Link]:
-    """A link; `hello` is said first, and what was not an answer is put into `inbox` (acknowledgements one by one)."""
+    """A link on which `hello` was sent.
+
+    Messages that are no answers go to `inbox`, acknowledgements one by one.
+    """
 
     def take(message: Any) -> None:
         if inbox is not None:
@@ -208,7 +212,7 @@ async def connected(
 async def training(
     buffer: BufferProcess, *, directories: list[Any] | None = None
 ) -> AsyncIterator[PlayedTrainer]:
-    """A trainer that has said hello and started at step 0."""
+    """A trainer that has registered and started at step 0."""
     inbox: list[Any] = []
     async with connected(buffer, trainer_hello(buffer.config), inbox=inbox) as link:
         trainer = PlayedTrainer(buffer.config, link)

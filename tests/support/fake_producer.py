@@ -1,6 +1,7 @@
-"""A rollout server without a model, as a process: takes leases, answers with invented trajectories, follows the newest version at once.
+"""A rollout server without a model, as a process: it sends invented trajectories of the newest version.
 
-`python -m tests.support.fake_producer ADDRESS NAME CAPACITY SECONDS_PER_SAMPLE`. Runs until it is killed or the buffer ends the job.
+`python -m tests.support.fake_producer ADDRESS NAME CAPACITY SECONDS_PER_SAMPLE DATASET`. Runs until it is
+killed or the buffer ends the job.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from tests.support.ledger_plant import done
 
 
 def hello(name: str, **changes: Any) -> Hello:
-    """A rollout server's hello for the job of `buffer_harness`."""
+    """The Hello of a rollout server for the job of `buffer_harness`."""
     fields = {
         "role": Role.ROLLOUT,
         "name": name,
@@ -45,7 +46,7 @@ def hello(name: str, **changes: Any) -> Hello:
 
 
 class FakeProducer:
-    """The server's side of the protocol, no more than is needed."""
+    """The server's side of the protocol, as far as tests need it."""
 
     def __init__(self, address: str, name: str, *, capacity: int, sample_s: float, dataset: str) -> None:
         self._link = Link(address, handler=self._on_message)

@@ -1,18 +1,24 @@
-"""A simulated plant around the pure ledger: servers of several speeds, long-tailed answers, a trainer, and a virtual clock.
+"""A simulated job around the pure ledger: servers, long-tailed answers, a trainer, a virtual clock.
 
-One event is at hand at a time; `run` returns when the last step is trained or raises when nothing can happen any more (a deadlock).
+A discrete-event simulation: `run` returns when the last step is committed, and raises when no event is left
+(a deadlock).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import heapq
 import itertools
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from areal_like.config import from_mapping
 from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
 from areal_like.wire.messages.producer import (
     Lease,
@@ -25,8 +31,10 @@ from areal_like.wire.messages.producer import (
 from areal_like.wire.records import Record
 from buffer.ledger.ledger import Ledger
 from buffer.ledger.recovery import recover
+from buffer.ledger.state import LedgerState
 from buffer.settings import LedgerSettings
-from buffer.storage.base import MemoryStore, Store
+from buffer.storage.base import Store
+from buffer.storage.memory import MemoryStore
 from buffer.tickets import Verdict
 
 
@@ -50,10 +58,27 @@ def trajectory(
     )
 
 
+def ledger_settings(**changes: Any) -> LedgerSettings:
+    """Settings of a small job in memory, with these changes; `max_staleness` is the cap."""
+    small: dict[str, Any] = {
+        "staleness_cap": changes.pop("max_staleness", 1),
+        "groups_per_step": 2,
+        "group_size": 2,
+        "num_steps": 4,
+        "durable": False,
+        "max_tokens": sys.maxsize,
+    }
+    return dataclasses.replace(LedgerSettings.from_config(from_mapping({})), **(small | changes))
+
+
+def empty_ledger(settings: LedgerSettings) -> Ledger:
+    """A ledger in memory, without a trainer."""
+    return Ledger(LedgerState(settings, MemoryStore()))
+
+
 def new_ledger(*, store: Store | None = None, **settings: object) -> Ledger:
     """A ledger with a trainer (incarnation 1) at step 0 and 1,000 prompts."""
-    defaults: dict[str, object] = {"max_staleness": 1, "groups_per_step": 2, "group_size": 2, "num_steps": 4}
-    ledger = recover(LedgerSettings(**(defaults | settings)), store or MemoryStore(), now_s=0.0)  # type: ignore[arg-type]
+    ledger = recover(ledger_settings(**settings), store or MemoryStore(), now_s=0.0)
     ledger.set_num_train_prompts(1000)
     ledger.start_training(incarnation=1, step=0, stream={})
     return ledger
@@ -69,7 +94,7 @@ def beat(
     state: ServerState = ServerState.SERVING,
 ) -> None:
     """A heartbeat of a registered server that names all its leases."""
-    server = ledger.book.servers[name]
+    server = ledger.servers[name]
     message = ServerHeartbeat(
         state=state,
         free_samples=capacity - server.owed_samples,
@@ -107,7 +132,7 @@ def failed(lease: Lease, index: int, error: str = "reward hung") -> SampleFailed
 
 @dataclass
 class PlantServer:
-    """A server that decodes `max_running` samples at a time, the rest of its capacity waits."""
+    """A server that decodes `max_running` samples at a time; the rest of its capacity waits."""
 
     name: str
     tokens_per_s: float
@@ -121,7 +146,7 @@ class PlantServer:
 
 @dataclass
 class Plant:
-    """`step_s` is the trainer's time for a step, `push_s` until a server has the new weights."""
+    """`step_s`: the trainer's time for a step. `push_s`: mean time until a server has new weights."""
 
     ledger: Ledger
     servers: list[PlantServer]
@@ -143,7 +168,7 @@ class Plant:
         heapq.heappush(self._events, (self.now_s + delay_s, next(self._ids), action))
 
     def run(self, *, limit_s: float = 10_000.0) -> None:
-        """Until num_steps are committed."""
+        """Runs until all steps are committed."""
         for server in self.servers:
             add_server(self.ledger, server.name, capacity=server.capacity, now_s=0.0)
             self.at(0.5, lambda server=server: self._beat(server))  # type: ignore[misc]
@@ -154,10 +179,10 @@ class Plant:
         while self.ledger.committed_step < self.ledger.settings.num_steps - 1:
             self.now_s, _, action = heapq.heappop(self._events)
             assert self.now_s < limit_s, (
-                f"stuck at step {self.ledger.trainer_step}: {self.ledger.register.num_by_state()}"
+                f"stuck at step {self.ledger.trainer_step}: {self.ledger.num_by_state()}"
             )
             action()
-            assert not self.ledger.fatal, self.ledger.fatal
+            assert not self.ledger.failure_reason, self.ledger.failure_reason
             self._grant()
 
     def _kill(self, name: str) -> None:
@@ -186,12 +211,8 @@ class Plant:
             lease, index = server.waiting.pop(0)
             server.running += 1
             num_tokens = min(400, int(self._rng.paretovariate(1.2) * 10))
-            self.at(
-                num_tokens / server.tokens_per_s,
-                lambda lease=lease, index=index, version=server.version, num_tokens=num_tokens: self._finish(  # type: ignore[misc]
-                    server, lease, index, version, num_tokens
-                ),
-            )
+            finish = functools.partial(self._finish, server, lease, index, server.version, num_tokens)
+            self.at(num_tokens / server.tokens_per_s, finish)
 
     def _finish(
         self, server: PlantServer, lease: Lease, index: int, first_version: int, num_tokens: int

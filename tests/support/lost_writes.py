@@ -1,8 +1,9 @@
-"""What a disk may hold after the power went: every write that was not followed by an fsync of its file may be missing, whole or in part.
+"""A model of a disk after a power loss: writes without a later fsync may be missing, whole or in part.
 
-`disk_shim.c` writes down what a process does to its files; `Disk` replays such a log up to any point and then loses what was not synced:
-all of it, or a random part, each write and each name on its own. Names are as volatile as bytes: a new file is there for certain only
-after an fsync of its directory, and a removed one is gone only then. That is what POSIX promises; file systems are kinder.
+`disk_shim.c` logs the file operations of a process. `Disk` replays such a log up to any point and then loses
+what was not synced: all of it, or a random part, each write and each name by itself. Names are as volatile as
+bytes: a new file is certain to be there only after an fsync of its directory, and a removed one is certain to
+be gone only then. That is what POSIX guarantees; file systems usually guarantee more.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _HEAD = struct.Struct("<cHQI")
 
 
 def compile_shim(directory: Path) -> Path:
-    """The shim as a library. Raises FileNotFoundError without a C compiler."""
+    """Compiles the shim to a shared library. Raises FileNotFoundError without a C compiler."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         raise FileNotFoundError("no C compiler")
@@ -32,7 +33,7 @@ def compile_shim(directory: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One line of the log."""
+    """One file operation of the log."""
 
     kind: str
     path: str
@@ -41,7 +42,7 @@ class Op:
 
 
 def read_log(path: Path) -> list[Op]:
-    """All that the shim saw, in order."""
+    """All logged operations, in order."""
     log, ops, at = path.read_bytes(), [], 0
     while at < len(log):
         kind, path_bytes, offset, num_bytes = _HEAD.unpack_from(log, at)
@@ -55,14 +56,14 @@ def read_log(path: Path) -> list[Op]:
 
 @dataclass(eq=False)
 class _File:
-    """Contents that are safe, and what was done to them since."""
+    """Synced contents, and the operations since the last fsync."""
 
     safe: bytearray = field(default_factory=bytearray)
     unsynced: list[Op] = field(default_factory=list)
 
 
 class Disk:
-    """Files under `directory` as the log makes them."""
+    """The files under `directory`, rebuilt from the log."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = str(directory)
@@ -70,7 +71,7 @@ class Disk:
         self._safe_names: dict[str, _File] = {}
 
     def play(self, ops: Iterable[Op]) -> None:
-        """Does what the log says."""
+        """Replays operations."""
         for op in ops:
             match op.kind:
                 case "C":
@@ -79,7 +80,8 @@ class Disk:
                     del self._names[op.path]
                 case "W" | "T":
                     file = self._names.get(op.path)
-                    if file is not None:  # else it was unlinked while open
+                    # None: it was unlinked while open.
+                    if file is not None:
                         file.unsynced.append(op)
                 case "S" if op.path in self._names:
                     file = self._names[op.path]
@@ -90,7 +92,10 @@ class Disk:
                     self._sync_names(op.path)
 
     def lose_power(self, into: Path, *, survives: Callable[[], bool], rng: random.Random) -> None:
-        """Writes what is left to another directory. `survives` is asked for each thing that was not synced."""
+        """Writes the remaining files to another directory.
+
+        `survives` decides on each write and each name that was not synced.
+        """
         names = dict(self._safe_names)
         for path in sorted(self._names.keys() | self._safe_names.keys()):
             if self._names.get(path) is not self._safe_names.get(path) and survives():

@@ -1,4 +1,4 @@
-"""A store that keeps rows as the durable one does, in SQLite's memory, and can be found again as it was at any moment."""
+"""A store with the rows of the durable one in an SQLite database in memory, and with a `copy` method."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Self
 
 from areal_like.wire.records import Place, Record
-from buffer.storage import sql as schema
-from buffer.storage.base import Recovered
+from buffer.storage import sql, sql_read
 from buffer.storage.changes import Changes, RowRecorder
-from buffer.tickets import Sample, State, Ticket
+from buffer.storage.rows import Recovered
+from buffer.tickets import SampleSummary, State, Ticket
 
 
 class RowStore(RowRecorder):
-    """`copy()` is what the next buffer would find after a SIGKILL."""
+    """`copy()` is the store that the next buffer would find after a SIGKILL."""
 
     def __init__(self) -> None:
         super().__init__()
         self.connection = sqlite3.connect(":memory:", isolation_level=None)
         self.records: dict[int, dict[int, Record]] = {}
-        schema.migrate(self.connection, path=Path(":memory:"))
+        sql.migrate(self.connection, path=Path(":memory:"))
 
     def copy(self) -> Self:
         """The rows and records as they are now."""
@@ -32,8 +32,8 @@ class RowStore(RowRecorder):
         return other
 
     def recover(self, *, ignoring: Collection[int] = ()) -> Recovered:
-        recovered = schema.read(self.connection)
-        self._continue_from(recovered, first_returned=schema.first_returned(self.connection))
+        recovered = sql_read.read_all(self.connection)
+        self._continue_from(recovered, first_returned=sql_read.first_returned(self.connection))
         return recovered
 
     def put_ticket(self, ticket: Ticket) -> None:
@@ -41,7 +41,7 @@ class RowStore(RowRecorder):
         if ticket.state.is_terminal and ticket.state is not State.TRAINED:
             self.records.pop(ticket.ticket_id, None)
 
-    def put_sample(self, sample: Sample, record: Record) -> None:
+    def put_sample(self, sample: SampleSummary, record: Record) -> None:
         super().put_sample(sample, record)
         self.records.setdefault(record.ticket_id, {})[record.sample_index] = record
 
@@ -49,7 +49,7 @@ class RowStore(RowRecorder):
         super().release(ticket)
         self.records.pop(ticket.ticket_id, None)
 
-    def group(self, ticket: Ticket) -> list[Record]:
+    def records_of(self, ticket: Ticket) -> list[Record]:
         return [self.records[ticket.ticket_id][index] for index in range(ticket.num_samples)]
 
     def when_durable(self, then: Callable[[], None]) -> None:
@@ -61,7 +61,7 @@ class RowStore(RowRecorder):
         return sum(len(record.data) for samples in self.records.values() for record in samples.values())
 
     @property
-    def health(self) -> str:
+    def write_blocked_reason(self) -> str:
         return ""
 
     def close(self) -> None:
@@ -70,4 +70,4 @@ class RowStore(RowRecorder):
     def _flush(self) -> None:
         changes, self.changes = self.changes, Changes()
         nowhere = Place(segment=0, offset=0, num_bytes=0, crc32=0)
-        schema.apply(self.connection, changes, [nowhere] * len(changes.samples))
+        sql.apply(self.connection, changes, [nowhere] * len(changes.samples))

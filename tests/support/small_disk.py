@@ -1,4 +1,4 @@
-"""A disk that is quickly full."""
+"""A small file system, for tests of a full disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 @contextlib.contextmanager
 def small_disk(directory: Path, *, num_mib: int = 2) -> Iterator[Path]:
-    """A file system of so many MiB at a new directory; skips the test where mounting is not permitted."""
+    """Mounts a tmpfs of `num_mib` MiB at a new directory; skips the test where mounting is not permitted."""
     directory.mkdir(parents=True)
     mount = shutil.which("mount")
     if (

@@ -1,34 +1,38 @@
-"""A durable store under a load that everybody can predict: what a ticket's samples are follows from its number.
+"""A predictable load on a durable store: the samples of a ticket are a function of its id.
 
-`python -m tests.support.store_load DIRECTORY DURABILITY NUM_TICKETS` ingests, batches, trains and releases as a ledger
-does, continues from what it finds in DIRECTORY, and prints one line `TICKET INDEX` for each acknowledged sample.
+`python -m tests.support.store_load DIRECTORY DURABILITY NUM_TICKETS` writes, batches, trains and releases
+tickets as a ledger does, continues from the files in DIRECTORY, and prints one line `TICKET INDEX` for each
+acknowledged sample.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from areal_like.config import from_mapping
 from areal_like.trajectory import FinishReason, Trajectory
 from areal_like.wire.messages.producer import Purpose
 from areal_like.wire.records import Record
 from buffer.storage.durable import DurableStore, StoreSettings
-from buffer.tickets import Sample, State, Ticket
+from buffer.tickets import SampleSummary, State, Ticket
 
 SIZE = 2
-"""Samples of a ticket."""
+"""Samples in a ticket."""
 KEPT = 6
-"""A ticket is released when so many newer ones are trained."""
+"""A ticket is released when this many newer ones are trained."""
 _SEGMENT_BYTES = 1 << 16
 
 
 def trajectory_of(ticket_id: int, sample_index: int) -> Trajectory:
-    """The one trajectory that this sample can be."""
+    """The trajectory of this sample."""
     rng = np.random.default_rng([ticket_id, sample_index])
     num_prompt, num_sampled = int(rng.integers(1, 20)), int(rng.integers(1, 600))
     versions = np.concatenate([np.full(num_prompt, -1), np.sort(rng.integers(0, 3, num_sampled))]).astype(
@@ -48,16 +52,22 @@ def trajectory_of(ticket_id: int, sample_index: int) -> Trajectory:
 
 
 def is_same(left: Trajectory, right: Trajectory) -> bool:
-    """Bit for bit."""
+    """True if two trajectories are equal bit for bit."""
     arrays = ("tokens", "loss_mask", "logprobs", "versions")
-    facts = ("reward", "reward_components", "finish_reason", "generation_s", "reward_s", "is_greedy")
+    fields = ("reward", "reward_components", "finish_reason", "generation_s", "reward_s", "is_greedy")
     return all(getattr(left, name).tobytes() == getattr(right, name).tobytes() for name in arrays) and all(
-        getattr(left, name) == getattr(right, name) for name in facts
+        getattr(left, name) == getattr(right, name) for name in fields
     )
 
 
+def store_settings(**changes: Any) -> StoreSettings:
+    """The configuration's defaults without a reserve of free space, with these changes."""
+    defaults = StoreSettings.from_config(from_mapping({}))
+    return dataclasses.replace(defaults, **({"min_free_bytes": 0} | changes))
+
+
 def new_ticket(ticket_id: int, *, num_samples: int = SIZE) -> Ticket:
-    """As the register would issue it."""
+    """A ticket as `TicketTable.issue` makes it."""
     return Ticket(
         ticket_id=ticket_id,
         purpose=Purpose.TRAIN,
@@ -67,9 +77,9 @@ def new_ticket(ticket_id: int, *, num_samples: int = SIZE) -> Ticket:
     )
 
 
-def sample_of(ticket_id: int, sample_index: int, trajectory: Trajectory) -> Sample:
-    """Its row."""
-    return Sample(
+def sample_of(ticket_id: int, sample_index: int, trajectory: Trajectory) -> SampleSummary:
+    """The summary of a trajectory."""
+    return SampleSummary(
         lease_id=100 + ticket_id,
         oldest_step=0,
         sum_token_steps=sample_index,
@@ -101,18 +111,19 @@ async def durable(store: DurableStore) -> None:
 
 
 def raising(error: Exception) -> None:
-    """For `on_error` where no error is expected: ends the process loudly."""
+    """`on_error` for tests that expect no error."""
     raise error
 
 
 async def load(directory: Path, *, durability: str, num_tickets: int) -> None:
-    """Goes on from what is there until `num_tickets` more are trained."""
+    """Continues from the files in the directory until `num_tickets` more are trained."""
     store = DurableStore(
-        directory, StoreSettings(durability=durability, segment_bytes=_SEGMENT_BYTES), on_error=raising
+        directory, store_settings(durability=durability, segment_bytes=_SEGMENT_BYTES), on_error=raising
     )
     recovered = store.recover()
     trained = list(recovered.trained)
-    for ticket in recovered.tickets:  # complete what an earlier life left unfinished
+    # Complete the tickets that an earlier process left unfinished.
+    for ticket in recovered.tickets:
         for index in sorted(set(range(SIZE)) - set(ticket.samples)):
             put_sample(store, ticket, index)
             store.when_durable(_acknowledge(ticket.ticket_id, index))
@@ -132,12 +143,15 @@ async def load(directory: Path, *, durability: str, num_tickets: int) -> None:
 
 
 def train(store: DurableStore, ticket: Ticket, trained: list[Ticket]) -> None:
-    """Batches and trains a complete ticket, and releases one that is old enough. A sum over all trained ids goes with them."""
+    """Batches and trains a complete ticket, and releases one that is old enough.
+
+    The scalar `committed_step` is written in the same transaction.
+    """
     move(store, ticket, State.READY)
     ticket.step, ticket.position = ticket.ticket_id, 0
     move(store, ticket, State.BATCHED)
     move(store, ticket, State.TRAINED)
-    store.put_mark("committed_step", ticket.step)
+    store.put_scalar("committed_step", ticket.step)
     trained.append(ticket)
     if len(trained) > KEPT:
         store.release(trained.pop(0))
@@ -149,5 +163,6 @@ def _acknowledge(ticket_id: int, sample_index: int) -> object:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a load whose test has ended must end too
+    # Ends this process when its test has ended.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     asyncio.run(load(Path(sys.argv[1]), durability=sys.argv[2], num_tickets=int(sys.argv[3])))

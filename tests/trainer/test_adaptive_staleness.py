@@ -208,10 +208,10 @@ def test_the_whole_stream_under_a_moving_bound(drift: float, expected: set[int])
     plant = AdaptivePlant(ledger=ledger, servers=servers, step_s=6.0, fail_probability=0.02)
     plant.controller, plant.drift, plant.bounds = StalenessController(cap=4, target=TARGET), drift, []
     plant.run()
-    assert max(ledger.statistics.lag_histogram) <= 4
+    assert max(ledger.lag_histogram()) <= 4
     assert ledger.drops[Drop.STALE] == 0, "a moving bound must not make samples stale"
     assert max(set(plant.bounds[100:]), key=plant.bounds[100:].count) in expected
-    assert ledger.store.num_bytes == 0
+    assert ledger.state.store.num_bytes == 0
 
 
 # --- settings ---
@@ -221,9 +221,9 @@ def test_auto_uses_the_cap_as_the_ledgers_bound() -> None:
     config = load_config(["max_staleness=auto", "max_staleness_cap=3", "ess_target=0.5"])
     assert config.staleness_cap == 3
     settings = LedgerSettings.from_config(config)
-    assert (settings.max_staleness, settings.adaptive) == (3, True)
+    assert (settings.staleness_cap, settings.adaptive) == (3, True)
     fixed = LedgerSettings.from_config(load_config(["max_staleness=2"]))
-    assert (fixed.max_staleness, fixed.adaptive) == (2, False)
+    assert (fixed.staleness_cap, fixed.adaptive) == (2, False)
 
 
 @pytest.mark.parametrize(

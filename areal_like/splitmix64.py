@@ -1,0 +1,35 @@
+"""The finaliser of splitmix64 (Steele, Lea & Flood 2014): every bit of the result depends on every bit of the
+argument.
+
+A hash of 64 bits that is part of saved state (prompt order, sampling seeds), so no library upgrade may change
+it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+MASK_64 = (1 << 64) - 1
+GOLDEN_GAMMA = 0x9E3779B97F4A7C15
+"""Increment of splitmix64's counter: 2^64 divided by the golden ratio, odd."""
+_MULTIPLIER_1 = 0xBF58476D1CE4E5B9
+_MULTIPLIER_2 = 0x94D049BB133111EB
+_ARRAY_MULTIPLIERS = np.uint64(_MULTIPLIER_1), np.uint64(_MULTIPLIER_2)
+_ARRAY_SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
+
+
+def mix(value: int) -> int:
+    """One draw of splitmix64: adds the increment, then applies the finaliser. A bijection of 0..2^64-1."""
+    value = (value + GOLDEN_GAMMA) & MASK_64
+    value = ((value ^ (value >> 30)) * _MULTIPLIER_1) & MASK_64
+    value = ((value ^ (value >> 27)) * _MULTIPLIER_2) & MASK_64
+    return value ^ (value >> 31)
+
+
+def mix_array(values_N: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser alone, without the increment: uint64[N] -> uint64[N]."""
+    first, second, third = _ARRAY_SHIFTS
+    values_N = (values_N ^ (values_N >> first)) * _ARRAY_MULTIPLIERS[0]
+    values_N = (values_N ^ (values_N >> second)) * _ARRAY_MULTIPLIERS[1]
+    return values_N ^ (values_N >> third)

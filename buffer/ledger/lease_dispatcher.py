@@ -1,0 +1,103 @@
+"""Registration of rollout servers, their heartbeats, and the granting of leases to them."""
+
+from __future__ import annotations
+
+import heapq
+
+from areal_like.wire.messages.producer import Lease, ServerHeartbeat
+from buffer.ledger.lifecycle import TicketLifecycle
+from buffer.ledger.state import LedgerState
+from buffer.tables.lease_table import Server
+from buffer.tickets import Ticket
+
+
+class LeaseDispatcher:
+    """The ledger's operations for rollout servers, except arriving samples (`SampleIntake`)."""
+
+    def __init__(self, state: LedgerState, lifecycle: TicketLifecycle) -> None:
+        self._state = state
+        self._lifecycle = lifecycle
+        self._tickets = state.tickets
+        self._leases = state.leases
+        self._evals = state.evals
+
+    def register_server(self, name: str, *, incarnation: int, weights_version: int, now_s: float) -> None:
+        """Registers a server. A new incarnation of a known name loses the leases of the old one.
+
+        Raises StaleIncarnationError for an older incarnation.
+        """
+        self._state.incarnations.register(name, incarnation)
+        lost = self._leases.register_server(
+            name, incarnation=incarnation, weights_version=weights_version, now_s=now_s
+        )
+        self._lifecycle.lose_leases(lost)
+
+    def remove_server(self, name: str) -> None:
+        """A server left; its missing samples are leased again."""
+        self._lifecycle.lose_leases(self._leases.remove_server(name))
+
+    def heartbeat(self, name: str, beat: ServerHeartbeat, *, now_s: float) -> None:
+        """Updates a registered server's state and credit, and renews its leases."""
+        self._leases.heartbeat(name, beat, now_s=now_s)
+
+    def return_leases(self, name: str, lease_ids: list[int]) -> None:
+        """A server gives leases back; their missing samples are leased again."""
+        self._lifecycle.lose_leases(self._leases.return_leases(name, lease_ids))
+
+    def take_back_undelivered(self, name: str, lease_ids: list[int]) -> None:
+        """Leases could not be sent to a server; it gets no others until its next heartbeat."""
+        self.return_leases(name, lease_ids)
+        self._leases.clear_credit(name)
+
+    def expire(self, *, now_s: float) -> list[str]:
+        """Ends leases that were not renewed in time.
+
+        Returns the names of silent servers, which are removed.
+        """
+        lost, silent = self._leases.expire(now_s=now_s)
+        self._lifecycle.lose_leases(lost)
+        return silent
+
+    def grant(self, *, now_s: float) -> dict[str, list[Lease]]:
+        """New leases by server: evaluations first, then waiting tickets, then new prompts.
+
+        The server with the most free samples is served first, one ticket at a time, so that no server takes
+        all of a small budget.
+        """
+        granted: dict[str, list[Lease]] = {}
+        if self._state.store.write_blocked_reason or not self._may_have_work():
+            return granted
+        with_credit = [
+            (-server.free_samples, name)
+            for name, server in self._leases.servers.items()
+            if server.free_samples > 0
+        ]
+        heapq.heapify(with_credit)
+        while with_credit:
+            server = self._leases.servers[heapq.heappop(with_credit)[1]]
+            weights_step = self._state.versions.step_of(server.weights_version)
+            ticket = None if weights_step is None else self._next_for(server, weights_step)
+            if ticket is None or weights_step is None:
+                continue
+            lease = self._lifecycle.lease(ticket, server, weights_step, now_s=now_s)
+            granted.setdefault(server.name, []).append(lease)
+            if server.free_samples > 0:
+                heapq.heappush(with_credit, (-server.free_samples, server.name))
+        if granted:
+            self._tickets.check_conservation()
+        return granted
+
+    @property
+    def _is_open(self) -> bool:
+        return not self._state.closed_reason and self._state.prompts.order.num_prompts > 0
+
+    def _may_have_work(self) -> bool:
+        return (self._is_open and self._state.admission.may_have_work()) or self._evals.has_queued
+
+    def _next_for(self, server: Server, weights_step: int) -> Ticket | None:
+        """The ticket that this server may take now, if any."""
+        if (ticket_id := self._evals.take_next(server.weights_version)) is not None:
+            return self._tickets.live[ticket_id]
+        if not self._is_open:
+            return None
+        return self._state.admission.next_for(server, weights_step, issue=self._lifecycle.issue_train)

@@ -1,0 +1,158 @@
+"""Intake of samples: the verdict on each sample that arrives, failures, and the group filters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from areal_like.trajectory import FinishReason
+from areal_like.wire.messages.producer import Purpose, SampleDone, SampleFailed
+from areal_like.wire.records import Record
+from buffer.ledger.lifecycle import TicketLifecycle
+from buffer.ledger.state import LedgerState
+from buffer.tickets import Drop, SampleSummary, Ticket, Verdict
+
+
+class SampleIntake:
+    """Accepts or refuses samples, and decides whether a complete group is trained on."""
+
+    def __init__(self, state: LedgerState, lifecycle: TicketLifecycle) -> None:
+        self._state = state
+        self._lifecycle = lifecycle
+        self._settings = state.settings
+        self._store = state.store
+        self._tickets = state.tickets
+        self._versions = state.versions
+        self._counters = state.counters
+        self.failure_reason = ""
+        """Why the job cannot go on (too many failed samples in a row); empty while it can."""
+        self.last_rejection = ""
+        """Description of the last group that the `single_version` filter rejected; empty: none was."""
+        self._num_failures_in_row = 0
+
+    def samples_done(self, name: str, samples: Sequence[SampleDone]) -> list[Verdict]:
+        """Takes the samples that a server delivers. Acknowledge them only when they are durable."""
+        verdicts = [self._take(name, sample) for sample in samples]
+        self._lifecycle.record_ready_groups()
+        return verdicts
+
+    def sample_failed(self, name: str, message: SampleFailed) -> Verdict:
+        """A server could not make a sample: it is leased again, to any server, until its ticket drops."""
+        index = message.sample_index
+        verdict, ticket = self._find(
+            name, lease_id=message.lease_id, ticket_id=message.ticket_id, sample_index=index
+        )
+        if ticket is not None:
+            self._fail(ticket, message.lease_id, index, error=f"{name}: {message.error}")
+            self._lifecycle.record_ready_groups()
+        return verdict
+
+    def _find(
+        self, name: str, *, lease_id: int, ticket_id: int, sample_index: int
+    ) -> tuple[Verdict, Ticket | None]:
+        """The verdict on a sample by its ids alone, and its ticket if that is ACCEPTED."""
+        ticket = self._tickets.live.get(ticket_id)
+        if ticket is None:
+            return (Verdict.FINISHED if self._tickets.has_issued(ticket_id) else Verdict.UNKNOWN_TICKET), None
+        known = ticket.samples.get(sample_index)
+        if known is not None:
+            return (Verdict.DUPLICATE if known.lease_id == lease_id else Verdict.SUPERSEDED), None
+        lease = ticket.leases.get(lease_id)
+        if lease is None or lease.server != name or sample_index not in lease.outstanding:
+            return Verdict.SUPERSEDED, None
+        return Verdict.ACCEPTED, ticket
+
+    def _take(self, name: str, done: SampleDone) -> Verdict:
+        lease_id, record, index = done.lease_id, done.record, done.record.sample_index
+        verdict, ticket = self._find(name, lease_id=lease_id, ticket_id=record.ticket_id, sample_index=index)
+        num_sampled = record.num_sampled
+        if ticket is not None:
+            if num_sampled == 0 or self._is_invalid(ticket, record):
+                verdict = Verdict.INVALID
+            elif isinstance(summary := self._versions.summarise(lease_id, record), SampleSummary):
+                self._num_failures_in_row = 0
+                self._accept(ticket, summary, record)
+            else:
+                verdict = summary
+        self._counters.count_offered(verdict, num_sampled=num_sampled)
+        if ticket is None or verdict is Verdict.ACCEPTED:
+            return verdict
+        if verdict is Verdict.ABANDONED:
+            # The trainer went back while this was being sampled: not the server's failure.
+            self._lifecycle.remove_from_lease(ticket, lease_id, index, arrived=False)
+            self._lifecycle.requeue(ticket, [index])
+        else:
+            error = f"{name} sent a sample that cannot be used ({verdict.value})"
+            self._fail(ticket, lease_id, index, error=error)
+        return verdict
+
+    def _is_invalid(self, ticket: Ticket, record: Record) -> bool:
+        """True if a sample was aborted, is too long, or is not of the kind that was leased."""
+        return (
+            record.finish_reason is FinishReason.ABORT
+            or (
+                ticket.purpose is Purpose.TRAIN
+                and record.is_greedy is not ticket.is_greedy(record.sample_index)
+            )
+            or record.num_tokens > self._settings.max_tokens
+        )
+
+    def _accept(self, ticket: Ticket, sample: SampleSummary, record: Record) -> None:
+        self._lifecycle.remove_from_lease(ticket, sample.lease_id, record.sample_index, arrived=True)
+        ticket.samples[record.sample_index] = sample
+        if ticket.purpose is Purpose.EVAL:
+            self._lifecycle.mark_evaluated(ticket, sample)
+            return
+        self._store.put_sample(sample, record)
+        if len(ticket.samples) == ticket.num_samples:
+            self._complete(ticket)
+        else:
+            self._lifecycle.requeue(ticket, ())
+
+    def _fail(self, ticket: Ticket, lease_id: int, sample_index: int, *, error: str) -> None:
+        self._counters.count_failure()
+        self._num_failures_in_row += 1
+        if self._num_failures_in_row >= self._settings.max_consecutive_failures and not self.failure_reason:
+            self.failure_reason = f"{self._num_failures_in_row} samples failed in a row; the last: {error}"
+        self._lifecycle.remove_from_lease(ticket, lease_id, sample_index, arrived=False)
+        ticket.num_failures[sample_index] = ticket.num_failures.get(sample_index, 0) + 1
+        self._store.put_failure(ticket, sample_index)
+        if ticket.num_failures[sample_index] > self._settings.max_sample_retries:
+            self._lifecycle.drop(ticket, Drop.FAILED)
+        else:
+            self._lifecycle.requeue(ticket, [sample_index])
+
+    def _complete(self, ticket: Ticket) -> None:
+        """All samples of a train ticket are here.
+
+        The group filter runs before the group can take a position in a step.
+        """
+        self._state.prompts.observe(ticket)
+        group_filter = self._settings.group_filter
+        if group_filter == "spread" and len({sample.reward for sample in ticket.training_samples}) == 1:
+            self._lifecycle.drop(ticket, Drop.NO_SPREAD)
+        elif group_filter == "single_version" and not self._is_single_version(ticket.samples.values()):
+            self.last_rejection = _describe_mixed_versions(ticket)
+            self._lifecycle.drop(ticket, Drop.REJECTED)
+        else:
+            self._lifecycle.mark_ready(ticket)
+
+    def _is_single_version(self, samples: Iterable[SampleSummary]) -> bool:
+        """Compares weights, not version numbers: a push and its repetition count as one version."""
+        versions = {
+            version for sample in samples for version in (sample.oldest_version, sample.newest_version)
+        }
+        return len({self._versions.weights_of(version) for version in versions}) == 1
+
+
+def _describe_mixed_versions(ticket: Ticket) -> str:
+    by_sample = ", ".join(
+        str(sample.oldest_version)
+        if sample.oldest_version == sample.newest_version
+        else f"{sample.oldest_version}-{sample.newest_version}"
+        for _, sample in sorted(ticket.samples.items())
+    )
+    return (
+        f"the samples of ticket {ticket.ticket_id} come from different weights (versions {by_sample}), and "
+        "buffer.group_filter=single_version accepts one version a group: "
+        "with weights.update_mode=drain and weights.sync_interval above 1 no group spans a push"
+    )

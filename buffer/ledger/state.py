@@ -1,0 +1,87 @@
+"""All that a ledger remembers: its tables, the step scheduler and log, and a few scalars. No rules.
+
+`recovery.py` fills a `LedgerState` from the store; the rules (`lifecycle.py` and the classes above it) change
+it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from buffer.scheduling.admission import Admission
+from buffer.scheduling.staleness import StalenessBound
+from buffer.scheduling.step_log import StepLog
+from buffer.scheduling.step_scheduler import StepScheduler
+from buffer.settings import LedgerSettings
+from buffer.storage.base import Store
+from buffer.tables.counters import StreamCounters
+from buffer.tables.evaluations import EvalTable
+from buffer.tables.incarnations import IncarnationTable
+from buffer.tables.lease_table import LeaseTable
+from buffer.tables.prompt_source import PromptSource
+from buffer.tables.ticket_table import TicketTable
+from buffer.tables.version_table import VersionTable
+from buffer.tickets import Drop
+
+
+class LedgerState:
+    """Empty when constructed."""
+
+    def __init__(self, settings: LedgerSettings, store: Store, *, first_lease_id: int = 1) -> None:
+        """`first_lease_id`, counted within the shard, must be above those of all earlier buffers of the run.
+
+        Otherwise a late sample of an old lease could pass for one of a new lease.
+        """
+        self.settings = settings
+        self.store = store
+        self.counters = StreamCounters()
+        self.incarnations = IncarnationTable(store)
+        self.versions = VersionTable(store)
+        self.tickets = TicketTable(store, settings.shard)
+        self.prompts = PromptSource(settings, store)
+        self.evals = EvalTable()
+        self.leases = LeaseTable(
+            store,
+            lease_timeout_s=settings.lease_timeout_s,
+            first_lease_id=first_lease_id,
+            shard=settings.shard,
+        )
+        self.bound = StalenessBound(
+            0 if settings.adaptive else settings.staleness_cap, sync_interval=settings.sync_interval
+        )
+        self.scheduler = StepScheduler(
+            groups_per_step=settings.groups_per_step,
+            num_steps=settings.num_steps,
+            wait_for_overdue=settings.overdue == "wait",
+        )
+        self.admission = Admission(settings, tickets=self.tickets, scheduler=self.scheduler, bound=self.bound)
+        self.steps = StepLog(store, self.tickets, self.counters, groups_per_step=settings.groups_per_step)
+        self.drops: Counter[Drop] = Counter()
+        """Dropped tickets by reason."""
+        self.trainer_incarnation = 0
+        """Of the newest trainer; 0: none has started."""
+        self.closed_reason = "no trainer has started yet"
+        """Why no train tickets are issued; empty while they are."""
+        self.settings_changed = False
+        """The recorded steps were recorded under other settings (`recorded_settings`): nothing is recorded
+        until a trainer starts, and that trainer starts the stream anew."""
+        self.prompts_changed = False
+        """The data set has changed, so recorded prompt indices mean other prompts: the next trainer starts
+        the order anew."""
+        self.recorded_settings: dict[str, int] = {}
+        """Scalars of the settings that recorded steps depend on, to compare at the next start."""
+
+    def put_recorded_settings(self) -> None:
+        """Writes that everything recorded was recorded under the current settings."""
+        for name, value in self.recorded_settings.items():
+            self.store.put_scalar(name, value)
+
+    def set_trainer(self, incarnation: int) -> None:
+        """Fences all trainers of an older incarnation."""
+        self.trainer_incarnation = incarnation
+        self.store.put_scalar("trainer_incarnation", incarnation)
+
+    def set_closed(self, reason: str) -> None:
+        """Closes admission of train tickets for this reason; empty: opens it."""
+        self.closed_reason = reason
+        self.store.put_scalar("is_open", int(not reason))

@@ -1,0 +1,243 @@
+"""The ledger's operations for the trainer: start, versions, groups, completed and committed steps.
+
+Steps are absolute (a run that resumes after K steps begins at step K). Only the newest trainer incarnation
+may change anything; older ones get StaleIncarnationError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from areal_like.errors import RefusedError
+from areal_like.wire.messages.consumer import EvalResult, Group
+from areal_like.wire.messages.producer import Purpose
+from buffer.ledger.lifecycle import TicketLifecycle
+from buffer.ledger.state import LedgerState
+from buffer.ledger.stream_start import StreamStart
+from buffer.prompts.order import Prompt
+from buffer.tables.evaluations import EvalRound
+from buffer.tables.incarnations import refuse_older
+from buffer.tickets import Drop, State, Ticket
+
+
+class TrainerSession:
+    """CLOSED (no trainer) -> start_training -> OPEN -> close -> CLOSED.
+
+    Fetches and evaluations work in both states.
+    """
+
+    def __init__(self, state: LedgerState, lifecycle: TicketLifecycle) -> None:
+        self._state = state
+        self._lifecycle = lifecycle
+        self._stream_start = StreamStart(state, lifecycle)
+        self._settings = state.settings
+        self._tickets = state.tickets
+        self._steps = state.steps
+        self._scheduler = state.scheduler
+        self._versions = state.versions
+
+    def refuse_older_trainer(self, incarnation: int) -> None:
+        """Raises StaleIncarnationError if a newer trainer has started."""
+        refuse_older("trainer", incarnation, newest=self._state.trainer_incarnation)
+
+    def start_training(
+        self, *, incarnation: int, step: int, stream: dict[str, Any], unix_s: float = 0.0
+    ) -> None:
+        """A trainer begins at `step` completed steps and fences every older one. Idempotent.
+
+        `stream`: from `stream_state`, as the checkpoint has it; empty without one. See `stream_start.py`.
+        """
+        self.refuse_older_trainer(incarnation)
+        if incarnation == self._state.trainer_incarnation:
+            return
+        self._stream_start.start_at(step, stream, incarnation=incarnation, unix_s=unix_s)
+        self._state.set_trainer(incarnation)
+        self._state.set_closed("")
+        self._lifecycle.record_ready_groups()
+
+    def alloc_version(self, *, incarnation: int, step: int) -> int:
+        """Allocates a version number, never used before, for weights that are the start of `step`."""
+        self._check_current(incarnation)
+        self._check_weights_step(step)
+        if self._settings.shard.index:
+            raise RefusedError("shard", "only the first buffer allocates versions, the others adopt them")
+        return self._versions.allocate(step=step, trainer_incarnation=incarnation)
+
+    def adopt_version(self, *, incarnation: int, version: int, step: int) -> None:
+        """Adds a version that the first shard allocated, before any server has its weights. Idempotent."""
+        self._check_current(incarnation)
+        self._check_weights_step(step)
+        if not self._versions.adopt(version, step=step, trainer_incarnation=incarnation):
+            raise RefusedError(
+                "version",
+                f"{version} is not newer than {self._versions.newest}, and was not allocated for step {step}",
+            )
+
+    def fetch(self, *, step: int, position: int) -> Group | None:
+        """The group recorded at (step, position), always the same one; None: not recorded yet.
+
+        `position` is that in the whole step, over all shards.
+        """
+        first, last = self._steps.committed + 1, self._settings.num_steps - 1
+        if not first <= step <= last:
+            raise RefusedError("step", f"steps {first}..{last} are served, not {step}")
+        shard, num_own = self._settings.shard, self._settings.groups_per_step
+        if not shard.owns(position) or not 0 <= shard.local(position) < num_own:
+            raise RefusedError(
+                "position",
+                f"{position} is none of the {num_own} positions that {shard.name} fills in a step",
+            )
+        ticket = self._steps.recorded.get(step, {}).get(shard.local(position))
+        if ticket is None:
+            return None
+        records = self._state.store.records_of(ticket)
+        self._steps.mark_served(step, shard.local(position))
+        return Group(
+            step=step,
+            position=position,
+            ticket_id=ticket.ticket_id,
+            prompt_index=ticket.prompt_index,
+            records=records,
+            version_steps=[ticket.samples[index].oldest_step for index in range(ticket.num_samples)],
+        )
+
+    def complete_step(self, *, incarnation: int, step: int) -> None:
+        """The trainer finished optimizer step `step`. Idempotent."""
+        self._check_current(incarnation)
+        if step < self._steps.current:
+            return
+        num_full = self._scheduler.num_full_steps
+        if step > self._steps.current or step >= num_full:
+            raise RefusedError(
+                "step",
+                f"{step} cannot be complete: {self._steps.current} is in training, {num_full} being recorded",
+            )
+        self._steps.count_until(step + 1)
+        self._steps.complete_current()
+        self._lifecycle.record_ready_groups()
+
+    def commit(self, *, incarnation: int, step: int, oldest_kept_step: int = 0) -> None:
+        """Steps <= `step` are in a durable checkpoint: their tickets are TRAINED. Idempotent.
+
+        `oldest_kept_step`: completed steps of the oldest checkpoint that is kept. Records of earlier steps
+        are released; without a durable store those of all trained steps.
+        """
+        self._check_current(incarnation)
+        if step >= self._steps.current:
+            raise RefusedError(
+                "step", f"{step} cannot be committed: only {self._steps.current} steps are complete"
+            )
+        if step > self._steps.committed:
+            self._steps.commit_to(step)
+        first_uncommitted = self._steps.committed + 1
+        keep_from = min(oldest_kept_step, first_uncommitted) if self._settings.durable else first_uncommitted
+        for ticket in self._steps.release_before(keep_from):
+            self._state.store.release(ticket)
+        self._tickets.check_conservation()
+
+    def poison(self, ticket_ids: Sequence[int]) -> None:
+        """Removes tickets from their steps, for an operator; other groups take their positions.
+
+        A trainer that has received one may have trained on it: it is fenced and starts again from its
+        checkpoint. All tickets or none: raises RefusedError(ticket_id, reason). Tickets of other shards are
+        ignored, except that every step begins with no attempts counted.
+        """
+        own = [ticket_id for ticket_id in dict.fromkeys(ticket_ids) if self._settings.shard.owns(ticket_id)]
+        tickets = [self._recorded_ticket(ticket_id) for ticket_id in own]
+        if len(own) < len(ticket_ids):
+            for step in list(self._steps.attempts):
+                self._steps.forget_attempts(step)
+        for ticket in tickets:
+            self._steps.uncount_from(ticket.step)
+            self._steps.remove(ticket)
+            self._steps.forget_attempts(ticket.step)
+            self._scheduler.free((ticket.step, ticket.position))
+            self._lifecycle.drop(ticket, Drop.POISON)
+        if tickets:
+            self._state.set_trainer(self._state.trainer_incarnation + 1)
+            self._lifecycle.record_ready_groups()
+
+    def stream_state(self, *, step: int) -> dict[str, int | list[int]]:
+        """Position of the stream, for `start_training`, in a checkpoint that contains steps <= `step`."""
+        pending = [
+            ticket.prompt_index
+            for ticket in self._tickets.of_purpose(Purpose.TRAIN)
+            if ticket.state is not State.BATCHED or ticket.step > step
+        ]
+        return self._state.prompts.state(pending) | {"next_version": self._versions.newest + 1}
+
+    def close(self, reason: str) -> None:
+        """Grants no more leases of train tickets until a trainer starts. Evaluations go on.
+
+        A durable ledger keeps all tickets and only revokes their leases. One in memory cancels every ticket
+        that no completed step holds, and gives the prompts back.
+        """
+        self._state.set_closed(reason)
+        self._steps.trainer_left_cleanly()
+        if self._settings.durable:
+            train = self._tickets.of_purpose(Purpose.TRAIN)
+            for lease in [lease for ticket in train for lease in ticket.leases.values()]:
+                self._lifecycle.revoke(lease)
+        else:
+            self._stream_start.cancel_from(self._steps.current)
+        self._lifecycle.record_ready_groups()
+
+    def set_max_staleness(self, *, incarnation: int, max_staleness: int) -> None:
+        """Sets the bound of new tickets (`max_staleness: auto`); tickets issued before keep theirs."""
+        self._check_current(incarnation)
+        cap = self._settings.staleness_cap
+        if not self._settings.adaptive:
+            raise RefusedError(
+                "max_staleness",
+                f"it is fixed at {cap} in this buffer: start all roles with max_staleness=auto",
+            )
+        if not 0 <= max_staleness <= cap:
+            raise RefusedError("max_staleness", f"want 0..{cap} (max_staleness_cap), got {max_staleness}")
+        self._state.bound.current = max_staleness
+        self._state.store.put_scalar("max_staleness", max_staleness)
+
+    def request_eval(self, *, eval_id: int, num_prompts: int, min_version: int) -> EvalResult | None:
+        """Starts an evaluation unless this id was started before. Its result, or None while it runs."""
+        if num_prompts < 1:
+            raise RefusedError("num_prompts", f"want at least 1, got {num_prompts}")
+        rounds = self._state.evals.rounds
+        if eval_id not in rounds:
+            tickets = [
+                self._tickets.issue(Purpose.EVAL, Prompt(index=index), num_samples=1, eval_id=eval_id)
+                for index in range(num_prompts)
+            ]
+            self._tickets.check_conservation()
+            round_ = EvalRound(eval_id=eval_id, num_prompts=num_prompts, min_version=min_version)
+            self._state.evals.begin(round_, tickets)
+        return rounds[eval_id].result() if rounds[eval_id].is_done else None
+
+    def _recorded_ticket(self, ticket_id: int) -> Ticket:
+        """A ticket that an operator may remove. Raises RefusedError(ticket_id, reason)."""
+        ticket = self._tickets.live.get(ticket_id)
+        if ticket is None or ticket.state is not State.BATCHED:
+            state = f"{ticket.state.value}" if ticket else "ended, or was never issued"
+            raise RefusedError(
+                str(ticket_id), f"is not recorded in a step that is still to be trained: it is {state}"
+            )
+        if ticket.step < self._steps.current:
+            raise RefusedError(
+                str(ticket_id),
+                f"was trained on in step {ticket.step}, and is part of the weights: "
+                f"go back with resume=step:K, K <= {ticket.step}, first",
+            )
+        return ticket
+
+    def _check_current(self, incarnation: int) -> None:
+        """Raises unless this is the trainer that started last."""
+        self.refuse_older_trainer(incarnation)
+        if incarnation > self._state.trainer_incarnation:
+            raise RefusedError("incarnation", "send StartTraining first")
+
+    def _check_weights_step(self, step: int) -> None:
+        newest = min(self._steps.current + 1, self._scheduler.step)
+        if not 0 <= step <= newest:
+            raise RefusedError(
+                "step",
+                f"weights of step {step} cannot exist yet: the newest possible are those of step {newest}",
+            )

@@ -1,0 +1,283 @@
+"""Handlers of peers' messages: one table from role and message type to the method that answers it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from areal_like.errors import RefusedError, StaleIncarnationError
+from areal_like.wire.channel import Envelope
+from areal_like.wire.messages import consumer, producer
+from areal_like.wire.messages.hello import Goodbye, Hello, HelloRequired, JobFailed, Ok, Role, Welcome
+from buffer.ledger.ledger import Ledger
+from buffer.service.outbox import Outbox
+from buffer.service.peers import ConnectedPeers, Peer
+from buffer.tickets import Verdict
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[Peer, Envelope], Any]
+
+NEEDS_DURABILITY = (
+    consumer.StartTraining,
+    consumer.AllocVersion,
+    consumer.AdoptVersion,
+    consumer.Fetch,
+    consumer.CompleteStep,
+    consumer.SetMaxStaleness,
+    consumer.CommitStep,
+    consumer.CloseAdmission,
+    Goodbye,
+)
+"""Requests answered only when the ledger's rows are durable: a restarted buffer must keep its answers."""
+
+
+class Handlers:
+    """Hands messages to the ledger. An answer of None: there is none, or the outbox sends it later."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        peers: ConnectedPeers,
+        outbox: Outbox,
+        *,
+        job: str,
+        clock: Callable[[], float],
+        run_counters: Callable[[], consumer.RunCounters],
+    ) -> None:
+        self._ledger = ledger
+        self._peers = peers
+        self._outbox = outbox
+        self._job = job
+        self._clock = clock
+        self._run_counters = run_counters
+        self._num_eval_prompts = 0
+        """Held-out prompts of the task, as servers report it; 0: no server has registered."""
+        self._table: dict[Role, dict[type, Handler]] = {
+            Role.ROLLOUT: {
+                producer.ServerHeartbeat: self._server_heartbeat,
+                producer.Samples: self._samples,
+                producer.SampleFailed: self._sample_failed,
+                producer.ReturnLeases: self._return_leases,
+                Goodbye: self._server_goodbye,
+            },
+            Role.TRAINER: {
+                consumer.TrainerHeartbeat: self._trainer_heartbeat,
+                consumer.Fetch: self._fetch,
+                consumer.StartTraining: _rank0_only(self._start_training),
+                consumer.AllocVersion: _rank0_only(self._alloc_version),
+                consumer.AdoptVersion: _rank0_only(self._adopt_version),
+                consumer.CompleteStep: _rank0_only(self._complete_step),
+                consumer.SetMaxStaleness: _rank0_only(self._set_max_staleness),
+                consumer.CommitStep: _rank0_only(self._commit_step),
+                consumer.GetStreamState: _rank0_only(self._stream_state),
+                consumer.RequestEval: _rank0_only(self._request_eval),
+                consumer.CloseAdmission: _rank0_only(self._close_admission),
+                consumer.GetRunCounters: _rank0_only(self._get_run_counters),
+                Goodbye: self._trainer_goodbye,
+            },
+        }
+
+    def handle(self, envelope: Envelope) -> Any:
+        """The answer to a message. Raises RefusedError or StaleIncarnationError."""
+        message = envelope.message
+        if isinstance(message, Hello):
+            return self._hello(envelope.peer, message)
+        peer = self._peers.at(envelope.peer)
+        if peer is None:
+            self._outbox.send(envelope.peer, HelloRequired())
+            return None
+        peer.last_heard_s = self._clock()
+        if self._ledger.failure_reason:
+            return JobFailed(reason=self._ledger.failure_reason)
+        role = peer.hello.role
+        handler = self._table[role].get(type(message))
+        if handler is None:
+            raise RefusedError("message", f"{type(message).__name__} is not for a {role.value} to send")
+        return handler(peer, envelope)
+
+    def _hello(self, route: bytes, hello: Hello) -> Welcome:
+        self._peers.check(hello)
+        self._ledger.check_incarnation(hello.name, hello.incarnation)
+        peer = self._peers.add(route, hello, now_s=self._clock())
+        try:
+            self._register(hello)
+        except (RefusedError, StaleIncarnationError):
+            self._peers.remove(hello.name)
+            raise
+        self._peers.expect_model_of(hello)
+        self._outbox.servers_changed()
+        if hello.role is Role.TRAINER:
+            self._outbox.send_directory_to(peer)
+        log.info("%s registered, incarnation %d", hello.name, hello.incarnation)
+        return self._welcome()
+
+    def _register(self, hello: Hello) -> None:
+        """Registers a peer with the ledger. Raises RefusedError or StaleIncarnationError."""
+        if hello.role is Role.ROLLOUT:
+            self._ledger.set_num_train_prompts(hello.num_train_prompts)
+            self._ledger.register_server(
+                hello.name,
+                incarnation=hello.incarnation,
+                weights_version=hello.weights_version,
+                now_s=self._clock(),
+            )
+            self._num_eval_prompts = hello.num_eval_prompts
+        else:
+            self._ledger.register_incarnation(hello.name, hello.incarnation)
+            self._ledger.refuse_older_trainer(hello.incarnation)
+
+    def _welcome(self) -> Welcome:
+        ledger = self._ledger
+        return Welcome(job=self._job, step=ledger.trainer_step, newest_version=ledger.newest_version)
+
+    def _heartbeat_ack(self) -> producer.HeartbeatAck:
+        ledger = self._ledger
+        return producer.HeartbeatAck(
+            step=ledger.trainer_step,
+            newest_version=ledger.newest_version,
+            trouble=ledger.write_blocked_reason,
+        )
+
+    # --- rollout servers ---
+
+    def _server_heartbeat(self, peer: Peer, envelope: Envelope) -> producer.HeartbeatAck:
+        beat: producer.ServerHeartbeat = envelope.message
+        self._ledger.heartbeat(peer.hello.name, beat, now_s=self._clock())
+        self._outbox.servers_changed()
+        peer.state, peer.stats = beat.state.value, beat.stats
+        return self._heartbeat_ack()
+
+    def _samples(self, peer: Peer, envelope: Envelope) -> None:
+        name = peer.hello.name
+        samples: list[producer.SampleDone] = envelope.message.samples
+        for sample, verdict in zip(samples, self._ledger.samples_done(name, samples), strict=True):
+            if verdict in (Verdict.UNKNOWN_VERSION, Verdict.INVALID):
+                log.warning(
+                    "sample %d of ticket %d by %s refused: %s",
+                    sample.sample_index,
+                    sample.ticket_id,
+                    name,
+                    verdict.value,
+                )
+            self._outbox.acknowledge(peer, sample, verdict)
+
+    def _sample_failed(self, peer: Peer, envelope: Envelope) -> None:
+        failed: producer.SampleFailed = envelope.message
+        log.warning(
+            "%s could not make sample %d of ticket %d: %s",
+            peer.hello.name,
+            failed.sample_index,
+            failed.ticket_id,
+            failed.error,
+        )
+        self._outbox.acknowledge(peer, failed, self._ledger.sample_failed(peer.hello.name, failed))
+
+    def _return_leases(self, peer: Peer, envelope: Envelope) -> None:
+        message: producer.ReturnLeases = envelope.message
+        log.info("%s returned %d leases: %s", peer.hello.name, len(message.leases), message.reason)
+        self._ledger.return_leases(peer.hello.name, message.leases)
+
+    def _server_goodbye(self, peer: Peer, envelope: Envelope) -> Ok:
+        peer.stats = envelope.message.stats or peer.stats
+        self._ledger.remove_server(peer.hello.name)
+        self._outbox.servers_changed()
+        self._peers.remove(peer.hello.name)
+        log.info("%s left", peer.hello.name)
+        return Ok()
+
+    # --- trainer ---
+
+    def _trainer_heartbeat(self, peer: Peer, envelope: Envelope) -> producer.HeartbeatAck:
+        peer.state, peer.stats = envelope.message.state, envelope.message.stats
+        return self._heartbeat_ack()
+
+    def _trainer_goodbye(self, peer: Peer, envelope: Envelope) -> Ok:
+        self._peers.remove(peer.hello.name)
+        return Ok()
+
+    def _fetch(self, peer: Peer, envelope: Envelope) -> consumer.Group | None:
+        message: consumer.Fetch = envelope.message
+        self._ledger.refuse_older_trainer(peer.hello.incarnation)
+        group = self._ledger.fetch(step=message.step, position=message.position)
+        if group is None:
+            self._outbox.add_fetch(peer.route, message, rid=envelope.rid)
+        return group
+
+    def _start_training(self, peer: Peer, envelope: Envelope) -> Welcome:
+        message: consumer.StartTraining = envelope.message
+        incarnation = peer.hello.incarnation
+        self._ledger.start_training(
+            incarnation=incarnation, step=message.step, stream=message.stream, unix_s=time.time()
+        )
+        self._outbox.keep_evals_of(peer.route)
+        for rank in self._peers.of(Role.TRAINER):
+            if rank.hello.incarnation < incarnation:
+                self._peers.remove(rank.hello.name)
+        log.info("training starts at step %d, incarnation %d", message.step, incarnation)
+        return self._welcome()
+
+    def _alloc_version(self, peer: Peer, envelope: Envelope) -> consumer.VersionGranted:
+        version = self._ledger.alloc_version(incarnation=peer.hello.incarnation, step=envelope.message.step)
+        return consumer.VersionGranted(version=version)
+
+    def _adopt_version(self, peer: Peer, envelope: Envelope) -> Ok:
+        message: consumer.AdoptVersion = envelope.message
+        self._ledger.adopt_version(
+            incarnation=peer.hello.incarnation, version=message.version, step=message.step
+        )
+        return Ok()
+
+    def _complete_step(self, peer: Peer, envelope: Envelope) -> Ok:
+        self._ledger.complete_step(incarnation=peer.hello.incarnation, step=envelope.message.step)
+        return Ok()
+
+    def _set_max_staleness(self, peer: Peer, envelope: Envelope) -> Ok:
+        bound = envelope.message.max_staleness
+        self._ledger.set_max_staleness(incarnation=peer.hello.incarnation, max_staleness=bound)
+        log.info("max_staleness of new tickets is %d from now on", bound)
+        return Ok()
+
+    def _commit_step(self, peer: Peer, envelope: Envelope) -> Ok:
+        message: consumer.CommitStep = envelope.message
+        self._ledger.commit(
+            incarnation=peer.hello.incarnation, step=message.step, oldest_kept_step=message.oldest_kept_step
+        )
+        return Ok()
+
+    def _stream_state(self, peer: Peer, envelope: Envelope) -> consumer.StreamState:
+        return consumer.StreamState(stream=self._ledger.stream_state(step=envelope.message.step))
+
+    def _request_eval(self, peer: Peer, envelope: Envelope) -> consumer.EvalResult | None:
+        message: consumer.RequestEval = envelope.message
+        if 0 < self._num_eval_prompts < message.num_prompts:
+            reason = (
+                f"the task has {self._num_eval_prompts} held-out prompts, "
+                f"{message.num_prompts} were requested: lower eval.num_prompts"
+            )
+            raise RefusedError("num_prompts", reason)
+        result = self._ledger.request_eval(
+            eval_id=message.eval_id, num_prompts=message.num_prompts, min_version=message.min_version
+        )
+        if result is None:
+            self._outbox.add_eval(peer.route, message, rid=envelope.rid)
+        return result
+
+    def _close_admission(self, peer: Peer, envelope: Envelope) -> Ok:
+        self._ledger.close(envelope.message.reason)
+        log.info("admission closed: %s", envelope.message.reason)
+        return Ok()
+
+    def _get_run_counters(self, peer: Peer, envelope: Envelope) -> consumer.RunCounters:
+        return self._run_counters()
+
+
+def _rank0_only(handler: Handler) -> Handler:
+    def checked(peer: Peer, envelope: Envelope) -> Any:
+        if peer.hello.rank != 0:
+            raise RefusedError("rank", f"only rank 0 may send {type(envelope.message).__name__}")
+        return handler(peer, envelope)
+
+    return checked

@@ -1,0 +1,188 @@
+"""The outbox: everything that the buffer sends without answering a message at once.
+
+Messages change the ledger; `flush` then sends the consequences: acknowledgements, leases, aborts, and groups
+and evaluations that a trainer waits for. The daemon calls it once for a burst of messages.
+
+A restarted buffer continues with its ledger, so an answer that promises something (a version, a recorded
+group, an acknowledgement) is sent only when the rows behind it are durable. Leases are sent earlier: one that
+the next buffer does not have is aborted there. Left out: queues with a bound of their own (credit bounds what
+servers send; a rank waits for the groups of one step and the next).
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from areal_like.errors import ArealError
+from areal_like.wire.channel import Listener
+from areal_like.wire.messages import consumer, producer
+from areal_like.wire.messages.hello import JobFailed, Role
+from buffer.ledger.ledger import Ledger
+from buffer.service.peers import ConnectedPeers, Peer
+from buffer.tickets import Verdict
+
+log = logging.getLogger(__name__)
+
+
+class Outbox:
+    """OPEN -> close() -> CLOSED (sends nothing more)."""
+
+    def __init__(self, ledger: Ledger, peers: ConnectedPeers, listener: Listener) -> None:
+        self._ledger = ledger
+        self._peers = peers
+        self._listener = listener
+        self._acks: dict[bytes, dict[tuple[int, str], list[int]]] = {}
+        """Indices of samples that arrived since the last flush, by route, then by (lease, refusal)."""
+        self._fetches: dict[tuple[bytes, int, int], int] = {}
+        """Request id by (route, step, position) of groups that are not recorded yet."""
+        self._evals: dict[tuple[bytes, int], tuple[int, consumer.RequestEval]] = {}
+        """(request id, request) by (route, eval id) of evaluations that run."""
+        self._num_recorded_seen = 0
+        self._rejection_seen = ""
+        self._directory = consumer.Directory(servers=[])
+        self._servers_changed = False
+        self._is_closed = False
+
+    @property
+    def num_fetches(self) -> int:
+        """Fetches that wait for their group."""
+        return len(self._fetches)
+
+    def close(self) -> None:
+        """Sends nothing more: the socket is about to be closed."""
+        self._is_closed = True
+
+    def send(self, route: bytes, message: Any, *, rid: int = 0) -> bool:
+        """Sends at once. False if the peer cannot be reached."""
+        return not self._is_closed and self._listener.send(route, message, rid=rid)
+
+    def send_when_durable(self, route: bytes, answer: Any, *, rid: int) -> None:
+        """Sends once everything written so far is durable."""
+
+        def send() -> None:
+            self.send(route, answer, rid=rid)
+
+        self._ledger.when_durable(send)
+
+    def acknowledge(
+        self, peer: Peer, sample: producer.SampleDone | producer.SampleFailed, verdict: Verdict
+    ) -> None:
+        """Acknowledges a sample with the next flush, when it is durable."""
+        by_lease = self._acks.setdefault(peer.route, {})
+        by_lease.setdefault((sample.lease_id, verdict.refusal), []).append(sample.sample_index)
+
+    def add_fetch(self, route: bytes, fetch: consumer.Fetch, *, rid: int) -> None:
+        """Sends the group when it is recorded."""
+        self._fetches[route, fetch.step, fetch.position] = rid
+
+    def add_eval(self, route: bytes, request: consumer.RequestEval, *, rid: int) -> None:
+        """Sends the result of an evaluation when it is done."""
+        self._evals[route, request.eval_id] = (rid, request)
+
+    def keep_evals_of(self, route: bytes) -> None:
+        """Forgets the evaluations that other routes wait for: those belong to an older trainer."""
+        self._evals = {key: waiting for key, waiting in self._evals.items() if key[0] == route}
+
+    def servers_changed(self) -> None:
+        """Compares the directory of servers with the last one sent at the next flush."""
+        self._servers_changed = True
+
+    def send_directory_to(self, peer: Peer) -> None:
+        """Sends the directory of servers to a rank that has just registered."""
+        self.send(peer.route, self._directory)
+
+    def flush(self, *, now_s: float) -> None:
+        """Sends the consequences of all messages since the last flush.
+
+        Raises ArealError if the job has failed.
+        """
+        if self._ledger.failure_reason:
+            raise ArealError(self._ledger.failure_reason)
+        if self._ledger.last_rejection != self._rejection_seen:
+            self._rejection_seen = self._ledger.last_rejection
+            log.warning("group rejected: %s", self._rejection_seen)
+        self._send_acks()
+        self._send_leases(now_s=now_s)
+        self._send_aborts()
+        self._answer_fetches()
+        self._answer_evals()
+        if self._servers_changed:
+            self._servers_changed = False
+            self._send_directory()
+
+    def fail(self, reason: str) -> None:
+        """Tells every peer and every waiting request that the job has failed."""
+        failed = JobFailed(reason=reason)
+        for role in Role:
+            for peer in self._peers.of(role):
+                self.send(peer.route, failed)
+        for (route, _, _), rid in self._fetches.items():
+            self.send(route, failed, rid=rid)
+        for (route, _), (rid, _) in self._evals.items():
+            self.send(route, failed, rid=rid)
+
+    def _send_acks(self) -> None:
+        for route, by_lease in self._acks.items():
+            acks = [
+                producer.SampleAck(lease_id=lease_id, sample_indices=indices, refused=refused)
+                for (lease_id, refused), indices in by_lease.items()
+            ]
+            self.send_when_durable(route, producer.SampleAcks(acks=acks), rid=0)
+        self._acks = {}
+
+    def _send_leases(self, *, now_s: float) -> None:
+        for name, leases in self._ledger.grant(now_s=now_s).items():
+            peer = self._peers.named(name)
+            if peer is None or not self.send(peer.route, producer.Leases(leases=leases)):
+                self._ledger.take_back_undelivered(name, [lease.lease_id for lease in leases])
+
+    def _send_aborts(self) -> None:
+        for name, lease_ids in self._ledger.take_aborts().items():
+            peer = self._peers.named(name)
+            if peer is not None:
+                reason = "these leases have ended: their samples are not needed any more"
+                self.send(peer.route, producer.AbortLeases(leases=lease_ids, reason=reason))
+
+    def _answer_fetches(self) -> None:
+        if self._num_recorded_seen == self._ledger.num_recorded:
+            return
+        self._num_recorded_seen = self._ledger.num_recorded
+        for (route, step, position), rid in list(self._fetches.items()):
+            # The rank that fetched it has left, or the step was committed without it.
+            if step <= self._ledger.committed_step or self._peers.at(route) is None:
+                del self._fetches[route, step, position]
+            elif (group := self._ledger.fetch(step=step, position=position)) is not None:
+                del self._fetches[route, step, position]
+                self.send_when_durable(route, group, rid=rid)
+
+    def _answer_evals(self) -> None:
+        for (route, eval_id), (rid, request) in list(self._evals.items()):
+            if self._peers.at(route) is None:
+                del self._evals[route, eval_id]
+                continue
+            result = self._ledger.request_eval(
+                eval_id=eval_id, num_prompts=request.num_prompts, min_version=request.min_version
+            )
+            if result is not None:
+                del self._evals[route, eval_id]
+                self.send(route, result, rid=rid)
+
+    def _send_directory(self) -> None:
+        """Sends the directory of servers to every rank if it has changed."""
+        servers = self._ledger.servers
+        entries = [
+            consumer.ServerEntry(
+                name=peer.hello.name,
+                incarnation=peer.hello.incarnation,
+                weights_address=peer.hello.weights_address,
+                device=peer.hello.device,
+                state=servers[peer.hello.name].state.value,
+                weights_version=servers[peer.hello.name].weights_version,
+            )
+            for peer in self._peers.of(Role.ROLLOUT)
+        ]
+        if entries != self._directory.servers:
+            self._directory = consumer.Directory(servers=entries)
+            for rank in self._peers.of(Role.TRAINER):
+                self.send_directory_to(rank)

@@ -1,0 +1,79 @@
+"""The store of `buffer.durability=none`: records in memory, no rows, nothing survives the process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+from areal_like.wire.records import Record
+from buffer.prompts.order import Prompt
+from buffer.storage.rows import Recovered, RollbackRow, VersionRow
+from buffer.tickets import LeaseRecord, SampleSummary, State, Ticket
+
+
+class MemoryStore:
+    """A `Store` that acknowledges at once.
+
+    Its size is bounded by the tickets in flight, however long the run.
+    """
+
+    def __init__(self) -> None:
+        self._records: dict[int, dict[int, Record]] = {}
+        self._num_bytes = 0
+
+    def put_ticket(self, ticket: Ticket) -> None:
+        """Releases the records of a ticket that ended untrained."""
+        if ticket.state.is_terminal and ticket.state is not State.TRAINED:
+            self.release(ticket)
+
+    def put_sample(self, sample: SampleSummary, record: Record) -> None:
+        """Keeps the record."""
+        self._records.setdefault(record.ticket_id, {})[record.sample_index] = record
+        self._num_bytes += len(record.data)
+
+    # Rows are not kept.
+
+    def put_failure(self, ticket: Ticket, sample_index: int) -> None: ...
+
+    def put_lease(self, lease: LeaseRecord, *, server_incarnation: int) -> None: ...
+
+    def end_lease(self, lease_id: int) -> None: ...
+
+    def put_version(self, row: VersionRow) -> None: ...
+
+    def put_scalar(self, name: str, value: int) -> None: ...
+
+    def push_returned(self, prompt: Prompt) -> None: ...
+
+    def pop_returned(self) -> None: ...
+
+    def put_attempt(self, step: int, num_starts: int) -> None: ...
+
+    def put_rollback(self, row: RollbackRow) -> None: ...
+
+    def put_counters(self, values: Mapping[str, float]) -> None: ...
+
+    def release(self, ticket: Ticket) -> None:
+        for record in self._records.pop(ticket.ticket_id, {}).values():
+            self._num_bytes -= len(record.data)
+
+    def records_of(self, ticket: Ticket) -> list[Record]:
+        records = self._records[ticket.ticket_id]
+        return [records[index] for index in range(ticket.num_samples)]
+
+    def when_durable(self, then: Callable[[], None]) -> None:
+        """Calls `then` at once: there is no disk to wait for."""
+        then()
+
+    def recover(self, *, ignoring: Collection[int] = ()) -> Recovered:
+        """Always empty."""
+        return Recovered()
+
+    @property
+    def num_bytes(self) -> int:
+        return self._num_bytes
+
+    @property
+    def write_blocked_reason(self) -> str:
+        return ""
+
+    def close(self) -> None: ...

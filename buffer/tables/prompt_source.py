@@ -1,0 +1,108 @@
+"""The stream of training prompts with its rows: cursor, prompts given back, curriculum."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from areal_like.errors import RefusedError
+from buffer.prompts.curriculum import Curriculum, curriculum_scalars, state_from_scalars
+from buffer.prompts.order import Prompt, PromptOrder
+from buffer.settings import LedgerSettings
+from buffer.storage.base import Store
+from buffer.tickets import Ticket
+
+
+class PromptSource:
+    """Issues prompts from a `PromptOrder` and writes every change to the store."""
+
+    def __init__(self, settings: LedgerSettings, store: Store) -> None:
+        self._store = store
+        self._settings = settings
+        self.curriculum = None if settings.curriculum is None else Curriculum(settings.curriculum)
+        self.order = PromptOrder(seed=settings.seed, curriculum=self.curriculum, shard=settings.shard)
+
+    def set_num_train_prompts(self, num_prompts: int) -> None:
+        """Sets the size of the task's training set. Raises RefusedError if servers disagree on it."""
+        known = self.order.num_prompts
+        fewest = self._settings.shard.count
+        if num_prompts < fewest or known not in (0, num_prompts):
+            expected = known or f"at least {fewest}"
+            raise RefusedError(
+                "num_train_prompts",
+                f"want {expected}, got {num_prompts}: servers need the same task settings",
+            )
+        self.order.num_prompts = num_prompts
+
+    def next(self) -> Prompt:
+        """The next prompt to issue."""
+        if self.order.returned:
+            self._store.pop_returned()
+        prompt = self.order.next()
+        self._store.put_scalar("cursor", self.order.cursor)
+        return prompt
+
+    def give_back(self, prompt: Prompt) -> None:
+        """Queues the prompt of a dropped ticket to be issued again."""
+        self.order.give_back(prompt)
+        self._store.push_returned(prompt)
+
+    def observe(self, ticket: Ticket) -> None:
+        """Tells the curriculum, if there is one, the rewards of a complete group."""
+        if self.curriculum is None:
+            return
+        rewards = [sample.reward for sample in ticket.training_samples]
+        self._put_scalars(self.curriculum.observe(ticket.prompt_index, rewards))
+
+    def state(self, pending: list[int]) -> dict[str, int | list[int]]:
+        """Position in the stream for a checkpoint; `pending`: prompts issued and not trained on by then."""
+        state: dict[str, int | list[int]] = {
+            "cursor": self.order.cursor,
+            "pending": pending + self.order.returned,
+        }
+        if self.curriculum is not None:
+            state["curriculum"] = self.curriculum.state()
+        return state
+
+    def restart(self, *, cursor: int, pending: list[int]) -> None:
+        """Continues from another position: that of a checkpoint, or the beginning."""
+        for _ in self.order.returned:
+            self._store.pop_returned()
+        self.order.restore(cursor=cursor, returned=[Prompt(index=index) for index in pending])
+        for index in pending:
+            self._store.push_returned(Prompt(index=index))
+        self._store.put_scalar("cursor", cursor)
+
+    def restart_curriculum(self, state: int | list[int]) -> None:
+        """Continues with a checkpoint's curriculum, unless it is off here or was off there.
+
+        Raises RefusedError.
+        """
+        if self.curriculum is None or not isinstance(state, list) or not state:
+            return
+        try:
+            self.curriculum.restore(state)
+        except ValueError as error:
+            raise RefusedError(
+                "stream", f"{error}: was the checkpoint made by another program version?"
+            ) from None
+        self._put_scalars(self.curriculum.scalars())
+
+    def restore(
+        self, scalars: Mapping[str, int], returned: Iterable[Prompt], *, are_other_prompts: bool
+    ) -> None:
+        """Continues from the rows of an earlier buffer.
+
+        `are_other_prompts`: the data set has changed since.
+        """
+        self.order.restore(cursor=scalars.get("cursor", 0), returned=returned)
+        stored = curriculum_scalars(scalars)
+        if self.curriculum is None or not stored:
+            return
+        if not are_other_prompts:
+            self.curriculum.restore(state_from_scalars(stored))
+        # Slots are numbered anew, so every scalar is written again, and those of vanished slots are cleared.
+        self._put_scalars(dict.fromkeys(stored, 0) | self.curriculum.scalars())
+
+    def _put_scalars(self, scalars: Mapping[str, int]) -> None:
+        for name, value in scalars.items():
+            self._store.put_scalar(name, value)
