@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from launch.commands.audit import audit_run
+from launch.audit.run import audit_run
 from tests.chaos.frames import malformed
 from tests.chaos.plant import check_groups, plant, train
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from launch.commands.audit import audit_run
+from launch.audit.run import audit_run
 from tests.chaos.plant import Plant, books_of, check_books, check_groups, plant, train
 from tests.support.buffer_harness import ROOT
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.commands.audit import audit_run
+from launch.audit.run import audit_run
 from tests.chaos.plant import books_of, check_books, check_groups, plant, train
 from tests.chaos.proxy import Faults
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.commands.audit import audit_run
+from launch.audit.run import audit_run
 from tests.support.launching import launcher, num_steps_done, processes_of, wait_until
 
 MEAN_PAUSE_S = 15.0

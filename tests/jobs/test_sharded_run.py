@@ -18,8 +18,8 @@ import pytest
 from areal_like.config import Config
 from areal_like.shards import Shard, all_shards
 from areal_like.wire.addresses import buffer_addresses
-from launch.commands.audit import audit_run
-from launch.commands.scale import servers_of
+from launch.audit.run import audit_run
+from launch.commands.running_job import servers_of
 from tests.chaos.plant import books_of, chaos_job, check_books, check_groups, train
 from tests.support.buffer_harness import ROOT, BufferProcess
 from tests.support.launching import launcher, num_steps_done, processes_of, wait_until

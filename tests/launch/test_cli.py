@@ -11,7 +11,7 @@ import pytest
 
 from areal_like.config import Config
 from areal_like.runtime.command_line import load_config, save_config
-from launch.cli import HELP
+from launch.cli import COMMANDS
 from launch.settings_help import all_keys
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,11 +47,15 @@ def areal_like(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["run", "runs_dir=/proc/1/nowhere"], "cannot create the run directory"),
         (["status", "nowhere"], "no run 'nowhere'"),
         (["audit", "nowhere"], "no run 'nowhere'"),
-        (["audit"], "name one run"),
-        (["drop", "nowhere"], "drop: name one run"),
-        (["replay", "objective=ppo"], "replay: name one run"),
-        (["status"], "name one run"),
-        (["version", "--foo"], "takes no argument"),
+        (["audit"], "audit: the following arguments are required: RUN"),
+        (["drop", "nowhere"], "drop: the following arguments are required: TICKET"),
+        (["drop", "nowhere", "x"], "'x' is not a ticket's number"),
+        (["replay", "objective=ppo"], "replay: name the run before the settings"),
+        (["status"], "status: the following arguments are required: RUN"),
+        (["version", "--foo"], "version: unrecognized arguments: --foo"),
+        (["rollout", "nowhere"], "rollout: the following arguments are required: --join"),
+        (["rollout", "--join", "name=x"], "rollout --join: no running buffer is known"),
+        (["restart", "nowhere", "trainer"], "no run 'nowhere'"),
         (["run", "model=/models/X"], "is model.path=/models/X"),
         (["run", "objective=tsi"], "did you mean tis?"),
     ],
@@ -82,11 +86,13 @@ def test_help_names_the_keys_with_their_defaults(tmp_path: Path) -> None:
 
 def test_every_command_has_help(tmp_path: Path) -> None:
     everything = areal_like("--help", cwd=tmp_path).stdout
-    for command, text in HELP.items():
-        assert text in everything and command == text.split()[0]
-    for command in ("audit", "rollout"):
-        done = areal_like(command, "default", "--help", cwd=tmp_path)
-        assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(f"areal-like {command} ")
+    for verb, command in COMMANDS.items():
+        assert f"areal-like {command.usage.splitlines()[0]}" in everything and command.summary in everything
+        assert verb == command.usage.split()[0]
+    for verb in ("audit", "rollout"):
+        done = areal_like(verb, "default", "--help", cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith(f"usage: areal-like {verb} ")
 
 
 @pytest.mark.parametrize("module", ["buffer", "rollout_server", "trainer", "trainer.prepare_model"])

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from launch.audit.run import audit_run
 from launch.cli import main
-from launch.commands.audit import audit_run
 from tests.chaos.plant import check_groups, plant, train
 
 pytestmark = pytest.mark.timeout(90)

@@ -17,14 +17,19 @@ from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config, save_config
 from areal_like.wire.addresses import buffer_addresses
-from launch.commands.scale import _free_name, buffer_settings
-from launch.local_job.observe import DaemonView, MetricsTail, Observation, look_at_daemons
-from launch.local_job.progress import MAX_STRETCHES, Progress, StepTally
-from launch.local_job.restarts import Phase, Restarts
-from launch.local_job.rundir import open_run
+from launch.commands.join import free_name
+from launch.commands.running_job import buffer_settings
+from launch.local_job.open_run import open_run
+from launch.local_job.restarts import Restarts, RestartState
+from launch.observation.metrics_tail import MetricsTail
+from launch.observation.observer import DaemonView, Observation, look_at_daemons
+from launch.observation.progress import MAX_STRETCHES, Progress, StepTally
 from launch.settings_help import COMMON, all_keys
+from launch.view.formatting import duration, rate
+from launch.view.picture import picture
+from launch.view.plain import plain_line
 from launch.view.plot import bar, curve
-from launch.view.view import Eta, duration, number, picture, plain_line
+from launch.view.speed import Eta
 from trainer.distributed.spawn import start_ranks
 
 
@@ -40,14 +45,14 @@ def test_restart_delays_double_then_give_up() -> None:
         restarts.started(now_s=now_s)
     restarts.died(now_s=now_s)
     assert delays == [1.0, 2.0, 4.0, 4.0]
-    assert restarts.phase is Phase.GIVEN_UP and restarts.num_deaths == 5
+    assert restarts.state is RestartState.GIVEN_UP
 
 
 def test_a_healthy_life_forgets_earlier_deaths() -> None:
     restarts = Restarts(now_s=0.0, base_s=1.0, healthy_s=30.0, max_quick_deaths=1)
     for start_s in (0.0, 100.0, 200.0):
         restarts.died(now_s=start_s + 31.0)
-        assert restarts.phase is Phase.WAITING and restarts.due_s == start_s + 32.0
+        assert restarts.state is RestartState.WAITING and restarts.due_s == start_s + 32.0
         restarts.started(now_s=start_s + 100.0)
 
 
@@ -209,7 +214,7 @@ def test_bars_have_their_width() -> None:
 
 def test_units() -> None:
     assert (duration(7), duration(187), duration(3729)) == ("0:07", "3:07", "1:02:09")
-    assert (number(None), number(940), number(12_345), number(2.5e6)) == ("-", "940", "12.3k", "2.50M")
+    assert (rate(None), rate(940), rate(12_345), rate(2.5e6)) == ("-", "940", "12.3k", "2.50M")
 
 
 @pytest.mark.parametrize("width", [40, 80, 160])
@@ -265,7 +270,7 @@ def test_servers_that_join_at_once_get_names_of_their_own(tmp_path: Path) -> Non
         directory.mkdir()
     (paths.endpoints / "rollout-1.json").touch()
     with ThreadPoolExecutor(8) as threads:
-        names = list(threads.map(lambda _: _free_name(paths), range(8)))
+        names = list(threads.map(lambda _: free_name(paths), range(8)))
     assert sorted(names) == [f"rollout-{number}" for number in range(9) if number != 1]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from areal_like.paths import RunPaths
-from launch.commands.audit import audit_run
+from launch.audit.run import audit_run
 from launch.local_job.rundir import is_over
 from tests.support.launching import ROOT, launcher, num_steps_done, processes_of, wait_until
 
@@ -47,7 +47,7 @@ def command(*args: str, cwd: Path) -> subprocess.Popen[str]:
 
 
 def status(run: Path, name: str) -> dict[str, object]:
-    from launch.local_job.observe import fetch_json
+    from launch.observation.http_json import fetch_json
 
     endpoint = run / "endpoints" / f"{name}.json"
     return (

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from areal_like.paths import RunPaths, write_json
-from launch.local_job.rundir import order_file
+from launch.local_job.rundir import restart_order_file
 from tests.support.launching import ROOT, launcher, num_steps_done, processes_of, wait_until
 from tests.support.scripted_daemon import write_packages
 
@@ -172,7 +172,7 @@ def test_a_killed_buffer_and_trainer_are_started_again_and_nobody_else(workplace
         )
         os.kill(pid_of(root, "trainer"), signal.SIGKILL)
         write_json(
-            order_file(RunPaths(root)), {"role": "trainer", "settings": ["trainer.lr=3e-5"]}
+            restart_order_file(RunPaths(root)), {"role": "trainer", "settings": ["trainer.lr=3e-5"]}
         )  # there is nobody to hand over
         wait_until(
             lambda: any("trainer.lr=3e-5" in c for c in processes_of(root).values()),
