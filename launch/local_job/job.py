@@ -92,6 +92,7 @@ class LocalJob:
                 case HandOver(address):
                     self._hand_over(address)
                 case Notice(text):
+                    log.info("%s", text)
                     self._view.notice(text)
 
     def _start(self, action: Start) -> None:
