@@ -25,7 +25,7 @@ def main(args: argparse.Namespace) -> int:
     if not daemons:
         console.print(f"{root}: no daemon is running", markup=False, highlight=False)
         return 1
-    console.print(daemon_table(list(daemons.values())))
+    console.print(daemon_table(list(daemons.values()), width=console.width))
     seen = Observation(daemons=daemons)
     if seen.buffer:
         console.print(tickets_line(seen))

@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 
 BUFFER_START_TIMEOUT_S = 60.0
 START_PATIENCE = 2.0
-"""Start limit in multiples of `rollout.start_timeout_s`: after one of them a server itself reports why its engine
-did not start."""
+"""Start limit in multiples of `rollout.start_timeout_s`. After one of them a server reports by itself why its
+engine did not start, and that report has to come first."""
 FAILURE_CLOSE_S = 10.0
 """Time for the other daemons to end when one has failed."""
 TRAINER_RESERVE, SERVERS_RESERVE = 0.25, 0.1

@@ -177,8 +177,10 @@ def _listed(steps: Sequence[int]) -> str:
 
 
 def _with_own_settings(composed: Config, argv: Sequence[str], *, own: Path) -> Config:
-    """The run's own configuration with the overrides of `argv`. A section chosen anew (`task=...`) is taken from
-    `composed`."""
+    """The run's own configuration with the overrides of `argv`.
+
+    A section chosen anew (`task=...`) is taken from `composed`.
+    """
     chosen = {
         section
         for section in GROUPS

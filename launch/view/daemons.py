@@ -10,28 +10,35 @@ from rich.text import Text
 
 from launch.observation.observer import DaemonView, Observation, find_number, find_table
 
+_NARROW = 80
+"""Below so many characters the table leaves the numbers out, so that the reason has room."""
 
-def daemon_table(daemons: list[DaemonView]) -> Table:
-    """One row a daemon.
+
+def daemon_table(daemons: list[DaemonView], *, width: int) -> Table:
+    """One row a daemon; `width`: of the terminal, in characters.
 
     The reason why a daemon is not ready stands in the last column, which takes the rest of the line and
     wraps. It is never cut, for it is the part that tells the user what to do.
     """
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", expand=False)
-    for heading in ("daemon", "state", "version", "queue", "heartbeat"):
+    numbers = ("version", "queue", "heartbeat") if width >= _NARROW else ()
+    for heading in ("daemon", "state", *numbers):
         table.add_column(heading, no_wrap=True, overflow="ellipsis")
     table.add_column("waiting for", overflow="fold")
     for daemon in daemons:
         status = daemon.status or {}
         reason = daemon.not_ready
         state = str(status.get("state") or ("ready" if not reason else "not ready"))
-        table.add_row(
-            daemon.name,
-            Text(state, style="yellow" if reason else "green"),
+        cells = (
             _first_number(status, "weights_version", "version", "newest_version"),
             _first_number(status, "queue", "ready", "running", "in_flight"),
             f"{time.monotonic() - daemon.seen_s:.0f} s ago" if daemon.seen_s else "never",
-            _waiting_on(status, reason="" if reason == state else reason),
+        )
+        table.add_row(
+            daemon.name,
+            Text(state, style="yellow" if reason else "green"),
+            *cells[: len(numbers)],
+            _waiting_for(status, reason="" if reason == state else reason),
         )
     return table
 
@@ -49,7 +56,7 @@ def tickets_line(seen: Observation) -> Text:
     return text
 
 
-def _waiting_on(status: dict[str, Any], *, reason: str) -> Text:
+def _waiting_for(status: dict[str, Any], *, reason: str) -> Text:
     """The reason why the daemon is not ready, then its longest wait."""
     waits = status.get("waiting_on") or {}
     longest = max(waits.items(), key=lambda item: item[1], default=None)

@@ -36,7 +36,7 @@ def picture(
     if seen.buffer:
         parts.append(tickets_line(seen))
     if seen.daemons:
-        parts.append(daemon_table(list(seen.daemons.values())))
+        parts.append(daemon_table(list(seen.daemons.values()), width=width))
     return Group(*parts)
 
 

@@ -32,7 +32,7 @@ ROWS = (
 
 
 def show_summary(run: OpenRun, console: Console, *, since_unix_s: float) -> None:
-    """Prints the end of a run. A summary file older than `since_unix_s` is not shown: it is an earlier run's."""
+    """Prints the end of a run. A summary file from before `since_unix_s` is an earlier run's: not shown."""
     paths, config = run.paths, run.config
     summary: dict[str, Any] = {}
     if paths.summary.exists() and paths.summary.stat().st_mtime >= since_unix_s:

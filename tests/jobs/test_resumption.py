@@ -1,4 +1,4 @@
-"""Whole jobs whose buffer and trainer are killed, with the real daemons: nothing lost, nothing twice, equal weights.
+"""Whole jobs whose buffer and trainer are killed, with the real daemons: nothing is lost or done twice.
 
 One run with three killed trainers is recorded and shared by the tests that only read it and replay it.
 """

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def areal_like(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Runs the command in a process of its own."""
+    """Runs the command as a process."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
     return subprocess.run(
         [sys.executable, "-m", "launch", *args],
@@ -65,7 +65,7 @@ def test_a_mistake_is_one_message_and_code_2(args: list[str], message: str, tmp_
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and done.stdout == ""
-    assert not list(tmp_path.iterdir()), "a mistake left something behind"
+    assert not list(tmp_path.iterdir()), "a mistake has left files behind"
 
 
 def test_help_names_the_keys_with_their_defaults(tmp_path: Path) -> None:
@@ -111,17 +111,20 @@ def test_roles_have_help(module: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_what_help_prints_may_be_typed(tmp_path: Path) -> None:
+def test_the_printed_defaults_are_valid_settings(tmp_path: Path) -> None:
     defaults = [f"{key.path}={key.default}" for key in all_keys()]
     assert load_config(defaults) == Config()
     save_config(Config(), tmp_path / "config.yaml")
     assert load_config(["--config", str(tmp_path / "config.yaml"), *defaults]) == Config()
 
 
-def test_the_command_imports_neither_torch_nor_a_daemon() -> None:
+def test_no_command_imports_torch_or_a_daemon() -> None:
     code = (
-        "import sys, launch.cli, launch.commands.run; "
-        "print([name for name in ('torch', 'transformers', 'buffer', 'trainer', 'rollout_server') if name in sys.modules])"
+        "import sys, launch.cli, importlib\n"
+        "for command in launch.cli.COMMANDS.values():\n"
+        "    importlib.import_module(f'launch.commands.{command.module}')\n"
+        "daemons = ('torch', 'transformers', 'buffer', 'trainer', 'rollout_server')\n"
+        "print([name for name in daemons if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

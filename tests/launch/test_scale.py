@@ -1,4 +1,4 @@
-"""A running job is scaled by hand: servers join from other shells, leave and die, and the trainer is replaced."""
+"""Scaling a running job by hand: servers join, leave and die, and the trainer is replaced."""
 
 from __future__ import annotations
 

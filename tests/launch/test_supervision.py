@@ -1,4 +1,5 @@
-"""The launcher when daemons misbehave: real processes that follow a script (scripted_daemon.py), without a model."""
+"""The launcher with misbehaving daemons: real processes that follow a script (scripted_daemon.py), no
+model."""
 
 from __future__ import annotations
 

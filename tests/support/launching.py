@@ -20,6 +20,7 @@ WAIT_LIMIT_S = 300.0
 """A wait fails after this time whatever moves. It is the end of a hang, not an expectation of speed."""
 TEST_LIMIT_S = 600
 """pytest's limit for tests that wait: beyond the sum of their waits."""
+Process = subprocess.Popen[str] | subprocess.Popen[bytes]
 _ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "MAKELEVEL"}
 """The environment of a user who types `areal-like run`, also under `make test`."""
 
@@ -85,13 +86,13 @@ def wait_until(
     *,
     what: str,
     run_root: Path | None = None,
-    process: subprocess.Popen[str] | subprocess.Popen[bytes] | None = None,
+    process: Process | None = None,
     timeout_s: float = WAIT_LIMIT_S,
 ) -> None:
     """Polls until `condition()` is true.
 
-    Fails with `what` when `process` has ended before, when no file of `run_root` has changed for STALL_LIMIT_S,
-    and after `timeout_s`. A machine that is slow but makes progress does not fail it.
+    Fails with `what` when `process` has ended before, when no file of `run_root` has changed for
+    STALL_LIMIT_S, and after `timeout_s`. A machine that is slow but makes progress does not fail it.
     """
     started_s = changed_s = time.monotonic()
     before: object = None
@@ -109,7 +110,7 @@ def wait_until(
 
 
 def _files_of(run_root: Path) -> tuple[object, ...]:
-    """Sizes of the logs and of metrics.jsonl, which move as long as the run makes progress, and other entries."""
+    """Names of the run's files, and sizes of those that grow while the run makes progress."""
     files = [*run_root.glob("logs/*"), run_root / "metrics.jsonl"]
     names = sorted(path.name for path in run_root.glob("*/*"))
     return (*names, *(path.stat().st_size for path in files if path.exists()))

@@ -1,8 +1,8 @@
 """Stand-ins for the daemons, for tests of the launcher with daemons that misbehave on purpose.
 
 They are real processes with the real runtime (signals, endpoint files, HTTP plane) and without a model. The
-environment variable `SCRIPT`, a JSON object from daemon name to behaviour, says how each of them misbehaves. The
-launcher runs them because `python -m` looks into the working directory first.
+environment variable `SCRIPT`, a JSON object from daemon name to behaviour, says how each of them misbehaves.
+The launcher runs them because `python -m` looks into the working directory first.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from areal_like.paths import RunPaths, write_json
 from areal_like.runtime.command_line import role_arguments
 from areal_like.runtime.daemon import Runtime, run_daemon
 
+_IMPORT = "from tests.support.scripted_daemon import"
 PACKAGES = {
-    "buffer/__main__.py": "from tests.support.scripted_daemon import main; main('buffer', 'buffer')",
-    "rollout_server/__main__.py": "from tests.support.scripted_daemon import main; main('rollout', 'rollout-0')",
-    "trainer/__main__.py": "from tests.support.scripted_daemon import main; main('trainer', 'trainer-0')",
-    "trainer/prepare_model.py": "from tests.support.scripted_daemon import prepare; prepare()",
+    "buffer/__main__.py": f"{_IMPORT} main; main('buffer', 'buffer')",
+    "rollout_server/__main__.py": f"{_IMPORT} main; main('rollout', 'rollout-0')",
+    "trainer/__main__.py": f"{_IMPORT} main; main('trainer', 'trainer-0')",
+    "trainer/prepare_model.py": f"{_IMPORT} prepare; prepare()",
 }
 
 
