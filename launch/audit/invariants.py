@@ -157,7 +157,7 @@ _LEASES_OF_LEASED = Invariant(
     violations="""
         SELECT printf('lease %d of ticket %d, which is %s', lease_id, ticket_id, coalesce(state, 'unknown'))
         FROM leases LEFT JOIN tickets USING (ticket_id) WHERE state IS NOT 'leased'
-        UNION ALL SELECT printf('ticket %d is leased to nobody', ticket_id) FROM tickets
+        UNION ALL SELECT printf('ticket %d is leased, but has no lease', ticket_id) FROM tickets
         WHERE state = 'leased' AND ticket_id NOT IN (SELECT ticket_id FROM leases)""",
 )
 
@@ -194,9 +194,9 @@ _COUNTERS = Invariant(
             UNION ALL SELECT 'verdict_accepted',
                 (SELECT count(*) FROM samples) + (SELECT count(*) FROM tickets WHERE state = 'evaluated')
             UNION ALL {_LAGS})
-        SELECT printf('%s is %d, the rows say %d', name, coalesce(value, 0), num)
+        SELECT printf('%s is %d, the sum of the rows %d', name, coalesce(value, 0), num)
         FROM sums LEFT JOIN statistics USING (name) WHERE coalesce(value, 0) != num
-        UNION ALL SELECT printf('%s is %d, the rows say 0', name, value) FROM statistics
+        UNION ALL SELECT printf('%s is %d, the sum of the rows 0', name, value) FROM statistics
         WHERE name LIKE 'trained_lag_%' AND value != 0 AND name NOT IN (SELECT name FROM ({_LAGS}))""",
 )
 

@@ -22,7 +22,7 @@ class LedgerAudit:
 
     directory: Path
     shard: Shard
-    """The shard that the ledger says it is of."""
+    """The shard in the ledger's own marks."""
     result: Audit
     committed_step: int
     """-1: none."""

@@ -3,7 +3,7 @@
 The server is a child of this command and not of the job's launcher: nothing restarts it, it may run on
 another machine, and it ends with Ctrl-C, when it is drained, or when its run is over. Where the run's
 directory can be seen, the end of the run shows in its lock, which the launcher's daemons hold to the last.
-Elsewhere the server waits for its buffer until somebody ends it.
+Elsewhere the server waits for its buffer until a user ends it.
 """
 
 from __future__ import annotations

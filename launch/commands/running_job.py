@@ -19,7 +19,7 @@ def buffer_settings(config: Config, paths: RunPaths | None, given: str) -> list[
     if given:
         host, _, port = given.rpartition(":")
         if not (host and port.isdecimal()):
-            raise ConfigError(f"--buffer {given}: want host:port")
+            raise ConfigError(f"--buffer {given}: expected host:port")
         return [
             f'buffer.host="{host.strip("[]")}"',
             "buffer.advertise_host=''",

@@ -8,8 +8,8 @@
 - PREPARING builds the model while the buffers start; STARTING waits for the trainer and the rollout servers.
 - CLOSING goes in one order, whatever its cause: trainer (finishes its step, checkpoints, commits), servers,
   buffers.
-- A daemon that exits with code 0 unasked was asked to by a user: a server is then not missed as long as
-  another is left; anything else closes the run.
+- A daemon that exits with code 0 before CLOSING was stopped by a user: a server is then not replaced, and the
+  run goes on while another server is left; any other daemon closes the run.
 - A daemon that dies is started again, and the others see no more than a pause: a server's samples are
   generated elsewhere, a buffer comes back at the same port with its ledger (unless `buffer.durability=none`),
   the trainer with its newest checkpoint. Deaths in a row are bounded (restarts.py, trainer.py).
@@ -145,7 +145,7 @@ class JobLifecycle:
         return []  # the model is prepared
 
     def replace_trainer(self, settings: Sequence[str], *, seen: Observation) -> list[Action]:
-        """A user wants another trainer with these settings. It is started when the present one has ended."""
+        """An order to replace the trainer by one with these settings, once the present one has ended."""
         assert self.phase is Phase.RUNNING and self._trainer is not None
         self._trainer.change_settings(settings)
         text = f"the trainer is replaced by one with {' '.join(settings) or 'the same settings'}"
@@ -206,7 +206,7 @@ class JobLifecycle:
         self._ports = ports
         if self._config.buffer.durability != "none":
             self._buffer_restarts = {name: Restarts(now_s=now_s) for name in self._buffers}
-        where = ports_setting(ports)  # a buffer comes back where the others know it
+        where = ports_setting(ports)  # a buffer comes back at the port that the others use
         self._buffers = {name: spec.with_settings([where]) for name, spec in self._buffers.items()}
         spec = self._specs.trainer(buffer_ports=ports)
         self._trainer = SupervisedTrainer(

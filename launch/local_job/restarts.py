@@ -47,7 +47,7 @@ class Restarts:
         self._died_s = -math.inf
 
     def died(self, *, now_s: float) -> None:
-        """The process has ended without having been asked to: RUNNING -> WAITING or GIVEN_UP."""
+        """The process has ended unexpectedly: RUNNING -> WAITING or GIVEN_UP."""
         assert self.state is RestartState.RUNNING
         self._died_s = now_s
         self.num_quick_deaths = 1 if now_s - self._started_s >= self._healthy_s else self.num_quick_deaths + 1

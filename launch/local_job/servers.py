@@ -13,8 +13,8 @@ from launch.observation.observer import Observation
 class RolloutServers:
     """The servers that the launcher has started, and those that joined the job by themselves (guests).
 
-    One of ours: running -> dead -> started again, or given up after too many deaths, or gone for good when it
-    ended with exit code 0, which a user asked for.
+    One of ours: running -> dead -> started again, or given up after too many deaths, or gone for good when
+    it ended with exit code 0 because a user stopped it.
     """
 
     def __init__(self, names: Sequence[str], *, now_s: float, lease_timeout_s: float) -> None:

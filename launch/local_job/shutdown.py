@@ -1,4 +1,4 @@
-"""The orderly end of a job: who is asked to end when, and who is killed for overstaying. Pure."""
+"""The orderly end of a job: when each process is asked to end, and when it is killed. Pure."""
 
 from __future__ import annotations
 

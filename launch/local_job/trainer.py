@@ -45,7 +45,7 @@ class SupervisedTrainer:
         return 0 < exit.code < 128 and self.best_step < 0
 
     def died(self, exit: Exit, *, report: Sequence[str], now_s: float) -> None:
-        """Notes an unexpected end; `restarts.state` says what follows."""
+        """Notes an unexpected end; `restarts.state` then tells whether another trainer follows."""
         self.restarts.died(now_s=now_s)
         if self.restarts.state is not RestartState.GIVEN_UP:
             self.death_report = list(report)

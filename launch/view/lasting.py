@@ -1,4 +1,4 @@
-"""Drawing that survives the loss of its terminal or pipe: a job does not end because nobody watches it."""
+"""Output that survives the loss of its terminal or pipe: the job goes on when its terminal is closed."""
 
 from __future__ import annotations
 

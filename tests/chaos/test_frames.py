@@ -43,8 +43,8 @@ def flood(directory: Path, *, num_frames: int, num_oversized: int) -> None:
         groups += train(link, first=10, last=20)
         check_groups(groups, job.config, first=0, last=20)
         assert job.buffer.process.poll() is None
-        report = audit_run(job.buffer.paths.root)
-        assert report.is_clean, "\n".join(report.lines())
+        audit = audit_run(job.buffer.paths.root)
+        assert audit.is_clean, "\n".join(audit.lines())
 
 
 @contextmanager

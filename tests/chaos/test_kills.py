@@ -30,9 +30,9 @@ def settings(num_steps: int, **buffer: Any) -> dict[str, Any]:
 
 
 def check_audit(job: Plant, *, num_steps: int) -> None:
-    report = audit_run(job.buffer.paths.root)
-    assert report.is_clean, "\n".join(report.lines())
-    assert report.tickets["trained"] == num_steps * GROUPS_PER_STEP
+    audit = audit_run(job.buffer.paths.root)
+    assert audit.is_clean, "\n".join(audit.lines())
+    assert audit.tickets["trained"] == num_steps * GROUPS_PER_STEP
 
 
 class _Training(threading.Thread):

@@ -28,8 +28,8 @@ def run(directory: Path, *, num_steps: int, seed: int) -> None:
         fates = job.proxy.fates
         assert all(fates[fate] for fate in ("dropped", "duplicated", "reordered", "delayed", "cut")), fates
         assert job.buffer.terminate()[0] == 0
-        report = audit_run(job.buffer.paths.root)
-        assert report.is_clean, "\n".join(report.lines())
+        audit = audit_run(job.buffer.paths.root)
+        assert audit.is_clean, "\n".join(audit.lines())
 
 
 @pytest.mark.timeout(120)

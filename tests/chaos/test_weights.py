@@ -131,12 +131,12 @@ async def kill_in_mid_broadcast(folder: Path, *, seeds: range) -> tuple[list[Gen
         await push_to_all()
         dead: list[Server] = []
         for seed in seeds:
-            luck = random.Random(seed)
+            rng = random.Random(seed)
             await asyncio.gather(*(server.start_again() for server in dead))
             usual_s = await push_to_all()
-            victim, survivor = luck.sample(servers, 2)
+            victim, survivor = rng.sample(servers, 2)
             pushing = asyncio.create_task(push())
-            await asyncio.sleep(luck.uniform(0, usual_s))
+            await asyncio.sleep(rng.uniform(0, usual_s))
             victim.engine.kill()
             dead, killed_s = [victim], time.monotonic()
             outcome = await pushing

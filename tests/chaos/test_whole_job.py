@@ -91,11 +91,11 @@ def test_a_job_with_random_kills_loses_nothing(tmp_path: Path, num_shards: int, 
         code, out, err = finish(process, root)
     assert (code, err) == (0, ""), out + err
     assert len(killer.kills) == len(victims), dict(killer.kills)
-    report = audit_run(root)
-    assert report.is_clean, "\n".join(report.lines())
-    pending = sum(report.tickets.get(state, 0) for state in ("queued", "leased", "ready", "batched"))
-    ended = report.tickets["trained"] + report.tickets.get("dropped", 0) + report.tickets.get("evaluated", 0)
-    assert report.tickets["issued"] == pending + ended and report.tickets.get("dropped", 0) == sum(
-        report.drops.values()
+    audit = audit_run(root)
+    assert audit.is_clean, "\n".join(audit.lines())
+    pending = sum(audit.tickets.get(state, 0) for state in ("queued", "leased", "ready", "batched"))
+    ended = audit.tickets["trained"] + audit.tickets.get("dropped", 0) + audit.tickets.get("evaluated", 0)
+    assert audit.tickets["issued"] == pending + ended and audit.tickets.get("dropped", 0) == sum(
+        audit.drops.values()
     )
-    print(f"{sum(map(len, killer.kills.values()))} kills in {duration_s:.0f} s", *report.lines(), sep="\n")
+    print(f"{sum(map(len, killer.kills.values()))} kills in {duration_s:.0f} s", *audit.lines(), sep="\n")

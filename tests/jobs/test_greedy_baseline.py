@@ -29,6 +29,7 @@ from tests.support.buffer_harness import (
     running_buffer,
     trainer_hello,
 )
+from tests.support.launching import TEST_LIMIT_S, WAIT_LIMIT_S
 from tests.support.ledger_plant import add_server, deliver, done, new_ledger, trajectory
 from tests.support.rollout_harness import ServerProcess
 from tests.support.trainer_helpers import random_groups, write_model
@@ -152,7 +153,7 @@ def test_a_step_does_not_learn_from_the_greedy_sample(tmp_path: Path) -> None:
 NUM_STEPS, GROUPS = 2, 4
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(TEST_LIMIT_S)
 def test_real_servers_give_one_greedy_answer(tmp_path: Path) -> None:
     """Under the same weights, real processes give the same greedy answer to a prompt every time."""
     model = tmp_path / "model"
@@ -198,7 +199,7 @@ async def _train(buffer: BufferProcess, model: Path) -> tuple[list[Group], RunCo
         trainer = PlayedTrainer(config, link)
         await trainer.call(StartTraining(step=0))
         await trainer.call(
-            RequestEval(eval_id=0, num_prompts=2, min_version=0), timeout_s=60
+            RequestEval(eval_id=0, num_prompts=2, min_version=0), timeout_s=WAIT_LIMIT_S
         )  # the engine has started
         groups = [group for step in range(NUM_STEPS) for group in await trainer.train(step)]
         return groups, await trainer.call(GetRunCounters())

@@ -82,9 +82,8 @@ def test_the_default_job_across_two_addresses(
         wait_until(lambda: trainer.poll() is not None, what="the end of training", run_root=run)
         assert trainer.returncode == 0 and server.poll() is None
     finally:
-        for process in reversed(started):
+        for process in reversed(started):  # the buffer last, so that the server can take its leave
             process.terminate()
-        for process in started:
             process.wait()
     assert num_steps_done(run) == 8
     summary = json.loads((run / "summary.json").read_text())

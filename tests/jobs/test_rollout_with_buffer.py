@@ -19,6 +19,7 @@ from tests.support.buffer_harness import (
     running_buffer,
     trainer_hello,
 )
+from tests.support.launching import TEST_LIMIT_S, WAIT_LIMIT_S
 from tests.support.rollout_harness import ServerProcess
 from trainer.models.tiny import build_tiny_model, character_tokenizer
 
@@ -32,7 +33,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(TEST_LIMIT_S)
 def test_a_run_survives_a_killed_server(tmp_path: Path) -> None:
     model = tmp_path / "model"
     build_tiny_model(model, seed=0, warm_start_steps=5, swap_prob=0.5)
@@ -71,7 +72,9 @@ async def train(
     async with connected(buffer, hello) as link:
         trainer = PlayedTrainer(config, link)
         await trainer.call(StartTraining(step=0))
-        before = await trainer.call(RequestEval(eval_id=0, num_prompts=16, min_version=0), timeout_s=60)
+        before = await trainer.call(
+            RequestEval(eval_id=0, num_prompts=16, min_version=0), timeout_s=WAIT_LIMIT_S
+        )
         assert (before.num_evaluated, before.num_failed, before.newest_version) == (16, 0, 0)
         for step in range(NUM_STEPS):
             if step == 3:

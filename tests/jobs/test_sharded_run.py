@@ -129,11 +129,11 @@ def test_a_dead_shard_stalls_the_step_and_loses_nothing(
         assert counters.tickets["trained"] == NUM_STEPS * GROUPS_PER_STEP
     for buffer in plant.buffers:
         assert buffer.terminate()[0] == 0
-    report = audit_run(plant.buffers[0].paths.root)
-    assert report.is_clean, "\n".join(report.lines())
+    audit = audit_run(plant.buffers[0].paths.root)
+    assert audit.is_clean, "\n".join(audit.lines())
     assert (
-        report.facts["committed_steps"] == NUM_STEPS
-        and report.tickets["trained"] == NUM_STEPS * GROUPS_PER_STEP
+        audit.facts["committed_steps"] == NUM_STEPS
+        and audit.tickets["trained"] == NUM_STEPS * GROUPS_PER_STEP
     )
 
 
@@ -169,7 +169,7 @@ def test_a_whole_run_survives_a_killed_shard(tmp_path: Path, cache: dict[str, st
         code, out, err = finish(process, root)
     assert (code, err) == (0, ""), out + err
     assert "buffer-1 ended (killed by SIGKILL): starting it again" in out and num_steps_done(root) == 30
-    report = audit_run(root)
-    assert report.is_clean, "\n".join(report.lines())
-    assert report.tickets["trained"] == 150 and report.facts["committed_steps"] == 30
+    audit = audit_run(root)
+    assert audit.is_clean, "\n".join(audit.lines())
+    assert audit.tickets["trained"] == 150 and audit.facts["committed_steps"] == 30
     assert not processes_of(root)

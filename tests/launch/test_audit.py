@@ -14,8 +14,9 @@ from areal_like.wire.messages.consumer import GetRunCounters
 from launch.audit.run import audit_run
 from launch.cli import main
 from tests.chaos.plant import plant, train
+from tests.support.launching import TEST_LIMIT_S
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(TEST_LIMIT_S)
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +51,13 @@ def execute(run: Path, *statements: str) -> None:
 
 
 def test_the_ledger_of_a_killed_buffer_is_clean(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = audit_run(run)
-    assert report.is_clean, "\n".join(report.lines())
-    assert report.tickets["trained"] == 20 and report.facts["committed_steps"] == 5
-    assert report.tickets["issued"] == sum(
-        count for state, count in report.tickets.items() if state != "issued"
+    audit = audit_run(run)
+    assert audit.is_clean, "\n".join(audit.lines())
+    assert audit.tickets["trained"] == 20 and audit.facts["committed_steps"] == 5
+    assert audit.tickets["issued"] == sum(
+        count for state, count in audit.tickets.items() if state != "issued"
     )
-    checked = {check.text: check.num_checked for check in report.checks}
+    checked = {check.text: check.num_checked for check in audit.checks}
     assert all(count for text, count in checked.items() if "tried again" not in text), (
         "every check must have had rows to check"
     )
@@ -75,9 +76,9 @@ def test_the_ledger_is_clean_after_a_rollback(tmp_path: Path) -> None:
             link.call(GetRunCounters(), timeout_s=10)
         job.buffer.process.kill()
         job.buffer.process.wait()
-        report = audit_run(job.buffer.paths.root)
-    assert report.is_clean, "\n".join(report.lines())
-    assert report.facts["rollbacks"] == 1
+        audit = audit_run(job.buffer.paths.root)
+    assert audit.is_clean, "\n".join(audit.lines())
+    assert audit.facts["rollbacks"] == 1
 
 
 TRAINED = "(SELECT ticket_id FROM tickets WHERE state = 'trained' ORDER BY 1 LIMIT 1)"

@@ -208,7 +208,7 @@ def test_a_replaced_trainer_starts_with_its_new_settings() -> None:
     assert job.exited(Exit(name="trainer", code=0), now_s=5.0)[0] == Terminate("rollout-0"), "it is done"
 
 
-def test_a_run_that_goes_back_to_a_step_does_so_before_anything_else() -> None:
+def test_a_run_goes_back_to_its_step_before_anything_else() -> None:
     job = lifecycle(resume="step:20")
     job.start()
     job.exited(Exit(name="prepare_model", code=0), now_s=1.0)

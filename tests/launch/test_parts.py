@@ -190,11 +190,11 @@ def test_metrics_are_read_as_they_grow_and_after_a_resume(tmp_path: Path) -> Non
 
 
 def test_a_long_run_is_kept_in_bounded_memory(tmp_path: Path) -> None:
-    path, luck = tmp_path / "metrics.jsonl", random.Random(0)
+    path, rng = tmp_path / "metrics.jsonl", random.Random(0)
     rows: list[dict[str, object]] = [
         {
             "step": step,
-            "reward_mean": None if step % 7 == 3 else luck.uniform(-0.5, 1.5),
+            "reward_mean": None if step % 7 == 3 else rng.uniform(-0.5, 1.5),
             "lag_max": 9 if step == 5 else 2,
         }
         | ({"eval_reward": step / 1e5} if step % 100 == 0 and step < 9_000 else {})

@@ -14,6 +14,7 @@ import pytest
 
 from areal_like.paths import RunPaths
 from launch.audit.run import audit_run
+from launch.cli import main
 from launch.local_job.rundir import is_over
 from launch.observation.http_json import fetch_json
 from tests.support.launching import (
@@ -86,8 +87,14 @@ def check_finished_run(run: Path) -> None:
     assert audit.is_clean, "\n".join(audit.lines())
 
 
-def test_servers_come_and_go_and_the_trainer_is_replaced(tmp_path: Path, cache: dict[str, str]) -> None:
+def test_servers_come_and_go_and_the_trainer_is_replaced(
+    tmp_path: Path,
+    cache: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     run = tmp_path / "runs" / "x"
+    monkeypatch.chdir(tmp_path)
     settings = (
         "trainer.num_steps=100000",
         "trainer.checkpoint_interval=1000",
@@ -117,16 +124,15 @@ def test_servers_come_and_go_and_the_trainer_is_replaced(tmp_path: Path, cache: 
         leaves.terminate()
         assert ended(leaves, run)[0] == 0
         # The launcher's own server leaves; it is not started again, and one guest goes on alone.
-        code, out = ended(command("drain", "x", "rollout-0", cwd=tmp_path), run)
-        assert code == 0 and "rollout-0 has left" in out, out
+        assert main(["drain", "x", "rollout-0"]) == 0
+        assert "rollout-0 has left" in capsys.readouterr().out
         trains(8)
         assert stays.poll() is None and process.poll() is None
-        code, out = ended(command("drain", "x", "rollout-0", cwd=tmp_path), run)
-        assert code == 2 and "no rollout server 'rollout-0' (servers: rollout-1)" in out
+        assert main(["drain", "x", "rollout-0"]) == 2
+        assert "no rollout server 'rollout-0' (servers: rollout-1)" in capsys.readouterr().err
 
         before = samples_of(run, "rollout-1")
-        code, out = ended(command("restart", "x", "trainer", "trainer.world_size=2", cwd=tmp_path), run)
-        assert code == 0, out
+        assert main(["restart", "x", "trainer", "trainer.world_size=2"]) == 0
         wait_until(
             (run / "endpoints" / "trainer-1.json").exists,
             what="the second rank",
