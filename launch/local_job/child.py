@@ -104,7 +104,17 @@ class Child:
         return lines + ([*traces[-1].splitlines()[-num_lines:]] if traces else [])
 
 
-def marked_pids(marker: str) -> list[int]:
+def kill_marked(marker: str, *, timeout_s: float = 5.0) -> None:
+    """Kills every process of the run until none is left or the time is over."""
+    deadline_s = time.monotonic() + timeout_s
+    while (pids := _marked_pids(marker)) and time.monotonic() < deadline_s:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def _marked_pids(marker: str) -> list[int]:
     """Living processes with this run's marker, except this one. Empty on a system without /proc."""
     wanted = f"{RUN_MARKER}={marker}".encode()
     found = []
@@ -113,19 +123,6 @@ def marked_pids(marker: str) -> list[int]:
             if int(folder.name) != os.getpid() and wanted in (folder / "environ").read_bytes().split(b"\0"):
                 found.append(int(folder.name))
     return found
-
-
-def kill_marked(marker: str, *, timeout_s: float = 5.0) -> int:
-    """Kills every process of the run until none is left; returns how many there were."""
-    num_killed = 0
-    deadline_s = time.monotonic() + timeout_s
-    while (pids := marked_pids(marker)) and time.monotonic() < deadline_s:
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-                num_killed += 1
-        time.sleep(0.05)
-    return num_killed
 
 
 def _size(path: Path) -> int:
