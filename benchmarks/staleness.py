@@ -42,10 +42,10 @@ from benchmarks.staleness_cell import Cell, CellResult, build_model, run_cell
 from benchmarks.staleness_report import as_table, draw
 
 LEARNING_RATES = (3e-4, 1e-4)
-README_SETTINGS = (("fixed", 16), ("mixed", 16), ("fixed", 64), ("fixed", 4), ("fixed", 0))
-FULL_SETTINGS = (*README_SETTINGS, *(("fixed", lag) for lag in (1, 2, 8, 32)), ("mixed", 4), ("mixed", 64))
+PAGE_SETTINGS = (("fixed", 16), ("mixed", 16), ("fixed", 64), ("fixed", 4), ("fixed", 0))
+FULL_SETTINGS = (*PAGE_SETTINGS, *(("fixed", lag) for lag in (1, 2, 8, 32)), ("mixed", 4), ("mixed", 64))
 
-README_METHODS: dict[str, dict[str, Any]] = {
+PAGE_METHODS: dict[str, dict[str, Any]] = {
     "none": {"objective": {"name": "reinforce"}},
     "token TIS": {"objective": {"name": "tis", "level": "token", "cap": 2.0}},
     "sequence TIS": {"objective": {"name": "tis", "level": "sequence", "cap": 2.0}},
@@ -56,7 +56,7 @@ README_METHODS: dict[str, dict[str, Any]] = {
     "OAPL": {"objective": {"name": "oapl"}, "normalizer": "seq_mean_token_sum", "periodic": True},
 }
 FULL_METHODS: dict[str, dict[str, Any]] = {
-    **README_METHODS,
+    **PAGE_METHODS,
     "sequence TIS 8": {"objective": {"name": "tis", "level": "sequence", "cap": 8.0}},
     "geometric TIS": {"objective": {"name": "tis", "level": "geometric", "cap": 2.0}},
     "VCPO, leave one out": {
@@ -86,7 +86,7 @@ FULL_METHODS: dict[str, dict[str, Any]] = {
 
 def grid(*, full: bool, seeds: list[int], num_steps: int) -> list[Cell]:
     """All cells, in the order in which they are run."""
-    methods, settings = (FULL_METHODS, FULL_SETTINGS) if full else (README_METHODS, README_SETTINGS)
+    methods, settings = (FULL_METHODS, FULL_SETTINGS) if full else (PAGE_METHODS, PAGE_SETTINGS)
     return [
         Cell(method=method, **own, mode=mode, lag=lag, lr=lr, seed=seed, num_steps=num_steps)
         for seed in seeds
@@ -181,7 +181,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--full", action="store_true", help="every objective, and lags 1 2 8 32 beside the README's"
+        "--full",
+        action="store_true",
+        help="every objective, and lags 1 2 8 32 beside those of docs/results.md",
     )
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time, one thread each")
     parser.add_argument(

@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -38,7 +38,7 @@ def settings_tables() -> str:
     """Markdown: a heading and a table for each section of the configuration, in their own order."""
     sections: dict[str, list[str]] = {}
     for setting in all_keys():
-        key, kind = setting_key(setting), getattr(setting, "type", "")
+        key, kind = setting.key, setting.type
         cells = (
             f"`{key}`",
             f"`{kind}`" if kind else "",
@@ -51,11 +51,6 @@ def settings_tables() -> str:
         lines += [f"## `{section}`" if section else "## The job", ""]
         lines += ["| key | type or choices | default | meaning |", "|---|---|---|---|", *rows, ""]
     return "\n".join(lines)
-
-
-def setting_key(setting: Any) -> str:
-    """The dotted key of what `all_keys` returns, whose attribute is `key` or, in older versions, `path`."""
-    return str(getattr(setting, "key", "") or setting.path)
 
 
 def command_help() -> str:

@@ -1,4 +1,4 @@
-"""`python -m launch run ...` is `areal-like run ...` from a checkout that is not installed."""
+"""`python -m launch run ...`: the command `areal-like run ...` in a checkout that is not installed."""
 
 import sys
 

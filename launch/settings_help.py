@@ -109,7 +109,7 @@ def help_text(*, width: int, everything: bool) -> str:
         )
     own = (
         "Settings of a task, objective or advantage are the fields of its class: "
-        "objective.cap=8 (docs/objectives.md)."
+        "objective.cap=8 (docs/reference/objectives.md)."
     )
     lines += ["", own if everything else "run --help-all shows every key."]
     return "\n".join(lines) + "\n"

@@ -1,6 +1,6 @@
 """The ledger's tables in SQLite: schema, migrations and writes. `sql_read.py` reads them back.
 
-docs/ledger.md explains the tables to whoever opens the file with sqlite3.
+docs/reference/ledger.md explains the tables to whoever opens the file with sqlite3.
 
 `PRAGMA user_version` is the number of migrations that a file has gone through. Each migration is a script
 that takes the tables from one version to the next; a new file goes through all of them, so there is only one

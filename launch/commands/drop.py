@@ -1,11 +1,13 @@
-"""`areal-like drop RUN TICKET ...`: takes tickets that do harm out of the steps they are recorded in, for good.
+"""`areal-like drop RUN TICKET ...`: takes harmful tickets out of the steps they are recorded in, for good.
 
-A running buffer is asked (its control verb); the ledger of a stopped one is opened by `python -m buffer --drop`, which refuses when
-another process has it. Either way all of them are dropped or none; of several shards, each does so with its own, and hears of the others.
+A running buffer gets a control request. The ledger of a stopped one is opened by `python -m buffer --drop`,
+which refuses when another process has it open. Either way all of the tickets are dropped or none. With
+several shards each gets the whole list and drops its own tickets.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -17,14 +19,34 @@ from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
 from areal_like.runtime.daemon import read_endpoint
 from areal_like.shards import Shard, all_shards
-from launch.local_job.child import ROOT
-from launch.local_job.observe import post_json
+from launch.commands.parser import add_run
+from launch.local_job.child import python_path
+from launch.local_job.rundir import find_run
+from launch.observation.http_json import post_json
 
 _TIMEOUT_S = 30.0
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """RUN and the tickets' numbers."""
+    add_run(parser)
+    parser.add_argument("tickets", metavar="TICKET", nargs="+", type=_ticket_id, help="its number")
+
+
+def _ticket_id(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a ticket's number")
+    return int(text)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Prints what was done."""
+    sys.stdout.write(drop_tickets(find_run(args.run), args.tickets) + "\n")
+    return 0
+
+
 def drop_tickets(root: Path, ticket_ids: Sequence[int]) -> str:
-    """What was done, in a sentence. Raises ConfigError with the reason when it was not."""
+    """Drops the tickets; returns a sentence about it. Raises ConfigError with the reason of a refusal."""
     paths = RunPaths(root)
     shards = all_shards(load_config(["--config", str(paths.config)]).buffer.num_shards)
     tickets = ", ".join(map(str, ticket_ids))
@@ -37,31 +59,21 @@ def drop_tickets(root: Path, ticket_ids: Sequence[int]) -> str:
 
 
 def _drop(paths: RunPaths, shard: Shard, ticket_ids: Sequence[int]) -> bool:
-    """Returns whether the shard is running."""
+    """Drops the tickets of one shard; returns True when its buffer is running."""
     endpoint = read_endpoint(paths.endpoints / f"{shard.name}.json")
-    if endpoint is not None and _ask(str(endpoint["http"]), ticket_ids):
+    if endpoint is not None and _request(str(endpoint["http"]), ticket_ids):
         return True
-    here = [
-        f"runs_dir={paths.root.resolve().parent}",
-        f"name={paths.root.resolve().name}",
-    ]  # it may have been moved
+    root = paths.root.resolve()
+    where = (f"runs_dir={root.parent}", f"name={root.name}")  # the run may have been moved
     ids = ",".join(map(str, ticket_ids))
-    command = [
-        sys.executable,
-        "-m",
-        "buffer",
-        "--name",
-        shard.name,
-        "--drop",
-        ids,
-        "--config",
-        str(paths.config),
-        *here,
-    ]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "buffer", "--name", shard.name, "--drop", ids]
+    done = subprocess.run(
+        [*command, "--config", str(paths.config), *where],
+        env=os.environ | {"PYTHONPATH": python_path()},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         raise ConfigError(
             done.stderr.strip().removeprefix("buffer: ")
@@ -70,8 +82,8 @@ def _drop(paths: RunPaths, shard: Shard, ticket_ids: Sequence[int]) -> bool:
     return False
 
 
-def _ask(address: str, ticket_ids: Sequence[int]) -> bool:
-    """False when nobody answers there: the endpoint file is of a buffer that was killed."""
+def _request(address: str, ticket_ids: Sequence[int]) -> bool:
+    """Asks a running buffer; returns False when none listens: the endpoint file is that of a killed one."""
     try:
         post_json(address, "/control/drop", {"tickets": list(ticket_ids)}, timeout_s=_TIMEOUT_S)
     except ConnectionRefusedError:

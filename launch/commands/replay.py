@@ -1,14 +1,14 @@
-"""`areal-like replay RUN key=value ...`: the trainer's step on what a run was trained on, in a run directory of its own.
+"""`areal-like replay RUN key=value ...`: trains again on the trajectories of a run, in a new directory.
 
-With the run's own settings the weights must come out as they did there; where both have a checkpoint of the same step this is looked at
-and said.
+With the run's own settings the weights must come out equal. At the steps at which both runs have a
+checkpoint, this is checked and reported.
 """
 
 from __future__ import annotations
 
+import argparse
 import filecmp
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -18,15 +18,22 @@ from rich.console import Console
 
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths, checkpoint_name
-from launch.commands.run import StopSignals
-from launch.local_job.child import Child, ChildSpec, describe_exit, kill_marked
-from launch.local_job.observe import MetricsTail, Observation
-from launch.local_job.rundir import OpenRun, checkpoints, open_replay
-from launch.view.report import summary_table
-from launch.view.view import LastingView, PlainView, View, unless_seen_by_nobody
+from launch.commands.parser import add_run, add_settings
+from launch.commands.stop_signals import StopSignals
+from launch.local_job.actions import Exit
+from launch.local_job.display import View
+from launch.local_job.open_run import OpenRun, open_replay
+from launch.local_job.processes import ProcessTable
+from launch.local_job.rundir import checkpoints, find_run
+from launch.local_job.specs import ChildSpec
+from launch.observation.metrics_tail import MetricsTail
+from launch.observation.observer import Observation
+from launch.view.lasting import LastingView, output_may_be_gone
+from launch.view.plain import PlainView
+from launch.view.summary import summary_table
 
 _TICK_S = 0.1
-_IGNORED = (
+_WITHOUT_EFFECT = (
     "buffer.",
     "rollout.",
     "weights.",
@@ -38,85 +45,109 @@ _IGNORED = (
     "ess_target",
     "seed",
 )
+"""Beginnings of settings that only matter to the generation of trajectories."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """RUN and settings."""
+    add_run(parser)
+    add_settings(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Replays to the end; returns the exit code."""
+    if "=" in args.run:
+        raise ConfigError(f"replay: name the run before the settings: areal-like replay RUN {args.run}")
+    return run_replay(find_run(args.run), args.settings)
 
 
 def run_replay(recorded: Path, argv: Sequence[str]) -> int:
-    """Replays to the end; returns the exit code. Raises ConfigError before anything was started."""
+    """Replays the run in `recorded` with the settings `argv`; returns the exit code.
+
+    Raises ConfigError before anything was started.
+    """
     if any(arg.startswith("resume=") for arg in argv):
         raise ConfigError(
             "replay: a replay begins at the recording's first step (resume= is for `areal-like run`)"
         )
     run = open_replay(recorded, argv)
     console = Console()
-    say = LastingView(PlainView(run.config, console))
+    view = LastingView(PlainView(run.config, console))
     for arg in argv:
-        if arg.startswith(_IGNORED):
-            say.notice(f"{arg} has no effect: what was generated, and when, is what the recording says")
-    say.notice(f"replaying {recorded} into {run.paths.root}")
+        if arg.startswith(_WITHOUT_EFFECT):
+            view.notice(f"{arg} has no effect: the trajectories, and their order, are those of the recording")
+    view.notice(f"replaying {recorded} into {run.paths.root}")
     try:
-        code = _watch(recorded, run, view=say)
+        code = _train(recorded, run, view=view)
         if code == 0:
             table = summary_table(json.loads(run.paths.summary.read_text()), title=run.config.name)
-            with unless_seen_by_nobody():
+            with output_may_be_gone():
                 console.print(table)
-            for line in _compared(RunPaths(recorded), run.paths):
-                say.notice(line)
+            for line in _compare(RunPaths(recorded), run.paths):
+                view.notice(line)
         return code
     finally:
         run.close()
 
 
-def _watch(recorded: Path, run: OpenRun, *, view: View) -> int:
-    stops = StopSignals()
+def _train(recorded: Path, run: OpenRun, *, view: View) -> int:
+    """Runs the replaying trainer to its end; returns the exit code."""
     command = ("trainer.replay", "--recording", str(recorded.resolve()), "--config", str(run.paths.config))
-    marker = f"{run.paths.root}:{os.getpid()}:{time.time_ns()}"
-    spec = ChildSpec(name="replay", command=command, num_threads=run.config.trainer.num_threads)
-    child = Child(spec, paths=run.paths, marker=marker, lock_fd=run.lock_fd)
-    tail = MetricsTail(run.paths.metrics)
-    num_obeyed = 0
+    processes = ProcessTable(run.paths, lock_fd=run.lock_fd)
+    stops = StopSignals()
+    processes.start(ChildSpec(name="replay", command=command, num_threads=run.config.trainer.num_threads))
     try:
-        while (code := child.exit_code()) is None:
-            if stops.count > num_obeyed:
-                num_obeyed = stops.count
-                if num_obeyed > 1:
-                    break
-                view.notice(
-                    "stopping: the step at hand is finished and a checkpoint written (Ctrl-C again to stop at once)"
-                )
-                child.terminate()
-            view.update(Observation(progress=tail.read()), phase="replaying", detail="")
-            time.sleep(_TICK_S)
+        exit = _wait(processes, stops, MetricsTail(run.paths.metrics), view)
     finally:
-        child.kill()
-        kill_marked(marker)
-    if code is None:
+        processes.kill_everything()
+    if exit is None:
         return 1
-    if code == 2:
-        raise ConfigError(child.complaint())
-    if code != 0:
-        sys.stderr.write(
-            "\n".join([f"replay failed ({describe_exit(code)}); its last lines:", *child.last_words(), ""])
-        )
+    if exit.code == 2:
+        raise ConfigError(exit.complaint)
+    if exit.code != 0:
+        headline = f"replay failed ({exit.description}); its last lines:"
+        sys.stderr.write("\n".join([headline, *exit.last_words, ""]))
         return 1
     return 0
 
 
-def _compared(recorded: RunPaths, replayed: RunPaths) -> list[str]:
-    """What can be said of the steps at which both have a checkpoint."""
+def _wait(processes: ProcessTable, stops: StopSignals, tail: MetricsTail, view: View) -> Exit | None:
+    """Waits for the trainer and shows its progress; None when a second stop signal came first."""
+    num_obeyed = 0
+    while (exit := processes.reap("replay")) is None:
+        if stops.count > num_obeyed:
+            num_obeyed = stops.count
+            if num_obeyed > 1:
+                return None
+            view.notice(
+                "stopping: the trainer finishes its step and writes a checkpoint "
+                "(Ctrl-C again to stop at once)"
+            )
+            processes.terminate("replay")
+        view.update(Observation(progress=tail.read()), phase="replaying", detail="")
+        time.sleep(_TICK_S)
+    return exit
+
+
+def _compare(recorded: RunPaths, replayed: RunPaths) -> list[str]:
+    """Lines about the steps at which both runs have a checkpoint: equal weights or others."""
     steps = sorted(set(checkpoints(recorded)) & set(checkpoints(replayed)))
     same = [
         step
         for step in steps
         if filecmp.cmp(_weights_at(recorded, step), _weights_at(replayed, step), shallow=False)
     ]
-    lines = (
-        [f"weights after step {', '.join(map(str, same))}: equal to those of the run, to the last bit"]
-        if same
-        else []
-    )
-    if others := [step for step in steps if step not in same]:
-        lines.append(f"weights after step {', '.join(map(str, others))}: not those of the run")
+    others = [step for step in steps if step not in same]
+    lines = []
+    if same:
+        lines.append(f"weights after step {_joined(same)}: equal to those of the run, to the last bit")
+    if others:
+        lines.append(f"weights after step {_joined(others)}: not those of the run")
     return lines
+
+
+def _joined(steps: Sequence[int]) -> str:
+    return ", ".join(map(str, steps))
 
 
 def _weights_at(paths: RunPaths, step: int) -> Path:

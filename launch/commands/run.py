@@ -1,41 +1,44 @@
-"""`areal-like run`: the surroundings of a local job: its directory, its signals, its view, and what is said at the end."""
+"""`areal-like run`: a local job with its run directory, its signals and its view."""
 
 from __future__ import annotations
 
+import argparse
 import logging
-import signal
+import shutil
 import sys
 import time
 from collections.abc import Sequence
-from types import FrameType
+from typing import Any
 
 from rich.console import Console
 
 from areal_like.runtime.logs import JsonFormatter
+from launch.commands.parser import add_settings
+from launch.commands.stop_signals import StopSignals
 from launch.local_job.job import LocalJob
-from launch.local_job.rundir import open_run
-from launch.view.report import show_summary
-from launch.view.view import LastingView, LiveView, PlainView, unless_seen_by_nobody
+from launch.local_job.open_run import open_run
+from launch.view.lasting import LastingView, output_may_be_gone
+from launch.view.live import LiveView
+from launch.view.plain import PlainView
+from launch.view.summary import show_summary
 
 
-class StopSignals:
-    """Counts Ctrl-C and SIGTERM. Repeats within a second are the same one: terminals and supervisors often deliver it twice."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--config FILE` and settings; the help shows the settings."""
+    parser.add_argument("-h", "--help", action=_ShowSettings, nargs=0)
+    parser.add_argument("--help-all", action=_ShowSettings, nargs=0)
+    parser.add_argument("--config", metavar="FILE")
+    add_settings(parser)
 
-    def __init__(self) -> None:
-        self.count = 0
-        self._last_s = 0.0
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._handle)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        now_s = time.monotonic()
-        if self.count == 0 or now_s - self._last_s > 1.0:
-            self.count += 1
-            self._last_s = now_s
+def main(args: argparse.Namespace) -> int:
+    """Runs the job to its end; returns its exit code. Raises ConfigError before anything was started."""
+    config = [] if args.config is None else ["--config", args.config]
+    return run_local([*config, *args.settings])
 
 
 def run_local(argv: Sequence[str]) -> int:
-    """`areal-like run`: the job that the command line describes. Raises ConfigError before anything was started."""
+    """Runs the job that these words of a command line describe."""
     run = open_run(argv)
     started_unix_s = time.time()
     console = Console(stderr=False)
@@ -43,7 +46,8 @@ def run_local(argv: Sequence[str]) -> int:
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=run.config.daemon.log_level, handlers=[handler], force=True)
     stops = StopSignals()
-    console.print(f"run directory {run.paths.root}", markup=False, highlight=False, soft_wrap=True)
+    for line in run.announcement:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     view = LastingView(
         LiveView(run.config, console) if console.is_terminal else PlainView(run.config, console)
     )
@@ -53,10 +57,23 @@ def run_local(argv: Sequence[str]) -> int:
     finally:
         view.close()
         run.close()
-    with unless_seen_by_nobody():
+    with output_may_be_gone():
         if exit_code != 2:
             show_summary(run, console, since_unix_s=started_unix_s)
-    with unless_seen_by_nobody():
+    with output_may_be_gone():
         for line in job.failure:
             sys.stderr.write(f"{line}\n")
     return exit_code
+
+
+class _ShowSettings(argparse.Action):
+    """Prints the common settings (`--help`) or all (`--help-all`) and exits."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
+        from launch.settings_help import help_text
+
+        width = max(80, shutil.get_terminal_size().columns)
+        sys.stdout.write(help_text(width=width, everything=option_string == "--help-all"))
+        parser.exit()

@@ -1,8 +1,9 @@
-"""One daemon as a child process: its own session, its output in a file, and no way to outlive the launcher.
+"""One daemon as a child process: a session of its own, output to a file, no life after the launcher.
 
-Three nets catch a child: SIGTERM to it alone (it drains), SIGKILL to its process group, and at the very end SIGKILL to
-every process that carries the run's marker in its environment, which also finds what moved to a session of its own (torchrun's ranks
-do). A launcher that is killed itself leaves all this to the kernel: children asked for SIGTERM at their parent's death.
+There are three ways to end a child: SIGTERM to it alone (it drains), SIGKILL to its process group, and at the
+very end SIGKILL to every process with the run's marker in its environment. The last also finds processes that
+moved to sessions of their own, as torchrun's ranks do. When the launcher itself is killed, the kernel sends
+SIGTERM to the children, which ask for that when they start.
 """
 
 from __future__ import annotations
@@ -15,42 +16,32 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from areal_like.paths import RunPaths
 from areal_like.runtime.process import PARENT_PID
+from launch.local_job.specs import ChildSpec
 
 RUN_MARKER = "AREAL_LIKE_RUN"
 """Environment variable that every process of one launched run carries, grandchildren included."""
 ROOT = Path(__file__).resolve().parents[2]
-"""Where the daemons' packages are."""
+"""The folder of the daemons' packages."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ChildSpec:
-    """How to start one daemon."""
-
-    name: str
-    """Names its log and, for daemons, its endpoint file."""
-    command: tuple[str, ...]
-    """What follows `python -m`."""
-    num_threads: int = 1
-    """CPU threads of its numerical libraries."""
-    stop_signal: signal.Signals = signal.SIGTERM
-    """Asks it to end by itself."""
+def python_path() -> str:
+    """PYTHONPATH for a child process: this checkout or installation first, then the present value."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
 
 
 class Child:
-    """A started process. Start it from the main thread: the kernel ties the child to the thread that made it."""
+    """A started process. Create it in the main thread: the kernel ties it to the thread that started it."""
 
     def __init__(self, spec: ChildSpec, *, paths: RunPaths, marker: str, lock_fd: int) -> None:
-        self.spec = spec
-        self.name = spec.name
-        self._paths = paths
+        self._spec = spec
         self._output = paths.logs / f"{spec.name}.out"
         self._log = paths.logs / f"{spec.name}.log"
-        # A restarted daemon appends to its files: what an earlier life said must not be taken for this one's last words.
+        # A restarted daemon appends to its files. The output of an earlier life must not be quoted as this
+        # one's.
         self._output_start = _size(self._output)
         self._log_start = _size(self._log)
         environment = os.environ | {
@@ -59,7 +50,7 @@ class Child:
             "OMP_NUM_THREADS": str(spec.num_threads),
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONUNBUFFERED": "1",
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
+            "PYTHONPATH": python_path(),
         }
         with self._output.open("ab") as output:
             self._process = subprocess.Popen(
@@ -71,7 +62,6 @@ class Child:
                 start_new_session=True,
                 pass_fds=(lock_fd,),
             )
-        self.started_s = time.monotonic()
 
     @property
     def pid(self) -> int:
@@ -83,12 +73,12 @@ class Child:
         return self._process.poll()
 
     def terminate(self) -> None:
-        """Asks it to drain. Its own children are its own business."""
+        """Sends the stop signal to the process alone; it is responsible for its own children."""
         if self._process.poll() is None:
-            self._process.send_signal(self.spec.stop_signal)
+            self._process.send_signal(self._spec.stop_signal)
 
     def kill(self) -> None:
-        """Ends it and everything in its process group at once, also what it left behind when it died."""
+        """Ends the whole process group at once, also what is left of it when the process itself is dead."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -99,11 +89,11 @@ class Child:
         return lines[-1].rsplit("\r", 1)[-1].strip() if lines else ""
 
     def complaint(self) -> str:
-        """The one message that a process with exit code 2 left for the user."""
+        """The one message for the user that a process with exit code 2 has printed."""
         lines = _tail(self._output, start=self._output_start, num_lines=20)
         # torchrun reports a failed rank after the rank's own message, which carries the rank's name.
-        own = [line for line in lines if re.match(rf"({re.escape(self.name)}(-\d+)?|error): ", line)]
-        return (own or lines or [f"{self.name}: see {self._output}"])[-1].removeprefix("error: ")
+        own = [line for line in lines if re.match(rf"({re.escape(self._spec.name)}(-\d+)?|error): ", line)]
+        return (own or lines or [f"{self._spec.name}: see {self._output}"])[-1].removeprefix("error: ")
 
     def last_words(self, *, num_lines: int = 12) -> list[str]:
         """The last lines of its output, then of the trace-back in its log if that holds one."""
@@ -114,33 +104,25 @@ class Child:
         return lines + ([*traces[-1].splitlines()[-num_lines:]] if traces else [])
 
 
-def describe_exit(code: int) -> str:
-    """An exit code in words: `exit code 1`, `killed by SIGKILL`."""
-    return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
-
-
-def marked_pids(marker: str) -> list[int]:
-    """Living processes that carry this run's marker, except this one. Empty where there is no /proc."""
-    wanted = f"{RUN_MARKER}={marker}".encode()
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # the process ended meanwhile, or is another user's
-            if int(folder.name) != os.getpid() and wanted in (folder / "environ").read_bytes().split(b"\0"):
-                found.append(int(folder.name))
-    return found
-
-
-def kill_marked(marker: str, *, timeout_s: float = 5.0) -> int:
-    """Kills every process of the run until none is left; returns how many there were."""
-    num_killed = 0
+def kill_marked(marker: str, *, timeout_s: float = 5.0) -> None:
+    """Kills every process of the run until none is left or the time is over."""
     deadline_s = time.monotonic() + timeout_s
-    while (pids := marked_pids(marker)) and time.monotonic() < deadline_s:
+    while (pids := _marked_pids(marker)) and time.monotonic() < deadline_s:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-                num_killed += 1
         time.sleep(0.05)
-    return num_killed
+
+
+def _marked_pids(marker: str) -> list[int]:
+    """Living processes with this run's marker, except this one. Empty on a system without /proc."""
+    wanted = f"{RUN_MARKER}={marker}".encode()
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # the process has ended meanwhile, or belongs to another user
+            if int(folder.name) != os.getpid() and wanted in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
 
 
 def _size(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""Small pictures made of characters: pure functions from numbers to lines of text."""
+"""Curves and bars drawn with characters: pure functions from numbers to lines of text."""
 
 from __future__ import annotations
 
@@ -11,31 +11,32 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
 def curve(values: Sequence[float], *, width: int, height: int, low: float, high: float) -> list[str]:
-    """A line through `values` in `width` x `height` characters of 2 x 4 dots, top line first. Values are averaged into columns."""
+    """A curve in `width` x `height` characters of 2 x 4 braille dots each, top line first.
+
+    `values` are averaged into 2 * `width` columns; those outside `low` to `high` are drawn at the edge.
+    """
     columns, rows = 2 * width, 4 * height
     cells = [[0] * width for _ in range(height)]
     previous: int | None = None
     for column, value in enumerate(_binned(values, columns)):
         share = (min(max(value, low), high) - low) / (high - low) if high > low else 0.0
         row = round((1 - share) * (rows - 1))
-        # Joined to its neighbour, so that a jump is a stroke and not two far dots.
-        for dot in range(
-            min(row, previous if previous is not None else row),
-            max(row, previous if previous is not None else row) + 1,
-        ):
+        # Joined to the dot before it, so that a jump is drawn as a stroke.
+        start = row if previous is None else previous
+        for dot in range(min(row, start), max(row, start) + 1):
             cells[dot // 4][column // 2] |= _DOTS[dot % 4][column % 2]
         previous = row
     return ["".join(chr(0x2800 + bits) for bits in line) for line in cells]
 
 
 def bar(share: float, *, width: int) -> str:
-    """A horizontal bar of `share` (0 to 1) of `width` characters, in eighths of a character."""
+    """A horizontal bar over `share` (0 to 1) of `width` characters, in eighths of a character."""
     eighths = round(min(max(share, 0.0), 1.0) * width * 8)
     return ("█" * (eighths // 8) + _EIGHTHS[eighths % 8]).ljust(width)[:width]
 
 
 def _binned(values: Sequence[float], num_bins: int) -> list[float]:
-    """At most `num_bins` means over equal stretches of `values`."""
+    """`values` themselves, or `num_bins` means over equal stretches of them when there are more."""
     if len(values) <= num_bins:
         return list(values)
     edges = [round(i * len(values) / num_bins) for i in range(num_bins + 1)]

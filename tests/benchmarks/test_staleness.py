@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from benchmarks.staleness import FULL_METHODS, README_METHODS, Results, grid, name_of, run
+from benchmarks.staleness import FULL_METHODS, PAGE_METHODS, Results, grid, name_of, run
 from benchmarks.staleness_cell import Cell, CellResult, build_model, run_cell
 from benchmarks.staleness_report import as_table, draw, scores
 from trainer.objectives import OBJECTIVES
@@ -119,9 +119,9 @@ def test_table_shows_best_and_worst_learning_rate(tmp_path: Path) -> None:
     ]
     done.append((replace(TINY, method="PPO", mode="mixed", lag=4), RESULT))
     assert scores(done)["none", ("fixed", 16)] == pytest.approx((0.7, 0.3))
-    assert as_table(done, README_METHODS).splitlines()[2:] == [
+    assert as_table(done, PAGE_METHODS).splitlines()[2:] == [
         "| none | 0.70 / 0.30 | – |",
         "| PPO | – | 0.50 / 0.50 |",
     ]
-    draw(done, README_METHODS, tmp_path / "docs" / "figure.png")
+    draw(done, PAGE_METHODS, tmp_path / "docs" / "figure.png")
     assert (tmp_path / "docs" / "figure.png").read_bytes().startswith(b"\x89PNG")

@@ -1,1 +1,2 @@
-"""What must hold when processes are killed and links misbehave: the promises, each a test; at length under the marker `chaos`."""
+"""Tests of the guarantees under killed processes and faulty links; the long versions have the marker
+`chaos`."""

@@ -1,6 +1,7 @@
-"""Rank 0 without a model, as a process that can be stopped: `python -m tests.chaos.consumer NUM_STEPS --config FILE key=value ...`.
+"""Rank 0 without a model, as a process of its own that a test can stop.
 
-Writes one line a step, `step ticket ticket ...`, and checks on the way that every group came whole.
+`python -m tests.chaos.consumer NUM_STEPS --config FILE key=value ...` prints one line a step, `step ticket
+ticket ...`, and checks that every group is complete.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from trainer.buffer_client.client import TrainerBufferClient
 
 
 def main() -> None:
-    """Trains every step."""
+    """Fetches and completes every step."""
     num_steps, *settings = sys.argv[1:]
     config = load_config(settings)
     with TrainerBufferClient(config, rank=0, world_size=1, device="cpu", incarnation=time.time_ns()) as link:

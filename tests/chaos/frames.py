@@ -1,4 +1,4 @@
-"""Frames that nobody who speaks the protocol would send, without end and the same ones in every run."""
+"""An endless, reproducible stream of malformed frames."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from tests.support.ledger_plant import trajectory
 
 
 class _Bomb:
-    """Says so if anybody should unpickle it."""
+    """Ends the process if it is unpickled."""
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return exec, ("raise SystemExit('a pickle was opened')",)
 
 
 def malformed(seed: int) -> Iterator[list[bytes]]:
-    """Messages that `decode` refuses."""
+    """Yields messages that `decode` refuses; the same ones for the same seed."""
     rng = random.Random(seed)
     good = [
         encode(Samples(samples=[SampleDone(lease_id=1, record=Record.of(1, 0, trajectory([0, 0, 0])))])),

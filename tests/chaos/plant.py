@@ -1,4 +1,7 @@
-"""A buffer as a process, producers as processes that reach it through a proxy, and the real trainer's link played by the test."""
+"""A job without models: a real buffer, producers behind a faulty proxy, and the trainer's client.
+
+Buffer and producers are processes; the test itself drives the trainer's real buffer client.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +36,11 @@ from trainer.buffer_client.client import TrainerBufferClient
 
 CALL_TIMEOUT_S = 30.0
 ASK_AGAIN_S = 0.5
-"""Instead of the trainer's 20 s: here every hundredth answer is lost, not one a day."""
+"""Instead of the trainer's 20 s: here one in a hundred replies is lost, not one a day."""
 
 
 def chaos_job(directory: Path, **overrides: Any) -> Config:
-    """A job over a model that is no more than its fingerprint."""
+    """The configuration of a job whose model is two empty files, enough for a fingerprint."""
     model = directory / "model"
     model.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "tokenizer.json"):
@@ -54,7 +57,7 @@ def chaos_job(directory: Path, **overrides: Any) -> Config:
 
 
 class Plant:
-    """Use `plant(...)`. Everything is killed at the end."""
+    """One job. Create it with `plant(...)`, which kills everything at the end."""
 
     def __init__(self, config: Config, *, faults: Faults, seed: int, stack: ExitStack) -> None:
         self._stack = stack
@@ -70,7 +73,7 @@ class Plant:
         stack.callback(self._kill_producers)
 
     def restart_buffer(self) -> None:
-        """SIGKILL and a new process on the same run."""
+        """Kills the buffer with SIGKILL and starts a new process on the same run."""
         self.buffer.close()
         (self.buffer.paths.endpoints / "buffer.json").unlink(
             missing_ok=True
@@ -80,7 +83,7 @@ class Plant:
     def produce(
         self, name: str, *, capacity: int = 32, sample_s: float = 0.002, num_tokens: int = 64
     ) -> subprocess.Popen[bytes]:
-        """Starts a producer, or starts it again after it was killed."""
+        """Starts a producer, also again after it was killed."""
         numbers = [str(capacity), str(sample_s), str(num_tokens)]
         settings = ["--config", str(self.buffer.paths.config), f"buffer.port={self.proxy.port}"]
         self.producers[name] = subprocess.Popen(
@@ -92,7 +95,7 @@ class Plant:
 
     @contextlib.contextmanager
     def trainer(self) -> Iterator[TrainerBufferClient]:
-        """Rank 0's link through the proxy."""
+        """The buffer client of rank 0, through the proxy."""
         before, link_module._RESEND_AFTER_S = link_module._RESEND_AFTER_S, ASK_AGAIN_S
         try:
             with TrainerBufferClient(
@@ -113,13 +116,16 @@ class Plant:
 def plant(
     directory: Path, *, faults: Faults | None = None, seed: int = 0, **overrides: Any
 ) -> Iterator[Plant]:
-    """A buffer behind a proxy."""
+    """Starts a buffer behind a proxy."""
     with ExitStack() as stack:
         yield Plant(chaos_job(directory, **overrides), faults=faults or Faults(), seed=seed, stack=stack)
 
 
 def train(link: TrainerBufferClient, *, first: int, last: int, commit_every: int = 5) -> list[Group]:
-    """Plays rank 0 from step `first` to `last`: groups in order, complete, a version, a commit after every fifth."""
+    """Does the calls of rank 0 from step `first` to before `last`; returns the groups.
+
+    Each step: fetch its groups in order, complete it, allocate a version; commit after every fifth.
+    """
     link.call(StartTraining(step=first), timeout_s=CALL_TIMEOUT_S)
     groups = []
     for step in range(first, last):
@@ -131,14 +137,17 @@ def train(link: TrainerBufferClient, *, first: int, last: int, commit_every: int
     return groups
 
 
-def books_of(link: TrainerBufferClient) -> RunCounters:
-    """The account of the run."""
-    books: RunCounters = link.call(GetRunCounters(), timeout_s=CALL_TIMEOUT_S)
-    return books
+def counters_of(link: TrainerBufferClient) -> RunCounters:
+    """The counters of the run."""
+    counters: RunCounters = link.call(GetRunCounters(), timeout_s=CALL_TIMEOUT_S)
+    return counters
 
 
 def check_groups(groups: list[Group], config: Config, *, first: int, last: int) -> None:
-    """Every place is filled once, in order, with a whole group that nobody has seen before, within the bound."""
+    """Checks the groups of these steps.
+
+    Each place is filled once, in order, with a complete group of a new ticket, within the staleness bound.
+    """
     places = [(group.step, group.position) for group in groups]
     assert places == [
         (step, position) for step in range(first, last) for position in range(config.trainer.groups_per_step)
@@ -156,8 +165,8 @@ def check_groups(groups: list[Group], config: Config, *, first: int, last: int) 
             )
 
 
-def check_books(books: RunCounters) -> None:
-    """The sums."""
-    states = {state: count for state, count in books.tickets.items() if state != "issued"}
-    assert sum(states.values()) == books.tickets["issued"], json.dumps(books.tickets)
-    assert sum(books.drops.values()) == states["dropped"], json.dumps(books.drops)
+def check_counters(counters: RunCounters) -> None:
+    """Checks that tickets by state and drops by reason add up."""
+    states = {state: count for state, count in counters.tickets.items() if state != "issued"}
+    assert sum(states.values()) == counters.tickets["issued"], json.dumps(counters.tickets)
+    assert sum(counters.drops.values()) == states["dropped"], json.dumps(counters.drops)

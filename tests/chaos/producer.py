@@ -1,8 +1,8 @@
-"""A rollout server without an engine, as a process: the real buffer client and its leases, invented trajectories.
+"""A rollout server without an engine, as a process: real buffer client, made-up trajectories.
 
-`python -m tests.chaos.producer NAME CAPACITY SECONDS_PER_SAMPLE TOKENS --config FILE key=value ...`. Runs until it is killed, or gets
-SIGTERM and leaves as a real one does. The samples of a ticket are a function of (ticket, sample), so that whoever reads one back can
-tell whether it is whole.
+`python -m tests.chaos.producer NAME CAPACITY SECONDS_PER_SAMPLE TOKENS --config FILE key=value ...` runs
+until it is killed, or leaves on SIGTERM as a real server does. A trajectory is a function of (ticket,
+sample), so that a test which reads one back can check every byte.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RESEND_AFTER_S = 0.5
 
 
 def invented(ticket_id: int, sample_index: int, *, num_tokens: int, version: int) -> Trajectory:
-    """The one trajectory of this place, but for the version that sampled it."""
+    """The trajectory of this sample; only the version may differ between calls."""
     rng = np.random.default_rng([ticket_id, sample_index])
     mask = np.arange(num_tokens) >= max(1, num_tokens // 8)
     return Trajectory(
@@ -46,7 +46,7 @@ def invented(ticket_id: int, sample_index: int, *, num_tokens: int, version: int
 
 
 def is_invented(trajectory: Trajectory, *, ticket_id: int, sample_index: int) -> bool:
-    """Whether it came through unharmed."""
+    """True when the trajectory is the one that `invented` made."""
     original = invented(
         ticket_id, sample_index, num_tokens=trajectory.num_tokens, version=trajectory.newest_version
     )
@@ -57,7 +57,7 @@ def is_invented(trajectory: Trajectory, *, ticket_id: int, sample_index: int) ->
 
 
 class Producer:
-    """Finishes each sample some time after it was leased, with the newest version there is."""
+    """Finishes each sample some time after it was leased, with the newest weight version."""
 
     def __init__(self, config: Config, name: str, *, capacity: int, sample_s: float, num_tokens: int) -> None:
         self._sample_s, self._num_tokens = sample_s, num_tokens
@@ -94,7 +94,7 @@ class Producer:
         )
 
     async def run(self) -> None:
-        """Until SIGTERM, or until the buffer does not want us."""
+        """Serves until SIGTERM, or until the buffer refuses this server."""
         self._link.announce(state=ServerState.SERVING)
         serving = asyncio.create_task(self._link.run())
         while not self._stopping.is_set() and not serving.done():

@@ -1,12 +1,12 @@
-"""A TCP proxy between a ZeroMQ peer and its listener that drops, delays, duplicates and reorders whole messages, and cuts connections.
+"""A TCP proxy for ZeroMQ that drops, delays, duplicates and reorders whole messages, and cuts connections.
 
-It reads ZMTP (3.x, NULL) far enough to know where a message ends: 64 bytes of greeting, then frames of `flags, length, body`. Commands
-(READY, PING, PONG) pass untouched, so both ends keep their session and their routing ids, and a cut is what each of them sees as a lost
-peer.
-A proxy of sockets (ROUTER to DEALER) was left out: there one side would never notice a cut.
+It parses ZMTP (3.x, NULL) as far as the ends of messages: 64 bytes of greeting, then frames of `flags,
+length, body`. Commands (READY, PING, PONG) pass unchanged, so both ends keep their session and routing ids,
+and see a cut as a lost peer. A proxy of sockets (ROUTER to DEALER) was left out: one side of it would never
+see a cut.
 
-Every direction of every connection draws from a generator of its own, seeded by (seed, connection, direction): the fate of its n-th message
-is the same in every run.
+Each direction of each connection has a random generator of its own, seeded by (seed, connection, direction),
+so the fate of its n-th message is the same in every run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MORE, _LONG, _COMMAND = 1, 2, 4
 
 @dataclass(frozen=True, kw_only=True)
 class Faults:
-    """Probability of each fate of one message; what is left is delivered as it came."""
+    """Probability of each fate of a message; the others are delivered unchanged."""
 
     drop: float = 0.0
     duplicate: float = 0.0
@@ -34,21 +34,24 @@ class Faults:
     delay: float = 0.0
     """Delivered up to `max_delay_s` later; others overtake it."""
     cut: float = 0.0
-    """Both connections end at once, and what is on its way in them is lost."""
+    """Both connections end at once, and the messages in them are lost."""
     max_delay_s: float = 0.2
 
 
 class FaultProxy:
-    """Listens on loopback and passes on to `target`, from a thread of its own. Use with `with`; `port` is where to connect."""
+    """Listens on loopback at `port` and forwards to `target`, in a thread of its own.
+
+    Use it in a `with` block.
+    """
 
     def __init__(self, target: Callable[[], str], *, faults: Faults, seed: int) -> None:
-        """`target`: `host:port`, asked for at each connection, so that the listener may be restarted elsewhere."""
+        """`target`: returns `host:port`; called for each connection, so that the listener may move."""
         self._target = target
         self.faults = faults
         """May be replaced at any time."""
         self._seed = seed
         self.fates: Counter[str] = Counter()
-        """What has befallen messages so far."""
+        """Number of messages so far by fate."""
         self._num_connections = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
@@ -77,7 +80,8 @@ class FaultProxy:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        # Not a coroutine: asyncio would keep, and complain about, a task of its own for each connection.
+        # Not a coroutine: asyncio would make a task of its own for each connection, and warn about it at the
+        # end.
         task = self._loop.create_task(self._serve(reader, writer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -101,7 +105,7 @@ class FaultProxy:
                 for way in ways:
                     way.cancel()
                 await asyncio.gather(*ways, return_exceptions=True)
-        except OSError:  # nobody listens there now: the peer will try again
+        except OSError:  # nothing listens there now: the peer will connect again
             self.fates["refused"] += 1
         finally:
             for writer in writers:
@@ -110,11 +114,11 @@ class FaultProxy:
     async def _pass_on(
         self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, rng: random.Random
     ) -> None:
-        """One direction; ends with the connection or a cut."""
+        """Forwards one direction until the connection ends or is cut."""
         left = _GREETING_BYTES
-        while (
-            left
-        ):  # in pieces as they come: each side waits for the other's first bytes before it sends the rest
+        # The greeting in pieces as they come: each side waits for the other's first bytes before it sends the
+        # rest.
+        while left:
             piece = await source.read(left)
             if not piece:
                 return
@@ -166,7 +170,10 @@ def _write(sink: asyncio.StreamWriter, message: bytes) -> None:
 
 
 async def _read_message(source: asyncio.StreamReader) -> tuple[bytes, bool]:
-    """One whole message as its bytes on the wire, or one command. Raises IncompleteReadError at the end of the stream."""
+    """The bytes of one whole message or command, and True for a command.
+
+    Raises IncompleteReadError at the end.
+    """
     parts = []
     while True:
         flags = await source.readexactly(1)

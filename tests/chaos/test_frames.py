@@ -1,4 +1,4 @@
-"""Malformed, truncated, oversized and pickled frames beside a job at work: counted and refused, process alive, memory flat, books clean."""
+"""Malformed, truncated, oversized and pickled frames during a job: refused, counted, harmless."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from launch.commands.audit import audit_run
+from launch.audit.run import audit_run
 from tests.chaos.frames import malformed
 from tests.chaos.plant import check_groups, plant, train
 
@@ -37,19 +37,22 @@ def flood(directory: Path, *, num_frames: int, num_oversized: int) -> None:
             with _sent(job.buffer.address, [[bytes(MAX_MESSAGE_BYTES + 1)]]):
                 time.sleep(0.2)
         assert job.buffer.status()["bad_frames"] == num_frames, (
-            "what is too large never gets as far as being decoded"
+            "messages that are too large are not even decoded"
         )
         assert job.buffer.rss_bytes() < 1.05 * rss_bytes
         groups += train(link, first=10, last=20)
         check_groups(groups, job.config, first=0, last=20)
         assert job.buffer.process.poll() is None
-        report = audit_run(job.buffer.paths.root)
-        assert report.is_clean, "\n".join(report.lines())
+        audit = audit_run(job.buffer.paths.root)
+        assert audit.is_clean, "\n".join(audit.lines())
 
 
 @contextmanager
 def _sent(address: str, messages: list[list[bytes]]) -> Iterator[None]:
-    """Sent by a peer of its own, which stays: leaving with answers unread would reset the connection and lose what is under way."""
+    """Sends messages from a socket that stays open.
+
+    Closing it with unread replies would reset the connection and lose the messages under way.
+    """
     context = zmq.Context()
     socket = context.socket(zmq.DEALER)
     socket.set(zmq.LINGER, 0)

@@ -1,4 +1,4 @@
-"""SIGKILL, SIGSTOP and SIGTERM under load: the ledger between producers with the real link and the real trainer's link."""
+"""SIGKILL, SIGSTOP and SIGTERM under load, to the buffer, its producers and its trainer client."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from launch.commands.audit import audit_run
-from tests.chaos.plant import Plant, books_of, check_books, check_groups, plant, train
+from launch.audit.run import audit_run
+from tests.chaos.plant import Plant, check_counters, check_groups, counters_of, plant, train
 from tests.support.buffer_harness import ROOT
 
 GROUPS_PER_STEP = 8
@@ -30,13 +30,13 @@ def settings(num_steps: int, **buffer: Any) -> dict[str, Any]:
 
 
 def check_audit(job: Plant, *, num_steps: int) -> None:
-    report = audit_run(job.buffer.paths.root)
-    assert report.is_clean, "\n".join(report.lines())
-    assert report.tickets["trained"] == num_steps * GROUPS_PER_STEP
+    audit = audit_run(job.buffer.paths.root)
+    assert audit.is_clean, "\n".join(audit.lines())
+    assert audit.tickets["trained"] == num_steps * GROUPS_PER_STEP
 
 
 class _Training(threading.Thread):
-    """Trains beside the test; `finish` raises what went wrong."""
+    """Trains in a thread beside the test; `finish` raises its error."""
 
     def __init__(self, job: Plant, *, num_steps: int) -> None:
         super().__init__(daemon=True)
@@ -48,10 +48,10 @@ class _Training(threading.Thread):
         try:
             with self._job.trainer() as link:
                 groups = train(link, first=0, last=self._num_steps)
-                books = books_of(link)
+                counters = counters_of(link)
             check_groups(groups, self._job.config, first=0, last=self._num_steps)
-            check_books(books)
-        except BaseException as error:  # of any kind: it is the test's
+            check_counters(counters)
+        except BaseException as error:  # of any kind: `finish` raises it in the test
             self._error = error
 
     def finish(self, *, timeout_s: float) -> None:
@@ -78,7 +78,7 @@ def kill_producers(directory: Path, *, num_kills: int, num_steps: int) -> None:
                 lambda status, name=victim: name not in [peer["name"] for peer in status["peers"]],
                 timeout_s=20,
             )
-            assert time.monotonic() - killed_s < 2.0 + 1.0, "its leases are late"
+            assert time.monotonic() - killed_s < 2.0 + 1.0, "its leases were taken back too late"
             job.produce(victim, sample_s=0.03)
         training.finish(timeout_s=60 + num_steps)
         assert job.buffer.terminate()[0] == 0
@@ -86,7 +86,7 @@ def kill_producers(directory: Path, *, num_kills: int, num_steps: int) -> None:
 
 
 @pytest.mark.timeout(120)
-def test_killed_producers_cost_only_what_they_were_making(tmp_path: Path) -> None:
+def test_killed_producers_cost_only_their_leases(tmp_path: Path) -> None:
     kill_producers(tmp_path, num_kills=2, num_steps=40)
 
 
@@ -111,7 +111,7 @@ def kill_buffers(directory: Path, *, num_kills: int, num_steps: int, durability:
 
 
 @pytest.mark.timeout(120)
-def test_a_killed_buffer_is_gone_on_with_by_everybody(tmp_path: Path) -> None:
+def test_producers_and_trainer_survive_a_killed_buffer(tmp_path: Path) -> None:
     kill_buffers(tmp_path, num_kills=2, num_steps=40, durability="process_crash")
 
 
@@ -132,7 +132,7 @@ def _killed_at_the_end(command: list[str]) -> Iterator[subprocess.Popen[str]]:
 
 
 def _settled(job: Plant, *, timeout_s: float = 30.0) -> dict[str, int]:
-    """Tickets by state, once nothing has happened for a second."""
+    """Tickets by state, once nothing has changed for a second."""
     deadline_s = time.monotonic() + timeout_s
     tickets: dict[str, int] = {}
     while tickets != (tickets := job.buffer.status()["tickets"]) or tickets["leased"] or tickets["queued"]:
@@ -159,7 +159,7 @@ def stop_trainer(directory: Path, *, stopped_s: float) -> None:
         ) as consumer:
             job.buffer.wait_status(lambda status: status["step"] >= 5, timeout_s=60)
             consumer.send_signal(signal.SIGSTOP)
-            # What the bound admits is made, and then everybody waits.
+            # The groups that the staleness bound admits are generated, then everything waits.
             before, rss_bytes = _settled(job), job.buffer.rss_bytes()
             time.sleep(stopped_s)
             assert job.buffer.rss_bytes() < 1.05 * rss_bytes
@@ -175,7 +175,7 @@ def stop_trainer(directory: Path, *, stopped_s: float) -> None:
 
 
 @pytest.mark.timeout(180)
-def test_a_stopped_trainer_stops_the_producers_and_nothing_grows(tmp_path: Path) -> None:
+def test_a_stopped_trainer_stops_the_producers(tmp_path: Path) -> None:
     stop_trainer(tmp_path, stopped_s=3.0)
 
 
@@ -186,14 +186,14 @@ def test_a_trainer_stopped_for_a_minute(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(90)
-def test_a_buffer_that_drains_under_load_is_unready_at_once_and_leaves_clean_books(tmp_path: Path) -> None:
+def test_a_buffer_that_drains_under_load_is_unready_at_once(tmp_path: Path) -> None:
     with plant(tmp_path, **settings(1000)) as job:
         producers = [job.produce(name) for name in ("rollout-0", "rollout-1")]
         with job.trainer() as link:
             train(link, first=0, last=10)
             asked_s = time.monotonic()
             job.buffer.process.send_signal(signal.SIGTERM)
-            with pytest.raises(OSError):  # 503, or nobody there any more
+            with pytest.raises(OSError):  # 503, or the buffer has ended
                 while time.monotonic() < asked_s + 1.0:
                     job.buffer.get("/readyz")
         assert job.buffer.process.wait(timeout=30) == 0

@@ -1,4 +1,4 @@
-"""Links that drop, duplicate, reorder and delay messages, and connections that are cut: unique ids in trained batches, sums exact."""
+"""Links that drop, duplicate, reorder, delay and cut: trained tickets are unique, counts are exact."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.commands.audit import audit_run
-from tests.chaos.plant import books_of, check_books, check_groups, plant, train
+from launch.audit.run import audit_run
+from tests.chaos.plant import check_counters, check_groups, counters_of, plant, train
 from tests.chaos.proxy import Faults
 
 FAULTS = Faults(drop=0.01, duplicate=0.05, reorder=0.05, delay=0.05, cut=0.003)
@@ -21,15 +21,15 @@ def run(directory: Path, *, num_steps: int, seed: int) -> None:
         with job.trainer() as link:
             groups = train(link, first=0, last=num_steps)
             job.proxy.faults = Faults()
-            books = books_of(link)
+            counters = counters_of(link)
         check_groups(groups, job.config, first=0, last=num_steps)
-        check_books(books)
-        assert books.tickets["trained"] == num_steps * 8
+        check_counters(counters)
+        assert counters.tickets["trained"] == num_steps * 8
         fates = job.proxy.fates
         assert all(fates[fate] for fate in ("dropped", "duplicated", "reordered", "delayed", "cut")), fates
         assert job.buffer.terminate()[0] == 0
-        report = audit_run(job.buffer.paths.root)
-        assert report.is_clean, "\n".join(report.lines())
+        audit = audit_run(job.buffer.paths.root)
+        assert audit.is_clean, "\n".join(audit.lines())
 
 
 @pytest.mark.timeout(120)

@@ -1,6 +1,7 @@
-"""Engines that die in the middle of a broadcast, at seeded moments, while all of them generate.
+"""Engines that are killed in the middle of a broadcast, at seeded moments, while all of them generate.
 
-Every token says which weights sampled it; its log-prob is recomputed under those. One from a partial update would agree with none.
+Every token carries the version of the weights that sampled it, and its log-prob is recomputed under these.
+After a partial update it would match no version.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from trainer.weight_sync.broadcaster import Broadcaster, PushOutcome
 PROMPT = [5, 17, 3]
 DEADLINE_S = 20.0
 NUM_CHECKED = 40
-"""Generations of a life of the job whose log-probs are recomputed, mixed ones first."""
+"""Number of generations whose log-probs are recomputed, those of several versions first."""
 
 
 class Server:
-    """A rollout server's engine and weight plane, with requests that never end."""
+    """The engine and the weight receiver of a rollout server, with a constant load of requests."""
 
     def __init__(self, name: str, model: Path, folder: Path) -> None:
         config = from_mapping(
@@ -61,7 +62,7 @@ class Server:
 
     @property
     def entry(self) -> ServerEntry:
-        """What the directory says."""
+        """The server as the buffer would list it."""
         return ServerEntry(
             name=self.name,
             incarnation=self.incarnation,
@@ -75,7 +76,7 @@ class Server:
         self.state = "serving"
 
     async def start(self) -> None:
-        """An engine with the first weights, and work for it."""
+        """Starts an engine with the first weights, and its load."""
         client = await self.engine.start(version=0)
         self.receiver.set_engine(client)
         self.state = "quarantined" if self.engine.num_starts > 1 else "serving"
@@ -89,7 +90,7 @@ class Server:
         await asyncio.gather(*self._tasks)
 
     async def start_again(self) -> None:
-        """When the death of the engine has been noticed and answered for."""
+        """Starts another engine, after the requests to the dead one have failed."""
         await asyncio.gather(*self._tasks)
         self.incarnation += 1
         await self.start()
@@ -107,7 +108,7 @@ class Server:
 
 
 async def kill_in_mid_broadcast(folder: Path, *, seeds: range) -> tuple[list[Generation], int]:
-    """Everything that was generated, and how many pushes the deaths broke."""
+    """Returns all generations, and the number of pushes that failed because an engine died."""
     model = save_model(folder / "model", "llama")
     servers = [Server(name, model, folder) for name in ("one", "two")]
     await asyncio.gather(*(server.start() for server in servers))
@@ -132,17 +133,17 @@ async def kill_in_mid_broadcast(folder: Path, *, seeds: range) -> tuple[list[Gen
         await push_to_all()
         dead: list[Server] = []
         for seed in seeds:
-            luck = random.Random(seed)
+            rng = random.Random(seed)
             await asyncio.gather(*(server.start_again() for server in dead))
             usual_s = await push_to_all()
-            victim, survivor = luck.sample(servers, 2)
+            victim, survivor = rng.sample(servers, 2)
             pushing = asyncio.create_task(push())
-            await asyncio.sleep(luck.uniform(0, usual_s))
+            await asyncio.sleep(rng.uniform(0, usual_s))
             victim.engine.kill()
             dead, killed_s = [victim], time.monotonic()
             outcome = await pushing
             num_broken += "broadcast" in outcome.failed
-            while survivor.name not in outcome.activated:  # the publisher would try again at once
+            while survivor.name not in outcome.activated:  # the publisher would push again at once
                 assert time.monotonic() - killed_s < DEADLINE_S, outcome.failed
                 outcome = await push()
             seen = len(survivor.generations)
@@ -157,7 +158,7 @@ async def kill_in_mid_broadcast(folder: Path, *, seeds: range) -> tuple[list[Gen
 
 
 def weights(model: Path, version: int) -> dict[str, torch.Tensor]:
-    """Those of a version; the first are the model's own."""
+    """The weights of a version; version 0 is the model's own."""
     generator = torch.Generator().manual_seed(version)
     return {
         name: tensor + 0.05 * bool(version) * torch.randn(tensor.shape, generator=generator)
@@ -166,7 +167,7 @@ def weights(model: Path, version: int) -> dict[str, torch.Tensor]:
 
 
 def check(model: Path, generations: list[Generation]) -> None:
-    """Log-probs under the attested weights."""
+    """Compares log-probs with those under the weights of each token's version."""
     mixed_first = sorted(
         generations, key=lambda generation: len(set(generation.versions.tolist())), reverse=True
     )
@@ -189,7 +190,7 @@ def run(folder: Path, *, seeds: range) -> None:
 
 
 @pytest.mark.timeout(240)
-def test_engines_killed_in_mid_broadcast_serve_no_partial_update(tmp_path: Path) -> None:
+def test_killed_engines_serve_no_partial_update(tmp_path: Path) -> None:
     run(tmp_path, seeds=range(2))
 
 

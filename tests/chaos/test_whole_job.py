@@ -1,4 +1,4 @@
-"""A real job in which something is killed every quarter of a minute: buffer, trainer, servers and their engines, at seeded times."""
+"""A real job whose buffer, trainer, servers and engines are killed at random, about every 15 seconds."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from launch.commands.audit import audit_run
-from tests.support.launching import launcher, num_steps_done, processes_of, wait_until
+from launch.audit.run import audit_run
+from tests.support.launching import finish, launcher, num_steps_done, processes_of, wait_for_steps
 
 MEAN_PAUSE_S = 15.0
 _CALM_S = 60.0
-"""No daemon is killed a third time within it: a supervisor rightly gives up what dies again and again before it is well."""
+"""No daemon is killed three times within it: the launcher would rightly give up on it."""
 SETTINGS = (
     "name=x",
     "model.warm_start_steps=0",
@@ -37,16 +37,16 @@ SETTINGS = (
 
 
 class Killer:
-    """Picks a victim among the living, and remembers."""
+    """Kills one process after the other, and records when."""
 
     def __init__(self, root: Path, victims: dict[str, str], *, seed: int) -> None:
-        """`victims`: a name for each, and what its command line contains."""
+        """`victims`: name -> a part of the command line."""
         self._root, self._victims = root, victims
         self.rng = random.Random(seed)
         self.kills: dict[str, list[float]] = defaultdict(list)
 
     def strike(self) -> None:
-        """SIGKILL for one of those that may be killed."""
+        """Sends SIGKILL to one of the processes that may be killed now."""
         now_s = time.monotonic()
         living = processes_of(self._root)
         names = [
@@ -66,7 +66,7 @@ class Killer:
 @pytest.mark.chaos
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("num_shards", "duration_s"), [(1, 1800.0), (2, 600.0)])
-def test_a_job_under_fire_loses_nothing(tmp_path: Path, num_shards: int, duration_s: float) -> None:
+def test_a_job_with_random_kills_loses_nothing(tmp_path: Path, num_shards: int, duration_s: float) -> None:
     root = tmp_path / "runs" / "x"
     victims = {
         "trainer": "-m trainer --config",
@@ -79,26 +79,23 @@ def test_a_job_under_fire_loses_nothing(tmp_path: Path, num_shards: int, duratio
     }
     killer = Killer(root, victims, seed=num_shards)
     with launcher(*SETTINGS, f"buffer.num_shards={num_shards}", cwd=tmp_path) as process:
-        wait_until(lambda: num_steps_done(root) > 5, timeout_s=180, what="training")
+        wait_for_steps(5, root, process=process)
         end_s = time.monotonic() + duration_s
         while (pause_s := killer.rng.expovariate(1 / MEAN_PAUSE_S)) < end_s - time.monotonic():
             time.sleep(pause_s)
             assert process.poll() is None, process.communicate()
             killer.strike()
-        # What was killed last comes back, and then the job goes on.
-        num_done = num_steps_done(root)
-        wait_until(
-            lambda: num_steps_done(root) > num_done + 5, timeout_s=180, what="training after the last kill"
-        )
+        # The last victim is started again, and the job goes on.
+        wait_for_steps(num_steps_done(root) + 5, root, process=process)
         process.terminate()
-        out, err = process.communicate(timeout=90)
-    assert (process.returncode, err) == (0, ""), out + err
+        code, out, err = finish(process, root)
+    assert (code, err) == (0, ""), out + err
     assert len(killer.kills) == len(victims), dict(killer.kills)
-    report = audit_run(root)
-    assert report.is_clean, "\n".join(report.lines())
-    pending = sum(report.tickets.get(state, 0) for state in ("queued", "leased", "ready", "batched"))
-    ended = report.tickets["trained"] + report.tickets.get("dropped", 0) + report.tickets.get("evaluated", 0)
-    assert report.tickets["issued"] == pending + ended and report.tickets.get("dropped", 0) == sum(
-        report.drops.values()
+    audit = audit_run(root)
+    assert audit.is_clean, "\n".join(audit.lines())
+    pending = sum(audit.tickets.get(state, 0) for state in ("queued", "leased", "ready", "batched"))
+    ended = audit.tickets["trained"] + audit.tickets.get("dropped", 0) + audit.tickets.get("evaluated", 0)
+    assert audit.tickets["issued"] == pending + ended and audit.tickets.get("dropped", 0) == sum(
+        audit.drops.values()
     )
-    print(f"{sum(map(len, killer.kills.values()))} kills in {duration_s:.0f} s", *report.lines(), sep="\n")
+    print(f"{sum(map(len, killer.kills.values()))} kills in {duration_s:.0f} s", *audit.lines(), sep="\n")

@@ -1,4 +1,4 @@
-"""One greedy sample beside each group: asked for, carried, kept out of filters and of what is learned from."""
+"""One greedy sample beside each group: requested, delivered, kept out of group filters and of training."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from tests.support.buffer_harness import (
     running_buffer,
     trainer_hello,
 )
+from tests.support.launching import TEST_LIMIT_S, WAIT_LIMIT_S
 from tests.support.ledger_plant import add_server, deliver, done, new_ledger, trajectory
 from tests.support.rollout_harness import ServerProcess
 from tests.support.trainer_helpers import random_groups, write_model
@@ -63,7 +64,7 @@ def test_a_group_has_one_more_sample_which_is_greedy() -> None:
     )
 
 
-def test_only_what_is_missing_is_leased_again_in_its_own_kind() -> None:
+def test_only_missing_samples_are_leased_again() -> None:
     ledger = new_ledger(group_size=2, num_greedy=1)
     add_server(ledger, "a", capacity=3)
     (lease,) = leases_of(ledger)
@@ -88,7 +89,7 @@ def test_a_sample_of_the_other_kind_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("rewards", "num_dropped"), [((1.0, 1.0, 0.0), 1), ((1.0, 0.0, 1.0), 0)])
-def test_the_greedy_reward_is_no_spread(rewards: tuple[float, ...], num_dropped: int) -> None:
+def test_the_greedy_reward_does_not_count_as_spread(rewards: tuple[float, ...], num_dropped: int) -> None:
     ledger = new_ledger(group_size=2, num_greedy=1, group_filter="spread")
     add_server(ledger, "a", capacity=3)
     (lease,) = leases_of(ledger)
@@ -112,7 +113,7 @@ def test_the_greedy_sample_counts_for_version_and_lag() -> None:
     assert ledger.drops[Drop.REJECTED] == 1
 
 
-def test_without_samples_there_is_nothing_to_compare() -> None:
+def test_a_baseline_needs_samples_to_compare_with() -> None:
     with pytest.raises(ConfigError, match=r"sampling\.group_size must be at least 1"):
         SamplingConfig(group_size=0, greedy_baseline=True)
 
@@ -128,8 +129,8 @@ class AboveQuarter(Advantage):
         return [trajectory.reward - 0.25 for trajectory in group]
 
 
-def test_a_step_compares_with_the_greedy_sample_and_learns_nothing_from_it(tmp_path: Path) -> None:
-    """The same gradient as with its reward known beforehand, a penalty that the greedy sample does not pay included."""
+def test_a_step_does_not_learn_from_the_greedy_sample(tmp_path: Path) -> None:
+    """The gradient is that of an advantage with the greedy reward as a constant, KL penalty included."""
     ranks, path = Ranks.alone(), write_model(tmp_path)
     kl = {"kl": {"coef": 0.05, "estimator": "k1", "place": "reward"}}
     with_greedy = [
@@ -152,9 +153,9 @@ def test_a_step_compares_with_the_greedy_sample_and_learns_nothing_from_it(tmp_p
 NUM_STEPS, GROUPS = 2, 4
 
 
-@pytest.mark.timeout(120)
-def test_real_servers_answer_greedily_where_they_are_asked_to(tmp_path: Path) -> None:
-    """Buffer, server and engine as processes: the baseline of a prompt is the same text whenever it is asked for under the same weights."""
+@pytest.mark.timeout(TEST_LIMIT_S)
+def test_real_servers_give_one_greedy_answer(tmp_path: Path) -> None:
+    """Under the same weights, real processes give the same greedy answer to a prompt every time."""
     model = tmp_path / "model"
     build_tiny_model(model, seed=0, warm_start_steps=5, swap_prob=0.5)
     with ExitStack() as stack:
@@ -171,7 +172,7 @@ def test_real_servers_answer_greedily_where_they_are_asked_to(tmp_path: Path) ->
         )
         server = ServerProcess(config)
         stack.callback(server.close)
-        groups, books = asyncio.run(_train(buffer, model))
+        groups, counters = asyncio.run(_train(buffer, model))
     assert all([t.is_greedy for t in group.trajectories] == [False] * 3 + [True] for group in groups)
     texts: dict[int, set[tuple[int, ...]]] = {}
     sampled: dict[int, set[tuple[int, ...]]] = {}
@@ -184,8 +185,8 @@ def test_real_servers_answer_greedily_where_they_are_asked_to(tmp_path: Path) ->
         len(drawn) > 3 for drawn in sampled.values()
     )
     assert (
-        books.tickets["batched"] == NUM_STEPS * GROUPS
-        and books.counters["samples_trained"] == NUM_STEPS * GROUPS * 3
+        counters.tickets["batched"] == NUM_STEPS * GROUPS
+        and counters.counters["samples_trained"] == NUM_STEPS * GROUPS * 3
     )
 
 
@@ -198,7 +199,7 @@ async def _train(buffer: BufferProcess, model: Path) -> tuple[list[Group], RunCo
         trainer = PlayedTrainer(config, link)
         await trainer.call(StartTraining(step=0))
         await trainer.call(
-            RequestEval(eval_id=0, num_prompts=2, min_version=0), timeout_s=60
+            RequestEval(eval_id=0, num_prompts=2, min_version=0), timeout_s=WAIT_LIMIT_S
         )  # the engine has started
         groups = [group for step in range(NUM_STEPS) for group in await trainer.train(step)]
         return groups, await trainer.call(GetRunCounters())

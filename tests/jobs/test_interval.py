@@ -1,4 +1,4 @@
-"""Sync intervals: weights every I steps, groups of one version, each interval trained on its own (what OAPL asks of the system)."""
+"""Sync intervals (OAPL): weights every I steps, groups of one version, each interval trained on its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from buffer.scheduling.staleness import StalenessBound
 from buffer.settings import LedgerSettings
 from buffer.tickets import Drop, State
 from tests.support.buffer_harness import BufferProcess, job
-from tests.support.launching import launcher
+from tests.support.launching import TEST_LIMIT_S, finish, launcher
 from tests.support.ledger_plant import Plant, PlantServer, add_server, beat, deliver, done, failed, new_ledger
 from tests.support.trainer_helpers import write_model
 from tests.trainer.test_daemon import trainer
@@ -31,35 +31,35 @@ def interval_ledger(**settings: object) -> Ledger:
     return new_ledger(**(defaults | {"sync_interval": INTERVAL, "group_filter": "single_version"} | settings))
 
 
-def finish(ledger: Ledger, lease: Lease, *, version: int = 0) -> None:
+def deliver_lease(ledger: Ledger, lease: Lease, *, version: int = 0) -> None:
     """Delivers a whole lease of server "a"."""
     for index in lease.sample_indices:
         deliver(ledger, "a", done(lease, index, [version], reward=float(index)))
 
 
 def grant(ledger: Ledger) -> list[Lease]:
-    """What server "a" gets now."""
+    """The leases that server "a" gets now."""
     return ledger.grant(now_s=0.0).get("a", [])
 
 
-def test_a_group_may_be_recorded_within_its_bound_and_within_its_interval() -> None:
+def test_a_group_has_a_deadline_within_bound_and_interval() -> None:
     every_step, by_three = StalenessBound(4, sync_interval=1), StalenessBound(4, sync_interval=3)
     assert [every_step.deadline(floor, max_staleness=4) for floor in range(4)] == [4, 5, 6, 7]
     assert [by_three.deadline(floor, max_staleness=4) for floor in range(7)] == [2, 2, 2, 5, 5, 5, 8]
     assert [by_three.deadline(floor, max_staleness=1) for floor in range(4)] == [1, 2, 2, 4]
 
 
-def test_an_interval_admits_its_own_steps_groups_with_replacements_and_no_more() -> None:
+def test_an_interval_admits_only_the_groups_of_its_steps() -> None:
     ledger = interval_ledger(max_sample_retries=0)
     add_server(ledger, "a", capacity=100)
     leases = grant(ledger)
-    assert len(leases) == INTERVAL, "(0 + 1) * I * B, although the bound of 4 would allow five"
+    assert len(leases) == INTERVAL, "(0 + 1) * I * B = 3, although the staleness bound of 4 would allow five"
     ledger.sample_failed("a", failed(leases[0], 0))
     (replacement,) = grant(ledger)
     for lease in (*leases[1:], replacement):
-        finish(ledger, lease)
+        deliver_lease(ledger, lease)
     for step in range(INTERVAL):
-        assert grant(ledger) == [], "what comes next is sampled with the next interval's weights"
+        assert grant(ledger) == [], "the next groups are sampled with the next interval's weights"
         ledger.complete_step(incarnation=1, step=step)
     assert grant(ledger) == []
     beat(ledger, "a", capacity=100, version=ledger.alloc_version(incarnation=1, step=INTERVAL))
@@ -67,12 +67,13 @@ def test_an_interval_admits_its_own_steps_groups_with_replacements_and_no_more()
     assert ledger.drops == {Drop.FAILED: 1}
 
 
-def test_what_belongs_to_an_earlier_interval_drops_as_interval_and_its_prompt_comes_again() -> None:
-    """An engine that was restarted with the weights it began with: within the bound of 4, but the interval they belong to is over."""
+def test_a_group_of_an_earlier_interval_is_dropped_and_retried() -> None:
+    """The group of an engine that was restarted with its first weights is too late for their interval, though
+    within the staleness bound of 4."""
     ledger = interval_ledger()
     add_server(ledger, "a", capacity=100)
     for lease in grant(ledger):
-        finish(ledger, lease)
+        deliver_lease(ledger, lease)
     for step in range(INTERVAL):
         ledger.complete_step(incarnation=1, step=step)
     version = ledger.alloc_version(incarnation=1, step=INTERVAL)
@@ -80,16 +81,16 @@ def test_what_belongs_to_an_earlier_interval_drops_as_interval_and_its_prompt_co
     late, *others = grant(ledger)
     deliver(ledger, "a", done(late, 0, [0]))
     assert ledger.drops == {Drop.INTERVAL: 1}
-    assert ledger.take_aborts() == {"a": [late.lease_id]}, "its other sample is for nothing"
+    assert ledger.take_aborts() == {"a": [late.lease_id]}, "its other sample is of no use"
     (again,) = grant(ledger)
     assert again.prompt_index == late.prompt_index
     for lease in (again, *others):
-        finish(ledger, lease, version=version)
+        deliver_lease(ledger, lease, version=version)
     counts = ledger.num_by_state()
     assert counts[State.BATCHED] + counts[State.READY] == 2 * INTERVAL, "both intervals are full"
 
 
-def test_a_group_that_mixes_weights_is_refused_with_a_reason_and_a_repeated_push_is_no_mixture() -> None:
+def test_a_group_of_mixed_weights_is_refused_with_a_reason() -> None:
     ledger = interval_ledger()
     add_server(ledger, "a", capacity=100)
     first, second, _ = grant(ledger)
@@ -98,7 +99,7 @@ def test_a_group_that_mixes_weights_is_refused_with_a_reason_and_a_repeated_push
     deliver(ledger, "a", done(first, 0, [again]))
     deliver(ledger, "a", done(first, 1, [again, other]))
     assert ledger.num_by_state()[State.BATCHED] == 1, (
-        "the same weights, sent twice for a server that came late"
+        "the same weights under two versions, pushed again for a server that joined late"
     )
     deliver(ledger, "a", done(second, 0, [0]))
     deliver(ledger, "a", done(second, 1, [0, again]))
@@ -114,7 +115,7 @@ def test_a_group_that_mixes_weights_is_refused_with_a_reason_and_a_repeated_push
 
 @dataclass
 class DrainPlant(Plant):
-    """Pushes only at the interval's end, and only into engines that have finished what they run; one version a sequence."""
+    """Pushes only at the end of an interval, and only into idle engines: one version a sequence."""
 
     interval: int = 1
     versions_trained: list[tuple[int, set[int]]] = field(default_factory=list)
@@ -122,7 +123,7 @@ class DrainPlant(Plant):
     def _finish(
         self, server: PlantServer, lease: Lease, index: int, first_version: int, num_tokens: int
     ) -> None:
-        assert server.version == first_version, "a drain lets sequences end before weights change"
+        assert server.version == first_version, "a drain lets sequences end before the weights change"
         super()._finish(server, lease, index, first_version, num_tokens)
 
     def _end_step(self, step: int) -> None:
@@ -154,7 +155,7 @@ class DrainPlant(Plant):
 
 @pytest.mark.parametrize("step_s", [0.2, 4.0])
 @pytest.mark.parametrize("fail_probability", [0.0, 0.05])
-def test_every_interval_is_trained_on_one_version_of_its_own(step_s: float, fail_probability: float) -> None:
+def test_every_interval_is_trained_on_its_own_version(step_s: float, fail_probability: float) -> None:
     ledger = new_ledger(
         max_staleness=4,
         sync_interval=4,
@@ -187,7 +188,7 @@ def test_every_interval_is_trained_on_one_version_of_its_own(step_s: float, fail
 # --- settings ---
 
 
-def test_the_preset_of_oapl_sets_everything_that_it_needs_and_each_may_be_overridden() -> None:
+def test_the_oapl_preset_sets_all_it_needs_and_can_be_changed() -> None:
     config = load_config(["objective=oapl", "objective.beta2=0.2", "weights.sync_interval=5"])
     assert (config.objective["name"], config.objective["beta2"]) == ("oapl", 0.2)
     assert (config.weights.update_mode, config.weights.sync_interval, config.buffer.group_filter) == (
@@ -198,7 +199,7 @@ def test_the_preset_of_oapl_sets_everything_that_it_needs_and_each_may_be_overri
     assert LedgerSettings.from_config(config).sync_interval == 5
     anywhere = load_config(["weights.sync_interval=3"])
     assert LedgerSettings.from_config(anywhere).sync_interval == 1, (
-        "where groups may span a push, only pushes get rarer"
+        "where groups may span a push, the interval only makes pushes rarer"
     )
 
 
@@ -224,14 +225,14 @@ def test_a_contradiction_names_both_keys(settings: list[str], parts: list[str]) 
 # --- with the real daemons ---
 
 
-@pytest.mark.timeout(60)
-def test_a_trainer_refuses_oapl_on_groups_that_may_mix_versions(tmp_path: Path) -> None:
+@pytest.mark.timeout(TEST_LIMIT_S)
+def test_a_trainer_refuses_oapl_on_groups_of_mixed_versions(tmp_path: Path) -> None:
     buffer = BufferProcess(
         job(tmp_path, model={"path": write_model(tmp_path / "model")}, objective={"name": "oapl"})
     )
     try:
         with trainer(buffer) as process:
-            _, err = process.communicate(timeout=50)
+            _, err = process.communicate()
             assert process.returncode not in (None, 0)
             assert "buffer.group_filter=single_version" in err and "objective=oapl" in err
     finally:
@@ -252,17 +253,16 @@ def run_job(
     tmp_path: Path, cache: dict[str, str], *settings: str
 ) -> tuple[list[dict[str, object]], dict[str, object]]:
     """(rows of metrics.jsonl, summary.json) of a whole job."""
-    with launcher(*SMALL, *settings, cwd=tmp_path, environment=cache) as process:
-        _, err = process.communicate(timeout=140)
-        assert process.returncode == 0, err
     root = tmp_path / "runs" / "x"
-    return [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()], json.loads(
-        (root / "summary.json").read_text()
-    )
+    with launcher(*SMALL, *settings, cwd=tmp_path, environment=cache) as process:
+        code, _, err = finish(process, root)
+        assert code == 0, err
+    rows = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+    return rows, json.loads((root / "summary.json").read_text())
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(TEST_LIMIT_S)
 def test_oapl_runs_by_its_name_alone(tmp_path: Path, cache: dict[str, str]) -> None:
     rows, summary = run_job(tmp_path, cache, "objective=oapl", "trainer.num_steps=10")
     assert [row["lag_max"] for row in rows] == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
@@ -271,11 +271,10 @@ def test_oapl_runs_by_its_name_alone(tmp_path: Path, cache: dict[str, str]) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(150)
-def test_an_automatic_bound_moves_in_a_real_run_and_survives_a_resume(
-    tmp_path: Path, cache: dict[str, str]
-) -> None:
-    # With an entropy bonus groups without spread are run as well: a step in which nothing is run says nothing about its ESS.
+@pytest.mark.timeout(TEST_LIMIT_S)
+def test_an_automatic_bound_moves_and_survives_a_resume(tmp_path: Path, cache: dict[str, str]) -> None:
+    # With an entropy bonus, groups without spread are trained as well. Without any training a step has no
+    # ESS.
     auto = (
         "max_staleness=auto",
         "max_staleness_cap=2",
@@ -286,7 +285,8 @@ def test_an_automatic_bound_moves_in_a_real_run_and_survives_a_resume(
     rows, summary = run_job(tmp_path, cache, *auto, "trainer.num_steps=22")
     assert [row["max_staleness"] for row in rows[:8]] == [0] * 8
     assert [row["lag_max"] for row in rows[:8]] == [0] * 8
-    assert rows[12]["max_staleness"] == 1 and max(row["lag_max"] for row in rows) <= 2  # type: ignore[type-var]
+    assert rows[12]["max_staleness"] == 1
+    assert max(row["lag_max"] for row in rows) <= 2  # type: ignore[type-var]
     assert summary["drops"] == dict.fromkeys(Drop, 0)
     rows, _ = run_job(tmp_path, cache, "resume=latest", "trainer.num_steps=24")
     assert rows[22]["max_staleness"] == rows[21]["max_staleness"], "not from 0 again"

@@ -1,4 +1,4 @@
-"""docs/reference/metrics.md names every column of a metrics row and every Prometheus series, and none that does not exist."""
+"""docs/reference/metrics.md names every column of a metrics row and every Prometheus series, and no others."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OF_THE_LEADER = {"max_staleness", "freeze_s", "push_s", "weights_version", "weig
 
 
 def named_columns() -> set[str]:
-    """Every column in the first table, first cell of its rows."""
+    """Every column: the first cells of the first table's rows."""
     table = PAGE.partition("## Prometheus")[0]
     return {name for row in re.findall(r"^\| (`.*?) \|", table, re.M) for name in re.findall(r"`(\w+)`", row)}
 
@@ -58,7 +58,7 @@ def test_every_column_is_on_the_page(tmp_path: Path, ranks: Ranks) -> None:
 
 
 def series_of(registry: CollectorRegistry) -> set[str]:
-    """Names as they are queried."""
+    """Names of the series as in a query."""
     families = [family for family in registry.collect() if family.name.startswith(PREFIX)]
     return {f"{family.name}_total" if family.type == "counter" else family.name for family in families}
 

@@ -1,4 +1,7 @@
-"""Whole jobs whose buffer and trainer are killed, with the real daemons: nothing lost, nothing twice, the same weights to the last bit."""
+"""Whole jobs whose buffer and trainer are killed, with the real daemons: nothing is lost or done twice.
+
+One run with three killed trainers is recorded and shared by the tests that only read it and replay it.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,29 @@ import signal
 import sqlite3
 import subprocess
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.support.launching import areal_like, launcher, num_steps_done, processes_of, wait_until
+from areal_like.runtime.command_line import load_config
+from tests.support.launching import (
+    TEST_LIMIT_S,
+    areal_like,
+    finish,
+    launcher,
+    num_steps_done,
+    processes_of,
+    wait_for_steps,
+)
 from tests.support.small_disk import small_disk
+from trainer.replay.recording import Recording
 
-pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(TEST_LIMIT_S), pytest.mark.slow]
 SMALL = (
     "name=x",
-    "model.warm_start_steps=20",
+    "model.warm_start_steps=0",
+    "task._target_=tests.support.rollout_tasks.Checksum",
     "sampling.group_size=4",
     "trainer.groups_per_step=4",
     "eval.num_prompts=0",
@@ -28,6 +43,8 @@ SMALL = (
     "weights.push_deadline_s=10",
     "max_staleness=2",
 )
+NUM_STEPS = 16
+DEATHS = ("update:5", "save:7", "commit:11")
 
 
 @pytest.fixture
@@ -45,8 +62,8 @@ def query(root: Path, sql: str) -> list[tuple[object, ...]]:
         return connection.execute(sql).fetchall()
 
 
-def places(root: Path) -> dict[tuple[object, object], object]:
-    """(step, position) -> ticket id, of everything that was recorded and not dropped."""
+def filled_places(root: Path) -> dict[tuple[object, object], object]:
+    """(step, position) -> ticket id, of every group that was recorded and not dropped."""
     rows = query(root, "SELECT step, position, ticket_id FROM tickets WHERE state IN ('batched', 'trained')")
     assert len({row[:2] for row in rows}) == len(rows), "two groups in one place"
     return {(step, position): ticket_id for step, position, ticket_id in rows}
@@ -58,32 +75,50 @@ def pid_of(root: Path, part: str) -> int:
 
 
 def command(*words: str, cwd: Path) -> str:
-    """`areal-like WORDS`, which must succeed."""
+    """Runs `areal-like WORDS`, which must succeed; returns its output."""
     run = areal_like(*words, cwd=cwd)
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout
 
 
-def test_a_trainer_killed_at_each_point_ends_with_the_weights_of_an_unbroken_run(
-    tmp_path: Path, root: Path, cache: dict[str, str]
-) -> None:
-    deaths = ["update:5", "save:7", "commit:11"]
+def rows_of(root: Path) -> list[dict[str, float]]:
+    """metrics.jsonl."""
+    return [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BrokenRun:
+    """A finished run whose trainer was killed three times."""
+
+    folder: Path
+    """Its working directory."""
+    root: Path
+    out: str
+    """Output of its launcher."""
+    places: dict[tuple[object, object], object]
+    """Every place that was ever seen filled, and its ticket."""
+
+
+@pytest.fixture(scope="module")
+def broken_run(tmp_path_factory: pytest.TempPathFactory, cache: dict[str, str]) -> BrokenRun:
+    """A run in which the trainer dies before, while and after a checkpoint is written."""
+    folder = tmp_path_factory.mktemp("broken")
+    root = folder / "runs" / "x"
     settings = (
         *SMALL,
-        "trainer.num_steps=16",
+        f"trainer.num_steps={NUM_STEPS}",
         "trainer.checkpoint_interval=4",
         "buffer.retain_trajectories=true",
         "objective._target_=tests.support.fault_points.Doomed",
-        f"objective.folder={tmp_path}",
-        f"objective.deaths='{' '.join(deaths)}'",
+        f"objective.folder={folder}",
+        f"objective.deaths='{' '.join(DEATHS)}'",
     )
     seen: dict[tuple[object, object], object] = {}
-    with launcher(*settings, cwd=tmp_path, environment=cache) as process:
+    with launcher(*settings, cwd=folder, environment=cache) as process:
         while process.poll() is None:
-            now = places(root)
-            assert not {place for place in seen if now.get(place, seen[place]) != seen[place]}, (
-                "a place was given to another group"
-            )
+            now = filled_places(root)
+            moved = {place for place in seen if now.get(place, seen[place]) != seen[place]}
+            assert not moved, "a place was given to another group"
             seen |= now
             try:
                 process.wait(timeout=0.3)
@@ -91,32 +126,59 @@ def test_a_trainer_killed_at_each_point_ends_with_the_weights_of_an_unbroken_run
                 continue
         out, err = process.communicate()
     assert (process.returncode, err) == (0, ""), out + err
-    assert all((tmp_path / death).exists() for death in deaths)
-    assert (
-        out.count("trainer ended (killed by SIGKILL): starting it again") == 3
-        and "rollout-0 ended" not in out
-    )
-    assert [json.loads(line)["step"] for line in (root / "metrics.jsonl").read_text().splitlines()] == list(
-        range(16)
-    )
-    command("audit", "x", cwd=tmp_path)
+    return BrokenRun(folder=folder, root=root, out=out, places=seen)
 
-    assert places(root) == seen and len(seen) == 64
+
+def test_a_trainer_killed_at_each_point_loses_nothing(broken_run: BrokenRun) -> None:
+    root, out = broken_run.root, broken_run.out
+    assert all((broken_run.folder / death).exists() for death in DEATHS)
+    assert out.count("trainer ended (killed by SIGKILL): starting it again") == 3
+    assert "rollout-0 ended" not in out
+    assert [row["step"] for row in rows_of(root)] == list(range(NUM_STEPS))
+    command("audit", "x", cwd=broken_run.folder)
+
+    assert filled_places(root) == broken_run.places and len(broken_run.places) == 4 * NUM_STEPS
     rollbacks = query(root, "SELECT from_step, to_step FROM rollbacks ORDER BY id")
     assert rollbacks[:2] == [(5, 4), (8, 4)], rollbacks
-    assert {to_step for _, to_step in rollbacks[2:]} <= {12} and len(rollbacks) <= 3, (
-        "steps that were done while 12 was being written"
-    )
+    # The third: only steps that were done while the checkpoint of step 12 was being written.
+    assert {to_step for _, to_step in rollbacks[2:]} <= {12} and len(rollbacks) <= 3
     versions = query(root, "SELECT version, parent, trainer_incarnation FROM versions ORDER BY version")
-    assert [row[0] for row in versions] == list(range(1, len(versions) + 1)) and len(
-        {row[2] for row in versions}
-    ) == 4
+    assert [row[0] for row in versions] == list(range(1, len(versions) + 1))
+    assert len({row[2] for row in versions}) == 4
     assert query(root, "SELECT * FROM leases") == [] and query(root, "SELECT * FROM attempts") == []
-    told = command("replay", "x", cwd=tmp_path)
-    assert "weights after step 12, 16: equal to those of the run, to the last bit" in told, told
 
 
-def test_a_run_goes_on_without_the_checkpoints_that_a_full_disk_prevents_but_not_its_last(
+def test_a_replay_gives_the_weights_of_the_broken_run(broken_run: BrokenRun) -> None:
+    out = command("replay", "x", cwd=broken_run.folder)
+    assert "weights after step 12, 16: equal to those of the run, to the last bit" in out, out
+    original, replayed = rows_of(broken_run.root), rows_of(broken_run.folder / "runs" / "x-replay")
+    assert min(row["grad_norm"] for row in original) > 0, "equal weights prove nothing if none has moved"
+    assert [row["loss"] for row in replayed] == [row["loss"] for row in original]
+    assert [row["lag_mean"] for row in replayed] == [row["lag_mean"] for row in original]
+
+
+def test_a_replay_with_another_objective_gives_others(broken_run: BrokenRun) -> None:
+    words = ("name=y", "objective=ppo", "buffer.cache_bytes=0")
+    out = command("replay", "x", *words, cwd=broken_run.folder)
+    assert "weights after step 12, 16: not those of the run" in out
+    assert "buffer.cache_bytes=0 has no effect" in out
+    replayed = rows_of(broken_run.folder / "runs" / "y")
+    assert [row["reward_mean"] for row in replayed] == [
+        row["reward_mean"] for row in rows_of(broken_run.root)
+    ]
+
+
+def test_a_replay_needs_whole_steps(broken_run: BrokenRun) -> None:
+    recording = Recording(broken_run.root)
+    config = load_config(["--config", str(broken_run.root / "config.yaml")])
+    assert recording.num_whole_steps(groups_per_step=config.trainer.groups_per_step) == NUM_STEPS
+    recording.close()
+    wider = areal_like("replay", "x", "name=z", "trainer.groups_per_step=8", cwd=broken_run.folder)
+    assert (wider.returncode, wider.stderr.count("\n")) == (2, 1)
+    assert "no whole step of 8 groups" in wider.stderr
+
+
+def test_a_run_goes_on_without_checkpoints_on_a_full_disk(
     tmp_path: Path, root: Path, cache: dict[str, str]
 ) -> None:
     settings = (*SMALL, "trainer.num_steps=100000", "trainer.checkpoint_interval=2")
@@ -124,10 +186,11 @@ def test_a_run_goes_on_without_the_checkpoints_that_a_full_disk_prevents_but_not
         filler = disk / "filler"
         filler.write_bytes(bytes(shutil.disk_usage(disk).free - 4096))
         with launcher(*settings, cwd=tmp_path, environment=cache) as process:
-            wait_until(lambda: num_steps_done(root) > 5, timeout_s=90, what="training without a checkpoint")
+            wait_for_steps(5, root, process=process)
             process.terminate()
-            out, err = process.communicate(timeout=60)
-        assert process.returncode == 1 and "trainer failed while it drained" in err, out + err
+            code, out, err = finish(process, root)
+        # The last checkpoint, that of the drain, is the one that a run does not do without.
+        assert code == 1 and "trainer failed while it drained" in err, out + err
         assert "was not written" in err and "free space there" in err and "trainer ended" not in out, (
             out + err
         )
@@ -136,16 +199,16 @@ def test_a_run_goes_on_without_the_checkpoints_that_a_full_disk_prevents_but_not
         filler.unlink()
         num_done = num_steps_done(root)
         with launcher("name=x", "resume=latest", cwd=tmp_path, environment=cache) as process:
-            wait_until(lambda: num_steps_done(root) > num_done, timeout_s=90, what="training goes on")
+            wait_for_steps(num_done, root, process=process)
             process.terminate()
-            out, err = process.communicate(timeout=60)
-        assert (process.returncode, err) == (0, ""), out + err
+            code, out, err = finish(process, root)
+        assert (code, err) == (0, ""), out + err
         assert list(disk.glob("step_*"))
         command("audit", "x", cwd=tmp_path)
 
 
 @pytest.mark.chaos
-def test_a_killed_buffer_costs_a_pause_and_ranks_come_and_go(
+def test_a_killed_buffer_costs_a_pause_and_ranks_change(
     tmp_path: Path, root: Path, cache: dict[str, str]
 ) -> None:
     settings = (
@@ -156,17 +219,16 @@ def test_a_killed_buffer_costs_a_pause_and_ranks_come_and_go(
         "daemon.drain_timeout_s=120",
     )
     with launcher(*settings, cwd=tmp_path, environment=cache) as process:
-        wait_until(lambda: num_steps_done(root) > 5, timeout_s=90, what="training")
+        wait_for_steps(5, root, process=process)
         others = [pid_of(root, part) for part in ("-m trainer ", "rollout-0", "rollout-1")]
-        before = places(root)
+        before = filled_places(root)
         os.kill(pid_of(root, "-m buffer "), signal.SIGKILL)
-        num_done = num_steps_done(root)
-        wait_until(lambda: num_steps_done(root) > num_done + 5, timeout_s=90, what="training goes on")
-        assert set(others) <= set(processes_of(root)), "somebody else had to be started again"
+        wait_for_steps(num_steps_done(root) + 5, root, process=process)
+        assert set(others) <= set(processes_of(root)), "another daemon had to be started again"
         process.terminate()
-        out, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (0, ""), out + err
-    after = places(root)
+        code, out, err = finish(process, root)
+    assert (code, err) == (0, ""), out + err
+    after = filled_places(root)
     assert before.items() <= after.items()
     command("audit", "x", cwd=tmp_path)
 
@@ -175,16 +237,12 @@ def test_a_killed_buffer_costs_a_pause_and_ranks_come_and_go(
         with launcher(
             "name=x", "resume=latest", f"trainer.world_size={world_size}", cwd=tmp_path, environment=cache
         ) as process:
-            wait_until(
-                lambda num_done=num_done: num_steps_done(root) > num_done + 3,
-                timeout_s=90,
-                what="training goes on",
-            )
+            wait_for_steps(num_done + 3, root, process=process)
             process.terminate()
-            out, err = process.communicate(timeout=60)
-        assert (process.returncode, err) == (0, ""), out + err
-        assert after.items() <= places(root).items(), "the stream did not go on where it stood"
-        after = places(root)
+            code, out, err = finish(process, root)
+        assert (code, err) == (0, ""), out + err
+        assert after.items() <= filled_places(root).items(), "the recorded groups have changed"
+        after = filled_places(root)
         command("audit", "x", cwd=tmp_path)
     assert query(root, "SELECT DISTINCT reason FROM tickets WHERE reason IS NOT NULL") == [], (
         "a drain has dropped work"
@@ -194,7 +252,7 @@ def test_a_killed_buffer_costs_a_pause_and_ranks_come_and_go(
 
 
 @pytest.mark.chaos
-def test_data_that_no_trainer_survives_are_named_and_dropped_and_the_run_goes_on(
+def test_data_that_kill_every_trainer_are_named_and_dropped(
     tmp_path: Path, root: Path, cache: dict[str, str]
 ) -> None:
     settings = (
@@ -206,19 +264,19 @@ def test_data_that_no_trainer_survives_are_named_and_dropped_and_the_run_goes_on
         "objective.deaths=poison:3",
     )
     with launcher(*settings, cwd=tmp_path, environment=cache) as process:
-        out, err = process.communicate(timeout=150)
-    assert process.returncode == 2, out + err
+        code, out, err = finish(process, root)
+    assert code == 2, out + err
     assert out.count("trainer ended (killed by SIGKILL): starting it again") == 3
-    tickets = {position: ticket_id for (step, position), ticket_id in places(root).items() if step == 3}
-    assert (
-        f"3 trainers died in step 3, whose tickets are {' '.join(str(tickets[position]) for position in range(4))}"
-        in err
-    )
+    tickets = {
+        position: ticket_id for (step, position), ticket_id in filled_places(root).items() if step == 3
+    }
+    numbers = " ".join(str(tickets[position]) for position in range(4))
+    assert f"3 trainers died in step 3, whose tickets are {numbers}" in err
     command("drop", "x", str(tickets[0]), cwd=tmp_path)
     with launcher("name=x", "resume=latest", cwd=tmp_path, environment=cache) as process:
-        out, err = process.communicate(timeout=90)
-    assert (process.returncode, err) == (0, ""), out + err
-    now = places(root)
+        code, out, err = finish(process, root)
+    assert (code, err) == (0, ""), out + err
+    now = filled_places(root)
     assert now[3, 0] != tickets[0] and all(now[3, position] == tickets[position] for position in (1, 2, 3))
     assert query(root, "SELECT ticket_id FROM tickets WHERE reason = 'poison'") == [(tickets[0],)]
     command("audit", "x", cwd=tmp_path)

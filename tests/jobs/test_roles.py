@@ -1,4 +1,4 @@
-"""Roles started one by one, as on a cluster: each drains on SIGTERM, and the trainer is replaced while generation goes on."""
+"""Roles started one by one, as on a cluster: each drains on SIGTERM, and the trainer is replaced."""
 
 from __future__ import annotations
 
@@ -14,9 +14,16 @@ from typing import Any
 import pytest
 
 from launch.local_job.child import RUN_MARKER
-from tests.support.launching import ROOT, num_steps_done, processes_of, wait_until
+from tests.support.launching import (
+    ROOT,
+    TEST_LIMIT_S,
+    num_steps_done,
+    processes_of,
+    wait_for_steps,
+    wait_until,
+)
 
-pytestmark = [pytest.mark.timeout(150), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(TEST_LIMIT_S), pytest.mark.slow]
 
 
 @pytest.fixture
@@ -24,23 +31,18 @@ def start(tmp_path: Path, cache: dict[str, str]) -> Iterator[Callable[..., subpr
     """Starts `python -m ...` with the run's settings; whatever is alive at the end is an orphan."""
     run = tmp_path / "runs" / "x"
     settings = (
-        *(
-            "name=x",
-            f"runs_dir={tmp_path}/runs",
-            "model.warm_start_steps=20",
-            "trainer.num_steps=100000",
-            "eval.num_prompts=0",
-        ),
-        *(
-            "sampling.group_size=4",
-            "trainer.groups_per_step=4",
-            "rollout.max_running=16",
-            "rollout.queue_samples=8",
-        ),
+        "name=x",
+        f"runs_dir={tmp_path}/runs",
+        "model.warm_start_steps=20",
+        "trainer.num_steps=100000",
+        "eval.num_prompts=0",
+        "sampling.group_size=4",
+        "trainer.groups_per_step=4",
+        "rollout.max_running=16",
+        "rollout.queue_samples=8",
     )
-    environment = (
-        os.environ | {RUN_MARKER: f"{run}:test", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | cache
-    )
+    ours = {RUN_MARKER: f"{run}:test", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | ours | cache
     started: list[subprocess.Popen[bytes]] = []
 
     def begin(*command: str) -> subprocess.Popen[bytes]:
@@ -59,18 +61,24 @@ def start(tmp_path: Path, cache: dict[str, str]) -> Iterator[Callable[..., subpr
 
 
 def drain(process: subprocess.Popen[bytes]) -> int:
-    """Exit code after SIGTERM, which has to come within the drain's time limit."""
+    """Exit code after SIGTERM; a drain beyond `daemon.drain_timeout_s` would end with a signal's."""
     process.send_signal(signal.SIGTERM)
-    return process.wait(timeout=30)
+    wait_until(lambda: process.poll() is not None, what="the end of a drain")
+    return process.returncode
 
 
-def test_roles_by_hand_and_a_trainer_that_is_replaced(tmp_path: Path, start: Any) -> None:
+def test_roles_by_hand_and_a_replaced_trainer(tmp_path: Path, start: Any) -> None:
     run = tmp_path / "runs" / "x"
-    assert start("trainer.prepare_model").wait(timeout=90) == 0
+    preparing = start("trainer.prepare_model")
+    wait_until(lambda: preparing.poll() is not None, what="the model")
+    assert preparing.returncode == 0
     buffer = start("buffer")
     endpoint = run / "endpoints" / "buffer.json"
     wait_until(
-        lambda: endpoint.exists() and "stream" in endpoint.read_text(), timeout_s=30, what="the buffer"
+        lambda: endpoint.exists() and "stream" in endpoint.read_text(),
+        what="the buffer",
+        run_root=run,
+        process=buffer,
     )
     port = json.loads(endpoint.read_text())["stream"].rpartition(":")[2]
     server = start("rollout_server", "--name", "rollout-x", f"buffer.port={port}")
@@ -78,24 +86,20 @@ def test_roles_by_hand_and_a_trainer_that_is_replaced(tmp_path: Path, start: Any
     first = start(
         "torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m", "trainer", f"buffer.port={port}"
     )
-    wait_until(lambda: num_steps_done(run) > 3, timeout_s=90, what="training")
+    wait_for_steps(3, run, process=first)
     assert "libtorch" not in Path(f"/proc/{server.pid}/maps").read_text(), (
-        "a server has started with torch, which only its engine needs"
+        "the server has imported torch, which only its engine needs"
     )
-    drain(first)  # torchrun reports the signal in its own exit code; what counts is what its rank left
+    drain(first)  # torchrun exits with a code of its own for the signal, so the files of its rank are checked
     assert not (run / "endpoints" / "trainer-0.json").exists(), "the rank did not end by itself"
     (checkpoint,) = (run / "checkpoints").iterdir()
     done = num_steps_done(run)
     assert int(checkpoint.name.removeprefix("step_")) == done
-    books = json.loads((run / "summary.json").read_text())["tickets"]
-    assert (books["trained"], books["leased"]) == (4 * done, 0), (
-        "what was recorded beyond that waits for the next trainer"
-    )
+    tickets = json.loads((run / "summary.json").read_text())["tickets"]
+    assert (tickets["trained"], tickets["leased"]) == (4 * done, 0)
 
     second = start("trainer", f"buffer.port={port}", "resume=latest")
-    wait_until(
-        lambda: num_steps_done(run) > done + 3, timeout_s=90, what="training after the trainer was replaced"
-    )
+    wait_for_steps(done + 3, run, process=second)
     assert drain(second) == 0
     assert drain(server) == 0
     assert drain(buffer) == 0

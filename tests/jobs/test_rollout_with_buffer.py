@@ -1,4 +1,4 @@
-"""Rollout servers and the real buffer, all in processes of their own; the test plays the trainer. One server is killed on the way."""
+"""Two rollout servers and a buffer as processes, with the test as the trainer; one server is killed."""
 
 import asyncio
 import dataclasses
@@ -19,6 +19,7 @@ from tests.support.buffer_harness import (
     running_buffer,
     trainer_hello,
 )
+from tests.support.launching import TEST_LIMIT_S, WAIT_LIMIT_S
 from tests.support.rollout_harness import ServerProcess
 from trainer.models.tiny import build_tiny_model, character_tokenizer
 
@@ -32,8 +33,8 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@pytest.mark.timeout(120)
-def test_a_run_survives_the_death_of_one_of_two_servers(tmp_path: Path) -> None:
+@pytest.mark.timeout(TEST_LIMIT_S)
+def test_a_run_survives_a_killed_server(tmp_path: Path) -> None:
     model = tmp_path / "model"
     build_tiny_model(model, seed=0, warm_start_steps=5, swap_prob=0.5)
     with ExitStack() as stack:
@@ -45,18 +46,18 @@ def test_a_run_survives_the_death_of_one_of_two_servers(tmp_path: Path) -> None:
         servers = [ServerProcess(config, name=f"rollout-{i}") for i in range(2)]
         for server in servers:
             stack.callback(server.close)
-        groups, books = asyncio.run(train(buffer, config, model, victim=servers[0]))
+        groups, counters = asyncio.run(train(buffer, config, model, victim=servers[0]))
         check(groups)
         assert (
-            books.tickets["trained"] + books.tickets["batched"] == NUM_STEPS * 8
-            and books.tickets["evaluated"] == 16
+            counters.tickets["trained"] + counters.tickets["batched"] == NUM_STEPS * 8
+            and counters.tickets["evaluated"] == 16
         )
         assert (
-            sum(count for state, count in books.tickets.items() if state != "issued")
-            == books.tickets["issued"]
+            sum(count for state, count in counters.tickets.items() if state != "issued")
+            == counters.tickets["issued"]
         )
-        assert books.counters["generation_busy_s"] > 0
-        assert books.counters["tokens_generated"] >= books.counters["tokens_trained"] > 0
+        assert counters.counters["generation_busy_s"] > 0
+        assert counters.counters["tokens_generated"] >= counters.counters["tokens_trained"] > 0
         code, _, errors = servers[1].terminate()
         assert code == 0, errors
 
@@ -71,7 +72,9 @@ async def train(
     async with connected(buffer, hello) as link:
         trainer = PlayedTrainer(config, link)
         await trainer.call(StartTraining(step=0))
-        before = await trainer.call(RequestEval(eval_id=0, num_prompts=16, min_version=0), timeout_s=60)
+        before = await trainer.call(
+            RequestEval(eval_id=0, num_prompts=16, min_version=0), timeout_s=WAIT_LIMIT_S
+        )
         assert (before.num_evaluated, before.num_failed, before.newest_version) == (16, 0, 0)
         for step in range(NUM_STEPS):
             if step == 3:
@@ -81,7 +84,7 @@ async def train(
 
 
 def check(groups: list[Group]) -> None:
-    """Every group is whole, of a prompt of its own, and says what its samples are worth."""
+    """Every group is complete, has a prompt of its own, and the rewards that the task gives."""
     task, tokenizer = SortTask(seed=0), character_tokenizer()
     assert len({group.ticket_id for group in groups}) == len(groups) == NUM_STEPS * 8
     for group in groups:

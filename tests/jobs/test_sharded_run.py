@@ -1,4 +1,4 @@
-"""Two buffers, real sockets and processes: one of them dies in the middle, and nothing is lost."""
+"""Two buffer shards with real sockets and processes: one of them is killed, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -18,20 +18,27 @@ import pytest
 from areal_like.config import Config
 from areal_like.shards import Shard, all_shards
 from areal_like.wire.addresses import buffer_addresses
-from launch.commands.audit import audit_run
-from launch.commands.scale import servers_of
-from tests.chaos.plant import books_of, chaos_job, check_books, check_groups, train
+from launch.audit.run import audit_run
+from launch.commands.running_job import servers_of
+from tests.chaos.plant import chaos_job, check_counters, check_groups, counters_of, train
 from tests.support.buffer_harness import ROOT, BufferProcess
-from tests.support.launching import launcher, num_steps_done, processes_of, wait_until
+from tests.support.launching import (
+    TEST_LIMIT_S,
+    finish,
+    launcher,
+    num_steps_done,
+    processes_of,
+    wait_for_steps,
+)
 from trainer.buffer_client.client import TrainerBufferClient
 
-pytestmark = pytest.mark.timeout(150)
+pytestmark = pytest.mark.timeout(TEST_LIMIT_S)
 
 NUM_STEPS, GROUPS_PER_STEP = 10, 5
 
 
-class ShardedPlant:
-    """Two buffers and two producers that know both."""
+class ShardedJob:
+    """Two buffers and two producers that are connected to both."""
 
     def __init__(self, directory: Path) -> None:
         trainer = {"num_steps": NUM_STEPS, "groups_per_step": GROUPS_PER_STEP, "fetch_timeout_s": 60.0}
@@ -52,24 +59,24 @@ class ShardedPlant:
         )
 
     def kill(self, index: int) -> None:
-        """SIGKILL."""
+        """Ends a buffer with SIGKILL."""
         self.buffers[index].close()
 
     def start_again(self, index: int) -> None:
-        """At its port, with its ledger."""
+        """Starts a killed buffer again, at its port and with its ledger."""
         name = f"buffer-{index}"
         self.buffers[index] = BufferProcess(self.buffers[index].config, self._where, name=name)
 
     @contextlib.contextmanager
     def trainer(self) -> Iterator[TrainerBufferClient]:
-        """Rank 0's link."""
+        """The buffer client of rank 0."""
         with TrainerBufferClient(
             self.config, rank=0, world_size=1, device="cpu", incarnation=time.time_ns()
         ) as link:
             yield link
 
     def close(self) -> None:
-        """Kills everything."""
+        """Kills all processes."""
         for process in self._producers:
             process.kill()
             process.wait()
@@ -78,16 +85,16 @@ class ShardedPlant:
 
 
 @pytest.fixture
-def plant(tmp_path: Path) -> Iterator[ShardedPlant]:
-    job = ShardedPlant(tmp_path)
+def plant(tmp_path: Path) -> Iterator[ShardedJob]:
+    job = ShardedJob(tmp_path)
     try:
         yield job
     finally:
         job.close()
 
 
-def test_a_dead_shard_stalls_the_step_the_other_fills_its_own_places_and_nothing_is_lost(
-    plant: ShardedPlant,
+def test_a_dead_shard_stalls_the_step_and_loses_nothing(
+    plant: ShardedJob,
 ) -> None:
     with ThreadPoolExecutor(max_workers=1) as training, plant.trainer() as link:
         groups = train(link, first=0, last=3)
@@ -96,13 +103,14 @@ def test_a_dead_shard_stalls_the_step_the_other_fills_its_own_places_and_nothing
         )
         plant.kill(1)
         assert sorted(servers_of(plant.config, plant.buffers[0].paths)) == ["rollout-0", "rollout-1"], (
-            "the other shard knows them too"
+            "both are registered with the other shard too"
         )
         rest = training.submit(train, link, first=3, last=NUM_STEPS)
-        # Recording goes one step ahead of the trainer, and generation as far as the bound: with its own three places a step.
+        # Recording runs one step ahead of the trainer, generation as far as the staleness bound. The living
+        # shard fills its own three places of each step.
         ahead = {"step": 5, "recorded": 0, "due_and_running": 0}
         filled = plant.buffers[0].wait_status(
-            lambda seen: seen["open_step"] == ahead and seen["tickets"]["ready"] == 3, timeout_s=20
+            lambda seen: seen["open_step"] == ahead and seen["tickets"]["ready"] == 3, timeout_s=60
         )
         time.sleep(0.5)
         later = plant.buffers[0].status()
@@ -118,16 +126,16 @@ def test_a_dead_shard_stalls_the_step_the_other_fills_its_own_places_and_nothing
         for group in groups:
             shard = Shard.of(group.position, count=2)
             assert shard.owns(group.prompt_index) and shard.owns(group.ticket_id)
-        books = books_of(link)
-        check_books(books)
-        assert books.tickets["trained"] == NUM_STEPS * GROUPS_PER_STEP
+        counters = counters_of(link)
+        check_counters(counters)
+        assert counters.tickets["trained"] == NUM_STEPS * GROUPS_PER_STEP
     for buffer in plant.buffers:
         assert buffer.terminate()[0] == 0
-    report = audit_run(plant.buffers[0].paths.root)
-    assert report.is_clean, "\n".join(report.lines())
+    audit = audit_run(plant.buffers[0].paths.root)
+    assert audit.is_clean, "\n".join(audit.lines())
     assert (
-        report.facts["committed_steps"] == NUM_STEPS
-        and report.tickets["trained"] == NUM_STEPS * GROUPS_PER_STEP
+        audit.facts["committed_steps"] == NUM_STEPS
+        and audit.tickets["trained"] == NUM_STEPS * GROUPS_PER_STEP
     )
 
 
@@ -148,10 +156,10 @@ SMALL = (
 
 
 @pytest.mark.slow
-def test_a_whole_run_survives_the_death_of_a_shard(tmp_path: Path, cache: dict[str, str]) -> None:
+def test_a_whole_run_survives_a_killed_shard(tmp_path: Path, cache: dict[str, str]) -> None:
     root = tmp_path / "runs" / "x"
     with launcher(*SMALL, cwd=tmp_path, environment=cache) as process:
-        wait_until(lambda: num_steps_done(root) > 5, timeout_s=90, what="training")
+        wait_for_steps(5, root, process=process)
         os.kill(
             next(
                 pid
@@ -160,10 +168,10 @@ def test_a_whole_run_survives_the_death_of_a_shard(tmp_path: Path, cache: dict[s
             ),
             signal.SIGKILL,
         )
-        out, err = process.communicate(timeout=110)
-    assert (process.returncode, err) == (0, ""), out + err
+        code, out, err = finish(process, root)
+    assert (code, err) == (0, ""), out + err
     assert "buffer-1 ended (killed by SIGKILL): starting it again" in out and num_steps_done(root) == 30
-    report = audit_run(root)
-    assert report.is_clean, "\n".join(report.lines())
-    assert report.tickets["trained"] == 150 and report.facts["committed_steps"] == 30
+    audit = audit_run(root)
+    assert audit.is_clean, "\n".join(audit.lines())
+    assert audit.tickets["trained"] == 150 and audit.facts["committed_steps"] == 30
     assert not processes_of(root)

@@ -11,14 +11,14 @@ import pytest
 
 from areal_like.config import Config
 from areal_like.runtime.command_line import load_config, save_config
-from launch.cli import HELP
+from launch.cli import COMMANDS
 from launch.settings_help import all_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def areal_like(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Runs the command in a process of its own."""
+    """Runs the command as a process."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
     return subprocess.run(
         [sys.executable, "-m", "launch", *args],
@@ -47,11 +47,15 @@ def areal_like(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["run", "runs_dir=/proc/1/nowhere"], "cannot create the run directory"),
         (["status", "nowhere"], "no run 'nowhere'"),
         (["audit", "nowhere"], "no run 'nowhere'"),
-        (["audit"], "name one run"),
-        (["drop", "nowhere"], "drop: name one run"),
-        (["replay", "objective=ppo"], "replay: name one run"),
-        (["status"], "name one run"),
-        (["version", "--foo"], "takes no argument"),
+        (["audit"], "audit: the following arguments are required: RUN"),
+        (["drop", "nowhere"], "drop: the following arguments are required: TICKET"),
+        (["drop", "nowhere", "x"], "'x' is not a ticket's number"),
+        (["replay", "objective=ppo"], "replay: name the run before the settings"),
+        (["status"], "status: the following arguments are required: RUN"),
+        (["version", "--foo"], "version: unrecognized arguments: --foo"),
+        (["rollout", "nowhere"], "rollout: the following arguments are required: --join"),
+        (["rollout", "--join", "name=x"], "rollout --join: no running buffer is known"),
+        (["restart", "nowhere", "trainer"], "no run 'nowhere'"),
         (["run", "model=/models/X"], "is model.path=/models/X"),
         (["run", "objective=tsi"], "did you mean tis?"),
     ],
@@ -61,7 +65,7 @@ def test_a_mistake_is_one_message_and_code_2(args: list[str], message: str, tmp_
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and done.stdout == ""
-    assert not list(tmp_path.iterdir()), "a mistake left something behind"
+    assert not list(tmp_path.iterdir()), "a mistake has left files behind"
 
 
 def test_help_names_the_keys_with_their_defaults(tmp_path: Path) -> None:
@@ -82,11 +86,13 @@ def test_help_names_the_keys_with_their_defaults(tmp_path: Path) -> None:
 
 def test_every_command_has_help(tmp_path: Path) -> None:
     everything = areal_like("--help", cwd=tmp_path).stdout
-    for command, text in HELP.items():
-        assert text in everything and command == text.split()[0]
-    for command in ("audit", "rollout"):
-        done = areal_like(command, "default", "--help", cwd=tmp_path)
-        assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(f"areal-like {command} ")
+    for verb, command in COMMANDS.items():
+        assert f"areal-like {command.usage.splitlines()[0]}" in everything and command.summary in everything
+        assert verb == command.usage.split()[0]
+    for verb in ("audit", "rollout"):
+        done = areal_like(verb, "default", "--help", cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith(f"usage: areal-like {verb} ")
 
 
 @pytest.mark.parametrize("module", ["buffer", "rollout_server", "trainer", "trainer.prepare_model"])
@@ -105,17 +111,20 @@ def test_roles_have_help(module: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_what_help_prints_may_be_typed(tmp_path: Path) -> None:
+def test_the_printed_defaults_are_valid_settings(tmp_path: Path) -> None:
     defaults = [f"{setting.key}={setting.default}" for setting in all_keys()]
     assert load_config(defaults) == Config()
     save_config(Config(), tmp_path / "config.yaml")
     assert load_config(["--config", str(tmp_path / "config.yaml"), *defaults]) == Config()
 
 
-def test_the_command_imports_neither_torch_nor_a_daemon() -> None:
+def test_no_command_imports_torch_or_a_daemon() -> None:
     code = (
-        "import sys, launch.cli, launch.commands.run; "
-        "print([name for name in ('torch', 'transformers', 'buffer', 'trainer', 'rollout_server') if name in sys.modules])"
+        "import sys, launch.cli, importlib\n"
+        "for command in launch.cli.COMMANDS.values():\n"
+        "    importlib.import_module(f'launch.commands.{command.module}')\n"
+        "daemons = ('torch', 'transformers', 'buffer', 'trainer', 'rollout_server')\n"
+        "print([name for name in daemons if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

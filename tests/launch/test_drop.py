@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from launch.audit.run import audit_run
 from launch.cli import main
-from launch.commands.audit import audit_run
 from tests.chaos.plant import check_groups, plant, train
+from tests.support.launching import TEST_LIMIT_S
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = pytest.mark.timeout(TEST_LIMIT_S)
 
 
 def test_dropped_tickets_leave_their_places_to_others(
@@ -40,6 +41,6 @@ def test_dropped_tickets_leave_their_places_to_others(
         check_groups(groups, job.config, first=0, last=10)
         assert not {group.ticket_id for group in groups} & set(bad)
         assert job.buffer.terminate() == (0, "")
-        report = audit_run(job.buffer.paths.root)
-        assert report.is_clean, "\n".join(report.lines())
-        assert report.drops == {"poison": 2} and report.tickets["trained"] == 40
+        audit = audit_run(job.buffer.paths.root)
+        assert audit.is_clean, "\n".join(audit.lines())
+        assert audit.drops == {"poison": 2} and audit.tickets["trained"] == 40

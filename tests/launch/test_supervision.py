@@ -1,4 +1,5 @@
-"""What the launcher does when daemons misbehave: real processes that follow a script (scripted_daemon.py), no model."""
+"""The launcher with misbehaving daemons: real processes that follow a script (scripted_daemon.py), no
+model."""
 
 from __future__ import annotations
 
@@ -15,183 +16,246 @@ from pathlib import Path
 import pytest
 
 from areal_like.paths import RunPaths, write_json
-from launch.local_job.rundir import order_file
-from tests.support.launching import ROOT, launcher, num_steps_done, processes_of, wait_until
+from launch.cli import main
+from launch.local_job.rundir import restart_order_file
+from tests.support.launching import (
+    ROOT,
+    TEST_LIMIT_S,
+    finish,
+    launcher,
+    launcher_log,
+    num_steps_done,
+    processes_of,
+    wait_for_steps,
+    wait_until,
+)
 from tests.support.scripted_daemon import write_packages
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(TEST_LIMIT_S)
+ENDLESS = "trainer.num_steps=100000"
 
 
 @pytest.fixture
 def workplace(tmp_path: Path) -> Iterator[Path]:
     """A working directory with scripted daemons; nothing may be left running in it."""
-    write_packages(tmp_path)
-    yield tmp_path
-    left = processes_of(tmp_path / "runs" / "x")
+    yield from scripted_workplace(tmp_path)
+
+
+def scripted_workplace(folder: Path) -> Iterator[Path]:
+    write_packages(folder)
+    yield folder
+    left = processes_of(folder / "runs" / "x")
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert not left, "orphans"
 
 
 def run(workplace: Path, *settings: str, script: dict[str, str] | None = None) -> tuple[int, str, str]:
-    """A whole job under the name x; returns exit code, stdout and stderr."""
-    with launcher(
-        "name=x", *settings, cwd=workplace, environment={"SCRIPT": json.dumps(script or {})}
-    ) as process:
-        out, err = process.communicate(timeout=50)
-    return process.returncode, out, err
+    """Runs a whole job under the name x; returns exit code, stdout and stderr."""
+    with launcher("name=x", *settings, cwd=workplace, environment=scripted(script or {})) as process:
+        return finish(process, workplace / "runs" / "x")
 
 
-def test_a_run_ends_with_a_summary_and_without_processes(workplace: Path) -> None:
+def scripted(script: dict[str, str]) -> dict[str, str]:
+    """The environment in which daemons follow this script."""
+    return {"SCRIPT": json.dumps(script)}
+
+
+def wait_for_notice(text: str, root: Path, process: subprocess.Popen[str]) -> None:
+    """Waits for a message in the launcher's log."""
+    wait_until(
+        lambda: any(text in message for message in launcher_log(root)),
+        what=text,
+        run_root=root,
+        process=process,
+    )
+
+
+def drain(process: subprocess.Popen[str], root: Path) -> tuple[int, str, str]:
+    """Sends SIGTERM to the launcher; returns exit code, stdout and stderr."""
+    process.terminate()
+    return finish(process, root)
+
+
+def pid_of(root: Path, part: str) -> int:
+    """The process whose command line contains this."""
+    return next(pid for pid, command in processes_of(root).items() if part in command)
+
+
+def is_back(root: Path, part: str, *, after: int) -> bool:
+    """True when another such process runs and the killed one, which may take a moment to go, does not."""
+    commands = processes_of(root)
+    return after not in commands and any(part in command for command in commands.values())
+
+
+def test_a_run_ends_with_a_summary_and_without_processes(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = workplace / "runs" / "x"
     code, out, err = run(workplace, "trainer.num_steps=10")
     assert (code, err) == (0, "")
+    assert out.startswith(f"new run in {root}\n")
     assert "optimizer steps" in out and "10" in out and "go on with" not in out
-    assert processes_of(workplace / "runs" / "x") == {}
-    assert not list((workplace / "runs" / "x" / "endpoints").iterdir())
-    code, _, err = run(workplace)
-    assert code == 2 and "already holds a finished run" in err
+    assert processes_of(root) == {}
+    assert not list((root / "endpoints").iterdir())
+    monkeypatch.chdir(workplace)
+    assert main(["run", "name=x"]) == 2
+    assert "already holds a finished run" in capsys.readouterr().err
 
 
 def test_a_dead_server_is_started_again(workplace: Path) -> None:
-    code, out, _ = run(
-        workplace, "trainer.num_steps=60", "rollout.num_servers=2", script={"rollout-1": "crash once"}
-    )
+    root = workplace / "runs" / "x"
+    environment = scripted({"rollout-1": "crash once"})
+    with launcher(
+        "name=x", ENDLESS, "rollout.num_servers=2", cwd=workplace, environment=environment
+    ) as process:
+        wait_for_notice("rollout-1 ended (exit code 3): starting it again", root, process)
+        wait_for_notice("running", root, process)
+        code, out, _ = drain(process, root)
     assert code == 0
     assert out.count("rollout-1 ended (exit code 3): starting it again") == 1
 
 
-def test_servers_that_keep_dying_end_the_run(workplace: Path) -> None:
-    code, _, err = run(workplace, "trainer.num_steps=100000", script={"rollout-0": "crash"})
+@pytest.fixture(scope="module")
+def run_without_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int, str, str]]:
+    """(run directory, exit code, stdout, stderr) of a run whose server keeps dying and whose trainer drains
+    slowly, though within a drain's long time limit."""
+    for workplace in scripted_workplace(tmp_path_factory.mktemp("servers")):
+        script = {"rollout-0": "crash", "trainer-0": "drain slowly"}
+        yield workplace / "runs" / "x", *run(workplace, ENDLESS, "daemon.drain_timeout_s=120", script=script)
+
+
+def test_servers_that_keep_dying_end_the_run(run_without_servers: tuple[Path, int, str, str]) -> None:
+    _, code, _, err = run_without_servers
     assert code == 1
     assert "no rollout server is left" in err and "the dog ate my weights" in err
 
 
-def test_a_server_whose_settings_worked_once_is_started_again_though_they_do_not_now(workplace: Path) -> None:
-    code, out, _ = run(
-        workplace, "trainer.num_steps=160", "rollout.num_servers=2", script={"rollout-1": "loses its device"}
-    )
+def test_a_failed_run_leaves_its_trainer_time_to_drain(
+    run_without_servers: tuple[Path, int, str, str],
+) -> None:
+    root, code, out, _ = run_without_servers
+    assert code == 1 and "did not end in time" not in out
+    assert list((root / "checkpoints").iterdir())
+
+
+def test_settings_that_worked_once_do_not_end_the_run(workplace: Path) -> None:
+    root = workplace / "runs" / "x"
+    environment = scripted({"rollout-1": "loses its device"})
+    with launcher(
+        "name=x", ENDLESS, "rollout.num_servers=2", cwd=workplace, environment=environment
+    ) as process:
+        wait_for_notice("running", root, process)
+        (root / "rollout-1.dies").touch()
+        wait_for_notice("rollout-1 ended (exit code 2): starting it again", root, process)
+        wait_until(
+            lambda: any("--name rollout-1" in c for c in processes_of(root).values()),
+            what="the third life of rollout-1",
+            run_root=root,
+            process=process,
+        )
+        code, out, _ = drain(process, root)
     assert code == 0
     assert out.count("rollout-1 ended (exit code 3): starting it again") == 1
     assert out.count("rollout-1 ended (exit code 2): starting it again") == 1
 
 
-def test_a_failed_run_gives_its_trainer_time_for_a_checkpoint_however_long_a_drain_may_take(
-    workplace: Path,
-) -> None:
-    script = {"rollout-0": "crash", "trainer-0": "drain slowly"}
-    code, out, err = run(workplace, "trainer.num_steps=100000", "daemon.drain_timeout_s=120", script=script)
-    assert code == 1 and "no rollout server is left" in err and "did not end in time" not in out
-    assert list((workplace / "runs" / "x" / "checkpoints").iterdir())
-
-
-def test_a_run_goes_on_when_nobody_reads_what_it_prints(workplace: Path) -> None:
+def test_a_run_goes_on_when_its_output_pipe_is_closed(workplace: Path) -> None:
     root = workplace / "runs" / "x"
-    with launcher("name=x", "trainer.num_steps=160", cwd=workplace) as process:
-        wait_until(lambda: num_steps_done(root) > 3, timeout_s=20, what="training")
+    with launcher("name=x", ENDLESS, cwd=workplace) as process:
+        wait_for_notice("running", root, process)
         assert process.stdout is not None
         process.stdout.close()
-        assert process.wait(timeout=40) == 0
-    assert num_steps_done(root) == 160
+        os.kill(pid_of(root, "-m rollout_server "), signal.SIGKILL)  # the launcher prints that it has died
+        wait_for_notice("the terminal or pipe is gone", root, process)
+        wait_for_steps(num_steps_done(root) + 3, root, process=process)
+        process.terminate()
+        wait_until(lambda: process.poll() is not None, what="the end", run_root=root)
+        assert process.returncode == 0
+    assert list((root / "checkpoints").iterdir())
 
 
 def test_a_run_whose_terminal_goes_away_drains(workplace: Path) -> None:
     root = workplace / "runs" / "x"
     ours, theirs = os.openpty()
-    command = [sys.executable, "-m", "launch", "run", "name=x", "trainer.num_steps=100000"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "SCRIPT": "{}"}
     process = subprocess.Popen(
-        command,
+        [sys.executable, "-m", "launch", "run", "name=x", ENDLESS],
         cwd=workplace,
-        env=environment,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | scripted({}),
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
     )
     os.close(theirs)
+
+    def has_drawn_and_trained() -> bool:
+        has_output = bool(select.select([ours], [], [], 0)[0]) and bool(os.read(ours, 1 << 16))
+        return has_output and num_steps_done(root) > 3
+
     try:
-        wait_until(
-            lambda: (
-                select.select([ours], [], [], 0)[0] and os.read(ours, 1 << 16) and num_steps_done(root) > 3
-            ),
-            timeout_s=20,
-            what="steps",
-        )
+        wait_until(has_drawn_and_trained, what="steps", run_root=root, process=process)
     finally:
         os.close(ours)
     process.send_signal(signal.SIGHUP)
-    assert process.wait(timeout=30) == 0
+    wait_until(lambda: process.poll() is not None, what="the end of the launcher", run_root=root)
+    assert process.returncode == 0
     assert list((root / "checkpoints").iterdir())
 
 
-def pid_of(root: Path, package: str) -> int:
-    """The daemon that was started as `python -m PACKAGE`."""
-    return next(pid for pid, command in processes_of(root).items() if f"-m {package} " in command)
-
-
-def is_back(root: Path, package: str, *, after: int) -> bool:
-    """Whether another process of this package runs and the killed one, which may take a moment to go, does not."""
-    commands = processes_of(root)
-    return after not in commands and any(f"-m {package} " in command for command in commands.values())
-
-
-def test_a_run_without_a_durable_ledger_ends_with_its_buffer(workplace: Path) -> None:
+def test_without_a_durable_ledger_a_run_ends_with_its_buffer(workplace: Path) -> None:
     root = workplace / "runs" / "x"
-    with launcher("name=x", "trainer.num_steps=100000", "buffer.durability=none", cwd=workplace) as process:
-        wait_until(lambda: num_steps_done(root) > 3, timeout_s=20, what="training")
-        os.kill(pid_of(root, "buffer"), signal.SIGKILL)
-        _, err = process.communicate(timeout=20)
-        assert process.returncode == 1
-        assert err.startswith("buffer failed (killed by SIGKILL)")
+    with launcher("name=x", ENDLESS, "buffer.durability=none", cwd=workplace) as process:
+        wait_for_steps(3, root, process=process)
+        os.kill(pid_of(root, "-m buffer "), signal.SIGKILL)
+        code, _, err = finish(process, root)
+    assert code == 1
+    assert err.startswith("buffer failed (killed by SIGKILL)")
 
 
-def test_a_killed_buffer_and_trainer_are_started_again_and_nobody_else(workplace: Path) -> None:
+def test_a_killed_buffer_and_trainer_are_started_again(workplace: Path) -> None:
     root = workplace / "runs" / "x"
-    with launcher("name=x", "trainer.num_steps=100000", cwd=workplace) as process:
-        wait_until(lambda: num_steps_done(root) > 3, timeout_s=20, what="training")
-        before = {name: pid_of(root, name) for name in ("buffer", "trainer", "rollout_server")}
+    with launcher("name=x", ENDLESS, cwd=workplace) as process:
+        wait_for_steps(3, root, process=process)
+        before = {name: pid_of(root, f"-m {name} ") for name in ("buffer", "trainer", "rollout_server")}
         for name in ("buffer", "trainer"):
             os.kill(before[name], signal.SIGKILL)
             wait_until(
-                lambda name=name: is_back(root, name, after=before[name]),
-                timeout_s=20,
+                lambda name=name: is_back(root, f"-m {name} ", after=before[name]),
                 what=f"{name} is back",
+                run_root=root,
+                process=process,
             )
         commands = processes_of(root)
-        assert before["rollout_server"] in commands and not {before["buffer"], before["trainer"]} & set(
-            commands
+        assert before["rollout_server"] in commands, "a daemon that was well has been started again"
+        assert not {before["buffer"], before["trainer"]} & set(commands)
+        assert "buffer.ports=[12345]" in commands[pid_of(root, "-m buffer ")], "at its old port"
+        assert commands[pid_of(root, "-m trainer ")].rstrip().endswith("resume=''"), (
+            "there is no checkpoint yet"
         )
-        assert "buffer.ports=[12345]" in commands[pid_of(root, "buffer")], "where everybody knows it"
-        assert commands[pid_of(root, "trainer")].rstrip().endswith("resume=''"), "there is no checkpoint yet"
         (root / "checkpoints" / "step_000003").mkdir(parents=True)
-        os.kill(pid_of(root, "trainer"), signal.SIGKILL)
-        wait_until(
-            lambda: any("resume=latest" in c for c in processes_of(root).values()),
-            timeout_s=20,
-            what="trainer is back",
-        )
-        os.kill(pid_of(root, "trainer"), signal.SIGKILL)
-        write_json(
-            order_file(RunPaths(root)), {"role": "trainer", "settings": ["trainer.lr=3e-5"]}
-        )  # there is nobody to hand over
-        wait_until(
-            lambda: any("trainer.lr=3e-5" in c for c in processes_of(root).values()),
-            timeout_s=20,
-            what="trainer is back",
-        )
-        process.terminate()
-        out, _ = process.communicate(timeout=30)
-    assert process.returncode == 0
+        for words in ("resume=latest", "trainer.lr=3e-5"):
+            os.kill(pid_of(root, "-m trainer "), signal.SIGKILL)
+            if words == "trainer.lr=3e-5":  # an order at a moment when there is no trainer to hand over
+                write_json(
+                    restart_order_file(RunPaths(root)), {"role": "trainer", "settings": ["trainer.lr=3e-5"]}
+                )
+            wait_until(
+                lambda words=words: any(words in command for command in processes_of(root).values()),
+                what=f"a trainer with {words}",
+                run_root=root,
+                process=process,
+            )
+        code, out, _ = drain(process, root)
+    assert code == 0
     assert out.count("ended (killed by SIGKILL): starting it again") == 4
 
 
-def test_a_trainer_that_never_gets_further_is_given_up_with_its_own_words(workplace: Path) -> None:
+def test_a_trainer_that_never_gets_further_is_given_up(workplace: Path) -> None:
     code, out, err = run(workplace, script={"trainer": "fail", "trainer-0": "fail"})
     assert code == 1
-    assert (
-        out.count("trainer ended (exit code 1): starting it again") == 3
-        and "trainer died 4 times in a row" in err
-    )
+    assert out.count("trainer ended (exit code 1): starting it again") == 3
+    assert "trainer died 4 times in a row" in err
     assert "trainer failed (exit code 1)" in err and "no group for step 5 within 300 s" in err
 
 
@@ -216,75 +280,75 @@ def test_a_daemon_that_never_gets_ready_is_named(workplace: Path) -> None:
     assert "rollout-0 was not ready after" in err and "waiting for Godot" in err
 
 
-def test_sigterm_drains_and_resume_is_offered(workplace: Path) -> None:
+def test_sigterm_drains_and_the_run_can_be_resumed(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = workplace / "runs" / "x"
     with launcher("name=x", cwd=workplace) as process:
-        wait_until(lambda: num_steps_done(root) > 3, timeout_s=20, what="training")
-        process.terminate()
-        out, err = process.communicate(timeout=20)
-        assert (process.returncode, err) == (0, "")
-        assert "go on with: areal-like run name=x resume=latest" in out
-        code, _, err = run(workplace)
-        assert code == 2 and "resume=latest" in err
+        wait_for_steps(3, root, process=process)
+        code, out, err = drain(process, root)
+    assert (code, err) == (0, "")
+    assert "go on with: areal-like run name=x resume=latest" in out
+    monkeypatch.chdir(workplace)
+    assert main(["run", "name=x"]) == 2
+    assert "resume=latest" in capsys.readouterr().err
 
 
-def test_a_deaf_daemon_is_killed_in_time(workplace: Path) -> None:
+def test_a_daemon_that_ignores_sigterm_is_killed(workplace: Path) -> None:
     root = workplace / "runs" / "x"
-    script = {"SCRIPT": json.dumps({"rollout-0": "deaf"})}
-    with launcher("name=x", "daemon.drain_timeout_s=4", cwd=workplace, environment=script) as process:
-        wait_until(lambda: num_steps_done(root) > 3, timeout_s=20, what="training")
-        started_s = time.monotonic()
-        process.terminate()
-        out, _ = process.communicate(timeout=20)
-        assert process.returncode == 1 and time.monotonic() - started_s < 6
-        assert "rollout-0 did not end in time" in out
+    settings = ("name=x", "daemon.drain_timeout_s=4")
+    with launcher(*settings, cwd=workplace, environment=scripted({"rollout-0": "deaf"})) as process:
+        wait_for_steps(3, root, process=process)
+        code, out, _ = drain(process, root)
+    # In time for the others to end: test_lifecycle.py checks the moment on a clock of its own.
+    assert code == 1
+    assert "rollout-0 did not end in time" in out and "buffer did not end in time" not in out
 
 
 def test_a_second_signal_ends_everything_at_once(workplace: Path) -> None:
     root = workplace / "runs" / "x"
-    with launcher(
-        "name=x", cwd=workplace, environment={"SCRIPT": json.dumps({"rollout-0": "deaf"})}
-    ) as process:
-        wait_until(lambda: num_steps_done(root) > 3, timeout_s=20, what="training")
+    # A drain would take longer than the test may.
+    settings = ("name=x", f"daemon.drain_timeout_s={2 * TEST_LIMIT_S}")
+    with launcher(*settings, cwd=workplace, environment=scripted({"rollout-0": "deaf"})) as process:
+        wait_for_steps(3, root, process=process)
         process.send_signal(signal.SIGINT)
-        time.sleep(1.3)
+        wait_for_notice("trainer ended: exit code 0", root, process)
+        time.sleep(1.3)  # two signals within a second count as one
         process.send_signal(signal.SIGINT)
-        started_s = time.monotonic()
-        process.communicate(timeout=20)
-        assert process.returncode == 1 and time.monotonic() - started_s < 3
+        code, out, _ = finish(process, root)
+    assert code == 1 and "stopped at once" in out
 
 
-def test_a_killed_launcher_leaves_no_orphan_and_its_lock_until_then(workplace: Path) -> None:
+def test_a_killed_launcher_leaves_its_lock_to_its_daemons(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = workplace / "runs" / "x"
     with launcher("name=x", cwd=workplace) as process:
-        wait_until(lambda: num_steps_done(root) > 3, timeout_s=20, what="training")
-        code, _, err = run(workplace)
-        assert code == 2 and "in use" in err
+        wait_for_steps(3, root, process=process)
+        monkeypatch.chdir(workplace)
+        assert main(["run", "name=x"]) == 2
+        assert "in use" in capsys.readouterr().err
         process.kill()
-        process.communicate(timeout=20)
-        wait_until(lambda: not processes_of(root), timeout_s=20, what="the daemons end with their launcher")
-        code, _, err = run(workplace, "resume=latest", "trainer.num_steps=3")
-        assert code == 0
+        process.communicate()
+        wait_until(lambda: not processes_of(root), what="the daemons end with their launcher", run_root=root)
+    num_done = num_steps_done(root)
+    code, out, _ = run(workplace, "resume=latest", "trainer.num_steps=3")
+    assert code == 0
+    assert out.startswith(f"resume of step {num_done} from {root}, its newest checkpoint\n")
 
 
 def test_a_server_that_was_asked_to_stop_is_not_missed(workplace: Path) -> None:
     root = workplace / "runs" / "x"
-    with launcher("name=x", "rollout.num_servers=2", "trainer.num_steps=100000", cwd=workplace) as process:
-        wait_until(lambda: num_steps_done(root) > 3, timeout_s=20, what="training")
-        # Of a guest that was killed: it is no server that is left.
+    with launcher("name=x", "rollout.num_servers=2", ENDLESS, cwd=workplace) as process:
+        wait_for_steps(3, root, process=process)
+        # A guest that was killed has left this file; it does not count as a server.
         write_json(
             root / "endpoints" / "rollout-7.json", {"role": "rollout", "pid": 999_999, "http": "127.0.0.1:1"}
         )
-        for name in ("rollout-0", "rollout-1"):
-            before = num_steps_done(root)
-            pid = next(pid for pid, command in processes_of(root).items() if f"--name {name}" in command)
-            os.kill(pid, signal.SIGTERM)
-            if name == "rollout-0":
-                wait_until(
-                    lambda before=before: num_steps_done(root) > before + 10,
-                    timeout_s=20,
-                    what="training goes on with one server",
-                )
-        out, _ = process.communicate(timeout=20)
-        assert process.returncode == 0
-        assert "rollout-0 was asked to stop" in out and "go on with" in out
+        os.kill(pid_of(root, "--name rollout-0"), signal.SIGTERM)
+        wait_for_notice("rollout-0 was asked to stop", root, process)
+        wait_for_steps(num_steps_done(root) + 10, root, process=process)
+        os.kill(pid_of(root, "--name rollout-1"), signal.SIGTERM)
+        code, out, _ = finish(process, root)
+    assert code == 0
+    assert "rollout-0 was asked to stop" in out and "go on with" in out

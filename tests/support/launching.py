@@ -1,8 +1,9 @@
-"""Helpers of the launcher's tests: a launcher as a process, and what it left in the process table."""
+"""Helpers of the launcher's tests: a launcher as a process, waiting for its progress, its process table."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -13,15 +14,25 @@ from pathlib import Path
 from launch.local_job.child import RUN_MARKER
 
 ROOT = Path(__file__).resolve().parents[2]
+STALL_LIMIT_S = 120.0
+"""A wait fails when the run's logs and metrics have not grown for so long."""
+WAIT_LIMIT_S = 300.0
+"""A wait fails after this time whatever moves. It is the end of a hang, not an expectation of speed."""
+TEST_LIMIT_S = 600
+"""pytest's limit for tests that wait: beyond the sum of their waits."""
+Process = subprocess.Popen[str] | subprocess.Popen[bytes]
 _ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "MAKELEVEL"}
-"""Ours, but as of a person who types `areal-like run`, also under `make test`."""
+"""The environment of a user who types `areal-like run`, also under `make test`."""
 
 
 @contextlib.contextmanager
 def launcher(
     *settings: str, cwd: Path, environment: dict[str, str] | None = None
 ) -> Iterator[subprocess.Popen[str]]:
-    """`areal-like run` with its run directories under `cwd/runs`, in a session of its own; killed at the end if it still runs."""
+    """`areal-like run` with its run directories under `cwd/runs`, in a session of its own.
+
+    It is killed at the end if it still runs.
+    """
     process = subprocess.Popen(
         [sys.executable, "-m", "launch", "run", *settings],
         cwd=cwd,
@@ -55,7 +66,10 @@ def areal_like(
 
 
 def processes_of(run_root: Path) -> dict[int, str]:
-    """pid -> command line of every living process that a launcher of this run directory has started, directly or not."""
+    """pid -> command line of every living process that a launcher of this run directory has started.
+
+    Processes that its daemons have started are included.
+    """
     marker = f"{RUN_MARKER}={run_root}:".encode()
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
@@ -67,15 +81,65 @@ def processes_of(run_root: Path) -> dict[int, str]:
     return found
 
 
-def wait_until(condition: Callable[[], object], *, timeout_s: float, what: str) -> None:
-    """Polls until `condition()` is true; fails with `what` otherwise."""
-    deadline_s = time.monotonic() + timeout_s
+def wait_until(
+    condition: Callable[[], object],
+    *,
+    what: str,
+    run_root: Path | None = None,
+    process: Process | None = None,
+    timeout_s: float = WAIT_LIMIT_S,
+) -> None:
+    """Polls until `condition()` is true.
+
+    Fails with `what` when `process` has ended before, when no log of `run_root` has grown for
+    STALL_LIMIT_S, and after `timeout_s`. A machine that is slow but makes progress does not fail it.
+    """
+    started_s = changed_s = time.monotonic()
+    before: dict[str, int] = {}
     while not condition():
-        assert time.monotonic() < deadline_s, f"not within {timeout_s} s: {what}"
+        now_s = time.monotonic()
+        if process is not None and process.poll() is not None:
+            assert condition(), f"exit code {process.returncode} before: {what}"
+            return
+        if run_root is not None and (state := _sizes(run_root)) != before:
+            before, changed_s = state, now_s
+        is_stalled = run_root is not None and now_s - changed_s > STALL_LIMIT_S
+        assert not is_stalled, f"nothing has moved for {STALL_LIMIT_S:.0f} s before: {what}"
+        assert now_s - started_s < timeout_s, f"not within {timeout_s:.0f} s: {what}"
         time.sleep(0.05)
 
 
+def _sizes(run_root: Path) -> dict[str, int]:
+    """Sizes of the files that grow while the run makes progress."""
+    files = [*run_root.glob("logs/*"), run_root / "metrics.jsonl"]
+    return {path.name: path.stat().st_size for path in files if path.exists()}
+
+
+def wait_for_steps(num_steps: int, run_root: Path, *, process: subprocess.Popen[str] | None = None) -> None:
+    """Waits until metrics.jsonl has more than `num_steps` rows; fails when `process` ends before."""
+    wait_until(
+        lambda: num_steps_done(run_root) > num_steps,
+        what=f"step {num_steps}",
+        run_root=run_root,
+        process=process,
+    )
+
+
+def finish(process: subprocess.Popen[str], run_root: Path) -> tuple[int, str, str]:
+    """Waits for the end of a launcher; returns its exit code, stdout and stderr."""
+    wait_until(lambda: process.poll() is not None, what="the end of the launcher", run_root=run_root)
+    out, err = process.communicate()
+    return process.returncode, out, err
+
+
 def num_steps_done(run_root: Path) -> int:
-    """Optimizer steps that metrics.jsonl tells of."""
+    """The number of optimizer steps in metrics.jsonl."""
     path = run_root / "metrics.jsonl"
     return path.read_text().count("\n") if path.exists() else 0
+
+
+def launcher_log(run_root: Path) -> list[str]:
+    """The messages in the launcher's log."""
+    path = run_root / "logs" / "launcher.log"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line)["message"] for line in lines]

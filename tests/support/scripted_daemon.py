@@ -1,7 +1,8 @@
-"""Stand-ins for the daemons, for tests of what the launcher does when daemons misbehave on purpose.
+"""Stand-ins for the daemons, for tests of the launcher with daemons that misbehave on purpose.
 
-Real processes with the real runtime (signals, endpoint files, HTTP plane) and no model: what they do is named by `SCRIPT`, a JSON
-object from daemon name to behaviour. The launcher finds them because `python -m` looks into the working directory first.
+They are real processes with the real runtime (signals, endpoint files, HTTP plane) and without a model. The
+environment variable `SCRIPT`, a JSON object from daemon name to behaviour, says how each of them misbehaves.
+The launcher runs them because `python -m` looks into the working directory first.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from areal_like.paths import RunPaths, write_json
 from areal_like.runtime.command_line import role_arguments
 from areal_like.runtime.daemon import Runtime, run_daemon
 
+_IMPORT = "from tests.support.scripted_daemon import"
 PACKAGES = {
-    "buffer/__main__.py": "from tests.support.scripted_daemon import main; main('buffer', 'buffer')",
-    "rollout_server/__main__.py": "from tests.support.scripted_daemon import main; main('rollout', 'rollout-0')",
-    "trainer/__main__.py": "from tests.support.scripted_daemon import main; main('trainer', 'trainer-0')",
-    "trainer/prepare_model.py": "from tests.support.scripted_daemon import prepare; prepare()",
+    "buffer/__main__.py": f"{_IMPORT} main; main('buffer', 'buffer')",
+    "rollout_server/__main__.py": f"{_IMPORT} main; main('rollout', 'rollout-0')",
+    "trainer/__main__.py": f"{_IMPORT} main; main('trainer', 'trainer-0')",
+    "trainer/prepare_model.py": f"{_IMPORT} prepare; prepare()",
 }
 
 
@@ -38,24 +40,23 @@ def write_packages(folder: Path) -> None:
 
 
 def behaviour(name: str) -> str:
-    """What the test asked of this daemon; empty: behave."""
+    """The behaviour of this daemon in the test's script; empty: it behaves well."""
     return str(json.loads(os.environ.get("SCRIPT", "{}")).get(name, ""))
 
 
 def prepare() -> None:
-    """The model is there at once, or cannot be made."""
+    """The stand-in of `trainer.prepare_model`: ready at once, or a user's mistake."""
     if behaviour("prepare_model") == "user error":
         sys.stderr.write("error: model.path=/nowhere: no config.json there\n")
         sys.exit(2)
 
 
 def main(role: str, default_name: str) -> None:
-    """One daemon."""
+    """Runs one daemon to its end."""
     config, name = role_arguments(sys.argv[1:], default_name=default_name)
     script = behaviour(name)
-    if script == "crash" or (
-        script == "crash once" and not _seen_before(RunPaths.of(config).root / f"{name}.crashed")
-    ):
+    root = RunPaths.of(config).root
+    if script == "crash" or (script == "crash once" and _life(root, name) == 1):
         sys.stderr.write(f"{name}: the dog ate my weights\n")
         sys.exit(3)
 
@@ -71,43 +72,48 @@ def main(role: str, default_name: str) -> None:
                 signal.signal(number, signal.SIG_IGN)
             # A process in a session of its own, as torchrun's ranks are.
             subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
-        if role == "buffer":
-            runtime.advertise(stream="tcp://127.0.0.1:12345")
-            runtime.status = lambda: {
-                "tickets": {"queued": 1, "trained": 7},
-                "drops": {"stale": 2},
-                "tokens_generated": 99,
-            }
-        num_lives = _num_lives(runtime.paths.root / f"{name}.lives") if script == "loses its device" else 0
-        if num_lives == 2:
+        life = _life(root, name) if script == "loses its device" else 0
+        if life == 2:
             raise ConfigError("rollout.engine_device=cuda:1: there is no such device")
+        if role == "buffer":
+            _pose_as_buffer(runtime)
         runtime.ready()
-        if num_lives == 1:
-            await asyncio.sleep(2)
-            os._exit(3)
+        if life == 1:
+            await _until_told_to_die(root / f"{name}.dies")
         if role == "trainer":
-            await train(
-                runtime, fail_at=5 if script == "fail" else None, drain_s=2 if script == "drain slowly" else 0
-            )
+            drain_s = 2 if script == "drain slowly" else 0
+            await train(runtime, fail_at=5 if script == "fail" else None, drain_s=drain_s)
         else:
             await runtime.stopping.wait()
 
     sys.exit(run_daemon(config, role=role, name=name, main=body))
 
 
-def _seen_before(path: Path) -> bool:
-    known = path.exists()
-    path.touch()
-    return known
+def _life(root: Path, name: str) -> int:
+    """1 in the daemon's first life, 2 in the second, and so on."""
+    with (root / f"{name}.lives").open("a+") as file:
+        file.write("life\n")
+        return file.tell() // len("life\n")
 
 
-def _num_lives(path: Path) -> int:
-    with path.open("a+") as file:
-        return file.write("life\n") and file.tell() // len("life\n")
+def _pose_as_buffer(runtime: Runtime) -> None:
+    runtime.advertise(stream="tcp://127.0.0.1:12345")
+    runtime.status = lambda: {
+        "tickets": {"queued": 1, "trained": 7},
+        "drops": {"stale": 2},
+        "tokens_generated": 99,
+    }
+
+
+async def _until_told_to_die(path: Path) -> None:
+    """Dies with exit code 3 when the test makes this file."""
+    while not path.exists():
+        await asyncio.sleep(0.05)
+    os._exit(3)
 
 
 async def train(runtime: Runtime, *, fail_at: int | None, drain_s: float) -> None:
-    """Writes what a trainer writes, twenty steps a second."""
+    """Writes the files of a trainer, twenty steps a second."""
     started_s = time.monotonic()
     num_done = 0
     with runtime.paths.metrics.open("a") as file:
@@ -127,7 +133,7 @@ async def train(runtime: Runtime, *, fail_at: int | None, drain_s: float) -> Non
                 raise DeadlineError("no group for step 5 within 300 s")
             await asyncio.sleep(0.05)
     await asyncio.sleep(drain_s)
-    (runtime.paths.checkpoints / f"step_{num_done:06d}").mkdir(parents=True)
+    (runtime.paths.checkpoints / f"step_{num_done:06d}").mkdir(parents=True, exist_ok=True)
     write_json(
         runtime.paths.summary,
         {"steps": num_done, "wall_seconds": time.monotonic() - started_s, "tickets": {"trained": num_done}},

@@ -1,6 +1,6 @@
 """Reads the training data of a finished or stopped run from its ledger: the same groups, in the same order.
 
-Reads the tables and segment files directly (docs/ledger.md), because the trainer does not import the buffer's
+Reads the tables and segment files directly (docs/reference/ledger.md), because the trainer does not import the buffer's
 code. The ledgers of several shards are merged into one stream: the groups of a step by position, then by
 shard.
 """

@@ -1,7 +1,8 @@
-"""What the launcher keeps of a run's steps: the newest rows, and of all others only what is shown of them.
+"""The steps of a run in bounded memory: the newest rows whole, and running figures of all others.
 
-A run may go on for days at ten steps a second, so nothing here grows with it. The curve of rewards is kept as means over stretches of
-equal length; when there are too many, neighbours are merged and the stretches are twice as long. A screen has fewer columns than that.
+A run may go on for days at ten steps a second, so nothing here grows with it. The curve of rewards is kept
+as means over stretches of equal length; when there are too many stretches, neighbours are merged and the
+length doubles. A screen has fewer columns than that.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ MAX_STRETCHES = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """A run's steps as they are shown."""
+    """The figures of a run's steps that a view shows."""
 
     recent: tuple[dict[str, Any], ...] = ()
     """The newest rows of metrics.jsonl, ascending by step."""
     rewards: tuple[float, ...] = ()
-    """The whole run's, each the mean of a stretch; the stretches are equal but for the last."""
+    """Mean reward of each stretch of the whole run; the stretches are equally long but for the last."""
     reward_low: float = 0.0
     """Lowest reward of a step, 0 or below."""
     reward_high: float = 1.0
@@ -35,17 +36,17 @@ class Progress:
 
 
 class StepTally:
-    """Rows one after the other, to a `Progress`."""
+    """Condenses rows of metrics.jsonl, added one after the other, into a `Progress`."""
 
     def __init__(self) -> None:
         self._recent: deque[dict[str, Any]] = deque(maxlen=RECENT_STEPS)
-        self._rewards = Stretches()
+        self._rewards = StretchMeans()
         self._low, self._high = 0.0, 1.0
         self._lag_max = 0.0
         self._eval_reward: float | None = None
 
     def add(self, row: dict[str, Any]) -> None:
-        """The next step's; what it does not say is left out."""
+        """Adds the next step's row; missing columns are skipped."""
         self._recent.append(row)
         if isinstance(reward := row.get("reward_mean"), (int, float)):
             self._rewards.add(float(reward))
@@ -57,7 +58,7 @@ class StepTally:
 
     @property
     def progress(self) -> Progress:
-        """So far."""
+        """The progress over all rows added so far."""
         return Progress(
             recent=tuple(self._recent),
             rewards=self._rewards.means,
@@ -68,8 +69,8 @@ class StepTally:
         )
 
 
-class Stretches:
-    """Means of numbers over stretches of equal length; at most MAX_STRETCHES of them and one that is not full."""
+class StretchMeans:
+    """Means over stretches of equal length: at most MAX_STRETCHES full ones and one that is not full."""
 
     def __init__(self) -> None:
         self._full: list[float] = []
@@ -77,18 +78,18 @@ class Stretches:
         self._sum, self._num = 0.0, 0
 
     def add(self, value: float) -> None:
-        """The next one."""
+        """Adds the next number."""
         self._sum, self._num = self._sum + value, self._num + 1
         if self._num < self._length:
             return
         if len(self._full) == MAX_STRETCHES:
             self._full = [(a + b) / 2 for a, b in zip(self._full[::2], self._full[1::2], strict=True)]
             self._length *= 2
-            return  # it is the first half of the next stretch
+            return  # the numbers at hand are the first half of the next, longer stretch
         self._full.append(self._sum / self._num)
         self._sum, self._num = 0.0, 0
 
     @property
     def means(self) -> tuple[float, ...]:
-        """In order, that of the unfinished stretch last."""
+        """The means in order, that of the unfinished stretch last."""
         return (*self._full, *([self._sum / self._num] if self._num else []))

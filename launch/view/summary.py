@@ -1,4 +1,4 @@
-"""What `areal-like run` says at its end: the summary as a table, where the files are, and how to go on."""
+"""The last screen of `areal-like run`: the run's results, its files, and the command to go on with."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from areal_like.config import Config
-from launch.local_job.rundir import OpenRun, checkpoints
-from launch.view.view import duration, number
+from launch.local_job.open_run import OpenRun
+from launch.local_job.rundir import checkpoints
+from launch.view.formatting import duration, rate
 
 ROWS = (
     ("optimizer steps", "steps", "{:,}"),
@@ -31,7 +32,7 @@ ROWS = (
 
 
 def show_summary(run: OpenRun, console: Console, *, since_unix_s: float) -> None:
-    """Prints the end of a run. A summary older than `since_unix_s` is an earlier run's and is not shown."""
+    """Prints the end of a run. A summary file from before `since_unix_s` is an earlier run's: not shown."""
     paths, config = run.paths, run.config
     summary: dict[str, Any] = {}
     if paths.summary.exists() and paths.summary.stat().st_mtime >= since_unix_s:
@@ -43,20 +44,16 @@ def show_summary(run: OpenRun, console: Console, *, since_unix_s: float) -> None
         + ["config.yaml"]
         + [f"{path.name}{'/' if path.is_dir() else ''}" for path in files]
     )
-    say = f"{paths.root}: {', '.join(names)}"
-    console.print(say, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{paths.root}: {', '.join(names)}", markup=False, highlight=False, soft_wrap=True)
     steps = checkpoints(paths)
-    if steps and steps[-1] < config.trainer.num_steps:
-        command = resume_command(config)
-        console.print(
-            f"stopped after step {steps[-1]} of {config.trainer.num_steps}; go on with: {command}",
-            markup=False,
-            soft_wrap=True,
-        )
+    num_steps = config.trainer.num_steps
+    if steps and steps[-1] < num_steps:
+        line = f"stopped after step {steps[-1]} of {num_steps}; go on with: {resume_command(config)}"
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def summary_table(summary: dict[str, Any], *, title: str) -> Table:
-    """Two columns; what the summary lacks is left out."""
+    """Label and value in two columns; rows that the summary lacks are left out."""
     table = Table(title=title, show_header=False, title_justify="left")
     for label, key, form in ROWS:
         if isinstance(summary.get(key), (int, float)):
@@ -64,8 +61,8 @@ def summary_table(summary: dict[str, Any], *, title: str) -> Table:
     if isinstance(seconds := summary.get("wall_seconds"), (int, float)):
         # Not tokens_generated / seconds: after a resume the tokens are of the whole run, the seconds are not.
         generated = summary.get("tokens_per_s_generated")
-        rate = f", {number(generated)} generated tok/s" if generated is not None else ""
-        table.add_row("wall time", f"{duration(seconds)}{rate}")
+        speed = f", {rate(generated)} generated tok/s" if generated is not None else ""
+        table.add_row("wall time", f"{duration(seconds)}{speed}")
     for label, key in (("tickets", "tickets"), ("drops", "drops")):
         counts = {name: count for name, count in (summary.get(key) or {}).items() if count}
         if counts:
@@ -74,8 +71,7 @@ def summary_table(summary: dict[str, Any], *, title: str) -> Table:
 
 
 def resume_command(config: Config) -> str:
-    """What to type to go on with this run."""
-    settings = f"name={config.name} resume=latest" + (
-        "" if config.runs_dir == "runs" else f" runs_dir={config.runs_dir}"
-    )
+    """The shell command that resumes this run."""
+    runs_dir = "" if config.runs_dir == "runs" else f" runs_dir={config.runs_dir}"
+    settings = f"name={config.name} resume=latest{runs_dir}"
     return f'make run ARGS="{settings}"' if "MAKELEVEL" in os.environ else f"areal-like run {settings}"

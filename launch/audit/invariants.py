@@ -1,0 +1,219 @@
+"""The statements that must hold of one ledger, as SQL over its tables (docs/reference/ledger.md).
+
+Of the buffer's code only the names of tables and columns are used, so that an error there is not repeated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Invariant:
+    """One statement about the ledger, as two queries."""
+
+    text: str
+    count: str
+    """The number of rows that the statement is about."""
+    violations: str
+    """The rows that contradict it, each as one text that identifies it for a look with the sqlite3 shell."""
+
+
+def _mark(name: str, default: str) -> str:
+    return f"coalesce((SELECT value FROM marks WHERE name = '{name}'), {default})"
+
+
+_COMMITTED = _mark("committed_step", "-1")
+_TRAINER_STEP = _mark("trainer_step", "0")
+_NUM_SHARDS = _mark("num_shards", "1")
+_SHARD = _mark("shard", "0")
+_NUM_COUNTED = _mark("num_steps_counted", _TRAINER_STEP)
+_IS_COUNTED = f"(state = 'trained' OR (state = 'batched' AND step < {_NUM_COUNTED}))"
+_TICKETS_WITH_SAMPLES = "tickets CROSS JOIN samples USING (ticket_id)"
+_LAGS = f"""
+    SELECT 'trained_lag_' || (step - oldest_step) AS name, count(*) AS num FROM {_TICKETS_WITH_SAMPLES}
+    WHERE {_IS_COUNTED} AND sample_index < num_samples - num_greedy GROUP BY 1"""
+
+_ONE_STATE = Invariant(
+    text="every ticket is in one state, and has the columns of that state",
+    count="SELECT count(*) FROM tickets",
+    violations="""
+        SELECT printf('ticket %d: %s %s, reason %s, place %s:%s',
+                      ticket_id, purpose, state, reason, step, position)
+        FROM tickets
+        WHERE state NOT IN ('queued', 'leased', 'ready', 'batched', 'trained', 'evaluated', 'dropped')
+           OR purpose NOT IN ('train', 'eval')
+           OR (state = 'dropped') != (reason IS NOT NULL)
+           OR (state IN ('batched', 'trained') AND (step IS NULL OR position IS NULL))
+           OR (state IN ('queued', 'leased', 'ready', 'evaluated') AND step IS NOT NULL)
+           OR (purpose = 'eval' AND state IN ('ready', 'batched', 'trained'))
+           OR (purpose = 'train' AND state = 'evaluated')""",
+)
+
+_NO_GAP = Invariant(
+    text="no ticket is missing: they are numbered without a gap",
+    count="SELECT count(*) FROM tickets",
+    violations=f"""
+        SELECT printf('%d tickets, numbered %d to %d', count(*), min(ticket_id), max(ticket_id))
+        FROM tickets
+        HAVING count(*) > 0 AND (min(ticket_id) != {_NUM_SHARDS} + {_SHARD}
+                                 OR max(ticket_id) != count(*) * {_NUM_SHARDS} + {_SHARD})""",
+)
+
+_OWN_SHARD = Invariant(
+    text="a shard has its own tickets, leases and prompts, and none of another shard",
+    count="SELECT count(*) FROM tickets",
+    violations=f"""
+        SELECT printf('ticket %d: prompt %d', ticket_id, prompt_index) FROM tickets
+        WHERE ticket_id % {_NUM_SHARDS} != {_SHARD}
+           OR (purpose = 'train' AND prompt_index % {_NUM_SHARDS} != {_SHARD})
+        UNION ALL SELECT printf('lease %d', lease_id) FROM leases
+        WHERE lease_id % {_NUM_SHARDS} != {_SHARD}""",
+)
+
+_ONE_TICKET_A_PLACE = Invariant(
+    text="no place of a step is taken twice",
+    count="SELECT count(*) FROM tickets WHERE state IN ('batched', 'trained')",
+    violations="""
+        SELECT printf('step %d, position %d: tickets %s', step, position, group_concat(ticket_id))
+        FROM tickets WHERE state IN ('batched', 'trained') GROUP BY step, position HAVING count(*) > 1""",
+)
+
+_TRAINED_IS_COMMITTED = Invariant(
+    text="the tickets of committed steps are trained, and no others",
+    count="SELECT count(*) FROM tickets WHERE state = 'trained'",
+    violations=f"""
+        SELECT printf('ticket %d: %s in step %d, committed up to %d', ticket_id, state, step, {_COMMITTED})
+        FROM tickets
+        WHERE (state = 'trained' AND step > {_COMMITTED}) OR (state = 'batched' AND step <= {_COMMITTED})""",
+)
+
+_COMMITTED_IS_COMPLETE = Invariant(
+    text="no step is committed before it is complete",
+    count="SELECT count(*) FROM marks",
+    violations=f"""
+        SELECT printf('step %d is committed, %d are complete', {_COMMITTED}, {_TRAINER_STEP})
+        WHERE {_COMMITTED} >= {_TRAINER_STEP} AND {_COMMITTED} >= 0""",
+)
+
+_WHOLE_GROUPS = Invariant(
+    text="a finished group has all of its samples, and no group has others",
+    count="SELECT count(*) FROM samples",
+    violations="""
+        SELECT printf('ticket %d: %s with %d of %d samples',
+                      ticket_id, state, count(sample_index), num_samples)
+        FROM tickets LEFT JOIN samples USING (ticket_id)
+        GROUP BY ticket_id
+        HAVING (state IN ('ready', 'batched', 'trained') AND count(sample_index) != num_samples)
+            OR min(sample_index) < 0 OR max(sample_index) >= num_samples
+        UNION ALL SELECT printf('sample %d of ticket %d: there is no such ticket', sample_index, ticket_id)
+        FROM samples WHERE ticket_id NOT IN (SELECT ticket_id FROM tickets)""",
+)
+
+_OWN_BYTES = Invariant(
+    text="no bytes on disk belong to two samples",
+    count="SELECT count(*) FROM samples",
+    violations="""
+        SELECT printf('segment %d at %d: tickets %s', segment, offset, group_concat(ticket_id))
+        FROM samples GROUP BY segment, offset HAVING count(*) > 1""",
+)
+
+_WITHIN_STALENESS = Invariant(
+    text="nothing was trained beyond its ticket's staleness bound",
+    count=f"SELECT count(*) FROM {_TICKETS_WITH_SAMPLES} WHERE state IN ('batched', 'trained')",
+    violations=f"""
+        SELECT printf('ticket %d, sample %d: step %d, weights of step %d, bound %d',
+                      ticket_id, sample_index, step, oldest_step, max_staleness)
+        FROM {_TICKETS_WITH_SAMPLES}
+        WHERE state IN ('batched', 'trained') AND NOT step - oldest_step BETWEEN 0 AND max_staleness""",
+)
+
+_VERSIONS_GROW = Invariant(
+    text="versions grow, each from one before it",
+    count="SELECT count(*) FROM versions",
+    violations="""
+        SELECT printf('version %d: parent %d, incarnation %d', version, parent, trainer_incarnation)
+        FROM (SELECT *, lag(trainer_incarnation) OVER (ORDER BY version) AS before,
+                     row_number() OVER (ORDER BY version) AS place FROM versions)
+        WHERE parent >= version OR trainer_incarnation < before
+           OR (place > 1 AND parent NOT IN (SELECT version FROM versions))""",
+)
+
+_KNOWN_WEIGHTS = Invariant(
+    text="every sample was generated by weights of a known version",
+    count="SELECT count(*) FROM samples",
+    violations="""
+        SELECT printf('ticket %d, sample %d: versions %d to %d, weights of step %d',
+                      ticket_id, sample_index, oldest_version, newest_version, oldest_step)
+        FROM samples LEFT JOIN versions ON version = oldest_version
+        WHERE (oldest_version != 0 AND version IS NULL) OR newest_version < oldest_version
+           OR (newest_version != 0 AND newest_version NOT IN (SELECT version FROM versions))
+           OR (oldest_version = newest_version AND oldest_step != coalesce(versions.step, 0))""",
+)
+
+_LEASES_OF_LEASED = Invariant(
+    text="every lease is of a leased ticket, and every leased ticket has a lease",
+    count="SELECT count(*) FROM leases",
+    violations="""
+        SELECT printf('lease %d of ticket %d, which is %s', lease_id, ticket_id, coalesce(state, 'unknown'))
+        FROM leases LEFT JOIN tickets USING (ticket_id) WHERE state IS NOT 'leased'
+        UNION ALL SELECT printf('ticket %d is leased, but has no lease', ticket_id) FROM tickets
+        WHERE state = 'leased' AND ticket_id NOT IN (SELECT ticket_id FROM leases)""",
+)
+
+_LEASED_ONCE = Invariant(
+    text="no sample is in two leases",
+    count="SELECT count(*) FROM leases",
+    violations="""
+        SELECT printf('ticket %d, sample %d: leases %s', ticket_id, value, group_concat(lease_id))
+        FROM leases, json_each(leases.outstanding) GROUP BY ticket_id, value HAVING count(*) > 1""",
+)
+
+_ONE_RETRY = Invariant(
+    text="a prompt is tried again once, and only after its ticket was dropped",
+    count="SELECT count(*) FROM tickets WHERE parent > 0",
+    violations="""
+        SELECT printf('tickets %s follow ticket %d, which is %s',
+                      group_concat(child.ticket_id), child.parent, coalesce(max(old.state), 'unknown'))
+        FROM tickets AS child LEFT JOIN tickets AS old ON old.ticket_id = child.parent
+        WHERE child.parent > 0
+        GROUP BY child.parent HAVING count(*) > 1 OR max(old.state) IS NOT 'dropped'""",
+)
+
+_COUNTERS = Invariant(
+    text="the counters equal the sums of the rows",
+    count="SELECT count(*) FROM statistics",
+    violations=f"""
+        WITH sums AS (
+            SELECT 'num_samples_dropped' AS name, count(*) AS num
+            FROM {_TICKETS_WITH_SAMPLES} WHERE state = 'dropped'
+            UNION ALL SELECT 'tokens_dropped', coalesce(sum(num_sampled), 0)
+            FROM {_TICKETS_WITH_SAMPLES} WHERE state = 'dropped'
+            UNION ALL SELECT 'tokens_trained', coalesce(sum(num_sampled), 0)
+            FROM {_TICKETS_WITH_SAMPLES} WHERE {_IS_COUNTED} AND sample_index < num_samples - num_greedy
+            UNION ALL SELECT 'verdict_accepted',
+                (SELECT count(*) FROM samples) + (SELECT count(*) FROM tickets WHERE state = 'evaluated')
+            UNION ALL {_LAGS})
+        SELECT printf('%s is %d, the sum of the rows %d', name, coalesce(value, 0), num)
+        FROM sums LEFT JOIN statistics USING (name) WHERE coalesce(value, 0) != num
+        UNION ALL SELECT printf('%s is %d, the sum of the rows 0', name, value) FROM statistics
+        WHERE name LIKE 'trained_lag_%' AND value != 0 AND name NOT IN (SELECT name FROM ({_LAGS}))""",
+)
+
+LEDGER_INVARIANTS = (
+    _ONE_STATE,
+    _NO_GAP,
+    _OWN_SHARD,
+    _ONE_TICKET_A_PLACE,
+    _TRAINED_IS_COMMITTED,
+    _COMMITTED_IS_COMPLETE,
+    _WHOLE_GROUPS,
+    _OWN_BYTES,
+    _WITHIN_STALENESS,
+    _VERSIONS_GROW,
+    _KNOWN_WEIGHTS,
+    _LEASES_OF_LEASED,
+    _LEASED_ONCE,
+    _ONE_RETRY,
+    _COUNTERS,
+)

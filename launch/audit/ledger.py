@@ -1,0 +1,121 @@
+"""The audit of one ledger by itself: its tables in one transaction, then its segment files."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from areal_like.errors import StoreCorruptError
+from areal_like.shards import Shard
+from areal_like.wire.records import Place, read_record
+from launch.audit.invariants import LEDGER_INVARIANTS
+from launch.audit.result import Audit, Check
+
+_Row = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerAudit:
+    """One ledger: the result of its own checks, and what the checks across ledgers need."""
+
+    directory: Path
+    shard: Shard
+    """The shard in the ledger's own marks."""
+    result: Audit
+    committed_step: int
+    """-1: none."""
+    steps: list[_Row]
+    """(step, number of groups, last position) of every step with groups, ascending."""
+    versions: dict[int, int]
+    """Version -> step of its weights."""
+
+    @property
+    def first_step(self) -> int:
+        """The first step of which the ledger still has groups."""
+        return self.steps[0][0] if self.steps else self.committed_step + 1
+
+
+def audit_ledger(directory: Path) -> LedgerAudit:
+    """Audits the ledger in `directory`, which may be in use. Raises sqlite3.DatabaseError."""
+    with closing(_connect(directory)) as connection:
+        connection.execute("BEGIN")
+        query = connection.execute
+        checks = [
+            Check(
+                text=invariant.text,
+                num_checked=query(invariant.count).fetchone()[0],
+                offenders=[row[0] for row in query(invariant.violations)],
+            )
+            for invariant in LEDGER_INVARIANTS
+        ]
+        tickets = dict(query("SELECT state, count(*) FROM tickets GROUP BY 1 ORDER BY 1"))
+        drops = dict(
+            query("SELECT reason, count(*) FROM tickets WHERE state = 'dropped' GROUP BY 1 ORDER BY 1")
+        )
+        marks = dict(query("SELECT name, value FROM marks"))
+        steps = query(
+            "SELECT step, count(*), max(position) FROM tickets WHERE state IN ('batched', 'trained') "
+            "GROUP BY step ORDER BY step"
+        ).fetchall()
+        versions = dict(query("SELECT version, step FROM versions"))
+        (num_bytes,) = query("SELECT coalesce(sum(num_bytes), 0) FROM segments").fetchone()
+        num_rollbacks, num_tokens = query(
+            "SELECT count(*), coalesce(sum(num_tokens), 0) FROM rollbacks"
+        ).fetchone()
+        samples = query(
+            "SELECT ticket_id, sample_index, segment, offset, num_bytes, crc32 "
+            "FROM tickets CROSS JOIN samples USING (ticket_id) "
+            "WHERE released = 0 AND state IN ('ready', 'batched', 'trained')"
+        ).fetchall()
+        connection.execute("COMMIT")
+    committed_step = marks.get("committed_step", -1)
+    facts = {
+        "committed_steps": committed_step + 1,
+        "versions": len(versions),
+        "rollbacks": num_rollbacks,
+        "tokens_rolled_back": num_tokens,
+        "trajectory_bytes": num_bytes,
+    }
+    return LedgerAudit(
+        directory=directory,
+        shard=Shard(marks.get("shard", 0), marks.get("num_shards", 1)),
+        result=Audit(
+            run=str(directory),
+            checks=[*checks, _trajectories_on_disk(directory, samples)],
+            tickets={"issued": sum(tickets.values())} | tickets,
+            drops=drops,
+            facts=facts,
+        ),
+        committed_step=committed_step,
+        steps=steps,
+        versions=versions,
+    )
+
+
+def _connect(directory: Path) -> sqlite3.Connection:
+    return sqlite3.connect(
+        f"file:{directory / 'ledger.sqlite3'}?mode=ro", uri=True, isolation_level=None, timeout=10
+    )
+
+
+def _trajectories_on_disk(directory: Path, samples: list[_Row]) -> Check:
+    """Reads every record that may still be trained on, against the length and checksum in the ledger."""
+    problems: dict[int, str] = {}
+    for ticket_id, sample_index, *where in samples:
+        try:
+            read_record(directory, Place(*where), ticket_id=ticket_id, sample_index=sample_index)
+        except StoreCorruptError as error:
+            problems.setdefault(ticket_id, str(error))
+    if problems:
+        # A running buffer deletes records that nothing can ask for any more, perhaps since the transaction.
+        with closing(_connect(directory)) as connection:
+            gone = connection.execute("SELECT ticket_id FROM tickets WHERE released = 1 OR state = 'dropped'")
+            for (ticket_id,) in gone:
+                problems.pop(ticket_id, None)
+    return Check(
+        text="every trajectory that may be trained on is on disk as it was written",
+        num_checked=len(samples),
+        offenders=list(problems.values()),
+    )

@@ -1,0 +1,129 @@
+"""The audit of a whole run from its files: ledgers, segment files and checkpoints.
+
+The audit may look at a running job: each ledger is read in one transaction, and a file that has gone in the
+meantime is looked up once more. Left out: the quality of the training data. The audit is about identity and
+order.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+from areal_like.config import Config
+from areal_like.errors import ConfigError, StoreCorruptError
+from areal_like.paths import RunPaths
+from areal_like.runtime.command_line import load_config
+from areal_like.shards import add_up, all_shards
+from launch.audit.ledger import LedgerAudit, audit_ledger
+from launch.audit.result import Audit, Check
+from launch.local_job.rundir import checkpoints
+
+
+def audit_run(root: Path) -> Audit:
+    """Audits the run in `root`. Raises ConfigError without a ledger, StoreCorruptError when SQLite fails."""
+    directories = RunPaths(root).ledgers
+    if not directories:
+        raise ConfigError(f"{root} has no ledger: with buffer.durability=none a run records nothing to audit")
+    config = load_config(["--config", str(RunPaths(root).config)])
+    # Before the ledgers are read: a running job may add a checkpoint afterwards.
+    num_checkpointed = max(checkpoints(RunPaths(root)), default=0)
+    try:
+        ledgers = [audit_ledger(directory) for directory in directories]
+    except sqlite3.DatabaseError as error:
+        raise StoreCorruptError(
+            f"{root}: its ledger cannot be read ({error}); is it whole, and of this release?"
+        ) from None
+    checks = [*_merged(ledgers), _whole_steps(ledgers, config=config, num_checkpointed=num_checkpointed)]
+    if len(ledgers) > 1 or config.buffer.num_shards > 1:
+        checks += [_every_shard(ledgers, config=config), _same_versions(ledgers)]
+    results = [ledger.result for ledger in ledgers]
+    # Every shard has its own count of these, and the counts are equal.
+    common = ("committed_steps", "versions", "rollbacks")
+    return Audit(
+        run=str(root),
+        checks=checks,
+        tickets=add_up(result.tickets for result in results),
+        drops=add_up(result.drops for result in results),
+        facts=add_up(result.facts for result in results)
+        | {name: min(result.facts[name] for result in results) for name in common},
+    )
+
+
+def _merged(ledgers: list[LedgerAudit]) -> list[Check]:
+    """The ledgers' own checks, each over all ledgers."""
+    return [
+        Check(
+            text=same[0].text,
+            num_checked=sum(check.num_checked for check in same),
+            offenders=[
+                _located(offender, ledger, ledgers)
+                for ledger, check in zip(ledgers, same, strict=True)
+                for offender in check.offenders
+            ],
+        )
+        for same in zip(*(ledger.result.checks for ledger in ledgers), strict=True)
+    ]
+
+
+def _whole_steps(ledgers: list[LedgerAudit], *, config: Config, num_checkpointed: int) -> Check:
+    """Steps that were committed, or that the newest checkpoint contains, have all their places filled."""
+    problems = []
+    begun = min(ledger.first_step for ledger in ledgers)
+    # The ledgers are read one after the other. In a running job only the steps that all of them have
+    # committed were whole when the first one was read.
+    done = max(num_checkpointed, 1 + min(ledger.committed_step for ledger in ledgers))
+    for ledger in ledgers:
+        groups = {step: num_groups for step, num_groups, _ in ledger.steps}
+        wanted = ledger.shard.share(config.trainer.groups_per_step)
+        found = [
+            f"step {step}: {num} groups, the last at position {last}"
+            for step, num, last in ledger.steps
+            if last != num - 1
+        ]
+        found += [
+            f"step {step}: {groups.get(step, 0)} of {wanted} groups"
+            for step in range(begun, done)
+            if groups.get(step, 0) != wanted
+        ]
+        problems += [_located(problem, ledger, ledgers) for problem in found]
+    return Check(
+        text="every step that was committed or checkpointed is whole",
+        num_checked=max(0, done - begun),
+        offenders=problems,
+    )
+
+
+def _every_shard(ledgers: list[LedgerAudit], *, config: Config) -> Check:
+    """There is one ledger for each shard of the run."""
+    wanted = {shard.ledger: shard for shard in all_shards(config.buffer.num_shards)}
+    found = {ledger.directory.name: ledger.shard for ledger in ledgers}
+    problems = [
+        f"{name}: shard {shard.index} of {shard.count}"
+        for name, shard in found.items()
+        if wanted.get(name) != shard
+    ]
+    problems += [f"{name} is missing" for name in wanted if name not in found]
+    return Check(text="every shard is there, once", num_checked=len(ledgers), offenders=problems)
+
+
+def _same_versions(ledgers: list[LedgerAudit]) -> Check:
+    """The versions of all shards are those that the first has allocated.
+
+    The first may have allocated more since it was read.
+    """
+    first, *others = ledgers
+    problems = []
+    for other in others:
+        for version, step in other.versions.items():
+            if version <= max(first.versions, default=0) and first.versions.get(version) != step:
+                known = f"in {first.directory.name} of {first.versions.get(version, 'none')}"
+                problem = f"version {version} is weights of step {step}, {known}"
+                problems.append(_located(problem, other, ledgers))
+    num_checked = sum(len(other.versions) for other in others)
+    text = "a version is the same weights in every shard"
+    return Check(text=text, num_checked=num_checked, offenders=problems)
+
+
+def _located(offender: str, ledger: LedgerAudit, ledgers: list[LedgerAudit]) -> str:
+    return offender if len(ledgers) == 1 else f"{ledger.directory.name}: {offender}"

@@ -1,0 +1,124 @@
+"""`areal-like rollout RUN --join`: one more rollout server for a running job.
+
+The server is a child of this command and not of the job's launcher: nothing restarts it, it may run on
+another machine, and it ends with Ctrl-C, when it is drained, or when its run is over. Where the run's
+directory can be seen, the end of the run shows in its lock, which the launcher's daemons hold to the last.
+Elsewhere the server waits for its buffer until a user ends it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from areal_like.errors import ConfigError
+from areal_like.paths import RunPaths
+from areal_like.runtime.command_line import load_config
+from areal_like.runtime.process import PARENT_PID
+from areal_like.wire.addresses import buffer_addresses
+from launch.commands.parser import add_run, add_settings
+from launch.commands.running_job import buffer_settings
+from launch.commands.stop_signals import StopSignals
+from launch.local_job.child import python_path
+from launch.local_job.rundir import find_run, is_over
+
+_TICK_S = 0.2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """RUN or `--buffer`, then settings."""
+    parser.add_argument("--join", action="store_true", required=True, help="join a running job")
+    parser.add_argument("--buffer", metavar="HOST:PORT", default="", help="the job's (first) buffer")
+    parser.add_argument("--name", default="", help="of the server; by default a free one")
+    add_run(parser, nargs="?")
+    add_settings(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the server until it ends; returns its exit code."""
+    run, settings = args.run or "", list(args.settings)
+    if "=" in run:
+        run, settings = "", [run, *settings]
+    return join(run, settings, buffer=args.buffer, name=args.name)
+
+
+def join(run: str, settings: Sequence[str], *, buffer: str = "", name: str = "") -> int:
+    """Runs one more rollout server for a job until it ends; returns its exit code.
+
+    `run`: name or directory of a run that can be seen from here, or empty. Without it `buffer` (host:port;
+    with several shards the first one's) and all settings are needed. Raises ConfigError before anything was
+    started.
+    """
+    paths = RunPaths(find_run(run)) if run else None
+    arguments = list(settings)
+    if paths:
+        arguments = [
+            *("--config", str(paths.config), f"runs_dir={paths.root.resolve().parent}"),
+            *settings,
+        ]
+    arguments += buffer_settings(load_config(arguments), paths, buffer)
+    config = load_config(arguments)
+    addresses = ", ".join(address.removeprefix("tcp://") for address in buffer_addresses(config))
+    if paths is not None and is_over(paths):
+        raise ConfigError(f"{paths.root}: this run is over; start it again with resume=latest")
+    name = name or free_name(RunPaths.of(config))
+    environment = os.environ | {
+        PARENT_PID: str(os.getpid()),
+        "OMP_NUM_THREADS": str(config.rollout.num_threads),
+        "PYTHONPATH": python_path(),
+    }
+    stops = StopSignals()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "rollout_server", "--name", name, *arguments],
+        env=environment,
+        start_new_session=True,
+    )
+    sys.stdout.write(
+        f"{name} joins the job at {addresses}; Ctrl-C, or `areal-like drain {run or 'RUN'} {name}`, ends it\n"
+    )
+    sys.stdout.flush()
+    return _wait(server, paths, stops=stops)
+
+
+def _wait(server: subprocess.Popen[bytes], paths: RunPaths | None, *, stops: StopSignals) -> int:
+    """Waits for the server, and ends it on a stop signal or when its run is over; returns its exit code."""
+    num_obeyed = 0
+    while (code := server.poll()) is None:
+        if stops.count > num_obeyed or (num_obeyed == 0 and paths is not None and is_over(paths)):
+            num_obeyed += 1
+            server.send_signal(signal.SIGTERM if num_obeyed == 1 else signal.SIGKILL)
+        time.sleep(_TICK_S)
+    return code if code >= 0 else 1
+
+
+def free_name(paths: RunPaths) -> str:
+    """A name that no server of the run has; its log file reserves it.
+
+    On a machine that does not see the run's directory: a name made of the host's and this process's.
+    """
+    if not paths.endpoints.is_dir():
+        # Not a plain number at the end: it would be taken for the server's index.
+        return f"rollout-{socket.gethostname()}-p{os.getpid()}"
+    names = (f"rollout-{number}" for number in itertools.count())
+    return next(
+        name
+        for name in names
+        if not (paths.endpoints / f"{name}.json").exists() and _create(paths.logs / f"{name}.log")
+    )
+
+
+def _create(path: Path) -> bool:
+    """Makes an empty file; returns False when there is one already."""
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True

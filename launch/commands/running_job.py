@@ -1,0 +1,65 @@
+"""The addresses of a running job's buffers and rollout servers, for commands from another shell."""
+
+from __future__ import annotations
+
+from areal_like.config import Config
+from areal_like.errors import ConfigError
+from areal_like.paths import RunPaths
+from areal_like.runtime.daemon import read_endpoint
+from areal_like.shards import all_shards
+from launch.observation.http_json import fetch_json
+
+
+def buffer_settings(config: Config, paths: RunPaths | None, given: str) -> list[str]:
+    """Settings with the addresses of a job's buffers, for a server that joins it.
+
+    `given`: host:port of the first shard's buffer, or empty; then `paths`, the run's directory, is needed.
+    Raises ConfigError when the addresses cannot be found.
+    """
+    if given:
+        host, _, port = given.rpartition(":")
+        if not (host and port.isdecimal()):
+            raise ConfigError(f"--buffer {given}: expected host:port")
+        return [
+            f'buffer.host="{host.strip("[]")}"',
+            "buffer.advertise_host=''",
+            f"buffer.port={port}",
+            "buffer.ports=[]",
+        ]
+    if paths is None:
+        raise ConfigError(
+            "rollout --join: no running buffer is known; name a running job, or give --buffer host:port"
+        )
+    ports = []
+    for shard in all_shards(config.buffer.num_shards):
+        endpoint = read_endpoint(paths.endpoints / f"{shard.name}.json")
+        if endpoint is None or "stream" not in endpoint:
+            raise ConfigError(
+                f"rollout --join: the {shard.name} of {paths.root.name} is not running; is the job?"
+            )
+        ports.append(str(endpoint["stream"]).rpartition(":")[2])
+    return [f"buffer.ports=[{','.join(ports)}]"]
+
+
+def servers_of(config: Config, paths: RunPaths) -> dict[str, str]:
+    """Name -> address of the HTTP plane of every rollout server that is registered with a buffer of the job.
+
+    Raises ConfigError when no buffer answers.
+    """
+    endpoints = [
+        read_endpoint(paths.endpoints / f"{shard.name}.json")
+        for shard in all_shards(config.buffer.num_shards)
+    ]
+    answers = [
+        status
+        for endpoint in endpoints
+        if endpoint and (status := fetch_json(str(endpoint.get("http", "")), "/status"))
+    ]
+    if not answers:
+        raise ConfigError(f"{paths.root}: its buffer does not answer; is the job running?")
+    return {
+        str(peer["name"]): str(peer["http"])
+        for status in answers
+        for peer in status.get("peers", [])
+        if peer.get("role") == "rollout"
+    }

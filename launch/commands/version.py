@@ -1,0 +1,21 @@
+"""`areal-like version`: the installed version."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import sys
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """It has none."""
+
+
+def main(args: argparse.Namespace) -> int:
+    """Prints the version."""
+    try:
+        version = importlib.metadata.version("areal-like")
+    except importlib.metadata.PackageNotFoundError:
+        version = "(from a checkout)"
+    sys.stdout.write(f"areal-like {version}\n")
+    return 0

@@ -1,0 +1,84 @@
+"""The interface between a job's state machine and its processes: one observation in, actions out.
+
+`lifecycle.JobLifecycle` returns actions, `job.LocalJob` carries them out in order.
+"""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+
+from launch.local_job.specs import ChildSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exit:
+    """Observation: a process has ended."""
+
+    name: str
+    code: int
+    """Its exit code; negative: the signal that ended it."""
+    complaint: str = ""
+    """The one message for the user that goes with exit code 2."""
+    last_words: tuple[str, ...] = ()
+    """The last lines of its output, and of a trace-back in its log."""
+
+    @property
+    def description(self) -> str:
+        """The exit code in words: `exit code 1`, `killed by SIGKILL`."""
+        return describe_exit(self.code)
+
+    def failure_lines(self, headline: str) -> list[str]:
+        """The headline, then the last words, indented."""
+        return [headline, *(f"  {line}" for line in self.last_words)]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Start a process."""
+
+    spec: ChildSpec
+    from_newest_checkpoint: bool = False
+    """Add `resume=latest`, or `resume=''` when there is no checkpoint at that moment."""
+
+
+@dataclass(frozen=True)
+class Terminate:
+    """Send a process its stop signal: it drains and ends by itself."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Kill:
+    """End a process and its process group at once. No `Exit` follows."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class KillEverything:
+    """End every process of the run at once. No `Exit` follows."""
+
+
+@dataclass(frozen=True)
+class HandOver:
+    """Ask the trainer to make room for its successor: finish the step, write a checkpoint, exit with 0."""
+
+    address: str | None
+    """Its HTTP plane; None while it has none: it is then sent its stop signal."""
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Tell the user that something has happened."""
+
+    text: str
+
+
+Action = Start | Terminate | Kill | KillEverything | HandOver | Notice
+
+
+def describe_exit(code: int) -> str:
+    """An exit code in words: `exit code 1`, `killed by SIGKILL`."""
+    return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"

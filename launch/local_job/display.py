@@ -1,0 +1,20 @@
+"""The interface through which the launcher shows a running job (implemented in launch/view/)."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from launch.observation.observer import Observation
+
+
+class View(Protocol):
+    """A display of one running job."""
+
+    def update(self, seen: Observation, *, phase: str, detail: str) -> None:
+        """Called about ten times a second; draws when its interval has passed."""
+
+    def notice(self, text: str) -> None:
+        """Shows one event."""
+
+    def close(self) -> None:
+        """Ends the drawing and leaves the terminal as it was."""

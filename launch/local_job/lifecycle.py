@@ -1,0 +1,349 @@
+"""The life of a local job as a state machine: observations in, actions out; no processes, files or clocks.
+
+    PREPARING -> STARTING -> RUNNING -> CLOSING -> over (no process runs)
+        |            |           |
+        +------------+-----------+----> CLOSING when a daemon fails for good, a user stops the run, or the
+                                        trainer is done
+
+- PREPARING builds the model while the buffers start; STARTING waits for the trainer and the rollout servers.
+- CLOSING goes in one order, whatever its cause: trainer (finishes its step, checkpoints, commits), servers,
+  buffers.
+- A daemon that exits with code 0 before CLOSING was stopped by a user: a server is then not replaced, and the
+  run goes on while another server is left; any other daemon closes the run.
+- A daemon that dies is started again, and the others see no more than a pause: a server's samples are
+  generated elsewhere, a buffer comes back at the same port with its ledger (unless `buffer.durability=none`),
+  the trainer with its newest checkpoint. Deaths in a row are bounded (restarts.py, trainer.py).
+- Not started again: a trainer whose code failed before the first step was done, and a daemon that rejects its
+  settings (exit code 2), unless it is a server or buffer that has been ready with these settings before.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from enum import StrEnum
+
+from areal_like.config import Config
+from areal_like.shards import all_shards
+from launch.local_job.actions import Action, Exit, HandOver, Kill, KillEverything, Notice, Start
+from launch.local_job.outcome import Outcome
+from launch.local_job.restarts import Restarts, RestartState
+from launch.local_job.servers import RolloutServers
+from launch.local_job.shutdown import Shutdown, Stage
+from launch.local_job.specs import JobSpecs, ports_setting
+from launch.local_job.trainer import SupervisedTrainer
+from launch.observation.observer import Observation
+
+log = logging.getLogger(__name__)
+
+BUFFER_START_TIMEOUT_S = 60.0
+START_PATIENCE = 2.0
+"""Start limit in multiples of `rollout.start_timeout_s`. After one of them a server reports by itself why its
+engine did not start, and that report has to come first."""
+FAILURE_CLOSE_S = 10.0
+"""Time for the other daemons to end when one has failed."""
+TRAINER_RESERVE, SERVERS_RESERVE = 0.25, 0.1
+"""Part of `daemon.drain_timeout_s` that each of them leaves to the processes that end after it."""
+
+
+class Phase(StrEnum):
+    """The phase of the job."""
+
+    PREPARING = "preparing the model"
+    """The model is built; the buffers start."""
+    STARTING = "starting"
+    """Servers and trainer load the model and connect."""
+    RUNNING = "running"
+    """Everything is ready."""
+    CLOSING = "closing"
+    """Daemons end one after another."""
+
+
+class JobLifecycle:
+    """One job from start to end.
+
+    Calls: `start()`, then any of `stop_requested`, `exited`, `replace_trainer` and `tick` until `is_over`.
+    Each returns actions, which the caller carries out in order before the next call. `last_words` reads the
+    last lines of output of a running process. Times are seconds on one monotonic clock.
+    """
+
+    def __init__(
+        self, config: Config, *, specs: JobSpecs, last_words: Callable[[str], Sequence[str]], now_s: float
+    ) -> None:
+        self._config, self._specs, self._last_words = config, specs, last_words
+        self._buffers = {
+            shard.name: specs.buffer(shard.name) for shard in all_shards(config.buffer.num_shards)
+        }
+        self._buffer_restarts: dict[str, Restarts] = {}
+        """Empty without a durable ledger, and until the servers start: a dead buffer then ends the run."""
+        self._servers = RolloutServers((), now_s=now_s, lease_timeout_s=config.buffer.lease_timeout_s)
+        self._ports: list[str] = []
+        self._trainer: SupervisedTrainer | None = None
+        self._shutdown: Shutdown | None = None
+        self._running: set[str] = set()
+        self._were_ready: set[str] = set()
+        """Daemons that have been ready in some life: their settings are no mistake."""
+        self._phase_since_s = now_s
+        self.phase = Phase.PREPARING
+        self.outcome = Outcome()
+
+    @property
+    def is_over(self) -> bool:
+        """True when the job is closing and nothing runs any more."""
+        return self.phase is Phase.CLOSING and not self._running
+
+    def in_order_of_blame(self, names: Iterable[str]) -> list[str]:
+        """Names in the order in which their exits must be looked at.
+
+        Buffers first: when one dies the others soon fail as well, and are not the cause.
+        """
+        return sorted(names, key=lambda name: (name not in self._buffers, name != "trainer", name))
+
+    # Observations
+
+    def start(self) -> list[Action]:
+        """Begins the job: the buffers and the building of the model."""
+        specs = [*self._buffers.values(), self._specs.prepare_model()]
+        return self._started([Start(spec) for spec in specs])
+
+    def stop_requested(self, num_requests: int, *, now_s: float) -> list[Action]:
+        """`num_requests`: stop signals so far. The first drains the job, the second ends it at once."""
+        if num_requests >= 2 and self._running:
+            self.outcome.failed([], exit_code=1)
+            self._running.clear()
+            self._enter(Phase.CLOSING, now_s=now_s)
+            text = "stopped at once: what was trained since the last checkpoint is lost"
+            return [Notice(text), KillEverything()]
+        if num_requests == 1 and self.phase is not Phase.CLOSING:
+            return [
+                Notice(
+                    "stopping: the trainer finishes its step and writes a checkpoint "
+                    "(Ctrl-C again to stop at once)"
+                ),
+                *self._drain(now_s=now_s),
+            ]
+        return []
+
+    def exited(self, exit: Exit, *, now_s: float) -> list[Action]:
+        """A process has ended without `Kill`."""
+        self._running.discard(exit.name)
+        if self.phase is Phase.CLOSING and not self._is_needed_to_close(exit.name):
+            self.outcome.note_exit_while_closing(exit)
+            return []
+        if exit.code == 2 and not self._has_worked(exit.name):
+            report = self._trainer.death_report if self._trainer and exit.name == "trainer" else []
+            return self._fail([exit.complaint, *report], exit_code=2, now_s=now_s)
+        if exit.name in self._servers:
+            return [Notice(self._servers.exited(exit, now_s=now_s))]
+        if exit.code != 0:
+            return self._core_died(exit, now_s=now_s)
+        if exit.name == "trainer":
+            return self._trainer_ended(now_s=now_s)
+        if exit.name in self._buffers:
+            text = f"the {exit.name} was asked to stop: closing the run"
+            return [Notice(text), *self._drain(now_s=now_s)]
+        return []  # the model is prepared
+
+    def replace_trainer(self, settings: Sequence[str], *, seen: Observation) -> list[Action]:
+        """An order to replace the trainer by one with these settings, once the present one has ended."""
+        assert self.phase is Phase.RUNNING and self._trainer is not None
+        self._trainer.change_settings(settings)
+        text = f"the trainer is replaced by one with {' '.join(settings) or 'the same settings'}"
+        if "trainer" not in self._running:  # it has just died: its next life has the settings
+            return [Notice(text)]
+        self._trainer.is_handing_over = True
+        rank0 = seen.daemons.get("trainer-0")
+        return [Notice(text), HandOver(str(rank0.endpoint["http"]) if rank0 else None)]
+
+    def tick(self, seen: Observation, *, now_s: float, now_unix_s: float) -> list[Action]:
+        """Time has passed. Call about ten times a second with the newest observation."""
+        actions = self._advance_phase(seen, now_s=now_s)
+        if self._trainer is not None and seen.last_step > self._trainer.best_step:
+            # A step is seen up to a second late, perhaps after the death that followed it.
+            late_s = now_unix_s - float(seen.steps[-1]["time_unix_s"])
+            self._trainer.reached(seen.last_step, at_s=now_s - late_s)
+        self._were_ready |= {view.name for view in seen.daemons.values() if not view.not_ready}
+        if self.phase in (Phase.STARTING, Phase.RUNNING):
+            actions += self._close_without_servers(seen, now_s=now_s)
+        return actions + self._restart_due(now_s=now_s)
+
+    def waiting_for(self, seen: Observation) -> str:
+        """The daemons that the present phase waits for, and why, in a few words."""
+        if self.phase is Phase.STARTING:
+            unready = self._unready(seen)
+            return ", ".join(f"{name} ({_reason_unready(seen, name)})" for name in unready)
+        if self._shutdown is not None and (names := self._shutdown.awaited(self._running)):
+            return f"waiting for {', '.join(names)}"
+        return ""
+
+    # Phases
+
+    def _advance_phase(self, seen: Observation, *, now_s: float) -> list[Action]:
+        if self.phase is Phase.PREPARING:
+            return self._advance_preparing(seen, now_s=now_s)
+        if self.phase is Phase.STARTING:
+            return self._advance_starting(seen, now_s=now_s)
+        if self.phase is Phase.CLOSING:
+            return self._advance_closing(now_s=now_s)
+        return []
+
+    def _advance_preparing(self, seen: Observation, *, now_s: float) -> list[Action]:
+        known = seen.daemons
+        unready = [
+            name
+            for name in self._buffers
+            if name not in known or known[name].not_ready or "stream" not in known[name].endpoint
+        ]
+        if not unready and "prepare_model" not in self._running:
+            streams = [str(known[name].endpoint["stream"]) for name in self._buffers]
+            self._enter(Phase.STARTING, now_s=now_s)
+            return self._start_others(seen, [stream.rpartition(":")[2] for stream in streams], now_s=now_s)
+        if unready and now_s - self._phase_since_s > BUFFER_START_TIMEOUT_S:
+            return self._fail_unready(unready, seen, now_s=now_s)
+        return []
+
+    def _start_others(self, seen: Observation, ports: list[str], *, now_s: float) -> list[Action]:
+        self._ports = ports
+        if self._config.buffer.durability != "none":
+            self._buffer_restarts = {name: Restarts(now_s=now_s) for name in self._buffers}
+        where = ports_setting(ports)  # a buffer comes back at the port that the others use
+        self._buffers = {name: spec.with_settings([where]) for name, spec in self._buffers.items()}
+        spec = self._specs.trainer(buffer_ports=ports)
+        self._trainer = SupervisedTrainer(
+            spec, resume=self._config.resume, best_step=seen.last_step, now_s=now_s
+        )
+        names = [f"rollout-{index}" for index in range(self._config.rollout.num_servers)]
+        timeout_s = self._config.buffer.lease_timeout_s
+        self._servers = RolloutServers(names, now_s=now_s, lease_timeout_s=timeout_s)
+        specs = [self._specs.server(name, buffer_ports=ports) for name in names]
+        return self._started([Start(spec) for spec in (*specs, self._trainer.spec)])
+
+    def _advance_starting(self, seen: Observation, *, now_s: float) -> list[Action]:
+        unready = self._unready(seen)
+        if not unready:
+            self._enter(Phase.RUNNING, now_s=now_s)
+        elif now_s - self._phase_since_s > START_PATIENCE * self._config.rollout.start_timeout_s:
+            return self._fail_unready(unready, seen, now_s=now_s)
+        return []
+
+    def _unready(self, seen: Observation) -> list[str]:
+        """Servers and ranks of the trainer that are not ready yet."""
+        ranks = [f"trainer-{rank}" for rank in range(self._config.trainer.world_size)]
+        names = [*self._servers.expected, *ranks]
+        return [name for name in names if name not in seen.daemons or seen.daemons[name].not_ready]
+
+    def _enter(self, phase: Phase, *, now_s: float) -> None:
+        log.info("%s", phase)
+        self.phase, self._phase_since_s = phase, now_s
+
+    # Deaths and restarts
+
+    def _is_needed_to_close(self, name: str) -> bool:
+        """The trainer needs its buffers for its last checkpoint."""
+        return name in self._buffer_restarts and "trainer" in self._running
+
+    def _has_worked(self, name: str) -> bool:
+        return name in self._were_ready and (name in self._servers or name in self._buffer_restarts)
+
+    def _core_died(self, exit: Exit, *, now_s: float) -> list[Action]:
+        """A process without which there is no run has failed: a buffer, the trainer, the model's builder."""
+        words = exit.failure_lines(f"{exit.name} failed ({exit.description}); its last lines:")
+        if exit.name == "trainer" and self._trainer is not None and not self._trainer.is_hopeless(exit):
+            self._trainer.died(exit, report=words, now_s=now_s)
+            restarts = self._trainer.restarts
+        elif exit.name in self._buffer_restarts:
+            restarts = self._buffer_restarts[exit.name]
+            restarts.died(now_s=now_s)
+        else:
+            return self._fail(words, exit_code=1, now_s=now_s)
+        if restarts.state is RestartState.GIVEN_UP:
+            headline = f"{exit.name} died {restarts.num_quick_deaths} times in a row"
+            return self._fail([headline, *words], exit_code=1, now_s=now_s)
+        for line in words[1:] if exit.code > 0 else ():
+            log.error("%s", line)
+        delay_s = restarts.due_s - now_s
+        return [Notice(f"{exit.name} ended ({exit.description}): starting it again in {delay_s:.1f} s")]
+
+    def _trainer_ended(self, *, now_s: float) -> list[Action]:
+        """The trainer has exited with code 0: it was asked to make room, or the run is done."""
+        assert self._trainer is not None
+        if not self._trainer.is_handing_over:
+            return self._drain(now_s=now_s)
+        self._trainer.is_handing_over = False
+        return self._started([self._next_trainer()])
+
+    def _next_trainer(self) -> Start:
+        assert self._trainer is not None
+        return self._trainer.start(was_ready="trainer-0" in self._were_ready)
+
+    def _restart_due(self, *, now_s: float) -> list[Action]:
+        starts: list[Start] = []
+        is_open = self.phase in (Phase.STARTING, Phase.RUNNING)
+        if is_open:
+            due = self._servers.restart_due(now_s=now_s)
+            starts += [Start(self._specs.server(name, buffer_ports=self._ports)) for name in due]
+        for name, restarts in self._buffer_restarts.items():
+            if (is_open or self._is_needed_to_close(name)) and restarts.is_due(now_s=now_s):
+                restarts.started(now_s=now_s)
+                starts.append(Start(self._buffers[name]))
+        if is_open and self._trainer is not None and self._trainer.restarts.is_due(now_s=now_s):
+            self._trainer.restarts.started(now_s=now_s)
+            starts.append(self._next_trainer())
+        return self._started(starts)
+
+    def _close_without_servers(self, seen: Observation, *, now_s: float) -> list[Action]:
+        exit = self._servers.last_exit_if_none_left(seen, now_s=now_s)
+        if exit is None:
+            return []
+        if exit.code == 0:
+            return self._drain(now_s=now_s)
+        headline = f"{exit.name} failed ({exit.description}) and no rollout server is left; its last lines:"
+        return self._fail(exit.failure_lines(headline), exit_code=1, now_s=now_s)
+
+    # Closing
+
+    def _drain(self, *, now_s: float) -> list[Action]:
+        return self._close(self._config.daemon.drain_timeout_s, now_s=now_s)
+
+    def _fail(self, lines: Sequence[str], *, exit_code: int, now_s: float) -> list[Action]:
+        self.outcome.failed(lines, exit_code=exit_code)
+        return self._close(min(FAILURE_CLOSE_S, self._config.daemon.drain_timeout_s), now_s=now_s)
+
+    def _fail_unready(self, names: Sequence[str], seen: Observation, *, now_s: float) -> list[Action]:
+        lines = []
+        waited_s = now_s - self._phase_since_s
+        for name in names:
+            lines.append(f"{name} was not ready after {waited_s:.0f} s: {_reason_unready(seen, name)}")
+            process = "trainer" if name.startswith("trainer-") else name
+            lines += [f"  {line}" for line in self._last_words(process)]
+        return self._fail(lines, exit_code=1, now_s=now_s)
+
+    def _close(self, timeout_s: float, *, now_s: float) -> list[Action]:
+        if self.phase is not Phase.CLOSING:
+            stages = (
+                Stage(names=("prepare_model", "trainer"), reserve=TRAINER_RESERVE),
+                Stage(names=tuple(self._servers.ours), reserve=SERVERS_RESERVE),
+                Stage(names=tuple(self._buffers), reserve=0.0),
+            )
+            self._shutdown = Shutdown(stages, now_s=now_s, timeout_s=timeout_s)
+            self._enter(Phase.CLOSING, now_s=now_s)
+        return self._advance_closing(now_s=now_s)
+
+    def _advance_closing(self, *, now_s: float) -> list[Action]:
+        if self._shutdown is None:  # stopped at once
+            return []
+        actions = self._shutdown.advance(self._running, now_s=now_s)
+        killed = {action.name for action in actions if isinstance(action, Kill)}
+        self._running -= killed
+        if killed:
+            self.outcome.overran()
+        return actions
+
+    def _started(self, starts: Sequence[Start]) -> list[Action]:
+        self._running |= {start.spec.name for start in starts}
+        return list(starts)
+
+
+def _reason_unready(seen: Observation, name: str) -> str:
+    view = seen.daemons.get(name)
+    return (view.not_ready if view else "") or "starting"

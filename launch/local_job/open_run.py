@@ -1,0 +1,197 @@
+"""The choice of the directory that a job runs in: a new run, an earlier run resumed, or a refusal.
+
+A run directory belongs to one run for ever; neither a finished nor an unfinished run is overwritten. A new
+job therefore needs a free name (an unnamed one is numbered: default, default-2, ...), or resumes what is
+there (`resume=latest`, `resume=step:K`). Resuming starts from the run's own configuration and not from the
+defaults, so that a forgotten override cannot change a run halfway.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from areal_like.config import Config
+from areal_like.errors import ConfigError
+from areal_like.paths import BUILT_MODELS, RunPaths
+from areal_like.runtime.command_line import GROUPS, load_config, save_config
+from launch.local_job.rundir import InUseError, checkpoints, holds_run, lock, restart_order_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenRun:
+    """A run directory whose lock this process holds."""
+
+    config: Config
+    paths: RunPaths
+    lock_fd: int
+    """The lock's file descriptor; pass it to every child."""
+    announcement: tuple[str, ...] = ()
+    """Lines for the user: what this command does with the directory, and how to choose otherwise."""
+
+    def close(self) -> None:
+        """Releases the directory (children that inherited the lock still hold it)."""
+        os.close(self.lock_fd)
+
+
+def open_run(argv: Sequence[str]) -> OpenRun:
+    """Resolves the command line of `areal-like run`, takes the directory and writes `config.yaml` there.
+
+    Raises ConfigError: a wrong setting, a directory that is in use or holds another run, nothing to resume
+    from.
+    """
+    config = load_config(argv)
+    is_named = any(arg.startswith("name=") or arg == "--config" for arg in argv)
+    return _prepared(_resume(config, argv) if config.resume else _start(config, is_named=is_named))
+
+
+def open_replay(recorded: Path, argv: Sequence[str]) -> OpenRun:
+    """Opens a new run with the settings of the recorded one, changed by `argv`. Raises ConfigError."""
+    config = _with_own_settings(load_config(argv), argv, own=recorded / "config.yaml")
+    is_named = any(arg.startswith("name=") for arg in argv)
+    if config.model.path in BUILT_MODELS:
+        built = str(RunPaths(recorded.resolve()).built_model)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=built))
+    has_runs_dir = any(arg.startswith("runs_dir=") for arg in argv)
+    runs_dir = config.runs_dir if has_runs_dir else str(recorded.resolve().parent)
+    name = config.name if is_named else f"{recorded.resolve().name}-replay"
+    config = dataclasses.replace(config, name=name, runs_dir=runs_dir, resume="")
+    return _prepared(_start(config, is_named=is_named))
+
+
+def _prepared(run: OpenRun) -> OpenRun:
+    """Removes the traces of earlier processes and writes the configuration."""
+    try:
+        for stale in run.paths.endpoints.glob("*.json"):
+            stale.unlink()
+        restart_order_file(run.paths).unlink(missing_ok=True)  # an order to an earlier launcher
+        for folder in (run.paths.endpoints, run.paths.logs):
+            folder.mkdir(exist_ok=True)
+        save_config(run.config, run.paths.config)
+    except OSError as error:
+        run.close()
+        raise ConfigError(f"cannot write to {run.paths.root}: {error.strerror}") from None
+    return run
+
+
+def _start(config: Config, *, is_named: bool) -> OpenRun:
+    """A new run under its name; without a name of its own, under the first free number."""
+    for number in itertools.count(1):
+        candidate = config if number == 1 else dataclasses.replace(config, name=f"{config.name}-{number}")
+        paths = RunPaths.of(candidate)
+        if not is_named and holds_run(paths):
+            continue
+        try:
+            lock_fd = lock(paths)
+        except InUseError:
+            if is_named:
+                raise
+            continue
+        if not holds_run(paths):
+            # Of a job that failed before its first step: its tickets do not belong to this one.
+            for ledger in paths.ledgers:
+                shutil.rmtree(ledger)
+            lines = _new_run_announcement(paths, config, number=number)
+            return OpenRun(config=candidate, paths=paths, lock_fd=lock_fd, announcement=lines)
+        os.close(lock_fd)
+        if is_named:
+            raise ConfigError(_refusal(paths))
+    raise AssertionError("itertools.count ended")
+
+
+def _refusal(paths: RunPaths) -> str:
+    kind = "a finished" if paths.summary.exists() else "an unfinished"
+    if steps := checkpoints(paths):
+        ways = f"go on with resume=latest (step {steps[-1]}) or resume=step:K (K: {_listed(steps)})"
+    elif paths.ledgers:
+        ways = "go on with resume=latest (from step 0: it has no checkpoint yet)"
+    else:
+        ways = "remove that directory (it has no checkpoint to resume from)"
+    return f"{paths.root} already holds {kind} run: choose another name=..., or {ways}"
+
+
+def _new_run_announcement(paths: RunPaths, config: Config, *, number: int) -> tuple[str, ...]:
+    if number == 1:
+        return (f"new run in {paths.root}",)
+    taken = RunPaths.of(config)
+    kind = "an earlier run, which stays as it is" if holds_run(taken) else "a run that is in progress"
+    choices = "name=NAME starts a new run under a name of your choice"
+    if checkpoints(taken):
+        choices += (
+            f"; name={config.name} resume=latest goes on with {taken.root}, "
+            f"resume=step:K from one of its checkpoints ({_listed(checkpoints(taken))})"
+        )
+    return (f"new run in {paths.root} ({taken.root} holds {kind})", choices)
+
+
+def _resume(config: Config, argv: Sequence[str]) -> OpenRun:
+    """The run in the directory that `config` names, resumed at `config.resume`."""
+    paths = RunPaths.of(config)
+    if not paths.config.is_file():
+        raise ConfigError(
+            f"resume={config.resume}: there is no run in {paths.root}; name=... chooses the run"
+        )
+    lock_fd = lock(paths)
+    try:
+        steps = checkpoints(paths)
+        begins_again = config.resume == "latest" and not steps and bool(paths.ledgers)
+        if not steps and not begins_again:
+            raise ConfigError(
+                f"resume={config.resume}: {paths.checkpoints} holds no checkpoint; "
+                "start again under another name=..."
+            )
+        if config.resume.startswith("step:") and int(config.resume.removeprefix("step:")) not in steps:
+            raise ConfigError(f"resume={config.resume}: the checkpoints kept are {_listed(steps)}")
+        lines = _resume_announcement(paths, steps, resume=config.resume)
+        if "--config" not in argv:
+            config = _with_own_settings(config, argv, own=paths.config)
+        if begins_again:
+            config = dataclasses.replace(config, resume="")
+    except ConfigError:
+        os.close(lock_fd)
+        raise
+    return OpenRun(config=config, paths=paths, lock_fd=lock_fd, announcement=lines)
+
+
+def _resume_announcement(paths: RunPaths, steps: Sequence[int], *, resume: str) -> tuple[str, ...]:
+    new = "another name=... starts a new run"
+    if not steps:  # it died before its first checkpoint
+        return (f"resume of {paths.root} from step 0, with the groups in its ledger (no checkpoint yet)", new)
+    if resume == "latest":
+        choices = f"resume=step:K goes back to an earlier checkpoint ({_listed(steps)}); {new}"
+        return (f"resume of step {steps[-1]} from {paths.root}, its newest checkpoint", choices)
+    choices = f"resume=latest goes on with the newest checkpoint (step {steps[-1]}); {new}"
+    return (
+        f"resume of step {resume.removeprefix('step:')} from {paths.root}; later steps are undone",
+        choices,
+    )
+
+
+def _listed(steps: Sequence[int]) -> str:
+    return ", ".join(f"step:{step}" for step in steps)
+
+
+def _with_own_settings(composed: Config, argv: Sequence[str], *, own: Path) -> Config:
+    """The run's own configuration with the overrides of `argv`.
+
+    A section chosen anew (`task=...`) is taken from `composed`.
+    """
+    chosen = {
+        section
+        for section in GROUPS
+        for arg in argv
+        if arg.startswith((f"{section}=", f"{section}._target_="))
+    }
+    plain = [arg for arg in argv if not arg.startswith(tuple(f"{s}{mark}" for s in chosen for mark in "=."))]
+    stored = load_config(["--config", str(own), *plain])
+    return dataclasses.replace(
+        stored,
+        name=composed.name,
+        runs_dir=composed.runs_dir,
+        **{section: getattr(composed, section) for section in chosen},
+    )

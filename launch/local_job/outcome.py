@@ -1,0 +1,41 @@
+"""The result of a local job: its exit code, and the reason of a failure."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Sequence
+
+from launch.local_job.actions import Exit
+
+log = logging.getLogger(__name__)
+
+
+class Outcome:
+    """Success until something is recorded; a later failure replaces an earlier one."""
+
+    def __init__(self) -> None:
+        self.exit_code = 0
+        """Of the whole job: 0 finished or drained, 1 failed, 2 the user's mistake."""
+        self.failure: list[str] = []
+        """The reason of a failure, in lines for the user; empty when the run did not fail."""
+
+    def failed(self, lines: Sequence[str], *, exit_code: int) -> None:
+        """Records a failure."""
+        self.exit_code, self.failure = exit_code, list(lines)
+        for line in lines:
+            log.error("%s", line)
+
+    def overran(self) -> None:
+        """A process did not end in time and was killed."""
+        self.exit_code = self.exit_code or 1
+
+    def note_exit_while_closing(self, exit: Exit) -> None:
+        """A process has ended during the shutdown; only the trainer's failure is one of the run."""
+        # torchrun turns the signal that ended one of its ranks into an exit code from 128 on.
+        was_terminated = exit.code in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+        if exit.name == "trainer" and not was_terminated and not self.failure:
+            headline = f"trainer failed while it drained ({exit.description}); its last lines:"
+            self.failed(exit.failure_lines(headline), exit_code=1)
+        elif exit.code not in (0, -signal.SIGTERM, -signal.SIGINT):
+            log.warning("%s ended while closing: %s", exit.name, exit.description)

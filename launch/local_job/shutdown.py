@@ -1,0 +1,50 @@
+"""The orderly end of a job: when each process is asked to end, and when it is killed. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from launch.local_job.actions import Action, Kill, Notice, Terminate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Processes that end together."""
+
+    names: tuple[str, ...]
+    reserve: float
+    """Part of the whole time (0 to 1) that this stage must leave to the stages after it."""
+
+
+class Shutdown:
+    """Ends the stages one after the other: a stage is asked to end once the one before it is gone.
+
+    Each process: running --asked--> ends by itself, or is killed when the stage's time is over.
+    """
+
+    def __init__(self, stages: Sequence[Stage], *, now_s: float, timeout_s: float) -> None:
+        self._stages = stages
+        self._end_s, self._timeout_s = now_s + timeout_s, timeout_s
+        self._asked: set[str] = set()
+
+    def advance(self, running: Iterable[str], *, now_s: float) -> list[Action]:
+        """The actions that are due now, given the processes that still run."""
+        left_s = self._end_s - now_s
+        running = set(running)
+        actions: list[Action] = []
+        for stage in self._stages:
+            living = [name for name in stage.names if name in running]
+            actions += [Terminate(name) for name in living if name not in self._asked]
+            self._asked.update(living)
+            if not living:
+                continue
+            if left_s >= stage.reserve * self._timeout_s:
+                break
+            actions += [Kill(name) for name in living]
+            actions.append(Notice(f"{', '.join(living)} did not end in time: killed"))
+        return actions
+
+    def awaited(self, running: Iterable[str]) -> list[str]:
+        """Running processes that were asked to end, by name."""
+        return sorted(self._asked.intersection(running))

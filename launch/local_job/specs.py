@@ -1,0 +1,67 @@
+"""The commands with which the processes of a local job are started."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from areal_like.config import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChildSpec:
+    """The command line and surroundings of one child process."""
+
+    name: str
+    """Names its log files and, for a daemon, its endpoint file."""
+    command: tuple[str, ...]
+    """The words after `python -m`."""
+    num_threads: int = 1
+    """CPU threads of its numerical libraries."""
+    stop_signal: signal.Signals = signal.SIGTERM
+    """The signal on which it drains and ends."""
+
+    def with_settings(self, settings: Sequence[str]) -> ChildSpec:
+        """The same process with these `key=value` settings; they replace earlier values of the same keys."""
+        changed = {setting.partition("=")[0] for setting in settings}
+        command = tuple(word for word in self.command if word.partition("=")[0] not in changed)
+        return dataclasses.replace(self, command=(*command, *settings))
+
+
+class JobSpecs:
+    """The specs of one job's processes. `config_path`: the resolved configuration that all of them read."""
+
+    def __init__(self, config: Config, *, config_path: Path) -> None:
+        self._config = config
+        self._common = ("--config", str(config_path))
+
+    def buffer(self, name: str) -> ChildSpec:
+        """A buffer that binds the port of its configuration, by default any free one."""
+        return ChildSpec(name=name, command=("buffer", *self._common, "--name", name))
+
+    def prepare_model(self) -> ChildSpec:
+        """The one-off process that builds or checks the model.
+
+        One thread: a seed then gives the same model on every machine. SIGINT: on it the process removes its
+        temporary files.
+        """
+        command = ("trainer.prepare_model", *self._common)
+        return ChildSpec(name="prepare_model", command=command, stop_signal=signal.SIGINT)
+
+    def server(self, name: str, *, buffer_ports: Sequence[str]) -> ChildSpec:
+        """A rollout server."""
+        command = ("rollout_server", *self._common, ports_setting(buffer_ports), "--name", name)
+        return ChildSpec(name=name, command=command, num_threads=self._config.rollout.num_threads)
+
+    def trainer(self, *, buffer_ports: Sequence[str]) -> ChildSpec:
+        """The trainer; with several ranks the process that starts them."""
+        command = ("trainer", *self._common, ports_setting(buffer_ports))
+        return ChildSpec(name="trainer", command=command, num_threads=self._config.trainer.num_threads)
+
+
+def ports_setting(buffer_ports: Sequence[str]) -> str:
+    """The setting that names the ports of all buffer shards."""
+    return f"buffer.ports=[{','.join(buffer_ports)}]"

@@ -1,0 +1,153 @@
+"""The state of a running job as the launcher sees it: each daemon's /status, and the trainer's metrics.jsonl.
+
+A thread polls with short timeouts, so that neither a stuck daemon nor a slow disk blocks the launcher, which
+only reads the newest `Observation`. All reading is lenient: a daemon of another version, or a missing key,
+leaves a gap in the view and raises no error.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from areal_like.paths import RunPaths
+from areal_like.shards import add_up
+from launch.observation.http_json import REQUEST_TIMEOUT_S, fetch_json
+from launch.observation.metrics_tail import MetricsTail
+from launch.observation.progress import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class DaemonView:
+    """One daemon at the last poll."""
+
+    name: str
+    endpoint: dict[str, Any]
+    """Content of its endpoint file: role, pid, http, ..."""
+    status: dict[str, Any] | None
+    """Answer of /status; None when it did not answer."""
+    seen_s: float
+    """Monotonic time of the last answer; 0: never."""
+
+    @property
+    def role(self) -> str:
+        """`buffer` | `rollout` | `trainer`."""
+        return str(self.endpoint.get("role", "?"))
+
+    @property
+    def not_ready(self) -> str:
+        """The reason why it is not ready; empty when it is."""
+        return "no answer" if self.status is None else str(self.status.get("not_ready", ""))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """The whole job at the last poll."""
+
+    daemons: dict[str, DaemonView] = field(default_factory=dict)
+    progress: Progress = field(default_factory=Progress)
+    """The content of metrics.jsonl, condensed."""
+
+    @property
+    def steps(self) -> tuple[dict[str, Any], ...]:
+        """The newest rows, ascending by step."""
+        return self.progress.recent
+
+    @property
+    def last_step(self) -> int:
+        """Index of the newest finished step; -1 before the first."""
+        return int(self.steps[-1].get("step", -1)) if self.steps else -1
+
+    @property
+    def tokens_per_s_generated(self) -> float | None:
+        """Sum over all rollout servers; None when none of them reports a rate."""
+        rates = [
+            find_number(view.status or {}, "tokens_per_s")
+            for view in self.daemons.values()
+            if view.role == "rollout"
+        ]
+        known = [rate for rate in rates if rate is not None]
+        return sum(known) if known else None
+
+    @property
+    def buffer(self) -> dict[str, Any]:
+        """The buffer's /status, or empty. With several shards: the first one's, with the tickets of all."""
+        statuses = [view.status for view in self.daemons.values() if view.role == "buffer" and view.status]
+        if len(statuses) < 2:
+            return statuses[0] if statuses else {}
+        return statuses[0] | {
+            name: add_up(find_table(status, name) for status in statuses) for name in ("tickets", "drops")
+        }
+
+
+class Observer:
+    """Polls the job in a thread of its own between `start` and `close`."""
+
+    def __init__(self, paths: RunPaths, *, interval_s: float = 1.0) -> None:
+        self._paths = paths
+        self._usual_interval_s = interval_s
+        self._tail = MetricsTail(paths.metrics)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="observer", daemon=True)
+        self.newest = Observation()
+        """Replaced, never changed: safe to read from any thread."""
+        self.interval_s = 0.2
+        """Pause between two polls; short until the job is ready."""
+
+    def start(self) -> None:
+        """Begins to poll."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stops polling."""
+        self._stopped.set()
+        self._thread.join(timeout=2 * REQUEST_TIMEOUT_S)
+
+    def slow_down(self) -> None:
+        """Polls at the usual interval from now on: the job is ready. Idempotent."""
+        self.interval_s = self._usual_interval_s
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self.interval_s):
+            daemons = look_at_daemons(self._paths.endpoints, before=self.newest.daemons)
+            self.newest = Observation(daemons=daemons, progress=self._tail.read())
+
+
+def look_at_daemons(folder: Path, *, before: dict[str, DaemonView] | None = None) -> dict[str, DaemonView]:
+    """Asks every daemon with an endpoint file in `folder` for its status; returns them by name.
+
+    `before`: the previous result, from which the time of the last answer is taken where there is none now.
+    """
+    daemons = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            endpoint = dict(json.loads(path.read_text()))
+        except (OSError, ValueError):
+            continue  # the daemon has just ended and removed it
+        status = fetch_json(str(endpoint.get("http", "")), "/status")
+        known = (before or {}).get(path.stem)
+        seen_s = time.monotonic() if status is not None else known.seen_s if known else 0.0
+        daemons[path.stem] = DaemonView(name=path.stem, endpoint=endpoint, status=status, seen_s=seen_s)
+    return daemons
+
+
+def find_number(status: dict[str, Any], key: str) -> float | None:
+    """The number under `key`, at the top of a status or one level down; None without it."""
+    for table in (status, *(value for value in status.values() if isinstance(value, dict))):
+        value = table.get(key)
+        if isinstance(value, (int, float)):
+            return float(value)
+    return None
+
+
+def find_table(status: dict[str, Any], key: str) -> dict[str, Any]:
+    """The table under `key`, at the top of a status or one level down; empty without it."""
+    for table in (status, *(value for value in status.values() if isinstance(value, dict))):
+        value = table.get(key)
+        if isinstance(value, dict):
+            return value
+    return {}

@@ -1,0 +1,71 @@
+"""The part of the view about daemons and tickets; `areal-like status` shows only this part."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from launch.observation.observer import DaemonView, Observation, find_number, find_table
+
+_NARROW = 80
+"""Below so many characters the table leaves the numbers out, so that the reason has room."""
+
+
+def daemon_table(daemons: list[DaemonView], *, width: int) -> Table:
+    """One row a daemon; `width`: of the terminal, in characters.
+
+    The reason why a daemon is not ready stands in the last column, which takes the rest of the line and
+    wraps. It is never cut, for it is the part that tells the user what to do.
+    """
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", expand=False)
+    numbers = ("version", "queue", "heartbeat") if width >= _NARROW else ()
+    for heading in ("daemon", "state", *numbers):
+        table.add_column(heading, no_wrap=True, overflow="ellipsis")
+    table.add_column("waiting for", overflow="fold")
+    for daemon in daemons:
+        status = daemon.status or {}
+        reason = daemon.not_ready
+        state = str(status.get("state") or ("ready" if not reason else "not ready"))
+        cells = (
+            _first_number(status, "weights_version", "version", "newest_version"),
+            _first_number(status, "queue", "ready", "running", "in_flight"),
+            f"{time.monotonic() - daemon.seen_s:.0f} s ago" if daemon.seen_s else "never",
+        )
+        table.add_row(
+            daemon.name,
+            Text(state, style="yellow" if reason else "green"),
+            *cells[: len(numbers)],
+            _waiting_for(status, reason="" if reason == state else reason),
+        )
+    return table
+
+
+def tickets_line(seen: Observation) -> Text:
+    """Numbers of tickets by state, then numbers of dropped ones by reason."""
+    drops = {reason: count for reason, count in find_table(seen.buffer, "drops").items() if count}
+    states = find_table(seen.buffer, "tickets")
+    text = Text.assemble(("tickets ", "dim"))
+    text.append("  ".join(f"{state} {count:,}" for state, count in states.items() if isinstance(count, int)))
+    if drops:
+        text.append(
+            f"  ({', '.join(f'{reason} {count:,}' for reason, count in drops.items())})", style="yellow"
+        )
+    return text
+
+
+def _waiting_for(status: dict[str, Any], *, reason: str) -> Text:
+    """The reason why the daemon is not ready, then its longest wait."""
+    waits = status.get("waiting_on") or {}
+    longest = max(waits.items(), key=lambda item: item[1], default=None)
+    wait = f"{longest[0]} {longest[1]:.1f} s" if longest else ""
+    separator = "; " if reason and wait else ""
+    return Text.assemble((reason, "yellow"), f"{separator}{wait}")
+
+
+def _first_number(status: dict[str, Any], *keys: str) -> str:
+    """The first of these numbers that the status has."""
+    numbers = (find_number(status, key) for key in keys)
+    return next((f"{number:.0f}" for number in numbers if number is not None), "")

@@ -1,0 +1,102 @@
+"""The picture of a running job on a terminal: reward curve, lag histogram, rates, tickets, daemons."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from areal_like.config import Config
+from launch.observation.observer import Observation
+from launch.view.daemons import daemon_table, tickets_line
+from launch.view.formatting import fixed, rate
+from launch.view.plot import bar, curve
+from launch.view.speed import Eta, recent_mean, tokens_per_s_trained
+
+
+def picture(
+    seen: Observation, *, config: Config, eta: Eta, phase: str, detail: str, width: int
+) -> RenderableType:
+    """The whole live view at one moment; `width`: of the terminal, in characters."""
+    num_done = seen.last_step + 1
+    progress = Table.grid(expand=True)  # a ProgressBar by itself ends without a newline
+    progress.add_row(ProgressBar(total=config.trainer.num_steps, completed=num_done))
+    parts: list[RenderableType] = [_headline(num_done, config, eta, phase=phase, detail=detail), progress]
+    if seen.steps:
+        left = max(24, (width - 6) * 3 // 5)
+        middle = Table.grid(expand=True, padding=(0, 1))
+        middle.add_column(width=left)
+        middle.add_column(ratio=1)
+        middle.add_row(_reward_panel(seen, width=left), _lag_panel(seen, config=config))
+        parts += [middle, _rates(seen)]
+    if seen.buffer:
+        parts.append(tickets_line(seen))
+    if seen.daemons:
+        parts.append(daemon_table(list(seen.daemons.values()), width=width))
+    return Group(*parts)
+
+
+def _headline(num_done: int, config: Config, eta: Eta, *, phase: str, detail: str) -> Table:
+    headline = Table.grid(expand=True, padding=(0, 1))
+    headline.add_column(ratio=1)
+    headline.add_column(justify="right")
+    title = Text.assemble(
+        (config.name, "bold"),
+        f"  {phase}",
+        (f"  {detail}" if detail else "", "yellow"),
+        overflow="ellipsis",
+        no_wrap=True,
+    )
+    steps = f"step {num_done}/{config.trainer.num_steps}"
+    speed = f"  {eta.steps_per_s:.1f} steps/s  ETA {eta}" if eta.steps_per_s else ""
+    headline.add_row(title, f"{steps}{speed}")
+    return headline
+
+
+def _reward_panel(seen: Observation, *, width: int) -> Panel:
+    progress = seen.progress
+    low, high = progress.reward_low, progress.reward_high
+    lines = curve(progress.rewards, width=max(8, width - 12), height=6, low=low, high=high)
+    labels = [f"{high:6.2f} ", *[" " * 7] * (len(lines) - 2), f"{low:6.2f} "]
+    held_out = "" if progress.eval_reward is None else f" · held-out {progress.eval_reward:.2f}"
+    title = f"reward {recent_mean(seen, 'reward_mean') or 0.0:.2f}{held_out}"
+    return Panel(
+        Text("\n".join(label + line for label, line in zip(labels, lines, strict=True)), style="green"),
+        title=title,
+        title_align="left",
+    )
+
+
+def _lag_panel(seen: Observation, *, config: Config) -> Panel:
+    counts: Counter[int] = Counter()
+    for row in seen.steps:
+        for lag, count in (row.get("lag_histogram") or {}).items():
+            counts[int(lag)] += count
+    total = counts.total() or 1
+    cap = config.staleness_cap
+    lags = range(cap + 1) if cap <= 5 else sorted(lag for lag, _ in counts.most_common(6))
+    grid = Table.grid(padding=(0, 1))
+    for lag in lags:
+        share = counts[lag] / total
+        grid.add_row(f"{lag:>2}", Text(bar(share, width=14), style="cyan"), f"{share:4.0%}")
+    bound = (seen.steps[-1] if seen.steps else {}).get("max_staleness", cap)
+    return Panel(grid, title=f"trained lag, at most {bound}", title_align="left")
+
+
+def _rates(seen: Observation) -> Text:
+    items = [
+        ("generated", f"{rate(seen.tokens_per_s_generated)} tok/s"),
+        ("trained", f"{rate(tokens_per_s_trained(seen))} tok/s"),
+        ("lag", fixed(recent_mean(seen, "lag_mean"))),
+        ("ess", fixed(recent_mean(seen, "ess_ratio"))),
+        ("loss", fixed(recent_mean(seen, "loss"), digits=4)),
+        ("length", fixed(recent_mean(seen, "response_length_mean"), digits=1)),
+    ]
+    # A missing value is written `-` and left out; so is a negative one.
+    return Text("  ").join(
+        Text.assemble((f"{name} ", "dim"), value) for name, value in items if not value.startswith("-")
+    )

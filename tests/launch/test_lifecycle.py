@@ -1,0 +1,250 @@
+"""The state machine of a local job on a clock of the test's own: observations in, actions out."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from areal_like.config import Config, from_mapping
+from launch.local_job.actions import Action, Exit, HandOver, Kill, KillEverything, Notice, Start, Terminate
+from launch.local_job.lifecycle import JobLifecycle, Phase
+from launch.local_job.specs import JobSpecs
+from launch.observation.observer import DaemonView, Observation
+from launch.observation.progress import Progress
+
+
+def lifecycle(**settings: object) -> JobLifecycle:
+    config: Config = from_mapping({"rollout": {"num_servers": 2, "start_timeout_s": 10.0}} | settings)
+    specs = JobSpecs(config, config_path=Path("config.yaml"))
+    return JobLifecycle(config, specs=specs, last_words=lambda name: [f"{name} hangs"], now_s=0.0)
+
+
+def seen(*ready: str, step: int = -1, at_unix_s: float = 0.0, guest: bool = False) -> Observation:
+    """These daemons are ready, and the trainer has done this step."""
+    endpoint = {"stream": "tcp://127.0.0.1:7001", "http": "127.0.0.1:8001"}
+    peers = [{"name": "guest", "role": "rollout"}] if guest else []
+    daemons = {
+        name: DaemonView(
+            name=name,
+            endpoint=endpoint | {"role": name.partition("-")[0]},
+            status={"not_ready": "", "peers": peers},
+            seen_s=1.0,
+        )
+        for name in ready
+    }
+    rows = ({"step": step, "time_unix_s": at_unix_s},) if step >= 0 else ()
+    return Observation(daemons=daemons, progress=Progress(recent=rows))
+
+
+ALL = ("buffer", "rollout-0", "rollout-1", "trainer-0")
+
+
+def tick(job: JobLifecycle, now_s: float, observation: Observation) -> list[Action]:
+    return job.tick(observation, now_s=now_s, now_unix_s=now_s)
+
+
+def started(actions: list[Action]) -> list[str]:
+    return [action.spec.name for action in actions if isinstance(action, Start)]
+
+
+def notices(actions: list[Action]) -> str:
+    return "\n".join(action.text for action in actions if isinstance(action, Notice))
+
+
+def running_job(**settings: object) -> JobLifecycle:
+    """A job in which everything is ready, at time 2."""
+    job = lifecycle(**settings)
+    assert started(job.start()) == ["buffer", "prepare_model"]
+    assert tick(job, 0.5, seen("buffer")) == [], "the model is not prepared yet"
+    assert job.exited(Exit(name="prepare_model", code=0), now_s=1.0) == []
+    assert started(tick(job, 1.0, seen("buffer"))) == ["rollout-0", "rollout-1", "trainer"]
+    assert tick(job, 1.5, seen("buffer", "rollout-0")) == [] and job.phase is Phase.STARTING
+    assert tick(job, 2.0, seen(*ALL)) == []
+    assert job.phase is Phase.RUNNING
+    return job
+
+
+def test_a_run_closes_trainer_first_and_buffer_last() -> None:
+    job = running_job()
+    assert job.exited(Exit(name="trainer", code=0), now_s=9.0) == [
+        Terminate("rollout-0"),
+        Terminate("rollout-1"),
+    ]
+    assert job.phase is Phase.CLOSING
+    assert job.waiting_for(seen()) == "waiting for rollout-0, rollout-1"
+    for name in ("rollout-0", "rollout-1"):
+        assert tick(job, 9.1, seen()) == []
+        assert job.exited(Exit(name=name, code=0), now_s=9.1) == []
+    assert tick(job, 9.2, seen()) == [Terminate("buffer")]
+    assert not job.is_over
+    job.exited(Exit(name="buffer", code=-signal.SIGTERM), now_s=9.3)
+    assert job.is_over and (job.outcome.exit_code, job.outcome.failure) == (0, [])
+
+
+def test_each_stage_is_killed_in_time_for_the_next() -> None:
+    job = running_job(daemon={"drain_timeout_s": 100.0})
+    actions = job.stop_requested(1, now_s=10.0)
+    assert actions[1:] == [Terminate("trainer")] and "writes a checkpoint" in notices(actions)
+    assert tick(job, 84.0, seen()) == []
+    actions = tick(job, 86.0, seen())
+    assert actions[0] == Kill("trainer") and actions[2:] == [Terminate("rollout-0"), Terminate("rollout-1")]
+    assert notices(actions) == "trainer did not end in time: killed"
+    actions = tick(job, 101.0, seen())
+    assert [a for a in actions if not isinstance(a, Notice)] == [
+        Kill("rollout-0"),
+        Kill("rollout-1"),
+        Terminate("buffer"),
+    ]
+    assert tick(job, 109.9, seen()) == []
+    assert Kill("buffer") in tick(job, 110.1, seen())
+    assert job.is_over and job.outcome.exit_code == 1
+
+
+def test_a_second_stop_signal_kills_everything() -> None:
+    job = running_job()
+    job.stop_requested(1, now_s=3.0)
+    assert KillEverything() in job.stop_requested(2, now_s=4.5)
+    assert job.is_over and job.outcome.exit_code == 1
+    assert job.stop_requested(2, now_s=4.6) == [], "there is nothing left to kill"
+
+
+def test_a_dead_server_is_started_again_after_a_delay() -> None:
+    job = running_job()
+    actions = job.exited(Exit(name="rollout-1", code=3), now_s=5.0)
+    assert notices(actions) == "rollout-1 ended (exit code 3): starting it again in 0.5 s"
+    assert tick(job, 5.4, seen(*ALL)) == []
+    assert started(tick(job, 5.6, seen(*ALL))) == ["rollout-1"]
+
+
+def test_the_last_server_to_give_up_ends_the_run() -> None:
+    job = running_job()
+    job.exited(Exit(name="rollout-1", code=0), now_s=2.5)
+    now_s = 3.0
+    for _ in range(4):
+        job.exited(Exit(name="rollout-0", code=3, last_words=("no device",)), now_s=now_s)
+        now_s += 10.0
+        actions = tick(job, now_s, seen("buffer", "trainer-0"))
+    assert Terminate("trainer") in actions and job.phase is Phase.CLOSING
+    assert job.outcome.exit_code == 1
+    assert "no rollout server is left" in job.outcome.failure[0] and "no device" in job.outcome.failure[1]
+
+
+def test_a_guest_keeps_the_run_alive_until_it_has_left() -> None:
+    job = running_job(buffer={"lease_timeout_s": 5.0})
+    for name in ("rollout-0", "rollout-1"):
+        assert notices(job.exited(Exit(name=name, code=0), now_s=3.0)) == f"{name} was asked to stop"
+    assert tick(job, 4.0, seen("buffer", "trainer-0", guest=True)) == []
+    assert tick(job, 8.9, seen("buffer", "trainer-0")) == [], "the guest may register again"
+    assert tick(job, 9.1, seen("buffer", "trainer-0")) == [Terminate("trainer")]
+    assert job.outcome.exit_code == 0
+
+
+def test_wrong_settings_end_the_run_unless_they_have_worked() -> None:
+    mistake = Exit(name="rollout-1", code=2, complaint="no such device")
+    job = running_job()
+    assert notices(job.exited(mistake, now_s=3.0)).startswith("rollout-1 ended (exit code 2): starting it")
+    job = lifecycle()
+    job.start()
+    job.exited(Exit(name="prepare_model", code=0), now_s=1.0)
+    tick(job, 1.0, seen("buffer"))
+    job.exited(mistake, now_s=2.0)
+    assert (job.outcome.exit_code, job.outcome.failure) == (2, ["no such device"])
+
+
+def test_a_trainer_that_fails_before_its_first_step_is_hopeless() -> None:
+    job = running_job()
+    job.exited(Exit(name="trainer", code=1), now_s=3.0)
+    assert job.phase is Phase.CLOSING and job.outcome.exit_code == 1
+    job = running_job()
+    killed_rank = Exit(name="trainer", code=128 + signal.SIGKILL)
+    assert "starting it again" in notices(job.exited(killed_rank, now_s=3.0))
+
+
+def test_a_trainer_that_gets_further_is_always_started_again() -> None:
+    job = running_job()
+    now_s = 3.0
+    for step in range(10):
+        tick(job, now_s, seen(*ALL, step=step, at_unix_s=now_s))
+        job.exited(Exit(name="trainer", code=1), now_s=now_s + 1)
+        now_s += 60.0
+        (start,) = tick(job, now_s, seen(*ALL, step=step, at_unix_s=now_s - 60))
+        assert isinstance(start, Start) and start.from_newest_checkpoint
+    for _ in range(4):
+        job.exited(Exit(name="trainer", code=1, last_words=("nan",)), now_s=now_s + 1)
+        now_s += 60.0
+        tick(job, now_s, seen(*ALL, step=9, at_unix_s=now_s - 600))
+    assert job.phase is Phase.CLOSING and "trainer died 4 times in a row" in job.outcome.failure[0]
+
+
+@pytest.mark.parametrize("durability", ["process_crash", "none"])
+def test_a_buffer_comes_back_at_its_port_if_its_ledger_lasts(durability: str) -> None:
+    job = running_job(buffer={"durability": durability})
+    actions = job.exited(Exit(name="buffer", code=-signal.SIGKILL), now_s=3.0)
+    if durability == "none":
+        assert job.outcome.failure[0].startswith("buffer failed (killed by SIGKILL)")
+        assert actions == [Terminate("trainer")]
+        return
+    (start,) = tick(job, 4.0, seen(*ALL))
+    assert isinstance(start, Start) and start.spec.command[-1] == "buffer.ports=[7001]"
+
+
+def test_a_draining_trainer_gets_its_buffer_back() -> None:
+    job = running_job()
+    job.stop_requested(1, now_s=3.0)
+    actions = job.exited(Exit(name="buffer", code=-signal.SIGKILL), now_s=3.5)
+    assert "starting it again" in notices(actions)
+    assert started(tick(job, 4.1, seen(*ALL))) == ["buffer"]
+
+
+def test_a_replaced_trainer_starts_with_its_new_settings() -> None:
+    job = running_job()
+    actions = job.replace_trainer(["trainer.lr=1e-4"], seen=seen(*ALL))
+    assert actions[1:] == [HandOver("127.0.0.1:8001")]
+    (start,) = job.exited(Exit(name="trainer", code=0), now_s=4.0)
+    assert isinstance(start, Start) and start.from_newest_checkpoint
+    assert start.spec.command[-1] == "trainer.lr=1e-4" and job.phase is Phase.RUNNING
+    assert job.exited(Exit(name="trainer", code=0), now_s=5.0)[0] == Terminate("rollout-0"), "it is done"
+
+
+def test_a_run_goes_back_to_its_step_before_anything_else() -> None:
+    job = lifecycle(resume="step:20")
+    job.start()
+    job.exited(Exit(name="prepare_model", code=0), now_s=1.0)
+    tick(job, 1.0, seen("buffer"))
+    job.exited(Exit(name="trainer", code=-signal.SIGKILL), now_s=2.0)
+    (start,) = tick(job, 3.0, seen("buffer"))
+    assert isinstance(start, Start) and not start.from_newest_checkpoint, "newer checkpoints may be there"
+    tick(job, 4.0, seen(*ALL))
+    job.exited(Exit(name="trainer", code=-signal.SIGKILL), now_s=5.0)
+    (start,) = tick(job, 7.0, seen(*ALL))
+    assert isinstance(start, Start) and start.from_newest_checkpoint
+
+
+def test_daemons_that_do_not_get_ready_are_named() -> None:
+    job = lifecycle()
+    job.start()
+    job.exited(Exit(name="prepare_model", code=0), now_s=1.0)
+    tick(job, 1.0, seen("buffer"))
+    assert tick(job, 20.9, seen("buffer", "rollout-0")) == []
+    tick(job, 21.1, seen("buffer", "rollout-0"))
+    assert job.outcome.exit_code == 1
+    assert job.outcome.failure == [
+        "rollout-1 was not ready after 20 s: starting",
+        "  rollout-1 hangs",
+        "trainer-0 was not ready after 20 s: starting",
+        "  trainer hangs",
+    ]
+
+
+def test_a_trainer_that_fails_while_it_drains_fails_the_run() -> None:
+    job = running_job()
+    job.stop_requested(1, now_s=3.0)
+    assert job.exited(Exit(name="trainer", code=1, last_words=("disk full",)), now_s=4.0) == []
+    assert job.outcome.exit_code == 1 and "trainer failed while it drained" in job.outcome.failure[0]
+
+
+def test_buffers_are_blamed_first_and_servers_last() -> None:
+    names = ["rollout-0", "trainer", "buffer"]
+    assert running_job().in_order_of_blame(names) == ["buffer", "trainer", "rollout-0"]
