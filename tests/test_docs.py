@@ -26,7 +26,7 @@ _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
 
 def known_settings() -> set[str]:
-    return {CONFIGURATION["setting_key"](setting) for setting in all_keys()}
+    return {setting.key for setting in all_keys()}
 
 
 def prose_of(page: Path) -> str:

@@ -17,7 +17,7 @@ from areal_like.runtime.command_line import load_config
 from areal_like.shards import add_up, all_shards
 from launch.audit.ledger import LedgerAudit, audit_ledger
 from launch.audit.result import Audit, Check
-from launch.local_job.rundir import checkpoints
+from launch.run_directory.rundir import checkpoints
 
 
 def audit_run(root: Path) -> Audit:

@@ -7,7 +7,7 @@ import sys
 
 from launch.audit.run import audit_run
 from launch.commands.parser import add_run
-from launch.local_job.rundir import find_run
+from launch.run_directory.rundir import find_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

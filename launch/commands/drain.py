@@ -11,8 +11,8 @@ from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
 from launch.commands.parser import add_run
 from launch.commands.running_job import servers_of
-from launch.local_job.rundir import find_run
 from launch.observation.http_json import post_json
+from launch.run_directory.rundir import find_run
 
 _TICK_S = 0.2
 

@@ -21,8 +21,8 @@ from areal_like.runtime.daemon import read_endpoint
 from areal_like.shards import Shard, all_shards
 from launch.commands.parser import add_run
 from launch.local_job.child import python_path
-from launch.local_job.rundir import find_run
 from launch.observation.http_json import post_json
+from launch.run_directory.rundir import find_run
 
 _TIMEOUT_S = 30.0
 

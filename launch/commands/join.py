@@ -28,7 +28,7 @@ from launch.commands.parser import add_run, add_settings
 from launch.commands.running_job import buffer_settings
 from launch.commands.stop_signals import StopSignals
 from launch.local_job.child import python_path
-from launch.local_job.rundir import find_run, is_over
+from launch.run_directory.rundir import find_run, is_over
 
 _TICK_S = 0.2
 

@@ -22,12 +22,12 @@ from launch.commands.parser import add_run, add_settings
 from launch.commands.stop_signals import StopSignals
 from launch.local_job.actions import Exit
 from launch.local_job.display import View
-from launch.local_job.open_run import OpenRun, open_replay
 from launch.local_job.processes import ProcessTable
-from launch.local_job.rundir import checkpoints, find_run
 from launch.local_job.specs import ChildSpec
 from launch.observation.metrics_tail import MetricsTail
 from launch.observation.observer import Observation
+from launch.run_directory.open_run import OpenRun, open_replay
+from launch.run_directory.rundir import checkpoints, find_run
 from launch.view.lasting import LastingView, output_may_be_gone
 from launch.view.plain import PlainView
 from launch.view.summary import summary_table

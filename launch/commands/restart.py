@@ -15,7 +15,7 @@ from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths, write_json
 from areal_like.runtime.command_line import load_config
 from launch.commands.parser import add_run, add_settings
-from launch.local_job.rundir import find_run, is_over, restart_order_file
+from launch.run_directory.rundir import find_run, is_over, restart_order_file
 
 _TICK_S = 0.2
 _TAKE_TIMEOUT_S = 10.0

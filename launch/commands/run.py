@@ -16,7 +16,7 @@ from areal_like.runtime.logs import JsonFormatter
 from launch.commands.parser import add_settings
 from launch.commands.stop_signals import StopSignals
 from launch.local_job.job import LocalJob
-from launch.local_job.open_run import open_run
+from launch.run_directory.open_run import open_run
 from launch.view.lasting import LastingView, output_may_be_gone
 from launch.view.live import LiveView
 from launch.view.plain import PlainView

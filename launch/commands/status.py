@@ -7,8 +7,8 @@ import argparse
 from rich.console import Console
 
 from launch.commands.parser import add_run
-from launch.local_job.rundir import find_run
 from launch.observation.observer import Observation, look_at_daemons
+from launch.run_directory.rundir import find_run
 from launch.view.daemons import daemon_table, tickets_line
 
 

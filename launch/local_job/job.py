@@ -17,12 +17,12 @@ from areal_like.errors import ConfigError
 from launch.local_job.actions import Action, HandOver, Kill, KillEverything, Notice, Start, Terminate
 from launch.local_job.display import View
 from launch.local_job.lifecycle import JobLifecycle, Phase
-from launch.local_job.open_run import OpenRun
 from launch.local_job.processes import ProcessTable
-from launch.local_job.rundir import checkpoints, take_restart_order
 from launch.local_job.specs import JobSpecs
 from launch.observation.http_json import post_json
 from launch.observation.observer import Observer
+from launch.run_directory.open_run import OpenRun
+from launch.run_directory.rundir import checkpoints, take_restart_order
 
 log = logging.getLogger(__name__)
 

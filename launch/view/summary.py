@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from areal_like.config import Config
-from launch.local_job.open_run import OpenRun
-from launch.local_job.rundir import checkpoints
+from launch.run_directory.open_run import OpenRun
+from launch.run_directory.rundir import checkpoints
 from launch.view.formatting import duration, rate
 
 ROWS = (

@@ -19,11 +19,11 @@ from areal_like.runtime.command_line import load_config, save_config
 from areal_like.wire.addresses import buffer_addresses
 from launch.commands.join import free_name
 from launch.commands.running_job import buffer_settings
-from launch.local_job.open_run import open_run
 from launch.local_job.restarts import Restarts, RestartState
 from launch.observation.metrics_tail import MetricsTail
 from launch.observation.observer import DaemonView, Observation, look_at_daemons
 from launch.observation.progress import MAX_STRETCHES, Progress, StepTally
+from launch.run_directory.open_run import open_run
 from launch.settings_help import COMMON, all_keys
 from launch.view.daemons import daemon_table
 from launch.view.formatting import duration, rate

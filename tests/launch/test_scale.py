@@ -15,8 +15,8 @@ import pytest
 from areal_like.paths import RunPaths
 from launch.audit.run import audit_run
 from launch.cli import main
-from launch.local_job.rundir import is_over
 from launch.observation.http_json import fetch_json
+from launch.run_directory.rundir import is_over
 from tests.support.launching import (
     ROOT,
     TEST_LIMIT_S,

@@ -17,7 +17,7 @@ import pytest
 
 from areal_like.paths import RunPaths, write_json
 from launch.cli import main
-from launch.local_job.rundir import restart_order_file
+from launch.run_directory.rundir import restart_order_file
 from tests.support.launching import (
     ROOT,
     TEST_LIMIT_S,

@@ -20,7 +20,7 @@ from areal_like.config import Config
 from areal_like.errors import ConfigError
 from areal_like.paths import BUILT_MODELS, RunPaths
 from areal_like.runtime.command_line import GROUPS, load_config, save_config
-from launch.local_job.rundir import InUseError, checkpoints, holds_run, lock, restart_order_file
+from launch.run_directory.rundir import InUseError, checkpoints, holds_run, lock, restart_order_file
 
 
 @dataclass(frozen=True, kw_only=True)
