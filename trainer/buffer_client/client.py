@@ -43,7 +43,7 @@ _POLL_S = 0.25
 
 
 class StopRequestedError(ArealError):
-    """A drain began while the training thread waited for something that is not needed for it."""
+    """A drain began while the training thread waited for something that a drain does not need."""
 
 
 class TrainerBufferClient:
@@ -298,8 +298,8 @@ class TrainerBufferClient:
                     )
 
     def _on_heartbeat_end(self, task: asyncio.Task[None]) -> None:
-        # Nobody awaits this task, and without heartbeats the buffer would give up a trainer that goes on
-        # training.
+        # This task is not awaited, and without heartbeats the buffer would give up a trainer that still
+        # trains.
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("the heartbeat ended", exc_info=error)
             self.fail(ArealError(f"no more heartbeats are sent: {type(error).__name__}: {error}"))

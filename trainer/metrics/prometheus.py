@@ -62,7 +62,7 @@ class TrainerSeries:
             buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10),
         )
         self._freeze_seconds = metrics.counter(
-            "trainer_freeze_seconds", "Time that training stood still to freeze weights for a push"
+            "trainer_freeze_seconds", "Time that training stood still for snapshots of the weights"
         )
         self._version = metrics.gauge("trainer_weights_version", "Newest version active at an engine")
         self._eval = metrics.gauge("trainer_eval_reward", "Mean held-out greedy reward")

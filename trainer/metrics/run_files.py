@@ -160,8 +160,8 @@ def write_summary(
 
     Over the whole run: rewards, the trainer's idle fraction, and (if the buffer's ledger is durable) tickets,
     tokens and lags. Since the trainer's last start, which may have been a resume: seconds,
-    `tokens_per_s_generated` and the idle fraction of generation. Whoever wants a rate has to divide figures
-    of the same span.
+    `tokens_per_s_generated` and the idle fraction of generation. For another rate, divide figures of the same
+    span.
 
     `counters_at_start`, `counters_at_end`: the buffer's counters `counted_seconds` apart, of which the rate
     is made. `counters_after_warm_up`, `counters_at_close`: they bound the time over which generation counts

@@ -1,10 +1,10 @@
 """Pushes one snapshot of the weights from trainer rank 0 to the rollout servers.
 
 `weights.topology` decides which servers share a process group: all of them (`shared`: one broadcast feeds
-all, and a server that breaks it costs everybody this push), or each one by itself (`per_engine`: rank 0 sends
-everything once for each engine, and a failure stays with its server). `weights.max_unavailable` bounds how
-many servers are updated at a time: shared groups are cut to that size and served one after the other, so that
-capacity never reaches zero where an engine has to pause for an update.
+all, and a server that breaks it costs all of them this push), or each one by itself (`per_engine`: rank 0
+sends everything once for each engine, and a failure stays with its server). `weights.max_unavailable` bounds
+how many servers are updated at a time: shared groups are cut to that size and served one after the other, so
+that capacity never reaches zero where an engine has to pause for an update.
 
 A server that fails or misses its deadline backs off (`receivers.py`). If a shared broadcast breaks and every
 receiver survives it, the culprit is unknown. A server that was in `_ISOLATE_AFTER` such pushes in a row
@@ -150,7 +150,7 @@ class Broadcaster:
         if session is None:
             return
         request = PushWeights(
-            epoch=session.number,
+            epoch=session.number,  # "epoch" is the field's name on the wire
             group_name=session.group.group_name,
             version=version,
             step=step,

@@ -70,7 +70,7 @@ class Publisher:
     ) -> None:
         """`call`: sends a request to the buffer. `servers`: the buffer's directory of rollout servers.
 
-        `on_failure` is called with the reason when the task ends early: nobody awaits it while training goes
+        `on_failure` is called with the reason when the task ends early: it is not awaited while training goes
         on.
         """
         self._broadcaster = broadcaster
@@ -141,7 +141,7 @@ class Publisher:
         except ArealError as error:
             self._on_failure(error)
             raise
-        except Exception as error:  # the outermost frame of a task that nobody awaits while training goes on
+        except Exception as error:  # outermost frame of a task that is not awaited during training
             log.exception("the publisher failed")
             self._on_failure(ArealError(f"no more weights are published: {type(error).__name__}: {error}"))
             raise
