@@ -17,7 +17,7 @@ from buffer.scheduling.staleness import StalenessBound
 from buffer.settings import LedgerSettings
 from buffer.tickets import Drop, State
 from tests.support.buffer_harness import BufferProcess, job
-from tests.support.launching import TEST_LIMIT_S, finish, launcher
+from tests.support.launching import TEST_LIMIT_S, WAIT_LIMIT_S, finish, launcher
 from tests.support.ledger_plant import Plant, PlantServer, add_server, beat, deliver, done, failed, new_ledger
 from tests.support.trainer_helpers import write_model
 from tests.trainer.test_daemon import trainer
@@ -232,7 +232,7 @@ def test_a_trainer_refuses_oapl_on_groups_of_mixed_versions(tmp_path: Path) -> N
     )
     try:
         with trainer(buffer) as process:
-            _, err = process.communicate()
+            _, err = process.communicate(timeout=WAIT_LIMIT_S)
             assert process.returncode not in (None, 0)
             assert "buffer.group_filter=single_version" in err and "objective=oapl" in err
     finally:
