@@ -1,9 +1,10 @@
-"""The weight receiver with an engine that fails around activation: real sockets, and a fake engine."""
+"""Weight pushes by both strategies into a fake engine that may fail around activation; real sockets."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import torch
 from aiohttp import web
 
 from areal_like.weights.buckets import Manifest
@@ -11,7 +12,10 @@ from areal_like.wire.channel import Link, tcp_address
 from areal_like.wire.messages.weights import FormGroup, PushChecksums, PushWeights, WeightsFailed, WeightsOk
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.generation_gate import GenerationGate
+from rollout_server.inference.sglang.checkpoint_shapes import CheckpointShapes
+from rollout_server.inference.sglang.weight_update import SglangWeightUpdate
 from rollout_server.inference.shadow_update import ShadowWeightUpdate
+from rollout_server.inference.weight_update import WeightUpdateStrategy
 from rollout_server.weight_sync.receiver import WeightReceiver
 from tests.support.snapshots import Held
 
@@ -23,24 +27,57 @@ class PlayedEngine:
         self.version = 0
         self.silent_at = self.failing_at = ""
         self.called: list[str] = []
+        self.digests = ["initial"]
+        """Of the weights, one for each time that it is read; the last one stays."""
+        self.quarantined: list[int] = []
 
     async def answer(self, request: web.Request) -> web.Response:
         path, body = request.path.strip("/"), await request.json() if request.can_read_body else {}
         self.called.append(path)
-        if path == "end_weight_update":
+        if path == "end_weight_update" and "weight_version" in body:
             self.version = int(body["weight_version"])
+        if path == "update_weight_version":
+            self.version = int(body["new_version"])
+        digest = self.digests[0]
+        if path == "weights_checker" and len(self.digests) > 1:
+            del self.digests[0]
         if path == self.silent_at:
             await asyncio.sleep(30)
         if path == self.failing_at:
             return web.json_response({"error": {"message": "cannot"}}, status=500)
         return web.json_response(
-            {"success": True, "checksums": [], "weight_version": str(self.version), "stall_s": 0.0}
+            {
+                "success": True,
+                "checksums": [],
+                "weight_version": str(self.version),
+                "stall_s": 0.0,
+                "per_engine_checksum": digest,
+            }
         )
 
 
-def push(engine: PlayedEngine, *, update_mode: str = "recompute") -> tuple[Any, list[str]]:
-    """Pushes version 1 with a limit of 1 s; returns the answer and reasons to replace the engine."""
+def push(
+    engine: PlayedEngine,
+    *,
+    update_mode: str = "recompute",
+    in_place: bool = False,
+) -> tuple[Any, list[str]]:
+    """Pushes version 1 with a limit of 1 s; returns the answer and reasons to replace the engine.
+
+    `in_place`: with SGLang's strategy and a tensor to push; quarantines are recorded in `engine.quarantined`.
+    """
     untrusted: list[str] = []
+    tensors = {"weight": torch.zeros(4)} if in_place else {}
+
+    def make_strategy() -> WeightUpdateStrategy:
+        if not in_place:
+            return ShadowWeightUpdate(gate=GenerationGate(), on_untrusted=untrusted.append)
+        return SglangWeightUpdate(
+            shapes=CheckpointShapes({"weight": (4,)}),
+            gate=GenerationGate(),
+            on_quarantine=lambda _, version: engine.quarantined.append(version),
+            on_untrusted=untrusted.append,
+        )
 
     async def body() -> Any:
         app = web.Application()
@@ -49,15 +86,17 @@ def push(engine: PlayedEngine, *, update_mode: str = "recompute") -> tuple[Any, 
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
+        strategy = make_strategy()
         receiver = WeightReceiver(
             host="127.0.0.1",
             max_message_bytes=1 << 20,
-            strategy=ShadowWeightUpdate(gate=GenerationGate(), on_untrusted=untrusted.append),
+            strategy=strategy,
             on_version=lambda _: None,
             on_untrusted=untrusted.append,
         )
         link = Link(tcp_address("127.0.0.1", receiver.port), handler=lambda _: None)
         async with EngineClient(f"http://127.0.0.1:{runner.addresses[0][1]}") as client:
+            await strategy.engine_started(client, path="model", version=0)
             receiver.set_engine(client)
             form = FormGroup(
                 epoch=1,
@@ -70,7 +109,7 @@ def push(engine: PlayedEngine, *, update_mode: str = "recompute") -> tuple[Any, 
                 timeout_s=5.0,
             )
             assert isinstance(await link.call(form, timeout_s=5), WeightsOk)
-            manifest = Manifest(version=1, buckets=Held({}, bucket_bytes=64).buckets).to_dict()
+            manifest = Manifest(version=1, buckets=Held(tensors, bucket_bytes=64).buckets).to_dict()
             request = PushWeights(
                 epoch=1,
                 group_name="g",
@@ -114,3 +153,55 @@ def test_an_engine_that_stays_paused_is_reported_untrusted() -> None:
     engine.failing_at = "continue_generation"
     _, untrusted = push(engine, update_mode="abort_resume")
     assert engine.version == 1 and len(untrusted) == 1 and "stays paused" in untrusted[0]
+
+
+def test_loading_in_place_pauses_and_sets_the_version_last() -> None:
+    engine = PlayedEngine()
+    engine.digests = ["initial", "new"]
+    answer, untrusted = push(engine, in_place=True)
+    assert isinstance(answer, WeightsOk) and answer.version == engine.version == 1
+    assert engine.called[2:] == [
+        "pause_generation",
+        "begin_weight_update",
+        "update_weights_from_distributed",
+        "end_weight_update",
+        "weights_checker",
+        "flush_cache",
+        "update_weight_version",
+        "continue_generation",
+    ]
+    assert not untrusted and not engine.quarantined
+
+
+def test_failed_load_in_place_keeps_the_old_version() -> None:
+    engine = PlayedEngine()
+    engine.failing_at = "update_weights_from_distributed"
+    answer, untrusted = push(engine, in_place=True)
+    assert isinstance(answer, WeightsFailed) and engine.version == 0
+    assert "continue_generation" in engine.called and "update_weights_from_disk" not in engine.called
+    assert engine.called[-1] == "destroy_weights_update_group"
+    assert not untrusted and not engine.quarantined
+
+
+def test_partial_load_in_place_is_reloaded_from_disk() -> None:
+    engine = PlayedEngine()
+    engine.failing_at = "update_weights_from_distributed"
+    engine.digests = ["initial", "partial", "initial"]
+    answer, untrusted = push(engine, in_place=True)
+    assert isinstance(answer, WeightsFailed) and engine.quarantined == [0] and not untrusted
+    reloaded = engine.called.index("update_weights_from_disk")
+    assert engine.called[reloaded - 3 : reloaded] == [
+        "pause_generation",
+        "abort_request",
+        "end_weight_update",
+    ]
+    assert "continue_generation" in engine.called[reloaded:]
+
+
+def test_engine_that_cannot_be_reloaded_is_reported_untrusted() -> None:
+    engine = PlayedEngine()
+    engine.failing_at = "update_weights_from_distributed"
+    engine.digests = ["initial", "partial", "still partial"]
+    _, untrusted = push(engine, in_place=True)
+    assert engine.quarantined == [0] and len(untrusted) == 1 and "still partial" in untrusted[0]
+    assert "continue_generation" not in engine.called
