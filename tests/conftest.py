@@ -17,7 +17,6 @@ LONGEST_FIRST = (
     "launch/test_run.py",
     "jobs/test_interval.py",
     "jobs/test_resumption.py",
-    "launch/test_replay.py",
     "jobs/test_sharded_run.py",
     "trainer/objectives/test_step.py",
     "jobs/test_roles.py",

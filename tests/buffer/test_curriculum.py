@@ -278,7 +278,7 @@ def test_curriculum_settings_are_read_and_validated() -> None:
         ({"curriculum": "silver"}, "none, goldilocks, paced"),
         ({"curriculum_pool": 1}, "at least 2"),
         ({"curriculum_target": 1.0}, "between 0 and 1"),
-        ({"curriculum_exploration": 0.0}, "never comes back"),
+        ({"curriculum_exploration": 0.0}, "above 0"),
         ({"curriculum_reward_low": 2.0}, "must be below"),
     ):
         with pytest.raises(ConfigError, match=message):

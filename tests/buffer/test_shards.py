@@ -90,7 +90,7 @@ def test_the_name_of_a_daemon_selects_its_shard() -> None:
 
 def test_settings_that_leave_a_shard_without_work_are_refused() -> None:
     for wrong, message in (
-        ({"buffer": {"num_shards": 3}, "trainer": {"groups_per_step": 2}}, "groups_per_step=2 places"),
+        ({"buffer": {"num_shards": 3}, "trainer": {"groups_per_step": 2}}, "groups_per_step=2 groups"),
         ({"buffer": {"num_shards": 3}, "rollout": {"max_running": 2, "queue_samples": 0}}, "max_running"),
         ({"buffer": {"num_shards": 2, "ports": [5555]}}, "2 different ports"),
         ({"buffer": {"num_shards": 2, "ports": [5555, 5555]}}, "2 different ports"),
