@@ -28,7 +28,10 @@ class DiskSnapshot:
 
 def newest_snapshot(checkpoints: Path) -> DiskSnapshot | None:
     """The checkpoint of the latest step; None if this machine sees none, or if it states no version."""
-    steps = find_checkpoints(checkpoints)
+    try:
+        steps = find_checkpoints(checkpoints)
+    except OSError:
+        return None  # not readable from this machine, or removed meanwhile
     if not steps:
         return None
     path = steps[max(steps)]

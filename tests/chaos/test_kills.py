@@ -191,6 +191,9 @@ def test_a_buffer_that_drains_under_load_is_unready_at_once(tmp_path: Path) -> N
         producers = [job.produce(name) for name in ("rollout-0", "rollout-1")]
         with job.trainer() as link:
             train(link, first=0, last=10)
+            # One producer alone can serve those steps; a SIGTERM while the other still starts would kill it.
+            names = {"rollout-0", "rollout-1"}
+            job.buffer.wait_status(lambda s: names <= {peer["name"] for peer in s["peers"]}, timeout_s=60)
             asked_s = time.monotonic()
             job.buffer.process.send_signal(signal.SIGTERM)
             with pytest.raises(OSError):  # 503, or the buffer has ended

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,8 +27,12 @@ def _run(*command: str | Path, cwd: Path, timeout_s: float) -> str:
 
 
 def test_installed_wheel_runs_the_default_job(tmp_path: Path) -> None:
+    # From a copy: setuptools would pack whatever an earlier build has left in build/.
+    source = tmp_path / "source"
+    leave_out = shutil.ignore_patterns(".*", "build", "*.egg-info", "runs", "outputs", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=leave_out)
     _run(
-        *(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, ROOT),
+        *(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, source),
         cwd=tmp_path,
         timeout_s=300,
     )
