@@ -123,7 +123,7 @@ class StepRunner:
         stats_come_first = self._objective.scope is Scope.BATCH
         lags = lags or (lambda trajectory: np.maximum(step - trajectory.versions.astype(np.int64), 0))
         self.policy.zero_grad()  # a step that was abandoned may have left gradients
-        # One list of samples per group of this rank, as the groups arrive if nothing depends on the whole step.
+        # One list of samples per group of this rank, lazily unless something depends on the whole step.
         samples = self.advantages.compute(timer.timed("wait_s", groups), totals, timer, lags=lags)
         microbatches: Iterable[MicroBatch] = self._cut(samples, totals)
         with self._gradients as gradients:
