@@ -132,7 +132,11 @@ class Ticket:
     """Length of the chain of parents."""
     eval_id: int = 0
     max_staleness: int = 0
-    """The ticket's own bound on lag, in optimizer steps: the bound that was current when it was issued."""
+    """The ticket's own bound on lag, in optimizer steps: the bound under which its first sample was leased.
+
+    Fixed once the ticket has a sample or a lease; a ticket that has neither gets the current one from
+    `Admission` with its next lease.
+    """
     state: State = State.QUEUED
     drop: Drop | None = None
     samples: dict[int, SampleSummary] = field(default_factory=dict)

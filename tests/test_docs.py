@@ -1,4 +1,4 @@
-"""The documentation: links, length of the README, and the pages that have to name everything of a kind.
+"""The documentation: links, length of the README, and pages that must name every setting or message.
 
 `make docs` also builds the site with every warning an error; these tests need none of its packages.
 """

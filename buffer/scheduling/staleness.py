@@ -3,11 +3,11 @@
     deadline = step of its oldest token's weights + max_staleness, and never beyond the sync interval of that
     step
 
-Admission and recording share this rule. A ticket keeps the bound it was issued under, so the current bound
-may change at any time without wasting work: lowering it closes admission until the tickets admitted before
-are through, and no ticket that was on time becomes late. Admission still guarantees that every deadline can
-be met: whenever a ticket is issued, everything recorded, ready and running fits into the steps up to that
-ticket's deadline.
+Admission and recording share this rule. A ticket keeps the bound under which its first sample was leased; it
+is fixed once the ticket has a sample or a lease. So the current bound may change at any time without wasting
+work: lowering it closes admission until the tickets admitted before are through, and no ticket that was on
+time becomes late. Admission still guarantees that every deadline can be met: whenever a ticket is issued,
+all recorded, ready and running groups fit into the steps up to that ticket's deadline.
 
 Sync intervals (`weights.sync_interval` I > 1 with `buffer.group_filter: single_version`): engines get new
 weights every I steps, no group may mix two of them, and every interval is trained on its own groups. Steps
@@ -24,14 +24,13 @@ class StalenessBound:
     def __init__(self, current: int, *, sync_interval: int) -> None:
         """`sync_interval`: steps of one interval; 1: there are no intervals."""
         self.current = current
-        """The bound of tickets issued from now on, in optimizer steps."""
+        """The bound of tickets that begin from now on, in optimizer steps."""
         self._sync_interval = sync_interval
 
     def deadline(self, oldest_step: int, *, max_staleness: int) -> int:
         """The last step that may record a group.
 
-        `oldest_step`: step of its oldest token's weights. `max_staleness`: the bound that its ticket was
-        issued under.
+        `oldest_step`: step of its oldest token's weights. `max_staleness`: its ticket's bound.
         """
         last = oldest_step + max_staleness
         if self._sync_interval > 1:

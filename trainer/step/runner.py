@@ -4,12 +4,12 @@
 
     groups -> advantages -> micro-batches -> [forward -> losses -> backward]* -> divide -> clip -> AdamW
 
-Gradients of unnormalised sums accumulate while later groups are still being generated, and are divided once
+Gradients of unnormalized sums accumulate while later groups are still being generated, and are divided once
 by global counts, so the result depends neither on the cuts nor on the number of ranks nor on the order of
 arrival. An objective of scope BATCH waits for the whole step and gets a pass without gradient first. All
 ranks run equal numbers of micro-batches (see `batching/microbatches.py`).
 
-A group whose advantages are all zero counts in the normaliser but is not run, unless the objective needs it.
+A group whose advantages are all zero counts in the normalizer but is not run, unless the objective needs it.
 """
 
 from __future__ import annotations
@@ -123,9 +123,12 @@ class StepRunner:
         stats_come_first = self._objective.scope is Scope.BATCH
         lags = lags or (lambda trajectory: np.maximum(step - trajectory.versions.astype(np.int64), 0))
         self.policy.zero_grad()  # a step that was abandoned may have left gradients
+        # One list of samples per group of this rank, lazily unless something depends on the whole step.
         samples = self.advantages.compute(timer.timed("wait_s", groups), totals, timer, lags=lags)
         microbatches: Iterable[MicroBatch] = self._cut(samples, totals)
         with self._gradients as gradients:
+            # BATCH: statistics first, then gradients. GROUP: both in one pass; the statistics then only serve
+            # `lr_scale`, and `losses` gets empty ones.
             if stats_come_first:
                 microbatches = list(microbatches)  # waits for the last group
                 self._observe(microbatches, observations, timer)
@@ -135,6 +138,8 @@ class StepRunner:
                     tokens = self._forward(batch)
                     losses = self._objective.losses(tokens, stats)
                     loss_S, num_tokens, num_seqs = self._normalizer.weigh(losses, tokens)
+                    # Times zero: a rank without work runs a dummy forward and backward all the same, which
+                    # keeps FSDP2's collectives in step with the other ranks.
                     gradients.add(loss_S if live else loss_S * 0.0, tokens=tokens, batch=batch)
                     self._record(totals, batch, tokens, losses, num_tokens, num_seqs, live=live)
                     if not stats_come_first:
@@ -150,6 +155,7 @@ class StepRunner:
             raise IncompleteStepError(
                 f"step {step} ended with {totals.total('num_groups'):.0f} of {num_groups} groups"
             )
+        # Divide, clip, AdamW: `_update`, and in it `ShardedAdamW.step`. Only now are the global counts known.
         return self._update(step, stats, totals, timer)
 
     def _cut(self, groups: Iterable[list[TrainingSample]], totals: StepTotals) -> Iterator[MicroBatch]:
@@ -193,7 +199,7 @@ class StepRunner:
         *,
         live: bool,
     ) -> None:
-        """Adds a micro-batch to the step's totals; `num_tokens` and `num_seqs` count in the normaliser."""
+        """Adds a micro-batch to the step's totals; `num_tokens` and `num_seqs` count in the normalizer."""
         totals.observe(tokens, losses, live=live)
         totals.add("counted_tokens", num_tokens if live else 0.0)
         totals.add("counted_seqs", num_seqs if live else 0.0)

@@ -1,8 +1,23 @@
-"""Trainer rank 0 <-> rollout server: forms the broadcast group and pushes weights through it.
+"""Trainer rank 0 <-> rollout server: forms the weight group and pushes weights through it.
 
-Rank 0 connects a DEALER to the ROUTER at the `weights_address` of each server's hello. Tensors travel over
-torch.distributed, never over this socket. Unless stated otherwise, a request is replied to with `WeightsOk`
-or `WeightsFailed`, and no reply by the deadline counts as failure.
+One push, in order:
+
+    1. rank 0 -> buffer       AllocVersion -> VersionGranted: the number of the version (messages/consumer.py)
+    2. rank 0 -> each server  AskAlive -> Alive: a server that does not reply in time is left out
+    3. rank 0 -> each server  FormGroup -> WeightsOk: all members have joined the weight group
+    4. rank 0 -> each server  PushWeights: version, update mode, names, shapes and buckets of the tensors
+    5. rank 0 -> engines      every bucket, by torch.distributed over the weight group
+    6. rank 0 -> each server  PushChecksums: checksums of the buckets that were sent
+    7. server -> rank 0       received, checksums compared, swapped in: WeightsOk, the reply to PushWeights
+
+Steps 2 and 3 are left out if the weight group of an earlier push still has the right members. Step 7 is that
+of the embedded engine, which decodes while it receives; SGLang is paused before step 5, loads each bucket in
+place and compares no checksums. DissolveGroup ends a weight group after a failure or when its members change.
+The life of one group is a session; the field `epoch` is its number.
+
+Rank 0 connects a DEALER to the ROUTER at the `weights_address` of each server's hello. Tensors never travel
+over this socket. Unless stated otherwise, a request is replied to with `WeightsOk` or `WeightsFailed`, and no
+reply by the deadline counts as failure.
 """
 
 from __future__ import annotations
@@ -13,7 +28,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class AskAlive:
-    """Rank 0 -> server, before a group is formed: servers that do not reply at once are left out of it.
+    """Rank 0 -> server, before a group is formed: servers that do not reply in time are left out of it.
 
     Replied to with `Alive`, or with `WeightsFailed` by a server without an engine.
     """
@@ -37,13 +52,13 @@ class Alive:
 
 @dataclass(frozen=True, kw_only=True)
 class FormGroup:
-    """Rank 0 -> server: join the broadcast group.
+    """Rank 0 -> server: join the weight group.
 
     Replied to once joined; all members join at the same time.
     """
 
     epoch: int
-    """Number of the group, one more for each group formed (not a pass over the prompts)."""
+    """Number of the session, one more for each group formed (not a pass over the prompts)."""
     group_name: str
     master_address: str
     master_port: int
