@@ -178,7 +178,7 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RecordLocation:
     """Location of a record on disk, as in the ledger's row."""
 
     segment: int
@@ -197,10 +197,10 @@ def crc32_of(record: bytes) -> int:
     return int(_HEADER.unpack_from(record)[2])
 
 
-def read_record(directory: Path, place: Place, *, ticket_id: int, sample_index: int) -> Record:
+def read_record(directory: Path, location: RecordLocation, *, ticket_id: int, sample_index: int) -> Record:
     """Reads the record of a ledger row. Raises StoreCorruptError if it is absent or differs from the row."""
-    path = segment_path(directory, place.segment)
-    what = f"sample {sample_index} of ticket {ticket_id} ({path} at {place.offset})"
+    path = segment_path(directory, location.segment)
+    what = f"sample {sample_index} of ticket {ticket_id} ({path} at {location.offset})"
     try:
         file = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -208,7 +208,7 @@ def read_record(directory: Path, place: Place, *, ticket_id: int, sample_index: 
             f"sample {sample_index} of ticket {ticket_id}: its file {path} is missing"
         ) from None
     try:
-        data = os.pread(file, place.num_bytes, place.offset)
+        data = os.pread(file, location.num_bytes, location.offset)
     finally:
         os.close(file)
     try:
@@ -219,7 +219,7 @@ def read_record(directory: Path, place: Place, *, ticket_id: int, sample_index: 
         raise StoreCorruptError(
             f"{what}: the record on disk is sample {record.sample_index} of ticket {record.ticket_id}"
         )
-    if record.crc32 != place.crc32:
+    if record.crc32 != location.crc32:
         raise StoreCorruptError(f"{what}: the record's checksum is not the ledger's")
     return record
 

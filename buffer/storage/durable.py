@@ -30,7 +30,7 @@ from areal_like.config import Config
 from areal_like.errors import StoreCorruptError, UserError
 from areal_like.paths import RunPaths
 from areal_like.shards import WHOLE, Shard
-from areal_like.wire.records import Place, Record, read_record, segment_path
+from areal_like.wire.records import Record, RecordLocation, read_record, segment_path
 from buffer.storage import sql, sql_read
 from buffer.storage.base import Store
 from buffer.storage.changes import Changes, RowRecorder
@@ -107,7 +107,7 @@ class DurableStore(RowRecorder):
             os.close(self._lock)
             raise
         self._cache = RecordCache(max_bytes=settings.cache_bytes)
-        self._places: dict[int, dict[int, Place]] = {}
+        self._locations: dict[int, dict[int, RecordLocation]] = {}
         """Positions on disk, by ticket and sample index, of durable records that may still be fetched."""
         self._num_needed: Counter[int] = Counter()
         """Number of them in each segment."""
@@ -122,9 +122,9 @@ class DurableStore(RowRecorder):
         assert self._writer is None, "recover was called twice"
         recovered = sql_read.read_all(self._connection)
         self._continue_from(recovered, first_returned=sql_read.first_returned(self._connection))
-        self._places = sql_read.read_places(self._connection)
+        self._locations = sql_read.read_locations(self._connection)
         self._num_needed = Counter(
-            place.segment for places in self._places.values() for place in places.values()
+            location.segment for locations in self._locations.values() for location in locations.values()
         )
         segments = sql_read.read_segments(self._connection)
         self._retained = frozenset(row.segment for row in segments if row.retained)
@@ -171,8 +171,10 @@ class DurableStore(RowRecorder):
         for index in range(ticket.num_samples):
             record = self._cache.get(ticket.ticket_id, index)
             if record is None:
-                place = self._places[ticket.ticket_id][index]
-                record = read_record(self._directory, place, ticket_id=ticket.ticket_id, sample_index=index)
+                location = self._locations[ticket.ticket_id][index]
+                record = read_record(
+                    self._directory, location, ticket_id=ticket.ticket_id, sample_index=index
+                )
             records.append(record)
         self._cache.mark_served(ticket.ticket_id)
         return records
@@ -220,17 +222,17 @@ class DurableStore(RowRecorder):
         self.changes, self._callbacks, self._gone_segments = Changes(), [], []
         self._writer.submit(self._in_flight)
 
-    def _done(self, batch: Batch, places: list[Place]) -> None:
+    def _done(self, batch: Batch, locations: list[RecordLocation]) -> None:
         """A batch is durable. Called in the event loop."""
         self._in_flight = None
-        for (_, record), place in zip(batch.changes.samples, places, strict=True):
-            self._places.setdefault(record.ticket_id, {})[record.sample_index] = place
-            self._num_needed[place.segment] += 1
+        for (_, record), location in zip(batch.changes.samples, locations, strict=True):
+            self._locations.setdefault(record.ticket_id, {})[record.sample_index] = location
+            self._num_needed[location.segment] += 1
             self._cache.unpin(record.ticket_id, record.sample_index)
         for ticket_id in batch.changes.released:
             self._cache.remove(ticket_id)
-            for place in self._places.pop(ticket_id, {}).values():
-                self._num_needed[place.segment] -= 1
+            for location in self._locations.pop(ticket_id, {}).values():
+                self._num_needed[location.segment] -= 1
         self._collect_segments()
         self._hand_over()
         for callback in batch.callbacks:
@@ -260,13 +262,13 @@ class DurableStore(RowRecorder):
         """
         sizes: dict[int, int] = {}
         damaged = []
-        for ticket_id, places in self._places.items():
-            for index, place in places.items() if ticket_id not in ignoring else ():
-                path = segment_path(self._directory, place.segment)
-                size = sizes.setdefault(place.segment, path.stat().st_size if path.exists() else -1)
+        for ticket_id, locations in self._locations.items():
+            for index, location in locations.items() if ticket_id not in ignoring else ():
+                path = segment_path(self._directory, location.segment)
+                size = sizes.setdefault(location.segment, path.stat().st_size if path.exists() else -1)
                 try:
-                    if place.segment == last_segment or place.offset + place.num_bytes > size:
-                        read_record(self._directory, place, ticket_id=ticket_id, sample_index=index)
+                    if location.segment == last_segment or location.offset + location.num_bytes > size:
+                        read_record(self._directory, location, ticket_id=ticket_id, sample_index=index)
                 except StoreCorruptError as error:
                     damaged.append(str(error))
         if damaged:

@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from areal_like.wire.records import Place, count_whole_records, crc32_of, segment_path
+from areal_like.wire.records import RecordLocation, count_whole_records, crc32_of, segment_path
 
 _MAX_BUFFERS = 1024
 """Limit of one writev (IOV_MAX)."""
@@ -35,15 +35,15 @@ class SegmentWriter:
         self._open(segment)
         os.ftruncate(self._file, offset)
 
-    def write(self, records: Sequence[bytes]) -> list[Place]:
+    def write(self, records: Sequence[bytes]) -> list[RecordLocation]:
         """Appends the records and returns their positions. Call `cut` after an OSError."""
-        places: list[Place] = []
-        for segment_records in self._by_segment(records, places):
+        locations: list[RecordLocation] = []
+        for segment_records in self._by_segment(records, locations):
             for start in range(0, len(segment_records), _MAX_BUFFERS):
                 self._write_all(segment_records[start : start + _MAX_BUFFERS])
             if self._sync and segment_records:
                 os.fdatasync(self._file)
-        return places
+        return locations
 
     def keep(self) -> None:
         """Rows refer to the written records now: `cut` does not remove them any more."""
@@ -61,7 +61,7 @@ class SegmentWriter:
     def close(self) -> None:
         os.close(self._file)
 
-    def _by_segment(self, records: Sequence[bytes], places: list[Place]) -> Iterator[list[bytes]]:
+    def _by_segment(self, records: Sequence[bytes], locations: list[RecordLocation]) -> Iterator[list[bytes]]:
         """The records of one segment after another. The caller writes each list before it takes the next."""
         here: list[bytes] = []
         for record in records:
@@ -70,7 +70,7 @@ class SegmentWriter:
                 here = []
                 self._open(self.segment + 1)
                 self.offset = 0
-            places.append(Place(self.segment, self.offset, len(record), crc32_of(record)))
+            locations.append(RecordLocation(self.segment, self.offset, len(record), crc32_of(record)))
             here.append(record)
             self.offset += len(record)
         yield here

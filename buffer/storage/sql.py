@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from areal_like.errors import StoreCorruptError, UserError
-from areal_like.wire.records import Place
+from areal_like.wire.records import RecordLocation
 from buffer.storage.changes import Changes, Row
 from buffer.storage.rows import SegmentRow
 
@@ -117,19 +117,19 @@ def migrate(connection: sqlite3.Connection, *, path: Path, migrations: Sequence[
 def apply(
     connection: sqlite3.Connection,
     changes: Changes,
-    places: Iterable[Place],
+    locations: Iterable[RecordLocation],
     *,
     segments: Sequence[SegmentRow] = (),
     gone_segments: Sequence[int] = (),
 ) -> None:
     """Writes everything in one transaction, or raises sqlite3.Error and writes nothing.
 
-    `places`: positions on disk of the records of `changes.samples`. `segments`: files that grew.
+    `locations`: positions on disk of the records of `changes.samples`. `segments`: files that grew.
     `gone_segments`: files that will be deleted after this.
     """
     connection.execute("BEGIN IMMEDIATE")
     try:
-        _write(connection, changes, places)
+        _write(connection, changes, locations)
         connection.executemany(
             "INSERT INTO segments VALUES (?,?,?) ON CONFLICT (segment) DO UPDATE SET "
             "num_bytes = excluded.num_bytes, retained = max(retained, excluded.retained)",
@@ -146,7 +146,7 @@ def apply(
         raise
 
 
-def _write(connection: sqlite3.Connection, changes: Changes, places: Iterable[Place]) -> None:
+def _write(connection: sqlite3.Connection, changes: Changes, locations: Iterable[RecordLocation]) -> None:
     _insert(
         connection,
         "INSERT INTO tickets VALUES",
@@ -155,7 +155,7 @@ def _write(connection: sqlite3.Connection, changes: Changes, places: Iterable[Pl
         "state = excluded.state, "
         "reason = excluded.reason, step = excluded.step, position = excluded.position",
     )
-    _insert(connection, "INSERT INTO samples VALUES", _sample_rows(changes, places))
+    _insert(connection, "INSERT INTO samples VALUES", _sample_rows(changes, locations))
     _each(connection, "UPDATE tickets SET released = 1 WHERE ticket_id IN", changes.released)
     _insert(
         connection,
@@ -185,7 +185,7 @@ def _write(connection: sqlite3.Connection, changes: Changes, places: Iterable[Pl
     _each(
         connection,
         "DELETE FROM returned_prompts WHERE place IN",
-        [place for place, row in changes.returned.items() if not row],
+        [queue_index for queue_index, row in changes.returned.items() if not row],
     )
     _insert(
         connection,
@@ -246,7 +246,7 @@ def _chunks(rows: Sequence[_T]) -> Iterator[Sequence[_T]]:
         start += size
 
 
-def _sample_rows(changes: Changes, places: Iterable[Place]) -> list[tuple[int | float, ...]]:
+def _sample_rows(changes: Changes, locations: Iterable[RecordLocation]) -> list[tuple[int | float, ...]]:
     return [
         (
             record.ticket_id,
@@ -258,10 +258,10 @@ def _sample_rows(changes: Changes, places: Iterable[Place]) -> list[tuple[int | 
             sample.newest_version,
             sample.num_sampled,
             sample.reward,
-            place.segment,
-            place.offset,
-            place.num_bytes,
-            place.crc32,
+            location.segment,
+            location.offset,
+            location.num_bytes,
+            location.crc32,
         )
-        for (sample, record), place in zip(changes.samples, places, strict=True)
+        for (sample, record), location in zip(changes.samples, locations, strict=True)
     ]

@@ -10,7 +10,7 @@ import json
 import sqlite3
 
 from areal_like.wire.messages.producer import Purpose
-from areal_like.wire.records import Place
+from areal_like.wire.records import RecordLocation
 from buffer.prompts.order import Prompt
 from buffer.storage.rows import LeaseRow, Recovered, RollbackRow, SegmentRow, VersionRow
 from buffer.tickets import Drop, SampleSummary, State, Ticket
@@ -103,15 +103,15 @@ def first_returned(connection: sqlite3.Connection) -> int:
     return int(connection.execute("SELECT coalesce(min(place), 0) FROM returned_prompts").fetchone()[0])
 
 
-def read_places(connection: sqlite3.Connection) -> dict[int, dict[int, Place]]:
+def read_locations(connection: sqlite3.Connection) -> dict[int, dict[int, RecordLocation]]:
     """Ticket id -> sample index -> position on disk, for every ticket that may still be fetched."""
-    places: dict[int, dict[int, Place]] = {}
-    for ticket_id, sample_index, *place in connection.execute(
+    locations: dict[int, dict[int, RecordLocation]] = {}
+    for ticket_id, sample_index, *location in connection.execute(
         "SELECT samples.ticket_id, sample_index, segment, offset, num_bytes, crc32 "
         "FROM tickets CROSS JOIN samples USING (ticket_id) WHERE released = 0"
     ):
-        places.setdefault(ticket_id, {})[sample_index] = Place(*place)
-    return places
+        locations.setdefault(ticket_id, {})[sample_index] = RecordLocation(*location)
+    return locations
 
 
 def read_segments(connection: sqlite3.Connection) -> list[SegmentRow]:

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from areal_like.wire.records import Place, segment_path
+from areal_like.wire.records import RecordLocation, segment_path
 from buffer.storage import sql
 from buffer.storage.changes import Changes
 from buffer.storage.rows import SegmentRow
@@ -69,7 +69,7 @@ class Writer:
         retain: bool,
         min_free_bytes: int,
         loop: asyncio.AbstractEventLoop,
-        on_done: Callable[[Batch, list[Place]], None],
+        on_done: Callable[[Batch, list[RecordLocation]], None],
         on_error: Callable[[Exception], None],
     ) -> None:
         """`on_done` and `on_error` are called in `loop`."""
@@ -119,10 +119,10 @@ class Writer:
     def _run(self) -> None:
         try:
             while (batch := self._batches.get()) is not None:
-                places = self._write_when_there_is_space(batch)
-                if places is None:
+                locations = self._write_when_there_is_space(batch)
+                if locations is None:
                     return
-                self._call_in_loop(self._on_done, batch, places)
+                self._call_in_loop(self._on_done, batch, locations)
         # The outermost frame of the thread: an error that is not reported would leave acknowledgements
         # waiting for ever.
         except Exception as error:
@@ -133,13 +133,13 @@ class Writer:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(callback, *arguments)
 
-    def _write_when_there_is_space(self, batch: Batch) -> list[Place] | None:
+    def _write_when_there_is_space(self, batch: Batch) -> list[RecordLocation] | None:
         """Positions of the records on disk; None: closed before there was space."""
         records = [record.data for _, record in batch.changes.samples]
         while True:
             self._writing_since_s = time.monotonic()
             try:
-                places = self._write(batch, records)
+                locations = self._write(batch, records)
             except _NoSpaceError as full:
                 if not self._refused_reason:
                     log.error("%s", full)
@@ -150,24 +150,24 @@ class Writer:
                 if self._refused_reason:
                     log.warning("the ledger can be written again")
                 self._refused_reason = ""
-                return places
+                return locations
             finally:
                 self._writing_since_s = None
 
-    def _write(self, batch: Batch, records: list[bytes]) -> list[Place]:
+    def _write(self, batch: Batch, records: list[bytes]) -> list[RecordLocation]:
         if records and not (self.frees_space or batch.changes.released or batch.gone_segments):
             self._check_free(sum(map(len, records)))
         first = self._segments.segment
         try:
-            places = self._segments.write(records)
-            sizes = {place.segment: place.offset + place.num_bytes for place in places}
+            locations = self._segments.write(records)
+            sizes = {location.segment: location.offset + location.num_bytes for location in locations}
             rows = [
                 SegmentRow(segment=segment, num_bytes=sizes.get(segment, 0), retained=self._retain)
                 for segment in range(first, self._segments.segment + 1)
             ]
             grown = [row for row in rows if row.num_bytes]
             sql.apply(
-                self._connection, batch.changes, places, segments=grown, gone_segments=batch.gone_segments
+                self._connection, batch.changes, locations, segments=grown, gone_segments=batch.gone_segments
             )
         except OSError as error:
             if error.errno not in _NO_SPACE:
@@ -188,7 +188,7 @@ class Writer:
         self._segments.keep()
         for segment in batch.gone_segments:
             segment_path(self._directory, segment).unlink(missing_ok=True)
-        return places
+        return locations
 
     def _check_free(self, num_bytes: int) -> None:
         disk = os.statvfs(self._directory)

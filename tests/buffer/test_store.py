@@ -560,7 +560,7 @@ def test_recovery_does_not_scan_ended_tickets(tmp_path: Path) -> None:
         statements: list[str] = []
         ledger.set_trace_callback(statements.append)
         sql_read.read_all(ledger)
-        sql_read.read_places(ledger)
+        sql_read.read_locations(ledger)
         ledger.set_trace_callback(None)
         plans = {
             statement: " ".join(row[3] for row in ledger.execute(f"EXPLAIN QUERY PLAN {statement}"))

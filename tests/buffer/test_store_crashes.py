@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from areal_like.wire.records import Place, read_record
+from areal_like.wire.records import RecordLocation, read_record
 from buffer.storage.durable import DurableStore
 from buffer.storage.rows import Recovered
 from tests.support.buffer_harness import ROOT
@@ -69,7 +69,10 @@ def check(directory: Path, acknowledged: set[tuple[int, int]], *, durability: st
             "SELECT ticket_id, sample_index, released, segment, offset, num_bytes, crc32 "
             "FROM samples JOIN tickets USING (ticket_id)"
         )
-        found = {(ticket_id, index): (released, Place(*place)) for ticket_id, index, released, *place in rows}
+        found = {
+            (ticket_id, index): (released, RecordLocation(*location))
+            for ticket_id, index, released, *location in rows
+        }
         trained = [
             row[0]
             for row in ledger.execute("SELECT ticket_id FROM tickets WHERE state = 'trained' ORDER BY 1")
@@ -78,9 +81,9 @@ def check(directory: Path, acknowledged: set[tuple[int, int]], *, durability: st
         (integrity,) = ledger.execute("PRAGMA integrity_check").fetchone()
     assert integrity == "ok" and num_samples == len(found)
     assert not (lost := acknowledged - found.keys()), f"acknowledged and lost: {sorted(lost)}"
-    for (ticket_id, index), (released, place) in found.items():
+    for (ticket_id, index), (released, location) in found.items():
         if not released:
-            record = read_record(directory, place, ticket_id=ticket_id, sample_index=index)
+            record = read_record(directory, location, ticket_id=ticket_id, sample_index=index)
             assert is_same(record.trajectory(), trajectory_of(ticket_id, index)), (
                 f"sample {index} of ticket {ticket_id} differs from the one written"
             )
