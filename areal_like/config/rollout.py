@@ -39,8 +39,7 @@ class SamplingConfig(Section, key="sampling"):
 
 @dataclass(frozen=True, kw_only=True)
 class SglangConfig(Section, key="rollout.sglang"):
-    """With `rollout.engine=sglang`: the command that starts SGLang, or the address of a running SGLang
-    server.
+    """With `rollout.engine=sglang`: how to start SGLang, or the address of a running SGLang server.
 
     In `args` and `url`, `{index}` is replaced by the number at the end of the rollout server's name
     (rollout-2: 2; no number: 0), so that each server can have its own GPUs or host.

@@ -1,4 +1,8 @@
-"""The decision about a failed sample (reward error, engine error, unusable trajectory): retry it or drop it."""
+"""Retries a failed sample, or drops its ticket after too many failures.
+
+A sample fails if its reward raised or exceeded the time limit, if the engine refused it, or if the ledger
+cannot use the trajectory that a server sent.
+"""
 
 from __future__ import annotations
 

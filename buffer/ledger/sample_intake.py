@@ -71,7 +71,7 @@ class SampleIntake:
         if ticket is not None:
             if num_sampled == 0 or self._is_invalid(ticket, record):
                 verdict = Verdict.INVALID
-            elif isinstance(summary := self._versions.summarise(lease_id, record), SampleSummary):
+            elif isinstance(summary := self._versions.summarize(lease_id, record), SampleSummary):
                 self._failed_samples.count_success()
                 self._accept(ticket, summary, record)
             else:

@@ -1,22 +1,24 @@
-"""The step scheduler: which finished group enters the open step, and when a step has to wait.
+"""The step scheduler: decides which finished group enters the open step, and when the step has to wait.
 
 Every group has a *deadline*: the last step in which its oldest token is within the staleness bound
-(`staleness.py`). Groups are recorded earliest deadline first, among equals the oldest ticket; for unit jobs
-this rule meets all deadlines if any order does. With `overdue: wait` a group is recorded only if afterwards
-all running groups can still meet their deadlines: for every deadline d before its own, the running tickets
-due by d are at most the free positions of the steps up to d (Hall's condition). So a short answer never takes
-the position that a long one will need, in the open step or a later one. Admission counts the same way, so a
-healthy run has no stale drops at all. With `overdue: drop` nothing is reserved.
+(`staleness.py`). Groups are recorded earliest deadline first, and among equal deadlines oldest ticket first.
+For jobs of equal length this rule meets all deadlines if any order does. With `overdue: wait` a group is
+recorded only if all running groups can still meet their deadlines afterwards: for every deadline d before its
+own, the number of running tickets due by d must not exceed the number of free positions of the steps up to d
+(Hall's condition). So a short response never takes a position that a long one will need, in the open step or
+a later one. Admission counts in the same way, so a healthy run has no stale drops at all. With `overdue:
+drop` no position is reserved.
 
 The deadline of a running ticket is a lower bound (its leases count as if sampled entirely with the weights at
 the time of the lease). This can make a step wait a little longer than necessary; it never records a group
 that is too stale, because recording uses the versions of the samples themselves.
 
-Positions are assigned in order. One that an operator freed (a *hole*) is filled next, within the bound: so a
-step keeps its other positions, and a group stays with the rank that trains on it. The step of a hole is the
-trainer's or a later one, and the trainer does not get past it, so no weights are newer than it and no lag is
-negative. The recorded positions alone determine this state after a restart: the open position follows the
-last taken one, and every free position before it is a hole.
+Positions are assigned in order. A position that an operator freed (a *hole*) is filled next, within the
+bound: so the other positions of the step do not change, and each group stays with the rank that trains on it.
+The step of a hole is the trainer's current step or a later one, and the trainer cannot complete it before the
+hole is filled. So no weights are newer than that step, and no lag is negative. After a restart the recorded
+positions alone determine this state: the open position follows the last taken one, and every free position
+before it is a hole.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ StepPosition = tuple[int, int]
 
 
 class StepScheduler:
-    """Assigns step positions in order. Pure bookkeeping over ticket ids.
+    """Assigns step positions in order. Pure: handles only ticket ids and steps.
 
     ticket: RUNNING (track) -> READY (add_ready) -> recorded (assign) | dropped (forget)
     """
@@ -42,7 +44,7 @@ class StepScheduler:
         self.step = 0
         """The open step: the one being recorded."""
         self.position = 0
-        """Next free position in it that is not a hole."""
+        """The next free position in the open step that is not a hole."""
         self._holes: set[StepPosition] = set()
         self._heap: list[tuple[int, int]] = []
         self._ready: set[int] = set()

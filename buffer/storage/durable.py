@@ -1,17 +1,22 @@
 """The durable store: SQLite for rows, append-only segment files for records, one thread for the disk.
 
-    put_*, when_durable --> Changes --(end of the loop's turn, writer idle)--> Batch --> Writer --> callbacks,
-    in order
+    put_*, when_durable ---> Changes ---> Batch ---> Writer ---> callbacks, in order
+                                      |
+                                      at the end of the loop's turn, when the writer is idle
 
-A batch is handed over in a loop callback of its own, never inside a `put_*`, so that the writes of one ledger
-operation are in one transaction. The event loop never waits for the disk, except to read back a group that is
-not in memory any more.
+A batch is handed to the writer in a separate callback of the event loop, never inside a `put_*`, so that the
+writes of one ledger operation are in one transaction. The event loop waits for the disk only to read back a
+group that is not in memory any more.
 
-Records are in segment files and not in SQLite blobs because that is faster: with 12.4 kB a trajectory and 128
-in a batch, blobs took 8.7-9.9 thousand a second with an fsync a commit, segments 15.7-19.2 thousand (with two
-fsyncs); without fsync 9.4-10.9 and 54-55 thousand. SQLite writes a blob twice, to the WAL and, at a
-checkpoint, to the file. Left out: compression, and a second thread that would overlap a segment's fsync with
-that of the rows before it.
+Records are in segment files and not in SQLite blobs because that is faster. Measured with 12.4 kB per
+trajectory and 128 trajectories per batch, in thousands of trajectories per second:
+
+                         SQLite blobs                   segments
+    with fsync           8.7 to 9.9 (1 per batch)       15.7 to 19.2 (2 per batch)
+    without fsync        9.4 to 10.9                    54 to 55
+
+SQLite writes a blob twice, to the WAL and, at a checkpoint, to the database file. Left out: compression, and
+a second thread that would overlap the fsync of a segment with the fsync of the preceding batch's rows.
 """
 
 from __future__ import annotations
@@ -44,12 +49,12 @@ from buffer.tickets import SampleSummary, Ticket
 log = logging.getLogger(__name__)
 
 _MAX_LISTED = 10
-"""Damaged records that an error message lists one by one."""
+"""Maximum number of damaged records listed in an error message."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoreSettings:
-    """Fields as in the configuration (`buffer.*`), which has the defaults."""
+    """Settings of the store, as in `buffer.*` of the configuration, which has the defaults."""
 
     durability: str
     retain_trajectories: bool
@@ -86,10 +91,9 @@ class DurableStore(RowRecorder):
     def __init__(
         self, directory: Path, settings: StoreSettings, *, on_error: Callable[[Exception], None]
     ) -> None:
-        """Raises UserError if another process has the directory.
+        """Raises UserError if another process uses the directory.
 
-        `on_error` is called in the loop on an error that waiting cannot mend; nothing becomes durable after
-        it.
+        `on_error` is called in the loop for an error that no retry can fix; after it nothing becomes durable.
         """
         super().__init__()
         self._directory = directory
@@ -110,7 +114,7 @@ class DurableStore(RowRecorder):
         self._locations: dict[int, dict[int, RecordLocation]] = {}
         """Positions on disk, by ticket and sample index, of durable records that may still be fetched."""
         self._num_needed: Counter[int] = Counter()
-        """Number of them in each segment."""
+        """Number of records in `_locations`, by segment."""
         self._retained: frozenset[int] = frozenset()
         self._gone_segments: list[int] = []
         self._callbacks: list[Callable[[], None]] = []
@@ -189,7 +193,7 @@ class DurableStore(RowRecorder):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of records in memory: those not durable yet, and at most `cache_bytes` of others."""
+        """Bytes of records in memory: all that are not durable yet, and at most `cache_bytes` of others."""
         return self._cache.num_bytes
 
     @property
@@ -239,9 +243,9 @@ class DurableStore(RowRecorder):
             callback()
 
     def _collect_segments(self) -> None:
-        """Queues files that no durable row needs for deletion with the next batch.
+        """Queues files that no durable row refers to, for deletion with the next batch.
 
-        They are deleted after the rows that released them are durable, so a crash in between loses nothing.
+        The rows that released their records are durable by then, so a crash in between loses nothing.
         """
         newest = max(self._num_needed, default=0)
         gone = [segment for segment in self._num_needed if segment < newest and not self._is_needed(segment)]
@@ -255,10 +259,10 @@ class DurableStore(RowRecorder):
         )
 
     def _verify(self, last_segment: int, *, ignoring: Collection[int]) -> None:
-        """Checks that every record that a row refers to is on disk, and the checksums of the last segment's.
+        """Checks that every record that a row refers to is on disk; in the last segment, also its checksum.
 
-        Older segments were complete when the last one was begun. Their checksums are verified at each read,
-        because a start must not take minutes. Raises StoreCorruptError.
+        Older segments were complete when the last one was started. Their checksums are verified only when
+        records are read, because the start of a buffer must not take minutes. Raises StoreCorruptError.
         """
         sizes: dict[int, int] = {}
         damaged = []
@@ -276,7 +280,7 @@ class DurableStore(RowRecorder):
             raise StoreCorruptError("; ".join(damaged[:_MAX_LISTED]) + more)
 
     def _remove_files_without_row(self, segments: Collection[int]) -> None:
-        """Deletes files without a row: their first batch, or their own deletion, was interrupted."""
+        """Deletes files without a row, whose first batch or whose deletion was interrupted."""
         for path in (self._directory / "segments").glob("*.seg"):
             if path.stem.isdecimal() and int(path.stem) not in segments:
                 path.unlink()

@@ -1,7 +1,7 @@
-"""Reads the ledger's tables: once, when a buffer starts.
+"""Reads the ledger's tables, once, when a buffer starts.
 
-Queries go through the index over tickets with records, so their cost does not grow with the tickets that have
-ended.
+Queries use the index over tickets with records, so their cost does not grow with the number of ended tickets
+(except counting them).
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def read_all(connection: sqlite3.Connection) -> Recovered:
 
 
 def first_returned(connection: sqlite3.Connection) -> int:
-    """Key of the row of `returned_prompts` that is issued next."""
+    """Key of the row of `returned_prompts` whose prompt is issued next."""
     return int(connection.execute("SELECT coalesce(min(place), 0) FROM returned_prompts").fetchone()[0])
 
 

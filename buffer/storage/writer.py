@@ -4,10 +4,10 @@
 
 A batch is one transaction. Writes that accumulate in the loop while the disk is busy become the next batch
 (group commit). Records are written before rows, because a row must never refer to bytes that are less durable
-than itself. When there is no space, a batch is undone and retried until there is, so a full disk costs time
-and nothing else; batches that free space may use the reserve of `buffer.min_free_bytes`. Any other error ends
-the writer: after a failed fsync the contents of the disk are unknown (the kernel drops the pages), so
-continuing could acknowledge lost data.
+than the row itself. If there is no space, a batch is undone and retried until it fits, so a full disk only
+delays the run; batches that free space may use the reserve of `buffer.min_free_bytes`. Any other error ends
+the writer: after a failed fsync the content of the disk is unknown (the kernel drops the pages), and the
+writer might acknowledge lost data if it continued.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _RETRY_S = 0.25
 _HANGS_AFTER_S = 5.0
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _SQLITE_NO_SPACE = frozenset({"SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE"})
-"""SQLite's names for the three above: nothing was written, and a retry may succeed."""
+"""SQLite's names for the errors in _NO_SPACE: nothing was written, and a retry may succeed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,8 +123,7 @@ class Writer:
                 if locations is None:
                     return
                 self._call_in_loop(self._on_done, batch, locations)
-        # The outermost frame of the thread: an error that is not reported would leave acknowledgements
-        # waiting for ever.
+        # The outermost frame of the thread: if an error were not reported, acknowledgements would never come.
         except Exception as error:
             log.exception("the ledger cannot be written")
             self._call_in_loop(self._on_error, error)
@@ -134,7 +133,7 @@ class Writer:
             self._loop.call_soon_threadsafe(callback, *arguments)
 
     def _write_when_there_is_space(self, batch: Batch) -> list[RecordLocation] | None:
-        """Positions of the records on disk; None: closed before there was space."""
+        """Positions of the records on disk; None if the writer was closed before there was space."""
         records = [record.data for _, record in batch.changes.samples]
         while True:
             self._writing_since_s = time.monotonic()

@@ -237,7 +237,7 @@ def test_hello_and_role_checks(buffer: BufferProcess) -> None:
             await link.call(trainer_hello(config, incarnation=5), timeout_s=5)
             with pytest.raises(RefusedError, match=r"\(model\).*trainer-0 has 'm'"):
                 await link.call(hello("rollout-0", dataset=dataset, model="other"), timeout_s=5)
-            with pytest.raises(RefusedError, match="name of its own"):
+            with pytest.raises(RefusedError, match="a different name"):
                 await link.call(hello("trainer-0", dataset=dataset), timeout_s=5)
             with pytest.raises(RefusedError, match="num_train_prompts"):
                 await link.call(hello("rollout-0", dataset=dataset, num_train_prompts=0), timeout_s=5)
