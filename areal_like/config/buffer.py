@@ -63,8 +63,8 @@ class BufferConfig(Section, key="buffer"):
     disk and `process_crash` writes it to the operating system's page cache. `none` keeps it in memory only:
     if the buffer dies, the run ends."""
     retain_trajectories: bool = False
-    """Keep every accepted trajectory on disk, for replay and study, instead of only those that may still be
-    trained on."""
+    """Keep every accepted trajectory on disk, for replay and analysis. Otherwise only trajectories that may
+    still be trained on are kept."""
     segment_bytes: int = 64 << 20
     """Size at which the next segment file is started, in bytes. A segment is deleted when no record in it is
     needed any more."""

@@ -257,7 +257,7 @@ def run_daemon(config: Config, *, role: str, name: str, main: Callable[[Runtime]
 
 @contextlib.asynccontextmanager
 async def cancelled_on_exit(*tasks: asyncio.Task[Any]) -> AsyncIterator[None]:
-    """Cancels the tasks when the block ends and waits for them; raises the exception of one that failed."""
+    """Cancels the tasks when the block ends and waits for them; raises the exception of a failed task."""
     try:
         yield
     finally:

@@ -1,8 +1,8 @@
 """Makes a child process end when its parent ends; every child calls this first.
 
-A daemon that outlives its launcher keeps a port, a core and perhaps a GPU, and nobody notices. The kernel can
-end it (PR_SET_PDEATHSIG), even if the parent was killed by SIGKILL and could not signal its children. Linux
-only: on other systems this does nothing, and a parent killed by SIGKILL leaves its children running.
+A daemon that outlives its launcher keeps a port, a core and perhaps a GPU without being noticed. The kernel
+can end it (PR_SET_PDEATHSIG), even if the parent was killed by SIGKILL and could not signal its children.
+Linux only: on other systems this does nothing, and a parent killed by SIGKILL leaves its children running.
 """
 
 from __future__ import annotations

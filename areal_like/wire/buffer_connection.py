@@ -57,8 +57,8 @@ class BufferConnection:
         """As `Link.call`."""
         self.send = self._link.send
         """As `Link.send`."""
-        self.ask_again = self._link.ask_again
-        """As `Link.ask_again`."""
+        self.resend_pending = self._link.resend_pending
+        """As `Link.resend_pending`."""
 
     @property
     def silent_s(self) -> float:

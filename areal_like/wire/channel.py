@@ -256,7 +256,7 @@ class Link:
             raise ArealError(reply.reason)
         return reply
 
-    def ask_again(self) -> None:
+    def resend_pending(self) -> None:
         """Sends every pending request again, for a receiver that restarted and lost them.
 
         Requests are idempotent.

@@ -241,7 +241,7 @@ def _compile_dataclass(cls: type) -> tuple[_Encode, _Decode]:
 
     def read(raw: Any, reader: _Reader) -> Any:
         if type(raw) is not dict or len(raw) != len(parts):
-            raise TypeError(f"{cls.__name__} wants exactly the fields {names}")
+            raise TypeError(f"{cls.__name__} needs exactly the fields {names}")
         try:
             return cls(**{name: decode_field(raw[name], reader) for name, _, decode_field in parts})
         except KeyError as missing:

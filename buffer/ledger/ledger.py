@@ -54,7 +54,7 @@ class Ledger:
     """
 
     def __init__(self, state: LedgerState) -> None:
-        """`state`: a new one, or one that `recovery.recover` has filled."""
+        """`state`: new, or filled by `recovery.recover`."""
         self.state = state
         self.settings = state.settings
         self._lifecycle = TicketLifecycle(state)
@@ -137,7 +137,7 @@ class Ledger:
 
     @property
     def trainer_incarnation(self) -> int:
-        """Of the newest trainer; 0: none has started."""
+        """Incarnation of the newest trainer; 0: no trainer has started."""
         return self.state.trainer_incarnation
 
     @property

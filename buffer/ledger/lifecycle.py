@@ -115,7 +115,7 @@ class TicketLifecycle:
         for lease in ticket.leases.values():
             self._leases.revoke(lease)
         ticket.leases.clear()
-        self._scheduler.forget(ticket.ticket_id)
+        self._scheduler.remove(ticket.ticket_id)
         ticket.drop = reason
         self._state.drops[reason] += 1
         self._state.counters.count_dropped(ticket)

@@ -32,7 +32,7 @@ class SampleIntake:
         """Description of the last group that the `single_version` filter rejected; empty: none was."""
 
     def samples_done(self, name: str, samples: Sequence[SampleDone]) -> list[Verdict]:
-        """Takes the samples that a server delivers. Acknowledge them only when they are durable."""
+        """Takes the samples that a server sent. The caller acknowledges them when they are durable."""
         verdicts = [self._take(name, sample) for sample in samples]
         self._lifecycle.record_ready_groups()
         return verdicts
@@ -52,7 +52,7 @@ class SampleIntake:
     def _find(
         self, name: str, *, lease_id: int, ticket_id: int, sample_index: int
     ) -> tuple[Verdict, Ticket | None]:
-        """The verdict on a sample by its ids alone, and its ticket if that is ACCEPTED."""
+        """The verdict on a sample from its ids alone, and its ticket if the verdict is ACCEPTED."""
         ticket = self._tickets.live.get(ticket_id)
         if ticket is None:
             return (Verdict.FINISHED if self._tickets.has_issued(ticket_id) else Verdict.UNKNOWN_TICKET), None
@@ -124,7 +124,7 @@ class SampleIntake:
             self._lifecycle.mark_ready(ticket)
 
     def _is_single_version(self, samples: Iterable[SampleSummary]) -> bool:
-        """Compares weights, not version numbers: a push and its repetition count as one version."""
+        """True if all tokens come from the same weights. A push and its repetition have the same weights."""
         versions = {
             version for sample in samples for version in (sample.oldest_version, sample.newest_version)
         }

@@ -22,7 +22,7 @@ _STREAM_TYPES = {"cursor": int, "next_version": int, "pending": list, "curriculu
 
 
 class StreamStart:
-    """Begins, rewinds or restarts the stream at a step."""
+    """Starts, rewinds or restarts the stream at a step."""
 
     def __init__(self, state: LedgerState, lifecycle: TicketLifecycle) -> None:
         self._state = state

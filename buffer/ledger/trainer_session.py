@@ -147,11 +147,11 @@ class TrainerSession:
         tickets = [self._recorded_ticket(ticket_id) for ticket_id in own]
         if len(own) < len(ticket_ids):
             for step in list(self._steps.attempts):
-                self._steps.forget_attempts(step)
+                self._steps.reset_attempts(step)
         for ticket in tickets:
             self._steps.uncount_from(ticket.step)
             self._steps.remove(ticket)
-            self._steps.forget_attempts(ticket.step)
+            self._steps.reset_attempts(ticket.step)
             self._scheduler.free((ticket.step, ticket.position))
             self._lifecycle.drop(ticket, Drop.POISON)
         if tickets:
@@ -239,5 +239,5 @@ class TrainerSession:
         if not 0 <= step <= newest:
             raise RefusedError(
                 "step",
-                f"weights of step {step} cannot exist yet: the newest possible are those of step {newest}",
+                f"weights of step {step} cannot exist yet: the newest possible weights are of step {newest}",
             )

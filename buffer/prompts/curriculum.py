@@ -51,7 +51,7 @@ class CurriculumKind(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CurriculumSettings:
-    """As in the configuration (`buffer.curriculum_*`), which has the defaults."""
+    """Settings of a curriculum, as in `buffer.curriculum_*` of the configuration, which has the defaults."""
 
     kind: CurriculumKind
     pool: int

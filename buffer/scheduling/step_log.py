@@ -97,7 +97,7 @@ class StepLog:
 
     def complete_current(self) -> None:
         """The trainer has completed the step it worked on."""
-        self.forget_attempts(self.current)
+        self.reset_attempts(self.current)
         self._served.pop(self.current, None)
         self.move_to(self.current + 1)
 
@@ -154,7 +154,7 @@ class StepLog:
         looping = [step for step, num_starts in self.attempts.items() if num_starts >= MAX_STARTS]
         return min((step for step in looping if step >= first), default=None)
 
-    def forget_attempts(self, step: int) -> None:
+    def reset_attempts(self, step: int) -> None:
         """Resets the count of a step that is complete, or whose data has changed."""
         if step in self.attempts:
             self._set_attempts(step, 0)

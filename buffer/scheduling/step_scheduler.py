@@ -34,7 +34,7 @@ StepPosition = tuple[int, int]
 class StepScheduler:
     """Assigns step positions in order. Pure: handles only ticket ids and steps.
 
-    ticket: RUNNING (track) -> READY (add_ready) -> recorded (assign) | dropped (forget)
+    ticket: RUNNING (track) -> READY (add_ready) -> recorded (assign) | dropped (remove)
     """
 
     def __init__(self, *, groups_per_step: int, num_steps: int, wait_for_overdue: bool) -> None:
@@ -68,7 +68,7 @@ class StepScheduler:
         """Sets the bounds on a running ticket's deadline; None: not known yet."""
         if self._tracked.get(ticket_id) == (earliest_deadline, latest_deadline):
             return
-        self.forget(ticket_id)
+        self.remove(ticket_id)
         self._tracked[ticket_id] = (earliest_deadline, latest_deadline)
         if earliest_deadline is None:
             self.num_without_deadline += 1
@@ -77,8 +77,8 @@ class StepScheduler:
         if latest_deadline is not None:
             self._by_latest_deadline.setdefault(latest_deadline, set()).add(ticket_id)
 
-    def forget(self, ticket_id: int) -> None:
-        """The ticket is neither running nor ready any more."""
+    def remove(self, ticket_id: int) -> None:
+        """Removes a ticket that is neither running nor ready any more."""
         self._ready.discard(ticket_id)
         if ticket_id not in self._tracked:
             return
@@ -95,13 +95,13 @@ class StepScheduler:
                 del self._by_latest_deadline[latest]
 
     def add_ready(self, ticket_id: int, *, deadline: int) -> None:
-        """The group is complete, and so its deadline exact."""
-        self.forget(ticket_id)
+        """Marks a ticket as READY. Its group is complete, so its deadline is exact."""
+        self.remove(ticket_id)
         self._ready.add(ticket_id)
         heapq.heappush(self._heap, (deadline, ticket_id))
 
     def next_stale(self) -> int | None:
-        """A running or ready ticket that has certainly missed its deadline, if there is one."""
+        """A running or ready ticket that has certainly missed its deadline; None if there is none."""
         first = self.num_full_steps
         # There are at most max_staleness + 1 keys.
         missed = [deadline for deadline in self._by_latest_deadline if deadline < first]
@@ -122,7 +122,7 @@ class StepScheduler:
 
     def assign(self, ticket_id: int) -> StepPosition:
         """Assigns the next position to the ticket that `next_to_record` returned."""
-        self.forget(ticket_id)
+        self.remove(ticket_id)
         taken = self._first_free
         if taken in self._holes:
             self._holes.remove(taken)
@@ -149,7 +149,7 @@ class StepScheduler:
 
     @property
     def num_due(self) -> int:
-        """Running tickets that cannot be recorded later than in the open step."""
+        """Running tickets that must be recorded in the open step at the latest."""
         return sum(count for deadline, count in self._num_due.items() if deadline <= self.step)
 
     def _head(self) -> tuple[int, int] | None:

@@ -19,7 +19,7 @@ _WRITE_TIMEOUT_S = 30.0
 
 
 def drop_offline(config: Config, ticket_ids: Sequence[int], shard: Shard) -> None:
-    """Drops those of the tickets that belong to this shard, with reason `poison`: all of them, or none.
+    """Drops the tickets that belong to this shard, with reason `poison`: all of them, or none.
 
     Raises ConfigError if one of them may not be dropped, UserError if the ledger is in use.
     """

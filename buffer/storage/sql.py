@@ -175,7 +175,7 @@ def _write(connection: sqlite3.Connection, changes: Changes, locations: Iterable
         "INSERT INTO versions VALUES",
         [(row.version, row.step, row.parent, row.trainer_incarnation) for row in changes.versions],
     )
-    # On disk the table of scalars is called `marks`, and that of counters `statistics`.
+    # On disk the table of scalars is called `marks`, and the table of counters `statistics`.
     _insert(connection, "INSERT OR REPLACE INTO marks VALUES", list(changes.scalars.items()))
     _insert(
         connection,

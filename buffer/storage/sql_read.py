@@ -17,7 +17,7 @@ from buffer.tickets import Drop, SampleSummary, State, Ticket
 
 
 def read_all(connection: sqlite3.Connection) -> Recovered:
-    """Every live row; ended tickets as counts."""
+    """All live rows; ended tickets are counted."""
     query = connection.execute
     tickets = {
         row[0]: Ticket(

@@ -340,7 +340,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 assert (ticket.state is State.LEASED) == bool(ticket.leases)
 
     def teardown(self) -> None:
-        """After any history, healthy peers can finish the run: no position is blocked for good."""
+        """After any operations, healthy peers can finish the run: no position is blocked forever."""
         ledger = getattr(self, "ledger", None)
         if ledger is None:
             return

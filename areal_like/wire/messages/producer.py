@@ -148,7 +148,7 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleAck:
-    """Outcome of samples of one lease: durable, or refused for good. Either way the server deletes them."""
+    """Outcome of samples of one lease: durable, or refused. The server deletes them in both cases."""
 
     lease_id: int
     sample_indices: list[int]
