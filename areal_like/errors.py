@@ -1,23 +1,22 @@
 """All exceptions that this project raises on purpose, in one tree.
 
-ArealError
-  x UserError (also a ValueError)
-    - ConfigError
-  x WireError
-    - WireVersionError
-  - RefusedError
-  - StaleIncarnationError
-  - DeadlineError
-  - PeerLostError
-  - EngineError
-  - WeightSyncError
-  - RewardError
-  - DiskFullError
-  - StoreCorruptError
+    ArealError
+        UserError               (also a ValueError)
+            ConfigError
+        WireError
+            WireVersionError
+        RefusedError
+        StaleIncarnationError
+        DeadlineError
+        PeerLostError
+        EngineError
+        WeightSyncError
+        RewardError
+        DiskFullError
+        StoreCorruptError
 
-x marks a class with subclasses. A UserError is a mistake that a person can correct: the command line prints
-only its message and exits with code 2. The others are events in a running system; a daemon catches each by
-its own name.
+A UserError is a mistake that a person can correct: the command line prints only its message and exits with
+code 2. The others are events in a running system; daemons catch them one class at a time.
 """
 
 
@@ -34,7 +33,7 @@ class ConfigError(UserError):
 
 
 class WireError(ArealError):
-    """A message could not be decoded. The receiver counts and drops it; it never ends a daemon."""
+    """A message could not be decoded. The receiver counts and drops it, and continues."""
 
 
 class WireVersionError(WireError):
@@ -50,7 +49,7 @@ class StaleIncarnationError(ArealError):
 
 
 class DeadlineError(ArealError):
-    """A named wait took too long."""
+    """No reply or event came before the deadline; the message names it."""
 
 
 class PeerLostError(ArealError):
@@ -74,4 +73,4 @@ class DiskFullError(ArealError):
 
 
 class StoreCorruptError(ArealError):
-    """A record on disk differs from what the ledger states; the message names the ticket and the file."""
+    """A record on disk differs from its row in the ledger; the message names the ticket and the file."""

@@ -108,7 +108,7 @@ def checkpoint_name(step: int) -> str:
 def find_checkpoints(checkpoints: Path) -> dict[int, Path]:
     """Step -> directory of every complete checkpoint in `RunPaths.checkpoints`, ascending.
 
-    A checkpoint appears by a rename when it is complete, so its name is all that has to be checked.
+    A checkpoint gets its final name by a rename when it is complete, so checking the name is enough.
     """
     if not checkpoints.is_dir():
         return {}
@@ -122,7 +122,7 @@ def cache_dir() -> Path:
 
 
 def smollm2_file() -> Path:
-    """Where `areal-like fetch smollm2` puts the weights of `model.path=smollm2`."""
+    """File in which `areal-like fetch smollm2` stores the weights of `model.path=smollm2`."""
     return cache_dir() / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 

@@ -1,9 +1,9 @@
 """Builds an object (an objective, a mask, a task) from an open section of the configuration.
 
 A section has `name` or `_target_`, and settings. A registered class is a frozen keyword-only dataclass: its
-fields are its settings, a misspelt one is refused by name, and a value outside a `Literal` field's choices
-too. A `_target_` is the dotted path of any class; it needs no registration. A class may also be registered by
-such a path, so that it is imported only when it is used.
+fields are its settings; an unknown setting, or a value outside the choices of a `Literal` field, raises a
+ConfigError that names it. A `_target_` is the dotted path of any class and needs no registration. A class may
+also be registered by such a path, so that it is imported only when it is used.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Registry(Generic[T]):
     """Classes by name, for one section of the configuration."""
 
     def __init__(self, section: str, base: type[T], *, elsewhere: Mapping[str, str] | None = None) -> None:
-        """`elsewhere`: name -> dotted path of classes that are registered without being imported."""
+        """`elsewhere`: name -> dotted path, for classes that are registered without being imported."""
         self._section = section
         self._base = base
         self._elsewhere = dict(elsewhere or {})
@@ -49,10 +49,8 @@ class Registry(Generic[T]):
     def build(self, settings: Mapping[str, Any], *, job: Mapping[str, Any] | None = None) -> T:
         """The object that a section describes.
 
-        Raises ConfigError for an unknown name or setting, listing the known ones.
-
-        `job`: values that the job provides (`max_tokens`), for a class with a setting of that name that the
-        section does not give.
+        `job`: values from the rest of the job (`max_tokens`). They fill settings of the same name that the
+        section leaves out. Raises ConfigError for an unknown name or setting, listing the known ones.
         """
         values = dict(settings)
         name, target = values.pop("name", None), values.pop("_target_", None)
@@ -66,11 +64,11 @@ class Registry(Generic[T]):
             return cls(**values)
         except ConfigError:
             raise
-        except (TypeError, ValueError) as error:  # a class of the user's may raise either
+        except (TypeError, ValueError) as error:  # a user's class may raise either
             raise ConfigError(f"{self._section} {name or target}: {error}") from error
 
     def build_list(self, settings: Any, *, job: Mapping[str, Any] | None = None) -> tuple[T, ...]:
-        """The objects that a list of such sections describes; empty for None. Raises ConfigError."""
+        """The objects that a list of sections describes; empty for None. Raises ConfigError."""
         if settings is None:
             return ()
         well_formed = isinstance(settings, Sequence) and all(
@@ -99,7 +97,7 @@ class Registry(Generic[T]):
         key = f"{self._section}._target_={target}"
         try:
             cls = getattr(importlib.import_module(module_name), attribute)
-        except ConfigError:  # the module itself names what to change
+        except ConfigError:  # its message already explains what to change
             raise
         except ValueError:
             raise ConfigError(f"{key}: write module.Class") from None

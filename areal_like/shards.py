@@ -1,11 +1,11 @@
-"""The split of a job over several buffer daemons (`buffer.num_shards`): one rule for all numbering.
+"""Splits a job over several buffer daemons (`buffer.num_shards`) by one numbering rule.
 
-Prompts, tickets, leases and the groups of a step are numbered over the whole job. Number x belongs to shard x
-mod n, which counts it as x div n. So a shard issues tickets without coordination, anyone with a number can
-compute its shard, a step's groups are spread as evenly as possible, and with one shard all numbers are as
-without shards.
+Prompts, tickets, leases and the groups of a step are numbered over the whole job. With n shards, number x
+belongs to shard x mod n, which counts it as its number x div n. So a shard issues tickets without
+coordination, every process can compute the shard of a number, the groups of a step are spread as evenly as
+possible, and a job with one shard has the same numbers as an unsharded one.
 
-Left out: moving anything between shards. The number of shards is fixed for a run's life.
+Left out: moving anything between shards. The number of shards is fixed for the whole run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Shard:
 
     @classmethod
     def named(cls, name: str, *, count: int) -> Self:
-        """The shard of the daemon with this name. Raises ConfigError for a name that belongs to no shard."""
+        """The shard of the daemon with this name. Raises ConfigError if no shard has this name."""
         if count == 1:
             return cls()
         names = [cls(index, count).name for index in range(count)]
@@ -47,12 +47,12 @@ class Shard:
 
     @property
     def name(self) -> str:
-        """Name of the shard's daemon: `buffer`, or `buffer-1` of several."""
+        """Name of the shard's daemon: `buffer`, or `buffer-1` if there are several shards."""
         return self._numbered("buffer")
 
     @property
     def ledger(self) -> str:
-        """Name of its directory in the run's: `ledger`, or `ledger-1` of several."""
+        """Name of its ledger in the run's directory: `ledger`, or `ledger-1` if there are several shards."""
         return self._numbered("ledger")
 
     def owns(self, number: int) -> bool:
@@ -69,9 +69,9 @@ class Shard:
         return number // self.count
 
     def share(self, total: int) -> int:
-        """How many of the numbers 0..total-1 belong to it.
+        """Number of integers in 0..total-1 that belong to this shard.
 
-        That is total / count, rounded up for the first shards and down for the others.
+        This is total / count, rounded up for the first shards and down for the others.
         """
         return (total - self.index + self.count - 1) // self.count
 

@@ -1,9 +1,9 @@
-"""Examples of the digit-sorting task: the right response to `5203=` is `0235`.
+"""Generates examples of the digit-sorting task, in which the correct response to `5203=` is `0235`.
 
-The rollout task and the trainer's warm start both draw from here. An example is a pure function of (seed,
-split, index): nothing is stored, and every process draws the same prompts. The held-out split is a set of
+The rollout task and the trainer's warm start both use this generator. An example is a pure function of (seed,
+split, index): nothing is stored, and every process generates the same prompts. The held-out split is a set of
 *multisets* of digits, fixed by a hash that does not depend on the seed: a model that has seen `0253` in
-training has in effect seen the answer to `5203`, so a held-out set of strings would measure memorisation.
+training has in effect seen the answer to `5203`, so a held-out set of strings would measure memorization.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class Split(StrEnum):
     TRAIN = "train"
     """Prompts of the RL run."""
     WARM_START = "warm_start"
-    """Prompts of the supervised warm start; the multisets of TRAIN, in another order."""
+    """Prompts of the supervised warm start; drawn from the same multisets as TRAIN, in another order."""
     HELD_OUT = "held_out"
     """Prompts of the evaluation; none of their multisets appears in the other two splits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SortExample:
-    """One prompt with the only right answer."""
+    """One prompt with its only correct answer."""
 
     prompt: str
     """Digits and an equals sign, `5203=`."""

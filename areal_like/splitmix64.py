@@ -1,8 +1,7 @@
-"""The finaliser of splitmix64 (Steele, Lea & Flood 2014): every bit of the result depends on every bit of the
-argument.
+"""A 64-bit hash: the generator splitmix64 (Steele, Lea & Flood 2014) and its finalizer.
 
-A hash of 64 bits that is part of saved state (prompt order, sampling seeds), so no library upgrade may change
-it.
+Every bit of the result depends on every bit of the argument. Saved state depends on these values (prompt
+order, sampling seeds), so they are computed here and not by a library whose upgrade might change them.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _ARRAY_SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
 
 
 def mix(value: int) -> int:
-    """One draw of splitmix64: adds the increment, then applies the finaliser. A bijection of 0..2^64-1."""
+    """One draw of splitmix64: adds the increment, then applies the finalizer. A bijection of 0..2^64-1."""
     value = (value + GOLDEN_GAMMA) & MASK_64
     value = ((value ^ (value >> 30)) * _MULTIPLIER_1) & MASK_64
     value = ((value ^ (value >> 27)) * _MULTIPLIER_2) & MASK_64
@@ -28,7 +27,7 @@ def mix(value: int) -> int:
 
 
 def mix_array(values_N: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser alone, without the increment: uint64[N] -> uint64[N]."""
+    """The finalizer alone, without the increment: uint64[N] -> uint64[N]."""
     first, second, third = _ARRAY_SHIFTS
     values_N = (values_N ^ (values_N >> first)) * _ARRAY_MULTIPLIERS[0]
     values_N = (values_N ^ (values_N >> second)) * _ARRAY_MULTIPLIERS[1]

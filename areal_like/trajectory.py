@@ -26,7 +26,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     """The limit of new tokens was reached."""
     ABORT = "abort"
-    """Generation was interrupted; such a trajectory is resumed or counted, never trained on."""
+    """Generation was interrupted. Such a trajectory is resumed or counted, never trained on."""
 
 
 _DTYPES = (
@@ -38,7 +38,8 @@ _DTYPES = (
 
 
 _MAX_LOGPROB_BITS = int(np.float32(1e-5).view(np.int32))
-"""Largest log-prob taken for 0, in bits: rounding may push that of a certain token above 0."""
+"""Bit pattern of the largest value accepted as a log-prob: rounding may push the log-prob of a token with
+probability 1 above 0."""
 _NEGATIVE_INFINITY_BITS = int(np.float32(-math.inf).view(np.uint32))
 
 
@@ -54,10 +55,10 @@ def are_logprobs(values: NDArray[np.float32]) -> bool:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Trajectory:
-    """Tokens of one sample with all that off-policy learning needs.
+    """Tokens of one sample, with the log-probs and weight versions that off-policy learning needs.
 
-    Raises ValueError for arrays that disagree: lengths, a masked-in token without version, a log-prob above
-    zero.
+    Raises ValueError for arrays of different lengths, a token in the loss mask without a version, or a
+    log-prob above zero.
     """
 
     tokens: NDArray[np.int32]
@@ -65,7 +66,7 @@ class Trajectory:
     loss_mask: NDArray[np.uint8]
     """[T] 1 where the policy sampled the token, else 0."""
     logprobs: NDArray[np.float32]
-    """[T] behaviour log-prob of each sampled token under temperature-scaled logits, from the engine; 0
+    """[T] behavior log-prob of each sampled token under temperature-scaled logits, from the engine; 0
     elsewhere."""
     versions: NDArray[np.int32]
     """[T] version of the weights that sampled each token, from the engine; NOT_SAMPLED elsewhere."""

@@ -1,6 +1,7 @@
 """`python -m buffer [--config run/config.yaml] key=value ...`: the buffer of one job.
 
-`--drop 17,23` instead poisons these tickets in the ledger of a job whose buffer is not running.
+`--drop 17,23` does not start a buffer: it drops these tickets from the ledger of a job whose buffer is not
+running.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ _GC_THRESHOLDS = (1_000, 20, 1_000)
 
 
 def main() -> int:
-    """Exit code: 0 drained, 1 failed, 2 a mistake of the user."""
+    """Returns the exit code: 0 drained, 1 failed, 2 a mistake of the user."""
     if shows_help(sys.argv[1:], __doc__):
         return 0
-    # Until the daemon handles the signal by draining: its imports take a second.
+    # The imports below take a second; after them the daemon installs a handler that drains.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     from areal_like.runtime.daemon import run_daemon
     from buffer.service.daemon import main as serve
@@ -36,12 +37,12 @@ def main() -> int:
     except UserError as error:
         sys.stderr.write(f"buffer: {error}\n")
         return 2
-    # The writer's thread needs the interpreter lock some twenty times a batch. A busy event loop that kept it
-    # for Python's default of 5 ms would add 100 ms to every acknowledgement.
+    # The writer's thread needs the GIL about twenty times per batch. A busy event loop that keeps it for
+    # Python's default of 5 ms each time would add 100 ms to every acknowledgement.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    # Tickets and records live for steps and are in no reference cycle; the collector would traverse thousands
-    # of live ones again and again. Young objects are collected often: an ended HTTP connection is a cycle,
-    # and thousands would accumulate.
+    # Tickets and records exist for several steps and are in no reference cycle, so the garbage collector
+    # should not traverse thousands of them repeatedly. Young objects are collected often, because an ended
+    # HTTP connection is a reference cycle, and thousands would accumulate.
     gc.freeze()
     gc.set_threshold(*_GC_THRESHOLDS)
     return run_daemon(config, role="buffer", name=name, main=serve)

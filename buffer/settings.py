@@ -1,7 +1,4 @@
-"""The part of the configuration that the ledger's rules depend on.
-
-Defaults are in `areal_like.config` alone.
-"""
+"""The part of the configuration that the ledger's rules depend on. Only `areal_like.config` has defaults."""
 
 from __future__ import annotations
 
@@ -16,16 +13,17 @@ from buffer.prompts.curriculum import CurriculumKind, CurriculumSettings
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerSettings:
-    """Fields as in the configuration, unless described otherwise."""
+    """Settings of one shard's ledger. Fields without a description are as in the configuration."""
 
     staleness_cap: int
-    """Largest bound of a ticket, in optimizer steps: `max_staleness`, with `adaptive` `max_staleness_cap`."""
+    """Largest staleness bound of a ticket, in optimizer steps: `max_staleness`, or `max_staleness_cap` if
+    `adaptive`."""
     adaptive: bool
-    """`max_staleness: auto`: the current bound begins at 0 and the trainer moves it below the cap."""
+    """True for `max_staleness: auto`: the bound starts at 0, and the trainer changes it up to the cap."""
     sync_interval: int
     """Steps between weight pushes that no group may span; 1: groups may span pushes."""
     groups_per_step: int
-    """Of this shard."""
+    """Groups of this shard in each optimizer step."""
     group_size: int
     num_greedy: int
     """Greedy samples in each group, in addition to `group_size`."""
@@ -38,9 +36,9 @@ class LedgerSettings:
     max_consecutive_failures: int
     lease_timeout_s: float
     max_tokens: int
-    """Longest sequence, prompt included, that the trainer can take. Longer ones are refused on arrival."""
+    """Longest sequence (prompt and response) that fits into a micro-batch. Longer samples are refused."""
     durable: bool
-    """True if the store survives this process: then a closed stream keeps its tickets, and committed steps
+    """True if the store survives this process. Then a closed stream keeps its tickets, and committed steps
     can be served again."""
     curriculum: CurriculumSettings | None
     shard: Shard = WHOLE
@@ -56,7 +54,7 @@ class LedgerSettings:
     @classmethod
     def from_config(cls, config: Config, shard: Shard = WHOLE) -> Self:
         """The settings of one shard of a job."""
-        # Where a group may span a push, a longer interval only means fewer pushes and bounds nothing.
+        # If a group may span a push, a longer interval only means fewer pushes and does not affect deadlines.
         sync_interval = config.weights.sync_interval if config.buffer.group_filter == "single_version" else 1
         return cls(
             staleness_cap=config.staleness_cap,

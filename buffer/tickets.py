@@ -1,4 +1,4 @@
-"""The records that the ledger works with: tickets, leases, accepted samples, and the enums of their outcomes.
+"""The data classes of the ledger: tickets, leases, accepted samples, and the enums of their outcomes.
 
 Plain data. The rules that change it are in `buffer/ledger/`.
 """
@@ -21,8 +21,7 @@ class State(StrEnum):
     READY = "ready"
     """All samples arrived and passed the group filter; not assigned to a step yet."""
     BATCHED = "batched"
-    """Recorded at (step, position); the trainer gets the same group from there, however often it fetches
-    it."""
+    """Recorded at (step, position); every fetch of this position returns the same group."""
     TRAINED = "trained"
     """A durable checkpoint contains its step."""
     EVALUATED = "evaluated"
@@ -32,7 +31,7 @@ class State(StrEnum):
 
     @property
     def is_terminal(self) -> bool:
-        """True for the states that a ticket does not leave (except TRAINED, when a trainer goes back)."""
+        """True for states that a ticket does not leave (except TRAINED, if a trainer repeats its step)."""
         return self in TERMINAL
 
 
@@ -40,7 +39,7 @@ TERMINAL = frozenset({State.TRAINED, State.EVALUATED, State.DROPPED})
 
 
 class Drop(StrEnum):
-    """Reason for which a ticket was dropped."""
+    """Reason for dropping a ticket."""
 
     STALE = "stale"
     """A sample exceeded the ticket's `max_staleness` at the open step."""
@@ -56,10 +55,9 @@ class Drop(StrEnum):
     """Sampled before the last weight sync and not recorded within that sync interval
     (`weights.sync_interval`)."""
     ABANDONED = "abandoned"
-    """A sample used weights of steps that a resumed trainer does again, and the group was not recorded
-    before."""
+    """A sample used weights of steps that a resumed trainer repeats, and its group was not recorded yet."""
     POISON = "poison"
-    """An operator removed it from the step that it was recorded in; another group takes its position."""
+    """An operator removed it from the step in which it was recorded; another group takes its position."""
 
 
 REISSUED = frozenset({Drop.STALE, Drop.FAILED, Drop.REJECTED, Drop.INTERVAL, Drop.ABANDONED})
@@ -72,23 +70,23 @@ class Verdict(StrEnum):
     ACCEPTED = "accepted"
     """Recorded."""
     DUPLICATE = "duplicate"
-    """Sent twice under the same lease: acknowledged again, nothing recorded."""
+    """Sent twice under the same lease: acknowledged again, but not recorded again."""
     SUPERSEDED = "superseded"
     """The lease was revoked; another server generates (or generated) this sample."""
     FINISHED = "finished"
-    """The ticket has ended: dropped, or trained long ago."""
+    """The ticket has ended: it was dropped, evaluated or trained."""
     UNKNOWN_TICKET = "unknown ticket"
-    """No such ticket was ever issued."""
+    """No ticket with this id was ever issued."""
     UNKNOWN_VERSION = "unknown version"
     """A token carries a weight version that was never allocated."""
     ABANDONED = "abandoned"
-    """A token used weights of steps that a resumed trainer does again. The sample is leased again."""
+    """A token used weights of steps that a resumed trainer repeats. The sample is leased again."""
     INVALID = "invalid"
     """Aborted, too long, without a sampled token, or greedy instead of random (or vice versa)."""
 
     @property
     def refusal(self) -> str:
-        """`SampleAck.refused`: empty when the sample counts."""
+        """Value of `SampleAck.refused`: empty for an accepted sample or a duplicate, else the reason."""
         return "" if self in (Verdict.ACCEPTED, Verdict.DUPLICATE) else self.value
 
 
@@ -100,9 +98,9 @@ class SampleSummary:
     """The fields of an accepted trajectory that the rules use; the trajectory itself is in the store."""
 
     lease_id: int
-    """The lease under which it arrived."""
+    """The lease under which the sample arrived."""
     oldest_step: int
-    """Optimizer step of the oldest sampled token's weights: trained in step j, its lag is j minus this."""
+    """Optimizer step of the oldest sampled token's weights. In step j the sample's lag is j minus this."""
     sum_token_steps: int
     """Sum over sampled tokens of the step of their weights (for the mean lag of tokens)."""
     oldest_version: int
@@ -114,22 +112,22 @@ class SampleSummary:
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Ticket:
-    """The right to generate one group: a prompt and `num_samples` answers to it.
+    """The right to generate one group: `num_samples` responses to one prompt.
 
-    `TicketTable` alone writes `state`.
+    Only `TicketTable` changes `state`.
     """
 
     ticket_id: int
     purpose: Purpose
     prompt_index: int
     num_samples: int
-    """Greedy ones included."""
+    """All samples of the group, including greedy ones."""
     num_greedy: int = 0
-    """The last so many samples are greedy: reward baselines, never trained on."""
+    """Greedy samples, which have the last indices. They are reward baselines and never trained on."""
     parent: int = 0
-    """The dropped ticket whose prompt this one repeats; 0: none."""
+    """The dropped ticket whose prompt this ticket repeats; 0: none."""
     num_reissues: int = 0
-    """Length of the chain of parents."""
+    """Number of dropped tickets with the same prompt before this one: the length of the chain of parents."""
     eval_id: int = 0
     max_staleness: int = 0
     """The ticket's own bound on lag, in optimizer steps: the bound under which its first sample was leased.
@@ -146,7 +144,7 @@ class Ticket:
     leases: dict[int, LeaseRecord] = field(default_factory=dict)
     """Live leases by id; no two cover the same sample."""
     num_failures: dict[int, int] = field(default_factory=dict)
-    """Failures of each sample index so far."""
+    """Number of failures so far, by sample index."""
     step: int = -1
     position: int = -1
 
@@ -168,7 +166,8 @@ class Ticket:
     def oldest_possible_step(self) -> int | None:
         """Lower bound on the step of the group's oldest token; None: no sample and no lease yet.
 
-        A lease counts with the weights that its server had when it was granted: no token of it can be older.
+        A lease counts with the step of its server's weights when it was granted, because its tokens cannot be
+        from older weights.
         """
         steps = [sample.oldest_step for sample in self.samples.values()]
         steps += [lease.weights_step for lease in self.leases.values()]
@@ -183,7 +182,7 @@ class LeaseRecord:
     ticket_id: int
     server: str
     weights_step: int
-    """Step of the server's weights when the lease was granted: no token of it can be older."""
+    """Step of the server's weights when the lease was granted; no token of its samples can be older."""
     outstanding: set[int]
     """Sample indices not yet finished."""
     expires_s: float

@@ -1,9 +1,8 @@
-"""The settings of a job as frozen dataclasses: one section, one class.
+"""The settings of a job as frozen dataclasses, one class per section.
 
-hydra composes YAML; these classes define which keys exist, their types, choices, ranges and defaults. Every
-daemon gets the same resolved configuration. A default is stated here and nowhere else. `objective`,
-`advantage` and `task` stay open mappings: the class that they name defines their keys and checks them
-(areal_like/registry.py).
+hydra composes YAML; these classes define the keys, their types, choices, ranges and defaults. Every daemon
+gets the same resolved configuration. No other module states a default. `objective`, `advantage` and `task`
+stay open mappings: the class that they name defines and checks their keys (areal_like/registry.py).
 
 The package imports neither hydra nor torch, because every process imports it first.
 """

@@ -13,10 +13,10 @@ class BufferConfig(Section, key="buffer"):
     """The buffer between rollout servers and trainer."""
 
     host: str = "127.0.0.1"
-    """Address to bind; with several shards, `{shard}` in it stands for the shard's number."""
+    """Address to bind. With several shards, `{shard}` in it is replaced by the shard's number."""
     port: int = 0
-    """Port to bind, for shard i this plus i; 0: a free one, which the launcher passes on. Daemons started by
-    hand need a fixed port."""
+    """Port to bind; shard i binds port + i. 0: a free port, which the launcher passes to the other daemons.
+    Daemons started by hand need a fixed port."""
     advertise_host: str = ""
     """Address at which other hosts reach the buffer, `{shard}` as in `host`; empty: `host`."""
     num_shards: int = 1
@@ -27,20 +27,20 @@ class BufferConfig(Section, key="buffer"):
     lease_timeout_s: float = 10.0
     """Seconds without a heartbeat after which a lease expires and its missing samples are leased again."""
     overdue: Literal["wait", "drop"] = "wait"
-    """What a step does about a healthy ticket that a later step could not train on within the staleness
-    bound."""
+    """Treatment of a running ticket that no later step could train on within the staleness bound: `wait`
+    reserves a position of the step for it, `drop` gives the position to another group."""
     group_filter: Literal["none", "spread", "single_version"] = "none"
     """Groups that may be trained on: `spread` drops and replaces groups whose rewards are all equal (DAPO
     dynamic sampling), `single_version` drops groups that mix weight versions."""
     curriculum: Literal["none", "goldilocks", "paced"] = "none"
-    """Choice of the next prompt among a few of the epoch: `goldilocks` prefers a solve rate near 1/2, `paced`
-    one near curriculum_target."""
+    """Choice of the next prompt among a few candidates: `goldilocks` prefers a solve rate near 1/2, `paced` a
+    solve rate near curriculum_target."""
     curriculum_pool: int = 4
     """Candidate prompts for each choice; those not chosen wait for the next epoch."""
     curriculum_target: float = 0.5
     """Solve rate that `curriculum=paced` prefers."""
     curriculum_exploration: float = 0.1
-    """Share of choices that take the first candidate whatever its solve rate."""
+    """Share of choices that take the first candidate regardless of solve rates."""
     curriculum_memory: int = 16384
     """Prompts whose outcomes are remembered (they are part of every checkpoint)."""
     curriculum_half_life: int = 1024
@@ -50,33 +50,33 @@ class BufferConfig(Section, key="buffer"):
     curriculum_reward_high: float = 1.0
     """Reward that counts as a solve rate of 1; rewards in between count in proportion."""
     max_reissues: int = 3
-    """How often the prompt of a dropped ticket may be issued again."""
+    """Number of times that the prompt of a dropped ticket may be issued again."""
     max_sample_retries: int = 2
-    """How often a failed sample (reward raised or hung) is tried again before its ticket drops with reason
-    `failed`."""
+    """Number of times that a failed sample (reward raised or hung) is retried before its ticket is dropped
+    with reason `failed`."""
     max_consecutive_failures: int = 20
     """Failed samples in a row that stop the run with the last error."""
     max_message_bytes: int = 64 << 20
     """Largest message accepted from any peer, in bytes."""
     durability: Literal["power_loss", "process_crash", "none"] = "process_crash"
-    """What an acknowledged sample survives: `power_loss` syncs it to disk before the acknowledgement,
-    `process_crash` hands it to the operating system before it, `none` keeps it in memory only (a buffer that
-    dies ends the run)."""
+    """Failure that acknowledged samples survive. Before an acknowledgement, `power_loss` syncs the sample to
+    disk and `process_crash` writes it to the operating system's page cache. `none` keeps it in memory only:
+    if the buffer dies, the run ends."""
     retain_trajectories: bool = False
-    """Keep every accepted trajectory on disk, for replay and study, instead of only those that may still be
-    trained on."""
+    """Keep every accepted trajectory on disk, for replay and analysis. Otherwise only trajectories that may
+    still be trained on are kept."""
     segment_bytes: int = 64 << 20
-    """Size at which a new segment file is begun, in bytes; a segment is deleted when nothing in it is needed
-    any more."""
+    """Size at which the next segment file is started, in bytes. A segment is deleted when no record in it is
+    needed any more."""
     cache_bytes: int = 256 << 20
-    """Trajectories kept in memory as well as on disk, in bytes; past it they are read back when a rank
-    fetches them."""
+    """Size of the cache of trajectories in memory, in bytes. Other trajectories are read back from disk when
+    a rank fetches them."""
     min_free_bytes: int = 256 << 20
     """Free disk space to leave, in bytes: below it nothing is admitted or acknowledged until there is space
     again."""
 
     def check(self) -> None:
-        """Ranges; ports that fit the shards; retained trajectories need a disk."""
+        """Ranges; the number of ports; no retained trajectories without a ledger on disk."""
         require(bool(self.host), "buffer.host is empty: give an address to bind, e.g. 127.0.0.1")
         for name in ("num_shards", "max_consecutive_failures", "curriculum_half_life"):
             require(getattr(self, name) >= 1, f"buffer.{name} must be at least 1")

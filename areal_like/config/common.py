@@ -22,11 +22,11 @@ _TYPE_NAMES = {
 class Section:
     """Base of the frozen dataclasses: checks the choices of `Literal` fields, then calls `check`.
 
-    class BufferConfig(Section, key="buffer"):
-        durability: Literal["power_loss", "process_crash", "none"] = "process_crash"
+        class BufferConfig(Section, key="buffer"):
+            durability: Literal["power_loss", "process_crash", "none"] = "process_crash"
 
-    The choices come from the annotation, so they are stated once. The check runs on direct construction too,
-    and not only when the loader builds the object.
+    The annotation is the only list of the choices. The checks run in the constructor, so they also apply to
+    objects that the loader did not build.
     """
 
     key: ClassVar[str] = ""
@@ -36,31 +36,31 @@ class Section:
         cls.key = key
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for a value outside its choices, and whatever `check` raises."""
+        """Raises ConfigError for a value that is not among the choices of its field, then calls `check`."""
         for name, annotation in typing.get_type_hints(type(self)).items():
             check_choice(annotation, getattr(self, name), key=f"{self.key}.{name}".lstrip("."))
         self.check()
 
     def check(self) -> None:
-        """Ranges, and rules over several fields. Raises ConfigError with what to change."""
+        """Checks ranges and rules over several fields. Raises ConfigError with the necessary change."""
 
 
 def members_of(annotation: Any) -> tuple[Any, ...]:
-    """The alternatives of a union; the annotation alone when it is none."""
+    """The alternatives of a union; only the annotation itself if it is not a union."""
     is_union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
     return typing.get_args(annotation) if is_union else (annotation,)
 
 
 def choices_of(annotation: Any) -> tuple[str, ...]:
-    """The strings that `Literal` allows in an annotation or a member of its union; empty without one."""
+    """The strings that a `Literal` in the annotation (or in its union) allows; empty without a `Literal`."""
     literals = [member for member in members_of(annotation) if typing.get_origin(member) is Literal]
     return tuple(choice for literal in literals for choice in typing.get_args(literal))
 
 
 def check_choice(annotation: Any, value: Any, *, key: str) -> None:
-    """Raises ConfigError unless `value` is one of the choices or of another type in the annotation's union.
+    """Raises ConfigError unless `value` is one of the choices, or has another type of the annotation's union.
 
-    An annotation without a `Literal` allows anything here.
+    Does nothing for an annotation without a `Literal`.
     """
     choices = choices_of(annotation)
     others = [member for member in members_of(annotation) if typing.get_origin(member) is not Literal]

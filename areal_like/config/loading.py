@@ -1,8 +1,8 @@
 """From plain dicts to the configuration's dataclasses and back.
 
-A key that is no field is refused with the nearest name. Values are converted only where YAML or a shell could
-not write them otherwise: a number in quotes, `1e-4` (a string in YAML 1.1), a list for a tuple, nothing for
-an empty text.
+An unknown key raises an error that suggests the nearest field name. A value is converted only where YAML or a
+shell cannot express the field's type: a number in quotes, `1e-4` (a string in YAML 1.1), a list for a tuple,
+null for an empty string.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _convert_tuple(hint: Any, value: Any, *, path: str) -> tuple[Any, ...]:
 
 
 def _convert_union(hint: Any, members: tuple[Any, ...], value: Any, *, path: str) -> Any:
-    """`value` as the first member of the union that takes it."""
+    """`value` converted to the first member of the union that accepts it."""
     for member in members:
         try:
             return _convert(member, value, path=path)

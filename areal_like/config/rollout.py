@@ -39,26 +39,26 @@ class SamplingConfig(Section, key="sampling"):
 
 @dataclass(frozen=True, kw_only=True)
 class SglangConfig(Section, key="rollout.sglang"):
-    """With `rollout.engine=sglang`: how a rollout server starts its SGLang, or which running one it uses.
+    """With `rollout.engine=sglang`: how to start SGLang, or the address of a running SGLang server.
 
-    In `args` and `url`, `{index}` stands for the number at the end of the server's name (rollout-2: 2; none:
-    0), so that each server can have its own GPUs or host.
+    In `args` and `url`, `{index}` is replaced by the number at the end of the rollout server's name
+    (rollout-2: 2; no number: 0), so that each server can have its own GPUs or host.
     """
 
     python: str = ""
-    """Interpreter of the environment that has SGLang; empty: this one if it has SGLang, else the one built by
-    `make sglang`."""
+    """Interpreter of the environment with SGLang; empty: the current interpreter if it has SGLang, else the
+    one built by `make sglang`."""
     args: str = ""
-    """More options of sglang.launch_server, as in a shell: `--tp-size 2 --mem-fraction-static 0.8`. They come
-    last and win."""
+    """More options of sglang.launch_server, as in a shell: `--tp-size 2 --mem-fraction-static 0.8`. They
+    override the options that the rollout server sets."""
     env: dict[str, Any] = field(default_factory=dict)
-    """Environment variables of the engine, added to those of this process."""
+    """Environment variables of the engine, added to the environment of the rollout server."""
     url: str = ""
-    """`http://host:port` of a running engine: it is used, updated and reset, but never started or stopped. It
-    must be able to read `model.path`. Empty: the server starts an engine."""
+    """`http://host:port` of a running engine. It is used, updated and reset, but never started or stopped,
+    and must be able to read `model.path`. Empty: the rollout server starts an engine."""
 
     def check(self) -> None:
-        """Options that a shell can split; a URL excludes the settings of a new engine."""
+        """`args` must parse as shell words; `url` excludes the settings that start an engine."""
         try:
             words = shlex.split(self.args)
         except ValueError as error:
@@ -85,19 +85,19 @@ class RolloutConfig(Section, key="rollout"):
     num_servers: int = 1
     """Rollout servers that the local launcher starts."""
     engine: Literal["embedded", "sglang"] = "embedded"
-    """Inference engine of each server, in a process of its own; `embedded` is the one in this repository."""
+    """Inference engine of each server, in a separate process; `embedded` is the one in this repository."""
     engine_device: str = "cpu"
     """Device of the engine: `cpu`, `cuda` or `cuda:N`."""
     max_running: int = 128
-    """Sequences that one engine decodes at a time (KV slots)."""
+    """Sequences that one engine decodes at the same time (KV slots)."""
     max_context: int = 0
-    """Longest sequence, prompt and response, in tokens; 0: derived from task and sampling."""
+    """Longest sequence (prompt and response), in tokens; 0: derived from the task and `sampling`."""
     queue_samples: int = 32
     """Samples leased beyond max_running, so that a freed KV slot never waits for the network."""
     reward_workers: int = 1
     """Processes that compute rewards."""
     reward_timeout_s: float = 10.0
-    """Time limit of one reward and of one task.example(), in seconds; past it the worker process is killed
+    """Time limit of one reward and of one task.example(), in seconds. After it the worker process is killed
     and the sample counts as failed."""
     generate_timeout_s: float = 600.0
     """Longest wait for one generation, in seconds."""

@@ -12,7 +12,7 @@ from areal_like.config.common import Section, check_device, require
 class KlConfig(Section, key="kl"):
     """A penalty on the distance from a frozen reference model.
 
-    It costs that model's memory and one forward a step.
+    It costs the memory of that model, and one forward of it per step.
     """
 
     coef: float = 0.0
@@ -21,10 +21,10 @@ class KlConfig(Section, key="kl"):
     """Estimator of KL(policy || ref) from one token, with x = logp - ref_logp: `k1` x, `k2` x^2 / 2, `k3`
     exp(-x) - 1 + x."""
     place: Literal["loss", "reward"] = "loss"
-    """`loss`: added to each token's loss. `reward`: subtracted from each sample's reward before advantages; a
-    step then waits for its last group."""
+    """`loss`: added to the loss of each token. `reward`: subtracted from the reward of each sample before the
+    advantages are computed; a step then waits for its last group."""
     reference: str = ""
-    """Hugging Face directory or name of the reference model; empty: the model that the run began with."""
+    """Hugging Face directory or name of the reference model; empty: the initial model of the run."""
 
     def check(self) -> None:
         require(self.coef >= 0, "kl.coef must be at least 0")
@@ -39,11 +39,12 @@ class TrainerConfig(Section, key="trainer"):
     world_size: int = 1
     """Ranks (FSDP2 shards) that the local launcher starts."""
     device: str = "cpu"
-    """`cpu`, `cuda` or `cuda:N`: the first rank on a machine takes GPU N, the next N + 1, and so on."""
+    """`cpu`, `cuda` or `cuda:N`. With `cuda:N` the first rank on a machine uses GPU N, the second GPU N + 1,
+    and so on; `cuda` means `cuda:0`."""
     groups_per_step: int = 16
     """Groups (prompts) in one optimizer step."""
     tokens_per_microbatch: int = 4096
-    """Packing budget: padding-free tokens in one forward and backward."""
+    """Largest number of tokens in one forward and backward; sequences are packed without padding."""
     lr: float = 8e-5
     """AdamW learning rate after warm-up."""
     warmup_steps: int = 10
@@ -57,12 +58,13 @@ class TrainerConfig(Section, key="trainer"):
     max_grad_norm: float = 1.0
     """Gradient clipping by the global norm; 0 turns it off."""
     normalizer: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant"] = "token_mean"
-    """How the step's loss averages token losses: over tokens, over sequences of their tokens' mean or sum, or
-    (`constant`, Dr. GRPO) their sum over sequences times the limit of sampled tokens."""
+    """Average of token losses in the loss of a step: the mean over tokens; the mean over sequences of each
+    sequence's mean or sum; or (`constant`, Dr. GRPO) the sum divided by sequences times the limit of sampled
+    tokens."""
     entropy_coef: float = 0.0
     """Weight of an entropy bonus in the loss, in 1/nats; 0: none."""
     logprob_chunk_tokens: int = 1024
-    """Rows of logits in memory at one time."""
+    """Rows of logits in memory at the same time, one row per token."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward."""
     checkpoint_interval: int = 100
@@ -72,10 +74,10 @@ class TrainerConfig(Section, key="trainer"):
     collective_timeout_s: float = 300.0
     """Timeout of the ranks' collectives, in seconds."""
     fetch_timeout_s: float = 300.0
-    """Longest wait for one group, in seconds; then the trainer reports a stall and stops."""
+    """Longest wait for one group, in seconds; after it the trainer reports a stall and stops."""
     buffer_timeout_s: float = 300.0
-    """Longest silence of the buffer, in seconds, that the trainer waits out; a buffer restarted within it
-    costs nothing."""
+    """Longest silence of the buffer, in seconds, that the trainer tolerates. If the buffer restarts within
+    this time, the run continues without loss."""
     num_threads: int = 1
     """CPU threads of one rank."""
 

@@ -1,4 +1,4 @@
-"""Settings of weight synchronisation: how running engines get new weights."""
+"""Settings of weight synchronization, the pushes of new weights to running engines."""
 
 from __future__ import annotations
 
@@ -23,19 +23,20 @@ class WeightsConfig(Section, key="weights"):
     it."""
     sync_interval: int = 1
     """Optimizer steps between pushes (the weights after the last step are always pushed). Above 1 with
-    `buffer.group_filter=single_version`, each interval trains only on groups sampled with the weights that it
-    began with; groups left over at its end drop with reason `interval`."""
+    `buffer.group_filter=single_version`, each interval trains only on groups sampled with the weights pushed
+    at its start; groups left over at its end are dropped with reason `interval`."""
     push_deadline_s: float = 60.0
-    """Time limit of a push, in seconds; a receiver that has not answered by then is excluded from the
+    """Time limit of a push, in seconds. A receiver that has not replied by then is excluded from the
     broadcast group."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """Backend of the broadcast group; `auto`: NCCL where trainer and engine are on GPUs, else gloo."""
     topology: Literal["shared", "per_engine"] = "shared"
-    """`shared`: one group of all engines, fed by one broadcast. `per_engine`: one group for each engine, so
-    that an engine that hangs delays no other, at the cost of sending all weights once an engine."""
+    """`shared`: one group with all engines, which receive the same broadcast. `per_engine`: one group per
+    engine, so that an engine that hangs does not delay the others; all weights are then sent once per
+    engine."""
     max_unavailable: int = 0
-    """Servers updated at the same time, so that the others keep generating where an update pauses an engine;
-    0: all."""
+    """Number of servers updated at the same time; 0: all. With a limit the other servers keep generating
+    during an update that pauses the engine."""
 
     def check(self) -> None:
         require(

@@ -1,13 +1,16 @@
-"""From a command line to a `Config`: hydra composes `configs/`, the dataclasses check it.
+"""Builds a `Config` from a command line: hydra composes the YAML files, the dataclasses check the result.
 
-Two forms, the same for every role: python -m buffer key=value ...                    compose from configs/
-    python -m buffer --config run/config.yaml ...     read a resolved file (the launcher's children do), then
-    override
+Every role (`buffer`, `trainer`, `rollout_server`) accepts the same two forms:
 
-`objective`, `advantage` and `task` are open mappings: `objective.cap=8` or
-`objective._target_=my_module.MyObjective` need no `+`; nor do the variables of `rollout.sglang.env`.
-`objective=ppo` takes a preset of configs/ in both forms. Text that hydra's grammar cannot parse
-(`model.path=~/x`, `name=a,b`) is taken literally, so that nobody has to nest quotes.
+    python -m buffer key=value ...                               composes configs/ with these settings
+    python -m buffer --config run/config.yaml key=value ...      reads a resolved file, then applies them
+
+The launcher starts its children with the second form.
+
+`objective`, `advantage` and `task` are open mappings, so `objective.cap=8` and
+`objective._target_=my_module.MyObjective` need no `+` in front; the variables of `rollout.sglang.env` do not
+need it either. Both forms accept the presets in configs/, e.g. `objective=ppo`. Values that hydra's grammar
+cannot parse (`model.path=~/x`, `name=a,b`) are taken literally, so that users need no nested quotes.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 class Options(argparse.ArgumentParser):
-    """The `--options` of one role; everything else on its command line is a setting.
+    """The `--options` of one role; all other arguments on its command line are settings.
 
         options = Options()
         options.add("--config", missing="name a resolved configuration file")
@@ -48,8 +51,8 @@ class Options(argparse.ArgumentParser):
         self._missing: dict[str, str] = {}
 
     def add(self, flag: str, *, missing: str, default: str | None = None) -> None:
-        """Adds an option with one value; `missing` is the error message for `flag` without a value."""
-        # nargs="?": argparse's own message for an absent value would not say what to give.
+        """Adds an option with one value; `missing` is the error message if the value is absent."""
+        # nargs="?" lets `split` report an absent value: argparse's own message would not name what is wanted.
         action = self.add_argument(flag, nargs="?", default=default, const="")
         self._missing[action.dest] = f"{flag}: {missing}"
 
@@ -75,9 +78,9 @@ def presets(section: str) -> list[str]:
 
 
 def shows_help(argv: Sequence[str], text: str | None) -> bool:
-    """Writes the help of `python -m role` if `argv` asks for it.
+    """Writes the help of `python -m role` and returns True if `argv` contains -h or --help.
 
-    Returns True if it did. `text` describes the role's options.
+    `text` describes the role's options.
     """
     options = Options()
     options.add_argument("-h", "--help", action="store_true")
@@ -92,9 +95,9 @@ def shows_help(argv: Sequence[str], text: str | None) -> bool:
 
 
 def load_config(argv: Sequence[str]) -> Config:
-    """The configuration of a command line of `--config FILE` and settings.
+    """The configuration that `--config FILE` (optional) and `key=value` settings describe.
 
-    Raises ConfigError with one message.
+    Raises ConfigError with a message of one line.
     """
     options = Options()
     options.add("--config", missing="name a resolved configuration file")
@@ -107,7 +110,7 @@ def load_config(argv: Sequence[str]) -> Config:
 
 
 def role_arguments(argv: Sequence[str], *, default_name: str) -> tuple[Config, str]:
-    """(configuration, daemon name) of one role: `load_config`'s arguments and `--name rollout-1`."""
+    """(configuration, daemon name) of one role: the arguments of `load_config` and `--name rollout-1`."""
     options = Options()
     options.add("--name", missing="give the daemon's name, e.g. rollout-1", default=default_name)
     values, rest = options.split(argv)
@@ -129,7 +132,7 @@ def _from_file(path: Path, overrides: list[str]) -> dict[str, Any]:
         for override in overrides:
             section, _, choice = override.partition("=")
             if section.removesuffix("._target_") in OPEN_SECTIONS:
-                # The settings of the class that the file names are not those of its replacement.
+                # The class is replaced, so the settings of the old one in the file do not apply.
                 merged[section.removesuffix("._target_")] = {}
             if section in GROUPS and not choice.startswith("{"):
                 merged = OmegaConf.merge(merged, _preset(section, choice))
@@ -153,7 +156,7 @@ def _preset(section: str, choice: str) -> Any:
 
 
 def _compose(overrides: list[str]) -> dict[str, Any]:
-    # hydra costs half a second, which a child with --config does not need.
+    # Imported here because it takes half a second, and a child started with --config does not need it.
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
@@ -172,21 +175,21 @@ def _compose(overrides: list[str]) -> dict[str, Any]:
 
 
 def _is_replaced(section: str, overrides: list[str]) -> bool:
-    """True if a preset, a `_target_` or a whole mapping takes the place of an open section's default."""
+    """True if a preset, a `_target_` or a whole mapping replaces the default of an open section."""
     return section in OPEN_SECTIONS and any(
         override.startswith((f"{section}=", f"{section}._target_=")) for override in overrides
     )
 
 
 def _open(overrides: list[str]) -> Iterator[str]:
-    """The overrides in hydra's grammar: keys of open sections may be new there (`++`)."""
+    """The overrides in hydra's grammar, with `++` for keys of open sections, which may be new."""
     for override in overrides:
         is_open = override.startswith((*_OPEN_PREFIXES, *(f"{section}={{" for section in OPEN_SECTIONS)))
         yield f"++{override}" if is_open else override
 
 
 def _readable(override: str) -> str:
-    """The override, its value quoted where hydra could not parse it as one value otherwise."""
+    """The override, with its value in quotes if hydra could not parse it as a single value."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 

@@ -1,13 +1,13 @@
-"""The frame of every daemon: logs, signals, HTTP endpoints, named waits, exit codes.
+"""The common runtime of all daemons: logs, signals, HTTP endpoints, named waits, exit codes.
 
     STARTING -> READY <-> UNREADY -> DRAINING -> (process exits)
 
 A daemon's own code is an `async def main(runtime)`. The runtime sets `stopping` on SIGTERM or SIGINT (a
 second signal, or a drain longer than `daemon.drain_timeout_s`, kills the process). It serves /livez, /readyz,
-/metrics, /status and /control on a free port, which it writes to `<run>/endpoints/<daemon>.json`.
+/metrics, /status and /control on a free port; `<run>/endpoints/<daemon>.json` contains the address.
 
-Exit codes: 0 done or drained, 1 failed (the reason is in the log and one line on stderr), 2 a mistake of the
-user (one message on stderr).
+Exit codes: 0 done or drained, 1 failed (the reason is in the log, and in one line on stderr), 2 a mistake of
+the user (one message on stderr).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 class Runtime:
     """HTTP endpoints, metrics and state of one daemon.
 
-    Enter it with `async with`, in the loop that it runs in.
+    Enter it with `async with` in the daemon's event loop.
     """
 
     def __init__(self, config: Config, *, role: str, name: str) -> None:
@@ -58,8 +58,8 @@ class Runtime:
         self.stopping = asyncio.Event()
         """Set when the daemon must drain."""
         self.incarnation = time.time_ns()
-        """Start time in nanoseconds: grows with every start, and fences off an older process of the same
-        name."""
+        """Start time in nanoseconds. It grows with every start, so that peers can refuse an older process of
+        the same name."""
         self.status: Callable[[], dict[str, Any]] = dict
         """Returns the daemon's own part of /status."""
         self.verbs: dict[str, Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]] = {"drain": self._drain}
@@ -82,7 +82,7 @@ class Runtime:
 
     @property
     def not_ready_because(self) -> str:
-        """The reason that /readyz gives; empty when ready."""
+        """The reason in the response of /readyz; empty when ready."""
         return "draining" if self.stopping.is_set() else self._unready
 
     def advertise(self, **addresses: Any) -> None:
@@ -102,7 +102,7 @@ class Runtime:
             raise ConfigError(
                 f"cannot bind {host} ({error.strerror}): set daemon.http_host to an address of this machine"
             ) from None
-        # From here on a request waits for the server instead of being refused.
+        # From here on the kernel queues connections until the server accepts them, instead of refusing them.
         listening.listen(128)
         self.http_port = listening.getsockname()[1]
         settings = uvicorn.Config(
@@ -131,7 +131,7 @@ class Runtime:
         (self.paths.endpoints / f"{self.name}.json").unlink(missing_ok=True)
 
     async def _drain(self, _: dict[str, Any]) -> dict[str, Any]:
-        """The same as SIGTERM, watchdog included, for callers who can reach only the HTTP port.
+        """Does the same as SIGTERM, watchdog included, for callers that can reach only the HTTP port.
 
         A repeated call sends no second signal, which would kill the daemon at once.
         """
@@ -216,7 +216,7 @@ class DrainSignals:
 
     A terminal and a supervisor often deliver the same Ctrl-C twice, so repeats within a second count as one
     signal. The watchdog of `drain_timeout_s` is a kernel timer (SIGALRM): it ends the process even when the
-    interpreter is stuck in native code.
+    interpreter hangs in native code.
     """
 
     def __init__(self, *, drain_timeout_s: float, on_drain: Callable[[], None]) -> None:
@@ -257,7 +257,7 @@ def run_daemon(config: Config, *, role: str, name: str, main: Callable[[Runtime]
 
 @contextlib.asynccontextmanager
 async def cancelled_on_exit(*tasks: asyncio.Task[Any]) -> AsyncIterator[None]:
-    """Cancels the tasks when the block ends and waits for them; raises the exception of one that failed."""
+    """Cancels the tasks when the block ends and waits for them; raises the exception of a failed task."""
     try:
         yield
     finally:
@@ -270,7 +270,7 @@ async def cancelled_on_exit(*tasks: asyncio.Task[Any]) -> AsyncIterator[None]:
 
 
 def read_endpoint(path: Path) -> dict[str, Any] | None:
-    """An endpoint file's content, or None when the daemon has not written one."""
+    """The content of an endpoint file, or None if the daemon has not written it."""
     try:
         return dict(json.loads(path.read_text()))
     except FileNotFoundError:

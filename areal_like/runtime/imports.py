@@ -1,14 +1,14 @@
 """Faster imports of torch and transformers, for processes whose start a person waits for.
 
-Importing both costs about five seconds of CPU time and 350 MB in every process of a job; on a small machine
-the processes slow each other down. Two remedies, where each is safe:
+Importing both takes about five seconds of CPU time and 350 MB in every process of a job; on a small machine
+the processes slow each other down. This module has two remedies:
 
-- A rollout server and the check of a model's name need only a tokenizer and a configuration. transformers
-  provides both without torch if it finds none: `torch_hidden`.
-- The garbage collector repeatedly scans all modules imported so far, though imports leave hardly any garbage:
-  `uncollected`.
+- `torch_hidden`: a rollout server, and the check of a model's name, need only a tokenizer and a
+  configuration. transformers provides both without torch if torch cannot be imported.
+- `uncollected`: during imports the garbage collector repeatedly scans all modules imported so far, although
+  imports leave hardly any garbage.
 
-Left out: skipping the index of its thousand modules that transformers builds by reading them; that would mean
+Left out: transformers also reads its thousand modules to build an index of them; avoiding that would mean
 patching its internals.
 """
 
@@ -27,7 +27,7 @@ _QUIET = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 def torch_hidden() -> Iterator[None]:
     """Makes `import torch` fail inside the block. Does nothing if torch is already imported, e.g. by a task.
 
-    Use it at the start of a process, in the main thread: a transformers imported inside the block has
+    Use it at the start of a process, in the main thread. If transformers is imported inside the block, it has
     tokenizers and configurations but no models for the rest of the process. torch itself can be imported
     afterwards.
     """

@@ -11,15 +11,15 @@ from areal_like.config import Config
 from areal_like.paths import RunPaths
 
 exit_log = logging.getLogger("areal_like.runtime.exit")
-"""Logger of the reason for which a process ends. It stays off stderr, where the caller writes that line
-undecorated."""
+"""Logger of the reason why a process ends. It does not write to stderr: `exit_code_of` writes that line
+itself, without time and level."""
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line."""
+    """Formats each log entry as a JSON object on one line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """time (Unix seconds), level, logger, message, and the traceback as `exception` if there is one."""
+        """Keys: time (Unix seconds), level, logger, message; `exception` (the traceback) if there is one."""
         entry = {
             "time": round(record.created, 3),
             "level": record.levelname,
@@ -32,7 +32,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class PlainFormatter(logging.Formatter):
-    """One short line without traceback, which is in the log file."""
+    """Formats each log entry as one short line; the traceback is only in the log file."""
 
     def __init__(self, name: str) -> None:
         super().__init__()

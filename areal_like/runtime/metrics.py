@@ -1,6 +1,6 @@
-"""Prometheus metrics of one daemon: one prefix, base units.
+"""Prometheus metrics of one daemon: all names have one prefix, all values are in base units.
 
-Every labelled series is seeded at zero, so that a rate exists from the start.
+Every labeled series starts at zero, so that Prometheus can compute its rate from the start.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Ties a child process's life to its parent's; every child does this first.
+"""Makes a child process end when its parent ends; every child calls this first.
 
-A daemon that outlives its launcher holds a port, a core and perhaps a GPU without anyone noticing. The kernel
-can end it (PR_SET_PDEATHSIG), also when the parent dies by SIGKILL and has no time to signal its children.
-Linux only: elsewhere this does nothing, and a parent that dies by SIGKILL leaves its children running.
+A daemon that outlives its launcher keeps a port, a core and perhaps a GPU without being noticed. The kernel
+can end it (PR_SET_PDEATHSIG), even if the parent was killed by SIGKILL and could not signal its children.
+Linux only: on other systems this does nothing, and a parent killed by SIGKILL leaves its children running.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _PR_SET_PDEATHSIG = 1
 def die_with_parent(*, signum: int = signal.SIGTERM) -> None:
     """Makes the kernel send `signum` to this process when its parent ends. Call it first, in the main thread.
 
-    The signal follows the *thread* that started this process, so a parent must spawn its children from a
-    thread that runs as long as the parent does. Exits with status 1 if the parent is already gone.
+    The kernel sends it when the parent's *thread* that started this process ends, so a parent must start its
+    children from a thread that runs as long as the parent. Exits with status 1 if the parent is already gone.
     """
     if sys.platform != "linux":
         return
@@ -30,7 +30,7 @@ def die_with_parent(*, signum: int = signal.SIGTERM) -> None:
     if libc.prctl(_PR_SET_PDEATHSIG, signum, 0, 0, 0) != 0:
         errno = ctypes.get_errno()
         raise OSError(errno, f"prctl(PR_SET_PDEATHSIG): {os.strerror(errno)}")
-    # The parent may have ended between our start and the call above: then the signal will never come.
+    # The parent may have ended before the call above. Then the kernel never sends the signal.
     if os.getppid() != parent_pid:
         raise SystemExit(1)
 
@@ -48,7 +48,7 @@ PARENT_PID = "AREAL_LIKE_PARENT_PID"
 
 
 def die_with_launcher() -> None:
-    """`die_with_parent` for a daemon started by the launcher; one started by hand outlives its shell."""
+    """Calls `die_with_parent` if the launcher started this daemon; others may outlive their shell."""
     launcher_pid = os.environ.pop(PARENT_PID, "")
     if launcher_pid:
         die_with_parent()

@@ -1,4 +1,4 @@
-"""Blocking work in daemon threads beside an event loop: a call that hangs blocks neither loop nor exit."""
+"""Runs blocking calls in daemon threads: a call that hangs blocks neither the event loop nor the exit."""
 
 from __future__ import annotations
 

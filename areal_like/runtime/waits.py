@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 
 class PendingWaits:
-    """The waits in progress, by name. Use it from one thread; a name can be waited for once at a time.
+    """The waits in progress, by name. Use it from one thread, and each name for one wait at a time.
 
     with waits("buffer: welcome"):
         await link.call(...)

@@ -1,13 +1,13 @@
-"""Packs named tensors into a few large broadcasts, and lets a receiver verify that it got exactly those.
+"""Packs named tensors into a few large broadcasts (buckets), which the receiver can verify.
 
 A **bucket** is one uint8 buffer with the bytes of several tensors, in the order of its list of names and
-without padding: the layout of SGLang's `flattened_bucket`, so that one broadcast serves both engines. A
-receiver views slices of the buffer as tensors, for which every offset must be a multiple of its dtype's size.
-Padding would break SGLang's layout, so tensors in a bucket are ordered by falling item size: each tensor's
-length is a multiple of its own item size, hence of every smaller one.
+without padding. This is the layout of SGLang's `flattened_bucket`, so that both engines receive the same
+broadcast. A receiver views slices of the buffer as tensors, so every offset must be a multiple of the item
+size of the tensor's dtype. Padding would break SGLang's layout, so the tensors of a bucket are ordered by
+decreasing item size: the length of each tensor is then a multiple of all item sizes that follow.
 
-Specs, buckets and manifests are plain data and import no torch; functions that touch bytes import it when
-called.
+Specs, buckets and manifests are plain data. This module imports torch only in the functions that handle
+tensors.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MAX_DIM = 1 << 40
 _LANES = 128
 _BLOCK_BYTES = 256 << 10
 _PIECE_BLOCKS = 2
-"""Blocks that are read twice in a row, few enough to stay in a core's cache between the two reads."""
+"""Blocks per piece in `checksum_and_finiteness`: few enough to stay in a core's cache for the second read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +64,12 @@ class TensorSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Bucket:
-    """The tensors of one broadcast. Offsets and length are computed from them, so they cannot disagree."""
+    """The tensors of one broadcast. Offsets and length are computed from the tensors and not stored."""
 
     tensors: tuple[TensorSpec, ...]
     checksum: int | None = None
-    """`checksum` of the flattened bytes; None if the sender supplies it after the broadcasts, not to delay
-    the first."""
+    """`checksum` of the flattened bytes. None if the sender supplies it after the broadcasts, so that the
+    first broadcast need not wait for it."""
 
     def __post_init__(self) -> None:
         if not self.tensors:
@@ -111,7 +111,7 @@ class Bucket:
         if not len(names) == len(dtypes) == len(shapes) or not all(
             isinstance(shape, (list, tuple)) for shape in shapes
         ):
-            raise WeightSyncError("bucket: names, dtypes and shapes must have one entry a tensor")
+            raise WeightSyncError("bucket: names, dtypes and shapes must have one entry per tensor")
         stated = raw.get("checksum")
         if stated is not None and type(stated) is not int:
             raise WeightSyncError(f"bucket: checksum must be an integer, got {stated!r}")
@@ -161,7 +161,8 @@ class Manifest:
 def cut_buckets(tensors: Iterable[TensorSpec], *, bucket_bytes: int) -> tuple[Bucket, ...]:
     """Cuts tensors into buckets of at most `bucket_bytes`, in order; a larger tensor gets its own bucket.
 
-    Within a bucket, tensors are ordered by falling item size (stable), which aligns offsets without padding.
+    Within a bucket, tensors are sorted by decreasing item size (stable), which aligns offsets without
+    padding.
     """
     groups: list[list[TensorSpec]] = []
     room = 0
@@ -188,9 +189,8 @@ def flatten(
 ) -> torch.Tensor:
     """Copies the tensors, cast to the bucket's dtypes, into one uint8[bucket.num_bytes] buffer.
 
-    There are no temporaries.
-
-    `device`: of the buffer (default: CPU). Raises WeightSyncError for an absent tensor or another shape.
+    Creates no temporary tensors. `device`: of the buffer (default: CPU). Raises WeightSyncError for an absent
+    tensor or one of another shape.
     """
     import torch
 
@@ -201,7 +201,7 @@ def flatten(
         source = tensors[spec.name]
         if tuple(source.shape) != spec.shape:
             raise WeightSyncError(
-                f"tensor {spec.name}: shape {list(source.shape)}, the manifest says {list(spec.shape)}"
+                f"tensor {spec.name}: shape {list(source.shape)}, but {list(spec.shape)} in the manifest"
             )
         view.copy_(source.detach())
     return flat
@@ -218,7 +218,7 @@ def unflatten(bucket: Bucket, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         if offset % ITEM_BYTES[spec.dtype]:
             raise WeightSyncError(
                 f"tensor {spec.name}: offset {offset} is not a multiple of {ITEM_BYTES[spec.dtype]} bytes: "
-                "order the tensors of a bucket by falling item size (see cut_buckets)"
+                "order the tensors of a bucket by decreasing item size (see cut_buckets)"
             )
         piece = flat[offset : offset + spec.num_bytes]
         views[spec.name] = piece.view(getattr(torch, spec.dtype)).view(spec.shape)
@@ -226,11 +226,11 @@ def unflatten(bucket: Bucket, flat: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def checksum(flat: torch.Tensor) -> int:
-    """A 32-bit checksum of a contiguous uint8 buffer, at memory bandwidth.
+    """A 32-bit checksum of a contiguous uint8 buffer, computed at memory bandwidth.
 
     zlib.crc32 alone would take as long as the broadcast. So blocks of 256 KiB are first summed to 1 KiB each,
-    as 64-bit words in 128 lanes on the buffer's device; the crc covers those sums and the remaining bytes. It
-    detects any change within one word, and bytes moved to another lane or block.
+    as 64-bit words in 128 lanes on the buffer's device; the CRC covers these sums and the remaining bytes.
+    The checksum detects any change within one word, and bytes moved to another lane or block.
     """
     import torch
 
@@ -249,16 +249,16 @@ def is_finite(values: torch.Tensor) -> bool:
 
     if not values.numel():
         return True
-    # A finite sum proves finite terms, and is faster than min and max. A sum that is not finite may have
-    # overflowed.
+    # If the sum is finite, so are all terms, and a sum is faster than min and max. Otherwise the sum may have
+    # overflowed, and min and max decide.
     return bool(torch.isfinite(values.sum())) or all(map(bool, map(torch.isfinite, torch.aminmax(values))))
 
 
 def checksum_and_finiteness(flat: torch.Tensor, *, dtype: torch.dtype) -> tuple[int, bool]:
     """`checksum(flat)`, and `is_finite` of its bytes viewed as `dtype`.
 
-    On a CPU both are computed piece by piece: both are bound by memory bandwidth, and the second pass over a
-    piece hits the cache.
+    On a CPU both are computed piece by piece: memory bandwidth limits both, and the second pass over a piece
+    reads it from the cache.
     """
     import torch
 

@@ -1,16 +1,17 @@
-"""The weight group: a torch.distributed group of trainer rank 0 and the engines.
+"""The weight group: a torch.distributed group of trainer rank 0 and the engines, for broadcasts of weights.
 
-It is independent of the default group.
+    rank 0           create() -> connect() -> broadcast() ... -> close()
+    other ranks      join() -> broadcast() ... -> close()
 
-It is compatible with SGLang's `init_custom_process_group`, whose receivers rendezvous at `tcp://address:port`
-and prefix the store's keys with the group's name, then with name and device. We build the backend directly
-over a store with those prefixes instead of calling torch's private `_new_process_group_helper`. So nothing is
-registered globally and names can be reused; the trainer's default group is not involved, nor torchrun's agent
-store, which a `tcp://` rendezvous would silently use; and we choose the address that gloo listens on. Left
-out: collectives other than broadcast, and reuse of a group after an error: a broken group is closed, and a
-new one is formed.
+The group is independent of torch's default group, and compatible with SGLang's `init_custom_process_group`.
+SGLang's receivers rendezvous at `tcp://address:port` and prefix the store's keys with the group's name, then
+with name and device. We build the backend directly over a store with these prefixes instead of calling
+torch's private `_new_process_group_helper`. This has three advantages: nothing is registered globally, so
+names can be reused; neither the trainer's default group nor torchrun's agent store is involved, which a
+`tcp://` rendezvous would silently use; and we choose the address that gloo listens on.
 
-    create()/join() -> connect() -> broadcast()* -> close()
+Left out: collectives other than broadcast, and reuse of a group after an error. A broken group is closed, and
+another one is formed.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from areal_like.errors import WeightSyncError
 if TYPE_CHECKING:
     from types import TracebackType
 
-# torch exports stores, process groups and their options at run time, but its stubs do not know them.
+# torch exports stores, process groups and their options at run time, but its type stubs lack them.
 _dist: Any = dist
 _c10d: Any = distributed_c10d
 
 _PREFIX_DEVICE = {"gloo": "cpu", "nccl": "cuda"}
-"""First device that torch lists for a backend. It is part of the store's key prefix, so both sides must use
-the same."""
+"""First device that torch lists for a backend. It is part of the prefix of the store's keys, so all ranks
+must use the same one."""
 _BLOCKING_WAIT = "TORCH_NCCL_BLOCKING_WAIT"
 """Environment variable that torch reads when a group is created. Without it, torch's watchdog ends the whole
 process when a broadcast exceeds its time limit; with it, `wait` raises. Set for this group only: the
@@ -44,9 +45,9 @@ training's own collectives must not block the host."""
 
 
 def device_facts(device: torch.device) -> dict[str, str]:
-    """`device`, `device_uuid` and `nccl_version`.
+    """`device`, `device_uuid` and `nccl_version`, which decide whether ranks can form an NCCL group.
 
-    Ranks of an NCCL group need the same version and different GPUs.
+    Ranks of an NCCL group need the same NCCL version and different GPUs. UUID and version are empty on a CPU.
     """
     if device.type != "cuda":
         return {"device": device.type, "device_uuid": "", "nccl_version": ""}
@@ -62,11 +63,12 @@ def device_facts(device: torch.device) -> dict[str, str]:
 class WeightGroup:
     """One rank's end of a weight group. Rank 0 (the trainer) sends, all others receive.
 
-    `create` (rank 0) opens the store and returns at once with the port, so that it can be sent to joiners;
-    `connect` waits for them. `join` (rank 1 and up) does both. Every wait ends after `timeout_s`. A dead peer
-    is noticed at once, except by a receiver in the middle of that peer's message: gloo loses that operation,
-    so a caller that learns of the death otherwise should close the group and not wait. All failures raise
-    WeightSyncError. Not thread safe, but may be used from another thread than the one that created it.
+    `create` (rank 0) opens the store and returns at once with the port, so that it can be sent to the other
+    ranks; `connect` waits for them. `join` (all other ranks) connects to the store and waits for all ranks.
+    Every wait ends after `timeout_s`. The death of a peer fails a broadcast at once, except in a receiver
+    that was in the middle of that peer's message: gloo loses the operation, so a caller that learns of the
+    death in another way should close the group instead of waiting. All failures raise WeightSyncError. Not
+    thread safe, but may be used from another thread than the one that created it.
     """
 
     def __init__(
@@ -105,10 +107,10 @@ class WeightGroup:
         backend: str = "gloo",
         timeout_s: float,
     ) -> WeightGroup:
-        """Rank 0: opens the store on `host`, the address that joiners use, and returns without waiting.
+        """Rank 0: opens the store on `host`, the address that other ranks connect to, and does not wait.
 
-        The listening socket is ours and handed over to the store, so port 0 has no race and only `host` is
-        listened on.
+        We bind the listening socket and pass it to the store. So no other process can take the port chosen
+        for port 0 in between, and the store listens only on `host`.
         """
         _check(rank=0, world_size=world_size, backend=backend)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -135,8 +137,8 @@ class WeightGroup:
                 master_listen_fd=listener.detach(),
                 use_libuv=True,
             )
-            # Rank 0 is a client like the others, so that dropping the server ends every rendezvous at once,
-            # including its own in another thread.
+            # Rank 0 is a client of the store like the other ranks, so that closing the server ends every
+            # rendezvous at once, including rank 0's own in another thread.
             store = _dist.TCPStore(host, bound_port, None, False, timeout, wait_for_workers=False)
         except RuntimeError as error:
             raise WeightSyncError(f"weight group {group_name}: {_first_line(error)}") from None
@@ -210,8 +212,8 @@ class WeightGroup:
     def broadcast(self, tensor: torch.Tensor, *, timeout_s: float | None = None) -> None:
         """Sends `tensor` (rank 0) or receives into it (other ranks); returns when this rank is done with it.
 
-        Any contiguous dtype; CPU for gloo, CUDA for nccl. `timeout_s`: instead of the group's. After a
-        failure the group is closed: make a new one.
+        Any contiguous tensor: on a CPU for gloo, on a GPU for nccl. `timeout_s`: replaces the group's. After
+        a failure the group is closed, and a new one has to be created.
         """
         self.begin_broadcast(tensor, timeout_s=timeout_s)()
 
@@ -225,8 +227,8 @@ class WeightGroup:
         options.rootRank = 0
         options.rootTensor = 0
         options.timeout = timedelta(seconds=self.timeout_s if timeout_s is None else timeout_s)
-        # Keeps the group alive while we wait: after a close() from another thread its destructor would join,
-        # while holding the GIL, a worker that waits for a hung peer.
+        # Keeps the group alive during the wait. Otherwise, after a close() from another thread, its
+        # destructor would join a worker thread that waits for a hung peer, while holding the GIL.
         held = [self._group]
         try:
             work = held[0].broadcast([tensor], options)
@@ -259,10 +261,10 @@ class WeightGroup:
         return WeightSyncError(f"weight group {self.group_name}: broadcast failed: {_first_line(error)}")
 
     def close(self) -> None:
-        """Leaves the group; peers that wait for this rank notice at once. The name can be reused.
+        """Leaves the group; peers that wait for this rank fail at once. The name can be reused.
 
-        May be called twice, and from another thread: a broadcast in progress there ends at its timeout at the
-        latest, and a rendezvous that rank 0 abandons ends for all ranks.
+        May be called twice, and from another thread. A broadcast in progress ends at its timeout at the
+        latest. If rank 0 leaves during a rendezvous, the rendezvous ends for all ranks.
         """
         self._server = None
         group, self._group, self._store = self._group, None, None
@@ -301,7 +303,7 @@ class WeightGroup:
     def _local_address(self) -> str:
         """This host's address on the route to rank 0.
 
-        Gloo would otherwise resolve the host's own name, which on many machines is 127.0.1.1 or absent, and
+        Gloo would otherwise resolve this host's name, which on many machines gives 127.0.1.1 or nothing, and
         peers on other machines could not connect.
         """
         if self.rank == 0:

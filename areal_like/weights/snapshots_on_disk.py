@@ -1,8 +1,8 @@
-"""Weights on disk from which an engine may start: those checkpoints of the run that state their version.
+"""Finds the newest checkpoint of the run from which an engine may load its weights.
 
-The trainer allocates a version for each checkpoint. So a server that joins late, or has lost its engine, can
-serve at once under a version that the ledger accepts, as long as the staleness bound allows it, without
-waiting for a push.
+The trainer allocates a weight version for each checkpoint and writes it to the checkpoint's state file. So a
+server that joins late, or whose engine was restarted, can load a checkpoint and generate at once under a
+version that the ledger accepts (if the staleness bound allows it), without waiting for a push.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ class DiskSnapshot:
 
 
 def newest_snapshot(checkpoints: Path) -> DiskSnapshot | None:
-    """The checkpoint of the latest step; None if this machine sees none, or if it states no version."""
+    """The checkpoint of the latest step.
+
+    None if this machine has no access to a checkpoint, or if the latest one contains no version.
+    """
     try:
         steps = find_checkpoints(checkpoints)
     except OSError:
@@ -38,5 +41,5 @@ def newest_snapshot(checkpoints: Path) -> DiskSnapshot | None:
     try:
         version = json.loads((path / STATE_FILE).read_text())["extra"][VERSION_KEY]
     except (OSError, ValueError, KeyError):
-        return None  # pruned meanwhile, or written before checkpoints had versions
+        return None  # deleted meanwhile, or written before checkpoints contained versions
     return DiskSnapshot(path=path, version=int(version))

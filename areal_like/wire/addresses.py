@@ -1,4 +1,4 @@
-"""Addresses of the buffer's shards: the one to bind, and the one that others connect to."""
+"""Addresses of the buffer's shards: the address that a shard binds, and the address that peers connect to."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from areal_like.wire.channel import tcp_address
 
 
 def buffer_port(config: Config, shard: Shard) -> int:
-    """The port that this shard listens on; 0: not chosen yet."""
+    """The port that this shard listens on; 0: any free port."""
     buffer = config.buffer
     return buffer.ports[shard.index] if buffer.ports else buffer.port and buffer.port + shard.index
 
@@ -20,12 +20,12 @@ def buffer_host(config: Config, shard: Shard) -> str:
 
 
 def reachable_host(config: Config, shard: Shard) -> str:
-    """The address at which others reach this shard."""
+    """The address at which peers reach this shard."""
     return config.buffer.advertise_host.replace("{shard}", str(shard.index)) or buffer_host(config, shard)
 
 
 def buffer_addresses(config: Config) -> list[str]:
-    """`tcp://host:port` of each shard. Raises ConfigError if a port is not chosen yet."""
+    """`tcp://host:port` of each shard. Raises ConfigError if the configuration does not fix the ports."""
     shards = all_shards(config.buffer.num_shards)
     if not all(buffer_port(config, shard) for shard in shards):
         raise ConfigError(

@@ -1,15 +1,16 @@
-"""A connection to one buffer for a rollout server or a trainer rank: registration, silence, trouble.
+"""A rollout server's or trainer rank's connection to one buffer: registration and detection of its problems.
 
     UNREGISTERED -> register() -> REGISTERED -> HelloRequired (the buffer was restarted) -> UNREGISTERED
 
-A buffer may be restarted at the same address: it then answers `HelloRequired` to peers that have not
-registered. Two other conditions are distinguished, because they need different behaviour:
+A buffer may be restarted at the same address. The new process sends `HelloRequired` to peers that have not
+registered. Two other conditions need different behavior:
 
-    silent   nothing was received for SILENT_AFTER_S: messages pile up in the socket, so send only a hello
-    stuck    it answers, but reports that it cannot write (a full disk): it queues one reply for each
-             request that it receives, so do not send a request again
+    silent   Nothing was received for SILENT_AFTER_S: messages pile up in the socket, so send only a hello.
+    stuck    The buffer replies, but reports that it cannot write (a full disk). It queues one reply per
+             request that it receives, so do not send a request again.
 
-When to register again, and which requests to repeat then, is left to the owner: the two roles differ in that.
+The owner of the connection decides when to register again and which requests to repeat then, because rollout
+servers and trainer ranks differ in this.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from areal_like.wire.messages.hello import Hello, HelloRequired, JobFailed, Welc
 from areal_like.wire.messages.producer import HeartbeatAck
 
 SILENT_AFTER_S = 5.0
-"""A buffer answers each heartbeat, so a few missed answers mean that it is gone or unreachable."""
+"""A buffer replies to each heartbeat, so a few missing replies mean that it is gone or unreachable."""
 
 
 class BufferConnection:
@@ -39,11 +40,14 @@ class BufferConnection:
         on_hello_required: Callable[[], None],
         on_fatal: Callable[[ArealError], None],
     ) -> None:
-        """`on_message` gets all one-way messages but HelloRequired (`on_hello_required`) and JobFailed."""
+        """`on_message` gets all one-way messages except HelloRequired and JobFailed.
+
+        HelloRequired calls `on_hello_required`, and JobFailed calls `on_fatal` with the reason.
+        """
         self.address = address
         self.is_registered = False
         self.trouble = ""
-        """Why the buffer cannot write, from its last heartbeat answer; empty if it can."""
+        """Why the buffer cannot write, from its last heartbeat reply; empty if it can."""
         self._link = Link(address, handler=self._handle, max_message_bytes=max_message_bytes)
         self._loop = asyncio.get_running_loop()
         self._on_message = on_message
@@ -53,8 +57,8 @@ class BufferConnection:
         """As `Link.call`."""
         self.send = self._link.send
         """As `Link.send`."""
-        self.ask_again = self._link.ask_again
-        """As `Link.ask_again`."""
+        self.resend_pending = self._link.resend_pending
+        """As `Link.resend_pending`."""
 
     @property
     def silent_s(self) -> float:
@@ -63,16 +67,19 @@ class BufferConnection:
 
     @property
     def is_silent(self) -> bool:
-        """Whether nothing was received for longer than SILENT_AFTER_S."""
+        """True if nothing was received for longer than SILENT_AFTER_S."""
         return self.silent_s > SILENT_AFTER_S
 
     @property
     def is_stuck(self) -> bool:
-        """Whether the buffer answers but cannot write."""
+        """True if the buffer replies but cannot write."""
         return bool(self.trouble) and not self.is_silent
 
     async def register(self, hello: Hello, *, timeout_s: float) -> Welcome:
-        """Says hello. Raises DeadlineError without an answer, RefusedError if it is refused."""
+        """Sends `hello` and returns the reply.
+
+        Raises DeadlineError without a reply in time, RefusedError if the buffer refuses.
+        """
         welcome = await self.call(hello, timeout_s=timeout_s)
         assert isinstance(welcome, Welcome)
         self.is_registered = True
@@ -88,7 +95,7 @@ class BufferConnection:
                 self._on_fatal(ArealError(message.reason))
             case HelloRequired():
                 self.is_registered = False
-                self.trouble = ""  # it was reported by the process before
+                self.trouble = ""  # the previous process reported it
                 self._on_hello_required()
             case HeartbeatAck():
                 self._on_message(message)  # first, so that the owner can compare it with `trouble`

@@ -1,13 +1,13 @@
 """ZeroMQ sockets in an asyncio loop: `Listener` (a server's ROUTER) and `Link` (a DEALER connected to one).
 
-Both call a handler for each message and never raise for what a peer sent: a malformed message is counted and
-dropped. The sockets are read through the loop's own reader, because zmq.asyncio costs a future for each
+Both call a handler for each message. A malformed message is counted and dropped, and never raises. The
+sockets are read by a reader callback of the event loop, because zmq.asyncio creates a future for each
 operation.
 
-Send queues are unbounded on purpose; credit bounds them: a server sends at most its leased samples, and a
-rank fetches one group at a time, so no message has to be dropped. A peer that ignores credit is bounded on
-the receiving side: its connection is not read while a few of its messages wait to be handled, and the socket
-limits the size of a message (ZMQ_MAXMSGSIZE).
+Send queues have no limit of their own, because credit bounds them: a server sends at most its leased samples,
+and a rank fetches one group at a time, so no message has to be dropped. A peer that ignores credit is limited
+on the receiving side: its connection is not read while _MAX_WAITING of its messages wait to be handled, and
+the socket limits the size of a message (ZMQ_MAXMSGSIZE).
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ log = logging.getLogger(__name__)
 _HEARTBEAT_MS = 2_000
 _HEARTBEAT_TIMEOUT_MS = 10_000
 _MAX_WAITING = 64
-"""Messages of one peer that wait to be handled; more stay in its TCP connection, so a flood fills the
-sender's memory."""
+"""Received messages of one peer that may wait to be handled. The rest stay in its TCP connection, so a flood
+of messages fills the sender's memory and not ours."""
 
 _DRAIN_BATCH = 256
-"""Messages handled before other tasks of the loop run."""
+"""Messages handled in a row before other tasks of the event loop run."""
 
 _MAX_VERSION_REFUSALS = 16
-"""Refusals sent to one peer of another wire version. No credit bounds them, and a peer that never reads must
-not fill our memory."""
+"""Refusals sent to one peer with another wire version. Credit does not bound them, and a peer that never
+reads must not fill our memory."""
 _MAX_REFUSED_PEERS = 1024
-"""Peers for which refusals are counted; past it the counts start over."""
+"""Peers for which refusals are counted; with more peers all counts are reset."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,9 +127,9 @@ class _Pump:
 class Listener:
     """A bound ROUTER.
 
-    `handler(envelope)` runs in the loop for each well-formed message; `num_bad_frames` counts the others.
-    Raises ConfigError if the address cannot be bound; `setting` is the configuration key that the message
-    names.
+    `handler(envelope)` runs in the loop for each well-formed message; `num_bad_frames` counts malformed ones.
+    Raises ConfigError if the address cannot be bound; the error message names `setting`, the port's key in
+    the configuration.
     """
 
     def __init__(
@@ -185,10 +185,10 @@ class Listener:
             message, rid = decode(frames[1:])
         except WireError as error:
             self.num_bad_frames += 1
-            # Logged at 1, 2, 4, 8, ...: a flood of garbage must not become a flood of log lines.
+            # Logged at counts 1, 2, 4, 8, ...: many bad frames must not produce as many log lines.
             if self.num_bad_frames.bit_count() == 1:
                 log.warning("bad frame refused (%d so far): %s", self.num_bad_frames, error)
-            # The peer cannot decode the refusal, but reads our wire version from its header.
+            # The peer cannot decode the refusal, but can read our wire version in its header.
             if isinstance(error, WireVersionError):
                 self._refuse_version(frames[0], str(error))
             return
@@ -196,10 +196,10 @@ class Listener:
 
 
 class Link:
-    """A DEALER connected to one Listener. Use it from its own loop only.
+    """A DEALER connected to one Listener. Use it only from the event loop in which it was created.
 
-    `handler(message)` gets every message that is no reply. ZeroMQ reconnects by itself, so a lost peer shows
-    only as silence: `last_heard_s` is the loop's clock at the last message.
+    `handler(message)` gets every message that is not a reply. ZeroMQ reconnects by itself, so a lost peer can
+    be recognized only by its silence: `last_heard_s` is the loop's clock at the last message.
     """
 
     def __init__(
@@ -212,8 +212,7 @@ class Link:
         self.num_bad_frames = 0
         self.last_heard_s = asyncio.get_running_loop().time()
         socket = _socket(zmq.DEALER, max_message_bytes=max_message_bytes)
-        # A fixed routing id, so that a TCP reconnect loses neither our registration nor the replies in
-        # flight.
+        # With a fixed routing id, a TCP reconnect loses neither our registration nor replies in flight.
         socket.set(zmq.ROUTING_ID, uuid.uuid4().bytes)
         socket.set(zmq.RECONNECT_IVL, 100)
         socket.set(zmq.RECONNECT_IVL_MAX, 2_000)
@@ -257,8 +256,8 @@ class Link:
             raise ArealError(reply.reason)
         return reply
 
-    def ask_again(self) -> None:
-        """Sends every pending request again, after its receiver restarted and lost them.
+    def resend_pending(self) -> None:
+        """Sends every pending request again, for a receiver that restarted and lost them.
 
         Requests are idempotent.
         """
@@ -290,7 +289,7 @@ class Link:
         elif rid == 0:
             self._handler(message)
         else:
-            log.debug("reply %s came after its caller gave up", type(message).__name__)
+            log.debug("reply %s came after its request timed out", type(message).__name__)
 
 
 def _bracket(host: str) -> str:

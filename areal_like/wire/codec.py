@@ -1,14 +1,14 @@
-"""Messages to frames and back: a msgpack header and one frame of raw little-endian arrays.
+"""Encodes messages as frames and decodes them: a msgpack header, and one frame of raw little-endian arrays.
 
-    frame 0   msgpack [WIRE_VERSION, tag, rid, {field: value}]: numbers, strings, lists, maps; an array or a
-              record is its span [offset, length] in frame 1
+    frame 0   msgpack [WIRE_VERSION, tag, rid, {field: value}]: numbers, strings, lists, maps; an array or
+              record appears as its span [offset, length] in frame 1
     frame 1   the bytes of all arrays and records, each aligned to 8; absent if the message has none
 
-The schema is the dataclass: dtypes and types come from its annotations, never from the wire, so a peer
-supplies only offsets and lengths, and both are checked. Decoded arrays are read-only views of frame 1.
-Records (records.py) are copied out of it, so that keeping one does not keep the whole frame in memory, and
-verify their own checksum. Anything malformed raises WireError. Encoders and decoders are compiled once for
-each class: this is the hot path of the stream.
+The message's dataclass is the schema: types and dtypes come from its annotations and never from the wire, so
+a peer supplies only offsets and lengths, and both are checked. Decoded arrays are read-only views of frame 1.
+Records (records.py) are copied out of frame 1, so that a record that is kept does not keep the whole frame in
+memory; each record verifies its own checksum. Anything malformed raises WireError. Encoders and decoders are
+compiled once for each class, because every sample passes through them.
 
 Left out: compression (float log-probs do not compress) and schema evolution within a wire version (`hello`
 refuses a mismatch).
@@ -35,8 +35,8 @@ from areal_like.wire.unpacking import unpack
 WIRE_VERSION = 3
 MAX_HEADER_BYTES = 4 << 20
 _MIN_CONTAINER_BYTES = 6
-"""Least bytes of a long header for each list and map in it. The densest message is `Group`: for each record a
-span of at least 5 bytes, and a step."""
+"""Fewest bytes per list or map in a long header; it bounds how many of them a header can contain. The densest
+message is `Group`, with a span (at least 5 bytes) and a step per record."""
 _ALIGN = 8
 
 Frame = bytes | memoryview
@@ -76,7 +76,7 @@ class _Reader:
         self.num_copied = 0
 
     def span(self, raw: Any, *, itemsize: int) -> tuple[int, int]:
-        """Checks the offset and length of a header, which a peer chose freely."""
+        """(offset, length), checked: they come from the peer's header and may be anything."""
         if type(raw) is not list or len(raw) != 2 or type(raw[0]) is not int or type(raw[1]) is not int:
             raise TypeError("want [offset, length] of an array or record")
         offset, length = raw
@@ -86,7 +86,7 @@ class _Reader:
 
     def copy(self, offset: int, length: int) -> bytes:
         self.num_copied += length
-        # A small header could name the same bytes a hundred thousand times.
+        # Otherwise a small header could refer to the same bytes a hundred thousand times.
         if self.num_copied > len(self.data):
             raise ValueError("records overlap")
         return bytes(self.data[offset : offset + length])
@@ -241,7 +241,7 @@ def _compile_dataclass(cls: type) -> tuple[_Encode, _Decode]:
 
     def read(raw: Any, reader: _Reader) -> Any:
         if type(raw) is not dict or len(raw) != len(parts):
-            raise TypeError(f"{cls.__name__} wants exactly the fields {names}")
+            raise TypeError(f"{cls.__name__} needs exactly the fields {names}")
         try:
             return cls(**{name: decode_field(raw[name], reader) for name, _, decode_field in parts})
         except KeyError as missing:

@@ -1,7 +1,7 @@
-"""Fingerprints that peers compare in `hello`: a server with another model, tokenizer or dataset is refused.
+"""Fingerprints in `Hello`, by which the buffer refuses a peer with another model, tokenizer or dataset.
 
-A fingerprint covers only what must agree: a model's architecture but not its weights, a task's settings and
-seed.
+A fingerprint covers only the properties that must be equal: a model's architecture but not its weights, and a
+task's settings and seed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ARCHITECTURE_IGNORES = (
 
 
 def model_fingerprint(path: str) -> str:
-    """Fingerprint of a model directory's config.json, or of the name if it is a hub name."""
+    """Fingerprint of a model directory's config.json; of the name itself for a hub name."""
     config = Path(path) / "config.json"
     if not config.is_file():
         return _digest(path)
@@ -46,10 +46,10 @@ def dataset_fingerprint(config: Config) -> str:
 
 
 def shared_settings(config: Config, role: Role) -> str:
-    """The settings that must be equal at a peer of this role and at the buffer, as text `key=value ...`.
+    """The settings that a peer of this role and the buffer must share, as text `key=value ...`.
 
-    A trainer with smaller steps would commit groups that it has not trained on. A server that samples at
-    another temperature would record log-probs of another policy.
+    A trainer with fewer groups per step would commit groups that it has not trained on. A server that samples
+    at another temperature would record log-probs of another policy.
     """
     settings = {f"sampling.{name}": value for name, value in dataclasses.asdict(config.sampling).items()}
     if role is Role.TRAINER:
@@ -61,7 +61,7 @@ def shared_settings(config: Config, role: Role) -> str:
 
 
 def as_number(fingerprint: str) -> int:
-    """63 bits of a fingerprint, for storage in an integer column."""
+    """63 bits of a fingerprint, for an integer column of the ledger."""
     return int(fingerprint, 16) >> 1
 
 

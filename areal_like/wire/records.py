@@ -1,4 +1,4 @@
-"""One trajectory as bytes with a checksum, the same bytes from rollout server to ledger to trainer.
+"""The record: one trajectory as bytes with a checksum, the same bytes at rollout server, ledger and trainer.
 
     0  magic "ATR1" | num_bytes u32 | crc32 u32 | sample_index u32 | ticket_id u64 | meta_bytes u32 | 0 u32
     32 msgpack metadata [num_tokens, [[version, num_tokens], ...], reward, {component: reward}, finish_reason,
@@ -6,18 +6,18 @@
        tokens int32[num_tokens], logprobs float32[num_tokens]
 
 Little-endian; metadata and arrays are each padded to 8 bytes. The checksum covers everything after it,
-including which sample of which ticket this is, so neither a torn write nor a reused file region passes for
-the record. Versions are stored as runs, and the loss mask not at all (it is 1 exactly where there is a
-version): a third less data, and the buffer gets a sample's weight versions without reading its tokens. One
-form serves wire and disk, so the buffer never encodes a record, and no process between server and trainer can
-change what was sampled.
+including ticket id and sample index, so neither a torn write nor an older record in the same bytes of a file
+passes for this record. Versions are stored as runs, and the loss mask is not stored (it is 1 exactly where a
+token has a version). This saves a third of the data, and the buffer gets a sample's weight versions without
+reading its tokens. Wire and disk use the same format, so the buffer never encodes a record, and no process
+between server and trainer can change what was sampled.
 
-The metadata may be 64 KiB longer than the arrays: room for a version a token and for the names of a thousand
-reward components. Longer metadata is refused before it is unpacked, because unpacked it takes many times as
-much memory.
+The metadata may be up to 64 KiB longer than the arrays: enough for one version per token and for the names of
+a thousand reward components. Longer metadata is refused before it is unpacked, because it would take many
+times its size in memory.
 
-Only this module depends on the layout. Readers outside the buffer (audit, replay) need a directory and a
-ledger row.
+No other module depends on the layout. Readers outside the buffer (audit, replay) need only a directory and a
+row of the ledger.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ _MAX_INT = (1 << 31) - 1
 BYTES_PER_TOKEN = _INT.itemsize + _FLOAT.itemsize
 """Bytes of a record's arrays for each token."""
 _MAX_OTHER_BYTES = 1 << 16
-"""Limit of the metadata beside the runs, which is nearly all reward components. A run takes at most 7 bytes,
-and each of its tokens 8 bytes in the arrays."""
+"""Limit of the metadata apart from the runs; most of it is reward components. The runs need no limit: a run
+takes at most 7 bytes, and each of its tokens 8 bytes in the arrays."""
 _OTHER_CONTAINERS = 3
-"""Lists and maps of the metadata that are no run."""
+"""Lists and maps in the metadata that are not a run."""
 _FINISH_REASONS = {reason.value: reason for reason in FinishReason}
 
 
@@ -111,13 +111,13 @@ class Record:
     def opened(cls, data: bytes) -> Self:
         """Decodes and checks a record.
 
-        Raises ValueError for bytes that are none, or of an invalid trajectory.
+        Raises ValueError for bytes that are not a record, and for an invalid trajectory.
         """
         if len(data) < _HEADER.size:
             raise ValueError(f"the record is cut off after {len(data)} bytes")
         magic, num_bytes, crc32, sample_index, ticket_id, meta_bytes, reserved = _HEADER.unpack_from(data)
         if magic != _MAGIC or num_bytes != len(data) or reserved:
-            raise ValueError(f"no record of {len(data)} bytes: wrong magic or length")
+            raise ValueError(f"{len(data)} bytes are not a record: wrong magic or length")
         if zlib.crc32(memoryview(data)[_CHECKED_FROM:]) != crc32:
             raise ValueError("the record does not match its checksum")
         record = cls._made(
@@ -178,8 +178,8 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Location of a record on disk, as in the ledger's row."""
+class RecordLocation:
+    """Position of a record on disk, as the ledger's row states it."""
 
     segment: int
     offset: int
@@ -197,10 +197,10 @@ def crc32_of(record: bytes) -> int:
     return int(_HEADER.unpack_from(record)[2])
 
 
-def read_record(directory: Path, place: Place, *, ticket_id: int, sample_index: int) -> Record:
+def read_record(directory: Path, location: RecordLocation, *, ticket_id: int, sample_index: int) -> Record:
     """Reads the record of a ledger row. Raises StoreCorruptError if it is absent or differs from the row."""
-    path = segment_path(directory, place.segment)
-    what = f"sample {sample_index} of ticket {ticket_id} ({path} at {place.offset})"
+    path = segment_path(directory, location.segment)
+    what = f"sample {sample_index} of ticket {ticket_id} ({path} at {location.offset})"
     try:
         file = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -208,7 +208,7 @@ def read_record(directory: Path, place: Place, *, ticket_id: int, sample_index: 
             f"sample {sample_index} of ticket {ticket_id}: its file {path} is missing"
         ) from None
     try:
-        data = os.pread(file, place.num_bytes, place.offset)
+        data = os.pread(file, location.num_bytes, location.offset)
     finally:
         os.close(file)
     try:
@@ -219,7 +219,7 @@ def read_record(directory: Path, place: Place, *, ticket_id: int, sample_index: 
         raise StoreCorruptError(
             f"{what}: the record on disk is sample {record.sample_index} of ticket {record.ticket_id}"
         )
-    if record.crc32 != place.crc32:
+    if record.crc32 != location.crc32:
         raise StoreCorruptError(f"{what}: the record's checksum is not the ledger's")
     return record
 
@@ -241,7 +241,7 @@ def count_whole_records(data: bytes) -> tuple[int, int]:
 def _metadata(
     meta: bytes, *, rest_bytes: int
 ) -> tuple[int, list[list[int]], float, dict[str, float], FinishReason, float, float, bool]:
-    """The fields of the msgpack part, which `rest_bytes` follow.
+    """The fields of the metadata, which is followed by `rest_bytes` bytes of arrays.
 
     Raises ValueError if it is malformed or too long.
     """
@@ -262,9 +262,9 @@ def _metadata(
         raise ValueError("want a number of tokens and runs [version, number of tokens]")
     if not 0 < num_tokens == sum([length for _, length in runs]):
         raise ValueError(f"the runs of versions do not cover {num_tokens} tokens")
-    # They could be merged; unmerged they would take memory that no limit counts.
+    # A sender has to merge them: unmerged runs would take memory that no limit counts.
     if any(left[0] == right[0] for left, right in pairwise(runs)):
-        raise ValueError("neighbouring runs have the same version")
+        raise ValueError("neighboring runs have the same version")
     if type(components) is not dict or not all(type(name) is str for name in components):
         raise ValueError("reward components: want names and numbers")
     for number in (reward, generation_s, reward_s, *components.values()):

@@ -10,8 +10,8 @@ def bound_socket(host: str, port: int) -> socket.socket:
 
     Raises OSError.
     """
-    # The protocol is explicit because asyncio turns Nagle's algorithm off only then. With Nagle, a response,
-    # whose head and body are two writes, waits about 40 ms for the acknowledgement of its head.
+    # The protocol is explicit because only then does asyncio turn off Nagle's algorithm. With Nagle, a
+    # response (two writes: head and body) waits about 40 ms for the acknowledgement of its head.
     listener = socket.socket(
         socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP
     )

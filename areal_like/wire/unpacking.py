@@ -1,9 +1,9 @@
-"""Unpacks a peer's msgpack with a bound on the memory that it takes.
+"""Unpacks a peer's msgpack data with a limit on the memory that the result takes.
 
-An empty list is one byte in a message and eighty in memory, so a message of a few megabytes could take
-hundreds. Lists and maps are therefore counted as they are created, against a maximum that the caller derives
-from its schema. Short messages are not counted: they cannot grow much, and they are the hot path. Numbers and
-strings are not counted either: msgpack makes at most 24 bytes in memory from one byte of them.
+An empty list is one byte in a message and eighty bytes in memory, so a message of a few megabytes could
+expand to hundreds of megabytes. Lists and maps are therefore counted as they are created, against a maximum
+that the caller derives from its schema. In short messages nothing is counted: they cannot grow much, and they
+are the most frequent. Numbers and strings are not counted either: they expand at most 24 times.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from buffer.tickets import Ticket
 
 
 class LeaseDispatcher:
-    """The ledger's operations for rollout servers, except arriving samples (`SampleIntake`)."""
+    """The ledger's operations for rollout servers, except deliveries of samples (`SampleIntake`)."""
 
     def __init__(self, state: LedgerState, lifecycle: TicketLifecycle) -> None:
         self._state = state
@@ -41,11 +41,11 @@ class LeaseDispatcher:
         self._leases.heartbeat(name, beat, now_s=now_s)
 
     def return_leases(self, name: str, lease_ids: list[int]) -> None:
-        """A server gives leases back; their missing samples are leased again."""
+        """A server returned leases; their missing samples are leased again."""
         self._lifecycle.lose_leases(self._leases.return_leases(name, lease_ids))
 
     def take_back_undelivered(self, name: str, lease_ids: list[int]) -> None:
-        """Leases could not be sent to a server; it gets no others until its next heartbeat."""
+        """Leases could not be sent to a server. It gets no more leases until its next heartbeat."""
         self.return_leases(name, lease_ids)
         self._leases.clear_credit(name)
 

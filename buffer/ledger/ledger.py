@@ -6,14 +6,17 @@ hypothesis and in a simulator with a virtual clock.
 
     LedgerState        tables, step scheduler and log: data without rules
     TicketLifecycle    transitions of a ticket (the state machine is in its docstring)
-    LeaseDispatcher    servers, heartbeats, granting of leases      |
-    SampleIntake       verdicts on samples, group filters           | use TicketLifecycle, not one another
-    TrainerSession     start, fetch, complete, commit, evaluations  |
-    Ledger             all of them
+    LeaseDispatcher    servers, heartbeats, granting of leases
+    SampleIntake       verdicts on samples, group filters
+    FailedSamples      retry or drop of a failed sample
+    TrainerSession     start, fetch, complete, commit, evaluations
+    Ledger             all of these operations on one state
+
+The four in the middle use LedgerState and TicketLifecycle; SampleIntake also uses FailedSamples.
 
 Steps are absolute (a run that resumes after K steps begins at step K). Let s be the step of a server's
-weights. Two rules are stricter than a plain reading of the staleness bound requires; both keep healthy
-tickets from ever becoming stale:
+weights. Two rules are stricter than the staleness bound itself requires; both keep healthy tickets from ever
+becoming stale:
 * Admission counts with the *server's* weights: a ticket is leased to it while recorded + ready + running <
   (deadline(s) + 1) * groups_per_step, where deadline(s) = s + max_staleness, or the end of its sync interval
   (`scheduling/staleness.py`). Counting with the trainer's step instead would let a server that has not
@@ -33,6 +36,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 
 from areal_like.wire.messages.producer import Lease
+from buffer.ledger.failed_samples import FailedSamples
 from buffer.ledger.lease_dispatcher import LeaseDispatcher
 from buffer.ledger.lifecycle import TicketLifecycle
 from buffer.ledger.sample_intake import SampleIntake
@@ -50,11 +54,12 @@ class Ledger:
     """
 
     def __init__(self, state: LedgerState) -> None:
-        """`state`: a new one, or one that `recovery.recover` has filled."""
+        """`state`: new, or filled by `recovery.recover`."""
         self.state = state
         self.settings = state.settings
         self._lifecycle = TicketLifecycle(state)
-        self._intake = intake = SampleIntake(state, self._lifecycle)
+        self._failed_samples = FailedSamples(state, self._lifecycle)
+        self._intake = intake = SampleIntake(state, self._lifecycle, self._failed_samples)
         self._dispatcher = dispatcher = LeaseDispatcher(state, self._lifecycle)
         session = TrainerSession(state, self._lifecycle)
 
@@ -97,7 +102,7 @@ class Ledger:
         self.state.store.when_durable(then)
 
     def readmit(self, tickets: Iterable[Ticket]) -> None:
-        """Adds recovered train tickets to the waiting, running or ready ones."""
+        """Adds recovered train tickets to the waiting, running or ready tickets, by their state."""
         for ticket in tickets:
             self._lifecycle.readmit(ticket)
 
@@ -132,7 +137,7 @@ class Ledger:
 
     @property
     def trainer_incarnation(self) -> int:
-        """Of the newest trainer; 0: none has started."""
+        """Incarnation of the newest trainer; 0: no trainer has started."""
         return self.state.trainer_incarnation
 
     @property
@@ -142,8 +147,8 @@ class Ledger:
 
     @property
     def failure_reason(self) -> str:
-        """Why the job cannot go on; empty while it can."""
-        return self._intake.failure_reason
+        """Why the job cannot continue; empty while it can."""
+        return self._failed_samples.job_failure_reason
 
     @property
     def last_rejection(self) -> str:

@@ -1,4 +1,4 @@
-"""The life of a ticket: every transition between its states, with all tables kept consistent.
+"""The life cycle of a ticket: every transition between its states, applied to all tables together.
 
     train                  sample failed, lease lost
                         +-----------------------------+
@@ -75,7 +75,7 @@ class TicketLifecycle:
             del ticket.leases[lease_id]
 
     def requeue(self, ticket: Ticket, sample_indices: Collection[int]) -> None:
-        """These samples (maybe none) have to be leased again; the ticket is LEASED while it has leases."""
+        """Queues samples (maybe none) to be leased again; a ticket with other leases stays LEASED."""
         if sample_indices and ticket.purpose is Purpose.EVAL:
             self._state.evals.requeue(ticket)
         elif sample_indices:
@@ -101,21 +101,21 @@ class TicketLifecycle:
         self.lose_leases([lease])
 
     def mark_ready(self, ticket: Ticket) -> None:
-        """All samples are here and passed the filter: READY."""
+        """All samples have arrived and passed the group filter: READY."""
         self._tickets.move(ticket, State.READY)
         self._add_ready(ticket)
 
     def mark_evaluated(self, ticket: Ticket, sample: SampleSummary) -> None:
-        """The sample of an eval ticket is here: EVALUATED."""
+        """The sample of an eval ticket has arrived: EVALUATED."""
         self._state.evals.add(ticket, sample)
         self._tickets.move(ticket, State.EVALUATED)
 
     def drop(self, ticket: Ticket, reason: Drop) -> None:
-        """Drops a ticket, aborts its leases, and gives its prompt back where the reason allows."""
+        """Drops a ticket, aborts its leases, and gives its prompt back if the reason allows it."""
         for lease in ticket.leases.values():
             self._leases.revoke(lease)
         ticket.leases.clear()
-        self._scheduler.forget(ticket.ticket_id)
+        self._scheduler.remove(ticket.ticket_id)
         ticket.drop = reason
         self._state.drops[reason] += 1
         self._state.counters.count_dropped(ticket)
@@ -129,13 +129,13 @@ class TicketLifecycle:
             self._give_back_prompt(ticket, num_reissues=ticket.num_reissues + 1)
 
     def cancel_evals(self) -> None:
-        """Drops the tickets of all evaluations, whose trainer is gone."""
+        """Drops the tickets of all evaluations: the trainer that requested them has been replaced."""
         for ticket in self._tickets.of_purpose(Purpose.EVAL):
             self.drop(ticket, Drop.CANCELLED)
         self._state.evals.clear()
 
     def readmit(self, ticket: Ticket) -> None:
-        """Adds a recovered train ticket to the waiting, running or ready ones, by its state."""
+        """Adds a recovered train ticket to the waiting, running or ready tickets, by its state."""
         if ticket.state is State.READY:
             self._add_ready(ticket)
         elif ticket.state is not State.BATCHED:

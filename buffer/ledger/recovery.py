@@ -1,16 +1,16 @@
-"""Rebuilds a ledger from the rows of an earlier buffer, equal in all that later operations depend on.
+"""Rebuilds a ledger from the rows of an earlier buffer, so that it behaves the same in every later operation.
 
 Not recovered, on purpose:
-* Evaluations. Their tickets are dropped as cancelled; the trainer requests the evaluation again and gets a
-  new round.
-* Servers. They have to register again. Until then those with leases are kept as silent ones, so that a server
-  that continued to work delivers under the lease it has, and one that is gone loses it after
-  `lease_timeout_s`.
-* The count of consecutive failed samples, and the reason for which the job had failed: whoever starts the
-  buffer again wants to retry.
+* Evaluations. Their tickets are dropped as cancelled; the trainer requests the evaluation again, which starts
+  a new round.
+* Registrations of servers. Servers have to register again. Until then a server with leases is kept as a
+  silent one: if it continued to work, it can deliver samples under its leases; if it is gone, its leases
+  expire after `lease_timeout_s`.
+* The count of consecutive failed samples, and the reason of a failed job: a restart of the buffer is a retry.
 
-A ledger that was open is open again at once: its trainer is still there, and need not do anything. One that
-was closed, or whose steps were recorded under other settings, waits for a trainer to start.
+A ledger that was open is open again at once, because its trainer may still be running and need not do
+anything. A ledger that was closed, or whose steps were recorded under other settings, waits for a trainer to
+start.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def recover(
 ) -> Ledger:
     """The ledger that `store` contains; a new one if it is empty. Call it once, before the first write.
 
-    `dataset`: a number that identifies the prompts that indices refer to. `ignoring`: tickets whose
-    trajectories may be damaged. Raises ConfigError for the ledger of another shard, StoreCorruptError for
+    `dataset`: a number that identifies the data set to which prompt indices refer. `ignoring`: tickets whose
+    trajectories may be damaged. Raises ConfigError if another shard wrote the store, StoreCorruptError for
     damaged trajectories.
     """
     recovered = store.recover(ignoring=ignoring)
@@ -53,9 +53,9 @@ def recover(
     state.trainer_incarnation = recovered.scalars.get("trainer_incarnation", 0)
     ledger = Ledger(state)
     if state.settings_changed:
-        ledger.close("the settings have changed: the next trainer starts the stream anew")
+        ledger.close("the settings have changed: the next trainer restarts the stream at its checkpoint")
     else:
-        # Where the settings changed, nothing is scheduled: its positions are not those of the recorded steps.
+        # Only under the same settings: otherwise the positions of recorded steps do not fit the scheduler.
         ledger.readmit(ticket for ticket in recovered.tickets if ticket.purpose is Purpose.TRAIN)
         if recovered.scalars.get("is_open", 0):
             state.closed_reason = ""
@@ -75,7 +75,7 @@ def _check_shard(settings: LedgerSettings, scalars: Mapping[str, int]) -> None:
 
 def _compare_settings(state: LedgerState, scalars: Mapping[str, int], *, dataset: int) -> None:
     settings = state.settings
-    # Another value of one of these starts the stream anew. The names are those on disk.
+    # A change of any of these restarts the stream. The names are those on disk.
     state.recorded_settings = {
         "shape:groups_per_step": settings.groups_per_step,
         "shape:group_size": settings.group_size,
@@ -88,8 +88,8 @@ def _compare_settings(state: LedgerState, scalars: Mapping[str, int], *, dataset
         scalars.get(name, value) != value for name, value in state.recorded_settings.items()
     )
     state.prompts_changed = scalars.get("shape:dataset", dataset) != dataset
-    # If they changed, the scalars on disk stay those of the recorded steps, until a trainer has started the
-    # stream anew: the buffer may be restarted before that.
+    # If they changed, the scalars on disk stay unchanged until a trainer has restarted the stream: the buffer
+    # may be restarted before that, and must detect the change again.
     if not state.settings_changed:
         state.put_recorded_settings()
 

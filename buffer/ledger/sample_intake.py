@@ -1,4 +1,7 @@
-"""Intake of samples: the verdict on each sample that arrives, failures, and the group filters."""
+"""Intake of samples: the verdict on each sample that arrives, and the group filters.
+
+Failed samples go to `FailedSamples` (failed_samples.py).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from areal_like.trajectory import FinishReason
 from areal_like.wire.messages.producer import Purpose, SampleDone, SampleFailed
 from areal_like.wire.records import Record
+from buffer.ledger.failed_samples import FailedSamples
 from buffer.ledger.lifecycle import TicketLifecycle
 from buffer.ledger.state import LedgerState
 from buffer.tickets import Drop, SampleSummary, Ticket, Verdict
@@ -15,41 +19,40 @@ from buffer.tickets import Drop, SampleSummary, Ticket, Verdict
 class SampleIntake:
     """Accepts or refuses samples, and decides whether a complete group is trained on."""
 
-    def __init__(self, state: LedgerState, lifecycle: TicketLifecycle) -> None:
+    def __init__(self, state: LedgerState, lifecycle: TicketLifecycle, failed_samples: FailedSamples) -> None:
         self._state = state
         self._lifecycle = lifecycle
+        self._failed_samples = failed_samples
         self._settings = state.settings
         self._store = state.store
         self._tickets = state.tickets
         self._versions = state.versions
         self._counters = state.counters
-        self.failure_reason = ""
-        """Why the job cannot go on (too many failed samples in a row); empty while it can."""
         self.last_rejection = ""
         """Description of the last group that the `single_version` filter rejected; empty: none was."""
-        self._num_failures_in_row = 0
 
     def samples_done(self, name: str, samples: Sequence[SampleDone]) -> list[Verdict]:
-        """Takes the samples that a server delivers. Acknowledge them only when they are durable."""
+        """Takes the samples that a server sent. The caller acknowledges them when they are durable."""
         verdicts = [self._take(name, sample) for sample in samples]
         self._lifecycle.record_ready_groups()
         return verdicts
 
     def sample_failed(self, name: str, message: SampleFailed) -> Verdict:
-        """A server could not make a sample: it is leased again, to any server, until its ticket drops."""
+        """A server could not make a sample. Any server may get it again, until its ticket is dropped."""
         index = message.sample_index
         verdict, ticket = self._find(
             name, lease_id=message.lease_id, ticket_id=message.ticket_id, sample_index=index
         )
         if ticket is not None:
-            self._fail(ticket, message.lease_id, index, error=f"{name}: {message.error}")
+            error = f"{name}: {message.error}"
+            self._failed_samples.retry_or_drop(ticket, message.lease_id, index, error=error)
             self._lifecycle.record_ready_groups()
         return verdict
 
     def _find(
         self, name: str, *, lease_id: int, ticket_id: int, sample_index: int
     ) -> tuple[Verdict, Ticket | None]:
-        """The verdict on a sample by its ids alone, and its ticket if that is ACCEPTED."""
+        """The verdict on a sample from its ids alone, and its ticket if the verdict is ACCEPTED."""
         ticket = self._tickets.live.get(ticket_id)
         if ticket is None:
             return (Verdict.FINISHED if self._tickets.has_issued(ticket_id) else Verdict.UNKNOWN_TICKET), None
@@ -68,8 +71,8 @@ class SampleIntake:
         if ticket is not None:
             if num_sampled == 0 or self._is_invalid(ticket, record):
                 verdict = Verdict.INVALID
-            elif isinstance(summary := self._versions.summarise(lease_id, record), SampleSummary):
-                self._num_failures_in_row = 0
+            elif isinstance(summary := self._versions.summarize(lease_id, record), SampleSummary):
+                self._failed_samples.count_success()
                 self._accept(ticket, summary, record)
             else:
                 verdict = summary
@@ -77,12 +80,12 @@ class SampleIntake:
         if ticket is None or verdict is Verdict.ACCEPTED:
             return verdict
         if verdict is Verdict.ABANDONED:
-            # The trainer went back while this was being sampled: not the server's failure.
+            # Not the server's failure: the trainer resumed at an earlier step during the sampling.
             self._lifecycle.remove_from_lease(ticket, lease_id, index, arrived=False)
             self._lifecycle.requeue(ticket, [index])
         else:
             error = f"{name} sent a sample that cannot be used ({verdict.value})"
-            self._fail(ticket, lease_id, index, error=error)
+            self._failed_samples.retry_or_drop(ticket, lease_id, index, error=error)
         return verdict
 
     def _is_invalid(self, ticket: Ticket, record: Record) -> bool:
@@ -108,24 +111,8 @@ class SampleIntake:
         else:
             self._lifecycle.requeue(ticket, ())
 
-    def _fail(self, ticket: Ticket, lease_id: int, sample_index: int, *, error: str) -> None:
-        self._counters.count_failure()
-        self._num_failures_in_row += 1
-        if self._num_failures_in_row >= self._settings.max_consecutive_failures and not self.failure_reason:
-            self.failure_reason = f"{self._num_failures_in_row} samples failed in a row; the last: {error}"
-        self._lifecycle.remove_from_lease(ticket, lease_id, sample_index, arrived=False)
-        ticket.num_failures[sample_index] = ticket.num_failures.get(sample_index, 0) + 1
-        self._store.put_failure(ticket, sample_index)
-        if ticket.num_failures[sample_index] > self._settings.max_sample_retries:
-            self._lifecycle.drop(ticket, Drop.FAILED)
-        else:
-            self._lifecycle.requeue(ticket, [sample_index])
-
     def _complete(self, ticket: Ticket) -> None:
-        """All samples of a train ticket are here.
-
-        The group filter runs before the group can take a position in a step.
-        """
+        """Filters a train group whose samples have all arrived, before it can take a position in a step."""
         self._state.prompts.observe(ticket)
         group_filter = self._settings.group_filter
         if group_filter == "spread" and len({sample.reward for sample in ticket.training_samples}) == 1:
@@ -137,7 +124,7 @@ class SampleIntake:
             self._lifecycle.mark_ready(ticket)
 
     def _is_single_version(self, samples: Iterable[SampleSummary]) -> bool:
-        """Compares weights, not version numbers: a push and its repetition count as one version."""
+        """True if all tokens come from the same weights. A push and its repetition have the same weights."""
         versions = {
             version for sample in samples for version in (sample.oldest_version, sample.newest_version)
         }
@@ -153,6 +140,6 @@ def _describe_mixed_versions(ticket: Ticket) -> str:
     )
     return (
         f"the samples of ticket {ticket.ticket_id} come from different weights (versions {by_sample}), and "
-        "buffer.group_filter=single_version accepts one version a group: "
+        "buffer.group_filter=single_version accepts one version per group: "
         "with weights.update_mode=drain and weights.sync_interval above 1 no group spans a push"
     )

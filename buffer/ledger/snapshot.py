@@ -37,11 +37,11 @@ class LedgerSnapshot:
     open_step: int
     """The step being recorded."""
     open_position: int
-    """Groups recorded in it."""
+    """Groups recorded in the open step."""
     num_due: int
-    """Running tickets that cannot be recorded later than in the open step."""
+    """Running tickets that must be recorded in the open step at the latest."""
     max_staleness: int
-    """Current bound."""
+    """The current staleness bound."""
     newest_version: int
     num_issued: int
     num_by_state: dict[State, int]

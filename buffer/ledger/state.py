@@ -1,7 +1,7 @@
-"""All that a ledger remembers: its tables, the step scheduler and log, and a few scalars. No rules.
+"""The state of a ledger: its tables, the step scheduler, the step log, and a few scalars. Contains no rules.
 
-`recovery.py` fills a `LedgerState` from the store; the rules (`lifecycle.py` and the classes above it) change
-it.
+`recovery.py` fills a `LedgerState` from the store. `lifecycle.py` and the modules that use it contain the
+rules that change the state.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from buffer.tickets import Drop
 
 
 class LedgerState:
-    """Empty when constructed."""
+    """All data of one ledger. Empty when constructed."""
 
     def __init__(self, settings: LedgerSettings, store: Store, *, first_lease_id: int = 1) -> None:
-        """`first_lease_id`, counted within the shard, must be above those of all earlier buffers of the run.
+        """`first_lease_id`, counted within the shard, must exceed all lease ids of the run's earlier buffers.
 
-        Otherwise a late sample of an old lease could pass for one of a new lease.
+        Otherwise a late sample of an old lease could be accepted under a new lease with the same id.
         """
         self.settings = settings
         self.store = store
@@ -59,29 +59,29 @@ class LedgerState:
         self.drops: Counter[Drop] = Counter()
         """Dropped tickets by reason."""
         self.trainer_incarnation = 0
-        """Of the newest trainer; 0: none has started."""
+        """Incarnation of the newest trainer; 0: no trainer has started."""
         self.closed_reason = "no trainer has started yet"
         """Why no train tickets are issued; empty while they are."""
         self.settings_changed = False
-        """The recorded steps were recorded under other settings (`recorded_settings`): nothing is recorded
-        until a trainer starts, and that trainer starts the stream anew."""
+        """True if the steps were recorded under other settings (`recorded_settings`). Then no group is
+        recorded until a trainer starts, which restarts the stream at the step of its checkpoint."""
         self.prompts_changed = False
-        """The data set has changed, so recorded prompt indices mean other prompts: the next trainer starts
-        the order anew."""
+        """True if the data set has changed, so that recorded indices refer to other prompts. The next trainer
+        start resets the order of prompts."""
         self.recorded_settings: dict[str, int] = {}
-        """Scalars of the settings that recorded steps depend on, to compare at the next start."""
+        """The settings that recorded steps depend on, as scalars to compare at the next start."""
 
     def put_recorded_settings(self) -> None:
-        """Writes that everything recorded was recorded under the current settings."""
+        """Writes the current settings as those of all recorded steps."""
         for name, value in self.recorded_settings.items():
             self.store.put_scalar(name, value)
 
     def set_trainer(self, incarnation: int) -> None:
-        """Fences all trainers of an older incarnation."""
+        """Sets the incarnation of the newest trainer; requests of older trainers are refused."""
         self.trainer_incarnation = incarnation
         self.store.put_scalar("trainer_incarnation", incarnation)
 
     def set_closed(self, reason: str) -> None:
-        """Closes admission of train tickets for this reason; empty: opens it."""
+        """Closes admission of train tickets for this reason; an empty reason opens it."""
         self.closed_reason = reason
         self.store.put_scalar("is_open", int(not reason))

@@ -1,9 +1,9 @@
-"""Start of a trainer: moves the ledger to the step that the trainer's checkpoint contains.
+"""Start of a trainer: moves the ledger to the step of the trainer's checkpoint.
 
-The checkpoint is the authority. Steps before it are trained for certain; recorded steps from there on are
-served again identically, and what was sampled with weights of later steps is dropped unless it was recorded.
-Where the ledger has nothing for that step (it is new, or its steps were recorded under other settings), the
-stream starts there, at the position in the prompts that the checkpoint contains
+The checkpoint decides. Steps before it are trained; recorded steps from there on are served again
+identically, and groups sampled with weights of later steps are dropped unless they were recorded. If the
+ledger has no usable data for that step (it is new, or its steps were recorded under other settings), the
+stream starts there, at the position in the order of prompts that the checkpoint contains
 (`TrainerSession.stream_state`).
 """
 
@@ -22,7 +22,7 @@ _STREAM_TYPES = {"cursor": int, "next_version": int, "pending": list, "curriculu
 
 
 class StreamStart:
-    """Begins, rewinds or restarts the stream at a step."""
+    """Starts, rewinds or restarts the stream at a step."""
 
     def __init__(self, state: LedgerState, lifecycle: TicketLifecycle) -> None:
         self._state = state
@@ -32,7 +32,7 @@ class StreamStart:
         self._scheduler = state.scheduler
 
     def start_at(self, step: int, stream: dict[str, Any], *, incarnation: int, unix_s: float) -> None:
-        """Moves to `step` completed steps, for a trainer that is newer than all before.
+        """Moves to `step` completed steps, for a trainer that is newer than all earlier ones.
 
         Raises RefusedError.
         """
@@ -85,7 +85,7 @@ class StreamStart:
             )
 
     def _move_to(self, step: int, incarnation: int, *, unix_s: float) -> None:
-        """Moves the log to a step that the ledger has: forth, or back with a rollback row."""
+        """Moves the log to a step that the ledger contains: forward, or back with a rollback row."""
         self._steps.count_until(step)
         self._steps.commit_to(step - 1)
         undone = [ticket for ticket in self._steps.tickets_from(step) if ticket.step < self._steps.current]
@@ -106,7 +106,7 @@ class StreamStart:
     def _drop_abandoned(self, step: int) -> None:
         """Drops unrecorded tickets of abandoned weights, and revokes leases on weights after `step`.
 
-        Evaluations are cancelled: the older trainer requested them.
+        Evaluations are cancelled, because the older trainer requested them.
         """
         self._lifecycle.cancel_evals()
         unrecorded = [
@@ -115,17 +115,17 @@ class StreamStart:
         for ticket in unrecorded:
             if any(map(self._state.versions.may_use_abandoned, ticket.samples.values())):
                 self._lifecycle.drop(ticket, Drop.ABANDONED)
-        # Only after that: a revoked lease makes room, in which a ticket that has to be dropped would be
-        # recorded.
+        # Only after the drops: revoking a lease frees a position, at which a ticket that has to be dropped
+        # could otherwise be recorded.
         leases = [lease for ticket in unrecorded for lease in ticket.leases.values()]
         for lease in leases:
             if lease.weights_step > step:
                 self._lifecycle.revoke(lease)
 
     def _restart_at(self, step: int, stream: dict[str, Any]) -> None:
-        """The stream starts at `step`; nothing that was recorded from there on can be used."""
+        """Starts the stream at `step`; groups recorded from there on are cancelled."""
         prompts, state = self._state.prompts, self._state
-        # A checkpoint behind the ledger's cursor is of no use: the prompts up to the cursor have been issued.
+        # The position of a checkpoint behind the ledger's cursor is not used: those prompts have been issued.
         takes_position = not state.prompts_changed and (
             stream.get("cursor", 0) > prompts.order.cursor or not state.trainer_incarnation
         )

@@ -1,7 +1,7 @@
 """The ledger's operations for the trainer: start, versions, groups, completed and committed steps.
 
 Steps are absolute (a run that resumes after K steps begins at step K). Only the newest trainer incarnation
-may change anything; older ones get StaleIncarnationError.
+may change the ledger; requests of older ones raise StaleIncarnationError.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class TrainerSession:
     def start_training(
         self, *, incarnation: int, step: int, stream: dict[str, Any], unix_s: float = 0.0
     ) -> None:
-        """A trainer begins at `step` completed steps and fences every older one. Idempotent.
+        """A trainer starts with `step` completed steps; older trainers are refused from now on. Idempotent.
 
-        `stream`: from `stream_state`, as the checkpoint has it; empty without one. See `stream_start.py`.
+        `stream`: the `stream_state` in its checkpoint; empty without a checkpoint. See `stream_start.py`.
         """
         self.refuse_older_trainer(incarnation)
         if incarnation == self._state.trainer_incarnation:
@@ -65,7 +65,7 @@ class TrainerSession:
         return self._versions.allocate(step=step, trainer_incarnation=incarnation)
 
     def adopt_version(self, *, incarnation: int, version: int, step: int) -> None:
-        """Adds a version that the first shard allocated, before any server has its weights. Idempotent."""
+        """Adds a version that the first shard allocated. Call it before the push. Idempotent."""
         self._check_current(incarnation)
         self._check_weights_step(step)
         if not self._versions.adopt(version, step=step, trainer_incarnation=incarnation):
@@ -77,7 +77,7 @@ class TrainerSession:
     def fetch(self, *, step: int, position: int) -> Group | None:
         """The group recorded at (step, position), always the same one; None: not recorded yet.
 
-        `position` is that in the whole step, over all shards.
+        `position` counts the groups of the step over all shards.
         """
         first, last = self._steps.committed + 1, self._settings.num_steps - 1
         if not first <= step <= last:
@@ -86,7 +86,7 @@ class TrainerSession:
         if not shard.owns(position) or not 0 <= shard.local(position) < num_own:
             raise RefusedError(
                 "position",
-                f"{position} is none of the {num_own} positions that {shard.name} fills in a step",
+                f"{position} is not one of the {num_own} positions that {shard.name} fills in a step",
             )
         ticket = self._steps.recorded.get(step, {}).get(shard.local(position))
         if ticket is None:
@@ -120,8 +120,8 @@ class TrainerSession:
     def commit(self, *, incarnation: int, step: int, oldest_kept_step: int = 0) -> None:
         """Steps <= `step` are in a durable checkpoint: their tickets are TRAINED. Idempotent.
 
-        `oldest_kept_step`: completed steps of the oldest checkpoint that is kept. Records of earlier steps
-        are released; without a durable store those of all trained steps.
+        `oldest_kept_step`: completed steps of the oldest checkpoint on disk. Records of earlier steps are
+        released; without a durable store, the records of all trained steps.
         """
         self._check_current(incarnation)
         if step >= self._steps.current:
@@ -139,19 +139,19 @@ class TrainerSession:
     def poison(self, ticket_ids: Sequence[int]) -> None:
         """Removes tickets from their steps, for an operator; other groups take their positions.
 
-        A trainer that has received one may have trained on it: it is fenced and starts again from its
-        checkpoint. All tickets or none: raises RefusedError(ticket_id, reason). Tickets of other shards are
-        ignored, except that every step begins with no attempts counted.
+        The trainer may already have trained on one of them, so its incarnation becomes stale and it has to
+        restart from its checkpoint. Removes all tickets or raises RefusedError(ticket_id, reason). Tickets of
+        other shards are ignored, except that the counts of attempts of all steps are reset.
         """
         own = [ticket_id for ticket_id in dict.fromkeys(ticket_ids) if self._settings.shard.owns(ticket_id)]
         tickets = [self._recorded_ticket(ticket_id) for ticket_id in own]
         if len(own) < len(ticket_ids):
             for step in list(self._steps.attempts):
-                self._steps.forget_attempts(step)
+                self._steps.reset_attempts(step)
         for ticket in tickets:
             self._steps.uncount_from(ticket.step)
             self._steps.remove(ticket)
-            self._steps.forget_attempts(ticket.step)
+            self._steps.reset_attempts(ticket.step)
             self._scheduler.free((ticket.step, ticket.position))
             self._lifecycle.drop(ticket, Drop.POISON)
         if tickets:
@@ -168,10 +168,10 @@ class TrainerSession:
         return self._state.prompts.state(pending) | {"next_version": self._versions.newest + 1}
 
     def close(self, reason: str) -> None:
-        """Grants no more leases of train tickets until a trainer starts. Evaluations go on.
+        """Grants no more leases of train tickets until a trainer starts. Evaluations continue.
 
-        A durable ledger keeps all tickets and only revokes their leases. One in memory cancels every ticket
-        that no completed step holds, and gives the prompts back.
+        A durable ledger keeps all tickets and only revokes their leases. A ledger in memory cancels every
+        ticket outside completed steps, and gives the prompts back.
         """
         self._state.set_closed(reason)
         self._steps.trainer_left_cleanly()
@@ -198,7 +198,7 @@ class TrainerSession:
         self._state.store.put_scalar("max_staleness", max_staleness)
 
     def request_eval(self, *, eval_id: int, num_prompts: int, min_version: int) -> EvalResult | None:
-        """Starts an evaluation unless this id was started before. Its result, or None while it runs."""
+        """Starts an evaluation unless its id is known. Returns its result, or None while it runs."""
         if num_prompts < 1:
             raise RefusedError("num_prompts", f"want at least 1, got {num_prompts}")
         rounds = self._state.evals.rounds
@@ -239,5 +239,5 @@ class TrainerSession:
         if not 0 <= step <= newest:
             raise RefusedError(
                 "step",
-                f"weights of step {step} cannot exist yet: the newest possible are those of step {newest}",
+                f"weights of step {step} cannot exist yet: the newest possible weights are of step {newest}",
             )

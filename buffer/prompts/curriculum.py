@@ -1,4 +1,4 @@
-"""Curricula: choose, among a few candidate prompts, the one whose estimated solve rate p teaches most.
+"""Curricula: choose the next prompt among a few candidates by a score of their estimated solve rate p.
 
     goldilocks   sqrt(p (1 - p))                        the spread of a 0/1 reward, largest at p = 1/2
                                                         (Goldilocks RL, arXiv 2602.14868)
@@ -6,21 +6,22 @@
                                                         the paper's p (1 - p) (PACED, arXiv 2603.11178, where
                                                         it weighs losses, not prompts)
 
-`order.py` hands over `pool` consecutive prompts of the epoch; the best one is issued, the others are skipped
-until the next epoch. So in one epoch every prompt is a candidate exactly once, one candidate in `pool` is
-issued, and with probability `exploration` it is the first of its pool whatever its score. No prompt starves:
-one that always has the lowest score is still issued once in `pool / exploration` epochs on average. A choice
-is a pure function of the cursor and of the rewards observed.
+`order.py` takes the next `pool` prompts of the epoch as candidates; the one with the highest score is issued,
+the others are skipped until the next epoch. So in one epoch every prompt is a candidate exactly once, and one
+candidate per pool is issued. With probability `exploration` that is the first one, regardless of scores. So
+no prompt starves: a prompt that always has the lowest score is still issued once in `pool / exploration`
+epochs on average. A choice is a pure function of the cursor and of the rewards observed.
 
-p is a posterior mean: the rewards of the prompt's groups, whose weight halves every `half_life` groups (of
-all prompts, because it is the policy that changes), plus one sample's weight of the mean solve rate. An
-unseen prompt counts as an average one. Evidence is counted in whole thousandths of a sample, so that a
-checkpoint (`state`) and the ledger on disk (`scalars`) hold exactly the numbers that choices depend on. Each
-remembered prompt has a numbered slot, so the scalars are as bounded as `memory`.
+p is a posterior mean. The evidence is the rewards of the prompt's groups, whose weight halves every
+`half_life` groups (groups of all prompts, because the change of the policy makes evidence obsolete). The
+prior is the mean solve rate over all prompts, with the weight of one sample; so an unseen prompt counts as an
+average one. Evidence is counted in whole thousandths of a sample, so that a checkpoint (`state`) and the
+ledger on disk (`scalars`) contain exactly the numbers that choices depend on. Each remembered prompt has a
+numbered slot, so the number of scalars is limited by `memory`.
 
-Left out: Goldilocks' teacher, a second model that predicts p of unseen prompts. Without it a curriculum needs
-prompts that come back: if an epoch is longer than the run (a task with a million prompts), all candidates
-score the same and the first is issued.
+Left out: Goldilocks' teacher, a second model that predicts p of unseen prompts. Without it a curriculum works
+only if prompts are seen repeatedly: if an epoch is longer than the run (a task with a million prompts), all
+candidates have the same score and the first one is issued.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class CurriculumKind(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CurriculumSettings:
-    """As in the configuration (`buffer.curriculum_*`), which has the defaults."""
+    """Settings of a curriculum, as in `buffer.curriculum_*` of the configuration, which has the defaults."""
 
     kind: CurriculumKind
     pool: int
@@ -72,12 +73,12 @@ class CurriculumSettings:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Evidence:
     slot: int
-    """-1: the evidence over all prompts."""
+    """-1: this is the evidence over all prompts."""
     index: int
     solved: int
     total: int
     clock: int
-    """Number of complete groups when these were counted; unique to a prompt."""
+    """Number of complete groups when the prompt was last observed; different for each prompt."""
 
 
 class Curriculum:
@@ -94,10 +95,7 @@ class Curriculum:
         """Choices since the process started that took the first candidate without looking at scores."""
 
     def choose(self, candidates: Sequence[int], *, uniform: float) -> int:
-        """The candidate to issue.
-
-        `uniform` in [0, 1) is the random number of this choice: it decides on exploration.
-        """
+        """The candidate to issue. The random number `uniform` in [0, 1) decides about exploration."""
         if uniform < self.settings.exploration:
             self.num_explored += 1
             chosen = candidates[0]
@@ -148,20 +146,20 @@ class Curriculum:
         }
 
     def state(self) -> list[int]:
-        """All that later choices depend on, for a checkpoint: 4 integers a remembered prompt, and 4 more."""
+        """The numbers that later choices depend on, for a checkpoint: 4 per remembered prompt, and 4 more."""
         flat = []
         for each in (self._all, *self._of.values()):
             flat += [each.index, each.solved, each.total, each.clock]
         return flat
 
     def scalars(self) -> dict[str, int]:
-        """The same as named numbers, of which `observe` changes a few at a time: for the ledger on disk."""
+        """The same numbers by name, for the ledger on disk; `observe` changes a few of them at a time."""
         return _scalars((self._all, *self._of.values()))
 
     def restore(self, state: Sequence[int]) -> None:
-        """Continues from `state`, with slots numbered anew, so all `scalars` have to be written again.
+        """Continues from `state`. Renumbers the slots, so all `scalars` have to be written again.
 
-        Raises ValueError if `state` is not one.
+        Raises ValueError if `state` is malformed.
         """
         rows = [tuple(state[at : at + 4]) for at in range(0, len(state) - 3, 4)]
         is_well_formed = bool(rows) and 4 * len(rows) == len(state) and rows[0][0] == -1 and rows[0][2] > 0
@@ -204,11 +202,11 @@ def _scalars(evidences: Iterable[_Evidence]) -> dict[str, int]:
 
 
 def curriculum_scalars(scalars: Mapping[str, int]) -> dict[str, int]:
-    """The curriculum's scalars among all of a store's."""
+    """The curriculum's scalars among all scalars of a store."""
     return {name: value for name, value in scalars.items() if name.startswith(_PREFIX)}
 
 
 def state_from_scalars(scalars: Mapping[str, int]) -> list[int]:
-    """The `state` that a curriculum's scalars hold."""
+    """The `state` that a curriculum's scalars represent."""
     slots = sorted({int(name.split(":")[1]) for name in scalars})
     return [scalars[f"{_PREFIX}{slot}:{name}"] for slot in slots for name in _FIELDS]

@@ -1,10 +1,10 @@
 """The order of training prompts: each epoch is a pseudo-random permutation, computed index by index.
 
 The permutation is a Feistel network with cycle walking, a pure function of (seed, epoch, index). It needs
-constant memory, which matters for synthetic tasks with billions of prompts; its whole state is one integer
-(the cursor), so nothing is stored or replayed on resume; and no library upgrade can change it under a resumed
-run. A curriculum (`curriculum.py`) chooses among neighbours in that order: it changes which prompts are
-issued, never the order.
+constant memory, which matters for synthetic tasks with billions of prompts. Its whole state is one integer
+(the cursor), so resuming needs no stored permutation and replays nothing. No library upgrade can change the
+order in a resumed run. A curriculum (`curriculum.py`) chooses among neighboring prompts in this order: it
+changes which prompts are issued, never the order.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def permuted(index: int, *, size: int, seed: int, epoch: int) -> int:
 def sampling_seed(seed: int, ticket_id: int, num_failures: int) -> int:
     """30-bit sampling seed of a ticket.
 
-    The same when a lost lease is repeated. Another one after a failure, because the sampled text may have
-    caused it.
+    A lease that replaces a lost one gets the same seed. After a failed sample the seed changes, because the
+    sampled text may have caused the failure.
     """
     return mix(mix(mix(seed & MASK_64) ^ ticket_id) ^ num_failures) >> 34
 
@@ -56,7 +56,7 @@ class Prompt:
 
 
 class PromptOrder:
-    """Hands out a shard's training prompts: returned ones first, then the shuffled epochs, without end."""
+    """Issues a shard's training prompts without end: returned prompts first, then the shuffled epochs."""
 
     def __init__(
         self, *, seed: int, num_prompts: int = 0, curriculum: Curriculum | None = None, shard: Shard = WHOLE
@@ -64,10 +64,10 @@ class PromptOrder:
         self.num_prompts = num_prompts
         """Training prompts of the task over all shards; 0 until a server has registered and reported it."""
         self.curriculum = curriculum
-        """Chooses among the next few prompts of an epoch; None: each is issued in turn."""
+        """Chooses among the next few prompts of an epoch; None: all prompts are issued, in order."""
         self._shard = shard
-        # A seed of its own for each shard: with the same one, neighbouring prompts would always be issued
-        # together.
+        # Each shard has its own seed. With a common seed, the shards would always issue neighboring prompts
+        # at about the same time.
         self._seed = seed + shard.index
         self.cursor = 0
         """Prompts drawn from the epochs so far."""
@@ -84,7 +84,7 @@ class PromptOrder:
         return Prompt(index=self.curriculum.choose(candidates, uniform=uniform))
 
     def give_back(self, prompt: Prompt) -> None:
-        """Queues a prompt to be issued again, behind those given back earlier and before the epoch's next."""
+        """Queues a prompt to be issued again: last among the returned ones, before the epoch continues."""
         self._returned.append(prompt)
 
     def _draw(self) -> int:
@@ -103,6 +103,6 @@ class PromptOrder:
         return [prompt.index for prompt in self._returned]
 
     def restore(self, *, cursor: int, returned: Iterable[Prompt]) -> None:
-        """Continues an earlier run: `returned` first, then the epochs from `cursor`."""
+        """Continues an earlier run: first the prompts in `returned`, then the epochs from `cursor` on."""
         self.cursor = cursor
         self._returned = deque(returned)

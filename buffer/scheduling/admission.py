@@ -1,10 +1,11 @@
-"""The admission gate: which train ticket a server may take now, a waiting one or a new one.
+"""The admission gate: chooses the train ticket that a server may take now, a waiting ticket or a new one.
 
-A server with weights of step s may take a ticket while everything ready and running fits into the free
-positions of the steps up to deadline(s) (`staleness.py`), and of the run. A position that was freed in a step
-that a trainer repeats counts as free, however far later steps are recorded. Waiting tickets that have begun
-have a deadline already and go before those that have not. A new ticket is issued only if none waits, because
-it would take the oldest ticket's budget and, on a small server, its slots.
+A server with weights of step s may take a ticket while all ready and running groups fit into the free
+positions of the steps up to deadline(s) (`staleness.py`) and up to the end of the run. A position that was
+freed in a step that a trainer repeats counts as free, no matter how many later steps are recorded. Waiting
+tickets with a sample or lease have a deadline already and are leased before those without. A new ticket is
+issued only if no ticket waits, because it would take the oldest ticket's budget and, on a small server, its
+slots.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ class Admission:
         self._scheduler = scheduler
         self._bound = bound
         self._waiting: list[tuple[bool, int]] = []
-        """Heap of (has not begun, ticket id) of train tickets with unleased samples: those that have begun
-        (and so have a deadline) first, then the oldest. An entry that is out of date is skipped."""
+        """Heap of (has not begun, ticket id) of train tickets with unleased samples. A ticket has begun when
+        it has a sample or lease, and so a deadline. These come first, then the oldest; outdated entries are
+        skipped."""
 
     def add_waiting(self, ticket: Ticket) -> None:
         """Queues a ticket with samples that have to be leased again."""
@@ -54,9 +56,9 @@ class Admission:
         ]
 
     def may_have_work(self) -> bool:
-        """Cheap test before servers are looked at; False: no server can take a train ticket now.
+        """False if certainly no server can take a train ticket now; cheaper than trying every server.
 
-        No weights are newer than the open step, so no server has more free positions than counted here.
+        No server has newer weights than those of the open step, so none has more free positions than this.
         """
         return bool(self._waiting) or self._num_unrecorded() < self._num_free_positions(self._scheduler.step)
 
@@ -73,10 +75,10 @@ class Admission:
     def _take_waiting(self, server: Server, weights_step: int) -> Ticket | None:
         not_begun, ticket_id = self._waiting[0]
         ticket = self._tickets.live[ticket_id]
-        # A ticket that begins now gets its deadline now, as if it were new.
+        # A ticket that begins now gets its deadline now, like a new ticket.
         max_staleness = self._bound.current if not_begun else ticket.max_staleness
-        # Other tickets that have not begun get their deadlines later, each in its turn. If they counted here,
-        # they could block one another for ever after the bound was lowered.
+        # Other tickets that have not begun get their deadlines later, one after the other. If they counted
+        # here, they could block each other forever after the bound was lowered.
         num_with_deadline = self._num_unrecorded() - self._scheduler.num_without_deadline + not_begun
         oldest_step = ticket.oldest_possible_step
         gets_earlier_deadline = oldest_step is None or weights_step < oldest_step
@@ -100,9 +102,9 @@ class Admission:
         return self._tickets.count(Purpose.TRAIN, State.QUEUED, State.LEASED, State.READY)
 
     def _num_free_positions(self, weights_step: int, *, max_staleness: int | None = None) -> int:
-        """Free positions of the run's steps that a sample with weights of this step can be recorded in.
+        """Free positions at which a group with weights of this step can be recorded.
 
-        `max_staleness`: the bound of a ticket issued before; None: the current one.
+        `max_staleness`: the ticket's bound; None: the current bound.
         """
         max_staleness = self._bound.current if max_staleness is None else max_staleness
         deadline = self._bound.deadline(weights_step, max_staleness=max_staleness)

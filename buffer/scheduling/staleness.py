@@ -1,7 +1,6 @@
 """The staleness bound: the last optimizer step in which a group may be trained on.
 
-    deadline = step of its oldest token's weights + max_staleness, and never beyond the sync interval of that
-    step
+    deadline = min(step of its oldest token's weights + max_staleness, last step of that step's sync interval)
 
 Admission and recording share this rule. A ticket keeps the bound under which its first sample was leased; it
 is fixed once the ticket has a sample or a lease. So the current bound may change at any time without wasting
@@ -10,9 +9,9 @@ time becomes late. Admission still guarantees that every deadline can be met: wh
 all recorded, ready and running groups fit into the steps up to that ticket's deadline.
 
 Sync intervals (`weights.sync_interval` I > 1 with `buffer.group_filter: single_version`): engines get new
-weights every I steps, no group may mix two of them, and every interval is trained on its own groups. Steps
-nI..(n+1)I-1 take the groups sampled with weights of those steps, so up to interval n at most (n+1) * I *
-groups_per_step groups are admitted, replacements of dropped ones included.
+weights every I steps, no group may mix two versions, and every interval trains on its own groups. Steps
+nI..(n+1)I-1 train on the groups sampled with weights of these steps, so up to interval n at most
+(n+1) * I * groups_per_step groups are admitted, including replacements of dropped ones.
 """
 
 from __future__ import annotations

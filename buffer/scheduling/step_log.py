@@ -1,12 +1,12 @@
-"""The log of recorded steps: the one in training, the committed ones, the groups that can be served.
+"""The log of recorded steps: the step in training, the committed steps, and the groups that can be served.
 
     one step:  being recorded -> full -> in training -> complete -> committed -> released
                                              ^             |            |
                                              +-------------+------------+   a trainer resumes here or earlier
 
-A step that is not released can be served again, position by position. The number of trainers that have
-*begun* a step (received all of its groups, having finished the steps before) is kept until the step is
-complete: that finds data that crashes every trainer.
+A step that is not released can be served again, position by position. A trainer has *begun* a step when it
+has completed the steps before and received all groups of this one. The number of trainers that have begun a
+step is kept until the step is complete, to find data that crashes every trainer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from buffer.tables.ticket_table import TicketTable
 from buffer.tickets import State, Ticket
 
 MAX_STARTS = 3
-"""Trainers that one step may crash. The next one is refused, with the ids of the step's tickets."""
+"""Trainers that one step may crash. The next trainer is refused, with the ids of the step's tickets."""
 
 
 class StepLog:
@@ -31,7 +31,7 @@ class StepLog:
         self._counters = counters
         self._groups_per_step = groups_per_step
         self.current = 0
-        """Optimizer steps that the trainer has completed: the index of the one it works on."""
+        """Optimizer steps that the trainer has completed, which is also the index of its current step."""
         self.committed = -1
         """Last step that a durable checkpoint contains."""
         self.first_kept = 0
@@ -50,7 +50,7 @@ class StepLog:
     def restore(self, tickets: list[Ticket], scalars: dict[str, int], attempts: dict[int, int]) -> None:
         """Continues from the rows of an earlier buffer.
 
-        `tickets`: all recorded ones that are not released.
+        `tickets`: all recorded tickets that are not released.
         """
         self.current = scalars.get("trainer_step", 0)
         self.committed = scalars.get("committed_step", -1)
@@ -61,7 +61,7 @@ class StepLog:
             self.add(ticket)
 
     def begin_at(self, step: int) -> list[Ticket]:
-        """Starts the log at `step`, whatever was before.
+        """Starts the log at `step`, regardless of its position before.
 
         Returns the tickets of earlier steps, which are released.
         """
@@ -97,7 +97,7 @@ class StepLog:
 
     def complete_current(self) -> None:
         """The trainer has completed the step it worked on."""
-        self.forget_attempts(self.current)
+        self.reset_attempts(self.current)
         self._served.pop(self.current, None)
         self.move_to(self.current + 1)
 
@@ -145,17 +145,17 @@ class StepLog:
             self._count_attempt()
 
     def reset_served(self) -> None:
-        """Another trainer process begins, which has not received any group."""
+        """Another trainer process has started; it has not received any group."""
         self._served.clear()
         self._begun = -1
 
     def find_crash_loop(self, *, first: int) -> int | None:
-        """The first step, from `first` on, that has reached MAX_STARTS; None: there is none."""
+        """The first step from `first` on that MAX_STARTS trainers have begun; None if there is none."""
         looping = [step for step, num_starts in self.attempts.items() if num_starts >= MAX_STARTS]
         return min((step for step in looping if step >= first), default=None)
 
-    def forget_attempts(self, step: int) -> None:
-        """The step is complete, or its data changed: no trainer has begun it as it is now."""
+    def reset_attempts(self, step: int) -> None:
+        """Resets the count of a step that is complete, or whose data has changed."""
         if step in self.attempts:
             self._set_attempts(step, 0)
 

@@ -1,22 +1,24 @@
-"""The step scheduler: which finished group enters the open step, and when a step has to wait.
+"""The step scheduler: decides which finished group enters the open step, and when the step has to wait.
 
 Every group has a *deadline*: the last step in which its oldest token is within the staleness bound
-(`staleness.py`). Groups are recorded earliest deadline first, among equals the oldest ticket; for unit jobs
-this rule meets all deadlines if any order does. With `overdue: wait` a group is recorded only if afterwards
-all running groups can still meet their deadlines: for every deadline d before its own, the running tickets
-due by d are at most the free positions of the steps up to d (Hall's condition). So a short answer never takes
-the position that a long one will need, in the open step or a later one. Admission counts the same way, so a
-healthy run has no stale drops at all. With `overdue: drop` nothing is reserved.
+(`staleness.py`). Groups are recorded earliest deadline first, and among equal deadlines oldest ticket first.
+For jobs of equal length this rule meets all deadlines if any order does. With `overdue: wait` a group is
+recorded only if all running groups can still meet their deadlines afterwards: for every deadline d before its
+own, the number of running tickets due by d must not exceed the number of free positions of the steps up to d
+(Hall's condition). So a short response never takes a position that a long one will need, in the open step or
+a later one. Admission counts in the same way, so a healthy run has no stale drops at all. With `overdue:
+drop` no position is reserved.
 
 The deadline of a running ticket is a lower bound (its leases count as if sampled entirely with the weights at
 the time of the lease). This can make a step wait a little longer than necessary; it never records a group
 that is too stale, because recording uses the versions of the samples themselves.
 
-Positions are assigned in order. One that an operator freed (a *hole*) is filled next, within the bound: so a
-step keeps its other positions, and a group stays with the rank that trains on it. The step of a hole is the
-trainer's or a later one, and the trainer does not get past it, so no weights are newer than it and no lag is
-negative. The recorded positions alone determine this state after a restart: the open position follows the
-last taken one, and every free position before it is a hole.
+Positions are assigned in order. A position that an operator freed (a *hole*) is filled next, within the
+bound: so the other positions of the step do not change, and each group stays with the rank that trains on it.
+The step of a hole is the trainer's current step or a later one, and the trainer cannot complete it before the
+hole is filled. So no weights are newer than that step, and no lag is negative. After a restart the recorded
+positions alone determine this state: the open position follows the last taken one, and every free position
+before it is a hole.
 """
 
 from __future__ import annotations
@@ -30,9 +32,9 @@ StepPosition = tuple[int, int]
 
 
 class StepScheduler:
-    """Assigns step positions in order. Pure bookkeeping over ticket ids.
+    """Assigns step positions in order. Pure: handles only ticket ids and steps.
 
-    ticket: RUNNING (track) -> READY (add_ready) -> recorded (assign) | dropped (forget)
+    ticket: RUNNING (track) -> READY (add_ready) -> recorded (assign) | dropped (remove)
     """
 
     def __init__(self, *, groups_per_step: int, num_steps: int, wait_for_overdue: bool) -> None:
@@ -42,7 +44,7 @@ class StepScheduler:
         self.step = 0
         """The open step: the one being recorded."""
         self.position = 0
-        """Next free position in it that is not a hole."""
+        """The next free position in the open step that is not a hole."""
         self._holes: set[StepPosition] = set()
         self._heap: list[tuple[int, int]] = []
         self._ready: set[int] = set()
@@ -66,7 +68,7 @@ class StepScheduler:
         """Sets the bounds on a running ticket's deadline; None: not known yet."""
         if self._tracked.get(ticket_id) == (earliest_deadline, latest_deadline):
             return
-        self.forget(ticket_id)
+        self.remove(ticket_id)
         self._tracked[ticket_id] = (earliest_deadline, latest_deadline)
         if earliest_deadline is None:
             self.num_without_deadline += 1
@@ -75,8 +77,8 @@ class StepScheduler:
         if latest_deadline is not None:
             self._by_latest_deadline.setdefault(latest_deadline, set()).add(ticket_id)
 
-    def forget(self, ticket_id: int) -> None:
-        """The ticket is neither running nor ready any more."""
+    def remove(self, ticket_id: int) -> None:
+        """Removes a ticket that is neither running nor ready any more."""
         self._ready.discard(ticket_id)
         if ticket_id not in self._tracked:
             return
@@ -93,13 +95,13 @@ class StepScheduler:
                 del self._by_latest_deadline[latest]
 
     def add_ready(self, ticket_id: int, *, deadline: int) -> None:
-        """The group is complete, and so its deadline exact."""
-        self.forget(ticket_id)
+        """Marks a ticket as READY. Its group is complete, so its deadline is exact."""
+        self.remove(ticket_id)
         self._ready.add(ticket_id)
         heapq.heappush(self._heap, (deadline, ticket_id))
 
     def next_stale(self) -> int | None:
-        """A running or ready ticket that has certainly missed its deadline, if there is one."""
+        """A running or ready ticket that has certainly missed its deadline; None if there is none."""
         first = self.num_full_steps
         # There are at most max_staleness + 1 keys.
         missed = [deadline for deadline in self._by_latest_deadline if deadline < first]
@@ -120,7 +122,7 @@ class StepScheduler:
 
     def assign(self, ticket_id: int) -> StepPosition:
         """Assigns the next position to the ticket that `next_to_record` returned."""
-        self.forget(ticket_id)
+        self.remove(ticket_id)
         taken = self._first_free
         if taken in self._holes:
             self._holes.remove(taken)
@@ -147,7 +149,7 @@ class StepScheduler:
 
     @property
     def num_due(self) -> int:
-        """Running tickets that cannot be recorded later than in the open step."""
+        """Running tickets that must be recorded in the open step at the latest."""
         return sum(count for deadline, count in self._num_due.items() if deadline <= self.step)
 
     def _head(self) -> tuple[int, int] | None:

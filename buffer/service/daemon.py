@@ -1,16 +1,16 @@
 """The buffer as a process: one ROUTER socket around the ledger, to which all peers connect.
 
-    STARTING -> READY -> DRAINING (SIGTERM: serves on while a trainer is there to finish its step) -> exit 0
+    STARTING -> READY -> DRAINING (SIGTERM; continues while a trainer needs it to finish its step) -> exit 0
                    |
                    +-> the job fails (too many failures in a row): every peer gets the reason -> exit 1
 
-A thin shell: `Handlers` hands each message to the ledger, and one `Outbox.flush` for each burst of messages
-sends what follows from them (leases, aborts, groups that a rank waits for). Left out: threads (the ledger
-takes microseconds).
+The daemon contains no rules: `Handlers` passes each message to the ledger, and one `Outbox.flush` per burst
+of messages sends the consequences (leases, aborts, groups that a rank waits for). Left out: threads, because
+the ledger's operations take microseconds.
 
-A buffer that was killed comes back with its ledger: peers have to send Hello again, and repeat requests and
-samples that were not answered. While the store cannot write (a full disk), the buffer is not ready, grants
-nothing, and reports the reason in the answer to every heartbeat.
+A buffer that was killed continues with its ledger after a restart. Peers have to send Hello again, and repeat
+requests without a reply and samples without an acknowledgement. While the store cannot write (a full disk),
+the buffer is not ready, grants no leases, and reports the reason in the reply to every heartbeat.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class BufferDaemon:
             LedgerSettings.from_config(config, shard),
             open_store(config, on_error=self._fail, shard=shard),
             now_s=self._loop.time(),
-            # Lease ids grow over restarts too: a sample of an earlier buffer's lease must not pass for one of
-            # a new lease.
+            # Lease ids also grow over restarts, so that a late sample of an earlier buffer's lease is not
+            # accepted under a new lease with the same id.
             first_lease_id=int(time.time()) << 20,
             dataset=as_number(dataset),
         )
@@ -141,12 +141,12 @@ class BufferDaemon:
         )
 
     async def _drain(self) -> None:
-        """A trainer that is stopping too still needs this process to finish and commit its step."""
+        """Waits for the trainer: if it is stopping too, it needs the buffer to finish and commit its step."""
         deadline_s = self._loop.time() + self._config.daemon.drain_timeout_s / 2
         with self._runtime.waits("trainer: to end before its buffer"):
             while self._has_trainer() and self._loop.time() < deadline_s and not self._over.done():
                 await asyncio.sleep(0.05)
-        # A trainer that stays continues with the next buffer, if that finds an open ledger.
+        # A trainer that is still running continues with the next buffer, if that recovers an open ledger.
         if not (self._has_trainer() and self._ledger.settings.durable):
             self._ledger.close("the buffer is draining")
         self._flush()
@@ -177,7 +177,7 @@ class BufferDaemon:
     def _failing_on_error(self) -> Iterator[None]:
         """Ends the job on any exception in a callback of the event loop.
 
-        The loop itself would only log it, and a ledger whose conservation law is broken must not go on.
+        The loop itself would only log it, and a ledger whose conservation check failed must not continue.
         """
         try:
             yield
@@ -197,7 +197,7 @@ class BufferDaemon:
             self._outbox.flush(now_s=self._loop.time())
 
     def _tick(self) -> None:
-        """Periodic work: leases expire, servers fall silent, series are updated."""
+        """Periodic work: expires leases, removes silent servers, updates the Prometheus series."""
         self._ticking = self._loop.call_later(_TICK_S, self._tick)
         with self._failing_on_error():
             if reason := self._ledger.write_blocked_reason:
@@ -220,7 +220,7 @@ class BufferDaemon:
             )
 
     async def _drop(self, body: dict[str, Any]) -> dict[str, Any]:
-        """`POST /control/drop {"tickets": [17, 23]}`: poisons all of them or, with a reason, none."""
+        """`POST /control/drop {"tickets": [17, 23]}`: drops all of them, or none and raises UserError."""
         ticket_ids = body.get("tickets")
         if (
             not isinstance(ticket_ids, list)
@@ -244,7 +244,7 @@ class BufferDaemon:
         return {"dropped": ticket_ids}
 
     def _fail(self, error: Exception) -> None:
-        """The job cannot go on: sends every peer the reason, and makes `serve` raise."""
+        """Ends the job: sends the reason to every peer, and makes `serve` raise."""
         if self._over.done():
             return
         self._over.set_exception(error)

@@ -1,4 +1,4 @@
-"""Handlers of peers' messages: one table from role and message type to the method that answers it."""
+"""Handlers of peers' messages: a table from role and message type to the method that handles the message."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ NEEDS_DURABILITY = (
     consumer.CloseAdmission,
     Goodbye,
 )
-"""Requests answered only when the ledger's rows are durable: a restarted buffer must keep its answers."""
+"""Requests whose reply waits until the ledger's rows are durable, so that a restarted buffer can honor it."""
 
 
 class Handlers:
-    """Hands messages to the ledger. An answer of None: there is none, or the outbox sends it later."""
+    """Passes messages to the ledger and returns replies; None: no reply, or the outbox sends it later."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class Handlers:
         }
 
     def handle(self, envelope: Envelope) -> Any:
-        """The answer to a message. Raises RefusedError or StaleIncarnationError."""
+        """The reply to a message, or None. Raises RefusedError or StaleIncarnationError."""
         message = envelope.message
         if isinstance(message, Hello):
             return self._hello(envelope.peer, message)

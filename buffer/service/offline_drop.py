@@ -1,4 +1,4 @@
-"""Dropping tickets from the ledger of a job whose buffer is not running (`python -m buffer --drop`)."""
+"""Drops tickets from the ledger of a job whose buffer is not running (`python -m buffer --drop`)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from buffer.settings import LedgerSettings
 from buffer.storage.durable import open_store
 
 _WRITE_TIMEOUT_S = 30.0
-"""With a full disk, or a ledger file that another program has locked."""
+"""Longest wait for the write: the disk may be full, or another program may have locked the ledger file."""
 
 
 def drop_offline(config: Config, ticket_ids: Sequence[int], shard: Shard) -> None:
-    """Drops the shard's own tickets among these as poison: all of them, or none.
+    """Drops the tickets that belong to this shard, with reason `poison`: all of them, or none.
 
-    Raises ConfigError if one may not be dropped, or if the ledger is in use.
+    Raises ConfigError if one of them may not be dropped, UserError if the ledger is in use.
     """
     if config.buffer.durability == "none":
         raise ConfigError("buffer.durability=none: a stopped buffer has no ledger to drop tickets from")
@@ -37,7 +37,7 @@ async def _drop(config: Config, ticket_ids: Sequence[int], shard: Shard) -> None
             store,
             now_s=loop.time(),
             dataset=as_number(dataset_fingerprint(config)),
-            # Damaged trajectories may be the reason for dropping them.
+            # A damaged trajectory may be the reason for dropping its ticket.
             ignoring=ticket_ids,
         )
         try:

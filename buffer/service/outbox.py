@@ -1,12 +1,12 @@
-"""The outbox: everything that the buffer sends without answering a message at once.
+"""The outbox: sends all messages that are not the immediate reply to a request.
 
-Messages change the ledger; `flush` then sends the consequences: acknowledgements, leases, aborts, and groups
-and evaluations that a trainer waits for. The daemon calls it once for a burst of messages.
+Messages change the ledger. `flush` then sends the consequences: acknowledgements, leases, aborts, and groups
+and evaluations that a trainer waits for. The daemon calls it once per burst of messages.
 
-A restarted buffer continues with its ledger, so an answer that promises something (a version, a recorded
-group, an acknowledgement) is sent only when the rows behind it are durable. Leases are sent earlier: one that
-the next buffer does not have is aborted there. Left out: queues with a bound of their own (credit bounds what
-servers send; a rank waits for the groups of one step and the next).
+A restarted buffer continues with its ledger. So a message that a later buffer must honor (a version, a
+recorded group, an acknowledgement) is sent only when its rows are durable. Leases are sent earlier: if the
+next buffer does not have a lease, it aborts it. Left out: limits on the queues, because credit bounds the
+messages of servers, and a rank waits only for the groups of one step and the next.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Outbox:
         self._peers = peers
         self._listener = listener
         self._acks: dict[bytes, dict[tuple[int, str], list[int]]] = {}
-        """Indices of samples that arrived since the last flush, by route, then by (lease, refusal)."""
+        """Indices of samples that arrived since the last flush, by route and (lease, reason of a refusal)."""
         self._fetches: dict[tuple[bytes, int, int], int] = {}
-        """Request id by (route, step, position) of groups that are not recorded yet."""
+        """Request ids of fetches whose group is not recorded yet, by (route, step, position)."""
         self._evals: dict[tuple[bytes, int], tuple[int, consumer.RequestEval]] = {}
-        """(request id, request) by (route, eval id) of evaluations that run."""
+        """(request id, request) of running evaluations, by (route, eval id)."""
         self._num_recorded_seen = 0
         self._rejection_seen = ""
         self._directory = consumer.Directory(servers=[])
@@ -81,11 +81,11 @@ class Outbox:
         self._evals[route, request.eval_id] = (rid, request)
 
     def keep_evals_of(self, route: bytes) -> None:
-        """Forgets the evaluations that other routes wait for: those belong to an older trainer."""
+        """Removes the evaluations that other routes wait for, which belong to an older trainer."""
         self._evals = {key: waiting for key, waiting in self._evals.items() if key[0] == route}
 
     def servers_changed(self) -> None:
-        """Compares the directory of servers with the last one sent at the next flush."""
+        """Makes the next flush send the directory of servers, if it differs from the last one sent."""
         self._servers_changed = True
 
     def send_directory_to(self, peer: Peer) -> None:
@@ -112,7 +112,7 @@ class Outbox:
             self._send_directory()
 
     def fail(self, reason: str) -> None:
-        """Tells every peer and every waiting request that the job has failed."""
+        """Sends the reason of a failed job to every peer, and as the reply to every waiting request."""
         failed = JobFailed(reason=reason)
         for role in Role:
             for peer in self._peers.of(role):
@@ -149,7 +149,7 @@ class Outbox:
             return
         self._num_recorded_seen = self._ledger.num_recorded
         for (route, step, position), rid in list(self._fetches.items()):
-            # The rank that fetched it has left, or the step was committed without it.
+            # No reply is needed: the rank has left, or the step was committed meanwhile.
             if step <= self._ledger.committed_step or self._peers.at(route) is None:
                 del self._fetches[route, step, position]
             elif (group := self._ledger.fetch(step=step, position=position)) is not None:

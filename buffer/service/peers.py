@@ -1,8 +1,9 @@
 """The connected peers: a directory by name and by route, and the checks of a Hello.
 
-A peer is identified by its name; the routing id (route) of its socket changes with every reconnect, and
-`Hello` binds it to the name. The newest incarnation of a name counts: the process that it replaced finds its
-route unknown, sends Hello again and is refused (`IncarnationTable`).
+A peer is identified by its name. `Hello` binds the routing id of its socket (the route), which is different
+for each connection, to the name. Only the newest incarnation of a name is kept: messages of the process
+that it replaced come from an unknown route, so that process has to send Hello again and is refused
+(`IncarnationTable`).
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ class ConnectedPeers:
     def __init__(
         self, *, job: str, dataset: str, settings: Mapping[Role, str] | None = None, shard: Shard = WHOLE
     ) -> None:
-        """`dataset` and, by role, `settings` are the fingerprints of the buffer's own configuration.
+        """`dataset` and `settings` (by role) are fingerprints of the buffer's own configuration.
 
-        Model and tokenizer are those of the first peer that registers.
+        Model and tokenizer must be those of the first peer that registers.
         """
         self._settings = dict(settings or {})
         own = {"job": job, "num_shards": shard.count, "shard": shard.index, "dataset": dataset}
@@ -46,7 +47,7 @@ class ConnectedPeers:
         self._by_name: dict[str, Peer] = {}
         self._by_route: dict[bytes, Peer] = {}
         self._stats_of_gone: dict[tuple[str, int], dict[str, float]] = {}
-        """Last statistics of every rollout server that is not connected, by name and incarnation."""
+        """Last statistics of rollout servers that are not connected any more, by name and incarnation."""
 
     def check(self, hello: Hello) -> None:
         """Raises RefusedError(field, reason) if a peer's configuration differs from the job's."""
@@ -69,7 +70,7 @@ class ConnectedPeers:
         if known is not None and known.hello.role is not hello.role:
             raise RefusedError(
                 "name",
-                f"{hello.name} is taken by a {known.hello.role.value}: give every daemon a name of its own",
+                f"{hello.name} is taken by a {known.hello.role.value}: give every daemon a different name",
             )
 
     def add(self, route: bytes, hello: Hello, *, now_s: float) -> Peer:
@@ -91,7 +92,7 @@ class ConnectedPeers:
         return peer
 
     def expect_model_of(self, hello: Hello) -> None:
-        """Peers must have the model and tokenizer of the first peer for which this is called."""
+        """Makes `check` require this peer's model and tokenizer, unless an earlier call has set them."""
         for name in ("model", "tokenizer"):
             self._expected.setdefault(name, (getattr(hello, name), hello.name))
 
@@ -111,7 +112,7 @@ class ConnectedPeers:
         )
 
     def remove(self, name: str) -> None:
-        """The peer left, fell silent or was refused; its next message is answered with HelloRequired."""
+        """Removes a peer that left, was silent or was refused. Its next message gets HelloRequired."""
         peer = self._by_name.pop(name, None)
         if peer is not None:
             self._by_route.pop(peer.route, None)

@@ -17,7 +17,7 @@ _PROMPTS = ("issued", "all")
 
 
 class BufferSeries:
-    """All series of the buffer. Every labelled series exists from the start, at zero."""
+    """All series of the buffer. Every labeled series exists from the start, at zero."""
 
     def __init__(self, metrics: Metrics, *, max_staleness: int) -> None:
         """`max_staleness`: the largest lag that a sample can have (the cap)."""
@@ -56,7 +56,7 @@ class BufferSeries:
             label="of",
             values=_PROMPTS,
         )
-        self._unlabelled = {
+        self._unlabeled = {
             name: metrics.counter(name, doc)
             for name, doc in (
                 ("samples_failed", "Samples that a server could not make"),
@@ -70,10 +70,8 @@ class BufferSeries:
         self._exported: dict[tuple[int, str], float] = {}
         """Value of each counter at the last update, by (id of the counter, label)."""
 
-    def update(
-        self, snapshot: LedgerSnapshot, peers: ConnectedPeers, unlabelled: Mapping[str, float]
-    ) -> None:
-        """Copies the numbers; `unlabelled` has the value of each counter without a label."""
+    def update(self, snapshot: LedgerSnapshot, peers: ConnectedPeers, unlabeled: Mapping[str, float]) -> None:
+        """Copies the numbers; `unlabeled` has the value of each counter without a label."""
         for state, count in snapshot.num_by_state.items():
             self._tickets.labels(state).set(count)
         for reason, count in snapshot.drops.items():
@@ -82,8 +80,8 @@ class BufferSeries:
             self._raise_to(self._samples, verdict, count)
         for lag, count in snapshot.lag_histogram.items():
             self._raise_to(self._trained, str(lag), count)
-        for name, counter in self._unlabelled.items():
-            self._raise_to(counter, "", unlabelled[name])
+        for name, counter in self._unlabeled.items():
+            self._raise_to(counter, "", unlabeled[name])
         for role in Role:
             self._peers.labels(role.value).set(len(peers.of(role)))
         steps = (snapshot.trainer_step, snapshot.committed_steps, snapshot.open_step)

@@ -16,7 +16,7 @@ from buffer.tables.lease_table import Server
 def stream_counters(
     snapshot: LedgerSnapshot, peers: ConnectedPeers, *, received_bytes: int
 ) -> dict[str, float]:
-    """The ledger's counters, and those that servers report in heartbeats."""
+    """The ledger's counters, and the counters that servers report in heartbeats."""
     counters = dict(snapshot.counters)
     # Engines also count the tokens of aborted requests, which never become samples.
     counters["tokens_generated"] = max(counters["tokens_generated"], peers.total("tokens_generated"))

@@ -1,13 +1,14 @@
-"""The interface through which the ledger writes its rows and the trajectories (records), and reads them back.
+"""The interface by which the ledger writes its rows and the trajectories (records), and reads them back.
 
-Every `put_*` states the complete new value of a row, so writing it twice is harmless and the last write
-counts. Writes keep their order. The writes of one callback of the event loop (one ledger operation) survive
-together or not at all. No write raises: if the disk cannot take it, `write_blocked_reason` is set and
-acknowledgements wait. `recover` returns all that the ledger is rebuilt from.
+Every `put_*` contains the complete new value of a row, so a repeated write changes nothing, and of several
+writes the last one counts. Writes keep their order. The writes of one callback of the event loop (one ledger
+operation) survive together or not at all. No write raises: if the disk cannot store it,
+`write_blocked_reason` is set and acknowledgements wait. `recover` returns all rows from which the ledger is
+rebuilt.
 
-A record is kept from `put_sample` until nobody can fetch it any more: that of a dropped ticket until the
-ticket's row is written as dropped, that of a trained ticket until `release`, when every checkpoint that a
-trainer could resume from contains its step.
+A record is kept from `put_sample` until no trainer can need it any more. The records of a dropped ticket are
+deleted after its row is written as dropped. Those of a trained ticket are deleted after `release`, which the
+ledger calls when every checkpoint that a trainer could resume from contains the ticket's step.
 
 Left out: eval samples (an `EvalRound` holds the sums of their rewards), and expiry times of leases (a
 restarted buffer sets new ones).
@@ -34,13 +35,13 @@ class Store(Protocol):
         """
 
     def put_sample(self, sample: SampleSummary, record: Record) -> None:
-        """A sample was accepted. Its lease need not be written again for it."""
+        """A sample was accepted. The row of its lease need not be written again."""
 
     def put_failure(self, ticket: Ticket, sample_index: int) -> None:
         """A sample failed; `ticket.num_failures` has the new count."""
 
     def put_lease(self, lease: LeaseRecord, *, server_incarnation: int) -> None:
-        """A lease was granted, or a sample left it other than by arriving."""
+        """A lease was granted, or a sample that was not accepted was removed from it."""
 
     def end_lease(self, lease_id: int) -> None:
         """A lease is finished or lost."""
@@ -52,10 +53,10 @@ class Store(Protocol):
         """A named number of the ledger changed: `trainer_step`, `committed_step`, `cursor`, ..."""
 
     def push_returned(self, prompt: Prompt) -> None:
-        """A prompt was given back, behind those given back before it."""
+        """A prompt was given back: it is now the last in the queue of returned prompts."""
 
     def pop_returned(self) -> None:
-        """The prompt that was given back first was issued again."""
+        """The first prompt in the queue of returned prompts was issued again."""
 
     def put_attempt(self, step: int, num_starts: int) -> None:
         """`num_starts` trainers have begun `step`; 0: the step is complete, or its data changed."""
@@ -67,7 +68,7 @@ class Store(Protocol):
         """New values of some counters; the others stay."""
 
     def release(self, ticket: Ticket) -> None:
-        """Nobody will fetch this trained ticket's records any more."""
+        """The records of this trained ticket will not be fetched any more."""
 
     def records_of(self, ticket: Ticket) -> list[Record]:
         """All records of a complete ticket, in sample order. Raises StoreCorruptError if they are damaged."""
@@ -96,4 +97,4 @@ class Store(Protocol):
         """
 
     def close(self) -> None:
-        """Writes what is pending, as far as the disk takes it, and closes the files."""
+        """Writes pending rows and records, as far as the disk has space, and closes the files."""

@@ -1,8 +1,8 @@
-"""The rows that the ledger wrote since the last batch was handed to the writer, as one transaction.
+"""Collects the rows that the ledger wrote since the last batch, to be written as one transaction.
 
 Tickets and leases are mutable, so their rows are built at the time of the write; later writes of the same row
-replace earlier ones. A `Changes` is filled in the event loop and then belongs to whoever applies it
-(`sql.apply`), so no row changes under the writer's thread. Pure: no file, no thread.
+replace earlier ones. The event loop fills a `Changes` object and then passes it to the writer's thread, which
+calls `sql.apply`; the event loop does not change it after that. Pure: no file, no thread.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ class Changes:
 
     tickets: dict[int, Row] = field(default_factory=dict)
     samples: list[tuple[SampleSummary, Record]] = field(default_factory=list)
-    """Accepted samples. Their rows also contain where the record is on disk, which the writer finds out."""
+    """Accepted samples. Their rows also contain the position of the record on disk, which the writer adds."""
     failures: dict[tuple[int, int], int] = field(default_factory=dict)
     leases: dict[int, Row | None] = field(default_factory=dict)
     versions: list[VersionRow] = field(default_factory=list)
     scalars: dict[str, int] = field(default_factory=dict)
     returned: dict[int, Row | None] = field(default_factory=dict)
-    """By place in the queue of prompts given back."""
+    """By index in the queue of prompts given back."""
     attempts: dict[int, int] = field(default_factory=dict)
     rollbacks: list[RollbackRow] = field(default_factory=list)
     counters: dict[str, float] = field(default_factory=dict)
     released: list[int] = field(default_factory=list)
-    """Tickets whose records nobody will fetch any more."""
+    """Tickets whose records will not be fetched any more."""
 
     def __bool__(self) -> bool:
         return any(getattr(self, name) for name in self.__slots__)
 
 
 class RowRecorder:
-    """The writing half of `Store`: each `put_*` adds its row to `changes`.
+    """Implements the `put_*` methods of `Store`: each adds its row to `changes`.
 
-    Subclasses write `changes` somewhere.
+    Subclasses write `changes` to a database.
     """
 
     def __init__(self) -> None:
@@ -113,8 +113,8 @@ class RowRecorder:
         self._changed()
 
     def push_returned(self, prompt: Prompt) -> None:
-        place = self._next_returned
-        self.changes.returned[place] = (place, prompt.index, prompt.parent, prompt.num_reissues)
+        queue_index = self._next_returned
+        self.changes.returned[queue_index] = (queue_index, prompt.index, prompt.parent, prompt.num_reissues)
         self._next_returned += 1
         self._changed()
 

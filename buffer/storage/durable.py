@@ -1,17 +1,22 @@
 """The durable store: SQLite for rows, append-only segment files for records, one thread for the disk.
 
-    put_*, when_durable --> Changes --(end of the loop's turn, writer idle)--> Batch --> Writer --> callbacks,
-    in order
+    put_*, when_durable ---> Changes ---> Batch ---> Writer ---> callbacks, in order
+                                      |
+                                      at the end of the loop's turn, when the writer is idle
 
-A batch is handed over in a loop callback of its own, never inside a `put_*`, so that the writes of one ledger
-operation are in one transaction. The event loop never waits for the disk, except to read back a group that is
-not in memory any more.
+A batch is handed to the writer in a separate callback of the event loop, never inside a `put_*`, so that the
+writes of one ledger operation are in one transaction. The event loop waits for the disk only to read back a
+group that is not in memory any more.
 
-Records are in segment files and not in SQLite blobs because that is faster: with 12.4 kB a trajectory and 128
-in a batch, blobs took 8.7-9.9 thousand a second with an fsync a commit, segments 15.7-19.2 thousand (with two
-fsyncs); without fsync 9.4-10.9 and 54-55 thousand. SQLite writes a blob twice, to the WAL and, at a
-checkpoint, to the file. Left out: compression, and a second thread that would overlap a segment's fsync with
-that of the rows before it.
+Records are in segment files and not in SQLite blobs because that is faster. Measured with 12.4 kB per
+trajectory and 128 trajectories per batch, in thousands of trajectories per second:
+
+                         SQLite blobs                   segments
+    with fsync           8.7 to 9.9 (1 per batch)       15.7 to 19.2 (2 per batch)
+    without fsync        9.4 to 10.9                    54 to 55
+
+SQLite writes a blob twice, to the WAL and, at a checkpoint, to the database file. Left out: compression, and
+a second thread that would overlap the fsync of a segment with the fsync of the preceding batch's rows.
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ from areal_like.config import Config
 from areal_like.errors import StoreCorruptError, UserError
 from areal_like.paths import RunPaths
 from areal_like.shards import WHOLE, Shard
-from areal_like.wire.records import Place, Record, read_record, segment_path
+from areal_like.wire.records import Record, RecordLocation, read_record, segment_path
 from buffer.storage import sql, sql_read
 from buffer.storage.base import Store
 from buffer.storage.changes import Changes, RowRecorder
@@ -44,12 +49,12 @@ from buffer.tickets import SampleSummary, Ticket
 log = logging.getLogger(__name__)
 
 _MAX_LISTED = 10
-"""Damaged records that an error message lists one by one."""
+"""Maximum number of damaged records listed in an error message."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoreSettings:
-    """Fields as in the configuration (`buffer.*`), which has the defaults."""
+    """Settings of the store, as in `buffer.*` of the configuration, which has the defaults."""
 
     durability: str
     retain_trajectories: bool
@@ -86,10 +91,9 @@ class DurableStore(RowRecorder):
     def __init__(
         self, directory: Path, settings: StoreSettings, *, on_error: Callable[[Exception], None]
     ) -> None:
-        """Raises UserError if another process has the directory.
+        """Raises UserError if another process uses the directory.
 
-        `on_error` is called in the loop on an error that waiting cannot mend; nothing becomes durable after
-        it.
+        `on_error` is called in the loop for an error that no retry can fix; after it nothing becomes durable.
         """
         super().__init__()
         self._directory = directory
@@ -107,10 +111,10 @@ class DurableStore(RowRecorder):
             os.close(self._lock)
             raise
         self._cache = RecordCache(max_bytes=settings.cache_bytes)
-        self._places: dict[int, dict[int, Place]] = {}
+        self._locations: dict[int, dict[int, RecordLocation]] = {}
         """Positions on disk, by ticket and sample index, of durable records that may still be fetched."""
         self._num_needed: Counter[int] = Counter()
-        """Number of them in each segment."""
+        """Number of records in `_locations`, by segment."""
         self._retained: frozenset[int] = frozenset()
         self._gone_segments: list[int] = []
         self._callbacks: list[Callable[[], None]] = []
@@ -122,9 +126,9 @@ class DurableStore(RowRecorder):
         assert self._writer is None, "recover was called twice"
         recovered = sql_read.read_all(self._connection)
         self._continue_from(recovered, first_returned=sql_read.first_returned(self._connection))
-        self._places = sql_read.read_places(self._connection)
+        self._locations = sql_read.read_locations(self._connection)
         self._num_needed = Counter(
-            place.segment for places in self._places.values() for place in places.values()
+            location.segment for locations in self._locations.values() for location in locations.values()
         )
         segments = sql_read.read_segments(self._connection)
         self._retained = frozenset(row.segment for row in segments if row.retained)
@@ -171,8 +175,10 @@ class DurableStore(RowRecorder):
         for index in range(ticket.num_samples):
             record = self._cache.get(ticket.ticket_id, index)
             if record is None:
-                place = self._places[ticket.ticket_id][index]
-                record = read_record(self._directory, place, ticket_id=ticket.ticket_id, sample_index=index)
+                location = self._locations[ticket.ticket_id][index]
+                record = read_record(
+                    self._directory, location, ticket_id=ticket.ticket_id, sample_index=index
+                )
             records.append(record)
         self._cache.mark_served(ticket.ticket_id)
         return records
@@ -187,7 +193,7 @@ class DurableStore(RowRecorder):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of records in memory: those not durable yet, and at most `cache_bytes` of others."""
+        """Bytes of records in memory: all that are not durable yet, and at most `cache_bytes` of others."""
         return self._cache.num_bytes
 
     @property
@@ -220,26 +226,26 @@ class DurableStore(RowRecorder):
         self.changes, self._callbacks, self._gone_segments = Changes(), [], []
         self._writer.submit(self._in_flight)
 
-    def _done(self, batch: Batch, places: list[Place]) -> None:
+    def _done(self, batch: Batch, locations: list[RecordLocation]) -> None:
         """A batch is durable. Called in the event loop."""
         self._in_flight = None
-        for (_, record), place in zip(batch.changes.samples, places, strict=True):
-            self._places.setdefault(record.ticket_id, {})[record.sample_index] = place
-            self._num_needed[place.segment] += 1
+        for (_, record), location in zip(batch.changes.samples, locations, strict=True):
+            self._locations.setdefault(record.ticket_id, {})[record.sample_index] = location
+            self._num_needed[location.segment] += 1
             self._cache.unpin(record.ticket_id, record.sample_index)
         for ticket_id in batch.changes.released:
             self._cache.remove(ticket_id)
-            for place in self._places.pop(ticket_id, {}).values():
-                self._num_needed[place.segment] -= 1
+            for location in self._locations.pop(ticket_id, {}).values():
+                self._num_needed[location.segment] -= 1
         self._collect_segments()
         self._hand_over()
         for callback in batch.callbacks:
             callback()
 
     def _collect_segments(self) -> None:
-        """Queues files that no durable row needs for deletion with the next batch.
+        """Queues files that no durable row refers to, for deletion with the next batch.
 
-        They are deleted after the rows that released them are durable, so a crash in between loses nothing.
+        The rows that released their records are durable by then, so a crash in between loses nothing.
         """
         newest = max(self._num_needed, default=0)
         gone = [segment for segment in self._num_needed if segment < newest and not self._is_needed(segment)]
@@ -253,20 +259,20 @@ class DurableStore(RowRecorder):
         )
 
     def _verify(self, last_segment: int, *, ignoring: Collection[int]) -> None:
-        """Checks that every record that a row refers to is on disk, and the checksums of the last segment's.
+        """Checks that every record that a row refers to is on disk; in the last segment, also its checksum.
 
-        Older segments were complete when the last one was begun. Their checksums are verified at each read,
-        because a start must not take minutes. Raises StoreCorruptError.
+        Older segments were complete when the last one was started. Their checksums are verified only when
+        records are read, because the start of a buffer must not take minutes. Raises StoreCorruptError.
         """
         sizes: dict[int, int] = {}
         damaged = []
-        for ticket_id, places in self._places.items():
-            for index, place in places.items() if ticket_id not in ignoring else ():
-                path = segment_path(self._directory, place.segment)
-                size = sizes.setdefault(place.segment, path.stat().st_size if path.exists() else -1)
+        for ticket_id, locations in self._locations.items():
+            for index, location in locations.items() if ticket_id not in ignoring else ():
+                path = segment_path(self._directory, location.segment)
+                size = sizes.setdefault(location.segment, path.stat().st_size if path.exists() else -1)
                 try:
-                    if place.segment == last_segment or place.offset + place.num_bytes > size:
-                        read_record(self._directory, place, ticket_id=ticket_id, sample_index=index)
+                    if location.segment == last_segment or location.offset + location.num_bytes > size:
+                        read_record(self._directory, location, ticket_id=ticket_id, sample_index=index)
                 except StoreCorruptError as error:
                     damaged.append(str(error))
         if damaged:
@@ -274,7 +280,7 @@ class DurableStore(RowRecorder):
             raise StoreCorruptError("; ".join(damaged[:_MAX_LISTED]) + more)
 
     def _remove_files_without_row(self, segments: Collection[int]) -> None:
-        """Deletes files without a row: their first batch, or their own deletion, was interrupted."""
+        """Deletes files without a row, whose first batch or whose deletion was interrupted."""
         for path in (self._directory / "segments").glob("*.seg"):
             if path.stem.isdecimal() and int(path.stem) not in segments:
                 path.unlink()

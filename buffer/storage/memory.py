@@ -13,7 +13,7 @@ from buffer.tickets import LeaseRecord, SampleSummary, State, Ticket
 class MemoryStore:
     """A `Store` that acknowledges at once.
 
-    Its size is bounded by the tickets in flight, however long the run.
+    Its size depends on the number of tickets in flight and not on the length of the run.
     """
 
     def __init__(self) -> None:

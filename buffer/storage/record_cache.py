@@ -2,10 +2,10 @@
 
     add -> PINNED (not durable yet) -> unpin -> KEPT -> evicted | removed
 
-Groups leave the buffer roughly in the order in which their samples arrived. So when the cache is full the
-newest record is the one that is not kept: the records needed next stay in memory. Served groups are evicted
-first: they are fetched again only after a trainer's crash. Pinned records are the only copy and are never
-evicted; servers bound their number, because they send nothing new before an acknowledgement.
+Groups leave the buffer roughly in the order in which their samples arrived. So a full cache does not keep the
+newest record: the records needed next stay in memory. Served groups are evicted first, because they are
+fetched again only after a trainer's crash. Pinned records are the only copy and are never evicted; their
+number is limited, because servers send no new samples before an acknowledgement.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class RecordCache:
         return self._records.get(ticket_id, {}).get(sample_index)
 
     def mark_served(self, ticket_id: int) -> None:
-        """A rank has fetched the group: it is evicted before others."""
+        """A rank has fetched the group: its records are evicted before others."""
         if ticket_id in self._records:
             self._served[ticket_id] = None
 
     def remove(self, ticket_id: int) -> None:
-        """Removes all records of a ticket, pinned ones too: nobody needs them any more."""
+        """Removes all records of a ticket, including pinned ones: they are not needed any more."""
         self._served.pop(ticket_id, None)
         for index in list(self._records.get(ticket_id, ())):
             self._pinned.discard((ticket_id, index))

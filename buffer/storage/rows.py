@@ -1,4 +1,4 @@
-"""Rows that a store gives back after a restart. Plain data."""
+"""Rows that a store returns after a restart. Plain data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class VersionRow:
 
     version: int
     step: int
-    """Optimizer steps completed when these weights were made: they are the start of this step."""
+    """The optimizer step that starts from these weights: the number of steps completed before."""
     parent: int
     """The version allocated before it."""
     trainer_incarnation: int
@@ -31,7 +31,7 @@ class LeaseRow:
     server_incarnation: int
     weights_step: int
     outstanding: frozenset[int]
-    """Sample indices as last written; one that has a sample row by now is not outstanding any more."""
+    """Sample indices as last written. An index that has a sample row is not outstanding any more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,15 +39,15 @@ class RollbackRow:
     """Training that was undone: a trainer resumed at an earlier step than the last complete one."""
 
     trainer_incarnation: int
-    """Of the trainer that resumed."""
+    """Incarnation of the trainer that resumed."""
     from_step: int
-    """Steps that were complete."""
+    """Steps that were complete before."""
     to_step: int
     """Steps that the resumed checkpoint contains."""
     num_tickets: int
     """Tickets trained on in the steps between."""
     num_tokens: int
-    """Sampled tokens in them."""
+    """Sampled tokens of these tickets."""
     unix_s: float
 
 
@@ -57,9 +57,9 @@ class SegmentRow:
 
     segment: int
     num_bytes: int
-    """Rows refer to bytes up to here; what follows was never acknowledged."""
+    """Rows refer to bytes up to here; bytes after it were never acknowledged."""
     retained: bool
-    """Kept for good, whether its trajectories are needed or not (`buffer.retain_trajectories`)."""
+    """True if the file is never deleted (written with `buffer.retain_trajectories`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +67,10 @@ class Recovered:
     """Everything that earlier processes wrote. Empty for a new run."""
 
     tickets: list[Ticket] = field(default_factory=list)
-    """Live ones by id, with samples and failures. Every index without a sample is in `unleased`; `leases` is
-    empty."""
+    """Live tickets by id, with samples and failures. Every index without a sample is in `unleased`; `leases`
+    is empty."""
     trained: list[Ticket] = field(default_factory=list)
-    """TRAINED ones whose records are not released yet, by (step, position)."""
+    """TRAINED tickets whose records are not released yet, by (step, position)."""
     leases: list[LeaseRow] = field(default_factory=list)
     versions: list[VersionRow] = field(default_factory=list)
     """In order of allocation."""
@@ -82,7 +82,7 @@ class Recovered:
     rollbacks: list[RollbackRow] = field(default_factory=list)
     counters: dict[str, float] = field(default_factory=dict)
     ended: dict[tuple[Purpose, State, Drop | None], int] = field(default_factory=dict)
-    """Number of tickets in each terminal state (those of `trained` included): their rows are counted, not
-    read."""
+    """Number of tickets by purpose, terminal state and drop reason, including those in `trained`. Their rows
+    are counted, not read."""
     num_issued: int = 0
     """The largest ticket id."""

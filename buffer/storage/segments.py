@@ -1,11 +1,11 @@
-"""Segments: the files that trajectories are appended to, by one thread, in batches that can be undone.
+"""Segments: files to which one thread appends trajectories, in batches that can be undone.
 
-    write(records) -> (the transaction with their rows commits) -> keep()   the batch stays
-    write(records) -> cut()                                                 disk full: files as before
+    write(records) -> (the transaction with their rows commits) -> keep()   the batch is kept
+    write(records) -> cut()                                                 disk full: the batch is removed
 
-A row may refer to bytes only if they are at least as durable as the row: with `sync`, `write` returns after
-they are on disk, and so is the name of a new file. Bytes of an interrupted batch behind the last referenced
-one are removed at the next start.
+A row may refer to bytes only if they are at least as durable as the row: with `sync`, `write` returns when
+the bytes and the directory entry of a new file are on disk. If a batch is interrupted, its bytes are at the
+end of a segment and no row refers to them; the next start removes them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from areal_like.wire.records import Place, count_whole_records, crc32_of, segment_path
+from areal_like.wire.records import RecordLocation, count_whole_records, crc32_of, segment_path
 
 _MAX_BUFFERS = 1024
 """Limit of one writev (IOV_MAX)."""
@@ -35,18 +35,18 @@ class SegmentWriter:
         self._open(segment)
         os.ftruncate(self._file, offset)
 
-    def write(self, records: Sequence[bytes]) -> list[Place]:
+    def write(self, records: Sequence[bytes]) -> list[RecordLocation]:
         """Appends the records and returns their positions. Call `cut` after an OSError."""
-        places: list[Place] = []
-        for segment_records in self._by_segment(records, places):
+        locations: list[RecordLocation] = []
+        for segment_records in self._by_segment(records, locations):
             for start in range(0, len(segment_records), _MAX_BUFFERS):
                 self._write_all(segment_records[start : start + _MAX_BUFFERS])
             if self._sync and segment_records:
                 os.fdatasync(self._file)
-        return places
+        return locations
 
     def keep(self) -> None:
-        """Rows refer to the written records now: `cut` does not remove them any more."""
+        """The transaction with the rows has committed: `cut` will not remove the written records any more."""
         self._kept = (self.segment, self.offset)
 
     def cut(self) -> None:
@@ -61,7 +61,7 @@ class SegmentWriter:
     def close(self) -> None:
         os.close(self._file)
 
-    def _by_segment(self, records: Sequence[bytes], places: list[Place]) -> Iterator[list[bytes]]:
+    def _by_segment(self, records: Sequence[bytes], locations: list[RecordLocation]) -> Iterator[list[bytes]]:
         """The records of one segment after another. The caller writes each list before it takes the next."""
         here: list[bytes] = []
         for record in records:
@@ -70,7 +70,7 @@ class SegmentWriter:
                 here = []
                 self._open(self.segment + 1)
                 self.offset = 0
-            places.append(Place(self.segment, self.offset, len(record), crc32_of(record)))
+            locations.append(RecordLocation(self.segment, self.offset, len(record), crc32_of(record)))
             here.append(record)
             self.offset += len(record)
         yield here
@@ -86,7 +86,7 @@ class SegmentWriter:
 
     def _write_all(self, records: list[bytes]) -> None:
         num_written = os.writev(self._file, records)
-        # A disk that becomes full accepts a part first and refuses the rest.
+        # A disk that becomes full accepts a part of the bytes and refuses the rest.
         if num_written < sum(map(len, records)):
             rest = memoryview(b"".join(records))[num_written:]
             while rest:
@@ -103,7 +103,7 @@ def sync_directory(directory: Path) -> None:
 
 
 def unreferenced_tail(directory: Path, *, segment: int, offset: int) -> tuple[int, int]:
-    """(complete records, bytes of an incomplete one) behind the last byte that a row refers to."""
+    """(complete records, bytes of an incomplete record) after the last byte that a row refers to."""
     try:
         with segment_path(directory, segment).open("rb") as file:
             file.seek(offset)

@@ -1,14 +1,14 @@
 """The ledger's tables in SQLite: schema, migrations and writes. `sql_read.py` reads them back.
 
-docs/reference/ledger.md explains the tables to whoever opens the file with sqlite3.
+docs/reference/ledger.md explains the tables for operators who open the file with sqlite3.
 
-`PRAGMA user_version` is the number of migrations that a file has gone through. Each migration is a script
-that takes the tables from one version to the next; a new file goes through all of them, so there is only one
-way to a schema. A file with more migrations than this program has is refused.
+`PRAGMA user_version` is the number of migrations applied to a file. Each migration is a script that takes the
+tables from one version to the next. A new file goes through all of them, so that new and old files have the
+same schema. A file with more migrations than this program has is refused.
 
-The cost of a row does not depend on the number of rows: ids grow, so every insert is at the right-hand end of
-its tree, and the index over tickets with records holds only those. Ended tickets are counted at recovery, not
-read.
+The cost of writing a row does not depend on the number of rows: ids grow, so every insert is at the end of
+its B-tree, and the index over tickets with records contains no others. At recovery, ended tickets are counted
+and not read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from areal_like.errors import StoreCorruptError, UserError
-from areal_like.wire.records import Place
+from areal_like.wire.records import RecordLocation
 from buffer.storage.changes import Changes, Row
 from buffer.storage.rows import SegmentRow
 
@@ -108,7 +108,7 @@ def migrate(connection: sqlite3.Connection, *, path: Path, migrations: Sequence[
     if version > len(migrations):
         raise UserError(
             f"{path} has schema version {version}, this program supports up to {len(migrations)}: "
-            "run the release that wrote it, or a newer one, or begin a run of another name"
+            "run the release that wrote it, or a newer one, or start a run with another name"
         )
     for number, script in enumerate(migrations[version:], start=version + 1):
         connection.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; COMMIT;")
@@ -117,19 +117,19 @@ def migrate(connection: sqlite3.Connection, *, path: Path, migrations: Sequence[
 def apply(
     connection: sqlite3.Connection,
     changes: Changes,
-    places: Iterable[Place],
+    locations: Iterable[RecordLocation],
     *,
     segments: Sequence[SegmentRow] = (),
     gone_segments: Sequence[int] = (),
 ) -> None:
     """Writes everything in one transaction, or raises sqlite3.Error and writes nothing.
 
-    `places`: positions on disk of the records of `changes.samples`. `segments`: files that grew.
+    `locations`: positions on disk of the records of `changes.samples`. `segments`: files that grew.
     `gone_segments`: files that will be deleted after this.
     """
     connection.execute("BEGIN IMMEDIATE")
     try:
-        _write(connection, changes, places)
+        _write(connection, changes, locations)
         connection.executemany(
             "INSERT INTO segments VALUES (?,?,?) ON CONFLICT (segment) DO UPDATE SET "
             "num_bytes = excluded.num_bytes, retained = max(retained, excluded.retained)",
@@ -146,7 +146,7 @@ def apply(
         raise
 
 
-def _write(connection: sqlite3.Connection, changes: Changes, places: Iterable[Place]) -> None:
+def _write(connection: sqlite3.Connection, changes: Changes, locations: Iterable[RecordLocation]) -> None:
     _insert(
         connection,
         "INSERT INTO tickets VALUES",
@@ -155,7 +155,7 @@ def _write(connection: sqlite3.Connection, changes: Changes, places: Iterable[Pl
         "state = excluded.state, "
         "reason = excluded.reason, step = excluded.step, position = excluded.position",
     )
-    _insert(connection, "INSERT INTO samples VALUES", _sample_rows(changes, places))
+    _insert(connection, "INSERT INTO samples VALUES", _sample_rows(changes, locations))
     _each(connection, "UPDATE tickets SET released = 1 WHERE ticket_id IN", changes.released)
     _insert(
         connection,
@@ -175,7 +175,7 @@ def _write(connection: sqlite3.Connection, changes: Changes, places: Iterable[Pl
         "INSERT INTO versions VALUES",
         [(row.version, row.step, row.parent, row.trainer_incarnation) for row in changes.versions],
     )
-    # On disk the table of scalars is called `marks`, and that of counters `statistics`.
+    # On disk the table of scalars is called `marks`, and the table of counters `statistics`.
     _insert(connection, "INSERT OR REPLACE INTO marks VALUES", list(changes.scalars.items()))
     _insert(
         connection,
@@ -185,7 +185,7 @@ def _write(connection: sqlite3.Connection, changes: Changes, places: Iterable[Pl
     _each(
         connection,
         "DELETE FROM returned_prompts WHERE place IN",
-        [place for place, row in changes.returned.items() if not row],
+        [queue_index for queue_index, row in changes.returned.items() if not row],
     )
     _insert(
         connection,
@@ -217,9 +217,10 @@ def _write(connection: sqlite3.Connection, changes: Changes, places: Iterable[Pl
 
 
 def _insert(connection: sqlite3.Connection, statement: str, rows: Sequence[Row], ending: str = "") -> None:
-    """Many rows in one statement.
+    """Inserts many rows with one statement.
 
-    sqlite3 releases the interpreter lock at every step, and a busy event loop is slow to give it back.
+    sqlite3 releases the GIL at every execution of a statement, and a busy event loop is slow to release it
+    again.
     """
     for chunk in _chunks(rows):
         placeholders = _placeholders(len(chunk), len(chunk[0]))
@@ -228,7 +229,7 @@ def _insert(connection: sqlite3.Connection, statement: str, rows: Sequence[Row],
 
 @functools.cache
 def _placeholders(num_rows: int, num_columns: int) -> str:
-    """`(?,?),(?,?),...`. Long strings, but few: numbers of rows are powers of two."""
+    """`(?,?),(?,?),...`. The strings are long but few, because numbers of rows are powers of two."""
     return ",".join([f"({','.join('?' * num_columns)})"] * num_rows)
 
 
@@ -238,7 +239,7 @@ def _each(connection: sqlite3.Connection, statement: str, keys: Sequence[int]) -
 
 
 def _chunks(rows: Sequence[_T]) -> Iterator[Sequence[_T]]:
-    """Chunks of powers of two, so that the few different statements stay in the statement cache."""
+    """Splits into chunks whose sizes are powers of two, so that all statements fit in SQLite's cache."""
     start = 0
     while start < len(rows):
         size = min(_MAX_ROWS, 1 << (len(rows) - start).bit_length() - 1)
@@ -246,7 +247,7 @@ def _chunks(rows: Sequence[_T]) -> Iterator[Sequence[_T]]:
         start += size
 
 
-def _sample_rows(changes: Changes, places: Iterable[Place]) -> list[tuple[int | float, ...]]:
+def _sample_rows(changes: Changes, locations: Iterable[RecordLocation]) -> list[tuple[int | float, ...]]:
     return [
         (
             record.ticket_id,
@@ -258,10 +259,10 @@ def _sample_rows(changes: Changes, places: Iterable[Place]) -> list[tuple[int | 
             sample.newest_version,
             sample.num_sampled,
             sample.reward,
-            place.segment,
-            place.offset,
-            place.num_bytes,
-            place.crc32,
+            location.segment,
+            location.offset,
+            location.num_bytes,
+            location.crc32,
         )
-        for (sample, record), place in zip(changes.samples, places, strict=True)
+        for (sample, record), location in zip(changes.samples, locations, strict=True)
     ]

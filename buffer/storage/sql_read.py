@@ -1,7 +1,7 @@
-"""Reads the ledger's tables: once, when a buffer starts.
+"""Reads the ledger's tables, once, when a buffer starts.
 
-Queries go through the index over tickets with records, so their cost does not grow with the tickets that have
-ended.
+Queries use the index over tickets with records, so their cost does not grow with the number of ended tickets
+(except counting them).
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import json
 import sqlite3
 
 from areal_like.wire.messages.producer import Purpose
-from areal_like.wire.records import Place
+from areal_like.wire.records import RecordLocation
 from buffer.prompts.order import Prompt
 from buffer.storage.rows import LeaseRow, Recovered, RollbackRow, SegmentRow, VersionRow
 from buffer.tickets import Drop, SampleSummary, State, Ticket
 
 
 def read_all(connection: sqlite3.Connection) -> Recovered:
-    """Every live row; ended tickets as counts."""
+    """All live rows; ended tickets are counted."""
     query = connection.execute
     tickets = {
         row[0]: Ticket(
@@ -99,19 +99,19 @@ def read_all(connection: sqlite3.Connection) -> Recovered:
 
 
 def first_returned(connection: sqlite3.Connection) -> int:
-    """Key of the row of `returned_prompts` that is issued next."""
+    """Key of the row of `returned_prompts` whose prompt is issued next."""
     return int(connection.execute("SELECT coalesce(min(place), 0) FROM returned_prompts").fetchone()[0])
 
 
-def read_places(connection: sqlite3.Connection) -> dict[int, dict[int, Place]]:
+def read_locations(connection: sqlite3.Connection) -> dict[int, dict[int, RecordLocation]]:
     """Ticket id -> sample index -> position on disk, for every ticket that may still be fetched."""
-    places: dict[int, dict[int, Place]] = {}
-    for ticket_id, sample_index, *place in connection.execute(
+    locations: dict[int, dict[int, RecordLocation]] = {}
+    for ticket_id, sample_index, *location in connection.execute(
         "SELECT samples.ticket_id, sample_index, segment, offset, num_bytes, crc32 "
         "FROM tickets CROSS JOIN samples USING (ticket_id) WHERE released = 0"
     ):
-        places.setdefault(ticket_id, {})[sample_index] = Place(*place)
-    return places
+        locations.setdefault(ticket_id, {})[sample_index] = RecordLocation(*location)
+    return locations
 
 
 def read_segments(connection: sqlite3.Connection) -> list[SegmentRow]:

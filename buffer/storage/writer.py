@@ -4,10 +4,10 @@
 
 A batch is one transaction. Writes that accumulate in the loop while the disk is busy become the next batch
 (group commit). Records are written before rows, because a row must never refer to bytes that are less durable
-than itself. When there is no space, a batch is undone and retried until there is, so a full disk costs time
-and nothing else; batches that free space may use the reserve of `buffer.min_free_bytes`. Any other error ends
-the writer: after a failed fsync the contents of the disk are unknown (the kernel drops the pages), so
-continuing could acknowledge lost data.
+than the row itself. If there is no space, a batch is undone and retried until it fits, so a full disk only
+delays the run; batches that free space may use the reserve of `buffer.min_free_bytes`. Any other error ends
+the writer: after a failed fsync the content of the disk is unknown (the kernel drops the pages), and the
+writer might acknowledge lost data if it continued.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from areal_like.wire.records import Place, segment_path
+from areal_like.wire.records import RecordLocation, segment_path
 from buffer.storage import sql
 from buffer.storage.changes import Changes
 from buffer.storage.rows import SegmentRow
@@ -36,7 +36,7 @@ _RETRY_S = 0.25
 _HANGS_AFTER_S = 5.0
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _SQLITE_NO_SPACE = frozenset({"SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE"})
-"""SQLite's names for the three above: nothing was written, and a retry may succeed."""
+"""SQLite's names for the errors in _NO_SPACE: nothing was written, and a retry may succeed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +69,7 @@ class Writer:
         retain: bool,
         min_free_bytes: int,
         loop: asyncio.AbstractEventLoop,
-        on_done: Callable[[Batch, list[Place]], None],
+        on_done: Callable[[Batch, list[RecordLocation]], None],
         on_error: Callable[[Exception], None],
     ) -> None:
         """`on_done` and `on_error` are called in `loop`."""
@@ -119,12 +119,11 @@ class Writer:
     def _run(self) -> None:
         try:
             while (batch := self._batches.get()) is not None:
-                places = self._write_when_there_is_space(batch)
-                if places is None:
+                locations = self._write_when_there_is_space(batch)
+                if locations is None:
                     return
-                self._call_in_loop(self._on_done, batch, places)
-        # The outermost frame of the thread: an error that is not reported would leave acknowledgements
-        # waiting for ever.
+                self._call_in_loop(self._on_done, batch, locations)
+        # The outermost frame of the thread: if an error were not reported, acknowledgements would never come.
         except Exception as error:
             log.exception("the ledger cannot be written")
             self._call_in_loop(self._on_error, error)
@@ -133,13 +132,13 @@ class Writer:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(callback, *arguments)
 
-    def _write_when_there_is_space(self, batch: Batch) -> list[Place] | None:
-        """Positions of the records on disk; None: closed before there was space."""
+    def _write_when_there_is_space(self, batch: Batch) -> list[RecordLocation] | None:
+        """Positions of the records on disk; None if the writer was closed before there was space."""
         records = [record.data for _, record in batch.changes.samples]
         while True:
             self._writing_since_s = time.monotonic()
             try:
-                places = self._write(batch, records)
+                locations = self._write(batch, records)
             except _NoSpaceError as full:
                 if not self._refused_reason:
                     log.error("%s", full)
@@ -150,24 +149,24 @@ class Writer:
                 if self._refused_reason:
                     log.warning("the ledger can be written again")
                 self._refused_reason = ""
-                return places
+                return locations
             finally:
                 self._writing_since_s = None
 
-    def _write(self, batch: Batch, records: list[bytes]) -> list[Place]:
+    def _write(self, batch: Batch, records: list[bytes]) -> list[RecordLocation]:
         if records and not (self.frees_space or batch.changes.released or batch.gone_segments):
             self._check_free(sum(map(len, records)))
         first = self._segments.segment
         try:
-            places = self._segments.write(records)
-            sizes = {place.segment: place.offset + place.num_bytes for place in places}
+            locations = self._segments.write(records)
+            sizes = {location.segment: location.offset + location.num_bytes for location in locations}
             rows = [
                 SegmentRow(segment=segment, num_bytes=sizes.get(segment, 0), retained=self._retain)
                 for segment in range(first, self._segments.segment + 1)
             ]
             grown = [row for row in rows if row.num_bytes]
             sql.apply(
-                self._connection, batch.changes, places, segments=grown, gone_segments=batch.gone_segments
+                self._connection, batch.changes, locations, segments=grown, gone_segments=batch.gone_segments
             )
         except OSError as error:
             if error.errno not in _NO_SPACE:
@@ -188,7 +187,7 @@ class Writer:
         self._segments.keep()
         for segment in batch.gone_segments:
             segment_path(self._directory, segment).unlink(missing_ok=True)
-        return places
+        return locations
 
     def _check_free(self, num_bytes: int) -> None:
         disk = os.statvfs(self._directory)

@@ -1,8 +1,8 @@
-"""Counters of the stream: samples and tokens by outcome, and the lag of what was trained on.
+"""Counters of the stream: samples and tokens by outcome, and the lag of trained samples.
 
-Lag is counted when the trainer completes a step, not when a checkpoint commits it: that is when the data took
-effect. A step that a resumed trainer repeats is counted once. Counters survive a restart: names and numbers,
-written as they change.
+Lag is counted when the trainer completes a step, because then the samples have taken effect, and not when a
+checkpoint commits the step. A step that a resumed trainer repeats is counted once. Counters survive a
+restart: they are stored as pairs of name and number whenever they change.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class StreamCounters:
             self._add("tokens_refused", num_sampled)
 
     def count_failure(self) -> None:
-        """Counts a sample that a server could not make."""
+        """Counts a failed sample."""
         self._add("num_failures", 1)
 
     def count_lost_lease(self) -> None:

@@ -68,15 +68,15 @@ class EvalTable:
         self.rounds: dict[int, EvalRound] = {}
 
     def begin(self, round_: EvalRound, tickets: Sequence[Ticket]) -> None:
-        """Adds a round, and forgets the oldest finished ones."""
+        """Adds a round, and deletes the oldest finished ones."""
         self.rounds[round_.eval_id] = round_
         round_.queue.extend(ticket.ticket_id for ticket in tickets)
         done = [eval_id for eval_id, round_ in self.rounds.items() if round_.is_done]
-        for forgotten in done[:-_NUM_DONE_KEPT]:
-            del self.rounds[forgotten]
+        for eval_id in done[:-_NUM_DONE_KEPT]:
+            del self.rounds[eval_id]
 
     def clear(self) -> None:
-        """Forgets all rounds: the trainer that requested them is gone."""
+        """Deletes all rounds: the trainer that requested them has been replaced."""
         self.rounds.clear()
 
     @property
@@ -92,7 +92,7 @@ class EvalTable:
         return None
 
     def requeue(self, ticket: Ticket) -> None:
-        """The ticket's sample has to be leased again, before others of its round."""
+        """The sample of the ticket has to be leased again, before other tickets of its round."""
         self.rounds[ticket.eval_id].queue.appendleft(ticket.ticket_id)
 
     def add(self, ticket: Ticket, sample: SampleSummary) -> None:
@@ -100,6 +100,6 @@ class EvalTable:
         self.rounds[ticket.eval_id].add(sample)
 
     def add_failure(self, ticket: Ticket) -> None:
-        """Counts a dropped ticket; one of an earlier buffer's round is ignored."""
+        """Counts a dropped ticket. Tickets of an earlier buffer's rounds are ignored."""
         if ticket.eval_id in self.rounds:
             self.rounds[ticket.eval_id].num_failed += 1

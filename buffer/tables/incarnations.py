@@ -1,6 +1,6 @@
-"""Fencing of old processes: the newest incarnation of every peer, kept over restarts of the buffer.
+"""Refuses messages of replaced processes: stores the newest incarnation of every peer, also over restarts.
 
-An incarnation is a number that grows with every start of a process of the same name. A message of an older
+An incarnation is a number that grows with every start of a process of the same name. A message with an older
 incarnation comes from a process that has been replaced (it hung, or its machine was cut off), and is refused.
 """
 
@@ -23,14 +23,14 @@ def refuse_older(name: str, incarnation: int, *, newest: int) -> None:
 
 
 class IncarnationTable:
-    """Newest incarnation by name of the peer."""
+    """The newest incarnation of each peer, by the peer's name."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self.newest: dict[str, int] = {}
 
     def restore(self, scalars: Mapping[str, int]) -> None:
-        """Reads the incarnations that earlier buffers noted."""
+        """Reads the incarnations that earlier buffers wrote."""
         self.newest = {
             name.removeprefix(_PREFIX): value for name, value in scalars.items() if name.startswith(_PREFIX)
         }
@@ -40,7 +40,7 @@ class IncarnationTable:
         refuse_older(name, incarnation, newest=self.newest.get(name, 0))
 
     def register(self, name: str, incarnation: int) -> None:
-        """Fences all older processes of this name. Raises StaleIncarnationError if it is one itself."""
+        """Stores an incarnation if it is the newest. Raises StaleIncarnationError if it is older."""
         self.check(name, incarnation)
         if incarnation > self.newest.get(name, 0):
             self.newest[name] = incarnation

@@ -1,12 +1,12 @@
 """Rollout servers, their credit (samples they can take), and the leases they hold.
 
-    lease: GRANTED -> finished (every sample delivered, failed or dropped) | lost (expired, returned, server
-    replaced or silent)
+    lease: GRANTED -> finished    every sample was delivered, failed or dropped
+                   -> lost        it expired or was returned, or its server was replaced or silent
 
 Credit is a server's capacity (`free + holding` of its last heartbeat) minus the samples of its leases in this
-table. Unlike a running difference of grants and returns, it cannot drift when a heartbeat crosses a grant on
-the wire. A heartbeat renews the leases it names. A lease that it does not name runs out: the server never
-received it or has lost it.
+table. A sum of grants and returns could become wrong when a heartbeat and a grant cross on the wire; this
+difference cannot. A heartbeat renews the leases it names. Other leases of the server expire, because the
+server never received them or has lost them.
 """
 
 from __future__ import annotations
@@ -33,21 +33,22 @@ class Server:
     state: ServerState = ServerState.STARTING
     capacity_samples: int = 0
     owed_samples: int = 0
-    """Samples of its live leases that have not arrived."""
+    """Samples of its live leases that have not arrived yet."""
     leases: dict[int, LeaseRecord] = field(default_factory=dict)
     lost: set[int] | None = None
-    """Lost leases that it may still work on. None until its first heartbeat: any lease that it names may be
-    one of an earlier buffer."""
+    """Lost leases that the server may still work on. None until its first heartbeat, which may name leases of
+    an earlier buffer."""
 
     @property
     def free_samples(self) -> int:
-        """Samples it can take now."""
+        """Samples that the server can take now."""
         return self.capacity_samples - self.owed_samples if self.state is ServerState.SERVING else 0
 
     def can_take(self, num_samples: int) -> bool:
-        """True if a ticket with so many unleased samples fits; tickets are leased whole.
+        """True if the server can take a ticket with `num_samples` unleased samples; a lease takes all of
+        them.
 
-        An idle server takes one that is larger than its capacity: otherwise such a ticket might never be
+        An idle server may take a ticket that exceeds its capacity. Otherwise such a ticket might never be
         leased.
         """
         return self.free_samples >= num_samples or (self.free_samples > 0 and not self.leases)
@@ -68,7 +69,7 @@ class LeaseTable:
         self._aborts: dict[str, list[int]] = {}
 
     def restore(self, rows: Iterable[LeaseRow], tickets: Mapping[int, Ticket], *, now_s: float) -> None:
-        """Restores leases of an earlier buffer with a new expiry time, under servers yet to register."""
+        """Restores leases of an earlier buffer with a new expiry time; their servers have yet to register."""
         for row in rows:
             ticket = tickets[row.ticket_id]
             lease = LeaseRecord(
@@ -93,7 +94,7 @@ class LeaseTable:
     ) -> list[LeaseRecord]:
         """Registers a server and returns the leases of its earlier incarnation, which are lost.
 
-        The caller has checked with `IncarnationTable` that no newer one is registered.
+        The caller has checked with `IncarnationTable` that no newer incarnation is registered.
         """
         known = self.servers.get(name)
         assert known is None or known.incarnation <= incarnation
@@ -112,7 +113,7 @@ class LeaseTable:
         return [self._remove(lease) for lease in list(server.leases.values())] if server else []
 
     def heartbeat(self, name: str, beat: ServerHeartbeat, *, now_s: float) -> None:
-        """Updates a server, renews the leases it names, and aborts those that are not its own."""
+        """Updates a server, renews its leases that the heartbeat names, and aborts others that it names."""
         server = self.servers[name]
         server.last_heard_s, server.state, server.weights_version = now_s, beat.state, beat.weights_version
         server.capacity_samples = beat.free_samples + beat.holding_samples
@@ -122,20 +123,23 @@ class LeaseTable:
             if lease is not None:
                 lease.expires_s = now_s + self._timeout_s
             elif server.lost is None or lease_id in server.lost:
-                # Any other unknown lease has just been delivered: the heartbeat was sent before its
-                # acknowledgement arrived.
+                # Any other unknown lease has just finished: the server sent the heartbeat before it received
+                # the acknowledgement.
                 foreign.append(lease_id)
         server.lost = set(foreign)
         if foreign:
             self._aborts.setdefault(name, []).extend(foreign)
 
     def return_leases(self, name: str, lease_ids: list[int]) -> list[LeaseRecord]:
-        """Ends leases that a server gives back. Ids it does not hold are ignored: they were lost before."""
+        """Ends leases that a server returns. Ids of other leases are ignored: they were lost before."""
         held = self.servers[name].leases
         return [self._remove(held[lease_id]) for lease_id in dict.fromkeys(lease_ids) if lease_id in held]
 
     def expire(self, *, now_s: float) -> tuple[list[LeaseRecord], list[str]]:
-        """Ends leases not renewed in time, removes silent servers: (lost leases, names of servers)."""
+        """Ends leases that were not renewed in time, and removes silent servers.
+
+        Returns (lost leases, names of the removed servers).
+        """
         lost = []
         while self._expiry and self._expiry[0][0] <= now_s:
             lease = self.live.get(heapq.heappop(self._expiry)[1])
@@ -172,13 +176,13 @@ class LeaseTable:
         return lease
 
     def clear_credit(self, name: str) -> None:
-        """The server cannot be reached: it gets no lease until its next heartbeat."""
+        """The server cannot be reached, so it gets no lease until its next heartbeat."""
         self.servers[name].capacity_samples = 0
 
     def remove_sample(self, lease: LeaseRecord, sample_index: int, *, arrived: bool) -> bool:
-        """Removes one sample from a live lease: it arrived, or failed.
+        """Removes a sample that arrived or failed from a live lease.
 
-        Returns True if it was the lease's last.
+        Returns True if it was the last sample of the lease.
         """
         lease.outstanding.remove(sample_index)
         server = self.servers[lease.server]
@@ -186,12 +190,12 @@ class LeaseTable:
         if not lease.outstanding:
             self._remove(lease)
         elif not arrived:
-            # For a sample that arrived its own row is enough: recovery subtracts samples from leases.
+            # The row of a sample that arrived is enough: recovery removes such samples from leases.
             self._store.put_lease(lease, server_incarnation=server.incarnation)
         return not lease.outstanding
 
     def revoke(self, lease: LeaseRecord) -> None:
-        """Takes a lease away and aborts it at its server, again with each heartbeat that still names it."""
+        """Ends a lease and aborts it at its server, again after each heartbeat that still names it."""
         self._take_from_server(lease)
         self._aborts.setdefault(lease.server, []).append(lease.lease_id)
 

@@ -1,4 +1,4 @@
-"""The stream of training prompts with its rows: cursor, prompts given back, curriculum."""
+"""The stream of training prompts, with its rows in the store: cursor, returned prompts, curriculum."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ class PromptSource:
         self._store.push_returned(prompt)
 
     def observe(self, ticket: Ticket) -> None:
-        """Tells the curriculum, if there is one, the rewards of a complete group."""
+        """Passes the rewards of a complete group to the curriculum, if there is one."""
         if self.curriculum is None:
             return
         rewards = [sample.reward for sample in ticket.training_samples]
         self._put_scalars(self.curriculum.observe(ticket.prompt_index, rewards))
 
     def state(self, pending: list[int]) -> dict[str, int | list[int]]:
-        """Position in the stream for a checkpoint; `pending`: prompts issued and not trained on by then."""
+        """Position in the stream, for a checkpoint; `pending`: prompts issued and not trained on by then."""
         state: dict[str, int | list[int]] = {
             "cursor": self.order.cursor,
             "pending": pending + self.order.returned,
@@ -64,7 +64,7 @@ class PromptSource:
         return state
 
     def restart(self, *, cursor: int, pending: list[int]) -> None:
-        """Continues from another position: that of a checkpoint, or the beginning."""
+        """Continues from another position, from a checkpoint or at the beginning."""
         for _ in self.order.returned:
             self._store.pop_returned()
         self.order.restore(cursor=cursor, returned=[Prompt(index=index) for index in pending])
@@ -73,9 +73,10 @@ class PromptSource:
         self._store.put_scalar("cursor", cursor)
 
     def restart_curriculum(self, state: int | list[int]) -> None:
-        """Continues with a checkpoint's curriculum, unless it is off here or was off there.
+        """Continues with the curriculum's state from a checkpoint.
 
-        Raises RefusedError.
+        Does nothing if the curriculum is off now, or was off when the checkpoint was written. Raises
+        RefusedError for a malformed state.
         """
         if self.curriculum is None or not isinstance(state, list) or not state:
             return
@@ -100,7 +101,7 @@ class PromptSource:
             return
         if not are_other_prompts:
             self.curriculum.restore(state_from_scalars(stored))
-        # Slots are numbered anew, so every scalar is written again, and those of vanished slots are cleared.
+        # `restore` renumbers the slots, so all scalars are written again; those of unused slots are cleared.
         self._put_scalars(dict.fromkeys(stored, 0) | self.curriculum.scalars())
 
     def _put_scalars(self, scalars: Mapping[str, int]) -> None:

@@ -1,4 +1,4 @@
-"""The table of live tickets and their states, with the conservation law that none is ever lost."""
+"""The table of live tickets and their states, with a check that no ticket is ever lost."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class TicketTable:
     ) -> None:
         """Continues from the rows of an earlier buffer.
 
-        `tickets`: live ones, by id. `ended`: number of ended ones by outcome. `last_id`: 0 if none was
-        issued.
+        `tickets`: the live tickets, by id. `ended`: number of ended tickets by outcome. `last_id`: the
+        largest ticket id; 0 if no ticket was issued.
         """
         self.num_issued = self._shard.local(last_id) if last_id else 0
         for ticket in tickets:
@@ -93,7 +93,7 @@ class TicketTable:
         self._store.put_ticket(ticket)
 
     def reopen(self, tickets: Sequence[Ticket]) -> None:
-        """Trained tickets whose steps a trainer repeats are BATCHED again."""
+        """Makes TRAINED tickets BATCHED again, because a trainer repeats their steps."""
         if tickets:
             reopened = ((ticket.ticket_id, ticket) for ticket in tickets)
             self.live = dict(sorted([*self.live.items(), *reopened]))

@@ -1,9 +1,10 @@
-"""Weight versions: integers that are never reused, and the optimizer step that each one stands for.
+"""Weight versions: integers that are never reused, and the optimizer step of each version's weights.
 
-A trainer that resumes at step S leaves behind the versions of later steps that its predecessors pushed:
-weights that are not part of the history that continues. They are *abandoned*. A sample made with one has no
-lag, because lag is a difference of steps on one history; so it is not trained on, unless its group was
-recorded before. The version of step S itself stays valid: its weights are the checkpoint's.
+When a trainer resumes at step S, versions of later steps that earlier trainers pushed are *abandoned*: their
+weights do not occur in the training that continues from S. A sample from abandoned weights has no defined
+lag, because lag is a difference of steps of one training history. So it is not trained on, unless its group
+was recorded before. The version of step S itself stays valid, because its weights are those of the
+checkpoint.
 """
 
 from __future__ import annotations
@@ -29,14 +30,15 @@ class VersionTable:
         """Version -> (step, trainer incarnation)."""
         self._abandoned: set[int] = set()
         self.newest = 0
-        """The last allocated version; 0 is what servers start with, the weights at `model.path`."""
+        """The last allocated version. Version 0 is the initial one: the weights at `model.path`."""
 
     def continue_from(self, next_version: int) -> None:
-        """Allocates versions from `next_version` on, if that is above those allocated here.
+        """Makes `next_version` the next version to allocate, if that exceeds all versions allocated here.
 
-        Version 0 stays step 0, what servers load from `model.path`: so a resumed run takes nothing from a
-        server that has not received the checkpoint's weights yet (unless the bound allows it). Versions of an
-        earlier buffer without its ledger are unknown, and so refused.
+        Version 0 always belongs to step 0, because servers load it from `model.path`. So a resumed run
+        accepts no samples from a server that has not received the checkpoint's weights yet (unless the
+        staleness bound allows it). If an earlier buffer's ledger was lost, its versions are unknown, and
+        samples with them are refused.
         """
         self.newest = max(self.newest, next_version - 1)
         self._store.put_scalar("newest_version", self.newest)
@@ -50,15 +52,16 @@ class VersionTable:
         self.newest = max(newest, *self._weights)
 
     def allocate(self, *, step: int, trainer_incarnation: int) -> int:
-        """A new version for weights that are the start of `step`."""
+        """A new version for the weights from which `step` starts."""
         version = self.newest + 1
         self._put(version, step=step, trainer_incarnation=trainer_incarnation)
         return version
 
     def adopt(self, version: int, *, step: int, trainer_incarnation: int) -> bool:
-        """Adds a version that another shard allocated.
+        """Adds a version that another shard allocated. Idempotent.
 
-        Idempotent. False if it is not newer than all known ones.
+        Returns False if the version is neither newer than all known ones nor known with this step and
+        trainer.
         """
         if version <= self.newest:
             return self._weights.get(version) == (step, trainer_incarnation)
@@ -66,7 +69,7 @@ class VersionTable:
         return True
 
     def abandon(self, *, after_step: int, trainer_incarnation: int) -> bool:
-        """A trainer resumed at `after_step`: abandons later weights of its predecessors.
+        """A trainer resumed at `after_step`: abandons the versions of later steps from earlier trainers.
 
         Returns True if there were any that had not been abandoned before.
         """
@@ -82,21 +85,21 @@ class VersionTable:
     def may_use_abandoned(self, sample: SampleSummary) -> bool:
         """True if a sample may have tokens of abandoned weights.
 
-        Versions between its oldest and its newest are not kept, so all of them count.
+        A summary contains only the oldest and the newest version, so all versions between them count.
         """
         return any(sample.oldest_version <= version <= sample.newest_version for version in self._abandoned)
 
     def step_of(self, version: int) -> int | None:
-        """The step that a version is the start of; None: never allocated in this history."""
+        """The step that starts from a version's weights; None if it was abandoned or never allocated."""
         known = self._weights.get(version)
         return None if known is None or version in self._abandoned else known[0]
 
     def weights_of(self, version: int) -> tuple[int, int]:
-        """(step, trainer incarnation) of an allocated version: equal for a push and its repetition."""
+        """(step, trainer incarnation) of an allocated version; a push and its repetition have the same."""
         return self._weights[version]
 
-    def summarise(self, lease_id: int, record: Record) -> SampleSummary | Verdict:
-        """The summary of a record with a sampled token, or the verdict for which it is refused."""
+    def summarize(self, lease_id: int, record: Record) -> SampleSummary | Verdict:
+        """The summary of a record with at least one sampled token, or the verdict that refuses it."""
         counts: dict[int, int] = {}
         for version, length in record.runs:
             if version != NOT_SAMPLED:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from areal_like.errors import StoreCorruptError
 from areal_like.shards import Shard
-from areal_like.wire.records import Place, read_record
+from areal_like.wire.records import RecordLocation, read_record
 from launch.audit.invariants import LEDGER_INVARIANTS
 from launch.audit.result import Audit, Check
 
@@ -105,7 +105,7 @@ def _trajectories_on_disk(directory: Path, samples: list[_Row]) -> Check:
     problems: dict[int, str] = {}
     for ticket_id, sample_index, *where in samples:
         try:
-            read_record(directory, Place(*where), ticket_id=ticket_id, sample_index=sample_index)
+            read_record(directory, RecordLocation(*where), ticket_id=ticket_id, sample_index=sample_index)
         except StoreCorruptError as error:
             problems.setdefault(ticket_id, str(error))
     if problems:

@@ -50,14 +50,16 @@ def test_every_tensor_is_sent_once_and_unchanged(specs: list[TensorSpec], bucket
             )
 
 
-def test_layout_is_concatenation_by_falling_item_size() -> None:
+def test_layout_is_concatenation_by_decreasing_item_size() -> None:
     tensors = {
         "b": torch.arange(3, dtype=torch.bfloat16),
         "a": torch.randn(2, 2),
         "c": torch.ones(5, dtype=torch.float16),
     }
     (bucket,) = cut_buckets([spec_of(n, t) for n, t in tensors.items()], bucket_bytes=1 << 20)
-    assert [s.name for s in bucket.tensors] == ["a", "b", "c"], "falling item size, otherwise the given order"
+    assert [s.name for s in bucket.tensors] == ["a", "b", "c"], (
+        "want decreasing item size, and the given order within one size"
+    )
     want = torch.cat([tensors[s.name].flatten().view(torch.uint8) for s in bucket.tensors])
     assert torch.equal(flatten(bucket, tensors), want)
 
@@ -68,7 +70,7 @@ def test_flatten_casts_and_refuses_other_shapes() -> None:
     assert torch.equal(unflatten(bucket, flatten(bucket, master))["w"], master["w"].bfloat16())
     with pytest.raises(WeightSyncError, match="not among the weights"):
         flatten(bucket, {})
-    with pytest.raises(WeightSyncError, match=r"shape \[3, 4\], the manifest says \[4, 3\]"):
+    with pytest.raises(WeightSyncError, match=r"shape \[3, 4\], but \[4, 3\] in the manifest"):
         flatten(bucket, {"w": master["w"].T})
     with pytest.raises(WeightSyncError, match=r"want uint8\[24\]"):
         unflatten(bucket, torch.empty(23, dtype=torch.uint8))
@@ -79,7 +81,7 @@ def test_unflatten_refuses_an_unaligned_bucket() -> None:
         TensorSpec(name="a", dtype="float16", shape=(1,)),
         TensorSpec(name="b", dtype="float32", shape=(1,)),
     )
-    with pytest.raises(WeightSyncError, match="falling item size"):
+    with pytest.raises(WeightSyncError, match="decreasing item size"):
         unflatten(Bucket(tensors=specs), torch.empty(6, dtype=torch.uint8))
 
 
@@ -129,8 +131,8 @@ def test_manifest_survives_json() -> None:
     ("raw", "message"),
     [
         ({"names": ["a"], "dtypes": ["float32"]}, "must be lists"),
-        ({"names": ["a"], "dtypes": ["float32"], "shapes": []}, "one entry a tensor"),
-        ({"names": ["a"], "dtypes": ["float32"], "shapes": [3]}, "one entry a tensor"),
+        ({"names": ["a"], "dtypes": ["float32"], "shapes": []}, "one entry per tensor"),
+        ({"names": ["a"], "dtypes": ["float32"], "shapes": [3]}, "one entry per tensor"),
         ({"names": [], "dtypes": [], "shapes": []}, "at least one tensor"),
         ({"names": ["a"], "dtypes": ["object"], "shapes": [[1]]}, "dtype 'object'"),
         ({"names": ["a"], "dtypes": ["float32"], "shapes": [[-1]]}, "not a list of sizes"),

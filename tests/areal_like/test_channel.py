@@ -1,4 +1,4 @@
-"""Real sockets: requests and replies, garbage, a peer that leaves, a port in use."""
+"""Listener and Link over real sockets: requests and replies, garbage, a peer that leaves, a port in use."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -102,7 +102,7 @@ def test_unhandled_messages_wait_at_the_sender() -> None:
     run(body)
 
 
-def test_garbage_is_counted_and_survived() -> None:
+def test_garbage_is_counted_and_other_peers_are_served() -> None:
     async def body() -> None:
         listener = serve(reply)
         raw = zmq.Context.instance().socket(zmq.DEALER)

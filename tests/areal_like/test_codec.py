@@ -240,7 +240,7 @@ def test_flipped_byte_never_changes_a_sample(data: st.DataObject) -> None:
 
 
 def test_overlapping_records_are_refused() -> None:
-    """A small message must not expand to a large one in memory."""
+    """Otherwise a small message could expand to a large one in memory."""
     record = Record.of(2, 0, trajectory(100, 5_000)).data
     for count, is_good in ((1, True), (2, False), (5_000, False)):
         samples = [{"lease_id": 1, "record": [0, len(record)]}] * count
@@ -291,7 +291,7 @@ def test_header_of_lists_does_not_expand_in_memory(item: bytes) -> None:
 
 @pytest.mark.parametrize("num_tokens", [1, 50_000])
 @pytest.mark.parametrize("first_version", [0, (1 << 31) - 50_000])
-def test_record_with_a_version_a_token_and_1000_components(num_tokens: int, first_version: int) -> None:
+def test_record_with_a_version_per_token_and_1000_components(num_tokens: int, first_version: int) -> None:
     sent = dataclasses.replace(
         trajectory(0, num_tokens),
         versions=np.arange(first_version, first_version + num_tokens, dtype=np.int32),

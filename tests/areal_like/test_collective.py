@@ -1,4 +1,4 @@
-"""The weight group over real processes: it forms repeatedly, works with SGLang's receiver, and fails fast."""
+"""The weight group over real processes: repeated forming, SGLang's receiver, and failures without delay."""
 
 from __future__ import annotations
 

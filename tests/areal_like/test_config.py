@@ -1,4 +1,4 @@
-"""Configuration: settings survive a round trip, and every mistake is one clear message."""
+"""Configuration: settings survive a round trip, and every mistake gives one clear message."""
 
 import dataclasses
 import typing
@@ -16,7 +16,7 @@ from trainer.advantages.base import ADVANTAGES
 from trainer.objectives import OBJECTIVES
 
 
-def test_default_job_is_the_dataclasses_defaults() -> None:
+def test_default_job_has_the_defaults_of_the_dataclasses() -> None:
     assert load_config([]) == Config()
 
 
@@ -143,7 +143,7 @@ def test_presets_apply_on_top_of_a_file(tmp_path: Path) -> None:
         (["--config", "/dev/null", "trainer.nope=1"], "no such file|unknown key"),
     ],
 )
-def test_mistake_is_one_clear_message(arguments: list[str], message: str) -> None:
+def test_mistake_gives_one_clear_message(arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         load_config(arguments)
     assert "\n" not in str(caught.value)
@@ -155,7 +155,7 @@ def _sections(cls: type[Section]) -> list[type[Section]]:
 
 
 @pytest.mark.parametrize("cls", _sections(Config), ids=lambda cls: cls.__name__)
-def test_constructor_refuses_a_value_that_is_no_choice(cls: type[Section]) -> None:
+def test_constructor_refuses_a_value_outside_the_choices(cls: type[Section]) -> None:
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         if choices_of(typing.get_type_hints(cls)[field.name]):
             with pytest.raises(ConfigError, match=f"{cls.key}.{field.name}".lstrip(".") + "=xyz: use "):

@@ -1,4 +1,4 @@
-"""Faster process starts: no torch where only a tokenizer is needed, no garbage collection during imports."""
+"""Faster process starts: a tokenizer without torch, and no garbage collection during imports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Curricula: choices, coverage of an epoch, and equal choices in a resumed and an uninterrupted run."""
+"""Curricula: choices, coverage of an epoch, and the same choices in a resumed and an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -95,8 +95,8 @@ def test_an_epoch_issues_one_prompt_of_each_pool() -> None:
         drawn = [permuted(i, size=num_prompts, seed=5, epoch=epoch) for i in range(num_prompts)]
         assert sorted(drawn) == list(range(num_prompts))
         issued = [order.next().index for _ in range(num_prompts // pool)]
-        for place, index in enumerate(issued):
-            candidates = drawn[place * pool : (place + 1) * pool]
+        for pool_index, index in enumerate(issued):
+            candidates = drawn[pool_index * pool : (pool_index + 1) * pool]
             best = max(candidates, key=lambda i: -abs(core.solve_rate(i) - 0.5))
             assert index in (candidates[0], best)
     assert order.cursor == 2 * num_prompts

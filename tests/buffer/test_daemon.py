@@ -146,13 +146,13 @@ def test_a_whole_run_with_two_producers(buffer: BufferProcess) -> None:
     assert (code, stderr) == (0, "")
 
 
-def test_a_killed_producer_is_replaced_by_the_other(buffer: BufferProcess) -> None:
-    doomed = buffer.produce("rollout-0", sample_s=30.0)
+def test_leases_of_a_killed_producer_go_to_the_other(buffer: BufferProcess) -> None:
+    killed = buffer.produce("rollout-0", sample_s=30.0)
 
     async def run() -> Any:
         async with training(buffer) as trainer:
             await asyncio.to_thread(buffer.wait_status, lambda status: status["tickets"]["leased"] == 4)
-            doomed.send_signal(signal.SIGKILL)
+            killed.send_signal(signal.SIGKILL)
             buffer.produce("rollout-1")
             for step in range(6):
                 await trainer.train(step)
@@ -186,7 +186,7 @@ def test_garbage_is_counted_and_changes_nothing(buffer: BufferProcess) -> None:
             socket_.send_multipart(frames)
         buffer.wait_status(lambda status: status["bad_frames"] == len(broken))
         before = buffer.rss_bytes()
-        # In portions, so that only little waits in the sockets.
+        # In portions, so that few messages wait in the sockets.
         for num_sent in range(1000, 11_000, 1000):
             for _ in range(1000):
                 socket_.send_multipart(
@@ -228,16 +228,16 @@ def test_hello_and_role_checks(buffer: BufferProcess) -> None:
                 await link.call(
                     trainer_hello(config, settings=shared_settings(smaller, Role.TRAINER)), timeout_s=5
                 )
-            # A refused peer does not set the model that others have to have.
+            # A refused peer does not determine the model that other peers need.
             with pytest.raises(RefusedError, match="num_train_prompts"):
                 await link.call(
-                    hello("rollout-9", dataset=dataset, model="m of a stranger", num_train_prompts=0),
+                    hello("rollout-9", dataset=dataset, model="another model", num_train_prompts=0),
                     timeout_s=5,
                 )
             await link.call(trainer_hello(config, incarnation=5), timeout_s=5)
             with pytest.raises(RefusedError, match=r"\(model\).*trainer-0 has 'm'"):
                 await link.call(hello("rollout-0", dataset=dataset, model="other"), timeout_s=5)
-            with pytest.raises(RefusedError, match="name of its own"):
+            with pytest.raises(RefusedError, match="a different name"):
                 await link.call(hello("trainer-0", dataset=dataset), timeout_s=5)
             with pytest.raises(RefusedError, match="num_train_prompts"):
                 await link.call(hello("rollout-0", dataset=dataset, num_train_prompts=0), timeout_s=5)

@@ -1,4 +1,4 @@
-"""The rules of the ledger one by one; test_ledger_stateful.py checks any order of events."""
+"""The rules of the ledger one by one; test_ledger_stateful.py checks arbitrary orders of events."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_a_server_of_unknown_version_gets_nothing() -> None:
     assert leases_of(ledger) == []
 
 
-def test_no_ticket_before_trainer_and_task_are_known() -> None:
+def test_no_ticket_until_trainer_started_and_prompts_known() -> None:
     ledger = empty_ledger(ledger_settings(num_steps=2))
     add_server(ledger, "a", capacity=8)
     assert leases_of(ledger) == []
@@ -176,7 +176,7 @@ def test_unusable_samples_are_refused_and_leased_again() -> None:
     assert deliver(ledger, "a", aborted) is Verdict.INVALID
     (again,) = leases_of(ledger)
     assert again.sample_indices == [0, 1]
-    assert again.seed != lease.seed, "the text that this seed gives may have caused the failure"
+    assert again.seed != lease.seed, "the text sampled with this seed may have caused the failure"
     unknown = dataclasses.replace(done(again, 0, [0]), record=Record.of(99, 0, trajectory([0])))
     assert deliver(ledger, "a", unknown) is Verdict.UNKNOWN_TICKET
 
@@ -368,12 +368,12 @@ def test_single_version_rejects_a_group_of_mixed_versions() -> None:
     assert ledger.drops == {Drop.REJECTED: 1}
 
 
-def test_a_stale_ticket_is_aborted_at_its_server() -> None:
+def test_leases_of_a_stale_ticket_are_aborted() -> None:
     ledger = new_ledger(overdue="drop", max_staleness=1, groups_per_step=1, num_steps=4)
     add_server(ledger, "a", capacity=4)
-    slow, quick = leases_of(ledger)
+    slow, fast = leases_of(ledger)
     deliver(ledger, "a", done(slow, 0, [0]))
-    finish(ledger, quick)
+    finish(ledger, fast)
     version = train_step(ledger)
     beat(ledger, "a", capacity=4, version=version)
     (third,) = leases_of(ledger)

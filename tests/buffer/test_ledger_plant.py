@@ -1,4 +1,4 @@
-"""Whole runs under a virtual clock: they end, no ticket is left over, and the staleness bound holds."""
+"""Whole runs under a virtual clock: every run ends, no ticket is left over, and no lag exceeds the bound."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_staleness_zero_is_synchronous() -> None:
     assert ledger.state.tickets.num_issued == 40
 
 
-def test_staleness_hides_generation_behind_training() -> None:
+def test_generation_overlaps_training_with_a_larger_bound() -> None:
     """With a bound of 4 the same plant is faster, and lags above 1 occur."""
     times = {}
     for max_staleness in (0, 4):
@@ -60,7 +60,7 @@ def test_staleness_hides_generation_behind_training() -> None:
     assert max(ledger.lag_histogram()) >= 2
 
 
-def test_overdue_wait_keeps_long_answers_that_drop_loses() -> None:
+def test_overdue_wait_keeps_long_responses_that_drop_loses() -> None:
     mean_tokens = {}
     for overdue in ("wait", "drop"):
         ledger = new_ledger(max_staleness=1, groups_per_step=8, group_size=4, num_steps=25, overdue=overdue)

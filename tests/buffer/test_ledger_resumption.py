@@ -45,7 +45,7 @@ def generate(ledger: Ledger, *, version: int) -> list[Lease]:
 
 
 def trained(num_steps: int, **settings: object) -> tuple[Ledger, list[int]]:
-    """A ledger with so many complete steps, and the ids of the tickets trained on."""
+    """A ledger with `num_steps` complete steps, and the ids of the tickets trained on."""
     ledger, version = durable_ledger(**settings), 0
     for _ in range(num_steps):
         generate(ledger, version=version)
@@ -106,21 +106,21 @@ def test_unrecorded_samples_of_abandoned_weights_are_dropped() -> None:
 
 def test_poison_refills_the_position_and_fences_the_trainer() -> None:
     ledger, _ = trained(1, groups_per_step=2)
-    victim, other = ledger.state.steps.tickets_of(1)
+    bad, other = ledger.state.steps.tickets_of(1)
     with pytest.raises(RefusedError, match="was trained on in step 0"):
-        ledger.poison([victim.ticket_id, ledger.state.steps.tickets_of(0)[0].ticket_id])
-    assert victim.state is State.BATCHED, "a refused list drops no ticket"
-    ledger.poison([victim.ticket_id])
-    assert ledger.drops == {Drop.POISON: 1} and victim.prompt_index not in ledger.state.prompts.order.returned
+        ledger.poison([bad.ticket_id, ledger.state.steps.tickets_of(0)[0].ticket_id])
+    assert bad.state is State.BATCHED, "a refused list drops no ticket"
+    ledger.poison([bad.ticket_id])
+    assert ledger.drops == {Drop.POISON: 1} and bad.prompt_index not in ledger.state.prompts.order.returned
     filled = ledger.fetch(step=1, position=0)
-    assert filled is not None and filled.ticket_id not in (victim.ticket_id, other.ticket_id), (
+    assert filled is not None and filled.ticket_id not in (bad.ticket_id, other.ticket_id), (
         "a ready group takes its position"
     )
     assert ledger.fetch(step=1, position=1).ticket_id == other.ticket_id  # type: ignore[union-attr]
     with pytest.raises(StaleIncarnationError):
         ledger.complete_step(incarnation=1, step=1)
     with pytest.raises(RefusedError, match="ended, or was never issued"):
-        ledger.poison([victim.ticket_id])
+        ledger.poison([bad.ticket_id])
 
 
 def test_a_hole_in_a_repeated_step_is_filled_before_later_steps() -> None:
@@ -147,7 +147,7 @@ def test_a_lost_ledger_never_reuses_versions_of_a_checkpoint() -> None:
 
 def test_a_step_that_crashes_three_trainers_is_refused() -> None:
     ledger, _ = trained(1)
-    (culprit,) = ledger.state.steps.tickets_of(1)
+    (faulty,) = ledger.state.steps.tickets_of(1)
     for incarnation in (1, 2, 3):
         ledger.start_training(incarnation=incarnation, step=0, stream={})
         if incarnation > 1:
@@ -155,10 +155,10 @@ def test_a_step_that_crashes_three_trainers_is_refused() -> None:
         ledger.fetch(step=1, position=0)
     with pytest.raises(
         RefusedError,
-        match=rf"3 trainers died in step 1, whose tickets are {culprit.ticket_id}:.*areal-like drop",
+        match=rf"3 trainers died in step 1, whose tickets are {faulty.ticket_id}:.*areal-like drop",
     ):
         ledger.start_training(incarnation=4, step=0, stream={})
-    ledger.poison([culprit.ticket_id])
+    ledger.poison([faulty.ticket_id])
     ledger.start_training(incarnation=5, step=0, stream={})
 
 
@@ -176,7 +176,7 @@ def test_a_restart_by_hand_allows_one_more_attempt() -> None:
     assert ledger.state.steps.attempts == {1: 2}
 
 
-@pytest.mark.parametrize("num_starts", [1, 2], ids=["one start", "two starts before a trainer comes"])
+@pytest.mark.parametrize("num_starts", [1, 2], ids=["one start", "two starts before the trainer"])
 @pytest.mark.parametrize(
     ("change", "groups_per_step"),
     [

@@ -1,7 +1,8 @@
-"""The ledger under every operation of its peers in any order, checked against a model of its promises.
+"""The ledger under arbitrary sequences of operations, checked against a model of its guarantees.
 
-Twice: in memory, and with a store from which the ledger is rebuilt at random moments, as after a SIGKILL of
-the buffer. The rebuilt ledger has to equal the lost one, and to keep its promises.
+There are two machines: one with a ledger in memory, and one with a store from which the ledger is rebuilt at
+random moments, as after a SIGKILL of the buffer. The rebuilt ledger must have the same state as the lost one
+and keep the same guarantees.
 """
 
 from __future__ import annotations
@@ -218,7 +219,7 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         group = self.ledger.fetch(step=step, position=position)
         if group is None:
-            assert (step, position) not in self.served, "a recorded group has vanished"
+            assert (step, position) not in self.served, "a recorded group has disappeared"
             return
         assert self.served.setdefault((step, position), group.ticket_id) == group.ticket_id, (
             "a position was given to another group"
@@ -296,14 +297,14 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.ledger.state.tickets.count(Purpose.TRAIN, State.LEASED) == 0
         if not self.durable:
             self.served = {
-                place: ticket_id
-                for place, ticket_id in self.served.items()
-                if place[0] < self.ledger.trainer_step
+                (step, position): ticket_id
+                for (step, position), ticket_id in self.served.items()
+                if step < self.ledger.trainer_step
             }
             self.num_trained = min(self.num_trained, self.ledger.trainer_step)
             assert self.ledger.state.tickets.count(Purpose.TRAIN, State.QUEUED, State.READY) == 0
 
-    # --- promises ---
+    # --- guarantees ---
 
     @invariant()
     def tickets_are_conserved(self) -> None:
@@ -339,7 +340,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 assert (ticket.state is State.LEASED) == bool(ticket.leases)
 
     def teardown(self) -> None:
-        """After any history, healthy peers can finish the run: no position is blocked for good."""
+        """After any operations, healthy peers can finish the run: no position is blocked forever."""
         ledger = getattr(self, "ledger", None)
         if ledger is None:
             return
@@ -381,7 +382,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 class DurableLedgerMachine(LedgerMachine):
-    """The same promises over any number of restarts of the buffer."""
+    """The same guarantees over any number of restarts of the buffer."""
 
     durable = True
 
@@ -428,8 +429,8 @@ class DurableLedgerMachine(LedgerMachine):
 def observed(ledger: Ledger) -> dict[str, object]:
     """All state that later operations depend on.
 
-    Without the parts that are not recovered on purpose: evaluations, servers, and which groups a trainer has
-    received.
+    Except the parts that are not recovered on purpose: evaluations, servers, and the set of groups that a
+    trainer has received.
     """
     train = {
         ticket.ticket_id: ticket
@@ -444,7 +445,7 @@ def observed(ledger: Ledger) -> dict[str, object]:
             step: {position: fields_of(t) for position, t in row.items()}
             for step, row in ledger.state.steps.recorded.items()
         },
-        "arrays": {
+        "records": {
             t.ticket_id: len(ledger.state.store.records_of(t))
             for row in ledger.state.steps.recorded.values()
             for t in row.values()
@@ -468,7 +469,7 @@ def observed(ledger: Ledger) -> dict[str, object]:
             ledger.state.steps.num_counted,
             ledger.state.steps.attempts,
         ),
-        "recorder": (
+        "scheduler": (
             ledger.state.scheduler.step,
             ledger.state.scheduler.position,
             ledger.state.scheduler._holes,

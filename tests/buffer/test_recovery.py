@@ -1,4 +1,4 @@
-"""A buffer process that is killed and started again, as its peers see it."""
+"""A buffer process that is killed and started again: the behavior that its peers observe."""
 
 from __future__ import annotations
 

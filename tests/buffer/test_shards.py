@@ -58,18 +58,18 @@ def test_every_number_belongs_to_one_shard(count: int, number: int) -> None:
     assert count > 1 or shard.local(number) == number
 
 
-@given(count=counts, num_places=st.integers(1, 60))
-def test_positions_interleave_the_shards(count: int, num_places: int) -> None:
-    places = [
-        (shard.local(p), shard.index) for p in range(num_places) for shard in [Shard.of(p, count=count)]
+@given(count=counts, num_positions=st.integers(1, 60))
+def test_positions_interleave_the_shards(count: int, num_positions: int) -> None:
+    positions = [
+        (shard.local(p), shard.index) for p in range(num_positions) for shard in [Shard.of(p, count=count)]
     ]
-    assert places == sorted(
-        (local, shard.index) for shard in all_shards(count) for local in range(shard.share(num_places))
+    assert positions == sorted(
+        (local, shard.index) for shard in all_shards(count) for local in range(shard.share(num_positions))
     )
 
 
 @given(count=counts, num_prompts=st.integers(1, 80), seed=st.integers(0, 99))
-def test_every_epoch_of_a_shard_is_its_own_prompts(count: int, num_prompts: int, seed: int) -> None:
+def test_every_epoch_of_a_shard_has_only_its_prompts(count: int, num_prompts: int, seed: int) -> None:
     for shard in all_shards(count):
         own = shard.share(num_prompts)
         order = PromptOrder(seed=seed, num_prompts=num_prompts, shard=shard)
@@ -118,7 +118,7 @@ def test_a_peer_with_another_number_of_shards_is_refused() -> None:
         assert refused.value.args[0] == field
 
 
-def test_a_server_that_comes_back_is_counted_once() -> None:
+def test_a_returning_server_is_counted_once() -> None:
     peers = ConnectedPeers(job="job", dataset="d")
     fields: dict[str, Any] = {
         "role": Role.ROLLOUT,
@@ -139,7 +139,7 @@ def test_a_server_that_comes_back_is_counted_once() -> None:
 
 
 def shard_ledger(shard: Shard, store: RowStore | None = None) -> Ledger:
-    """A shard of a job with 5 groups a step and 10 prompts."""
+    """A shard of a job with 5 groups per step and 10 prompts."""
     config = {
         "max_staleness": 1,
         "trainer": {"groups_per_step": 5, "num_steps": 4},

@@ -44,7 +44,7 @@ from tests.support.store_load import (
 async def opened(
     directory: Path, *, on_error: Callable[[Exception], None] = raising, **settings: Any
 ) -> AsyncIterator[tuple[DurableStore, Recovered]]:
-    """A store, and what it recovered."""
+    """A store, and the rows that it recovered."""
     store = DurableStore(directory, store_settings(**settings), on_error=on_error)
     try:
         yield store, store.recover()
@@ -53,7 +53,7 @@ async def opened(
 
 
 def full_ticket(store: DurableStore, ticket_id: int) -> Ticket:
-    """Issued, and all its samples accepted."""
+    """Writes a new ticket and all of its samples."""
     ticket = new_ticket(ticket_id)
     store.put_ticket(ticket)
     for index in range(SIZE):
@@ -397,7 +397,7 @@ async def fill_until_blocked(store: DurableStore, *, first_id: int) -> tuple[int
 async def check_recovery(
     store: DurableStore, directory: Path, *, last_id: int, acknowledged: list[int], first_id: int = 1
 ) -> None:
-    """Once there is space again: everything is acknowledged and readable."""
+    """Checks that everything is acknowledged and readable once there is space again."""
     await wait_until(lambda: len(acknowledged) == last_id - first_id + 1)
     assert store.write_blocked_reason == "" and acknowledged == list(range(first_id, last_id + 1))
     for ticket_id in acknowledged:
@@ -443,7 +443,7 @@ def test_exit_on_a_full_disk_keeps_acknowledged_samples(tmp_path: Path) -> None:
 
 
 def test_a_file_size_limit_counts_as_a_full_disk(tmp_path: Path) -> None:
-    """Needs no mount: a limit on file sizes stops the segment or the ledger, whichever grows first."""
+    """Needs no mount: a limit on file sizes applies to the segment or the ledger, whichever grows first."""
 
     async def run() -> None:
         async with opened(tmp_path, cache_bytes=0) as (store, _):
@@ -495,10 +495,10 @@ def test_releases_are_written_while_samples_wait_for_space(
 
 def test_a_hanging_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("buffer.storage.writer._HANGS_AFTER_S", 0.1)
-    goes_on, writev = threading.Event(), os.writev
+    resume, writev = threading.Event(), os.writev
 
     def hanging(file: int, records: list[bytes]) -> int:
-        assert goes_on.wait(20)
+        assert resume.wait(20)
         return writev(file, records)
 
     monkeypatch.setattr("os.writev", hanging)
@@ -507,7 +507,7 @@ def test_a_hanging_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         async with opened(tmp_path) as (store, _):
             full_ticket(store, 1)
             await wait_until(lambda: "disk hangs: a write in" in store.write_blocked_reason)
-            goes_on.set()
+            resume.set()
             await durable(store)
             assert store.write_blocked_reason == ""
 
@@ -560,7 +560,7 @@ def test_recovery_does_not_scan_ended_tickets(tmp_path: Path) -> None:
         statements: list[str] = []
         ledger.set_trace_callback(statements.append)
         sql_read.read_all(ledger)
-        sql_read.read_places(ledger)
+        sql_read.read_locations(ledger)
         ledger.set_trace_callback(None)
         plans = {
             statement: " ".join(row[3] for row in ledger.execute(f"EXPLAIN QUERY PLAN {statement}"))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from areal_like.wire.records import Place, read_record
+from areal_like.wire.records import RecordLocation, read_record
 from buffer.storage.durable import DurableStore
 from buffer.storage.rows import Recovered
 from tests.support.buffer_harness import ROOT
@@ -46,7 +46,7 @@ def parse_acks(output: bytes) -> set[tuple[int, int]]:
 
 
 def open_once(directory: Path, *, durability: str) -> Recovered:
-    """What a new process would recover."""
+    """The rows that a new process would recover."""
 
     async def recover() -> Recovered:
         store = DurableStore(directory, store_settings(durability=durability), on_error=raising)
@@ -59,7 +59,7 @@ def open_once(directory: Path, *, durability: str) -> Recovered:
 
 
 def check(directory: Path, acknowledged: set[tuple[int, int]], *, durability: str) -> int:
-    """Checks that every acknowledged sample is there once, bit for bit, and that transactions are whole.
+    """Checks that every acknowledged sample exists once and unchanged, and that no transaction is partial.
 
     Returns the number of trained tickets.
     """
@@ -69,7 +69,10 @@ def check(directory: Path, acknowledged: set[tuple[int, int]], *, durability: st
             "SELECT ticket_id, sample_index, released, segment, offset, num_bytes, crc32 "
             "FROM samples JOIN tickets USING (ticket_id)"
         )
-        found = {(ticket_id, index): (released, Place(*place)) for ticket_id, index, released, *place in rows}
+        found = {
+            (ticket_id, index): (released, RecordLocation(*location))
+            for ticket_id, index, released, *location in rows
+        }
         trained = [
             row[0]
             for row in ledger.execute("SELECT ticket_id FROM tickets WHERE state = 'trained' ORDER BY 1")
@@ -78,9 +81,9 @@ def check(directory: Path, acknowledged: set[tuple[int, int]], *, durability: st
         (integrity,) = ledger.execute("PRAGMA integrity_check").fetchone()
     assert integrity == "ok" and num_samples == len(found)
     assert not (lost := acknowledged - found.keys()), f"acknowledged and lost: {sorted(lost)}"
-    for (ticket_id, index), (released, place) in found.items():
+    for (ticket_id, index), (released, location) in found.items():
         if not released:
-            record = read_record(directory, place, ticket_id=ticket_id, sample_index=index)
+            record = read_record(directory, location, ticket_id=ticket_id, sample_index=index)
             assert is_same(record.trajectory(), trajectory_of(ticket_id, index)), (
                 f"sample {index} of ticket {ticket_id} differs from the one written"
             )
@@ -100,7 +103,7 @@ def kill_in_mid_load(directory: Path, *, rng: random.Random) -> set[tuple[int, i
         chunk = os.read(process.stdout.fileno(), 1 << 16)
         assert chunk, "the load ended by itself"
         output += chunk
-    # In the other half of the cases the kill comes while the pipe still holds acknowledgements.
+    # In the other half of the cases the process is killed while the pipe still contains acknowledgements.
     if rng.random() < 0.5:
         select.select([process.stdout], [], [], 0)
         time.sleep(rng.random() * 0.01)
@@ -120,7 +123,7 @@ def kills(directory: Path, *, num_kills: int, seed: int) -> None:
         acknowledged |= kill_in_mid_load(directory, rng=rng)
         num_trained.append(check(directory, acknowledged, durability="process_crash"))
     assert num_trained == sorted(num_trained) and num_trained[-1] > num_kills
-    assert len(list((directory / "segments").glob("*.seg"))) < 6, "released trajectories are still there"
+    assert len(list((directory / "segments").glob("*.seg"))) < 6, "released trajectories were not deleted"
 
 
 def test_sigkill_loses_nothing_acknowledged(tmp_path: Path) -> None:
@@ -154,7 +157,7 @@ def lose_power(tmp_path: Path, *, num_points: int, seed: int) -> None:
     ops = read_log(log)
     rng = random.Random(seed)
     acknowledging = [number for number, op in enumerate(ops) if op.kind == "A"]
-    # Half of the points directly follow an acknowledgement, each another one; half are anywhere.
+    # Half of the points directly follow different acknowledgements; the others are anywhere.
     points = [number + 1 for number in rng.sample(acknowledging, min(num_points // 2, len(acknowledging)))]
     points += [rng.randrange(acknowledging[0], len(ops)) for _ in range(num_points - len(points))]
     disk, at, num_acknowledged = Disk(ledger), 0, []
@@ -184,7 +187,7 @@ def test_power_loss_at_1000_points_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_power_loss_without_fsync_is_detected_by_the_shim(tmp_path: Path) -> None:
-    """Without fsyncs before acknowledgements a power loss must lose rows: so the tests above can fail."""
+    """Without fsyncs before acknowledgements a power loss must lose rows, so the tests above can fail."""
     try:
         shim = compile_shim(tmp_path)
     except FileNotFoundError as error:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Self
 
-from areal_like.wire.records import Place, Record
+from areal_like.wire.records import Record, RecordLocation
 from buffer.storage import sql, sql_read
 from buffer.storage.changes import Changes, RowRecorder
 from buffer.storage.rows import Recovered
@@ -69,5 +69,5 @@ class RowStore(RowRecorder):
 
     def _flush(self) -> None:
         changes, self.changes = self.changes, Changes()
-        nowhere = Place(segment=0, offset=0, num_bytes=0, crc32=0)
+        nowhere = RecordLocation(segment=0, offset=0, num_bytes=0, crc32=0)
         sql.apply(self.connection, changes, [nowhere] * len(changes.samples))

@@ -107,4 +107,4 @@ class Connection:
             self._fail(error)
             return
         log.info("registered again at the buffer at %s", self.address)
-        self._buffer.ask_again()
+        self._buffer.resend_pending()

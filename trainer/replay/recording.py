@@ -15,7 +15,7 @@ from pathlib import Path
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.wire.messages.consumer import Group
-from areal_like.wire.records import Place, read_record
+from areal_like.wire.records import RecordLocation, read_record
 
 
 class Recording:
@@ -73,7 +73,9 @@ class Recording:
             for sample_index, oldest_step, *place in rows:
                 directory = self._directories[shard]
                 records.append(
-                    read_record(directory, Place(*place), ticket_id=ticket_id, sample_index=sample_index)
+                    read_record(
+                        directory, RecordLocation(*place), ticket_id=ticket_id, sample_index=sample_index
+                    )
                 )
                 version_steps.append(oldest_step)
             yield Group(

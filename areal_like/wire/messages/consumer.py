@@ -2,9 +2,9 @@
 
 Every request gets a reply with its `rid`, which may also be `Refused` (an older incarnation, an impossible
 step) or `JobFailed`. `Fetch` is a long poll: the reply comes when the group is recorded. Ranks other than 0
-send only `Fetch` and `TrainerHeartbeat`. Of several buffer shards (shards.py), the first allocates versions,
-runs evaluations and holds the directory of servers; a `Fetch` goes to the shard that owns the position, and
-the other requests go to all shards.
+send only `Fetch` and `TrainerHeartbeat`. With several buffer shards (shards.py), only the first one allocates
+versions, runs evaluations and sends the directory of servers; a `Fetch` goes to the shard that owns the
+position, and the other requests go to all shards.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class TrainerHeartbeat:
 
 @dataclass(frozen=True, kw_only=True)
 class StartTraining:
-    """Rank 0 -> buffer, once an incarnation, before any other request: the trainer's position.
+    """Rank 0 -> buffer, once per incarnation, before any other request: the trainer's position.
 
     Reply: `Welcome`.
 
-    Fences off every older trainer incarnation. The trainer's checkpoint decides: recorded steps from `step`
-    on are served again identically, and weights of later steps are abandoned. An empty ledger starts the
-    stream at `step`.
+    Older trainer incarnations are refused from now on. The buffer follows the trainer's checkpoint: recorded
+    steps from `step` on are served again identically, and weights of later steps are abandoned. An empty
+    ledger starts the stream at `step`.
     """
 
     step: int
@@ -49,7 +49,7 @@ class AllocVersion:
     """Rank 0 -> buffer, before each push: allocate a version. Reply: `VersionGranted`."""
 
     step: int
-    """Optimizer step that starts from these weights (weights after finishing step k-1 have step k)."""
+    """Optimizer step that starts from these weights: step k for the weights after step k-1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class VersionGranted:
 
 @dataclass(frozen=True, kw_only=True)
 class AdoptVersion:
-    """Rank 0 -> every shard but the first, before a push: the version that the first allocated.
+    """Rank 0 -> every shard except the first, before a push: the version that the first shard allocated.
 
     Reply: `Ok`. Idempotent.
     """
@@ -75,14 +75,15 @@ class AdoptVersion:
 class Fetch:
     """Rank -> buffer: fetch the group recorded at a position of a step.
 
-    Reply: `Group`, once there is one (long poll).
+    Reply: `Group`, when it is recorded (long poll).
 
-    The same step and position always return the same group. The caller has its own timeout and may ask again.
+    The same step and position always return the same group. The caller has its own timeout and may repeat the
+    request.
     """
 
     step: int
     position: int
-    """0 <= position < groups_per_step, one that belongs to this shard."""
+    """0 <= position < groups_per_step; the position must belong to this shard."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,10 +95,10 @@ class Group:
     ticket_id: int
     prompt_index: int
     records: list[Record]
-    """By sample index, unchanged since the servers made them."""
+    """In the order of sample indices, byte for byte as the servers sent them."""
     version_steps: list[int]
-    """For each record, the optimizer step of the oldest weights that sampled a token of it: lag = step -
-    this."""
+    """For each record, the optimizer step of the oldest weights that sampled one of its tokens. The record's
+    lag is `step` minus this."""
 
     @cached_property
     def trajectories(self) -> list[Trajectory]:
@@ -107,7 +108,7 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class CompleteStep:
-    """Rank 0 -> buffer: the optimizer step is done (not yet durable). Reply: `Ok`. Idempotent."""
+    """Rank 0 -> buffer: the optimizer step is done, but not in a checkpoint yet. Reply: `Ok`. Idempotent."""
 
     step: int
 
@@ -125,12 +126,12 @@ class SetMaxStaleness:
 
 @dataclass(frozen=True, kw_only=True)
 class CommitStep:
-    """Rank 0 -> buffer: a checkpoint that contains steps <= step is durable. Reply: `Ok`. Idempotent."""
+    """Rank 0 -> buffer: a checkpoint that contains steps <= `step` is durable. Reply: `Ok`. Idempotent."""
 
     step: int
     oldest_kept_step: int = 0
-    """Completed steps of the oldest checkpoint kept: no resume goes back further, so records of earlier steps
-    may be released."""
+    """Completed steps of the oldest checkpoint on disk. No trainer resumes at an earlier step, so records of
+    earlier steps may be released."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +143,7 @@ class GetStreamState:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamState:
-    """Buffer -> rank 0: state of the prompt stream, opaque to the trainer."""
+    """Buffer -> rank 0: state of the prompt stream. The trainer stores it without interpreting it."""
 
     stream: dict[str, int | list[int]]
 
@@ -199,10 +200,10 @@ class Directory:
 
 @dataclass(frozen=True, kw_only=True)
 class CloseAdmission:
-    """Rank 0 -> buffer: lease no train tickets until a trainer starts; evaluation goes on. Reply: `Ok`.
+    """Rank 0 -> buffer: lease no train tickets until a trainer starts; evaluations continue. Reply: `Ok`.
 
-    A durable ledger keeps all recorded and ready tickets; one in memory drops those outside completed steps
-    with reason `cancelled`.
+    A durable ledger keeps all recorded and ready tickets; a ledger in memory drops the tickets outside
+    completed steps with reason `cancelled`.
     """
 
     reason: str
@@ -218,10 +219,10 @@ class RunCounters:
     """Buffer -> rank 0: the stream's counters, for `summary.json`."""
 
     tickets: dict[str, int]
-    """A count for each ticket state (queued, leased, ready, batched, trained, evaluated, dropped), and
-    `issued`."""
+    """Number of tickets in each state (queued, leased, ready, batched, trained, evaluated, dropped), and
+    `issued`, their sum."""
     drops: dict[str, int]
-    """A count for each drop reason (zeros included)."""
+    """Number of dropped tickets by reason, zeros included."""
     counters: dict[str, float]
     """tokens_generated, tokens_trained, max_trained_lag, mean_trained_lag, samples_*, refusals_*,
     generation_idle_s, ..."""

@@ -1,7 +1,7 @@
 """Registration: the first message of every peer, and the buffer's replies.
 
-A peer that sends anything before its `Hello` was accepted gets `HelloRequired`, so that it registers at once
-with a restarted buffer.
+A peer that sends any other message before its `Hello` was accepted gets `HelloRequired`, so that peers of a
+restarted buffer register again at once.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Hello:
-    """Peer -> buffer: registers the peer. Replied to with `Welcome` or `Refused`."""
+    """Peer -> buffer: registers the peer. Reply: `Welcome` or `Refused`."""
 
     role: Role
     name: str
     """Stable name, e.g. `rollout-0`, `trainer-0`."""
     incarnation: int
-    """Grows with every start of the same name (nanoseconds of wall clock at start); an older one is
+    """Start time of the process in nanoseconds of wall clock. An older incarnation of the same name is
     refused."""
     job: str
     """Name of the job that the peer is configured for."""
@@ -50,7 +50,7 @@ class Hello:
     weights_version: int = 0
     """Version of the peer's weights."""
     device: str = "cpu"
-    """Device of the engine or rank, `cpu` or `cuda`; rank 0 chooses between gloo and NCCL by it."""
+    """Device of the engine or rank, `cpu` or `cuda`; it decides between gloo and NCCL."""
     num_train_prompts: int = 0
     """Rollout servers: number of the task's training prompts, among which the buffer chooses by index."""
     num_eval_prompts: int = 0
@@ -74,14 +74,12 @@ class Welcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Refused:
-    """Buffer -> peer: a request or hello was not accepted, and what to change.
-
-    May be the reply to any request.
-    """
+    """Buffer -> peer: a request or hello was not accepted. May be the reply to any request."""
 
     field: str
     """The field that differs or the rule that forbids it, e.g. `incarnation`, `model`, `step`."""
     reason: str
+    """The difference, and the necessary change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +89,12 @@ class HelloRequired:
 
 @dataclass(frozen=True, kw_only=True)
 class Ok:
-    """Reply of success without content."""
+    """Buffer -> peer: the request succeeded, and has no result."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobFailed:
-    """Buffer -> any peer, as a reply or unsolicited: the job cannot go on."""
+    """Buffer -> any peer, as a reply or unsolicited: the job cannot continue."""
 
     reason: str
 
@@ -106,7 +104,7 @@ class Goodbye:
     """Peer -> buffer: the peer leaves on purpose, after returning its leases."""
 
     stats: dict[str, float] = field(default_factory=dict)
-    """Last statistics, with the keys of the heartbeat."""
+    """Last statistics, with the same keys as in heartbeats."""
 
 
 MESSAGES = (Hello, Welcome, Refused, HelloRequired, Ok, JobFailed, Goodbye)

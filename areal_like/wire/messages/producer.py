@@ -13,7 +13,8 @@ from enum import StrEnum
 from areal_like.wire.records import Record
 
 BATCH_BYTES = 1 << 18
-"""Bytes of records in one message: far above the cost of a message, far below a socket's limit."""
+"""Bytes of records in one message: enough to make the overhead of a message small, and far below the limit of
+a socket."""
 
 
 class Purpose(StrEnum):
@@ -26,7 +27,7 @@ class Purpose(StrEnum):
 
 
 class ServerState(StrEnum):
-    """Life of a rollout server, as the buffer sees it.
+    """State of a rollout server, as it reports it to the buffer.
 
     STARTING -> SERVING <-> QUARANTINED; back to STARTING when the engine is lost; any -> DRAINING
     """
@@ -38,24 +39,23 @@ class ServerState(StrEnum):
     DRAINING = "draining"
     """The server is leaving: no new leases."""
     QUARANTINED = "quarantined"
-    """Its weights may be corrupt after a failed push: no leases until the next push."""
+    """A push failed, so the weights may be corrupt: no leases until the next push."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerHeartbeat:
     """Server -> buffer, every `daemon.heartbeat_s` and at once when credit or version changes.
 
-    Replied to with `HeartbeatAck`. It renews the leases that it names; other leases of this server are not
-    renewed.
+    Reply: `HeartbeatAck`. It renews the leases in `leases`, and no others of this server.
     """
 
     state: ServerState
     free_samples: int
     """Credit: samples that the server can take now beyond those it holds (absolute, not a difference)."""
     holding_samples: int
-    """Unfinished samples of received leases, at the time at which `free_samples` was computed."""
+    """Unfinished samples of received leases at the time when `free_samples` was computed."""
     weights_version: int
-    """Version with which a request starting now would be sampled."""
+    """Version of the weights that would sample a request submitted now."""
     leases: list[int]
     """Lease ids that the server is working on."""
     stats: dict[str, float] = field(default_factory=dict)
@@ -72,8 +72,8 @@ class HeartbeatAck:
     newest_version: int
     """Newest allocated weights version."""
     trouble: str = ""
-    """Why the buffer cannot write now (a full disk): until it can, there are no leases and replies wait.
-    Empty: it can."""
+    """Why the buffer cannot write now (a full disk). Until it can, it grants no leases and delays replies.
+    Empty: it can write."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +88,8 @@ class Lease:
     sample_indices: list[int]
     """The samples of the group that are still missing."""
     greedy_indices: list[int] = field(default_factory=list)
-    """Those of `sample_indices` that are sampled at temperature 0. An eval lease names none: all of its
-    samples are."""
+    """The indices in `sample_indices` to sample at temperature 0. Empty in an eval lease, whose samples are
+    all greedy."""
     seed: int
     """Sampling seed of the ticket; sample i uses seed + i if the engine supports seeds."""
 
@@ -130,9 +130,9 @@ class Samples:
 
     @classmethod
     def batches(cls, samples: Iterable[SampleDone], *, max_bytes: int = BATCH_BYTES) -> Iterator[Samples]:
-        """Messages of at most `max_bytes` of records each, or of one larger record.
+        """Messages with at most `max_bytes` of records each; a larger record gets its own message.
 
-        So a backlog never makes a message longer than a socket accepts.
+        So a backlog does not become a message longer than a socket accepts.
         """
         batch: list[SampleDone] = []
         num_bytes = 0
@@ -148,7 +148,7 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleAck:
-    """Outcome of samples of one lease: durable, or refused for good. Either way the server deletes them."""
+    """Outcome of samples of one lease: durable, or refused. The server deletes them in both cases."""
 
     lease_id: int
     sample_indices: list[int]
@@ -182,7 +182,7 @@ class SampleFailed:
 
 @dataclass(frozen=True, kw_only=True)
 class ReturnLeases:
-    """Server -> buffer: returns leases (draining, engine lost), whose missing samples are leased again."""
+    """Server -> buffer: returns leases (draining, engine lost). Their missing samples are leased again."""
 
     leases: list[int]
     reason: str
