@@ -280,7 +280,7 @@ def test_engine_stuck_in_a_broadcast_can_be_used_again(
             await asyncio.sleep(0.1)
             assert not dying.done()
             at_url.kill()
-            assert "given up" in await asyncio.wait_for(dying, 10)
+            assert "abandoned" in await asyncio.wait_for(dying, 10)
 
     asyncio.run(body())
 

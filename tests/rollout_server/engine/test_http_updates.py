@@ -46,7 +46,7 @@ def broken(tensors: dict[str, torch.Tensor], how: str) -> dict[str, torch.Tensor
     [
         ("unknown", "model.layers.9.weight is unknown"),
         ("missing", "missing: model.layers.1.mlp.up_proj.weight"),
-        ("shape", "want shape"),
+        ("shape", "must have shape"),
         ("nan", "not finite"),
         ("checksum", "checksum"),
     ],
@@ -203,7 +203,11 @@ def test_all_buckets_of_a_push_in_one_call(engine: Engine, models: Models, dtype
             for parameter in want.parameters():
                 parameter.data = parameter.data.to(getattr(torch, dtype)).float()
             assert error_of(want, PROMPT, await sample(client, PROMPT, 20)) < conformance.TOLERANCE
-            for how, message in (("nan", "not finite"), ("shape", "want shape"), ("unknown", "is unknown")):
+            for how, message in (
+                ("nan", "not finite"),
+                ("shape", "must have shape"),
+                ("unknown", "is unknown"),
+            ):
                 with pytest.raises(EngineError, match=message):
                     await push(broken(weights_of(models[0]), how))
                 with pytest.raises(EngineError, match=message):
