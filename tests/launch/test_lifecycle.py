@@ -134,7 +134,7 @@ def test_the_last_server_to_give_up_ends_the_run() -> None:
 def test_a_guest_keeps_the_run_alive_until_it_has_left() -> None:
     job = running_job(buffer={"lease_timeout_s": 5.0})
     for name in ("rollout-0", "rollout-1"):
-        assert notices(job.exited(Exit(name=name, code=0), now_s=3.0)) == f"{name} was asked to stop"
+        assert notices(job.exited(Exit(name=name, code=0), now_s=3.0)) == f"{name} was stopped by a user"
     assert tick(job, 4.0, seen("buffer", "trainer-0", guest=True)) == []
     assert tick(job, 8.9, seen("buffer", "trainer-0")) == [], "the guest may register again"
     assert tick(job, 9.1, seen("buffer", "trainer-0")) == [Terminate("trainer")]
@@ -247,4 +247,4 @@ def test_a_trainer_that_fails_while_it_drains_fails_the_run() -> None:
 
 def test_buffers_are_blamed_first_and_servers_last() -> None:
     names = ["rollout-0", "trainer", "buffer"]
-    assert running_job().in_order_of_blame(names) == ["buffer", "trainer", "rollout-0"]
+    assert running_job().by_exit_priority(names) == ["buffer", "trainer", "rollout-0"]

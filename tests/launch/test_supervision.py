@@ -346,9 +346,9 @@ def test_a_server_that_was_asked_to_stop_is_not_missed(workplace: Path) -> None:
             root / "endpoints" / "rollout-7.json", {"role": "rollout", "pid": 999_999, "http": "127.0.0.1:1"}
         )
         os.kill(pid_of(root, "--name rollout-0"), signal.SIGTERM)
-        wait_for_notice("rollout-0 was asked to stop", root, process)
+        wait_for_notice("rollout-0 was stopped by a user", root, process)
         wait_for_steps(num_steps_done(root) + 10, root, process=process)
         os.kill(pid_of(root, "--name rollout-1"), signal.SIGTERM)
         code, out, _ = finish(process, root)
     assert code == 0
-    assert "rollout-0 was asked to stop" in out and "go on with" in out
+    assert "rollout-0 was stopped by a user" in out and "go on with" in out
