@@ -45,7 +45,7 @@ def drain(run: str, name: str) -> int:
     except OSError as error:
         raise ConfigError(
             f"drain: {name} does not answer at {servers[name]} ({error}): send SIGTERM to its process, "
-            "or make its machine reachable (daemon.http_host)"
+            "or make its HTTP server reachable from here (daemon.http_host)"
         ) from None
     deadline_s = time.monotonic() + config.daemon.drain_timeout_s
     while time.monotonic() < deadline_s:

@@ -139,14 +139,14 @@ def test_run_says_what_it_does_with_its_directory(tmp_path: Path) -> None:
         (first / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
     text = announced(runs_dir)
     assert text.startswith(f"new run in {tmp_path / 'default-2'} ({first} holds an earlier run")
-    assert "name=NAME" in text and "name=default resume=latest goes on with" in text
+    assert "name=NAME" in text and "name=default resume=latest continues" in text
     assert "resume=step:K from one of its checkpoints (step:10, step:20)" in text
     text = announced(runs_dir, "name=default", "resume=latest")
     assert text.startswith(f"resume of step 20 from {first}, its newest checkpoint")
     assert "resume=step:K goes back" in text and "name=... starts a new run" in text
     text = announced(runs_dir, "name=default", "resume=step:10")
     assert text.startswith(f"resume of step 10 from {first}; later steps are undone")
-    assert "resume=latest goes on with the newest checkpoint (step 20)" in text
+    assert "resume=latest continues from the newest checkpoint (step 20)" in text
     (first / "summary.json").write_text("{}")
     with pytest.raises(ConfigError) as refusal:
         open_run([runs_dir, "name=default"])
