@@ -72,7 +72,7 @@ _OWN_SHARD = Invariant(
         WHERE lease_id % {_NUM_SHARDS} != {_SHARD}""",
 )
 
-_ONE_TICKET_A_PLACE = Invariant(
+_ONE_TICKET_PER_POSITION = Invariant(
     text="no place of a step is taken twice",
     count="SELECT count(*) FROM tickets WHERE state IN ('batched', 'trained')",
     violations="""
@@ -205,7 +205,7 @@ LEDGER_INVARIANTS = (
     _ONE_STATE,
     _NO_GAP,
     _OWN_SHARD,
-    _ONE_TICKET_A_PLACE,
+    _ONE_TICKET_PER_POSITION,
     _TRAINED_IS_COMMITTED,
     _COMMITTED_IS_COMPLETE,
     _WHOLE_GROUPS,

@@ -35,7 +35,7 @@ BUILT_PYTHON = Path("areal_like/sglang/bin/python")
 """Interpreter that `make sglang` builds, below the cache directory."""
 _MAX_CPU_KV_TOKENS = 1 << 16
 """KV cache size on a CPU. By default SGLang would take most of the machine's memory."""
-_ONE_CHUNK_A_SEQUENCE = 1 << 20
+_ONE_CHUNK_PER_SEQUENCE = 1 << 20
 """--stream-interval: a sequence is sent as one chunk, because every chunk repeats all tokens before it."""
 _POLL_S = 0.5
 _PROBE_S = 2.0
@@ -80,7 +80,7 @@ def launch_options(config: Config, *, model: str, port: int, version: int, index
     options = {
         "model-path": model, "host": rollout.host, "port": port, "device": device,
         "dtype": config.model.dtype, "max-running-requests": rollout.max_running, "weight-version": version,
-        "random-seed": config.seed + index, "stream-interval": _ONE_CHUNK_A_SEQUENCE,
+        "random-seed": config.seed + index, "stream-interval": _ONE_CHUNK_PER_SEQUENCE,
         "sampling-defaults": "openai",
     }  # fmt: skip
     flags = ["skip-tokenizer-init", "enable-metrics"]
