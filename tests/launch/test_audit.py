@@ -1,4 +1,4 @@
-"""The audit on the ledger of a killed buffer: clean as it is, and every falsification of it is found."""
+"""The audit of a killed buffer's ledger: it passes unchanged, and every falsification is found."""
 
 from __future__ import annotations
 

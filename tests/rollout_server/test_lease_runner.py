@@ -25,7 +25,7 @@ GROUP = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Slow(Task):
-    """Examples that take `seconds`, or hang if in `hanging`; `requested` are those that were called for."""
+    """A task whose examples take `seconds`, or hang if in `hanging`; `requested` has the loaded indices."""
 
     seconds: float = LIMIT_S / 10
     hanging: tuple[int, ...] = ()

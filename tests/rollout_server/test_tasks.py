@@ -1,4 +1,4 @@
-"""Tasks are pure functions, unknown settings are refused by name, and a user's own task takes ten lines."""
+"""Tasks: purity, fingerprints, settings, and a task that a user has written."""
 
 import random
 import subprocess
