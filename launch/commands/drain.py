@@ -53,4 +53,4 @@ def drain(run: str, name: str) -> int:
             sys.stdout.write(f"{name} has left\n")
             return 0
         time.sleep(_TICK_S)
-    raise ArealError(f"drain: {name} was asked to leave, but is still registered")
+    raise ArealError(f"drain: {name} did not leave within {config.daemon.drain_timeout_s:g} s")

@@ -40,7 +40,7 @@ def _ticket_id(text: str) -> int:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints what was done."""
+    """Drops the tickets and prints the result."""
     sys.stdout.write(drop_tickets(find_run(args.run), args.tickets) + "\n")
     return 0
 

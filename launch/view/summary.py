@@ -49,7 +49,7 @@ def show_summary(run: OpenRun, console: Console, *, since_unix_s: float) -> None
     steps = checkpoints(paths)
     num_steps = config.trainer.num_steps
     if steps and steps[-1] < num_steps:
-        line = f"stopped after step {steps[-1]} of {num_steps}; go on with: {resume_command(config)}"
+        line = f"stopped after step {steps[-1]} of {num_steps}; continue with: {resume_command(config)}"
         console.print(line, markup=False, soft_wrap=True)
 
 

@@ -2,8 +2,8 @@
 
 No threads and no sockets: the benchmark drives the same code. A step admits waiting sequences to rows,
 computes or copies the KV of all but the last token of each new context, and then decodes one token for every
-row at once. New rows need no step of their own: the last token of a new context is decoded like the last
-sampled token of an old row.
+row at once. New rows are decoded together with old ones, because the last token of a new context is treated
+like the last sampled token of an old row.
 
 Weights change only in `swap_weights`, between two steps. So a forward pass never mixes two versions, and the
 version recorded for a token is that of the weights whose logits it was drawn from.

@@ -59,8 +59,8 @@ def sample(
     """Draws one token per row: (tokens int64[N], log-probs float32[N]).
 
     `temperature_N` is float32, 0 for greedy rows; `uniform_N` is float64 in [0, 1). `any_greedy` and
-    `any_random` tell if there are rows of that kind, so that an all-greedy or all-random batch skips the work
-    for the other kind.
+    `any_random` are true if there are rows of that kind, so that an all-greedy or all-random batch skips the
+    work for the other kind.
     """
     logits_NV = logits_NV.float()
     if any_random:
@@ -97,6 +97,6 @@ def _filtered(probs_NV: Tensor, filters: Filters) -> Tensor:
         & (rank_V < filters.top_k_N1)
         & (sorted_NV >= sorted_NV[:, :1] * filters.min_p_N1)
     )
-    # The most likely token stays, whatever the filters are, so that something can be drawn.
+    # The most likely token is always kept, so that at least one token can be drawn.
     keep_NV[:, 0] = True
     return torch.zeros_like(probs_NV).scatter_(-1, order_NV, sorted_NV * keep_NV)

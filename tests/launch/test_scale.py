@@ -150,7 +150,8 @@ def test_servers_come_and_go_and_the_trainer_is_replaced(
         assert "did not end in time" not in out
         num_done = num_steps_done(run)
         assert (
-            f"stopped after step {num_done} of 100000; go on with: areal-like run name=x resume=latest" in out
+            f"stopped after step {num_done} of 100000; continue with: areal-like run name=x resume=latest"
+            in out
         )
         assert ended(stays, run)[0] == 0, "the joined server ends with its run"
     assert is_over(RunPaths(run))

@@ -95,7 +95,7 @@ def test_a_run_ends_with_a_summary_and_without_processes(
     code, out, err = run(workplace, "trainer.num_steps=10")
     assert (code, err) == (0, "")
     assert out.startswith(f"new run in {root}\n")
-    assert "optimizer steps" in out and "10" in out and "go on with" not in out
+    assert "optimizer steps" in out and "10" in out and "continue with" not in out
     assert processes_of(root) == {}
     assert not list((root / "endpoints").iterdir())
     monkeypatch.chdir(workplace)
@@ -288,7 +288,7 @@ def test_sigterm_drains_and_the_run_can_be_resumed(
         wait_for_steps(3, root, process=process)
         code, out, err = drain(process, root)
     assert (code, err) == (0, "")
-    assert "go on with: areal-like run name=x resume=latest" in out
+    assert "continue with: areal-like run name=x resume=latest" in out
     monkeypatch.chdir(workplace)
     assert main(["run", "name=x"]) == 2
     assert "resume=latest" in capsys.readouterr().err
@@ -351,4 +351,4 @@ def test_a_server_that_a_user_stopped_is_not_replaced(workplace: Path) -> None:
         os.kill(pid_of(root, "--name rollout-1"), signal.SIGTERM)
         code, out, _ = finish(process, root)
     assert code == 0
-    assert "rollout-0 was stopped by a user" in out and "go on with" in out
+    assert "rollout-0 was stopped by a user" in out and "continue with" in out

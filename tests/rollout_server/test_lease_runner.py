@@ -152,7 +152,7 @@ def test_examples_that_hang_fail_only_their_own_samples(hanging: Callable[..., S
             task.released.set()
             await asyncio.sleep(0.05)
             assert len(task.requested) == 6 and len(served.results) == 6 * GROUP, (
-                "an abandoned thread must not go on"
+                "an abandoned thread must not load more examples"
             )
 
     asyncio.run(body())
