@@ -1,16 +1,16 @@
-"""Speed-up of asynchronous training: the default job with `max_staleness` 0 and 4, and the analytic bounds.
+"""Measures the speed-up of asynchronous training: the default job with `max_staleness` 0 and 4.
 
     python -m benchmarks.async_vs_sync [--steps 300] [--target 0.7] [key=value ...]
 
-A synchronous step takes g + t (generation, then training) plus the latency between them (push, lease,
-stream). With perfect overlap it takes max(g, t). All are measured in the synchronous run on one thread: t is
-a step without its wait for data, g the time in which the engine had something to decode, latency the rest of
-the wait. Two bounds follow:
+The speed-up is compared with two analytic bounds. A synchronous step takes g + t (generation, then training)
+plus the latency between them (push, lease, stream). With perfect overlap it takes max(g, t). All three times
+are measured in the synchronous run with one thread: t is the step without its wait for data, g the time in
+which the engine had something to decode, latency the rest of the wait. The bounds are:
 
     (g + t) / max(g, t)                      can be exceeded, because asynchrony hides latency too
     (g + latency + t) / max(g + latency, t)  treats latency as work that cannot be hidden inside generation
 
-The speed-up is over the faster of two synchronous runs, with one and with two threads a process, because a
+The speed-up is over the faster of two synchronous runs, with one and with two threads per process, because a
 synchronous run leaves one core idle while the other works. Writes benchmarks/results/async_vs_sync.json.
 """
 

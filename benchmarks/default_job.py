@@ -24,7 +24,7 @@ KEPT = (
     "max_trained_lag", "mean_trained_lag", "tickets", "drops", "generation_idle_fraction",
     "trainer_idle_fraction",
 )  # fmt: skip
-"""Keys of the job's summary that go into the result."""
+"""Keys of the job's summary that are copied to the result."""
 
 
 def main() -> None:

@@ -1,15 +1,15 @@
-"""Speed of the embedded engine against `model.generate`: same model, prompts and lengths, one thread.
+"""Compares the speed of the embedded engine with `model.generate`: same model, prompts, lengths, one thread.
 
-    equal      32 requests of equal length: both run full batches, and only the cost of a step counts
+    equal      32 requests of equal length: both run full batches, so only the cost of a step counts
     long_tail  256 requests with log-normal lengths, 32 at a time; generate takes them in order, in batches of
-               32, each of which runs to its longest request: continuous batching avoids that
-    grouped    the long tail with eight samples a prompt, as in training
+               32, each of which runs until its longest request ends: continuous batching avoids that
+    grouped    the long tail with eight samples per prompt, as in training
     http       the long tail through a real engine process and client
 
 Lengths are forced (no stop tokens), sampling is at temperature 1, and only requested tokens count.
-Repetitions are interleaved, and medians reported. Rates in process are per second of CPU time (one thread, no
-waiting), so that a busy machine changes them little. `http` spans two processes, so its rate is per second of
-wall time, and is compared with generate's rate per second of wall time.
+Repetitions are interleaved, and medians are reported. In-process rates are per second of CPU time (one
+thread, no waiting), so that other load on the machine changes them little. `http` spans two processes, so its
+rate is per second of wall time, and is compared with generate's rate per second of wall time.
 
     python -m benchmarks.engine [--repeats 5] [--model DIR]
 """

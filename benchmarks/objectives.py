@@ -2,10 +2,10 @@
 
     python -m benchmarks.objectives [--only tis vcpo ...] [--report] [key=value ...]
 
-The four main objectives run with three seeds, each other preset of configs/objective with one. All other
-settings are the default job's, except for LEARNING_RATES. Runs are appended to
-benchmarks/results/objectives.jsonl as they end and are not repeated, so the benchmark may be stopped and
-started again. The score is the greedy one on held-out prompts; run times are not compared here.
+The four main objectives run with three seeds, every other preset of configs/objective with one seed. All
+other settings are the default job's, except for LEARNING_RATES. Each run is appended to
+benchmarks/results/objectives.jsonl when it ends and is not repeated, so the benchmark may be stopped and
+started again. The score is the greedy score on held-out prompts; run times are not compared here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAIN_OBJECTIVES = ("tis", "vcpo", "vespo", "oapl")
 """Objectives that are run with three seeds."""
 
 LEARNING_RATES = {"oapl": 1e-4}
-"""`trainer.lr` where it is not the default job's."""
+"""Objective -> `trainer.lr`, where it differs from the default job's."""
 
 KEPT = (
     *("steps", "eval_before", "eval_after", "reward_first", "reward_last", "training_seconds"),
@@ -50,7 +50,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Runs what is missing, then prints a table of all results."""
+    """Runs the missing jobs, then prints a table of all results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -88,7 +88,7 @@ def run(objective: str, seed: int, overrides: list[str], *, scratch: Path, resul
 
 
 def as_table(runs: list[dict[str, Any]]) -> str:
-    """A Markdown table with one line an objective, its seeds' scores side by side."""
+    """A Markdown table with one line per objective, with the scores of all its seeds."""
     rows = []
     for objective in presets():
         own = sorted((run for run in runs if run["objective"] == objective), key=lambda run: int(run["seed"]))

@@ -18,7 +18,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def machine() -> dict[str, Any]:
-    """The machine that the figures were measured on."""
+    """Properties of this machine and the date, to be written with the results."""
     cpu = next(
         (
             line.split(":")[1].strip()
@@ -54,7 +54,7 @@ def run_job(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Runs `areal-like run` to its end; returns its summary and its metrics rows.
 
-    Raises RuntimeError if it fails.
+    Raises RuntimeError if the job fails.
     """
     shutil.rmtree(runs_dir / name, ignore_errors=True)
     command = [sys.executable, "-m", "launch", "run", f"name={name}", f"runs_dir={runs_dir}", *overrides]

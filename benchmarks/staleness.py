@@ -1,22 +1,22 @@
-"""Reward against staleness: a grid of off-policy corrections and ages of samples, on the default task.
+"""Measures reward against staleness: a grid of off-policy corrections and sample ages, on the default task.
 
     python -m benchmarks.staleness [--full] [--jobs 2] [--only PATTERN ...] [--seeds 0 1 2] [--steps 400]
                                    [--report]
 
 A cell of the grid is (method, fixed or mixed ages, lag, learning rate, seed); `benchmarks.staleness_cell`
-runs one and defines the ages. A cell's result depends on its settings alone. Cells take one thread each and
-are appended to benchmarks/results/staleness.jsonl as they finish, so the grid may be stopped and started
+runs one cell and defines the ages. A cell's result depends on its settings alone. Each cell takes one thread
+and is appended to benchmarks/results/staleness.jsonl when it finishes, so the grid may be stopped and started
 again; a finished cell is not run again unless its settings have changed. Cells run seed by seed, lag 16
-first, so that a part of the grid is useful too. Every run ends by printing the table and drawing
+first, so that a part of the grid is useful too. At its end the benchmark prints the table and draws
 docs/staleness.png from all results so far.
 
 `--only` takes shell patterns of a cell's name, such as `PPO/*`, `*/fixed-16/*`,
 `VCPO/mixed-16/0.0003/seed-0`. `--report` runs nothing.
 
 Nothing is tuned for a single cell. Each method runs at both learning rates, with the settings and the
-normaliser of its paper and with group-normalised advantages, except for OAPL, which has its own advantages.
-OAPL's beta2 follows the project's rule for its length (.3 at ten tokens, set before the grid was run), and
-its engine syncs periodically, as its paper prescribes.
+normalizer of its paper and with group-normalized advantages, except for OAPL, which defines its own
+advantages. OAPL's beta2 follows the project's rule for the answer length (.3 at ten tokens, set before the
+grid was run), and its engine syncs periodically, as its paper prescribes.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ FULL_METHODS: dict[str, dict[str, Any]] = {
     "LAD": {"objective": {"name": "lad"}},
     "OAPL, no sync": {"objective": {"name": "oapl"}, "normalizer": "seq_mean_token_sum"},
 }
-"""Settings of a Cell by label; what is absent has the objective's default."""
+"""Settings of a Cell by label; a setting that is absent has the objective's default."""
 
 
 def grid(*, full: bool, seeds: list[int], num_steps: int) -> list[Cell]:
@@ -102,10 +102,10 @@ def name_of(cell: Cell) -> str:
 
 
 class Results:
-    """The file of finished cells, one JSON object a line. Lines are only appended."""
+    """The file of finished cells, one JSON object per line. Lines are only appended."""
 
     def __init__(self, path: Path) -> None:
-        """Reads the file. Cuts off half a line at its end, which a killed run may have left."""
+        """Reads the file. Removes an incomplete last line, which a killed run may have left."""
         self._path = path
         self._done: dict[str, CellResult] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ def _key(settings: dict[str, Any]) -> str:
 
 
 def run(cells: list[Cell], results: Results, *, num_jobs: int) -> None:
-    """Runs cells in `num_jobs` worker processes at low priority and records each when it is done."""
+    """Runs cells in `num_jobs` worker processes at low priority, and records each when it finishes."""
     if not cells:
         return
     context = multiprocessing.get_context("spawn")
@@ -169,21 +169,21 @@ def _build(out_dir: str, seed: int, warm_start_steps: int) -> None:
 def _start_worker() -> None:
     die_with_parent()
     os.nice(10)
-    # Off: the trainer's warnings about settings that OAPL overrides, and a progress bar for every model that
-    # is read.
+    # Turns off the trainer's warnings about settings that OAPL overrides, and the progress bar for each model
+    # that is loaded.
     logging.disable(logging.WARNING)
     disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def main() -> None:
-    """Runs what is missing of the grid, then reports on all of it."""
+    """Runs the missing cells of the grid, then prints and draws all results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--full",
         action="store_true",
-        help="every objective, and lags 1 2 8 32 beside those of docs/results.md",
+        help="every objective, and lags 1 2 8 32 in addition to those of docs/results.md",
     )
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time, one thread each")
     parser.add_argument(
@@ -207,7 +207,7 @@ def main() -> None:
     done = [(cell, result) for cell in cells if (result := results.get(cell)) is not None]
     if not done:
         raise SystemExit(
-            f"no cell of this grid is in {args.results} and none was run: leave --report out, or check --only"
+            f"{args.results} has no cell of this grid and no cell was run: omit --report, or check --only"
         )
     print(
         f"\n{len(done)} of {len(cells)} cells, {len(args.seeds)} seeds, "

@@ -1,26 +1,24 @@
-"""One cell of the staleness benchmark: learns the sorting task from samples of a prescribed age.
+"""Runs one cell of the staleness benchmark: learns the sorting task from samples of a prescribed age.
 
-It runs in one thread of one process.
+A cell runs in one thread of one process. Ages do not depend on timing: a *plan* sets them before the first
+step, so a cell's result depends on its settings alone (on one machine). All samples of version v that any
+later step trains on are drawn in one batch when v exists, and kept until that step. That costs the same at
+every age, and it is how a replay queue works. The engine, the objective, the optimizer and the task are those
+of the real system; only the daemons between them are omitted.
 
-Ages do not depend on timing. A *plan* sets them before the first step, so a cell's result depends on its
-settings alone (on one machine). All samples of version v that any later step trains on are drawn in one batch
-when v is made, and kept until that step. That costs the same at every age, and it is how a replay queue
-works. The engine, the objective, the optimizer and the task are those of the real system; only the daemons
-between them are left out.
-
-Ages, in optimizer steps (a group's age in step t is t less the version that sampled it whole, which is at
-least 0):
+Ages are in optimizer steps: a group's age in step t is t minus the version that sampled all of the group.
+Versions before 0 do not exist, so the first steps have smaller ages.
 
     fixed     every group's age is `lag`
-    mixed     each group's age is drawn on its own, uniformly from 0..lag: a queue that hands out, in random
-              order, what is at most `lag` old
-    periodic  the engine syncs every I steps, so the age is t mod I, as OAPL prescribes. I is 2 lag + 1 in
-              place of fixed and lag + 1 in place of mixed, so the mean age is that of the other methods (with
-              mixed, the largest age and the distribution too)
+    mixed     each group's age is drawn independently and uniformly from 0..lag, as from a queue that returns
+              groups of age `lag` or less in random order
+    periodic  the engine syncs every I steps, so the age is t mod I, as OAPL prescribes. I is 2 lag + 1 if the
+              cell's mode is fixed and lag + 1 if it is mixed, so the mean age equals that of the other
+              methods (for mixed, the largest age and the distribution are equal too)
 
-The ages of mixed depend on the seed alone, and a sample's random numbers on seed, prompt and its index in its
-group. So every method gets the same prompts at the same ages with the same random numbers, until its weights
-differ.
+The ages of mixed depend on the seed alone, and a sample's random numbers on the seed, the prompt and the
+sample's index in its group. So every method gets the same prompts at the same ages with the same random
+numbers, until its weights differ.
 """
 
 from __future__ import annotations
@@ -52,9 +50,9 @@ from trainer.step.build import build_step_runner
 
 CONTEXT_TOKENS = 24
 CURVE_PROMPTS = 128
-"""Held-out prompts, one sample each, of every point of the curve."""
+"""Held-out prompts for each point of the curve, with one sample per prompt."""
 GREEDY_PROMPTS = 512
-"""Held-out prompts of the final greedy score."""
+"""Held-out prompts for the final greedy score."""
 CURVE_POINTS = 40
 """Points of the curve; the last tenth of a run is four of them."""
 
@@ -64,13 +62,13 @@ class Cell:
     """Settings that decide a cell's result."""
 
     method: str
-    """Its label in tables."""
+    """Label of the method in tables."""
     objective: dict[str, Any]
     """The `objective` section of a configuration."""
     normalizer: str = "token_mean"
-    """`trainer.normalizer`, the one of the method's paper."""
+    """`trainer.normalizer`, as in the method's paper."""
     periodic: bool = False
-    """Ages are periodic, in place of fixed or mixed."""
+    """Ages are periodic instead of fixed or mixed."""
     mode: str
     """`fixed` | `mixed`"""
     lag: int
@@ -82,18 +80,18 @@ class Cell:
     num_steps: int = 400
     """Optimizer steps."""
     groups_per_step: int = 8
-    """Prompts a step."""
+    """Prompts per step."""
     group_size: int = 8
-    """Samples a prompt."""
+    """Samples per prompt."""
     warm_start_steps: int = 600
-    """Supervised steps that the initial model was trained for."""
+    """Supervised training steps of the initial model."""
 
     def __post_init__(self) -> None:
         assert self.mode in ("fixed", "mixed") and self.lag >= 0
 
     @property
     def interval(self) -> int:
-        """Steps between syncs, where they are periodic."""
+        """Steps between syncs, for periodic ages."""
         return 2 * self.lag + 1 if self.mode == "fixed" else self.lag + 1
 
     def version_of(self, *, step: int, group: int) -> int:
@@ -105,7 +103,7 @@ class Cell:
         return max(0, step - random.Random(f"{self.seed}/age/{step}/{group}").randint(0, self.lag))
 
     def plan(self) -> dict[int, list[tuple[int, int]]]:
-        """version -> the (step, group) that it samples."""
+        """version -> the (step, group) pairs that it samples."""
         plan: dict[int, list[tuple[int, int]]] = defaultdict(list)
         for step in range(self.num_steps):
             for group in range(self.groups_per_step):
@@ -118,8 +116,8 @@ class Cell:
             num_steps=self.num_steps,
             groups_per_step=self.groups_per_step,
             lr=self.lr,
-            # A schedule that falls to zero would undo the effect of staleness towards the end: lags are in
-            # steps, and their harm depends on the length of a step.
+            # A learning rate that decays to zero would hide the effect of staleness towards the end: a lag of
+            # some steps does less harm if the steps are smaller.
             lr_schedule="constant",
             normalizer=self.normalizer,
             logprob_chunk_tokens=4096,
@@ -131,25 +129,25 @@ class Cell:
 class CellResult:
     """The result of a cell.
 
-    Rewards are of held-out prompts under the current weights, whatever the training data's age.
+    All rewards are measured on held-out prompts with the current weights.
     """
 
     reward: float
     """Mean of samples at temperature 1 over the last tenth of the run."""
     best: float
-    """Largest mean of four neighbouring points of the curve. If it is far above `reward`, the run has
+    """Largest mean of four consecutive points of the curve. If it is far above `reward`, the run has
     collapsed."""
     greedy: float
     """Greedy score of the final weights."""
     ess_ratio: float
-    """Mean over the run of the effective sample size of a step under its importance weights, over its
-    sequences."""
+    """Effective sample size of a step under its importance weights, divided by its number of sequences; mean
+    over the run."""
     means: dict[str, float]
     """Means over the run of other metrics of the step."""
     curve: list[tuple[int, float]]
     """(completed steps, reward of samples at temperature 1)."""
     wall_s: float = field(compare=False)
-    """Wall time, on a machine that may have been busy."""
+    """Wall time; other load on the machine may have increased it."""
     cpu_s: float = field(compare=False)
     """CPU time."""
 
@@ -159,7 +157,7 @@ MEANS = ("log_w_std", "kl_k3", "entropy", "grad_norm", "clipped_fraction", "lr_s
 
 
 def build_model(out_dir: Path, *, seed: int, warm_start_steps: int) -> None:
-    """Builds the default job's model at two thirds of its width and depth (10 ms a step).
+    """Builds the default job's model at two thirds of its width and depth (10 ms per step).
 
     A smaller one takes longer to learn the format.
     """
@@ -194,7 +192,7 @@ class Sampler:
             self._core.swap_weights(shadow, version=str(version), recompute=True)
 
     def groups(self, indices: Iterable[int], *, size: int) -> list[list[Trajectory]]:
-        """`size` samples, at temperature 1, of each of these training prompts."""
+        """Draws `size` samples at temperature 1 for each of these training prompts."""
         indices = list(indices)
         prompts = self._prompts("train", indices)
         seeds = [self._train_seed + index for index in indices]
@@ -224,7 +222,7 @@ class Sampler:
     def _sample(
         self, prompts: Iterable[tuple[int, ...]], *, seeds: Iterable[int], size: int, temperature: float
     ) -> list[list[Sequence]]:
-        """Samples `size` sequences a prompt; `seeds`: one for each prompt."""
+        """Samples `size` sequences per prompt; `seeds`: one seed per prompt."""
         stops = tuple(self._renderer.stop_token_ids)
         groups = []
         for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
@@ -297,6 +295,7 @@ def run_cell(cell: Cell, model_path: str) -> CellResult:
     sampler.activate(policy, version=cell.num_steps)
     rewards = [reward for _, reward in curve]
     tail = max(1, len(rewards) // 10)
+    # Steps that trained no group (in each group all rewards were equal) lack these metrics.
     live = [row for row in rows if "kl_k3" in row]
     return CellResult(
         reward=statistics.mean(rewards[-tail:]),
@@ -311,8 +310,5 @@ def run_cell(cell: Cell, model_path: str) -> CellResult:
 
 
 def _mean(rows: list[dict[str, float]], name: str) -> float:
-    """The mean to four digits.
-
-    Steps that trained no group (equal rewards in all) lack the metric and are left out.
-    """
+    """The mean over `rows`, rounded to four digits; 0 without rows."""
     return float(f"{statistics.fmean(row[name] for row in rows):.4g}") if rows else 0.0

@@ -1,8 +1,8 @@
 """Makes the staleness benchmark's table and figure from the cells that have results.
 
-Each method has two scores: at the better and at the worse of the learning rates, each a mean over seeds. The
-learning rate matters as much as the method, so a method that works only at the right learning rate must be
-visible as such.
+Each method has two scores, at the better and at the worse of the learning rates; each is a mean over seeds.
+The learning rate has as large an effect as the method, so the report must show if a method works at only one
+of the rates.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Scores = dict[tuple[str, Setting], tuple[float, float]]
 
 
 def scores(done: Iterable[tuple[Cell, CellResult]]) -> Scores:
-    """Best and worst over learning rates of the means over seeds."""
+    """The best and the worst mean over seeds among the learning rates."""
     by_rate: dict[tuple[str, Setting], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for cell, result in done:
         by_rate[cell.method, (cell.mode, cell.lag)][cell.lr].append(result.reward)
@@ -45,7 +45,7 @@ def in_order(
 
 
 def as_table(done: list[tuple[Cell, CellResult]], methods: Iterable[str]) -> str:
-    """A Markdown table: a row a method, a column a setting, `best / worst` in each field."""
+    """A Markdown table with one row per method, one column per setting, and fields `best / worst`."""
     names, settings = in_order(done, methods)
     found = scores(done)
     fields = [[_field(found.get((name, setting))) for setting in settings] for name in names]
@@ -60,7 +60,7 @@ def _field(pair: tuple[float, float] | None) -> str:
 
 
 def draw(done: list[tuple[Cell, CellResult]], methods: Iterable[str], path: Path) -> None:
-    """Plots reward against lag, a line a method: left at the best learning rate, right at the worst."""
+    """Plots reward against lag, one line per method: left at the best learning rate, right at the worst."""
     names, settings = in_order(done, methods)
     found = scores(done)
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 3.9), dpi=140, sharey=True)

@@ -1,4 +1,4 @@
-"""Throughput of trajectories from producers through a buffer to a trainer: our buffer and other systems.
+"""Measures the throughput of trajectories from producers through a buffer to a trainer, for several systems.
 
 Everything runs on one machine: 1,024-token trajectories (13.3 kB of arrays), 8 producers in two processes
 with a window of 32 each, one consumer, at most 8,192 trajectories between them (`stream_peers/load.py`). The
@@ -11,11 +11,11 @@ score is the smaller of the trajectories acknowledged and consumed per second.
     transfer queue  in the memory of two actors           TransferQueue's client, a window at a time
     bare zmq        forwarded                             the same sockets and messages alone: the upper bound
 
-Flushes are those of the disk under --scratch during the measurement (/sys/dev/block/*/stat), so that group
+Flushes of the disk under --scratch during the measurement are counted (/sys/dev/block/*/stat), so that group
 commits can be compared. `half load` paces the producers at half of the measured rate and reports the latency
-of acknowledgements. `cost` is the CPU time of one sample's insert and read in a ledger that already holds so
-many tickets. `server_cpu_us`, `producer_cpu_us` and `consumer_cpu_us` are the CPU time of one trajectory in
-each process. The other systems need their packages; without --peers only ours and bare zmq are run.
+of acknowledgements. `cost` is the CPU time of inserting and reading one sample in ledgers of different sizes.
+`server_cpu_us`, `producer_cpu_us` and `consumer_cpu_us` are the CPU time per trajectory in each process. The
+other systems need their packages; without --peers only ours and bare zmq are run.
 
     pip install --target DIR hiredis ray TransferQueue tensordict
     python -m benchmarks.stream [--seconds 8] [--peers DIR] [--scratch DIR] [--only ours,redis]
@@ -113,7 +113,7 @@ def summary(tallies: list[dict[str, Any]], *, seconds: float) -> dict[str, Any]:
 
 
 class Flushes:
-    """Counts flushes of the block device under a directory; None where the kernel does not report them."""
+    """Counts flushes of the block device that holds a directory, if the kernel reports them."""
 
     def __init__(self, directory: Path) -> None:
         device = directory.stat().st_dev
@@ -126,7 +126,7 @@ class Flushes:
 
     @property
     def since_start(self) -> int | None:
-        """Flushes since this object was made."""
+        """Flushes since this object was created; None if the kernel does not report them."""
         now = self._read()
         return None if now is None or self._start is None else now - self._start
 
@@ -193,7 +193,7 @@ class Bench:
             shutil.rmtree(directory)
 
     def ours(self) -> None:
-        """The buffer, at each durability."""
+        """Measures the buffer with each durability."""
         for durability in ("power_loss", "process_crash", "none"):
             name = f"ours, {durability}"
             self._row(
@@ -201,7 +201,7 @@ class Bench:
             )
 
     def redis(self) -> None:
-        """Redis Streams."""
+        """Measures Redis Streams."""
         for appendfsync in ("always", "no"):
             name = f"redis, {appendfsync}"
             self._row(
@@ -212,18 +212,18 @@ class Bench:
             )
 
     def bare_zmq(self) -> None:
-        """Bare ZeroMQ: the upper bound."""
+        """Measures bare ZeroMQ, the upper bound."""
         self._row("bare zmq", "benchmarks.stream_peers.bare_zmq", self._server("bare zmq"), half_load=False)
 
     def cost(self) -> None:
-        """CPU time of a ticket in ledgers of different sizes."""
+        """Measures the CPU time per sample in ledgers of different sizes."""
         for num_tickets in NUM_TICKETS:
             with tempfile.TemporaryDirectory(dir=self._scratch) as directory:
                 self.costs.append(asyncio.run(ledger_cost.cost(Path(directory), num_tickets=num_tickets)))
             print("cost", json.dumps(self.costs[-1]), flush=True)
 
     def ray(self) -> None:
-        """Ray's queue in two ways, and TransferQueue."""
+        """Measures Ray's queue in two modes, and TransferQueue."""
         plan = Plan(role="", address="").dumps()
         for mode, name in RAY_MODES.items():
             command = [
@@ -251,7 +251,7 @@ class Bench:
 
 
 def shares(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Our rates over those of the other systems, where both were measured."""
+    """Our rates divided by those of the other systems, where both were measured."""
     pairs = (
         ("ours, power_loss", "redis, always"),
         ("ours, process_crash", "redis, no"),

@@ -1,11 +1,12 @@
-"""Cost of a weight update in each update mode and engine: seconds, tokens, and the log-prob error of kept KV.
+"""Measures the cost of a weight update per update mode and engine: seconds, tokens, log-prob error.
 
-A fixed amount of work (sequences of mixed lengths, so that some end at any time) is done without updates and
-with several. The difference in time, divided by the number of updates, is the cost of one: the pause, KV
-computed again, sequences resubmitted, and on this machine also the CPU time that sending and loading take
-from decoding. Pushes are the project's own, from broadcaster to receiver. Each version moves every weight by
-the default learning rate, up or down at random, as a step of Adam might. Errors are those of tokens sampled
-after an update during their sequence, against transformers with the weights of their recorded version.
+The same work (sequences of mixed lengths, so that some are always near their end) is done without updates and
+with several. The difference in time divided by the number of updates is the cost of one update: the pause,
+the recomputed KV, the resubmitted sequences, and on this machine also the CPU time that sending and loading
+take from decoding. Pushes use the project's code from broadcaster to receiver. Each version moves every
+weight by the default learning rate, up or down at random, like a step of Adam. Errors are the log-prob
+differences, for tokens sampled after an update within their sequence, from transformers with the weights of
+the recorded version.
 
     python -m benchmarks.update_modes [--engines embedded sglang] [--repeats 3]
 """
@@ -50,7 +51,7 @@ LENGTHS = np.random.default_rng(0).integers(100, 301, NUM_SEQUENCES)
 """Sampled tokens of each sequence."""
 NUM_UPDATES = 4
 NUM_CHECKED = 12
-"""Sequences of each mode whose log-probs are recomputed."""
+"""Sequences per mode whose log-probs are recomputed."""
 STEP_SIZE = 8e-5
 BUCKET_BYTES = 64 << 20
 
@@ -65,7 +66,7 @@ class Server:
     model: Path
 
     async def work(self, mode: str, *, first_version: int) -> tuple[float, list[Trajectory], list[float]]:
-        """Samples all sequences, with NUM_UPDATES pushes spread evenly unless mode is empty.
+        """Samples all sequences, with NUM_UPDATES evenly spread pushes unless `mode` is empty.
 
         Returns seconds, trajectories, and the stall of each push.
         """
@@ -129,7 +130,7 @@ class Server:
 
 
 def weights_of(model: Path, version: int) -> dict[str, torch.Tensor]:
-    """The weights of a version: each is STEP_SIZE above or below the previous version's, at random."""
+    """The weights of a version: the previous version's plus or minus STEP_SIZE, at random for each weight."""
     parameters = dict(AutoModelForCausalLM.from_pretrained(model).named_parameters())
     for step in range(1, version + 1):
         generator = torch.Generator().manual_seed(step)
@@ -158,9 +159,9 @@ def logprob_errors(model: Path, trajectories: list[Trajectory]) -> np.ndarray:
 
 @asynccontextmanager
 async def serving(config: Config, model: Path) -> AsyncIterator[Server]:
-    """Runs a server with the engine that the configuration names."""
+    """Runs a server with the engine that the configuration chooses."""
 
-    def doubt(reason: str) -> None:
+    def fail(reason: str) -> None:
         raise RuntimeError(reason)
 
     is_sglang = config.rollout.engine == "sglang"
@@ -174,7 +175,7 @@ async def serving(config: Config, model: Path) -> AsyncIterator[Server]:
         engine = EmbeddedProcess(config, name="rollout-0", model=str(model), context_tokens=context_tokens)
     gate = GenerationGate()
     strategy = engine.weight_update_strategy(
-        gate=gate, on_quarantine=lambda reason, _: doubt(reason), on_untrusted=doubt
+        gate=gate, on_quarantine=lambda reason, _: fail(reason), on_untrusted=fail
     )
     client = await engine.start(version=0)
     await strategy.engine_started(client, path=str(model), version=0)
@@ -183,7 +184,7 @@ async def serving(config: Config, model: Path) -> AsyncIterator[Server]:
         max_message_bytes=1 << 24,
         strategy=strategy,
         on_version=lambda _: None,
-        on_untrusted=doubt,
+        on_untrusted=fail,
     )
     receiver.set_engine(client, version=0)
     try:

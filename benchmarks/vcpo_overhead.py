@@ -1,12 +1,12 @@
-"""Overhead of VCPO's baseline: a step of plain sequence TIS against VCPO with ghost, exact and proxy norms.
+"""Measures the overhead of VCPO's baseline: ghost, exact and proxy norms against plain sequence TIS.
 
 The load has the default job's shape: its model, 16 groups of 8, sequences of about 16 tokens, different
 rewards in every group, one thread. Time is the thread's CPU time (nothing waits). The ratio is the median of
-the ratios to the plain step of the same repetition, so that a busy machine changes it little. Exact norms,
-ten times as slow, are timed after the others. Memory is the growth of the process's peak resident size over
-the state before the first step, with each objective in a process of its own.
+the ratios to the plain step of the same repetition, so that other load on the machine changes it little.
+Exact norms take ten times as long and are timed after the others. Memory is the growth of the process's peak
+resident size since before the first step, with each objective in a separate process.
 
-`goal`: ghost norms within 1.25 of plain TIS.
+`goal`: a step with ghost norms takes at most 1.25 times as long as a step of plain TIS.
 
     python -m benchmarks.vcpo_overhead [--repeats 30] [--groups 16] [--width 96]
 """
@@ -85,7 +85,7 @@ def trajectory(rng: np.random.Generator, *, num_prompt: int, reward: float) -> T
 
 
 def runner_of(path: str, settings: dict[str, Any]) -> StepRunner:
-    """The default job's step, learning rate 0 so that every repetition does the same work."""
+    """The default job's step, with learning rate 0 so that every repetition does the same work."""
     ranks = Ranks.alone()
     policy = Policy.load(path).shard(ranks)
     return StepRunner(
@@ -100,7 +100,7 @@ def runner_of(path: str, settings: dict[str, Any]) -> StepRunner:
 
 
 def peak_mib(name: str, path: str, num_groups: int) -> float:
-    """Growth of the peak resident size over three steps; must run in a process of its own."""
+    """Growth of the peak resident size over three steps. Call it in a new process."""
     torch.set_num_threads(1)
     runner, groups = runner_of(path, OBJECTIVE_SETTINGS[name]), groups_of(num_groups)
     before = int(

@@ -1,11 +1,12 @@
-"""Cost of a weight push: its rate over that of a bare broadcast, and how long training waits for it.
+"""Measures the cost of a weight push: its rate relative to a bare broadcast, and how long training waits.
 
-Pushes are measured in large buckets and tensor by tensor. They are the project's own from end to end: frozen
-weights, control messages, broadcast, checksums on both sides, a real engine that stores into its shadow
-weights, verifies and swaps. The bare broadcast sends the same buckets with `dist.broadcast` into one buffer
-that exists already. Both take turns, and medians count. Training's stall is measured on two ranks: freezing
-(which a step waits for), and gathering, flattening and checksumming everything at once (which it would wait
-for otherwise). `benchmarks.update_modes` measures the cost of an update to generation.
+Pushes are measured in large buckets and tensor by tensor. They use the project's code from end to end: a
+snapshot of the weights, control messages, broadcast, checksums on both sides, a real engine that stores into
+its shadow weights, verifies and swaps. The bare broadcast sends the same buckets with `dist.broadcast` into
+one buffer that is already allocated. The measurements alternate, and medians are reported. Training's stall
+is measured on two ranks: taking a snapshot (a step waits for that), and gathering, flattening and
+checksumming all weights at once (a step would have to wait for that without snapshots).
+`benchmarks.update_modes` measures the cost of an update to generation.
 
     python -m benchmarks.weight_sync [--sizes 10MB 100MB 500MB 2GB] [--rounds 5]
 """
@@ -47,13 +48,13 @@ from trainer.weight_sync.broadcaster import Broadcaster
 from trainer.weight_sync.snapshot import WeightSnapshotter
 
 SIZES = {"10MB": (256, 688, 3), "100MB": (512, 1376, 8), "500MB": (1024, 2752, 10), "2GB": (2048, 5504, 10)}
-"""Name -> hidden size, intermediate size, layers of a Llama of about so many bytes in float32."""
+"""Bytes in float32 (approximate) -> hidden size, intermediate size and layers of a Llama model."""
 BUCKET_BYTES = 64 << 20
 VOCAB = 1000
 
 
 def write_model(path: Path, size: str) -> Path:
-    """Writes a model of one of SIZES. All its weights are equal, which makes no difference to a push."""
+    """Writes a model of one of SIZES. All its weights are equal, which does not affect a push."""
     hidden, inner, layers = SIZES[size]
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
@@ -73,7 +74,7 @@ def write_model(path: Path, size: str) -> Path:
     return path
 
 
-# The receiving end, a process of its own
+# The receiving end, a separate process
 
 
 async def receive(model: Path) -> None:
@@ -104,9 +105,9 @@ async def receive(model: Path) -> None:
 
 
 def bare(store: str, sizes: list[int], rank: int) -> Callable[[], float]:
-    """A function that does one bare broadcast of buckets of these sizes and returns its seconds.
+    """Returns a function that broadcasts buckets of these sizes once and returns the seconds it took.
 
-    Call it on both ranks at once.
+    Call the function on both ranks at the same time.
     """
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2, timeout=timedelta(seconds=120)
@@ -127,7 +128,7 @@ def bare(store: str, sizes: list[int], rank: int) -> Callable[[], float]:
 
 
 def bare_receiver(store: str, sizes: list[int]) -> None:
-    """The other rank of `bare`: one broadcast for each line on stdin."""
+    """Rank 1 of `bare`: one broadcast for each line on stdin."""
     once = bare(store, sizes, rank=1)
     for _ in sys.stdin:
         once()
@@ -186,7 +187,7 @@ async def pushes(model: Path, size: str, *, rounds: int, folder: Path) -> dict[s
                 state="serving",
                 weights_version=0,
             )
-            # A new one for each push, because a snapshot keeps its checksums.
+            # A new snapshot for each push, because a snapshot caches its checksums.
             snapshot = snapshotters[how].take_snapshot()
             assert snapshot is not None and snapshot.acquire()
             started_s = time.perf_counter()
@@ -223,7 +224,7 @@ async def pushes(model: Path, size: str, *, rounds: int, folder: Path) -> dict[s
 
 
 def stall(store: str, rank: int, model: str, rounds: int) -> None:
-    """Runs one of two ranks: times freezing, and gathering everything at once."""
+    """Runs one of two ranks: times taking a snapshot, and gathering all weights at once."""
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2, timeout=timedelta(seconds=120)
     )

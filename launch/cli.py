@@ -1,6 +1,6 @@
-"""The command `areal-like`: finds the verb and runs its module in launch/commands/.
+"""The command `areal-like`: looks up the verb and runs its module in launch/commands/.
 
-Quick to start: only the module of the verb is imported, and none of them imports torch.
+It starts quickly, because only the module of the verb is imported, and no such module imports torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Command(NamedTuple):
     """One verb. Its module has `add_arguments(parser)` and `main(args) -> exit code`."""
 
     module: str
-    """Below launch.commands."""
+    """Name of the module in launch.commands."""
     usage: str
     summary: str
 
@@ -33,24 +33,24 @@ COMMANDS = {
     "status": Command(
         "status",
         "status RUN",
-        "shows the state of a run's daemons; RUN, here and everywhere: a name below runs/ or a directory",
+        "shows the state of a run's daemons; RUN (in all commands): a name below runs/ or a directory",
     ),
     "audit": Command(
         "audit",
         "audit RUN [--json]",
-        "checks a run's ledger, trajectories and checkpoints: exit code 1 and the offending ids where they "
+        "checks a run's ledger, trajectories and checkpoints: exit code 1 and the offending ids if they "
         "contradict each other",
     ),
     "drop": Command(
         "drop",
         "drop RUN TICKET ...",
-        "takes harmful tickets out of the step they are recorded in, for good; the step must not be trained "
-        "yet",
+        "permanently removes harmful tickets from the step in which they are recorded; the step must not be "
+        "trained yet",
     ),
     "replay": Command(
         "replay",
         "replay RUN [key=value ...]",
-        "trains again on the trajectories of a run, with its settings or others; it must have run with "
+        "trains again on the trajectories of a run, with the same or other settings; the run must have had "
         "buffer.retain_trajectories=true",
     ),
     "rollout": Command(
@@ -58,14 +58,14 @@ COMMANDS = {
         "rollout RUN --join [--name NAME] [key=value ...]\n"
         "       areal-like rollout --join --buffer HOST:PORT [--name NAME] name=JOB [key=value ...]",
         "runs one more rollout server for a running job, until it is drained; the second form is for "
-        "machines that cannot see the run's directory and needs all of the job's settings (HOST:PORT: of "
-        "the first shard)",
+        "machines that cannot see the run's directory and needs all of the job's settings (HOST:PORT: the "
+        "first shard's buffer)",
     ),
     "drain": Command("drain", "drain RUN SERVER", "ends one rollout server of a running job"),
     "restart": Command(
         "restart",
         "restart RUN trainer [trainer.KEY=VALUE ...]",
-        "replaces the trainer of a running job, while its servers generate",
+        "replaces the trainer of a running job; its servers continue to generate",
     ),
     "fetch": Command(
         "fetch",
@@ -75,13 +75,13 @@ COMMANDS = {
     ),
     "version": Command("version", "version", "prints the version"),
 }
-"""By verb. The texts are here and not in the modules, so that `areal-like --help` imports none of them."""
+"""By verb. The texts are here and not in the modules, so that `areal-like --help` need not import those."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0 done, 1 failed, 2 the user's mistake.
 
-    A mistake or failure is one message on stderr.
+    A mistake or failure prints one message to stderr.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help", "help"):
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ArealError as error:
         sys.stderr.write(f"areal-like: {error}\n")
         return 1
-    except KeyboardInterrupt:  # before `run` took over the signals, or in another command
+    except KeyboardInterrupt:  # before `run` has installed its signal handlers, or in another command
         return 130
 
 

@@ -1,8 +1,8 @@
-"""The settings with their defaults, choices and texts, read from the dataclasses of areal_like/config/.
+"""Lists all settings with their defaults, choices and texts, from the dataclasses of areal_like/config/.
 
-`areal-like run --help` and the settings reference of the docs are generated from this, so that both repeat
-what the dataclasses state. Python keeps no docstrings of fields at run time: they are read from the source
-with `ast`.
+`areal-like run --help` and the settings reference of the docs are generated from this list, so that both
+agree with the dataclasses. Python keeps no docstrings of fields at run time, so they are parsed from the
+source with `ast`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Setting:
     """The field's annotation with its choices spelled out: `int`, `tuple[int, ...]`, `wait|drop`,
     `int|auto`."""
     default: str
-    """As one would type it."""
+    """The default as it is typed on the command line."""
     choices: tuple[str, ...]
     """The allowed words (for `max_staleness`, in addition to a number); empty for a field without choices."""
     text: str
@@ -145,7 +145,7 @@ def _type_text(hint: Any) -> str:
 
 
 def _as_typed(value: object) -> str:
-    """A value as one would type it on the command line."""
+    """A value as it is typed on the command line."""
     if isinstance(value, dict):
         return f"{{{','.join(f'{key}:{item}' for key, item in value.items())}}}"
     if isinstance(value, (tuple, list)):

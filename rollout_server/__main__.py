@@ -1,4 +1,4 @@
-"""One rollout server: `python -m rollout_server [--name rollout-0] [--config FILE] key=value ...`."""
+"""Runs one rollout server: `python -m rollout_server [--name rollout-0] [--config FILE] key=value ...`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from areal_like.runtime.process import exit_at_once
 
 
 def main() -> int:
-    """Runs the server; returns 0 when drained, 1 when failed, 2 for a mistake in the settings."""
+    """Runs the server; returns 0 when it has drained, 1 on a failure, 2 for a mistake in the settings."""
     if shows_help(sys.argv[1:], __doc__):
         return 0
     # Exit quietly until the daemon handles SIGTERM itself: its imports take a second.

@@ -1,4 +1,4 @@
-"""The longest sequence that a job can produce, and whether everything it passes through has room for it."""
+"""Computes the longest sequence that a job can produce and checks that trainer and buffer accept it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from areal_like.wire.records import BYTES_PER_TOKEN
 from rollout_server.tasks.base import Task
 
 _SAMPLE_OVERHEAD_BYTES = 4096
-"""Bytes of a sample's message besides its tokens: numbers, names, reward components and runs of versions."""
+"""Bytes of a sample's message besides its tokens: numbers, names, reward components and version ranges."""
 
 
 def longest_sequence(config: Config, task: Task, *, max_positions: int) -> int:
-    """Longest sequence that the engine has to hold, in tokens.
+    """Longest sequence that the engine has to hold (prompt and output), in tokens.
 
-    `max_positions`: the model's longest sequence. Raises ConfigError if no room is left for a prompt, or if
-    the longest sequences do not fit into a micro-batch of the trainer or a message.
+    `max_positions`: the model's limit. Raises ConfigError if no room is left for a prompt, or if sequences of
+    this length do not fit into a micro-batch of the trainer or into a message.
     """
     wanted = config.rollout.max_context or task.max_prompt_tokens + config.sampling.max_new_tokens
     context = min(wanted, max_positions)

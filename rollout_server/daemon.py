@@ -6,11 +6,12 @@
 This file wires the parts together and decides which state the server announces to the buffer:
 `ShardedBufferClient` (leases in, samples out), `LeaseRunner` (leases to samples), `RewardPool` (reward worker
 processes), `EngineSupervisor` (starts and restarts the engine) and `WeightReceiver` (weight pushes). A server
-holds no state that matters: the buffer leases again whatever is lost with it.
+needs no durable state: when it is lost, the buffer leases its samples to another server.
 
-An engine that starts with a checkpoint announces the checkpoint's version, and the buffer grants leases as
-its staleness allows. A restarted engine without a checkpoint holds the run's first weights and takes no
-leases until trainer rank 0, which sees `quarantined` in the directory, has pushed the newest version.
+If the engine starts from a checkpoint, the server announces the checkpoint's version, and the buffer grants
+leases as that version's staleness allows. A restarted engine without a checkpoint holds the run's first
+weights: the server announces QUARANTINED and takes no leases until trainer rank 0, which reads the servers'
+states from the buffer, has pushed the newest version.
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ class RolloutServer:
         runtime.advertise(weights=self._weights_address)
 
     async def run(self) -> None:
-        """Serves until SIGTERM, then drains. Raises the exception of any part that ends before."""
+        """Serves until SIGTERM, then drains. Raises the exception of any part that fails before."""
         tasks = [
             asyncio.create_task(self._buffers.run(), name="buffers"),
             asyncio.create_task(self._supervisor.run(), name="engine"),
@@ -191,7 +192,7 @@ class RolloutServer:
             await self._buffers.leave()
 
     async def _observe(self) -> None:
-        """Every heartbeat: updates the statistics from the engine's load, and the server's readiness."""
+        """Once per heartbeat, updates the statistics from the engine's load, and the server's readiness."""
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(self._runtime.config.daemon.heartbeat_s)

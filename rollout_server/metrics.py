@@ -1,6 +1,7 @@
 """A server's statistics, collected once for the heartbeat, /status and /metrics.
 
-Cumulative numbers survive a restart of the engine: the counts of all its engines are added up.
+Cumulative numbers survive a restart of the engine: the counts of all engines that the server has started are
+added up.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from rollout_server.rewards.pool import RewardPool
 from rollout_server.weight_sync.receiver import WeightReceiver
 
 _CUMULATIVE = {"tokens_generated": "generated_tokens", "busy_s": "busy_s", "idle_s": "idle_s"}
-"""Our name -> the engine's name of a number that it counts from its start."""
+"""Server's name -> engine's name of the numbers that the engine counts from its start."""
 _COUNTERS = {
     "tokens_generated": ("tokens_generated", "Tokens that this server's engines sampled."),
     "busy_s": ("generation_busy_seconds", "Time in which an engine had a runnable sequence."),
@@ -37,7 +38,7 @@ _GAUGES = {
     "holding": ("samples_held", "Samples of leases that are not finished."),
     "unacknowledged": ("samples_unacknowledged", "Finished samples that the buffer has not confirmed."),
     "rewards_waiting": ("rewards_waiting", "Completions that wait for their reward."),
-    "tokens_per_s": ("tokens_per_second", "Tokens sampled a second, over the last heartbeats."),
+    "tokens_per_s": ("tokens_per_second", "Tokens sampled per second, over the last heartbeats."),
     "weights_version": ("weights_version", "Version that the engine samples with."),
     "engine_starts": ("engine_starts", "Engines started by this server."),
 }
@@ -45,7 +46,7 @@ _SMOOTHING = 0.3
 
 
 class ServerStats:
-    """Collects numbers from the parts of a server; `update` is called every heartbeat."""
+    """Collects numbers from the parts of a server; `update` is called once per heartbeat."""
 
     def __init__(
         self,
@@ -74,7 +75,7 @@ class ServerStats:
             self._by_engine[key] = 0.0
 
     def update(self, load: Mapping[str, Any], *, now_s: float) -> dict[str, float]:
-        """New values from the engine's `load` (empty if it did not answer) and the server's parts."""
+        """Computes the values from the engine's `load` ({} if it did not answer) and the server's parts."""
         self._by_engine |= {key: float(load[name]) for key, name in _CUMULATIVE.items() if name in load}
         totals = {key: self._before_engine[key] + self._by_engine[key] for key in _CUMULATIVE}
         values = totals | {

@@ -1,9 +1,10 @@
 """The upper bound of `benchmarks/stream.py`: the same messages through a process that only forwards them.
 
-The sockets are those of our channel. Producers send the records of samples (packed beforehand; as many in a
-message as the window has room for). The forwarder acknowledges each message, and sends a group of eight for
-each request of the consumer. Nothing is packed, checked or unpacked, and there is no ledger and no disk. The
-buffer's share of this rate shows the cost of that work.
+The sockets have the options of our channel's sockets. Producers send records of samples that were packed
+beforehand; each message has as many records as fit into the window. The forwarder acknowledges each message,
+and sends a group of eight for each request of the consumer. Nothing is packed, checked or unpacked during the
+measurement, and there is no ledger and no disk. The ratio of the buffer's rate to this rate shows the cost of
+that work.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
-"""CPU time of a ticket in a ledger with many old ones: the ledger and its store, without sockets.
+"""Measures the CPU time per sample in a ledger with many old tickets: ledger and store, without sockets.
 
-The store's writer thread is included.
-
-The old tickets are written with SQL, as a run leaves them (trained, released, their rows kept for ever),
-because training a million of them would take too long. The ledger then recovers, and a run goes on from
-there.
+The CPU time of the store's writer thread is included. The old tickets are written with SQL in their final
+state (trained, released, their rows kept for ever), because training a million tickets would take too long.
+The ledger is then recovered, and new steps are run.
 """
 
 from __future__ import annotations

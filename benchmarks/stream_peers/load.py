@@ -1,8 +1,8 @@
-"""The load, the same for every system: trajectories, window and backlog, and when measuring begins and ends.
+"""The load, equal for every system: trajectories, window, backlog, and begin and end of the measurement.
 
-There are eight producers in two processes, because two cores carry no more. Each keeps at most `window`
-trajectories unacknowledged, and stops when `backlog` are acknowledged and not yet consumed. Times are
-CLOCK_MONOTONIC, which all processes of a machine share.
+There are eight producers in two processes, because the machine has two cores. Each producer has at most
+`window` unacknowledged trajectories, and stops while `backlog` trajectories are acknowledged and not yet
+consumed. Times are CLOCK_MONOTONIC, which all processes of a machine share.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from areal_like.wire.records import Record
 NUM_PRODUCERS = 8
 NUM_PROCESSES = 2
 WARM_UP_S = 2.0
-"""Time under load before measuring begins."""
+"""Time under load before the measurement begins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Served:
 
     @property
     def cpu_s(self) -> float:
-        """CPU time that it has used."""
+        """CPU time that the server has used."""
         return cpu_s(self.pid)
 
 
@@ -62,11 +62,11 @@ class Plan:
     index: int = 0
     """Number of the producers' process."""
     window: int = 32
-    """Unacknowledged trajectories of one producer."""
+    """Most unacknowledged trajectories of one producer."""
     backlog: int = 8192
-    """Acknowledged trajectories that nobody has consumed yet, over all producers."""
+    """Most trajectories, over all producers, that are acknowledged and not yet consumed."""
     rate_per_s: float = 0.0
-    """Trajectories a second of one process; 0: as fast as the window allows."""
+    """Trajectories per second of one process; 0: as fast as the window allows."""
     num_tokens: int = 1024
 
     @classmethod
@@ -104,14 +104,14 @@ class Tally:
         return time.monotonic() >= self.plan.end_s
 
     def acked(self, sent_s: float) -> None:
-        """One trajectory was acknowledged now."""
+        """Counts one trajectory as acknowledged now."""
         now_s = time.monotonic()
         if self.plan.begin_s <= now_s < self.plan.end_s:
             self.num_acked += 1
             self.latencies_s.append(now_s - sent_s)
 
     def consumed(self, count: int) -> None:
-        """`count` trajectories were consumed now."""
+        """Counts `count` trajectories as consumed now."""
         if self.plan.begin_s <= time.monotonic() < self.plan.end_s:
             self.num_consumed += count
 
@@ -143,7 +143,7 @@ class Pacer:
 
 
 def trajectories(num_tokens: int, *, count: int = 64, version: int = 0) -> list[Trajectory]:
-    """Distinct trajectories, so that no system profits from sending the same bytes again."""
+    """Distinct trajectories, so that no system has an advantage from sending the same bytes again."""
     rng = np.random.default_rng(0)
     mask = np.arange(num_tokens) >= num_tokens // 8
     return [
@@ -160,10 +160,10 @@ def trajectories(num_tokens: int, *, count: int = 64, version: int = 0) -> list[
 
 
 def packed(trajectory: Trajectory, number: int) -> bytes:
-    """A trajectory serialised, which every producer of bytes must do."""
+    """A serialized trajectory: every producer of bytes has this cost."""
     return Record.of(number, 0, trajectory).data
 
 
 def unpacked(data: bytes) -> Trajectory:
-    """A trajectory deserialised, which every consumer must do before training on it."""
+    """A deserialized trajectory: every consumer has this cost before it can train."""
     return Record.opened(data).trajectory()

@@ -1,8 +1,8 @@
-"""This repository's buffer under load: the real daemon, the real messages, the whole life of a ticket.
+"""This repository's buffer under load: the real daemon, the real messages, the whole lifecycle of a ticket.
 
-Producers send hello and heartbeats, get leases, send samples and count acknowledgements. The consumer fetches
-the groups of step after step, completes each step, takes a version for the next and commits every eighth. No
-call that a run makes to the ledger is left out.
+Producers send hello and heartbeats, get leases, send samples and count acknowledgements. For each step the
+consumer fetches the groups, completes the step and allocates a version; it commits every eighth step. Every
+call that a run makes to the ledger is made here.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ GROUPS_PER_STEP = 64
 COMMIT_EVERY = 8
 _BEAT_S = 0.05
 _PACE_S = 0.002
-_VERSIONS_A_PUSH = 4
-"""Weight versions between two changes of the producers' samples. In a run the engine stamps versions; here
-the producer would pay for each change."""
+_VERSIONS_PER_CHANGE = 4
+"""Weight versions between two changes of the producers' samples. In a run the engine records versions; here
+each change costs the producer CPU time."""
 
 
 def config_of(directory: Path, *, durability: str, backlog: int) -> Config:
@@ -123,7 +123,7 @@ class _Producer:
         self._link.send(
             ServerHeartbeat(
                 state=ServerState.SERVING,
-                # Twice the window, so that leases are there when acknowledgements make room.
+                # Twice the window, so that leases are available when acknowledgements free the window.
                 free_samples=max(0, 2 * self._plan.window - holding),
                 holding_samples=holding,
                 weights_version=self._version,
@@ -149,13 +149,13 @@ class _Producer:
                         (lease.lease_id, lease.ticket_id, index) for index in lease.sample_indices
                     )
                 self.send()
-            case HeartbeatAck() if message.newest_version >= self._version + _VERSIONS_A_PUSH:
+            case HeartbeatAck() if message.newest_version >= self._version + _VERSIONS_PER_CHANGE:
                 self._version = message.newest_version
                 self._samples = trajectories(self._plan.num_tokens, count=4, version=self._version)
                 self._beat()
 
     def send(self) -> None:
-        """Sends, in one message, all samples that may be sent now."""
+        """Sends all samples that fit into the window, batched."""
         finished = []
         while self._work and len(self._sent_s) < self._plan.window and self._pacer.may_send():
             lease_id, ticket_id, index = self._work.popleft()
@@ -169,7 +169,7 @@ class _Producer:
 
 
 async def _pace(producers: deque[_Producer], tally: Tally) -> None:
-    """Lets every producer send what is due, in turn."""
+    """Calls `send` of every producer in turn, so that paced samples are sent when they are due."""
     while not tally.is_over:
         producers.rotate()
         for producer in producers:

@@ -1,13 +1,14 @@
-"""Ray's queue and TransferQueue under load, in a Ray cluster: one driver that starts it, the load in actors.
+"""Ray's queue and TransferQueue under load, in a Ray cluster: a driver starts it, and actors run the load.
 
 `python -m benchmarks.stream_peers.ray_cluster queue|queue_batch|transfer_queue SECONDS PLAN` prints the
 tallies. Both systems keep everything in memory: an acknowledged trajectory does not survive the actor's
 process.
 
-    queue           `ray.util.queue.Queue`, one trajectory a `put_async`, as many at a time as the window
-    queue_batch     the same with `put_nowait_batch` of a whole window at a time: the fastest way to write to
-                    it, but a stream of single samples cannot use it
-    transfer_queue  `TransferQueueClient.put` of a whole window at a time as a TensorDict, in one thread a
+    queue           `ray.util.queue.Queue`: one trajectory per `put_async`, with one call per place in the
+                    window running concurrently
+    queue_batch     the same queue with `put_nowait_batch` of a whole window at a time: the fastest way to
+                    write to it, but a stream of single samples cannot use it
+    transfer_queue  `TransferQueueClient.put` of a whole window at a time as a TensorDict, in one thread per
                     producer; read by `get_meta` and `get_data`, cleared when read; two SimpleStorage units,
                     as in its default configuration
 """
@@ -50,7 +51,7 @@ class Queued:
         self._num_sent = 0
 
     async def run(self, begin_s: float, end_s: float) -> dict[str, Any]:
-        """Runs until `end_s` and returns the tally. With 0 it returns at once: the actor is up."""
+        """Runs until `end_s` and returns the tally. `end_s` 0 returns at once: a check of the actor."""
         self._tally = Tally(plan=dataclasses.replace(self._plan, begin_s=begin_s, end_s=end_s))
         if self._plan.role == "consumer":
             await asyncio.to_thread(self._consume)
@@ -121,7 +122,7 @@ class Transferred:
         )
 
     async def run(self, begin_s: float, end_s: float) -> dict[str, Any]:
-        """Runs until `end_s` and returns the tally. With 0 it returns at once: the actor is up."""
+        """Runs until `end_s` and returns the tally. `end_s` 0 returns at once: a check of the actor."""
         self._tally = Tally(plan=dataclasses.replace(self._plan, begin_s=begin_s, end_s=end_s))
         if self._plan.role == "consumer":
             await asyncio.to_thread(self._consume)

@@ -1,8 +1,8 @@
 """Redis Streams under load: Debian's redis-server, append-only file, pipelined `XADD`, one consumer group.
 
-The client is a socket and hiredis' parser: redis-py's own pipelines wait for a whole batch, and the lost
-throughput would be the client's fault, not Redis's. A step's worth of entries is acknowledged and trimmed
-together, so that the stream stays as small as our buffer's.
+The client is a socket with hiredis' parser. redis-py is not used, because its pipelines wait for a whole
+batch, and the rate would be limited by the client and not by Redis. The entries of one step are acknowledged
+and trimmed together, so that the stream stays as small as our buffer's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import hiredis  # installed below --peers only
+import hiredis  # only available in the directory given as --peers
 
 from benchmarks.stream_peers.load import Pacer, Plan, Served, Tally, packed, trajectories, unpacked
 
@@ -77,7 +77,7 @@ class _Client:
         self.socket.sendall(hiredis.pack_command(command))
 
     def reply(self) -> Any:
-        """The next reply; waits for it."""
+        """Waits for the next reply and returns it."""
         while (found := self._reader.gets()) is False:
             self._reader.feed(self.socket.recv(1 << 20))
         if isinstance(found, Exception):
@@ -108,7 +108,7 @@ class _Producer:
         self._backlog = 0
 
     def pump(self) -> None:
-        """Sends all that the window and the backlog allow."""
+        """Sends as many trajectories as the window and the backlog allow."""
         while len(self._sent_s) < self._plan.window and self._pacer.may_send():
             if self._num_sent % _LOOK_EVERY == 0 or self._backlog > self._plan.backlog:
                 if 0.0 in self._sent_s:
@@ -116,7 +116,7 @@ class _Producer:
                 self.client.send("XLEN", "stream")
                 self._sent_s.append(0.0)
                 if self._backlog > self._plan.backlog:
-                    # The consumer is behind: there is no need to read the backlog more often.
+                    # The consumer is slower, so reading the backlog more often is unnecessary.
                     time.sleep(0.002)
                     return
             self._sent_s.append(time.monotonic())

@@ -1,6 +1,7 @@
-"""The statements that must hold of one ledger, as SQL over its tables (docs/reference/ledger.md).
+"""The invariants of one ledger, as SQL over its tables (docs/reference/ledger.md).
 
-Of the buffer's code only the names of tables and columns are used, so that an error there is not repeated.
+The queries use the names of tables and columns but no code of the buffer, so that they do not repeat its
+errors.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ class Invariant:
 
     text: str
     count: str
-    """The number of rows that the statement is about."""
+    """Query: the number of rows that the statement is about."""
     violations: str
-    """The rows that contradict it, each as one text that identifies it for a look with the sqlite3 shell."""
+    """Query: one text per row that contradicts the statement; its ids identify the row in the ledger."""
 
 
 def _mark(name: str, default: str) -> str:
@@ -71,7 +72,7 @@ _OWN_SHARD = Invariant(
         WHERE lease_id % {_NUM_SHARDS} != {_SHARD}""",
 )
 
-_ONE_TICKET_A_PLACE = Invariant(
+_ONE_TICKET_PER_POSITION = Invariant(
     text="no place of a step is taken twice",
     count="SELECT count(*) FROM tickets WHERE state IN ('batched', 'trained')",
     violations="""
@@ -80,7 +81,7 @@ _ONE_TICKET_A_PLACE = Invariant(
 )
 
 _TRAINED_IS_COMMITTED = Invariant(
-    text="the tickets of committed steps are trained, and no others",
+    text="the tickets of committed steps are trained, and no other tickets",
     count="SELECT count(*) FROM tickets WHERE state = 'trained'",
     violations=f"""
         SELECT printf('ticket %d: %s in step %d, committed up to %d', ticket_id, state, step, {_COMMITTED})
@@ -97,7 +98,7 @@ _COMMITTED_IS_COMPLETE = Invariant(
 )
 
 _WHOLE_GROUPS = Invariant(
-    text="a finished group has all of its samples, and no group has others",
+    text="a finished group has all of its samples, and no group has extra samples",
     count="SELECT count(*) FROM samples",
     violations="""
         SELECT printf('ticket %d: %s with %d of %d samples',
@@ -129,7 +130,7 @@ _WITHIN_STALENESS = Invariant(
 )
 
 _VERSIONS_GROW = Invariant(
-    text="versions grow, each from one before it",
+    text="versions increase, and each has an earlier version as its parent",
     count="SELECT count(*) FROM versions",
     violations="""
         SELECT printf('version %d: parent %d, incarnation %d', version, parent, trainer_incarnation)
@@ -204,7 +205,7 @@ LEDGER_INVARIANTS = (
     _ONE_STATE,
     _NO_GAP,
     _OWN_SHARD,
-    _ONE_TICKET_A_PLACE,
+    _ONE_TICKET_PER_POSITION,
     _TRAINED_IS_COMMITTED,
     _COMMITTED_IS_COMPLETE,
     _WHOLE_GROUPS,

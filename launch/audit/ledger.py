@@ -1,4 +1,4 @@
-"""The audit of one ledger by itself: its tables in one transaction, then its segment files."""
+"""Audits one ledger by itself: its tables in one transaction, then its segment files."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _Row = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerAudit:
-    """One ledger: the result of its own checks, and what the checks across ledgers need."""
+    """One ledger: the result of its checks, and the data that checks across ledgers need."""
 
     directory: Path
     shard: Shard
-    """The shard in the ledger's own marks."""
+    """The shard as recorded in the ledger's table `marks`."""
     result: Audit
     committed_step: int
     """-1: none."""
@@ -33,7 +33,7 @@ class LedgerAudit:
 
     @property
     def first_step(self) -> int:
-        """The first step of which the ledger still has groups."""
+        """The first step whose groups are still in the ledger."""
         return self.steps[0][0] if self.steps else self.committed_step + 1
 
 
@@ -101,7 +101,7 @@ def _connect(directory: Path) -> sqlite3.Connection:
 
 
 def _trajectories_on_disk(directory: Path, samples: list[_Row]) -> Check:
-    """Reads every record that may still be trained on, against the length and checksum in the ledger."""
+    """Reads every record that may still be trained on; checks it against the ledger's length and checksum."""
     problems: dict[int, str] = {}
     for ticket_id, sample_index, *where in samples:
         try:
@@ -109,7 +109,7 @@ def _trajectories_on_disk(directory: Path, samples: list[_Row]) -> Check:
         except StoreCorruptError as error:
             problems.setdefault(ticket_id, str(error))
     if problems:
-        # A running buffer deletes records that nothing can ask for any more, perhaps since the transaction.
+        # A running buffer may have deleted records since the transaction, if they are no longer needed.
         with closing(_connect(directory)) as connection:
             gone = connection.execute("SELECT ticket_id FROM tickets WHERE released = 1 OR state = 'dropped'")
             for (ticket_id,) in gone:

@@ -18,7 +18,7 @@ class Check:
     """The statement that was checked."""
     num_checked: int
     offenders: list[str]
-    """What contradicts the statement, each with the ids to find it by."""
+    """Texts about the rows that contradict the statement, each with the ids of its row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Audit:
             yield f"{'FAILED' if check.offenders else 'ok':>6}  {check.num_checked:>11,}  {check.text}"
             yield from (f"{'':>21}{offender}" for offender in check.offenders[:_NUM_SHOWN])
             if len(check.offenders) > _NUM_SHOWN:
-                yield f"{'':>21}and {len(check.offenders) - _NUM_SHOWN:,} more (--json names them all)"
+                yield f"{'':>21}and {len(check.offenders) - _NUM_SHOWN:,} more (--json lists all)"
         yield "tickets  " + "  ".join(f"{state} {count:,}" for state, count in self.tickets.items() if count)
         if self.drops:
             yield "dropped  " + "  ".join(f"{reason} {count:,}" for reason, count in self.drops.items())

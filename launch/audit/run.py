@@ -1,8 +1,8 @@
-"""The audit of a whole run from its files: ledgers, segment files and checkpoints.
+"""Audits a whole run from its files: ledgers, segment files and checkpoints.
 
-The audit may look at a running job: each ledger is read in one transaction, and a file that has gone in the
-meantime is looked up once more. Left out: the quality of the training data. The audit is about identity and
-order.
+The job may be running: each ledger is read in one transaction, and if a record has disappeared in the
+meantime, the ledger is read again for its ticket. The audit checks that the right samples were trained in the
+right order, not the quality of the training data.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def audit_run(root: Path) -> Audit:
         ledgers = [audit_ledger(directory) for directory in directories]
     except sqlite3.DatabaseError as error:
         raise StoreCorruptError(
-            f"{root}: its ledger cannot be read ({error}); is it whole, and of this release?"
+            f"{root}: its ledger cannot be read ({error}); it is damaged, or was written by another release"
         ) from None
     checks = [*_merged(ledgers), _whole_steps(ledgers, config=config, num_checkpointed=num_checkpointed)]
     if len(ledgers) > 1 or config.buffer.num_shards > 1:
         checks += [_every_shard(ledgers, config=config), _same_versions(ledgers)]
     results = [ledger.result for ledger in ledgers]
-    # Every shard has its own count of these, and the counts are equal.
+    # Every shard has the same values of these, so they are not added up.
     common = ("committed_steps", "versions", "rollbacks")
     return Audit(
         run=str(root),
@@ -51,7 +51,7 @@ def audit_run(root: Path) -> Audit:
 
 
 def _merged(ledgers: list[LedgerAudit]) -> list[Check]:
-    """The ledgers' own checks, each over all ledgers."""
+    """The checks of single ledgers, each merged over all ledgers."""
     return [
         Check(
             text=same[0].text,
@@ -67,7 +67,7 @@ def _merged(ledgers: list[LedgerAudit]) -> list[Check]:
 
 
 def _whole_steps(ledgers: list[LedgerAudit], *, config: Config, num_checkpointed: int) -> Check:
-    """Steps that were committed, or that the newest checkpoint contains, have all their places filled."""
+    """Checks that the steps that were committed, or that the newest checkpoint contains, have all groups."""
     problems = []
     begun = min(ledger.first_step for ledger in ledgers)
     # The ledgers are read one after the other. In a running job only the steps that all of them have
@@ -95,7 +95,7 @@ def _whole_steps(ledgers: list[LedgerAudit], *, config: Config, num_checkpointed
 
 
 def _every_shard(ledgers: list[LedgerAudit], *, config: Config) -> Check:
-    """There is one ledger for each shard of the run."""
+    """Checks that each shard of the run has one ledger."""
     wanted = {shard.ledger: shard for shard in all_shards(config.buffer.num_shards)}
     found = {ledger.directory.name: ledger.shard for ledger in ledgers}
     problems = [
@@ -104,24 +104,24 @@ def _every_shard(ledgers: list[LedgerAudit], *, config: Config) -> Check:
         if wanted.get(name) != shard
     ]
     problems += [f"{name} is missing" for name in wanted if name not in found]
-    return Check(text="every shard is there, once", num_checked=len(ledgers), offenders=problems)
+    return Check(text="every shard has one ledger", num_checked=len(ledgers), offenders=problems)
 
 
 def _same_versions(ledgers: list[LedgerAudit]) -> Check:
-    """The versions of all shards are those that the first has allocated.
+    """Checks that a version has the same step in every shard; the first shard allocates the versions.
 
-    The first may have allocated more since it was read.
+    The first shard may have allocated more versions since its ledger was read.
     """
     first, *others = ledgers
     problems = []
     for other in others:
         for version, step in other.versions.items():
             if version <= max(first.versions, default=0) and first.versions.get(version) != step:
-                known = f"in {first.directory.name} of {first.versions.get(version, 'none')}"
-                problem = f"version {version} is weights of step {step}, {known}"
+                known = f"in {first.directory.name} of step {first.versions.get(version, 'none')}"
+                problem = f"version {version} has weights of step {step}, {known}"
                 problems.append(_located(problem, other, ledgers))
     num_checked = sum(len(other.versions) for other in others)
-    text = "a version is the same weights in every shard"
+    text = "a version has the same weights in every shard"
     return Check(text=text, num_checked=num_checked, offenders=problems)
 
 

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints the result; returns 1 when a check has failed."""
+    """Prints the result; returns 1 when a check has failed, else 0."""
     audit = audit_run(find_run(args.run))
     sys.stdout.write(audit.dumps() + "\n" if args.json else "\n".join([*audit.lines(), ""]))
     return 0 if audit.is_clean else 1

@@ -45,7 +45,7 @@ def drain(run: str, name: str) -> int:
     except OSError as error:
         raise ConfigError(
             f"drain: {name} does not answer at {servers[name]} ({error}): send SIGTERM to its process, "
-            "or make its machine reachable (daemon.http_host)"
+            "or make its HTTP server reachable from here (daemon.http_host)"
         ) from None
     deadline_s = time.monotonic() + config.daemon.drain_timeout_s
     while time.monotonic() < deadline_s:
@@ -53,4 +53,4 @@ def drain(run: str, name: str) -> int:
             sys.stdout.write(f"{name} has left\n")
             return 0
         time.sleep(_TICK_S)
-    raise ArealError(f"drain: {name} was asked to leave, but is still registered")
+    raise ArealError(f"drain: {name} did not leave within {config.daemon.drain_timeout_s:g} s")

@@ -1,8 +1,8 @@
-"""`areal-like drop RUN TICKET ...`: takes harmful tickets out of the steps they are recorded in, for good.
+"""`areal-like drop RUN TICKET ...`: permanently removes harmful tickets from the steps that contain them.
 
-A running buffer gets a control request. The ledger of a stopped one is opened by `python -m buffer --drop`,
-which refuses when another process has it open. Either way all of the tickets are dropped or none. With
-several shards each gets the whole list and drops its own tickets.
+A running buffer gets a control request. `python -m buffer --drop` opens the ledger of a stopped buffer, and
+refuses if another process has it open. In both cases either all of the tickets are dropped or none. With
+several shards, each gets the whole list and drops its own tickets.
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _ticket_id(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a ticket's number")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a ticket number")
     return int(text)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints what was done."""
+    """Drops the tickets and prints the result."""
     sys.stdout.write(drop_tickets(find_run(args.run), args.tickets) + "\n")
     return 0
 
 
 def drop_tickets(root: Path, ticket_ids: Sequence[int]) -> str:
-    """Drops the tickets; returns a sentence about it. Raises ConfigError with the reason of a refusal."""
+    """Drops the tickets; returns a message for the user. Raises ConfigError with the reason of a refusal."""
     paths = RunPaths(root)
     shards = all_shards(load_config(["--config", str(paths.config)]).buffer.num_shards)
     tickets = ", ".join(map(str, ticket_ids))
     are_running = [_drop(paths, shard, ticket_ids) for shard in shards]
     if any(are_running):
-        return (
-            f"the running buffer has dropped tickets {tickets}; its trainer starts again from its checkpoint"
-        )
-    return f"dropped tickets {tickets} from the ledger of a job that is not running; go on with resume=latest"
+        dropped = f"the running buffer has dropped tickets {tickets}"
+        return f"{dropped}; the trainer restarts from its newest checkpoint"
+    dropped = f"dropped tickets {tickets} from the ledger of a job that is not running"
+    return f"{dropped}; continue the job with resume=latest"
 
 
 def _drop(paths: RunPaths, shard: Shard, ticket_ids: Sequence[int]) -> bool:
@@ -64,7 +64,8 @@ def _drop(paths: RunPaths, shard: Shard, ticket_ids: Sequence[int]) -> bool:
     if endpoint is not None and _request(str(endpoint["http"]), ticket_ids):
         return True
     root = paths.root.resolve()
-    where = (f"runs_dir={root.parent}", f"name={root.name}")  # the run may have been moved
+    # The stored configuration has an old place if the run's directory was moved.
+    where = (f"runs_dir={root.parent}", f"name={root.name}")
     ids = ",".join(map(str, ticket_ids))
     command = [sys.executable, "-m", "buffer", "--name", shard.name, "--drop", ids]
     done = subprocess.run(
@@ -83,7 +84,10 @@ def _drop(paths: RunPaths, shard: Shard, ticket_ids: Sequence[int]) -> bool:
 
 
 def _request(address: str, ticket_ids: Sequence[int]) -> bool:
-    """Asks a running buffer; returns False when none listens: the endpoint file is that of a killed one."""
+    """Sends the request to a running buffer; returns False if no process listens at the address.
+
+    A killed buffer leaves its endpoint file behind.
+    """
     try:
         post_json(address, "/control/drop", {"tickets": list(ticket_ids)}, timeout_s=_TIMEOUT_S)
     except ConnectionRefusedError:

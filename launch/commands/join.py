@@ -1,9 +1,9 @@
-"""`areal-like rollout RUN --join`: one more rollout server for a running job.
+"""`areal-like rollout RUN --join`: runs one more rollout server for a running job.
 
-The server is a child of this command and not of the job's launcher: nothing restarts it, it may run on
-another machine, and it ends with Ctrl-C, when it is drained, or when its run is over. Where the run's
-directory can be seen, the end of the run shows in its lock, which the launcher's daemons hold to the last.
-Elsewhere the server waits for its buffer until a user ends it.
+The server is a child of this command and not of the job's launcher: it is not restarted, it may run on
+another machine, and it ends on Ctrl-C, when it is drained, or when its run is over. A machine that sees the
+run's directory detects the end of the run by the directory's lock, which the launcher's daemons hold until
+the last one ends. On other machines the server waits for its buffer until a user ends it.
 """
 
 from __future__ import annotations
@@ -53,9 +53,8 @@ def main(args: argparse.Namespace) -> int:
 def join(run: str, settings: Sequence[str], *, buffer: str = "", name: str = "") -> int:
     """Runs one more rollout server for a job until it ends; returns its exit code.
 
-    `run`: name or directory of a run that can be seen from here, or empty. Without it `buffer` (host:port;
-    with several shards the first one's) and all settings are needed. Raises ConfigError before anything was
-    started.
+    `run`: name or directory of a run that this machine can see, or empty. If empty, `buffer` (host:port of
+    the first shard's buffer) and all settings are needed. Raises ConfigError before it starts the server.
     """
     paths = RunPaths(find_run(run)) if run else None
     arguments = list(settings)
@@ -89,7 +88,10 @@ def join(run: str, settings: Sequence[str], *, buffer: str = "", name: str = "")
 
 
 def _wait(server: subprocess.Popen[bytes], paths: RunPaths | None, *, stops: StopSignals) -> int:
-    """Waits for the server, and ends it on a stop signal or when its run is over; returns its exit code."""
+    """Waits for the server, and ends it on a stop signal or when its run is over; returns its exit code.
+
+    The first stop signal or the end of the run sends SIGTERM, a later stop signal SIGKILL.
+    """
     num_obeyed = 0
     while (code := server.poll()) is None:
         if stops.count > num_obeyed or (num_obeyed == 0 and paths is not None and is_over(paths)):
@@ -100,12 +102,12 @@ def _wait(server: subprocess.Popen[bytes], paths: RunPaths | None, *, stops: Sto
 
 
 def free_name(paths: RunPaths) -> str:
-    """A name that no server of the run has; its log file reserves it.
+    """A name that no server of the run has; the creation of its log file reserves it.
 
-    On a machine that does not see the run's directory: a name made of the host's and this process's.
+    On a machine that does not see the run's directory, the name contains the host's name and the process id.
     """
     if not paths.endpoints.is_dir():
-        # Not a plain number at the end: it would be taken for the server's index.
+        # `p` before the number: a plain number at the end would be taken for the server's index.
         return f"rollout-{socket.gethostname()}-p{os.getpid()}"
     names = (f"rollout-{number}" for number in itertools.count())
     return next(
@@ -116,7 +118,7 @@ def free_name(paths: RunPaths) -> str:
 
 
 def _create(path: Path) -> bool:
-    """Makes an empty file; returns False when there is one already."""
+    """Creates an empty file; returns False if the file exists already."""
     try:
         path.touch(exist_ok=False)
     except FileExistsError:

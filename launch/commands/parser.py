@@ -17,7 +17,7 @@ class Parser(argparse.ArgumentParser):
             usage=f"areal-like {usage}",
             description=summary,
             allow_abbrev=False,
-            conflict_handler="resolve",  # `run` has a help of its own
+            conflict_handler="resolve",  # `run` replaces -h
         )
         self._verb, self._usage = (
             verb,

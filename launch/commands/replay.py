@@ -1,7 +1,7 @@
 """`areal-like replay RUN key=value ...`: trains again on the trajectories of a run, in a new directory.
 
-With the run's own settings the weights must come out equal. At the steps at which both runs have a
-checkpoint, this is checked and reported.
+With the recorded run's settings the weights must be equal to the last bit. The weights are compared, and the
+result reported, at all steps at which both runs have a checkpoint.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _WITHOUT_EFFECT = (
     "ess_target",
     "seed",
 )
-"""Beginnings of settings that only matter to the generation of trajectories."""
+"""Prefixes of settings that affect only the generation of trajectories."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,25 +57,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Replays to the end; returns the exit code."""
     if "=" in args.run:
-        raise ConfigError(f"replay: name the run before the settings: areal-like replay RUN {args.run}")
+        raise ConfigError(f"replay: put the run before the settings: areal-like replay RUN {args.run}")
     return run_replay(find_run(args.run), args.settings)
 
 
 def run_replay(recorded: Path, argv: Sequence[str]) -> int:
     """Replays the run in `recorded` with the settings `argv`; returns the exit code.
 
-    Raises ConfigError before anything was started.
+    Raises ConfigError before it starts the trainer.
     """
     if any(arg.startswith("resume=") for arg in argv):
         raise ConfigError(
-            "replay: a replay begins at the recording's first step (resume= is for `areal-like run`)"
+            "replay: a replay begins at the first step of the recorded run; resume= is for `areal-like run`"
         )
     run = open_replay(recorded, argv)
     console = Console()
     view = LastingView(PlainView(run.config, console))
     for arg in argv:
         if arg.startswith(_WITHOUT_EFFECT):
-            view.notice(f"{arg} has no effect: the trajectories, and their order, are those of the recording")
+            view.notice(f"{arg} has no effect: the trajectories and their order come from the recorded run")
     view.notice(f"replaying {recorded} into {run.paths.root}")
     try:
         code = _train(recorded, run, view=view)
@@ -112,7 +112,7 @@ def _train(recorded: Path, run: OpenRun, *, view: View) -> int:
 
 
 def _wait(processes: ProcessTable, stops: StopSignals, tail: MetricsTail, view: View) -> Exit | None:
-    """Waits for the trainer and shows its progress; None when a second stop signal came first."""
+    """Waits for the trainer and shows its progress; returns None on a second stop signal."""
     num_obeyed = 0
     while (exit := processes.reap("replay")) is None:
         if stops.count > num_obeyed:
@@ -130,7 +130,7 @@ def _wait(processes: ProcessTable, stops: StopSignals, tail: MetricsTail, view: 
 
 
 def _compare(recorded: RunPaths, replayed: RunPaths) -> list[str]:
-    """Lines about the steps at which both runs have a checkpoint: equal weights or others."""
+    """Lines for the user with the steps at which the weights of both runs are equal, and those where not."""
     steps = sorted(set(checkpoints(recorded)) & set(checkpoints(replayed)))
     same = [
         step
@@ -140,9 +140,9 @@ def _compare(recorded: RunPaths, replayed: RunPaths) -> list[str]:
     others = [step for step in steps if step not in same]
     lines = []
     if same:
-        lines.append(f"weights after step {_joined(same)}: equal to those of the run, to the last bit")
+        lines.append(f"weights after step {_joined(same)}: equal to the recorded run's, to the last bit")
     if others:
-        lines.append(f"weights after step {_joined(others)}: not those of the run")
+        lines.append(f"weights after step {_joined(others)}: different from the recorded run's")
     return lines
 
 

@@ -1,7 +1,7 @@
 """`areal-like restart RUN trainer`: replaces the trainer of a running job, while its servers generate.
 
-The launcher owns the trainer, so this command does not touch it: it leaves an order in the run's directory
-and waits until the launcher has taken it.
+The launcher owns the trainer process, so this command writes an order into the run's directory and waits
+until the launcher has taken it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from launch.run_directory.rundir import find_run, is_over, restart_order_file
 _TICK_S = 0.2
 _TAKE_TIMEOUT_S = 10.0
 _SHARED_SETTINGS = ("trainer.groups_per_step", "trainer.num_steps")
-"""Settings of the trainer by which the buffer fills steps."""
+"""Settings of the trainer that the buffer uses too, so they cannot change while it runs."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,21 +36,22 @@ def main(args: argparse.Namespace) -> int:
 
 
 def restart(run: str, role: str, settings: Sequence[str]) -> int:
-    """Has the launcher replace a job's trainer by one with other settings; returns 0 when it has begun.
+    """Orders the launcher to replace a job's trainer; returns 0 when the launcher has taken the order.
 
-    Raises ConfigError: another role, a setting that the trainer does not own alone, no launcher.
+    Raises ConfigError for another role, for a setting that other roles use too, and if no launcher runs.
     """
     paths = RunPaths(find_run(run))
     if role != "trainer":
         raise ConfigError(
-            f"restart: {role!r} cannot be restarted alone, only `trainer`; servers are drained and joined"
+            f"restart: only `trainer` can be restarted alone, not {role!r}; to replace a server, use "
+            "`drain` and `rollout --join`"
         )
     if any(not setting.startswith("trainer.") for setting in settings):
         raise ConfigError("restart: only trainer.* settings may change while the other roles keep theirs")
     if shared := [setting for setting in settings if setting.partition("=")[0] in _SHARED_SETTINGS]:
         raise ConfigError(
             f"restart: the buffer uses {shared[0].partition('=')[0]} too: "
-            f"stop the run and go on with resume=latest {shared[0]}"
+            f"stop the run and continue it with resume=latest {shared[0]}"
         )
     load_config(["--config", str(paths.config), *settings])
     if is_over(paths):

@@ -1,4 +1,4 @@
-"""`areal-like run`: a local job with its run directory, its signals and its view."""
+"""`areal-like run`: runs a local job in its run directory, handles stop signals and shows a view."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs the job to its end; returns its exit code. Raises ConfigError before anything was started."""
+    """Runs the job to its end; returns its exit code. Raises ConfigError before any process was started."""
     config = [] if args.config is None else ["--config", args.config]
     return run_local([*config, *args.settings])
 
 
 def run_local(argv: Sequence[str]) -> int:
-    """Runs the job that these words of a command line describe."""
+    """Runs the job with these command line arguments; returns its exit code."""
     run = open_run(argv)
     started_unix_s = time.time()
     console = Console(stderr=False)

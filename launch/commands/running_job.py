@@ -13,7 +13,7 @@ from launch.observation.http_json import fetch_json
 def buffer_settings(config: Config, paths: RunPaths | None, given: str) -> list[str]:
     """Settings with the addresses of a job's buffers, for a server that joins it.
 
-    `given`: host:port of the first shard's buffer, or empty; then `paths`, the run's directory, is needed.
+    `given`: host:port of the first shard's buffer. If it is empty, `paths` (the run's directory) is needed.
     Raises ConfigError when the addresses cannot be found.
     """
     if given:
@@ -28,21 +28,21 @@ def buffer_settings(config: Config, paths: RunPaths | None, given: str) -> list[
         ]
     if paths is None:
         raise ConfigError(
-            "rollout --join: no running buffer is known; name a running job, or give --buffer host:port"
+            "rollout --join: there is no buffer to join; name a running job, or give --buffer host:port"
         )
     ports = []
     for shard in all_shards(config.buffer.num_shards):
         endpoint = read_endpoint(paths.endpoints / f"{shard.name}.json")
         if endpoint is None or "stream" not in endpoint:
             raise ConfigError(
-                f"rollout --join: the {shard.name} of {paths.root.name} is not running; is the job?"
+                f"rollout --join: the {shard.name} of {paths.root.name} is not running; is the job running?"
             )
         ports.append(str(endpoint["stream"]).rpartition(":")[2])
     return [f"buffer.ports=[{','.join(ports)}]"]
 
 
 def servers_of(config: Config, paths: RunPaths) -> dict[str, str]:
-    """Name -> address of the HTTP plane of every rollout server that is registered with a buffer of the job.
+    """Name -> HTTP address of every rollout server that is registered with a buffer of the job.
 
     Raises ConfigError when no buffer answers.
     """

@@ -1,4 +1,4 @@
-"""`areal-like status RUN`: the state of a run's daemons, and the numbers of its tickets."""
+"""`areal-like status RUN`: shows the state of a run's daemons and the numbers of tickets by state."""
 
 from __future__ import annotations
 

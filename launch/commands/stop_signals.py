@@ -10,7 +10,8 @@ from types import FrameType
 class StopSignals:
     """Counts Ctrl-C, SIGTERM and SIGHUP.
 
-    A repeat within a second counts as the same signal: terminals and supervisors often deliver it twice.
+    Signals within a second of the last counted one are ignored: terminals and process supervisors often
+    deliver a signal twice.
     """
 
     def __init__(self) -> None:

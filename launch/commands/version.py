@@ -1,4 +1,4 @@
-"""`areal-like version`: the installed version."""
+"""`areal-like version`: prints the installed version."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """It has none."""
+    """Adds no arguments."""
 
 
 def main(args: argparse.Namespace) -> int:

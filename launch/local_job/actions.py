@@ -19,9 +19,9 @@ class Exit:
     code: int
     """Its exit code; negative: the signal that ended it."""
     complaint: str = ""
-    """The one message for the user that goes with exit code 2."""
+    """The message for the user that the process printed before exit code 2."""
     last_words: tuple[str, ...] = ()
-    """The last lines of its output, and of a trace-back in its log."""
+    """The last lines of its output, and of a traceback in its log."""
 
     @property
     def description(self) -> str:
@@ -29,7 +29,7 @@ class Exit:
         return describe_exit(self.code)
 
     def failure_lines(self, headline: str) -> list[str]:
-        """The headline, then the last words, indented."""
+        """The headline, then the last lines of output, indented."""
         return [headline, *(f"  {line}" for line in self.last_words)]
 
 
@@ -44,7 +44,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Terminate:
-    """Send a process its stop signal: it drains and ends by itself."""
+    """Send a process its stop signal, on which it drains and ends."""
 
     name: str
 
@@ -63,10 +63,10 @@ class KillEverything:
 
 @dataclass(frozen=True)
 class HandOver:
-    """Ask the trainer to make room for its successor: finish the step, write a checkpoint, exit with 0."""
+    """Ask the trainer to end for a replacement: finish the step, write a checkpoint, exit with code 0."""
 
     address: str | None
-    """Its HTTP plane; None while it has none: it is then sent its stop signal."""
+    """Address of its HTTP server; None while it has none: it then gets its stop signal instead."""
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""One daemon as a child process: a session of its own, output to a file, no life after the launcher.
+"""One daemon as a child process, in a new session, with its output in a file; it ends with the launcher.
 
-There are three ways to end a child: SIGTERM to it alone (it drains), SIGKILL to its process group, and at the
-very end SIGKILL to every process with the run's marker in its environment. The last also finds processes that
-moved to sessions of their own, as torchrun's ranks do. When the launcher itself is killed, the kernel sends
-SIGTERM to the children, which ask for that when they start.
+There are three ways to end a child: SIGTERM to the child alone (it drains), SIGKILL to its process group, and
+at the very end SIGKILL to every process with the run's marker in its environment. The last way also finds
+processes that have started a new session, as torchrun's ranks do. When the launcher itself is killed, the
+kernel sends SIGTERM to the children, which request that signal at their start.
 """
 
 from __future__ import annotations
@@ -29,19 +29,18 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def python_path() -> str:
-    """PYTHONPATH for a child process: this checkout or installation first, then the present value."""
+    """PYTHONPATH for a child process: this checkout or installation first, then the current value."""
     return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
 
 
 class Child:
-    """A started process. Create it in the main thread: the kernel ties it to the thread that started it."""
+    """A started process. Create it in the main thread: the kernel ends it when the creating thread ends."""
 
     def __init__(self, spec: ChildSpec, *, paths: RunPaths, marker: str, lock_fd: int) -> None:
         self._spec = spec
         self._output = paths.logs / f"{spec.name}.out"
         self._log = paths.logs / f"{spec.name}.log"
-        # A restarted daemon appends to its files. The output of an earlier life must not be quoted as this
-        # one's.
+        # A restarted daemon appends to its files: skip the output of earlier processes of the same name.
         self._output_start = _size(self._output)
         self._log_start = _size(self._log)
         environment = os.environ | {
@@ -65,11 +64,11 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """Process id, also that of its process group."""
+        """Process id; it is also the id of the process group."""
         return self._process.pid
 
     def exit_code(self) -> int | None:
-        """None while it runs; negative: the signal that ended it."""
+        """The exit code; None while it runs; negative: the signal that ended it."""
         return self._process.poll()
 
     def terminate(self) -> None:
@@ -78,7 +77,7 @@ class Child:
             self._process.send_signal(self._spec.stop_signal)
 
     def kill(self) -> None:
-        """Ends the whole process group at once, also what is left of it when the process itself is dead."""
+        """Kills the whole process group at once, also when the process itself has already ended."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -89,14 +88,15 @@ class Child:
         return lines[-1].rsplit("\r", 1)[-1].strip() if lines else ""
 
     def complaint(self) -> str:
-        """The one message for the user that a process with exit code 2 has printed."""
+        """The message for the user that a process with exit code 2 has printed."""
         lines = _tail(self._output, start=self._output_start, num_lines=20)
-        # torchrun reports a failed rank after the rank's own message, which carries the rank's name.
+        # torchrun prints its report of a failed rank after the rank's own message, which begins with the
+        # rank's name.
         own = [line for line in lines if re.match(rf"({re.escape(self._spec.name)}(-\d+)?|error): ", line)]
         return (own or lines or [f"{self._spec.name}: see {self._output}"])[-1].removeprefix("error: ")
 
     def last_words(self, *, num_lines: int = 12) -> list[str]:
-        """The last lines of its output, then of the trace-back in its log if that holds one."""
+        """The last lines of its output, then of the newest traceback in its log, if there is one."""
         lines = _tail(self._output, start=self._output_start, num_lines=num_lines)
         traces = [
             entry["exception"] for entry in _entries(self._log, start=self._log_start) if "exception" in entry
@@ -105,7 +105,7 @@ class Child:
 
 
 def kill_marked(marker: str, *, timeout_s: float = 5.0) -> None:
-    """Kills every process of the run until none is left or the time is over."""
+    """Kills every process of the run until none is left or `timeout_s` is over."""
     deadline_s = time.monotonic() + timeout_s
     while (pids := _marked_pids(marker)) and time.monotonic() < deadline_s:
         for pid in pids:
@@ -119,7 +119,8 @@ def _marked_pids(marker: str) -> list[int]:
     wanted = f"{RUN_MARKER}={marker}".encode()
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # the process has ended meanwhile, or belongs to another user
+        # OSError: the process has ended in the meantime, or belongs to another user.
+        with contextlib.suppress(OSError):
             if int(folder.name) != os.getpid() and wanted in (folder / "environ").read_bytes().split(b"\0"):
                 found.append(int(folder.name))
     return found
@@ -142,6 +143,6 @@ def _tail(path: Path, *, start: int, num_lines: int, max_bytes: int = 1 << 16) -
 def _entries(path: Path, *, start: int) -> list[dict[str, str]]:
     entries = []
     for line in _tail(path, start=start, num_lines=50):
-        with contextlib.suppress(ValueError):  # a line cut in half by the window
+        with contextlib.suppress(ValueError):  # `_tail` may have cut the first line
             entries.append(json.loads(line))
     return entries

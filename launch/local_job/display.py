@@ -11,7 +11,7 @@ class View(Protocol):
     """A display of one running job."""
 
     def update(self, seen: Observation, *, phase: str, detail: str) -> None:
-        """Called about ten times a second; draws when its interval has passed."""
+        """Called about ten times per second; draws once per drawing interval."""
 
     def notice(self, text: str) -> None:
         """Shows one event."""

@@ -1,8 +1,8 @@
-"""Runs a whole job on this machine: starts the daemons, watches them, ends them, and leaves nothing behind.
+"""Runs a whole job on this machine: starts the daemons, watches them, and ends all of their processes.
 
-Ten times a second `LocalJob` reports to the state machine (lifecycle.py) what has happened and carries out
-the actions that it returns. All of this is in the main thread: the kernel ties children to the thread that
-started them.
+Ten times per second `LocalJob` passes observations to the state machine (lifecycle.py) and carries out the
+actions that it returns. It runs in the main thread: the kernel ends a child when the thread that started it
+ends.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class LocalJob:
 
     @property
     def failure(self) -> list[str]:
-        """The reason of a failure, in lines for the user; empty when the run did not fail."""
+        """The reason for a failure, in lines for the user; empty when the run did not fail."""
         return self._lifecycle.outcome.failure
 
     def run(self) -> int:
-        """Returns 0 finished or drained, 1 failed, 2 the user's mistake."""
+        """Runs the job; returns 0 if it finished or drained, 1 if it failed, 2 for the user's mistake."""
         self._observer.start()
         try:
             self._carry_out(self._lifecycle.start())
@@ -66,8 +66,8 @@ class LocalJob:
     def _advance(self) -> None:
         lifecycle = self._lifecycle
         self._carry_out(lifecycle.stop_requested(self._num_stops(), now_s=time.monotonic()))
-        for name in lifecycle.in_order_of_blame(self._processes.names):
-            # None: it runs, or was killed on account of an exit before it in this loop.
+        for name in lifecycle.by_exit_priority(self._processes.names):
+            # None: the process runs, or an earlier exit in this loop has caused it to be killed.
             if (exit := self._processes.reap(name)) is not None:
                 self._carry_out(lifecycle.exited(exit, now_s=time.monotonic()))
         seen = self._observer.newest
@@ -98,7 +98,7 @@ class LocalJob:
     def _start(self, action: Start) -> None:
         spec = action.spec
         if action.from_newest_checkpoint:
-            # Without a checkpoint from the beginning, with the recorded groups.
+            # Without a checkpoint the trainer starts at step 0, with the groups in the ledger.
             resume = "resume=latest" if checkpoints(self._paths) else "resume=''"
             spec = spec.with_settings([resume])
         self._processes.start(spec)
@@ -106,17 +106,17 @@ class LocalJob:
     def _hand_over(self, address: str | None) -> None:
         try:
             if address is None:
-                raise ConnectionError("it is still starting")
+                raise ConnectionError("the trainer is still starting")
             post_json(address, "/control/hand_over", {})
         except (OSError, HTTPException, ConfigError) as error:
-            log.warning("the trainer cannot be asked to hand over (%s): it drains", error)
+            log.warning("no answer to the hand-over request (%s): sending the stop signal", error)
             self._processes.terminate("trainer")
 
     def _detail(self) -> str:
-        """What the present phase waits for, in a few words."""
+        """A short text about what the current phase waits for."""
         if self._lifecycle.phase is not Phase.PREPARING:
             return self._lifecycle.waiting_for(self._observer.newest)
         if "prepare_model" not in self._processes.names:
             return "the buffer starts"
-        # Without the time and logger's name of a log line.
+        # Removes the time and the logger's name from a log line.
         return re.sub(r"^\S+ [\d:,]+ [\w.]+: ", "", self._processes.last_line("prepare_model"))

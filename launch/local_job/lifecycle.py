@@ -1,18 +1,18 @@
-"""The life of a local job as a state machine: observations in, actions out; no processes, files or clocks.
+"""The state machine of a local job: observations in, actions out; no processes, files or clocks.
 
     PREPARING -> STARTING -> RUNNING -> CLOSING -> over (no process runs)
         |            |           |
-        +------------+-----------+----> CLOSING when a daemon fails for good, a user stops the run, or the
-                                        trainer is done
+        +------------+-----------+----> CLOSING when a daemon fails and is not restarted, a user stops the
+                                        run, or the trainer has finished
 
 - PREPARING builds the model while the buffers start; STARTING waits for the trainer and the rollout servers.
-- CLOSING goes in one order, whatever its cause: trainer (finishes its step, checkpoints, commits), servers,
-  buffers.
-- A daemon that exits with code 0 before CLOSING was stopped by a user: a server is then not replaced, and the
-  run goes on while another server is left; any other daemon closes the run.
-- A daemon that dies is started again, and the others see no more than a pause: a server's samples are
-  generated elsewhere, a buffer comes back at the same port with its ledger (unless `buffer.durability=none`),
-  the trainer with its newest checkpoint. Deaths in a row are bounded (restarts.py, trainer.py).
+- CLOSING always ends the processes in the same order: trainer (finishes its step, writes a checkpoint,
+  commits), servers, buffers.
+- A daemon that exits with code 0 before CLOSING was stopped by a user. A stopped server is not replaced, and
+  the run continues while another server is left; any other daemon closes the run.
+- A daemon that dies is started again, and the others only pause: other servers generate a dead server's
+  samples, a buffer restarts at the same port with its ledger (unless `buffer.durability=none`), the trainer
+  restarts from its newest checkpoint. The number of deaths in a row is limited (restarts.py, trainer.py).
 - Not started again: a trainer whose code failed before the first step was done, and a daemon that rejects its
   settings (exit code 2), unless it is a server or buffer that has been ready with these settings before.
 """
@@ -38,12 +38,13 @@ log = logging.getLogger(__name__)
 
 BUFFER_START_TIMEOUT_S = 60.0
 START_PATIENCE = 2.0
-"""Start limit in multiples of `rollout.start_timeout_s`. After one of them a server reports by itself why its
-engine did not start, and that report has to come first."""
+"""Time limit of STARTING in multiples of `rollout.start_timeout_s`. Above 1, because a server reports the
+reason itself if its engine has not started within `rollout.start_timeout_s`."""
 FAILURE_CLOSE_S = 10.0
-"""Time for the other daemons to end when one has failed."""
+"""Time for the other daemons to end after one has failed."""
 TRAINER_RESERVE, SERVERS_RESERVE = 0.25, 0.1
-"""Part of `daemon.drain_timeout_s` that each of them leaves to the processes that end after it."""
+"""Fraction of `daemon.drain_timeout_s` that trainer and servers must leave to the processes that end after
+them."""
 
 
 class Phase(StrEnum):
@@ -52,9 +53,9 @@ class Phase(StrEnum):
     PREPARING = "preparing the model"
     """The model is built; the buffers start."""
     STARTING = "starting"
-    """Servers and trainer load the model and connect."""
+    """Servers and trainer load the model and connect to the buffers."""
     RUNNING = "running"
-    """Everything is ready."""
+    """All daemons are ready."""
     CLOSING = "closing"
     """Daemons end one after another."""
 
@@ -82,27 +83,27 @@ class JobLifecycle:
         self._shutdown: Shutdown | None = None
         self._running: set[str] = set()
         self._were_ready: set[str] = set()
-        """Daemons that have been ready in some life: their settings are no mistake."""
+        """Daemons that have been ready at least once, so their settings are valid."""
         self._phase_since_s = now_s
         self.phase = Phase.PREPARING
         self.outcome = Outcome()
 
     @property
     def is_over(self) -> bool:
-        """True when the job is closing and nothing runs any more."""
+        """True when the job is closing and no process runs any more."""
         return self.phase is Phase.CLOSING and not self._running
 
-    def in_order_of_blame(self, names: Iterable[str]) -> list[str]:
-        """Names in the order in which their exits must be looked at.
+    def by_exit_priority(self, names: Iterable[str]) -> list[str]:
+        """Names in the order in which their exits must be handled: buffers, trainer, all others.
 
-        Buffers first: when one dies the others soon fail as well, and are not the cause.
+        The death of a buffer soon makes trainer and servers fail, so that the buffer is the cause to report.
         """
         return sorted(names, key=lambda name: (name not in self._buffers, name != "trainer", name))
 
     # Observations
 
     def start(self) -> list[Action]:
-        """Begins the job: the buffers and the building of the model."""
+        """Starts the buffers and the process that builds the model."""
         specs = [*self._buffers.values(), self._specs.prepare_model()]
         return self._started([Start(spec) for spec in specs])
 
@@ -112,7 +113,7 @@ class JobLifecycle:
             self.outcome.failed([], exit_code=1)
             self._running.clear()
             self._enter(Phase.CLOSING, now_s=now_s)
-            text = "stopped at once: what was trained since the last checkpoint is lost"
+            text = "stopped at once: the training since the last checkpoint is lost"
             return [Notice(text), KillEverything()]
         if num_requests == 1 and self.phase is not Phase.CLOSING:
             return [
@@ -125,7 +126,7 @@ class JobLifecycle:
         return []
 
     def exited(self, exit: Exit, *, now_s: float) -> list[Action]:
-        """A process has ended without `Kill`."""
+        """Handles the end of a process that was not ended by a `Kill` action."""
         self._running.discard(exit.name)
         if self.phase is Phase.CLOSING and not self._is_needed_to_close(exit.name):
             self.outcome.note_exit_while_closing(exit)
@@ -140,26 +141,26 @@ class JobLifecycle:
         if exit.name == "trainer":
             return self._trainer_ended(now_s=now_s)
         if exit.name in self._buffers:
-            text = f"the {exit.name} was asked to stop: closing the run"
+            text = f"a user stopped the {exit.name}: closing the run"
             return [Notice(text), *self._drain(now_s=now_s)]
         return []  # the model is prepared
 
     def replace_trainer(self, settings: Sequence[str], *, seen: Observation) -> list[Action]:
-        """An order to replace the trainer by one with these settings, once the present one has ended."""
+        """Replaces the trainer by one with these settings, once the current one has ended."""
         assert self.phase is Phase.RUNNING and self._trainer is not None
         self._trainer.change_settings(settings)
         text = f"the trainer is replaced by one with {' '.join(settings) or 'the same settings'}"
-        if "trainer" not in self._running:  # it has just died: its next life has the settings
+        if "trainer" not in self._running:  # it has just died: its restart uses the new settings
             return [Notice(text)]
         self._trainer.is_handing_over = True
         rank0 = seen.daemons.get("trainer-0")
         return [Notice(text), HandOver(str(rank0.endpoint["http"]) if rank0 else None)]
 
     def tick(self, seen: Observation, *, now_s: float, now_unix_s: float) -> list[Action]:
-        """Time has passed. Call about ten times a second with the newest observation."""
+        """Advances the phase and starts due restarts. Call it about ten times per second."""
         actions = self._advance_phase(seen, now_s=now_s)
         if self._trainer is not None and seen.last_step > self._trainer.best_step:
-            # A step is seen up to a second late, perhaps after the death that followed it.
+            # The step may be observed up to a second late, after a death that followed it: pass its own time.
             late_s = now_unix_s - float(seen.steps[-1]["time_unix_s"])
             self._trainer.reached(seen.last_step, at_s=now_s - late_s)
         self._were_ready |= {view.name for view in seen.daemons.values() if not view.not_ready}
@@ -168,7 +169,7 @@ class JobLifecycle:
         return actions + self._restart_due(now_s=now_s)
 
     def waiting_for(self, seen: Observation) -> str:
-        """The daemons that the present phase waits for, and why, in a few words."""
+        """A short text about the daemons that the current phase waits for, and the reasons."""
         if self.phase is Phase.STARTING:
             unready = self._unready(seen)
             return ", ".join(f"{name} ({_reason_unready(seen, name)})" for name in unready)
@@ -206,7 +207,7 @@ class JobLifecycle:
         self._ports = ports
         if self._config.buffer.durability != "none":
             self._buffer_restarts = {name: Restarts(now_s=now_s) for name in self._buffers}
-        where = ports_setting(ports)  # a buffer comes back at the port that the others use
+        where = ports_setting(ports)  # a restarted buffer must listen at the port that the others use
         self._buffers = {name: spec.with_settings([where]) for name, spec in self._buffers.items()}
         spec = self._specs.trainer(buffer_ports=ports)
         self._trainer = SupervisedTrainer(
@@ -239,14 +240,15 @@ class JobLifecycle:
     # Deaths and restarts
 
     def _is_needed_to_close(self, name: str) -> bool:
-        """The trainer needs its buffers for its last checkpoint."""
+        """True for a restartable buffer while the trainer runs, which needs it for its last checkpoint."""
         return name in self._buffer_restarts and "trainer" in self._running
 
     def _has_worked(self, name: str) -> bool:
         return name in self._were_ready and (name in self._servers or name in self._buffer_restarts)
 
     def _core_died(self, exit: Exit, *, now_s: float) -> list[Action]:
-        """A process without which there is no run has failed: a buffer, the trainer, the model's builder."""
+        """Handles the failure of a process that the run cannot do without: a buffer, the trainer, or
+        prepare_model."""
         words = exit.failure_lines(f"{exit.name} failed ({exit.description}); its last lines:")
         if exit.name == "trainer" and self._trainer is not None and not self._trainer.is_hopeless(exit):
             self._trainer.died(exit, report=words, now_s=now_s)
@@ -265,7 +267,7 @@ class JobLifecycle:
         return [Notice(f"{exit.name} ended ({exit.description}): starting it again in {delay_s:.1f} s")]
 
     def _trainer_ended(self, *, now_s: float) -> list[Action]:
-        """The trainer has exited with code 0: it was asked to make room, or the run is done."""
+        """Handles exit code 0 of the trainer: it is to be replaced, or the run is done."""
         assert self._trainer is not None
         if not self._trainer.is_handing_over:
             return self._drain(now_s=now_s)

@@ -1,4 +1,4 @@
-"""The result of a local job: its exit code, and the reason of a failure."""
+"""The result of a local job: its exit code, and the reason for a failure."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ log = logging.getLogger(__name__)
 
 
 class Outcome:
-    """Success until something is recorded; a later failure replaces an earlier one."""
+    """The job counts as successful until a failure is recorded; a later failure replaces an earlier one."""
 
     def __init__(self) -> None:
         self.exit_code = 0
         """Of the whole job: 0 finished or drained, 1 failed, 2 the user's mistake."""
         self.failure: list[str] = []
-        """The reason of a failure, in lines for the user; empty when the run did not fail."""
+        """The reason for a failure, in lines for the user; empty when the run did not fail."""
 
     def failed(self, lines: Sequence[str], *, exit_code: int) -> None:
         """Records a failure."""
@@ -27,12 +27,12 @@ class Outcome:
             log.error("%s", line)
 
     def overran(self) -> None:
-        """A process did not end in time and was killed."""
+        """Records that a process did not end in time and was killed: exit code 1."""
         self.exit_code = self.exit_code or 1
 
     def note_exit_while_closing(self, exit: Exit) -> None:
-        """A process has ended during the shutdown; only the trainer's failure is one of the run."""
-        # torchrun turns the signal that ended one of its ranks into an exit code from 128 on.
+        """Records an exit during the shutdown; only a failure of the trainer makes the run fail."""
+        # torchrun exits with 128 + the number of the signal that ended one of its ranks.
         was_terminated = exit.code in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
         if exit.name == "trainer" and not was_terminated and not self.failure:
             headline = f"trainer failed while it drained ({exit.description}); its last lines:"

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 class ProcessTable:
     """The children of one run that have been started and not yet reaped. `lock_fd`: the run's lock.
 
-    Use it from the main thread only: the kernel ties a child to the thread that started it.
+    Use it from the main thread only: the kernel ends a child when the thread that started it ends.
     """
 
     def __init__(self, paths: RunPaths, *, lock_fd: int) -> None:
@@ -37,7 +37,7 @@ class ProcessTable:
         self._children[spec.name] = child
 
     def reap(self, name: str) -> Exit | None:
-        """Removes a child that has ended, with what is left of its process group; None while it runs."""
+        """Removes a child that has ended and kills the rest of its process group; None while it runs."""
         child = self._children.get(name)
         code = child.exit_code() if child else None
         if child is None or code is None:
@@ -54,11 +54,11 @@ class ProcessTable:
         self._children[name].terminate()
 
     def kill(self, name: str) -> None:
-        """Ends a child and its process group at once."""
+        """Kills a child and its process group at once."""
         self._children.pop(name).kill()
 
     def kill_everything(self) -> None:
-        """Ends every process of the run at once, those in sessions of their own included."""
+        """Kills every process of the run at once, also processes that have started a new session."""
         for child in self._children.values():
             child.kill()
         kill_marked(self._marker)
@@ -70,6 +70,6 @@ class ProcessTable:
         return child.last_line() if child else ""
 
     def last_words(self, name: str) -> list[str]:
-        """The last lines of a child's output and trace-back; empty when it does not run."""
+        """The last lines of a child's output and traceback; empty when it does not run."""
         child = self._children.get(name)
         return child.last_words() if child else []

@@ -1,4 +1,4 @@
-"""When to start a dead process again: a pure state machine without processes or clocks."""
+"""Decides when a dead process is started again: a pure state machine without processes or clocks."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class RestartState(StrEnum):
     RUNNING = "running"
     """Started and not known to be dead."""
     WAITING = "waiting"
-    """Dead; to be started again when its delay is over."""
+    """Dead; will be started again after a delay."""
     GIVEN_UP = "given up"
-    """Died too often in too short a time; never started again."""
+    """Died too often in a row; not started again."""
 
 
 class Restarts:
@@ -23,8 +23,9 @@ class Restarts:
         RUNNING --died--> WAITING --due, started--> RUNNING
            \\--died too often--> GIVEN_UP
 
-    The delay doubles with each death in a row, from `base_s` to `max_s`. A life of at least `healthy_s`, or a
-    call of `made_progress`, resets the count of deaths.
+    The delay doubles with each death in a row, from `base_s` to `max_s`. A process that ran for at least
+    `healthy_s`, or a call of `made_progress`, resets the count of deaths. After more than `max_quick_deaths`
+    deaths the process is not started again.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Restarts:
         self._died_s = -math.inf
 
     def died(self, *, now_s: float) -> None:
-        """The process has ended unexpectedly: RUNNING -> WAITING or GIVEN_UP."""
+        """Records an unexpected end of the process: RUNNING -> WAITING or GIVEN_UP."""
         assert self.state is RestartState.RUNNING
         self._died_s = now_s
         self.num_quick_deaths = 1 if now_s - self._started_s >= self._healthy_s else self.num_quick_deaths + 1
@@ -58,7 +59,8 @@ class Restarts:
         self.due_s = now_s + min(self._max_s, self._base_s * 2 ** (self.num_quick_deaths - 1))
 
     def made_progress(self, *, at_s: float) -> None:
-        """The process got further than any before it, at time `at_s`: deaths before that no longer count."""
+        """Records that at `at_s` the process got further than any before it: earlier deaths no longer
+        count."""
         self.num_quick_deaths = min(self.num_quick_deaths, int(at_s <= self._died_s))
 
     def is_due(self, *, now_s: float) -> bool:
@@ -66,7 +68,7 @@ class Restarts:
         return self.state is RestartState.WAITING and now_s >= self.due_s
 
     def started(self, *, now_s: float) -> None:
-        """The process was started again: WAITING -> RUNNING."""
+        """Records that the process was started again: WAITING -> RUNNING."""
         assert self.state is RestartState.WAITING
         self.state = RestartState.RUNNING
         self._started_s = now_s

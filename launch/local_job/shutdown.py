@@ -1,4 +1,4 @@
-"""The orderly end of a job: when each process is asked to end, and when it is killed. Pure."""
+"""The shutdown of a job: decides when each process is asked to end and when it is killed. Pure: no clock."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class Stage:
 
     names: tuple[str, ...]
     reserve: float
-    """Part of the whole time (0 to 1) that this stage must leave to the stages after it."""
+    """Fraction of the whole time (0 to 1) that this stage must leave to the stages after it."""
 
 
 class Shutdown:
-    """Ends the stages one after the other: a stage is asked to end once the one before it is gone.
+    """Ends the stages one after the other: a stage is asked to end once the previous stage has ended.
 
-    Each process: running --asked--> ends by itself, or is killed when the stage's time is over.
+    Each process: running -> asked to end -> ends, or is killed when the stage's time is over.
     """
 
     def __init__(self, stages: Sequence[Stage], *, now_s: float, timeout_s: float) -> None:

@@ -13,14 +13,14 @@ from areal_like.config import Config
 
 @dataclass(frozen=True, kw_only=True)
 class ChildSpec:
-    """The command line and surroundings of one child process."""
+    """The command line, thread count and stop signal of one child process."""
 
     name: str
-    """Names its log files and, for a daemon, its endpoint file."""
+    """Name of the process; its log files and, for a daemon, its endpoint file are named after it."""
     command: tuple[str, ...]
     """The words after `python -m`."""
     num_threads: int = 1
-    """CPU threads of its numerical libraries."""
+    """CPU threads of its numerical libraries (OMP_NUM_THREADS)."""
     stop_signal: signal.Signals = signal.SIGTERM
     """The signal on which it drains and ends."""
 
@@ -39,14 +39,14 @@ class JobSpecs:
         self._common = ("--config", str(config_path))
 
     def buffer(self, name: str) -> ChildSpec:
-        """A buffer that binds the port of its configuration, by default any free one."""
+        """A buffer. It binds the port in its configuration, by default any free port."""
         return ChildSpec(name=name, command=("buffer", *self._common, "--name", name))
 
     def prepare_model(self) -> ChildSpec:
-        """The one-off process that builds or checks the model.
+        """The process that builds or checks the model and then ends.
 
-        One thread: a seed then gives the same model on every machine. SIGINT: on it the process removes its
-        temporary files.
+        It has one thread, so that a seed gives the same model on every machine. Its stop signal is SIGINT, on
+        which it removes its temporary files.
         """
         command = ("trainer.prepare_model", *self._common)
         return ChildSpec(name="prepare_model", command=command, stop_signal=signal.SIGINT)
@@ -57,7 +57,7 @@ class JobSpecs:
         return ChildSpec(name=name, command=command, num_threads=self._config.rollout.num_threads)
 
     def trainer(self, *, buffer_ports: Sequence[str]) -> ChildSpec:
-        """The trainer; with several ranks the process that starts them."""
+        """The trainer; with several ranks, the process that starts the ranks."""
         command = ("trainer", *self._common, ports_setting(buffer_ports))
         return ChildSpec(name="trainer", command=command, num_threads=self._config.trainer.num_threads)
 

@@ -1,4 +1,4 @@
-"""The trainer of a local job: its restarts, its progress, and its replacement by another. Pure."""
+"""The trainer of a local job: its restarts, progress and replacement. Pure: no processes, no clock."""
 
 from __future__ import annotations
 
@@ -11,41 +11,41 @@ from launch.local_job.specs import ChildSpec
 
 
 class SupervisedTrainer:
-    """Trainers of one job, one after the other.
+    """The trainer processes of one job, one after the other.
 
         running --died--> waiting --due--> running          (from the newest checkpoint)
         running --asked to hand over--> ended --> running   (with other settings)
 
-    Deaths in a row count until a trainer gets further than all before it, however long each lived: a step
-    whose data kill the trainer is reached again after minutes of health.
+    Only a step beyond all earlier ones resets the count of deaths in a row; the run time of a trainer does
+    not. Data that kill the trainer at one step kill it again each time, after minutes without an error.
     """
 
     def __init__(self, spec: ChildSpec, *, resume: str, best_step: int, now_s: float) -> None:
         self.spec = spec
         self.restarts = Restarts(now_s=now_s, healthy_s=math.inf)
         self.best_step = best_step
-        """Newest step that any trainer of this job has done; -1: none."""
+        """Newest step that any trainer of this job has finished; -1: none."""
         self.death_report: list[str] = []
         """Lines about the last trainer's death, for the user."""
         self.is_handing_over = False
-        """The running trainer was asked to make room for another."""
+        """True while the running trainer is asked to end for its replacement."""
         self._resumes_at_step = resume.startswith("step:")
 
     def reached(self, step: int, *, at_s: float) -> None:
-        """Notes the newest finished step and when it was done."""
+        """Records the newest finished step and the time at which it was finished."""
         if step > self.best_step:
             self.best_step = step
             self.restarts.made_progress(at_s=at_s)
 
     def is_hopeless(self, exit: Exit) -> bool:
-        """True when the code failed before the first step was done: another try would fail as well.
+        """True when the code failed before the first step was finished: a restart would fail as well.
 
-        An exit code from 128 on means that a rank was killed by a signal, which is no failure of the code.
+        An exit code of 128 or more means that a signal killed a rank, which is not an error in the code.
         """
         return 0 < exit.code < 128 and self.best_step < 0
 
     def died(self, exit: Exit, *, report: Sequence[str], now_s: float) -> None:
-        """Notes an unexpected end; `restarts.state` then tells whether another trainer follows."""
+        """Records an unexpected end; `restarts.state` is then WAITING or GIVEN_UP."""
         self.restarts.died(now_s=now_s)
         if self.restarts.state is not RestartState.GIVEN_UP:
             self.death_report = list(report)
@@ -54,8 +54,8 @@ class SupervisedTrainer:
     def start(self, *, was_ready: bool) -> Start:
         """The action that starts the next trainer, from the newest checkpoint.
 
-        Exception: a run that was to go back to step K (`resume=step:K`) has not done so while no trainer was
-        ready (`was_ready`). Newer checkpoints may still be there, so the command line stays as it is.
+        Exception: with `resume=step:K`, the checkpoints after step K may still exist if no trainer was ready
+        yet (`was_ready` is False). The command line with `resume=step:K` is then used again.
         """
         return Start(self.spec, from_newest_checkpoint=was_ready or not self._resumes_at_step)
 

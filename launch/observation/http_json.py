@@ -1,4 +1,4 @@
-"""JSON requests to the daemons' HTTP planes: GET of a status, POST of a control verb."""
+"""JSON requests to the daemons' HTTP servers: GET for a status, POST for a control request."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ REQUEST_TIMEOUT_S = 1.0
 
 
 def fetch_json(address: str, path: str) -> dict[str, Any] | None:
-    """GET http://address/path as a JSON object; None without such an answer within REQUEST_TIMEOUT_S."""
+    """GET http://address/path; returns the JSON object, or None if none arrives within REQUEST_TIMEOUT_S."""
     host, _, port = address.rpartition(":")
     if not port.isdigit():
         return None
@@ -28,9 +28,9 @@ def fetch_json(address: str, path: str) -> dict[str, Any] | None:
 
 
 def post_json(address: str, path: str, body: dict[str, Any], *, timeout_s: float = 5.0) -> dict[str, Any]:
-    """POST http://address/path and return the JSON object of the answer.
+    """POST http://address/path; returns the JSON object in the answer.
 
-    Raises OSError without an answer, ConfigError with the daemon's reason for a refusal.
+    Raises OSError if the daemon does not answer, ConfigError with the daemon's reason if it refuses.
     """
     host, _, port = address.rpartition(":")
     connection = http.client.HTTPConnection(host.strip("[]"), int(port), timeout=timeout_s)

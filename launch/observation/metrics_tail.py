@@ -1,4 +1,4 @@
-"""Incremental reading of a run's metrics.jsonl."""
+"""Reads a run's metrics.jsonl incrementally."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class MetricsTail:
         self._tally = StepTally()
 
     def read(self) -> Progress:
-        """The progress over all rows so far, in the order of the file, which is that of the steps."""
+        """Reads the new rows; returns the progress over all rows so far, which are in order of steps."""
         try:
             with self._path.open("rb") as file:
                 inode = os.fstat(file.fileno()).st_ino
-                if inode != self._inode:  # a resumed trainer writes the file anew
+                if inode != self._inode:  # a resumed trainer has replaced the file
                     self._inode, self._offset, self._tally = inode, 0, StepTally()
                 file.seek(self._offset)
-                # Line by line and not in one read: the file of a resumed run may be large.
+                # Line by line, because the file of a resumed run may be too large for one read.
                 for line in file:
                     if not line.endswith(b"\n"):
                         break

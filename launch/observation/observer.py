@@ -1,8 +1,8 @@
 """The state of a running job as the launcher sees it: each daemon's /status, and the trainer's metrics.jsonl.
 
 A thread polls with short timeouts, so that neither a stuck daemon nor a slow disk blocks the launcher, which
-only reads the newest `Observation`. All reading is lenient: a daemon of another version, or a missing key,
-leaves a gap in the view and raises no error.
+only reads the newest `Observation`. A missing key or a daemon of another version leaves a gap in the view and
+raises no error.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class DaemonView:
     endpoint: dict[str, Any]
     """Content of its endpoint file: role, pid, http, ..."""
     status: dict[str, Any] | None
-    """Answer of /status; None when it did not answer."""
+    """Answer of /status; None when the daemon did not answer."""
     seen_s: float
     """Monotonic time of the last answer; 0: never."""
 
@@ -40,7 +40,7 @@ class DaemonView:
 
     @property
     def not_ready(self) -> str:
-        """The reason why it is not ready; empty when it is."""
+        """The reason why the daemon is not ready; empty when it is ready."""
         return "no answer" if self.status is None else str(self.status.get("not_ready", ""))
 
 
@@ -50,11 +50,11 @@ class Observation:
 
     daemons: dict[str, DaemonView] = field(default_factory=dict)
     progress: Progress = field(default_factory=Progress)
-    """The content of metrics.jsonl, condensed."""
+    """Summary of metrics.jsonl."""
 
     @property
     def steps(self) -> tuple[dict[str, Any], ...]:
-        """The newest rows, ascending by step."""
+        """The newest rows of metrics.jsonl, ascending by step."""
         return self.progress.recent
 
     @property
@@ -64,7 +64,7 @@ class Observation:
 
     @property
     def tokens_per_s_generated(self) -> float | None:
-        """Sum over all rollout servers; None when none of them reports a rate."""
+        """Sum over all rollout servers; None when no server reports a rate."""
         rates = [
             find_number(view.status or {}, "tokens_per_s")
             for view in self.daemons.values()
@@ -85,7 +85,7 @@ class Observation:
 
 
 class Observer:
-    """Polls the job in a thread of its own between `start` and `close`."""
+    """Polls the job in a thread between `start` and `close`."""
 
     def __init__(self, paths: RunPaths, *, interval_s: float = 1.0) -> None:
         self._paths = paths
@@ -94,7 +94,7 @@ class Observer:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="observer", daemon=True)
         self.newest = Observation()
-        """Replaced, never changed: safe to read from any thread."""
+        """Replaced by each poll and never modified, so it is safe to read from any thread."""
         self.interval_s = 0.2
         """Pause between two polls; short until the job is ready."""
 
@@ -118,16 +118,16 @@ class Observer:
 
 
 def look_at_daemons(folder: Path, *, before: dict[str, DaemonView] | None = None) -> dict[str, DaemonView]:
-    """Asks every daemon with an endpoint file in `folder` for its status; returns them by name.
+    """Asks every daemon with an endpoint file in `folder` for its status; returns the views by name.
 
-    `before`: the previous result, from which the time of the last answer is taken where there is none now.
+    `before`: the previous result; a daemon that does not answer now keeps the time of its last answer.
     """
     daemons = {}
     for path in sorted(folder.glob("*.json")):
         try:
             endpoint = dict(json.loads(path.read_text()))
         except (OSError, ValueError):
-            continue  # the daemon has just ended and removed it
+            continue  # the daemon has just ended and removed its file
         status = fetch_json(str(endpoint.get("http", "")), "/status")
         known = (before or {}).get(path.stem)
         seen_s = time.monotonic() if status is not None else known.seen_s if known else 0.0
@@ -136,7 +136,7 @@ def look_at_daemons(folder: Path, *, before: dict[str, DaemonView] | None = None
 
 
 def find_number(status: dict[str, Any], key: str) -> float | None:
-    """The number under `key`, at the top of a status or one level down; None without it."""
+    """The number under `key`, at the top level of a status or one level below; None if there is none."""
     for table in (status, *(value for value in status.values() if isinstance(value, dict))):
         value = table.get(key)
         if isinstance(value, (int, float)):
@@ -145,7 +145,7 @@ def find_number(status: dict[str, Any], key: str) -> float | None:
 
 
 def find_table(status: dict[str, Any], key: str) -> dict[str, Any]:
-    """The table under `key`, at the top of a status or one level down; empty without it."""
+    """The table under `key`, at the top level of a status or one level below; empty if there is none."""
     for table in (status, *(value for value in status.values() if isinstance(value, dict))):
         value = table.get(key)
         if isinstance(value, dict):

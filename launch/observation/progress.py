@@ -1,8 +1,8 @@
-"""The steps of a run in bounded memory: the newest rows whole, and running figures of all others.
+"""Summarizes the steps of a run in bounded memory: the newest rows in full, and statistics over all rows.
 
-A run may go on for days at ten steps a second, so nothing here grows with it. The curve of rewards is kept
-as means over stretches of equal length; when there are too many stretches, neighbours are merged and the
-length doubles. A screen has fewer columns than that.
+A run may take days at ten steps per second, so the memory must not grow with it. The reward curve is stored
+as means over stretches (equal numbers of consecutive steps); when there are too many stretches, adjacent ones
+are merged and their length doubles. There are always more stretches than a screen has columns.
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ from typing import Any
 RECENT_STEPS = 50
 """Steps over which rates and histograms are taken."""
 MAX_STRETCHES = 2048
-"""Even, and more than the dots on a line of the widest terminal."""
+"""Even, because stretches are merged in pairs, and more than the dots in a line of the widest terminal."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """The figures of a run's steps that a view shows."""
+    """The statistics of a run's steps that a view shows."""
 
     recent: tuple[dict[str, Any], ...] = ()
     """The newest rows of metrics.jsonl, ascending by step."""
     rewards: tuple[float, ...] = ()
-    """Mean reward of each stretch of the whole run; the stretches are equally long but for the last."""
+    """Mean reward of each stretch of the whole run; all stretches but the last have the same length."""
     reward_low: float = 0.0
     """Lowest reward of a step, 0 or below."""
     reward_high: float = 1.0
     """Highest reward of a step, 1 or above."""
     lag_max: float = 0.0
-    """Largest lag that was trained on."""
+    """Largest lag of a trained sample."""
     eval_reward: float | None = None
     """Newest held-out reward."""
 
 
 class StepTally:
-    """Condenses rows of metrics.jsonl, added one after the other, into a `Progress`."""
+    """Summarizes rows of metrics.jsonl, added one after the other, as a `Progress`."""
 
     def __init__(self) -> None:
         self._recent: deque[dict[str, Any]] = deque(maxlen=RECENT_STEPS)
@@ -85,7 +85,7 @@ class StretchMeans:
         if len(self._full) == MAX_STRETCHES:
             self._full = [(a + b) / 2 for a, b in zip(self._full[::2], self._full[1::2], strict=True)]
             self._length *= 2
-            return  # the numbers at hand are the first half of the next, longer stretch
+            return  # the current numbers are the first half of the next stretch, which is twice as long
         self._full.append(self._sum / self._num)
         self._sum, self._num = 0.0, 0
 

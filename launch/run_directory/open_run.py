@@ -1,9 +1,9 @@
-"""The choice of the directory that a job runs in: a new run, an earlier run resumed, or a refusal.
+"""Chooses the directory that a job runs in: a new directory, or that of an earlier run to resume.
 
-A run directory belongs to one run for ever; neither a finished nor an unfinished run is overwritten. A new
-job therefore needs a free name (an unnamed one is numbered: default, default-2, ...), or resumes what is
-there (`resume=latest`, `resume=step:K`). Resuming starts from the run's own configuration and not from the
-defaults, so that a forgotten override cannot change a run halfway.
+A run directory belongs to one run; neither a finished nor an unfinished run is ever overwritten. A new job
+therefore needs a free name (a job without a name is numbered: default, default-2, ...), or resumes the
+existing run (`resume=latest`, `resume=step:K`). Resuming starts from the run's own configuration and not from
+the defaults, so that a forgotten override cannot change a run halfway.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class OpenRun:
     lock_fd: int
     """The lock's file descriptor; pass it to every child."""
     announcement: tuple[str, ...] = ()
-    """Lines for the user: what this command does with the directory, and how to choose otherwise."""
+    """Lines for the user: the choice that was made, and the settings for other choices."""
 
     def close(self) -> None:
         """Releases the directory (children that inherited the lock still hold it)."""
@@ -42,8 +42,8 @@ class OpenRun:
 def open_run(argv: Sequence[str]) -> OpenRun:
     """Resolves the command line of `areal-like run`, takes the directory and writes `config.yaml` there.
 
-    Raises ConfigError: a wrong setting, a directory that is in use or holds another run, nothing to resume
-    from.
+    Raises ConfigError for a wrong setting, a directory that is in use or holds another run, or a run that
+    cannot be resumed.
     """
     config = load_config(argv)
     is_named = any(arg.startswith("name=") or arg == "--config" for arg in argv)
@@ -69,7 +69,7 @@ def _prepared(run: OpenRun) -> OpenRun:
     try:
         for stale in run.paths.endpoints.glob("*.json"):
             stale.unlink()
-        restart_order_file(run.paths).unlink(missing_ok=True)  # an order to an earlier launcher
+        restart_order_file(run.paths).unlink(missing_ok=True)  # the order was for an earlier launcher
         for folder in (run.paths.endpoints, run.paths.logs):
             folder.mkdir(exist_ok=True)
         save_config(run.config, run.paths.config)
@@ -80,7 +80,7 @@ def _prepared(run: OpenRun) -> OpenRun:
 
 
 def _start(config: Config, *, is_named: bool) -> OpenRun:
-    """A new run under its name; without a name of its own, under the first free number."""
+    """A new run under the given name, or under the first free numbered name if none was given."""
     for number in itertools.count(1):
         candidate = config if number == 1 else dataclasses.replace(config, name=f"{config.name}-{number}")
         paths = RunPaths.of(candidate)
@@ -93,7 +93,7 @@ def _start(config: Config, *, is_named: bool) -> OpenRun:
                 raise
             continue
         if not holds_run(paths):
-            # Of a job that failed before its first step: its tickets do not belong to this one.
+            # A ledger left by a job that failed before its first step: its tickets belong to no step.
             for ledger in paths.ledgers:
                 shutil.rmtree(ledger)
             lines = _new_run_announcement(paths, config, number=number)
@@ -107,9 +107,9 @@ def _start(config: Config, *, is_named: bool) -> OpenRun:
 def _refusal(paths: RunPaths) -> str:
     kind = "a finished" if paths.summary.exists() else "an unfinished"
     if steps := checkpoints(paths):
-        ways = f"go on with resume=latest (step {steps[-1]}) or resume=step:K (K: {_listed(steps)})"
+        ways = f"continue it with resume=latest (step {steps[-1]}) or resume=step:K (K: {_listed(steps)})"
     elif paths.ledgers:
-        ways = "go on with resume=latest (from step 0: it has no checkpoint yet)"
+        ways = "continue it with resume=latest (from step 0: it has no checkpoint yet)"
     else:
         ways = "remove that directory (it has no checkpoint to resume from)"
     return f"{paths.root} already holds {kind} run: choose another name=..., or {ways}"
@@ -120,10 +120,10 @@ def _new_run_announcement(paths: RunPaths, config: Config, *, number: int) -> tu
         return (f"new run in {paths.root}",)
     taken = RunPaths.of(config)
     kind = "an earlier run, which stays as it is" if holds_run(taken) else "a run that is in progress"
-    choices = "name=NAME starts a new run under a name of your choice"
+    choices = "name=NAME starts a new run under another name"
     if checkpoints(taken):
         choices += (
-            f"; name={config.name} resume=latest goes on with {taken.root}, "
+            f"; name={config.name} resume=latest continues {taken.root}, "
             f"resume=step:K from one of its checkpoints ({_listed(checkpoints(taken))})"
         )
     return (f"new run in {paths.root} ({taken.root} holds {kind})", choices)
@@ -134,7 +134,7 @@ def _resume(config: Config, argv: Sequence[str]) -> OpenRun:
     paths = RunPaths.of(config)
     if not paths.config.is_file():
         raise ConfigError(
-            f"resume={config.resume}: there is no run in {paths.root}; name=... chooses the run"
+            f"resume={config.resume}: there is no run in {paths.root}; choose the run with name=..."
         )
     lock_fd = lock(paths)
     try:
@@ -160,12 +160,12 @@ def _resume(config: Config, argv: Sequence[str]) -> OpenRun:
 
 def _resume_announcement(paths: RunPaths, steps: Sequence[int], *, resume: str) -> tuple[str, ...]:
     new = "another name=... starts a new run"
-    if not steps:  # it died before its first checkpoint
+    if not steps:  # the run died before its first checkpoint
         return (f"resume of {paths.root} from step 0, with the groups in its ledger (no checkpoint yet)", new)
     if resume == "latest":
         choices = f"resume=step:K goes back to an earlier checkpoint ({_listed(steps)}); {new}"
         return (f"resume of step {steps[-1]} from {paths.root}, its newest checkpoint", choices)
-    choices = f"resume=latest goes on with the newest checkpoint (step {steps[-1]}); {new}"
+    choices = f"resume=latest continues from the newest checkpoint (step {steps[-1]}); {new}"
     return (
         f"resume of step {resume.removeprefix('step:')} from {paths.root}; later steps are undone",
         choices,
@@ -177,9 +177,9 @@ def _listed(steps: Sequence[int]) -> str:
 
 
 def _with_own_settings(composed: Config, argv: Sequence[str], *, own: Path) -> Config:
-    """The run's own configuration with the overrides of `argv`.
+    """The run's stored configuration with the overrides of `argv`.
 
-    A section chosen anew (`task=...`) is taken from `composed`.
+    A section that `argv` replaces as a whole (`task=...`) is taken from `composed`.
     """
     chosen = {
         section

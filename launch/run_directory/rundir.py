@@ -1,4 +1,4 @@
-"""The state of a run directory: its lock, its checkpoints, and an order for its launcher.
+"""The state of a run directory: its lock, its checkpoints, and the launcher's order to restart the trainer.
 
 The lock is an flock whose descriptor the daemons inherit. It is held until the last process of the run has
 ended, so a second launcher cannot start while the daemons of a killed one still write their checkpoint.
@@ -16,7 +16,7 @@ from areal_like.paths import RunPaths, find_checkpoints
 
 
 class InUseError(ConfigError):
-    """Another launcher, or daemons that it left, hold the directory."""
+    """Another launcher, or a daemon that has outlived its launcher, holds the lock of the directory."""
 
 
 def find_run(name: str) -> Path:
@@ -30,12 +30,12 @@ def find_run(name: str) -> Path:
 
 
 def restart_order_file(paths: RunPaths) -> Path:
-    """The file in which `areal-like restart` leaves an order; the launcher removes it on taking it."""
+    """The file in which `areal-like restart` writes an order; the launcher reads and removes it."""
     return paths.root / "restart.json"
 
 
 def take_restart_order(paths: RunPaths) -> list[str] | None:
-    """Removes an order to replace the trainer and returns its settings; None without an order."""
+    """Takes an order to replace the trainer; returns its settings, or None if there is no order."""
     try:
         order = json.loads(restart_order_file(paths).read_text())
     except FileNotFoundError:
@@ -63,7 +63,7 @@ def is_over(paths: RunPaths) -> bool:
 
 
 def holds_run(paths: RunPaths) -> bool:
-    """True when training ever began here. A job that failed before its first step leaves its name free."""
+    """True when a step was trained here. A job that failed before its first step leaves its name free."""
     trained = paths.metrics.exists() and paths.metrics.stat().st_size > 0
     return trained or paths.summary.exists() or bool(checkpoints(paths))
 
@@ -74,7 +74,7 @@ def checkpoints(paths: RunPaths) -> list[int]:
 
 
 def lock(paths: RunPaths) -> int:
-    """Creates the directory if need be and takes its lock; returns the lock's file descriptor.
+    """Creates the directory if necessary and takes its lock; returns the lock's file descriptor.
 
     Raises InUseError when another process holds it, ConfigError when the directory cannot be created.
     """

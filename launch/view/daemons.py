@@ -11,14 +11,14 @@ from rich.text import Text
 from launch.observation.observer import DaemonView, Observation, find_number, find_table
 
 _NARROW = 80
-"""Below so many characters the table leaves the numbers out, so that the reason has room."""
+"""In a terminal with fewer characters the table omits the numbers, to leave room for the reason."""
 
 
 def daemon_table(daemons: list[DaemonView], *, width: int) -> Table:
-    """One row a daemon; `width`: of the terminal, in characters.
+    """A table with one row per daemon; `width`: of the terminal, in characters.
 
-    The reason why a daemon is not ready stands in the last column, which takes the rest of the line and
-    wraps. It is never cut, for it is the part that tells the user what to do.
+    The last column has the reason why a daemon is not ready. It takes the rest of the line and wraps; it is
+    never cut, because the user needs it to act.
     """
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", expand=False)
     numbers = ("version", "queue", "heartbeat") if width >= _NARROW else ()
@@ -44,7 +44,7 @@ def daemon_table(daemons: list[DaemonView], *, width: int) -> Table:
 
 
 def tickets_line(seen: Observation) -> Text:
-    """Numbers of tickets by state, then numbers of dropped ones by reason."""
+    """Numbers of tickets by state, then numbers of dropped tickets by reason."""
     drops = {reason: count for reason, count in find_table(seen.buffer, "drops").items() if count}
     states = find_table(seen.buffer, "tickets")
     text = Text.assemble(("tickets ", "dim"))

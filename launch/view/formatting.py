@@ -1,10 +1,10 @@
-"""Numbers as short text: rates, durations, means."""
+"""Formats numbers as short text: rates, durations, means."""
 
 from __future__ import annotations
 
 
 def duration(seconds: float) -> str:
-    """Minutes and seconds, hours where there are any: `3:07`, `1:02:09`."""
+    """Minutes and seconds, and hours from one hour on: `3:07`, `1:02:09`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
@@ -20,5 +20,5 @@ def rate(value: float | None) -> str:
 
 
 def fixed(value: float | None, *, digits: int = 2) -> str:
-    """A number with so many decimal places; `-` for None."""
+    """A number with `digits` decimal places; `-` for None."""
     return "-" if value is None else f"{value:.{digits}f}"

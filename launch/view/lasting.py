@@ -1,4 +1,4 @@
-"""Output that survives the loss of its terminal or pipe: the job goes on when its terminal is closed."""
+"""A view that tolerates the loss of its terminal or pipe, so that the job continues without it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def output_may_be_gone() -> Iterator[None]:
     try:
         yield
     except (OSError, SystemExit):  # SystemExit: raised by rich for a broken pipe
-        log.warning("the terminal or pipe is gone: the run goes on without output")
+        log.warning("the terminal or pipe is gone: the run continues without output")
 
 
 class LastingView:

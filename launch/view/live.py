@@ -1,4 +1,4 @@
-"""The live picture on a terminal."""
+"""The view on a terminal: a picture of the job that is redrawn in place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from launch.view.speed import Eta
 
 
 class LiveView:
-    """The picture, redrawn in place; notices scroll by above it."""
+    """A `View` that redraws the picture in place; notices scroll above it."""
 
     def __init__(self, config: Config, console: Console, *, interval_s: float = 0.5) -> None:
         self._config, self._console, self._interval_s = config, console, interval_s
@@ -24,7 +24,7 @@ class LiveView:
         self._live.start()
 
     def update(self, seen: Observation, *, phase: str, detail: str) -> None:
-        """Redraws every `interval_s`, and no more often: the cores belong to the engine and the trainer."""
+        """Redraws once per `interval_s`; more often would take CPU time from the engine and the trainer."""
         self._eta.see(seen.last_step)
         now_s = time.monotonic()
         if now_s < self._due_s:

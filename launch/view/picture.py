@@ -96,7 +96,7 @@ def _rates(seen: Observation) -> Text:
         ("loss", fixed(recent_mean(seen, "loss"), digits=4)),
         ("length", fixed(recent_mean(seen, "response_length_mean"), digits=1)),
     ]
-    # A missing value is written `-` and left out; so is a negative one.
+    # Omit missing values, which are formatted as `-`, and negative ones.
     return Text("  ").join(
         Text.assemble((f"{name} ", "dim"), value) for name, value in items if not value.startswith("-")
     )

@@ -1,4 +1,4 @@
-"""The view for a log file or a pipe: a line every few seconds."""
+"""The view for a log file or a pipe: prints a line every few seconds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from launch.view.speed import Eta, recent_mean, tokens_per_s_trained
 
 
 class PlainView:
-    """Time-stamped lines."""
+    """A `View` that prints time-stamped lines."""
 
     def __init__(self, config: Config, console: Console, *, interval_s: float = 5.0) -> None:
         self._config, self._console, self._interval_s = config, console, interval_s

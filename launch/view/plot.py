@@ -1,4 +1,4 @@
-"""Curves and bars drawn with characters: pure functions from numbers to lines of text."""
+"""Draws curves and bars with characters: pure functions from numbers to lines of text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def curve(values: Sequence[float], *, width: int, height: int, low: float, high:
     for column, value in enumerate(_binned(values, columns)):
         share = (min(max(value, low), high) - low) / (high - low) if high > low else 0.0
         row = round((1 - share) * (rows - 1))
-        # Joined to the dot before it, so that a jump is drawn as a stroke.
+        # Connected to the previous dot, so that a jump is drawn as a vertical line.
         start = row if previous is None else previous
         for dot in range(min(row, start), max(row, start) + 1):
             cells[dot // 4][column // 2] |= _DOTS[dot % 4][column % 2]

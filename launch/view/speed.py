@@ -18,14 +18,14 @@ class Eta:
         self._step = -1
 
     def see(self, step: int) -> None:
-        """Notes the time at which a step was first seen; -1: there is none yet."""
+        """Records the time at which `step` was first seen; -1: no step yet."""
         if step != self._step:
             self._step = step
             self._seen.append((time.monotonic(), step))
 
     @property
     def steps_per_s(self) -> float | None:
-        """None until two steps were seen."""
+        """Rate over the window; None until two steps were seen."""
         if len(self._seen) < 2:
             return None
         (first_s, first), (last_s, last) = self._seen[0], self._seen[-1]
@@ -37,7 +37,7 @@ class Eta:
 
 
 def tokens_per_s_trained(seen: Observation) -> float | None:
-    """Throughput over the last steps, waiting included; None until there are two."""
+    """Trained tokens per second over the newest steps, waiting time included; None before the second step."""
     rows = [row for row in seen.steps if "time_unix_s" in row and "tokens_trained" in row]
     rows = [row for row in rows if row["time_unix_s"] > rows[-1]["time_unix_s"] - 60]  # not across a resume
     if len(rows) < 2 or rows[-1]["time_unix_s"] <= rows[0]["time_unix_s"]:

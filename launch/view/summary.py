@@ -1,4 +1,4 @@
-"""The last screen of `areal-like run`: the run's results, its files, and the command to go on with."""
+"""The last output of `areal-like run`: the run's results, its files, and the command that continues it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ ROWS = (
 
 
 def show_summary(run: OpenRun, console: Console, *, since_unix_s: float) -> None:
-    """Prints the end of a run. A summary file from before `since_unix_s` is an earlier run's: not shown."""
+    """Prints the results of a run. A summary file from before `since_unix_s` is not shown: an earlier process
+    wrote it."""
     paths, config = run.paths, run.config
     summary: dict[str, Any] = {}
     if paths.summary.exists() and paths.summary.stat().st_mtime >= since_unix_s:
@@ -48,18 +49,19 @@ def show_summary(run: OpenRun, console: Console, *, since_unix_s: float) -> None
     steps = checkpoints(paths)
     num_steps = config.trainer.num_steps
     if steps and steps[-1] < num_steps:
-        line = f"stopped after step {steps[-1]} of {num_steps}; go on with: {resume_command(config)}"
+        line = f"stopped after step {steps[-1]} of {num_steps}; continue with: {resume_command(config)}"
         console.print(line, markup=False, soft_wrap=True)
 
 
 def summary_table(summary: dict[str, Any], *, title: str) -> Table:
-    """Label and value in two columns; rows that the summary lacks are left out."""
+    """A table of labels and values; values that the summary lacks are omitted."""
     table = Table(title=title, show_header=False, title_justify="left")
     for label, key, form in ROWS:
         if isinstance(summary.get(key), (int, float)):
             table.add_row(label, form.format(summary[key]))
     if isinstance(seconds := summary.get("wall_seconds"), (int, float)):
-        # Not tokens_generated / seconds: after a resume the tokens are of the whole run, the seconds are not.
+        # Not tokens_generated / seconds: after a resume, the tokens count from the run's start, the seconds
+        # from the resume.
         generated = summary.get("tokens_per_s_generated")
         speed = f", {rate(generated)} generated tok/s" if generated is not None else ""
         table.add_row("wall time", f"{duration(seconds)}{speed}")

@@ -3,10 +3,10 @@
     UNREGISTERED -> hello -> REGISTERED -> HelloRequired (the buffer was restarted) -> UNREGISTERED
                              `-> unacknowledged results are sent again
 
-While a buffer is silent, nothing is sent but an occasional hello, because what is sent piles up in the
-socket. Without new leases the server falls idle by itself, and finished results are kept until they are
-acknowledged. Only a refusal (a newer process of this server's name, another model) or a failed job ends the
-server.
+While a buffer is silent, the client sends only an occasional hello, because messages pile up in the socket.
+Without new leases the server becomes idle, and it keeps finished results until they are acknowledged. The
+server ends only if the buffer refuses it (a newer process has the same name, the model differs) or if the job
+has failed.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ log = logging.getLogger(__name__)
 
 _HELLO_TIMEOUT_S = 5.0
 _RESEND_AFTER_S = 5.0
-"""An acknowledgement takes milliseconds; one that is so late was lost with a connection."""
+"""An acknowledgement takes milliseconds; after this long, the result or its acknowledgement was lost."""
 _GOODBYE_TIMEOUT_S = 2.0
 
 
 class BufferClient:
-    """Create it in its event loop. `run` is the task that registers and sends heartbeats."""
+    """The connection to one buffer. Create it in its event loop; `run` registers and sends heartbeats."""
 
     def __init__(
         self,
@@ -63,7 +63,8 @@ class BufferClient:
         on_leases: Callable[[list[Lease]], None],
         on_abort: Callable[[list[int]], None],
     ) -> None:
-        """`hello` returns the registration as of now; `on_abort` gets leases that the buffer aborted."""
+        """`hello` returns the current registration; `on_abort` is called with the leases that the buffer has
+        aborted."""
         self._config = config
         self._shard = shard
         self._hello = hello
@@ -81,20 +82,20 @@ class BufferClient:
         self._loop = asyncio.get_running_loop()
         self._heartbeat_now = asyncio.Event()
         self._outbox: list[SampleResult] = []
-        """Results of this turn of the loop."""
+        """Results delivered in this turn of the loop, sent together."""
         self._fatal: ArealError | None = None
         self.state = ServerState.STARTING
         self.weights_version = 0
         self.stats: dict[str, float] = {}
         """Sent with every heartbeat."""
         self.newest_version = 0
-        """Newest weights version that the buffer has allocated, from its last answer."""
+        """Newest weights version that the buffer has allocated, as of its last answer."""
         self.num_refused: dict[str, int] = {}
         """Samples that the buffer refused, by reason."""
 
     @property
     def problem(self) -> str:
-        """Why the buffer cannot be used now; empty if it can."""
+        """The reason why the buffer cannot be used now; empty if it can."""
         if not self._buffer.is_registered:
             return f"not registered at the buffer ({self._buffer.address})"
         if self._buffer.is_silent:
@@ -123,20 +124,23 @@ class BufferClient:
                 raise self._fatal
 
     def announce(self, *, state: ServerState | None = None, weights_version: int | None = None) -> None:
-        """Changes the server's state or version, and sends a heartbeat in the next turn of the loop."""
+        """Changes the announced state or version, and sends a heartbeat in the next turn of the loop."""
         self.state = self.state if state is None else state
         self.weights_version = self.weights_version if weights_version is None else weights_version
         self._wake()
 
     def deliver(self, result: SampleResult) -> None:
-        """Sends a result, with others of this turn of the loop, and again until it is acknowledged."""
+        """Sends a result, and sends it again until it is acknowledged.
+
+        Results delivered in the same turn of the loop are sent together.
+        """
         if self._held.finish(result, now_s=self._loop.time()):
             if not self._outbox:
                 self._loop.call_soon(self._flush)
             self._outbox.append(result)
 
     def give_back(self, *, reason: str) -> list[int]:
-        """Returns every lease with a missing sample to the buffer; returns their ids."""
+        """Gives every lease with a missing sample back to the buffer; returns their ids."""
         leases = self._held.drop_unfinished()
         if leases:
             self._flush()  # first, so that finished samples of these leases still count
@@ -144,7 +148,7 @@ class BufferClient:
         return leases
 
     async def leave(self) -> None:
-        """The end of a drain: returns leases, waits a moment for acknowledgements, says goodbye."""
+        """Ends a drain: gives leases back, waits a short time for acknowledgements, sends goodbye."""
         self.give_back(reason="draining")
         self._send_heartbeat()
         try:
@@ -170,11 +174,11 @@ class BufferClient:
             except DeadlineError:
                 if self._fatal is not None:
                     raise self._fatal from None
-                if attempt.bit_count() == 1:  # at 1, 2, 4, 8, ...: the buffer may be away for days
+                if attempt.bit_count() == 1:  # log attempts 1, 2, 4, 8, ...: a buffer may be down for days
                     log.warning("no welcome from the buffer at %s yet", self._buffer.address)
         log.info("registered at %s: job %s, step %d", self._buffer.address, welcome.job, welcome.step)
         self.newest_version = max(self.newest_version, welcome.newest_version)
-        self._outbox.clear()  # its results are among the unacknowledged ones
+        self._outbox.clear()  # its results are also unacknowledged, so they are sent by the next line
         self._resend(older_than_s=0)
 
     def _resend(self, *, older_than_s: float) -> None:

@@ -1,8 +1,8 @@
-"""The leases a rollout server holds: which samples are missing, which results are unacknowledged.
+"""The leases that a rollout server holds, with their missing samples and unacknowledged results.
 
     sample:  missing -> finish() -> unacknowledged -> acknowledge() -> removed
     lease:   grant() -> renewed by each heartbeat while a sample is missing or unacknowledged -> removed
-             drop() at any moment: aborted by the buffer, or returned to it
+             drop() at any moment: aborted by the buffer, or given back to it
 
 Pure: no sockets, no tasks, no clock. The buffer owns the tickets; losing this state costs work, never
 correctness.
@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 from areal_like.wire.messages.producer import Lease, SampleAck, SampleDone, SampleFailed
 
 SampleResult = SampleDone | SampleFailed
-"""Sent to the buffer for each leased sample. The buffer retries a failed one
-(`buffer.max_sample_retries`)."""
+"""The message for each leased sample. The buffer retries a failed sample (`buffer.max_sample_retries`)."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -33,10 +32,10 @@ class _HeldLease:
 
 
 class HeldLeases:
-    """Leases in, results out, and the credit that is left. `now_s` is any monotonic clock."""
+    """The table of held leases, and the credit for new ones. `now_s`: seconds on any monotonic clock."""
 
     def __init__(self, *, capacity_samples: int) -> None:
-        """`capacity_samples`: how many samples may be missing at a time before no credit is left."""
+        """`capacity_samples`: most samples that may be missing at a time; at this number credit is 0."""
         self._capacity_samples = capacity_samples
         self._held: dict[int, _HeldLease] = {}
         self.holding_samples = 0
@@ -44,7 +43,7 @@ class HeldLeases:
 
     @property
     def free_samples(self) -> int:
-        """Credit: samples that can be taken beyond those held."""
+        """Credit: number of samples that the server can take in addition to those it holds."""
         return max(0, self._capacity_samples - self.holding_samples)
 
     @property
@@ -66,9 +65,10 @@ class HeldLeases:
         return True
 
     def finish(self, result: SampleResult, *, now_s: float) -> bool:
-        """Records the result of a missing sample, which is to be sent now and kept until it is acknowledged.
+        """Records the result of a missing sample; the caller sends it now.
 
-        False if the lease was dropped or the sample is not missing: do not send it.
+        The result is kept until it is acknowledged. Returns False if the lease was dropped or the sample is
+        not missing: do not send the result.
         """
         held = self._held.get(result.lease_id)
         if held is None or result.sample_index not in held.missing:
@@ -79,7 +79,7 @@ class HeldLeases:
         return True
 
     def acknowledge(self, ack: SampleAck) -> None:
-        """Removes results that the buffer has stored, or refused for good."""
+        """Removes results that the buffer has stored, or finally refused."""
         held = self._held.get(ack.lease_id)
         if held is not None:
             for sample_index in ack.sample_indices:
@@ -88,18 +88,18 @@ class HeldLeases:
                 del self._held[ack.lease_id]
 
     def drop(self, lease_ids: Iterable[int]) -> list[int]:
-        """Removes leases with everything that belongs to them; returns those that were held."""
+        """Removes leases with all their samples and results; returns the leases that were held."""
         dropped = [lease_id for lease_id in dict.fromkeys(lease_ids) if lease_id in self._held]
         for lease_id in dropped:
             self.holding_samples -= len(self._held.pop(lease_id).missing)
         return dropped
 
     def drop_unfinished(self) -> list[int]:
-        """Drops and returns the leases with a missing sample; results of finished leases stay."""
+        """Drops the leases with a missing sample and returns them; results of finished leases stay."""
         return self.drop([lease_id for lease_id, held in self._held.items() if held.missing])
 
     def to_resend(self, *, now_s: float, older_than_s: float) -> list[SampleResult]:
-        """Unacknowledged results that were sent before `now_s - older_than_s`; they count as sent now."""
+        """Returns unacknowledged results sent before `now_s - older_than_s`, and marks them as sent now."""
         due = [
             waiting
             for held in self._held.values()

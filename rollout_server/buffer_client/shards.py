@@ -1,11 +1,11 @@
 """The server's clients of all buffers (`buffer.num_shards`), behind one interface.
 
-The buffers are independent: each leases within its own budget, receives the server's state and version in
-heartbeats of its own, and gets back the samples that it has leased. Only the server's capacity is shared. It
-is split evenly and permanently: shard i may have floor or ceil of capacity / num_shards samples under way, so
-that buffers that do not coordinate never grant more than the capacity. The price is unused capacity while one
-of them is away; but then its part of the step is missing too. (A ticket larger than a share is still leased
-whole to a server that holds nothing of that shard, as with one buffer.)
+The buffers are independent: each leases within its own budget, gets separate heartbeats with the server's
+state and version, and receives the samples that it has leased. Only the server's capacity is shared. It is
+split evenly and permanently: shard i may have floor or ceil of capacity / num_shards samples leased, so that
+buffers that do not coordinate never grant more than the capacity. The price is unused capacity while a buffer
+is down; but then its part of the step is missing too. (As with one buffer, a ticket with more samples than
+the share is still leased as a whole to a server that holds no samples of that shard.)
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ShardedBufferClient:
         on_leases: Callable[[list[Lease]], None],
         on_abort: Callable[[list[int]], None],
     ) -> None:
-        """`capacity_samples`: of the whole server. The others are as of `BufferClient`."""
+        """`capacity_samples`: of the whole server. Other arguments are those of `BufferClient`."""
         self._num_shards = config.buffer.num_shards
         shards = all_shards(self._num_shards)
         self._held = [HeldLeases(capacity_samples=shard.share(capacity_samples)) for shard in shards]
@@ -54,7 +54,7 @@ class ShardedBufferClient:
 
     @property
     def problem(self) -> str:
-        """Why a buffer cannot be used now; empty if all can."""
+        """The reasons why buffers cannot be used now; empty if all can."""
         return "; ".join(filter(None, (client.problem for client in self._clients)))
 
     @property
@@ -109,11 +109,11 @@ class ShardedBufferClient:
         self._clients[Shard.of(result.lease_id, count=self._num_shards).index].deliver(result)
 
     def give_back(self, *, reason: str) -> list[int]:
-        """Returns every lease with a missing sample to its buffer; returns their ids."""
+        """Gives every lease with a missing sample back to its buffer; returns their ids."""
         return [lease_id for client in self._clients for lease_id in client.give_back(reason=reason)]
 
     async def leave(self) -> None:
-        """The end of a drain, at all buffers at once."""
+        """Ends a drain at all buffers concurrently."""
         await asyncio.gather(*(client.leave() for client in self._clients))
 
     def close(self) -> None:

@@ -2,8 +2,8 @@
 
 transformers' own continuous batching was tried first. It reports log-probs, but on the default model with 32
 requests at a time it generated 6,000 tokens per second of CPU time, where `generate` reaches 14,500 and this
-engine 25,000. Nor does it tie cached keys or sampled tokens to a version of the weights. Here a whole step is
-a few array operations over dense rows.
+engine 25,000. It also records no weight version for cached keys or sampled tokens. In this engine a whole
+step is a few array operations over dense rows.
 
     scheduler.py     which sequence runs in which row: a pure state machine
     rows.py          per-row state of the running sequences, as arrays
@@ -11,8 +11,8 @@ a few array operations over dense rows.
     cache.py         KV rows, and the prefixes that the samples of a group share
     sampling.py      one batched sampler, reproducible by request
     core.py          one step: admit, prefill, decode, sample, finish; swapping weights between two steps
-    loop.py          the thread that steps, and its commands
-    weight_update/   receiving new weights while decoding goes on
+    loop.py          the thread that runs the steps, and commands between them
+    weight_update/   receiving new weights while decoding continues
     metrics.py       Prometheus series
-    http/            request bodies, response formats, endpoints, the process
+    http/            request bodies, response formats, endpoints, the server process
 """

@@ -1,6 +1,6 @@
-"""`python -m rollout_server.engine`: one engine as a process.
+"""`python -m rollout_server.engine`: runs one embedded engine as a process.
 
-Its options are named like `sglang.launch_server`'s.
+The options have the names of `sglang.launch_server`'s options.
 
 The process dies with its parent. With `--port 0` the kernel picks a port, which is written to `--port-file`
 once the engine answers requests. Exit codes: 0 after SIGTERM or SIGINT, 1 if the engine failed, 2 if an
@@ -89,7 +89,7 @@ def bind(host: str, port: int) -> socket.socket:
 def check_model_path(path: str) -> None:
     """Raises ConfigError if a local path holds no model.
 
-    Any other path is a name for the hub or its cache.
+    A path that does not begin with `.`, `/` or `~` is taken as a name on the Hugging Face hub.
     """
     if path.startswith((".", "/", "~")) and not (Path(path).expanduser() / "config.json").is_file():
         raise ConfigError(f"--model-path {path}: no config.json there; give a Hugging Face directory")
@@ -106,7 +106,7 @@ def main(argv: list[str]) -> int:
         check_model_path(options.model_path)
         listener = bind(options.host, options.port)
         with uncollected():
-            # Here, because it imports torch and transformers, which takes seconds.
+            # Imported here, because torch and transformers take seconds to import.
             from rollout_server.engine.http.app import run
 
         return run(options, listener)

@@ -1,9 +1,9 @@
-"""The KV cache, with one dense row a running sequence, and the cache of prefixes shared by a group.
+"""The KV cache, with one dense row per running sequence, and the cache of prefixes shared by a group.
 
-A row holds a whole sequence, there are no pages: a decode step reads rows 0..n-1 as one strided view, with no
+A row holds a whole sequence; there are no pages. A decode step reads rows 0..n-1 as one strided view, with no
 gather and no block table, and at the lengths of short RL answers pages would save little memory. The price is
-that `num_rows * context_length` tokens are allocated up front. A prefix is kept as a copy outside the rows:
-it outlives the sequence that computed it, and one copy brings it into any number of rows.
+that `num_rows * context_length` tokens are allocated up front. A prefix is kept as a copy outside the rows,
+so that it outlives the sequence that computed it and can be copied into any number of rows.
 
 Shapes: L layers, S rows, H KV heads, T positions, D head size, B computed contexts, N rows decoded.
 """
@@ -31,7 +31,7 @@ class KVShape:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DecodeBatch:
-    """Positions, mask and write indices of one decode step: made once a step, used by every layer."""
+    """Positions, mask and write indices of one decode step: computed once per step, used by every layer."""
 
     num_rows: int
     num_positions: int
@@ -41,13 +41,13 @@ class DecodeBatch:
     bias_N1T: Tensor
     """Additive attention bias in the model's dtype: 0 up to the row's position, -inf beyond it."""
     write_index_by_heads: dict[int, Tensor]
-    """H -> int64[N*H]: where the new key and value go in a layer's cache viewed as [S*H*T, D]."""
+    """H -> int64[N*H]: index of each new key and value in a layer's cache viewed as [S*H*T, D]."""
 
 
 class KVCache:
     """Keys and values of `num_rows` sequences of up to `context_length` tokens.
 
-    Every layer takes as much memory as the one with the most heads and the largest head size.
+    Every layer gets the memory for the most heads and the largest head size of any layer.
 
     Decode step: `begin_decode`, then `append` for each layer.
     Prefill: `begin_prefill`, then `fill` for each layer, then `end_prefill`.
@@ -64,7 +64,7 @@ class KVCache:
     ) -> None:
         heads, dim = max(s.num_heads for s in shapes), max(max(s.key_dim, s.value_dim) for s in shapes)
         self.num_rows, self.context_length, self.device, self.dtype = num_rows, context_length, device, dtype
-        # Zeros, not empty: masked positions have weight 0, and 0 times an uninitialised NaN is NaN.
+        # Zeros, not empty: masked positions have weight 0, and 0 times an uninitialized NaN is NaN.
         self._storage = torch.zeros(
             len(shapes), 2, num_rows, heads, context_length, dim, dtype=dtype, device=device
         )
@@ -90,7 +90,7 @@ class KVCache:
     def begin_decode(self, position_N: NDArray[np.int64]) -> DecodeBatch:
         """Prepares a step over rows 0..N-1 whose new tokens are at `position_N`."""
         num_rows, num_positions = len(position_N), int(position_N.max()) + 1
-        # In numpy: to start a torch kernel costs more than these small arrays cost to compute.
+        # In numpy: launching a torch kernel costs more than computing these small arrays.
         bias_NT = np.where(
             self._arange_T[:num_positions] > position_N[:, None], np.float32("-inf"), np.float32(0)
         )
@@ -111,7 +111,7 @@ class KVCache:
         return self._batch
 
     def append(self, layer: int, key_NHD: Tensor, value_NHD: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes this step's keys and values; returns views [N, H, T, D] of all up to the longest row."""
+        """Writes this step's keys and values; returns views [N, H, T, D] of all positions that are in use."""
         batch = self._batch
         assert batch is not None, "begin_decode first"
         index = batch.write_index_by_heads[key_NHD.shape[1]]
@@ -125,7 +125,7 @@ class KVCache:
     # Prefill
 
     def begin_prefill(self, *, num_contexts: int, num_positions: int) -> None:
-        """Prepares for one `fill` a layer, each with this many contexts, right-padded to `num_positions`."""
+        """Prepares for one `fill` per layer, with this many contexts, right-padded to `num_positions`."""
         layers, _, _, heads, _, dim = self._storage.shape
         shape = (layers, 2, num_contexts, heads, num_positions, dim)
         self._computed_L2BHTD = torch.empty(shape, dtype=self.dtype, device=self.device)
@@ -139,8 +139,8 @@ class KVCache:
     def end_prefill(self, *, rows: Sequence[int], sources: Sequence[int]) -> Tensor:
         """Copies computed context `sources[i]` to row `rows[i]`; returns all computed KV [L, 2, B, H, T, D].
 
-        The KV of padding beyond a context's own length is written too, and overwritten before it is ever
-        read.
+        The KV of the padding after a shorter context is written too; the row's own tokens overwrite it before
+        it is read.
         """
         computed = self._computed_L2BHTD
         if rows:
@@ -164,15 +164,15 @@ class KVCache:
             self._storage[:, :, target, :, :num_positions] = self._storage[:, :, source, :, :num_positions]
 
     def write(self, rows: Sequence[int], prefix_L2HTD: Tensor) -> None:
-        """Copies a prefix [L, 2, H, T, D] to the start of each of some rows."""
+        """Copies a prefix [L, 2, H, T, D] to the start of each of these rows."""
         length = prefix_L2HTD.shape[3]
         for row in rows:
             self._storage[:, :, row, :, :length] = prefix_L2HTD
 
     def clear_row(self, row: int) -> None:
-        """Zeroes a row with values that are not finite.
+        """Zeroes a row that holds values that are not finite.
 
-        Left there, they would reach the row's next sequence through masked positions: 0 times NaN is NaN.
+        Otherwise they would reach the row's next sequence through masked positions: 0 times NaN is NaN.
         """
         self._storage[:, :, row].zero_()
 
@@ -180,8 +180,8 @@ class KVCache:
 class PrefixCache:
     """The most recently used contexts, up to `max_tokens` positions in all.
 
-    Entries are keyed by the serial number of the weights that computed them, so that one computed under older
-    weights is never found; a swap of weights drops them all.
+    Entries are keyed by the serial number of the weights that computed them, so that an entry computed under
+    older weights is never found; a swap of weights drops all entries.
     """
 
     def __init__(self, *, max_tokens: int) -> None:
@@ -202,9 +202,9 @@ class PrefixCache:
         return self._entries[key]
 
     def put(self, context: tuple[int, ...], prefix_L2HTD: Tensor) -> None:
-        """Keeps an entry, and drops the least recently used ones to make room.
+        """Adds an entry, and drops the least recently used ones to make room.
 
-        One that can never fit is not kept.
+        An entry larger than `max_tokens` is not added.
         """
         if len(context) > self.max_tokens or context in self:
             return

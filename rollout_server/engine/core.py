@@ -2,8 +2,8 @@
 
 No threads and no sockets: the benchmark drives the same code. A step admits waiting sequences to rows,
 computes or copies the KV of all but the last token of each new context, and then decodes one token for every
-row at once. New and old rows are decoded alike, because a new context's last token is just a token whose
-successor is wanted.
+row at once. New rows are decoded together with old ones, because the last token of a new context is treated
+like the last sampled token of an old row.
 
 Weights change only in `swap_weights`, between two steps. So a forward pass never mixes two versions, and the
 version recorded for a token is that of the weights whose logits it was drawn from.
@@ -30,7 +30,7 @@ from rollout_server.engine.sampling import Filters, rng_key, sample, uniforms
 from rollout_server.engine.scheduler import Finish, Scheduler, Sequence
 
 PREFILL_AHEAD_TOKENS = 128
-"""Tokens of a prefill that may be filled up with prompts of sequences that still wait for a row."""
+"""A prefill below this many tokens is filled up with prompts of sequences that still wait for a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,18 +38,18 @@ class EngineOptions:
     """Sizes of the engine."""
 
     max_running: int
-    """Rows: sequences that are decoded at a time."""
+    """Number of KV rows: sequences decoded at the same time."""
     context_length: int
     """Longest sequence, prompt and output, in tokens."""
     max_prefill_tokens: int = 8192
-    """Context tokens computed before one decode step."""
+    """Most context tokens computed before one decode step."""
     prefix_cache_tokens: int = 16384
-    """Positions kept for prefixes that several sequences share; 0 keeps none."""
+    """Token positions that the cache of shared prefixes may hold; 0 disables the cache."""
     random_seed: int = 0
 
 
 class EngineCore:
-    """Samples all submitted sequences, one token each a step. Not thread safe: one thread owns it."""
+    """Samples one token per step for every running sequence. Not thread-safe: one thread owns it."""
 
     def __init__(self, model: CausalModel, weights: Weights, options: EngineOptions, *, version: str) -> None:
         """`weights`: the model's active set, of version `version`."""
@@ -62,7 +62,7 @@ class EngineCore:
         self.num_prefilled = 0
         """Context tokens computed."""
         self.num_prefix_hits = 0
-        """Sequences whose context was not computed again, because another's was."""
+        """Sequences whose context was copied from another sequence and not computed."""
         self.num_steps = 0
         self.scheduler = Scheduler(
             num_rows=options.max_running, max_prefill_tokens=options.max_prefill_tokens
@@ -86,24 +86,25 @@ class EngineCore:
     def submit(self, sequence: Sequence, *, index: int = 0) -> None:
         """Puts a checked sequence in the queue.
 
-        `index` tells apart the samples of one request that share a `sampling_seed`.
+        `index`: number of the sample within its request; samples that share a `sampling_seed` need different
+        ones.
         """
         seed = sequence.params.sampling_seed
         if seed is None:
-            # ~ keeps these apart from the sequences of a request that has the engine's seed as its own.
+            # ~: a request whose sampling_seed equals the engine's seed must not draw the same numbers.
             seed, index = ~self.options.random_seed, next(self._sequence_index)
         sequence.rng_key = rng_key(seed, index)
         self.scheduler.submit(sequence)
 
     def abort(self, sequences: Iterable[Sequence], *, message: str = "Aborted") -> list[Sequence]:
-        """Ends sequences with the tokens they have, and returns them; skips those that have ended already."""
+        """Ends sequences with the tokens they have, and returns them; skips sequences already ended."""
         finish = Finish(reason=FinishReason.ABORT, message=message)
         return [self._finish(sequence, finish) for sequence in sequences if sequence.finish is None]
 
     def preempt_all(self) -> None:
         """Sends all running sequences back to the queue (SGLang's "retract").
 
-        Their tokens are kept; their KV is computed anew when they are admitted again.
+        Their tokens are kept; their KV is recomputed when they are admitted again.
         """
         for sequence in self.scheduler.rows:
             if sequence is not None:
@@ -112,15 +113,15 @@ class EngineCore:
 
     @property
     def all_sequences(self) -> list[Sequence]:
-        """Everything waiting or running."""
+        """Every waiting or running sequence."""
         return list(self.scheduler.by_id.values())
 
     # Weights
 
     def take_shadow_weights(self) -> Weights:
-        """A set of weights to fill while decoding goes on with the active set.
+        """Returns a set of weights to fill while decoding continues with the active set.
 
-        It belongs to the caller until `swap_weights` or `return_shadow_weights`.
+        The caller owns the set until it passes it to `swap_weights` or `return_shadow_weights`.
         """
         shadow, self._shadow_weights = self._shadow_weights, None
         return shadow if shadow is not None else self.model.new_weights()
@@ -132,8 +133,8 @@ class EngineCore:
     def swap_weights(self, weights: Weights, *, version: str, recompute: bool) -> None:
         """Activates a complete, verified set; the old one becomes the shadow set.
 
-        Running sequences go on: with KV computed anew under the new weights if `recompute`, else with the KV
-        they have.
+        Running sequences continue: with KV recomputed under the new weights if `recompute`, else with the KV
+        that they have.
         """
         if recompute:
             self.preempt_all()
@@ -157,8 +158,8 @@ class EngineCore:
     def step(self) -> list[Sequence]:
         """Samples one token for every running sequence.
 
-        Returns the sequences that have output to report: those that ended, and those at a multiple of their
-        `stream_interval`.
+        Returns the sequences that have output to report: sequences that ended, and sequences whose output
+        length is a multiple of their `stream_interval`.
         """
         scheduler = self.scheduler
         if not scheduler.runnable:
@@ -176,8 +177,8 @@ class EngineCore:
 
     def _fill_rows(self, admitted: list[Sequence]) -> None:
         """Fills the rows of new sequences with the KV of all but the last token of their contexts."""
-        # Context -> rows that need it. A context is computed once, for all rows (and for none, when prefilled
-        # ahead).
+        # Context -> rows that need it: each context is computed once for all its rows. A prompt computed
+        # ahead, for the prefix cache, has no row yet.
         missing: dict[tuple[int, ...], list[int]] = {}
         for sequence in admitted:
             self._rows.enter(sequence)
@@ -195,7 +196,7 @@ class EngineCore:
             return
         prompts = {sequence.prompt for sequence in admitted if not sequence.output_ids}
         self._add_waiting_prompts(missing, prompts)
-        # Contexts of similar length share a batch, so that little is computed for padding.
+        # Contexts of similar length share a batch, so that little computation is spent on padding.
         queue = sorted(missing.items(), key=lambda item: len(item[0]))
         while queue:
             size = max(1, self.options.max_prefill_tokens // len(queue[-1][0]))
@@ -205,9 +206,9 @@ class EngineCore:
     def _add_waiting_prompts(
         self, missing: dict[tuple[int, ...], list[int]], prompts: set[tuple[int, ...]]
     ) -> None:
-        """Adds prompts from the queue to a prefill that is needed anyway, for the prefix cache only.
+        """Fills up a small prefill with prompts from the queue, whose KV goes to the prefix cache only.
 
-        Rows become free one by one, and a small prefill costs the same for one prompt as for sixteen.
+        Rows become free one by one, and a small prefill costs the same for sixteen prompts as for one.
         """
         room = min(PREFILL_AHEAD_TOKENS, self.options.prefix_cache_tokens // 2) - sum(map(len, missing))
         for sequence in self.scheduler.upcoming(PREFILL_AHEAD_TOKENS):
@@ -221,7 +222,7 @@ class EngineCore:
             prompts.add(prompt)
 
     def _prefill(self, batch: list[tuple[tuple[int, ...], list[int]]], prompts: set[tuple[int, ...]]) -> None:
-        """One forward pass over contexts, right-padded to the longest, whose KV goes to their rows."""
+        """Runs one forward pass over right-padded contexts and copies their KV to their rows."""
         tokens_BT = np.zeros((len(batch), max(len(context) for context, _ in batch) - 1), np.int64)
         rows, sources = [], []
         for i, (context, context_rows) in enumerate(batch):
@@ -233,12 +234,13 @@ class EngineCore:
         self.model.prefill(self._tensor(tokens_BT), self._cache)
         computed = self._cache.end_prefill(rows=rows, sources=sources)
         for i, (context, _) in enumerate(batch):
-            # Other samples of a group have the same prompt. No other sequence has the same prompt and output.
+            # Only prompts are cached: the other samples of a group share the prompt, but no other sequence
+            # has the same prompt and output.
             if context in prompts:
                 self._prefixes.put(context, computed[:, :, i, :, : len(context) - 1].clone())
 
     def _decode(self, num_rows: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """One forward pass over rows 0..num_rows-1 and one draw: tokens int64[N], log-probs float32[N]."""
+        """Samples a token for each of rows 0..num_rows-1: (tokens int64[N], log-probs float32[N])."""
         rows = self._rows
         batch = self._cache.begin_decode(rows.num_tokens[:num_rows] - 1)
         logits_NV = self.model.decode(self._tensor(rows.last_token[:num_rows]), batch, self._cache)
@@ -255,7 +257,7 @@ class EngineCore:
         return token_N.cpu().numpy(), logprob_N.cpu().numpy()
 
     def _filters(self, num_rows: int) -> Filters | None:
-        """None if no row filters: the sort over the vocabulary is then not paid for."""
+        """The rows' filters; None if no row filters, which saves the sort over the vocabulary."""
         rows = self._rows
         top_p, top_k, min_p = rows.top_p[:num_rows], rows.top_k[:num_rows], rows.min_p[:num_rows]
         if top_p.min() >= 1 and top_k.min() >= self.model.facts.vocab_size and min_p.max() <= 0:
@@ -272,7 +274,7 @@ class EngineCore:
     def _append_tokens(
         self, num_rows: int, tokens_N: NDArray[np.int64], logprobs_N: NDArray[np.float32]
     ) -> list[Sequence]:
-        """Writes the sampled tokens to their rows, ends sequences that are done, returns those to report."""
+        """Writes the sampled tokens to their rows, ends finished sequences, returns sequences to report."""
         rows, all_rows = self._rows, np.arange(num_rows)
         position_N = rows.num_output[:num_rows]
         rows.output_ids[all_rows, position_N] = tokens_N
@@ -321,7 +323,7 @@ class EngineCore:
 
 
 def _merged(spans: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
-    """Joins neighbouring spans of one version: a sequence that was preempted and admitted again has two."""
+    """Joins adjacent spans of one version: a preempted sequence that was admitted again has two."""
     merged: list[tuple[str, int, int]] = []
     for version, start, end in spans:
         if merged and merged[-1][0] == version:

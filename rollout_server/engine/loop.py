@@ -1,9 +1,9 @@
-"""The engine's thread: it steps while sequences can run, and runs commands between two steps.
+"""The engine's thread: steps the core while sequences can run, and executes commands between two steps.
 
-It owns the EngineCore. All other code in the process reaches the core through `EngineLoop.call`, so the core
-needs no locks and a command never sees a half-done step. Output leaves the thread as immutable snapshots,
-because a running sequence changes with the next step. The thread also measures time: *idle* is time with no
-runnable sequence (none there, or paused), *busy* is time inside steps.
+The thread owns the EngineCore. All other code in the process reaches the core through `EngineLoop.call`, so
+the core needs no locks and a command never sees a half-done step. Output leaves the thread as immutable
+snapshots, because a running sequence changes with the next step. The thread also measures time: *idle* is
+time with no runnable sequence (no sequence at all, or paused), *busy* is time inside steps.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ class SequenceOutput:
     version_spans: list[tuple[str, int, int]]
     """(version, start, end) over the output: the weight version that sampled these tokens."""
     finish: Finish | None
-    """None while the sequence goes on."""
+    """None while the sequence is waiting or running."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """Counters and levels of the engine. The names are those of `load` in /server_info."""
+    """Counters and gauges of the engine. The field names are the keys of `load` in /server_info."""
 
     running: int
     """Sequences that hold a row."""
     waiting: int
     rows: int
-    """Rows there are, held or free."""
+    """All rows, held or free."""
     paused: bool
     weight_version: str
     generated_tokens: int
     prefilled_tokens: int
     shared_prefixes: int
-    """Sequences whose context was not computed again, because another's was."""
+    """Sequences whose context was copied from another sequence and not computed."""
     steps: int
     busy_s: float
     idle_s: float
@@ -114,8 +114,8 @@ class EngineLoop:
     def call(self, command: Callable[[EngineCore], T]) -> Future[T]:
         """Runs `command` between two steps. The future gets its result or its exception.
 
-        A ValueError or EngineError of a command concerns only its caller; any other exception also ends the
-        loop.
+        A ValueError or EngineError that a command raises goes to its caller only; any other exception also
+        ends the loop.
         """
         future: Future[T] = Future()
         if not self.alive:
@@ -125,7 +125,7 @@ class EngineLoop:
         return future
 
     def abort(self, choose: Callable[[EngineCore], Iterable[Sequence]]) -> Future[None]:
-        """Ends the chosen sequences with the tokens they have, and reports them."""
+        """Ends the sequences that `choose` returns, with the tokens they have, and reports their output."""
 
         def command(core: EngineCore) -> None:
             self._report(core.abort(list(choose(core))))
@@ -149,7 +149,7 @@ class EngineLoop:
         return self.call(command)
 
     def load(self) -> Load:
-        """The current load. Read from another thread without a lock, so its numbers may be a step apart."""
+        """The current load. It is read without a lock, so its numbers may come from two adjacent steps."""
         core, idle_since_s = self._core, self._idle_since_s
         current_idle_s = 0.0 if idle_since_s is None else time.perf_counter() - idle_since_s
         return Load(
@@ -174,7 +174,7 @@ class EngineLoop:
                 while not self._stopping:
                     self._run_commands()
                     self._step()
-        # The outermost frame of the thread: without this, requests would wait for output that never comes.
+        # The outermost frame of the thread: an uncaught exception would leave all requests waiting for ever.
         except Exception as error:
             logger.exception("the engine failed")
             self._failure = f"{type(error).__name__}: {error}"
@@ -182,7 +182,7 @@ class EngineLoop:
         self._fail_commands()
 
     def _run_commands(self) -> None:
-        """Runs everything queued; waits for a command when there is nothing to step."""
+        """Runs all queued commands; waits for one while no sequence is runnable."""
         while True:
             wait = not self._core.scheduler.runnable
             try:

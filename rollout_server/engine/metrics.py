@@ -29,7 +29,7 @@ class EngineCollector(Collector):
 
 
 def update_numbers(updater: WeightUpdater) -> dict[str, float]:
-    """The weight update counters under their names in /server_info's `load`."""
+    """The weight update counters, keyed as in `load` of /server_info."""
     return {
         "updates": updater.num_updates,
         "failed_updates": updater.num_failures,
@@ -38,7 +38,7 @@ def update_numbers(updater: WeightUpdater) -> dict[str, float]:
 
 
 def _counters_of_load(load: Load) -> list[tuple[str, str, float]]:
-    """Name, help and value of each."""
+    """Name, help text and value of each counter."""
     return [
         ("generated_tokens", "Tokens sampled", load.generated_tokens),
         ("prefilled_tokens", "Context tokens computed", load.prefilled_tokens),
@@ -51,7 +51,7 @@ def _counters_of_load(load: Load) -> list[tuple[str, str, float]]:
 
 
 def _counters_of_updates(updater: WeightUpdater) -> list[tuple[str, str, float]]:
-    """Name, help and value of each."""
+    """Name, help text and value of each counter."""
     return [
         ("weight_updates", "Weight updates activated", updater.num_updates),
         ("weight_update_failures", "Weight updates refused", updater.num_failures),
@@ -60,7 +60,7 @@ def _counters_of_updates(updater: WeightUpdater) -> list[tuple[str, str, float]]
 
 
 def _gauges(load: Load) -> list[tuple[str, str, float]]:
-    """Name, help and value of each."""
+    """Name, help text and value of each gauge."""
     version = int(load.weight_version) if load.weight_version.isdigit() else -1
     return [
         ("running", "Sequences being decoded", load.running),

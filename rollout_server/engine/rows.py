@@ -19,7 +19,7 @@ class RowState:
 
     def __init__(self, *, num_rows: int, context_length: int) -> None:
         self.num_tokens = np.zeros(num_rows, np.int64)
-        """Prompt and output; the last of them has not been through the model yet."""
+        """Tokens of prompt and output; the last one has not been through the model yet."""
         self.num_output = np.zeros(num_rows, np.int64)
         self.max_new_tokens = np.zeros(num_rows, np.int64)
         self.last_token = np.zeros(num_rows, np.int64)
@@ -30,14 +30,14 @@ class RowState:
         self.top_k = np.zeros(num_rows, np.int64)
         self.min_p = np.zeros(num_rows, np.float32)
         self.stop_ids = np.full((num_rows, 1), -1, np.int64)
-        """[row, most stop tokens of any sequence so far], padded with -1."""
+        """[row, i] stop tokens, padded with -1; widened when a sequence has more than any before it."""
         self.output_ids = np.zeros((num_rows, context_length), np.int64)
         self.output_logprobs = np.zeros((num_rows, context_length), np.float32)
         self.version_start = np.zeros(num_rows, np.int64)
         """Index of the first output token that was sampled under the current version."""
 
     def enter(self, sequence: Sequence) -> None:
-        """Fills the sequence's row, also for one that was preempted and has output already."""
+        """Fills the row of a sequence, which may have output already if it was preempted."""
         row, params, num_output = sequence.row, sequence.params, len(sequence.output_ids)
         self.num_tokens[row] = len(sequence.prompt) + num_output
         self.num_output[row] = self.version_start[row] = num_output
@@ -64,7 +64,7 @@ class RowState:
             array[targets] = array[sources]
 
     def copy_output_to(self, sequence: Sequence, *, version: str) -> None:
-        """Brings the sequence's own output up to date with its row. `version`: of the active weights."""
+        """Updates the sequence's output from its row. `version`: of the active weights."""
         row = sequence.row
         count, start = int(self.num_output[row]), int(self.version_start[row])
         sequence.output_ids = self.output_ids[row, :count].tolist()

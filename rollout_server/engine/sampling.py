@@ -1,9 +1,9 @@
 """The sampler: one batched draw for all rows. A request's draws do not depend on what else is in the batch.
 
-A token is drawn by inverting the cumulative distribution at one uniform number a row. That number is a hash
+A token is drawn by inverting the cumulative distribution at one uniform number per row. That number is a hash
 of the sequence's key and the token's index (a counter-based generator), so it depends neither on the batch
-nor on a shared generator's history, and costs no loop over requests. Log-probs are those of the
-temperature-scaled distribution before any filter, which is SGLang's definition and the trainer's.
+nor on a shared generator's history, and needs no loop over requests. Log-probs are taken from the
+temperature-scaled distribution before any filter, as SGLang and the trainer define them.
 
 Shapes: N rows, V vocabulary.
 """
@@ -30,14 +30,14 @@ def rng_key(seed: int, index: int) -> int:
 
 
 def uniforms(keys_N: NDArray[np.uint64], counters_N: NDArray[np.int64]) -> NDArray[np.float64]:
-    """float64[N] in [0, 1): the draw of token `counter` of the sequence with this key."""
+    """float64[N] in [0, 1): the random number for token `counters_N[i]` of the sequence with `keys_N[i]`."""
     bits_N = mix_array(keys_N + (counters_N.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
     return (bits_N >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 @dataclass(frozen=True, kw_only=True)
 class Filters:
-    """Top-p, top-k and min-p thresholds; 1, the vocabulary's size and 0 keep everything."""
+    """Top-p, top-k and min-p thresholds of each row; top_p=1, top_k=V and min_p=0 exclude no token."""
 
     top_p_N1: Tensor
     """float32"""
@@ -56,11 +56,11 @@ def sample(
     any_random: bool,
     filters: Filters | None,
 ) -> tuple[Tensor, Tensor]:
-    """Draws one token a row: (tokens int64[N], log-probs float32[N]).
+    """Draws one token per row: (tokens int64[N], log-probs float32[N]).
 
     `temperature_N` is float32, 0 for greedy rows; `uniform_N` is float64 in [0, 1). `any_greedy` and
-    `any_random` are true if there are rows of that kind, so that a batch of one kind does not pay for the
-    other.
+    `any_random` are true if there are rows of that kind, so that an all-greedy or all-random batch skips the
+    work for the other kind.
     """
     logits_NV = logits_NV.float()
     if any_random:
@@ -87,7 +87,7 @@ def sample(
 def _filtered(probs_NV: Tensor, filters: Filters) -> Tensor:
     """Zeroes the tokens that a filter excludes.
 
-    As in SGLang, all filters look at the unfiltered probabilities.
+    As in SGLang, every filter uses the unfiltered probabilities.
     """
     sorted_NV, order_NV = probs_NV.sort(-1, descending=True)
     before_NV = sorted_NV.cumsum(-1) - sorted_NV
@@ -97,6 +97,6 @@ def _filtered(probs_NV: Tensor, filters: Filters) -> Tensor:
         & (rank_V < filters.top_k_N1)
         & (sorted_NV >= sorted_NV[:, :1] * filters.min_p_N1)
     )
-    # The most likely token stays, whatever the filters are, so that something can be drawn.
+    # The most likely token is always kept, so that at least one token can be drawn.
     keep_NV[:, 0] = True
     return torch.zeros_like(probs_NV).scatter_(-1, order_NV, sorted_NV * keep_NV)

@@ -5,9 +5,10 @@
                  +----- preempt -----+        abort: WAITING or RUNNING -> FINISHED
 
 A row is a sequence's slot in the KV cache and its index in the batch. Rows stay dense, because the model
-works on rows 0..n-1 without gathering: a freed row goes to the next sequence that is admitted, and holes that
-remain are closed by moving the last rows down. So there is no hole after `admit`. Admission is first come,
-first served; preempted sequences return to the front of the queue in their old order.
+works on rows 0..n-1 without gathering: a freed row goes to the next sequence that is admitted, and remaining
+holes (free rows below an occupied one) are closed by moving the last rows down. So there is no hole after
+`admit`. Admission is first come, first served; preempted sequences return to the front of the queue in their
+old order.
 
 A preempted sequence keeps its tokens. Its prompt and output are its context, and admitting it again computes
 the KV of that context under the weights that are active then. Preemption, KV recomputation after a weight
@@ -32,7 +33,7 @@ class Status(Enum):
     WAITING = "waiting"
     """In the queue; holds no row."""
     RUNNING = "running"
-    """Holds a row; gains one token a step."""
+    """Holds a row; gains one token per step."""
     FINISHED = "finished"
     """Ended; no longer in the scheduler."""
 
@@ -47,8 +48,8 @@ class SamplingParams:
     top_k: int = -1
     min_p: float = 0.0
     stop_token_ids: tuple[int, ...] = ()
-    """All tokens that end the sequence. The model's end-of-sequence tokens are among them unless `ignore_eos`
-    is set."""
+    """All tokens that end the sequence, the model's end-of-sequence tokens included unless the request sets
+    `ignore_eos`."""
     sampling_seed: int | None = None
 
 
@@ -58,11 +59,11 @@ class Finish:
 
     reason: FinishReason
     matched: int | None = None
-    """The stop token."""
+    """The stop token that was sampled, where the reason is STOP."""
     message: str = ""
     is_error: bool = False
-    """True if the engine is at fault (logits that are not finite), false if a request aborted the
-    sequence."""
+    """True if the sequence was aborted by an error of the engine (logits that are not finite), false if by a
+    request."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -70,22 +71,22 @@ class Sequence:
     """One sample of one prompt, and its output so far."""
 
     seq_id: str
-    """Unique among those in the engine."""
+    """Unique among the sequences in the engine."""
     rid: str = ""
     """Id of the request; shared by its samples."""
     prompt: tuple[int, ...]
     params: SamplingParams
     rng_key: int = 0
-    """uint64; with a token's index it determines the random number that the token is drawn with."""
+    """uint64; key and token index together determine the random number with which the token is drawn."""
     stream_interval: int = 0
-    """Report partial output every so many tokens; 0: only the end."""
+    """Tokens between two reports of partial output; 0: only the finished sequence is reported."""
     owner: Any = None
     """The HTTP request's inbox. The engine only passes it along."""
     status: Status = Status.WAITING
     row: int = -1
     """-1 while not RUNNING."""
     output_ids: list[int] = field(default_factory=list)
-    """Sampled tokens, brought up to date when the sequence leaves its row or is reported."""
+    """Sampled tokens; updated only when the sequence leaves its row or is reported."""
     output_logprobs: list[float] = field(default_factory=list)
     version_spans: list[tuple[str, int, int]] = field(default_factory=list)
     """(version, start, end) over the output: the weight version that sampled these tokens."""
@@ -99,7 +100,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Move:
-    """Row `source` is to be copied over row `target`."""
+    """An instruction to copy row `source` over row `target`."""
 
     source: int
     target: int
@@ -115,8 +116,9 @@ class Scheduler:
         assert num_rows >= 1 and max_prefill_tokens >= 1, "the engine needs a row and room to prefill"
         self.num_rows = num_rows
         self.max_prefill_tokens = max_prefill_tokens
-        """Context tokens to compute in one admission, so that a long queue does not stall the running
-        sequences. The first sequence of an admission may exceed it, or a long one would wait for ever."""
+        """Most context tokens to compute in one call of `admit`, so that a long queue does not stall the
+        running sequences. The first admitted sequence may exceed it, otherwise a long one would wait for
+        ever."""
         self.paused = False
         self.waiting: deque[Sequence] = deque()
         self.rows: list[Sequence | None] = []
@@ -134,7 +136,7 @@ class Scheduler:
 
     @property
     def runnable(self) -> bool:
-        """True if a step would do anything."""
+        """True if there are sequences and generation is not paused."""
         return bool(self.by_id) and not self.paused
 
     def submit(self, sequence: Sequence) -> None:
@@ -147,9 +149,9 @@ class Scheduler:
     def admit(self, *, is_cached: Callable[[tuple[int, ...]], bool]) -> tuple[list[Sequence], list[Move]]:
         """Gives rows to waiting sequences, holes first, then closes the holes that remain.
 
-        `is_cached`: true if a context's KV need not be computed. A context that several sequences share
-        counts once. Returns the admitted sequences and the moves that close holes. After the moves, done in
-        order, rows 0..num_running-1 are dense.
+        `is_cached`: returns True for a context whose KV is in the prefix cache. A context that several
+        sequences share counts once. Returns the admitted sequences and the moves that close holes. Once the
+        caller has made the moves, in order, rows 0..num_running-1 are occupied.
         """
         admitted: list[Sequence] = []
         holes = [row for row, sequence in enumerate(self.rows) if sequence is None]
@@ -220,7 +222,7 @@ class Scheduler:
             self.rows.pop()
 
     def check(self) -> None:
-        """Asserts the conservation law: free and held rows are all rows, each sequence is in one place."""
+        """Asserts that free and held rows add up to all rows, and that each sequence is in one place."""
         running = [sequence for sequence in self.rows if sequence is not None]
         assert self.num_free + len(running) == self.num_rows and self.num_free >= 0
         assert all(

@@ -1,10 +1,10 @@
-"""Episodes: the order of turns between the policy and its environment, from a prompt to a transcript.
+"""Episodes: the turns of the policy and its environment that extend a prompt to a complete transcript.
 
-An `Episode` alternates two calls: `PolicyClient.extend` appends what the policy samples,
-`Transcript.append_context` appends everything else. An episode that uses tools is these two calls in a loop
-(tests/rollout_server/test_episodes.py has one). Episodes do not see weight updates: when one interrupts a
-generation (`abort_resume`), `PolicyClient` submits the transcript so far again and appends the continuation
-with its own weight version.
+An `Episode` alternates two calls: `PolicyClient.extend` appends tokens sampled by the policy,
+`Transcript.append_context` appends all other tokens. An episode that uses tools makes these two calls in a
+loop (tests/rollout_server/test_episodes.py has an example). Episodes need not handle weight updates: if an
+update interrupts a generation (`abort_resume`), `PolicyClient` submits the transcript so far again and
+appends the continuation, whose tokens have the new weight version.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from rollout_server.inference.types import Generation, Sampling
 from rollout_server.tasks.base import Example
 
 _MAX_EMPTY_ABORTS = 16
-"""Aborts in a row without a new token; no job updates its weights so often, so the engine is broken."""
+"""Aborts in a row without a new token after which the engine counts as broken: no job updates its weights so
+often."""
 _SEED_STRIDE = 0x9E3779B1
 
 
@@ -59,8 +60,8 @@ class PolicyClient:
         rid: str,
         gate: AbstractAsyncContextManager[None],
     ) -> None:
-        """`sampling.max_new_tokens` limits each turn; `rid` must be unique among running episodes; every
-        request passes through `gate` (see GenerationGate)."""
+        """`sampling.max_new_tokens` limits each turn; `rid` must be unique among running episodes; each
+        request is made inside `async with gate` (see GenerationGate)."""
         self._engine = engine
         self._sampling = sampling
         self._rid = rid
@@ -70,7 +71,7 @@ class PolicyClient:
     async def extend(self, transcript: Transcript) -> FinishReason:
         """Appends one turn of the policy to the transcript; returns STOP or LENGTH, never ABORT.
 
-        Raises EngineError if the engine refused or died. Cancelling it aborts the request at the engine.
+        Raises EngineError if the engine refused or died. Cancelling the caller aborts the request.
         """
         num_left = self._sampling.max_new_tokens
         num_empty_aborts = 0
@@ -93,8 +94,8 @@ class PolicyClient:
     async def _request(self, tokens_T: NDArray[np.int32], *, max_new_tokens: int) -> Generation:
         sampling = self._sampling
         if self._num_requests:
-            # A later request must not draw the same random numbers again, and may only use the rest of its
-            # turn.
+            # A later request must not draw the same random numbers again, and may only sample the tokens that
+            # its turn has left.
             seed = sampling.sampling_seed
             later = None if seed is None else (seed + _SEED_STRIDE * self._num_requests) % (1 << 31)
             sampling = replace(sampling, max_new_tokens=max_new_tokens, sampling_seed=later)
@@ -105,7 +106,7 @@ class PolicyClient:
 
 
 class Episode(ABC):
-    """One kind of conversation."""
+    """A kind of conversation between policy and environment."""
 
     @abstractmethod
     async def run(

@@ -1,11 +1,11 @@
-"""Runs leases: each sample is one asyncio task that prompts, generates, scores and reports its result.
+"""Runs leases: each sample is one asyncio task that generates, scores and reports its result.
 
     lease -> prompt -> each sample: episode (engine) -> reward (worker process) -> SampleDone | SampleFailed
 
 A sample starts as soon as its prompt is ready. Samples whose prompts are ready together start in the same
 turn of the event loop, so that the engine client can send them as one request. Nothing is retried here: a
-sample that cannot be made (a failed reward, a refused request) is reported as `SampleFailed`, and the buffer
-decides whether to retry it. A sample that is lost with the engine is not reported: its lease is returned.
+sample that fails (a failed reward, a refused request) is reported as `SampleFailed`, and the buffer decides
+about a retry. A sample that is lost with the engine is not reported: the server gives its lease back.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from rollout_server.tasks.base import Task
 log = logging.getLogger(__name__)
 
 _ENGINE_GRACE_S = 0.5
-"""Wait after a failed request: a dying engine breaks its connections a moment before its end is noticed."""
+"""Wait after a failed request before its sample is reported as failed. If the engine is dying, requests fail
+shortly before the server notices the engine's end; these samples must not be reported."""
 _CLOSE_TIMEOUT_S = 5.0
 _MAX_ERROR_CHARS = 500
 _MAX_SEED = 1 << 31
@@ -54,7 +55,7 @@ class LeaseRunner:
         gate: GenerationGate,
         on_result: Callable[[SampleResult], None],
     ) -> None:
-        """`on_result` is called once a sample, unless its lease was cancelled or the engine lost."""
+        """`on_result` is called once per sample, unless its lease was cancelled or the engine lost."""
         self._tokenizer = tokenizer
         self._episode = episode
         self._rewards = rewards
@@ -74,7 +75,7 @@ class LeaseRunner:
         """Tasks by lease; a lease is removed when its last task ends, or when it is cancelled."""
         self.engine: EngineClient | None = None
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """Gets the exception of a sample task that raises unexpectedly."""
+        """Gets the exception of a prompt or sample task that raises unexpectedly."""
         self.num_done = 0
         self.num_failed = 0
 
@@ -87,7 +88,7 @@ class LeaseRunner:
             self._loading.add_done_callback(self._report_unexpected)
 
     def cancel(self, lease_ids: list[int]) -> None:
-        """Stops the samples of these leases, at the engine too."""
+        """Cancels the samples of these leases; their requests at the engine are aborted."""
         for lease_id in lease_ids:
             for task in self._samples.pop(lease_id, set()):
                 task.cancel()
@@ -107,7 +108,7 @@ class LeaseRunner:
             self.failed.set_exception(error)
 
     async def _load_prompts(self) -> None:
-        """Loads the prompts of all waiting leases, in the order in which the leases came."""
+        """Loads the prompts of all waiting leases, in the order in which the leases were granted."""
         while self._waiting:
             leases, self._waiting = self._waiting, []
             await self._prompts.load(leases, is_wanted=self._is_wanted, on_prompt=self._start_samples)
@@ -116,7 +117,7 @@ class LeaseRunner:
         return lease.lease_id in self._samples
 
     def _start_samples(self, lease: Lease, prompt: Prompt | FailedPrompt) -> None:
-        if self._is_wanted(lease):  # it may have been cancelled meanwhile
+        if self._is_wanted(lease):  # the lease may have been cancelled in the meantime
             for sample_index in lease.sample_indices:
                 self._start_sample(lease, sample_index, prompt)
 
@@ -180,7 +181,7 @@ class LeaseRunner:
         )
 
     def _report_failed(self, lease: Lease, sample_index: int, error: str) -> None:
-        """Reports a sample that could not be made; the buffer decides whether it is retried."""
+        """Reports a failed sample; the buffer decides about a retry."""
         self.num_failed += 1
         log.warning("sample %d of ticket %d failed: %s", sample_index, lease.ticket_id, error)
         failed = SampleFailed(

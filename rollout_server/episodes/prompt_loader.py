@@ -1,12 +1,12 @@
 """Loads the prompts of leases in a thread: some tasks are slow and must not block the event loop.
 
     lease: waiting -> being loaded -> Prompt | FailedPrompt
-                                   -> took too long: FailedPrompt; its thread is replaced
+                                   -> took too long: FailedPrompt; the thread is replaced
                    -> cancelled: skipped
 
-One thread, so that a task need not be thread-safe. The event loop polls the thread every few milliseconds
-instead of being called for each prompt: quick prompts are then handed over in one turn of the loop, and the
-time limit of the one being loaded needs no timer of its own.
+There is one thread, so that a task need not be thread-safe. The thread does not notify the event loop of each
+prompt; the loop polls it every 10 ms. Prompts that load quickly are then handed over in one turn of the loop,
+and the time limit of an example needs no separate timer.
 """
 
 from __future__ import annotations
@@ -51,15 +51,16 @@ class _Batch:
     is_wanted: Callable[[Lease], bool]
     prompts: list[Prompt | FailedPrompt] = field(default_factory=list)
     current: tuple[int, float]
-    """Lease being loaded, and since when: one object, so that the loop never reads half an update."""
+    """Index of the lease being loaded, and the start of its loading: one tuple, so that both are replaced at
+    once."""
     is_abandoned: bool = False
 
 
 class PromptLoader:
-    """One event loop, one `load` at a time."""
+    """Loads prompts in its thread. Belongs to one event loop; one `load` at a time."""
 
     def __init__(self, task: Task, tokenizer: Tokenizer, *, timeout_s: float) -> None:
-        """`timeout_s`: limit of each example, counted from the start of its own loading."""
+        """`timeout_s`: time limit of each example, from the start of its loading."""
         self._task = task
         self._tokenizer = tokenizer
         self._timeout_s = timeout_s
@@ -74,7 +75,8 @@ class PromptLoader:
     ) -> None:
         """Calls `on_prompt` for each lease in order, as soon as its prompt is loaded or has failed.
 
-        `is_wanted` is called in the thread before a lease is loaded; if it returns False, no prompt is made.
+        `is_wanted` is called in the thread before a prompt is loaded; if it returns False, the prompt is
+        skipped and `on_prompt` gets a FailedPrompt.
         """
         while leases:
             batch = _Batch(leases=leases, is_wanted=is_wanted, current=(0, time.monotonic()))
@@ -86,13 +88,13 @@ class PromptLoader:
             leases = leases[num_loaded + 1 :]
 
     def close(self) -> None:
-        """Does not wait for the thread: an example may hang."""
+        """Stops the thread without waiting for it, because an example may hang."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _load_until_timeout(
         self, batch: _Batch, on_prompt: Callable[[Lease, Prompt | FailedPrompt], None]
     ) -> int:
-        """Returns the number of leases that were handed over before one took too long."""
+        """Returns the number of leases that were handed over before an example exceeded its time limit."""
         loading = asyncio.get_running_loop().run_in_executor(self._thread, self._load_in_thread, batch)
         num_loaded = 0
         try:
@@ -113,7 +115,7 @@ class PromptLoader:
 
     def _load_in_thread(self, batch: _Batch) -> None:
         for index, lease in enumerate(batch.leases):
-            # An example that ends after its time limit must not go on beside the thread that took over.
+            # After an example that exceeded its time limit, this thread must stop: another has replaced it.
             if batch.is_abandoned:
                 return
             batch.current = (index, time.monotonic())
@@ -127,7 +129,7 @@ class PromptLoader:
         try:
             example = self._task.example(split, index)
             return Prompt(example=example, tokens_P=self._tokenizer.encode(example))
-        except Exception as error:  # a task's code may raise anything, and only its own samples may fail
+        except Exception as error:  # a task's code may raise anything; only the samples of this lease fail
             return FailedPrompt(reason=f"example({split!r}, {index}): {type(error).__name__}: {error}")
 
     def _replace_thread(self) -> None:

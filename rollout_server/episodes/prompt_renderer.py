@@ -1,7 +1,7 @@
 """Renders an example to token ids, with the model's chat template where the prompt is a list of messages.
 
-Prompts are checked here, before they are sent: a token id outside the model's vocabulary kills a whole SGLang
-server.
+Prompts are checked here, before they are sent: a token id outside the model's vocabulary would crash a whole
+SGLang server.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class PromptRenderer:
     """Tokenizer, vocabulary size and stop tokens of one model."""
 
     def __init__(self, model: str) -> None:
-        """`model` is what `from_pretrained` takes. Raises ConfigError without tokenizer, config or EOS."""
-        # Imported here: transformers takes a second or more to import, which --help need not wait for.
+        """`model`: argument for `from_pretrained`. Raises ConfigError without tokenizer, config or EOS."""
+        # Imported here, so that --help does not wait for transformers, which takes over a second to import.
         from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
         try:
@@ -49,14 +49,14 @@ class PromptRenderer:
                 "so no answer would end"
             )
         self.max_prompt_tokens = self.max_positions
-        """Longer prompts are refused. The server lowers it to the room that its engine has."""
+        """Longer prompts are refused. The server lowers this limit to what fits into its engine's context."""
 
     def encode(self, example: Example) -> NDArray[np.int32]:
         """Prompt token ids [P]. Raises ValueError for an empty, too long or out-of-vocabulary prompt."""
         tokens = self._encode(example.prompt)
         if not 0 < len(tokens) <= self.max_prompt_tokens:
             raise ValueError(
-                f"prompt of {len(tokens)} tokens: want 1 to {self.max_prompt_tokens} "
+                f"prompt of {len(tokens)} tokens: the limit is 1 to {self.max_prompt_tokens} "
                 "(task.max_prompt_tokens, rollout.max_context)"
             )
         tokens_P = np.asarray(tokens, dtype=np.int32)
@@ -67,7 +67,7 @@ class PromptRenderer:
         return tokens_P
 
     def decode(self, tokens: NDArray[np.int32]) -> str:
-        """Text of sampled tokens without special tokens, as passed to reward functions."""
+        """Text of sampled tokens without special tokens, as reward functions get it."""
         return str(self._tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
 
     def _encode(self, prompt: str | list[ChatMessage]) -> list[int]:

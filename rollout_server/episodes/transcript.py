@@ -17,10 +17,10 @@ from rollout_server.inference.types import Generation
 
 @dataclass(kw_only=True, eq=False)
 class Transcript:
-    """Grows at its end only."""
+    """The tokens of one episode in order; tokens are only appended."""
 
     finish_reason: FinishReason = FinishReason.STOP
-    """Why the policy's last turn ended."""
+    """Reason for the end of the policy's last turn."""
     _tokens: list[NDArray[np.int32]] = field(default_factory=list)
     _logprobs: list[NDArray[np.float32]] = field(default_factory=list)
     _versions: list[NDArray[np.int32]] = field(default_factory=list)
@@ -54,7 +54,7 @@ class Transcript:
         reward_s: float,
         is_greedy: bool = False,
     ) -> Trajectory:
-        """The transcript with its reward. Raises ValueError for invalid log-probs or versions."""
+        """The transcript as a Trajectory. Raises ValueError for invalid log-probs or versions."""
         return Trajectory(
             tokens=self.tokens,
             loss_mask=self._sampled_mask().astype(np.uint8),

@@ -1,8 +1,8 @@
 """The client of an inference engine: SGLang's HTTP API, used for both the embedded engine and a real SGLang.
 
-Weight versions are those that the engine reports (`weight_versions` spans), never assumed by the client. An
-engine that dies closes its connections, so everything that waits for it fails at once. Left out: retries.
-Whether a lost generation is submitted again is decided by the code that holds its lease.
+Weight versions come from the engine's own reports (`weight_versions` spans); the client never assumes one. An
+engine that dies closes its connections, so every call that waits for it fails at once. Left out: retries. The
+code that holds a generation's lease decides about a retry.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class EngineClient:
 
     @property
     def is_closed(self) -> bool:
-        """Whether `close` was called."""
+        """True once `close` was called."""
         return self._http.is_closed
 
     async def close(self) -> None:
@@ -67,10 +67,10 @@ class EngineClient:
     ) -> Generation:
         """Samples one continuation of `input_ids`.
 
-        `rid` names the request for `abort`; it must be unique among those in flight. Returns with
-        finish_reason ABORT and the partial tokens if the request was aborted, by anyone. Cancelling the
-        caller aborts the request at the engine. Raises EngineError if the engine refused it, died, or took
-        longer than `generate_timeout_s`.
+        `rid`: id of the request for `abort`, unique among the requests in flight. If any client aborts the
+        request, returns the partial tokens with finish_reason ABORT. Cancelling the caller aborts the request
+        at the engine. Raises EngineError if the engine refused the request, died, or took longer than
+        `generate_timeout_s`.
         """
         return await self._batcher.generate(input_ids, sampling=sampling, rid=rid)
 
@@ -126,7 +126,7 @@ class EngineClient:
         await self._http.call("POST", "/destroy_weights_update_group", {"group_name": group_name})
 
     async def begin_weight_update(self) -> None:
-        """Opens an update session; buckets are only accepted inside one. An open session is given up."""
+        """Opens an update session; the engine accepts buckets only inside a session. Discards an open one."""
         await self._http.call("POST", "/begin_weight_update", {})
 
     async def update_weights_from_distributed(
@@ -141,7 +141,7 @@ class EngineClient:
     ) -> None:
         """Receives one bucket, which rank 0 must be sending at the same time; returns once it is received.
 
-        `weight_version`: for SGLang, with the last bucket only (the embedded engine takes it in
+        `weight_version`: for SGLang only, with the last bucket (the embedded engine gets the version in
         `end_weight_update`).
         """
         body = {
@@ -179,9 +179,9 @@ class EngineClient:
         """Embedded engine: verifies what the session received and activates it between two decode steps.
         SGLang: closes the session.
 
-        `running`: what happens to the KV cache of running sequences, `recompute` | `keep`. Returns the
-        engine's answer, which has `stall_s` from the embedded engine. Raises EngineError if the update was
-        refused: the embedded engine then still has its old weights.
+        `running`: `recompute` or `keep` the KV cache of running sequences. Returns the engine's answer, which
+        contains `stall_s` if it is the embedded engine. Raises EngineError if the engine refused the update;
+        the embedded engine then still has its old weights.
         """
         body: dict[str, Any] = {"running": running}
         if weight_version is not None:
@@ -197,7 +197,7 @@ class EngineClient:
         await self._http.call("POST", "/update_weights_from_disk", body, timeout_s=timeout_s)
 
     async def set_weight_version(self, version: int) -> None:
-        """SGLang only: names the weights that are loaded; tokens sampled from now on carry this version."""
+        """SGLang only: sets the version of the loaded weights, which later sampled tokens carry."""
         body = {"new_version": str(version), "abort_all_requests": False}
         await self._http.call("POST", "/update_weight_version", body)
 
@@ -213,7 +213,7 @@ class EngineClient:
     # State
 
     async def health(self) -> bool:
-        """Whether the engine answers and can generate."""
+        """True if the engine answers and can generate."""
         try:
             await self._http.call("GET", "/health", timeout_s=self._connect_timeout_s)
         except EngineError:

@@ -1,4 +1,4 @@
-"""An inference engine as the rollout server uses it, whichever kind the configuration chooses."""
+"""The interface between the rollout server and its inference engine, and the choice of the engine."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from rollout_server.inference.weight_update import OnQuarantine, OnUntrusted, We
 
 
 class Engine(Protocol):
-    """Start, end and weight updates of an engine, in a process of ours or at a URL."""
+    """Start, end and weight updates of one engine, which this server has started or found at a URL."""
 
     num_starts: int
 
     @property
     def pid(self) -> int:
-        """Process id; 0 when there is no process of ours."""
+        """Process id; 0 if this server has started no process."""
 
     def weight_update_strategy(
         self, *, gate: GenerationGate, on_quarantine: OnQuarantine, on_untrusted: OnUntrusted
     ) -> WeightUpdateStrategy:
-        """The way in which this engine is brought from one weight version to the next. Raises ConfigError."""
+        """The strategy that updates this engine's weights from version to version. Raises ConfigError."""
 
     async def start(self, *, version: int) -> EngineClient:
         """Returns a client of an engine that is ready and holds the weights at `model.path` as `version`.
@@ -33,17 +33,20 @@ class Engine(Protocol):
         """
 
     async def died(self) -> str:
-        """Waits until the engine is gone; returns why."""
+        """Waits until the engine is lost; returns the reason."""
 
     async def stop(self) -> None:
-        """Ends the engine if it is a process of ours."""
+        """Ends the engine if this server has started it."""
 
     def kill(self) -> None:
-        """Makes `died` return, whatever state the engine is in."""
+        """Makes `died` return, in any state of the engine."""
 
 
 def make_engine(config: Config, *, name: str, model: str, context_tokens: int, vocab_size: int) -> Engine:
-    """The engine that `rollout.engine` and `rollout.sglang.url` choose; not started. Raises ConfigError."""
+    """Creates the engine chosen by `rollout.engine` and `rollout.sglang.url`, not started yet.
+
+    Raises ConfigError.
+    """
     if config.rollout.engine == "embedded":
         return EmbeddedProcess(config, name=name, model=model, context_tokens=context_tokens)
     if config.rollout.sglang.url:

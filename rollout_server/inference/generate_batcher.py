@@ -1,7 +1,7 @@
 """Sends generate requests that start in the same turn of the event loop as one streaming request.
 
-At some hundreds of samples a second on two cores, one HTTP request a sample would be the bottleneck. Each
-generate() still returns by itself, when its own sequence ends.
+At some hundreds of samples per second on two cores, one HTTP request per sample would be the bottleneck. Each
+`generate` call still returns when its own sequence ends.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from rollout_server.inference.types import Generation, Sampling
 logger = logging.getLogger(__name__)
 
 MAX_BATCH = 256
-"""Sequences in one HTTP request: bounds the body, and the sequences that one broken connection loses."""
+"""Most sequences in one HTTP request: bounds its body, and the loss when a connection breaks."""
 
 
 @dataclass(eq=False)
 class _Pending:
-    """One generate() that has not returned."""
+    """One `generate` call that has not returned."""
 
     rid: str
     input_ids: Sequence[int]
@@ -44,7 +44,7 @@ class GenerateBatcher:
         self._http = http
         self._timeout_s = timeout_s
         self._queued: list[_Pending] = []
-        """Requests of this turn of the loop."""
+        """Requests made in this turn of the loop."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def generate(self, input_ids: Sequence[int], *, sampling: Sampling, rid: str | None) -> Generation:
@@ -87,10 +87,10 @@ class GenerateBatcher:
             self._start(batch[start : start + MAX_BATCH])
 
     def _start(self, batch: list[_Pending]) -> None:
-        """Streams a batch in a task of its own."""
+        """Starts a task that streams a batch."""
 
         def fail_cancelled(stream: asyncio.Task[None]) -> None:
-            # A task that is cancelled before its first turn never reaches its `finally`.
+            # A task that is cancelled before its first turn never enters `_stream`, nor its `finally`.
             for pending in batch if stream.cancelled() else ():
                 _fail(pending, "the client was closed")
 
@@ -118,7 +118,8 @@ class GenerateBatcher:
                 f"{base_url}/generate", json=body, timeout=timeout
             ) as response:
                 if response.status == 400 and len(batch) > 1:
-                    # One bad request makes the engine refuse the batch; the others must not fail with it.
+                    # The engine refuses a batch because of one bad request. Send each request alone, so that
+                    # the good ones do not fail.
                     alone, batch = batch, []
                     for pending in alone:
                         self._start([pending])
@@ -132,7 +133,7 @@ class GenerateBatcher:
         except (aiohttp.ClientError, ConnectionError, ValueError) as error:
             reason = f"was lost: {error or type(error).__name__}"
         finally:
-            # Also on cancellation: no caller may wait for a stream that has ended.
+            # Also on cancellation: no caller may be left waiting for a stream that has ended.
             for pending in batch:
                 _fail(pending, f"engine {base_url} {reason}")
 
@@ -144,13 +145,16 @@ class GenerateBatcher:
 
 
 def wire_rid(rid: str) -> str:
-    """The request id as sent. SGLang aborts every id that *starts with* the given one, so an end mark is
-    added: without it, aborting `1` would abort `12` too."""
+    """The request id as sent to the engine, with an end mark.
+
+    SGLang aborts every request whose id *starts with* the given one: without the mark, aborting `1` would
+    also abort `12`.
+    """
     return f"{rid};"
 
 
 def _resolve(batch: list[_Pending], event: dict[str, Any]) -> None:
-    """Returns the generation to the caller of the sequence that this event ends, if it ends one."""
+    """If this event ends a sequence, passes the generation to the caller that waits for it."""
     try:
         index = finished_sequence(event)
         if index is None:

@@ -1,4 +1,4 @@
-"""HTTP to one engine: a session, JSON calls, and every failure as EngineError."""
+"""HTTP requests to one engine: JSON calls over one session; every failure is an EngineError."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ _KEEPALIVE_S = 2.0
 
 
 class EngineHttp:
-    """OPEN -> refuse_calls() -> `call` fails -> close() -> CLOSED."""
+    """The HTTP session with one engine.
+
+    OPEN -> refuse_calls() -> REFUSING (`call` raises EngineError) -> close() -> CLOSED
+    """
 
     def __init__(self, base_url: str, *, connect_timeout_s: float, control_timeout_s: float) -> None:
         self.base_url = base_url.rstrip("/")
@@ -38,9 +41,9 @@ class EngineHttp:
     def session(self) -> aiohttp.ClientSession:
         """The session, opened on first use."""
         if self._session is None:
-            # No limit: a waiting stream holds its connection, and aborts and weight calls must never queue
-            # behind streams. Idle connections are dropped before uvicorn's 5 s do it: a POST on one that is
-            # being closed is lost and not retried.
+            # limit=0 is no limit: each stream occupies a connection, and aborts and weight calls must never
+            # queue behind streams. Idle connections are closed before uvicorn closes them after 5 s: a POST
+            # on a connection that the server is closing would be lost, and is not retried.
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S)
             )
@@ -49,9 +52,10 @@ class EngineHttp:
     async def call(
         self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout_s: float | None = None
     ) -> Any:
-        """One request; returns the decoded JSON answer, or {} where the answer is plain text.
+        """Makes one request; returns the decoded JSON answer, or {} if the answer is plain text.
 
-        Raises EngineError for no answer within `timeout_s`, a status other than 200, and `success: false`.
+        Raises EngineError if there is no answer within `timeout_s`, for a status other than 200, and for an
+        answer with `success: false`.
         """
         total_s = self._control_timeout_s if timeout_s is None else timeout_s
         timeout = aiohttp.ClientTimeout(total=total_s, sock_connect=min(total_s, self.connect_timeout_s))

@@ -2,9 +2,9 @@
 
     STOPPED -> start() -> (port file appears, /health answers) -> RUNNING -> stop(), or it dies -> STOPPED
 
-The engine is a process of its own, so that decoding and the stream of samples never share Python's
-interpreter lock, and so that whatever kills it leaves the server able to return its leases and start another
-engine. It dies with this process. SGLang's processes are in sglang/process.py.
+The engine is a separate process, so that decoding and the stream of samples do not share Python's interpreter
+lock, and so that the server survives a crash of the engine, returns its leases and starts another engine. The
+engine dies with this process. SGLang's processes are in sglang/process.py.
 """
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ from rollout_server.inference.weight_update import OnQuarantine, OnUntrusted, We
 _POLL_S = 0.05
 _STOP_TIMEOUT_S = 5.0
 _LOG_LINES, _LOG_LINE_CHARS = 8, 200
-"""Lines of log, and characters of each, in an error message: SGLang logs all options in one line."""
+"""Log lines, and characters of each line, quoted in an error message: SGLang logs all options in one line."""
 _TAIL_BYTES = 64 << 10
-"""Bytes of the log's end that are read for that: the event loop waits for it, and a log may be large."""
+"""Bytes read from the end of the log to find those lines: the read blocks the event loop, and a log may be
+large."""
 _BAD_SETTINGS_EXIT_CODE = 2
-"""The engine refuses its options, the model or the device: starting it again would fail in the same way."""
+"""The engine's exit code when it refuses its options, the model or the device. A restart would fail too."""
 
 
 class EngineProcess(ABC):
-    """One engine process at a time; an `Engine`. Every `start` is a new process on a port of its own."""
+    """An `Engine` that is a child process. Every `start` creates a new process on a new port."""
 
     def __init__(self, config: Config, *, name: str, model: str, context_tokens: int) -> None:
-        """`model` is what `from_pretrained` takes; `context_tokens` is the longest sequence."""
+        """`model`: argument for `from_pretrained`; `context_tokens`: longest sequence in tokens."""
         self._config = config
         self._name = name
         self._model = model
@@ -59,17 +60,17 @@ class EngineProcess(ABC):
     def weight_update_strategy(
         self, *, gate: GenerationGate, on_quarantine: OnQuarantine, on_untrusted: OnUntrusted
     ) -> WeightUpdateStrategy:
-        """The way in which this engine is brought from one weight version to the next."""
+        """The strategy that updates this engine's weights from version to version."""
 
     @property
     def is_running(self) -> bool:
-        """Whether the process exists."""
+        """True while the process runs."""
         return self._process is not None and self._process.poll() is None
 
     async def start(self, *, version: int) -> EngineClient:
         """Starts an engine with the model's weights as `version`; returns a client once it can generate.
 
-        Raises EngineError, with the end of its log, if it dies or is not ready within
+        Raises EngineError, with the end of the engine's log, if it dies or is not ready within
         rollout.start_timeout_s, and ConfigError if it refuses its options.
         """
         assert not self.is_running
@@ -94,7 +95,7 @@ class EngineProcess(ABC):
         return f"engine ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}{self._log_end()}"
 
     async def stop(self) -> None:
-        """Sends SIGTERM, and SIGKILL if the process has not ended in time."""
+        """Sends SIGTERM, then SIGKILL if the process does not end in time."""
         if self._process is None:
             return
         if self.is_running:
@@ -112,7 +113,7 @@ class EngineProcess(ABC):
             self._process.kill()
 
     async def _end(self) -> None:
-        """Kills the process and waits a limited time for its end."""
+        """Kills the process and waits for its end, for a limited time."""
         self.kill()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_STOP_TIMEOUT_S):
@@ -138,7 +139,7 @@ class EngineProcess(ABC):
         command = self._command(version=version)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("ab") as log_file:
-            # A process group of its own: some engines are several processes, which are killed together.
+            # A new process group: some engines consist of several processes, which are killed together.
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -155,7 +156,7 @@ class EngineProcess(ABC):
                 self._check_alive()
                 await asyncio.sleep(_POLL_S)
             await client.fetch_info()
-        except BaseException:  # a cancelled start, too, must not leak the client's connections
+        except BaseException:  # cancellation included: it must not leak the client's connections
             await client.close()
             raise
         return client
@@ -174,12 +175,13 @@ class EngineProcess(ABC):
 
 
 class EmbeddedProcess(EngineProcess):
-    """The engine of this repository. The kernel picks its port; the engine writes it to a file."""
+    """The embedded engine as a child process. The kernel picks its port; the engine writes it to a file."""
 
     def weight_update_strategy(
         self, *, gate: GenerationGate, on_quarantine: OnQuarantine, on_untrusted: OnUntrusted
     ) -> WeightUpdateStrategy:
-        """Receives into shadow buffers. Never quarantined: activates only what is verified."""
+        """The strategy that receives into shadow weights. `on_quarantine` is not needed: only a verified
+        update is activated."""
         return ShadowWeightUpdate(gate=gate, on_untrusted=on_untrusted)
 
     @property

@@ -1,8 +1,8 @@
-"""Weight pushes into the embedded engine: received into shadow buffers while it decodes, then swapped in.
+"""Weight pushes into the embedded engine: received into shadow weights while it decodes, then swapped in.
 
-recompute, keep   receive beside decoding; verify; swap between two decode steps
-abort_resume      the same, but running sequences are interrupted before the swap and resubmitted after it
-drain             the same, but new requests are held and running sequences finish before the swap
+recompute, keep   receive while decoding continues; verify; swap between two decode steps
+abort_resume      as above, but running sequences are interrupted before the swap and resubmitted after it
+drain             as above, but new requests are held and running sequences finish before the swap
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from rollout_server.inference.weight_update import OnUntrusted, WeightPush
 
 
 class ShadowWeightUpdate:
-    """A `WeightUpdateStrategy`. A load is verified before it is activated: failures change nothing."""
+    """A `WeightUpdateStrategy` that activates only verified weights, so a failure leaves the old ones."""
 
     def __init__(self, *, gate: GenerationGate, on_untrusted: OnUntrusted) -> None:
         self._gate = gate
         self._on_untrusted = on_untrusted
 
     async def engine_started(self, client: EngineClient, *, path: str, version: int) -> None:
-        """Nothing to prepare."""
+        """Does nothing: there is nothing to prepare."""
 
     async def restore_after_failed_load(
         self, client: EngineClient, *, path: str, version: int, timeout_s: float
     ) -> None:
-        """Nothing to restore: the old weights are still active."""
+        """Does nothing: the old weights are still active."""
 
     async def push(self, client: EngineClient, push: WeightPush) -> float:
         """As WeightUpdateStrategy.push; compares the checksums with the sender's before it activates."""
@@ -41,12 +41,12 @@ class ShadowWeightUpdate:
             sent = await push.sent_checksums()
         if received != sent:
             raise WeightSyncError(
-                f"version {push.request.version}: a bucket's checksum is wrong, its bytes changed on the way"
+                f"version {push.request.version}: a bucket's checksum is wrong, its bytes changed in transit"
             )
         return await self._activate(client, push)
 
     async def _activate(self, client: EngineClient, push: WeightPush) -> float:
-        """Swaps the received weights in by the update mode; returns the seconds without decoding."""
+        """Activates the received weights by the update mode; returns the seconds without decoding."""
         mode = push.request.update_mode
 
         async def swap() -> float:
@@ -77,8 +77,9 @@ class ShadowWeightUpdate:
         try:
             await client.resume()
         except EngineError as error:
-            if not client.is_closed:  # a closed one was lost already, and another may have been started
-                self._on_untrusted(f"stays paused after a push: {error}")
+            # A closed client means that its engine is lost already: a new one must not be reported instead.
+            if not client.is_closed:
+                self._on_untrusted(f"it stays paused after a push: {error}")
             raise
 
 
@@ -87,9 +88,9 @@ async def _between(
     swap: Callable[[], Awaitable[float]],
     after: Callable[[], Coroutine[Any, Any, None]],
 ) -> float:
-    """Runs before, swap and after, `after` also when one of the others failed or was cancelled.
+    """Runs `before`, `swap` and `after`; `after` also if `before` or `swap` failed or was cancelled.
 
-    Returns the seconds from the start of `before` on.
+    Returns the seconds for all three.
     """
     loop = asyncio.get_running_loop()
     started_s = loop.time()

@@ -19,14 +19,14 @@ from rollout_server.inference.types import Generation, parse_weight_version
 
 MAX_EVENT_BYTES = 64 << 20
 MAX_ERROR_CHARS = 500
-"""Longest part of an engine's error message that is passed on."""
+"""An engine's error message is cut to this length."""
 
 
 async def read_events(stream: aiohttp.StreamReader) -> AsyncIterator[dict[str, Any]]:
     """Yields the object of each `data: {json}` line until `data: [DONE]`; other lines are skipped.
 
-    Raises ValueError for an event that is too long or not an object, and with the engine's message for an
-    error event.
+    Raises ValueError for an event that is too long or not an object, and for an error event, with the
+    engine's message.
     """
     buffered = bytearray()
     async for piece in stream.iter_any():
@@ -54,7 +54,7 @@ async def read_events(stream: aiohttp.StreamReader) -> AsyncIterator[dict[str, A
 
 
 def finished_sequence(event: dict[str, Any]) -> int | None:
-    """Index in the batch of the sequence that this event ends; None for an event before the last."""
+    """Index in the batch of the sequence that this event ends; None if the event ends no sequence."""
     if event["meta_info"]["finish_reason"] is None:
         return None
     return int(event.get("index", 0))
@@ -63,8 +63,8 @@ def finished_sequence(event: dict[str, Any]) -> int | None:
 def parse_generation(event: dict[str, Any]) -> Generation:
     """The generation in the last event of a sequence.
 
-    Raises EngineError if the engine gave up the request, ValueError if lengths disagree or a token has no
-    version, and KeyError or TypeError for a malformed event.
+    Raises EngineError if the engine aborted the request because of an error, ValueError if lengths disagree
+    or a token has no version, and KeyError or TypeError for a malformed event.
     """
     meta = event["meta_info"]
     reason = meta["finish_reason"]
@@ -81,7 +81,7 @@ def parse_generation(event: dict[str, Any]) -> Generation:
     kind = str(reason["type"])
     matched = reason.get("matched")
     if kind == FinishReason.ABORT.value and int(reason.get("status_code") or 200) >= 400:
-        raise EngineError(f"the engine gave up a request: {reason.get('message')}")
+        raise EngineError(f"the engine aborted a request with an error: {reason.get('message')}")
     return Generation(
         output_ids=output_ids,
         logprobs=logprobs,

@@ -1,4 +1,4 @@
-"""Keeps an engine running: starts it with the newest checkpoint, replaces it when it dies or falls silent.
+"""Keeps an engine running: starts it with the newest checkpoint, replaces it when it dies or stops answering.
 
     STARTING -> on_ready -> RUNNING -> (died, or replaced) -> on_lost -> backoff -> STARTING ...
                                           `-> too many deaths in a row -> EngineError
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 INITIAL_VERSION = 0
 """Version of the weights at `model.path`."""
 _MAX_DEATHS_IN_A_ROW = 5
-"""Deaths in a row, each within `_HEALTHY_AFTER_S`, before the server gives up and exits."""
+"""The server exits after this many deaths in a row, each within `_HEALTHY_AFTER_S` of the engine's start."""
 _HEALTHY_AFTER_S = 30.0
 _FIRST_BACKOFF_S = 0.5
 _MAX_SILENCE_S = 60.0
@@ -49,8 +49,9 @@ class EngineSupervisor:
         on_ready: Callable[[EngineClient, int], None],
         on_lost: Callable[[str], None],
     ) -> None:
-        """`starting` surrounds each start. `on_ready` gets the client and the version that is loaded.
-        `on_lost` gets the reason, when `client` is None already and its connections are not closed yet."""
+        """`starting` returns a context in which each start runs. `on_ready` is called with the client and the
+        loaded version, `on_lost` with the reason; by then `client` is None, but its connections are still
+        open."""
         self._engine = engine
         self._strategy = strategy
         self._model = model
@@ -83,7 +84,7 @@ class EngineSupervisor:
             await asyncio.sleep(_FIRST_BACKOFF_S * 2 ** (num_deaths - 1))
 
     async def load(self) -> dict[str, Any]:
-        """The engine's load, or {}. Replaces an engine that has been silent for too long."""
+        """The engine's load, or {} if it does not answer. Replaces an engine that is silent for too long."""
         loop = asyncio.get_running_loop()
         load: dict[str, Any] = {}
         if self.client is None:
@@ -93,15 +94,15 @@ class EngineSupervisor:
             load = await self.client.load()
             self._answered_s = loop.time()
         except EngineError as error:
-            log.info("no load from the engine: %s", error)
+            log.info("the engine did not report its load: %s", error)
             silent_s = loop.time() - self._answered_s
             if silent_s > _MAX_SILENCE_S:
                 self.replace(f"silent for {silent_s:.0f} s: {error}")
         return load
 
     def replace(self, reason: str) -> None:
-        """Kills the engine; `run` notices its death and starts another."""
-        log.error("engine is replaced: %s", reason)
+        """Kills the engine; `run` then starts another."""
+        log.error("replacing the engine: %s", reason)
         self._engine.kill()
 
     async def close(self) -> None:

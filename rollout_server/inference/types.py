@@ -33,7 +33,7 @@ class Sampling:
     """-1 is off."""
     min_p: float = 0.0
     sampling_seed: int | None = None
-    """Honoured by the embedded engine; SGLang ignores it unless started with deterministic inference."""
+    """Used by the embedded engine; SGLang ignores it unless started with deterministic inference."""
 
     def to_dict(self) -> dict[str, Any]:
         """SGLang's `sampling_params`; fields at their default are omitted."""
@@ -54,7 +54,7 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Generation:
-    """Tokens sampled for one request, finished or aborted. All arrays have one length T, maybe 0."""
+    """Tokens sampled for one request, finished or aborted. All arrays have the same length T (0 or more)."""
 
     output_ids: NDArray[np.int32]
     """[T] sampled tokens, a stop token included."""
@@ -74,7 +74,7 @@ class EngineInfo:
     """Properties of an engine that a weight group depends on; defaults where the engine omits them."""
 
     num_ranks: int = 1
-    """Tensor-parallel ranks; each takes one rank of the weight group."""
+    """Tensor-parallel ranks of the engine; each is one rank of the weight group."""
     device: str = "cpu"
     device_uuid: str = ""
     nccl_version: str = ""
@@ -91,7 +91,7 @@ class EngineInfo:
 
 
 def parse_weight_version(raw: Any) -> int:
-    """The engine's weight version. Raises EngineError if it is no number, as SGLang's default."""
+    """The engine's weight version. Raises EngineError if it is not a number, like SGLang's default."""
     try:
         return int(raw)
     except (TypeError, ValueError):

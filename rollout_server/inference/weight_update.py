@@ -1,4 +1,4 @@
-"""The interface between a weight push and an engine: each kind of engine brings its own update strategy.
+"""The interface between a weight push and an engine: each kind of engine has its own update strategy.
 
     strategy = engine.weight_update_strategy(gate=gate, on_quarantine=..., on_untrusted=...)
     client = await engine.start(version=0)
@@ -6,9 +6,9 @@
     ...
     stall_s = await strategy.push(client, push)                      # once for each push
 
-Two implementations: the embedded engine receives into shadow buffers while it decodes (shadow_update.py),
+Two implementations: the embedded engine receives into shadow weights while it decodes (shadow_update.py);
 SGLang is paused and loads in place (sglang/weight_update.py). The receiver of pushes
-(weight_sync/receiver.py) only calls this interface and never looks at the kind of engine.
+(weight_sync/receiver.py) calls only this interface and does not depend on the kind of engine.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class WeightPush:
     left_s: Callable[[], float]
     """Seconds left until the push times out; always positive."""
     cancellable: Callable[[], AbstractContextManager[None]]
-    """Surrounds waits for other ranks: only inside may a newer control message cancel the push."""
+    """Context for waits on other ranks: only inside it may a newer control message cancel the push."""
     sent_checksums: Callable[[], Awaitable[list[int]]]
-    """Waits for the checksums that the sender computed, one a bucket, in the order of the manifest."""
+    """Waits for the checksums that the sender computed, one per bucket, in the order of the manifest."""
 
 
 class WeightUpdateStrategy(Protocol):
-    """Brings one engine at a time from version to version; no token may come from a partial update."""
+    """Updates one engine at a time from version to version; no token may come from a partial update."""
 
     async def engine_started(self, client: EngineClient, *, path: str, version: int) -> None:
         """Call after each start: the engine holds the weights at `path` as `version`. Raises EngineError."""
@@ -55,12 +55,12 @@ class WeightUpdateStrategy(Protocol):
     async def push(self, client: EngineClient, push: WeightPush) -> float:
         """Receives, verifies and activates a version; returns the seconds in which nothing was decoded.
 
-        Raises WeightSyncError, EngineError or TimeoutError: then the old version is still active, or the
-        engine was reported with `on_quarantine` or `on_untrusted`.
+        Raises WeightSyncError, EngineError or TimeoutError. The old version is then still active, or
+        `on_quarantine` or `on_untrusted` was called.
         """
 
 
 OnQuarantine = Callable[[str, int], None]
-"""Gets the reason and the version after a reload: until then no token may be delivered."""
+"""Called with the reason and the version that a reload will restore: until then no token may be delivered."""
 OnUntrusted = Callable[[str], None]
 """Called with the reason when the weights that the engine holds are unknown: it has to be replaced."""

@@ -1,16 +1,18 @@
 """A pool of worker processes that run reward functions, which may raise, hang, print, or crash the process.
 
-Each worker is a `python -m rollout_server.rewards.worker` with a queue of its own; the protocol is described
-there. Processes, because a thread cannot be killed and the event loop must not wait. Not multiprocessing,
-because it pickles, and because an executor does not tell which of its workers hangs.
+Each worker is a `python -m rollout_server.rewards.worker` with its own queue; worker.py describes the
+protocol. Workers are processes, because a thread cannot be killed and the event loop must not wait. They are
+not started with multiprocessing, because it pickles, and because an executor does not report which of its
+workers hangs.
 
     worker:  STARTING -> SERVING -> (timeout or crash: killed) -> STARTING ...  -> CLOSED
-    item:    queued -> sent -> scored | failed (it was being scored when its worker was lost)
-                                      | sent again to the new worker (it was behind that one in the queue)
+    item:    queued -> sent -> scored
+                            -> worker lost while scoring this item: failed
+                            -> worker lost while scoring an earlier item: sent again to the new worker
 
 A failed reward is not retried here: `score` raises RewardError, the sample is reported as failed, and the
 buffer leases it again up to `buffer.max_sample_retries` times. Items submitted in the same turn of the event
-loop travel in one frame for each worker: at 700 samples a second that halves the cost of a reward.
+loop are sent to each worker in one frame: at 700 samples per second that halves the cost of a reward.
 """
 
 from __future__ import annotations
@@ -34,11 +36,11 @@ from rollout_server.tasks.base import Split
 log = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 60.0
-"""Importing a task may import a large library."""
+"""Long, because importing a task may import a large library."""
 _RESTART_DELAY_S = 1.0
-"""Pause after a worker that could not start, so that a broken import does not cause a busy loop."""
+"""Pause before a worker that could not start is restarted: a broken import must not cause a busy loop."""
 _REAP_DELAY_S = 0.05
-"""From the end of a worker's stream to its exit code."""
+"""Wait between the end of a worker's stream and reading its exit code."""
 _STREAM_LOST = (ConnectionError, asyncio.IncompleteReadError)
 
 
@@ -66,11 +68,11 @@ class RewardPool:
     """Worker processes that score completions. Create it in a running loop, with `async with`."""
 
     def __init__(self, task: Mapping[str, Any], *, seed: int, num_workers: int, timeout_s: float) -> None:
-        """`task` and `seed` are as of `make_task`; `timeout_s` is the limit of one reward."""
+        """`task`, `seed`: arguments of `make_task`; `timeout_s`: time limit of one reward."""
         self._workers = [_Worker(task=dict(task), seed=seed, timeout_s=timeout_s) for _ in range(num_workers)]
         self._last_number = 0
         self._unsent: list[_Item] = []
-        """Items of this turn of the loop."""
+        """Items submitted in this turn of the loop."""
         self.seconds_total = 0.0
         """Time spent in the task's code by all workers."""
 
@@ -84,7 +86,7 @@ class RewardPool:
 
     @property
     def serving(self) -> list[asyncio.Task[None]]:
-        """One task a worker; it ends only with the pool, or if no process can be started."""
+        """One asyncio task per worker; it ends only with the pool, or if no process can be started."""
         return [worker.running for worker in self._workers if worker.running is not None]
 
     @property
@@ -120,8 +122,8 @@ class RewardPool:
 
     def _send(self) -> None:
         items, self._unsent = self._unsent, []
-        # The least loaded worker first. A worker that hangs keeps its queue, and so gets no more than its
-        # share.
+        # Items go round-robin to the workers, the least loaded first. A worker that hangs has a long queue
+        # and comes last.
         by_load = sorted(self._workers, key=lambda worker: len(worker.items))
         for position, worker in enumerate(by_load):
             if share := items[position :: len(by_load)]:
@@ -175,7 +177,7 @@ class _Worker:
                 self._pipe = self._limit = None
                 writer.close()
                 process.kill()
-                process.wait()  # SIGKILL cannot be refused: this returns at once
+                process.wait()  # returns at once: a process cannot ignore SIGKILL
 
     async def _serve(
         self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -197,14 +199,14 @@ class _Worker:
                 self._fail_first(f"reward worker cannot start: {problem}")
             return
         self._pipe = writer
-        # Items that were behind the one with which the last process was lost, or came before this one was
-        # ready.
+        # Items that were queued behind the one that the last process was lost with, or that were submitted
+        # before this process was ready.
         if self.items:
             self.submit(list(self.items.values()))
         while True:
             try:
-                # Reads also while idle, so that a worker that dies then costs no item. Without a limit, until
-                # `submit` sets one.
+                # Reads also while idle, without a time limit until `submit` sets one, so that a worker that
+                # dies while idle is noticed before an item is sent to it.
                 async with asyncio.timeout(self._timeout_s if self.items else None) as self._limit:
                     number, value, components, seconds, error = await _read(reader)
                 self._answer(number, value, components, seconds, error)
@@ -224,7 +226,7 @@ class _Worker:
         self, number: int, value: float, components: dict[str, float], seconds: float, error: str
     ) -> None:
         done = self.items.pop(number).done
-        if done.done():  # its caller was cancelled meanwhile
+        if done.done():  # the caller was cancelled in the meantime
             return
         if error:
             done.set_exception(RewardError(error))

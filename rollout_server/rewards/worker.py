@@ -1,14 +1,14 @@
-"""One reward process: `python -m rollout_server.rewards.worker`, driven over its stdin and stdout by pool.py.
+"""One reward process: `python -m rollout_server.rewards.worker`; pool.py drives it over its stdin and stdout.
 
     parent -> worker   {"task": {...}, "seed": n}                     first frame: the task to import
-    worker -> parent   null | "error message"                         the task was imported, or why not
+    worker -> parent   null | "error message"                         null if the task was imported
     parent -> worker   [[item, split, index, completion], ...]
-    worker -> parent   [item, reward, components, seconds, error]     one frame an item, in order
+    worker -> parent   [item, reward, components, seconds, error]     one frame per item, in order
 
 Stdin and stdout are the two directions of one socket. A frame is a 4-byte little-endian length and msgpack.
-Results are written one by one, so that the item that hangs is the first without an answer. The example is
-rebuilt here from (split, index), so a task's answers never have to be serialised. The stream is moved away
-from descriptors 0 and 1 first: a reward that prints or reads stdin must not corrupt it.
+Results are written one by one, so that the first item without a result is the one that hangs. The example is
+rebuilt here from (split, index), so a task's answers need not be serialized. At its start the process moves
+the socket from descriptors 0 and 1 to others, so that a reward that prints or reads stdin cannot corrupt it.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _try_score(
 ) -> tuple[float, dict[str, float], str]:
     try:
         return *_score(task, example(split, index), completion), ""
-    except Exception as raised:  # a task's code may raise anything, and only its own sample may fail
+    except Exception as raised:  # a task's code may raise anything; only this sample fails
         return 0.0, {}, _one_line(raised)
 
 
@@ -80,14 +80,14 @@ def _number(value: Any, *, name: str) -> float:
     if callable(item := getattr(value, "item", None)):
         value = item()  # numpy and torch scalars
     if not isinstance(value, numbers.Real):
-        raise RewardError(f"{name} is {type(value).__name__}, want a number")
+        raise RewardError(f"{name} must be a number, got {type(value).__name__}")
     if not math.isfinite(value):
-        raise RewardError(f"{name} is {value}, want a finite number")
+        raise RewardError(f"{name} must be a finite number, got {value}")
     return float(value)
 
 
 def _one_line(error: Exception) -> str:
-    """The message of an exception, and where it was raised unless that is in this module."""
+    """The message of an exception, followed by the place where it was raised unless it is a RewardError."""
     message = traceback.format_exception_only(error)[-1].strip()
     if isinstance(error, RewardError):
         return message

@@ -1,10 +1,11 @@
 """Tasks: prompts and their reward functions. The one file to read before adding a task.
 
 A task is a frozen dataclass: its fields are its settings, so an unknown key of `task:` in the configuration
-is refused by name. It is a pure function of `(seed, split, index)`: the buffer can therefore own the order of
-prompts as plain integers, a killed server is replaced without a hand-over, and a reward process rebuilds the
-example instead of receiving it. Left out on purpose: iterators, shuffling and epochs (buffer/prompts/),
-tokenization (episodes/prompt_renderer.py), time limits (rewards/pool.py). Tasks import no torch.
+is refused by name. Examples are a pure function of `(seed, split, index)`. Therefore the buffer can own the
+order of prompts as plain integers, a killed server can be replaced without transferring state, and a reward
+process rebuilds the example instead of receiving it. Other modules implement shuffling and epochs
+(buffer/prompts/), tokenization (episodes/prompt_renderer.py) and time limits (rewards/pool.py). Tasks import
+no torch.
 
 Your own task, configured as `task: {_target_: my_module.Add, digits: 3}`:
 
@@ -36,7 +37,7 @@ from areal_like.errors import ConfigError
 from areal_like.registry import Registry
 
 Split = Literal["train", "eval"]
-"""`train` prompts are trained on; `eval` prompts are held out, so none of them may be in `train`."""
+"""`train` prompts are for training; `eval` prompts are held out, so none of them may be in `train`."""
 
 ChatMessage = dict[str, str]
 """`{"role": "system" | "user" | "assistant", "content": ...}`"""
@@ -51,23 +52,23 @@ class Example:
     prompt: str | list[ChatMessage]
     """Plain text (base and character models), or chat messages for the tokenizer's chat template."""
     answer: Any
-    """The value that `reward` compares with; never leaves the process that made it."""
+    """The value that `reward` compares the completion with; it stays in the process that created it."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """Other data for `reward`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
-    """A data set and its reward. Subclasses add their settings as fields and write `example` and `reward`."""
+    """A data set and its reward. Subclasses add settings as fields and implement `example` and `reward`."""
 
     seed: int = 0
-    """The job's seed, unless the task's own settings have one."""
+    """The job's seed, unless the task's settings contain another."""
     num_train: int = 1_000_000
     """Training prompts: indices 0 .. num_train-1 of split `train`."""
     num_eval: int = 1024
     """Held-out prompts: indices 0 .. num_eval-1 of split `eval`."""
     max_prompt_tokens: int = 1024
-    """Longest prompt in tokens, for the size of the engine's context. Longer ones fail their samples."""
+    """Longest prompt in tokens; it determines the engine's context length. Samples of longer prompts fail."""
 
     def __post_init__(self) -> None:
         for name in ("num_train", "num_eval", "max_prompt_tokens"):
@@ -76,30 +77,30 @@ class Task(ABC):
 
     @abstractmethod
     def example(self, split: Split, index: int) -> Example:
-        """The example at `index` of `split`: the same in every process, whatever was called before."""
+        """The example at `index` of `split`. It must not depend on the process or on earlier calls."""
 
     @abstractmethod
     def reward(self, example: Example, completion: str) -> float | dict[str, float]:
         """The reward of `completion` (text without special tokens): a number, or named parts to be summed.
 
-        Runs in a worker process under `rollout.reward_timeout_s`. It may raise or hang: only its own sample
-        fails.
+        Runs in a worker process with the time limit `rollout.reward_timeout_s`. If it raises or hangs, only
+        its own sample fails.
         """
 
     def rng(self, split: Split, index: int) -> random.Random:
-        """A random generator for this example alone, the same in every process."""
+        """A random generator for this example, seeded in the same way in every process."""
         # Random hashes a str seed by its content; `hash()` differs between processes.
         return random.Random(f"{self.seed}/{split}/{index}")
 
     def fingerprint(self) -> str:
-        """16 hex digits over settings and first examples; servers of one job must have the same.
+        """16 hex digits over the settings and first examples; must be equal in all servers of a job.
 
         Raises ConfigError if `example` raises or is not a pure function of its arguments.
         """
         description = self._describe()
         if description != self._describe():
             raise ConfigError(
-                f"task {type(self).__name__}: example() gave two different answers for the same index; "
+                f"task {type(self).__name__}: example() returned two different examples for the same index; "
                 "use self.rng(split, index)"
             )
         return hashlib.sha256(description.encode()).hexdigest()[:16]
@@ -118,9 +119,8 @@ class Task(ABC):
     def _checked_example(self, split: Split, index: int) -> Example:
         try:
             return self.example(split, index)
-        except (
-            Exception
-        ) as error:  # a task's code may raise anything; at the start of a job it is the user's mistake
+        # A task's code may raise anything; at the start of a job that is the user's mistake.
+        except Exception as error:
             raise ConfigError(
                 f"task {type(self).__name__}: example({split!r}, {index}) raised "
                 f"{type(error).__name__}: {error}"
@@ -135,7 +135,7 @@ TASKS = Registry[Task](
         "reasoning_gym": "rollout_server.tasks.reasoning_gym.ReasoningGymTask",
     },
 )
-"""Registered by path and imported on use, so that an extra is needed only with its task."""
+"""Tasks are registered by path and imported on use: an optional package is needed only by its own task."""
 
 
 def make_task(settings: Mapping[str, Any], *, seed: int) -> Task:

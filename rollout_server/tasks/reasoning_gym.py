@@ -1,4 +1,4 @@
-"""Any data set of `reasoning_gym` by name, with that package's own generator and scorer.
+"""The task for any data set of the package `reasoning_gym`, with that package's generator and scorer.
 
 reasoning_gym seeds example i with `seed + i`, so the two splits use two seeds that are far apart. A data set
 with only a few distinct questions can still have the same question in both splits. The package is an optional
@@ -17,7 +17,7 @@ from areal_like.errors import ConfigError
 from rollout_server.tasks.base import Example, Split, Task
 
 _EVAL_SEED_OFFSET = 1_000_000_000
-"""Larger than any sensible num_train; seed + offset + index still fits numpy's 32-bit seeds."""
+"""Larger than any realistic num_train; seed + offset + index still fits numpy's 32-bit seeds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class ReasoningGymTask(Task):
     params: Mapping[str, Any] = field(default_factory=dict)
     """Settings of that data set."""
     system_prompt: str = "simple"
-    """Key of reasoning_gym's SYSTEM_PROMPTS, or the text itself; empty for none."""
+    """Key of reasoning_gym's SYSTEM_PROMPTS, or the text of a prompt; empty for no system prompt."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,7 +1,7 @@
 """The default job's task: sort a string of 4 to 8 digits; the reward is 1 or 0.
 
 The generator is in `areal_like.sorting`, because the trainer's warm start draws from the same distribution
-and may not import this package. The splits divide the multisets of digits, so no held-out answer occurs in
+and may not import this package. Each multiset of digits belongs to one split, so no held-out answer occurs in
 training.
 """
 

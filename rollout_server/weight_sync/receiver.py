@@ -1,12 +1,12 @@
-"""Receives weight pushes: a control socket for trainer rank 0, and the engine that is kept up to date.
+"""Receives weight pushes for one engine, directed by trainer rank 0 over a control socket.
 
     NO GROUP -> FormGroup -> IN GROUP -> PushWeights -> IN GROUP -> DissolveGroup (also mid-push) -> NO GROUP
 
-The engine's own strategy receives and activates a version (inference/weight_update.py). No token comes from a
-partial update: nothing is activated before everything was received and verified, and a failure leaves the old
-version active. Only if the engine does not answer which version is active are its weights unknown: then it is
-reported with `on_untrusted` and replaced. A control message of a newer weight group cancels the work of an
-older one.
+The engine's strategy receives and activates a version (inference/weight_update.py). No token comes from a
+partial update: a version is activated only after all of it was received and verified, and a failure leaves
+the old version active. If the engine does not report its version after a failure, its weights are unknown:
+it is reported with `on_untrusted` and replaced. A control message of a newer weight group cancels the work
+for an older one.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from rollout_server.inference.weight_update import OnUntrusted, WeightPush, Weig
 log = logging.getLogger(__name__)
 
 _CLEANUP_TIMEOUT_S = 5.0
-"""For each call to the engine after a failure."""
+"""Time limit of each call to the engine after a failure, and of waiting for a cancelled request."""
 _NO_ENGINE = "this server's engine is not running"
 _MIN_TIMEOUT_S = 0.001
-"""A timeout of 0 would mean none to the engine."""
+"""Shortest timeout passed to the engine, where 0 would mean no timeout."""
 
 
 class WeightReceiver:
@@ -58,7 +58,8 @@ class WeightReceiver:
         on_version: Callable[[int], None],
         on_untrusted: OnUntrusted,
     ) -> None:
-        """`on_version` gets each activated version, `on_untrusted` why the weights are unknown."""
+        """`on_version` is called with each activated version, `on_untrusted` with the reason why the engine's
+        weights are unknown."""
         self._listener = Listener(
             host=host,
             port=0,
@@ -69,7 +70,7 @@ class WeightReceiver:
         self.port = self._listener.port
         self.engine: EngineClient | None = None
         self.version = 0
-        """Version that is active at the engine."""
+        """Version that is active in the engine."""
         self.num_pushes = 0
         self.num_failures = 0
         self.seconds_total = 0.0
@@ -95,13 +96,14 @@ class WeightReceiver:
         return self._listener.num_bad_frames
 
     def set_engine(self, engine: EngineClient | None, *, version: int = 0) -> None:
-        """The engine was started at this version, or lost (None), and its weight group with it."""
+        """Records that an engine was started with this version, or lost (None); a lost engine's weight group
+        is gone too."""
         self.engine, self.version, self._group_name = engine, version, ""
         if self._work is not None:
             self._work.cancel()
 
     async def close(self) -> None:
-        """Cancels a running push, which is answered as failed, and closes the socket."""
+        """Cancels a running push, reports it as failed to the trainer, and closes the socket."""
         if self._work is not None:
             self._work.cancel()
             await asyncio.wait([self._work], timeout=_CLEANUP_TIMEOUT_S)
@@ -117,8 +119,7 @@ class WeightReceiver:
             self._sent_checksums = envelope.message
             self._checksums_arrived.set()
             return
-        # A newer group, or leaving this one, ends a rendezvous or a broadcast that may be waiting for a dead
-        # rank.
+        # FormGroup and DissolveGroup cancel a rendezvous or broadcast, which may be waiting for a dead rank.
         is_newer = isinstance(envelope.message, (FormGroup, DissolveGroup))
         if is_newer and self._work is not None and self._is_cancellable:
             self._work.cancel()
@@ -137,7 +138,7 @@ class WeightReceiver:
             self._work = None
 
     async def _handle(self, envelope: Envelope) -> None:
-        """Performs one request; it is answered whatever happens."""
+        """Performs one request and always sends an answer, also if it fails or is cancelled."""
         request = envelope.message
         loop = asyncio.get_running_loop()
         started_s = loop.time()
@@ -196,16 +197,16 @@ class WeightReceiver:
             case PushWeights():
                 if request.group_name != self._group_name:
                     raise WeightSyncError(
-                        f"not in group {request.group_name!r} of epoch {request.epoch}, "
-                        f"but in {self._group_name!r}"
+                        f"the push is for weight group {request.group_name!r} of session {request.epoch}, "
+                        f"the engine is in group {self._group_name!r}"
                     )
                 return await self._push(self.engine, request)
-        raise WeightSyncError(f"{type(request).__name__} does not belong on this socket")
+        raise WeightSyncError(f"unexpected {type(request).__name__} on the weight control socket")
 
     async def _join_group(self, engine: EngineClient, request: FormGroup) -> None:
         if self._group_name:
             await self._leave_group(engine)
-        # Recorded before it is joined: a rendezvous that is cancelled still has to be left.
+        # Recorded before joining: after a cancelled rendezvous the group still has to be left.
         self._group_name = request.group_name
         with self._cancellable():
             await engine.init_weights_group(
@@ -223,7 +224,7 @@ class WeightReceiver:
         try:
             await engine.destroy_weights_group(group_name=group_name)
         except EngineError as error:
-            # It was never joined, or the engine left it by itself.
+            # The engine never joined the group, or has left it already.
             log.info("leaving group %s: %s", group_name, error)
 
     async def _push(self, engine: EngineClient, request: PushWeights) -> float:
@@ -241,20 +242,20 @@ class WeightReceiver:
                 stall_s = await self._strategy.push(engine, push)
         except (TimeoutError, EngineError, WeightSyncError) as error:
             if not await self._is_active_after_all(engine, request.version):
-                # The sender may be waiting for this engine to take the next bucket: leaving the group tells
-                # it now, rather than at its own time limit.
+                # The sender may be waiting for this engine to receive the next bucket. If the engine leaves
+                # the group, the sender's broadcast fails now and not at its time limit.
                 await self._leave_group(engine)
                 if isinstance(error, TimeoutError):
                     raise WeightSyncError(
                         f"version {request.version} was not active within {request.timeout_s:g} s"
                     ) from None
                 raise
-            stall_s = 0.0  # the engine's answer was lost, the swap was not
+            stall_s = 0.0  # the swap succeeded, only the engine's answer was lost
         self.version = request.version
         return stall_s
 
     async def _wait_checksums(self, version: int) -> list[int]:
-        """The sender's checksums of this version; they may have arrived before the buckets were received."""
+        """Waits for the sender's checksums of this version, which may arrive before or after the buckets."""
         while self._sent_checksums is None or self._sent_checksums.version != version:
             self._checksums_arrived.clear()
             await self._checksums_arrived.wait()
@@ -262,7 +263,8 @@ class WeightReceiver:
 
     @contextlib.contextmanager
     def _cancellable(self) -> Iterator[None]:
-        """Only inside may a newer control message cancel the work: a swap that has begun is completed."""
+        """Inside this context a newer control message may cancel the work; a swap of weights runs outside it,
+        because it must be completed once begun."""
         self._is_cancellable = True
         try:
             yield
@@ -270,12 +272,15 @@ class WeightReceiver:
             self._is_cancellable = False
 
     async def _is_active_after_all(self, engine: EngineClient, version: int) -> bool:
-        """After a failed push: whether the new version is active. Reports an engine that does not answer."""
+        """Asks the engine after a failed push if the new version is active.
+
+        Calls `on_untrusted` if the engine does not answer.
+        """
         try:
             async with asyncio.timeout(_CLEANUP_TIMEOUT_S):
                 return await engine.weight_version() == version
         except (EngineError, TimeoutError) as error:
             self._on_untrusted(
-                f"does not report which weights it has after a failed push of version {version}: {error}"
+                f"it does not report its weight version after a failed push of version {version}: {error}"
             )
             return False

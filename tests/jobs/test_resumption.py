@@ -150,7 +150,7 @@ def test_a_trainer_killed_at_each_point_loses_nothing(broken_run: BrokenRun) -> 
 
 def test_a_replay_gives_the_weights_of_the_broken_run(broken_run: BrokenRun) -> None:
     out = command("replay", "x", cwd=broken_run.folder)
-    assert "weights after step 12, 16: equal to those of the run, to the last bit" in out, out
+    assert "weights after step 12, 16: equal to the recorded run's, to the last bit" in out, out
     original, replayed = rows_of(broken_run.root), rows_of(broken_run.folder / "runs" / "x-replay")
     assert min(row["grad_norm"] for row in original) > 0, "equal weights prove nothing if none has moved"
     assert [row["loss"] for row in replayed] == [row["loss"] for row in original]
@@ -160,7 +160,7 @@ def test_a_replay_gives_the_weights_of_the_broken_run(broken_run: BrokenRun) -> 
 def test_a_replay_with_another_objective_gives_others(broken_run: BrokenRun) -> None:
     words = ("name=y", "objective=ppo", "buffer.cache_bytes=0")
     out = command("replay", "x", *words, cwd=broken_run.folder)
-    assert "weights after step 12, 16: not those of the run" in out
+    assert "weights after step 12, 16: different from the recorded run's" in out
     assert "buffer.cache_bytes=0 has no effect" in out
     replayed = rows_of(broken_run.folder / "runs" / "y")
     assert [row["reward_mean"] for row in replayed] == [

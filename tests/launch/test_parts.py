@@ -34,7 +34,7 @@ from launch.view.speed import Eta
 from trainer.distributed.spawn import start_ranks
 
 
-def test_restart_delays_double_then_give_up() -> None:
+def test_restart_delays_double_until_restarts_end() -> None:
     restarts = Restarts(now_s=0.0, base_s=1.0, max_s=4.0, healthy_s=30.0, max_quick_deaths=4)
     now_s, delays = 0.0, []
     for _ in range(4):
@@ -49,7 +49,7 @@ def test_restart_delays_double_then_give_up() -> None:
     assert restarts.state is RestartState.GIVEN_UP
 
 
-def test_a_healthy_life_resets_the_count_of_deaths() -> None:
+def test_a_long_healthy_run_resets_the_count_of_deaths() -> None:
     restarts = Restarts(now_s=0.0, base_s=1.0, healthy_s=30.0, max_quick_deaths=1)
     for start_s in (0.0, 100.0, 200.0):
         restarts.died(now_s=start_s + 31.0)
@@ -108,7 +108,7 @@ def test_resume_keeps_the_runs_own_settings(tmp_path: Path) -> None:
     again = open_run([*base, "resume=latest"])
     again.close()
     assert (again.config.resume, again.config.trainer.groups_per_step) == ("", 3), (
-        "from the beginning, with the recorded groups"
+        "from step 0, with the recorded groups"
     )
     for step in (10, 20):
         (run.paths.checkpoints / f"step_{step:06d}").mkdir(parents=True)
@@ -132,21 +132,21 @@ def announced(*argv: str) -> str:
     return "\n".join(run.announcement)
 
 
-def test_run_says_what_it_does_with_its_directory(tmp_path: Path) -> None:
+def test_run_prints_its_choice_of_directory(tmp_path: Path) -> None:
     runs_dir, first = f"runs_dir={tmp_path}", tmp_path / "default"
     assert announced(runs_dir) == f"new run in {first}"
     for step in (10, 20):
         (first / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
     text = announced(runs_dir)
     assert text.startswith(f"new run in {tmp_path / 'default-2'} ({first} holds an earlier run")
-    assert "name=NAME" in text and "name=default resume=latest goes on with" in text
+    assert "name=NAME" in text and "name=default resume=latest continues" in text
     assert "resume=step:K from one of its checkpoints (step:10, step:20)" in text
     text = announced(runs_dir, "name=default", "resume=latest")
     assert text.startswith(f"resume of step 20 from {first}, its newest checkpoint")
     assert "resume=step:K goes back" in text and "name=... starts a new run" in text
     text = announced(runs_dir, "name=default", "resume=step:10")
     assert text.startswith(f"resume of step 10 from {first}; later steps are undone")
-    assert "resume=latest goes on with the newest checkpoint (step 20)" in text
+    assert "resume=latest continues from the newest checkpoint (step 20)" in text
     (first / "summary.json").write_text("{}")
     with pytest.raises(ConfigError) as refusal:
         open_run([runs_dir, "name=default"])
@@ -159,7 +159,7 @@ def test_run_says_what_it_does_with_its_directory(tmp_path: Path) -> None:
         assert part in str(refusal.value)
 
 
-def test_run_says_that_a_run_without_checkpoints_begins_again(tmp_path: Path) -> None:
+def test_run_prints_that_a_run_without_checkpoints_begins_again(tmp_path: Path) -> None:
     ledger = tmp_path / "x" / "ledger" / "ledger.sqlite3"
     argv = [f"runs_dir={tmp_path}", "name=x"]
     assert announced(*argv) == f"new run in {tmp_path / 'x'}"
@@ -168,7 +168,7 @@ def test_run_says_that_a_run_without_checkpoints_begins_again(tmp_path: Path) ->
     assert announced(*argv, "resume=latest").startswith(f"resume of {tmp_path / 'x'} from step 0")
 
 
-def test_run_says_that_a_name_is_in_use(tmp_path: Path) -> None:
+def test_run_prints_that_a_name_is_in_use(tmp_path: Path) -> None:
     run = open_run([f"runs_dir={tmp_path}"])
     text = announced(f"runs_dir={tmp_path}")
     run.close()
@@ -276,7 +276,7 @@ def test_units() -> None:
 
 @pytest.mark.parametrize("width", [40, 80, 160])
 @pytest.mark.parametrize("steps", [0, 1, 500])
-def test_the_picture_shows_what_is_there(width: int, steps: int) -> None:
+def test_the_picture_shows_the_observed_data(width: int, steps: int) -> None:
     status = {
         "not_ready": "",
         "waiting_on": {"a group": 1.5},
@@ -341,7 +341,7 @@ def test_help_is_complete() -> None:
     assert keys["seed"].default == str(default.seed)
 
 
-def test_servers_that_join_at_once_get_names_of_their_own(tmp_path: Path) -> None:
+def test_servers_that_join_at_once_get_different_names(tmp_path: Path) -> None:
     paths = RunPaths(tmp_path)
     for directory in (paths.logs, paths.endpoints):
         directory.mkdir()
@@ -354,7 +354,7 @@ def test_servers_that_join_at_once_get_names_of_their_own(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("ends", "code"), [("os.kill(os.getpid(), 9)", 137), ("sys.exit(3)", 3), ("None", 0)]
 )
-def test_the_exit_code_of_ranks_tells_killed_from_failed(
+def test_exit_codes_distinguish_killed_and_failed_ranks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str, code: int
 ) -> None:
     (tmp_path / "ranks_that_end.py").write_text(

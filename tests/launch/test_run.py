@@ -47,7 +47,7 @@ def root(tmp_path: Path) -> Iterator[Path]:
     left = processes_of(path)
     for pid in left:
         os.kill(pid, signal.SIGKILL)
-    assert not left, "orphans"
+    assert not left, "processes of the run are left"
 
 
 def test_a_run_survives_its_launcher_and_a_server(tmp_path: Path, root: Path, cache: dict[str, str]) -> None:
@@ -58,7 +58,7 @@ def test_a_run_survives_its_launcher_and_a_server(tmp_path: Path, root: Path, ca
         wait_until(lambda: not processes_of(root), what="all daemons and engines end", run_root=root)
     num_before = num_steps_done(root)
     assert num_before < 40
-    assert (root / "checkpoints" / f"step_{num_before:06d}").exists(), "the trainer has drained by itself"
+    assert (root / "checkpoints" / f"step_{num_before:06d}").exists(), "the orphaned trainer did not drain"
 
     again = ("name=x", "resume=latest", "trainer.world_size=2", "rollout.num_servers=2")
     with launcher(*again, cwd=tmp_path, environment=cache) as process:
@@ -81,7 +81,7 @@ def test_a_run_survives_its_launcher_and_a_server(tmp_path: Path, root: Path, ca
     logs = {path.name for path in (root / "logs").glob("*.log")}
     assert logs >= {"buffer.log", "rollout-0.log", "trainer-0.log", "trainer-1.log"}
 
-    # test_resumption.py has the way from such a refusal to the command line; the command would import torch.
+    # test_resumption.py covers the command line, which would import torch here.
     code = f"from pathlib import Path; from trainer.replay.recording import *; Recording(Path({str(root)!r}))"
     replay = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert replay.returncode == 1 and "buffer.retain_trajectories=true" in replay.stderr, (

@@ -76,7 +76,7 @@ def samples_of(run: Path, server: str) -> float:
 
 
 def check_finished_run(run: Path) -> None:
-    """Checks the invariants of a run that has ended, whatever servers joined and left."""
+    """Checks the invariants of a run that has ended, after any servers have joined and left."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(len(rows))), "no step was lost or done twice"
     assert max(row["lag_max"] for row in rows) <= 4
@@ -123,7 +123,7 @@ def test_servers_come_and_go_and_the_trainer_is_replaced(
         trains(4)
         leaves.terminate()
         assert ended(leaves, run)[0] == 0
-        # The launcher's own server leaves; it is not started again, and one guest goes on alone.
+        # The launcher's own server leaves and is not restarted; one joined server continues alone.
         assert main(["drain", "x", "rollout-0"]) == 0
         assert "rollout-0 has left" in capsys.readouterr().out
         trains(8)
@@ -150,9 +150,10 @@ def test_servers_come_and_go_and_the_trainer_is_replaced(
         assert "did not end in time" not in out
         num_done = num_steps_done(run)
         assert (
-            f"stopped after step {num_done} of 100000; go on with: areal-like run name=x resume=latest" in out
+            f"stopped after step {num_done} of 100000; continue with: areal-like run name=x resume=latest"
+            in out
         )
-        assert ended(stays, run)[0] == 0, "the guest ends with its run"
+        assert ended(stays, run)[0] == 0, "the joined server ends with its run"
     assert is_over(RunPaths(run))
     check_finished_run(run)
     wait_until(lambda: not processes_of(run), what="no orphans")
@@ -170,8 +171,8 @@ def test_servers_come_and_go_every_ten_seconds(tmp_path: Path) -> None:
     with launcher(*SMALL, *settings, cwd=tmp_path, environment={"OMP_NUM_THREADS": "1"}) as process:
         wait_for_steps(3, run, process=process)
         for index in range(30):
-            name = f"rollout-guest-{index}"
-            guest = command("rollout", "x", "--join", "--name", name, cwd=tmp_path)
+            name = f"rollout-joined-{index}"
+            joined = command("rollout", "x", "--join", "--name", name, cwd=tmp_path)
             endpoint = run / "endpoints" / f"{name}.json"
             wait_until(
                 lambda name=name: samples_of(run, name) > 0,
@@ -183,8 +184,8 @@ def test_servers_come_and_go_every_ten_seconds(tmp_path: Path) -> None:
             if index % 2:
                 os.kill(json.loads(endpoint.read_text())["pid"], signal.SIGKILL)
             else:
-                guest.terminate()
-            ended(guest, run)
+                joined.terminate()
+            ended(joined, run)
             wait_for_steps(num_steps_done(run) + 4, run, process=process)
         process.terminate()
         assert finish(process, run)[0] == 0

@@ -47,7 +47,7 @@ def scripted_workplace(folder: Path) -> Iterator[Path]:
     left = processes_of(folder / "runs" / "x")
     for pid in left:
         os.kill(pid, signal.SIGKILL)
-    assert not left, "orphans"
+    assert not left, "processes of the run are left"
 
 
 def run(workplace: Path, *settings: str, script: dict[str, str] | None = None) -> tuple[int, str, str]:
@@ -83,7 +83,7 @@ def pid_of(root: Path, part: str) -> int:
 
 
 def is_back(root: Path, part: str, *, after: int) -> bool:
-    """True when another such process runs and the killed one, which may take a moment to go, does not."""
+    """True when a new such process runs and the killed one, which may end a little later, does not."""
     commands = processes_of(root)
     return after not in commands and any(part in command for command in commands.values())
 
@@ -95,7 +95,7 @@ def test_a_run_ends_with_a_summary_and_without_processes(
     code, out, err = run(workplace, "trainer.num_steps=10")
     assert (code, err) == (0, "")
     assert out.startswith(f"new run in {root}\n")
-    assert "optimizer steps" in out and "10" in out and "go on with" not in out
+    assert "optimizer steps" in out and "10" in out and "continue with" not in out
     assert processes_of(root) == {}
     assert not list((root / "endpoints").iterdir())
     monkeypatch.chdir(workplace)
@@ -160,7 +160,7 @@ def test_settings_that_worked_once_do_not_end_the_run(workplace: Path) -> None:
     assert out.count("rollout-1 ended (exit code 2): starting it again") == 1
 
 
-def test_a_run_goes_on_when_its_output_pipe_is_closed(workplace: Path) -> None:
+def test_a_run_continues_when_its_output_pipe_is_closed(workplace: Path) -> None:
     root = workplace / "runs" / "x"
     with launcher("name=x", ENDLESS, cwd=workplace) as process:
         wait_for_notice("running", root, process)
@@ -227,7 +227,7 @@ def test_a_killed_buffer_and_trainer_are_started_again(workplace: Path) -> None:
                 process=process,
             )
         commands = processes_of(root)
-        assert before["rollout_server"] in commands, "a daemon that was well has been started again"
+        assert before["rollout_server"] in commands, "a healthy daemon was restarted"
         assert not {before["buffer"], before["trainer"]} & set(commands)
         assert "buffer.ports=[12345]" in commands[pid_of(root, "-m buffer ")], "at its old port"
         assert commands[pid_of(root, "-m trainer ")].rstrip().endswith("resume=''"), (
@@ -236,7 +236,7 @@ def test_a_killed_buffer_and_trainer_are_started_again(workplace: Path) -> None:
         (root / "checkpoints" / "step_000003").mkdir(parents=True)
         for words in ("resume=latest", "trainer.lr=3e-5"):
             os.kill(pid_of(root, "-m trainer "), signal.SIGKILL)
-            if words == "trainer.lr=3e-5":  # an order at a moment when there is no trainer to hand over
+            if words == "trainer.lr=3e-5":  # an order while no trainer runs
                 write_json(
                     restart_order_file(RunPaths(root)), {"role": "trainer", "settings": ["trainer.lr=3e-5"]}
                 )
@@ -251,7 +251,7 @@ def test_a_killed_buffer_and_trainer_are_started_again(workplace: Path) -> None:
     assert out.count("ended (killed by SIGKILL): starting it again") == 4
 
 
-def test_a_trainer_that_never_gets_further_is_given_up(workplace: Path) -> None:
+def test_a_trainer_without_progress_is_not_restarted_for_ever(workplace: Path) -> None:
     code, out, err = run(workplace, script={"trainer": "fail", "trainer-0": "fail"})
     assert code == 1
     assert out.count("trainer ended (exit code 1): starting it again") == 3
@@ -288,7 +288,7 @@ def test_sigterm_drains_and_the_run_can_be_resumed(
         wait_for_steps(3, root, process=process)
         code, out, err = drain(process, root)
     assert (code, err) == (0, "")
-    assert "go on with: areal-like run name=x resume=latest" in out
+    assert "continue with: areal-like run name=x resume=latest" in out
     monkeypatch.chdir(workplace)
     assert main(["run", "name=x"]) == 2
     assert "resume=latest" in capsys.readouterr().err
@@ -300,7 +300,7 @@ def test_a_daemon_that_ignores_sigterm_is_killed(workplace: Path) -> None:
     with launcher(*settings, cwd=workplace, environment=scripted({"rollout-0": "deaf"})) as process:
         wait_for_steps(3, root, process=process)
         code, out, _ = drain(process, root)
-    # In time for the others to end: test_lifecycle.py checks the moment on a clock of its own.
+    # In time for the others to end: test_lifecycle.py checks the exact time with simulated time.
     assert code == 1
     assert "rollout-0 did not end in time" in out and "buffer did not end in time" not in out
 
@@ -337,18 +337,18 @@ def test_a_killed_launcher_leaves_its_lock_to_its_daemons(
     assert out.startswith(f"resume of step {num_done} from {root}, its newest checkpoint\n")
 
 
-def test_a_server_that_was_asked_to_stop_is_not_missed(workplace: Path) -> None:
+def test_a_server_that_a_user_stopped_is_not_replaced(workplace: Path) -> None:
     root = workplace / "runs" / "x"
     with launcher("name=x", "rollout.num_servers=2", ENDLESS, cwd=workplace) as process:
         wait_for_steps(3, root, process=process)
-        # A guest that was killed has left this file; it does not count as a server.
+        # A joined server that was killed has left this file; it does not count as a server.
         write_json(
             root / "endpoints" / "rollout-7.json", {"role": "rollout", "pid": 999_999, "http": "127.0.0.1:1"}
         )
         os.kill(pid_of(root, "--name rollout-0"), signal.SIGTERM)
-        wait_for_notice("rollout-0 was asked to stop", root, process)
+        wait_for_notice("rollout-0 was stopped by a user", root, process)
         wait_for_steps(num_steps_done(root) + 10, root, process=process)
         os.kill(pid_of(root, "--name rollout-1"), signal.SIGTERM)
         code, out, _ = finish(process, root)
     assert code == 0
-    assert "rollout-0 was asked to stop" in out and "go on with" in out
+    assert "rollout-0 was stopped by a user" in out and "continue with" in out

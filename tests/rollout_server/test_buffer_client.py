@@ -1,4 +1,4 @@
-"""The buffer client with a buffer that is restarted at the same address, or cannot write."""
+"""The buffer client while its buffer restarts at the same address, or cannot write to its disk."""
 
 import asyncio
 from collections import Counter

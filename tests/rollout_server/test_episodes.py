@@ -1,4 +1,4 @@
-"""Trajectories of episodes that are interrupted, resumed, or use a tool; and the gate before the engine."""
+"""Trajectories of episodes that are interrupted, resumed, or use a tool; and the generation gate."""
 
 import asyncio
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class CountingEngine:
     """A deterministic engine: the token after t is t + 1, up to EOS.
 
     Request i is interrupted after `interrupt_after[i]` tokens, and every interruption is a weight update. The
-    log-prob is a function of the token, so that misaligned arrays are noticed.
+    log-prob is a function of the token, so that the tests detect misaligned arrays.
     """
 
     def __init__(self, *, interrupt_after: Sequence[int] = (), eos_at: int = EOS) -> None:
@@ -94,7 +94,7 @@ def test_single_turn_has_its_eos_inside_the_mask() -> None:
 
 
 @pytest.mark.parametrize("interrupt_after", [[2], [0, 3], [1, 1, 1], [8]])
-def test_interruption_is_stitched(interrupt_after: list[int]) -> None:
+def test_interrupted_generation_is_continued(interrupt_after: list[int]) -> None:
     whole, _ = play(CountingEngine())
     engine = CountingEngine(interrupt_after=interrupt_after)
     transcript, text = play(engine)

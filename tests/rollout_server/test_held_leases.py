@@ -1,4 +1,4 @@
-"""Held leases, as a state machine: credit adds up, and every result is kept until it is acknowledged."""
+"""Held leases as a state machine: the credit is right, and each result is kept until it is acknowledged."""
 
 import numpy as np
 from hypothesis import settings
@@ -25,7 +25,7 @@ def trajectory() -> Trajectory:
 
 
 class HeldLeasesMachine(RuleBasedStateMachine):
-    """HeldLeases beside a simple model: a set of missing samples and a set of unacknowledged ones."""
+    """Compares HeldLeases with a simple model: sets of missing samples and of unacknowledged results."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -25,7 +25,7 @@ GROUP = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Slow(Task):
-    """Examples that take `seconds`, or hang if in `hanging`; `requested` are those that were called for."""
+    """A task whose examples take `seconds`, or hang if in `hanging`; `requested` has the loaded indices."""
 
     seconds: float = LIMIT_S / 10
     hanging: tuple[int, ...] = ()
@@ -152,7 +152,7 @@ def test_examples_that_hang_fail_only_their_own_samples(hanging: Callable[..., S
             task.released.set()
             await asyncio.sleep(0.05)
             assert len(task.requested) == 6 and len(served.results) == 6 * GROUP, (
-                "an abandoned thread must not go on"
+                "an abandoned thread must not load more examples"
             )
 
     asyncio.run(body())

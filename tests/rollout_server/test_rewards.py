@@ -25,7 +25,7 @@ def workers_find_this_module(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Hostile(Task):
-    """The completion names how its reward misbehaves."""
+    """A task whose reward misbehaves in the way that the completion names."""
 
     def example(self, split: Split, index: int) -> Example:
         return Example(prompt=f"{split}-{index}", answer=index)
@@ -143,7 +143,7 @@ def test_closing_the_pool_fails_waiting_items() -> None:
     assert not children()
 
 
-def test_many_rewards_a_second() -> None:
+def test_cpu_time_per_reward() -> None:
     async def body() -> float:
         async with RewardPool({"name": "sort"}, seed=0, num_workers=1, timeout_s=5) as rewards:
             await rewards.score(split="train", index=0, completion="")
@@ -154,10 +154,10 @@ def test_many_rewards_a_second() -> None:
                 )
             return (time.process_time() - started) / 2000
 
-    assert asyncio.run(body()) < 500e-6  # CPU seconds a reward on this side; some 60e-6 when measured
+    assert asyncio.run(body()) < 500e-6  # CPU seconds per reward in this process; about 60e-6 when measured
 
 
 def children() -> list[int]:
-    """Reward workers of this process, which may have other children from other tests."""
+    """Process ids of the reward workers of this process, which may have other children from other tests."""
     pids = map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
     return [pid for pid in pids if b"rewards.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]

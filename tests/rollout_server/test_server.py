@@ -61,7 +61,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shared(
     model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[PlayedBuffer, ServerProcess]]:
-    """One server for all tests that leave it as it was."""
+    """One server, shared by all tests that do not change its state."""
     with PlayedBuffer() as buffer:
         config = job(
             tmp_path_factory.mktemp("run"), port=buffer.port, model_dir=model, sampling={"max_new_tokens": 40}
@@ -85,7 +85,7 @@ def buffer(shared: tuple[PlayedBuffer, ServerProcess]) -> Iterator[PlayedBuffer]
 def push(
     buffer: PlayedBuffer, tensors: dict[str, torch.Tensor], *, version: int, **settings: Any
 ) -> PushOutcome:
-    """Pushes as trainer rank 0 does, with its code, in a new weight group each time."""
+    """Pushes with the code of trainer rank 0, in a new weight group each time."""
 
     async def body() -> PushOutcome:
         hello = buffer.hellos[-1]
@@ -272,8 +272,8 @@ def test_push_while_samples_are_in_flight(buffer: PlayedBuffer, model: Path, mod
     )
     leases = [buffer.lease(version * 10_000 + i, samples=8, prompt=i) for i in range(2000)]
     waiting = iter(leases)
-    # Far more samples than the engine runs at a time, and eight new ones for every eight that are done: the
-    # engine always has work when the swap comes.
+    # Far more samples than the engine runs at a time, and eight new ones for every eight that are done, so
+    # that sequences are running at the time of the swap.
     buffer.grant(*itertools.islice(waiting, 40))
     pushing.start()
     while pushing.is_alive():
@@ -313,7 +313,7 @@ def test_lost_engine_is_replaced_and_drain_leaves_nothing(model: Path, tmp_path:
         with serving(config) as server:
             buffer.newest_version = 6
             server.wait_serving(buffer)
-            # A server whose engine dies returns its leases and waits for the newest weights.
+            # A server whose engine dies gives its leases back and waits for the newest weights.
             buffer.grant(*(buffer.lease(i, samples=8, prompt=i) for i in range(1, 11)))
             buffer.expect_beat(lambda beat: len(beat.leases) > 5)
             (engine,) = (
@@ -408,7 +408,7 @@ def test_bad_rewards_are_reported_and_children_die_with_server(model: Path, tmp_
         ({"model": {"path": "/no/such/model"}}, "/no/such/model"),
         ({"eval": {"num_prompts": 5000}}, "task.num_eval"),
         ({"buffer": {"port": 0}}, "buffer.port"),
-        # No machine has so many devices, with CUDA or without.
+        # No machine has this device, with CUDA or without.
         ({"rollout": {"engine_device": "cuda:99"}}, "the engine refuses its settings"),
     ],
 )

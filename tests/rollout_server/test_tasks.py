@@ -1,4 +1,4 @@
-"""Tasks are pure functions, unknown settings are refused by name, and a user's own task takes ten lines."""
+"""Tasks: purity, fingerprints, settings, and a task that a user has written."""
 
 import random
 import subprocess
@@ -66,7 +66,7 @@ def test_fingerprint_depends_on_seed_settings_and_class() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30
     )
     assert other.stdout.strip() == prints[0]
-    with pytest.raises(ConfigError, match="two different answers"):
+    with pytest.raises(ConfigError, match="two different examples"):
         make_task({"_target_": f"{__name__}.Impure"}, seed=0).fingerprint()
 
 

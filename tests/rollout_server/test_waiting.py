@@ -1,4 +1,4 @@
-"""The tests' wait for a start: it ends early for a process that ended or makes no progress."""
+"""Tests of `wait_until_ready`: it ends early if the process has ended or makes no progress."""
 
 import subprocess
 import sys

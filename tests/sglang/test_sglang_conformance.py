@@ -29,7 +29,7 @@ def test_pause_modes(engine: Engine, models: Models) -> None:
     asyncio.run(conformance.pause_modes(engine, models[0]))
 
 
-def test_groups_are_made_destroyed_and_made_again(engine: Engine, models: Models) -> None:
+def test_groups_are_created_destroyed_and_created_again(engine: Engine, models: Models) -> None:
     asyncio.run(conformance.groups_are_made_destroyed_and_made_again(engine, models[0]))
 
 
@@ -40,7 +40,7 @@ def test_recompute_in_flight_is_exact(engine: Engine, models: Models) -> None:
     )
 
 
-def test_keep_in_flight_records_versions_and_has_an_error(engine: Engine, models: Models) -> None:
+def test_keep_in_flight_records_versions_with_inexact_logprobs(engine: Engine, models: Models) -> None:
     assert (
         asyncio.run(conformance.versions_across_an_update_in_flight(engine, models, running="keep"))
         > conformance.TOLERANCE

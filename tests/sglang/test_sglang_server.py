@@ -41,7 +41,7 @@ def test_server_samples_takes_pushes_and_restarts_its_engine(model: Path, tmp_pa
             buffer.expect_beat(lambda beat: beat.state is ServerState.SERVING, timeout_s=START_S)
             _check_recorded_versions_and_logprobs(buffer, model)
             mixed = _push_while_sampling(buffer, model, version=5)
-            assert mixed, "no sequence was running when the update came"
+            assert mixed, "no sequence was running during the update"
             _check_bad_names_change_nothing(buffer, model, version=6)
 
             children = descendants(server.process.pid)
@@ -54,7 +54,7 @@ def test_server_samples_takes_pushes_and_restarts_its_engine(model: Path, tmp_pa
                 if b"sglang.launch_server" in Path(f"/proc/{pid}/cmdline").read_bytes()
             )
             below = descendants(engine)
-            assert below, "SGLang's schedulers are processes of their own"
+            assert below, "SGLang's schedulers are separate processes"
             os.kill(engine, signal.SIGKILL)
             assert buffer.expect(ReturnLeases)[0].reason == "engine lost"
             wait_until(lambda: not any(map(is_alive, below)))

@@ -280,12 +280,12 @@ def test_engine_stuck_in_a_broadcast_can_be_used_again(
             await asyncio.sleep(0.1)
             assert not dying.done()
             at_url.kill()
-            assert "given up" in await asyncio.wait_for(dying, 10)
+            assert "abandoned" in await asyncio.wait_for(dying, 10)
 
     asyncio.run(body())
 
 
-def test_sglang_behaviour_that_our_guards_are_for(engine: Engine, models: Models) -> None:
+def test_sglang_behavior_that_needs_our_guards(engine: Engine, models: Models) -> None:
     """The reasons for our guards. If one fails with a newer SGLang, a guard may no longer be needed."""
     tensors = weights_of(models[1])
 
@@ -315,7 +315,7 @@ def test_sglang_behaviour_that_our_guards_are_for(engine: Engine, models: Models
             with pytest.raises(EngineError, match="not flushed"):
                 await _send_flushing(pusher, weights_of(models[0]))
             assert await client.weights_checksum() != digest
-            # While paused, /health would hang; our client uses /ready, which is negative.
+            # While paused, /health would hang; our client reads /ready, which reports that it is not ready.
             assert not await asyncio.wait_for(client.health(), 2)
             await client.end_weight_update(timeout_s=10)
             await client.resume()

@@ -213,7 +213,7 @@ BODIES_UNSAFE_FOR_SGLANG: list[tuple[object, str]] = [
     ({"input_ids": [5], "sampling_params": {"frequency_penalty": 0.5}}, "not supported"),
     ({"input_ids": [5], "sampling_params": {"stop_token_ids": [VOCAB]}}, "outside the vocabulary"),
     ({"input_ids": [5], "sampling_params": [{}, {}]}, "2 entries for 1 prompts"),
-    ({"input_ids": [[5], [6]], "rid": ["a", "a"]}, "id of its own"),
+    ({"input_ids": [[5], [6]], "rid": ["a", "a"]}, "a different id"),
 ]
 """Bodies that the embedded engine refuses, but SGLang accepts, answers with 500 or crashes on. Its client
 must not send them."""

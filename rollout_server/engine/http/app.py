@@ -71,7 +71,7 @@ def _checked_device(name: str) -> torch.device:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without signal handlers of its own, that writes its port to a file once it answers."""
+    """uvicorn without its signal handlers; it writes its port to a file once it answers."""
 
     def __init__(self, config: uvicorn.Config, *, port_file: Path | None, port: int) -> None:
         super().__init__(config)
@@ -80,7 +80,7 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Installs no handlers: `serve` has its own."""
+        """Installs no handlers: `serve` installs them."""
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -133,7 +133,7 @@ async def serve(options: argparse.Namespace, core: EngineCore, listener: socket.
     http = _Server(config, port_file=options.port_file, port=port)
 
     def stop() -> None:
-        """Ends every sequence and update first, so that open requests are answered, then the server."""
+        """Stops the server; ends every sequence and update first, so that open requests are answered."""
         engine.abort(lambda core: core.all_sequences)
         updater.close()
         http.should_exit = True

@@ -1,7 +1,7 @@
 """Reads request bodies within a size limit and checks their fields.
 
-Each function here checks one field, and raises UserError with the field's name, what it must be and what it
-is. The server turns a UserError into status 400, so a handler reads fields and does not handle their errors.
+Each function here checks one field, and raises UserError with the field's name, the allowed values and the
+given one. The server turns a UserError into status 400, so a handler need not handle errors of its fields.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class BodyError(UserError):
 async def read_body(request: Request, *, max_bytes: int) -> dict[str, Any]:
     """Reads the body as a JSON object; an empty body is an empty object. Raises BodyError.
 
-    At most `max_bytes` are kept in memory: a longer body is refused while it is being read, whatever length
-    its header gives.
+    At most `max_bytes` are kept in memory: a longer body is refused while it is being read, and its length
+    header is not trusted.
     """
     content = bytearray()
     try:
@@ -118,7 +118,7 @@ def weight_version(body: Mapping[str, Any]) -> str:
 
 
 def recompute(body: Mapping[str, Any]) -> bool:
-    """`running`: true if running sequences get their KV computed anew under new weights (the default)."""
+    """`running`: true if the KV of running sequences is recomputed under the new weights (the default)."""
     running = body.get("running", "recompute")
     if running not in ("recompute", "keep"):
         raise UserError(f"running must be recompute or keep, got {running!r}")

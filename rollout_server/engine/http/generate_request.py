@@ -2,8 +2,8 @@
 
 Everything is checked here, so the engine may assume that token ids are in the vocabulary and that a sequence
 fits its row. As in SGLang, unknown fields of a body are ignored and unknown sampling parameters are refused.
-A parameter that SGLang has and this engine does not (penalties, grammars) is refused by name: ignoring it
-would sample from another distribution than the client asked for.
+A parameter that SGLang supports and this engine does not (penalties, grammars) is refused by name: ignoring
+it would sample from a different distribution than the client asked for.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rollout_server.engine.http.bodies import flag, number
 from rollout_server.engine.scheduler import SamplingParams, Sequence
 
 MAX_SEQUENCES = 4096
-"""Sequences in one request."""
+"""Most sequences in one request."""
 DEFAULT_NEW_TOKENS = 128
 MAX_STOP_TOKENS = 64
 
@@ -32,9 +32,9 @@ _NEUTRAL = {
     "structural_tag": None, "logit_bias": None, "custom_params": None, "skip_special_tokens": True,
     "spaces_between_special_tokens": True, "no_stop_trim": False, "stream_interval": None,
 }  # fmt: skip
-"""SGLang's parameters that the embedded engine accepts only at the value that changes nothing."""
+"""SGLang's parameters that the embedded engine accepts only at this value, which has no effect."""
 _TEXT_ONLY = {"skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim", "stream_interval"}
-"""Those of them that affect only text. This engine returns no text, so any value is accepted."""
+"""Keys of `_NEUTRAL` that affect only text. This engine returns no text, so any value is accepted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class RequestLimits:
 class GenerateRequest:
     """A checked /generate body.
 
-    The three lists have one entry a sequence, samples of one prompt side by side.
+    The three lists have one entry per sequence; the samples of one prompt are adjacent.
     """
 
     sequences: list[Sequence]
@@ -66,7 +66,7 @@ class GenerateRequest:
 
 
 def parse_generate(body: Mapping[str, Any], limits: RequestLimits) -> GenerateRequest:
-    """Checks a /generate body. Raises UserError with the first thing that is wrong."""
+    """Checks a /generate body. Raises UserError for the first error."""
     input_ids = body.get("input_ids")
     if input_ids is None:
         raise UserError("input_ids is missing: this engine takes token ids, not text")
@@ -85,7 +85,7 @@ def parse_generate(body: Mapping[str, Any], limits: RequestLimits) -> GenerateRe
     logprob = body.get("return_logprob", False)
     logprob_flags = logprob if isinstance(logprob, list) else [logprob] * len(prompts)
     if len(logprob_flags) != len(prompts) or not all(isinstance(one, bool) for one in logprob_flags):
-        raise UserError("return_logprob must be true, false, or one of these a prompt")
+        raise UserError("return_logprob must be true or false, or a list with one of these per prompt")
     sequences, sample_index, return_logprob = [], [], []
     rids = _rids(body.get("rid"), len(prompts))
     for rid, prompt, (sampling, n), with_logprob in zip(rids, prompts, checked, logprob_flags, strict=True):
@@ -101,7 +101,7 @@ def parse_generate(body: Mapping[str, Any], limits: RequestLimits) -> GenerateRe
             sample_index.append(index)
             return_logprob.append(with_logprob)
     if len({sequence.seq_id for sequence in sequences}) < len(sequences):
-        raise UserError("rid: every prompt of a request needs an id of its own")
+        raise UserError("rid: every prompt of a request needs a different id")
     return GenerateRequest(
         sequences=sequences,
         sample_index=sample_index,
@@ -112,14 +112,14 @@ def parse_generate(body: Mapping[str, Any], limits: RequestLimits) -> GenerateRe
 
 
 def _rids(rid: Any, num_prompts: int) -> list[str]:
-    """One request id a prompt: as given, numbered from the one given, or random."""
+    """One request id per prompt: the given list, the given string with a number appended, or random ids."""
     if rid is None:
         return [uuid.uuid4().hex for _ in range(num_prompts)]
     if isinstance(rid, str):
         return [rid] if num_prompts == 1 else [f"{rid}_{i}" for i in range(num_prompts)]
     if isinstance(rid, list) and len(rid) == num_prompts and all(isinstance(one, str) and one for one in rid):
         return rid
-    raise UserError("rid must be a string, or a list with one string a prompt")
+    raise UserError("rid must be a string, or a list with one string per prompt")
 
 
 def _sampling_params(raw: Any, prompt: Any, limits: RequestLimits) -> tuple[SamplingParams, int]:

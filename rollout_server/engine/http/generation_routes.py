@@ -1,8 +1,9 @@
 """The endpoints of generation: /generate, and abort, pause and continue.
 
 The event loop owns requests. The engine's thread posts outputs to the event loop (`deliver`), each to the
-inbox of its request. A client that disconnects ends its sequences. A stream sends whole sequences as they
-end, because a chunk a token would cost more than the token; `--stream-interval` asks for smaller chunks.
+inbox of its request. If a client disconnects, its sequences are aborted. A stream sends each sequence as one
+chunk when it ends, because one chunk per token would cost more than sampling the token; `--stream-interval`
+asks for smaller chunks.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class _Inbox:
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def take(self) -> list[SequenceOutput]:
-        """Waits for outputs and returns all there are."""
+        """Waits for outputs and returns all that have arrived."""
         await self.arrived.wait()
         self.arrived.clear()
         outputs, self.outputs = self.outputs, []
@@ -110,7 +111,7 @@ class GenerationRoutes:
             self._loop.abort(lambda core: work.sequences)
 
     async def abort(self, body: dict[str, Any]) -> Response:
-        """/abort_request: ends one request's sequences, or all, with the tokens they have."""
+        """/abort_request: ends the sequences of one request or of all, with the tokens they have."""
         rid = body.get("rid")
         if body.get("abort_all") is True:
             await asyncio.wrap_future(self._loop.abort(lambda core: core.all_sequences))
@@ -119,14 +120,14 @@ class GenerationRoutes:
                 self._loop.abort(lambda core: [s for s in core.all_sequences if rid in (s.seq_id, s.rid)])
             )
         else:
-            raise UserError("name a request with `rid`, or set `abort_all` to true")
+            raise UserError("give a request id in `rid`, or set `abort_all` to true")
         return success("")
 
     async def pause(self, body: dict[str, Any]) -> Response:
         """/pause_generation: no step runs until /continue_generation.
 
-        Running sequences are aborted (`abort`), sent back to the queue (`retract`) or keep their rows
-        (`in_place`).
+        `mode`: `abort` aborts all sequences, `retract` sends running sequences back to the queue, `in_place`
+        leaves them in their rows.
         """
         mode = body.get("mode", "abort")
         if mode not in PAUSE_MODES:
@@ -153,7 +154,7 @@ class GenerationRoutes:
 
 
 class _EventStream(StreamingResponse):
-    """Calls `on_close` however the response ends, also if the client disconnects before the first event."""
+    """Calls `on_close` when the response ends, also if the client disconnects before the first event."""
 
     def __init__(self, events: AsyncIterator[bytes], *, on_close: Callable[[], None]) -> None:
         super().__init__(events, media_type="text/event-stream")

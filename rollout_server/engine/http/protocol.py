@@ -17,9 +17,10 @@ END_OF_STREAM = b"data: [DONE]\n\n"
 def sequence_json(
     output: SequenceOutput, *, index: int, return_logprob: bool, version: str
 ) -> dict[str, Any]:
-    """One sequence in SGLang's format; `index` is its place in the request, `version` that of its last token.
+    """One sequence in SGLang's format.
 
-    `meta_info.weight_versions` is our addition: which version sampled which output tokens.
+    `index`: position of the sequence in the request. `version`: weight version of its last token. The field
+    `meta_info.weight_versions` is not SGLang's: it has the version that sampled each range of output tokens.
     """
     sequence, finish = output.sequence, output.finish
     meta: dict[str, Any] = {

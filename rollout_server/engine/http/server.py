@@ -1,7 +1,7 @@
-"""The engine's HTTP application, with SGLang's paths, bodies and responses: one client drives either engine.
+"""The engine's HTTP application, with SGLang's paths, bodies and responses, so one client works with both.
 
-This module has the table of routes and the endpoints that read the engine's state. Generation and weight
-updates have modules of their own (`generation_routes`, `weight_routes`).
+This module has the table of routes and the endpoints that read the engine's state. `generation_routes` and
+`weight_routes` have the other endpoints.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class ServerOptions:
 
 
 class EngineServer:
-    """The application, `app`. It may serve once the engine's thread has started."""
+    """The application `app`. Start the engine's thread before serving it."""
 
     def __init__(
         self,

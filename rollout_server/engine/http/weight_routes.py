@@ -1,15 +1,16 @@
-"""The endpoints of weight updates. WeightUpdater has the order in which they must be called.
+"""The endpoints of weight updates. WeightUpdater documents the order in which they must be called.
 
     /init_weights_update_group          join a weight group
     /begin_weight_update                open an update
     /update_weights_from_distributed    receive one bucket into it (repeated)
-    /receive_weights                    open an update and receive all buckets of it
+    /receive_weights                    open an update and receive all its buckets
     /end_weight_update                  verify the update and activate it
-    /update_weights_from_disk           all of an update from a directory
+    /update_weights_from_disk           load and activate a whole update from a directory
     /destroy_weights_update_group       leave the group
 
-All but `/receive_weights` are SGLang's, which changes its active weights bucket by bucket; this engine
-activates an update as a whole at its end. `/receive_weights` saves a request a bucket.
+All but `/receive_weights` are SGLang's endpoints. SGLang changes its active weights bucket by bucket; this
+engine activates an update as a whole at its end. `/receive_weights` replaces one request per bucket by a
+single request.
 """
 
 from __future__ import annotations

@@ -28,12 +28,13 @@ class Weights:
     """
 
     named: Mapping[str, Tensor]
-    """Every parameter by its Hugging Face name; a set is filled by writing into these."""
+    """Every parameter by its Hugging Face name; writing into these tensors fills the set."""
     arena: Tensor | None = None
-    """uint8[bytes]: the memory of all parameters, if they share one. A bucket with the same layout is
-    received in place."""
+    """uint8[bytes]: the one allocation that holds all parameters; None if they are allocated separately. A
+    bucket with the same layout is received directly into it."""
     plan: Any = None
-    """The model's own arrangement of the same memory (views, fused matrices); only the model reads it."""
+    """Views of the same memory as the model's forward pass needs them (fused matrices); private to the
+    model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,17 +47,19 @@ class ModelFacts:
     eos_token_ids: tuple[int, ...]
     parameter_shapes: Mapping[str, tuple[int, ...]]
     tied_names: frozenset[str]
-    """Names that alias another parameter: a push may carry them or leave them out."""
+    """Names that alias another parameter: a weight push may include or omit them."""
     kv_shapes: Sequence[KVShape]
     dtype: torch.dtype
     device: torch.device
 
 
 def new_arena(facts: ModelFacts, groups: Iterable[Sequence[str]]) -> tuple[Tensor, list[Tensor]]:
-    """Uninitialised memory for a set of weights: all of it (uint8), and each group's part, flat.
+    """Allocates uninitialized memory for a set of weights.
 
-    `groups`: names of parameters that must be neighbours. Groups begin at multiples of 64 bytes, for the
-    matrix products; in most models every tensor ends at one, so there are no gaps.
+    `groups`: lists of parameter names; the parameters of one group are adjacent in memory. Returns the whole
+    arena (uint8) and, for each group, its part as a flat tensor of the model's dtype. Groups begin at
+    multiples of 64 bytes, as the matrix products need; in most models the size of every tensor is such a
+    multiple, so there are no gaps.
     """
     sizes = [
         sum(math.prod(facts.parameter_shapes[name]) for name in group) * facts.dtype.itemsize
@@ -75,7 +78,7 @@ class CausalModel(Protocol):
     facts: ModelFacts
 
     def new_weights(self) -> Weights:
-        """An uninitialised set."""
+        """An uninitialized set."""
         ...
 
     def activate(self, weights: Weights) -> None:

@@ -30,8 +30,8 @@ class RowCache(Cache):
         self.rows: KVCache | None = None
         self.decoding = False
         self.seen: dict[int, KVShape] = {}
-        """Layer index -> shape of its keys and values. Read off a forward, because configurations name these
-        sizes differently."""
+        """Layer index -> shape of its keys and values. Recorded in a forward pass, because model
+        configurations name these sizes differently."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -62,7 +62,7 @@ class GenericModel:
         self._causal_11TT = torch.zeros(0)
 
     def new_weights(self) -> Weights:
-        """An uninitialised set."""
+        """An uninitialized set."""
         facts = self.facts
         arena, parts = new_arena(facts, [(name,) for name in facts.parameter_shapes])
         named = {
@@ -72,7 +72,7 @@ class GenericModel:
         return Weights(named=named, arena=arena)
 
     def activate(self, weights: Weights) -> None:
-        """Points the module's parameters at this set's memory; tied parameters are one object and follow."""
+        """Makes the module's parameters use this set's memory; tied parameters are one object."""
         for name, parameter in self._module.named_parameters():
             parameter.data = weights.named[name]
 

@@ -1,10 +1,10 @@
 """Hand-written forward passes of the Llama family: Llama, Qwen2, Qwen3 and models configured like them.
 
-In a decode step of a small model most of the time is the interpreter's, between kernels, so this path runs as
-few kernels as it can: Q, K, V and gate, up are fused matrices, rotary embedding is applied to queries and
-keys at once, residuals are added inside the matrix product. The named parameters are views into the fused
-matrices, so filling a set of weights by name fills those. `supports` is true for the configurations that this
-code is exact for; all others take the generic path.
+A decode step of a small model spends most of its time in the interpreter, between kernels, so this path runs
+as few kernels as it can: Q, K and V are one fused matrix, gate and up another, rotary embedding is applied to
+queries and keys at once, residuals are added inside the matrix product. The named parameters are views into
+the fused matrices, so writing a parameter by name fills its fused matrix. `supports` is true for the
+configurations for which this code is exact; all others take the generic path.
 
 Shapes: N rows, B contexts, T positions, C hidden, H query heads, K key/value heads, G = H / K, D head size, F
 intermediate.
@@ -55,7 +55,7 @@ def supports(config: Any, names: set[str]) -> bool:
     """True if this module computes what transformers would for this configuration and these parameters."""
     if config.model_type not in ("llama", "qwen2", "qwen3") or config.hidden_act != "silu":
         return False
-    # These rotary embeddings depend on the length of the sequence: a table made once would be wrong.
+    # These rotary embeddings depend on the length of the sequence, so a table computed once would be wrong.
     if (config.rope_parameters or {}).get("rope_type") in ("dynamic", "longrope"):
         return False
     return names == {name for name, _ in _parameters(config, names)}
@@ -97,7 +97,7 @@ def _fused_with(name: str) -> tuple[str, ...]:
 
 
 def _fused_groups(names: Iterable[str]) -> list[tuple[str, ...]]:
-    """Every name once, fused ones side by side, otherwise in the given order, which is that of a push."""
+    """Groups the names: fused parameters together, otherwise in the given order, which is that of a push."""
     seen: set[str] = set()
     groups = []
     for name in names:
@@ -127,11 +127,11 @@ class LlamaModel:
         cos_TD, sin_TD = rotary
         half = self._head_dim // 2
         # x * cos + rotate_half(x) * sin, with rotate_half's sign moved into the table: a roll is cheaper than
-        # to negate and concatenate.
+        # a negation and a concatenation.
         self._cos_TD = cos_TD.to(facts.dtype)
         self._sin_TD = torch.cat((-sin_TD[:, :half], sin_TD[:, half:]), -1).to(facts.dtype)
         # On a CPU in float32 a few plain kernels are faster than the composite ones at these sizes (32 rows:
-        # attention takes 42 instead of 60 us, a norm 6 instead of 10 us, and there are seven norms a step).
+        # attention takes 42 us instead of 60, a norm 6 us instead of 10, with seven norms per step).
         self._plain = facts.device.type == "cpu" and facts.dtype == torch.float32
         self._mean_C1 = torch.full(
             (config.hidden_size, 1), 1 / config.hidden_size, dtype=facts.dtype, device=facts.device
@@ -140,7 +140,7 @@ class LlamaModel:
         self._plan: _Plan | None = None
 
     def new_weights(self) -> Weights:
-        """An uninitialised set: fused storage, and its views by name."""
+        """An uninitialized set: fused storage, and its views by name."""
         facts, config = self.facts, self._config
         groups = _fused_groups(facts.parameter_shapes)
         arena, parts = new_arena(facts, groups)
@@ -244,7 +244,7 @@ class LlamaModel:
         return (x * weight_C).mul_(torch.addmm(self._eps_11, x * x, self._mean_C1).rsqrt_())
 
     def _normed(self, qk: Tensor, layer: _Layer) -> Tensor:
-        """Queries and keys normalised by head, before rotation, in models that do so (Qwen3)."""
+        """Normalizes queries and keys per head, before rotation, in models that do so (Qwen3)."""
         if layer.q_norm_D is None or layer.k_norm_D is None:
             return qk
         query, key = qk[..., : self._num_heads, :], qk[..., self._num_heads :, :]
@@ -259,10 +259,10 @@ class LlamaModel:
         return torch.addcmul(x * cos, x.roll(self._head_dim // 2, -1), sin)
 
     def _attend(self, query_NKGD: Tensor, key_NKTD: Tensor, value_NKTD: Tensor, bias_N11T: Tensor) -> Tensor:
-        """Attention of one query a row.
+        """Attention of one query per row.
 
-        The G query heads of a KV head take the place of a longer query's positions, so keys are never
-        repeated.
+        The G query heads of a KV head are laid out as G query positions, so keys need not be repeated for
+        each head.
         """
         if not self._plain:
             return F.scaled_dot_product_attention(

@@ -1,8 +1,8 @@
 """Loads a Hugging Face model for the engine, and checks that its log-probs agree with transformers.
 
-The check costs two short forwards at start, and makes it safe to accept any decoder-only model: an
-architecture whose attention, positions or cache do not behave as our paths assume is refused with one
-message, instead of being trained on wrong log-probs.
+The check costs two short forward passes at start, and makes it safe to accept any decoder-only model: an
+architecture whose attention, positions or cache do not behave as this package assumes is refused with an
+error message, instead of producing wrong log-probs for training.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ logger = logging.getLogger(__name__)
 
 CHECK_TOKENS = 12
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
-"""Largest log-prob difference that the check accepts. Another order of summation alone gives 1e-5, 0.1 and
-0.01."""
+"""Largest log-prob difference that the check accepts, by dtype. A different order of summation alone causes
+1e-5 (float32), 0.1 (bfloat16) and 0.01 (float16)."""
 
 _FORWARD_ERRORS = (TypeError, AttributeError, NotImplementedError, IndexError, ValueError, RuntimeError)
-"""Errors of a forward that cannot use our cache or mask. Out of memory is a RuntimeError too; its text tells
-them apart."""
+"""Errors raised by a forward pass that cannot use our cache or mask. Running out of memory is a RuntimeError
+too and is reported in the same way; the error's own text shows the difference."""
 
 
 @torch.inference_mode()
@@ -51,8 +51,8 @@ def load(
     facts = _facts(module, tokens_BT, dtype=dtype, device=device)
     if facts.max_positions < context_length:
         raise ConfigError(
-            f"--context-length {context_length}: {path} has only {facts.max_positions} positions; "
-            "use at most that many"
+            f"--context-length {context_length}: {path} supports only {facts.max_positions} positions; "
+            f"use at most {facts.max_positions}"
         )
     reference = [module(input_ids=tokens_BT[:1], use_cache=False).logits[0, -1]]
     reference.append(module(input_ids=tokens_BT[1:, : CHECK_TOKENS // 2], use_cache=False).logits[0, -1])
@@ -94,7 +94,7 @@ def _from_pretrained(path: str, *, dtype: torch.dtype) -> Any:
 
 
 def _check_attention(config: Any, *, context_length: int) -> None:
-    """Raises ConfigError for layers without KV rows, and sliding windows that a sequence could outgrow."""
+    """Raises ConfigError for layers without KV rows, and for a sliding window below `context_length`."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if other := kinds - {"full_attention", "sliding_attention"}:
         raise ConfigError(
@@ -105,8 +105,8 @@ def _check_attention(config: Any, *, context_length: int) -> None:
     implicit = not hasattr(config, "layer_types") and getattr(config, "use_sliding_window", True)
     if window and ("sliding_attention" in kinds or implicit) and context_length > window:
         raise ConfigError(
-            f"--context-length {context_length}: the model attends to a sliding window of {window}; "
-            "use at most that"
+            f"--context-length {context_length}: the model attends to a sliding window of {window} tokens; "
+            f"use at most {window}"
         )
 
 
@@ -119,8 +119,8 @@ def _facts(module: Any, tokens_BT: Tensor, *, dtype: torch.dtype, device: torch.
         raise ConfigError(f"model type {config.model_type} cannot run over our KV cache: {error}") from None
     if sorted(probe.seen) != list(range(config.num_hidden_layers)):
         raise ConfigError(
-            f"model type {config.model_type}: not every layer keeps keys and values; "
-            "the embedded engine needs that"
+            f"model type {config.model_type}: the embedded engine needs keys and values from every layer, "
+            "and some layers of this model have none"
         )
     unique = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     every = {name for name, _ in module.named_parameters(remove_duplicate=False)}
@@ -141,9 +141,9 @@ def _facts(module: Any, tokens_BT: Tensor, *, dtype: torch.dtype, device: torch.
 
 
 def _difference(model: CausalModel, tokens_BT: Tensor, reference: list[Tensor]) -> float:
-    """Largest log-prob difference to `reference`, two rows of logits [V].
+    """Largest log-prob difference between the engine's logits and `reference`, two rows of logits [V].
 
-    Both come from a padded prefill and one decode step of two contexts of unequal length.
+    The engine's come from a padded prefill and one decode step over two contexts of unequal length.
     """
     facts = model.facts
     lengths = [CHECK_TOKENS, CHECK_TOKENS // 2]

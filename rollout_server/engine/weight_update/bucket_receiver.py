@@ -1,8 +1,9 @@
 """Receives the tensors of one weight update into the shadow weights, which no forward pass reads.
 
-A bucket that has the layout of the shadow weights (the same dtype, the same neighbours) is received in place.
-Any other is received into a buffer, and copied and cast from there. While one bucket is being received, the
-one before it is verified: checksum, names, shapes, no value that is not finite.
+A bucket whose layout equals the shadow weights' (same dtype, same tensors in the same order) is received
+directly into them. Any other bucket is received into a buffer, and its tensors are copied and cast from
+there. While one bucket is being received, the previous one is verified: checksum, names, shapes, all values
+finite.
 """
 
 from __future__ import annotations
@@ -36,17 +37,18 @@ class BucketReceiver:
     """Fills one set of shadow weights. Its methods block and run in threads, one at a time."""
 
     def __init__(self, weights: Weights, facts: ModelFacts, buffers: list[Tensor]) -> None:
-        """`buffers`: receive buffers that an earlier update left; this receiver takes the list over."""
+        """`buffers`: receive buffers of an earlier update, to be reused; this object takes over the list."""
         self.weights = weights
         self.device = facts.device
         self.received: list[TensorSpec] = []
         """Every tensor that was received and verified, in order."""
         self.error = ""
-        """The first thing that was wrong; empty so far."""
+        """Message of the first error; empty while there was none."""
         self.is_tainted = False
-        """A broadcast into the shadow weights failed, and may write into them at any later time."""
+        """True after a failed broadcast into the shadow weights: it may still write into them at any later
+        time, so they must not be used again."""
         self.buffers = buffers
-        """Receive buffers that are free at the moment."""
+        """Receive buffers that are not in use."""
         self._facts = facts
         self._stream: torch.cuda.Stream | None = None
         if self.device.type == "cuda":
@@ -55,9 +57,9 @@ class BucketReceiver:
             self._stream.wait_stream(torch.cuda.default_stream(self.device))
 
     def on_own_stream(self, work: Callable[[], T]) -> T:
-        """Runs `work` with a CUDA stream of its own; on a CPU, as it is.
+        """Runs `work` on this receiver's CUDA stream; on a CPU, calls it directly.
 
-        In the default stream decoding would wait for the whole broadcast, and the broadcast for decoding.
+        On the default stream, decoding would wait for the whole broadcast, and the broadcast for decoding.
         """
         with torch.cuda.stream(self._stream):
             return work()
@@ -65,9 +67,9 @@ class BucketReceiver:
     def receive(self, group: WeightGroup, buckets: Iterable[Bucket], *, timeout_s: float) -> list[int]:
         """Receives and verifies flattened buckets; returns their checksums.
 
-        An error in the buckets themselves is kept in `error`, and the remaining buckets are received
-        nevertheless, so that neither the sender nor the other engines hang. Raises WeightSyncError if the
-        group breaks. `timeout_s`: for all of them together.
+        An error in a bucket's content is recorded in `error`, and the remaining buckets are still received,
+        so that neither the sender nor the other engines hang. Raises WeightSyncError if the group breaks.
+        `timeout_s`: for all buckets together.
         """
         device = self._receive_device(group)
         end_s = time.monotonic() + timeout_s
@@ -93,7 +95,7 @@ class BucketReceiver:
         return checksums
 
     def receive_tensors(self, group: WeightGroup, bucket: Bucket, *, timeout_s: float) -> None:
-        """Receives a bucket that was not flattened, one broadcast a tensor. Raises WeightSyncError.
+        """Receives a bucket that is not flattened, one broadcast per tensor. Raises WeightSyncError.
 
         `timeout_s`: for each tensor.
         """
@@ -107,8 +109,8 @@ class BucketReceiver:
     def store(self, tensors: dict[str, Tensor]) -> None:
         """Copies tensors into the shadow weights, casting to the model's dtype.
 
-        Raises WeightSyncError for a tensor that does not fit or is not finite. A name that aliases another
-        parameter is skipped: its values come under the other name.
+        Raises WeightSyncError for an unknown name, a wrong shape, or values that are not finite. A name that
+        aliases another parameter is skipped: its values come under the other name.
         """
         shapes = self._facts.parameter_shapes
         for name, tensor in tensors.items():
@@ -118,7 +120,7 @@ class BucketReceiver:
                 raise WeightSyncError(f"tensor {name} is unknown to the model")
             if tuple(tensor.shape) != tuple(shapes[name]):
                 raise WeightSyncError(
-                    f"tensor {name}: want shape {list(shapes[name])}, got {list(tensor.shape)}"
+                    f"tensor {name} must have shape {list(shapes[name])}, got {list(tensor.shape)}"
                 )
             target = self.weights.named[name]
             target.copy_(tensor)
@@ -159,20 +161,22 @@ class BucketReceiver:
         for index, buffer in enumerate(self.buffers):
             if buffer.numel() >= num_bytes and buffer.device == device:
                 return self.buffers.pop(index)
-        # One buffer may be in use, so at most one too small one is free: with the new one there are never
-        # more than two.
+        # Two buffers at most: one is being verified, and this one replaces the free one, which is too small.
         del self.buffers[:1]
         return torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
     def _verify(self, bucket: Bucket, flat: Tensor, buffer: Tensor | None) -> int:
-        """Checks a bucket that has arrived, stores it if it is in a buffer, and returns its checksum."""
+        """Verifies a received bucket, copies it into the weights if `buffer` holds it; returns its checksum.
+
+        `buffer` is None if the bucket was received in place.
+        """
         is_in_place = buffer is None
         found, all_finite = (
             checksum_and_finiteness(flat, dtype=self._facts.dtype) if is_in_place else (checksum(flat), True)
         )
         try:
             if bucket.checksum not in (None, found):
-                raise WeightSyncError("a bucket's checksum is wrong: the bytes changed on the way")
+                raise WeightSyncError("a bucket's checksum is wrong: its bytes changed in transit")
             if is_in_place:
                 for name, tensor in unflatten(bucket, flat).items() if not all_finite else ():
                     self._check_finite(name, tensor)
@@ -187,4 +191,4 @@ class BucketReceiver:
 
     def _check_finite(self, name: str, tensor: Tensor) -> None:
         if not is_finite(tensor):
-            raise WeightSyncError(f"tensor {name} holds values that are not finite in {self._facts.dtype}")
+            raise WeightSyncError(f"tensor {name} has values that are not finite in {self._facts.dtype}")

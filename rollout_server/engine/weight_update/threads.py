@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class AbandonableThreads:
-    """Runs each piece of work in a thread of its own. All methods must be called on the event loop."""
+    """Runs each piece of work in a separate thread. All methods must be called on the event loop."""
 
     def __init__(self) -> None:
         self._pending: set[asyncio.Future[Any]] = set()
@@ -38,9 +38,9 @@ class AbandonableThreads:
     def abandon(self, reason: str) -> None:
         """Fails every pending `run` with WeightSyncError.
 
-        The threads end by themselves, and their results are dropped.
+        The threads run to their end, and their results are discarded.
         """
         for future in list(self._pending):
-            # A future that is done, but whose callback has not run yet, is still in the set.
+            # The set may still contain a future that is done: the callback that removes it runs later.
             if not future.done():
                 future.set_exception(WeightSyncError(reason))

@@ -1,11 +1,11 @@
 """Weight updates of a running engine: received while it decodes, then activated as a whole or not at all.
 
 Two sets of weights exist. Forward passes read the active set; an update fills the shadow set, and activating
-it swaps the two between two decode steps. Whatever goes wrong before that leaves the active weights as they
-were.
+the update swaps the two sets between two decode steps. An error before the swap leaves the active weights
+unchanged.
 
-Blocking calls run in threads of their own. A broadcast whose sender hangs holds only its thread, until the
-group's timeout. The shadow weights that it may still write into are then never used again.
+Each blocking call runs in a separate thread. A broadcast whose sender hangs blocks only its own thread, until
+the group's timeout. The shadow weights that it may still write into are then never used again.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class _OpenUpdate:
 
     receiver: BucketReceiver
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held by the call that receives: broadcasts of a group must run in the order in which they were
-    requested."""
+    """Held by the call that is receiving, because a group's broadcasts must run in the order of the
+    requests."""
     num_receiving: int = 0
-    """Calls that receive or wait for the lock. The shadow weights cannot be used again before it is 0."""
+    """Calls that receive or wait for the lock. While it is above 0 the shadow weights cannot be reused."""
     version: str = ""
     is_discarded: bool = False
     started_s: float = field(default_factory=time.perf_counter)
@@ -54,9 +54,9 @@ class WeightUpdater:
         CLOSED -> begin -> OPEN -> receive (repeated) -> end -> verified: weights swapped -> CLOSED
                                                              -> any error: active weights stay -> CLOSED
 
-    `begin` in state OPEN discards the update and opens another. `receive_all` and `load_from_disk` begin by
-    themselves. An error in a bucket fails the call that received it and later `end`, with the first error's
-    message.
+    `begin` in state OPEN discards the update and opens another. `receive_all` and `load_from_disk` call
+    `begin` themselves. An error in a bucket makes the call that received it fail, and later `end` with the
+    message of the first error.
     """
 
     def __init__(self, loop: EngineLoop, facts: ModelFacts) -> None:
@@ -74,8 +74,7 @@ class WeightUpdater:
         """Updates that `end` refused."""
         self.update_s = 0.0
         """Sum over successful updates of the time from `begin` to activation."""
-        # A bound that the model's own tensors cannot exceed in any dtype; a larger bucket is an error of the
-        # sender.
+        # The model's tensors cannot exceed this in any dtype, so a larger bucket is an error of the sender.
         self._max_bucket_bytes = 1 << 24
         self._max_bucket_bytes += 8 * sum(
             torch.Size(shape).numel() for shape in facts.parameter_shapes.values()
@@ -92,7 +91,7 @@ class WeightUpdater:
         backend: str,
         timeout_s: float,
     ) -> None:
-        """Joins a weight group, after leaving one of the same name. Raises WeightSyncError."""
+        """Joins a weight group; leaves an existing group of the same name first. Raises WeightSyncError."""
         if backend == "nccl" and self._facts.device.type != "cuda":
             raise WeightSyncError(
                 f"backend nccl needs a CUDA engine, this one runs on {self._facts.device}: use gloo"
@@ -112,7 +111,7 @@ class WeightUpdater:
         )
 
     async def destroy_group(self, group_name: str) -> None:
-        """Leaves a group. Raises WeightSyncError if there is none of that name."""
+        """Leaves a group. Raises WeightSyncError if no group has that name."""
         group = self._groups.pop(group_name, None)
         if group is None:
             raise WeightSyncError(f"weight group {group_name!r} does not exist")
@@ -120,7 +119,7 @@ class WeightUpdater:
         await self._threads.run(group.close)
 
     async def begin(self) -> None:
-        """Opens an update; one that is open is discarded."""
+        """Opens an update; discards an update that is still open."""
         self._discard()
         weights = await asyncio.wrap_future(self._loop.call(lambda core: core.take_shadow_weights()))
         buffers, self._buffers = self._buffers, []
@@ -129,7 +128,7 @@ class WeightUpdater:
     async def receive(
         self, bucket: Bucket, *, group_name: str, flattened: bool, version: str, timeout_s: float
     ) -> int | None:
-        """Receives one bucket, after those requested before it; returns the checksum if it is flattened.
+        """Receives one bucket, in the order of the calls; returns its checksum if it is flattened.
 
         `timeout_s`: of each broadcast. Raises WeightSyncError; the update can then no longer be activated.
         """
@@ -179,10 +178,9 @@ class WeightUpdater:
                 if update.is_discarded:
                     raise WeightSyncError("the weight update was discarded")
                 if any(bucket.num_bytes > self._max_bucket_bytes for bucket in buckets):
-                    # This bucket will not be received. Leaving the group fails its broadcast at the sender at
-                    # once.
+                    # Leaving the group makes the broadcast of this bucket fail at the sender at once.
                     await self.destroy_group(group_name)
-                    raise WeightSyncError("a bucket is larger than this model could need")
+                    raise WeightSyncError("a bucket is larger than all of this model's tensors together")
                 checksums = await self._threads.run(lambda: receiver.on_own_stream(work))
             if receiver.error:
                 raise WeightSyncError(receiver.error)
@@ -197,8 +195,8 @@ class WeightUpdater:
     async def end(self, *, version: str, recompute: bool) -> float:
         """Checks that the update is complete and activates it; returns the stall of decoding in seconds.
 
-        `recompute`: running sequences get their KV computed anew; otherwise they go on with what they have.
-        Raises WeightSyncError, with the old weights still active.
+        `recompute`: recompute the KV of running sequences under the new weights; otherwise they keep their
+        KV. Raises WeightSyncError if the update is incomplete or had an error; the old weights stay active.
         """
         update = self._open_update()
         if update.num_receiving:
@@ -209,7 +207,7 @@ class WeightUpdater:
                 raise WeightSyncError(receiver.error)
             check_names(receiver.received, self._facts.parameter_shapes, tied=self._facts.tied_names)
             if not version:
-                raise WeightSyncError("no weight_version was given: name it in /end_weight_update")
+                raise WeightSyncError("no weight_version was given: pass it to /end_weight_update")
         except WeightSyncError:
             self.num_failures += 1
             self._discard()
@@ -263,7 +261,7 @@ class WeightUpdater:
         self._reclaim(update)
 
     def _reclaim(self, update: _OpenUpdate) -> None:
-        """Takes back the memory of a discarded update, once nothing writes into it any more."""
+        """Reuses the memory of a discarded update once no call writes into it any more."""
         if update.is_discarded and not update.num_receiving:
             receiver = update.receiver
             self._buffers = receiver.buffers

@@ -1,8 +1,8 @@
 """Names and shapes of a checkpoint's tensors, read from the headers of its safetensors files.
 
-SGLang answers 200 to a tensor that it does not have, and loads half an update whose last shape is wrong. So
-names and shapes of a push are compared with these, the names that SGLang has loaded once already, before
-anything is sent to it. No tensor is read, and torch is not needed.
+SGLang answers 200 to a tensor name that it does not have, and loads part of an update if a later tensor has
+the wrong shape. So the names and shapes of a push are compared with those of the checkpoint that SGLang has
+loaded, before anything is sent. No tensor is read, and torch is not needed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from areal_like.weights.buckets import TensorSpec, check_names
 
 _INDEX = "model.safetensors.index.json"
 _TIED = "lm_head.weight"
-"""Absent from the checkpoint of a model that ties it to its embedding, and accepted by every engine."""
+"""Missing in the checkpoint of a model that ties it to its embedding; every engine accepts it in a push."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class CheckpointShapes:
 
     @classmethod
     def of(cls, model: str) -> CheckpointShapes:
-        """`model` is what `from_pretrained` takes. Raises ConfigError if it has no readable safetensors."""
+        """`model`: argument for `from_pretrained`. Raises ConfigError if it has no readable safetensors."""
         shapes: dict[str, tuple[int, ...]] = {}
         try:
             for path in _files(model):
@@ -44,7 +44,7 @@ class CheckpointShapes:
         return cls(shapes)
 
     def check(self, specs: Sequence[TensorSpec]) -> None:
-        """Raises WeightSyncError with the names that are unknown, missing or of another shape."""
+        """Raises WeightSyncError with the names that are unknown, missing or have another shape."""
         check_names(specs, self.shapes, tied=() if _TIED in self.shapes else (_TIED,))
 
 

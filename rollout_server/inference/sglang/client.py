@@ -1,8 +1,8 @@
-"""SGLang's differences from the embedded engine, behind the same client.
+"""The client of an SGLang engine: EngineClient with three differences.
 
-Guarded here, because SGLang does not: a token id outside the vocabulary kills the whole SGLang server, so it
-is refused before it is sent; `/health` generates a token and hangs while the engine is paused, so readiness
-is read from `/ready`. SGLang reports no cumulative load, so generated tokens are counted from its answers.
+- A token id outside the vocabulary kills the whole SGLang server, so it is refused before it is sent.
+- `/health` generates a token and hangs while the engine is paused, so readiness is read from `/ready`.
+- SGLang reports no cumulative load, so the client counts generated tokens and busy time itself.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class SglangClient(EngineClient):
         return generation
 
     async def health(self) -> bool:
-        """Whether the engine has started and accepts requests; False while it is paused."""
+        """True if the engine has started and accepts requests; False while it is paused."""
         try:
             await self._http.call("GET", "/ready", timeout_s=self._connect_timeout_s)
         except EngineError:

@@ -1,10 +1,10 @@
-"""A real SGLang as this server's engine: started in an environment of its own, or already running at a URL.
+"""SGLang as this server's engine: started in a separate Python environment, or already running at a URL.
 
-The environment is its own because SGLang pins its own torch and transformers. A process that we started is
-ended with SIGKILL: it holds no state that matters, and it checks only every five seconds whether it was asked
-to drain. An engine at a URL is reset when it is taken over (whatever pause, update session or weights an
-earlier client left behind) and counts as lost when it stops answering; "restarting" it means taking it over
-again.
+The environment is separate because SGLang pins versions of torch and transformers. A process that this server
+has started is ended with SIGKILL: it holds no state that is needed later, and it reacts to a request to drain
+only after up to five seconds. An engine at a URL is reset at every start, because an earlier client may have
+left it paused, in an update session or with other weights. It counts as lost when it stops answering;
+"restarting" it means resetting it again.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from rollout_server.inference.weight_update import OnQuarantine, OnUntrusted, We
 BUILT_PYTHON = Path("areal_like/sglang/bin/python")
 """Interpreter that `make sglang` builds, below the cache directory."""
 _MAX_CPU_KV_TOKENS = 1 << 16
-"""On a CPU SGLang would otherwise take most of the memory for its KV cache."""
-_ONE_CHUNK_A_SEQUENCE = 1 << 20
-"""--stream-interval: a chunk for each token would repeat all tokens before it."""
+"""KV cache size on a CPU. By default SGLang would take most of the machine's memory."""
+_ONE_CHUNK_PER_SEQUENCE = 1 << 20
+"""--stream-interval: a sequence is sent as one chunk, because every chunk repeats all tokens before it."""
 _POLL_S = 0.5
 _PROBE_S = 2.0
 _LOST_AFTER_S = 15.0
@@ -68,7 +68,7 @@ def find_python(configured: str) -> str:
 
 
 def server_index(name: str) -> int:
-    """The number at the end of a server's name: 2 for `rollout-2`; 0 without one."""
+    """The number at the end of a server's name: 2 for `rollout-2`; 0 if there is no number."""
     number = name.rpartition("-")[2]
     return int(number) if number.isdigit() else 0
 
@@ -80,19 +80,19 @@ def launch_options(config: Config, *, model: str, port: int, version: int, index
     options = {
         "model-path": model, "host": rollout.host, "port": port, "device": device,
         "dtype": config.model.dtype, "max-running-requests": rollout.max_running, "weight-version": version,
-        "random-seed": config.seed + index, "stream-interval": _ONE_CHUNK_A_SEQUENCE,
+        "random-seed": config.seed + index, "stream-interval": _ONE_CHUNK_PER_SEQUENCE,
         "sampling-defaults": "openai",
     }  # fmt: skip
     flags = ["skip-tokenizer-init", "enable-metrics"]
     if ordinal:
         options["base-gpu-id"] = ordinal
     if config.weights.update_mode == "keep":
-        # Prefixes computed under old weights would be used by new requests, and cannot be flushed while
-        # sequences run.
+        # New requests would use prefixes computed under old weights: with `keep`, sequences run during the
+        # update, and SGLang cannot flush the cache then.
         flags.append("disable-radix-cache")
     if device == "cpu":
         options |= {"attention-backend": "torch_native", "max-total-tokens": _MAX_CPU_KV_TOKENS}
-        # Without sleep-on-idle, its idle loop uses a whole core.
+        # Without sleep-on-idle, SGLang's idle loop uses a whole core.
         flags += ["disable-cuda-graph", "disable-overlap-schedule", "sleep-on-idle"]
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     words += [f"--{flag}" for flag in flags]
@@ -124,19 +124,19 @@ class SglangProcess(EngineProcess):
         )
 
     async def stop(self) -> None:
-        """Kills it."""
+        """Kills the engine and waits for its end, for a limited time."""
         if self._process is not None:
             await self._end()
 
     def kill(self) -> None:
-        """Kills it and its scheduler processes."""
+        """Kills the engine and its scheduler processes."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     def _command(self, *, version: int) -> list[str]:
-        # SGLang needs the port's number beforehand. If it is taken meanwhile, SGLang ends and is started
-        # again.
+        # SGLang cannot pick a free port and report it. If another process takes this port meanwhile, SGLang
+        # ends and is started again.
         with socket.socket() as probe:
             probe.bind((self._config.rollout.host, 0))
             self._chosen_port = probe.getsockname()[1]
@@ -173,14 +173,14 @@ class SglangAtUrl:
     """An SGLang that this server neither starts nor ends; an `Engine`."""
 
     pid = 0
-    """There is no process of ours."""
+    """This server has started no process."""
 
     def __init__(self, config: Config, *, name: str, model: str, vocab_size: int) -> None:
         self._config = config
         self._model = model
         self._url = config.rollout.sglang.url.replace("{index}", str(server_index(name)))
         self._vocab_size = vocab_size
-        self._given_up = asyncio.Event()
+        self._abandoned = asyncio.Event()
         self.num_starts = 0
 
     def weight_update_strategy(
@@ -195,12 +195,12 @@ class SglangAtUrl:
         )
 
     async def start(self, *, version: int) -> EngineClient:
-        """Takes the engine over: loads the weights at `model.path` as `version`, whatever it did before.
+        """Resets the engine and loads the weights at `model.path` as `version`.
 
-        Raises EngineError if it does not answer within rollout.start_timeout_s or refuses, ConfigError if its
-        options contradict the configuration.
+        Raises EngineError if the engine refuses or does not answer within rollout.start_timeout_s, and
+        ConfigError if its options contradict the configuration.
         """
-        self._given_up.clear()
+        self._abandoned.clear()
         self.num_starts += 1
         timeout_s = self._config.rollout.start_timeout_s
         rollout = self._config.rollout
@@ -226,7 +226,10 @@ class SglangAtUrl:
         return client
 
     async def died(self) -> str:
-        """Waits until the engine is silent for long, stops listening or is given up; returns why."""
+        """Waits until the engine is silent for too long, stops listening or `kill` is called.
+
+        Returns the reason.
+        """
         loop = asyncio.get_running_loop()
         async with EngineClient(self._url) as probe:
             answered_s, num_refused = loop.time(), 0
@@ -235,23 +238,23 @@ class SglangAtUrl:
                     await probe.model_info()
                     answered_s, num_refused = loop.time(), 0
                 except EngineError:
-                    # A closed port is noticed early: each lease taken meanwhile would fail at once and use up
-                    # one of its ticket's tries.
+                    # Check for a closed port, to return early: each lease taken in the meantime would fail at
+                    # once and use up one of its ticket's retries.
                     num_refused = num_refused + 1 if await _refuses(self._url) else 0
                     if num_refused == 2:
                         return f"no server listens at {self._url} any more"
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_POLL_S if num_refused else _PROBE_S):
-                        await self._given_up.wait()
-                        return f"the engine at {self._url} was given up"
+                        await self._abandoned.wait()
+                        return f"the engine at {self._url} was abandoned"
         return f"the engine at {self._url} has been silent for {_LOST_AFTER_S:g} s"
 
     async def stop(self) -> None:
-        """Leaves it running; requests of this server were aborted with their connections."""
+        """Leaves the engine running; closing the connections has aborted this server's requests."""
 
     def kill(self) -> None:
-        """Gives it up: `died` returns, so that it can be taken over again."""
-        self._given_up.set()
+        """Abandons the engine: `died` returns, so that `start` can reset it."""
+        self._abandoned.set()
 
     async def _reset(self, client: SglangClient, *, version: int) -> None:
         info = await client.server_info()
@@ -262,7 +265,7 @@ class SglangAtUrl:
             )
         await client.fetch_info()
         await client.abort()
-        with contextlib.suppress(EngineError):  # 400 if no session was left open
+        with contextlib.suppress(EngineError):  # SGLang answers 400 if no session is open
             await client.end_weight_update(timeout_s=_PROBE_S)
         await client.update_weights_from_disk(
             self._model, weight_version=version, timeout_s=self._config.rollout.start_timeout_s
@@ -270,7 +273,7 @@ class SglangAtUrl:
 
 
 async def _refuses(url: str) -> bool:
-    """Whether the host refuses connections at every address; False without an answer."""
+    """True if the host refuses connections at every address; False if it does not answer at all."""
     parts, loop = urlsplit(url), asyncio.get_running_loop()
     num_refused = 0
     try:

@@ -1,21 +1,23 @@
-"""Weight pushes into SGLang, which loads in place and so must not decode from the first byte to the last.
+"""Weight pushes into SGLang, which overwrites its active weights and so must not decode during the update.
 
-    SERVING -> quiet (see below) -> paused -> session: every bucket -> digest -> cache flushed -> version set
-                                                                                    -> resumed: SERVING
-        failed, digest unchanged -> resumed: SERVING, old version
-        failed, digest changed   -> QUARANTINED: reloaded from disk -> SERVING at the next push
+    SERVING -> requests held or not (update mode) -> paused -> update session: receive every bucket
+            -> digest read -> cache flushed -> version set -> resumed: SERVING
+    failed, digest unchanged -> resumed: SERVING with the old version
+    failed, digest changed   -> QUARANTINED: reloaded from disk -> next push -> SERVING
+
+Update modes:
 
     recompute      `retract` pause: the KV cache is dropped and rebuilt under the new weights
     keep           `in_place` pause: the old KV cache stays and is not flushed
     abort_resume   new requests are held, running sequences are interrupted and resubmitted afterwards
     drain          new requests are held until running sequences have finished
 
-SGLang's own `abort` pause is not used: it checks only once a second whether the running sequences have ended.
+SGLang's own `abort` pause is not used: it checks only once per second if the running sequences have ended.
 
-Names and shapes are compared with the checkpoint before anything is sent: SGLang answers 200 to a name that
-it does not have. The version is set in a call of its own, last, so that a token can carry it only when
-everything before has succeeded. Unlike the embedded engine, SGLang does not verify the bytes: TCP and NCCL
-protect them on the way, and the digest over all parameters shows whether anything was loaded.
+Names and shapes are compared with the checkpoint before anything is sent, because SGLang answers 200 to a
+name that it does not have. The version is set by a separate call at the end, so that a token can carry it
+only if everything before has succeeded. Unlike the embedded engine, SGLang does not verify the received
+bytes: TCP and NCCL protect them in transit, and the digest over all parameters shows if anything was loaded.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from rollout_server.inference.weight_update import OnQuarantine, OnUntrusted, We
 log = logging.getLogger(__name__)
 
 _RECOVERY_TIMEOUT_S = 5.0
-"""For the engine to report its digest after a failure; one that is stuck in a broadcast does not answer."""
+"""Time for the engine to report its digest after a failure. It does not answer while stuck in a broadcast."""
 _RELOAD_TIMEOUT_S = 120.0
 _ABORT_AGAIN_S = 0.1
 
@@ -58,14 +60,14 @@ class SglangWeightUpdate:
         self._initial_digest = self._digest = ""
 
     async def engine_started(self, client: EngineClient, *, path: str, version: int) -> None:
-        """Records the digest of the weights at `path`, which are loaded again after a failed push."""
+        """Records `path`, to reload it after a failed push, and the digest of the weights loaded from it."""
         self._path, self._path_version = path, version
         self._initial_digest = self._digest = await client.weights_checksum()
 
     async def restore_after_failed_load(
         self, client: EngineClient, *, path: str, version: int, timeout_s: float
     ) -> None:
-        """Loads `path`: part of the load that failed may have been loaded."""
+        """Loads the weights at `path`, because the failed load may have changed some of them."""
         await client.update_weights_from_disk(path, weight_version=version, timeout_s=timeout_s)
 
     async def push(self, client: EngineClient, push: WeightPush) -> float:
@@ -90,21 +92,21 @@ class SglangWeightUpdate:
             await client.end_weight_update(timeout_s=push.left_s())
             digest = await client.weights_checksum()
             if request.update_mode != "keep":
-                # With `keep`, sequences still run: SGLang would refuse the flush, after it has changed the
-                # weights.
+                # Not with `keep`: sequences still run, so SGLang would refuse the flush, and the push would
+                # fail after it has changed the weights.
                 await client.flush_cache()
             await client.set_weight_version(request.version)
             self._digest = digest
             is_done = True
         finally:
-            # Shielded: a push that is cancelled must not leave the engine paused for ever.
+            # Shielded: a cancelled push must not leave the engine paused for ever.
             await asyncio.shield(
                 asyncio.ensure_future(self._finish(client, is_done=is_done, is_held=is_held))
             )
         return loop.time() - started_s
 
     async def _wait_empty(self, client: EngineClient, *, interrupting: bool) -> None:
-        """Waits until no request of this server is at the engine; `interrupting` aborts them."""
+        """Waits until the engine has no request of this server; aborts them if `interrupting`."""
         if interrupting:
             while self._gate.num_inside:
                 await client.abort()
@@ -125,16 +127,17 @@ class SglangWeightUpdate:
                 await self._end_session(client)
             await client.resume()
         except (EngineError, TimeoutError) as error:
-            if not client.is_closed:  # a closed one was lost already, and another may have been started
-                self._on_untrusted(f"cannot be trusted after a failed push: {error or 'no answer'}")
+            # A closed client means that its engine is lost already: a new one must not be reported instead.
+            if not client.is_closed:
+                self._on_untrusted(f"its weights are unknown after a failed push: {error or 'no answer'}")
         finally:
             if is_held:
                 self._gate.release()
 
     async def _reload(self, client: EngineClient) -> None:
-        """Part of an update is loaded: loads the weights on disk again, under their own version."""
+        """Undoes a partial update: loads the weights on disk again, under the version of that checkpoint."""
         self._on_quarantine("part of an update was loaded", self._path_version)
-        # After an `in_place` pause, running sequences would prevent the cache from being flushed.
+        # `retract`: after an `in_place` pause the running sequences would prevent a flush of the cache.
         await client.pause("retract")
         await client.abort()
         await self._end_session(client)
@@ -143,8 +146,8 @@ class SglangWeightUpdate:
         )
         if (digest := await client.weights_checksum()) != self._initial_digest:
             raise EngineError(
-                f"after a reload from {self._path} the digest of its weights is {digest}, "
-                f"at its start it was {self._initial_digest}"
+                f"after a reload from {self._path} the digest of the weights is {digest}, "
+                f"at the engine's start it was {self._initial_digest}"
             )
         self._digest = digest
         log.warning("reloaded from %s", self._path)

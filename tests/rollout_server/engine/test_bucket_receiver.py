@@ -31,7 +31,7 @@ def receive(
     *,
     num_sent: int | None = None,
 ) -> list[int]:
-    """Pushes the buckets over gloo; `num_sent`: rank 0 leaves after so many."""
+    """Pushes the buckets over gloo; `num_sent`: rank 0 leaves after this many buckets."""
     with WeightGroup.create(world_size=2, group_name="g", timeout_s=20) as sender:
 
         def send() -> None:

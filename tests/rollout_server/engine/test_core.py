@@ -193,7 +193,7 @@ def test_swap_weights_between_steps(recompute: bool, tmp_path: Path) -> None:
             worst = max(worst, float(np.abs(want - got)[span].max()))
     assert (worst < 1e-4) is recompute
     assert late.version_spans == [("1", 0, 20)] and error(paths[1], late) < 1e-4, (
-        "a prefix computed under the old weights was used"
+        "a prefix computed under the old weights was reused"
     )
 
 
@@ -232,7 +232,7 @@ def test_non_finite_logits_end_only_their_sequence(tmp_path: Path) -> None:
     shadow = core.take_shadow_weights()
     with torch.inference_mode():
         core.swap_weights(shadow, version="2", recompute=True)
-    # A longer neighbour, so that positions beyond the short sequence's end are read, and masked.
+    # A longer sequence in the batch, so that positions beyond the short sequence's end are read and masked.
     submit(core, list(range(3, 20)))
     core.step()
     after = submit(core, [5, 6])

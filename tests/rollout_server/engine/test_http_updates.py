@@ -46,7 +46,7 @@ def broken(tensors: dict[str, torch.Tensor], how: str) -> dict[str, torch.Tensor
     [
         ("unknown", "model.layers.9.weight is unknown"),
         ("missing", "missing: model.layers.1.mlp.up_proj.weight"),
-        ("shape", "want shape"),
+        ("shape", "must have shape"),
         ("nan", "not finite"),
         ("checksum", "checksum"),
     ],
@@ -65,7 +65,7 @@ def test_invalid_update_leaves_the_old_weights(
                     await pusher.push(
                         tensors if wrong else broken(tensors, how), version=version + 2, wrong_checksum=wrong
                     )
-                if how != "missing":  # the update is still open, and `end` gives its first error
+                if how != "missing":  # the update is still open, and `end` reports its first error
                     with pytest.raises(EngineError, match=message):
                         await client.end_weight_update(weight_version=version + 2, timeout_s=5)
                 assert await client.weight_version() == version + 1
@@ -148,7 +148,7 @@ def test_sender_killed_in_mid_broadcast_keeps_old_weights(engine: Engine, models
             )
             await asyncio.sleep(0.3)
             assert len((await sample(client, PROMPT, 5)).output_ids) == 5, (
-                "decoding goes on while the broadcast hangs"
+                "decoding continues while the broadcast hangs"
             )
             sender.send_signal(signal.SIGKILL)
             killed_s = time.monotonic()
@@ -203,7 +203,11 @@ def test_all_buckets_of_a_push_in_one_call(engine: Engine, models: Models, dtype
             for parameter in want.parameters():
                 parameter.data = parameter.data.to(getattr(torch, dtype)).float()
             assert error_of(want, PROMPT, await sample(client, PROMPT, 20)) < conformance.TOLERANCE
-            for how, message in (("nan", "not finite"), ("shape", "want shape"), ("unknown", "is unknown")):
+            for how, message in (
+                ("nan", "not finite"),
+                ("shape", "must have shape"),
+                ("unknown", "is unknown"),
+            ):
                 with pytest.raises(EngineError, match=message):
                     await push(broken(weights_of(models[0]), how))
                 with pytest.raises(EngineError, match=message):

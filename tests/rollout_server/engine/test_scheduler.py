@@ -1,4 +1,4 @@
-"""The scheduler under any order of calls (hypothesis), with the conservation law checked after each."""
+"""The scheduler under random orders of calls (hypothesis); its invariants are checked after each call."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         distinct = {new.context for new in admitted}
         assert cached or len(distinct) <= 1 or sum(map(len, distinct)) <= BUDGET
         if queue and self.scheduler.num_free:
-            assert len(admitted) == len(queue) or not cached, "room was left unused"
+            assert len(admitted) == len(queue) or not cached, "rows were left unused"
         assert admitted or not queue or not self.scheduler.num_free, (
             "the first sequence may exceed the budget"
         )
