@@ -67,7 +67,7 @@ def evaluate(
 ) -> tuple[float, list[float]]:
     """Loss of a step cut into these micro-batches, and its gradient with respect to log pi.
 
-    A normaliser that the objective prescribes replaces `normalizer`.
+    A normalizer that the objective prescribes replaces `normalizer`.
     """
     observed: dict[str, list[Tensor]] = {}
     for part in parts:

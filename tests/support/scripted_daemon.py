@@ -1,7 +1,7 @@
 """Stand-ins for the daemons, for tests of the launcher with daemons that misbehave on purpose.
 
 They are real processes with the real runtime (signals, endpoint files, HTTP plane) and without a model. The
-environment variable `SCRIPT`, a JSON object from daemon name to behaviour, says how each of them misbehaves.
+environment variable `SCRIPT`, a JSON object from daemon name to behavior, says how each of them misbehaves.
 The launcher runs them because `python -m` looks into the working directory first.
 """
 
@@ -39,14 +39,14 @@ def write_packages(folder: Path) -> None:
         (path.parent / "__init__.py").touch()
 
 
-def behaviour(name: str) -> str:
-    """The behaviour of this daemon in the test's script; empty: it behaves well."""
+def behavior(name: str) -> str:
+    """The behavior of this daemon in the test's script; empty: it behaves well."""
     return str(json.loads(os.environ.get("SCRIPT", "{}")).get(name, ""))
 
 
 def prepare() -> None:
     """The stand-in of `trainer.prepare_model`: ready at once, or a user's mistake."""
-    if behaviour("prepare_model") == "user error":
+    if behavior("prepare_model") == "user error":
         sys.stderr.write("error: model.path=/nowhere: no config.json there\n")
         sys.exit(2)
 
@@ -54,7 +54,7 @@ def prepare() -> None:
 def main(role: str, default_name: str) -> None:
     """Runs one daemon to its end."""
     config, name = role_arguments(sys.argv[1:], default_name=default_name)
-    script = behaviour(name)
+    script = behavior(name)
     root = RunPaths.of(config).root
     if script == "crash" or (script == "crash once" and _life(root, name) == 1):
         sys.stderr.write(f"{name}: the dog ate my weights\n")

@@ -118,7 +118,7 @@ def test_overlong_penalty_grows_linearly() -> None:
     ) == pytest.approx([0.9, 0.8])
 
 
-def test_grpo_lambda_penalises_length_in_top_groups_only() -> None:
+def test_grpo_lambda_penalizes_length_in_top_groups_only() -> None:
     lengths = [2, 4, 9]
     chosen = shaped({"name": "grpo_lambda", "weight": 0.5}, [1, 1, 0], lengths)
     assert chosen == pytest.approx([1 - 0.5 / (1 + math.e), 1 - 0.5 / (1 + math.exp(-1)), 0])

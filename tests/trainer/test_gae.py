@@ -172,10 +172,10 @@ def test_kl_penalty_is_charged_at_each_token(tmp_path: Path, ranks: Ranks) -> No
     """With gamma = lam = 1 and zero values, an advantage is the sum of later rewards only."""
     path, groups = write_model(tmp_path), random_groups(2)
     runner = make_runner(path, ranks, settings=SETTINGS | {"advantage": {"name": "gae", "lam": 1.0}})
-    penalised, penalties = runner.rewards.shape_step(groups)
+    penalized, penalties = runner.rewards.shape_step(groups)
     raw = []
     for before, after, penalty_S in zip(
-        itertools.chain(*groups), itertools.chain(*penalised), itertools.chain(*penalties), strict=True
+        itertools.chain(*groups), itertools.chain(*penalized), itertools.chain(*penalties), strict=True
     ):
         assert len(penalty_S) == before.num_sampled and after.reward == pytest.approx(
             before.reward - penalty_S.sum()
@@ -309,7 +309,7 @@ def test_critic_checkpoint_loads_at_any_world_size(
     assert "lm_head.weight" in load_file(tmp_path / "checkpoints" / "step_000003" / CRITIC_FILE)
 
     checkpoints.load(1, again.policy, again.optimizer, ranks, critic=again.critic)
-    assert "without a critic: it begins anew" in caplog.text
+    assert "without a critic: the critic starts from its initial weights" in caplog.text
 
 
 @pytest.mark.timeout(240)

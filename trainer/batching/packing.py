@@ -62,7 +62,7 @@ class Packer:
 
         `whole_groups`: never split a group over two micro-batches.
 
-        `one_sequence_per_microbatch`: each sequence is a micro-batch of its own.
+        `one_sequence_per_microbatch`: every micro-batch is a single sequence.
         """
         assert budget_tokens >= 1 and not (whole_groups and one_sequence_per_microbatch)
         self._budget = budget_tokens

@@ -92,7 +92,7 @@ class Composed(Objective):
     @property
     def skips_zero_advantage(self) -> bool:  # type: ignore[override]
         """False where a term or mask also concerns tokens with zero advantage."""
-        # A mask that changes the normaliser or gathers statistics of the step needs all groups.
+        # A mask that changes the normalizer or gathers statistics of the step needs all groups.
         masks_allow = all(mask.denominator == "original" and mask.scope is Scope.GROUP for mask in self.masks)
         return self.inner.skips_zero_advantage and masks_allow and not self.kl and not self.entropy_coef
 

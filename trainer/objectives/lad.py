@@ -1,4 +1,4 @@
-"""LAD (arXiv 2602.20132): minimises a divergence between the policy's change and that implied by advantages.
+"""LAD (arXiv 2602.20132): minimizes a divergence between the policy's change and that implied by advantages.
 
     loss = E_mu [ e^u f(W / e^u) ],  u = A / eta,  W = prod_t pi_t / mu_t
     implemented as  sg(W f'(W / e^u)) log pi,  which has the same gradient
@@ -35,7 +35,7 @@ class Lad(Objective):
     """`sg(W f'(W / e^u)) log pi`, u = A / eta"""
 
     eta: float = 0.25
-    """Advantage that asks for a factor e. With `js`, 1/4 has the slope of REINFORCE on-policy."""
+    """Advantage at which the target W = e^u is e. With `js`, 1/4 has the slope of REINFORCE on-policy."""
     divergence: str = "js"
     """f(x): `js` x/2 log x - (x+1)/2 log((x+1)/2) | `hellinger` (sqrt(x) - 1)^2 / 2 | `tv` |x - 1| / 2."""
     level: str = "sequence"

@@ -66,7 +66,7 @@ def test_stapo_drops_unlikely_low_entropy_tokens() -> None:
     ):
         _, grad = evaluate(objective, parts)
         assert grad == pytest.approx([0, -0.25, -0.25, 0.25, 0.25]), (
-            "the first token is dropped and leaves the normaliser"
+            "the first token is dropped and leaves the normalizer"
         )
 
 
@@ -78,7 +78,7 @@ def test_masks_and_denominators_compose() -> None:
     objective = build_objective({**TOKEN_TIS, "cap": 9, "masks": masks})
     _, grad = evaluate(objective, [published()])
     assert grad == pytest.approx([-math.exp(0.2) / 3, 0, -math.exp(-0.1) / 3, 0, 0]), (
-        "token 2 stays in the normaliser, sequence 2 leaves it"
+        "token 2 stays in the normalizer, sequence 2 leaves it"
     )
     assert not objective.skips_zero_advantage
 

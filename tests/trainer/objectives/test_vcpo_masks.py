@@ -1,4 +1,4 @@
-"""VCPO with masks: dropped tokens affect neither gradient nor baseline, nor, with `kept`, the normaliser."""
+"""VCPO with masks: dropped tokens affect neither gradient nor baseline, nor, with `kept`, the normalizer."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -41,7 +41,7 @@ CASES: dict[str, tuple[list[dict[str, Any]], list[Keeps], list[Keeps]]] = {
     "sequences": ([TRUNCATED], [not_truncated], []),
     "both": ([BAND, TRUNCATED | {"denominator": "kept"}], [ratio_in_band, not_truncated], [not_truncated]),
 }
-"""Masks, their definitions, and the definitions of those that also change the normaliser."""
+"""Masks, their definitions, and the definitions of those that also change the normalizer."""
 
 
 @pytest.fixture(scope="module")
