@@ -533,7 +533,7 @@ def test_nccl_needs_equal_versions_and_separate_gpus() -> None:
     )
     assert choose_backend("nccl", ours=ours, engines=[alive(uuid="gpu-0")]) == (
         "gloo",
-        "two of them share a GPU",
+        "two of trainer and engines share a GPU",
     )
 
 

@@ -119,6 +119,11 @@ class Objective(ABC):
             if old in vars(cls) or old in vars(cls).get("__annotations__", {}):
                 raise ConfigError(f"objective {cls.__name__} sets {old}, which is now called {new}")
 
+    @property
+    def display_name(self) -> str:
+        """Name in log and error messages: the class that the user configured."""
+        return type(self).__name__
+
     @abstractmethod
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """Per-token losses of one micro-batch.

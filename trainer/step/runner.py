@@ -80,7 +80,7 @@ class StepRunner:
         """
         if Need.REF in objective.needs and reference is None:
             raise ConfigError(
-                f"objective {type(objective).__name__} needs a reference model, and none is configured"
+                f"objective {objective.display_name} needs a reference model, and none is configured"
             )
         _warn_of_ignored_settings(objective, advantage, normalizer)
         policy.with_collision = Need.COLLISION in objective.needs
@@ -239,6 +239,6 @@ def _warn_of_ignored_settings(objective: Objective, advantage: Estimator, normal
                 "%s=%s is ignored: objective %s prescribes %s",
                 setting,
                 configured,
-                type(objective).__name__,
+                objective.display_name,
                 prescribed,
             )

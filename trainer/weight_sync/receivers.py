@@ -1,9 +1,9 @@
 """The rollout servers that receive a weight push: the link to each, and the back-off after a failure.
 
-A server that failed gets no push for a while: `first_s` seconds after the first failure, twice as long after
-each further one. The back-off ends early when the server's entry in the directory changes (another
-incarnation, state or weight version). A bad engine therefore costs a deadline now and then instead of one a
-push, and a healthy server that was slow once is tried again.
+A server that failed gets no push for a while: for `first_s` seconds after the first failure, and for twice as
+long after each further failure. The back-off ends early when the server's entry in the directory changes
+(another incarnation, state or weight version). So a faulty engine delays only a few pushes by a full
+deadline, and a healthy server that was slow once is tried again.
 """
 
 from __future__ import annotations
