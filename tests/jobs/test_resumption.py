@@ -109,7 +109,7 @@ def broken_run(tmp_path_factory: pytest.TempPathFactory, cache: dict[str, str]) 
         f"trainer.num_steps={NUM_STEPS}",
         "trainer.checkpoint_interval=4",
         "buffer.retain_trajectories=true",
-        "objective._target_=tests.support.fault_points.Doomed",
+        "objective._target_=tests.support.fault_points.KilledTrainer",
         f"objective.folder={folder}",
         f"objective.deaths='{' '.join(DEATHS)}'",
     )
@@ -259,7 +259,7 @@ def test_data_that_kill_every_trainer_are_named_and_dropped(
         *SMALL,
         "trainer.num_steps=6",
         "trainer.checkpoint_interval=2",
-        "objective._target_=tests.support.fault_points.Doomed",
+        "objective._target_=tests.support.fault_points.KilledTrainer",
         f"objective.folder={tmp_path}",
         "objective.deaths=poison:3",
     )

@@ -14,7 +14,7 @@ from areal_like.wire.messages.consumer import GetRunCounters, Group, RequestEval
 from rollout_server.tasks.sort import SortTask
 from tests.support.buffer_harness import (
     BufferProcess,
-    PlayedTrainer,
+    FakeTrainer,
     connected,
     running_buffer,
     trainer_hello,
@@ -70,7 +70,7 @@ async def train(
     )
     groups: list[Group] = []
     async with connected(buffer, hello) as link:
-        trainer = PlayedTrainer(config, link)
+        trainer = FakeTrainer(config, link)
         await trainer.call(StartTraining(step=0))
         before = await trainer.call(
             RequestEval(eval_id=0, num_prompts=16, min_version=0), timeout_s=WAIT_LIMIT_S

@@ -139,7 +139,7 @@ def running_buffer(directory: Path, **overrides: Any) -> Iterator[BufferProcess]
         buffer.close()
 
 
-class PlayedTrainer:
+class FakeTrainer:
     """Rank 0 of a trainer over a real link."""
 
     def __init__(self, config: Config, link: Link) -> None:
@@ -211,11 +211,11 @@ async def connected(
 @asynccontextmanager
 async def training(
     buffer: BufferProcess, *, directories: list[Any] | None = None
-) -> AsyncIterator[PlayedTrainer]:
+) -> AsyncIterator[FakeTrainer]:
     """A trainer that has registered and started at step 0."""
     inbox: list[Any] = []
     async with connected(buffer, trainer_hello(buffer.config), inbox=inbox) as link:
-        trainer = PlayedTrainer(buffer.config, link)
+        trainer = FakeTrainer(buffer.config, link)
         await trainer.call(StartTraining(step=0))
         yield trainer
     if directories is not None:

@@ -25,7 +25,7 @@ from areal_like.wire.messages.producer import (
     ServerHeartbeat,
     ServerState,
 )
-from tests.support.ledger_plant import done
+from tests.support.ledger_simulation import done
 
 
 def hello(name: str, **changes: Any) -> Hello:

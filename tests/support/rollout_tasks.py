@@ -7,7 +7,7 @@ from rollout_server.tasks.base import Example, Split, Task
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moody(Task):
+class FailingTask(Task):
     """Rewards 1 and 2 raise and hang, examples 7 and 9 raise and hang; others are scored 0.5."""
 
     def example(self, split: Split, index: int) -> Example:
@@ -37,7 +37,7 @@ class Checksum(Task):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unhurried(Checksum):
+class SlowChecksum(Checksum):
     """Rewards that take time but no CPU: while a job waits for them, other processes can start."""
 
     def reward(self, example: Example, completion: str) -> float:

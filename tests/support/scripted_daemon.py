@@ -57,17 +57,17 @@ def main(role: str, default_name: str) -> None:
     script = behavior(name)
     root = RunPaths.of(config).root
     if script == "crash" or (script == "crash once" and _life(root, name) == 1):
-        sys.stderr.write(f"{name}: the dog ate my weights\n")
+        sys.stderr.write(f"{name}: cannot load the weights\n")
         sys.exit(3)
 
     async def body(runtime: Runtime) -> None:
         if script == "user error":
             raise ConfigError("cannot bind 127.0.0.1:1 (in use): set buffer.port to a free port")
         if script == "never ready":
-            runtime.unready("waiting for Godot")
+            runtime.unready("waiting for a peer")
             await runtime.stopping.wait()
             return
-        if script == "deaf":
+        if script == "ignore signals":
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)
             # A process in a session of its own, as torchrun's ranks are.

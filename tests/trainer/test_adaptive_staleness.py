@@ -18,7 +18,15 @@ from areal_like.errors import ConfigError, RefusedError
 from areal_like.runtime.command_line import load_config
 from buffer.settings import LedgerSettings
 from buffer.tickets import Drop
-from tests.support.ledger_plant import Plant, PlantServer, add_server, beat, deliver, done, new_ledger
+from tests.support.ledger_simulation import (
+    SimulatedJob,
+    SimulatedServer,
+    add_server,
+    beat,
+    deliver,
+    done,
+    new_ledger,
+)
 from trainer.adaptive_staleness import WINDOW_STEPS, StalenessController
 
 TARGET = 0.7
@@ -178,7 +186,7 @@ def test_a_bound_outside_the_cap_or_a_fixed_one_is_refused() -> None:
         new_ledger(max_staleness=4).set_max_staleness(incarnation=1, max_staleness=2)
 
 
-class AdaptivePlant(Plant):
+class AdaptiveJob(SimulatedJob):
     """The ESS falls with the lag of the trained groups, and the controller moves the ledger's bound."""
 
     controller: StalenessController
@@ -202,15 +210,15 @@ class AdaptivePlant(Plant):
 def test_the_whole_stream_under_a_moving_bound(drift: float, expected: set[int]) -> None:
     ledger = new_ledger(max_staleness=4, adaptive=True, groups_per_step=8, group_size=4, num_steps=200)
     servers = [
-        PlantServer(name="fast", tokens_per_s=100, max_running=24, capacity=32),
-        PlantServer(name="slow", tokens_per_s=50, max_running=12, capacity=16),
+        SimulatedServer(name="fast", tokens_per_s=100, max_running=24, capacity=32),
+        SimulatedServer(name="slow", tokens_per_s=50, max_running=12, capacity=16),
     ]
-    plant = AdaptivePlant(ledger=ledger, servers=servers, step_s=6.0, fail_probability=0.02)
-    plant.controller, plant.drift, plant.bounds = StalenessController(cap=4, target=TARGET), drift, []
-    plant.run()
+    job = AdaptiveJob(ledger=ledger, servers=servers, step_s=6.0, fail_probability=0.02)
+    job.controller, job.drift, job.bounds = StalenessController(cap=4, target=TARGET), drift, []
+    job.run()
     assert max(ledger.lag_histogram()) <= 4
     assert ledger.drops[Drop.STALE] == 0, "a moving bound must not make samples stale"
-    assert max(set(plant.bounds[100:]), key=plant.bounds[100:].count) in expected
+    assert max(set(job.bounds[100:]), key=job.bounds[100:].count) in expected
     assert ledger.state.store.num_bytes == 0
 
 
