@@ -1,6 +1,6 @@
-"""Rank 0 without a model, as a process of its own that a test can stop.
+"""Trainer rank 0 without a model, as a process that a test can stop.
 
-`python -m tests.chaos.consumer NUM_STEPS --config FILE key=value ...` prints one line a step, `step ticket
+`python -m tests.chaos.consumer NUM_STEPS --config FILE key=value ...` prints one line per step, `step ticket
 ticket ...`, and checks that every group is complete.
 """
 

@@ -36,7 +36,7 @@ from trainer.buffer_client.client import TrainerBufferClient
 
 CALL_TIMEOUT_S = 30.0
 RESEND_AFTER_S = 0.5
-"""Instead of the trainer's 20 s: here one in a hundred replies is lost, not one a day."""
+"""Instead of the trainer's 20 s, because here one in a hundred replies is lost."""
 
 
 def chaos_config(directory: Path, **overrides: Any) -> Config:
@@ -75,15 +75,14 @@ class ChaosJob:
     def restart_buffer(self) -> None:
         """Kills the buffer with SIGKILL and starts a new process on the same run."""
         self.buffer.close()
-        (self.buffer.paths.endpoints / "buffer.json").unlink(
-            missing_ok=True
-        )  # of the process that was killed
+        # The endpoint file of the killed process would be taken for the new one's.
+        (self.buffer.paths.endpoints / "buffer.json").unlink(missing_ok=True)
         self.buffer = BufferProcess(self.buffer.config)
 
     def produce(
         self, name: str, *, capacity: int = 32, sample_s: float = 0.002, num_tokens: int = 64
     ) -> subprocess.Popen[bytes]:
-        """Starts a producer, also again after it was killed."""
+        """Starts a producer, or starts it again after it was killed."""
         numbers = [str(capacity), str(sample_s), str(num_tokens)]
         settings = ["--config", str(self.buffer.paths.config), f"buffer.port={self.proxy.port}"]
         self.producers[name] = subprocess.Popen(
@@ -124,7 +123,7 @@ def running_job(
 
 
 def train(client: TrainerBufferClient, *, first: int, last: int, commit_every: int = 5) -> list[Group]:
-    """Does the calls of rank 0 from step `first` to before `last`; returns the groups.
+    """Makes the calls of rank 0 for steps `first` up to, but not including, `last`; returns the groups.
 
     Each step: fetch its groups in order, complete it, allocate a version; commit after every fifth.
     """
@@ -148,7 +147,7 @@ def counters_of(client: TrainerBufferClient) -> RunCounters:
 def check_groups(groups: list[Group], config: Config, *, first: int, last: int) -> None:
     """Checks the groups of these steps.
 
-    Each place is filled once, in order, with a complete group of a new ticket, within the staleness bound.
+    Each position is filled once, in order, with a complete group of a new ticket within the staleness bound.
     """
     places = [(group.step, group.position) for group in groups]
     assert places == [

@@ -1,8 +1,8 @@
 """A rollout server without an engine, as a process: real buffer client, made-up trajectories.
 
 `python -m tests.chaos.producer NAME CAPACITY SECONDS_PER_SAMPLE TOKENS --config FILE key=value ...` runs
-until it is killed, or leaves on SIGTERM as a real server does. A trajectory is a function of (ticket,
-sample), so that a test which reads one back can check every byte.
+until it is killed, or says Goodbye and ends on SIGTERM as a real server does. A trajectory is a function of
+(ticket, sample), so that a test which reads one back can check every byte.
 """
 
 from __future__ import annotations

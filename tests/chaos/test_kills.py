@@ -78,7 +78,7 @@ def kill_producers(directory: Path, *, num_kills: int, num_steps: int) -> None:
                 lambda status, name=victim: name not in [peer["name"] for peer in status["peers"]],
                 timeout_s=20,
             )
-            assert time.monotonic() - killed_s < 2.0 + 1.0, "its leases were taken back too late"
+            assert time.monotonic() - killed_s < 2.0 + 1.0, "the killed producer's leases expired too late"
             job.produce(victim, sample_s=0.03)
         training.finish(timeout_s=60 + num_steps)
         assert job.buffer.terminate()[0] == 0
@@ -132,7 +132,7 @@ def _killed_at_the_end(command: list[str]) -> Iterator[subprocess.Popen[str]]:
 
 
 def _settled(job: ChaosJob, *, timeout_s: float = 30.0) -> dict[str, int]:
-    """Tickets by state, once nothing has changed for a second."""
+    """Tickets by state, once they have not changed for a second."""
     deadline_s = time.monotonic() + timeout_s
     tickets: dict[str, int] = {}
     while tickets != (tickets := job.buffer.status()["tickets"]) or tickets["leased"] or tickets["queued"]:
@@ -159,7 +159,7 @@ def stop_trainer(directory: Path, *, stopped_s: float) -> None:
         ) as consumer:
             job.buffer.wait_status(lambda status: status["step"] >= 5, timeout_s=60)
             consumer.send_signal(signal.SIGSTOP)
-            # The groups that the staleness bound admits are generated, then everything waits.
+            # Producers generate the groups that the staleness bound admits, then wait.
             before, rss_bytes = _settled(job), job.buffer.rss_bytes()
             time.sleep(stopped_s)
             assert job.buffer.rss_bytes() < 1.05 * rss_bytes

@@ -1,4 +1,4 @@
-"""Links that drop, duplicate, reorder, delay and cut: trained tickets are unique, counts are exact."""
+"""Links that drop, duplicate, reorder, delay and cut messages: no group is lost or trained twice."""
 
 from __future__ import annotations
 

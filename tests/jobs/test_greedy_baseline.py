@@ -76,7 +76,7 @@ def test_only_missing_samples_are_leased_again() -> None:
     assert ledger.num_by_state()[State.QUEUED] == 1
 
 
-def test_a_sample_of_the_other_kind_is_refused() -> None:
+def test_a_sample_with_the_wrong_greedy_flag_is_refused() -> None:
     ledger = new_ledger(group_size=1, num_greedy=1)
     add_server(ledger, "a", capacity=2)
     (lease,) = leases_of(ledger)

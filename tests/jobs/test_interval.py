@@ -1,4 +1,4 @@
-"""Sync intervals (OAPL): weights every I steps, groups of one version, each interval trained on its own."""
+"""Sync intervals (OAPL): weights are pushed every I steps; each interval trains on samples of one version."""
 
 from __future__ import annotations
 
@@ -77,8 +77,10 @@ def test_an_interval_admits_only_the_groups_of_its_steps() -> None:
 
 
 def test_a_group_of_an_earlier_interval_is_dropped_and_retried() -> None:
-    """The group of an engine that was restarted with its first weights is too late for their interval, though
-    within the staleness bound of 4."""
+    """An engine that was restarted with the first weights delivers a group whose interval is over.
+
+    The group is dropped, although it is within the staleness bound of 4.
+    """
     ledger = interval_ledger()
     add_server(ledger, "a", capacity=100)
     for lease in grant(ledger):
@@ -124,7 +126,7 @@ def test_a_group_of_mixed_weights_is_refused_with_a_reason() -> None:
 
 @dataclass
 class DrainingJob(SimulatedJob):
-    """Pushes only at the end of an interval, and only into idle engines: one version a sequence."""
+    """Pushes only at the end of an interval and only into idle engines: every sequence has one version."""
 
     interval: int = 1
     versions_trained: list[tuple[int, set[int]]] = field(default_factory=list)
@@ -191,7 +193,7 @@ def test_every_interval_is_trained_on_its_own_version(step_s: float, fail_probab
         counts[State.TRAINED] == 26 * 8
         and counts[State.TRAINED] + counts[State.DROPPED] == ledger.state.tickets.num_issued
     )
-    assert set(ledger.drops) <= {Drop.FAILED}, "nothing is left over at a sync, nothing is mixed"
+    assert set(ledger.drops) <= {Drop.FAILED}, "a sync must not drop groups"
     assert bool(ledger.drops) == bool(fail_probability)
     assert ledger.state.store.num_bytes == 0
 

@@ -84,7 +84,7 @@ async def train(
 
 
 def check(groups: list[Group]) -> None:
-    """Every group is complete, has a prompt of its own, and the rewards that the task gives."""
+    """Every group is complete, has its own ticket, and has the prompt and rewards of the task."""
     task, tokenizer = SortTask(seed=0), character_tokenizer()
     assert len({group.ticket_id for group in groups}) == len(groups) == NUM_STEPS * 8
     for group in groups:

@@ -108,8 +108,8 @@ def test_a_dead_shard_stalls_the_step_and_loses_nothing(
             "both are registered with the other shard too"
         )
         rest = training.submit(train, client, first=3, last=NUM_STEPS)
-        # Recording runs one step ahead of the trainer, generation as far as the staleness bound. The living
-        # shard fills its own three places of each step.
+        # Groups are recorded one step ahead of the trainer and generated up to the staleness bound. The
+        # shard that is alive fills its own three positions of each step.
         ahead = {"step": 5, "recorded": 0, "due_and_running": 0}
         filled = job.buffers[0].wait_status(
             lambda seen: seen["open_step"] == ahead and seen["tickets"]["ready"] == 3, timeout_s=60

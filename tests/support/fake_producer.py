@@ -1,4 +1,4 @@
-"""A rollout server without a model, as a process: it sends invented trajectories of the newest version.
+"""A rollout server without a model, as a process: it sends synthetic trajectories of the newest version.
 
 `python -m tests.support.fake_producer ADDRESS NAME CAPACITY SECONDS_PER_SAMPLE DATASET`. Runs until it is
 killed or the buffer ends the job.

@@ -1,4 +1,4 @@
-"""A simulated job around the pure ledger: servers, long-tailed answers, a trainer, a virtual clock.
+"""A simulated job around the pure ledger: servers, long-tailed response lengths, a trainer, a virtual clock.
 
 A discrete-event simulation: `run` returns when the last step is committed, and raises when no event is left
 (a deadlock).
@@ -120,7 +120,7 @@ def done(lease: Lease, index: int, versions: list[int], *, reward: float = 0.0) 
 
 
 def deliver(ledger: Ledger, name: str, sample: SampleDone) -> Verdict:
-    """One sample in a message of its own."""
+    """Delivers one sample in one message."""
     (verdict,) = ledger.samples_done(name, [sample])
     return verdict
 
@@ -146,7 +146,10 @@ class SimulatedServer:
 
 @dataclass
 class SimulatedJob:
-    """`step_s`: the trainer's time for a step. `push_s`: mean time until a server has new weights."""
+    """A trainer and servers that drive a ledger.
+
+    `step_s`: the trainer's time for a step. `push_s`: mean time until a server has new weights.
+    """
 
     ledger: Ledger
     servers: list[SimulatedServer]
