@@ -1,4 +1,4 @@
-"""GAE against its definition; the critic against a dense model, over cuts, ranks, checkpoints, on a task."""
+"""GAE compared with its definition; the critic with a dense model, cuts, ranks, checkpoints and a task."""
 
 import itertools
 import json
@@ -100,7 +100,7 @@ def test_value_clip_removes_the_gradient_beyond_it() -> None:
         ({"lamb": 1}, "did you mean lam"),
     ],
 )
-def test_mistakes_are_named(settings: dict[str, float], message: str) -> None:
+def test_error_messages_for_invalid_settings(settings: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ADVANTAGES.build({"name": "gae", **settings})
 
@@ -168,7 +168,7 @@ def with_advantages(runner: StepRunner, groups: list[list[Trajectory]]) -> list[
     )
 
 
-def test_kl_penalty_is_charged_at_each_token(tmp_path: Path, ranks: Ranks) -> None:
+def test_kl_penalty_is_subtracted_at_each_token(tmp_path: Path, ranks: Ranks) -> None:
     """With gamma = lam = 1 and zero values, an advantage is the sum of later rewards only."""
     path, groups = write_model(tmp_path), random_groups(2)
     runner = make_runner(path, ranks, settings=SETTINGS | {"advantage": {"name": "gae", "lam": 1.0}})
