@@ -8,8 +8,8 @@ With m the mean ESS ratio over a window of steps, T the target, and b the bound:
     else                                           b stays
 
 Halving and adding one is the rule of TCP's congestion control, for the same reason: a batch that is too stale
-harms training at once, one that is too fresh only costs time. Three rules keep the bound from oscillating as
-TCP's window does:
+harms training at once, a batch that is too fresh only costs time. Three rules keep the bound from oscillating
+as TCP's window does:
 
 * No decision uses samples from before the last change. Training on those takes b + 1 steps.
 * Between T and the threshold for raising, the bound stays.

@@ -121,7 +121,7 @@ def _commit(partial: Path, final: Path) -> None:
     for file in partial.iterdir():
         _sync(file)
     _sync(partial)
-    if final.exists():  # the same step again, after a resume from an earlier one
+    if final.exists():  # the same step again, after a resume from an earlier step
         shutil.rmtree(final)
     partial.rename(final)
     _sync(final.parent)

@@ -253,9 +253,9 @@ def _run(config: Config) -> None:
 
         def on_drain() -> None:
             buffer.stop_requested.set()
-            give_up = threading.Timer(config.daemon.drain_timeout_s / 3, buffer.give_up.set)
-            give_up.daemon = True
-            give_up.start()
+            timer = threading.Timer(config.daemon.drain_timeout_s / 3, buffer.abandon_step.set)
+            timer.daemon = True
+            timer.start()
 
         DrainSignals(drain_timeout_s=config.daemon.drain_timeout_s, on_drain=on_drain)
         with buffer:

@@ -63,7 +63,7 @@ class ShardedAdamW:
 
     @classmethod
     def of(cls, config: TrainerConfig, model: PackedModel, ranks: Ranks, *, lr: float) -> ShardedAdamW:
-        """The optimizer of `config`. `lr` is separate because policy and critic have different ones."""
+        """The optimizer of `config`. `lr` is separate because policy and critic have different rates."""
         return cls(
             model,
             ranks,

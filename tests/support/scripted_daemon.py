@@ -79,7 +79,7 @@ def main(role: str, default_name: str) -> None:
             _pose_as_buffer(runtime)
         runtime.ready()
         if start_number == 1:
-            await _until_told_to_die(root / f"{name}.dies")
+            await _die_when_exists(root / f"{name}.dies")
         if role == "trainer":
             drain_s = 2 if script == "drain slowly" else 0
             await train(runtime, fail_at=5 if script == "fail" else None, drain_s=drain_s)
@@ -91,7 +91,7 @@ def main(role: str, default_name: str) -> None:
 
 def _count_start(root: Path, name: str) -> int:
     """Counts a start of the daemon; returns the number of starts so far."""
-    with (root / f"{name}.lives").open("a+") as file:
+    with (root / f"{name}.starts").open("a+") as file:
         file.write("start\n")
         return file.tell() // len("start\n")
 
@@ -105,7 +105,7 @@ def _pose_as_buffer(runtime: Runtime) -> None:
     }
 
 
-async def _until_told_to_die(path: Path) -> None:
+async def _die_when_exists(path: Path) -> None:
     """Dies with exit code 3 when the test makes this file."""
     while not path.exists():
         await asyncio.sleep(0.05)

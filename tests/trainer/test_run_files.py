@@ -17,14 +17,14 @@ from trainer.metrics.run_files import WARM_UP_STEPS, MetricsFile, write_summary
 
 def row(step: int) -> dict[str, Any]:
     """A row with random figures; every seventh row has no reward."""
-    luck = random.Random(step)
+    rng = random.Random(step)
     return {
         "step": step,
-        "reward_mean": math.nan if step % 7 == 2 else luck.random(),
-        "loss": luck.gauss(0, 1),
-        "step_s": 0.1 + luck.random(),
-        "wait_data_s": 0.1 * luck.random(),
-        "tokens_trained": luck.randrange(1000),
+        "reward_mean": math.nan if step % 7 == 2 else rng.random(),
+        "loss": rng.gauss(0, 1),
+        "step_s": 0.1 + rng.random(),
+        "wait_data_s": 0.1 * rng.random(),
+        "tokens_trained": rng.randrange(1000),
     }
 
 

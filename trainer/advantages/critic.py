@@ -2,7 +2,7 @@
 
     values(trajectories) -> [the policy's update] -> learn(targets): `critic_updates` AdamW updates
 
-The critic is a model of its own that starts from the policy's initial weights and is sharded and packed like
+The critic is a separate model that starts from the policy's initial weights and is sharded and packed like
 the policy. Its losses are summed and divided once by the step's number of sampled tokens, so the result does
 not depend on the cuts into micro-batches or the number of ranks. The critic cuts its own micro-batches: they
 contain every sequence, also those with zero advantage, which the policy skips.

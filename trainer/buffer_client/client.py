@@ -67,8 +67,8 @@ class TrainerBufferClient:
         self.directory = Directory(servers=[])
         self.stop_requested = threading.Event()
         """Set by a signal, never cleared."""
-        self.give_up = threading.Event()
-        """Set when a draining trainer has waited long enough for its step's groups: `groups` ends early."""
+        self.abandon_step = threading.Event()
+        """Set when a draining trainer must no longer wait for the groups of its step: `groups` ends early."""
         self.on_directory: Callable[[], None] = lambda: None
         """Called in the client's loop when the directory of rollout servers changed."""
         self.device = device
@@ -187,7 +187,7 @@ class TrainerBufferClient:
         """This rank's groups of a step in recorded order, each as soon as the buffer has recorded it.
 
         The next step's groups are requested too, so that they arrive while this step trains. Ends early only
-        after `give_up`.
+        after `abandon_step`.
         """
         for ahead in (step, step + 1):
             if ahead < self.config.trainer.num_steps:
@@ -218,7 +218,7 @@ class TrainerBufferClient:
         while not future.done():
             if self._lost is not None:
                 raise self._lost
-            if self.give_up.is_set():
+            if self.abandon_step.is_set():
                 return None
             if self._untroubled_time_s() > deadline_s:
                 servers = [(s.name, s.state, s.weights_version) for s in self.directory.servers]

@@ -111,7 +111,7 @@ class StepTotals:
         return self.total(name) / count if count else 0.0
 
     def count(self, name: str) -> float:
-        """How many values went into the sum."""
+        """The number of values in the sum."""
         return float(self._counts.get(name, 0.0))
 
     def metrics(self) -> dict[str, float]:

@@ -4,7 +4,7 @@
     implemented as  sg(W f'(W / e^u)) log pi,  which has the same gradient
 
 The best policy within a trust region changes each answer's probability by a factor proportional to
-exp(A / eta); the f-divergence is between the actual change and that one. The gradient vanishes where W = e^u:
+exp(A / eta); the f-divergence compares the actual change with this target. The gradient is zero at W = e^u:
 a sample that has been reinforced enough is left alone, whatever its advantage. Under `js`, f' is at most
 log(2) / 2 and behaves like log W - u for small W. On-policy that is REINFORCE with the advantage
 (softplus(u) - log 2) / 2, whose slope at A = 0 is 1 / (4 eta).

@@ -115,9 +115,9 @@ class Truncated(Mask):
 @MASKS.register("stapo")
 @dataclass(frozen=True, kw_only=True)
 class Stapo(Mask):
-    """STAPO: drops spurious tokens: unlikely ones in samples with A > 0, at places of low entropy.
+    """STAPO: drops spurious tokens: unlikely tokens of samples with A > 0 where the entropy is low.
 
-    Their gradients are outsized.
+    Such tokens have too large gradients.
     """
 
     scope = Scope.BATCH

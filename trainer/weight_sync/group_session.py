@@ -6,8 +6,8 @@ broken group from a rank that is not. DissolveGroup makes the survivors of a bro
 which ends their wait; the time until they have left is their recovery time.
 
 Control messages run in the caller's event loop, the blocking broadcast in a thread of this session, so that
-one session that hangs does not hold up another. Every wait for such a thread is bounded: a thread that never
-returns is abandoned with its group.
+a session that hangs does not delay other sessions. Every wait for such a thread is bounded: a thread that
+never returns is abandoned with its group.
 
 On the wire a session's number is the field `epoch` of FormGroup, PushWeights and DissolveGroup (in the code,
 an epoch is a pass over the prompts).
@@ -184,7 +184,8 @@ class WeightGroupSession:
             for reply in await asyncio.gather(*requests, return_exceptions=True)
         ]
         survivors = set[ReceiverId]()
-        if broken_reason:  # a receiver that reports the failure survived it; the one that caused it is silent
+        # A receiver that reports the failure has survived it; the receiver that caused it is silent.
+        if broken_reason:
             survivors = {
                 receiver.id
                 for receiver, reply in zip(self.receivers, replies, strict=True)

@@ -1,7 +1,7 @@
 """Keeps the engines at the newest weights while training continues (trainer rank 0).
 
-A snapshot that a newer one replaces before its push began is skipped and never gets a version. Runs in the
-event loop of the trainer's buffer client.
+A snapshot that is replaced by a newer snapshot before its push begins is skipped and never gets a version.
+The publisher runs in the event loop of the trainer's buffer client.
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ class Publisher:
         """Step of the newest weights that at least one server has active; -1 before the first push."""
         self.active_version = 0
         self._newest_version = 0
-        """Newest version granted to this trainer; a server with a newer one kept it from an earlier run."""
+        """Newest version granted to this trainer; a newer version at a server comes from an earlier run."""
         self._activated_versions: dict[ReceiverId, int] = {}
-        """Version that each server confirmed to us, which may be newer than the one in the directory."""
+        """Server -> version that it confirmed to this publisher; may be newer than in the directory."""
         self._task = asyncio.create_task(self._run(), name="publisher")
 
     def offer(self, step: int, snapshot: Snapshot, *, loaded: bool = False) -> None:

@@ -88,7 +88,7 @@ class ReceiverBackoff:
         self._backoffs[receiver_id(entry)] = _Backoff(entry=entry, delay_s=delay_s, until_s=now_s + delay_s)
 
     def record_success(self, receiver: ReceiverId) -> None:
-        """Ends the back-off of a server that activated new weights; its next one is short again."""
+        """Ends the back-off of a server that activated new weights; its next back-off is short again."""
         self._backoffs.pop(receiver, None)
 
     def keep_only(self, receivers: Iterable[ReceiverId]) -> None:
