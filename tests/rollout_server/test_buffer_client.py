@@ -39,7 +39,7 @@ LEASE = Lease(lease_id=1, ticket_id=1, prompt_index=0, purpose=Purpose.TRAIN, sa
 FAILED = SampleFailed(lease_id=1, ticket_id=1, sample_index=0, error="no reason")
 
 
-class FakeBuffer:
+class PlayedBuffer:
     """Welcomes peers and counts messages; acknowledges samples if `acknowledging`."""
 
     def __init__(self, *, port: int = 0, acknowledging: bool = False) -> None:
@@ -79,7 +79,7 @@ def test_messages_to_an_absent_buffer_do_not_pile_up(tmp_path: Path, monkeypatch
     monkeypatch.setattr("rollout_server.buffer_client.client._HELLO_TIMEOUT_S", 0.5)
 
     async def body() -> None:
-        first = FakeBuffer()
+        first = PlayedBuffer()
         config = from_mapping(
             {
                 "runs_dir": str(tmp_path),
@@ -105,7 +105,7 @@ def test_messages_to_an_absent_buffer_do_not_pile_up(tmp_path: Path, monkeypatch
         first.listener.close()
         client.deliver(FAILED)
         await asyncio.sleep(3)
-        second = FakeBuffer(port=first.listener.port, acknowledging=True)
+        second = PlayedBuffer(port=first.listener.port, acknowledging=True)
         await second.expect("SampleFailed")
         await second.expect("ServerHeartbeat")
         while held.num_unacknowledged:
@@ -127,7 +127,7 @@ def test_nothing_is_resent_to_a_buffer_that_cannot_write(
     monkeypatch.setattr("rollout_server.buffer_client.client._RESEND_AFTER_S", 0.05)
 
     async def body() -> None:
-        buffer = FakeBuffer()
+        buffer = PlayedBuffer()
         config = from_mapping(
             {
                 "runs_dir": str(tmp_path),

@@ -33,7 +33,7 @@ from areal_like.wire.messages.producer import (
 )
 from rollout_server.tasks.sort import SortTask
 from tests.support.rollout_harness import (
-    FakeBuffer,
+    PlayedBuffer,
     ServerProcess,
     is_alive,
     job,
@@ -60,9 +60,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def shared(
     model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[FakeBuffer, ServerProcess]]:
+) -> Iterator[tuple[PlayedBuffer, ServerProcess]]:
     """One server for all tests that leave it as it was."""
-    with FakeBuffer() as buffer:
+    with PlayedBuffer() as buffer:
         config = job(
             tmp_path_factory.mktemp("run"), port=buffer.port, model_dir=model, sampling={"max_new_tokens": 40}
         )
@@ -72,7 +72,7 @@ def shared(
 
 
 @pytest.fixture
-def buffer(shared: tuple[FakeBuffer, ServerProcess]) -> Iterator[FakeBuffer]:
+def buffer(shared: tuple[PlayedBuffer, ServerProcess]) -> Iterator[PlayedBuffer]:
     buffer, server = shared
     yield buffer
     buffer.acknowledging = True
@@ -83,7 +83,7 @@ def buffer(shared: tuple[FakeBuffer, ServerProcess]) -> Iterator[FakeBuffer]:
 
 
 def push(
-    buffer: FakeBuffer, tensors: dict[str, torch.Tensor], *, version: int, **settings: Any
+    buffer: PlayedBuffer, tensors: dict[str, torch.Tensor], *, version: int, **settings: Any
 ) -> PushOutcome:
     """Pushes as trainer rank 0 does, with its code, in a new weight group each time."""
 
@@ -131,7 +131,7 @@ def logprobs_under(
     return np.concatenate([[0.0], scores_T.numpy()])
 
 
-def test_hello_describes_server_and_task(buffer: FakeBuffer) -> None:
+def test_hello_describes_server_and_task(buffer: PlayedBuffer) -> None:
     hello = buffer.hellos[0]
     assert hello.name == "rollout-0" and hello.weights_address.startswith("tcp://127.0.0.1:")
     assert (
@@ -140,7 +140,7 @@ def test_hello_describes_server_and_task(buffer: FakeBuffer) -> None:
     assert hello.num_eval_prompts == SortTask().num_eval
 
 
-def test_status_readiness_and_metrics_pages(shared: tuple[FakeBuffer, ServerProcess]) -> None:
+def test_status_readiness_and_metrics_pages(shared: tuple[PlayedBuffer, ServerProcess]) -> None:
     _, server = shared
     address = json.loads((server.paths.endpoints / "rollout-0.json").read_text())["http"]
 
@@ -161,13 +161,13 @@ def test_engine_that_cannot_start_is_reported_with_its_log(model: Path, tmp_path
     broken = tmp_path / "broken"
     shutil.copytree(model, broken)
     (broken / "model.safetensors").write_bytes(b"not weights")
-    with FakeBuffer() as buffer, serving(job(tmp_path, port=buffer.port, model_dir=broken)) as server:
+    with PlayedBuffer() as buffer, serving(job(tmp_path, port=buffer.port, model_dir=broken)) as server:
         code, _, errors = server.wait()
         assert code == 1 and "engine" in errors and "Traceback (most" not in errors.splitlines()[0]
         assert "rollout-0-engine.log" in errors
 
 
-def test_leases_become_samples_with_reward_and_logprobs(buffer: FakeBuffer, model: Path) -> None:
+def test_leases_become_samples_with_reward_and_logprobs(buffer: PlayedBuffer, model: Path) -> None:
     version = buffer.expect_beat(lambda _: True).weights_version
     assert version == 0
     buffer.grant(buffer.lease(1, samples=8, prompt=7), buffer.lease(2, samples=[1, 3], prompt=8))
@@ -195,7 +195,7 @@ def test_leases_become_samples_with_reward_and_logprobs(buffer: FakeBuffer, mode
     assert len({tuple(a.record.trajectory().tokens) for a in answers if a.lease_id == 1}) > 1
 
 
-def test_evaluation_is_greedy(buffer: FakeBuffer) -> None:
+def test_evaluation_is_greedy(buffer: PlayedBuffer) -> None:
     for lease_id in (3, 4):
         buffer.grant(buffer.lease(lease_id, samples=2, prompt=5, purpose=Purpose.EVAL))
     answers = buffer.expect(SampleDone, count=4)
@@ -204,7 +204,7 @@ def test_evaluation_is_greedy(buffer: FakeBuffer) -> None:
     assert answers[0].record.trajectory().tokens[: len(prompt)].tolist() == prompt
 
 
-def test_unacknowledged_samples_are_sent_again_on_reconnect(buffer: FakeBuffer) -> None:
+def test_unacknowledged_samples_are_sent_again_on_reconnect(buffer: PlayedBuffer) -> None:
     buffer.acknowledging = False
     buffer.grant(buffer.lease(5, samples=2))
     first = buffer.expect(SampleDone, count=2)
@@ -220,7 +220,7 @@ def test_unacknowledged_samples_are_sent_again_on_reconnect(buffer: FakeBuffer) 
         buffer.acknowledge(answer)
 
 
-def test_aborted_leases_are_stopped_without_results(buffer: FakeBuffer) -> None:
+def test_aborted_leases_are_stopped_without_results(buffer: PlayedBuffer) -> None:
     buffer.acknowledging = False
     buffer.grant(*(buffer.lease(10 + i, samples=8, prompt=i) for i in range(3)))
     buffer.send(AbortLeases(leases=[10, 11, 12, 99], reason="test"))
@@ -231,7 +231,7 @@ def test_aborted_leases_are_stopped_without_results(buffer: FakeBuffer) -> None:
     assert not [m for m in list(buffer.received.queue) if isinstance(m, SampleDone)]
 
 
-def test_bad_frames_on_the_control_socket_are_counted(buffer: FakeBuffer) -> None:
+def test_bad_frames_on_the_control_socket_are_counted(buffer: PlayedBuffer) -> None:
     import zmq
 
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
@@ -242,7 +242,7 @@ def test_bad_frames_on_the_control_socket_are_counted(buffer: FakeBuffer) -> Non
         buffer.expect_beat(lambda beat: beat.stats.get("bad_frames", 0) >= 3)
 
 
-def test_failed_push_leaves_the_old_weights(buffer: FakeBuffer, model: Path) -> None:
+def test_failed_push_leaves_the_old_weights(buffer: PlayedBuffer, model: Path) -> None:
     before = buffer.expect_beat(lambda _: True).weights_version
     tensors = perturbed(model, 1)
     incomplete = dict(list(tensors.items())[:-1])
@@ -261,7 +261,7 @@ def test_failed_push_leaves_the_old_weights(buffer: FakeBuffer, model: Path) -> 
 @pytest.mark.parametrize(
     ("mode", "version"), [("recompute", 10), ("abort_resume", 11), ("drain", 12), ("keep", 13)]
 )
-def test_push_while_samples_are_in_flight(buffer: FakeBuffer, model: Path, mode: str, version: int) -> None:
+def test_push_while_samples_are_in_flight(buffer: PlayedBuffer, model: Path, mode: str, version: int) -> None:
     old_version = buffer.expect_beat(lambda _: True).weights_version
     old = perturbed(model, old_version) if old_version else None
     new = perturbed(model, version)
@@ -301,7 +301,7 @@ def test_push_while_samples_are_in_flight(buffer: FakeBuffer, model: Path, mode:
 
 
 def test_lost_engine_is_replaced_and_drain_leaves_nothing(model: Path, tmp_path: Path) -> None:
-    with FakeBuffer() as buffer:
+    with PlayedBuffer() as buffer:
         sampling = {"max_new_tokens": 200}
         config = job(
             tmp_path,
@@ -361,7 +361,7 @@ def test_a_late_joiner_starts_with_the_newest_checkpoint(model: Path, tmp_path: 
             {"format": "pt"},
         )
         (checkpoint / "trainer_state.json").write_text(json.dumps({"extra": {"weights_version": version}}))
-    with FakeBuffer() as buffer:
+    with PlayedBuffer() as buffer:
         buffer.newest_version = 9
         with serving(job(tmp_path, port=buffer.port, model_dir=model)) as server:
             server.wait_for_beat(
@@ -379,7 +379,7 @@ def test_a_late_joiner_starts_with_the_newest_checkpoint(model: Path, tmp_path: 
 
 
 def test_bad_rewards_are_reported_and_children_die_with_server(model: Path, tmp_path: Path) -> None:
-    with FakeBuffer() as buffer:
+    with PlayedBuffer() as buffer:
         config = job(
             tmp_path,
             port=buffer.port,
@@ -425,7 +425,7 @@ def test_bad_settings_end_with_one_message(
 
 
 def test_a_refusal_ends_the_server(model: Path, tmp_path: Path) -> None:
-    with FakeBuffer() as buffer, serving(job(tmp_path, port=buffer.port, model_dir=model)) as server:
+    with PlayedBuffer() as buffer, serving(job(tmp_path, port=buffer.port, model_dir=model)) as server:
         server.wait_until(lambda: bool(buffer.hellos), what="hello")
         buffer.send(Refused(field="model", reason="another model"))
         code, _, errors = server.wait()
@@ -434,7 +434,7 @@ def test_a_refusal_ends_the_server(model: Path, tmp_path: Path) -> None:
 
 def test_hanging_example_blocks_neither_others_nor_the_end(model: Path, tmp_path: Path) -> None:
     rollout = {"max_running": 4, "queue_samples": 0, "reward_timeout_s": 1.0}
-    with FakeBuffer() as buffer:
+    with PlayedBuffer() as buffer:
         config = job(
             tmp_path,
             port=buffer.port,

@@ -16,7 +16,7 @@ from areal_like.wire.messages.producer import Purpose, ReturnLeases, SampleDone,
 from rollout_server.tasks.sort import SortTask
 from tests.rollout_server.test_server import logprobs_under, perturbed, push
 from tests.sglang.conftest import START_S
-from tests.support.rollout_harness import FakeBuffer, is_alive, job, serving, wait_until
+from tests.support.rollout_harness import PlayedBuffer, is_alive, job, serving, wait_until
 from tests.support.waiting import descendants
 from trainer.models.tiny import build_tiny_model, character_tokenizer
 from trainer.weight_sync.broadcaster import PushOutcome
@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_server_samples_takes_pushes_and_restarts_its_engine(model: Path, tmp_path: Path) -> None:
-    with FakeBuffer() as buffer:
+    with PlayedBuffer() as buffer:
         rollout = {"engine": "sglang", "max_running": 16, "queue_samples": 600, "start_timeout_s": START_S}
         config = job(
             tmp_path, port=buffer.port, model_dir=model, sampling={"max_new_tokens": 60}, rollout=rollout
@@ -74,7 +74,7 @@ def test_server_samples_takes_pushes_and_restarts_its_engine(model: Path, tmp_pa
             wait_until(lambda: not any(map(is_alive, children)))
 
 
-def _check_recorded_versions_and_logprobs(buffer: FakeBuffer, model: Path) -> None:
+def _check_recorded_versions_and_logprobs(buffer: PlayedBuffer, model: Path) -> None:
     buffer.grant(
         buffer.lease(1, samples=8, prompt=7), buffer.lease(2, samples=2, prompt=5, purpose=Purpose.EVAL)
     )
@@ -98,7 +98,7 @@ def _check_recorded_versions_and_logprobs(buffer: FakeBuffer, model: Path) -> No
     )
 
 
-def _push_while_sampling(buffer: FakeBuffer, model: Path, *, version: int) -> list[Trajectory]:
+def _push_while_sampling(buffer: PlayedBuffer, model: Path, *, version: int) -> list[Trajectory]:
     new = perturbed(model, version)
     outcome: list[PushOutcome] = []
     buffer.grant(*(buffer.lease(10 + i, samples=8, prompt=i) for i in range(60)))
@@ -120,7 +120,7 @@ def _push_while_sampling(buffer: FakeBuffer, model: Path, *, version: int) -> li
     return mixed
 
 
-def _check_bad_names_change_nothing(buffer: FakeBuffer, model: Path, *, version: int) -> None:
+def _check_bad_names_change_nothing(buffer: PlayedBuffer, model: Path, *, version: int) -> None:
     before = buffer.expect_beat(lambda beat: not beat.leases).weights_version
     misnamed = {
         (f"{name}.x" if name.endswith("norm.weight") else name): tensor

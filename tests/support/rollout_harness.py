@@ -43,7 +43,7 @@ def ack_of(result: SampleDone | SampleFailed) -> SampleAcks:
     return SampleAcks(acks=[SampleAck(lease_id=result.lease_id, sample_indices=[result.sample_index])])
 
 
-class FakeBuffer:
+class PlayedBuffer:
     """Welcomes peers and acknowledges samples; keeps all messages for `expect`, each sample separately."""
 
     def __init__(self) -> None:
@@ -180,13 +180,15 @@ class ServerProcess:
         """Waits for `probe` as long as the server and its engine make progress."""
         wait_until_ready(self.process, logs=self.paths.logs, probe=probe, what=what)
 
-    def wait_for_beat(self, buffer: FakeBuffer, accept: Callable[[ServerHeartbeat], bool]) -> ServerHeartbeat:
-        """As `FakeBuffer.expect_beat`, for a heartbeat that needs a start of the server or its engine."""
+    def wait_for_beat(
+        self, buffer: PlayedBuffer, accept: Callable[[ServerHeartbeat], bool]
+    ) -> ServerHeartbeat:
+        """As `PlayedBuffer.expect_beat`, for a heartbeat that needs a start of the server or its engine."""
         self.wait_until(lambda: buffer.beat is not None and accept(buffer.beat), what="heartbeat")
         assert buffer.beat is not None
         return buffer.beat
 
-    def wait_serving(self, buffer: FakeBuffer) -> None:
+    def wait_serving(self, buffer: PlayedBuffer) -> None:
         """Waits until the server announces SERVING."""
         self.wait_for_beat(buffer, lambda beat: beat.state is ServerState.SERVING)
 
