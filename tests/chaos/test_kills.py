@@ -189,8 +189,8 @@ def test_a_trainer_stopped_for_a_minute(tmp_path: Path) -> None:
 def test_a_buffer_that_drains_under_load_is_unready_at_once(tmp_path: Path) -> None:
     with running_job(tmp_path, **settings(1000)) as job:
         producers = [job.produce(name) for name in ("rollout-0", "rollout-1")]
-        with job.trainer() as client:
-            train(client, first=0, last=10)
+        with job.trainer() as link:
+            train(link, first=0, last=10)
             asked_s = time.monotonic()
             job.buffer.process.send_signal(signal.SIGTERM)
             with pytest.raises(OSError):  # 503, or the buffer has ended
