@@ -7,17 +7,18 @@ With m the mean ESS ratio over a window of steps, T the target, and b the bound:
                                                    `patience` such windows in a row
     else                                           b stays
 
-Halving and adding one is TCP's rule, for the same reason: too stale a batch does harm at once, too fresh a
-batch only costs time. Three things keep the bound from oscillating as TCP does:
+Halving and adding one is the rule of TCP's congestion control, for the same reason: a batch that is too stale
+harms training at once, a batch that is too fresh only costs time. Three rules keep the bound from oscillating
+as TCP's window does:
 
-* No decision uses data from before the last change. Those take b + 1 steps to be trained.
+* No decision uses samples from before the last change. Training on those takes b + 1 steps.
 * Between T and the threshold for raising, the bound stays.
 * A bound that failed is a ceiling. The number of good windows before it is tried again (`patience`) doubles
   with each failure and is reset when the bound holds. Attempts become rare while conditions stay the same,
-  and still discover when they have changed.
+  but never stop, so a change of conditions is noticed.
 
-A bound that no lag reaches (generation is the bottleneck) is not raised: nothing would be learned about the
-higher one.
+If no lag reaches the bound (generation is the bottleneck), the bound is not raised: the data would not show
+how the higher bound does.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class _State:
 
 
 class StalenessController:
-    """A pure state machine without a clock; `observe` is called once a step. The bound starts at 0.
+    """A pure state machine without a clock; `observe` is called once per step. The bound starts at 0.
 
     SETTLING (some trained data were admitted under the last bound) -> MEASURING (a window of steps)
              -> decision -> SETTLING if the bound changed, else MEASURING
@@ -105,7 +106,7 @@ class StalenessController:
         )
         if mean < self._target:
             return self._lowered(measured)
-        if state.bound and state.bound == state.ceiling:  # the ceiling holds now
+        if state.bound and state.bound == state.ceiling:  # the bound that failed earlier holds now
             measured = dataclasses.replace(measured, ceiling=0, patience=_FIRST_PATIENCE)
         needed = measured.patience if state.bound + 1 == measured.ceiling else 1
         if state.bound < self._cap and measured.num_good_windows >= needed:
@@ -113,7 +114,7 @@ class StalenessController:
         return measured
 
     def _lowered(self, state: _State) -> _State:
-        # On-policy data miss the target by themselves (the engine's numerics differ): no bound can help.
+        # Bound 0 is on-policy. If even that misses the target (the engine's numerics differ), no bound helps.
         if not state.bound:
             return state
         failed_again = state.bound == state.ceiling

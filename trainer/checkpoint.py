@@ -5,8 +5,9 @@
                   critic.safetensors critic_optimizer.safetensors the same for the critic, if there is one
                   trainer_state.json                              step, number of updates, `extra`
 
-A checkpoint appears by the rename of a finished, synced directory, so one that exists is complete.
-There is no pickle in it: torch.distributed.checkpoint was left out because its metadata is one.
+A directory gets its final name only after it was written and synced, so every checkpoint that exists is
+complete. There is no pickle in it: torch.distributed.checkpoint was left out because its metadata is a
+pickle.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Checkpoints:
 
     `latest`, `save` and `load` are collective, the rest is not.
 
-        IDLE -> save(): state copied to the CPU -> WRITING, in a thread while training goes on
+        IDLE -> save(): state copied to the CPU -> WRITING, in a thread while training continues
              -> renamed, old ones pruned, `on_saved` called -> IDLE
              -> failed: the partial directory is removed at once -> IDLE
 
@@ -56,7 +57,10 @@ class Checkpoints:
     """
 
     def __init__(self, root: Path, *, keep: int, tokenizer_path: str) -> None:
-        """`keep`: how many of the newest stay on disk. `tokenizer_path`: where the tokenizer to copy is."""
+        """`keep`: number of checkpoints that stay on disk, the newest ones.
+
+        `tokenizer_path`: the tokenizer that is copied into every checkpoint.
+        """
         self._root = root
         self._keep = keep
         self._tokenizer_path = tokenizer_path
@@ -90,13 +94,13 @@ class Checkpoints:
         extra: dict[str, Any],
         on_saved: Callable[[int], None] = lambda oldest_kept_step: None,
     ) -> Path:
-        """Copies the state after `step` optimizer steps; rank 0 writes it in a thread while training goes on.
+        """Copies the state after `step` optimizer steps; a thread of rank 0 writes it beside the training.
 
         `extra`: JSON that `load` returns (rank 0's). `on_saved(oldest_kept_step)`: called in rank 0's thread
         when the checkpoint is complete on disk and old ones are pruned; not called for a checkpoint that was
         skipped.
         """
-        self._finish_in_flight()  # before the copies: the one in flight holds as much memory
+        self._finish_in_flight()  # before copying: the checkpoint in flight holds the same amount of memory
         model, moments = copy_state(policy, optimizer)
         # Nothing in a step draws random numbers today; a user's objective may.
         moments[RANDOM_STATE] = torch.get_rng_state()
@@ -105,7 +109,7 @@ class Checkpoints:
         if critic is not None:
             files[CRITIC_FILE], files[CRITIC_OPTIMIZER_FILE] = copy_state(critic.model, critic.optimizer)
             state["num_critic_updates"] = critic.optimizer.num_updates
-        # Serialised now: `extra` may change while the thread writes.
+        # Serialized now: `extra` may change while the thread writes.
         state_json = json.dumps(state, indent=2) + "\n"
         final = self.path(step)
 
@@ -186,10 +190,10 @@ class Checkpoints:
         return extra
 
     def set_aside_after(self, step: int) -> None:
-        """Renames checkpoints after `step` to `step_000300.rolled_back`, because the run goes on from `step`.
+        """Renames checkpoints after `step` to `step_000300.rolled_back`: the run continues from `step`.
 
-        Under their own names they could push a new checkpoint out, or be taken for the latest. On rank 0,
-        once it is certain that training goes on from here.
+        Under their own names they could cause a new checkpoint to be pruned, or be taken for the latest.
+        On rank 0, once it is certain that training continues from `step`.
         """
         for later in self.steps():
             if later > step:
@@ -219,15 +223,15 @@ class Checkpoints:
                 num_updates=int(state["num_critic_updates"]),
             )
         elif critic is not None:
-            log.warning("%s was saved without a critic: it begins anew, from its initial weights", path)
+            log.warning("%s was saved without a critic: the critic starts from its initial weights", path)
         with safe_open(moments, framework="pt") as file:
             torch.set_rng_state(file.get_tensor(RANDOM_STATE))
 
     def _finish_in_flight(self) -> DiskFullError | None:
         """Waits for the checkpoint in flight; returns why it was skipped, if it was.
 
-        The error is not raised because the log has it, and raised here it would hide what else ends the
-        trainer.
+        The error is returned, not raised: it is in the log already, and raising it in `close` would hide the
+        error that ends the trainer.
         """
         in_flight, self._in_flight = self._in_flight, None
         return None if in_flight is None else in_flight.result()

@@ -1,6 +1,6 @@
-"""The files of one checkpoint: written and read, in a directory that is complete or absent.
+"""Writes and reads the files of one checkpoint, in a directory that is either complete or absent.
 
-Tensors are saved whole (gathered to rank 0), so that any number of ranks can read them, each its own rows.
+Tensors are saved whole (gathered to rank 0), so that any number of ranks can read them, each rank its rows.
 The masters are saved in float32, whatever dtype the engines run.
 """
 
@@ -26,13 +26,13 @@ from trainer.optimizer import MOMENTS, ShardedAdamW
 log = logging.getLogger(__name__)
 
 _NO_SPACE = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT)))
-"""The system's messages: safetensors raises an error of its own that has the message but not the number."""
+"""The system's messages: safetensors raises its own error class, with the message but not the number."""
 
 
 def copy_state(model: PackedModel, optimizer: ShardedAdamW) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(weights, moments) on rank 0, by their names in the files; copies on the CPU.
 
-    Empty elsewhere. Collective.
+    Both are empty on the other ranks. Collective.
     """
     weights = {name: _copy(tensor) for name, tensor in gather(shards_of(model))}
     moments: dict[str, Tensor] = {}
@@ -52,7 +52,7 @@ def read_state(
     *,
     num_updates: int,
 ) -> None:
-    """Reads this rank's rows of what `copy_state` returned into model and optimizer."""
+    """Reads this rank's rows of the tensors that `copy_state` returned into model and optimizer."""
     _read_rows(weights_path, model, optimizer.shards, ranks, prefix="")
     moments = {
         name: {key: torch.empty_like(shard) for key in MOMENTS} for name, shard in optimizer.shards.items()
@@ -81,7 +81,7 @@ def write_directory(final: Path, fill: Callable[[Path], None]) -> DiskFullError 
         full = DiskFullError(
             f"{final} was not written ({error}): free space there, or lower trainer.keep_checkpoints"
         )
-        log.error("%s; training goes on, and the next checkpoint is the next attempt", full)
+        log.error("%s; training continues, and the next checkpoint is the next attempt", full)
         return full
     return None
 
@@ -121,7 +121,7 @@ def _commit(partial: Path, final: Path) -> None:
     for file in partial.iterdir():
         _sync(file)
     _sync(partial)
-    if final.exists():  # the same step again, after a resume from an earlier one
+    if final.exists():  # the same step again, after a resume from an earlier step
         shutil.rmtree(final)
     partial.rename(final)
     _sync(final.parent)

@@ -5,9 +5,9 @@
          -> evaluate -> summary
 
 Every rank fetches its own groups; everything else that goes to the buffer is sent by rank 0 (`leader.py`).
-Before each step the ranks agree on whether to go on, because a signal reaches them at different times. A
-drain finishes the step at hand (or gives it up when no servers are left that could fill it), waits for its
-checkpoint and the commit, closes admission, and exits 0.
+Before each step the ranks agree on whether to continue, because a signal reaches them at different times. A
+drain finishes the current step (or abandons it when no servers are left that could fill it), waits for its
+checkpoint and the commit, closes admission, and exits with code 0.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 
 class Trainer:
-    """One rank. `run` returns when the run is finished or drained, and raises when it cannot go on."""
+    """One rank of the trainer. `run` returns when the run is finished or drained; on failure it raises."""
 
     def __init__(
         self, config: Config, buffer: TrainerBufferClient, ranks: Ranks, *, started_s: float
@@ -81,7 +81,7 @@ class Trainer:
         """Trains until `trainer.num_steps` or a drain."""
         with contextlib.closing(self._checkpoints):
             self._begin()
-            while self._goes_on():
+            while self._should_continue():
                 try:
                     self._train_step()
                 except IncompleteStepError as error:
@@ -89,8 +89,8 @@ class Trainer:
                     break
             self._end()
 
-    def _goes_on(self) -> bool:
-        """Collective, once a step: a drain of one rank ends the loop of all."""
+    def _should_continue(self) -> bool:
+        """Collective, called once per step: a drain of one rank ends the loop on all ranks."""
         if self._step >= self._config.trainer.num_steps:
             return False
         return not self._ranks.any(self._buffer.stop_requested.is_set())
@@ -117,14 +117,14 @@ class Trainer:
             assert snapshot is not None
             is_new = self._leader.start_stream(self._stream)
             # Not before start_stream, which the buffer may refuse. Not after begin, which waits for servers:
-            # a trainer that replaces this one meanwhile resumes from the latest checkpoint, which must not be
-            # a later one.
+            # a trainer that replaces this one in the meantime resumes from the latest checkpoint, and that
+            # must not be one after this step.
             self._checkpoints.set_aside_after(self._step)
             oldest_kept_step = min(self._checkpoints.steps(), default=0)
             self._leader.begin(
                 snapshot, is_new=is_new, stream=self._stream, oldest_kept_step=oldest_kept_step
             )
-        # No rank may fetch groups before the buffer has been told where training starts.
+        # No rank may fetch groups before the buffer has received StartTraining.
         self._ranks.meet()
         self._buffer.runtime.ready()
 
@@ -160,17 +160,17 @@ class Trainer:
         self._snapshotter.close()
 
     def _take_snapshot(self) -> Snapshot | None:
-        """The present weights for the publisher. Collective; only rank 0 gets one."""
+        """The present weights for the publisher; None on ranks other than 0. Collective."""
         started_s = time.monotonic()
         snapshot = self._snapshotter.take_snapshot()
         self._snapshot_s = time.monotonic() - started_s
         return snapshot
 
     def _save(self) -> None:
-        """Saves a checkpoint. When it is on disk its steps are committed: they will not be rolled back.
+        """Saves a checkpoint. Once it is on disk its steps are committed: they will not be rolled back.
 
-        A checkpoint that a full disk prevents commits nothing: its steps stay in the ledger, and the next
-        checkpoint commits them too.
+        If a full disk prevents the checkpoint, nothing is committed: its steps stay in the ledger, and the
+        next checkpoint commits them too.
         """
         step, leader = self._step, self._leader
         # The version before the stream's state, which contains the number of the next version.
@@ -253,9 +253,9 @@ def _run(config: Config) -> None:
 
         def on_drain() -> None:
             buffer.stop_requested.set()
-            give_up = threading.Timer(config.daemon.drain_timeout_s / 3, buffer.give_up.set)
-            give_up.daemon = True
-            give_up.start()
+            timer = threading.Timer(config.daemon.drain_timeout_s / 3, buffer.abandon_step.set)
+            timer.daemon = True
+            timer.start()
 
         DrainSignals(drain_timeout_s=config.daemon.drain_timeout_s, on_drain=on_drain)
         with buffer:

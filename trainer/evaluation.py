@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class Evaluations:
-    """Runs evaluations, either waiting for one (`run`) or beside the training, one at a time:
+    """Runs one evaluation at a time: `run` waits for its result, `start` and `poll` let training continue.
 
     IDLE -> start() -> RUNNING -> poll(): None ... -> poll(): mean reward -> IDLE
     """
@@ -51,15 +51,14 @@ class Evaluations:
             self._running = self._request(step, min_version)
 
     def poll(self) -> float | None:
-        """The mean reward of the evaluation that ended since the last call; None if none did, or it
-        failed."""
+        """The mean reward of the evaluation that ended since the last call; None if none did or it failed."""
         if self._running is None or not self._running.done():
             return None
         ended, self._running = self._running, None
         try:
             return self._result(ended, timeout_s=1.0)
         except ArealError as error:
-            log.warning("training goes on without an evaluation: %s", error)
+            log.warning("training continues without an evaluation: %s", error)
             return None
 
     def _request(self, step: int, min_version: int) -> Future[EvalResult]:

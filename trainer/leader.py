@@ -70,10 +70,10 @@ class Leader:
         self._publisher: Publisher
 
     def start_stream(self, stream: dict[str, Any]) -> bool:
-        """Tells the buffer from which step training goes on; returns True if the run is new.
+        """Sends the buffer the step at which training starts; returns True if the run is new.
 
-        `stream`: the `stream_state` in the checkpoint; empty for a new run. Raises UserError when the buffer
-        cannot go on from here: another start would be refused too.
+        `stream`: the `stream_state` in the checkpoint; empty for a new run. Raises UserError if the buffer
+        cannot continue from this step: another start would be refused too.
         """
         start = StartTraining(step=self._step, stream=stream.get("stream", {}))
         try:
@@ -113,7 +113,10 @@ class Leader:
         self._training_started_s = time.monotonic()
 
     def finish_step(self, step: int, metrics: dict[str, Any], snapshot: Snapshot | None) -> None:
-        """After optimizer step `step`. `snapshot`: of the new weights; None between weight syncs."""
+        """Reports step `step` to the buffer, offers the new weights and records the metrics.
+
+        `snapshot`: of the new weights; None between weight syncs.
+        """
         staleness_bound = self._staleness_bound
         self._adapt_staleness(metrics)
         self._buffer.call(CompleteStep(step=step), timeout_s=_CALL_TIMEOUT_S)
@@ -139,9 +142,9 @@ class Leader:
         return granted.version
 
     def commit(self, step: int, *, oldest_kept_step: int) -> None:
-        """Tells the buffer that a checkpoint with all steps up to `step` is on disk. From any thread.
+        """Reports to the buffer that a checkpoint with all steps up to `step` is on disk. From any thread.
 
-        `oldest_kept_step`: of the oldest checkpoint that is kept.
+        `oldest_kept_step`: step of the oldest checkpoint that is kept.
         """
         request = CommitStep(step=step, oldest_kept_step=oldest_kept_step)
         self._buffer.call(request, timeout_s=_CALL_TIMEOUT_S)
@@ -149,7 +152,7 @@ class Leader:
     def end(self, *, finished: bool, hands_over: bool = False) -> None:
         """Closes the stream, evaluates the last weights (if `finished`) and writes the summary.
 
-        `hands_over`: another trainer goes on at once, so the stream stays open and generation goes on.
+        `hands_over`: another trainer takes over at once, so the stream stays open and generation continues.
         """
         counters_at_close = self._get_counters()
         if not hands_over:

@@ -25,7 +25,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ShardedAdamW:
-    """Scales, clips and applies accumulated, unnormalised gradients."""
+    """Scales, clips and applies accumulated, unnormalized gradients."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class ShardedAdamW:
 
     @classmethod
     def of(cls, config: TrainerConfig, model: PackedModel, ranks: Ranks, *, lr: float) -> ShardedAdamW:
-        """The optimizer of `config`. `lr` is separate because policy and critic have different ones."""
+        """The optimizer of `config`. `lr` is separate because policy and critic have different rates."""
         return cls(
             model,
             ranks,
@@ -115,7 +115,7 @@ class ShardedAdamW:
         return norm
 
     def moments(self, shard_name: str) -> dict[str, Tensor]:
-        """Adam's moments of one shard, zeros before the first step; shared memory afterwards."""
+        """Adam's moments of one shard: zeros before the first step, then the optimizer's own tensors."""
         shard = self.shards[shard_name]
         state: dict[str, Any] = self._adam.state.get(shard, {})
         return {key: state.get(key, torch.zeros_like(shard)) for key in MOMENTS}

@@ -1,9 +1,9 @@
 """Prepares the initial policy: `python -m trainer.prepare_model --config run/config.yaml`.
 
 The result is a Hugging Face directory. This runs once before the daemons start, because trainer and engines
-must load the very same weights. Models that are built here (`tiny`, `smollm2`) are cached under a hash of
-everything that determines them, the building code included, and then linked into the run's directory, so that
-the run stays complete when the cache is cleared. Any other model is checked, and stays where it is.
+must load the same weights. Models that are built here (`tiny`, `smollm2`) are cached under a hash of
+everything that determines them, including the code that builds them, and then linked into the run's
+directory, so that the run stays complete when the cache is cleared. Any other model is only checked.
 """
 
 from __future__ import annotations

@@ -25,7 +25,14 @@ from buffer.service.peers import ConnectedPeers
 from buffer.service.prometheus import BufferSeries
 from buffer.settings import LedgerSettings
 from buffer.storage.durable import DurableStore
-from tests.support.ledger_plant import add_server, deliver, done, empty_ledger, ledger_settings, new_ledger
+from tests.support.ledger_simulation import (
+    add_server,
+    deliver,
+    done,
+    empty_ledger,
+    ledger_settings,
+    new_ledger,
+)
 from tests.support.store_load import raising, store_settings
 
 GROUP_SIZE = 8

@@ -52,7 +52,7 @@ from tests.support.buffer_harness import (
     training,
 )
 from tests.support.fake_producer import hello
-from tests.support.ledger_plant import trajectory
+from tests.support.ledger_simulation import trajectory
 
 pytestmark = pytest.mark.timeout(60)
 

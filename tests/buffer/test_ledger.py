@@ -15,7 +15,7 @@ from buffer.ledger.ledger import Ledger
 from buffer.prompts.order import Prompt, PromptOrder, permuted, sampling_seed
 from buffer.settings import LedgerSettings
 from buffer.tickets import Drop, State, Verdict
-from tests.support.ledger_plant import (
+from tests.support.ledger_simulation import (
     add_server,
     beat,
     deliver,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from buffer.tickets import Drop, State
-from tests.support.ledger_plant import Plant, PlantServer, new_ledger
+from tests.support.ledger_simulation import SimulatedJob, SimulatedServer, new_ledger
 
 
-def servers() -> list[PlantServer]:
+def servers() -> list[SimulatedServer]:
     return [
-        PlantServer(name="fast", tokens_per_s=100, max_running=24, capacity=32),
-        PlantServer(name="slow", tokens_per_s=20, max_running=12, capacity=16),
-        PlantServer(name="small", tokens_per_s=50, max_running=2, capacity=2),
+        SimulatedServer(name="fast", tokens_per_s=100, max_running=24, capacity=32),
+        SimulatedServer(name="slow", tokens_per_s=20, max_running=12, capacity=16),
+        SimulatedServer(name="small", tokens_per_s=50, max_running=2, capacity=2),
     ]
 
 
@@ -25,7 +25,7 @@ def test_every_position_is_filled_within_the_staleness_bound(
     ledger = new_ledger(
         max_staleness=max_staleness, groups_per_step=8, group_size=4, num_steps=25, overdue=overdue
     )
-    plant = Plant(ledger=ledger, servers=servers(), step_s=step_s, seed=max_staleness)
+    plant = SimulatedJob(ledger=ledger, servers=servers(), step_s=step_s, seed=max_staleness)
     plant.run()
     counts = ledger.num_by_state()
     assert counts[State.TRAINED] == 25 * 8
@@ -43,7 +43,7 @@ def test_every_position_is_filled_within_the_staleness_bound(
 
 def test_staleness_zero_is_synchronous() -> None:
     ledger = new_ledger(max_staleness=0, groups_per_step=4, num_steps=10)
-    Plant(ledger=ledger, servers=servers()).run()
+    SimulatedJob(ledger=ledger, servers=servers()).run()
     assert set(ledger.lag_histogram()) == {0}
     assert ledger.state.tickets.num_issued == 40
 
@@ -53,7 +53,7 @@ def test_generation_overlaps_training_with_a_larger_bound() -> None:
     times = {}
     for max_staleness in (0, 4):
         ledger = new_ledger(max_staleness=max_staleness, groups_per_step=8, group_size=4, num_steps=25)
-        plant = Plant(ledger=ledger, servers=servers(), step_s=4.0)
+        plant = SimulatedJob(ledger=ledger, servers=servers(), step_s=4.0)
         plant.run()
         times[max_staleness] = plant.now_s
     assert times[4] < 0.75 * times[0]
@@ -64,7 +64,7 @@ def test_overdue_wait_keeps_long_responses_that_drop_loses() -> None:
     mean_tokens = {}
     for overdue in ("wait", "drop"):
         ledger = new_ledger(max_staleness=1, groups_per_step=8, group_size=4, num_steps=25, overdue=overdue)
-        Plant(ledger=ledger, servers=servers(), step_s=0.2).run()
+        SimulatedJob(ledger=ledger, servers=servers(), step_s=0.2).run()
         mean_tokens[overdue] = ledger.counters()["mean_trained_sample_tokens"]
     assert ledger.drops[Drop.STALE] > 0
     assert mean_tokens["wait"] > mean_tokens["drop"]
@@ -72,7 +72,7 @@ def test_overdue_wait_keeps_long_responses_that_drop_loses() -> None:
 
 def test_a_run_survives_a_killed_server_and_failing_samples() -> None:
     ledger = new_ledger(max_staleness=4, groups_per_step=8, group_size=4, num_steps=25, lease_timeout_s=3.0)
-    plant = Plant(ledger=ledger, servers=servers(), fail_probability=0.05, kill_at_s={"fast": 6.0})
+    plant = SimulatedJob(ledger=ledger, servers=servers(), fail_probability=0.05, kill_at_s={"fast": 6.0})
     plant.run()
     assert ledger.num_by_state()[State.TRAINED] == 200
     assert ledger.state.counters["num_leases_lost"] > 0

@@ -11,7 +11,7 @@ from areal_like.wire.messages.producer import Lease
 from buffer.ledger.ledger import Ledger
 from buffer.ledger.recovery import recover
 from buffer.tickets import Drop, State, Verdict
-from tests.support.ledger_plant import add_server, beat, deliver, done, new_ledger
+from tests.support.ledger_simulation import add_server, beat, deliver, done, new_ledger
 from tests.support.row_store import RowStore
 
 

@@ -21,7 +21,7 @@ from buffer.ledger.recovery import recover
 from buffer.storage.base import Store
 from buffer.storage.memory import MemoryStore
 from buffer.tickets import Drop, State, Ticket, Verdict
-from tests.support.ledger_plant import add_server, beat, deliver, done, failed, new_ledger
+from tests.support.ledger_simulation import add_server, beat, deliver, done, failed, new_ledger
 from tests.support.row_store import RowStore
 
 SERVERS = ("a", "b", "c")

@@ -26,14 +26,14 @@ from areal_like.wire.messages.hello import HelloRequired
 from areal_like.wire.messages.producer import Lease, Leases, SampleAck, Samples, ServerHeartbeat, ServerState
 from tests.support.buffer_harness import (
     BufferProcess,
-    PlayedTrainer,
+    FakeTrainer,
     connected,
     job,
     running_buffer,
     trainer_hello,
 )
 from tests.support.fake_producer import hello
-from tests.support.ledger_plant import done
+from tests.support.ledger_simulation import done
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -65,7 +65,7 @@ def test_the_ledger_survives_sigkill_of_the_buffer(tmp_path: Path) -> None:
     async def first(buffer: BufferProcess) -> tuple[list[Lease], list[int]]:
         inbox: list[Any] = []
         async with connected(buffer, rank) as link, connected(buffer, server, inbox=inbox) as producer:
-            trainer = PlayedTrainer(config, link)
+            trainer = FakeTrainer(config, link)
             await trainer.call(StartTraining(step=0))
             producer.send(beat([], free=8))
             leases = [lease for message in await until(inbox, Leases) for lease in message.leases]
@@ -102,7 +102,7 @@ def test_the_ledger_survives_sigkill_of_the_buffer(tmp_path: Path) -> None:
                 producer.send(message)
             acks = await until(inbox, SampleAck, count=4)
             assert [ack.refused for ack in acks] == [""] * 4, "a lease did not survive"
-            trainer = PlayedTrainer(config, link)
+            trainer = FakeTrainer(config, link)
             assert [group.ticket_id for group in await trainer.groups(0)] == tickets, (
                 "an uncommitted step is served again"
             )
@@ -138,7 +138,7 @@ def test_a_drain_keeps_recorded_and_ready_groups(tmp_path: Path) -> None:
 
             async def run(buffer: BufferProcess = buffer, step: int = step) -> Any:
                 async with connected(buffer, trainer_hello(buffer.config)) as link:
-                    trainer = PlayedTrainer(buffer.config, link)
+                    trainer = FakeTrainer(buffer.config, link)
                     await trainer.call(StartTraining(step=step))
                     await trainer.call(AllocVersion(step=step))
                     await trainer.train(step)
@@ -172,7 +172,7 @@ def test_an_operator_drops_a_ticket_that_crashes_trainers(tmp_path: Path) -> Non
 
         async def die_in_step_1() -> list[int]:
             async with connected(buffer, trainer_hello(buffer.config)) as link:
-                trainer = PlayedTrainer(buffer.config, link)
+                trainer = FakeTrainer(buffer.config, link)
                 await trainer.call(StartTraining(step=0))
                 await trainer.train(0)
                 groups = await trainer.groups(1)
@@ -180,7 +180,7 @@ def test_an_operator_drops_a_ticket_that_crashes_trainers(tmp_path: Path) -> Non
 
         async def resume(poisoned: list[int]) -> None:
             async with connected(buffer, trainer_hello(buffer.config)) as link:
-                trainer = PlayedTrainer(buffer.config, link)
+                trainer = FakeTrainer(buffer.config, link)
                 await trainer.call(StartTraining(step=0))
                 groups = await trainer.groups(1)
                 assert groups[2].ticket_id not in poisoned

@@ -32,7 +32,7 @@ from buffer.ledger.recovery import recover
 from buffer.prompts.order import PromptOrder
 from buffer.service.peers import ConnectedPeers
 from buffer.settings import LedgerSettings
-from tests.support.ledger_plant import add_server, beat, deliver, done
+from tests.support.ledger_simulation import add_server, beat, deliver, done
 from tests.support.row_store import RowStore
 from trainer.buffer_client.shards import call_shards, merge_streams, split_stream
 

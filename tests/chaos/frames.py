@@ -22,7 +22,7 @@ from areal_like.wire.messages.producer import (
     ServerState,
 )
 from areal_like.wire.records import Record
-from tests.support.ledger_plant import trajectory
+from tests.support.ledger_simulation import trajectory
 
 
 class _Bomb:

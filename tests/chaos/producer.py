@@ -1,8 +1,8 @@
 """A rollout server without an engine, as a process: real buffer client, made-up trajectories.
 
 `python -m tests.chaos.producer NAME CAPACITY SECONDS_PER_SAMPLE TOKENS --config FILE key=value ...` runs
-until it is killed, or leaves on SIGTERM as a real server does. A trajectory is a function of (ticket,
-sample), so that a test which reads one back can check every byte.
+until it is killed, or says Goodbye and ends on SIGTERM as a real server does. A trajectory is a function of
+(ticket, sample), so that a test which reads one back can check every byte.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from areal_like.wire.fingerprint import dataset_fingerprint, model_fingerprint, 
 from areal_like.wire.messages.hello import Hello, Role
 from areal_like.wire.messages.producer import Lease, SampleDone, ServerState
 from areal_like.wire.records import Record
-from rollout_server.buffer_client import client as link_module
+from rollout_server.buffer_client import client as client_module
 from rollout_server.buffer_client.shards import ShardedBufferClient
 
 RESEND_AFTER_S = 0.5
 
 
-def invented(ticket_id: int, sample_index: int, *, num_tokens: int, version: int) -> Trajectory:
+def synthetic(ticket_id: int, sample_index: int, *, num_tokens: int, version: int) -> Trajectory:
     """The trajectory of this sample; only the version may differ between calls."""
     rng = np.random.default_rng([ticket_id, sample_index])
     mask = np.arange(num_tokens) >= max(1, num_tokens // 8)
@@ -45,9 +45,9 @@ def invented(ticket_id: int, sample_index: int, *, num_tokens: int, version: int
     )
 
 
-def is_invented(trajectory: Trajectory, *, ticket_id: int, sample_index: int) -> bool:
-    """True when the trajectory is the one that `invented` made."""
-    original = invented(
+def is_synthetic(trajectory: Trajectory, *, ticket_id: int, sample_index: int) -> bool:
+    """True when the trajectory is the one that `synthetic` made."""
+    original = synthetic(
         ticket_id, sample_index, num_tokens=trajectory.num_tokens, version=trajectory.newest_version
     )
     names = ("tokens", "loss_mask", "logprobs", "versions")
@@ -82,9 +82,9 @@ class Producer:
                 num_eval_prompts=64,
             )
 
-        link_module._RESEND_AFTER_S = RESEND_AFTER_S
-        link_module._HELLO_TIMEOUT_S = 1.0
-        self._link = ShardedBufferClient(
+        client_module._RESEND_AFTER_S = RESEND_AFTER_S
+        client_module._HELLO_TIMEOUT_S = 1.0
+        self._client = ShardedBufferClient(
             config,
             capacity_samples=capacity,
             hello=hello,
@@ -95,17 +95,17 @@ class Producer:
 
     async def run(self) -> None:
         """Serves until SIGTERM, or until the buffer refuses this server."""
-        self._link.announce(state=ServerState.SERVING)
-        serving = asyncio.create_task(self._link.run())
+        self._client.announce(state=ServerState.SERVING)
+        serving = asyncio.create_task(self._client.run())
         while not self._stopping.is_set() and not serving.done():
-            if self._link.newest_version > self._version:
-                self._version = self._link.newest_version
-                self._link.announce(weights_version=self._version)
+            if self._client.newest_version > self._version:
+                self._version = self._client.newest_version
+                self._client.announce(weights_version=self._version)
             await asyncio.sleep(0.02)
         serving.cancel()
         if self._stopping.is_set():
-            await self._link.leave()
-        self._link.close()
+            await self._client.leave()
+        self._client.close()
 
     def _take(self, leases: list[Lease]) -> None:
         for lease in leases:
@@ -115,8 +115,8 @@ class Producer:
                 )
 
     def _finish(self, lease: Lease, index: int) -> None:
-        trajectory = invented(lease.ticket_id, index, num_tokens=self._num_tokens, version=self._version)
-        self._link.deliver(
+        trajectory = synthetic(lease.ticket_id, index, num_tokens=self._num_tokens, version=self._version)
+        self._client.deliver(
             SampleDone(lease_id=lease.lease_id, record=Record.of(lease.ticket_id, index, trajectory))
         )
 

@@ -1,12 +1,12 @@
 """A TCP proxy for ZeroMQ that drops, delays, duplicates and reorders whole messages, and cuts connections.
 
-It parses ZMTP (3.x, NULL) as far as the ends of messages: 64 bytes of greeting, then frames of `flags,
-length, body`. Commands (READY, PING, PONG) pass unchanged, so both ends keep their session and routing ids,
-and see a cut as a lost peer. A proxy of sockets (ROUTER to DEALER) was left out: one side of it would never
-see a cut.
+It parses ZMTP (3.x, NULL) only far enough to find the ends of messages: 64 bytes of greeting, then frames of
+`flags, length, body`. Commands (READY, PING, PONG) pass unchanged, so both ends keep their session and
+routing ids, and a cut looks like a lost peer. A proxy of sockets (ROUTER to DEALER) was left out: one of its
+two sides would never notice a cut.
 
-Each direction of each connection has a random generator of its own, seeded by (seed, connection, direction),
-so the fate of its n-th message is the same in every run.
+Each direction of each connection has its own random generator, seeded by (seed, connection, direction), so
+its n-th message gets the same fault in every run.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ _MORE, _LONG, _COMMAND = 1, 2, 4
 
 @dataclass(frozen=True, kw_only=True)
 class Faults:
-    """Probability of each fate of a message; the others are delivered unchanged."""
+    """Probability of each fault of a message; messages without a fault are delivered unchanged."""
 
     drop: float = 0.0
     duplicate: float = 0.0
     reorder: float = 0.0
-    """Delivered after the message behind it."""
+    """The message is delivered after the next message."""
     delay: float = 0.0
-    """Delivered up to `max_delay_s` later; others overtake it."""
+    """The message is delivered up to `max_delay_s` later; other messages overtake it."""
     cut: float = 0.0
     """Both connections end at once, and the messages in them are lost."""
     max_delay_s: float = 0.2
 
 
 class FaultProxy:
-    """Listens on loopback at `port` and forwards to `target`, in a thread of its own.
+    """Listens on loopback at `port` and forwards to `target`, in a separate thread.
 
     Use it in a `with` block.
     """
@@ -80,8 +80,7 @@ class FaultProxy:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        # Not a coroutine: asyncio would make a task of its own for each connection, and warn about it at the
-        # end.
+        # Not a coroutine: asyncio would create another task per connection, and warn about it at the end.
         task = self._loop.create_task(self._serve(reader, writer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -116,8 +115,8 @@ class FaultProxy:
     ) -> None:
         """Forwards one direction until the connection ends or is cut."""
         left = _GREETING_BYTES
-        # The greeting in pieces as they come: each side waits for the other's first bytes before it sends the
-        # rest.
+        # Forward the greeting piece by piece: each side waits for the other side's first bytes before it
+        # sends the rest.
         while left:
             piece = await source.read(left)
             if not piece:

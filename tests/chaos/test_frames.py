@@ -1,4 +1,4 @@
-"""Malformed, truncated, oversized and pickled frames during a job: refused, counted, harmless."""
+"""Malformed, truncated, oversized and pickled frames during a job are refused and counted, and do no harm."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import zmq
 
 from launch.audit.run import audit_run
 from tests.chaos.frames import malformed
-from tests.chaos.plant import check_groups, plant, train
+from tests.chaos.job import check_groups, running_job, train
 
 MAX_MESSAGE_BYTES = 1 << 20
 _BATCH = 1000
@@ -22,9 +22,9 @@ _BATCH = 1000
 def flood(directory: Path, *, num_frames: int, num_oversized: int) -> None:
     trainer = {"num_steps": 20, "groups_per_step": 8, "fetch_timeout_s": 60.0}
     buffer = {"lease_timeout_s": 2.0, "max_message_bytes": MAX_MESSAGE_BYTES}
-    with plant(directory, trainer=trainer, buffer=buffer) as job, job.trainer() as link:
+    with running_job(directory, trainer=trainer, buffer=buffer) as job, job.trainer() as client:
         job.produce("rollout-0")
-        groups = train(link, first=0, last=10)
+        groups = train(client, first=0, last=10)
         frames = malformed(seed=0)
         rss_bytes = 0
         for num_sent in range(_BATCH, num_frames + 1, _BATCH):
@@ -36,11 +36,9 @@ def flood(directory: Path, *, num_frames: int, num_oversized: int) -> None:
         for _ in range(num_oversized):
             with _sent(job.buffer.address, [[bytes(MAX_MESSAGE_BYTES + 1)]]):
                 time.sleep(0.2)
-        assert job.buffer.status()["bad_frames"] == num_frames, (
-            "messages that are too large are not even decoded"
-        )
+        assert job.buffer.status()["bad_frames"] == num_frames, "a message that is too large was decoded"
         assert job.buffer.rss_bytes() < 1.05 * rss_bytes
-        groups += train(link, first=10, last=20)
+        groups += train(client, first=10, last=20)
         check_groups(groups, job.config, first=0, last=20)
         assert job.buffer.process.poll() is None
         audit = audit_run(job.buffer.paths.root)

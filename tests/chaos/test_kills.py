@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from launch.audit.run import audit_run
-from tests.chaos.plant import Plant, check_counters, check_groups, counters_of, plant, train
+from tests.chaos.job import ChaosJob, check_counters, check_groups, counters_of, running_job, train
 from tests.support.buffer_harness import ROOT
 
 GROUPS_PER_STEP = 8
@@ -29,7 +29,7 @@ def settings(num_steps: int, **buffer: Any) -> dict[str, Any]:
     }
 
 
-def check_audit(job: Plant, *, num_steps: int) -> None:
+def check_audit(job: ChaosJob, *, num_steps: int) -> None:
     audit = audit_run(job.buffer.paths.root)
     assert audit.is_clean, "\n".join(audit.lines())
     assert audit.tickets["trained"] == num_steps * GROUPS_PER_STEP
@@ -38,7 +38,7 @@ def check_audit(job: Plant, *, num_steps: int) -> None:
 class _Training(threading.Thread):
     """Trains in a thread beside the test; `finish` raises its error."""
 
-    def __init__(self, job: Plant, *, num_steps: int) -> None:
+    def __init__(self, job: ChaosJob, *, num_steps: int) -> None:
         super().__init__(daemon=True)
         self._job, self._num_steps = job, num_steps
         self._error: BaseException | None = None
@@ -46,9 +46,9 @@ class _Training(threading.Thread):
 
     def run(self) -> None:
         try:
-            with self._job.trainer() as link:
-                groups = train(link, first=0, last=self._num_steps)
-                counters = counters_of(link)
+            with self._job.trainer() as client:
+                groups = train(client, first=0, last=self._num_steps)
+                counters = counters_of(client)
             check_groups(groups, self._job.config, first=0, last=self._num_steps)
             check_counters(counters)
         except BaseException as error:  # of any kind: `finish` raises it in the test
@@ -63,7 +63,7 @@ class _Training(threading.Thread):
 
 def kill_producers(directory: Path, *, num_kills: int, num_steps: int) -> None:
     rng = random.Random(num_kills)
-    with plant(directory, **settings(num_steps)) as job:
+    with running_job(directory, **settings(num_steps)) as job:
         names = ["rollout-0", "rollout-1"]
         for name in names:
             job.produce(name, sample_s=0.03)
@@ -78,7 +78,7 @@ def kill_producers(directory: Path, *, num_kills: int, num_steps: int) -> None:
                 lambda status, name=victim: name not in [peer["name"] for peer in status["peers"]],
                 timeout_s=20,
             )
-            assert time.monotonic() - killed_s < 2.0 + 1.0, "its leases were taken back too late"
+            assert time.monotonic() - killed_s < 2.0 + 1.0, "the killed producer's leases expired too late"
             job.produce(victim, sample_s=0.03)
         training.finish(timeout_s=60 + num_steps)
         assert job.buffer.terminate()[0] == 0
@@ -98,7 +98,7 @@ def test_twenty_killed_producers(tmp_path: Path) -> None:
 
 def kill_buffers(directory: Path, *, num_kills: int, num_steps: int, durability: str) -> None:
     rng = random.Random(num_kills)
-    with plant(directory, **settings(num_steps, durability=durability)) as job:
+    with running_job(directory, **settings(num_steps, durability=durability)) as job:
         for name in ("rollout-0", "rollout-1"):
             job.produce(name, sample_s=0.01)
         training = _Training(job, num_steps=num_steps)
@@ -131,8 +131,8 @@ def _killed_at_the_end(command: list[str]) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def _settled(job: Plant, *, timeout_s: float = 30.0) -> dict[str, int]:
-    """Tickets by state, once nothing has changed for a second."""
+def _settled(job: ChaosJob, *, timeout_s: float = 30.0) -> dict[str, int]:
+    """Tickets by state, once they have not changed for a second."""
     deadline_s = time.monotonic() + timeout_s
     tickets: dict[str, int] = {}
     while tickets != (tickets := job.buffer.status()["tickets"]) or tickets["leased"] or tickets["queued"]:
@@ -143,7 +143,7 @@ def _settled(job: Plant, *, timeout_s: float = 30.0) -> dict[str, int]:
 
 def stop_trainer(directory: Path, *, stopped_s: float) -> None:
     num_steps = 60
-    with plant(directory, **settings(num_steps, cache_bytes=1 << 20)) as job:
+    with running_job(directory, **settings(num_steps, cache_bytes=1 << 20)) as job:
         for name in ("rollout-0", "rollout-1"):
             job.produce(name, num_tokens=2048)
         command = [
@@ -159,7 +159,7 @@ def stop_trainer(directory: Path, *, stopped_s: float) -> None:
         ) as consumer:
             job.buffer.wait_status(lambda status: status["step"] >= 5, timeout_s=60)
             consumer.send_signal(signal.SIGSTOP)
-            # The groups that the staleness bound admits are generated, then everything waits.
+            # Producers generate the groups that the staleness bound admits, then wait.
             before, rss_bytes = _settled(job), job.buffer.rss_bytes()
             time.sleep(stopped_s)
             assert job.buffer.rss_bytes() < 1.05 * rss_bytes
@@ -187,7 +187,7 @@ def test_a_trainer_stopped_for_a_minute(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(90)
 def test_a_buffer_that_drains_under_load_is_unready_at_once(tmp_path: Path) -> None:
-    with plant(tmp_path, **settings(1000)) as job:
+    with running_job(tmp_path, **settings(1000)) as job:
         producers = [job.produce(name) for name in ("rollout-0", "rollout-1")]
         with job.trainer() as link:
             train(link, first=0, last=10)

@@ -1,4 +1,4 @@
-"""Links that drop, duplicate, reorder, delay and cut: trained tickets are unique, counts are exact."""
+"""Links that drop, duplicate, reorder, delay and cut messages: no group is lost or trained twice."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch.audit.run import audit_run
-from tests.chaos.plant import check_counters, check_groups, counters_of, plant, train
+from tests.chaos.job import check_counters, check_groups, counters_of, running_job, train
 from tests.chaos.proxy import Faults
 
 FAULTS = Faults(drop=0.01, duplicate=0.05, reorder=0.05, delay=0.05, cut=0.003)
@@ -15,13 +15,13 @@ FAULTS = Faults(drop=0.01, duplicate=0.05, reorder=0.05, delay=0.05, cut=0.003)
 
 def run(directory: Path, *, num_steps: int, seed: int) -> None:
     trainer = {"num_steps": num_steps, "groups_per_step": 8, "fetch_timeout_s": 60.0}
-    with plant(directory, faults=FAULTS, seed=seed, trainer=trainer) as job:
+    with running_job(directory, faults=FAULTS, seed=seed, trainer=trainer) as job:
         for name in ("rollout-0", "rollout-1"):
             job.produce(name)
-        with job.trainer() as link:
-            groups = train(link, first=0, last=num_steps)
+        with job.trainer() as client:
+            groups = train(client, first=0, last=num_steps)
             job.proxy.faults = Faults()
-            counters = counters_of(link)
+            counters = counters_of(client)
         check_groups(groups, job.config, first=0, last=num_steps)
         check_counters(counters)
         assert counters.tickets["trained"] == num_steps * 8

@@ -1,7 +1,7 @@
-"""Engines that are killed in the middle of a broadcast, at seeded moments, while all of them generate.
+"""Engines are killed during a broadcast, at random moments, while all of them generate.
 
-Every token carries the version of the weights that sampled it, and its log-prob is recomputed under these.
-After a partial update it would match no version.
+Every token carries the version of the weights that sampled it, and its log-prob is recomputed under these
+weights. After a partial update the log-prob would match no version.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Server:
         await asyncio.gather(*self._tasks)
 
     async def start_again(self) -> None:
-        """Starts another engine, after the requests to the dead one have failed."""
+        """Starts another engine, after the requests to the killed engine have failed."""
         await asyncio.gather(*self._tasks)
         self.incarnation += 1
         await self.start()
@@ -102,7 +102,7 @@ class Server:
         await client.close()
 
     async def _generate(self, client: EngineClient) -> None:
-        with contextlib.suppress(EngineError):  # it was killed
+        with contextlib.suppress(EngineError):  # the engine was killed
             while True:
                 self.generations.append(await sample(client, PROMPT, 40))
 

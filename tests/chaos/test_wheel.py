@@ -41,7 +41,7 @@ def test_installed_wheel_runs_the_default_job(tmp_path: Path) -> None:
     _run(sys.executable, "-m", "venv", environment, cwd=tmp_path, timeout_s=120)
     pip = (environment / "bin" / "python", "-m", "pip", "install", "-q", "-q")
     _run(*pip, "-r", ROOT / "requirements.txt", cwd=tmp_path, timeout_s=900)
-    # With dependencies: what the wheel declares has to be met by the pinned versions, so nothing more is fetched.
+    # With dependencies: the pinned versions must satisfy those of the wheel, so nothing more is fetched.
     _run(*pip, wheel, cwd=tmp_path, timeout_s=300)
     home = _run(
         *(environment / "bin" / "python", "-c", "import launch; print(launch.__file__)"),

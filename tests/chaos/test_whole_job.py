@@ -16,7 +16,7 @@ from tests.support.launching import finish, launcher, num_steps_done, processes_
 
 MEAN_PAUSE_S = 15.0
 _CALM_S = 60.0
-"""No daemon is killed three times within it: the launcher would rightly give up on it."""
+"""No daemon is killed three times within this time: the launcher would stop restarting it and end the job."""
 SETTINGS = (
     "name=x",
     "model.warm_start_steps=0",
@@ -37,7 +37,7 @@ SETTINGS = (
 
 
 class Killer:
-    """Kills one process after the other, and records when."""
+    """Kills processes at random and records the times."""
 
     def __init__(self, root: Path, victims: dict[str, str], *, seed: int) -> None:
         """`victims`: name -> a part of the command line."""
@@ -85,7 +85,7 @@ def test_a_job_with_random_kills_loses_nothing(tmp_path: Path, num_shards: int, 
             time.sleep(pause_s)
             assert process.poll() is None, process.communicate()
             killer.strike()
-        # The last victim is started again, and the job goes on.
+        # The process that was killed last is started again, and the job continues.
         wait_for_steps(num_steps_done(root) + 5, root, process=process)
         process.terminate()
         code, out, err = finish(process, root)

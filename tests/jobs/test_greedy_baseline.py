@@ -24,13 +24,13 @@ from buffer.ledger.ledger import Ledger
 from buffer.tickets import Drop, State, Verdict
 from tests.support.buffer_harness import (
     BufferProcess,
-    PlayedTrainer,
+    FakeTrainer,
     connected,
     running_buffer,
     trainer_hello,
 )
 from tests.support.launching import TEST_LIMIT_S, WAIT_LIMIT_S
-from tests.support.ledger_plant import add_server, deliver, done, new_ledger, trajectory
+from tests.support.ledger_simulation import add_server, deliver, done, new_ledger, trajectory
 from tests.support.rollout_harness import ServerProcess
 from tests.support.trainer_helpers import random_groups, write_model
 from tests.support.trainer_ranks import last_gradient, make_runner
@@ -76,7 +76,7 @@ def test_only_missing_samples_are_leased_again() -> None:
     assert ledger.num_by_state()[State.QUEUED] == 1
 
 
-def test_a_sample_of_the_other_kind_is_refused() -> None:
+def test_a_sample_with_the_wrong_greedy_flag_is_refused() -> None:
     ledger = new_ledger(group_size=1, num_greedy=1)
     add_server(ledger, "a", capacity=2)
     (lease,) = leases_of(ledger)
@@ -196,7 +196,7 @@ async def _train(buffer: BufferProcess, model: Path) -> tuple[list[Group], RunCo
         config, model=model_fingerprint(str(model)), tokenizer=tokenizer_fingerprint(str(model))
     )
     async with connected(buffer, hello) as link:
-        trainer = PlayedTrainer(config, link)
+        trainer = FakeTrainer(config, link)
         await trainer.call(StartTraining(step=0))
         await trainer.call(
             RequestEval(eval_id=0, num_prompts=2, min_version=0), timeout_s=WAIT_LIMIT_S

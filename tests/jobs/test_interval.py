@@ -1,4 +1,4 @@
-"""Sync intervals (OAPL): weights every I steps, groups of one version, each interval trained on its own."""
+"""Sync intervals (OAPL): weights are pushed every I steps; each interval trains on samples of one version."""
 
 from __future__ import annotations
 
@@ -18,7 +18,16 @@ from buffer.settings import LedgerSettings
 from buffer.tickets import Drop, State
 from tests.support.buffer_harness import BufferProcess, job
 from tests.support.launching import TEST_LIMIT_S, WAIT_LIMIT_S, finish, launcher
-from tests.support.ledger_plant import Plant, PlantServer, add_server, beat, deliver, done, failed, new_ledger
+from tests.support.ledger_simulation import (
+    SimulatedJob,
+    SimulatedServer,
+    add_server,
+    beat,
+    deliver,
+    done,
+    failed,
+    new_ledger,
+)
 from tests.support.trainer_helpers import write_model
 from tests.trainer.test_daemon import trainer
 
@@ -68,8 +77,10 @@ def test_an_interval_admits_only_the_groups_of_its_steps() -> None:
 
 
 def test_a_group_of_an_earlier_interval_is_dropped_and_retried() -> None:
-    """The group of an engine that was restarted with its first weights is too late for their interval, though
-    within the staleness bound of 4."""
+    """An engine that was restarted with the first weights delivers a group whose interval is over.
+
+    The group is dropped, although it is within the staleness bound of 4.
+    """
     ledger = interval_ledger()
     add_server(ledger, "a", capacity=100)
     for lease in grant(ledger):
@@ -114,14 +125,14 @@ def test_a_group_of_mixed_weights_is_refused_with_a_reason() -> None:
 
 
 @dataclass
-class DrainPlant(Plant):
-    """Pushes only at the end of an interval, and only into idle engines: one version a sequence."""
+class DrainingJob(SimulatedJob):
+    """Pushes only at the end of an interval and only into idle engines: every sequence has one version."""
 
     interval: int = 1
     versions_trained: list[tuple[int, set[int]]] = field(default_factory=list)
 
     def _finish(
-        self, server: PlantServer, lease: Lease, index: int, first_version: int, num_tokens: int
+        self, server: SimulatedServer, lease: Lease, index: int, first_version: int, num_tokens: int
     ) -> None:
         assert server.version == first_version, "a drain lets sequences end before the weights change"
         super()._finish(server, lease, index, first_version, num_tokens)
@@ -143,7 +154,7 @@ class DrainPlant(Plant):
         if step + 1 < ledger.settings.num_steps:
             self._start_step()
 
-    def _drained(self, server: PlantServer, version: int) -> Callable[[], None]:
+    def _drained(self, server: SimulatedServer, version: int) -> Callable[[], None]:
         def push() -> None:
             if server.running:
                 self.at(0.05, push)
@@ -166,21 +177,23 @@ def test_every_interval_is_trained_on_its_own_version(step_s: float, fail_probab
         max_sample_retries=1,
     )
     servers = [
-        PlantServer(name="fast", tokens_per_s=100, max_running=24, capacity=32),
-        PlantServer(name="slow", tokens_per_s=20, max_running=12, capacity=16),
+        SimulatedServer(name="fast", tokens_per_s=100, max_running=24, capacity=32),
+        SimulatedServer(name="slow", tokens_per_s=20, max_running=12, capacity=16),
     ]
-    plant = DrainPlant(
+    simulation = DrainingJob(
         ledger=ledger, servers=servers, step_s=step_s, fail_probability=fail_probability, interval=4
     )
-    plant.run()
-    assert plant.versions_trained == [(step, {step // 4}) for step in range(26)], "interval n has version n"
+    simulation.run()
+    assert simulation.versions_trained == [(step, {step // 4}) for step in range(26)], (
+        "interval n has version n"
+    )
     assert set(ledger.lag_histogram()) == {0, 1, 2, 3}
     counts = ledger.num_by_state()
     assert (
         counts[State.TRAINED] == 26 * 8
         and counts[State.TRAINED] + counts[State.DROPPED] == ledger.state.tickets.num_issued
     )
-    assert set(ledger.drops) <= {Drop.FAILED}, "nothing is left over at a sync, nothing is mixed"
+    assert set(ledger.drops) <= {Drop.FAILED}, "a sync must not drop groups"
     assert bool(ledger.drops) == bool(fail_probability)
     assert ledger.state.store.num_bytes == 0
 

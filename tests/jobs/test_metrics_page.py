@@ -1,4 +1,4 @@
-"""docs/reference/metrics.md names every column of a metrics row and every Prometheus series, and no others."""
+"""docs/reference/metrics.md lists all columns of a metrics row and all Prometheus series, and no others."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from trainer.metrics.run_files import step_row
 from trainer.objectives import OBJECTIVES
 
 PAGE = (ROOT / "docs" / "reference" / "metrics.md").read_text()
-OF_THE_LEADER = {"max_staleness", "freeze_s", "push_s", "weights_version", "weights_step", "eval_reward"}
-"""Columns that need a running job (tests/launch/test_run.py looks at the rows of one)."""
+LEADER_COLUMNS = {"max_staleness", "freeze_s", "push_s", "weights_version", "weights_step", "eval_reward"}
+"""Columns that rank 0 adds in a running job (tests/launch/test_run.py checks them)."""
 
 
 def named_columns() -> set[str]:
@@ -49,12 +49,11 @@ def test_every_column_is_on_the_page(tmp_path: Path, ranks: Ranks) -> None:
     ]
     rows: list[dict[str, Any]] = []
     for step, settings in enumerate(jobs):
-        metrics = make_runner(path, ranks, settings=settings).run(
-            groups, step=5 + step
-        )  # sampled with version 5: the first is on-policy
+        # The samples have version 5, so the first step is on-policy.
+        metrics = make_runner(path, ranks, settings=settings).run(groups, step=5 + step)
         rows.append(step_row(step, metrics | LagTally(4).reduced(ranks)))
     seen = {re.sub(r"_\d+$", "_I", name) for row in rows for name in row}
-    assert seen | OF_THE_LEADER | {"greedy_reward"} == named_columns()
+    assert seen | LEADER_COLUMNS | {"greedy_reward"} == named_columns()
 
 
 def series_of(registry: CollectorRegistry) -> set[str]:
@@ -66,7 +65,7 @@ def series_of(registry: CollectorRegistry) -> set[str]:
 def test_every_series_is_on_the_page() -> None:
     buffer, server, trainer = Metrics(), Metrics(), Metrics()
     BufferSeries(buffer, max_staleness=4)
-    nothing = cast(Any, None)  # the series are registered before any part is asked
+    nothing = cast(Any, None)  # registering the series does not use the parts
     ServerStats(server, buffers=nothing, runner=nothing, rewards=nothing, receiver=nothing, engine=nothing)
     TrainerSeries(trainer)
     *_, buffer_text, server_text, trainer_text = re.split(r"^\*\*", PAGE, flags=re.M)

@@ -1,4 +1,4 @@
-"""A job across two machines, imitated by network namespaces with an address each and a shared disk."""
+"""A job across two simulated machines: network namespaces with one address each and a shared disk."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def test_the_default_job_across_two_addresses(
         f"buffer.port={PORT}",
         f"weights.host={TRAINER_HOST}",
     )
-    # The other roles get the buffer's address, and the server the address at which it can be reached.
-    trains = (*settings, f"buffer.host={TRAINER_HOST}")
-    serves = (*trains, "rollout.host=0.0.0.0", f"rollout.advertise_host={ROLLOUT_HOST}")
+    # The other roles get the buffer's address, and the server gets the address at which it can be reached.
+    trainer_settings = (*settings, f"buffer.host={TRAINER_HOST}")
+    server_settings = (*trainer_settings, "rollout.host=0.0.0.0", f"rollout.advertise_host={ROLLOUT_HOST}")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | cache
     started: list[subprocess.Popen[bytes]] = []
 
@@ -77,12 +77,12 @@ def test_the_default_job_across_two_addresses(
         wait_until(lambda: preparing.poll() is not None, what="the model")
         assert preparing.returncode == 0
         start(near, "buffer", *settings)
-        server = start(far, "rollout_server", "--name", "rollout-far", *serves)
-        trainer = start(near, "trainer", *trains)
+        server = start(far, "rollout_server", "--name", "rollout-far", *server_settings)
+        trainer = start(near, "trainer", *trainer_settings)
         wait_until(lambda: trainer.poll() is not None, what="the end of training", run_root=run)
         assert trainer.returncode == 0 and server.poll() is None
     finally:
-        for process in reversed(started):  # the buffer last, so that the server can take its leave
+        for process in reversed(started):  # the buffer last, so that the server can send Goodbye
             process.terminate()
             process.wait()
     assert num_steps_done(run) == 8

@@ -1,4 +1,4 @@
-"""Whole jobs whose buffer and trainer are killed, with the real daemons: nothing is lost or done twice.
+"""Whole jobs whose buffer and trainer are killed, with the real daemons: no group is lost or trained twice.
 
 One run with three killed trainers is recorded and shared by the tests that only read it and replay it.
 """
@@ -65,12 +65,12 @@ def query(root: Path, sql: str) -> list[tuple[object, ...]]:
 def filled_places(root: Path) -> dict[tuple[object, object], object]:
     """(step, position) -> ticket id, of every group that was recorded and not dropped."""
     rows = query(root, "SELECT step, position, ticket_id FROM tickets WHERE state IN ('batched', 'trained')")
-    assert len({row[:2] for row in rows}) == len(rows), "two groups in one place"
+    assert len({row[:2] for row in rows}) == len(rows), "two groups have the same position"
     return {(step, position): ticket_id for step, position, ticket_id in rows}
 
 
 def pid_of(root: Path, part: str) -> int:
-    """The daemon whose command line contains this."""
+    """The id of the process whose command line contains `part`."""
     return next(pid for pid, command in processes_of(root).items() if part in command)
 
 
@@ -82,7 +82,7 @@ def command(*words: str, cwd: Path) -> str:
 
 
 def rows_of(root: Path) -> list[dict[str, float]]:
-    """metrics.jsonl."""
+    """The rows of metrics.jsonl."""
     return [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -91,12 +91,12 @@ class BrokenRun:
     """A finished run whose trainer was killed three times."""
 
     folder: Path
-    """Its working directory."""
+    """Working directory of the launcher."""
     root: Path
     out: str
-    """Output of its launcher."""
+    """Output of the launcher."""
     places: dict[tuple[object, object], object]
-    """Every place that was ever seen filled, and its ticket."""
+    """(step, position) -> ticket id, of every position that was filled at any time during the run."""
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def broken_run(tmp_path_factory: pytest.TempPathFactory, cache: dict[str, str]) 
         f"trainer.num_steps={NUM_STEPS}",
         "trainer.checkpoint_interval=4",
         "buffer.retain_trajectories=true",
-        "objective._target_=tests.support.fault_points.Doomed",
+        "objective._target_=tests.support.fault_points.KilledTrainer",
         f"objective.folder={folder}",
         f"objective.deaths='{' '.join(DEATHS)}'",
     )
@@ -118,7 +118,7 @@ def broken_run(tmp_path_factory: pytest.TempPathFactory, cache: dict[str, str]) 
         while process.poll() is None:
             now = filled_places(root)
             moved = {place for place in seen if now.get(place, seen[place]) != seen[place]}
-            assert not moved, "a place was given to another group"
+            assert not moved, "a recorded position was given to another group"
             seen |= now
             try:
                 process.wait(timeout=0.3)
@@ -140,7 +140,7 @@ def test_a_trainer_killed_at_each_point_loses_nothing(broken_run: BrokenRun) -> 
     assert filled_places(root) == broken_run.places and len(broken_run.places) == 4 * NUM_STEPS
     rollbacks = query(root, "SELECT from_step, to_step FROM rollbacks ORDER BY id")
     assert rollbacks[:2] == [(5, 4), (8, 4)], rollbacks
-    # The third: only steps that were done while the checkpoint of step 12 was being written.
+    # The third rollback may only undo steps trained while the checkpoint of step 12 was being written.
     assert {to_step for _, to_step in rollbacks[2:]} <= {12} and len(rollbacks) <= 3
     versions = query(root, "SELECT version, parent, trainer_incarnation FROM versions ORDER BY version")
     assert [row[0] for row in versions] == list(range(1, len(versions) + 1))
@@ -152,12 +152,12 @@ def test_a_replay_gives_the_weights_of_the_broken_run(broken_run: BrokenRun) -> 
     out = command("replay", "x", cwd=broken_run.folder)
     assert "weights after step 12, 16: equal to the recorded run's, to the last bit" in out, out
     original, replayed = rows_of(broken_run.root), rows_of(broken_run.folder / "runs" / "x-replay")
-    assert min(row["grad_norm"] for row in original) > 0, "equal weights prove nothing if none has moved"
+    assert min(row["grad_norm"] for row in original) > 0, "without gradients the weights are equal anyway"
     assert [row["loss"] for row in replayed] == [row["loss"] for row in original]
     assert [row["lag_mean"] for row in replayed] == [row["lag_mean"] for row in original]
 
 
-def test_a_replay_with_another_objective_gives_others(broken_run: BrokenRun) -> None:
+def test_a_replay_with_another_objective_gives_other_weights(broken_run: BrokenRun) -> None:
     words = ("name=y", "objective=ppo", "buffer.cache_bytes=0")
     out = command("replay", "x", *words, cwd=broken_run.folder)
     assert "weights after step 12, 16: different from the recorded run's" in out
@@ -178,7 +178,7 @@ def test_a_replay_needs_whole_steps(broken_run: BrokenRun) -> None:
     assert "no whole step of 8 groups" in wider.stderr
 
 
-def test_a_run_goes_on_without_checkpoints_on_a_full_disk(
+def test_a_run_continues_without_checkpoints_on_a_full_disk(
     tmp_path: Path, root: Path, cache: dict[str, str]
 ) -> None:
     settings = (*SMALL, "trainer.num_steps=100000", "trainer.checkpoint_interval=2")
@@ -189,7 +189,7 @@ def test_a_run_goes_on_without_checkpoints_on_a_full_disk(
             wait_for_steps(5, root, process=process)
             process.terminate()
             code, out, err = finish(process, root)
-        # The last checkpoint, that of the drain, is the one that a run does not do without.
+        # A drain fails if its checkpoint, the last of the run, cannot be written.
         assert code == 1 and "trainer failed while it drained" in err, out + err
         assert "was not written" in err and "free space there" in err and "trainer ended" not in out, (
             out + err
@@ -208,7 +208,7 @@ def test_a_run_goes_on_without_checkpoints_on_a_full_disk(
 
 
 @pytest.mark.chaos
-def test_a_killed_buffer_costs_a_pause_and_ranks_change(
+def test_a_killed_buffer_and_a_changed_number_of_ranks(
     tmp_path: Path, root: Path, cache: dict[str, str]
 ) -> None:
     settings = (
@@ -252,14 +252,14 @@ def test_a_killed_buffer_costs_a_pause_and_ranks_change(
 
 
 @pytest.mark.chaos
-def test_data_that_kill_every_trainer_are_named_and_dropped(
+def test_data_that_kill_every_trainer_are_reported_and_dropped(
     tmp_path: Path, root: Path, cache: dict[str, str]
 ) -> None:
     settings = (
         *SMALL,
         "trainer.num_steps=6",
         "trainer.checkpoint_interval=2",
-        "objective._target_=tests.support.fault_points.Doomed",
+        "objective._target_=tests.support.fault_points.KilledTrainer",
         f"objective.folder={tmp_path}",
         "objective.deaths=poison:3",
     )

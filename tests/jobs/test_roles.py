@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.timeout(TEST_LIMIT_S), pytest.mark.slow]
 
 @pytest.fixture
 def start(tmp_path: Path, cache: dict[str, str]) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """Starts `python -m ...` with the run's settings; whatever is alive at the end is an orphan."""
+    """Starts `python -m ...` with the run's settings; fails if a process is alive at the end."""
     run = tmp_path / "runs" / "x"
     settings = (
         "name=x",
@@ -61,13 +61,13 @@ def start(tmp_path: Path, cache: dict[str, str]) -> Iterator[Callable[..., subpr
 
 
 def drain(process: subprocess.Popen[bytes]) -> int:
-    """Exit code after SIGTERM; a drain beyond `daemon.drain_timeout_s` would end with a signal's."""
+    """Exit code after SIGTERM. A drain beyond `daemon.drain_timeout_s` ends with the code of a signal."""
     process.send_signal(signal.SIGTERM)
     wait_until(lambda: process.poll() is not None, what="the end of a drain")
     return process.returncode
 
 
-def test_roles_by_hand_and_a_replaced_trainer(tmp_path: Path, start: Any) -> None:
+def test_roles_started_by_hand_and_a_replaced_trainer(tmp_path: Path, start: Any) -> None:
     run = tmp_path / "runs" / "x"
     preparing = start("trainer.prepare_model")
     wait_until(lambda: preparing.poll() is not None, what="the model")
@@ -90,7 +90,7 @@ def test_roles_by_hand_and_a_replaced_trainer(tmp_path: Path, start: Any) -> Non
     assert "libtorch" not in Path(f"/proc/{server.pid}/maps").read_text(), (
         "the server has imported torch, which only its engine needs"
     )
-    drain(first)  # torchrun exits with a code of its own for the signal, so the files of its rank are checked
+    drain(first)  # torchrun's exit code shows only the signal, so the files of its rank are checked
     assert not (run / "endpoints" / "trainer-0.json").exists(), "the rank did not end by itself"
     (checkpoint,) = (run / "checkpoints").iterdir()
     done = num_steps_done(run)

@@ -14,7 +14,7 @@ from areal_like.wire.messages.consumer import GetRunCounters, Group, RequestEval
 from rollout_server.tasks.sort import SortTask
 from tests.support.buffer_harness import (
     BufferProcess,
-    PlayedTrainer,
+    FakeTrainer,
     connected,
     running_buffer,
     trainer_hello,
@@ -70,7 +70,7 @@ async def train(
     )
     groups: list[Group] = []
     async with connected(buffer, hello) as link:
-        trainer = PlayedTrainer(config, link)
+        trainer = FakeTrainer(config, link)
         await trainer.call(StartTraining(step=0))
         before = await trainer.call(
             RequestEval(eval_id=0, num_prompts=16, min_version=0), timeout_s=WAIT_LIMIT_S
@@ -84,7 +84,7 @@ async def train(
 
 
 def check(groups: list[Group]) -> None:
-    """Every group is complete, has a prompt of its own, and the rewards that the task gives."""
+    """Every group is complete, has its own ticket, and has the prompt and rewards of the task."""
     task, tokenizer = SortTask(seed=0), character_tokenizer()
     assert len({group.ticket_id for group in groups}) == len(groups) == NUM_STEPS * 8
     for group in groups:

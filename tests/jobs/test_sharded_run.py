@@ -20,7 +20,7 @@ from areal_like.shards import Shard, all_shards
 from areal_like.wire.addresses import buffer_addresses
 from launch.audit.run import audit_run
 from launch.commands.running_job import servers_of
-from tests.chaos.plant import chaos_job, check_counters, check_groups, counters_of, train
+from tests.chaos.job import chaos_config, check_counters, check_groups, counters_of, train
 from tests.support.buffer_harness import ROOT, BufferProcess
 from tests.support.launching import (
     TEST_LIMIT_S,
@@ -42,7 +42,9 @@ class ShardedJob:
 
     def __init__(self, directory: Path) -> None:
         trainer = {"num_steps": NUM_STEPS, "groups_per_step": GROUPS_PER_STEP, "fetch_timeout_s": 60.0}
-        open_ports = chaos_job(directory, trainer=trainer, buffer={"num_shards": 2, "lease_timeout_s": 2.0})
+        open_ports = chaos_config(
+            directory, trainer=trainer, buffer={"num_shards": 2, "lease_timeout_s": 2.0}
+        )
         self.buffers = [BufferProcess(open_ports, name=shard.name) for shard in all_shards(2)]
         ports = tuple(int(buffer.address.rpartition(":")[2]) for buffer in self.buffers)
         self._where = f"buffer.ports=[{ports[0]},{ports[1]}]"
@@ -72,8 +74,8 @@ class ShardedJob:
         """The buffer client of rank 0."""
         with TrainerBufferClient(
             self.config, rank=0, world_size=1, device="cpu", incarnation=time.time_ns()
-        ) as link:
-            yield link
+        ) as client:
+            yield client
 
     def close(self) -> None:
         """Kills all processes."""
@@ -85,7 +87,7 @@ class ShardedJob:
 
 
 @pytest.fixture
-def plant(tmp_path: Path) -> Iterator[ShardedJob]:
+def job(tmp_path: Path) -> Iterator[ShardedJob]:
     job = ShardedJob(tmp_path)
     try:
         yield job
@@ -94,44 +96,44 @@ def plant(tmp_path: Path) -> Iterator[ShardedJob]:
 
 
 def test_a_dead_shard_stalls_the_step_and_loses_nothing(
-    plant: ShardedJob,
+    job: ShardedJob,
 ) -> None:
-    with ThreadPoolExecutor(max_workers=1) as training, plant.trainer() as link:
-        groups = train(link, first=0, last=3)
-        plant.buffers[0].wait_status(
+    with ThreadPoolExecutor(max_workers=1) as training, job.trainer() as client:
+        groups = train(client, first=0, last=3)
+        job.buffers[0].wait_status(
             lambda seen: [peer.get("weights_version") for peer in seen["peers"]].count(3) == 2
         )
-        plant.kill(1)
-        assert sorted(servers_of(plant.config, plant.buffers[0].paths)) == ["rollout-0", "rollout-1"], (
+        job.kill(1)
+        assert sorted(servers_of(job.config, job.buffers[0].paths)) == ["rollout-0", "rollout-1"], (
             "both are registered with the other shard too"
         )
-        rest = training.submit(train, link, first=3, last=NUM_STEPS)
-        # Recording runs one step ahead of the trainer, generation as far as the staleness bound. The living
-        # shard fills its own three places of each step.
+        rest = training.submit(train, client, first=3, last=NUM_STEPS)
+        # Groups are recorded one step ahead of the trainer and generated up to the staleness bound. The
+        # shard that is alive fills its own three positions of each step.
         ahead = {"step": 5, "recorded": 0, "due_and_running": 0}
-        filled = plant.buffers[0].wait_status(
+        filled = job.buffers[0].wait_status(
             lambda seen: seen["open_step"] == ahead and seen["tickets"]["ready"] == 3, timeout_s=60
         )
         time.sleep(0.5)
-        later = plant.buffers[0].status()
+        later = job.buffers[0].status()
         assert later["step"] == 3 and later["tickets"] == filled["tickets"] and not rest.done()
         assert (
             filled["tickets"]["issued"] == 18
             and filled["tickets"]["batched"] + filled["tickets"]["trained"] == 15
         )
 
-        plant.start_again(1)
+        job.start_again(1)
         groups += rest.result(timeout=90)
-        check_groups(groups, plant.config, first=0, last=NUM_STEPS)
+        check_groups(groups, job.config, first=0, last=NUM_STEPS)
         for group in groups:
             shard = Shard.of(group.position, count=2)
             assert shard.owns(group.prompt_index) and shard.owns(group.ticket_id)
-        counters = counters_of(link)
+        counters = counters_of(client)
         check_counters(counters)
         assert counters.tickets["trained"] == NUM_STEPS * GROUPS_PER_STEP
-    for buffer in plant.buffers:
+    for buffer in job.buffers:
         assert buffer.terminate()[0] == 0
-    audit = audit_run(plant.buffers[0].paths.root)
+    audit = audit_run(job.buffers[0].paths.root)
     assert audit.is_clean, "\n".join(audit.lines())
     assert (
         audit.facts["committed_steps"] == NUM_STEPS

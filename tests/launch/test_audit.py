@@ -13,7 +13,7 @@ import pytest
 from areal_like.wire.messages.consumer import GetRunCounters
 from launch.audit.run import audit_run
 from launch.cli import main
-from tests.chaos.plant import plant, train
+from tests.chaos.job import running_job, train
 from tests.support.launching import TEST_LIMIT_S
 
 pytestmark = pytest.mark.timeout(TEST_LIMIT_S)
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.timeout(TEST_LIMIT_S)
 def killed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five committed steps, one that is complete, and work in progress."""
     trainer = {"num_steps": 20, "groups_per_step": 4, "fetch_timeout_s": 60.0}
-    with plant(tmp_path_factory.mktemp("audit"), trainer=trainer) as job:
+    with running_job(tmp_path_factory.mktemp("audit"), trainer=trainer) as job:
         fast = job.produce("rollout-0", capacity=16)
         with job.trainer() as link:
             train(link, first=0, last=5)
@@ -67,7 +67,7 @@ def test_the_ledger_of_a_killed_buffer_is_clean(run: Path, capsys: pytest.Captur
 
 def test_the_ledger_is_clean_after_a_rollback(tmp_path: Path) -> None:
     trainer = {"num_steps": 20, "groups_per_step": 4, "fetch_timeout_s": 60.0}
-    with plant(tmp_path, trainer=trainer) as job:
+    with running_job(tmp_path, trainer=trainer) as job:
         job.produce("rollout-0", capacity=16)
         with job.trainer() as link:
             train(link, first=0, last=7)

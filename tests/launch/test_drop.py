@@ -8,7 +8,7 @@ import pytest
 
 from launch.audit.run import audit_run
 from launch.cli import main
-from tests.chaos.plant import check_groups, plant, train
+from tests.chaos.job import check_groups, running_job, train
 from tests.support.launching import TEST_LIMIT_S
 
 pytestmark = pytest.mark.timeout(TEST_LIMIT_S)
@@ -18,7 +18,7 @@ def test_dropped_tickets_leave_their_places_to_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer = {"num_steps": 10, "groups_per_step": 4, "fetch_timeout_s": 60.0}
-    with plant(tmp_path, trainer=trainer) as job:
+    with running_job(tmp_path, trainer=trainer) as job:
         job.produce("rollout-0")
         root = str(job.buffer.paths.root)
         with job.trainer() as link:

@@ -384,7 +384,7 @@ def test_bad_rewards_are_reported_and_children_die_with_server(model: Path, tmp_
             tmp_path,
             port=buffer.port,
             model_dir=model,
-            task={"_target_": "tests.support.rollout_tasks.Moody"},
+            task={"_target_": "tests.support.rollout_tasks.FailingTask"},
             rollout={"max_running": 16, "queue_samples": 8, "reward_timeout_s": 1.0},
         )
         with serving(config) as server:
@@ -439,7 +439,7 @@ def test_hanging_example_blocks_neither_others_nor_the_end(model: Path, tmp_path
             tmp_path,
             port=buffer.port,
             model_dir=model,
-            task={"_target_": "tests.support.rollout_tasks.Moody"},
+            task={"_target_": "tests.support.rollout_tasks.FailingTask"},
             rollout=rollout,
         )
         with serving(config) as server:

@@ -139,8 +139,8 @@ def running_buffer(directory: Path, **overrides: Any) -> Iterator[BufferProcess]
         buffer.close()
 
 
-class PlayedTrainer:
-    """Rank 0 of a trainer over a real link."""
+class FakeTrainer:
+    """Rank 0 of a trainer, controlled by the test, over a real connection."""
 
     def __init__(self, config: Config, link: Link) -> None:
         self.config = config
@@ -190,9 +190,9 @@ def one_by_one(acks: SampleAcks) -> list[SampleAck]:
 async def connected(
     buffer: BufferProcess, hello: Hello | None = None, *, inbox: list[Any] | None = None
 ) -> AsyncIterator[Link]:
-    """A link on which `hello` was sent.
+    """A connection on which `hello` was sent.
 
-    Messages that are no answers go to `inbox`, acknowledgements one by one.
+    Messages that are no replies go to `inbox`, with one SampleAck per sample.
     """
 
     def take(message: Any) -> None:
@@ -211,11 +211,11 @@ async def connected(
 @asynccontextmanager
 async def training(
     buffer: BufferProcess, *, directories: list[Any] | None = None
-) -> AsyncIterator[PlayedTrainer]:
+) -> AsyncIterator[FakeTrainer]:
     """A trainer that has registered and started at step 0."""
     inbox: list[Any] = []
     async with connected(buffer, trainer_hello(buffer.config), inbox=inbox) as link:
-        trainer = PlayedTrainer(buffer.config, link)
+        trainer = FakeTrainer(buffer.config, link)
         await trainer.call(StartTraining(step=0))
         yield trainer
     if directories is not None:

@@ -20,7 +20,7 @@ SETTINGS = {
 
 
 def gradients(ranks: Ranks, out_dir: Path, path: str) -> None:
-    """Two steps for each split of eight groups; writes the last gradients of both models, and metrics."""
+    """Runs two steps per split of eight groups; writes the last gradients of both models and the metrics."""
     for share, owners in SHARES.items():
         runner = make_runner(path, ranks, beta1=0.0, settings=SETTINGS, checkpointing=share == "uneven")
         assert runner.critic is not None
@@ -46,7 +46,7 @@ def resume(ranks: Ranks, out_dir: Path, path: str) -> None:
     runner.run(random_groups(4, seed=2)[ranks.rank :: ranks.world_size], step=2)
     checkpoints.save(3, runner.policy, runner.optimizer, ranks, critic=runner.critic, extra={})
     checkpoints.close()
-    ranks.any(True)  # waits until rank 0 has written it
+    ranks.any(True)  # a barrier: rank 0 has written the checkpoint
 
 
 if __name__ == "__main__":

@@ -1,10 +1,16 @@
-/* Preloaded into a process, writes down in order what it does to the files under SHIM_DIRECTORY, and what it says on stdout.
+/* Preloaded into a process: logs its operations on the files under SHIM_DIRECTORY and its output on stdout,
+ * in order.
  *
  * Log record: op (1 byte), length of path (u16), offset (u64), length of data (u32), path, data.
- *   C path            created            W path offset data   written        T path offset   cut to `offset` bytes
- *   S path            fsync (of a file or a directory)        U path         unlinked        A data   said on stdout
- * An operation and its record are under one lock, so the log's order is the order in which things happened. Memory maps are
- * not seen: SQLite maps only its -shm file, which it rebuilds after a crash.
+ *   C path                 created
+ *   W path offset data     written
+ *   T path offset          cut to `offset` bytes
+ *   S path                 fsync (of a file or a directory)
+ *   U path                 unlinked
+ *   A data                 written to stdout
+ *
+ * An operation and its record share one lock, so the log has the order in which the operations happened.
+ * Memory maps are not seen: SQLite maps only its -shm file, which it rebuilds after a crash.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>

@@ -1,8 +1,8 @@
 """The conformance suite: checks that every engine must pass to be used by the rollout server.
 
-Each check takes an `Engine`, embedded or SGLang. Afterwards the engine still generates, with the weights that
-the check pushed last, under a version larger than before. `models` are two saved models of one architecture;
-the engine was started with the first.
+Each check takes an `Engine`, embedded or SGLang. After a check the engine still generates, with the weights
+that the check pushed last and under a higher version than before. `models` are two saved models of one
+architecture; the engine was started with the first.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ TOLERANCE = 1e-4
 
 
 async def until_running(client: EngineClient, num_sequences: int) -> None:
-    """Waits until the engine decodes at least so many sequences."""
+    """Waits until the engine decodes at least `num_sequences` sequences."""
     async with asyncio.timeout(20):
         while (await client.load())["running"] < num_sequences:
             await asyncio.sleep(0.01)
 
 
 async def logprobs_and_greedy_match_transformers(engine: Engine, models: tuple[Path, Path]) -> None:
-    """Before and after pushes of flattened and plain buckets.
+    """Log-probs and greedy tokens match before and after pushes of flattened and plain buckets.
 
     The prompt is the same throughout, so a prefix cached under older weights would give wrong log-probs.
     """
@@ -76,7 +76,7 @@ async def logprobs_and_greedy_match_transformers(engine: Engine, models: tuple[P
 async def stop_and_length(engine: Engine, model_path: Path) -> None:
     """A stop token, the end-of-sequence token (unless ignored) or the length limit ends a sequence.
 
-    The token that ends it is its last token.
+    The token that ends a sequence is its last token.
     """
     async with engine.client() as client:
         greedy = (await sample(client, PROMPT, 12, temperature=0)).output_ids.tolist()
@@ -99,7 +99,7 @@ async def stop_and_length(engine: Engine, model_path: Path) -> None:
 
 
 async def abort_returns_partial_tokens(engine: Engine, model_path: Path) -> None:
-    """By id and all at once. The log-probs of an aborted request's tokens are right."""
+    """Requests are aborted by id and all at once; the log-probs of an aborted request's tokens are right."""
     model = load_model(model_path)
     async with engine.client() as client:
         one = asyncio.ensure_future(
@@ -113,7 +113,7 @@ async def abort_returns_partial_tokens(engine: Engine, model_path: Path) -> None
         aborted = await asyncio.wait_for(one, 5)
         assert aborted.finish_reason is FinishReason.ABORT and 0 < len(aborted.output_ids) < 1500
         assert error_of(model, PROMPT, aborted) < TOLERANCE
-        assert not two.done(), "request 12 was aborted with request 1: ids must be compared whole"
+        assert not two.done(), "request 12 was aborted with request 1: compare ids for equality, not prefix"
         await client.abort()
         assert (await asyncio.wait_for(two, 5)).finish_reason is FinishReason.ABORT
         await client.abort("no such request")
@@ -121,7 +121,7 @@ async def abort_returns_partial_tokens(engine: Engine, model_path: Path) -> None
 
 
 async def pause_modes(engine: Engine, model_path: Path) -> None:
-    """While paused, running requests wait (mode abort: return) and new ones wait; then all of them go on."""
+    """A pause stops running requests (mode abort ends them) and new ones; a resume continues them."""
     model = load_model(model_path)
     async with engine.client() as client:
         for mode in ("in_place", "retract", "abort"):
@@ -130,7 +130,7 @@ async def pause_modes(engine: Engine, model_path: Path) -> None:
             await client.pause(mode)
             new = asyncio.ensure_future(sample(client, PROMPT, 3))
             await asyncio.sleep(0.3)
-            assert not new.done(), f"a new request waits while paused ({mode})"
+            assert not new.done(), f"a new request was served during a pause ({mode})"
             assert running.done() == (mode == "abort")
             await client.resume()
             generation = await asyncio.wait_for(running, 20)
@@ -142,7 +142,7 @@ async def pause_modes(engine: Engine, model_path: Path) -> None:
 
 
 async def groups_are_made_destroyed_and_made_again(engine: Engine, model_path: Path) -> None:
-    """Under the same name and under another; leaving a group twice is an error that changes nothing."""
+    """Groups are made again under the same and another name; leaving one twice gets 400 and has no effect."""
     async with engine.client() as client:
         version = await client.weight_version()
         for name in ("same", "same", "other"):
@@ -215,8 +215,10 @@ BODIES_UNSAFE_FOR_SGLANG: list[tuple[object, str]] = [
     ({"input_ids": [5], "sampling_params": [{}, {}]}, "2 entries for 1 prompts"),
     ({"input_ids": [[5], [6]], "rid": ["a", "a"]}, "a different id"),
 ]
-"""Bodies that the embedded engine refuses, but SGLang accepts, answers with 500 or crashes on. Its client
-must not send them."""
+"""Bodies that the embedded engine refuses, but that SGLang accepts, answers with 500 or crashes on.
+
+The client of SGLang must not send them.
+"""
 
 
 async def bad_requests_are_refused(engine: Engine) -> None:
@@ -249,7 +251,7 @@ async def update_calls_need_an_open_update_and_a_group(engine: Engine, model_pat
 
 
 async def throughput_of_concurrent_requests(engine: Engine) -> float:
-    """Samples per second of 200 short requests started together, which must share requests and steps."""
+    """Samples per second of 200 short requests that start together, so that batches can form."""
     async with engine.client() as client:
         started_s = time.perf_counter()
         await asyncio.gather(*(sample(client, [5 + i // 8], 8) for i in range(200)))

@@ -81,7 +81,7 @@ def save_model(path: Path, kind: str, *, seed: int = 0) -> Path:
         )
     else:
         model = GPT2LMHeadModel(GPT2Config(**common, n_positions=CONTEXT, n_embd=32, n_layer=2, n_head=4))
-    # Biases and norms too: at zero and one they would hide mistakes.
+    # Also change biases and norms: at their initial values, zero and one, they would hide mistakes.
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
@@ -259,7 +259,7 @@ class Pusher:
     ) -> None:
         """Pushes a whole update.
 
-        SGLang loads in place, so it is paused; the embedded engine goes on decoding.
+        SGLang loads in place, so it is paused; the embedded engine continues to decode.
         """
         if not isinstance(self.client, SglangClient):
             await self.client.begin_weight_update()

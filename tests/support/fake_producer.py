@@ -1,4 +1,4 @@
-"""A rollout server without a model, as a process: it sends invented trajectories of the newest version.
+"""A rollout server without a model, as a process: it sends synthetic trajectories of the newest version.
 
 `python -m tests.support.fake_producer ADDRESS NAME CAPACITY SECONDS_PER_SAMPLE DATASET`. Runs until it is
 killed or the buffer ends the job.
@@ -25,7 +25,7 @@ from areal_like.wire.messages.producer import (
     ServerHeartbeat,
     ServerState,
 )
-from tests.support.ledger_plant import done
+from tests.support.ledger_simulation import done
 
 
 def hello(name: str, **changes: Any) -> Hello:

@@ -1,10 +1,10 @@
 """An objective whose trainer is killed at given points, for tests of resumption.
 
-Set `objective._target_=tests.support.fault_points.Doomed` and `objective.deaths`, for instance
-`"update:5 save:7 commit:11"`. Each death happens once, by SIGKILL, and leaves a file in
-`objective.folder`, so that the next trainer gets past it, and a replay with the same settings meets none.
-Before a death the checkpoint in flight is waited for: a step may be quicker than the writing, and then it
-would depend on luck from where the next trainer resumes. `poison:3` kills every trainer as long as the first
+Set `objective._target_=tests.support.fault_points.KilledTrainer` and `objective.deaths`, for instance
+`"update:5 save:7 commit:11"`. Each death happens once, by SIGKILL, and leaves a file in `objective.folder`,
+so that neither the next trainer nor a replay with the same settings is killed there again. A death waits for
+the checkpoint in flight, because a step may be quicker than the writing of a checkpoint; without the wait,
+the step from which the next trainer resumes would vary. `poison:3` kills every trainer as long as the first
 group of step 3 is the same.
 """
 
@@ -25,7 +25,7 @@ from trainer.step.runner import StepRunner
 
 
 @dataclass(frozen=True, kw_only=True)
-class Doomed(TruncatedIS):
+class KilledTrainer(TruncatedIS):
     """The default objective (TIS) with deaths."""
 
     deaths: str
@@ -36,26 +36,26 @@ class Doomed(TruncatedIS):
         points = _FaultPoints({death: Path(self.folder) / death for death in self.deaths.split()})
         run, stream_state, commit = StepRunner.run, Leader.stream_state, Leader.commit
 
-        def doomed_run(
+        def run_or_die(
             runner: StepRunner, groups: Iterable[Any], *, step: int, **rest: Any
         ) -> dict[str, float]:
             metrics = run(runner, points.poisoned(groups, step=step), step=step, **rest)
-            points.at("update", step)  # the weights have changed; the buffer has not been told
+            points.at("update", step)  # the weights have changed; the buffer has not got CompleteStep
             return metrics
 
-        def doomed_stream_state(leader: Leader, step: int) -> dict[str, Any]:
+        def stream_state_or_die(leader: Leader, step: int) -> dict[str, Any]:
             points.at("save", step)  # the step is complete in the ledger; there is no checkpoint
             points.committed.clear()
             return stream_state(leader, step)
 
-        def doomed_commit(leader: Leader, step: int, **rest: Any) -> None:
-            points.at("commit", step)  # there is a checkpoint; it is not committed
+        def commit_or_die(leader: Leader, step: int, **rest: Any) -> None:
+            points.at("commit", step)  # the checkpoint is on disk; it is not committed
             commit(leader, step, **rest)
             points.committed.set()
 
-        StepRunner.run = doomed_run  # type: ignore[method-assign]
-        Leader.stream_state = doomed_stream_state  # type: ignore[method-assign]
-        Leader.commit = doomed_commit  # type: ignore[method-assign]
+        StepRunner.run = run_or_die  # type: ignore[method-assign]
+        Leader.stream_state = stream_state_or_die  # type: ignore[method-assign]
+        Leader.commit = commit_or_die  # type: ignore[method-assign]
 
 
 class _FaultPoints:

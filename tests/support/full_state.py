@@ -1,6 +1,6 @@
 """The whole weights of a sharded model, for tests and benchmarks.
 
-The trainer itself gathers bucket by bucket.
+The trainer itself never holds all weights: it gathers one bucket at a time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def copy_shards(model: PackedModel) -> list[RowShard]:
 
 
 def gather_full_state(model: PackedModel) -> list[tuple[str, Tensor]]:
-    """All weights as (Hugging Face name, CPU tensor in the masters' dtype) on rank 0; empty elsewhere.
+    """All weights as (Hugging Face name, CPU tensor in the masters' dtype) on rank 0; empty on other ranks.
 
     Collective. The order is the same at every call; nothing shares memory with the model.
     """

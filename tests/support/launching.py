@@ -15,11 +15,11 @@ from launch.local_job.child import RUN_MARKER
 
 ROOT = Path(__file__).resolve().parents[2]
 STALL_LIMIT_S = 120.0
-"""A wait fails when the run's logs and metrics have not grown for so long."""
+"""A wait fails when the run's logs and metrics have not grown for this time."""
 WAIT_LIMIT_S = 300.0
-"""A wait fails after this time whatever moves. It is the end of a hang, not an expectation of speed."""
+"""A wait fails after this time in any case. The limit ends a hang; it does not measure speed."""
 TEST_LIMIT_S = 600
-"""pytest's limit for tests that wait: beyond the sum of their waits."""
+"""pytest's limit for tests that wait; above the sum of their waits."""
 Process = subprocess.Popen[str] | subprocess.Popen[bytes]
 _ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "MAKELEVEL"}
 """The environment of a user who types `areal-like run`, also under `make test`."""
@@ -29,9 +29,9 @@ _ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "MAKEL
 def launcher(
     *settings: str, cwd: Path, environment: dict[str, str] | None = None
 ) -> Iterator[subprocess.Popen[str]]:
-    """`areal-like run` with its run directories under `cwd/runs`, in a session of its own.
+    """`areal-like run` with its run directories under `cwd/runs`, in a new session.
 
-    It is killed at the end if it still runs.
+    The process is killed at the end if it still runs.
     """
     process = subprocess.Popen(
         [sys.executable, "-m", "launch", "run", *settings],
@@ -54,7 +54,7 @@ def launcher(
 def areal_like(
     *words: str, cwd: Path, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """`areal-like WORDS` in another shell, to its end."""
+    """Runs `areal-like WORDS`, as a user would in another shell, and waits for its end."""
     return subprocess.run(
         [sys.executable, "-m", "launch", *words],
         cwd=cwd,
@@ -91,8 +91,8 @@ def wait_until(
 ) -> None:
     """Polls until `condition()` is true.
 
-    Fails with `what` when `process` has ended before, when no log of `run_root` has grown for
-    STALL_LIMIT_S, and after `timeout_s`. A machine that is slow but makes progress does not fail it.
+    Fails with `what` in the message if `process` ends first, if no log of `run_root` grows for
+    STALL_LIMIT_S, or after `timeout_s`. A slow machine that makes progress does not fail the wait.
     """
     started_s = changed_s = time.monotonic()
     before: dict[str, int] = {}

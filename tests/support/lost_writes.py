@@ -1,9 +1,9 @@
 """A model of a disk after a power loss: writes without a later fsync may be missing, whole or in part.
 
-`disk_shim.c` logs the file operations of a process. `Disk` replays such a log up to any point and then loses
-what was not synced: all of it, or a random part, each write and each name by itself. Names are as volatile as
-bytes: a new file is certain to be there only after an fsync of its directory, and a removed one is certain to
-be gone only then. That is what POSIX guarantees; file systems usually guarantee more.
+`disk_shim.c` logs the file operations of a process. `Disk` replays such a log up to any point and then drops
+unsynced operations: all of them, or a random choice of writes and names. Names are as volatile as bytes: only
+after an fsync of the directory is a new file certain to exist and a removed file certain to be gone. POSIX
+guarantees no more than this; file systems usually do.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""For tests of objectives: inputs of the published vectors, and a step computed as the trainer does it."""
+"""For tests of objectives: the inputs of published examples, and a step computed as in the trainer."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def tokens_of(
 ) -> SampledTokens:
     """One group of sequences, given by the log-probs of their tokens, as a micro-batch in float64.
 
-    `prox_logp` defaults to `logp`, as with one optimizer step a batch; `ref_logp` to `behavior_logp`.
+    `prox_logp` defaults to `logp`, as with one optimizer step per batch; `ref_logp` to `behavior_logp`.
     """
     lengths = torch.tensor([len(row) for row in logp])
     segment_S = torch.repeat_interleave(torch.arange(len(logp)), lengths)
@@ -67,7 +67,7 @@ def evaluate(
 ) -> tuple[float, list[float]]:
     """Loss of a step cut into these micro-batches, and its gradient with respect to log pi.
 
-    A normaliser that the objective prescribes replaces `normalizer`.
+    A normalizer that the objective prescribes replaces `normalizer`.
     """
     observed: dict[str, list[Tensor]] = {}
     for part in parts:

@@ -44,12 +44,12 @@ def ack_of(result: SampleDone | SampleFailed) -> SampleAcks:
 
 
 class PlayedBuffer:
-    """Welcomes peers and acknowledges samples; keeps all messages for `expect`, samples singly."""
+    """Welcomes peers and acknowledges samples; keeps all messages for `expect`, each sample separately."""
 
     def __init__(self) -> None:
         self.received: queue.Queue[Any] = queue.Queue()
         self.acknowledging = True
-        """Whether samples are acknowledged as they come."""
+        """True: samples are acknowledged as they arrive."""
         self.newest_version = 0
         self.hellos: list[Hello] = []
         self.beat: ServerHeartbeat | None = None
@@ -125,7 +125,7 @@ class PlayedBuffer:
         raise AssertionError(f"no such heartbeat within {timeout_s} s; the last is {self.beat}")
 
     def restart(self) -> None:
-        """Acts as a restarted buffer, at which nobody is registered."""
+        """Acts like a restarted buffer, at which no peer is registered."""
         self.send(HelloRequired())
 
     def _on_message(self, envelope: Envelope) -> None:
@@ -177,13 +177,13 @@ class ServerProcess:
         )
 
     def wait_until(self, probe: Callable[[], bool], *, what: str) -> None:
-        """Waits for a start: as long as the server and its engine make progress."""
+        """Waits for `probe` as long as the server and its engine make progress."""
         wait_until_ready(self.process, logs=self.paths.logs, probe=probe, what=what)
 
     def wait_for_beat(
         self, buffer: PlayedBuffer, accept: Callable[[ServerHeartbeat], bool]
     ) -> ServerHeartbeat:
-        """As `PlayedBuffer.expect_beat`, where the heartbeat needs a start of the server or its engine."""
+        """As `PlayedBuffer.expect_beat`, for a heartbeat that needs a start of the server or its engine."""
         self.wait_until(lambda: buffer.beat is not None and accept(buffer.beat), what="heartbeat")
         assert buffer.beat is not None
         return buffer.beat
@@ -223,7 +223,7 @@ def serving(config: Config) -> Iterator[ServerProcess]:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process exists and is not a zombie."""
+    """True if a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:

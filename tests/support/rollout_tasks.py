@@ -7,8 +7,8 @@ from rollout_server.tasks.base import Example, Split, Task
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moody(Task):
-    """Rewards 1 and 2 raise and hang, examples 7 and 9 raise and hang; others are scored 0.5."""
+class FailingTask(Task):
+    """Rewards of examples 1 and 2 raise and hang, examples 7 and 9 raise and hang; other rewards are 0.5."""
 
     def example(self, split: Split, index: int) -> Example:
         if index == 7:
@@ -27,7 +27,7 @@ class Moody(Task):
 
 @dataclass(frozen=True, kw_only=True)
 class Checksum(Task):
-    """Digit prompts; an untrained model's rewards vary, so there are gradients from the start."""
+    """Prompts of digits. An untrained model gets varying rewards, so there are gradients from step 0 on."""
 
     def example(self, split: Split, index: int) -> Example:
         return Example(prompt="".join(self.rng(split, index).choices("0123456789", k=4)) + "=", answer=None)
@@ -37,7 +37,7 @@ class Checksum(Task):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unhurried(Checksum):
+class SlowChecksum(Checksum):
     """Rewards that take time but no CPU: while a job waits for them, other processes can start."""
 
     def reward(self, example: Example, completion: str) -> float:

@@ -1,4 +1,4 @@
-"""A store with the rows of the durable one in an SQLite database in memory, and with a `copy` method."""
+"""A store that keeps the durable store's rows in an SQLite database in memory, and that can be copied."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from buffer.tickets import SampleSummary, State, Ticket
 
 
 class RowStore(RowRecorder):
-    """`copy()` is the store that the next buffer would find after a SIGKILL."""
+    """`copy()` returns the store that the next buffer would find after a SIGKILL."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """Stand-ins for the daemons, for tests of the launcher with daemons that misbehave on purpose.
 
 They are real processes with the real runtime (signals, endpoint files, HTTP plane) and without a model. The
-environment variable `SCRIPT`, a JSON object from daemon name to behaviour, says how each of them misbehaves.
-The launcher runs them because `python -m` looks into the working directory first.
+environment variable `SCRIPT`, a JSON object from daemon name to behavior, selects how each of them
+misbehaves. The launcher runs them because `python -m` searches the working directory first.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PACKAGES = {
 
 
 def write_packages(folder: Path) -> None:
-    """Makes `folder` a working directory in which `python -m buffer` and the others are these stand-ins."""
+    """Makes `folder` a working directory in which `python -m buffer`, `trainer` etc. run these stand-ins."""
     for name, text in PACKAGES.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,14 +39,14 @@ def write_packages(folder: Path) -> None:
         (path.parent / "__init__.py").touch()
 
 
-def behaviour(name: str) -> str:
-    """The behaviour of this daemon in the test's script; empty: it behaves well."""
+def behavior(name: str) -> str:
+    """The behavior of this daemon in the test's script; empty: it works normally."""
     return str(json.loads(os.environ.get("SCRIPT", "{}")).get(name, ""))
 
 
 def prepare() -> None:
     """The stand-in of `trainer.prepare_model`: ready at once, or a user's mistake."""
-    if behaviour("prepare_model") == "user error":
+    if behavior("prepare_model") == "user error":
         sys.stderr.write("error: model.path=/nowhere: no config.json there\n")
         sys.exit(2)
 
@@ -54,32 +54,32 @@ def prepare() -> None:
 def main(role: str, default_name: str) -> None:
     """Runs one daemon to its end."""
     config, name = role_arguments(sys.argv[1:], default_name=default_name)
-    script = behaviour(name)
+    script = behavior(name)
     root = RunPaths.of(config).root
-    if script == "crash" or (script == "crash once" and _life(root, name) == 1):
-        sys.stderr.write(f"{name}: the dog ate my weights\n")
+    if script == "crash" or (script == "crash once" and _count_start(root, name) == 1):
+        sys.stderr.write(f"{name}: cannot load the weights\n")
         sys.exit(3)
 
     async def body(runtime: Runtime) -> None:
         if script == "user error":
             raise ConfigError("cannot bind 127.0.0.1:1 (in use): set buffer.port to a free port")
         if script == "never ready":
-            runtime.unready("waiting for Godot")
+            runtime.unready("waiting for a peer")
             await runtime.stopping.wait()
             return
-        if script == "deaf":
+        if script == "ignore signals":
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)
-            # A process in a session of its own, as torchrun's ranks are.
+            # A process in another session, as torchrun's ranks are.
             subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
-        life = _life(root, name) if script == "loses its device" else 0
-        if life == 2:
+        start_number = _count_start(root, name) if script == "loses its device" else 0
+        if start_number == 2:
             raise ConfigError("rollout.engine_device=cuda:1: there is no such device")
         if role == "buffer":
             _pose_as_buffer(runtime)
         runtime.ready()
-        if life == 1:
-            await _until_told_to_die(root / f"{name}.dies")
+        if start_number == 1:
+            await _die_when_exists(root / f"{name}.dies")
         if role == "trainer":
             drain_s = 2 if script == "drain slowly" else 0
             await train(runtime, fail_at=5 if script == "fail" else None, drain_s=drain_s)
@@ -89,11 +89,11 @@ def main(role: str, default_name: str) -> None:
     sys.exit(run_daemon(config, role=role, name=name, main=body))
 
 
-def _life(root: Path, name: str) -> int:
-    """1 in the daemon's first life, 2 in the second, and so on."""
-    with (root / f"{name}.lives").open("a+") as file:
-        file.write("life\n")
-        return file.tell() // len("life\n")
+def _count_start(root: Path, name: str) -> int:
+    """Counts a start of the daemon; returns the number of starts so far."""
+    with (root / f"{name}.starts").open("a+") as file:
+        file.write("start\n")
+        return file.tell() // len("start\n")
 
 
 def _pose_as_buffer(runtime: Runtime) -> None:
@@ -105,7 +105,7 @@ def _pose_as_buffer(runtime: Runtime) -> None:
     }
 
 
-async def _until_told_to_die(path: Path) -> None:
+async def _die_when_exists(path: Path) -> None:
     """Dies with exit code 3 when the test makes this file."""
     while not path.exists():
         await asyncio.sleep(0.05)
@@ -113,7 +113,7 @@ async def _until_told_to_die(path: Path) -> None:
 
 
 async def train(runtime: Runtime, *, fail_at: int | None, drain_s: float) -> None:
-    """Writes the files of a trainer, twenty steps a second."""
+    """Writes the files of a trainer, at twenty steps per second."""
     started_s = time.monotonic()
     num_done = 0
     with runtime.paths.metrics.open("a") as file:

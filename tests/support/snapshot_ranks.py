@@ -1,4 +1,4 @@
-"""Ranks that take snapshots of the weights and go on training them; the processes of `test_snapshot.py`."""
+"""Ranks that take snapshots of the weights and continue training; the processes of `test_snapshot.py`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def received(snapshot: Snapshot) -> dict[str, torch.Tensor]:
 
 
 def snapshots(ranks: Ranks, out_dir: Path, path: str) -> None:
-    """Snapshots keep the weights of their moment while training goes on, in bounded memory."""
+    """A snapshot keeps its weights while training continues, and memory stays bounded."""
     policy = Policy.load(path, master_dtype=torch.float32).shard(ranks)
     snapshotter = WeightSnapshotter(policy, ranks, bucket_bytes=5000, dtype="bfloat16")
 
@@ -80,7 +80,7 @@ def snapshots(ranks: Ranks, out_dir: Path, path: str) -> None:
 
 
 class SlowOnRank1(WeightSnapshotter):
-    """Rank 1 needs half a second for its buffers when they are new."""
+    """Rank 1 needs half a second to allocate new buffers."""
 
     def _new_buffers(self) -> list[torch.Tensor]:
         time.sleep(0.5 * self._ranks.rank)
@@ -88,8 +88,7 @@ class SlowOnRank1(WeightSnapshotter):
 
 
 def late_ranks(ranks: Ranks, _: Path, path: str) -> None:
-    """Rank 0 requests rows of a snapshot that rank 1 has not taken yet, and of one that it has freed
-    already."""
+    """Rank 0 requests rows of a snapshot that rank 1 has not taken yet, and of one that rank 1 has freed."""
     policy = Policy.load(path, master_dtype=torch.float32).shard(ranks)
     snapshotter = SlowOnRank1(policy, ranks, bucket_bytes=5000, dtype="float32")
     expected = dict(gather_full_state(policy))
@@ -101,8 +100,7 @@ def late_ranks(ranks: Ranks, _: Path, path: str) -> None:
             torch.equal(tensors[name], expected[name]) for name in tensors
         )
     dist.barrier()
-    # A push breaks while the bucket after the next is requested: the request comes after the snapshot's
-    # release.
+    # A push breaks while bucket 3 is being requested, so the request arrives after the snapshot's release.
     with snapshotter._gather_lock:
         reading = threading.Thread(target=lambda: first.read(3) if first is not None else None)
         reading.start()

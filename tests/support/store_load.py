@@ -1,4 +1,4 @@
-"""A predictable load on a durable store: the samples of a ticket are a function of its id.
+"""A reproducible load on a durable store: the samples of a ticket are a function of its id.
 
 `python -m tests.support.store_load DIRECTORY DURABILITY NUM_TICKETS` writes, batches, trains and releases
 tickets as a ledger does, continues from the files in DIRECTORY, and prints one line `TICKET INDEX` for each
@@ -61,7 +61,7 @@ def is_same(left: Trajectory, right: Trajectory) -> bool:
 
 
 def store_settings(**changes: Any) -> StoreSettings:
-    """The configuration's defaults without a reserve of free space, with these changes."""
+    """The configuration's defaults with these changes, and without the reserve of free space."""
     defaults = StoreSettings.from_config(from_mapping({}))
     return dataclasses.replace(defaults, **({"min_free_bytes": 0} | changes))
 
@@ -143,7 +143,7 @@ async def load(directory: Path, *, durability: str, num_tickets: int) -> None:
 
 
 def train(store: DurableStore, ticket: Ticket, trained: list[Ticket]) -> None:
-    """Batches and trains a complete ticket, and releases one that is old enough.
+    """Batches and trains a complete ticket, and releases the oldest trained ticket beyond KEPT.
 
     The scalar `committed_step` is written in the same transaction.
     """

@@ -120,5 +120,5 @@ def run_ranks(
     try:
         output, _ = ranks.communicate(timeout=timeout_s)
     finally:
-        ranks.kill()  # its forks die with it
+        ranks.kill()  # the ranks are its forks and die with it
     assert ranks.returncode == 0, output

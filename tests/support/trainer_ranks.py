@@ -95,7 +95,7 @@ def last_gradient(runner: StepRunner | Critic) -> dict[str, Tensor]:
 
 
 def gradients(ranks: Ranks, out_dir: Path, *paths: str) -> None:
-    """One step for each dtype (one model each) and split of eight groups; writes gradient and metrics."""
+    """Runs one step per dtype (one model each) and split of eight groups; writes gradient and metrics."""
     groups = random_groups(8)
     for (dtype_name, dtype), path in zip(DTYPES.items(), paths, strict=True):
         for share, owners in SHARES.items():
@@ -115,7 +115,7 @@ def gradients(ranks: Ranks, out_dir: Path, *paths: str) -> None:
 
 
 def steps(ranks: Ranks, out_dir: Path, path: str, cases: str) -> None:
-    """One float64 step for each of the settings and of two splits of eight groups; writes its gradient."""
+    """Runs one float64 step per settings and per split of eight groups (of two); writes the gradient."""
     groups = random_groups(8)
     for index, settings in enumerate(json.loads(cases)):
         for share in ("even", "one-sided"):
@@ -143,7 +143,7 @@ def resume(ranks: Ranks, out_dir: Path, path: str) -> None:
     runner.run(random_groups(4, seed=2)[ranks.rank :: ranks.world_size], step=2)
     checkpoints.save(3, runner.policy, runner.optimizer, ranks, extra={**extra, "ranks": ranks.world_size})
     checkpoints.close()
-    ranks.any(True)  # waits until rank 0 has written it
+    ranks.any(True)  # a barrier: rank 0 has written the checkpoint
     assert bool(gather_full_state(runner.policy)) == (ranks.rank == 0)
 
 
@@ -170,7 +170,7 @@ def outage(_: Ranks, out_dir: Path, path: str) -> None:
 
 
 def main(**checks: Callable[..., None]) -> None:
-    """Runs the check named on the command line; ranks are forks of this process: one import of torch."""
+    """Runs the check named on the command line. Ranks are forks, so that torch is imported only once."""
     check, store, world_size, out_dir, *rest = sys.argv[1:]
     pids = []
     for rank in range(int(world_size)):
@@ -187,7 +187,7 @@ def main(**checks: Callable[..., None]) -> None:
                 code = 1
             sys.stdout.flush()
             sys.stderr.flush()
-            # In an orderly exit torch sometimes aborts: "terminate called without an active exception".
+            # In a normal exit torch sometimes aborts: "terminate called without an active exception".
             os._exit(code)
     # Exits at the first rank that failed; the others die with this process.
     sys.exit(any(os.waitpid(pid, 0)[1] for pid in pids))

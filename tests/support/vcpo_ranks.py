@@ -76,14 +76,14 @@ def make_runner(
 def gradient_of(
     runner: StepRunner, groups: list[list[Trajectory]]
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """(metrics, gradient) of the second of two steps; the first must leave the policy as it was."""
+    """(metrics, gradient) of the second of two steps; the first checks that a step restores the policy."""
     runner.run(groups[:1], step=0)
     metrics = runner.run(groups, step=1)
     return metrics, last_gradient(runner)
 
 
 def shares(ranks: Ranks, out_dir: Path, path: str) -> None:
-    """One step of every variant with an uneven split of eight groups; the default variant with all splits."""
+    """Runs every variant with an uneven split of eight groups, and the default variant with all splits."""
     for variant, settings in VARIANTS.items():
         for share, owners in shares_of(variant).items():
             runner = make_runner(path, ranks, checkpointing=share == "uneven", **settings)

@@ -1,10 +1,10 @@
-"""Waiting for a process to start: as long as it makes progress, however slow the machine is.
+"""Waits for a process to start as long as it makes progress, however slow the machine is.
 
     wait_until_ready(process, logs=folder, probe=lambda: port_file.exists(), what="the engine")
 
-A fixed limit measures the machine and not the program: with more processes than cores, a start that takes
-five seconds may take a minute. Progress is that the process lives, and that its logs grow or it uses CPU
-time, with its children.
+A short fixed limit would test the machine and not the program: with more processes than cores, a start that
+usually takes five seconds may take a minute. A process makes progress if it is alive and its logs grow or it
+uses CPU time (with its children).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 STALLED_AFTER_S = 60.0
 """A start without progress for this long has failed."""
 START_LIMIT_S = 300.0
-"""End of every start. A test that starts a process has a pytest timeout above this."""
+"""Longest time of any start. A test that starts a process has a pytest timeout above this."""
 _POLL_S = 0.02
 
 

@@ -1,6 +1,6 @@
 """`max_staleness: auto` on simulated policies, and in the ledger.
 
-The bound settles, keeps the target and the cap, recovers, and wastes no work.
+The bound settles, keeps the target and the cap, and recovers; no samples are dropped as stale.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ from areal_like.errors import ConfigError, RefusedError
 from areal_like.runtime.command_line import load_config
 from buffer.settings import LedgerSettings
 from buffer.tickets import Drop
-from tests.support.ledger_plant import Plant, PlantServer, add_server, beat, deliver, done, new_ledger
+from tests.support.ledger_simulation import (
+    SimulatedJob,
+    SimulatedServer,
+    add_server,
+    beat,
+    deliver,
+    done,
+    new_ledger,
+)
 from trainer.adaptive_staleness import WINDOW_STEPS, StalenessController
 
 TARGET = 0.7
@@ -28,7 +36,7 @@ TARGET = 0.7
 class Policy:
     """A simulated policy with ESS ratio exp(-drift * lag^2) and noise.
 
-    The lag moves towards the bound by one per step, up to `reachable_lag` (how far generation gets ahead).
+    The lag moves towards the bound by one per step, up to `reachable_lag`, the limit of generation's speed.
     """
 
     drift: Callable[[int], float]
@@ -59,7 +67,7 @@ def largest_within(drift: float) -> int:
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 @pytest.mark.parametrize("drift", [0.5, 0.08, 0.02, 0.009, 0.004])
-def test_it_settles_at_the_largest_bound_that_keeps_the_target(drift: float, noise: float) -> None:
+def test_the_bound_settles_at_the_largest_that_meets_the_target(drift: float, noise: float) -> None:
     policy = Policy(drift=lambda step: drift, noise=noise)
     policy.run(StalenessController(cap=8, target=TARGET), 3000)
     best = min(8, largest_within(drift))
@@ -74,7 +82,7 @@ def test_it_settles_at_the_largest_bound_that_keeps_the_target(drift: float, noi
     assert sum(tail_ess := policy.ess[1500:]) / len(tail_ess) > TARGET
 
 
-def test_it_reaches_the_cap_but_never_exceeds_it() -> None:
+def test_the_bound_reaches_the_cap_but_never_exceeds_it() -> None:
     policy = Policy(drift=lambda step: 0.0)
     policy.run(StalenessController(cap=5, target=TARGET), 200)
     assert policy.bounds[0] == 0 and max(policy.bounds) == 5 == policy.bounds[-1]
@@ -86,7 +94,7 @@ def test_it_reaches_the_cap_but_never_exceeds_it() -> None:
     assert set(capped.bounds) == {0}
 
 
-def test_it_falls_fast_when_the_ess_falls_and_recovers() -> None:
+def test_the_bound_falls_fast_with_the_ess_and_recovers() -> None:
     """A policy that learns fast between steps 300 and 600, and slowly otherwise."""
     policy = Policy(drift=lambda step: 0.3 if 300 <= step < 600 else 0.005)
     policy.run(StalenessController(cap=8, target=TARGET), 1500)
@@ -97,8 +105,7 @@ def test_it_falls_fast_when_the_ess_falls_and_recovers() -> None:
 
 
 def test_data_from_before_a_change_are_ignored() -> None:
-    """Data in flight when the bound falls are as stale as before; they must not count against the new
-    bound."""
+    """Samples in flight when the bound falls are still stale; they must not count against the new bound."""
     controller = StalenessController(cap=8, target=TARGET)
     controller.restore({**controller.dump(), "bound": 8})
     for _ in range(WINDOW_STEPS):
@@ -118,12 +125,12 @@ def test_a_bound_that_no_lag_reaches_is_not_raised() -> None:
     assert policy.bounds[-1] == 3, "the bound ends one above the lag that generation reaches"
 
 
-def test_bad_on_policy_data_keep_zero_and_nan_counts_as_bad() -> None:
+def test_low_on_policy_ess_keeps_bound_zero_and_nan_lowers_it() -> None:
     controller = StalenessController(cap=8, target=TARGET)
     assert {controller.observe(ess_ratio=0.2, lag_max=0) for _ in range(100)} == {0}
-    blown_up = StalenessController(cap=8, target=TARGET)
-    blown_up.restore({**blown_up.dump(), "bound": 2})
-    assert [blown_up.observe(ess_ratio=math.nan, lag_max=2) for _ in range(WINDOW_STEPS)][-1] == 1
+    raised = StalenessController(cap=8, target=TARGET)
+    raised.restore({**raised.dump(), "bound": 2})
+    assert [raised.observe(ess_ratio=math.nan, lag_max=2) for _ in range(WINDOW_STEPS)][-1] == 1
 
 
 def test_a_restored_controller_decides_the_same() -> None:
@@ -178,8 +185,8 @@ def test_a_bound_outside_the_cap_or_a_fixed_one_is_refused() -> None:
         new_ledger(max_staleness=4).set_max_staleness(incarnation=1, max_staleness=2)
 
 
-class AdaptivePlant(Plant):
-    """The ESS falls with the lag of the trained groups, and the controller moves the ledger's bound."""
+class AdaptiveJob(SimulatedJob):
+    """The ESS falls with the lag of the trained groups, and the controller sets the ledger's bound."""
 
     controller: StalenessController
     drift: float
@@ -202,15 +209,15 @@ class AdaptivePlant(Plant):
 def test_the_whole_stream_under_a_moving_bound(drift: float, expected: set[int]) -> None:
     ledger = new_ledger(max_staleness=4, adaptive=True, groups_per_step=8, group_size=4, num_steps=200)
     servers = [
-        PlantServer(name="fast", tokens_per_s=100, max_running=24, capacity=32),
-        PlantServer(name="slow", tokens_per_s=50, max_running=12, capacity=16),
+        SimulatedServer(name="fast", tokens_per_s=100, max_running=24, capacity=32),
+        SimulatedServer(name="slow", tokens_per_s=50, max_running=12, capacity=16),
     ]
-    plant = AdaptivePlant(ledger=ledger, servers=servers, step_s=6.0, fail_probability=0.02)
-    plant.controller, plant.drift, plant.bounds = StalenessController(cap=4, target=TARGET), drift, []
-    plant.run()
+    job = AdaptiveJob(ledger=ledger, servers=servers, step_s=6.0, fail_probability=0.02)
+    job.controller, job.drift, job.bounds = StalenessController(cap=4, target=TARGET), drift, []
+    job.run()
     assert max(ledger.lag_histogram()) <= 4
     assert ledger.drops[Drop.STALE] == 0, "a moving bound must not make samples stale"
-    assert max(set(plant.bounds[100:]), key=plant.bounds[100:].count) in expected
+    assert max(set(job.bounds[100:]), key=job.bounds[100:].count) in expected
     assert ledger.state.store.num_bytes == 0
 
 
@@ -236,6 +243,6 @@ def test_auto_uses_the_cap_as_the_ledgers_bound() -> None:
         ("max_staleness_cap=-1", "max_staleness_cap"),
     ],
 )
-def test_a_wrong_setting_is_one_clear_message(setting: str, message: str) -> None:
+def test_error_messages_for_invalid_settings(setting: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config([setting])

@@ -1,4 +1,4 @@
-"""Advantages and reward shaping, against their definitions on small groups."""
+"""Advantages and reward shaping compared with their definitions on small groups."""
 
 import math
 from collections.abc import Sequence
@@ -118,7 +118,7 @@ def test_overlong_penalty_grows_linearly() -> None:
     ) == pytest.approx([0.9, 0.8])
 
 
-def test_grpo_lambda_penalises_length_in_top_groups_only() -> None:
+def test_grpo_lambda_penalizes_length_only_in_top_groups() -> None:
     lengths = [2, 4, 9]
     chosen = shaped({"name": "grpo_lambda", "weight": 0.5}, [1, 1, 0], lengths)
     assert chosen == pytest.approx([1 - 0.5 / (1 + math.e), 1 - 0.5 / (1 + math.exp(-1)), 0])
@@ -129,7 +129,7 @@ def test_grpo_lambda_penalises_length_in_top_groups_only() -> None:
 
 
 def test_laconic_dual_settles_at_the_budget() -> None:
-    """With answers that shorten as the coefficient rises, the dual settles where the mean is the budget."""
+    """If answers get shorter as the coefficient rises, the dual settles where the mean equals the budget."""
     laconic: Shaping = SHAPINGS.build({"name": "laconic", "budget_tokens": 8, "rate": 0.05})
     dual = 0.0
     for _ in range(2000):
@@ -151,7 +151,7 @@ def test_laconic_dual_settles_at_the_budget() -> None:
         ({"name": "overlonge"}, "known are grpo_lambda, laconic, overlong"),
     ],
 )
-def test_mistakes_in_shaping_settings_are_named(settings: dict[str, Any], message: str) -> None:
+def test_error_messages_for_invalid_shaping_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         SHAPINGS.build_list([settings], job={"max_tokens": 10})
 

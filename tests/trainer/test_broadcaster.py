@@ -1,4 +1,4 @@
-"""Pushes over real sockets and real gloo groups: to servers that join, fail, fall silent and die."""
+"""Pushes over real sockets and real gloo groups: to servers that join, fail, stop replying and die."""
 
 import asyncio
 import threading
@@ -35,7 +35,12 @@ from trainer.weight_sync.receivers import Receiver, ReceiverBackoff
 
 
 class FakeServer:
-    """A rollout server's weight socket without an engine; it keeps the tensors and can misbehave."""
+    """A rollout server's weight socket without an engine. It keeps the tensors it receives.
+
+    `misbehave` selects a fault: mute (no replies), refuse (FormGroup), decline (PushWeights, without
+    receiving), protest (the same, but it receives), reject (after receiving), leave (the group), die (leave
+    and be silent), hang (silent in the group), vanish (mute after the whole broadcast).
+    """
 
     def __init__(self, name: str, *, incarnation: int = 1) -> None:
         self.name, self.incarnation = name, incarnation
@@ -196,7 +201,7 @@ def test_a_group_serves_many_pushes_until_a_server_joins() -> None:
 
 
 @pytest.mark.parametrize("how", ["reject", "die", "refuse", "mute", "vanish"])
-def test_a_bad_server_costs_the_others_one_push(how: str) -> None:
+def test_a_faulty_server_costs_the_others_one_push(how: str) -> None:
     async def body(broadcaster: Broadcaster) -> None:
         good, bad = FakeServer("good"), FakeServer("bad")
         await broadcaster.push(snapshot(1), version=1, step=1, servers=[good.entry, bad.entry])
@@ -206,7 +211,7 @@ def test_a_bad_server_costs_the_others_one_push(how: str) -> None:
         servers = [good.entry, bad.entry]
         outcome = await broadcaster.push(snapshot(2), version=2, step=2, servers=servers)
         assert "bad" in outcome.failed
-        # The directory says nothing new about `bad`, so it gets no push; `good` has the new version by now.
+        # The directory entry of `bad` has not changed, so it gets no push; `good` gets the new version.
         outcome = await broadcaster.push(snapshot(3), version=3, step=3, servers=servers)
         assert (set(outcome.activated), good.version, bad.version) == ({"good"}, 3, 1)
         # A new incarnation of `bad` is eligible again.
@@ -216,7 +221,7 @@ def test_a_bad_server_costs_the_others_one_push(how: str) -> None:
         for receiver in (good, bad):
             receiver.close()
 
-    # A death or a refusal is noticed long before the deadline.
+    # The broadcaster notices a death or a refusal long before the deadline.
     run(body, deadline_s=40.0)
 
 
@@ -287,7 +292,7 @@ def test_a_refusing_server_costs_others_no_further_pushes(monkeypatch: pytest.Mo
             await asyncio.sleep(0.4)
             publisher.directory_changed()
         assert (len(reports), good.version, bad.version) == (1, 1, 0)
-        bad.misbehave = ""  # its back-off ends before anything is offered or its entry changes
+        bad.misbehave = ""  # its back-off ends before a new offer or a change of its directory entry
         while len(reports) == 1:
             await asyncio.sleep(0.05)
         assert (good.version, bad.version, failures) == (2, 2, [])
@@ -298,7 +303,7 @@ def test_a_refusing_server_costs_others_no_further_pushes(monkeypatch: pytest.Mo
     run(body)
 
 
-def test_a_host_of_another_machine_is_named() -> None:
+def test_error_message_for_a_host_of_another_machine() -> None:
     async def body() -> None:
         receiver = FakeServer("one")
         broadcaster = Broadcaster(WeightsConfig(host="192.0.2.1"), device="cpu", incarnation=1)
@@ -397,12 +402,12 @@ def test_a_server_that_breaks_every_broadcast_is_isolated() -> None:
             await broadcaster.push(snapshot(v, size=1 << 22), version=v, step=v, servers=servers)
             for v in (1, 2, 3)
         ]
-        # No server was silent, so the culprit was unknown; then each got a group of its own.
+        # No server was silent, so the faulty one was unknown. Then each server got its own group.
         assert [set(outcome.activated) for outcome in pushes] == [set(), set(), {"good"}]
         assert all({"good", "bad"} <= set(outcome.failed) for outcome in pushes[:2])
         assert all(outcome.recovery_s["good"] < 2 for outcome in pushes[:2])
         outcome = await broadcaster.push(snapshot(4), version=4, step=4, servers=servers)
-        assert (set(outcome.activated), outcome.failed) == ({"good"}, {}), "the culprit must back off"
+        assert (set(outcome.activated), outcome.failed) == ({"good"}, {}), "the faulty server must back off"
         for receiver in (good, bad):
             receiver.close()
 
@@ -437,14 +442,14 @@ def test_a_push_ends_when_refused_or_rank_0_is_stuck() -> None:
         loop = asyncio.get_running_loop()
         one, slow = FakeServer("one"), snapshot(2)
         await broadcaster.push(snapshot(1), version=1, step=1, servers=[one.entry])
-        come = threading.Event()
+        may_read = threading.Event()
         read = slow.read
-        slow.read = lambda index: (come.wait(30), read(index))[1]  # type: ignore[method-assign]
+        slow.read = lambda index: (may_read.wait(30), read(index))[1]  # type: ignore[method-assign]
         started_s = loop.time()
         outcome = await broadcaster.push(slow, version=2, step=2, servers=[one.entry])
-        come.set()
+        may_read.set()
         assert "not done within 4 s" in outcome.failed["broadcast"] and one.version == 1
-        one.misbehave = "decline"  # it stays in the group and receives nothing
+        one.misbehave = "decline"
         outcome = await broadcaster.push(snapshot(3, size=1 << 23), version=3, step=3, servers=[one.entry])
         assert (
             "will not have it" in outcome.failed["broadcast"] and outcome.failed["one"] == "will not have it"
@@ -512,7 +517,7 @@ def alive(*, num_ranks: int = 1, device: str = "cuda:0", uuid: str = "", nccl: s
     return Alive(version=0, num_ranks=num_ranks, device=device, device_uuid=uuid, nccl_version=nccl)
 
 
-def test_an_engine_gets_as_many_ranks_as_it_has() -> None:
+def test_an_engine_gets_one_group_rank_per_tensor_parallel_rank() -> None:
     receivers: list[Any] = [Receiver(entry=None, link=None) for _ in range(3)]  # type: ignore[arg-type]
     ranges, world_size = assign_ranks(receivers, [alive(), alive(num_ranks=4), alive(num_ranks=2)])
     assert [each.first_rank for each in ranges] == [1, 2, 6] and world_size == 8
@@ -533,11 +538,11 @@ def test_nccl_needs_equal_versions_and_separate_gpus() -> None:
     )
     assert choose_backend("nccl", ours=ours, engines=[alive(uuid="gpu-0")]) == (
         "gloo",
-        "two of them share a GPU",
+        "two of trainer and engines share a GPU",
     )
 
 
-def test_auto_gives_up_nccl_after_a_failed_first_push() -> None:
+def test_auto_changes_to_gloo_after_a_failed_first_push() -> None:
     new, proven, insisting = NcclTrial("auto"), NcclTrial("auto"), NcclTrial("nccl")
     proven.report(broken_reason="")
     for trial in (new, proven, insisting):

@@ -1,4 +1,4 @@
-"""Checkpoints: readable by transformers, bitwise resumable, at another world size too, complete or absent."""
+"""Checkpoints: readable by transformers, bitwise resumable, at any world size, complete or absent."""
 
 import shutil
 import threading
@@ -28,7 +28,7 @@ def ranks() -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
-def test_resumed_training_is_bitwise_equal_to_unbroken_training(tmp_path: Path, ranks: Ranks) -> None:
+def test_resumed_training_is_bitwise_equal(tmp_path: Path, ranks: Ranks) -> None:
     path = write_model(tmp_path / "model", dtype=torch.float32)
     unbroken = make_runner(path, ranks, dtype=torch.float32)
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2, tokenizer_path=path)
@@ -37,7 +37,7 @@ def test_resumed_training_is_bitwise_equal_to_unbroken_training(tmp_path: Path, 
         if step == 1:
             saved = checkpoints.save(2, unbroken.policy, unbroken.optimizer, ranks, extra={"cursor": [7, 9]})
             at_save = dict(gather_full_state(unbroken.policy))
-    checkpoints.wait()  # it was written while training went on
+    checkpoints.wait()  # the checkpoint was written while training continued
     resumed = make_runner(path, ranks, dtype=torch.float32)
     assert checkpoints.load(2, resumed.policy, resumed.optimizer, ranks) == {"cursor": [7, 9]}
     for step in (2, 3):
@@ -77,7 +77,7 @@ def test_a_checkpoint_of_one_rank_resumes_on_two(tmp_path: Path, ranks: Ranks) -
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9, msg=name)
 
 
-def test_only_the_newest_are_kept_and_partial_ones_ignored(tmp_path: Path, ranks: Ranks) -> None:
+def test_old_checkpoints_are_pruned_and_partial_ones_ignored(tmp_path: Path, ranks: Ranks) -> None:
     path = write_model(tmp_path / "model")
     runner = make_runner(path, ranks)
     checkpoints = Checkpoints(tmp_path / "c", keep=2, tokenizer_path=path)
@@ -97,7 +97,7 @@ def test_only_the_newest_are_kept_and_partial_ones_ignored(tmp_path: Path, ranks
     assert runner.optimizer.num_updates == 0
 
 
-def test_a_save_copies_only_when_the_last_one_is_written(tmp_path: Path, ranks: Ranks) -> None:
+def test_a_save_copies_only_after_the_last_one_is_written(tmp_path: Path, ranks: Ranks) -> None:
     path = write_model(tmp_path / "model")
     runner = make_runner(path, ranks)
     checkpoints = Checkpoints(tmp_path / "c", keep=2, tokenizer_path=path)
@@ -140,7 +140,7 @@ def test_later_checkpoints_are_set_aside_after_a_rollback(tmp_path: Path, ranks:
     many.load(100, runner.policy, runner.optimizer, ranks)
     assert many.steps() == [100, 200], "load alone must not rename: the buffer may still refuse the trainer"
     many.set_aside_after(100)
-    assert many.steps() == [100], "resume=latest would go on from the branch that resume=step:100 left"
+    assert many.steps() == [100], "resume=latest would resume from the abandoned step 200"
 
 
 def test_copied_shards_do_not_change_with_training(tmp_path: Path, ranks: Ranks) -> None:
@@ -157,7 +157,7 @@ def test_copied_shards_do_not_change_with_training(tmp_path: Path, ranks: Ranks)
     )
 
 
-def test_a_checkpoint_that_cannot_be_loaded_is_named(tmp_path: Path, ranks: Ranks) -> None:
+def test_error_messages_for_checkpoints_that_cannot_be_loaded(tmp_path: Path, ranks: Ranks) -> None:
     path = write_model(tmp_path / "model")
     runner = make_runner(path, ranks)
     checkpoints = Checkpoints(tmp_path / "c", keep=2, tokenizer_path=path)

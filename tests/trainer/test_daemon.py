@@ -1,4 +1,4 @@
-"""The trainer as a process with a real buffer and no servers, and its client against a scripted buffer."""
+"""The trainer as a process with a real buffer and no servers; its buffer client with a scripted buffer."""
 
 import asyncio
 import contextlib
@@ -67,7 +67,7 @@ def wait_for_state(buffer: BufferProcess, state: str) -> None:
 
 
 @pytest.mark.parametrize("summary_can_be_written", [True, False])
-def test_a_drain_ends_waiting_with_the_right_exit_code(tmp_path: Path, summary_can_be_written: bool) -> None:
+def test_a_drain_ends_waits_with_the_right_exit_code(tmp_path: Path, summary_can_be_written: bool) -> None:
     config = job(tmp_path, model={"path": write_model(tmp_path / "model")})
     paths = RunPaths.of(config)
     if not summary_can_be_written:
@@ -116,16 +116,16 @@ def test_a_trainer_killed_at_its_start_has_rolled_back(tmp_path: Path) -> None:
         buffer.close()
 
 
-def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_message_for_a_missing_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ConfigError, match="rank 2 of this machine needs GPU 99"):
         device_of(Config(trainer=TrainerConfig(device="cuda:97")))
 
 
 class ScriptedBuffer:
-    """A buffer that welcomes every peer and replies what `answer` returns.
+    """A buffer that welcomes every peer and replies with the result of `answer`.
 
-    Runs in a thread with its own loop.
+    It runs in a thread with its own loop.
     """
 
     def __init__(self, answer: Callable[[Any], Any]) -> None:
@@ -166,11 +166,11 @@ def test_a_request_whose_reply_was_lost_is_sent_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trainer.buffer_client.client._RESEND_AFTER_S", 0.3)
-    asked: list[Any] = []
+    requests: list[Any] = []
 
     def answer(message: Any) -> Any:
-        asked.append(message)
-        return Ok() if len(asked) > 1 else None
+        requests.append(message)
+        return Ok() if len(requests) > 1 else None
 
     with ScriptedBuffer(answer) as scripted:
         config = job(
@@ -178,7 +178,7 @@ def test_a_request_whose_reply_was_lost_is_sent_again(
         )
         with TrainerBufferClient(config, rank=0, world_size=1, device="cpu", incarnation=1) as buffer:
             assert buffer.call(CompleteStep(step=3), timeout_s=5) == Ok()
-            assert asked == [CompleteStep(step=3)] * 2
+            assert requests == [CompleteStep(step=3)] * 2
 
             buffer.fail(ArealError("no more weights"))
             with pytest.raises(ArealError, match="no more weights"):

@@ -1,4 +1,4 @@
-"""GAE against its definition; the critic against a dense model, over cuts, ranks, checkpoints, on a task."""
+"""GAE compared with its definition; the critic with a dense model, cuts, ranks, checkpoints and a task."""
 
 import itertools
 import json
@@ -100,7 +100,7 @@ def test_value_clip_removes_the_gradient_beyond_it() -> None:
         ({"lamb": 1}, "did you mean lam"),
     ],
 )
-def test_mistakes_are_named(settings: dict[str, float], message: str) -> None:
+def test_error_messages_for_invalid_settings(settings: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ADVANTAGES.build({"name": "gae", **settings})
 
@@ -168,14 +168,14 @@ def with_advantages(runner: StepRunner, groups: list[list[Trajectory]]) -> list[
     )
 
 
-def test_kl_penalty_is_charged_at_each_token(tmp_path: Path, ranks: Ranks) -> None:
+def test_kl_penalty_is_subtracted_at_each_token(tmp_path: Path, ranks: Ranks) -> None:
     """With gamma = lam = 1 and zero values, an advantage is the sum of later rewards only."""
     path, groups = write_model(tmp_path), random_groups(2)
     runner = make_runner(path, ranks, settings=SETTINGS | {"advantage": {"name": "gae", "lam": 1.0}})
-    penalised, penalties = runner.rewards.shape_step(groups)
+    penalized, penalties = runner.rewards.shape_step(groups)
     raw = []
     for before, after, penalty_S in zip(
-        itertools.chain(*groups), itertools.chain(*penalised), itertools.chain(*penalties), strict=True
+        itertools.chain(*groups), itertools.chain(*penalized), itertools.chain(*penalties), strict=True
     ):
         assert len(penalty_S) == before.num_sampled and after.reward == pytest.approx(
             before.reward - penalty_S.sum()
@@ -309,7 +309,7 @@ def test_critic_checkpoint_loads_at_any_world_size(
     assert "lm_head.weight" in load_file(tmp_path / "checkpoints" / "step_000003" / CRITIC_FILE)
 
     checkpoints.load(1, again.policy, again.optimizer, ranks, critic=again.critic)
-    assert "without a critic: it begins anew" in caplog.text
+    assert "without a critic: the critic starts from its initial weights" in caplog.text
 
 
 @pytest.mark.timeout(240)

@@ -1,4 +1,4 @@
-"""Packing: nothing is lost, reordered or over budget, and cuts depend only on order and budget."""
+"""Packing: no sequence is lost, reordered or over budget, and cuts depend only on order and budget."""
 
 import numpy as np
 import pytest
@@ -49,10 +49,10 @@ def test_every_sequence_is_packed_once_in_order(sizes: list[list[int]], whole: b
     assert [id(s) for pack in packs for s in pack] == [id(s) for group in groups for s in group]
     assert all(0 < sum(s.trajectory.num_tokens for s in pack) <= BUDGET for pack in packs)
     if whole:
-        homes = [
+        packs_by_group = [
             {i for i, pack in enumerate(packs) for s in pack if s.group == g} for g in range(len(groups))
         ]
-        assert all(len(home) == 1 for home in homes)
+        assert all(len(indices) == 1 for indices in packs_by_group)
 
 
 @given(group_sizes)

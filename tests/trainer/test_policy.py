@@ -81,7 +81,7 @@ def test_chunks_change_nothing_and_bound_the_logits(tmp_path: Path, checkpointin
             torch.testing.assert_close(grad, results[0][2][name], rtol=1e-10, atol=1e-11)
 
 
-def test_entropy_is_that_of_the_tempered_distribution(tmp_path: Path) -> None:
+def test_entropy_uses_the_sampling_temperature(tmp_path: Path) -> None:
     path = write_model(tmp_path)
     (trajectory, *_) = random_groups(1)[0]
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
@@ -92,7 +92,7 @@ def test_entropy_is_that_of_the_tempered_distribution(tmp_path: Path) -> None:
     torch.testing.assert_close(got_S, want_L[places], rtol=1e-10, atol=1e-10)
 
 
-def test_a_model_whose_logits_are_more_than_its_head_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_scales_its_logits_is_refused(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(write_model(tmp_path))
     model.config.logit_scale = 0.5
     with pytest.raises(ConfigError, match="scales its logits"):

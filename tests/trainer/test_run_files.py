@@ -1,5 +1,4 @@
-"""metrics.jsonl and summary.json: totals over all rows, read from the file alone, and rates after a
-resume."""
+"""metrics.jsonl and summary.json: totals over all rows of the file, and rates after a resume."""
 
 from __future__ import annotations
 
@@ -17,15 +16,15 @@ from trainer.metrics.run_files import WARM_UP_STEPS, MetricsFile, write_summary
 
 
 def row(step: int) -> dict[str, Any]:
-    """A row with random figures; every seventh has no reward."""
-    luck = random.Random(step)
+    """A row with random figures; every seventh row has no reward."""
+    rng = random.Random(step)
     return {
         "step": step,
-        "reward_mean": math.nan if step % 7 == 2 else luck.random(),
-        "loss": luck.gauss(0, 1),
-        "step_s": 0.1 + luck.random(),
-        "wait_data_s": 0.1 * luck.random(),
-        "tokens_trained": luck.randrange(1000),
+        "reward_mean": math.nan if step % 7 == 2 else rng.random(),
+        "loss": rng.gauss(0, 1),
+        "step_s": 0.1 + rng.random(),
+        "wait_data_s": 0.1 * rng.random(),
+        "tokens_trained": rng.randrange(1000),
     }
 
 
@@ -39,7 +38,7 @@ def test_totals_are_over_all_rows_also_after_a_resume(tmp_path: Path, num_rows: 
     path = tmp_path / "metrics.jsonl"
     resumed_at = num_rows // 3
     file = MetricsFile(path, start_step=0)
-    for step in range(resumed_at + 2):  # two more than the checkpoint has
+    for step in range(resumed_at + 2):  # two more steps than the checkpoint
         file.append(row(step))
     file.close()
     path.write_text(path.read_text() + '{"step": ')  # a crash
@@ -78,7 +77,7 @@ def test_rows_are_not_kept_in_memory(tmp_path: Path) -> None:
     _, most_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     file.close()
-    assert most_bytes < path.stat().st_size / 4, "all rows are kept in memory somewhere"
+    assert most_bytes < path.stat().st_size / 4, "all rows are kept in memory"
 
 
 def counters(*, tokens_generated: float, busy_s: float, idle_s: float) -> RunCounters:
@@ -94,8 +93,8 @@ def counters(*, tokens_generated: float, busy_s: float, idle_s: float) -> RunCou
     return RunCounters(tickets={"trained": 400}, drops={}, counters=figures)
 
 
-def test_rates_after_a_resume_are_over_one_span(tmp_path: Path) -> None:
-    """40 steps of 1 s, then a resume and 20 more of 1 s, at 6,000 tokens a second in all of them."""
+def test_rates_after_a_resume_cover_one_time_span(tmp_path: Path) -> None:
+    """40 steps of 1 s, a resume, then 20 more steps of 1 s, always at 6,000 tokens per second."""
     metrics = tmp_path / "metrics.jsonl"
     first = MetricsFile(metrics, start_step=0)
     for step in range(40):

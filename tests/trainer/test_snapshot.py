@@ -9,11 +9,11 @@ from tests.support.trainer_helpers import run_ranks, write_model
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_snapshot_outlives_the_steps_after_it(tmp_path: Path, world_size: int) -> None:
+def test_a_snapshot_is_not_changed_by_later_steps(tmp_path: Path, world_size: int) -> None:
     path = write_model(tmp_path / "model", dtype=torch.float32)
     run_ranks("snapshots", str(tmp_path), path, world_size=world_size, module="tests.support.snapshot_ranks")
 
 
-def test_rank_0_may_be_ahead_of_the_others_or_behind(tmp_path: Path) -> None:
+def test_rank_0_may_request_early_or_freed_snapshots(tmp_path: Path) -> None:
     path = write_model(tmp_path / "model", dtype=torch.float32)
     run_ranks("late_ranks", str(tmp_path), path, world_size=2, module="tests.support.snapshot_ranks")

@@ -1,4 +1,4 @@
-"""The step: packed, cut and sharded gradients equal those of one padded batch; streaming, counts, metrics."""
+"""The step: packed, cut and sharded gradients equal that of one padded batch; streaming, counts, metrics."""
 
 import json
 from collections.abc import Iterator, Sequence

@@ -22,7 +22,7 @@ FloatArray = NDArray[np.float64]
 
 
 class Estimator:
-    """Base of all advantage estimators. One of scope BATCH overrides `rescale`."""
+    """Base of all advantage estimators. An estimator of scope BATCH overrides `rescale`."""
 
     scope: Scope = Scope.GROUP
     """BATCH: `rescale` is called, and no gradient is computed before the step's last group has arrived."""
@@ -30,9 +30,9 @@ class Estimator:
     """True: every group must have a greedy sample (`sampling.greedy_baseline`)."""
 
     def rescale(self, *, advantages_S: FloatArray, groups_S: NDArray[np.int64]) -> tuple[float, float]:
-        """(shift, factor): every advantage `a` of the step becomes `(a + shift) * factor`.
+        """Returns (shift, factor), the same on every rank.
 
-        The same on every rank.
+        Every advantage `a` of the step becomes `(a + shift) * factor`.
 
         `advantages_S`: of all sampled tokens of the step over all ranks. `groups_S`: the position of each
         token's group.
@@ -50,7 +50,7 @@ def whitening(advantages_S: FloatArray) -> tuple[float, float]:
 class Advantage(Estimator, ABC):
     """Base of estimators that compare the samples of one group. A subclass implements `of_group`.
 
-    A class of your own is a dataclass in your module, selected by `advantage._target_=my_module.MyAdvantage`.
+    A custom estimator is a dataclass in the user's module: `advantage._target_=my_module.MyAdvantage`.
     """
 
     @abstractmethod

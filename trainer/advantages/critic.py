@@ -2,10 +2,10 @@
 
     values(trajectories) -> [the policy's update] -> learn(targets): `critic_updates` AdamW updates
 
-The critic is a model of its own that starts from the policy's initial weights and is sharded and packed like
-the policy. Its losses are summed and divided once by the step's number of sampled tokens, so neither cuts nor
-ranks change the result. It cuts its own micro-batches: every sequence takes part, also those with zero
-advantage, which the policy skips.
+The critic is a separate model that starts from the policy's initial weights and is sharded and packed like
+the policy. Its losses are summed and divided once by the step's number of sampled tokens, so the result does
+not depend on the cuts into micro-batches or the number of ranks. The critic cuts its own micro-batches: they
+contain every sequence, also those with zero advantage, which the policy skips.
 
 Shape suffix: S sampled tokens (of one trajectory in numpy arrays, of a micro-batch in tensors).
 """
@@ -25,7 +25,7 @@ from areal_like.config import Config
 from areal_like.trajectory import Trajectory
 from trainer.advantages.base import FloatArray
 from trainer.advantages.gae import Gae
-from trainer.batching.microbatches import in_lockstep
+from trainer.batching.lockstep import in_lockstep
 from trainer.batching.packing import MicroBatch, Packer, TrainingSample, split_by_sequence
 from trainer.distributed.ranks import Ranks
 from trainer.models.value_model import ValueModel
@@ -47,7 +47,7 @@ class ValueTarget:
 def value_loss(value_S: Tensor, old_S: Tensor, target_S: Tensor, *, clip: float) -> Tensor:
     """[S] half the squared error, as in PPO: 1/2 max((V - target)^2, (V_clipped - target)^2).
 
-    V_clipped is the value held within `clip` of the old one; 0 turns clipping off.
+    V_clipped is V clamped to within `clip` of the old value; 0 turns clipping off.
     """
     loss_S = (value_S - target_S).square()
     if clip:
@@ -110,7 +110,7 @@ class Critic:
             norm = self.optimizer.step(divisor=count, lr=self.optimizer.learning_rate(step))
         variance = target_square / count - (target_sum / count) ** 2
         unexplained = error_square / count - (error_sum / count) ** 2
-        targets_differ = variance > 1e-12 * target_square / count  # smaller is rounding
+        targets_differ = variance > 1e-12 * target_square / count  # a smaller variance is rounding
         return {
             "value_loss": 0.5 * error_square / count,
             "value_mean": (target_sum - error_sum) / count,

@@ -1,4 +1,4 @@
-"""Generalised advantage estimation (GAE, arXiv 1506.02438) with a critic, as in PPO for language models.
+"""Generalized advantage estimation (GAE, arXiv 1506.02438) with a critic, as in PPO for language models.
 
     delta_s  = r_s + gamma V_{s+1} - V_s     s: sampled tokens of a sequence; V is 0 after the last
     A_s      = delta_s + gamma lam A_{s+1}
@@ -65,7 +65,7 @@ class Gae(Estimator):
     value_clip: float = 0.5
     """Distance a value may move in one step before its loss is clipped; 0: no clip.
 
-    No effect with one update a step.
+    No effect with one update per step.
     """
 
     def __post_init__(self) -> None:

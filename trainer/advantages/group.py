@@ -5,11 +5,11 @@ floats can differ from them in the last bit, and dividing that rounding error by
 same size turns it into a signal.
 
 Left out: ProGRPO (arXiv 2602.05281), `A + alpha (c_q - c_o)` in groups with a right answer, where c_o is exp
-of the mean log-prob of the answer's least likely fifth of tokens. We could not establish over which prompt
-tokens c_q is taken and what alpha is, and c_q needs the log-probs of prompts, which are not recorded.
+of the mean log-prob of the answer's least likely fifth of tokens. It is unclear over which prompt tokens c_q
+is taken and what alpha is, and c_q needs the log-probs of prompts, which are not recorded.
 
-Notation: R reward of a sample, mean and std over its group, L its number of sampled tokens. Shape suffix: G
-samples of a group.
+Notation: R reward of a sample, mean and std over its group, L its number of sampled tokens.
+Shape suffix: G samples of a group.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from trainer.advantages.base import ADVANTAGES, Advantage, FloatArray, rewards_o
 from trainer.batching.scope import Scope
 
 
-def centred(rewards_G: FloatArray) -> FloatArray:
+def centered(rewards_G: FloatArray) -> FloatArray:
     """[G] R - mean; exactly zero if all rewards are equal."""
     if rewards_G.max() == rewards_G.min():
         return np.zeros_like(rewards_G)
@@ -36,14 +36,14 @@ def centred(rewards_G: FloatArray) -> FloatArray:
 @ADVANTAGES.register("dr_grpo")
 @dataclass(frozen=True, kw_only=True)
 class DrGrpo(Advantage):
-    """Dr.
+    """Dr. GRPO (arXiv 2503.20783): A = R - mean.
 
-    GRPO (arXiv 2503.20783): A = R - mean. Without the division, hard and easy prompts are not weighted up.
+    Dividing by std, as GRPO does, would give more weight to hard and easy prompts, whose std is small.
     """
 
     def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
-        """[G]"""
-        return [float(a) for a in centred(rewards_of(group))]
+        """[G] advantages."""
+        return [float(a) for a in centered(rewards_of(group))]
 
 
 @ADVANTAGES.register("grpo")
@@ -52,11 +52,11 @@ class Grpo(Advantage):
     """GRPO (arXiv 2402.03300): A = (R - mean) / std, with the population standard deviation."""
 
     def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
-        """[G]"""
+        """[G] advantages."""
         rewards_G = rewards_of(group)
-        centred_G = centred(rewards_G)
+        centered_G = centered(rewards_G)
         std = float(rewards_G.std())
-        return [float(a) for a in centred_G / std] if std > 0 else [0.0] * len(group)
+        return [float(a) for a in centered_G / std] if std > 0 else [0.0] * len(group)
 
 
 @ADVANTAGES.register("rloo")
@@ -70,7 +70,7 @@ class Rloo(Advantage):
     def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
         """[G]; zero for a group of one sample."""
         size = len(group)
-        return [float(a) for a in centred(rewards_of(group)) * (size / max(size - 1, 1))]
+        return [float(a) for a in centered(rewards_of(group)) * (size / max(size - 1, 1))]
 
 
 @ADVANTAGES.register("remax")
@@ -96,7 +96,7 @@ class Opo(Advantage):
     """
 
     def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
-        """[G]"""
+        """[G] advantages."""
         rewards_G = rewards_of(group)
         if rewards_G.max() == rewards_G.min():
             return [0.0] * len(group)
@@ -109,14 +109,14 @@ class Opo(Advantage):
 class Gpg(Advantage):
     """GPG (arXiv 2504.02546): A = alpha (R - mean), alpha = groups of the step / groups whose rewards differ.
 
-    The factor makes up for groups without a gradient, which would dilute the others in the mean.
+    The factor compensates for groups without a gradient, which would dilute the mean over all groups.
     """
 
     scope = Scope.BATCH
 
     def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
         """[G], before the factor alpha."""
-        return [float(a) for a in centred(rewards_of(group))]
+        return [float(a) for a in centered(rewards_of(group))]
 
     def rescale(self, *, advantages_S: FloatArray, groups_S: NDArray[np.int64]) -> tuple[float, float]:
         """(0, alpha); alpha is 1 if no group of the step has differing rewards."""
@@ -141,7 +141,7 @@ class ReinforcePlusPlus(Advantage):
     def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
         """[G], before whitening."""
         rewards_G = rewards_of(group)
-        return [float(a) for a in (centred(rewards_G) if self.baseline == "group" else rewards_G)]
+        return [float(a) for a in (centered(rewards_G) if self.baseline == "group" else rewards_G)]
 
     def rescale(self, *, advantages_S: FloatArray, groups_S: NDArray[np.int64]) -> tuple[float, float]:
         """Whitens the step."""

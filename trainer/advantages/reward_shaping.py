@@ -2,9 +2,9 @@
 
     advantage: {name: grpo, shaping: [{name: overlong}, {name: laconic, budget_tokens: 200}]}
 
-Shapings apply in the order of the list. Metrics keep showing the task's own reward beside the shaped one. A
-shaping that ranks the groups of a step (scope BATCH) waits for all of them. One that learns a dual variable
-(a Lagrange multiplier) updates it by a pure function: the step holds the number and the checkpoint stores it.
+Shapings apply in the order of the list. Metrics show the task's reward and the shaped reward. A shaping that
+ranks the groups of a step (scope BATCH) waits for all of them. A shaping that learns a dual variable (a
+Lagrange multiplier) updates it by a pure function: the step holds the number and the checkpoint stores it.
 
 Notation: R reward of a sample, L its number of sampled tokens.
 Shape suffix: G samples of a group.
@@ -38,7 +38,7 @@ class ShapingContext:
 class Shaping(ABC):
     """Base of all shapings.
 
-    One of your own is a dataclass in your module: `{_target_: my_module.MyShaping}`.
+    A custom shaping is a dataclass in the user's module: `{_target_: my_module.MyShaping}`.
     """
 
     scope: Scope = Scope.GROUP
@@ -49,7 +49,7 @@ class Shaping(ABC):
         """[G] shaped reward of each sample."""
 
     def score(self, group: Sequence[Trajectory]) -> float:
-        """The number by which the groups of a step are ranked, largest first; ties by recorded order."""
+        """The number by which the groups of a step are ranked, largest first; ties rank in recorded order."""
         return 0.0
 
     def next_dual(self, dual: float, *, mean_tokens: float) -> float:
@@ -94,7 +94,7 @@ class Overlong(Shaping):
 @SHAPINGS.register("grpo_lambda")
 @dataclass(frozen=True, kw_only=True)
 class GrpoLambda(Shaping):
-    """GRPO-lambda (arXiv 2505.18086): penalises long right answers, only in the groups of highest accuracy.
+    """GRPO-lambda (arXiv 2505.18086): penalizes long right answers, only in the groups of highest accuracy.
 
     A length penalty on all groups makes accuracy collapse, so only the best `top` of the step's groups get
     it.
@@ -136,7 +136,7 @@ class GrpoLambda(Shaping):
 @SHAPINGS.register("laconic")
 @dataclass(frozen=True, kw_only=True)
 class Laconic(Shaping):
-    """LACONIC (arXiv 2602.14468): penalises tokens beyond a budget, with a coefficient found by dual ascent.
+    """LACONIC (arXiv 2602.14468): penalizes tokens beyond a budget, with a coefficient found by dual ascent.
 
         reward <- R - dual * max(0, L / budget - 1)
         dual   <- clip(dual + rate * (mean L / budget - 1), 0, max_dual)    after each step

@@ -44,7 +44,7 @@ MicroBatch = tuple[TrainingSample, ...]
 
 
 def num_targets(trajectory: Trajectory) -> int:
-    """Number of tokens that are trained on: sampled ones that have a prefix."""
+    """Number of tokens that are trained on: sampled tokens that have a prefix."""
     return int(trajectory.loss_mask[1:].sum())
 
 
@@ -62,7 +62,7 @@ class Packer:
 
         `whole_groups`: never split a group over two micro-batches.
 
-        `one_sequence_per_microbatch`: each sequence is a micro-batch of its own.
+        `one_sequence_per_microbatch`: every micro-batch is a single sequence.
         """
         assert budget_tokens >= 1 and not (whole_groups and one_sequence_per_microbatch)
         self._budget = budget_tokens
@@ -116,7 +116,7 @@ class PackedBatch:
     versions_T: Tensor
     """int32 version of the weights that sampled the token; NOT_SAMPLED elsewhere."""
     lags_T: Tensor
-    """int64 optimizer steps since those weights; meaningless outside the loss mask."""
+    """int64 optimizer steps since the weights of that version; meaningless outside the loss mask."""
     advantages_T: Tensor
     """float64 advantage of each token."""
     cu_seqlens: Tensor

@@ -35,7 +35,7 @@ class SampledTokens:
     logp_S: Tensor
     """Log-prob under the current weights; the only tensor that carries gradient."""
     behavior_logp_S: Tensor
-    """Log-prob under the behaviour policy, recorded by the engine at sampling time."""
+    """Log-prob under the behavior policy, recorded by the engine at sampling time."""
     advantage_S: Tensor
     """Advantage of each token."""
     segment_S: Tensor
@@ -66,7 +66,7 @@ class SampledTokens:
     kept_S: Tensor | None = None
     """bool: tokens that no mask drops, for an objective that weighs gradients itself. None: all."""
     counted_S: Tensor | None = None
-    """bool: tokens that masks leave in the normaliser. None: all."""
+    """bool: tokens that masks leave in the normalizer. None: all."""
 
     @classmethod
     def of(
@@ -122,7 +122,7 @@ class SampledTokens:
         """[N] log W, W = prod_t pi_t / mu_t of the sequence: the sum (not mean) of log-ratios; detached."""
         return self.sum_N(self.log_ratio_S)
 
-    if not TYPE_CHECKING:  # a type checker that saw __getattr__ would accept any misspelt attribute
+    if not TYPE_CHECKING:  # a type checker that saw __getattr__ would accept any misspelled attribute
 
         def __getattr__(self, name: str) -> None:
             """Raises AttributeError; for an earlier attribute name the message gives the present one."""

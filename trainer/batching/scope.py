@@ -1,4 +1,4 @@
-"""How much of a step must have arrived before its first gradient can be computed."""
+"""The part of a step that must have arrived before the step's first gradient can be computed."""
 
 from enum import StrEnum
 

@@ -1,8 +1,8 @@
 """One rank's client of the buffer (all its shards), for the training thread.
 
-The training thread is inside torch most of the time, so the client runs an event loop in a thread of its own
-for the heartbeats, the HTTP server, the prefetch of groups and (on rank 0) the publisher. The training thread
-meets that loop only through `call`, `groups` and the flags of the client.
+The training thread is inside torch most of the time, so the client runs an event loop in another thread for
+the heartbeats, the HTTP server, the prefetch of groups and (on rank 0) the publisher. The training thread
+uses that loop only through `call`, `groups` and the flags of the client.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class TrainerBufferClient:
     """A context manager; all methods are for the training thread unless they say otherwise.
 
         CONNECTED -> IN TROUBLE (the buffer is silent, or its disk is full) -> CONNECTED
-            |          | (the buffer was restarted: hello again, then every pending request again)
+            |          | (the buffer was restarted: register again, then resend every pending request)
             +----------+-> LOST (silent for `trainer.buffer_timeout_s`, or a newer incarnation of this rank
                            has registered) -> every wait raises
 
-    Time in trouble does not count against the timeouts of requests: they wait for the buffer to come back.
+    Time in trouble does not count towards the timeouts of requests: they wait for the buffer to come back.
     """
 
     def __init__(self, config: Config, *, rank: int, world_size: int, device: str, incarnation: int) -> None:
@@ -67,8 +67,8 @@ class TrainerBufferClient:
         self.directory = Directory(servers=[])
         self.stop_requested = threading.Event()
         """Set by a signal, never cleared."""
-        self.give_up = threading.Event()
-        """Set when a draining trainer has waited long enough for its step's groups: `groups` ends early."""
+        self.abandon_step = threading.Event()
+        """Set when a draining trainer must no longer wait for the groups of its step: `groups` ends early."""
         self.on_directory: Callable[[], None] = lambda: None
         """Called in the client's loop when the directory of rollout servers changed."""
         self.device = device
@@ -89,7 +89,7 @@ class TrainerBufferClient:
         self._thread.start()
         try:
             self.run(self._open(), name="buffer (hello)", timeout_s=60.0, may_stop=True)
-        except BaseException:  # whatever ended it, a signal included: the loop's thread must not stay
+        except BaseException:  # also a signal's: the loop's thread must not outlive a failed start
             self.__exit__()
             raise
         return self
@@ -146,7 +146,7 @@ class TrainerBufferClient:
     def fail(self, error: ArealError) -> None:
         """Makes every wait of the training thread raise `error`.
 
-        For tasks in the client's loop that cannot go on.
+        For tasks in the client's loop that fail for good.
         """
         self._lost = self._lost or error
 
@@ -187,7 +187,7 @@ class TrainerBufferClient:
         """This rank's groups of a step in recorded order, each as soon as the buffer has recorded it.
 
         The next step's groups are requested too, so that they arrive while this step trains. Ends early only
-        after `give_up`.
+        after `abandon_step`.
         """
         for ahead in (step, step + 1):
             if ahead < self.config.trainer.num_steps:
@@ -218,7 +218,7 @@ class TrainerBufferClient:
         while not future.done():
             if self._lost is not None:
                 raise self._lost
-            if self.give_up.is_set():
+            if self.abandon_step.is_set():
                 return None
             if self._untroubled_time_s() > deadline_s:
                 servers = [(s.name, s.state, s.weights_version) for s in self.directory.servers]
@@ -257,7 +257,7 @@ class TrainerBufferClient:
             self._heartbeat.cancel()
             if self._lost is None:
                 goodbyes = (buffer.call(Goodbye(stats=self.stats), timeout_s=2.0) for buffer in self._buffers)
-                with contextlib.suppress(ArealError):  # a courtesy: the trainer leaves in any case
+                with contextlib.suppress(ArealError):  # optional: the trainer ends in any case
                     await asyncio.gather(*goodbyes)
         for buffer in self._buffers:
             buffer.close()
@@ -298,8 +298,7 @@ class TrainerBufferClient:
                     )
 
     def _on_heartbeat_end(self, task: asyncio.Task[None]) -> None:
-        # This task is not awaited, and without heartbeats the buffer would give up a trainer that still
-        # trains.
+        # This task is not awaited. Without heartbeats the buffer would take a working trainer for dead.
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("the heartbeat ended", exc_info=error)
             self.fail(ArealError(f"no more heartbeats are sent: {type(error).__name__}: {error}"))

@@ -24,7 +24,7 @@ _HELLO_TIMEOUT_S = 10.0
 
 
 class Connection:
-    """One rank at one buffer."""
+    """The connection of one rank to one buffer."""
 
     def __init__(
         self,
@@ -36,8 +36,11 @@ class Connection:
         on_message: Callable[[Any], None],
         fail: Callable[[ArealError], None],
     ) -> None:
-        """`survives`: whether a buffer that was killed comes back with its ledger. `fail` is called with an
-        error that waiting cannot mend."""
+        """`survives`: True if the buffer's ledger survives a kill of the buffer.
+
+        `on_message`: called with every message that is no reply and no HeartbeatAck. `fail`: called with an
+        error that neither waiting nor registering again can resolve.
+        """
         self._hello = hello
         self._survives = survives
         self._on_other = on_message
@@ -63,16 +66,16 @@ class Connection:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether the buffer answers but cannot write: a repeated request would only add a reply."""
+        """True if the buffer replies but cannot write: a repeated request would only add a queued reply."""
         return self._buffer.is_stuck
 
     @property
     def is_troubled(self) -> bool:
-        """Whether the buffer does not answer or cannot write: answers may take as long as that lasts."""
+        """True if the buffer is silent or cannot write: replies may be delayed until that ends."""
         return self._buffer.is_silent or bool(self._buffer.trouble)
 
     async def register(self, *, timeout_s: float) -> None:
-        """Says hello. Raises as `call`."""
+        """Sends Hello and waits for the Welcome. Raises as `call`."""
         await self._buffer.register(self._hello, timeout_s=timeout_s)
 
     def close(self) -> None:
@@ -101,7 +104,7 @@ class Connection:
         """A restarted buffer has its ledger, but no registrations and no pending requests."""
         try:
             await self.register(timeout_s=_HELLO_TIMEOUT_S)
-        except DeadlineError:  # it is away again; when it is back, it will send HelloRequired again
+        except DeadlineError:  # the buffer is down again; once it is back, it sends HelloRequired again
             return
         except ArealError as error:
             self._fail(error)

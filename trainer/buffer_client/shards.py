@@ -8,9 +8,9 @@
 | RequestEval | the first shard, which also sends the directory of servers |
 | GetRunCounters, GetStreamState | every shard; the replies are merged here |
 
-A request to every shard waits for the last reply, so a shard that is away stalls the step. The others go on
-and fill their own positions, as far as their budgets allow. If one shard replies and another does not,
-nothing is undone: every request is idempotent and is sent again, also by the next trainer.
+A request to every shard waits for the last reply, so a shard that is down stalls the step. The other shards
+continue to fill their own positions, as far as their budgets allow. If one shard replies and another does
+not, nothing is undone: every request is idempotent and is sent again, if need be by the next trainer.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ Stream = dict[str, int | list[int]]
 Call = Callable[[Any], Awaitable[Any]]
 
 _MERGED_BY_MAX = ("tokens_generated", "generation_busy_s", "generation_idle_s", "max_trained_lag")
-"""Counters that must not be added up: every server reports the same figures to every shard, and one is a
-maximum."""
+"""Counters that must not be added up: every server reports the same figures to every shard, and
+`max_trained_lag` is a maximum."""
 _MEANS = {
     "mean_trained_lag": "samples_trained",
     "mean_trained_token_lag": "tokens_trained",
     "mean_trained_sample_tokens": "samples_trained",
     "mean_dropped_sample_tokens": "samples_dropped",
 }
-"""Counter that is a mean -> the counter of what it is a mean over."""
+"""Counter that is a mean -> counter of the items averaged, the weight of a shard's mean."""
 
 
 async def call_shards(message: Any, calls: Sequence[Call]) -> Any:
     """The job's reply to a request.
 
-    `calls`: sends a request to each shard, in order. Raises what any of them raises.
+    `calls`: functions that send a request to one shard each, in the order of shards. Their errors propagate.
     """
     first, *others = calls
     match message:
@@ -100,10 +100,10 @@ def split_stream(stream: Stream, *, num_shards: int) -> list[Stream]:
 
     Raises RefusedError if the checkpoint was made with another number of shards.
     """
-    were = stream.get("num_shards", 1)
-    if stream and were != num_shards:
+    num_saved = stream.get("num_shards", 1)
+    if stream and num_saved != num_shards:
         raise RefusedError(
-            f"the checkpoint was made with buffer.num_shards={were}, not {num_shards}: set that again"
+            f"the checkpoint was made with buffer.num_shards={num_saved}, not {num_shards}: set that again"
         )
     if num_shards == 1:
         return [stream]

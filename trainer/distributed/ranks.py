@@ -2,9 +2,9 @@
 
 The caller creates the default process group (`gloo`, or `cpu:gloo,cuda:nccl` on GPUs). Parameters and
 gradients travel over the backend of the device. The control messages (is there another micro-batch, counts,
-metrics) are CPU tensors and travel over gloo, so that they never wait behind a kernel. They have a process
-group of their own because of its timeout: a rank that has its data may have to wait long for one that is
-still fetching, while no rank should be late in the collectives of a forward.
+metrics) are CPU tensors and travel over gloo, so that they never wait behind a kernel. They use a separate
+process group because it needs a longer timeout: a rank that has its data may have to wait long for a rank
+that is still fetching, while no rank should be late in the collectives of a forward.
 """
 
 from __future__ import annotations

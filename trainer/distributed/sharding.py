@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a parameter or gradient, sharing its memory; the tensor itself if it is not sharded."""
+    """This rank's shard of a parameter or gradient, sharing memory; an unsharded tensor is returned as is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -20,7 +20,7 @@ STORE_FD = "AREAL_LIKE_STORE_FD"
 others."""
 _POLL_S = 0.05
 _TERMINATE_S = 10.0
-"""Time that the other ranks get to end after one has failed, before they are killed."""
+"""Time between the SIGTERM that the other ranks get when one rank has failed, and their SIGKILL."""
 
 
 def start_ranks(argv: Sequence[str], *, world_size: int, module: str = "trainer") -> int:

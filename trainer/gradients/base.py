@@ -1,8 +1,8 @@
 """Accumulates the gradients of a step's micro-batches; an objective chooses the accumulator.
 
-The plain one lets autograd add each micro-batch to `.grad`, where FSDP2 reduces and shards it. A method that
-needs more than a sum, such as a baseline from the norms of single sequences' gradients, overrides `Gradients`
-and leaves the step's sum in `.grad` by other means.
+The default accumulator lets autograd add the gradient of each micro-batch to `.grad`; FSDP2 reduces and
+shards it. A method that needs more than a sum, such as a baseline from the norms of single sequences'
+gradients, subclasses `Gradients` and writes the step's gradient to `.grad` itself.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class Gradients:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Restores the policy to its state before entering."""
+        """Undoes the changes to the policy that entering made (this class makes none)."""
 
     def add(self, loss_S: Tensor, *, tokens: SampledTokens, batch: PackedBatch) -> None:
         """Adds the gradient of one micro-batch. Collective.
 
-        `loss_S`: losses weighted by the normaliser but not yet divided by its divisor; all zero for a dummy.
+        `loss_S`: losses weighted by the normalizer but not yet divided by its divisor; all zero for a dummy.
         """
         loss_S.sum().backward()  # type: ignore[no-untyped-call]
         self._loss += loss_S.detach().sum()

@@ -1,4 +1,4 @@
-"""Gradients with a variance-minimising baseline at the cost of one ordinary backward (see `ghost_tape.py`).
+"""Gradients with a variance-minimizing baseline at the cost of one ordinary backward (see `ghost_tape.py`).
 
     backward -> squared norms [N] -> b* [N] -> coefficients A - b* [N] -> gradients, reduced into shards
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class GhostGradients(Gradients):
-    """For micro-batches of whole groups (with `over_batch`: of any sequences) and losses at advantage 1."""
+    """Takes losses at advantage 1, in micro-batches of whole groups (with `over_batch`: of any sequences)."""
 
     def __init__(
         self, policy: Policy, ranks: Ranks, *, over_batch: bool = False, leave_one_out: bool = False

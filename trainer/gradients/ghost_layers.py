@@ -1,8 +1,9 @@
-"""Layers that record inputs and output gradients for `GhostTape` instead of multiplying them.
+"""Layers that record inputs and output gradients for `GhostTape` instead of computing parameter gradients.
 
-Each kind has a forward of its own whose backward passes the gradient on to the layer's input, records what a
-parameter gradient is made of, and leaves `.grad` alone. From the records it computes each sequence's squared
-gradient norm (`squares`) and any weighted sum of the sequences' gradients (`combined`).
+Each class replaces the forward of one kind of module. The backward passes the gradient on to the module's
+input, records the factors of the parameter gradient, and writes no `.grad`. From the records the class
+computes each sequence's squared gradient norm (`squares`) and any weighted sum of the sequences' gradients
+(`combined`).
 
 Shape suffixes: T rows (tokens), N sequences, n sequences of one block, L longest of them, I in, O out,
 D features, U distinct (sequence, token id) pairs.
@@ -26,7 +27,7 @@ from trainer.gradients.segment_rows import Block, Rows
 def layer_of(module: nn.Module) -> Layer | None:
     """The recorder for this module, or None if its kind is not supported.
 
-    A subclass that overrides `forward` is of another kind than its base.
+    A module class that overrides the `forward` of a supported class is not supported.
     """
     forward = type(module).forward
     if forward in (nn.Linear.forward, Conv1D.forward):
@@ -162,23 +163,23 @@ class Embedding(Layer):
 
 
 class _Scale(Layer):
-    """`weight * normalised(x) + bias` (LayerNorm, RMSNorm); `x_TI` holds normalised(x)."""
+    """`weight * normalized(x) + bias` (LayerNorm, RMSNorm); `x_TI` holds normalized(x)."""
 
     def __init__(self, module: Any) -> None:
         super().__init__(module)
-        self._normalised = _without_parameters(module)
+        self._normalized = _without_parameters(module)
 
     def forward(self, x: Tensor) -> Tensor:
         return _apply(
             _Affine,
-            self._normalised(x),
+            self._normalized(x),
             self.module.weight,
             getattr(self.module, "bias", None),
             self._record_rows,
         )
 
     def _record_rows(self, x: Tensor, e: Tensor) -> None:
-        # [1, T, heads, D] keeps its heads apart: [T, heads, D]. `squares` adds their gradients up.
+        # [1, T, heads, D] is recorded as [T, heads, D]; `squares` adds up the gradients of the heads.
         last = 1 if x.ndim == 4 else -2
         self.record(x.flatten(0, last), e.flatten(0, last))
 
@@ -209,7 +210,7 @@ def _gram(block: Block, x_TI: Tensor) -> Tensor:
 def _is_scale(module: nn.Module) -> bool:
     """True if the module's one parameter, a vector `weight`, multiplies its output.
 
-    Tried on four inputs per feature.
+    Tested on four inputs per feature.
     """
     params = dict(module.named_parameters())
     if list(params) != ["weight"] or params["weight"].ndim != 1 or list(module.children()):

@@ -10,9 +10,9 @@ mix within such a layer, so for each sequence i (the "ghost norm" trick of per-e
     norms, biases   one vector per sequence, computed directly
 
 Once coefficients c_i are known, `sum_i c_i g_i = (c E)^T X`, the product that autograd would have formed
-during the backward. So the norms cost their Gram matrices and nothing is run twice. The price is memory:
-inputs and output gradients of all layers of a micro-batch exist at the same time, those of the head (tokens
-times vocabulary) too; `trainer.tokens_per_microbatch` bounds it.
+during the backward. So the norms cost only their Gram matrices, and no pass is run twice. The price is
+memory: inputs and output gradients of all layers of a micro-batch exist at the same time, including those of
+the head (tokens times vocabulary); `trainer.tokens_per_microbatch` bounds it.
 
 Supported layers: torch's Linear, Embedding and LayerNorm, transformers' Conv1D, and any module with one
 vector `weight` that multiplies its output. A trainable parameter anywhere else is refused by name.
@@ -44,9 +44,9 @@ class GhostTape:
     """
 
     def __init__(self, model: nn.Module, *, head: nn.Module | None = None) -> None:
-        """`head`: the module that runs over `head_rows`.
+        """`head`: the module that runs over `head_rows` (see `squares`).
 
-        Raises ConfigError naming trainable parameters that it cannot handle.
+        Raises ConfigError naming trainable parameters of unsupported layers.
         """
         self._layers: list[Layer] = []
         self._reached: list[Layer] = []
@@ -92,8 +92,9 @@ class GhostTape:
     def squares(self, rows: Rows, head_rows: Rows, *, read_S: Tensor | None = None) -> Tensor:
         """[N] float64: each sequence's squared gradient norm over all parameters, from the last backward.
 
-        `read_S`: which of `rows` the head reads, `head_rows` in their order. Layers above the last attention
-        then work on those alone.
+        `rows`, `head_rows`: the sequences of the rows that the layers and the head ran over. `read_S`: int64
+        indices into `rows` of the rows that the head reads. If given, layers above the last attention use
+        only these rows.
         """
         self._assign(rows, head_rows, read_S)
         total_N = torch.zeros(len(rows.lengths), dtype=torch.float64, device=rows.segment_T.device)

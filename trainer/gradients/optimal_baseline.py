@@ -1,9 +1,10 @@
-"""The baseline b that minimises the variance of the gradient estimate `sum_i (R_i - b) g_i`.
+"""The baseline b that minimizes the variance of the gradient estimate `sum_i (R_i - b) g_i`.
 
     b* = sum_i m_i R_i / sum_i m_i,  m_i = ||g_i||^2
 
-Returns are taken relative to one return of their group, so that equal returns give exactly that return: a
-group without spread must not learn from rounding.
+b* is computed from the differences to one of the group's returns. If all returns are equal, b* is then
+exactly this return, so the group's advantages are exactly zero and not rounding errors that would be trained
+on.
 
 Shape suffixes: N sequences, G groups.
 """

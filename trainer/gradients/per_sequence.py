@@ -1,9 +1,9 @@
-"""Per-sequence gradients by autograd, with a variance-minimising baseline, in one backward per sequence.
+"""Per-sequence gradients by autograd, with a variance-minimizing baseline, in one backward per sequence.
 
     G_R = sum_i A_i g_i    G_S = sum_i g_i    gradient of a group = G_R - b* G_S
 
-b* is known once the group's last norm is, so two accumulators suffice: nothing is run twice and no g_i is
-kept. Micro-batches are single sequences. Parameters stay unsharded on every rank during the step, since
+b* is known once the group's last norm is known, so two accumulators suffice: no pass is run twice and no g_i
+is kept. Micro-batches are single sequences. Parameters stay unsharded on every rank during the step, since
 FSDP2's reduce-scatter would mix the sequences of several ranks; groups are added up locally, and the step's
 sum is reduced once. This supports any architecture, at the price of the full model, two accumulators and one
 gradient of its size on every rank.
@@ -29,7 +29,7 @@ from trainer.gradients.optimal_baseline import optimal_baseline
 
 
 class SequenceGradients(Gradients):
-    """For micro-batches of one sequence each, group after group, and losses at advantage 1."""
+    """Takes micro-batches of one sequence each, group after group, with losses at advantage 1."""
 
     def __init__(self, policy: nn.Module, ranks: Ranks, *, over_batch: bool = False) -> None:
         """`over_batch`: one baseline for all sequences of the step and all ranks."""

@@ -12,11 +12,11 @@ _GAUGES = {
     "loss": "Loss of the last step",
     "grad_norm": "Gradient norm before clipping",
     "lr": "Learning rate of the last step, as applied",
-    "lr_scale": "What the objective has multiplied the scheduled learning rate by",
+    "lr_scale": "The objective's factor on the scheduled learning rate",
     "reward": "Mean reward of the last step",
     "ess_ratio": "Effective sample size over batch size",
-    "log_w_mean": "Mean of the sequences' summed log-ratio of policy and behaviour",
-    "log_w_std": "Standard deviation of the same",
+    "log_w_mean": "Mean of the sequences' summed log-ratio of policy and behavior",
+    "log_w_std": "Standard deviation of the sequences' summed log-ratio",
     "kl_k3": "KL(mu || pi), k3 estimator",
     "entropy": "Mean entropy of sampled tokens in nats",
     "mismatch_abs": "Mean |log pi/mu| of tokens sampled by the current weights, the last time there were "
@@ -58,11 +58,11 @@ class TrainerSeries:
         )
         self._recovery_seconds = metrics.histogram(
             "trainer_push_recovery_seconds",
-            "Longest time that a survivor of a broken broadcast needed to get out of it",
+            "Longest time that a survivor of a broken broadcast needed to leave its group",
             buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10),
         )
         self._freeze_seconds = metrics.counter(
-            "trainer_freeze_seconds", "Time that training stood still for snapshots of the weights"
+            "trainer_freeze_seconds", "Seconds that training waited for snapshots of the weights"
         )
         self._version = metrics.gauge("trainer_weights_version", "Newest version active at an engine")
         self._eval = metrics.gauge("trainer_eval_reward", "Mean held-out greedy reward")

@@ -71,7 +71,7 @@ class MetricsFile:
         self._file = path.open("a+")
 
     def append(self, row: dict[str, Any]) -> None:
-        """One optimizer step. Non-finite numbers become null: JSON has no NaN."""
+        """Appends the row of one optimizer step. Non-finite numbers become null: JSON has no NaN."""
         row = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in row.items()
@@ -80,7 +80,7 @@ class MetricsFile:
         self._file.flush()
 
     def totals(self) -> RunTotals:
-        """Over all rows, those from before a resume included."""
+        """The totals over all rows, including those from before a resume."""
         tenth = max(1, self.num_rows // 10)
         reward_first, reward_last, loss_last = _Mean(), _Mean(), _Mean()
         step_s = wait_s = 0.0
@@ -163,9 +163,9 @@ def write_summary(
     `tokens_per_s_generated` and the idle fraction of generation. For another rate, divide figures of the same
     span.
 
-    `counters_at_start`, `counters_at_end`: the buffer's counters `counted_seconds` apart, of which the rate
-    is made. `counters_after_warm_up`, `counters_at_close`: they bound the time over which generation counts
-    as idle or busy; at the close admission ends, so generation runs dry afterwards.
+    `counters_at_start`, `counters_at_end`: the buffer's counters `counted_seconds` apart, from which the rate
+    is computed. `counters_after_warm_up`, `counters_at_close`: the buffer's counters at the two ends of the
+    time over which generation counts as idle or busy. Generation stops soon after the close of admission.
     """
     counters = counters_at_end.counters
     summary = {

@@ -67,7 +67,7 @@ class StepTotals:
     def observe(self, tokens: SampledTokens, losses: TokenLosses, *, live: bool) -> None:
         """Records the diagnostics that all objectives have, and those that this objective reports itself."""
         log_ratio_S = tokens.log_ratio_S
-        # k3: exp(x) - 1 - x with x the log-ratio of policy to behaviour policy. It estimates KL(behaviour ||
+        # k3: exp(x) - 1 - x with x the log-ratio of policy to behavior policy. It estimates KL(behavior ||
         # policy) and is never negative.
         kl_S = torch.expm1(log_ratio_S.clamp(-MAX_EXPONENT, MAX_EXPONENT)) - log_ratio_S
         self.add_vector("kl_k3", kl_S, live=live)
@@ -111,7 +111,7 @@ class StepTotals:
         return self.total(name) / count if count else 0.0
 
     def count(self, name: str) -> float:
-        """How many values went into the sum."""
+        """The number of values in the sum."""
         return float(self._counts.get(name, 0.0))
 
     def metrics(self) -> dict[str, float]:

@@ -4,7 +4,7 @@ A mask of T x T would be correct and waste nearly all work: a pack of 2,000 toke
 sequences. So, for the attention only, the flat tokens are laid out as [sequences, longest] and gathered back
 afterwards. Plain causal attention is correct there: padding is at the end, where no real query attends to it.
 Sequences of very different lengths go into several such rectangles, one for each power of two, so that
-padding at most doubles the work. The layout is computed on the host, once a micro-batch.
+padding at most doubles the work. The layout is computed on the host, once per micro-batch.
 
 The gathers have a hand-written backward: both directions are permutations, and autograd's own backward
 (index_put with accumulation) costs more than the attention on a CPU.

@@ -76,9 +76,8 @@ class PackedModel(nn.Module):
         for module in self.modules():
             if isinstance(module, FSDPModule) and ranks.world_size > 1:
                 module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(
-                    True
-                )  # gloo supports a plain sum only, which is exact
+                # gloo supports only a plain sum, which is exact.
+                module.set_force_sum_reduction_for_comms(True)
         return self
 
     def hidden(self, batch: PackedBatch) -> Tensor:

@@ -1,9 +1,9 @@
 """Gathers sharded weights into whole tensors on rank 0.
 
-FSDP2 shards rows: rank r holds rows r * ceil(rows / M) and up. Plain padded tensors are gathered instead of
-DTensors, so that it works on a process group other than the mesh's and for tensors that are only sharded like
-the parameters (the optimizer's moments). Names and order are those of the Hugging Face model; tied weights
-appear once.
+FSDP2 shards rows: of M ranks, rank r holds ceil(rows / M) rows from r * ceil(rows / M) on. Plain padded
+tensors are gathered, not DTensors: that works on any process group, not only the mesh's, and for tensors
+that are sharded like the parameters but are no parameters (the optimizer's moments). Names and order are
+those of the Hugging Face model; tied weights appear once.
 """
 
 from __future__ import annotations
@@ -69,11 +69,11 @@ def gather(shards: list[RowShard], *, group: dist.ProcessGroup | None = None) ->
 
 
 def rows_per_rank(shape: torch.Size, world_size: int) -> int:
-    """Rows of every rank's shard but the last ranks', which may hold fewer or none."""
+    """Number of rows in each rank's shard; the last ranks may hold fewer or none."""
     return -(-shape[0] // world_size)
 
 
 def row_range(shape: torch.Size, *, rank: int, world_size: int) -> tuple[int, int]:
-    """[first, last + 1) of the rows that a rank holds."""
+    """(first, end): the rank holds the rows from `first` up to, but not including, `end`."""
     num_rows = rows_per_rank(shape, world_size)
     return min(rank * num_rows, shape[0]), min((rank + 1) * num_rows, shape[0])

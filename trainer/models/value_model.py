@@ -34,6 +34,6 @@ class ValueModel(PackedModel):
         It is read from the same hidden state as the token's log-prob.
         """
         value_S1 = self.model.get_output_embeddings()(self.hidden(batch))
-        # A sum and not a squeeze: FSDP2 hangs its backward hook on outputs, which must not be views.
+        # A sum and not a squeeze: FSDP2 attaches its backward hook to outputs, which must not be views.
         value_S: Tensor = value_S1.to(torch.promote_types(value_S1.dtype, torch.float32)).sum(1)
         return value_S

@@ -3,7 +3,7 @@
 Notation of the formulas in these modules, for token t of a sequence:
 
     pi_t     its probability under the current weights
-    mu_t     under the behaviour policy, which sampled it
+    mu_t     under the behavior policy, which sampled it
     prox_t   under the weights at the start of the step
     ref_t    under the frozen reference model
     r        pi_t / mu_t, unless a module defines it otherwise

@@ -1,10 +1,10 @@
 """Base class and registry of objectives: per-token losses computed from the sampled tokens of a micro-batch.
 
-An objective does nothing else. Masks, packing, micro-batches, ranks, normalisation, clipping and the
-optimizer are handled by the step. It sees sampled tokens only, so prompt tokens cannot contribute; it returns
-losses that are neither averaged nor normalised, so the cuts of a step cannot matter. An objective that
-depends on the whole step declares `scope = Scope.BATCH` and gets its statistics from three methods, of which
-the first two are optional:
+The step handles masks, packing, micro-batches, ranks, normalization, clipping and the optimizer. An objective
+gets sampled tokens only, so prompt tokens cannot contribute. It returns losses that are neither averaged nor
+normalized, so the result does not depend on how a step is cut into micro-batches. An objective that depends
+on the whole step declares `scope = Scope.BATCH` and computes statistics with three methods, of which the
+first two are optional:
 
     observe(batch) -> vectors     once per micro-batch; concatenated over micro-batches and ranks
     summarize(vectors) -> stats   once, with the same result on every rank
@@ -58,7 +58,7 @@ class Need(StrEnum):
     PROX = "prox"
     """Log-probs under the weights at the start of the step.
 
-    Free: with one optimizer step a batch they are `logp_S`, detached.
+    Free: with one optimizer step per batch they are `logp_S`, detached.
     """
     REF = "ref"
     """Log-probs under a frozen reference model: one more forward."""
@@ -78,7 +78,7 @@ class TokenLosses:
     Its gradient reaches only its own token's log-prob, so that masks compose.
     """
     counted_S: Tensor | None = None
-    """bool: tokens that count in the normaliser. None: all, also those whose loss was masked to zero."""
+    """bool: tokens that count in the normalizer. None: all, also those whose loss was masked to zero."""
     means: dict[str, Tensor] = field(default_factory=dict)
     """Vectors, over tokens or sequences, whose mean over the step becomes a metric of that name."""
 
@@ -100,7 +100,7 @@ class Objective(ABC):
     whole_groups: bool = False
     """True: a group is never split over micro-batches (for baselines and gradients of a whole group)."""
     one_sequence_per_microbatch: bool = False
-    """True: every sequence is a micro-batch of its own (for autograd's gradient of each sequence)."""
+    """True: every micro-batch is a single sequence (for autograd's gradient of each sequence)."""
     late_coefficients: bool = False
     """True: `gradients` scales the losses after the backward, so no other term may be added to them."""
     skips_zero_advantage: bool = True
@@ -110,7 +110,7 @@ class Objective(ABC):
     advantage: Advantage | None = None
     """Set where the method prescribes its own advantage; it replaces the configured one."""
     normalizer: str | None = None
-    """Set where the method prescribes its own normaliser; it replaces the configured one."""
+    """Set where the method prescribes its own normalizer; it replaces the configured one."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Raises ConfigError for a class that sets an attribute by its earlier name, to no effect."""
@@ -118,6 +118,11 @@ class Objective(ABC):
         for old, new in _RENAMED.items():
             if old in vars(cls) or old in vars(cls).get("__annotations__", {}):
                 raise ConfigError(f"objective {cls.__name__} sets {old}, which is now called {new}")
+
+    @property
+    def display_name(self) -> str:
+        """Name in log and error messages: the class that the user configured."""
+        return type(self).__name__
 
     @abstractmethod
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:

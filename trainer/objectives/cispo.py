@@ -2,9 +2,9 @@
 
     loss_t = -sg(min(r_t, high)) A_t log pi_t,  r_t = pi_t / mu_t
 
-No token loses its gradient: PPO's clip drops the rare tokens whose probability moves most, this one limits
-their weight. It equals token-level truncated importance sampling (`tis.py`) with its own name and default. No
-lower bound, as published.
+No token loses its gradient: PPO's clip drops the rare tokens whose probability moves most; CISPO only limits
+their weight. It equals token-level truncated importance sampling (`tis.py`) under another name and with
+another default. There is no lower bound, as published.
 """
 
 from __future__ import annotations

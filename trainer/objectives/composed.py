@@ -52,7 +52,7 @@ def kl_estimate(log_ratio: Tensor, *, estimator: str) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Composed(Objective):
-    """An objective with masks and terms; other attributes are the inner objective's."""
+    """An objective with masks and terms; the attributes not changed by them are the inner objective's."""
 
     inner: Objective
     """The objective without masks and terms."""
@@ -61,6 +61,10 @@ class Composed(Objective):
     """KL penalty in the loss; None: none."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus; 0: none."""
+
+    @property
+    def display_name(self) -> str:
+        return self.inner.display_name
 
     @property
     def scope(self) -> Scope:  # type: ignore[override]
@@ -92,7 +96,7 @@ class Composed(Objective):
     @property
     def skips_zero_advantage(self) -> bool:  # type: ignore[override]
         """False where a term or mask also concerns tokens with zero advantage."""
-        # A mask that changes the normaliser or gathers statistics of the step needs all groups.
+        # A mask that changes the normalizer or gathers statistics of the step needs all groups.
         masks_allow = all(mask.denominator == "original" and mask.scope is Scope.GROUP for mask in self.masks)
         return self.inner.skips_zero_advantage and masks_allow and not self.kl and not self.entropy_coef
 
@@ -182,7 +186,7 @@ def build_objective(
     in_loss = kl if kl is not None and kl.coef and kl.place == "loss" else None
     if inner.late_coefficients and (in_loss is not None or entropy_coef):
         raise ConfigError(
-            f"{type(inner).__name__} allows no other terms in its loss: "
+            f"{inner.display_name} allows no other terms in its loss: "
             "use kl.place=reward and no entropy bonus"
         )
     if not masks and in_loss is None and not entropy_coef:

@@ -1,12 +1,13 @@
-"""DCPO (arXiv 2509.02333): PPO's clip with wider bounds for tokens that the behaviour policy found unlikely.
+"""DCPO (arXiv 2509.02333): PPO's clip with wider bounds for tokens that the behavior policy found unlikely.
 
     loss_t = max(-A r, -A clip(r, low(q), high(q))),  r = pi_t / mu_t,  q = mu_t
     low(q)  = 1/2 + 1/2 sqrt(max(1 - 4 clip_low / q, 0))
     high(q) = min(1/2 + 1/2 sqrt(1 + 4 clip_high / q), max_ratio)
 
-PPO bounds the ratio, so a rare token may hardly gain probability at all. DCPO bounds |(r - 1) pi_t|, the
-moved probability times the ratio, which solves to the bounds above. Left out: its smoothing of advantages
-over a prompt's history, because prompts seldom recur here.
+PPO bounds the ratio, so a rare token can hardly gain probability at all. DCPO bounds |(r - 1) pi_t|, the
+change of the token's probability times the ratio. With pi_t = r q, solving `|r - 1| r q <= clip` for r gives
+the bounds above. Left out: DCPO's smoothing of advantages over a prompt's history, because prompts seldom
+recur here.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Dcpo(Objective):
             raise ConfigError("objective: use clip_low and clip_high above 0 and max_ratio above 1")
 
     def bounds_S(self, behavior_logp_S: Tensor) -> tuple[Tensor, Tensor]:
-        """([S], [S]) lower and upper bound of each token's ratio, from its behaviour log-prob [S]."""
+        """([S], [S]) lower and upper bound of each token's ratio, from its behavior log-prob [S]."""
         # Beyond this log-prob both bounds have saturated; the clamp keeps 1/q finite.
         floor = math.log(4 * self.clip_high) - 2 * math.log(2 * self.max_ratio)
         inverse_S = torch.exp(-behavior_logp_S.clamp(min=min(floor, math.log(4 * self.clip_low))))

@@ -1,10 +1,10 @@
-"""LAD (arXiv 2602.20132): minimises a divergence between the policy's change and that implied by advantages.
+"""LAD (arXiv 2602.20132): minimizes a divergence between the policy's change and that implied by advantages.
 
     loss = E_mu [ e^u f(W / e^u) ],  u = A / eta,  W = prod_t pi_t / mu_t
     implemented as  sg(W f'(W / e^u)) log pi,  which has the same gradient
 
 The best policy within a trust region changes each answer's probability by a factor proportional to
-exp(A / eta); the f-divergence is between the actual change and that one. The gradient vanishes where W = e^u:
+exp(A / eta); the f-divergence compares the actual change with this target. The gradient is zero at W = e^u:
 a sample that has been reinforced enough is left alone, whatever its advantage. Under `js`, f' is at most
 log(2) / 2 and behaves like log W - u for small W. On-policy that is REINFORCE with the advantage
 (softplus(u) - log 2) / 2, whose slope at A = 0 is 1 / (4 eta).
@@ -35,7 +35,7 @@ class Lad(Objective):
     """`sg(W f'(W / e^u)) log pi`, u = A / eta"""
 
     eta: float = 0.25
-    """Advantage that asks for a factor e. With `js`, 1/4 has the slope of REINFORCE on-policy."""
+    """Advantage at which the target W = e^u is e. With `js`, 1/4 has the slope of REINFORCE on-policy."""
     divergence: str = "js"
     """f(x): `js` x/2 log x - (x+1)/2 log((x+1)/2) | `hellinger` (sqrt(x) - 1)^2 / 2 | `tv` |x - 1| / 2."""
     level: str = "sequence"

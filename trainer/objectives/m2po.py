@@ -4,7 +4,7 @@
 
 A clip treats every token alike however stale the batch is. Here the tokens with the largest squared log-ratio
 are dropped until the mean over the rest is below the threshold, and the rest is trained on without a clip.
-The set depends on the whole step: scope BATCH. Dropped tokens stay in the normaliser.
+The set depends on the whole step: scope BATCH. Dropped tokens stay in the normalizer.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 A mask gets the same input as an objective and may depend on the whole step through the same methods
 (`observe`, `summarize`, then `kept_S`). A token that any mask drops has no loss and no gradient; with
-`denominator=kept` it also leaves the normaliser. Quantities of whole sequences (W, V*) still include dropped
+`denominator=kept` it also leaves the normalizer. Quantities of whole sequences (W, V*) still include dropped
 tokens: a sequence's importance weight does not change because one of its tokens is not trained on.
 
 Shape suffixes: S sampled tokens, N sequences.
@@ -28,13 +28,16 @@ from trainer.objectives.importance import check_level, ratio_S, within_S
 
 @dataclass(frozen=True, kw_only=True)
 class Mask(ABC):
-    """Base of all masks. One of your own is a dataclass in your module: `{_target_: my_module.MyMask}`."""
+    """Base of all masks.
+
+    A custom mask is a dataclass in the user's module: `{_target_: my_module.MyMask}`.
+    """
 
     scope = Scope.GROUP
     """BATCH: `kept_S` depends on the whole step."""
 
     denominator: str = "original"
-    """The normaliser: `original` (dropped tokens count) | `kept` (they do not)."""
+    """The normalizer: `original` (dropped tokens count) | `kept` (they do not)."""
 
     def __post_init__(self) -> None:
         if self.denominator not in ("original", "kept"):
@@ -112,18 +115,18 @@ class Truncated(Mask):
 @MASKS.register("stapo")
 @dataclass(frozen=True, kw_only=True)
 class Stapo(Mask):
-    """STAPO: drops spurious tokens: unlikely ones in samples with A > 0, at places of low entropy.
+    """STAPO: drops spurious tokens: unlikely tokens of samples with A > 0 where the entropy is low.
 
-    Their gradients are outsized.
+    Such tokens have too large gradients.
     """
 
     scope = Scope.BATCH
 
     denominator: str = "kept"
     max_prob: float = 0.002
-    """Only tokens with a probability below this under pi are dropped,"""
+    """A dropped token has a probability below this under pi."""
     quantile: float = 0.8
-    """and only where the entropy is below this quantile of the step's entropies."""
+    """A dropped token has an entropy below this quantile of the step's entropies."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,8 +1,8 @@
-"""Normalisers turn the per-token losses of a step into one number.
+"""Normalizers turn the per-token losses of a step into one number.
 
-The choice is a setting of its own, so that no objective has it built in. A normaliser is a weight on each
-token's loss and a divisor that is known only at the end of the step: weighted sums are accumulated, and
-everything is divided once by the global divisor. A mean of micro-batch means would depend on the cuts.
+The normalizer is a separate setting, so that no objective has it built in. It is a weight on each token's
+loss and a divisor that is known only at the end of the step: weighted sums are accumulated, and the sum is
+divided once by the global divisor. A mean of micro-batch means would depend on the cuts into micro-batches.
 
     token_mean            sum of losses / tokens
     seq_mean_token_mean   sum of each sequence's mean loss / sequences
@@ -23,7 +23,7 @@ from trainer.objectives.base import SampledTokens, TokenLosses
 
 @dataclass(frozen=True, kw_only=True)
 class Normalizer:
-    """Weights and divisor of one normalisation; see the module."""
+    """Weights and divisor of one of the normalizations in the module's table."""
 
     name: str
     """`token_mean` | `seq_mean_token_mean` | `seq_mean_token_sum` | `constant`."""

@@ -3,14 +3,14 @@
     loss = mean over sequences of [ beta2 sum_t log(pi_t / mu_t) - (R - V*) ]^2
     V*   = beta1 log mean_j exp(R_j / beta1)   over the group
 
-The optimum of reward with a KL penalty towards the behaviour policy satisfies `beta2 log(pi / mu) = R - V*`.
+The optimum of reward with a KL penalty towards the behavior policy satisfies `beta2 log(pi / mu) = R - V*`.
 No factor 1/2, no division by length, no clip. A group with equal rewards still pulls pi back to mu.
 
-`R - V*` is the method's own advantage, so a group is complete where advantages are computed and may be cut
-over micro-batches afterwards. In value, each token carries an equal share of its sequence's squared residual,
-in gradient its own derivative, so masks compose.
+`R - V*` is implemented as an advantage estimator, which gets whole groups; a group may be cut over
+micro-batches afterwards. The value of a token's loss is an equal share of its sequence's squared residual;
+the gradient of a token's loss reaches only its own log-prob, so masks compose.
 
-Addition: a default for beta2. It weighs a nat of the whole sequence, and log-ratios grow with length, so it
+Addition: a default for beta2. It is the weight of the sequence's log-ratio, which grows with length, so beta2
 must shrink with length: 1e-3 for thousands of tokens, .25 at 64, .3 at about ten. The default is a power law
 through the first two, capped at the third.
 
@@ -45,7 +45,7 @@ class SoftAdvantage(Advantage):
     """Temperature of V*."""
 
     def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
-        """[G]"""
+        """[G] advantages."""
         return [float(a) for a in self.of_rewards(rewards_of(group))]
 
     def of_rewards(self, rewards_G: FloatArray) -> FloatArray:

@@ -8,7 +8,7 @@
 loss of a token with A < 0 that has become likelier (arXiv 1912.09729).
 
 `decoupled_ppo` (arXiv 2110.00641; AReaL, arXiv 2505.24298): clips around prox, the weights at the start of
-the step, and corrects for the data's age by the weight w. With one optimizer step a batch and prox
+the step, and corrects for the data's age by the weight w. With one optimizer step per batch and prox
 recomputed, r is 1 and the clip has no effect: the weight alone corrects for staleness.
 
 A-3PO (`prox=interpolated`) puts prox between mu and pi instead, so that the clip takes effect:
@@ -16,8 +16,8 @@ A-3PO (`prox=interpolated`) puts prox between mu and pi instead, so that the cli
     log prox = log mu + alpha (log pi - log mu),  alpha = (v - 1 - v_b) / (v - v_b) = lag / (lag + 1)
 
 for a token sampled by version v_b, where v is the version that the step will make and lag the token's lag at
-the start of the step. (The forward that A-3PO saves elsewhere does not exist here, where the recomputed prox
-is pi, detached.)
+the start of the step. (In other systems A-3PO also saves a forward pass for prox. Here there is none to save,
+because the recomputed prox is pi, detached.)
 """
 
 from __future__ import annotations

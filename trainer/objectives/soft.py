@@ -6,10 +6,10 @@
                                sigma_t = sigma mu_t^-alpha (1 + beta A)    for A > 0,
                                sigma_t = sigma mu_t^-alpha / (1 - beta A)  for A < 0
 
-SAPO's slope at r = 1 is that of the plain surrogate and falls off on both sides; tau is larger for A < 0,
-because such a token's gradient spreads over the whole vocabulary. MASPO gates only the side that PPO would
-clip; its gate is wider for tokens that the behaviour policy found unlikely and for large positive advantages.
-Addition: sigma_t is capped at `max_sigma`.
+At r = 1, SAPO's loss has the slope of the unclipped surrogate -A r; further away on either side the slope
+decreases. tau is larger for A < 0, because lowering a token's probability raises the logits of the whole
+vocabulary. MASPO gates only the side that PPO would clip; its gate is wider for tokens that the behavior
+policy found unlikely and for large positive advantages. Addition: sigma_t is capped at `max_sigma`.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ class Maspo(Objective):
             raise ConfigError("objective: use sigma and max_sigma above 0, alpha and beta at least 0")
 
     def sigma_S(self, behavior_logp_S: Tensor, advantage_S: Tensor) -> Tensor:
-        """[S] width of each token's gate, from behaviour log-probs [S] and advantages [S]."""
+        """[S] width of each token's gate, from behavior log-probs [S] and advantages [S]."""
         confidence_S = torch.log1p(self.beta * advantage_S.abs()) * torch.sign(advantage_S)
         log_sigma_S = math.log(self.sigma) - self.alpha * behavior_logp_S + confidence_S
         return torch.exp(log_sigma_S.clamp(max=math.log(self.max_sigma)))
 
     def gate_S(self, ratio_S: Tensor, behavior_logp_S: Tensor, advantage_S: Tensor) -> Tensor:
-        """[S] F of each token, from detached ratios [S], behaviour log-probs [S] and advantages [S]."""
+        """[S] F of each token, from detached ratios [S], behavior log-probs [S] and advantages [S]."""
         deviation_S = (ratio_S - 1) / self.sigma_S(behavior_logp_S, advantage_S)
         return torch.where(advantage_S * (ratio_S - 1) > 0, torch.exp(-0.5 * deviation_S.square()), 1.0)
 

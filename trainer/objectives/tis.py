@@ -3,10 +3,10 @@
     reinforce  loss_t = -A log pi_t
     tis        loss_t = -sg(w) A log pi_t,  w from pi / mu at `level`
 
-`mode=truncate` takes min(w, cap): low variance, biased towards the behaviour policy. `mode=mask` takes w
-inside [low, high] and zero outside (IcePop), so that what is too far off is not learned from. A masked token
-may leave the normaliser (`denominator=kept`) or stay in it (`original`: a bad batch then takes a smaller
-step). To reject by the ratio of another level on top of either, add the mask `band`.
+`mode=truncate` takes min(w, cap): low variance, biased towards the behavior policy. `mode=mask` takes w
+inside [low, high] and zero outside (IcePop), so that tokens too far off-policy are not trained on. A masked
+token may leave the normalizer (`denominator=kept`) or stay in it (`original`: a bad batch then takes a
+smaller step). To reject by the ratio of another level on top of either, add the mask `band`.
 
 A fixed sequence-level band filters by length: the mismatch between engine and trainer alone gives a standard
 deviation of log W of about .031 sqrt(L).
@@ -44,7 +44,7 @@ class TruncatedIS(Objective):
     """
 
     level: str = "sequence"
-    """Of the weight: `token` | `sequence` (the true product) | `geometric` (its length-normalised form)."""
+    """Of the weight: `token` | `sequence` (the true product) | `geometric` (its length-normalized form)."""
     mode: str = "truncate"
     """`truncate` at `cap` | `mask` outside [low, high]."""
     cap: float = 2.0
@@ -54,7 +54,7 @@ class TruncatedIS(Objective):
     high: float = 5.0
     """Upper end of that band."""
     denominator: str = "original"
-    """What masked tokens do in the normaliser: `original` (they count) | `kept` (they do not)."""
+    """Tokens that count in the normalizer: `original` (all) | `kept` (those that are not masked)."""
     normalize: bool = False
     """Divide weights by their mean over the step's tokens (sequences for the other levels). Scope BATCH."""
 
@@ -65,7 +65,7 @@ class TruncatedIS(Objective):
         if self.denominator not in ("original", "kept"):
             raise ConfigError(f"objective.denominator={self.denominator}: use original or kept")
         if not self.cap > 0 or not 0 <= self.low < self.high:
-            raise ConfigError("objective: want cap above 0 and 0 <= low < high")
+            raise ConfigError("objective: use cap above 0 and 0 <= low < high")
 
     @property
     def scope(self) -> Scope:  # type: ignore[override]
@@ -74,7 +74,7 @@ class TruncatedIS(Objective):
 
     @property
     def skips_zero_advantage(self) -> bool:  # type: ignore[override]
-        """False where the normaliser or the mean weight depends on every token's weight."""
+        """False where the normalizer or the mean weight depends on every token's weight."""
         return self.denominator == "original" and not self.normalize
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:

@@ -2,8 +2,9 @@
 
     loss_t = -w A log pi_t,  w = 1 for A >= 0,  w = sg(clip(W, 0, 1)) for A < 0,  W = prod_t pi_t / mu_t
 
-Lowering what is already unlikely is what makes off-policy REINFORCE diverge; raising good samples is
-supervised learning and cannot. Addition: W at the levels `token` and `geometric`.
+Off-policy REINFORCE diverges because it keeps lowering the probability of samples that are already unlikely.
+Raising good samples is supervised learning and cannot diverge. Addition: W at the levels `token` and
+`geometric`.
 """
 
 from __future__ import annotations

@@ -5,15 +5,15 @@
     step size  lr * sqrt(min(1, rho / rho_ref)),  rho = ESS / B of the untruncated W of the step's B sequences
     baseline   b* = sum_i m_i A_i / sum_i m_i,  m_i = ||w_i grad log pi_i / L_i||^2
 
-b* minimises the variance of the gradient. It commutes with an advantage's shift and scale of rewards: with A
-= (R - mean) / std, b* is that of the rewards less their mean, over std, and A - b* is the paper's (R - b*) /
-std. So the configured advantage sets the scale (`grpo` divides by the population standard deviation,
-`dr_grpo` does not divide) and a group with equal rewards stays exactly zero. m_i is computed from the
-gradient that is used, so truncation, masks and the normaliser's 1 / L_i are included. A per-token advantage
-counts by its mean over the sequence.
+b* minimizes the variance of the gradient. It follows the shift and scale that an advantage applies to
+rewards: with A = (R - mean) / std, and b*_R computed from R, the b* of A is (b*_R - mean) / std, so A - b* is
+the paper's (R - b*_R) / std. So the configured advantage sets the scale (`grpo` divides by the population
+standard deviation, `dr_grpo` does not divide), and the advantages of a group with equal rewards stay exactly
+zero. m_i is computed from the gradient that is used, so truncation, masks and the normalizer's 1 / L_i are
+included. A per-token advantage counts by its mean over the sequence.
 
-rho above rho_ref does not raise the step size. Adam cancels the scale of a gradient but not of the learning
-rate, which is why the method scales the latter.
+A rho above rho_ref does not raise the step size. The method scales the learning rate and not the gradient,
+because Adam cancels the scale of a gradient.
 
 Shape suffixes: S sampled tokens, N sequences, B sequences of the whole step.
 """
@@ -51,7 +51,7 @@ _CHOICES = {
 @OBJECTIVES.register("vcpo")
 @dataclass(frozen=True, kw_only=True)
 class Vcpo(Objective):
-    """`-sg(w) (A - b*) log pi`, at a learning rate that follows the effective sample size"""
+    """`-sg(w) (A - b*) log pi`, with a learning rate scaled by the effective sample size"""
 
     cap: float = 8.0
     """Largest weight of a sequence; 0: no weights (all are 1)."""
@@ -74,7 +74,7 @@ class Vcpo(Objective):
     Not with `norms=exact`.
     """
     normalizer: str = "seq_mean_token_mean"
-    """Normaliser of the loss; replaces `trainer.normalizer`."""
+    """Normalizer of the loss; replaces `trainer.normalizer`."""
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():

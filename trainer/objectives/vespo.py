@@ -6,7 +6,7 @@
 
 phi(1) = 1; phi peaks at W = k / lambda and falls off on both sides, so neither a sequence that has become
 unlikely nor one that has become much likelier dominates. W is the product over the sequence: its
-length-normalised form, or one (k, lambda) for both signs, breaks the method.
+length-normalized form, or one (k, lambda) for both signs, breaks the method.
 """
 
 from __future__ import annotations

@@ -4,13 +4,13 @@
 
     read the recording -> { recorded groups -> step -> checkpoint now and then } * -> summary
 
-The step is the trainer's own (`StepRunner`), with the recorded groups at their positions. With the run's own
-settings every parameter ends up equal to the last bit (on a CPU with as many ranks). With another objective
-the same data become ever more off-policy: that is a study of an estimator, not a run that could have
-happened.
+The steps are run by the trainer's `StepRunner`, with the recorded groups at their positions. With the run's
+own settings every parameter ends up bitwise equal (on a CPU, with the same number of ranks). With another
+objective the same data become more and more off-policy: such a replay is a study of an estimator, not a run
+that could have happened.
 
-SIGTERM and SIGINT end the replay after the step at hand, with a checkpoint. Left out: resuming a stopped
-replay, which would take as long as reading the recording up to there.
+SIGTERM and SIGINT end the replay after the current step, with a checkpoint. Left out: resuming a stopped
+replay, which would take as long as reading the recording up to that step.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 
 class Replay:
-    """One rank. `run` returns when every recorded step is trained, or after a signal."""
+    """One rank of a replay. `run` returns when every recorded step is trained, or after a signal."""
 
     def __init__(
         self, config: Config, recording: Recording, ranks: Ranks, *, stopping: threading.Event

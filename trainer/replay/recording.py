@@ -1,8 +1,8 @@
 """Reads the training data of a finished or stopped run from its ledger: the same groups, in the same order.
 
-Reads the tables and segment files directly (docs/reference/ledger.md), because the trainer does not import the buffer's
-code. The ledgers of several shards are merged into one stream: the groups of a step by position, then by
-shard.
+Reads the tables and segment files directly (docs/reference/ledger.md), because the trainer does not import
+the buffer's code. The ledgers of several shards are merged into one stream: the groups of a step ordered by
+position, then by shard.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from trainer.objectives import Need
 def forward(
     batch: PackedBatch, *, policy: Policy, reference: Policy | None, needs: Set[Need]
 ) -> SampledTokens:
-    """Log-probs of the micro-batch's sampled tokens, with whatever else `needs` names.
+    """Log-probs of the micro-batch's sampled tokens, with the optional inputs in `needs`.
 
     Collective under FSDP2.
     """
@@ -29,7 +29,7 @@ def forward(
         batch,
         logp_S=logp_S,
         entropy_S=entropy_S,
-        # One optimizer step a batch: the weights at the start of the step are the current ones.
+        # One optimizer step per batch: the weights at the start of the step are the current ones.
         prox_logp_S=logp_S.detach() if Need.PROX in needs else None,
         ref_logp_S=ref_logp_S,
         collision_S=collision_S,

@@ -1,6 +1,6 @@
 """The algorithm that a configuration selects: objective, advantage estimator, reward shapings and KL penalty.
 
-Built before any model is loaded, so that a misspelt setting ends the job at once.
+Built before any model is loaded, so that a misspelled setting ends the job at once.
 """
 
 from __future__ import annotations

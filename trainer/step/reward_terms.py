@@ -2,10 +2,11 @@
 
     shapings in order -> R - kl.coef * sum_t KL_t(mu || ref) -> advantages
 
-The KL penalty is that of the behaviour policy mu, whose log-probs are recorded, so only the reference model
-needs a forward pass. It is a sum over the sample, so it also favours short answers; GAE charges each token
-with its own term. A greedy sample is shaped like its group but pays no penalty, because its recorded
-log-probs are not the policy's. Both changes are made on copies; metrics keep showing the task's reward.
+The KL penalty is that of the behavior policy mu, whose log-probs are recorded, so only the reference model
+needs a forward pass. The penalty is a sum over the sample's tokens, so it also favors short answers; GAE
+subtracts each token's term from the reward of that token. A greedy sample is shaped like its group but gets
+no penalty, because its recorded log-probs are not the policy's. Both changes are made on copies; metrics
+still show the task's reward.
 
 Shape suffixes: S sampled tokens of a sample (tensors: of a micro-batch), J groups of the step over all ranks.
 """
@@ -24,7 +25,7 @@ from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
 from trainer.advantages.base import FloatArray
 from trainer.advantages.reward_shaping import Shaping, ShapingContext
-from trainer.batching.microbatches import in_lockstep
+from trainer.batching.lockstep import in_lockstep
 from trainer.batching.packing import Packer, TrainingSample, num_targets, split_by_sequence
 from trainer.batching.scope import Scope
 from trainer.distributed.ranks import Ranks
@@ -76,7 +77,7 @@ class RewardTerms:
 
     @property
     def scope(self) -> Scope:
-        """GROUP: `shape_group` does it all. BATCH: `shape_step` is needed."""
+        """GROUP: `shape_group` suffices. BATCH: `shape_step` is needed."""
         if self._kl is not None or any(shaping.scope is Scope.BATCH for shaping in self._shapings):
             return Scope.BATCH
         return Scope.GROUP
@@ -93,7 +94,7 @@ class RewardTerms:
         return group
 
     def shape_step(self, groups: Sequence[TrajectoryGroup]) -> tuple[list[TrajectoryGroup], TokenPenalties]:
-        """This rank's groups with shaped and penalised rewards, and each token's share of the penalties.
+        """This rank's groups with shaped and penalized rewards, and each token's share of the penalties.
 
         Collective.
 
@@ -106,14 +107,14 @@ class RewardTerms:
         penalties = self._kl_penalties(shaped)
         if self._kl is None:
             return shaped, penalties
-        penalised: list[TrajectoryGroup] = [
+        penalized: list[TrajectoryGroup] = [
             [
                 replace(t, reward=t.reward - float(penalty_S.sum()))
                 for t, penalty_S in zip(group, of_group, strict=True)
             ]
             for group, of_group in zip(shaped, penalties, strict=True)
         ]
-        return penalised, penalties
+        return penalized, penalties
 
     def update_duals(self, *, mean_tokens: float) -> None:
         """Updates the dual variables after a step over samples of this mean number of sampled tokens."""

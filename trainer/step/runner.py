@@ -7,7 +7,7 @@
 Gradients of unnormalized sums accumulate while later groups are still being generated, and are divided once
 by global counts, so the result depends neither on the cuts nor on the number of ranks nor on the order of
 arrival. An objective of scope BATCH waits for the whole step and gets a pass without gradient first. All
-ranks run equal numbers of micro-batches (see `batching/microbatches.py`).
+ranks run equal numbers of micro-batches (see `batching/lockstep.py`).
 
 A group whose advantages are all zero counts in the normalizer but is not run, unless the objective needs it.
 """
@@ -28,7 +28,7 @@ from areal_like.trajectory import Trajectory
 from trainer.advantages.base import Estimator
 from trainer.advantages.critic import Critic
 from trainer.advantages.reward_shaping import Shaping
-from trainer.batching.microbatches import in_lockstep
+from trainer.batching.lockstep import in_lockstep
 from trainer.batching.packing import MicroBatch, PackedBatch, Packer, TrainingSample, num_targets
 from trainer.batching.sampled_tokens import SampledTokens
 from trainer.batching.scope import Scope
@@ -80,7 +80,7 @@ class StepRunner:
         """
         if Need.REF in objective.needs and reference is None:
             raise ConfigError(
-                f"objective {type(objective).__name__} needs a reference model, and none is configured"
+                f"objective {objective.display_name} needs a reference model, and none is configured"
             )
         _warn_of_ignored_settings(objective, advantage, normalizer)
         policy.with_collision = Need.COLLISION in objective.needs
@@ -245,6 +245,6 @@ def _warn_of_ignored_settings(objective: Objective, advantage: Estimator, normal
                 "%s=%s is ignored: objective %s prescribes %s",
                 setting,
                 configured,
-                type(objective).__name__,
+                objective.display_name,
                 prescribed,
             )

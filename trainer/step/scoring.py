@@ -2,8 +2,8 @@
 
     groups -> task rewards recorded -> rewards shaped -> advantages (of group or critic) -> rescaled
 
-As long as nothing depends on the whole step, groups stream through one by one as they arrive. Greedy samples
-serve as baselines and are then left out.
+If rewards and advantage do not depend on the whole step, each group is processed as it arrives. Greedy
+samples serve as baselines and are then left out.
 
 Shape suffixes: S sampled tokens (of one trajectory or of the step over all ranks), T tokens of one
 trajectory.
@@ -35,7 +35,7 @@ Lags = NDArray[np.int64]
 
 
 class AdvantagePipeline:
-    """In each step: `compute`, and after the policy's update `train_critic`."""
+    """Called twice in each step: `compute`, and after the policy's update `train_critic`."""
 
     def __init__(
         self, advantage: Estimator, rewards: RewardTerms, ranks: Ranks, *, critic: Critic | None = None
@@ -75,8 +75,8 @@ class AdvantagePipeline:
             return self._samples(scored, lags)
         collected = list(recorded)
         with timer.span("compute_s"):
-            penalised, penalties = self._rewards.shape_step(collected)
-            step_groups = list(self._record_shaped(penalised, totals))
+            penalized, penalties = self._rewards.shape_step(collected)
+            step_groups = list(self._record_shaped(penalized, totals))
             advantages = (
                 self._critic_advantages(step_groups, penalties)
                 if self._critic is not None
@@ -128,7 +128,7 @@ class AdvantagePipeline:
             trajectories, token_penalties, self._critic.values(trajectories), strict=True
         ):
             rewards_S = -penalty_S
-            # `trajectory.reward` is net of the penalties, which are charged token by token here.
+            # `trajectory.reward` is net of the penalties, which are subtracted token by token here.
             rewards_S[-1:] += trajectory.reward + penalty_S.sum()
             advantages_S, targets_S = self._critic.settings.of_tokens(rewards_S, values_S)
             self._value_targets.append(

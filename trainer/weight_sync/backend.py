@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 
 
 def choose_backend(wanted: str, *, ours: dict[str, str], engines: Sequence[Alive]) -> tuple[str, str]:
-    """Returns (`nccl` or `gloo`, why gloo replaces a wanted NCCL; empty if it does not).
+    """Returns (`nccl` or `gloo`, reason why gloo replaces a wanted NCCL; empty if it does not).
 
     `wanted`: `auto`, `nccl` or `gloo`. `ours`: `device_facts` of the trainer.
     """
@@ -26,7 +26,7 @@ def choose_backend(wanted: str, *, ours: dict[str, str], engines: Sequence[Alive
         return "gloo", f"NCCL versions differ: {', '.join(sorted(versions))}"
     uuids = [uuid for uuid in (ours["device_uuid"], *(engine.device_uuid for engine in engines)) if uuid]
     if len(set(uuids)) < len(uuids):
-        return "gloo", "two of them share a GPU"
+        return "gloo", "two of trainer and engines share a GPU"
     return "nccl", ""
 
 

@@ -1,14 +1,16 @@
 """Pushes one snapshot of the weights from trainer rank 0 to the rollout servers.
 
-`weights.topology` decides which servers share a process group: all of them (`shared`: one broadcast feeds
-all, and a server that breaks it costs all of them this push), or each one by itself (`per_engine`: rank 0
-sends everything once for each engine, and a failure stays with its server). `weights.max_unavailable` bounds
-how many servers are updated at a time: shared groups are cut to that size and served one after the other, so
-that capacity never reaches zero where an engine has to pause for an update.
+`weights.topology` decides which servers share a process group. `shared`: all servers are in one group. One
+broadcast serves all of them, and if one server breaks it, the push fails for all of them. `per_engine`: each
+server has its own group. Rank 0 sends everything once per engine, and a failure affects only that server.
+
+`weights.max_unavailable` bounds the number of servers that are updated at a time: shared groups are cut to
+that size and updated one after the other, so that generation never stops completely where an engine has to
+pause for an update.
 
 A server that fails or misses its deadline backs off (`receivers.py`). If a shared broadcast breaks and every
-receiver survives it, the culprit is unknown. A server that was in `_ISOLATE_AFTER` such pushes in a row
-therefore gets a group of its own, where the culprit fails alone.
+receiver survives it, rank 0 cannot know which server failed. A server that was in `_ISOLATE_AFTER` such
+pushes in a row therefore gets its own group, where the faulty server fails alone.
 """
 
 from __future__ import annotations
@@ -40,12 +42,12 @@ _FORM_S = 15.0
 """Longest rendezvous of servers that have just replied to AskAlive."""
 
 _ISOLATE_AFTER = 2
-"""Broken pushes in a row that a server survives before it gets a group of its own."""
+"""Broken pushes in a row that a server survives before it gets its own group."""
 
 
 @dataclass(kw_only=True)
 class PushOutcome:
-    """The servers that activated the new version, and why the others did not."""
+    """The servers that activated the new version, and the reasons why the other servers did not."""
 
     activated: dict[str, WeightsOk] = field(default_factory=dict)
     """Server name -> its reply."""
@@ -64,7 +66,7 @@ def split_groups(
 ) -> list[list[ReceiverId]]:
     """Divides the receivers into process groups.
 
-    `alone`: those that get a group of their own in any topology.
+    `alone`: receivers that each get their own group in any topology.
     """
     isolated = set(alone)
     rest = [key for key in receivers if key not in isolated]
@@ -82,11 +84,11 @@ class Broadcaster:
         await session.push(PushWeights(...), snapshot)      # buckets, PushChecksums; each replies WeightsOk
         await session.dissolve()                            # only after a failure or a change of receivers
 
-    A session that stands is reused by the next push to the same servers.
+    The next push to the same servers reuses a session that has not failed.
     """
 
     def __init__(self, config: WeightsConfig, *, device: str, incarnation: int) -> None:
-        """`device`: the trainer's. `incarnation`: of the trainer; makes the names of its groups unique."""
+        """`device`: of the trainer. `incarnation`: of the trainer; makes the names of its groups unique."""
         self._config = config
         self._device = torch.device(device)
         self._incarnation = incarnation
@@ -94,7 +96,7 @@ class Broadcaster:
         self._directory: dict[ReceiverId, ServerEntry] = {}
         self._backoff = ReceiverBackoff()
         self._num_breaks_survived: Counter[ReceiverId] = Counter()
-        """Broken broadcasts in a row that a server survived and for which no culprit was found."""
+        """Server -> number of broken broadcasts in a row that it survived."""
         self._sessions: dict[frozenset[ReceiverId], WeightGroupSession] = {}
         self._last_warning = ""
         self._nccl = NcclTrial(config.backend)
@@ -227,8 +229,10 @@ class Broadcaster:
         *,
         version: int | None = None,
     ) -> int:
-        """Adds the replies to a push (without `version`: to FormGroup) to `outcome`; returns the
-        successes."""
+        """Adds the replies to a push (without `version`: to FormGroup) to `outcome`.
+
+        Returns the number of receivers that succeeded.
+        """
         num_succeeded = 0
         for receiver, reply in zip(session.receivers, result.replies, strict=True):
             key = receiver.id
@@ -238,7 +242,7 @@ class Broadcaster:
                     outcome.activated[receiver.entry.name] = reply
                     self._backoff.record_success(key)
                     del self._num_breaks_survived[key]
-            elif key in result.blameless and (
+            elif key in result.not_at_fault and (
                 len(session.receivers) > 1 or self._num_breaks_survived[key] < _ISOLATE_AFTER
             ):
                 outcome.failed[receiver.entry.name] = _failure_reason(reply, version)

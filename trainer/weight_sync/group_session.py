@@ -1,13 +1,13 @@
 """The NCCL or gloo process group of a weight push: trainer rank 0 and some engines, for many pushes.
 
-A session never changes its members and is never repaired: after a failure it is left and the next push forms
-another one, because a rank that is still blocked in a broken group cannot be told from one that is not. The
-survivors of a broken broadcast are asked to leave the group, which ends their wait; the time this takes is
-their recovery time.
+The members of a session never change, and a session is never repaired. After a failure its members leave it
+and the next push forms a new session, because rank 0 cannot distinguish a rank that is still blocked in a
+broken group from a rank that is not. DissolveGroup makes the survivors of a broken broadcast leave the group,
+which ends their wait; the time until they have left is their recovery time.
 
 Control messages run in the caller's event loop, the blocking broadcast in a thread of this session, so that
-one session that hangs does not hold up another. Every wait for such a thread is bounded: a thread that never
-returns is abandoned with its group.
+a session that hangs does not delay other sessions. Every wait for such a thread is bounded: a thread that
+never returns is abandoned with its group.
 
 On the wire a session's number is the field `epoch` of FormGroup, PushWeights and DissolveGroup (in the code,
 an epoch is a pass over the prompts).
@@ -54,9 +54,7 @@ _REPLY_GRACE_S = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class RankRange:
-    """A receiver's ranks in the process group: `first_rank` and as many as its engine has tensor-parallel
-    ranks.
-    """
+    """A receiver's ranks in the process group: one per tensor-parallel rank, from `first_rank` on."""
 
     receiver: Receiver
     first_rank: int
@@ -77,8 +75,8 @@ class SessionOutcome:
 
     replies: list[Reply]
     """One for each receiver, in their order."""
-    blameless: set[ReceiverId] = field(default_factory=set)
-    """Receivers that failed because of another one."""
+    not_at_fault: set[ReceiverId] = field(default_factory=set)
+    """Receivers that failed only because another receiver did."""
     broken_reason: str = ""
     """Why the group broke; empty if it did not."""
     recovery_s: dict[str, float] = field(default_factory=dict)
@@ -101,7 +99,7 @@ class WeightGroupSession:
         self.receivers = [rank_range.receiver for rank_range in rank_ranges]
         self._rank_ranges = rank_ranges
         self._device = device
-        # A stream of its own: on the default stream training would wait for the whole broadcast, and the
+        # A separate stream: on the default stream training would wait for the whole broadcast, and the
         # broadcast for everything that training has queued.
         self._stream: torch.cuda.Stream | None = None
         if group.backend == "nccl":
@@ -126,15 +124,15 @@ class WeightGroupSession:
             for rank_range in self._rank_ranges
         ]
         connecting = in_thread(self.group.connect, name=f"weight-session-{self.number}")
-        blameless: set[ReceiverId] = set()
+        not_at_fault: set[ReceiverId] = set()
         broken_reason = ""
         try:
             await _wait_unless_refused(connecting, requests, timeout_s=timeout_s + ALIVE_S)
         except WeightSyncError as error:
             log.warning("weight session %d was not formed: %s", self.number, error)
             broken_reason = str(error)
-            # A receiver that is still waiting in the rendezvous did its part; it replies when asked to leave.
-            blameless = {
+            # A receiver that still waits in the rendezvous has not failed; it replies to DissolveGroup.
+            not_at_fault = {
                 receiver.id
                 for receiver, request in zip(self.receivers, requests, strict=True)
                 if not request.done()
@@ -142,12 +140,12 @@ class WeightGroupSession:
             await self._leave_group()
             await self._ask_all_to_leave()
         replies = await asyncio.gather(*requests)
-        return SessionOutcome(replies=replies, blameless=blameless, broken_reason=broken_reason)
+        return SessionOutcome(replies=replies, not_at_fault=not_at_fault, broken_reason=broken_reason)
 
     async def push(self, request: PushWeights, snapshot: Snapshot) -> SessionOutcome:
         """Broadcasts the snapshot's buckets and waits for activation.
 
-        On return every receiver has replied or has been given up, whether the broadcast broke or not.
+        On return every receiver has replied or its request was cancelled, also if the broadcast broke.
         """
         requests = [
             asyncio.create_task(
@@ -162,8 +160,8 @@ class WeightGroupSession:
                 lambda: self._broadcast_all(snapshot, timeout_s=request.timeout_s),
                 name=f"weight-session-{self.number}",
             )
-            # A receiver's failure does not break the broadcast by itself, hence the grace period: the
-            # receiver may still be taking part, or may have received all that it has to receive.
+            # A receiver that failed may still take part in the broadcast, or may have received all of it
+            # already. The broadcast may then succeed for the other receivers, hence the grace period.
             checksums = await _wait_unless_refused(
                 sending, requests, timeout_s=request.timeout_s, grace_s=ALIVE_S
             )
@@ -186,18 +184,19 @@ class WeightGroupSession:
             for reply in await asyncio.gather(*requests, return_exceptions=True)
         ]
         survivors = set[ReceiverId]()
-        if broken_reason:  # a receiver that reports the failure survived it; the one that caused it is silent
+        # A receiver that reports the failure has survived it; the receiver that caused it is silent.
+        if broken_reason:
             survivors = {
                 receiver.id
                 for receiver, reply in zip(self.receivers, replies, strict=True)
                 if isinstance(reply, WeightsFailed) and reply.version >= 0
             }
         return SessionOutcome(
-            replies=replies, blameless=survivors, broken_reason=broken_reason, recovery_s=recovery_s
+            replies=replies, not_at_fault=survivors, broken_reason=broken_reason, recovery_s=recovery_s
         )
 
     async def dissolve(self, *, is_broken: bool) -> None:
-        """Leaves the group. Unless it is broken already, the receivers are asked to leave it too."""
+        """Leaves the group. If it is not broken, the receivers get DissolveGroup first."""
         if not is_broken:
             await self._ask_all_to_leave()
         await self._leave_group()
@@ -209,7 +208,7 @@ class WeightGroupSession:
         await asyncio.wait([leaving], timeout=ALIVE_S)
 
     def _broadcast_all(self, snapshot: Snapshot, *, timeout_s: float) -> list[int]:
-        """Broadcasts every bucket and returns their checksums. Blocks; runs in a thread of its own."""
+        """Broadcasts every bucket and returns their checksums. Blocks; runs in the session's thread."""
         with torch.cuda.stream(self._stream):
             return self._broadcast_buckets(snapshot, timeout_s=timeout_s)
 
@@ -241,14 +240,13 @@ class WeightGroupSession:
             rank=rank_range.first_rank,
             world_size=self.group.world_size,
             backend=self.group.backend,
-            # Longer than our own wait: when ours ends, a receiver that still waits can be told from one that
-            # refused.
+            # Longer than rank 0's own timeout, so that at its end a receiver that still waits has not replied
+            # yet, while a receiver that refused has.
             timeout_s=self.group.timeout_s + ALIVE_S,
         )
 
     async def _ask_all_to_leave(self) -> dict[str, float]:
-        """Sends DissolveGroup to every receiver; returns the seconds after which each had left, by its
-        name."""
+        """Sends DissolveGroup to every receiver; returns name -> seconds until it had left the group."""
         started_s = time.monotonic()
         left_after_s: dict[str, float] = {}
 

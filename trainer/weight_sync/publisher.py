@@ -1,7 +1,7 @@
-"""Keeps the engines at the newest weights while training goes on (trainer rank 0).
+"""Keeps the engines at the newest weights while training continues (trainer rank 0).
 
-A snapshot that a newer one replaces before its push began is skipped and never gets a version. Runs in the
-event loop of the trainer's buffer client.
+A snapshot that is replaced by a newer snapshot before its push begins is skipped and never gets a version.
+The publisher runs in the event loop of the trainer's buffer client.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Publisher:
 
     Create it inside the event loop, end it with `close`. One push, end to end:
 
-        snapshot = snapshotter.take_snapshot()      # on every rank, between two steps; then training goes on
+        snapshot = snapshotter.take_snapshot()      # on every rank, between two steps; training continues
         publisher.offer(step, snapshot)             # rank 0; the publisher's task does the rest:
         snapshot.acquire()                          # False if a newer snapshot has replaced it
         version = (await call(AllocVersion(step=step))).version     # granted by the buffer, never reused
@@ -70,8 +70,8 @@ class Publisher:
     ) -> None:
         """`call`: sends a request to the buffer. `servers`: the buffer's directory of rollout servers.
 
-        `on_failure` is called with the reason when the task ends early: it is not awaited while training goes
-        on.
+        `on_failure`: called with the error when the task fails, because nothing awaits the task until the
+        end of training.
         """
         self._broadcaster = broadcaster
         self._call = call
@@ -86,14 +86,13 @@ class Publisher:
         """Step of the newest weights that at least one server has active; -1 before the first push."""
         self.active_version = 0
         self._newest_version = 0
-        """Newest version granted to this trainer; a server with a newer one kept it from an earlier run."""
+        """Newest version granted to this trainer; a newer version at a server comes from an earlier run."""
         self._activated_versions: dict[ReceiverId, int] = {}
-        """Version that each server confirmed to us, which may be newer than the one in the directory."""
+        """Server -> version that it confirmed to this publisher; may be newer than in the directory."""
         self._task = asyncio.create_task(self._run(), name="publisher")
 
     def offer(self, step: int, snapshot: Snapshot, *, loaded: bool = False) -> None:
-        """Hands over the weights at the start of optimizer step `step`; replaces an offer whose push has not
-        begun.
+        """Offers the weights at the start of step `step`; replaces an offer whose push has not begun.
 
         `loaded`: servers start with these weights, so they are sent only to a server that falls behind.
         """
@@ -118,8 +117,8 @@ class Publisher:
         await self._broadcaster.close()
 
     def directory_changed(self) -> None:
-        """To be called when a server joined or changed: it gets the newest weights if it is behind."""
-        # During a push nothing is done: `_run` looks at the directory again when the push ends.
+        """Call this when a server joined or changed: a server that is behind gets the newest weights."""
+        # During a push this does nothing: `_run` reads the directory again when the push ends.
         if not self._is_pushing and self._offered is not None and self._any_behind(self._servers()):
             self._wake.set()
 
@@ -150,9 +149,9 @@ class Publisher:
                 self._active.notify_all()
 
     async def _push_if_needed(self, step: int, snapshot: Snapshot) -> None:
-        # A server that backs off stays behind. If it alone counted, every retry would spend a version and
-        # make all the others recompute their caches for nothing; so only eligible servers count. acquire()
-        # fails if a newer snapshot exists; that one's offer wakes the task again.
+        # Only eligible servers count. A server that backs off stays behind: if it counted, every retry would
+        # use up a version and make the other servers recompute their caches for nothing. acquire() returns
+        # False if a newer snapshot exists; the newer snapshot's offer wakes the task again.
         if self._any_behind(self._broadcaster.eligible(self._servers())) and snapshot.acquire():
             try:
                 await self._push(step, snapshot)

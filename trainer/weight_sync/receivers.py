@@ -1,9 +1,9 @@
 """The rollout servers that receive a weight push: the link to each, and the back-off after a failure.
 
-A server that failed gets no push for a while: `first_s` seconds after the first failure, twice as long after
-each further one. The back-off ends early when the server's entry in the directory changes (another
-incarnation, state or weight version). A bad engine therefore costs a deadline now and then instead of one a
-push, and a healthy server that was slow once is tried again.
+A server that failed gets no push for a while: for `first_s` seconds after the first failure, and for twice as
+long after each further failure. The back-off ends early when the server's entry in the directory changes
+(another incarnation, state or weight version). So a faulty engine delays only a few pushes by a full
+deadline, and a healthy server that was slow once is tried again.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class ReceiverBackoff:
         self._backoffs[receiver_id(entry)] = _Backoff(entry=entry, delay_s=delay_s, until_s=now_s + delay_s)
 
     def record_success(self, receiver: ReceiverId) -> None:
-        """Ends the back-off of a server that activated new weights; its next one is short again."""
+        """Ends the back-off of a server that activated new weights; its next back-off is short again."""
         self._backoffs.pop(receiver, None)
 
     def keep_only(self, receivers: Iterable[ReceiverId]) -> None:

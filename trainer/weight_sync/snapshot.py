@@ -1,19 +1,19 @@
-"""Snapshots of the weights for a push, taken between two optimizer steps, while training goes on.
+"""Copies the weights for a push between two optimizer steps, so that training can continue during the push.
 
     snapshotter.take_snapshot()   on every rank: copies and casts this rank's rows of every bucket. Training
-                                  waits for this copy and for nothing else.
-    snapshot.read(i)              on rank 0, in any thread: gathers bucket i from all ranks over a process
-                                  group of its own.
+                                  waits only for this copy.
+    snapshot.read(i)              on rank 0, in any thread: gathers bucket i from all ranks over a separate
+                                  process group.
 
 Rank 0 reads one bucket at a time, so it never holds the whole model: at most `_MAX_GATHERED` buckets, and the
-parts of one more. Every rank holds at most two copies of its own rows: the one that is being pushed and the
-newest. A new snapshot reuses the memory of the newest one unless that is being pushed, so memory use does not
-grow during a run.
+parts of one more. Every rank holds at most two copies of its rows: the copy that is being pushed and the
+newest copy. A new snapshot reuses the memory of the newest copy unless that is being pushed, so memory use
+does not grow during a run.
 
-With one rank the rows are the whole tensors: its copies are the buckets, and nothing is gathered. FSDP2 gives
-rank r the rows from r * ceil(rows / M) on. The other ranks gather in a thread that waits for rank 0's
-requests without a time limit: a training run may push nothing for hours, and if a rank dies the group breaks
-at once.
+With one rank the rows are the whole tensors: its copies are the buckets, and nothing is gathered. Of M ranks,
+FSDP2 gives rank r the rows from r * ceil(rows / M) on. The other ranks gather in a thread that waits for rank
+0's requests without a time limit: a run may push nothing for hours, and if a rank dies the group breaks at
+once.
 
 Left out: gathering over NCCL, which must not run beside the training's own collectives without an order
 between them. Rows go through host memory and gloo.
@@ -41,16 +41,16 @@ from trainer.models.sharded_weights import RowShard, row_range, rows_per_rank, s
 log = logging.getLogger(__name__)
 
 _MAX_GATHERED = 2
-"""Gathered buckets that rank 0 keeps, so that engines that are pushed to side by side share one gathering."""
+"""Gathered buckets that rank 0 keeps, so that groups of engines that are pushed to at the same time share
+them."""
 _GROUP_TIMEOUT = timedelta(days=30)
-"""Of the gathering group: longest time between two pushes."""
+"""Timeout of the gathering group: longest time between two pushes."""
 _GATHER_TIMEOUT = timedelta(seconds=120)
-"""Longest that rank 0 waits for all ranks' rows of one bucket. The rows of a rank that is later are
-discarded."""
+"""Longest time that rank 0 waits for all ranks' rows of one bucket. Rows that arrive later are discarded."""
 _CLOSE = -1
-"""Rank 0 broadcasts it in place of a snapshot's number to end the other ranks' threads."""
+"""Broadcast by rank 0 instead of a snapshot's number to end the other ranks' threads."""
 _NONE = -1
-"""In place of the number of the acquired snapshot: none is."""
+"""Broadcast by rank 0 instead of the acquired snapshot's number if no snapshot is acquired."""
 
 
 class GatheredBucket:
@@ -67,14 +67,14 @@ class GatheredBucket:
 
 
 class Snapshot(Protocol):
-    """The weights of one moment, as the publisher sees them.
+    """The weights at the end of one optimizer step, for the publisher.
 
     NEWEST -> acquire() -> being pushed -> release() -> NEWEST -> replaced by a newer one: acquire() is False
     """
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:
-        """In the order of sending, without checksums."""
+        """The buckets in the order of sending, without checksums."""
         ...
 
     def acquire(self) -> bool:
@@ -86,17 +86,17 @@ class Snapshot(Protocol):
         ...
 
     def read(self, index: int) -> GatheredBucket:
-        """One bucket. From any thread, while acquired. Raises WeightSyncError."""
+        """Returns one bucket. From any thread, while acquired. Raises WeightSyncError."""
         ...
 
 
 class _RankSnapshot:
-    """One rank's rows of one moment; on rank 0 also the `Snapshot`."""
+    """One rank's copy of its rows; on rank 0 it is also the `Snapshot`."""
 
     def __init__(self, snapshotter: WeightSnapshotter, number: int, row_buffers: list[Tensor]) -> None:
         self.number = number
         self.row_buffers = row_buffers
-        """One for each bucket: uint8, this rank's rows, cast to the dtype on the wire."""
+        """Per bucket this rank's rows, cast to the dtype on the wire, as uint8."""
         self._snapshotter = snapshotter
 
     @property
@@ -122,7 +122,7 @@ class WeightSnapshotter:
         self._shards = shards_of(policy)
         specs = [_spec_on_wire(shard, dtype) for shard in self._shards]
         self.buckets = cut_buckets(specs, bucket_bytes=bucket_bytes)
-        """Of every snapshot, without checksums."""
+        """The buckets of every snapshot, without checksums."""
         self._row_buckets = [
             Bucket(tensors=tuple(_spec_of_rows(spec, ranks.world_size) for spec in bucket.tensors))
             for bucket in self.buckets
@@ -130,7 +130,7 @@ class WeightSnapshotter:
         """The part of each bucket that one rank holds."""
         self._lock = threading.Condition()
         self._snapshots: list[_RankSnapshot] = []
-        """The newest, and the one that is being pushed."""
+        """The newest snapshot, and the snapshot that is being pushed."""
         self._acquired: _RankSnapshot | None = None
         self._free_buffers: list[list[Tensor]] = []
         self._num_taken = 0
@@ -166,7 +166,7 @@ class WeightSnapshotter:
         return snapshot if self._ranks.rank == 0 else None
 
     def close(self) -> None:
-        """Ends the other ranks' threads. Collective; when no push is under way any more."""
+        """Ends the other ranks' threads. Collective. Call it after the last push has ended."""
         if self._ranks.rank > 0:
             self._thread.join()
         elif self._group is not None:
@@ -252,18 +252,18 @@ class WeightSnapshotter:
                 if number == _CLOSE:
                     return
                 dist.gather(self._rows_of(number, index), None, group=self._group, group_dst=0)
-        except RuntimeError as error:  # rank 0 has ended; the training thread notices by itself
+        except RuntimeError as error:  # rank 0 has ended; the training thread fails by itself
             log.info("this rank gathers no more weights: %s", error)
 
     def _rows_of(self, number: int, index: int) -> Tensor:
         with self._lock:
-            # Rank 0 may request a snapshot that this rank has not taken yet. Rank 0 bounds its own wait, and
-            # if our training thread fails before it takes the snapshot the process ends.
+            # Rank 0 may request a snapshot that this rank has not taken yet. No timeout is needed: rank 0
+            # bounds its own wait, and if this rank's training thread fails first, the process ends.
             self._lock.wait_for(lambda: self._num_taken >= number)
             for snapshot in self._snapshots:
                 if snapshot.number == number:
                     return snapshot.row_buffers[index]
-        # Freed after a push that broke: rank 0 still waits for as many bytes, and discards them.
+        # Freed after a broken push. Rank 0 still waits for this number of bytes, and discards them.
         return torch.empty(self._row_buckets[index].num_bytes, dtype=torch.uint8)
 
 
@@ -277,7 +277,7 @@ def _spec_on_wire(shard: RowShard, dtype: str) -> TensorSpec:
 
 
 def _spec_of_rows(spec: TensorSpec, world_size: int) -> TensorSpec:
-    """One rank's rows of a tensor, padded so that all ranks have equally many."""
+    """One rank's rows of a tensor, padded so that all ranks have the same number."""
     if world_size == 1:  # also a tensor without dimensions, which has no rows
         return spec
     num_rows = rows_per_rank(torch.Size(spec.shape), world_size)

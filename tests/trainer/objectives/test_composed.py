@@ -66,7 +66,7 @@ def test_stapo_drops_unlikely_low_entropy_tokens() -> None:
     ):
         _, grad = evaluate(objective, parts)
         assert grad == pytest.approx([0, -0.25, -0.25, 0.25, 0.25]), (
-            "the first token is dropped and leaves the normaliser"
+            "only the first token is dropped, from the loss and the normalizer"
         )
 
 
@@ -78,9 +78,14 @@ def test_masks_and_denominators_compose() -> None:
     objective = build_objective({**TOKEN_TIS, "cap": 9, "masks": masks})
     _, grad = evaluate(objective, [published()])
     assert grad == pytest.approx([-math.exp(0.2) / 3, 0, -math.exp(-0.1) / 3, 0, 0]), (
-        "token 2 stays in the normaliser, sequence 2 leaves it"
+        "token 2 stays in the normalizer, sequence 2 leaves it"
     )
     assert not objective.skips_zero_advantage
+
+
+def test_messages_name_the_configured_objective() -> None:
+    composed = build_objective({"name": "oapl"}, entropy_coef=0.1)
+    assert isinstance(composed, Composed) and composed.display_name == "Oapl"
 
 
 def test_no_terms_gives_the_bare_objective() -> None:
@@ -115,7 +120,7 @@ def test_kl_penalty_in_the_loss(estimator: str) -> None:
 
 
 def test_on_policy_gradients_of_kl_estimators() -> None:
-    """Expected over a tabular policy: k2's is that of KL(pi || ref), k3's of KL(ref || pi), k1's zero."""
+    """Expected over a tabular policy: k2 has the gradient of KL(pi || ref), k3 of KL(ref || pi), k1 zero."""
     logits = torch.tensor([0.5, -0.2, 0.1], dtype=torch.float64, requires_grad=True)
     ref = torch.log_softmax(torch.tensor([-0.3, 0.4, 0.2], dtype=torch.float64), 0)
     pi = torch.log_softmax(logits, 0)
@@ -162,7 +167,7 @@ def test_masked_tokens_get_no_gradient_from_any_term() -> None:
         ({"masks": [{"name": "stapo", "denominator": "all"}]}, "original or kept"),
     ],
 )
-def test_mistakes_are_named(settings: dict[str, Any], message: str) -> None:
+def test_error_messages_for_invalid_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_objective({"name": "tis", **settings})
 
@@ -174,7 +179,7 @@ def test_late_coefficients_refuse_other_terms() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class OldSecondArgument(Objective):
-    """A custom objective that calls its second argument by its earlier name."""
+    """A custom objective whose second argument has the earlier name."""
 
     def losses(self, batch: SampledTokens, facts: StepStats) -> TokenLosses:
         return TokenLosses(loss_S=-batch.advantage_S * batch.logp_S)
@@ -204,7 +209,7 @@ class SoftReinforce(Objective):
 
 
 def test_custom_objective_from_the_working_directory(tmp_path: Path) -> None:
-    """The file is found in the directory that the job starts in, and masks compose with the class."""
+    """The file is imported from the directory in which the job starts, and masks work with the class."""
     (tmp_path / "my_objectives.py").write_text(OWN)
     code = (
         "from areal_like.runtime.command_line import load_config; "
@@ -238,7 +243,7 @@ class Exact(Objective):
 """
 
 
-def test_an_old_attribute_of_a_class_gives_the_new_name(
+def test_error_for_an_old_class_attribute_gives_the_new_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "renamed_objective.py").write_text(RENAMED)
@@ -255,7 +260,7 @@ def test_an_old_attribute_of_a_class_gives_the_new_name(
     ("old", "new"),
     [("pi_S", "logp_S"), ("mu_S", "behavior_logp_S"), ("prox_S", "prox_logp_S"), ("ref_S", "ref_logp_S")],
 )
-def test_an_old_attribute_of_tokens_gives_the_new_name(old: str, new: str) -> None:
+def test_error_for_an_old_tokens_attribute_gives_the_new_name(old: str, new: str) -> None:
     with pytest.raises(AttributeError, match=f"no attribute '{old}': renamed to {new}$"):
         getattr(published(), old)
     unknown = "sigma_S"

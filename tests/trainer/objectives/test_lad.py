@@ -1,4 +1,4 @@
-"""LAD against its definition (the divergence differentiated by autograd), and the policy it converges to."""
+"""LAD compared with its definition (the divergence differentiated by autograd), and its optimal policy."""
 
 import math
 

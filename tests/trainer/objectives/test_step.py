@@ -1,4 +1,4 @@
-"""Objectives, masks, shaping and KL in the real step: with model, micro-batches, ranks, checkpoint state."""
+"""Objectives, masks, shaping and KL in `StepRunner`: with model, micro-batches, ranks, checkpoint state."""
 
 import json
 from collections.abc import Iterator
@@ -85,7 +85,7 @@ def relative_error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("name", OBJECTIVES.names())
 def test_cuts_do_not_change_any_objectives_gradient(path: str, ranks: Ranks, name: str) -> None:
-    """Log-probs of tokens that were not sampled cannot matter either, and the common diagnostics exist."""
+    """Log-probs of tokens that were not sampled have no effect either, and the common diagnostics exist."""
     groups = random_groups(5)
     gradients = []
     for budget_tokens, data in ((10_000, groups), (37, with_changed_prompt_logprobs(groups))):
@@ -210,7 +210,7 @@ def test_dual_variables_are_learned_and_restored(
 
 
 def test_lag_of_each_token_of_a_sample() -> None:
-    """The ledger gives the step of a sample's oldest version; later versions are one step each."""
+    """The ledger gives the step of a sample's oldest version; each later version counts as one step newer."""
     (trajectory,) = random_groups(1, group_size=1, longest=3)[0]
     versions = np.full(trajectory.num_tokens, -1, dtype=np.int32)
     versions[1:] = [40, 42]
@@ -230,7 +230,7 @@ def test_lag_of_each_token_of_a_sample() -> None:
 
 
 def test_mismatch_counts_only_tokens_of_the_current_weights(path: str, ranks: Ranks) -> None:
-    """All versions are 5: at step 5 they are the current weights, at step 7 there is nothing to measure."""
+    """All samples have version 5: the current weights at step 5, older weights at step 7."""
     groups = random_groups(3)
     at_five, at_seven = (
         make_runner(path, ranks, settings={"objective": {"name": "sapo"}}).run(groups, step=step)

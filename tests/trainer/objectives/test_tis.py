@@ -1,4 +1,4 @@
-"""Truncated and masked importance sampling: published losses and gradients, and further properties."""
+"""Truncated and masked importance sampling: published losses and gradients, and other properties."""
 
 import math
 from collections.abc import Mapping
@@ -120,7 +120,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
-def test_cuts_do_not_matter(settings: dict[str, Any], normalizer: str) -> None:
+def test_cuts_do_not_change_the_gradient(settings: dict[str, Any], normalizer: str) -> None:
     logp, behavior_logp = [*LOGP, [-0.3], [-1.1, -0.2]], [*BEHAVIOR_LOGP, [-0.9], [-0.6, -0.3]]
     advantages = [1.0, -1.0, 0.5, -0.25]
     objective = OBJECTIVES.build(settings)
@@ -187,8 +187,8 @@ class SoftReinforce(Objective):
 
 
 def test_custom_objective_by_dotted_path() -> None:
-    mine = OBJECTIVES.build({"_target_": f"{__name__}.SoftReinforce", "power": "0"})
-    assert evaluate(mine, [tokens_of(LOGP, BEHAVIOR_LOGP, ADVANTAGES)])[0] == pytest.approx(-0.08)
+    custom = OBJECTIVES.build({"_target_": f"{__name__}.SoftReinforce", "power": "0"})
+    assert evaluate(custom, [tokens_of(LOGP, BEHAVIOR_LOGP, ADVANTAGES)])[0] == pytest.approx(-0.08)
 
 
 @pytest.mark.parametrize(
@@ -207,6 +207,6 @@ def test_custom_objective_by_dotted_path() -> None:
         ({"_target_": "trainer.step.runner.StepRunner"}, "not a subclass of"),
     ],
 )
-def test_mistakes_are_named(settings: dict[str, Any], message: str) -> None:
+def test_error_messages_for_invalid_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         OBJECTIVES.build(settings)

@@ -1,4 +1,4 @@
-"""VCPO: the published numbers, optimality of its baseline in a known population, and its settings."""
+"""VCPO: published values, optimality of the baseline for known distributions, and settings."""
 
 import dataclasses
 import math
@@ -67,7 +67,7 @@ def test_published_baselines() -> None:
     assert optimal_baseline(squares_N / lengths_N**2, rewards_N, group_of(2)).tolist() == pytest.approx(
         [0.906597] * 2, abs=1e-6
     )
-    # In the advantage's units: the same baseline less the mean, over the standard deviation.
+    # In units of the advantage it is the same baseline minus the mean, divided by the standard deviation.
     shifted = optimal_baseline(squares_N, numbers(*ADVANTAGES), group_of(2))
     assert (0.5 + 0.5 * shifted).tolist() == pytest.approx([0.956216] * 2, abs=1e-6)
 
@@ -160,7 +160,7 @@ def test_tabular_norms_weights_and_sample_size() -> None:
 
 @pytest.mark.parametrize("baseline", ["group", "batch"])
 def test_proxy_norms_are_exact_for_a_tabular_policy(baseline: str) -> None:
-    """One token a sequence: the gradient with respect to the logits is the whole gradient."""
+    """With one token per sequence, the gradient with respect to the logits is the whole gradient."""
     model = Tabular()
     batch = sampled_uniformly(model, [[0], [1], [2], [2]], [1.0, 0.0, 0.5, 0.25])
     pi_N = batch.logp_S.detach().exp()
@@ -177,8 +177,8 @@ def test_proxy_norms_are_exact_for_a_tabular_policy(baseline: str) -> None:
 
 def test_without_baseline_vcpo_equals_tis() -> None:
     tis = OBJECTIVES.build({"name": "tis", "level": "sequence", "cap": 2.0})
-    mine = Vcpo(baseline="none", cap=2.0).losses(published(), {})
-    assert torch.equal(mine.loss_S, tis.losses(published(), {}).loss_S)
+    vcpo = Vcpo(baseline="none", cap=2.0).losses(published(), {})
+    assert torch.equal(vcpo.loss_S, tis.losses(published(), {}).loss_S)
     plain = Vcpo(baseline="none", cap=0).losses(published(), {})
     assert torch.equal(plain.loss_S, OBJECTIVES.build({"name": "reinforce"}).losses(published(), {}).loss_S)
 
@@ -230,7 +230,7 @@ def test_extreme_ratios_stay_finite(settings: dict[str, Any], extreme: float) ->
 
 
 def test_baseline_is_unbiased_and_optimal_in_the_population() -> None:
-    """With mu, pi and r known: the mean does not depend on the baseline, and the variance is least at b*."""
+    """For known mu, pi and r, the mean does not depend on the baseline and the variance is least at b*."""
     generator = torch.Generator().manual_seed(0)
     num_samples = 200_000
     logits_V, reward_V = numbers(0.4, -0.3, 0.9, 0.0), numbers(1.0, 0.2, -0.5, 0.6)
@@ -258,7 +258,7 @@ def test_baseline_is_unbiased_and_optimal_in_the_population() -> None:
     for other in (0.0, mean_reward, float((pi_V * reward_V).sum()), best - 0.2, best + 0.2):
         terms_NV = g_NV * (reward_V[action_N] - other)[:, None]
         assert ((terms_NV.mean(0) - true_V).abs() < 3 * terms_NV.std(0) / num_samples**0.5).all()
-        # The means are equal, so variances differ by as much as second moments.
+        # The means are equal, so the difference of variances is that of the second moments.
         excess_N = terms_NV.square().sum(1) - at_best_N
         assert float(excess_N.mean()) > 3 * float(excess_N.std()) / num_samples**0.5
 
@@ -283,7 +283,7 @@ def test_requirements_of_each_setting() -> None:
         ({"leave_one_out": True, "norms": "exact"}, "norms=ghost or proxy"),
     ],
 )
-def test_mistakes_are_named(settings: dict[str, Any], message: str) -> None:
+def test_error_messages_for_invalid_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         OBJECTIVES.build({"name": "vcpo", **settings})
 

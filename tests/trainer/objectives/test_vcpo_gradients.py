@@ -1,4 +1,4 @@
-"""VCPO's gradient: ghost norms, autograd and the definition agree for all architectures, cuts and ranks."""
+"""VCPO's gradient: ghost norms and autograd match the definition for all architectures, cuts and ranks."""
 
 import json
 from collections.abc import Iterator
@@ -74,7 +74,7 @@ def defined(
 
 
 def assert_same_gradient(got: dict[str, Tensor], want: dict[str, Tensor], *, relative: float) -> None:
-    """Compares each parameter, relative to the whole gradient's norm (its own may be nearly zero)."""
+    """Compares each parameter, relative to the norm of the whole gradient (a part's may be nearly zero)."""
     assert got.keys() == want.keys()
     scale = torch.stack([grad.double().norm() for grad in want.values()]).norm()
     for name, grad in got.items():
@@ -108,7 +108,7 @@ def test_ghost_norms_agree_with_autograd_in_float32(tmp_path: Path, ranks: Ranks
 
 
 def test_ghost_norms_agree_with_autograd_in_bfloat16(tmp_path: Path, ranks: Ranks) -> None:
-    """Both round, and must differ by no more than rounding."""
+    """The two may differ only by rounding."""
     path, groups = write_model(tmp_path, "qwen3", dtype=torch.float32), random_groups(4, group_size=4)
     runners = [
         make_runner(path, ranks, dtype=torch.float32, compute="bfloat16", norms=n) for n in ("ghost", "exact")
@@ -130,7 +130,7 @@ def test_leave_one_out_and_another_normalizer(tmp_path: Path, ranks: Ranks) -> N
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_cuts_do_not_matter(tmp_path: Path, ranks: Ranks, variant: str) -> None:
+def test_cuts_do_not_change_the_gradient(tmp_path: Path, ranks: Ranks, variant: str) -> None:
     path, groups = write_model(tmp_path, "gpt2"), random_groups(5)
     steps = {
         budget: gradient_of(
@@ -205,7 +205,7 @@ class Gated(nn.Module):
 
 
 class Doubled(nn.Linear):
-    """A Linear subclass whose weight has another gradient."""
+    """A Linear subclass whose weight gradient differs from Linear's."""
 
     def forward(self, input: Tensor) -> Tensor:
         return 2 * super().forward(input)
@@ -229,7 +229,7 @@ def test_unsupported_layers_are_named() -> None:
 
 
 def test_long_sequences_and_frozen_parameters() -> None:
-    """Sequences longer than the layer is wide use the product itself; frozen parameters are left out."""
+    """Long sequences use the gradient itself instead of Gram matrices; frozen parameters are left out."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(3, 5), nn.LayerNorm(5), nn.RMSNorm(5), nn.Linear(5, 2, bias=False)

@@ -1,4 +1,4 @@
-"""VCPO with masks: dropped tokens affect neither gradient nor baseline, nor, with `kept`, the normaliser."""
+"""VCPO with masks: dropped tokens do not affect gradient, baseline and (`denominator=kept`) normalizer."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -41,7 +41,7 @@ CASES: dict[str, tuple[list[dict[str, Any]], list[Keeps], list[Keeps]]] = {
     "sequences": ([TRUNCATED], [not_truncated], []),
     "both": ([BAND, TRUNCATED | {"denominator": "kept"}], [ratio_in_band, not_truncated], [not_truncated]),
 }
-"""Masks, their definitions, and the definitions of those that also change the normaliser."""
+"""Masks, their definitions, and the definitions of those that also change the normalizer."""
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_masked_gradient_matches_the_definition(
 
 
 def test_masks_do_not_change_the_step_size(path: str, ranks: Ranks) -> None:
-    """Staleness is a property of the batch, whatever part of it is trained on."""
+    """The effective sample size measures the staleness of the whole batch, masked tokens included."""
     groups = masked_groups()
     plain, masked = (
         make_runner(path, ranks, cap=CAP, masks=masks).run(groups, step=0)

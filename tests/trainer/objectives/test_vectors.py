@@ -1,4 +1,4 @@
-"""Published vectors of all objectives but TIS: losses and gradients to 1e-6 in float64."""
+"""Published losses and gradients of all objectives but TIS, to 1e-6 in float64."""
 
 import math
 from typing import Any
@@ -237,7 +237,7 @@ def test_dppo_drops_far_moved_tokens_and_pulls_all() -> None:
         ({"name": "oapl", "beta2": -1}, "beta2"),
     ],
 )
-def test_mistakes_are_named(settings: dict[str, Any], message: str) -> None:
+def test_error_messages_for_invalid_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         OBJECTIVES.build(settings)
 

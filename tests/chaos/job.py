@@ -28,18 +28,18 @@ from areal_like.wire.messages.consumer import (
     RunCounters,
     StartTraining,
 )
-from tests.chaos.producer import is_invented
+from tests.chaos.producer import is_synthetic
 from tests.chaos.proxy import FaultProxy, Faults
 from tests.support.buffer_harness import ROOT, BufferProcess, job
-from trainer.buffer_client import client as link_module
+from trainer.buffer_client import client as client_module
 from trainer.buffer_client.client import TrainerBufferClient
 
 CALL_TIMEOUT_S = 30.0
-ASK_AGAIN_S = 0.5
-"""Instead of the trainer's 20 s: here one in a hundred replies is lost, not one a day."""
+RESEND_AFTER_S = 0.5
+"""Instead of the trainer's 20 s, because here one in a hundred replies is lost."""
 
 
-def chaos_job(directory: Path, **overrides: Any) -> Config:
+def chaos_config(directory: Path, **overrides: Any) -> Config:
     """The configuration of a job whose model is two empty files, enough for a fingerprint."""
     model = directory / "model"
     model.mkdir(parents=True, exist_ok=True)
@@ -56,8 +56,8 @@ def chaos_job(directory: Path, **overrides: Any) -> Config:
     return job(directory, **(base | overrides))
 
 
-class Plant:
-    """One job. Create it with `plant(...)`, which kills everything at the end."""
+class ChaosJob:
+    """One job. Create it with `running_job(...)`, which kills everything at the end."""
 
     def __init__(self, config: Config, *, faults: Faults, seed: int, stack: ExitStack) -> None:
         self._stack = stack
@@ -75,15 +75,14 @@ class Plant:
     def restart_buffer(self) -> None:
         """Kills the buffer with SIGKILL and starts a new process on the same run."""
         self.buffer.close()
-        (self.buffer.paths.endpoints / "buffer.json").unlink(
-            missing_ok=True
-        )  # of the process that was killed
+        # The endpoint file of the killed process would be taken for the new one's.
+        (self.buffer.paths.endpoints / "buffer.json").unlink(missing_ok=True)
         self.buffer = BufferProcess(self.buffer.config)
 
     def produce(
         self, name: str, *, capacity: int = 32, sample_s: float = 0.002, num_tokens: int = 64
     ) -> subprocess.Popen[bytes]:
-        """Starts a producer, also again after it was killed."""
+        """Starts a producer, or starts it again after it was killed."""
         numbers = [str(capacity), str(sample_s), str(num_tokens)]
         settings = ["--config", str(self.buffer.paths.config), f"buffer.port={self.proxy.port}"]
         self.producers[name] = subprocess.Popen(
@@ -96,14 +95,14 @@ class Plant:
     @contextlib.contextmanager
     def trainer(self) -> Iterator[TrainerBufferClient]:
         """The buffer client of rank 0, through the proxy."""
-        before, link_module._RESEND_AFTER_S = link_module._RESEND_AFTER_S, ASK_AGAIN_S
+        before, client_module._RESEND_AFTER_S = client_module._RESEND_AFTER_S, RESEND_AFTER_S
         try:
             with TrainerBufferClient(
                 self.config, rank=0, world_size=1, device="cpu", incarnation=time.time_ns()
-            ) as link:
-                yield link
+            ) as client:
+                yield client
         finally:
-            link_module._RESEND_AFTER_S = before
+            client_module._RESEND_AFTER_S = before
 
     def _kill_producers(self) -> None:
         for process in self.producers.values():
@@ -113,40 +112,42 @@ class Plant:
 
 
 @contextlib.contextmanager
-def plant(
+def running_job(
     directory: Path, *, faults: Faults | None = None, seed: int = 0, **overrides: Any
-) -> Iterator[Plant]:
+) -> Iterator[ChaosJob]:
     """Starts a buffer behind a proxy."""
     with ExitStack() as stack:
-        yield Plant(chaos_job(directory, **overrides), faults=faults or Faults(), seed=seed, stack=stack)
+        yield ChaosJob(
+            chaos_config(directory, **overrides), faults=faults or Faults(), seed=seed, stack=stack
+        )
 
 
-def train(link: TrainerBufferClient, *, first: int, last: int, commit_every: int = 5) -> list[Group]:
-    """Does the calls of rank 0 from step `first` to before `last`; returns the groups.
+def train(client: TrainerBufferClient, *, first: int, last: int, commit_every: int = 5) -> list[Group]:
+    """Makes the calls of rank 0 for steps `first` up to, but not including, `last`; returns the groups.
 
     Each step: fetch its groups in order, complete it, allocate a version; commit after every fifth.
     """
-    link.call(StartTraining(step=first), timeout_s=CALL_TIMEOUT_S)
+    client.call(StartTraining(step=first), timeout_s=CALL_TIMEOUT_S)
     groups = []
     for step in range(first, last):
-        groups += list(link.groups(step))
-        link.call(CompleteStep(step=step), timeout_s=CALL_TIMEOUT_S)
-        link.call(AllocVersion(step=step + 1), timeout_s=CALL_TIMEOUT_S)
+        groups += list(client.groups(step))
+        client.call(CompleteStep(step=step), timeout_s=CALL_TIMEOUT_S)
+        client.call(AllocVersion(step=step + 1), timeout_s=CALL_TIMEOUT_S)
         if (step + 1) % commit_every == 0:
-            link.call(CommitStep(step=step), timeout_s=CALL_TIMEOUT_S)
+            client.call(CommitStep(step=step), timeout_s=CALL_TIMEOUT_S)
     return groups
 
 
-def counters_of(link: TrainerBufferClient) -> RunCounters:
+def counters_of(client: TrainerBufferClient) -> RunCounters:
     """The counters of the run."""
-    counters: RunCounters = link.call(GetRunCounters(), timeout_s=CALL_TIMEOUT_S)
+    counters: RunCounters = client.call(GetRunCounters(), timeout_s=CALL_TIMEOUT_S)
     return counters
 
 
 def check_groups(groups: list[Group], config: Config, *, first: int, last: int) -> None:
     """Checks the groups of these steps.
 
-    Each place is filled once, in order, with a complete group of a new ticket, within the staleness bound.
+    Each position is filled once, in order, with a complete group of a new ticket within the staleness bound.
     """
     places = [(group.step, group.position) for group in groups]
     assert places == [
@@ -159,7 +160,7 @@ def check_groups(groups: list[Group], config: Config, *, first: int, last: int) 
         )
         assert len(group.trajectories) == config.sampling.group_size
         for index, trajectory in enumerate(group.trajectories):
-            assert is_invented(trajectory, ticket_id=group.ticket_id, sample_index=index), (
+            assert is_synthetic(trajectory, ticket_id=group.ticket_id, sample_index=index), (
                 group.ticket_id,
                 index,
             )

@@ -1,7 +1,7 @@
 """Runs equal numbers of micro-batches on all ranks, because FSDP2's collectives hang if one rank runs fewer.
 
-Before each micro-batch the ranks vote on whether any of them has one left. A rank that has none runs a dummy
-micro-batch, whose contribution the caller multiplies by zero.
+Before each micro-batch an all-reduce tells every rank if any rank has a micro-batch left. A rank that has
+none left runs a dummy micro-batch, whose contribution the caller multiplies by zero.
 """
 
 from __future__ import annotations

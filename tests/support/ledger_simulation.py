@@ -1,4 +1,4 @@
-"""A simulated job around the pure ledger: servers, long-tailed answers, a trainer, a virtual clock.
+"""A simulated job around the pure ledger: servers, long-tailed response lengths, a trainer, a virtual clock.
 
 A discrete-event simulation: `run` returns when the last step is committed, and raises when no event is left
 (a deadlock).
@@ -120,7 +120,7 @@ def done(lease: Lease, index: int, versions: list[int], *, reward: float = 0.0) 
 
 
 def deliver(ledger: Ledger, name: str, sample: SampleDone) -> Verdict:
-    """One sample in a message of its own."""
+    """Delivers one sample in one message."""
     (verdict,) = ledger.samples_done(name, [sample])
     return verdict
 
@@ -131,7 +131,7 @@ def failed(lease: Lease, index: int, error: str = "reward hung") -> SampleFailed
 
 
 @dataclass
-class PlantServer:
+class SimulatedServer:
     """A server that decodes `max_running` samples at a time; the rest of its capacity waits."""
 
     name: str
@@ -145,11 +145,14 @@ class PlantServer:
 
 
 @dataclass
-class Plant:
-    """`step_s`: the trainer's time for a step. `push_s`: mean time until a server has new weights."""
+class SimulatedJob:
+    """A trainer and servers that drive a ledger.
+
+    `step_s`: the trainer's time for a step. `push_s`: mean time until a server has new weights.
+    """
 
     ledger: Ledger
-    servers: list[PlantServer]
+    servers: list[SimulatedServer]
     step_s: float = 1.0
     push_s: float = 0.2
     fail_probability: float = 0.0
@@ -188,7 +191,7 @@ class Plant:
     def _kill(self, name: str) -> None:
         next(server for server in self.servers if server.name == name).alive = False
 
-    def _beat(self, server: PlantServer) -> None:
+    def _beat(self, server: SimulatedServer) -> None:
         if server.alive:
             beat(self.ledger, server.name, capacity=server.capacity, version=server.version, now_s=self.now_s)
             self.at(0.5, lambda: self._beat(server))
@@ -206,7 +209,7 @@ class Plant:
                 by_name[name].waiting += [(lease, index) for index in lease.sample_indices]
             self._decode(by_name[name])
 
-    def _decode(self, server: PlantServer) -> None:
+    def _decode(self, server: SimulatedServer) -> None:
         while server.waiting and server.running < server.max_running:
             lease, index = server.waiting.pop(0)
             server.running += 1
@@ -215,7 +218,7 @@ class Plant:
             self.at(num_tokens / server.tokens_per_s, finish)
 
     def _finish(
-        self, server: PlantServer, lease: Lease, index: int, first_version: int, num_tokens: int
+        self, server: SimulatedServer, lease: Lease, index: int, first_version: int, num_tokens: int
     ) -> None:
         if not server.alive:
             return
@@ -248,7 +251,7 @@ class Plant:
         if step + 1 < self.ledger.settings.num_steps:
             self._start_step()
 
-    def _push(self, server: PlantServer, version: int) -> None:
+    def _push(self, server: SimulatedServer, version: int) -> None:
         if server.alive and version > server.version:
             server.version = version
             beat(self.ledger, server.name, capacity=server.capacity, version=version, now_s=self.now_s)
