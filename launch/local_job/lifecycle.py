@@ -82,7 +82,7 @@ class JobLifecycle:
         self._trainer: SupervisedTrainer | None = None
         self._shutdown: Shutdown | None = None
         self._running: set[str] = set()
-        self._were_ready: set[str] = set()
+        self._ever_ready: set[str] = set()
         """Daemons that have been ready at least once, so their settings are valid."""
         self._phase_since_s = now_s
         self.phase = Phase.PREPARING
@@ -137,7 +137,7 @@ class JobLifecycle:
         if ended.name in self._servers:
             return [Notice(self._servers.exited(ended, now_s=now_s))]
         if ended.code != 0:
-            return self._core_died(ended, now_s=now_s)
+            return self._process_failed(ended, now_s=now_s)
         if ended.name == "trainer":
             return self._trainer_ended(now_s=now_s)
         if ended.name in self._buffers:
@@ -149,7 +149,7 @@ class JobLifecycle:
         """Replaces the trainer by one with these settings, once the current one has ended."""
         assert self.phase is Phase.RUNNING and self._trainer is not None
         self._trainer.change_settings(settings)
-        text = f"the trainer is replaced by one with {' '.join(settings) or 'the same settings'}"
+        text = f"replacing the trainer by one with {' '.join(settings) or 'the same settings'}"
         if "trainer" not in self._running:  # it has just died: its restart uses the new settings
             return [Notice(text)]
         self._trainer.is_handing_over = True
@@ -163,7 +163,7 @@ class JobLifecycle:
             # The step may be observed up to a second late, after a death that followed it: pass its own time.
             late_s = now_unix_s - float(seen.steps[-1]["time_unix_s"])
             self._trainer.reached(seen.last_step, at_s=now_s - late_s)
-        self._were_ready |= {view.name for view in seen.daemons.values() if not view.not_ready}
+        self._ever_ready |= {view.name for view in seen.daemons.values() if not view.not_ready}
         if self.phase in (Phase.STARTING, Phase.RUNNING):
             actions += self._close_without_servers(seen, now_s=now_s)
         return actions + self._restart_due(now_s=now_s)
@@ -244,11 +244,10 @@ class JobLifecycle:
         return name in self._buffer_restarts and "trainer" in self._running
 
     def _has_worked(self, name: str) -> bool:
-        return name in self._were_ready and (name in self._servers or name in self._buffer_restarts)
+        return name in self._ever_ready and (name in self._servers or name in self._buffer_restarts)
 
-    def _core_died(self, ended: Exit, *, now_s: float) -> list[Action]:
-        """Handles the failure of a process that the run cannot do without: a buffer, the trainer, or
-        prepare_model."""
+    def _process_failed(self, ended: Exit, *, now_s: float) -> list[Action]:
+        """Handles the failure of a buffer, the trainer or prepare_model: a restart, or the end of the run."""
         words = ended.failure_lines(f"{ended.name} failed ({ended.description}); its last lines:")
         if ended.name == "trainer" and self._trainer is not None and not self._trainer.is_hopeless(ended):
             self._trainer.died(ended, report=words, now_s=now_s)
@@ -276,7 +275,7 @@ class JobLifecycle:
 
     def _next_trainer(self) -> Start:
         assert self._trainer is not None
-        return self._trainer.start(was_ready="trainer-0" in self._were_ready)
+        return self._trainer.start(was_ready="trainer-0" in self._ever_ready)
 
     def _restart_due(self, *, now_s: float) -> list[Action]:
         starts: list[Start] = []

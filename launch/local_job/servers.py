@@ -1,4 +1,4 @@
-"""The rollout servers of a local job: restarts of the launcher's own, and the check if any server is left.
+"""Tracks the rollout servers of a local job: when to restart one, and when none is left.
 
 Pure: no processes, no clock.
 """
