@@ -56,10 +56,10 @@ COMMANDS = {
     "rollout": Command(
         "join",
         "rollout RUN --join [--name NAME] [key=value ...]\n"
-        "       areal-like rollout --join --buffer HOST:PORT [--name NAME] name=JOB [key=value ...]",
+        "       areal-like rollout --join --buffer HOST:PORT [--name NAME] [--config FILE] [key=value ...]",
         "runs one more rollout server for a running job, until it is drained; the second form is for "
-        "machines that cannot see the run's directory and needs all of the job's settings (HOST:PORT: the "
-        "first shard's buffer)",
+        "machines that cannot see the run's directory and needs all of the job's settings, its name "
+        "included, from FILE or as key=value (HOST:PORT: the first shard's buffer)",
     ),
     "drain": Command("drain", "drain RUN SERVER", "ends one rollout server of a running job"),
     "restart": Command(
@@ -95,7 +95,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         module = importlib.import_module(f"launch.commands.{command.module}")
         parser = Parser(verb, usage=command.usage, summary=command.summary)
         module.add_arguments(parser)
-        return int(module.main(parser.parse_intermixed_args(args[1:])))
+        try:
+            parsed = parser.parse_intermixed_args(args[1:])
+        except SystemExit:  # raised by --help; a mistake is a ConfigError
+            return 0
+        return int(module.main(parsed))
     except UserError as error:
         sys.stderr.write(f"areal-like: {error}\n")
         return 2

@@ -221,7 +221,7 @@ class RolloutServer:
         state = ServerState.QUARANTINED if needs_push else ServerState.SERVING
         self._buffers.announce(state=state, weights_version=version)
 
-    def _on_engine_lost(self, reason: str) -> None:
+    def _on_engine_lost(self) -> None:
         self._runner.engine = None
         self._receiver.set_engine(None)
         self._runner.cancel(self._buffers.give_back(reason="engine lost"))

@@ -66,7 +66,7 @@ def read_state(
 def write_directory(final: Path, fill: Callable[[Path], None]) -> DiskFullError | None:
     """Makes directory `final` appear with the files that `fill` writes into a directory, whole or not at all.
 
-    Returns the error if there was no space. It is returned and not raised because a raised error's trace-back
+    Returns the error if there was no space. It is returned and not raised because a raised error's traceback
     would keep the copies of the state alive.
     """
     remove_partials(final.parent)
@@ -81,7 +81,7 @@ def write_directory(final: Path, fill: Callable[[Path], None]) -> DiskFullError 
         full = DiskFullError(
             f"{final} was not written ({error}): free space there, or lower trainer.keep_checkpoints"
         )
-        log.error("%s; training continues, and the next checkpoint is the next attempt", full)
+        log.error("this checkpoint is skipped: %s", full)
         return full
     return None
 

@@ -32,7 +32,11 @@ from buffer.tickets import REISSUED, Drop, LeaseRecord, SampleSummary, State, Ti
 
 
 class TicketLifecycle:
-    """Transitions of single tickets; `record_ready_groups` follows each operation of the ledger."""
+    """Transitions of single tickets.
+
+    Operations that can make a group ready or stale, or open a position for one, end with
+    `record_ready_groups`.
+    """
 
     def __init__(self, state: LedgerState) -> None:
         self._state = state

@@ -1,12 +1,14 @@
-"""The outbox: sends all messages that are not the immediate reply to a request.
+"""The outbox: sends every message of the buffer, at once, when the ledger is durable, or with the next flush.
 
-Messages change the ledger. `flush` then sends the consequences: acknowledgements, leases, aborts, and groups
-and evaluations that a trainer waits for. The daemon calls it once per burst of messages.
+Requests are replied to at once, or when what they have written is durable. `flush` sends the consequences of
+changes in the ledger: acknowledgements, leases, aborts, and groups and evaluations that a trainer waits for.
+The daemon calls it once per burst of messages.
 
-A restarted buffer continues with its ledger. So a message that a later buffer must honor (a version, a
-recorded group, an acknowledgement) is sent only when its rows are durable. Leases are sent earlier: if the
-next buffer does not have a lease, it aborts it. Left out: limits on the queues, because credit bounds the
-messages of servers, and a rank waits only for the groups of one step and the next.
+A buffer that is restarted after a crash has only what the ledger has on disk. So a message on which a peer
+may rely after that (a version, a recorded group, an acknowledgement) is sent only when its rows are durable.
+Leases are sent earlier: the restarted buffer aborts a lease that it does not have. Left out: limits on the
+queues, because credit bounds the messages of servers, and a rank waits only for the groups of one step and
+the next.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class Audit:
     drops: dict[str, int]
     """By reason."""
     facts: dict[str, int] = field(default_factory=dict)
-    """Committed steps, restarts and rollbacks, bytes of trajectories, ..."""
+    """Numbers of committed steps, versions, rollbacks, tokens rolled back, and bytes of trajectories."""
 
     @property
     def is_clean(self) -> bool:

@@ -13,7 +13,7 @@ from launch.run_directory.rundir import find_run
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """RUN and `--json`."""
     add_run(parser)
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -1,9 +1,9 @@
 """`areal-like rollout RUN --join`: runs one more rollout server for a running job.
 
 The server is a child of this command and not of the job's launcher: it is not restarted, it may run on
-another machine, and it ends on Ctrl-C, when it is drained, or when its run is over. A machine that sees the
-run's directory detects the end of the run by the directory's lock, which the launcher's daemons hold until
-the last one ends. On other machines the server waits for its buffer until a user ends it.
+another machine, and it ends on Ctrl-C, when it is drained, or when its run is over. On a machine that sees
+the run's directory, the run is over when nothing holds the directory's lock any more: the launcher and all of
+its daemons hold it. On other machines the server waits for its buffer until a user ends it.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ _TICK_S = 0.2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """RUN or `--buffer`, then settings."""
+    """RUN, or `--buffer` and maybe `--config`; then settings."""
     parser.add_argument("--join", action="store_true", required=True, help="join a running job")
     parser.add_argument("--buffer", metavar="HOST:PORT", default="", help="the job's (first) buffer")
     parser.add_argument("--name", default="", help="of the server; by default a free one")
+    parser.add_argument("--config", metavar="FILE", help="the job's settings, where RUN is not given")
     add_run(parser, nargs="?")
     add_settings(parser)
 
@@ -47,6 +48,12 @@ def main(args: argparse.Namespace) -> int:
     run, settings = args.run or "", list(args.settings)
     if "=" in run:
         run, settings = "", [run, *settings]
+    if args.config is not None:
+        if run:
+            raise ConfigError(
+                f"rollout: --config is for the form without RUN: the settings of {run} are in its directory"
+            )
+        settings = ["--config", args.config, *settings]
     return join(run, settings, buffer=args.buffer, name=args.name)
 
 
@@ -54,7 +61,8 @@ def join(run: str, settings: Sequence[str], *, buffer: str = "", name: str = "")
     """Runs one more rollout server for a job until it ends; returns its exit code.
 
     `run`: name or directory of a run that this machine can see, or empty. If empty, `buffer` (host:port of
-    the first shard's buffer) and all settings are needed. Raises ConfigError before it starts the server.
+    the first shard's buffer) and all settings are needed; the settings may begin with `--config FILE`. Raises
+    ConfigError before it starts the server.
     """
     paths = RunPaths(find_run(run)) if run else None
     arguments = list(settings)

@@ -9,7 +9,7 @@ from areal_like.errors import ConfigError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are a ConfigError with one message. `--help` exits with code 0."""
+    """argparse whose errors are a ConfigError with one message. `--help` raises SystemExit(0)."""
 
     def __init__(self, verb: str, *, usage: str, summary: str) -> None:
         super().__init__(
@@ -37,5 +37,9 @@ def add_run(parser: argparse.ArgumentParser, *, nargs: str | None = None) -> Non
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """The positional settings at the end."""
     parser.add_argument(
-        "settings", metavar="key=value", nargs="*", help="settings (see `areal-like run --help`)"
+        "settings",
+        metavar="key=value",
+        nargs="*",
+        default=[],  # without a default, argparse lists the settings as required
+        help="settings (see `areal-like run --help`)",
     )

@@ -97,16 +97,16 @@ def _train(recorded: Path, run: OpenRun, *, view: View) -> int:
     stops = StopSignals()
     processes.start(ChildSpec(name="replay", command=command, num_threads=run.config.trainer.num_threads))
     try:
-        exit = _wait(processes, stops, MetricsTail(run.paths.metrics), view)
+        ended = _wait(processes, stops, MetricsTail(run.paths.metrics), view)
     finally:
         processes.kill_everything()
-    if exit is None:
+    if ended is None:
         return 1
-    if exit.code == 2:
-        raise ConfigError(exit.complaint)
-    if exit.code != 0:
-        headline = f"replay failed ({exit.description}); its last lines:"
-        sys.stderr.write("\n".join([headline, *exit.last_words, ""]))
+    if ended.code == 2:
+        raise ConfigError(ended.complaint)
+    if ended.code != 0:
+        headline = f"replay failed ({ended.description}); its last lines:"
+        sys.stderr.write("\n".join([headline, *ended.last_words, ""]))
         return 1
     return 0
 
@@ -114,7 +114,7 @@ def _train(recorded: Path, run: OpenRun, *, view: View) -> int:
 def _wait(processes: ProcessTable, stops: StopSignals, tail: MetricsTail, view: View) -> Exit | None:
     """Waits for the trainer and shows its progress; returns None on a second stop signal."""
     num_obeyed = 0
-    while (exit := processes.reap("replay")) is None:
+    while (ended := processes.reap("replay")) is None:
         if stops.count > num_obeyed:
             num_obeyed = stops.count
             if num_obeyed > 1:
@@ -126,7 +126,7 @@ def _wait(processes: ProcessTable, stops: StopSignals, tail: MetricsTail, view: 
             processes.terminate("replay")
         view.update(Observation(progress=tail.read()), phase="replaying", detail="")
         time.sleep(_TICK_S)
-    return exit
+    return ended
 
 
 def _compare(recorded: RunPaths, replayed: RunPaths) -> list[str]:

@@ -40,6 +40,10 @@ def restart(run: str, role: str, settings: Sequence[str]) -> int:
 
     Raises ConfigError for another role, for a setting that other roles use too, and if no launcher runs.
     """
+    if "=" in role:
+        raise ConfigError(
+            "restart: put `trainer` before the settings: areal-like restart RUN trainer trainer.KEY=VALUE"
+        )
     paths = RunPaths(find_run(run))
     if role != "trainer":
         raise ConfigError(

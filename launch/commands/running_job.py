@@ -35,7 +35,7 @@ def buffer_settings(config: Config, paths: RunPaths | None, given: str) -> list[
         endpoint = read_endpoint(paths.endpoints / f"{shard.name}.json")
         if endpoint is None or "stream" not in endpoint:
             raise ConfigError(
-                f"rollout --join: the {shard.name} of {paths.root.name} is not running; is the job running?"
+                f"rollout --join: {shard.name} of {paths.root.name} is not running: start the job first"
             )
         ports.append(str(endpoint["stream"]).rpartition(":")[2])
     return [f"buffer.ports=[{','.join(ports)}]"]

@@ -8,7 +8,7 @@ import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds no arguments."""
+    """Does nothing: the command takes no arguments."""
 
 
 def main(args: argparse.Namespace) -> int:

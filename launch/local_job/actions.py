@@ -63,7 +63,7 @@ class KillEverything:
 
 @dataclass(frozen=True)
 class HandOver:
-    """Ask the trainer to end for a replacement: finish the step, write a checkpoint, exit with code 0."""
+    """Ask the trainer to finish its step, write a checkpoint and exit with code 0, for its replacement."""
 
     address: str | None
     """Address of its HTTP server; None while it has none: it then gets its stop signal instead."""

@@ -1,4 +1,4 @@
-"""One daemon as a child process, in a new session, with its output in a file; it ends with the launcher.
+"""A child process of the launcher: runs one daemon in a new session, with its output in a file.
 
 There are three ways to end a child: SIGTERM to the child alone (it drains), SIGKILL to its process group, and
 at the very end SIGKILL to every process with the run's marker in its environment. The last way also finds
@@ -40,7 +40,7 @@ class Child:
         self._spec = spec
         self._output = paths.logs / f"{spec.name}.out"
         self._log = paths.logs / f"{spec.name}.log"
-        # A restarted daemon appends to its files: skip the output of earlier processes of the same name.
+        # Earlier processes of the same name have written to these files; only what follows is this one's.
         self._output_start = _size(self._output)
         self._log_start = _size(self._log)
         environment = os.environ | {

@@ -68,8 +68,8 @@ class LocalJob:
         self._carry_out(lifecycle.stop_requested(self._num_stops(), now_s=time.monotonic()))
         for name in lifecycle.by_exit_priority(self._processes.names):
             # None: the process runs, or an earlier exit in this loop has caused it to be killed.
-            if (exit := self._processes.reap(name)) is not None:
-                self._carry_out(lifecycle.exited(exit, now_s=time.monotonic()))
+            if (ended := self._processes.reap(name)) is not None:
+                self._carry_out(lifecycle.exited(ended, now_s=time.monotonic()))
         seen = self._observer.newest
         if lifecycle.phase is Phase.RUNNING and (settings := take_restart_order(self._paths)) is not None:
             self._carry_out(lifecycle.replace_trainer(settings, seen=seen))

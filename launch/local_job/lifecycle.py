@@ -82,7 +82,7 @@ class JobLifecycle:
         self._trainer: SupervisedTrainer | None = None
         self._shutdown: Shutdown | None = None
         self._running: set[str] = set()
-        self._were_ready: set[str] = set()
+        self._ever_ready: set[str] = set()
         """Daemons that have been ready at least once, so their settings are valid."""
         self._phase_since_s = now_s
         self.phase = Phase.PREPARING
@@ -125,23 +125,23 @@ class JobLifecycle:
             ]
         return []
 
-    def exited(self, exit: Exit, *, now_s: float) -> list[Action]:
+    def exited(self, ended: Exit, *, now_s: float) -> list[Action]:
         """Handles the end of a process that was not ended by a `Kill` action."""
-        self._running.discard(exit.name)
-        if self.phase is Phase.CLOSING and not self._is_needed_to_close(exit.name):
-            self.outcome.note_exit_while_closing(exit)
+        self._running.discard(ended.name)
+        if self.phase is Phase.CLOSING and not self._is_needed_to_close(ended.name):
+            self.outcome.note_exit_while_closing(ended)
             return []
-        if exit.code == 2 and not self._has_worked(exit.name):
-            report = self._trainer.death_report if self._trainer and exit.name == "trainer" else []
-            return self._fail([exit.complaint, *report], exit_code=2, now_s=now_s)
-        if exit.name in self._servers:
-            return [Notice(self._servers.exited(exit, now_s=now_s))]
-        if exit.code != 0:
-            return self._core_died(exit, now_s=now_s)
-        if exit.name == "trainer":
+        if ended.code == 2 and not self._has_worked(ended.name):
+            report = self._trainer.death_report if self._trainer and ended.name == "trainer" else []
+            return self._fail([ended.complaint, *report], exit_code=2, now_s=now_s)
+        if ended.name in self._servers:
+            return [Notice(self._servers.exited(ended, now_s=now_s))]
+        if ended.code != 0:
+            return self._process_failed(ended, now_s=now_s)
+        if ended.name == "trainer":
             return self._trainer_ended(now_s=now_s)
-        if exit.name in self._buffers:
-            text = f"a user stopped the {exit.name}: closing the run"
+        if ended.name in self._buffers:
+            text = f"a user stopped the {ended.name}: closing the run"
             return [Notice(text), *self._drain(now_s=now_s)]
         return []  # the model is prepared
 
@@ -149,7 +149,7 @@ class JobLifecycle:
         """Replaces the trainer by one with these settings, once the current one has ended."""
         assert self.phase is Phase.RUNNING and self._trainer is not None
         self._trainer.change_settings(settings)
-        text = f"the trainer is replaced by one with {' '.join(settings) or 'the same settings'}"
+        text = f"replacing the trainer by one with {' '.join(settings) or 'the same settings'}"
         if "trainer" not in self._running:  # it has just died: its restart uses the new settings
             return [Notice(text)]
         self._trainer.is_handing_over = True
@@ -163,7 +163,7 @@ class JobLifecycle:
             # The step may be observed up to a second late, after a death that followed it: pass its own time.
             late_s = now_unix_s - float(seen.steps[-1]["time_unix_s"])
             self._trainer.reached(seen.last_step, at_s=now_s - late_s)
-        self._were_ready |= {view.name for view in seen.daemons.values() if not view.not_ready}
+        self._ever_ready |= {view.name for view in seen.daemons.values() if not view.not_ready}
         if self.phase in (Phase.STARTING, Phase.RUNNING):
             actions += self._close_without_servers(seen, now_s=now_s)
         return actions + self._restart_due(now_s=now_s)
@@ -244,27 +244,26 @@ class JobLifecycle:
         return name in self._buffer_restarts and "trainer" in self._running
 
     def _has_worked(self, name: str) -> bool:
-        return name in self._were_ready and (name in self._servers or name in self._buffer_restarts)
+        return name in self._ever_ready and (name in self._servers or name in self._buffer_restarts)
 
-    def _core_died(self, exit: Exit, *, now_s: float) -> list[Action]:
-        """Handles the failure of a process that the run cannot do without: a buffer, the trainer, or
-        prepare_model."""
-        words = exit.failure_lines(f"{exit.name} failed ({exit.description}); its last lines:")
-        if exit.name == "trainer" and self._trainer is not None and not self._trainer.is_hopeless(exit):
-            self._trainer.died(exit, report=words, now_s=now_s)
+    def _process_failed(self, ended: Exit, *, now_s: float) -> list[Action]:
+        """Handles the failure of a buffer, the trainer or prepare_model: a restart, or the end of the run."""
+        words = ended.failure_lines(f"{ended.name} failed ({ended.description}); its last lines:")
+        if ended.name == "trainer" and self._trainer is not None and not self._trainer.is_hopeless(ended):
+            self._trainer.died(ended, report=words, now_s=now_s)
             restarts = self._trainer.restarts
-        elif exit.name in self._buffer_restarts:
-            restarts = self._buffer_restarts[exit.name]
+        elif ended.name in self._buffer_restarts:
+            restarts = self._buffer_restarts[ended.name]
             restarts.died(now_s=now_s)
         else:
             return self._fail(words, exit_code=1, now_s=now_s)
         if restarts.state is RestartState.GIVEN_UP:
-            headline = f"{exit.name} died {restarts.num_quick_deaths} times in a row"
+            headline = f"{ended.name} died {restarts.num_quick_deaths} times in a row"
             return self._fail([headline, *words], exit_code=1, now_s=now_s)
-        for line in words[1:] if exit.code > 0 else ():
+        for line in words[1:] if ended.code > 0 else ():
             log.error("%s", line)
         delay_s = restarts.due_s - now_s
-        return [Notice(f"{exit.name} ended ({exit.description}): starting it again in {delay_s:.1f} s")]
+        return [Notice(f"{ended.name} ended ({ended.description}): starting it again in {delay_s:.1f} s")]
 
     def _trainer_ended(self, *, now_s: float) -> list[Action]:
         """Handles exit code 0 of the trainer: it is to be replaced, or the run is done."""
@@ -276,7 +275,7 @@ class JobLifecycle:
 
     def _next_trainer(self) -> Start:
         assert self._trainer is not None
-        return self._trainer.start(was_ready="trainer-0" in self._were_ready)
+        return self._trainer.start(was_ready="trainer-0" in self._ever_ready)
 
     def _restart_due(self, *, now_s: float) -> list[Action]:
         starts: list[Start] = []
@@ -294,13 +293,13 @@ class JobLifecycle:
         return self._started(starts)
 
     def _close_without_servers(self, seen: Observation, *, now_s: float) -> list[Action]:
-        exit = self._servers.last_exit_if_none_left(seen, now_s=now_s)
-        if exit is None:
+        ended = self._servers.last_exit_if_none_left(seen, now_s=now_s)
+        if ended is None:
             return []
-        if exit.code == 0:
+        if ended.code == 0:
             return self._drain(now_s=now_s)
-        headline = f"{exit.name} failed ({exit.description}) and no rollout server is left; its last lines:"
-        return self._fail(exit.failure_lines(headline), exit_code=1, now_s=now_s)
+        headline = f"{ended.name} failed ({ended.description}) and no rollout server is left; its last lines:"
+        return self._fail(ended.failure_lines(headline), exit_code=1, now_s=now_s)
 
     # Closing
 

@@ -30,12 +30,12 @@ class Outcome:
         """Records that a process did not end in time and was killed: exit code 1."""
         self.exit_code = self.exit_code or 1
 
-    def note_exit_while_closing(self, exit: Exit) -> None:
+    def note_exit_while_closing(self, ended: Exit) -> None:
         """Records an exit during the shutdown; only a failure of the trainer makes the run fail."""
         # torchrun exits with 128 + the number of the signal that ended one of its ranks.
-        was_terminated = exit.code in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
-        if exit.name == "trainer" and not was_terminated and not self.failure:
-            headline = f"trainer failed while it drained ({exit.description}); its last lines:"
-            self.failed(exit.failure_lines(headline), exit_code=1)
-        elif exit.code not in (0, -signal.SIGTERM, -signal.SIGINT):
-            log.warning("%s ended while closing: %s", exit.name, exit.description)
+        was_terminated = ended.code in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+        if ended.name == "trainer" and not was_terminated and not self.failure:
+            headline = f"trainer failed while it drained ({ended.description}); its last lines:"
+            self.failed(ended.failure_lines(headline), exit_code=1)
+        elif ended.code not in (0, -signal.SIGTERM, -signal.SIGINT):
+            log.warning("%s ended while closing: %s", ended.name, ended.description)

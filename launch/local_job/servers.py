@@ -1,4 +1,4 @@
-"""The rollout servers of a local job: restarts of the launcher's own, and the check if any server is left.
+"""Tracks the rollout servers of a local job: when to restart one, and when none is left.
 
 Pure: no processes, no clock.
 """
@@ -45,18 +45,18 @@ class RolloutServers:
         given_up = RestartState.GIVEN_UP
         return [name for name, restarts in self._restarts.items() if restarts.state is not given_up]
 
-    def exited(self, exit: Exit, *, now_s: float) -> str:
+    def exited(self, ended: Exit, *, now_s: float) -> str:
         """Records the end of one of our servers; returns the notice for the user."""
-        self._last_exit = exit
-        if exit.code == 0:
-            del self._restarts[exit.name]
-            return f"{exit.name} was stopped by a user"
-        restarts = self._restarts[exit.name]
+        self._last_exit = ended
+        if ended.code == 0:
+            del self._restarts[ended.name]
+            return f"{ended.name} was stopped by a user"
+        restarts = self._restarts[ended.name]
         restarts.died(now_s=now_s)
         if restarts.state is RestartState.GIVEN_UP:
-            return f"{exit.name} ended {restarts.num_quick_deaths} times in a row: not starting it again"
+            return f"{ended.name} ended {restarts.num_quick_deaths} times in a row: not starting it again"
         delay_s = restarts.due_s - now_s
-        return f"{exit.name} ended ({exit.description}): starting it again in {delay_s:.1f} s"
+        return f"{ended.name} ended ({ended.description}): starting it again in {delay_s:.1f} s"
 
     def restart_due(self, *, now_s: float) -> list[str]:
         """Returns the servers to start again now, and marks them as started."""

@@ -37,14 +37,14 @@ class SupervisedTrainer:
             self.best_step = step
             self.restarts.made_progress(at_s=at_s)
 
-    def is_hopeless(self, exit: Exit) -> bool:
+    def is_hopeless(self, ended: Exit) -> bool:
         """True when the code failed before the first step was finished: a restart would fail as well.
 
         An exit code of 128 or more means that a signal killed a rank, which is not an error in the code.
         """
-        return 0 < exit.code < 128 and self.best_step < 0
+        return 0 < ended.code < 128 and self.best_step < 0
 
-    def died(self, exit: Exit, *, report: Sequence[str], now_s: float) -> None:
+    def died(self, ended: Exit, *, report: Sequence[str], now_s: float) -> None:
         """Records an unexpected end; `restarts.state` is then WAITING or GIVEN_UP."""
         self.restarts.died(now_s=now_s)
         if self.restarts.state is not RestartState.GIVEN_UP:

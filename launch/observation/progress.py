@@ -85,7 +85,7 @@ class StretchMeans:
         if len(self._full) == MAX_STRETCHES:
             self._full = [(a + b) / 2 for a, b in zip(self._full[::2], self._full[1::2], strict=True)]
             self._length *= 2
-            return  # the current numbers are the first half of the next stretch, which is twice as long
+            return  # `_sum` is the first half of the next stretch, which is twice as long
         self._full.append(self._sum / self._num)
         self._sum, self._num = 0.0, 0
 

@@ -11,14 +11,14 @@ from rich.text import Text
 from launch.observation.observer import DaemonView, Observation, find_number, find_table
 
 _NARROW = 80
-"""In a terminal with fewer characters the table omits the numbers, to leave room for the reason."""
+"""A terminal with fewer columns gets the table without its numbers, to leave room for the reasons."""
 
 
-def daemon_table(daemons: list[DaemonView], *, width: int) -> Table:
+def daemon_table(daemons: list[DaemonView], *, width: int, one_line: bool = False) -> Table:
     """A table with one row per daemon; `width`: of the terminal, in characters.
 
-    The last column has the reason why a daemon is not ready. It takes the rest of the line and wraps; it is
-    never cut, because the user needs it to act.
+    The last column has the reason why a daemon is not ready, and takes the rest of the line. The reason wraps
+    and is shown whole; with `one_line` it is cut at the end of the line.
     """
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", expand=False)
     numbers = ("version", "queue", "heartbeat") if width >= _NARROW else ()
@@ -38,7 +38,7 @@ def daemon_table(daemons: list[DaemonView], *, width: int) -> Table:
             daemon.name,
             Text(state, style="yellow" if reason else "green"),
             *cells[: len(numbers)],
-            _waiting_for(status, reason="" if reason == state else reason),
+            _waiting_for(status, reason="" if reason == state else reason, one_line=one_line),
         )
     return table
 
@@ -56,13 +56,16 @@ def tickets_line(seen: Observation) -> Text:
     return text
 
 
-def _waiting_for(status: dict[str, Any], *, reason: str) -> Text:
+def _waiting_for(status: dict[str, Any], *, reason: str, one_line: bool) -> Text:
     """The reason why the daemon is not ready, then its longest wait."""
     waits = status.get("waiting_on") or {}
     longest = max(waits.items(), key=lambda item: item[1], default=None)
     wait = f"{longest[0]} {longest[1]:.1f} s" if longest else ""
     separator = "; " if reason and wait else ""
-    return Text.assemble((reason, "yellow"), f"{separator}{wait}")
+    if not one_line:
+        return Text.assemble((reason, "yellow"), f"{separator}{wait}")
+    reason = " ".join(reason.split())  # it may have several lines
+    return Text.assemble((reason, "yellow"), f"{separator}{wait}", no_wrap=True, overflow="ellipsis")
 
 
 def _first_number(status: dict[str, Any], *keys: str) -> str:

@@ -36,7 +36,8 @@ def picture(
     if seen.buffer:
         parts.append(tickets_line(seen))
     if seen.daemons:
-        parts.append(daemon_table(list(seen.daemons.values()), width=width))
+        # The picture is redrawn in place, so wrapped reasons must not make it higher than the terminal.
+        parts.append(daemon_table(list(seen.daemons.values()), width=width, one_line=True))
     return Group(*parts)
 
 

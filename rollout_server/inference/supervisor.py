@@ -47,11 +47,10 @@ class EngineSupervisor:
         load_timeout_s: float,
         starting: Callable[[], AbstractContextManager[None]],
         on_ready: Callable[[EngineClient, int], None],
-        on_lost: Callable[[str], None],
+        on_lost: Callable[[], None],
     ) -> None:
         """`starting` returns a context in which each start runs. `on_ready` is called with the client and the
-        loaded version, `on_lost` with the reason; by then `client` is None, but its connections are still
-        open."""
+        loaded version, `on_lost` when `client` is None already, but its connections are still open."""
         self._engine = engine
         self._strategy = strategy
         self._model = model
@@ -65,7 +64,10 @@ class EngineSupervisor:
         """Client of the running engine; None while there is none."""
 
     async def run(self) -> None:
-        """Runs until cancelled. Raises EngineError if the first start fails or engines keep dying."""
+        """Runs until cancelled.
+
+        Raises EngineError or ConfigError if a start fails, and EngineError if engines keep dying.
+        """
         loop = asyncio.get_running_loop()
         num_deaths = 0
         while True:
@@ -114,7 +116,7 @@ class EngineSupervisor:
     async def _lose(self, reason: str) -> None:
         log.error("engine lost: %s", reason)
         client, self.client = self.client, None
-        self._on_lost(reason)
+        self._on_lost()
         if client is not None:
             await client.close()
 

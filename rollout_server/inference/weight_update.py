@@ -61,6 +61,7 @@ class WeightUpdateStrategy(Protocol):
 
 
 OnQuarantine = Callable[[str, int], None]
-"""Called with the reason and the version that a reload will restore: until then no token may be delivered."""
+"""Called with the reason and the version that a reload will restore. No token may be delivered until the next
+push has succeeded."""
 OnUntrusted = Callable[[str], None]
 """Called with the reason when the weights that the engine holds are unknown: it has to be replaced."""

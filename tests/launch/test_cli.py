@@ -11,7 +11,7 @@ import pytest
 
 from areal_like.config import Config
 from areal_like.runtime.command_line import load_config, save_config
-from launch.cli import COMMANDS
+from launch.cli import COMMANDS, main
 from launch.settings_help import all_keys
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,7 +55,15 @@ def areal_like(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["version", "--foo"], "version: unrecognized arguments: --foo"),
         (["rollout", "nowhere"], "rollout: the following arguments are required: --join"),
         (["rollout", "--join", "name=x"], "rollout --join: there is no buffer to join"),
+        (
+            ["rollout", "nowhere", "--join", "--config", "job.yaml"],
+            "rollout: --config is for the form without RUN: the settings of nowhere are in its directory",
+        ),
+        (["rollout", "--join", "--buffer", "a:1", "--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
+        (["replay"], "replay: the following arguments are required: RUN (usage"),
+        (["restart", "nowhere"], "restart: the following arguments are required: trainer (usage"),
         (["restart", "nowhere", "trainer"], "no run 'nowhere'"),
+        (["restart", "nowhere", "trainer.lr=1"], "areal-like restart RUN trainer trainer.KEY=VALUE"),
         (["run", "model=/models/X"], "is model.path=/models/X"),
         (["run", "objective=tsi"], "did you mean tis?"),
     ],
@@ -93,6 +101,12 @@ def test_every_command_has_help(tmp_path: Path) -> None:
         done = areal_like(verb, "default", "--help", cwd=tmp_path)
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.startswith(f"usage: areal-like {verb} ")
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["run", "--help"], ["rollout", "x", "--help"], ["drop", "-h"]])
+def test_help_returns_0(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 0
+    assert "areal-like" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("module", ["buffer", "rollout_server", "trainer", "trainer.prepare_model"])

@@ -238,7 +238,7 @@ def test_a_server_that_joins_finds_every_shard(tmp_path: Path) -> None:
     paths = RunPaths.of(config)
     paths.endpoints.mkdir(parents=True)
     (paths.endpoints / "buffer-0.json").write_text(json.dumps({"stream": "tcp://10.0.0.0:7001"}))
-    with pytest.raises(ConfigError, match="the buffer-1 of x is not running"):
+    with pytest.raises(ConfigError, match="buffer-1 of x is not running"):
         buffer_settings(config, paths, "")
     (paths.endpoints / "buffer-1.json").write_text(json.dumps({"stream": "tcp://10.0.0.1:6001"}))
     save_config(config, paths.config)
@@ -330,6 +330,24 @@ def test_status_never_cuts_the_reason(width: int) -> None:
     assert reason in text and "a group of step 12 from buffer-1 3.2 s" in text and "no answer" in text
     assert "…" not in text
     assert all(len(line) <= width for line in lines)
+
+
+def test_the_picture_has_one_line_for_each_daemon() -> None:
+    reason = "no answer from the engine at 127.0.0.1:40000;\nstarting another for the third time"
+    waits = {"a group of step 12 from buffer-1": 3.25}
+    console = Console(width=80, record=True, file=io.StringIO())
+
+    def drawn(status: dict[str, object]) -> list[str]:
+        view = DaemonView(name="rollout-0", endpoint={"role": "rollout"}, status=status, seen_s=0.0)
+        seen = Observation(daemons={"rollout-0": view})
+        eta = Eta(num_steps=600)
+        console.print(picture(seen, config=Config(), eta=eta, phase="running", detail="", width=80))
+        return console.export_text().splitlines()
+
+    lines = drawn({"state": "quarantined", "not_ready": reason, "waiting_on": waits})
+    assert len(lines) == len(drawn({"state": "serving", "not_ready": ""}))
+    assert "rollout-0" in lines[-1] and "quarantined" in lines[-1]
+    assert "no answer" in lines[-1] and lines[-1].rstrip().endswith("…")
 
 
 def test_help_is_complete() -> None:
