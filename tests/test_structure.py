@@ -1,4 +1,4 @@
-"""The architecture as rules on the source: who may import whom, no circles, files and folders one can take in."""
+"""Rules on the source: who may import whom, no import circles, limits on files, folders and names of tests."""
 
 from __future__ import annotations
 
