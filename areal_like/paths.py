@@ -108,11 +108,13 @@ def checkpoint_name(step: int) -> str:
 def find_checkpoints(checkpoints: Path) -> dict[int, Path]:
     """Step -> directory of every complete checkpoint in `RunPaths.checkpoints`, ascending.
 
-    A checkpoint gets its final name by a rename when it is complete, so checking the name is enough.
+    Empty for a directory that does not exist or cannot be read. A checkpoint gets its final name by a rename
+    when it is complete, so checking the name is enough.
     """
-    if not checkpoints.is_dir():
+    try:
+        names = [(_CHECKPOINT_NAME.fullmatch(path.name), path) for path in checkpoints.iterdir()]
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         return {}
-    names = ((_CHECKPOINT_NAME.fullmatch(path.name), path) for path in checkpoints.iterdir())
     return dict(sorted((int(match[1]), path) for match, path in names if match))
 
 

@@ -8,6 +8,7 @@ also be registered by such a path, so that it is imported only when it is used.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -16,7 +17,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
-from areal_like.config.common import check_choice
+from areal_like.config.common import check_choice, fits, members_of
 from areal_like.errors import ConfigError
 
 T = TypeVar("T")
@@ -139,5 +140,16 @@ def _coerced(hint: Any, value: Any, *, path: str) -> Any:
             raise ConfigError(f"{path}: want a number, got {value!r}") from None
     if hint in (int, bool, str, float) and (type(value) is not hint):
         raise ConfigError(f"{path}: want {hint.__name__}, got {value!r}")
+    value = _as_member(members_of(hint), value)
     check_choice(hint, value, key=path)
+    return value
+
+
+def _as_member(members: tuple[Any, ...], value: Any) -> Any:
+    """`value` as a float if the union has a float and no other member that fits; else unchanged."""
+    if any(fits(member, value) for member in members if member is not float):
+        return value
+    if float in members and isinstance(value, (int, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            return float(value)
     return value

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -160,7 +161,7 @@ def main(argv: list[str]) -> int:
 
     Exit code 2: a user's mistake.
     """
-    if shows_help(argv, f"python -m trainer.prepare_model {main.__doc__}\n\n{__doc__}"):
+    if shows_help(argv, f"python -m trainer.prepare_model {inspect.getdoc(main)}\n\n{__doc__}"):
         return 0
     die_with_launcher()
     # One thread, set before torch is imported: a seed then gives the same model on every machine, and a tiny

@@ -17,6 +17,8 @@ _TYPE_NAMES = {
     bool: "true or false",
     type(None): "null",
 }
+_YAML_TYPES = (bool, int, float, str, type(None), list, dict)
+"""Types of the values in a configuration."""
 
 
 class Section:
@@ -51,10 +53,32 @@ def members_of(annotation: Any) -> tuple[Any, ...]:
     return typing.get_args(annotation) if is_union else (annotation,)
 
 
-def choices_of(annotation: Any) -> tuple[str, ...]:
-    """The strings that a `Literal` in the annotation (or in its union) allows; empty without a `Literal`."""
+def choices_of(annotation: Any) -> tuple[Any, ...]:
+    """The values that a `Literal` in the annotation (or in its union) allows; empty without a `Literal`."""
     literals = [member for member in members_of(annotation) if typing.get_origin(member) is Literal]
     return tuple(choice for literal in literals for choice in typing.get_args(literal))
+
+
+def fits(member: Any, value: Any) -> bool:
+    """True if `value` is one of the choices of a `Literal`, or has the type of another member of a union.
+
+    An int fits a float, a bool neither of them; a list fits a tuple, which YAML does not have. Only the outer
+    type of a generic is compared: every list fits `list[int]`. A type that no value in a configuration has
+    (`Path`) cannot be checked: every value fits it.
+    """
+    kind = typing.get_origin(member) or member
+    if kind is Literal:
+        # True == 1, but a bool is no choice of Literal[1].
+        choices = [c for c in typing.get_args(member) if isinstance(c, bool) == isinstance(value, bool)]
+        return any(isinstance(value, type(choice)) and value == choice for choice in choices)
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    if kind is tuple:
+        return isinstance(value, (tuple, list))
+    try:
+        return isinstance(value, kind) or not any(issubclass(known, kind) for known in _YAML_TYPES)
+    except TypeError:  # not a class that isinstance accepts, e.g. Any or a TypedDict
+        return True
 
 
 def check_choice(annotation: Any, value: Any, *, key: str) -> None:
@@ -62,15 +86,23 @@ def check_choice(annotation: Any, value: Any, *, key: str) -> None:
 
     Does nothing for an annotation without a `Literal`.
     """
-    choices = choices_of(annotation)
-    others = [member for member in members_of(annotation) if typing.get_origin(member) is not Literal]
-    if not choices or type(value) in others or (isinstance(value, str) and value in choices):
+    members = members_of(annotation)
+    choices = [_as_typed(choice) for choice in choices_of(annotation)]
+    if not choices or any(fits(member, value) for member in members):
         return
+    others = [member for member in members if typing.get_origin(member) is not Literal]
     near = difflib.get_close_matches(str(value), choices, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     names = [*(_TYPE_NAMES.get(other, str(other)) for other in others), *choices]
     listed = f"one of {', '.join(names)}" if len(names) > 2 else " or ".join(names)
     raise ConfigError(f"{key}={'' if value is None else value}: {hint}use {listed}")
+
+
+def _as_typed(choice: Any) -> str:
+    """A choice as it is typed on the command line."""
+    if choice is None:
+        return "null"
+    return str(choice).lower() if isinstance(choice, bool) else str(choice)
 
 
 def require(ok: bool, message: str) -> None:

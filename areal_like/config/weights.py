@@ -19,17 +19,16 @@ class WeightsConfig(Section, key="weights"):
     bucket_bytes: int = 64 << 20
     """Size of one flattened broadcast, in bytes."""
     host: str = "127.0.0.1"
-    """Address of trainer rank 0 for the broadcast group's rendezvous; every engine must be able to reach
-    it."""
+    """Address of trainer rank 0 for the weight group's rendezvous; every engine must be able to reach it."""
     sync_interval: int = 1
     """Optimizer steps between pushes (the weights after the last step are always pushed). Above 1 with
     `buffer.group_filter=single_version`, each interval trains only on groups sampled with the weights pushed
     at its start; groups left over at its end are dropped with reason `interval`."""
     push_deadline_s: float = 60.0
     """Time limit of a push, in seconds. A receiver that has not replied by then is excluded from the
-    broadcast group."""
+    weight group."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
-    """Backend of the broadcast group; `auto`: NCCL where trainer and engine are on GPUs, else gloo."""
+    """Backend of the weight group; `auto`: NCCL where trainer and engine are on GPUs, else gloo."""
     topology: Literal["shared", "per_engine"] = "shared"
     """`shared`: one group with all engines, which receive the same broadcast. `per_engine`: one group per
     engine, so that an engine that hangs does not delay the others; all weights are then sent once per

@@ -35,12 +35,43 @@ _OPEN_PREFIXES = (*(f"{section}." for section in OPEN_SECTIONS), "rollout.sglang
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
+class OneValue(argparse.Action):
+    """Stores the value of an option that may be given once.
+
+    Raises ConfigError if the option is repeated, and if its value is absent (`missing` is the message then).
+    """
+
+    def __init__(self, option_strings: Sequence[str], dest: str, *, missing: str, **settings: Any) -> None:
+        # nargs="?" leaves an absent value to __call__: argparse's own message would not name what is missing.
+        super().__init__(option_strings, dest, nargs="?", **settings)
+        self._missing = missing
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if not values:
+            raise ConfigError(f"{option_string}: {self._missing}")
+        if getattr(namespace, self.dest) is not None:
+            raise ConfigError(f"{option_string} is given more than once")
+        setattr(namespace, self.dest, values)
+
+
+def add_config_option(parser: argparse.ArgumentParser) -> None:
+    """Adds `--config FILE`; None by default."""
+    missing = "name a resolved configuration file"
+    parser.add_argument("--config", metavar="FILE", action=OneValue, missing=missing)
+
+
 class Options(argparse.ArgumentParser):
     """The `--options` of one role; all other arguments on its command line are settings.
 
         options = Options()
-        options.add("--config", missing="name a resolved configuration file")
-        values, settings = options.split(argv)
+        add_config_option(options)
+        values, settings = options.parse_known_args(argv)
 
     Unlike plain argparse, a mistake raises ConfigError with one message instead of printing the usage and
     exiting.
@@ -48,24 +79,6 @@ class Options(argparse.ArgumentParser):
 
     def __init__(self) -> None:
         super().__init__(add_help=False, allow_abbrev=False)
-        self._missing: dict[str, str] = {}
-
-    def add(self, flag: str, *, missing: str, default: str | None = None) -> None:
-        """Adds an option with one value; `missing` is the error message if the value is absent."""
-        # nargs="?" lets `split` report an absent value: argparse's own message would not name what is wanted.
-        action = self.add_argument(flag, nargs="?", default=default, const="")
-        self._missing[action.dest] = f"{flag}: {missing}"
-
-    def split(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-        """(values of the options, all other arguments in order).
-
-        Raises ConfigError for an option without a value.
-        """
-        values, rest = self.parse_known_args(list(argv))
-        for name, message in self._missing.items():
-            if getattr(values, name) == "":
-                raise ConfigError(message)
-        return values, rest
 
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError where argparse would exit."""
@@ -100,11 +113,12 @@ def load_config(argv: Sequence[str]) -> Config:
     Raises ConfigError with a message of one line.
     """
     options = Options()
-    options.add("--config", missing="name a resolved configuration file")
-    values, settings = options.split(argv)
+    add_config_option(options)
+    values, settings = options.parse_known_args(list(argv))
     for setting in settings:
         if "=" not in setting or setting.startswith("-"):
             raise ConfigError(f"cannot read {setting!r}: settings are given as key=value (see --help)")
+    _refuse_mixed_choices(settings)
     raw = _compose(settings) if values.config is None else _from_file(Path(values.config), settings)
     return from_mapping(raw)
 
@@ -112,15 +126,32 @@ def load_config(argv: Sequence[str]) -> Config:
 def role_arguments(argv: Sequence[str], *, default_name: str) -> tuple[Config, str]:
     """(configuration, daemon name) of one role: the arguments of `load_config` and `--name rollout-1`."""
     options = Options()
-    options.add("--name", missing="give the daemon's name, e.g. rollout-1", default=default_name)
-    values, rest = options.split(argv)
-    return load_config(rest), values.name
+    options.add_argument("--name", action=OneValue, missing="give the daemon's name, e.g. rollout-1")
+    values, rest = options.parse_known_args(list(argv))
+    return load_config(rest), values.name or default_name
 
 
 def save_config(config: Config, path: Path) -> None:
     """Writes the resolved configuration so that `--config` reads it back."""
     path.parent.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.create(to_mapping(config)), path)
+
+
+def _refuse_mixed_choices(settings: Sequence[str]) -> None:
+    """Raises ConfigError for settings that would mix a class with the settings chosen for another one."""
+    chosen: dict[str, str] = {}
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        section, _, rest = key.lstrip("+").partition(".")
+        if section in OPEN_SECTIONS and rest == "name":
+            raise ConfigError(
+                f"{setting}: write {section}={value} for the preset, "
+                f"or '{section}={{name: {value}}}' for the class's own defaults"
+            )
+        if section in GROUPS and rest in ("", "_target_"):
+            if section in chosen:
+                raise ConfigError(f"{chosen[section]} and {setting} both choose the {section}: give only one")
+            chosen[section] = setting
 
 
 def _from_file(path: Path, overrides: list[str]) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Makes a child process end when its parent ends; every child calls this first.
+"""Makes a process end when its parent ends. Processes that may not outlive their parent call this first.
+
+The processes of the launcher call `die_with_launcher`, which does nothing if somebody else started them; the
+processes that these start call `die_with_parent`, external programs through `tied_exec`.
 
 A daemon that outlives its launcher keeps a port, a core and perhaps a GPU without being noticed. The kernel
 can end it (PR_SET_PDEATHSIG), even if the parent was killed by SIGKILL and could not signal its children.

@@ -33,13 +33,10 @@ def newest_snapshot(checkpoints: Path) -> DiskSnapshot | None:
     """
     try:
         steps = find_checkpoints(checkpoints)
-    except OSError:
-        return None  # not readable from this machine, or removed meanwhile
-    if not steps:
-        return None
-    path = steps[max(steps)]
-    try:
+        if not steps:
+            return None
+        path = steps[max(steps)]
         version = json.loads((path / STATE_FILE).read_text())["extra"][VERSION_KEY]
     except (OSError, ValueError, KeyError):
-        return None  # deleted meanwhile, or written before checkpoints contained versions
+        return None  # unreadable, deleted meanwhile, or written before checkpoints contained versions
     return DiskSnapshot(path=path, version=int(version))

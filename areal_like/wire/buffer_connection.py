@@ -1,16 +1,20 @@
-"""A rollout server's or trainer rank's connection to one buffer: registration and detection of its problems.
+"""A rollout server's or trainer rank's connection to one buffer.
+
+It registers, and detects that the buffer is silent or cannot write.
 
     UNREGISTERED -> register() -> REGISTERED -> HelloRequired (the buffer was restarted) -> UNREGISTERED
 
 A buffer may be restarted at the same address. The new process sends `HelloRequired` to peers that have not
 registered. Two other conditions need different behavior:
 
-    silent   Nothing was received for SILENT_AFTER_S: messages pile up in the socket, so send only a hello.
+    silent   Nothing was received for SILENT_AFTER_S, and messages pile up in the socket. A rollout server
+             sends only a hello until the buffer replies. A trainer rank, which sends little, goes on with its
+             heartbeats and resends its requests.
     stuck    The buffer replies, but reports that it cannot write (a full disk). It queues one reply per
-             request that it receives, so do not send a request again.
+             request that it receives, so neither of them sends a request again.
 
 The owner of the connection decides when to register again and which requests to repeat then, because rollout
-servers and trainer ranks differ in this.
+servers and trainer ranks differ in this too.
 """
 
 from __future__ import annotations

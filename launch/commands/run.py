@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from areal_like.runtime.command_line import add_config_option
 from areal_like.runtime.logs import JsonFormatter
 from launch.commands.parser import add_settings
 from launch.commands.stop_signals import StopSignals
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`--config FILE` and settings; the help shows the settings."""
     parser.add_argument("-h", "--help", action=_ShowSettings, nargs=0)
     parser.add_argument("--help-all", action=_ShowSettings, nargs=0)
-    parser.add_argument("--config", metavar="FILE")
+    add_config_option(parser)
     add_settings(parser)
 
 

@@ -139,6 +139,15 @@ def test_presets_apply_on_top_of_a_file(tmp_path: Path) -> None:
         (["--config", "/nowhere.yaml"], "no such file"),
         (["--config"], "name a resolved"),
         (["--config", "--name"], "name a resolved"),
+        (["--config", "/dev/null", "--config", "/dev/null"], "--config is given more than once"),
+        (["objective.name=gspo"], r"write objective=gspo for .*, or 'objective=\{name: gspo\}' for"),
+        (["--config", "/dev/null", "objective.name=gspo"], "write objective=gspo for"),
+        (["advantage.name=rloo"], "write advantage=rloo for"),
+        (["+task.name=sort"], "write task=sort for"),
+        (["objective={name: vespo}", "objective=ppo"], "both choose the objective"),
+        (["objective=ppo", "objective={name:tis}"], "both choose the objective"),
+        (["objective=ppo", "objective._target_=my.Objective"], "both choose the objective"),
+        (["--config", "/dev/null", "model=tiny", "model=smollm2"], "both choose the model"),
         (["-v"], "key=value"),
         (["--config", "/dev/null", "trainer.nope=1"], "no such file|unknown key"),
     ],
@@ -147,6 +156,11 @@ def test_mistake_gives_one_clear_message(arguments: list[str], message: str) -> 
     with pytest.raises(ConfigError, match=message) as caught:
         load_config(arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_a_second_daemon_name_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--name is given more than once"):
+        role_arguments(["--name", "buffer", "--name", "x"], default_name="buffer")
 
 
 def _sections(cls: type[Section]) -> list[type[Section]]:
@@ -176,6 +190,9 @@ def test_ranges_are_checked_with_the_choices() -> None:
         (int | typing.Literal["auto"], [3, "auto"], ["3", True, 1.5, None]),
         (typing.Literal["a"] | None, ["a", None], ["b", 0, ""]),
         (typing.Optional[typing.Literal["a"]], ["a", None], ["b"]),  # noqa: UP045
+        (typing.Literal[1, True, None], [1, True, None], [0, False, "1", 1.0]),
+        (float | typing.Literal["auto"], [1, 1.5, "auto"], [True, "1.5", None]),
+        (list[int] | typing.Literal["auto"], [[1], "auto"], ["autos", 1, None]),
         (float | None, [1.0, None, "anything"], []),
     ],
     ids=str,

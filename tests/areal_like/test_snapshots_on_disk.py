@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from areal_like.paths import find_checkpoints
 from areal_like.weights.snapshots_on_disk import STATE_FILE, VERSION_KEY, DiskSnapshot, newest_snapshot
 
 
@@ -32,6 +33,7 @@ def test_a_checkpoint_without_version_is_not_used(tmp_path: Path) -> None:
 
 def test_checkpoints_out_of_sight_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert newest_snapshot(tmp_path / "nowhere") is None
+    assert find_checkpoints(tmp_path / "nowhere") == {}
     checkpoint(tmp_path, 2, {VERSION_KEY: 7})
 
     def refuse(path: Path) -> None:
@@ -39,4 +41,5 @@ def test_checkpoints_out_of_sight_are_none(tmp_path: Path, monkeypatch: pytest.M
 
     # By a patch and not by chmod: root may read everything.
     monkeypatch.setattr(Path, "iterdir", refuse)
+    assert find_checkpoints(tmp_path) == {}
     assert newest_snapshot(tmp_path) is None

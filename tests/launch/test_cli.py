@@ -43,6 +43,8 @@ def areal_like(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["run", "objective=magic"], "known choices are"),
         (["run", "fast"], "key=value"),
         (["run", "--config", "nowhere.yaml"], "no such file"),
+        (["run", "--config"], "--config: name a resolved configuration file"),
+        (["run", "--config", "a.yaml", "seed=1", "--config", "b.yaml"], "--config is given more than once"),
         (["run", "resume=latest"], "there is no run in"),
         (["run", "runs_dir=/proc/1/nowhere"], "cannot create the run directory"),
         (["status", "nowhere"], "no run 'nowhere'"),

@@ -12,13 +12,20 @@ from areal_like.config import Config, ModelConfig
 from areal_like.errors import ConfigError
 from areal_like.sorting import noisy_demonstration
 from trainer.models.tiny import CHARACTERS, character_tokenizer
-from trainer.prepare_model import prepare_model
+from trainer.prepare_model import main, prepare_model
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "areal_like"
+
+
+def test_help_has_no_indented_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("python -m trainer.prepare_model ")
+    assert not [line for line in lines if line.startswith(" ")]
 
 
 def test_character_tokenizer_round_trips_through_its_files(tmp_path: Path) -> None:

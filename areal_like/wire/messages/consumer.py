@@ -115,9 +115,9 @@ class CompleteStep:
 
 @dataclass(frozen=True, kw_only=True)
 class SetMaxStaleness:
-    """Rank 0 -> buffer, with `max_staleness: auto`: the staleness bound of tickets issued from now on.
+    """Rank 0 -> buffer, with `max_staleness: auto`: the new staleness bound.
 
-    Reply: `Ok`. Idempotent.
+    It applies to tickets issued from now on, and to those that no server has begun. Reply: `Ok`. Idempotent.
     """
 
     max_staleness: int

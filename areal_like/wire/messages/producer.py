@@ -39,7 +39,8 @@ class ServerState(StrEnum):
     DRAINING = "draining"
     """The server is leaving: no new leases."""
     QUARANTINED = "quarantined"
-    """A push failed, so the weights may be corrupt: no leases until the next push."""
+    """No leases until the next push: a push failed, so the weights may be corrupt, or a restarted engine has
+    the run's first weights, which are too old."""
 
 
 @dataclass(frozen=True, kw_only=True)
