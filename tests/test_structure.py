@@ -1,4 +1,4 @@
-"""Rules on the source: who may import whom, no import circles, limits on files, folders and names of tests."""
+"""Rules on the source: who may import whom, no import circles, sizes of files and folders, names of tests."""
 
 from __future__ import annotations
 
