@@ -87,7 +87,7 @@ class Options(argparse.ArgumentParser):
 
 def presets(section: str) -> list[str]:
     """Names that `section=name` accepts."""
-    return sorted(path.stem for path in (CONFIGS / section).glob("*.yaml") if path.stem != "custom")
+    return sorted(path.stem for path in (CONFIGS / section).glob("*.yaml"))
 
 
 def shows_help(argv: Sequence[str], text: str | None) -> bool:

@@ -23,8 +23,6 @@ def test_default_job_has_the_defaults_of_the_dataclasses() -> None:
 def test_presets_state_only_what_differs_from_the_class() -> None:
     for section, registry in (("objective", OBJECTIVES), ("advantage", ADVANTAGES)):
         for file in (CONFIGS / section).glob("*.yaml"):
-            if file.stem == "custom":
-                continue
             settings = getattr(load_config([f"{section}={file.stem}"]), section)
             default = registry.build({"name": settings["name"]})
             for key, value in settings.items():
