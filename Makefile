@@ -1,6 +1,6 @@
 # Needs Python 3.11 to 3.13, make and a package index: the first target that is run builds .venv from the pinned requirements.
 #   make run [ARGS="key=value ..."]    the default job (see `make run ARGS=--help`)
-#   make test [JOBS=3]                 lint, types and the tests, in that many processes (many of them wait: 3 for two cores)
+#   make test [JOBS=2]                 lint, types and the tests, in that many processes
 #   make chaos                         the promises about crashes and faults at length: about an hour
 #   make sglang                        an environment with SGLang on this CPU, for rollout.engine=sglang
 #   make test-sglang                   the tests against it
@@ -10,7 +10,7 @@
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
 PIP_ARGS ?=
-JOBS ?= 3
+JOBS ?= 2
 BIN := .venv/bin
 # Named after the requirements' content and made last, so neither a change nor an interrupted set-up can leave a stale environment.
 STAMP := .venv/.installed-$(shell cat requirements.txt requirements-dev.txt pyproject.toml | cksum | cut -d' ' -f1)

@@ -275,7 +275,7 @@ def test_the_users_mistake_is_one_message(workplace: Path, script: dict[str, str
 
 
 def test_a_daemon_that_never_gets_ready_is_named(workplace: Path) -> None:
-    code, _, err = run(workplace, "rollout.start_timeout_s=1", script={"rollout-0": "never ready"})
+    code, _, err = run(workplace, "rollout.start_timeout_s=6", script={"rollout-0": "never ready"})
     assert code == 1
     assert "rollout-0 was not ready after" in err and "waiting for a peer" in err
 
@@ -341,6 +341,9 @@ def test_a_server_that_a_user_stopped_is_not_replaced(workplace: Path) -> None:
     root = workplace / "runs" / "x"
     with launcher("name=x", "rollout.num_servers=2", ENDLESS, cwd=workplace) as process:
         wait_for_steps(3, root, process=process)
+        for name in ("rollout-0", "rollout-1"):  # one of them is enough for these steps
+            endpoint = root / "endpoints" / f"{name}.json"
+            wait_until(endpoint.exists, what=f"{name} is ready", run_root=root, process=process)
         # A joined server that was killed has left this file; it does not count as a server.
         write_json(
             root / "endpoints" / "rollout-7.json", {"role": "rollout", "pid": 999_999, "http": "127.0.0.1:1"}
