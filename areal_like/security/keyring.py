@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from areal_like.config import SecurityConfig
 from areal_like.errors import ConfigError
-from areal_like.security.keys import AllowedKey, Identity, KeyDirectory, KeyRole
+from areal_like.security.keys import AllowedKey, KeyDirectory, KeyRole
 
 log = logging.getLogger(__name__)
 
@@ -87,8 +87,8 @@ class Keyring:
             if identity != self.identity:
                 if self.sender(identity.public) is None:
                     problem = (
-                        f"the secret {identity.name!r} in {self.directory.path} is new, and public.json there "
-                        "does not have its key yet: the old secret stays in use"
+                        f"the secret {identity.name!r} in {self.directory.path} is new, and public.json "
+                        "there does not have its key yet: the old secret stays in use"
                     )
                 elif identity.role is self.identity.role:
                     self.identity = identity

@@ -31,7 +31,8 @@ _GRACE_S = 3600.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """ACTION, DIR, maybe NAME, and the options of the actions."""
-    parser.add_argument("action", metavar="ACTION", choices=sorted(_ACTIONS), help=", ".join(sorted(_ACTIONS)))
+    actions = sorted(_ACTIONS)
+    parser.add_argument("action", metavar="ACTION", choices=actions, help=", ".join(actions))
     parser.add_argument("directory", metavar="DIR", type=Path, help="the directory of the keys")
     parser.add_argument("name", metavar="NAME", nargs="?", default="", help="one key (add, rotate, revoke)")
     parser.add_argument("--roles", nargs="+", choices=_ROLES, metavar="ROLE", help="init: by default all")
