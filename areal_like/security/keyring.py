@@ -62,16 +62,9 @@ class Keyring:
         """True if a valid key has this name and role."""
         return any(key.name == name for key in self._valid(role))
 
-    def candidates(self, role: KeyRole, *, same_name_as: str = "") -> list[str]:
-        """Public keys that a server of this role may have, newest first.
-
-        `same_name_as`: only the keys with the name of this public key, which must itself be valid.
-        """
-        keys = self._valid(role)
-        if same_name_as:
-            names = [key.name for key in keys if key.public == same_name_as]
-            keys = [key for key in keys if key.name in names]
-        return [key.public for key in keys]
+    def candidates(self, role: KeyRole, *, name: str = "") -> list[str]:
+        """Public keys that a server of this role (and this name) may have, newest first."""
+        return [key.public for key in self._valid(role) if name in ("", key.name)]
 
     def subscribe(self, on_refresh: Callable[[], None]) -> Callable[[], None]:
         """Calls `on_refresh` after every refresh, because keys also expire; returns what ends that."""

@@ -32,7 +32,9 @@ from areal_like.errors import (
     WireError,
     WireVersionError,
 )
+from areal_like.security.keys import AllowedKey
 from areal_like.wire.codec import decode, encode
+from areal_like.wire.curve import CurveClient, CurveServer
 from areal_like.wire.messages.hello import JobFailed, Refused
 
 log = logging.getLogger(__name__)
@@ -64,10 +66,14 @@ class Envelope:
     message: Any
     num_bytes: int
     """Size of all frames, including the routing id."""
+    key: AllowedKey | None = None
+    """Key of the sender, checked for this very message; None on a Link, and without keys."""
 
 
-def _socket(kind: int, *, max_message_bytes: int) -> zmq.Socket[bytes]:
-    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
+def _socket(
+    kind: int, *, max_message_bytes: int, context: zmq.Context[zmq.Socket[bytes]] | None = None
+) -> zmq.Socket[bytes]:
+    socket = (context or zmq.Context.instance()).socket(kind)
     socket.set(zmq.LINGER, 0)
     socket.set(zmq.SNDHWM, 0)
     socket.set(zmq.RCVHWM, _MAX_WAITING)
@@ -117,19 +123,34 @@ class _Pump:
             if self._socket.closed:
                 return
             try:
-                frames = self._socket.recv_multipart(flags=zmq.NOBLOCK)
+                frames = self._receive()
             except zmq.Again:
                 return
             self._on_frames(frames)
         self._schedule()
+
+    def _receive(self) -> list[bytes]:
+        return self._socket.recv_multipart(flags=zmq.NOBLOCK)
+
+
+class _KeyedPump(_Pump):
+    """A pump of a keyed ROUTER: `user_id` is that of the message which `on_frames` is called with."""
+
+    user_id = ""
+
+    def _receive(self) -> list[bytes]:
+        route = self._socket.recv(flags=zmq.NOBLOCK, copy=False)
+        self.user_id = str(route.get("User-Id"))
+        return [route.bytes, *self._socket.recv_multipart(flags=zmq.NOBLOCK)]
 
 
 class Listener:
     """A bound ROUTER.
 
     `handler(envelope)` runs in the loop for each well-formed message; `num_bad_frames` counts malformed ones.
-    Raises ConfigError if the address cannot be bound; the error message names `setting`, the port's key in
-    the configuration.
+    With `curve`, only peers with an allowed key can connect, and `Envelope.key` is the sender's. Raises
+    ConfigError if the address cannot be bound; the error message names `setting`, the port's key in the
+    configuration.
     """
 
     def __init__(
@@ -140,24 +161,35 @@ class Listener:
         handler: Callable[[Envelope], None],
         max_message_bytes: int,
         setting: str = "port",
+        curve: CurveServer | None = None,
     ) -> None:
         self._handler = handler
         self.num_bad_frames = 0
         self._num_refusals: Counter[bytes] = Counter()
-        socket = _socket(zmq.ROUTER, max_message_bytes=max_message_bytes)
+        self._curve = curve
+        context = None if curve is None else curve.context
+        socket = _socket(zmq.ROUTER, max_message_bytes=max_message_bytes, context=context)
         socket.set(zmq.ROUTER_MANDATORY, 1)
         socket.set(zmq.ROUTER_HANDOVER, 1)
         if ":" in host:
             socket.set(zmq.IPV6, 1)
+        if curve is not None:
+            curve.protect(socket)
         try:
             socket.bind(f"tcp://{_bracket(host)}:{port or '*'}")
         except zmq.ZMQError as error:
             socket.close()
+            if curve is not None:
+                curve.close()
             raise ConfigError(
                 f"cannot bind {host}:{port} ({error.strerror}): set {setting} to a free port or 0"
             ) from None
         self.port = int(socket.get_string(zmq.LAST_ENDPOINT).rsplit(":", 1)[1])
-        self._pump = _Pump(socket, self._on_frames)
+        if curve is None:
+            self._pump = _Pump(socket, self._on_frames)
+        else:
+            curve.bound()
+            self._pump = self._keyed_pump = _KeyedPump(socket, self._on_keyed_frames)
 
     def send(self, peer: bytes, message: Any, *, rid: int = 0) -> bool:
         """Queues a message for a peer. Returns False if the peer is no longer connected."""
@@ -172,15 +204,26 @@ class Listener:
     def close(self) -> None:
         """Closes the socket and discards queued messages."""
         self._pump.close()
+        if self._curve is not None:
+            self._curve.close()
 
-    def _refuse_version(self, peer: bytes, reason: str) -> None:
+    def _refuse(self, peer: bytes, refused: Refused) -> None:
         if len(self._num_refusals) > _MAX_REFUSED_PEERS:
             self._num_refusals.clear()
         self._num_refusals[peer] += 1
         if self._num_refusals[peer] <= _MAX_VERSION_REFUSALS:
-            self.send(peer, Refused(field="wire version", reason=reason))
+            self.send(peer, refused)
 
-    def _on_frames(self, frames: list[bytes]) -> None:
+    def _on_keyed_frames(self, frames: list[bytes]) -> None:
+        assert self._curve is not None
+        user_id = self._keyed_pump.user_id
+        key = self._curve.sender(user_id)
+        if key is not None:
+            self._on_frames(frames, key)
+        elif not self._curve.is_replaced(user_id):  # a peer with a renewed key is about to connect with it
+            self._refuse(frames[0], Refused(field="key", reason="this key was revoked or has expired"))
+
+    def _on_frames(self, frames: list[bytes], key: AllowedKey | None = None) -> None:
         try:
             message, rid = decode(frames[1:])
         except WireError as error:
@@ -190,9 +233,10 @@ class Listener:
                 log.warning("bad frame refused (%d so far): %s", self.num_bad_frames, error)
             # The peer cannot decode the refusal, but can read our wire version in its header.
             if isinstance(error, WireVersionError):
-                self._refuse_version(frames[0], str(error))
+                self._refuse(frames[0], Refused(field="wire version", reason=str(error)))
             return
-        self._handler(Envelope(peer=frames[0], rid=rid, message=message, num_bytes=sum(map(len, frames))))
+        num_bytes = sum(map(len, frames))
+        self._handler(Envelope(peer=frames[0], rid=rid, message=message, num_bytes=num_bytes, key=key))
 
 
 class Link:
@@ -203,29 +247,60 @@ class Link:
     """
 
     def __init__(
-        self, address: str, *, handler: Callable[[Any], None], max_message_bytes: int = 64 << 20
+        self,
+        address: str,
+        *,
+        handler: Callable[[Any], None],
+        max_message_bytes: int = 64 << 20,
+        curve: CurveClient | None = None,
+        on_reopened: Callable[[], None] = lambda: None,
     ) -> None:
+        """With `curve` the socket is opened again when keys change.
+
+        Pending requests are then sent again, one-way messages in its queue are lost, and `on_reopened` is
+        called.
+        """
         self._handler = handler
         self._rids = itertools.count(1)
         self._pending: dict[int, tuple[Any, asyncio.Future[Any]]] = {}
         self.address = address
         self.num_bad_frames = 0
         self.last_heard_s = asyncio.get_running_loop().time()
-        socket = _socket(zmq.DEALER, max_message_bytes=max_message_bytes)
+        self._max_message_bytes = max_message_bytes
         # With a fixed routing id, a TCP reconnect loses neither our registration nor replies in flight.
-        socket.set(zmq.ROUTING_ID, uuid.uuid4().bytes)
+        self._routing_id = uuid.uuid4().bytes
+        self._curve = curve
+        self._on_reopened = on_reopened
+        self._pump = self._open()
+        if curve is not None:
+            curve.start(address, reopen=self._reopen)
+
+    def _open(self) -> _Pump:
+        address = self.address
+        socket = _socket(zmq.DEALER, max_message_bytes=self._max_message_bytes)
+        socket.set(zmq.ROUTING_ID, self._routing_id)
         socket.set(zmq.RECONNECT_IVL, 100)
         socket.set(zmq.RECONNECT_IVL_MAX, 2_000)
         if "[" in address:
             socket.set(zmq.IPV6, 1)
+        if self._curve is not None:
+            self._curve.protect(socket)
         try:
             socket.connect(address)
         except zmq.ZMQError as error:
+            if self._curve is not None:
+                self._curve.close()
             socket.close()
             raise ConfigError(
                 f"cannot connect to {address!r} ({error.strerror}): want tcp://host:port"
             ) from None
-        self._pump = _Pump(socket, self._on_frames)
+        return _Pump(socket, self._on_frames)
+
+    def _reopen(self) -> None:
+        self._pump.close()
+        self._pump = self._open()
+        self.resend_pending()
+        self._on_reopened()
 
     def send(self, message: Any) -> None:
         """Queues a one-way message."""
@@ -266,6 +341,8 @@ class Link:
 
     def close(self) -> None:
         """Closes the socket; pending calls raise PeerLostError."""
+        if self._curve is not None:
+            self._curve.close()
         self._pump.close()
         for _, future in self._pending.values():
             if not future.done():
