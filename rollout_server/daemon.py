@@ -24,8 +24,10 @@ from areal_like.errors import ConfigError
 from areal_like.paths import model_path
 from areal_like.runtime.daemon import Runtime, cancelled_on_exit
 from areal_like.runtime.imports import torch_hidden, uncollected
+from areal_like.security.keys import KeyRole
 from areal_like.wire.addresses import buffer_addresses
 from areal_like.wire.channel import tcp_address
+from areal_like.wire.curve import CurveServer
 from areal_like.wire.fingerprint import (
     dataset_fingerprint,
     model_fingerprint,
@@ -116,12 +118,16 @@ class RolloutServer:
             on_ready=self._on_engine_ready,
             on_lost=self._on_engine_lost,
         )
+        curve = None
+        if runtime.keyring is not None:
+            curve = CurveServer(runtime.keyring, roles=[KeyRole.TRAINER], on_failure=runtime.fail)
         self._receiver = WeightReceiver(
             host=config.rollout.host,
             max_message_bytes=config.buffer.max_message_bytes,
             strategy=strategy,
             on_version=self._on_version,
             on_untrusted=self._on_untrusted,
+            curve=curve,
         )
         self._buffers = ShardedBufferClient(
             config,
@@ -130,6 +136,7 @@ class RolloutServer:
             waits=runtime.waits,
             on_leases=self._on_leases,
             on_abort=lambda lease_ids: self._runner.cancel(lease_ids),
+            keyring=runtime.keyring,
         )
         self._runner = LeaseRunner(
             config,

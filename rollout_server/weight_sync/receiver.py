@@ -21,6 +21,7 @@ from typing import Any
 from areal_like.errors import EngineError, WeightSyncError
 from areal_like.weights.buckets import Manifest
 from areal_like.wire.channel import Envelope, Listener
+from areal_like.wire.curve import CurveServer
 from areal_like.wire.messages.weights import (
     Alive,
     AskAlive,
@@ -57,15 +58,17 @@ class WeightReceiver:
         strategy: WeightUpdateStrategy,
         on_version: Callable[[int], None],
         on_untrusted: OnUntrusted,
+        curve: CurveServer | None = None,
     ) -> None:
         """`on_version` is called with each activated version, `on_untrusted` with the reason why the engine's
-        weights are unknown."""
+        weights are unknown. `curve`: which keys may push weights."""
         self._listener = Listener(
             host=host,
             port=0,
             handler=self._on_request,
             max_message_bytes=max_message_bytes,
             setting="rollout.host",
+            curve=curve,
         )
         self.port = self._listener.port
         self.engine: EngineClient | None = None
