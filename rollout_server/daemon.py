@@ -24,6 +24,7 @@ from areal_like.errors import ConfigError
 from areal_like.paths import model_path
 from areal_like.runtime.daemon import Runtime, cancelled_on_exit
 from areal_like.runtime.imports import torch_hidden, uncollected
+from areal_like.security.binding import require_loopback_or_keys
 from areal_like.security.keys import KeyRole
 from areal_like.wire.addresses import buffer_addresses
 from areal_like.wire.channel import tcp_address
@@ -61,6 +62,7 @@ async def main(runtime: Runtime) -> None:
         raise ConfigError(
             f"eval.num_prompts={config.eval.num_prompts}: the task holds out {task.num_eval} (task.num_eval)"
         )
+    require_loopback_or_keys(config.security, config.rollout.host, setting="rollout.host")
     buffer_addresses(config)  # raises before the slow imports if the buffer's port is not set
     model = model_path(config)
     with torch_hidden(), uncollected():

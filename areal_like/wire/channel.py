@@ -140,7 +140,7 @@ class _KeyedPump(_Pump):
 
     def _receive(self) -> list[bytes]:
         route = self._socket.recv(flags=zmq.NOBLOCK, copy=False)
-        self.user_id = str(route.get("User-Id"))
+        self.user_id = str(route["User-Id"])
         return [route.bytes, *self._socket.recv_multipart(flags=zmq.NOBLOCK)]
 
 
@@ -200,6 +200,21 @@ class Listener:
                 raise
             return False
         return True
+
+    @property
+    def num_refused_handshakes(self) -> int:
+        """Connections that were refused for lack of an allowed key; 0 without keys."""
+        return 0 if self._curve is None else self._curve.num_refused_handshakes
+
+    @property
+    def num_refused_frames(self) -> int:
+        """Messages that were refused because of their sender's key; 0 without keys."""
+        return 0 if self._curve is None else self._curve.num_refused_frames
+
+    def count_refused_frame(self, reason: str) -> None:
+        """Counts a message that the handler refused because of its sender's key."""
+        if self._curve is not None:
+            self._curve.count_refused_frame(reason)
 
     def close(self) -> None:
         """Closes the socket and discards queued messages."""

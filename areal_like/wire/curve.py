@@ -159,7 +159,7 @@ class CurveServer:
         if len(frames) != 9 or frames[7] != b"CURVE" or len(frames[8]) != 32:
             self._answer_zap(frames, status=b"400", text=b"CURVE only")
             return
-        public = z85.encode(frames[8]).decode()
+        public = str(z85.encode(frames[8]).decode())  # type: ignore[no-untyped-call]
         key = self._keyring.sender(public)
         if key is None or key.role not in self._roles:
             if (self.num_refused_handshakes + 1).bit_count() == 1:

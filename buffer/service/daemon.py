@@ -36,7 +36,7 @@ from buffer.ledger.recovery import recover
 from buffer.service import status
 from buffer.service.handlers import NEEDS_DURABILITY, Handlers
 from buffer.service.outbox import Outbox
-from buffer.service.peer_keys import ROLES, PeerKeys
+from buffer.service.peer_keys import KEY_FIELDS, ROLES, PeerKeys
 from buffer.service.peers import ConnectedPeers
 from buffer.service.prometheus import BufferSeries
 from buffer.settings import LedgerSettings
@@ -88,9 +88,9 @@ class BufferDaemon:
         keyring = runtime.keyring
         self._series = BufferSeries(runtime.metrics, max_staleness=config.staleness_cap)
         self._keys = PeerKeys(lambda name, role: keyring is None or keyring.is_named(name, role))
-        self._curve = None
+        curve = None
         if keyring is not None:
-            self._curve = CurveServer(keyring, roles=ROLES, on_failure=self._fail)
+            curve = CurveServer(keyring, roles=ROLES, on_failure=self._fail)
         require_loopback_or_keys(config.security, buffer_host(config, shard), setting="buffer.host")
         self._listener = Listener(
             host=buffer_host(config, shard),
@@ -98,7 +98,7 @@ class BufferDaemon:
             handler=self._on_envelope,
             max_message_bytes=config.buffer.max_message_bytes,
             setting="buffer.port",
-            curve=self._curve,
+            curve=curve,
         )
         self._outbox = Outbox(self._ledger, self._peers, self._listener)
         self._handlers = Handlers(
@@ -147,9 +147,16 @@ class BufferDaemon:
             self._peers,
             now_s=self._loop.time(),
             received_bytes=self._received_bytes,
-            num_bad_frames=self._listener.num_bad_frames,
+            refusals=self._refusals(),
             num_fetches=self._outbox.num_fetches,
         )
+
+    def _refusals(self) -> dict[str, int]:
+        return {
+            "bad_frames": self._listener.num_bad_frames,
+            "refused_frames": self._listener.num_refused_frames,
+            "refused_handshakes": self._listener.num_refused_handshakes,
+        }
 
     async def _drain(self) -> None:
         """Waits for the trainer: if it is stopping too, it needs the buffer to finish and commit its step."""
@@ -174,8 +181,8 @@ class BufferDaemon:
                 answer = self._handlers.handle(envelope)
             except RefusedError as error:
                 field, reason = error.args
-                if field in ("key", "role", "name") and self._curve is not None:
-                    self._curve.count_refused_frame(reason)
+                if field in KEY_FIELDS:
+                    self._listener.count_refused_frame(reason)
                 answer = Refused(field=field, reason=reason)
             except StaleIncarnationError as error:
                 answer = Refused(field="incarnation", reason=str(error))
@@ -229,9 +236,7 @@ class BufferDaemon:
             self._flush_soon()
             snapshot = self._ledger.snapshot()
             counters = status.stream_counters(snapshot, self._peers, received_bytes=self._received_bytes)
-            self._series.update(
-                snapshot, self._peers, counters | {"bad_frames": self._listener.num_bad_frames}
-            )
+            self._series.update(snapshot, self._peers, counters | self._refusals())
 
     def _remove_revoked(self) -> None:
         """Removes peers whose key was revoked; the leases of servers return."""

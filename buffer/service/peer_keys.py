@@ -32,12 +32,12 @@ class PeerKeys:
             return
         if KeyRole(hello.role.value) is not key.role:
             raise RefusedError(
-                "role", f"the key {key.name} of role {key.role.value} is not a {hello.role.value}'s"
+                "key role", f"the key {key.name} of role {key.role.value} is not a {hello.role.value}'s"
             )
         owner = self._owners.get(hello.name)
         if owner is not None and owner.name != key.name and self._is_named(owner.name, owner.role):
             raise RefusedError(
-                "name",
+                "key name",
                 f"{hello.name} was registered with the key {owner.name}, not {key.name}: "
                 "choose another name, or revoke that key",
             )
@@ -65,5 +65,7 @@ class PeerKeys:
         ]
 
 
+KEY_FIELDS = ("key", "key role", "key name")
+"""Fields of the refusals that are counted as refused because of a key."""
 ROLES = tuple(KeyRole(role.value) for role in Role)
 """Roles of the keys that may connect to a buffer."""

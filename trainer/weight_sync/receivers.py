@@ -31,7 +31,7 @@ def receiver_id(entry: ServerEntry) -> ReceiverId:
 
 
 def has_valid_key(entry: ServerEntry, keyring: Keyring | None) -> bool:
-    """True if weights may be sent to this server: the buffer has seen a valid key of it, or there are no keys."""
+    """True if weights may go to this server: there are no keys, or the buffer has seen a valid one of it."""
     return keyring is None or keyring.sender(entry.public_key) is not None
 
 
