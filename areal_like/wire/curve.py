@@ -28,6 +28,7 @@ from zmq.utils import z85
 from areal_like.errors import ArealError, ConfigError
 from areal_like.security.keyring import PUBLIC_LENGTH, Keyring
 from areal_like.security.keys import AllowedKey, KeyRole
+from areal_like.wire.pump import Pump, log_at_powers_of_2
 
 log = logging.getLogger(__name__)
 
@@ -38,48 +39,22 @@ _FAILED = (
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 )
-_READ_BATCH = 256
+_MAX_ANSWERS, _MAX_ANSWERED_KEYS = 16, 1024
 _BIND_AGAIN_S = 0.02
 _BIND_TIMEOUT_S = 10.0
 _PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 
 
-class _Reader:
-    """Calls `on_frames` in the running loop for each message of a socket."""
-
-    def __init__(self, socket: zmq.Socket[bytes], on_frames: Callable[[list[bytes]], None]) -> None:
-        self.socket = socket
-        self._on_frames = on_frames
-        self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(socket.fileno(), self._read)
-        self._loop.call_soon(self._read)
-
-    def close(self) -> None:
-        if not self.socket.closed:
-            self._loop.remove_reader(self.socket.fileno())
-            self.socket.close(linger=0)
-
-    def _read(self) -> None:
-        for _ in range(_READ_BATCH):
-            if self.socket.closed:
-                return
-            try:
-                frames = self.socket.recv_multipart(flags=zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            self._on_frames(frames)
-        self._loop.call_soon(self._read)
-
-
-def _monitor(socket: zmq.Socket[bytes], events: int, on_event: Callable[[int], None]) -> _Reader:
+def _monitor(socket: zmq.Socket[bytes], events: int, on_event: Callable[[int], None]) -> Pump:
     """Calls `on_event` with each of these events of a socket's connections."""
     address = f"inproc://monitor-{uuid.uuid4().hex}"
     socket.monitor(address, events)
     pair = socket.context.socket(zmq.PAIR)
     # libzmq's I/O thread waits when the monitor's queue is full, and all connections with it.
     pair.set(zmq.RCVHWM, 0)
+    pair.set(zmq.LINGER, 0)
     pair.connect(address)
-    return _Reader(pair, lambda frames: on_event(struct.unpack_from("=H", frames[0])[0]))
+    return Pump(pair, lambda frames: on_event(struct.unpack_from("=H", frames[0])[0]))
 
 
 class CurveServer:
@@ -95,9 +70,10 @@ class CurveServer:
         self._loop = asyncio.get_running_loop()
         self._socket: zmq.Socket[bytes] | None = None
         self._endpoint = ""
-        self._readers: list[_Reader] = []
+        self._pumps: list[Pump] = []
         self._unsubscribe: Callable[[], None] = lambda: None
         self._identity = keyring.identity
+        self._num_answered: dict[str, int] = {}
         self.num_refused_handshakes = 0
         """Connections that were refused: no key, an unknown key, or no CURVE."""
         self.num_refused_frames = 0
@@ -111,9 +87,10 @@ class CurveServer:
         """Makes a socket of `context`, not bound yet, accept only allowed keys."""
         self._socket = socket
         zap = self.context.socket(zmq.ROUTER)
+        zap.set(zmq.LINGER, 0)
         zap.bind(_ZAP_ADDRESS)
-        self._readers.append(_Reader(zap, self._on_zap_request))
-        self._readers.append(_monitor(socket, _FAILED, self._on_failed_handshake))
+        self._pumps.append(Pump(zap, self._on_zap_request))
+        self._pumps.append(_monitor(socket, _FAILED, self._on_failed_handshake))
         socket.set(zmq.CURVE_SERVER, 1)
         socket.set(zmq.CURVE_SECRETKEY, self._identity.secret.encode())
         socket.set_string(zmq.ZAP_DOMAIN, _ZAP_DOMAIN.decode())
@@ -134,6 +111,13 @@ class CurveServer:
             return None
         return key
 
+    def may_answer(self, user_id: str) -> bool:
+        """True for the first refused messages of a key: replies must not pile up."""
+        while len(self._num_answered) >= _MAX_ANSWERED_KEYS and user_id not in self._num_answered:
+            del self._num_answered[next(iter(self._num_answered))]
+        self._num_answered[user_id] = self._num_answered.get(user_id, 0) + 1
+        return self._num_answered[user_id] <= _MAX_ANSWERS
+
     def is_replaced(self, user_id: str) -> bool:
         """True if the sender's key has expired because a newer one has replaced it."""
         name = user_id[PUBLIC_LENGTH:]
@@ -142,15 +126,14 @@ class CurveServer:
     def count_refused_frame(self, reason: str) -> None:
         """Counts a message that was refused because of its sender's key, and logs some of them."""
         self.num_refused_frames += 1
-        if self.num_refused_frames.bit_count() == 1:
-            log.warning("message refused (%d so far): %s", self.num_refused_frames, reason)
+        log_at_powers_of_2(self.num_refused_frames, "message refused: %s (%d so far)", reason)
 
     def close(self) -> None:
         """Ends everything but the socket, which must be closed before."""
         self._unsubscribe()
         self._unsubscribe = lambda: None
-        for reader in self._readers:
-            reader.close()
+        for pump in self._pumps:
+            pump.close()
         self._socket = None
         self.context.term()
 
@@ -170,15 +153,14 @@ class CurveServer:
         self._answer_zap(frames, status=b"200", text=b"OK", user_id=(public + key.name).encode())
 
     def _answer_zap(self, frames: list[bytes], *, status: bytes, text: bytes, user_id: bytes = b"") -> None:
-        zap = self._readers[0].socket
-        zap.send_multipart([*frames[:4], status, text, user_id, b""], flags=zmq.NOBLOCK)
+        self._pumps[0].send([*frames[:4], status, text, user_id, b""])
 
     def _on_failed_handshake(self, event: int) -> None:
         self.num_refused_handshakes += 1
-        if event != zmq.EVENT_HANDSHAKE_FAILED_AUTH and self.num_refused_handshakes.bit_count() == 1:
-            log.warning(
-                "a connection without a key, or to another key than this daemon's, was refused (%d so far)",
+        if event != zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            log_at_powers_of_2(
                 self.num_refused_handshakes,
+                "a connection without a key, or to another key than this daemon's, was refused (%d so far)",
             )
 
     def _on_refresh(self) -> None:
@@ -225,7 +207,7 @@ class CurveClient:
         self._server_key = ""
         self._num_failures = 0
         """Failed handshakes since the last that succeeded."""
-        self._monitor: _Reader | None = None
+        self._monitor: Pump | None = None
         self._reopening: asyncio.TimerHandle | None = None
         self._reopen: Callable[[], None] = lambda: None
         self._unsubscribe: Callable[[], None] = lambda: None

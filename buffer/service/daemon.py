@@ -30,7 +30,7 @@ from areal_like.wire.addresses import buffer_host, buffer_port, reachable_host
 from areal_like.wire.channel import Envelope, Listener, tcp_address
 from areal_like.wire.curve import CurveServer
 from areal_like.wire.fingerprint import as_number, dataset_fingerprint, shared_settings
-from areal_like.wire.messages import consumer
+from areal_like.wire.messages import TO_BUFFER, consumer
 from areal_like.wire.messages.hello import Refused, Role
 from buffer.ledger.recovery import recover
 from buffer.service import status
@@ -99,6 +99,8 @@ class BufferDaemon:
             max_message_bytes=config.buffer.max_message_bytes,
             setting="buffer.port",
             curve=curve,
+            accepts=TO_BUFFER,
+            screen=self._screen,
         )
         self._outbox = Outbox(self._ledger, self._peers, self._listener)
         self._handlers = Handlers(
@@ -147,15 +149,17 @@ class BufferDaemon:
             self._peers,
             now_s=self._loop.time(),
             received_bytes=self._received_bytes,
-            refusals=self._refusals(),
+            refused=self._refused_frames(),
             num_fetches=self._outbox.num_fetches,
         )
 
-    def _refusals(self) -> dict[str, int]:
+    def _refused_frames(self) -> dict[str, int]:
         return {
             "bad_frames": self._listener.num_bad_frames,
+            "unregistered_frames": self._handlers.num_unregistered_frames,
             "refused_frames": self._listener.num_refused_frames,
             "refused_handshakes": self._listener.num_refused_handshakes,
+            "undelivered_messages": self._listener.num_dropped,
         }
 
     async def _drain(self) -> None:
@@ -173,6 +177,11 @@ class BufferDaemon:
         alive_s = max(1.0, 3 * self._config.daemon.heartbeat_s)
         ranks = self._peers.of(Role.TRAINER)
         return any(self._loop.time() - peer.last_heard_s <= alive_s for peer in ranks)
+
+    def _screen(self, route: bytes, kind: type) -> bool:
+        with self._failing_on_error():
+            return self._handlers.may_send(route, kind)
+        return False
 
     def _on_envelope(self, envelope: Envelope) -> None:
         self._received_bytes += envelope.num_bytes
@@ -236,7 +245,7 @@ class BufferDaemon:
             self._flush_soon()
             snapshot = self._ledger.snapshot()
             counters = status.stream_counters(snapshot, self._peers, received_bytes=self._received_bytes)
-            self._series.update(snapshot, self._peers, counters | self._refusals())
+            self._series.update(snapshot, self._peers, counters | self._refused_frames())
 
     def _remove_revoked(self) -> None:
         """Removes peers whose key was revoked; the leases of servers return."""

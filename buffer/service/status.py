@@ -44,10 +44,10 @@ def status(
     *,
     now_s: float,
     received_bytes: int,
-    refusals: Mapping[str, int],
+    refused: dict[str, int],
     num_fetches: int,
 ) -> dict[str, Any]:
-    """The body of /status. `refusals`: counts of messages and connections that were refused, by name."""
+    """The body of /status. `refused`: counts of refused messages and connections, by name."""
     snapshot = ledger.snapshot()
     totals = run_counters(snapshot, peers, received_bytes=received_bytes)
     return {
@@ -75,7 +75,7 @@ def status(
         "lag_histogram": {str(lag): count for lag, count in sorted(snapshot.lag_histogram.items())},
         "fetches_waiting": num_fetches,
         "buffer_bytes": snapshot.num_bytes,
-        **refusals,
+        **refused,
         "peers": _peers_status(ledger.servers, peers, now_s=now_s),
     }
 

@@ -23,6 +23,7 @@ from areal_like.weights.buckets import Manifest
 from areal_like.wire.channel import Envelope, Listener
 from areal_like.wire.curve import CurveServer
 from areal_like.wire.messages.weights import (
+    TO_SERVER,
     Alive,
     AskAlive,
     DissolveGroup,
@@ -71,6 +72,7 @@ class WeightReceiver:
             max_message_bytes=max_message_bytes,
             setting="rollout.host",
             curve=curve,
+            accepts=TO_SERVER,
         )
         """The control socket."""
         self.port = self.listener.port
