@@ -36,7 +36,8 @@ def keys(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def buffer(tmp_path: Path, keys: Path) -> Iterator[BufferProcess]:
-    with running_buffer(tmp_path, security={"keys": str(keys)}) as process:
+    settings = {"security": {"keys": str(keys)}, "buffer": {"lease_timeout_s": 30}}
+    with running_buffer(tmp_path, **settings) as process:
         yield process
 
 
@@ -237,11 +238,11 @@ def test_a_renewed_key_keeps_name_and_leases(buffer: BufferProcess, keys: Path) 
                 good.ring.refresh()
                 return any(entry.public_key == new for entry in rank.received(Directory)[-1].servers)
 
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(40):
                 while not has_new_key():
                     assert isinstance(await good.beat(free=0, leases=leases), HeartbeatAck)
                     # As a rank does after it has connected again: it may have missed a directory.
-                    await rank.link.call(rank_hello, timeout_s=5)
+                    await rank.link.call(rank_hello, timeout_s=20)
                     await asyncio.sleep(0.2)
             status = buffer.status()
             assert status["counters"]["leases_lost"] == 0 and status["refused_frames"] == 0
