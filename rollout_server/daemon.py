@@ -122,6 +122,7 @@ class RolloutServer:
             strategy=strategy,
             on_version=self._on_version,
             on_untrusted=self._on_untrusted,
+            integrity=config.weights.integrity,
         )
         self._buffers = ShardedBufferClient(
             config,

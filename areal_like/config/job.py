@@ -134,6 +134,12 @@ class Config(Section):
             f"resume={self.resume!r}: use latest or step:K",
         )
         self._check_shards()
+        require(
+            self.weights.integrity == "none" or self.rollout.engine == "embedded",
+            f"weights.integrity={self.weights.integrity} needs rollout.engine=embedded: "
+            f"{self.rollout.engine} loads each bucket in place and cannot verify it before; "
+            "set weights.integrity=none",
+        )
         for section in ("task", "objective", "advantage"):
             keys = getattr(self, section)
             require(("name" in keys) != ("_target_" in keys), f"{section}: give either `name` or `_target_`")

@@ -13,6 +13,7 @@ from typing import Any
 
 from areal_like.errors import EngineError
 from areal_like.weights.buckets import Bucket
+from areal_like.weights.integrity import BucketSums
 from rollout_server.inference.generate_batcher import GenerateBatcher, wire_rid
 from rollout_server.inference.http import EngineHttp
 from rollout_server.inference.types import EngineInfo, Generation, Sampling, parse_weight_version
@@ -106,8 +107,12 @@ class EngineClient:
         group_name: str,
         backend: str,
         timeout_s: float,
+        secret: str = "",
     ) -> None:
-        """Joins a weight group, which rank 0 must do at the same time; returns once all have joined."""
+        """Joins a weight group, which rank 0 must do at the same time; returns once all have joined.
+
+        `secret`: key of the group's rendezvous, for an engine with `info.authenticates_store`.
+        """
         body = {
             "master_address": master_address,
             "master_port": master_port,
@@ -116,6 +121,7 @@ class EngineClient:
             "group_name": group_name,
             "backend": backend,
             "timeout_s": timeout_s,
+            **({"secret": secret} if secret else {}),
         }
         await self._http.call(
             "POST", "/init_weights_update_group", body, timeout_s=timeout_s + self._connect_timeout_s
@@ -156,22 +162,26 @@ class EngineClient:
         await self._http.call("POST", "/update_weights_from_distributed", body, timeout_s=timeout_s)
 
     async def receive_weights(
-        self, buckets: Sequence[Bucket], *, group_name: str, timeout_s: float
-    ) -> list[int]:
+        self, buckets: Sequence[Bucket], *, group_name: str, timeout_s: float, integrity: str = "none"
+    ) -> BucketSums:
         """Embedded engine only: opens a session and receives all buckets of a push, in order, in one call.
 
-        Returns the checksum of each bucket. `timeout_s` is enforced by the engine, so that the error is the
+        Returns the sums of the buckets, with digests if `integrity` is `sha256`. `timeout_s` is enforced by the engine, so that the error is the
         engine's own.
         """
         body = {
             "buckets": [bucket.to_dict() for bucket in buckets],
             "group_name": group_name,
             "timeout_s": timeout_s,
+            "integrity": integrity,
         }
         answer = await self._http.call(
             "POST", "/receive_weights", body, timeout_s=timeout_s + self._connect_timeout_s
         )
-        return [int(checksum) for checksum in answer.get("checksums", ())]
+        return BucketSums(
+            checksums=[int(checksum) for checksum in answer.get("checksums", ())],
+            digests=[str(digest) for digest in answer.get("digests", ())],
+        )
 
     async def end_weight_update(
         self, *, weight_version: int | None = None, running: str = "recompute", timeout_s: float

@@ -346,6 +346,7 @@ def test_long_headers_of_small_parts_are_accepted() -> None:
             step=1,
             update_mode="keep",
             manifest={"buckets": [tensors]},
+            integrity="none",
             timeout_s=1.0,
         ),
     ):

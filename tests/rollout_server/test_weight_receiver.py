@@ -107,6 +107,7 @@ def push(
                 world_size=2,
                 backend="gloo",
                 timeout_s=5.0,
+                secret="",
             )
             assert isinstance(await link.call(form, timeout_s=5), WeightsOk)
             manifest = Manifest(version=1, buckets=Held(tensors, bucket_bytes=64).buckets).to_dict()
@@ -117,9 +118,10 @@ def push(
                 step=1,
                 update_mode=update_mode,
                 manifest=manifest,
+                integrity="none",
                 timeout_s=1.0,
             )
-            link.send(PushChecksums(version=1, checksums=[]))
+            link.send(PushChecksums(version=1, checksums=[], digests=[]))
             answer = await link.call(request, timeout_s=8)
             await receiver.close()
         link.close()

@@ -17,6 +17,7 @@ from areal_like.config import Config, SglangConfig
 from areal_like.errors import EngineError, WeightSyncError
 from areal_like.weights.buckets import Bucket, Manifest, cut_buckets, flatten, spec_of
 from areal_like.weights.collective import WeightGroup
+from areal_like.weights.integrity import BucketSums
 from areal_like.wire.messages.weights import PushWeights
 from rollout_server.episodes.base import PolicyClient
 from rollout_server.episodes.transcript import Transcript
@@ -105,6 +106,7 @@ class UpdateHarness:
             step=1,
             update_mode=mode,
             manifest=manifest.to_dict(),
+            integrity="none",
             timeout_s=timeout_s,
         )
         async with asyncio.timeout(timeout_s):
@@ -113,7 +115,7 @@ class UpdateHarness:
                 manifest=manifest,
                 left_s=lambda: 2 * timeout_s,
                 cancellable=_nothing,
-                sent_checksums=_no_checksums,
+                sent_sums=_no_sums,
             )
             stall_s = await self.update.push(self.client, push)
         self.version += 1
@@ -142,8 +144,8 @@ def _nothing() -> Iterator[None]:
     yield
 
 
-async def _no_checksums() -> list[int]:
-    raise AssertionError("SGLang is not sent checksums")
+async def _no_sums() -> BucketSums:
+    raise AssertionError("SGLang compares no sums")
 
 
 @asynccontextmanager

@@ -106,7 +106,12 @@ class FakeServer:
                         self.activate(push)
                 case AskAlive():
                     alive = Alive(
-                        version=self.version, num_ranks=1, device="cpu", device_uuid="", nccl_version=""
+                        version=self.version,
+                        num_ranks=1,
+                        device="cpu",
+                        device_uuid="",
+                        nccl_version="",
+                        authenticates_store=True,
                     )
                     self.listener.send(envelope.peer, alive, rid=envelope.rid)
                     return
@@ -133,6 +138,7 @@ class FakeServer:
             group_name=form.group_name,
             backend=form.backend,
             timeout_s=form.timeout_s,
+            secret=form.secret,
         )
 
     def receive(self, push: PushWeights) -> list[int]:
@@ -514,7 +520,14 @@ def test_split_groups() -> None:
 
 
 def alive(*, num_ranks: int = 1, device: str = "cuda:0", uuid: str = "", nccl: str = "2.27.5") -> Alive:
-    return Alive(version=0, num_ranks=num_ranks, device=device, device_uuid=uuid, nccl_version=nccl)
+    return Alive(
+        version=0,
+        num_ranks=num_ranks,
+        device=device,
+        device_uuid=uuid,
+        nccl_version=nccl,
+        authenticates_store=False,
+    )
 
 
 def test_an_engine_gets_one_group_rank_per_tensor_parallel_rank() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -115,6 +116,22 @@ def weight_version(body: Mapping[str, Any]) -> str:
     if value is not None and (isinstance(value, bool) or not isinstance(value, (str, int))):
         raise UserError(f"weight_version must be a string, got {value!r}")
     return "" if value is None else str(value)
+
+
+def secret(body: Mapping[str, Any]) -> str:
+    """`secret`: 32 bytes in hexadecimal; empty where the body has none."""
+    value = body.get("secret", "")
+    if not isinstance(value, str) or (value and re.fullmatch(r"[0-9a-f]{64}", value) is None):
+        raise UserError("secret must be 64 hexadecimal digits")  # its value stays out of logs
+    return value
+
+
+def integrity(body: Mapping[str, Any]) -> str:
+    """`integrity`: `none` (the default) or `sha256`."""
+    value = body.get("integrity", "none")
+    if value not in ("none", "sha256"):
+        raise UserError(f"integrity must be none or sha256, got {value!r}")
+    return str(value)
 
 
 def recompute(body: Mapping[str, Any]) -> bool:

@@ -143,6 +143,7 @@ class EngineServer:
             {
                 "engine": "embedded",
                 **self._updater.device_facts(),
+                "authenticates_store": True,
                 "model_path": self._options.model_path,
                 "context_length": self._limits.context_length,
                 "vocab_size": self._limits.vocab_size,

@@ -45,6 +45,7 @@ class WeightRoutes:
             group_name=bodies.text(body, "group_name", DEFAULT_GROUP),
             backend=bodies.text(body, "backend", "nccl"),
             timeout_s=bodies.timeout(body, self._default_timeout_s),
+            secret=bodies.secret(body),
         )
         return success("joined the weight group")
 
@@ -77,12 +78,13 @@ class WeightRoutes:
         buckets = body.get("buckets")
         if not isinstance(buckets, list) or not all(isinstance(bucket, dict) for bucket in buckets):
             raise UserError("buckets must be a list of objects")
-        checksums = await self._updater.receive_all(
+        sums = await self._updater.receive_all(
             [Bucket.from_dict(bucket) for bucket in buckets],
             group_name=bodies.text(body, "group_name", DEFAULT_GROUP),
             timeout_s=bodies.timeout(body, self._default_timeout_s),
+            integrity=bodies.integrity(body),
         )
-        return success("received", checksums=checksums)
+        return success("received", checksums=sums.checksums, digests=sums.digests)
 
     async def end(self, body: dict[str, Any]) -> Response:
         """/end_weight_update."""
