@@ -166,8 +166,8 @@ class EngineClient:
     ) -> BucketSums:
         """Embedded engine only: opens a session and receives all buckets of a push, in order, in one call.
 
-        Returns the sums of the buckets, with digests if `integrity` is `sha256`. `timeout_s` is enforced by the engine, so that the error is the
-        engine's own.
+        Returns the sums of the buckets, with digests if `integrity` is `sha256`. `timeout_s` is enforced by
+        the engine, so that the error is the engine's own.
         """
         body = {
             "buckets": [bucket.to_dict() for bucket in buckets],

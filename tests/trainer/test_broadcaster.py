@@ -321,6 +321,27 @@ def test_error_message_for_a_host_of_another_machine() -> None:
     asyncio.run(body())
 
 
+def test_no_free_port_is_a_mistake_only_at_the_start() -> None:
+    async def body() -> None:
+        receiver = FakeServer("one")
+        with WeightGroup.create(world_size=2, group_name="other", timeout_s=5) as other:
+            config = WeightsConfig(push_deadline_s=5, port_range=f"{other.port}-{other.port}")
+            late, broadcaster = (Broadcaster(config, device="cpu", incarnation=i) for i in (1, 2))
+            with pytest.raises(ConfigError, match=r"every port of weights\.port_range=.* larger range"):
+                await broadcaster.push(snapshot(1), version=1, step=1, servers=[receiver.entry])
+            late.num_sessions = 1
+            outcome = await late.push(snapshot(1), version=1, step=1, servers=[receiver.entry])
+            assert "every port of weights.port_range" in outcome.failed["one"]
+        receiver.version = 1  # another entry of the directory ends the back-off
+        outcome = await late.push(snapshot(2), version=2, step=2, servers=[receiver.entry])
+        assert list(outcome.activated) == ["one"] and receiver.version == 2
+        await broadcaster.close()
+        await late.close()
+        receiver.close()
+
+    asyncio.run(body())
+
+
 def test_a_publisher_reports_a_wrong_setting() -> None:
     async def granted(_: Any, *, timeout_s: float) -> VersionGranted:
         return VersionGranted(version=1)
