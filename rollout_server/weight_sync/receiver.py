@@ -27,6 +27,7 @@ from areal_like.weights.buckets import Manifest
 from areal_like.weights.integrity import BucketSums
 from areal_like.wire.channel import Envelope, Listener
 from areal_like.wire.messages.weights import (
+    TO_SERVER,
     Alive,
     AskAlive,
     DissolveGroup,
@@ -77,6 +78,7 @@ class WeightReceiver:
             handler=self._on_request,
             max_message_bytes=max_message_bytes,
             setting="rollout.host",
+            accepts=TO_SERVER,
         )
         self.port = self._listener.port
         self.engine: EngineClient | None = None

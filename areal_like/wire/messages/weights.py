@@ -23,7 +23,7 @@ reply by the deadline counts as failure.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +85,8 @@ class PushWeights:
     `PushChecksums` follows.
     """
 
+    max_header_bytes: ClassVar[int] = 4 << 20
+    """A mixture of experts: 40,000 tensors with names of 60 characters."""
     epoch: int
     group_name: str
     version: int
@@ -104,6 +106,8 @@ class PushChecksums:
     Weights are activated only if the checksums (and the digests) agree.
     """
 
+    max_header_bytes: ClassVar[int] = 4 << 20
+    """70 bytes for each bucket; a bucket has at least one of `PushWeights`' tensors."""
     version: int
     checksums: list[int]
     """`areal_like.weights.buckets.checksum` of each bucket, in the order of the manifest."""
@@ -143,3 +147,5 @@ class WeightsFailed:
 
 
 MESSAGES = (AskAlive, Alive, FormGroup, PushWeights, PushChecksums, DissolveGroup, WeightsOk, WeightsFailed)
+TO_SERVER = (AskAlive, FormGroup, PushWeights, PushChecksums, DissolveGroup)
+"""The messages that rank 0 sends; the others are the server's."""
