@@ -25,6 +25,18 @@ _INTEGRITIES = ("none", "sha256")
 _MAX_VERSION = 2**63 - 1
 
 
+def reason_to_refuse(request: object, *, host: str, num_ranks: int, integrity: str) -> str:
+    """What is wrong with a request; empty if nothing is. The arguments are those of the checks below."""
+    try:
+        if isinstance(request, FormGroup):
+            check_form_group(request, host=host, num_ranks=num_ranks)
+        elif isinstance(request, PushWeights):
+            check_push(request, integrity=integrity)
+    except WeightSyncError as error:
+        return str(error)
+    return ""
+
+
 def check_form_group(request: FormGroup, *, host: str, num_ranks: int) -> None:
     """`host`: that this server's control socket is bound to. `num_ranks`: of its engine.
 

@@ -39,7 +39,7 @@ from areal_like.wire.messages.weights import (
 )
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.weight_update import OnUntrusted, WeightPush, WeightUpdateStrategy
-from rollout_server.weight_sync.checks import check_form_group, check_push
+from rollout_server.weight_sync.checks import reason_to_refuse
 
 log = logging.getLogger(__name__)
 
@@ -139,9 +139,10 @@ class WeightReceiver:
                 self._sent_checksums = envelope.message
                 self._checksums_arrived.set()
             return
-        if self._queue.full():
-            reason = f"{_MAX_QUEUED} requests are waiting already"
-            self._answer(envelope, WeightsFailed(version=self.version, reason=reason))
+        if reason := self._reason_to_refuse(envelope.message):
+            answer = WeightsFailed(version=self.version, reason=reason)
+            self._answer(envelope, answer)
+            self._count(envelope, answer)
             return
         # FormGroup and DissolveGroup cancel a rendezvous or broadcast, which may be waiting for a dead rank.
         is_newer = isinstance(envelope.message, FormGroup) or (
@@ -183,12 +184,22 @@ class WeightReceiver:
             )
         finally:
             self._answer(envelope, answer)
-            self._count(request, answer)
+            self._count(envelope, answer)
 
-    def _count(self, request: Any, answer: WeightsOk | WeightsFailed) -> None:
+    def _reason_to_refuse(self, request: Any) -> str:
+        """Why a request is not even queued; empty if it is."""
+        if self._queue.full():
+            return f"{_MAX_QUEUED} requests are waiting already"
+        num_ranks = self.engine.info.num_ranks if self.engine is not None else 1
+        return reason_to_refuse(request, host=self._host, num_ranks=num_ranks, integrity=self._integrity)
+
+    def _count(self, envelope: Envelope, answer: WeightsOk | WeightsFailed) -> None:
+        request = envelope.message
         if isinstance(answer, WeightsFailed):
             self.num_failures += 1
-            log.warning("%s failed: %s", type(request).__name__, answer.reason)
+            # Of a peer without a group only failures 1, 2, 4, 8, ... are logged: it may send millions.
+            if envelope.peer == self._group_peer or self.num_failures.bit_count() == 1:
+                log.warning("%s failed: %s", type(request).__name__, answer.reason)
         elif isinstance(request, PushWeights):
             self.num_pushes += 1
             self.seconds_total += answer.seconds
@@ -215,7 +226,6 @@ class WeightReceiver:
             raise EngineError(_NO_ENGINE)
         match request:
             case FormGroup():
-                check_form_group(request, host=self._host, num_ranks=self.engine.info.num_ranks)
                 await self._join_group(self.engine, request, peer=peer)
                 return 0.0
             case DissolveGroup():
@@ -230,7 +240,6 @@ class WeightReceiver:
                         f"the engine is in group {self._group_name!r}"
                     )
                 self._check_peer(peer)
-                check_push(request, integrity=self._integrity)
                 return await self._push(self.engine, request)
         raise WeightSyncError(f"unexpected {type(request).__name__} on the weight control socket")
 

@@ -178,7 +178,9 @@ def test_only_the_peer_that_formed_the_group_pushes() -> None:
         pushing = asyncio.create_task(trainer.call(PUSH, timeout_s=5))
         while "receive_weights" not in engine.called:
             await asyncio.sleep(0.01)
-        # Neither cancels the push, and the stranger's sums are not the ones that are compared.
+        # None of these cancels the push, and the stranger's sums are not the ones that are compared.
+        answer = await stranger.call(dataclasses.replace(FORM, master_address="10.1.2.3"), timeout_s=5)
+        assert isinstance(answer, WeightsFailed)
         stranger.send(PushChecksums(version=1, checksums=[8], digests=["e"]))
         dissolving = asyncio.create_task(stranger.call(DissolveGroup(epoch=1, group_name="g"), timeout_s=5))
         trainer.send(PushChecksums(version=1, checksums=[7], digests=["d"]))
