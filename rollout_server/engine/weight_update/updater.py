@@ -158,10 +158,13 @@ class WeightUpdater:
             raise WeightSyncError(
                 f"weight group {group_name}: {master_address}:{master_port} did not reply in {timeout_s:g} s"
             ) from None
+        finally:
+            if self._join is join:
+                self._join = None
         if join.is_abandoned:
             in_thread(group.close, name="weights")
             raise WeightSyncError(f"weight group {group_name}: this engine has left it while joining")
-        self._groups[group_name], self._join = group, None
+        self._groups[group_name] = group
 
     async def destroy_group(self, group_name: str) -> None:
         """Leaves a group. Raises WeightSyncError if no group has that name."""
