@@ -170,7 +170,7 @@ class Runtime:
                 if not isinstance(body, dict):
                     raise ValueError("want a JSON object")
                 return JSONResponse(await verb(body))
-            except ValueError as error:  # UserError is one
+            except (ValueError, RecursionError) as error:  # UserError is one; a body may be nested deeply
                 return JSONResponse({"error": str(error)}, status_code=400)
 
         return Starlette(

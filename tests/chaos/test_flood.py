@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from launch.audit.run import audit_run
-from tests.chaos.job import ChaosJob, check_counters, check_groups, counters_of, running_job, train
+from tests.chaos.job import QUIET, ChaosJob, check_counters, check_groups, counters_of, running_job, train
 from tests.support.buffer_harness import ROOT
 
 GROUPS_PER_STEP = 8
@@ -61,7 +61,8 @@ def flooding(job: ChaosJob, *, num_frames: int) -> Iterator[subprocess.Popen[str
 
 def flood(directory: Path, *, num_frames: int, timeout_s: float) -> None:
     trainer = {"num_steps": 1_000_000, "groups_per_step": GROUPS_PER_STEP, "fetch_timeout_s": 60.0}
-    with running_job(directory, trainer=trainer, buffer={"max_message_bytes": 1 << 20}) as job:
+    buffer = {"max_message_bytes": 1 << 20, "lease_timeout_s": 2.0}
+    with running_job(directory, trainer=trainer, buffer=buffer, daemon=QUIET) as job:
         job.produce("rollout-0", sample_s=0.005)
         with job.trainer() as client:
             groups = train(client, first=0, last=10)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
+import json
 import random
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from itertools import count, islice
 from pathlib import Path
@@ -26,7 +28,7 @@ from launch.audit.run import audit_run
 from rollout_server.inference.client import EngineClient
 from rollout_server.weight_sync.receiver import WeightReceiver
 from tests.chaos.flooder import hello
-from tests.chaos.job import check_counters, check_groups, counters_of, running_job, train
+from tests.chaos.job import QUIET, check_counters, check_groups, counters_of, running_job, train
 from tests.chaos.test_flood import MAX_ANSWER_S, MAX_GROWTH_BYTES, HttpProbe
 from tests.support.wire_mutation import Frames, mutated
 
@@ -73,7 +75,7 @@ def fuzz_buffer(directory: Path, *, num_frames: int, steps_of_frames: int) -> No
     """Half of the connections register as rollout servers before they send mutated messages."""
     trainer = {"num_steps": 1_000_000, "groups_per_step": 8, "fetch_timeout_s": 60.0}
     frames = mutated(random.Random(num_frames), kinds=TO_BUFFER, valid=0.1)
-    with running_job(directory, trainer=trainer) as job, job.trainer() as client:
+    with running_job(directory, trainer=trainer, daemon=QUIET) as job, job.trainer() as client:
         job.produce("rollout-0")
         groups = train(client, first=0, last=5)
         before_bytes = job.buffer.rss_bytes()
@@ -192,3 +194,51 @@ async def fuzz_link(*, num_frames: int) -> None:
 
 def test_mutated_messages_do_not_harm_a_link() -> None:
     asyncio.run(asyncio.wait_for(fuzz_link(num_frames=3_000), 60))
+
+
+def bodies(rng: random.Random) -> Iterator[bytes]:
+    """Endless: bodies for `POST /control/drop`, none of which names a ticket of the job."""
+    values = [None, True, -1, 0.5, 1e308, 1 << 70, 10**4000, "x" * 1000, [], {}, [[]], "\ud800", "17"]
+    while True:
+        value = rng.choice(values)
+        good = json.dumps({rng.choice(["tickets", "x", ""]): rng.choice([value, [value], [1 << 40, value]])})
+        yield rng.choice(
+            [
+                good.encode(),
+                good.encode()[: rng.randrange(len(good))],
+                rng.randbytes(rng.randrange(200)),
+                b"[" * rng.randrange(1, 100_000),
+                b'{"tickets":' * rng.randrange(1, 5_000),
+                json.dumps({"tickets": [1 << 40] * 10_000}).encode(),
+                json.dumps(value).encode(),
+            ]
+        )
+
+
+def fuzz_control(directory: Path, *, num_requests: int) -> None:
+    with running_job(directory, daemon=QUIET) as job:
+        connection = http.client.HTTPConnection(job.buffer.http, timeout=10)
+        codes: Counter[int] = Counter()
+        for body in islice(bodies(random.Random(num_requests)), num_requests):
+            verb = "drop" if len(body) % 5 else "unknown"
+            asked_s = time.monotonic()
+            connection.request("POST", f"/control/{verb}", body=body)
+            answer = connection.getresponse()
+            answer.read()
+            codes[answer.status] += 1
+            assert time.monotonic() - asked_s < MAX_ANSWER_S, body[:100]
+            assert 400 <= answer.status < 500, (answer.status, body[:100])
+        connection.close()
+        assert len(codes) == 2, codes
+        assert job.buffer.terminate()[0] == 0
+
+
+@pytest.mark.timeout(120)
+def test_bodies_of_requests_do_not_harm_a_buffer(tmp_path: Path) -> None:
+    fuzz_control(tmp_path, num_requests=200)
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(3600)
+def test_many_bodies_of_requests_do_not_harm_a_buffer(tmp_path: Path) -> None:
+    fuzz_control(tmp_path, num_requests=20_000)
