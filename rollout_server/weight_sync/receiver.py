@@ -45,6 +45,9 @@ log = logging.getLogger(__name__)
 
 _CLEANUP_TIMEOUT_S = 5.0
 """Time limit of each call to the engine after a failure, and of waiting for a cancelled request."""
+_MAX_QUEUED = 16
+"""Requests that may wait. A trainer sends the next one when it has the answer to the last; two trainers may
+overlap."""
 _NO_ENGINE = "this server's engine is not running"
 _MAX_QUEUED = 16
 """Requests that may wait to be handled; more are answered with a failure."""
@@ -150,7 +153,11 @@ class WeightReceiver:
         )
         if is_newer and self._work is not None and self._is_cancellable:
             self._work.cancel()
-        self._queue.put_nowait(envelope)
+        try:
+            self._queue.put_nowait(envelope)
+        except asyncio.QueueFull:
+            reason = f"{_MAX_QUEUED} requests wait before this one"
+            self._answer(envelope, WeightsFailed(version=self.version, reason=reason))
 
     async def _serve(self) -> None:
         """Handles requests one after the other."""
