@@ -26,6 +26,7 @@ from areal_like.errors import EngineError, WeightSyncError
 from areal_like.weights.buckets import Manifest
 from areal_like.weights.integrity import BucketSums
 from areal_like.wire.channel import Envelope, Listener
+from areal_like.wire.curve import CurveServer
 from areal_like.wire.messages.weights import (
     TO_SERVER,
     Alive,
@@ -40,6 +41,7 @@ from areal_like.wire.messages.weights import (
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.weight_update import OnUntrusted, WeightPush, WeightUpdateStrategy
 from rollout_server.weight_sync.checks import reason_to_refuse
+from rollout_server.weight_sync.repeated_requests import RepeatedRequests
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +51,6 @@ _MAX_QUEUED = 16
 """Requests that may wait. A trainer sends the next one when it has the answer to the last; two trainers may
 overlap."""
 _NO_ENGINE = "this server's engine is not running"
-_MAX_QUEUED = 16
-"""Requests that may wait to be handled; more are answered with a failure."""
 _MIN_TIMEOUT_S = 0.001
 """Shortest timeout passed to the engine, where 0 would mean no timeout."""
 
@@ -69,21 +69,23 @@ class WeightReceiver:
         strategy: WeightUpdateStrategy,
         on_version: Callable[[int], None],
         on_untrusted: OnUntrusted,
+        curve: CurveServer | None = None,
         integrity: str = "none",
     ) -> None:
-        """`integrity`: `weights.integrity` of this server: `sha256` refuses a push without digests.
-
-        `on_version` is called with each activated version, `on_untrusted` with the reason why the engine's
-        weights are unknown."""
-        self._listener = Listener(
+        """`on_version` is called with each activated version, `on_untrusted` with the reason why the engine's
+        weights are unknown. `curve`: which keys may push weights. `integrity`: `weights.integrity` of this
+        server; `sha256` refuses a push without digests."""
+        self.listener = Listener(
             host=host,
             port=0,
             handler=self._on_request,
             max_message_bytes=max_message_bytes,
             setting="rollout.host",
+            curve=curve,
             accepts=TO_SERVER,
         )
-        self.port = self._listener.port
+        """The control socket."""
+        self.port = self.listener.port
         self.engine: EngineClient | None = None
         self.version = 0
         """Version that is active in the engine."""
@@ -108,14 +110,10 @@ class WeightReceiver:
         self._is_cancellable = False
         self._sent_checksums: PushChecksums | None = None
         self._checksums_arrived = asyncio.Event()
+        self._repeated = RepeatedRequests()
         self._queue: asyncio.Queue[Envelope] = asyncio.Queue(_MAX_QUEUED)
         self.serving = asyncio.create_task(self._serve(), name="weights")
         """Ends only by `close`, or with an unexpected exception."""
-
-    @property
-    def num_bad_frames(self) -> int:
-        """Frames on the control socket that were refused."""
-        return self._listener.num_bad_frames
 
     def set_engine(self, engine: EngineClient | None, *, version: int = 0) -> None:
         """Records that an engine was started with this version, or lost (None); a lost engine's weight group
@@ -131,7 +129,7 @@ class WeightReceiver:
             await asyncio.wait([self._work], timeout=_CLEANUP_TIMEOUT_S)
         self.serving.cancel()
         await asyncio.gather(self.serving, return_exceptions=True)
-        self._listener.close()
+        self.listener.close()
 
     def _on_request(self, envelope: Envelope) -> None:
         if isinstance(envelope.message, AskAlive):
@@ -142,10 +140,12 @@ class WeightReceiver:
                 self._sent_checksums = envelope.message
                 self._checksums_arrived.set()
             return
+        if not self._repeated.is_new(envelope):
+            if (answer := self._repeated.answer_to(envelope)) is not None:
+                self._answer(envelope, answer)
+            return
         if reason := self._reason_to_refuse(envelope.message):
-            answer = WeightsFailed(version=self.version, reason=reason)
-            self._answer(envelope, answer)
-            self._count(envelope, answer)
+            self._finish(envelope, WeightsFailed(version=self.version, reason=reason))
             return
         # FormGroup and DissolveGroup cancel a rendezvous or broadcast, which may be waiting for a dead rank.
         is_newer = isinstance(envelope.message, FormGroup) or (
@@ -153,11 +153,7 @@ class WeightReceiver:
         )
         if is_newer and self._work is not None and self._is_cancellable:
             self._work.cancel()
-        try:
-            self._queue.put_nowait(envelope)
-        except asyncio.QueueFull:
-            reason = f"{_MAX_QUEUED} requests wait before this one"
-            self._answer(envelope, WeightsFailed(version=self.version, reason=reason))
+        self._queue.put_nowait(envelope)
 
     async def _serve(self) -> None:
         """Handles requests one after the other."""
@@ -190,8 +186,7 @@ class WeightReceiver:
                 version=self.version, reason=f"{type(request).__name__} was cancelled before it was done"
             )
         finally:
-            self._answer(envelope, answer)
-            self._count(envelope, answer)
+            self._finish(envelope, answer)
 
     def _reason_to_refuse(self, request: Any) -> str:
         """Why a request is not even queued; empty if it is."""
@@ -200,7 +195,10 @@ class WeightReceiver:
         num_ranks = self.engine.info.num_ranks if self.engine is not None else 1
         return reason_to_refuse(request, host=self._host, num_ranks=num_ranks, integrity=self._integrity)
 
-    def _count(self, envelope: Envelope, answer: WeightsOk | WeightsFailed) -> None:
+    def _finish(self, envelope: Envelope, answer: WeightsOk | WeightsFailed) -> None:
+        """Answers a request, and counts it."""
+        self._answer(envelope, answer)
+        self._repeated.record_answer(envelope, answer)
         request = envelope.message
         if isinstance(answer, WeightsFailed):
             self.num_failures += 1
@@ -225,7 +223,7 @@ class WeightReceiver:
         return Alive(version=self.version, **dataclasses.asdict(self.engine.info))
 
     def _answer(self, envelope: Envelope, answer: Alive | WeightsOk | WeightsFailed) -> None:
-        self._listener.send(envelope.peer, answer, rid=envelope.rid)
+        self.listener.send(envelope.peer, answer, rid=envelope.rid)
 
     async def _perform(self, request: Any, *, peer: bytes) -> float:
         """Performs a request; returns the seconds in which nothing was decoded."""
