@@ -101,7 +101,8 @@ def flood(directory: Path, *, num_frames: int, timeout_s: float) -> None:
     print(
         f"{sent} in {time.monotonic() - started_s:.0f} s; HTTP: {len(probe.answers_s)} answers, "
         f"median {1000 * statistics.median(probe.answers_s):.0f} ms, longest {max(probe.answers_s):.3f} s; "
-        f"{len(steps_s)} steps, median {statistics.median(steps_s):.2f} s, longest {max(steps_s):.2f} s; memory {before_bytes >> 20} -> at most "
+        f"{len(steps_s)} steps, median {statistics.median(steps_s):.2f} s, longest {max(steps_s):.2f} s; "
+        f"memory {before_bytes >> 20} -> at most "
         f"{max(probe.rss_bytes) >> 20} MB"
     )
 
