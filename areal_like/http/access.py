@@ -9,7 +9,6 @@ checked: a page cannot hide its `Origin`, and `curl -d` needs no option.
 from __future__ import annotations
 
 import hmac
-import ipaddress
 import socket
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -120,14 +119,6 @@ def host_of(header: bytes) -> str:
     """The name in a Host header, in lower case and without port and brackets; empty if there is none."""
     text = header.decode("latin-1").strip().lower()
     return text[1:].partition("]")[0] if text.startswith("[") else text.partition(":")[0]
-
-
-def is_loopback(host: str) -> bool:
-    """True for `localhost` and numeric addresses of loopback; other names are not resolved."""
-    try:
-        return host.lower() == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def _only(headers: list[tuple[bytes, bytes]], name: bytes) -> bytes | None:

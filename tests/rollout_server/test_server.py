@@ -149,12 +149,13 @@ def test_status_readiness_and_metrics_pages(shared: tuple[PlayedBuffer, ServerPr
             return str(response.read().decode())
 
     wait_until(lambda: json.loads(get("/status"))["not_ready"] == "")
-    assert get("/readyz") == "ready"
+    assert get("/readyz") == "ok"
     status = json.loads(get("/status"))
     assert status["state"] == "serving" and status["engine_pid"] in descendants(server.process.pid)
     metrics = get("/metrics")
     for line in ("areal_samples_failed_total 0.0", "areal_engine_starts 1.0", "areal_weight_pushes_total"):
         assert line in metrics
+    assert "areal_engine_steps_total" in get("/metrics/engine")
 
 
 def test_engine_that_cannot_start_is_reported_with_its_log(model: Path, tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ The client of SGLang must not send them.
 
 async def bad_requests_are_refused(engine: Engine) -> None:
     """Status 400 with a message. The engine survives, and a good request in the same batch succeeds."""
-    async with aiohttp.ClientSession() as session:
+    async with aiohttp.ClientSession(headers=engine.headers) as session:
         for body, message in [*BAD_BODIES, *(BODIES_UNSAFE_FOR_SGLANG if engine.kind == "embedded" else [])]:
             async with session.post(f"{engine.url}/generate", json=body) as response:
                 text = await response.text()
