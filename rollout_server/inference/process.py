@@ -153,7 +153,7 @@ class EngineProcess(ABC):
         )
 
     def _launch(self, *, version: int) -> None:
-        self.api_key = secrets.token_urlsafe(32)
+        self.api_key = secrets.token_hex(32)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with _pipe_with(self.api_key) as key_fd, self.log_path.open("ab") as log_file:
             command = self._command(version=version, key_file=f"/dev/fd/{key_fd}")

@@ -32,5 +32,5 @@ def redact(key: str) -> None:
 if __name__ == "__main__":
     api_key = Path(sys.argv[1]).read_text().strip()
     redact(api_key)
-    sys.argv = ["sglang.launch_server", *sys.argv[2:], "--api-key", api_key]
+    sys.argv = ["sglang.launch_server", *sys.argv[2:], f"--api-key={api_key}"]
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
