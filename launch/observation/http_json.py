@@ -119,7 +119,10 @@ def _object(response: http.client.HTTPResponse) -> dict[str, Any]:
     content = response.read(_MAX_ANSWER_BYTES + 1)
     if len(content) > _MAX_ANSWER_BYTES:
         raise ValueError(f"longer than {_MAX_ANSWER_BYTES} bytes")
-    answer = json.loads(content)
+    try:
+        answer = json.loads(content)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if not isinstance(answer, dict):
         raise ValueError("not an object")
     return answer
