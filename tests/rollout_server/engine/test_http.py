@@ -71,6 +71,20 @@ def test_keep_in_flight_records_versions_with_inexact_logprobs(engine: Engine, m
     )
 
 
+def test_calls_of_a_stranger_are_refused(engine: Engine) -> None:
+    asyncio.run(conformance.strangers_calls_are_refused(engine))
+
+
+def test_requests_of_pages_and_other_hosts_are_refused(engine: Engine) -> None:
+    async def body() -> None:
+        async with aiohttp.ClientSession(headers=engine.headers) as session:
+            for headers, status in (({"Origin": "null"}, 403), ({"Host": "evil.example"}, 421), ({}, 200)):
+                async with session.get(f"{engine.url}/flush_cache", headers=headers) as response:
+                    assert response.status == status
+
+    asyncio.run(body())
+
+
 def test_bad_requests_are_refused(engine: Engine) -> None:
     asyncio.run(conformance.bad_requests_are_refused(engine))
 
