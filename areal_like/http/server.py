@@ -5,6 +5,7 @@
 * A head that takes longer than `_HEAD_TIMEOUT_S` ends the connection; uvicorn would wait for ever.
 * What a request sends beside its body (headers, chunk sizes, trailers) is bounded while it arrives; httptools
   would collect a header of any length.
+* TLS handshakes are bounded in number and time; a connection counts as one only after it.
 * At `max_connections` the oldest connection that has no complete request is closed. uvicorn's own limit would
   answer 503 to everybody, /livez included, for as long as a stranger holds connections.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -24,6 +26,7 @@ from areal_like.http.access import MAX_HEAD_BYTES
 from areal_like.http.guard import ADMITTED
 
 _HEAD_TIMEOUT_S = 10.0
+_HANDSHAKE_TIMEOUT_S = 5.0
 _KEEP_ALIVE_S = 5
 _BACKLOG = 128
 """Connections that the kernel holds until they are accepted. All of them may be accepted in one turn of the
@@ -67,18 +70,50 @@ class HttpConfig(uvicorn.Config):
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn without its signal handlers: the process owns signals."""
+    """uvicorn on sockets that are bound already, without its signal handlers: the process owns signals."""
+
+    config: HttpConfig
+
+    def __init__(self, config: HttpConfig) -> None:
+        super().__init__(config)
+        self._handshakes: list[BoundedHttp] = []
+        """Connections in a TLS handshake, and some that have ended since."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Installs no handlers."""
         yield
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Starts to answer. As uvicorn's, which has no setting for handshakes."""
+        loop, tls = asyncio.get_running_loop(), self.config.ssl
+        self.servers = [
+            await loop.create_server(
+                self._connection,
+                sock=listening,
+                backlog=_BACKLOG,
+                ssl=tls,
+                ssl_handshake_timeout=_HANDSHAKE_TIMEOUT_S if tls else None,
+            )
+            for listening in sockets or ()
+        ]
+        self.started = True
+
+    def _connection(self) -> BoundedHttp:
+        """A connection that is being accepted; an exception closes it."""
+        made = BoundedHttp(config=self.config, server_state=self.server_state, app_state={})
+        if self.config.ssl:
+            self._handshakes = [other for other in self._handshakes if other.is_in_handshake]
+            if len(self._handshakes) >= self.config.max_connections:
+                raise ConnectionRefusedError("too many TLS handshakes")
+            self._handshakes.append(made)
+        return made
+
 
 class BoundedHttp(HttpToolsProtocol):
     """One connection."""
 
-    config: HttpConfig  # type: ignore[assignment]
+    config: HttpConfig
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -91,6 +126,11 @@ class BoundedHttp(HttpToolsProtocol):
         self._num_body_bytes = 0
         self._num_other_bytes = 0
         """Bytes of this request that are not its body."""
+
+    @property
+    def is_in_handshake(self) -> bool:
+        """True until TLS is agreed on or the time for it is over."""
+        return self.transport is None and self.loop.time() < self._opened_s + _HANDSHAKE_TIMEOUT_S
 
     @property
     def is_idle(self) -> bool:

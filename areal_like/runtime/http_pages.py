@@ -19,7 +19,9 @@ from areal_like.http.access import AccessRules, Reason, host_names
 from areal_like.http.guard import BodyLimits, HttpGuard
 from areal_like.http.server import HttpConfig, HttpServer
 from areal_like.runtime.metrics import CONTENT_TYPE, Metrics
+from areal_like.security.binding import require_loopback_or_keys
 from areal_like.security.keys import KeyDirectory
+from areal_like.security.tls import tls_files
 from areal_like.security.tokens import TokenList
 from areal_like.wire.sockets import bound_socket
 
@@ -51,7 +53,7 @@ class HttpPlane:
     """The HTTP server of one daemon: `bind`, then `start`, then `close`."""
 
     def __init__(self, daemon: Daemon) -> None:
-        """Raises ConfigError if `security.keys` is not a directory of keys."""
+        """Raises ConfigError if `security.keys` is not a directory of keys, or TLS cannot be used."""
         config = daemon.config
         security = config.security
         self._host = config.daemon.http_host
@@ -69,12 +71,22 @@ class HttpPlane:
             limits=_BODY_LIMITS,
             on_refused=lambda reason: refused.labels(reason.value).inc(),
         )
-        self._server = HttpServer(HttpConfig(guard, max_connections=_MAX_CONNECTIONS))
+        certificate, private_key = tls_files(security)
+        self._server = HttpServer(
+            HttpConfig(
+                guard, max_connections=_MAX_CONNECTIONS, certificate=certificate, private_key=private_key
+            )
+        )
+        self._security = security
         self._serving: asyncio.Task[None] | None = None
         self._socket: socket.socket | None = None
 
     def bind(self) -> int:
-        """Binds a free port and returns it. Raises ConfigError."""
+        """Binds a free port and returns it.
+
+        Raises ConfigError if the address is not one of this machine, or needs keys.
+        """
+        require_loopback_or_keys(self._security, self._host, setting="daemon.http_host")
         try:
             self._socket = bound_socket(self._host, 0)
         except OSError as error:

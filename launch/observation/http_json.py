@@ -15,6 +15,7 @@ from areal_like.config.security import SecurityConfig
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
+from areal_like.security.tls import client_context
 from areal_like.security.tokens import operator_token
 
 REQUEST_TIMEOUT_S = 1.0
@@ -24,13 +25,17 @@ _REFUSED = (401, 403, 421)
 
 
 class Operator:
-    """The operator's rights at the daemons of one run: a token, where the job has keys."""
+    """The operator's access to the daemons of one run: a token, and the certificate to expect."""
 
     def __init__(self, security: SecurityConfig, endpoints: Path) -> None:
-        """`endpoints`: the run's directory of endpoint files. Raises ConfigError if the token is missing."""
+        """`endpoints`: the run's directory of endpoint files.
+
+        Raises ConfigError if the token or the certificate is missing.
+        """
         self._endpoints = endpoints
         self._keys = security.keys
         self._known: set[str] = set()
+        self._tls = client_context(security)
         if security.keys:
             operator_token(security.keys)
 
@@ -45,6 +50,12 @@ class Operator:
             return {}
         return {"Authorization": f"Bearer {operator_token(self._keys)}"}
 
+    def connection(self, host: str, port: int, *, timeout_s: float) -> http.client.HTTPConnection:
+        """A connection that is not open yet; over TLS where the job has a certificate."""
+        if self._tls is None:
+            return http.client.HTTPConnection(host, port, timeout=timeout_s)
+        return http.client.HTTPSConnection(host, port, timeout=timeout_s, context=self._tls)
+
     def _addresses(self) -> list[str]:
         found = []
         for path in self._endpoints.glob("*.json"):
@@ -55,13 +66,17 @@ class Operator:
         return found
 
 
+NOBODY = Operator(SecurityConfig(), Path())
+"""For jobs without keys and certificate."""
+
+
 def operator_of(root: Path) -> Operator:
     """The operator of the run in the directory `root`, by the settings stored there. Raises ConfigError."""
     paths = RunPaths(root)
     return Operator(load_config(["--config", str(paths.config)]).security, paths.endpoints)
 
 
-def fetch_json(address: str, path: str, *, operator: Operator | None = None) -> dict[str, Any] | None:
+def fetch_json(address: str, path: str, *, operator: Operator = NOBODY) -> dict[str, Any] | None:
     """GET http://address/path; returns the JSON object, or None if none arrives within REQUEST_TIMEOUT_S.
 
     Raises ConfigError if the daemon refuses this caller.
@@ -69,8 +84,8 @@ def fetch_json(address: str, path: str, *, operator: Operator | None = None) -> 
     host, _, port = address.rpartition(":")
     if not port.isdigit():
         return None
-    headers = operator.headers(address) if operator else {}
-    connection = http.client.HTTPConnection(host.strip("[]"), int(port), timeout=REQUEST_TIMEOUT_S)
+    headers = operator.headers(address)
+    connection = operator.connection(host.strip("[]"), int(port), timeout_s=REQUEST_TIMEOUT_S)
     try:
         connection.request("GET", path, headers=headers)
         response = connection.getresponse()
@@ -89,7 +104,7 @@ def post_json(
     path: str,
     body: dict[str, Any],
     *,
-    operator: Operator | None = None,
+    operator: Operator = NOBODY,
     timeout_s: float = 5.0,
 ) -> dict[str, Any]:
     """POST http://address/path; returns the JSON object in the answer.
@@ -97,8 +112,8 @@ def post_json(
     Raises OSError if the daemon does not answer, ConfigError with the daemon's reason if it refuses.
     """
     host, _, port = address.rpartition(":")
-    headers = operator.headers(address) if operator else {}
-    connection = http.client.HTTPConnection(host.strip("[]"), int(port), timeout=timeout_s)
+    headers = operator.headers(address)
+    connection = operator.connection(host.strip("[]"), int(port), timeout_s=timeout_s)
     try:
         connection.request("POST", path, body=json.dumps(body), headers=headers)
         response = connection.getresponse()
