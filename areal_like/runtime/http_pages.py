@@ -20,9 +20,9 @@ from areal_like.http.guard import BodyLimits, HttpGuard
 from areal_like.http.server import HttpConfig, HttpServer
 from areal_like.runtime.metrics import CONTENT_TYPE, Metrics
 from areal_like.security.binding import require_loopback_or_keys
-from areal_like.security.keys import KeyDirectory
+from areal_like.security.keyring import Keyring
 from areal_like.security.tls import tls_files
-from areal_like.security.tokens import TokenList
+from areal_like.security.tokens import role_of_token
 from areal_like.wire.sockets import bound_socket
 
 _BODY_LIMITS = BodyLimits(max_bytes=1 << 20, timeout_s=10.0)
@@ -38,6 +38,7 @@ class Daemon(Protocol):
 
     config: Config
     metrics: Metrics
+    keyring: Keyring | None
     verbs: dict[str, Verb]
     metrics_pages: dict[str, Page]
 
@@ -53,14 +54,15 @@ class HttpPlane:
     """The HTTP server of one daemon: `bind`, then `start`, then `close`."""
 
     def __init__(self, daemon: Daemon) -> None:
-        """Raises ConfigError if `security.keys` is not a directory of keys, or TLS cannot be used."""
+        """Raises ConfigError if TLS cannot be used."""
         config = daemon.config
         security = config.security
         self._host = config.daemon.http_host
         others = [*security.allowed_hosts, config.buffer.advertise_host, config.rollout.advertise_host]
-        tokens = TokenList(KeyDirectory(security.keys)) if security.keys else None
+        keyring = daemon.keyring
         rules = AccessRules(
-            hosts=host_names(self._host, others=others), role_of=tokens.role_of if tokens else None
+            hosts=host_names(self._host, others=others),
+            role_of=None if keyring is None else lambda token: role_of_token(keyring, token),
         )
         refused = daemon.metrics.counter(
             "http_refused", "HTTP requests refused, by reason.", label="reason", values=list(Reason)

@@ -2,44 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from pathlib import Path
 
 from areal_like.errors import ConfigError
-from areal_like.security.keys import KeyDirectory, KeyRole
-
-log = logging.getLogger(__name__)
+from areal_like.security.keyring import Keyring
+from areal_like.security.keys import KeyRole
 
 OPERATOR_FILE = "operator.token"
-_REFRESH_S = 1.0
 _MAX_TOKEN_BYTES = 4096
 
 
-class TokenList:
-    """The tokens that a server accepts: those of public.json, read again at most once a second."""
-
-    def __init__(self, keys: KeyDirectory) -> None:
-        self._keys = keys
-        self._checked_s = time.monotonic()
-        self._is_readable = True
-
-    def role_of(self, token: str) -> KeyRole | None:
-        """The role of a token; None if it is unknown, revoked or expired."""
-        if time.monotonic() - self._checked_s > _REFRESH_S:
-            self._refresh()
-        key = self._keys.allowed.key_of_token(token, now_unix_s=time.time())
-        return key.role if key is not None else None
-
-    def _refresh(self) -> None:
-        self._checked_s = time.monotonic()
-        try:
-            self._keys.refresh()
-            self._is_readable = True
-        except ConfigError as error:
-            if self._is_readable:  # one line, not one for each request
-                log.error("the list of keys is not read again, the old one stays: %s", error)
-            self._is_readable = False
+def role_of_token(keys: Keyring, token: str) -> KeyRole | None:
+    """The role of a bearer token; None if it is unknown, revoked or expired."""
+    key = keys.directory.allowed.key_of_token(token, now_unix_s=time.time())
+    return key.role if key is not None else None
 
 
 def operator_token(directory: str | Path) -> str:

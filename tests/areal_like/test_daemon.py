@@ -34,7 +34,7 @@ def test_http_endpoints_and_drain(started: Any) -> None:
     daemon.wait_ready()
     assert daemon.get("/livez") == (200, "ok")
     status = json.loads(daemon.get("/status")[1])
-    assert (status["answer"], status["role"], list(status["waiting_on"])) == (42, "test", ["a signal"])
+    assert (status["answer"], status["role"], list(status["waiting_on"])) == (42, "rollout", ["a signal"])
     assert "process_resident_memory_bytes" in daemon.get("/metrics")[1]
     assert daemon.get("/control/double", b'{"n": 4}') == (200, '{"n":8}')
     for verb, body, code in (

@@ -14,8 +14,9 @@ from types import SimpleNamespace
 import pytest
 
 from areal_like.http.access import AccessRules, Reason, host_names, single_key
+from areal_like.security.administration import revoke_key
 from tests.support.daemon_process import DaemonProcess
-from tests.support.key_directory import allow, make_keys
+from tests.support.key_directory import make_keys
 
 HUGE = 300_000_000
 
@@ -147,7 +148,13 @@ def test_token_is_needed_for_all_but_the_probes(keyed: SimpleNamespace) -> None:
     daemon = keyed.daemon
     assert daemon.get("/livez") == daemon.get("/readyz") == (200, "ok")
     for path in ("/status", "/metrics", "/metrics/engine", "/control/double", "/nope"):
-        for authorization in ("", "Bearer", "Bearer x", "Basic token-of-operator", "token-of-operator"):
+        for authorization in (
+            "",
+            "Bearer",
+            "Bearer x",
+            f"Basic {keyed.tokens['operator']}",
+            keyed.tokens["operator"],
+        ):
             assert daemon.get(path, Authorization=authorization)[0] == 401, (path, authorization)
     assert daemon.get("/control/drain", b"{}")[0] == 401
     connection = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=10)
@@ -181,19 +188,18 @@ def test_revoked_token_is_refused_within_5_s(keyed: SimpleNamespace) -> None:
         return response.status
 
     assert status_of(bearer) == 200
-    allow(keyed.keys, *(name for name in keyed.tokens if name != "monitor"))
+    revoke_key(keyed.keys, "monitor")
     deadline_s = time.monotonic() + 5
     while status_of(bearer) == 200:
         assert time.monotonic() < deadline_s
         time.sleep(0.1)
     assert status_of(operator) == 200
+    public = (keyed.keys / "public.json").read_text()
     (keyed.keys / "public.json").write_text("{")  # a broken list changes nothing
-    time.sleep(1.1)
+    time.sleep(1.3)
     assert status_of(operator) == 200 and status_of(bearer) == 401
-    allow(keyed.keys, *keyed.tokens)
+    (keyed.keys / "public.json").write_text(public)
     connection.close()
-    log = (keyed.daemon.run / "logs" / "test-0.log").read_text()
-    assert log.count("the old one stays") == 1
 
 
 def test_daemon_with_an_absent_directory_of_keys_does_not_start(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ async def main(runtime):
     if mode == "slow":
         await asyncio.sleep(3)
 
-sys.exit(run_daemon(load_config(sys.argv[2:]), role="test", name="test-0", main=main))
+sys.exit(run_daemon(load_config(sys.argv[2:]), role="rollout", name="test-0", main=main))
 """
 
 
