@@ -7,6 +7,7 @@ code that holds a generation's lease decides about a retry.
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -20,7 +21,7 @@ from rollout_server.inference.types import EngineInfo, Generation, Sampling, par
 
 
 class EngineClient:
-    """Asynchronous client of one engine at `base_url` (http://host:port). All failures are EngineError.
+    """Asynchronous client of one engine at `base_url` (`http://host:port`). All failures are EngineError.
 
     Use as an async context manager or call `close()`. One client belongs to one event loop.
     """
@@ -29,12 +30,19 @@ class EngineClient:
         self,
         base_url: str,
         *,
+        api_key: str = "",
+        tls: ssl.SSLContext | None = None,
         connect_timeout_s: float = 5.0,
         control_timeout_s: float = 30.0,
         generate_timeout_s: float = 600.0,
     ) -> None:
+        """`tls`: how an https engine is checked; None: with the certificates of the system."""
         self._http = EngineHttp(
-            base_url, connect_timeout_s=connect_timeout_s, control_timeout_s=control_timeout_s
+            base_url,
+            api_key=api_key,
+            tls=tls,
+            connect_timeout_s=connect_timeout_s,
+            control_timeout_s=control_timeout_s,
         )
         self._batcher = GenerateBatcher(self._http, timeout_s=generate_timeout_s)
         self._connect_timeout_s = connect_timeout_s
@@ -248,6 +256,10 @@ class EngineClient:
         """Running and waiting sequences; tokens, busy and idle seconds since the engine's start."""
         load: dict[str, float] = (await self.server_info()).get("load", {})
         return load
+
+    async def metrics(self) -> bytes:
+        """The engine's page in Prometheus' format."""
+        return await self._http.fetch("GET", "/metrics", timeout_s=self._connect_timeout_s)
 
     async def fetch_info(self) -> None:
         """Fills `info` from the engine."""

@@ -115,7 +115,7 @@ class GenerateBatcher:
         reason = "closed the stream before every sequence had ended"
         try:
             async with self._http.session.post(
-                f"{base_url}/generate", json=body, timeout=timeout
+                f"{base_url}/generate", json=body, timeout=timeout, allow_redirects=False
             ) as response:
                 if response.status == 400 and len(batch) > 1:
                     # The engine refuses a batch because of one bad request. Send each request alone, so that
