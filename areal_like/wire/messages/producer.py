@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from areal_like.failures import FailureKind
 from areal_like.wire.records import Record
 
 BATCH_BYTES = 1 << 18
@@ -108,6 +109,13 @@ class SampleDone:
 
     lease_id: int
     record: Record
+    failure: str = ""
+    """Empty, or the `FailureKind` of a failure that is trained on with reward 0 (policy `zero`)."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for an unknown kind of failure."""
+        if self.failure:
+            FailureKind(self.failure)
 
     @property
     def ticket_id(self) -> int:
@@ -170,7 +178,7 @@ class SampleAcks:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleFailed:
-    """Server -> buffer: a sample failed (reward raised or hung, engine refused).
+    """Server -> buffer: a sample failed, and is not trained on with reward 0.
 
     Acknowledged in `SampleAcks`.
     """
@@ -178,6 +186,9 @@ class SampleFailed:
     lease_id: int
     ticket_id: int
     sample_index: int
+    kind: FailureKind
+    num_tokens: int
+    """Tokens that were sampled for it and are lost."""
     error: str
 
 
