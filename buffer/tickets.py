@@ -83,8 +83,8 @@ class Verdict(StrEnum):
     ABANDONED = "abandoned"
     """A token used weights of steps that a resumed trainer repeats. The sample is leased again."""
     INVALID = "invalid"
-    """Aborted, too long, without a sampled token, greedy instead of random (or vice versa), or failed in a way
-    that is not trained on."""
+    """Aborted, too long, without a sampled token, greedy instead of random (or vice versa), or failed without
+    being one to train on with reward 0."""
 
     @property
     def refusal(self) -> str:

@@ -63,7 +63,7 @@ class StreamCounters:
         self._add_group("groups_offered", ticket, sign=1)
 
     def count_failure(self, kind: FailureKind, outcome: FailurePolicy, *, num_tokens: int) -> None:
-        """Counts a failed sample with `num_tokens` sampled tokens; they are lost unless the outcome is ZERO."""
+        """Counts a failed sample; its `num_tokens` sampled tokens are lost unless the outcome is ZERO."""
         self._add("num_failures", 1)
         self._add(failure_key(kind, outcome), 1)
         if num_tokens:

@@ -44,7 +44,7 @@ class EvalRound:
         return self._num_evaluated + self.num_failed == self.num_prompts
 
     def result(self) -> EvalResult:
-        """Mean reward over all prompts, in which a failed one counts 0; mean tokens over the evaluated ones."""
+        """Mean reward over all prompts, of which a failed one counts 0, and tokens of evaluated ones."""
         count = max(1, self._num_evaluated)
         oldest, newest = self._versions or (self.min_version, self.min_version)
         return EvalResult(

@@ -5,9 +5,9 @@
                                                   +-------- the next failure -----+     |
     HEALTHY <------------------------- an accepted sample ------------------------------+
 
-The back-off doubles with each quarantine in a row. A row counts tickets, not samples: eight samples of a group
+The back-off doubles with each quarantine in a row. A row counts tickets, not samples: the samples of a group
 often fail for one cause. Failures of the server (its engine) and of the task's code (reward, environment) are
-separate rows, because they have different culprits.
+separate rows, because they have different causes.
 
 Not stored: a restart of the buffer is a retry.
 """
@@ -79,9 +79,7 @@ class ServerHealth:
         backoff_s = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2**self.num_quarantines)
         self.num_quarantines += 1
         self.has_failed_task |= not is_server_fault
-        reason = (
-            f"{len(row)} samples failed in a row, each of another ticket; the last ({kind.value}): {error}"
-        )
+        reason = f"{len(row)} samples failed in a row, all of different tickets; the last: {error}"
         self.quarantine = Quarantine(reason=reason, until_s=now_s + backoff_s)
         return True
 
