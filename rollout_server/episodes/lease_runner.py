@@ -165,7 +165,7 @@ class LeaseRunner:
             record = await self._make_record(lease, sample_index, prompt, transcript)
         except (EngineError, EpisodeError, RewardError) as error:
             kind = next(kind for cause, kind in _KINDS if isinstance(error, cause))
-            if kind is FailureKind.ENGINE:
+            if isinstance(error, EngineError):
                 await asyncio.sleep(_ENGINE_GRACE_S)
                 if engine is None or self.engine is not engine:
                     return
@@ -221,9 +221,7 @@ class LeaseRunner:
     ) -> None:
         """Reports a failed sample: with reward 0 if its policy is `zero`, else for the buffer to decide."""
         self.num_failed[kind] += 1
-        log.warning(
-            "sample %d of ticket %d failed (%s): %s", sample_index, lease.ticket_id, kind.value, error
-        )
+        log.warning("sample %d of ticket %d failed (%s): %s", sample_index, lease.ticket_id, kind, error)
         record = None
         if self._on_failure.policy(kind) is FailurePolicy.ZERO:
             record = _record_of_zero(lease, sample_index, transcript)

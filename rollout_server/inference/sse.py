@@ -2,8 +2,8 @@
 
 A batch request streams the events of all its sequences, each with the `index` of its sequence in the batch.
 Events before the last one of a sequence repeat what the last one contains, so only the last one is parsed.
-SGLang reports an error of one sequence (a prompt that is too long) as an event without an index, behind status
-200, and ends the stream.
+SGLang reports an error of one sequence (a prompt that is too long) as an event without an index, after it has
+answered with status 200, and ends the stream.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ workers hangs.
                             -> worker lost while scoring this item: failed
                             -> worker lost while scoring an earlier item: sent again to the new worker
 
-A failed reward is not retried here: `score` raises RewardError, or RewardTimeoutError if the worker was killed
-at the time limit, and `buffer.on_failure` says what becomes of the sample. Items submitted in the same turn of the event
-loop are sent to each worker in one frame: at 700 samples per second that halves the cost of a reward.
+A failed reward is not retried here: `score` raises RewardError, or RewardTimeoutError after the time limit,
+and `buffer.on_failure` says what becomes of the sample. Items submitted in the same turn of the event loop
+are sent to each worker in one frame: at 700 samples per second that halves the cost of a reward.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ class RewardPool:
     async def score(self, *, split: Split, index: int, completion: str) -> Reward:
         """The reward of a completion.
 
-        Raises RewardTimeoutError if the task exceeded the time limit, and RewardError if it raised, crashed, or
-        returned no finite number.
+        Raises RewardTimeoutError if the task exceeded the time limit, and RewardError if it raised, crashed,
+        or returned no finite number.
         """
         loop = asyncio.get_running_loop()
         self._last_number += 1

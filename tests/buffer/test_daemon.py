@@ -16,6 +16,7 @@ import zmq
 
 from areal_like.config import from_mapping
 from areal_like.errors import ArealError, DeadlineError, RefusedError
+from areal_like.failures import FailureKind
 from areal_like.wire.codec import encode
 from areal_like.wire.fingerprint import dataset_fingerprint, shared_settings
 from areal_like.wire.messages.consumer import (
@@ -252,7 +253,15 @@ def test_hello_and_role_checks(buffer: BufferProcess) -> None:
                 await new.call(StartTraining(step=0), timeout_s=5)
                 with pytest.raises(RefusedError, match="not for a trainer"):
                     await new.call(
-                        SampleFailed(lease_id=1, ticket_id=1, sample_index=0, error=""), timeout_s=5
+                        SampleFailed(
+                            lease_id=1,
+                            ticket_id=1,
+                            sample_index=0,
+                            kind=FailureKind.REWARD,
+                            num_tokens=0,
+                            error="",
+                        ),
+                        timeout_s=5,
                     )
                 with pytest.raises(RefusedError, match="step"):
                     await new.call(Fetch(step=6, position=0), timeout_s=5)
@@ -299,6 +308,8 @@ def test_a_server_resends_fails_and_leaves(buffer: BufferProcess) -> None:
                         lease_id=lease.lease_id,
                         ticket_id=lease.ticket_id,
                         sample_index=1,
+                        kind=FailureKind.REWARD,
+                        num_tokens=0,
                         error="reward hung",
                     )
                 )
@@ -334,8 +345,9 @@ def test_a_failed_job_sends_the_reason_to_every_peer(tmp_path: Path) -> None:
                 ) as link,
             ):
                 waiting = asyncio.create_task(trainer.call(Fetch(step=0, position=0)))
-                link.send(beat(free=4))
+                link.send(beat(free=8))
                 leases = (await until(inbox, Leases))[0].leases
+                assert len(leases) >= 3
                 for lease in leases:
                     for index in lease.sample_indices:
                         link.send(
@@ -343,6 +355,8 @@ def test_a_failed_job_sends_the_reason_to_every_peer(tmp_path: Path) -> None:
                                 lease_id=lease.lease_id,
                                 ticket_id=lease.ticket_id,
                                 sample_index=index,
+                                kind=FailureKind.REWARD,
+                                num_tokens=0,
                                 error="no such verifier",
                             )
                         )

@@ -489,9 +489,9 @@ def fields_of(ticket: Ticket) -> dict[str, object]:
     leases = {
         i: (x.ticket_id, x.server, x.weights_step, frozenset(x.outstanding)) for i, x in ticket.leases.items()
     }
-    return {field.name: getattr(ticket, field.name) for field in dataclasses.fields(ticket)} | {
-        "leases": leases
-    }
+    fields = {field.name: getattr(ticket, field.name) for field in dataclasses.fields(ticket)}
+    del fields["failed_at"]  # as servers, it is not recovered
+    return fields | {"leases": leases}
 
 
 TestLedger = LedgerMachine.TestCase

@@ -31,7 +31,7 @@ class SglangClient(EngineClient):
     async def generate(
         self, input_ids: Sequence[int], *, sampling: Sampling, rid: str | None = None
     ) -> Generation:
-        """As EngineClient.generate. Raises PromptRefusedError or EngineError for ids outside the vocabulary."""
+        """As EngineClient.generate. Refuses ids outside the vocabulary, in the prompt and as stop tokens."""
         self._check_ids(input_ids, PromptRefusedError, name="input_ids")
         self._check_ids(sampling.stop_token_ids, EngineError, name="stop_token_ids")
         self._count_running(+1)
