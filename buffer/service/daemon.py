@@ -28,7 +28,7 @@ from areal_like.shards import Shard
 from areal_like.wire.addresses import buffer_host, buffer_port, reachable_host
 from areal_like.wire.channel import Envelope, Listener, tcp_address
 from areal_like.wire.fingerprint import as_number, dataset_fingerprint, shared_settings
-from areal_like.wire.messages import consumer
+from areal_like.wire.messages import TO_BUFFER, consumer
 from areal_like.wire.messages.hello import Refused, Role
 from buffer.ledger.recovery import recover
 from buffer.service import status
@@ -89,6 +89,8 @@ class BufferDaemon:
             handler=self._on_envelope,
             max_message_bytes=config.buffer.max_message_bytes,
             setting="buffer.port",
+            accepts=TO_BUFFER,
+            screen=self._screen,
         )
         self._outbox = Outbox(self._ledger, self._peers, self._listener)
         self._handlers = Handlers(
@@ -136,9 +138,16 @@ class BufferDaemon:
             self._peers,
             now_s=self._loop.time(),
             received_bytes=self._received_bytes,
-            num_bad_frames=self._listener.num_bad_frames,
+            refused=self._refused_frames(),
             num_fetches=self._outbox.num_fetches,
         )
+
+    def _refused_frames(self) -> dict[str, int]:
+        return {
+            "bad_frames": self._listener.num_bad_frames,
+            "unregistered_frames": self._handlers.num_unregistered_frames,
+            "undelivered_messages": self._listener.num_dropped,
+        }
 
     async def _drain(self) -> None:
         """Waits for the trainer: if it is stopping too, it needs the buffer to finish and commit its step."""
@@ -155,6 +164,11 @@ class BufferDaemon:
         alive_s = max(1.0, 3 * self._config.daemon.heartbeat_s)
         ranks = self._peers.of(Role.TRAINER)
         return any(self._loop.time() - peer.last_heard_s <= alive_s for peer in ranks)
+
+    def _screen(self, route: bytes, kind: type) -> bool:
+        with self._failing_on_error():
+            return self._handlers.may_send(route, kind)
+        return False
 
     def _on_envelope(self, envelope: Envelope) -> None:
         self._received_bytes += envelope.num_bytes
@@ -215,9 +229,7 @@ class BufferDaemon:
             self._flush_soon()
             snapshot = self._ledger.snapshot()
             counters = status.stream_counters(snapshot, self._peers, received_bytes=self._received_bytes)
-            self._series.update(
-                snapshot, self._peers, counters | {"bad_frames": self._listener.num_bad_frames}
-            )
+            self._series.update(snapshot, self._peers, counters | self._refused_frames())
 
     async def _drop(self, body: dict[str, Any]) -> dict[str, Any]:
         """`POST /control/drop {"tickets": [17, 23]}`: drops all of them, or none and raises UserError."""

@@ -53,6 +53,8 @@ class Handlers:
         self._job = job
         self._clock = clock
         self._run_counters = run_counters
+        self.num_unregistered_frames = 0
+        """Messages of peers that have not registered; each was answered with HelloRequired."""
         self._num_eval_prompts = 0
         """Held-out prompts of the task, as servers report it; 0: no server has registered."""
         self._table: dict[Role, dict[type, Handler]] = {
@@ -80,15 +82,24 @@ class Handlers:
             },
         }
 
+    def may_send(self, route: bytes, kind: type) -> bool:
+        """False if a message is not to be decoded, because its sender has not registered."""
+        if kind is Hello or self._peers.at(route) is not None:
+            return True
+        self.num_unregistered_frames += 1
+        self._outbox.send(route, HelloRequired())
+        return False
+
     def handle(self, envelope: Envelope) -> Any:
-        """The reply to a message, or None. Raises RefusedError or StaleIncarnationError."""
+        """The reply to a message that `may_send` let pass, or None.
+
+        Raises RefusedError or StaleIncarnationError.
+        """
         message = envelope.message
         if isinstance(message, Hello):
             return self._hello(envelope.peer, message)
         peer = self._peers.at(envelope.peer)
-        if peer is None:
-            self._outbox.send(envelope.peer, HelloRequired())
-            return None
+        assert peer is not None
         peer.last_heard_s = self._clock()
         if self._ledger.failure_reason:
             return JobFailed(reason=self._ledger.failure_reason)

@@ -128,18 +128,21 @@ class Outbox:
 
     def _send_acks(self) -> None:
         for route, by_lease in self._acks.items():
-            acks = [
+            acks = (
                 producer.SampleAck(lease_id=lease_id, sample_indices=indices, refused=refused)
                 for (lease_id, refused), indices in by_lease.items()
-            ]
-            self.send_when_durable(route, producer.SampleAcks(acks=acks), rid=0)
+            )
+            for message in producer.SampleAcks.batches(acks):
+                self.send_when_durable(route, message, rid=0)
         self._acks = {}
 
     def _send_leases(self, *, now_s: float) -> None:
         for name, leases in self._ledger.grant(now_s=now_s).items():
             peer = self._peers.named(name)
-            if peer is None or not self.send(peer.route, producer.Leases(leases=leases)):
-                self._ledger.take_back_undelivered(name, [lease.lease_id for lease in leases])
+            for message in producer.Leases.batches(leases):
+                if peer is None or not self.send(peer.route, message):
+                    undelivered = [lease.lease_id for lease in message.leases]
+                    self._ledger.take_back_undelivered(name, undelivered)
 
     def _send_aborts(self) -> None:
         for name, lease_ids in self._ledger.take_aborts().items():

@@ -45,7 +45,7 @@ def status(
     *,
     now_s: float,
     received_bytes: int,
-    num_bad_frames: int,
+    refused: dict[str, int],
     num_fetches: int,
 ) -> dict[str, Any]:
     """The body of /status."""
@@ -77,7 +77,7 @@ def status(
         "lag_histogram": {str(lag): count for lag, count in sorted(snapshot.lag_histogram.items())},
         "fetches_waiting": num_fetches,
         "buffer_bytes": snapshot.num_bytes,
-        "bad_frames": num_bad_frames,
+        **refused,
         "peers": _peers_status(ledger.servers, peers, now_s=now_s),
     }
 

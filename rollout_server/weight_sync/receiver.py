@@ -22,6 +22,7 @@ from areal_like.errors import EngineError, WeightSyncError
 from areal_like.weights.buckets import Manifest
 from areal_like.wire.channel import Envelope, Listener
 from areal_like.wire.messages.weights import (
+    TO_SERVER,
     Alive,
     AskAlive,
     DissolveGroup,
@@ -66,6 +67,7 @@ class WeightReceiver:
             handler=self._on_request,
             max_message_bytes=max_message_bytes,
             setting="rollout.host",
+            accepts=TO_SERVER,
         )
         self.port = self._listener.port
         self.engine: EngineClient | None = None

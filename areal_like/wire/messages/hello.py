@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import ClassVar
 
 
 class Role(StrEnum):
@@ -23,6 +24,8 @@ class Role(StrEnum):
 class Hello:
     """Peer -> buffer: registers the peer. Reply: `Welcome` or `Refused`."""
 
+    max_header_bytes: ClassVar[int] = 8 << 10
+    """The only message of an unregistered peer that is decoded."""
     role: Role
     name: str
     """Stable name, e.g. `rollout-0`, `trainer-0`."""
@@ -108,3 +111,5 @@ class Goodbye:
 
 
 MESSAGES = (Hello, Welcome, Refused, HelloRequired, Ok, JobFailed, Goodbye)
+TO_BUFFER = (Hello, Goodbye)
+"""The messages that peers send to a buffer; the others are the buffer's."""
