@@ -374,6 +374,49 @@ def test_a_failed_job_sends_the_reason_to_every_peer(tmp_path: Path) -> None:
         assert "3 samples failed in a row" in stderr and "Traceback" not in stderr
 
 
+def test_a_server_that_fails_is_quarantined_with_a_reason(tmp_path: Path) -> None:
+    with running_buffer(tmp_path, buffer={"max_consecutive_failures": 2}) as buffer:
+        buffer.produce("rollout-1")
+
+        async def run() -> None:
+            inbox: list[Any] = []
+            dataset, settings = (
+                dataset_fingerprint(buffer.config),
+                shared_settings(buffer.config, Role.ROLLOUT),
+            )
+            broken = hello("rollout-0", dataset=dataset, settings=settings)
+            async with training(buffer) as trainer, connected(buffer, broken, inbox=inbox) as link:
+                link.send(beat(free=8))
+                leases = (await until(inbox, Leases))[0].leases
+                for lease in leases[:2]:
+                    link.send(
+                        SampleFailed(
+                            lease_id=lease.lease_id,
+                            ticket_id=lease.ticket_id,
+                            sample_index=0,
+                            kind=FailureKind.ENGINE,
+                            num_tokens=9,
+                            error="out of memory",
+                        )
+                    )
+                await until(inbox, SampleAck, count=2)
+                await link.call(beat(free=8), timeout_s=5)
+                (peer,) = [peer for peer in buffer.status()["peers"] if peer["name"] == "rollout-0"]
+                assert "out of memory" in peer["quarantine"]["reason"]
+                assert 0 < peer["quarantine"]["rest_s"] <= 30 and peer["free_samples"] == 0
+                await link.call(Goodbye(), timeout_s=5)
+                await trainer.train(0)
+
+        asyncio.run(run())
+        status = buffer.wait_status(lambda status: status["step"] == 1)
+        assert status["selection"]["failures"]["engine"]["retry"] == 2
+        assert status["selection"]["tokens_wasted"]["failed_engine"] == 18
+        metrics = buffer.get("/metrics")
+        assert 'areal_samples_failed_total{kind="engine",outcome="retry"} 2.0' in metrics
+        assert "areal_quarantines_total 1.0" in metrics and "areal_servers_quarantined 0.0" in metrics
+        assert "rollout-0 gets no leases for 30 s: 2 samples failed in a row" in buffer.terminate()[1]
+
+
 def test_a_draining_buffer_serves_its_trainer(buffer: BufferProcess) -> None:
     buffer.produce("rollout-0")
 
