@@ -61,6 +61,9 @@ class DaemonConfig(Section, key="daemon"):
     """Interval of heartbeats to the buffer, in seconds."""
     drain_timeout_s: float = 30.0
     """Longest time from SIGTERM to exit, in seconds."""
+    io_threads: int = 1
+    """Threads of each daemon that move ZeroMQ messages: more than one only helps connections that are
+    encrypted."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Lowest level that is logged."""
 
@@ -68,6 +71,7 @@ class DaemonConfig(Section, key="daemon"):
         require(bool(self.http_host), "daemon.http_host is empty: give an address to bind, e.g. 127.0.0.1")
         require(self.heartbeat_s > 0, "daemon.heartbeat_s must be above 0")
         require(self.drain_timeout_s > 0, "daemon.drain_timeout_s must be above 0")
+        require(1 <= self.io_threads <= 64, f"daemon.io_threads={self.io_threads}: use 1..64")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,6 +37,7 @@ from areal_like.runtime.logs import configure_logging, exit_log
 from areal_like.runtime.metrics import CONTENT_TYPE, Metrics
 from areal_like.runtime.process import die_with_launcher
 from areal_like.runtime.waits import PendingWaits
+from areal_like.wire.pump import set_io_threads
 from areal_like.wire.sockets import bound_socket
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class Runtime:
         self.verbs: dict[str, Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]] = {"drain": self._drain}
         """Handlers of `POST /control/<verb>`: JSON object in, JSON object out; UserError becomes a 400."""
         self.http_port = 0
+        set_io_threads(config.daemon.io_threads)
         self._loop = asyncio.get_running_loop()
         self._drain_requested = False
         self._unready = "starting"
@@ -168,7 +170,7 @@ class Runtime:
                 if not isinstance(body, dict):
                     raise ValueError("want a JSON object")
                 return JSONResponse(await verb(body))
-            except ValueError as error:  # UserError is one
+            except (ValueError, RecursionError) as error:  # UserError is one; a body may be nested deeply
                 return JSONResponse({"error": str(error)}, status_code=400)
 
         return Starlette(

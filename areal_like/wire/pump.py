@@ -51,6 +51,11 @@ _DRAIN_S = 0.01
 """Time for messages in a row before other tasks of the event loop run."""
 
 
+def set_io_threads(count: int) -> None:
+    """Sets the number of threads that move the messages of this process. Call it before the first socket."""
+    zmq.Context.instance().set(zmq.IO_THREADS, count)
+
+
 def connection_socket(kind: int, *, max_message_bytes: int) -> zmq.Socket[bytes]:
     """A socket with the options above, not connected yet."""
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)

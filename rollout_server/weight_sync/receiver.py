@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 
 _CLEANUP_TIMEOUT_S = 5.0
 """Time limit of each call to the engine after a failure, and of waiting for a cancelled request."""
+_MAX_QUEUED = 16
+"""Requests that may wait. A trainer sends the next one when it has the answer to the last; two trainers may
+overlap."""
 _NO_ENGINE = "this server's engine is not running"
 _MIN_TIMEOUT_S = 0.001
 """Shortest timeout passed to the engine, where 0 would mean no timeout."""
@@ -88,7 +91,7 @@ class WeightReceiver:
         self._is_cancellable = False
         self._sent_checksums: PushChecksums | None = None
         self._checksums_arrived = asyncio.Event()
-        self._queue: asyncio.Queue[Envelope] = asyncio.Queue()
+        self._queue: asyncio.Queue[Envelope] = asyncio.Queue(_MAX_QUEUED)
         self.serving = asyncio.create_task(self._serve(), name="weights")
         """Ends only by `close`, or with an unexpected exception."""
 
@@ -125,7 +128,11 @@ class WeightReceiver:
         is_newer = isinstance(envelope.message, (FormGroup, DissolveGroup))
         if is_newer and self._work is not None and self._is_cancellable:
             self._work.cancel()
-        self._queue.put_nowait(envelope)
+        try:
+            self._queue.put_nowait(envelope)
+        except asyncio.QueueFull:
+            reason = f"{_MAX_QUEUED} requests wait before this one"
+            self._answer(envelope, WeightsFailed(version=self.version, reason=reason))
 
     async def _serve(self) -> None:
         """Handles requests one after the other."""

@@ -432,7 +432,6 @@ def test_largest_messages_of_a_job_are_accepted() -> None:
             state=ServerState.SERVING, free_samples=1, holding_samples=1, weights_version=1, leases=lease_ids
         ),
         ReturnLeases(leases=lease_ids, reason="draining"),
-        AbortLeases(leases=lease_ids, reason="over"),
         StartTraining(step=3, stream={"curriculum": list(range(1 << 24, (1 << 24) + 400_000))}),
         PushWeights(
             epoch=1,
@@ -466,9 +465,14 @@ def test_leases_and_acknowledgements_are_sent_in_batches() -> None:
         SampleAck(lease_id=1 << 52, sample_indices=list(range(size)), refused="unknown version")
         for size in [0, 8, 1000, 10_000] * 200
     ]
-    for kind, items in ((Leases, leases), (SampleAcks, acks)):
-        received = [decode(encode(batch))[0] for batch in kind.batches(items)]
-        assert [item for batch in received for item in vars(batch).popitem()[1]] == items
+    lease_ids = [1 << 52] * 20_000
+    for batches, items in (
+        (Leases.batches(leases), leases),
+        (SampleAcks.batches(acks), acks),
+        (AbortLeases.batches(lease_ids, reason="over"), lease_ids),
+    ):
+        received = [next(iter(vars(decode(encode(batch))[0]).values())) for batch in batches]
+        assert [item for batch in received for item in batch] == items
         assert 1 < len(received) < len(items)
 
 

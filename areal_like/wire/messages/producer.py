@@ -225,10 +225,14 @@ class ReturnLeases:
 class AbortLeases:
     """Buffer -> server: stop generating for these leases; their samples are no longer needed."""
 
-    max_header_bytes: ClassVar[int] = 256 << 10
-    """As `ServerHeartbeat`."""
     leases: list[int]
     reason: str
+
+    @classmethod
+    def batches(cls, leases: Iterable[int], *, reason: str) -> Iterator[AbortLeases]:
+        """Messages whose headers peers accept."""
+        for batch in _batches(leases, max_bytes=_BATCH_HEADER_BYTES - len(reason), size_of=lambda _: 9):
+            yield cls(leases=batch, reason=reason)
 
 
 def _batches(
