@@ -50,7 +50,7 @@ class SampleIntake:
                 message.lease_id,
                 index,
                 kind=message.kind,
-                num_tokens=message.num_tokens,
+                num_tokens=min(message.num_tokens, self._settings.max_tokens),
                 error=message.error,
             )
             self._lifecycle.record_ready_groups()

@@ -24,6 +24,9 @@ from buffer.tickets import REFUSALS, Drop, SampleSummary, Ticket, Verdict
 
 _LAG = "trained_lag_"
 _VERDICT = "verdict_"
+_LARGEST_REWARD = 1e12
+"""Rewards count up to here in sums, which must stay finite whatever a server sends: JSON and the wire have no
+infinity."""
 
 
 class StreamCounters:
@@ -117,7 +120,8 @@ class StreamCounters:
 
     def _add_sample(self, population: str, sample: SampleSummary, *, sign: int) -> None:
         self._add_length(population, sample.num_sampled, sign=sign)
-        self._add(f"{population}_sum_reward", sign * sample.reward)
+        reward = max(-_LARGEST_REWARD, min(_LARGEST_REWARD, sample.reward))
+        self._add(f"{population}_sum_reward", sign * reward)
 
     def _add_length(self, population: str, num_tokens: int, *, sign: int) -> None:
         self._add(length_key(population, length_bucket(num_tokens)), sign)

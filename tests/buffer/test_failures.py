@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from areal_like.config import Config, OnFailureConfig, from_mapping
 from areal_like.errors import ConfigError
 from areal_like.failures import FailureKind
+from areal_like.selection import selection_report
 from areal_like.wire.fingerprint import shared_settings
 from areal_like.wire.messages.hello import Role
 from areal_like.wire.messages.producer import Lease, Purpose, SampleDone
 from buffer.ledger import failed_samples
 from buffer.ledger.ledger import Ledger
+from buffer.ledger.recovery import recover
 from buffer.tables.server_health import FIRST_BACKOFF_S, MAX_QUARANTINES
 from buffer.tickets import Drop, State, Verdict
-from tests.support.ledger_simulation import add_server, beat, deliver, done, failed, new_ledger
+from tests.support.ledger_simulation import (
+    add_server,
+    beat,
+    deliver,
+    done,
+    failed,
+    ledger_settings,
+    new_ledger,
+)
+from tests.support.row_store import RowStore
 
 WIDE = {"max_staleness": 9, "num_steps": 10, "max_consecutive_failures": 3}
 """Settings with many tickets at a time, and short rows of failures."""
@@ -282,3 +295,38 @@ def test_refused_tokens_are_wasted_by_reason() -> None:
     ledger.return_leases("a", [lease.lease_id])
     assert deliver(ledger, "a", done(lease, 0, [0] * 7)) is Verdict.SUPERSEDED
     assert ledger.counters()["tokens_wasted_superseded"] == 7
+
+
+def test_a_ledger_of_the_release_before_continues() -> None:
+    store = RowStore()
+    settings: dict[str, object] = {"durable": True, "groups_per_step": 1, "num_steps": 4}
+    before = new_ledger(store=store, **settings)
+    add_server(before, "a", capacity=4)
+    for lease in before.grant(now_s=0.0)["a"]:
+        for index in lease.sample_indices:
+            deliver(before, "a", done(lease, index, [0], reward=1.0))
+    before.complete_step(incarnation=1, step=0)
+    after = store.copy()
+    old_names = "'tokens_trained', 'sum_token_lag', 'tokens_accepted', 'verdict_accepted', 'trained_lag_0'"
+    after.connection.execute(f"DELETE FROM statistics WHERE name NOT IN ({old_names})")
+    after.connection.execute("DELETE FROM marks WHERE name = 'counts_selection'")
+    ledger = recover(ledger_settings(**settings), after, now_s=0.0)
+    assert ledger.counters()["samples_trained"] == 2
+    assert selection_report(ledger.counters())["trained"]["samples"] == 0
+    ledger.state.steps.uncount_from(0)  # as when an operator drops a ticket of a repeated step
+    assert ledger.counters()["samples_trained"] == 0
+    assert selection_report(ledger.counters())["trained"]["samples"] == 0, "not below zero"
+    for each in (store, after):
+        each.close()
+
+
+def test_numbers_of_a_server_cannot_overflow_the_counters() -> None:
+    ledger, leases = wide_ledger("a", max_tokens=1000)
+    for lease in leases["a"][:3]:
+        for index in lease.sample_indices:
+            deliver(ledger, "a", done(lease, index, [0], reward=1.7e308))
+    ledger.sample_failed("a", failed(leases["a"][3], 0, num_tokens=1 << 62))
+    assert all(math.isfinite(value) for value in ledger.counters().values())
+    assert ledger.counters()["tokens_wasted_failed_reward"] == 1000
+    with pytest.raises(ValueError, match="num_tokens"):
+        failed(leases["a"][3], 1, num_tokens=-1)

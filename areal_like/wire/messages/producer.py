@@ -210,6 +210,11 @@ class SampleFailed:
     """Tokens that were sampled for it and are lost."""
     error: str
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a negative number of tokens."""
+        if self.num_tokens < 0:
+            raise ValueError(f"num_tokens={self.num_tokens}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReturnLeases:
