@@ -31,7 +31,7 @@ class OnFailureConfig(Section, key="buffer.on_failure"):
     prompt: Policy = "drop"
     """The prompt is too long, or the engine refuses it: `drop` (and do not issue it again) or `retry`."""
     environment: Policy = "zero"
-    """The task's example() or the episode raised or hung."""
+    """The task's example() or the episode raised or hung, or its turns became too long for the engine."""
 
     def check(self) -> None:
         """`zero` only for failures that leave tokens to train on."""

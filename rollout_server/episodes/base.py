@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from areal_like.errors import EngineError, EngineTimeoutError
+from areal_like.errors import EngineError, EngineTimeoutError, EpisodeError, PromptRefusedError
 from areal_like.trajectory import FinishReason
 from rollout_server.episodes.transcript import Transcript
 from rollout_server.inference.types import Generation, Sampling
@@ -71,7 +71,8 @@ class PolicyClient:
     async def extend(self, transcript: Transcript) -> FinishReason:
         """Appends one turn of the policy to the transcript; returns STOP, LENGTH or TIMEOUT, never ABORT.
 
-        After TIMEOUT the episode should end. Raises PromptRefusedError if the engine refused the transcript,
+        After TIMEOUT the episode should end. Raises PromptRefusedError if the engine refused the prompt,
+        EpisodeError if it refused the prompt with the turns so far (they may have become too long),
         EngineTimeoutError if the policy had sampled nothing at the time limit, and EngineError if the engine
         failed in another way. Cancelling the caller aborts the request.
         """
@@ -85,6 +86,10 @@ class PolicyClient:
                     raise
                 transcript.finish_reason = FinishReason.TIMEOUT
                 return FinishReason.TIMEOUT
+            except PromptRefusedError as error:
+                if not transcript.num_sampled:
+                    raise
+                raise EpisodeError(f"the turns so far cannot be continued: {error}") from error
             transcript.append_sampled(generation)
             num_left -= len(generation.output_ids)
             if generation.finish_reason is not FinishReason.ABORT:

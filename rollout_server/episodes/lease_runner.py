@@ -208,10 +208,10 @@ class LeaseRunner:
             raise EngineError(f"the engine's answer cannot be used: {error}") from None
 
     async def _run_episode(self, prompt: Prompt, policy: PolicyClient, transcript: Transcript) -> str:
-        """The completion. Raises EngineError, RewardError, and EpisodeError for any other exception."""
+        """The completion. Raises EngineError, RewardError, or EpisodeError for any other exception."""
         try:
             return await self._episode.run(prompt.example, policy, self._tokenizer, transcript)
-        except (EngineError, RewardError):
+        except (EngineError, EpisodeError, RewardError):
             raise
         except Exception as error:  # an episode's code may raise anything; only its own sample fails
             raise EpisodeError(f"the episode raised {type(error).__name__}: {error}") from error

@@ -80,16 +80,17 @@ class FixedRewards:
 
 
 class FailingEngine(CountingEngine):
-    """Raises `error` for every request after the first."""
+    """Raises `error` for every request after `num_good` of them."""
 
-    def __init__(self, error: Exception) -> None:
+    def __init__(self, error: Exception, *, num_good: int = 1) -> None:
         super().__init__()
         self.error = error
+        self.num_good = num_good
 
     async def generate(
         self, input_ids: Sequence[int], *, sampling: Sampling, rid: str | None = None
     ) -> Generation:
-        if self.requests:
+        if len(self.requests) >= self.num_good:
             raise self.error
         return await super().generate(input_ids, sampling=sampling, rid=rid)
 
@@ -297,7 +298,7 @@ def one_result(**parts: Any) -> SampleResult:
     [
         ({"rewards": FixedRewards(RewardError("no verdict"))}, "reward", 10),
         ({"engine": FailingEngine(EngineError("HTTP 500")), "episode": TwoTurns()}, "engine", 10),
-        ({"engine": FailingEngine(PromptRefusedError("HTTP 400")), "episode": TwoTurns()}, "prompt", 10),
+        ({"engine": FailingEngine(PromptRefusedError("HTTP 400"), num_good=0)}, "prompt", 0),
         (
             {"episode": TwoTurns(KeyError("door")), "on_failure": {"environment": "retry"}},
             "environment",
@@ -321,6 +322,11 @@ def test_a_failed_sample_has_its_kind_and_tokens(parts: dict[str, Any], kind: st
     [
         ({"rewards": FixedRewards(RewardTimeoutError("slow"))}, "reward_timeout", 10),
         ({"episode": TwoTurns(ZeroDivisionError("no door"))}, "environment", 20),
+        (
+            {"engine": FailingEngine(PromptRefusedError("too long")), "episode": TwoTurns()},
+            "environment",  # the prompt was good: the turns have become too long
+            10,
+        ),
         ({"rewards": FixedRewards(RewardError("x")), "on_failure": {"reward": "zero"}}, "reward", 10),
     ],
 )
@@ -333,12 +339,10 @@ def test_a_policy_of_zero_is_a_sample_with_reward_0(
 
 
 def test_a_late_turn_keeps_the_tokens_before_it() -> None:
-    engine = FailingEngine(EngineTimeoutError("no token"))
-    result = one_result(engine=engine, episode=TwoTurns())
+    result = one_result(engine=FailingEngine(EngineTimeoutError("no token")), episode=TwoTurns())
     assert isinstance(result, SampleDone) and not result.failure
     assert (result.record.finish_reason, result.record.num_sampled) == (FinishReason.TIMEOUT, 10)
-    engine.requests.append(([], Sampling(max_new_tokens=1), ""))
-    nothing = one_result(engine=engine)
+    nothing = one_result(engine=FailingEngine(EngineTimeoutError("no token"), num_good=0))
     assert isinstance(nothing, SampleFailed) and nothing.kind is FailureKind.TIMEOUT
 
 
