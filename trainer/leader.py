@@ -265,7 +265,12 @@ class Leader:
 
         buffer = self._buffer
         self._publisher = Publisher(
-            Broadcaster(self._config.weights, device=buffer.device, incarnation=buffer.incarnation),
+            Broadcaster(
+                self._config.weights,
+                device=buffer.device,
+                incarnation=buffer.incarnation,
+                keyring=buffer.runtime.keyring,
+            ),
             call=buffer.call_async,
             servers=lambda: buffer.directory.servers,
             on_push=on_push,

@@ -25,10 +25,12 @@ from areal_like.errors import (
     WireError,
     WireVersionError,
 )
+from areal_like.security.keys import AllowedKey
 from areal_like.wire.codec import decode, encode, read_prefix
+from areal_like.wire.curve import CurveClient, CurveServer
 from areal_like.wire.messages.hello import JobFailed, Refused
 from areal_like.wire.misbehavior import BadPeers
-from areal_like.wire.pump import Pump, connection_socket, log_at_powers_of_2
+from areal_like.wire.pump import KeyedPump, Pump, connection_socket, log_at_powers_of_2
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,8 @@ class Envelope:
     message: Any
     num_bytes: int
     """Size of all frames, including the routing id."""
+    key: AllowedKey | None = None
+    """Key of the sender, checked for this very message; None without keys."""
 
 
 class Listener:
@@ -63,11 +67,13 @@ class Listener:
         setting: str = "port",
         accepts: Collection[type] | None = None,
         screen: Callable[[bytes, type], bool] | None = None,
+        curve: CurveServer | None = None,
     ) -> None:
         """`accepts`: the message types that peers may send; others are malformed. None: all.
 
-        `screen(peer, type)` is called before a message is decoded; False drops it. Raises ConfigError if the
-        address cannot be bound; the error message names `setting`, the port's key in the configuration.
+        `screen(peer, type)` is called before a message is decoded; False drops it. `curve`: only peers with
+        an allowed key connect. Raises ConfigError if the address cannot be bound; the error message names
+        `setting`, the port's key in the configuration.
         """
         self._handler = handler
         self._accepts = accepts
@@ -77,20 +83,26 @@ class Listener:
         self.num_bad_frames = 0
         self.num_dropped = 0
         """Messages that were not sent, because the peer did not read the ones before."""
-        socket = connection_socket(zmq.ROUTER, max_message_bytes=max_message_bytes)
+        self._curve = curve
+        context = None if curve is None else curve.context
+        socket = connection_socket(zmq.ROUTER, max_message_bytes=max_message_bytes, context=context)
         socket.set(zmq.ROUTER_MANDATORY, 1)
         socket.set(zmq.ROUTER_HANDOVER, 1)
         if ":" in host:
             socket.set(zmq.IPV6, 1)
+        if curve is not None:
+            curve.protect(socket)
         try:
             socket.bind(f"tcp://{_bracket(host)}:{port or '*'}")
         except zmq.ZMQError as error:
             socket.close()
+            if curve is not None:
+                curve.close()
             raise ConfigError(
                 f"cannot bind {host}:{port} ({error.strerror}): set {setting} to a free port or 0"
             ) from None
         self.port = int(socket.get_string(zmq.LAST_ENDPOINT).rsplit(":", 1)[1])
-        self._pump = Pump(socket, self._on_frames)
+        self._pump = Pump(socket, self._on_frames) if curve is None else self._keyed_pump(socket, curve)
 
     def send(self, peer: bytes, message: Any, *, rid: int = 0) -> bool:
         """Queues a message for a peer.
@@ -111,11 +123,41 @@ class Listener:
             return False
         return True
 
+    @property
+    def num_refused_handshakes(self) -> int:
+        """Connections that were refused for lack of an allowed key; 0 without keys."""
+        return 0 if self._curve is None else self._curve.num_refused_handshakes
+
+    @property
+    def num_refused_frames(self) -> int:
+        """Messages that were refused because of their sender's key; 0 without keys."""
+        return 0 if self._curve is None else self._curve.num_refused_frames
+
+    def count_refused_frame(self, reason: str) -> None:
+        """Counts a message that the handler refused because of its sender's key."""
+        if self._curve is not None:
+            self._curve.count_refused_frame(reason)
+
     def close(self) -> None:
         """Closes the socket and discards queued messages."""
         self._pump.close()
+        if self._curve is not None:
+            self._curve.close()
 
-    def _on_frames(self, frames: list[bytes]) -> None:
+    def _keyed_pump(self, socket: zmq.Socket[bytes], curve: CurveServer) -> Pump:
+        def on_frames(frames: list[bytes]) -> None:
+            key = curve.sender(pump.user_id)
+            if key is not None:
+                self._on_frames(frames, key)
+            # A peer whose key was renewed is about to connect with the new one: silence makes it wait.
+            elif not curve.is_replaced(pump.user_id) and curve.may_answer(pump.user_id):
+                self.send(frames[0], Refused(field="key", reason="this key was revoked or has expired"))
+
+        curve.bound()
+        pump = KeyedPump(socket, on_frames)
+        return pump
+
+    def _on_frames(self, frames: list[bytes], key: AllowedKey | None = None) -> None:
         peer = frames[0]
         if self._bad_peers.is_muted(peer, now_s=self._clock()):
             self.num_bad_frames += 1
@@ -135,7 +177,8 @@ class Listener:
             if isinstance(error, WireVersionError):
                 self.send(peer, Refused(field="wire version", reason=str(error)))
             return
-        self._handler(Envelope(peer=peer, rid=rid, message=message, num_bytes=sum(map(len, frames))))
+        num_bytes = sum(map(len, frames))
+        self._handler(Envelope(peer=peer, rid=rid, message=message, num_bytes=num_bytes, key=key))
 
 
 class Link:
@@ -146,9 +189,19 @@ class Link:
     """
 
     def __init__(
-        self, address: str, *, handler: Callable[[Any], None], max_message_bytes: int = 64 << 20
+        self,
+        address: str,
+        *,
+        handler: Callable[[Any], None],
+        max_message_bytes: int = 64 << 20,
+        curve: CurveClient | None = None,
+        on_reopened: Callable[[], None] = lambda: None,
     ) -> None:
-        """Raises ConfigError for a malformed address."""
+        """With `curve` the socket is opened again when keys change; `on_reopened` is then called.
+
+        Pending requests are sent again; one-way messages of both sides may be lost. Raises ConfigError for a
+        malformed address.
+        """
         self._handler = handler
         self._rids = itertools.count(1)
         self._pending: dict[int, tuple[Any, asyncio.Future[Any]]] = {}
@@ -157,21 +210,40 @@ class Link:
         self.num_dropped = 0
         """Messages that were not sent, because the peer did not read the ones before."""
         self.last_heard_s = asyncio.get_running_loop().time()
-        socket = connection_socket(zmq.DEALER, max_message_bytes=max_message_bytes)
+        self._max_message_bytes = max_message_bytes
         # With a fixed routing id, a TCP reconnect loses neither our registration nor replies in flight.
-        socket.set(zmq.ROUTING_ID, uuid.uuid4().bytes)
+        self._routing_id = uuid.uuid4().bytes
+        self._curve = curve
+        self._on_reopened = on_reopened
+        if curve is not None:
+            curve.start(address, reopen=self._reopen)
+        self._pump = self._open()
+
+    def _open(self) -> Pump:
+        socket = connection_socket(zmq.DEALER, max_message_bytes=self._max_message_bytes)
+        socket.set(zmq.ROUTING_ID, self._routing_id)
         socket.set(zmq.RECONNECT_IVL, 100)
         socket.set(zmq.RECONNECT_IVL_MAX, 2_000)
-        if "[" in address:
+        if "[" in self.address:
             socket.set(zmq.IPV6, 1)
+        if self._curve is not None:
+            self._curve.protect(socket)
         try:
-            socket.connect(address)
+            socket.connect(self.address)
         except zmq.ZMQError as error:
+            if self._curve is not None:
+                self._curve.close()
             socket.close()
             raise ConfigError(
-                f"cannot connect to {address!r} ({error.strerror}): want tcp://host:port"
+                f"cannot connect to {self.address!r} ({error.strerror}): want tcp://host:port"
             ) from None
-        self._pump = Pump(socket, self._on_frames)
+        return Pump(socket, self._on_frames)
+
+    def _reopen(self) -> None:
+        self._pump.close()
+        self._pump = self._open()
+        self.resend_pending()
+        self._on_reopened()
 
     def send(self, message: Any) -> None:
         """Queues a one-way message; drops it if the peer does not read the messages before it."""
@@ -212,6 +284,8 @@ class Link:
 
     def close(self) -> None:
         """Closes the socket; pending calls raise PeerLostError."""
+        if self._curve is not None:
+            self._curve.close()
         self._pump.close()
         for _, future in self._pending.values():
             if not future.done():

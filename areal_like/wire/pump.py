@@ -56,9 +56,11 @@ def set_io_threads(count: int) -> None:
     zmq.Context.instance().set(zmq.IO_THREADS, count)
 
 
-def connection_socket(kind: int, *, max_message_bytes: int) -> zmq.Socket[bytes]:
+def connection_socket(
+    kind: int, *, max_message_bytes: int, context: zmq.Context[zmq.Socket[bytes]] | None = None
+) -> zmq.Socket[bytes]:
     """A socket with the options above, not connected yet."""
-    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
+    socket = (context or zmq.Context.instance()).socket(kind)
     socket.set(zmq.LINGER, 0)
     socket.set(zmq.SNDHWM, _MAX_QUEUED)
     socket.set(zmq.RCVHWM, _MAX_WAITING)
@@ -113,11 +115,25 @@ class Pump:
             if self._socket.closed:
                 return
             try:
-                frames = self._socket.recv_multipart(flags=zmq.NOBLOCK)
+                frames = self._receive()
             except zmq.Again:
                 return
             self._on_frames(frames)
         self._schedule()
+
+    def _receive(self) -> list[bytes]:
+        return self._socket.recv_multipart(flags=zmq.NOBLOCK)
+
+
+class KeyedPump(Pump):
+    """A pump of a ROUTER with CURVE: `user_id` is that of the message which `on_frames` is called with."""
+
+    user_id = ""
+
+    def _receive(self) -> list[bytes]:
+        route = self._socket.recv(flags=zmq.NOBLOCK, copy=False)
+        self.user_id = str(route["User-Id"])
+        return [route.bytes, *self._socket.recv_multipart(flags=zmq.NOBLOCK)]
 
 
 def log_at_powers_of_2(count: int, message: str, *args: object) -> None:

@@ -24,9 +24,11 @@ from typing import Any
 
 from areal_like.errors import RefusedError, StaleIncarnationError, UserError
 from areal_like.runtime.daemon import Runtime, cancelled_on_exit
+from areal_like.security.binding import require_loopback_or_keys
 from areal_like.shards import Shard
 from areal_like.wire.addresses import buffer_host, buffer_port, reachable_host
 from areal_like.wire.channel import Envelope, Listener, tcp_address
+from areal_like.wire.curve import CurveServer
 from areal_like.wire.fingerprint import as_number, dataset_fingerprint, shared_settings
 from areal_like.wire.messages import TO_BUFFER, consumer
 from areal_like.wire.messages.hello import Refused, Role
@@ -34,6 +36,7 @@ from buffer.ledger.recovery import recover
 from buffer.service import status
 from buffer.service.handlers import NEEDS_DURABILITY, Handlers
 from buffer.service.outbox import Outbox
+from buffer.service.peer_keys import KEY_FIELDS, ROLES, PeerKeys
 from buffer.service.peers import ConnectedPeers
 from buffer.service.prometheus import BufferSeries
 from buffer.settings import LedgerSettings
@@ -82,13 +85,20 @@ class BufferDaemon:
         )
         settings = {role: shared_settings(config, role) for role in Role}
         self._peers = ConnectedPeers(job=config.name, dataset=dataset, settings=settings, shard=shard)
+        keyring = runtime.keyring
         self._series = BufferSeries(runtime.metrics, max_staleness=config.staleness_cap)
+        self._keys = PeerKeys(lambda name, role: keyring is None or keyring.is_named(name, role))
+        curve = None
+        if keyring is not None:
+            curve = CurveServer(keyring, roles=ROLES, on_failure=self._fail)
+        require_loopback_or_keys(config.security, buffer_host(config, shard), setting="buffer.host")
         self._listener = Listener(
             host=buffer_host(config, shard),
             port=buffer_port(config, shard),
             handler=self._on_envelope,
             max_message_bytes=config.buffer.max_message_bytes,
             setting="buffer.port",
+            curve=curve,
             accepts=TO_BUFFER,
             screen=self._screen,
         )
@@ -100,6 +110,7 @@ class BufferDaemon:
             job=config.name,
             clock=self._loop.time,
             run_counters=self.run_counters,
+            keys=self._keys,
         )
         runtime.status = self.status
         runtime.verbs["drop"] = self._drop
@@ -146,6 +157,8 @@ class BufferDaemon:
         return {
             "bad_frames": self._listener.num_bad_frames,
             "unregistered_frames": self._handlers.num_unregistered_frames,
+            "refused_frames": self._listener.num_refused_frames,
+            "refused_handshakes": self._listener.num_refused_handshakes,
             "undelivered_messages": self._listener.num_dropped,
         }
 
@@ -177,6 +190,8 @@ class BufferDaemon:
                 answer = self._handlers.handle(envelope)
             except RefusedError as error:
                 field, reason = error.args
+                if field in KEY_FIELDS:
+                    self._listener.count_refused_frame(reason)
                 answer = Refused(field=field, reason=reason)
             except StaleIncarnationError as error:
                 answer = Refused(field="incarnation", reason=str(error))
@@ -225,11 +240,22 @@ class BufferDaemon:
                     self._config.buffer.lease_timeout_s,
                 )
                 self._peers.remove(name)
+            self._remove_revoked()
             self._outbox.servers_changed()
             self._flush_soon()
             snapshot = self._ledger.snapshot()
             counters = status.stream_counters(snapshot, self._peers, received_bytes=self._received_bytes)
             self._series.update(snapshot, self._peers, counters | self._refused_frames())
+
+    def _remove_revoked(self) -> None:
+        """Removes peers whose key was revoked; the leases of servers return."""
+        for role in Role:
+            for peer in self._keys.revoked(self._peers.of(role)):
+                name = peer.hello.name
+                log.warning("%s is removed: its key %s was revoked", name, peer.key and peer.key.name)
+                if role is Role.ROLLOUT:
+                    self._ledger.remove_server(name)
+                self._peers.remove(name)
 
     async def _drop(self, body: dict[str, Any]) -> dict[str, Any]:
         """`POST /control/drop {"tickets": [17, 23]}`: drops all of them, or none and raises UserError."""

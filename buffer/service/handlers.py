@@ -8,11 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 from areal_like.errors import RefusedError, StaleIncarnationError
+from areal_like.security.keys import AllowedKey
 from areal_like.wire.channel import Envelope
 from areal_like.wire.messages import consumer, producer
 from areal_like.wire.messages.hello import Goodbye, Hello, HelloRequired, JobFailed, Ok, Role, Welcome
 from buffer.ledger.ledger import Ledger
 from buffer.service.outbox import Outbox
+from buffer.service.peer_keys import PeerKeys
 from buffer.service.peers import ConnectedPeers, Peer
 from buffer.tickets import Verdict
 
@@ -46,6 +48,7 @@ class Handlers:
         job: str,
         clock: Callable[[], float],
         run_counters: Callable[[], consumer.RunCounters],
+        keys: PeerKeys,
     ) -> None:
         self._ledger = ledger
         self._peers = peers
@@ -53,6 +56,7 @@ class Handlers:
         self._job = job
         self._clock = clock
         self._run_counters = run_counters
+        self._keys = keys
         self.num_unregistered_frames = 0
         """Messages of peers that have not registered; each was answered with HelloRequired."""
         self._num_eval_prompts = 0
@@ -97,9 +101,11 @@ class Handlers:
         """
         message = envelope.message
         if isinstance(message, Hello):
-            return self._hello(envelope.peer, message)
+            self._keys.check_hello(message, envelope.key)
+            return self._hello(envelope.peer, message, envelope.key)
         peer = self._peers.at(envelope.peer)
         assert peer is not None
+        self._check_key(peer, envelope)
         peer.last_heard_s = self._clock()
         if self._ledger.failure_reason:
             return JobFailed(reason=self._ledger.failure_reason)
@@ -109,15 +115,22 @@ class Handlers:
             raise RefusedError("message", f"{type(message).__name__} is not for a {role.value} to send")
         return handler(peer, envelope)
 
-    def _hello(self, route: bytes, hello: Hello) -> Welcome:
+    def _check_key(self, peer: Peer, envelope: Envelope) -> None:
+        self._keys.check_message(peer, envelope.key)
+        if peer.key != envelope.key:  # the peer has renewed it
+            peer.key = envelope.key
+            self._outbox.servers_changed()
+
+    def _hello(self, route: bytes, hello: Hello, key: AllowedKey | None) -> Welcome:
         self._peers.check(hello)
         self._ledger.check_incarnation(hello.name, hello.incarnation)
-        peer = self._peers.add(route, hello, now_s=self._clock())
+        peer = self._peers.add(route, hello, now_s=self._clock(), key=key)
         try:
             self._register(hello)
         except (RefusedError, StaleIncarnationError):
             self._peers.remove(hello.name)
             raise
+        self._keys.registered(hello.name, key)
         self._peers.expect_model_of(hello)
         self._outbox.servers_changed()
         if hello.role is Role.TRAINER:

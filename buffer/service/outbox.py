@@ -188,6 +188,7 @@ class Outbox:
                 device=peer.hello.device,
                 state=servers[peer.hello.name].state.value,
                 weights_version=servers[peer.hello.name].weights_version,
+                public_key=peer.key.public if peer.key is not None else "",
             )
             for peer in self._peers.of(Role.ROLLOUT)
         ]

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from areal_like.errors import RefusedError
+from areal_like.security.keys import AllowedKey
 from areal_like.shards import WHOLE, Shard
 from areal_like.wire.messages.hello import Hello, Role
 
@@ -24,6 +25,8 @@ class Peer:
     """Routing id of its socket."""
     hello: Hello
     last_heard_s: float
+    key: AllowedKey | None = None
+    """The key of its newest message; None without keys."""
     state: str = "starting"
     stats: dict[str, float] = field(default_factory=dict)
     """Statistics of its last heartbeat."""
@@ -73,7 +76,7 @@ class ConnectedPeers:
                 f"{hello.name} is taken by a {known.hello.role.value}: give every daemon a different name",
             )
 
-    def add(self, route: bytes, hello: Hello, *, now_s: float) -> Peer:
+    def add(self, route: bytes, hello: Hello, *, now_s: float, key: AllowedKey | None = None) -> Peer:
         """Registers a peer that passed `check`.
 
         It replaces an older incarnation, or its own earlier route.
@@ -85,7 +88,7 @@ class ConnectedPeers:
             if not is_same_process:
                 self._keep_stats(known)
         stats = self._stats_of_gone.pop((hello.name, hello.incarnation), {})
-        peer = Peer(route=route, hello=hello, last_heard_s=now_s, stats=stats)
+        peer = Peer(route=route, hello=hello, last_heard_s=now_s, key=key, stats=stats)
         if known is not None and is_same_process:
             peer.state, peer.stats = known.state, known.stats
         self._by_name[hello.name] = self._by_route[route] = peer

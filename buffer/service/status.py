@@ -48,7 +48,7 @@ def status(
     refused: dict[str, int],
     num_fetches: int,
 ) -> dict[str, Any]:
-    """The body of /status."""
+    """The body of /status. `refused`: counts of refused messages and connections, by name."""
     snapshot = ledger.snapshot()
     totals = run_counters(snapshot, peers, received_bytes=received_bytes)
     return {
@@ -95,6 +95,7 @@ def _peers_status(
                 "http": peer.hello.http_address,
                 "silent_s": round(now_s - peer.last_heard_s, 3),
                 "stats": peer.stats,
+                "key": peer.key.name if peer.key is not None else "",
             }
             if (server := servers.get(peer.hello.name)) is not None:
                 entry["weights_version"] = server.weights_version

@@ -21,10 +21,11 @@ from typing import Any
 from areal_like.config import Config
 from areal_like.errors import ArealError, DeadlineError
 from areal_like.runtime.waits import PendingWaits
+from areal_like.security.keyring import Keyring
 from areal_like.shards import WHOLE, Shard
 from areal_like.wire.addresses import buffer_addresses
 from areal_like.wire.buffer_connection import BufferConnection
-from areal_like.wire.messages.hello import Goodbye, Hello, Refused
+from areal_like.wire.messages.hello import Goodbye, Hello
 from areal_like.wire.messages.producer import (
     BATCH_BYTES,
     AbortLeases,
@@ -62,6 +63,7 @@ class BufferClient:
         waits: PendingWaits,
         on_leases: Callable[[list[Lease]], None],
         on_abort: Callable[[list[int]], None],
+        keyring: Keyring | None = None,
     ) -> None:
         """`hello` returns the current registration; `on_abort` is called with the leases that the buffer has
         aborted."""
@@ -78,6 +80,8 @@ class BufferClient:
             on_message=self._on_message,
             on_hello_required=self._wake,
             on_fatal=self._end,
+            keyring=keyring,
+            on_reopened=self._wake,
         )
         self._loop = asyncio.get_running_loop()
         self._heartbeat_now = asyncio.Event()
@@ -220,8 +224,6 @@ class BufferClient:
                 self._wake()
             case HeartbeatAck():
                 self.newest_version = max(self.newest_version, message.newest_version)
-            case Refused():
-                self._end(ArealError(f"the buffer refused this server ({message.field}): {message.reason}"))
             case _:
                 log.warning("unexpected %s from the buffer", type(message).__name__)
 

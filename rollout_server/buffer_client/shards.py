@@ -16,6 +16,7 @@ from collections.abc import Callable
 from areal_like.config import Config
 from areal_like.runtime.daemon import cancelled_on_exit
 from areal_like.runtime.waits import PendingWaits
+from areal_like.security.keyring import Keyring
 from areal_like.shards import Shard, all_shards
 from areal_like.wire.messages.hello import Hello
 from areal_like.wire.messages.producer import Lease, ServerState
@@ -35,6 +36,7 @@ class ShardedBufferClient:
         waits: PendingWaits,
         on_leases: Callable[[list[Lease]], None],
         on_abort: Callable[[list[int]], None],
+        keyring: Keyring | None = None,
     ) -> None:
         """`capacity_samples`: of the whole server. Other arguments are those of `BufferClient`."""
         self._num_shards = config.buffer.num_shards
@@ -42,7 +44,14 @@ class ShardedBufferClient:
         self._held = [HeldLeases(capacity_samples=shard.share(capacity_samples)) for shard in shards]
         self._clients = [
             BufferClient(
-                config, shard, hello=hello, held=held, waits=waits, on_leases=on_leases, on_abort=on_abort
+                config,
+                shard,
+                hello=hello,
+                held=held,
+                waits=waits,
+                on_leases=on_leases,
+                on_abort=on_abort,
+                keyring=keyring,
             )
             for shard, held in zip(shards, self._held, strict=True)
         ]

@@ -196,6 +196,9 @@ class ServerEntry:
     device: str
     state: str
     weights_version: int
+    public_key: str = ""
+    """The CURVE key with which the server has authenticated itself to the buffer, and which its weight socket
+    must have; empty without keys."""
 
 
 @dataclass(frozen=True, kw_only=True)
