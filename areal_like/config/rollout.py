@@ -122,9 +122,10 @@ class RolloutConfig(Section, key="rollout"):
     """Processes that compute rewards."""
     reward_timeout_s: float = 10.0
     """Time limit of one reward and of one task.example(), in seconds. After it the worker process is killed
-    and the sample counts as failed."""
+    and the sample counts as failed (`buffer.on_failure`)."""
     generate_timeout_s: float = 600.0
-    """Longest wait for one generation, in seconds."""
+    """Time limit of one generation, in seconds. After it the sample is truncated: the tokens sampled so far
+    are kept."""
     start_timeout_s: float = 180.0
     """Longest wait for an engine to become ready, in seconds."""
     host: str = "127.0.0.1"

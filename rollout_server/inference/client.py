@@ -15,7 +15,7 @@ from typing import Any
 from areal_like.errors import EngineError
 from areal_like.weights.buckets import Bucket
 from areal_like.weights.integrity import BucketSums
-from rollout_server.inference.generate_batcher import GenerateBatcher, wire_rid
+from rollout_server.inference.generate_batcher import GenerateBatcher
 from rollout_server.inference.http import EngineHttp
 from rollout_server.inference.types import EngineInfo, Generation, Sampling, parse_weight_version
 
@@ -77,9 +77,10 @@ class EngineClient:
         """Samples one continuation of `input_ids`.
 
         `rid`: id of the request for `abort`, unique among the requests in flight. If any client aborts the
-        request, returns the partial tokens with finish_reason ABORT. Cancelling the caller aborts the request
-        at the engine. Raises EngineError if the engine refused the request, died, or took longer than
-        `generate_timeout_s`.
+        request, returns the partial tokens with finish_reason ABORT, and those sampled within
+        `generate_timeout_s` with TIMEOUT. Cancelling the caller aborts the request at the engine. Raises
+        PromptRefusedError if the engine refused the prompt, EngineTimeoutError if there was no token within
+        `generate_timeout_s`, and EngineError if it refused for another reason or died.
         """
         return await self._batcher.generate(input_ids, sampling=sampling, rid=rid)
 
@@ -88,7 +89,7 @@ class EngineClient:
 
         Unknown rids are ignored.
         """
-        body = {"abort_all": True} if rid is None else {"rid": wire_rid(rid)}
+        body = {"abort_all": True} if rid is None else {"rid": self._batcher.wire_rid(rid)}
         await self._http.call("POST", "/abort_request", body)
 
     async def pause(self, mode: str = "abort") -> None:

@@ -16,7 +16,7 @@ import aiohttp
 import numpy as np
 import pytest
 
-from areal_like.errors import EngineError
+from areal_like.errors import EngineError, PromptRefusedError
 from areal_like.trajectory import FinishReason
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.types import Sampling
@@ -118,6 +118,21 @@ async def abort_returns_partial_tokens(engine: Engine, model_path: Path) -> None
         await client.abort()
         assert (await asyncio.wait_for(two, 5)).finish_reason is FinishReason.ABORT
         await client.abort("no such request")
+        assert len((await sample(client, PROMPT, 2)).output_ids) == 2
+
+
+async def a_time_out_keeps_the_partial_tokens(engine: Engine, model_path: Path) -> None:
+    """At its time limit a sequence is truncated; others of its batch are not affected."""
+    model = load_model(model_path)
+    async with engine.client(generate_timeout_s=1.0) as client:
+        quick, *slow = await asyncio.gather(
+            sample(client, PROMPT, 3), *(sample(client, PROMPT, CONTEXT - 50) for _ in range(3))
+        )
+        assert quick.finish_reason is FinishReason.LENGTH
+        for generation in slow:
+            assert generation.finish_reason is FinishReason.TIMEOUT
+            assert 0 < len(generation.output_ids) < CONTEXT - 50
+            assert error_of(model, PROMPT, generation) < TOLERANCE
         assert len((await sample(client, PROMPT, 2)).output_ids) == 2
 
 
@@ -237,7 +252,7 @@ async def bad_requests_are_refused(engine: Engine) -> None:
             sample(client, PROMPT, 3), sample(client, [VOCAB + 5], 3), return_exceptions=True
         )
         assert not isinstance(good, BaseException) and len(good.output_ids) == 3
-        assert isinstance(bad, EngineError)
+        assert isinstance(bad, PromptRefusedError)
 
 
 STRANGERS_CALLS: list[tuple[str, dict[str, Any]]] = [
