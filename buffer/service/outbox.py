@@ -34,7 +34,7 @@ class Outbox:
         self._ledger = ledger
         self._peers = peers
         self._listener = listener
-        self._acks: dict[bytes, dict[tuple[int, str], list[int]]] = {}
+        self._acks: dict[bytes, dict[tuple[int, str], dict[int, None]]] = {}
         """Indices of samples that arrived since the last flush, by route and (lease, reason of a refusal)."""
         self._fetches: dict[tuple[bytes, int, int], int] = {}
         """Request ids of fetches whose group is not recorded yet, by (route, step, position)."""
@@ -72,7 +72,7 @@ class Outbox:
     ) -> None:
         """Acknowledges a sample with the next flush, when it is durable."""
         by_lease = self._acks.setdefault(peer.route, {})
-        by_lease.setdefault((sample.lease_id, verdict.refusal), []).append(sample.sample_index)
+        by_lease.setdefault((sample.lease_id, verdict.refusal), {})[sample.sample_index] = None
 
     def add_fetch(self, route: bytes, fetch: consumer.Fetch, *, rid: int) -> None:
         """Sends the group when it is recorded."""
@@ -99,6 +99,8 @@ class Outbox:
 
         Raises ArealError if the job has failed.
         """
+        for notice in self._ledger.take_notices():
+            log.warning("%s", notice)
         if self._ledger.failure_reason:
             raise ArealError(self._ledger.failure_reason)
         if self._ledger.last_rejection != self._rejection_seen:
@@ -126,8 +128,9 @@ class Outbox:
 
     def _send_acks(self) -> None:
         for route, by_lease in self._acks.items():
+            # A server may have repeated a sample any number of times: each index is named once.
             acks = (
-                producer.SampleAck(lease_id=lease_id, sample_indices=indices, refused=refused)
+                producer.SampleAck(lease_id=lease_id, sample_indices=list(indices), refused=refused)
                 for (lease_id, refused), indices in by_lease.items()
             )
             for message in producer.SampleAcks.batches(acks):
@@ -147,7 +150,8 @@ class Outbox:
             peer = self._peers.named(name)
             if peer is not None:
                 reason = "these leases have ended: their samples are not needed any more"
-                self.send(peer.route, producer.AbortLeases(leases=lease_ids, reason=reason))
+                for message in producer.AbortLeases.batches(lease_ids, reason=reason):
+                    self.send(peer.route, message)
 
     def _answer_fetches(self) -> None:
         if self._num_recorded_seen == self._ledger.num_recorded:

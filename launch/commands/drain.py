@@ -11,7 +11,7 @@ from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
 from launch.commands.parser import add_run
 from launch.commands.running_job import servers_of
-from launch.observation.http_json import post_json
+from launch.observation.http_json import Operator, post_json
 from launch.run_directory.rundir import find_run
 
 _TICK_S = 0.2
@@ -41,7 +41,7 @@ def drain(run: str, name: str) -> int:
         known = ", ".join(sorted(servers)) or "none is running"
         raise ConfigError(f"drain: {paths.root.name} has no rollout server {name!r} (servers: {known})")
     try:
-        post_json(servers[name], "/control/drain", {})
+        post_json(servers[name], "/control/drain", {}, operator=Operator(config.security, paths.endpoints))
     except OSError as error:
         raise ConfigError(
             f"drain: {name} does not answer at {servers[name]} ({error}): send SIGTERM to its process, "

@@ -21,7 +21,7 @@ from areal_like.runtime.daemon import read_endpoint
 from areal_like.shards import Shard, all_shards
 from launch.commands.parser import add_run
 from launch.local_job.child import python_path
-from launch.observation.http_json import post_json
+from launch.observation.http_json import operator_of, post_json
 from launch.run_directory.rundir import find_run
 
 _TIMEOUT_S = 30.0
@@ -61,7 +61,7 @@ def drop_tickets(root: Path, ticket_ids: Sequence[int]) -> str:
 def _drop(paths: RunPaths, shard: Shard, ticket_ids: Sequence[int]) -> bool:
     """Drops the tickets of one shard; returns True when its buffer is running."""
     endpoint = read_endpoint(paths.endpoints / f"{shard.name}.json")
-    if endpoint is not None and _request(str(endpoint["http"]), ticket_ids):
+    if endpoint is not None and _request(paths, str(endpoint["http"]), ticket_ids):
         return True
     root = paths.root.resolve()
     # The stored configuration has an old place if the run's directory was moved.
@@ -83,17 +83,18 @@ def _drop(paths: RunPaths, shard: Shard, ticket_ids: Sequence[int]) -> bool:
     return False
 
 
-def _request(address: str, ticket_ids: Sequence[int]) -> bool:
+def _request(paths: RunPaths, address: str, ticket_ids: Sequence[int]) -> bool:
     """Sends the request to a running buffer; returns False if no process listens at the address.
 
     A killed buffer leaves its endpoint file behind.
     """
     try:
-        post_json(address, "/control/drop", {"tickets": list(ticket_ids)}, timeout_s=_TIMEOUT_S)
+        body = {"tickets": list(ticket_ids)}
+        post_json(address, "/control/drop", body, operator=operator_of(paths.root), timeout_s=_TIMEOUT_S)
     except ConnectionRefusedError:
         return False
     except OSError as error:
         raise ConfigError(
-            f"drop: the buffer at {address} does not answer ({error}): is its disk full? See its /readyz"
+            f"drop: the buffer at {address} does not answer ({error}): is its disk full? See its /status"
         ) from None
     return True

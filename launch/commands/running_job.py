@@ -7,7 +7,7 @@ from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.daemon import read_endpoint
 from areal_like.shards import all_shards
-from launch.observation.http_json import fetch_json
+from launch.observation.http_json import Operator, fetch_json
 
 
 def buffer_settings(config: Config, paths: RunPaths | None, given: str) -> list[str]:
@@ -46,6 +46,7 @@ def servers_of(config: Config, paths: RunPaths) -> dict[str, str]:
 
     Raises ConfigError when no buffer answers.
     """
+    operator = Operator(config.security, paths.endpoints)
     endpoints = [
         read_endpoint(paths.endpoints / f"{shard.name}.json")
         for shard in all_shards(config.buffer.num_shards)
@@ -53,7 +54,7 @@ def servers_of(config: Config, paths: RunPaths) -> dict[str, str]:
     answers = [
         status
         for endpoint in endpoints
-        if endpoint and (status := fetch_json(str(endpoint.get("http", "")), "/status"))
+        if endpoint and (status := fetch_json(str(endpoint.get("http", "")), "/status", operator=operator))
     ]
     if not answers:
         raise ConfigError(f"{paths.root}: its buffer does not answer; is the job running?")

@@ -43,7 +43,7 @@ from areal_like.wire.messages.producer import (
     ServerHeartbeat,
     ServerState,
 )
-from areal_like.wire.messages.weights import PushWeights
+from areal_like.wire.messages.weights import PushChecksums, PushWeights
 from areal_like.wire.records import Record
 
 
@@ -155,7 +155,12 @@ def record(
     )
     checked = checked[: len(checked) - cut]
     header = msgpack.packb(
-        [WIRE_VERSION, "Samples", 0, {"samples": [{"lease_id": 1, "record": [0, len(checked)]}]}]
+        [
+            WIRE_VERSION,
+            "Samples",
+            0,
+            {"samples": [{"lease_id": 1, "record": [0, len(checked)], "failure": ""}]},
+        ]
     )
     return [header, checked]
 
@@ -259,7 +264,7 @@ def test_overlapping_records_are_refused() -> None:
     """Otherwise a small message could expand to a large one in memory."""
     record = Record.of(2, 0, trajectory(100, 5_000)).data
     for count, is_good in ((1, True), (2, False), (2_000, False)):
-        samples = [{"lease_id": 1, "record": [0, len(record)]}] * count
+        samples = [{"lease_id": 1, "record": [0, len(record)], "failure": ""}] * count
         frames = [msgpack.packb([WIRE_VERSION, "Samples", 0, {"samples": samples}]), record]
         if is_good:
             decode(frames)
@@ -291,7 +296,14 @@ def test_record_of_lists_does_not_expand_in_memory(item: bytes, array_bytes: int
     rest = identity + meta + bytes(array_bytes)
     data = struct.pack("<4sII", b"ATR1", 12 + len(rest), zlib.crc32(rest)) + rest
     frames = [
-        msgpack.packb([WIRE_VERSION, "Samples", 0, {"samples": [{"lease_id": 1, "record": [0, len(data)]}]}]),
+        msgpack.packb(
+            [
+                WIRE_VERSION,
+                "Samples",
+                0,
+                {"samples": [{"lease_id": 1, "record": [0, len(data)], "failure": ""}]},
+            ]
+        ),
         data,
     ]
     peak = peak_bytes_refusing(
@@ -420,7 +432,6 @@ def test_largest_messages_of_a_job_are_accepted() -> None:
             state=ServerState.SERVING, free_samples=1, holding_samples=1, weights_version=1, leases=lease_ids
         ),
         ReturnLeases(leases=lease_ids, reason="draining"),
-        AbortLeases(leases=lease_ids, reason="over"),
         StartTraining(step=3, stream={"curriculum": list(range(1 << 24, (1 << 24) + 400_000))}),
         PushWeights(
             epoch=1,
@@ -429,8 +440,10 @@ def test_largest_messages_of_a_job_are_accepted() -> None:
             step=1,
             update_mode="keep",
             manifest={"buckets": [tensors]},
+            integrity="none",
             timeout_s=1.0,
         ),
+        PushChecksums(version=1, checksums=[(1 << 32) - 1] * 40_000, digests=["f" * 64] * 40_000),
     ):
         frames = encode(message)
         assert len(frames[0]) > 1 << 16
@@ -454,9 +467,14 @@ def test_leases_and_acknowledgements_are_sent_in_batches() -> None:
         SampleAck(lease_id=1 << 52, sample_indices=list(range(size)), refused="unknown version")
         for size in [0, 8, 1000, 10_000] * 200
     ]
-    for kind, items in ((Leases, leases), (SampleAcks, acks)):
-        received = [decode(encode(batch))[0] for batch in kind.batches(items)]
-        assert [item for batch in received for item in vars(batch).popitem()[1]] == items
+    lease_ids = [1 << 52] * 20_000
+    for batches, items in (
+        (Leases.batches(leases), leases),
+        (SampleAcks.batches(acks), acks),
+        (AbortLeases.batches(lease_ids, reason="over"), lease_ids),
+    ):
+        received = [next(iter(vars(decode(encode(batch))[0]).values())) for batch in batches]
+        assert [item for batch in received for item in batch] == items
         assert 1 < len(received) < len(items)
 
 
@@ -476,6 +494,7 @@ def test_overlong_header_is_not_sent() -> None:
             step=1,
             update_mode="keep",
             manifest={"lists": [[]] * 100_000},
+            integrity="none",
             timeout_s=1.0,
         ),
     ):

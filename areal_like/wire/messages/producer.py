@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import ClassVar, TypeVar
 
+from areal_like.failures import FailureKind
 from areal_like.wire.records import Record
 
 BATCH_BYTES = 1 << 18
@@ -125,6 +126,13 @@ class SampleDone:
 
     lease_id: int
     record: Record
+    failure: str = ""
+    """Empty, or the `FailureKind` of a failure that is trained on with reward 0 (policy `zero`)."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for an unknown kind of failure."""
+        if self.failure:
+            FailureKind(self.failure)
 
     @property
     def ticket_id(self) -> int:
@@ -189,7 +197,7 @@ class SampleAcks:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleFailed:
-    """Server -> buffer: a sample failed (reward raised or hung, engine refused).
+    """Server -> buffer: a sample failed, and is not trained on with reward 0.
 
     Acknowledged in `SampleAcks`.
     """
@@ -197,7 +205,15 @@ class SampleFailed:
     lease_id: int
     ticket_id: int
     sample_index: int
+    kind: FailureKind
+    num_tokens: int
+    """Tokens that were sampled for it and are lost."""
     error: str
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a negative number of tokens."""
+        if self.num_tokens < 0:
+            raise ValueError(f"num_tokens={self.num_tokens}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,10 +230,14 @@ class ReturnLeases:
 class AbortLeases:
     """Buffer -> server: stop generating for these leases; their samples are no longer needed."""
 
-    max_header_bytes: ClassVar[int] = 256 << 10
-    """As `ServerHeartbeat`."""
     leases: list[int]
     reason: str
+
+    @classmethod
+    def batches(cls, leases: Iterable[int], *, reason: str) -> Iterator[AbortLeases]:
+        """Messages whose headers peers accept."""
+        for batch in _batches(leases, max_bytes=_BATCH_HEADER_BYTES - len(reason), size_of=lambda _: 9):
+            yield cls(leases=batch, reason=reason)
 
 
 def _batches(
