@@ -15,21 +15,40 @@ registered. Two other conditions need different behavior:
 
 The owner of the connection decides when to register again and which requests to repeat then, because rollout
 servers and trainer ranks differ in this too.
+
+A new process may find that its name is still taken by its predecessor, which answers the buffer and is about
+to end. So `register` repeats a hello that was refused for its name for NAME_RETRY_S.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import logging
 from collections.abc import Callable
 from typing import Any
 
-from areal_like.errors import ArealError
+from areal_like.errors import ArealError, RefusedError
 from areal_like.wire.channel import Link
-from areal_like.wire.messages.hello import Hello, HelloRequired, JobFailed, Welcome
+from areal_like.wire.messages.hello import (
+    AreYouAlive,
+    Drain,
+    Hello,
+    HelloRequired,
+    JobFailed,
+    JobFinished,
+    StillAlive,
+    Welcome,
+)
 from areal_like.wire.messages.producer import HeartbeatAck
 
 SILENT_AFTER_S = 5.0
 """A buffer replies to each heartbeat, so a few missing replies mean that it is gone or unreachable."""
+NAME_RETRY_S = 8.0
+"""Time for which a hello is repeated while another process answers for the name."""
+_NAME_RETRY_PAUSE_S = 0.5
+
+log = logging.getLogger(__name__)
 
 
 class BufferConnection:
@@ -43,10 +62,13 @@ class BufferConnection:
         on_message: Callable[[Any], None],
         on_hello_required: Callable[[], None],
         on_fatal: Callable[[ArealError], None],
+        on_drain: Callable[[], None] = lambda: None,
+        on_finished: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_message` gets all one-way messages except HelloRequired and JobFailed.
+        """`on_message` gets all one-way messages that have no callback of their own.
 
-        HelloRequired calls `on_hello_required`, and JobFailed calls `on_fatal` with the reason.
+        HelloRequired calls `on_hello_required`, JobFailed calls `on_fatal` with the reason, Drain calls
+        `on_drain`, JobFinished calls `on_finished`. AreYouAlive is answered here.
         """
         self.address = address
         self.is_registered = False
@@ -57,6 +79,10 @@ class BufferConnection:
         self._on_message = on_message
         self._on_hello_required = on_hello_required
         self._on_fatal = on_fatal
+        self._on_drain = on_drain
+        self._on_finished = on_finished
+        self._incarnation = 0
+        """Granted by this buffer; 0: none yet."""
         self.call = self._link.call
         """As `Link.call`."""
         self.send = self._link.send
@@ -80,12 +106,24 @@ class BufferConnection:
         return bool(self.trouble) and not self.is_silent
 
     async def register(self, hello: Hello, *, timeout_s: float) -> Welcome:
-        """Sends `hello` and returns the reply.
+        """Sends `hello` and returns the reply. `timeout_s`: for each try.
 
-        Raises DeadlineError without a reply in time, RefusedError if the buffer refuses.
+        Raises DeadlineError without a reply in time, RefusedError if the buffer refuses, RunFinishedError if
+        the run is finished.
         """
-        welcome = await self.call(hello, timeout_s=timeout_s)
+        until_s = self._loop.time() + NAME_RETRY_S
+        while True:
+            try:
+                granted = dataclasses.replace(hello, incarnation=self._incarnation)
+                welcome = await self.call(granted, timeout_s=timeout_s)
+                break
+            except RefusedError as error:
+                if error.field != "name" or self._loop.time() > until_s:
+                    raise
+                log.warning("%s: trying again for a few seconds", error)
+            await asyncio.sleep(_NAME_RETRY_PAUSE_S)
         assert isinstance(welcome, Welcome)
+        self._incarnation = welcome.incarnation
         self.is_registered = True
         return welcome
 
@@ -101,6 +139,12 @@ class BufferConnection:
                 self.is_registered = False
                 self.trouble = ""  # the previous process reported it
                 self._on_hello_required()
+            case AreYouAlive():
+                self.send(StillAlive())
+            case Drain():
+                self._on_drain()
+            case JobFinished():
+                self._on_finished()
             case HeartbeatAck():
                 self._on_message(message)  # first, so that the owner can compare it with `trouble`
                 self.trouble = message.trouble

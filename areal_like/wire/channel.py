@@ -29,11 +29,12 @@ from areal_like.errors import (
     DeadlineError,
     PeerLostError,
     RefusedError,
+    RunFinishedError,
     WireError,
     WireVersionError,
 )
 from areal_like.wire.codec import decode, encode
-from areal_like.wire.messages.hello import JobFailed, Refused
+from areal_like.wire.messages.hello import JobFailed, JobFinished, Refused
 
 log = logging.getLogger(__name__)
 
@@ -235,7 +236,7 @@ class Link:
         """Sends a request and returns its reply.
 
         Raises DeadlineError without a reply in time, PeerLostError when the link is closed meanwhile,
-        RefusedError for `Refused`, ArealError for `JobFailed`.
+        RefusedError for `Refused`, RunFinishedError for `JobFinished`, ArealError for `JobFailed`.
         """
         rid = next(self._rids)
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -251,7 +252,11 @@ class Link:
         finally:
             del self._pending[rid]
         if isinstance(reply, Refused):
-            raise RefusedError(f"{type(message).__name__} was refused ({reply.field}): {reply.reason}")
+            refusal = RefusedError(f"{type(message).__name__} was refused ({reply.field}): {reply.reason}")
+            refusal.field = reply.field
+            raise refusal
+        if isinstance(reply, JobFinished):
+            raise RunFinishedError("the run is finished: raise trainer.num_steps to continue it")
         if isinstance(reply, JobFailed):
             raise ArealError(reply.reason)
         return reply

@@ -32,7 +32,7 @@ from areal_like.wire.messages import MESSAGES, TAGS
 from areal_like.wire.records import Record
 from areal_like.wire.unpacking import unpack
 
-WIRE_VERSION = 3
+WIRE_VERSION = 4
 MAX_HEADER_BYTES = 4 << 20
 _MIN_CONTAINER_BYTES = 6
 """Fewest bytes per list or map in a long header; it bounds how many of them a header can contain. The densest

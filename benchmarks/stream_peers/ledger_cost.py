@@ -63,7 +63,7 @@ def _open(config: Config) -> tuple[Ledger, Store]:
 
     store = open_store(config, on_error=fail)
     return recover(
-        LedgerSettings.from_config(config), store, now_s=0.0, first_lease_id=1 << 40, dataset=1
+        LedgerSettings.from_config(config), store, now_s=0.0, dataset=1
     ), store
 
 

@@ -63,6 +63,8 @@ class LeaseTable:
         self._shard = shard
         self._timeout_s = lease_timeout_s
         self._next_id = first_lease_id
+        self.may_grant = True
+        """False while the range of this buffer's lease ids is not durable."""
         self._expiry: list[tuple[float, int]] = []
         self.servers: dict[str, Server] = {}
         self.live: dict[int, LeaseRecord] = {}

@@ -393,12 +393,7 @@ class DurableLedgerMachine(LedgerMachine):
         """The ledger that the next buffer would recover if this one were killed now."""
         store = self.ledger.state.store
         assert isinstance(store, RowStore)
-        ledger = recover(
-            self.ledger.settings,
-            store.copy(),
-            now_s=self.now_s,
-            first_lease_id=self.ledger.state.leases._next_id,
-        )
+        ledger = recover(self.ledger.settings, store.copy(), now_s=self.now_s)
         ledger.set_num_train_prompts(1000)
         return ledger
 
