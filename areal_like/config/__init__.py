@@ -11,6 +11,7 @@ from areal_like.config.buffer import BufferConfig
 from areal_like.config.job import Config, DaemonConfig, EvalConfig, ModelConfig
 from areal_like.config.loading import from_mapping, to_mapping
 from areal_like.config.rollout import RolloutConfig, SamplingConfig, SglangConfig
+from areal_like.config.security import SecurityConfig
 from areal_like.config.trainer import KlConfig, TrainerConfig
 from areal_like.config.weights import WeightsConfig
 
@@ -23,6 +24,7 @@ __all__ = [
     "ModelConfig",
     "RolloutConfig",
     "SamplingConfig",
+    "SecurityConfig",
     "SglangConfig",
     "TrainerConfig",
     "WeightsConfig",

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from areal_like.config.buffer import BufferConfig
 from areal_like.config.common import Section, require
 from areal_like.config.rollout import RolloutConfig, SamplingConfig
+from areal_like.config.security import SecurityConfig
 from areal_like.config.trainer import KlConfig, TrainerConfig
 from areal_like.config.weights import WeightsConfig
 
@@ -104,6 +105,7 @@ class Config(Section):
     kl: KlConfig = field(default_factory=KlConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     daemon: DaemonConfig = field(default_factory=DaemonConfig)
+    security: SecurityConfig = field(default_factory=SecurityConfig)
 
     def check(self) -> None:
         """Ranges, and rules over several sections."""

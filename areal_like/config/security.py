@@ -1,0 +1,40 @@
+"""Settings of authentication and encryption."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from areal_like.config.common import Section, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecurityConfig(Section, key="security"):
+    """Keys and tokens of the job's daemons. Without keys every daemon listens on loopback only."""
+
+    keys: str = ""
+    """Directory made by `areal-like keys init`; every daemon then authenticates and encrypts its connections.
+    Empty: no keys, and only loopback addresses are bound."""
+    identity: str = ""
+    """Name of this daemon's key, for the file `<keys>/<identity>.secret`; empty: the daemon's role (`buffer`,
+    `trainer` or `rollout`)."""
+    insecure: bool = False
+    """Allow addresses other than loopback without keys: everyone who can reach the ports can then change the
+    run."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names, beyond the bound and advertised addresses, that HTTP requests may have in their Host header."""
+
+    def check(self) -> None:
+        """Plain names; a list of host names."""
+        require(
+            not self.identity or re.fullmatch(r"[A-Za-z0-9._-]{1,64}", self.identity) is not None,
+            f"security.identity={self.identity}: use 1 to 64 letters, digits, dots, dashes and underscores",
+        )
+        require(
+            not (self.identity and not self.keys),
+            "security.identity names a key, and security.keys is empty: name the directory of the keys",
+        )
+        require(
+            all(isinstance(host, str) and host for host in self.allowed_hosts),
+            "security.allowed_hosts: give a list of host names",
+        )
