@@ -11,7 +11,7 @@ from areal_like.runtime.process import exit_at_once
 
 
 def main() -> int:
-    """Runs the server; returns 0 when it has drained, 1 on a failure, 2 for a mistake in the settings."""
+    """Runs the server; returns the exit code (see `areal_like.runtime.daemon`)."""
     if shows_help(sys.argv[1:], __doc__):
         return 0
     # Exit quietly until the daemon handles SIGTERM itself: its imports take a second.
@@ -21,6 +21,7 @@ def main() -> int:
 
     try:
         config, name = role_arguments(sys.argv[1:], default_name="rollout-0")
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(config.daemon.exit_code_on_drain))
     except UserError as error:
         sys.stderr.write(f"rollout_server: {error}\n")
         return 2

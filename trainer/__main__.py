@@ -28,6 +28,7 @@ def main(argv: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         config = load_config(argv)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(config.daemon.exit_code_on_drain))
     except UserError as error:
         sys.stderr.write(f"trainer: {error}\n")
         return 2
@@ -37,7 +38,8 @@ def main(argv: Sequence[str]) -> int:
         die_with_launcher()
         os.environ.setdefault("OMP_NUM_THREADS", str(config.trainer.num_threads))
         if config.trainer.world_size > 1:
-            return start_ranks(argv, world_size=config.trainer.world_size)
+            drain_code = config.daemon.exit_code_on_drain
+            return start_ranks(argv, world_size=config.trainer.world_size, drain_code=drain_code)
     with uncollected():
         from trainer.daemon import run_rank
 

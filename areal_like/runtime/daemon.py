@@ -6,8 +6,8 @@ A daemon's own code is an `async def main(runtime)`. The runtime sets `stopping`
 second signal, or a drain longer than `daemon.drain_timeout_s`, kills the process). It serves /livez, /readyz,
 /metrics, /status and /control on a free port; `<run>/endpoints/<daemon>.json` contains the address.
 
-Exit codes: 0 done or drained, 1 failed (the reason is in the log, and in one line on stderr), 2 a mistake of
-the user (one message on stderr).
+Exit codes: 0 the run is finished; `daemon.exit_code_on_drain` (by default 0 too) drained; 1 failed (the
+reason is in the log, and in one line on stderr); 2 a mistake of the user (one message on stderr).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 import signal
 import sys
 import time
@@ -57,12 +58,16 @@ class Runtime:
         self.waits = PendingWaits()
         self.stopping = asyncio.Event()
         """Set when the daemon must drain."""
-        self.incarnation = time.time_ns()
-        """Start time in nanoseconds. It grows with every start, so that peers can refuse an older process of
-        the same name."""
+        self.process = secrets.token_hex(16)
+        """Identity of this process, by which a buffer tells it from others of the same name. Not in /status:
+        who knows it can pose as this process."""
+        self.is_finished = False
+        """True when the run is finished: the exit code is then 0, also after a drain."""
         self.status: Callable[[], dict[str, Any]] = dict
         """Returns the daemon's own part of /status."""
-        self.verbs: dict[str, Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]] = {"drain": self._drain}
+        self.verbs: dict[str, Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]] = {
+            "drain": self._on_drain_verb
+        }
         """Handlers of `POST /control/<verb>`: JSON object in, JSON object out; UserError becomes a 400."""
         self.http_port = 0
         self._loop = asyncio.get_running_loop()
@@ -130,14 +135,22 @@ class Runtime:
         await asyncio.wait([self._serving], timeout=2)
         (self.paths.endpoints / f"{self.name}.json").unlink(missing_ok=True)
 
-    async def _drain(self, _: dict[str, Any]) -> dict[str, Any]:
-        """Does the same as SIGTERM, watchdog included, for callers that can reach only the HTTP port.
+    def drain(self) -> None:
+        """Does the same as SIGTERM, watchdog included. Call it in the daemon's event loop.
 
         A repeated call sends no second signal, which would kill the daemon at once.
         """
         if not (self._drain_requested or self.stopping.is_set()):
             self._drain_requested = True
             os.kill(os.getpid(), signal.SIGTERM)
+
+    def finish(self) -> None:
+        """Drains because the run is finished."""
+        self.is_finished = True
+        self.drain()
+
+    async def _on_drain_verb(self, _: dict[str, Any]) -> dict[str, Any]:
+        self.drain()
         return {"draining": True}
 
     def _app(self) -> Starlette:
@@ -152,7 +165,7 @@ class Runtime:
             return Response(self.metrics.exposition(), media_type=CONTENT_TYPE)
 
         async def status(_: Request) -> Response:
-            base = {"role": self.role, "name": self.name, "pid": os.getpid(), "incarnation": self.incarnation}
+            base = {"role": self.role, "name": self.name, "pid": os.getpid()}
             return JSONResponse(
                 base
                 | {"not_ready": self.not_ready_because, "waiting_on": self.waits.durations()}
@@ -242,17 +255,21 @@ class DrainSignals:
 
 def run_daemon(config: Config, *, role: str, name: str, main: Callable[[Runtime], Awaitable[None]]) -> int:
     """Runs an asyncio daemon to its end and returns its exit code."""
+    is_drained = False
 
     async def body() -> None:
+        nonlocal is_drained
         async with Runtime(config, role=role, name=name) as runtime:
             DrainSignals(drain_timeout_s=config.daemon.drain_timeout_s, on_drain=runtime.stop)
             log.info("%s started, pid %d", name, os.getpid())
             await main(runtime)
-            log.info("%s ended", name)
+            is_drained = runtime.stopping.is_set() and not runtime.is_finished
+            log.info("%s ended: %s", name, "drained" if is_drained else "the run is finished")
 
     die_with_launcher()
     configure_logging(config, name)
-    return exit_code_of(name, lambda: asyncio.run(body()))
+    code = exit_code_of(name, lambda: asyncio.run(body()))
+    return config.daemon.exit_code_on_drain if is_drained and code == 0 else code
 
 
 @contextlib.asynccontextmanager

@@ -1,8 +1,8 @@
 """Limits on the texts and tables in a peer's messages, which the receiver keeps, logs and passes on.
 
-The codec checks types, this module lengths: names become keys, rows and parts of the directory that every rank
-gets, so a message must not make them large. A sender cuts what may be long (`shortened`); a receiver refuses
-what is longer.
+The codec checks types, this module lengths: names become keys, rows and parts of the directory that every
+rank gets, so a message must not make them large. A sender cuts what may be long (`shortened`); a receiver
+refuses what is longer.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from areal_like.config.common import NAME, NAME_RULE
 from areal_like.errors import RefusedError
 from areal_like.wire.messages.consumer import CloseAdmission, TrainerHeartbeat
 from areal_like.wire.messages.hello import Goodbye, Hello
 from areal_like.wire.messages.producer import ReturnLeases, SampleFailed, ServerHeartbeat
 
-NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-"""Names of peers, jobs and runs."""
-NAME_RULE = "use 1 to 64 of the characters A-Z a-z 0-9 . _ -"
 MAX_TEXT_CHARS = 2_000
 """Reasons and error texts."""
 MAX_SETTINGS_CHARS = 4_000

@@ -100,6 +100,18 @@ class Ledger:
         above = self.trainer_incarnation if name == TRAINER else 0
         return self.state.incarnations.admit(name, process, above=above)
 
+    def hold_grants(self) -> None:
+        """Grants no lease until everything written so far is durable.
+
+        A buffer that died before its generation is durable would leave its lease ids to the next one.
+        """
+
+        def allow() -> None:
+            self.state.leases.may_grant = True
+
+        self.state.leases.may_grant = False
+        self.when_durable(allow)
+
     def grant(self, *, now_s: float) -> dict[str, list[Lease]]:
         """New leases by server (see LeaseDispatcher); none after the job has failed."""
         return {} if self.failure_reason else self._dispatcher.grant(now_s=now_s)

@@ -48,16 +48,14 @@ def recover(
     """The ledger that `store` contains; a new one if it is empty. Call it once, before the first write.
 
     `dataset`: a number that identifies the data set to which prompt indices refer. `ignoring`: tickets whose
-    trajectories may be damaged. `generation`: number of earlier buffers, if the store does not know it; choose
-    it at random for a store that is not durable. `reopen`: a finished run goes on. Raises ConfigError if another shard wrote the store, StoreCorruptError for
-    damaged trajectories.
+    trajectories may be damaged. `generation`: number of earlier buffers, if the store does not know it;
+    choose it at random for a store that is not durable. `reopen`: a finished run goes on. Raises ConfigError
+    if another shard wrote the store, StoreCorruptError for damaged trajectories.
     """
     recovered = store.recover(ignoring=ignoring)
     generation = _next_generation(recovered, generation)
     state = LedgerState(settings, store, first_lease_id=generation << _GENERATION_BITS)
     store.put_scalar("generation", generation)
-    state.leases.may_grant = False  # if this buffer died now, the next one would use the same ids
-    store.when_durable(lambda: setattr(state.leases, "may_grant", True))
     _check_shard(settings, recovered.scalars)
     store.put_scalar("shard", settings.shard.index)
     store.put_scalar("num_shards", settings.shard.count)

@@ -16,8 +16,8 @@ from buffer.ledger.lifecycle import TicketLifecycle
 from buffer.ledger.state import LedgerState
 from buffer.ledger.stream_start import StreamStart
 from buffer.prompts.order import Prompt
-from buffer.tables.evaluations import EvalRound
 from buffer.storage.rows import OperationRow
+from buffer.tables.evaluations import EvalRound
 from buffer.tables.incarnations import TRAINER, is_impossible, refuse_older
 from buffer.tickets import Drop, State, Ticket
 

@@ -68,6 +68,11 @@ class NameClaims:
         for name in [name for name, question in self._questions.items() if route in question.holders]:
             yield from self._questions.pop(name).newcomers.values()
 
+    def cancel(self, name: str) -> list[Newcomer]:
+        """Ends the question about a name; returns its newcomers."""
+        question = self._questions.pop(name, None)
+        return list(question.newcomers.values()) if question else []
+
     def expired(self, *, now_s: float) -> Iterator[tuple[str, list[Newcomer]]]:
         """The names whose holders have not answered in time, with their newcomers in order of arrival."""
         for name in [name for name, question in self._questions.items() if question.until_s <= now_s]:

@@ -4,11 +4,11 @@
                                     `--unfence--> nobody has it, incarnation 2 --admit(R)--> R, incarnation 3
 
 Every process has a random identity. The ledger gives each new process of a name the next number, and keeps
-both, so clocks play no part and nothing that a peer sends can raise a number. Whether a new process may have a
-name that another one has now is decided elsewhere (`buffer/service/name_claims.py`).
+both, so clocks play no part and nothing that a peer sends can raise a number. Whether a new process may have
+a name that another one has now is decided elsewhere (`buffer/service/name_claims.py`).
 
-All ranks of the trainer are one process here, under the name TRAINER. Of an identity, only 63 bits of its hash
-are stored: reading the ledger is not enough to pose as the process.
+All ranks of the trainer are one process here, under the name TRAINER. Of an identity, only 63 bits of its
+hash are stored: reading the ledger is not enough to pose as the process.
 """
 
 from __future__ import annotations
@@ -54,6 +54,10 @@ class IncarnationTable:
             elif key.startswith(_PROCESS):
                 self._process[key.removeprefix(_PROCESS)] = value
 
+    def __contains__(self, name: str) -> bool:
+        """True if a process has ever had the name."""
+        return name in self._newest
+
     def find(self, name: str, process: str, incarnation: int) -> int:
         """The incarnation of a process that has the name; 0 if the process is new.
 
@@ -74,13 +78,15 @@ class IncarnationTable:
     def admit(self, name: str, process: str, *, above: int = 0) -> int:
         """Gives the name to a new process; returns its incarnation, which is also larger than `above`.
 
-        Raises RefusedError for too many names, and for a number that a forged hello has left in an old ledger.
+        Raises RefusedError for too many names, and for a number that a forged hello has left in the ledger of
+        an earlier release.
         """
         newest = max(self._newest.get(name, 0), above)
         if newest >= _IMPOSSIBLE:
             raise RefusedError(
                 "incarnation",
-                f"the ledger has the impossible number {newest} for {name}: run `areal-like unfence RUN {name}`",
+                f"the ledger has the impossible number {newest} for {name}: "
+                f"run `areal-like unfence RUN {name}`",
             )
         if name not in self._newest and len(self._newest) >= MAX_NAMES:
             raise RefusedError("peers", f"this run has had {MAX_NAMES} names: use one of them again")

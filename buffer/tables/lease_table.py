@@ -64,7 +64,7 @@ class LeaseTable:
         self._timeout_s = lease_timeout_s
         self._next_id = first_lease_id
         self.may_grant = True
-        """False while the range of this buffer's lease ids is not durable."""
+        """False while no lease may be granted (`Ledger.hold_grants`)."""
         self._expiry: list[tuple[float, int]] = []
         self.servers: dict[str, Server] = {}
         self.live: dict[int, LeaseRecord] = {}

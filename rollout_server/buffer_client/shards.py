@@ -35,6 +35,8 @@ class ShardedBufferClient:
         waits: PendingWaits,
         on_leases: Callable[[list[Lease]], None],
         on_abort: Callable[[list[int]], None],
+        on_drain: Callable[[], None],
+        on_finished: Callable[[], None],
     ) -> None:
         """`capacity_samples`: of the whole server. Other arguments are those of `BufferClient`."""
         self._num_shards = config.buffer.num_shards
@@ -42,7 +44,15 @@ class ShardedBufferClient:
         self._held = [HeldLeases(capacity_samples=shard.share(capacity_samples)) for shard in shards]
         self._clients = [
             BufferClient(
-                config, shard, hello=hello, held=held, waits=waits, on_leases=on_leases, on_abort=on_abort
+                config,
+                shard,
+                hello=hello,
+                held=held,
+                waits=waits,
+                on_leases=on_leases,
+                on_abort=on_abort,
+                on_drain=on_drain,
+                on_finished=on_finished,
             )
             for shard, held in zip(shards, self._held, strict=True)
         ]

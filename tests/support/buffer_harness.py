@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -169,7 +170,7 @@ def trainer_hello(config: Config, **changes: Any) -> Hello:
     fields: dict[str, Any] = {
         "role": Role.TRAINER,
         "name": "trainer-0",
-        "incarnation": time.time_ns(),
+        "process": secrets.token_hex(16),
         "job": config.name,
         "model": "m",
         "tokenizer": "t",

@@ -7,8 +7,8 @@ killed or the buffer ends the job.
 from __future__ import annotations
 
 import asyncio
+import secrets
 import sys
-import time
 from typing import Any
 
 from areal_like.errors import ArealError
@@ -33,7 +33,7 @@ def hello(name: str, **changes: Any) -> Hello:
     fields = {
         "role": Role.ROLLOUT,
         "name": name,
-        "incarnation": time.time_ns(),
+        "process": secrets.token_hex(16),
         "job": "job",
         "model": "m",
         "tokenizer": "t",
