@@ -7,11 +7,11 @@ running. In the same way `--unfence NAME` takes a name from the process that has
 from __future__ import annotations
 
 import gc
-import signal
 import sys
 
 from areal_like.errors import ConfigError, UserError
 from areal_like.runtime.command_line import role_arguments, shows_help
+from areal_like.runtime.process import early_signals, keep_files_private
 from areal_like.shards import Shard
 
 _SWITCH_INTERVAL_S = 2e-4
@@ -22,8 +22,8 @@ def main() -> int:
     """Returns the exit code (see `areal_like.runtime.daemon`)."""
     if shows_help(sys.argv[1:], __doc__):
         return 0
-    # The imports below take a second; after them the daemon installs a handler that drains.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    early_signals()
+    keep_files_private()
     from areal_like.runtime.daemon import run_daemon
     from buffer.service.daemon import main as serve
     from buffer.service.offline import drop_offline, unfence_offline
@@ -32,7 +32,7 @@ def main() -> int:
         dropped, args = _option(sys.argv[1:], "--drop", "name tickets by their numbers, e.g. --drop 17,23")
         unfenced, args = _option(args, "--unfence", "name a role, e.g. --unfence rollout-0")
         config, name = role_arguments(args, default_name="buffer")
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(config.daemon.exit_code_on_drain))
+        early_signals(config.daemon.exit_code_on_drain)
         shard = Shard.named(name, count=config.buffer.num_shards)
         if dropped:
             drop_offline(config, _ticket_ids(dropped), shard)

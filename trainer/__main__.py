@@ -9,14 +9,13 @@ ranks (`distributed/spawn.py`).
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Sequence
 
 from areal_like.errors import UserError
 from areal_like.runtime.command_line import load_config, shows_help
 from areal_like.runtime.imports import uncollected
-from areal_like.runtime.process import die_with_launcher, die_with_parent
+from areal_like.runtime.process import die_with_launcher, die_with_parent, early_signals
 from trainer.distributed.spawn import start_ranks
 
 
@@ -24,11 +23,10 @@ def main(argv: Sequence[str]) -> int:
     """Runs the trainer; returns the exit code."""
     if shows_help(argv, __doc__):
         return 0
-    # Until DrainSignals takes over: importing torch takes seconds, and there is nothing to save yet.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    early_signals()
     try:
         config = load_config(argv)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(config.daemon.exit_code_on_drain))
+        early_signals(config.daemon.exit_code_on_drain)
     except UserError as error:
         sys.stderr.write(f"trainer: {error}\n")
         return 2

@@ -30,6 +30,8 @@ from areal_like.errors import ConfigError, RunFinishedError, UserError
 from areal_like.paths import RunPaths, model_path
 from areal_like.runtime.daemon import DrainSignals, exit_code_of
 from areal_like.runtime.logs import configure_logging
+from areal_like.runtime.process import keep_files_private
+from areal_like.runtime.signals import handle_log_signals
 from areal_like.weights.snapshots_on_disk import VERSION_KEY
 from trainer.buffer_client.client import StopRequestedError, TrainerBufferClient
 from trainer.checkpoint import Checkpoints
@@ -236,7 +238,9 @@ def run_rank(config: Config) -> int:
         nonlocal is_finished
         is_finished = _run(config)
 
+    keep_files_private(RunPaths.of(config).root)
     configure_logging(config, name)
+    handle_log_signals()
     code = exit_code_of(name, body)
     return code if code or is_finished else config.daemon.exit_code_on_drain
 

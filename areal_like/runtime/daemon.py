@@ -36,7 +36,8 @@ from areal_like.errors import ArealError, ConfigError, UserError
 from areal_like.paths import RunPaths, write_json
 from areal_like.runtime.logs import configure_logging, exit_log
 from areal_like.runtime.metrics import CONTENT_TYPE, Metrics
-from areal_like.runtime.process import die_with_launcher
+from areal_like.runtime.process import die_with_launcher, keep_files_private
+from areal_like.runtime.signals import handle_log_signals, show_tasks_of
 from areal_like.runtime.waits import PendingWaits
 from areal_like.wire.sockets import bound_socket
 
@@ -100,6 +101,7 @@ class Runtime:
         self._loop.call_soon_threadsafe(self.stopping.set)
 
     async def __aenter__(self) -> Self:
+        show_tasks_of(self._loop)
         host = self.config.daemon.http_host
         try:
             listening = bound_socket(host, 0)
@@ -267,7 +269,9 @@ def run_daemon(config: Config, *, role: str, name: str, main: Callable[[Runtime]
             log.info("%s ended: %s", name, "drained" if is_drained else "the run is finished")
 
     die_with_launcher()
+    keep_files_private(RunPaths.of(config).root)
     configure_logging(config, name)
+    handle_log_signals()
     code = exit_code_of(name, lambda: asyncio.run(body()))
     return config.daemon.exit_code_on_drain if is_drained and code == 0 else code
 

@@ -456,7 +456,7 @@ def observed(ledger: Ledger) -> dict[str, object]:
         ),
         "bound": ledger.state.bound.current,
         "open": not ledger.closed_reason,
-        "trainer": (ledger.trainer_incarnation, ledger.state.incarnations.newest),
+        "trainer": (ledger.trainer_incarnation, ledger.state.incarnations._newest),
         "steps": (
             ledger.state.steps.current,
             ledger.state.steps.committed,
