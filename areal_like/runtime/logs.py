@@ -91,7 +91,7 @@ class ReopenedFile(logging.FileHandler):
     """A log file that can be opened again under its name."""
 
     def reopen(self) -> None:
-        """Closes the file and opens the one that has its name now. From any thread, not from a signal handler."""
+        """Closes the file and opens the one that has its name now. Not from a signal handler."""
         self.acquire()
         try:
             self.close_stream()

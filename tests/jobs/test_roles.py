@@ -26,6 +26,9 @@ from tests.support.launching import (
 pytestmark = [pytest.mark.timeout(TEST_LIMIT_S), pytest.mark.slow]
 
 
+DAEMONS = ("-m buffer", "-m rollout_server ", "-m rollout_server.engine", "-m trainer ")
+
+
 @pytest.fixture
 def start(tmp_path: Path, cache: dict[str, str]) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
     """Starts `python -m ...` with the run's settings; fails if a process is alive at the end."""
@@ -107,3 +110,45 @@ def test_roles_started_by_hand_and_a_replaced_trainer(tmp_path: Path, start: Any
     assert [row["step"] for row in rows] == list(range(len(rows)))
     assert max(row["lag_max"] for row in rows) <= 4
     assert json.loads((run / "summary.json").read_text())["tickets"]["trained"] == 4 * len(rows)
+
+
+def test_a_finished_fleet_ends_by_itself(tmp_path: Path, start: Any) -> None:
+    """No launcher: each role hears of the end from the buffer. Signals for logs disturb none of them."""
+    run = tmp_path / "runs" / "x"
+    os.umask(0o022)
+    (run / "logs").mkdir(parents=True)  # as the release before made it
+    assert start("trainer.prepare_model", "trainer.num_steps=25").wait() == 0
+    buffer = start("buffer", "trainer.num_steps=25")
+    endpoint = run / "endpoints" / "buffer.json"
+    wait_until(
+        lambda: endpoint.exists() and "stream" in endpoint.read_text(),
+        what="the buffer",
+        run_root=run,
+        process=buffer,
+    )
+    port = f"buffer.port={json.loads(endpoint.read_text())['stream'].rpartition(':')[2]}"
+    roles = [
+        buffer,
+        start("rollout_server", "--name", "rollout-0", port, "trainer.num_steps=25"),
+        start("rollout_server", "--name", "rollout-1", port, "trainer.num_steps=25"),
+        start("trainer", port, "trainer.num_steps=25"),
+    ]
+    wait_for_steps(2, run, process=roles[-1])
+    logs = {path.name for path in (run / "logs").glob("*.log")}
+    for name in logs:
+        (run / "logs" / name).rename(run / "logs" / f"{name}.1")
+    for number in (signal.SIGHUP, signal.SIGUSR1):
+        for pid, command in processes_of(run).items():
+            if any(daemon in command for daemon in DAEMONS):
+                os.kill(pid, number)
+        wait_until(lambda: logs == {path.name for path in (run / "logs").glob("*.log")}, what="new logs")
+    for process in roles:
+        wait_until(lambda process=process: process.poll() is not None, what="its end", run_root=run)
+    assert [process.returncode for process in roles] == [0, 0, 0, 0]
+    assert num_steps_done(run) == 25 and processes_of(run) == {}
+    for name in sorted(logs):
+        text = (run / "logs" / name).read_text()
+        assert "SIGHUP" in text and "thread MainThread" in text, name
+    modes = {path: path.stat().st_mode & 0o777 for path in (run, *run.rglob("*"))}
+    assert {oct(mode) for path, mode in modes.items() if path.is_dir()} == {"0o700"}
+    assert {oct(mode) for path, mode in modes.items() if path.is_file()} == {"0o600"}, modes
