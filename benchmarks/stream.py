@@ -17,6 +17,9 @@ of acknowledgements. `cost` is the CPU time of inserting and reading one sample 
 `server_cpu_us`, `producer_cpu_us` and `consumer_cpu_us` are the CPU time per trajectory in each process. The
 other systems need their packages; without --peers only ours and bare zmq are run.
 
+`wire` measures ours (process_crash) with records of 8 and 256 kB by the number of ZeroMQ threads
+(`daemon.io_threads`) of every process: `mb_per_s` is what passes the buffer in each direction.
+
     pip install --target DIR hiredis ray TransferQueue tensordict
     python -m benchmarks.stream [--seconds 8] [--peers DIR] [--scratch DIR] [--only ours,redis]
 """
@@ -40,6 +43,7 @@ from typing import Any
 
 import numpy as np
 
+from areal_like.wire.records import BYTES_PER_TOKEN
 from benchmarks.report import ROOT, table, write
 from benchmarks.stream_peers import bare_zmq, ledger_cost, ours
 from benchmarks.stream_peers.load import NUM_PROCESSES, WARM_UP_S, Plan, Served, cpu_s
@@ -51,6 +55,11 @@ RAY_MODES = {
 }
 NUM_TICKETS = (1_000, 10_000, 100_000, 1_000_000)
 """Sizes of the ledger at which `cost` is measured."""
+WIRE_TOKENS = {"8 kB": 1_000, "256 kB": 32_000}
+"""Size of a record -> tokens, 8 bytes each."""
+WIRE_BACKLOG = {"8 kB": 8192, "256 kB": 1024}
+"""Size of a record -> trajectories between producers and consumer: at most 256 MB in the buffer's cache."""
+IO_THREADS = (1, 2, 4)
 
 
 def measure(
@@ -143,6 +152,7 @@ class Bench:
         if peers:
             sys.path.append(peers)
         self.rows: dict[str, dict[str, Any]] = {}
+        self.wire_rows: dict[str, dict[str, Any]] = {}
         self.costs: list[dict[str, Any]] = []
 
     def _row(
@@ -199,6 +209,34 @@ class Bench:
             self._row(
                 name, "benchmarks.stream_peers.ours", self._server(name), half_load=durability != "none"
             )
+
+    def wire(self) -> None:
+        """Measures the buffer by size of the records and number of ZeroMQ threads."""
+        for size, num_tokens in WIRE_TOKENS.items():
+            for io_threads in IO_THREADS:
+                self._wire_row(size, num_tokens=num_tokens, io_threads=io_threads)
+
+    def _wire_row(self, size: str, *, num_tokens: int, io_threads: int) -> None:
+        plan = Plan(
+            role="", address="", num_tokens=num_tokens, backlog=WIRE_BACKLOG[size], io_threads=io_threads
+        )
+        with (
+            tempfile.TemporaryDirectory(dir=self._scratch, prefix="stream-") as directory,
+            ours.server(
+                Path(directory), durability="process_crash", backlog=plan.backlog, io_threads=io_threads
+            ) as served,
+        ):
+            row = measure(
+                "benchmarks.stream_peers.ours",
+                served,
+                dataclasses.replace(plan, address=served.address),
+                seconds=self._seconds,
+                environment=self._environment,
+            )
+        row["mb_per_s"] = round(row["per_s"] * num_tokens * BYTES_PER_TOKEN / 1e6, 1)
+        name = f"{size}, {io_threads} threads"
+        self.wire_rows[name] = row
+        print(name, json.dumps(row), flush=True)
 
     def redis(self) -> None:
         """Measures Redis Streams."""
@@ -283,12 +321,12 @@ def main() -> None:
     parser.add_argument(
         "--scratch", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure"
     )
-    parser.add_argument("--only", default="bare_zmq,ours,redis,ray,cost")
+    parser.add_argument("--only", default="bare_zmq,ours,wire,redis,ray,cost")
     arguments = parser.parse_args()
     arguments.scratch.mkdir(parents=True, exist_ok=True)
     bench = Bench(seconds=arguments.seconds, peers=arguments.peers, scratch=arguments.scratch)
     for part in arguments.only.split(","):
-        if part in ("bare_zmq", "ours", "cost") or arguments.peers:
+        if part in ("bare_zmq", "ours", "wire", "cost") or arguments.peers:
             getattr(bench, part)()
     write(
         "stream",
@@ -296,6 +334,7 @@ def main() -> None:
             "seconds": arguments.seconds,
             "rows": bench.rows,
             "shares": shares(bench.rows),
+            "wire": bench.wire_rows,
             "costs": bench.costs,
         },
     )
@@ -316,6 +355,10 @@ def main() -> None:
             ["", *names], [[name, *(row.get(key, "") for key in names)] for name, row in bench.rows.items()]
         )
     )
+    if bench.wire_rows:
+        names = ("per_s", "mb_per_s", "server_cpu_us", "ack_p50_ms", "ack_p99_ms")
+        rows = [[name, *(row[key] for key in names)] for name, row in bench.wire_rows.items()]
+        print(table(["record, ZeroMQ threads", *names], rows))
     for pair, share in shares(bench.rows).items():
         print(f"{pair}: {share:.2f}")
 

@@ -73,6 +73,16 @@ COMMANDS = {
         "restart RUN trainer [trainer.KEY=VALUE ...]",
         "replaces the trainer of a running job; its servers continue to generate",
     ),
+    "keys": Command(
+        "keys",
+        "keys init DIR [--roles ROLE ...]\n"
+        "       areal-like keys show DIR\n"
+        "       areal-like keys add DIR NAME --role ROLE\n"
+        "       areal-like keys rotate DIR [NAME] [--grace SECONDS]\n"
+        "       areal-like keys revoke DIR NAME",
+        "makes, shows and changes the keys with which daemons authenticate each other (security.keys=DIR); a "
+        "running job reads them again. ROLE: buffer, trainer, rollout, operator or monitor",
+    ),
     "fetch": Command(
         "fetch",
         "fetch smollm2 [--pip-args=OPTIONS]",

@@ -24,8 +24,11 @@ from areal_like.errors import ConfigError
 from areal_like.paths import model_path
 from areal_like.runtime.daemon import Runtime, cancelled_on_exit
 from areal_like.runtime.imports import torch_hidden, uncollected
+from areal_like.security.binding import require_loopback_or_keys
+from areal_like.security.keys import KeyRole
 from areal_like.wire.addresses import buffer_addresses
 from areal_like.wire.channel import tcp_address
+from areal_like.wire.curve import CurveServer
 from areal_like.wire.fingerprint import (
     dataset_fingerprint,
     model_fingerprint,
@@ -59,6 +62,7 @@ async def main(runtime: Runtime) -> None:
         raise ConfigError(
             f"eval.num_prompts={config.eval.num_prompts}: the task holds out {task.num_eval} (task.num_eval)"
         )
+    require_loopback_or_keys(config.security, config.rollout.host, setting="rollout.host")
     buffer_addresses(config)  # raises before the slow imports if the buffer's port is not set
     model = model_path(config)
     with torch_hidden(), uncollected():
@@ -116,12 +120,16 @@ class RolloutServer:
             on_ready=self._on_engine_ready,
             on_lost=self._on_engine_lost,
         )
+        curve = None
+        if runtime.keyring is not None:
+            curve = CurveServer(runtime.keyring, roles=[KeyRole.TRAINER], on_failure=runtime.fail)
         self._receiver = WeightReceiver(
             host=config.rollout.host,
             max_message_bytes=config.buffer.max_message_bytes,
             strategy=strategy,
             on_version=self._on_version,
             on_untrusted=self._on_untrusted,
+            curve=curve,
         )
         self._buffers = ShardedBufferClient(
             config,
@@ -132,6 +140,7 @@ class RolloutServer:
             on_abort=lambda lease_ids: self._runner.cancel(lease_ids),
             on_drain=runtime.drain,
             on_finished=runtime.finish,
+            keyring=runtime.keyring,
         )
         self._runner = LeaseRunner(
             config,

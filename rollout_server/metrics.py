@@ -31,6 +31,8 @@ _COUNTERS = {
     "push_s": ("weight_push_seconds", "Time from push request to activation."),
     "stall_s": ("weight_stall_seconds", "Time in which a push kept the engine from decoding."),
     "bad_frames": ("weights_bad_frames", "Frames refused on the weight control socket."),
+    "refused_frames": ("refused_frames", "Messages refused because of their sender's key."),
+    "refused_handshakes": ("refused_handshakes", "Connections refused for lack of an allowed key."),
 }
 _GAUGES = {
     "running": ("sequences_running", "Sequences that the engine decodes."),
@@ -87,7 +89,9 @@ class ServerStats:
             "push_failures": self._receiver.num_failures,
             "push_s": self._receiver.seconds_total,
             "stall_s": self._receiver.stall_seconds_total,
-            "bad_frames": self._receiver.num_bad_frames,
+            "bad_frames": self._receiver.listener.num_bad_frames,
+            "refused_frames": self._receiver.listener.num_refused_frames,
+            "refused_handshakes": self._receiver.listener.num_refused_handshakes,
             "running": float(load.get("running", 0)),
             "waiting": float(load.get("waiting", 0)),
             "holding": self._buffers.holding_samples,

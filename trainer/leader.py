@@ -270,7 +270,12 @@ class Leader:
 
         buffer = self._buffer
         self._publisher = Publisher(
-            Broadcaster(self._config.weights, device=buffer.device, incarnation=int(buffer.process, 16)),
+            Broadcaster(
+                self._config.weights,
+                device=buffer.device,
+                incarnation=int(buffer.process, 16),
+                keyring=buffer.runtime.keyring,
+            ),
             call=buffer.call_async,
             servers=lambda: buffer.directory.servers,
             on_push=on_push,

@@ -67,6 +67,9 @@ class DaemonConfig(Section, key="daemon"):
     exit_code_on_drain: int = 0
     """Exit code of a daemon that was told to drain, so that a supervisor can tell it from the end of the run
     (0). Use 0 or 3 to 125."""
+    io_threads: int = 1
+    """Threads of each daemon that move ZeroMQ messages: more than one only helps connections that are
+    encrypted."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Lowest level that is logged."""
 
@@ -80,6 +83,7 @@ class DaemonConfig(Section, key="daemon"):
             f"daemon.exit_code_on_drain={self.exit_code_on_drain}: use 0 or 3 to 125 "
             "(1 is a failure, 2 a wrong setting)",
         )
+        require(1 <= self.io_threads <= 64, f"daemon.io_threads={self.io_threads}: use 1..64")
 
 
 @dataclass(frozen=True, kw_only=True)

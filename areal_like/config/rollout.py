@@ -29,7 +29,10 @@ class SamplingConfig(Section, key="sampling"):
     """Softmax temperature; engine and trainer both compute log-probs after it."""
 
     def check(self) -> None:
-        require(self.group_size >= 1, "sampling.group_size must be at least 1")
+        require(
+            1 <= self.group_size <= 10_000,
+            f"sampling.group_size={self.group_size}: use 1..10000 (a group is one message)",
+        )
         require(self.max_new_tokens >= 1, "sampling.max_new_tokens must be at least 1")
         require(
             self.temperature > 0,

@@ -21,7 +21,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -39,9 +39,15 @@ from areal_like.runtime.metrics import CONTENT_TYPE, Metrics
 from areal_like.runtime.process import die_with_launcher, keep_files_private
 from areal_like.runtime.signals import handle_log_signals, show_tasks_of
 from areal_like.runtime.waits import PendingWaits
+from areal_like.security.keyring import Keyring
+from areal_like.security.keys import KeyRole
+from areal_like.wire.pump import set_io_threads
 from areal_like.wire.sockets import bound_socket
 
 log = logging.getLogger(__name__)
+
+_READ_KEYS_S = 1.0
+"""Interval at which a daemon reads its keys again if their files have changed."""
 
 
 class Runtime:
@@ -51,12 +57,15 @@ class Runtime:
     """
 
     def __init__(self, config: Config, *, role: str, name: str) -> None:
+        """Raises ConfigError if `security.keys` has no usable key for this daemon."""
         self.config = config
         self.role = role
         self.name = name
         self.paths = RunPaths.of(config)
         self.metrics = Metrics()
         self.waits = PendingWaits()
+        self.keyring = Keyring.of(config.security, role=KeyRole(role)) if config.security.keys else None
+        """The daemon's keys; None if the job has none."""
         self.stopping = asyncio.Event()
         """Set when the daemon must drain."""
         self.process = secrets.token_hex(16)
@@ -64,6 +73,8 @@ class Runtime:
         who knows it can pose as this process."""
         self.is_finished = False
         """True when the run is finished: the exit code is then 0, also after a drain."""
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Gets the exception of something that works beside `main` and has failed: the daemon must end."""
         self.status: Callable[[], dict[str, Any]] = dict
         """Returns the daemon's own part of /status."""
         self.verbs: dict[str, Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]] = {
@@ -71,12 +82,14 @@ class Runtime:
         }
         """Handlers of `POST /control/<verb>`: JSON object in, JSON object out; UserError becomes a 400."""
         self.http_port = 0
+        set_io_threads(config.daemon.io_threads)
         self._loop = asyncio.get_running_loop()
         self._drain_requested = False
         self._unready = "starting"
         self._endpoint: dict[str, Any] = {}
         self._server: uvicorn.Server | None = None
         self._serving: asyncio.Task[None] | None = None
+        self._reading_keys: asyncio.TimerHandle | None = None
 
     def ready(self) -> None:
         """Makes /readyz return 200 from now on (unless the daemon is draining)."""
@@ -95,6 +108,11 @@ class Runtime:
         """Adds addresses to the daemon's endpoint file."""
         self._endpoint |= addresses
         write_json(self.paths.endpoints / f"{self.name}.json", self._endpoint)
+
+    def fail(self, error: Exception) -> None:
+        """Ends the daemon with this error; later ones are ignored."""
+        if not self.failed.done():
+            self.failed.set_exception(error)
 
     def stop(self) -> None:
         """Begins the drain. Safe to call from any thread."""
@@ -128,14 +146,26 @@ class Runtime:
             http=f"{host}:{self.http_port}",
             started_unix_s=round(time.time(), 3),
         )
+        if self.keyring is not None:
+            self._reading_keys = self._loop.call_later(_READ_KEYS_S, self._read_keys, self.keyring)
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         assert self._server is not None and self._serving is not None
+        if self._reading_keys is not None:
+            self._reading_keys.cancel()
+        self.failed.cancel()
         self._server.should_exit = True
         self._server.force_exit = True
         await asyncio.wait([self._serving], timeout=2)
         (self.paths.endpoints / f"{self.name}.json").unlink(missing_ok=True)
+
+    def _read_keys(self, keyring: Keyring) -> None:
+        self._reading_keys = self._loop.call_later(_READ_KEYS_S, self._read_keys, keyring)
+        try:
+            keyring.refresh()
+        except Exception as error:  # the loop would only log it, and revoked keys would stay valid
+            self.fail(error)
 
     def drain(self) -> None:
         """Does the same as SIGTERM, watchdog included. Call it in the daemon's event loop.
@@ -183,7 +213,7 @@ class Runtime:
                 if not isinstance(body, dict):
                     raise ValueError("want a JSON object")
                 return JSONResponse(await verb(body))
-            except ValueError as error:  # UserError is one
+            except (ValueError, RecursionError) as error:  # UserError is one; a body may be nested deeply
                 return JSONResponse({"error": str(error)}, status_code=400)
 
         return Starlette(
@@ -255,7 +285,9 @@ class DrainSignals:
             signal.raise_signal(signal.SIGKILL)
 
 
-def run_daemon(config: Config, *, role: str, name: str, main: Callable[[Runtime], Awaitable[None]]) -> int:
+def run_daemon(
+    config: Config, *, role: str, name: str, main: Callable[[Runtime], Coroutine[Any, Any, None]]
+) -> int:
     """Runs an asyncio daemon to its end and returns its exit code."""
     is_drained = False
 
@@ -264,7 +296,7 @@ def run_daemon(config: Config, *, role: str, name: str, main: Callable[[Runtime]
         async with Runtime(config, role=role, name=name) as runtime:
             DrainSignals(drain_timeout_s=config.daemon.drain_timeout_s, on_drain=runtime.stop)
             log.info("%s started, pid %d", name, os.getpid())
-            await main(runtime)
+            await _until_failed(runtime, main(runtime))
             is_drained = runtime.stopping.is_set() and not runtime.is_finished
             log.info("%s ended: %s", name, "drained" if is_drained else "the run is finished")
 
@@ -274,6 +306,15 @@ def run_daemon(config: Config, *, role: str, name: str, main: Callable[[Runtime]
     handle_log_signals()
     code = exit_code_of(name, lambda: asyncio.run(body()))
     return config.daemon.exit_code_on_drain if is_drained and code == 0 else code
+
+
+async def _until_failed(runtime: Runtime, main: Coroutine[Any, Any, None]) -> None:
+    """Runs `main` to its end, or cancels it and raises when the runtime has failed."""
+    task = asyncio.create_task(main, name="main")
+    async with cancelled_on_exit(task):
+        await asyncio.wait([task, runtime.failed], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            runtime.failed.result()
 
 
 @contextlib.asynccontextmanager

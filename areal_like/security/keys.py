@@ -102,8 +102,12 @@ class AllowList:
 
     def newest(self, role: KeyRole, *, now_unix_s: float) -> AllowedKey | None:
         """The newest valid key of a role: a client expects its server to have it."""
-        valid = [key for key in self.keys if key.role is role and key.is_valid(now_unix_s)]
-        return max(valid, key=lambda key: key.added_unix_s, default=None)
+        return next(iter(self.valid(role, now_unix_s=now_unix_s)), None)
+
+    def valid(self, role: KeyRole, *, now_unix_s: float) -> list[AllowedKey]:
+        """The valid keys of a role, newest first."""
+        keys = [key for key in self.keys if key.role is role and key.is_valid(now_unix_s)]
+        return sorted(keys, key=lambda key: key.added_unix_s, reverse=True)
 
 
 class KeyDirectory:

@@ -49,7 +49,7 @@ class TensorSpec:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise WeightSyncError(f"tensor name: want a non-empty string, got {self.name!r}")
-        if self.dtype not in ITEM_BYTES:
+        if not isinstance(self.dtype, str) or self.dtype not in ITEM_BYTES:
             raise WeightSyncError(
                 f"tensor {self.name}: dtype {self.dtype!r} is not one of {', '.join(ITEM_BYTES)}"
             )

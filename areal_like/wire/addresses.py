@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
-
 from areal_like.config import Config
 from areal_like.errors import ConfigError
 from areal_like.shards import Shard, all_shards
@@ -34,11 +32,3 @@ def buffer_addresses(config: Config) -> list[str]:
             "buffer.port is 0, so the buffer cannot be found: set the port that the buffer was started with"
         )
     return [tcp_address(reachable_host(config, shard), buffer_port(config, shard)) for shard in shards]
-
-
-def is_loopback(host: str) -> bool:
-    """True for an address that other machines cannot reach."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"

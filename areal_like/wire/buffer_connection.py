@@ -29,7 +29,10 @@ from collections.abc import Callable
 from typing import Any
 
 from areal_like.errors import ArealError, RefusedError
+from areal_like.security.keyring import Keyring
+from areal_like.security.keys import KeyRole
 from areal_like.wire.channel import Link
+from areal_like.wire.curve import CurveClient
 from areal_like.wire.messages.hello import (
     AreYouAlive,
     Drain,
@@ -37,6 +40,7 @@ from areal_like.wire.messages.hello import (
     HelloRequired,
     JobFailed,
     JobFinished,
+    Refused,
     StillAlive,
     Welcome,
 )
@@ -64,17 +68,27 @@ class BufferConnection:
         on_fatal: Callable[[ArealError], None],
         on_drain: Callable[[], None] = lambda: None,
         on_finished: Callable[[], None] = lambda: None,
+        keyring: Keyring | None = None,
+        on_reopened: Callable[[], None] = lambda: None,
     ) -> None:
         """`on_message` gets all one-way messages that have no callback of their own.
 
-        HelloRequired calls `on_hello_required`, JobFailed calls `on_fatal` with the reason, Drain calls
-        `on_drain`, JobFinished calls `on_finished`. AreYouAlive is answered here.
+        HelloRequired calls `on_hello_required`, JobFailed and Refused call `on_fatal` with the reason, Drain
+        calls `on_drain`, JobFinished calls `on_finished`. AreYouAlive is answered here.
+        `on_reopened`: called when the socket was opened again because keys have changed: one-way messages of
+        both sides may be lost, and the owner should register again.
         """
         self.address = address
         self.is_registered = False
         self.trouble = ""
         """Why the buffer cannot write, from its last heartbeat reply; empty if it can."""
-        self._link = Link(address, handler=self._handle, max_message_bytes=max_message_bytes)
+        self._link = Link(
+            address,
+            handler=self._handle,
+            max_message_bytes=max_message_bytes,
+            curve=None if keyring is None else CurveClient(keyring, role=KeyRole.BUFFER),
+            on_reopened=self._reopened,
+        )
         self._loop = asyncio.get_running_loop()
         self._on_message = on_message
         self._on_hello_required = on_hello_required
@@ -83,6 +97,7 @@ class BufferConnection:
         self._on_finished = on_finished
         self._incarnation = 0
         """Granted by this buffer; 0: none yet."""
+        self._on_reopened = on_reopened
         self.call = self._link.call
         """As `Link.call`."""
         self.send = self._link.send
@@ -131,8 +146,16 @@ class BufferConnection:
         """Closes the socket and fails pending calls."""
         self._link.close()
 
+    def _reopened(self) -> None:
+        self.is_registered = False
+        self._on_reopened()
+
     def _handle(self, message: Any) -> None:
         match message:
+            case Refused():
+                self._on_fatal(
+                    RefusedError(f"the buffer refused this process ({message.field}): {message.reason}")
+                )
             case JobFailed():
                 self._on_fatal(ArealError(message.reason))
             case HelloRequired():

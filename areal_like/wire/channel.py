@@ -1,13 +1,7 @@
 """ZeroMQ sockets in an asyncio loop: `Listener` (a server's ROUTER) and `Link` (a DEALER connected to one).
 
 Both call a handler for each message. A malformed message is counted and dropped, and never raises. The
-sockets are read by a reader callback of the event loop, because zmq.asyncio creates a future for each
-operation.
-
-Send queues have no limit of their own, because credit bounds them: a server sends at most its leased samples,
-and a rank fetches one group at a time, so no message has to be dropped. A peer that ignores credit is limited
-on the receiving side: its connection is not read while _MAX_WAITING of its messages wait to be handled, and
-the socket limits the size of a message (ZMQ_MAXMSGSIZE).
+sockets and their limits are those of `pump.py`.
 """
 
 from __future__ import annotations
@@ -16,8 +10,7 @@ import asyncio
 import itertools
 import logging
 import uuid
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,25 +26,14 @@ from areal_like.errors import (
     WireError,
     WireVersionError,
 )
-from areal_like.wire.codec import decode, encode
+from areal_like.security.keys import AllowedKey
+from areal_like.wire.codec import decode, encode, read_prefix
+from areal_like.wire.curve import CurveClient, CurveServer
 from areal_like.wire.messages.hello import JobFailed, JobFinished, Refused
+from areal_like.wire.misbehavior import BadPeers
+from areal_like.wire.pump import KeyedPump, Pump, connection_socket, log_at_powers_of_2
 
 log = logging.getLogger(__name__)
-
-_HEARTBEAT_MS = 2_000
-_HEARTBEAT_TIMEOUT_MS = 10_000
-_MAX_WAITING = 64
-"""Received messages of one peer that may wait to be handled. The rest stay in its TCP connection, so a flood
-of messages fills the sender's memory and not ours."""
-
-_DRAIN_BATCH = 256
-"""Messages handled in a row before other tasks of the event loop run."""
-
-_MAX_VERSION_REFUSALS = 16
-"""Refusals sent to one peer with another wire version. Credit does not bound them, and a peer that never
-reads must not fill our memory."""
-_MAX_REFUSED_PEERS = 1024
-"""Peers for which refusals are counted; with more peers all counts are reset."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,72 +47,15 @@ class Envelope:
     message: Any
     num_bytes: int
     """Size of all frames, including the routing id."""
-
-
-def _socket(kind: int, *, max_message_bytes: int) -> zmq.Socket[bytes]:
-    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
-    socket.set(zmq.LINGER, 0)
-    socket.set(zmq.SNDHWM, 0)
-    socket.set(zmq.RCVHWM, _MAX_WAITING)
-    socket.set(zmq.MAXMSGSIZE, max_message_bytes)
-    socket.set(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
-    socket.set(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
-    return socket
-
-
-class _Pump:
-    """Reads a socket from the running loop.
-
-    OPEN -> close() -> CLOSED
-
-    The socket's descriptor is edge-triggered and a send may consume the edge, hence the extra read after
-    every send.
-    """
-
-    def __init__(self, socket: zmq.Socket[bytes], on_frames: Callable[[list[bytes]], None]) -> None:
-        self._socket = socket
-        self._on_frames = on_frames
-        self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(socket.fileno(), self._drain)
-        self._scheduled = False
-        self._schedule()
-
-    def send(self, frames: list[bytes]) -> None:
-        self._socket.send_multipart(frames, flags=zmq.NOBLOCK, copy=True)
-        self._schedule()
-
-    def close(self) -> None:
-        if not self._socket.closed:
-            self._loop.remove_reader(self._socket.fileno())
-            self._socket.close()
-
-    def _schedule(self) -> None:
-        if not self._scheduled:
-            self._scheduled = True
-            self._loop.call_soon(self._drain_scheduled)
-
-    def _drain_scheduled(self) -> None:
-        self._scheduled = False
-        self._drain()
-
-    def _drain(self) -> None:
-        for _ in range(_DRAIN_BATCH):
-            if self._socket.closed:
-                return
-            try:
-                frames = self._socket.recv_multipart(flags=zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            self._on_frames(frames)
-        self._schedule()
+    key: AllowedKey | None = None
+    """Key of the sender, checked for this very message; None without keys."""
 
 
 class Listener:
     """A bound ROUTER.
 
-    `handler(envelope)` runs in the loop for each well-formed message; `num_bad_frames` counts malformed ones.
-    Raises ConfigError if the address cannot be bound; the error message names `setting`, the port's key in
-    the configuration.
+    `handler(envelope)` runs in the loop for each well-formed message; `num_bad_frames` counts malformed ones,
+    and those of a peer that is muted because it sent many (`misbehavior.py`).
     """
 
     def __init__(
@@ -141,59 +66,120 @@ class Listener:
         handler: Callable[[Envelope], None],
         max_message_bytes: int,
         setting: str = "port",
+        accepts: Collection[type] | None = None,
+        screen: Callable[[bytes, type], bool] | None = None,
+        curve: CurveServer | None = None,
     ) -> None:
+        """`accepts`: the message types that peers may send; others are malformed. None: all.
+
+        `screen(peer, type)` is called before a message is decoded; False drops it. `curve`: only peers with
+        an allowed key connect. Raises ConfigError if the address cannot be bound; the error message names
+        `setting`, the port's key in the configuration.
+        """
         self._handler = handler
+        self._accepts = accepts
+        self._screen = screen
+        self._bad_peers = BadPeers()
+        self._clock = asyncio.get_running_loop().time
         self.num_bad_frames = 0
-        self._num_refusals: Counter[bytes] = Counter()
-        socket = _socket(zmq.ROUTER, max_message_bytes=max_message_bytes)
+        self.num_dropped = 0
+        """Messages that were not sent, because the peer did not read the ones before."""
+        self._curve = curve
+        context = None if curve is None else curve.context
+        socket = connection_socket(zmq.ROUTER, max_message_bytes=max_message_bytes, context=context)
         socket.set(zmq.ROUTER_MANDATORY, 1)
         socket.set(zmq.ROUTER_HANDOVER, 1)
         if ":" in host:
             socket.set(zmq.IPV6, 1)
+        if curve is not None:
+            curve.protect(socket)
         try:
             socket.bind(f"tcp://{_bracket(host)}:{port or '*'}")
         except zmq.ZMQError as error:
             socket.close()
+            if curve is not None:
+                curve.close()
             raise ConfigError(
                 f"cannot bind {host}:{port} ({error.strerror}): set {setting} to a free port or 0"
             ) from None
         self.port = int(socket.get_string(zmq.LAST_ENDPOINT).rsplit(":", 1)[1])
-        self._pump = _Pump(socket, self._on_frames)
+        self._pump = Pump(socket, self._on_frames) if curve is None else self._keyed_pump(socket, curve)
 
     def send(self, peer: bytes, message: Any, *, rid: int = 0) -> bool:
-        """Queues a message for a peer. Returns False if the peer is no longer connected."""
+        """Queues a message for a peer.
+
+        Returns False if the peer is no longer connected, or does not read its messages.
+        """
         try:
             self._pump.send([peer, *encode(message, rid=rid)])
+        except zmq.Again:
+            self.num_dropped += 1
+            log_at_powers_of_2(
+                self.num_dropped, "a peer does not read: %s dropped (%d so far)", type(message).__name__
+            )
+            return False
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
             return False
         return True
 
+    @property
+    def num_refused_handshakes(self) -> int:
+        """Connections that were refused for lack of an allowed key; 0 without keys."""
+        return 0 if self._curve is None else self._curve.num_refused_handshakes
+
+    @property
+    def num_refused_frames(self) -> int:
+        """Messages that were refused because of their sender's key; 0 without keys."""
+        return 0 if self._curve is None else self._curve.num_refused_frames
+
+    def count_refused_frame(self, reason: str) -> None:
+        """Counts a message that the handler refused because of its sender's key."""
+        if self._curve is not None:
+            self._curve.count_refused_frame(reason)
+
     def close(self) -> None:
         """Closes the socket and discards queued messages."""
         self._pump.close()
+        if self._curve is not None:
+            self._curve.close()
 
-    def _refuse_version(self, peer: bytes, reason: str) -> None:
-        if len(self._num_refusals) > _MAX_REFUSED_PEERS:
-            self._num_refusals.clear()
-        self._num_refusals[peer] += 1
-        if self._num_refusals[peer] <= _MAX_VERSION_REFUSALS:
-            self.send(peer, Refused(field="wire version", reason=reason))
+    def _keyed_pump(self, socket: zmq.Socket[bytes], curve: CurveServer) -> Pump:
+        def on_frames(frames: list[bytes]) -> None:
+            key = curve.sender(pump.user_id)
+            if key is not None:
+                self._on_frames(frames, key)
+            # A peer whose key was renewed is about to connect with the new one: silence makes it wait.
+            elif not curve.is_replaced(pump.user_id) and curve.may_answer(pump.user_id):
+                self.send(frames[0], Refused(field="key", reason="this key was revoked or has expired"))
 
-    def _on_frames(self, frames: list[bytes]) -> None:
+        curve.bound()
+        pump = KeyedPump(socket, on_frames)
+        return pump
+
+    def _on_frames(self, frames: list[bytes], key: AllowedKey | None = None) -> None:
+        peer = frames[0]
+        if self._bad_peers.is_muted(peer, now_s=self._clock()):
+            self.num_bad_frames += 1
+            return
         try:
-            message, rid = decode(frames[1:])
+            prefix = read_prefix(frames[1:])
+            if self._accepts is not None and prefix.kind not in self._accepts:
+                raise WireError(f"{prefix.tag} is not for this socket")
+            if self._screen is not None and not self._screen(peer, prefix.kind):
+                return
+            message, rid = decode(frames[1:], prefix)
         except WireError as error:
             self.num_bad_frames += 1
-            # Logged at counts 1, 2, 4, 8, ...: many bad frames must not produce as many log lines.
-            if self.num_bad_frames.bit_count() == 1:
-                log.warning("bad frame refused (%d so far): %s", self.num_bad_frames, error)
+            self._bad_peers.record(peer, now_s=self._clock())
+            log_at_powers_of_2(self.num_bad_frames, "bad frame refused: %s (%d so far)", error)
             # The peer cannot decode the refusal, but can read our wire version in its header.
             if isinstance(error, WireVersionError):
-                self._refuse_version(frames[0], str(error))
+                self.send(peer, Refused(field="wire version", reason=str(error)))
             return
-        self._handler(Envelope(peer=frames[0], rid=rid, message=message, num_bytes=sum(map(len, frames))))
+        num_bytes = sum(map(len, frames))
+        self._handler(Envelope(peer=peer, rid=rid, message=message, num_bytes=num_bytes, key=key))
 
 
 class Link:
@@ -204,33 +190,65 @@ class Link:
     """
 
     def __init__(
-        self, address: str, *, handler: Callable[[Any], None], max_message_bytes: int = 64 << 20
+        self,
+        address: str,
+        *,
+        handler: Callable[[Any], None],
+        max_message_bytes: int = 64 << 20,
+        curve: CurveClient | None = None,
+        on_reopened: Callable[[], None] = lambda: None,
     ) -> None:
+        """With `curve` the socket is opened again when keys change; `on_reopened` is then called.
+
+        Pending requests are sent again; one-way messages of both sides may be lost. Raises ConfigError for a
+        malformed address.
+        """
         self._handler = handler
         self._rids = itertools.count(1)
         self._pending: dict[int, tuple[Any, asyncio.Future[Any]]] = {}
         self.address = address
         self.num_bad_frames = 0
+        self.num_dropped = 0
+        """Messages that were not sent, because the peer did not read the ones before."""
         self.last_heard_s = asyncio.get_running_loop().time()
-        socket = _socket(zmq.DEALER, max_message_bytes=max_message_bytes)
+        self._max_message_bytes = max_message_bytes
         # With a fixed routing id, a TCP reconnect loses neither our registration nor replies in flight.
-        socket.set(zmq.ROUTING_ID, uuid.uuid4().bytes)
+        self._routing_id = uuid.uuid4().bytes
+        self._curve = curve
+        self._on_reopened = on_reopened
+        if curve is not None:
+            curve.start(address, reopen=self._reopen)
+        self._pump = self._open()
+
+    def _open(self) -> Pump:
+        socket = connection_socket(zmq.DEALER, max_message_bytes=self._max_message_bytes)
+        socket.set(zmq.ROUTING_ID, self._routing_id)
         socket.set(zmq.RECONNECT_IVL, 100)
         socket.set(zmq.RECONNECT_IVL_MAX, 2_000)
-        if "[" in address:
+        if "[" in self.address:
             socket.set(zmq.IPV6, 1)
+        if self._curve is not None:
+            self._curve.protect(socket)
         try:
-            socket.connect(address)
+            socket.connect(self.address)
         except zmq.ZMQError as error:
+            if self._curve is not None:
+                self._curve.close()
             socket.close()
             raise ConfigError(
-                f"cannot connect to {address!r} ({error.strerror}): want tcp://host:port"
+                f"cannot connect to {self.address!r} ({error.strerror}): want tcp://host:port"
             ) from None
-        self._pump = _Pump(socket, self._on_frames)
+        return Pump(socket, self._on_frames)
+
+    def _reopen(self) -> None:
+        self._pump.close()
+        self._pump = self._open()
+        self.resend_pending()
+        self._on_reopened()
 
     def send(self, message: Any) -> None:
-        """Queues a one-way message."""
-        self._pump.send(encode(message))
+        """Queues a one-way message; drops it if the peer does not read the messages before it."""
+        self._send(message, rid=0)
 
     async def call(self, message: Any, *, timeout_s: float) -> Any:
         """Sends a request and returns its reply.
@@ -242,7 +260,7 @@ class Link:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._pending[rid] = (message, future)
         try:
-            self._pump.send(encode(message, rid=rid))
+            self._send(message, rid=rid)
             async with asyncio.timeout(timeout_s):
                 reply = await future
         except TimeoutError:
@@ -267,14 +285,28 @@ class Link:
         Requests are idempotent.
         """
         for rid, (message, _) in self._pending.items():
-            self._pump.send(encode(message, rid=rid))
+            self._send(message, rid=rid)
 
     def close(self) -> None:
         """Closes the socket; pending calls raise PeerLostError."""
+        if self._curve is not None:
+            self._curve.close()
         self._pump.close()
         for _, future in self._pending.values():
             if not future.done():
                 future.set_exception(PeerLostError(f"link to {self.address} was closed"))
+
+    def _send(self, message: Any, *, rid: int) -> None:
+        try:
+            self._pump.send(encode(message, rid=rid))
+        except zmq.Again:
+            self.num_dropped += 1
+            log_at_powers_of_2(
+                self.num_dropped,
+                "%s does not read: %s dropped (%d so far)",
+                self.address,
+                type(message).__name__,
+            )
 
     def _on_frames(self, frames: list[bytes]) -> None:
         self.last_heard_s = asyncio.get_running_loop().time()
@@ -282,7 +314,9 @@ class Link:
             message, rid = decode(frames)
         except WireError as error:
             self.num_bad_frames += 1
-            log.warning("bad frame from %s refused: %s", self.address, error)
+            log_at_powers_of_2(
+                self.num_bad_frames, "bad frame from %s refused: %s (%d so far)", self.address, error
+            )
             if isinstance(error, WireVersionError):
                 for _, waiting in self._pending.values():
                     if not waiting.done():

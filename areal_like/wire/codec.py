@@ -10,6 +10,11 @@ Records (records.py) are copied out of frame 1, so that a record that is kept do
 memory; each record verifies its own checksum. Anything malformed raises WireError. Encoders and decoders are
 compiled once for each class, because every sample passes through them.
 
+Nothing is unpacked for a peer that may not send it. `read_prefix` takes version, tag and rid from the first
+bytes, refuses an unknown tag, and refuses a header over the limit of its message type: MAX_HEADER_BYTES, or
+the class's own `max_header_bytes` with the reason beside it. `unpacking.py` bounds the work of what is left,
+so that no header that is accepted takes 50 ms. `encode` refuses what the other side would not accept.
+
 Left out: compression (float log-probs do not compress) and schema evolution within a wire version (`hello`
 refuses a mismatch).
 """
@@ -21,6 +26,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -33,11 +39,15 @@ from areal_like.wire.records import Record
 from areal_like.wire.unpacking import unpack
 
 WIRE_VERSION = 4
-MAX_HEADER_BYTES = 4 << 20
-_MIN_CONTAINER_BYTES = 6
-"""Fewest bytes per list or map in a long header; it bounds how many of them a header can contain. The densest
-message is `Group`, with a span (at least 5 bytes) and a step per record."""
+MAX_HEADER_BYTES = 64 << 10
+"""Limit of a header whose class states no `max_header_bytes` of its own."""
+MAX_TEXT = 8192
+"""Characters of a text on the wire. `encode` cuts longer ones: they are errors of engines and rewards, which
+may have any length and must not be the reason why a message cannot be sent."""
 _ALIGN = 8
+_ARRAY_OF_4 = 0x94
+_UINT_BYTES = {0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8}
+"""msgpack's type byte of an unsigned integer -> bytes of the integer behind it."""
 
 Frame = bytes | memoryview
 
@@ -92,50 +102,94 @@ class _Reader:
         return bytes(self.data[offset : offset + length])
 
 
+_INTEGERS = {int}
 _Encode = Callable[[Any, _Writer], Any]
 _Decode = Callable[[Any, _Reader], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """The first three fields of a header, read without unpacking the fourth."""
+
+    tag: str
+    kind: type
+    """Class of the message."""
+    rid: int
+    body_at: int
+    """Offset of the body."""
 
 
 def encode(message: Any, *, rid: int = 0) -> list[bytes]:
     """Frames of a message.
 
-    `rid` matches a reply to its request; 0: one-way. Raises ValueError for an overlong header.
+    `rid` matches a reply to its request; 0: one-way. Raises ValueError for a header that peers would refuse.
     """
     tag = TAGS[type(message)]
     writer = _Writer()
     body = _ENCODERS[tag](message, writer)
     header = msgpack.packb([WIRE_VERSION, tag, rid, body])
-    if len(header) > MAX_HEADER_BYTES:
+    if len(header) > HEADER_LIMITS[tag]:
         raise ValueError(
-            f"{tag} needs a header of {len(header)} bytes; peers accept at most {MAX_HEADER_BYTES}"
+            f"{tag} needs a header of {len(header)} bytes; peers accept at most {HEADER_LIMITS[tag]}"
         )
+    if len(header) > MAX_HEADER_BYTES:
+        unpack(header)  # raises ValueError for more lists than a peer accepts
     return [header, b"".join(writer.chunks)] if writer.chunks else [header]
 
 
-def decode(frames: Sequence[Frame]) -> tuple[Any, int]:
-    """(message, rid) of the frames. Raises WireError for anything that `encode` would not write."""
+def read_prefix(frames: Sequence[Frame]) -> Prefix:
+    """Tag and rid of a message, from a few bytes.
+
+    Raises WireVersionError for another wire version, and WireError for an unknown tag, a header over the
+    limit of its message type, and anything else that `encode` would not begin with.
+    """
     if not 1 <= len(frames) <= 2:
         raise WireError(f"want 1 or 2 frames, got {len(frames)}")
-    if len(frames[0]) > MAX_HEADER_BYTES:
-        raise WireError(f"header of {len(frames[0])} bytes is over the limit of {MAX_HEADER_BYTES}")
+    header = frames[0]
     try:
-        header = unpack(frames[0], max_containers=len(frames[0]) // _MIN_CONTAINER_BYTES)
-    except ValueError as error:
-        raise WireError(f"header is not msgpack: {error}") from None
-    if not isinstance(header, list) or len(header) != 4:
-        raise WireError("header is not [wire version, tag, rid, body]")
-    version, tag, rid, body = header
-    if version != WIRE_VERSION or type(version) is not int:
-        raise WireVersionError(
-            f"the peer uses wire version {version!r} and this side {WIRE_VERSION}: "
-            "run the same release on both"
-        )
-    if type(rid) is not int or not isinstance(tag, str) or tag not in _DECODERS:
-        raise WireError(f"unknown message {str(tag)[:40]!r}")
+        if header[0] != _ARRAY_OF_4:
+            raise WireError("header is not [wire version, tag, rid, body]")
+        if header[1] != WIRE_VERSION:
+            raise WireVersionError(
+                f"the peer uses wire version {_shown(header[1])} and this side {WIRE_VERSION}: "
+                "run the same release on both"
+            )
+        rid_at = 3 + (header[2] & 0x1F)
+        name = bytes(header[2:rid_at])
+        kind = _PACKED_TAGS.get(name)
+        if kind is None:
+            raise WireError(f"unknown message {name[1:]!r}")
+        rid, body_at = header[rid_at], rid_at + 1
+        if rid >= 0x80:
+            body_at += _UINT_BYTES.get(rid, -1)
+            rid = int.from_bytes(header[rid_at + 1 : body_at])
+            if body_at == rid_at:
+                raise WireError("the request id is not a number")
+    except IndexError:
+        raise WireError(f"header of {len(header)} bytes is cut off") from None
+    tag = TAGS[kind]
+    if len(header) > (limit := HEADER_LIMITS[tag]):
+        raise WireError(f"{tag}: header of {len(header)} bytes is over the limit of {limit}")
+    return Prefix(tag=tag, kind=kind, rid=rid, body_at=body_at)
+
+
+def decode(frames: Sequence[Frame], prefix: Prefix | None = None) -> tuple[Any, int]:
+    """(message, rid) of the frames. Raises WireError for anything that `encode` would not write.
+
+    `prefix`: of these frames, if it was read before.
+    """
+    prefix = prefix or read_prefix(frames)
     try:
-        return _DECODERS[tag](body, _Reader(frames[1] if len(frames) == 2 else b"")), rid
+        body = unpack(memoryview(frames[0])[prefix.body_at :])
+        reader = _Reader(frames[1] if len(frames) == 2 else b"")
+        return _DECODERS[prefix.tag](body, reader), prefix.rid
     except (ValueError, TypeError, OverflowError) as error:
-        raise WireError(f"{tag}: {error}") from None
+        raise WireError(f"{prefix.tag}: {str(error)[:200]}") from None
+
+
+def _shown(version: int) -> str:
+    """A version as an error states it: larger ones take more than a byte, and are not read."""
+    return str(version) if version < 0x80 else "128 or more"
 
 
 def _compile(hint: Any) -> tuple[_Encode, _Decode]:
@@ -146,7 +200,7 @@ def _compile(hint: Any) -> tuple[_Encode, _Decode]:
     if origin is np.ndarray:
         return _compile_array(np.dtype(typing.get_args(args[1])[0]).newbyteorder("<"))
     if origin is list:
-        return _compile_list(*_compile(args[0]))
+        return _compile_integers() if args[0] is int else _compile_list(*_compile(args[0]))
     if origin is dict:
         return _compile_dict(*_compile(args[1]))
     if origin in (types.UnionType, typing.Union):
@@ -156,7 +210,7 @@ def _compile(hint: Any) -> tuple[_Encode, _Decode]:
     if dataclasses.is_dataclass(hint):
         return _compile_dataclass(typing.cast(type, hint))
     if isinstance(hint, type) and issubclass(hint, Enum):
-        return (lambda value, _: value.value), (lambda raw, _: hint(raw))
+        return _compile_enum(hint)
     if hint in (int, float, str, bool):
         return _compile_scalar(hint)
     raise TypeError(f"no wire form for {hint!r}")
@@ -173,6 +227,36 @@ def _compile_scalar(hint: type) -> tuple[_Encode, _Decode]:
         # NaN and infinity would break the receiver's timers, sums and JSON documents.
         if isinstance(raw, float) and not math.isfinite(raw):
             raise ValueError(f"{raw} is not finite")
+        return raw
+
+    if hint is str:
+        return (lambda value, _: value if len(value) <= MAX_TEXT else _cut(value)), read
+    return (lambda value, _: value), read
+
+
+def _compile_enum(hint: type[Enum]) -> tuple[_Encode, _Decode]:
+    members = {member.value: member for member in hint}
+
+    def read(raw: Any, _: _Reader) -> Any:
+        if type(raw) is not str or raw not in members:
+            raise TypeError(f"want one of {list(members)}")
+        return members[raw]
+
+    return (lambda value, _: value.value), read
+
+
+def _cut(text: str) -> str:
+    return f"{text[: MAX_TEXT - 40]} ... ({len(text)} characters)"
+
+
+def _compile_integers() -> tuple[_Encode, _Decode]:
+    """`list[int]`, checked as a whole: the longest ones have a few hundred thousand integers."""
+
+    def read(raw: Any, _: _Reader) -> Any:
+        if type(raw) is not list or not set(map(type, raw)) <= _INTEGERS:
+            raise TypeError("want a list of integers")
+        if raw and max(raw) >= 1 << 63:
+            raise ValueError(f"{max(raw)} does not fit into 64 bits with a sign")
         return raw
 
     return (lambda value, _: value), read
@@ -251,5 +335,9 @@ def _compile_dataclass(cls: type) -> tuple[_Encode, _Decode]:
 
 
 _COMPILED = {tag: _compile(cls) for tag, cls in MESSAGES.items()}
+HEADER_LIMITS = {tag: getattr(cls, "max_header_bytes", MAX_HEADER_BYTES) for tag, cls in MESSAGES.items()}
+"""Tag -> longest header, in bytes."""
 _ENCODERS = {tag: pair[0] for tag, pair in _COMPILED.items()}
 _DECODERS = {tag: pair[1] for tag, pair in _COMPILED.items()}
+_PACKED_TAGS = {msgpack.packb(tag): cls for tag, cls in MESSAGES.items()}
+"""msgpack's bytes of a tag -> class."""

@@ -23,7 +23,7 @@ MAX_SETTINGS_CHARS = 4_000
 MAX_ADDRESS_CHARS = 300
 MAX_WORD_CHARS = 64
 """Fingerprints, states, devices, and keys of statistics."""
-MAX_STATS = 128
+MAX_STATS = 256
 """Statistics in one message."""
 
 _PROCESS = re.compile(r"[0-9a-f]{32}")

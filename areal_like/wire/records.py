@@ -50,8 +50,11 @@ BYTES_PER_TOKEN = _INT.itemsize + _FLOAT.itemsize
 _MAX_OTHER_BYTES = 1 << 16
 """Limit of the metadata apart from the runs; most of it is reward components. The runs need no limit: a run
 takes at most 7 bytes, and each of its tokens 8 bytes in the arrays."""
-_OTHER_CONTAINERS = 3
-"""Lists and maps in the metadata that are not a run."""
+_MAX_RUNS = 1 << 16
+"""Longer metadata is not unpacked, because it would occupy the event loop. The versions of a sample's tokens
+change once for each push and turn, so a sample has tens of runs."""
+_COST_PER_RUN, _OTHER_COST = 13, 100_000
+"""For `unpack`: of a run with its two numbers, and of everything else in the metadata."""
 _FINISH_REASONS = {reason.value: reason for reason in FinishReason}
 
 
@@ -251,7 +254,8 @@ def _metadata(
             "use fewer reward components"
         )
     try:
-        raw: Any = unpack(meta, max_containers=rest_bytes // BYTES_PER_TOKEN + _OTHER_CONTAINERS)
+        max_runs = min(rest_bytes // BYTES_PER_TOKEN, _MAX_RUNS)
+        raw: Any = unpack(meta, max_cost=_COST_PER_RUN * max_runs + _OTHER_COST)
     except ValueError as error:
         raise ValueError(f"record metadata is not msgpack: {error}") from None
     if type(raw) is not list or len(raw) != 8:

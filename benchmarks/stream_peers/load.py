@@ -68,6 +68,9 @@ class Plan:
     rate_per_s: float = 0.0
     """Trajectories per second of one process; 0: as fast as the window allows."""
     num_tokens: int = 1024
+    """Tokens of a trajectory; a record takes 8 bytes for each."""
+    io_threads: int = 1
+    """ZeroMQ threads of each process."""
 
     @classmethod
     def from_argv(cls) -> Self:

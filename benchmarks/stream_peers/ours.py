@@ -35,6 +35,7 @@ from areal_like.wire.messages.producer import (
     ServerHeartbeat,
     ServerState,
 )
+from areal_like.wire.pump import set_io_threads
 from areal_like.wire.records import Record
 from benchmarks.report import ROOT
 from benchmarks.stream_peers.load import Pacer, Plan, Served, Tally, trajectories
@@ -49,7 +50,11 @@ _VERSIONS_PER_CHANGE = 4
 each change costs the producer CPU time."""
 
 
-def config_of(directory: Path, *, durability: str, backlog: int) -> Config:
+_MAX_TOKENS = 32_768
+"""Largest sample that the buffer accepts."""
+
+
+def config_of(directory: Path, *, durability: str, backlog: int, io_threads: int = 1) -> Config:
     """A job whose staleness bound is the backlog."""
     return from_mapping(
         {
@@ -57,16 +62,21 @@ def config_of(directory: Path, *, durability: str, backlog: int) -> Config:
             "runs_dir": str(directory),
             "max_staleness": backlog // (GROUP_SIZE * GROUPS_PER_STEP) - 1,
             "sampling": {"group_size": GROUP_SIZE},
-            "trainer": {"num_steps": 1_000_000_000, "groups_per_step": GROUPS_PER_STEP},
+            "trainer": {
+                "num_steps": 1_000_000_000,
+                "groups_per_step": GROUPS_PER_STEP,
+                "tokens_per_microbatch": _MAX_TOKENS,
+            },
             "buffer": {"durability": durability},
+            "daemon": {"io_threads": io_threads},
         }
     )
 
 
 @contextlib.contextmanager
-def server(directory: Path, *, durability: str, backlog: int) -> Iterator[Served]:
+def server(directory: Path, *, durability: str, backlog: int, io_threads: int = 1) -> Iterator[Served]:
     """Runs the buffer daemon."""
-    config = config_of(directory, durability=durability, backlog=backlog)
+    config = config_of(directory, durability=durability, backlog=backlog, io_threads=io_threads)
     paths = RunPaths.of(config)
     save_config(config, paths.config)
     endpoint = paths.endpoints / "buffer.json"
@@ -209,6 +219,7 @@ async def _consume(plan: Plan, tally: Tally) -> None:
 async def main() -> None:
     """One process of the load."""
     plan = Plan.from_argv()
+    set_io_threads(plan.io_threads)
     tally = Tally(plan=plan)
     if plan.role == "consumer":
         await _consume(plan, tally)

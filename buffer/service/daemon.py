@@ -26,20 +26,24 @@ from typing import Any
 from areal_like.config import Config
 from areal_like.errors import RefusedError, RunFinishedError, StaleIncarnationError
 from areal_like.runtime.daemon import Runtime, cancelled_on_exit
+from areal_like.security.binding import is_loopback, require_loopback_or_keys
 from areal_like.shards import Shard
-from areal_like.wire.addresses import buffer_host, buffer_port, is_loopback, reachable_host
+from areal_like.wire.addresses import buffer_host, buffer_port, reachable_host
 from areal_like.wire.channel import Envelope, Listener, tcp_address
+from areal_like.wire.curve import CurveServer
 from areal_like.wire.fingerprint import as_number, dataset_fingerprint, shared_settings
-from areal_like.wire.messages import consumer
+from areal_like.wire.messages import TO_BUFFER, consumer
 from areal_like.wire.messages.hello import JobFinished, Role
 from buffer.ledger.recovery import recover
 from buffer.service import status
 from buffer.service.handlers import NEEDS_DURABILITY, Handlers
 from buffer.service.operations import Operations
 from buffer.service.outbox import Outbox
+from buffer.service.peer_keys import KEY_FIELDS, ROLES, PeerKeys
 from buffer.service.peers import ConnectedPeers
 from buffer.service.prometheus import BufferSeries
 from buffer.service.registration import refusal_of
+from buffer.service.run_end import RunEnd
 from buffer.settings import LedgerSettings
 from buffer.storage.durable import open_store
 
@@ -77,8 +81,6 @@ class BufferDaemon:
         self._wake = asyncio.Event()
         """Set when `serve` may have to stop serving: a stop was requested, the job failed or the run is
         finished."""
-        self._lost_s: dict[str, float] = {}
-        """Server that left without a goodbye -> time."""
         dataset = dataset_fingerprint(config)
         self._ledger = recover(
             LedgerSettings.from_config(config, shard),
@@ -89,8 +91,6 @@ class BufferDaemon:
             reopen=bool(config.resume),
         )
         self._ledger.hold_grants()
-        self._was_finished = self._ledger.is_finished
-        """True if an earlier buffer served the run to its end: this one tells late peers."""
         settings = {role: shared_settings(config, role) for role in Role}
         self._peers = ConnectedPeers(
             job=config.name,
@@ -100,13 +100,25 @@ class BufferDaemon:
             max_peers=config.buffer.max_peers,
             only_loopback=_admits_only_this_machine(config, shard),
         )
+        self._end = RunEnd(
+            self._peers, linger_s=config.daemon.linger_s, was_finished=self._ledger.is_finished
+        )
+        keyring = runtime.keyring
         self._series = BufferSeries(runtime.metrics, max_staleness=config.staleness_cap)
+        self._keys = PeerKeys(lambda name, role: keyring is None or keyring.is_named(name, role))
+        curve = None
+        if keyring is not None:
+            curve = CurveServer(keyring, roles=ROLES, on_failure=self._fail)
+        require_loopback_or_keys(config.security, buffer_host(config, shard), setting="buffer.host")
         self._listener = Listener(
             host=buffer_host(config, shard),
             port=buffer_port(config, shard),
             handler=self._on_envelope,
             max_message_bytes=config.buffer.max_message_bytes,
             setting="buffer.port",
+            curve=curve,
+            accepts=TO_BUFFER,
+            screen=self._screen,
         )
         self._outbox = Outbox(self._ledger, self._peers, self._listener)
         self._handlers = Handlers(
@@ -117,6 +129,7 @@ class BufferDaemon:
             clock=self._loop.time,
             run_counters=self.run_counters,
             on_finished=self._on_finished,
+            keys=self._keys,
         )
         runtime.status = self.status
         runtime.verbs |= Operations(
@@ -139,7 +152,7 @@ class BufferDaemon:
         stopping = asyncio.create_task(self._runtime.stopping.wait(), name="stopping")
         stopping.add_done_callback(lambda _: self._wake.set())
         async with cancelled_on_exit(stopping):
-            if self._was_finished:
+            if self._ledger.is_finished:
                 log.info("the run is finished: telling late peers")
                 self._wake.set()
             while True:
@@ -174,40 +187,36 @@ class BufferDaemon:
             self._peers,
             now_s=self._loop.time(),
             received_bytes=self._received_bytes,
-            num_bad_frames=self._listener.num_bad_frames,
+            refused=self._refused_frames(),
             num_fetches=self._outbox.num_fetches,
         )
 
     async def _linger(self) -> bool:
-        """Waits until the peers of a finished run have left, for `daemon.linger_s` at most.
-
-        Returns False if a trainer has reopened the run.
-        """
-        linger_s = self._config.daemon.linger_s
-        began_s = self._loop.time()
+        """Waits for the end of a finished run; returns False if a trainer has reopened it."""
         with self._runtime.waits("peers: to leave the finished run"):
-            while (now_s := self._loop.time()) < began_s + linger_s:
+            while not (self._over.done() or self._runtime.stopping.is_set()):
                 if not self._ledger.is_finished:
-                    self._was_finished = False
+                    self._end.reopened()
                     return False
-                lost = (
-                    now_s - lost_s < linger_s and self._peers.named(name) is None
-                    for name, lost_s in self._lost_s.items()
-                )
-                has_peers = any(self._peers.of(role) for role in Role)
-                if self._over.done() or self._runtime.stopping.is_set():
-                    break
-                if not (has_peers or self._was_finished or any(lost)):
+                if self._end.has_ended(now_s=self._loop.time()):
                     await asyncio.sleep(_LAST_REPLY_S)
                     break
                 await asyncio.sleep(0.05)
-        log.info("the run is finished, and its peers have left or are not waited for any longer")
         return True
 
     def _on_finished(self) -> None:
         log.info("the run is finished after %d steps", self._ledger.trainer_step)
         self._outbox.finish()
         self._wake.set()
+
+    def _refused_frames(self) -> dict[str, int]:
+        return {
+            "bad_frames": self._listener.num_bad_frames,
+            "unregistered_frames": self._handlers.num_unregistered_frames,
+            "refused_frames": self._listener.num_refused_frames,
+            "refused_handshakes": self._listener.num_refused_handshakes,
+            "undelivered_messages": self._listener.num_dropped,
+        }
 
     async def _drain(self) -> None:
         """Waits for the trainer: if it is stopping too, it needs the buffer to finish and commit its step."""
@@ -225,6 +234,11 @@ class BufferDaemon:
         ranks = self._peers.of(Role.TRAINER)
         return any(self._loop.time() - peer.last_heard_s <= alive_s for peer in ranks)
 
+    def _screen(self, route: bytes, kind: type) -> bool:
+        with self._failing_on_error():
+            return self._handlers.may_send(route, kind)
+        return False
+
     def _on_envelope(self, envelope: Envelope) -> None:
         self._received_bytes += envelope.num_bytes
         with self._failing_on_error():
@@ -232,6 +246,8 @@ class BufferDaemon:
                 answer = self._handlers.handle(envelope)
             except (RefusedError, StaleIncarnationError) as error:
                 answer = refusal_of(error)
+                if answer.field in KEY_FIELDS:
+                    self._listener.count_refused_frame(answer.reason)
             except RunFinishedError:
                 answer = JobFinished()
             if answer is not None:
@@ -279,15 +295,24 @@ class BufferDaemon:
                     self._config.buffer.lease_timeout_s,
                 )
                 self._peers.remove(name)
-                self._lost_s[name] = self._loop.time()
+                self._end.lost(name, now_s=self._loop.time())
             self._handlers.registration.tick()
+            self._remove_revoked()
             self._outbox.servers_changed()
             self._flush_soon()
             snapshot = self._ledger.snapshot()
             counters = status.stream_counters(snapshot, self._peers, received_bytes=self._received_bytes)
-            self._series.update(
-                snapshot, self._peers, counters | {"bad_frames": self._listener.num_bad_frames}
-            )
+            self._series.update(snapshot, self._peers, counters | self._refused_frames())
+
+    def _remove_revoked(self) -> None:
+        """Removes peers whose key was revoked; the leases of servers return."""
+        for role in Role:
+            for peer in self._keys.revoked(self._peers.of(role)):
+                name = peer.hello.name
+                log.warning("%s is removed: its key %s was revoked", name, peer.key and peer.key.name)
+                if role is Role.ROLLOUT:
+                    self._ledger.remove_server(name)
+                self._peers.remove(name)
 
     def _fail(self, error: Exception) -> None:
         """Ends the job: sends the reason to every peer, and makes `serve` raise."""

@@ -24,6 +24,7 @@ from areal_like.wire.messages.hello import (
 from buffer.ledger.ledger import Ledger
 from buffer.service.name_claims import Newcomer
 from buffer.service.outbox import Outbox
+from buffer.service.peer_keys import PeerKeys
 from buffer.service.peers import ConnectedPeers, Peer
 from buffer.service.registration import Registration
 from buffer.tickets import Verdict
@@ -60,6 +61,7 @@ class Handlers:
         clock: Callable[[], float],
         run_counters: Callable[[], consumer.RunCounters],
         on_finished: Callable[[], None],
+        keys: PeerKeys,
     ) -> None:
         """`on_finished`: called when the end of the run is durable."""
         self._ledger = ledger
@@ -68,7 +70,10 @@ class Handlers:
         self._clock = clock
         self._run_counters = run_counters
         self._on_finished = on_finished
-        self.registration = Registration(ledger, peers, outbox, job=job, clock=clock)
+        self._keys = keys
+        self.registration = Registration(ledger, peers, outbox, keys, job=job, clock=clock)
+        self.num_unregistered_frames = 0
+        """Messages of peers that have not registered; each was answered with HelloRequired."""
         self._table: dict[Role, dict[type, Handler]] = {
             Role.ROLLOUT: {
                 producer.ServerHeartbeat: self._server_heartbeat,
@@ -97,17 +102,29 @@ class Handlers:
             },
         }
 
+    def may_send(self, route: bytes, kind: type) -> bool:
+        """False if a message is not to be decoded, because its sender has not registered."""
+        if kind is Hello or self._peers.at(route) is not None:
+            return True
+        self.num_unregistered_frames += 1
+        self._outbox.send(route, HelloRequired())
+        return False
+
     def handle(self, envelope: Envelope) -> Any:
-        """The reply to a message, or None. Raises RefusedError, RunFinishedError or StaleIncarnationError."""
+        """The reply to a message that `may_send` let pass, or None.
+
+        Raises RefusedError, RunFinishedError or StaleIncarnationError.
+        """
         message = envelope.message
         check_lengths(message)
         if isinstance(message, Hello):
-            self.registration.hello(Newcomer(route=envelope.peer, rid=envelope.rid, hello=message))
+            self._keys.check_hello(message, envelope.key)
+            newcomer = Newcomer(route=envelope.peer, rid=envelope.rid, hello=message, key=envelope.key)
+            self.registration.hello(newcomer)
             return None
         peer = self._peers.at(envelope.peer)
-        if peer is None:
-            self._outbox.send(envelope.peer, HelloRequired())
-            return None
+        assert peer is not None
+        self._check_key(peer, envelope)
         peer.last_heard_s = self._clock()
         self.registration.heard(envelope.peer)
         if self._ledger.failure_reason:
@@ -117,6 +134,12 @@ class Handlers:
         if handler is None:
             raise RefusedError("message", f"{type(message).__name__} is not for a {role.value} to send")
         return handler(peer, envelope)
+
+    def _check_key(self, peer: Peer, envelope: Envelope) -> None:
+        self._keys.check_message(peer, envelope.key)
+        if peer.key != envelope.key:  # the peer has renewed it
+            peer.key = envelope.key
+            self._outbox.servers_changed()
 
     def _heartbeat_ack(self) -> producer.HeartbeatAck:
         ledger = self._ledger

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
+from areal_like.security.keys import AllowedKey
 from areal_like.wire.messages.hello import Hello
 
 ANSWER_S = 2.0
@@ -28,6 +29,8 @@ class Newcomer:
     route: bytes
     rid: int
     hello: Hello
+    key: AllowedKey | None = None
+    """The key with which it came; None without keys."""
 
 
 @dataclass(kw_only=True)

@@ -35,7 +35,7 @@ class Outbox:
         self._ledger = ledger
         self._peers = peers
         self._listener = listener
-        self._acks: dict[bytes, dict[tuple[int, str], list[int]]] = {}
+        self._acks: dict[bytes, dict[tuple[int, str], dict[int, None]]] = {}
         """Indices of samples that arrived since the last flush, by route and (lease, reason of a refusal)."""
         self._fetches: dict[tuple[bytes, int, int], int] = {}
         """Request ids of fetches whose group is not recorded yet, by (route, step, position)."""
@@ -73,7 +73,7 @@ class Outbox:
     ) -> None:
         """Acknowledges a sample with the next flush, when it is durable."""
         by_lease = self._acks.setdefault(peer.route, {})
-        by_lease.setdefault((sample.lease_id, verdict.refusal), []).append(sample.sample_index)
+        by_lease.setdefault((sample.lease_id, verdict.refusal), {})[sample.sample_index] = None
 
     def add_fetch(self, route: bytes, fetch: consumer.Fetch, *, rid: int) -> None:
         """Sends the group when it is recorded."""
@@ -133,25 +133,30 @@ class Outbox:
 
     def _send_acks(self) -> None:
         for route, by_lease in self._acks.items():
-            acks = [
-                producer.SampleAck(lease_id=lease_id, sample_indices=indices, refused=refused)
+            # A server may have repeated a sample any number of times: each index is named once.
+            acks = (
+                producer.SampleAck(lease_id=lease_id, sample_indices=list(indices), refused=refused)
                 for (lease_id, refused), indices in by_lease.items()
-            ]
-            self.send_when_durable(route, producer.SampleAcks(acks=acks), rid=0)
+            )
+            for message in producer.SampleAcks.batches(acks):
+                self.send_when_durable(route, message, rid=0)
         self._acks = {}
 
     def _send_leases(self, *, now_s: float) -> None:
         for name, leases in self._ledger.grant(now_s=now_s).items():
             peer = self._peers.named(name)
-            if peer is None or not self.send(peer.route, producer.Leases(leases=leases)):
-                self._ledger.take_back_undelivered(name, [lease.lease_id for lease in leases])
+            for message in producer.Leases.batches(leases):
+                if peer is None or not self.send(peer.route, message):
+                    undelivered = [lease.lease_id for lease in message.leases]
+                    self._ledger.take_back_undelivered(name, undelivered)
 
     def _send_aborts(self) -> None:
         for name, lease_ids in self._ledger.take_aborts().items():
             peer = self._peers.named(name)
             if peer is not None:
                 reason = "these leases have ended: their samples are not needed any more"
-                self.send(peer.route, producer.AbortLeases(leases=lease_ids, reason=reason))
+                for message in producer.AbortLeases.batches(lease_ids, reason=reason):
+                    self.send(peer.route, message)
 
     def _answer_fetches(self) -> None:
         if self._num_recorded_seen == self._ledger.num_recorded:
@@ -188,6 +193,7 @@ class Outbox:
                 device=peer.hello.device,
                 state=servers[peer.hello.name].state.value,
                 weights_version=servers[peer.hello.name].weights_version,
+                public_key=peer.key.public if peer.key is not None else "",
             )
             for peer in self._peers.of(Role.ROLLOUT)
         ]

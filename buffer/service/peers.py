@@ -11,14 +11,15 @@ both values are in the log.
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn
 
 from areal_like.errors import RefusedError
+from areal_like.security.keys import AllowedKey
 from areal_like.shards import WHOLE, Shard
-from areal_like.wire.addresses import is_loopback
 from areal_like.wire.messages.hello import Hello, Role
 from buffer.tables.incarnations import TRAINER
 
@@ -42,6 +43,8 @@ class Peer:
     hello: Hello
     """Its `incarnation` is the one that the ledger has granted."""
     last_heard_s: float
+    key: AllowedKey | None = None
+    """The key of its newest message; None without keys."""
     state: str = "starting"
     stats: dict[str, float] = field(default_factory=dict)
     """Statistics of its last heartbeat."""
@@ -115,7 +118,7 @@ class ConnectedPeers:
                     "keys: set buffer.host and security.keys to use several machines",
                 )
 
-    def add(self, route: bytes, hello: Hello, *, now_s: float) -> Peer:
+    def add(self, route: bytes, hello: Hello, *, now_s: float, key: AllowedKey | None = None) -> Peer:
         """Registers a peer that passed `check`, with the incarnation that the ledger has granted.
 
         It replaces an older incarnation, or its own earlier route.
@@ -127,7 +130,7 @@ class ConnectedPeers:
             if not is_same_process:
                 self._keep_stats(known)
         stats = self._stats_of_gone.pop((hello.name, hello.incarnation), {})
-        peer = Peer(route=route, hello=hello, last_heard_s=now_s, stats=stats)
+        peer = Peer(route=route, hello=hello, last_heard_s=now_s, key=key, stats=stats)
         if known is not None and is_same_process:
             peer.state, peer.stats = known.state, known.stats
         self._by_name[hello.name] = self._by_route[route] = peer
@@ -206,4 +209,8 @@ def _refuse_difference(hello: Hello, name: str, *, expected: object, owner: str)
 def _is_local(address: str) -> bool:
     """True for an address that leads nowhere but to the machine that connects to it."""
     host = address.rpartition("://")[2].rpartition(":")[0].strip("[]")
-    return host in ("0.0.0.0", "::") or is_loopback(host)
+    try:
+        parsed = ipaddress.ip_address(host)
+    except ValueError:  # names are not resolved: a peer could make that take long
+        return host == "localhost"
+    return parsed.is_loopback or parsed.is_unspecified

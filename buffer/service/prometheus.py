@@ -65,6 +65,10 @@ class BufferSeries:
                 ("tokens_trained", "Sampled tokens learned from"),
                 ("received_bytes", "Bytes received from peers"),
                 ("bad_frames", "Messages that could not be decoded"),
+                ("refused_frames", "Messages refused because of their sender's key"),
+                ("refused_handshakes", "Connections refused for lack of an allowed key"),
+                ("unregistered_frames", "Messages of peers that have not registered"),
+                ("undelivered_messages", "Messages dropped because the peer did not read those before"),
             )
         }
         self._exported: dict[tuple[int, str], float] = {}

@@ -19,6 +19,7 @@ from areal_like.wire.messages.hello import AreYouAlive, JobFinished, Refused, Ro
 from buffer.ledger.ledger import Ledger
 from buffer.service.name_claims import NameClaims, Newcomer
 from buffer.service.outbox import Outbox
+from buffer.service.peer_keys import PeerKeys
 from buffer.service.peers import ConnectedPeers, claimed_name
 from buffer.tables.incarnations import TRAINER
 
@@ -33,6 +34,7 @@ class Registration:
         ledger: Ledger,
         peers: ConnectedPeers,
         outbox: Outbox,
+        keys: PeerKeys,
         *,
         job: str,
         clock: Callable[[], float],
@@ -40,6 +42,7 @@ class Registration:
         self._ledger = ledger
         self._peers = peers
         self._outbox = outbox
+        self._keys = keys
         self._job = job
         self._clock = clock
         self._claims = NameClaims()
@@ -143,7 +146,8 @@ class Registration:
             self.num_eval_prompts = hello.num_eval_prompts
         else:
             self._ledger.refuse_older_trainer(incarnation)
-        peer = self._peers.add(newcomer.route, hello, now_s=self._clock())
+        peer = self._peers.add(newcomer.route, hello, now_s=self._clock(), key=newcomer.key)
+        self._keys.registered(hello.name, newcomer.key)
         self._peers.expect_model_of(hello)
         self._outbox.servers_changed()
         if hello.role is Role.TRAINER:

@@ -44,10 +44,10 @@ def status(
     *,
     now_s: float,
     received_bytes: int,
-    num_bad_frames: int,
+    refused: dict[str, int],
     num_fetches: int,
 ) -> dict[str, Any]:
-    """The body of /status."""
+    """The body of /status. `refused`: counts of refused messages and connections, by name."""
     snapshot = ledger.snapshot()
     totals = run_counters(snapshot, peers, received_bytes=received_bytes)
     return {
@@ -75,7 +75,7 @@ def status(
         "lag_histogram": {str(lag): count for lag, count in sorted(snapshot.lag_histogram.items())},
         "fetches_waiting": num_fetches,
         "buffer_bytes": snapshot.num_bytes,
-        "bad_frames": num_bad_frames,
+        **refused,
         "peers": _peers_status(ledger.servers, peers, now_s=now_s),
     }
 
@@ -93,6 +93,7 @@ def _peers_status(
                 "http": peer.hello.http_address,
                 "silent_s": round(now_s - peer.last_heard_s, 3),
                 "stats": peer.stats,
+                "key": peer.key.name if peer.key is not None else "",
             }
             if (server := servers.get(peer.hello.name)) is not None:
                 entry["weights_version"] = server.weights_version

@@ -68,7 +68,7 @@ class LeaseTable:
         self._expiry: list[tuple[float, int]] = []
         self.servers: dict[str, Server] = {}
         self.live: dict[int, LeaseRecord] = {}
-        self._aborts: dict[str, list[int]] = {}
+        self._aborts: dict[str, set[int]] = {}
 
     def restore(self, rows: Iterable[LeaseRow], tickets: Mapping[int, Ticket], *, now_s: float) -> None:
         """Restores leases of an earlier buffer with a new expiry time; their servers have yet to register."""
@@ -130,7 +130,7 @@ class LeaseTable:
                 foreign.append(lease_id)
         server.lost = set(foreign)
         if foreign:
-            self._aborts.setdefault(name, []).extend(foreign)
+            self._aborts.setdefault(name, set()).update(foreign)
 
     def return_leases(self, name: str, lease_ids: list[int]) -> list[LeaseRecord]:
         """Ends leases that a server returns. Ids of other leases are ignored: they were lost before."""
@@ -157,7 +157,7 @@ class LeaseTable:
         ]
         for lease in lost:
             if lease.server not in silent:
-                self._aborts.setdefault(lease.server, []).append(lease.lease_id)
+                self._aborts.setdefault(lease.server, set()).add(lease.lease_id)
         for name in silent:
             lost += self.remove_server(name)
         return lost, silent
@@ -199,12 +199,12 @@ class LeaseTable:
     def revoke(self, lease: LeaseRecord) -> None:
         """Ends a lease and aborts it at its server, again after each heartbeat that still names it."""
         self._take_from_server(lease)
-        self._aborts.setdefault(lease.server, []).append(lease.lease_id)
+        self._aborts.setdefault(lease.server, set()).add(lease.lease_id)
 
     def take_aborts(self) -> dict[str, list[int]]:
         """Leases to abort, by server, since the last call."""
         aborts, self._aborts = self._aborts, {}
-        return aborts
+        return {name: sorted(lease_ids) for name, lease_ids in aborts.items()}
 
     def _take_from_server(self, lease: LeaseRecord) -> None:
         self._remove(lease)

@@ -21,11 +21,12 @@ from typing import Any
 from areal_like.config import Config
 from areal_like.errors import ArealError, DeadlineError, RunFinishedError
 from areal_like.runtime.waits import PendingWaits
+from areal_like.security.keyring import Keyring
 from areal_like.shards import WHOLE, Shard
 from areal_like.wire.addresses import buffer_addresses
 from areal_like.wire.buffer_connection import BufferConnection
 from areal_like.wire.limits import shortened
-from areal_like.wire.messages.hello import Goodbye, Hello, Refused
+from areal_like.wire.messages.hello import Goodbye, Hello
 from areal_like.wire.messages.producer import (
     BATCH_BYTES,
     AbortLeases,
@@ -65,6 +66,7 @@ class BufferClient:
         on_abort: Callable[[list[int]], None],
         on_drain: Callable[[], None],
         on_finished: Callable[[], None],
+        keyring: Keyring | None = None,
     ) -> None:
         """`hello` returns the current registration; `on_abort` is called with the leases that the buffer has
         aborted, `on_drain` when an operator wants the server to leave, `on_finished` when the run is over."""
@@ -83,6 +85,8 @@ class BufferClient:
             on_fatal=self._end,
             on_drain=on_drain,
             on_finished=on_finished,
+            keyring=keyring,
+            on_reopened=self._wake,
         )
         self._on_finished = on_finished
         self._loop = asyncio.get_running_loop()
@@ -232,8 +236,6 @@ class BufferClient:
                 self._wake()
             case HeartbeatAck():
                 self.newest_version = max(self.newest_version, message.newest_version)
-            case Refused():
-                self._end(ArealError(f"the buffer refused this server ({message.field}): {message.reason}"))
             case _:
                 log.warning("unexpected %s from the buffer", type(message).__name__)
 

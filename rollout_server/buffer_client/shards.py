@@ -16,6 +16,7 @@ from collections.abc import Callable
 from areal_like.config import Config
 from areal_like.runtime.daemon import cancelled_on_exit
 from areal_like.runtime.waits import PendingWaits
+from areal_like.security.keyring import Keyring
 from areal_like.shards import Shard, all_shards
 from areal_like.wire.messages.hello import Hello
 from areal_like.wire.messages.producer import Lease, ServerState
@@ -37,6 +38,7 @@ class ShardedBufferClient:
         on_abort: Callable[[list[int]], None],
         on_drain: Callable[[], None],
         on_finished: Callable[[], None],
+        keyring: Keyring | None = None,
     ) -> None:
         """`capacity_samples`: of the whole server. Other arguments are those of `BufferClient`."""
         self._num_shards = config.buffer.num_shards
@@ -53,6 +55,7 @@ class ShardedBufferClient:
                 on_abort=on_abort,
                 on_drain=on_drain,
                 on_finished=on_finished,
+                keyring=keyring,
             )
             for shard, held in zip(shards, self._held, strict=True)
         ]

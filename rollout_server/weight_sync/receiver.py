@@ -21,7 +21,9 @@ from typing import Any
 from areal_like.errors import EngineError, WeightSyncError
 from areal_like.weights.buckets import Manifest
 from areal_like.wire.channel import Envelope, Listener
+from areal_like.wire.curve import CurveServer
 from areal_like.wire.messages.weights import (
+    TO_SERVER,
     Alive,
     AskAlive,
     DissolveGroup,
@@ -38,7 +40,12 @@ log = logging.getLogger(__name__)
 
 _CLEANUP_TIMEOUT_S = 5.0
 """Time limit of each call to the engine after a failure, and of waiting for a cancelled request."""
+_MAX_QUEUED = 16
+"""Requests that may wait. A trainer sends the next one when it has the answer to the last; two trainers may
+overlap."""
 _NO_ENGINE = "this server's engine is not running"
+_MAX_ANSWERS = 64
+"""Requests whose answers are kept, for a rank 0 that sends a request again."""
 _MIN_TIMEOUT_S = 0.001
 """Shortest timeout passed to the engine, where 0 would mean no timeout."""
 
@@ -57,17 +64,21 @@ class WeightReceiver:
         strategy: WeightUpdateStrategy,
         on_version: Callable[[int], None],
         on_untrusted: OnUntrusted,
+        curve: CurveServer | None = None,
     ) -> None:
         """`on_version` is called with each activated version, `on_untrusted` with the reason why the engine's
-        weights are unknown."""
-        self._listener = Listener(
+        weights are unknown. `curve`: which keys may push weights."""
+        self.listener = Listener(
             host=host,
             port=0,
             handler=self._on_request,
             max_message_bytes=max_message_bytes,
             setting="rollout.host",
+            curve=curve,
+            accepts=TO_SERVER,
         )
-        self.port = self._listener.port
+        """The control socket."""
+        self.port = self.listener.port
         self.engine: EngineClient | None = None
         self.version = 0
         """Version that is active in the engine."""
@@ -86,14 +97,11 @@ class WeightReceiver:
         self._is_cancellable = False
         self._sent_checksums: PushChecksums | None = None
         self._checksums_arrived = asyncio.Event()
-        self._queue: asyncio.Queue[Envelope] = asyncio.Queue()
+        self._answers: dict[tuple[bytes, int], WeightsOk | WeightsFailed | None] = {}
+        """By (route, request id); None: the request waits or is being handled."""
+        self._queue: asyncio.Queue[Envelope] = asyncio.Queue(_MAX_QUEUED)
         self.serving = asyncio.create_task(self._serve(), name="weights")
         """Ends only by `close`, or with an unexpected exception."""
-
-    @property
-    def num_bad_frames(self) -> int:
-        """Frames on the control socket that were refused."""
-        return self._listener.num_bad_frames
 
     def set_engine(self, engine: EngineClient | None, *, version: int = 0) -> None:
         """Records that an engine was started with this version, or lost (None); a lost engine's weight group
@@ -109,7 +117,7 @@ class WeightReceiver:
             await asyncio.wait([self._work], timeout=_CLEANUP_TIMEOUT_S)
         self.serving.cancel()
         await asyncio.gather(self.serving, return_exceptions=True)
-        self._listener.close()
+        self.listener.close()
 
     def _on_request(self, envelope: Envelope) -> None:
         if isinstance(envelope.message, AskAlive):
@@ -119,11 +127,34 @@ class WeightReceiver:
             self._sent_checksums = envelope.message
             self._checksums_arrived.set()
             return
+        if self._is_known(envelope):
+            return
         # FormGroup and DissolveGroup cancel a rendezvous or broadcast, which may be waiting for a dead rank.
         is_newer = isinstance(envelope.message, (FormGroup, DissolveGroup))
         if is_newer and self._work is not None and self._is_cancellable:
             self._work.cancel()
-        self._queue.put_nowait(envelope)
+        try:
+            self._queue.put_nowait(envelope)
+        except asyncio.QueueFull:
+            reason = f"{_MAX_QUEUED} requests wait before this one"
+            self._answer(envelope, WeightsFailed(version=self.version, reason=reason))
+
+    def _is_known(self, envelope: Envelope) -> bool:
+        """True for a request that was sent again, because a renewed key has interrupted the connection.
+
+        It is not performed twice; its answer is sent again, or once when it is there.
+        """
+        request = (envelope.peer, envelope.rid)
+        if envelope.rid == 0:
+            return False
+        if request in self._answers:
+            if (answer := self._answers[request]) is not None:
+                self._answer(envelope, answer)
+            return True
+        self._answers[request] = None
+        if len(self._answers) > _MAX_ANSWERS:
+            del self._answers[next(iter(self._answers))]
+        return False
 
     async def _serve(self) -> None:
         """Handles requests one after the other."""
@@ -156,6 +187,8 @@ class WeightReceiver:
             )
         finally:
             self._answer(envelope, answer)
+            if (envelope.peer, envelope.rid) in self._answers:
+                self._answers[envelope.peer, envelope.rid] = answer
             self._count(request, answer)
 
     def _count(self, request: Any, answer: WeightsOk | WeightsFailed) -> None:
@@ -180,7 +213,7 @@ class WeightReceiver:
         return Alive(version=self.version, **dataclasses.asdict(self.engine.info))
 
     def _answer(self, envelope: Envelope, answer: Alive | WeightsOk | WeightsFailed) -> None:
-        self._listener.send(envelope.peer, answer, rid=envelope.rid)
+        self.listener.send(envelope.peer, answer, rid=envelope.rid)
 
     async def _perform(self, request: Any) -> float:
         """Performs a request; returns the seconds in which nothing was decoded."""

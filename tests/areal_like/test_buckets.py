@@ -161,3 +161,37 @@ def test_check_names_reports_the_differences() -> None:
     ]:
         with pytest.raises(WeightSyncError, match=message):
             check_names(sent, shapes)
+
+
+_plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(
+    manifest=st.fixed_dictionaries({"version": _plain, "buckets": _plain})
+    | st.builds(
+        lambda columns: {"version": 1, "buckets": [columns]},
+        st.fixed_dictionaries({"names": _plain, "dtypes": _plain, "shapes": _plain, "checksum": _plain})
+        | st.builds(
+            lambda name, dtype, shape: {
+                "names": [name],
+                "dtypes": [dtype],
+                "shapes": [shape],
+                "checksum": None,
+            },
+            st.text(max_size=3) | _plain,
+            st.sampled_from(["float32", "bfloat16"]) | _plain,
+            st.lists(st.integers(0, 4), max_size=3) | _plain,
+        ),
+    )
+)
+@settings(max_examples=200, deadline=None)
+def test_malformed_manifests_raise_weight_sync_errors(manifest: dict[str, object]) -> None:
+    try:
+        parsed = Manifest.from_dict(manifest)
+    except WeightSyncError:
+        return
+    assert Manifest.from_dict(parsed.to_dict()) == parsed

@@ -1,8 +1,11 @@
 """Wire encoding: messages survive a round trip, and malformed frames raise WireError and nothing else."""
 
+import contextlib
 import dataclasses
+import math
 import pickle
 import struct
+import time
 import tracemalloc
 import zlib
 
@@ -14,18 +17,31 @@ from hypothesis import strategies as st
 
 from areal_like.errors import WireError
 from areal_like.trajectory import FinishReason, Trajectory
-from areal_like.wire.codec import MAX_HEADER_BYTES, WIRE_VERSION, decode, encode
-from areal_like.wire.messages.consumer import Group, RunCounters, StartTraining
+from areal_like.wire.codec import (
+    HEADER_LIMITS,
+    MAX_HEADER_BYTES,
+    MAX_TEXT,
+    WIRE_VERSION,
+    decode,
+    encode,
+    read_prefix,
+)
+from areal_like.wire.messages import MESSAGES
+from areal_like.wire.messages.consumer import CommitStep, Group, RunCounters, StartTraining
 from areal_like.wire.messages.hello import Refused
 from areal_like.wire.messages.producer import (
     BATCH_BYTES,
+    AbortLeases,
     Lease,
     Leases,
     Purpose,
+    ReturnLeases,
     SampleAck,
     SampleAcks,
     SampleDone,
     Samples,
+    ServerHeartbeat,
+    ServerState,
 )
 from areal_like.wire.messages.weights import PushWeights
 from areal_like.wire.records import Record
@@ -242,7 +258,7 @@ def test_flipped_byte_never_changes_a_sample(data: st.DataObject) -> None:
 def test_overlapping_records_are_refused() -> None:
     """Otherwise a small message could expand to a large one in memory."""
     record = Record.of(2, 0, trajectory(100, 5_000)).data
-    for count, is_good in ((1, True), (2, False), (5_000, False)):
+    for count, is_good in ((1, True), (2, False), (2_000, False)):
         samples = [{"lease_id": 1, "record": [0, len(record)]}] * count
         frames = [msgpack.packb([WIRE_VERSION, "Samples", 0, {"samples": samples}]), record]
         if is_good:
@@ -278,15 +294,84 @@ def test_record_of_lists_does_not_expand_in_memory(item: bytes, array_bytes: int
         msgpack.packb([WIRE_VERSION, "Samples", 0, {"samples": [{"lease_id": 1, "record": [0, len(data)]}]}]),
         data,
     ]
-    peak = peak_bytes_refusing(frames, match="lists and maps" if array_bytes else "record metadata takes")
+    peak = peak_bytes_refusing(
+        frames, match="lists, maps|max_array_len" if array_bytes else "record metadata takes"
+    )
     assert peak < 12 * len(data)
 
 
-@pytest.mark.parametrize("item", [b"\x90", b"\x80", b"\x81\xa0\x90"], ids=["lists", "maps", "lists in maps"])
-def test_header_of_lists_does_not_expand_in_memory(item: bytes) -> None:
-    header = packed_list(item, (1 << 20) // len(item))
-    peak = peak_bytes_refusing([header], match="lists and maps")
-    assert peak < 30 * len(header)
+def long_header(kind: str, field: str, value: bytes) -> list[bytes]:
+    """The frames of a message of this kind: one field has this packed value, the others are 0."""
+    names = [name.name for name in dataclasses.fields(MESSAGES[kind])]
+    fields = b"".join(msgpack.packb(name) + (value if name == field else b"\x00") for name in names)
+    return [
+        msgpack.packb([WIRE_VERSION, kind, 1, None])[:-1] + b"\xde" + struct.pack(">H", len(names)) + fields
+    ]
+
+
+def packed_map(num_entries: int) -> bytes:
+    keys = (msgpack.packb(f"{index:06x}") for index in range(num_entries))
+    return b"\xdf" + struct.pack(">I", num_entries) + b"".join(key + b"\x01" for key in keys)
+
+
+CONTENTS = {
+    "integers": lambda size: packed_list(b"\x01", size),
+    "large integers": lambda size: packed_list(b"\xcf" + b"\x7f" * 8, size // 9),
+    "texts": lambda size: packed_list(b"\xa0", size),
+    "lists": lambda size: packed_list(b"\x90", size),
+    "nested lists": lambda size: packed_list(b"\x91" * 500 + b"\xc0", size // 501),
+    "lists of integers": lambda size: packed_list(packed_list(b"\x01", 1000), size // 1005),
+    "maps": lambda size: packed_list(b"\x81\xa0\x80", size // 3),
+    "a map": lambda size: packed_map(size // 8),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "field"),
+    [
+        ("Hello", "role"),
+        ("Samples", "samples"),
+        ("ServerHeartbeat", "leases"),
+        ("ServerHeartbeat", "state"),
+        ("ServerHeartbeat", "stats"),
+        ("StartTraining", "stream"),
+        ("PushWeights", "manifest"),
+        ("PushChecksums", "checksums"),
+    ],
+)
+@pytest.mark.parametrize("content", CONTENTS)
+def test_any_header_is_decoded_or_refused_at_once(kind: str, field: str, content: str) -> None:
+    frames = long_header(kind, field, CONTENTS[content](HEADER_LIMITS[kind] - 1000))
+    assert HEADER_LIMITS[kind] - 2000 < len(frames[0]) <= HEADER_LIMITS[kind]
+    best_s = math.inf
+    for _ in range(3):
+        started_s = time.process_time()
+        with contextlib.suppress(WireError):
+            decode(frames)
+        best_s = min(best_s, time.process_time() - started_s)
+    assert best_s < 0.05
+
+
+@pytest.mark.parametrize("kind", MESSAGES)
+def test_header_over_the_limit_of_its_message_is_refused(kind: str) -> None:
+    header = msgpack.packb([WIRE_VERSION, kind, 1, "x" * HEADER_LIMITS[kind]])
+    with pytest.raises(WireError, match="over the limit"):
+        decode([header])
+
+
+def test_prefix_is_read_without_the_body() -> None:
+    (header,) = encode(CommitStep(step=7), rid=300)
+    prefix = read_prefix([header])
+    assert (prefix.kind, prefix.rid, prefix.tag) == (CommitStep, 300, "CommitStep")
+    assert read_prefix([header[: prefix.body_at]]) == prefix
+    for length in range(prefix.body_at):
+        with pytest.raises(WireError):
+            read_prefix([header[:length]]) and decode([header[:length]])
+
+
+def test_long_texts_are_cut() -> None:
+    received, _ = decode(encode(Refused(field="x", reason="y" * 1_000_000)))
+    assert len(received.reason) <= MAX_TEXT and received.reason.endswith("(1000000 characters)")
 
 
 @pytest.mark.parametrize("num_tokens", [1, 50_000])
@@ -314,31 +399,28 @@ def test_too_many_reward_components_are_refused() -> None:
         Record.of(2, 0, dataclasses.replace(trajectory(), reward_components=components))
 
 
-def test_long_headers_of_small_parts_are_accepted() -> None:
+def test_largest_messages_of_a_job_are_accepted() -> None:
     record = Record.of(5, 0, trajectory(1, 1))
     tensors = {
-        "names": [f"{index}.w" for index in range(20_000)],
-        "dtypes": ["bfloat16"] * 20_000,
-        "shapes": [[1]] * 20_000,
+        "names": [f"model.layers.10.mlp.experts.{index}.down_proj.weight" for index in range(36_000)],
+        "dtypes": ["bfloat16"] * 36_000,
+        "shapes": [[4096, 1536]] * 36_000,
     }
+    lease_ids = list(range(1 << 52, (1 << 52) + 20_000))
     for message in (
         Group(
-            step=1,
+            step=1 << 20,
             position=0,
             ticket_id=5,
             prompt_index=9,
-            records=[record] * 20_000,
-            version_steps=[1] * 20_000,
+            records=[record] * 10_000,
+            version_steps=[1 << 20] * 10_000,
         ),
-        SampleAcks(acks=[SampleAck(lease_id=0, sample_indices=[])] * 20_000),
-        Leases(
-            leases=[
-                Lease(
-                    lease_id=1, ticket_id=2, prompt_index=3, purpose=Purpose.EVAL, sample_indices=[], seed=9
-                )
-            ]
-            * 20_000
+        ServerHeartbeat(
+            state=ServerState.SERVING, free_samples=1, holding_samples=1, weights_version=1, leases=lease_ids
         ),
+        ReturnLeases(leases=lease_ids, reason="draining"),
+        StartTraining(step=3, stream={"curriculum": list(range(1 << 24, (1 << 24) + 400_000))}),
         PushWeights(
             epoch=1,
             group_name="g",
@@ -354,9 +436,55 @@ def test_long_headers_of_small_parts_are_accepted() -> None:
         decode(frames)
 
 
+def test_leases_and_acknowledgements_are_sent_in_batches() -> None:
+    leases = [
+        Lease(
+            lease_id=1 << 52,
+            ticket_id=1 << 40,
+            prompt_index=1 << 40,
+            purpose=Purpose.TRAIN,
+            sample_indices=list(range(size)),
+            greedy_indices=list(range(size)),
+            seed=1 << 62,
+        )
+        for size in [0, 8, 1000, 5000] * 200
+    ]
+    acks = [
+        SampleAck(lease_id=1 << 52, sample_indices=list(range(size)), refused="unknown version")
+        for size in [0, 8, 1000, 10_000] * 200
+    ]
+    lease_ids = [1 << 52] * 20_000
+    for batches, items in (
+        (Leases.batches(leases), leases),
+        (SampleAcks.batches(acks), acks),
+        (AbortLeases.batches(lease_ids, reason="over"), lease_ids),
+    ):
+        received = [next(iter(vars(decode(encode(batch))[0]).values())) for batch in batches]
+        assert [item for batch in received for item in batch] == items
+        assert 1 < len(received) < len(items)
+
+
+def test_many_small_samples_are_sent_in_batches() -> None:
+    samples = [SampleDone(lease_id=1 << 52, record=Record.of(2, 0, trajectory(0, 1)))] * 5_000
+    received = [decode(encode(batch))[0] for batch in Samples.batches(samples)]
+    assert sum(len(batch.samples) for batch in received) == 5_000
+
+
 def test_overlong_header_is_not_sent() -> None:
-    with pytest.raises(ValueError, match="header"):
-        encode(Refused(field="x", reason="y" * MAX_HEADER_BYTES))
+    for message in (
+        SampleAcks(acks=[SampleAck(lease_id=0, sample_indices=list(range(100_000)))]),
+        PushWeights(
+            epoch=1,
+            group_name="g",
+            version=1,
+            step=1,
+            update_mode="keep",
+            manifest={"lists": [[]] * 100_000},
+            timeout_s=1.0,
+        ),
+    ):
+        with pytest.raises(ValueError, match=r"header|too many lists"):
+            encode(message)
 
 
 def test_backlog_is_sent_in_batches() -> None:

@@ -39,6 +39,10 @@ RESEND_AFTER_S = 0.5
 """Instead of the trainer's 20 s, because here one in a hundred replies is lost."""
 
 
+QUIET = {"heartbeat_s": 0.1, "log_level": "ERROR"}
+"""Of a buffer that refuses many messages: nobody reads its stderr, so it must not write a line for each."""
+
+
 def chaos_config(directory: Path, **overrides: Any) -> Config:
     """The configuration of a job whose model is two empty files, enough for a fingerprint."""
     model = directory / "model"

@@ -233,6 +233,7 @@ class TrainerBufferClient:
 
     async def _open(self) -> None:
         self.runtime = Runtime(self.config, role="trainer", name=f"trainer-{self.rank}")
+        self.runtime.failed.add_done_callback(self._on_runtime_failed)
         await self.runtime.__aenter__()
         hello = self._hello()
         for index, address in enumerate(buffer_addresses(self.config)):
@@ -243,6 +244,7 @@ class TrainerBufferClient:
                 max_message_bytes=self.config.buffer.max_message_bytes,
                 on_message=functools.partial(self._on_message, index),
                 fail=self.fail,
+                keyring=self.runtime.keyring,
             )
             self._buffers.append(connection)
         with self.runtime.waits("buffer: welcome"):
@@ -302,6 +304,10 @@ class TrainerBufferClient:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("the heartbeat ended", exc_info=error)
             self.fail(ArealError(f"no more heartbeats are sent: {type(error).__name__}: {error}"))
+
+    def _on_runtime_failed(self, failed: asyncio.Future[None]) -> None:
+        if not failed.cancelled() and (error := failed.exception()) is not None:
+            self.fail(error if isinstance(error, ArealError) else ArealError(f"unexpected: {error!r}"))
 
     def _on_message(self, shard: int, message: Any) -> None:
         if isinstance(message, Directory) and shard == 0:

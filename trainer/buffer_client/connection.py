@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from areal_like.errors import ArealError, DeadlineError, PeerLostError
+from areal_like.security.keyring import Keyring
 from areal_like.wire.buffer_connection import BufferConnection
 from areal_like.wire.messages.hello import Hello
 from areal_like.wire.messages.producer import HeartbeatAck
@@ -35,6 +36,7 @@ class Connection:
         max_message_bytes: int,
         on_message: Callable[[Any], None],
         fail: Callable[[ArealError], None],
+        keyring: Keyring | None = None,
     ) -> None:
         """`survives`: True if the buffer's ledger survives a kill of the buffer.
 
@@ -51,6 +53,8 @@ class Connection:
             on_message=self._on_message,
             on_hello_required=self._on_hello_required,
             on_fatal=fail,
+            keyring=keyring,
+            on_reopened=self._start_registering,
         )
         self._registering: asyncio.Task[None] | None = None
         self.address = address
@@ -97,7 +101,11 @@ class Connection:
                     "the buffer was restarted and its in-memory store is gone: start again with resume=latest"
                 )
             )
-        elif self._registering is None or self._registering.done():
+        else:
+            self._start_registering()
+
+    def _start_registering(self) -> None:
+        if self._registering is None or self._registering.done():
             self._registering = asyncio.create_task(self._register_again(), name="hello again")
 
     async def _register_again(self) -> None:

@@ -26,14 +26,21 @@ import torch
 
 from areal_like.config import WeightsConfig
 from areal_like.errors import ConfigError, WeightSyncError
+from areal_like.security.keyring import Keyring
 from areal_like.weights.buckets import Manifest
 from areal_like.weights.collective import WeightGroup, device_facts
-from areal_like.wire.channel import Link
 from areal_like.wire.messages.consumer import ServerEntry
 from areal_like.wire.messages.weights import Alive, AskAlive, PushWeights, WeightsFailed, WeightsOk
 from trainer.weight_sync.backend import NcclTrial, choose_backend
 from trainer.weight_sync.group_session import ALIVE_S, SessionOutcome, WeightGroupSession, assign_ranks
-from trainer.weight_sync.receivers import Receiver, ReceiverBackoff, ReceiverId, Reply, receiver_id
+from trainer.weight_sync.receivers import (
+    Receiver,
+    ReceiverBackoff,
+    ReceiverId,
+    Reply,
+    has_valid_key,
+    receiver_id,
+)
 from trainer.weight_sync.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
@@ -87,9 +94,13 @@ class Broadcaster:
     The next push to the same servers reuses a session that has not failed.
     """
 
-    def __init__(self, config: WeightsConfig, *, device: str, incarnation: int) -> None:
-        """`device`: of the trainer. `incarnation`: of the trainer; makes the names of its groups unique."""
+    def __init__(
+        self, config: WeightsConfig, *, device: str, incarnation: int, keyring: Keyring | None = None
+    ) -> None:
+        """`device`: of the trainer. `incarnation`: of the trainer; makes the names of its groups unique.
+        `keyring`: of the trainer, on a job with keys."""
         self._config = config
+        self._keyring = keyring
         self._device = torch.device(device)
         self._incarnation = incarnation
         self._receivers: dict[ReceiverId, Receiver] = {}
@@ -106,7 +117,11 @@ class Broadcaster:
     def eligible(self, servers: Iterable[ServerEntry]) -> list[ServerEntry]:
         """The servers of the directory that a push would go to now."""
         now_s = time.monotonic()
-        return [entry for entry in servers if self._backoff.is_eligible(entry, now_s=now_s)]
+        return [
+            entry
+            for entry in servers
+            if self._backoff.is_eligible(entry, now_s=now_s) and has_valid_key(entry, self._keyring)
+        ]
 
     async def push(
         self, snapshot: Snapshot, *, version: int, step: int, servers: Sequence[ServerEntry]
@@ -261,8 +276,7 @@ class Broadcaster:
     def _receiver(self, entry: ServerEntry) -> Receiver:
         key = receiver_id(entry)
         if key not in self._receivers:
-            link = Link(entry.weights_address, handler=lambda _: None)
-            self._receivers[key] = Receiver(entry=entry, link=link)
+            self._receivers[key] = Receiver.connected(entry, self._keyring)
         return self._receivers[key]
 
     async def _drop_receivers_except(self, kept: set[ReceiverId]) -> None:

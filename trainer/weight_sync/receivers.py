@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from areal_like.errors import ArealError
+from areal_like.security.keyring import Keyring
+from areal_like.security.keys import KeyRole
 from areal_like.wire.channel import Link
+from areal_like.wire.curve import CurveClient
 from areal_like.wire.messages.consumer import ServerEntry
 from areal_like.wire.messages.weights import Alive, WeightsFailed, WeightsOk
 
@@ -27,12 +30,31 @@ def receiver_id(entry: ServerEntry) -> ReceiverId:
     return entry.name, entry.incarnation
 
 
+def has_valid_key(entry: ServerEntry, keyring: Keyring | None) -> bool:
+    """True if weights may go to this server: there are no keys, or the buffer has seen a valid one of it."""
+    return keyring is None or keyring.sender(entry.public_key) is not None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Receiver:
     """One server and the link to its weight socket."""
 
     entry: ServerEntry
     link: Link
+
+    @classmethod
+    def connected(cls, entry: ServerEntry, keyring: Keyring | None) -> Receiver:
+        """Connects to a server for which `has_valid_key` is true.
+
+        On a job with keys the other end must have a key with the name of the entry's key. So weights go only
+        to a process that the buffer knows, whatever address its hello stated.
+        """
+        curve = None
+        if keyring is not None:
+            key = keyring.sender(entry.public_key)
+            assert key is not None
+            curve = CurveClient(keyring, role=KeyRole.ROLLOUT, name=key.name)
+        return cls(entry=entry, link=Link(entry.weights_address, handler=lambda _: None, curve=curve))
 
     @property
     def id(self) -> ReceiverId:

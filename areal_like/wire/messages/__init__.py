@@ -22,3 +22,6 @@ MESSAGES: dict[str, type] = {
 
 TAGS: dict[type, str] = {cls: tag for tag, cls in MESSAGES.items()}
 """Class -> tag on the wire."""
+
+TO_BUFFER: frozenset[type] = frozenset((*hello.TO_BUFFER, *producer.TO_BUFFER, *consumer.TO_BUFFER))
+"""The messages that a buffer accepts."""

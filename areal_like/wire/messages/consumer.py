@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import ClassVar
 
 from areal_like.trajectory import Trajectory
 from areal_like.wire.records import Record
@@ -38,6 +39,8 @@ class StartTraining:
     ledger starts the stream at `step`.
     """
 
+    max_header_bytes: ClassVar[int] = 4 << 20
+    """A curriculum that remembers 100,000 prompts: 400,000 integers."""
     step: int
     """Completed optimizer steps (0 for a new run, K after resuming from checkpoint K)."""
     stream: dict[str, int | list[int]] = field(default_factory=dict)
@@ -90,6 +93,8 @@ class Fetch:
 class Group:
     """Buffer -> rank: one recorded group."""
 
+    max_header_bytes: ClassVar[int] = 256 << 10
+    """16 bytes for each sample: 10,000 samples."""
     step: int
     position: int
     ticket_id: int
@@ -145,6 +150,8 @@ class GetStreamState:
 class StreamState:
     """Buffer -> rank 0: state of the prompt stream. The trainer stores it without interpreting it."""
 
+    max_header_bytes: ClassVar[int] = 4 << 20
+    """As `StartTraining`."""
     stream: dict[str, int | list[int]]
 
 
@@ -186,6 +193,9 @@ class ServerEntry:
     device: str
     state: str
     weights_version: int
+    public_key: str = ""
+    """The CURVE key with which the server has authenticated itself to the buffer, and which its weight socket
+    must have; empty without keys."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +205,8 @@ class Directory:
     Sent after the rank's hello, and when a server joins, leaves or changes its state.
     """
 
+    max_header_bytes: ClassVar[int] = 1 << 20
+    """A few hundred bytes for each server: 1,000 servers."""
     servers: list[ServerEntry]
 
 
@@ -257,3 +269,19 @@ MESSAGES = (
     GetRunCounters,
     RunCounters,
 )
+TO_BUFFER = (
+    TrainerHeartbeat,
+    StartTraining,
+    AllocVersion,
+    AdoptVersion,
+    Fetch,
+    CompleteStep,
+    SetMaxStaleness,
+    CommitStep,
+    GetStreamState,
+    RequestEval,
+    CloseAdmission,
+    FinishRun,
+    GetRunCounters,
+)
+"""The messages that ranks send; the others are the buffer's."""

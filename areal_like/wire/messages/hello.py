@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import ClassVar
 
 
 class Role(StrEnum):
@@ -26,6 +27,8 @@ class Role(StrEnum):
 class Hello:
     """Peer -> buffer: registers the peer. Reply: `Welcome` or `Refused`."""
 
+    max_header_bytes: ClassVar[int] = 8 << 10
+    """The only message of an unregistered peer that is decoded."""
     role: Role
     name: str
     """Stable name, e.g. `rollout-0`, `trainer-0`."""
@@ -151,3 +154,5 @@ MESSAGES = (
     JobFinished,
     Goodbye,
 )
+TO_BUFFER = (Hello, StillAlive, Goodbye)
+"""The messages that peers send to a buffer; the others are the buffer's."""

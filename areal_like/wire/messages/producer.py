@@ -6,15 +6,20 @@ deduplicates by (ticket, sample index).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import ClassVar, TypeVar
 
 from areal_like.wire.records import Record
 
 BATCH_BYTES = 1 << 18
 """Bytes of records in one message: enough to make the overhead of a message small, and far below the limit of
 a socket."""
+_BATCH_HEADER_BYTES = 60_000
+"""Header of one message of leases or acknowledgements, a little below the codec's MAX_HEADER_BYTES."""
+
+_Item = TypeVar("_Item")
 
 
 class Purpose(StrEnum):
@@ -50,6 +55,8 @@ class ServerHeartbeat:
     Reply: `HeartbeatAck`. It renews the leases in `leases`, and no others of this server.
     """
 
+    max_header_bytes: ClassVar[int] = 256 << 10
+    """9 bytes for each lease: 28,000 leases."""
     state: ServerState
     free_samples: int
     """Credit: samples that the server can take now beyond those it holds (absolute, not a difference)."""
@@ -101,6 +108,16 @@ class Leases:
 
     leases: list[Lease]
 
+    @classmethod
+    def batches(cls, leases: Iterable[Lease]) -> Iterator[Leases]:
+        """Messages whose headers peers accept."""
+        for batch in _batches(
+            leases,
+            max_bytes=_BATCH_HEADER_BYTES,
+            size_of=lambda lease: 136 + 5 * (len(lease.sample_indices) + len(lease.greedy_indices)),
+        ):
+            yield cls(leases=batch)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampleDone:
@@ -135,15 +152,9 @@ class Samples:
 
         So a backlog does not become a message longer than a socket accepts.
         """
-        batch: list[SampleDone] = []
-        num_bytes = 0
-        for sample in samples:
-            if batch and num_bytes + len(sample.record.data) > max_bytes:
-                yield cls(samples=batch)
-                batch, num_bytes = [], 0
-            batch.append(sample)
-            num_bytes += len(sample.record.data)
-        if batch:
+        for batch in _batches(
+            samples, max_bytes=max_bytes, size_of=lambda sample: max(256, len(sample.record.data))
+        ):
             yield cls(samples=batch)
 
 
@@ -167,6 +178,14 @@ class SampleAcks:
 
     acks: list[SampleAck]
 
+    @classmethod
+    def batches(cls, acks: Iterable[SampleAck]) -> Iterator[SampleAcks]:
+        """Messages whose headers peers accept."""
+        for batch in _batches(
+            acks, max_bytes=_BATCH_HEADER_BYTES, size_of=lambda ack: 80 + 5 * len(ack.sample_indices)
+        ):
+            yield cls(acks=batch)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampleFailed:
@@ -185,6 +204,8 @@ class SampleFailed:
 class ReturnLeases:
     """Server -> buffer: returns leases (draining, engine lost). Their missing samples are leased again."""
 
+    max_header_bytes: ClassVar[int] = 256 << 10
+    """As `ServerHeartbeat`."""
     leases: list[int]
     reason: str
 
@@ -195,6 +216,29 @@ class AbortLeases:
 
     leases: list[int]
     reason: str
+
+    @classmethod
+    def batches(cls, leases: Iterable[int], *, reason: str) -> Iterator[AbortLeases]:
+        """Messages whose headers peers accept."""
+        for batch in _batches(leases, max_bytes=_BATCH_HEADER_BYTES - len(reason), size_of=lambda _: 9):
+            yield cls(leases=batch, reason=reason)
+
+
+def _batches(
+    items: Iterable[_Item], *, max_bytes: int, size_of: Callable[[_Item], int]
+) -> Iterator[list[_Item]]:
+    """Lists of at most `max_bytes` each; a larger item is alone in its list."""
+    batch: list[_Item] = []
+    num_bytes = 0
+    for item in items:
+        size = size_of(item)
+        if batch and num_bytes + size > max_bytes:
+            yield batch
+            batch, num_bytes = [], 0
+        batch.append(item)
+        num_bytes += size
+    if batch:
+        yield batch
 
 
 MESSAGES = (
@@ -207,3 +251,5 @@ MESSAGES = (
     ReturnLeases,
     AbortLeases,
 )
+TO_BUFFER = (ServerHeartbeat, Samples, SampleFailed, ReturnLeases)
+"""The messages that servers send; the others are the buffer's."""

@@ -23,7 +23,7 @@ reply by the deadline counts as failure.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +80,8 @@ class PushWeights:
     `PushChecksums` follows.
     """
 
+    max_header_bytes: ClassVar[int] = 4 << 20
+    """A mixture of experts: 40,000 tensors with names of 60 characters."""
     epoch: int
     group_name: str
     version: int
@@ -134,3 +136,5 @@ class WeightsFailed:
 
 
 MESSAGES = (AskAlive, Alive, FormGroup, PushWeights, PushChecksums, DissolveGroup, WeightsOk, WeightsFailed)
+TO_SERVER = (AskAlive, FormGroup, PushWeights, PushChecksums, DissolveGroup)
+"""The messages that rank 0 sends; the others are the server's."""

@@ -1,0 +1,297 @@
+"""Encryption and authentication of ZeroMQ connections: CURVE, with ZAP deciding which keys may connect.
+
+`CurveServer` belongs to a `Listener`. It answers libzmq's ZAP requests in the daemon's own event loop, so it
+cannot end while the daemon goes on, and each listener has its own zmq.Context, because libzmq knows one ZAP
+handler for each context. The User-Id that it gives to a connection is the peer's public key and the name of
+that key; every message carries it, so a key can be refused on a connection that is already open.
+
+`CurveClient` belongs to a `Link`. It chooses which key to expect of the server, and opens the socket again
+after a failed handshake (libzmq does not, when the server refused the key) and when keys have changed:
+
+    CONNECTING -> handshake -> CONNECTED -> (own key renewed, server's key revoked) -> CONNECTING
+        `-> handshake failed -> after a pause: CONNECTING, expecting the server's next possible key
+
+Left out: a limit on handshakes per address, because every peer may be behind one address.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import struct
+import uuid
+from collections.abc import Callable, Collection
+
+import zmq
+from zmq.utils import z85
+
+from areal_like.errors import ArealError, ConfigError
+from areal_like.security.keyring import PUBLIC_LENGTH, Keyring
+from areal_like.security.keys import AllowedKey, KeyRole
+from areal_like.wire.pump import Pump, log_at_powers_of_2
+
+log = logging.getLogger(__name__)
+
+_ZAP_ADDRESS = "inproc://zeromq.zap.01"
+_ZAP_DOMAIN = b"areal"
+_FAILED = (
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
+_MAX_ANSWERS, _MAX_ANSWERED_KEYS = 16, 1024
+_BIND_AGAIN_S = 0.02
+_BIND_TIMEOUT_S = 10.0
+_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
+
+
+def _monitor(socket: zmq.Socket[bytes], events: int, on_event: Callable[[int], None]) -> Pump:
+    """Calls `on_event` with each of these events of a socket's connections."""
+    address = f"inproc://monitor-{uuid.uuid4().hex}"
+    socket.monitor(address, events)
+    pair = socket.context.socket(zmq.PAIR)
+    # libzmq's I/O thread waits when the monitor's queue is full, and all connections with it.
+    pair.set(zmq.RCVHWM, 0)
+    pair.set(zmq.LINGER, 0)
+    pair.connect(address)
+    return Pump(pair, lambda frames: on_event(struct.unpack_from("=H", frames[0])[0]))
+
+
+class CurveServer:
+    """The keyed side of one Listener: which keys connect, and whose messages are accepted."""
+
+    def __init__(
+        self, keyring: Keyring, *, roles: Collection[KeyRole], on_failure: Callable[[ArealError], None]
+    ) -> None:
+        """Only keys of `roles` may connect. `on_failure` ends the daemon: it cannot listen any more."""
+        self._keyring = keyring
+        self._roles = frozenset(roles)
+        self._on_failure = on_failure
+        self._loop = asyncio.get_running_loop()
+        self._socket: zmq.Socket[bytes] | None = None
+        self._endpoint = ""
+        self._pumps: list[Pump] = []
+        self._unsubscribe: Callable[[], None] = lambda: None
+        self._identity = keyring.identity
+        self._num_answered: dict[str, int] = {}
+        self.num_refused_handshakes = 0
+        """Connections that were refused: no key, an unknown key, or no CURVE."""
+        self.num_refused_frames = 0
+        """Messages that were refused because of their sender's key."""
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(
+            io_threads=int(zmq.Context.instance().get(zmq.IO_THREADS))
+        )
+        """Context of the listener's socket."""
+
+    def protect(self, socket: zmq.Socket[bytes]) -> None:
+        """Makes a socket of `context`, not bound yet, accept only allowed keys."""
+        self._socket = socket
+        zap = self.context.socket(zmq.ROUTER)
+        zap.set(zmq.LINGER, 0)
+        zap.bind(_ZAP_ADDRESS)
+        self._pumps.append(Pump(zap, self._on_zap_request))
+        self._pumps.append(_monitor(socket, _FAILED, self._on_failed_handshake))
+        socket.set(zmq.CURVE_SERVER, 1)
+        socket.set(zmq.CURVE_SECRETKEY, self._identity.secret.encode())
+        socket.set_string(zmq.ZAP_DOMAIN, _ZAP_DOMAIN.decode())
+        # Without it libzmq admits everyone when nothing answers its ZAP requests.
+        socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)
+
+    def bound(self) -> None:
+        """Call it once the socket is bound."""
+        assert self._socket is not None
+        self._endpoint = self._socket.get_string(zmq.LAST_ENDPOINT)
+        self._unsubscribe = self._keyring.subscribe(self._on_refresh)
+
+    def sender(self, user_id: str) -> AllowedKey | None:
+        """The key of a message's sender, None if it is not valid any more. Counts what it refuses."""
+        key = self._keyring.sender(user_id[:PUBLIC_LENGTH])
+        if key is None or key.role not in self._roles:
+            self.count_refused_frame(f"the key {user_id[PUBLIC_LENGTH:]!r} is revoked or has expired")
+            return None
+        return key
+
+    def may_answer(self, user_id: str) -> bool:
+        """True for the first refused messages of a key: replies must not pile up."""
+        while len(self._num_answered) >= _MAX_ANSWERED_KEYS and user_id not in self._num_answered:
+            del self._num_answered[next(iter(self._num_answered))]
+        self._num_answered[user_id] = self._num_answered.get(user_id, 0) + 1
+        return self._num_answered[user_id] <= _MAX_ANSWERS
+
+    def is_replaced(self, user_id: str) -> bool:
+        """True if the sender's key has expired because a newer one has replaced it."""
+        name = user_id[PUBLIC_LENGTH:]
+        return any(self._keyring.is_named(name, role) for role in self._roles)
+
+    def count_refused_frame(self, reason: str) -> None:
+        """Counts a message that was refused because of its sender's key, and logs some of them."""
+        self.num_refused_frames += 1
+        log_at_powers_of_2(self.num_refused_frames, "message refused: %s (%d so far)", reason)
+
+    def close(self) -> None:
+        """Ends everything but the socket, which must be closed before."""
+        self._unsubscribe()
+        self._unsubscribe = lambda: None
+        for pump in self._pumps:
+            pump.close()
+        self._socket = None
+        self.context.term()
+
+    def _on_zap_request(self, frames: list[bytes]) -> None:
+        # [route, "", version, request id, domain, address, routing id, mechanism, public key]
+        if len(frames) != 9 or frames[7] != b"CURVE" or len(frames[8]) != 32:
+            self._answer_zap(frames, status=b"400", text=b"CURVE only")
+            return
+        public = str(z85.encode(frames[8]).decode())  # type: ignore[no-untyped-call]
+        key = self._keyring.sender(public)
+        if key is None or key.role not in self._roles:
+            if (self.num_refused_handshakes + 1).bit_count() == 1:
+                whose = "an unknown key" if key is None else f"the key {key.name} of role {key.role.value}"
+                log.warning("a connection from %s with %s was refused", _printable(frames[5]), whose)
+            self._answer_zap(frames, status=b"400", text=b"key refused")
+            return
+        self._answer_zap(frames, status=b"200", text=b"OK", user_id=(public + key.name).encode())
+
+    def _answer_zap(self, frames: list[bytes], *, status: bytes, text: bytes, user_id: bytes = b"") -> None:
+        self._pumps[0].send([*frames[:4], status, text, user_id, b""])
+
+    def _on_failed_handshake(self, event: int) -> None:
+        self.num_refused_handshakes += 1
+        if event != zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            log_at_powers_of_2(
+                self.num_refused_handshakes,
+                "a connection without a key, or to another key than this daemon's, was refused (%d so far)",
+            )
+
+    def _on_refresh(self) -> None:
+        if self._keyring.identity == self._identity or self._socket is None:
+            return
+        self._identity = self._keyring.identity
+        # libzmq copies a socket's options when it is bound. Unbinding closes the open connections: the peers
+        # connect again, and repeat what was lost as after a restart of this daemon.
+        self._socket.unbind(self._endpoint)
+        self._socket.set(zmq.CURVE_SECRETKEY, self._identity.secret.encode())
+        self._bind_again(until_s=self._loop.time() + _BIND_TIMEOUT_S)
+
+    def _bind_again(self, *, until_s: float) -> None:
+        if self._socket is None or self._socket.closed:
+            return
+        try:
+            self._socket.bind(self._endpoint)
+        except zmq.ZMQError as error:
+            # libzmq closes the old socket in its own thread, some time after `unbind` has returned.
+            if self._loop.time() < until_s:
+                self._loop.call_later(_BIND_AGAIN_S, lambda: self._bind_again(until_s=until_s))
+                return
+            self._on_failure(
+                ArealError(f"cannot bind {self._endpoint} again with the renewed key: {error.strerror}")
+            )
+            return
+        log.info("listening at %s with the renewed key", self._endpoint)
+
+
+class CurveClient:
+    """The keyed side of one Link: the key to expect of the server, and when to open the socket again."""
+
+    def __init__(self, keyring: Keyring, *, role: KeyRole, name: str = "") -> None:
+        """The server must have a valid key of `role`, and of `name` if it is not empty.
+
+        Raises ConfigError if there is none.
+        """
+        self._keyring = keyring
+        self._role = role
+        self._name = name
+        self._loop = asyncio.get_running_loop()
+        self._address = ""
+        self._identity = keyring.identity
+        self._server_key = ""
+        self._num_failures = 0
+        """Failed handshakes since the last that succeeded."""
+        self._monitor: Pump | None = None
+        self._reopening: asyncio.TimerHandle | None = None
+        self._reopen: Callable[[], None] = lambda: None
+        self._unsubscribe: Callable[[], None] = lambda: None
+        if not keyring.candidates(role, name=name):
+            raise ConfigError(
+                f"{keyring.directory.path}: public.json has no valid key of role {role.value}"
+                + (f" with the name {name!r}" if name else "")
+            )
+
+    def start(self, address: str, *, reopen: Callable[[], None]) -> None:
+        """Calls `reopen` when the Link has to open its socket again; `address` is for messages."""
+        self._address, self._reopen = address, reopen
+        self._unsubscribe = self._keyring.subscribe(self._on_refresh)
+
+    def protect(self, socket: zmq.Socket[bytes]) -> None:
+        """Gives the keys to a socket that is not connected yet, and follows its handshakes."""
+        self._end_attempt()
+        # A server without a valid key is no server of ours: a key that nobody has makes the handshake fail.
+        candidates = self._keyring.candidates(self._role, name=self._name) or [_nobodys_key()]
+        self._server_key = candidates[self._num_failures % len(candidates)]
+        self._identity = self._keyring.identity
+        socket.set(zmq.CURVE_SERVERKEY, self._server_key.encode())
+        socket.set(zmq.CURVE_PUBLICKEY, self._identity.public.encode())
+        socket.set(zmq.CURVE_SECRETKEY, self._identity.secret.encode())
+        self._monitor = _monitor(socket, _FAILED | zmq.EVENT_HANDSHAKE_SUCCEEDED, self._on_event)
+
+    def close(self) -> None:
+        """Follows nothing any more."""
+        self._unsubscribe()
+        self._unsubscribe = lambda: None
+        self._end_attempt()
+
+    def _end_attempt(self) -> None:
+        if self._reopening is not None:
+            self._reopening.cancel()
+            self._reopening = None
+        if self._monitor is not None:
+            self._monitor.close()
+            self._monitor = None
+
+    def _on_event(self, event: int) -> None:
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            if self._num_failures:
+                log.info("connected to %s", self._address)
+            self._num_failures = 0
+            return
+        if self._reopening is not None:  # libzmq repeats some handshakes by itself
+            return
+        self._num_failures += 1
+        if self._num_failures.bit_count() == 1:
+            if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                why = (
+                    f"it refuses this daemon's key {self._identity.name!r}: "
+                    "is that key in the public.json of its machine?"
+                )
+            else:
+                why = f"it does not have the expected key of role {self._role.value}, or has ended"
+            log.warning("no connection to %s (%d attempts): %s", self._address, self._num_failures, why)
+        pause_s = min(_PAUSE_S * 2 ** min(self._num_failures - 1, 8), _LONGEST_PAUSE_S)
+        self._reopening = self._loop.call_later(pause_s, self._reopen_with_new_keys)
+
+    def _reopen_with_new_keys(self) -> None:
+        self._reopening = None
+        self._keyring.refresh()
+        if self._monitor is not None:
+            self._reopen()
+
+    def _on_refresh(self) -> None:
+        is_outdated = (
+            self._keyring.identity != self._identity or self._keyring.sender(self._server_key) is None
+        )
+        if is_outdated and self._reopening is None:
+            self._reopening = self._loop.call_later(0, self._reopen_now)
+
+    def _reopen_now(self) -> None:
+        self._reopening = None
+        self._num_failures = 0
+        if self._monitor is not None:
+            self._reopen()
+
+
+def _nobodys_key() -> str:
+    return zmq.curve_keypair()[0].decode()
+
+
+def _printable(address: bytes) -> str:
+    return address[:64].decode("ascii", "replace")

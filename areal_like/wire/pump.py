@@ -1,0 +1,142 @@
+"""The ZeroMQ sockets of an event loop: their options and limits, and the reader.
+
+A socket is read by a reader callback of the event loop, because zmq.asyncio creates a future for each
+operation.
+
+No ZeroMQ heartbeats: libzmq 4.3.5 aborts the process when a heartbeat is due on a connection whose peer has
+left and whose receive queue is full (a stopped or flooded daemon). Their tasks are done elsewhere:
+
+    a daemon that hangs      the application's own heartbeats and time limits: `buffer.lease_timeout_s`,
+                             `BufferConnection.silent_s`, `AskAlive`
+    a host that vanished     TCP keepalive (_KEEPALIVE_IDLE_S, ...), and _MAX_UNACKNOWLEDGED_S for data that
+                             are not acknowledged; the connection ends, and with it the peer's routing id and
+                             the messages queued for it
+    a network that is back   the same on the other side: a connection that ended is made again
+
+Queues are bounded. A peer is not read while _MAX_WAITING of its messages wait to be handled; the rest stay in
+its TCP connection. At most _MAX_QUEUED messages wait for a peer that does not read; further ones are dropped
+and counted, which costs no data, because every request, sample and heartbeat is sent again until it is
+answered. Credit keeps healthy peers far below this number. The socket limits the size of a message
+(ZMQ_MAXMSGSIZE), and the codec the size of its header.
+
+The event loop is given back after _DRAIN_S, so that HTTP requests are answered during a flood. ZeroMQ reads
+the peers in turn, so one that sends much does not delay the others by more than one message each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import zmq
+
+log = logging.getLogger(__name__)
+
+_KEEPALIVE_IDLE_S = 10
+"""Silence of a TCP connection after which the other host is probed."""
+_KEEPALIVE_INTERVAL_S = 5
+_KEEPALIVE_PROBES = 4
+_MAX_UNACKNOWLEDGED_S = 30
+"""A connection ends when the other host has not acknowledged sent data for so long (TCP_USER_TIMEOUT), or has
+not made room for more. Ranks and servers that were stopped for longer connect again."""
+
+_MAX_WAITING = 64
+"""Received messages of one peer that may wait to be handled. The rest stay in its TCP connection, so a flood
+of messages fills the sender's memory and not ours."""
+_MAX_QUEUED = 4096
+"""Messages that may wait to be sent to one peer."""
+
+_DRAIN_S = 0.01
+"""Time for messages in a row before other tasks of the event loop run."""
+
+
+def set_io_threads(count: int) -> None:
+    """Sets the number of threads that move the messages of this process. Call it before the first socket."""
+    zmq.Context.instance().set(zmq.IO_THREADS, count)
+
+
+def connection_socket(
+    kind: int, *, max_message_bytes: int, context: zmq.Context[zmq.Socket[bytes]] | None = None
+) -> zmq.Socket[bytes]:
+    """A socket with the options above, not connected yet."""
+    socket = (context or zmq.Context.instance()).socket(kind)
+    socket.set(zmq.LINGER, 0)
+    socket.set(zmq.SNDHWM, _MAX_QUEUED)
+    socket.set(zmq.RCVHWM, _MAX_WAITING)
+    socket.set(zmq.MAXMSGSIZE, max_message_bytes)
+    socket.set(zmq.TCP_KEEPALIVE, 1)
+    socket.set(zmq.TCP_KEEPALIVE_IDLE, _KEEPALIVE_IDLE_S)
+    socket.set(zmq.TCP_KEEPALIVE_INTVL, _KEEPALIVE_INTERVAL_S)
+    socket.set(zmq.TCP_KEEPALIVE_CNT, _KEEPALIVE_PROBES)
+    socket.set(zmq.TCP_MAXRT, 1000 * _MAX_UNACKNOWLEDGED_S)
+    return socket
+
+
+class Pump:
+    """Reads a socket from the running loop.
+
+    OPEN -> close() -> CLOSED
+
+    The socket's descriptor is edge-triggered and a send may consume the edge, hence the extra read after
+    every send.
+    """
+
+    def __init__(self, socket: zmq.Socket[bytes], on_frames: Callable[[list[bytes]], None]) -> None:
+        self._socket = socket
+        self._on_frames = on_frames
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(socket.fileno(), self._drain)
+        self._scheduled = False
+        self._schedule()
+
+    def send(self, frames: list[bytes]) -> None:
+        """Raises zmq.ZMQError: EHOSTUNREACH without a connection to the peer, EAGAIN if its queue is full."""
+        self._socket.send_multipart(frames, flags=zmq.NOBLOCK, copy=True)
+        self._schedule()
+
+    def close(self) -> None:
+        if not self._socket.closed:
+            self._loop.remove_reader(self._socket.fileno())
+            self._socket.close()
+
+    def _schedule(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._drain_scheduled)
+
+    def _drain_scheduled(self) -> None:
+        self._scheduled = False
+        self._drain()
+
+    def _drain(self) -> None:
+        end_s = self._loop.time() + _DRAIN_S
+        while self._loop.time() < end_s:
+            if self._socket.closed:
+                return
+            try:
+                frames = self._receive()
+            except zmq.Again:
+                return
+            self._on_frames(frames)
+        self._schedule()
+
+    def _receive(self) -> list[bytes]:
+        return self._socket.recv_multipart(flags=zmq.NOBLOCK)
+
+
+class KeyedPump(Pump):
+    """A pump of a ROUTER with CURVE: `user_id` is that of the message which `on_frames` is called with."""
+
+    user_id = ""
+
+    def _receive(self) -> list[bytes]:
+        route = self._socket.recv(flags=zmq.NOBLOCK, copy=False)
+        self.user_id = str(route["User-Id"])
+        return [route.bytes, *self._socket.recv_multipart(flags=zmq.NOBLOCK)]
+
+
+def log_at_powers_of_2(count: int, message: str, *args: object) -> None:
+    """Logs at counts 1, 2, 4, 8, ...: many events must not produce as many log lines."""
+    if count.bit_count() == 1:
+        log.warning(message, *args, count)

@@ -1,0 +1,71 @@
+"""Which key may act as which peer, on a job with keys. Without keys every check passes.
+
+A key has one role, and a name belongs to the key that registered it first, for as long as that key is valid:
+a server's key does not help to take over another server's name. Several processes may share a key. A renewed
+key has the name of the old one, so it keeps what the old one registered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from areal_like.errors import RefusedError
+from areal_like.security.keys import AllowedKey, KeyRole
+from areal_like.wire.messages.hello import Hello, Role
+from buffer.service.peers import Peer
+
+_MAX_OWNERS = 4096
+"""Names whose first key is remembered; the oldest are forgotten first."""
+
+
+class PeerKeys:
+    """Decides by keys. `is_named(name, role)`: True if a valid key has this name and role."""
+
+    def __init__(self, is_named: Callable[[str, KeyRole], bool]) -> None:
+        self._is_named = is_named
+        self._owners: dict[str, AllowedKey] = {}
+        """Name of a peer -> key that registered it first."""
+
+    def check_hello(self, hello: Hello, key: AllowedKey | None) -> None:
+        """Raises RefusedError if this key may not register this peer."""
+        if key is None:
+            return
+        if KeyRole(hello.role.value) is not key.role:
+            raise RefusedError(
+                "key role", f"the key {key.name} of role {key.role.value} is not a {hello.role.value}'s"
+            )
+        owner = self._owners.get(hello.name)
+        if owner is not None and owner.name != key.name and self._is_named(owner.name, owner.role):
+            raise RefusedError(
+                "key name",
+                f"{hello.name} was registered with the key {owner.name}, not {key.name}: "
+                "choose another name, or revoke that key",
+            )
+
+    def registered(self, name: str, key: AllowedKey | None) -> None:
+        """Remembers the key of a peer that was registered."""
+        if key is not None:
+            self._owners.pop(name, None)
+            self._owners[name] = key
+            while len(self._owners) > _MAX_OWNERS:
+                del self._owners[next(iter(self._owners))]
+
+    def check_message(self, peer: Peer, key: AllowedKey | None) -> None:
+        """Raises RefusedError if a message comes with another key than the hello of its peer."""
+        if key is not None and (peer.key is None or peer.key.name != key.name):
+            known = "none" if peer.key is None else peer.key.name
+            raise RefusedError("key", f"{peer.hello.name} registered with the key {known}, not {key.name}")
+
+    def revoked(self, peers: Iterable[Peer]) -> list[Peer]:
+        """The peers whose key is not valid any more and was not renewed."""
+        return [
+            peer
+            for peer in peers
+            if peer.key is not None and not self._is_named(peer.key.name, peer.key.role)
+        ]
+
+
+KEY_FIELDS = ("key", "key role", "key name")
+"""Fields of the refusals that are counted as refused because of a key."""
+ROLES = tuple(KeyRole(role.value) for role in Role)
+"""Roles of the keys that may connect to a buffer."""

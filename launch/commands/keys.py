@@ -1,0 +1,135 @@
+"""`areal-like keys ACTION DIR`: makes, shows, adds, rotates and revokes the keys of a job.
+
+No secret is an argument or printed. A running job reads the directory again by itself, on each machine its
+own copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from areal_like.errors import ConfigError
+from areal_like.security.administration import (
+    add_key,
+    fingerprint,
+    has_secret,
+    init_keys,
+    revoke_key,
+    rotate_keys,
+)
+from areal_like.security.keys import AllowedKey, KeyDirectory, KeyRole
+
+_ROLES = [role.value for role in KeyRole]
+_GRACE_S = 3600.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """ACTION, DIR, maybe NAME, and the options of the actions."""
+    actions = sorted(_ACTIONS)
+    parser.add_argument("action", metavar="ACTION", choices=actions, help=", ".join(actions))
+    parser.add_argument("directory", metavar="DIR", type=Path, help="the directory of the keys")
+    parser.add_argument("name", metavar="NAME", nargs="?", default="", help="one key (add, rotate, revoke)")
+    parser.add_argument("--roles", nargs="+", choices=_ROLES, metavar="ROLE", help="init: by default all")
+    parser.add_argument("--role", choices=_ROLES, help="add: the new key's role")
+    parser.add_argument(
+        "--grace", type=float, metavar="SECONDS", help="rotate: how long old keys stay valid (3600)"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Performs the action; returns 0."""
+    args.directory = args.directory.expanduser()
+    allowed = {"init": ("roles",), "add": ("role", "name"), "rotate": ("grace", "name"), "revoke": ("name",)}
+    for option in ("roles", "role", "grace", "name"):
+        given = getattr(args, option) not in (None, "")
+        if given and option not in allowed.get(args.action, ()):
+            raise ConfigError(f"keys {args.action} takes no {'NAME' if option == 'name' else f'--{option}'}")
+    sys.stdout.write(_ACTIONS[args.action](args))
+    return 0
+
+
+def _init(args: argparse.Namespace) -> str:
+    roles = [KeyRole(role) for role in args.roles or _ROLES]
+    names = ", ".join(key.name for key in init_keys(args.directory, roles))
+    return (
+        f"{args.directory} has the keys {names}; run a job with security.keys={args.directory}\n"
+        "another machine needs public.json and the secrets of its own daemons only\n"
+    )
+
+
+def _add(args: argparse.Namespace) -> str:
+    if not (args.name and args.role):
+        raise ConfigError("keys add: give DIR, NAME and --role ROLE")
+    key = add_key(args.directory, args.name, KeyRole(args.role))
+    return (
+        f"added {key.name} ({key.role.value}, {fingerprint(key.public)}); "
+        f"a daemon uses it with security.identity={key.name}\n" + _copy_hint(args.directory)
+    )
+
+
+def _rotate(args: argparse.Namespace) -> str:
+    grace_s = _GRACE_S if args.grace is None else args.grace
+    if not 0 <= grace_s < float("inf"):
+        raise ConfigError(f"--grace {grace_s:g}: give seconds, 0 or more")
+    renewed = rotate_keys(args.directory, args.name, grace_s=grace_s)
+    names = ", ".join(key.name for key in renewed)
+    return (
+        f"renewed {names}; the old keys are valid for another {_duration(grace_s)}\n"
+        + _copy_hint(args.directory)
+        + "on another machine copy public.json first, then the new secrets\n"
+    )
+
+
+def _revoke(args: argparse.Namespace) -> str:
+    if not args.name:
+        raise ConfigError("keys revoke: give DIR and NAME")
+    revoke_key(args.directory, args.name)
+    return f"revoked {args.name}\n" + _copy_hint(args.directory)
+
+
+def _show(args: argparse.Namespace) -> str:
+    keys = KeyDirectory(args.directory).allowed.keys
+    now_s = time.time()
+    table = Table(box=None, pad_edge=False)
+    for column in ("name", "role", "fingerprint", "age", "expires", "secret here"):
+        table.add_column(column, overflow="fold")
+    for key in sorted(keys, key=lambda key: (key.name, key.added_unix_s)):
+        table.add_row(
+            key.name,
+            key.role.value,
+            fingerprint(key.public),
+            _duration(now_s - key.added_unix_s),
+            _expiry(key, now_s),
+            "yes" if has_secret(args.directory, key) else "no",
+        )
+    console = Console(highlight=False, markup=False)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def _expiry(key: AllowedKey, now_s: float) -> str:
+    if key.expires_unix_s is None:
+        return "never"
+    left_s = key.expires_unix_s - now_s
+    return f"in {_duration(left_s)}" if left_s > 0 else "expired"
+
+
+def _duration(seconds: float) -> str:
+    for unit, length_s in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * length_s:
+            return f"{seconds / length_s:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
+
+
+def _copy_hint(directory: Path) -> str:
+    return f"running daemons read {directory} again within 2 s; copy public.json to other machines\n"
+
+
+_ACTIONS = {"add": _add, "init": _init, "revoke": _revoke, "rotate": _rotate, "show": _show}

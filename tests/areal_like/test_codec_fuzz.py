@@ -1,0 +1,62 @@
+"""The codec under mutated messages of every type: WireError and nothing else, at once, and without growth."""
+
+from __future__ import annotations
+
+import random
+import time
+import tracemalloc
+from itertools import islice
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from areal_like.errors import WireError
+from areal_like.wire.codec import MESSAGES, decode, encode
+from tests.support.wire_mutation import encoded, mutated
+
+
+def decode_all(seed: int, *, num_frames: int) -> tuple[int, float]:
+    """(number of refused messages, longest time of one, in seconds)."""
+    num_refused, longest_s = 0, 0.0
+    for frames in islice(mutated(random.Random(seed)), num_frames):
+        started_s = time.process_time()
+        try:
+            message, rid = decode(frames)
+        except WireError as error:
+            num_refused += 1
+            assert len(str(error)) < 500
+        else:
+            encode(message, rid=rid)
+        longest_s = max(longest_s, time.process_time() - started_s)
+    return num_refused, longest_s
+
+
+@pytest.mark.parametrize("kind", MESSAGES)
+def test_every_message_survives_a_round_trip(kind: str) -> None:
+    rng = random.Random(kind)
+    for _ in range(20):
+        frames = encoded(rng, kinds=[MESSAGES[kind]])
+        message, rid = decode(frames)
+        assert type(message) is MESSAGES[kind] and encode(message, rid=rid) == frames
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1 << 32))
+def test_mutated_messages_are_refused_or_decoded(seed: int) -> None:
+    num_refused, longest_s = decode_all(seed, num_frames=100)
+    assert num_refused > 50 and longest_s < 0.05
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(3600)
+def test_a_million_mutated_messages_are_decoded_or_refused() -> None:
+    decode_all(0, num_frames=10_000)
+    tracemalloc.start()
+    try:
+        num_refused, longest_s = decode_all(1, num_frames=1_000_000)
+        kept_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    print(f"{num_refused} refused, longest {longest_s:.3f} s, {kept_bytes} bytes kept")
+    assert longest_s < 0.25 and kept_bytes < 1 << 20  # tracemalloc makes each allocation several times slower

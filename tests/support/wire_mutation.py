@@ -1,0 +1,170 @@
+"""Encoded messages of every type, and mutations of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import types
+import typing
+from collections.abc import Callable, Iterator
+from enum import Enum
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from areal_like.trajectory import FinishReason, Trajectory
+from areal_like.wire.codec import encode
+from areal_like.wire.messages import MESSAGES
+from areal_like.wire.records import Record
+
+Frames = list[bytes]
+_NASTY: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    0,
+    2**31,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+    float("nan"),
+    float("-inf"),
+    1e308,
+    "",
+    "x" * 5000,
+    "\x00/../../etc/passwd",
+    b"\x00" * 9,
+    [],
+    [[]] * 500,
+    [0] * 2000,
+    [1, "a", None],
+    [0, 1 << 40],
+    {},
+    {"": 0},
+    {str(index): index for index in range(300)},
+)
+
+
+def record(rng: random.Random) -> Record:
+    """A valid record of a few tokens."""
+    num_tokens = rng.randrange(1, 20)
+    mask = np.arange(num_tokens) >= num_tokens // 2
+    trajectory = Trajectory(
+        tokens=np.arange(num_tokens, dtype=np.int32),
+        loss_mask=mask.astype(np.uint8),
+        logprobs=(-0.5 * mask).astype(np.float32),
+        versions=np.where(mask, 3, -1).astype(np.int32),
+        reward=0.5,
+        reward_components={"part": 0.5},
+        finish_reason=FinishReason.STOP,
+    )
+    return Record.of(rng.randrange(1 << 40), rng.randrange(8), trajectory)
+
+
+def example(hint: Any, rng: random.Random) -> Any:
+    """A value of an annotation of a message."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is list:
+        return [example(args[0], rng) for _ in range(rng.randrange(4))]
+    if origin is dict:
+        return {f"key {index}": example(args[1], rng) for index in range(rng.randrange(4))}
+    if origin in (types.UnionType, typing.Union):
+        return example(rng.choice(args), rng)
+    if hint is Any:
+        return rng.choice([1, "text", ["a"], [[1, 2]]])
+    if hint is Record:
+        return record(rng)
+    if dataclasses.is_dataclass(hint):
+        hints = typing.get_type_hints(hint)
+        names = [field.name for field in dataclasses.fields(hint)]
+        return typing.cast(type, hint)(**{name: example(hints[name], rng) for name in names})
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return rng.choice(list(hint))
+    choices: dict[Any, list[Any]] = {
+        int: [0, 1, 7, 300, 1 << 31, (1 << 63) - 1],
+        float: [0.0, 0.5, -1.0, 1e9],
+        str: ["", "rollout-0", "tcp://127.0.0.1:1", "x" * 100],
+        bool: [False, True],
+    }
+    return rng.choice(choices[hint])
+
+
+def encoded(rng: random.Random, *, kinds: typing.Collection[type] | None = None) -> Frames:
+    """The frames of a message of a random type (of `kinds`)."""
+    return encode(example(rng.choice(list(kinds or MESSAGES.values())), rng), rid=rng.choice([0, 1, 1 << 40]))
+
+
+def mutated(
+    rng: random.Random, *, kinds: typing.Collection[type] | None = None, valid: float = 0.0
+) -> Iterator[Frames]:
+    """Endless: a message with one to three mutations; unchanged with probability `valid`."""
+    while True:
+        frames = encoded(rng, kinds=kinds)
+        if rng.random() >= valid:
+            for _ in range(rng.randrange(1, 4)):
+                frames = rng.choice(_MUTATIONS)(frames, rng)
+        yield frames
+
+
+def _flip(frames: Frames, rng: random.Random) -> Frames:
+    at, changed = _one(frames, rng)
+    for _ in range(rng.randrange(1, 9)):
+        if changed:
+            changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
+    return _with(frames, at, bytes(changed))
+
+
+def _cut(frames: Frames, rng: random.Random) -> Frames:
+    at, changed = _one(frames, rng)
+    return _with(frames, at, bytes(changed[: rng.randrange(len(changed) + 1)]))
+
+
+def _insert(frames: Frames, rng: random.Random) -> Frames:
+    at, changed = _one(frames, rng)
+    place = rng.randrange(len(changed) + 1)
+    changed[place:place] = rng.choice(
+        [rng.randbytes(5), changed[:20], b"\xdd\xff\xff\xff\xff", b"\x91" * 2000]
+    )
+    return _with(frames, at, bytes(changed))
+
+
+def _replace_value(frames: Frames, rng: random.Random) -> Frames:
+    """Puts a value of the wrong type or size anywhere into the body, or into the header."""
+    try:
+        header = msgpack.unpackb(frames[0], strict_map_key=False) if frames else None
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException):
+        return frames
+    holder, key = {"": header}, ""
+    for _ in range(rng.randrange(1, 6)):
+        value = holder[key]
+        if not isinstance(value, (list, dict)) or not value:
+            break
+        holder, key = value, rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+    holder[key] = rng.choice(_NASTY)
+    return [msgpack.packb(header), *frames[1:]]
+
+
+def _change_number_of_frames(frames: Frames, rng: random.Random) -> Frames:
+    return rng.choice(
+        [frames[:1], frames[1:], frames * 2, [*frames, b""], [*frames, rng.randbytes(50)], [b""]]
+    )
+
+
+def _one(frames: Frames, rng: random.Random) -> tuple[int, bytearray]:
+    at = rng.randrange(len(frames)) if frames else 0
+    return at, bytearray(frames[at] if frames else b"")
+
+
+def _with(frames: Frames, at: int, changed: bytes) -> Frames:
+    return [*frames[:at], changed, *frames[at + 1 :]]
+
+
+_MUTATIONS: list[Callable[[Frames, random.Random], Frames]] = [
+    _flip,
+    _cut,
+    _insert,
+    _replace_value,
+    _replace_value,
+    _change_number_of_frames,
+]
