@@ -11,8 +11,12 @@
         DeadlineError
         PeerLostError
         EngineError
+            EngineTimeoutError
+            PromptRefusedError
+        EpisodeError
         WeightSyncError
         RewardError
+            RewardTimeoutError
         DiskFullError
         StoreCorruptError
 
@@ -68,12 +72,28 @@ class EngineError(ArealError):
     """The inference engine returned an error or did not respond."""
 
 
+class EngineTimeoutError(EngineError):
+    """The engine returned no token of a sequence within the time limit of a generation."""
+
+
+class PromptRefusedError(EngineError):
+    """The engine refused a request because of its prompt, and would refuse it again."""
+
+
+class EpisodeError(ArealError):
+    """The code of an episode or its environment raised."""
+
+
 class WeightSyncError(ArealError):
     """A weight push failed; the receiver keeps its old version or is quarantined."""
 
 
 class RewardError(ArealError):
     """A reward function raised, exceeded its time limit, or returned no finite number."""
+
+
+class RewardTimeoutError(RewardError):
+    """A reward function exceeded its time limit."""
 
 
 class DiskFullError(ArealError):

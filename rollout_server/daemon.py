@@ -20,7 +20,7 @@ import asyncio
 import logging
 from typing import Any
 
-from areal_like.errors import ConfigError
+from areal_like.errors import ConfigError, EngineError
 from areal_like.paths import model_path
 from areal_like.runtime.daemon import Runtime, cancelled_on_exit
 from areal_like.runtime.imports import torch_hidden, uncollected
@@ -129,6 +129,7 @@ class RolloutServer:
             strategy=strategy,
             on_version=self._on_version,
             on_untrusted=self._on_untrusted,
+            integrity=config.weights.integrity,
             curve=curve,
         )
         self._buffers = ShardedBufferClient(
@@ -164,6 +165,7 @@ class RolloutServer:
             config.rollout.advertise_host or config.rollout.host, self._receiver.port
         )
         runtime.status = self._status
+        runtime.metrics_pages["engine"] = self._engine_metrics
         runtime.advertise(weights=self._weights_address)
 
     async def run(self) -> None:
@@ -276,6 +278,13 @@ class RolloutServer:
             num_train_prompts=self._task.num_train,
             num_eval_prompts=self._task.num_eval,
         )
+
+    async def _engine_metrics(self) -> bytes:
+        """The engine's page, for those who have no key of the engine."""
+        client = self._supervisor.client
+        if client is None:
+            raise EngineError("no engine is running")
+        return await client.metrics()
 
     def _status(self) -> dict[str, Any]:
         client = self._supervisor.client

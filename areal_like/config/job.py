@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from areal_like.config.buffer import BufferConfig
 from areal_like.config.common import NAME, NAME_RULE, Section, require
@@ -11,6 +12,7 @@ from areal_like.config.rollout import RolloutConfig, SamplingConfig
 from areal_like.config.security import SecurityConfig
 from areal_like.config.trainer import KlConfig, TrainerConfig
 from areal_like.config.weights import WeightsConfig
+from areal_like.hosts import is_loopback
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +152,13 @@ class Config(Section):
             f"resume={self.resume!r}: use latest or step:K",
         )
         self._check_shards()
+        require(
+            self.weights.integrity == "none" or self.rollout.engine == "embedded",
+            f"weights.integrity={self.weights.integrity} needs rollout.engine=embedded: "
+            f"{self.rollout.engine} loads each bucket in place and cannot verify it before; "
+            "set weights.integrity=none",
+        )
+        self._check_engine_url()
         for section in ("task", "objective", "advantage"):
             keys = getattr(self, section)
             require(("name" in keys) != ("_target_" in keys), f"{section}: give either `name` or `_target_`")
@@ -171,6 +180,24 @@ class Config(Section):
             self.rollout.max_running + self.rollout.queue_samples >= num_shards,
             f"buffer.num_shards={num_shards} is more than the samples that one server holds: "
             "raise rollout.max_running or rollout.queue_samples",
+        )
+
+    def _check_engine_url(self) -> None:
+        """An engine on the network needs TLS and a key: whoever can reach it can change its weights."""
+        sglang = self.rollout.sglang
+        parts = urlsplit(sglang.url)
+        if not sglang.url or is_loopback(parts.hostname or "") or self.security.insecure:
+            return
+        require(
+            parts.scheme == "https",
+            f"rollout.sglang.url={sglang.url} is not encrypted: start the engine with --ssl-certfile and "
+            "--ssl-keyfile and give https://..., reach it through a tunnel (http://127.0.0.1:port), "
+            "or accept the risk with security.insecure=true",
+        )
+        require(
+            bool(sglang.api_key_file),
+            f"rollout.sglang.url={sglang.url}: start the engine with an API key and name the file that holds "
+            "it in rollout.sglang.api_key_file, or accept the risk with security.insecure=true",
         )
 
     def _check_sync_interval(self) -> None:

@@ -8,7 +8,7 @@ hypothesis and in a simulator with a virtual clock.
     TicketLifecycle    transitions of a ticket (the state machine is in its docstring)
     LeaseDispatcher    servers, heartbeats, granting of leases
     SampleIntake       verdicts on samples, group filters
-    FailedSamples      retry or drop of a failed sample
+    FailedSamples      retry or drop of a failed sample, quarantine of a server
     TrainerSession     start, fetch, complete, commit, evaluations
     Ledger             all of these operations on one state
 
@@ -173,6 +173,10 @@ class Ledger:
     def failure_reason(self) -> str:
         """Why the job cannot continue; empty while it can."""
         return self._failed_samples.job_failure_reason
+
+    def take_notices(self) -> list[str]:
+        """Quarantines of servers since the last call, as texts for the log."""
+        return self._failed_samples.take_notices()
 
     @property
     def last_rejection(self) -> str:

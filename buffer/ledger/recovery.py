@@ -6,7 +6,8 @@ Not recovered, on purpose:
 * Registrations of servers. Servers have to register again. Until then a server with leases is kept as a
   silent one: if it continued to work, it can deliver samples under its leases; if it is gone, its leases
   expire after `lease_timeout_s`.
-* The count of consecutive failed samples, and the reason of a failed job: a restart of the buffer is a retry.
+* Failures in a row, quarantines of servers, and the reason of a failed job: a restart of the buffer is a
+  retry.
 
 Lease ids grow over restarts, so that a late sample of an earlier buffer's lease is not accepted under a new
 lease with the same id: each buffer counts in a range of its own, by a number of generations in the ledger.
@@ -59,6 +60,9 @@ def recover(
     _check_shard(settings, recovered.scalars)
     store.put_scalar("shard", settings.shard.index)
     store.put_scalar("num_shards", settings.shard.count)
+    if not recovered.num_issued:
+        # A ledger of an earlier release has samples that the counters of lengths leave out; the audit asks.
+        store.put_scalar("counts_selection", 1)
     _compare_settings(state, recovered.scalars, dataset=dataset)
     _restore_tables(state, recovered)
     _restore_steps(state, recovered, now_s=now_s)

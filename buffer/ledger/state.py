@@ -34,7 +34,7 @@ class LedgerState:
         """
         self.settings = settings
         self.store = store
-        self.counters = StreamCounters()
+        self.counters = StreamCounters(reward_low=settings.reward_low, reward_high=settings.reward_high)
         self.incarnations = IncarnationTable(store)
         self.versions = VersionTable(store)
         self.tickets = TicketTable(store, settings.shard)

@@ -175,10 +175,11 @@ class Handlers:
     def _sample_failed(self, peer: Peer, envelope: Envelope) -> None:
         failed: producer.SampleFailed = envelope.message
         log.warning(
-            "%s could not make sample %d of ticket %d: %s",
+            "%s could not make sample %d of ticket %d (%s): %s",
             peer.hello.name,
             failed.sample_index,
             failed.ticket_id,
+            failed.kind.value,
             failed.error,
         )
         self._outbox.acknowledge(peer, failed, self._ledger.sample_failed(peer.hello.name, failed))

@@ -100,6 +100,8 @@ class Outbox:
 
         Raises ArealError if the job has failed.
         """
+        for notice in self._ledger.take_notices():
+            log.warning("%s", notice)
         if self._ledger.failure_reason:
             raise ArealError(self._ledger.failure_reason)
         if self._ledger.last_rejection != self._rejection_seen:

@@ -16,7 +16,7 @@ from areal_like.paths import RunPaths
 from areal_like.runtime.daemon import read_endpoint
 from areal_like.shards import Shard
 from launch.local_job.child import python_path
-from launch.observation.http_json import post_json
+from launch.observation.http_json import operator_of, post_json
 
 _TIMEOUT_S = 30.0
 
@@ -30,7 +30,7 @@ def change_ledger(
     ConfigError with the reason of a refusal.
     """
     endpoint = read_endpoint(paths.endpoints / f"{shard.name}.json")
-    if endpoint is not None and _request(str(endpoint["http"]), verb, body):
+    if endpoint is not None and _request(paths, str(endpoint["http"]), verb, body):
         return True
     root = paths.root.resolve()
     # The stored configuration has an old place if the run's directory was moved.
@@ -51,17 +51,18 @@ def change_ledger(
     return False
 
 
-def _request(address: str, verb: str, body: dict[str, Any]) -> bool:
+def _request(paths: RunPaths, address: str, verb: str, body: dict[str, Any]) -> bool:
     """Sends the request to a running buffer; returns False if no process listens at the address.
 
     A killed buffer leaves its endpoint file behind.
     """
     try:
-        post_json(address, f"/control/{verb}", body, timeout_s=_TIMEOUT_S)
+        operator = operator_of(paths.root)
+        post_json(address, f"/control/{verb}", body, operator=operator, timeout_s=_TIMEOUT_S)
     except ConnectionRefusedError:
         return False
     except OSError as error:
         raise ConfigError(
-            f"{verb}: the buffer at {address} does not answer ({error}): is its disk full? See its /readyz"
+            f"{verb}: the buffer at {address} does not answer ({error}): is its disk full? See its /status"
         ) from None
     return True

@@ -55,8 +55,8 @@ def run_local(argv: Sequence[str]) -> int:
     view = LastingView(
         LiveView(run.config, console) if console.is_terminal else PlainView(run.config, console)
     )
-    job = LocalJob(run, view=view, num_stops=lambda: stops.count)
     try:
+        job = LocalJob(run, view=view, num_stops=lambda: stops.count)
         exit_code = job.run()
     finally:
         view.close()

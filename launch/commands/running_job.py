@@ -9,7 +9,7 @@ from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.daemon import read_endpoint
 from areal_like.shards import all_shards
-from launch.observation.http_json import fetch_json, post_json
+from launch.observation.http_json import Operator, fetch_json, post_json
 
 
 def buffer_settings(config: Config, paths: RunPaths | None, given: str) -> list[str]:
@@ -48,10 +48,11 @@ def servers_of(config: Config, paths: RunPaths) -> set[str]:
 
     Raises ConfigError when no buffer answers.
     """
+    operator = Operator(config.security, paths.endpoints)
     answers = [
         status
         for address in _buffers(config, paths)
-        if (status := fetch_json(address, "/status")) is not None
+        if (status := fetch_json(address, "/status", operator=operator)) is not None
     ]
     if not answers:
         raise _no_answer(paths)
@@ -68,10 +69,11 @@ def ask_buffers(config: Config, paths: RunPaths, path: str, body: dict[str, Any]
 
     Raises ConfigError with the last refusal, or when no buffer answers.
     """
+    operator = Operator(config.security, paths.endpoints)
     error = _no_answer(paths)
     for address in _buffers(config, paths):
         try:
-            post_json(address, path, body)
+            post_json(address, path, body, operator=operator)
             return
         except ConfigError as refusal:
             error = refusal

@@ -19,7 +19,7 @@ from launch.local_job.display import View
 from launch.local_job.lifecycle import JobLifecycle, Phase
 from launch.local_job.processes import ProcessTable
 from launch.local_job.specs import JobSpecs
-from launch.observation.http_json import post_json
+from launch.observation.http_json import Operator, post_json
 from launch.observation.observer import Observer
 from launch.run_directory.open_run import OpenRun
 from launch.run_directory.rundir import checkpoints, take_restart_order
@@ -33,9 +33,11 @@ class LocalJob:
     """One job from start to end: call `run()` once. `num_stops`: the number of stop signals so far."""
 
     def __init__(self, run: OpenRun, *, view: View, num_stops: Callable[[], int]) -> None:
+        """Raises ConfigError if the run has keys and the operator's token is not here."""
         self._paths, self._view, self._num_stops = run.paths, view, num_stops
         self._drain_code = run.config.daemon.exit_code_on_drain
-        self._observer = Observer(run.paths)
+        self._operator = Operator(run.config.security, run.paths.endpoints)
+        self._observer = Observer(run.paths, operator=self._operator)
         self._processes = ProcessTable(run.paths, lock_fd=run.lock_fd)
         self._lifecycle = JobLifecycle(
             run.config,
@@ -120,7 +122,7 @@ class LocalJob:
         try:
             if address is None:
                 raise ConnectionError("the trainer is still starting")
-            post_json(address, "/control/hand_over", {})
+            post_json(address, "/control/hand_over", {}, operator=self._operator)
         except (OSError, HTTPException, ConfigError) as error:
             log.warning("no answer to the hand-over request (%s): sending the stop signal", error)
             self._processes.terminate("trainer")

@@ -17,6 +17,7 @@ import zmq
 
 from areal_like.config import from_mapping
 from areal_like.errors import ArealError, DeadlineError, RefusedError
+from areal_like.failures import FailureKind
 from areal_like.wire.codec import encode
 from areal_like.wire.fingerprint import dataset_fingerprint, shared_settings
 from areal_like.wire.messages.consumer import (
@@ -258,7 +259,15 @@ def test_hello_and_role_checks(buffer: BufferProcess) -> None:
                 await new.call(StartTraining(step=0), timeout_s=5)
                 with pytest.raises(RefusedError, match="not for a trainer"):
                     await new.call(
-                        SampleFailed(lease_id=1, ticket_id=1, sample_index=0, error=""), timeout_s=5
+                        SampleFailed(
+                            lease_id=1,
+                            ticket_id=1,
+                            sample_index=0,
+                            kind=FailureKind.REWARD,
+                            num_tokens=0,
+                            error="",
+                        ),
+                        timeout_s=5,
                     )
                 with pytest.raises(RefusedError, match="step"):
                     await new.call(Fetch(step=6, position=0), timeout_s=5)
@@ -306,6 +315,8 @@ def test_a_server_resends_fails_and_leaves(buffer: BufferProcess) -> None:
                         lease_id=lease.lease_id,
                         ticket_id=lease.ticket_id,
                         sample_index=1,
+                        kind=FailureKind.REWARD,
+                        num_tokens=0,
                         error="reward hung",
                     )
                 )
@@ -341,8 +352,9 @@ def test_a_failed_job_sends_the_reason_to_every_peer(tmp_path: Path) -> None:
                 ) as link,
             ):
                 waiting = asyncio.create_task(trainer.call(Fetch(step=0, position=0)))
-                link.send(beat(free=4))
+                link.send(beat(free=8))
                 leases = (await until(inbox, Leases))[0].leases
+                assert len(leases) >= 3
                 for lease in leases:
                     for index in lease.sample_indices:
                         link.send(
@@ -350,6 +362,8 @@ def test_a_failed_job_sends_the_reason_to_every_peer(tmp_path: Path) -> None:
                                 lease_id=lease.lease_id,
                                 ticket_id=lease.ticket_id,
                                 sample_index=index,
+                                kind=FailureKind.REWARD,
+                                num_tokens=0,
                                 error="no such verifier",
                             )
                         )
@@ -361,6 +375,49 @@ def test_a_failed_job_sends_the_reason_to_every_peer(tmp_path: Path) -> None:
         _, stderr = buffer.process.communicate(timeout=10)
         assert buffer.process.returncode == 1
         assert "3 samples failed in a row" in stderr and "Traceback" not in stderr
+
+
+def test_a_server_that_fails_is_quarantined_with_a_reason(tmp_path: Path) -> None:
+    with running_buffer(tmp_path, buffer={"max_consecutive_failures": 2}) as buffer:
+        buffer.produce("rollout-1")
+
+        async def run() -> None:
+            inbox: list[Any] = []
+            dataset, settings = (
+                dataset_fingerprint(buffer.config),
+                shared_settings(buffer.config, Role.ROLLOUT),
+            )
+            broken = hello("rollout-0", dataset=dataset, settings=settings)
+            async with training(buffer) as trainer, connected(buffer, broken, inbox=inbox) as link:
+                link.send(beat(free=8))
+                leases = (await until(inbox, Leases))[0].leases
+                for lease in leases[:2]:
+                    link.send(
+                        SampleFailed(
+                            lease_id=lease.lease_id,
+                            ticket_id=lease.ticket_id,
+                            sample_index=0,
+                            kind=FailureKind.ENGINE,
+                            num_tokens=9,
+                            error="out of memory",
+                        )
+                    )
+                await until(inbox, SampleAck, count=2)
+                await link.call(beat(free=8), timeout_s=5)
+                (peer,) = [peer for peer in buffer.status()["peers"] if peer["name"] == "rollout-0"]
+                assert "out of memory" in peer["quarantine"]["reason"]
+                assert 0 < peer["quarantine"]["rest_s"] <= 30 and peer["free_samples"] == 0
+                await link.call(Goodbye(), timeout_s=5)
+                await trainer.train(0)
+
+        asyncio.run(run())
+        status = buffer.wait_status(lambda status: status["step"] == 1)
+        assert status["selection"]["failures"]["engine"]["retry"] == 2
+        assert status["selection"]["tokens_wasted"]["failed_engine"] == 18
+        metrics = buffer.get("/metrics")
+        assert 'areal_samples_failed_total{kind="engine",outcome="retry"} 2.0' in metrics
+        assert "areal_quarantines_total 1.0" in metrics and "areal_servers_quarantined 0.0" in metrics
+        assert "rollout-0 gets no leases for 30 s: 2 samples failed in a row" in buffer.terminate()[1]
 
 
 def test_a_draining_buffer_serves_its_trainer(buffer: BufferProcess) -> None:

@@ -43,6 +43,8 @@ def start(tmp_path: Path, cache: dict[str, str]) -> Iterator[Callable[..., subpr
         "trainer.groups_per_step=4",
         "rollout.max_running=16",
         "rollout.queue_samples=8",
+        "weights.host=127.0.0.2",
+        "weights.integrity=sha256",
     )
     ours = {RUN_MARKER: f"{run}:test", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment = os.environ | ours | cache
@@ -111,7 +113,8 @@ def test_roles_started_by_hand_and_a_replaced_trainer(tmp_path: Path, start: Any
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(len(rows)))
     assert max(row["lag_max"] for row in rows) <= 4
-    assert json.loads((run / "summary.json").read_text())["tickets"]["trained"] == 4 * len(rows)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["tickets"]["trained"] == 4 * len(rows) and summary["weights_version"] > 0
 
 
 def test_a_finished_fleet_ends_by_itself(tmp_path: Path, start: Any) -> None:

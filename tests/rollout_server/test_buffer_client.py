@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from areal_like.config import from_mapping
+from areal_like.failures import FailureKind
 from areal_like.runtime.waits import PendingWaits
 from areal_like.wire.channel import Envelope, Listener
 from areal_like.wire.messages.hello import Hello, Role, Welcome
@@ -36,7 +37,9 @@ HELLO = Hello(
     http_address="127.0.0.1:1",
 )
 LEASE = Lease(lease_id=1, ticket_id=1, prompt_index=0, purpose=Purpose.TRAIN, sample_indices=[0], seed=0)
-FAILED = SampleFailed(lease_id=1, ticket_id=1, sample_index=0, error="no reason")
+FAILED = SampleFailed(
+    lease_id=1, ticket_id=1, sample_index=0, kind=FailureKind.REWARD, num_tokens=0, error="no reason"
+)
 
 
 class PlayedBuffer:

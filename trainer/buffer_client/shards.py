@@ -119,7 +119,9 @@ def split_stream(stream: Stream, *, num_shards: int) -> list[Stream]:
 def merge_run_counters(parts: Sequence[RunCounters]) -> RunCounters:
     """The counters of the whole job."""
     each = [part.counters for part in parts]
-    counters = {name: sum(part[name] for part in each) for name in each[0]}
+    # A shard leaves out counters of lengths and failures that are zero.
+    names = dict.fromkeys(name for part in each for name in part)
+    counters = {name: sum(part.get(name, 0.0) for part in each) for name in names}
     counters |= {name: max(part[name] for part in each) for name in _MERGED_BY_MAX}
     for name, over in _MEANS.items():
         total = sum(part[name] * part[over] for part in each)

@@ -177,8 +177,11 @@ class EvalResult:
     eval_id: int
     num_evaluated: int
     num_failed: int
+    """Prompts without an answer that could be scored."""
     mean_reward: float
+    """Over all prompts; a failed one counts 0."""
     mean_tokens: float
+    """Over the evaluated prompts."""
     oldest_version: int
     newest_version: int
 
