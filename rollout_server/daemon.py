@@ -1,7 +1,7 @@
 """A rollout server: connects the engine, the reward workers, the weight receiver and the buffer client.
 
     STARTING -> SERVING -> (engine lost) -> STARTING -> QUARANTINED -> (next push) -> SERVING
-                    \\-> DRAINING (SIGTERM) -> exit 0
+                    \\-> DRAINING (SIGTERM, an operator, the end of the run) -> exit 0
 
 This file wires the parts together and decides which state the server announces to the buffer:
 `ShardedBufferClient` (leases in, samples out), `LeaseRunner` (leases to samples), `RewardPool` (reward worker
@@ -139,6 +139,8 @@ class RolloutServer:
             waits=runtime.waits,
             on_leases=self._on_leases,
             on_abort=lambda lease_ids: self._runner.cancel(lease_ids),
+            on_drain=runtime.drain,
+            on_finished=runtime.finish,
             keyring=runtime.keyring,
         )
         self._runner = LeaseRunner(
@@ -263,7 +265,7 @@ class RolloutServer:
         return Hello(
             role=Role.ROLLOUT,
             name=self._runtime.name,
-            incarnation=self._runtime.incarnation,
+            process=self._runtime.process,
             job=config.name,
             model=self._fingerprints[0],
             tokenizer=self._fingerprints[1],

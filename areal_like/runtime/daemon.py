@@ -7,8 +7,8 @@ second signal, or a drain longer than `daemon.drain_timeout_s`, kills the proces
 /metrics, /status and /control on a free port (`http_pages`); `<run>/endpoints/<daemon>.json` contains the
 address.
 
-Exit codes: 0 done or drained, 1 failed (the reason is in the log, and in one line on stderr), 2 a mistake of
-the user (one message on stderr).
+Exit codes: 0 the run is finished; `daemon.exit_code_on_drain` (by default 0 too) drained; 1 failed (the
+reason is in the log, and in one line on stderr); 2 a mistake of the user (one message on stderr).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 import signal
 import sys
 import time
@@ -31,7 +32,8 @@ from areal_like.paths import RunPaths, write_json
 from areal_like.runtime.http_pages import HttpPlane, Page, Verb
 from areal_like.runtime.logs import configure_logging, exit_log
 from areal_like.runtime.metrics import Metrics
-from areal_like.runtime.process import die_with_launcher
+from areal_like.runtime.process import die_with_launcher, keep_files_private
+from areal_like.runtime.signals import handle_log_signals, show_tasks_of
 from areal_like.runtime.waits import PendingWaits
 from areal_like.security.keyring import Keyring
 from areal_like.security.keys import KeyRole
@@ -61,14 +63,16 @@ class Runtime:
         """The daemon's keys; None if the job has none."""
         self.stopping = asyncio.Event()
         """Set when the daemon must drain."""
+        self.process = secrets.token_hex(16)
+        """Identity of this process, by which a buffer tells it from others of the same name. Not in /status:
+        who knows it can pose as this process."""
+        self.is_finished = False
+        """True when the run is finished: the exit code is then 0, also after a drain."""
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Gets the exception of something that works beside `main` and has failed: the daemon must end."""
-        self.incarnation = time.time_ns()
-        """Start time in nanoseconds. It grows with every start, so that peers can refuse an older process of
-        the same name."""
         self.status: Callable[[], dict[str, Any]] = dict
         """Returns the daemon's own part of /status."""
-        self.verbs: dict[str, Verb] = {"drain": self._drain}
+        self.verbs: dict[str, Verb] = {"drain": self._on_drain_verb}
         """Handlers of `POST /control/<verb>`: JSON object in, JSON object out; UserError becomes a 400."""
         self.metrics_pages: dict[str, Page] = {}
         """Further pages in Prometheus' format, `/metrics/<name>`; an ArealError becomes a 503."""
@@ -109,6 +113,7 @@ class Runtime:
         self._loop.call_soon_threadsafe(self.stopping.set)
 
     async def __aenter__(self) -> Self:
+        show_tasks_of(self._loop)
         self._plane = HttpPlane(self)
         self.http_port = self._plane.bind()
         self._plane.start()
@@ -137,19 +142,27 @@ class Runtime:
         except Exception as error:  # the loop would only log it, and revoked keys would stay valid
             self.fail(error)
 
-    async def _drain(self, _: dict[str, Any]) -> dict[str, Any]:
-        """Does the same as SIGTERM, watchdog included, for callers that can reach only the HTTP port.
+    def drain(self) -> None:
+        """Does the same as SIGTERM, watchdog included. Call it in the daemon's event loop.
 
         A repeated call sends no second signal, which would kill the daemon at once.
         """
         if not (self._drain_requested or self.stopping.is_set()):
             self._drain_requested = True
             os.kill(os.getpid(), signal.SIGTERM)
+
+    def finish(self) -> None:
+        """Drains because the run is finished."""
+        self.is_finished = True
+        self.drain()
+
+    async def _on_drain_verb(self, _: dict[str, Any]) -> dict[str, Any]:
+        self.drain()
         return {"draining": True}
 
     def describe(self) -> dict[str, Any]:
         """The JSON object of /status."""
-        base = {"role": self.role, "name": self.name, "pid": os.getpid(), "incarnation": self.incarnation}
+        base = {"role": self.role, "name": self.name, "pid": os.getpid()}
         return (
             base | {"not_ready": self.not_ready_because, "waiting_on": self.waits.durations()} | self.status()
         )
@@ -209,17 +222,23 @@ def run_daemon(
     config: Config, *, role: str, name: str, main: Callable[[Runtime], Coroutine[Any, Any, None]]
 ) -> int:
     """Runs an asyncio daemon to its end and returns its exit code."""
+    is_drained = False
 
     async def body() -> None:
+        nonlocal is_drained
         async with Runtime(config, role=role, name=name) as runtime:
             DrainSignals(drain_timeout_s=config.daemon.drain_timeout_s, on_drain=runtime.stop)
             log.info("%s started, pid %d", name, os.getpid())
             await _until_failed(runtime, main(runtime))
-            log.info("%s ended", name)
+            is_drained = runtime.stopping.is_set() and not runtime.is_finished
+            log.info("%s ended: %s", name, "drained" if is_drained else "the run is finished")
 
     die_with_launcher()
+    keep_files_private(RunPaths.of(config).root)
     configure_logging(config, name)
-    return exit_code_of(name, lambda: asyncio.run(body()))
+    handle_log_signals()
+    code = exit_code_of(name, lambda: asyncio.run(body()))
+    return config.daemon.exit_code_on_drain if is_drained and code == 0 else code
 
 
 async def _until_failed(runtime: Runtime, main: Coroutine[Any, Any, None]) -> None:

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from areal_like.errors import ConfigError, UserError
 from areal_like.runtime.imports import uncollected
-from areal_like.runtime.process import die_with_parent
+from areal_like.runtime.process import die_with_parent, keep_files_private
+from areal_like.runtime.signals import handle_log_signals
 from areal_like.security.tokens import read_secret
 from areal_like.wire.sockets import bound_socket
 
@@ -115,10 +116,12 @@ def check_model_path(path: str) -> None:
 def main(argv: list[str]) -> int:
     """Checks the options, serves, returns the exit code."""
     die_with_parent()
+    keep_files_private()
     options = parse(argv)
     logging.basicConfig(
         level=options.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
     )
+    handle_log_signals()
     try:
         check_model_path(options.model_path)
         api_key = read_key(options.api_key_file)

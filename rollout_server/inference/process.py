@@ -24,6 +24,7 @@ from pathlib import Path
 from areal_like.config import Config
 from areal_like.errors import ConfigError, EngineError
 from areal_like.paths import RunPaths
+from areal_like.runtime.logs import OUTPUT_FILE
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.generate_batcher import MAX_BATCH
 from rollout_server.inference.generation_gate import GenerationGate
@@ -140,7 +141,8 @@ class EngineProcess(ABC):
         """Command line of a new engine, which reads its API key from `key_file`."""
 
     def _environment(self) -> dict[str, str]:
-        return os.environ | {"OMP_NUM_THREADS": str(self._config.rollout.num_threads)}
+        threads = str(self._config.rollout.num_threads)
+        return os.environ | {"OMP_NUM_THREADS": threads, OUTPUT_FILE: str(self.log_path)}
 
     @abstractmethod
     async def _port(self) -> int:
