@@ -94,7 +94,12 @@ class BufferProcess:
 
     def get(self, path: str) -> str:
         """The body of an HTTP GET."""
-        with urllib.request.urlopen(f"http://{self.http}{path}", timeout=5) as response:
+        request = urllib.request.Request(f"http://{self.http}{path}")
+        if keys := self.config.security.keys:
+            request.add_header(
+                "Authorization", f"Bearer {(Path(keys) / 'monitor.token').read_text().strip()}"
+            )
+        with urllib.request.urlopen(request, timeout=5) as response:
             return str(response.read().decode())
 
     def status(self) -> dict[str, Any]:
