@@ -90,7 +90,8 @@ def test_the_default_job_across_two_addresses(
         server = start(far, "rollout_server", "--name", "rollout-far", *server_settings)
         trainer = start(near, "trainer", *trainer_settings)
         wait_until(lambda: trainer.poll() is not None, what="the end of training", run_root=run)
-        assert trainer.returncode == 0 and server.poll() is None
+        wait_until(lambda: server.poll() is not None, what="the end of the server", run_root=run)
+        assert trainer.returncode == 0 and server.returncode == 0
     finally:
         for process in reversed(started):  # the buffer last, so that the server can send Goodbye
             process.terminate()
