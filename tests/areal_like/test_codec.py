@@ -155,7 +155,12 @@ def record(
     )
     checked = checked[: len(checked) - cut]
     header = msgpack.packb(
-        [WIRE_VERSION, "Samples", 0, {"samples": [{"lease_id": 1, "record": [0, len(checked)]}]}]
+        [
+            WIRE_VERSION,
+            "Samples",
+            0,
+            {"samples": [{"lease_id": 1, "record": [0, len(checked)], "failure": ""}]},
+        ]
     )
     return [header, checked]
 
@@ -259,7 +264,7 @@ def test_overlapping_records_are_refused() -> None:
     """Otherwise a small message could expand to a large one in memory."""
     record = Record.of(2, 0, trajectory(100, 5_000)).data
     for count, is_good in ((1, True), (2, False), (2_000, False)):
-        samples = [{"lease_id": 1, "record": [0, len(record)]}] * count
+        samples = [{"lease_id": 1, "record": [0, len(record)], "failure": ""}] * count
         frames = [msgpack.packb([WIRE_VERSION, "Samples", 0, {"samples": samples}]), record]
         if is_good:
             decode(frames)
@@ -291,7 +296,14 @@ def test_record_of_lists_does_not_expand_in_memory(item: bytes, array_bytes: int
     rest = identity + meta + bytes(array_bytes)
     data = struct.pack("<4sII", b"ATR1", 12 + len(rest), zlib.crc32(rest)) + rest
     frames = [
-        msgpack.packb([WIRE_VERSION, "Samples", 0, {"samples": [{"lease_id": 1, "record": [0, len(data)]}]}]),
+        msgpack.packb(
+            [
+                WIRE_VERSION,
+                "Samples",
+                0,
+                {"samples": [{"lease_id": 1, "record": [0, len(data)], "failure": ""}]},
+            ]
+        ),
         data,
     ]
     peak = peak_bytes_refusing(

@@ -128,7 +128,12 @@ def test_presets_apply_on_top_of_a_file(tmp_path: Path) -> None:
         (["rollout.engine=vllm"], "use embedded or sglang"),
         (["rollout.sglang.args=--tp-size 2"], r"set rollout\.engine=sglang"),
         (["rollout.engine=sglang", "rollout.sglang.args=tp-size 2"], "begin with an option"),
-        (["rollout.engine=sglang", "rollout.sglang.url=gpu0"], "http://host:port"),
+        (["rollout.engine=sglang", "rollout.sglang.url=gpu0"], "https://host:port"),
+        (["rollout.engine=sglang", "rollout.sglang.url=http://gpu0:30000"], "is not encrypted"),
+        (["rollout.engine=sglang", "rollout.sglang.url=https://gpu0:30000"], "api_key_file"),
+        (["rollout.engine=sglang", "rollout.sglang.args=--api-key=x"], "remove --api-key"),
+        (["rollout.engine=sglang", "rollout.sglang.args=--tp 2 --host 0.0.0.0"], "remove --host"),
+        (["rollout.engine=sglang", "rollout.sglang.api_key_file=k"], "an engine at rollout.sglang.url"),
         (
             ["rollout.engine=sglang", "rollout.sglang.url=http://gpu0:30000", "rollout.num_servers=2"],
             "into the url",

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -260,9 +261,12 @@ def test_push_broken_before_its_first_bucket_changes_nothing(engine: Engine, mod
 
 
 def test_engine_stuck_in_a_broadcast_can_be_used_again(
-    engine: Engine, models: Models, config: Config
+    engine: Engine, models: Models, config: Config, tmp_path: Path
 ) -> None:
-    rollout = replace(config.rollout, sglang=SglangConfig(url=engine.url))
+    key = tmp_path / "engine.key"
+    key.touch(mode=0o600)
+    key.write_text(engine.api_key)
+    rollout = replace(config.rollout, sglang=SglangConfig(url=engine.url, api_key_file=str(key)))
 
     async def body() -> None:
         async with harness_of(engine, models) as harness:
