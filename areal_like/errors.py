@@ -6,6 +6,7 @@
         WireError
             WireVersionError
         RefusedError
+        RunFinishedError
         StaleIncarnationError
         DeadlineError
         PeerLostError
@@ -46,6 +47,13 @@ class WireVersionError(WireError):
 
 class RefusedError(ArealError):
     """A peer refused our request; the message names the field that differs."""
+
+    field = ""
+    """On the side of the request: the `field` of the `Refused`."""
+
+
+class RunFinishedError(ArealError):
+    """The run is finished: there is nothing left to do for this process."""
 
 
 class StaleIncarnationError(ArealError):

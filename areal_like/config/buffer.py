@@ -95,6 +95,8 @@ class BufferConfig(Section, key="buffer"):
     """Failed samples in a row, each of another ticket, after which a rollout server gets no leases for a
     while. If the task's code failed at every server, the run ends with the last error instead."""
     on_failure: OnFailureConfig = field(default_factory=OnFailureConfig)
+    max_peers: int = 1024
+    """Most registered rollout servers and trainer ranks; further ones are refused."""
     max_message_bytes: int = 64 << 20
     """Largest message accepted from any peer, in bytes."""
     durability: Literal["power_loss", "process_crash", "none"] = "process_crash"
@@ -117,7 +119,7 @@ class BufferConfig(Section, key="buffer"):
     def check(self) -> None:
         """Ranges; the number of ports; no retained trajectories without a ledger on disk."""
         require(bool(self.host), "buffer.host is empty: give an address to bind, e.g. 127.0.0.1")
-        for name in ("num_shards", "max_consecutive_failures", "curriculum_half_life"):
+        for name in ("num_shards", "max_peers", "max_consecutive_failures", "curriculum_half_life"):
             require(getattr(self, name) >= 1, f"buffer.{name} must be at least 1")
         for name in ("max_reissues", "max_sample_retries", "cache_bytes", "min_free_bytes"):
             require(getattr(self, name) >= 0, f"buffer.{name} must be at least 0")

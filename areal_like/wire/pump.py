@@ -44,8 +44,8 @@ not made room for more. Ranks and servers that were stopped for longer connect a
 _MAX_WAITING = 64
 """Received messages of one peer that may wait to be handled. The rest stay in its TCP connection, so a flood
 of messages fills the sender's memory and not ours."""
-_MAX_QUEUED = 4096
-"""Messages that may wait to be sent to one peer."""
+_MAX_QUEUED = 1000
+"""Messages that may wait to be sent to one peer. Credit keeps healthy peers far below."""
 
 _DRAIN_S = 0.01
 """Time for messages in a row before other tasks of the event loop run."""

@@ -24,9 +24,8 @@ class LeaseDispatcher:
     def register_server(self, name: str, *, incarnation: int, weights_version: int, now_s: float) -> None:
         """Registers a server. A new incarnation of a known name loses the leases of the old one.
 
-        Raises StaleIncarnationError for an older incarnation.
+        The caller has admitted the process (`IncarnationTable`).
         """
-        self._state.incarnations.register(name, incarnation)
         lost = self._leases.register_server(
             name, incarnation=incarnation, weights_version=weights_version, now_s=now_s
         )
@@ -67,7 +66,8 @@ class LeaseDispatcher:
         for server in self._leases.servers.values():
             server.health.end_backoff(now_s=now_s)
         granted: dict[str, list[Lease]] = {}
-        if self._state.store.write_blocked_reason or not self._may_have_work():
+        is_blocked = self._state.store.write_blocked_reason or not self._leases.may_grant
+        if is_blocked or not self._may_have_work():
             return granted
         with_credit = [
             (-server.free_samples, name)

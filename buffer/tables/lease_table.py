@@ -69,6 +69,8 @@ class LeaseTable:
         self._shard = shard
         self._timeout_s = lease_timeout_s
         self._next_id = first_lease_id
+        self.may_grant = True
+        """False while no lease may be granted (`Ledger.hold_grants`)."""
         self._expiry: list[tuple[float, int]] = []
         self.servers: dict[str, Server] = {}
         self.live: dict[int, LeaseRecord] = {}

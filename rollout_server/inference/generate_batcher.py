@@ -165,7 +165,7 @@ class GenerateBatcher:
             async with (
                 asyncio.timeout_at(batch[0].deadline_s + _ABORT_GRACE_S),
                 self._http.session.post(
-                    f"{self._http.base_url}/generate", json=body, timeout=timeout
+                    f"{self._http.base_url}/generate", json=body, timeout=timeout, allow_redirects=False
                 ) as response,
             ):
                 if response.status != 200:

@@ -1,7 +1,14 @@
 """Listener and Link over real sockets: requests and replies, garbage, a peer that leaves, a port in use."""
 
 import asyncio
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -13,6 +20,7 @@ from areal_like.wire import channel, codec
 from areal_like.wire.channel import Envelope, Link, Listener, tcp_address
 from areal_like.wire.messages.consumer import AllocVersion, CommitStep, Fetch, GetRunCounters, VersionGranted
 from areal_like.wire.messages.hello import HelloRequired, JobFailed, Refused
+from areal_like.wire.misbehavior import BadPeers
 
 MAX_BYTES = 1 << 20
 
@@ -140,6 +148,168 @@ def test_sending_to_a_peer_that_left_returns_false() -> None:
         listener.close()
 
     run(body)
+
+
+def test_messages_for_a_peer_that_does_not_read_are_dropped() -> None:
+    async def body() -> None:
+        seen: list[bytes] = []
+        listener = serve(lambda _, envelope: seen.append(envelope.peer))
+        raw = zmq.Context.instance().socket(zmq.DEALER)
+        raw.set(zmq.LINGER, 0)
+        raw.set(zmq.RCVHWM, 1)
+        raw.connect(tcp_address("127.0.0.1", listener.port))
+        raw.send_multipart(codec.encode(GetRunCounters()))
+        while not seen:
+            await asyncio.sleep(0.01)
+        failed = JobFailed(reason="x" * codec.MAX_TEXT)
+        num_sent = 0
+        while listener.send(seen[0], failed):
+            num_sent += 1
+            assert num_sent < 5_000, "40 MB wait for one peer"
+        assert listener.num_dropped == 1
+        raw.close()
+        listener.close()
+
+    run(body)
+
+
+def test_only_accepted_messages_are_decoded() -> None:
+    async def body() -> None:
+        received: list[Any] = []
+        screened: list[type] = []
+
+        def screen(peer: bytes, kind: type) -> bool:
+            screened.append(kind)
+            return kind is AllocVersion
+
+        listener = Listener(
+            host="127.0.0.1",
+            port=0,
+            handler=lambda envelope: received.append(envelope.message),
+            max_message_bytes=MAX_BYTES,
+            accepts={AllocVersion, Fetch},
+            screen=screen,
+        )
+        raw = zmq.Context.instance().socket(zmq.DEALER)
+        raw.set(zmq.LINGER, 0)
+        raw.connect(tcp_address("127.0.0.1", listener.port))
+        (good,) = codec.encode(AllocVersion(step=3))
+        (fetch,) = codec.encode(Fetch(step=0, position=0))
+        for frame in (codec.encode(GetRunCounters())[0], fetch, fetch[:-1] + b"\xc1", good):
+            raw.send(frame)
+        while not received:
+            await asyncio.sleep(0.01)
+        assert received == [AllocVersion(step=3)] and screened == [Fetch, Fetch, AllocVersion]
+        assert listener.num_bad_frames == 1, "a body was decoded that was not to be looked at"
+        raw.close()
+        listener.close()
+
+    run(body)
+
+
+def test_a_peer_that_sends_malformed_frames_is_not_read() -> None:
+    async def body() -> None:
+        received: list[Any] = []
+        listener = serve(lambda _, envelope: received.append(envelope.message))
+        raw = zmq.Context.instance().socket(zmq.DEALER)
+        raw.set(zmq.LINGER, 0)
+        raw.connect(tcp_address("127.0.0.1", listener.port))
+        for _ in range(16):
+            raw.send(b"garbage")
+        raw.send_multipart(codec.encode(GetRunCounters()))
+        while listener.num_bad_frames < 17:
+            await asyncio.sleep(0.01)
+        assert received == []
+        raw.close()
+        listener.close()
+
+    run(body)
+
+
+def test_muted_peers_are_listened_to_again() -> None:
+    peers = BadPeers()
+    for number in range(16):
+        assert not peers.is_muted(b"a", now_s=0.0), number
+        peers.record(b"a", now_s=0.0)
+    assert peers.is_muted(b"a", now_s=9.9) and not peers.is_muted(b"b", now_s=9.9)
+    assert not peers.is_muted(b"a", now_s=10.1)
+    for number in range(3000):
+        for _ in range(20):
+            peers.record(str(number).encode(), now_s=0.0)
+    assert sum(peers.is_muted(str(number).encode(), now_s=1.0) for number in range(3000)) <= 1024
+
+
+def test_connections_of_vanished_hosts_end() -> None:
+    """Both ends probe a silent connection, and give up one on which nothing is acknowledged."""
+
+    async def body() -> None:
+        listener = serve(reply)
+        link = Link(tcp_address("127.0.0.1", listener.port), handler=lambda _: None)
+        await link.call(AllocVersion(step=1), timeout_s=5)
+        ends = connections_at(listener.port)
+        assert len(ends) == 2
+        for end in ends:
+            assert end.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            assert end.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 10
+            assert end.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
+            end.close()
+        link.close()
+        listener.close()
+
+    run(body)
+
+
+def connections_at(port: int) -> list[socket.socket]:
+    """This process's ends of the TCP connections to a port."""
+    found = []
+    for descriptor in list(Path("/proc/self/fd").iterdir()):
+        try:
+            end = socket.socket(fileno=os.dup(int(descriptor.name)))
+        except OSError:  # not a socket
+            continue
+        with contextlib.suppress(OSError, IndexError):
+            if port in (end.getsockname()[1], end.getpeername()[1]):
+                found.append(end)
+                continue
+        end.close()
+    return found
+
+
+BUSY_LISTENER = """
+import asyncio, sys, time
+from areal_like.wire.channel import Listener
+
+async def main():
+    listener = Listener(host="127.0.0.1", port=0, handler=print, max_message_bytes=1 << 20)
+    print(listener.port, flush=True)
+    time.sleep(6)
+    while listener.num_bad_frames < 64:
+        await asyncio.sleep(0.01)
+    print("survived", flush=True)
+
+asyncio.run(main())
+"""
+
+
+def test_peer_that_fills_the_queue_and_leaves_does_no_harm() -> None:
+    """ZeroMQ heartbeats aborted the process here: one was due on a connection that nobody had read."""
+    with subprocess.Popen(
+        [sys.executable, "-c", BUSY_LISTENER], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        port = int(process.stdout.readline())
+        context = zmq.Context()
+        peer = context.socket(zmq.DEALER)
+        peer.set(zmq.LINGER, 0)
+        peer.set(zmq.SNDHWM, 0)
+        peer.connect(tcp_address("127.0.0.1", port))
+        for _ in range(300):
+            peer.send(bytes(200_000))
+        time.sleep(1.0)
+        peer.close()
+        context.term()
+        assert process.stdout.readline() == "survived\n"
+    assert process.returncode == 0
 
 
 def test_port_in_use_and_bad_address_are_config_errors() -> None:

@@ -43,7 +43,7 @@ from areal_like.wire.messages.producer import (
     ServerHeartbeat,
     ServerState,
 )
-from areal_like.wire.messages.weights import PushWeights
+from areal_like.wire.messages.weights import PushChecksums, PushWeights
 from areal_like.wire.records import Record
 
 
@@ -440,8 +440,10 @@ def test_largest_messages_of_a_job_are_accepted() -> None:
             step=1,
             update_mode="keep",
             manifest={"buckets": [tensors]},
+            integrity="none",
             timeout_s=1.0,
         ),
+        PushChecksums(version=1, checksums=[(1 << 32) - 1] * 40_000, digests=["f" * 64] * 40_000),
     ):
         frames = encode(message)
         assert len(frames[0]) > 1 << 16
@@ -492,6 +494,7 @@ def test_overlong_header_is_not_sent() -> None:
             step=1,
             update_mode="keep",
             manifest={"lists": [[]] * 100_000},
+            integrity="none",
             timeout_s=1.0,
         ),
     ):

@@ -251,12 +251,14 @@ def test_a_silent_server_is_removed_and_its_old_leases_aborted() -> None:
 
 def test_a_new_server_incarnation_fences_the_old_one() -> None:
     ledger = new_ledger()
-    add_server(ledger, "a", capacity=2)
+    assert ledger.find_process("a", "old", 0) == 0
+    add_server(ledger, "a", capacity=2, incarnation=ledger.admit_process("a", "old"))
     (lease,) = leases_of(ledger)
-    add_server(ledger, "a", capacity=2, incarnation=2)
+    assert ledger.find_process("a", "old", 0) == ledger.find_process("a", "old", 1) == 1
+    add_server(ledger, "a", capacity=2, incarnation=ledger.admit_process("a", "new"))
     assert ledger.num_by_state()[State.QUEUED] == 1
     with pytest.raises(StaleIncarnationError):
-        ledger.register_server("a", incarnation=1, weights_version=0, now_s=0.0)
+        ledger.find_process("a", "old", 1)
     assert leases_of(ledger)[0].ticket_id == lease.ticket_id
 
 

@@ -406,12 +406,7 @@ class DurableLedgerMachine(LedgerMachine):
         """The ledger that the next buffer would recover if this one were killed now."""
         store = self.ledger.state.store
         assert isinstance(store, RowStore)
-        ledger = recover(
-            self.ledger.settings,
-            store.copy(),
-            now_s=self.now_s,
-            first_lease_id=self.ledger.state.leases._next_id,
-        )
+        ledger = recover(self.ledger.settings, store.copy(), now_s=self.now_s)
         ledger.set_num_train_prompts(1000)
         return ledger
 
@@ -474,7 +469,7 @@ def observed(ledger: Ledger) -> dict[str, object]:
         ),
         "bound": ledger.state.bound.current,
         "open": not ledger.closed_reason,
-        "trainer": (ledger.trainer_incarnation, ledger.state.incarnations.newest),
+        "trainer": (ledger.trainer_incarnation, ledger.state.incarnations._newest),
         "steps": (
             ledger.state.steps.current,
             ledger.state.steps.committed,

@@ -20,8 +20,11 @@ from tests.support.buffer_harness import ROOT
 
 GROUPS_PER_STEP = 8
 MAX_ANSWER_S = 2.0
-MAX_GROWTH_BYTES = 96 << 20
-"""Eight connections with 64 waiting messages each, most of them small and some of half a megabyte."""
+MAX_STEP_S = 10.0
+"""A step takes about ten requests of the trainer, one after the other."""
+MAX_GROWTH_BYTES = 192 << 20
+"""64 waiting messages of half a megabyte and of 256 KB, and 1000 answers of 60 KB that are not read, with
+what the allocator keeps of them."""
 
 
 class HttpProbe(threading.Thread):
@@ -61,7 +64,7 @@ def flooding(job: ChaosJob, *, num_frames: int) -> Iterator[subprocess.Popen[str
 
 def flood(directory: Path, *, num_frames: int, timeout_s: float) -> None:
     trainer = {"num_steps": 1_000_000, "groups_per_step": GROUPS_PER_STEP, "fetch_timeout_s": 60.0}
-    buffer = {"max_message_bytes": 1 << 20, "lease_timeout_s": 2.0}
+    buffer = {"max_message_bytes": 1 << 20, "lease_timeout_s": 10.0}
     with running_job(directory, trainer=trainer, buffer=buffer, daemon=QUIET) as job:
         job.produce("rollout-0", sample_s=0.005)
         with job.trainer() as client:
@@ -89,7 +92,7 @@ def flood(directory: Path, *, num_frames: int, timeout_s: float) -> None:
         assert counters.tickets["trained"] == (step + 5) * GROUPS_PER_STEP
         assert all(sent.values()), sent
         assert max(probe.answers_s) < MAX_ANSWER_S, max(probe.answers_s)
-        assert max(steps_s) < 5.0, "the flood kept the job's own peers from being served"
+        assert max(steps_s) < MAX_STEP_S, "the flood kept the job's own peers from being served"
         assert max(probe.rss_bytes) < before_bytes + MAX_GROWTH_BYTES
         assert status["bad_frames"] > 1000 and status["unregistered_frames"] > 10, status
         assert job.buffer.terminate()[0] == 0
@@ -98,7 +101,8 @@ def flood(directory: Path, *, num_frames: int, timeout_s: float) -> None:
     print(
         f"{sent} in {time.monotonic() - started_s:.0f} s; HTTP: {len(probe.answers_s)} answers, "
         f"median {1000 * statistics.median(probe.answers_s):.0f} ms, longest {max(probe.answers_s):.3f} s; "
-        f"{len(steps_s)} steps, longest {max(steps_s):.2f} s; memory {before_bytes >> 20} -> at most "
+        f"{len(steps_s)} steps, median {statistics.median(steps_s):.2f} s, longest {max(steps_s):.2f} s; "
+        f"memory {before_bytes >> 20} -> at most "
         f"{max(probe.rss_bytes) >> 20} MB"
     )
 

@@ -29,7 +29,7 @@ from rollout_server.buffer_client.held_leases import HeldLeases
 HELLO = Hello(
     role=Role.ROLLOUT,
     name="r",
-    incarnation=1,
+    process="0" * 32,
     job="j",
     model="m",
     tokenizer="t",
@@ -58,7 +58,7 @@ class PlayedBuffer:
         match envelope.message:
             case Hello():
                 self.listener.send(
-                    envelope.peer, Welcome(job="j", step=0, newest_version=0), rid=envelope.rid
+                    envelope.peer, Welcome(job="j", incarnation=1, step=0, newest_version=0), rid=envelope.rid
                 )
             case ServerHeartbeat():
                 self.listener.send(

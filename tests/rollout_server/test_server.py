@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import numpy as np
 import pytest
@@ -150,7 +151,7 @@ def test_status_readiness_and_metrics_pages(shared: tuple[PlayedBuffer, ServerPr
             return str(response.read().decode())
 
     wait_until(lambda: json.loads(get("/status"))["not_ready"] == "")
-    assert get("/readyz") == "ready"
+    assert get("/readyz") == "ok"
     status = json.loads(get("/status"))
     assert status["state"] == "serving" and status["engine_pid"] in descendants(server.process.pid)
     metrics = get("/metrics")
@@ -160,6 +161,11 @@ def test_status_readiness_and_metrics_pages(shared: tuple[PlayedBuffer, ServerPr
         "areal_weight_pushes_total",
     ):
         assert line in metrics
+    assert "areal_engine_steps_total" in get("/metrics/engine")
+    with pytest.raises(HTTPError, match="401"):
+        urllib.request.urlopen(f"{status['engine_url']}/server_info", timeout=5)
+    command = Path(f"/proc/{status['engine_pid']}/cmdline").read_bytes()
+    assert b"--api-key-file\0/dev/fd/" in command and status["engine_url"].startswith("http://127.0.0.1:")
 
 
 def test_engine_that_cannot_start_is_reported_with_its_log(model: Path, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ class TrainerHeartbeat:
 class StartTraining:
     """Rank 0 -> buffer, once per incarnation, before any other request: the trainer's position.
 
-    Reply: `Welcome`.
+    Reply: `Welcome`, or `JobFinished` if the run is finished and `step` is its last.
 
     Older trainer incarnations are refused from now on. The buffer follows the trainer's checkpoint: recorded
     steps from `step` on are served again identically, and weights of later steps are abandoned. An empty
@@ -225,6 +225,14 @@ class CloseAdmission:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FinishRun:
+    """Rank 0 -> buffer, its last request: the last step, evaluation and checkpoint are done. Reply: `Ok`.
+
+    The buffer sends `JobFinished` to every peer and ends when they have left. Idempotent.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
 class GetRunCounters:
     """Rank 0 -> buffer: request the run's counters. Reply: `RunCounters`."""
 
@@ -260,6 +268,7 @@ MESSAGES = (
     EvalResult,
     Directory,
     CloseAdmission,
+    FinishRun,
     GetRunCounters,
     RunCounters,
 )
@@ -275,6 +284,7 @@ TO_BUFFER = (
     GetStreamState,
     RequestEval,
     CloseAdmission,
+    FinishRun,
     GetRunCounters,
 )
 """The messages that ranks send; the others are the buffer's."""
