@@ -268,6 +268,7 @@ def test_long_names_grow_neither_log_nor_directory(tmp_path: Path) -> None:
     """A stranger without keys: names of 3 MB, and more peers than are allowed."""
     with running_buffer(tmp_path, buffer={"max_peers": 4, "lease_timeout_s": 5.0}) as buffer:
         buffer.produce("rollout-0")
+        buffer.wait_status(lambda status: status["peers"])
         log = buffer.paths.logs / "buffer.log"
 
         async def run() -> None:
