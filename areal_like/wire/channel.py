@@ -96,9 +96,9 @@ class Listener:
         try:
             socket.bind(f"tcp://{_bracket(host)}:{port or '*'}")
         except zmq.ZMQError as error:
-            socket.close()
             if curve is not None:
-                curve.close()
+                curve.stop()
+            socket.close()
             raise ConfigError(
                 f"cannot bind {host}:{port} ({error.strerror}): set {setting} to a free port or 0"
             ) from None
@@ -141,9 +141,11 @@ class Listener:
 
     def close(self) -> None:
         """Closes the socket and discards queued messages."""
+        if self._curve is not None:
+            self._curve.stop()
         self._pump.close()
         if self._curve is not None:
-            self._curve.close()
+            self._curve.context.term()
 
     def _keyed_pump(self, socket: zmq.Socket[bytes], curve: CurveServer) -> Pump:
         def on_frames(frames: list[bytes]) -> None:
@@ -241,6 +243,8 @@ class Link:
         return Pump(socket, self._on_frames)
 
     def _reopen(self) -> None:
+        if self._curve is not None:
+            self._curve.stop()
         self._pump.close()
         self._pump = self._open()
         self.resend_pending()
