@@ -6,12 +6,17 @@
         WireError
             WireVersionError
         RefusedError
+        RunFinishedError
         StaleIncarnationError
         DeadlineError
         PeerLostError
         EngineError
+            EngineTimeoutError
+            PromptRefusedError
+        EpisodeError
         WeightSyncError
         RewardError
+            RewardTimeoutError
         DiskFullError
         StoreCorruptError
 
@@ -43,6 +48,13 @@ class WireVersionError(WireError):
 class RefusedError(ArealError):
     """A peer refused our request; the message names the field that differs."""
 
+    field = ""
+    """On the side of the request: the `field` of the `Refused`."""
+
+
+class RunFinishedError(ArealError):
+    """The run is finished: there is nothing left to do for this process."""
+
 
 class StaleIncarnationError(ArealError):
     """A newer process of the same name has registered: this one must stop."""
@@ -60,12 +72,28 @@ class EngineError(ArealError):
     """The inference engine returned an error or did not respond."""
 
 
+class EngineTimeoutError(EngineError):
+    """The engine returned no token of a sequence within the time limit of a generation."""
+
+
+class PromptRefusedError(EngineError):
+    """The engine refused a request because of its prompt, and would refuse it again."""
+
+
+class EpisodeError(ArealError):
+    """The code of an episode or its environment raised."""
+
+
 class WeightSyncError(ArealError):
     """A weight push failed; the receiver keeps its old version or is quarantined."""
 
 
 class RewardError(ArealError):
     """A reward function raised, exceeded its time limit, or returned no finite number."""
+
+
+class RewardTimeoutError(RewardError):
+    """A reward function exceeded its time limit."""
 
 
 class DiskFullError(ArealError):

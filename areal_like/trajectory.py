@@ -25,8 +25,15 @@ class FinishReason(StrEnum):
     """The policy sampled a stop token, which is the last token and in the loss mask."""
     LENGTH = "length"
     """The limit of new tokens was reached."""
+    TIMEOUT = "timeout"
+    """`rollout.generate_timeout_s` was reached; the tokens sampled by then are kept."""
     ABORT = "abort"
     """Generation was interrupted. Such a trajectory is resumed or counted, never trained on."""
+
+    @property
+    def is_truncated(self) -> bool:
+        """True if a limit ended the trajectory and not the policy."""
+        return self in (FinishReason.LENGTH, FinishReason.TIMEOUT)
 
 
 _DTYPES = (

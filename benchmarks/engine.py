@@ -22,6 +22,7 @@ import json
 import logging
 import os
 import platform
+import secrets
 import statistics
 import subprocess
 import sys
@@ -168,13 +169,17 @@ def measure(path: str, scratch: str, *, repeats: int) -> dict[str, Any]:
     core = EngineCore(model, weights, EngineOptions(max_running=BATCH, context_length=context), version="0")
     reference = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     equal, tail, grouped = workload(BATCH, equal=True), workload(256), workload(256, group_size=8)
-    port_file = Path(scratch) / "port"
+    port_file, key_file = Path(scratch) / "port", Path(scratch) / "key"
+    key_file.touch(mode=0o600)
+    key_file.write_text(secrets.token_urlsafe())
     command = [
         sys.executable,
         "-m",
         "rollout_server.engine",
         "--model-path",
         path,
+        "--api-key-file",
+        str(key_file),
         "--max-running-requests",
         str(BATCH),
     ]
@@ -197,7 +202,8 @@ def measure(path: str, scratch: str, *, repeats: int) -> dict[str, Any]:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit("the engine process did not start")
             time.sleep(0.1)
-        client = EngineClient(f"http://127.0.0.1:{int(port_file.read_text())}")
+        url = f"http://127.0.0.1:{int(port_file.read_text())}"
+        client = EngineClient(url, api_key=key_file.read_text())
         cpu, wall = rates(
             {
                 "equal/engine": (equal, lambda: run_engine(core, equal)),

@@ -6,9 +6,10 @@ its shadow weights, verifies and swaps. The bare broadcast sends the same bucket
 one buffer that is already allocated. The measurements alternate, and medians are reported. Training's stall
 is measured on two ranks: taking a snapshot (a step waits for that), and gathering, flattening and
 checksumming all weights at once (a step would have to wait for that without snapshots).
-`benchmarks.update_modes` measures the cost of an update to generation.
+`benchmarks.update_modes` measures the cost of an update to generation. `--integrity sha256` measures pushes
+with digests, `--integrity none sha256` both.
 
-    python -m benchmarks.weight_sync [--sizes 10MB 100MB 500MB 2GB] [--rounds 5]
+    python -m benchmarks.weight_sync [--sizes 10MB 100MB 500MB 2GB] [--rounds 5] [--integrity none]
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -154,8 +155,11 @@ def child(*arguments: str) -> Iterator[subprocess.Popen[str]]:
 # The sending end
 
 
-async def pushes(model: Path, size: str, *, rounds: int, folder: Path) -> dict[str, Any]:
+async def pushes(
+    model: Path, size: str, *, rounds: int, folder: Path, integrity: Literal["none", "sha256"]
+) -> dict[str, Any]:
     """Measures pushes and bare broadcasts of one size."""
+    store = str(folder / f"store-{size}-{integrity}")
     policy = Policy.load(str(model)).shard(Ranks.alone())
     snapshotters = {
         "bucketed": WeightSnapshotter(policy, Ranks.alone(), bucket_bytes=BUCKET_BYTES, dtype="float32"),
@@ -166,13 +170,13 @@ async def pushes(model: Path, size: str, *, rounds: int, folder: Path) -> dict[s
     seconds: dict[str, list[float]] = {"bare": [], "bucketed": [], "per_tensor": []}
     with (
         child("--receiver", str(model)) as receiver,
-        child("--bare", str(folder / f"store-{size}"), json.dumps(sizes)) as peer,
+        child("--bare", store, json.dumps(sizes)) as peer,
     ):
         assert receiver.stdout is not None and peer.stdin is not None
         port = int(await asyncio.to_thread(receiver.stdout.readline))
-        once = bare(str(folder / f"store-{size}"), sizes, rank=0)
+        once = bare(store, sizes, rank=0)
         broadcaster = Broadcaster(
-            WeightsConfig(push_deadline_s=120), device="cpu", incarnation=time.time_ns()
+            WeightsConfig(push_deadline_s=120, integrity=integrity), device="cpu", incarnation=time.time_ns()
         )
         version = 0
 
@@ -187,7 +191,7 @@ async def pushes(model: Path, size: str, *, rounds: int, folder: Path) -> dict[s
                 state="serving",
                 weights_version=0,
             )
-            # A new snapshot for each push, because a snapshot caches its checksums.
+            # A new snapshot for each push, because a snapshot caches its sums.
             snapshot = snapshotters[how].take_snapshot()
             assert snapshot is not None and snapshot.acquire()
             started_s = time.perf_counter()
@@ -212,6 +216,7 @@ async def pushes(model: Path, size: str, *, rounds: int, folder: Path) -> dict[s
     medians = {how: statistics.median(values) for how, values in seconds.items()}
     return {
         "size": size,
+        "integrity": integrity,
         "num_bytes": sum(sizes),
         "num_tensors": sum(len(bucket.tensors) for bucket in snapshotters["bucketed"].buckets),
         "num_buckets": len(sizes),
@@ -274,6 +279,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--integrity", nargs="+", choices=("none", "sha256"), default=["none"])
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -283,19 +289,22 @@ def main() -> None:
         for size in options.sizes:
             model = write_model(folder / size, size)
             stalled.append(stalls(model, size, rounds=options.rounds, folder=folder))
-            synced.append(asyncio.run(pushes(model, size, rounds=options.rounds, folder=folder)))
+            for integrity in options.integrity:
+                measuring = pushes(model, size, rounds=options.rounds, folder=folder, integrity=integrity)
+                synced.append(asyncio.run(measuring))
             (model / "model.safetensors").unlink()
     if not options.no_write:
         write(
             "weight_sync",
             {
-                "command": f"python -m benchmarks.weight_sync --rounds {options.rounds}",
+                "command": f"python -m benchmarks.weight_sync --rounds {options.rounds} "
+                f"--integrity {' '.join(options.integrity)}",
                 "pushes": synced,
                 "stalls": stalled,
             },
         )
     hows = ("bare", "bucketed", "per_tensor")
-    counts = ("size", "num_tensors", "num_buckets", "bare_gb_per_s")
+    counts = ("size", "integrity", "num_tensors", "num_buckets", "bare_gb_per_s")
     shares = ("share_bucketed", "share_per_tensor")
     rows = [
         (*(r[key] for key in counts), *(r["seconds"][how] for how in hows), *(r[key] for key in shares))
@@ -303,6 +312,7 @@ def main() -> None:
     ]
     header = (
         "size",
+        "integrity",
         "tensors",
         "buckets",
         "bare GB/s",

@@ -1,17 +1,17 @@
 """`python -m buffer [--config run/config.yaml] key=value ...`: the buffer of one job.
 
 `--drop 17,23` does not start a buffer: it drops these tickets from the ledger of a job whose buffer is not
-running.
+running. In the same way `--unfence NAME` takes a name from the process that has it.
 """
 
 from __future__ import annotations
 
 import gc
-import signal
 import sys
 
 from areal_like.errors import ConfigError, UserError
 from areal_like.runtime.command_line import role_arguments, shows_help
+from areal_like.runtime.process import early_signals, keep_files_private
 from areal_like.shards import Shard
 
 _SWITCH_INTERVAL_S = 2e-4
@@ -19,20 +19,26 @@ _GC_THRESHOLDS = (1_000, 20, 1_000)
 
 
 def main() -> int:
-    """Returns the exit code: 0 drained, 1 failed, 2 a mistake of the user."""
+    """Returns the exit code (see `areal_like.runtime.daemon`)."""
     if shows_help(sys.argv[1:], __doc__):
         return 0
-    # The imports below take a second; after them the daemon installs a handler that drains.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    early_signals()
+    keep_files_private()
     from areal_like.runtime.daemon import run_daemon
     from buffer.service.daemon import main as serve
-    from buffer.service.offline_drop import drop_offline
+    from buffer.service.offline import drop_offline, unfence_offline
 
     try:
-        dropped, args = _dropped(sys.argv[1:])
+        dropped, args = _option(sys.argv[1:], "--drop", "name tickets by their numbers, e.g. --drop 17,23")
+        unfenced, args = _option(args, "--unfence", "name a role, e.g. --unfence rollout-0")
         config, name = role_arguments(args, default_name="buffer")
+        early_signals(config.daemon.exit_code_on_drain)
+        shard = Shard.named(name, count=config.buffer.num_shards)
         if dropped:
-            drop_offline(config, dropped, Shard.named(name, count=config.buffer.num_shards))
+            drop_offline(config, _ticket_ids(dropped), shard)
+        if unfenced:
+            unfence_offline(config, unfenced, shard)
+        if dropped or unfenced:
             return 0
     except UserError as error:
         sys.stderr.write(f"buffer: {error}\n")
@@ -48,15 +54,21 @@ def main() -> int:
     return run_daemon(config, role="buffer", name=name, main=serve)
 
 
-def _dropped(argv: list[str]) -> tuple[list[int], list[str]]:
-    """(tickets to drop, the other arguments)"""
-    if "--drop" not in argv:
-        return [], argv
-    at = argv.index("--drop")
-    ids = argv[at + 1].split(",") if at + 1 < len(argv) else []
-    if not ids or not all(ticket_id.isdecimal() for ticket_id in ids):
+def _option(argv: list[str], option: str, missing: str) -> tuple[str, list[str]]:
+    """(the option's value or an empty string, the other arguments)"""
+    if option not in argv:
+        return "", argv
+    at = argv.index(option)
+    if at + 1 >= len(argv) or not argv[at + 1]:
+        raise ConfigError(f"{option}: {missing}")
+    return argv[at + 1], argv[:at] + argv[at + 2 :]
+
+
+def _ticket_ids(value: str) -> list[int]:
+    ids = value.split(",")
+    if not all(ticket_id.isdecimal() for ticket_id in ids):
         raise ConfigError("--drop: name tickets by their numbers, e.g. --drop 17,23")
-    return [int(ticket_id) for ticket_id in ids], argv[:at] + argv[at + 2 :]
+    return [int(ticket_id) for ticket_id in ids]
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
-from areal_like.config import BufferConfig, Config
+from areal_like.config import BufferConfig, Config, OnFailureConfig
 from areal_like.errors import ConfigError
 from areal_like.shards import WHOLE, Shard
 from buffer.prompts.curriculum import CurriculumKind, CurriculumSettings
@@ -34,6 +34,11 @@ class LedgerSettings:
     max_reissues: int
     max_sample_retries: int
     max_consecutive_failures: int
+    on_failure: OnFailureConfig
+    reward_low: float
+    """Reward that counts as a solve rate of 0 (`buffer.curriculum_reward_low`)."""
+    reward_high: float
+    """Reward that counts as a solve rate of 1."""
     lease_timeout_s: float
     max_tokens: int
     """Longest sequence (prompt and response) that fits into a micro-batch. Longer samples are refused."""
@@ -70,6 +75,9 @@ class LedgerSettings:
             max_reissues=config.buffer.max_reissues,
             max_sample_retries=config.buffer.max_sample_retries,
             max_consecutive_failures=config.buffer.max_consecutive_failures,
+            on_failure=config.buffer.on_failure,
+            reward_low=config.buffer.curriculum_reward_low,
+            reward_high=config.buffer.curriculum_reward_high,
             lease_timeout_s=config.buffer.lease_timeout_s,
             max_tokens=config.trainer.tokens_per_microbatch,
             durable=config.buffer.durability != "none",

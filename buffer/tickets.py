@@ -46,7 +46,8 @@ class Drop(StrEnum):
     NO_SPREAD = "no_spread"
     """All rewards of the group were equal (`buffer.group_filter=spread`)."""
     FAILED = "failed"
-    """A sample failed more often than `buffer.max_sample_retries`."""
+    """A sample failed more often than `buffer.max_sample_retries`, or its failure is of a kind that is not
+    retried (`buffer.on_failure`)."""
     REJECTED = "rejected"
     """The group mixes weight versions (`buffer.group_filter=single_version`)."""
     CANCELLED = "cancelled"
@@ -82,7 +83,8 @@ class Verdict(StrEnum):
     ABANDONED = "abandoned"
     """A token used weights of steps that a resumed trainer repeats. The sample is leased again."""
     INVALID = "invalid"
-    """Aborted, too long, without a sampled token, or greedy instead of random (or vice versa)."""
+    """Aborted, too long, without a sampled token, greedy instead of random (or vice versa), or failed without
+    being one to train on with reward 0."""
 
     @property
     def refusal(self) -> str:
@@ -145,6 +147,8 @@ class Ticket:
     """Live leases by id; no two cover the same sample."""
     num_failures: dict[int, int] = field(default_factory=dict)
     """Number of failures so far, by sample index."""
+    failed_at: str = ""
+    """The server at which a sample failed last; others are preferred for the retry. Not stored."""
     step: int = -1
     position: int = -1
 

@@ -62,6 +62,12 @@ COMMANDS = {
         "included, from FILE or as key=value (HOST:PORT: the first shard's buffer)",
     ),
     "drain": Command("drain", "drain RUN SERVER", "ends one rollout server of a running job"),
+    "unfence": Command(
+        "unfence",
+        "unfence RUN ROLE",
+        "takes the name ROLE (trainer, or a rollout server) from the process that has it, so that a new one "
+        "gets it; needed only when a process that cannot be ended still answers for the name",
+    ),
     "restart": Command(
         "restart",
         "restart RUN trainer [trainer.KEY=VALUE ...]",

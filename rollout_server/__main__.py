@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 
 from areal_like.errors import UserError
 from areal_like.runtime.command_line import role_arguments, shows_help
-from areal_like.runtime.process import exit_at_once
+from areal_like.runtime.process import early_signals, exit_at_once
 
 
 def main() -> int:
-    """Runs the server; returns 0 when it has drained, 1 on a failure, 2 for a mistake in the settings."""
+    """Runs the server; returns the exit code (see `areal_like.runtime.daemon`)."""
     if shows_help(sys.argv[1:], __doc__):
         return 0
-    # Exit quietly until the daemon handles SIGTERM itself: its imports take a second.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    early_signals()
     from areal_like.runtime.daemon import run_daemon
     from rollout_server.daemon import main as serve
 
     try:
         config, name = role_arguments(sys.argv[1:], default_name="rollout-0")
+        early_signals(config.daemon.exit_code_on_drain)
     except UserError as error:
         sys.stderr.write(f"rollout_server: {error}\n")
         return 2

@@ -1,7 +1,7 @@
 """A rollout server: connects the engine, the reward workers, the weight receiver and the buffer client.
 
     STARTING -> SERVING -> (engine lost) -> STARTING -> QUARANTINED -> (next push) -> SERVING
-                    \\-> DRAINING (SIGTERM) -> exit 0
+                    \\-> DRAINING (SIGTERM, an operator, the end of the run) -> exit 0
 
 This file wires the parts together and decides which state the server announces to the buffer:
 `ShardedBufferClient` (leases in, samples out), `LeaseRunner` (leases to samples), `RewardPool` (reward worker
@@ -20,7 +20,7 @@ import asyncio
 import logging
 from typing import Any
 
-from areal_like.errors import ConfigError
+from areal_like.errors import ConfigError, EngineError
 from areal_like.paths import model_path
 from areal_like.runtime.daemon import Runtime, cancelled_on_exit
 from areal_like.runtime.imports import torch_hidden, uncollected
@@ -129,6 +129,7 @@ class RolloutServer:
             strategy=strategy,
             on_version=self._on_version,
             on_untrusted=self._on_untrusted,
+            integrity=config.weights.integrity,
             curve=curve,
         )
         self._buffers = ShardedBufferClient(
@@ -138,6 +139,8 @@ class RolloutServer:
             waits=runtime.waits,
             on_leases=self._on_leases,
             on_abort=lambda lease_ids: self._runner.cancel(lease_ids),
+            on_drain=runtime.drain,
+            on_finished=runtime.finish,
             keyring=runtime.keyring,
         )
         self._runner = LeaseRunner(
@@ -162,6 +165,7 @@ class RolloutServer:
             config.rollout.advertise_host or config.rollout.host, self._receiver.port
         )
         runtime.status = self._status
+        runtime.metrics_pages["engine"] = self._engine_metrics
         runtime.advertise(weights=self._weights_address)
 
     async def run(self) -> None:
@@ -261,7 +265,7 @@ class RolloutServer:
         return Hello(
             role=Role.ROLLOUT,
             name=self._runtime.name,
-            incarnation=self._runtime.incarnation,
+            process=self._runtime.process,
             job=config.name,
             model=self._fingerprints[0],
             tokenizer=self._fingerprints[1],
@@ -274,6 +278,13 @@ class RolloutServer:
             num_train_prompts=self._task.num_train,
             num_eval_prompts=self._task.num_eval,
         )
+
+    async def _engine_metrics(self) -> bytes:
+        """The engine's page, for those who have no key of the engine."""
+        client = self._supervisor.client
+        if client is None:
+            raise EngineError("no engine is running")
+        return await client.metrics()
 
     def _status(self) -> dict[str, Any]:
         client = self._supervisor.client

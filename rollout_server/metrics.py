@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from areal_like.failures import FailureKind
 from areal_like.runtime.metrics import Metrics
 from rollout_server.buffer_client.shards import ShardedBufferClient
 from rollout_server.episodes.lease_runner import LeaseRunner
@@ -23,7 +24,6 @@ _COUNTERS = {
     "busy_s": ("generation_busy_seconds", "Time in which an engine had a runnable sequence."),
     "idle_s": ("generation_idle_seconds", "Time in which an engine had none."),
     "samples_done": ("samples_done", "Samples finished."),
-    "samples_failed": ("samples_failed", "Samples that could not be made."),
     "reward_s": ("reward_seconds", "Time spent in the task's reward function."),
     "reward_restarts": ("reward_worker_restarts", "Reward workers lost to a timeout or a crash."),
     "pushes": ("weight_pushes", "Weight pushes activated."),
@@ -44,6 +44,7 @@ _GAUGES = {
     "weights_version": ("weights_version", "Version that the engine samples with."),
     "engine_starts": ("engine_starts", "Engines started by this server."),
 }
+_FAILED = {kind: f"samples_failed_{kind.value}" for kind in FailureKind}
 _SMOOTHING = 0.3
 
 
@@ -64,10 +65,16 @@ class ServerStats:
         self._receiver, self._engine = receiver, engine
         self._counters = {key: metrics.counter(*named) for key, named in _COUNTERS.items()}
         self._gauges = {key: metrics.gauge(*named) for key, named in _GAUGES.items()}
+        self._failed = metrics.counter(
+            "rollout_samples_failed",
+            "Samples of this server that failed, by kind.",
+            label="kind",
+            values=list(FailureKind),
+        )
         self._before_engine = dict.fromkeys(_CUMULATIVE, 0.0)
         self._by_engine = dict.fromkeys(_CUMULATIVE, 0.0)
         self._updated_s = 0.0
-        self.values: dict[str, float] = dict.fromkeys((*_COUNTERS, *_GAUGES), 0.0)
+        self.values: dict[str, float] = dict.fromkeys((*_COUNTERS, *_GAUGES, *_FAILED.values()), 0.0)
         """Numbers by name, as sent with the heartbeat."""
 
     def engine_lost(self) -> None:
@@ -82,7 +89,8 @@ class ServerStats:
         totals = {key: self._before_engine[key] + self._by_engine[key] for key in _CUMULATIVE}
         values = totals | {
             "samples_done": self._runner.num_done,
-            "samples_failed": self._runner.num_failed,
+            "samples_failed": self._runner.num_failed.total(),
+            **{name: self._runner.num_failed[kind] for kind, name in _FAILED.items()},
             "reward_s": self._rewards.seconds_total,
             "reward_restarts": self._rewards.num_restarts,
             "pushes": self._receiver.num_pushes,
@@ -103,6 +111,8 @@ class ServerStats:
         }
         for key, counter in self._counters.items():
             counter.inc(values[key] - self.values[key])
+        for kind, name in _FAILED.items():
+            self._failed.labels(kind).inc(values[name] - self.values[name])
         for key, gauge in self._gauges.items():
             gauge.set(values[key])
         self.values = {key: float(value) for key, value in values.items()}

@@ -9,14 +9,13 @@ ranks (`distributed/spawn.py`).
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Sequence
 
 from areal_like.errors import UserError
 from areal_like.runtime.command_line import load_config, shows_help
 from areal_like.runtime.imports import uncollected
-from areal_like.runtime.process import die_with_launcher, die_with_parent
+from areal_like.runtime.process import die_with_launcher, die_with_parent, early_signals
 from trainer.distributed.spawn import start_ranks
 
 
@@ -24,10 +23,10 @@ def main(argv: Sequence[str]) -> int:
     """Runs the trainer; returns the exit code."""
     if shows_help(argv, __doc__):
         return 0
-    # Until DrainSignals takes over: importing torch takes seconds, and there is nothing to save yet.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    early_signals()
     try:
         config = load_config(argv)
+        early_signals(config.daemon.exit_code_on_drain)
     except UserError as error:
         sys.stderr.write(f"trainer: {error}\n")
         return 2
@@ -37,7 +36,8 @@ def main(argv: Sequence[str]) -> int:
         die_with_launcher()
         os.environ.setdefault("OMP_NUM_THREADS", str(config.trainer.num_threads))
         if config.trainer.world_size > 1:
-            return start_ranks(argv, world_size=config.trainer.world_size)
+            drain_code = config.daemon.exit_code_on_drain
+            return start_ranks(argv, world_size=config.trainer.world_size, drain_code=drain_code)
     with uncollected():
         from trainer.daemon import run_rank
 

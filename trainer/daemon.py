@@ -7,7 +7,8 @@
 Every rank fetches its own groups; everything else that goes to the buffer is sent by rank 0 (`leader.py`).
 Before each step the ranks agree on whether to continue, because a signal reaches them at different times. A
 drain finishes the current step (or abandons it when no servers are left that could fill it), waits for its
-checkpoint and the commit, closes admission, and exits with code 0.
+checkpoint and the commit, closes admission, and exits with `daemon.exit_code_on_drain`. After the last step
+the buffers are told that the run is finished, and the exit code is 0.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import threading
 import time
@@ -24,10 +26,12 @@ import torch
 import torch.distributed as dist
 
 from areal_like.config import Config
-from areal_like.errors import ConfigError, UserError
+from areal_like.errors import ConfigError, RunFinishedError, UserError
 from areal_like.paths import RunPaths, model_path
 from areal_like.runtime.daemon import DrainSignals, exit_code_of
 from areal_like.runtime.logs import configure_logging
+from areal_like.runtime.process import keep_files_private
+from areal_like.runtime.signals import handle_log_signals
 from areal_like.weights.snapshots_on_disk import VERSION_KEY
 from trainer.buffer_client.client import StopRequestedError, TrainerBufferClient
 from trainer.checkpoint import Checkpoints
@@ -77,10 +81,17 @@ class Trainer:
         self._hands_over = False
         buffer.runtime.verbs["hand_over"] = self._hand_over
 
+    @property
+    def is_finished(self) -> bool:
+        """True when all steps of the run are done."""
+        return self._step >= self._config.trainer.num_steps
+
     def run(self) -> None:
         """Trains until `trainer.num_steps` or a drain."""
         with contextlib.closing(self._checkpoints):
-            self._begin()
+            if not self._begin():
+                self._snapshotter.close()
+                return
             while self._should_continue():
                 try:
                     self._train_step()
@@ -91,7 +102,7 @@ class Trainer:
 
     def _should_continue(self) -> bool:
         """Collective, called once per step: a drain of one rank ends the loop on all ranks."""
-        if self._step >= self._config.trainer.num_steps:
+        if self.is_finished:
             return False
         return not self._ranks.any(self._buffer.stop_requested.is_set())
 
@@ -111,11 +122,16 @@ class Trainer:
         self._runner.rewards.restore(extra["shaping_duals"])
         return step, extra["stream"]
 
-    def _begin(self) -> None:
+    def _begin(self) -> bool:
+        """Returns False if the run was finished before this trainer started."""
         snapshot = self._take_snapshot()
         if self._leader is not None:
             assert snapshot is not None
-            is_new = self._leader.start_stream(self._stream)
+            try:
+                is_new = self._leader.start_stream(self._stream)
+            except RunFinishedError as error:
+                log.info("%s", error)
+                return not self._ranks.any(True)
             # Not before start_stream, which the buffer may refuse. Not after begin, which waits for servers:
             # a trainer that replaces this one in the meantime resumes from the latest checkpoint, and that
             # must not be one after this step.
@@ -124,9 +140,11 @@ class Trainer:
             self._leader.begin(
                 snapshot, is_new=is_new, stream=self._stream, oldest_kept_step=oldest_kept_step
             )
-        # No rank may fetch groups before the buffer has received StartTraining.
-        self._ranks.meet()
+        # No rank may fetch groups before the buffer has received StartTraining, so all ranks meet here.
+        if self._ranks.any(False):
+            return False
         self._buffer.runtime.ready()
+        return True
 
     def _train_step(self) -> None:
         step, trainer = self._step, self._config.trainer
@@ -153,7 +171,7 @@ class Trainer:
             self._save()
         self._checkpoints.wait()  # no later checkpoint can replace the last one: here a full disk is an error
         if self._leader is not None:
-            finished = self._step == self._config.trainer.num_steps
+            finished = self.is_finished
             self._leader.end(finished=finished, hands_over=self._hands_over and not finished)
         # The other ranks stay in the process group until rank 0 is done.
         self._ranks.meet()
@@ -214,8 +232,17 @@ class Trainer:
 def run_rank(config: Config) -> int:
     """Runs one rank from start to end and returns its exit code."""
     name = f"trainer-{os.environ.get('RANK', '0')}"
+    is_finished = False
+
+    def body() -> None:
+        nonlocal is_finished
+        is_finished = _run(config)
+
+    keep_files_private(RunPaths.of(config).root)
     configure_logging(config, name)
-    return exit_code_of(name, lambda: _run(config))
+    handle_log_signals()
+    code = exit_code_of(name, body)
+    return code if code or is_finished else config.daemon.exit_code_on_drain
 
 
 def _control_timeout_s(config: Config) -> float:
@@ -229,7 +256,8 @@ def _control_timeout_s(config: Config) -> float:
     return rank0_s + groups_s + trainer.buffer_timeout_s + trainer.collective_timeout_s
 
 
-def _run(config: Config) -> None:
+def _run(config: Config) -> bool:
+    """Returns True if the run is finished, False after a drain."""
     started_s = time.monotonic()
     StepRecipe.of(config).check_stream(config)  # reports a mistake in the settings before anything is loaded
     torch.set_num_threads(config.trainer.num_threads)
@@ -237,8 +265,8 @@ def _run(config: Config) -> None:
     join_ranks(config, device)
     try:
         ranks = Ranks(device=device, control_timeout_s=_control_timeout_s(config))
-        incarnation = torch.tensor([time.time_ns()], dtype=torch.int64)
-        dist.broadcast(incarnation, src=0)
+        process = torch.tensor(list(secrets.token_bytes(16)), dtype=torch.int64)
+        dist.broadcast(process, src=0)
         # Before the first request to the buffer: on a full disk the buffer replies only when there is space
         # again.
         if ranks.rank == 0:
@@ -248,7 +276,7 @@ def _run(config: Config) -> None:
             rank=ranks.rank,
             world_size=ranks.world_size,
             device=str(device),
-            incarnation=int(incarnation),
+            process=bytes(process.tolist()).hex(),
         )
 
         def on_drain() -> None:
@@ -259,8 +287,11 @@ def _run(config: Config) -> None:
 
         DrainSignals(drain_timeout_s=config.daemon.drain_timeout_s, on_drain=on_drain)
         with buffer:
-            Trainer(config, buffer, ranks, started_s=started_s).run()
+            trainer = Trainer(config, buffer, ranks, started_s=started_s)
+            trainer.run()
+        return trainer.is_finished
     except StopRequestedError as stop:
         log.info("%s", stop)
+        return False
     finally:
         dist.destroy_process_group()

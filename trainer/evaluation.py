@@ -75,6 +75,8 @@ class Evaluations:
                 "see the rollout servers' logs"
             )
         reward = result.mean_reward
-        log.info("evaluation %d: %.4f over %d prompts", result.eval_id, reward, result.num_evaluated)
+        failed = f", {result.num_failed} of which failed and count 0" if result.num_failed else ""
+        num_prompts = result.num_evaluated + result.num_failed
+        log.info("evaluation %d: %.4f over %d prompts%s", result.eval_id, reward, num_prompts, failed)
         self._on_reward(reward)
         return reward

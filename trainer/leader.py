@@ -20,6 +20,7 @@ from areal_like.wire.messages.consumer import (
     CloseAdmission,
     CommitStep,
     CompleteStep,
+    FinishRun,
     GetRunCounters,
     GetStreamState,
     RunCounters,
@@ -73,7 +74,8 @@ class Leader:
         """Sends the buffer the step at which training starts; returns True if the run is new.
 
         `stream`: the `stream_state` in the checkpoint; empty for a new run. Raises UserError if the buffer
-        cannot continue from this step: another start would be refused too.
+        cannot continue from this step: another start would be refused too. Raises RunFinishedError if the run
+        is finished and this is its last step.
         """
         start = StartTraining(step=self._step, stream=stream.get("stream", {}))
         try:
@@ -152,6 +154,7 @@ class Leader:
     def end(self, *, finished: bool, hands_over: bool = False) -> None:
         """Closes the stream, evaluates the last weights (if `finished`) and writes the summary.
 
+        Then, if `finished`, every role hears of it from the buffers and ends.
         `hands_over`: another trainer takes over at once, so the stream stays open and generation continues.
         """
         counters_at_close = self._get_counters()
@@ -178,6 +181,8 @@ class Leader:
             training_seconds=training_seconds,
         )
         self._metrics.close()
+        if finished:
+            self._buffer.call(FinishRun(), timeout_s=_CALL_TIMEOUT_S)
 
     def status(self) -> dict[str, Any]:
         """Rank 0's part of the trainer's /status."""
@@ -268,7 +273,7 @@ class Leader:
             Broadcaster(
                 self._config.weights,
                 device=buffer.device,
-                incarnation=buffer.incarnation,
+                incarnation=int(buffer.process, 16),
                 keyring=buffer.runtime.keyring,
             ),
             call=buffer.call_async,

@@ -27,7 +27,7 @@ from areal_like.errors import ConfigError, UserError
 from areal_like.paths import RunPaths, cache_dir, model_path
 from areal_like.runtime.command_line import load_config, shows_help
 from areal_like.runtime.imports import torch_hidden
-from areal_like.runtime.process import die_with_launcher
+from areal_like.runtime.process import die_with_launcher, keep_files_private
 
 log = logging.getLogger(__name__)
 
@@ -164,6 +164,7 @@ def main(argv: list[str]) -> int:
     if shows_help(argv, f"python -m trainer.prepare_model {inspect.getdoc(main)}\n\n{__doc__}"):
         return 0
     die_with_launcher()
+    keep_files_private()
     # One thread, set before torch is imported: a seed then gives the same model on every machine, and a tiny
     # model is built faster.
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -7,7 +7,7 @@ stay open mappings: the class that they name defines and checks their keys (area
 The package imports neither hydra nor torch, because every process imports it first.
 """
 
-from areal_like.config.buffer import BufferConfig
+from areal_like.config.buffer import BufferConfig, OnFailureConfig
 from areal_like.config.job import Config, DaemonConfig, EvalConfig, ModelConfig
 from areal_like.config.loading import from_mapping, to_mapping
 from areal_like.config.rollout import RolloutConfig, SamplingConfig, SglangConfig
@@ -22,6 +22,7 @@ __all__ = [
     "EvalConfig",
     "KlConfig",
     "ModelConfig",
+    "OnFailureConfig",
     "RolloutConfig",
     "SamplingConfig",
     "SecurityConfig",

@@ -2,10 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from areal_like.config.common import Section, require
+from areal_like.failures import FailureKind, FailurePolicy
+
+Policy = Literal["retry", "zero", "drop"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnFailureConfig(Section, key="buffer.on_failure"):
+    """What is done about a failed sample, by the kind of its failure.
+
+    `retry`: sample it again, up to `buffer.max_sample_retries` times; `zero`: train on its tokens with reward
+    0 (before the first sampled token: as `retry`); `drop`: drop its ticket at once.
+    """
+
+    engine: Policy = "retry"
+    """The engine answered with an error, or its answer cannot be used: `retry` or `drop`."""
+    timeout: Policy = "retry"
+    """The engine returned no token within `rollout.generate_timeout_s`: `retry` or `drop`."""
+    reward: Policy = "retry"
+    """The reward function raised, returned no finite number, or its process died."""
+    reward_timeout: Policy = "zero"
+    """The reward function exceeded `rollout.reward_timeout_s`. With `retry` or `drop`, answers that hang the
+    verifier are never trained on, and so never punished."""
+    prompt: Policy = "drop"
+    """The prompt is too long, or the engine refuses it: `drop` (and do not issue it again) or `retry`."""
+    environment: Policy = "zero"
+    """The task's example() or the episode raised or hung, or its turns became too long for the engine."""
+
+    def check(self) -> None:
+        """`zero` only for failures that leave tokens to train on."""
+        for name in ("engine", "timeout", "prompt"):
+            require(
+                getattr(self, name) != "zero",
+                f"buffer.on_failure.{name}=zero: such a sample has no tokens to train on: use retry or drop",
+            )
+
+    def policy(self, kind: FailureKind) -> FailurePolicy:
+        """The policy for one kind of failure."""
+        return FailurePolicy(getattr(self, kind.value))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +90,13 @@ class BufferConfig(Section, key="buffer"):
     max_reissues: int = 3
     """Number of times that the prompt of a dropped ticket may be issued again."""
     max_sample_retries: int = 2
-    """Number of times that a failed sample (reward raised or hung) is retried before its ticket is dropped
-    with reason `failed`."""
+    """Number of times that a failed sample is retried before its ticket is dropped with reason `failed`."""
     max_consecutive_failures: int = 20
-    """Failed samples in a row that stop the run with the last error."""
+    """Failed samples in a row, each of another ticket, after which a rollout server gets no leases for a
+    while. If the task's code failed at every server, the run ends with the last error instead."""
+    on_failure: OnFailureConfig = field(default_factory=OnFailureConfig)
+    max_peers: int = 1024
+    """Most registered rollout servers and trainer ranks; further ones are refused."""
     max_message_bytes: int = 64 << 20
     """Largest message accepted from any peer, in bytes."""
     durability: Literal["power_loss", "process_crash", "none"] = "process_crash"
@@ -78,7 +119,7 @@ class BufferConfig(Section, key="buffer"):
     def check(self) -> None:
         """Ranges; the number of ports; no retained trajectories without a ledger on disk."""
         require(bool(self.host), "buffer.host is empty: give an address to bind, e.g. 127.0.0.1")
-        for name in ("num_shards", "max_consecutive_failures", "curriculum_half_life"):
+        for name in ("num_shards", "max_peers", "max_consecutive_failures", "curriculum_half_life"):
             require(getattr(self, name) >= 1, f"buffer.{name} must be at least 1")
         for name in ("max_reissues", "max_sample_retries", "cache_bytes", "min_free_bytes"):
             require(getattr(self, name) >= 0, f"buffer.{name} must be at least 0")

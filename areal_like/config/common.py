@@ -10,6 +10,9 @@ from typing import Any, ClassVar, Literal
 
 from areal_like.errors import ConfigError
 
+NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+"""Names of jobs, runs and daemons."""
+NAME_RULE = "use 1 to 64 of the characters A-Z a-z 0-9 . _ -"
 _TYPE_NAMES = {
     int: "a whole number",
     float: "a number",

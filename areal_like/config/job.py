@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from areal_like.config.buffer import BufferConfig
-from areal_like.config.common import Section, require
+from areal_like.config.common import NAME, NAME_RULE, Section, require
 from areal_like.config.rollout import RolloutConfig, SamplingConfig
 from areal_like.config.security import SecurityConfig
 from areal_like.config.trainer import KlConfig, TrainerConfig
 from areal_like.config.weights import WeightsConfig
+from areal_like.hosts import is_loopback
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,12 @@ class DaemonConfig(Section, key="daemon"):
     """Interval of heartbeats to the buffer, in seconds."""
     drain_timeout_s: float = 30.0
     """Longest time from SIGTERM to exit, in seconds."""
+    linger_s: float = 30.0
+    """Longest time that a buffer goes on after the end of the run, in seconds, to tell late peers about it.
+    It ends earlier when every peer has left."""
+    exit_code_on_drain: int = 0
+    """Exit code of a daemon that was told to drain, so that a supervisor can tell it from the end of the run
+    (0). Use 0 or 3 to 125."""
     io_threads: int = 1
     """Threads of each daemon that move ZeroMQ messages: more than one only helps connections that are
     encrypted."""
@@ -71,6 +79,12 @@ class DaemonConfig(Section, key="daemon"):
         require(bool(self.http_host), "daemon.http_host is empty: give an address to bind, e.g. 127.0.0.1")
         require(self.heartbeat_s > 0, "daemon.heartbeat_s must be above 0")
         require(self.drain_timeout_s > 0, "daemon.drain_timeout_s must be above 0")
+        require(self.linger_s >= 0, "daemon.linger_s must be at least 0")
+        require(
+            self.exit_code_on_drain == 0 or 3 <= self.exit_code_on_drain <= 125,
+            f"daemon.exit_code_on_drain={self.exit_code_on_drain}: use 0 or 3 to 125 "
+            "(1 is a failure, 2 a wrong setting)",
+        )
         require(1 <= self.io_threads <= 64, f"daemon.io_threads={self.io_threads}: use 1..64")
 
 
@@ -130,14 +144,21 @@ class Config(Section):
             f"{self.trainer.tokens_per_microbatch}: raise it",
         )
         require(
-            bool(self.name) and "/" not in self.name and self.name not in (".", ".."),
-            f"name={self.name!r}: use a plain directory name",
+            NAME.fullmatch(self.name) is not None and self.name not in (".", ".."),
+            f"name={self.name!r}: {NAME_RULE}",
         )
         require(
             self.resume in ("", "latest") or (self.resume.startswith("step:") and self.resume[5:].isdigit()),
             f"resume={self.resume!r}: use latest or step:K",
         )
         self._check_shards()
+        require(
+            self.weights.integrity == "none" or self.rollout.engine == "embedded",
+            f"weights.integrity={self.weights.integrity} needs rollout.engine=embedded: "
+            f"{self.rollout.engine} loads each bucket in place and cannot verify it before; "
+            "set weights.integrity=none",
+        )
+        self._check_engine_url()
         for section in ("task", "objective", "advantage"):
             keys = getattr(self, section)
             require(("name" in keys) != ("_target_" in keys), f"{section}: give either `name` or `_target_`")
@@ -159,6 +180,24 @@ class Config(Section):
             self.rollout.max_running + self.rollout.queue_samples >= num_shards,
             f"buffer.num_shards={num_shards} is more than the samples that one server holds: "
             "raise rollout.max_running or rollout.queue_samples",
+        )
+
+    def _check_engine_url(self) -> None:
+        """An engine on the network needs TLS and a key: whoever can reach it can change its weights."""
+        sglang = self.rollout.sglang
+        parts = urlsplit(sglang.url)
+        if not sglang.url or is_loopback(parts.hostname or "") or self.security.insecure:
+            return
+        require(
+            parts.scheme == "https",
+            f"rollout.sglang.url={sglang.url} is not encrypted: start the engine with --ssl-certfile and "
+            "--ssl-keyfile and give https://..., reach it through a tunnel (http://127.0.0.1:port), "
+            "or accept the risk with security.insecure=true",
+        )
+        require(
+            bool(sglang.api_key_file),
+            f"rollout.sglang.url={sglang.url}: start the engine with an API key and name the file that holds "
+            "it in rollout.sglang.api_key_file, or accept the risk with security.insecure=true",
         )
 
     def _check_sync_interval(self) -> None:

@@ -40,6 +40,10 @@ class SamplingConfig(Section, key="sampling"):
         )
 
 
+_OWN_OPTIONS = ("--host", "--port", "--api-key", "--admin-api-key")
+"""Options of SGLang that the rollout server sets and `rollout.sglang.args` may not change."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SglangConfig(Section, key="rollout.sglang"):
     """With `rollout.engine=sglang`: how to start SGLang, or the address of a running SGLang server.
@@ -57,8 +61,14 @@ class SglangConfig(Section, key="rollout.sglang"):
     env: dict[str, Any] = field(default_factory=dict)
     """Environment variables of the engine, added to the environment of the rollout server."""
     url: str = ""
-    """`http://host:port` of a running engine. It is used, updated and reset, but never started or stopped,
-    and must be able to read `model.path`. Empty: the rollout server starts an engine."""
+    """`https://host:port` of a running engine, or `http://` on this machine's loopback. It is used, updated
+    and reset, but never started or stopped, and must be able to read `model.path`. Empty: the rollout server
+    starts an engine."""
+    api_key_file: str = ""
+    """With `url`: file with the engine's API key, readable by its owner only."""
+    ca_file: str = ""
+    """With an https `url`: PEM file with the certificates that the engine's is checked with; empty: those of
+    the system."""
 
     def check(self) -> None:
         """`args` must parse as shell words; `url` excludes the settings that start an engine."""
@@ -72,7 +82,18 @@ class SglangConfig(Section, key="rollout.sglang"):
         )
         require(
             not self.url or self.url.startswith(("http://", "https://")),
-            f"rollout.sglang.url={self.url}: give http://host:port",
+            f"rollout.sglang.url={self.url}: give https://host:port, or http://127.0.0.1:port",
+        )
+        require(
+            bool(self.url) or not (self.api_key_file or self.ca_file),
+            "rollout.sglang.api_key_file and ca_file are for an engine at rollout.sglang.url: "
+            "an engine that the rollout server starts gets a key of its own",
+        )
+        own = next((word for word in words if word.partition("=")[0] in _OWN_OPTIONS), "")
+        require(
+            not own,
+            f"rollout.sglang.args: remove {own.partition('=')[0]}: the rollout server binds its engine to a "
+            "free port of 127.0.0.1 and gives it a key that is on no command line",
         )
         require(
             not (self.url and (self.args or self.env or self.python)),
@@ -101,13 +122,14 @@ class RolloutConfig(Section, key="rollout"):
     """Processes that compute rewards."""
     reward_timeout_s: float = 10.0
     """Time limit of one reward and of one task.example(), in seconds. After it the worker process is killed
-    and the sample counts as failed."""
+    and the sample counts as failed (`buffer.on_failure`)."""
     generate_timeout_s: float = 600.0
-    """Longest wait for one generation, in seconds."""
+    """Time limit of one generation, in seconds. After it the sample is truncated: the tokens sampled so far
+    are kept."""
     start_timeout_s: float = 180.0
     """Longest wait for an engine to become ready, in seconds."""
     host: str = "127.0.0.1"
-    """Address that a server and its engine bind."""
+    """Address that a server binds to receive weight pushes. Its engine listens on loopback only."""
     advertise_host: str = ""
     """Address at which the trainer reaches this server; empty: `host`."""
     num_threads: int = 1

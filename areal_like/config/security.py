@@ -24,8 +24,18 @@ class SecurityConfig(Section, key="security"):
     allowed_hosts: tuple[str, ...] = ()
     """Names, beyond the bound and advertised addresses, that HTTP requests may have in their Host header."""
 
+    tls_certificate: str = ""
+    """PEM file with the certificate (chain) of the daemons' HTTP servers, which then speak TLS only. This
+    project's own commands trust exactly this certificate, whatever name is in it."""
+    tls_private_key: str = ""
+    """PEM file with the private key of `tls_certificate`, readable by its owner only."""
+
     def check(self) -> None:
-        """Plain names; a list of host names."""
+        """Plain names; a list of host names; a certificate with its key."""
+        require(
+            bool(self.tls_certificate) == bool(self.tls_private_key),
+            "security.tls_certificate and security.tls_private_key belong together: set both or none",
+        )
         require(
             not self.identity or re.fullmatch(r"[A-Za-z0-9._-]{1,64}", self.identity) is not None,
             f"security.identity={self.identity}: use 1 to 64 letters, digits, dots, dashes and underscores",

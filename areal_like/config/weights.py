@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from areal_like.config.common import Section, require
+
+MAX_TIMEOUT_S = 3600.0
+"""Upper limit of `push_deadline_s`; a server refuses a request with a longer time limit."""
+_ANY_ADDRESS = ("0.0.0.0", "::", "[::]")
+_MAX_PORT = 65535
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +26,19 @@ class WeightsConfig(Section, key="weights"):
     """Size of one flattened broadcast, in bytes."""
     host: str = "127.0.0.1"
     """Address of trainer rank 0 for the weight group's rendezvous; every engine must be able to reach it."""
+    port_range: str = ""
+    """Ports for the weight group's rendezvous, as `20000-20099`; empty: any free port. `shared` uses one port
+    at a time, `per_engine` one for each engine. The backend's data connections use other ports."""
+    integrity: Literal["none", "sha256"] = "none"
+    """`sha256`: rank 0 sends the SHA-256 of each bucket over the control channel, and a server activates only
+    weights whose digests agree. Needs `rollout.engine=embedded`."""
     sync_interval: int = 1
     """Optimizer steps between pushes (the weights after the last step are always pushed). Above 1 with
     `buffer.group_filter=single_version`, each interval trains only on groups sampled with the weights pushed
     at its start; groups left over at its end are dropped with reason `interval`."""
     push_deadline_s: float = 60.0
-    """Time limit of a push, in seconds. A receiver that has not replied by then is excluded from the
-    weight group."""
+    """Time limit of a push, in seconds, at most 3600. A receiver that has not replied by then is excluded
+    from the weight group."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """Backend of the weight group; `auto`: NCCL where trainer and engine are on GPUs, else gloo."""
     topology: Literal["shared", "per_engine"] = "shared"
@@ -44,4 +56,31 @@ class WeightsConfig(Section, key="weights"):
         require(bool(self.host), "weights.host is empty: give an address of the trainer's machine")
         require(self.bucket_bytes >= 1 << 10, "weights.bucket_bytes must be at least 1024")
         require(self.sync_interval >= 1, "weights.sync_interval must be at least 1")
-        require(self.push_deadline_s > 0, "weights.push_deadline_s must be above 0")
+        require(
+            0 < self.push_deadline_s <= MAX_TIMEOUT_S,
+            f"weights.push_deadline_s must be above 0 and at most {MAX_TIMEOUT_S:g}",
+        )
+        require(
+            self.host not in _ANY_ADDRESS,
+            f"weights.host={self.host} is no address that engines can connect to: "
+            "give one address of the trainer's machine",
+        )
+        require(
+            not self.port_range or _parse_ports(self.port_range) is not None,
+            f"weights.port_range={self.port_range!r}: give two ports from 1 to {_MAX_PORT}, as 20000-20099, "
+            "or leave it empty",
+        )
+
+    @property
+    def ports(self) -> range:
+        """The ports of `port_range`; 0 alone (any free port) if it is empty."""
+        return _parse_ports(self.port_range) or range(1)
+
+
+def _parse_ports(text: str) -> range | None:
+    """The ports from `first-last`; None for anything else."""
+    match = re.fullmatch(r"(\d{1,5})-(\d{1,5})", text, re.ASCII)
+    if match is None:
+        return None
+    first, last = map(int, match.groups())
+    return range(first, last + 1) if 1 <= first <= last <= _MAX_PORT else None

@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from areal_like.config import Config, from_mapping, to_mapping
+from areal_like.config.common import NAME, NAME_RULE
 from areal_like.errors import ConfigError
 
 OPEN_SECTIONS = ("objective", "advantage", "task")
@@ -124,11 +125,17 @@ def load_config(argv: Sequence[str]) -> Config:
 
 
 def role_arguments(argv: Sequence[str], *, default_name: str) -> tuple[Config, str]:
-    """(configuration, daemon name) of one role: the arguments of `load_config` and `--name rollout-1`."""
+    """(configuration, daemon name) of one role: the arguments of `load_config` and `--name rollout-1`.
+
+    Raises ConfigError.
+    """
     options = Options()
     options.add_argument("--name", action=OneValue, missing="give the daemon's name, e.g. rollout-1")
     values, rest = options.parse_known_args(list(argv))
-    return load_config(rest), values.name or default_name
+    name = values.name or default_name
+    if not NAME.fullmatch(name):
+        raise ConfigError(f"--name {name[:80]}: {NAME_RULE}")
+    return load_config(rest), name
 
 
 def save_config(config: Config, path: Path) -> None:

@@ -4,10 +4,11 @@
 
 A daemon's own code is an `async def main(runtime)`. The runtime sets `stopping` on SIGTERM or SIGINT (a
 second signal, or a drain longer than `daemon.drain_timeout_s`, kills the process). It serves /livez, /readyz,
-/metrics, /status and /control on a free port; `<run>/endpoints/<daemon>.json` contains the address.
+/metrics, /status and /control on a free port (`http_pages`); `<run>/endpoints/<daemon>.json` contains the
+address.
 
-Exit codes: 0 done or drained, 1 failed (the reason is in the log, and in one line on stderr), 2 a mistake of
-the user (one message on stderr).
+Exit codes: 0 the run is finished; `daemon.exit_code_on_drain` (by default 0 too) drained; 1 failed (the
+reason is in the log, and in one line on stderr); 2 a mistake of the user (one message on stderr).
 """
 
 from __future__ import annotations
@@ -17,30 +18,26 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any, Self
 
-import uvicorn
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
-
 from areal_like.config import Config
-from areal_like.errors import ArealError, ConfigError, UserError
+from areal_like.errors import ArealError, UserError
 from areal_like.paths import RunPaths, write_json
+from areal_like.runtime.http_pages import HttpPlane, Page, Verb
 from areal_like.runtime.logs import configure_logging, exit_log
-from areal_like.runtime.metrics import CONTENT_TYPE, Metrics
-from areal_like.runtime.process import die_with_launcher
+from areal_like.runtime.metrics import Metrics
+from areal_like.runtime.process import die_with_launcher, keep_files_private
+from areal_like.runtime.signals import handle_log_signals, show_tasks_of
 from areal_like.runtime.waits import PendingWaits
 from areal_like.security.keyring import Keyring
 from areal_like.security.keys import KeyRole
 from areal_like.wire.pump import set_io_threads
-from areal_like.wire.sockets import bound_socket
 
 log = logging.getLogger(__name__)
 
@@ -66,23 +63,26 @@ class Runtime:
         """The daemon's keys; None if the job has none."""
         self.stopping = asyncio.Event()
         """Set when the daemon must drain."""
+        self.process = secrets.token_hex(16)
+        """Identity of this process, by which a buffer tells it from others of the same name. Not in /status:
+        who knows it can pose as this process."""
+        self.is_finished = False
+        """True when the run is finished: the exit code is then 0, also after a drain."""
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Gets the exception of something that works beside `main` and has failed: the daemon must end."""
-        self.incarnation = time.time_ns()
-        """Start time in nanoseconds. It grows with every start, so that peers can refuse an older process of
-        the same name."""
         self.status: Callable[[], dict[str, Any]] = dict
         """Returns the daemon's own part of /status."""
-        self.verbs: dict[str, Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]] = {"drain": self._drain}
+        self.verbs: dict[str, Verb] = {"drain": self._on_drain_verb}
         """Handlers of `POST /control/<verb>`: JSON object in, JSON object out; UserError becomes a 400."""
+        self.metrics_pages: dict[str, Page] = {}
+        """Further pages in Prometheus' format, `/metrics/<name>`; an ArealError becomes a 503."""
         self.http_port = 0
         set_io_threads(config.daemon.io_threads)
         self._loop = asyncio.get_running_loop()
         self._drain_requested = False
         self._unready = "starting"
         self._endpoint: dict[str, Any] = {}
-        self._server: uvicorn.Server | None = None
-        self._serving: asyncio.Task[None] | None = None
+        self._plane: HttpPlane | None = None
         self._reading_keys: asyncio.TimerHandle | None = None
 
     def ready(self) -> None:
@@ -90,12 +90,12 @@ class Runtime:
         self._unready = ""
 
     def unready(self, reason: str) -> None:
-        """Makes /readyz return 503 with this reason."""
+        """Makes /readyz return 503; the reason is in /status."""
         self._unready = reason
 
     @property
     def not_ready_because(self) -> str:
-        """The reason in the response of /readyz; empty when ready."""
+        """The reason in /status; empty when ready."""
         return "draining" if self.stopping.is_set() else self._unready
 
     def advertise(self, **addresses: Any) -> None:
@@ -113,30 +113,14 @@ class Runtime:
         self._loop.call_soon_threadsafe(self.stopping.set)
 
     async def __aenter__(self) -> Self:
-        host = self.config.daemon.http_host
-        try:
-            listening = bound_socket(host, 0)
-        except OSError as error:
-            raise ConfigError(
-                f"cannot bind {host} ({error.strerror}): set daemon.http_host to an address of this machine"
-            ) from None
-        # From here on the kernel queues connections until the server accepts them, instead of refusing them.
-        listening.listen(128)
-        self.http_port = listening.getsockname()[1]
-        settings = uvicorn.Config(
-            self._app(),
-            log_level="warning",
-            lifespan="off",
-            access_log=False,
-            loop="asyncio",
-            log_config=None,
-        )
-        self._server = _QuietServer(settings)
-        self._serving = asyncio.create_task(self._server.serve(sockets=[listening]), name="http")
+        show_tasks_of(self._loop)
+        self._plane = HttpPlane(self)
+        self.http_port = self._plane.bind()
+        self._plane.start()
         self.advertise(
             role=self.role,
             pid=os.getpid(),
-            http=f"{host}:{self.http_port}",
+            http=f"{self.config.daemon.http_host}:{self.http_port}",
             started_unix_s=round(time.time(), 3),
         )
         if self.keyring is not None:
@@ -144,13 +128,11 @@ class Runtime:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        assert self._server is not None and self._serving is not None
+        assert self._plane is not None
         if self._reading_keys is not None:
             self._reading_keys.cancel()
         self.failed.cancel()
-        self._server.should_exit = True
-        self._server.force_exit = True
-        await asyncio.wait([self._serving], timeout=2)
+        await self._plane.close()
         (self.paths.endpoints / f"{self.name}.json").unlink(missing_ok=True)
 
     def _read_keys(self, keyring: Keyring) -> None:
@@ -160,64 +142,30 @@ class Runtime:
         except Exception as error:  # the loop would only log it, and revoked keys would stay valid
             self.fail(error)
 
-    async def _drain(self, _: dict[str, Any]) -> dict[str, Any]:
-        """Does the same as SIGTERM, watchdog included, for callers that can reach only the HTTP port.
+    def drain(self) -> None:
+        """Does the same as SIGTERM, watchdog included. Call it in the daemon's event loop.
 
         A repeated call sends no second signal, which would kill the daemon at once.
         """
         if not (self._drain_requested or self.stopping.is_set()):
             self._drain_requested = True
             os.kill(os.getpid(), signal.SIGTERM)
+
+    def finish(self) -> None:
+        """Drains because the run is finished."""
+        self.is_finished = True
+        self.drain()
+
+    async def _on_drain_verb(self, _: dict[str, Any]) -> dict[str, Any]:
+        self.drain()
         return {"draining": True}
 
-    def _app(self) -> Starlette:
-        async def livez(_: Request) -> Response:
-            return PlainTextResponse("ok")
-
-        async def readyz(_: Request) -> Response:
-            reason = self.not_ready_because
-            return PlainTextResponse(reason or "ready", status_code=503 if reason else 200)
-
-        async def metrics(_: Request) -> Response:
-            return Response(self.metrics.exposition(), media_type=CONTENT_TYPE)
-
-        async def status(_: Request) -> Response:
-            base = {"role": self.role, "name": self.name, "pid": os.getpid(), "incarnation": self.incarnation}
-            return JSONResponse(
-                base
-                | {"not_ready": self.not_ready_because, "waiting_on": self.waits.durations()}
-                | self.status()
-            )
-
-        async def control(request: Request) -> Response:
-            verb = self.verbs.get(request.path_params["verb"])
-            if verb is None:
-                return JSONResponse({"error": f"unknown verb; known: {sorted(self.verbs)}"}, status_code=404)
-            try:
-                body = json.loads(await request.body() or b"{}")
-                if not isinstance(body, dict):
-                    raise ValueError("want a JSON object")
-                return JSONResponse(await verb(body))
-            except (ValueError, RecursionError) as error:  # UserError is one; a body may be nested deeply
-                return JSONResponse({"error": str(error)}, status_code=400)
-
-        return Starlette(
-            routes=[
-                Route("/livez", livez),
-                Route("/readyz", readyz),
-                Route("/metrics", metrics),
-                Route("/status", status),
-                Route("/control/{verb}", control, methods=["POST"]),
-            ]
+    def describe(self) -> dict[str, Any]:
+        """The JSON object of /status."""
+        base = {"role": self.role, "name": self.name, "pid": os.getpid()}
+        return (
+            base | {"not_ready": self.not_ready_because, "waiting_on": self.waits.durations()} | self.status()
         )
-
-
-class _QuietServer(uvicorn.Server):
-    """uvicorn without its signal handlers: the daemon owns signals."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 def exit_code_of(name: str, run: Callable[[], None]) -> int:
@@ -274,17 +222,23 @@ def run_daemon(
     config: Config, *, role: str, name: str, main: Callable[[Runtime], Coroutine[Any, Any, None]]
 ) -> int:
     """Runs an asyncio daemon to its end and returns its exit code."""
+    is_drained = False
 
     async def body() -> None:
+        nonlocal is_drained
         async with Runtime(config, role=role, name=name) as runtime:
             DrainSignals(drain_timeout_s=config.daemon.drain_timeout_s, on_drain=runtime.stop)
             log.info("%s started, pid %d", name, os.getpid())
             await _until_failed(runtime, main(runtime))
-            log.info("%s ended", name)
+            is_drained = runtime.stopping.is_set() and not runtime.is_finished
+            log.info("%s ended: %s", name, "drained" if is_drained else "the run is finished")
 
     die_with_launcher()
+    keep_files_private(RunPaths.of(config).root)
     configure_logging(config, name)
-    return exit_code_of(name, lambda: asyncio.run(body()))
+    handle_log_signals()
+    code = exit_code_of(name, lambda: asyncio.run(body()))
+    return config.daemon.exit_code_on_drain if is_drained and code == 0 else code
 
 
 async def _until_failed(runtime: Runtime, main: Coroutine[Any, Any, None]) -> None:

@@ -5,7 +5,8 @@ Every labeled series starts at zero, so that Prometheus can compute its rate fro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
@@ -25,9 +26,13 @@ class Metrics:
 
     def counter(self, name: str, doc: str, *, label: str = "", values: Sequence[str] = ()) -> Counter:
         """A counter `areal_<name>_total`, with at most one label whose values are known."""
-        counter = Counter(f"{PREFIX}_{name}", doc, [label] if label else [], registry=self.registry)
-        for value in values:
-            counter.labels(value)
+        return self.counter_of(name, doc, {label: values} if label else {})
+
+    def counter_of(self, name: str, doc: str, labels: Mapping[str, Sequence[str]]) -> Counter:
+        """A counter `areal_<name>_total` with the values of each of its labels."""
+        counter = Counter(f"{PREFIX}_{name}", doc, list(labels), registry=self.registry)
+        for values in itertools.product(*labels.values()) if labels else ():
+            counter.labels(*values)
         return counter
 
     def gauge(self, name: str, doc: str, *, label: str = "", values: Sequence[str] = ()) -> Gauge:

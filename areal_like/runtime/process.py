@@ -1,4 +1,6 @@
-"""Makes a process end when its parent ends. Processes that may not outlive their parent call this first.
+"""Makes a process end when its parent ends, and keeps its files private.
+
+Processes that may not outlive their parent call the first part first.
 
 The processes of the launcher call `die_with_launcher`, which does nothing if somebody else started them; the
 processes that these start call `die_with_parent`, external programs through `tied_exec`.
@@ -10,11 +12,13 @@ Linux only: on other systems this does nothing, and a parent killed by SIGKILL l
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 _PR_SET_PDEATHSIG = 1
@@ -57,3 +61,27 @@ def die_with_launcher() -> None:
         die_with_parent()
         if os.getppid() != int(launcher_pid):
             raise SystemExit(1)
+
+
+def keep_files_private(root: Path | None = None) -> None:
+    """Files that this process makes are readable by its user only (0600, directories 0700).
+
+    `root`: a run's directory. Its directories get these modes too, if an earlier release made them.
+    """
+    os.umask(0o077)
+    if root is not None and root.is_dir():
+        for folder in (Path(path) for path, _, _ in os.walk(root)):
+            # Another user's, or gone meanwhile.
+            with contextlib.suppress(OSError):
+                if folder.stat().st_mode & 0o077:
+                    folder.chmod(0o700)
+
+
+def early_signals(drain_code: int = 0) -> None:
+    """Until the daemon handles signals itself, for its imports take seconds and it has nothing to lose yet.
+
+    SIGTERM ends the process with `drain_code`; SIGHUP and SIGUSR1 do nothing.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(drain_code))
+    for number in (signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

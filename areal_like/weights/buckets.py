@@ -28,6 +28,7 @@ ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e
 
 MAX_TENSORS = 1 << 20
 MAX_DIM = 1 << 40
+MAX_NUM_DIMS = 16
 _LANES = 128
 _BLOCK_BYTES = 256 << 10
 _PIECE_BLOCKS = 2
@@ -53,7 +54,9 @@ class TensorSpec:
             raise WeightSyncError(
                 f"tensor {self.name}: dtype {self.dtype!r} is not one of {', '.join(ITEM_BYTES)}"
             )
-        if not all(type(size) is int and 0 <= size <= MAX_DIM for size in self.shape):
+        if len(self.shape) > MAX_NUM_DIMS or not all(
+            type(size) is int and 0 <= size <= MAX_DIM for size in self.shape
+        ):
             raise WeightSyncError(f"tensor {self.name}: shape {list(self.shape)!r} is not a list of sizes")
 
     @property

@@ -1,6 +1,6 @@
 """The weight group: a torch.distributed group of trainer rank 0 and the engines, for broadcasts of weights.
 
-    rank 0           create() -> connect() -> broadcast() ... -> close()
+    rank 0           create() -> connect() -> close_store() -> broadcast() ... -> close()
     other ranks      join() -> broadcast() ... -> close()
 
 The group is independent of torch's default group, and compatible with SGLang's `init_custom_process_group`.
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from areal_like.errors import WeightSyncError
+from areal_like.weights.rendezvous import AuthenticatedStore, first_line, open_store
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -82,6 +83,7 @@ class WeightGroup:
         group_name: str,
         backend: str,
         timeout_s: float,
+        secret: str,
         server: Any = None,
     ) -> None:
         self.address = address
@@ -92,6 +94,8 @@ class WeightGroup:
         self.group_name = group_name
         self.backend = backend
         self.timeout_s = timeout_s
+        self.secret = secret
+        """Key of the rendezvous; empty: its values are not authenticated."""
         self._store: Any = store
         self._server: Any = server
         self._group: Any = None
@@ -101,47 +105,21 @@ class WeightGroup:
         cls,
         *,
         host: str = "127.0.0.1",
-        port: int = 0,
+        ports: Sequence[int] = (0,),
         world_size: int,
         group_name: str,
         backend: str = "gloo",
         timeout_s: float,
+        secret: str = "",
     ) -> WeightGroup:
         """Rank 0: opens the store on `host`, the address that other ranks connect to, and does not wait.
 
-        We bind the listening socket and pass it to the store. So no other process can take the port chosen
-        for port 0 in between, and the store listens only on `host`.
+        `ports`: the first free one is used; 0 is any. `secret`: key of the rendezvous, which every rank must
+        have (`rendezvous.AuthenticatedStore`); empty: values are not authenticated. Raises ConfigError if
+        `host` is no address of this machine, WeightSyncError if every port is taken.
         """
         _check(rank=0, world_size=world_size, backend=backend)
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((host, port))
-            listener.listen(1024)
-        except OSError as error:
-            listener.close()
-            raise WeightSyncError(
-                f"weight group {group_name}: cannot listen on {host}:{port}: {error.strerror}"
-            ) from None
-        bound_port: int = listener.getsockname()[1]
-        timeout = timedelta(seconds=timeout_s)
-        try:
-            server = _dist.TCPStore(
-                host,
-                bound_port,
-                None,
-                True,
-                timeout,
-                wait_for_workers=False,
-                master_listen_fd=listener.detach(),
-                use_libuv=True,
-            )
-            # Rank 0 is a client of the store like the other ranks, so that closing the server ends every
-            # rendezvous at once, including rank 0's own in another thread.
-            store = _dist.TCPStore(host, bound_port, None, False, timeout, wait_for_workers=False)
-        except RuntimeError as error:
-            raise WeightSyncError(f"weight group {group_name}: {_first_line(error)}") from None
+        server, store, bound_port = open_store(host=host, ports=ports, timeout_s=timeout_s)
         return cls(
             store,
             address=host,
@@ -151,6 +129,7 @@ class WeightGroup:
             group_name=group_name,
             backend=backend,
             timeout_s=timeout_s,
+            secret=secret,
             server=server,
         )
 
@@ -165,6 +144,7 @@ class WeightGroup:
         group_name: str,
         backend: str = "gloo",
         timeout_s: float,
+        secret: str = "",
     ) -> WeightGroup:
         """Rank 1 and up: connects to rank 0's store and waits for all ranks."""
         _check(rank=rank, world_size=world_size, backend=backend)
@@ -179,7 +159,7 @@ class WeightGroup:
             )
         except RuntimeError as error:
             raise WeightSyncError(
-                f"weight group {group_name}: no store at {master_address}:{master_port}: {_first_line(error)}"
+                f"weight group {group_name}: no store at {master_address}:{master_port}: {first_line(error)}"
             ) from None
         group = cls(
             store,
@@ -190,6 +170,7 @@ class WeightGroup:
             group_name=group_name,
             backend=backend,
             timeout_s=timeout_s,
+            secret=secret,
         )
         group.connect()
         return group
@@ -197,17 +178,31 @@ class WeightGroup:
     def connect(self) -> None:
         """Waits until all `world_size` ranks have connected to each other."""
         assert self._store is not None and self._group is None, "connect() once, before close()"
-        prefixed: Any = _dist.PrefixStore(self.group_name, self._store)
+        # Kept in a variable during the call: torch's C++ calls the methods of this Python object.
+        store: Any = self._store
+        if self.secret and self.backend == "gloo":
+            store = AuthenticatedStore(store, bytes.fromhex(self.secret))
+        prefixed: Any = _dist.PrefixStore(self.group_name, store)
         for prefix in (f"{self.group_name}/", f"{_PREFIX_DEVICE[self.backend]}/"):
             prefixed = _dist.PrefixStore(prefix, prefixed)
         try:
             self._group = self._gloo(prefixed) if self.backend == "gloo" else self._nccl(prefixed)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError, MemoryError, WeightSyncError) as error:
+            # gloo raises a ValueError or MemoryError for a value that it cannot parse.
             self.close()
             raise WeightSyncError(
                 f"weight group {self.group_name}: rank {self.rank} of {self.world_size} could not connect: "
-                f"{_first_line(error)}"
+                f"{first_line(error)}"
             ) from None
+
+    def close_store(self) -> None:
+        """Ends rank 0's store; call it when every rank has joined. Does nothing for NCCL.
+
+        gloo does not read the store any more; NCCL reads it again at the first broadcast. A stranger who
+        connects later finds no port, and the memory of what one has written is freed.
+        """
+        if self.backend == "gloo":
+            self._server = self._store = None
 
     def broadcast(self, tensor: torch.Tensor, *, timeout_s: float | None = None) -> None:
         """Sends `tensor` (rank 0) or receives into it (other ranks); returns when this rank is done with it.
@@ -258,7 +253,7 @@ class WeightGroup:
 
     def _broken(self, error: RuntimeError) -> WeightSyncError:
         self.close()
-        return WeightSyncError(f"weight group {self.group_name}: broadcast failed: {_first_line(error)}")
+        return WeightSyncError(f"weight group {self.group_name}: broadcast failed: {first_line(error)}")
 
     def close(self) -> None:
         """Leaves the group; peers that wait for this rank fail at once. The name can be reused.
@@ -321,8 +316,3 @@ def _check(*, rank: int, world_size: int, backend: str) -> None:
         raise WeightSyncError(f"weight group: backend {backend!r} is not one of {', '.join(_PREFIX_DEVICE)}")
     if not 0 <= rank < world_size:
         raise WeightSyncError(f"weight group: rank {rank} is not below world_size {world_size}")
-
-
-def _first_line(error: BaseException) -> str:
-    """The message without the C++ stack that torch appends after the first line."""
-    return str(error).strip().split("\n")[0]

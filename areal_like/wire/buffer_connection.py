@@ -15,11 +15,16 @@ registered. Two other conditions need different behavior:
 
 The owner of the connection decides when to register again and which requests to repeat then, because rollout
 servers and trainer ranks differ in this too.
+
+A new process may find that its name is still taken by its predecessor, which answers the buffer and is about
+to end. So `register` repeats a hello that was refused for its name for NAME_RETRY_S.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -28,11 +33,26 @@ from areal_like.security.keyring import Keyring
 from areal_like.security.keys import KeyRole
 from areal_like.wire.channel import Link
 from areal_like.wire.curve import CurveClient
-from areal_like.wire.messages.hello import Hello, HelloRequired, JobFailed, Refused, Welcome
+from areal_like.wire.messages.hello import (
+    AreYouAlive,
+    Drain,
+    Hello,
+    HelloRequired,
+    JobFailed,
+    JobFinished,
+    Refused,
+    StillAlive,
+    Welcome,
+)
 from areal_like.wire.messages.producer import HeartbeatAck
 
 SILENT_AFTER_S = 5.0
 """A buffer replies to each heartbeat, so a few missing replies mean that it is gone or unreachable."""
+NAME_RETRY_S = 8.0
+"""Time for which a hello is repeated while another process answers for the name."""
+_NAME_RETRY_PAUSE_S = 0.5
+
+log = logging.getLogger(__name__)
 
 
 class BufferConnection:
@@ -46,12 +66,15 @@ class BufferConnection:
         on_message: Callable[[Any], None],
         on_hello_required: Callable[[], None],
         on_fatal: Callable[[ArealError], None],
+        on_drain: Callable[[], None] = lambda: None,
+        on_finished: Callable[[], None] = lambda: None,
         keyring: Keyring | None = None,
         on_reopened: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_message` gets all one-way messages except HelloRequired, JobFailed and Refused.
+        """`on_message` gets all one-way messages that have no callback of their own.
 
-        HelloRequired calls `on_hello_required`; JobFailed and Refused call `on_fatal` with the reason.
+        HelloRequired calls `on_hello_required`, JobFailed and Refused call `on_fatal` with the reason, Drain
+        calls `on_drain`, JobFinished calls `on_finished`. AreYouAlive is answered here.
         `on_reopened`: called when the socket was opened again because keys have changed: one-way messages of
         both sides may be lost, and the owner should register again.
         """
@@ -70,6 +93,10 @@ class BufferConnection:
         self._on_message = on_message
         self._on_hello_required = on_hello_required
         self._on_fatal = on_fatal
+        self._on_drain = on_drain
+        self._on_finished = on_finished
+        self._incarnation = 0
+        """Granted by this buffer; 0: none yet."""
         self._on_reopened = on_reopened
         self.call = self._link.call
         """As `Link.call`."""
@@ -94,12 +121,24 @@ class BufferConnection:
         return bool(self.trouble) and not self.is_silent
 
     async def register(self, hello: Hello, *, timeout_s: float) -> Welcome:
-        """Sends `hello` and returns the reply.
+        """Sends `hello` and returns the reply. `timeout_s`: for each try.
 
-        Raises DeadlineError without a reply in time, RefusedError if the buffer refuses.
+        Raises DeadlineError without a reply in time, RefusedError if the buffer refuses, RunFinishedError if
+        the run is finished.
         """
-        welcome = await self.call(hello, timeout_s=timeout_s)
+        until_s = self._loop.time() + NAME_RETRY_S
+        while True:
+            try:
+                granted = dataclasses.replace(hello, incarnation=self._incarnation)
+                welcome = await self.call(granted, timeout_s=timeout_s)
+                break
+            except RefusedError as error:
+                if error.field != "name" or self._loop.time() > until_s:
+                    raise
+                log.warning("%s: trying again for a few seconds", error)
+            await asyncio.sleep(_NAME_RETRY_PAUSE_S)
         assert isinstance(welcome, Welcome)
+        self._incarnation = welcome.incarnation
         self.is_registered = True
         return welcome
 
@@ -123,6 +162,12 @@ class BufferConnection:
                 self.is_registered = False
                 self.trouble = ""  # the previous process reported it
                 self._on_hello_required()
+            case AreYouAlive():
+                self.send(StillAlive())
+            case Drain():
+                self._on_drain()
+            case JobFinished():
+                self._on_finished()
             case HeartbeatAck():
                 self._on_message(message)  # first, so that the owner can compare it with `trouble`
                 self.trouble = message.trouble

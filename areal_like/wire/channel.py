@@ -22,13 +22,14 @@ from areal_like.errors import (
     DeadlineError,
     PeerLostError,
     RefusedError,
+    RunFinishedError,
     WireError,
     WireVersionError,
 )
 from areal_like.security.keys import AllowedKey
 from areal_like.wire.codec import decode, encode, read_prefix
 from areal_like.wire.curve import CurveClient, CurveServer
-from areal_like.wire.messages.hello import JobFailed, Refused
+from areal_like.wire.messages.hello import JobFailed, JobFinished, Refused
 from areal_like.wire.misbehavior import BadPeers
 from areal_like.wire.pump import KeyedPump, Pump, connection_socket, log_at_powers_of_2
 
@@ -95,9 +96,9 @@ class Listener:
         try:
             socket.bind(f"tcp://{_bracket(host)}:{port or '*'}")
         except zmq.ZMQError as error:
-            socket.close()
             if curve is not None:
-                curve.close()
+                curve.stop()
+            socket.close()
             raise ConfigError(
                 f"cannot bind {host}:{port} ({error.strerror}): set {setting} to a free port or 0"
             ) from None
@@ -140,9 +141,11 @@ class Listener:
 
     def close(self) -> None:
         """Closes the socket and discards queued messages."""
+        if self._curve is not None:
+            self._curve.stop()
         self._pump.close()
         if self._curve is not None:
-            self._curve.close()
+            self._curve.context.term()
 
     def _keyed_pump(self, socket: zmq.Socket[bytes], curve: CurveServer) -> Pump:
         def on_frames(frames: list[bytes]) -> None:
@@ -240,6 +243,8 @@ class Link:
         return Pump(socket, self._on_frames)
 
     def _reopen(self) -> None:
+        if self._curve is not None:
+            self._curve.stop()
         self._pump.close()
         self._pump = self._open()
         self.resend_pending()
@@ -253,7 +258,7 @@ class Link:
         """Sends a request and returns its reply.
 
         Raises DeadlineError without a reply in time, PeerLostError when the link is closed meanwhile,
-        RefusedError for `Refused`, ArealError for `JobFailed`.
+        RefusedError for `Refused`, RunFinishedError for `JobFinished`, ArealError for `JobFailed`.
         """
         rid = next(self._rids)
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -269,7 +274,11 @@ class Link:
         finally:
             del self._pending[rid]
         if isinstance(reply, Refused):
-            raise RefusedError(f"{type(message).__name__} was refused ({reply.field}): {reply.reason}")
+            refusal = RefusedError(f"{type(message).__name__} was refused ({reply.field}): {reply.reason}")
+            refusal.field = reply.field
+            raise refusal
+        if isinstance(reply, JobFinished):
+            raise RunFinishedError("the run is finished: raise trainer.num_steps to continue it")
         if isinstance(reply, JobFailed):
             raise ArealError(reply.reason)
         return reply

@@ -42,19 +42,28 @@ _FAILED = (
 _MAX_ANSWERS, _MAX_ANSWERED_KEYS = 16, 1024
 _BIND_AGAIN_S = 0.02
 _BIND_TIMEOUT_S = 10.0
-_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
+_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 0.5
 
 
-def _monitor(socket: zmq.Socket[bytes], events: int, on_event: Callable[[int], None]) -> Pump:
-    """Calls `on_event` with each of these events of a socket's connections."""
-    address = f"inproc://monitor-{uuid.uuid4().hex}"
-    socket.monitor(address, events)
-    pair = socket.context.socket(zmq.PAIR)
-    # libzmq's I/O thread waits when the monitor's queue is full, and all connections with it.
-    pair.set(zmq.RCVHWM, 0)
-    pair.set(zmq.LINGER, 0)
-    pair.connect(address)
-    return Pump(pair, lambda frames: on_event(struct.unpack_from("=H", frames[0])[0]))
+class _Monitor:
+    """Calls `on_event` with events of a socket's connections, until it is closed: before the socket."""
+
+    def __init__(self, socket: zmq.Socket[bytes], events: int, on_event: Callable[[int], None]) -> None:
+        address = f"inproc://monitor-{uuid.uuid4().hex}"
+        socket.monitor(address, events)
+        pair = socket.context.socket(zmq.PAIR)
+        # libzmq's I/O thread waits while it cannot send an event, and all connections wait with it: the queue
+        # has no limit, and it stays until the socket sends no more events.
+        pair.set(zmq.RCVHWM, 0)
+        pair.set(zmq.LINGER, 0)
+        pair.connect(address)
+        self._socket = socket
+        self._pump = Pump(pair, lambda frames: on_event(struct.unpack_from("=H", frames[0])[0]))
+
+    def close(self) -> None:
+        if not self._socket.closed:
+            self._socket.monitor(None, 0)
+        self._pump.close()
 
 
 class CurveServer:
@@ -70,7 +79,8 @@ class CurveServer:
         self._loop = asyncio.get_running_loop()
         self._socket: zmq.Socket[bytes] | None = None
         self._endpoint = ""
-        self._pumps: list[Pump] = []
+        self._zap: Pump | None = None
+        self._monitor: _Monitor | None = None
         self._unsubscribe: Callable[[], None] = lambda: None
         self._identity = keyring.identity
         self._num_answered: dict[str, int] = {}
@@ -89,8 +99,8 @@ class CurveServer:
         zap = self.context.socket(zmq.ROUTER)
         zap.set(zmq.LINGER, 0)
         zap.bind(_ZAP_ADDRESS)
-        self._pumps.append(Pump(zap, self._on_zap_request))
-        self._pumps.append(_monitor(socket, _FAILED, self._on_failed_handshake))
+        self._zap = Pump(zap, self._on_zap_request)
+        self._monitor = _Monitor(socket, _FAILED, self._on_failed_handshake)
         socket.set(zmq.CURVE_SERVER, 1)
         socket.set(zmq.CURVE_SECRETKEY, self._identity.secret.encode())
         socket.set_string(zmq.ZAP_DOMAIN, _ZAP_DOMAIN.decode())
@@ -128,14 +138,14 @@ class CurveServer:
         self.num_refused_frames += 1
         log_at_powers_of_2(self.num_refused_frames, "message refused: %s (%d so far)", reason)
 
-    def close(self) -> None:
-        """Ends everything but the socket, which must be closed before."""
+    def stop(self) -> None:
+        """Admits nobody any more. Call it before the socket is closed, and `context.term()` after that."""
         self._unsubscribe()
         self._unsubscribe = lambda: None
-        for pump in self._pumps:
-            pump.close()
-        self._socket = None
-        self.context.term()
+        for part in (self._monitor, self._zap):
+            if part is not None:
+                part.close()
+        self._monitor = self._zap = self._socket = None
 
     def _on_zap_request(self, frames: list[bytes]) -> None:
         # [route, "", version, request id, domain, address, routing id, mechanism, public key]
@@ -153,7 +163,8 @@ class CurveServer:
         self._answer_zap(frames, status=b"200", text=b"OK", user_id=(public + key.name).encode())
 
     def _answer_zap(self, frames: list[bytes], *, status: bytes, text: bytes, user_id: bytes = b"") -> None:
-        self._pumps[0].send([*frames[:4], status, text, user_id, b""])
+        assert self._zap is not None
+        self._zap.send([*frames[:4], status, text, user_id, b""])
 
     def _on_failed_handshake(self, event: int) -> None:
         self.num_refused_handshakes += 1
@@ -207,7 +218,7 @@ class CurveClient:
         self._server_key = ""
         self._num_failures = 0
         """Failed handshakes since the last that succeeded."""
-        self._monitor: Pump | None = None
+        self._monitor: _Monitor | None = None
         self._reopening: asyncio.TimerHandle | None = None
         self._reopen: Callable[[], None] = lambda: None
         self._unsubscribe: Callable[[], None] = lambda: None
@@ -224,23 +235,23 @@ class CurveClient:
 
     def protect(self, socket: zmq.Socket[bytes]) -> None:
         """Gives the keys to a socket that is not connected yet, and follows its handshakes."""
-        self._end_attempt()
         # A server without a valid key is no server of ours: a key that nobody has makes the handshake fail.
         candidates = self._keyring.candidates(self._role, name=self._name) or [_nobodys_key()]
-        self._server_key = candidates[self._num_failures % len(candidates)]
+        self._server_key = _turn(candidates, self._num_failures)
         self._identity = self._keyring.identity
         socket.set(zmq.CURVE_SERVERKEY, self._server_key.encode())
         socket.set(zmq.CURVE_PUBLICKEY, self._identity.public.encode())
         socket.set(zmq.CURVE_SECRETKEY, self._identity.secret.encode())
-        self._monitor = _monitor(socket, _FAILED | zmq.EVENT_HANDSHAKE_SUCCEEDED, self._on_event)
+        self._monitor = _Monitor(socket, _FAILED | zmq.EVENT_HANDSHAKE_SUCCEEDED, self._on_event)
 
     def close(self) -> None:
         """Follows nothing any more."""
         self._unsubscribe()
         self._unsubscribe = lambda: None
-        self._end_attempt()
+        self.stop()
 
-    def _end_attempt(self) -> None:
+    def stop(self) -> None:
+        """Follows the present socket no more. Call it before that is closed."""
         if self._reopening is not None:
             self._reopening.cancel()
             self._reopening = None
@@ -287,6 +298,12 @@ class CurveClient:
         self._num_failures = 0
         if self._monitor is not None:
             self._reopen()
+
+
+def _turn(candidates: list[str], attempt: int) -> str:
+    """Every other attempt the first candidate, which is the newest key; the others in turn."""
+    newest, *older = candidates
+    return older[attempt // 2 % len(older)] if older and attempt % 2 else newest
 
 
 def _nobodys_key() -> str:

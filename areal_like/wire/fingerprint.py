@@ -49,9 +49,13 @@ def shared_settings(config: Config, role: Role) -> str:
     """The settings that a peer of this role and the buffer must share, as text `key=value ...`.
 
     A trainer with fewer groups per step would commit groups that it has not trained on. A server that samples
-    at another temperature would record log-probs of another policy.
+    at another temperature would record log-probs of another policy, and one with another policy for failed
+    samples would train them with reward 0 where the buffer wants them again.
     """
     settings = {f"sampling.{name}": value for name, value in dataclasses.asdict(config.sampling).items()}
+    if role is Role.ROLLOUT:
+        policies = dataclasses.asdict(config.buffer.on_failure)
+        settings |= {f"buffer.on_failure.{kind}": policy for kind, policy in policies.items()}
     if role is Role.TRAINER:
         settings |= {
             "trainer.groups_per_step": config.trainer.groups_per_step,

@@ -62,9 +62,7 @@ def _open(config: Config) -> tuple[Ledger, Store]:
         raise error
 
     store = open_store(config, on_error=fail)
-    return recover(
-        LedgerSettings.from_config(config), store, now_s=0.0, first_lease_id=1 << 40, dataset=1
-    ), store
+    return recover(LedgerSettings.from_config(config), store, now_s=0.0, dataset=1), store
 
 
 def _write_old_tickets(file: Path, num_tickets: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import secrets
 import subprocess
 import sys
 import time
@@ -94,7 +95,7 @@ def _hello(role: Role, name: str) -> Hello:
     return Hello(
         role=role,
         name=name,
-        incarnation=time.time_ns(),
+        process=secrets.token_hex(16),
         job="stream",
         model="m",
         tokenizer="t",

@@ -1,51 +1,110 @@
-"""Retries a failed sample, or drops its ticket after too many failures.
+"""Applies `buffer.on_failure` to failed samples, and judges the server and the task by failures in a row.
 
-A sample fails if its reward raised or exceeded the time limit, if the engine refused it, or if the ledger
-cannot use the trajectory that a server sent.
+    failed sample -> retry (leased again) | drop (its ticket ends); `zero` arrives as a normal sample
+    server's row too long -> quarantine of that server
+    rows of every server too long -> the job ends with the last error
+
+One server must not be able to end a job while others work, so every server has rows of its own
+(`buffer/tables/server_health.py`), and the job ends only when each server with an outcome is broken. Failures
+that a server in quarantine still reports are retried without a count: it cannot use up a ticket's retries. A
+prompt that is too long says nothing about server or task; only so many of them that no data set explains it
+end the job.
 """
 
 from __future__ import annotations
 
+from areal_like.failures import FAULTS_OF_SERVER, FAULTS_OF_TASK, FailureKind, FailurePolicy
 from buffer.ledger.lifecycle import TicketLifecycle
 from buffer.ledger.state import LedgerState
 from buffer.tickets import Drop, Ticket
 
+MAX_PROMPTS_GIVEN_UP = 10_000
+"""Tickets in a row, without an accepted sample between them, that may be dropped because of their prompts."""
+
 
 class FailedSamples:
-    """Retries failed samples up to `buffer.max_sample_retries` times each, then drops their ticket.
-
-    Too many failures in a row, over all tickets, fail the job: something is wrong with the task itself.
-    """
+    """Retries failed samples up to `buffer.max_sample_retries` times each, or drops their ticket."""
 
     def __init__(self, state: LedgerState, lifecycle: TicketLifecycle) -> None:
         self._lifecycle = lifecycle
         self._settings = state.settings
         self._store = state.store
         self._counters = state.counters
+        self._leases = state.leases
         self.job_failure_reason = ""
-        """Why the job cannot continue (too many failed samples in a row); empty while it can."""
-        self._num_failures_in_row = 0
+        """Why the job cannot continue (too many failures in a row); empty while it can."""
+        self._notices: list[str] = []
+        self._num_prompts_in_row = 0
 
-    def retry_or_drop(self, ticket: Ticket, lease_id: int, sample_index: int, *, error: str) -> None:
-        """Counts a failure of one sample, then leases the sample again or drops its ticket (FAILED)."""
-        self._count_failure(error)
+    def retry_or_drop(
+        self,
+        ticket: Ticket,
+        lease_id: int,
+        sample_index: int,
+        *,
+        kind: FailureKind,
+        num_tokens: int,
+        error: str,
+    ) -> None:
+        """Counts a failure of one sample, then leases the sample again or drops its ticket (FAILED).
+
+        `num_tokens`: its sampled tokens, which are lost.
+        """
+        name = ticket.leases[lease_id].server
         self._lifecycle.remove_from_lease(ticket, lease_id, sample_index, arrived=False)
+        ticket.failed_at = name
+        if self._leases.servers[name].health.quarantine is not None:
+            self._counters.count_failure(kind, FailurePolicy.RETRY, num_tokens=num_tokens)
+            self._lifecycle.requeue(ticket, [sample_index])
+            return
+        self._judge(name, ticket, kind, f"{name}: {error}")
         ticket.num_failures[sample_index] = ticket.num_failures.get(sample_index, 0) + 1
         self._store.put_failure(ticket, sample_index)
-        if ticket.num_failures[sample_index] > self._settings.max_sample_retries:
-            self._lifecycle.drop(ticket, Drop.FAILED)
+        is_last = ticket.num_failures[sample_index] > self._settings.max_sample_retries
+        if is_last or self._settings.on_failure.policy(kind) is FailurePolicy.DROP:
+            self._counters.count_failure(kind, FailurePolicy.DROP, num_tokens=num_tokens)
+            self._lifecycle.drop(ticket, Drop.FAILED, may_reissue=kind is not FailureKind.PROMPT)
         else:
+            self._counters.count_failure(kind, FailurePolicy.RETRY, num_tokens=num_tokens)
             self._lifecycle.requeue(ticket, [sample_index])
 
-    def count_success(self) -> None:
-        """A sample was accepted, which ends the current row of failures."""
-        self._num_failures_in_row = 0
+    def count_success(self, name: str) -> None:
+        """A sample of this server was accepted, which ends its rows of failures."""
+        self._num_prompts_in_row = 0
+        self._leases.servers[name].health.succeed()
 
-    def _count_failure(self, error: str) -> None:
-        self._counters.count_failure()
-        self._num_failures_in_row += 1
-        has_failed_before = bool(self.job_failure_reason)
-        if self._num_failures_in_row >= self._settings.max_consecutive_failures and not has_failed_before:
-            self.job_failure_reason = (
-                f"{self._num_failures_in_row} samples failed in a row; the last: {error}"
-            )
+    def count_zero(self, name: str, kind: FailureKind, *, num_tokens: int) -> None:
+        """A sample of this server was accepted that is trained on with reward 0 because it failed."""
+        self._num_prompts_in_row = 0
+        self._counters.count_failure(kind, FailurePolicy.ZERO, num_tokens=num_tokens)
+        self._leases.servers[name].health.succeed_without_reward()
+
+    def take_notices(self) -> list[str]:
+        """Quarantines since the last call, as texts for the log."""
+        notices, self._notices = self._notices, []
+        return notices
+
+    def _judge(self, name: str, ticket: Ticket, kind: FailureKind, error: str) -> None:
+        """Adds a failure to its server's row, which may begin a quarantine or end the job."""
+        if kind not in FAULTS_OF_SERVER | FAULTS_OF_TASK:
+            self._num_prompts_in_row += 1
+            if self._num_prompts_in_row >= MAX_PROMPTS_GIVEN_UP:
+                self._end_job(
+                    f"{self._num_prompts_in_row} prompts in a row cannot be used; the last: {error}"
+                )
+            return
+        server = self._leases.servers[name]
+        limit = self._settings.max_consecutive_failures
+        if not server.health.fail(ticket.ticket_id, kind, error, limit=limit, now_s=server.last_heard_s):
+            return
+        assert server.health.quarantine is not None
+        self._counters.count_quarantine()
+        reason = server.health.quarantine.reason
+        backoff_s = server.health.quarantine.until_s - server.last_heard_s
+        self._notices.append(f"{name} gets no leases for {backoff_s:g} s: {reason}")
+        healths = [other.health for other in self._leases.servers.values()]
+        if all(health.is_broken for health in healths if health.has_outcome):
+            self._end_job(reason)
+
+    def _end_job(self, reason: str) -> None:
+        self.job_failure_reason = self.job_failure_reason or reason

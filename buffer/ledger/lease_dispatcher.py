@@ -24,9 +24,8 @@ class LeaseDispatcher:
     def register_server(self, name: str, *, incarnation: int, weights_version: int, now_s: float) -> None:
         """Registers a server. A new incarnation of a known name loses the leases of the old one.
 
-        Raises StaleIncarnationError for an older incarnation.
+        The caller has admitted the process (`IncarnationTable`).
         """
-        self._state.incarnations.register(name, incarnation)
         lost = self._leases.register_server(
             name, incarnation=incarnation, weights_version=weights_version, now_s=now_s
         )
@@ -62,10 +61,13 @@ class LeaseDispatcher:
         """New leases by server: evaluations first, then waiting tickets, then new prompts.
 
         The server with the most free samples is served first, one ticket at a time, so that no server takes
-        all of a small budget.
+        all of a small budget. A sample that failed goes to another server if one can take it.
         """
+        for server in self._leases.servers.values():
+            server.health.end_backoff(now_s=now_s)
         granted: dict[str, list[Lease]] = {}
-        if self._state.store.write_blocked_reason or not self._may_have_work():
+        is_blocked = self._state.store.write_blocked_reason or not self._leases.may_grant
+        if is_blocked or not self._may_have_work():
             return granted
         with_credit = [
             (-server.free_samples, name)
@@ -74,7 +76,7 @@ class LeaseDispatcher:
         ]
         heapq.heapify(with_credit)
         while with_credit:
-            server = self._leases.servers[heapq.heappop(with_credit)[1]]
+            server = self._pop_preferred(with_credit)
             weights_step = self._state.versions.step_of(server.weights_version)
             ticket = None if weights_step is None else self._next_for(server, weights_step)
             if ticket is None or weights_step is None:
@@ -86,6 +88,24 @@ class LeaseDispatcher:
         if granted:
             self._tickets.check_conservation()
         return granted
+
+    def _pop_preferred(self, with_credit: list[tuple[int, str]]) -> Server:
+        """Pops the server with the most free samples at which the next ticket did not fail last.
+
+        If there is no such server: the one at which it failed.
+        """
+        best = heapq.heappop(with_credit)
+        server = self._leases.servers[best[1]]
+        if with_credit and self._next_failed_at(server) == server.name:
+            server = self._leases.servers[heapq.heapreplace(with_credit, best)[1]]
+        return server
+
+    def _next_failed_at(self, server: Server) -> str:
+        """The server at which the ticket failed last that this one would get next; empty: it did not."""
+        ticket_id = self._evals.peek_next(server.weights_version)
+        if ticket_id is None and self._is_open:
+            ticket_id = self._state.admission.peek_waiting()
+        return self._tickets.live[ticket_id].failed_at if ticket_id is not None else ""
 
     @property
     def _is_open(self) -> bool:

@@ -8,7 +8,7 @@ hypothesis and in a simulator with a virtual clock.
     TicketLifecycle    transitions of a ticket (the state machine is in its docstring)
     LeaseDispatcher    servers, heartbeats, granting of leases
     SampleIntake       verdicts on samples, group filters
-    FailedSamples      retry or drop of a failed sample
+    FailedSamples      retry or drop of a failed sample, quarantine of a server
     TrainerSession     start, fetch, complete, commit, evaluations
     Ledger             all of these operations on one state
 
@@ -43,6 +43,7 @@ from buffer.ledger.sample_intake import SampleIntake
 from buffer.ledger.snapshot import LedgerSnapshot
 from buffer.ledger.state import LedgerState
 from buffer.ledger.trainer_session import TrainerSession
+from buffer.tables.incarnations import TRAINER
 from buffer.tables.lease_table import Server
 from buffer.tickets import Drop, State, Ticket
 
@@ -84,14 +85,32 @@ class Ledger:
         self.complete_step = session.complete_step
         self.commit = session.commit
         self.stream_state = session.stream_state
+        self.finish = session.finish
         self.set_max_staleness = session.set_max_staleness
         self.request_eval = session.request_eval
         self.close = session.close
 
         # Operations of an operator, and of every peer.
         self.poison = session.poison
-        self.check_incarnation = state.incarnations.check
-        self.register_incarnation = state.incarnations.register
+        self.unfence = session.unfence
+        self.find_process = state.incarnations.find
+
+    def admit_process(self, name: str, process: str) -> int:
+        """Gives the name to a new process; returns its incarnation. Raises as `IncarnationTable.admit`."""
+        above = self.trainer_incarnation if name == TRAINER else 0
+        return self.state.incarnations.admit(name, process, above=above)
+
+    def hold_grants(self) -> None:
+        """Grants no lease until everything written so far is durable.
+
+        A buffer that died before its generation is durable would leave its lease ids to the next one.
+        """
+
+        def allow() -> None:
+            self.state.leases.may_grant = True
+
+        self.state.leases.may_grant = False
+        self.when_durable(allow)
 
     def grant(self, *, now_s: float) -> dict[str, list[Lease]]:
         """New leases by server (see LeaseDispatcher); none after the job has failed."""
@@ -141,6 +160,11 @@ class Ledger:
         return self.state.trainer_incarnation
 
     @property
+    def is_finished(self) -> bool:
+        """True after the last step and everything that follows it."""
+        return self.state.is_finished
+
+    @property
     def closed_reason(self) -> str:
         """Why no train tickets are issued; empty while they are."""
         return self.state.closed_reason
@@ -149,6 +173,10 @@ class Ledger:
     def failure_reason(self) -> str:
         """Why the job cannot continue; empty while it can."""
         return self._failed_samples.job_failure_reason
+
+    def take_notices(self) -> list[str]:
+        """Quarantines of servers since the last call, as texts for the log."""
+        return self._failed_samples.take_notices()
 
     @property
     def last_rejection(self) -> str:

@@ -114,23 +114,26 @@ class TicketLifecycle:
         self._state.evals.add(ticket, sample)
         self._tickets.move(ticket, State.EVALUATED)
 
-    def drop(self, ticket: Ticket, reason: Drop) -> None:
-        """Drops a ticket, aborts its leases, and gives its prompt back if the reason allows it."""
+    def drop(self, ticket: Ticket, reason: Drop, *, may_reissue: bool = True) -> None:
+        """Drops a ticket, aborts its leases, and gives its prompt back if the reason and `may_reissue` allow
+        it."""
         for lease in ticket.leases.values():
             self._leases.revoke(lease)
         ticket.leases.clear()
         self._scheduler.remove(ticket.ticket_id)
         ticket.drop = reason
         self._state.drops[reason] += 1
-        self._state.counters.count_dropped(ticket)
+        self._state.counters.count_dropped(ticket, reason)
         self._tickets.move(ticket, State.DROPPED)
         if ticket.purpose is Purpose.EVAL:
             self._state.evals.add_failure(ticket)
         elif reason is Drop.CANCELLED:
             self._give_back_prompt(ticket, num_reissues=ticket.num_reissues)
-        elif reason in REISSUED and ticket.num_reissues < self._settings.max_reissues:
+        elif reason in REISSUED and may_reissue and ticket.num_reissues < self._settings.max_reissues:
             self._state.counters.count_reissue()
             self._give_back_prompt(ticket, num_reissues=ticket.num_reissues + 1)
+        elif reason in REISSUED:
+            self._state.counters.count_given_up()
 
     def cancel_evals(self) -> None:
         """Drops the tickets of all evaluations: the trainer that requested them has been replaced."""

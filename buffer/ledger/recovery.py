@@ -6,7 +6,11 @@ Not recovered, on purpose:
 * Registrations of servers. Servers have to register again. Until then a server with leases is kept as a
   silent one: if it continued to work, it can deliver samples under its leases; if it is gone, its leases
   expire after `lease_timeout_s`.
-* The count of consecutive failed samples, and the reason of a failed job: a restart of the buffer is a retry.
+* Failures in a row, quarantines of servers, and the reason of a failed job: a restart of the buffer is a
+  retry.
+
+Lease ids grow over restarts, so that a late sample of an earlier buffer's lease is not accepted under a new
+lease with the same id: each buffer counts in a range of its own, by a number of generations in the ledger.
 
 A ledger that was open is open again at once, because its trainer may still be running and need not do
 anything. A ledger that was closed, or whose steps were recorded under other settings, waits for a trainer to
@@ -26,31 +30,44 @@ from buffer.storage.base import Store
 from buffer.storage.rows import Recovered
 from buffer.tickets import State
 
+_GENERATION_BITS = 36
+"""A buffer has 2**36 lease ids, more than it can grant; ids of all generations and shards have 63 bits."""
+_GENERATIONS_BY_CLOCK = 1 << 16
+"""Ids of the release before were below 2**52."""
+
 
 def recover(
     settings: LedgerSettings,
     store: Store,
     *,
     now_s: float,
-    first_lease_id: int = 1,
     dataset: int = 0,
     ignoring: Collection[int] = (),
+    generation: int = 0,
+    reopen: bool = False,
 ) -> Ledger:
     """The ledger that `store` contains; a new one if it is empty. Call it once, before the first write.
 
     `dataset`: a number that identifies the data set to which prompt indices refer. `ignoring`: tickets whose
-    trajectories may be damaged. Raises ConfigError if another shard wrote the store, StoreCorruptError for
-    damaged trajectories.
+    trajectories may be damaged. `generation`: number of earlier buffers, if the store does not know it;
+    choose it at random for a store that is not durable. `reopen`: a finished run goes on. Raises ConfigError
+    if another shard wrote the store, StoreCorruptError for damaged trajectories.
     """
     recovered = store.recover(ignoring=ignoring)
-    state = LedgerState(settings, store, first_lease_id=first_lease_id)
+    generation = _next_generation(recovered, generation)
+    state = LedgerState(settings, store, first_lease_id=generation << _GENERATION_BITS)
+    store.put_scalar("generation", generation)
     _check_shard(settings, recovered.scalars)
     store.put_scalar("shard", settings.shard.index)
     store.put_scalar("num_shards", settings.shard.count)
+    if not recovered.num_issued:
+        # A ledger of an earlier release has samples that the counters of lengths leave out; the audit asks.
+        store.put_scalar("counts_selection", 1)
     _compare_settings(state, recovered.scalars, dataset=dataset)
     _restore_tables(state, recovered)
     _restore_steps(state, recovered, now_s=now_s)
     state.trainer_incarnation = recovered.scalars.get("trainer_incarnation", 0)
+    state.is_finished = recovered.scalars.get("finished_steps", 0) >= settings.num_steps and not reopen
     ledger = Ledger(state)
     if state.settings_changed:
         ledger.close("the settings have changed: the next trainer restarts the stream at its checkpoint")
@@ -61,6 +78,13 @@ def recover(
             state.closed_reason = ""
     ledger.finish_recovery()
     return ledger
+
+
+def _next_generation(recovered: Recovered, before: int) -> int:
+    """The number of this buffer among all that have had the store."""
+    if "generation" not in recovered.scalars and recovered.num_issued:
+        before = _GENERATIONS_BY_CLOCK  # the release before made lease ids from the time
+    return recovered.scalars.get("generation", before) + 1
 
 
 def _check_shard(settings: LedgerSettings, scalars: Mapping[str, int]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from areal_like.failures import FailureKind, FailurePolicy
 from areal_like.trajectory import FinishReason
 from areal_like.wire.messages.producer import Purpose, SampleDone, SampleFailed
 from areal_like.wire.records import Record
@@ -38,14 +39,20 @@ class SampleIntake:
         return verdicts
 
     def sample_failed(self, name: str, message: SampleFailed) -> Verdict:
-        """A server could not make a sample. Any server may get it again, until its ticket is dropped."""
+        """A server could not make a sample. Another one may get it, until its ticket is dropped."""
         index = message.sample_index
         verdict, ticket = self._find(
             name, lease_id=message.lease_id, ticket_id=message.ticket_id, sample_index=index
         )
         if ticket is not None:
-            error = f"{name}: {message.error}"
-            self._failed_samples.retry_or_drop(ticket, message.lease_id, index, error=error)
+            self._failed_samples.retry_or_drop(
+                ticket,
+                message.lease_id,
+                index,
+                kind=message.kind,
+                num_tokens=min(message.num_tokens, self._settings.max_tokens),
+                error=message.error,
+            )
             self._lifecycle.record_ready_groups()
         return verdict
 
@@ -69,10 +76,14 @@ class SampleIntake:
         verdict, ticket = self._find(name, lease_id=lease_id, ticket_id=record.ticket_id, sample_index=index)
         num_sampled = record.num_sampled
         if ticket is not None:
-            if num_sampled == 0 or self._is_invalid(ticket, record):
+            if num_sampled == 0 or self._is_invalid(ticket, record) or self._is_invalid_zero(done):
                 verdict = Verdict.INVALID
             elif isinstance(summary := self._versions.summarize(lease_id, record), SampleSummary):
-                self._failed_samples.count_success()
+                if done.failure:
+                    kind = FailureKind(done.failure)
+                    self._failed_samples.count_zero(name, kind, num_tokens=num_sampled)
+                else:
+                    self._failed_samples.count_success(name)
                 self._accept(ticket, summary, record)
             else:
                 verdict = summary
@@ -84,9 +95,23 @@ class SampleIntake:
             self._lifecycle.remove_from_lease(ticket, lease_id, index, arrived=False)
             self._lifecycle.requeue(ticket, [index])
         else:
-            error = f"{name} sent a sample that cannot be used ({verdict.value})"
-            self._failed_samples.retry_or_drop(ticket, lease_id, index, error=error)
+            # Its tokens are counted as refused, so they are not counted as lost again.
+            self._failed_samples.retry_or_drop(
+                ticket,
+                lease_id,
+                index,
+                kind=FailureKind.ENGINE,
+                num_tokens=0,
+                error=f"it sent a sample that cannot be used ({verdict.value})",
+            )
         return verdict
+
+    def _is_invalid_zero(self, done: SampleDone) -> bool:
+        """True if a sample claims a failure that is not trained on with reward 0, or has another reward."""
+        if not done.failure:
+            return False
+        policy = self._settings.on_failure.policy(FailureKind(done.failure))
+        return policy is not FailurePolicy.ZERO or done.record.reward != 0
 
     def _is_invalid(self, ticket: Ticket, record: Record) -> bool:
         """True if a sample was aborted, is too long, or is not of the kind that was leased."""
@@ -105,6 +130,8 @@ class SampleIntake:
         if ticket.purpose is Purpose.EVAL:
             self._lifecycle.mark_evaluated(ticket, sample)
             return
+        if not ticket.is_greedy(record.sample_index):
+            self._counters.count_training_sample(sample)
         self._store.put_sample(sample, record)
         if len(ticket.samples) == ticket.num_samples:
             self._complete(ticket)
@@ -114,6 +141,7 @@ class SampleIntake:
     def _complete(self, ticket: Ticket) -> None:
         """Filters a train group whose samples have all arrived, before it can take a position in a step."""
         self._state.prompts.observe(ticket)
+        self._counters.count_group(ticket)
         group_filter = self._settings.group_filter
         if group_filter == "spread" and len({sample.reward for sample in ticket.training_samples}) == 1:
             self._lifecycle.drop(ticket, Drop.NO_SPREAD)

@@ -52,6 +52,8 @@ class LedgerSnapshot:
     attempts: dict[int, StepAttempts]
     free_samples: int
     """Samples that servers could take now."""
+    num_quarantined: int
+    """Servers that get no leases because of failures in a row."""
     num_bytes: int
     """Bytes of records held in memory."""
     closed_reason: str
@@ -84,6 +86,9 @@ class LedgerSnapshot:
                 for step, num_starts in sorted(state.steps.attempts.items())
             },
             free_samples=sum(max(0, server.free_samples) for server in state.leases.servers.values()),
+            num_quarantined=sum(
+                server.health.quarantine is not None for server in state.leases.servers.values()
+            ),
             num_bytes=state.store.num_bytes,
             closed_reason=state.closed_reason,
             write_blocked_reason=state.store.write_blocked_reason,

@@ -34,7 +34,7 @@ class LedgerState:
         """
         self.settings = settings
         self.store = store
-        self.counters = StreamCounters()
+        self.counters = StreamCounters(reward_low=settings.reward_low, reward_high=settings.reward_high)
         self.incarnations = IncarnationTable(store)
         self.versions = VersionTable(store)
         self.tickets = TicketTable(store, settings.shard)
@@ -60,6 +60,8 @@ class LedgerState:
         """Dropped tickets by reason."""
         self.trainer_incarnation = 0
         """Incarnation of the newest trainer; 0: no trainer has started."""
+        self.is_finished = False
+        """True after the trainer has done the last step and everything after it."""
         self.closed_reason = "no trainer has started yet"
         """Why no train tickets are issued; empty while they are."""
         self.settings_changed = False
@@ -80,6 +82,11 @@ class LedgerState:
         """Sets the incarnation of the newest trainer; requests of older trainers are refused."""
         self.trainer_incarnation = incarnation
         self.store.put_scalar("trainer_incarnation", incarnation)
+
+    def set_finished(self, is_finished: bool) -> None:
+        """Sets or removes the mark of a finished run; it is for the present number of steps."""
+        self.is_finished = is_finished
+        self.store.put_scalar("finished_steps", self.settings.num_steps if is_finished else 0)
 
     def set_closed(self, reason: str) -> None:
         """Closes admission of train tickets for this reason; an empty reason opens it."""

@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from areal_like.errors import RefusedError
+from areal_like.errors import RefusedError, RunFinishedError
 from areal_like.wire.messages.consumer import EvalResult, Group
 from areal_like.wire.messages.producer import Purpose
 from buffer.ledger.lifecycle import TicketLifecycle
 from buffer.ledger.state import LedgerState
 from buffer.ledger.stream_start import StreamStart
 from buffer.prompts.order import Prompt
+from buffer.storage.rows import OperationRow
 from buffer.tables.evaluations import EvalRound
-from buffer.tables.incarnations import refuse_older
+from buffer.tables.incarnations import TRAINER, is_impossible, refuse_older
 from buffer.tickets import Drop, State, Ticket
 
 
@@ -46,11 +47,16 @@ class TrainerSession:
     ) -> None:
         """A trainer starts with `step` completed steps; older trainers are refused from now on. Idempotent.
 
+        Raises RunFinishedError if the run is finished and this is its last step; an earlier step reopens it.
         `stream`: the `stream_state` in its checkpoint; empty without a checkpoint. See `stream_start.py`.
         """
         self.refuse_older_trainer(incarnation)
         if incarnation == self._state.trainer_incarnation:
             return
+        if self._state.is_finished:
+            if step >= self._settings.num_steps:
+                raise RunFinishedError("the run is finished")
+            self._state.set_finished(False)
         self._stream_start.start_at(step, stream, incarnation=incarnation, unix_s=unix_s)
         self._state.set_trainer(incarnation)
         self._state.set_closed("")
@@ -135,6 +141,31 @@ class TrainerSession:
         for ticket in self._steps.release_before(keep_from):
             self._state.store.release(ticket)
         self._tickets.check_conservation()
+
+    def finish(self, *, incarnation: int) -> None:
+        """The last step, its checkpoint and the last evaluation are done. Idempotent."""
+        self._check_current(incarnation)
+        num_done, num_steps = self._steps.committed + 1, self._settings.num_steps
+        if num_done < num_steps:
+            raise RefusedError("step", f"{num_done} of {num_steps} steps are committed: the run goes on")
+        self._state.set_finished(True)
+
+    def unfence(self, name: str, *, unix_s: float) -> str:
+        """Takes a name from the process that has it, for an operator; the next new process gets it.
+
+        `name`: of a rollout server, or TRAINER. Returns a description of the change.
+        """
+        newest_used = self._versions.newest_incarnation if name == TRAINER else 0
+        before, after = self._state.incarnations.unfence(name, floor=newest_used)
+        if name != TRAINER:
+            self._lifecycle.lose_leases(self._state.leases.remove_server(name))
+        elif is_impossible(self._state.trainer_incarnation):
+            self._state.set_trainer(after)
+        detail = f"incarnation {before} -> {after}"
+        self._state.store.put_operation(
+            OperationRow(unix_s=unix_s, verb="unfence", subject=name, detail=detail)
+        )
+        return detail
 
     def poison(self, ticket_ids: Sequence[int]) -> None:
         """Removes tickets from their steps, for an operator; other groups take their positions.

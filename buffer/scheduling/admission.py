@@ -55,6 +55,12 @@ class Admission:
             if self._is_waiting(not_begun, ticket_id)
         ]
 
+    def peek_waiting(self) -> int | None:
+        """Id of the ticket that will be leased next, if one waits."""
+        while self._waiting and not self._is_waiting(*self._waiting[0]):
+            heapq.heappop(self._waiting)
+        return self._waiting[0][1] if self._waiting else None
+
     def may_have_work(self) -> bool:
         """False if certainly no server can take a train ticket now; cheaper than trying every server.
 
@@ -64,9 +70,7 @@ class Admission:
 
     def next_for(self, server: Server, weights_step: int, *, issue: Callable[[], Ticket]) -> Ticket | None:
         """The ticket that a server with weights of this step may take, if any. `issue` makes a new one."""
-        while self._waiting and not self._is_waiting(*self._waiting[0]):
-            heapq.heappop(self._waiting)
-        if self._waiting:
+        if self.peek_waiting() is not None:
             return self._take_waiting(server, weights_step)
         num_samples = self._settings.group_size + self._settings.num_greedy
         may_issue = self._num_unrecorded() < self._num_free_positions(weights_step)

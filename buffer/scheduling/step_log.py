@@ -122,16 +122,14 @@ class StepLog:
         """Counts the samples of complete steps before `step` as trained; repeated steps count once."""
         if step > self.num_counted:
             for ticket in self.tickets_of(*range(self.num_counted, step)):
-                for sample in ticket.training_samples:
-                    self._counters.count_trained(sample, step=ticket.step)
+                self._counters.count_trained(ticket)
             self._set_num_counted(step)
 
     def uncount_from(self, step: int) -> None:
         """Steps from `step` on will be repeated with other groups: uncounts their samples."""
         if step < self.num_counted:
             for ticket in self.tickets_of(*range(step, self.num_counted)):
-                for sample in ticket.training_samples:
-                    self._counters.uncount_trained(sample, step=ticket.step)
+                self._counters.uncount_trained(ticket)
             self._set_num_counted(step)
 
     def _set_num_counted(self, step: int) -> None:

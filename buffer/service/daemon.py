@@ -2,6 +2,7 @@
 
     STARTING -> READY -> DRAINING (SIGTERM; continues while a trainer needs it to finish its step) -> exit 0
                    |
+                   +-> the run is finished: every peer hears it -> they leave, or `daemon.linger_s` -> exit 0
                    +-> the job fails (too many failures in a row): every peer gets the reason -> exit 1
 
 The daemon contains no rules: `Handlers` passes each message to the ledger, and one `Outbox.flush` per burst
@@ -18,27 +19,31 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
+import secrets
 from collections.abc import Iterator
 from typing import Any
 
-from areal_like.errors import RefusedError, StaleIncarnationError, UserError
+from areal_like.config import Config
+from areal_like.errors import RefusedError, RunFinishedError, StaleIncarnationError
 from areal_like.runtime.daemon import Runtime, cancelled_on_exit
-from areal_like.security.binding import require_loopback_or_keys
+from areal_like.security.binding import is_loopback, require_loopback_or_keys
 from areal_like.shards import Shard
 from areal_like.wire.addresses import buffer_host, buffer_port, reachable_host
 from areal_like.wire.channel import Envelope, Listener, tcp_address
 from areal_like.wire.curve import CurveServer
 from areal_like.wire.fingerprint import as_number, dataset_fingerprint, shared_settings
 from areal_like.wire.messages import TO_BUFFER, consumer
-from areal_like.wire.messages.hello import Refused, Role
+from areal_like.wire.messages.hello import JobFinished, Role
 from buffer.ledger.recovery import recover
 from buffer.service import status
 from buffer.service.handlers import NEEDS_DURABILITY, Handlers
+from buffer.service.operations import Operations
 from buffer.service.outbox import Outbox
 from buffer.service.peer_keys import KEY_FIELDS, ROLES, PeerKeys
 from buffer.service.peers import ConnectedPeers
 from buffer.service.prometheus import BufferSeries
+from buffer.service.registration import refusal_of
+from buffer.service.run_end import RunEnd
 from buffer.settings import LedgerSettings
 from buffer.storage.durable import open_store
 
@@ -47,6 +52,8 @@ log = logging.getLogger(__name__)
 _TICK_S = 0.25
 _FAREWELL_S = 2.0
 """Time for a failed job's peers to receive the reason before the socket closes."""
+_LAST_REPLY_S = 0.2
+"""Time for the last peer of a finished run to receive the reply to its goodbye."""
 
 
 async def main(runtime: Runtime) -> None:
@@ -72,19 +79,30 @@ class BufferDaemon:
         """Gets the exception when the job fails."""
         self._ticking = self._loop.call_soon(lambda: None)
         self._wake = asyncio.Event()
-        """Set when `serve` has to stop serving: a stop was requested, or the job failed."""
+        """Set when `serve` may have to stop serving: a stop was requested, the job failed or the run is
+        finished."""
         dataset = dataset_fingerprint(config)
         self._ledger = recover(
             LedgerSettings.from_config(config, shard),
             open_store(config, on_error=self._fail, shard=shard),
             now_s=self._loop.time(),
-            # Lease ids also grow over restarts, so that a late sample of an earlier buffer's lease is not
-            # accepted under a new lease with the same id.
-            first_lease_id=int(time.time()) << 20,
             dataset=as_number(dataset),
+            generation=0 if config.buffer.durability != "none" else secrets.randbits(16),
+            reopen=bool(config.resume),
         )
+        self._ledger.hold_grants()
         settings = {role: shared_settings(config, role) for role in Role}
-        self._peers = ConnectedPeers(job=config.name, dataset=dataset, settings=settings, shard=shard)
+        self._peers = ConnectedPeers(
+            job=config.name,
+            dataset=dataset,
+            settings=settings,
+            shard=shard,
+            max_peers=config.buffer.max_peers,
+            only_loopback=_admits_only_this_machine(config, shard),
+        )
+        self._end = RunEnd(
+            self._peers, linger_s=config.daemon.linger_s, was_finished=self._ledger.is_finished
+        )
         keyring = runtime.keyring
         self._series = BufferSeries(runtime.metrics, max_staleness=config.staleness_cap)
         self._keys = PeerKeys(lambda name, role: keyring is None or keyring.is_named(name, role))
@@ -110,22 +128,42 @@ class BufferDaemon:
             job=config.name,
             clock=self._loop.time,
             run_counters=self.run_counters,
+            on_finished=self._on_finished,
             keys=self._keys,
         )
         runtime.status = self.status
-        runtime.verbs["drop"] = self._drop
+        runtime.verbs |= Operations(
+            self._ledger,
+            self._peers,
+            self._outbox,
+            self._handlers.registration,
+            changing=self._failing_on_error,
+            changed=self._flush_soon,
+        ).verbs
         runtime.advertise(stream=tcp_address(reachable_host(config, shard), self._listener.port))
 
     async def serve(self) -> None:
-        """Returns after a stop was requested and no trainer needs the buffer. Raises if the job fails."""
+        """Returns when the run has ended, or after a stop was requested and no trainer needs the buffer.
+
+        Raises if the job fails.
+        """
         self._tick()
         log.info("listening on port %d", self._listener.port)
         stopping = asyncio.create_task(self._runtime.stopping.wait(), name="stopping")
         stopping.add_done_callback(lambda _: self._wake.set())
         async with cancelled_on_exit(stopping):
-            await self._wake.wait()
-        if not self._over.done():
+            if self._ledger.is_finished:
+                log.info("the run is finished: telling late peers")
+                self._wake.set()
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                is_stopped = self._over.done() or self._runtime.stopping.is_set()
+                if is_stopped or (self._ledger.is_finished and await self._linger()):
+                    break
+        if not self._over.done() and not self._ledger.is_finished:
             await self._drain()
+        self._runtime.is_finished = self._ledger.is_finished and not self._over.done()
         if self._over.done():
             await asyncio.sleep(_FAREWELL_S)
             self._over.result()
@@ -152,6 +190,24 @@ class BufferDaemon:
             refused=self._refused_frames(),
             num_fetches=self._outbox.num_fetches,
         )
+
+    async def _linger(self) -> bool:
+        """Waits for the end of a finished run; returns False if a trainer has reopened it."""
+        with self._runtime.waits("peers: to leave the finished run"):
+            while not (self._over.done() or self._runtime.stopping.is_set()):
+                if not self._ledger.is_finished:
+                    self._end.reopened()
+                    return False
+                if self._end.has_ended(now_s=self._loop.time()):
+                    await asyncio.sleep(_LAST_REPLY_S)
+                    break
+                await asyncio.sleep(0.05)
+        return True
+
+    def _on_finished(self) -> None:
+        log.info("the run is finished after %d steps", self._ledger.trainer_step)
+        self._outbox.finish()
+        self._wake.set()
 
     def _refused_frames(self) -> dict[str, int]:
         return {
@@ -188,13 +244,12 @@ class BufferDaemon:
         with self._failing_on_error():
             try:
                 answer = self._handlers.handle(envelope)
-            except RefusedError as error:
-                field, reason = error.args
-                if field in KEY_FIELDS:
-                    self._listener.count_refused_frame(reason)
-                answer = Refused(field=field, reason=reason)
-            except StaleIncarnationError as error:
-                answer = Refused(field="incarnation", reason=str(error))
+            except (RefusedError, StaleIncarnationError) as error:
+                answer = refusal_of(error)
+                if answer.field in KEY_FIELDS:
+                    self._listener.count_refused_frame(answer.reason)
+            except RunFinishedError:
+                answer = JobFinished()
             if answer is not None:
                 if isinstance(envelope.message, NEEDS_DURABILITY):
                     self._outbox.send_when_durable(envelope.peer, answer, rid=envelope.rid)
@@ -240,6 +295,8 @@ class BufferDaemon:
                     self._config.buffer.lease_timeout_s,
                 )
                 self._peers.remove(name)
+                self._end.lost(name, now_s=self._loop.time())
+            self._handlers.registration.tick()
             self._remove_revoked()
             self._outbox.servers_changed()
             self._flush_soon()
@@ -257,30 +314,6 @@ class BufferDaemon:
                     self._ledger.remove_server(name)
                 self._peers.remove(name)
 
-    async def _drop(self, body: dict[str, Any]) -> dict[str, Any]:
-        """`POST /control/drop {"tickets": [17, 23]}`: drops all of them, or none and raises UserError."""
-        ticket_ids = body.get("tickets")
-        if (
-            not isinstance(ticket_ids, list)
-            or not ticket_ids
-            or not all(type(ticket_id) is int for ticket_id in ticket_ids)
-        ):
-            raise UserError('want {"tickets": [ID, ...]}')
-        refusal = ""
-        with self._failing_on_error():
-            try:
-                self._ledger.poison(ticket_ids)
-            except RefusedError as error:
-                refusal = "ticket {} {}".format(*error.args)
-        if refusal:
-            raise UserError(refusal)
-        log.warning("an operator dropped tickets %s", ticket_ids)
-        self._flush_soon()
-        durable = asyncio.Event()
-        self._ledger.when_durable(durable.set)
-        await durable.wait()
-        return {"dropped": ticket_ids}
-
     def _fail(self, error: Exception) -> None:
         """Ends the job: sends the reason to every peer, and makes `serve` raise."""
         if self._over.done():
@@ -288,3 +321,9 @@ class BufferDaemon:
         self._over.set_exception(error)
         self._wake.set()
         self._outbox.fail(str(error) or type(error).__name__)
+
+
+def _admits_only_this_machine(config: Config, shard: Shard) -> bool:
+    """True without keys on a loopback address: then no peer is meant to come from elsewhere."""
+    has_protection = bool(config.security.keys) or config.security.insecure
+    return is_loopback(buffer_host(config, shard)) and not has_protection

@@ -7,15 +7,26 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from areal_like.errors import RefusedError, StaleIncarnationError
-from areal_like.security.keys import AllowedKey
+from areal_like.errors import RefusedError
 from areal_like.wire.channel import Envelope
+from areal_like.wire.limits import check_lengths
 from areal_like.wire.messages import consumer, producer
-from areal_like.wire.messages.hello import Goodbye, Hello, HelloRequired, JobFailed, Ok, Role, Welcome
+from areal_like.wire.messages.hello import (
+    Goodbye,
+    Hello,
+    HelloRequired,
+    JobFailed,
+    Ok,
+    Role,
+    StillAlive,
+    Welcome,
+)
 from buffer.ledger.ledger import Ledger
+from buffer.service.name_claims import Newcomer
 from buffer.service.outbox import Outbox
 from buffer.service.peer_keys import PeerKeys
 from buffer.service.peers import ConnectedPeers, Peer
+from buffer.service.registration import Registration
 from buffer.tickets import Verdict
 
 log = logging.getLogger(__name__)
@@ -31,6 +42,7 @@ NEEDS_DURABILITY = (
     consumer.SetMaxStaleness,
     consumer.CommitStep,
     consumer.CloseAdmission,
+    consumer.FinishRun,
     Goodbye,
 )
 """Requests whose reply waits until the ledger's rows are durable, so that a restarted buffer can honor it."""
@@ -48,25 +60,27 @@ class Handlers:
         job: str,
         clock: Callable[[], float],
         run_counters: Callable[[], consumer.RunCounters],
+        on_finished: Callable[[], None],
         keys: PeerKeys,
     ) -> None:
+        """`on_finished`: called when the end of the run is durable."""
         self._ledger = ledger
         self._peers = peers
         self._outbox = outbox
-        self._job = job
         self._clock = clock
         self._run_counters = run_counters
+        self._on_finished = on_finished
         self._keys = keys
+        self.registration = Registration(ledger, peers, outbox, keys, job=job, clock=clock)
         self.num_unregistered_frames = 0
         """Messages of peers that have not registered; each was answered with HelloRequired."""
-        self._num_eval_prompts = 0
-        """Held-out prompts of the task, as servers report it; 0: no server has registered."""
         self._table: dict[Role, dict[type, Handler]] = {
             Role.ROLLOUT: {
                 producer.ServerHeartbeat: self._server_heartbeat,
                 producer.Samples: self._samples,
                 producer.SampleFailed: self._sample_failed,
                 producer.ReturnLeases: self._return_leases,
+                StillAlive: _nothing,
                 Goodbye: self._server_goodbye,
             },
             Role.TRAINER: {
@@ -81,7 +95,9 @@ class Handlers:
                 consumer.GetStreamState: _rank0_only(self._stream_state),
                 consumer.RequestEval: _rank0_only(self._request_eval),
                 consumer.CloseAdmission: _rank0_only(self._close_admission),
+                consumer.FinishRun: _rank0_only(self._finish_run),
                 consumer.GetRunCounters: _rank0_only(self._get_run_counters),
+                StillAlive: _nothing,
                 Goodbye: self._trainer_goodbye,
             },
         }
@@ -97,16 +113,20 @@ class Handlers:
     def handle(self, envelope: Envelope) -> Any:
         """The reply to a message that `may_send` let pass, or None.
 
-        Raises RefusedError or StaleIncarnationError.
+        Raises RefusedError, RunFinishedError or StaleIncarnationError.
         """
         message = envelope.message
+        check_lengths(message)
         if isinstance(message, Hello):
             self._keys.check_hello(message, envelope.key)
-            return self._hello(envelope.peer, message, envelope.key)
+            newcomer = Newcomer(route=envelope.peer, rid=envelope.rid, hello=message, key=envelope.key)
+            self.registration.hello(newcomer)
+            return None
         peer = self._peers.at(envelope.peer)
         assert peer is not None
         self._check_key(peer, envelope)
         peer.last_heard_s = self._clock()
+        self.registration.heard(envelope.peer)
         if self._ledger.failure_reason:
             return JobFailed(reason=self._ledger.failure_reason)
         role = peer.hello.role
@@ -120,42 +140,6 @@ class Handlers:
         if peer.key != envelope.key:  # the peer has renewed it
             peer.key = envelope.key
             self._outbox.servers_changed()
-
-    def _hello(self, route: bytes, hello: Hello, key: AllowedKey | None) -> Welcome:
-        self._peers.check(hello)
-        self._ledger.check_incarnation(hello.name, hello.incarnation)
-        peer = self._peers.add(route, hello, now_s=self._clock(), key=key)
-        try:
-            self._register(hello)
-        except (RefusedError, StaleIncarnationError):
-            self._peers.remove(hello.name)
-            raise
-        self._keys.registered(hello.name, key)
-        self._peers.expect_model_of(hello)
-        self._outbox.servers_changed()
-        if hello.role is Role.TRAINER:
-            self._outbox.send_directory_to(peer)
-        log.info("%s registered, incarnation %d", hello.name, hello.incarnation)
-        return self._welcome()
-
-    def _register(self, hello: Hello) -> None:
-        """Registers a peer with the ledger. Raises RefusedError or StaleIncarnationError."""
-        if hello.role is Role.ROLLOUT:
-            self._ledger.set_num_train_prompts(hello.num_train_prompts)
-            self._ledger.register_server(
-                hello.name,
-                incarnation=hello.incarnation,
-                weights_version=hello.weights_version,
-                now_s=self._clock(),
-            )
-            self._num_eval_prompts = hello.num_eval_prompts
-        else:
-            self._ledger.register_incarnation(hello.name, hello.incarnation)
-            self._ledger.refuse_older_trainer(hello.incarnation)
-
-    def _welcome(self) -> Welcome:
-        ledger = self._ledger
-        return Welcome(job=self._job, step=ledger.trainer_step, newest_version=ledger.newest_version)
 
     def _heartbeat_ack(self) -> producer.HeartbeatAck:
         ledger = self._ledger
@@ -191,10 +175,11 @@ class Handlers:
     def _sample_failed(self, peer: Peer, envelope: Envelope) -> None:
         failed: producer.SampleFailed = envelope.message
         log.warning(
-            "%s could not make sample %d of ticket %d: %s",
+            "%s could not make sample %d of ticket %d (%s): %s",
             peer.hello.name,
             failed.sample_index,
             failed.ticket_id,
+            failed.kind.value,
             failed.error,
         )
         self._outbox.acknowledge(peer, failed, self._ledger.sample_failed(peer.hello.name, failed))
@@ -241,7 +226,7 @@ class Handlers:
             if rank.hello.incarnation < incarnation:
                 self._peers.remove(rank.hello.name)
         log.info("training starts at step %d, incarnation %d", message.step, incarnation)
-        return self._welcome()
+        return self.registration.welcome(incarnation)
 
     def _alloc_version(self, peer: Peer, envelope: Envelope) -> consumer.VersionGranted:
         version = self._ledger.alloc_version(incarnation=peer.hello.incarnation, step=envelope.message.step)
@@ -276,9 +261,9 @@ class Handlers:
 
     def _request_eval(self, peer: Peer, envelope: Envelope) -> consumer.EvalResult | None:
         message: consumer.RequestEval = envelope.message
-        if 0 < self._num_eval_prompts < message.num_prompts:
+        if 0 < self.registration.num_eval_prompts < message.num_prompts:
             reason = (
-                f"the task has {self._num_eval_prompts} held-out prompts, "
+                f"the task has {self.registration.num_eval_prompts} held-out prompts, "
                 f"{message.num_prompts} were requested: lower eval.num_prompts"
             )
             raise RefusedError("num_prompts", reason)
@@ -294,8 +279,17 @@ class Handlers:
         log.info("admission closed: %s", envelope.message.reason)
         return Ok()
 
+    def _finish_run(self, peer: Peer, envelope: Envelope) -> Ok:
+        self._ledger.finish(incarnation=peer.hello.incarnation)
+        self._ledger.when_durable(self._on_finished)
+        return Ok()
+
     def _get_run_counters(self, peer: Peer, envelope: Envelope) -> consumer.RunCounters:
         return self._run_counters()
+
+
+def _nothing(peer: Peer, envelope: Envelope) -> None:
+    """For a message whose arrival is all that counts."""
 
 
 def _rank0_only(handler: Handler) -> Handler:

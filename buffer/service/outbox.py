@@ -18,8 +18,9 @@ from typing import Any
 
 from areal_like.errors import ArealError
 from areal_like.wire.channel import Listener
+from areal_like.wire.limits import shortened
 from areal_like.wire.messages import consumer, producer
-from areal_like.wire.messages.hello import JobFailed, Role
+from areal_like.wire.messages.hello import JobFailed, JobFinished, Role
 from buffer.ledger.ledger import Ledger
 from buffer.service.peers import ConnectedPeers, Peer
 from buffer.tickets import Verdict
@@ -99,6 +100,8 @@ class Outbox:
 
         Raises ArealError if the job has failed.
         """
+        for notice in self._ledger.take_notices():
+            log.warning("%s", notice)
         if self._ledger.failure_reason:
             raise ArealError(self._ledger.failure_reason)
         if self._ledger.last_rejection != self._rejection_seen:
@@ -115,7 +118,7 @@ class Outbox:
 
     def fail(self, reason: str) -> None:
         """Sends the reason of a failed job to every peer, and as the reply to every waiting request."""
-        failed = JobFailed(reason=reason)
+        failed = JobFailed(reason=shortened(reason))
         for role in Role:
             for peer in self._peers.of(role):
                 self.send(peer.route, failed)
@@ -123,6 +126,12 @@ class Outbox:
             self.send(route, failed, rid=rid)
         for (route, _), (rid, _) in self._evals.items():
             self.send(route, failed, rid=rid)
+
+    def finish(self) -> None:
+        """Tells every peer that the run is finished."""
+        for role in Role:
+            for peer in self._peers.of(role):
+                self.send(peer.route, JobFinished())
 
     def _send_acks(self) -> None:
         for route, by_lease in self._acks.items():

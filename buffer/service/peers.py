@@ -4,17 +4,34 @@ A peer is identified by its name. `Hello` binds the routing id of its socket (th
 for each connection, to the name. Only the newest incarnation of a name is kept: messages of the process
 that it replaced come from an unknown route, so that process has to send Hello again and is refused
 (`IncarnationTable`).
+
+A refusal names the field that differs and not the values, which a stranger could otherwise learn one by one;
+both values are in the log.
 """
 
 from __future__ import annotations
 
+import ipaddress
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from areal_like.errors import RefusedError
 from areal_like.security.keys import AllowedKey
 from areal_like.shards import WHOLE, Shard
 from areal_like.wire.messages.hello import Hello, Role
+from buffer.tables.incarnations import TRAINER
+
+log = logging.getLogger(__name__)
+
+_MAX_GONE = 1024
+"""Servers that have left whose statistics are kept apart, because they may come back."""
+
+
+def claimed_name(hello: Hello) -> str:
+    """The name that a process claims: its own, or TRAINER for all ranks of a trainer."""
+    return TRAINER if hello.role is Role.TRAINER else hello.name
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -24,6 +41,7 @@ class Peer:
     route: bytes
     """Routing id of its socket."""
     hello: Hello
+    """Its `incarnation` is the one that the ledger has granted."""
     last_heard_s: float
     key: AllowedKey | None = None
     """The key of its newest message; None without keys."""
@@ -36,12 +54,21 @@ class ConnectedPeers:
     """Peers by name and by route."""
 
     def __init__(
-        self, *, job: str, dataset: str, settings: Mapping[Role, str] | None = None, shard: Shard = WHOLE
+        self,
+        *,
+        job: str,
+        dataset: str,
+        settings: Mapping[Role, str] | None = None,
+        shard: Shard = WHOLE,
+        max_peers: int = 1024,
+        only_loopback: bool = False,
     ) -> None:
         """`dataset` and `settings` (by role) are fingerprints of the buffer's own configuration.
 
-        Model and tokenizer must be those of the first peer that registers.
+        Model and tokenizer must be those of the first peer that registers. `only_loopback`: refuses peers
+        with other addresses.
         """
+        self._max_peers, self._only_loopback = max_peers, only_loopback
         self._settings = dict(settings or {})
         own = {"job": job, "num_shards": shard.count, "shard": shard.index, "dataset": dataset}
         self._expected: dict[str, tuple[object, str]] = {
@@ -51,33 +78,48 @@ class ConnectedPeers:
         self._by_route: dict[bytes, Peer] = {}
         self._stats_of_gone: dict[tuple[str, int], dict[str, float]] = {}
         """Last statistics of rollout servers that are not connected any more, by name and incarnation."""
+        self._stats_of_long_gone: dict[str, float] = {}
+        """Sums over the servers that left before those."""
 
     def check(self, hello: Hello) -> None:
-        """Raises RefusedError(field, reason) if a peer's configuration differs from the job's."""
+        """Raises RefusedError(field, reason) if a peer's configuration differs from the job's.
+
+        Also for a name of the other role, an address outside this machine, and too many peers.
+        """
         for name in ("job", "num_shards", "shard", "dataset", "model", "tokenizer"):
             expected, owner = self._expected.get(name, (getattr(hello, name), hello.name))
             if getattr(hello, name) != expected:
-                reason = (
-                    f"{hello.name} has {getattr(hello, name)!r}, {owner} has {expected!r}: "
-                    "start both with the same configuration"
-                )
-                raise RefusedError(name, reason)
+                _refuse_difference(hello, name, expected=expected, owner=owner)
         expected = self._settings.get(hello.role, "")
         if hello.settings and expected and hello.settings != expected:
-            reason = (
-                f"{hello.name} has {hello.settings!r}, the buffer has {expected!r}: "
-                "start both with the same configuration"
-            )
-            raise RefusedError("settings", reason)
-        known = self._by_name.get(hello.name)
-        if known is not None and known.hello.role is not hello.role:
+            _refuse_difference(hello, "settings", expected=expected, owner="the buffer")
+        # Otherwise a server could keep a trainer from registering by taking its name.
+        is_rank_name = hello.name == TRAINER or hello.name.startswith(f"{TRAINER}-")
+        if is_rank_name is not (hello.role is Role.TRAINER):
             raise RefusedError(
                 "name",
-                f"{hello.name} is taken by a {known.hello.role.value}: give every daemon a different name",
+                f"a {hello.role.value} cannot have the name {hello.name}: give every daemon a different name,"
+                f" and only ranks of the trainer names that begin with {TRAINER}-",
+            )
+        self._check_addresses(hello)
+        if hello.name not in self._by_name and len(self._by_name) >= self._max_peers:
+            raise RefusedError(
+                "peers", f"{self._max_peers} peers are registered: raise buffer.max_peers to have more"
             )
 
+    def _check_addresses(self, hello: Hello) -> None:
+        """Without keys nobody outside this machine is meant to take part, or to be sent weights."""
+        for name in ("http_address", "weights_address"):
+            address: str = getattr(hello, name)
+            if self._only_loopback and address and not _is_local(address):
+                raise RefusedError(
+                    name,
+                    "is not an address of this machine alone, and the buffer listens on loopback without "
+                    "keys: set buffer.host and security.keys to use several machines",
+                )
+
     def add(self, route: bytes, hello: Hello, *, now_s: float, key: AllowedKey | None = None) -> Peer:
-        """Registers a peer that passed `check`.
+        """Registers a peer that passed `check`, with the incarnation that the ledger has granted.
 
         It replaces an older incarnation, or its own earlier route.
         """
@@ -93,6 +135,24 @@ class ConnectedPeers:
             peer.state, peer.stats = known.state, known.stats
         self._by_name[hello.name] = self._by_route[route] = peer
         return peer
+
+    def holders(self, name: str, process: str) -> list[Peer]:
+        """The connected processes to ask if another one may have the name (`claimed_name`).
+
+        Of a trainer's ranks this is rank 0, without which the others do nothing, or all if it is not there.
+        """
+        if name != TRAINER:
+            holder = self._by_name.get(name)
+            return [holder] if holder is not None and holder.hello.process != process else []
+        ranks = [peer for peer in self.of(Role.TRAINER) if peer.hello.process != process]
+        return [peer for peer in ranks if peer.hello.rank == 0] or ranks
+
+    def take_name(self, name: str, *, kept: str = "") -> None:
+        """Removes the processes that have a name (`claimed_name`), except the process `kept`."""
+        members = self.of(Role.TRAINER) if name == TRAINER else [self._by_name.get(name)]
+        for peer in members:
+            if peer is not None and peer.hello.process != kept:
+                self.remove(peer.hello.name)
 
     def expect_model_of(self, hello: Hello) -> None:
         """Makes `check` require this peer's model and tokenizer, unless an earlier call has set them."""
@@ -124,8 +184,33 @@ class ConnectedPeers:
     def total(self, stat: str) -> float:
         """Sum of a cumulative statistic over all rollout servers, including those that have left."""
         connected = (peer.stats for peer in self.of(Role.ROLLOUT))
-        return sum(stats.get(stat, 0.0) for stats in (*self._stats_of_gone.values(), *connected))
+        gone = (self._stats_of_long_gone, *self._stats_of_gone.values())
+        return sum(stats.get(stat, 0.0) for stats in (*gone, *connected))
 
     def _keep_stats(self, peer: Peer) -> None:
         if peer.hello.role is Role.ROLLOUT:
             self._stats_of_gone[peer.hello.name, peer.hello.incarnation] = peer.stats
+            if len(self._stats_of_gone) > _MAX_GONE:
+                oldest = next(iter(self._stats_of_gone))
+                for stat, value in self._stats_of_gone.pop(oldest).items():
+                    self._stats_of_long_gone[stat] = self._stats_of_long_gone.get(stat, 0.0) + value
+
+
+def _refuse_difference(hello: Hello, name: str, *, expected: object, owner: str) -> NoReturn:
+    log.warning(
+        "%s refused (%s): it has %r, %s has %r", hello.name, name, getattr(hello, name), owner, expected
+    )
+    raise RefusedError(
+        name,
+        "differs from the job's; the buffer's log has both values: start both with the same configuration",
+    )
+
+
+def _is_local(address: str) -> bool:
+    """True for an address that leads nowhere but to the machine that connects to it."""
+    host = address.rpartition("://")[2].rpartition(":")[0].strip("[]")
+    try:
+        parsed = ipaddress.ip_address(host)
+    except ValueError:  # names are not resolved: a peer could make that take long
+        return host == "localhost"
+    return parsed.is_loopback or parsed.is_unspecified

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from prometheus_client import Counter
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
 
-from areal_like.runtime.metrics import Metrics
+from areal_like.failures import FailureKind, FailurePolicy
+from areal_like.runtime.metrics import PREFIX, Metrics
+from areal_like.selection import LENGTHS, MAX_BUCKET, failures_of, lengths_of, wasted_of
 from areal_like.wire.messages.hello import Role
 from buffer.ledger.snapshot import LedgerSnapshot
 from buffer.service.peers import ConnectedPeers
-from buffer.tickets import Drop, State, Verdict
+from buffer.tickets import REFUSALS, Drop, State, Verdict
 
+_WASTED = sorted(
+    {reason.value for reason in Drop}
+    | {verdict.name.lower() for verdict in REFUSALS}
+    | {f"failed_{kind.value}" for kind in FailureKind}
+)
+_POPULATIONS = {
+    "offered": ("offered",),
+    "trained": ("trained",),
+    "failed": tuple(f"failed_{kind.value}" for kind in FailureKind),
+}
 _STEPS = ("completed", "committed", "recording")
 _PROMPTS = ("issued", "all")
 
@@ -31,6 +45,19 @@ class BufferSeries:
         )
         self._trained = metrics.counter(
             "samples_trained", "Samples learned from, by lag in optimizer steps", label="lag", values=lags
+        )
+        self._failed = metrics.counter_of(
+            "samples_failed",
+            "Failed samples by kind, and by what was done: sampled again, trained with reward 0, or dropped",
+            {"kind": list(FailureKind), "outcome": list(FailurePolicy)},
+        )
+        self._wasted = metrics.counter(
+            "tokens_wasted", "Sampled tokens that are not trained on", label="reason", values=_WASTED
+        )
+        self._lengths = ResponseLengths()
+        metrics.registry.register(self._lengths)
+        self._quarantined = metrics.gauge(
+            "servers_quarantined", "Servers that get no leases because of failures in a row"
         )
         self._peers = metrics.gauge(
             "peers", "Registered peers by role", label="role", values=[role.value for role in Role]
@@ -59,7 +86,8 @@ class BufferSeries:
         self._unlabeled = {
             name: metrics.counter(name, doc)
             for name, doc in (
-                ("samples_failed", "Samples that a server could not make"),
+                ("quarantines", "Quarantines of servers because of failures in a row"),
+                ("prompts_given_up", "Prompts that were dropped and not issued again in their epoch"),
                 ("leases_lost", "Leases that expired, were returned, or whose server was replaced"),
                 ("tokens_generated", "Sampled tokens"),
                 ("tokens_trained", "Sampled tokens learned from"),
@@ -71,21 +99,28 @@ class BufferSeries:
                 ("undelivered_messages", "Messages dropped because the peer did not read those before"),
             )
         }
-        self._exported: dict[tuple[int, str], float] = {}
-        """Value of each counter at the last update, by (id of the counter, label)."""
+        self._exported: dict[tuple[int, tuple[str, ...]], float] = {}
+        """Value of each counter at the last update, by (id of the counter, values of its labels)."""
 
     def update(self, snapshot: LedgerSnapshot, peers: ConnectedPeers, unlabeled: Mapping[str, float]) -> None:
         """Copies the numbers; `unlabeled` has the value of each counter without a label."""
         for state, count in snapshot.num_by_state.items():
             self._tickets.labels(state).set(count)
         for reason, count in snapshot.drops.items():
-            self._raise_to(self._drops, reason, count)
+            self._raise_to(self._drops, count, reason)
         for verdict, count in snapshot.verdicts.items():
-            self._raise_to(self._samples, verdict, count)
+            self._raise_to(self._samples, count, verdict)
         for lag, count in snapshot.lag_histogram.items():
-            self._raise_to(self._trained, str(lag), count)
+            self._raise_to(self._trained, count, str(lag))
+        for kind, outcomes in failures_of(snapshot.counters).items():
+            for outcome, count in outcomes.items():
+                self._raise_to(self._failed, count, kind, outcome)
+        for wasted_because, num_tokens in wasted_of(snapshot.counters).items():
+            self._raise_to(self._wasted, num_tokens, wasted_because)
+        self._lengths.counters = snapshot.counters
+        self._quarantined.set(snapshot.num_quarantined)
         for name, counter in self._unlabeled.items():
-            self._raise_to(counter, "", unlabeled[name])
+            self._raise_to(counter, unlabeled[name])
         for role in Role:
             self._peers.labels(role.value).set(len(peers.of(role)))
         steps = (snapshot.trainer_step, snapshot.committed_steps, snapshot.open_step)
@@ -101,8 +136,32 @@ class BufferSeries:
             for of, rate in zip(_PROMPTS, rates, strict=True):
                 self._solve_rate.labels(of).set(rate)
 
-    def _raise_to(self, counter: Counter, label: str, value: float) -> None:
-        key = (id(counter), label)
+    def _raise_to(self, counter: Counter, value: float, *labels: str) -> None:
+        key = (id(counter), labels)
         if (increase := value - self._exported.get(key, 0.0)) > 0:
-            (counter.labels(label) if label else counter).inc(increase)
+            (counter.labels(*labels) if labels else counter).inc(increase)
             self._exported[key] = value
+
+
+class ResponseLengths(Collector):
+    """The histograms of response lengths, which the ledger has counted in buckets already."""
+
+    def __init__(self) -> None:
+        self.counters: Mapping[str, float] = {}
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        """One histogram for each population."""
+        family = HistogramMetricFamily(
+            f"{PREFIX}_response_tokens",
+            "Sampled tokens of a train sample: offered with a reward, trained on, failed",
+            labels=["of"],
+        )
+        for of, names in _POPULATIONS.items():
+            cumulative, total = [], 0
+            for bucket, count in enumerate(lengths_of(self.counters, names)):
+                total += count
+                limit = "+Inf" if bucket == MAX_BUCKET else str(float(LENGTHS[bucket]))
+                cumulative.append((limit, float(total)))
+            num_tokens = sum(self.counters.get(f"{name}_sum_tokens", 0.0) for name in names)
+            family.add_metric([of], cumulative, num_tokens)
+        yield family

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from areal_like.selection import selection_report
 from areal_like.wire.messages import consumer
 from areal_like.wire.messages.hello import Role
 from buffer.ledger.ledger import Ledger
@@ -72,6 +73,7 @@ def status(
         "drops": totals.drops,
         "last_rejection": ledger.last_rejection,
         "counters": totals.counters,
+        "selection": selection_report(totals.counters),
         "lag_histogram": {str(lag): count for lag, count in sorted(snapshot.lag_histogram.items())},
         "fetches_waiting": num_fetches,
         "buffer_bytes": snapshot.num_bytes,
@@ -99,5 +101,10 @@ def _peers_status(
                 entry["weights_version"] = server.weights_version
                 entry["free_samples"] = server.free_samples
                 entry["owed_samples"] = server.owed_samples
+                if (quarantine := server.health.quarantine) is not None:
+                    entry["quarantine"] = {
+                        "reason": quarantine.reason,
+                        "rest_s": round(max(0.0, quarantine.until_s - now_s), 3),
+                    }
             entries.append(entry)
     return entries

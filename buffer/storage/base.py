@@ -21,7 +21,7 @@ from typing import Protocol
 
 from areal_like.wire.records import Record
 from buffer.prompts.order import Prompt
-from buffer.storage.rows import Recovered, RollbackRow, VersionRow
+from buffer.storage.rows import OperationRow, Recovered, RollbackRow, VersionRow
 from buffer.tickets import LeaseRecord, SampleSummary, Ticket
 
 
@@ -63,6 +63,9 @@ class Store(Protocol):
 
     def put_rollback(self, row: RollbackRow) -> None:
         """Trained steps were undone."""
+
+    def put_operation(self, row: OperationRow) -> None:
+        """An operator did something."""
 
     def put_counters(self, values: Mapping[str, float]) -> None:
         """New values of some counters; the others stay."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from areal_like.wire.records import Record
 from buffer.prompts.order import Prompt
-from buffer.storage.rows import Recovered, RollbackRow, VersionRow
+from buffer.storage.rows import OperationRow, Recovered, RollbackRow, VersionRow
 from buffer.tickets import LeaseRecord, SampleSummary, State, Ticket
 
 Row = tuple[Any, ...]
@@ -34,6 +34,7 @@ class Changes:
     """By index in the queue of prompts given back."""
     attempts: dict[int, int] = field(default_factory=dict)
     rollbacks: list[RollbackRow] = field(default_factory=list)
+    operations: list[OperationRow] = field(default_factory=list)
     counters: dict[str, float] = field(default_factory=dict)
     released: list[int] = field(default_factory=list)
     """Tickets whose records will not be fetched any more."""
@@ -130,6 +131,10 @@ class RowRecorder:
 
     def put_rollback(self, row: RollbackRow) -> None:
         self.changes.rollbacks.append(row)
+        self._changed()
+
+    def put_operation(self, row: OperationRow) -> None:
+        self.changes.operations.append(row)
         self._changed()
 
     def put_counters(self, values: Mapping[str, float]) -> None:

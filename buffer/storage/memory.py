@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 
 from areal_like.wire.records import Record
 from buffer.prompts.order import Prompt
-from buffer.storage.rows import Recovered, RollbackRow, VersionRow
+from buffer.storage.rows import OperationRow, Recovered, RollbackRow, VersionRow
 from buffer.tickets import LeaseRecord, SampleSummary, State, Ticket
 
 
@@ -49,6 +49,8 @@ class MemoryStore:
     def put_attempt(self, step: int, num_starts: int) -> None: ...
 
     def put_rollback(self, row: RollbackRow) -> None: ...
+
+    def put_operation(self, row: OperationRow) -> None: ...
 
     def put_counters(self, values: Mapping[str, float]) -> None: ...
 

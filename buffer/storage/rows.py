@@ -52,6 +52,17 @@ class RollbackRow:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class OperationRow:
+    """What an operator did to the run. It is written for people and never read back."""
+
+    unix_s: float
+    verb: str
+    """The command, e.g. `unfence`."""
+    subject: str
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SegmentRow:
     """One file of trajectories."""
 

@@ -75,7 +75,13 @@ CREATE TABLE rollbacks (
 CREATE TABLE segments (segment INTEGER PRIMARY KEY, num_bytes INTEGER NOT NULL, retained INTEGER NOT NULL);
 CREATE TABLE statistics (name TEXT PRIMARY KEY, value NUMERIC NOT NULL) WITHOUT ROWID;
 """
-MIGRATIONS: tuple[str, ...] = (_VERSION_1,)
+_VERSION_2 = """
+CREATE TABLE operations (
+    id INTEGER PRIMARY KEY, unix_s REAL NOT NULL, verb TEXT NOT NULL, subject TEXT NOT NULL,
+    detail TEXT NOT NULL
+);
+"""
+MIGRATIONS: tuple[str, ...] = (_VERSION_1, _VERSION_2)
 """Script i takes a file from version i to i + 1. Never edit a released script: append another one."""
 
 
@@ -212,6 +218,11 @@ def _write(connection: sqlite3.Connection, changes: Changes, locations: Iterable
             )
             for row in changes.rollbacks
         ],
+    )
+    _insert(
+        connection,
+        "INSERT INTO operations VALUES",
+        [(None, row.unix_s, row.verb, row.subject, row.detail) for row in changes.operations],
     )
     _insert(connection, "INSERT OR REPLACE INTO statistics VALUES", list(changes.counters.items()))
 

@@ -1,8 +1,9 @@
-"""Counters of the stream: samples and tokens by outcome, and the lag of trained samples.
+"""Counters of the stream: samples and tokens by outcome, their lengths, and the lag of trained samples.
 
 Lag is counted when the trainer completes a step, because then the samples have taken effect, and not when a
 checkpoint commits the step. A step that a resumed trainer repeats is counted once. Counters survive a
-restart: they are stored as pairs of name and number whenever they change.
+restart: they are stored as pairs of name and number whenever they change. The counters from which
+`areal_like.selection` compares what was offered with what was trained have its names.
 """
 
 from __future__ import annotations
@@ -10,26 +11,40 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from buffer.tickets import REFUSALS, SampleSummary, Ticket, Verdict
+from areal_like.failures import FailureKind, FailurePolicy
+from areal_like.selection import (
+    failure_key,
+    length_bucket,
+    length_key,
+    solve_rate_bucket,
+    solve_rate_key,
+    wasted_key,
+)
+from buffer.tickets import REFUSALS, Drop, SampleSummary, Ticket, Verdict
 
 _LAG = "trained_lag_"
 _VERDICT = "verdict_"
+_LARGEST_REWARD = 1e12
+"""Rewards count up to here in sums, which must stay finite whatever a server sends: JSON and the wire have no
+infinity."""
 
 
 class StreamCounters:
-    """Running sums in constant memory (there are at most max_staleness + 1 different lags)."""
+    """Running sums in constant memory (the names are a fixed set, and at most max_staleness + 1 lags)."""
 
-    def __init__(self) -> None:
-        self._values = Counter[str]()
+    def __init__(self, *, reward_low: float, reward_high: float) -> None:
+        """`reward_low`, `reward_high`: rewards that count as a solve rate of 0 and of 1."""
+        self._reward_low, self._reward_high = reward_low, reward_high
+        self._values: dict[str, float] = {}
         self._changed: set[str] = set()
 
     def restore(self, values: Mapping[str, float]) -> None:
         """Continues from the values of an earlier buffer."""
-        self._values = Counter({name: int(value) for name, value in values.items()})
+        self._values = dict(values)
 
     def take_changes(self) -> dict[str, float]:
         """Current values of the counters that changed since the last call."""
-        changes: dict[str, float] = {name: self._values[name] for name in self._changed}
+        changes = {name: self._values[name] for name in self._changed}
         self._changed.clear()
         return changes
 
@@ -40,43 +55,84 @@ class StreamCounters:
             self._add("tokens_accepted", num_sampled)
         elif verdict.refusal:
             self._add("tokens_refused", num_sampled)
+            self._add(wasted_key(verdict.name.lower()), num_sampled)
 
-    def count_failure(self) -> None:
-        """Counts a failed sample."""
+    def count_training_sample(self, sample: SampleSummary) -> None:
+        """Counts an accepted sample that may be trained on."""
+        self._add_sample("offered", sample, sign=1)
+
+    def count_group(self, ticket: Ticket) -> None:
+        """Counts a complete group by its solve rate."""
+        self._add_group("groups_offered", ticket, sign=1)
+
+    def count_failure(self, kind: FailureKind, outcome: FailurePolicy, *, num_tokens: int) -> None:
+        """Counts a failed sample; its `num_tokens` sampled tokens are lost unless the outcome is ZERO."""
         self._add("num_failures", 1)
+        self._add(failure_key(kind, outcome), 1)
+        if num_tokens:
+            self._add_length(f"failed_{kind.value}", num_tokens, sign=1)
+            if outcome is not FailurePolicy.ZERO:
+                self._add(wasted_key(f"failed_{kind.value}"), num_tokens)
 
     def count_lost_lease(self) -> None:
         """Counts a lease that expired, was returned or was revoked with samples missing."""
         self._add("num_leases_lost", 1)
 
+    def count_quarantine(self) -> None:
+        """Counts a quarantine of a server."""
+        self._add("num_quarantines", 1)
+
     def count_reissue(self) -> None:
         """Counts a dropped ticket whose prompt is issued again."""
         self._add("num_reissued", 1)
 
-    def count_dropped(self, ticket: Ticket) -> None:
+    def count_given_up(self) -> None:
+        """Counts a dropped ticket whose prompt will not be issued again (before the next epoch)."""
+        self._add("prompts_given_up", 1)
+
+    def count_dropped(self, ticket: Ticket, reason: Drop) -> None:
         """Counts the samples of a dropped ticket."""
+        num_tokens = sum(sample.num_sampled for sample in ticket.samples.values())
         self._add("num_samples_dropped", len(ticket.samples))
-        self._add("tokens_dropped", sum(sample.num_sampled for sample in ticket.samples.values()))
+        self._add("tokens_dropped", num_tokens)
+        self._add(wasted_key(reason.value), num_tokens)
 
-    def count_trained(self, sample: SampleSummary, *, step: int) -> None:
-        """Counts a sample that was trained on in `step`."""
-        self._add_trained(sample, step=step, sign=1)
+    def count_trained(self, ticket: Ticket) -> None:
+        """Counts a group that was trained on in its step."""
+        self._add_trained(ticket, sign=1)
 
-    def uncount_trained(self, sample: SampleSummary, *, step: int) -> None:
-        """Undoes `count_trained`: the step will be repeated with other samples."""
-        self._add_trained(sample, step=step, sign=-1)
+    def uncount_trained(self, ticket: Ticket) -> None:
+        """Undoes `count_trained`: the step will be repeated with other groups."""
+        self._add_trained(ticket, sign=-1)
 
-    def _add_trained(self, sample: SampleSummary, *, step: int, sign: int) -> None:
-        self._add(f"{_LAG}{step - sample.oldest_step}", sign)
-        self._add("tokens_trained", sign * sample.num_sampled)
-        self._add("sum_token_lag", sign * (step * sample.num_sampled - sample.sum_token_steps))
+    def _add_trained(self, ticket: Ticket, *, sign: int) -> None:
+        self._add_group("groups_trained", ticket, sign=sign)
+        for sample in ticket.training_samples:
+            self._add_sample("trained", sample, sign=sign)
+            self._add(f"{_LAG}{ticket.step - sample.oldest_step}", sign)
+            self._add("tokens_trained", sign * sample.num_sampled)
+            self._add("sum_token_lag", sign * (ticket.step * sample.num_sampled - sample.sum_token_steps))
 
-    def _add(self, name: str, amount: int) -> None:
-        self._values[name] += amount
+    def _add_group(self, population: str, ticket: Ticket, *, sign: int) -> None:
+        rewards = [sample.reward for sample in ticket.training_samples]
+        bucket = solve_rate_bucket(rewards, low=self._reward_low, high=self._reward_high)
+        self._add(solve_rate_key(population, bucket), sign)
+
+    def _add_sample(self, population: str, sample: SampleSummary, *, sign: int) -> None:
+        self._add_length(population, sample.num_sampled, sign=sign)
+        reward = max(-_LARGEST_REWARD, min(_LARGEST_REWARD, sample.reward))
+        self._add(f"{population}_sum_reward", sign * reward)
+
+    def _add_length(self, population: str, num_tokens: int, *, sign: int) -> None:
+        self._add(length_key(population, length_bucket(num_tokens)), sign)
+        self._add(f"{population}_sum_tokens", sign * num_tokens)
+
+    def _add(self, name: str, amount: float) -> None:
+        self._values[name] = self._values.get(name, 0) + amount
         self._changed.add(name)
 
     def __getitem__(self, name: str) -> int:
-        return int(self._values[name])
+        return int(self._values.get(name, 0))
 
     @property
     def verdicts(self) -> Counter[Verdict]:
@@ -88,6 +144,16 @@ class StreamCounters:
         """Lag in optimizer steps -> trained samples."""
         lags = {name: count for name, count in self._values.items() if name.startswith(_LAG)}
         return Counter({int(name.removeprefix(_LAG)): int(count) for name, count in lags.items() if count})
+
+    @property
+    def selection(self) -> dict[str, float]:
+        """The counters that `areal_like.selection` reads, zeros left out."""
+        prefixes = ("offered_", "trained_", "groups_", "failed_", "tokens_wasted_")
+        return {
+            name: value
+            for name, value in sorted(self._values.items())
+            if value and name.startswith(prefixes) and not name.startswith(_LAG)
+        }
 
     def summary(self) -> dict[str, float]:
         """Sums and means by name, for `RunCounters.counters` and /status."""
@@ -102,7 +168,9 @@ class StreamCounters:
             "samples_dropped": dropped,
             **{f"refusals_{verdict.value.replace(' ', '_')}": verdicts[verdict] for verdict in REFUSALS},
             "leases_lost": self["num_leases_lost"],
+            "quarantines": self["num_quarantines"],
             "tickets_reissued": self["num_reissued"],
+            "prompts_given_up": self["prompts_given_up"],
             "tokens_generated": self["tokens_accepted"] + self["tokens_refused"],
             "tokens_trained": tokens_trained,
             "tokens_dropped": tokens_dropped,
@@ -111,4 +179,5 @@ class StreamCounters:
             "mean_trained_token_lag": self["sum_token_lag"] / tokens_trained if tokens_trained else 0.0,
             "mean_trained_sample_tokens": tokens_trained / trained if trained else 0.0,
             "mean_dropped_sample_tokens": tokens_dropped / dropped if dropped else 0.0,
+            **self.selection,
         }

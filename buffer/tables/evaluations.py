@@ -44,14 +44,14 @@ class EvalRound:
         return self._num_evaluated + self.num_failed == self.num_prompts
 
     def result(self) -> EvalResult:
-        """Means over the evaluated prompts (0 if all failed)."""
+        """Mean reward over all prompts, of which a failed one counts 0, and tokens of evaluated ones."""
         count = max(1, self._num_evaluated)
         oldest, newest = self._versions or (self.min_version, self.min_version)
         return EvalResult(
             eval_id=self.eval_id,
             num_evaluated=self._num_evaluated,
             num_failed=self.num_failed,
-            mean_reward=self._sum_reward / count,
+            mean_reward=self._sum_reward / max(1, self._num_evaluated + self.num_failed),
             mean_tokens=self._sum_tokens / count,
             oldest_version=oldest,
             newest_version=newest,
@@ -83,6 +83,13 @@ class EvalTable:
     def has_queued(self) -> bool:
         """True if a ticket of any round waits for a lease."""
         return any(round_.queue for round_ in self.rounds.values())
+
+    def peek_next(self, weights_version: int) -> int | None:
+        """Id of the ticket that `take_next` would return."""
+        for round_ in self.rounds.values():
+            if round_.queue and weights_version >= round_.min_version:
+                return round_.queue[0]
+        return None
 
     def take_next(self, weights_version: int) -> int | None:
         """Id of the next ticket for a server with weights of this version, if there is one."""

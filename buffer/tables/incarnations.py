@@ -1,47 +1,120 @@
-"""Refuses messages of replaced processes: stores the newest incarnation of every peer, also over restarts.
+"""Tells the newest process of each name from those that it replaced, also over restarts of the buffer.
 
-An incarnation is a number that grows with every start of a process of the same name. A message with an older
-incarnation comes from a process that has been replaced (it hung, or its machine was cut off), and is refused.
+    unknown name --admit(P)--> P has it, incarnation 1 --admit(Q)--> Q has it, incarnation 2
+                                    `--unfence--> nobody has it, incarnation 2 --admit(R)--> R, incarnation 3
+
+Every process has a random identity. The ledger gives each new process of a name the next number, and keeps
+both, so clocks play no part and nothing that a peer sends can raise a number. Whether a new process may have
+a name that another one has now is decided elsewhere (`buffer/service/name_claims.py`).
+
+All ranks of the trainer are one process here, under the name TRAINER. Of an identity, only 63 bits of its
+hash are stored: reading the ledger is not enough to pose as the process.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
-from areal_like.errors import StaleIncarnationError
+from areal_like.errors import RefusedError, StaleIncarnationError
 from buffer.storage.base import Store
 
-_PREFIX = "incarnation:"
+TRAINER = "trainer"
+"""The name of all trainer ranks together."""
+MAX_NAMES = 1 << 16
+"""Different names in one run. Each takes a row for ever."""
+_INCARNATION, _PROCESS = "incarnation:", "process:"
+_IMPOSSIBLE = 1 << 62
+"""Releases that took incarnations from the clock stored what a peer sent. No clock reaches this number."""
 
 
 def refuse_older(name: str, incarnation: int, *, newest: int) -> None:
     """Raises StaleIncarnationError if `incarnation` is older than `newest`."""
     if incarnation < newest:
         raise StaleIncarnationError(
-            f"{name} was started again: incarnation {newest} is newer than {incarnation}"
+            f"{name} was replaced: its incarnation is {incarnation}, the newest is {newest}"
         )
 
 
 class IncarnationTable:
-    """The newest incarnation of each peer, by the peer's name."""
+    """The newest incarnation of each name, and the process that has it."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self.newest: dict[str, int] = {}
+        self._newest: dict[str, int] = {}
+        self._process: dict[str, int] = {}
 
     def restore(self, scalars: Mapping[str, int]) -> None:
-        """Reads the incarnations that earlier buffers wrote."""
-        self.newest = {
-            name.removeprefix(_PREFIX): value for name, value in scalars.items() if name.startswith(_PREFIX)
-        }
+        """Reads what earlier buffers wrote. Older releases wrote one number for each rank of the trainer."""
+        for key, value in scalars.items():
+            if key.startswith(_INCARNATION):
+                name = key.removeprefix(_INCARNATION)
+                name = TRAINER if name.startswith(f"{TRAINER}-") else name
+                self._newest[name] = max(self._newest.get(name, 0), value)
+            elif key.startswith(_PROCESS):
+                self._process[key.removeprefix(_PROCESS)] = value
 
-    def check(self, name: str, incarnation: int) -> None:
-        """Raises StaleIncarnationError if a newer process of this name has registered."""
-        refuse_older(name, incarnation, newest=self.newest.get(name, 0))
+    def __contains__(self, name: str) -> bool:
+        """True if a process has ever had the name."""
+        return name in self._newest
 
-    def register(self, name: str, incarnation: int) -> None:
-        """Stores an incarnation if it is the newest. Raises StaleIncarnationError if it is older."""
-        self.check(name, incarnation)
-        if incarnation > self.newest.get(name, 0):
-            self.newest[name] = incarnation
-            self._store.put_scalar(f"{_PREFIX}{name}", incarnation)
+    def find(self, name: str, process: str, incarnation: int) -> int:
+        """The incarnation of a process that has the name; 0 if the process is new.
+
+        `incarnation`: what the process says that it was granted; 0: nothing. Raises StaleIncarnationError if
+        another process has the name since then.
+        """
+        newest = self._newest.get(name, 0)
+        if newest and self._process.get(name) == _digest(process):
+            return newest
+        # A number above the newest was granted by a buffer that died before it had written it.
+        if 0 < incarnation <= newest:
+            raise StaleIncarnationError(
+                f"{name} was replaced by another process: its incarnation is {incarnation}, "
+                f"the newest is {newest}"
+            )
+        return 0
+
+    def admit(self, name: str, process: str, *, above: int = 0) -> int:
+        """Gives the name to a new process; returns its incarnation, which is also larger than `above`.
+
+        Raises RefusedError for too many names, and for a number that a forged hello has left in the ledger of
+        an earlier release.
+        """
+        newest = max(self._newest.get(name, 0), above)
+        if newest >= _IMPOSSIBLE:
+            raise RefusedError(
+                "incarnation",
+                f"the ledger has the impossible number {newest} for {name}: "
+                f"run `areal-like unfence RUN {name}`",
+            )
+        if name not in self._newest and len(self._newest) >= MAX_NAMES:
+            raise RefusedError("peers", f"this run has had {MAX_NAMES} names: use one of them again")
+        self._put(name, newest + 1, _digest(process))
+        return newest + 1
+
+    def unfence(self, name: str, *, floor: int = 0) -> tuple[int, int]:
+        """Takes the name from the process that has it; returns the (earlier, new) newest incarnation.
+
+        The process is refused from now on, and the next new one gets the name. An impossible number is
+        replaced by `floor`, the largest that the ledger has used.
+        """
+        before = self._newest.get(name, 0)
+        after = floor if before >= _IMPOSSIBLE else before + 1
+        self._put(name, after, 0)
+        return before, after
+
+    def _put(self, name: str, incarnation: int, process: int) -> None:
+        self._newest[name], self._process[name] = incarnation, process
+        self._store.put_scalar(f"{_INCARNATION}{name}", incarnation)
+        self._store.put_scalar(f"{_PROCESS}{name}", process)
+
+
+def is_impossible(incarnation: int) -> bool:
+    """True for a number that no buffer has granted and no clock has shown."""
+    return incarnation >= _IMPOSSIBLE
+
+
+def _digest(process: str) -> int:
+    """63 bits of the identity's hash, never 0."""
+    return (int.from_bytes(hashlib.sha256(process.encode()).digest()[:8], "big") >> 1) or 1

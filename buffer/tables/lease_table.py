@@ -19,7 +19,11 @@ from areal_like.shards import Shard
 from areal_like.wire.messages.producer import ServerHeartbeat, ServerState
 from buffer.storage.base import Store
 from buffer.storage.rows import LeaseRow
+from buffer.tables.server_health import ServerHealth
 from buffer.tickets import LeaseRecord, Ticket
+
+_MAX_REMOVED = 1024
+"""Removed servers whose health is remembered."""
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -31,6 +35,7 @@ class Server:
     weights_version: int
     last_heard_s: float
     state: ServerState = ServerState.STARTING
+    health: ServerHealth = field(default_factory=ServerHealth)
     capacity_samples: int = 0
     owed_samples: int = 0
     """Samples of its live leases that have not arrived yet."""
@@ -42,7 +47,8 @@ class Server:
     @property
     def free_samples(self) -> int:
         """Samples that the server can take now."""
-        return self.capacity_samples - self.owed_samples if self.state is ServerState.SERVING else 0
+        may_take = self.state is ServerState.SERVING and self.health.quarantine is None
+        return self.capacity_samples - self.owed_samples if may_take else 0
 
     def can_take(self, num_samples: int) -> bool:
         """True if the server can take a ticket with `num_samples` unleased samples; a lease takes all of
@@ -63,10 +69,14 @@ class LeaseTable:
         self._shard = shard
         self._timeout_s = lease_timeout_s
         self._next_id = first_lease_id
+        self.may_grant = True
+        """False while no lease may be granted (`Ledger.hold_grants`)."""
         self._expiry: list[tuple[float, int]] = []
         self.servers: dict[str, Server] = {}
         self.live: dict[int, LeaseRecord] = {}
         self._aborts: dict[str, set[int]] = {}
+        self._health_of_removed: dict[str, tuple[int, ServerHealth]] = {}
+        """Incarnation and health of servers that left or were silent, the newest of them."""
 
     def restore(self, rows: Iterable[LeaseRow], tickets: Mapping[int, Ticket], *, now_s: float) -> None:
         """Restores leases of an earlier buffer with a new expiry time; their servers have yet to register."""
@@ -102,15 +112,26 @@ class LeaseTable:
             known.last_heard_s, known.weights_version = now_s, weights_version
             return []
         lost = self.remove_server(name)
+        before, health = self._health_of_removed.pop(name, (0, ServerHealth()))
         self.servers[name] = Server(
-            name=name, incarnation=incarnation, weights_version=weights_version, last_heard_s=now_s
+            name=name,
+            incarnation=incarnation,
+            weights_version=weights_version,
+            last_heard_s=now_s,
+            health=health if before == incarnation else ServerHealth(),
         )
         return lost
 
     def remove_server(self, name: str) -> list[LeaseRecord]:
         """Removes a server and returns its leases, which are lost."""
         server = self.servers.pop(name, None)
-        return [self._remove(lease) for lease in list(server.leases.values())] if server else []
+        if server is None:
+            return []
+        # Leaving and registering again must not end a quarantine.
+        self._health_of_removed[name] = (server.incarnation, server.health)
+        if len(self._health_of_removed) > _MAX_REMOVED:
+            del self._health_of_removed[next(iter(self._health_of_removed))]
+        return [self._remove(lease) for lease in list(server.leases.values())]
 
     def heartbeat(self, name: str, beat: ServerHeartbeat, *, now_s: float) -> None:
         """Updates a server, renews its leases that the heartbeat names, and aborts others that it names."""

@@ -15,6 +15,7 @@ from areal_like.trajectory import NOT_SAMPLED
 from areal_like.wire.records import Record
 from buffer.storage.base import Store
 from buffer.storage.rows import RollbackRow, VersionRow
+from buffer.tables.incarnations import is_impossible
 from buffer.tickets import SampleSummary, Verdict
 
 
@@ -93,6 +94,12 @@ class VersionTable:
         """The step that starts from a version's weights; None if it was abandoned or never allocated."""
         known = self._weights.get(version)
         return None if known is None or version in self._abandoned else known[0]
+
+    @property
+    def newest_incarnation(self) -> int:
+        """The largest incarnation of a trainer that has allocated a version; 0: none has."""
+        incarnations = (incarnation for _, incarnation in self._weights.values())
+        return max((number for number in incarnations if not is_impossible(number)), default=0)
 
     def weights_of(self, version: int) -> tuple[int, int]:
         """(step, trainer incarnation) of an allocated version; a push and its repetition have the same."""

@@ -181,6 +181,41 @@ _ONE_RETRY = Invariant(
         GROUP BY child.parent HAVING count(*) > 1 OR max(old.state) IS NOT 'dropped'""",
 )
 
+# Lengths and reasons are counted since the ledger's first row, unless an earlier release has made the ledger.
+_COUNTS_SELECTION = f"{_mark('counts_selection', '0')} = 1"
+_MAX_BUCKET = 18
+_TRAIN_SAMPLES = (
+    f"{_TICKETS_WITH_SAMPLES} WHERE purpose = 'train' AND sample_index < num_samples - num_greedy"
+)
+_SELECTION = f"""
+    WITH RECURSIVE limits(bucket, above, upto) AS (
+        SELECT 0, 0, 1 UNION ALL SELECT bucket + 1, upto, iif(bucket + 1 = {_MAX_BUCKET}, 1 << 62, 2 * upto)
+        FROM limits WHERE bucket < {_MAX_BUCKET})
+    SELECT 'offered_length_' || bucket AS name, count(*) AS num
+    FROM {_TICKETS_WITH_SAMPLES} JOIN limits ON num_sampled > above AND num_sampled <= upto
+    WHERE purpose = 'train' AND sample_index < num_samples - num_greedy GROUP BY 1
+    UNION ALL SELECT 'trained_length_' || bucket, count(*)
+    FROM {_TICKETS_WITH_SAMPLES} JOIN limits ON num_sampled > above AND num_sampled <= upto
+    WHERE {_IS_COUNTED} AND sample_index < num_samples - num_greedy GROUP BY 1
+    UNION ALL SELECT 'offered_sum_tokens', coalesce(sum(num_sampled), 0) FROM {_TRAIN_SAMPLES}
+    UNION ALL SELECT 'trained_sum_tokens', coalesce(sum(num_sampled), 0)
+    FROM {_TRAIN_SAMPLES} AND {_IS_COUNTED}
+    UNION ALL SELECT 'num_failures', (SELECT coalesce(sum(value), 0) FROM statistics
+        WHERE name GLOB 'failed_*_retry' OR name GLOB 'failed_*_drop' OR name GLOB 'failed_*_zero')"""
+
+_LENGTHS = Invariant(
+    text="the counters of lengths and failures equal the sums of the rows",
+    count="SELECT count(*) FROM statistics WHERE name GLOB '*_length_*' OR name GLOB 'failed_*'",
+    violations=f"""
+        WITH sums AS ({_SELECTION})
+        SELECT printf('%s is %d, the sum of the rows %d', name, coalesce(value, 0), num)
+        FROM sums LEFT JOIN statistics USING (name)
+        WHERE {_COUNTS_SELECTION} AND coalesce(value, 0) != num
+        UNION ALL SELECT printf('%s is %d, the sum of the rows 0', name, value) FROM statistics
+        WHERE {_COUNTS_SELECTION} AND value != 0 AND name NOT IN (SELECT name FROM sums)
+          AND (name GLOB 'offered_length_*' OR name GLOB 'trained_length_*')""",
+)
+
 _COUNTERS = Invariant(
     text="the counters equal the sums of the rows",
     count="SELECT count(*) FROM statistics",
@@ -217,4 +252,5 @@ LEDGER_INVARIANTS = (
     _LEASED_ONCE,
     _ONE_RETRY,
     _COUNTERS,
+    _LENGTHS,
 )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from areal_like.errors import StoreCorruptError
+from areal_like.selection import failures_of
 from areal_like.shards import Shard
 from areal_like.wire.records import RecordLocation, read_record
 from launch.audit.invariants import LEDGER_INVARIANTS
@@ -55,6 +56,7 @@ def audit_ledger(directory: Path) -> LedgerAudit:
             query("SELECT reason, count(*) FROM tickets WHERE state = 'dropped' GROUP BY 1 ORDER BY 1")
         )
         marks = dict(query("SELECT name, value FROM marks"))
+        counters = dict(query("SELECT name, value FROM statistics"))
         steps = query(
             "SELECT step, count(*), max(position) FROM tickets WHERE state IN ('batched', 'trained') "
             "GROUP BY step ORDER BY step"
@@ -86,6 +88,11 @@ def audit_ledger(directory: Path) -> LedgerAudit:
             checks=[*checks, _trajectories_on_disk(directory, samples)],
             tickets={"issued": sum(tickets.values())} | tickets,
             drops=drops,
+            failures={
+                f"{kind} {outcome}": count
+                for kind, outcomes in failures_of(counters).items()
+                for outcome, count in outcomes.items()
+            },
             facts=facts,
         ),
         committed_step=committed_step,

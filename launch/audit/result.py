@@ -31,6 +31,8 @@ class Audit:
     """By state, and `issued`."""
     drops: dict[str, int]
     """By reason."""
+    failures: dict[str, int] = field(default_factory=dict)
+    """Failed samples by kind and outcome: `reward_timeout zero`."""
     facts: dict[str, int] = field(default_factory=dict)
     """Numbers of committed steps, versions, rollbacks, tokens rolled back, and bytes of trajectories."""
 
@@ -53,4 +55,6 @@ class Audit:
         yield "tickets  " + "  ".join(f"{state} {count:,}" for state, count in self.tickets.items() if count)
         if self.drops:
             yield "dropped  " + "  ".join(f"{reason} {count:,}" for reason, count in self.drops.items())
+        if self.failures:
+            yield "failed   " + "  ".join(f"{kind} {count:,}" for kind, count in self.failures.items())
         yield "  ".join(f"{name} {value:,}" for name, value in self.facts.items())

@@ -45,6 +45,7 @@ def audit_run(root: Path) -> Audit:
         checks=checks,
         tickets=add_up(result.tickets for result in results),
         drops=add_up(result.drops for result in results),
+        failures=add_up(result.failures for result in results),
         facts=add_up(result.facts for result in results)
         | {name: min(result.facts[name] for result in results) for name in common},
     )

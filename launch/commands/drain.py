@@ -1,4 +1,7 @@
-"""`areal-like drain RUN SERVER`: ends one rollout server of a running job."""
+"""`areal-like drain RUN SERVER`: ends one rollout server of a running job.
+
+The buffer tells the server, over the connection that the server has with it.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,7 @@ from areal_like.errors import ArealError, ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
 from launch.commands.parser import add_run
-from launch.commands.running_job import servers_of
-from launch.observation.http_json import post_json
+from launch.commands.running_job import ask_buffers, servers_of
 from launch.run_directory.rundir import find_run
 
 _TICK_S = 0.2
@@ -40,13 +42,12 @@ def drain(run: str, name: str) -> int:
     if name not in servers:
         known = ", ".join(sorted(servers)) or "none is running"
         raise ConfigError(f"drain: {paths.root.name} has no rollout server {name!r} (servers: {known})")
+    # Each shard knows the server, and one message is enough. The server's own HTTP address is not used: it is
+    # whatever the server said in its hello.
     try:
-        post_json(servers[name], "/control/drain", {})
-    except OSError as error:
-        raise ConfigError(
-            f"drain: {name} does not answer at {servers[name]} ({error}): send SIGTERM to its process, "
-            "or make its HTTP server reachable from here (daemon.http_host)"
-        ) from None
+        ask_buffers(config, paths, "/control/drain_server", {"server": name})
+    except ConfigError as error:
+        raise ConfigError(f"drain: {name} cannot be told to leave ({error})") from None
     deadline_s = time.monotonic() + config.daemon.drain_timeout_s
     while time.monotonic() < deadline_s:
         if name not in servers_of(config, paths):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -116,7 +117,8 @@ def free_name(paths: RunPaths) -> str:
     """
     if not paths.endpoints.is_dir():
         # `p` before the number: a plain number at the end would be taken for the server's index.
-        return f"rollout-{socket.gethostname()}-p{os.getpid()}"
+        host = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:40]
+        return f"rollout-{host}-p{os.getpid()}"
     names = (f"rollout-{number}" for number in itertools.count())
     return next(
         name

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths, checkpoint_name
+from areal_like.runtime.process import keep_files_private
 from launch.commands.parser import add_run, add_settings
 from launch.commands.stop_signals import StopSignals
 from launch.local_job.actions import Exit
@@ -70,6 +71,7 @@ def run_replay(recorded: Path, argv: Sequence[str]) -> int:
         raise ConfigError(
             "replay: a replay begins at the first step of the recorded run; resume= is for `areal-like run`"
         )
+    keep_files_private()
     run = open_replay(recorded, argv)
     console = Console()
     view = LastingView(PlainView(run.config, console))

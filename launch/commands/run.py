@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import shutil
 import sys
 import time
@@ -13,7 +12,9 @@ from typing import Any
 from rich.console import Console
 
 from areal_like.runtime.command_line import add_config_option
-from areal_like.runtime.logs import JsonFormatter
+from areal_like.runtime.logs import configure_handlers, log_file
+from areal_like.runtime.process import keep_files_private
+from areal_like.runtime.signals import handle_log_signals, request_reopen
 from launch.commands.parser import add_settings
 from launch.commands.stop_signals import StopSignals
 from launch.local_job.job import LocalJob
@@ -40,26 +41,30 @@ def main(args: argparse.Namespace) -> int:
 
 def run_local(argv: Sequence[str]) -> int:
     """Runs the job with these command line arguments; returns its exit code."""
+    keep_files_private()
     run = open_run(argv)
+    keep_files_private(run.paths.root)
     started_unix_s = time.time()
     console = Console(stderr=False)
-    handler = logging.FileHandler(run.paths.logs / "launcher.log")
-    handler.setFormatter(JsonFormatter())
-    logging.basicConfig(level=run.config.daemon.log_level, handlers=[handler], force=True)
-    stops = StopSignals()
+    configure_handlers(log_file(run.paths.logs / "launcher.log"), level=run.config.daemon.log_level)
+    # Stacks only into the log: stderr is the user's terminal.
+    handle_log_signals(to_stderr=False, hangup=False)
+    stops = StopSignals(on_hangup=request_reopen)
     for line in run.announcement:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     view = LastingView(
         LiveView(run.config, console) if console.is_terminal else PlainView(run.config, console)
     )
-    job = LocalJob(run, view=view, num_stops=lambda: stops.count)
     try:
+        job = LocalJob(run, view=view, num_stops=lambda: stops.count)
         exit_code = job.run()
     finally:
         view.close()
         run.close()
     with output_may_be_gone():
         if exit_code != 2:
+            if exit_code != 1 and not job.is_finished:
+                console.print("the run was drained", highlight=False)
             show_summary(run, console, since_unix_s=started_unix_s)
     with output_may_be_gone():
         for line in job.failure:

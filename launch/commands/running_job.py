@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from areal_like.config import Config
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.daemon import read_endpoint
 from areal_like.shards import all_shards
-from launch.observation.http_json import fetch_json
+from launch.observation.http_json import Operator, fetch_json, post_json
 
 
 def buffer_settings(config: Config, paths: RunPaths | None, given: str) -> list[str]:
@@ -41,25 +43,53 @@ def buffer_settings(config: Config, paths: RunPaths | None, given: str) -> list[
     return [f"buffer.ports=[{','.join(ports)}]"]
 
 
-def servers_of(config: Config, paths: RunPaths) -> dict[str, str]:
-    """Name -> HTTP address of every rollout server that is registered with a buffer of the job.
+def servers_of(config: Config, paths: RunPaths) -> set[str]:
+    """Names of the rollout servers that are registered with a buffer of the job.
 
     Raises ConfigError when no buffer answers.
     """
-    endpoints = [
-        read_endpoint(paths.endpoints / f"{shard.name}.json")
-        for shard in all_shards(config.buffer.num_shards)
-    ]
+    operator = Operator(config.security, paths.endpoints)
     answers = [
         status
-        for endpoint in endpoints
-        if endpoint and (status := fetch_json(str(endpoint.get("http", "")), "/status"))
+        for address in _buffers(config, paths)
+        if (status := fetch_json(address, "/status", operator=operator)) is not None
     ]
     if not answers:
-        raise ConfigError(f"{paths.root}: its buffer does not answer; is the job running?")
+        raise _no_answer(paths)
     return {
-        str(peer["name"]): str(peer["http"])
+        str(peer["name"])
         for status in answers
         for peer in status.get("peers", [])
         if peer.get("role") == "rollout"
     }
+
+
+def ask_buffers(config: Config, paths: RunPaths, path: str, body: dict[str, Any]) -> None:
+    """POSTs a request to the job's buffers, in order, until one accepts it.
+
+    Raises ConfigError with the last refusal, or when no buffer answers.
+    """
+    operator = Operator(config.security, paths.endpoints)
+    error = _no_answer(paths)
+    for address in _buffers(config, paths):
+        try:
+            post_json(address, path, body, operator=operator)
+            return
+        except ConfigError as refusal:
+            error = refusal
+        except OSError:
+            continue
+    raise error
+
+
+def _buffers(config: Config, paths: RunPaths) -> list[str]:
+    """HTTP addresses of the buffers that have written one."""
+    endpoints = [
+        read_endpoint(paths.endpoints / f"{shard.name}.json")
+        for shard in all_shards(config.buffer.num_shards)
+    ]
+    return [str(endpoint["http"]) for endpoint in endpoints if endpoint and endpoint.get("http")]
+
+
+def _no_answer(paths: RunPaths) -> ConfigError:
+    return ConfigError(f"{paths.root}: its buffer does not answer; is the job running?")

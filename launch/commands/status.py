@@ -7,6 +7,7 @@ import argparse
 from rich.console import Console
 
 from launch.commands.parser import add_run
+from launch.observation.http_json import operator_of
 from launch.observation.observer import Observation, look_at_daemons
 from launch.run_directory.rundir import find_run
 from launch.view.daemons import daemon_table, tickets_line
@@ -18,9 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints the table; returns 1 when no daemon runs. Raises ConfigError without such a run."""
+    """Prints the table; returns 1 when no daemon runs.
+
+    Raises ConfigError without such a run, or without the operator's token of a run with keys.
+    """
     root = find_run(args.run)
-    daemons = look_at_daemons(root / "endpoints")
+    daemons = look_at_daemons(root / "endpoints", operator=operator_of(root))
     console = Console()
     if not daemons:
         console.print(f"{root}: no daemon is running", markup=False, highlight=False)

@@ -17,7 +17,7 @@ class Exit:
 
     name: str
     code: int
-    """Its exit code; negative: the signal that ended it."""
+    """Its exit code; negative: the signal that ended it; 0: the run is finished; DRAINED: it has drained."""
     complaint: str = ""
     """The message for the user that the process printed before exit code 2."""
     last_words: tuple[str, ...] = ()

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 from areal_like.paths import RunPaths
+from areal_like.runtime.logs import OUTPUT_FILE
 from areal_like.runtime.process import PARENT_PID
 from launch.local_job.specs import ChildSpec
 
@@ -49,6 +50,7 @@ class Child:
             "OMP_NUM_THREADS": str(spec.num_threads),
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONUNBUFFERED": "1",
+            OUTPUT_FILE: str(self._output),
             "PYTHONPATH": python_path(),
         }
         with self._output.open("ab") as output:

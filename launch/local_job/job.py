@@ -19,7 +19,7 @@ from launch.local_job.display import View
 from launch.local_job.lifecycle import JobLifecycle, Phase
 from launch.local_job.processes import ProcessTable
 from launch.local_job.specs import JobSpecs
-from launch.observation.http_json import post_json
+from launch.observation.http_json import Operator, post_json
 from launch.observation.observer import Observer
 from launch.run_directory.open_run import OpenRun
 from launch.run_directory.rundir import checkpoints, take_restart_order
@@ -33,8 +33,11 @@ class LocalJob:
     """One job from start to end: call `run()` once. `num_stops`: the number of stop signals so far."""
 
     def __init__(self, run: OpenRun, *, view: View, num_stops: Callable[[], int]) -> None:
+        """Raises ConfigError if the run has keys and the operator's token is not here."""
         self._paths, self._view, self._num_stops = run.paths, view, num_stops
-        self._observer = Observer(run.paths)
+        self._drain_code = run.config.daemon.exit_code_on_drain
+        self._operator = Operator(run.config.security, run.paths.endpoints)
+        self._observer = Observer(run.paths, operator=self._operator)
         self._processes = ProcessTable(run.paths, lock_fd=run.lock_fd)
         self._lifecycle = JobLifecycle(
             run.config,
@@ -48,8 +51,16 @@ class LocalJob:
         """The reason for a failure, in lines for the user; empty when the run did not fail."""
         return self._lifecycle.outcome.failure
 
+    @property
+    def is_finished(self) -> bool:
+        """True when all steps of the run are done."""
+        return self._lifecycle.outcome.is_finished
+
     def run(self) -> int:
-        """Runs the job; returns 0 if it finished or drained, 1 if it failed, 2 for the user's mistake."""
+        """Runs the job; returns its exit code.
+
+        0: finished; `daemon.exit_code_on_drain`: drained; 1: failed; 2: a mistake of the user.
+        """
         self._observer.start()
         try:
             self._carry_out(self._lifecycle.start())
@@ -61,7 +72,11 @@ class LocalJob:
             self._observer.close()
             for left in self._paths.endpoints.glob("*.json"):  # of daemons that were killed
                 left.unlink()
-        return self._lifecycle.outcome.exit_code
+        outcome = self._lifecycle.outcome
+        if outcome.exit_code:
+            return outcome.exit_code
+        log.info("the run is %s", "finished" if outcome.is_finished else "drained")
+        return 0 if outcome.is_finished else self._drain_code
 
     def _advance(self) -> None:
         lifecycle = self._lifecycle
@@ -107,7 +122,7 @@ class LocalJob:
         try:
             if address is None:
                 raise ConnectionError("the trainer is still starting")
-            post_json(address, "/control/hand_over", {})
+            post_json(address, "/control/hand_over", {}, operator=self._operator)
         except (OSError, HTTPException, ConfigError) as error:
             log.warning("no answer to the hand-over request (%s): sending the stop signal", error)
             self._processes.terminate("trainer")

@@ -8,8 +8,9 @@
 - PREPARING builds the model while the buffers start; STARTING waits for the trainer and the rollout servers.
 - CLOSING always ends the processes in the same order: trainer (finishes its step, writes a checkpoint,
   commits), servers, buffers.
-- A daemon that exits with code 0 before CLOSING was stopped by a user. A stopped server is not replaced, and
-  the run continues while another server is left; any other daemon closes the run.
+- A daemon that drains before CLOSING was stopped by a user. A stopped server is not replaced, and the run
+  continues while another server is left; any other daemon closes the run. A daemon that exits with code 0 has
+  heard that the run is finished, which also closes it.
 - A daemon that dies is started again, and the others only pause: other servers generate a dead server's
   samples, a buffer restarts at the same port with its ledger (unless `buffer.durability=none`), the trainer
   restarts from its newest checkpoint. The number of deaths in a row is limited (restarts.py, trainer.py).
@@ -30,7 +31,7 @@ from launch.local_job.outcome import Outcome
 from launch.local_job.restarts import Restarts, RestartState
 from launch.local_job.servers import RolloutServers
 from launch.local_job.shutdown import Shutdown, Stage
-from launch.local_job.specs import JobSpecs, ports_setting
+from launch.local_job.specs import DRAINED, JobSpecs, ports_setting
 from launch.local_job.trainer import SupervisedTrainer
 from launch.observation.observer import Observation
 
@@ -136,13 +137,12 @@ class JobLifecycle:
             return self._fail([ended.complaint, *report], exit_code=2, now_s=now_s)
         if ended.name in self._servers:
             return [Notice(self._servers.exited(ended, now_s=now_s))]
-        if ended.code != 0:
+        if ended.code not in (0, DRAINED):
             return self._process_failed(ended, now_s=now_s)
-        if ended.name == "trainer":
-            return self._trainer_ended(now_s=now_s)
-        if ended.name in self._buffers:
-            text = f"a user stopped the {ended.name}: closing the run"
-            return [Notice(text), *self._drain(now_s=now_s)]
+        if ended.name == "trainer" and self._trainer is not None and self._trainer.takes_over(ended):
+            return self._started([self._next_trainer()])
+        if ended.name == "trainer" or ended.name in self._buffers:
+            return self._ended(ended, now_s=now_s)
         return []  # the model is prepared
 
     def replace_trainer(self, settings: Sequence[str], *, seen: Observation) -> list[Action]:
@@ -265,13 +265,12 @@ class JobLifecycle:
         delay_s = restarts.due_s - now_s
         return [Notice(f"{ended.name} ended ({ended.description}): starting it again in {delay_s:.1f} s")]
 
-    def _trainer_ended(self, *, now_s: float) -> list[Action]:
-        """Handles exit code 0 of the trainer: it is to be replaced, or the run is done."""
-        assert self._trainer is not None
-        if not self._trainer.is_handing_over:
+    def _ended(self, ended: Exit, *, now_s: float) -> list[Action]:
+        """Handles the orderly end of the trainer, or of a buffer that is faster: the run is over."""
+        if ended.code == 0:
+            self.outcome.is_finished = True
             return self._drain(now_s=now_s)
-        self._trainer.is_handing_over = False
-        return self._started([self._next_trainer()])
+        return [Notice(f"a user stopped the {ended.name}: closing the run"), *self._drain(now_s=now_s)]
 
     def _next_trainer(self) -> Start:
         assert self._trainer is not None
@@ -296,7 +295,7 @@ class JobLifecycle:
         ended = self._servers.last_exit_if_none_left(seen, now_s=now_s)
         if ended is None:
             return []
-        if ended.code == 0:
+        if ended.code in (0, DRAINED):
             return self._drain(now_s=now_s)
         headline = f"{ended.name} failed ({ended.description}) and no rollout server is left; its last lines:"
         return self._fail(ended.failure_lines(headline), exit_code=1, now_s=now_s)

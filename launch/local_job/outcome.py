@@ -7,6 +7,7 @@ import signal
 from collections.abc import Sequence
 
 from launch.local_job.actions import Exit
+from launch.local_job.specs import DRAINED
 
 log = logging.getLogger(__name__)
 
@@ -17,6 +18,8 @@ class Outcome:
     def __init__(self) -> None:
         self.exit_code = 0
         """Of the whole job: 0 finished or drained, 1 failed, 2 the user's mistake."""
+        self.is_finished = False
+        """True when the run is finished: all steps are done."""
         self.failure: list[str] = []
         """The reason for a failure, in lines for the user; empty when the run did not fail."""
 
@@ -32,10 +35,11 @@ class Outcome:
 
     def note_exit_while_closing(self, ended: Exit) -> None:
         """Records an exit during the shutdown; only a failure of the trainer makes the run fail."""
+        self.is_finished = self.is_finished or (ended.name == "trainer" and ended.code == 0)
         # torchrun exits with 128 + the number of the signal that ended one of its ranks.
-        was_terminated = ended.code in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+        was_terminated = ended.code in (0, DRAINED, -signal.SIGTERM, 128 + signal.SIGTERM)
         if ended.name == "trainer" and not was_terminated and not self.failure:
             headline = f"trainer failed while it drained ({ended.description}); its last lines:"
             self.failed(ended.failure_lines(headline), exit_code=1)
-        elif ended.code not in (0, -signal.SIGTERM, -signal.SIGINT):
+        elif ended.code not in (0, DRAINED, -signal.SIGTERM, -signal.SIGINT):
             log.warning("%s ended while closing: %s", ended.name, ended.description)

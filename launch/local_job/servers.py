@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from launch.local_job.actions import Exit
 from launch.local_job.restarts import Restarts, RestartState
+from launch.local_job.specs import DRAINED
 from launch.observation.observer import Observation
 
 
@@ -18,7 +19,7 @@ class RolloutServers:
 
     Our server: running -> dead -> restarted -> running
                                 -> too many deaths in a row: not restarted
-                        -> exit code 0 (stopped by a user): not restarted
+                        -> drained (stopped by a user), or exit code 0 (the run is finished): not restarted
     Joined server: observed only; the job is not over while one is left.
     """
 
@@ -26,7 +27,7 @@ class RolloutServers:
         self._ours = frozenset(names)
         self._lease_timeout_s = lease_timeout_s
         self._restarts = {name: Restarts(now_s=now_s) for name in names}
-        """By name; without the servers that ended with code 0."""
+        """By name; without the servers that were stopped by a user or have left the finished run."""
         self._last_exit: Exit | None = None
         self._joined_seen_s = -math.inf
         """Time at which a joined server was last seen while none of ours was left."""
@@ -36,7 +37,7 @@ class RolloutServers:
 
     @property
     def ours(self) -> list[str]:
-        """Our servers, dead ones included, without those that ended with code 0."""
+        """Our servers, dead ones included, without those that were stopped or have left."""
         return list(self._restarts)
 
     @property
@@ -48,9 +49,9 @@ class RolloutServers:
     def exited(self, ended: Exit, *, now_s: float) -> str:
         """Records the end of one of our servers; returns the notice for the user."""
         self._last_exit = ended
-        if ended.code == 0:
+        if ended.code in (0, DRAINED):
             del self._restarts[ended.name]
-            return f"{ended.name} was stopped by a user"
+            return f"{ended.name} " + ("was stopped by a user" if ended.code else "has left the finished run")
         restarts = self._restarts[ended.name]
         restarts.died(now_s=now_s)
         if restarts.state is RestartState.GIVEN_UP:

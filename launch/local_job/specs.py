@@ -10,6 +10,9 @@ from pathlib import Path
 
 from areal_like.config import Config
 
+DRAINED = 75
+"""Exit code of a daemon of this launcher that has drained; 0 means that the run is finished."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChildSpec:
@@ -36,7 +39,8 @@ class JobSpecs:
 
     def __init__(self, config: Config, *, config_path: Path) -> None:
         self._config = config
-        self._common = ("--config", str(config_path))
+        # The launcher has to tell a drain from the end of the run, whatever the user's own setting is.
+        self._common = ("--config", str(config_path), f"daemon.exit_code_on_drain={DRAINED}")
 
     def buffer(self, name: str) -> ChildSpec:
         """A buffer. It binds the port in its configuration, by default any free port."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from launch.local_job.actions import Exit, Start
 from launch.local_job.restarts import Restarts, RestartState
-from launch.local_job.specs import ChildSpec
+from launch.local_job.specs import DRAINED, ChildSpec
 
 
 class SupervisedTrainer:
@@ -50,6 +50,11 @@ class SupervisedTrainer:
         if self.restarts.state is not RestartState.GIVEN_UP:
             self.death_report = list(report)
             self.is_handing_over = False  # the next trainer has the new settings anyway
+
+    def takes_over(self, ended: Exit) -> bool:
+        """Records an orderly end; returns True if the next trainer is to be started."""
+        is_handing_over, self.is_handing_over = self.is_handing_over, False
+        return is_handing_over and ended.code == DRAINED
 
     def start(self, *, was_ready: bool) -> Start:
         """The action that starts the next trainer, from the newest checkpoint.

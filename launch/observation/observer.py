@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.shards import add_up
-from launch.observation.http_json import REQUEST_TIMEOUT_S, fetch_json
+from launch.observation.http_json import NOBODY, REQUEST_TIMEOUT_S, Operator, fetch_json
 from launch.observation.metrics_tail import MetricsTail
 from launch.observation.progress import Progress
 
@@ -87,8 +88,9 @@ class Observation:
 class Observer:
     """Polls the job in a thread between `start` and `close`."""
 
-    def __init__(self, paths: RunPaths, *, interval_s: float = 1.0) -> None:
+    def __init__(self, paths: RunPaths, *, operator: Operator = NOBODY, interval_s: float = 1.0) -> None:
         self._paths = paths
+        self._operator = operator
         self._usual_interval_s = interval_s
         self._tail = MetricsTail(paths.metrics)
         self._stopped = threading.Event()
@@ -113,11 +115,15 @@ class Observer:
 
     def _run(self) -> None:
         while not self._stopped.wait(self.interval_s):
-            daemons = look_at_daemons(self._paths.endpoints, before=self.newest.daemons)
+            daemons = look_at_daemons(
+                self._paths.endpoints, before=self.newest.daemons, operator=self._operator
+            )
             self.newest = Observation(daemons=daemons, progress=self._tail.read())
 
 
-def look_at_daemons(folder: Path, *, before: dict[str, DaemonView] | None = None) -> dict[str, DaemonView]:
+def look_at_daemons(
+    folder: Path, *, before: dict[str, DaemonView] | None = None, operator: Operator = NOBODY
+) -> dict[str, DaemonView]:
     """Asks every daemon with an endpoint file in `folder` for its status; returns the views by name.
 
     `before`: the previous result; a daemon that does not answer now keeps the time of its last answer.
@@ -128,7 +134,10 @@ def look_at_daemons(folder: Path, *, before: dict[str, DaemonView] | None = None
             endpoint = dict(json.loads(path.read_text()))
         except (OSError, ValueError):
             continue  # the daemon has just ended and removed its file
-        status = fetch_json(str(endpoint.get("http", "")), "/status")
+        try:
+            status = fetch_json(str(endpoint.get("http", "")), "/status", operator=operator)
+        except ConfigError as error:
+            status = {"not_ready": str(error)}
         known = (before or {}).get(path.stem)
         seen_s = time.monotonic() if status is not None else known.seen_s if known else 0.0
         daemons[path.stem] = DaemonView(name=path.stem, endpoint=endpoint, status=status, seen_s=seen_s)

@@ -5,8 +5,8 @@
 
 While a buffer is silent, the client sends only an occasional hello, because messages pile up in the socket.
 Without new leases the server becomes idle, and it keeps finished results until they are acknowledged. The
-server ends only if the buffer refuses it (a newer process has the same name, the model differs) or if the job
-has failed.
+server ends only if the buffer refuses it (a newer process has the same name, the model differs), if the job
+has failed, or when the run is finished.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from collections.abc import Callable
 from typing import Any
 
 from areal_like.config import Config
-from areal_like.errors import ArealError, DeadlineError
+from areal_like.errors import ArealError, DeadlineError, RunFinishedError
 from areal_like.runtime.waits import PendingWaits
 from areal_like.security.keyring import Keyring
 from areal_like.shards import WHOLE, Shard
 from areal_like.wire.addresses import buffer_addresses
 from areal_like.wire.buffer_connection import BufferConnection
+from areal_like.wire.limits import shortened
 from areal_like.wire.messages.hello import Goodbye, Hello
 from areal_like.wire.messages.producer import (
     BATCH_BYTES,
@@ -63,10 +64,12 @@ class BufferClient:
         waits: PendingWaits,
         on_leases: Callable[[list[Lease]], None],
         on_abort: Callable[[list[int]], None],
+        on_drain: Callable[[], None],
+        on_finished: Callable[[], None],
         keyring: Keyring | None = None,
     ) -> None:
         """`hello` returns the current registration; `on_abort` is called with the leases that the buffer has
-        aborted."""
+        aborted, `on_drain` when an operator wants the server to leave, `on_finished` when the run is over."""
         self._config = config
         self._shard = shard
         self._hello = hello
@@ -80,9 +83,12 @@ class BufferClient:
             on_message=self._on_message,
             on_hello_required=self._wake,
             on_fatal=self._end,
+            on_drain=on_drain,
+            on_finished=on_finished,
             keyring=keyring,
             on_reopened=self._wake,
         )
+        self._on_finished = on_finished
         self._loop = asyncio.get_running_loop()
         self._heartbeat_now = asyncio.Event()
         self._outbox: list[SampleResult] = []
@@ -148,11 +154,13 @@ class BufferClient:
         leases = self._held.drop_unfinished()
         if leases:
             self._flush()  # first, so that finished samples of these leases still count
-            self._buffer.send(ReturnLeases(leases=leases, reason=reason))
+            self._buffer.send(ReturnLeases(leases=leases, reason=shortened(reason)))
         return leases
 
     async def leave(self) -> None:
         """Ends a drain: gives leases back, waits a short time for acknowledgements, sends goodbye."""
+        if not self._buffer.is_registered:
+            return
         self.give_back(reason="draining")
         self._send_heartbeat()
         try:
@@ -175,6 +183,10 @@ class BufferClient:
                 with self._waits(f"{self._shard.name}: welcome"):
                     welcome = await self._buffer.register(hello, timeout_s=_HELLO_TIMEOUT_S)
                 break
+            except RunFinishedError:
+                self._on_finished()
+                with self._waits(f"{self._shard.name}: the run is finished"):
+                    await asyncio.Event().wait()  # the drain cancels it
             except DeadlineError:
                 if self._fatal is not None:
                     raise self._fatal from None
@@ -198,7 +210,7 @@ class BufferClient:
             self._buffer.send(batch)
         for result in results:
             if isinstance(result, SampleFailed):
-                self._buffer.send(result)
+                self._buffer.send(dataclasses.replace(result, error=shortened(result.error)))
 
     def _send_heartbeat(self) -> None:
         self._flush()  # first: the credit counts samples in the outbox as sent

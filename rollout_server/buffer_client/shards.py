@@ -36,6 +36,8 @@ class ShardedBufferClient:
         waits: PendingWaits,
         on_leases: Callable[[list[Lease]], None],
         on_abort: Callable[[list[int]], None],
+        on_drain: Callable[[], None],
+        on_finished: Callable[[], None],
         keyring: Keyring | None = None,
     ) -> None:
         """`capacity_samples`: of the whole server. Other arguments are those of `BufferClient`."""
@@ -51,6 +53,8 @@ class ShardedBufferClient:
                 waits=waits,
                 on_leases=on_leases,
                 on_abort=on_abort,
+                on_drain=on_drain,
+                on_finished=on_finished,
                 keyring=keyring,
             )
             for shard, held in zip(shards, self._held, strict=True)

@@ -1,6 +1,7 @@
 """`python -m rollout_server.engine`: runs one embedded engine as a process.
 
-The options have the names of `sglang.launch_server`'s options.
+The options have the names of `sglang.launch_server`'s options. The API key comes from a file and not from the
+command line, which every user of the machine can read; `/dev/fd/N` names an inherited pipe.
 
 The process dies with its parent. With `--port 0` the kernel picks a port, which is written to `--port-file`
 once the engine answers requests. Exit codes: 0 after SIGTERM or SIGINT, 1 if the engine failed, 2 if an
@@ -19,8 +20,13 @@ from pathlib import Path
 
 from areal_like.errors import ConfigError, UserError
 from areal_like.runtime.imports import uncollected
-from areal_like.runtime.process import die_with_parent
+from areal_like.runtime.process import die_with_parent, keep_files_private
+from areal_like.runtime.signals import handle_log_signals
+from areal_like.security.tokens import read_secret
 from areal_like.wire.sockets import bound_socket
+
+LOOPBACK = "127.0.0.1"
+"""The only address that the engine binds: only its rollout server, on the same machine, speaks to it."""
 
 
 def _at_least(minimum: int) -> Callable[[str], int]:
@@ -43,8 +49,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     positive, not_negative = _at_least(1), _at_least(0)
     add("--model-path", required=True, help="Hugging Face directory or name")
-    add("--host", default="127.0.0.1")
-    add("--port", type=int, default=30000, help="0 picks a free one")
+    add("--api-key-file", type=Path, required=True,
+        help="file of mode 600 with the key that requests need (Authorization: Bearer KEY)")  # fmt: skip
+    add("--port", type=int, default=30000, help="of 127.0.0.1; 0 picks a free one")
     add("--port-file", type=Path, help="the port is written here once the engine answers")
     add("--device", default="cpu", help="cpu | cuda | cuda:N")
     add("--dtype", choices=["bfloat16", "float16", "float32"], default="float32")
@@ -64,26 +71,37 @@ def parse(argv: list[str]) -> argparse.Namespace:
         default=16384,
         help="tokens of shared prompts kept; 0: none",
     )
+    add("--weights-from", action="append", default=[], metavar="DIR",
+        help="directory that /update_weights_from_disk may load from, beside --model-path")  # fmt: skip
     add("--weight-version", default="default", help="version of the weights that --model-path holds")
     add("--random-seed", type=int, default=0)
     add("--num-threads", type=positive, default=1, help="CPU threads of the forward pass")
     add("--stream-interval", type=not_negative, default=0,
         help="tokens between streamed chunks; 0: only the end of each sequence")  # fmt: skip
     add("--max-body-bytes", type=positive, default=64 << 20, help="longest request body")
+    add("--max-connections", type=positive, default=1024, help="above it, idle connections are closed")
     add("--weights-timeout-s", type=float, default=60.0,
         help="time limit of joining a weight group and of one broadcast")  # fmt: skip
     add("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
     return parser.parse_args(argv)
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises ConfigError if the port is in use."""
+def bind(port: int) -> socket.socket:
+    """A listening socket on loopback. Raises ConfigError if the port is in use."""
     try:
-        return bound_socket(host, port)
+        return bound_socket(LOOPBACK, port)
     except OSError as error:
         raise ConfigError(
-            f"--port {port}: cannot bind {host}:{port}: {error.strerror}; choose another, or 0"
+            f"--port {port}: cannot bind {LOOPBACK}:{port}: {error.strerror}; choose another, or 0"
         ) from None
+
+
+def read_key(file: Path) -> str:
+    """The API key. Raises ConfigError if the file is missing or others can read it."""
+    try:
+        return read_secret(file)
+    except FileNotFoundError:
+        raise ConfigError(f"--api-key-file {file}: no such file") from None
 
 
 def check_model_path(path: str) -> None:
@@ -98,18 +116,21 @@ def check_model_path(path: str) -> None:
 def main(argv: list[str]) -> int:
     """Checks the options, serves, returns the exit code."""
     die_with_parent()
+    keep_files_private()
     options = parse(argv)
     logging.basicConfig(
         level=options.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
     )
+    handle_log_signals()
     try:
         check_model_path(options.model_path)
-        listener = bind(options.host, options.port)
+        api_key = read_key(options.api_key_file)
+        listener = bind(options.port)
         with uncollected():
             # Imported here, because torch and transformers take seconds to import.
             from rollout_server.engine.http.app import run
 
-        return run(options, listener)
+        return run(options, listener, api_key=api_key)
     except UserError as error:
         sys.stderr.write(f"engine: {error}\n")
         return 2

@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from areal_like.errors import EngineError
+from areal_like.errors import EngineError, EngineTimeoutError, EpisodeError, PromptRefusedError
 from areal_like.trajectory import FinishReason
 from rollout_server.episodes.transcript import Transcript
 from rollout_server.inference.types import Generation, Sampling
@@ -69,14 +69,27 @@ class PolicyClient:
         self._num_requests = 0
 
     async def extend(self, transcript: Transcript) -> FinishReason:
-        """Appends one turn of the policy to the transcript; returns STOP or LENGTH, never ABORT.
+        """Appends one turn of the policy to the transcript; returns STOP, LENGTH or TIMEOUT, never ABORT.
 
-        Raises EngineError if the engine refused or died. Cancelling the caller aborts the request.
+        After TIMEOUT the episode should end. Raises PromptRefusedError if the engine refused the prompt,
+        EpisodeError if it refused the prompt with the turns so far (they may have become too long),
+        EngineTimeoutError if the policy had sampled nothing at the time limit, and EngineError if the engine
+        failed in another way. Cancelling the caller aborts the request.
         """
         num_left = self._sampling.max_new_tokens
         num_empty_aborts = 0
         while True:
-            generation = await self._request(transcript.tokens, max_new_tokens=num_left)
+            try:
+                generation = await self._request(transcript.tokens, max_new_tokens=num_left)
+            except EngineTimeoutError:
+                if not transcript.num_sampled:
+                    raise
+                transcript.finish_reason = FinishReason.TIMEOUT
+                return FinishReason.TIMEOUT
+            except PromptRefusedError as error:
+                if not transcript.num_sampled:
+                    raise
+                raise EpisodeError(f"the turns so far cannot be continued: {error}") from error
             transcript.append_sampled(generation)
             num_left -= len(generation.output_ids)
             if generation.finish_reason is not FinishReason.ABORT:

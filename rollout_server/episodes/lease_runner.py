@@ -4,20 +4,31 @@
 
 A sample starts as soon as its prompt is ready. Samples whose prompts are ready together start in the same
 turn of the event loop, so that the engine client can send them as one request. Nothing is retried here: a
-sample that fails (a failed reward, a refused request) is reported as `SampleFailed`, and the buffer decides
-about a retry. A sample that is lost with the engine is not reported: the server gives its lease back.
+failed sample is reported with the kind of its failure, and the buffer decides about a retry. Where
+`buffer.on_failure` says `zero` and there are sampled tokens, it is a sample with reward 0 instead. A sample
+that is lost with the engine is not reported: the server gives its lease back.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
 from areal_like.config import Config
-from areal_like.errors import EngineError, RewardError
-from areal_like.trajectory import Trajectory
+from areal_like.errors import (
+    ArealError,
+    EngineError,
+    EngineTimeoutError,
+    EpisodeError,
+    PromptRefusedError,
+    RewardError,
+    RewardTimeoutError,
+)
+from areal_like.failures import FailureKind, FailurePolicy
+from areal_like.trajectory import FinishReason
 from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed
 from areal_like.wire.records import Record
 from rollout_server.buffer_client.held_leases import SampleResult
@@ -38,6 +49,15 @@ shortly before the server notices the engine's end; these samples must not be re
 _CLOSE_TIMEOUT_S = 5.0
 _MAX_ERROR_CHARS = 500
 _MAX_SEED = 1 << 31
+_KINDS: tuple[tuple[type[ArealError], FailureKind], ...] = (
+    (EngineTimeoutError, FailureKind.TIMEOUT),
+    (PromptRefusedError, FailureKind.PROMPT),
+    (EngineError, FailureKind.ENGINE),
+    (RewardTimeoutError, FailureKind.REWARD_TIMEOUT),
+    (RewardError, FailureKind.REWARD),
+    (EpisodeError, FailureKind.ENVIRONMENT),
+)
+"""Kinds of failures by exception; the first that fits."""
 
 
 class LeaseRunner:
@@ -67,6 +87,7 @@ class LeaseRunner:
             temperature=sampling.temperature,
             stop_token_ids=stop_token_ids,
         )
+        self._on_failure = config.buffer.on_failure
         self._prompts = PromptLoader(task, tokenizer, timeout_s=config.rollout.reward_timeout_s)
         self._waiting: list[Lease] = []
         """Leases whose prompts are not being loaded yet."""
@@ -77,7 +98,8 @@ class LeaseRunner:
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Gets the exception of a prompt or sample task that raises unexpectedly."""
         self.num_done = 0
-        self.num_failed = 0
+        self.num_failed = Counter[FailureKind]()
+        """Failed samples by kind, those with reward 0 included."""
 
     def start(self, leases: list[Lease]) -> None:
         """Starts every sample of these leases."""
@@ -135,28 +157,30 @@ class LeaseRunner:
 
     async def _make_sample(self, lease: Lease, sample_index: int, prompt: Prompt | FailedPrompt) -> None:
         """Makes one sample and reports its result."""
+        if isinstance(prompt, FailedPrompt):
+            self._report_failed(lease, sample_index, prompt.kind, prompt.reason, Transcript())
+            return
+        engine, transcript = self.engine, Transcript()
         try:
-            if isinstance(prompt, FailedPrompt):
-                raise RewardError(prompt.reason)
-            trajectory = await self._make_trajectory(lease, sample_index, prompt)
-            record = Record.of(lease.ticket_id, sample_index, trajectory)
-        except EngineError as error:
-            engine = self.engine
-            await asyncio.sleep(_ENGINE_GRACE_S)
-            if engine is None or self.engine is not engine:
-                return
-            self._report_failed(lease, sample_index, str(error))
-        except (RewardError, ValueError) as error:
-            self._report_failed(lease, sample_index, str(error))
+            record = await self._make_record(lease, sample_index, prompt, transcript)
+        except (EngineError, EpisodeError, RewardError) as error:
+            kind = next(kind for cause, kind in _KINDS if isinstance(error, cause))
+            if isinstance(error, EngineError):
+                await asyncio.sleep(_ENGINE_GRACE_S)
+                if engine is None or self.engine is not engine:
+                    return
+            self._report_failed(lease, sample_index, kind, str(error), transcript)
         else:
             self.num_done += 1
             self._on_result(SampleDone(lease_id=lease.lease_id, record=record))
 
-    async def _make_trajectory(self, lease: Lease, sample_index: int, prompt: Prompt) -> Trajectory:
+    async def _make_record(
+        self, lease: Lease, sample_index: int, prompt: Prompt, transcript: Transcript
+    ) -> Record:
         if self.engine is None:
             raise EngineError("there is no engine")
         loop = asyncio.get_running_loop()
-        is_greedy = lease.purpose is Purpose.EVAL or sample_index in lease.greedy_indices
+        is_greedy = _is_greedy(lease, sample_index)
         sampling = replace(
             self._sampling,
             temperature=0.0 if is_greedy else self._sampling.temperature,
@@ -164,30 +188,73 @@ class LeaseRunner:
         )
         rid = f"{lease.lease_id}.{sample_index}"
         policy = PolicyClient(self.engine, sampling=sampling, rid=rid, gate=self._gate)
-        transcript = Transcript()
         transcript.append_context(prompt.tokens_P)
         started_s = loop.time()
-        completion = await self._episode.run(prompt.example, policy, self._tokenizer, transcript)
+        completion = await self._run_episode(prompt, policy, transcript)
         generation_s = loop.time() - started_s
         reward = await self._rewards.score(
             split=SPLITS[lease.purpose], index=lease.prompt_index, completion=completion
         )
-        return transcript.to_trajectory(
-            reward=reward.value,
-            reward_components=reward.components,
-            generation_s=generation_s,
-            reward_s=reward.seconds,
-            is_greedy=is_greedy,
-        )
+        try:
+            trajectory = transcript.to_trajectory(
+                reward=reward.value,
+                reward_components=reward.components,
+                generation_s=generation_s,
+                reward_s=reward.seconds,
+                is_greedy=is_greedy,
+            )
+            return Record.of(lease.ticket_id, sample_index, trajectory)
+        except ValueError as error:
+            raise EngineError(f"the engine's answer cannot be used: {error}") from None
 
-    def _report_failed(self, lease: Lease, sample_index: int, error: str) -> None:
-        """Reports a failed sample; the buffer decides about a retry."""
-        self.num_failed += 1
-        log.warning("sample %d of ticket %d failed: %s", sample_index, lease.ticket_id, error)
+    async def _run_episode(self, prompt: Prompt, policy: PolicyClient, transcript: Transcript) -> str:
+        """The completion. Raises EngineError, RewardError, or EpisodeError for any other exception."""
+        try:
+            return await self._episode.run(prompt.example, policy, self._tokenizer, transcript)
+        except (EngineError, EpisodeError, RewardError):
+            raise
+        except Exception as error:  # an episode's code may raise anything; only its own sample fails
+            raise EpisodeError(f"the episode raised {type(error).__name__}: {error}") from error
+
+    def _report_failed(
+        self, lease: Lease, sample_index: int, kind: FailureKind, error: str, transcript: Transcript
+    ) -> None:
+        """Reports a failed sample: with reward 0 if its policy is `zero`, else for the buffer to decide."""
+        self.num_failed[kind] += 1
+        log.warning("sample %d of ticket %d failed (%s): %s", sample_index, lease.ticket_id, kind, error)
+        record = None
+        if self._on_failure.policy(kind) is FailurePolicy.ZERO:
+            record = _record_of_zero(lease, sample_index, transcript)
+        if record is not None:
+            self._on_result(SampleDone(lease_id=lease.lease_id, record=record, failure=kind.value))
+            return
         failed = SampleFailed(
             lease_id=lease.lease_id,
             ticket_id=lease.ticket_id,
             sample_index=sample_index,
+            kind=kind,
+            num_tokens=transcript.num_sampled,
             error=error[:_MAX_ERROR_CHARS],
         )
         self._on_result(failed)
+
+
+def _is_greedy(lease: Lease, sample_index: int) -> bool:
+    return lease.purpose is Purpose.EVAL or sample_index in lease.greedy_indices
+
+
+def _record_of_zero(lease: Lease, sample_index: int, transcript: Transcript) -> Record | None:
+    """The record of a failed sample with reward 0; None if it has no tokens that can be trained on."""
+    if not transcript.num_sampled or transcript.finish_reason is FinishReason.ABORT:
+        return None
+    try:
+        trajectory = transcript.to_trajectory(
+            reward=0.0,
+            reward_components={},
+            generation_s=0.0,
+            reward_s=0.0,
+            is_greedy=_is_greedy(lease, sample_index),
+        )
+        return Record.of(lease.ticket_id, sample_index, trajectory)
+    except ValueError:
+        return None

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from areal_like.failures import FailureKind
 from areal_like.wire.messages.producer import Lease, Purpose
 from rollout_server.episodes.base import Tokenizer
 from rollout_server.tasks.base import Example, Split, Task
@@ -41,6 +42,8 @@ class FailedPrompt:
     """The reason why a lease has no prompt."""
 
     reason: str
+    kind: FailureKind = FailureKind.ENVIRONMENT
+    """PROMPT if the prompt itself cannot be used; ENVIRONMENT if the task failed to make one."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -126,11 +129,17 @@ class PromptLoader:
 
     def _make_prompt(self, split: Split, index: int) -> Prompt | FailedPrompt:
         """Runs in the thread."""
+        name = f"example({split!r}, {index})"
         try:
             example = self._task.example(split, index)
-            return Prompt(example=example, tokens_P=self._tokenizer.encode(example))
         except Exception as error:  # a task's code may raise anything; only the samples of this lease fail
-            return FailedPrompt(reason=f"example({split!r}, {index}): {type(error).__name__}: {error}")
+            return FailedPrompt(reason=f"{name}: {type(error).__name__}: {error}")
+        try:
+            return Prompt(example=example, tokens_P=self._tokenizer.encode(example))
+        except ValueError as error:
+            return FailedPrompt(reason=f"{name}: {error}", kind=FailureKind.PROMPT)
+        except Exception as error:  # a chat template may raise anything, too
+            return FailedPrompt(reason=f"{name}: {type(error).__name__}: {error}")
 
     def _replace_thread(self) -> None:
         self._thread.shutdown(wait=False)

@@ -35,6 +35,11 @@ class Transcript:
         """The policy's tokens of all turns, without the context between them."""
         return self.tokens[self._sampled_mask()]
 
+    @property
+    def num_sampled(self) -> int:
+        """Number of the policy's tokens."""
+        return int(np.count_nonzero(self._sampled_mask()))
+
     def append_context(self, tokens_T: NDArray[np.int32]) -> None:
         """Appends tokens that are not trained on."""
         num_tokens = len(tokens_T)

@@ -7,19 +7,21 @@ code that holds a generation's lease decides about a retry.
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
 from areal_like.errors import EngineError
 from areal_like.weights.buckets import Bucket
-from rollout_server.inference.generate_batcher import GenerateBatcher, wire_rid
+from areal_like.weights.integrity import BucketSums
+from rollout_server.inference.generate_batcher import GenerateBatcher
 from rollout_server.inference.http import EngineHttp
 from rollout_server.inference.types import EngineInfo, Generation, Sampling, parse_weight_version
 
 
 class EngineClient:
-    """Asynchronous client of one engine at `base_url` (http://host:port). All failures are EngineError.
+    """Asynchronous client of one engine at `base_url` (`http://host:port`). All failures are EngineError.
 
     Use as an async context manager or call `close()`. One client belongs to one event loop.
     """
@@ -28,12 +30,19 @@ class EngineClient:
         self,
         base_url: str,
         *,
+        api_key: str = "",
+        tls: ssl.SSLContext | None = None,
         connect_timeout_s: float = 5.0,
         control_timeout_s: float = 30.0,
         generate_timeout_s: float = 600.0,
     ) -> None:
+        """`tls`: how an https engine is checked; None: with the certificates of the system."""
         self._http = EngineHttp(
-            base_url, connect_timeout_s=connect_timeout_s, control_timeout_s=control_timeout_s
+            base_url,
+            api_key=api_key,
+            tls=tls,
+            connect_timeout_s=connect_timeout_s,
+            control_timeout_s=control_timeout_s,
         )
         self._batcher = GenerateBatcher(self._http, timeout_s=generate_timeout_s)
         self._connect_timeout_s = connect_timeout_s
@@ -68,9 +77,10 @@ class EngineClient:
         """Samples one continuation of `input_ids`.
 
         `rid`: id of the request for `abort`, unique among the requests in flight. If any client aborts the
-        request, returns the partial tokens with finish_reason ABORT. Cancelling the caller aborts the request
-        at the engine. Raises EngineError if the engine refused the request, died, or took longer than
-        `generate_timeout_s`.
+        request, returns the partial tokens with finish_reason ABORT, and those sampled within
+        `generate_timeout_s` with TIMEOUT. Cancelling the caller aborts the request at the engine. Raises
+        PromptRefusedError if the engine refused the prompt, EngineTimeoutError if there was no token within
+        `generate_timeout_s`, and EngineError if it refused for another reason or died.
         """
         return await self._batcher.generate(input_ids, sampling=sampling, rid=rid)
 
@@ -79,7 +89,7 @@ class EngineClient:
 
         Unknown rids are ignored.
         """
-        body = {"abort_all": True} if rid is None else {"rid": wire_rid(rid)}
+        body = {"abort_all": True} if rid is None else {"rid": self._batcher.wire_rid(rid)}
         await self._http.call("POST", "/abort_request", body)
 
     async def pause(self, mode: str = "abort") -> None:
@@ -106,8 +116,12 @@ class EngineClient:
         group_name: str,
         backend: str,
         timeout_s: float,
+        secret: str = "",
     ) -> None:
-        """Joins a weight group, which rank 0 must do at the same time; returns once all have joined."""
+        """Joins a weight group, which rank 0 must do at the same time; returns once all have joined.
+
+        `secret`: key of the group's rendezvous, for an engine with `info.authenticates_store`.
+        """
         body = {
             "master_address": master_address,
             "master_port": master_port,
@@ -116,6 +130,7 @@ class EngineClient:
             "group_name": group_name,
             "backend": backend,
             "timeout_s": timeout_s,
+            **({"secret": secret} if secret else {}),
         }
         await self._http.call(
             "POST", "/init_weights_update_group", body, timeout_s=timeout_s + self._connect_timeout_s
@@ -156,22 +171,26 @@ class EngineClient:
         await self._http.call("POST", "/update_weights_from_distributed", body, timeout_s=timeout_s)
 
     async def receive_weights(
-        self, buckets: Sequence[Bucket], *, group_name: str, timeout_s: float
-    ) -> list[int]:
+        self, buckets: Sequence[Bucket], *, group_name: str, timeout_s: float, integrity: str = "none"
+    ) -> BucketSums:
         """Embedded engine only: opens a session and receives all buckets of a push, in order, in one call.
 
-        Returns the checksum of each bucket. `timeout_s` is enforced by the engine, so that the error is the
-        engine's own.
+        Returns the sums of the buckets, with digests if `integrity` is `sha256`. `timeout_s` is enforced by
+        the engine, so that the error is the engine's own.
         """
         body = {
             "buckets": [bucket.to_dict() for bucket in buckets],
             "group_name": group_name,
             "timeout_s": timeout_s,
+            "integrity": integrity,
         }
         answer = await self._http.call(
             "POST", "/receive_weights", body, timeout_s=timeout_s + self._connect_timeout_s
         )
-        return [int(checksum) for checksum in answer.get("checksums", ())]
+        return BucketSums(
+            checksums=[int(checksum) for checksum in answer.get("checksums", ())],
+            digests=[str(digest) for digest in answer.get("digests", ())],
+        )
 
     async def end_weight_update(
         self, *, weight_version: int | None = None, running: str = "recompute", timeout_s: float
@@ -238,6 +257,10 @@ class EngineClient:
         """Running and waiting sequences; tokens, busy and idle seconds since the engine's start."""
         load: dict[str, float] = (await self.server_info()).get("load", {})
         return load
+
+    async def metrics(self) -> bytes:
+        """The engine's page in Prometheus' format."""
+        return await self._http.fetch("GET", "/metrics", timeout_s=self._connect_timeout_s)
 
     async def fetch_info(self) -> None:
         """Fills `info` from the engine."""

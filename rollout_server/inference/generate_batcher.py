@@ -2,6 +2,16 @@
 
 At some hundreds of samples per second on two cores, one HTTP request per sample would be the bottleneck. Each
 `generate` call still returns when its own sequence ends.
+
+    sent in a batch -> answered
+                    -> the batch ends early (an error event, a refusal, a broken stream) -> sent alone, once
+                    -> the time limit is over -> aborted: the partial tokens, finish reason TIMEOUT
+    sent alone      -> answered | fails
+
+So a request that the engine cannot answer fails alone. SGLang ends the stream of a whole batch because of one
+prompt that is too long, and reports neither its index nor the other sequences, which go on without a reader:
+they are aborted. A request that is sent again has another id, because SGLang aborts those of a broken stream
+by their ids two seconds later.
 """
 
 from __future__ import annotations
@@ -9,21 +19,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import aiohttp
 
-from areal_like.errors import EngineError
+from areal_like.errors import EngineError, EngineTimeoutError
+from areal_like.trajectory import FinishReason
 from rollout_server.inference.http import EngineHttp, error_text
-from rollout_server.inference.sse import finished_sequence, parse_generation, read_events
+from rollout_server.inference.sse import finished_sequence, parse_generation, read_events, refusal
 from rollout_server.inference.types import Generation, Sampling
 
 logger = logging.getLogger(__name__)
 
 MAX_BATCH = 256
 """Most sequences in one HTTP request: bounds its body, and the loss when a connection breaks."""
+_ABORT_GRACE_S = 5.0
+"""Time in which an engine returns the partial tokens of sequences that were aborted at their time limit."""
 
 
 @dataclass(eq=False)
@@ -31,44 +44,66 @@ class _Pending:
     """One `generate` call that has not returned."""
 
     rid: str
+    """Request id on the wire."""
     input_ids: Sequence[int]
     sampling: Mapping[str, Any]
     future: asyncio.Future[Generation]
+    deadline_s: float = 0.0
+    """End of its time limit; set when it is sent first."""
+    is_late: bool = False
+    """True after that time."""
+
+    def fail(self, error: EngineError) -> None:
+        """Ends the call with a copy of `error`, which may be that of a whole batch."""
+        if not self.future.done():
+            self.future.set_exception(type(error)(str(error)))
 
 
 class GenerateBatcher:
     """Generate requests of one engine. Belongs to one event loop."""
 
     def __init__(self, http: EngineHttp, *, timeout_s: float) -> None:
-        """`timeout_s`: longest time from the start of a batch to the end of its last sequence."""
+        """`timeout_s`: time limit of each sequence, from the first time that it is sent."""
         self._http = http
         self._timeout_s = timeout_s
         self._queued: list[_Pending] = []
         """Requests made in this turn of the loop."""
+        self._open: dict[str, _Pending] = {}
+        """Request id of the caller -> its call."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def generate(self, input_ids: Sequence[int], *, sampling: Sampling, rid: str | None) -> Generation:
         """As EngineClient.generate."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Generation] = loop.create_future()
-        pending = _Pending(wire_rid(rid or uuid.uuid4().hex), input_ids, sampling.to_dict(), future)
+        rid = rid or uuid.uuid4().hex
+        pending = _Pending(_wire_rid(rid), input_ids, sampling.to_dict(), future)
+        self._open.setdefault(rid, pending)
         if not self._queued:
             loop.call_soon(self._flush)
         self._queued.append(pending)
         try:
             return await future
         except asyncio.CancelledError:
-            self._spawn(self._abort_quietly(pending.rid))
+            self._spawn(self._abort_quietly([pending.rid]))
             raise
+        finally:
+            if self._open.get(rid) is pending:
+                del self._open[rid]
+
+    def wire_rid(self, rid: str) -> str:
+        """The id by which the engine knows a request now."""
+        pending = self._open.get(rid)
+        return _wire_rid(rid) if pending is None else pending.rid
 
     async def close(self) -> None:
         """Ends every stream (the engine then aborts their sequences) and fails all pending requests."""
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        while tasks := list(self._tasks):
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
         for pending in self._queued:
-            _fail(pending, "the client was closed")
+            pending.fail(EngineError("the client was closed"))
         self._queued.clear()
 
     def _flush(self) -> None:
@@ -79,9 +114,10 @@ class GenerateBatcher:
             if pending.future.done():
                 continue
             if pending.rid in rids:
-                _fail(pending, f"rid {pending.rid[:-1]} is used twice at the same time")
+                pending.fail(EngineError(f"rid {pending.rid[:-1]} is used twice at the same time"))
                 continue
             rids.add(pending.rid)
+            pending.deadline_s = asyncio.get_running_loop().time() + self._timeout_s
             batch.append(pending)
         for start in range(0, len(batch), MAX_BATCH):
             self._start(batch[start : start + MAX_BATCH])
@@ -92,7 +128,7 @@ class GenerateBatcher:
         def fail_cancelled(stream: asyncio.Task[None]) -> None:
             # A task that is cancelled before its first turn never enters `_stream`, nor its `finally`.
             for pending in batch if stream.cancelled() else ():
-                _fail(pending, "the client was closed")
+                pending.fail(EngineError("the client was closed"))
 
         self._spawn(self._stream(batch)).add_done_callback(fail_cancelled)
 
@@ -103,7 +139,20 @@ class GenerateBatcher:
         return task
 
     async def _stream(self, batch: list[_Pending]) -> None:
-        base_url = self._http.base_url
+        """Sends a batch until every call is answered, failed, or sent again alone."""
+        loop = asyncio.get_running_loop()
+        late = loop.call_at(batch[0].deadline_s, self._abort_late, batch)
+        error = EngineError("the client was closed")
+        try:
+            error = await self._read(batch)
+        finally:
+            # Also on cancellation: no caller may be left waiting for a stream that has ended.
+            late.cancel()
+            self._end(batch, error)
+
+    async def _read(self, batch: list[_Pending]) -> EngineError:
+        """Passes the answers of a stream to their callers. Returns the error for those without an answer."""
+        name = f"engine {self._http.base_url}"
         body = {
             "rid": [pending.rid for pending in batch],
             "input_ids": [list(map(int, pending.input_ids)) for pending in batch],
@@ -111,63 +160,93 @@ class GenerateBatcher:
             "return_logprob": True,
             "stream": True,
         }
-        timeout = aiohttp.ClientTimeout(total=self._timeout_s, sock_connect=self._http.connect_timeout_s)
-        reason = "closed the stream before every sequence had ended"
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._http.connect_timeout_s)
         try:
-            async with self._http.session.post(
-                f"{base_url}/generate", json=body, timeout=timeout
-            ) as response:
-                if response.status == 400 and len(batch) > 1:
-                    # The engine refuses a batch because of one bad request. Send each request alone, so that
-                    # the good ones do not fail.
-                    alone, batch = batch, []
-                    for pending in alone:
-                        self._start([pending])
-                elif response.status != 200:
-                    reason = f"refused /generate: {await error_text(response)}"
-                else:
-                    async for event in read_events(response.content):
-                        _resolve(batch, event)
-        except TimeoutError:
-            reason = f"did not finish within generate_timeout_s={self._timeout_s:g}"
-        except (aiohttp.ClientError, ConnectionError, ValueError) as error:
-            reason = f"was lost: {error or type(error).__name__}"
-        finally:
-            # Also on cancellation: no caller may be left waiting for a stream that has ended.
-            for pending in batch:
-                _fail(pending, f"engine {base_url} {reason}")
-
-    async def _abort_quietly(self, rid: str) -> None:
-        try:
-            await self._http.call("POST", "/abort_request", {"rid": rid})
+            async with (
+                asyncio.timeout_at(batch[0].deadline_s + _ABORT_GRACE_S),
+                self._http.session.post(
+                    f"{self._http.base_url}/generate", json=body, timeout=timeout, allow_redirects=False
+                ) as response,
+            ):
+                if response.status != 200:
+                    reason = await error_text(response)
+                    return refusal(response.status, f"{name} refused /generate: {reason}")
+                async for event in read_events(response.content):
+                    self._resolve(batch, event)
         except EngineError as error:
-            logger.debug("abort of %s: %s", rid, error)
+            return type(error)(f"{name} refused a request: {error}")
+        except (aiohttp.ClientError, ConnectionError, ValueError) as error:
+            return EngineError(f"{name} was lost: {error or type(error).__name__}")
+        except TimeoutError:
+            return self._timeout_error()
+        return EngineError(f"{name} closed the stream before every sequence had ended")
+
+    def _end(self, batch: list[_Pending], error: EngineError) -> None:
+        """Sends what a batch left unanswered again, each request alone, or fails it."""
+        left = [pending for pending in batch if not pending.future.done()]
+        is_final = len(batch) == 1 or isinstance(error, EngineTimeoutError) or self._http.is_closed
+        if is_final or not left:
+            for pending in left:
+                pending.fail(error)
+            return
+        logger.warning("%s: %d requests are sent again, each alone", error, len(left))
+        self._spawn(self._abort_quietly([pending.rid for pending in left]))
+        for pending in left:
+            pending.rid = _wire_rid(f"{pending.rid[:-1]}~1")
+            self._start([pending])
+
+    def _abort_late(self, batch: list[_Pending]) -> None:
+        """The time limit of a batch is over: aborts its open sequences, which then return their tokens."""
+        late = [pending for pending in batch if not pending.future.done()]
+        for pending in late:
+            pending.is_late = True
+        self._spawn(self._abort_quietly([pending.rid for pending in late]))
+
+    def _resolve(self, batch: list[_Pending], event: dict[str, Any]) -> None:
+        """If this event ends a sequence, passes its generation or error to the caller that waits for it.
+
+        Raises ValueError if the event belongs to no sequence of the batch.
+        """
+        try:
+            index = finished_sequence(event)
+            if index is None:
+                return
+            pending = batch[index] if index >= 0 else batch[len(batch)]
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"malformed event ({type(error).__name__}: {error})") from None
+        try:
+            generation = parse_generation(event)
+        except EngineError as error:
+            pending.fail(error)
+            return
+        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+            pending.fail(EngineError(f"malformed answer of the engine ({type(error).__name__}: {error})"))
+            return
+        if pending.is_late and generation.finish_reason is FinishReason.ABORT:
+            if not len(generation.output_ids):
+                pending.fail(self._timeout_error())
+                return
+            generation = replace(generation, finish_reason=FinishReason.TIMEOUT)
+        if not pending.future.done():
+            pending.future.set_result(generation)
+
+    def _timeout_error(self) -> EngineTimeoutError:
+        limit = f"rollout.generate_timeout_s={self._timeout_s:g}"
+        return EngineTimeoutError(f"engine {self._http.base_url} returned no token within {limit}")
+
+    async def _abort_quietly(self, rids: Iterable[str]) -> None:
+        for rid in rids:
+            try:
+                await self._http.call("POST", "/abort_request", {"rid": rid})
+            except EngineError as error:
+                logger.debug("abort of %s: %s", rid, error)
+                return
 
 
-def wire_rid(rid: str) -> str:
+def _wire_rid(rid: str) -> str:
     """The request id as sent to the engine, with an end mark.
 
     SGLang aborts every request whose id *starts with* the given one: without the mark, aborting `1` would
     also abort `12`.
     """
     return f"{rid};"
-
-
-def _resolve(batch: list[_Pending], event: dict[str, Any]) -> None:
-    """If this event ends a sequence, passes the generation to the caller that waits for it."""
-    try:
-        index = finished_sequence(event)
-        if index is None:
-            return
-        future = batch[index].future
-        if not future.done():
-            future.set_result(parse_generation(event))
-    except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"malformed event ({type(error).__name__}: {error})") from None
-    except EngineError as error:
-        future.set_exception(error)
-
-
-def _fail(pending: _Pending, message: str) -> None:
-    if not pending.future.done():
-        pending.future.set_exception(EngineError(message))

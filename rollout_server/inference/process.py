@@ -4,7 +4,8 @@
 
 The engine is a separate process, so that decoding and the stream of samples do not share Python's interpreter
 lock, and so that the server survives a crash of the engine, returns its leases and starts another engine. The
-engine dies with this process. SGLang's processes are in sglang/process.py.
+engine dies with this process. It binds loopback only, and each engine gets a new random API key through a
+pipe, so that no other user of the machine can use it. SGLang's processes are in sglang/process.py.
 """
 
 from __future__ import annotations
@@ -12,21 +13,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
 import signal
 import subprocess
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 
 from areal_like.config import Config
 from areal_like.errors import ConfigError, EngineError
 from areal_like.paths import RunPaths
-from areal_like.wire.channel import tcp_address
+from areal_like.runtime.logs import OUTPUT_FILE
 from rollout_server.inference.client import EngineClient
+from rollout_server.inference.generate_batcher import MAX_BATCH
 from rollout_server.inference.generation_gate import GenerationGate
 from rollout_server.inference.shadow_update import ShadowWeightUpdate
 from rollout_server.inference.weight_update import OnQuarantine, OnUntrusted, WeightUpdateStrategy
 
+LOOPBACK = "127.0.0.1"
+"""Address that every engine binds."""
 _POLL_S = 0.05
 _STOP_TIMEOUT_S = 5.0
 _LOG_LINES, _LOG_LINE_CHARS = 8, 200
@@ -34,6 +40,14 @@ _LOG_LINES, _LOG_LINE_CHARS = 8, 200
 _TAIL_BYTES = 64 << 10
 """Bytes read from the end of the log to find those lines: the read blocks the event loop, and a log may be
 large."""
+_SPARE_CONNECTIONS = 256
+"""Connections for weight updates, aborts and the engine's state, beyond those of generation."""
+_PUSH_BODY_BYTES = 16 << 20
+"""Names and shapes of the tensors of a push: about 100 bytes each."""
+_BYTES_PER_TOKEN = 10
+"""A token id and its comma in JSON."""
+_BYTES_PER_PROMPT = 1024
+"""Request id and sampling parameters of a prompt in JSON."""
 _BAD_SETTINGS_EXIT_CODE = 2
 """The engine's exit code when it refuses its options, the model or the device. A restart would fail too."""
 
@@ -49,6 +63,8 @@ class EngineProcess(ABC):
         self._context_tokens = context_tokens
         self.log_path = RunPaths.of(config).logs / f"{name}-engine.log"
         self._process: subprocess.Popen[bytes] | None = None
+        self.api_key = ""
+        """The key of the newest engine."""
         self.num_starts = 0
 
     @property
@@ -121,11 +137,12 @@ class EngineProcess(ABC):
         self._process = None
 
     @abstractmethod
-    def _command(self, *, version: int) -> list[str]:
-        """Command line of a new engine."""
+    def _command(self, *, version: int, key_file: str) -> list[str]:
+        """Command line of a new engine, which reads its API key from `key_file`."""
 
     def _environment(self) -> dict[str, str]:
-        return os.environ | {"OMP_NUM_THREADS": str(self._config.rollout.num_threads)}
+        threads = str(self._config.rollout.num_threads)
+        return os.environ | {"OMP_NUM_THREADS": threads, OUTPUT_FILE: str(self.log_path)}
 
     @abstractmethod
     async def _port(self) -> int:
@@ -133,12 +150,15 @@ class EngineProcess(ABC):
 
     def _client(self, url: str) -> EngineClient:
         """A client of the engine at `url`."""
-        return EngineClient(url, generate_timeout_s=self._config.rollout.generate_timeout_s)
+        return EngineClient(
+            url, api_key=self.api_key, generate_timeout_s=self._config.rollout.generate_timeout_s
+        )
 
     def _launch(self, *, version: int) -> None:
-        command = self._command(version=version)
+        self.api_key = secrets.token_hex(32)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        with self.log_path.open("ab") as log_file:
+        with _pipe_with(self.api_key) as key_fd, self.log_path.open("ab") as log_file:
+            command = self._command(version=version, key_file=f"/dev/fd/{key_fd}")
             # A new process group: some engines consist of several processes, which are killed together.
             self._process = subprocess.Popen(
                 command,
@@ -146,11 +166,12 @@ class EngineProcess(ABC):
                 stdout=log_file,
                 stderr=log_file,
                 env=self._environment(),
+                pass_fds=(key_fd,),
                 start_new_session=True,
             )
 
     async def _connect(self, port: int) -> EngineClient:
-        client = self._client(tcp_address(self._config.rollout.host, port).replace("tcp://", "http://"))
+        client = self._client(f"http://{LOOPBACK}:{port}")
         try:
             while not await client.health():
                 self._check_alive()
@@ -188,20 +209,23 @@ class EmbeddedProcess(EngineProcess):
     def _port_file(self) -> Path:
         return RunPaths.of(self._config).endpoints / f"{self._name}-engine.port"
 
-    def _command(self, *, version: int) -> list[str]:
+    def _command(self, *, version: int, key_file: str) -> list[str]:
         rollout, model = self._config.rollout, self._config.model
         self._port_file.parent.mkdir(parents=True, exist_ok=True)
         self._port_file.unlink(missing_ok=True)
         command = [sys.executable, "-m", "rollout_server.engine"]
         for key, value in {
             "model-path": self._model,
-            "host": rollout.host,
+            "api-key-file": key_file,
             "port": 0,
             "port-file": self._port_file,
             "device": rollout.engine_device,
             "dtype": model.dtype,
             "max-running-requests": rollout.max_running,
             "context-length": self._context_tokens,
+            "weights-from": RunPaths.of(self._config).checkpoints,
+            "max-body-bytes": longest_body(self._context_tokens),
+            "max-connections": _SPARE_CONNECTIONS + 4 * (rollout.max_running + rollout.queue_samples),
             "weight-version": version,
             "random-seed": self._config.seed,
             "num-threads": rollout.num_threads,
@@ -215,6 +239,23 @@ class EmbeddedProcess(EngineProcess):
             if self._port_file.exists():
                 return int(self._port_file.read_text())
             await asyncio.sleep(_POLL_S)
+
+
+def longest_body(context_tokens: int) -> int:
+    """Bytes that a request to the engine may need: a full batch of prompts, or the tensors of a push."""
+    return _PUSH_BODY_BYTES + MAX_BATCH * (_BYTES_PER_TOKEN * context_tokens + _BYTES_PER_PROMPT)
+
+
+@contextlib.contextmanager
+def _pipe_with(text: str) -> Iterator[int]:
+    """The descriptor of a pipe from which the text can be read once."""
+    reading, writing = os.pipe()
+    try:
+        os.write(writing, text.encode())
+        os.close(writing)
+        yield reading
+    finally:
+        os.close(reading)
 
 
 def _tail(path: Path) -> str:

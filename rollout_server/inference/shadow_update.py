@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from areal_like.errors import EngineError, WeightSyncError
+from areal_like.weights.integrity import difference
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.generation_gate import GenerationGate
 from rollout_server.inference.weight_update import OnUntrusted, WeightPush
@@ -33,16 +34,19 @@ class ShadowWeightUpdate:
         """Does nothing: the old weights are still active."""
 
     async def push(self, client: EngineClient, push: WeightPush) -> float:
-        """As WeightUpdateStrategy.push; compares the checksums with the sender's before it activates."""
+        """As WeightUpdateStrategy.push; compares the sums with the sender's before it activates."""
+        buckets, integrity = push.manifest.buckets, push.request.integrity
         with push.cancellable():
             received = await client.receive_weights(
-                push.manifest.buckets, group_name=push.request.group_name, timeout_s=push.left_s()
+                buckets,
+                group_name=push.request.group_name,
+                timeout_s=push.left_s(),
+                integrity=integrity,
             )
-            sent = await push.sent_checksums()
-        if received != sent:
-            raise WeightSyncError(
-                f"version {push.request.version}: a bucket's checksum is wrong, its bytes changed in transit"
-            )
+            sent = await push.sent_sums()
+        wrong = difference(received=received, sent=sent, num_buckets=len(buckets), integrity=integrity)
+        if wrong:
+            raise WeightSyncError(f"version {push.request.version}: {wrong}")
         return await self._activate(client, push)
 
     async def _activate(self, client: EngineClient, push: WeightPush) -> float:

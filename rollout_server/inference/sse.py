@@ -2,6 +2,8 @@
 
 A batch request streams the events of all its sequences, each with the `index` of its sequence in the batch.
 Events before the last one of a sequence repeat what the last one contains, so only the last one is parsed.
+SGLang reports an error of one sequence (a prompt that is too long) as an event without an index, after it has
+answered with status 200, and ends the stream.
 """
 
 from __future__ import annotations
@@ -13,20 +15,23 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from areal_like.errors import EngineError
+from areal_like.errors import EngineError, PromptRefusedError
 from areal_like.trajectory import FinishReason
 from rollout_server.inference.types import Generation, parse_weight_version
 
 MAX_EVENT_BYTES = 64 << 20
 MAX_ERROR_CHARS = 500
 """An engine's error message is cut to this length."""
+_PROMPT_STATUSES = (400, 413, 422)
+_FINISH_REASONS = {reason.value: reason for reason in FinishReason if reason is not FinishReason.TIMEOUT}
+"""Reasons that an engine gives; it knows nothing of our time limit."""
 
 
 async def read_events(stream: aiohttp.StreamReader) -> AsyncIterator[dict[str, Any]]:
     """Yields the object of each `data: {json}` line until `data: [DONE]`; other lines are skipped.
 
-    Raises ValueError for an event that is too long or not an object, and for an error event, with the
-    engine's message.
+    Raises ValueError for an event that is too long or not an object, and for an error event EngineError or
+    PromptRefusedError with the engine's message.
     """
     buffered = bytearray()
     async for piece in stream.iter_any():
@@ -47,14 +52,28 @@ async def read_events(stream: aiohttp.StreamReader) -> AsyncIterator[dict[str, A
             if not isinstance(event, dict):
                 raise ValueError("event is not an object")
             if "error" in event:
-                error = event["error"]
-                message = error.get("message", error) if isinstance(error, dict) else error
-                raise ValueError(str(message)[:MAX_ERROR_CHARS])
+                raise _error_of(event["error"])
             yield event
 
 
+def refusal(status: int, message: str) -> EngineError:
+    """The exception for an engine's error with this HTTP status."""
+    kind = PromptRefusedError if status in _PROMPT_STATUSES else EngineError
+    return kind(message[:MAX_ERROR_CHARS])
+
+
+def _error_of(error: Any) -> EngineError:
+    fields = error if isinstance(error, dict) else {"message": error}
+    code = fields.get("code")
+    # SGLang gives no code: it sends these events for requests that it finds invalid.
+    return refusal(code if isinstance(code, int) else 400, str(fields.get("message", error)))
+
+
 def finished_sequence(event: dict[str, Any]) -> int | None:
-    """Index in the batch of the sequence that this event ends; None if the event ends no sequence."""
+    """Index in the batch of the sequence that this event ends; None if the event ends no sequence.
+
+    Raises KeyError, TypeError or ValueError for a malformed event.
+    """
     if event["meta_info"]["finish_reason"] is None:
         return None
     return int(event.get("index", 0))
@@ -63,8 +82,9 @@ def finished_sequence(event: dict[str, Any]) -> int | None:
 def parse_generation(event: dict[str, Any]) -> Generation:
     """The generation in the last event of a sequence.
 
-    Raises EngineError if the engine aborted the request because of an error, ValueError if lengths disagree
-    or a token has no version, and KeyError or TypeError for a malformed event.
+    Raises EngineError or PromptRefusedError if the engine aborted the request because of an error, ValueError
+    if lengths disagree, a token has no version or the finish reason is unknown, and KeyError, TypeError or
+    AttributeError for a malformed event.
     """
     meta = event["meta_info"]
     reason = meta["finish_reason"]
@@ -80,13 +100,16 @@ def parse_generation(event: dict[str, Any]) -> Generation:
         raise ValueError("weight_versions do not cover the output")
     kind = str(reason["type"])
     matched = reason.get("matched")
-    if kind == FinishReason.ABORT.value and int(reason.get("status_code") or 200) >= 400:
-        raise EngineError(f"the engine aborted a request with an error: {reason.get('message')}")
+    status = int(reason.get("status_code") or 200)
+    if kind == FinishReason.ABORT.value and status >= 400:
+        raise refusal(status, f"the engine aborted a request with an error: {reason.get('message')}")
+    if kind not in _FINISH_REASONS:
+        raise ValueError(f"unknown finish reason {kind[:MAX_ERROR_CHARS]!r}")
     return Generation(
         output_ids=output_ids,
         logprobs=logprobs,
         versions=versions,
-        finish_reason=FinishReason(kind),
+        finish_reason=_FINISH_REASONS[kind],
         matched=matched if isinstance(matched, int) else None,
         message=str(reason.get("message") or ""),
     )

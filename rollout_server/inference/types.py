@@ -78,6 +78,8 @@ class EngineInfo:
     device: str = "cpu"
     device_uuid: str = ""
     nccl_version: str = ""
+    authenticates_store: bool = False
+    """True if the engine takes the key of a weight group's rendezvous; SGLang does not."""
 
     @classmethod
     def from_server_info(cls, server_info: Mapping[str, Any]) -> EngineInfo:
@@ -87,6 +89,7 @@ class EngineInfo:
             device=str(server_info.get("device") or "cpu"),
             device_uuid=str(server_info.get("device_uuid") or ""),
             nccl_version=str(server_info.get("nccl_version") or ""),
+            authenticates_store=server_info.get("authenticates_store") is True,
         )
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from areal_like.weights.buckets import Manifest
+from areal_like.weights.integrity import BucketSums
 from areal_like.wire.messages.weights import PushWeights
 from rollout_server.inference.client import EngineClient
 
@@ -34,8 +35,8 @@ class WeightPush:
     """Seconds left until the push times out; always positive."""
     cancellable: Callable[[], AbstractContextManager[None]]
     """Context for waits on other ranks: only inside it may a newer control message cancel the push."""
-    sent_checksums: Callable[[], Awaitable[list[int]]]
-    """Waits for the checksums that the sender computed, one per bucket, in the order of the manifest."""
+    sent_sums: Callable[[], Awaitable[BucketSums]]
+    """Waits for the sums that the sender computed, one per bucket, in the order of the manifest."""
 
 
 class WeightUpdateStrategy(Protocol):

@@ -10,9 +10,9 @@ workers hangs.
                             -> worker lost while scoring this item: failed
                             -> worker lost while scoring an earlier item: sent again to the new worker
 
-A failed reward is not retried here: `score` raises RewardError, the sample is reported as failed, and the
-buffer leases it again up to `buffer.max_sample_retries` times. Items submitted in the same turn of the event
-loop are sent to each worker in one frame: at 700 samples per second that halves the cost of a reward.
+A failed reward is not retried here: `score` raises RewardError, or RewardTimeoutError after the time limit,
+and `buffer.on_failure` says what becomes of the sample. Items submitted in the same turn of the event loop
+are sent to each worker in one frame: at 700 samples per second that halves the cost of a reward.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 
 import msgpack
 
-from areal_like.errors import RewardError
+from areal_like.errors import RewardError, RewardTimeoutError
 from rollout_server.rewards.worker import HEADER, MAX_FRAME_BYTES, pack
 from rollout_server.tasks.base import Split
 
@@ -102,7 +102,8 @@ class RewardPool:
     async def score(self, *, split: Split, index: int, completion: str) -> Reward:
         """The reward of a completion.
 
-        Raises RewardError if the task raised, exceeded the time limit, crashed, or returned no finite number.
+        Raises RewardTimeoutError if the task exceeded the time limit, and RewardError if it raised, crashed,
+        or returned no finite number.
         """
         loop = asyncio.get_running_loop()
         self._last_number += 1
@@ -152,7 +153,7 @@ class _Worker:
             self.running.cancel()
             await asyncio.gather(self.running, return_exceptions=True)
         while self.items:
-            self._fail_first("the reward pool was closed")
+            self._fail_first(RewardError("the reward pool was closed"))
 
     def submit(self, items: list[_Item]) -> None:
         if not self.items and self._limit is not None:
@@ -196,7 +197,7 @@ class _Worker:
             await asyncio.sleep(_RESTART_DELAY_S)
             log.error("reward worker cannot start: %s", problem)
             while self.items:
-                self._fail_first(f"reward worker cannot start: {problem}")
+                self._fail_first(RewardError(f"reward worker cannot start: {problem}"))
             return
         self._pipe = writer
         # Items that were queued behind the one that the last process was lost with, or that were submitted
@@ -211,15 +212,15 @@ class _Worker:
                     number, value, components, seconds, error = await _read(reader)
                 self._answer(number, value, components, seconds, error)
             except TimeoutError:
-                await self._on_lost(f"reward took longer than rollout.reward_timeout_s={self._timeout_s:g}")
+                limit = f"rollout.reward_timeout_s={self._timeout_s:g}"
+                await self._on_lost(RewardTimeoutError(f"reward took longer than {limit}"))
                 return
             except _STREAM_LOST:
-                await self._on_lost(f"the reward process died ({await _exit_reason(process)})")
+                await self._on_lost(RewardError(f"the reward process died ({await _exit_reason(process)})"))
                 return
             except (ValueError, TypeError, KeyError) as error:
-                await self._on_lost(
-                    f"the reward process wrote an invalid answer ({type(error).__name__}: {error})"
-                )
+                invalid = f"the reward process wrote an invalid answer ({type(error).__name__}: {error})"
+                await self._on_lost(RewardError(invalid))
                 return
 
     def _answer(
@@ -233,7 +234,7 @@ class _Worker:
         else:
             done.set_result(Reward(value=value, components=components, seconds=seconds))
 
-    async def _on_lost(self, reason: str) -> None:
+    async def _on_lost(self, reason: RewardError) -> None:
         self._pipe = self._limit = None
         self.num_lost += 1
         log.warning("reward worker restarts: %s", reason)
@@ -242,10 +243,10 @@ class _Worker:
         else:
             await asyncio.sleep(_RESTART_DELAY_S)
 
-    def _fail_first(self, reason: str) -> None:
+    def _fail_first(self, reason: RewardError) -> None:
         _, item = self.items.popitem(last=False)
         if not item.done.done():
-            item.done.set_exception(RewardError(reason))
+            item.done.set_exception(reason)
 
 
 async def _exit_reason(process: subprocess.Popen[bytes]) -> str:

@@ -7,6 +7,10 @@ partial update: a version is activated only after all of it was received and ver
 the old version active. If the engine does not report its version after a failure, its weights are unknown:
 it is reported with `on_untrusted` and replaced. A control message of a newer weight group cancels the work
 for an older one.
+
+Requests are bounded (checks.py), and only the peer that formed the group may push into it or dissolve it.
+Anybody who reaches the socket may form a group, because a restarted trainer is a new peer: who may reach it
+is for the socket's keys to decide.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from typing import Any
 
 from areal_like.errors import EngineError, WeightSyncError
 from areal_like.weights.buckets import Manifest
+from areal_like.weights.integrity import BucketSums
 from areal_like.wire.channel import Envelope, Listener
 from areal_like.wire.curve import CurveServer
 from areal_like.wire.messages.weights import (
@@ -35,6 +40,8 @@ from areal_like.wire.messages.weights import (
 )
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.weight_update import OnUntrusted, WeightPush, WeightUpdateStrategy
+from rollout_server.weight_sync.checks import reason_to_refuse
+from rollout_server.weight_sync.repeated_requests import RepeatedRequests
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +51,6 @@ _MAX_QUEUED = 16
 """Requests that may wait. A trainer sends the next one when it has the answer to the last; two trainers may
 overlap."""
 _NO_ENGINE = "this server's engine is not running"
-_MAX_ANSWERS = 64
-"""Requests whose answers are kept, for a rank 0 that sends a request again."""
 _MIN_TIMEOUT_S = 0.001
 """Shortest timeout passed to the engine, where 0 would mean no timeout."""
 
@@ -65,9 +70,11 @@ class WeightReceiver:
         on_version: Callable[[int], None],
         on_untrusted: OnUntrusted,
         curve: CurveServer | None = None,
+        integrity: str = "none",
     ) -> None:
         """`on_version` is called with each activated version, `on_untrusted` with the reason why the engine's
-        weights are unknown. `curve`: which keys may push weights."""
+        weights are unknown. `curve`: which keys may push weights. `integrity`: `weights.integrity` of this
+        server; `sha256` refuses a push without digests."""
         self.listener = Listener(
             host=host,
             port=0,
@@ -91,14 +98,19 @@ class WeightReceiver:
         self._strategy = strategy
         self._on_version = on_version
         self._on_untrusted = on_untrusted
+        self._host = host
+        self._integrity = integrity
         self._group_name = ""
+        self._group_peer = b""
+        """Peer that formed the group."""
         self._work: asyncio.Task[None] | None = None
         """The request that is being handled."""
+        self._work_peer = b""
+        """Its sender."""
         self._is_cancellable = False
         self._sent_checksums: PushChecksums | None = None
         self._checksums_arrived = asyncio.Event()
-        self._answers: dict[tuple[bytes, int], WeightsOk | WeightsFailed | None] = {}
-        """By (route, request id); None: the request waits or is being handled."""
+        self._repeated = RepeatedRequests()
         self._queue: asyncio.Queue[Envelope] = asyncio.Queue(_MAX_QUEUED)
         self.serving = asyncio.create_task(self._serve(), name="weights")
         """Ends only by `close`, or with an unexpected exception."""
@@ -124,49 +136,37 @@ class WeightReceiver:
             self._answer(envelope, self._alive())
             return
         if isinstance(envelope.message, PushChecksums):
-            self._sent_checksums = envelope.message
-            self._checksums_arrived.set()
+            if envelope.peer == self._group_peer:
+                self._sent_checksums = envelope.message
+                self._checksums_arrived.set()
             return
-        if self._is_known(envelope):
+        if not self._repeated.is_new(envelope):
+            if (answer := self._repeated.answer_to(envelope)) is not None:
+                self._answer(envelope, answer)
+            return
+        if reason := self._reason_to_refuse(envelope.message):
+            self._finish(envelope, WeightsFailed(version=self.version, reason=reason))
             return
         # FormGroup and DissolveGroup cancel a rendezvous or broadcast, which may be waiting for a dead rank.
-        is_newer = isinstance(envelope.message, (FormGroup, DissolveGroup))
+        is_newer = isinstance(envelope.message, FormGroup) or (
+            isinstance(envelope.message, DissolveGroup) and envelope.peer == self._work_peer
+        )
         if is_newer and self._work is not None and self._is_cancellable:
             self._work.cancel()
-        try:
-            self._queue.put_nowait(envelope)
-        except asyncio.QueueFull:
-            reason = f"{_MAX_QUEUED} requests wait before this one"
-            self._answer(envelope, WeightsFailed(version=self.version, reason=reason))
-
-    def _is_known(self, envelope: Envelope) -> bool:
-        """True for a request that was sent again, because a renewed key has interrupted the connection.
-
-        It is not performed twice; its answer is sent again, or once when it is there.
-        """
-        request = (envelope.peer, envelope.rid)
-        if envelope.rid == 0:
-            return False
-        if request in self._answers:
-            if (answer := self._answers[request]) is not None:
-                self._answer(envelope, answer)
-            return True
-        self._answers[request] = None
-        if len(self._answers) > _MAX_ANSWERS:
-            del self._answers[next(iter(self._answers))]
-        return False
+        self._queue.put_nowait(envelope)
 
     async def _serve(self) -> None:
         """Handles requests one after the other."""
         while True:
             envelope = await self._queue.get()
+            self._work_peer = envelope.peer
             self._work = asyncio.create_task(
                 self._handle(envelope), name=f"weights:{type(envelope.message).__name__}"
             )
             await asyncio.wait([self._work])
             if not self._work.cancelled():
                 self._work.result()
-            self._work = None
+            self._work, self._work_peer = None, b""
 
     async def _handle(self, envelope: Envelope) -> None:
         """Performs one request and always sends an answer, also if it fails or is cancelled."""
@@ -177,7 +177,7 @@ class WeightReceiver:
             version=self.version, reason=f"cannot handle {type(request).__name__}"
         )
         try:
-            stall_s = await self._perform(request)
+            stall_s = await self._perform(request, peer=envelope.peer)
             answer = WeightsOk(version=self.version, seconds=loop.time() - started_s, stall_seconds=stall_s)
         except (EngineError, WeightSyncError) as error:
             answer = WeightsFailed(version=self.version, reason=str(error))
@@ -186,15 +186,25 @@ class WeightReceiver:
                 version=self.version, reason=f"{type(request).__name__} was cancelled before it was done"
             )
         finally:
-            self._answer(envelope, answer)
-            if (envelope.peer, envelope.rid) in self._answers:
-                self._answers[envelope.peer, envelope.rid] = answer
-            self._count(request, answer)
+            self._finish(envelope, answer)
 
-    def _count(self, request: Any, answer: WeightsOk | WeightsFailed) -> None:
+    def _reason_to_refuse(self, request: Any) -> str:
+        """Why a request is not even queued; empty if it is."""
+        if self._queue.full():
+            return f"{_MAX_QUEUED} requests are waiting already"
+        num_ranks = self.engine.info.num_ranks if self.engine is not None else 1
+        return reason_to_refuse(request, host=self._host, num_ranks=num_ranks, integrity=self._integrity)
+
+    def _finish(self, envelope: Envelope, answer: WeightsOk | WeightsFailed) -> None:
+        """Answers a request, and counts it."""
+        self._answer(envelope, answer)
+        self._repeated.record_answer(envelope, answer)
+        request = envelope.message
         if isinstance(answer, WeightsFailed):
             self.num_failures += 1
-            log.warning("%s failed: %s", type(request).__name__, answer.reason)
+            # Of a peer without a group only failures 1, 2, 4, 8, ... are logged: it may send millions.
+            if envelope.peer == self._group_peer or self.num_failures.bit_count() == 1:
+                log.warning("%s failed: %s", type(request).__name__, answer.reason)
         elif isinstance(request, PushWeights):
             self.num_pushes += 1
             self.seconds_total += answer.seconds
@@ -215,16 +225,17 @@ class WeightReceiver:
     def _answer(self, envelope: Envelope, answer: Alive | WeightsOk | WeightsFailed) -> None:
         self.listener.send(envelope.peer, answer, rid=envelope.rid)
 
-    async def _perform(self, request: Any) -> float:
+    async def _perform(self, request: Any, *, peer: bytes) -> float:
         """Performs a request; returns the seconds in which nothing was decoded."""
         if self.engine is None:
             raise EngineError(_NO_ENGINE)
         match request:
             case FormGroup():
-                await self._join_group(self.engine, request)
+                await self._join_group(self.engine, request, peer=peer)
                 return 0.0
             case DissolveGroup():
                 if request.group_name == self._group_name:
+                    self._check_peer(peer)
                     await self._leave_group(self.engine)
                 return 0.0
             case PushWeights():
@@ -233,14 +244,19 @@ class WeightReceiver:
                         f"the push is for weight group {request.group_name!r} of session {request.epoch}, "
                         f"the engine is in group {self._group_name!r}"
                     )
+                self._check_peer(peer)
                 return await self._push(self.engine, request)
         raise WeightSyncError(f"unexpected {type(request).__name__} on the weight control socket")
 
-    async def _join_group(self, engine: EngineClient, request: FormGroup) -> None:
+    def _check_peer(self, peer: bytes) -> None:
+        if peer != self._group_peer:
+            raise WeightSyncError(f"weight group {self._group_name!r} was formed by another peer")
+
+    async def _join_group(self, engine: EngineClient, request: FormGroup, *, peer: bytes) -> None:
         if self._group_name:
             await self._leave_group(engine)
         # Recorded before joining: after a cancelled rendezvous the group still has to be left.
-        self._group_name = request.group_name
+        self._group_name, self._group_peer, self._sent_checksums = request.group_name, peer, None
         with self._cancellable():
             await engine.init_weights_group(
                 master_address=request.master_address,
@@ -250,6 +266,7 @@ class WeightReceiver:
                 group_name=request.group_name,
                 backend=request.backend,
                 timeout_s=request.timeout_s,
+                secret=request.secret,
             )
 
     async def _leave_group(self, engine: EngineClient) -> None:
@@ -268,7 +285,7 @@ class WeightReceiver:
             manifest=Manifest.from_dict(request.manifest),
             left_s=lambda: max(_MIN_TIMEOUT_S, end_s - loop.time()),
             cancellable=self._cancellable,
-            sent_checksums=lambda: self._wait_checksums(request.version),
+            sent_sums=lambda: self._wait_sums(request.version),
         )
         try:
             async with asyncio.timeout(request.timeout_s):
@@ -287,12 +304,12 @@ class WeightReceiver:
         self.version = request.version
         return stall_s
 
-    async def _wait_checksums(self, version: int) -> list[int]:
-        """Waits for the sender's checksums of this version, which may arrive before or after the buckets."""
+    async def _wait_sums(self, version: int) -> BucketSums:
+        """Waits for the sender's sums of this version, which may arrive before or after the buckets."""
         while self._sent_checksums is None or self._sent_checksums.version != version:
             self._checksums_arrived.clear()
             await self._checksums_arrived.wait()
-        return self._sent_checksums.checksums
+        return BucketSums(checksums=self._sent_checksums.checksums, digests=self._sent_checksums.digests)
 
     @contextlib.contextmanager
     def _cancellable(self) -> Iterator[None]:

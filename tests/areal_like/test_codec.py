@@ -43,7 +43,7 @@ from areal_like.wire.messages.producer import (
     ServerHeartbeat,
     ServerState,
 )
-from areal_like.wire.messages.weights import PushWeights
+from areal_like.wire.messages.weights import PushChecksums, PushWeights
 from areal_like.wire.records import Record
 
 
@@ -155,7 +155,12 @@ def record(
     )
     checked = checked[: len(checked) - cut]
     header = msgpack.packb(
-        [WIRE_VERSION, "Samples", 0, {"samples": [{"lease_id": 1, "record": [0, len(checked)]}]}]
+        [
+            WIRE_VERSION,
+            "Samples",
+            0,
+            {"samples": [{"lease_id": 1, "record": [0, len(checked)], "failure": ""}]},
+        ]
     )
     return [header, checked]
 
@@ -259,7 +264,7 @@ def test_overlapping_records_are_refused() -> None:
     """Otherwise a small message could expand to a large one in memory."""
     record = Record.of(2, 0, trajectory(100, 5_000)).data
     for count, is_good in ((1, True), (2, False), (2_000, False)):
-        samples = [{"lease_id": 1, "record": [0, len(record)]}] * count
+        samples = [{"lease_id": 1, "record": [0, len(record)], "failure": ""}] * count
         frames = [msgpack.packb([WIRE_VERSION, "Samples", 0, {"samples": samples}]), record]
         if is_good:
             decode(frames)
@@ -291,7 +296,14 @@ def test_record_of_lists_does_not_expand_in_memory(item: bytes, array_bytes: int
     rest = identity + meta + bytes(array_bytes)
     data = struct.pack("<4sII", b"ATR1", 12 + len(rest), zlib.crc32(rest)) + rest
     frames = [
-        msgpack.packb([WIRE_VERSION, "Samples", 0, {"samples": [{"lease_id": 1, "record": [0, len(data)]}]}]),
+        msgpack.packb(
+            [
+                WIRE_VERSION,
+                "Samples",
+                0,
+                {"samples": [{"lease_id": 1, "record": [0, len(data)], "failure": ""}]},
+            ]
+        ),
         data,
     ]
     peak = peak_bytes_refusing(
@@ -428,8 +440,10 @@ def test_largest_messages_of_a_job_are_accepted() -> None:
             step=1,
             update_mode="keep",
             manifest={"buckets": [tensors]},
+            integrity="none",
             timeout_s=1.0,
         ),
+        PushChecksums(version=1, checksums=[(1 << 32) - 1] * 40_000, digests=["f" * 64] * 40_000),
     ):
         frames = encode(message)
         assert len(frames[0]) > 1 << 16
@@ -480,6 +494,7 @@ def test_overlong_header_is_not_sent() -> None:
             step=1,
             update_mode="keep",
             manifest={"lists": [[]] * 100_000},
+            integrity="none",
             timeout_s=1.0,
         ),
     ):

@@ -101,6 +101,14 @@ def test_presets_apply_on_top_of_a_file(tmp_path: Path) -> None:
         (["buffer.port=70000"], r"0\.\.65535"),
         (["weights.update_mode=later"], "one of recompute, keep, abort_resume, drain"),
         (["weights.update_mode=recompte"], r"did you mean recompute\?"),
+        (["weights.integrity=crc32"], r"weights\.integrity=crc32: use none or sha256"),
+        (["weights.integrity=sha256", "rollout.engine=sglang"], r"needs rollout\.engine=embedded"),
+        (["weights.port_range=20000"], r"weights\.port_range='20000': give two ports"),
+        (["weights.port_range=20099-20000"], "give two ports"),
+        (["weights.port_range=0-10"], "give two ports"),
+        (["weights.port_range=60000-70000"], "give two ports"),
+        (["weights.host=0.0.0.0"], "no address that engines can connect to"),
+        (["weights.push_deadline_s=4000"], "at most 3600"),
         (
             ["buffer.durability=fsync"],
             r"buffer\.durability=fsync: use one of power_loss, process_crash, none",
@@ -120,7 +128,12 @@ def test_presets_apply_on_top_of_a_file(tmp_path: Path) -> None:
         (["rollout.engine=vllm"], "use embedded or sglang"),
         (["rollout.sglang.args=--tp-size 2"], r"set rollout\.engine=sglang"),
         (["rollout.engine=sglang", "rollout.sglang.args=tp-size 2"], "begin with an option"),
-        (["rollout.engine=sglang", "rollout.sglang.url=gpu0"], "http://host:port"),
+        (["rollout.engine=sglang", "rollout.sglang.url=gpu0"], "https://host:port"),
+        (["rollout.engine=sglang", "rollout.sglang.url=http://gpu0:30000"], "is not encrypted"),
+        (["rollout.engine=sglang", "rollout.sglang.url=https://gpu0:30000"], "api_key_file"),
+        (["rollout.engine=sglang", "rollout.sglang.args=--api-key=x"], "remove --api-key"),
+        (["rollout.engine=sglang", "rollout.sglang.args=--tp 2 --host 0.0.0.0"], "remove --host"),
+        (["rollout.engine=sglang", "rollout.sglang.api_key_file=k"], "an engine at rollout.sglang.url"),
         (
             ["rollout.engine=sglang", "rollout.sglang.url=http://gpu0:30000", "rollout.num_servers=2"],
             "into the url",
@@ -154,6 +167,12 @@ def test_mistake_gives_one_clear_message(arguments: list[str], message: str) -> 
     with pytest.raises(ConfigError, match=message) as caught:
         load_config(arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_port_range_is_a_range_of_ports() -> None:
+    assert list(WeightsConfig().ports) == [0], "any free port"
+    assert list(load_config(["weights.port_range=20000-20002"]).weights.ports) == [20000, 20001, 20002]
+    assert list(WeightsConfig(port_range="65535-65535").ports) == [65535]
 
 
 def test_a_second_daemon_name_is_refused() -> None:

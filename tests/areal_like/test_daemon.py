@@ -6,8 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,85 +13,20 @@ from typing import Any
 import pytest
 
 from areal_like.runtime.process import PARENT_PID
-
-BODY = """
-import asyncio, sys, time
-from areal_like.runtime.command_line import load_config
-from areal_like.runtime.daemon import run_daemon
-from areal_like.errors import ArealError, ConfigError
-
-async def main(runtime):
-    mode = sys.argv[1]
-    if mode == "user error":
-        raise ConfigError("x is wrong: use y")
-    if mode == "failure":
-        raise ArealError("the disk is on fire")
-    if mode == "bug":
-        raise KeyError("surprise")
-    async def double(body):
-        if "n" not in body:
-            raise ConfigError("give n")
-        return {"n": 2 * body["n"]}
-    runtime.verbs["double"] = double
-    runtime.status = lambda: {"answer": 42}
-    runtime.ready()
-    with runtime.waits("a signal"):
-        await runtime.stopping.wait()
-    if mode == "stuck":
-        time.sleep(60)
-    if mode == "slow":
-        await asyncio.sleep(3)
-
-sys.exit(run_daemon(load_config(sys.argv[2:]), role="test", name="test-0", main=main))
-"""
-
-
-class Running:
-    def __init__(self, tmp_path: Path, mode: str, *settings: str, tied: bool = False) -> None:
-        environment = dict(os.environ) | ({PARENT_PID: str(os.getpid())} if tied else {})
-        self.run = tmp_path / "runs" / "test"
-        command = [sys.executable, "-c", BODY, mode, "name=test", f"runs_dir={tmp_path}/runs", *settings]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-
-    def endpoint(self) -> dict[str, Any]:
-        deadline_s = time.monotonic() + 20
-        while time.monotonic() < deadline_s:
-            path = self.run / "endpoints" / "test-0.json"
-            if path.exists():
-                return dict(json.loads(path.read_text()))
-            assert self.process.poll() is None, self.process.communicate()[1]
-            time.sleep(0.05)
-        raise AssertionError("no endpoint file")
-
-    def get(self, path: str, body: bytes | None = None) -> tuple[int, str]:
-        request = urllib.request.Request(f"http://{self.endpoint()['http']}{path}", data=body)
-        try:
-            with urllib.request.urlopen(request, timeout=5) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
-
-    def wait_ready(self) -> None:
-        deadline_s = time.monotonic() + 20
-        while time.monotonic() < deadline_s:
-            if self.get("/readyz")[0] == 200:
-                return
-            time.sleep(0.05)
-        raise AssertionError("not ready")
+from tests.support.daemon_process import BODY, DaemonProcess
 
 
 @pytest.fixture
 def started(tmp_path: Path) -> Iterator[Any]:
-    daemons: list[Running] = []
+    daemons: list[DaemonProcess] = []
 
-    def start(mode: str, *settings: str, tied: bool = False) -> Running:
-        daemons.append(Running(tmp_path, mode, *settings, tied=tied))
+    def start(mode: str, *settings: str, tied: bool = False) -> DaemonProcess:
+        daemons.append(DaemonProcess(tmp_path, mode, *settings, tied=tied))
         return daemons[-1]
 
     yield start
     for daemon in daemons:
-        daemon.process.kill()
-        daemon.process.communicate()
+        daemon.close()
 
 
 def test_http_endpoints_and_drain(started: Any) -> None:
@@ -101,7 +34,7 @@ def test_http_endpoints_and_drain(started: Any) -> None:
     daemon.wait_ready()
     assert daemon.get("/livez") == (200, "ok")
     status = json.loads(daemon.get("/status")[1])
-    assert (status["answer"], status["role"], list(status["waiting_on"])) == (42, "test", ["a signal"])
+    assert (status["answer"], status["role"], list(status["waiting_on"])) == (42, "rollout", ["a signal"])
     assert "process_resident_memory_bytes" in daemon.get("/metrics")[1]
     assert daemon.get("/control/double", b'{"n": 4}') == (200, '{"n":8}')
     for verb, body, code in (

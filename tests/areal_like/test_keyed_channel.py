@@ -153,14 +153,17 @@ def test_nothing_is_readable_on_the_wire(keys: Path) -> None:
     async def body() -> None:
         listener = keyed_listener(keyring(keys, KeyRole.BUFFER), grant)
         seen = bytearray()
+        taps: list[asyncio.Task[None] | None] = []
 
         async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             while data := await reader.read(1 << 16):
                 seen.extend(data)
                 writer.write(data)
             writer.close()
+            await writer.wait_closed()
 
         async def tap(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            taps.append(asyncio.current_task())
             near, far = await asyncio.open_connection("127.0.0.1", listener.port)
             await asyncio.gather(forward(reader, far), forward(near, writer))
 
@@ -171,6 +174,7 @@ def test_nothing_is_readable_on_the_wire(keys: Path) -> None:
         assert b"CURVE" in seen and b"AllocVersion" not in seen and b"rollout" not in seen
         link.close()
         listener.close()
+        await asyncio.gather(*filter(None, taps))
         server.close()
 
     run(body)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import pickle
 import random
 import signal
@@ -16,6 +17,7 @@ import zmq
 
 from areal_like.config import from_mapping
 from areal_like.errors import ArealError, DeadlineError, RefusedError
+from areal_like.failures import FailureKind
 from areal_like.wire.codec import encode
 from areal_like.wire.fingerprint import dataset_fingerprint, shared_settings
 from areal_like.wire.messages.consumer import (
@@ -223,12 +225,12 @@ def test_hello_and_role_checks(buffer: BufferProcess) -> None:
             await until(inbox, HelloRequired)
             assert inbox == [HelloRequired()]
             for field in ("job", "dataset"):
-                with pytest.raises(RefusedError, match=rf"\({field}\).*other"):
+                with pytest.raises(RefusedError, match=rf"\({field}\): differs from the job's"):
                     await link.call(trainer_hello(config, **{field: "other"}), timeout_s=5)
             smaller = from_mapping(
                 {"trainer": {"groups_per_step": 2, "num_steps": 6}, "sampling": {"group_size": 2}}
             )
-            with pytest.raises(RefusedError, match=r"groups_per_step=2.*groups_per_step=4"):
+            with pytest.raises(RefusedError, match=r"\(settings\): differs"):
                 await link.call(
                     trainer_hello(config, settings=shared_settings(smaller, Role.TRAINER)), timeout_s=5
                 )
@@ -238,29 +240,39 @@ def test_hello_and_role_checks(buffer: BufferProcess) -> None:
                     hello("rollout-9", dataset=dataset, model="another model", num_train_prompts=0),
                     timeout_s=5,
                 )
-            await link.call(trainer_hello(config, incarnation=5), timeout_s=5)
-            with pytest.raises(RefusedError, match=r"\(model\).*trainer-0 has 'm'"):
+            await link.call(trainer_hello(config), timeout_s=5)
+            with pytest.raises(RefusedError, match=r"\(model\): differs"):
                 await link.call(hello("rollout-0", dataset=dataset, model="other"), timeout_s=5)
             with pytest.raises(RefusedError, match="a different name"):
                 await link.call(hello("trainer-0", dataset=dataset), timeout_s=5)
             with pytest.raises(RefusedError, match="num_train_prompts"):
                 await link.call(hello("rollout-0", dataset=dataset, num_train_prompts=0), timeout_s=5)
         replaced: list[Any] = []
-        async with connected(buffer, trainer_hello(config, incarnation=6), inbox=replaced) as old:
-            async with connected(buffer, trainer_hello(config, incarnation=7)) as new:
+        first = trainer_hello(config)
+        async with connected(buffer, first, inbox=replaced, answers=False) as old:
+            async with connected(buffer, trainer_hello(config)) as new:
                 with pytest.raises(DeadlineError):
                     await old.call(StartTraining(step=0), timeout_s=0.3)
                 assert HelloRequired() in replaced
                 with pytest.raises(RefusedError, match="incarnation"):
-                    await old.call(trainer_hello(config, incarnation=6), timeout_s=5)
+                    await old.call(dataclasses.replace(first, incarnation=2), timeout_s=5)
                 await new.call(StartTraining(step=0), timeout_s=5)
                 with pytest.raises(RefusedError, match="not for a trainer"):
                     await new.call(
-                        SampleFailed(lease_id=1, ticket_id=1, sample_index=0, error=""), timeout_s=5
+                        SampleFailed(
+                            lease_id=1,
+                            ticket_id=1,
+                            sample_index=0,
+                            kind=FailureKind.REWARD,
+                            num_tokens=0,
+                            error="",
+                        ),
+                        timeout_s=5,
                     )
                 with pytest.raises(RefusedError, match="step"):
                     await new.call(Fetch(step=6, position=0), timeout_s=5)
-            async with connected(buffer, trainer_hello(config, name="trainer-1", rank=1)) as other_rank:
+            rank_1 = dataclasses.replace(first, name="trainer-1", rank=1, process="1" * 32)
+            async with connected(buffer, rank_1) as other_rank:
                 with pytest.raises(RefusedError, match="only rank 0"):
                     await other_rank.call(CommitStep(step=0), timeout_s=5)
 
@@ -303,6 +315,8 @@ def test_a_server_resends_fails_and_leaves(buffer: BufferProcess) -> None:
                         lease_id=lease.lease_id,
                         ticket_id=lease.ticket_id,
                         sample_index=1,
+                        kind=FailureKind.REWARD,
+                        num_tokens=0,
                         error="reward hung",
                     )
                 )
@@ -338,8 +352,9 @@ def test_a_failed_job_sends_the_reason_to_every_peer(tmp_path: Path) -> None:
                 ) as link,
             ):
                 waiting = asyncio.create_task(trainer.call(Fetch(step=0, position=0)))
-                link.send(beat(free=4))
+                link.send(beat(free=8))
                 leases = (await until(inbox, Leases))[0].leases
+                assert len(leases) >= 3
                 for lease in leases:
                     for index in lease.sample_indices:
                         link.send(
@@ -347,6 +362,8 @@ def test_a_failed_job_sends_the_reason_to_every_peer(tmp_path: Path) -> None:
                                 lease_id=lease.lease_id,
                                 ticket_id=lease.ticket_id,
                                 sample_index=index,
+                                kind=FailureKind.REWARD,
+                                num_tokens=0,
                                 error="no such verifier",
                             )
                         )
@@ -358,6 +375,49 @@ def test_a_failed_job_sends_the_reason_to_every_peer(tmp_path: Path) -> None:
         _, stderr = buffer.process.communicate(timeout=10)
         assert buffer.process.returncode == 1
         assert "3 samples failed in a row" in stderr and "Traceback" not in stderr
+
+
+def test_a_server_that_fails_is_quarantined_with_a_reason(tmp_path: Path) -> None:
+    with running_buffer(tmp_path, buffer={"max_consecutive_failures": 2}) as buffer:
+        buffer.produce("rollout-1")
+
+        async def run() -> None:
+            inbox: list[Any] = []
+            dataset, settings = (
+                dataset_fingerprint(buffer.config),
+                shared_settings(buffer.config, Role.ROLLOUT),
+            )
+            broken = hello("rollout-0", dataset=dataset, settings=settings)
+            async with training(buffer) as trainer, connected(buffer, broken, inbox=inbox) as link:
+                link.send(beat(free=8))
+                leases = (await until(inbox, Leases))[0].leases
+                for lease in leases[:2]:
+                    link.send(
+                        SampleFailed(
+                            lease_id=lease.lease_id,
+                            ticket_id=lease.ticket_id,
+                            sample_index=0,
+                            kind=FailureKind.ENGINE,
+                            num_tokens=9,
+                            error="out of memory",
+                        )
+                    )
+                await until(inbox, SampleAck, count=2)
+                await link.call(beat(free=8), timeout_s=5)
+                (peer,) = [peer for peer in buffer.status()["peers"] if peer["name"] == "rollout-0"]
+                assert "out of memory" in peer["quarantine"]["reason"]
+                assert 0 < peer["quarantine"]["rest_s"] <= 30 and peer["free_samples"] == 0
+                await link.call(Goodbye(), timeout_s=5)
+                await trainer.train(0)
+
+        asyncio.run(run())
+        status = buffer.wait_status(lambda status: status["step"] == 1)
+        assert status["selection"]["failures"]["engine"]["retry"] == 2
+        assert status["selection"]["tokens_wasted"]["failed_engine"] == 18
+        metrics = buffer.get("/metrics")
+        assert 'areal_samples_failed_total{kind="engine",outcome="retry"} 2.0' in metrics
+        assert "areal_quarantines_total 1.0" in metrics and "areal_servers_quarantined 0.0" in metrics
+        assert "rollout-0 gets no leases for 30 s: 2 samples failed in a row" in buffer.terminate()[1]
 
 
 def test_a_draining_buffer_serves_its_trainer(buffer: BufferProcess) -> None:

@@ -251,12 +251,14 @@ def test_a_silent_server_is_removed_and_its_old_leases_aborted() -> None:
 
 def test_a_new_server_incarnation_fences_the_old_one() -> None:
     ledger = new_ledger()
-    add_server(ledger, "a", capacity=2)
+    assert ledger.find_process("a", "old", 0) == 0
+    add_server(ledger, "a", capacity=2, incarnation=ledger.admit_process("a", "old"))
     (lease,) = leases_of(ledger)
-    add_server(ledger, "a", capacity=2, incarnation=2)
+    assert ledger.find_process("a", "old", 0) == ledger.find_process("a", "old", 1) == 1
+    add_server(ledger, "a", capacity=2, incarnation=ledger.admit_process("a", "new"))
     assert ledger.num_by_state()[State.QUEUED] == 1
     with pytest.raises(StaleIncarnationError):
-        ledger.register_server("a", incarnation=1, weights_version=0, now_s=0.0)
+        ledger.find_process("a", "old", 1)
     assert leases_of(ledger)[0].ticket_id == lease.ticket_id
 
 
@@ -325,18 +327,17 @@ def test_only_the_newest_finished_evaluations_are_kept() -> None:
 
 
 def test_consecutive_failures_fail_the_job_with_the_last_error() -> None:
-    ledger = new_ledger(max_consecutive_failures=3, max_sample_retries=10)
-    add_server(ledger, "a", capacity=2)
-    for error in ("one", "two", None, "three", "four", "five"):
-        (lease,) = leases_of(ledger)
-        index = lease.sample_indices[0]
+    ledger = new_ledger(max_consecutive_failures=3, max_sample_retries=10, max_staleness=9, num_steps=9)
+    add_server(ledger, "a", capacity=16)
+    leases = leases_of(ledger)
+    for lease, error in zip(leases[:6], ("one", "two", None, "three", "four", "five"), strict=True):
+        assert not ledger.failure_reason
         if error is None:
-            deliver(ledger, "a", done(lease, index, [0]))
-            beat(ledger, "a", capacity=2 + len(ledger.servers["a"].leases))
+            deliver(ledger, "a", done(lease, 0, [0]))
         else:
-            ledger.sample_failed("a", failed(lease, index, error))
-            ledger.return_leases("a", [lease.lease_id])
-    assert "3 samples failed in a row" in ledger.failure_reason and "five" in ledger.failure_reason
+            for index in lease.sample_indices:  # samples of one ticket count once
+                ledger.sample_failed("a", failed(lease, index, error))
+    assert "3 samples failed in a row" in ledger.failure_reason and "a: five" in ledger.failure_reason
     assert leases_of(ledger) == []
 
 
@@ -522,7 +523,7 @@ def test_evaluations_go_first_and_wait_for_their_version() -> None:
     assert (result.num_evaluated, result.num_failed, result.mean_reward, result.mean_tokens) == (
         2,
         1,
-        0.5,
+        1 / 3,  # the failed one counts 0
         1.5,
     )
     assert (result.oldest_version, result.newest_version) == (version, version)

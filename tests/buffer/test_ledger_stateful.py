@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from areal_like.errors import StaleIncarnationError
+from areal_like.failures import FailureKind
+from areal_like.selection import failures_of, selection_report
 from areal_like.wire.messages.producer import Lease, Purpose, ServerState
 from buffer.ledger.ledger import Ledger
 from buffer.ledger.recovery import recover
@@ -145,10 +147,13 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(
         data=st.data(),
         reward=st.sampled_from([0.0, 1.0]),
+        has_failed=st.sampled_from([False, False, True]),
         old=st.booleans(),
         other_server=st.sampled_from([False, False, True]),
     )
-    def deliver(self, data: st.DataObject, reward: float, old: bool, other_server: bool) -> None:
+    def deliver(
+        self, data: st.DataObject, reward: float, has_failed: bool, old: bool, other_server: bool
+    ) -> None:
         name, lease, index = self.draw_sample(data)
         if other_server:
             name = data.draw(st.sampled_from(SERVERS))
@@ -158,7 +163,9 @@ class LedgerMachine(RuleBasedStateMachine):
         oldest = self.versions[max(0, self.versions.index(newest) - 1)] if old else newest
         if expected is Verdict.ACCEPTED and self.abandoned & {oldest, newest}:
             expected = Verdict.ABANDONED
-        verdict = deliver(self.ledger, name, done(lease, index, [oldest, newest], reward=reward))
+        failure = "reward_timeout" if has_failed and not reward else ""
+        sample = done(lease, index, [oldest, newest], reward=reward, failure=failure)
+        verdict = deliver(self.ledger, name, sample)
         assert verdict is expected
         if verdict is Verdict.ACCEPTED:
             self.accepted[lease.ticket_id, index] = lease.lease_id
@@ -177,11 +184,12 @@ class LedgerMachine(RuleBasedStateMachine):
         self.grant()
 
     @precondition(lambda self: self.leases)
-    @rule(data=st.data())
-    def fail(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), kind=st.sampled_from(FailureKind), num_tokens=st.sampled_from([0, 3]))
+    def fail(self, data: st.DataObject, kind: FailureKind, num_tokens: int) -> None:
         name, lease, index = self.draw_sample(data)
         expected = self.expected(name, lease, index)
-        assert self.ledger.sample_failed(name, failed(lease, index)) is expected
+        message = failed(lease, index, kind=kind, num_tokens=num_tokens)
+        assert self.ledger.sample_failed(name, message) is expected
         self.grant()
 
     @precondition(lambda self: self.leases)
@@ -320,6 +328,11 @@ class LedgerMachine(RuleBasedStateMachine):
     def samples_are_counted_once(self) -> None:
         counters = self.ledger.counters()
         assert counters["samples_trained"] == self.num_trained * GROUPS * SIZE
+        report = selection_report(counters)
+        assert report["trained"]["samples"] == counters["samples_trained"] <= report["offered"]["samples"]
+        assert sum(report["groups_trained_by_solve_rate"].values()) == self.num_trained * GROUPS
+        num_failed = sum(sum(counts.values()) for counts in failures_of(counters).values())
+        assert num_failed == counters["samples_failed"]
         assert counters["max_trained_lag"] <= self.ledger.settings.staleness_cap
         assert self.num_taken <= (self.num_trained + 2) * GROUPS, (
             "recording ran more than one step ahead of the trainer"
@@ -393,12 +406,7 @@ class DurableLedgerMachine(LedgerMachine):
         """The ledger that the next buffer would recover if this one were killed now."""
         store = self.ledger.state.store
         assert isinstance(store, RowStore)
-        ledger = recover(
-            self.ledger.settings,
-            store.copy(),
-            now_s=self.now_s,
-            first_lease_id=self.ledger.state.leases._next_id,
-        )
+        ledger = recover(self.ledger.settings, store.copy(), now_s=self.now_s)
         ledger.set_num_train_prompts(1000)
         return ledger
 
@@ -461,7 +469,7 @@ def observed(ledger: Ledger) -> dict[str, object]:
         ),
         "bound": ledger.state.bound.current,
         "open": not ledger.closed_reason,
-        "trainer": (ledger.trainer_incarnation, ledger.state.incarnations.newest),
+        "trainer": (ledger.trainer_incarnation, ledger.state.incarnations._newest),
         "steps": (
             ledger.state.steps.current,
             ledger.state.steps.committed,
@@ -489,9 +497,9 @@ def fields_of(ticket: Ticket) -> dict[str, object]:
     leases = {
         i: (x.ticket_id, x.server, x.weights_step, frozenset(x.outstanding)) for i, x in ticket.leases.items()
     }
-    return {field.name: getattr(ticket, field.name) for field in dataclasses.fields(ticket)} | {
-        "leases": leases
-    }
+    fields = {field.name: getattr(ticket, field.name) for field in dataclasses.fields(ticket)}
+    del fields["failed_at"]  # as servers, it is not recovered
+    return fields | {"leases": leases}
 
 
 TestLedger = LedgerMachine.TestCase

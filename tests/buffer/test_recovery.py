@@ -59,8 +59,8 @@ async def until(inbox: list[Any], kind: type, *, count: int = 1) -> list[Any]:
 
 def test_the_ledger_survives_sigkill_of_the_buffer(tmp_path: Path) -> None:
     config = job(tmp_path, buffer={"lease_timeout_s": 5.0}, trainer={"num_steps": 6, "groups_per_step": 2})
-    server = hello("rollout-0", dataset=dataset_fingerprint(config), incarnation=20)
-    rank = trainer_hello(config, incarnation=10)
+    server = hello("rollout-0", dataset=dataset_fingerprint(config))
+    rank = trainer_hello(config)
 
     async def first(buffer: BufferProcess) -> tuple[list[Lease], list[int]]:
         inbox: list[Any] = []
@@ -85,8 +85,8 @@ def test_the_ledger_survives_sigkill_of_the_buffer(tmp_path: Path) -> None:
             producer.send(sample(leases[2], 0))
             await until(inbox, HelloRequired)
             for older in (
-                trainer_hello(config, incarnation=9),
-                hello("rollout-0", dataset=server.dataset, incarnation=19),
+                trainer_hello(config, incarnation=1),
+                hello("rollout-0", dataset=server.dataset, incarnation=1),
             ):
                 with pytest.raises(RefusedError, match="incarnation"):
                     await link.call(older, timeout_s=10)

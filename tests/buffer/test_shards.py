@@ -107,12 +107,11 @@ def test_a_peer_with_another_number_of_shards_is_refused() -> None:
         "tokenizer": "t",
         "dataset": "d",
         "http_address": "",
+        "process": "0" * 32,
     }
     peers = ConnectedPeers(job="job", dataset="d", shard=Shard(1, 2))
     for shard, count, field in ((0, 2, "shard"), (1, 3, "num_shards"), (0, 1, "num_shards")):
-        hello = Hello(
-            role=Role.TRAINER, name="trainer-0", incarnation=1, shard=shard, num_shards=count, **fields
-        )
+        hello = Hello(role=Role.TRAINER, name="trainer-0", shard=shard, num_shards=count, **fields)
         with pytest.raises(RefusedError) as refused:
             peers.check(hello)
         assert refused.value.args[0] == field
@@ -127,6 +126,7 @@ def test_a_returning_server_is_counted_once() -> None:
         "tokenizer": "t",
         "dataset": "d",
         "http_address": "",
+        "process": "0" * 32,
     }
     for incarnation, tokens, total in ((1, 10.0, 10.0), (1, 12.0, 12.0), (2, 5.0, 17.0)):
         peer = peers.add(b"route", Hello(name="rollout-0", incarnation=incarnation, **fields), now_s=0.0)
@@ -290,7 +290,8 @@ def test_a_checkpoint_keeps_the_stream_state_of_every_shard() -> None:
         *(FakeShard({GetStreamState: StreamState(stream=stream)}) for stream in streams),
     )
     shards = [
-        FakeShard({StartTraining: Welcome(job="j", step=1, newest_version=index)}) for index in range(2)
+        FakeShard({StartTraining: Welcome(job="j", incarnation=1, step=1, newest_version=index)})
+        for index in range(2)
     ]
     assert ask(StartTraining(step=1, stream=state.stream), *shards).newest_version == 0
     assert [shard.requests[0].stream for shard in shards] == streams

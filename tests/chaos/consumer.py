@@ -6,8 +6,8 @@ ticket ...`, and checks that every group is complete.
 
 from __future__ import annotations
 
+import secrets
 import sys
-import time
 
 from areal_like.runtime.command_line import load_config
 from areal_like.runtime.process import die_with_parent
@@ -20,7 +20,7 @@ def main() -> None:
     num_steps, *settings = sys.argv[1:]
     config = load_config(settings)
     with TrainerBufferClient(
-        config, rank=0, world_size=1, device="cpu", incarnation=time.time_ns()
+        config, rank=0, world_size=1, device="cpu", process=secrets.token_hex(16)
     ) as client:
         for step in range(int(num_steps)):
             groups = train(client, first=step, last=step + 1)

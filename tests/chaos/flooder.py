@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import secrets
 import sys
 import time
 from collections.abc import Iterator
@@ -45,7 +46,7 @@ def hello(config: Config, name: str) -> Hello:
     return Hello(
         role=Role.ROLLOUT,
         name=name,
-        incarnation=time.time_ns(),
+        process=secrets.token_hex(16),
         job=config.name,
         model=model_fingerprint(model_path(config)),
         tokenizer=tokenizer_fingerprint(model_path(config)),

@@ -9,10 +9,10 @@ import contextlib
 import dataclasses
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -102,7 +102,7 @@ class ChaosJob:
         before, client_module._RESEND_AFTER_S = client_module._RESEND_AFTER_S, RESEND_AFTER_S
         try:
             with TrainerBufferClient(
-                self.config, rank=0, world_size=1, device="cpu", incarnation=time.time_ns()
+                self.config, rank=0, world_size=1, device="cpu", process=secrets.token_hex(16)
             ) as client:
                 yield client
         finally:

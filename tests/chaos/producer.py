@@ -8,9 +8,9 @@ until it is killed, or says Goodbye and ends on SIGTERM as a real server does. A
 from __future__ import annotations
 
 import asyncio
+import secrets
 import signal
 import sys
-import time
 
 import numpy as np
 
@@ -65,13 +65,13 @@ class Producer:
         self._stopping = asyncio.Event()
         self._loop.add_signal_handler(signal.SIGTERM, self._stopping.set)
         self._version = 0
-        incarnation = time.time_ns()
+        process = secrets.token_hex(16)
 
         def hello() -> Hello:
             return Hello(
                 role=Role.ROLLOUT,
                 name=name,
-                incarnation=incarnation,
+                process=process,
                 job=config.name,
                 model=model_fingerprint(model_path(config)),
                 tokenizer=tokenizer_fingerprint(model_path(config)),

@@ -70,7 +70,7 @@ def test_every_series_is_on_the_page() -> None:
     TrainerSeries(trainer)
     *_, buffer_text, server_text, trainer_text = re.split(r"^\*\*", PAGE, flags=re.M)
     for metrics, text in ((buffer, buffer_text), (server, server_text)):
-        assert set(re.findall(r"`(areal_\w+)(?:\{\w+\})?`", text)) == series_of(metrics.registry)
+        assert set(re.findall(r"`(areal_\w+)(?:\{[\w,]+\})?`", text)) == series_of(metrics.registry)
     listed = set(re.findall(r"`(areal_trainer_[a-z_]+)(?:\{\w+\})?`", trainer_text))
     gauges = trainer_text.partition("there): ")[2]
     assert listed | {f"areal_trainer_{name}" for name in re.findall(r"`(\w+)`", gauges)} == series_of(

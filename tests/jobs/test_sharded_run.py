@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -73,7 +74,7 @@ class ShardedJob:
     def trainer(self) -> Iterator[TrainerBufferClient]:
         """The buffer client of rank 0."""
         with TrainerBufferClient(
-            self.config, rank=0, world_size=1, device="cpu", incarnation=time.time_ns()
+            self.config, rank=0, world_size=1, device="cpu", process=secrets.token_hex(16)
         ) as client:
             yield client
 

@@ -100,7 +100,9 @@ FALSIFICATIONS = {
     "no sample is in two leases": "INSERT INTO leases SELECT lease_id + 100000, ticket_id, server, "
     "server_incarnation, weights_step, outstanding FROM leases LIMIT 1",
     "a prompt is tried again once": f"UPDATE tickets SET parent = {TRAINED} WHERE ticket_id = {LEASED}",
-    "the counters equal": "UPDATE statistics SET value = value + 1 WHERE name = 'tokens_trained'",
+    "the counters equal the": "UPDATE statistics SET value = value + 1 WHERE name = 'tokens_trained'",
+    "the counters of lengths": "UPDATE statistics SET value = value + 1 WHERE name GLOB 'trained_length_*'",
+    "the counters of lengths and failures": "INSERT INTO statistics VALUES ('failed_reward_zero', 3)",
     "every step that was committed": "UPDATE tickets SET state = 'dropped', reason = 'poison' "
     f"WHERE ticket_id = {TRAINED}",
 }

@@ -10,7 +10,7 @@ import pytest
 from areal_like.config import Config, from_mapping
 from launch.local_job.actions import Action, Exit, HandOver, Kill, KillEverything, Notice, Start, Terminate
 from launch.local_job.lifecycle import JobLifecycle, Phase
-from launch.local_job.specs import JobSpecs
+from launch.local_job.specs import DRAINED, JobSpecs
 from launch.observation.observer import DaemonView, Observation
 from launch.observation.progress import Progress
 
@@ -81,6 +81,26 @@ def test_a_run_closes_trainer_first_and_buffer_last() -> None:
     assert not job.is_over
     job.exited(Exit(name="buffer", code=-signal.SIGTERM), now_s=9.3)
     assert job.is_over and (job.outcome.exit_code, job.outcome.failure) == (0, [])
+    assert job.outcome.is_finished
+
+
+def test_daemons_that_hear_of_the_end_close_a_finished_run() -> None:
+    job = running_job()
+    for name in ("rollout-0", "rollout-1"):
+        assert notices(job.exited(Exit(name=name, code=0), now_s=9.0)) == f"{name} has left the finished run"
+    assert Terminate("trainer") in job.exited(Exit(name="buffer", code=0), now_s=9.1)
+    job.exited(Exit(name="trainer", code=-signal.SIGTERM), now_s=9.2)
+    assert job.is_over and job.outcome.is_finished and job.outcome.exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["trainer", "buffer"])
+def test_a_daemon_stopped_by_a_user_drains_the_run(name: str) -> None:
+    job = running_job()
+    actions = job.exited(Exit(name=name, code=DRAINED), now_s=3.0)
+    assert notices(actions) == f"a user stopped the {name}: closing the run"
+    for other in {"trainer", "rollout-0", "rollout-1", "buffer"} - {name}:
+        job.exited(Exit(name=other, code=DRAINED), now_s=4.0)
+    assert job.is_over and not job.outcome.is_finished and job.outcome.exit_code == 0
 
 
 def test_each_stage_is_killed_in_time_for_the_next() -> None:
@@ -120,7 +140,7 @@ def test_a_dead_server_is_started_again_after_a_delay() -> None:
 
 def test_the_run_ends_when_no_server_is_restarted_any_more() -> None:
     job = running_job()
-    job.exited(Exit(name="rollout-1", code=0), now_s=2.5)
+    job.exited(Exit(name="rollout-1", code=DRAINED), now_s=2.5)
     now_s = 3.0
     for _ in range(4):
         job.exited(Exit(name="rollout-0", code=3, last_words=("no device",)), now_s=now_s)
@@ -134,7 +154,9 @@ def test_the_run_ends_when_no_server_is_restarted_any_more() -> None:
 def test_a_joined_server_keeps_the_run_alive_until_it_leaves() -> None:
     job = running_job(buffer={"lease_timeout_s": 5.0})
     for name in ("rollout-0", "rollout-1"):
-        assert notices(job.exited(Exit(name=name, code=0), now_s=3.0)) == f"{name} was stopped by a user"
+        assert (
+            notices(job.exited(Exit(name=name, code=DRAINED), now_s=3.0)) == f"{name} was stopped by a user"
+        )
     assert tick(job, 4.0, seen("buffer", "trainer-0", joined=True)) == []
     assert tick(job, 8.9, seen("buffer", "trainer-0")) == [], "the joined server may register again"
     assert tick(job, 9.1, seen("buffer", "trainer-0")) == [Terminate("trainer")]
@@ -202,7 +224,7 @@ def test_a_replaced_trainer_starts_with_its_new_settings() -> None:
     job = running_job()
     actions = job.replace_trainer(["trainer.lr=1e-4"], seen=seen(*ALL))
     assert actions[1:] == [HandOver("127.0.0.1:8001")]
-    (start,) = job.exited(Exit(name="trainer", code=0), now_s=4.0)
+    (start,) = job.exited(Exit(name="trainer", code=DRAINED), now_s=4.0)
     assert isinstance(start, Start) and start.from_newest_checkpoint
     assert start.spec.command[-1] == "trainer.lr=1e-4" and job.phase is Phase.RUNNING
     assert job.exited(Exit(name="trainer", code=0), now_s=5.0)[0] == Terminate("rollout-0"), "it is done"

@@ -96,6 +96,9 @@ def _check_summary(summary: dict[str, object], *, num_before: int) -> None:
     assert tickets["trained"] == 160
     assert tickets["issued"] == sum(count for state, count in tickets.items() if state != "issued")
     assert isinstance(summary["max_trained_lag"], int) and summary["max_trained_lag"] <= 1
+    selection = summary["selection"]
+    assert selection["trained"]["samples"] == 640 <= selection["offered"]["samples"]
+    assert sum(selection["groups_trained_by_solve_rate"].values()) == 160
     assert set(summary) >= {
         "reward_first",
         "reward_last",

@@ -175,6 +175,24 @@ def test_a_run_continues_when_its_output_pipe_is_closed(workplace: Path) -> None
     assert list((root / "checkpoints").iterdir())
 
 
+def test_the_launcher_reopens_its_log_and_shows_its_stacks(workplace: Path) -> None:
+    root = workplace / "runs" / "x"
+    log = root / "logs" / "launcher.log"
+    with launcher("name=x", ENDLESS, "daemon.exit_code_on_drain=77", cwd=workplace) as process:
+        wait_for_notice("running", root, process)
+        log.rename(root / "logs" / "launcher.log.1")
+        process.send_signal(signal.SIGHUP)
+        wait_for_notice("SIGHUP", root, process)
+        process.send_signal(signal.SIGUSR1)
+        wait_for_notice("SIGUSR1", root, process)
+        code, out, err = drain(process, root)
+    assert (code, err) == (77, "") and "the run was drained" in out
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    assert any("thread MainThread" in entry.get("stacks", "") for entry in entries)
+    assert entries[-1]["message"] == "the run is drained"
+    assert "was stopped by a user" not in out and (root / "logs").stat().st_mode & 0o777 == 0o700
+
+
 def test_a_run_whose_terminal_goes_away_drains(workplace: Path) -> None:
     root = workplace / "runs" / "x"
     ours, theirs = os.openpty()

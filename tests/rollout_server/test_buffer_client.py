@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from areal_like.config import from_mapping
+from areal_like.failures import FailureKind
 from areal_like.runtime.waits import PendingWaits
 from areal_like.wire.channel import Envelope, Listener
 from areal_like.wire.messages.hello import Hello, Role, Welcome
@@ -28,7 +29,7 @@ from rollout_server.buffer_client.held_leases import HeldLeases
 HELLO = Hello(
     role=Role.ROLLOUT,
     name="r",
-    incarnation=1,
+    process="0" * 32,
     job="j",
     model="m",
     tokenizer="t",
@@ -36,7 +37,9 @@ HELLO = Hello(
     http_address="127.0.0.1:1",
 )
 LEASE = Lease(lease_id=1, ticket_id=1, prompt_index=0, purpose=Purpose.TRAIN, sample_indices=[0], seed=0)
-FAILED = SampleFailed(lease_id=1, ticket_id=1, sample_index=0, error="no reason")
+FAILED = SampleFailed(
+    lease_id=1, ticket_id=1, sample_index=0, kind=FailureKind.REWARD, num_tokens=0, error="no reason"
+)
 
 
 class PlayedBuffer:
@@ -55,7 +58,7 @@ class PlayedBuffer:
         match envelope.message:
             case Hello():
                 self.listener.send(
-                    envelope.peer, Welcome(job="j", step=0, newest_version=0), rid=envelope.rid
+                    envelope.peer, Welcome(job="j", incarnation=1, step=0, newest_version=0), rid=envelope.rid
                 )
             case ServerHeartbeat():
                 self.listener.send(

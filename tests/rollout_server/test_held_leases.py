@@ -5,6 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from areal_like.failures import FailureKind
 from areal_like.trajectory import FinishReason, Trajectory
 from areal_like.wire.messages.producer import Lease, Purpose, SampleAck, SampleDone, SampleFailed
 from areal_like.wire.records import Record
@@ -53,7 +54,7 @@ class HeldLeasesMachine(RuleBasedStateMachine):
     def finish(self, lease_id: int, sample: int, failed: bool) -> None:
         named = {"lease_id": lease_id, "ticket_id": lease_id, "sample_index": sample}
         result = (
-            SampleFailed(**named, error="x")
+            SampleFailed(**named, kind=FailureKind.REWARD, num_tokens=0, error="x")
             if failed
             else SampleDone(lease_id=lease_id, record=Record.of(lease_id, sample, trajectory()))
         )

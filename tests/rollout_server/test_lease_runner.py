@@ -1,20 +1,36 @@
-"""The lease runner with examples that are slow or hang; the engine and the rewards answer at once."""
+"""The lease runner with examples that are slow or hang, and with failures of every kind.
+
+The engine and the rewards answer at once.
+"""
 
 import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
 import pytest
 
 from areal_like.config import from_mapping
+from areal_like.errors import (
+    EngineError,
+    EngineTimeoutError,
+    PromptRefusedError,
+    RewardError,
+    RewardTimeoutError,
+)
+from areal_like.failures import FailureKind
+from areal_like.trajectory import FinishReason
 from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed
 from rollout_server.buffer_client.held_leases import SampleResult
-from rollout_server.episodes.base import SingleTurn
+from rollout_server.episodes.base import Episode, PolicyClient, SingleTurn, Tokenizer
 from rollout_server.episodes.lease_runner import LeaseRunner
+from rollout_server.episodes.transcript import Transcript
 from rollout_server.inference.generation_gate import GenerationGate
+from rollout_server.inference.types import Generation, Sampling
 from rollout_server.rewards.pool import Reward
 from rollout_server.tasks.base import Example, Split, Task
 from tests.rollout_server.test_episodes import CountingEngine, Digits
@@ -52,30 +68,84 @@ def hanging() -> Iterator[Callable[..., Slow]]:
 
 
 class FixedRewards:
+    """Answers 0.5, or raises `error`."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+
     async def score(self, *, split: Split, index: int, completion: str) -> Reward:
+        if self.error is not None:
+            raise self.error
         return Reward(value=0.5, components={}, seconds=0.0)
+
+
+class FailingEngine(CountingEngine):
+    """Raises `error` for every request after `num_good` of them."""
+
+    def __init__(self, error: Exception, *, num_good: int = 1) -> None:
+        super().__init__()
+        self.error = error
+        self.num_good = num_good
+
+    async def generate(
+        self, input_ids: Sequence[int], *, sampling: Sampling, rid: str | None = None
+    ) -> Generation:
+        if len(self.requests) >= self.num_good:
+            raise self.error
+        return await super().generate(input_ids, sampling=sampling, rid=rid)
+
+
+class TwoTurns(Episode):
+    """Two turns of the policy; then it raises `error`, if there is one."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+
+    async def run(
+        self, example: Example, policy: PolicyClient, tokenizer: Tokenizer, transcript: Transcript
+    ) -> str:
+        for _ in range(2):
+            if await policy.extend(transcript) is FinishReason.TIMEOUT:
+                break
+        if self.error is not None:
+            raise self.error
+        return "done"
 
 
 class Served:
     """A runner and the results that it reported."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(
+        self,
+        task: Task,
+        *,
+        engine: CountingEngine | None = None,
+        episode: Episode | None = None,
+        rewards: FixedRewards | None = None,
+        on_failure: dict[str, str] | None = None,
+    ) -> None:
         self.results: list[SampleResult] = []
-        self.engine = CountingEngine()
-        config = from_mapping({"rollout": {"reward_timeout_s": LIMIT_S}, "sampling": {"group_size": GROUP}})
+        self.engine = engine or CountingEngine()
+        config = from_mapping(
+            {
+                "rollout": {"reward_timeout_s": LIMIT_S},
+                "sampling": {"group_size": GROUP},
+                "buffer": {"on_failure": on_failure or {}},
+            }
+        )
         self.runner = LeaseRunner(
             config,
             task=task,
             tokenizer=Digits(),
             stop_token_ids=(),
-            episode=SingleTurn(),
-            rewards=FixedRewards(),
+            episode=episode or SingleTurn(),
+            rewards=rewards or FixedRewards(),
             gate=GenerationGate(),
             on_result=self.results.append,
         )
         self.runner.engine = self.engine
 
-    def grant(self, *lease_ids: int) -> None:
+    def grant(self, *lease_ids: int, num_samples: int = GROUP) -> None:
         self.runner.start(
             [
                 Lease(
@@ -83,7 +153,7 @@ class Served:
                     ticket_id=lease_id,
                     prompt_index=lease_id,
                     purpose=Purpose.TRAIN,
-                    sample_indices=list(range(GROUP)),
+                    sample_indices=list(range(num_samples)),
                     seed=1,
                 )
                 for lease_id in lease_ids
@@ -103,8 +173,8 @@ class Served:
 
 
 @contextlib.asynccontextmanager
-async def serving(task: Task) -> AsyncIterator[Served]:
-    served = Served(task)
+async def serving(task: Task, **parts: Any) -> AsyncIterator[Served]:
+    served = Served(task, **parts)
     try:
         yield served
         assert not served.runner.failed.done()
@@ -115,7 +185,9 @@ async def serving(task: Task) -> AsyncIterator[Served]:
 def assert_hung(results: list[SampleResult]) -> None:
     assert len(results) == GROUP
     assert all(
-        isinstance(result, SampleFailed) and "task.example() took longer" in result.error
+        isinstance(result, SampleFailed)
+        and result.kind is FailureKind.ENVIRONMENT
+        and "task.example() took longer" in result.error
         for result in results
     )
 
@@ -198,5 +270,105 @@ def test_samples_of_quick_examples_start_together() -> None:
                 await asyncio.sleep(0)
                 num_requests.append(len(served.engine.requests))
             assert len(set(num_requests)) < 10, "samples must start in few turns of the loop"
+
+    asyncio.run(body())
+
+
+# --- failures ---
+
+
+def one_result(**parts: Any) -> SampleResult:
+    """The result of one sample."""
+
+    async def body() -> SampleResult:
+        async with serving(Slow(seconds=0.0), **parts) as served:
+            served.grant(1, num_samples=1)
+            await served.finished(1)
+            (result,) = served.results
+            assert served.runner.num_failed.total() == (
+                not isinstance(result, SampleDone) or bool(result.failure)
+            )
+            return result
+
+    return asyncio.run(body())
+
+
+@pytest.mark.parametrize(
+    ("parts", "kind", "num_tokens"),
+    [
+        ({"rewards": FixedRewards(RewardError("no verdict"))}, "reward", 10),
+        ({"engine": FailingEngine(EngineError("HTTP 500")), "episode": TwoTurns()}, "engine", 10),
+        ({"engine": FailingEngine(PromptRefusedError("HTTP 400"), num_good=0)}, "prompt", 0),
+        (
+            {"episode": TwoTurns(KeyError("door")), "on_failure": {"environment": "retry"}},
+            "environment",
+            20,
+        ),
+        (
+            {"rewards": FixedRewards(RewardTimeoutError("slow")), "on_failure": {"reward_timeout": "drop"}},
+            "reward_timeout",
+            10,
+        ),
+    ],
+)
+def test_a_failed_sample_has_its_kind_and_tokens(parts: dict[str, Any], kind: str, num_tokens: int) -> None:
+    result = one_result(**parts)
+    assert isinstance(result, SampleFailed)
+    assert (result.kind, result.num_tokens) == (kind, num_tokens)
+
+
+@pytest.mark.parametrize(
+    ("parts", "kind", "num_tokens"),
+    [
+        ({"rewards": FixedRewards(RewardTimeoutError("slow"))}, "reward_timeout", 10),
+        ({"episode": TwoTurns(ZeroDivisionError("no door"))}, "environment", 20),
+        (
+            {"engine": FailingEngine(PromptRefusedError("too long")), "episode": TwoTurns()},
+            "environment",  # the prompt was good: the turns have become too long
+            10,
+        ),
+        ({"rewards": FixedRewards(RewardError("x")), "on_failure": {"reward": "zero"}}, "reward", 10),
+    ],
+)
+def test_a_policy_of_zero_is_a_sample_with_reward_0(
+    parts: dict[str, Any], kind: str, num_tokens: int
+) -> None:
+    result = one_result(**parts)
+    assert isinstance(result, SampleDone) and result.failure == kind
+    assert (result.record.reward, result.record.num_sampled) == (0.0, num_tokens)
+
+
+def test_a_late_turn_keeps_the_tokens_before_it() -> None:
+    result = one_result(engine=FailingEngine(EngineTimeoutError("no token")), episode=TwoTurns())
+    assert isinstance(result, SampleDone) and not result.failure
+    assert (result.record.finish_reason, result.record.num_sampled) == (FinishReason.TIMEOUT, 10)
+    nothing = one_result(engine=FailingEngine(EngineTimeoutError("no token"), num_good=0))
+    assert isinstance(nothing, SampleFailed) and nothing.kind is FailureKind.TIMEOUT
+
+
+def test_logprobs_that_cannot_be_used_are_the_engines_fault() -> None:
+    class Wrong(CountingEngine):
+        async def generate(
+            self, input_ids: Sequence[int], *, sampling: Sampling, rid: str | None = None
+        ) -> Generation:
+            made = await super().generate(input_ids, sampling=sampling, rid=rid)
+            return replace(made, logprobs=np.full_like(made.logprobs, 0.5))
+
+    result = one_result(engine=Wrong())
+    assert isinstance(result, SampleFailed) and result.kind is FailureKind.ENGINE
+
+
+def test_a_prompt_that_does_not_fit_is_its_own_kind() -> None:
+    class Tight(Digits):
+        def encode(self, example: Example) -> np.ndarray:
+            raise ValueError("prompt of 9 tokens: the limit is 1 to 8")
+
+    async def body() -> None:
+        async with serving(Slow(seconds=0.0)) as served:
+            served.runner._prompts._tokenizer = Tight()
+            served.grant(1)
+            await served.finished(1)
+            kinds = {result.kind for result in served.of(1) if isinstance(result, SampleFailed)}
+            assert kinds == {FailureKind.PROMPT} and len(served.of(1)) == GROUP
 
     asyncio.run(body())

@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from areal_like.config import WeightsConfig
+from areal_like.failures import FailureKind
 from areal_like.trajectory import FinishReason, Trajectory
 from areal_like.wire.messages.consumer import ServerEntry
 from areal_like.wire.messages.hello import Goodbye, Hello, JobFailed, Refused
@@ -149,12 +151,21 @@ def test_status_readiness_and_metrics_pages(shared: tuple[PlayedBuffer, ServerPr
             return str(response.read().decode())
 
     wait_until(lambda: json.loads(get("/status"))["not_ready"] == "")
-    assert get("/readyz") == "ready"
+    assert get("/readyz") == "ok"
     status = json.loads(get("/status"))
     assert status["state"] == "serving" and status["engine_pid"] in descendants(server.process.pid)
     metrics = get("/metrics")
-    for line in ("areal_samples_failed_total 0.0", "areal_engine_starts 1.0", "areal_weight_pushes_total"):
+    for line in (
+        'areal_rollout_samples_failed_total{kind="reward"} 0.0',
+        "areal_engine_starts 1.0",
+        "areal_weight_pushes_total",
+    ):
         assert line in metrics
+    assert "areal_engine_steps_total" in get("/metrics/engine")
+    with pytest.raises(HTTPError, match="401"):
+        urllib.request.urlopen(f"{status['engine_url']}/server_info", timeout=5)
+    command = Path(f"/proc/{status['engine_pid']}/cmdline").read_bytes()
+    assert b"--api-key-file\0/dev/fd/" in command and status["engine_url"].startswith("http://127.0.0.1:")
 
 
 def test_engine_that_cannot_start_is_reported_with_its_log(model: Path, tmp_path: Path) -> None:
@@ -392,10 +403,13 @@ def test_bad_rewards_are_reported_and_children_die_with_server(model: Path, tmp_
             buffer.grant(*(buffer.lease(1 + prompt, samples=1, prompt=prompt) for prompt in (0, 1, 2, 7)))
             answers = {a.lease_id: a for a in buffer.expect((SampleDone, SampleFailed), count=4)}
             assert answers[1].record.trajectory().reward == 0.5
-            assert "cannot judge this" in answers[2].error
-            assert "reward_timeout_s" in answers[3].error
-            assert "no such example" in answers[8].error
+            assert "cannot judge this" in answers[2].error and answers[2].kind is FailureKind.REWARD
+            assert answers[2].num_tokens > 0
+            zero = answers[3].record.trajectory()
+            assert (answers[3].failure, zero.reward) == ("reward_timeout", 0.0) and zero.num_sampled > 0
+            assert "no such example" in answers[8].error and answers[8].kind is FailureKind.ENVIRONMENT
             buffer.expect_beat(lambda beat: beat.stats["samples_failed"] == 3 and not beat.leases)
+            assert buffer.beat is not None and buffer.beat.stats["samples_failed_reward_timeout"] == 1
             children = descendants(server.process.pid)
             server.process.kill()
             wait_until(lambda: not any(map(is_alive, children)))

@@ -1,13 +1,17 @@
-"""An engine at a URL that stops listening, over real sockets."""
+"""An engine at a URL, over real sockets: one that stops listening, and one with a key behind TLS."""
 
 import asyncio
+import ssl
 import time
 from pathlib import Path
 
+import pytest
 from aiohttp import web
 
-from areal_like.config import from_mapping
+from areal_like.config import Config, from_mapping
+from areal_like.errors import ConfigError, EngineError
 from rollout_server.inference.sglang.process import SglangAtUrl
+from tests.support.certificates import make_certificate
 
 
 def test_an_engine_that_stops_listening_is_lost_at_once(tmp_path: Path) -> None:
@@ -33,3 +37,55 @@ def test_an_engine_that_stops_listening_is_lost_at_once(tmp_path: Path) -> None:
         return time.monotonic() - gone_s
 
     assert asyncio.run(body()) < 8
+
+
+def at_url(directory: Path, **sglang: str) -> SglangAtUrl:
+    config: Config = from_mapping(
+        {
+            "runs_dir": str(directory),
+            "rollout": {"engine": "sglang", "start_timeout_s": 2, "sglang": sglang},
+        }
+    )
+    return SglangAtUrl(config, name="rollout-0", model="/model", vocab_size=10)
+
+
+def test_engine_behind_tls_gets_the_key(tmp_path: Path) -> None:
+    certificate, private_key = make_certificate(tmp_path, "tls")
+    key = tmp_path / "engine.key"
+    key.touch(mode=0o600)
+    key.write_text("the key\n")
+    requests: list[tuple[str, str | None]] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        requests.append((request.path, request.headers.get("Authorization")))
+        if request.path == "/model_info":
+            raise web.HTTPFound(f"{request.scheme}://{request.host}/elsewhere")
+        return web.json_response({"disable_radix_cache": True, "load": {}})
+
+    async def body() -> None:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", answer)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(certificate, private_key)
+        await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context).start()
+        url = f"https://localhost:{runner.addresses[0][1]}"
+        engine = at_url(tmp_path, url=url, api_key_file=str(key), ca_file=str(certificate))
+        async with await engine.start(version=0) as client:
+            assert ("/update_weights_from_disk", "Bearer the key") in requests
+            assert {authorization for _, authorization in requests} == {"Bearer the key"}
+            with pytest.raises(EngineError, match="302"):
+                await client.model_info()
+            assert requests[-1][0] == "/model_info", "a redirection is not followed"
+        num_requests = len(requests)
+        with pytest.raises(EngineError, match="no engine was ready"):
+            await at_url(tmp_path, url=url, api_key_file=str(key)).start(version=0)
+        assert len(requests) == num_requests, "the key goes to no engine whose certificate is unknown"
+        await runner.cleanup()
+
+    asyncio.run(body())
+    key.chmod(0o644)
+    for setting, message in (("api_key_file", "chmod 600"), ("ca_file", "ca_file=")):
+        with pytest.raises(ConfigError, match=message):
+            at_url(tmp_path, url="https://localhost:1", **{setting: str(key)})

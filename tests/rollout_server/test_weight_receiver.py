@@ -61,6 +61,7 @@ def push(
     *,
     update_mode: str = "recompute",
     in_place: bool = False,
+    integrity: str = "none",
 ) -> tuple[Any, list[str]]:
     """Pushes version 1 with a limit of 1 s; returns the answer and reasons to replace the engine.
 
@@ -107,6 +108,7 @@ def push(
                 world_size=2,
                 backend="gloo",
                 timeout_s=5.0,
+                secret="",
             )
             assert isinstance(await link.call(form, timeout_s=5), WeightsOk)
             manifest = Manifest(version=1, buckets=Held(tensors, bucket_bytes=64).buckets).to_dict()
@@ -117,9 +119,10 @@ def push(
                 step=1,
                 update_mode=update_mode,
                 manifest=manifest,
+                integrity=integrity,
                 timeout_s=1.0,
             )
-            link.send(PushChecksums(version=1, checksums=[]))
+            link.send(PushChecksums(version=1, checksums=[], digests=[]))
             answer = await link.call(request, timeout_s=8)
             await receiver.close()
         link.close()
@@ -205,3 +208,10 @@ def test_engine_that_cannot_be_reloaded_is_reported_untrusted() -> None:
     _, untrusted = push(engine, in_place=True)
     assert engine.quarantined == [0] and len(untrusted) == 1 and "still partial" in untrusted[0]
     assert "continue_generation" not in engine.called
+
+
+def test_loading_in_place_refuses_to_be_asked_for_digests() -> None:
+    engine = PlayedEngine()
+    answer, untrusted = push(engine, in_place=True, integrity="sha256")
+    assert isinstance(answer, WeightsFailed) and "SGLang cannot verify" in answer.reason
+    assert "pause_generation" not in engine.called and not untrusted

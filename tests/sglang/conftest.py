@@ -57,7 +57,9 @@ def engine(config: Config, models: Models) -> Iterator[Engine]:
 
     client = asyncio.run(start())
     try:
-        yield Engine(url=client.base_url, path=models[0], kind="sglang", pid=process.pid)
+        yield Engine(
+            url=client.base_url, path=models[0], kind="sglang", pid=process.pid, api_key=process.api_key
+        )
         assert process.is_running, "SGLang died during the tests"
     finally:
         asyncio.run(process.stop())

@@ -6,6 +6,8 @@ import asyncio
 
 import pytest
 
+from areal_like.config import Config
+from areal_like.paths import RunPaths
 from tests.support import engine_conformance as conformance
 from tests.support.engine_harness import Engine, Models
 
@@ -19,6 +21,10 @@ def test_logprobs_and_greedy_match_transformers(engine: Engine, models: Models) 
 
 def test_stop_and_length(engine: Engine, models: Models) -> None:
     asyncio.run(conformance.stop_and_length(engine, models[0]))
+
+
+def test_a_time_out_keeps_the_partial_tokens(engine: Engine, models: Models) -> None:
+    asyncio.run(conformance.a_time_out_keeps_the_partial_tokens(engine, models[0]))
 
 
 def test_abort_returns_partial_tokens(engine: Engine, models: Models) -> None:
@@ -45,6 +51,12 @@ def test_keep_in_flight_records_versions_with_inexact_logprobs(engine: Engine, m
         asyncio.run(conformance.versions_across_an_update_in_flight(engine, models, running="keep"))
         > conformance.TOLERANCE
     )
+
+
+def test_calls_of_a_stranger_are_refused(engine: Engine, config: Config) -> None:
+    asyncio.run(conformance.strangers_calls_are_refused(engine))
+    log = (RunPaths.of(config).logs / "rollout-0-engine.log").read_text()
+    assert engine.api_key not in log and "<API key>" in log
 
 
 def test_bad_requests_are_refused(engine: Engine) -> None:

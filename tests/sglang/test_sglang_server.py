@@ -49,9 +49,7 @@ def test_server_samples_takes_pushes_and_restarts_its_engine(model: Path, tmp_pa
             buffer.grant(*(buffer.lease(i, samples=8, prompt=i) for i in range(101, 131)))
             buffer.expect_beat(lambda beat: beat.stats["running"] > 0 and len(beat.leases) > 5)
             (engine,) = (
-                pid
-                for pid in children
-                if b"sglang.launch_server" in Path(f"/proc/{pid}/cmdline").read_bytes()
+                pid for pid in children if b"launch_with_key" in Path(f"/proc/{pid}/cmdline").read_bytes()
             )
             below = descendants(engine)
             assert below, "SGLang's schedulers are separate processes"

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from areal_like.config import Config, SglangConfig
 from areal_like.errors import EngineError, WeightSyncError
 from areal_like.weights.buckets import Bucket, Manifest, cut_buckets, flatten, spec_of
 from areal_like.weights.collective import WeightGroup
+from areal_like.weights.integrity import BucketSums
 from areal_like.wire.messages.weights import PushWeights
 from rollout_server.episodes.base import PolicyClient
 from rollout_server.episodes.transcript import Transcript
@@ -105,6 +107,7 @@ class UpdateHarness:
             step=1,
             update_mode=mode,
             manifest=manifest.to_dict(),
+            integrity="none",
             timeout_s=timeout_s,
         )
         async with asyncio.timeout(timeout_s):
@@ -113,7 +116,7 @@ class UpdateHarness:
                 manifest=manifest,
                 left_s=lambda: 2 * timeout_s,
                 cancellable=_nothing,
-                sent_checksums=_no_checksums,
+                sent_sums=_no_sums,
             )
             stall_s = await self.update.push(self.client, push)
         self.version += 1
@@ -142,8 +145,8 @@ def _nothing() -> Iterator[None]:
     yield
 
 
-async def _no_checksums() -> list[int]:
-    raise AssertionError("SGLang is not sent checksums")
+async def _no_sums() -> BucketSums:
+    raise AssertionError("SGLang compares no sums")
 
 
 @asynccontextmanager
@@ -258,9 +261,12 @@ def test_push_broken_before_its_first_bucket_changes_nothing(engine: Engine, mod
 
 
 def test_engine_stuck_in_a_broadcast_can_be_used_again(
-    engine: Engine, models: Models, config: Config
+    engine: Engine, models: Models, config: Config, tmp_path: Path
 ) -> None:
-    rollout = replace(config.rollout, sglang=SglangConfig(url=engine.url))
+    key = tmp_path / "engine.key"
+    key.touch(mode=0o600)
+    key.write_text(engine.api_key)
+    rollout = replace(config.rollout, sglang=SglangConfig(url=engine.url, api_key_file=str(key)))
 
     async def body() -> None:
         async with harness_of(engine, models) as harness:

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from areal_like.runtime.command_line import save_config
 from areal_like.wire.channel import Link
 from areal_like.wire.fingerprint import dataset_fingerprint
 from areal_like.wire.messages.consumer import CompleteStep, Directory, Fetch, Group, StartTraining
-from areal_like.wire.messages.hello import Hello, Role
+from areal_like.wire.messages.hello import AreYouAlive, Hello, Role, StillAlive
 from areal_like.wire.messages.producer import SampleAck, SampleAcks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -169,7 +170,7 @@ def trainer_hello(config: Config, **changes: Any) -> Hello:
     fields: dict[str, Any] = {
         "role": Role.TRAINER,
         "name": "trainer-0",
-        "incarnation": time.time_ns(),
+        "process": secrets.token_hex(16),
         "job": config.name,
         "model": "m",
         "tokenizer": "t",
@@ -188,14 +189,21 @@ def one_by_one(acks: SampleAcks) -> list[SampleAck]:
 
 @asynccontextmanager
 async def connected(
-    buffer: BufferProcess, hello: Hello | None = None, *, inbox: list[Any] | None = None
+    buffer: BufferProcess,
+    hello: Hello | None = None,
+    *,
+    inbox: list[Any] | None = None,
+    answers: bool = True,
 ) -> AsyncIterator[Link]:
     """A connection on which `hello` was sent.
 
-    Messages that are no replies go to `inbox`, with one SampleAck per sample.
+    Messages that are no replies go to `inbox`, with one SampleAck per sample. `answers`: it says that it is
+    alive when the buffer asks.
     """
 
     def take(message: Any) -> None:
+        if isinstance(message, AreYouAlive) and answers:
+            link.send(StillAlive())
         if inbox is not None:
             inbox.extend(one_by_one(message) if isinstance(message, SampleAcks) else [message])
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import numpy as np
 import pytest
 
-from areal_like.errors import EngineError
+from areal_like.errors import EngineError, PromptRefusedError
 from areal_like.trajectory import FinishReason
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.types import Sampling
@@ -117,6 +118,21 @@ async def abort_returns_partial_tokens(engine: Engine, model_path: Path) -> None
         await client.abort()
         assert (await asyncio.wait_for(two, 5)).finish_reason is FinishReason.ABORT
         await client.abort("no such request")
+        assert len((await sample(client, PROMPT, 2)).output_ids) == 2
+
+
+async def a_time_out_keeps_the_partial_tokens(engine: Engine, model_path: Path) -> None:
+    """At its time limit a sequence is truncated; others of its batch are not affected."""
+    model = load_model(model_path)
+    async with engine.client(generate_timeout_s=1.0) as client:
+        quick, *slow = await asyncio.gather(
+            sample(client, PROMPT, 3), *(sample(client, PROMPT, CONTEXT - 50) for _ in range(3))
+        )
+        assert quick.finish_reason is FinishReason.LENGTH
+        for generation in slow:
+            assert generation.finish_reason is FinishReason.TIMEOUT
+            assert 0 < len(generation.output_ids) < CONTEXT - 50
+            assert error_of(model, PROMPT, generation) < TOLERANCE
         assert len((await sample(client, PROMPT, 2)).output_ids) == 2
 
 
@@ -223,7 +239,7 @@ The client of SGLang must not send them.
 
 async def bad_requests_are_refused(engine: Engine) -> None:
     """Status 400 with a message. The engine survives, and a good request in the same batch succeeds."""
-    async with aiohttp.ClientSession() as session:
+    async with aiohttp.ClientSession(headers=engine.headers) as session:
         for body, message in [*BAD_BODIES, *(BODIES_UNSAFE_FOR_SGLANG if engine.kind == "embedded" else [])]:
             async with session.post(f"{engine.url}/generate", json=body) as response:
                 text = await response.text()
@@ -236,7 +252,41 @@ async def bad_requests_are_refused(engine: Engine) -> None:
             sample(client, PROMPT, 3), sample(client, [VOCAB + 5], 3), return_exceptions=True
         )
         assert not isinstance(good, BaseException) and len(good.output_ids) == 3
-        assert isinstance(bad, EngineError)
+        assert isinstance(bad, PromptRefusedError)
+
+
+STRANGERS_CALLS: list[tuple[str, dict[str, Any]]] = [
+    ("/update_weights_from_disk", {"model_path": "/etc", "weight_version": "9"}),
+    ("/pause_generation", {"mode": "abort"}),
+    ("/init_weights_update_group", {"master_address": "192.0.2.1", "master_port": 1, "rank_offset": 1,
+                                    "world_size": 2, "group_name": "g", "backend": "gloo"}),
+    ("/generate", {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 1}}),
+    ("/begin_weight_update", {}),
+    ("/abort_request", {"abort_all": True}),
+]  # fmt: skip
+
+
+async def strangers_calls_are_refused(engine: Engine) -> None:
+    """Without the key, and with a wrong one, calls get status 401 and change nothing."""
+    async with engine.client() as client:
+        version = await client.weight_version()
+        running = asyncio.create_task(sample(client, PROMPT, 200))
+        await until_running(client, 1)
+        async with aiohttp.ClientSession() as session:
+            for path, body in STRANGERS_CALLS:
+                for key in ("", "Bearer ", "Bearer wrong", engine.api_key):
+                    async with session.post(
+                        f"{engine.url}{path}", json=body, headers={"Authorization": key}
+                    ) as response:
+                        assert response.status == 401, f"{path} with {key!r}: {await response.text()}"
+            for path in ("/server_info", "/model_info", "/flush_cache"):
+                async with session.get(f"{engine.url}{path}") as response:
+                    assert response.status == 401, path
+        generation = await running
+        assert generation.finish_reason is FinishReason.LENGTH and len(generation.output_ids) == 200
+        assert await client.weight_version() == version
+    for name in ("cmdline", "environ"):
+        assert engine.api_key.encode() not in Path(f"/proc/{engine.pid}/{name}").read_bytes()
 
 
 async def update_calls_need_an_open_update_and_a_group(engine: Engine, model_path: Path) -> None:

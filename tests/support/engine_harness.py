@@ -44,6 +44,7 @@ transformers_logging.disable_progress_bar()
 VOCAB = 100
 EOS = 2
 CONTEXT = 2048
+API_KEY = "a key of the tests"
 KINDS = ("llama", "qwen2", "qwen3", "gpt2")
 
 Models = tuple[Path, Path]
@@ -145,11 +146,17 @@ class Engine:
     kind: str = "embedded"
     """`embedded` | `sglang`."""
     pid: int = 0
+    api_key: str = API_KEY
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """For requests that are made without a client."""
+        return {"Authorization": f"Bearer {self.api_key}"}
 
     def client(self, **options: Any) -> EngineClient:
         if self.kind == "sglang":
-            return SglangClient(self.url, vocab_size=VOCAB, **options)
-        return EngineClient(self.url, **options)
+            return SglangClient(self.url, vocab_size=VOCAB, api_key=self.api_key, **options)
+        return EngineClient(self.url, api_key=self.api_key, **options)
 
 
 @contextlib.contextmanager
@@ -164,9 +171,14 @@ def running_engine(path: Path, **options: Any) -> Iterator[Engine]:
 
 @contextlib.contextmanager
 def engine_process(path: Path, **options: Any) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """Starts an engine; yields the process and its URL, once it answers."""
+    """Starts an engine with API_KEY, which may load all models beside its own.
+
+    Yields the process and its URL, once it answers.
+    """
     port_file = path.parent / f"port-{time.monotonic_ns()}"
     settings = {
+        "api_key_file": key_file(path.parent),
+        "weights_from": path.parent,
         "port": 0,
         "port_file": port_file,
         "context_length": CONTEXT,
@@ -197,6 +209,14 @@ def engine_process(path: Path, **options: Any) -> Iterator[tuple[subprocess.Pope
         if process.poll() is None:
             process.kill()
             process.wait()
+
+
+def key_file(directory: Path) -> Path:
+    """Writes API_KEY to a file that only its owner can read."""
+    file = directory / "engine.key"
+    file.touch(mode=0o600)
+    file.write_text(API_KEY + "\n")
+    return file
 
 
 class Pusher:

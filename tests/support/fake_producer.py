@@ -7,14 +7,14 @@ killed or the buffer ends the job.
 from __future__ import annotations
 
 import asyncio
+import secrets
 import sys
-import time
 from typing import Any
 
 from areal_like.errors import ArealError
 from areal_like.runtime.process import die_with_parent
 from areal_like.wire.channel import Link
-from areal_like.wire.messages.hello import Hello, HelloRequired, JobFailed, Role
+from areal_like.wire.messages.hello import Goodbye, Hello, HelloRequired, JobFailed, JobFinished, Role
 from areal_like.wire.messages.producer import (
     AbortLeases,
     HeartbeatAck,
@@ -33,7 +33,7 @@ def hello(name: str, **changes: Any) -> Hello:
     fields = {
         "role": Role.ROLLOUT,
         "name": name,
-        "incarnation": time.time_ns(),
+        "process": secrets.token_hex(16),
         "job": "job",
         "model": "m",
         "tokenizer": "t",
@@ -57,6 +57,7 @@ class FakeProducer:
         self._num_tokens = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._failed = asyncio.Event()
+        self._finished = False
 
     async def run(self) -> None:
         while not self._failed.is_set():
@@ -67,6 +68,8 @@ class FakeProducer:
             while not self._failed.is_set():
                 self._beat()
                 await asyncio.sleep(0.1)
+        if self._finished:
+            await self._link.call(Goodbye(), timeout_s=5)
 
     def _beat(self) -> None:
         holding = sum(map(len, self._leases.values()))
@@ -104,6 +107,9 @@ class FakeProducer:
                     if not held:
                         self._leases.pop(ack.lease_id, None)
             case JobFailed() | HelloRequired():
+                self._failed.set()
+            case JobFinished():
+                self._finished = True
                 self._failed.set()
 
     async def _generate(self, lease: Lease, index: int) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from areal_like.config import from_mapping
+from areal_like.failures import FailureKind
 from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
 from areal_like.wire.messages.producer import (
     Lease,
@@ -113,10 +114,13 @@ def add_server(
     beat(ledger, name, capacity=capacity, version=version, now_s=now_s)
 
 
-def done(lease: Lease, index: int, versions: list[int], *, reward: float = 0.0) -> SampleDone:
+def done(
+    lease: Lease, index: int, versions: list[int], *, reward: float = 0.0, failure: str = ""
+) -> SampleDone:
     """A finished sample of a lease."""
     sample = trajectory(versions, reward=reward, is_greedy=index in lease.greedy_indices)
-    return SampleDone(lease_id=lease.lease_id, record=Record.of(lease.ticket_id, index, sample))
+    record = Record.of(lease.ticket_id, index, sample)
+    return SampleDone(lease_id=lease.lease_id, record=record, failure=failure)
 
 
 def deliver(ledger: Ledger, name: str, sample: SampleDone) -> Verdict:
@@ -125,9 +129,23 @@ def deliver(ledger: Ledger, name: str, sample: SampleDone) -> Verdict:
     return verdict
 
 
-def failed(lease: Lease, index: int, error: str = "reward hung") -> SampleFailed:
+def failed(
+    lease: Lease,
+    index: int,
+    error: str = "reward raised",
+    *,
+    kind: FailureKind = FailureKind.REWARD,
+    num_tokens: int = 0,
+) -> SampleFailed:
     """A failed sample of a lease."""
-    return SampleFailed(lease_id=lease.lease_id, ticket_id=lease.ticket_id, sample_index=index, error=error)
+    return SampleFailed(
+        lease_id=lease.lease_id,
+        ticket_id=lease.ticket_id,
+        sample_index=index,
+        kind=kind,
+        num_tokens=num_tokens,
+        error=error,
+    )
 
 
 @dataclass

@@ -133,7 +133,8 @@ class PlayedBuffer:
         match message:
             case Hello():
                 self.hellos.append(message)
-                self._answer(envelope, Welcome(job=message.job, step=0, newest_version=self.newest_version))
+                welcome = Welcome(job=message.job, incarnation=1, step=0, newest_version=self.newest_version)
+                self._answer(envelope, welcome)
             case ServerHeartbeat():
                 self.beat = message
                 self._answer(envelope, HeartbeatAck(step=0, newest_version=self.newest_version))

@@ -43,3 +43,25 @@ class SlowChecksum(Checksum):
     def reward(self, example: Example, completion: str) -> float:
         time.sleep(0.03)
         return super().reward(example, completion)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HangingVerifier(Task):
+    """Odd prompts are too long for `max_prompt_tokens=16`; the reward hangs on a sixth of all answers."""
+
+    @staticmethod
+    def fits(index: int) -> bool:
+        return index % 2 == 0
+
+    @staticmethod
+    def hangs_on(completion: str) -> bool:
+        return sum(map(ord, completion)) % 6 == 0
+
+    def example(self, split: Split, index: int) -> Example:
+        digits = "".join(self.rng(split, index).choices("0123456789", k=4))
+        return Example(prompt=(digits if self.fits(index) else digits * 10) + "=", answer=None)
+
+    def reward(self, example: Example, completion: str) -> float:
+        if self.hangs_on(completion):
+            time.sleep(3600)
+        return 0.25 + len(completion)

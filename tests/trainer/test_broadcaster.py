@@ -106,7 +106,12 @@ class FakeServer:
                         self.activate(push)
                 case AskAlive():
                     alive = Alive(
-                        version=self.version, num_ranks=1, device="cpu", device_uuid="", nccl_version=""
+                        version=self.version,
+                        num_ranks=1,
+                        device="cpu",
+                        device_uuid="",
+                        nccl_version="",
+                        authenticates_store=True,
                     )
                     self.listener.send(envelope.peer, alive, rid=envelope.rid)
                     return
@@ -133,6 +138,7 @@ class FakeServer:
             group_name=form.group_name,
             backend=form.backend,
             timeout_s=form.timeout_s,
+            secret=form.secret,
         )
 
     def receive(self, push: PushWeights) -> list[int]:
@@ -310,6 +316,27 @@ def test_error_message_for_a_host_of_another_machine() -> None:
         with pytest.raises(ConfigError, match=r"cannot listen on 192\.0\.2\.1.*set weights\.host"):
             await broadcaster.push(snapshot(1), version=1, step=1, servers=[receiver.entry])
         await broadcaster.close()
+        receiver.close()
+
+    asyncio.run(body())
+
+
+def test_no_free_port_is_a_mistake_only_at_the_start() -> None:
+    async def body() -> None:
+        receiver = FakeServer("one")
+        with WeightGroup.create(world_size=2, group_name="other", timeout_s=5) as other:
+            config = WeightsConfig(push_deadline_s=5, port_range=f"{other.port}-{other.port}")
+            late, broadcaster = (Broadcaster(config, device="cpu", incarnation=i) for i in (1, 2))
+            with pytest.raises(ConfigError, match=r"every port of weights\.port_range=.* larger range"):
+                await broadcaster.push(snapshot(1), version=1, step=1, servers=[receiver.entry])
+            late.num_sessions = 1
+            outcome = await late.push(snapshot(1), version=1, step=1, servers=[receiver.entry])
+            assert "every port of weights.port_range" in outcome.failed["one"]
+        receiver.version = 1  # another entry of the directory ends the back-off
+        outcome = await late.push(snapshot(2), version=2, step=2, servers=[receiver.entry])
+        assert list(outcome.activated) == ["one"] and receiver.version == 2
+        await broadcaster.close()
+        await late.close()
         receiver.close()
 
     asyncio.run(body())
@@ -514,7 +541,14 @@ def test_split_groups() -> None:
 
 
 def alive(*, num_ranks: int = 1, device: str = "cuda:0", uuid: str = "", nccl: str = "2.27.5") -> Alive:
-    return Alive(version=0, num_ranks=num_ranks, device=device, device_uuid=uuid, nccl_version=nccl)
+    return Alive(
+        version=0,
+        num_ranks=num_ranks,
+        device=device,
+        device_uuid=uuid,
+        nccl_version=nccl,
+        authenticates_store=False,
+    )
 
 
 def test_an_engine_gets_one_group_rank_per_tensor_parallel_rank() -> None:

@@ -151,7 +151,7 @@ class ScriptedBuffer:
     def _handle(self, envelope: Envelope) -> None:
         match envelope.message:
             case Hello():
-                answer: Any = Welcome(job="job", step=0, newest_version=0)
+                answer: Any = Welcome(job="job", incarnation=1, step=0, newest_version=0)
             case Goodbye():
                 answer = Ok()
             case TrainerHeartbeat():
@@ -176,7 +176,7 @@ def test_a_request_whose_reply_was_lost_is_sent_again(
         config = job(
             tmp_path, model={"path": write_model(tmp_path / "model")}, buffer={"port": scripted.port}
         )
-        with TrainerBufferClient(config, rank=0, world_size=1, device="cpu", incarnation=1) as buffer:
+        with TrainerBufferClient(config, rank=0, world_size=1, device="cpu", process="0" * 32) as buffer:
             assert buffer.call(CompleteStep(step=3), timeout_s=5) == Ok()
             assert requests == [CompleteStep(step=3)] * 2
 
@@ -193,7 +193,7 @@ def test_a_failed_heartbeat_ends_every_wait(tmp_path: Path) -> None:
             "daemon": {"heartbeat_s": 0.1},
         }
         config = job(tmp_path, **settings)
-        with TrainerBufferClient(config, rank=0, world_size=1, device="cpu", incarnation=1) as buffer:
+        with TrainerBufferClient(config, rank=0, world_size=1, device="cpu", process="0" * 32) as buffer:
             buffer.stats = {"what cannot be sent": object()}  # type: ignore[dict-item]
             with pytest.raises(ArealError, match="no more heartbeats are sent: TypeError"):
                 buffer.call(CompleteStep(step=3), timeout_s=20)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from areal_like.errors import ConfigError
-from areal_like.trajectory import FinishReason, Trajectory
+from areal_like.trajectory import Trajectory
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -178,7 +178,7 @@ def collate(samples: Sequence[TrainingSample], *, device: torch.device | str = "
         cu_seqlens=put(bounds.astype(np.int32)),
         rewards_N=put(np.array([t.reward for t in trajectories], dtype=np.float64)),
         groups_N=put(np.array([s.group for s in samples], dtype=np.int64)),
-        truncated_N=put(np.array([t.finish_reason is FinishReason.LENGTH for t in trajectories])),
+        truncated_N=put(np.array([t.finish_reason.is_truncated for t in trajectories])),
         sampled_S=put(np.flatnonzero(mask)),
         lengths=tuple(lengths),
     )

@@ -51,13 +51,14 @@ class TrainerBufferClient:
 
         CONNECTED -> IN TROUBLE (the buffer is silent, or its disk is full) -> CONNECTED
             |          | (the buffer was restarted: register again, then resend every pending request)
-            +----------+-> LOST (silent for `trainer.buffer_timeout_s`, or a newer incarnation of this rank
-                           has registered) -> every wait raises
+            +----------+-> LOST (silent for `trainer.buffer_timeout_s`, or this trainer was replaced) -> every
+                           wait raises
 
     Time in trouble does not count towards the timeouts of requests: they wait for the buffer to come back.
     """
 
-    def __init__(self, config: Config, *, rank: int, world_size: int, device: str, incarnation: int) -> None:
+    def __init__(self, config: Config, *, rank: int, world_size: int, device: str, process: str) -> None:
+        """`process`: identity of the trainer, 32 hexadecimal digits, the same on all ranks."""
         self.config = config
         self.rank = rank
         self.world_size = world_size
@@ -72,7 +73,7 @@ class TrainerBufferClient:
         self.on_directory: Callable[[], None] = lambda: None
         """Called in the client's loop when the directory of rollout servers changed."""
         self.device = device
-        self.incarnation = incarnation
+        self.process = process
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="buffer-client", daemon=True)
         self._lost: ArealError | None = None
@@ -232,7 +233,6 @@ class TrainerBufferClient:
 
     async def _open(self) -> None:
         self.runtime = Runtime(self.config, role="trainer", name=f"trainer-{self.rank}")
-        self.runtime.incarnation = self.incarnation
         self.runtime.failed.add_done_callback(self._on_runtime_failed)
         await self.runtime.__aenter__()
         hello = self._hello()
@@ -271,7 +271,7 @@ class TrainerBufferClient:
         return Hello(
             role=Role.TRAINER,
             name=self.runtime.name,
-            incarnation=self.incarnation,
+            process=self.process,
             job=self.config.name,
             model=model_fingerprint(path),
             tokenizer=tokenizer_fingerprint(path),

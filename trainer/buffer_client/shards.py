@@ -3,7 +3,7 @@
 | request | goes to |
 |---|---|
 | Fetch (one group of a step) | the shard that fills that position of the step |
-| StartTraining, CompleteStep, CommitStep, SetMaxStaleness, CloseAdmission | every shard |
+| StartTraining, CompleteStep, CommitStep, SetMaxStaleness, CloseAdmission, FinishRun | every shard |
 | AllocVersion | the first shard allocates; all others adopt the version before any server gets its weights |
 | RequestEval | the first shard, which also sends the directory of servers |
 | GetRunCounters, GetStreamState | every shard; the replies are merged here |
@@ -19,7 +19,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
-from areal_like.errors import RefusedError
+from areal_like.errors import RefusedError, RunFinishedError
 from areal_like.shards import Shard, add_up
 from areal_like.wire.messages.consumer import (
     AdoptVersion,
@@ -28,6 +28,7 @@ from areal_like.wire.messages.consumer import (
     CommitStep,
     CompleteStep,
     Fetch,
+    FinishRun,
     GetRunCounters,
     GetStreamState,
     RunCounters,
@@ -73,7 +74,7 @@ async def call_shards(message: Any, calls: Sequence[Call]) -> Any:
                 for call, part in zip(calls, streams, strict=True)
             )
             return welcomes[0]
-        case CompleteStep() | SetMaxStaleness() | CommitStep() | CloseAdmission() | Goodbye():
+        case CompleteStep() | SetMaxStaleness() | CommitStep() | CloseAdmission() | FinishRun() | Goodbye():
             return (await _all(call(message) for call in calls))[0]
         case GetStreamState():
             return StreamState(
@@ -118,7 +119,9 @@ def split_stream(stream: Stream, *, num_shards: int) -> list[Stream]:
 def merge_run_counters(parts: Sequence[RunCounters]) -> RunCounters:
     """The counters of the whole job."""
     each = [part.counters for part in parts]
-    counters = {name: sum(part[name] for part in each) for name in each[0]}
+    # A shard leaves out counters of lengths and failures that are zero.
+    names = dict.fromkeys(name for part in each for name in part)
+    counters = {name: sum(part.get(name, 0.0) for part in each) for name in names}
     counters |= {name: max(part[name] for part in each) for name in _MERGED_BY_MAX}
     for name, over in _MEANS.items():
         total = sum(part[name] * part[over] for part in each)
@@ -134,6 +137,8 @@ async def _all(requests: Iterable[Awaitable[Any]]) -> list[Any]:
     """All replies. Raises the first error when all requests have ended; several refusals become one."""
     replies = await asyncio.gather(*requests, return_exceptions=True)
     errors = [reply for reply in replies if isinstance(reply, BaseException)]
+    if finished := [error for error in errors if isinstance(error, RunFinishedError)]:
+        raise finished[0]
     if len(errors) > 1 and all(isinstance(error, RefusedError) for error in errors):
         raise RefusedError("; ".join(dict.fromkeys(map(str, errors))))
     for error in errors:

@@ -23,10 +23,11 @@ _TERMINATE_S = 10.0
 """Time between the SIGTERM that the other ranks get when one rank has failed, and their SIGKILL."""
 
 
-def start_ranks(argv: Sequence[str], *, world_size: int, module: str = "trainer") -> int:
+def start_ranks(argv: Sequence[str], *, world_size: int, module: str = "trainer", drain_code: int = 0) -> int:
     """Runs `python -m MODULE` once for each rank.
 
-    Returns 0, or the exit code of the first rank that failed (128 + N if signal N killed it).
+    Returns 0, `drain_code` if the ranks have drained (they end with it), or the exit code of the first rank
+    that failed (128 + N if signal N killed it).
     """
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
@@ -39,29 +40,31 @@ def start_ranks(argv: Sequence[str], *, world_size: int, module: str = "trainer"
         for rank in ranks:
             rank.send_signal(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, pass_on)
     failed = 0
     end_by_s = float("inf")
     while any(rank.poll() is None for rank in ranks):
-        if not failed and any(rank.poll() for rank in ranks):
-            failed = _first_failure(ranks)
+        if not failed and (failed := _first_failure(ranks, drain_code)):
             end_by_s = time.monotonic() + _TERMINATE_S
             pass_on(signal.SIGTERM, None)
         if time.monotonic() > end_by_s:
             for rank in ranks:
                 rank.kill()
         time.sleep(_POLL_S)
-    failed = failed or _first_failure(ranks)
+    failed = failed or _first_failure(ranks, drain_code)
+    if not failed and any(rank.returncode for rank in ranks):
+        return drain_code
     return failed if failed >= 0 else 128 - failed
 
 
-def _first_failure(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+def _first_failure(ranks: Sequence[subprocess.Popen[bytes]], drain_code: int) -> int:
     """Exit code of a rank that failed; 0 if none has.
 
     A rank that was killed (negative code) comes first: the others fail because their connections to it broke.
     """
-    return min((code for rank in ranks if (code := rank.poll())), key=lambda code: code > 0, default=0)
+    codes = (code for rank in ranks if (code := rank.poll()) and code != drain_code)
+    return min(codes, key=lambda code: code > 0, default=0)
 
 
 def _start_rank(

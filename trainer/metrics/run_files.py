@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from areal_like.paths import write_json
+from areal_like.selection import selection_report
 from areal_like.wire.messages.consumer import RunCounters
 
 WARM_UP_STEPS = 10
@@ -159,7 +160,7 @@ def write_summary(
     """Writes and returns the summary of a run.
 
     Over the whole run: rewards, the trainer's idle fraction, and (if the buffer's ledger is durable) tickets,
-    tokens and lags. Since the trainer's last start, which may have been a resume: seconds,
+    tokens, lags and `selection`. Since the trainer's last start, which may have been a resume: seconds,
     `tokens_per_s_generated` and the idle fraction of generation. For another rate, divide figures of the same
     span.
 
@@ -190,6 +191,7 @@ def write_summary(
         "drops": counters_at_end.drops,
         "generation_idle_fraction": _generation_idle(counters_after_warm_up, counters_at_close),
         "trainer_idle_fraction": totals.trainer_idle_fraction,
+        "selection": selection_report(counters),
         "counters": counters,
     }
     write_json(path, summary)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from areal_like.trajectory import FinishReason, Trajectory
+from areal_like.trajectory import Trajectory
 from trainer.batching.packing import num_targets
 from trainer.distributed.ranks import Ranks
 from trainer.objectives import SampledTokens, TokenLosses
@@ -60,7 +60,7 @@ class StepTotals:
         targets = [num_targets(trajectory) for trajectory in learned]
         self.add("response_tokens", float(sum(targets)), count=size)
         self.add("prompt_tokens", float(sum(t.num_tokens for t in learned) - sum(targets)), count=size)
-        truncated = sum(trajectory.finish_reason is FinishReason.LENGTH for trajectory in learned)
+        truncated = sum(trajectory.finish_reason.is_truncated for trajectory in learned)
         self.add("truncated_fraction", float(truncated), count=size)
         return group
 

@@ -35,7 +35,8 @@ from areal_like.paths import RunPaths, model_path, write_json
 from areal_like.runtime.command_line import load_config
 from areal_like.runtime.daemon import exit_code_of
 from areal_like.runtime.logs import configure_logging
-from areal_like.runtime.process import die_with_launcher, die_with_parent
+from areal_like.runtime.process import die_with_launcher, die_with_parent, keep_files_private
+from areal_like.runtime.signals import handle_log_signals
 from trainer.checkpoint import Checkpoints
 from trainer.distributed.process_group import device_of, join_ranks
 from trainer.distributed.ranks import Ranks
@@ -156,7 +157,9 @@ def main(argv: Sequence[str]) -> int:
         if config.trainer.world_size > 1:
             return start_ranks(argv, world_size=config.trainer.world_size, module="trainer.replay")
     name = f"replay-{os.environ['RANK']}" if "RANK" in os.environ else "replay"
+    keep_files_private()
     configure_logging(config, name)
+    handle_log_signals()
     return exit_code_of(name, lambda: _run(config, root))
 
 

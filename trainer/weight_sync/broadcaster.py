@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -129,7 +130,8 @@ class Broadcaster:
         """Sends an acquired snapshot to every eligible server of the directory and waits for activation.
 
         Failures of servers do not raise; their reasons are in the outcome. Raises ConfigError when
-        `weights.host` is no address of this machine.
+        `weights.host` is no address of this machine, or the first session finds every port of
+        `weights.port_range` taken. Later a port is taken for a while only, and the push is tried again.
         """
         self._directory = {receiver_id(entry): entry for entry in servers}
         self._backoff.keep_only(self._directory)
@@ -173,6 +175,7 @@ class Broadcaster:
             step=step,
             update_mode=self._config.update_mode,
             manifest=Manifest(version=version, buckets=snapshot.buckets).to_dict(),
+            integrity=self._config.integrity,
             timeout_s=self._config.push_deadline_s,
         )
         pushed = await session.push(request, snapshot)
@@ -203,7 +206,14 @@ class Broadcaster:
         receivers = [receiver for receiver in receivers if receiver.id in alive]
         if not receivers:
             return None
-        session = self._new_session(receivers, [alive[receiver.id] for receiver in receivers])
+        try:
+            session = self._new_session(receivers, [alive[receiver.id] for receiver in receivers])
+        except WeightSyncError as error:
+            if self.num_sessions == 1:
+                raise ConfigError(str(error)) from None
+            for receiver in receivers:
+                self._record_failure(receiver, WeightsFailed(version=-1, reason=str(error)), outcome)
+            return None
         formed = await session.form()
         if self._record_replies(session, formed, outcome) < len(receivers) or formed.broken_reason:
             await session.dissolve(is_broken=False)
@@ -220,18 +230,16 @@ class Broadcaster:
             log.warning("weights travel over gloo: %s", warning)
         self._last_warning = warning
         rank_ranges, world_size = assign_ranks(receivers, alive)
-        try:
-            group = WeightGroup.create(
-                host=self._config.host,
-                world_size=world_size,
-                group_name=f"weights-{self._incarnation}-{self.num_sessions}",
-                backend=backend,
-                timeout_s=min(self._config.push_deadline_s, _FORM_S),
-            )
-        except WeightSyncError as error:
-            raise ConfigError(
-                f"{error}: set weights.host to an address of the machine of trainer rank 0"
-            ) from None
+        is_authenticated = backend == "gloo" and all(engine.authenticates_store for engine in alive)
+        group = WeightGroup.create(
+            host=self._config.host,
+            ports=self._config.ports,
+            world_size=world_size,
+            group_name=f"weights-{self._incarnation}-{self.num_sessions}",
+            backend=backend,
+            timeout_s=min(self._config.push_deadline_s, _FORM_S),
+            secret=secrets.token_hex(32) if is_authenticated else "",
+        )
         return WeightGroupSession(
             number=self.num_sessions, group=group, rank_ranges=rank_ranges, device=self._device
         )

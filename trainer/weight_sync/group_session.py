@@ -29,6 +29,7 @@ from torch import device as Device
 from areal_like.errors import WeightSyncError
 from areal_like.runtime.threads import in_thread
 from areal_like.weights.collective import WeightGroup
+from areal_like.weights.integrity import BucketSums
 from areal_like.wire.messages.weights import (
     Alive,
     AskAlive,
@@ -37,6 +38,7 @@ from areal_like.wire.messages.weights import (
     PushChecksums,
     PushWeights,
     WeightsFailed,
+    WeightsOk,
 )
 from trainer.weight_sync.receivers import Receiver, ReceiverId, Reply
 from trainer.weight_sync.snapshot import Snapshot
@@ -140,6 +142,9 @@ class WeightGroupSession:
             await self._leave_group()
             await self._ask_all_to_leave()
         replies = await asyncio.gather(*requests)
+        if not broken_reason and all(isinstance(reply, WeightsOk) for reply in replies):
+            closing = in_thread(self.group.close_store, name=f"weight-session-{self.number}-store")
+            await asyncio.wait([closing], timeout=ALIVE_S)
         return SessionOutcome(replies=replies, not_at_fault=not_at_fault, broken_reason=broken_reason)
 
     async def push(self, request: PushWeights, snapshot: Snapshot) -> SessionOutcome:
@@ -157,14 +162,14 @@ class WeightGroupSession:
         broken_reason = ""
         try:
             sending = in_thread(
-                lambda: self._broadcast_all(snapshot, timeout_s=request.timeout_s),
+                lambda: self._broadcast_all(
+                    snapshot, integrity=request.integrity, timeout_s=request.timeout_s
+                ),
                 name=f"weight-session-{self.number}",
             )
             # A receiver that failed may still take part in the broadcast, or may have received all of it
             # already. The broadcast may then succeed for the other receivers, hence the grace period.
-            checksums = await _wait_unless_refused(
-                sending, requests, timeout_s=request.timeout_s, grace_s=ALIVE_S
-            )
+            sums = await _wait_unless_refused(sending, requests, timeout_s=request.timeout_s, grace_s=ALIVE_S)
         except WeightSyncError as error:
             broken_reason = str(error)
             await self._leave_group()
@@ -175,7 +180,9 @@ class WeightGroupSession:
             )
         else:
             for receiver in self.receivers:
-                receiver.link.send(PushChecksums(version=request.version, checksums=checksums))
+                receiver.link.send(
+                    PushChecksums(version=request.version, checksums=sums.checksums, digests=sums.digests)
+                )
             await _wait_for_replies_while_alive(self.receivers, requests)
         for task in requests:
             task.cancel()
@@ -207,20 +214,21 @@ class WeightGroupSession:
         leaving = in_thread(self.group.close, name=f"weight-session-{self.number}-close")
         await asyncio.wait([leaving], timeout=ALIVE_S)
 
-    def _broadcast_all(self, snapshot: Snapshot, *, timeout_s: float) -> list[int]:
-        """Broadcasts every bucket and returns their checksums. Blocks; runs in the session's thread."""
+    def _broadcast_all(self, snapshot: Snapshot, *, integrity: str, timeout_s: float) -> BucketSums:
+        """Broadcasts every bucket and returns their sums. Blocks; runs in the session's thread."""
         with torch.cuda.stream(self._stream):
-            return self._broadcast_buckets(snapshot, timeout_s=timeout_s)
+            return self._broadcast_buckets(snapshot, integrity=integrity, timeout_s=timeout_s)
 
-    def _broadcast_buckets(self, snapshot: Snapshot, *, timeout_s: float) -> list[int]:
-        """Reads bucket i + 1 and checksums bucket i while bucket i is being sent."""
-        checksums = []
+    def _broadcast_buckets(self, snapshot: Snapshot, *, integrity: str, timeout_s: float) -> BucketSums:
+        """Reads bucket i + 1 and sums up bucket i while bucket i is being sent."""
+        names = ("checksum", "digest") if integrity == "sha256" else ("checksum",)
+        sums: dict[str, list[Any]] = {"checksum": [], "digest": []}
         next_read = self._reader.submit(snapshot.read, 0)
         for index in range(len(snapshot.buckets)):
             bucket = next_read.result()
             if index + 1 < len(snapshot.buckets):
                 next_read = self._reader.submit(snapshot.read, index + 1)
-            checksum = self._reader.submit(getattr, bucket, "checksum")
+            pending = {name: self._reader.submit(getattr, bucket, name) for name in names}
             try:
                 on_wire = bucket.data.to(self._device) if self.group.backend == "nccl" else bucket.data
             except RuntimeError as error:  # the GPU's memory is full: a later push may find room
@@ -228,8 +236,9 @@ class WeightGroupSession:
                     f"could not copy a bucket of {len(bucket.data)} bytes to {self._device}: {error}"
                 ) from None
             self.group.broadcast(on_wire, timeout_s=timeout_s)
-            checksums.append(checksum.result())
-        return checksums
+            for name, future in pending.items():
+                sums[name].append(future.result())
+        return BucketSums(checksums=sums["checksum"], digests=sums["digest"])
 
     def _form_group(self, rank_range: RankRange) -> FormGroup:
         return FormGroup(
@@ -243,6 +252,7 @@ class WeightGroupSession:
             # Longer than rank 0's own timeout, so that at its end a receiver that still waits has not replied
             # yet, while a receiver that refused has.
             timeout_s=self.group.timeout_s + ALIVE_S,
+            secret=self.group.secret,
         )
 
     async def _ask_all_to_leave(self) -> dict[str, float]:

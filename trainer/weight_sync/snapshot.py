@@ -34,6 +34,7 @@ from torch import Tensor
 
 from areal_like.errors import WeightSyncError
 from areal_like.weights.buckets import Bucket, TensorSpec, checksum, cut_buckets, spec_of, unflatten
+from areal_like.weights.integrity import sha256
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
 from trainer.models.sharded_weights import RowShard, row_range, rows_per_rank, shards_of
@@ -64,6 +65,11 @@ class GatheredBucket:
     def checksum(self) -> int:
         """Checksum of `data`. Computed on first use, so that this can overlap sending `data`."""
         return checksum(self.data)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of `data` in hexadecimal; computed on first use, like the checksum."""
+        return sha256(self.data)
 
 
 class Snapshot(Protocol):

@@ -32,7 +32,7 @@ class TrainerHeartbeat:
 class StartTraining:
     """Rank 0 -> buffer, once per incarnation, before any other request: the trainer's position.
 
-    Reply: `Welcome`.
+    Reply: `Welcome`, or `JobFinished` if the run is finished and `step` is its last.
 
     Older trainer incarnations are refused from now on. The buffer follows the trainer's checkpoint: recorded
     steps from `step` on are served again identically, and weights of later steps are abandoned. An empty
@@ -41,6 +41,7 @@ class StartTraining:
 
     max_header_bytes: ClassVar[int] = 4 << 20
     """A curriculum that remembers 100,000 prompts: 400,000 integers."""
+
     step: int
     """Completed optimizer steps (0 for a new run, K after resuming from checkpoint K)."""
     stream: dict[str, int | list[int]] = field(default_factory=dict)
@@ -95,6 +96,7 @@ class Group:
 
     max_header_bytes: ClassVar[int] = 256 << 10
     """16 bytes for each sample: 10,000 samples."""
+
     step: int
     position: int
     ticket_id: int
@@ -152,6 +154,7 @@ class StreamState:
 
     max_header_bytes: ClassVar[int] = 4 << 20
     """As `StartTraining`."""
+
     stream: dict[str, int | list[int]]
 
 
@@ -177,8 +180,11 @@ class EvalResult:
     eval_id: int
     num_evaluated: int
     num_failed: int
+    """Prompts without an answer that could be scored."""
     mean_reward: float
+    """Over all prompts; a failed one counts 0."""
     mean_tokens: float
+    """Over the evaluated prompts."""
     oldest_version: int
     newest_version: int
 
@@ -207,6 +213,7 @@ class Directory:
 
     max_header_bytes: ClassVar[int] = 1 << 20
     """A few hundred bytes for each server: 1,000 servers."""
+
     servers: list[ServerEntry]
 
 
@@ -219,6 +226,14 @@ class CloseAdmission:
     """
 
     reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishRun:
+    """Rank 0 -> buffer, its last request: the last step, evaluation and checkpoint are done. Reply: `Ok`.
+
+    The buffer sends `JobFinished` to every peer and ends when they have left. Idempotent.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,6 +272,7 @@ MESSAGES = (
     EvalResult,
     Directory,
     CloseAdmission,
+    FinishRun,
     GetRunCounters,
     RunCounters,
 )
@@ -272,6 +288,7 @@ TO_BUFFER = (
     GetStreamState,
     RequestEval,
     CloseAdmission,
+    FinishRun,
     GetRunCounters,
 )
 """The messages that ranks send; the others are the buffer's."""

@@ -1,7 +1,10 @@
-"""Registration: the first message of every peer, and the buffer's replies.
+"""Registration and departure: the first and the last messages between every peer and the buffer.
 
 A peer that sends any other message before its `Hello` was accepted gets `HelloRequired`, so that peers of a
 restarted buffer register again at once.
+
+A name belongs to the process that answers for it. When another process says hello under a name that is taken,
+the buffer sends `AreYouAlive` to the process that has it, and refuses the newcomer if an answer comes.
 """
 
 from __future__ import annotations
@@ -26,12 +29,15 @@ class Hello:
 
     max_header_bytes: ClassVar[int] = 8 << 10
     """The only message of an unregistered peer that is decoded."""
+
     role: Role
     name: str
     """Stable name, e.g. `rollout-0`, `trainer-0`."""
-    incarnation: int
-    """Start time of the process in nanoseconds of wall clock. An older incarnation of the same name is
-    refused."""
+    process: str
+    """Identity of the process: 32 hexadecimal digits, random, chosen at its start. All ranks of one trainer
+    have the same."""
+    incarnation: int = 0
+    """What this buffer has granted to this process (`Welcome.incarnation`); 0: nothing yet."""
     job: str
     """Name of the job that the peer is configured for."""
     model: str
@@ -69,6 +75,9 @@ class Welcome:
     """Buffer -> peer: the peer is registered."""
 
     job: str
+    incarnation: int
+    """Number of this process among all that have had its name; all ranks of one trainer have the same. A
+    replaced process has a smaller one and is refused."""
     step: int
     """Optimizer steps completed so far (absolute)."""
     newest_version: int
@@ -103,6 +112,29 @@ class JobFailed:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AreYouAlive:
+    """Buffer -> peer: another process says hello under the peer's name. Any message is an answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StillAlive:
+    """Peer -> buffer: the answer to `AreYouAlive`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drain:
+    """Buffer -> rollout server: an operator wants it to leave (`areal-like drain`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobFinished:
+    """Buffer -> any peer, unsolicited or as the reply to `Hello` or `StartTraining`: the run is finished.
+
+    Rollout servers drain and exit with code 0. The reply to `StartTraining` means that there is no step left.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
 class Goodbye:
     """Peer -> buffer: the peer leaves on purpose, after returning its leases."""
 
@@ -110,6 +142,18 @@ class Goodbye:
     """Last statistics, with the same keys as in heartbeats."""
 
 
-MESSAGES = (Hello, Welcome, Refused, HelloRequired, Ok, JobFailed, Goodbye)
-TO_BUFFER = (Hello, Goodbye)
+MESSAGES = (
+    Hello,
+    Welcome,
+    Refused,
+    HelloRequired,
+    Ok,
+    JobFailed,
+    AreYouAlive,
+    StillAlive,
+    Drain,
+    JobFinished,
+    Goodbye,
+)
+TO_BUFFER = (Hello, StillAlive, Goodbye)
 """The messages that peers send to a buffer; the others are the buffer's."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import ClassVar, TypeVar
 
+from areal_like.failures import FailureKind
 from areal_like.wire.records import Record
 
 BATCH_BYTES = 1 << 18
@@ -57,6 +58,7 @@ class ServerHeartbeat:
 
     max_header_bytes: ClassVar[int] = 256 << 10
     """9 bytes for each lease: 28,000 leases."""
+
     state: ServerState
     free_samples: int
     """Credit: samples that the server can take now beyond those it holds (absolute, not a difference)."""
@@ -125,6 +127,13 @@ class SampleDone:
 
     lease_id: int
     record: Record
+    failure: str = ""
+    """Empty, or the `FailureKind` of a failure that is trained on with reward 0 (policy `zero`)."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for an unknown kind of failure."""
+        if self.failure:
+            FailureKind(self.failure)
 
     @property
     def ticket_id(self) -> int:
@@ -189,7 +198,7 @@ class SampleAcks:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleFailed:
-    """Server -> buffer: a sample failed (reward raised or hung, engine refused).
+    """Server -> buffer: a sample failed, and is not trained on with reward 0.
 
     Acknowledged in `SampleAcks`.
     """
@@ -197,7 +206,15 @@ class SampleFailed:
     lease_id: int
     ticket_id: int
     sample_index: int
+    kind: FailureKind
+    num_tokens: int
+    """Tokens that were sampled for it and are lost."""
     error: str
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a negative number of tokens."""
+        if self.num_tokens < 0:
+            raise ValueError(f"num_tokens={self.num_tokens}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +223,7 @@ class ReturnLeases:
 
     max_header_bytes: ClassVar[int] = 256 << 10
     """As `ServerHeartbeat`."""
+
     leases: list[int]
     reason: str
 

@@ -7,7 +7,7 @@ One push, in order:
     3. rank 0 -> each server  FormGroup -> WeightsOk: all members have joined the weight group
     4. rank 0 -> each server  PushWeights: version, update mode, names, shapes and buckets of the tensors
     5. rank 0 -> engines      every bucket, by torch.distributed over the weight group
-    6. rank 0 -> each server  PushChecksums: checksums of the buckets that were sent
+    6. rank 0 -> each server  PushChecksums: checksums (and digests) of the buckets that were sent
     7. server -> rank 0       received, checksums compared, swapped in: WeightsOk, the reply to PushWeights
 
 Steps 2 and 3 are left out if the weight group of an earlier push still has the right members. Step 7 is that
@@ -48,6 +48,8 @@ class Alive:
     """UUID of the GPU; empty on a CPU or if the engine does not report it."""
     nccl_version: str
     """As `2.27.5`; empty without NCCL or if the engine does not report it."""
+    authenticates_store: bool
+    """True if the engine can join a group whose rendezvous is authenticated (`FormGroup.secret`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,9 @@ class FormGroup:
     backend: str
     """`gloo` | `nccl`."""
     timeout_s: float
+    secret: str
+    """Key of the values in the rendezvous store, 32 bytes in hexadecimal; empty: values are not
+    authenticated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +87,7 @@ class PushWeights:
 
     max_header_bytes: ClassVar[int] = 4 << 20
     """A mixture of experts: 40,000 tensors with names of 60 characters."""
+
     epoch: int
     group_name: str
     version: int
@@ -89,6 +95,8 @@ class PushWeights:
     update_mode: str
     manifest: dict[str, Any]
     """`areal_like.weights.buckets.Manifest` as a plain mapping."""
+    integrity: str
+    """`sha256`: digests follow, and they must agree. `none`: only checksums."""
     timeout_s: float
 
 
@@ -96,12 +104,17 @@ class PushWeights:
 class PushChecksums:
     """Rank 0 -> server, after the last bucket of a push; no reply.
 
-    Weights are activated only if the checksums agree.
+    Weights are activated only if the checksums (and the digests) agree.
     """
+
+    max_header_bytes: ClassVar[int] = 4 << 20
+    """70 bytes for each bucket; a bucket has at least one of `PushWeights`' tensors."""
 
     version: int
     checksums: list[int]
     """`areal_like.weights.buckets.checksum` of each bucket, in the order of the manifest."""
+    digests: list[str]
+    """SHA-256 of each bucket in hexadecimal, with `PushWeights.integrity=sha256`; else empty."""
 
 
 @dataclass(frozen=True, kw_only=True)

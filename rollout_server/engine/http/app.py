@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import uvicorn
 from transformers.utils import logging as transformers_logging
 
 from areal_like.errors import ConfigError
+from areal_like.http.access import AccessRules, host_names, single_key
+from areal_like.http.guard import BodyLimits, HttpGuard
+from areal_like.http.server import HttpConfig, HttpServer
 from rollout_server.engine.core import EngineCore, EngineOptions
 from rollout_server.engine.http.generate_request import RequestLimits
 from rollout_server.engine.http.generation_routes import deliver
@@ -29,10 +29,12 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHUTDOWN_S = 3
+_BODY_TIMEOUT_S = 60.0
+"""The server that sends a body may be stopped for half a minute and continue."""
 
 
-def run(options: argparse.Namespace, listener: socket.socket) -> int:
-    """Loads the model, serves until a signal, returns the exit code.
+def run(options: argparse.Namespace, listener: socket.socket, *, api_key: str) -> int:
+    """Loads the model, serves requests that have the key until a signal, returns the exit code.
 
     Raises ConfigError if the model or the device cannot be used.
     """
@@ -53,7 +55,7 @@ def run(options: argparse.Namespace, listener: socket.socket) -> int:
         random_seed=options.random_seed,
     )
     core = EngineCore(model, weights, engine_options, version=options.weight_version)
-    return asyncio.run(serve(options, core, listener))
+    return asyncio.run(serve(options, core, listener, api_key=api_key))
 
 
 def _checked_device(name: str) -> torch.device:
@@ -70,18 +72,13 @@ def _checked_device(name: str) -> torch.device:
     return device
 
 
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers; it writes its port to a file once it answers."""
+class _Server(HttpServer):
+    """Writes its port to a file once it answers."""
 
-    def __init__(self, config: uvicorn.Config, *, port_file: Path | None, port: int) -> None:
+    def __init__(self, config: HttpConfig, *, port_file: Path | None, port: int) -> None:
         super().__init__(config)
         self._port_file = port_file
         self._port = port
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Installs no handlers: `serve` installs them."""
-        yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Starts to answer, then publishes the port."""
@@ -94,7 +91,9 @@ class _Server(uvicorn.Server):
         logger.info("ready on port %d", self._port)
 
 
-async def serve(options: argparse.Namespace, core: EngineCore, listener: socket.socket) -> int:
+async def serve(
+    options: argparse.Namespace, core: EngineCore, listener: socket.socket, *, api_key: str
+) -> int:
     """Serves until SIGTERM, SIGINT or a failure of the engine; returns the exit code, 0 or 1."""
     main_loop = asyncio.get_running_loop()
     port = listener.getsockname()[1]
@@ -118,18 +117,18 @@ async def serve(options: argparse.Namespace, core: EngineCore, listener: socket.
     )
     server_options = ServerOptions(
         model_path=options.model_path,
-        max_body_bytes=options.max_body_bytes,
+        weights_from=tuple(options.weights_from),
         weights_timeout_s=options.weights_timeout_s,
     )
     server = EngineServer(engine, updater, limits, server_options, model_type=facts.model_type)
-    config = uvicorn.Config(
+    guard = HttpGuard(
         server.app,
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        timeout_graceful_shutdown=SHUTDOWN_S,
-        http="httptools",
+        AccessRules(
+            hosts=host_names(listener.getsockname()[0]), role_of=single_key(api_key), open_paths=frozenset()
+        ),
+        limits=BodyLimits(max_bytes=options.max_body_bytes, timeout_s=_BODY_TIMEOUT_S),
     )
+    config = HttpConfig(guard, max_connections=options.max_connections, shutdown_s=SHUTDOWN_S)
     http = _Server(config, port_file=options.port_file, port=port)
 
     def stop() -> None:

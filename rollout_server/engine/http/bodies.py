@@ -1,4 +1,4 @@
-"""Reads request bodies within a size limit and checks their fields.
+"""Parses request bodies, whose size the server has checked, and checks their fields.
 
 Each function here checks one field, and raises UserError with the field's name, the allowed values and the
 given one. The server turns a UserError into status 400, so a handler need not handle errors of its fields.
@@ -8,44 +8,23 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
-
-from starlette.requests import ClientDisconnect, Request
 
 from areal_like.errors import UserError
 
 MAX_TIMEOUT_S = 86400.0
 
 
-class BodyError(UserError):
-    """A body that cannot be read as a JSON object; `status` is the HTTP status of the response."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-async def read_body(request: Request, *, max_bytes: int) -> dict[str, Any]:
-    """Reads the body as a JSON object; an empty body is an empty object. Raises BodyError.
-
-    At most `max_bytes` are kept in memory: a longer body is refused while it is being read, and its length
-    header is not trusted.
-    """
-    content = bytearray()
-    try:
-        async for piece in request.stream():
-            content += piece
-            if len(content) > max_bytes:
-                raise BodyError(413, f"the body is larger than {max_bytes} bytes (--max-body-bytes)")
-    except ClientDisconnect:
-        raise BodyError(400, "the client left before its body was complete") from None
+def parse_body(content: bytes) -> dict[str, Any]:
+    """The body as a JSON object; an empty body is an empty object. Raises UserError."""
     try:
         body = json.loads(content) if content else {}
     except (ValueError, RecursionError):
-        raise BodyError(400, "the body is not JSON") from None
+        raise UserError("the body is not JSON") from None
     if not isinstance(body, dict):
-        raise BodyError(400, "the body must be a JSON object")
+        raise UserError("the body must be a JSON object")
     return body
 
 
@@ -115,6 +94,22 @@ def weight_version(body: Mapping[str, Any]) -> str:
     if value is not None and (isinstance(value, bool) or not isinstance(value, (str, int))):
         raise UserError(f"weight_version must be a string, got {value!r}")
     return "" if value is None else str(value)
+
+
+def secret(body: Mapping[str, Any]) -> str:
+    """`secret`: 32 bytes in hexadecimal; empty where the body has none."""
+    value = body.get("secret", "")
+    if not isinstance(value, str) or (value and re.fullmatch(r"[0-9a-f]{64}", value) is None):
+        raise UserError("secret must be 64 hexadecimal digits")  # its value stays out of logs
+    return value
+
+
+def integrity(body: Mapping[str, Any]) -> str:
+    """`integrity`: `none` (the default) or `sha256`."""
+    value = body.get("integrity", "none")
+    if value not in ("none", "sha256"):
+        raise UserError(f"integrity must be none or sha256, got {value!r}")
+    return str(value)
 
 
 def recompute(body: Mapping[str, Any]) -> bool:

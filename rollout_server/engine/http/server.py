@@ -20,11 +20,11 @@ from starlette.routing import Route
 
 from areal_like.errors import ArealError, UserError, WeightSyncError
 from areal_like.runtime.metrics import CONTENT_TYPE
-from rollout_server.engine.http.bodies import BodyError, read_body
+from rollout_server.engine.http.bodies import parse_body
 from rollout_server.engine.http.generate_request import RequestLimits
 from rollout_server.engine.http.generation_routes import GenerationRoutes
 from rollout_server.engine.http.protocol import failure, success
-from rollout_server.engine.http.weight_routes import WeightRoutes
+from rollout_server.engine.http.weight_routes import WeightRoutes, WeightSources
 from rollout_server.engine.loop import EngineLoop
 from rollout_server.engine.metrics import EngineCollector, update_numbers
 from rollout_server.engine.weight_update.updater import WeightUpdater
@@ -38,7 +38,8 @@ class ServerOptions:
     """Settings of the HTTP side."""
 
     model_path: str
-    max_body_bytes: int
+    weights_from: tuple[str, ...]
+    """Directories that /update_weights_from_disk may load from, beside `model_path`."""
     weights_timeout_s: float
     """Time limit of joining a group and of one broadcast, where the request sets none."""
 
@@ -64,7 +65,11 @@ class EngineServer:
         ProcessCollector(registry=self._registry)
         self._registry.register(EngineCollector(loop, updater))
         generation = GenerationRoutes(loop, limits)
-        weights = WeightRoutes(updater, default_timeout_s=options.weights_timeout_s)
+        weights = WeightRoutes(
+            updater,
+            default_timeout_s=options.weights_timeout_s,
+            sources=WeightSources(options.model_path, options.weights_from),
+        )
         post: dict[str, BodyHandler] = {
             "/abort_request": generation.abort,
             "/pause_generation": generation.pause,
@@ -103,10 +108,8 @@ class EngineServer:
 
         async def endpoint(request: Request) -> Response:
             try:
-                body = await read_body(request, max_bytes=self._options.max_body_bytes)
+                body = parse_body(await request.body())
                 return await handler(request, body)
-            except BodyError as error:
-                return failure(error.status, str(error))
             except (UserError, WeightSyncError) as error:
                 return failure(400, str(error))
             except ArealError as error:
@@ -143,6 +146,7 @@ class EngineServer:
             {
                 "engine": "embedded",
                 **self._updater.device_facts(),
+                "authenticates_store": True,
                 "model_path": self._options.model_path,
                 "context_length": self._limits.context_length,
                 "vocab_size": self._limits.vocab_size,

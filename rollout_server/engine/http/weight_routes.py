@@ -15,6 +15,8 @@ single request.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from starlette.responses import Response
@@ -28,12 +30,35 @@ from rollout_server.engine.weight_update.updater import WeightUpdater
 DEFAULT_GROUP = "weight_update_group"
 
 
+class WeightSources:
+    """The places on this machine that weights may be loaded from."""
+
+    def __init__(self, model_path: str, directories: Sequence[str]) -> None:
+        """`model_path`: directory or hub name; `directories`: all that is below them is allowed."""
+        self._model_path = model_path
+        self._directories = [Path(directory).expanduser().resolve() for directory in directories]
+
+    def check(self, path: str) -> None:
+        """Raises UserError for every other path. Links are followed before the comparison."""
+        if path == self._model_path:
+            return
+        try:
+            resolved = Path(path).expanduser().resolve()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"model_path={path!r}: {error}") from None
+        if not any(resolved.is_relative_to(directory) for directory in self._directories):
+            raise UserError(
+                f"model_path={path!r} is neither the engine's model nor below --weights-from: refused"
+            )
+
+
 class WeightRoutes:
     """Handlers of the weight update endpoints."""
 
-    def __init__(self, updater: WeightUpdater, *, default_timeout_s: float) -> None:
+    def __init__(self, updater: WeightUpdater, *, default_timeout_s: float, sources: WeightSources) -> None:
         self._updater = updater
         self._default_timeout_s = default_timeout_s
+        self._sources = sources
 
     async def init_group(self, body: dict[str, Any]) -> Response:
         """/init_weights_update_group."""
@@ -45,6 +70,7 @@ class WeightRoutes:
             group_name=bodies.text(body, "group_name", DEFAULT_GROUP),
             backend=bodies.text(body, "backend", "nccl"),
             timeout_s=bodies.timeout(body, self._default_timeout_s),
+            secret=bodies.secret(body),
         )
         return success("joined the weight group")
 
@@ -77,12 +103,13 @@ class WeightRoutes:
         buckets = body.get("buckets")
         if not isinstance(buckets, list) or not all(isinstance(bucket, dict) for bucket in buckets):
             raise UserError("buckets must be a list of objects")
-        checksums = await self._updater.receive_all(
+        sums = await self._updater.receive_all(
             [Bucket.from_dict(bucket) for bucket in buckets],
             group_name=bodies.text(body, "group_name", DEFAULT_GROUP),
             timeout_s=bodies.timeout(body, self._default_timeout_s),
+            integrity=bodies.integrity(body),
         )
-        return success("received", checksums=checksums)
+        return success("received", checksums=sums.checksums, digests=sums.digests)
 
     async def end(self, body: dict[str, Any]) -> Response:
         """/end_weight_update."""
@@ -94,5 +121,6 @@ class WeightRoutes:
     async def load_from_disk(self, body: dict[str, Any]) -> Response:
         """/update_weights_from_disk."""
         path, version = bodies.text(body, "model_path"), bodies.weight_version(body)
+        self._sources.check(path)
         stall_s = await self._updater.load_from_disk(path, version=version, recompute=bodies.recompute(body))
         return success("active", stall_s=stall_s)

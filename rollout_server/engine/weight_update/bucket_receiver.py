@@ -26,6 +26,7 @@ from areal_like.weights.buckets import (
     unflatten,
 )
 from areal_like.weights.collective import WeightGroup
+from areal_like.weights.integrity import BucketSums, sha256
 from rollout_server.engine.models.base import ModelFacts, Weights
 
 T = TypeVar("T")
@@ -64,17 +65,26 @@ class BucketReceiver:
         with torch.cuda.stream(self._stream):
             return work()
 
-    def receive(self, group: WeightGroup, buckets: Iterable[Bucket], *, timeout_s: float) -> list[int]:
-        """Receives and verifies flattened buckets; returns their checksums.
+    def receive(
+        self, group: WeightGroup, buckets: Iterable[Bucket], *, timeout_s: float, integrity: str = "none"
+    ) -> BucketSums:
+        """Receives and verifies flattened buckets; returns their sums.
 
+        `integrity`: with `sha256` the sums have digests, of exactly the bytes that were received.
         An error in a bucket's content is recorded in `error`, and the remaining buckets are still received,
         so that neither the sender nor the other engines hang. Raises WeightSyncError if the group breaks.
         `timeout_s`: for all buckets together.
         """
         device = self._receive_device(group)
         end_s = time.monotonic() + timeout_s
-        checksums: list[int] = []
+        sums = BucketSums(checksums=[], digests=[])
         previous: tuple[Bucket, Tensor, Tensor | None] | None = None
+
+        def verify(bucket: Bucket, flat: Tensor, buffer: Tensor | None) -> None:
+            if integrity == "sha256":
+                sums.digests.append(sha256(flat))
+            sums.checksums.append(self._verify(bucket, flat, buffer))
+
         for bucket in buckets:
             flat, buffer = self._shadow_slice(bucket, device), None
             if flat is None:
@@ -84,15 +94,15 @@ class BucketReceiver:
             has_ended = False
             try:
                 if previous is not None:
-                    checksums.append(self._verify(*previous))
+                    verify(*previous)
                 wait()
                 has_ended = True
             finally:
                 self.is_tainted |= buffer is None and not has_ended
             previous = bucket, flat, buffer
         if previous is not None:
-            checksums.append(self._verify(*previous))
-        return checksums
+            verify(*previous)
+        return sums
 
     def receive_tensors(self, group: WeightGroup, bucket: Bucket, *, timeout_s: float) -> None:
         """Receives a bucket that is not flattened, one broadcast per tensor. Raises WeightSyncError.

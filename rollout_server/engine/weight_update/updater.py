@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from areal_like.errors import WeightSyncError
 from areal_like.runtime.threads import in_thread
 from areal_like.weights.buckets import Bucket, check_names
 from areal_like.weights.collective import WeightGroup, device_facts
+from areal_like.weights.integrity import BucketSums
 from rollout_server.engine.loop import EngineLoop
 from rollout_server.engine.models.base import ModelFacts
 from rollout_server.engine.weight_update.bucket_receiver import BucketReceiver
@@ -31,6 +33,12 @@ from rollout_server.engine.weight_update.checkpoint import store_checkpoint
 from rollout_server.engine.weight_update.threads import AbandonableThreads
 
 logger = logging.getLogger(__name__)
+
+
+_MAX_JOINS = 8
+"""Threads that may wait to join a group at the same time, those that were abandoned included."""
+_JOIN_GRACE_S = 1.0
+"""Time after a join's time limit in which torch may report its own error."""
 
 
 @dataclass(eq=False)
@@ -48,6 +56,15 @@ class _OpenUpdate:
     started_s: float = field(default_factory=time.perf_counter)
 
 
+@dataclass(eq=False)
+class _Join:
+    """One attempt to join a group, in a thread that cannot be interrupted."""
+
+    group_name: str
+    is_abandoned: bool = False
+    """True once nobody waits for its result; a group that it still joins is closed at once."""
+
+
 class WeightUpdater:
     """The weight groups of an engine and its one open update. All methods must be called on the event loop.
 
@@ -63,6 +80,10 @@ class WeightUpdater:
         self._loop = loop
         self._facts = facts
         self._groups: dict[str, WeightGroup] = {}
+        """The group that this engine is in, by its name; more than one only while one is being left."""
+        self._join: _Join | None = None
+        """The join that is waiting for the other ranks."""
+        self._join_slots = threading.BoundedSemaphore(_MAX_JOINS)
         self._update: _OpenUpdate | None = None
         self._threads = AbandonableThreads()
         self._buffers: list[Tensor] = []
@@ -90,29 +111,67 @@ class WeightUpdater:
         group_name: str,
         backend: str,
         timeout_s: float,
+        secret: str = "",
     ) -> None:
-        """Joins a weight group; leaves an existing group of the same name first. Raises WeightSyncError."""
+        """Joins a weight group; leaves any other group first, and ends a wait to join one.
+
+        Raises WeightSyncError, also when torch does not return within `timeout_s` (it waits without a time
+        limit for a store that accepts the connection and never replies).
+        """
         if backend == "nccl" and self._facts.device.type != "cuda":
             raise WeightSyncError(
                 f"backend nccl needs a CUDA engine, this one runs on {self._facts.device}: use gloo"
             )
-        if group_name in self._groups:
-            await self.destroy_group(group_name)
-        self._groups[group_name] = await self._threads.run(
-            lambda: WeightGroup.join(
-                master_address=master_address,
-                master_port=master_port,
-                rank=rank,
-                world_size=world_size,
-                group_name=group_name,
-                backend=backend,
-                timeout_s=timeout_s,
+        for name in list(self._groups):
+            await self.destroy_group(name)
+        if not self._join_slots.acquire(blocking=False):
+            raise WeightSyncError(
+                f"{_MAX_JOINS} earlier attempts to join a weight group wait for stores that do not reply"
             )
-        )
+        self._abandon_join()
+        join = self._join = _Join(group_name)
+
+        def work() -> WeightGroup:
+            try:
+                group = WeightGroup.join(
+                    master_address=master_address,
+                    master_port=master_port,
+                    rank=rank,
+                    world_size=world_size,
+                    group_name=group_name,
+                    backend=backend,
+                    timeout_s=timeout_s,
+                    secret=secret,
+                )
+            finally:
+                self._join_slots.release()
+            if join.is_abandoned:
+                group.close()
+                raise WeightSyncError(f"weight group {group_name}: this engine has left it while joining")
+            return group
+
+        try:
+            async with asyncio.timeout(timeout_s + _JOIN_GRACE_S):
+                group = await self._threads.run(work)
+        except TimeoutError:
+            join.is_abandoned = True
+            raise WeightSyncError(
+                f"weight group {group_name}: {master_address}:{master_port} did not reply in {timeout_s:g} s"
+            ) from None
+        finally:
+            if self._join is join:
+                self._join = None
+        if join.is_abandoned:
+            in_thread(group.close, name="weights")
+            raise WeightSyncError(f"weight group {group_name}: this engine has left it while joining")
+        self._groups[group_name] = group
 
     async def destroy_group(self, group_name: str) -> None:
         """Leaves a group. Raises WeightSyncError if no group has that name."""
         group = self._groups.pop(group_name, None)
+        if group is None and self._join is not None and self._join.group_name == group_name:
+            self._abandon_join()
+            return
         if group is None:
             raise WeightSyncError(f"weight group {group_name!r} does not exist")
         # In a thread: NCCL's abort may wait for a peer that hangs.
@@ -133,21 +192,29 @@ class WeightUpdater:
         `timeout_s`: of each broadcast. Raises WeightSyncError; the update can then no longer be activated.
         """
         update = self._open_update()
-        checksums = await self._receive(
+        sums = await self._receive(
             update, [bucket], group_name=group_name, flattened=flattened, timeout_s=timeout_s
         )
         update.version = version or update.version
-        return checksums[0] if flattened else None
+        return sums.checksums[0] if flattened else None
 
-    async def receive_all(self, buckets: Sequence[Bucket], *, group_name: str, timeout_s: float) -> list[int]:
-        """Opens an update and receives all its flattened buckets; returns their checksums.
+    async def receive_all(
+        self, buckets: Sequence[Bucket], *, group_name: str, timeout_s: float, integrity: str
+    ) -> BucketSums:
+        """Opens an update and receives all its flattened buckets; returns their sums.
 
+        `integrity`: `none`, or `sha256` for sums with digests.
         `timeout_s`: of all broadcasts together. Raises WeightSyncError; the update can then no longer be
         activated.
         """
         await self.begin()
         return await self._receive(
-            self._open_update(), buckets, group_name=group_name, flattened=True, timeout_s=timeout_s
+            self._open_update(),
+            buckets,
+            group_name=group_name,
+            flattened=True,
+            timeout_s=timeout_s,
+            integrity=integrity,
         )
 
     async def _receive(
@@ -158,7 +225,8 @@ class WeightUpdater:
         group_name: str,
         flattened: bool,
         timeout_s: float,
-    ) -> list[int]:
+        integrity: str = "none",
+    ) -> BucketSums:
         receiver = update.receiver
         group = self._groups.get(group_name)
         if group is None:
@@ -166,11 +234,11 @@ class WeightUpdater:
                 f"weight group {group_name!r} does not exist: call /init_weights_update_group first"
             )
 
-        def work() -> list[int]:
+        def work() -> BucketSums:
             if flattened:
-                return receiver.receive(group, buckets, timeout_s=timeout_s)
+                return receiver.receive(group, buckets, timeout_s=timeout_s, integrity=integrity)
             receiver.receive_tensors(group, buckets[0], timeout_s=timeout_s)
-            return []
+            return BucketSums(checksums=[], digests=[])
 
         update.num_receiving += 1
         try:
@@ -181,7 +249,7 @@ class WeightUpdater:
                     # Leaving the group makes the broadcast of this bucket fail at the sender at once.
                     await self.destroy_group(group_name)
                     raise WeightSyncError("a bucket is larger than all of this model's tensors together")
-                checksums = await self._threads.run(lambda: receiver.on_own_stream(work))
+                sums = await self._threads.run(lambda: receiver.on_own_stream(work))
             if receiver.error:
                 raise WeightSyncError(receiver.error)
         except WeightSyncError as error:
@@ -190,7 +258,7 @@ class WeightUpdater:
         finally:
             update.num_receiving -= 1
             self._reclaim(update)
-        return checksums
+        return sums
 
     async def end(self, *, version: str, recompute: bool) -> float:
         """Checks that the update is complete and activates it; returns the stall of decoding in seconds.
@@ -247,6 +315,11 @@ class WeightUpdater:
         for group in self._groups.values():
             in_thread(group.close, name="weights")
         self._groups.clear()
+
+    def _abandon_join(self) -> None:
+        if self._join is not None:
+            self._join.is_abandoned = True
+            self._join = None
 
     def _open_update(self) -> _OpenUpdate:
         if self._update is None:

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from areal_like.errors import EngineError
+from areal_like.errors import EngineError, PromptRefusedError
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.types import Generation, Sampling
 
@@ -31,13 +31,9 @@ class SglangClient(EngineClient):
     async def generate(
         self, input_ids: Sequence[int], *, sampling: Sampling, rid: str | None = None
     ) -> Generation:
-        """As EngineClient.generate. Raises EngineError for ids outside the vocabulary."""
-        for what, ids in (("input_ids", input_ids), ("stop_token_ids", sampling.stop_token_ids)):
-            outside = next((token for token in ids if not 0 <= token < self._vocab_size), None)
-            if outside is not None:
-                raise EngineError(
-                    f"{what}: token id {outside} is outside the vocabulary of {self._vocab_size}"
-                )
+        """As EngineClient.generate. Refuses ids outside the vocabulary, in the prompt and as stop tokens."""
+        self._check_ids(input_ids, PromptRefusedError, name="input_ids")
+        self._check_ids(sampling.stop_token_ids, EngineError, name="stop_token_ids")
         self._count_running(+1)
         try:
             generation = await super().generate(input_ids, sampling=sampling, rid=rid)
@@ -45,6 +41,11 @@ class SglangClient(EngineClient):
             self._count_running(-1)
         self._num_tokens += len(generation.output_ids)
         return generation
+
+    def _check_ids(self, ids: Sequence[int], error: type[EngineError], *, name: str) -> None:
+        outside = next((token for token in ids if not 0 <= token < self._vocab_size), None)
+        if outside is not None:
+            raise error(f"{name}: token id {outside} is outside the vocabulary of {self._vocab_size}")
 
     async def health(self) -> bool:
         """True if the engine has started and accepts requests; False while it is paused."""

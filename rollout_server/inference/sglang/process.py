@@ -15,17 +15,21 @@ import os
 import shlex
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from areal_like.config import Config
 from areal_like.errors import ConfigError, EngineError
 from areal_like.runtime.tied_exec import foreign_environment
+from areal_like.security.tokens import read_secret
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.generation_gate import GenerationGate
-from rollout_server.inference.process import EngineProcess
+from rollout_server.inference.process import LOOPBACK, EngineProcess
+from rollout_server.inference.sglang import launch_with_key
 from rollout_server.inference.sglang.checkpoint_shapes import CheckpointShapes
 from rollout_server.inference.sglang.client import SglangClient
 from rollout_server.inference.sglang.weight_update import SglangWeightUpdate
@@ -42,6 +46,7 @@ _PROBE_S = 2.0
 _LOST_AFTER_S = 15.0
 """An engine at a URL that has not answered for this long is lost."""
 _CHECK_TIMEOUT_S = 60.0
+_PORTS = {"http": 80, "https": 443}
 _MODULE_CHECK = "import importlib.util, sys; sys.exit(importlib.util.find_spec('sglang') is None)"
 
 
@@ -74,11 +79,11 @@ def server_index(name: str) -> int:
 
 
 def launch_options(config: Config, *, model: str, port: int, version: int, index: int) -> list[str]:
-    """Arguments of `python -m sglang.launch_server`."""
+    """Arguments of `python -m sglang.launch_server`, without the API key."""
     rollout = config.rollout
     device, _, ordinal = rollout.engine_device.partition(":")
     options = {
-        "model-path": model, "host": rollout.host, "port": port, "device": device,
+        "model-path": model, "host": LOOPBACK, "port": port, "device": device,
         "dtype": config.model.dtype, "max-running-requests": rollout.max_running, "weight-version": version,
         "random-seed": config.seed + index, "stream-interval": _ONE_CHUNK_PER_SEQUENCE,
         "sampling-defaults": "openai",
@@ -134,11 +139,11 @@ class SglangProcess(EngineProcess):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
-    def _command(self, *, version: int) -> list[str]:
+    def _command(self, *, version: int, key_file: str) -> list[str]:
         # SGLang cannot pick a free port and report it. If another process takes this port meanwhile, SGLang
         # ends and is started again.
         with socket.socket() as probe:
-            probe.bind((self._config.rollout.host, 0))
+            probe.bind((LOOPBACK, 0))
             self._chosen_port = probe.getsockname()[1]
         options = launch_options(
             self._config, model=self._model, port=self._chosen_port, version=version, index=self._index
@@ -148,8 +153,8 @@ class SglangProcess(EngineProcess):
             "-m",
             "areal_like.runtime.tied_exec",
             self._python,
-            "-m",
-            "sglang.launch_server",
+            launch_with_key.__file__,
+            key_file,
             *options,
         ]
 
@@ -165,7 +170,10 @@ class SglangProcess(EngineProcess):
 
     def _client(self, url: str) -> EngineClient:
         return SglangClient(
-            url, vocab_size=self._vocab_size, generate_timeout_s=self._config.rollout.generate_timeout_s
+            url,
+            vocab_size=self._vocab_size,
+            api_key=self.api_key,
+            generate_timeout_s=self._config.rollout.generate_timeout_s,
         )
 
 
@@ -176,9 +184,15 @@ class SglangAtUrl:
     """This server has started no process."""
 
     def __init__(self, config: Config, *, name: str, model: str, vocab_size: int) -> None:
+        """Raises ConfigError if the file with the API key or with certificates cannot be used."""
         self._config = config
         self._model = model
-        self._url = config.rollout.sglang.url.replace("{index}", str(server_index(name)))
+        sglang = config.rollout.sglang
+        self._url = sglang.url.replace("{index}", str(server_index(name)))
+        self._access: dict[str, Any] = {
+            "api_key": _key_in(sglang.api_key_file),
+            "tls": _tls_of(sglang.ca_file),
+        }
         self._vocab_size = vocab_size
         self._abandoned = asyncio.Event()
         self.num_starts = 0
@@ -205,7 +219,10 @@ class SglangAtUrl:
         timeout_s = self._config.rollout.start_timeout_s
         rollout = self._config.rollout
         client = SglangClient(
-            self._url, vocab_size=self._vocab_size, generate_timeout_s=rollout.generate_timeout_s
+            self._url,
+            vocab_size=self._vocab_size,
+            generate_timeout_s=rollout.generate_timeout_s,
+            **self._access,
         )
         try:
             async with asyncio.timeout(timeout_s):
@@ -231,7 +248,7 @@ class SglangAtUrl:
         Returns the reason.
         """
         loop = asyncio.get_running_loop()
-        async with EngineClient(self._url) as probe:
+        async with EngineClient(self._url, **self._access) as probe:
             answered_s, num_refused = loop.time(), 0
             while loop.time() - answered_s < _LOST_AFTER_S:
                 try:
@@ -272,6 +289,22 @@ class SglangAtUrl:
         )
 
 
+def _key_in(file: str) -> str:
+    """The API key in a file; empty if no file is named. Raises ConfigError."""
+    try:
+        return read_secret(Path(file).expanduser()) if file else ""
+    except FileNotFoundError:
+        raise ConfigError(f"rollout.sglang.api_key_file={file}: no such file") from None
+
+
+def _tls_of(ca_file: str) -> ssl.SSLContext | None:
+    """Checks certificates with those in a file; None if no file is named. Raises ConfigError."""
+    try:
+        return ssl.create_default_context(cafile=Path(ca_file).expanduser()) if ca_file else None
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigError(f"rollout.sglang.ca_file={ca_file}: {error.strerror or error}") from None
+
+
 async def _refuses(url: str) -> bool:
     """True if the host refuses connections at every address; False if it does not answer at all."""
     parts, loop = urlsplit(url), asyncio.get_running_loop()
@@ -279,7 +312,7 @@ async def _refuses(url: str) -> bool:
     try:
         async with asyncio.timeout(_PROBE_S):
             for family, kind, protocol, _, address in await loop.getaddrinfo(
-                parts.hostname, parts.port or 80, type=socket.SOCK_STREAM
+                parts.hostname, parts.port or _PORTS[parts.scheme], type=socket.SOCK_STREAM
             ):
                 with socket.socket(family, kind, protocol) as probe:
                     probe.setblocking(False)

@@ -18,6 +18,8 @@ Names and shapes are compared with the checkpoint before anything is sent, becau
 name that it does not have. The version is set by a separate call at the end, so that a token can carry it
 only if everything before has succeeded. Unlike the embedded engine, SGLang does not verify the received
 bytes: TCP and NCCL protect them in transit, and the digest over all parameters shows if anything was loaded.
+It is no proof of what was sent: SGLang computes it after loading, from 64-bit hashes of its own fused and
+sharded tensors. So a push with `weights.integrity=sha256` is refused.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import asyncio
 import contextlib
 import logging
 
-from areal_like.errors import EngineError
+from areal_like.errors import EngineError, WeightSyncError
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.generation_gate import GenerationGate
 from rollout_server.inference.sglang.checkpoint_shapes import CheckpointShapes
@@ -73,6 +75,11 @@ class SglangWeightUpdate:
     async def push(self, client: EngineClient, push: WeightPush) -> float:
         """As WeightUpdateStrategy.push."""
         request = push.request
+        if request.integrity != "none":
+            raise WeightSyncError(
+                f"SGLang cannot verify weights before it loads them: weights.integrity={request.integrity} "
+                "needs rollout.engine=embedded"
+            )
         self._shapes.check(push.manifest.tensors)
         loop = asyncio.get_running_loop()
         started_s = loop.time()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from areal_like.errors import WeightSyncError
 from areal_like.weights.buckets import Bucket, checksum, cut_buckets, flatten, spec_of
 from areal_like.weights.collective import WeightGroup
+from areal_like.weights.integrity import BucketSums
 from rollout_server.engine.models.base import CausalModel
 from rollout_server.engine.models.loading import load
 from rollout_server.engine.weight_update.bucket_receiver import BucketReceiver
@@ -30,7 +32,7 @@ def receive(
     flats: list[torch.Tensor],
     *,
     num_sent: int | None = None,
-) -> list[int]:
+) -> BucketSums:
     """Pushes the buckets over gloo; `num_sent`: rank 0 leaves after this many buckets."""
     with WeightGroup.create(world_size=2, group_name="g", timeout_s=20) as sender:
 
@@ -50,7 +52,7 @@ def receive(
             ) as group,
         ):  # fmt: skip
             try:
-                return receiver.receive(group, buckets, timeout_s=20)
+                return receiver.receive(group, buckets, timeout_s=20, integrity="sha256")
             finally:
                 sending.join()
 
@@ -76,7 +78,11 @@ def test_bucket_with_the_shadow_layout_is_received_in_place(
     weights = model.new_weights()
     receiver = BucketReceiver(weights, model.facts, [])
     for _ in range(2):
-        assert receive(receiver, buckets, flats) == list(map(checksum, flats))
+        sums = receive(receiver, buckets, flats)
+        assert sums == BucketSums(
+            checksums=list(map(checksum, flats)),
+            digests=[hashlib.sha256(bytes(flat.tolist())).hexdigest() for flat in flats],
+        )
         assert not receiver.error and not receiver.is_tainted
         assert all(
             torch.equal(weights.named[name], t.to(getattr(torch, dtype)).float())

@@ -47,6 +47,10 @@ def test_stop_and_length(engine: Engine, models: Models) -> None:
     asyncio.run(conformance.stop_and_length(engine, models[0]))
 
 
+def test_a_time_out_keeps_the_partial_tokens(engine: Engine, models: Models) -> None:
+    asyncio.run(conformance.a_time_out_keeps_the_partial_tokens(engine, models[0]))
+
+
 def test_abort_returns_partial_tokens(engine: Engine, models: Models) -> None:
     asyncio.run(conformance.abort_returns_partial_tokens(engine, models[0]))
 
@@ -69,6 +73,20 @@ def test_keep_in_flight_records_versions_with_inexact_logprobs(engine: Engine, m
     assert error > conformance.TOLERANCE, (
         "new weights over old KV give wrong log-probs; if not, KV was recomputed"
     )
+
+
+def test_calls_of_a_stranger_are_refused(engine: Engine) -> None:
+    asyncio.run(conformance.strangers_calls_are_refused(engine))
+
+
+def test_requests_of_pages_and_other_hosts_are_refused(engine: Engine) -> None:
+    async def body() -> None:
+        async with aiohttp.ClientSession(headers=engine.headers) as session:
+            for headers, status in (({"Origin": "null"}, 403), ({"Host": "evil.example"}, 421), ({}, 200)):
+                async with session.get(f"{engine.url}/flush_cache", headers=headers) as response:
+                    assert response.status == status
+
+    asyncio.run(body())
 
 
 def test_bad_requests_are_refused(engine: Engine) -> None:
@@ -116,7 +134,7 @@ async def post(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -
 
 def test_single_and_batched_responses_are_sglangs(engine: Engine) -> None:
     async def body() -> None:
-        async with aiohttp.ClientSession() as session:
+        async with aiohttp.ClientSession(headers=engine.headers) as session:
             url = f"{engine.url}/generate"
             params = {"max_new_tokens": 3, "temperature": 0, "ignore_eos": True}
             one = await post(
@@ -150,7 +168,7 @@ def test_stream_interval_sends_cumulative_chunks(gpt2_engine: Engine) -> None:
         }
         events = []
         async with (
-            aiohttp.ClientSession() as session,
+            aiohttp.ClientSession(headers=engine.headers) as session,
             session.post(f"{engine.url}/generate", json=body) as response,
         ):
             async for line in response.content:
@@ -191,7 +209,9 @@ def test_disconnect_aborts_the_clients_sequences(engine: Engine) -> None:
                     await task
             await until_empty(watcher)
             body = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 2000, "ignore_eos": True}}
-            async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=0.1)) as session:
+            async with aiohttp.ClientSession(
+                headers=engine.headers, timeout=aiohttp.ClientTimeout(total=0.1)
+            ) as session:
                 with pytest.raises(TimeoutError):
                     await session.post(f"{engine.url}/generate", json=body)
             await until_empty(watcher)
@@ -215,7 +235,10 @@ def test_server_info_metrics_and_idle_time(engine: Engine) -> None:
                 "a group's prompt is computed once"
             )
             assert after["busy_s"] > idle["busy_s"]
-            async with aiohttp.ClientSession() as session, session.get(f"{engine.url}/metrics") as response:
+            async with (
+                aiohttp.ClientSession(headers=engine.headers) as session,
+                session.get(f"{engine.url}/metrics") as response,
+            ):
                 text = await response.text()
             assert f"areal_engine_generated_tokens_total {after['generated_tokens']}.0" in text
             assert "areal_engine_kv_rows_used 0.0" in text
@@ -227,7 +250,7 @@ def test_body_above_the_limit_is_413(gpt2_engine: Engine) -> None:
     async def body(engine: Engine) -> None:
         body = {"input_ids": [5] * 2000}
         async with (
-            aiohttp.ClientSession() as session,
+            aiohttp.ClientSession(headers=engine.headers) as session,
             session.post(f"{engine.url}/generate", json=body) as response,
         ):
             assert response.status == 413

@@ -101,10 +101,13 @@ def test_weights_from_disk(engine: Engine, models: Models, tmp_path: Path) -> No
             generation = await sample(client, PROMPT, 20)
             assert set(generation.versions.tolist()) == {version}
             assert error_of(load_model(models[1]), PROMPT, generation) < conformance.TOLERANCE
-            other = save_model(tmp_path / "gpt2", "gpt2")
+            other = save_model(models[0].parent / "gpt2-0", "gpt2")
+            (models[0].parent / "link").symlink_to(tmp_path)
             for path, message in (
                 (other, "unknown to the model"),
-                (tmp_path / "absent", "cannot read weights"),
+                (models[0].parent / "absent", "cannot read weights"),
+                (tmp_path, "neither the engine's model nor below"),
+                (models[0].parent / "link", "neither the engine's model nor below"),
             ):
                 with pytest.raises(EngineError, match=message):
                     await client.update_weights_from_disk(str(path), weight_version=version + 1, timeout_s=20)
@@ -194,7 +197,7 @@ def test_all_buckets_of_a_push_in_one_call(engine: Engine, models: Models, dtype
                 flats = [flatten(bucket, tensors) for bucket in buckets]
                 for flat in flats:
                     await asyncio.to_thread(pusher.group.broadcast, flat)
-                assert await receiving == list(map(checksum, flats))
+                assert (await receiving).checksums == list(map(checksum, flats))
 
             await push(weights_of(models[1]))
             assert await client.weight_version() == version, "received, not active"

@@ -15,9 +15,10 @@ from areal_like.errors import EngineError
 from areal_like.trajectory import FinishReason
 from areal_like.weights.buckets import cut_buckets, spec_of
 from areal_like.weights.collective import WeightGroup
+from areal_like.wire.sockets import bound_socket
 from rollout_server.inference.client import EngineClient
 from tests.support import engine_conformance as conformance
-from tests.support.engine_harness import Models, engine_process, sample
+from tests.support.engine_harness import API_KEY, Models, engine_process, key_file, sample
 
 pytestmark = pytest.mark.timeout(90)
 PROMPT = conformance.PROMPT
@@ -26,7 +27,7 @@ PROMPT = conformance.PROMPT
 def test_death_of_the_engine_fails_all_requests_at_once(models: Models) -> None:
     async def body() -> None:
         with engine_process(models[0]) as (process, url):
-            async with EngineClient(url) as client:
+            async with EngineClient(url, api_key=API_KEY) as client:
                 waiting = [asyncio.ensure_future(sample(client, PROMPT, 2000)) for _ in range(20)]
                 await asyncio.sleep(0.3)
                 process.kill()
@@ -50,7 +51,7 @@ def test_sigterm_returns_partial_outputs_and_exits_0(models: Models) -> None:
             engine_process(models[0]) as (process, url),
             WeightGroup.create(world_size=2, group_name="w", timeout_s=60) as group,
         ):
-            async with EngineClient(url) as client:
+            async with EngineClient(url, api_key=API_KEY) as client:
                 joining = client.init_weights_group(
                     master_address=group.address, master_port=group.port, rank_offset=1, world_size=2,
                     group_name="w", backend="gloo", timeout_s=60,
@@ -83,7 +84,8 @@ time.sleep(60)
 
 def test_engine_dies_with_its_parent(models: Models, tmp_path: Path) -> None:
     port_file = tmp_path / "port"
-    arguments = ["--model-path", str(models[0]), "--port", "0", "--port-file", str(port_file)]
+    arguments = ["--model-path", str(models[0]), "--api-key-file", str(key_file(tmp_path))]
+    arguments += ["--port", "0", "--port-file", str(port_file)]
     parent = subprocess.Popen([sys.executable, "-c", PARENT, *arguments], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
@@ -97,23 +99,31 @@ def test_engine_dies_with_its_parent(models: Models, tmp_path: Path) -> None:
         time.sleep(0.05)
 
 
+def test_port_in_use_is_one_message_and_exit_2(models: Models, tmp_path: Path) -> None:
+    with bound_socket("127.0.0.1", 0) as taken:
+        taken.listen()
+        arguments = ["--model-path", str(models[0]), "--port", str(taken.getsockname()[1])]
+        test_wrong_option_gives_one_message_and_exit_2(models, arguments, "cannot bind", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--model-path", "/does/not/exist"], "no config.json there"),
-        (["--model-path", "MODEL", "--host", "192.0.2.1"], "cannot bind"),
+        (["--model-path", "MODEL", "--api-key-file", "/does/not/exist"], "no such file"),
+        (["--model-path", "MODEL", "--api-key-file", "/etc/passwd"], "chmod 600"),
         (["--model-path", "MODEL", "--max-running-requests", "0"], "at least 1"),
     ],
 )
 def test_wrong_option_gives_one_message_and_exit_2(
-    models: Models, arguments: list[str], message: str
+    models: Models, arguments: list[str], message: str, tmp_path: Path
 ) -> None:
     command = [
         sys.executable,
         "-m",
         "rollout_server.engine",
-        "--port",
-        "0",
+        "--api-key-file",
+        str(key_file(tmp_path)),
         *(str(models[0]) if a == "MODEL" else a for a in arguments),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)

@@ -92,7 +92,12 @@ class WideServer:
         match envelope.message:
             case AskAlive():
                 answer = Alive(
-                    version=0, num_ranks=self.num_ranks, device="cpu", device_uuid="", nccl_version=""
+                    version=0,
+                    num_ranks=self.num_ranks,
+                    device="cpu",
+                    device_uuid="",
+                    nccl_version="",
+                    authenticates_store=False,
                 )
             case FormGroup() as form:
                 self.group_ranks = [form.rank + i for i in range(self.num_ranks)]

@@ -1,0 +1,45 @@
+"""Kinds of failed samples, and what can be done about one (`buffer.on_failure`).
+
+A rollout server says which kind a failure is, because only it knows the cause; the buffer applies the policy,
+because only it knows the ticket. `zero` is the exception: the server has the sampled tokens, so it applies
+`zero` itself and sends a normal sample with reward 0 and the kind of its failure.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class FailureKind(StrEnum):
+    """What failed while a sample was made."""
+
+    ENGINE = "engine"
+    """The engine answered with an error, or its answer cannot be used."""
+    TIMEOUT = "timeout"
+    """The engine returned no token within `rollout.generate_timeout_s`. With tokens the sample is truncated,
+    which is no failure."""
+    REWARD = "reward"
+    """The reward function raised, returned no finite number, or its process died."""
+    REWARD_TIMEOUT = "reward_timeout"
+    """The reward function exceeded `rollout.reward_timeout_s`."""
+    PROMPT = "prompt"
+    """The prompt is too long or empty, or the engine refuses it: it would fail at every server."""
+    ENVIRONMENT = "environment"
+    """The task's example() or the episode raised or hung."""
+
+
+class FailurePolicy(StrEnum):
+    """What is done about a failed sample."""
+
+    RETRY = "retry"
+    """It is sampled again, up to `buffer.max_sample_retries` times; then its ticket is dropped."""
+    ZERO = "zero"
+    """Its tokens are trained on with reward 0. Without a sampled token: as `retry`."""
+    DROP = "drop"
+    """Its ticket is dropped at once, with reason `failed`."""
+
+
+FAULTS_OF_SERVER = frozenset({FailureKind.ENGINE, FailureKind.TIMEOUT})
+"""Kinds that count against the rollout server."""
+FAULTS_OF_TASK = frozenset({FailureKind.REWARD, FailureKind.REWARD_TIMEOUT, FailureKind.ENVIRONMENT})
+"""Kinds that count against the task's code."""

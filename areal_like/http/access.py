@@ -1,0 +1,127 @@
+"""Decides which HTTP requests are answered: a check of the request's head against the rules of one server.
+
+In this order: no request that a web page has made (`Origin`, `Sec-Fetch-Site`); /livez and /readyz for
+everybody; only known names in `Host`, because a page whose name was made to resolve to this machine (DNS
+rebinding) sends its own name; a bearer token, if the server has a list of tokens. `Content-Type` is not
+checked: a page cannot hide its `Origin`, and `curl -d` needs no option.
+"""
+
+from __future__ import annotations
+
+import hmac
+import socket
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from areal_like.security.keys import KeyRole
+
+MAX_HEAD_BYTES = 64 << 10
+"""Most bytes of a request's headers."""
+PROBE_PATHS = frozenset({"/livez", "/readyz"})
+"""Paths that need neither token nor known host: they say only `ok` or `not ready`."""
+_LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+_SAFE_METHODS = ("GET", "HEAD")
+
+RoleOfToken = Callable[[str], KeyRole | None]
+"""The role of a bearer token; None if the token is unknown, revoked or expired."""
+
+
+class Reason(StrEnum):
+    """Why a request was refused: the label of the metric `areal_http_refused_total`."""
+
+    ORIGIN = "origin"
+    """A web page has made the request."""
+    HOST = "host"
+    """Its `Host` header has a name that this server does not have."""
+    TOKEN = "token"
+    """It has no valid bearer token."""
+    ROLE = "role"
+    """Its token may not change anything."""
+    HEAD = "head"
+    """Its headers are too long."""
+    BODY = "body"
+    """Its body is too long."""
+    SLOW = "slow"
+    """Its body did not arrive in time."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """The answer to a request that is refused."""
+
+    status: int
+    """HTTP status."""
+    reason: Reason
+    message: str
+    """One sentence for the user, without line break."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccessRules:
+    """Who may use one HTTP server."""
+
+    hosts: frozenset[str]
+    """Names, in lower case, that requests may have in their Host header."""
+    role_of: RoleOfToken | None = None
+    """None: no token is needed. The role OPERATOR may do everything, every other role may read."""
+    open_paths: frozenset[str] = PROBE_PATHS
+
+    def refusal(self, scope: Mapping[str, Any]) -> Refusal | None:
+        """Checks the head of a request, an ASGI scope; None if the request may be answered."""
+        headers: list[tuple[bytes, bytes]] = scope["headers"]
+        if sum(len(name) + len(value) for name, value in headers) > MAX_HEAD_BYTES:
+            return Refusal(431, Reason.HEAD, f"the headers are longer than {MAX_HEAD_BYTES} bytes")
+        site = _only(headers, b"sec-fetch-site") or b"none"
+        if any(name == b"origin" for name, _ in headers) or site not in (b"none", b"same-origin"):
+            return Refusal(403, Reason.ORIGIN, "requests of web pages are refused (Origin, Sec-Fetch-Site)")
+        if scope["path"] in self.open_paths and scope["method"] in _SAFE_METHODS:
+            return None
+        host = host_of(_only(headers, b"host") or b"")
+        # A numeric address cannot be rebound: the one at which the request has arrived is always good.
+        if host not in self.hosts and host != (scope.get("server") or ("",))[0]:
+            return Refusal(
+                421, Reason.HOST, "the Host header names another host: add it to security.allowed_hosts"
+            )
+        return None if self.role_of is None else self._token_refusal(headers, scope["method"])
+
+    def _token_refusal(self, headers: list[tuple[bytes, bytes]], method: str) -> Refusal | None:
+        assert self.role_of is not None
+        scheme, _, token = (_only(headers, b"authorization") or b"").decode("latin-1").partition(" ")
+        role = self.role_of(token.strip()) if scheme.lower() == "bearer" else None
+        if role is None:
+            return Refusal(401, Reason.TOKEN, "this needs a valid token: Authorization: Bearer TOKEN")
+        if role is not KeyRole.OPERATOR and method not in _SAFE_METHODS:
+            return Refusal(
+                403, Reason.ROLE, f"a token of role {role.value} may read only; use operator.token"
+            )
+        return None
+
+
+def single_key(key: str) -> RoleOfToken:
+    """Tokens of an engine: one key, which may do everything."""
+    return lambda token: KeyRole.OPERATOR if hmac.compare_digest(token.encode(), key.encode()) else None
+
+
+def host_names(bound: str, *, others: Iterable[str] = ()) -> frozenset[str]:
+    """The names of a server that binds the address `bound`: that address, `others`, and those of loopback.
+
+    A server that binds every address has this machine's name as well.
+    """
+    names = {bound, *others, *_LOCAL_NAMES}
+    if bound in ("0.0.0.0", "::"):
+        names |= {socket.gethostname(), socket.gethostname().partition(".")[0]}
+    return frozenset(name.lower() for name in names if name)
+
+
+def host_of(header: bytes) -> str:
+    """The name in a Host header, in lower case and without port and brackets; empty if there is none."""
+    text = header.decode("latin-1").strip().lower()
+    return text[1:].partition("]")[0] if text.startswith("[") else text.partition(":")[0]
+
+
+def _only(headers: list[tuple[bytes, bytes]], name: bytes) -> bytes | None:
+    """The value of a header that occurs once; None if it is absent or repeated."""
+    values = [value for key, value in headers if key == name]
+    return values[0] if len(values) == 1 else None

@@ -1,0 +1,113 @@
+"""The ASGI wrapper of every HTTP server: applies the access rules and bounds the request's body.
+
+    request head -> AccessRules -> body read within size and time -> the application
+
+The body is read here, so that no endpoint can forget the bound; responses are not touched, so they may
+stream. Every refusal closes its connection, so the rest of a refused body is never read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from areal_like.http.access import AccessRules, Reason, Refusal
+
+ADMITTED = "is_admitted"
+"""Key in `scope["state"]` of a request that the rules accept: its connection is closed last in a flood."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BodyLimits:
+    """Bounds of a request's body."""
+
+    max_bytes: int
+    timeout_s: float
+    """Longest time from the head of a request to the end of its body."""
+
+
+class HttpGuard:
+    """An ASGI application around another one."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        rules: AccessRules,
+        *,
+        limits: BodyLimits,
+        on_refused: Callable[[Reason], None] = lambda reason: None,
+    ) -> None:
+        """`on_refused` counts refusals."""
+        self._app = app
+        self._rules = rules
+        self._limits = limits
+        self._on_refused = on_refused
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        assert scope["type"] == "http", "servers are configured without WebSockets and lifespan"
+        outcome: Refusal | Message | None = self._rules.refusal(scope)
+        if outcome is None:
+            scope.setdefault("state", {})[ADMITTED] = True
+            outcome = await self._body(scope, receive)
+        if isinstance(outcome, Refusal):
+            self._on_refused(outcome.reason)
+            await _refuse(outcome, send)
+        elif outcome is None:
+            await self._app(scope, receive, send)
+        elif outcome["type"] == "http.request":
+            await self._app(scope, _replay(outcome, receive), send)
+
+    async def _body(self, scope: Scope, receive: Receive) -> Refusal | Message | None:
+        """Reads the body as one message; None if the request has none."""
+        headers = dict(scope["headers"])
+        too_long = Refusal(
+            413,
+            Reason.BODY,
+            f"the body is larger than the {self._limits.max_bytes} bytes accepted here",
+        )
+        if b"content-length" not in headers and b"transfer-encoding" not in headers:
+            return None
+        if int(headers.get(b"content-length", b"0")) > self._limits.max_bytes:
+            return too_long
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self._limits.timeout_s):
+                while True:
+                    message = await receive()
+                    if message["type"] != "http.request":
+                        return message
+                    body += message.get("body", b"")
+                    if len(body) > self._limits.max_bytes:
+                        return too_long
+                    if not message.get("more_body", False):
+                        return {"type": "http.request", "body": bytes(body), "more_body": False}
+        except TimeoutError:
+            return Refusal(408, Reason.SLOW, f"the body did not arrive within {self._limits.timeout_s:g} s")
+
+
+def _replay(body: Message, receive: Receive) -> Receive:
+    """A `receive` that returns the body first."""
+    left = [body]
+
+    async def replayed() -> Message:
+        return left.pop() if left else await receive()
+
+    return replayed
+
+
+async def _refuse(refusal: Refusal, send: Send) -> None:
+    content = json.dumps({"error": refusal.message}).encode() + b"\n"
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(content)).encode()),
+        (b"connection", b"close"),
+    ]
+    if refusal.reason is Reason.TOKEN:
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+    await send({"type": "http.response.body", "body": content})

@@ -1,0 +1,202 @@
+"""uvicorn as the HTTP server of every plane, with the bounds that it has no settings for.
+
+    connection: HEAD -> (BODY) -> RESPONSE -> idle (keep-alive) -> HEAD ...
+
+* A head that takes longer than `_HEAD_TIMEOUT_S` ends the connection; uvicorn would wait for ever.
+* What a request sends beside its body (headers, chunk sizes, trailers) is bounded while it arrives; httptools
+  would collect a header of any length.
+* TLS handshakes are bounded in number and time; a connection counts as one only after it.
+* At `max_connections` the oldest connection that has no complete request is closed. uvicorn's own limit would
+  answer 503 to everybody, /livez included, for as long as a stranger holds connections.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+from typing import Any, cast
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from areal_like.http.access import MAX_HEAD_BYTES
+from areal_like.http.guard import ADMITTED
+
+_HEAD_TIMEOUT_S = 10.0
+_HANDSHAKE_TIMEOUT_S = 5.0
+_KEEP_ALIVE_S = 5
+_BACKLOG = 128
+"""Connections that the kernel holds until they are accepted. All of them may be accepted in one turn of the
+event loop, before the oldest are closed, so the number also bounds file descriptors."""
+_OVERHEAD_PER_BODY_BYTE = 8
+"""Bytes of chunk sizes for each byte of a body; chunks of one byte need five."""
+
+
+class HttpConfig(uvicorn.Config):
+    """uvicorn's settings for one plane."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        max_connections: int,
+        shutdown_s: int | None = None,
+        certificate: str = "",
+        private_key: str = "",
+    ) -> None:
+        """`shutdown_s`: longest wait for open responses at the end. With `certificate` and `private_key`, the
+        names of PEM files, the plane speaks TLS."""
+        super().__init__(
+            app,
+            http=BoundedHttp,
+            ws="none",
+            lifespan="off",
+            loop="asyncio",
+            # Warnings are about malformed requests: strangers could fill the log with them.
+            log_level="error",
+            log_config=None,
+            access_log=False,
+            backlog=_BACKLOG,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=shutdown_s,
+            server_header=False,
+            ssl_certfile=certificate or None,
+            ssl_keyfile=private_key or None,
+        )
+        self.max_connections = max_connections
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn on sockets that are bound already, without its signal handlers: the process owns signals."""
+
+    config: HttpConfig
+
+    def __init__(self, config: HttpConfig) -> None:
+        super().__init__(config)
+        self._handshakes: list[BoundedHttp] = []
+        """Connections in a TLS handshake, and some that have ended since."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Installs no handlers."""
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Starts to answer. As uvicorn's, which has no setting for handshakes."""
+        loop, tls = asyncio.get_running_loop(), self.config.ssl
+        self.servers = [
+            await loop.create_server(
+                self._connection,
+                sock=listening,
+                backlog=_BACKLOG,
+                ssl=tls,
+                ssl_handshake_timeout=_HANDSHAKE_TIMEOUT_S if tls else None,
+            )
+            for listening in sockets or ()
+        ]
+        self.started = True
+
+    def _connection(self) -> BoundedHttp:
+        """A connection that is being accepted; an exception closes it."""
+        made = BoundedHttp(config=self.config, server_state=self.server_state, app_state={})
+        if self.config.ssl:
+            self._handshakes = [other for other in self._handshakes if other.is_in_handshake]
+            if len(self._handshakes) >= self.config.max_connections:
+                raise ConnectionRefusedError("too many TLS handshakes")
+            self._handshakes.append(made)
+        return made
+
+
+class BoundedHttp(HttpToolsProtocol):
+    """One connection."""
+
+    config: HttpConfig
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._opened_s = self.loop.time()
+        self._was_admitted = False
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._is_in_head = True
+        self._has_begun = False
+        """True if a request has begun in the bytes that are being parsed."""
+        self._num_body_bytes = 0
+        self._num_other_bytes = 0
+        """Bytes of this request that are not its body."""
+
+    @property
+    def is_in_handshake(self) -> bool:
+        """True until TLS is agreed on or the time for it is over."""
+        return self.transport is None and self.loop.time() < self._opened_s + _HANDSHAKE_TIMEOUT_S
+
+    @property
+    def is_idle(self) -> bool:
+        """True while there is no complete request that waits for its response."""
+        return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Closes another connection if there are too many."""
+        super().connection_made(transport)
+        self._start_head_timer()
+        if len(self.connections) > self.config.max_connections:
+            others = cast("list[BoundedHttp]", [other for other in self.connections if other is not self])
+            idle = [other for other in others if other.is_idle]
+            victim = min(idle, key=lambda other: (other._was_admitted, other._opened_s), default=self)
+            self.connections.discard(victim)
+            victim.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stops the timer."""
+        self._stop_head_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parses, then ends the connection if the request has too much that is not its body."""
+        before = self._num_body_bytes
+        self._has_begun = False
+        super().data_received(data)
+        if not self._has_begun:
+            self._num_other_bytes += len(data) - (self._num_body_bytes - before)
+        if self._num_other_bytes > MAX_HEAD_BYTES + _OVERHEAD_PER_BODY_BYTE * self._num_body_bytes:
+            self.transport.abort()
+
+    def on_message_begin(self) -> None:
+        """The first byte of a request."""
+        super().on_message_begin()
+        self._has_begun = self._is_in_head = True
+        self._num_body_bytes = self._num_other_bytes = 0
+        self._start_head_timer()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Refuses trailers: uvicorn would add them to the headers that the access rules have checked."""
+        if not self._is_in_head:
+            raise ValueError("trailers are not accepted")
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """The end of the head."""
+        self._is_in_head = False
+        self._stop_head_timer()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of the body."""
+        self._num_body_bytes += len(body)
+        super().on_body(body)
+
+    def on_response_complete(self) -> None:
+        """The end of a response."""
+        self._was_admitted |= self.cycle.scope.get("state", {}).get(ADMITTED, False)
+        super().on_response_complete()
+
+    def _start_head_timer(self) -> None:
+        self._stop_head_timer()
+        self._head_timer = self.loop.call_later(_HEAD_TIMEOUT_S, self.transport.abort)
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None

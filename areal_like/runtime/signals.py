@@ -1,0 +1,91 @@
+"""SIGHUP opens the log files again (logrotate), SIGUSR1 logs the stacks of all threads and tasks.
+
+A signal handler of Python may interrupt a log call in the main thread, so the handlers only write a byte into
+a pipe, and a thread does the work. SIGUSR1 is also handled by `faulthandler`, which needs no Python code to
+run: it writes the stacks to stderr even if the interpreter hangs in native code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import faulthandler
+import io
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+import weakref
+
+from areal_like.runtime.logs import reopen_logs
+
+log = logging.getLogger(__name__)
+
+_HANGUP, _STACKS = b"h", b"s"
+
+
+def handle_log_signals(*, to_stderr: bool = True, hangup: bool = True) -> None:
+    """Installs the handlers, in the main thread.
+
+    `to_stderr`: SIGUSR1 also writes the stacks to stderr. `hangup`: handles SIGHUP; otherwise the caller
+    does, and calls `request_reopen`.
+    """
+    reading, _Pipe.writing = os.pipe()
+    os.set_blocking(_Pipe.writing, False)
+    threading.Thread(target=_serve, args=(reading,), name="log-signals", daemon=True).start()
+    if hangup:
+        signal.signal(signal.SIGHUP, lambda *_: request_reopen())
+    signal.signal(signal.SIGUSR1, lambda *_: _write(_STACKS))
+    if to_stderr:
+        faulthandler.register(signal.SIGUSR1, file=2, all_threads=True, chain=True)
+
+
+def request_reopen() -> None:
+    """Has the log files opened again, soon. Safe in a signal handler."""
+    _write(_HANGUP)
+
+
+class _Pipe:
+    writing = -1
+
+
+def _write(byte: bytes) -> None:
+    with contextlib.suppress(BlockingIOError):  # thousands of signals are waiting: one more changes nothing
+        os.write(_Pipe.writing, byte)
+
+
+def _serve(reading: int) -> None:
+    while received := os.read(reading, 1):
+        if received == _HANGUP:
+            try:
+                reopen_logs()
+            except OSError as error:
+                log.error("the log files could not be opened again: %s", error)
+                continue
+            log.info("SIGHUP: the log files were opened again")
+        else:
+            log.warning("SIGUSR1: the stacks of all threads and tasks", extra={"stacks": all_stacks()})
+
+
+def all_stacks() -> str:
+    """The stacks of all threads, then of the tasks of the loops that `show_tasks_of` was told."""
+    out = io.StringIO()
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    for ident, frame in sys._current_frames().items():
+        out.write(f"thread {names.get(ident, ident)}\n{''.join(traceback.format_stack(frame))}\n")
+    for task in [task for loop in list(_loops) for task in asyncio.all_tasks(loop)]:
+        out.write(f"task {task.get_name()}\n")
+        for frame in task.get_stack(limit=16):
+            out.write("".join(traceback.format_stack(frame, limit=1)))
+        out.write("\n")
+    return out.getvalue()
+
+
+_loops: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
+
+
+def show_tasks_of(loop: asyncio.AbstractEventLoop) -> None:
+    """Makes SIGUSR1 show the tasks of this event loop too."""
+    _loops.add(loop)

@@ -1,0 +1,51 @@
+"""TLS of the HTTP servers: one certificate for all daemons of a job, which clients trust by itself.
+
+Clients compare no names: endpoint files hold numeric addresses, and whoever has the private key of exactly
+this certificate is a daemon of the job.
+"""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+
+from areal_like.config.security import SecurityConfig
+from areal_like.errors import ConfigError
+
+
+def tls_files(security: SecurityConfig) -> tuple[str, str]:
+    """The files of the certificate and of its private key; empty without TLS.
+
+    Raises ConfigError if they cannot be used, or if other users can read the key.
+    """
+    if not security.tls_certificate:
+        return "", ""
+    certificate, key = (
+        Path(security.tls_certificate).expanduser(),
+        Path(security.tls_private_key).expanduser(),
+    )
+    try:
+        if key.stat().st_mode & 0o077:
+            raise ConfigError(f"{key} can be read by other users: chmod 600 {key}")
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigError(
+            f"security.tls_certificate={certificate}, tls_private_key={key}: {error.strerror or error}"
+        ) from None
+    return str(certificate), str(key)
+
+
+def client_context(security: SecurityConfig) -> ssl.SSLContext | None:
+    """Trusts the job's certificate and no other; None without TLS. Raises ConfigError."""
+    if not security.tls_certificate:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    try:
+        context.load_verify_locations(Path(security.tls_certificate).expanduser())
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigError(
+            f"security.tls_certificate={security.tls_certificate}: {error.strerror or error}"
+        ) from None
+    return context

@@ -1,0 +1,52 @@
+"""Bearer tokens of the HTTP planes: a server checks those of its clients, a client reads its own."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from areal_like.errors import ConfigError
+from areal_like.security.keyring import Keyring
+from areal_like.security.keys import KeyRole
+
+OPERATOR_FILE = "operator.token"
+_MAX_TOKEN_BYTES = 4096
+
+
+def role_of_token(keys: Keyring, token: str) -> KeyRole | None:
+    """The role of a bearer token; None if it is unknown, revoked or expired."""
+    key = keys.directory.allowed.key_of_token(token, now_unix_s=time.time())
+    return key.role if key is not None else None
+
+
+def operator_token(directory: str | Path) -> str:
+    """The operator's token. Raises ConfigError if it is absent or if other users can read it."""
+    file = Path(directory).expanduser() / OPERATOR_FILE
+    try:
+        return read_secret(file)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"this needs the operator's token, and {file} does not exist: run it where the file is, "
+            f"or copy it from the directory in which `areal-like keys init` has made it"
+        ) from None
+
+
+def read_secret(file: Path) -> str:
+    """The content of a file of one line, without the line break.
+
+    Raises FileNotFoundError, and ConfigError if the file is empty, too long, unreadable or readable by other
+    users.
+    """
+    try:
+        if file.stat().st_mode & 0o077:
+            raise ConfigError(f"{file} can be read by other users: chmod 600 {file}")
+        with file.open("rb") as stream:
+            content = stream.read(_MAX_TOKEN_BYTES + 1)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror or error}") from None
+    text = content.decode("latin-1").strip()
+    if not text.isascii() or not text.isprintable() or not text or len(content) > _MAX_TOKEN_BYTES:
+        raise ConfigError(f"{file} does not hold one line of printable characters")
+    return text

@@ -1,0 +1,88 @@
+"""Limits on the texts and tables in a peer's messages, which the receiver keeps, logs and passes on.
+
+The codec checks types, this module lengths: names become keys, rows and parts of the directory that every
+rank gets, so a message must not make them large. A sender cuts what may be long (`shortened`); a receiver
+refuses what is longer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from areal_like.config.common import NAME, NAME_RULE
+from areal_like.errors import RefusedError
+from areal_like.wire.messages.consumer import CloseAdmission, TrainerHeartbeat
+from areal_like.wire.messages.hello import Goodbye, Hello
+from areal_like.wire.messages.producer import ReturnLeases, SampleFailed, ServerHeartbeat
+
+MAX_TEXT_CHARS = 2_000
+"""Reasons and error texts."""
+MAX_SETTINGS_CHARS = 4_000
+MAX_ADDRESS_CHARS = 300
+MAX_WORD_CHARS = 64
+"""Fingerprints, states, devices, and keys of statistics."""
+MAX_STATS = 256
+"""Statistics in one message."""
+
+_PROCESS = re.compile(r"[0-9a-f]{32}")
+_LIMITS: dict[type, dict[str, int]] = {
+    Hello: {
+        "job": MAX_WORD_CHARS,
+        "model": MAX_WORD_CHARS,
+        "tokenizer": MAX_WORD_CHARS,
+        "dataset": MAX_WORD_CHARS,
+        "settings": MAX_SETTINGS_CHARS,
+        "http_address": MAX_ADDRESS_CHARS,
+        "weights_address": MAX_ADDRESS_CHARS,
+        "device": MAX_WORD_CHARS,
+    },
+    SampleFailed: {"error": MAX_TEXT_CHARS},
+    ReturnLeases: {"reason": MAX_TEXT_CHARS},
+    CloseAdmission: {"reason": MAX_TEXT_CHARS},
+    TrainerHeartbeat: {"state": MAX_WORD_CHARS},
+}
+"""Message -> text field -> most characters."""
+
+
+def shortened(text: str, *, max_chars: int = MAX_TEXT_CHARS) -> str:
+    """The text, or its beginning and the number of characters left out, in at most `max_chars`."""
+    if len(text) <= max_chars:
+        return text
+    ending = f" ... ({len(text)} characters)"
+    return text[: max_chars - len(ending)] + ending
+
+
+def check_lengths(message: Any) -> None:
+    """Raises RefusedError for a text or table in a peer's message that is too long."""
+    for name, max_chars in _LIMITS.get(type(message), {}).items():
+        if (length := len(getattr(message, name))) > max_chars:
+            raise RefusedError(name, f"has {length} characters: at most {max_chars} are accepted")
+    if isinstance(message, Hello):
+        _check_hello(message)
+    elif isinstance(message, (ServerHeartbeat, TrainerHeartbeat, Goodbye)):
+        _check_stats(message.stats)
+
+
+def _check_hello(hello: Hello) -> None:
+    if not NAME.fullmatch(hello.name):
+        raise RefusedError("name", f"is not a name: {NAME_RULE}")
+    if not _PROCESS.fullmatch(hello.process):
+        raise RefusedError("process", "want 32 hexadecimal digits")
+    numbers = {
+        "incarnation": hello.incarnation,
+        "weights_version": hello.weights_version,
+        "num_eval_prompts": hello.num_eval_prompts,
+        "rank": hello.rank,
+    }
+    for name, number in numbers.items():
+        if number < 0:
+            raise RefusedError(name, "is negative")
+
+
+def _check_stats(stats: Mapping[str, float]) -> None:
+    if len(stats) > MAX_STATS or any(len(key) > MAX_WORD_CHARS for key in stats):
+        raise RefusedError(
+            "stats", f"at most {MAX_STATS} statistics with keys of {MAX_WORD_CHARS} characters are accepted"
+        )

@@ -1,0 +1,112 @@
+"""What an operator may do to a running buffer: `POST /control/<verb>` with a JSON object.
+
+    drop {"tickets": [17, 23]}           removes recorded tickets: all of them, or none
+    unfence {"name": "rollout-0"}        takes a name from its process; the next new one gets it
+    drain_server {"server": "rollout-0"} tells a rollout server to leave, over its own connection: the HTTP
+                                         address in a hello is whatever the peer wrote there
+
+Each raises UserError for a mistake. Changes are durable before the reply.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from areal_like.config.common import NAME
+from areal_like.errors import RefusedError, UserError
+from areal_like.wire.messages.hello import Drain, Role
+from buffer.ledger.ledger import Ledger
+from buffer.service.outbox import Outbox
+from buffer.service.peers import ConnectedPeers
+from buffer.service.registration import Registration
+from buffer.tables.incarnations import TRAINER
+
+log = logging.getLogger(__name__)
+
+Verb = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+
+
+class Operations:
+    """The verbs of one buffer."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        peers: ConnectedPeers,
+        outbox: Outbox,
+        registration: Registration,
+        *,
+        changing: Callable[[], contextlib.AbstractContextManager[None]],
+        changed: Callable[[], None],
+    ) -> None:
+        """`changing`: a context in which an error of the ledger ends the job.
+
+        `changed`: sends the consequences.
+        """
+        self._ledger = ledger
+        self._peers = peers
+        self._outbox = outbox
+        self._registration = registration
+        self._changing, self._changed = changing, changed
+
+    @property
+    def verbs(self) -> dict[str, Verb]:
+        """Verb -> handler."""
+        return {"drop": self._drop, "unfence": self._unfence, "drain_server": self._drain_server}
+
+    async def _drop(self, body: dict[str, Any]) -> dict[str, Any]:
+        ticket_ids = body.get("tickets")
+        if (
+            not isinstance(ticket_ids, list)
+            or not ticket_ids
+            or not all(type(ticket_id) is int for ticket_id in ticket_ids)
+        ):
+            raise UserError('want {"tickets": [ID, ...]}')
+        refusal = ""
+        with self._changing():
+            try:
+                self._ledger.poison(ticket_ids)
+            except RefusedError as error:
+                refusal = "ticket {} {}".format(*error.args)
+        if refusal:
+            raise UserError(refusal)
+        log.warning("an operator dropped tickets %s", ticket_ids)
+        await self._durable()
+        return {"dropped": ticket_ids}
+
+    async def _unfence(self, body: dict[str, Any]) -> dict[str, Any]:
+        name = fenced_name(body.get("name"))
+        if name not in self._ledger.state.incarnations:
+            raise UserError(f"no process of this run has had the name {name}")
+        with self._changing():
+            change = self._registration.unfence(name, unix_s=time.time())
+        log.warning("an operator unfenced %s: %s", name, change)
+        await self._durable()
+        return {"unfenced": name, "change": change}
+
+    async def _drain_server(self, body: dict[str, Any]) -> dict[str, Any]:
+        peer = self._peers.named(str(body.get("server")))
+        if peer is None or peer.hello.role is not Role.ROLLOUT:
+            raise UserError('want {"server": NAME} of a registered rollout server')
+        if not self._outbox.send(peer.route, Drain()):
+            raise UserError(f"{peer.hello.name} is not connected: end its process")
+        log.info("an operator drains %s", peer.hello.name)
+        return {"draining": peer.hello.name}
+
+    async def _durable(self) -> None:
+        self._changed()
+        durable = asyncio.Event()
+        self._ledger.when_durable(durable.set)
+        await durable.wait()
+
+
+def fenced_name(name: Any) -> str:
+    """The name under which the ledger knows a role that an operator names. Raises UserError."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise UserError('want {"name": NAME} of a rollout server, or of the trainer')
+    return TRAINER if name.startswith(f"{TRAINER}-") else name

@@ -1,0 +1,165 @@
+"""Registration of peers: checks of a hello, the process that has a name, the replies.
+
+    hello -> refused (its configuration differs, it was replaced, its name is taken)
+          -> welcome (the process that has the name; a new one under a free name)
+          -> asked: another process has the name -> refused (that one answers) | welcome (it does not)
+          -> the run is finished (rollout servers)
+
+A welcome to a new process is sent when its incarnation is durable: a restarted buffer must know it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable
+
+from areal_like.errors import RefusedError, StaleIncarnationError
+from areal_like.wire.messages.hello import AreYouAlive, JobFinished, Refused, Role, Welcome
+from buffer.ledger.ledger import Ledger
+from buffer.service.name_claims import NameClaims, Newcomer
+from buffer.service.outbox import Outbox
+from buffer.service.peer_keys import PeerKeys
+from buffer.service.peers import ConnectedPeers, claimed_name
+from buffer.tables.incarnations import TRAINER
+
+log = logging.getLogger(__name__)
+
+
+class Registration:
+    """Handles every `Hello`. It sends the replies itself, because some come later."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        peers: ConnectedPeers,
+        outbox: Outbox,
+        keys: PeerKeys,
+        *,
+        job: str,
+        clock: Callable[[], float],
+    ) -> None:
+        self._ledger = ledger
+        self._peers = peers
+        self._outbox = outbox
+        self._keys = keys
+        self._job = job
+        self._clock = clock
+        self._claims = NameClaims()
+        self.num_eval_prompts = 0
+        """Held-out prompts of the task, as servers report it; 0: no server has registered."""
+
+    def hello(self, newcomer: Newcomer) -> None:
+        """Registers a peer, or asks the process that has its name. Replies now or later."""
+        try:
+            self._hello(newcomer)
+        except (RefusedError, StaleIncarnationError) as error:
+            self._outbox.send(newcomer.route, refusal_of(error), rid=newcomer.rid)
+
+    def heard(self, route: bytes) -> None:
+        """A registered peer has sent a message: it answers for its name."""
+        for newcomer in self._claims.heard(route):
+            name = newcomer.hello.name
+            log.warning("a second process says hello as %s, and the first one answers", name)
+            reason = (
+                f"another process has the name {name} and answers for it: end that one first, choose another "
+                f"name, or run `areal-like unfence {self._job} {name}`"
+            )
+            self._outbox.send(newcomer.route, Refused(field="name", reason=reason), rid=newcomer.rid)
+
+    def tick(self) -> None:
+        """Admits the newcomers whose predecessors have not answered in time. Call it a few times a second."""
+        for name, newcomers in self._claims.expired(now_s=self._clock()):
+            log.warning("the process that had the name %s does not answer: it is replaced", name)
+            self._peers.take_name(name, kept=newcomers[0].hello.process)
+            self._again(newcomers)
+
+    def unfence(self, name: str, *, unix_s: float) -> str:
+        """Takes a name (`claimed_name`) from its process for an operator; returns what has changed."""
+        change = self._ledger.unfence(name, unix_s=unix_s)
+        self._peers.take_name(name)
+        self._outbox.servers_changed()
+        self._again(self._claims.cancel(name))
+        return change
+
+    def welcome(self, incarnation: int) -> Welcome:
+        """The reply to a process with this incarnation."""
+        ledger = self._ledger
+        return Welcome(
+            job=self._job,
+            incarnation=incarnation,
+            step=ledger.trainer_step,
+            newest_version=ledger.newest_version,
+        )
+
+    def _again(self, newcomers: Iterable[Newcomer]) -> None:
+        """The first one now finds a free name, and further processes find the first one there."""
+        for newcomer in newcomers:
+            self.hello(newcomer)
+
+    def _hello(self, newcomer: Newcomer) -> None:
+        hello = newcomer.hello
+        self._peers.check(hello)
+        name = claimed_name(hello)
+        incarnation = self._ledger.find_process(name, hello.process, hello.incarnation)
+        if self._ledger.is_finished and hello.role is Role.ROLLOUT:
+            self._outbox.send(newcomer.route, JobFinished(), rid=newcomer.rid)
+        elif incarnation:
+            self._admit(newcomer, incarnation)
+        elif self._is_free(name, hello.process):
+            self._admit_new(newcomer, name)
+        elif not self._claims.wait(name, newcomer):
+            raise RefusedError("name", f"many processes wait for the name {name}: try again later")
+
+    def _is_free(self, name: str, process: str) -> bool:
+        """True if no connected process has the name; else its holders are asked, unless they were before."""
+        if self._claims.is_asked(name):
+            return False
+        holders = self._peers.holders(name, process)
+        if name == TRAINER:  # a fenced trainer (`areal-like drop`) has lost the name
+            current = self._ledger.trainer_incarnation
+            holders = [peer for peer in holders if peer.hello.incarnation >= current]
+        asked = [peer.route for peer in holders if self._outbox.send(peer.route, AreYouAlive())]
+        if asked:
+            self._claims.begin(name, asked, now_s=self._clock())
+        return not asked
+
+    def _admit_new(self, newcomer: Newcomer, name: str) -> None:
+        hello = newcomer.hello
+        if hello.role is Role.ROLLOUT:  # before its predecessor is replaced
+            self._ledger.set_num_train_prompts(hello.num_train_prompts)
+        incarnation = self._ledger.admit_process(name, hello.process)
+        self._peers.take_name(name, kept=hello.process)
+        self._admit(newcomer, incarnation, is_new=True)
+
+    def _admit(self, newcomer: Newcomer, incarnation: int, *, is_new: bool = False) -> None:
+        """Registers a process that has its name. Raises RefusedError or StaleIncarnationError."""
+        hello = dataclasses.replace(newcomer.hello, incarnation=incarnation)
+        if hello.role is Role.ROLLOUT:
+            self._ledger.set_num_train_prompts(hello.num_train_prompts)
+            self._ledger.register_server(
+                hello.name,
+                incarnation=incarnation,
+                weights_version=hello.weights_version,
+                now_s=self._clock(),
+            )
+            self.num_eval_prompts = hello.num_eval_prompts
+        else:
+            self._ledger.refuse_older_trainer(incarnation)
+        peer = self._peers.add(newcomer.route, hello, now_s=self._clock(), key=newcomer.key)
+        self._keys.registered(hello.name, newcomer.key)
+        self._peers.expect_model_of(hello)
+        self._outbox.servers_changed()
+        if hello.role is Role.TRAINER:
+            self._outbox.send_directory_to(peer)
+        log.info("%s registered, incarnation %d", hello.name, incarnation)
+        send = self._outbox.send_when_durable if is_new else self._outbox.send
+        send(newcomer.route, self.welcome(incarnation), rid=newcomer.rid)
+
+
+def refusal_of(error: RefusedError | StaleIncarnationError) -> Refused:
+    """The reply to a request that raised this error."""
+    if isinstance(error, StaleIncarnationError):
+        return Refused(field="incarnation", reason=str(error))
+    field, reason = error.args
+    return Refused(field=field, reason=reason)

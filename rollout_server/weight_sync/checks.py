@@ -1,0 +1,95 @@
+"""Bounds on the requests of the weight control socket, checked before anything is done.
+
+Without keys (`security.keys`) whoever reaches the socket can send these requests. The checks then keep a
+forged request from making the engine connect to another machine, wait for hours or reserve memory. They do
+not keep it from being performed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from ipaddress import ip_address
+
+from areal_like.config.weights import MAX_TIMEOUT_S
+from areal_like.errors import WeightSyncError
+from areal_like.wire.messages.weights import FormGroup, PushWeights
+
+MAX_WORLD_SIZE = 1 << 14
+"""Ranks of one weight group."""
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_HOST = re.compile(r"[A-Za-z0-9.:%_-]{1,255}")
+_SECRET = re.compile(r"([0-9a-f]{64})?")
+_UPDATE_MODES = ("recompute", "keep", "abort_resume", "drain")
+_INTEGRITIES = ("none", "sha256")
+_MAX_VERSION = 2**63 - 1
+
+
+def reason_to_refuse(request: object, *, host: str, num_ranks: int, integrity: str) -> str:
+    """What is wrong with a request; empty if nothing is. The arguments are those of the checks below."""
+    try:
+        if isinstance(request, FormGroup):
+            check_form_group(request, host=host, num_ranks=num_ranks)
+        elif isinstance(request, PushWeights):
+            check_push(request, integrity=integrity)
+    except WeightSyncError as error:
+        return str(error)
+    return ""
+
+
+def check_form_group(request: FormGroup, *, host: str, num_ranks: int) -> None:
+    """`host`: that this server's control socket is bound to. `num_ranks`: of its engine.
+
+    Raises WeightSyncError.
+    """
+    _check_common(request)
+    _require(1 <= request.master_port <= 65535, f"master_port {request.master_port}")
+    _require(
+        _HOST.fullmatch(request.master_address) is not None, "master_address: want a host name or address"
+    )
+    _require(
+        not _is_loopback(host) or _is_loopback(request.master_address),
+        f"master_address {request.master_address} is on another machine, and this server listens on {host}: "
+        "set rollout.host, or weights.host to a loopback address",
+    )
+    _require(2 <= request.world_size <= MAX_WORLD_SIZE, f"world_size {request.world_size}")
+    _require(
+        1 <= request.rank <= request.world_size - num_ranks,
+        f"rank {request.rank} of {request.world_size}, and this engine has {num_ranks}",
+    )
+    _require(request.backend in ("gloo", "nccl"), "backend: want gloo or nccl")
+    _require(_SECRET.fullmatch(request.secret) is not None, "secret: want 64 hexadecimal digits or nothing")
+
+
+def check_push(request: PushWeights, *, integrity: str) -> None:
+    """`integrity`: that this server's configuration requires. Raises WeightSyncError."""
+    _check_common(request)
+    _require(0 <= request.version <= _MAX_VERSION, "version: want a number of 64 bits")
+    _require(request.update_mode in _UPDATE_MODES, f"update_mode: want one of {', '.join(_UPDATE_MODES)}")
+    _require(request.integrity in _INTEGRITIES, f"integrity: want one of {', '.join(_INTEGRITIES)}")
+    _require(
+        integrity == "none" or request.integrity == integrity,
+        f"the trainer sends no digests, and this server requires weights.integrity={integrity}: "
+        "give both the same setting",
+    )
+
+
+def _check_common(request: FormGroup | PushWeights) -> None:
+    _require(_NAME.fullmatch(request.group_name) is not None, "group_name: want 1 to 64 plain characters")
+    _require(
+        math.isfinite(request.timeout_s) and 0 < request.timeout_s <= MAX_TIMEOUT_S,
+        f"timeout_s {request.timeout_s:g}: want at most {MAX_TIMEOUT_S:g}",
+    )
+
+
+def _require(condition: bool, problem: str) -> None:
+    if not condition:
+        raise WeightSyncError(f"refused: {problem}")
+
+
+def _is_loopback(host: str) -> bool:
+    """True for a loopback address and for `localhost`. Other names are not resolved."""
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,198 @@
+"""Bounds of connections to an HTTP server: floods, slow clients, long heads, trailers."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from areal_like.http import server
+from areal_like.http.access import AccessRules, host_names, single_key
+from areal_like.http.guard import BodyLimits, HttpGuard
+from areal_like.http.server import HttpConfig, HttpServer
+from areal_like.wire.sockets import bound_socket
+
+MAX_CONNECTIONS = 16
+HEAD = b"POST /echo HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer secret\r\n"
+PROBE = b"GET /livez HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+
+
+async def livez(_: Request) -> Response:
+    return PlainTextResponse("ok")
+
+
+async def echo(request: Request) -> Response:
+    return Response(await request.body())
+
+
+async def slow(_: Request) -> Response:
+    await asyncio.sleep(1)
+    return PlainTextResponse("done")
+
+
+@asynccontextmanager
+async def serving() -> AsyncIterator[int]:
+    """A server with small bounds; yields its port."""
+    app = Starlette(
+        routes=[Route("/livez", livez), Route("/echo", echo, methods=["POST"]), Route("/slow", slow)]
+    )
+    guard = HttpGuard(
+        app,
+        AccessRules(hosts=host_names("127.0.0.1"), role_of=single_key("secret")),
+        limits=BodyLimits(max_bytes=1 << 20, timeout_s=0.5),
+    )
+    plane = HttpServer(HttpConfig(guard, max_connections=MAX_CONNECTIONS))
+    listener = bound_socket("127.0.0.1", 0)
+    task = asyncio.create_task(plane.serve(sockets=[listener]))
+    while not plane.started:
+        await asyncio.sleep(0.01)
+    try:
+        yield int(listener.getsockname()[1])
+    finally:
+        plane.should_exit = plane.force_exit = True
+        await task
+
+
+async def talk(port: int, *pieces: bytes, pause_s: float = 0.0) -> bytes:
+    """Sends the pieces; returns all that comes back until the server closes, empty after a reset."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        for piece in pieces:
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(pause_s)
+        return await reader.read()
+    except ConnectionError:
+        return b""
+    finally:
+        writer.transport.abort()
+
+
+def test_probe_is_answered_during_a_flood_of_connections() -> None:
+    async def body() -> None:
+        async with serving() as port:
+            request = HEAD.replace(b"POST /echo", b"GET /slow") + b"Connection: close\r\n\r\n"
+            working = asyncio.create_task(talk(port, request))
+            await asyncio.sleep(0.1)
+            flood: list[socket.socket] = []
+            starts = (b"", b"GET /li", b"", HEAD + b"Content-Length: 1000\r\n\r\nx")
+            for index in range(200):
+                stranger = socket.create_connection(("127.0.0.1", port), timeout=5)
+                flood.append(stranger)
+                stranger.sendall(starts[index % 4])
+                if index % 20 == 0:
+                    started_s = time.monotonic()
+                    assert (await talk(port, PROBE)).endswith(b"ok")
+                    assert time.monotonic() - started_s < 2
+            assert (await working).endswith(b"done"), "a request that is being answered was closed"
+            num_open = 0
+            for stranger in flood:
+                stranger.setblocking(False)
+                try:
+                    num_open += bool(stranger.recv(1))
+                except BlockingIOError:
+                    num_open += 1
+                except ConnectionError:
+                    pass
+                stranger.close()
+            assert num_open <= MAX_CONNECTIONS
+
+    asyncio.run(body())
+
+
+def test_admitted_connections_are_closed_last() -> None:
+    async def body() -> None:
+        async with serving() as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+
+            async def ask() -> bytes:
+                writer.write(HEAD + b"Content-Length: 2\r\n\r\nhi")
+                return await asyncio.wait_for(reader.readuntil(b"hi"), 5)
+
+            await ask()
+            strangers = [await asyncio.open_connection("127.0.0.1", port) for _ in range(100)]
+            assert (await ask()).startswith(b"HTTP/1.1 200")
+            for _, other in (*strangers, (reader, writer)):
+                other.transport.abort()
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize(
+    ("name", "pieces"),
+    [
+        ("long header", [b"GET /livez HTTP/1.1\r\nx: ", *[b"y" * 65536] * 200]),
+        ("many headers", [b"GET /livez HTTP/1.1\r\n", *[b"x: y\r\n" * 10_000] * 200]),
+        ("long path", [b"GET /", *[b"y" * 65536] * 200]),
+        ("long chunk extension", [HEAD + b"Transfer-Encoding: chunked\r\n\r\n1;", *[b"y" * 65536] * 200]),
+        ("long trailer", [HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\nx: ", *[b"y" * 65536] * 200]),
+        ("noise", [bytes(range(256)) * 256] * 200),
+    ],
+)
+def test_endless_head_ends_the_connection(name: str, pieces: list[bytes]) -> None:
+    async def body() -> bytes:
+        async with serving() as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            num_sent, answer = 0, b""
+            try:
+                for piece in pieces:
+                    writer.write(piece)
+                    await writer.drain()
+                    num_sent += 1
+                    await asyncio.sleep(0.001)
+                answer = await reader.read()
+            except ConnectionError:
+                pass
+            writer.transport.abort()
+            assert num_sent < 100, f"{name}: {num_sent} pieces were accepted, and then {answer[:100]!r}"
+            assert (await talk(port, PROBE)).endswith(b"ok")
+            return answer
+
+    assert b" 200 " not in asyncio.run(body())
+
+
+def test_trailers_are_refused_and_small_chunks_accepted() -> None:
+    async def body() -> None:
+        async with serving() as port:
+            start = HEAD + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+            answer = await talk(port, start, b"1\r\nx\r\n" * 50_000, b"0\r\n\r\n")
+            assert answer.endswith(b"x" * 50_000)
+            answer = await talk(port, start + b"1\r\nx\r\n0\r\nHost: evil.example\r\n\r\n")
+            assert b" 200 " not in answer
+
+    asyncio.run(body())
+
+
+def test_slow_head_and_slow_body_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_HEAD_TIMEOUT_S", 0.5)
+
+    async def body() -> None:
+        async with serving() as port:
+            started_s = time.monotonic()
+            silent, dripping, slow_body = await asyncio.gather(
+                talk(port),
+                talk(port, b"GET /livez HTTP/1.1\r\n", *[b"x: y\r\n"] * 20, pause_s=0.1),
+                talk(port, HEAD + b"Content-Length: 9\r\n\r\n", *[b"x"] * 3, pause_s=0.1),
+            )
+            assert silent == dripping == b"" and slow_body.startswith(b"HTTP/1.1 408")
+            assert time.monotonic() - started_s < 4
+
+    asyncio.run(body())
+
+
+def test_stranger_cannot_make_the_server_read_a_body() -> None:
+    async def body() -> None:
+        async with serving() as port:
+            head = b"POST /echo HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n"
+            answer = await talk(port, head + b"Expect: 100-continue\r\n\r\n")
+            assert answer.startswith(b"HTTP/1.1 401"), answer[:100]
+
+    asyncio.run(body())

@@ -1,0 +1,458 @@
+"""Names, incarnations and the end of a run: a buffer process over real sockets, and an intruder."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import secrets
+import sqlite3
+import time
+import urllib.error
+import urllib.request
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from areal_like.errors import ConfigError, DeadlineError, RefusedError, RunFinishedError
+from areal_like.shards import WHOLE
+from areal_like.wire.fingerprint import dataset_fingerprint
+from areal_like.wire.messages.consumer import AllocVersion, CommitStep, FinishRun, StartTraining
+from areal_like.wire.messages.hello import Drain, Goodbye, Hello, HelloRequired, JobFinished, Welcome
+from areal_like.wire.messages.producer import ServerHeartbeat, ServerState
+from buffer.ledger.recovery import recover
+from buffer.service.name_claims import ANSWER_S, MAX_WAITING, NameClaims, Newcomer
+from buffer.service.offline import unfence_offline
+from tests.support.buffer_harness import (
+    BufferProcess,
+    FakeTrainer,
+    connected,
+    running_buffer,
+    trainer_hello,
+    training,
+)
+from tests.support.fake_producer import hello
+from tests.support.ledger_simulation import ledger_settings, new_ledger
+from tests.support.row_store import RowStore
+
+pytestmark = pytest.mark.timeout(90)
+HUGE = (1 << 63) - 1
+
+
+def server_hello(buffer: BufferProcess, name: str = "rollout-0", **changes: Any) -> Hello:
+    return hello(name, dataset=dataset_fingerprint(buffer.config), **changes)
+
+
+def scalar(buffer: BufferProcess, name: str) -> int:
+    """A scalar of the ledger on disk."""
+    file = buffer.paths.ledger / "ledger.sqlite3"
+    with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True, timeout=10)) as connection:
+        row = connection.execute("SELECT value FROM marks WHERE name = ?", (name,)).fetchone()
+    return int(row[0]) if row else 0
+
+
+def control(buffer: BufferProcess, verb: str, body: dict[str, Any]) -> dict[str, Any]:
+    """The answer to a control request; also to one that is refused."""
+    request = urllib.request.Request(
+        f"http://{buffer.http}/control/{verb}", data=json.dumps(body).encode(), method="POST"
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return dict(json.loads(response.read()))
+    except urllib.error.HTTPError as error:
+        return dict(json.loads(error.read()))
+
+
+async def wait_for(inbox: list[Any], message: Any) -> None:
+    async with asyncio.timeout(10):
+        while message not in inbox:
+            await asyncio.sleep(0.01)
+
+
+async def finish(trainer: FakeTrainer) -> None:
+    """Trains all steps and ends the run."""
+    num_steps = trainer.config.trainer.num_steps
+    for step in range(num_steps):
+        await trainer.train(step)
+        await trainer.call(AllocVersion(step=step + 1))
+    await trainer.call(CommitStep(step=num_steps - 1))
+    await trainer.call(FinishRun())
+
+
+# --- who has a name ---
+
+
+def test_a_forged_hello_displaces_nobody(tmp_path: Path) -> None:
+    """A stranger without keys says hello as trainer-0 and rollout-0, with the largest number."""
+    with running_buffer(tmp_path) as buffer:
+        config = buffer.config
+        producer = buffer.produce("rollout-0")
+
+        async def run() -> None:
+            async with training(buffer) as trainer, connected(buffer) as stranger:
+                for step, incarnation in enumerate((0, HUGE, 0, HUGE)):
+                    attacks = [
+                        trainer_hello(config, incarnation=incarnation),
+                        trainer_hello(config, incarnation=incarnation, name="trainer-77", rank=77),
+                        server_hello(buffer, incarnation=incarnation),
+                    ]
+                    refused = await asyncio.gather(
+                        *(stranger.call(attack, timeout_s=8) for attack in attacks[:1]),
+                        trainer.train(step),
+                        return_exceptions=True,
+                    )
+                    assert isinstance(refused[0], RefusedError) and "answers for it" in str(refused[0])
+                    for attack in attacks[1:]:
+                        async with connected(buffer) as other:
+                            with pytest.raises(RefusedError, match="answers for it"):
+                                await other.call(attack, timeout_s=8)
+                    await trainer.call(AllocVersion(step=step + 1))
+                for step in (4, 5):
+                    await trainer.train(step)
+                    await trainer.call(AllocVersion(step=step + 1))
+
+        asyncio.run(run())
+        assert producer.poll() is None and buffer.status()["counters"]["leases_lost"] == 0
+        assert scalar(buffer, "incarnation:trainer") == scalar(buffer, "incarnation:rollout-0") == 1
+
+
+def test_a_process_that_does_not_answer_is_replaced(tmp_path: Path) -> None:
+    """The successor needs no clock: its number comes from the ledger."""
+    with running_buffer(tmp_path, buffer={"lease_timeout_s": 30.0}) as buffer:
+
+        async def run() -> None:
+            old_hello, inbox = server_hello(buffer), []
+            async with connected(buffer, old_hello, inbox=inbox, answers=False) as old:
+                started_s = time.monotonic()
+                async with connected(buffer) as link:
+                    welcome = await link.call(server_hello(buffer), timeout_s=10)
+                    assert welcome.incarnation == 2
+                    assert ANSWER_S <= time.monotonic() - started_s < ANSWER_S + 2
+                    old.send(Goodbye())
+                    await wait_for(inbox, HelloRequired())
+                    with pytest.raises(RefusedError, match=r"\(incarnation\).*was replaced"):
+                        await old.call(dataclasses.replace(old_hello, incarnation=1), timeout_s=5)
+
+        asyncio.run(run())
+
+
+def test_a_dead_process_is_replaced_at_once(tmp_path: Path) -> None:
+    with running_buffer(tmp_path, buffer={"lease_timeout_s": 30.0}) as buffer:
+
+        async def run() -> list[int]:
+            granted = []
+            for make in (server_hello, lambda _: trainer_hello(buffer.config)):
+                for _ in range(3):
+                    async with connected(buffer) as link:
+                        started_s = time.monotonic()
+                        granted.append((await link.call(make(buffer), timeout_s=5)).incarnation)
+                        assert time.monotonic() - started_s < ANSWER_S / 2
+                    await asyncio.sleep(0.1)
+            return granted
+
+        assert asyncio.run(run()) == [1, 2, 3, 1, 2, 3]
+    restarted = BufferProcess(buffer.config)
+    try:
+
+        async def again() -> Welcome:
+            async with connected(restarted) as link:
+                reply: Welcome = await link.call(server_hello(restarted, incarnation=HUGE), timeout_s=5)
+                return reply
+
+        assert asyncio.run(again()).incarnation == 4, "a restarted buffer counts on"
+    finally:
+        restarted.close()
+
+
+def test_unfence_gives_the_name_to_the_next_process(tmp_path: Path) -> None:
+    with running_buffer(tmp_path) as buffer:
+
+        async def run() -> None:
+            inbox: list[Any] = []
+            async with connected(buffer, server_hello(buffer), inbox=inbox) as old:
+                async with connected(buffer) as link:
+                    with pytest.raises(RefusedError, match="areal-like unfence job rollout-0"):
+                        await link.call(server_hello(buffer), timeout_s=5)
+                    reply = await asyncio.to_thread(control, buffer, "unfence", {"name": "rollout-0"})
+                    assert reply == {"unfenced": "rollout-0", "change": "incarnation 1 -> 2"}
+                    assert (await link.call(server_hello(buffer), timeout_s=5)).incarnation == 3
+                old.send(Goodbye())
+                await wait_for(inbox, HelloRequired())
+            for name, error in (("rollout-9", "no process of this run"), ("../x", "want {")):
+                refusal = await asyncio.to_thread(control, buffer, "unfence", {"name": name})
+                assert error in refusal["error"]
+
+        asyncio.run(run())
+        config = buffer.config
+    unfence_offline(config, "rollout-0", WHOLE)
+    with pytest.raises(ConfigError, match="no process of this run"):
+        unfence_offline(config, "rollout-9", WHOLE)
+    file = buffer.paths.ledger / "ledger.sqlite3"
+    with closing(sqlite3.connect(file)) as connection:
+        rows = connection.execute(
+            "SELECT verb, subject, detail, unix_s FROM operations ORDER BY id"
+        ).fetchall()
+    assert [row[:3] for row in rows] == [
+        ("unfence", "rollout-0", "incarnation 1 -> 2"),
+        ("unfence", "rollout-0", "incarnation 3 -> 4"),
+    ]
+    assert all(abs(row[3] - time.time()) < 600 for row in rows)
+
+
+# --- what a hello may contain ---
+
+
+def test_a_stranger_learns_no_values(tmp_path: Path) -> None:
+    with running_buffer(tmp_path) as buffer:
+        right = trainer_hello(buffer.config, settings="sampling.seed=1")
+
+        async def run() -> list[str]:
+            refusals = []
+            async with connected(buffer, server_hello(buffer)), connected(buffer) as link:
+                for field in ("job", "dataset", "model", "tokenizer", "settings"):
+                    with pytest.raises(RefusedError) as refused:
+                        await link.call(dataclasses.replace(right, **{field: "guess"}), timeout_s=5)
+                    assert refused.value.field == field
+                    refusals.append(str(refused.value))
+            return refusals
+
+        text = "\n".join(asyncio.run(run()))
+        assert text.count("differs from the job's") == 5
+        assert dataset_fingerprint(buffer.config) not in text and "groups_per_step" not in text
+        log = (buffer.paths.logs / "buffer.log").read_text()
+        assert dataset_fingerprint(buffer.config) in log and "groups_per_step" in log
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"name": "a/../b"}, "name"),
+        ({"name": "x" * 65}, "name"),
+        ({"name": "trainer-1"}, "name"),
+        ({"process": "1"}, "process"),
+        ({"device": "d" * 100}, "device"),
+        ({"incarnation": -1}, "incarnation"),
+        ({"http_address": "10.0.0.1:80"}, "http_address"),
+        ({"weights_address": "tcp://example.org:80"}, "weights_address"),
+        ({"weights_address": "tcp://127.0.0.1.example.org:80"}, "weights_address"),
+    ],
+)
+def test_a_hello_outside_the_limits_is_refused(
+    module_buffer: BufferProcess, changes: dict[str, Any], field: str
+) -> None:
+    async def run() -> None:
+        async with connected(module_buffer) as link:
+            with pytest.raises(RefusedError) as refused:
+                await link.call(dataclasses.replace(server_hello(module_buffer), **changes), timeout_s=5)
+            assert refused.value.field == field
+            for address in ("tcp://127.0.0.1:80", "tcp://[::1]:80", "tcp://localhost:80", "tcp://0.0.0.0:80"):
+                allowed = dataclasses.replace(server_hello(module_buffer), weights_address=address)
+                assert isinstance(await link.call(allowed, timeout_s=5), Welcome)
+                await link.call(Goodbye(), timeout_s=5)
+            with pytest.raises(RefusedError, match="stats"):
+                await link.call(server_hello(module_buffer, "rollout-7"), timeout_s=5)
+                await link.call(Goodbye(stats={"k" * 65: 1.0}), timeout_s=5)
+
+    asyncio.run(run())
+
+
+@pytest.fixture(scope="module")
+def module_buffer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with running_buffer(tmp_path_factory.mktemp("limits")) as process:
+        yield process
+
+
+def test_long_names_grow_neither_log_nor_directory(tmp_path: Path) -> None:
+    """A stranger without keys: names of 3 MB, and more peers than are allowed."""
+    with running_buffer(tmp_path, buffer={"max_peers": 4, "lease_timeout_s": 5.0}) as buffer:
+        buffer.produce("rollout-0")
+        log = buffer.paths.logs / "buffer.log"
+
+        async def run() -> None:
+            async with training(buffer) as trainer, connected(buffer) as stranger:
+                size = log.stat().st_size
+                for number in range(20):
+                    long = server_hello(buffer, f"{number}{'x' * 3_000_000}")
+                    with pytest.raises((RefusedError, DeadlineError, ValueError)):
+                        await stranger.call(long, timeout_s=0.1)
+                refusals = 0
+                for number in range(300):
+                    try:
+                        await stranger.call(server_hello(buffer, f"x-{number}"), timeout_s=5)
+                    except RefusedError as error:
+                        assert error.field == "peers"
+                        refusals += 1
+                assert refusals == 298
+                assert log.stat().st_size - size < 1 << 16
+                for step in range(3):
+                    await trainer.train(step)
+                    await trainer.call(AllocVersion(step=step + 1))
+
+        asyncio.run(run())
+        assert len(buffer.status()["peers"]) <= 4
+
+
+# --- the end of a run ---
+
+
+def test_every_peer_hears_that_the_run_is_finished(tmp_path: Path) -> None:
+    with running_buffer(tmp_path, trainer={"num_steps": 2, "groups_per_step": 2}) as buffer:
+        producer = buffer.produce("rollout-0")
+
+        async def run() -> None:
+            inbox: list[Any] = []
+            async with (
+                connected(buffer, server_hello(buffer, "rollout-1"), inbox=inbox) as idle,
+                training(buffer) as trainer,
+            ):
+                with pytest.raises(RefusedError, match="the run goes on"):
+                    await trainer.call(FinishRun())
+                await finish(trainer)
+                await wait_for(inbox, JobFinished())
+                async with connected(buffer) as late:
+                    with pytest.raises(RunFinishedError):
+                        await late.call(server_hello(buffer, "rollout-2"), timeout_s=5)
+                await idle.call(Goodbye(), timeout_s=5)
+                await trainer.call(Goodbye())
+
+        asyncio.run(run())
+        assert producer.wait(timeout=10) == 0
+        _, stderr = buffer.process.communicate(timeout=15)
+        assert (buffer.process.returncode, stderr) == (0, "")
+        assert scalar(buffer, "finished_steps") == 2
+
+
+def test_a_finished_run_is_continued_with_more_steps(tmp_path: Path) -> None:
+    steps = {"num_steps": 1, "groups_per_step": 2}
+    daemon = {"heartbeat_s": 0.1, "linger_s": 1.0, "exit_code_on_drain": 75}
+    with running_buffer(tmp_path, trainer=steps, daemon=daemon) as buffer:
+        buffer.produce("rollout-0")
+
+        async def run() -> None:
+            async with training(buffer) as trainer:
+                await finish(trainer)
+
+        asyncio.run(run())
+        buffer.process.communicate(timeout=15)  # after linger_s: two peers have left without a goodbye
+        assert buffer.process.returncode == 0
+    again = BufferProcess(buffer.config)
+    try:
+
+        async def hear() -> None:
+            async with connected(again) as link:
+                with pytest.raises(RunFinishedError):
+                    await link.call(server_hello(again), timeout_s=5)
+                await link.call(trainer_hello(again.config), timeout_s=5)
+                with pytest.raises(RunFinishedError):
+                    await link.call(StartTraining(step=1), timeout_s=5)
+
+        asyncio.run(hear())
+        again.process.communicate(timeout=15)
+        assert again.process.returncode == 0
+    finally:
+        again.close()
+    more = dataclasses.replace(buffer.config, trainer=dataclasses.replace(buffer.config.trainer, num_steps=2))
+    continued = BufferProcess(more)
+    try:
+
+        async def go_on() -> None:
+            async with connected(continued) as link, connected(continued) as server:
+                await server.call(server_hello(continued), timeout_s=5)
+                await link.call(trainer_hello(more), timeout_s=5)
+                await link.call(StartTraining(step=1), timeout_s=5)
+
+        asyncio.run(go_on())
+        code, stderr = continued.terminate()
+        assert (code, stderr) == (75, ""), "it has drained, and the run is not finished"
+    finally:
+        continued.close()
+
+
+def test_an_operator_drains_a_server_through_the_buffer(tmp_path: Path) -> None:
+    with running_buffer(tmp_path) as buffer:
+
+        async def run() -> None:
+            inbox: list[Any] = []
+            async with connected(buffer, server_hello(buffer), inbox=inbox):
+                reply = await asyncio.to_thread(control, buffer, "drain_server", {"server": "rollout-0"})
+                assert reply == {"draining": "rollout-0"}
+                await wait_for(inbox, Drain())
+            for name in ("rollout-9", None, ["rollout-0"]):
+                reply = await asyncio.to_thread(control, buffer, "drain_server", {"server": name})
+                assert "registered rollout server" in reply["error"]
+
+        asyncio.run(run())
+
+
+# --- ledgers of the release before ---
+
+
+def old_ledger(**scalars: int) -> RowStore:
+    """A ledger with these scalars, in which tickets were issued and which has no generation."""
+    store = RowStore()
+    ledger = new_ledger(store=store)
+    name = "a"
+    ledger.register_server(name, incarnation=1, weights_version=0, now_s=0.0)
+    beat = ServerHeartbeat(
+        state=ServerState.SERVING, free_samples=4, holding_samples=0, weights_version=0, leases=[]
+    )
+    ledger.heartbeat(name, beat, now_s=0.0)
+    assert ledger.grant(now_s=0.0)["a"]
+    for key, value in scalars.items():
+        store.put_scalar(key.replace("__", ":"), value)
+    copy = store.copy()
+    copy.connection.execute("DELETE FROM marks WHERE name = 'generation'")
+    return copy
+
+
+def test_numbers_of_the_release_before_are_the_newest() -> None:
+    clock = time.time_ns()
+    store = old_ledger(**{"incarnation__trainer-0": clock, "incarnation__rollout-0": clock + 5})
+    ledger = recover(ledger_settings(durable=True), store, now_s=0.0)
+    assert ledger.admit_process("trainer", "p") == clock + 1
+    assert ledger.admit_process("rollout-0", "q") == clock + 6
+    assert ledger.state.leases._next_id > int(time.time()) << 20
+    again = recover(ledger_settings(durable=True), store.copy(), now_s=0.0)
+    assert again.state.leases._next_id > ledger.state.leases._next_id + (1 << 30)
+    assert again.find_process("rollout-0", "q", 0) == clock + 6
+
+
+def test_an_impossible_number_needs_unfence() -> None:
+    store = old_ledger(**{"incarnation__trainer-0": HUGE, "trainer_incarnation": HUGE})
+    ledger = recover(ledger_settings(durable=True), store, now_s=0.0)
+    with pytest.raises(RefusedError, match="areal-like unfence RUN trainer"):
+        ledger.admit_process("trainer", "p")
+    ledger.unfence("trainer", unix_s=1.0)
+    assert 0 < ledger.admit_process("trainer", "p") < 10
+    assert ledger.trainer_incarnation < 10
+    ledger.start_training(incarnation=ledger.find_process("trainer", "p", 0), step=0, stream={})
+
+
+# --- the decision alone ---
+
+
+def newcomer(route: bytes) -> Newcomer:
+    return Newcomer(route=route, rid=1, hello=hello("rollout-0"))
+
+
+def test_the_holder_of_a_name_keeps_it_by_any_message() -> None:
+    claims = NameClaims()
+    claims.begin("rollout-0", [b"holder"], now_s=0.0)
+    assert claims.is_asked("rollout-0") and claims.wait("rollout-0", newcomer(b"new"))
+    assert claims.wait("rollout-0", newcomer(b"new")), "a repeated hello takes no second place"
+    assert list(claims.heard(b"other")) == [] == list(claims.expired(now_s=ANSWER_S - 0.1))
+    assert [each.route for each in claims.heard(b"holder")] == [b"new"]
+    assert not claims.is_asked("rollout-0") and list(claims.expired(now_s=100.0)) == []
+
+
+def test_a_silent_holder_loses_its_name() -> None:
+    claims = NameClaims()
+    claims.begin("trainer", [b"rank 0", b"rank 1"], now_s=0.0)
+    routes = [secrets.token_bytes(4) for _ in range(MAX_WAITING)]
+    assert all(claims.wait("trainer", newcomer(route)) for route in routes)
+    assert not claims.wait("trainer", newcomer(b"one too many"))
+    ((name, newcomers),) = claims.expired(now_s=ANSWER_S)
+    assert name == "trainer" and [each.route for each in newcomers] == routes
+    assert claims.cancel("trainer") == []

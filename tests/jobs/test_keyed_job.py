@@ -1,0 +1,130 @@
+"""A whole job with keys: shards, a server that joins with a key of its own, renewed and revoked keys."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from areal_like.errors import DeadlineError
+from areal_like.security.administration import add_key, revoke_key
+from areal_like.security.keys import KeyRole
+from areal_like.wire.messages.weights import AskAlive
+from launch.cli import main as areal_like
+from tests.support.keys import keyed_link, keyring, keys_of_machine, new_keys
+from tests.support.launching import ROOT, TEST_LIMIT_S, finish, launcher, num_steps_done, wait_until
+
+pytestmark = [pytest.mark.timeout(TEST_LIMIT_S), pytest.mark.slow]
+
+
+async def answers(address: str, path: Path | None, role: KeyRole, *, name: str = "") -> bool:
+    """True if a weight socket answers to this key."""
+    keys = keyring(path, role, name=name) if path else None
+    link = keyed_link(address, keys, role=KeyRole.ROLLOUT)
+    try:
+        await link.call(AskAlive(), timeout_s=1)
+    except DeadlineError:
+        return False
+    finally:
+        link.close()
+    return True
+
+
+def log_of(run: Path, daemon: str) -> str:
+    return (run / "logs" / f"{daemon}.log").read_text()
+
+
+def test_a_keyed_job_with_renewed_and_revoked_keys(tmp_path: Path, cache: dict[str, str]) -> None:
+    keys = new_keys(tmp_path / "keys")
+    add_key(keys, "gpu-7", KeyRole.ROLLOUT)
+    # The joining machine has only what it needs.
+    machine = keys_of_machine(keys, tmp_path / "machine", "gpu-7")
+    run = tmp_path / "runs" / "x"
+    settings = (
+        "name=x",
+        f"security.keys={keys}",
+        "buffer.num_shards=2",
+        "model.warm_start_steps=20",
+        "sampling.group_size=4",
+        "trainer.groups_per_step=4",
+        "trainer.num_steps=100000",
+        "trainer.checkpoint_interval=50",
+        "eval.num_prompts=4",
+        "weights.push_deadline_s=15",
+    )
+    with launcher(*settings, cwd=tmp_path, environment=cache) as process:
+
+        def wait(condition: object, what: str) -> None:
+            assert callable(condition)
+            wait_until(condition, what=what, run_root=run, process=process)
+
+        def steps(count: int) -> None:
+            goal = num_steps_done(run) + count
+            wait(lambda: num_steps_done(run) >= goal, f"step {goal}")
+
+        wait(lambda: num_steps_done(run) > 2, "steps")
+        joined = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "launch", "rollout", "x", "--join", "--name", "joined"),
+                *(f"security.keys={machine}", "security.identity=gpu-7"),
+            ],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)} | cache,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            wait(lambda: "'joined'" in log_of(run, "trainer-0"), "a push to the server that joined")
+            # Strangers at the weight socket of a server: no key, an unknown key, a key of another role.
+            weights = str(json.loads((run / "endpoints" / "rollout-0.json").read_text())["weights"])
+            assert asyncio.run(answers(weights, keys, KeyRole.TRAINER))
+            assert not asyncio.run(answers(weights, None, KeyRole.TRAINER))
+            assert not asyncio.run(answers(weights, keys, KeyRole.ROLLOUT))
+            steps(2)
+
+            assert areal_like(["keys", "rotate", str(keys), "--grace", "600"]) == 0
+            (machine / "public.json").write_bytes((keys / "public.json").read_bytes())
+            (machine / "gpu-7.secret").write_bytes((keys / "gpu-7.secret").read_bytes())
+            for daemon in ("buffer-0", "buffer-1", "trainer-0", "rollout-0", "joined"):
+                wait(
+                    lambda daemon=daemon: "using the new key" in log_of(run, daemon),
+                    f"the new key of {daemon}",
+                )
+            steps(20)
+            pushed = log_of(run, "trainer-0").count("over gloo")
+            revoke_key(keys, "gpu-7")
+            wait_until(lambda: joined.poll() is not None, what="the end of the revoked server", timeout_s=60)
+            assert joined.returncode == 1
+            assert joined.stderr is not None and "this key was revoked" in joined.stderr.read()
+            steps(20)
+            assert log_of(run, "trainer-0").count("over gloo") >= pushed
+            process.terminate()
+            code, _, _ = finish(process, run)
+        finally:
+            joined.kill()
+            joined.wait()
+            assert joined.stderr is not None
+            joined.stderr.close()
+    summary = json.loads((run / "summary.json").read_text()) if (run / "summary.json").exists() else {}
+    assert code == 0, summary
+    audit = subprocess.run(
+        [sys.executable, "-m", "launch", "audit", "x"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert audit.returncode == 0, audit.stdout
+    assert "refused" not in (run / "config.yaml").read_text()
+    written = [
+        file for file in run.rglob("*") if file.is_file() and file.suffix in (".yaml", ".json", ".log")
+    ]
+    secrets = [json.loads(file.read_text())["secret"] for file in keys.glob("*.secret")]
+    for file in written:
+        text = file.read_text()
+        assert not any(secret in text for secret in secrets), file

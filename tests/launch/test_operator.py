@@ -1,0 +1,119 @@
+"""The operator's token: the launcher and other commands send it to the run's daemons and to nobody else."""
+
+from __future__ import annotations
+
+import http.server
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from areal_like.config.security import SecurityConfig
+from areal_like.errors import ConfigError
+from areal_like.paths import write_json
+from launch.observation.http_json import Operator, fetch_json, post_json
+from tests.launch.test_supervision import ENDLESS, drain, run, scripted_workplace
+from tests.support.key_directory import make_keys
+from tests.support.launching import TEST_LIMIT_S, areal_like, launcher, launcher_log, wait_for_steps
+
+pytestmark = pytest.mark.timeout(TEST_LIMIT_S)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Iterator[Path]:
+    """A working directory with scripted daemons and a directory of keys."""
+    make_keys(tmp_path / "keys")
+    yield from scripted_workplace(tmp_path)
+
+
+def test_launcher_and_status_of_a_run_with_keys(workplace: Path) -> None:
+    root, keys = workplace / "runs" / "x", workplace / "keys"
+    token = (keys / "operator.token").read_text().strip()
+    with launcher("name=x", f"security.keys={keys}", ENDLESS, cwd=workplace) as process:
+        wait_for_steps(2, root, process=process)
+        shown = areal_like("status", "x", cwd=workplace)
+        assert shown.returncode == 0 and "queued" in shown.stdout, shown
+        (keys / "operator.token").write_text("a token that was revoked")
+        shown = areal_like("status", "x", cwd=workplace, environment={"COLUMNS": "300"})
+        assert "needs a valid token" in " ".join(shown.stdout.split()), shown
+        (keys / "operator.token").unlink()
+        shown = areal_like("status", "x", cwd=workplace)
+        assert (shown.returncode, shown.stdout) == (2, "")
+        assert "this needs the operator's token" in shown.stderr
+        assert drain(process, root)[0] == 0
+    everything = "".join(launcher_log(root)) + (root / "config.yaml").read_text()
+    assert token not in everything
+
+
+def test_launcher_without_the_operators_token_does_not_start(workplace: Path) -> None:
+    (workplace / "keys" / "operator.token").unlink()
+    code, _, stderr = run(workplace, f"security.keys={workplace}/keys")
+    assert code == 2 and "this needs the operator's token" in stderr
+    (workplace / "keys" / "operator.token").write_text("x")
+    (workplace / "keys" / "operator.token").chmod(0o644)
+    code, _, stderr = run(workplace, f"security.keys={workplace}/keys")
+    assert code == 2 and "chmod 600" in stderr
+
+
+@pytest.fixture
+def server() -> Iterator[SimpleNamespace]:
+    """An HTTP server that records the Authorization headers that it gets and sends `answer`."""
+    state = SimpleNamespace(answer=b'{"x": 1}', status=200, authorizations=[])
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            state.authorizations.append(self.headers.get("Authorization"))
+            self.send_response(state.status)
+            self.end_headers()
+            self.wfile.write(state.answer)
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            """Prints nothing."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
+        state.address = f"127.0.0.1:{listening.server_address[1]}"
+        thread = threading.Thread(target=listening.serve_forever, args=(0.02,))
+        thread.start()
+        yield state
+        listening.shutdown()
+        thread.join()
+
+
+def test_token_goes_only_to_addresses_in_endpoint_files(tmp_path: Path, server: SimpleNamespace) -> None:
+    token = make_keys(tmp_path / "keys")["operator"]
+    operator = Operator(SecurityConfig(keys=str(tmp_path / "keys")), tmp_path / "endpoints")
+    assert fetch_json(server.address, "/status", operator=operator) == {"x": 1}
+    assert post_json(server.address, "/control/drain", {}, operator=operator) == {"x": 1}
+    write_json(tmp_path / "endpoints" / "buffer.json", {"http": server.address})
+    assert fetch_json(server.address, "/status", operator=operator) == {"x": 1}
+    (tmp_path / "keys" / "operator.token").write_text("the token after a rotation\n")
+    assert post_json(server.address, "/control/drain", {}, operator=operator) == {"x": 1}
+    assert server.authorizations == [
+        None,
+        None,
+        f"Bearer {token}",
+        "Bearer the token after a rotation",
+    ]
+
+
+@pytest.mark.parametrize("answer", [b"", b"[]", b"\xff", b"x" * (1 << 16), b"[" * 100_000])
+def test_answers_are_checked(server: SimpleNamespace, answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.observation.http_json._MAX_ANSWER_BYTES", 1 << 17)
+    server.answer = answer
+    assert fetch_json(server.address, "/status") is None
+    with pytest.raises(ConnectionError):
+        post_json(server.address, "/control/drain", {})
+    server.answer, server.status = b'{"error": "no"}', 401
+    for refused in (lambda: fetch_json(server.address, "/x"), lambda: post_json(server.address, "/x", {})):
+        with pytest.raises(ConfigError, match="refuses this command: no"):
+            refused()
+
+
+def test_endless_answer_is_cut(server: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.observation.http_json._MAX_ANSWER_BYTES", 1 << 16)
+    server.answer = b'{"x": "' + b"y" * (1 << 20)
+    assert fetch_json(server.address, "/status") is None

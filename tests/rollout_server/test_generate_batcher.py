@@ -1,0 +1,210 @@
+"""Failures of single requests in a batch, against a stub that fails as SGLang does, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from areal_like.errors import EngineError, EngineTimeoutError, PromptRefusedError
+from areal_like.trajectory import FinishReason
+from rollout_server.inference.client import EngineClient
+from rollout_server.inference.types import Generation, Sampling
+
+TOO_LONG, ODD, CRASH, SLOW, SILENT = 1000, 1001, 1002, 1003, 1004
+"""First tokens of prompts that the stub refuses, answers with an unknown finish type, breaks its connection
+for, samples for ever, and never begins to sample."""
+
+
+class StubEngine:
+    """Answers /generate as SGLang answers a streamed batch; a sequence gets the token 7 twice."""
+
+    def __init__(self) -> None:
+        self.requests: list[list[str]] = []
+        self.aborted: list[str] = []
+        self.aborts_are_ignored = False
+        self._changed = asyncio.Event()
+
+    def app(self) -> web.Application:
+        app = web.Application()
+        app.router.add_post("/generate", self._generate)
+        app.router.add_post("/abort_request", self._abort)
+        return app
+
+    async def _abort(self, request: web.Request) -> web.Response:
+        self.aborted.append((await request.json())["rid"])
+        self._changed.set()
+        return web.json_response({})
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        rids, prompts = body["rid"], body["input_ids"]
+        self.requests.append(rids)
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        first = [prompt[0] for prompt in prompts]
+        # SGLang checks prompts one after the other, so those before the bad one may have an answer.
+        for index, token in enumerate(first):
+            if token == TOO_LONG:
+                await _send(response, {"error": {"message": "The input is longer than the context length"}})
+                return response
+            if token == CRASH and request.transport is not None:
+                request.transport.close()
+                return response
+            if token in (SLOW, SILENT):
+                continue
+            kind = "boredom" if token == ODD else "length"
+            await _send(response, _event(index, [7, 7], {"type": kind, "length": 2}))
+        for index, token in enumerate(first):
+            if token in (SLOW, SILENT):
+                while rids[index] not in self.aborted or self.aborts_are_ignored:
+                    await self._changed.wait()
+                    self._changed.clear()
+                tokens = [7] * (5 if token == SLOW else 0)
+                await _send(response, _event(index, tokens, {"type": "abort", "message": "Aborted"}))
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+
+def _event(index: int, tokens: list[int], reason: dict[str, Any]) -> dict[str, Any]:
+    meta = {
+        "finish_reason": reason,
+        "output_token_logprobs": [[-0.5, token, None] for token in tokens],
+        "weight_version": "3",
+    }
+    return {"index": index, "output_ids": tokens, "meta_info": meta}
+
+
+async def _send(response: web.StreamResponse, event: dict[str, Any]) -> None:
+    await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+
+
+@asynccontextmanager
+async def stubbed(*, timeout_s: float = 20.0) -> AsyncIterator[tuple[StubEngine, EngineClient]]:
+    stub = StubEngine()
+    runner = web.AppRunner(stub.app(), shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    client = EngineClient(f"http://127.0.0.1:{runner.addresses[0][1]}", generate_timeout_s=timeout_s)
+    try:
+        async with client:
+            yield stub, client
+    finally:
+        await runner.cleanup()
+
+
+async def generate(client: EngineClient, first_tokens: list[int]) -> list[Generation | BaseException]:
+    """The outcomes of requests that start in one turn of the loop."""
+    sampling = Sampling(max_new_tokens=8)
+    asked = [
+        client.generate([token, 5], sampling=sampling, rid=f"1.{index}.0")
+        for index, token in enumerate(first_tokens)
+    ]
+    return await asyncio.gather(*asked, return_exceptions=True)
+
+
+def run(body: Callable[[], Awaitable[None]]) -> None:
+    async def limited() -> None:
+        async with asyncio.timeout(30):
+            await body()
+
+    asyncio.run(limited())
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [(TOO_LONG, PromptRefusedError, "longer than the context"), (CRASH, EngineError, "was lost")],
+)
+def test_one_bad_of_64_fails_alone(bad: int, error: type[EngineError], message: str) -> None:
+    async def body() -> None:
+        async with stubbed() as (stub, client):
+            outcomes = await generate(client, [*range(10, 50), bad, *range(60, 83)])
+            assert Counter(type(outcome) for outcome in outcomes) == {Generation: 63, error: 1}
+            assert type(outcomes[40]) is error and message in str(outcomes[40])
+            batch, *alone = stub.requests
+            assert len(batch) == 64 and {len(rids) for rids in alone} == {1}
+            assert len(alone) <= 64 and not {rid for rids in alone for rid in rids} & set(batch)
+
+    run(body)
+
+
+def test_orphans_of_a_broken_batch_are_aborted() -> None:
+    async def body() -> None:
+        async with stubbed() as (stub, client):
+            outcomes = await generate(client, [TOO_LONG, 10, 11])
+            assert [type(outcome) for outcome in outcomes] == [PromptRefusedError, Generation, Generation]
+            while len(stub.aborted) < 3:
+                await asyncio.sleep(0.01)
+            assert stub.aborted == stub.requests[0]
+
+    run(body)
+
+
+def test_an_unknown_finish_type_fails_alone() -> None:
+    async def body() -> None:
+        async with stubbed() as (stub, client):
+            first, odd, last = await generate(client, [10, ODD, 11])
+            assert isinstance(first, Generation) and isinstance(last, Generation)
+            assert type(odd) is EngineError and "boredom" in str(odd)
+            assert len(stub.requests) == 1, "the others were answered in the same stream"
+
+    run(body)
+
+
+def test_a_time_out_keeps_the_partial_tokens() -> None:
+    async def body() -> None:
+        async with stubbed(timeout_s=0.3) as (stub, client):
+            quick, slow, silent = await generate(client, [10, SLOW, SILENT])
+            assert isinstance(quick, Generation) and quick.finish_reason is FinishReason.LENGTH
+            assert isinstance(slow, Generation) and slow.finish_reason is FinishReason.TIMEOUT
+            assert (slow.output_ids.tolist(), slow.versions.tolist()) == ([7] * 5, [3] * 5)
+            assert type(silent) is EngineTimeoutError and "generate_timeout_s=0.3" in str(silent)
+            assert len(stub.requests) == 1 and stub.aborted == ["1.1.0;", "1.2.0;"]
+
+    run(body)
+
+
+def test_an_engine_that_ignores_aborts_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rollout_server.inference.generate_batcher._ABORT_GRACE_S", 0.2)
+
+    async def body() -> None:
+        async with stubbed(timeout_s=0.2) as (stub, client):
+            stub.aborts_are_ignored = True
+            quick, *slow = await generate(client, [10, SLOW, SLOW])
+            assert isinstance(quick, Generation)
+            assert {type(outcome) for outcome in slow} == {EngineTimeoutError}
+            assert len(stub.requests) == 1, "a time-out is not sent again"
+
+    run(body)
+
+
+def test_a_request_that_was_sent_again_can_be_aborted() -> None:
+    async def body() -> None:
+        async with stubbed() as (stub, client):
+            asked = asyncio.create_task(generate(client, [TOO_LONG, SLOW]))
+            while len(stub.requests) < 3:
+                await asyncio.sleep(0.01)
+            await client.abort("1.1.0")
+            _, slow = await asked
+            assert isinstance(slow, Generation) and slow.finish_reason is FinishReason.ABORT
+
+    run(body)
+
+
+def test_closing_fails_requests_that_are_sent_again() -> None:
+    async def body() -> None:
+        async with stubbed() as (stub, client):
+            asked = asyncio.create_task(generate(client, [TOO_LONG, SLOW]))
+            while len(stub.requests) < 3:
+                await asyncio.sleep(0.01)
+            await client.close()
+            _, slow = await asked
+            assert isinstance(slow, EngineError) and "closed" in str(slow)
+
+    run(body)
