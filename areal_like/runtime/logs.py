@@ -101,7 +101,7 @@ class ReopenedFile(logging.FileHandler):
 
     def close_stream(self) -> None:
         """Closes the file without ending the handler."""
-        stream, self.stream = self.stream, None  # type: ignore[assignment]
+        stream, self.stream = self.stream, None
         if stream is not None:
             stream.flush()
             stream.close()
