@@ -41,6 +41,7 @@ class StartTraining:
 
     max_header_bytes: ClassVar[int] = 4 << 20
     """A curriculum that remembers 100,000 prompts: 400,000 integers."""
+
     step: int
     """Completed optimizer steps (0 for a new run, K after resuming from checkpoint K)."""
     stream: dict[str, int | list[int]] = field(default_factory=dict)
@@ -95,6 +96,7 @@ class Group:
 
     max_header_bytes: ClassVar[int] = 256 << 10
     """16 bytes for each sample: 10,000 samples."""
+
     step: int
     position: int
     ticket_id: int
@@ -152,6 +154,7 @@ class StreamState:
 
     max_header_bytes: ClassVar[int] = 4 << 20
     """As `StartTraining`."""
+
     stream: dict[str, int | list[int]]
 
 
@@ -210,6 +213,7 @@ class Directory:
 
     max_header_bytes: ClassVar[int] = 1 << 20
     """A few hundred bytes for each server: 1,000 servers."""
+
     servers: list[ServerEntry]
 
 

@@ -29,6 +29,7 @@ class Hello:
 
     max_header_bytes: ClassVar[int] = 8 << 10
     """The only message of an unregistered peer that is decoded."""
+
     role: Role
     name: str
     """Stable name, e.g. `rollout-0`, `trainer-0`."""

@@ -58,6 +58,7 @@ class ServerHeartbeat:
 
     max_header_bytes: ClassVar[int] = 256 << 10
     """9 bytes for each lease: 28,000 leases."""
+
     state: ServerState
     free_samples: int
     """Credit: samples that the server can take now beyond those it holds (absolute, not a difference)."""
@@ -222,6 +223,7 @@ class ReturnLeases:
 
     max_header_bytes: ClassVar[int] = 256 << 10
     """As `ServerHeartbeat`."""
+
     leases: list[int]
     reason: str
 

@@ -87,6 +87,7 @@ class PushWeights:
 
     max_header_bytes: ClassVar[int] = 4 << 20
     """A mixture of experts: 40,000 tensors with names of 60 characters."""
+
     epoch: int
     group_name: str
     version: int
@@ -108,6 +109,7 @@ class PushChecksums:
 
     max_header_bytes: ClassVar[int] = 4 << 20
     """70 bytes for each bucket; a bucket has at least one of `PushWeights`' tensors."""
+
     version: int
     checksums: list[int]
     """`areal_like.weights.buckets.checksum` of each bucket, in the order of the manifest."""
