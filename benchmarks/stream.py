@@ -18,7 +18,8 @@ of acknowledgements. `cost` is the CPU time of inserting and reading one sample 
 other systems need their packages; without --peers only ours and bare zmq are run.
 
 `wire` measures ours (process_crash) with records of 8 and 256 kB by the number of ZeroMQ threads
-(`daemon.io_threads`) of every process: `mb_per_s` is what passes the buffer in each direction.
+(`daemon.io_threads`) of every process, each without keys and right after it with keys: `mb_per_s` is what
+passes the buffer in each direction, `of_without_keys` the ratio of the two rates.
 
     pip install --target DIR hiredis ray TransferQueue tensordict
     python -m benchmarks.stream [--seconds 8] [--peers DIR] [--scratch DIR] [--only ours,redis]
@@ -43,6 +44,8 @@ from typing import Any
 
 import numpy as np
 
+from areal_like.security.administration import init_keys
+from areal_like.security.keys import KeyRole
 from areal_like.wire.records import BYTES_PER_TOKEN
 from benchmarks.report import ROOT, table, write
 from benchmarks.stream_peers import bare_zmq, ledger_cost, ours
@@ -211,19 +214,33 @@ class Bench:
             )
 
     def wire(self) -> None:
-        """Measures the buffer by size of the records and number of ZeroMQ threads."""
-        for size, num_tokens in WIRE_TOKENS.items():
-            for io_threads in IO_THREADS:
-                self._wire_row(size, num_tokens=num_tokens, io_threads=io_threads)
+        """Measures the buffer by size of the records and number of ZeroMQ threads, without keys and with."""
+        with tempfile.TemporaryDirectory(dir=self._scratch, prefix="stream-") as directory:
+            keys = Path(directory) / "keys"
+            init_keys(keys, [KeyRole.BUFFER, KeyRole.ROLLOUT, KeyRole.TRAINER])
+            for size, num_tokens in WIRE_TOKENS.items():
+                for io_threads in IO_THREADS:
+                    # Side by side, so that both see the same machine.
+                    for used in ("", str(keys)):
+                        self._wire_row(size, num_tokens=num_tokens, io_threads=io_threads, keys=used)
 
-    def _wire_row(self, size: str, *, num_tokens: int, io_threads: int) -> None:
+    def _wire_row(self, size: str, *, num_tokens: int, io_threads: int, keys: str) -> None:
         plan = Plan(
-            role="", address="", num_tokens=num_tokens, backlog=WIRE_BACKLOG[size], io_threads=io_threads
+            role="",
+            address="",
+            num_tokens=num_tokens,
+            backlog=WIRE_BACKLOG[size],
+            io_threads=io_threads,
+            keys=keys,
         )
         with (
             tempfile.TemporaryDirectory(dir=self._scratch, prefix="stream-") as directory,
             ours.server(
-                Path(directory), durability="process_crash", backlog=plan.backlog, io_threads=io_threads
+                Path(directory),
+                durability="process_crash",
+                backlog=plan.backlog,
+                io_threads=io_threads,
+                keys=keys,
             ) as served,
         ):
             row = measure(
@@ -235,6 +252,9 @@ class Bench:
             )
         row["mb_per_s"] = round(row["per_s"] * num_tokens * BYTES_PER_TOKEN / 1e6, 1)
         name = f"{size}, {io_threads} threads"
+        if keys:
+            row["of_without_keys"] = round(row["per_s"] / max(1, self.wire_rows[name]["per_s"]), 3)
+            name += ", keys"
         self.wire_rows[name] = row
         print(name, json.dumps(row), flush=True)
 

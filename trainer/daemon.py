@@ -32,6 +32,7 @@ from areal_like.runtime.daemon import DrainSignals, exit_code_of
 from areal_like.runtime.logs import configure_logging
 from areal_like.runtime.process import keep_files_private
 from areal_like.runtime.signals import handle_log_signals
+from areal_like.security.binding import require_loopback_or_keys
 from areal_like.weights.snapshots_on_disk import VERSION_KEY
 from trainer.buffer_client.client import StopRequestedError, TrainerBufferClient
 from trainer.checkpoint import Checkpoints
@@ -259,6 +260,7 @@ def _control_timeout_s(config: Config) -> float:
 def _run(config: Config) -> bool:
     """Returns True if the run is finished, False after a drain."""
     started_s = time.monotonic()
+    require_loopback_or_keys(config.security, config.weights.host, setting="weights.host")
     StepRecipe.of(config).check_stream(config)  # reports a mistake in the settings before anything is loaded
     torch.set_num_threads(config.trainer.num_threads)
     device = device_of(config)

@@ -71,6 +71,8 @@ class Plan:
     """Tokens of a trajectory; a record takes 8 bytes for each."""
     io_threads: int = 1
     """ZeroMQ threads of each process."""
+    keys: str = ""
+    """Directory of the job's keys; empty: without keys."""
 
     @classmethod
     def from_argv(cls) -> Self:

@@ -15,14 +15,17 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from areal_like.config import Config, from_mapping
+from areal_like.config import Config, SecurityConfig, from_mapping
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import save_config
+from areal_like.security.keyring import Keyring
+from areal_like.security.keys import KeyRole
 from areal_like.wire.channel import Link
+from areal_like.wire.curve import CurveClient
 from areal_like.wire.fingerprint import dataset_fingerprint
 from areal_like.wire.messages.consumer import AllocVersion, CommitStep, CompleteStep, Fetch, StartTraining
 from areal_like.wire.messages.hello import Hello, Role
@@ -54,7 +57,9 @@ _MAX_TOKENS = 32_768
 """Largest sample that the buffer accepts."""
 
 
-def config_of(directory: Path, *, durability: str, backlog: int, io_threads: int = 1) -> Config:
+def config_of(
+    directory: Path, *, durability: str, backlog: int, io_threads: int = 1, keys: str = ""
+) -> Config:
     """A job whose staleness bound is the backlog."""
     return from_mapping(
         {
@@ -69,14 +74,17 @@ def config_of(directory: Path, *, durability: str, backlog: int, io_threads: int
             },
             "buffer": {"durability": durability},
             "daemon": {"io_threads": io_threads},
+            "security": {"keys": keys},
         }
     )
 
 
 @contextlib.contextmanager
-def server(directory: Path, *, durability: str, backlog: int, io_threads: int = 1) -> Iterator[Served]:
+def server(
+    directory: Path, *, durability: str, backlog: int, io_threads: int = 1, keys: str = ""
+) -> Iterator[Served]:
     """Runs the buffer daemon."""
-    config = config_of(directory, durability=durability, backlog=backlog, io_threads=io_threads)
+    config = config_of(directory, durability=durability, backlog=backlog, io_threads=io_threads, keys=keys)
     paths = RunPaths.of(config)
     save_config(config, paths.config)
     endpoint = paths.endpoints / "buffer.json"
@@ -89,6 +97,12 @@ def server(directory: Path, *, durability: str, backlog: int, io_threads: int = 
     finally:
         process.terminate()
         process.wait(timeout=60)
+
+
+def _link(plan: Plan, role: KeyRole, handler: Callable[[Any], None]) -> Link:
+    keyring = Keyring.of(SecurityConfig(keys=plan.keys), role=role)
+    curve = None if keyring is None else CurveClient(keyring, role=KeyRole.BUFFER)
+    return Link(plan.address, handler=handler, curve=curve)
 
 
 def _hello(role: Role, name: str) -> Hello:
@@ -110,7 +124,7 @@ class _Producer:
 
     def __init__(self, plan: Plan, name: str, tally: Tally, pacer: Pacer) -> None:
         self._plan, self._name, self._tally, self._pacer = plan, name, tally, pacer
-        self._link = Link(plan.address, handler=self._on_message)
+        self._link = _link(plan, KeyRole.ROLLOUT, self._on_message)
         self._work: deque[tuple[int, int, int]] = deque()
         self._sent_s: dict[tuple[int, int], float] = {}
         self._leases: dict[int, int] = {}
@@ -189,7 +203,7 @@ async def _pace(producers: deque[_Producer], tally: Tally) -> None:
 
 
 async def _consume(plan: Plan, tally: Tally) -> None:
-    link = Link(plan.address, handler=lambda _: None)
+    link = _link(plan, KeyRole.TRAINER, lambda _: None)
 
     async def fetched(step: int, position: int) -> None:
         group = await link.call(Fetch(step=step, position=position), timeout_s=60)

@@ -81,18 +81,21 @@ class ConnectedPeers:
         self._stats_of_long_gone: dict[str, float] = {}
         """Sums over the servers that left before those."""
 
-    def check(self, hello: Hello) -> None:
+    def check(self, hello: Hello, *, tells_values: bool = False) -> None:
         """Raises RefusedError(field, reason) if a peer's configuration differs from the job's.
 
         Also for a name of the other role, an address outside this machine, and too many peers.
+        `tells_values`: the reason contains the job's value, because the peer has a key.
         """
         for name in ("job", "num_shards", "shard", "dataset", "model", "tokenizer"):
             expected, owner = self._expected.get(name, (getattr(hello, name), hello.name))
             if getattr(hello, name) != expected:
-                _refuse_difference(hello, name, expected=expected, owner=owner)
+                _refuse_difference(hello, name, expected=expected, owner=owner, tells_values=tells_values)
         expected = self._settings.get(hello.role, "")
         if hello.settings and expected and hello.settings != expected:
-            _refuse_difference(hello, "settings", expected=expected, owner="the buffer")
+            _refuse_difference(
+                hello, "settings", expected=expected, owner="the buffer", tells_values=tells_values
+            )
         # Otherwise a server could keep a trainer from registering by taking its name.
         is_rank_name = hello.name == TRAINER or hello.name.startswith(f"{TRAINER}-")
         if is_rank_name is not (hello.role is Role.TRAINER):
@@ -196,14 +199,13 @@ class ConnectedPeers:
                     self._stats_of_long_gone[stat] = self._stats_of_long_gone.get(stat, 0.0) + value
 
 
-def _refuse_difference(hello: Hello, name: str, *, expected: object, owner: str) -> NoReturn:
-    log.warning(
-        "%s refused (%s): it has %r, %s has %r", hello.name, name, getattr(hello, name), owner, expected
-    )
-    raise RefusedError(
-        name,
-        "differs from the job's; the buffer's log has both values: start both with the same configuration",
-    )
+def _refuse_difference(
+    hello: Hello, name: str, *, expected: object, owner: str, tells_values: bool
+) -> NoReturn:
+    values = f"{hello.name} has {getattr(hello, name)!r}, {owner} has {expected!r}"
+    log.warning("%s refused (%s): %s", hello.name, name, values)
+    difference = values if tells_values else "differs from the job's; the buffer's log has both values"
+    raise RefusedError(name, f"{difference}: start both with the same configuration")
 
 
 def _is_local(address: str) -> bool:

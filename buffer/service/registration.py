@@ -99,7 +99,9 @@ class Registration:
 
     def _hello(self, newcomer: Newcomer) -> None:
         hello = newcomer.hello
-        self._peers.check(hello)
+        # Again: another key may have got the name while this newcomer waited for it.
+        self._keys.check_hello(hello, newcomer.key)
+        self._peers.check(hello, tells_values=newcomer.key is not None)
         name = claimed_name(hello)
         incarnation = self._ledger.find_process(name, hello.process, hello.incarnation)
         if self._ledger.is_finished and hello.role is Role.ROLLOUT:

@@ -8,11 +8,13 @@ restart: they are stored as pairs of name and number whenever they change. The c
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 
 from areal_like.failures import FailureKind, FailurePolicy
 from areal_like.selection import (
+    MAX_BUCKET,
     failure_key,
     length_bucket,
     length_key,
@@ -27,6 +29,11 @@ _VERDICT = "verdict_"
 _LARGEST_REWARD = 1e12
 """Rewards count up to here in sums, which must stay finite whatever a server sends: JSON and the wire have no
 infinity."""
+_POPULATIONS = ("offered", "trained", *(f"failed_{kind.value}" for kind in FailureKind))
+# Made once, because every sample passes here.
+_LENGTHS = {name: [length_key(name, bucket) for bucket in range(MAX_BUCKET + 1)] for name in _POPULATIONS}
+_SUMS = {name: (f"{name}_sum_tokens", f"{name}_sum_reward") for name in _POPULATIONS}
+_VERDICT_NAMES = {verdict: _VERDICT + verdict.name.lower() for verdict in Verdict}
 
 
 class StreamCounters:
@@ -50,7 +57,7 @@ class StreamCounters:
 
     def count_offered(self, verdict: Verdict, *, num_sampled: int) -> None:
         """Counts a sample that arrived. The tokens of a duplicate were counted the first time."""
-        self._add(_VERDICT + verdict.name.lower(), 1)
+        self._add(_VERDICT_NAMES[verdict], 1)
         if verdict is Verdict.ACCEPTED:
             self._add("tokens_accepted", num_sampled)
         elif verdict.refusal:
@@ -120,15 +127,18 @@ class StreamCounters:
 
     def _add_sample(self, population: str, sample: SampleSummary, *, sign: int) -> None:
         self._add_length(population, sample.num_sampled, sign=sign)
-        reward = max(-_LARGEST_REWARD, min(_LARGEST_REWARD, sample.reward))
-        self._add(f"{population}_sum_reward", sign * reward)
+        reward = sample.reward
+        if not -_LARGEST_REWARD < reward < _LARGEST_REWARD:
+            reward = math.copysign(_LARGEST_REWARD, reward)
+        self._add(_SUMS[population][1], sign * reward)
 
     def _add_length(self, population: str, num_tokens: int, *, sign: int) -> None:
-        self._add(length_key(population, length_bucket(num_tokens)), sign)
-        self._add(f"{population}_sum_tokens", sign * num_tokens)
+        self._add(_LENGTHS[population][length_bucket(num_tokens)], sign)
+        self._add(_SUMS[population][0], sign * num_tokens)
 
     def _add(self, name: str, amount: float) -> None:
-        self._values[name] = self._values.get(name, 0) + amount
+        values = self._values
+        values[name] = values[name] + amount if name in values else amount
         self._changed.add(name)
 
     def __getitem__(self, name: str) -> int:
@@ -137,7 +147,7 @@ class StreamCounters:
     @property
     def verdicts(self) -> Counter[Verdict]:
         """Samples that arrived, by verdict."""
-        return Counter({verdict: self[_VERDICT + verdict.name.lower()] for verdict in Verdict})
+        return Counter({verdict: self[_VERDICT_NAMES[verdict]] for verdict in Verdict})
 
     @property
     def lag_histogram(self) -> Counter[int]:

@@ -41,5 +41,5 @@ class Outcome:
         if ended.name == "trainer" and not was_terminated and not self.failure:
             headline = f"trainer failed while it drained ({ended.description}); its last lines:"
             self.failed(ended.failure_lines(headline), exit_code=1)
-        elif ended.code not in (0, DRAINED, -signal.SIGTERM, -signal.SIGINT):
+        elif not was_terminated and ended.code != -signal.SIGINT:
             log.warning("%s ended while closing: %s", ended.name, ended.description)

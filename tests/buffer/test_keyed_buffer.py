@@ -160,7 +160,7 @@ def test_a_message_with_another_key_is_refused(buffer: BufferProcess, keys: Path
             with pytest.raises(RefusedError, match="rollout-0 registered with the key rollout, not gpu-7"):
                 await thief.beat()
             # Nor does it get the name by registering.
-            assert "key name" in await refused(thief.link, server(buffer, incarnation=time.time_ns()))
+            assert "key name" in await refused(thief.link, server(buffer))
         assert buffer.status()["refused_frames"] == 2
 
     asyncio.run(body())
@@ -177,7 +177,7 @@ def test_a_name_belongs_to_the_key_that_registered_it(buffer: BufferProcess, key
             # The name is free again when its key is not valid any more.
             revoke_key(keys, "rollout")
             await until(lambda: all(peer["key"] == "gpu-7" for peer in buffer.status()["peers"]))
-            hello = server(buffer, incarnation=time.time_ns())
+            hello = server(buffer)
             assert isinstance(await other.link.call(hello, timeout_s=5), Welcome)
 
     asyncio.run(body())

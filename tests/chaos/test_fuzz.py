@@ -152,7 +152,7 @@ async def fuzz_weight_receiver(*, num_frames: int) -> None:
                     num_answers += 1
                 assert not receiver.serving.done(), receiver.serving.result()
                 await asyncio.sleep(0)
-        assert receiver.num_bad_frames > num_frames // 10 and num_answers
+        assert receiver.listener.num_bad_frames > num_frames // 10 and num_answers
         await receiver.close()
     link.close()
 

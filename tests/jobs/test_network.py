@@ -1,4 +1,4 @@
-"""A job across two simulated machines: network namespaces with one address each and a shared disk."""
+"""A job across two simulated machines: network namespaces with an address and keys each, a shared disk."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.keys import keys_of_machine, new_keys
 from tests.support.launching import ROOT, TEST_LIMIT_S, num_steps_done, wait_until
 
 pytestmark = [pytest.mark.timeout(TEST_LIMIT_S), pytest.mark.slow]
@@ -49,12 +50,16 @@ def test_the_default_job_across_two_addresses(
     tmp_path: Path, machines: tuple[str, str], cache: dict[str, str]
 ) -> None:
     run = tmp_path / "runs" / "x"
+    keys = new_keys(tmp_path / "keys")
+    trainer_keys = keys_of_machine(keys, tmp_path / "trainer-keys", "buffer", "trainer")
+    rollout_keys = keys_of_machine(keys, tmp_path / "rollout-keys", "rollout")
     settings = (
         "name=x",
         f"runs_dir={tmp_path}/runs",
         "model.warm_start_steps=20",
         "trainer.num_steps=8",
         "eval.num_prompts=16",
+        f"security.keys={trainer_keys}",
         "buffer.host=0.0.0.0",
         f"buffer.advertise_host={TRAINER_HOST}",
         f"buffer.port={PORT}",
@@ -62,7 +67,12 @@ def test_the_default_job_across_two_addresses(
     )
     # The other roles get the buffer's address, and the server gets the address at which it can be reached.
     trainer_settings = (*settings, f"buffer.host={TRAINER_HOST}")
-    server_settings = (*trainer_settings, "rollout.host=0.0.0.0", f"rollout.advertise_host={ROLLOUT_HOST}")
+    server_settings = (
+        *trainer_settings,
+        f"security.keys={rollout_keys}",
+        "rollout.host=0.0.0.0",
+        f"rollout.advertise_host={ROLLOUT_HOST}",
+    )
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | cache
     started: list[subprocess.Popen[bytes]] = []
 
@@ -80,7 +90,8 @@ def test_the_default_job_across_two_addresses(
         server = start(far, "rollout_server", "--name", "rollout-far", *server_settings)
         trainer = start(near, "trainer", *trainer_settings)
         wait_until(lambda: trainer.poll() is not None, what="the end of training", run_root=run)
-        assert trainer.returncode == 0 and server.poll() is None
+        wait_until(lambda: server.poll() is not None, what="the end of the server", run_root=run)
+        assert trainer.returncode == 0 and server.returncode == 0
     finally:
         for process in reversed(started):  # the buffer last, so that the server can send Goodbye
             process.terminate()

@@ -20,6 +20,7 @@ from typing import Any
 from areal_like.config import Config, from_mapping
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import save_config
+from areal_like.security.tokens import operator_token
 from areal_like.wire.channel import Link
 from areal_like.wire.fingerprint import dataset_fingerprint
 from areal_like.wire.messages.consumer import CompleteStep, Directory, Fetch, Group, StartTraining
@@ -94,7 +95,10 @@ class BufferProcess:
 
     def get(self, path: str) -> str:
         """The body of an HTTP GET."""
-        with urllib.request.urlopen(f"http://{self.http}{path}", timeout=5) as response:
+        keys = self.config.security.keys
+        headers = {"Authorization": f"Bearer {operator_token(keys)}"} if keys else {}
+        request = urllib.request.Request(f"http://{self.http}{path}", headers=headers)
+        with urllib.request.urlopen(request, timeout=5) as response:
             return str(response.read().decode())
 
     def status(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from areal_like.wire.messages.hello import Goodbye, Hello, Ok, Welcome
 from tests.support.buffer_harness import ROOT, BufferProcess, job
 from tests.support.trainer_helpers import write_model
 from tests.support.trainer_ranks import make_runner
+from trainer import daemon
 from trainer.buffer_client.client import TrainerBufferClient
 from trainer.checkpoint import Checkpoints
 from trainer.distributed.process_group import device_of
@@ -197,3 +198,9 @@ def test_a_failed_heartbeat_ends_every_wait(tmp_path: Path) -> None:
             buffer.stats = {"what cannot be sent": object()}  # type: ignore[dict-item]
             with pytest.raises(ArealError, match="no more heartbeats are sent: TypeError"):
                 buffer.call(CompleteStep(step=3), timeout_s=20)
+
+
+def test_an_open_rendezvous_needs_keys(tmp_path: Path) -> None:
+    config = job(tmp_path, weights={"host": "192.0.2.1"})
+    with pytest.raises(ConfigError, match=r"weights\.host=192\.0\.2\.1 is not a loopback address"):
+        daemon._run(config)
