@@ -1,4 +1,4 @@
-"""What an attacker has: sockets of his own, this project's messages, and perhaps a stolen key."""
+"""What an attacker connects with: ZeroMQ with or without a stolen key, raw TCP, HTTP."""
 
 from __future__ import annotations
 
@@ -7,38 +7,23 @@ import http.client
 import itertools
 import secrets
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any, Self
 
-import msgpack
 import zmq
 
-from areal_like.config import Config
-from areal_like.failures import FailureKind
-from areal_like.paths import model_path
 from areal_like.security.keys import Identity
-from areal_like.wire.codec import WIRE_VERSION, decode, encode
-from areal_like.wire.fingerprint import (
-    dataset_fingerprint,
-    model_fingerprint,
-    shared_settings,
-    tokenizer_fingerprint,
-)
-from areal_like.wire.messages.hello import Hello, Role
-from areal_like.wire.messages.producer import SampleDone, SampleFailed, Samples, ServerHeartbeat, ServerState
-from areal_like.wire.messages.weights import FormGroup, PushChecksums, PushWeights
-from areal_like.wire.records import Record
-from rollout_server.tasks.base import make_task
-from tests.chaos.producer import synthetic
+from areal_like.wire.codec import decode, encode
 
-HUGE = (1 << 63) - 1
 NULL_GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"NULL".ljust(20, b"\0") + bytes(32)
 """The first bytes of a ZeroMQ peer without keys."""
 NULL_READY = b"\x04\x29\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER\x08Identity\x00\x00\x00\x00"
 """Its second message."""
+PING = b"\x04\x07\x04PING\x00\x00"
+"""A heartbeat that wants an answer."""
 _PIECE = b" " * (1 << 20)
 
 
@@ -51,6 +36,7 @@ class Attacker:
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.set(zmq.LINGER, 0)
         self._socket.set(zmq.SNDTIMEO, 20_000)
+        self._socket.set(zmq.SNDHWM, 100)
         self._socket.set(zmq.ROUTING_ID, route or secrets.token_bytes(16))
         if identity is not None:
             self._socket.set(zmq.CURVE_SERVERKEY, server_key.encode())
@@ -74,6 +60,11 @@ class Attacker:
         """Raises zmq.Again if the connection takes nothing for 20 s."""
         self._socket.send_multipart(frames)
 
+    def try_send(self, frames: list[bytes]) -> None:
+        """Sends unless the connection was refused, or takes nothing now."""
+        with contextlib.suppress(zmq.Again):
+            self._socket.send_multipart(frames, flags=zmq.NOBLOCK, copy=False)
+
     def call(self, message: Any, *, timeout_s: float = 10.0) -> Any:
         """The reply; None if there is none in time."""
         rid = next(self._rids)
@@ -95,106 +86,6 @@ class Attacker:
     def _receive(self, wait_s: float) -> Iterator[tuple[Any, int]]:
         if self._socket.poll(round(wait_s * 1000)):
             yield decode(self._socket.recv_multipart())
-
-
-def server_hello(config: Config, name: str, **changes: Any) -> Hello:
-    """The hello of a rollout server of this job, with all values right."""
-    task = make_task(config.task, seed=config.seed)
-    fields: dict[str, Any] = {
-        "role": Role.ROLLOUT,
-        "name": name,
-        "process": secrets.token_hex(16),
-        "job": config.name,
-        "model": model_fingerprint(model_path(config)),
-        "tokenizer": tokenizer_fingerprint(model_path(config)),
-        "dataset": dataset_fingerprint(config),
-        "settings": shared_settings(config, Role.ROLLOUT),
-        "http_address": "",
-        "num_train_prompts": task.num_train,
-        "num_eval_prompts": task.num_eval,
-    }
-    return Hello(**(fields | changes))
-
-
-def rank_hello(config: Config, name: str = "trainer-0", **changes: Any) -> Hello:
-    """The hello of a rank of this job's trainer."""
-    fields = {"role": Role.TRAINER, "settings": shared_settings(config, Role.TRAINER)}
-    return server_hello(config, name, **(fields | changes))
-
-
-def with_long_name(hello: Hello, *, num_chars: int) -> list[bytes]:
-    """The frames of a hello whose name is longer than `encode` allows."""
-    body = asdict(hello) | {"role": hello.role.value, "name": "x" * num_chars}
-    return [msgpack.packb([WIRE_VERSION, "Hello", 1, body])]
-
-
-def heartbeat(*, free: int, version: int, leases: tuple[int, ...] = ()) -> ServerHeartbeat:
-    """The heartbeat of a server that takes `free` samples."""
-    return ServerHeartbeat(
-        state=ServerState.SERVING,
-        free_samples=free,
-        holding_samples=0,
-        weights_version=version,
-        leases=[*leases],
-    )
-
-
-def forged_samples(*, ticket_id: int = 1, lease_id: int = 1) -> Samples:
-    """Samples of nobody's engine, with a high reward."""
-    records = [
-        Record.of(ticket_id, index, synthetic(ticket_id + 6, index, num_tokens=8, version=0))
-        for index in range(4)
-    ]
-    return Samples(samples=[SampleDone(lease_id=lease_id, record=record) for record in records])
-
-
-def failure(*, lease_id: int = 1, ticket_id: int = 1, index: int = 0, kind: FailureKind) -> SampleFailed:
-    """A sample that could not be made."""
-    return SampleFailed(
-        lease_id=lease_id,
-        ticket_id=ticket_id,
-        sample_index=index,
-        kind=kind,
-        num_tokens=0,
-        error="forged",
-    )
-
-
-def forged_push(master_port: int) -> list[Any]:
-    """What a trainer sends to a server to change its weights."""
-    return [
-        FormGroup(
-            epoch=1,
-            group_name="forged",
-            master_address="127.0.0.1",
-            master_port=master_port,
-            rank=1,
-            world_size=2,
-            backend="gloo",
-            timeout_s=5.0,
-            secret="",
-        ),
-        PushWeights(
-            epoch=1,
-            group_name="forged",
-            version=HUGE,
-            step=1,
-            update_mode="recompute",
-            manifest={"tensors": []},
-            integrity="none",
-            timeout_s=5.0,
-        ),
-        PushChecksums(version=HUGE, checksums=[], digests=[]),
-    ]
-
-
-def large_messages(count: int) -> Iterator[list[bytes]]:
-    """Messages of 4 MB: a header that never ends, and a frame of zeros behind a good header."""
-    header = msgpack.packb([WIRE_VERSION, "Samples", 0])[:-1] + b"\x00\xdd\x00\x40\x00\x00"
-    long_header = [header.ljust(4 << 20, b"\x90")]
-    return itertools.islice(
-        itertools.cycle([long_header, [encode(forged_samples())[0], bytes(4 << 20)]]), count
-    )
 
 
 def request(
@@ -239,6 +130,20 @@ def exchange(port: int, sent: bytes, *, wait_s: float) -> bytes:
         while piece := connection.recv(1 << 16):
             received += piece
     return received
+
+
+def leave_with_pings(port: int) -> None:
+    """Sends more small messages than a queue holds and heartbeats behind them, then resets the connection.
+
+    In libzmq 4.3.5 this ends a process that has accepted the connection.
+    """
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        with contextlib.suppress(OSError):
+            connection.sendall(NULL_GREETING + NULL_READY)
+            time.sleep(0.05)
+            connection.sendall(b"\x00\x01x" * 2600 + 3 * PING)
+            time.sleep(0.003)
 
 
 class Tap:

@@ -49,6 +49,11 @@ class AttackedJob:
         """Address of the engine's HTTP server."""
         self.daemons = self._daemons()
 
+    def addresses(self) -> dict[str, str]:
+        """Address of every socket that this project binds -> `zmq`, `http` or `engine`."""
+        sockets = dict.fromkeys((self.buffer, self.weights), "zmq")
+        return sockets | dict.fromkeys(self.planes.values(), "http") | {self.engine: "engine"}
+
     def endpoint(self, name: str) -> dict[str, Any]:
         """The endpoint file of a daemon."""
         return dict(json.loads((self.run / "endpoints" / f"{name}.json").read_text()))
@@ -123,7 +128,9 @@ def attacked_job(
 ) -> Iterator[AttackedJob]:
     """Starts a job. At the end it must drain, and its books must be whole."""
     run = directory / "runs" / "x"
-    with launcher(*_SETTINGS, f"runs_dir={directory}/runs", *settings, cwd=directory, environment=cache) as process:
+    with launcher(
+        *_SETTINGS, f"runs_dir={directory}/runs", *settings, cwd=directory, environment=cache
+    ) as process:
         job = AttackedJob(run, process, keys=keys)
         yield job
         job.goes_on(num_steps=5)

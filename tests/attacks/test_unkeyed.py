@@ -13,20 +13,18 @@ import pytest
 from areal_like.failures import FailureKind
 from areal_like.wire.messages.hello import Goodbye, Refused, Welcome
 from areal_like.wire.messages.producer import Leases
-from tests.attacks.attacker import (
+from tests.attacks.attacker import Attacker, bytes_accepted, request
+from tests.attacks.forgeries import (
     HUGE,
-    Attacker,
-    bytes_accepted,
+    engine_requests,
     failure,
     heartbeat,
     large_messages,
     rank_hello,
-    request,
     server_hello,
     with_long_name,
 )
 from tests.attacks.job import AttackedJob, attacked_job
-from tests.attacks.test_keyed import engine_requests
 from tests.support.launching import TEST_LIMIT_S
 
 pytestmark = [pytest.mark.timeout(TEST_LIMIT_S), pytest.mark.slow]
