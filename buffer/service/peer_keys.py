@@ -71,9 +71,7 @@ class PeerKeys:
             for peer in peers
             if peer.key is not None
             and not self._is_valid(peer.key)
-            and not (
-                self._is_named(peer.key.name, peer.key.role) and now_s - peer.last_heard_s < _RENEWAL_S
-            )
+            and not (self._is_named(peer.key.name, peer.key.role) and now_s - peer.last_heard_s < _RENEWAL_S)
         ]
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 _TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 _LISTEN = "0A"
+"""State of a listening socket."""
+_ANY = (ipaddress.ip_address("0.0.0.0"), ipaddress.ip_address("::"))
 
 
 def may_belong_to(address: str, user: int) -> bool:
@@ -21,10 +23,10 @@ def may_belong_to(address: str, user: int) -> bool:
     """
     host, _, port = address.rpartition(":")
     try:
-        parsed = ipaddress.ip_address(host.strip("[]"))
+        parsed = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host.strip("[]"))
     except ValueError:
-        parsed = None if host != "localhost" else ipaddress.ip_address("127.0.0.1")
-    if parsed is None or not (parsed.is_loopback or parsed.is_unspecified) or not _TABLES[0].exists():
+        return True
+    if not (parsed.is_loopback or parsed.is_unspecified) or not _TABLES[0].exists():
         return True
     ends = {f"{_as_shown(each)}:{int(port):04X}" for each in (parsed, *_ANY)}
     users = [
@@ -35,9 +37,6 @@ def may_belong_to(address: str, user: int) -> bool:
         if fields[3] == _LISTEN and fields[1] in ends
     ]
     return bool(users) and all(found == user for found in users)
-
-
-_ANY = (ipaddress.ip_address("0.0.0.0"), ipaddress.ip_address("::"))
 
 
 def _as_shown(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str:

@@ -234,5 +234,5 @@ def test_a_malformed_entry_leaves_the_keys_as_they_were(tmp_path: Path, change: 
     (path / "public.json").write_text(json.dumps(document))
     ring.refresh()
     assert ring.directory.allowed is before
-    with pytest.raises(ConfigError, match="public.json"):
+    with pytest.raises(ConfigError, match=r"public\.json"):
         KeyDirectory(path)
