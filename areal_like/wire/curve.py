@@ -99,7 +99,7 @@ class CurveServer:
         zap = self.context.socket(zmq.ROUTER)
         zap.set(zmq.LINGER, 0)
         zap.bind(_ZAP_ADDRESS)
-        self._zap = Pump(zap, self._on_zap_request)
+        self._zap = Pump(zap, self._answer_or_fail)
         self._monitor = _Monitor(socket, _FAILED, self._on_failed_handshake)
         socket.set(zmq.CURVE_SERVER, 1)
         socket.set(zmq.CURVE_SECRETKEY, self._identity.secret.encode())
@@ -146,6 +146,12 @@ class CurveServer:
             if part is not None:
                 part.close()
         self._monitor = self._zap = self._socket = None
+
+    def _answer_or_fail(self, frames: list[bytes]) -> None:
+        try:
+            self._on_zap_request(frames)
+        except Exception as error:  # the loop would only log it, and nobody could connect any more
+            self._on_failure(ArealError(f"keys cannot be checked any more: {error!r}"))
 
     def _on_zap_request(self, frames: list[bytes]) -> None:
         # [route, "", version, request id, domain, address, routing id, mechanism, public key]

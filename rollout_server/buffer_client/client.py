@@ -64,8 +64,8 @@ class BufferClient:
         waits: PendingWaits,
         on_leases: Callable[[list[Lease]], None],
         on_abort: Callable[[list[int]], None],
-        on_drain: Callable[[], None],
-        on_finished: Callable[[], None],
+        on_drain: Callable[[], None] = lambda: None,
+        on_finished: Callable[[], None] = lambda: None,
         keyring: Keyring | None = None,
     ) -> None:
         """`hello` returns the current registration; `on_abort` is called with the leases that the buffer has

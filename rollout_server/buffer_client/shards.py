@@ -36,8 +36,8 @@ class ShardedBufferClient:
         waits: PendingWaits,
         on_leases: Callable[[list[Lease]], None],
         on_abort: Callable[[list[int]], None],
-        on_drain: Callable[[], None],
-        on_finished: Callable[[], None],
+        on_drain: Callable[[], None] = lambda: None,
+        on_finished: Callable[[], None] = lambda: None,
         keyring: Keyring | None = None,
     ) -> None:
         """`capacity_samples`: of the whole server. Other arguments are those of `BufferClient`."""

@@ -60,8 +60,8 @@ def test_own_class_replaces_the_default_settings() -> None:
 
 
 def test_text_is_taken_without_nested_quotes() -> None:
-    config = load_config(["model.path=~/x", "name=a,b", 'task.text=it\'s a "b" {c}'])
-    assert (config.model.path, config.name, config.task["text"]) == ("~/x", "a,b", 'it\'s a "b" {c}')
+    config = load_config(["model.path=~/x", "runs_dir=a,b", 'task.text=it\'s a "b" {c}'])
+    assert (config.model.path, config.runs_dir, config.task["text"]) == ("~/x", "a,b", 'it\'s a "b" {c}')
 
 
 def test_presets_apply_on_top_of_a_file(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_presets_apply_on_top_of_a_file(tmp_path: Path) -> None:
         (["buffer.overdue="], r"buffer\.overdue=: use wait or drop"),
         (["max_staleness=soon"], "max_staleness=soon: use a whole number or auto"),
         (["max_staleness=true"], "max_staleness=True: use a whole number or auto"),
-        (["name=a/b"], "plain directory name"),
+        (["name=a/b"], "use 1 to 64 of the characters"),
         (["resume=yesterday"], "latest or step:K"),
         (["sampling.temperature=0"], "above 0"),
         (["trainer.device=gpu"], "use cpu, cuda or cuda:N"),

@@ -351,6 +351,21 @@ def test_a_port_that_is_taken_ends_the_rotation(
     run(body)
 
 
+def test_a_failed_check_of_keys_ends_the_daemon(keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> None:
+        errors: list[ArealError] = []
+        buffer = keyring(keys, KeyRole.BUFFER)
+        listener = keyed_listener(buffer, grant, on_failure=errors.append)
+        monkeypatch.setattr(buffer, "sender", None)
+        link = keyed_link(address_of(listener), keyring(keys, KeyRole.ROLLOUT))
+        await until(lambda: bool(errors))
+        assert "keys cannot be checked any more: TypeError" in str(errors[0])
+        link.close()
+        listener.close()
+
+    run(body)
+
+
 def test_a_frame_of_another_version_is_readable(keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bad frames of a peer with a key are counted and answered as without keys."""
 

@@ -330,7 +330,7 @@ def test_a_second_signal_ends_everything_at_once(workplace: Path) -> None:
     with launcher(*settings, cwd=workplace, environment=scripted({"rollout-0": "ignore signals"})) as process:
         wait_for_steps(3, root, process=process)
         process.send_signal(signal.SIGINT)
-        wait_for_notice("trainer ended: exit code 0", root, process)
+        wait_for_notice("trainer ended: exit code 75", root, process)
         time.sleep(1.3)  # two signals within a second count as one
         process.send_signal(signal.SIGINT)
         code, out, _ = finish(process, root)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
 import types
@@ -78,7 +79,9 @@ def example(hint: Any, rng: random.Random) -> Any:
     if dataclasses.is_dataclass(hint):
         hints = typing.get_type_hints(hint)
         names = [field.name for field in dataclasses.fields(hint)]
-        return typing.cast(type, hint)(**{name: example(hints[name], rng) for name in names})
+        while True:  # a message may refuse values that its annotations allow
+            with contextlib.suppress(ValueError):
+                return typing.cast(type, hint)(**{name: example(hints[name], rng) for name in names})
     if isinstance(hint, type) and issubclass(hint, Enum):
         return rng.choice(list(hint))
     choices: dict[Any, list[Any]] = {
