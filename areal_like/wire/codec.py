@@ -26,9 +26,8 @@ import math
 import types
 import typing
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 import numpy as np
@@ -107,8 +106,7 @@ _Encode = Callable[[Any, _Writer], Any]
 _Decode = Callable[[Any, _Reader], Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Prefix:
+class Prefix(NamedTuple):
     """The first three fields of a header, read without unpacking the fourth."""
 
     tag: str
@@ -196,7 +194,7 @@ def _compile(hint: Any) -> tuple[_Encode, _Decode]:
     """Encoder and decoder for one annotation."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
-        return (lambda value, _: value), (lambda raw, _: raw)
+        return _same, (lambda raw, _: raw)
     if origin is np.ndarray:
         return _compile_array(np.dtype(typing.get_args(args[1])[0]).newbyteorder("<"))
     if origin is list:
@@ -216,22 +214,37 @@ def _compile(hint: Any) -> tuple[_Encode, _Decode]:
     raise TypeError(f"no wire form for {hint!r}")
 
 
+def _same(value: Any, _: _Writer) -> Any:
+    """Encoder of what msgpack writes as it is."""
+    return value
+
+
 def _compile_scalar(hint: type) -> tuple[_Encode, _Decode]:
+    def read_int(raw: Any, _: _Reader) -> Any:
+        if type(raw) is not int:
+            raise TypeError(f"want int, got {type(raw).__name__}")
+        if not -1 << 63 <= raw < 1 << 63:
+            raise ValueError(f"{raw} does not fit into 64 bits with a sign")
+        return raw
+
+    def read_float(raw: Any, _: _Reader) -> Any:
+        if type(raw) is int:
+            return float(raw)
+        if type(raw) is not float:
+            raise TypeError(f"want float, got {type(raw).__name__}")
+        # NaN and infinity would break the receiver's timers, sums and JSON documents.
+        if not math.isfinite(raw):
+            raise ValueError(f"{raw} is not finite")
+        return raw
+
     def read(raw: Any, _: _Reader) -> Any:
         if type(raw) is not hint:
-            if hint is float and type(raw) is int:
-                return float(raw)
             raise TypeError(f"want {hint.__name__}, got {type(raw).__name__}")
-        if type(raw) is int and not -1 << 63 <= raw < 1 << 63:
-            raise ValueError(f"{raw} does not fit into 64 bits with a sign")
-        # NaN and infinity would break the receiver's timers, sums and JSON documents.
-        if isinstance(raw, float) and not math.isfinite(raw):
-            raise ValueError(f"{raw} is not finite")
         return raw
 
     if hint is str:
         return (lambda value, _: value if len(value) <= MAX_TEXT else _cut(value)), read
-    return (lambda value, _: value), read
+    return _same, {int: read_int, float: read_float}.get(hint, read)
 
 
 def _compile_enum(hint: type[Enum]) -> tuple[_Encode, _Decode]:
@@ -259,7 +272,7 @@ def _compile_integers() -> tuple[_Encode, _Decode]:
             raise ValueError(f"{max(raw)} does not fit into 64 bits with a sign")
         return raw
 
-    return (lambda value, _: value), read
+    return _same, read
 
 
 def _compile_union(args: tuple[Any, ...]) -> tuple[_Encode, _Decode]:
@@ -319,9 +332,14 @@ def _compile_dataclass(cls: type) -> tuple[_Encode, _Decode]:
     hints = typing.get_type_hints(cls)
     parts = [(field.name, *_compile(hints[field.name])) for field in dataclasses.fields(cls)]
     names = [name for name, _, _ in parts]
+    plain = [name for name, encode_field, _ in parts if encode_field is _same]
+    others = [(name, encode_field) for name, encode_field, _ in parts if encode_field is not _same]
 
     def write(value: Any, writer: _Writer) -> Any:
-        return {name: encode_field(getattr(value, name), writer) for name, encode_field, _ in parts}
+        raw = {name: getattr(value, name) for name in plain}
+        for name, encode_field in others:
+            raw[name] = encode_field(getattr(value, name), writer)
+        return raw
 
     def read(raw: Any, reader: _Reader) -> Any:
         if type(raw) is not dict or len(raw) != len(parts):
