@@ -43,7 +43,7 @@ def die_with_parent(*, signum: int = signal.SIGTERM) -> None:
 
 
 def exit_at_once(code: int) -> NoReturn:
-    """Ends this process without joining its threads, one of which may hang in a user's reward or task."""
+    """Ends this process without joining its threads, one of which may hang in a user's reward or in torch."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

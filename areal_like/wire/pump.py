@@ -19,6 +19,10 @@ and counted, which costs no data, because every request, sample and heartbeat is
 answered. Credit keeps healthy peers far below this number. The socket limits the size of a message
 (ZMQ_MAXMSGSIZE), and the codec the size of its header.
 
+Two things are left to keys, because libzmq has no option against them and does them before anything is read:
+a peer that sends ZeroMQ heartbeats of its own behind a full queue, and resets the connection, causes the same
+abort; and the parts of one message are collected whatever their number, so only each part has a limit.
+
 The event loop is given back after _DRAIN_S, so that HTTP requests are answered during a flood. ZeroMQ reads
 the peers in turn, so one that sends much does not delay the others by more than one message each.
 """

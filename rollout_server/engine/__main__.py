@@ -20,7 +20,7 @@ from pathlib import Path
 
 from areal_like.errors import ConfigError, UserError
 from areal_like.runtime.imports import uncollected
-from areal_like.runtime.process import die_with_parent, keep_files_private
+from areal_like.runtime.process import die_with_parent, exit_at_once, keep_files_private
 from areal_like.runtime.signals import handle_log_signals
 from areal_like.security.tokens import read_secret
 from areal_like.wire.sockets import bound_socket
@@ -137,4 +137,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    # A thread may still be inside torch, where it waits to join a weight group. The interpreter's own exit
+    # would end that thread in the middle of C++ code, which aborts the process.
+    exit_at_once(main(sys.argv[1:]))

@@ -1,0 +1,136 @@
+"""Arbitrary and mutated requests to an engine: every one is answered in time, and it generates as before."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import random
+import socket
+import time
+from collections import Counter
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.support.engine_conformance import PROMPT
+from tests.support.engine_harness import Engine
+
+pytestmark = pytest.mark.timeout(120)
+MAX_ANSWER_S = 2.0
+SAMPLING = {"max_new_tokens": 4, "temperature": 0.0, "top_p": 1.0, "top_k": -1, "stop_token_ids": [3], "n": 1}
+GROUP = {"group_name": "g", "timeout_s": 0.2}
+BODIES: dict[str, dict[str, Any]] = {
+    "/generate": {
+        "rid": "a", "input_ids": PROMPT, "sampling_params": SAMPLING, "return_logprob": True, "stream": False,
+    },
+    "/abort_request": {"rid": "a", "abort_all": False},
+    "/pause_generation": {"mode": "retract"},
+    "/continue_generation": {},
+    "/init_weights_update_group": GROUP | {
+        "master_address": "127.0.0.1", "master_port": 1, "rank_offset": 1, "world_size": 2, "backend": "gloo",
+    },
+    "/destroy_weights_update_group": {"group_name": "g"},
+    "/begin_weight_update": {"timeout_s": 0.2, "weight_version": "1", "integrity": "none"},
+    "/update_weights_from_distributed": GROUP | {"names": ["a"], "dtypes": ["float32"], "shapes": [[1]]},
+    "/receive_weights": GROUP
+    | {"names": ["a"], "dtypes": ["float32"], "shapes": [[1]], "weight_version": "1"},
+    "/end_weight_update": {"weight_version": "1", "timeout_s": 0.2, "running": "recompute", "checksums": []},
+    "/update_weights_from_disk": {"model_path": "/nowhere", "weight_version": "1"},
+    "/flush_cache": {},
+}  # fmt: skip
+"""A body that the engine understands, for every path."""
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
+    """A path and a body in which up to three fields have arbitrary values or are absent."""
+    path = draw(st.sampled_from(sorted(BODIES)))
+    body = json.loads(json.dumps(BODIES[path]))
+    for _ in range(draw(st.integers(0, 3))):
+        nested = [value for value in body.values() if isinstance(value, dict)]
+        place = draw(st.sampled_from([body, *nested]))
+        # Without a time limit, or with a longer one, the engine rightly waits longer than this test.
+        name = draw(st.sampled_from([name for name in (*place, "x") if name != "timeout_s"]))
+        if draw(st.booleans()):
+            place[name] = draw(JSON)
+        else:
+            place.pop(name, None)
+    return path, body
+
+
+def post(engine: Engine, path: str, content: bytes) -> tuple[int, bytes]:
+    """Status and body of the answer, which must come in time."""
+    connection = http.client.HTTPConnection(urlsplit(engine.url).netloc, timeout=10)
+    asked_s = time.monotonic()
+    try:
+        connection.request("POST", path, body=content, headers=engine.headers)
+        response = connection.getresponse()
+        answer = response.read()
+    finally:
+        connection.close()
+    assert time.monotonic() - asked_s < MAX_ANSWER_S, (path, content[:200])
+    return response.status, answer
+
+
+def assert_generates(engine: Engine) -> None:
+    """The engine is not paused, and it generates."""
+    assert post(engine, "/continue_generation", b"{}")[0] == 200
+    status, answer = post(engine, "/generate", json.dumps(BODIES["/generate"]).encode())
+    assert status == 200 and json.loads(answer)["output_ids"], answer
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(request=requests())
+def test_arbitrary_bodies_are_answered(engine: Engine, request: tuple[str, dict[str, Any]]) -> None:
+    path, body = request
+    status, answer = post(engine, path, json.dumps(body).encode())
+    # An exception that no handler expects is answered in plain text.
+    assert status in (200, 400, 500) and isinstance(json.loads(answer), (dict, list)), (path, body, answer)
+    assert_generates(engine)
+
+
+def test_mutated_requests_do_not_harm_an_engine(engine: Engine) -> None:
+    rng = random.Random(0)
+    statuses: Counter[bytes] = Counter()
+    host, port = urlsplit(engine.url).netloc.split(":")
+    for _ in range(300):
+        path = rng.choice(sorted(BODIES))
+        raw = bytearray(_raw_request(engine, path))
+        for _ in range(rng.choice([1, 1, 2, 8])):
+            raw[rng.randrange(len(raw))] = rng.choice([rng.randrange(32, 127), rng.randrange(256)])
+        asked_s = time.monotonic()
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(raw)
+            connection.shutdown(socket.SHUT_WR)
+            statuses[_read_all(connection)[9:12]] += 1
+        assert time.monotonic() - asked_s < MAX_ANSWER_S, bytes(raw)
+    assert {b"400", b"401"} <= set(statuses), statuses
+    assert_generates(engine)
+
+
+def _raw_request(engine: Engine, path: str) -> bytes:
+    content = json.dumps(BODIES[path]).encode()
+    head = [f"POST {path} HTTP/1.1", f"Host: {urlsplit(engine.url).netloc}", "Connection: close"]
+    head += [
+        f"Content-Length: {len(content)}",
+        *(f"{name}: {value}" for name, value in engine.headers.items()),
+    ]
+    return "\r\n".join([*head, "", ""]).encode() + content
+
+
+def _read_all(connection: socket.socket) -> bytes:
+    received = b""
+    try:
+        while chunk := connection.recv(1 << 16):
+            received += chunk
+    except ConnectionError:
+        pass
+    return received
