@@ -33,6 +33,7 @@ import msgpack
 import numpy as np
 
 from areal_like.errors import WireError, WireVersionError
+from areal_like.wire.limits import shortened
 from areal_like.wire.messages import MESSAGES, TAGS
 from areal_like.wire.records import Record
 from areal_like.wire.unpacking import unpack
@@ -101,7 +102,6 @@ class _Reader:
         return bytes(self.data[offset : offset + length])
 
 
-_INTEGERS = {int}
 _Encode = Callable[[Any, _Writer], Any]
 _Decode = Callable[[Any, _Reader], Any]
 
@@ -148,14 +148,14 @@ def read_prefix(frames: Sequence[Frame]) -> Prefix:
         if header[0] != _ARRAY_OF_4:
             raise WireError("header is not [wire version, tag, rid, body]")
         if header[1] != WIRE_VERSION:
+            theirs = header[1] if header[1] < 0x80 else "128 or more"  # such a number takes more bytes
             raise WireVersionError(
-                f"the peer uses wire version {_shown(header[1])} and this side {WIRE_VERSION}: "
+                f"the peer uses wire version {theirs} and this side {WIRE_VERSION}: "
                 "run the same release on both"
             )
         rid_at = 3 + (header[2] & 0x1F)
         name = bytes(header[2:rid_at])
-        kind = _PACKED_TAGS.get(name)
-        if kind is None:
+        if (kind := _PACKED_TAGS.get(name)) is None:
             raise WireError(f"unknown message {name[1:]!r}")
         rid, body_at = header[rid_at], rid_at + 1
         if rid >= 0x80:
@@ -185,11 +185,6 @@ def decode(frames: Sequence[Frame], prefix: Prefix | None = None) -> tuple[Any, 
         raise WireError(f"{prefix.tag}: {str(error)[:200]}") from None
 
 
-def _shown(version: int) -> str:
-    """A version as an error states it: larger ones take more than a byte, and are not read."""
-    return str(version) if version < 0x80 else "128 or more"
-
-
 def _compile(hint: Any) -> tuple[_Encode, _Decode]:
     """Encoder and decoder for one annotation."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -215,8 +210,7 @@ def _compile(hint: Any) -> tuple[_Encode, _Decode]:
 
 
 def _same(value: Any, _: _Writer) -> Any:
-    """Encoder of what msgpack writes as it is."""
-    return value
+    return value  # msgpack writes it as it is
 
 
 def _compile_scalar(hint: type) -> tuple[_Encode, _Decode]:
@@ -243,7 +237,7 @@ def _compile_scalar(hint: type) -> tuple[_Encode, _Decode]:
         return raw
 
     if hint is str:
-        return (lambda value, _: value if len(value) <= MAX_TEXT else _cut(value)), read
+        return (lambda value, _: shortened(value, max_chars=MAX_TEXT)), read
     return _same, {int: read_int, float: read_float}.get(hint, read)
 
 
@@ -258,15 +252,11 @@ def _compile_enum(hint: type[Enum]) -> tuple[_Encode, _Decode]:
     return (lambda value, _: value.value), read
 
 
-def _cut(text: str) -> str:
-    return f"{text[: MAX_TEXT - 40]} ... ({len(text)} characters)"
-
-
 def _compile_integers() -> tuple[_Encode, _Decode]:
     """`list[int]`, checked as a whole: the longest ones have a few hundred thousand integers."""
 
     def read(raw: Any, _: _Reader) -> Any:
-        if type(raw) is not list or not set(map(type, raw)) <= _INTEGERS:
+        if type(raw) is not list or set(map(type, raw)) - {int}:
             raise TypeError("want a list of integers")
         if raw and max(raw) >= 1 << 63:
             raise ValueError(f"{max(raw)} does not fit into 64 bits with a sign")
@@ -331,7 +321,6 @@ def _compile_dict(encode_item: _Encode, decode_item: _Decode) -> tuple[_Encode, 
 def _compile_dataclass(cls: type) -> tuple[_Encode, _Decode]:
     hints = typing.get_type_hints(cls)
     parts = [(field.name, *_compile(hints[field.name])) for field in dataclasses.fields(cls)]
-    names = [name for name, _, _ in parts]
     plain = [name for name, encode_field, _ in parts if encode_field is _same]
     others = [(name, encode_field) for name, encode_field, _ in parts if encode_field is not _same]
 
@@ -343,7 +332,7 @@ def _compile_dataclass(cls: type) -> tuple[_Encode, _Decode]:
 
     def read(raw: Any, reader: _Reader) -> Any:
         if type(raw) is not dict or len(raw) != len(parts):
-            raise TypeError(f"{cls.__name__} needs exactly the fields {names}")
+            raise TypeError(f"{cls.__name__} needs exactly the fields {[name for name, *_ in parts]}")
         try:
             return cls(**{name: decode_field(raw[name], reader) for name, _, decode_field in parts})
         except KeyError as missing:
