@@ -16,16 +16,15 @@ import hashlib
 import hmac
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from areal_like.config.common import NAME
 from areal_like.errors import ConfigError
 
-KEY_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _PUBLIC_FILE = "public.json"
 _MAX_PUBLIC_BYTES = 1 << 20
 _FORMAT = 1
@@ -99,10 +98,6 @@ class AllowList:
             if hmac.compare_digest(key.token_sha256, digest) and key.is_valid(now_unix_s):
                 found = key
         return found
-
-    def newest(self, role: KeyRole, *, now_unix_s: float) -> AllowedKey | None:
-        """The newest valid key of a role: a client expects its server to have it."""
-        return next(iter(self.valid(role, now_unix_s=now_unix_s)), None)
 
     def valid(self, role: KeyRole, *, now_unix_s: float) -> list[AllowedKey]:
         """The valid keys of a role, newest first."""
@@ -202,7 +197,7 @@ def _allow_list(document: Any, file: Path) -> AllowList:
         )
     try:
         keys = [AllowedKey(**(fields | {"role": KeyRole(fields["role"])})) for fields in document["keys"]]
-        if not all(KEY_NAME.fullmatch(key.name) and len(key.public) == 40 for key in keys):
+        if not all(NAME.fullmatch(key.name) and len(key.public) == 40 for key in keys):
             raise ValueError("a key has no valid name or public key")
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{file}: {type(error).__name__}: {error}") from None
