@@ -7,7 +7,7 @@
   would collect a header of any length.
 * TLS handshakes are bounded in number and time; a connection counts as one only after it.
 * At `max_connections` the oldest connection that has no complete request is closed. uvicorn's own limit would
-  answer 503 to everybody, /livez included, for as long as a stranger holds connections.
+  answer 503 to every request, /livez included, for as long as one client holds connections.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class HttpConfig(uvicorn.Config):
             ws="none",
             lifespan="off",
             loop="asyncio",
-            # Warnings are about malformed requests: strangers could fill the log with them.
+            # Warnings are about malformed requests: any client could fill the log with them.
             log_level="error",
             log_config=None,
             access_log=False,
@@ -144,9 +144,9 @@ class BoundedHttp(HttpToolsProtocol):
         if len(self.connections) > self.config.max_connections:
             others = cast("list[BoundedHttp]", [other for other in self.connections if other is not self])
             idle = [other for other in others if other.is_idle]
-            victim = min(idle, key=lambda other: (other._was_admitted, other._opened_s), default=self)
-            self.connections.discard(victim)
-            victim.transport.abort()
+            oldest = min(idle, key=lambda other: (other._was_admitted, other._opened_s), default=self)
+            self.connections.discard(oldest)
+            oldest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stops the timer."""

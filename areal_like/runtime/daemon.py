@@ -65,7 +65,7 @@ class Runtime:
         """Set when the daemon must drain."""
         self.process = secrets.token_hex(16)
         """Identity of this process, by which a buffer tells it from others of the same name. Not in /status:
-        who knows it can pose as this process."""
+        a process with the same identity would be taken for this one."""
         self.is_finished = False
         """True when the run is finished: the exit code is then 0, also after a drain."""
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
