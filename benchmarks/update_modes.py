@@ -100,7 +100,7 @@ class Server:
 
         async def update() -> None:
             config = WeightsConfig(update_mode=mode, bucket_bytes=BUCKET_BYTES)
-            broadcaster = Broadcaster(config, device="cpu", incarnation=time.time_ns())
+            broadcaster = Broadcaster(config, device="cpu")
             address = f"tcp://127.0.0.1:{self.receiver.port}"
             entry = ServerEntry(
                 name="rollout-0",

@@ -175,9 +175,7 @@ async def pushes(
         assert receiver.stdout is not None and peer.stdin is not None
         port = int(await asyncio.to_thread(receiver.stdout.readline))
         once = bare(store, sizes, rank=0)
-        broadcaster = Broadcaster(
-            WeightsConfig(push_deadline_s=120, integrity=integrity), device="cpu", incarnation=time.time_ns()
-        )
+        broadcaster = Broadcaster(WeightsConfig(push_deadline_s=120, integrity=integrity), device="cpu")
         version = 0
 
         async def push(how: str) -> float:

@@ -154,7 +154,7 @@ class Leader:
     def end(self, *, finished: bool, hands_over: bool = False) -> None:
         """Closes the stream, evaluates the last weights (if `finished`) and writes the summary.
 
-        Then, if `finished`, every role hears of it from the buffers and ends.
+        Then, if `finished`, the buffers tell every role, and all end.
         `hands_over`: another trainer takes over at once, so the stream stays open and generation continues.
         """
         counters_at_close = self._get_counters()
@@ -270,12 +270,7 @@ class Leader:
 
         buffer = self._buffer
         self._publisher = Publisher(
-            Broadcaster(
-                self._config.weights,
-                device=buffer.device,
-                incarnation=int(buffer.process, 16),
-                keyring=buffer.runtime.keyring,
-            ),
+            Broadcaster(self._config.weights, device=buffer.device, keyring=buffer.runtime.keyring),
             call=buffer.call_async,
             servers=lambda: buffer.directory.servers,
             on_push=on_push,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
-from areal_like.config.common import Section, require
+from areal_like.config.common import NAME, NAME_RULE, Section, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +36,8 @@ class SecurityConfig(Section, key="security"):
             "security.tls_certificate and security.tls_private_key belong together: set both or none",
         )
         require(
-            not self.identity or re.fullmatch(r"[A-Za-z0-9._-]{1,64}", self.identity) is not None,
-            f"security.identity={self.identity}: use 1 to 64 letters, digits, dots, dashes and underscores",
+            not self.identity or NAME.fullmatch(self.identity) is not None,
+            f"security.identity={self.identity}: {NAME_RULE}",
         )
         require(
             not (self.identity and not self.keys),

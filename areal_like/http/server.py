@@ -9,8 +9,8 @@
   uvicorn keeps as many as arrive, at several kilobytes of memory each.
 * TLS handshakes are bounded in number and time; a connection counts as one only after it.
 * At `max_connections` the oldest connection is closed that has no complete request, or does not read its
-  response. uvicorn's own limit would answer 503 to everybody, /livez included, for as long as a stranger
-  holds connections.
+  response. uvicorn's own limit would answer 503 to every request, /livez included, for as long as one
+  client holds connections.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class HttpConfig(uvicorn.Config):
             ws="none",
             lifespan="off",
             loop="asyncio",
-            # Warnings are about malformed requests: strangers could fill the log with them.
+            # Warnings are about malformed requests: any client could fill the log with them.
             log_level="error",
             log_config=None,
             access_log=False,
@@ -151,9 +151,9 @@ class BoundedHttp(HttpToolsProtocol):
         if len(self.connections) > self.config.max_connections:
             others = cast("list[BoundedHttp]", [other for other in self.connections if other is not self])
             idle = [other for other in others if other.is_idle]
-            victim = min(idle, key=lambda other: (other._was_admitted, other._opened_s), default=self)
-            self.connections.discard(victim)
-            victim.transport.abort()
+            oldest = min(idle, key=lambda other: (other._was_admitted, other._opened_s), default=self)
+            self.connections.discard(oldest)
+            oldest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stops the timer."""

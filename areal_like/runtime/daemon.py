@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from areal_like.config import Config
 from areal_like.errors import ArealError, UserError
@@ -65,7 +65,7 @@ class Runtime:
         """Set when the daemon must drain."""
         self.process = secrets.token_hex(16)
         """Identity of this process, by which a buffer tells it from others of the same name. Not in /status:
-        who knows it can pose as this process."""
+        a process with the same identity would be taken for this one."""
         self.is_finished = False
         """True when the run is finished: the exit code is then 0, also after a drain."""
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -80,7 +80,6 @@ class Runtime:
         allow_many_files()
         set_io_threads(config.daemon.io_threads)
         self._loop = asyncio.get_running_loop()
-        self._drain_requested = False
         self._unready = "starting"
         self._endpoint: dict[str, Any] = {}
         self._plane: HttpPlane | None = None
@@ -146,11 +145,10 @@ class Runtime:
     def drain(self) -> None:
         """Does the same as SIGTERM, watchdog included. Call it in the daemon's event loop.
 
-        A repeated call sends no second signal, which would kill the daemon at once.
+        A signal that follows is the first one: a launcher that ends a finished run must not kill its servers.
         """
-        if not (self._drain_requested or self.stopping.is_set()):
-            self._drain_requested = True
-            os.kill(os.getpid(), signal.SIGTERM)
+        if not self.stopping.is_set():
+            DrainSignals.request()
 
     def finish(self) -> None:
         """Drains because the run is finished."""
@@ -191,31 +189,44 @@ def exit_code_of(name: str, run: Callable[[], None]) -> int:
 class DrainSignals:
     """Signal handlers: SIGTERM or SIGINT begins the drain, a second one kills the process.
 
-        IDLE --signal--> DRAINING --another after 1 s, or drain_timeout_s over--> (process killed)
+        IDLE --signal or request()--> DRAINING --drain_timeout_s over--> (process killed)
+                                         `--a signal 1 s or more after the first one--> (process killed)
 
     A terminal and a supervisor often deliver the same Ctrl-C twice, so repeats within a second count as one
     signal. The watchdog of `drain_timeout_s` is a kernel timer (SIGALRM): it ends the process even when the
     interpreter hangs in native code.
     """
 
+    _is_requested: ClassVar[bool] = False
+    """True from `request` until the handler runs."""
+
     def __init__(self, *, drain_timeout_s: float, on_drain: Callable[[], None]) -> None:
         self._drain_timeout_s = drain_timeout_s
         self._on_drain = on_drain
-        self._since_s: float | None = None
+        self._is_draining = False
+        self._signal_s: float | None = None
+        """Time of the first signal from outside."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 
-    @property
-    def draining_for_s(self) -> float:
-        """Seconds since the first signal; 0 before it."""
-        return 0.0 if self._since_s is None else time.monotonic() - self._since_s
+    @classmethod
+    def request(cls) -> None:
+        """Begins the drain as a signal does, without counting as one. Safe in every thread."""
+        cls._is_requested = True
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def _handle(self, number: int, _: object) -> None:
-        if self._since_s is None:
-            self._since_s = time.monotonic()
+        was_requested, DrainSignals._is_requested = self._is_requested, False
+        now_s = time.monotonic()
+        if not self._is_draining:
+            self._is_draining = True
             signal.setitimer(signal.ITIMER_REAL, self._drain_timeout_s)
             self._on_drain()
-        elif self.draining_for_s > 1.0:
+        if was_requested:
+            return
+        if self._signal_s is None:
+            self._signal_s = now_s
+        elif now_s - self._signal_s > 1.0:
             signal.raise_signal(signal.SIGKILL)
 
 

@@ -2,7 +2,8 @@
 
 The commands of `areal-like keys` call these functions. Each holds a lock on the directory, so that two of
 them do not lose each other's changes. A rotation writes the new secret before public.json: a daemon uses a
-new secret only when its public key is in public.json too, so it never connects with a key that nobody knows.
+new secret only when its public key is in public.json too, so it never connects with a key that the other
+daemons do not have.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from pathlib import Path
 
 import zmq
 
+from areal_like.config.common import NAME, NAME_RULE
 from areal_like.errors import ConfigError
 from areal_like.security.keys import (
-    KEY_NAME,
     AllowedKey,
     Identity,
     KeyDirectory,
@@ -63,8 +64,8 @@ def add_key(path: Path, name: str, role: KeyRole, *, now_unix_s: float | None = 
 
     Raises ConfigError if the name is taken or not valid.
     """
-    if not KEY_NAME.fullmatch(name):
-        raise ConfigError(f"{name!r}: use 1 to 64 letters, digits, dots, dashes and underscores")
+    if not NAME.fullmatch(name):
+        raise ConfigError(f"{name!r}: {NAME_RULE}")
     with _locked(path):
         keys = KeyDirectory(path).allowed.keys
         if any(key.name == name for key in keys) or (path / f"{name}.secret").exists():

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 
 from areal_like.config import SecurityConfig
 from areal_like.errors import ConfigError
+from areal_like.hosts import is_loopback
 
 
 def require_loopback_or_keys(security: SecurityConfig, host: str, *, setting: str) -> None:
@@ -15,7 +15,7 @@ def require_loopback_or_keys(security: SecurityConfig, host: str, *, setting: st
     Names are resolved, because a name may mean any address. A name that does not resolve is refused too: `*`
     and the names of network interfaces are addresses for libzmq.
     """
-    if security.keys or security.insecure or is_loopback(host):
+    if security.keys or security.insecure or resolves_to_loopback(host):
         return
     raise ConfigError(
         f"{setting}={host} is not a loopback address: other machines may reach it, and the job has no keys; "
@@ -24,15 +24,12 @@ def require_loopback_or_keys(security: SecurityConfig, host: str, *, setting: st
     )
 
 
-def is_loopback(host: str) -> bool:
+def resolves_to_loopback(host: str) -> bool:
     """True if `host` has addresses and all of them are loopback addresses."""
-    plain = host.strip("[]").partition("%")[0]
+    if is_loopback(host):
+        return True
     try:
-        return ipaddress.ip_address(plain).is_loopback
-    except ValueError:
-        pass
-    try:
-        found = socket.getaddrinfo(plain or "*", None, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(host.strip("[]") or "*", None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         return False
-    return all(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]).is_loopback for entry in found)
+    return all(is_loopback(str(entry[4][0])) for entry in found)

@@ -48,10 +48,8 @@ class Keyring:
             )
 
     @classmethod
-    def of(cls, config: SecurityConfig, *, role: KeyRole) -> Keyring | None:
-        """The keyring of a daemon with this role; None if the job has no keys. Raises ConfigError."""
-        if not config.keys:
-            return None
+    def of(cls, config: SecurityConfig, *, role: KeyRole) -> Keyring:
+        """The keyring of a daemon with this role, on a job with keys. Raises ConfigError."""
         return cls(KeyDirectory(config.keys), name=config.identity or role.value, role=role)
 
     def sender(self, public: str) -> AllowedKey | None:

@@ -23,9 +23,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from areal_like.config.common import NAME
 from areal_like.errors import ConfigError
 
-KEY_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _PUBLIC_KEY = re.compile(r"[0-9a-zA-Z.:+=^!/*?&<>()\[\]{}@%$#-]{40}")
 _TOKEN_DIGEST = re.compile(r"[0-9a-f]{64}")
 _PUBLIC_FILE = "public.json"
@@ -101,10 +101,6 @@ class AllowList:
             if hmac.compare_digest(key.token_sha256, digest) and key.is_valid(now_unix_s):
                 found = key
         return found
-
-    def newest(self, role: KeyRole, *, now_unix_s: float) -> AllowedKey | None:
-        """The newest valid key of a role: a client expects its server to have it."""
-        return next(iter(self.valid(role, now_unix_s=now_unix_s)), None)
 
     def valid(self, role: KeyRole, *, now_unix_s: float) -> list[AllowedKey]:
         """The valid keys of a role, newest first."""
@@ -201,7 +197,7 @@ def _is_well_formed(key: AllowedKey) -> bool:
     """Whatever passes here is used without further checks, in daemons that must not fail because of it."""
     times = (key.added_unix_s, 0.0 if key.expires_unix_s is None else key.expires_unix_s)
     return (
-        KEY_NAME.fullmatch(key.name) is not None
+        NAME.fullmatch(key.name) is not None
         and _PUBLIC_KEY.fullmatch(key.public) is not None
         and _TOKEN_DIGEST.fullmatch(key.token_sha256) is not None
         and all(type(time) in (int, float) for time in times)

@@ -26,14 +26,14 @@ import math
 import types
 import typing
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 import numpy as np
 
 from areal_like.errors import WireError, WireVersionError
+from areal_like.wire.limits import shortened
 from areal_like.wire.messages import MESSAGES, TAGS
 from areal_like.wire.records import Record
 from areal_like.wire.unpacking import unpack
@@ -102,13 +102,11 @@ class _Reader:
         return bytes(self.data[offset : offset + length])
 
 
-_INTEGERS = {int}
 _Encode = Callable[[Any, _Writer], Any]
 _Decode = Callable[[Any, _Reader], Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Prefix:
+class Prefix(NamedTuple):
     """The first three fields of a header, read without unpacking the fourth."""
 
     tag: str
@@ -150,14 +148,14 @@ def read_prefix(frames: Sequence[Frame]) -> Prefix:
         if header[0] != _ARRAY_OF_4:
             raise WireError("header is not [wire version, tag, rid, body]")
         if header[1] != WIRE_VERSION:
+            theirs = header[1] if header[1] < 0x80 else "128 or more"  # such a number takes more bytes
             raise WireVersionError(
-                f"the peer uses wire version {_shown(header[1])} and this side {WIRE_VERSION}: "
+                f"the peer uses wire version {theirs} and this side {WIRE_VERSION}: "
                 "run the same release on both"
             )
         rid_at = 3 + (header[2] & 0x1F)
         name = bytes(header[2:rid_at])
-        kind = _PACKED_TAGS.get(name)
-        if kind is None:
+        if (kind := _PACKED_TAGS.get(name)) is None:
             raise WireError(f"unknown message {name[1:]!r}")
         rid, body_at = header[rid_at], rid_at + 1
         if rid >= 0x80:
@@ -187,16 +185,11 @@ def decode(frames: Sequence[Frame], prefix: Prefix | None = None) -> tuple[Any, 
         raise WireError(f"{prefix.tag}: {str(error)[:200]}") from None
 
 
-def _shown(version: int) -> str:
-    """A version as an error states it: larger ones take more than a byte, and are not read."""
-    return str(version) if version < 0x80 else "128 or more"
-
-
 def _compile(hint: Any) -> tuple[_Encode, _Decode]:
     """Encoder and decoder for one annotation."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
-        return (lambda value, _: value), (lambda raw, _: raw)
+        return _same, (lambda raw, _: raw)
     if origin is np.ndarray:
         return _compile_array(np.dtype(typing.get_args(args[1])[0]).newbyteorder("<"))
     if origin is list:
@@ -216,22 +209,36 @@ def _compile(hint: Any) -> tuple[_Encode, _Decode]:
     raise TypeError(f"no wire form for {hint!r}")
 
 
+def _same(value: Any, _: _Writer) -> Any:
+    return value  # msgpack writes it as it is
+
+
 def _compile_scalar(hint: type) -> tuple[_Encode, _Decode]:
-    def read(raw: Any, _: _Reader) -> Any:
-        if type(raw) is not hint:
-            if hint is float and type(raw) is int:
-                return float(raw)
-            raise TypeError(f"want {hint.__name__}, got {type(raw).__name__}")
-        if type(raw) is int and not -1 << 63 <= raw < 1 << 63:
+    def read_int(raw: Any, _: _Reader) -> Any:
+        if type(raw) is not int:
+            raise TypeError(f"want int, got {type(raw).__name__}")
+        if not -1 << 63 <= raw < 1 << 63:
             raise ValueError(f"{raw} does not fit into 64 bits with a sign")
+        return raw
+
+    def read_float(raw: Any, _: _Reader) -> Any:
+        if type(raw) is int:
+            return float(raw)
+        if type(raw) is not float:
+            raise TypeError(f"want float, got {type(raw).__name__}")
         # NaN and infinity would break the receiver's timers, sums and JSON documents.
-        if isinstance(raw, float) and not math.isfinite(raw):
+        if not math.isfinite(raw):
             raise ValueError(f"{raw} is not finite")
         return raw
 
+    def read(raw: Any, _: _Reader) -> Any:
+        if type(raw) is not hint:
+            raise TypeError(f"want {hint.__name__}, got {type(raw).__name__}")
+        return raw
+
     if hint is str:
-        return (lambda value, _: value if len(value) <= MAX_TEXT else _cut(value)), read
-    return (lambda value, _: value), read
+        return (lambda value, _: shortened(value, max_chars=MAX_TEXT)), read
+    return _same, {int: read_int, float: read_float}.get(hint, read)
 
 
 def _compile_enum(hint: type[Enum]) -> tuple[_Encode, _Decode]:
@@ -245,21 +252,17 @@ def _compile_enum(hint: type[Enum]) -> tuple[_Encode, _Decode]:
     return (lambda value, _: value.value), read
 
 
-def _cut(text: str) -> str:
-    return f"{text[: MAX_TEXT - 40]} ... ({len(text)} characters)"
-
-
 def _compile_integers() -> tuple[_Encode, _Decode]:
     """`list[int]`, checked as a whole: the longest ones have a few hundred thousand integers."""
 
     def read(raw: Any, _: _Reader) -> Any:
-        if type(raw) is not list or not set(map(type, raw)) <= _INTEGERS:
+        if type(raw) is not list or set(map(type, raw)) - {int}:
             raise TypeError("want a list of integers")
         if raw and max(raw) >= 1 << 63:
             raise ValueError(f"{max(raw)} does not fit into 64 bits with a sign")
         return raw
 
-    return (lambda value, _: value), read
+    return _same, read
 
 
 def _compile_union(args: tuple[Any, ...]) -> tuple[_Encode, _Decode]:
@@ -318,14 +321,18 @@ def _compile_dict(encode_item: _Encode, decode_item: _Decode) -> tuple[_Encode, 
 def _compile_dataclass(cls: type) -> tuple[_Encode, _Decode]:
     hints = typing.get_type_hints(cls)
     parts = [(field.name, *_compile(hints[field.name])) for field in dataclasses.fields(cls)]
-    names = [name for name, _, _ in parts]
+    plain = [name for name, encode_field, _ in parts if encode_field is _same]
+    others = [(name, encode_field) for name, encode_field, _ in parts if encode_field is not _same]
 
     def write(value: Any, writer: _Writer) -> Any:
-        return {name: encode_field(getattr(value, name), writer) for name, encode_field, _ in parts}
+        raw = {name: getattr(value, name) for name in plain}
+        for name, encode_field in others:
+            raw[name] = encode_field(getattr(value, name), writer)
+        return raw
 
     def read(raw: Any, reader: _Reader) -> Any:
         if type(raw) is not dict or len(raw) != len(parts):
-            raise TypeError(f"{cls.__name__} needs exactly the fields {names}")
+            raise TypeError(f"{cls.__name__} needs exactly the fields {[name for name, *_ in parts]}")
         try:
             return cls(**{name: decode_field(raw[name], reader) for name, _, decode_field in parts})
         except KeyError as missing:

@@ -241,8 +241,8 @@ class CurveClient:
 
     def protect(self, socket: zmq.Socket[bytes]) -> None:
         """Gives the keys to a socket that is not connected yet, and follows its handshakes."""
-        # A server without a valid key is no server of ours: a key that nobody has makes the handshake fail.
-        candidates = self._keyring.candidates(self._role, name=self._name) or [_nobodys_key()]
+        # Without a valid key of the server the handshake has to fail: a key without a secret does that.
+        candidates = self._keyring.candidates(self._role, name=self._name) or [_unusable_key()]
         self._server_key = _turn(candidates, self._num_failures)
         self._identity = self._keyring.identity
         socket.set(zmq.CURVE_SERVERKEY, self._server_key.encode())
@@ -312,7 +312,7 @@ def _turn(candidates: list[str], attempt: int) -> str:
     return older[attempt // 2 % len(older)] if older and attempt % 2 else newest
 
 
-def _nobodys_key() -> str:
+def _unusable_key() -> str:
     return zmq.curve_keypair()[0].decode()
 
 

@@ -50,7 +50,7 @@ def shared_settings(config: Config, role: Role) -> str:
 
     A trainer with fewer groups per step would commit groups that it has not trained on. A server that samples
     at another temperature would record log-probs of another policy, and one with another policy for failed
-    samples would train them with reward 0 where the buffer wants them again.
+    samples would send them with reward 0 where the buffer would lease them again.
     """
     settings = {f"sampling.{name}": value for name, value in dataclasses.asdict(config.sampling).items()}
     if role is Role.ROLLOUT:

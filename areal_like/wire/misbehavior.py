@@ -1,6 +1,6 @@
 """Peers that send malformed frames: after a few of them the frames of that peer are not read for a while.
 
-    LISTENED TO -> _ALLOWED bad frames -> MUTED for _MUTED_S -> LISTENED TO
+    READ -> _ALLOWED bad frames -> MUTED for _MUTED_S -> READ
 
 A daemon of another wire version gets a readable refusal for each of its first frames, and a flood of
 malformed frames costs no more than receiving it. Only malformed frames count, so no daemon of this release is

@@ -4,11 +4,11 @@ A socket is read by a reader callback of the event loop, because zmq.asyncio cre
 operation.
 
 No ZeroMQ heartbeats: libzmq 4.3.5 aborts the process when a heartbeat is due on a connection whose peer has
-left and whose receive queue is full (a stopped or flooded daemon). Their tasks are done elsewhere:
+left and whose receive queue is full (a stopped or flooded daemon). Other means detect what they would:
 
     a daemon that hangs      the application's own heartbeats and time limits: `buffer.lease_timeout_s`,
                              `BufferConnection.silent_s`, `AskAlive`
-    a host that vanished     TCP keepalive (_KEEPALIVE_IDLE_S, ...), and _MAX_UNACKNOWLEDGED_S for data that
+    a host that is gone      TCP keepalive (_KEEPALIVE_IDLE_S, ...), and _MAX_UNACKNOWLEDGED_S for data that
                              are not acknowledged; the connection ends, and with it the peer's routing id and
                              the messages queued for it
     a network that is back   the same on the other side: a connection that ended is made again
@@ -18,10 +18,6 @@ its TCP connection. At most _MAX_QUEUED messages wait for a peer that does not r
 and counted, which costs no data, because every request, sample and heartbeat is sent again until it is
 answered. Credit keeps healthy peers far below this number. The socket limits the size of a message
 (ZMQ_MAXMSGSIZE), and the codec the size of its header.
-
-Two things are left to keys, because libzmq has no option against them and does them before anything is read:
-a peer that sends ZeroMQ heartbeats of its own behind a full queue, and resets the connection, causes the same
-abort; and the parts of one message are collected whatever their number, so only each part has a limit.
 
 The event loop is given back after _DRAIN_S, so that HTTP requests are answered during a flood. ZeroMQ reads
 the peers in turn, so one that sends much does not delay the others by more than one message each.

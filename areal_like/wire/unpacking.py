@@ -17,9 +17,8 @@ _CONTAINER_COST = 10
 """Entries of a list that take as long as a list, a map or an entry of a map. An entry of a list (a number, a
 short string) takes about 20 ns."""
 MAX_COST = 600_000
-"""30 ms. The largest message is the `PushWeights` of a mixture of
-experts: 40,000 tensors of two dimensions cost 600,000. The `StartTraining` of a curriculum that remembers
-100,000 prompts costs 400,000."""
+"""30 ms. The largest message is the `PushWeights` of a mixture of experts: 40,000 tensors of two dimensions
+cost 600,000. The `StartTraining` of a curriculum that remembers 100,000 prompts costs 400,000."""
 
 
 def unpack(data: bytes | memoryview, *, max_cost: int = MAX_COST) -> Any:
@@ -27,13 +26,19 @@ def unpack(data: bytes | memoryview, *, max_cost: int = MAX_COST) -> Any:
 
     Raises ValueError for malformed data, and for lists and maps that cost more than `max_cost`.
     """
-    options: dict[str, Any] = {"strict_map_key": True, "ext_hook": _refuse_ext}
-    if len(data) > _UNCOUNTED_BYTES:
-        budget = _Budget(max_cost)
-        options["list_hook"], options["object_hook"] = budget.take_list, budget.take_map
-        options["max_array_len"], options["max_map_len"] = max_cost, max_cost // _CONTAINER_COST
     try:
-        return msgpack.unpackb(data, **options)
+        if len(data) <= _UNCOUNTED_BYTES:
+            return msgpack.unpackb(data, strict_map_key=True, ext_hook=_refuse_ext)
+        budget = _Budget(max_cost)
+        return msgpack.unpackb(
+            data,
+            strict_map_key=True,
+            ext_hook=_refuse_ext,
+            list_hook=budget.take_list,
+            object_hook=budget.take_map,
+            max_array_len=max_cost,
+            max_map_len=max_cost // _CONTAINER_COST,
+        )
     except (RecursionError, msgpack.UnpackException) as error:
         raise ValueError(str(error) or type(error).__name__) from None
 

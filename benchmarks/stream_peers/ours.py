@@ -100,8 +100,9 @@ def server(
 
 
 def _link(plan: Plan, role: KeyRole, handler: Callable[[Any], None]) -> Link:
-    keyring = Keyring.of(SecurityConfig(keys=plan.keys), role=role)
-    curve = None if keyring is None else CurveClient(keyring, role=KeyRole.BUFFER)
+    curve = None
+    if plan.keys:
+        curve = CurveClient(Keyring.of(SecurityConfig(keys=plan.keys), role=role), role=KeyRole.BUFFER)
     return Link(plan.address, handler=handler, curve=curve)
 
 

@@ -2,7 +2,7 @@
 
     STARTING -> READY -> DRAINING (SIGTERM; continues while a trainer needs it to finish its step) -> exit 0
                    |
-                   +-> the run is finished: every peer hears it -> they leave, or `daemon.linger_s` -> exit 0
+                   +-> the run is finished: every peer is told -> they leave, or `daemon.linger_s` -> exit 0
                    +-> the job fails (too many failures in a row): every peer gets the reason -> exit 1
 
 The daemon contains no rules: `Handlers` passes each message to the ledger, and one `Outbox.flush` per burst
@@ -26,7 +26,7 @@ from typing import Any
 from areal_like.config import Config
 from areal_like.errors import RefusedError, RunFinishedError, StaleIncarnationError
 from areal_like.runtime.daemon import Runtime, cancelled_on_exit
-from areal_like.security.binding import is_loopback, require_loopback_or_keys
+from areal_like.security.binding import require_loopback_or_keys, resolves_to_loopback
 from areal_like.shards import Shard
 from areal_like.wire.addresses import buffer_host, buffer_port, reachable_host
 from areal_like.wire.channel import Envelope, Listener, tcp_address
@@ -331,4 +331,4 @@ class BufferDaemon:
 def _admits_only_this_machine(config: Config, shard: Shard) -> bool:
     """True without keys on a loopback address: then no peer is meant to come from elsewhere."""
     has_protection = bool(config.security.keys) or config.security.insecure
-    return is_loopback(buffer_host(config, shard)) and not has_protection
+    return resolves_to_loopback(buffer_host(config, shard)) and not has_protection

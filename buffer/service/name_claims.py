@@ -67,7 +67,7 @@ class NameClaims:
         return True
 
     def heard(self, route: bytes) -> Iterator[Newcomer]:
-        """A message came by this route; yields the newcomers to refuse, which nobody needs to wait for."""
+        """A message came by this route; yields the newcomers to refuse."""
         for name in [name for name, question in self._questions.items() if route in question.holders]:
             yield from self._questions.pop(name).newcomers.values()
 

@@ -5,19 +5,19 @@ for each connection, to the name. Only the newest incarnation of a name is kept:
 that it replaced come from an unknown route, so that process has to send Hello again and is refused
 (`IncarnationTable`).
 
-A refusal names the field that differs and not the values, which a stranger could otherwise learn one by one;
+A refusal names the field that differs and not the values, which a peer could otherwise find one by one;
 both values are in the log.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn
 
 from areal_like.errors import RefusedError
+from areal_like.hosts import is_loopback
 from areal_like.security.keys import AllowedKey
 from areal_like.shards import WHOLE, Shard
 from areal_like.wire.messages.hello import Hello, Role
@@ -111,7 +111,7 @@ class ConnectedPeers:
             )
 
     def _check_addresses(self, hello: Hello) -> None:
-        """Without keys nobody outside this machine is meant to take part, or to be sent weights."""
+        """Raises RefusedError for an address of another machine, which without keys may not take part."""
         for name in ("http_address", "weights_address"):
             address: str = getattr(hello, name)
             if self._only_loopback and address and not _is_local(address):
@@ -211,8 +211,4 @@ def _refuse_difference(
 def _is_local(address: str) -> bool:
     """True for an address that leads nowhere but to the machine that connects to it."""
     host = address.rpartition("://")[2].rpartition(":")[0].strip("[]")
-    try:
-        parsed = ipaddress.ip_address(host)
-    except ValueError:  # names are not resolved: a peer could make that take long
-        return host == "localhost"
-    return parsed.is_loopback or parsed.is_unspecified
+    return host in ("0.0.0.0", "::") or is_loopback(host)

@@ -1,4 +1,4 @@
-"""The end of a finished run: how long the buffer goes on, so that every peer hears of it. Pure: no clock.
+"""The end of a finished run: how long the buffer goes on, so that it can tell every peer. Pure: no clock.
 
     (the run is finished) -> has_ended(): every peer has said goodbye, or `linger_s` is over
 

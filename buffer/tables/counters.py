@@ -9,7 +9,7 @@ restart: they are stored as pairs of name and number whenever they change. The c
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 
 from areal_like.failures import FailureKind, FailurePolicy
@@ -31,8 +31,15 @@ _LARGEST_REWARD = 1e12
 infinity."""
 _POPULATIONS = ("offered", "trained", *(f"failed_{kind.value}" for kind in FailureKind))
 # Made once, because every sample passes here.
-_LENGTHS = {name: [length_key(name, bucket) for bucket in range(MAX_BUCKET + 1)] for name in _POPULATIONS}
-_SUMS = {name: (f"{name}_sum_tokens", f"{name}_sum_reward") for name in _POPULATIONS}
+_NAMES = {
+    name: (
+        [length_key(name, bucket) for bucket in range(MAX_BUCKET + 1)],
+        f"{name}_sum_tokens",
+        f"{name}_sum_reward",
+    )
+    for name in _POPULATIONS
+}
+"""Population -> counters of its lengths, its tokens and its rewards."""
 _VERDICT_NAMES = {verdict: _VERDICT + verdict.name.lower() for verdict in Verdict}
 
 
@@ -42,12 +49,12 @@ class StreamCounters:
     def __init__(self, *, reward_low: float, reward_high: float) -> None:
         """`reward_low`, `reward_high`: rewards that count as a solve rate of 0 and of 1."""
         self._reward_low, self._reward_high = reward_low, reward_high
-        self._values: dict[str, float] = {}
+        self._values: defaultdict[str, float] = defaultdict(int)
         self._changed: set[str] = set()
 
     def restore(self, values: Mapping[str, float]) -> None:
         """Continues from the values of an earlier buffer."""
-        self._values = dict(values)
+        self._values = defaultdict(int, values)
 
     def take_changes(self) -> dict[str, float]:
         """Current values of the counters that changed since the last call."""
@@ -77,7 +84,9 @@ class StreamCounters:
         self._add("num_failures", 1)
         self._add(failure_key(kind, outcome), 1)
         if num_tokens:
-            self._add_length(f"failed_{kind.value}", num_tokens, sign=1)
+            lengths, sum_tokens, _ = _NAMES[f"failed_{kind.value}"]
+            self._add(lengths[length_bucket(num_tokens)], 1)
+            self._add(sum_tokens, num_tokens)
             if outcome is not FailurePolicy.ZERO:
                 self._add(wasted_key(f"failed_{kind.value}"), num_tokens)
 
@@ -126,19 +135,19 @@ class StreamCounters:
         self._add(solve_rate_key(population, bucket), sign)
 
     def _add_sample(self, population: str, sample: SampleSummary, *, sign: int) -> None:
-        self._add_length(population, sample.num_sampled, sign=sign)
-        reward = sample.reward
+        num_tokens, reward = sample.num_sampled, sample.reward
         if not -_LARGEST_REWARD < reward < _LARGEST_REWARD:
             reward = math.copysign(_LARGEST_REWARD, reward)
-        self._add(_SUMS[population][1], sign * reward)
-
-    def _add_length(self, population: str, num_tokens: int, *, sign: int) -> None:
-        self._add(_LENGTHS[population][length_bucket(num_tokens)], sign)
-        self._add(_SUMS[population][0], sign * num_tokens)
+        lengths, sum_tokens, sum_reward = _NAMES[population]
+        length = lengths[length_bucket(num_tokens)]
+        values = self._values
+        values[length] += sign
+        values[sum_tokens] += sign * num_tokens
+        values[sum_reward] += sign * reward
+        self._changed.update((length, sum_tokens, sum_reward))
 
     def _add(self, name: str, amount: float) -> None:
-        values = self._values
-        values[name] = values[name] + amount if name in values else amount
+        self._values[name] += amount
         self._changed.add(name)
 
     def __getitem__(self, name: str) -> int:

@@ -8,7 +8,7 @@ both, so clocks play no part and nothing that a peer sends can raise a number. W
 a name that another one has now is decided elsewhere (`buffer/service/name_claims.py`).
 
 All ranks of the trainer are one process here, under the name TRAINER. Of an identity, only 63 bits of its
-hash are stored: reading the ledger is not enough to pose as the process.
+hash are stored, so who reads the ledger does not learn the identity.
 """
 
 from __future__ import annotations

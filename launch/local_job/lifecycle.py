@@ -9,8 +9,8 @@
 - CLOSING always ends the processes in the same order: trainer (finishes its step, writes a checkpoint,
   commits), servers, buffers.
 - A daemon that drains before CLOSING was stopped by a user. A stopped server is not replaced, and the run
-  continues while another server is left; any other daemon closes the run. A daemon that exits with code 0 has
-  heard that the run is finished, which also closes it.
+  continues while another server is left; any other daemon closes the run. Exit code 0 of a
+  daemon means that the run is finished, which also closes it.
 - A daemon that dies is started again, and the others only pause: other servers generate a dead server's
   samples, a buffer restarts at the same port with its ledger (unless `buffer.durability=none`), the trainer
   restarts from its newest checkpoint. The number of deaths in a row is limited (restarts.py, trainer.py).

@@ -69,7 +69,7 @@ class Operator:
         return found
 
 
-NOBODY = Operator(SecurityConfig(), Path())
+NO_OPERATOR = Operator(SecurityConfig(), Path())
 """For jobs without keys and certificate."""
 
 
@@ -79,7 +79,7 @@ def operator_of(root: Path) -> Operator:
     return Operator(load_config(["--config", str(paths.config)]).security, paths.endpoints)
 
 
-def fetch_json(address: str, path: str, *, operator: Operator = NOBODY) -> dict[str, Any] | None:
+def fetch_json(address: str, path: str, *, operator: Operator = NO_OPERATOR) -> dict[str, Any] | None:
     """GET http://address/path; returns the JSON object, or None if none arrives within REQUEST_TIMEOUT_S.
 
     Raises ConfigError if the daemon refuses this caller.
@@ -107,7 +107,7 @@ def post_json(
     path: str,
     body: dict[str, Any],
     *,
-    operator: Operator = NOBODY,
+    operator: Operator = NO_OPERATOR,
     timeout_s: float = 5.0,
 ) -> dict[str, Any]:
     """POST http://address/path; returns the JSON object in the answer.

@@ -17,7 +17,7 @@ from typing import Any
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.shards import add_up
-from launch.observation.http_json import NOBODY, REQUEST_TIMEOUT_S, Operator, fetch_json
+from launch.observation.http_json import NO_OPERATOR, REQUEST_TIMEOUT_S, Operator, fetch_json
 from launch.observation.metrics_tail import MetricsTail
 from launch.observation.progress import Progress
 
@@ -88,7 +88,7 @@ class Observation:
 class Observer:
     """Polls the job in a thread between `start` and `close`."""
 
-    def __init__(self, paths: RunPaths, *, operator: Operator = NOBODY, interval_s: float = 1.0) -> None:
+    def __init__(self, paths: RunPaths, *, operator: Operator = NO_OPERATOR, interval_s: float = 1.0) -> None:
         self._paths = paths
         self._operator = operator
         self._usual_interval_s = interval_s
@@ -122,7 +122,7 @@ class Observer:
 
 
 def look_at_daemons(
-    folder: Path, *, before: dict[str, DaemonView] | None = None, operator: Operator = NOBODY
+    folder: Path, *, before: dict[str, DaemonView] | None = None, operator: Operator = NO_OPERATOR
 ) -> dict[str, DaemonView]:
     """Asks every daemon with an endpoint file in `folder` for its status; returns the views by name.
 

@@ -69,7 +69,7 @@ class BufferClient:
         keyring: Keyring | None = None,
     ) -> None:
         """`hello` returns the current registration; `on_abort` is called with the leases that the buffer has
-        aborted, `on_drain` when an operator wants the server to leave, `on_finished` when the run is over."""
+        aborted, `on_drain` when an operator drains the server, `on_finished` when the run is finished."""
         self._config = config
         self._shard = shard
         self._hello = hello

@@ -19,14 +19,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from areal_like.errors import ConfigError, UserError
+from areal_like.hosts import LOOPBACK
 from areal_like.runtime.imports import uncollected
 from areal_like.runtime.process import die_with_parent, exit_at_once, keep_files_private
 from areal_like.runtime.signals import handle_log_signals
 from areal_like.security.tokens import read_secret
 from areal_like.wire.sockets import bound_socket
-
-LOOPBACK = "127.0.0.1"
-"""The only address that the engine binds: only its rollout server, on the same machine, speaks to it."""
 
 
 def _at_least(minimum: int) -> Callable[[str], int]:

@@ -203,9 +203,12 @@ class LeaseRunner:
                 reward_s=reward.seconds,
                 is_greedy=is_greedy,
             )
-            return Record.of(lease.ticket_id, sample_index, trajectory)
         except ValueError as error:
             raise EngineError(f"the engine's answer cannot be used: {error}") from None
+        try:
+            return Record.of(lease.ticket_id, sample_index, trajectory)
+        except ValueError as error:  # too many components
+            raise RewardError(f"the reward cannot be stored: {error}") from None
 
     async def _run_episode(self, prompt: Prompt, policy: PolicyClient, transcript: Transcript) -> str:
         """The completion. Raises EngineError, RewardError, or EpisodeError for any other exception."""

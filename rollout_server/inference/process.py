@@ -23,6 +23,7 @@ from pathlib import Path
 
 from areal_like.config import Config
 from areal_like.errors import ConfigError, EngineError
+from areal_like.hosts import LOOPBACK
 from areal_like.paths import RunPaths
 from areal_like.runtime.logs import OUTPUT_FILE
 from rollout_server.inference.client import EngineClient
@@ -31,8 +32,6 @@ from rollout_server.inference.generation_gate import GenerationGate
 from rollout_server.inference.shadow_update import ShadowWeightUpdate
 from rollout_server.inference.weight_update import OnQuarantine, OnUntrusted, WeightUpdateStrategy
 
-LOOPBACK = "127.0.0.1"
-"""Address that every engine binds."""
 _POLL_S = 0.05
 _STOP_TIMEOUT_S = 5.0
 _LOG_LINES, _LOG_LINE_CHARS = 8, 200

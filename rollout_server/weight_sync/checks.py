@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import math
 import re
-from ipaddress import ip_address
 
+from areal_like.config.common import NAME, NAME_RULE
 from areal_like.config.weights import MAX_TIMEOUT_S
 from areal_like.errors import WeightSyncError
+from areal_like.hosts import is_loopback
 from areal_like.wire.messages.weights import FormGroup, PushWeights
 
 MAX_WORLD_SIZE = 1 << 14
 """Ranks of one weight group."""
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _HOST = re.compile(r"[A-Za-z0-9.:%_-]{1,255}")
 _SECRET = re.compile(r"([0-9a-f]{64})?")
 _UPDATE_MODES = ("recompute", "keep", "abort_resume", "drain")
@@ -48,7 +48,7 @@ def check_form_group(request: FormGroup, *, host: str, num_ranks: int) -> None:
         _HOST.fullmatch(request.master_address) is not None, "master_address: want a host name or address"
     )
     _require(
-        not _is_loopback(host) or _is_loopback(request.master_address),
+        not is_loopback(host) or is_loopback(request.master_address),
         f"master_address {request.master_address} is on another machine, and this server listens on {host}: "
         "set rollout.host, or weights.host to a loopback address",
     )
@@ -75,7 +75,7 @@ def check_push(request: PushWeights, *, integrity: str) -> None:
 
 
 def _check_common(request: FormGroup | PushWeights) -> None:
-    _require(_NAME.fullmatch(request.group_name) is not None, "group_name: want 1 to 64 plain characters")
+    _require(NAME.fullmatch(request.group_name) is not None, f"group_name: {NAME_RULE}")
     _require(
         math.isfinite(request.timeout_s) and 0 < request.timeout_s <= MAX_TIMEOUT_S,
         f"timeout_s {request.timeout_s:g}: want at most {MAX_TIMEOUT_S:g}",
@@ -85,11 +85,3 @@ def _check_common(request: FormGroup | PushWeights) -> None:
 def _require(condition: bool, problem: str) -> None:
     if not condition:
         raise WeightSyncError(f"refused: {problem}")
-
-
-def _is_loopback(host: str) -> bool:
-    """True for a loopback address and for `localhost`. Other names are not resolved."""
-    try:
-        return ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"

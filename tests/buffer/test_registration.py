@@ -306,7 +306,7 @@ def test_long_names_grow_neither_log_nor_directory(tmp_path: Path) -> None:
 # --- the end of a run ---
 
 
-def test_every_peer_hears_that_the_run_is_finished(tmp_path: Path) -> None:
+def test_every_peer_is_told_that_the_run_is_finished(tmp_path: Path) -> None:
     with running_buffer(tmp_path, trainer={"num_steps": 2, "groups_per_step": 2}) as buffer:
         producer = buffer.produce("rollout-0")
 
@@ -335,7 +335,7 @@ def test_every_peer_hears_that_the_run_is_finished(tmp_path: Path) -> None:
 
 def test_a_finished_run_is_continued_with_more_steps(tmp_path: Path) -> None:
     steps = {"num_steps": 1, "groups_per_step": 2}
-    daemon = {"heartbeat_s": 0.1, "linger_s": 1.0, "exit_code_on_drain": 75}
+    daemon = {"heartbeat_s": 0.1, "linger_s": 0.5, "exit_code_on_drain": 75}
     with running_buffer(tmp_path, trainer=steps, daemon=daemon) as buffer:
         buffer.produce("rollout-0")
 
@@ -349,7 +349,7 @@ def test_a_finished_run_is_continued_with_more_steps(tmp_path: Path) -> None:
     again = BufferProcess(buffer.config)
     try:
 
-        async def hear() -> None:
+        async def arrive_late() -> None:
             async with connected(again) as link:
                 with pytest.raises(RunFinishedError):
                     await link.call(server_hello(again), timeout_s=5)
@@ -357,7 +357,7 @@ def test_a_finished_run_is_continued_with_more_steps(tmp_path: Path) -> None:
                 with pytest.raises(RunFinishedError):
                     await link.call(StartTraining(step=1), timeout_s=5)
 
-        asyncio.run(hear())
+        asyncio.run(arrive_late())
         again.process.communicate(timeout=15)
         assert again.process.returncode == 0
     finally:

@@ -112,7 +112,7 @@ async def kill_in_mid_broadcast(folder: Path, *, seeds: range) -> tuple[list[Gen
     model = save_model(folder / "model", "llama")
     servers = [Server(name, model, folder) for name in ("one", "two")]
     await asyncio.gather(*(server.start() for server in servers))
-    broadcaster = Broadcaster(WeightsConfig(push_deadline_s=DEADLINE_S), device="cpu", incarnation=1)
+    broadcaster = Broadcaster(WeightsConfig(push_deadline_s=DEADLINE_S), device="cpu")
     version, num_broken = 0, 0
 
     async def push() -> PushOutcome:

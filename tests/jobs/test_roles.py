@@ -118,7 +118,7 @@ def test_roles_started_by_hand_and_a_replaced_trainer(tmp_path: Path, start: Any
 
 
 def test_a_finished_fleet_ends_by_itself(tmp_path: Path, start: Any) -> None:
-    """No launcher: each role hears of the end from the buffer. Signals for logs disturb none of them."""
+    """No launcher: the buffer tells each role. Signals for logs disturb none of them."""
     run = tmp_path / "runs" / "x"
     (run / "logs").mkdir(parents=True, mode=0o755)  # as the release before made it
     assert start("trainer.prepare_model", "trainer.num_steps=25").wait() == 0

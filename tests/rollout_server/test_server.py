@@ -100,7 +100,7 @@ def push(
             weights_version=0,
         )
         config = WeightsConfig(bucket_bytes=1 << 16, push_deadline_s=20, **settings)
-        broadcaster = Broadcaster(config, device="cpu", incarnation=time.time_ns())
+        broadcaster = Broadcaster(config, device="cpu")
         try:
             return await broadcaster.push(
                 Held(tensors, bucket_bytes=1 << 16), version=version, step=version, servers=[entry]

@@ -181,9 +181,7 @@ def snapshot(value: float, *, size: int = 300) -> Held:
 
 def run(body: Callable[[Broadcaster], Awaitable[None]], *, deadline_s: float = 10.0, **settings: Any) -> None:
     async def bounded() -> None:
-        broadcaster = Broadcaster(
-            WeightsConfig(push_deadline_s=deadline_s, **settings), device="cpu", incarnation=1
-        )
+        broadcaster = Broadcaster(WeightsConfig(push_deadline_s=deadline_s, **settings), device="cpu")
         async with asyncio.timeout(30):
             await body(broadcaster)
             await broadcaster.close()
@@ -347,7 +345,7 @@ def test_a_refusing_server_costs_others_no_further_pushes(monkeypatch: pytest.Mo
 def test_error_message_for_a_host_of_another_machine() -> None:
     async def body() -> None:
         receiver = FakeServer("one")
-        broadcaster = Broadcaster(WeightsConfig(host="192.0.2.1"), device="cpu", incarnation=1)
+        broadcaster = Broadcaster(WeightsConfig(host="192.0.2.1"), device="cpu")
         with pytest.raises(ConfigError, match=r"cannot listen on 192\.0\.2\.1.*set weights\.host"):
             await broadcaster.push(snapshot(1), version=1, step=1, servers=[receiver.entry])
         await broadcaster.close()
@@ -361,7 +359,7 @@ def test_no_free_port_is_a_mistake_only_at_the_start() -> None:
         receiver = FakeServer("one")
         with WeightGroup.create(world_size=2, group_name="other", timeout_s=5) as other:
             config = WeightsConfig(push_deadline_s=5, port_range=f"{other.port}-{other.port}")
-            late, broadcaster = (Broadcaster(config, device="cpu", incarnation=i) for i in (1, 2))
+            late, broadcaster = (Broadcaster(config, device="cpu") for _ in range(2))
             with pytest.raises(ConfigError, match=r"every port of weights\.port_range=.* larger range"):
                 await broadcaster.push(snapshot(1), version=1, step=1, servers=[receiver.entry])
             late.num_sessions = 1
@@ -383,7 +381,7 @@ def test_a_publisher_reports_a_wrong_setting() -> None:
 
     async def body() -> None:
         receiver, failures = FakeServer("one"), list[ArealError]()
-        broadcaster = Broadcaster(WeightsConfig(host="192.0.2.1"), device="cpu", incarnation=1)
+        broadcaster = Broadcaster(WeightsConfig(host="192.0.2.1"), device="cpu")
         publisher = Publisher(
             broadcaster,
             call=granted,

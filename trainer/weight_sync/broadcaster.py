@@ -95,15 +95,13 @@ class Broadcaster:
     The next push to the same servers reuses a session that has not failed.
     """
 
-    def __init__(
-        self, config: WeightsConfig, *, device: str, incarnation: int, keyring: Keyring | None = None
-    ) -> None:
-        """`device`: of the trainer. `incarnation`: of the trainer; makes the names of its groups unique.
-        `keyring`: of the trainer, on a job with keys."""
+    def __init__(self, config: WeightsConfig, *, device: str, keyring: Keyring | None = None) -> None:
+        """`device`: of the trainer. `keyring`: of the trainer, on a job with keys."""
         self._config = config
         self._keyring = keyring
         self._device = torch.device(device)
-        self._incarnation = incarnation
+        # Not the trainer's identity (`Hello.process`), which the names of groups would show to every server.
+        self._group_prefix = f"weights-{secrets.token_hex(8)}"
         self._receivers: dict[ReceiverId, Receiver] = {}
         self._directory: dict[ReceiverId, ServerEntry] = {}
         self._backoff = ReceiverBackoff()
@@ -235,7 +233,7 @@ class Broadcaster:
             host=self._config.host,
             ports=self._config.ports,
             world_size=world_size,
-            group_name=f"weights-{self._incarnation}-{self.num_sessions}",
+            group_name=f"{self._group_prefix}-{self.num_sessions}",
             backend=backend,
             timeout_s=min(self._config.push_deadline_s, _FORM_S),
             secret=secrets.token_hex(32) if is_authenticated else "",

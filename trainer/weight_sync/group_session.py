@@ -179,11 +179,10 @@ class WeightGroupSession:
                 self._ask_all_to_leave(), asyncio.wait(requests, timeout=ALIVE_S)
             )
         else:
+            sent = PushChecksums(version=request.version, checksums=sums.checksums, digests=sums.digests)
             for receiver in self.receivers:
-                receiver.link.send(
-                    PushChecksums(version=request.version, checksums=sums.checksums, digests=sums.digests)
-                )
-            await _wait_for_replies_while_alive(self.receivers, requests)
+                receiver.link.send(sent)
+            await _wait_for_replies_while_alive(self.receivers, requests, sent=sent)
         for task in requests:
             task.cancel()
         replies = [
@@ -297,9 +296,11 @@ async def _wait_unless_refused(
 
 
 async def _wait_for_replies_while_alive(
-    receivers: list[Receiver], requests: list[asyncio.Task[Reply]]
+    receivers: list[Receiver], requests: list[asyncio.Task[Reply]], *, sent: PushChecksums
 ) -> None:
     """Waits for the replies to a push, but not for a server that no longer replies to AskAlive.
+
+    `sent` is repeated meanwhile: a connection that was interrupted (a renewed key) may have lost it.
 
     A server may die with the whole broadcast in its socket's buffer: the broadcast succeeds and no reply ever
     comes.
@@ -308,6 +309,8 @@ async def _wait_for_replies_while_alive(
     while pending:
         done, _ = await asyncio.wait(pending, timeout=ALIVE_S, return_when=asyncio.FIRST_COMPLETED)
         if not done:
+            for receiver in pending.values():
+                receiver.link.send(sent)
             alive = await asyncio.gather(
                 *(receiver.request(AskAlive(), timeout_s=ALIVE_S) for receiver in pending.values())
             )

@@ -123,7 +123,7 @@ class StillAlive:
 
 @dataclass(frozen=True, kw_only=True)
 class Drain:
-    """Buffer -> rollout server: an operator wants it to leave (`areal-like drain`)."""
+    """Buffer -> rollout server: leave: an operator requested it (`areal-like drain`)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,11 +24,12 @@ from urllib.parse import urlsplit
 
 from areal_like.config import Config
 from areal_like.errors import ConfigError, EngineError
+from areal_like.hosts import LOOPBACK
 from areal_like.runtime.tied_exec import foreign_environment
 from areal_like.security.tokens import read_secret
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.generation_gate import GenerationGate
-from rollout_server.inference.process import LOOPBACK, EngineProcess
+from rollout_server.inference.process import EngineProcess
 from rollout_server.inference.sglang import launch_with_key
 from rollout_server.inference.sglang.checkpoint_shapes import CheckpointShapes
 from rollout_server.inference.sglang.client import SglangClient

@@ -71,9 +71,7 @@ class Trainer:
 
     def __init__(self, server: Server, **settings: Any) -> None:
         self.server = server
-        self.broadcaster = Broadcaster(
-            WeightsConfig(push_deadline_s=5, host=HOST, **settings), device="cpu", incarnation=time.time_ns()
-        )
+        self.broadcaster = Broadcaster(WeightsConfig(push_deadline_s=5, host=HOST, **settings), device="cpu")
 
     async def push(self, snapshot: Held, *, version: int) -> PushOutcome:
         """Waits for the end of the server's back-off and pushes."""

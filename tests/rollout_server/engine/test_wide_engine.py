@@ -145,7 +145,7 @@ class WideServer:
 @pytest.mark.timeout(90)
 def test_engines_of_two_ranks_and_one_share_a_broadcast() -> None:
     async def body() -> None:
-        broadcaster = Broadcaster(WeightsConfig(push_deadline_s=40), device="cpu", incarnation=1)
+        broadcaster = Broadcaster(WeightsConfig(push_deadline_s=40), device="cpu")
         servers = [WideServer("wide", num_ranks=2), WideServer("plain", num_ranks=1)]
         for server in servers:
             assert await server.lines() == ["ready"] * server.num_ranks
