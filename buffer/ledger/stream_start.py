@@ -16,6 +16,7 @@ from areal_like.wire.messages.producer import Purpose
 from buffer.ledger.lifecycle import TicketLifecycle
 from buffer.ledger.state import LedgerState
 from buffer.storage.rows import RollbackRow
+from buffer.tables.version_table import MAX_VERSION
 from buffer.tickets import Drop, State
 
 _STREAM_TYPES = {"cursor": int, "next_version": int, "pending": list, "curriculum": list}
@@ -57,7 +58,10 @@ class StreamStart:
         self._scheduler.restore((), first_step=step)
 
     def _check(self, step: int, stream: dict[str, Any]) -> None:
-        if not all(isinstance(value, _STREAM_TYPES.get(name, object)) for name, value in stream.items()):
+        if (
+            not all(isinstance(value, _STREAM_TYPES.get(name, object)) for name, value in stream.items())
+            or stream.get("next_version", 1) > MAX_VERSION
+        ):
             raise RefusedError(
                 "stream",
                 "is not a stream state of this program: was the checkpoint made by another program version?",

@@ -19,6 +19,7 @@ from buffer.prompts.order import Prompt
 from buffer.storage.rows import OperationRow
 from buffer.tables.evaluations import EvalRound
 from buffer.tables.incarnations import TRAINER, is_impossible, refuse_older
+from buffer.tables.version_table import MAX_VERSION
 from buffer.tickets import Drop, State, Ticket
 
 
@@ -74,10 +75,13 @@ class TrainerSession:
         """Adds a version that the first shard allocated. Call it before the push. Idempotent."""
         self._check_current(incarnation)
         self._check_weights_step(step)
+        if not self._settings.shard.index:
+            raise RefusedError("shard", "the first buffer allocates versions, and adopts none")
         if not self._versions.adopt(version, step=step, trainer_incarnation=incarnation):
             raise RefusedError(
                 "version",
-                f"{version} is not newer than {self._versions.newest}, and was not allocated for step {step}",
+                f"{version} is not above {self._versions.newest} and at most {MAX_VERSION}, "
+                f"and was not allocated for step {step}",
             )
 
     def fetch(self, *, step: int, position: int) -> Group | None:

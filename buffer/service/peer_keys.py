@@ -38,6 +38,8 @@ class PeerKeys:
         """Raises RefusedError if this key may not register this peer."""
         if key is None:
             return
+        if not self._is_valid(key):  # any more: the peer has waited for the name
+            raise RefusedError("key", f"the key {key.name} is revoked or has expired")
         if KeyRole(hello.role.value) is not key.role:
             raise RefusedError(
                 "key role", f"the key {key.name} of role {key.role.value} is not a {hello.role.value}'s"

@@ -18,6 +18,9 @@ from buffer.storage.rows import RollbackRow, VersionRow
 from buffer.tables.incarnations import is_impossible
 from buffer.tickets import SampleSummary, Verdict
 
+MAX_VERSION = 1 << 53
+"""Largest version that a trainer may state. Versions are counted up from it, and must fit into the ledger."""
+
 
 class VersionTable:
     """Version -> step.
@@ -62,10 +65,12 @@ class VersionTable:
         """Adds a version that another shard allocated. Idempotent.
 
         Returns False if the version is neither newer than all known ones nor known with this step and
-        trainer.
+        trainer, or above MAX_VERSION.
         """
         if version <= self.newest:
             return self._weights.get(version) == (step, trainer_incarnation)
+        if version > MAX_VERSION:
+            return False
         self._put(version, step=step, trainer_incarnation=trainer_incarnation)
         return True
 

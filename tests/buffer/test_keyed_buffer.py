@@ -22,6 +22,7 @@ from areal_like.wire.fingerprint import dataset_fingerprint
 from areal_like.wire.messages.consumer import Directory, GetRunCounters, RunCounters, StartTraining
 from areal_like.wire.messages.hello import Hello, Refused, Welcome
 from areal_like.wire.messages.producer import HeartbeatAck, Leases, ServerHeartbeat, ServerState
+from buffer.service.peer_keys import PeerKeys
 from tests.support.buffer_harness import ROOT, BufferProcess, FakeTrainer, running_buffer, trainer_hello
 from tests.support.fake_producer import hello as server_hello
 from tests.support.keys import keyed_link, keyring, new_keys
@@ -270,6 +271,17 @@ def test_a_peer_with_an_expired_key_gets_nothing_more(buffer: BufferProcess, key
             assert len(thief.received(Directory)) == num_received
 
     asyncio.run(body())
+
+
+def test_a_key_revoked_while_its_peer_waits_gets_no_name(keys: Path) -> None:
+    ring = keyring(keys, KeyRole.ROLLOUT)
+    peer_keys = PeerKeys(is_named=ring.is_named, is_valid=lambda key: ring.sender(key.public) is not None)
+    key = ring.sender(ring.identity.public)
+    peer_keys.check_hello(server_hello("rollout-0"), key)
+    revoke_key(keys, "rollout")
+    ring.refresh()
+    with pytest.raises(RefusedError, match="is revoked"):
+        peer_keys.check_hello(server_hello("rollout-0"), key)
 
 
 @pytest.mark.parametrize(

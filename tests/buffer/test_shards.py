@@ -196,6 +196,19 @@ def test_adopting_a_version_is_idempotent_and_admits_work() -> None:
         second.adopt_version(incarnation=1, version=version, step=0)
 
 
+def test_no_trainer_can_use_up_the_version_numbers() -> None:
+    """After 2^63 - 1 the ledger could store no further version: the run would have ended for good."""
+    first, second = (begin(shard_ledger(shard)) for shard in all_shards(2))
+    with pytest.raises(RefusedError, match="shard"):
+        first.adopt_version(incarnation=1, version=7, step=0)
+    with pytest.raises(RefusedError, match="version"):
+        second.adopt_version(incarnation=1, version=2**63 - 1, step=0)
+    second.adopt_version(incarnation=1, version=7, step=0)
+    with pytest.raises(RefusedError, match="stream"):
+        shard_ledger(WHOLE).start_training(incarnation=1, step=0, stream={"next_version": 2**63 - 1})
+    assert first.alloc_version(incarnation=1, step=0) < 7
+
+
 def test_a_ledger_of_another_shard_is_refused() -> None:
     store = RowStore()
     before = begin(shard_ledger(Shard(1, 2), store))
