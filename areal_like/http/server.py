@@ -5,9 +5,12 @@
 * A head that takes longer than `_HEAD_TIMEOUT_S` ends the connection; uvicorn would wait for ever.
 * What a request sends beside its body (headers, chunk sizes, trailers) is bounded while it arrives; httptools
   would collect a header of any length.
+* Few requests may wait behind the one that is being answered (HTTP pipelining, which no client of ours does).
+  uvicorn keeps as many as arrive, at several kilobytes of memory each.
 * TLS handshakes are bounded in number and time; a connection counts as one only after it.
-* At `max_connections` the oldest connection that has no complete request is closed. uvicorn's own limit would
-  answer 503 to every request, /livez included, for as long as one client holds connections.
+* At `max_connections` the oldest connection is closed that has no complete request, or does not read its
+  response. uvicorn's own limit would answer 503 to every request, /livez included, for as long as one
+  client holds connections.
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ _KEEP_ALIVE_S = 5
 _BACKLOG = 128
 """Connections that the kernel holds until they are accepted. All of them may be accepted in one turn of the
 event loop, before the oldest are closed, so the number also bounds file descriptors."""
+_MAX_PIPELINED = 8
+"""Requests of one connection that may wait for the response to an earlier one."""
 _OVERHEAD_PER_BODY_BYTE = 8
 """Bytes of chunk sizes for each byte of a body; chunks of one byte need five."""
 
@@ -134,8 +139,10 @@ class BoundedHttp(HttpToolsProtocol):
 
     @property
     def is_idle(self) -> bool:
-        """True while there is no complete request that waits for its response."""
-        return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
+        """True while there is no complete request that waits for its response, or the peer does not read."""
+        if self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
+            return True
+        return bool(self.flow.write_paused)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Closes another connection if there are too many."""
@@ -180,6 +187,9 @@ class BoundedHttp(HttpToolsProtocol):
         """The end of the head."""
         self._is_in_head = False
         self._stop_head_timer()
+        if len(self.pipeline) >= _MAX_PIPELINED:
+            self.transport.abort()
+            raise ValueError("too many requests at once")  # ends the parsing of what has arrived
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:

@@ -32,7 +32,7 @@ from areal_like.paths import RunPaths, write_json
 from areal_like.runtime.http_pages import HttpPlane, Page, Verb
 from areal_like.runtime.logs import configure_logging, exit_log
 from areal_like.runtime.metrics import Metrics
-from areal_like.runtime.process import die_with_launcher, keep_files_private
+from areal_like.runtime.process import allow_many_files, die_with_launcher, keep_files_private
 from areal_like.runtime.signals import handle_log_signals, show_tasks_of
 from areal_like.runtime.waits import PendingWaits
 from areal_like.security.keyring import Keyring
@@ -77,6 +77,7 @@ class Runtime:
         self.metrics_pages: dict[str, Page] = {}
         """Further pages in Prometheus' format, `/metrics/<name>`; an ArealError becomes a 503."""
         self.http_port = 0
+        allow_many_files()
         set_io_threads(config.daemon.io_threads)
         self._loop = asyncio.get_running_loop()
         self._unready = "starting"

@@ -16,12 +16,14 @@ import contextlib
 import ctypes
 import logging
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
 
 _PR_SET_PDEATHSIG = 1
+_MAX_FILES = 1 << 20
 
 
 def die_with_parent(*, signum: int = signal.SIGTERM) -> None:
@@ -75,6 +77,19 @@ def keep_files_private(root: Path | None = None) -> None:
             with contextlib.suppress(OSError):
                 if folder.stat().st_mode & 0o077:
                     folder.chmod(0o700)
+
+
+def allow_many_files() -> None:
+    """Raises this process's limit of open files (sockets included) as far as the system allows.
+
+    libzmq accepts every connection. At the usual limit of 1024 some hundred of them, open and silent, would
+    keep the daemon from opening its own files.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_FILES if most == resource.RLIM_INFINITY else min(most, _MAX_FILES)
+    # Some systems refuse values below their "hard" limit.
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def early_signals(drain_code: int = 0) -> None:

@@ -16,6 +16,7 @@ import hashlib
 import hmac
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -25,6 +26,8 @@ from typing import Any
 from areal_like.config.common import NAME
 from areal_like.errors import ConfigError
 
+_PUBLIC_KEY = re.compile(r"[0-9a-zA-Z.:+=^!/*?&<>()\[\]{}@%$#-]{40}")
+_TOKEN_DIGEST = re.compile(r"[0-9a-f]{64}")
 _PUBLIC_FILE = "public.json"
 _MAX_PUBLIC_BYTES = 1 << 20
 _FORMAT = 1
@@ -190,6 +193,17 @@ def _write(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def _is_well_formed(key: AllowedKey) -> bool:
+    """Whatever passes here is used without further checks, in daemons that must not fail because of it."""
+    times = (key.added_unix_s, 0.0 if key.expires_unix_s is None else key.expires_unix_s)
+    return (
+        NAME.fullmatch(key.name) is not None
+        and _PUBLIC_KEY.fullmatch(key.public) is not None
+        and _TOKEN_DIGEST.fullmatch(key.token_sha256) is not None
+        and all(type(time) in (int, float) for time in times)
+    )
+
+
 def _allow_list(document: Any, file: Path) -> AllowList:
     if not isinstance(document, Mapping) or document.get("format") != _FORMAT:
         raise ConfigError(
@@ -197,8 +211,8 @@ def _allow_list(document: Any, file: Path) -> AllowList:
         )
     try:
         keys = [AllowedKey(**(fields | {"role": KeyRole(fields["role"])})) for fields in document["keys"]]
-        if not all(NAME.fullmatch(key.name) and len(key.public) == 40 for key in keys):
-            raise ValueError("a key has no valid name or public key")
+        if not all(map(_is_well_formed, keys)):
+            raise ValueError("a key has a malformed name, public key, token hash or time")
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{file}: {type(error).__name__}: {error}") from None
     return AllowList(keys)

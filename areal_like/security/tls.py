@@ -1,7 +1,8 @@
 """TLS of the HTTP servers: one certificate for all daemons of a job, which clients trust by itself.
 
 Clients compare no names: endpoint files hold numeric addresses, and whoever has the private key of exactly
-this certificate is a daemon of the job.
+this certificate is a daemon of the job. Of a chain they trust the first certificate alone: an authority that
+has signed it signs for others, too.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from pathlib import Path
 
 from areal_like.config.security import SecurityConfig
 from areal_like.errors import ConfigError
+
+_BEGIN, _END = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
 
 
 def tls_files(security: SecurityConfig) -> tuple[str, str]:
@@ -43,9 +46,10 @@ def client_context(security: SecurityConfig) -> ssl.SSLContext | None:
     context.check_hostname = False
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     try:
-        context.load_verify_locations(Path(security.tls_certificate).expanduser())
-    except OSError as error:  # ssl.SSLError is one
-        raise ConfigError(
-            f"security.tls_certificate={security.tls_certificate}: {error.strerror or error}"
-        ) from None
+        text = Path(security.tls_certificate).expanduser().read_text("latin-1")
+        first = text[text.find(_BEGIN) :].partition(_END)[0] + _END
+        context.load_verify_locations(cadata=ssl.PEM_cert_to_DER_cert(first))
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        reason = error.strerror if isinstance(error, OSError) else "it has no certificate in PEM format"
+        raise ConfigError(f"security.tls_certificate={security.tls_certificate}: {reason or error}") from None
     return context

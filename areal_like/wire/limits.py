@@ -26,7 +26,11 @@ MAX_WORD_CHARS = 64
 MAX_STATS = 256
 """Statistics in one message."""
 
+MAX_STAT = 1e18
+"""Size of a statistic: sums over all peers must stay finite, because JSON and the wire have no infinity."""
+
 _PROCESS = re.compile(r"[0-9a-f]{32}")
+_WEIGHTS_ADDRESS = re.compile(r"(tcp://[A-Za-z0-9._\[\]:%-]+:[1-9][0-9]{0,4})?")
 _LIMITS: dict[type, dict[str, int]] = {
     Hello: {
         "job": MAX_WORD_CHARS,
@@ -73,6 +77,9 @@ def _check_hello(hello: Hello) -> None:
         raise RefusedError("name", f"is not a name: {NAME_RULE}")
     if not _PROCESS.fullmatch(hello.process):
         raise RefusedError("process", "want 32 hexadecimal digits")
+    # The trainer connects to it, and libzmq knows other transports and options of the source address.
+    if not _WEIGHTS_ADDRESS.fullmatch(hello.weights_address):
+        raise RefusedError("weights_address", "want tcp://host:port")
     numbers = {
         "incarnation": hello.incarnation,
         "weights_version": hello.weights_version,
@@ -89,3 +96,5 @@ def _check_stats(stats: Mapping[str, float]) -> None:
         raise RefusedError(
             "stats", f"at most {MAX_STATS} statistics with keys of {MAX_WORD_CHARS} characters are accepted"
         )
+    if any(abs(value) > MAX_STAT for value in stats.values()):
+        raise RefusedError("stats", f"at most {MAX_STAT:g} is accepted")

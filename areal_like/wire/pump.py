@@ -47,6 +47,10 @@ of messages fills the sender's memory and not ours."""
 _MAX_QUEUED = 1000
 """Messages that may wait to be sent to one peer. Credit keeps healthy peers far below."""
 
+_HANDSHAKE_S = 5.0
+"""Time for a peer to complete its handshake. Until then it may be a stranger, and libzmq keeps up to
+`max_message_bytes` of what it sends: the time bounds how much that can be from all strangers together."""
+
 _DRAIN_S = 0.01
 """Time for messages in a row before other tasks of the event loop run."""
 
@@ -65,6 +69,8 @@ def connection_socket(
     socket.set(zmq.SNDHWM, _MAX_QUEUED)
     socket.set(zmq.RCVHWM, _MAX_WAITING)
     socket.set(zmq.MAXMSGSIZE, max_message_bytes)
+    if kind == zmq.ROUTER:
+        socket.set(zmq.HANDSHAKE_IVL, int(1000 * _HANDSHAKE_S))
     socket.set(zmq.TCP_KEEPALIVE, 1)
     socket.set(zmq.TCP_KEEPALIVE_IDLE, _KEEPALIVE_IDLE_S)
     socket.set(zmq.TCP_KEEPALIVE_INTVL, _KEEPALIVE_INTERVAL_S)

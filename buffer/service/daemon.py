@@ -105,7 +105,10 @@ class BufferDaemon:
         )
         keyring = runtime.keyring
         self._series = BufferSeries(runtime.metrics, max_staleness=config.staleness_cap)
-        self._keys = PeerKeys(lambda name, role: keyring is None or keyring.is_named(name, role))
+        self._keys = PeerKeys(
+            is_named=lambda name, role: keyring is None or keyring.is_named(name, role),
+            is_valid=lambda key: keyring is None or keyring.sender(key.public) is not None,
+        )
         curve = None
         if keyring is not None:
             curve = CurveServer(keyring, roles=ROLES, on_failure=self._fail)
@@ -310,9 +313,11 @@ class BufferDaemon:
     def _remove_revoked(self) -> None:
         """Removes peers whose key was revoked; the leases of servers return."""
         for role in Role:
-            for peer in self._keys.revoked(self._peers.of(role)):
+            for peer in self._keys.revoked(self._peers.of(role), now_s=self._loop.time()):
                 name = peer.hello.name
-                log.warning("%s is removed: its key %s was revoked", name, peer.key and peer.key.name)
+                log.warning(
+                    "%s is removed: its key %s is revoked or has expired", name, peer.key and peer.key.name
+                )
                 if role is Role.ROLLOUT:
                     self._ledger.remove_server(name)
                 self._peers.remove(name)

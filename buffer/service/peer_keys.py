@@ -14,15 +14,23 @@ from areal_like.security.keys import AllowedKey, KeyRole
 from areal_like.wire.messages.hello import Hello, Role
 from buffer.service.peers import Peer
 
+_RENEWAL_S = 3.0
+"""Silence after which a peer is removed whose key was renewed and has expired: every daemon reads its new key
+within a second, so this one is somebody who has only the old key."""
 _MAX_OWNERS = 4096
 """Names whose first key is remembered; the oldest are forgotten first."""
 
 
 class PeerKeys:
-    """Decides by keys. `is_named(name, role)`: True if a valid key has this name and role."""
+    """Decides by keys."""
 
-    def __init__(self, is_named: Callable[[str, KeyRole], bool]) -> None:
+    def __init__(
+        self, *, is_named: Callable[[str, KeyRole], bool], is_valid: Callable[[AllowedKey], bool]
+    ) -> None:
+        """`is_named(name, role)`: True if a valid key has this name and role. `is_valid`: of exactly this
+        key."""
         self._is_named = is_named
+        self._is_valid = is_valid
         self._owners: dict[str, AllowedKey] = {}
         """Name of a peer -> key that registered it first."""
 
@@ -56,12 +64,14 @@ class PeerKeys:
             known = "none" if peer.key is None else peer.key.name
             raise RefusedError("key", f"{peer.hello.name} registered with the key {known}, not {key.name}")
 
-    def revoked(self, peers: Iterable[Peer]) -> list[Peer]:
-        """The peers whose key is not valid any more and was not renewed."""
+    def revoked(self, peers: Iterable[Peer], *, now_s: float) -> list[Peer]:
+        """The peers whose key is not valid any more, and that have not renewed it."""
         return [
             peer
             for peer in peers
-            if peer.key is not None and not self._is_named(peer.key.name, peer.key.role)
+            if peer.key is not None
+            and not self._is_valid(peer.key)
+            and not (self._is_named(peer.key.name, peer.key.role) and now_s - peer.last_heard_s < _RENEWAL_S)
         ]
 
 

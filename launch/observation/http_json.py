@@ -1,7 +1,8 @@
 """JSON requests to the daemons' HTTP servers: GET for a status, POST for a control request.
 
 The operator's token goes only to addresses in the run's endpoint files, which the daemons themselves write:
-never to an address that a daemon reports for another one.
+never to an address that a daemon reports for another one, and on this machine only to processes of the user
+who has written the file.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
 from areal_like.security.tls import client_context
 from areal_like.security.tokens import operator_token
+from launch.observation.listening_user import may_belong_to
 
 REQUEST_TIMEOUT_S = 1.0
 _MAX_ANSWER_BYTES = 64 << 20
@@ -34,19 +36,20 @@ class Operator:
         """
         self._endpoints = endpoints
         self._keys = security.keys
-        self._known: set[str] = set()
+        self._known: dict[str, int] = {}
+        """Address in an endpoint file -> user who has written the file."""
         self._tls = client_context(security)
         if security.keys:
             operator_token(security.keys)
 
     def headers(self, address: str) -> dict[str, str]:
-        """The headers of a request to `host:port`; without a token if no endpoint file has this address.
+        """The headers of a request to `host:port`; without a token if it is no daemon's.
 
         Reads the token again, because it may have been rotated. Raises ConfigError if it is gone.
         """
         if self._keys and address not in self._known:
-            self._known = set(self._addresses())
-        if address not in self._known:
+            self._known = self._addresses()
+        if address not in self._known or not may_belong_to(address, self._known[address]):
             return {}
         return {"Authorization": f"Bearer {operator_token(self._keys)}"}
 
@@ -56,11 +59,11 @@ class Operator:
             return http.client.HTTPConnection(host, port, timeout=timeout_s)
         return http.client.HTTPSConnection(host, port, timeout=timeout_s, context=self._tls)
 
-    def _addresses(self) -> list[str]:
-        found = []
+    def _addresses(self) -> dict[str, int]:
+        found = {}
         for path in self._endpoints.glob("*.json"):
             try:
-                found.append(str(json.loads(path.read_text())["http"]))
+                found[str(json.loads(path.read_text())["http"])] = path.stat().st_uid
             except (OSError, ValueError, KeyError, TypeError):
                 continue  # the daemon has just ended and removed its file
         return found

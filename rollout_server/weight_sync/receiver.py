@@ -26,7 +26,9 @@ from areal_like.errors import EngineError, WeightSyncError
 from areal_like.weights.buckets import Manifest
 from areal_like.weights.integrity import BucketSums
 from areal_like.wire.channel import Envelope, Listener
+from areal_like.wire.codec import HEADER_LIMITS
 from areal_like.wire.curve import CurveServer
+from areal_like.wire.messages import TAGS
 from areal_like.wire.messages.weights import (
     TO_SERVER,
     Alive,
@@ -50,6 +52,9 @@ _CLEANUP_TIMEOUT_S = 5.0
 _MAX_QUEUED = 16
 """Requests that may wait. A trainer sends the next one when it has the answer to the last; two trainers may
 overlap."""
+_MAX_REQUEST_BYTES = (1 << 10) + max(HEADER_LIMITS[TAGS[kind]] for kind in TO_SERVER)
+"""Requests carry no arrays, and encryption adds a few bytes. libzmq keeps up to this much of what a stranger
+without a key sends."""
 _NO_ENGINE = "this server's engine is not running"
 _MIN_TIMEOUT_S = 0.001
 """Shortest timeout passed to the engine, where 0 would mean no timeout."""
@@ -79,7 +84,7 @@ class WeightReceiver:
             host=host,
             port=0,
             handler=self._on_request,
-            max_message_bytes=max_message_bytes,
+            max_message_bytes=min(max_message_bytes, _MAX_REQUEST_BYTES),
             setting="rollout.host",
             curve=curve,
             accepts=TO_SERVER,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -99,3 +100,17 @@ def test_daemon_of_a_dead_launcher_does_not_start(tmp_path: Path) -> None:
     command = [sys.executable, "-c", BODY, "serve", "name=test", f"runs_dir={tmp_path}/runs"]
     done = subprocess.run(command, env=dict(os.environ) | {PARENT_PID: "1"}, timeout=20, check=False)
     assert done.returncode == 1
+
+
+def test_daemon_may_open_as_many_files_as_the_system_allows(tmp_path: Path) -> None:
+    soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, most))
+    try:
+        daemon = DaemonProcess(tmp_path, "serve")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, most))
+    try:
+        daemon.endpoint()
+        assert resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE)[0] > 256
+    finally:
+        daemon.close()

@@ -1,4 +1,4 @@
-"""Bounds of connections to an HTTP server: floods, slow clients, long heads, trailers."""
+"""Bounds of connections to an HTTP server: floods, pipelines, slow clients, long heads, trailers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from areal_like.http import server
-from areal_like.http.access import AccessRules, host_names, single_key
+from areal_like.http.access import PROBE_PATHS, AccessRules, host_names, single_key
 from areal_like.http.guard import BodyLimits, HttpGuard
 from areal_like.http.server import HttpConfig, HttpServer
 from areal_like.wire.sockets import bound_socket
@@ -38,15 +38,28 @@ async def slow(_: Request) -> Response:
     return PlainTextResponse("done")
 
 
+async def large(_: Request) -> Response:
+    return Response(bytes(16 << 20))
+
+
 @asynccontextmanager
 async def serving() -> AsyncIterator[int]:
     """A server with small bounds; yields its port."""
     app = Starlette(
-        routes=[Route("/livez", livez), Route("/echo", echo, methods=["POST"]), Route("/slow", slow)]
+        routes=[
+            Route("/livez", livez),
+            Route("/large", large),
+            Route("/echo", echo, methods=["POST"]),
+            Route("/slow", slow),
+        ]
     )
     guard = HttpGuard(
         app,
-        AccessRules(hosts=host_names("127.0.0.1"), role_of=single_key("secret")),
+        AccessRules(
+            hosts=host_names("127.0.0.1"),
+            role_of=single_key("secret"),
+            open_paths=PROBE_PATHS | {"/large"},
+        ),
         limits=BodyLimits(max_bytes=1 << 20, timeout_s=0.5),
     )
     plane = HttpServer(HttpConfig(guard, max_connections=MAX_CONNECTIONS))
@@ -194,5 +207,32 @@ def test_stranger_cannot_make_the_server_read_a_body() -> None:
             head = b"POST /echo HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n"
             answer = await talk(port, head + b"Expect: 100-continue\r\n\r\n")
             assert answer.startswith(b"HTTP/1.1 401"), answer[:100]
+
+    asyncio.run(body())
+
+
+def test_pipelined_requests_are_bounded() -> None:
+    async def body() -> None:
+        async with serving() as port:
+            few = PROBE.replace(b"Connection: close\r\n", b"")
+            assert (await talk(port, 4 * few + PROBE)).count(b" 200 ") == 5
+            assert (await talk(port, 2_000 * few)).count(b" 200 ") < 2_000
+            assert (await talk(port, PROBE)).endswith(b"ok")
+
+    asyncio.run(body())
+
+
+def test_connections_that_read_no_response_are_closed() -> None:
+    async def body() -> None:
+        async with serving() as port:
+            strangers = []
+            for _ in range(MAX_CONNECTIONS):
+                stranger = socket.create_connection(("127.0.0.1", port), timeout=5)
+                stranger.sendall(2 * b"GET /large HTTP/1.1\r\n\r\n")
+                strangers.append(stranger)
+            await asyncio.sleep(0.3)
+            assert (await asyncio.wait_for(talk(port, PROBE), 5)).endswith(b"ok")
+            for stranger in strangers:
+                stranger.close()
 
     asyncio.run(body())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,37 @@ def test_private_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="chmod 600"):
         tls_files(SecurityConfig(**good))
     assert other.is_file()
+
+
+def accepts(client: ssl.SSLContext, certificate: Path, key: Path) -> bool:
+    """True if a client completes the handshake with a server that has this certificate."""
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(certificate, key)
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = [
+        client.wrap_bio(to_client, to_server),
+        server.wrap_bio(to_server, to_client, server_side=True),
+    ]
+    for _ in range(4):
+        for end in ends:
+            try:
+                end.do_handshake()
+            except ssl.SSLWantReadError:
+                continue
+            except ssl.SSLCertVerificationError:
+                return False
+    return ends[0].version() is not None
+
+
+def test_only_the_first_certificate_of_a_chain_is_trusted(tmp_path: Path) -> None:
+    certificate, key = make_certificate(tmp_path, "areal")
+    authority, authority_key = make_certificate(tmp_path, "authority")
+    chain = tmp_path / "chain.pem"
+    chain.write_text("areal\n" + certificate.read_text() + authority.read_text())
+    client = client_context(SecurityConfig(tls_certificate=str(chain), tls_private_key=str(key)))
+    assert client is not None
+    assert accepts(client, certificate, key)
+    assert not accepts(client, authority, authority_key)
+    chain.write_text("no certificate")
+    with pytest.raises(ConfigError, match="no certificate in PEM format"):
+        client_context(SecurityConfig(tls_certificate=str(chain), tls_private_key=str(key)))

@@ -15,7 +15,7 @@ from areal_like.errors import ArealError, ConfigError, DeadlineError
 from areal_like.security.administration import add_key, revoke_key, rotate_keys
 from areal_like.security.keyring import Keyring
 from areal_like.security.keys import KeyDirectory, KeyRole, write_public
-from areal_like.wire import codec
+from areal_like.wire import codec, pump
 from areal_like.wire.channel import Envelope, Link, Listener, tcp_address
 from areal_like.wire.messages.consumer import AllocVersion, VersionGranted
 from areal_like.wire.messages.hello import Refused
@@ -380,6 +380,27 @@ def test_a_frame_of_another_version_is_readable(keys: Path, monkeypatch: pytest.
         link._pump.send(frames)
         await until(lambda: bool(received))
         assert isinstance(received[0], Refused) and received[0].field == "wire version"
+        link.close()
+        listener.close()
+
+    run(body)
+
+
+def test_a_stranger_has_little_time_for_a_handshake(keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It could send a frame of `max_message_bytes` before it has shown a key, on every connection."""
+    monkeypatch.setattr(pump, "_HANDSHAKE_S", 0.3)
+
+    async def body() -> None:
+        listener = keyed_listener(keyring(keys, KeyRole.BUFFER), grant)
+        reader, writer = await asyncio.open_connection("127.0.0.1", listener.port)
+        writer.write(b"\xff" + bytes(7) + b"\x01\x7f\x03\x00" + b"CURVE".ljust(20, b"\0") + bytes(32))
+        writer.write(b"\x06" + (1 << 19).to_bytes(8) + bytes(1 << 18))
+        async with asyncio.timeout(5):
+            await reader.read(-1)
+        writer.close()
+        await until(lambda: listener.num_refused_handshakes == 1)
+        link = keyed_link(address_of(listener), keyring(keys, KeyRole.TRAINER))
+        assert await works(link, 1)
         link.close()
         listener.close()
 

@@ -209,3 +209,29 @@ def test_an_open_address_needs_keys(tmp_path: Path) -> None:
         require_loopback_or_keys(SecurityConfig(), "0.0.0.0", setting="buffer.host")
     require_loopback_or_keys(SecurityConfig(insecure=True), "0.0.0.0", setting="buffer.host")
     require_loopback_or_keys(SecurityConfig(keys=str(tmp_path)), "0.0.0.0", setting="buffer.host")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"public": "x y" * 13 + "z"},
+        {"public": ["k"] * 40},
+        {"token_sha256": "\u00e9" * 64},
+        {"added_unix_s": "yesterday"},
+        {"expires_unix_s": "2030"},
+        {"expires_unix_s": True},
+    ],
+    ids=str,
+)
+def test_a_malformed_entry_leaves_the_keys_as_they_were(tmp_path: Path, change: dict[str, object]) -> None:
+    """Otherwise its first use would raise, in the event loop of every daemon."""
+    path = new_keys(tmp_path / "keys")
+    ring = keyring(path, KeyRole.ROLLOUT)
+    before = ring.directory.allowed
+    document = json.loads((path / "public.json").read_text())
+    document["keys"][0] |= change
+    (path / "public.json").write_text(json.dumps(document))
+    ring.refresh()
+    assert ring.directory.allowed is before
+    with pytest.raises(ConfigError, match=r"public\.json"):
+        KeyDirectory(path)

@@ -24,6 +24,8 @@ NULL_READY = b"\x04\x29\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER\x08Identit
 """Its second message."""
 PING = b"\x04\x07\x04PING\x00\x00"
 """A heartbeat that wants an answer."""
+_MAX_UNSENT = 20
+"""Messages that are lost when the attacker leaves: he waits until the others are in the connection."""
 _PIECE = b" " * (1 << 20)
 
 
@@ -36,7 +38,7 @@ class Attacker:
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.set(zmq.LINGER, 0)
         self._socket.set(zmq.SNDTIMEO, 20_000)
-        self._socket.set(zmq.SNDHWM, 100)
+        self._socket.set(zmq.SNDHWM, _MAX_UNSENT)
         self._socket.set(zmq.ROUTING_ID, route or secrets.token_bytes(16))
         if identity is not None:
             self._socket.set(zmq.CURVE_SERVERKEY, server_key.encode())
@@ -76,6 +78,10 @@ class Attacker:
                     return received
                 self.inbox.append(received)
         return None
+
+    def next_message(self, *, timeout_s: float = 20.0) -> Any:
+        """The next message that arrives; None if there is none in time."""
+        return next((message for message, _ in self._receive(timeout_s)), None)
 
     def received(self, *, wait_s: float) -> list[Any]:
         """Everything that arrives until nothing has arrived for `wait_s`."""

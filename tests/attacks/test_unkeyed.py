@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,7 +84,7 @@ def test_one_server_cannot_end_the_job_by_failures(job: AttackedJob, kind: Failu
     assert job.status()["failed_because"] == ""
 
 
-def entry_of(job: AttackedJob, name: str) -> dict[str, object]:
+def entry_of(job: AttackedJob, name: str) -> dict[str, Any]:
     """The entry of a peer in /status."""
     return next((dict(peer) for peer in job.status()["peers"] if peer["name"] == name), {})
 

@@ -251,6 +251,27 @@ def test_a_renewed_key_keeps_name_and_leases(buffer: BufferProcess, keys: Path) 
     asyncio.run(body())
 
 
+def test_a_peer_with_an_expired_key_gets_nothing_more(buffer: BufferProcess, keys: Path) -> None:
+    """A renewed key keeps its name, so whoever has the old one would stay registered as a trainer."""
+
+    async def body() -> None:
+        async with (
+            connected(buffer, keys, KeyRole.TRAINER, hello=trainer_hello(buffer.config)) as thief,
+            connected(buffer, keys, KeyRole.ROLLOUT, hello=server(buffer)) as good,
+        ):
+            await until(lambda: thief.received(Directory))
+            rotate_keys(keys, "trainer", grace_s=0)
+            num_received = len(thief.received(Directory))
+            buffer.wait_status(lambda status: "trainer" not in str(status["peers"]), timeout_s=8)
+            await good.beat(free=0)
+            async with connected(buffer, keys, KeyRole.TRAINER, hello=trainer_hello(buffer.config)) as rank:
+                await until(lambda: rank.received(Directory))
+            thief.link.resend_pending()
+            assert len(thief.received(Directory)) == num_received
+
+    asyncio.run(body())
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -237,6 +237,8 @@ def test_a_stranger_learns_no_values(tmp_path: Path) -> None:
         ({"http_address": "10.0.0.1:80"}, "http_address"),
         ({"weights_address": "tcp://example.org:80"}, "weights_address"),
         ({"weights_address": "tcp://127.0.0.1.example.org:80"}, "weights_address"),
+        ({"weights_address": "ipc://127.0.0.1:80"}, "weights_address"),
+        ({"weights_address": "tcp://127.0.0.1:0;127.0.0.1:80"}, "weights_address"),
     ],
 )
 def test_a_hello_outside_the_limits_is_refused(
@@ -251,9 +253,11 @@ def test_a_hello_outside_the_limits_is_refused(
                 allowed = dataclasses.replace(server_hello(module_buffer), weights_address=address)
                 assert isinstance(await link.call(allowed, timeout_s=5), Welcome)
                 await link.call(Goodbye(), timeout_s=5)
-            with pytest.raises(RefusedError, match="stats"):
-                await link.call(server_hello(module_buffer, "rollout-7"), timeout_s=5)
-                await link.call(Goodbye(stats={"k" * 65: 1.0}), timeout_s=5)
+            await link.call(server_hello(module_buffer, "rollout-7"), timeout_s=5)
+            for stats in ({"k" * 65: 1.0}, {"tokens_generated": 1e308}):
+                with pytest.raises(RefusedError, match="stats"):
+                    await link.call(Goodbye(stats=stats), timeout_s=5)
+            await link.call(Goodbye(), timeout_s=5)
 
     asyncio.run(run())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from areal_like.config.security import SecurityConfig
 from areal_like.errors import ConfigError
 from areal_like.paths import write_json
 from launch.observation.http_json import Operator, fetch_json, post_json
+from launch.observation.listening_user import may_belong_to
 from tests.launch.test_supervision import ENDLESS, drain, run, scripted_workplace
 from tests.support.key_directory import make_keys
 from tests.support.launching import TEST_LIMIT_S, areal_like, launcher, launcher_log, wait_for_steps
@@ -98,6 +100,25 @@ def test_token_goes_only_to_addresses_in_endpoint_files(tmp_path: Path, server: 
         f"Bearer {token}",
         "Bearer the token after a rotation",
     ]
+
+
+def test_no_token_for_another_user_with_a_daemons_port(
+    tmp_path: Path, server: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed daemon leaves its endpoint file; afterwards anybody may listen at its port."""
+    make_keys(tmp_path / "keys")
+    write_json(tmp_path / "endpoints" / "buffer.json", {"http": server.address})
+    operator = Operator(SecurityConfig(keys=str(tmp_path / "keys")), tmp_path / "endpoints")
+    assert operator.headers(server.address)
+    assert may_belong_to(server.address, os.getuid()) and may_belong_to("10.1.2.3:80", 12345)
+    assert not may_belong_to(server.address, 12345) and not may_belong_to("[::1]:1", os.getuid())
+    if os.getuid() == 0:
+        os.chown(tmp_path / "endpoints" / "buffer.json", 12345, -1)
+    else:
+        monkeypatch.setattr("launch.observation.http_json.may_belong_to", lambda address, user: False)
+    operator = Operator(SecurityConfig(keys=str(tmp_path / "keys")), tmp_path / "endpoints")
+    assert fetch_json(server.address, "/status", operator=operator) == {"x": 1}
+    assert server.authorizations == [None]
 
 
 @pytest.mark.parametrize("answer", [b"", b"[]", b"\xff", b"x" * (1 << 16), b"[" * 100_000])

@@ -1,10 +1,12 @@
 """Pushes over real sockets and real gloo groups: to servers that join, fail, stop replying and die."""
 
 import asyncio
+import dataclasses
 import threading
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,9 @@ import torch
 
 from areal_like.config import WeightsConfig
 from areal_like.errors import ArealError, ConfigError, WeightSyncError
+from areal_like.security.administration import init_keys, revoke_key
+from areal_like.security.keyring import Keyring
+from areal_like.security.keys import KeyDirectory, KeyRole
 from areal_like.weights.buckets import Manifest, checksum, unflatten
 from areal_like.weights.collective import WeightGroup
 from areal_like.wire.channel import Envelope, Listener, tcp_address
@@ -235,6 +240,36 @@ def test_a_push_without_servers_is_not_an_error() -> None:
         assert (outcome.activated, outcome.failed) == ({}, {})
 
     run(body)
+
+
+def test_a_server_that_cannot_be_reached_costs_no_push(tmp_path: Path) -> None:
+    """Its address is malformed, or its key was revoked after the push had begun."""
+
+    async def body() -> None:
+        init_keys(tmp_path / "keys", [KeyRole.TRAINER, KeyRole.ROLLOUT])
+        directory = KeyDirectory(tmp_path / "keys")
+        public = directory.identity("rollout").public
+        keys = Keyring(directory, name="trainer", role=KeyRole.TRAINER)
+        server = FakeServer("rollout-0")
+        entry = dataclasses.replace(server.entry, public_key=public)
+        server.close()
+        Receiver.connected(entry, keys).link.close()
+        revoke_key(tmp_path / "keys", "rollout")
+        keys.refresh()
+        with pytest.raises(WeightSyncError, match="is revoked"):
+            Receiver.connected(entry, keys)
+
+    asyncio.run(body())
+
+    async def push(broadcaster: Broadcaster) -> None:
+        healthy, other = FakeServer("healthy"), FakeServer("other")
+        malformed = dataclasses.replace(other.entry, weights_address="tcp://127.0.0.1:port")
+        outcome = await broadcaster.push(snapshot(1), version=1, step=0, servers=[malformed, healthy.entry])
+        assert list(outcome.activated) == ["healthy"] and list(outcome.failed) == ["other"]
+        other.close()
+        healthy.close()
+
+    run(push)
 
 
 def test_a_slow_server_is_retried_and_costs_no_versions(

@@ -193,7 +193,7 @@ class Broadcaster:
         """
         if (session := self._sessions.get(frozenset(group))) is not None:
             return session
-        receivers = [self._receiver(self._directory[key]) for key in group]
+        receivers = self._connected(group, outcome)
         replies = await asyncio.gather(*(r.request(AskAlive(), timeout_s=ALIVE_S) for r in receivers))
         alive = dict[ReceiverId, Alive]()
         for receiver, reply in zip(receivers, replies, strict=True):
@@ -278,6 +278,17 @@ class Broadcaster:
         outcome.failed[receiver.entry.name] = _failure_reason(reply, version)
         self._backoff.record_failure(self._directory[receiver.id], now_s=time.monotonic())
         del self._num_breaks_survived[receiver.id]
+
+    def _connected(self, group: list[ReceiverId], outcome: PushOutcome) -> list[Receiver]:
+        """The receivers of a group; a server that cannot be one is in `outcome`."""
+        receivers = []
+        for key in group:
+            try:
+                receivers.append(self._receiver(self._directory[key]))
+            except WeightSyncError as error:  # its key was revoked during the push, for example
+                outcome.failed[self._directory[key].name] = str(error)
+                self._backoff.record_failure(self._directory[key], now_s=time.monotonic())
+        return receivers
 
     def _receiver(self, entry: ServerEntry) -> Receiver:
         key = receiver_id(entry)

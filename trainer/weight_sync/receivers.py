@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from areal_like.errors import ArealError
+from areal_like.errors import ArealError, ConfigError, WeightSyncError
 from areal_like.security.keyring import Keyring
-from areal_like.security.keys import KeyRole
+from areal_like.security.keys import AllowedKey, KeyRole
 from areal_like.wire.channel import Link
 from areal_like.wire.curve import CurveClient
 from areal_like.wire.messages.consumer import ServerEntry
@@ -32,7 +32,12 @@ def receiver_id(entry: ServerEntry) -> ReceiverId:
 
 def has_valid_key(entry: ServerEntry, keyring: Keyring | None) -> bool:
     """True if weights may go to this server: there are no keys, or the buffer has seen a valid one of it."""
-    return keyring is None or keyring.sender(entry.public_key) is not None
+    return keyring is None or _key_of(entry, keyring) is not None
+
+
+def _key_of(entry: ServerEntry, keyring: Keyring) -> AllowedKey | None:
+    key = keyring.sender(entry.public_key)
+    return key if key is not None and key.role is KeyRole.ROLLOUT else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,17 +49,23 @@ class Receiver:
 
     @classmethod
     def connected(cls, entry: ServerEntry, keyring: Keyring | None) -> Receiver:
-        """Connects to a server for which `has_valid_key` is true.
+        """Connects to a server.
+
+        Raises WeightSyncError if it has no valid key (any more), or a malformed address.
 
         On a job with keys the other end must have a key with the name of the entry's key. So weights go only
         to a process that the buffer knows, whatever address its hello stated.
         """
         curve = None
         if keyring is not None:
-            key = keyring.sender(entry.public_key)
-            assert key is not None
+            if (key := _key_of(entry, keyring)) is None:
+                raise WeightSyncError(f"the key of {entry.name} is revoked or has expired")
             curve = CurveClient(keyring, role=KeyRole.ROLLOUT, name=key.name)
-        return cls(entry=entry, link=Link(entry.weights_address, handler=lambda _: None, curve=curve))
+        try:
+            link = Link(entry.weights_address, handler=lambda _: None, curve=curve)
+        except ConfigError as error:
+            raise WeightSyncError(str(error)) from None
+        return cls(entry=entry, link=link)
 
     @property
     def id(self) -> ReceiverId:
