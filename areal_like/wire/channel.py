@@ -162,7 +162,7 @@ class Listener:
 
     def _on_frames(self, frames: list[bytes], key: AllowedKey | None = None) -> None:
         peer = frames[0]
-        if self._bad_peers.is_muted(peer, now_s=self._clock()):
+        if self._bad_peers.has_muted and self._bad_peers.is_muted(peer, now_s=self._clock()):
             self.num_bad_frames += 1
             return
         try:

@@ -48,6 +48,7 @@ _LIMITS: dict[type, dict[str, int]] = {
     TrainerHeartbeat: {"state": MAX_WORD_CHARS},
 }
 """Message -> text field -> most characters."""
+_CHECKED = frozenset({*_LIMITS, ServerHeartbeat, TrainerHeartbeat, Goodbye})
 
 
 def shortened(text: str, *, max_chars: int = MAX_TEXT_CHARS) -> str:
@@ -60,6 +61,8 @@ def shortened(text: str, *, max_chars: int = MAX_TEXT_CHARS) -> str:
 
 def check_lengths(message: Any) -> None:
     """Raises RefusedError for a text or table in a peer's message that is too long."""
+    if type(message) not in _CHECKED:  # samples, acknowledgements and requests of groups
+        return
     for name, max_chars in _LIMITS.get(type(message), {}).items():
         if (length := len(getattr(message, name))) > max_chars:
             raise RefusedError(name, f"has {length} characters: at most {max_chars} are accepted")

@@ -26,6 +26,11 @@ class BadPeers:
         self._num_bad: dict[bytes, int] = {}
         self._muted_until_s: dict[bytes, float] = {}
 
+    @property
+    def has_muted(self) -> bool:
+        """False if `is_muted` is false for every peer."""
+        return bool(self._muted_until_s)
+
     def is_muted(self, peer: bytes, *, now_s: float) -> bool:
         """True if this peer's frames are to be dropped unread."""
         until_s = self._muted_until_s.get(peer)

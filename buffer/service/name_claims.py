@@ -66,10 +66,12 @@ class NameClaims:
         newcomers[newcomer.route] = newcomer
         return True
 
-    def heard(self, route: bytes) -> Iterator[Newcomer]:
-        """A message came by this route; yields the newcomers to refuse."""
-        for name in [name for name, question in self._questions.items() if route in question.holders]:
-            yield from self._questions.pop(name).newcomers.values()
+    def heard(self, route: bytes) -> list[Newcomer]:
+        """A message came by this route; returns the newcomers to refuse."""
+        if not self._questions:  # every message passes here
+            return []
+        names = [name for name, question in self._questions.items() if route in question.holders]
+        return [newcomer for name in names for newcomer in self._questions.pop(name).newcomers.values()]
 
     def cancel(self, name: str) -> list[Newcomer]:
         """Ends the question about a name; returns its newcomers."""
