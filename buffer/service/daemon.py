@@ -50,6 +50,8 @@ from buffer.storage.durable import open_store
 log = logging.getLogger(__name__)
 
 _TICK_S = 0.25
+_TELL_AGAIN_S = 0.5
+"""Interval in which peers that have not left are told again that the run is finished."""
 _FAREWELL_S = 2.0
 """Time for a failed job's peers to receive the reason before the socket closes."""
 _LAST_REPLY_S = 0.2
@@ -196,8 +198,13 @@ class BufferDaemon:
 
     async def _linger(self) -> bool:
         """Waits for the end of a finished run; returns False if a trainer has reopened it."""
+        told_s = self._loop.time()
         with self._runtime.waits("peers: to leave the finished run"):
             while not (self._over.done() or self._runtime.stopping.is_set()):
+                # The message is lost if a connection is interrupted at this moment.
+                if self._loop.time() > told_s + _TELL_AGAIN_S:
+                    told_s = self._loop.time()
+                    self._outbox.finish()
                 if not self._ledger.is_finished:
                     self._end.reopened()
                     return False

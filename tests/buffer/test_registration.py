@@ -320,6 +320,8 @@ def test_every_peer_is_told_that_the_run_is_finished(tmp_path: Path) -> None:
                     await trainer.call(FinishRun())
                 await finish(trainer)
                 await wait_for(inbox, JobFinished())
+                inbox.clear()
+                await wait_for(inbox, JobFinished())  # told again, because it has not left
                 async with connected(buffer) as late:
                     with pytest.raises(RunFinishedError):
                         await late.call(server_hello(buffer, "rollout-2"), timeout_s=5)
