@@ -172,6 +172,7 @@ def test_a_keyring_needs_the_right_key(tmp_path: Path) -> None:
     secret = (path / "rollout.secret").read_bytes()
     revoke_key(path, "rollout")
     (path / "rollout.secret").write_bytes(secret)
+    (path / "rollout.secret").chmod(0o644)
     with pytest.raises(ConfigError, match=r"can be read by other users: chmod 600"):
         keyring(path, KeyRole.ROLLOUT)
     (path / "rollout.secret").chmod(0o600)

@@ -114,7 +114,7 @@ def test_the_greedy_sample_counts_for_version_and_lag() -> None:
 
 
 def test_a_baseline_needs_samples_to_compare_with() -> None:
-    with pytest.raises(ConfigError, match=r"sampling\.group_size must be at least 1"):
+    with pytest.raises(ConfigError, match=r"sampling\.group_size=0: use 1"):
         SamplingConfig(group_size=0, greedy_baseline=True)
 
 
