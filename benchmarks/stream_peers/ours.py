@@ -45,6 +45,8 @@ from benchmarks.stream_peers.load import Pacer, Plan, Served, Tally, trajectorie
 
 GROUP_SIZE = 8
 GROUPS_PER_STEP = 64
+MIN_STALENESS = 7
+"""Smallest staleness bound, in steps. The producers change their version only every few steps."""
 COMMIT_EVERY = 8
 _BEAT_S = 0.05
 _PACE_S = 0.002
@@ -57,19 +59,25 @@ _MAX_TOKENS = 32_768
 """Largest sample that the buffer accepts."""
 
 
+def groups_per_step(backlog: int) -> int:
+    """GROUPS_PER_STEP, or fewer if the backlog would then be too few steps."""
+    return min(GROUPS_PER_STEP, backlog // (GROUP_SIZE * (MIN_STALENESS + 1)))
+
+
 def config_of(
     directory: Path, *, durability: str, backlog: int, io_threads: int = 1, keys: str = ""
 ) -> Config:
     """A job whose staleness bound is the backlog."""
+    groups = groups_per_step(backlog)
     return from_mapping(
         {
             "name": "stream",
             "runs_dir": str(directory),
-            "max_staleness": backlog // (GROUP_SIZE * GROUPS_PER_STEP) - 1,
+            "max_staleness": backlog // (GROUP_SIZE * groups) - 1,
             "sampling": {"group_size": GROUP_SIZE},
             "trainer": {
                 "num_steps": 1_000_000_000,
-                "groups_per_step": GROUPS_PER_STEP,
+                "groups_per_step": groups,
                 "tokens_per_microbatch": _MAX_TOKENS,
             },
             "buffer": {"durability": durability},
@@ -204,14 +212,14 @@ async def _pace(producers: deque[_Producer], tally: Tally) -> None:
 
 
 async def _consume(plan: Plan, tally: Tally) -> None:
-    link = _link(plan, KeyRole.TRAINER, lambda _: None)
+    link, groups = _link(plan, KeyRole.TRAINER, lambda _: None), groups_per_step(plan.backlog)
 
     async def fetched(step: int, position: int) -> None:
         group = await link.call(Fetch(step=step, position=position), timeout_s=60)
         tally.consumed(len(group.trajectories))
 
     def requested(step: int) -> list[asyncio.Task[None]]:
-        return [asyncio.create_task(fetched(step, position)) for position in range(GROUPS_PER_STEP)]
+        return [asyncio.create_task(fetched(step, position)) for position in range(groups)]
 
     await link.call(_hello(Role.TRAINER, "trainer-0"), timeout_s=20)
     await link.call(StartTraining(step=0), timeout_s=20)
