@@ -27,7 +27,7 @@ class OnFailureConfig(Section, key="buffer.on_failure"):
     """The reward function raised, returned no finite number, or its process died."""
     reward_timeout: Policy = "zero"
     """The reward function exceeded `rollout.reward_timeout_s`. With `retry` or `drop`, answers that hang the
-    verifier are never trained on, and so never punished."""
+    verifier are never trained on with a low reward."""
     prompt: Policy = "drop"
     """The prompt is too long, or the engine refuses it: `drop` (and do not issue it again) or `retry`."""
     environment: Policy = "zero"

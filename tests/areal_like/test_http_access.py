@@ -16,7 +16,7 @@ import pytest
 from areal_like.http.access import AccessRules, Reason, host_names, single_key
 from areal_like.security.administration import revoke_key
 from tests.support.daemon_process import DaemonProcess
-from tests.support.key_directory import make_keys
+from tests.support.keys import make_keys
 
 HUGE = 300_000_000
 

@@ -14,7 +14,7 @@ from areal_like.security.tls import client_context, tls_files
 from launch.observation.http_json import Operator, fetch_json
 from tests.support.certificates import make_certificate
 from tests.support.daemon_process import DaemonProcess
-from tests.support.key_directory import make_keys
+from tests.support.keys import make_keys
 from tests.support.rollout_harness import wait_until
 
 

@@ -17,7 +17,7 @@ from areal_like.paths import write_json
 from launch.observation.http_json import Operator, fetch_json, post_json
 from launch.observation.listening_user import may_belong_to
 from tests.launch.test_supervision import ENDLESS, drain, run, scripted_workplace
-from tests.support.key_directory import make_keys
+from tests.support.keys import make_keys
 from tests.support.launching import TEST_LIMIT_S, areal_like, launcher, launcher_log, wait_for_steps
 
 pytestmark = pytest.mark.timeout(TEST_LIMIT_S)

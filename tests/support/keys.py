@@ -21,6 +21,12 @@ def new_keys(path: Path) -> Path:
     return path
 
 
+def make_keys(path: Path) -> dict[str, str]:
+    """Writes one key for each role, named after it; returns their tokens by name, for HTTP."""
+    keys = KeyDirectory(new_keys(path))
+    return {role.value: keys.identity(role.value).token for role in KeyRole}
+
+
 def keys_of_machine(source: Path, path: Path, *names: str) -> Path:
     """What an operator copies to a machine: public.json and the secrets of its own daemons."""
     path.mkdir(mode=0o700)
