@@ -79,7 +79,7 @@ class Critic:
         """
         trainer = config.trainer
         model = ValueModel.build(initial, gradient_checkpointing=trainer.gradient_checkpointing)
-        model.shard(ranks, dtype=config.model.dtype)
+        model.shard(ranks, dtype=config.model.dtype, reshard_after_forward=trainer.reshard_after_forward)
         if with_weights:
             model.read_initial_weights()
         optimizer = ShardedAdamW.of(trainer, model, ranks, lr=settings.critic_lr or _LR_RATIO * trainer.lr)

@@ -101,5 +101,10 @@ def build_policy(
         chunk_tokens=config.trainer.logprob_chunk_tokens,
         gradient_checkpointing=config.trainer.gradient_checkpointing and not frozen,
     )
-    policy.shard(ranks, dtype=config.model.dtype, frozen=frozen)
+    policy.shard(
+        ranks,
+        dtype=config.model.dtype,
+        frozen=frozen,
+        reshard_after_forward=config.trainer.reshard_after_forward,
+    )
     return policy.read_initial_weights() if with_weights else policy
