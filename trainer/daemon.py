@@ -78,6 +78,7 @@ class Trainer:
         self._leader: Leader | None = None
         if ranks.rank == 0:
             self._leader = Leader(config, buffer, step=self._step, started_s=started_s)
+            self._runner.on_first_forward = self._leader.check_weights
         buffer.runtime.status = self._status
         self._hands_over = False
         buffer.runtime.verbs["hand_over"] = self._hand_over
