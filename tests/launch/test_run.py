@@ -60,10 +60,7 @@ def test_a_run_survives_its_launcher_and_a_server(tmp_path: Path, root: Path, ca
     assert num_before < 40
     assert (root / "checkpoints" / f"step_{num_before:06d}").exists(), "the orphaned trainer did not drain"
 
-    again = (
-        *("name=x", "resume=latest", "trainer.world_size=2", "rollout.num_servers=2"),
-        "weights.check_interval_s=0",
-    )
+    again = ("name=x", "resume=latest", "trainer.world_size=2", "rollout.num_servers=2")
     with launcher(*again, cwd=tmp_path, environment=cache) as process:
         wait_for_steps(num_before + 3, root, process=process)
         victim = next(
@@ -81,9 +78,6 @@ def test_a_run_survives_its_launcher_and_a_server(tmp_path: Path, root: Path, ca
     rows = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(40))
     assert all(set(row) <= named_columns() for row in rows)
-    assert 0 < max(row.get("weight_check_abs", 0.0) for row in rows) < 1e-4, (
-        "engines' log-probs after pushes are the trainer's"
-    )
     logs = {path.name for path in (root / "logs").glob("*.log")}
     assert logs >= {"buffer.log", "rollout-0.log", "trainer-0.log", "trainer-1.log"}
 
