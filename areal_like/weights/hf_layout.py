@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from areal_like.errors import ConfigError
 
 _COLUMNS = 3
-"""Length of the last dimension while positions are converted, instead of the real one, so that the positions of
-a large model fit into memory. More than 1, to see a transposition; odd, to see an interleaving or a split."""
+"""Length of the last dimension while positions are converted, instead of the real one, so that the positions
+of a large model fit into memory. More than 1, to see a transposition; odd, to see an interleaving or a split."""
 _BATCH_POSITIONS = 1 << 23
 """Positions that are converted at a time (8 bytes each)."""
 
@@ -80,8 +80,8 @@ def hf_tensors(model: nn.Module) -> list[HfTensor]:
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
     if buffers := list(_persistent_buffers(model)):
         raise ConfigError(
-            f"{type(model).__name__} keeps {buffers[0]} in its checkpoint and does not train it: only parameters "
-            "can be pushed and saved; choose another model.path"
+            f"{type(model).__name__} keeps {buffers[0]} in its checkpoint and does not train it: only "
+            "parameters can be pushed and saved; choose another model.path"
         )
     conversions = _conversions(model)
     if not conversions:
