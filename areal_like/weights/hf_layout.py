@@ -29,7 +29,8 @@ from areal_like.errors import ConfigError
 
 _COLUMNS = 3
 """Length of the last dimension while positions are converted, instead of the real one, so that the positions
-of a large model fit into memory. More than 1, to see a transposition; odd, to see an interleaving or a split."""
+of a large model fit into memory. More than 1, so that a transposition shows; odd, so that an interleaving and
+a split do."""
 _BATCH_POSITIONS = 1 << 23
 """Positions that are converted at a time (8 bytes each)."""
 
