@@ -70,16 +70,24 @@ class HfTensor:
         row = rows[self.row - first_row]
         return (row if self.within is None else row[self.within[0] : self.within[1]]), 0
 
+    def whole_in(self, param: Tensor) -> Tensor:
+        """This tensor as a view of the whole parameter."""
+        part = self.part_in(param, first_row=0)
+        assert part is not None, f"{self.name} is not in a parameter of shape {list(param.shape)}"
+        return part[0]
 
-def hf_tensors(model: nn.Module) -> list[HfTensor]:
+
+def hf_tensors(model: nn.Module, *, with_buffers: bool = True) -> list[HfTensor]:
     """The checkpoint's tensors of a transformers model, in the order of its parameters; tied weights once.
 
     `model`: may be on the meta device, and sharded. How it was loaded does not matter: the names are those
     that `save_pretrained` gives a model that was made from its configuration.
+    `with_buffers`: the tensors have to be all of the checkpoint; False leaves out those that are buffers
+    of the model and are never trained.
     Raises ConfigError for an architecture whose checkpoint has tensors that are no parts of parameters.
     """
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
-    if buffers := list(_persistent_buffers(model)):
+    if with_buffers and (buffers := list(_persistent_buffers(model))):
         raise ConfigError(
             f"{type(model).__name__} keeps {buffers[0]} in its checkpoint and does not train it: only "
             "parameters can be pushed and saved; choose another model.path"

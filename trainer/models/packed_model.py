@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM
 
 from areal_like.errors import ConfigError
+from areal_like.moe import route_in_float32
 from trainer.batching.packing import PackedBatch
 from trainer.distributed.ranks import Ranks
 from trainer.models.packed_attention import ATTENTION_NAME, PackedLayout
@@ -34,6 +35,7 @@ class PackedModel(nn.Module):
         super().__init__()
         self.model = model
         model.set_attn_implementation(ATTENTION_NAME)
+        route_in_float32(model)
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
