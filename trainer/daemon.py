@@ -62,8 +62,9 @@ class Trainer:
         self._paths = RunPaths.of(config)
         buffer.state = "loading"
         source = model_path(config)
-        self._policy = build_policy(config, source, ranks)
-        self._runner = build_step_runner(config, self._policy, ranks, initial=source)
+        is_new = not config.resume  # else a checkpoint has the weights: reading the initial ones is wasted
+        self._policy = build_policy(config, source, ranks, with_weights=is_new)
+        self._runner = build_step_runner(config, self._policy, ranks, initial=source, with_weights=is_new)
         self._snapshotter = WeightSnapshotter(
             self._policy, ranks, bucket_bytes=config.weights.bucket_bytes, dtype=config.model.dtype
         )
@@ -78,6 +79,7 @@ class Trainer:
         self._leader: Leader | None = None
         if ranks.rank == 0:
             self._leader = Leader(config, buffer, step=self._step, started_s=started_s)
+            self._runner.on_first_forward = self._leader.check_weights
         buffer.runtime.status = self._status
         self._hands_over = False
         buffer.runtime.verbs["hand_over"] = self._hand_over

@@ -70,12 +70,18 @@ class Critic:
         self._budget_tokens = budget_tokens
 
     @classmethod
-    def of(cls, config: Config, settings: Gae, ranks: Ranks, *, initial: str) -> Critic:
-        """Builds the configured critic, untrained, from `initial`, the model that the run started from."""
+    def of(
+        cls, config: Config, settings: Gae, ranks: Ranks, *, initial: str, with_weights: bool = True
+    ) -> Critic:
+        """Builds the configured critic, untrained, from `initial`, the model that the run started from.
+
+        `with_weights`: False leaves the weights undefined, for a caller that reads a checkpoint into them.
+        """
         trainer = config.trainer
-        model = ValueModel.load(initial, gradient_checkpointing=trainer.gradient_checkpointing).shard(
-            ranks, dtype=config.model.dtype
-        )
+        model = ValueModel.build(initial, gradient_checkpointing=trainer.gradient_checkpointing)
+        model.shard(ranks, dtype=config.model.dtype)
+        if with_weights:
+            model.read_initial_weights()
         optimizer = ShardedAdamW.of(trainer, model, ranks, lr=settings.critic_lr or _LR_RATIO * trainer.lr)
         return cls(model, optimizer, ranks, settings=settings, budget_tokens=trainer.tokens_per_microbatch)
 
