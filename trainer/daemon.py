@@ -112,9 +112,11 @@ class Trainer:
         resume = self._config.resume
         if not resume:
             return 0, {}
-        step = (
-            self._checkpoints.latest(self._ranks) if resume == "latest" else int(resume.removeprefix("step:"))
-        )
+        is_newest = resume in ("latest", "auto")
+        step = self._checkpoints.latest(self._ranks) if is_newest else int(resume.removeprefix("step:"))
+        if step is None and resume == "auto":
+            log.info("resume=auto: no checkpoint in %s, step 0", self._paths.checkpoints)
+            return 0, {}
         if step is None:
             raise ConfigError(f"resume=latest: there is no checkpoint in {self._paths.checkpoints}")
         extra = self._checkpoints.load(
