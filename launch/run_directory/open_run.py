@@ -82,6 +82,12 @@ def _is_begun(paths: RunPaths) -> bool:
 
 def _prepared(run: OpenRun) -> OpenRun:
     """Removes the traces of earlier processes and writes the configuration."""
+    if run.config.trainer.num_hosts > 1:
+        run.close()
+        raise ConfigError(
+            f"trainer.num_hosts={run.config.trainer.num_hosts}: `areal-like run` starts a job on one "
+            "machine; start the roles one by one, and `python -m trainer` on each of the trainer's machines"
+        )
     try:
         for stale in run.paths.endpoints.glob("*.json"):
             stale.unlink()
