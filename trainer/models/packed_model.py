@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from areal_like.errors import ConfigError
+from areal_like.moe import route_in_float32
 from trainer.batching.packing import PackedBatch
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
@@ -47,6 +48,7 @@ class PackedModel(nn.Module):
         self.reshard_after_forward = True
         """Of the layers; see `shard`."""
         model.set_attn_implementation(ATTENTION_NAME)
+        route_in_float32(model)
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from areal_like.automatic_settings import compute_dtype, recomputes_activations
 from areal_like.config import Config
 from areal_like.errors import ConfigError
 from trainer.batching.packing import PackedBatch
@@ -99,11 +100,11 @@ def build_policy(
         path,
         temperature=config.sampling.temperature,
         chunk_tokens=config.trainer.logprob_chunk_tokens,
-        gradient_checkpointing=config.trainer.gradient_checkpointing and not frozen,
+        gradient_checkpointing=recomputes_activations(config) and not frozen,
     )
     policy.shard(
         ranks,
-        dtype=config.model.dtype,
+        dtype=compute_dtype(config),
         frozen=frozen,
         reshard_after_forward=config.trainer.reshard_after_forward,
     )
