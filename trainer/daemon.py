@@ -72,8 +72,12 @@ class Trainer:
         self._snapshot_s = 0.0
         """Seconds that the last snapshot took."""
         self._checkpoints = Checkpoints(
-            self._paths.checkpoints, keep=config.trainer.keep_checkpoints, tokenizer_path=source
+            self._paths.checkpoints,
+            keep=config.trainer.keep_checkpoints,
+            tokenizer_path=source,
+            dtype=config.model.dtype,
         )
+        self._checkpoints.open(ranks)
         self._step, self._stream = self._resume()
         self._saved_step = self._step
         buffer.step = self._step
