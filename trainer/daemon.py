@@ -45,6 +45,8 @@ from trainer.models.policy import build_policy
 from trainer.step.build import build_step_runner
 from trainer.step.recipe import StepRecipe
 from trainer.step.runner import IncompleteStepError
+from trainer.weight_sync.background_gather import BackgroundGather
+from trainer.weight_sync.boundary_gather import BoundaryGather
 from trainer.weight_sync.snapshot import Snapshot, WeightSnapshotter
 
 log = logging.getLogger(__name__)
@@ -64,8 +66,12 @@ class Trainer:
         source = model_path(config)
         self._policy = build_policy(config, source, ranks)
         self._runner = build_step_runner(config, self._policy, ranks, initial=source)
-        self._snapshotter = WeightSnapshotter(
-            self._policy, ranks, bucket_bytes=config.weights.bucket_bytes, dtype=config.model.dtype
+        gather = BoundaryGather if ranks.device.type == "cuda" else BackgroundGather
+        self._snapshotter: WeightSnapshotter = gather(
+            self._policy,
+            ranks,
+            bucket_bytes=config.weights.bucket_bytes_on(ranks.device.type),
+            dtype=config.model.dtype,
         )
         self._snapshot_s = 0.0
         """Seconds that the last snapshot took."""
