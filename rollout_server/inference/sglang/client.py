@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from areal_like.errors import EngineError, PromptRefusedError
@@ -59,6 +60,11 @@ class SglangClient(EngineClient):
         except EngineError:
             return False
         return True
+
+    async def fetch_info(self) -> None:
+        """As EngineClient.fetch_info; SGLang loads weights in place."""
+        await super().fetch_info()
+        self.info = replace(self.info, loads_in_place=True)
 
     async def load(self) -> dict[str, float]:
         """Sequences as the engine reports them; tokens and seconds as counted by this client."""
