@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from areal_like.config import Config
@@ -269,8 +269,9 @@ class Leader:
             self._series.pushed(report)
 
         buffer = self._buffer
+        weights = replace(self._config.weights, update_mode=self._config.update_mode)
         self._publisher = Publisher(
-            Broadcaster(self._config.weights, device=buffer.device, keyring=buffer.runtime.keyring),
+            Broadcaster(weights, device=buffer.device, keyring=buffer.runtime.keyring),
             call=buffer.call_async,
             servers=lambda: buffer.directory.servers,
             on_push=on_push,

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from areal_like.config import Config
+from areal_like.config.gpus import check_gpus_are_separate
 from areal_like.errors import ConfigError
 from areal_like.paths import BUILT_MODELS, RunPaths
 from areal_like.runtime.command_line import GROUPS, load_config, save_config
@@ -46,6 +47,8 @@ def open_run(argv: Sequence[str]) -> OpenRun:
     cannot be resumed.
     """
     config = load_config(argv)
+    if not config.resume:
+        check_gpus_are_separate(config)
     is_named = any(arg.startswith("name=") or arg == "--config" for arg in argv)
     return _prepared(_resume(config, argv) if config.resume else _start(config, is_named=is_named))
 
@@ -150,6 +153,7 @@ def _resume(config: Config, argv: Sequence[str]) -> OpenRun:
         lines = _resume_announcement(paths, steps, resume=config.resume)
         if "--config" not in argv:
             config = _with_own_settings(config, argv, own=paths.config)
+        check_gpus_are_separate(config)
         if begins_again:
             config = dataclasses.replace(config, resume="")
     except ConfigError:
