@@ -8,6 +8,7 @@ code that holds a generation's lease decides about a retry.
 from __future__ import annotations
 
 import ssl
+import uuid
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
@@ -104,6 +105,29 @@ class EngineClient:
     def renew_cache_salt(self) -> None:
         """Call while the engine is paused, before its weights change, where prefixes are kept: later episodes
         share none with earlier ones. Does nothing for an engine that keeps none."""
+
+    async def score(self, tokens: Sequence[int], *, first: int) -> tuple[list[float], int]:
+        """Log-probs, at temperature 1, of the tokens from index `first` (at least 1); and the version that
+        gave them."""
+        body: dict[str, Any] = {
+            "input_ids": list(tokens),
+            "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+            "return_logprob": True,
+            "logprob_start_len": first - 1,
+        }
+        if self.caches_prefixes:
+            body["cache_salt"] = uuid.uuid4().hex  # nothing that was computed before may be used
+        answer = await self._http.call("POST", "/generate", body)
+        try:
+            meta = answer["meta_info"]
+            # The token at `first - 1` has none: it only begins the range.
+            logprobs = [float(entry[0]) for entry in meta["input_token_logprobs"][1:]]
+            version = parse_weight_version(meta["weight_version"])
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            raise EngineError(f"malformed answer of the engine ({type(error).__name__}: {error})") from None
+        if len(logprobs) != len(tokens) - first:
+            raise EngineError(f"{len(tokens) - first} tokens were to be scored, and {len(logprobs)} were")
+        return logprobs, version
 
     async def abort(self, rid: str | None = None) -> None:
         """Aborts one request, or all with `rid=None`; their generate() calls return the partial tokens.

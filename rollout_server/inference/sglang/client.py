@@ -10,6 +10,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,17 +35,14 @@ class SglangClient(EngineClient):
         self._num_tokens = 0
         self._created_s = self._since_s = asyncio.get_running_loop().time()
         self._busy_s = 0.0
-        self._num_salts = 1
+        self._salts = (f"{uuid.uuid4().hex}.{number}" for number in itertools.count())
+        self.cache_salt = next(self._salts)
+        """The salt of episodes that start now: it stands for the weights that the engine holds."""
         self.caches_prefixes = True
-
-    @property
-    def cache_salt(self) -> str:
-        """The salt of episodes that start now: a number for the weights that the engine holds."""
-        return str(self._num_salts)
 
     def renew_cache_salt(self) -> None:
         """As EngineClient.renew_cache_salt."""
-        self._num_salts += 1
+        self.cache_salt = next(self._salts)
 
     def episode(self, *, on_first_token: Callable[[], None] | None = None) -> SamplingClient:
         """As EngineClient.episode; all turns have the salt of the weights at the episode's start."""
@@ -79,6 +78,11 @@ class SglangClient(EngineClient):
             self._count_running(-1)
         self._num_tokens += len(generation.output_ids)
         return generation
+
+    async def score(self, tokens: Sequence[int], *, first: int) -> tuple[list[float], int]:
+        """As EngineClient.score. Refuses ids outside the vocabulary."""
+        self._check_ids(tokens, EngineError, name="tokens")
+        return await super().score(tokens, first=first)
 
     def _check_ids(self, ids: Sequence[int], error: type[EngineError], *, name: str) -> None:
         outside = next((token for token in ids if not 0 <= token < self._vocab_size), None)

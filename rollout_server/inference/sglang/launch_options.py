@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 
+from areal_like.automatic_settings import compute_dtype
 from areal_like.config import Config
 from areal_like.config.gpus import engine_gpus
 from areal_like.hosts import LOOPBACK
@@ -21,8 +22,8 @@ def launch_options(
     device = rollout.engine_device.partition(":")[0]
     options = {
         "model-path": model, "host": LOOPBACK, "port": port, "device": device,
-        "dtype": config.model.dtype, "max-running-requests": rollout.max_running, "weight-version": version,
-        "random-seed": config.seed + index, "stream-interval": STREAM_INTERVAL,
+        "dtype": compute_dtype(config), "max-running-requests": rollout.max_running,
+        "weight-version": version, "random-seed": config.seed + index, "stream-interval": STREAM_INTERVAL,
         "sampling-defaults": "openai", "context-length": context_length, "schedule-policy": "lpm",
         "tp-size": rollout.gpus_per_engine,
     }  # fmt: skip
