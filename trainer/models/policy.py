@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from areal_like.automatic_settings import compute_dtype, recomputes_activations
 from areal_like.config import Config
 from areal_like.errors import ConfigError
 from trainer.batching.packing import PackedBatch
@@ -93,6 +94,6 @@ def build_policy(config: Config, path: str, ranks: Ranks) -> Policy:
         path,
         temperature=config.sampling.temperature,
         chunk_tokens=config.trainer.logprob_chunk_tokens,
-        gradient_checkpointing=config.trainer.gradient_checkpointing,
+        gradient_checkpointing=recomputes_activations(config),
     )
-    return policy.shard(ranks, dtype=config.model.dtype)
+    return policy.shard(ranks, dtype=compute_dtype(config))
