@@ -20,9 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
+
+from trainer.distributed.sharding import local
 
 ACTIVATIONS = "activations"
 LOGITS = "logits of the head"
@@ -147,9 +150,10 @@ class _Mode(TorchDispatchMode):
         out = func(*args, **kwargs)
         memory = self._memory
         for tensor in tree_iter(out):
-            # A DTensor comes by a second time as the local tensors that it consists of.
-            if isinstance(tensor, FakeTensor):
-                memory.made(tensor)
+            # Operations inside a DTensor's are not seen here, so its shard is taken from the result.
+            shard = local(tensor) if isinstance(tensor, DTensor) else tensor
+            if isinstance(shard, FakeTensor):
+                memory.made(shard)
         if func.namespace in _FSDP_OPS:
             for tensor in tree_iter((args, kwargs)):
                 if isinstance(tensor, FakeTensor):
