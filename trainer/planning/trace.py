@@ -30,7 +30,7 @@ from trainer.advantages.gae import Gae
 from trainer.batching.packing import PackedBatch
 from trainer.distributed.ranks import Ranks
 from trainer.models.packed_attention import PackedLayout
-from trainer.models.packed_model import PackedModel
+from trainer.models.packed_model import DTYPES, PackedModel
 from trainer.models.policy import Policy
 from trainer.models.value_model import ValueModel
 from trainer.objectives import Need
@@ -134,7 +134,7 @@ class _Trace:
         # Built outside: rotary frequencies are real tensors, which `allow_non_fake_inputs` lets in.
         config, recipe = self._config, self._recipe
         policy = self._build_policy()
-        reference = self._build_policy() if recipe.needs_reference else None
+        reference = self._build_policy(DTYPES[config.model.dtype]) if recipe.needs_reference else None
         critic = self._build_critic() if isinstance(recipe.estimator, Gae) else None
         with FakeTensorMode(allow_non_fake_inputs=True), self._memory.recording():
             with self._memory.as_(MASTERS):
@@ -218,13 +218,14 @@ class _Trace:
         optimizer.step(divisor=1.0, lr=0.0)
         return optimizer
 
-    def _build_policy(self) -> Policy:
+    def _build_policy(self, dtype: torch.dtype = torch.float32) -> Policy:
         trainer = self._config.trainer
         return Policy.build(
             self._shape.directory,
             temperature=self._config.sampling.temperature,
             chunk_tokens=trainer.logprob_chunk_tokens,
             gradient_checkpointing=bool(trainer.gradient_checkpointing),
+            master_dtype=dtype,
         )
 
     def _build_critic(self) -> ValueModel:
