@@ -100,7 +100,9 @@ class Config(Section):
     seed: int = 0
     """Seed of the warm start, the order of prompts, and sampling."""
     resume: str = ""
-    """Empty: a new run. `latest` or `step:K`: continue the same run from that checkpoint."""
+    """Empty: a new run. `latest` or `step:K`: continue the same run from that checkpoint. `auto`: continue it
+    from its newest checkpoint, or from its beginning if it has none yet; a new run if there is none: the same
+    command then starts a run and starts it again."""
     max_staleness: int | Literal["auto"] = 4
     """Largest lag, in optimizer steps, of any token that is trained on; 0 is synchronous RL, `auto` follows
     the effective sample size."""
@@ -149,8 +151,9 @@ class Config(Section):
             f"name={self.name!r}: {NAME_RULE}",
         )
         require(
-            self.resume in ("", "latest") or (self.resume.startswith("step:") and self.resume[5:].isdigit()),
-            f"resume={self.resume!r}: use latest or step:K",
+            self.resume in ("", "latest", "auto")
+            or (self.resume.startswith("step:") and self.resume[5:].isdigit()),
+            f"resume={self.resume!r}: use auto, latest or step:K",
         )
         self._check_shards()
         require(
