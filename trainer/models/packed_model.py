@@ -114,9 +114,11 @@ class PackedModel(nn.Module):
         )
         if frozen:
             self.requires_grad_(False)
-            for param in self.parameters():
-                # Parameters only: `self.to` would round the rotary frequencies, too.
-                param.data = param.data.to(param.dtype if compute == torch.float32 else compute)
+            if compute != torch.float32:
+                for param in self.parameters():
+                    # Parameters only: `self.to` would round the rotary frequencies, too.
+                    if param.dtype != compute:
+                        param.data = param.data.to(compute)
         for module in [*decoder_layers(self.model), *self._embeddings_apart()]:
             fully_shard(
                 module,

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from areal_like.config import Config
+from trainer.advantages.gae import Gae
 from trainer.batching.scope import Scope
 from trainer.planning.engines import BYTES, EngineMemory, engine_options
 from trainer.planning.gpus import Placement
@@ -111,10 +112,10 @@ def estimate(
         f"({assumed.decode_bandwidth:.0%} of {placement.gpu.memory_bytes_per_s / 1e12:g} TB/s), 2 x parameters x "
         f"sequences / tp / ({assumed.prefill_efficiency:.0%} of the peak)) = {decode_s * 1e3:.1f} ms"
     )
-    prompts = lengths.prompt * (num_samples / config.sampling.group_size)  # a group shares its prompt's prefix
-    prefill_s = 2.0 * trace.num_params * prompts / (
-        placement.engine_gpus * peak * assumed.prefill_efficiency
-    )
+    prompts = lengths.prompt * (
+        num_samples / config.sampling.group_size
+    )  # a group shares its prompt's prefix
+    prefill_s = 2.0 * trace.num_params * prompts / (placement.engine_gpus * peak * assumed.prefill_efficiency)
     decode_rate = num_engines * running / decode_s
     sampled = num_samples * lengths.response
     generate_s = sampled / decode_rate + prefill_s
@@ -156,9 +157,13 @@ def _train_seconds(
     peak = placement.gpu.flops(str(config.model.dtype))
     num_samples = config.trainer.groups_per_step * config.sampling.group_size
     tokens = num_samples * lengths.mean
-    linear = sum(trace.linear_flops.values()) / trace.num_tokens
-    attention = sum(trace.attention_flops.values())
-    if StepRecipe.of(config).objective.scope is Scope.BATCH:
+    recipe = StepRecipe.of(config)
+    # The critic runs a forward for the values, then a forward and a backward for each of its updates.
+    updates = recipe.estimator.critic_updates + 1 / 3 if isinstance(recipe.estimator, Gae) else 1.0
+    times = {"critic": updates}
+    linear = sum(f * times.get(phase, 1.0) for phase, f in trace.linear_flops.items()) / trace.num_tokens
+    attention = sum(f * times.get(phase, 1.0) for phase, f in trace.attention_flops.items())
+    if recipe.objective.scope is Scope.BATCH:
         linear += 2.0 * trace.num_params  # one more forward, for the statistics of the whole step
         attention += 2.0 * shape.attention_size
     executed = tokens * linear + num_samples * lengths.mean**2 * attention
@@ -229,7 +234,9 @@ def _step_seconds(
         )
     else:
         step_s = max(train_s, generate_s + pushed_s)
-        formulas.append(f"step = max(training, generation + push, in which engines stand still) = {step_s:.1f} s")
+        formulas.append(
+            f"step = max(training, generation + push, in which engines stand still) = {step_s:.1f} s"
+        )
     return step_s
 
 

@@ -74,6 +74,9 @@ GPUS = {
 }
 
 
+DEFAULT_KIND = "h100"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Placement:
     """The GPUs of a job."""
@@ -130,8 +133,31 @@ def parse_gpus(text: str) -> Placement:
     return Placement(gpu=gpu, engine_gpus=engines, trainer_gpus=trainer, is_shared=second is None)
 
 
+def placement_of(config: Config, *, gpus_per_engine: int) -> Placement:
+    """The GPUs that the configuration uses, of the kind DEFAULT_KIND.
+
+    Engines and trainer share GPUs if their devices on one host are the same.
+    """
+    engine_gpus = config.rollout.num_servers * gpus_per_engine
+    ranks = config.trainer.world_size
+    first_engine = _ordinal(config.rollout.engine_device)
+    first_rank = _ordinal(config.trainer.device)
+    overlap = first_engine < first_rank + ranks and first_rank < first_engine + engine_gpus
+    is_local = not config.rollout.sglang.url and max(engine_gpus, ranks) <= GPUS_PER_HOST
+    return Placement(
+        gpu=GPUS[DEFAULT_KIND],
+        engine_gpus=engine_gpus,
+        trainer_gpus=ranks,
+        is_shared=overlap and is_local,
+    )
+
+
+def _ordinal(device: str) -> int:
+    return int(device.partition(":")[2] or 0)
+
+
 def on_gpus(config: Config, placement: Placement, *, gpus_per_engine: int) -> Config:
-    """The configuration with as many servers and ranks as `placement` has room for.
+    """The configuration with as many servers and ranks as `placement` has room for, all on GPUs.
 
     Raises ConfigError if an engine's GPUs do not divide those of all engines.
     """
@@ -140,9 +166,17 @@ def on_gpus(config: Config, placement: Placement, *, gpus_per_engine: int) -> Co
             f"--gpus {placement.text}: an engine has {gpus_per_engine} GPUs, which does not divide "
             f"{placement.engine_gpus}"
         )
-    servers = placement.engine_gpus // gpus_per_engine
+    rollout, trainer = config.rollout, config.trainer
     return replace(
         config,
-        rollout=replace(config.rollout, num_servers=servers),
-        trainer=replace(config.trainer, world_size=placement.trainer_gpus),
+        rollout=replace(
+            rollout,
+            num_servers=placement.engine_gpus // gpus_per_engine,
+            engine_device=_on_gpu(rollout.engine_device),
+        ),
+        trainer=replace(trainer, world_size=placement.trainer_gpus, device=_on_gpu(trainer.device)),
     )
+
+
+def _on_gpu(device: str) -> str:
+    return "cuda" if device == "cpu" else device

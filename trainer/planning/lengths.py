@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from areal_like import sorting
 from areal_like.config import Config
+from areal_like.errors import ConfigError
 
 _DEFAULT_PROMPT = 1024
 """`task.max_prompt_tokens` of a task that does not set it."""
@@ -32,12 +33,28 @@ class Lengths:
         return self.prompt + self.response
 
 
-def lengths_of(config: Config, *, prompt: float | None, response: float | None) -> Lengths:
-    """`prompt`, `response`: means; None: a quarter of the longest prompt, half of the longest response."""
+def lengths_of(
+    config: Config, *, max_positions: int, prompt: float | None = None, response: float | None = None
+) -> Lengths:
+    """`prompt`, `response`: means; None: a quarter of the longest prompt, half of the longest response.
+
+    `max_positions`: the model's limit. Raises ConfigError for sequences that no micro-batch has room for.
+    """
     max_response = config.sampling.max_new_tokens
     default = sorting.MAX_DIGITS + 2 if config.task.get("name") == "sort" else _DEFAULT_PROMPT
     max_prompt = int(config.task.get("max_prompt_tokens", default))
-    context = config.rollout.max_context or max_prompt + max_response
+    context = min(config.rollout.max_context or max_prompt + max_response, max_positions)
+    budget = config.trainer.tokens_per_microbatch
+    if context > budget:
+        raise ConfigError(
+            f"a sequence may have {context} tokens (task.max_prompt_tokens, sampling.max_new_tokens), which does "
+            f"not fit into trainer.tokens_per_microbatch={budget}: raise it"
+        )
+    if context <= max_response:
+        raise ConfigError(
+            f"sampling.max_new_tokens={max_response} leaves no room for a prompt in a context of {context} tokens "
+            f"(rollout.max_context, the model's limit is {max_positions}): lower it"
+        )
     max_prompt = max(1, min(max_prompt, context - 1))
     return Lengths(
         context=context,
@@ -54,7 +71,7 @@ def worst_lengths(lengths: Lengths, *, budget_tokens: int) -> tuple[int, ...]:
     (`trainer/models/packed_attention.py`). So one is as long as possible and as many others share the rest
     as fit into such a rectangle.
     """
-    longest = min(lengths.context, budget_tokens)
+    longest = lengths.context
     num_others = 2 * budget_tokens // longest - 1
     rest = budget_tokens - longest
     if num_others < 1 or rest < 2 * num_others:

@@ -42,17 +42,40 @@ class MemoryPlan:
         return sum(self.trainer.values())
 
     @property
+    def trainer_room(self) -> float:
+        """Bytes of a GPU that a trainer rank may take."""
+        return self.gpu_bytes - (self.engine.total if self.is_shared else 0.0)
+
+    @property
+    def trainer_shortage(self) -> float:
+        """Bytes that a rank's GPU lacks."""
+        return max(0.0, self.trainer_total - self.trainer_room)
+
+    @property
+    def engine_shortage(self) -> float:
+        """Bytes that an engine's GPU lacks for weights and one sequence of the longest context."""
+        sequence = self.context * self.engine.kv_per_token
+        too_large = 0.0 if self.is_shared else max(0.0, self.engine.total - self.gpu_bytes)
+        return max(0.0, sequence - self.engine.kv_at_least, too_large)
+
+    @property
+    def shortage(self) -> float:
+        """Both together."""
+        return self.trainer_shortage + self.engine_shortage
+
+    @property
     def problems(self) -> list[str]:
         """Why the job does not fit; empty if it does."""
         found = []
-        room = self.gpu_bytes - (self.engine_total if self.is_shared else 0.0)
-        if self.trainer_total > room:
+        if self.trainer_shortage:
             beside = " beside the engine" if self.is_shared else ""
             found.append(
-                f"a trainer rank needs {gib(self.trainer_total)}{beside}, and the GPU has {gib(room)}"
+                f"a trainer rank needs {gib(self.trainer_total)}, and a GPU has {gib(self.trainer_room)}{beside}"
             )
-        if self.engine.kv_cache <= 0:
-            found.append(f"an engine's weights need {gib(self.engine.weights)} of each GPU: no KV cache is left")
+        if self.engine.kv_at_least <= 0:
+            found.append(
+                f"an engine's weights need {gib(self.engine.weights)} of each GPU: no KV cache is left"
+            )
         elif self.engine.num_tokens < self.context:
             found.append(
                 f"an engine's KV cache holds {self.engine.num_tokens} tokens, and one sequence may have "
@@ -63,11 +86,6 @@ class MemoryPlan:
                 f"an engine needs {gib(self.engine.total)} of each GPU, which has {gib(self.gpu_bytes)}"
             )
         return found
-
-    @property
-    def engine_total(self) -> float:
-        """Bytes of one engine GPU."""
-        return self.engine.total
 
 
 def gib(num_bytes: float) -> str:
@@ -111,7 +129,9 @@ def _host(config: Config, placement: Placement, trace: StepTrace) -> dict[str, f
     if placement.is_one_host:
         local_engines = placement.engine_gpus
     wire = trace.num_params * BYTES[str(config.model.dtype)]
-    bucket = max(float(config.weights.bucket_bytes), trace.largest_param_bytes / 4 * BYTES[str(config.model.dtype)])
+    bucket = max(
+        float(config.weights.bucket_bytes), trace.largest_param_bytes / 4 * BYTES[str(config.model.dtype)]
+    )
     return {
         "trainer processes": ranks * HOST_PROCESS_BYTES,
         "rows for pushes (two copies)": _PUSH_COPIES * wire * ranks / trace.world_size,

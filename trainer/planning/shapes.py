@@ -31,6 +31,7 @@ class ModelShape:
     num_kv_heads: int
     head_dim: int
     vocab_size: int
+    max_positions: int
 
     @property
     def kv_values_per_token(self) -> int:
@@ -69,6 +70,7 @@ def with_local_model(config: Config) -> tuple[Config, ModelShape]:
         num_kv_heads=int(getattr(hf_config, "num_key_value_heads", None) or heads),
         head_dim=int(getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads),
         vocab_size=int(hf_config.vocab_size),
+        max_positions=int(getattr(hf_config, "max_position_embeddings", None) or 1 << 30),
     )
 
 
@@ -107,6 +109,4 @@ def _read(directory: Path, *, path: str) -> Any:
         return AutoConfig.from_pretrained(str(directory), trust_remote_code=False).get_text_config()
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"model.path={path}: transformers cannot read its config.json ({reason})"
-        ) from None
+        raise ConfigError(f"model.path={path}: transformers cannot read its config.json ({reason})") from None
