@@ -6,11 +6,11 @@ SGLang's rule (0.5.23, `_profile_available_bytes`): of the memory that is free b
 
 from __future__ import annotations
 
-import re
-import shlex
 from dataclasses import dataclass
 
 from areal_like.config import Config
+from areal_like.config.common import require
+from areal_like.config.sglang_args import STATIC_MEMORY, option, words_of
 from trainer.planning.gpus import GIB
 from trainer.planning.lengths import Lengths
 from trainer.planning.shapes import ModelShape
@@ -33,27 +33,27 @@ class EngineOptions:
 
 
 def engine_options(config: Config) -> EngineOptions:
-    """From `rollout.sglang.args`; an embedded engine is on one GPU."""
-    words = shlex.split(config.rollout.sglang.args)
-    tensor_parallel = _number(words, "--tp-size", "--tensor-parallel-size", "--tp")
-    fraction = _number(words, "--mem-fraction-static")
-    limit = _number(words, "--max-total-tokens")
+    """From `rollout.gpus_per_engine` and `rollout.sglang.args`."""
+    words = words_of(config.rollout.sglang.args)
+    fraction = _number(words, STATIC_MEMORY)
+    limit = _number(words, ("--max-total-tokens",))
     return EngineOptions(
-        tensor_parallel=int(tensor_parallel or 1),
+        tensor_parallel=config.rollout.gpus_per_engine,
         static_fraction=fraction or DEFAULT_STATIC_FRACTION,
         max_total_tokens=None if limit is None else int(limit),
     )
 
 
-def _number(words: list[str], *names: str) -> float | None:
-    """The last value of an option, given as `--name 2` or `--name=2`; None if it is absent or no number."""
-    found = None
-    for index, word in enumerate(words):
-        name, _, value = word.partition("=")
-        if name in names:
-            text = value or (words[index + 1] if index + 1 < len(words) else "")
-            found = float(text) if re.fullmatch(r"\d+(\.\d*)?|\.\d+", text) else found
-    return found
+def _number(words: list[str], names: tuple[str, ...]) -> float | None:
+    """The last value of an option; None if it is absent. Raises ConfigError if it is no number."""
+    if (text := option(words, names)) is None:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    require(0 < value < float("inf"), f"rollout.sglang.args: {names[0]} {text} is no number above 0")
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, replace
 
 from areal_like.config import Config
+from areal_like.config.gpus import engine_gpus, trainer_gpus
 from areal_like.errors import ConfigError
 
 GIB = float(1 << 30)
@@ -133,38 +134,31 @@ def parse_gpus(text: str) -> Placement:
     return Placement(gpu=gpu, engine_gpus=engines, trainer_gpus=trainer, is_shared=second is None)
 
 
-def placement_of(config: Config, *, gpus_per_engine: int) -> Placement:
-    """The GPUs that the configuration uses, of the kind DEFAULT_KIND.
+def placement_of(config: Config) -> Placement:
+    """The GPUs that the configuration uses, of the kind DEFAULT_KIND. A URL's engine has one of its own.
 
-    Engines and trainer share GPUs if their devices on one host are the same.
+    Engines and trainer share GPUs where a local job would place both on the same ones.
     """
-    engine_gpus = config.rollout.num_servers * gpus_per_engine
-    ranks = config.trainer.world_size
-    first_engine = _ordinal(config.rollout.engine_device)
-    first_rank = _ordinal(config.trainer.device)
-    overlap = first_engine < first_rank + ranks and first_rank < first_engine + engine_gpus
-    is_local = not config.rollout.sglang.url and max(engine_gpus, ranks) <= GPUS_PER_HOST
+    rollout = config.rollout
+    engines = [gpu for index in range(rollout.num_servers) for gpu in engine_gpus(rollout, index=index)]
     return Placement(
         gpu=GPUS[DEFAULT_KIND],
-        engine_gpus=engine_gpus,
-        trainer_gpus=ranks,
-        is_shared=overlap and is_local,
+        engine_gpus=rollout.num_servers * rollout.gpus_per_engine,
+        trainer_gpus=config.trainer.world_size,
+        is_shared=config.trainer.num_hosts == 1 and bool(set(engines) & set(trainer_gpus(config))),
     )
 
 
-def _ordinal(device: str) -> int:
-    return int(device.partition(":")[2] or 0)
-
-
-def on_gpus(config: Config, placement: Placement, *, gpus_per_engine: int) -> Config:
+def on_gpus(config: Config, placement: Placement) -> Config:
     """The configuration with as many servers and ranks as `placement` has room for, all on GPUs.
 
     Raises ConfigError if an engine's GPUs do not divide those of all engines.
     """
+    gpus_per_engine = config.rollout.gpus_per_engine
     if placement.engine_gpus % gpus_per_engine:
         raise ConfigError(
-            f"--gpus {placement.text}: an engine has {gpus_per_engine} GPUs, which does not divide "
-            f"{placement.engine_gpus}"
+            f"--gpus {placement.text}: an engine has rollout.gpus_per_engine={gpus_per_engine} GPUs, which "
+            f"does not divide {placement.engine_gpus}"
         )
     rollout, trainer = config.rollout, config.trainer
     return replace(

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from areal_like.automatic_settings import resolved
 from areal_like.config import Config
 from areal_like.errors import ConfigError
-from trainer.planning.engines import engine_options
 from trainer.planning.estimate import Assumptions, Estimate, estimate
 from trainer.planning.gpus import Placement, on_gpus, parse_gpus, placement_of
 from trainer.planning.lengths import Lengths, lengths_of
@@ -52,7 +51,6 @@ def make_plan(
     """
     model_path = config.model.path
     local, shape = with_local_model(config)
-    gpus_per_engine = engine_options(local).tensor_parallel
     if gpus is not None:
         placement = parse_gpus(gpus)
     elif config.trainer.device == "cpu" or config.rollout.engine_device == "cpu":
@@ -61,8 +59,8 @@ def make_plan(
             "--gpus 4+4xH100"
         )
     else:
-        placement = placement_of(local, gpus_per_engine=gpus_per_engine)
-    local = resolved(on_gpus(local, placement, gpus_per_engine=gpus_per_engine))
+        placement = placement_of(local)
+    local = resolved(on_gpus(local, placement))
     local.check()
     lengths = lengths_of(local, max_positions=shape.max_positions, prompt=prompt, response=response)
     trace = trace_step(local, shape, lengths)
