@@ -50,6 +50,11 @@ from trainer.weight_sync.snapshot import Snapshot, WeightSnapshotter
 
 log = logging.getLogger(__name__)
 
+_CONTROL_TIMEOUT_S = 24 * 3600.0
+"""Longest time that a rank keeps the others waiting in a control message: for groups and evaluations, as long
+as the rollout servers make progress. A rank that stalls raises an error of its own, and one that dies closes
+its connections: both end this wait at once."""
+
 
 class Trainer:
     """One rank of the trainer. `run` returns when the run is finished or drained; on failure it raises."""
@@ -247,17 +252,6 @@ def run_rank(config: Config) -> int:
     return code if code or is_finished else config.daemon.exit_code_on_drain
 
 
-def _control_timeout_s(config: Config) -> float:
-    """Longest time that a rank without faults may keep the others waiting in a control message.
-
-    Rank 0 waits for servers and evaluations, every rank for its groups and for a buffer that is restarted.
-    """
-    trainer, num_groups = config.trainer, -(-config.trainer.groups_per_step // config.trainer.world_size)
-    rank0_s = 2 * (config.rollout.start_timeout_s + config.weights.push_deadline_s + config.eval.timeout_s)
-    groups_s = num_groups * trainer.fetch_timeout_s
-    return rank0_s + groups_s + trainer.buffer_timeout_s + trainer.collective_timeout_s
-
-
 def _run(config: Config) -> bool:
     """Returns True if the run is finished, False after a drain."""
     started_s = time.monotonic()
@@ -268,7 +262,7 @@ def _run(config: Config) -> bool:
     device = device_of(config)
     join_ranks(config, device)
     try:
-        ranks = Ranks(device=device, control_timeout_s=_control_timeout_s(config))
+        ranks = Ranks(device=device, control_timeout_s=_CONTROL_TIMEOUT_S)
         process = torch.tensor(list(secrets.token_bytes(16)), dtype=torch.int64)
         dist.broadcast(process, src=0)
         # Before the first request to the buffer: on a full disk the buffer replies only when there is space

@@ -46,7 +46,8 @@ class EvalConfig(Section, key="eval"):
     interval: int = 100
     """Steps between evaluations; there is always one before the first and after the last step."""
     timeout_s: float = 120.0
-    """Longest wait for the first and for the final evaluation, in seconds."""
+    """Longest time, in seconds, that the trainer waits for an evaluation without progress of any rollout
+    server. It begins where `rollout.generate_timeout_s` ends, as a server first replaces a silent engine."""
 
     def check(self) -> None:
         require(self.num_prompts >= 0, "eval.num_prompts must be at least 0")
@@ -168,6 +169,14 @@ class Config(Section):
     def staleness_cap(self) -> int:
         """Upper limit of the staleness bound: `max_staleness`, or `max_staleness_cap` when that is `auto`."""
         return self.max_staleness_cap if isinstance(self.max_staleness, str) else self.max_staleness
+
+    def stall_s(self, limit_s: float) -> float:
+        """Seconds without progress of any rollout server after which the trainer stops waiting.
+
+        `limit_s`: the setting of this wait. It begins when a server has replaced an engine that is silent:
+        its start is progress.
+        """
+        return self.rollout.generate_timeout_s + limit_s
 
     def _check_shards(self) -> None:
         num_shards = self.buffer.num_shards

@@ -74,7 +74,9 @@ class TrainerConfig(Section, key="trainer"):
     collective_timeout_s: float = 300.0
     """Timeout of the ranks' collectives, in seconds."""
     fetch_timeout_s: float = 300.0
-    """Longest wait for one group, in seconds; after it the trainer reports a stall and stops."""
+    """Longest time, in seconds, that a rank waits for a group without progress of any rollout server; after
+    it the trainer reports a stall and stops. It begins where `rollout.generate_timeout_s` ends, as a server
+    first replaces a silent engine. While the servers make progress, ranks wait without limit."""
     buffer_timeout_s: float = 300.0
     """Longest silence of the buffer, in seconds, that the trainer tolerates. If the buffer restarts within
     this time, the run continues without loss."""

@@ -124,9 +124,10 @@ async def abort_returns_partial_tokens(engine: Engine, model_path: Path) -> None
 async def a_time_out_keeps_the_partial_tokens(engine: Engine, model_path: Path) -> None:
     """At its time limit a sequence is truncated; others of its batch are not affected."""
     model = load_model(model_path)
-    async with engine.client(generate_timeout_s=1.0) as client:
+    async with engine.client() as client:
         quick, *slow = await asyncio.gather(
-            sample(client, PROMPT, 3), *(sample(client, PROMPT, CONTEXT - 50) for _ in range(3))
+            sample(client, PROMPT, 3),
+            *(sample(client, PROMPT, CONTEXT - 50, timeout_s=1.0) for _ in range(3)),
         )
         assert quick.finish_reason is FinishReason.LENGTH
         for generation in slow:

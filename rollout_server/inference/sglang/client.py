@@ -8,12 +8,21 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from areal_like.errors import EngineError, PromptRefusedError
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.types import Generation, Sampling
+
+_PROGRESS_KEYS = (
+    "num_running_reqs",
+    "num_waiting_reqs",
+    "num_used_tokens",
+    "num_total_tokens",
+    "total_prefill_uncached_tokens",
+)
 
 
 class SglangClient(EngineClient):
@@ -29,14 +38,19 @@ class SglangClient(EngineClient):
         self._busy_s = 0.0
 
     async def generate(
-        self, input_ids: Sequence[int], *, sampling: Sampling, rid: str | None = None
+        self,
+        input_ids: Sequence[int],
+        *,
+        sampling: Sampling,
+        rid: str | None = None,
+        timeout_s: float = math.inf,
     ) -> Generation:
         """As EngineClient.generate. Refuses ids outside the vocabulary, in the prompt and as stop tokens."""
         self._check_ids(input_ids, PromptRefusedError, name="input_ids")
         self._check_ids(sampling.stop_token_ids, EngineError, name="stop_token_ids")
         self._count_running(+1)
         try:
-            generation = await super().generate(input_ids, sampling=sampling, rid=rid)
+            generation = await super().generate(input_ids, sampling=sampling, rid=rid, timeout_s=timeout_s)
         finally:
             self._count_running(-1)
         self._num_tokens += len(generation.output_ids)
@@ -59,6 +73,11 @@ class SglangClient(EngineClient):
         """Sequences as the engine reports them; tokens and seconds as counted by this client."""
         queues = (await self._http.call("GET", "/v1/loads"))["loads"]
         self._count_running(0)
+        # Not `timestamp`, which changes also while the scheduler stands still. A sequence is streamed as one
+        # chunk, so its tokens show only here: as KV entries in use, and as decode steps (`decode_moments`).
+        self.progress = tuple(
+            float(queue.get(key) or 0) for queue in queues for key in _PROGRESS_KEYS
+        ) + tuple(float((queue.get("decode_moments") or [0])[0]) for queue in queues)
         return {
             "running": sum(queue["num_running_reqs"] for queue in queues),
             "waiting": sum(queue["num_waiting_reqs"] for queue in queues),
