@@ -6,9 +6,10 @@
 
 Every rank fetches its own groups; everything else that goes to the buffer is sent by rank 0 (`leader.py`).
 Before each step the ranks agree on whether to continue, because a signal reaches them at different times. A
-drain finishes the current step (or abandons it when no servers are left that could fill it), waits for its
-checkpoint and the commit, closes admission, and exits with `daemon.exit_code_on_drain`. After the last step
-the buffers are told that the run is finished, and the exit code is 0.
+drain finishes the current step, or abandons it after a third of `daemon.drain_timeout_s`, waits for the
+checkpoint and the commit, closes admission, and exits with `daemon.exit_code_on_drain`. The ledger serves the
+groups of an abandoned step again. After the last step the buffers are told that the run is finished, and the
+exit code is 0.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Trainer:
             self._paths.checkpoints, keep=config.trainer.keep_checkpoints, tokenizer_path=source
         )
         self._step, self._stream = self._resume()
-        self._saved_step = self._step
+        self._saved_step, self._saved_s = self._step, time.monotonic()
         buffer.step = self._step
         self._leader: Leader | None = None
         if ranks.rank == 0:
@@ -159,7 +160,13 @@ class Trainer:
         lags = LagTally(self._config.staleness_cap)
         groups = (lags.counted(group) for group in self._buffer.groups(step))
         metrics: dict[str, Any] = dict(
-            self._runner.run(groups, step=step, num_groups=trainer.groups_per_step, lags=lags.of_tokens)
+            self._runner.run(
+                groups,
+                step=step,
+                num_groups=trainer.groups_per_step,
+                lags=lags.of_tokens,
+                is_abandoned=self._buffer.abandon_step.is_set,
+            )
         )
         self._step = self._buffer.step = step + 1
         metrics |= lags.reduced(self._ranks)
@@ -169,8 +176,13 @@ class Trainer:
         metrics["freeze_s"] = self._snapshot_s if is_sync else 0.0
         if self._leader is not None:
             self._leader.finish_step(step, metrics, snapshot)
-        if is_last or self._step % trainer.checkpoint_interval == 0:
+        if is_last or self._step % trainer.checkpoint_interval == 0 or self._is_checkpoint_overdue():
             self._save()
+
+    def _is_checkpoint_overdue(self) -> bool:
+        """True when `trainer.checkpoint_minutes` have passed since the last checkpoint, by rank 0's clock."""
+        minutes = self._config.trainer.checkpoint_minutes
+        return minutes > 0 and bool(self._ranks.agree(int(time.monotonic() - self._saved_s >= 60 * minutes)))
 
     def _end(self) -> None:
         self._buffer.state = "draining"
@@ -198,6 +210,7 @@ class Trainer:
         next checkpoint commits them too.
         """
         step, leader = self._step, self._leader
+        started_s = self._saved_s = time.monotonic()
         # The version before the stream's state, which contains the number of the next version.
         version = leader.alloc_version() if leader is not None else 0
         stream = leader.stream_state(step - 1) if leader is not None else {}
@@ -206,6 +219,15 @@ class Trainer:
         def commit(oldest_kept_step: int) -> None:
             assert leader is not None
             leader.commit(step - 1, oldest_kept_step=oldest_kept_step)
+            took_s, drain_s = time.monotonic() - started_s, self._config.daemon.drain_timeout_s
+            if took_s > drain_s / 3:
+                log.warning(
+                    "the checkpoint of step %d took %.0f s: a drain may be killed before its checkpoint is "
+                    "written, and the run then resumes from an older one: raise daemon.drain_timeout_s=%g",
+                    step,
+                    took_s,
+                    drain_s,
+                )
 
         self._checkpoints.save(
             step,

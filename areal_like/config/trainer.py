@@ -69,6 +69,9 @@ class TrainerConfig(Section, key="trainer"):
     """Recompute activations in the backward; `auto`: on GPUs only."""
     checkpoint_interval: int = 100
     """Steps between checkpoints; the last step always has one."""
+    checkpoint_minutes: float = 0.0
+    """Minutes after the last checkpoint at which another is written, at the end of a step, in addition to
+    those of `checkpoint_interval`. 0: only those."""
     keep_checkpoints: int = 2
     """Checkpoints kept on disk."""
     collective_timeout_s: float = 300.0
@@ -95,7 +98,14 @@ class TrainerConfig(Section, key="trainer"):
             "keep_checkpoints",
         ):
             require(getattr(self, name) >= 1, f"trainer.{name} must be at least 1")
-        for name in ("lr", "warmup_steps", "weight_decay", "max_grad_norm", "entropy_coef"):
+        for name in (
+            "lr",
+            "warmup_steps",
+            "weight_decay",
+            "max_grad_norm",
+            "entropy_coef",
+            "checkpoint_minutes",
+        ):
             require(getattr(self, name) >= 0, f"trainer.{name} must be at least 0")
         for name in ("collective_timeout_s", "fetch_timeout_s", "buffer_timeout_s"):
             require(getattr(self, name) > 0, f"trainer.{name} must be above 0")

@@ -72,7 +72,8 @@ class TrainerBufferClient:
         self.stop_requested = threading.Event()
         """Set by a signal, never cleared."""
         self.abandon_step = threading.Event()
-        """Set when a draining trainer must no longer wait for the groups of its step: `groups` ends early."""
+        """Set when a draining trainer must no longer wait for the groups of its step, nor finish it: `groups`
+        ends early."""
         self.on_directory: Callable[[], None] = lambda: None
         """Called in the client's loop when the directory of rollout servers changed."""
         self.device = device
