@@ -39,7 +39,7 @@ from areal_like.weights.snapshots_on_disk import VERSION_KEY
 from trainer.buffer_client.client import StopRequestedError, TrainerBufferClient
 from trainer.checkpoint import Checkpoints
 from trainer.checkpoint_files import remove_partials
-from trainer.distributed.process_group import device_of, join_ranks
+from trainer.distributed.process_group import device_of, joined_ranks
 from trainer.distributed.ranks import Ranks
 from trainer.leader import Leader
 from trainer.metrics.lag import LagTally
@@ -47,6 +47,8 @@ from trainer.models.policy import build_policy
 from trainer.step.build import build_step_runner
 from trainer.step.recipe import StepRecipe
 from trainer.step.runner import IncompleteStepError
+from trainer.weight_sync.background_gather import BackgroundGather
+from trainer.weight_sync.boundary_gather import BoundaryGather
 from trainer.weight_sync.snapshot import Snapshot, WeightSnapshotter
 
 log = logging.getLogger(__name__)
@@ -69,22 +71,31 @@ class Trainer:
         self._paths = RunPaths.of(config)
         buffer.state = "loading"
         source = model_path(config)
-        self._policy = build_policy(config, source, ranks)
-        self._runner = build_step_runner(config, self._policy, ranks, initial=source)
-        self._snapshotter = WeightSnapshotter(
-            self._policy, ranks, bucket_bytes=config.weights.bucket_bytes, dtype=compute_dtype(config)
+        dtype = compute_dtype(config)
+        self._checkpoints = Checkpoints(
+            self._paths.checkpoints,
+            keep=config.trainer.keep_checkpoints,
+            tokenizer_path=source,
+            dtype=dtype,
+        )
+        resume_step = self._resume_step()
+        is_new = resume_step is None  # else a checkpoint has the weights: reading the initial ones is wasted
+        self._policy = build_policy(config, source, ranks, with_weights=is_new)
+        self._runner = build_step_runner(config, self._policy, ranks, initial=source, with_weights=is_new)
+        gather = BoundaryGather if ranks.device.type == "cuda" else BackgroundGather
+        self._snapshotter: WeightSnapshotter = gather(
+            self._policy, ranks, bucket_bytes=config.weights.bucket_bytes_on(ranks.device.type), dtype=dtype
         )
         self._snapshot_s = 0.0
         """Seconds that the last snapshot took."""
-        self._checkpoints = Checkpoints(
-            self._paths.checkpoints, keep=config.trainer.keep_checkpoints, tokenizer_path=source
-        )
-        self._step, self._stream = self._resume()
+        self._checkpoints.open(ranks)
+        self._step, self._stream = self._resume(resume_step)
         self._saved_step, self._saved_s = self._step, time.monotonic()
         buffer.step = self._step
         self._leader: Leader | None = None
         if ranks.rank == 0:
             self._leader = Leader(config, buffer, step=self._step, started_s=started_s)
+            self._runner.on_first_forward = self._leader.check_weights
         buffer.runtime.status = self._status
         self._hands_over = False
         buffer.runtime.verbs["hand_over"] = self._hand_over
@@ -114,16 +125,23 @@ class Trainer:
             return False
         return not self._ranks.any(self._buffer.stop_requested.is_set())
 
-    def _resume(self) -> tuple[int, dict[str, Any]]:
-        """(completed steps, state of the prompt stream) of the `resume` checkpoint; (0, {}) for a new run."""
+    def _resume_step(self) -> int | None:
+        """Step of the checkpoint to resume from; None for a new run. Collective."""
         resume = self._config.resume
         if not resume:
-            return 0, {}
-        step = (
-            self._checkpoints.latest(self._ranks) if resume == "latest" else int(resume.removeprefix("step:"))
-        )
-        if step is None:
+            return None
+        is_newest = resume in ("latest", "auto")
+        step = self._checkpoints.latest(self._ranks) if is_newest else int(resume.removeprefix("step:"))
+        if step is None and resume == "latest":
             raise ConfigError(f"resume=latest: there is no checkpoint in {self._paths.checkpoints}")
+        if step is None:
+            log.info("resume=auto: no checkpoint in %s, step 0", self._paths.checkpoints)
+        return step
+
+    def _resume(self, step: int | None) -> tuple[int, dict[str, Any]]:
+        """(completed steps, state of the prompt stream) of the checkpoint; (0, {}) for a new run."""
+        if step is None:
+            return 0, {}
         extra = self._checkpoints.load(
             step, self._policy, self._runner.optimizer, self._ranks, critic=self._runner.critic
         )
@@ -199,7 +217,9 @@ class Trainer:
     def _take_snapshot(self) -> Snapshot | None:
         """The present weights for the publisher; None on ranks other than 0. Collective."""
         started_s = time.monotonic()
+        self._ranks.place.enter("snapshot of the weights", step=self._step)
         snapshot = self._snapshotter.take_snapshot()
+        self._ranks.place.enter("between steps")
         self._snapshot_s = time.monotonic() - started_s
         return snapshot
 
@@ -210,6 +230,7 @@ class Trainer:
         next checkpoint commits them too.
         """
         step, leader = self._step, self._leader
+        self._ranks.place.enter("checkpoint", step=step)
         started_s = self._saved_s = time.monotonic()
         # The version before the stream's state, which contains the number of the next version.
         version = leader.alloc_version() if leader is not None else 0
@@ -252,6 +273,7 @@ class Trainer:
     def _status(self) -> dict[str, Any]:
         base: dict[str, Any] = {
             "state": self._buffer.state,
+            "place": str(self._ranks.place),
             "step": self._step,
             "num_steps": self._config.trainer.num_steps,
         }
@@ -265,7 +287,10 @@ def run_rank(config: Config) -> int:
 
     def body() -> None:
         nonlocal is_finished
-        is_finished = _run(config)
+        try:
+            is_finished = _run(config)
+        except StopRequestedError as stop:
+            log.info("%s", stop)
 
     keep_files_private(RunPaths.of(config).root)
     configure_logging(config, name)
@@ -282,9 +307,9 @@ def _run(config: Config) -> bool:
     StepRecipe.of(config).check_stream(config)  # reports a mistake in the settings before anything is loaded
     torch.set_num_threads(config.trainer.num_threads)
     device = device_of(config)
-    join_ranks(config, device)
-    try:
-        ranks = Ranks(device=device, control_timeout_s=_CONTROL_TIMEOUT_S)
+    with joined_ranks(
+        config, device, control_timeout_s=_CONTROL_TIMEOUT_S, quiet=(UserError, StopRequestedError)
+    ) as ranks:
         process = torch.tensor(list(secrets.token_bytes(16)), dtype=torch.int64)
         dist.broadcast(process, src=0)
         # Before the first request to the buffer: on a full disk the buffer replies only when there is space
@@ -310,8 +335,3 @@ def _run(config: Config) -> bool:
             trainer = Trainer(config, buffer, ranks, started_s=started_s)
             trainer.run()
         return trainer.is_finished
-    except StopRequestedError as stop:
-        log.info("%s", stop)
-        return False
-    finally:
-        dist.destroy_process_group()

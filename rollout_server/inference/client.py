@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import math
 import ssl
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -19,7 +20,13 @@ from areal_like.weights.buckets import Bucket
 from areal_like.weights.integrity import BucketSums
 from rollout_server.inference.generate_batcher import GenerateBatcher
 from rollout_server.inference.http import EngineHttp
-from rollout_server.inference.types import EngineInfo, Generation, Sampling, parse_weight_version
+from rollout_server.inference.types import (
+    EngineInfo,
+    Generation,
+    Sampling,
+    SamplingClient,
+    parse_weight_version,
+)
 
 
 class EngineClient:
@@ -36,8 +43,10 @@ class EngineClient:
         tls: ssl.SSLContext | None = None,
         connect_timeout_s: float = 5.0,
         control_timeout_s: float = 30.0,
+        stream_interval: int = 0,
     ) -> None:
-        """`tls`: how an https engine is checked; None: with the certificates of the system."""
+        """`tls`: how an https engine is checked; None: with the certificates of the system.
+        `stream_interval`: tokens between two chunks of a sequence; 0: as the engine does it."""
         self._http = EngineHttp(
             base_url,
             api_key=api_key,
@@ -45,7 +54,7 @@ class EngineClient:
             connect_timeout_s=connect_timeout_s,
             control_timeout_s=control_timeout_s,
         )
-        self._batcher = GenerateBatcher(self._http)
+        self._batcher = GenerateBatcher(self._http, stream_interval=stream_interval)
         self._connect_timeout_s = connect_timeout_s
         self.base_url = self._http.base_url
         self.info = EngineInfo()
@@ -55,6 +64,8 @@ class EngineClient:
         self._is_paused = False
         self._num_loads = 0
         """Calls in progress that load weights."""
+        self.caches_prefixes = False
+        """True if the engine computes a prompt once that several requests share."""
 
     async def __aenter__(self) -> EngineClient:
         return self
@@ -107,6 +118,38 @@ class EngineClient:
         What it waits for has a time limit of its own.
         """
         return self._is_paused or self._num_loads > 0
+
+    def episode(self, *, on_first_token: Callable[[], None] | None = None) -> SamplingClient:
+        """The client with which one episode samples all its turns; `on_first_token` is called if this engine
+        reports it."""
+        return self
+
+    def renew_cache_salt(self) -> None:
+        """Call while the engine is paused, before its weights change, where prefixes are kept: later episodes
+        share none with earlier ones. Does nothing for an engine that keeps none."""
+
+    async def score(self, tokens: Sequence[int], *, first: int) -> tuple[list[float], int]:
+        """Log-probs, at temperature 1, of the tokens from index `first` (at least 1); and the version that
+        gave them."""
+        body: dict[str, Any] = {
+            "input_ids": list(tokens),
+            "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+            "return_logprob": True,
+            "logprob_start_len": first - 1,
+        }
+        if self.caches_prefixes:
+            body["cache_salt"] = uuid.uuid4().hex  # nothing that was computed before may be used
+        answer = await self._http.call("POST", "/generate", body)
+        try:
+            meta = answer["meta_info"]
+            # The token at `first - 1` has none: it only begins the range.
+            logprobs = [float(entry[0]) for entry in meta["input_token_logprobs"][1:]]
+            version = parse_weight_version(meta["weight_version"])
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            raise EngineError(f"malformed answer of the engine ({type(error).__name__}: {error})") from None
+        if len(logprobs) != len(tokens) - first:
+            raise EngineError(f"{len(tokens) - first} tokens were to be scored, and {len(logprobs)} were")
+        return logprobs, version
 
     async def abort(self, rid: str | None = None) -> None:
         """Aborts one request, or all with `rid=None`; their generate() calls return the partial tokens.

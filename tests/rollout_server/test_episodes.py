@@ -1,8 +1,10 @@
 """Trajectories of episodes that are interrupted, resumed, or use a tool; and the generation gate."""
 
+from __future__ import annotations
+
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -31,6 +33,10 @@ class CountingEngine:
         self.version = 0
         self.eos_at = eos_at
         self.requests: list[tuple[list[int], Sampling, str]] = []
+        self.caches_prefixes = False
+
+    def episode(self, *, on_first_token: Callable[[], None] | None = None) -> CountingEngine:
+        return self
 
     async def generate(
         self,

@@ -7,6 +7,7 @@ from typing import Any
 
 from areal_like.runtime.metrics import Metrics
 from trainer.weight_sync.publisher import PushReport
+from trainer.weight_sync.weight_checks import CheckReport
 
 _GAUGES = {
     "loss": "Loss of the last step",
@@ -36,6 +37,12 @@ _GAUGES = {
     "lag_max": "Largest lag of the last step's samples in optimizer steps",
 }
 
+_PUSH_PARTS = {
+    "staging": "Seconds in which all buckets of a push were made ready, before engines were asked to receive",
+    "broadcast": "Seconds of a push from the request to the engines to the end of the last broadcast",
+    "stall": "Longest time that one engine decoded nothing because of a push",
+}
+
 
 class TrainerSeries:
     """Registers all series when it is created, so that each exists, at zero, from the start."""
@@ -56,6 +63,12 @@ class TrainerSeries:
             "Seconds from a granted version to its activation",
             buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100),
         )
+        self._push_parts = {
+            name: metrics.histogram(
+                f"trainer_push_{name}_seconds", doc, buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
+            )
+            for name, doc in _PUSH_PARTS.items()
+        }
         self._recovery_seconds = metrics.histogram(
             "trainer_push_recovery_seconds",
             "Longest time that a survivor of a broken broadcast needed to leave its group",
@@ -64,8 +77,22 @@ class TrainerSeries:
         self._freeze_seconds = metrics.counter(
             "trainer_freeze_seconds", "Seconds that training waited for snapshots of the weights"
         )
+        self._checks = metrics.counter(
+            "trainer_weight_checks",
+            "Comparisons of an engine's log-probs with the trainer's after a push",
+            label="outcome",
+            values=("ok", "jump"),
+        )
+        self._check_difference = metrics.gauge(
+            "trainer_weight_check_difference", "Mean |difference| of log-probs in the last of them, in nats"
+        )
         self._version = metrics.gauge("trainer_weights_version", "Newest version active at an engine")
         self._eval = metrics.gauge("trainer_eval_reward", "Mean held-out greedy reward")
+
+    def checked(self, report: CheckReport) -> None:
+        """Updates the series after a check of an engine's weights."""
+        self._checks.labels("jump" if report.is_jump else "ok").inc()
+        self._check_difference.set(report.difference)
 
     def stepped(self, step: int, row: dict[str, Any]) -> None:
         """Updates the series after optimizer step `step`. `row`: its metrics."""
@@ -84,6 +111,9 @@ class TrainerSeries:
         self._pushes.labels("ok" if report.num_activated else "failed").inc()
         self._push_bytes.inc(report.num_bytes)
         self._push_seconds.observe(report.seconds)
+        self._push_parts["staging"].observe(report.staging_seconds)
+        self._push_parts["broadcast"].observe(report.broadcast_seconds)
+        self._push_parts["stall"].observe(report.stall_seconds)
         if report.recovery_seconds:
             self._recovery_seconds.observe(report.recovery_seconds)
         if report.num_activated:
