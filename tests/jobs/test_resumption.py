@@ -294,6 +294,7 @@ def test_a_drain_abandons_a_long_step(tmp_path: Path, root: Path, cache: dict[st
         "trainer.num_steps=6",
         "trainer.world_size=2",
         "trainer.tokens_per_microbatch=64",
+        "rollout.max_context=64",
         "buffer.retain_trajectories=true",
         "daemon.drain_timeout_s=30",
         "objective._target_=tests.support.fault_points.SlowTrainer",

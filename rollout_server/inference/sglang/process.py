@@ -116,6 +116,7 @@ class SglangProcess(EngineProcess):
             gate=gate,
             on_quarantine=on_quarantine,
             on_untrusted=on_untrusted,
+            reload_timeout_s=start_limit_s(self._config),
         )
 
     async def stop(self) -> None:
@@ -210,6 +211,7 @@ class SglangAtUrl:
             gate=gate,
             on_quarantine=on_quarantine,
             on_untrusted=on_untrusted,
+            reload_timeout_s=start_limit_s(self._config),
         )
 
     async def start(self, *, version: int) -> EngineClient:
