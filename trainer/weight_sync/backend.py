@@ -41,7 +41,7 @@ def choose_backend(wanted: str, *, ours: dict[str, str], engines: Sequence[Alive
 def refuse_mixed_nccl(wanted: str, *, ours: dict[str, str], engines: Sequence[Alive]) -> None:
     """Raises ConfigError if only different versions of NCCL keep the first push from NCCL.
 
-    Otherwise a run on GPUs would push over gloo, through the memory of the hosts, with only a line in its log.
+    Otherwise a run on GPUs would push over gloo, through the memory of the hosts, with one line in its log.
     """
     backend, reason = choose_backend(wanted, ours=ours, engines=engines)
     if wanted != "gloo" and backend == "gloo" and reason.startswith(_VERSIONS_DIFFER):
