@@ -32,7 +32,7 @@ from areal_like.errors import ConfigError, RunFinishedError, UserError
 from areal_like.paths import RunPaths, model_path
 from areal_like.runtime.daemon import DrainSignals, exit_code_of
 from areal_like.runtime.logs import configure_logging
-from areal_like.runtime.process import keep_files_private
+from areal_like.runtime.process import keep_files_private, parent_is_gone
 from areal_like.runtime.signals import handle_log_signals
 from areal_like.security.binding import require_loopback_or_keys
 from areal_like.weights.snapshots_on_disk import VERSION_KEY
@@ -47,6 +47,7 @@ from trainer.models.policy import build_policy
 from trainer.step.build import build_step_runner
 from trainer.step.recipe import StepRecipe
 from trainer.step.runner import IncompleteStepError
+from trainer.weight_sync.backend import check_nccl
 from trainer.weight_sync.background_gather import BackgroundGather
 from trainer.weight_sync.boundary_gather import BoundaryGather
 from trainer.weight_sync.snapshot import Snapshot, WeightSnapshotter
@@ -123,7 +124,10 @@ class Trainer:
         """Collective, called once per step: a drain of one rank ends the loop on all ranks."""
         if self.is_finished:
             return False
-        return not self._ranks.any(self._buffer.stop_requested.is_set())
+        is_asked = self._buffer.stop_requested.is_set()
+        if is_asked and parent_is_gone():
+            log.warning("draining: the process that started this rank is gone (torchrun's agent?)")
+        return not self._ranks.any(is_asked)
 
     def _resume_step(self) -> int | None:
         """Step of the checkpoint to resume from; None for a new run. Collective."""
@@ -307,6 +311,8 @@ def _run(config: Config) -> bool:
     StepRecipe.of(config).check_stream(config)  # reports a mistake in the settings before anything is loaded
     torch.set_num_threads(config.trainer.num_threads)
     device = device_of(config)
+    if os.environ.get("RANK", "0") == "0":
+        check_nccl(config, device)
     with joined_ranks(
         config, device, control_timeout_s=_CONTROL_TIMEOUT_S, quiet=(UserError, StopRequestedError)
     ) as ranks:

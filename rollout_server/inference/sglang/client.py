@@ -37,10 +37,14 @@ _PROGRESS_KEYS = (
 class SglangClient(EngineClient):
     """Asynchronous client of one SGLang (0.5.23 and compatible versions)."""
 
-    def __init__(self, base_url: str, *, vocab_size: int, **options: Any) -> None:
-        """`vocab_size`: rows of the model's embedding; `options`: as of EngineClient."""
+    def __init__(self, base_url: str, *, vocab_size: int, nccl_version: str = "", **options: Any) -> None:
+        """`vocab_size`: rows of the model's embedding; `options`: as of EngineClient.
+
+        `nccl_version`: of the engine, which SGLang does not report; empty: unknown.
+        """
         super().__init__(base_url, stream_interval=STREAM_INTERVAL, **options)
         self._vocab_size = vocab_size
+        self._nccl_version = nccl_version
         self._num_running = 0
         self._num_tokens = 0
         self._created_s = self._since_s = asyncio.get_running_loop().time()
@@ -95,6 +99,12 @@ class SglangClient(EngineClient):
         """As EngineClient.score. Refuses ids outside the vocabulary."""
         self._check_ids(tokens, EngineError, name="tokens")
         return await super().score(tokens, first=first)
+
+    async def fetch_info(self) -> None:
+        """As EngineClient.fetch_info, and the NCCL version."""
+        await super().fetch_info()
+        if not self.info.nccl_version:
+            self.info = replace(self.info, nccl_version=self._nccl_version)
 
     def _check_ids(self, ids: Sequence[int], error: type[EngineError], *, name: str) -> None:
         outside = next((token for token in ids if not 0 <= token < self._vocab_size), None)

@@ -27,6 +27,7 @@ from areal_like.errors import ConfigError, EngineError
 from areal_like.hosts import LOOPBACK
 from areal_like.runtime.tied_exec import foreign_environment
 from areal_like.security.tokens import read_secret
+from areal_like.weights.foreign_torch import torch_versions
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.generation_gate import GenerationGate
 from rollout_server.inference.process import EngineProcess
@@ -103,6 +104,9 @@ class SglangProcess(EngineProcess):
         check_context_option(config.rollout.sglang.args, context_tokens=context_tokens)
         self._context_length = min(context_tokens + UNUSABLE_TOKENS, max_positions)
         self._python = find_python(config.rollout.sglang.python)
+        self._nccl_version = ""
+        if config.rollout.engine_device.startswith("cuda") and (versions := torch_versions(self._python)):
+            self._nccl_version = versions.nccl
         self._index = server_index(name)
         self._vocab_size = vocab_size
         self._chosen_port = 0
@@ -175,6 +179,7 @@ class SglangProcess(EngineProcess):
         return SglangClient(
             url,
             vocab_size=self._vocab_size,
+            nccl_version=self._nccl_version,
             api_key=self.api_key,
         )
 
