@@ -93,6 +93,8 @@ class EngineInfo:
     nccl_version: str = ""
     authenticates_store: bool = False
     """True if the engine takes the key of a weight group's rendezvous; SGLang does not."""
+    loads_in_place: bool = False
+    """True if the engine does not decode while it receives weights (SGLang)."""
 
     @classmethod
     def from_server_info(cls, server_info: Mapping[str, Any]) -> EngineInfo:

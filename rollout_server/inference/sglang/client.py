@@ -15,6 +15,7 @@ import itertools
 import re
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from areal_like.errors import EngineError, PromptRefusedError
@@ -101,6 +102,11 @@ class SglangClient(EngineClient):
         except EngineError:
             return False
         return True
+
+    async def fetch_info(self) -> None:
+        """As EngineClient.fetch_info; SGLang loads weights in place."""
+        await super().fetch_info()
+        self.info = replace(self.info, loads_in_place=True)
 
     async def load(self) -> dict[str, float]:
         """Sequences as the engine reports them; tokens and seconds as counted by this client."""
