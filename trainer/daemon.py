@@ -63,9 +63,8 @@ class Trainer:
         self._paths = RunPaths.of(config)
         buffer.state = "loading"
         source = model_path(config)
-        is_new = not config.resume  # else a checkpoint has the weights: reading the initial ones is wasted
-        self._policy = build_policy(config, source, ranks, with_weights=is_new)
-        self._runner = build_step_runner(config, self._policy, ranks, initial=source, with_weights=is_new)
+        self._policy = build_policy(config, source, ranks, with_weights=False)
+        self._runner = build_step_runner(config, self._policy, ranks, initial=source, with_weights=False)
         self._snapshotter = WeightSnapshotter(
             self._policy, ranks, bucket_bytes=config.weights.bucket_bytes, dtype=compute_dtype(config)
         )
@@ -74,7 +73,7 @@ class Trainer:
         self._checkpoints = Checkpoints(
             self._paths.checkpoints, keep=config.trainer.keep_checkpoints, tokenizer_path=source
         )
-        self._step, self._stream = self._resume()
+        self._step, self._stream = self._read_weights()
         self._saved_step = self._step
         buffer.step = self._step
         self._leader: Leader | None = None
@@ -110,18 +109,25 @@ class Trainer:
             return False
         return not self._ranks.any(self._buffer.stop_requested.is_set())
 
-    def _resume(self) -> tuple[int, dict[str, Any]]:
-        """(completed steps, state of the prompt stream) of the `resume` checkpoint; (0, {}) for a new run."""
+    def _read_weights(self) -> tuple[int, dict[str, Any]]:
+        """Reads the `resume` checkpoint, or else the initial model.
+
+        Returns (completed steps, state of the prompt stream): (0, {}) for a new run.
+        """
         resume = self._config.resume
-        if not resume:
-            return 0, {}
-        is_newest = resume in ("latest", "auto")
-        step = self._checkpoints.latest(self._ranks) if is_newest else int(resume.removeprefix("step:"))
-        if step is None and resume == "auto":
-            log.info("resume=auto: no checkpoint in %s, step 0", self._paths.checkpoints)
-            return 0, {}
-        if step is None:
+        step = None
+        if resume:
+            is_newest = resume in ("latest", "auto")
+            step = self._checkpoints.latest(self._ranks) if is_newest else int(resume.removeprefix("step:"))
+        if step is None and resume == "latest":
             raise ConfigError(f"resume=latest: there is no checkpoint in {self._paths.checkpoints}")
+        if step is None:
+            if resume:
+                log.info("resume=auto: no checkpoint in %s, step 0", self._paths.checkpoints)
+            self._policy.read_initial_weights()
+            if self._runner.critic is not None:
+                self._runner.critic.model.read_initial_weights()
+            return 0, {}
         extra = self._checkpoints.load(
             step, self._policy, self._runner.optimizer, self._ranks, critic=self._runner.critic
         )
