@@ -160,7 +160,7 @@ async def pushes(
 ) -> dict[str, Any]:
     """Measures pushes and bare broadcasts of one size."""
     store = str(folder / f"store-{size}-{integrity}")
-    policy = Policy.load(str(model)).shard(Ranks.alone())
+    policy = Policy.load(str(model), Ranks.alone())
     snapshotters = {
         "bucketed": WeightSnapshotter(policy, Ranks.alone(), bucket_bytes=BUCKET_BYTES, dtype="float32"),
         "per_tensor": WeightSnapshotter(policy, Ranks.alone(), bucket_bytes=1, dtype="float32"),
@@ -232,7 +232,7 @@ def stall(store: str, rank: int, model: str, rounds: int) -> None:
         "gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2, timeout=timedelta(seconds=120)
     )
     ranks = Ranks()
-    policy = Policy.load(model).shard(ranks)
+    policy = Policy.load(model, ranks)
     snapshotter = WeightSnapshotter(policy, ranks, bucket_bytes=BUCKET_BYTES, dtype="float32")
     frozen_s, gathered_s = [], []
     for _ in range(rounds + 1):

@@ -31,7 +31,15 @@ from areal_like.security.keyring import Keyring
 from areal_like.weights.buckets import Manifest
 from areal_like.weights.collective import WeightGroup, device_facts
 from areal_like.wire.messages.consumer import ServerEntry
-from areal_like.wire.messages.weights import Alive, AskAlive, PushWeights, WeightsFailed, WeightsOk
+from areal_like.wire.messages.weights import (
+    Alive,
+    AskAlive,
+    PushWeights,
+    ScoreTokens,
+    TokenScores,
+    WeightsFailed,
+    WeightsOk,
+)
 from trainer.weight_sync.backend import NcclTrial, choose_backend
 from trainer.weight_sync.group_session import ALIVE_S, SessionOutcome, WeightGroupSession, assign_ranks
 from trainer.weight_sync.receivers import (
@@ -48,6 +56,9 @@ log = logging.getLogger(__name__)
 
 _FORM_S = 15.0
 """Longest rendezvous of servers that have just replied to AskAlive."""
+
+_SCORE_S = 40.0
+"""Longest wait for the log-probs of a few tokens; the server itself gives up after 30 s."""
 
 _ISOLATE_AFTER = 2
 """Broken pushes in a row that a server survives before it gets its own group."""
@@ -153,6 +164,12 @@ class Broadcaster:
 
         await asyncio.gather(*map(push_when_free, groups))
         return outcome
+
+    async def score_at(self, receiver: ReceiverId, request: ScoreTokens) -> TokenScores | WeightsFailed:
+        """Asks a server of the last push for log-probs; every failure is a WeightsFailed."""
+        if (known := self._receivers.get(receiver)) is None:
+            return WeightsFailed(version=-1, reason="no longer connected")
+        return await known.score(request, timeout_s=_SCORE_S)
 
     async def close(self) -> None:
         """Dissolves the groups and closes every link."""

@@ -18,7 +18,7 @@ from areal_like.security.keys import AllowedKey, KeyRole
 from areal_like.wire.channel import Link
 from areal_like.wire.curve import CurveClient
 from areal_like.wire.messages.consumer import ServerEntry
-from areal_like.wire.messages.weights import Alive, WeightsFailed, WeightsOk
+from areal_like.wire.messages.weights import Alive, ScoreTokens, TokenScores, WeightsFailed, WeightsOk
 
 ReceiverId = tuple[str, int]
 """(name, incarnation): a restarted server is another receiver."""
@@ -84,6 +84,16 @@ class Receiver:
         if not isinstance(reply, (Alive, WeightsOk, WeightsFailed)):
             reason = f"replied {type(reply).__name__} to {type(request).__name__}"
             return WeightsFailed(version=-1, reason=reason)
+        return reply
+
+    async def score(self, request: ScoreTokens, *, timeout_s: float) -> TokenScores | WeightsFailed:
+        """As `request`, for log-probs."""
+        try:
+            reply = await self.link.call(request, timeout_s=timeout_s)
+        except ArealError as error:
+            return WeightsFailed(version=-1, reason=str(error))
+        if not isinstance(reply, (TokenScores, WeightsFailed)):
+            return WeightsFailed(version=-1, reason=f"replied {type(reply).__name__} to ScoreTokens")
         return reply
 
 

@@ -10,10 +10,9 @@ parts of one more. Every rank holds at most two copies of its rows: the copy tha
 newest copy. A new snapshot reuses the memory of the newest copy unless that is being pushed, so memory use
 does not grow during a run.
 
-With one rank the rows are the whole tensors: its copies are the buckets, and nothing is gathered. Of M ranks,
-FSDP2 gives rank r the rows from r * ceil(rows / M) on. The other ranks gather in a thread that waits for rank
-0's requests without a time limit: a run may push nothing for hours, and if a rank dies the group breaks at
-once.
+With one rank the rows are the whole tensors: its copies are the buckets, and nothing is gathered. The other
+ranks gather in a thread that waits for rank 0's requests without a time limit: a run may push nothing for
+hours, and if a rank dies the group breaks at once.
 
 Left out: gathering over NCCL, which must not run beside the training's own collectives without an order
 between them. Rows go through host memory and gloo.
@@ -26,18 +25,18 @@ import threading
 from collections import OrderedDict
 from datetime import timedelta
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from areal_like.errors import WeightSyncError
-from areal_like.weights.buckets import Bucket, TensorSpec, checksum, cut_buckets, spec_of, unflatten
+from areal_like.weights.buckets import Bucket, checksum
 from areal_like.weights.integrity import sha256
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
-from trainer.models.sharded_weights import RowShard, row_range, rows_per_rank, shards_of
+from trainer.weight_sync.rank_parts import PushLayout
 
 log = logging.getLogger(__name__)
 
@@ -125,15 +124,15 @@ class WeightSnapshotter:
     def __init__(self, policy: Policy, ranks: Ranks, *, bucket_bytes: int, dtype: str) -> None:
         """`dtype`: of floating-point weights on the wire. Collective."""
         self._ranks = ranks
-        self._shards = shards_of(policy)
-        specs = [_spec_on_wire(shard, dtype) for shard in self._shards]
-        self.buckets = cut_buckets(specs, bucket_bytes=bucket_bytes)
+        self._layout = PushLayout(
+            policy.model,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            bucket_bytes=bucket_bytes,
+            dtype=dtype,
+        )
+        self.buckets = tuple(parts.bucket for parts in self._layout.buckets)
         """The buckets of every snapshot, without checksums."""
-        self._row_buckets = [
-            Bucket(tensors=tuple(_spec_of_rows(spec, ranks.world_size) for spec in bucket.tensors))
-            for bucket in self.buckets
-        ]
-        """The part of each bucket that one rank holds."""
         self._lock = threading.Condition()
         self._snapshots: list[_RankSnapshot] = []
         """The newest snapshot, and the snapshot that is being pushed."""
@@ -159,11 +158,8 @@ class WeightSnapshotter:
         """Copies the present weights; returns the snapshot on rank 0. Collective; for the training thread."""
         self._free_superseded()
         row_buffers = self._free_buffers.pop() if self._free_buffers else self._new_buffers()
-        rows_of = {shard.name: shard.rows for shard in self._shards}
-        for bucket, buffer in zip(self._row_buckets, row_buffers, strict=True):
-            for name, view in unflatten(bucket, buffer).items():
-                rows = rows_of[name]
-                (view[: len(rows)] if view.ndim else view).copy_(rows)
+        for index, buffer in enumerate(row_buffers):
+            self._layout.copy_own(index, buffer)
         with self._lock:
             self._num_taken += 1
             snapshot = _RankSnapshot(self, self._num_taken, row_buffers)
@@ -207,8 +203,7 @@ class WeightSnapshotter:
     def _new_buffers(self) -> list[Tensor]:
         is_pinned = self._ranks.device.type == "cuda"
         return [
-            torch.empty(bucket.num_bytes, dtype=torch.uint8, pin_memory=is_pinned)
-            for bucket in self._row_buckets
+            torch.empty(part.num_bytes, dtype=torch.uint8, pin_memory=is_pinned) for part in self._layout.own
         ]
 
     def _free_superseded(self) -> None:
@@ -228,24 +223,19 @@ class WeightSnapshotter:
 
     def _gather(self, snapshot: _RankSnapshot, index: int) -> Tensor:
         """On rank 0: bucket `index` with the rows of all ranks, uint8[num_bytes]."""
+        parts, num_bytes = self._layout.buckets[index], self.buckets[index].num_bytes
         if self._group is None:
-            return snapshot.row_buffers[index]
+            return snapshot.row_buffers[index][:num_bytes]
         try:
             dist.broadcast(torch.tensor([snapshot.number, index]), group=self._group, group_src=0)
-            own = snapshot.row_buffers[index]
-            parts = [torch.empty_like(own) for _ in range(self._ranks.world_size)]
-            work: Any = dist.gather(own, parts, group=self._group, group_dst=0, async_op=True)
+            gathered, work = parts.begin_gather(snapshot.row_buffers[index], to_rank=0, group=self._group)
             work.wait(_GATHER_TIMEOUT)
         except RuntimeError as error:
             raise WeightSyncError(
                 f"a rank of the trainer was lost while weights were gathered: {error}"
             ) from None
-        flat = torch.empty(self.buckets[index].num_bytes, dtype=torch.uint8)
-        tensors = unflatten(self.buckets[index], flat)
-        for rank, part in enumerate(parts):
-            for name, rows in unflatten(self._row_buckets[index], part).items():
-                first, end = row_range(tensors[name].shape, rank=rank, world_size=self._ranks.world_size)
-                tensors[name][first:end].copy_(rows[: end - first])
+        flat = torch.empty(num_bytes, dtype=torch.uint8)
+        parts.assemble(gathered, into=flat)
         return flat
 
     def _serve_gathers(self) -> None:
@@ -257,7 +247,9 @@ class WeightSnapshotter:
                 number, index = map(int, request)
                 if number == _CLOSE:
                     return
-                dist.gather(self._rows_of(number, index), None, group=self._group, group_dst=0)
+                rows = self._rows_of(number, index)
+                _, work = self._layout.buckets[index].begin_gather(rows, to_rank=0, group=self._group)
+                work.wait()
         except RuntimeError as error:  # rank 0 has ended; the training thread fails by itself
             log.info("this rank gathers no more weights: %s", error)
 
@@ -270,21 +262,4 @@ class WeightSnapshotter:
                 if snapshot.number == number:
                     return snapshot.row_buffers[index]
         # Freed after a broken push. Rank 0 still waits for this number of bytes, and discards them.
-        return torch.empty(self._row_buckets[index].num_bytes, dtype=torch.uint8)
-
-
-def _spec_on_wire(shard: RowShard, dtype: str) -> TensorSpec:
-    own_dtype = spec_of(shard.name, shard.rows).dtype
-    return TensorSpec(
-        name=shard.name,
-        dtype=dtype if shard.rows.is_floating_point() else own_dtype,
-        shape=tuple(shard.shape),
-    )
-
-
-def _spec_of_rows(spec: TensorSpec, world_size: int) -> TensorSpec:
-    """One rank's rows of a tensor, padded so that all ranks have the same number."""
-    if world_size == 1:  # also a tensor without dimensions, which has no rows
-        return spec
-    num_rows = rows_per_rank(torch.Size(spec.shape), world_size)
-    return TensorSpec(name=spec.name, dtype=spec.dtype, shape=(num_rows, *spec.shape[1:]))
+        return torch.empty(self._layout.own[index].num_bytes, dtype=torch.uint8)
