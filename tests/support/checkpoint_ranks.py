@@ -134,6 +134,7 @@ def failures(ranks: Ranks, out_dir: Path, path: str, disk: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     ranks.meet()
     assert checkpoints.steps() == [1] and not list(root.glob(".*"))
+    ranks.meet()
 
     filler = disk / "filler"
     if ranks.rank == 0:
@@ -146,6 +147,7 @@ def failures(ranks: Ranks, out_dir: Path, path: str, disk: Path) -> None:
         checkpoints.wait()
     ranks.meet()
     assert not list(root.glob(".*")), "the space must be free at once"
+    ranks.meet()
     if ranks.rank == 0:
         filler.unlink()
     save(4)

@@ -178,9 +178,9 @@ def test_ranks_write_their_rows_or_no_checkpoint(
     with small_disk(tmp_path / "disk", num_mib=4) as disk:
         module = "tests.support.checkpoint_ranks"
         run_ranks("rows", str(tmp_path), path, str(wide), str(disk), world_size=4, module=module)
-        shutil.copytree(disk / "c", tmp_path / "c")
+        shutil.copytree(disk / "c", tmp_path / "kept")
     runner = make_runner(path, ranks, dtype=torch.float32)
-    checkpoints = Checkpoints(tmp_path / "c", keep=9, tokenizer_path=path)
+    checkpoints = Checkpoints(tmp_path / "kept", keep=9, tokenizer_path=path)
     checkpoints.load(4, runner.policy, runner.optimizer, ranks)
     assert runner.optimizer.num_updates == 1
     weights = dict(gather_full_state(runner.policy))
