@@ -46,7 +46,7 @@ def route_in_float32(model: nn.Module) -> None:
     Modifies the modules in place; call it once. A model without experts stays as it is.
     """
     for router in routers(model):
-        router.forward = functools.partial(_forward, router, router.forward)  # type: ignore[method-assign]
+        router.forward = functools.partial(_forward, router, router.forward)
 
 
 def _forward(router: nn.Module, forward: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from areal_like.automatic_settings import compute_dtype, recomputes_activations
 from areal_like.config import Config
 from areal_like.trajectory import Trajectory
 from trainer.advantages.base import FloatArray
@@ -78,8 +79,8 @@ class Critic:
         `with_weights`: False leaves the weights undefined, for a caller that reads a checkpoint into them.
         """
         trainer = config.trainer
-        model = ValueModel.build(initial, gradient_checkpointing=trainer.gradient_checkpointing)
-        model.shard(ranks, dtype=config.model.dtype)
+        model = ValueModel.build(initial, gradient_checkpointing=recomputes_activations(config))
+        model.shard(ranks, dtype=compute_dtype(config), reshard_after_forward=trainer.reshard_after_forward)
         if with_weights:
             model.read_initial_weights()
         optimizer = ShardedAdamW.of(trainer, model, ranks, lr=settings.critic_lr or _LR_RATIO * trainer.lr)

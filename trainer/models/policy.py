@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from areal_like.automatic_settings import compute_dtype, recomputes_activations
 from areal_like.config import Config
 from areal_like.errors import ConfigError
 from trainer.batching.packing import PackedBatch
@@ -99,7 +100,12 @@ def build_policy(
         path,
         temperature=config.sampling.temperature,
         chunk_tokens=config.trainer.logprob_chunk_tokens,
-        gradient_checkpointing=config.trainer.gradient_checkpointing and not frozen,
+        gradient_checkpointing=recomputes_activations(config) and not frozen,
     )
-    policy.shard(ranks, dtype=config.model.dtype, frozen=frozen)
+    policy.shard(
+        ranks,
+        dtype=compute_dtype(config),
+        frozen=frozen,
+        reshard_after_forward=config.trainer.reshard_after_forward,
+    )
     return policy.read_initial_weights() if with_weights else policy

@@ -24,7 +24,8 @@ def build_skeleton(path: str, *, dtype: torch.dtype) -> Any:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            from_config: Any = AutoModelForCausalLM.from_config  # untyped
+            model = from_config(config, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{path}: transformers has no causal language model for it ({reason})") from error

@@ -121,7 +121,9 @@ class StepRunner:
         seen; with fewer, every rank raises IncompleteStepError and makes no update. `lags`: the lag of each
         token of a trajectory, in optimizer steps; None: a version is the number of steps before it.
         """
-        timer, totals = PhaseTimer(_PHASES), StepTotals(self.advantages.extra_totals)
+        self._ranks.place.enter("lockstep", step=step)
+        timer = PhaseTimer(_PHASES, place=self._ranks.place)
+        totals = StepTotals(self.advantages.extra_totals)
         observations = Observations(self._objective, self._ranks)
         stats: StepStats = {}
         stats_come_first = self._objective.scope is Scope.BATCH
