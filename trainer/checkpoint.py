@@ -29,6 +29,7 @@ from transformers import AutoTokenizer
 
 from areal_like.errors import ConfigError, DiskFullError
 from areal_like.paths import checkpoint_name, find_checkpoints
+from areal_like.weights.hf_layout import hf_tensors
 from areal_like.weights.snapshots_on_disk import STATE_FILE
 from trainer.advantages.critic import Critic
 from trainer.checkpoint_files import write_directory
@@ -38,7 +39,6 @@ from trainer.checkpoints.peers import Peers, check_shared, wait_until_visible
 from trainer.checkpoints.reading import CRITIC, POLICY, StateReader
 from trainer.checkpoints.row_files import FOLDER, ModelRows, rows_of, write_index, write_rows
 from trainer.distributed.ranks import Ranks
-from trainer.models.hf_layout import hf_tensors
 from trainer.models.packed_model import DTYPES, PackedModel
 from trainer.models.policy import Policy
 from trainer.models.sharded_weights import row_range, shards_of

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from areal_like.errors import ConfigError
+from areal_like.weights.hf_layout import HfTensor
 from trainer.checkpoints.safetensors_file import FileLayout, write_at
-from trainer.models.hf_layout import HfTensor
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

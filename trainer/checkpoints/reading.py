@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from areal_like.errors import ConfigError
+from areal_like.weights.hf_layout import hf_tensors
 from trainer.checkpoints.hf_files import SINGLE_FILE, files_of_tensors
 from trainer.checkpoints.host_copy import MASTER
 from trainer.checkpoints.row_files import (
@@ -28,7 +29,6 @@ from trainer.checkpoints.row_files import (
 )
 from trainer.checkpoints.safetensors_file import SafetensorsReader
 from trainer.distributed.ranks import Ranks
-from trainer.models.hf_layout import hf_tensors
 from trainer.models.packed_model import PackedModel
 from trainer.models.sharded_weights import MODEL_PREFIX, row_range, shards_of
 from trainer.optimizer import ShardedAdamW
