@@ -116,9 +116,11 @@ class PackedModel(nn.Module):
         )
         if frozen:
             self.requires_grad_(False)
-            for param in self.parameters():
-                # Parameters only: `self.to` would round the rotary frequencies, too.
-                param.data = param.data.to(param.dtype if compute == torch.float32 else compute)
+            if compute != torch.float32:
+                for param in self.parameters():
+                    # Parameters only: `self.to` would round the rotary frequencies, too.
+                    if param.dtype != compute:
+                        param.data = param.data.to(compute)
         self.reshard_after_forward = reshards = reshard_after_forward or frozen
         for module in [*decoder_layers(self.model), *self._embeddings_apart()]:
             fully_shard(module, mesh=ranks.mesh, mp_policy=precision, reshard_after_forward=reshards)
