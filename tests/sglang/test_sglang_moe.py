@@ -32,7 +32,12 @@ def test_pushed_experts_are_used(tmp_path: Path) -> None:
         }
     )
     process = SglangProcess(
-        config, name="rollout-0", model=str(models[0]), context_tokens=CONTEXT, vocab_size=VOCAB
+        config,
+        name="rollout-0",
+        model=str(models[0]),
+        context_tokens=CONTEXT,
+        max_positions=CONTEXT,
+        vocab_size=VOCAB,
     )
 
     async def check() -> None:
