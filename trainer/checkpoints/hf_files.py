@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from areal_like.weights.hf_layout import HfTensor
 from trainer.checkpoints.safetensors_file import FileLayout, write_at
-from trainer.models.hf_layout import HfTensor
 from trainer.models.safetensors_rows import INDEX_FILE, SINGLE_FILE
 
 MAX_FILE_BYTES = 5_000_000_000

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
+from areal_like.weights.hf_layout import hf_tensors
 from trainer.checkpoints.hf_files import HfFiles
 from trainer.checkpoints.host_copy import MASTER, HostCopy
 from trainer.checkpoints.row_files import FOLDER, ModelRows, rows_of, write_rows
 from trainer.distributed.ranks import Ranks
-from trainer.models.hf_layout import hf_tensors
 from trainer.models.packed_model import PackedModel
 from trainer.models.sharded_weights import row_range, shards_of
 from trainer.optimizer import ShardedAdamW

@@ -24,10 +24,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from areal_like.errors import ConfigError
 from areal_like.moe import route_in_float32
+from areal_like.weights.hf_layout import hf_tensors
 from trainer.batching.packing import PackedBatch
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
-from trainer.models.hf_layout import hf_tensors
 from trainer.models.packed_attention import ATTENTION_NAME, PackedLayout
 from trainer.models.row_loading import read_rows
 from trainer.models.safetensors_rows import SafetensorsRows
