@@ -71,6 +71,11 @@ class RunPaths:
         return self.root / "model"
 
     @property
+    def traces(self) -> Path:
+        """Directory of the last collectives of ranks that failed, one file for each rank."""
+        return self.root / "traces"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object for each optimizer step."""
         return self.root / "metrics.jsonl"

@@ -87,7 +87,7 @@ def trajectory(rng: np.random.Generator, *, num_prompt: int, reward: float) -> T
 def runner_of(path: str, settings: dict[str, Any]) -> StepRunner:
     """The default job's step, with learning rate 0 so that every repetition does the same work."""
     ranks = Ranks.alone()
-    policy = Policy.load(path).shard(ranks)
+    policy = Policy.load(path, ranks)
     return StepRunner(
         policy,
         ShardedAdamW(policy, ranks, lr=0.0),

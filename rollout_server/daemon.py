@@ -20,6 +20,7 @@ import asyncio
 import logging
 from typing import Any
 
+from areal_like.automatic_settings import compute_dtype
 from areal_like.errors import ConfigError, EngineError
 from areal_like.paths import model_path
 from areal_like.runtime.daemon import Runtime, cancelled_on_exit
@@ -69,7 +70,7 @@ async def main(runtime: Runtime) -> None:
         renderer = PromptRenderer(model)
     context_tokens = longest_sequence(config, task, max_positions=renderer.max_positions)
     renderer.max_prompt_tokens = min(task.max_prompt_tokens, context_tokens - config.sampling.max_new_tokens)
-    log.info("task %s, examples %s", config.task, task.fingerprint())
+    log.info("task %s, examples %s, %s", config.task, task.fingerprint(), compute_dtype(config))
     rollout = config.rollout
     pool = RewardPool(
         config.task, seed=config.seed, num_workers=rollout.reward_workers, timeout_s=rollout.reward_timeout_s
@@ -274,6 +275,7 @@ class RolloutServer:
             http_address=f"{config.daemon.http_host}:{self._runtime.http_port}",
             weights_address=self._weights_address,
             weights_version=self._receiver.version,
+            dtype=compute_dtype(config),
             device=config.rollout.engine_device,
             num_train_prompts=self._task.num_train,
             num_eval_prompts=self._task.num_eval,

@@ -1,9 +1,8 @@
 """Starts the trainer: `python -m trainer key=value ...`.
 
-On several machines it is started by torchrun: `torchrun ... -m trainer key=value ...`.
-
-Without torchrun's environment this process is the only rank, or with `trainer.world_size` > 1 it starts the
-ranks (`distributed/spawn.py`).
+This process is the only rank, or with `trainer.world_size` > 1 it starts the ranks (`distributed/spawn.py`),
+on several machines those of this one (`trainer.num_hosts`). torchrun can start them instead: `torchrun ... -m
+trainer key=value ...`.
 """
 
 from __future__ import annotations
@@ -12,11 +11,14 @@ import os
 import sys
 from collections.abc import Sequence
 
+from areal_like.config import Config
 from areal_like.errors import UserError
 from areal_like.runtime.command_line import load_config, shows_help
 from areal_like.runtime.imports import uncollected
 from areal_like.runtime.process import die_with_launcher, die_with_parent, early_signals
+from areal_like.security.binding import require_loopback_or_keys
 from trainer.distributed.spawn import start_ranks
+from trainer.distributed.variables import set_torch_variables
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,18 +32,37 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         sys.stderr.write(f"trainer: {error}\n")
         return 2
+    set_torch_variables(config)
     if "RANK" in os.environ:
         die_with_parent()
     else:
         die_with_launcher()
         os.environ.setdefault("OMP_NUM_THREADS", str(config.trainer.num_threads))
         if config.trainer.world_size > 1:
-            drain_code = config.daemon.exit_code_on_drain
-            return start_ranks(argv, world_size=config.trainer.world_size, drain_code=drain_code)
+            return _start_ranks(config, argv)
     with uncollected():
         from trainer.daemon import run_rank
 
     return run_rank(config)
+
+
+def _start_ranks(config: Config, argv: Sequence[str]) -> int:
+    trainer = config.trainer
+    try:
+        if trainer.num_hosts > 1:
+            host = trainer.rendezvous.rpartition(":")[0]
+            require_loopback_or_keys(config.security, host, setting="trainer.rendezvous")
+        return start_ranks(
+            argv,
+            world_size=trainer.world_size,
+            drain_code=config.daemon.exit_code_on_drain,
+            num_hosts=trainer.num_hosts,
+            host_index=trainer.host_index,
+            rendezvous=trainer.rendezvous if trainer.num_hosts > 1 else "",
+        )
+    except UserError as error:
+        sys.stderr.write(f"trainer: {error}\n")
+        return 2
 
 
 if __name__ == "__main__":

@@ -167,8 +167,8 @@ class Checkpoints:
 
         Collective.
 
-        If the checkpoint has no critic, `critic` stays as it is, with a warning. Raises ConfigError if there
-        is no such checkpoint, it cannot be read, or it is of another model.
+        If the checkpoint has no critic, `critic` gets its initial weights, with a warning. Raises ConfigError
+        if there is no such checkpoint, it cannot be read, or it is of another model.
         """
         path = self.path(step)
         if step not in self.steps():
@@ -223,6 +223,7 @@ class Checkpoints:
                 num_updates=int(state["num_critic_updates"]),
             )
         elif critic is not None:
+            critic.model.read_initial_weights()
             log.warning("%s was saved without a critic: the critic starts from its initial weights", path)
         with safe_open(moments, framework="pt") as file:
             torch.set_rng_state(file.get_tensor(RANDOM_STATE))

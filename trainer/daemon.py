@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from areal_like.automatic_settings import compute_dtype, resolved
 from areal_like.config import Config
 from areal_like.errors import ConfigError, RunFinishedError, UserError
 from areal_like.paths import RunPaths, model_path
@@ -37,7 +38,7 @@ from areal_like.weights.snapshots_on_disk import VERSION_KEY
 from trainer.buffer_client.client import StopRequestedError, TrainerBufferClient
 from trainer.checkpoint import Checkpoints
 from trainer.checkpoint_files import remove_partials
-from trainer.distributed.process_group import device_of, join_ranks
+from trainer.distributed.process_group import device_of, joined_ranks, world_size_here
 from trainer.distributed.ranks import Ranks
 from trainer.leader import Leader
 from trainer.metrics.lag import LagTally
@@ -64,14 +65,15 @@ class Trainer:
         self._paths = RunPaths.of(config)
         buffer.state = "loading"
         source = model_path(config)
-        self._policy = build_policy(config, source, ranks)
-        self._runner = build_step_runner(config, self._policy, ranks, initial=source)
+        is_new = not config.resume  # else a checkpoint has the weights: reading the initial ones is wasted
+        self._policy = build_policy(config, source, ranks, with_weights=is_new)
+        self._runner = build_step_runner(config, self._policy, ranks, initial=source, with_weights=is_new)
         gather = BoundaryGather if ranks.device.type == "cuda" else BackgroundGather
         self._snapshotter: WeightSnapshotter = gather(
             self._policy,
             ranks,
             bucket_bytes=config.weights.bucket_bytes_on(ranks.device.type),
-            dtype=config.model.dtype,
+            dtype=compute_dtype(config),
         )
         self._snapshot_s = 0.0
         """Seconds that the last snapshot took."""
@@ -84,6 +86,7 @@ class Trainer:
         self._leader: Leader | None = None
         if ranks.rank == 0:
             self._leader = Leader(config, buffer, step=self._step, started_s=started_s)
+            self._runner.on_first_forward = self._leader.check_weights
         buffer.runtime.status = self._status
         self._hands_over = False
         buffer.runtime.verbs["hand_over"] = self._hand_over
@@ -118,9 +121,11 @@ class Trainer:
         resume = self._config.resume
         if not resume:
             return 0, {}
-        step = (
-            self._checkpoints.latest(self._ranks) if resume == "latest" else int(resume.removeprefix("step:"))
-        )
+        is_newest = resume in ("latest", "auto")
+        step = self._checkpoints.latest(self._ranks) if is_newest else int(resume.removeprefix("step:"))
+        if step is None and resume == "auto":
+            log.info("resume=auto: no checkpoint in %s, step 0", self._paths.checkpoints)
+            return 0, {}
         if step is None:
             raise ConfigError(f"resume=latest: there is no checkpoint in {self._paths.checkpoints}")
         extra = self._checkpoints.load(
@@ -187,7 +192,9 @@ class Trainer:
     def _take_snapshot(self) -> Snapshot | None:
         """The present weights for the publisher; None on ranks other than 0. Collective."""
         started_s = time.monotonic()
+        self._ranks.place.enter("snapshot of the weights", step=self._step)
         snapshot = self._snapshotter.take_snapshot()
+        self._ranks.place.enter("between steps")
         self._snapshot_s = time.monotonic() - started_s
         return snapshot
 
@@ -198,6 +205,7 @@ class Trainer:
         next checkpoint commits them too.
         """
         step, leader = self._step, self._leader
+        self._ranks.place.enter("checkpoint", step=step)
         # The version before the stream's state, which contains the number of the next version.
         version = leader.alloc_version() if leader is not None else 0
         stream = leader.stream_state(step - 1) if leader is not None else {}
@@ -230,6 +238,7 @@ class Trainer:
     def _status(self) -> dict[str, Any]:
         base: dict[str, Any] = {
             "state": self._buffer.state,
+            "place": str(self._ranks.place),
             "step": self._step,
             "num_steps": self._config.trainer.num_steps,
         }
@@ -243,7 +252,10 @@ def run_rank(config: Config) -> int:
 
     def body() -> None:
         nonlocal is_finished
-        is_finished = _run(config)
+        try:
+            is_finished = _run(config)
+        except StopRequestedError as stop:
+            log.info("%s", stop)
 
     keep_files_private(RunPaths.of(config).root)
     configure_logging(config, name)
@@ -257,7 +269,7 @@ def _control_timeout_s(config: Config) -> float:
 
     Rank 0 waits for servers and evaluations, every rank for its groups and for a buffer that is restarted.
     """
-    trainer, num_groups = config.trainer, -(-config.trainer.groups_per_step // config.trainer.world_size)
+    trainer, num_groups = config.trainer, -(-config.trainer.groups_per_step // world_size_here())
     rank0_s = 2 * (config.rollout.start_timeout_s + config.weights.push_deadline_s + config.eval.timeout_s)
     groups_s = num_groups * trainer.fetch_timeout_s
     return rank0_s + groups_s + trainer.buffer_timeout_s + trainer.collective_timeout_s
@@ -266,13 +278,14 @@ def _control_timeout_s(config: Config) -> float:
 def _run(config: Config) -> bool:
     """Returns True if the run is finished, False after a drain."""
     started_s = time.monotonic()
+    config = resolved(config)
     require_loopback_or_keys(config.security, config.weights.host, setting="weights.host")
     StepRecipe.of(config).check_stream(config)  # reports a mistake in the settings before anything is loaded
     torch.set_num_threads(config.trainer.num_threads)
     device = device_of(config)
-    join_ranks(config, device)
-    try:
-        ranks = Ranks(device=device, control_timeout_s=_control_timeout_s(config))
+    with joined_ranks(
+        config, device, control_timeout_s=_control_timeout_s(config), quiet=(UserError, StopRequestedError)
+    ) as ranks:
         process = torch.tensor(list(secrets.token_bytes(16)), dtype=torch.int64)
         dist.broadcast(process, src=0)
         # Before the first request to the buffer: on a full disk the buffer replies only when there is space
@@ -298,8 +311,3 @@ def _run(config: Config) -> bool:
             trainer = Trainer(config, buffer, ranks, started_s=started_s)
             trainer.run()
         return trainer.is_finished
-    except StopRequestedError as stop:
-        log.info("%s", stop)
-        return False
-    finally:
-        dist.destroy_process_group()

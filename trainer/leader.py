@@ -12,6 +12,8 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+from torch import Tensor
+
 from areal_like.config import Config
 from areal_like.errors import ArealError, RefusedError, UserError
 from areal_like.paths import RunPaths
@@ -29,6 +31,7 @@ from areal_like.wire.messages.consumer import (
     VersionGranted,
 )
 from trainer.adaptive_staleness import StalenessController
+from trainer.batching.packing import PackedBatch
 from trainer.buffer_client.client import StopRequestedError, TrainerBufferClient
 from trainer.evaluation import Evaluations
 from trainer.metrics.prometheus import TrainerSeries
@@ -36,6 +39,8 @@ from trainer.metrics.run_files import WARM_UP_STEPS, MetricsFile, step_row, writ
 from trainer.weight_sync.broadcaster import Broadcaster
 from trainer.weight_sync.publisher import Publisher, PushReport
 from trainer.weight_sync.snapshot import Snapshot
+from trainer.weight_sync.weight_check import check_tokens
+from trainer.weight_sync.weight_checks import CheckReport
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +73,8 @@ class Leader:
         self._counted_from_s: float
         self._counters_after_warm_up: RunCounters | None = None
         self._last_push: PushReport | None = None
+        self._last_checks: dict[str, CheckReport] = {}
+        """Server -> its last check."""
         self._publisher: Publisher
         self._push_limit_s: float
 
@@ -116,6 +123,18 @@ class Leader:
         except StopRequestedError as stop:
             log.info("%s", stop)
         self._training_started_s = time.monotonic()
+
+    def check_weights(self, batch: PackedBatch, logp_S: Tensor) -> None:
+        """Offers a step's first log-probs [S] as reference for a check of the engines' weights."""
+        checks = self._publisher.checks
+        if checks is None or time.monotonic() < checks.next_due_s:
+            return
+        if (tokens := check_tokens(batch, logp_S, step=self._step)) is not None:
+
+            async def offer() -> None:
+                checks.scored_by_trainer(tokens)
+
+            self._buffer.submit(offer())
 
     def finish_step(self, step: int, metrics: dict[str, Any], snapshot: Snapshot | None) -> None:
         """Reports step `step` to the buffer, offers the new weights and records the metrics.
@@ -192,6 +211,7 @@ class Leader:
         return {
             "last": self._metrics.last,
             "last_push": asdict(self._last_push) if self._last_push else {},
+            "last_checks": {name: asdict(report) for name, report in self._last_checks.items()},
             "weights_version": self._publisher.active_version if hasattr(self, "_publisher") else 0,
             "servers": [asdict(server) for server in self._buffer.directory.servers],
         }
@@ -249,6 +269,8 @@ class Leader:
         row["weights_version"] = self._publisher.active_version
         row["weights_step"] = self._publisher.active_step
         row["push_s"] = self._last_push.seconds if self._last_push else 0.0
+        if self._last_checks:
+            row["weight_check_abs"] = max(report.difference for report in self._last_checks.values())
         if (eval_reward := self._evaluations.poll()) is not None:
             row["eval_reward"] = eval_reward
         self._metrics.append(row)
@@ -271,12 +293,20 @@ class Leader:
             self._last_push = report
             self._series.pushed(report)
 
-        buffer = self._buffer
+        def on_check(report: CheckReport) -> None:
+            self._last_checks[report.server] = report
+            self._series.checked(report)
+
+        buffer, weights = self._buffer, self._config.weights
+        # An engine scores given tokens at temperature 1 only.
+        is_checked = weights.check_interval_s is not None and self._config.sampling.temperature == 1
         self._publisher = Publisher(
-            Broadcaster(self._config.weights, device=buffer.device, keyring=buffer.runtime.keyring),
+            Broadcaster(weights, device=buffer.device, keyring=buffer.runtime.keyring),
             call=buffer.call_async,
             servers=lambda: buffer.directory.servers,
             on_push=on_push,
             on_failure=buffer.fail,
+            on_check=on_check,
+            check_interval_s=weights.check_interval_s if is_checked else None,
         )
         buffer.on_directory = self._publisher.directory_changed

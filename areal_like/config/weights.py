@@ -54,7 +54,16 @@ class WeightsConfig(Section, key="weights"):
     """Number of servers updated at the same time; 0: all. With a limit the other servers keep generating
     during an update that pauses the engine."""
 
+    check_interval_s: float | None = 10.0
+    """Shortest time, in seconds, between two checks of one engine: after a push the log-probs of a few tokens
+    are compared with the trainer's; if they jump, the weights are pushed again. 0: after every push; null:
+    no checks. Only with `sampling.temperature=1`."""
+
     def check(self) -> None:
+        require(
+            self.check_interval_s is None or self.check_interval_s >= 0,
+            "weights.check_interval_s must be at least 0, or null for no checks",
+        )
         require(
             self.max_unavailable >= 0, "weights.max_unavailable must be at least 0 (0: all servers at once)"
         )

@@ -41,6 +41,7 @@ _LIMITS: dict[type, dict[str, int]] = {
         "http_address": MAX_ADDRESS_CHARS,
         "weights_address": MAX_ADDRESS_CHARS,
         "device": MAX_WORD_CHARS,
+        "dtype": MAX_WORD_CHARS,
     },
     SampleFailed: {"error": MAX_TEXT_CHARS},
     ReturnLeases: {"reason": MAX_TEXT_CHARS},

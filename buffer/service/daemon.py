@@ -90,7 +90,8 @@ class BufferDaemon:
             now_s=self._loop.time(),
             dataset=as_number(dataset),
             generation=0 if config.buffer.durability != "none" else secrets.randbits(16),
-            reopen=bool(config.resume),
+            # With `auto` a supervisor may start the roles of a finished run again: it stays finished.
+            reopen=config.resume not in ("", "auto"),
         )
         self._ledger.hold_grants()
         settings = {role: shared_settings(config, role) for role in Role}

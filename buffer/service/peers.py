@@ -65,8 +65,8 @@ class ConnectedPeers:
     ) -> None:
         """`dataset` and `settings` (by role) are fingerprints of the buffer's own configuration.
 
-        Model and tokenizer must be those of the first peer that registers. `only_loopback`: refuses peers
-        with other addresses.
+        Model, tokenizer and dtype must be those of the first peer that registers. `only_loopback`: refuses
+        peers with other addresses.
         """
         self._max_peers, self._only_loopback = max_peers, only_loopback
         self._settings = dict(settings or {})
@@ -87,9 +87,10 @@ class ConnectedPeers:
         Also for a name of the other role, an address outside this machine, and too many peers.
         `tells_values`: the reason contains the job's value, because the peer has a key.
         """
-        for name in ("job", "num_shards", "shard", "dataset", "model", "tokenizer"):
+        for name in ("job", "num_shards", "shard", "dataset", "model", "tokenizer", "dtype"):
             expected, owner = self._expected.get(name, (getattr(hello, name), hello.name))
-            if getattr(hello, name) != expected:
+            is_compared = name != "dtype" or hello.dtype  # peers of an earlier release send no dtype
+            if is_compared and getattr(hello, name) != expected:
                 _refuse_difference(hello, name, expected=expected, owner=owner, tells_values=tells_values)
         expected = self._settings.get(hello.role, "")
         if hello.settings and expected and hello.settings != expected:
@@ -158,9 +159,10 @@ class ConnectedPeers:
                 self.remove(peer.hello.name)
 
     def expect_model_of(self, hello: Hello) -> None:
-        """Makes `check` require this peer's model and tokenizer, unless an earlier call has set them."""
-        for name in ("model", "tokenizer"):
-            self._expected.setdefault(name, (getattr(hello, name), hello.name))
+        """Makes `check` require this peer's model, tokenizer and dtype, unless a call before has set them."""
+        for name in ("model", "tokenizer", "dtype"):
+            if name != "dtype" or hello.dtype:
+                self._expected.setdefault(name, (getattr(hello, name), hello.name))
 
     def at(self, route: bytes) -> Peer | None:
         """The peer with this route."""

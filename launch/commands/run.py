@@ -52,6 +52,10 @@ def run_local(argv: Sequence[str]) -> int:
     stops = StopSignals(on_hangup=request_reopen)
     for line in run.announcement:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if run.is_finished:
+        run.close()
+        show_summary(run, console, since_unix_s=0.0)
+        return 0
     view = LastingView(
         LiveView(run.config, console) if console.is_terminal else PlainView(run.config, console)
     )

@@ -2,8 +2,8 @@
 
 A run directory belongs to one run; neither a finished nor an unfinished run is ever overwritten. A new job
 therefore needs a free name (a job without a name is numbered: default, default-2, ...), or resumes the
-existing run (`resume=latest`, `resume=step:K`). Resuming starts from the run's own configuration and not from
-the defaults, so that a forgotten override cannot change a run halfway.
+existing run (`resume=latest`, `resume=step:K`, or `resume=auto`, which does either). Resuming starts from the
+run's own configuration and not from the defaults, so that a forgotten override cannot change a run halfway.
 """
 
 from __future__ import annotations
@@ -16,11 +16,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from areal_like.automatic_settings import resolved
 from areal_like.config import Config
 from areal_like.errors import ConfigError
 from areal_like.paths import BUILT_MODELS, RunPaths
 from areal_like.runtime.command_line import GROUPS, load_config, save_config
-from launch.run_directory.rundir import InUseError, checkpoints, holds_run, lock, restart_order_file
+from launch.run_directory.rundir import (
+    InUseError,
+    checkpoints,
+    holds_run,
+    is_trained,
+    lock,
+    restart_order_file,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +41,8 @@ class OpenRun:
     """The lock's file descriptor; pass it to every child."""
     announcement: tuple[str, ...] = ()
     """Lines for the user: the choice that was made, and the settings for other choices."""
+    is_finished: bool = False
+    """True if `resume=auto` found a run without a step left to train: nothing is to be started."""
 
     def close(self) -> None:
         """Releases the directory (children that inherited the lock still hold it)."""
@@ -47,7 +57,9 @@ def open_run(argv: Sequence[str]) -> OpenRun:
     """
     config = load_config(argv)
     is_named = any(arg.startswith("name=") or arg == "--config" for arg in argv)
-    return _prepared(_resume(config, argv) if config.resume else _start(config, is_named=is_named))
+    resumes = _is_begun(RunPaths.of(config)) if config.resume == "auto" else bool(config.resume)
+    is_named = is_named or config.resume == "auto"  # the next start must find the same directory
+    return _prepared(_resume(config, argv) if resumes else _start(resolved(config), is_named=is_named))
 
 
 def open_replay(recorded: Path, argv: Sequence[str]) -> OpenRun:
@@ -61,11 +73,22 @@ def open_replay(recorded: Path, argv: Sequence[str]) -> OpenRun:
     runs_dir = config.runs_dir if has_runs_dir else str(recorded.resolve().parent)
     name = config.name if is_named else f"{recorded.resolve().name}-replay"
     config = dataclasses.replace(config, name=name, runs_dir=runs_dir, resume="")
-    return _prepared(_start(config, is_named=is_named))
+    return _prepared(_start(resolved(config), is_named=is_named))
+
+
+def _is_begun(paths: RunPaths) -> bool:
+    """True if a launcher has begun a run here that has something to continue with."""
+    return paths.config.is_file() and (holds_run(paths) or bool(paths.ledgers))
 
 
 def _prepared(run: OpenRun) -> OpenRun:
     """Removes the traces of earlier processes and writes the configuration."""
+    if run.config.trainer.num_hosts > 1:
+        run.close()
+        raise ConfigError(
+            f"trainer.num_hosts={run.config.trainer.num_hosts}: `areal-like run` starts a job on one "
+            "machine; start the roles one by one, and `python -m trainer` on each of the trainer's machines"
+        )
     try:
         for stale in run.paths.endpoints.glob("*.json"):
             stale.unlink()
@@ -139,7 +162,9 @@ def _resume(config: Config, argv: Sequence[str]) -> OpenRun:
     lock_fd = lock(paths)
     try:
         steps = checkpoints(paths)
-        begins_again = config.resume == "latest" and not steps and bool(paths.ledgers)
+        # With `auto` also a run whose ledger was in memory begins again.
+        may_begin_again = config.resume == "auto" or (config.resume == "latest" and bool(paths.ledgers))
+        begins_again = not steps and may_begin_again
         if not steps and not begins_again:
             raise ConfigError(
                 f"resume={config.resume}: {paths.checkpoints} holds no checkpoint; "
@@ -150,19 +175,24 @@ def _resume(config: Config, argv: Sequence[str]) -> OpenRun:
         lines = _resume_announcement(paths, steps, resume=config.resume)
         if "--config" not in argv:
             config = _with_own_settings(config, argv, own=paths.config)
-        if begins_again:
+        config = resolved(config)
+        if begins_again and config.resume == "latest":
             config = dataclasses.replace(config, resume="")
     except ConfigError:
         os.close(lock_fd)
         raise
-    return OpenRun(config=config, paths=paths, lock_fd=lock_fd, announcement=lines)
+    is_finished = config.resume == "auto" and is_trained(paths, num_steps=config.trainer.num_steps)
+    if is_finished:
+        lines = (f"the run in {paths.root} is finished", "trainer.num_steps=MORE continues it")
+    return OpenRun(config=config, paths=paths, lock_fd=lock_fd, announcement=lines, is_finished=is_finished)
 
 
 def _resume_announcement(paths: RunPaths, steps: Sequence[int], *, resume: str) -> tuple[str, ...]:
     new = "another name=... starts a new run"
     if not steps:  # the run died before its first checkpoint
-        return (f"resume of {paths.root} from step 0, with the groups in its ledger (no checkpoint yet)", new)
-    if resume == "latest":
+        groups = ", with the groups in its ledger" if paths.ledgers else ""
+        return (f"resume of {paths.root} from step 0{groups} (no checkpoint yet)", new)
+    if resume in ("latest", "auto"):
         choices = f"resume=step:K goes back to an earlier checkpoint ({_listed(steps)}); {new}"
         return (f"resume of step {steps[-1]} from {paths.root}, its newest checkpoint", choices)
     choices = f"resume=latest continues from the newest checkpoint (step {steps[-1]}); {new}"

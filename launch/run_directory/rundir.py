@@ -68,6 +68,15 @@ def holds_run(paths: RunPaths) -> bool:
     return trained or paths.summary.exists() or bool(checkpoints(paths))
 
 
+def is_trained(paths: RunPaths, *, num_steps: int) -> bool:
+    """True when the run ended with all of its steps trained, saved and summarized."""
+    try:
+        finished = bool(json.loads(paths.summary.read_text())["finished"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
+    return finished and max(checkpoints(paths), default=0) >= num_steps
+
+
 def checkpoints(paths: RunPaths) -> list[int]:
     """Steps of the complete checkpoints, ascending."""
     return list(find_checkpoints(paths.checkpoints))

@@ -84,6 +84,27 @@ class EngineClient:
         """
         return await self._batcher.generate(input_ids, sampling=sampling, rid=rid)
 
+    async def score(self, tokens: Sequence[int], *, first: int) -> tuple[list[float], int]:
+        """Log-probs, at temperature 1, of the tokens from index `first` (at least 1); and the version that
+        gave them."""
+        body = {
+            "input_ids": list(tokens),
+            "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+            "return_logprob": True,
+            "logprob_start_len": first - 1,
+        }
+        answer = await self._http.call("POST", "/generate", body)
+        try:
+            meta = answer["meta_info"]
+            # The token at `first - 1` has none: it only begins the range.
+            logprobs = [float(entry[0]) for entry in meta["input_token_logprobs"][1:]]
+            version = parse_weight_version(meta["weight_version"])
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            raise EngineError(f"malformed answer of the engine ({type(error).__name__}: {error})") from None
+        if len(logprobs) != len(tokens) - first:
+            raise EngineError(f"{len(tokens) - first} tokens were to be scored, and {len(logprobs)} were")
+        return logprobs, version
+
     async def abort(self, rid: str | None = None) -> None:
         """Aborts one request, or all with `rid=None`; their generate() calls return the partial tokens.
 

@@ -21,6 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 
+from areal_like.automatic_settings import compute_dtype
 from areal_like.config import Config
 from areal_like.errors import ConfigError, EngineError
 from areal_like.hosts import LOOPBACK
@@ -209,7 +210,7 @@ class EmbeddedProcess(EngineProcess):
         return RunPaths.of(self._config).endpoints / f"{self._name}-engine.port"
 
     def _command(self, *, version: int, key_file: str) -> list[str]:
-        rollout, model = self._config.rollout, self._config.model
+        rollout = self._config.rollout
         self._port_file.parent.mkdir(parents=True, exist_ok=True)
         self._port_file.unlink(missing_ok=True)
         command = [sys.executable, "-m", "rollout_server.engine"]
@@ -219,7 +220,7 @@ class EmbeddedProcess(EngineProcess):
             "port": 0,
             "port-file": self._port_file,
             "device": rollout.engine_device,
-            "dtype": model.dtype,
+            "dtype": compute_dtype(self._config),
             "max-running-requests": rollout.max_running,
             "context-length": self._context_tokens,
             "weights-from": RunPaths.of(self._config).checkpoints,

@@ -14,10 +14,12 @@ from areal_like.config.common import NAME, NAME_RULE
 from areal_like.config.weights import MAX_TIMEOUT_S
 from areal_like.errors import WeightSyncError
 from areal_like.hosts import is_loopback
-from areal_like.wire.messages.weights import FormGroup, PushWeights
+from areal_like.wire.messages.weights import FormGroup, PushWeights, ScoreTokens
 
 MAX_WORLD_SIZE = 1 << 14
 """Ranks of one weight group."""
+MAX_SCORED, MAX_SCORE_CONTEXT = 256, 8192
+"""Tokens that one ScoreTokens may have scored, and may have in all."""
 _HOST = re.compile(r"[A-Za-z0-9.:%_-]{1,255}")
 _SECRET = re.compile(r"([0-9a-f]{64})?")
 _UPDATE_MODES = ("recompute", "keep", "abort_resume", "drain")
@@ -72,6 +74,14 @@ def check_push(request: PushWeights, *, integrity: str) -> None:
         f"the trainer sends no digests, and this server requires weights.integrity={integrity}: "
         "give both the same setting",
     )
+
+
+def check_score(request: ScoreTokens) -> None:
+    """Raises WeightSyncError."""
+    num_scored = len(request.tokens) - request.first
+    _require(request.first >= 1, f"first {request.first}: want at least 1")
+    _require(1 <= num_scored <= MAX_SCORED, f"{num_scored} tokens to score: want 1 to {MAX_SCORED}")
+    _require(len(request.tokens) <= MAX_SCORE_CONTEXT, f"tokens: want at most {MAX_SCORE_CONTEXT}")
 
 
 def _check_common(request: FormGroup | PushWeights) -> None:

@@ -37,6 +37,8 @@ from areal_like.wire.messages.weights import (
     FormGroup,
     PushChecksums,
     PushWeights,
+    ScoreTokens,
+    TokenScores,
     WeightsFailed,
     WeightsOk,
 )
@@ -44,6 +46,7 @@ from rollout_server.inference.client import EngineClient
 from rollout_server.inference.weight_update import OnUntrusted, WeightPush, WeightUpdateStrategy
 from rollout_server.weight_sync.checks import reason_to_refuse
 from rollout_server.weight_sync.repeated_requests import RepeatedRequests
+from rollout_server.weight_sync.scoring import Scoring
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +119,7 @@ class WeightReceiver:
         self._sent_checksums: PushChecksums | None = None
         self._checksums_arrived = asyncio.Event()
         self._repeated = RepeatedRequests()
+        self._scoring = Scoring(self._answer)
         self._queue: asyncio.Queue[Envelope] = asyncio.Queue(_MAX_QUEUED)
         self.serving = asyncio.create_task(self._serve(), name="weights")
         """Ends only by `close`, or with an unexpected exception."""
@@ -132,6 +136,7 @@ class WeightReceiver:
         if self._work is not None:
             self._work.cancel()
             await asyncio.wait([self._work], timeout=_CLEANUP_TIMEOUT_S)
+        self._scoring.cancel()
         self.serving.cancel()
         await asyncio.gather(self.serving, return_exceptions=True)
         self.listener.close()
@@ -144,6 +149,10 @@ class WeightReceiver:
             if envelope.peer == self._group_peer:
                 self._sent_checksums = envelope.message
                 self._checksums_arrived.set()
+            return
+        if isinstance(envelope.message, ScoreTokens):
+            engine = self.engine if envelope.peer == self._group_peer else None
+            self._scoring.start(envelope, engine=engine, version=self.version)
             return
         if not self._repeated.is_new(envelope):
             if (answer := self._repeated.answer_to(envelope)) is not None:
@@ -227,7 +236,7 @@ class WeightReceiver:
             return WeightsFailed(version=self.version, reason=_NO_ENGINE)
         return Alive(version=self.version, **dataclasses.asdict(self.engine.info))
 
-    def _answer(self, envelope: Envelope, answer: Alive | WeightsOk | WeightsFailed) -> None:
+    def _answer(self, envelope: Envelope, answer: Alive | WeightsOk | WeightsFailed | TokenScores) -> None:
         self.listener.send(envelope.peer, answer, rid=envelope.rid)
 
     async def _perform(self, request: Any, *, peer: bytes) -> float:

@@ -210,8 +210,9 @@ def test_a_stranger_learns_no_values(tmp_path: Path) -> None:
 
         async def run() -> list[str]:
             refusals = []
-            async with connected(buffer, server_hello(buffer)), connected(buffer) as link:
-                for field in ("job", "dataset", "model", "tokenizer", "settings"):
+            server = dataclasses.replace(server_hello(buffer), dtype="bfloat16")
+            async with connected(buffer, server), connected(buffer) as link:
+                for field in ("job", "dataset", "model", "tokenizer", "dtype", "settings"):
                     with pytest.raises(RefusedError) as refused:
                         await link.call(dataclasses.replace(right, **{field: "guess"}), timeout_s=5)
                     assert refused.value.field == field
@@ -219,7 +220,7 @@ def test_a_stranger_learns_no_values(tmp_path: Path) -> None:
             return refusals
 
         text = "\n".join(asyncio.run(run()))
-        assert text.count("differs from the job's") == 5
+        assert text.count("differs from the job's") == 6
         assert dataset_fingerprint(buffer.config) not in text and "groups_per_step" not in text
         log = (buffer.paths.logs / "buffer.log").read_text()
         assert dataset_fingerprint(buffer.config) in log and "groups_per_step" in log

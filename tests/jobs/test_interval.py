@@ -294,6 +294,7 @@ def test_an_automatic_bound_moves_and_survives_a_resume(tmp_path: Path, cache: d
         "ess_target=0.05",
         "eval.num_prompts=0",
         "trainer.entropy_coef=1e-6",
+        "weights.check_interval_s=0",
     )
     rows, summary = run_job(tmp_path, cache, *auto, "trainer.num_steps=22")
     assert [row["max_staleness"] for row in rows[:8]] == [0] * 8
@@ -301,5 +302,7 @@ def test_an_automatic_bound_moves_and_survives_a_resume(tmp_path: Path, cache: d
     assert rows[12]["max_staleness"] == 1
     assert max(row["lag_max"] for row in rows) <= 2  # type: ignore[type-var]
     assert summary["drops"] == dict.fromkeys(Drop, 0)
+    # Every step also runs a forward: its log-probs are the engine's after the push before it.
+    assert 0 < max(row.get("weight_check_abs", 0.0) for row in rows) < 1e-4  # type: ignore[type-var, operator]
     rows, _ = run_job(tmp_path, cache, "resume=latest", "trainer.num_steps=24")
     assert rows[22]["max_staleness"] == rows[21]["max_staleness"], "not from 0 again"

@@ -24,7 +24,15 @@ from trainer.metrics.run_files import step_row
 from trainer.objectives import OBJECTIVES
 
 PAGE = (ROOT / "docs" / "reference" / "metrics.md").read_text()
-LEADER_COLUMNS = {"max_staleness", "freeze_s", "push_s", "weights_version", "weights_step", "eval_reward"}
+LEADER_COLUMNS = {
+    "max_staleness",
+    "freeze_s",
+    "push_s",
+    "weights_version",
+    "weights_step",
+    "weight_check_abs",
+    "eval_reward",
+}
 """Columns that rank 0 adds in a running job (tests/launch/test_run.py checks them)."""
 
 

@@ -23,7 +23,7 @@ from launch.local_job.restarts import Restarts, RestartState
 from launch.observation.metrics_tail import MetricsTail
 from launch.observation.observer import DaemonView, Observation, look_at_daemons
 from launch.observation.progress import MAX_STRETCHES, Progress, StepTally
-from launch.run_directory.open_run import open_run
+from launch.run_directory.open_run import OpenRun, open_run
 from launch.settings_help import COMMON, all_keys
 from launch.view.daemons import daemon_table
 from launch.view.formatting import duration, rate
@@ -123,6 +123,31 @@ def test_resume_keeps_the_runs_own_settings(tmp_path: Path) -> None:
     ) == (3, 77, 7)
     assert run.config.resume == "step:20"
     assert "groups_per_step: 3" in run.paths.config.read_text()
+
+
+def test_resume_auto_begins_continues_and_ends(tmp_path: Path) -> None:
+    command = [f"runs_dir={tmp_path}", "name=x", "resume=auto", "trainer.num_steps=20"]
+
+    def start(*settings: str) -> OpenRun:
+        run = open_run([*command, *settings])
+        run.close()
+        return run
+
+    run = start("trainer.groups_per_step=3")
+    assert run.announcement[0].startswith("new run in") and run.config.resume == "auto"
+    run.paths.metrics.write_text("{}\n")  # of a run whose ledger was in memory
+    for ledger in ("", "with the groups in its ledger"):
+        run = start()
+        assert "from step 0" in run.announcement[0] and ledger in run.announcement[0]
+        assert (run.config.resume, run.config.trainer.groups_per_step) == ("auto", 3)
+        (run.paths.root / "ledger").mkdir(exist_ok=True)
+        (run.paths.root / "ledger" / "ledger.sqlite3").touch()
+    (run.paths.checkpoints / "step_000020").mkdir(parents=True)
+    assert not start().is_finished, "its last evaluation and summary are missing"
+    run.paths.summary.write_text(json.dumps({"finished": True}))
+    assert start().is_finished and "is finished" in start().announcement[0]
+    more = start("trainer.num_steps=30")
+    assert not more.is_finished and more.announcement[0].startswith("resume of step 20")
 
 
 def announced(*argv: str) -> str:

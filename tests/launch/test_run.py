@@ -18,6 +18,7 @@ from tests.jobs.test_metrics_page import named_columns
 from tests.support.launching import (
     ROOT,
     TEST_LIMIT_S,
+    areal_like,
     finish,
     launcher,
     num_steps_done,
@@ -51,7 +52,13 @@ def root(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_run_survives_its_launcher_and_a_server(tmp_path: Path, root: Path, cache: dict[str, str]) -> None:
-    settings = (*SMALL, "trainer.num_steps=40", "max_staleness=1", "trainer.checkpoint_interval=20")
+    settings = (
+        *SMALL,
+        "trainer.num_steps=40",
+        "max_staleness=1",
+        "trainer.checkpoint_interval=20",
+        "resume=auto",
+    )
     with launcher(*settings, cwd=tmp_path, environment=cache) as process:
         wait_for_steps(3, root, process=process)
         process.kill()
@@ -60,7 +67,7 @@ def test_a_run_survives_its_launcher_and_a_server(tmp_path: Path, root: Path, ca
     assert num_before < 40
     assert (root / "checkpoints" / f"step_{num_before:06d}").exists(), "the orphaned trainer did not drain"
 
-    again = ("name=x", "resume=latest", "trainer.world_size=2", "rollout.num_servers=2")
+    again = ("name=x", "resume=auto", "trainer.world_size=2", "rollout.num_servers=2")
     with launcher(*again, cwd=tmp_path, environment=cache) as process:
         wait_for_steps(num_before + 3, root, process=process)
         victim = next(
@@ -74,6 +81,8 @@ def test_a_run_survives_its_launcher_and_a_server(tmp_path: Path, root: Path, ca
     assert f"resume of step {num_before} from {root}" in out
     assert "rollout-1 ended (killed by SIGKILL): starting it again" in out
     _check_summary(json.loads((root / "summary.json").read_text()), num_before=num_before)
+    third = areal_like("run", "name=x", "resume=auto", cwd=tmp_path)
+    assert third.returncode == 0 and "is finished" in third.stdout and "wall time" in third.stdout
     assert (root / "checkpoints" / "step_000040" / "model.safetensors").exists()
     rows = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(40))

@@ -19,6 +19,10 @@ def test_logprobs_and_greedy_match_transformers(engine: Engine, models: Models) 
     asyncio.run(conformance.logprobs_and_greedy_match_transformers(engine, models))
 
 
+def test_scores_match_transformers(engine: Engine, models: Models) -> None:
+    asyncio.run(conformance.scores_match_transformers(engine, models))
+
+
 def test_stop_and_length(engine: Engine, models: Models) -> None:
     asyncio.run(conformance.stop_and_length(engine, models[0]))
 

@@ -74,6 +74,23 @@ async def logprobs_and_greedy_match_transformers(engine: Engine, models: tuple[P
             assert error_of(model, PROMPT, greedy) < TOLERANCE
 
 
+async def scores_match_transformers(engine: Engine, models: tuple[Path, Path]) -> None:
+    """Scores of given tokens are those of the active weights, also while a prefix of them is cached."""
+    tokens = [*PROMPT, 9, 41, 3, 22]
+    async with engine.client() as client:
+        version = await client.weight_version()
+        for path in (models[1], models[0]):
+            version += 1
+            await sample(client, PROMPT, 4)
+            async with Pusher(engine, client) as pusher:
+                await pusher.push(weights_of(path), version=version)
+            for first in (1, len(PROMPT), len(tokens) - 1):
+                logprobs, scored_by = await client.score(tokens, first=first)
+                want = reference_logprobs(load_model(path), tokens[:first], tokens[first:])
+                assert scored_by == version
+                np.testing.assert_allclose(logprobs, want, atol=TOLERANCE)
+
+
 async def stop_and_length(engine: Engine, model_path: Path) -> None:
     """A stop token, the end-of-sequence token (unless ignored) or the length limit ends a sequence.
 

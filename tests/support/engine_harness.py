@@ -30,11 +30,14 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 from transformers.utils import logging as transformers_logging
 
 from areal_like.weights.buckets import checksum, cut_buckets, flatten, spec_of, unflatten
 from areal_like.weights.collective import WeightGroup
+from areal_like.weights.hf_layout import hf_tensors
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.sglang.client import SglangClient
 from rollout_server.inference.types import Generation, Sampling
@@ -45,7 +48,7 @@ VOCAB = 100
 EOS = 2
 CONTEXT = 2048
 API_KEY = "a key of the tests"
-KINDS = ("llama", "qwen2", "qwen3", "gpt2")
+KINDS = ("llama", "qwen2", "qwen3", "gpt2", "qwen3_moe")
 
 Models = tuple[Path, Path]
 """Directories of two models of one architecture with different weights."""
@@ -80,6 +83,13 @@ def save_model(path: Path, kind: str, *, seed: int = 0) -> Path:
         model = Qwen3ForCausalLM(
             Qwen3Config(**common, **sizes, num_key_value_heads=2, head_dim=16, tie_word_embeddings=False)
         )
+    elif kind == "qwen3_moe":
+        model = Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(
+                **common, **sizes, num_key_value_heads=2, head_dim=16, tie_word_embeddings=False,
+                num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=True,
+            )
+        )  # fmt: skip
     else:
         model = GPT2LMHeadModel(GPT2Config(**common, n_positions=CONTEXT, n_embd=32, n_layer=2, n_head=4))
     # Also change biases and norms: at their initial values, zero and one, they would hide mistakes.
@@ -105,8 +115,10 @@ def load_model(path: Path | str) -> Any:
 
 
 def weights_of(path: Path | str) -> dict[str, Tensor]:
-    """Parameters by name, tied ones once."""
-    return {name: parameter.data for name, parameter in load_model(path).named_parameters()}
+    """The tensors of a push by name, tied ones once."""
+    model = load_model(path)
+    parameters = {name: parameter.data for name, parameter in model.named_parameters()}
+    return {tensor.name: tensor.whole_in(parameters[tensor.param]) for tensor in hf_tensors(model)}
 
 
 @torch.inference_mode()

@@ -31,7 +31,7 @@ def received(snapshot: Snapshot) -> dict[str, torch.Tensor]:
 def snapshots(ranks: Ranks, out_dir: Path, path: str) -> None:
     """A snapshot keeps its weights while training continues, memory stays bounded, and both ways to gather
     give the same bytes."""
-    policy = Policy.load(path, master_dtype=torch.float32).shard(ranks)
+    policy = Policy.load(path, ranks, master_dtype=torch.float32)
     snapshotters: list[WeightSnapshotter] = [
         gather(policy, ranks, bucket_bytes=5000, dtype="bfloat16")
         for gather in (BackgroundGather, BoundaryGather)
@@ -116,7 +116,7 @@ class SlowOnRank1(BackgroundGather):
 
 def late_ranks(ranks: Ranks, _: Path, path: str) -> None:
     """Rank 0 requests rows of a snapshot that rank 1 has not taken yet, and of one that rank 1 has freed."""
-    policy = Policy.load(path, master_dtype=torch.float32).shard(ranks)
+    policy = Policy.load(path, ranks, master_dtype=torch.float32)
     snapshotter = SlowOnRank1(policy, ranks, bucket_bytes=5000, dtype="float32")
     expected = dict(gather_full_state(policy))
     first = snapshotter.take_snapshot()

@@ -60,12 +60,12 @@ def make_runner(
     shapings = SHAPINGS.build_list(advantage_settings.pop("shaping", None), job={"max_tokens": 12})
     kl = KlConfig(**sections["kl"]) if "kl" in sections else None
     policy = Policy.load(
-        path, chunk_tokens=16, gradient_checkpointing=checkpointing, master_dtype=dtype
-    ).shard(ranks)
+        path, ranks, chunk_tokens=16, gradient_checkpointing=checkpointing, master_dtype=dtype
+    )
     estimator = advantage or ADVANTAGES.build(advantage_settings)
     critic = None
     if isinstance(estimator, Gae):
-        model = ValueModel.load(path, gradient_checkpointing=checkpointing, master_dtype=dtype).shard(ranks)
+        model = ValueModel.load(path, ranks, gradient_checkpointing=checkpointing, master_dtype=dtype)
         adam = ShardedAdamW(model, ranks, lr=1e-2, betas=(beta1, 0.9), max_grad_norm=max_grad_norm)
         critic = Critic(model, adam, ranks, settings=estimator, budget_tokens=budget_tokens)
     return StepRunner(
@@ -81,7 +81,7 @@ def make_runner(
         advantage=estimator,
         normalizer=Normalizer(name="token_mean", max_tokens=10),
         budget_tokens=budget_tokens,
-        reference=Policy.load(path, master_dtype=dtype).shard(ranks) if kl else None,
+        reference=Policy.load(path, ranks, master_dtype=dtype) if kl else None,
         shapings=shapings,
         kl=kl if kl and kl.place == "reward" else None,
         critic=critic,

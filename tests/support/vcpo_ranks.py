@@ -60,8 +60,8 @@ def make_runner(
 ) -> StepRunner:
     """A VCPO runner; `settings` may include `masks`. Adam's first moment is the last gradient."""
     policy = Policy.load(
-        path, chunk_tokens=16, gradient_checkpointing=checkpointing, master_dtype=dtype
-    ).shard(ranks, dtype=compute)
+        path, ranks, dtype=compute, chunk_tokens=16, gradient_checkpointing=checkpointing, master_dtype=dtype
+    )
     return StepRunner(
         policy,
         ShardedAdamW(policy, ranks, lr=lr, betas=(0.0, 0.9), max_grad_norm=0.0),

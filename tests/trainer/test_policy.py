@@ -15,6 +15,8 @@ from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
 from tests.support.trainer_helpers import ARCHITECTURES, dense_logprobs, random_groups, write_model
 from trainer.batching.packing import PackedBatch, TrainingSample, collate
+from trainer.distributed.ranks import Ranks
+from trainer.distributed.sharding import local
 from trainer.models.policy import Policy
 
 
@@ -29,7 +31,8 @@ def sampled(logps_BL: Tensor, trajectories: list[Trajectory]) -> Tensor:
 
 
 def gradients(module: Any) -> dict[str, Tensor]:
-    return {name: param.grad.clone() for name, param in module.named_parameters() if param.grad is not None}
+    found = ((name, param.grad) for name, param in module.named_parameters())
+    return {name: local(grad).clone() for name, grad in found if grad is not None}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -44,7 +47,7 @@ def test_packed_equals_padded_in_value_and_gradient(tmp_path: Path, architecture
         ]
     reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
     want_S = sampled(dense_logprobs(reference, trajectories, temperature=0.7), trajectories)
-    policy = Policy.load(path, temperature=0.7, chunk_tokens=7, master_dtype=torch.float64)
+    policy = Policy.load(path, Ranks.alone(), temperature=0.7, chunk_tokens=7, master_dtype=torch.float64)
     got_S = policy(packed(trajectories)).logprobs_S
     torch.testing.assert_close(got_S, want_S, rtol=1e-10, atol=1e-10)
 
@@ -64,7 +67,11 @@ def test_chunks_change_nothing_and_bound_the_logits(tmp_path: Path, checkpointin
     results = []
     for chunk_tokens in (1000, 9, 1):
         policy = Policy.load(
-            path, chunk_tokens=chunk_tokens, gradient_checkpointing=checkpointing, master_dtype=torch.float64
+            path,
+            Ranks.alone(),
+            chunk_tokens=chunk_tokens,
+            gradient_checkpointing=checkpointing,
+            master_dtype=torch.float64,
         )
         rows: list[int] = []
         policy.model.get_output_embeddings().register_forward_hook(
@@ -87,7 +94,8 @@ def test_entropy_uses_the_sampling_temperature(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
     logits_LV = model(input_ids=torch.from_numpy(trajectory.tokens).long()[None]).logits[0] / 0.5
     want_L = torch.distributions.Categorical(logits=logits_LV).entropy()
-    got_S = Policy.load(path, temperature=0.5, master_dtype=torch.float64)(packed([trajectory])).entropy_S
+    policy = Policy.load(path, Ranks.alone(), temperature=0.5, master_dtype=torch.float64)
+    got_S = policy(packed([trajectory])).entropy_S
     places = torch.from_numpy(trajectory.loss_mask).nonzero().squeeze(1) - 1
     torch.testing.assert_close(got_S, want_L[places], rtol=1e-10, atol=1e-10)
 

@@ -198,7 +198,7 @@ class Whitened(Advantage):
 
 def test_batch_scope_advantage_sees_every_sampled_token(tmp_path: Path, ranks: Ranks) -> None:
     path, groups = write_model(tmp_path), random_groups(3)
-    policy = Policy.load(path, master_dtype=torch.float64).shard(ranks)
+    policy = Policy.load(path, ranks, master_dtype=torch.float64)
     runner = StepRunner(
         policy,
         ShardedAdamW(policy, ranks, lr=0.0),
@@ -248,7 +248,7 @@ class ReadsEverything(Reinforce):
 
 def test_reference_inputs_and_lr_scale_of_an_objective(tmp_path: Path, ranks: Ranks) -> None:
     path, groups = write_model(tmp_path), random_groups(4)
-    policy = Policy.load(path).shard(ranks)
+    policy = Policy.load(path, ranks)
     runner = StepRunner(
         policy,
         ShardedAdamW(policy, ranks, lr=0.1),
@@ -257,7 +257,7 @@ def test_reference_inputs_and_lr_scale_of_an_objective(tmp_path: Path, ranks: Ra
         advantage=DrGrpo(),
         normalizer=Normalizer(name="token_mean", max_tokens=10),
         budget_tokens=60,
-        reference=Policy.load(path).shard(ranks),
+        reference=Policy.load(path, ranks),
     )
     metrics = [runner.run(groups, step=step) for step in range(2)]
     mean_reward = np.mean([t.reward for group in groups for t in group])
@@ -270,7 +270,7 @@ class NeedsReference(Reinforce):
 
 
 def test_a_missing_reference_model_is_refused(tmp_path: Path, ranks: Ranks) -> None:
-    policy = Policy.load(write_model(tmp_path)).shard(ranks)
+    policy = Policy.load(write_model(tmp_path), ranks)
     with pytest.raises(ConfigError, match="needs a reference model"):
         StepRunner(
             policy,

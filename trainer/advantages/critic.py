@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from areal_like.automatic_settings import compute_dtype, recomputes_activations
 from areal_like.config import Config
 from areal_like.trajectory import Trajectory
 from trainer.advantages.base import FloatArray
@@ -70,12 +71,18 @@ class Critic:
         self._budget_tokens = budget_tokens
 
     @classmethod
-    def of(cls, config: Config, settings: Gae, ranks: Ranks, *, initial: str) -> Critic:
-        """Builds the configured critic, untrained, from `initial`, the model that the run started from."""
+    def of(
+        cls, config: Config, settings: Gae, ranks: Ranks, *, initial: str, with_weights: bool = True
+    ) -> Critic:
+        """Builds the configured critic, untrained, from `initial`, the model that the run started from.
+
+        `with_weights`: False leaves the weights undefined, for a caller that reads a checkpoint into them.
+        """
         trainer = config.trainer
-        model = ValueModel.load(initial, gradient_checkpointing=trainer.gradient_checkpointing).shard(
-            ranks, dtype=config.model.dtype
-        )
+        model = ValueModel.build(initial, gradient_checkpointing=recomputes_activations(config))
+        model.shard(ranks, dtype=compute_dtype(config))
+        if with_weights:
+            model.read_initial_weights()
         optimizer = ShardedAdamW.of(trainer, model, ranks, lr=settings.critic_lr or _LR_RATIO * trainer.lr)
         return cls(model, optimizer, ranks, settings=settings, budget_tokens=trainer.tokens_per_microbatch)
 

@@ -25,6 +25,7 @@ def in_lockstep(microbatches: Iterable[MicroBatch], ranks: Ranks) -> Iterator[tu
         microbatch = next(remaining, None)
         if not ranks.any(microbatch is not None):
             return
+        ranks.place.next_microbatch()
         if microbatch is None:
             yield collate([_DUMMY], device=ranks.device), False
         else:

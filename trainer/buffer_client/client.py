@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Self
 
+from areal_like.automatic_settings import compute_dtype
 from areal_like.config import Config
 from areal_like.errors import ArealError, DeadlineError, PeerLostError
 from areal_like.paths import model_path
@@ -278,6 +279,7 @@ class TrainerBufferClient:
             dataset=dataset_fingerprint(self.config),
             settings=shared_settings(self.config, Role.TRAINER),
             http_address=f"{self.config.daemon.http_host}:{self.runtime.http_port}",
+            dtype=compute_dtype(self.config),
             device=self.device,
             rank=self.rank,
             world_size=self.world_size,

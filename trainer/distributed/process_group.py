@@ -2,39 +2,160 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from areal_like.config import Config
-from areal_like.errors import ConfigError
+from areal_like.errors import ArealError, ConfigError, UserError
+from areal_like.paths import RunPaths
+from trainer.distributed.connections import choose_interface, end_dead_connections
+from trainer.distributed.meeting import Meeting, meet
+from trainer.distributed.members import Members, first_line
+from trainer.distributed.ranks import Ranks
 from trainer.distributed.spawn import STORE_FD
 
+log = logging.getLogger(__name__)
 
-def join_ranks(config: Config, device: torch.device) -> None:
-    """Creates the default process group: of this process alone, of `spawn.py`'s ranks, or of torchrun's."""
+_MEMBERS_TIMEOUT = timedelta(seconds=60)
+
+
+@contextlib.contextmanager
+def joined_ranks(
+    config: Config,
+    device: torch.device,
+    *,
+    control_timeout_s: float | None = None,
+    quiet: tuple[type[Exception], ...] = (UserError,),
+) -> Iterator[Ranks]:
+    """The ranks of this trainer, in their default process group; leaves it at the end. Collective.
+
+    When the block fails, except with a `quiet` error, a line in the log says where this rank was, and which
+    ranks are gone or failed first; torch's record of its last collectives goes into the run's `traces/`.
+    Raises ConfigError if a step has fewer groups than there are ranks.
+    """
+    meeting = join_ranks(config, device)
+    try:
+        ranks = Ranks(device=device, control_timeout_s=control_timeout_s)
+        if config.trainer.groups_per_step < ranks.world_size:
+            raise ConfigError(
+                f"trainer.groups_per_step={config.trainer.groups_per_step} must be at least the number of "
+                f"ranks, {ranks.world_size}"
+            )
+        members = watch_members(ranks, meeting)
+        try:
+            yield ranks
+        except quiet:
+            raise
+        except Exception as error:  # raised again: only adds to the log what the error does not say
+            dist.destroy_process_group()  # first, so that the ranks that wait for this one fail now
+            _report(error, ranks, members, RunPaths.of(config).traces)
+            raise
+        finally:
+            if members is not None:
+                members.close()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _report(error: Exception, ranks: Ranks, members: Members | None, traces: Path) -> None:
+    if members is None:
+        log.error("failed at %s", ranks.place)
+        return
+    reason = f"{type(error).__name__}: {first_line(error)}"
+    cause = members.failed(reason)
+    log.error("%s failed at %s: %s; %s", members.names[ranks.rank], ranks.place, reason, cause)
+    with contextlib.suppress(OSError):  # a full disk must not replace the error
+        write_collectives(traces, ranks.rank)
+
+
+def world_size_here() -> int:
+    """The number of ranks of this trainer, from the environment of its rank."""
+    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
+
+
+def join_ranks(config: Config, device: torch.device) -> Meeting | None:
+    """Creates the default process group: of this process alone, of `spawn.py`'s ranks, or of torchrun's.
+
+    Returns the ranks that have met; None for a process alone. Raises ArealError if not all ranks have come
+    within `trainer.collective_timeout_s`.
+    """
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    timeout = timedelta(seconds=config.trainer.collective_timeout_s)
+    timeout_s = config.trainer.collective_timeout_s
+    timeout = timedelta(seconds=timeout_s)
     if "RANK" not in os.environ:
         alone = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, timeout=timeout, store=alone, rank=0, world_size=1)
-    elif (listen_fd := os.environ.get(STORE_FD)) is not None:
-        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        store = dist.TCPStore(  # type: ignore[attr-defined]
+        return None
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    choose_interface(os.environ["MASTER_ADDR"])
+    log.info("rank %d waits for all %d ranks at %s", rank, world_size, where)
+    try:
+        store = _store_of(rank, world_size, timeout)
+        meeting = meet(store, rank=rank, world_size=world_size, timeout_s=timeout_s)
+        own = dist.PrefixStore(meeting.token, store)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, timeout=timeout, store=own, rank=rank, world_size=world_size)
+    except (ArealError, RuntimeError) as error:  # RuntimeError: torch's DistError
+        raise ArealError(
+            f"rank {rank} has not met all {world_size} ranks at {where} ({error}): start the trainer on "
+            "every machine with the same settings, and see the logs of the other ranks"
+        ) from error
+    return replace(meeting, store=store)
+
+
+def _store_of(rank: int, world_size: int, timeout: timedelta) -> Any:
+    """The store at which the ranks meet: rank 0's, or that of torchrun's agent."""
+    if (listen_fd := os.environ.get(STORE_FD)) is None:
+        store, _, _ = next(rendezvous("env://", timeout=timeout))
+        return store
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world_size,
+        rank == 0,
+        timeout,
+        wait_for_workers=False,
+        # Bound to one address by the parent process: torch itself would listen on every interface.
+        master_listen_fd=int(listen_fd) if rank == 0 else None,
+    )
+
+
+def watch_members(ranks: Ranks, meeting: Meeting | None) -> Members | None:
+    """Begins to watch the other ranks of `join_ranks`; None for a single rank."""
+    if meeting is None or ranks.world_size == 1:
+        return None
+    end_dead_connections()
+
+    def open_store() -> Any:
+        own = dist.TCPStore(  # type: ignore[attr-defined]
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
-            world_size,
-            rank == 0,
-            timeout,
+            is_master=False,
+            timeout=_MEMBERS_TIMEOUT,
             wait_for_workers=False,
-            # Bound to loopback by the parent process: torch itself would listen on every interface.
-            master_listen_fd=int(listen_fd) if rank == 0 else None,
         )
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
-    else:
-        dist.init_process_group(backend, timeout=timeout)
+        return dist.PrefixStore(f"{meeting.token}/members", own)  # type: ignore[attr-defined]
+
+    return Members(open_store, names=meeting.names, rank=ranks.rank, place=ranks.place)
+
+
+def write_collectives(folder: Path, rank: int) -> None:
+    """Writes torch's record of this rank's last collectives as JSON, where torch has one."""
+    for name, dump in (("gloo", "_dump_fr_trace_json"), ("nccl", "_dump_nccl_trace_json")):
+        if (function := getattr(torch._C._distributed_c10d, dump, None)) is not None:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (folder / f"{name}_rank_{rank}.json").write_bytes(function())
 
 
 def device_of(config: Config) -> torch.device:

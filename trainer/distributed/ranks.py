@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from trainer.distributed.place import Place
+
 
 class Ranks:
     """Every method is collective: all ranks call it in the same order."""
@@ -26,6 +28,7 @@ class Ranks:
         `control_timeout_s`: of a control collective; None: the default group's.
         """
         self.device = torch.device(device)
+        self.place = Place()
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.mesh = init_device_mesh(self.device.type, (self.world_size,))

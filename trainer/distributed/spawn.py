@@ -1,12 +1,16 @@
-"""Starts all trainer ranks of one machine, in place of `torchrun`.
+"""Starts the trainer ranks of one machine, in place of `torchrun`.
 
-torchrun's rendezvous listens on every interface and unpickles what it receives. Here the ranks meet at a
-store whose socket this process binds to loopback and passes to rank 0. SIGTERM and SIGINT are passed on to
-the ranks; when one rank fails the others get SIGTERM. A job on several machines needs torchrun itself.
+torchrun's rendezvous listens on every interface and unpickles what it receives, and its exit code does not
+tell a drain from a failure. Here the ranks meet at a store whose socket this process binds to one address
+(loopback, or on machine 0 of several its own) and passes to rank 0. SIGTERM and SIGINT are passed on to the
+ranks; when one rank fails the others get SIGTERM. The machines do not supervise one another: the ranks do, by
+their connections.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import signal
 import socket
@@ -15,25 +19,52 @@ import sys
 import time
 from collections.abc import Sequence
 
+from areal_like.errors import ConfigError
+
 STORE_FD = "AREAL_LIKE_STORE_FD"
 """Environment variable of the ranks: the file descriptor of the store's listening socket for rank 0, -1 for
 others."""
 _POLL_S = 0.05
+_PORT_WAIT_S = 60.0
 _TERMINATE_S = 10.0
 """Time between the SIGTERM that the other ranks get when one rank has failed, and their SIGKILL."""
 
 
-def start_ranks(argv: Sequence[str], *, world_size: int, module: str = "trainer", drain_code: int = 0) -> int:
-    """Runs `python -m MODULE` once for each rank.
+def start_ranks(
+    argv: Sequence[str],
+    *,
+    world_size: int,
+    module: str = "trainer",
+    drain_code: int = 0,
+    num_hosts: int = 1,
+    host_index: int = 0,
+    rendezvous: str = "",
+) -> int:
+    """Runs `python -m MODULE` once for each rank of this machine.
 
     Returns 0, `drain_code` if the ranks have drained (they end with it), or the exit code of the first rank
-    that failed (128 + N if signal N killed it).
+    that failed (128 + N if signal N killed it). `num_hosts`, `host_index` and `rendezvous` are as in
+    `TrainerConfig`. Raises ConfigError if machine 0 cannot listen at `rendezvous`.
     """
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        port = listening.getsockname()[1]
+    num_here = world_size // num_hosts
+    first = host_index * num_here
+    host, port = "127.0.0.1", 0
+    if rendezvous:
+        host, _, text = rendezvous.rpartition(":")
+        host, port = host.strip("[]"), int(text)
+    with contextlib.ExitStack() as stack:
+        listening = None
+        if host_index == 0:
+            listening = stack.enter_context(_listen(host, port))
+            port = listening.getsockname()[1]
+        master = {"MASTER_ADDR": host, "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
         ranks = [
-            _start_rank(rank, world_size, [module, *argv], port=port, listening=listening)
-            for rank in range(world_size)
+            _start_rank(
+                master | {"RANK": str(first + local), "LOCAL_RANK": str(local)},
+                [module, *argv],
+                listening=listening if first + local == 0 else None,
+            )
+            for local in range(num_here)
         ]
 
     def pass_on(number: int, _: object) -> None:
@@ -67,19 +98,26 @@ def _first_failure(ranks: Sequence[subprocess.Popen[bytes]], drain_code: int) ->
     return min(codes, key=lambda code: code > 0, default=0)
 
 
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket at this address; waits for a port that ranks of an earlier start still have."""
+    end_s = time.monotonic() + _PORT_WAIT_S
+    while True:
+        try:
+            family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+            return socket.create_server((host, port), family=family)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > end_s:
+                raise ConfigError(
+                    f"trainer.rendezvous={host}:{port}: machine 0 cannot listen there ({error.strerror}); "
+                    "name an address of the machine with trainer.host_index=0 and a free port"
+                ) from None
+        time.sleep(0.5)
+
+
 def _start_rank(
-    rank: int, world_size: int, command: Sequence[str], *, port: int, listening: socket.socket
+    variables: dict[str, str], command: Sequence[str], *, listening: socket.socket | None
 ) -> subprocess.Popen[bytes]:
-    variables = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": world_size,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    environment = os.environ | {key: str(value) for key, value in variables.items()}
-    if sys.platform == "linux":
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    inherited = [listening.fileno()] if rank == 0 else []
+    environment = os.environ | variables
+    inherited = [listening.fileno()] if listening is not None else []
     environment[STORE_FD] = str(inherited[0] if inherited else -1)
     return subprocess.Popen([sys.executable, "-m", *command], env=environment, pass_fds=inherited)

@@ -7,6 +7,7 @@ from typing import Any
 
 from areal_like.runtime.metrics import Metrics
 from trainer.weight_sync.publisher import PushReport
+from trainer.weight_sync.weight_checks import CheckReport
 
 _GAUGES = {
     "loss": "Loss of the last step",
@@ -76,8 +77,22 @@ class TrainerSeries:
         self._freeze_seconds = metrics.counter(
             "trainer_freeze_seconds", "Seconds that training waited for snapshots of the weights"
         )
+        self._checks = metrics.counter(
+            "trainer_weight_checks",
+            "Comparisons of an engine's log-probs with the trainer's after a push",
+            label="outcome",
+            values=("ok", "jump"),
+        )
+        self._check_difference = metrics.gauge(
+            "trainer_weight_check_difference", "Mean |difference| of log-probs in the last of them, in nats"
+        )
         self._version = metrics.gauge("trainer_weights_version", "Newest version active at an engine")
         self._eval = metrics.gauge("trainer_eval_reward", "Mean held-out greedy reward")
+
+    def checked(self, report: CheckReport) -> None:
+        """Updates the series after a check of an engine's weights."""
+        self._checks.labels("jump" if report.is_jump else "ok").inc()
+        self._check_difference.set(report.difference)
 
     def stepped(self, step: int, row: dict[str, Any]) -> None:
         """Updates the series after optimizer step `step`. `row`: its metrics."""

@@ -1,27 +1,36 @@
 """A causal language model of transformers over packed batches, under FSDP2: the base of policy and critic.
 
-The master weights are float32; the forward runs in `dtype` through FSDP2's mixed precision. Dropout is always
-off: the trained policy has to be the one that the engine samples from.
+    build(): on the meta device, no memory -> shard(): memory for this rank's rows -> read_initial_weights(),
+    or the rows of a checkpoint
 
-Left out: loading shard by shard (every rank reads the whole model into host memory once), tensor and pipeline
-parallelism.
+No rank ever holds the whole model. The master weights are float32; the forward runs in `dtype` through
+FSDP2's mixed precision. Dropout is always off: the trained policy has to be the one that the engine samples
+from.
+
+Left out: tensor and pipeline parallelism; groups of their own for heads, which run once for each chunk of
+tokens: every chunk would gather the weight and reduce its gradient again.
 
 Shape suffixes: T packed tokens, S sampled tokens, D hidden size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from transformers import AutoModelForCausalLM
 
 from areal_like.errors import ConfigError
+from areal_like.moe import route_in_float32
 from trainer.batching.packing import PackedBatch
 from trainer.distributed.ranks import Ranks
+from trainer.distributed.sharding import local
 from trainer.models.packed_attention import ATTENTION_NAME, PackedLayout
+from trainer.models.row_loading import read_rows
+from trainer.models.safetensors_rows import SafetensorsRows
+from trainer.models.skeleton import build_skeleton, set_buffer, tied_names
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -33,14 +42,18 @@ class PackedModel(nn.Module):
         """`model`: a transformers causal LM, which is modified in place."""
         super().__init__()
         self.model = model
+        self._path = ""
+        self._tied: Mapping[str, str] = {}
+        self._ranks: Ranks | None = None
         model.set_attn_implementation(ATTENTION_NAME)
+        route_in_float32(model)
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         self.eval()
 
     @classmethod
-    def load(
+    def build(
         cls,
         path: str,
         *,
@@ -48,37 +61,111 @@ class PackedModel(nn.Module):
         master_dtype: torch.dtype = torch.float32,
         **settings: Any,
     ) -> Self:
-        """Loads a Hugging Face directory or name. `settings`: of the subclass. Call `shard` afterwards."""
-        loaded = cls(
-            AutoModelForCausalLM.from_pretrained(path, dtype=master_dtype, trust_remote_code=False),
-            **settings,
-        )
-        if gradient_checkpointing:
-            loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            loaded.train()  # transformers recomputes only in training mode; dropout stays zero
-        return loaded
+        """The model of a Hugging Face directory or name on the meta device: call `shard`, then read weights.
 
-    def shard(self, ranks: Ranks, *, dtype: str = "float32") -> Self:
-        """Moves the model to the rank's device and shards it in place: each decoder layer, then the rest.
-
-        Returns itself. Gradients are summed over ranks and not averaged: the step divides by global counts,
-        once.
+        `settings`: of the subclass. Raises ConfigError for an architecture that cannot be trained.
         """
-        self.to(ranks.device)
+        model = build_skeleton(path, dtype=master_dtype)
+        tied = tied_names(model)
+        built = cls(model, **settings)
+        built._path, built._tied = path, tied
+        decoder_layers(model)  # raises
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            built.train()  # transformers recomputes only in training mode; dropout stays zero
+        return built
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        ranks: Ranks,
+        *,
+        dtype: str = "float32",
+        frozen: bool = False,
+        reshard_after_forward: bool = True,
+        **settings: Any,
+    ) -> Self:
+        """`build`, `shard` and `read_initial_weights`. `settings`: of `build`."""
+        built = cls.build(path, **settings)
+        built.shard(ranks, dtype=dtype, frozen=frozen, reshard_after_forward=reshard_after_forward)
+        return built.read_initial_weights()
+
+    def shard(
+        self,
+        ranks: Ranks,
+        *,
+        dtype: str = "float32",
+        frozen: bool = False,
+        reshard_after_forward: bool = True,
+    ) -> Self:
+        """Shards in place (each decoder layer, the embedding, the rest) and gives this rank's rows memory.
+
+        `frozen`: for a model that is never trained: held in `dtype` and resharded after every forward.
+        `reshard_after_forward`: False keeps the layers of a training forward gathered until its backward.
+
+        Returns itself, with undefined weights. Gradients are summed over ranks and not averaged: the step
+        divides by global counts, once.
+        """
         compute = DTYPES[dtype]
         precision = MixedPrecisionPolicy(
             param_dtype=None if compute == torch.float32 else compute,
             reduce_dtype=None if compute == torch.float32 else torch.float32,
         )
-        for layer in decoder_layers(self.model):
-            fully_shard(layer, mesh=ranks.mesh, mp_policy=precision)
-        fully_shard(self, mesh=ranks.mesh, mp_policy=precision)
+        if frozen:
+            self.requires_grad_(False)
+            for param in self.parameters():
+                # Parameters only: `self.to` would round the rotary frequencies, too.
+                param.data = param.data.to(param.dtype if compute == torch.float32 else compute)
+        for module in [*decoder_layers(self.model), *self._embeddings_apart()]:
+            fully_shard(
+                module,
+                mesh=ranks.mesh,
+                mp_policy=precision,
+                reshard_after_forward=reshard_after_forward or frozen,
+            )
+        fully_shard(self, mesh=ranks.mesh, mp_policy=precision, reshard_after_forward=frozen or None)
         for module in self.modules():
             if isinstance(module, FSDPModule) and ranks.world_size > 1:
                 module.set_gradient_divide_factor(1.0)
                 # gloo supports only a plain sum, which is exact.
                 module.set_force_sum_reduction_for_comms(True)
+        buffers = dict(self.named_buffers())
+        self.to_empty(device=ranks.device)
+        for name, buffer in buffers.items():  # to_empty has emptied them, too
+            set_buffer(self, name, buffer.to(ranks.device))
+        self._ranks = ranks
         return self
+
+    @torch.no_grad()
+    def read_initial_weights(self) -> Self:
+        """Reads this rank's rows of the model that `build` named; parameters that it lacks become zero.
+
+        Returns itself. Raises ConfigError if the files do not fit the model.
+        """
+        assert self._ranks is not None, "shard() first"
+        fresh = self.fresh_parameters()
+        for name, param in self.model.named_parameters():
+            if name in fresh:
+                local(param).zero_()
+        read_rows(
+            self.model,
+            SafetensorsRows.of_model(self._path),
+            rank=self._ranks.rank,
+            world_size=self._ranks.world_size,
+            tied=self._tied,
+            fresh=fresh,
+        )
+        return self
+
+    def fresh_parameters(self) -> frozenset[str]:
+        """Parameters of `model` that no checkpoint of a language model has: they start at zero."""
+        return frozenset()
+
+    def _embeddings_apart(self) -> list[nn.Module]:
+        """The input embedding, unless it is tied to the head: it is used once, in contrast to the head."""
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        return [] if head is None or embedding.weight is head.weight else [embedding]
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Last hidden states [S, D] at the position before each sampled token, where its logits come from.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from areal_like.automatic_settings import compute_dtype, recomputes_activations
 from areal_like.config import Config
 from areal_like.errors import ConfigError
 from trainer.batching.packing import PackedBatch
@@ -87,12 +88,19 @@ class Policy(PackedModel):
         return logps_CV.gather(1, targets_C[:, None]).sum(1), entropy_C, collision_C
 
 
-def build_policy(config: Config, path: str, ranks: Ranks) -> Policy:
-    """The sharded policy of a configuration, loaded from `path` (see `areal_like.paths.model_path`)."""
-    policy = Policy.load(
+def build_policy(
+    config: Config, path: str, ranks: Ranks, *, frozen: bool = False, with_weights: bool = True
+) -> Policy:
+    """The sharded policy of a configuration, loaded from `path` (see `areal_like.paths.model_path`).
+
+    `frozen`: a reference model. `with_weights`: False leaves the weights undefined, for a caller that reads a
+    checkpoint into them.
+    """
+    policy = Policy.build(
         path,
         temperature=config.sampling.temperature,
         chunk_tokens=config.trainer.logprob_chunk_tokens,
-        gradient_checkpointing=config.trainer.gradient_checkpointing,
+        gradient_checkpointing=recomputes_activations(config) and not frozen,
     )
-    return policy.shard(ranks, dtype=config.model.dtype)
+    policy.shard(ranks, dtype=compute_dtype(config), frozen=frozen)
+    return policy.read_initial_weights() if with_weights else policy

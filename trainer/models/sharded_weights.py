@@ -13,10 +13,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.distributed.sharding import local
-from trainer.models.packed_model import PackedModel
 
 MODEL_PREFIX = "model."
 """Prefix that `PackedModel` adds to the Hugging Face name of a parameter."""
@@ -32,8 +31,8 @@ class RowShard:
     """Of the whole tensor."""
 
 
-def shards_of(model: PackedModel, values: Mapping[str, Tensor] | None = None) -> list[RowShard]:
-    """This rank's shards under their Hugging Face names, sharing memory.
+def shards_of(model: nn.Module, values: Mapping[str, Tensor] | None = None) -> list[RowShard]:
+    """This rank's shards of a `PackedModel` under their Hugging Face names, sharing memory.
 
     `values`: tensors sharded like the parameters (moments), by the model's own names; the parameters
     themselves by default.

@@ -21,12 +21,20 @@ class ValueModel(PackedModel):
 
     def __init__(self, model: Any) -> None:
         """Takes over a transformers causal LM and replaces its head."""
-        head = nn.Linear(model.config.hidden_size, 1, dtype=model.dtype)
-        nn.init.zeros_(head.weight)
-        nn.init.zeros_(head.bias)
+        head = nn.Linear(model.config.hidden_size, 1, dtype=model.dtype, device=model.device)
         model.config.tie_word_embeddings = False
         model.set_output_embeddings(head)
         super().__init__(model)
+
+    def fresh_parameters(self) -> frozenset[str]:
+        """The head's weight and bias."""
+        head = self.model.get_output_embeddings()
+        return frozenset(
+            f"{name}.{leaf}"
+            for name, module in self.model.named_modules()
+            if module is head
+            for leaf in ("weight", "bias")
+        )
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """[S] value of the state before each sampled token, in float32 or the master weights' dtype if wider.

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from areal_like.automatic_settings import resolved
 from areal_like.config import Config
 from areal_like.errors import ConfigError, UserError
 from areal_like.paths import RunPaths, model_path, write_json
@@ -38,7 +38,7 @@ from areal_like.runtime.logs import configure_logging
 from areal_like.runtime.process import die_with_launcher, die_with_parent, keep_files_private
 from areal_like.runtime.signals import handle_log_signals
 from trainer.checkpoint import Checkpoints
-from trainer.distributed.process_group import device_of, join_ranks
+from trainer.distributed.process_group import device_of, joined_ranks
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.spawn import start_ranks
 from trainer.metrics.lag import LagTally
@@ -127,15 +127,12 @@ def _run(config: Config, root: Path) -> None:
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
+    config = resolved(config)
     StepRecipe.of(config)  # reports a mistake in the settings before anything is loaded
     torch.set_num_threads(config.trainer.num_threads)
     device = device_of(config)
-    join_ranks(config, device)
-    try:
-        with contextlib.closing(Recording(root)) as recording:
-            Replay(config, recording, Ranks(device=device), stopping=stopping).run()
-    finally:
-        dist.destroy_process_group()
+    with joined_ranks(config, device) as ranks, contextlib.closing(Recording(root)) as recording:
+        Replay(config, recording, ranks, stopping=stopping).run()
 
 
 def main(argv: Sequence[str]) -> int:

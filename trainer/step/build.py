@@ -13,19 +13,22 @@ from trainer.step.recipe import StepRecipe
 from trainer.step.runner import StepRunner
 
 
-def build_step_runner(config: Config, policy: Policy, ranks: Ranks, *, initial: str = "") -> StepRunner:
+def build_step_runner(
+    config: Config, policy: Policy, ranks: Ranks, *, initial: str = "", with_weights: bool = True
+) -> StepRunner:
     """Returns a runner with a fresh optimizer. `policy` is sharded. Raises ConfigError.
 
     `initial`: the model that the run started from. The critic starts from it, and it is the reference model
-    where one is needed and `kl.reference` names none.
+    where one is needed and `kl.reference` names none. `with_weights`: False leaves the critic's weights
+    undefined, for a caller that reads a checkpoint into them.
     """
     trainer, recipe = config.trainer, StepRecipe.of(config)
     reference = None
     if recipe.needs_reference and (config.kl.reference or initial):
-        reference = build_policy(config, config.kl.reference or initial, ranks).requires_grad_(False)
+        reference = build_policy(config, config.kl.reference or initial, ranks, frozen=True)
     critic = None
     if isinstance(recipe.estimator, Gae) and initial:
-        critic = Critic.of(config, recipe.estimator, ranks, initial=initial)
+        critic = Critic.of(config, recipe.estimator, ranks, initial=initial, with_weights=with_weights)
     return StepRunner(
         policy,
         ShardedAdamW.of(trainer, policy, ranks, lr=trainer.lr),

@@ -88,6 +88,10 @@ class StepRunner:
         self.policy = policy
         self.optimizer = optimizer
         self.critic = critic
+        self.on_first_forward: Callable[[PackedBatch, Tensor], None] = lambda batch, logp_S: None
+        """Called in each step with this rank's first micro-batch and its log-probs [S] under the weights that
+        the step starts from."""
+        self._is_first_forward = True
         self._ranks = ranks
         self._objective = objective
         self._gradients = objective.gradients(policy, ranks)
@@ -117,11 +121,14 @@ class StepRunner:
         seen; with fewer, every rank raises IncompleteStepError and makes no update. `lags`: the lag of each
         token of a trajectory, in optimizer steps; None: a version is the number of steps before it.
         """
-        timer, totals = PhaseTimer(_PHASES), StepTotals(self.advantages.extra_totals)
+        self._ranks.place.enter("lockstep", step=step)
+        timer = PhaseTimer(_PHASES, place=self._ranks.place)
+        totals = StepTotals(self.advantages.extra_totals)
         observations = Observations(self._objective, self._ranks)
         stats: StepStats = {}
         stats_come_first = self._objective.scope is Scope.BATCH
         lags = lags or (lambda trajectory: np.maximum(step - trajectory.versions.astype(np.int64), 0))
+        self._is_first_forward = True
         self.policy.zero_grad()  # a step that was abandoned may have left gradients
         # One list of samples per group of this rank, lazily unless something depends on the whole step.
         samples = self.advantages.compute(timer.timed("wait_s", groups), totals, timer, lags=lags)
@@ -177,7 +184,11 @@ class StepRunner:
         yield from packer.flush()
 
     def _forward(self, batch: PackedBatch) -> SampledTokens:
-        return forward(batch, policy=self.policy, reference=self._reference, needs=self._objective.needs)
+        tokens = forward(batch, policy=self.policy, reference=self._reference, needs=self._objective.needs)
+        if self._is_first_forward:
+            self._is_first_forward = False
+            self.on_first_forward(batch, tokens.logp_S)
+        return tokens
 
     def _observe(
         self, microbatches: Iterable[MicroBatch], observations: Observations, timer: PhaseTimer

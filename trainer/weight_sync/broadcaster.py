@@ -31,7 +31,15 @@ from areal_like.security.keyring import Keyring
 from areal_like.weights.buckets import Manifest
 from areal_like.weights.collective import WeightGroup, device_facts
 from areal_like.wire.messages.consumer import ServerEntry
-from areal_like.wire.messages.weights import Alive, AskAlive, PushWeights, WeightsFailed, WeightsOk
+from areal_like.wire.messages.weights import (
+    Alive,
+    AskAlive,
+    PushWeights,
+    ScoreTokens,
+    TokenScores,
+    WeightsFailed,
+    WeightsOk,
+)
 from trainer.weight_sync.backend import NcclTrial, choose_backend
 from trainer.weight_sync.group_session import ALIVE_S, SessionOutcome, WeightGroupSession, assign_ranks
 from trainer.weight_sync.receivers import (
@@ -41,6 +49,7 @@ from trainer.weight_sync.receivers import (
     Reply,
     has_valid_key,
     receiver_id,
+    split_groups,
 )
 from trainer.weight_sync.snapshot import Snapshot
 
@@ -48,6 +57,9 @@ log = logging.getLogger(__name__)
 
 _FORM_S = 15.0
 """Longest rendezvous of servers that have just replied to AskAlive."""
+
+_SCORE_S = 40.0
+"""Longest wait for the log-probs of a few tokens; the server itself gives up after 30 s."""
 
 _ISOLATE_AFTER = 2
 """Broken pushes in a row that a server survives before it gets its own group."""
@@ -67,24 +79,6 @@ class PushOutcome:
     """Time until every bucket was ready, before engines that load in place were asked to receive."""
     broadcast_s: float = 0.0
     """Longest time from the request to the end of the last broadcast, over the groups."""
-
-
-def split_groups(
-    receivers: Sequence[ReceiverId],
-    *,
-    topology: str,
-    max_unavailable: int,
-    alone: Iterable[ReceiverId] = (),
-) -> list[list[ReceiverId]]:
-    """Divides the receivers into process groups.
-
-    `alone`: receivers that each get their own group in any topology.
-    """
-    isolated = set(alone)
-    rest = [key for key in receivers if key not in isolated]
-    size = 1 if topology == "per_engine" else max_unavailable or max(1, len(rest))
-    groups = [[key] for key in receivers if key in isolated]
-    return groups + [rest[start : start + size] for start in range(0, len(rest), size)]
 
 
 class Broadcaster:
@@ -158,6 +152,12 @@ class Broadcaster:
 
         await asyncio.gather(*map(push_when_free, groups))
         return outcome
+
+    async def score_at(self, receiver: ReceiverId, request: ScoreTokens) -> TokenScores | WeightsFailed:
+        """Asks a server of the last push for log-probs; every failure is a WeightsFailed."""
+        if (known := self._receivers.get(receiver)) is None:
+            return WeightsFailed(version=-1, reason="no longer connected")
+        return await known.score(request, timeout_s=_SCORE_S)
 
     async def close(self) -> None:
         """Dissolves the groups and closes every link."""

@@ -19,6 +19,7 @@ from areal_like.wire.messages.consumer import AllocVersion, ServerEntry, Version
 from trainer.weight_sync.broadcaster import Broadcaster
 from trainer.weight_sync.receivers import ReceiverId, receiver_id
 from trainer.weight_sync.snapshot import Snapshot
+from trainer.weight_sync.weight_checks import CheckReport, WeightChecks
 
 log = logging.getLogger(__name__)
 
@@ -73,11 +74,14 @@ class Publisher:
         servers: Callable[[], list[ServerEntry]],
         on_push: Callable[[PushReport], None],
         on_failure: Callable[[ArealError], None],
+        on_check: Callable[[CheckReport], None] = lambda report: None,
+        check_interval_s: float | None = None,
     ) -> None:
         """`call`: sends a request to the buffer. `servers`: the buffer's directory of rollout servers.
 
         `on_failure`: called with the error when the task fails, because nothing awaits the task until the
-        end of training.
+        end of training. `on_check`: called with each comparison of log-probs (weight_checks.py).
+        `check_interval_s`: shortest time between two of one server; None: there are none.
         """
         self._broadcaster = broadcaster
         self._call = call
@@ -95,6 +99,16 @@ class Publisher:
         """Newest version granted to this trainer; a newer version at a server comes from an earlier run."""
         self._activated_versions: dict[ReceiverId, int] = {}
         """Server -> version that it confirmed to this publisher; may be newer than in the directory."""
+        self._distrusted: set[ReceiverId] = set()
+        """Servers whose log-probs are not those of the weights that they report."""
+        self.checks: WeightChecks | None = None
+        if check_interval_s is not None:
+            self.checks = WeightChecks(
+                broadcaster.score_at,
+                interval_s=check_interval_s,
+                on_report=on_check,
+                on_repush=self._push_again,
+            )
         self._task = asyncio.create_task(self._run(), name="publisher")
 
     def offer(self, step: int, snapshot: Snapshot, *, loaded: bool = False) -> None:
@@ -120,6 +134,8 @@ class Publisher:
         """Ends the task and dissolves the weight groups."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
+        if self.checks is not None:
+            await self.checks.close()
         await self._broadcaster.close()
 
     def directory_changed(self) -> None:
@@ -190,10 +206,20 @@ class Publisher:
             earlier = {key: version for key, version in self._activated_versions.items() if key in servers}
             now_active = {key: granted.version for key in servers if key[0] in outcome.activated}
             self._activated_versions = earlier | now_active
+            self._distrusted = (self._distrusted & servers.keys()) - now_active.keys()
+            if self.checks is not None:
+                self.checks.keep_only(set(servers))
+                for key in now_active:
+                    self.checks.activated(key, step=step, version=granted.version)
             async with self._active:
                 self.active_step, self.active_version = step, granted.version
                 self._active.notify_all()
         self._on_push(report)
+
+    def _push_again(self, receiver: ReceiverId) -> None:
+        """Treats a server as one whose weights are unknown: the newest weights are pushed once more."""
+        self._distrusted.add(receiver)
+        self.directory_changed()
 
     def _any_behind(self, servers: list[ServerEntry]) -> bool:
         """True if one of these servers lacks the newest weights."""
@@ -205,7 +231,8 @@ class Publisher:
 
     def _version_of(self, server: ServerEntry) -> int:
         """The version that a server has active; -1 if its weights are unknown or of an earlier run."""
-        if server.state == "quarantined" or server.weights_version > self._newest_version:
+        is_distrusted = server.state == "quarantined" or receiver_id(server) in self._distrusted
+        if is_distrusted or server.weights_version > self._newest_version:
             return -1
         # The directory is updated by heartbeats and so lags behind the server's own reply to a push.
         return max(server.weights_version, self._activated_versions.get(receiver_id(server), -1))

@@ -58,6 +58,8 @@ class Hello:
     """tcp://host:port of a rollout server's socket for weight pushes."""
     weights_version: int = 0
     """Version of the peer's weights."""
+    dtype: str = ""
+    """Dtype of the weights in the engine, or in the trainer's forward; empty: not known."""
     device: str = "cpu"
     """Device of the engine or rank, `cpu` or `cuda`; it decides between gloo and NCCL."""
     num_train_prompts: int = 0

@@ -152,6 +152,40 @@ class WeightsFailed:
     reason: str
 
 
-MESSAGES = (AskAlive, Alive, FormGroup, PushWeights, PushChecksums, DissolveGroup, WeightsOk, WeightsFailed)
-TO_SERVER = (AskAlive, FormGroup, PushWeights, PushChecksums, DissolveGroup)
+@dataclass(frozen=True, kw_only=True)
+class ScoreTokens:
+    """Rank 0 -> server, after a push: compute these tokens' log-probs with the engine's active weights.
+
+    Replied to with `TokenScores`, or with `WeightsFailed` if the engine cannot do it now. Only the peer that
+    formed the weight group may ask.
+    """
+
+    tokens: list[int]
+    first: int
+    """Index, at least 1, of the first token to score."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenScores:
+    """Server -> rank 0: what the engine computed."""
+
+    version: int
+    """Version that the engine reports for these log-probs."""
+    logprobs: list[float]
+    """At temperature 1, one for each token from `ScoreTokens.first` on."""
+
+
+MESSAGES = (
+    AskAlive,
+    Alive,
+    FormGroup,
+    PushWeights,
+    PushChecksums,
+    DissolveGroup,
+    WeightsOk,
+    WeightsFailed,
+    ScoreTokens,
+    TokenScores,
+)
+TO_SERVER = (AskAlive, FormGroup, PushWeights, PushChecksums, DissolveGroup, ScoreTokens)
 """The messages that rank 0 sends; the others are the server's."""

@@ -126,7 +126,7 @@ def _sampling_params(raw: Any, prompt: Any, limits: RequestLimits) -> tuple[Samp
     """Checks one prompt with its sampling_params; returns the parameters and `n`, the number of samples."""
     if not isinstance(prompt, list) or not prompt:
         raise UserError("input_ids: every prompt must be a non-empty list of token ids")
-    _check_tokens(prompt, limits, name="input_ids")
+    check_tokens(prompt, limits, name="input_ids")
     if len(prompt) >= limits.context_length:
         raise UserError(
             f"the prompt's {len(prompt)} tokens leave no room in a context of {limits.context_length}"
@@ -145,7 +145,7 @@ def _sampling_params(raw: Any, prompt: Any, limits: RequestLimits) -> tuple[Samp
     stops = raw.get("stop_token_ids") or []
     if not isinstance(stops, list) or len(stops) > MAX_STOP_TOKENS:
         raise UserError(f"stop_token_ids must be a list of at most {MAX_STOP_TOKENS} token ids")
-    _check_tokens(stops, limits, name="stop_token_ids")
+    check_tokens(stops, limits, name="stop_token_ids")
     if not flag(raw, "ignore_eos"):
         stops = [*stops, *limits.eos_token_ids]
     top_k = int(number(raw, "top_k", -1, low=-1, integer=True))
@@ -179,7 +179,8 @@ def _check_supported(raw: Mapping[str, Any]) -> None:
             raise UserError(f"sampling parameter {name!r} is not supported by the embedded engine")
 
 
-def _check_tokens(tokens: list[Any], limits: RequestLimits, *, name: str) -> None:
+def check_tokens(tokens: list[Any], limits: RequestLimits, *, name: str) -> None:
+    """Raises UserError unless every token is an id of the vocabulary. `name`: of the field."""
     for token in tokens:
         if type(token) is not int:
             raise UserError(f"{name}: {token!r} is not a token id")

@@ -21,7 +21,9 @@ from areal_like.errors import UserError
 from rollout_server.engine.core import EngineCore
 from rollout_server.engine.http.generate_request import GenerateRequest, RequestLimits, parse_generate
 from rollout_server.engine.http.protocol import END_OF_STREAM, encode_event, sequence_json, success
+from rollout_server.engine.http.score_request import ScoreRequest, parse_score
 from rollout_server.engine.loop import EngineLoop, SequenceOutput
+from rollout_server.engine.scoring import score
 
 PAUSE_MODES = ("abort", "in_place", "retract")
 
@@ -60,7 +62,9 @@ class GenerationRoutes:
         self._limits = limits
 
     async def generate(self, request: Request, body: dict[str, Any]) -> Response:
-        """/generate: one response at the end, or a stream of events."""
+        """/generate: one response at the end, or a stream of events; or the log-probs of a prompt."""
+        if (scored := parse_score(body, self._limits)) is not None:
+            return await self._score(scored)
         work = parse_generate(body, self._limits)
         inbox = _Inbox(num_open=len(work.sequences))
         for sequence in work.sequences:
@@ -69,6 +73,13 @@ class GenerationRoutes:
         if work.stream:
             return _EventStream(self._events(work, inbox), on_close=lambda: self._abort_unfinished(work))
         return await self._wait_for_all(request, work, inbox)
+
+    async def _score(self, request: ScoreRequest) -> Response:
+        scoring = self._loop.call(
+            lambda core: (score(core, request.tokens, first=request.first), core.version)
+        )
+        scores, version = await asyncio.wrap_future(scoring)
+        return JSONResponse(request.answer(scores, version=version))
 
     async def _events(self, work: GenerateRequest, inbox: _Inbox) -> AsyncIterator[bytes]:
         index_of = {sequence.seq_id: i for i, sequence in enumerate(work.sequences)}

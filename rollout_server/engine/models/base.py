@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from areal_like.weights.hf_layout import HfTensor
 from rollout_server.engine.cache import DecodeBatch, KVCache, KVShape
 
 _ALIGNMENT = 64
@@ -28,7 +29,7 @@ class Weights:
     """
 
     named: Mapping[str, Tensor]
-    """Every parameter by its Hugging Face name; writing into these tensors fills the set."""
+    """Every tensor of the model's checkpoint by its name; writing into these tensors fills the set."""
     arena: Tensor | None = None
     """uint8[bytes]: the one allocation that holds all parameters; None if they are allocated separately. A
     bucket with the same layout is received directly into it."""
@@ -46,6 +47,9 @@ class ModelFacts:
     max_positions: int
     eos_token_ids: tuple[int, ...]
     parameter_shapes: Mapping[str, tuple[int, ...]]
+    """Shapes of the tensors of the model's checkpoint, by their names there, which pushes use too."""
+    layout: Sequence[HfTensor]
+    """Where these tensors are in the parameters of the transformers module."""
     tied_names: frozenset[str]
     """Names that alias another parameter: a weight push may include or omit them."""
     kv_shapes: Sequence[KVShape]
@@ -56,7 +60,7 @@ class ModelFacts:
 def new_arena(facts: ModelFacts, groups: Iterable[Sequence[str]]) -> tuple[Tensor, list[Tensor]]:
     """Allocates uninitialized memory for a set of weights.
 
-    `groups`: lists of parameter names; the parameters of one group are adjacent in memory. Returns the whole
+    `groups`: lists of tensor names; the tensors of one group are adjacent in memory. Returns the whole
     arena (uint8) and, for each group, its part as a flat tensor of the model's dtype. Groups begin at
     multiples of 64 bytes, as the matrix products need; in most models the size of every tensor is such a
     multiple, so there are no gaps.

@@ -9,6 +9,7 @@ Shapes: N rows, B contexts, T positions, V vocabulary.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -58,23 +59,26 @@ class GenericModel:
     def __init__(self, module: Any, facts: ModelFacts) -> None:
         self.facts = facts
         self._module = module
+        self._shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
         self._cache = RowCache()
         self._causal_11TT = torch.zeros(0)
 
     def new_weights(self) -> Weights:
         """An uninitialized set."""
         facts = self.facts
-        arena, parts = new_arena(facts, [(name,) for name in facts.parameter_shapes])
-        named = {
-            name: part.view(shape)
-            for (name, shape), part in zip(facts.parameter_shapes.items(), parts, strict=True)
-        }
-        return Weights(named=named, arena=arena)
+        in_param = defaultdict(list)
+        for tensor in facts.layout:
+            in_param[tensor.param].append(tensor)
+        # The tensors of a fused parameter are adjacent and in order, so together they are the parameter.
+        arena, parts = new_arena(facts, [[tensor.name for tensor in group] for group in in_param.values()])
+        params = {name: part.view(self._shapes[name]) for name, part in zip(in_param, parts, strict=True)}
+        named = {tensor.name: tensor.whole_in(params[tensor.param]) for tensor in facts.layout}
+        return Weights(named=named, arena=arena, plan=params)
 
     def activate(self, weights: Weights) -> None:
         """Makes the module's parameters use this set's memory; tied parameters are one object."""
         for name, parameter in self._module.named_parameters():
-            parameter.data = weights.named[name]
+            parameter.data = weights.plan[name]
 
     def prefill(self, tokens_BT: Tensor, cache: KVCache) -> None:
         """Computes the KV of right-padded contexts.

@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from areal_like.errors import ConfigError
+from areal_like.moe import route_in_float32
+from areal_like.weights.hf_layout import hf_tensors
 from rollout_server.engine.cache import KVCache
 from rollout_server.engine.models import llama
 from rollout_server.engine.models.base import CausalModel, ModelFacts, Weights
@@ -44,6 +46,7 @@ def load(
     the generic path for the Llama family too (for tests).
     """
     module = _from_pretrained(path, dtype=dtype).to(device).eval()
+    route_in_float32(module)
     config = module.config
     _check_attention(config, context_length=context_length)
     generator = torch.Generator().manual_seed(0)
@@ -67,8 +70,9 @@ def load(
     else:
         model = GenericModel(module, facts)
     weights = model.new_weights()
-    for name, parameter in module.named_parameters():
-        weights.named[name].copy_(parameter)
+    parameters = dict(module.named_parameters())
+    for tensor in facts.layout:
+        weights.named[tensor.name].copy_(tensor.whole_in(parameters[tensor.param]))
     model.activate(weights)
     try:
         difference = _difference(model, tokens_BT, reference)
@@ -122,8 +126,9 @@ def _facts(module: Any, tokens_BT: Tensor, *, dtype: torch.dtype, device: torch.
             f"model type {config.model_type}: the embedded engine needs keys and values from every layer, "
             "and some layers of this model have none"
         )
-    unique = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    unique = {name for name, _ in module.named_parameters()}
     every = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    layout = hf_tensors(module, with_buffers=False)
     eos = module.generation_config.eos_token_id
     if eos is None:
         eos = config.eos_token_id
@@ -132,8 +137,9 @@ def _facts(module: Any, tokens_BT: Tensor, *, dtype: torch.dtype, device: torch.
         vocab_size=int(config.vocab_size),
         max_positions=int(getattr(config, "max_position_embeddings", None) or 1 << 30),
         eos_token_ids=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (int(eos),),
-        parameter_shapes=unique,
-        tied_names=frozenset(every - unique.keys()),
+        parameter_shapes={tensor.name: tensor.shape for tensor in layout},
+        layout=layout,
+        tied_names=frozenset(every - unique),
         kv_shapes=[probe.seen[i] for i in range(config.num_hidden_layers)],
         dtype=dtype,
         device=device,

@@ -43,6 +43,11 @@ class SglangClient(EngineClient):
         self._num_tokens += len(generation.output_ids)
         return generation
 
+    async def score(self, tokens: Sequence[int], *, first: int) -> tuple[list[float], int]:
+        """As EngineClient.score. Refuses ids outside the vocabulary."""
+        self._check_ids(tokens, EngineError, name="tokens")
+        return await super().score(tokens, first=first)
+
     def _check_ids(self, ids: Sequence[int], error: type[EngineError], *, name: str) -> None:
         outside = next((token for token in ids if not 0 <= token < self._vocab_size), None)
         if outside is not None:

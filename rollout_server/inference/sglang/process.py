@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from areal_like.automatic_settings import compute_dtype
 from areal_like.config import Config
 from areal_like.errors import ConfigError, EngineError
 from areal_like.hosts import LOOPBACK
@@ -85,9 +86,9 @@ def launch_options(config: Config, *, model: str, port: int, version: int, index
     device, _, ordinal = rollout.engine_device.partition(":")
     options = {
         "model-path": model, "host": LOOPBACK, "port": port, "device": device,
-        "dtype": config.model.dtype, "max-running-requests": rollout.max_running, "weight-version": version,
-        "random-seed": config.seed + index, "stream-interval": _ONE_CHUNK_PER_SEQUENCE,
-        "sampling-defaults": "openai",
+        "dtype": compute_dtype(config), "max-running-requests": rollout.max_running,
+        "weight-version": version, "random-seed": config.seed + index,
+        "stream-interval": _ONE_CHUNK_PER_SEQUENCE, "sampling-defaults": "openai",
     }  # fmt: skip
     flags = ["skip-tokenizer-init", "enable-metrics"]
     if ordinal:

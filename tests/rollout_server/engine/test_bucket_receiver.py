@@ -63,6 +63,7 @@ def receive(
         ("llama", "float32", True),
         ("qwen3", "float32", True),
         ("gpt2", "float32", True),
+        ("qwen3_moe", "float32", True),
         ("qwen2", "float32", False),
         ("llama", "bfloat16", False),
     ],

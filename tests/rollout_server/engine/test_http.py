@@ -41,6 +41,11 @@ def gpt2_engine(gpt2_models: Models) -> Iterator[Engine]:
 
 def test_generic_path_matches_transformers(gpt2_engine: Engine, gpt2_models: Models) -> None:
     asyncio.run(conformance.logprobs_and_greedy_match_transformers(gpt2_engine, gpt2_models))
+    asyncio.run(conformance.scores_match_transformers(gpt2_engine, gpt2_models))
+
+
+def test_scores_match_transformers(engine: Engine, models: Models) -> None:
+    asyncio.run(conformance.scores_match_transformers(engine, models))
 
 
 def test_stop_and_length(engine: Engine, models: Models) -> None:

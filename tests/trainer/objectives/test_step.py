@@ -23,6 +23,7 @@ from tests.support.trainer_helpers import dense_logprobs, random_groups, run_ran
 from tests.support.trainer_ranks import last_gradient, make_runner
 from trainer.batching.packing import TrainingSample, collate
 from trainer.distributed.ranks import Ranks
+from trainer.distributed.sharding import reshard
 from trainer.metrics.lag import LagTally
 from trainer.models.policy import Policy, build_policy
 from trainer.objectives import OBJECTIVES
@@ -141,7 +142,7 @@ def test_kl_in_the_reward_changes_advantages(path: str, ranks: Ranks) -> None:
 
 
 def test_entropy_carries_gradient_only_on_request(path: str) -> None:
-    policy = Policy.load(path, chunk_tokens=4, master_dtype=torch.float64)
+    policy = Policy.load(path, Ranks.alone(), chunk_tokens=4, master_dtype=torch.float64)
     batch = collate([TrainingSample(trajectory=t, advantage=1.0, group=0) for t in random_groups(1)[0]])
     assert not policy(batch).entropy_S.requires_grad
     policy.with_entropy_gradient = True
@@ -155,6 +156,7 @@ def test_entropy_carries_gradient_only_on_request(path: str) -> None:
         for step in (1e-5, -2e-5):
             for p, d in zip(params, direction, strict=True):
                 p.add_(d, alpha=step)
+            reshard(policy)
             values.append(policy(batch).entropy_S.sum().item())
     assert (values[0] - values[1]) / 2e-5 == pytest.approx(slope, rel=1e-5)
 

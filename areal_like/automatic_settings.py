@@ -1,0 +1,111 @@
+"""Settings that are `auto`: what they are for a job's devices and model.
+
+Every role computes them by the same functions from the same settings, `areal-like run` writes what came out
+into the run's config.yaml, and the buffer refuses a peer whose dtype differs from the first peer's.
+
+    model.dtype                      a GPU anywhere in the job: the checkpoint's dtype; else float32
+    trainer.gradient_checkpointing   on where the trainer is on GPUs
+
+Only config.json is read, never weights. For a model that is named and not local it may be downloaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from areal_like.config import Config
+from areal_like.errors import ConfigError
+from areal_like.paths import BUILT_MODELS, model_path
+
+Dtype = Literal["float32", "bfloat16"]
+LONG_TOKENS = 4096
+"""Sequences beyond this length need an attention kernel that never holds the matrix of scores."""
+
+
+def compute_dtype(config: Config) -> Dtype:
+    """`model.dtype`, or what it is when `auto`: the dtype of the engine's weights and the trainer's forward.
+
+    On GPUs a checkpoint in float16 counts as bfloat16: the trainer has no loss scaling. Raises ConfigError if
+    the checkpoint's dtype has to be known, and its config.json cannot be read or names none.
+    """
+    if config.model.dtype != "auto":
+        return config.model.dtype
+    if _is_on_cpu(config.trainer.device) and _is_on_cpu(config.rollout.engine_device):
+        return "float32"
+    if config.model.path in BUILT_MODELS:
+        return "float32"  # `trainer.prepare_model` saves them so
+    facts = _model_facts(config, needed_for="model.dtype=auto")
+    named = facts.get("dtype") or facts.get("torch_dtype")
+    if not isinstance(named, str):
+        raise ConfigError(
+            f"model.dtype=auto: config.json of {config.model.path} names no dtype: set model.dtype to "
+            "bfloat16 or float32"
+        )
+    return "float32" if named.removeprefix("torch.") == "float32" else "bfloat16"
+
+
+def recomputes_activations(config: Config) -> bool:
+    """`trainer.gradient_checkpointing`, or what it is when `auto`."""
+    setting = config.trainer.gradient_checkpointing
+    return not _is_on_cpu(config.trainer.device) if setting == "auto" else setting
+
+
+def resolved(config: Config) -> Config:
+    """The configuration with what its `auto` settings are. Raises ConfigError as `compute_dtype`, and for a
+    model whose attention would not fit on a GPU in that dtype.
+    """
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, dtype=compute_dtype(config)),
+        trainer=dataclasses.replace(config.trainer, gradient_checkpointing=recomputes_activations(config)),
+    )
+    _check_attention(config)
+    return config
+
+
+def _check_attention(config: Config) -> None:
+    """In float32, torch's attention on GPUs has no flash kernel, and its memory-efficient one takes no groups
+    of queries, so what is left holds L x L scores for each head: 137 GB for 32 heads and 32k tokens.
+    """
+    longest = max(config.rollout.max_context, config.sampling.max_new_tokens + 1)
+    is_affected = config.model.dtype == "float32" and not _is_on_cpu(config.trainer.device)
+    if not is_affected or longest <= LONG_TOKENS or config.model.path in BUILT_MODELS:
+        return
+    facts = _model_facts(config, needed_for=f"sequences of {longest} tokens")
+    num_heads = facts.get("num_attention_heads")
+    if facts.get("num_key_value_heads", num_heads) != num_heads:
+        raise ConfigError(
+            f"model.dtype=float32 with sequences of {longest} tokens on "
+            f"trainer.device={config.trainer.device}: beyond {LONG_TOKENS} tokens no attention kernel fits "
+            "this model (grouped queries) into memory: set model.dtype=bfloat16"
+        )
+
+
+def _is_on_cpu(device: str) -> bool:
+    return device == "cpu"
+
+
+def _model_facts(config: Config, *, needed_for: str) -> dict[str, Any]:
+    """config.json of the model, of its text part if it has several. Raises ConfigError."""
+    path = model_path(config)
+    try:
+        file = Path(path) / "config.json"
+        if not file.is_file():
+            # Imported here: half a second that only a model of the hub costs.
+            from huggingface_hub import hf_hub_download
+
+            file = Path(hf_hub_download(path, "config.json"))
+        facts = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        first_line = (str(error) or type(error).__name__).partition("\n")[0]
+        raise ConfigError(
+            f"model.path={config.model.path}: config.json, which {needed_for} needs, cannot be read: "
+            f"{first_line}"
+        ) from None
+    if not isinstance(facts, dict):
+        raise ConfigError(f"model.path={config.model.path}: config.json is not a JSON object")
+    text = facts.get("text_config")
+    return facts | text if isinstance(text, dict) else facts

@@ -1,0 +1,219 @@
+"""The tensors of a Hugging Face checkpoint as parts of a model's parameters.
+
+Checkpoints, pushes and loading use the names and shapes of the Hugging Face checkpoint, which engines know.
+Most of its tensors are one parameter each. transformers fuses others: the experts of a mixture-of-experts
+layer are one parameter `[experts, rows, columns]` in the model and one tensor per expert and projection in
+the checkpoint.
+
+`hf_tensors` derives the map from transformers' own conversions (`core_model_loading`, from 5.17 on) and knows
+no architecture by name: it lets transformers convert parameters that hold their own positions, and finds each
+result's place from the positions in it. Left out: tensors that are no contiguous block of rows of one
+parameter (transposed, interleaved, or made of several parameters). Such an architecture is refused.
+
+FSDP2 shards the first dimension of each parameter. So every rank holds some rows of a tensor that is a whole
+parameter or some of its rows, and either all or nothing of a tensor that is a part of one row of a parameter.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from areal_like.errors import ConfigError
+
+_COLUMNS = 3
+"""Length of the last dimension while positions are converted, instead of the real one, so that the positions
+of a large model fit into memory. More than 1, so that a transposition shows; odd, so that an interleaving and
+a split do."""
+_BATCH_POSITIONS = 1 << 23
+"""Positions that are converted at a time (8 bytes each)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HfTensor:
+    """One tensor of the checkpoint."""
+
+    name: str
+    """In the checkpoint and on the wire."""
+    shape: tuple[int, ...]
+    param: str
+    """Name of the transformers model's parameter that holds it."""
+    row: int | None = None
+    """The row of the parameter (its index in dimension 0) that holds this tensor; None: the tensor is whole
+    rows of the parameter."""
+    within: tuple[int, int] | None = None
+    """(first, end) in dimension 0 of that row, or of the parameter if `row` is None; None: all of it."""
+
+    def part_in(self, rows: Tensor, *, first_row: int) -> tuple[Tensor, int] | None:
+        """The part of this tensor that is among one rank's rows of the parameter.
+
+        `rows`: the rank's rows, without padding, the first of which is row `first_row` of the parameter.
+        Returns (view of `rows`, index in dimension 0 of this tensor at which the view begins), or None if
+        none of the tensor is there.
+        """
+        if self.row is None:
+            if self.within is None:
+                return (rows, first_row) if rows.numel() else None
+            first = max(self.within[0], first_row)
+            end = min(self.within[1], first_row + len(rows))
+            if first >= end:
+                return None
+            return rows[first - first_row : end - first_row], first - self.within[0]
+        if not first_row <= self.row < first_row + len(rows):
+            return None
+        row = rows[self.row - first_row]
+        return (row if self.within is None else row[self.within[0] : self.within[1]]), 0
+
+    def whole_in(self, param: Tensor) -> Tensor:
+        """This tensor as a view of the whole parameter."""
+        part = self.part_in(param, first_row=0)
+        assert part is not None, f"{self.name} is not in a parameter of shape {list(param.shape)}"
+        return part[0]
+
+
+def hf_tensors(model: nn.Module, *, with_buffers: bool = True) -> list[HfTensor]:
+    """The checkpoint's tensors of a transformers model, in the order of its parameters; tied weights once.
+
+    `model`: may be on the meta device, and sharded. How it was loaded does not matter: the names are those
+    that `save_pretrained` gives a model that was made from its configuration.
+    `with_buffers`: the tensors have to be all of the checkpoint; False leaves out those that are buffers
+    of the model and are never trained.
+    Raises ConfigError for an architecture whose checkpoint has tensors that are no parts of parameters.
+    """
+    shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
+    if with_buffers and (buffers := list(_persistent_buffers(model))):
+        raise ConfigError(
+            f"{type(model).__name__} keeps {buffers[0]} in its checkpoint and does not train it: only "
+            "parameters can be pushed and saved; choose another model.path"
+        )
+    conversions = _conversions(model)
+    if not conversions:
+        return [HfTensor(name=name, shape=shape, param=name) for name, shape in shapes.items()]
+    positions = _Positions(model, shapes)
+    places: dict[str, tuple[int, HfTensor]] = {}
+    for batch in positions.batches():
+        try:
+            converted = _to_checkpoint(model, conversions, batch)
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"{type(model).__name__}: the names of its checkpoint cannot be derived ({error}); "
+                "choose another model.path"
+            ) from error
+        for name, found in converted.items():
+            if name in places:
+                raise positions.refusal(name)
+            places[name] = positions.place(name, found)
+    tensors = [tensor for _, tensor in sorted(places.values(), key=lambda place: place[0])]
+    covered = sum(math.prod(tensor.shape) for tensor in tensors)
+    assert covered == sum(map(math.prod, shapes.values())), "a parameter has no place in the checkpoint"
+    return tensors
+
+
+class _Positions:
+    """Stands in for the parameters: int64 tensors of their shapes with the last dimension shortened.
+
+    Every element is its own position among those of all parameters, so that a converted tensor tells which
+    parameter its elements come from, and from where in it.
+    """
+
+    def __init__(self, model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
+        self._architecture = type(model).__name__
+        self._names = list(shapes)
+        self._shapes = list(shapes.values())
+        self._short = [(*shape[:-1], _COLUMNS) if len(shape) > 1 else shape for shape in self._shapes]
+        self._starts = [0]
+        for shape in self._short:
+            self._starts.append(self._starts[-1] + math.prod(shape))
+
+    def batches(self) -> Iterator[dict[str, Tensor]]:
+        """The stand-ins by the parameters' names, some at a time."""
+        batch: dict[str, Tensor] = {}
+        room = _BATCH_POSITIONS
+        for name, shape, start in zip(self._names, self._short, self._starts, strict=False):
+            if batch and math.prod(shape) > room:
+                yield batch
+                batch, room = {}, _BATCH_POSITIONS
+            batch[name] = torch.arange(start, start + math.prod(shape)).view(shape)
+            room -= math.prod(shape)
+        yield batch
+
+    def place(self, name: str, found: Tensor) -> tuple[int, HfTensor]:
+        """(position of the first element, the tensor); raises ConfigError if it is no block of rows."""
+        size = found.numel()
+        start = int(found.flatten()[0])
+        index = bisect.bisect_right(self._starts, start) - 1
+        shape, short, param = self._shapes[index], self._short[index], self._names[index]
+        if start + size > self._starts[index + 1] or not torch.equal(
+            found.flatten(), torch.arange(start, start + size)
+        ):
+            raise self.refusal(name)
+        first = start - self._starts[index]
+        if found.shape == short:
+            return start, HfTensor(name=name, shape=shape, param=param)
+        row, first_in_row = divmod(first, math.prod(short[1:]))
+        if not first_in_row and found.shape == short[1:]:
+            return start, HfTensor(name=name, shape=shape[1:], param=param, row=row)
+        if not first_in_row and found.shape[1:] == short[1:]:
+            within = (row, row + len(found))
+            return start, HfTensor(name=name, shape=(len(found), *shape[1:]), param=param, within=within)
+        first_within, rest = divmod(first_in_row, math.prod(short[2:]))
+        if rest or len(short) < 3 or found.shape[1:] != short[2:] or first_within + len(found) > short[1]:
+            raise self.refusal(name)
+        return start, HfTensor(
+            name=name,
+            shape=(len(found), *shape[2:]),
+            param=param,
+            row=row,
+            within=(first_within, first_within + len(found)),
+        )
+
+    def refusal(self, name: str) -> ConfigError:
+        """The error for a tensor that is no block of rows of one parameter."""
+        return ConfigError(
+            f"{self._architecture}: transformers makes {name} of its checkpoint from the parameters in a way "
+            "that pushes and checkpoints cannot follow (it transposes, interleaves or joins them); choose "
+            "another model.path"
+        )
+
+
+def _conversions(model: Any) -> list[Any]:
+    """transformers' conversions of a model that was made from its configuration.
+
+    A model that was loaded also has the conversions that its files needed (old names, an additional prefix),
+    and an engine may have been given other files.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
+    found = get_model_conversion_mapping(model, add_legacy=False)
+    return [conversion for conversion in found if not isinstance(conversion, PrefixChange)]
+
+
+def _to_checkpoint(model: Any, conversions: list[Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by the model's names -> tensors of the checkpoint, as `save_pretrained` would write them."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    has_own = hasattr(model, "_weight_conversions")
+    own = getattr(model, "_weight_conversions", None)
+    model._weight_conversions = conversions
+    try:
+        converted: dict[str, Tensor] = revert_weight_conversion(model, tensors)
+    finally:
+        if has_own:
+            model._weight_conversions = own
+        else:
+            del model._weight_conversions
+    return converted
+
+
+def _persistent_buffers(model: nn.Module) -> Iterator[str]:
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}"

@@ -1,0 +1,86 @@
+"""Ranks that train and push a mixture-of-experts model; the processes of `test_moe.py`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from areal_like.moe import routers
+from tests.support.snapshot_ranks import received
+from tests.support.trainer_helpers import random_groups
+from tests.support.trainer_ranks import SHARES, last_gradient, main, make_runner
+from trainer.batching.packing import TrainingSample, collate
+from trainer.checkpoint import Checkpoints
+from trainer.distributed.ranks import Ranks
+from trainer.models.policy import Policy
+from trainer.weight_sync.snapshot import WeightSnapshotter
+
+
+def steps(ranks: Ranks, out_dir: Path, path: str) -> None:
+    """One step for each split of the groups: writes gradients, hit experts, a push and a checkpoint."""
+    out = out_dir / f"ranks-{ranks.world_size}"
+    out.mkdir(exist_ok=True)
+    for share in ("even", "uneven", "one-sided"):
+        runner = make_runner(path, ranks, dtype=torch.float32, beta1=0.0, checkpointing=share == "uneven")
+        experts = [torch.zeros(runner.policy.model.config.num_experts) for _ in routers(runner.policy)]
+        for counts, router in zip(experts, routers(runner.policy), strict=True):
+
+            def count(_: Any, __: Any, output: Any, counts: torch.Tensor = counts) -> None:
+                counts += torch.bincount(output[2].flatten(), minlength=len(counts))
+
+            router.register_forward_hook(count)
+        owned = zip(random_groups(8), SHARES[share], strict=True)
+        runner.run([group for group, owner in owned if owner % ranks.world_size == ranks.rank], step=0)
+        hits = torch.stack([ranks.gather(counts) for counts in experts])
+        gradient = last_gradient(runner)
+        if ranks.rank == 0:
+            save_file({k: v.contiguous() for k, v in gradient.items()}, out / f"{share}.safetensors")
+            (out / f"{share}.json").write_text(json.dumps(hits.view(-1, ranks.world_size, 8).tolist()))
+    snapshotter = WeightSnapshotter(runner.policy, ranks, bucket_bytes=5000, dtype="float32")
+    snapshot = snapshotter.take_snapshot()
+    if snapshot is not None:
+        assert snapshot.acquire()
+        save_file(received(snapshot), out / "pushed.safetensors")
+        snapshot.release()
+    snapshotter.close()
+    checkpoints = Checkpoints(out / "checkpoints", keep=1, tokenizer_path=path)
+    checkpoints.save(1, runner.policy, runner.optimizer, ranks, extra={})
+    checkpoints.wait()
+    checkpoints.close()
+    ranks.any(True)  # a barrier: rank 0 has written the checkpoint
+    other = make_runner(path, ranks, dtype=torch.float32)
+    again = Checkpoints(out / "checkpoints", keep=1, tokenizer_path=path)
+    again.load(1, other.policy, other.optimizer, ranks)
+    again.close()
+    for (name, saved), param in zip(runner.policy.named_parameters(), other.policy.parameters(), strict=True):
+        assert torch.equal(saved.to_local(), param.to_local()), name  # type: ignore[attr-defined]
+        for key, moment in runner.optimizer.moments(name).items():
+            assert torch.equal(moment, other.optimizer.moments(name)[key]), (name, key)
+    bfloat16(ranks, path)
+
+
+def bfloat16(ranks: Ranks, path: str) -> None:
+    """Under FSDP2's mixed precision the routers compute in float32 and their masters get gradients."""
+    policy = Policy.load(path, master_dtype=torch.float32).shard(ranks, dtype="bfloat16")
+    dtypes: set[tuple[torch.dtype, torch.dtype]] = set()
+    for router in routers(policy):
+        router.register_forward_hook(lambda _, args, out: dtypes.add((args[0].dtype, out[0].dtype)))
+    trajectories = [trajectory for group in random_groups(2) for trajectory in group]
+    batch = collate([TrainingSample(trajectory=t, advantage=1.0, group=0) for t in trajectories])
+    with torch.no_grad():
+        want_S = Policy.load(path, master_dtype=torch.float32)(batch).logprobs_S
+    got_S = policy(batch).logprobs_S
+    assert dtypes == {(torch.bfloat16, torch.float32)}, dtypes
+    assert 0 < float((got_S - want_S).abs().max()) < 0.1
+    got_S.sum().backward()  # type: ignore[no-untyped-call]
+    for router in routers(policy):
+        grad: Any = router.weight.grad  # type: ignore[union-attr]
+        assert grad.dtype == torch.float32 and bool(torch.isfinite(grad.to_local()).all())
+
+
+if __name__ == "__main__":
+    main(steps=steps)

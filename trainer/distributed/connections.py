@@ -1,0 +1,76 @@
+"""Ends connections to a machine that is gone, and chooses the interface on which the ranks meet.
+
+A process that dies closes its connections, and the ranks that wait for it fail at once. A machine without
+power or network closes nothing: gloo would wait for its time limit, which is an hour for a rank that may be
+waiting for groups. TCP itself can tell a machine that is gone from a process that is stopped or slow: the
+kernel answers for the process. gloo has no setting for that, so the option is set on its sockets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+import sys
+from pathlib import Path
+
+from areal_like.security.binding import resolves_to_loopback
+
+GONE_S = 30
+"""A connection whose other machine has acknowledged nothing for this time is ended, in seconds."""
+_SIOCGIFADDR = 0x8915
+
+
+def end_dead_connections() -> int:
+    """Sets the limit on all TCP connections that this process has now; returns their number. Linux only."""
+    if sys.platform != "linux":
+        return 0
+    num_set = 0
+    for fd in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:
+        # Not a socket, not connected, of another family, or closed meanwhile.
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as connection:
+            is_tcp = connection.family in (socket.AF_INET, socket.AF_INET6)
+            if not is_tcp or connection.type != socket.SOCK_STREAM:
+                continue
+            connection.getpeername()
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in (
+                (socket.TCP_KEEPIDLE, GONE_S // 3),
+                (socket.TCP_KEEPINTVL, GONE_S // 6),
+                (socket.TCP_KEEPCNT, 4),
+                (socket.TCP_USER_TIMEOUT, 1000 * GONE_S),
+            ):
+                connection.setsockopt(socket.IPPROTO_TCP, option, value)
+            num_set += 1
+    return num_set
+
+
+def choose_interface(master: str) -> None:
+    """Makes gloo use the interface that leads to rank 0's machine, unless GLOO_SOCKET_IFNAME is set.
+
+    gloo would take the address of the machine's own name, which is a loopback address on many systems.
+    """
+    if sys.platform == "linux" and "GLOO_SOCKET_IFNAME" not in os.environ:
+        name = "lo" if resolves_to_loopback(master) else interface_towards(master)
+        if name:
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def interface_towards(host: str) -> str:
+    """Name of the interface with the IPv4 address from which `host` is reached; empty if there is none."""
+    import fcntl
+
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # chooses a route and sends nothing
+            address = probe.getsockname()[0]
+            for _, name in socket.if_nameindex():
+                with contextlib.suppress(OSError):  # an interface without an IPv4 address
+                    request = struct.pack("256s", name.encode()[:15])
+                    found = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
+                    if socket.inet_ntoa(found[20:24]) == address:
+                        return name
+    except OSError:
+        pass
+    return ""

@@ -1,0 +1,143 @@
+"""Tells which ranks of the trainer still live, for the log: torch's errors name no rank.
+
+Each rank adds to a counter of its own in the ranks' store, from a thread, so also while its training thread
+waits in a collective. A rank whose counter stands still is reported: its process was killed or stopped, or
+its machine is gone. Nothing is decided here. A rank that waits for a lost one fails by itself, when the
+connection breaks or the collective times out; `connections.py` limits the time for a machine that is gone.
+
+Left out: using the buffer's heartbeats. Rank 0's store is asked because the ranks need no further message,
+and because a rank that lost the network to the others may still reach the buffer.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from trainer.distributed.place import Place
+
+log = logging.getLogger(__name__)
+
+BEAT_S = 1.0
+"""Seconds between two additions to a rank's counter."""
+SILENCE_S = 10.0
+"""A rank whose counter stood still for this time is reported."""
+_LAST_LOOK_S = 3 * BEAT_S
+"""Time for which a rank that failed watches the counters of the others before it ends."""
+_ASK_LIMIT_S = 8.0
+"""A store on a machine that is gone does not answer: the failed rank ends without an answer."""
+
+
+class Liveness:
+    """Which counters stand still. Pure."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[int, float]] = {}
+        """Rank -> (its counter, time at which it was first seen)."""
+        self._reported: set[int] = set()
+
+    def observe(self, counters: Mapping[int, int], *, now_s: float) -> None:
+        """Takes the counters of all ranks."""
+        for rank, counter in counters.items():
+            if rank not in self._seen or self._seen[rank][0] != counter:
+                self._seen[rank] = (counter, now_s)
+
+    def silent(self, *, now_s: float, for_s: float) -> list[int]:
+        """Ranks whose counters have stood still for `for_s` seconds, ascending."""
+        return sorted(rank for rank, (_, since_s) in self._seen.items() if now_s - since_s >= for_s)
+
+    def newly_silent(self, *, now_s: float, for_s: float) -> list[int]:
+        """The silent ranks that an earlier call has not returned, unless they were heard in between."""
+        silent = set(self.silent(now_s=now_s, for_s=for_s))
+        new = silent - self._reported
+        self._reported = silent
+        return sorted(new)
+
+
+class Members:
+    """The counters of the ranks, in a store that all of them reach.
+
+    STARTED -> watching, in a thread -> failed(): last look -> closed
+    """
+
+    def __init__(
+        self, open_store: Callable[[], Any], *, names: Sequence[str], rank: int, place: Place
+    ) -> None:
+        """`open_store` connects to torch's store, with keys of this start only. `names`: of all ranks."""
+        self.rank = rank
+        self.names = names
+        self._open_store = open_store
+        self._store = open_store()
+        self._place = place
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="members", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the thread. Call it before the store is closed."""
+        self._closing.set()
+        self._thread.join(timeout=_ASK_LIMIT_S)
+
+    def failed(self, reason: str) -> str:
+        """Tells the other ranks that this one has failed; returns a sentence about the cause as they see it.
+
+        Takes `_LAST_LOOK_S`, and `_ASK_LIMIT_S` if the store does not answer.
+        """
+        answers: list[str] = []
+        # In a thread: torch has no time limit for a store on a machine that is gone.
+        asking = threading.Thread(target=lambda: answers.append(self._last_look(reason)), daemon=True)
+        asking.start()
+        asking.join(timeout=_ASK_LIMIT_S)
+        return answers[0] if answers else f"the store of {self.names[0]} does not answer"
+
+    def _last_look(self, reason: str) -> str:
+        try:
+            store = self._open_store()  # the thread's connection may be waiting for an answer
+            order = store.add("failures", 1)
+            store.set(f"failure/{order}", f"{self.names[self.rank]}, at {self._place}: {reason}")
+            liveness, end_s = Liveness(), time.monotonic() + _LAST_LOOK_S
+            while (now_s := time.monotonic()) < end_s:
+                liveness.observe(self._counters(store), now_s=now_s)
+                time.sleep(BEAT_S / 4)
+            lost = liveness.silent(now_s=end_s, for_s=2 * BEAT_S)
+            if lost:
+                return f"{self._named(lost)} no longer answer: the process or its machine is gone"
+            if order > 1:
+                return f"the first to fail was {store.get('failure/1').decode()}"
+            return "it is the first to fail"
+        except RuntimeError as error:  # torch's DistError
+            return f"the store of {self.names[0]} does not answer ({first_line(error)})"
+
+    def _watch(self) -> None:
+        liveness = Liveness()
+        try:
+            while not self._closing.wait(BEAT_S):
+                self._store.add(f"beat/{self.rank}", 1)
+                now_s = time.monotonic()
+                liveness.observe(self._counters(self._store), now_s=now_s)
+                for rank in liveness.newly_silent(now_s=now_s, for_s=SILENCE_S):
+                    log.warning(
+                        "%s has not answered for %.0f s; this rank is at %s, for %.0f s",
+                        self.names[rank],
+                        SILENCE_S,
+                        self._place,
+                        now_s - self._place.since_s,
+                    )
+        except RuntimeError as error:  # the store ends with rank 0's process, or its torchrun agent
+            if not self._closing.is_set():
+                log.info("the ranks' store has ended: %s", first_line(error))
+
+    def _counters(self, store: Any) -> dict[int, int]:
+        # `add` of nothing reads the counter: `get` of a number that `add` made is text.
+        return {rank: int(store.add(f"beat/{rank}", 0)) for rank in range(len(self.names))}
+
+    def _named(self, ranks: Sequence[int]) -> str:
+        return ", ".join(self.names[rank] for rank in ranks)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text; torch's have many."""
+    return str(error).strip().partition("\n")[0]

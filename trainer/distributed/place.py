@@ -1,0 +1,37 @@
+"""Where a rank is in its work, for its error messages, its log and /status. Pure: no clock of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from time import monotonic
+
+
+@dataclass(kw_only=True)
+class Place:
+    """Written by the training thread; other threads only read it.
+
+    The phase of a failed block stays, so that an error message can name it.
+    """
+
+    phase: str = "starting"
+    """Phase of a step (`wait`, `compute`, `reduce`, `update`), or what the trainer does between steps."""
+    step: int = 0
+    """Completed optimizer steps."""
+    microbatch: int = 0
+    """Micro-batches that were begun in this step; 0 outside of the micro-batches."""
+    since_s: float = field(default_factory=monotonic)
+    """Start of the phase, monotonic clock."""
+
+    def enter(self, phase: str, *, step: int | None = None) -> None:
+        """Begins a phase; with `step`, also a step or what comes after it."""
+        if step is not None:
+            self.step, self.microbatch = step, 0
+        self.phase, self.since_s = phase, monotonic()
+
+    def next_microbatch(self) -> None:
+        """Begins the next micro-batch of the step."""
+        self.microbatch += 1
+        self.since_s = monotonic()
+
+    def __str__(self) -> str:
+        return f"step {self.step}, micro-batch {self.microbatch}, {self.phase}"
