@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor
@@ -297,7 +297,8 @@ class Leader:
             self._last_checks[report.server] = report
             self._series.checked(report)
 
-        buffer, weights = self._buffer, self._config.weights
+        buffer = self._buffer
+        weights = replace(self._config.weights, update_mode=self._config.update_mode)
         # An engine scores given tokens at temperature 1 only.
         is_checked = weights.check_interval_s is not None and self._config.sampling.temperature == 1
         self._publisher = Publisher(

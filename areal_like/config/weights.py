@@ -19,10 +19,11 @@ _MAX_PORT = 65535
 class WeightsConfig(Section, key="weights"):
     """Weight pushes from trainer rank 0 to the engines."""
 
-    update_mode: Literal["recompute", "keep", "abort_resume", "drain"] = "recompute"
+    update_mode: Literal["auto", "recompute", "keep", "abort_resume", "drain"] = "auto"
     """Treatment of sequences in flight: `recompute` rebuilds their KV cache under the new weights, `keep`
     keeps the old KV cache, `abort_resume` interrupts them and resubmits the partial tokens, `drain` finishes
-    them first."""
+    them first. `auto`: `drain` where `objective=oapl` trains on intervals, `keep` with SGLang on GPUs
+    (`rollout.engine_device`), else `recompute`."""
     bucket_bytes: int = 0
     """Size of one flattened broadcast, in bytes; 0: 64 MiB where the trainer runs on a CPU, 512 MiB on
     GPUs."""

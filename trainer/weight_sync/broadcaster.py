@@ -186,7 +186,8 @@ class Broadcaster:
             group_name=session.group.group_name,
             version=version,
             step=step,
-            update_mode=self._config.update_mode,
+            # A job resolves `auto` before (Config.update_mode): it depends on engines and objective.
+            update_mode="recompute" if self._config.update_mode == "auto" else self._config.update_mode,
             manifest=manifest.to_dict(),
             integrity=integrity,
             timeout_s=limit_s,
