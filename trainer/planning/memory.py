@@ -19,7 +19,9 @@ expandable segments)."""
 HOST_PROCESS_BYTES = 4 * GIB
 """Assumed for one trainer rank or engine process: Python, torch and CUDA's host memory."""
 _PUSH_COPIES = 2
-"""Copies of a rank's rows that pushes hold on the host: the one that is sent, and the newest."""
+"""Copies of the weights that pushes hold on rank 0's host: the one that is sent, and the newest."""
+_SENT_BUCKETS = 2
+"""Buckets on rank 0's GPU during a push: the one that is sent, and the next."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,8 @@ def plan_memory(
     trainer: dict[str, float] = {name: float(size) for name, size in trace.peak_bytes.items()}
     trainer["allocator (fragmentation)"] = FRAGMENTATION * tensors
     trainer["CUDA context, cuBLAS, NCCL"] = CONTEXT_BYTES
+    largest = trace.largest_param_bytes / 4 * BYTES[str(config.model.dtype)]
+    trainer["push buckets (rank 0)"] = _SENT_BUCKETS * max(config.weights.bucket_bytes_on("cuda"), largest)
     engine = engine_memory(
         config,
         shape,
@@ -129,13 +133,9 @@ def _host(config: Config, placement: Placement, trace: StepTrace) -> dict[str, f
     if placement.is_one_host:
         local_engines = placement.engine_gpus
     wire = trace.num_params * BYTES[str(config.model.dtype)]
-    bucket = max(
-        float(config.weights.bucket_bytes), trace.largest_param_bytes / 4 * BYTES[str(config.model.dtype)]
-    )
     return {
         "trainer processes": ranks * HOST_PROCESS_BYTES,
-        "rows for pushes (two copies)": _PUSH_COPIES * wire * ranks / trace.world_size,
-        "buckets of rank 0": 5 * bucket,
+        "weights for pushes (two copies, rank 0)": _PUSH_COPIES * wire,
         "rows of a checkpoint being written": 12 * share * ranks,
         "engine processes": local_engines * HOST_PROCESS_BYTES,
         "engines' loading of weights": wire / parallel if local_engines else 0.0,

@@ -106,10 +106,14 @@ class SglangClient(EngineClient):
         return await super().score(tokens, first=first)
 
     async def fetch_info(self) -> None:
-        """As EngineClient.fetch_info, and the NCCL version."""
-        await super().fetch_info()
-        if not self.info.nccl_version:
-            self.info = replace(self.info, nccl_version=self._nccl_version)
+        """As EngineClient.fetch_info; also finds out if the engine has a prefix cache.
+
+        SGLang loads weights in place and does not report its NCCL version.
+        """
+        answer = await self.server_info()
+        info = EngineInfo.from_server_info(answer)
+        self.info = replace(info, loads_in_place=True, nccl_version=info.nccl_version or self._nccl_version)
+        self.caches_prefixes = not answer.get("disable_radix_cache")
 
     def _check_ids(self, ids: Sequence[int], error: type[EngineError], *, name: str) -> None:
         outside = next((token for token in ids if not 0 <= token < self._vocab_size), None)
@@ -123,11 +127,6 @@ class SglangClient(EngineClient):
         except EngineError:
             return False
         return True
-
-    async def fetch_info(self) -> None:
-        """As EngineClient.fetch_info; SGLang loads weights in place."""
-        await super().fetch_info()
-        self.info = replace(self.info, loads_in_place=True)
 
     async def load(self) -> dict[str, float]:
         """Sequences as the engine reports them; tokens and seconds as counted by this client."""
@@ -160,12 +159,6 @@ class SglangClient(EngineClient):
                 counts = _RETRACTED.findall(await self.metrics())
                 self._num_retractions = int(sum(map(float, counts)))
         return self._num_retractions
-
-    async def fetch_info(self) -> None:
-        """As EngineClient.fetch_info; also finds out if the engine has a prefix cache."""
-        info = await self.server_info()
-        self.info = EngineInfo.from_server_info(info)
-        self.caches_prefixes = not info.get("disable_radix_cache")
 
     def _count_running(self, change: int) -> None:
         """Adds the time since the last call to the busy time if requests were running."""
