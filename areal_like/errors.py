@@ -17,6 +17,7 @@
         WeightSyncError
         RewardError
             RewardTimeoutError
+        CheckpointError
         DiskFullError
         StoreCorruptError
 
@@ -94,6 +95,10 @@ class RewardError(ArealError):
 
 class RewardTimeoutError(RewardError):
     """A reward function exceeded its time limit."""
+
+
+class CheckpointError(ArealError):
+    """Another rank could not write its part of a checkpoint, or was lost meanwhile."""
 
 
 class DiskFullError(ArealError):

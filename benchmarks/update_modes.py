@@ -169,7 +169,12 @@ async def serving(config: Config, model: Path) -> AsyncIterator[Server]:
     engine: EngineProcess
     if is_sglang:
         engine = SglangProcess(
-            config, name="rollout-0", model=str(model), context_tokens=context_tokens, vocab_size=100
+            config,
+            name="rollout-0",
+            model=str(model),
+            context_tokens=context_tokens,
+            max_positions=1 << 30,
+            vocab_size=100,
         )
     else:
         engine = EmbeddedProcess(config, name="rollout-0", model=str(model), context_tokens=context_tokens)

@@ -45,8 +45,8 @@ from rollout_server.weight_sync.receiver import WeightReceiver
 from tests.support.full_state import gather_full_state
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
+from trainer.weight_sync.background_gather import BackgroundGather
 from trainer.weight_sync.broadcaster import Broadcaster
-from trainer.weight_sync.snapshot import WeightSnapshotter
 
 SIZES = {"10MB": (256, 688, 3), "100MB": (512, 1376, 8), "500MB": (1024, 2752, 10), "2GB": (2048, 5504, 10)}
 """Bytes in float32 (approximate) -> hidden size, intermediate size and layers of a Llama model."""
@@ -162,8 +162,8 @@ async def pushes(
     store = str(folder / f"store-{size}-{integrity}")
     policy = Policy.load(str(model), Ranks.alone())
     snapshotters = {
-        "bucketed": WeightSnapshotter(policy, Ranks.alone(), bucket_bytes=BUCKET_BYTES, dtype="float32"),
-        "per_tensor": WeightSnapshotter(policy, Ranks.alone(), bucket_bytes=1, dtype="float32"),
+        "bucketed": BackgroundGather(policy, Ranks.alone(), bucket_bytes=BUCKET_BYTES, dtype="float32"),
+        "per_tensor": BackgroundGather(policy, Ranks.alone(), bucket_bytes=1, dtype="float32"),
     }
     sizes = [bucket.num_bytes for bucket in snapshotters["bucketed"].buckets]
     dist.destroy_process_group()
@@ -233,7 +233,7 @@ def stall(store: str, rank: int, model: str, rounds: int) -> None:
     )
     ranks = Ranks()
     policy = Policy.load(model, ranks)
-    snapshotter = WeightSnapshotter(policy, ranks, bucket_bytes=BUCKET_BYTES, dtype="float32")
+    snapshotter = BackgroundGather(policy, ranks, bucket_bytes=BUCKET_BYTES, dtype="float32")
     frozen_s, gathered_s = [], []
     for _ in range(rounds + 1):
         dist.barrier()

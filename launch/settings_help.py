@@ -33,6 +33,7 @@ COMMON = (
     "rollout.num_servers",
     "rollout.engine",
     "rollout.engine_device",
+    "rollout.gpus_per_engine",
     "rollout.max_running",
     "weights.update_mode",
     "trainer.num_steps",

@@ -76,7 +76,12 @@ async def main(runtime: Runtime) -> None:
         config.task, seed=config.seed, num_workers=rollout.reward_workers, timeout_s=rollout.reward_timeout_s
     )
     engine = make_engine(
-        config, name=runtime.name, model=model, context_tokens=context_tokens, vocab_size=renderer.vocab_size
+        config,
+        name=runtime.name,
+        model=model,
+        context_tokens=context_tokens,
+        max_positions=renderer.max_positions,
+        vocab_size=renderer.vocab_size,
     )
     async with pool as rewards:
         server = RolloutServer(

@@ -15,7 +15,7 @@ from areal_like.config import Config
 from areal_like.errors import UserError
 from areal_like.runtime.command_line import load_config, shows_help
 from areal_like.runtime.imports import uncollected
-from areal_like.runtime.process import die_with_launcher, die_with_parent, early_signals
+from areal_like.runtime.process import die_with_launcher, die_with_parent, early_signals, exit_at_once
 from areal_like.security.binding import require_loopback_or_keys
 from trainer.distributed.spawn import start_ranks
 from trainer.distributed.variables import set_torch_variables
@@ -43,7 +43,10 @@ def main(argv: Sequence[str]) -> int:
     with uncollected():
         from trainer.daemon import run_rank
 
-    return run_rank(config)
+    code = run_rank(config)
+    if code == 1 and "RANK" in os.environ:
+        exit_at_once(code)  # after a broken collective torch may abort the process as it ends
+    return code
 
 
 def _start_ranks(config: Config, argv: Sequence[str]) -> int:

@@ -1,17 +1,21 @@
 """The checkpoints of a run: directories that transformers can load, and from which a run resumes.
 
-    step_000100/  model.safetensors config.json tokenizer*        the policy, for `from_pretrained`
-                  optimizer.safetensors                           Adam's moments; the random state
-                  critic.safetensors critic_optimizer.safetensors the same for the critic, if there is one
-                  trainer_state.json                              step, number of updates, `extra`
+    step_000100/  model*.safetensors config.json tokenizer*    the policy, for `from_pretrained` and engines
+                  rows/                                        masters, moments, random state (`row_files`)
+                  trainer_state.json                           format, step, `extra`
 
-A directory gets its final name only after it was written and synced, so every checkpoint that exists is
-complete. There is no pickle in it: torch.distributed.checkpoint was left out because its metadata is a
-pickle.
+Each rank writes and reads its own rows, so no rank ever holds the whole state. The weights' files have the
+dtype of `model.dtype`. If that is the masters' dtype, they hold the masters, which are not written twice.
+
+A directory gets its final name only after every rank has written and synced its part, so every checkpoint
+that exists is complete. There is no pickle in it: torch.distributed.checkpoint was left out because its
+metadata is a pickle.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import logging
 import shutil
@@ -21,51 +25,80 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from areal_like.errors import ConfigError, DiskFullError
 from areal_like.paths import checkpoint_name, find_checkpoints
 from areal_like.weights.snapshots_on_disk import STATE_FILE
 from trainer.advantages.critic import Critic
-from trainer.checkpoint_files import copy_state, read_state, write_directory
+from trainer.checkpoint_files import write_directory
+from trainer.checkpoints.hf_files import MAX_FILE_BYTES, HfFiles
+from trainer.checkpoints.host_copy import MASTER, HostCopy
+from trainer.checkpoints.peers import Peers, check_shared, wait_until_visible
+from trainer.checkpoints.reading import CRITIC, POLICY, StateReader
+from trainer.checkpoints.row_files import FOLDER, ModelRows, rows_of, write_index, write_rows
 from trainer.distributed.ranks import Ranks
+from trainer.models.hf_layout import hf_tensors
+from trainer.models.packed_model import DTYPES, PackedModel
 from trainer.models.policy import Policy
+from trainer.models.sharded_weights import row_range, shards_of
 from trainer.optimizer import ShardedAdamW
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-MODEL_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
-CRITIC_FILE, CRITIC_OPTIMIZER_FILE = "critic.safetensors", "critic_optimizer.safetensors"
-RANDOM_STATE = "random_state.cpu"
+FORMAT = 2
+OLD_FORMAT = 1
+"""Of the release before: whole tensors in one file for the weights and one for the moments."""
 
 
 class Checkpoints:
     """Saves and loads the checkpoints of one run.
 
-    `latest`, `save` and `load` are collective, the rest is not.
+    `open`, `latest`, `save`, `wait` and `load` are called on all ranks at the same time.
 
-        IDLE -> save(): state copied to the CPU -> WRITING, in a thread while training continues
+        IDLE -> save(): this rank's rows copied to the CPU -> WRITING, in a thread while training continues:
+                rank 0 makes the directory -> every rank writes and syncs its rows
              -> renamed, old ones pruned, `on_saved` called -> IDLE
-             -> failed: the partial directory is removed at once -> IDLE
+             -> failed on any rank: the partial directory is removed at once -> IDLE
 
-    At most one checkpoint is being written: the next `save` waits for it. An error in the thread is raised by
-    the next `save` or `wait`. A full disk does not end the training: that checkpoint is skipped, the one
-    before it stays, and the next `save` is another attempt; only `wait` raises it.
+    At most one checkpoint is being written: the next `save` waits for it, and uses its memory again. An error
+    in the thread of any rank is raised on all by the next `save` or `wait`. A full disk does not end the
+    training: that checkpoint is skipped, the one before it stays, and the next `save` is another attempt;
+    only `wait` raises it.
     """
 
-    def __init__(self, root: Path, *, keep: int, tokenizer_path: str) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        keep: int,
+        tokenizer_path: str,
+        dtype: str = "float32",
+        max_file_bytes: int = MAX_FILE_BYTES,
+    ) -> None:
         """`keep`: number of checkpoints that stay on disk, the newest ones.
 
-        `tokenizer_path`: the tokenizer that is copied into every checkpoint.
+        `tokenizer_path`: the tokenizer that is copied into every checkpoint. `dtype`: of the weights' files;
+        `max_file_bytes`: of one of them.
         """
         self._root = root
         self._keep = keep
         self._tokenizer_path = tokenizer_path
+        self._dtype = DTYPES[dtype]
+        self._max_file_bytes = max_file_bytes
+        self._copies: dict[str, HostCopy] = {}
+        self._peers: Peers | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._in_flight: Future[DiskFullError | None] | None = None
+
+    def open(self, ranks: Ranks) -> None:
+        """Raises ConfigError on every rank if they do not see the same directory.
+
+        The first `save` calls it.
+        """
+        if self._peers is None:
+            check_shared(self._root, ranks)
+            self._peers = Peers(ranks)
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending."""
@@ -94,46 +127,74 @@ class Checkpoints:
         extra: dict[str, Any],
         on_saved: Callable[[int], None] = lambda oldest_kept_step: None,
     ) -> Path:
-        """Copies the state after `step` optimizer steps; a thread of rank 0 writes it beside the training.
+        """Copies the state after `step` optimizer steps; a thread writes it beside the training.
 
         `extra`: JSON that `load` returns (rank 0's). `on_saved(oldest_kept_step)`: called in rank 0's thread
         when the checkpoint is complete on disk and old ones are pruned; not called for a checkpoint that was
         skipped.
         """
-        self._finish_in_flight()  # before copying: the checkpoint in flight holds the same amount of memory
-        model, moments = copy_state(policy, optimizer)
+        self._finish_in_flight()  # before copying: its copies are still being written
+        self.open(ranks)
+        assert self._peers is not None
+        models = {POLICY: (policy, optimizer)} | _model_of(critic)
+        copies = {name: self._copy(name, *models[name]) for name in models}
+        # Only the policy's weights have files of their own.
+        masters_in_rows = {name: name != POLICY or copies[name].dtype != self._dtype for name in models}
+        rows = {
+            name: rows_of(
+                model,
+                copies[name],
+                name=name,
+                world_size=ranks.world_size,
+                has_masters=masters_in_rows[name],
+            )
+            for name, (model, _) in models.items()
+        }
+        weights = HfFiles(hf_tensors(policy.model), self._dtype, max_file_bytes=self._max_file_bytes)
+        first_rows = {
+            shard.name: row_range(shard.shape, rank=ranks.rank, world_size=ranks.world_size)[0]
+            for shard in shards_of(policy)
+        }
         # Nothing in a step draws random numbers today; a user's objective may.
-        moments[RANDOM_STATE] = torch.get_rng_state()
-        files = {MODEL_FILE: model, OPTIMIZER_FILE: moments}
-        state = {"format": FORMAT, "step": step, "num_updates": optimizer.num_updates, "extra": extra}
-        if critic is not None:
-            files[CRITIC_FILE], files[CRITIC_OPTIMIZER_FILE] = copy_state(critic.model, critic.optimizer)
-            state["num_critic_updates"] = critic.optimizer.num_updates
+        random_state = torch.get_rng_state()
         # Serialized now: `extra` may change while the thread writes.
-        state_json = json.dumps(state, indent=2) + "\n"
-        final = self.path(step)
+        state_json = json.dumps({"format": FORMAT, "step": step, "extra": extra}, indent=2) + "\n"
+        final, peers = self.path(step), self._peers
+
+        def create(partial: Path) -> None:
+            (partial / FOLDER).mkdir()
+            weights.create(partial)
 
         def fill(partial: Path) -> None:
-            partial.mkdir(parents=True)
-            for name, tensors in files.items():
-                save_file(tensors, partial / name, {"format": "pt"})
+            if not wait_until_visible(partial):
+                raise ConfigError(f"rank {ranks.rank} does not see {partial}, which rank 0 has made")
+            for name in models:
+                write_rows(partial / FOLDER, rows[name], copies[name], rank=ranks.rank)
+            weights.write_rows(partial, copies[POLICY].values[MASTER], first_rows)
+            if ranks.rank > 0:
+                return
+            write_index(
+                partial / FOLDER, rows, step=step, world_size=ranks.world_size, random_state=random_state
+            )
             (partial / STATE_FILE).write_text(state_json)
-            policy.model.config.save_pretrained(partial)
+            config = copy.deepcopy(policy.model.config)
+            config.dtype = self._dtype
+            config.save_pretrained(partial)
             if policy.model.generation_config is not None:
                 policy.model.generation_config.save_pretrained(partial)
             AutoTokenizer.from_pretrained(self._tokenizer_path).save_pretrained(partial)
 
         def write() -> DiskFullError | None:
-            if (full := write_directory(final, fill)) is not None:
+            if (full := write_directory(final, peers, create=create, fill=fill)) is not None:
                 return full
-            self.set_aside_after(step)
-            for old in self.steps()[: -self._keep]:
-                shutil.rmtree(self.path(old))
-            on_saved(self.steps()[0])
+            if ranks.rank == 0:
+                self.set_aside_after(step)
+                for old in self.steps()[: -self._keep]:
+                    shutil.rmtree(self.path(old))
+                on_saved(self.steps()[0])
             return None
 
-        if ranks.rank == 0:
-            self._in_flight = self._thread.submit(write)
+        self._in_flight = self._thread.submit(write)
         return final
 
     def wait(self) -> None:
@@ -147,9 +208,12 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for the checkpoint in flight and ends the thread.
 
-        Call `wait` first if that checkpoint is needed.
+        Call `wait` first if that checkpoint is needed. Other ranks, which may be gone after an error, are
+        waited for no longer than a minute.
         """
         try:
+            if self._peers is not None:
+                self._peers.hurry()
             self._finish_in_flight()
         finally:
             self._thread.shutdown()
@@ -178,15 +242,16 @@ class Checkpoints:
             )
         try:
             state = json.loads((path / STATE_FILE).read_text())
-            if state["format"] != FORMAT:
+            if state["format"] not in (OLD_FORMAT, FORMAT):
                 raise ConfigError(
                     f"{path}: written by another version (format {state['format']}, this is {FORMAT})"
                 )
-            self._read(path, state, policy, optimizer, ranks, critic)
-        except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
+            extra: dict[str, Any] = state["extra"]
+            with contextlib.closing(StateReader(path, ranks)) as reader:
+                self._read(reader, state, path, {POLICY: (policy, optimizer)} | _model_of(critic))
+        except (OSError, json.JSONDecodeError, KeyError) as error:
             raise ConfigError(f"{path} cannot be read ({error}): resume from another step") from error
         ranks.any(True)  # waits until every rank has found and read it
-        extra: dict[str, Any] = state["extra"]
         return extra
 
     def set_aside_after(self, step: int) -> None:
@@ -201,32 +266,32 @@ class Checkpoints:
                 shutil.rmtree(aside, ignore_errors=True)
                 self.path(later).rename(aside)
 
+    def _copy(self, name: str, model: PackedModel, optimizer: ShardedAdamW) -> HostCopy:
+        """Copies the state of one model, into the memory of its last copy."""
+        if name not in self._copies or not self._copies[name].is_of(optimizer):
+            self._copies[name] = HostCopy(model, optimizer)
+        self._copies[name].take()
+        return self._copies[name]
+
     def _read(
         self,
-        path: Path,
+        reader: StateReader,
         state: dict[str, Any],
-        policy: Policy,
-        optimizer: ShardedAdamW,
-        ranks: Ranks,
-        critic: Critic | None,
+        path: Path,
+        models: dict[str, tuple[PackedModel, ShardedAdamW]],
     ) -> None:
-        moments = path / OPTIMIZER_FILE
-        num_updates = int(state["num_updates"])
-        read_state(path / MODEL_FILE, moments, policy, optimizer, ranks, num_updates=num_updates)
-        if critic is not None and "num_critic_updates" in state:
-            read_state(
-                path / CRITIC_FILE,
-                path / CRITIC_OPTIMIZER_FILE,
-                critic.model,
-                critic.optimizer,
-                ranks,
-                num_updates=int(state["num_critic_updates"]),
-            )
-        elif critic is not None:
-            critic.model.read_initial_weights()
-            log.warning("%s was saved without a critic: the critic starts from its initial weights", path)
-        with safe_open(moments, framework="pt") as file:
-            torch.set_rng_state(file.get_tensor(RANDOM_STATE))
+        is_old = state["format"] == OLD_FORMAT
+        counts = {POLICY: "num_updates", CRITIC: "num_critic_updates"}
+        stored: dict[str, ModelRows] = {} if is_old else reader.models()
+        for name, (model, optimizer) in models.items():
+            if name == CRITIC and (counts[name] not in state if is_old else name not in stored):
+                model.read_initial_weights()
+                log.warning("%s was saved without a critic: the critic starts from its initial weights", path)
+            elif is_old:
+                reader.read_old(name, model, optimizer, num_updates=int(state[counts[name]]))
+            else:
+                reader.read(stored[name], model, optimizer)
+        torch.set_rng_state(reader.random_state(is_old=is_old))
 
     def _finish_in_flight(self) -> DiskFullError | None:
         """Waits for the checkpoint in flight; returns why it was skipped, if it was.
@@ -236,3 +301,7 @@ class Checkpoints:
         """
         in_flight, self._in_flight = self._in_flight, None
         return None if in_flight is None else in_flight.result()
+
+
+def _model_of(critic: Critic | None) -> dict[str, tuple[PackedModel, ShardedAdamW]]:
+    return {} if critic is None else {CRITIC: (critic.model, critic.optimizer)}

@@ -46,6 +46,8 @@ from trainer.models.policy import build_policy
 from trainer.step.build import build_step_runner
 from trainer.step.recipe import StepRecipe
 from trainer.step.runner import IncompleteStepError
+from trainer.weight_sync.background_gather import BackgroundGather
+from trainer.weight_sync.boundary_gather import BoundaryGather
 from trainer.weight_sync.snapshot import Snapshot, WeightSnapshotter
 
 log = logging.getLogger(__name__)
@@ -63,18 +65,25 @@ class Trainer:
         self._paths = RunPaths.of(config)
         buffer.state = "loading"
         source = model_path(config)
-        is_new = not config.resume  # else a checkpoint has the weights: reading the initial ones is wasted
+        dtype = compute_dtype(config)
+        self._checkpoints = Checkpoints(
+            self._paths.checkpoints,
+            keep=config.trainer.keep_checkpoints,
+            tokenizer_path=source,
+            dtype=dtype,
+        )
+        resume_step = self._resume_step()
+        is_new = resume_step is None  # else a checkpoint has the weights: reading the initial ones is wasted
         self._policy = build_policy(config, source, ranks, with_weights=is_new)
         self._runner = build_step_runner(config, self._policy, ranks, initial=source, with_weights=is_new)
-        self._snapshotter = WeightSnapshotter(
-            self._policy, ranks, bucket_bytes=config.weights.bucket_bytes, dtype=compute_dtype(config)
+        gather = BoundaryGather if ranks.device.type == "cuda" else BackgroundGather
+        self._snapshotter: WeightSnapshotter = gather(
+            self._policy, ranks, bucket_bytes=config.weights.bucket_bytes_on(ranks.device.type), dtype=dtype
         )
         self._snapshot_s = 0.0
         """Seconds that the last snapshot took."""
-        self._checkpoints = Checkpoints(
-            self._paths.checkpoints, keep=config.trainer.keep_checkpoints, tokenizer_path=source
-        )
-        self._step, self._stream = self._resume()
+        self._checkpoints.open(ranks)
+        self._step, self._stream = self._resume(resume_step)
         self._saved_step = self._step
         buffer.step = self._step
         self._leader: Leader | None = None
@@ -110,18 +119,23 @@ class Trainer:
             return False
         return not self._ranks.any(self._buffer.stop_requested.is_set())
 
-    def _resume(self) -> tuple[int, dict[str, Any]]:
-        """(completed steps, state of the prompt stream) of the `resume` checkpoint; (0, {}) for a new run."""
+    def _resume_step(self) -> int | None:
+        """Step of the checkpoint to resume from; None for a new run. Collective."""
         resume = self._config.resume
         if not resume:
-            return 0, {}
+            return None
         is_newest = resume in ("latest", "auto")
         step = self._checkpoints.latest(self._ranks) if is_newest else int(resume.removeprefix("step:"))
-        if step is None and resume == "auto":
-            log.info("resume=auto: no checkpoint in %s, step 0", self._paths.checkpoints)
-            return 0, {}
-        if step is None:
+        if step is None and resume == "latest":
             raise ConfigError(f"resume=latest: there is no checkpoint in {self._paths.checkpoints}")
+        if step is None:
+            log.info("resume=auto: no checkpoint in %s, step 0", self._paths.checkpoints)
+        return step
+
+    def _resume(self, step: int | None) -> tuple[int, dict[str, Any]]:
+        """(completed steps, state of the prompt stream) of the checkpoint; (0, {}) for a new run."""
+        if step is None:
+            return 0, {}
         extra = self._checkpoints.load(
             step, self._policy, self._runner.optimizer, self._ranks, critic=self._runner.critic
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor
@@ -76,6 +76,7 @@ class Leader:
         self._last_checks: dict[str, CheckReport] = {}
         """Server -> its last check."""
         self._publisher: Publisher
+        self._push_limit_s: float
 
     def start_stream(self, stream: dict[str, Any]) -> bool:
         """Sends the buffer the step at which training starts; returns True if the run is new.
@@ -109,6 +110,8 @@ class Leader:
                 self._staleness.restore(stream["staleness"])
             self._send_staleness_bound(self._staleness.bound)
         self._eval_before = stream.get("eval_before")
+        num_bytes = sum(bucket.num_bytes for bucket in snapshot.buckets)
+        self._push_limit_s = 2 * self._config.weights.deadline_s(num_bytes)  # staging, and broadcast
         self._buffer.run(self._open_publisher(), name="publisher", timeout_s=10)
         self._offer(snapshot, loaded=is_new)
         try:
@@ -218,7 +221,7 @@ class Leader:
         self._buffer.run(
             self._publisher.wait_until_active(self._step),
             name="the checkpoint's weights to be active at a server",
-            timeout_s=self._config.rollout.start_timeout_s + self._config.weights.push_deadline_s,
+            timeout_s=self._config.rollout.start_timeout_s + self._push_limit_s,
             may_stop=True,
         )
 
@@ -228,7 +231,7 @@ class Leader:
             self._buffer.run(
                 self._publisher.wait_until_active(self._step),
                 name="the last weights to be active",
-                timeout_s=self._config.weights.push_deadline_s,
+                timeout_s=self._push_limit_s,
             )
             if not self._evaluations.is_enabled:
                 return None
@@ -294,7 +297,8 @@ class Leader:
             self._last_checks[report.server] = report
             self._series.checked(report)
 
-        buffer, weights = self._buffer, self._config.weights
+        buffer = self._buffer
+        weights = replace(self._config.weights, update_mode=self._config.update_mode)
         # An engine scores given tokens at temperature 1 only.
         is_checked = weights.check_interval_s is not None and self._config.sampling.temperature == 1
         self._publisher = Publisher(

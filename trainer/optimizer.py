@@ -118,21 +118,27 @@ class ShardedAdamW:
         """Adam's moments of one shard: zeros before the first step, then the optimizer's own tensors."""
         shard = self.shards[shard_name]
         state: dict[str, Any] = self._adam.state.get(shard, {})
-        return {key: state.get(key, torch.zeros_like(shard)) for key in MOMENTS}
+        return {key: state[key] if key in state else torch.zeros_like(shard) for key in MOMENTS}
 
     @property
     def num_updates(self) -> int:
         """Updates so far, for Adam's bias correction."""
         return max((int(state["step"]) for state in self._adam.state.values()), default=0)
 
-    def restore(self, moments: dict[str, dict[str, Tensor]], *, num_updates: int) -> None:
-        """Sets the moments of every shard, as `moments` returned them. Copies them."""
+    def new_moments(self, *, num_updates: int) -> dict[str, dict[str, Tensor]]:
+        """Replaces the moments by uninitialized ones after `num_updates` updates, for the caller to fill.
+
+        Returns them by the name of the shard, like `moments`: the optimizer's own tensors, so that a restored
+        state is never in memory twice. After 0 updates there are none.
+        """
+        self._adam.state.clear()
         if num_updates == 0:
-            return
-        for name, shard in self.shards.items():
+            return {}
+        for shard in self.shards.values():
             if shard.numel():
                 # The fused kernel keeps its count in a tensor on the shard's device.
                 self._adam.state[shard] = {
                     "step": torch.tensor(float(num_updates), dtype=torch.float32, device=shard.device),
-                    **{key: moments[name][key].detach().to(shard, copy=True) for key in MOMENTS},
+                    **{key: torch.empty_like(shard, requires_grad=False) for key in MOMENTS},
                 }
+        return {name: self.moments(name) for name in self.shards}

@@ -141,10 +141,13 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 def _check_existing(config: Config) -> str:
     from transformers import AutoConfig, AutoTokenizer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from trainer.models.safetensors_rows import SafetensorsRows
 
     path = model_path(config)
     try:
-        AutoConfig.from_pretrained(path, trust_remote_code=False)
+        model_type = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
         AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -153,6 +156,12 @@ def _check_existing(config: Config) -> str:
             f"transformers can load ({reason}). Use tiny, smollm2, a directory with config.json, or an "
             "owner/name"
         ) from error
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ConfigError(
+            f"model.path={config.model.path}: transformers has no causal language model of type {model_type}"
+        )
+    # Finds an incomplete download before any process loads it; fetches a hub's files once for all of them.
+    SafetensorsRows.of_model(path)
     return path
 
 

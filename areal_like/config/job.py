@@ -172,6 +172,24 @@ class Config(Section):
         """Upper limit of the staleness bound: `max_staleness`, or `max_staleness_cap` when that is `auto`."""
         return self.max_staleness_cap if isinstance(self.max_staleness, str) else self.max_staleness
 
+    @property
+    def update_mode(self) -> Literal["recompute", "keep", "abort_resume", "drain"]:
+        """`weights.update_mode`, or what it is when `auto`.
+
+        On GPUs answers are long: to rebuild the KV cache of every running sequence at each push would cost
+        more than it gains, and SGLang's prefixes of other weights are kept apart by a salt.
+        """
+        if self.weights.update_mode != "auto":
+            return self.weights.update_mode
+        if self._trains_on_intervals:
+            return "drain"
+        on_gpu = self.rollout.engine == "sglang" and self.rollout.engine_device != "cpu"
+        return "keep" if on_gpu else "recompute"
+
+    @property
+    def _trains_on_intervals(self) -> bool:
+        return self.objective.get("name") == "oapl" and self.weights.sync_interval > 1
+
     def _check_shards(self) -> None:
         num_shards = self.buffer.num_shards
         require(
@@ -221,7 +239,7 @@ class Config(Section):
             f"or weights.sync_interval to at most {self.staleness_cap + 1}",
         )
         require(
-            self.objective.get("name") != "oapl" or self.weights.update_mode == "drain",
+            not self._trains_on_intervals or self.update_mode == "drain",
             f"objective.name=oapl with weights.sync_interval={interval} needs whole groups "
             f"of one weight version: set weights.update_mode=drain, not {self.weights.update_mode}",
         )

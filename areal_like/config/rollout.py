@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from areal_like.config.common import Section, check_device, require
-from areal_like.errors import ConfigError
+from areal_like.config.sglang_args import TENSOR_PARALLEL, check_args, number, words_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +39,6 @@ class SamplingConfig(Section, key="sampling"):
         )
 
 
-_OWN_OPTIONS = ("--host", "--port", "--api-key", "--admin-api-key")
-"""Options of SGLang that the rollout server sets and `rollout.sglang.args` may not change."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class SglangConfig(Section, key="rollout.sglang"):
     """With `rollout.engine=sglang`: how to start SGLang, or the address of a running SGLang server.
@@ -56,8 +51,8 @@ class SglangConfig(Section, key="rollout.sglang"):
     """Interpreter of the environment with SGLang; empty: the current interpreter if it has SGLang, else the
     one built by `make sglang`."""
     args: str = ""
-    """More options of sglang.launch_server, as in a shell: `--tp-size 2 --mem-fraction-static 0.8`. They
-    override the options that the rollout server sets."""
+    """More options of sglang.launch_server, as in a shell: `--mem-fraction-static 0.8`. They override the
+    options that the rollout server sets."""
     env: dict[str, Any] = field(default_factory=dict)
     """Environment variables of the engine, added to the environment of the rollout server."""
     url: str = ""
@@ -71,15 +66,8 @@ class SglangConfig(Section, key="rollout.sglang"):
     the system."""
 
     def check(self) -> None:
-        """`args` must parse as shell words; `url` excludes the settings that start an engine."""
-        try:
-            words = shlex.split(self.args)
-        except ValueError as error:
-            raise ConfigError(f"rollout.sglang.args={self.args!r}: {error}") from None
-        require(
-            not words or words[0].startswith("-"),
-            f"rollout.sglang.args={self.args!r}: begin with an option, e.g. --tp-size 2",
-        )
+        """Checks `args` (see sglang_args.py); `url` excludes the settings that start an engine."""
+        check_args(self.args)
         require(
             not self.url or self.url.startswith(("http://", "https://")),
             f"rollout.sglang.url={self.url}: give https://host:port, or http://127.0.0.1:port",
@@ -88,12 +76,6 @@ class SglangConfig(Section, key="rollout.sglang"):
             bool(self.url) or not (self.api_key_file or self.ca_file),
             "rollout.sglang.api_key_file and ca_file are for an engine at rollout.sglang.url: "
             "an engine that the rollout server starts gets a key of its own",
-        )
-        own = next((word for word in words if word.partition("=")[0] in _OWN_OPTIONS), "")
-        require(
-            not own,
-            f"rollout.sglang.args: remove {own.partition('=')[0]}: the rollout server binds its engine to a "
-            "free port of 127.0.0.1 and gives it a key that is on no command line",
         )
         require(
             not (self.url and (self.args or self.env or self.python)),
@@ -111,7 +93,12 @@ class RolloutConfig(Section, key="rollout"):
     engine: Literal["embedded", "sglang"] = "embedded"
     """Inference engine of each server, in a separate process; `embedded` is the one in this repository."""
     engine_device: str = "cpu"
-    """Device of the engine: `cpu`, `cuda` or `cuda:N`."""
+    """Device of the engine: `cpu`, `cuda` or `cuda:N`; `cuda` means `cuda:0`. The embedded engine of every
+    server uses GPU N. SGLang's engine of server I (the number at the end of its name) uses `gpus_per_engine`
+    GPUs from N + I * `gpus_per_engine` on."""
+    gpus_per_engine: int = 1
+    """GPUs of one engine, which share each of its layers (SGLang's `--tp-size`). On a CPU, processes. The
+    embedded engine has one."""
     max_running: int = 128
     """Sequences that one engine decodes at the same time (KV slots)."""
     max_context: int = 0
@@ -138,7 +125,7 @@ class RolloutConfig(Section, key="rollout"):
 
     def check(self) -> None:
         """Ranges; `sglang` settings only with that engine."""
-        for name in ("num_servers", "max_running", "reward_workers", "num_threads"):
+        for name in ("num_servers", "max_running", "reward_workers", "num_threads", "gpus_per_engine"):
             require(getattr(self, name) >= 1, f"rollout.{name} must be at least 1")
         for name in ("max_context", "queue_samples"):
             require(getattr(self, name) >= 0, f"rollout.{name} must be at least 0")
@@ -150,8 +137,28 @@ class RolloutConfig(Section, key="rollout"):
             self.engine == "sglang" or self.sglang == SglangConfig(),
             "rollout.sglang is set, but rollout.engine=embedded would ignore it: set rollout.engine=sglang",
         )
+        self._check_gpus()
         require(
             self.num_servers == 1 or not self.sglang.url or "{index}" in self.sglang.url,
             f"rollout.sglang.url={self.sglang.url} is one engine for rollout.num_servers={self.num_servers}: "
             "put {index} into the url",
+        )
+
+    def _check_gpus(self) -> None:
+        num_gpus = self.gpus_per_engine
+        require(
+            num_gpus == 1 or self.engine == "sglang",
+            f"rollout.gpus_per_engine={num_gpus}: the embedded engine uses one device: "
+            "set it to 1, or rollout.engine=sglang",
+        )
+        require(
+            num_gpus == 1 or not self.sglang.url,
+            f"rollout.gpus_per_engine={num_gpus} would change nothing for the engine that runs at "
+            "rollout.sglang.url: start that engine with --tp-size, and remove the setting",
+        )
+        given = number(words_of(self.sglang.args), TENSOR_PARALLEL)
+        require(
+            given in (None, num_gpus),
+            f"rollout.sglang.args: {TENSOR_PARALLEL[0]} {given} and rollout.gpus_per_engine={num_gpus} "
+            f"contradict each other: set rollout.gpus_per_engine={given} and leave the option out",
         )

@@ -74,6 +74,9 @@ class TrainerConfig(Section, key="trainer"):
     """Rows of logits in memory at the same time, one row per token."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     """Recompute activations in the backward; `auto`: on GPUs only."""
+    reshard_after_forward: bool = True
+    """Free the gathered weights of a layer after its forward and gather them again in its backward. `false`
+    sends less between ranks, and each rank needs room for the whole model in `model.dtype`."""
     checkpoint_interval: int = 100
     """Steps between checkpoints; the last step always has one."""
     keep_checkpoints: int = 2

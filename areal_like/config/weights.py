@@ -9,7 +9,8 @@ from typing import Literal
 from areal_like.config.common import Section, require
 
 MAX_TIMEOUT_S = 3600.0
-"""Upper limit of `push_deadline_s`; a server refuses a request with a longer time limit."""
+"""Upper limit of `push_deadline_s` and `deadline_s`; a server refuses a request with a longer time limit."""
+_AUTO_BUCKET_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 _ANY_ADDRESS = ("0.0.0.0", "::", "[::]")
 _MAX_PORT = 65535
 
@@ -18,12 +19,14 @@ _MAX_PORT = 65535
 class WeightsConfig(Section, key="weights"):
     """Weight pushes from trainer rank 0 to the engines."""
 
-    update_mode: Literal["recompute", "keep", "abort_resume", "drain"] = "recompute"
+    update_mode: Literal["auto", "recompute", "keep", "abort_resume", "drain"] = "auto"
     """Treatment of sequences in flight: `recompute` rebuilds their KV cache under the new weights, `keep`
     keeps the old KV cache, `abort_resume` interrupts them and resubmits the partial tokens, `drain` finishes
-    them first."""
-    bucket_bytes: int = 64 << 20
-    """Size of one flattened broadcast, in bytes."""
+    them first. `auto`: `drain` where `objective=oapl` trains on intervals, `keep` with SGLang on GPUs
+    (`rollout.engine_device`), else `recompute`."""
+    bucket_bytes: int = 0
+    """Size of one flattened broadcast, in bytes; 0: 64 MiB where the trainer runs on a CPU, 512 MiB on
+    GPUs."""
     host: str = "127.0.0.1"
     """Address of trainer rank 0 for the weight group's rendezvous; every engine must be able to reach it."""
     port_range: str = ""
@@ -37,8 +40,11 @@ class WeightsConfig(Section, key="weights"):
     `buffer.group_filter=single_version`, each interval trains only on groups sampled with the weights pushed
     at its start; groups left over at its end are dropped with reason `interval`."""
     push_deadline_s: float = 60.0
-    """Time limit of a push, in seconds, at most 3600. A receiver that has not replied by then is excluded
-    from the weight group."""
+    """Time limit of a push, in seconds, at most 3600; the time that the bytes take at `min_bytes_per_s` is
+    added to it. A receiver that has not replied by then is excluded from the weight group."""
+    min_bytes_per_s: float = 100e6
+    """Least rate of a push, in bytes per second: a slower one counts as failed. The limit of a push of n
+    bytes is `push_deadline_s` + n / `min_bytes_per_s` seconds, and at most 3600."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """Backend of the weight group; `auto`: NCCL where trainer and engine are on GPUs, else gloo."""
     topology: Literal["shared", "per_engine"] = "shared"
@@ -63,12 +69,16 @@ class WeightsConfig(Section, key="weights"):
             self.max_unavailable >= 0, "weights.max_unavailable must be at least 0 (0: all servers at once)"
         )
         require(bool(self.host), "weights.host is empty: give an address of the trainer's machine")
-        require(self.bucket_bytes >= 1 << 10, "weights.bucket_bytes must be at least 1024")
+        require(
+            self.bucket_bytes == 0 or self.bucket_bytes >= 1 << 10,
+            "weights.bucket_bytes must be 0 (automatic) or at least 1024",
+        )
         require(self.sync_interval >= 1, "weights.sync_interval must be at least 1")
         require(
             0 < self.push_deadline_s <= MAX_TIMEOUT_S,
             f"weights.push_deadline_s must be above 0 and at most {MAX_TIMEOUT_S:g}",
         )
+        require(self.min_bytes_per_s >= 1, "weights.min_bytes_per_s must be at least 1 byte per second")
         require(
             self.host not in _ANY_ADDRESS,
             f"weights.host={self.host} is no address that engines can connect to: "
@@ -79,6 +89,14 @@ class WeightsConfig(Section, key="weights"):
             f"weights.port_range={self.port_range!r}: give two ports from 1 to {_MAX_PORT}, as 20000-20099, "
             "or leave it empty",
         )
+
+    def bucket_bytes_on(self, device: str) -> int:
+        """`bucket_bytes`, chosen for the trainer's type of device (`cpu`, `cuda`) if it is 0."""
+        return self.bucket_bytes or _AUTO_BUCKET_BYTES[device]
+
+    def deadline_s(self, num_bytes: int) -> float:
+        """Time limit of a push of this many bytes, in seconds."""
+        return min(MAX_TIMEOUT_S, self.push_deadline_s + num_bytes / self.min_bytes_per_s)
 
     @property
     def ports(self) -> range:

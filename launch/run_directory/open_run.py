@@ -18,6 +18,7 @@ from pathlib import Path
 
 from areal_like.automatic_settings import resolved
 from areal_like.config import Config
+from areal_like.config.gpus import check_gpus_are_separate
 from areal_like.errors import ConfigError
 from areal_like.paths import BUILT_MODELS, RunPaths
 from areal_like.runtime.command_line import GROUPS, load_config, save_config
@@ -59,7 +60,10 @@ def open_run(argv: Sequence[str]) -> OpenRun:
     is_named = any(arg.startswith("name=") or arg == "--config" for arg in argv)
     resumes = _is_begun(RunPaths.of(config)) if config.resume == "auto" else bool(config.resume)
     is_named = is_named or config.resume == "auto"  # the next start must find the same directory
-    return _prepared(_resume(config, argv) if resumes else _start(resolved(config), is_named=is_named))
+    if resumes:
+        return _prepared(_resume(config, argv))
+    check_gpus_are_separate(config)
+    return _prepared(_start(resolved(config), is_named=is_named))
 
 
 def open_replay(recorded: Path, argv: Sequence[str]) -> OpenRun:
@@ -176,6 +180,7 @@ def _resume(config: Config, argv: Sequence[str]) -> OpenRun:
         if "--config" not in argv:
             config = _with_own_settings(config, argv, own=paths.config)
         config = resolved(config)
+        check_gpus_are_separate(config)
         if begins_again and config.resume == "latest":
             config = dataclasses.replace(config, resume="")
     except ConfigError:

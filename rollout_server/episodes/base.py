@@ -10,7 +10,6 @@ appends the continuation, whose tokens have the new weight version.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from typing import Protocol
@@ -21,22 +20,13 @@ from numpy.typing import NDArray
 from areal_like.errors import EngineError, EngineTimeoutError, EpisodeError, PromptRefusedError
 from areal_like.trajectory import FinishReason
 from rollout_server.episodes.transcript import Transcript
-from rollout_server.inference.types import Generation, Sampling
+from rollout_server.inference.types import Generation, Sampling, SamplingClient
 from rollout_server.tasks.base import Example
 
 _MAX_EMPTY_ABORTS = 16
 """Aborts in a row without a new token after which the engine counts as broken: no job updates its weights so
 often."""
 _SEED_STRIDE = 0x9E3779B1
-
-
-class SamplingClient(Protocol):
-    """The part of an `EngineClient` that episodes use."""
-
-    async def generate(
-        self, input_ids: Sequence[int], *, sampling: Sampling, rid: str | None = None
-    ) -> Generation:
-        """As EngineClient.generate."""
 
 
 class Tokenizer(Protocol):

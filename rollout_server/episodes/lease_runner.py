@@ -33,6 +33,7 @@ from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, Sample
 from areal_like.wire.records import Record
 from rollout_server.buffer_client.held_leases import SampleResult
 from rollout_server.episodes.base import Episode, PolicyClient, Tokenizer
+from rollout_server.episodes.prompt_leader import PromptLeader, needs_leader
 from rollout_server.episodes.prompt_loader import SPLITS, FailedPrompt, Prompt, PromptLoader
 from rollout_server.episodes.transcript import Transcript
 from rollout_server.inference.client import EngineClient
@@ -140,10 +141,22 @@ class LeaseRunner:
 
     def _start_samples(self, lease: Lease, prompt: Prompt | FailedPrompt) -> None:
         if self._is_wanted(lease):  # the lease may have been cancelled in the meantime
+            leader = PromptLeader(self._leader_of(lease, prompt))
             for sample_index in lease.sample_indices:
-                self._start_sample(lease, sample_index, prompt)
+                self._start_sample(lease, sample_index, prompt, leader)
 
-    def _start_sample(self, lease: Lease, sample_index: int, prompt: Prompt | FailedPrompt) -> None:
+    def _leader_of(self, lease: Lease, prompt: Prompt | FailedPrompt) -> int | None:
+        """The sample that computes the prompt before the others; None if all start at once."""
+        is_needed = not isinstance(prompt, FailedPrompt) and needs_leader(
+            num_prompt_tokens=len(prompt.tokens_P),
+            num_samples=len(lease.sample_indices),
+            caches_prefixes=self.engine is not None and self.engine.caches_prefixes,
+        )
+        return lease.sample_indices[0] if is_needed else None
+
+    def _start_sample(
+        self, lease: Lease, sample_index: int, prompt: Prompt | FailedPrompt, leader: PromptLeader
+    ) -> None:
         def ended(task: asyncio.Task[None]) -> None:
             tasks.discard(task)
             if not tasks:
@@ -151,18 +164,21 @@ class LeaseRunner:
             self._report_unexpected(task)
 
         tasks = self._samples[lease.lease_id]
-        task = asyncio.create_task(self._make_sample(lease, sample_index, prompt))
+        task = asyncio.create_task(self._make_sample(lease, sample_index, prompt, leader))
         tasks.add(task)
         task.add_done_callback(ended)
 
-    async def _make_sample(self, lease: Lease, sample_index: int, prompt: Prompt | FailedPrompt) -> None:
+    async def _make_sample(
+        self, lease: Lease, sample_index: int, prompt: Prompt | FailedPrompt, leader: PromptLeader
+    ) -> None:
         """Makes one sample and reports its result."""
         if isinstance(prompt, FailedPrompt):
             self._report_failed(lease, sample_index, prompt.kind, prompt.reason, Transcript())
             return
         engine, transcript = self.engine, Transcript()
         try:
-            record = await self._make_record(lease, sample_index, prompt, transcript)
+            await leader.wait_turn(sample_index)
+            record = await self._make_record(lease, sample_index, prompt, transcript, leader)
         except (EngineError, EpisodeError, RewardError) as error:
             kind = next(kind for cause, kind in _KINDS if isinstance(error, cause))
             if isinstance(error, EngineError):
@@ -173,9 +189,16 @@ class LeaseRunner:
         else:
             self.num_done += 1
             self._on_result(SampleDone(lease_id=lease.lease_id, record=record))
+        finally:
+            leader.prompt_computed()
 
     async def _make_record(
-        self, lease: Lease, sample_index: int, prompt: Prompt, transcript: Transcript
+        self,
+        lease: Lease,
+        sample_index: int,
+        prompt: Prompt,
+        transcript: Transcript,
+        leader: PromptLeader,
     ) -> Record:
         if self.engine is None:
             raise EngineError("there is no engine")
@@ -187,10 +210,12 @@ class LeaseRunner:
             sampling_seed=None if is_greedy else (lease.seed + sample_index) % _MAX_SEED,
         )
         rid = f"{lease.lease_id}.{sample_index}"
-        policy = PolicyClient(self.engine, sampling=sampling, rid=rid, gate=self._gate)
+        client = self.engine.episode(on_first_token=leader.prompt_computed)
+        policy = PolicyClient(client, sampling=sampling, rid=rid, gate=self._gate)
         transcript.append_context(prompt.tokens_P)
         started_s = loop.time()
         completion = await self._run_episode(prompt, policy, transcript)
+        leader.prompt_computed()  # an answer of one token was not reported before
         generation_s = loop.time() - started_s
         reward = await self._rewards.score(
             split=SPLITS[lease.purpose], index=lease.prompt_index, completion=completion

@@ -8,7 +8,8 @@ code that holds a generation's lease decides about a retry.
 from __future__ import annotations
 
 import ssl
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -17,7 +18,13 @@ from areal_like.weights.buckets import Bucket
 from areal_like.weights.integrity import BucketSums
 from rollout_server.inference.generate_batcher import GenerateBatcher
 from rollout_server.inference.http import EngineHttp
-from rollout_server.inference.types import EngineInfo, Generation, Sampling, parse_weight_version
+from rollout_server.inference.types import (
+    EngineInfo,
+    Generation,
+    Sampling,
+    SamplingClient,
+    parse_weight_version,
+)
 
 
 class EngineClient:
@@ -35,8 +42,10 @@ class EngineClient:
         connect_timeout_s: float = 5.0,
         control_timeout_s: float = 30.0,
         generate_timeout_s: float = 600.0,
+        stream_interval: int = 0,
     ) -> None:
-        """`tls`: how an https engine is checked; None: with the certificates of the system."""
+        """`tls`: how an https engine is checked; None: with the certificates of the system.
+        `stream_interval`: tokens between two chunks of a sequence; 0: as the engine does it."""
         self._http = EngineHttp(
             base_url,
             api_key=api_key,
@@ -44,11 +53,15 @@ class EngineClient:
             connect_timeout_s=connect_timeout_s,
             control_timeout_s=control_timeout_s,
         )
-        self._batcher = GenerateBatcher(self._http, timeout_s=generate_timeout_s)
+        self._batcher = GenerateBatcher(
+            self._http, timeout_s=generate_timeout_s, stream_interval=stream_interval
+        )
         self._connect_timeout_s = connect_timeout_s
         self.base_url = self._http.base_url
         self.info = EngineInfo()
         """Filled by `fetch_info`."""
+        self.caches_prefixes = False
+        """True if the engine computes a prompt once that several requests share."""
 
     async def __aenter__(self) -> EngineClient:
         return self
@@ -84,15 +97,26 @@ class EngineClient:
         """
         return await self._batcher.generate(input_ids, sampling=sampling, rid=rid)
 
+    def episode(self, *, on_first_token: Callable[[], None] | None = None) -> SamplingClient:
+        """The client with which one episode samples all its turns; `on_first_token` is called if this engine
+        reports it."""
+        return self
+
+    def renew_cache_salt(self) -> None:
+        """Call while the engine is paused, before its weights change, where prefixes are kept: later episodes
+        share none with earlier ones. Does nothing for an engine that keeps none."""
+
     async def score(self, tokens: Sequence[int], *, first: int) -> tuple[list[float], int]:
         """Log-probs, at temperature 1, of the tokens from index `first` (at least 1); and the version that
         gave them."""
-        body = {
+        body: dict[str, Any] = {
             "input_ids": list(tokens),
             "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
             "return_logprob": True,
             "logprob_start_len": first - 1,
         }
+        if self.caches_prefixes:
+            body["cache_salt"] = uuid.uuid4().hex  # nothing that was computed before may be used
         answer = await self._http.call("POST", "/generate", body)
         try:
             meta = answer["meta_info"]

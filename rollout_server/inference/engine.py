@@ -42,13 +42,25 @@ class Engine(Protocol):
         """Makes `died` return, in any state of the engine."""
 
 
-def make_engine(config: Config, *, name: str, model: str, context_tokens: int, vocab_size: int) -> Engine:
+def make_engine(
+    config: Config, *, name: str, model: str, context_tokens: int, max_positions: int, vocab_size: int
+) -> Engine:
     """Creates the engine chosen by `rollout.engine` and `rollout.sglang.url`, not started yet.
 
-    Raises ConfigError.
+    `context_tokens`: longest sequence of the job; `max_positions`: longest one of the model. Raises
+    ConfigError.
     """
     if config.rollout.engine == "embedded":
         return EmbeddedProcess(config, name=name, model=model, context_tokens=context_tokens)
     if config.rollout.sglang.url:
-        return SglangAtUrl(config, name=name, model=model, vocab_size=vocab_size)
-    return SglangProcess(config, name=name, model=model, context_tokens=context_tokens, vocab_size=vocab_size)
+        return SglangAtUrl(
+            config, name=name, model=model, context_tokens=context_tokens, vocab_size=vocab_size
+        )
+    return SglangProcess(
+        config,
+        name=name,
+        model=model,
+        context_tokens=context_tokens,
+        max_positions=max_positions,
+        vocab_size=vocab_size,
+    )

@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +28,7 @@ import aiohttp
 from areal_like.errors import EngineError, EngineTimeoutError
 from areal_like.trajectory import FinishReason
 from rollout_server.inference.http import EngineHttp, error_text
-from rollout_server.inference.sse import finished_sequence, parse_generation, read_events, refusal
+from rollout_server.inference.sse import is_last, parse_generation, read_events, refusal
 from rollout_server.inference.types import Generation, Sampling
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,10 @@ class _Pending:
     input_ids: Sequence[int]
     sampling: Mapping[str, Any]
     future: asyncio.Future[Generation]
+    cache_salt: str = ""
+    """Prefixes are shared only between requests with the same salt."""
+    on_first_token: Callable[[], None] | None = None
+    """Called once, when the prompt has been computed."""
     deadline_s: float = 0.0
     """End of its time limit; set when it is sent first."""
     is_late: bool = False
@@ -62,22 +66,39 @@ class _Pending:
 class GenerateBatcher:
     """Generate requests of one engine. Belongs to one event loop."""
 
-    def __init__(self, http: EngineHttp, *, timeout_s: float) -> None:
-        """`timeout_s`: time limit of each sequence, from the first time that it is sent."""
+    def __init__(self, http: EngineHttp, *, timeout_s: float, stream_interval: int = 0) -> None:
+        """`timeout_s`: time limit of each sequence, from the first time that it is sent. `stream_interval`:
+        sent with each request unless it is 0."""
         self._http = http
         self._timeout_s = timeout_s
+        self._streaming = {"stream_interval": stream_interval} if stream_interval else {}
         self._queued: list[_Pending] = []
         """Requests made in this turn of the loop."""
         self._open: dict[str, _Pending] = {}
         """Request id of the caller -> its call."""
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def generate(self, input_ids: Sequence[int], *, sampling: Sampling, rid: str | None) -> Generation:
-        """As EngineClient.generate."""
+    async def generate(
+        self,
+        input_ids: Sequence[int],
+        *,
+        sampling: Sampling,
+        rid: str | None,
+        cache_salt: str = "",
+        on_first_token: Callable[[], None] | None = None,
+    ) -> Generation:
+        """As EngineClient.generate; `cache_salt` and `on_first_token` as in SglangClient.generate."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Generation] = loop.create_future()
         rid = rid or uuid.uuid4().hex
-        pending = _Pending(_wire_rid(rid), input_ids, sampling.to_dict(), future)
+        pending = _Pending(
+            _wire_rid(rid),
+            input_ids,
+            sampling.to_dict() | self._streaming,
+            future,
+            cache_salt,
+            on_first_token,
+        )
         self._open.setdefault(rid, pending)
         if not self._queued:
             loop.call_soon(self._flush)
@@ -160,6 +181,8 @@ class GenerateBatcher:
             "return_logprob": True,
             "stream": True,
         }
+        if any(pending.cache_salt for pending in batch):
+            body["cache_salt"] = [pending.cache_salt for pending in batch]
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._http.connect_timeout_s)
         try:
             async with (
@@ -208,10 +231,11 @@ class GenerateBatcher:
         Raises ValueError if the event belongs to no sequence of the batch.
         """
         try:
-            index = finished_sequence(event)
-            if index is None:
-                return
+            index = int(event.get("index", 0))
             pending = batch[index] if index >= 0 else batch[len(batch)]
+            if not is_last(event):
+                self._note_first_token(pending)
+                return
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError(f"malformed event ({type(error).__name__}: {error})") from None
         try:
@@ -229,6 +253,11 @@ class GenerateBatcher:
             generation = replace(generation, finish_reason=FinishReason.TIMEOUT)
         if not pending.future.done():
             pending.future.set_result(generation)
+
+    def _note_first_token(self, pending: _Pending) -> None:
+        if pending.on_first_token is not None:
+            pending.on_first_token()
+            pending.on_first_token = None
 
     def _timeout_error(self) -> EngineTimeoutError:
         limit = f"rollout.generate_timeout_s={self._timeout_s:g}"

@@ -69,14 +69,9 @@ def _error_of(error: Any) -> EngineError:
     return refusal(code if isinstance(code, int) else 400, str(fields.get("message", error)))
 
 
-def finished_sequence(event: dict[str, Any]) -> int | None:
-    """Index in the batch of the sequence that this event ends; None if the event ends no sequence.
-
-    Raises KeyError, TypeError or ValueError for a malformed event.
-    """
-    if event["meta_info"]["finish_reason"] is None:
-        return None
-    return int(event.get("index", 0))
+def is_last(event: dict[str, Any]) -> bool:
+    """True if this event ends its sequence. Raises KeyError or TypeError for a malformed event."""
+    return event["meta_info"]["finish_reason"] is not None
 
 
 def parse_generation(event: dict[str, Any]) -> Generation:
@@ -112,4 +107,6 @@ def parse_generation(event: dict[str, Any]) -> Generation:
         finish_reason=_FINISH_REASONS[kind],
         matched=matched if isinstance(matched, int) else None,
         message=str(reason.get("message") or ""),
+        num_prompt_tokens=int(meta.get("prompt_tokens") or 0),
+        num_cached_tokens=int(meta.get("cached_tokens") or 0),
     )

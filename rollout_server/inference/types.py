@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +67,19 @@ class Generation:
     """The stop token, where `finish_reason` is STOP."""
     message: str = ""
     """The engine's reason, where `finish_reason` is ABORT."""
+    num_prompt_tokens: int = 0
+    """Tokens of the request's prompt; 0 if the engine does not report it."""
+    num_cached_tokens: int = 0
+    """Those of them whose KV was in the engine's prefix cache."""
+
+
+class SamplingClient(Protocol):
+    """The part of an `EngineClient` that episodes use."""
+
+    async def generate(
+        self, input_ids: Sequence[int], *, sampling: Sampling, rid: str | None = None
+    ) -> Generation:
+        """As EngineClient.generate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +93,8 @@ class EngineInfo:
     nccl_version: str = ""
     authenticates_store: bool = False
     """True if the engine takes the key of a weight group's rendezvous; SGLang does not."""
+    loads_in_place: bool = False
+    """True if the engine does not decode while it receives weights (SGLang)."""
 
     @classmethod
     def from_server_info(cls, server_info: Mapping[str, Any]) -> EngineInfo:

@@ -311,7 +311,7 @@ class WeightReceiver:
                 await self._leave_group(engine)
                 if isinstance(error, TimeoutError):
                     raise WeightSyncError(
-                        f"version {request.version} was not active within {request.timeout_s:g} s"
+                        f"version {request.version} was not active within {request.timeout_s:.4g} s"
                     ) from None
                 raise
             stall_s = 0.0  # the swap succeeded, only the engine's answer was lost

@@ -45,9 +45,25 @@ def test_config_survives_yaml_and_dicts(tmp_path: Path) -> None:
 
 def test_engine_options_and_environment_are_open() -> None:
     config = load_config(
-        ["rollout.engine=sglang", "rollout.sglang.args=--tp-size 2", "rollout.sglang.env.NCCL_DEBUG=INFO"]
+        ["rollout.engine=sglang", "rollout.sglang.args=--tp-size 1", "rollout.sglang.env.NCCL_DEBUG=INFO"]
     )
-    assert (config.rollout.sglang.args, config.rollout.sglang.env) == ("--tp-size 2", {"NCCL_DEBUG": "INFO"})
+    assert (config.rollout.sglang.args, config.rollout.sglang.env) == ("--tp-size 1", {"NCCL_DEBUG": "INFO"})
+
+
+def test_update_mode_follows_engine_and_objective() -> None:
+    sglang = ["rollout.engine=sglang", "rollout.engine_device=cuda"]
+    for settings, mode in (
+        ([], "recompute"),
+        (sglang[:1], "recompute"),
+        (["rollout.engine_device=cuda"], "recompute"),
+        (sglang, "keep"),
+        ([*sglang, "objective=oapl"], "drain"),
+        ([*sglang, "objective=oapl", "weights.update_mode=auto"], "drain"),
+        ([*sglang, "weights.update_mode=abort_resume"], "abort_resume"),
+    ):
+        assert load_config(settings).update_mode == mode, settings
+    with pytest.raises(ConfigError, match=r"set weights\.update_mode=drain, not keep"):
+        load_config([*sglang, "objective=oapl", "weights.update_mode=keep"])
 
 
 def test_own_class_replaces_the_default_settings() -> None:
@@ -99,7 +115,7 @@ def test_presets_apply_on_top_of_a_file(tmp_path: Path) -> None:
         (["trainer.num_steps=0"], "at least 1"),
         (["max_staleness=-1"], "max_staleness must be at least 0"),
         (["buffer.port=70000"], r"0\.\.65535"),
-        (["weights.update_mode=later"], "one of recompute, keep, abort_resume, drain"),
+        (["weights.update_mode=later"], "one of auto, recompute, keep, abort_resume, drain"),
         (["weights.update_mode=recompte"], r"did you mean recompute\?"),
         (["weights.integrity=crc32"], r"weights\.integrity=crc32: use none or sha256"),
         (["weights.integrity=sha256", "rollout.engine=sglang"], r"needs rollout\.engine=embedded"),
@@ -132,7 +148,16 @@ def test_presets_apply_on_top_of_a_file(tmp_path: Path) -> None:
         (["rollout.engine=sglang", "rollout.sglang.url=http://gpu0:30000"], "is not encrypted"),
         (["rollout.engine=sglang", "rollout.sglang.url=https://gpu0:30000"], "api_key_file"),
         (["rollout.engine=sglang", "rollout.sglang.args=--api-key=x"], "remove --api-key"),
-        (["rollout.engine=sglang", "rollout.sglang.args=--tp 2 --host 0.0.0.0"], "remove --host"),
+        (["rollout.engine=sglang", "rollout.sglang.args=--tp 1 --host 0.0.0.0"], "remove --host"),
+        (["rollout.engine=sglang", "rollout.sglang.args=--tp 2"], r"rollout\.gpus_per_engine=1 contradict"),
+        (["rollout.engine=sglang", "rollout.sglang.args=--tp x"], "give a whole number"),
+        (["rollout.engine=sglang", "rollout.sglang.args=--dp-size=2"], "one data-parallel replica"),
+        (["rollout.engine=sglang", "rollout.sglang.args=--pp-size 2"], "one pipeline stage"),
+        (["rollout.gpus_per_engine=2"], "the embedded engine uses one device"),
+        (
+            ["rollout.engine=sglang", "rollout.sglang.url=http://127.0.0.1:1", "rollout.gpus_per_engine=2"],
+            "start that engine with --tp-size",
+        ),
         (["rollout.engine=sglang", "rollout.sglang.api_key_file=k"], "an engine at rollout.sglang.url"),
         (
             ["rollout.engine=sglang", "rollout.sglang.url=http://gpu0:30000", "rollout.num_servers=2"],

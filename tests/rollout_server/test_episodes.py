@@ -1,7 +1,9 @@
 """Trajectories of episodes that are interrupted, resumed, or use a tool; and the generation gate."""
 
+from __future__ import annotations
+
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -30,6 +32,10 @@ class CountingEngine:
         self.version = 0
         self.eos_at = eos_at
         self.requests: list[tuple[list[int], Sampling, str]] = []
+        self.caches_prefixes = False
+
+    def episode(self, *, on_first_token: Callable[[], None] | None = None) -> CountingEngine:
+        return self
 
     async def generate(
         self, input_ids: Sequence[int], *, sampling: Sampling, rid: str | None = None

@@ -28,6 +28,7 @@ from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, Sample
 from rollout_server.buffer_client.held_leases import SampleResult
 from rollout_server.episodes.base import Episode, PolicyClient, SingleTurn, Tokenizer
 from rollout_server.episodes.lease_runner import LeaseRunner
+from rollout_server.episodes.prompt_leader import LONG_PROMPT_TOKENS, needs_leader
 from rollout_server.episodes.transcript import Transcript
 from rollout_server.inference.generation_gate import GenerationGate
 from rollout_server.inference.types import Generation, Sampling
@@ -372,3 +373,62 @@ def test_a_prompt_that_does_not_fit_is_its_own_kind() -> None:
             assert kinds == {FailureKind.PROMPT} and len(served.of(1)) == GROUP
 
     asyncio.run(body())
+
+
+class SlowPrompts(CountingEngine):
+    """Reports the first token of a request only when it is told to, and notes who waited for whom."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.caches_prefixes = True
+        self.first_tokens: list[Callable[[], None]] = []
+        self.may_answer = asyncio.Event()
+        self.error: EngineError | None = None
+
+    def episode(self, *, on_first_token: Callable[[], None] | None = None) -> CountingEngine:
+        assert on_first_token is not None
+        self.first_tokens.append(on_first_token)
+        return self
+
+    async def generate(
+        self, input_ids: Sequence[int], *, sampling: Sampling, rid: str | None = None
+    ) -> Generation:
+        made = await super().generate(input_ids, sampling=sampling, rid=rid)
+        await self.may_answer.wait()
+        if self.error is not None:
+            raise self.error
+        return made
+
+
+@pytest.mark.parametrize("ends", ["first token", "answer", "failure"])
+def test_a_long_prompt_is_computed_by_one_sample_first(ends: str) -> None:
+    class LongPrompts(Slow):
+        def example(self, split: Split, index: int) -> Example:
+            return Example(prompt="7" * (LONG_PROMPT_TOKENS if index else 5), answer=None)
+
+    async def body() -> None:
+        engine = SlowPrompts()
+        async with serving(LongPrompts(), engine=engine) as served:
+            served.grant(0)
+            await served.until(lambda: len(engine.requests) == GROUP)
+            served.grant(1)
+            await served.until(lambda: len(engine.requests) == GROUP + 1)
+            await asyncio.sleep(0.05)
+            assert len(engine.requests) == GROUP + 1, "the others wait for the prompt"
+            if ends == "first token":
+                engine.first_tokens[-1]()
+            else:
+                engine.error = EngineError("broken") if ends == "failure" else None
+                engine.may_answer.set()
+            await served.until(lambda: len(engine.requests) == 2 * GROUP)
+            engine.may_answer.set()
+            await served.until(lambda: len(served.of(1)) == GROUP)
+
+    asyncio.run(body())
+
+
+def test_only_long_prompts_of_groups_need_a_leader() -> None:
+    facts = {"num_prompt_tokens": LONG_PROMPT_TOKENS, "num_samples": 2, "caches_prefixes": True}
+    assert needs_leader(**facts)
+    for change in ({"num_prompt_tokens": 10}, {"num_samples": 1}, {"caches_prefixes": False}):
+        assert not needs_leader(**{**facts, **change})

@@ -28,7 +28,9 @@ def test_an_engine_that_stops_listening_is_lost_at_once(tmp_path: Path) -> None:
         config = from_mapping(
             {"runs_dir": str(tmp_path), "rollout": {"engine": "sglang", "sglang": {"url": url}}}
         )
-        dying = asyncio.create_task(SglangAtUrl(config, name="rollout-0", model="", vocab_size=10).died())
+        dying = asyncio.create_task(
+            SglangAtUrl(config, name="rollout-0", model="", context_tokens=9, vocab_size=10).died()
+        )
         await asyncio.sleep(0.5)
         assert not dying.done()
         await runner.cleanup()
@@ -46,7 +48,7 @@ def at_url(directory: Path, **sglang: str) -> SglangAtUrl:
             "rollout": {"engine": "sglang", "start_timeout_s": 2, "sglang": sglang},
         }
     )
-    return SglangAtUrl(config, name="rollout-0", model="/model", vocab_size=10)
+    return SglangAtUrl(config, name="rollout-0", model="/model", context_tokens=100, vocab_size=10)
 
 
 def test_engine_behind_tls_gets_the_key(tmp_path: Path) -> None:
@@ -60,7 +62,7 @@ def test_engine_behind_tls_gets_the_key(tmp_path: Path) -> None:
         requests.append((request.path, request.headers.get("Authorization")))
         if request.path == "/model_info":
             raise web.HTTPFound(f"{request.scheme}://{request.host}/elsewhere")
-        return web.json_response({"disable_radix_cache": True, "load": {}})
+        return web.json_response({"max_req_input_len": 94, "load": {}})
 
     async def body() -> None:
         app = web.Application()

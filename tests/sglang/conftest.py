@@ -48,7 +48,12 @@ def config(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Config:
 def engine(config: Config, models: Models) -> Iterator[Engine]:
     """SGLang, started by the code that a rollout server uses."""
     process = SglangProcess(
-        config, name="rollout-0", model=str(models[0]), context_tokens=CONTEXT, vocab_size=VOCAB
+        config,
+        name="rollout-0",
+        model=str(models[0]),
+        context_tokens=CONTEXT,
+        max_positions=CONTEXT,
+        vocab_size=VOCAB,
     )
 
     async def start() -> EngineClient:

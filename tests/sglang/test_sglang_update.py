@@ -31,6 +31,7 @@ from rollout_server.inference.types import Sampling
 from rollout_server.inference.weight_update import WeightPush
 from tests.support.engine_conformance import PROMPT, TOLERANCE, until_running
 from tests.support.engine_harness import (
+    CONTEXT,
     VOCAB,
     Engine,
     Models,
@@ -179,8 +180,7 @@ def test_push_while_sequences_run(engine: Engine, models: Models, mode: str) -> 
             await until_running(harness.client, 6)
             stall_s = await harness.push(new_weights, mode=mode)
             assert 0 < stall_s < 30 and not harness.quarantined and not harness.doubted
-            if mode != "keep":
-                await harness.check(references[1], version=1)
+            await harness.check(references[1], version=1)
             await asyncio.wait_for(extending, 60)
             old_and_new, kept_errors = set(), []
             for transcript in transcripts:
@@ -204,6 +204,38 @@ def test_push_while_sequences_run(engine: Engine, models: Models, mode: str) -> 
             assert mode != "keep" or max(kept_errors) > TOLERANCE, (
                 "old KV under new weights gives wrong log-probs; if not, KV was recomputed"
             )
+
+    asyncio.run(body())
+
+
+def test_keep_shares_prefixes_only_within_one_version(engine: Engine, models: Models) -> None:
+    """New requests compute their prompt under the new weights, those of an older episode use its prefix."""
+    references = [load_model(path) for path in models]
+    prompt = [*range(20, 99), *PROMPT]  # shares no prefix with the running one
+
+    async def body() -> None:
+        async with harness_of(engine, models) as harness:
+            client = harness.client
+            old_episode = client.episode()
+            running = asyncio.create_task(sample(client, PROMPT, 900))
+            await until_running(client, 1)
+            cached = []
+            for version in (0, 1):
+                first, again = [await sample(client, prompt, 12) for _ in range(2)]
+                cached.append((first.num_cached_tokens, again.num_cached_tokens))
+                for generation in (first, again):
+                    assert generation.num_prompt_tokens == len(prompt)
+                    assert set(generation.versions.tolist()) == {version}
+                    assert error_of(references[version], prompt, generation) < TOLERANCE
+                if version == 0:
+                    await harness.push(weights_of(models[1]), mode="keep")
+            assert cached == [(0, len(prompt) - 1), (0, len(prompt) - 1)]
+            sampling = Sampling(max_new_tokens=12, ignore_eos=True)
+            turn = await old_episode.generate(prompt, sampling=sampling)
+            assert turn.num_cached_tokens == len(prompt) - 1 and set(turn.versions.tolist()) == {1}
+            assert error_of(references[1], prompt, turn) > TOLERANCE, "its KV is that of the old weights"
+            generation = await asyncio.wait_for(running, 60)
+            assert set(generation.versions.tolist()) == {0, 1}, "the push did not wait for it"
 
     asyncio.run(body())
 
@@ -274,7 +306,11 @@ def test_engine_stuck_in_a_broadcast_can_be_used_again(
                 await harness.push(weights_of(models[1]), num_sent=1, hangs=True)
             assert harness.doubted and not harness.quarantined
         at_url = SglangAtUrl(
-            replace(config, rollout=rollout), name="rollout-0", model=str(models[0]), vocab_size=VOCAB
+            replace(config, rollout=rollout),
+            name="rollout-0",
+            model=str(models[0]),
+            context_tokens=CONTEXT,
+            vocab_size=VOCAB,
         )
         async with await at_url.start(version=7) as client:
             generation = await asyncio.wait_for(sample(client, PROMPT, 12), 20)

@@ -65,14 +65,14 @@ def steps(ranks: Ranks, out_dir: Path, path: str) -> None:
 
 def bfloat16(ranks: Ranks, path: str) -> None:
     """Under FSDP2's mixed precision the routers compute in float32 and their masters get gradients."""
-    policy = Policy.load(path, master_dtype=torch.float32).shard(ranks, dtype="bfloat16")
+    policy = Policy.load(path, ranks, dtype="bfloat16")
     dtypes: set[tuple[torch.dtype, torch.dtype]] = set()
     for router in routers(policy):
         router.register_forward_hook(lambda _, args, out: dtypes.add((args[0].dtype, out[0].dtype)))
     trajectories = [trajectory for group in random_groups(2) for trajectory in group]
     batch = collate([TrainingSample(trajectory=t, advantage=1.0, group=0) for t in trajectories])
     with torch.no_grad():
-        want_S = Policy.load(path, master_dtype=torch.float32)(batch).logprobs_S
+        want_S = Policy.load(path, ranks)(batch).logprobs_S
     got_S = policy(batch).logprobs_S
     assert dtypes == {(torch.bfloat16, torch.float32)}, dtypes
     assert 0 < float((got_S - want_S).abs().max()) < 0.1

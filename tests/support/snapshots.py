@@ -26,5 +26,8 @@ class Held:
     def release(self) -> None:
         pass
 
+    def stage(self, *, integrity: str) -> None:
+        pass
+
     def read(self, index: int) -> GatheredBucket:
         return GatheredBucket(self._data[index])

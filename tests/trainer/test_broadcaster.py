@@ -37,6 +37,7 @@ from trainer.weight_sync.broadcaster import Broadcaster, split_groups
 from trainer.weight_sync.group_session import assign_ranks
 from trainer.weight_sync.publisher import Publisher, PushReport
 from trainer.weight_sync.receivers import Receiver, ReceiverBackoff
+from trainer.weight_sync.snapshot import GatheredBucket
 
 
 class FakeServer:
@@ -50,6 +51,7 @@ class FakeServer:
     def __init__(self, name: str, *, incarnation: int = 1) -> None:
         self.name, self.incarnation = name, incarnation
         self.version = 0
+        self.loads_in_place = False
         self.tensors: dict[str, torch.Tensor] = {}
         self.misbehave = ""
         self.stated: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
@@ -117,6 +119,7 @@ class FakeServer:
                         device_uuid="",
                         nccl_version="",
                         authenticates_store=True,
+                        loads_in_place=self.loads_in_place,
                     )
                     self.listener.send(envelope.peer, alive, rid=envelope.rid)
                     return
@@ -521,6 +524,50 @@ def test_a_push_ends_when_refused_or_rank_0_is_stuck() -> None:
         one.close()
 
     run(body, deadline_s=4.0)
+
+
+def test_engines_stand_still_only_for_the_broadcast() -> None:
+    async def body(broadcaster: Broadcaster) -> None:
+        one, paused = FakeServer("one"), FakeServer("paused")
+        paused.loads_in_place = True
+        servers = [one.entry, paused.entry]
+        slow = snapshot(1)
+        read, is_staged = slow.read, threading.Event()
+
+        def stage(*, integrity: str) -> None:
+            time.sleep(0.5)
+            assert integrity == "none" and one.pushed is None and paused.pushed is None
+            is_staged.set()
+
+        def read_staged(index: int) -> GatheredBucket:
+            assert is_staged.is_set()
+            return read(index)
+
+        slow.stage, slow.read = stage, read_staged  # type: ignore[method-assign]
+        outcome = await broadcaster.push(slow, version=1, step=1, servers=servers)
+        assert (set(outcome.activated), outcome.failed) == ({"one", "paused"}, {})
+        assert outcome.staging_s >= 0.5 > outcome.broadcast_s > 0
+
+        def fail(*, integrity: str) -> None:
+            raise WeightSyncError("a rank was lost")
+
+        lost = snapshot(2)
+        lost.stage = fail  # type: ignore[method-assign]
+        outcome = await broadcaster.push(lost, version=2, step=2, servers=servers)
+        assert (outcome.activated, outcome.failed) == ({}, {"broadcast": "a rank was lost"})
+        outcome = await broadcaster.push(snapshot(3), version=3, step=3, servers=servers)
+        assert (one.version, paused.version, broadcaster.num_sessions) == (3, 3, 1), "the group is intact"
+        for receiver in (one, paused):
+            receiver.close()
+
+    run(body)
+
+
+def test_the_time_limit_of_a_push_grows_with_its_bytes() -> None:
+    config = WeightsConfig(push_deadline_s=60, min_bytes_per_s=1e8)
+    assert config.deadline_s(65_000_000_000) == 710
+    assert config.deadline_s(1 << 50) == 3600, "servers refuse longer ones"
+    assert [config.bucket_bytes_on(device) >> 20 for device in ("cpu", "cuda")] == [64, 512]
 
 
 def test_a_failed_server_that_still_receives_breaks_nothing() -> None:

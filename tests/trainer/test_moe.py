@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.support.trainer_helpers import VOCAB, dense_logprobs, random_groups, run_ranks
 from tests.trainer.test_policy import gradients, packed, sampled
+from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
 from trainer.models.tiny import character_tokenizer
 
@@ -43,7 +44,7 @@ def test_packed_and_grouped_equals_padded_and_eager(path: str) -> None:
     reference: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
     reference.set_experts_implementation("eager")
     want_S = sampled(dense_logprobs(reference, trajectories), trajectories)
-    policy = Policy.load(path)
+    policy = Policy.load(path, Ranks.alone())
     assert policy.model.config._experts_implementation == "grouped_mm"
     got_S = policy(packed(trajectories)).logprobs_S
     torch.testing.assert_close(got_S.double(), want_S, rtol=0, atol=1e-5)

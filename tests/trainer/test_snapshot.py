@@ -8,7 +8,7 @@ import torch
 from tests.support.trainer_helpers import run_ranks, write_model
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 3])
 def test_a_snapshot_is_not_changed_by_later_steps(tmp_path: Path, world_size: int) -> None:
     path = write_model(tmp_path / "model", dtype=torch.float32)
     run_ranks("snapshots", str(tmp_path), path, world_size=world_size, module="tests.support.snapshot_ranks")

@@ -80,7 +80,7 @@ class Critic:
         """
         trainer = config.trainer
         model = ValueModel.build(initial, gradient_checkpointing=recomputes_activations(config))
-        model.shard(ranks, dtype=compute_dtype(config))
+        model.shard(ranks, dtype=compute_dtype(config), reshard_after_forward=trainer.reshard_after_forward)
         if with_weights:
             model.read_initial_weights()
         optimizer = ShardedAdamW.of(trainer, model, ranks, lr=settings.critic_lr or _LR_RATIO * trainer.lr)

@@ -13,7 +13,9 @@ import os
 import socket
 import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from areal_like.security.binding import resolves_to_loopback
 
@@ -22,28 +24,50 @@ GONE_S = 30
 _SIOCGIFADDR = 0x8915
 
 
-def end_dead_connections() -> int:
-    """Sets the limit on all TCP connections that this process has now; returns their number. Linux only."""
-    if sys.platform != "linux":
-        return 0
-    num_set = 0
-    for fd in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:
-        # Not a socket, not connected, of another family, or closed meanwhile.
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as connection:
-            is_tcp = connection.family in (socket.AF_INET, socket.AF_INET6)
-            if not is_tcp or connection.type != socket.SOCK_STREAM:
-                continue
-            connection.getpeername()
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option, value in (
-                (socket.TCP_KEEPIDLE, GONE_S // 3),
-                (socket.TCP_KEEPINTVL, GONE_S // 6),
-                (socket.TCP_KEEPCNT, 4),
-                (socket.TCP_USER_TIMEOUT, 1000 * GONE_S),
-            ):
-                connection.setsockopt(socket.IPPROTO_TCP, option, value)
-            num_set += 1
-    return num_set
+class RankConnections:
+    """The TCP connections that this process has when it is made: those of gloo, after the ranks have met.
+
+    Linux only; on other systems it has none.
+    """
+
+    def __init__(self) -> None:
+        self._peers: dict[int, Any] = {}
+        """File descriptor -> address of the other end."""
+        if sys.platform == "linux":
+            for path in list(Path("/proc/self/fd").iterdir()):
+                self._peers |= {int(path.name): peer for _, peer in _connected(int(path.name))}
+
+    def end_when_dead(self) -> None:
+        """Makes the kernel end a connection whose other machine is gone, after `GONE_S`."""
+        for fd in self._peers:
+            for connection, _ in _connected(fd):
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for option, value in (
+                    (socket.TCP_KEEPIDLE, GONE_S // 3),
+                    (socket.TCP_KEEPINTVL, GONE_S // 6),
+                    (socket.TCP_KEEPCNT, 4),
+                    (socket.TCP_USER_TIMEOUT, 1000 * GONE_S),
+                ):
+                    connection.setsockopt(socket.IPPROTO_TCP, option, value)
+
+    def end(self) -> None:
+        """Ends them now, so that the ranks that wait for this one fail. gloo has no call for that."""
+        for fd, before in self._peers.items():
+            for connection, peer in _connected(fd):
+                if peer == before:
+                    connection.shutdown(socket.SHUT_RDWR)
+
+
+def _connected(fd: int) -> Iterator[tuple[socket.socket, Any]]:
+    """(a second descriptor of it, address of the other end) if `fd` is a TCP connection; else nothing."""
+    try:
+        connection = socket.socket(fileno=os.dup(fd))
+    except OSError:  # not a socket, or closed meanwhile
+        return
+    with connection, contextlib.suppress(OSError):  # not connected, or not any more
+        is_tcp = connection.family in (socket.AF_INET, socket.AF_INET6)
+        if is_tcp and connection.type == socket.SOCK_STREAM:
+            yield connection, connection.getpeername()
 
 
 def choose_interface(master: str) -> None:

@@ -27,7 +27,7 @@ SILENCE_S = 10.0
 """A rank whose counter stood still for this time is reported."""
 _LAST_LOOK_S = 3 * BEAT_S
 """Time for which a rank that failed watches the counters of the others before it ends."""
-_ASK_LIMIT_S = 8.0
+_ASK_LIMIT_S = 10.0
 """A store on a machine that is gone does not answer: the failed rank ends without an answer."""
 
 
@@ -103,13 +103,22 @@ class Members:
                 liveness.observe(self._counters(store), now_s=now_s)
                 time.sleep(BEAT_S / 4)
             lost = liveness.silent(now_s=end_s, for_s=2 * BEAT_S)
+            first = store.get("failure/1").decode()
+            if self.rank:
+                store.add("answered", 1)
+            else:
+                self._wait_for_others(store, num_others=len(self.names) - len(lost) - 1)
             if lost:
-                return f"{self._named(lost)} no longer answer: the process or its machine is gone"
-            if order > 1:
-                return f"the first to fail was {store.get('failure/1').decode()}"
-            return "it is the first to fail"
+                return f"no answer from {self._named(lost)}: the process or its machine is gone"
+            return f"the first to fail was {first}" if order > 1 else "it is the first to fail"
         except RuntimeError as error:  # torch's DistError
             return f"the store of {self.names[0]} does not answer ({first_line(error)})"
+
+    def _wait_for_others(self, store: Any, *, num_others: int) -> None:
+        """Rank 0's process may serve the store: it ends after the others have asked."""
+        end_s = time.monotonic() + _LAST_LOOK_S
+        while store.add("answered", 0) < num_others and time.monotonic() < end_s:
+            time.sleep(BEAT_S / 4)
 
     def _watch(self) -> None:
         liveness = Liveness()
@@ -139,5 +148,5 @@ class Members:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's text; torch's have many."""
-    return str(error).strip().partition("\n")[0]
+    """The first sentence of an error's text; torch's have many lines, gloo's an advice in each."""
+    return str(error).strip().partition("\n")[0].partition(". ")[0]

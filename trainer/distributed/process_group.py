@@ -18,7 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 from areal_like.config import Config
 from areal_like.errors import ArealError, ConfigError, UserError
 from areal_like.paths import RunPaths
-from trainer.distributed.connections import choose_interface, end_dead_connections
+from trainer.distributed.connections import RankConnections, choose_interface
 from trainer.distributed.meeting import Meeting, meet
 from trainer.distributed.members import Members, first_line
 from trainer.distributed.ranks import Ranks
@@ -51,21 +51,22 @@ def joined_ranks(
                 f"trainer.groups_per_step={config.trainer.groups_per_step} must be at least the number of "
                 f"ranks, {ranks.world_size}"
             )
+        connections = RankConnections()
+        connections.end_when_dead()
         members = watch_members(ranks, meeting)
         try:
             yield ranks
         except quiet:
             raise
         except Exception as error:  # raised again: only adds to the log what the error does not say
-            dist.destroy_process_group()  # first, so that the ranks that wait for this one fail now
+            connections.end()  # first, so that the ranks that wait for this one fail now
             _report(error, ranks, members, RunPaths.of(config).traces)
             raise
         finally:
             if members is not None:
                 members.close()
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 def _report(error: Exception, ranks: Ranks, members: Members | None, traces: Path) -> None:
@@ -135,7 +136,6 @@ def watch_members(ranks: Ranks, meeting: Meeting | None) -> Members | None:
     """Begins to watch the other ranks of `join_ranks`; None for a single rank."""
     if meeting is None or ranks.world_size == 1:
         return None
-    end_dead_connections()
 
     def open_store() -> Any:
         own = dist.TCPStore(  # type: ignore[attr-defined]

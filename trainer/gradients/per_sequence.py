@@ -15,9 +15,10 @@ Shape suffixes: S sampled tokens, N sequences.
 from __future__ import annotations
 
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from trainer.batching.packing import PackedBatch
@@ -27,11 +28,14 @@ from trainer.distributed.sharding import add_gradient, reduced, reshard
 from trainer.gradients.base import Gradients
 from trainer.gradients.optimal_baseline import optimal_baseline
 
+if TYPE_CHECKING:
+    from trainer.models.policy import Policy
+
 
 class SequenceGradients(Gradients):
     """Takes micro-batches of one sequence each, group after group, with losses at advantage 1."""
 
-    def __init__(self, policy: nn.Module, ranks: Ranks, *, over_batch: bool = False) -> None:
+    def __init__(self, policy: Policy, ranks: Ranks, *, over_batch: bool = False) -> None:
         """`over_batch`: one baseline for all sequences of the step and all ranks."""
         self._policy = policy
         self._ranks = ranks
@@ -58,9 +62,10 @@ class SequenceGradients(Gradients):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for module in self._policy.modules():
+        for name, module in self._policy.named_modules():
             if isinstance(module, FSDPModule):
-                module.set_reshard_after_forward(module is not self._policy, recurse=False)
+                reshards = self._policy.reshard_after_forward and name != ""
+                module.set_reshard_after_forward(reshards, recurse=False)
                 module.set_reshard_after_backward(True, recurse=False)
                 module.set_requires_gradient_sync(True, recurse=False)
         reshard(self._policy)

@@ -37,6 +37,12 @@ _GAUGES = {
     "lag_max": "Largest lag of the last step's samples in optimizer steps",
 }
 
+_PUSH_PARTS = {
+    "staging": "Seconds in which all buckets of a push were made ready, before engines were asked to receive",
+    "broadcast": "Seconds of a push from the request to the engines to the end of the last broadcast",
+    "stall": "Longest time that one engine decoded nothing because of a push",
+}
+
 
 class TrainerSeries:
     """Registers all series when it is created, so that each exists, at zero, from the start."""
@@ -57,6 +63,12 @@ class TrainerSeries:
             "Seconds from a granted version to its activation",
             buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100),
         )
+        self._push_parts = {
+            name: metrics.histogram(
+                f"trainer_push_{name}_seconds", doc, buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
+            )
+            for name, doc in _PUSH_PARTS.items()
+        }
         self._recovery_seconds = metrics.histogram(
             "trainer_push_recovery_seconds",
             "Longest time that a survivor of a broken broadcast needed to leave its group",
@@ -99,6 +111,9 @@ class TrainerSeries:
         self._pushes.labels("ok" if report.num_activated else "failed").inc()
         self._push_bytes.inc(report.num_bytes)
         self._push_seconds.observe(report.seconds)
+        self._push_parts["staging"].observe(report.staging_seconds)
+        self._push_parts["broadcast"].observe(report.broadcast_seconds)
+        self._push_parts["stall"].observe(report.stall_seconds)
         if report.recovery_seconds:
             self._recovery_seconds.observe(report.recovery_seconds)
         if report.num_activated:

@@ -45,6 +45,8 @@ class PackedModel(nn.Module):
         self._path = ""
         self._tied: Mapping[str, str] = {}
         self._ranks: Ranks | None = None
+        self.reshard_after_forward = True
+        """Of the layers; see `shard`."""
         model.set_attn_implementation(ATTENTION_NAME)
         route_in_float32(model)
         for module in model.modules():
@@ -119,14 +121,10 @@ class PackedModel(nn.Module):
                     # Parameters only: `self.to` would round the rotary frequencies, too.
                     if param.dtype != compute:
                         param.data = param.data.to(compute)
+        self.reshard_after_forward = reshards = reshard_after_forward or frozen
         for module in [*decoder_layers(self.model), *self._embeddings_apart()]:
-            fully_shard(
-                module,
-                mesh=ranks.mesh,
-                mp_policy=precision,
-                reshard_after_forward=reshard_after_forward or frozen,
-            )
-        fully_shard(self, mesh=ranks.mesh, mp_policy=precision, reshard_after_forward=frozen or None)
+            fully_shard(module, mesh=ranks.mesh, mp_policy=precision, reshard_after_forward=reshards)
+        fully_shard(self, mesh=ranks.mesh, mp_policy=precision, reshard_after_forward=frozen)
         for module in self.modules():
             if isinstance(module, FSDPModule) and ranks.world_size > 1:
                 module.set_gradient_divide_factor(1.0)
@@ -188,9 +186,8 @@ def decoder_layers(model: Any) -> nn.ModuleList:
 
     Raises ConfigError if there is no list of `num_hidden_layers` modules.
     """
+    num_layers = getattr(model.config, "num_hidden_layers", None)
     for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers:
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return module
-    raise ConfigError(
-        f"{type(model).__name__}: no list of {model.config.num_hidden_layers} decoder layers to shard"
-    )
+    raise ConfigError(f"{type(model).__name__}: no list of {num_layers} decoder layers to shard")

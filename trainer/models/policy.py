@@ -102,5 +102,10 @@ def build_policy(
         chunk_tokens=config.trainer.logprob_chunk_tokens,
         gradient_checkpointing=recomputes_activations(config) and not frozen,
     )
-    policy.shard(ranks, dtype=compute_dtype(config), frozen=frozen)
+    policy.shard(
+        ranks,
+        dtype=compute_dtype(config),
+        frozen=frozen,
+        reshard_after_forward=config.trainer.reshard_after_forward,
+    )
     return policy.read_initial_weights() if with_weights else policy

@@ -17,8 +17,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from areal_like.errors import ConfigError
+from areal_like.weights.hf_layout import HfTensor, hf_tensors
 from trainer.distributed.sharding import local
-from trainer.models.hf_layout import HfTensor, hf_tensors
 from trainer.models.safetensors_rows import SafetensorsRows
 from trainer.models.sharded_weights import row_range
 

@@ -12,16 +12,18 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from areal_like.errors import ConfigError
 
+if TYPE_CHECKING:  # the check of a model before a job starts must not import torch
+    from torch import Tensor
+
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-_MAPPED_BYTES = 32 << 20
+_MAPPED_BYTES = 8 << 20
 _DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Dtypes of weights, with their bytes."""
 
@@ -42,7 +44,7 @@ class SafetensorsRows:
         self._open: Any = None
         self._mapped = 0
         for path in files:
-            with _readable(path), safe_open(path, framework="pt") as file:
+            with _readable(path), safe_open(path, framework="numpy") as file:
                 for name in file.keys():  # noqa: SIM118 - not a mapping
                     entry = file.get_slice(name)
                     self._where[name] = path

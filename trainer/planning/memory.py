@@ -130,7 +130,7 @@ def _host(config: Config, placement: Placement, trace: StepTrace) -> dict[str, f
         local_engines = placement.engine_gpus
     wire = trace.num_params * BYTES[str(config.model.dtype)]
     bucket = max(
-        float(config.weights.bucket_bytes), trace.largest_param_bytes / 4 * BYTES[str(config.model.dtype)]
+        float(config.weights.bucket_bytes_on("cuda")), trace.largest_param_bytes / 4 * BYTES[str(config.model.dtype)]
     )
     return {
         "trainer processes": ranks * HOST_PROCESS_BYTES,

@@ -133,20 +133,21 @@ class _Trace:
     def run(self) -> StepTrace:
         # Built outside: rotary frequencies are real tensors, which `allow_non_fake_inputs` lets in.
         config, recipe = self._config, self._recipe
+        dtype, reshards = config.model.dtype, config.trainer.reshard_after_forward
         policy = self._build_policy()
-        reference = self._build_policy(DTYPES[config.model.dtype]) if recipe.needs_reference else None
+        reference = self._build_policy(DTYPES[dtype]) if recipe.needs_reference else None
         critic = self._build_critic() if isinstance(recipe.estimator, Gae) else None
         with FakeTensorMode(allow_non_fake_inputs=True), self._memory.recording():
             with self._memory.as_(MASTERS):
-                policy.shard(self._ranks, dtype=config.model.dtype)
+                policy.shard(self._ranks, dtype=dtype, reshard_after_forward=reshards)
             with self._memory.as_(MOMENTS):
                 optimizer = self._optimizer(policy)
             if reference is not None:
                 with self._memory.as_(REFERENCE):
-                    reference.shard(self._ranks, dtype=config.model.dtype, frozen=True)
+                    reference.shard(self._ranks, dtype=dtype, frozen=True)
             if critic is not None:
                 with self._memory.as_(CRITIC):
-                    critic.shard(self._ranks, dtype=config.model.dtype)
+                    critic.shard(self._ranks, dtype=dtype, reshard_after_forward=reshards)
                     critic_optimizer = self._optimizer(critic)
             resident = self._memory.now_bytes()
             batch = self._batch()

@@ -67,8 +67,12 @@ class Replay:
         self._policy = build_policy(config, source, ranks)
         self._runner = build_step_runner(config, self._policy, ranks, initial=source)
         self._checkpoints = Checkpoints(
-            self._paths.checkpoints, keep=config.trainer.keep_checkpoints, tokenizer_path=source
+            self._paths.checkpoints,
+            keep=config.trainer.keep_checkpoints,
+            tokenizer_path=source,
+            dtype=config.model.dtype,
         )
+        self._checkpoints.open(ranks)
         self._metrics = MetricsFile(self._paths.metrics, start_step=0) if ranks.rank == 0 else None
 
     def run(self) -> None:

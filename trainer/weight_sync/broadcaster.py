@@ -74,6 +74,10 @@ class PushOutcome:
     """Server name (or `broadcast`) -> reason."""
     recovery_s: dict[str, float] = field(default_factory=dict)
     """Name of each server that survived a broken broadcast -> seconds until it had left the group."""
+    staging_s: float = 0.0
+    """Time until every bucket was ready, before engines that load in place were asked to receive."""
+    broadcast_s: float = 0.0
+    """Longest time from the request to the end of the last broadcast, over the groups."""
 
 
 def split_groups(
@@ -100,6 +104,7 @@ class Broadcaster:
         alive = await receiver.request(AskAlive())          # each receiver; the silent ones are left out
         session = WeightGroupSession(group=WeightGroup.create(backend=...), ...)    # an NCCL or gloo group
         await session.form()                                # FormGroup to each receiver, then the rendezvous
+        await session.stage(snapshot, ...)                  # only if an engine loads in place
         await session.push(PushWeights(...), snapshot)      # buckets, PushChecksums; each replies WeightsOk
         await session.dissolve()                            # only after a failure or a change of receivers
 
@@ -183,20 +188,32 @@ class Broadcaster:
         session = await self._session_of(group, outcome)
         if session is None:
             return
+        manifest = Manifest(version=version, buckets=snapshot.buckets)
+        integrity, limit_s = self._config.integrity, self._config.deadline_s(manifest.num_bytes)
+        if session.loads_in_place:
+            started_s = time.monotonic()
+            try:
+                await session.stage(snapshot, integrity=integrity, timeout_s=limit_s)
+            except WeightSyncError as error:  # no engine has been asked for anything yet
+                outcome.failed["broadcast"] = str(error)
+                return
+            outcome.staging_s = max(outcome.staging_s, time.monotonic() - started_s)
         request = PushWeights(
             epoch=session.number,  # "epoch" is the field's name on the wire
             group_name=session.group.group_name,
             version=version,
             step=step,
-            update_mode=self._config.update_mode,
-            manifest=Manifest(version=version, buckets=snapshot.buckets).to_dict(),
-            integrity=self._config.integrity,
-            timeout_s=self._config.push_deadline_s,
+            # A job resolves `auto` before (Config.update_mode): it depends on engines and objective.
+            update_mode="recompute" if self._config.update_mode == "auto" else self._config.update_mode,
+            manifest=manifest.to_dict(),
+            integrity=integrity,
+            timeout_s=limit_s,
         )
         pushed = await session.push(request, snapshot)
         if session.group.backend == "nccl":
             self._nccl.report(broken_reason=pushed.broken_reason)
         outcome.recovery_s |= pushed.recovery_s
+        outcome.broadcast_s = max(outcome.broadcast_s, pushed.broadcast_s)
         if pushed.broken_reason:
             outcome.failed["broadcast"] = pushed.broken_reason
         num_activated = self._record_replies(session, pushed, outcome, version=version)
@@ -256,7 +273,11 @@ class Broadcaster:
             secret=secrets.token_hex(32) if is_authenticated else "",
         )
         return WeightGroupSession(
-            number=self.num_sessions, group=group, rank_ranges=rank_ranges, device=self._device
+            number=self.num_sessions,
+            group=group,
+            rank_ranges=rank_ranges,
+            device=self._device,
+            loads_in_place=any(engine.loads_in_place for engine in alive),
         )
 
     def _record_replies(

@@ -19,17 +19,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
 from torch import device as Device
 
 from areal_like.errors import WeightSyncError
 from areal_like.runtime.threads import in_thread
 from areal_like.weights.collective import WeightGroup
-from areal_like.weights.integrity import BucketSums
 from areal_like.wire.messages.weights import (
     Alive,
     AskAlive,
@@ -40,6 +37,7 @@ from areal_like.wire.messages.weights import (
     WeightsFailed,
     WeightsOk,
 )
+from trainer.weight_sync.bucket_sender import BucketSender
 from trainer.weight_sync.receivers import Receiver, ReceiverId, Reply
 from trainer.weight_sync.snapshot import Snapshot
 
@@ -83,6 +81,8 @@ class SessionOutcome:
     """Why the group broke; empty if it did not."""
     recovery_s: dict[str, float] = field(default_factory=dict)
     """Name of each survivor of a broken broadcast -> seconds until it had left the group."""
+    broadcast_s: float = 0.0
+    """From the request to the end of the last broadcast, at rank 0."""
 
 
 class WeightGroupSession:
@@ -94,19 +94,21 @@ class WeightGroupSession:
     """
 
     def __init__(
-        self, *, number: int, group: WeightGroup, rank_ranges: Sequence[RankRange], device: Device
+        self,
+        *,
+        number: int,
+        group: WeightGroup,
+        rank_ranges: Sequence[RankRange],
+        device: Device,
+        loads_in_place: bool = False,
     ) -> None:
+        """`loads_in_place`: one of the engines does not decode while it receives, so `stage` comes first."""
         self.number = number
+        self.loads_in_place = loads_in_place
         self.group = group
         self.receivers = [rank_range.receiver for rank_range in rank_ranges]
         self._rank_ranges = rank_ranges
-        self._device = device
-        # A separate stream: on the default stream training would wait for the whole broadcast, and the
-        # broadcast for everything that training has queued.
-        self._stream: torch.cuda.Stream | None = None
-        if group.backend == "nccl":
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"weight-session-{number}-read")
+        self._sender = BucketSender(group, device=device, name=f"weight-session-{number}")
 
     @property
     def receiver_ids(self) -> frozenset[ReceiverId]:
@@ -147,6 +149,16 @@ class WeightGroupSession:
             await asyncio.wait([closing], timeout=ALIVE_S)
         return SessionOutcome(replies=replies, not_at_fault=not_at_fault, broken_reason=broken_reason)
 
+    async def stage(self, snapshot: Snapshot, *, integrity: str, timeout_s: float) -> None:
+        """Makes every bucket ready, so that engines that stand still wait only for the broadcast.
+
+        Raises WeightSyncError if it fails or takes longer than `timeout_s`.
+        """
+        staging = in_thread(
+            lambda: snapshot.stage(integrity=integrity), name=f"weight-session-{self.number}-stage"
+        )
+        await _wait_unless_refused(staging, (), timeout_s=timeout_s)
+
     async def push(self, request: PushWeights, snapshot: Snapshot) -> SessionOutcome:
         """Broadcasts the snapshot's buckets and waits for activation.
 
@@ -160,11 +172,11 @@ class WeightGroupSession:
         ]
         recovery_s: dict[str, float] = {}
         broken_reason = ""
+        started_s = time.monotonic()
+        broadcast_s = 0.0
         try:
             sending = in_thread(
-                lambda: self._broadcast_all(
-                    snapshot, integrity=request.integrity, timeout_s=request.timeout_s
-                ),
+                lambda: self._sender.send(snapshot, integrity=request.integrity, timeout_s=request.timeout_s),
                 name=f"weight-session-{self.number}",
             )
             # A receiver that failed may still take part in the broadcast, or may have received all of it
@@ -179,6 +191,7 @@ class WeightGroupSession:
                 self._ask_all_to_leave(), asyncio.wait(requests, timeout=ALIVE_S)
             )
         else:
+            broadcast_s = time.monotonic() - started_s
             sent = PushChecksums(version=request.version, checksums=sums.checksums, digests=sums.digests)
             for receiver in self.receivers:
                 receiver.link.send(sent)
@@ -198,7 +211,11 @@ class WeightGroupSession:
                 if isinstance(reply, WeightsFailed) and reply.version >= 0
             }
         return SessionOutcome(
-            replies=replies, not_at_fault=survivors, broken_reason=broken_reason, recovery_s=recovery_s
+            replies=replies,
+            not_at_fault=survivors,
+            broken_reason=broken_reason,
+            recovery_s=recovery_s,
+            broadcast_s=broadcast_s,
         )
 
     async def dissolve(self, *, is_broken: bool) -> None:
@@ -206,38 +223,12 @@ class WeightGroupSession:
         if not is_broken:
             await self._ask_all_to_leave()
         await self._leave_group()
-        self._reader.shutdown(wait=False)
+        self._sender.close()
 
     async def _leave_group(self) -> None:
         # In a thread: NCCL's abort, and the broadcast that it ends, may wait for a receiver that hangs.
         leaving = in_thread(self.group.close, name=f"weight-session-{self.number}-close")
         await asyncio.wait([leaving], timeout=ALIVE_S)
-
-    def _broadcast_all(self, snapshot: Snapshot, *, integrity: str, timeout_s: float) -> BucketSums:
-        """Broadcasts every bucket and returns their sums. Blocks; runs in the session's thread."""
-        with torch.cuda.stream(self._stream):
-            return self._broadcast_buckets(snapshot, integrity=integrity, timeout_s=timeout_s)
-
-    def _broadcast_buckets(self, snapshot: Snapshot, *, integrity: str, timeout_s: float) -> BucketSums:
-        """Reads bucket i + 1 and sums up bucket i while bucket i is being sent."""
-        names = ("checksum", "digest") if integrity == "sha256" else ("checksum",)
-        sums: dict[str, list[Any]] = {"checksum": [], "digest": []}
-        next_read = self._reader.submit(snapshot.read, 0)
-        for index in range(len(snapshot.buckets)):
-            bucket = next_read.result()
-            if index + 1 < len(snapshot.buckets):
-                next_read = self._reader.submit(snapshot.read, index + 1)
-            pending = {name: self._reader.submit(getattr, bucket, name) for name in names}
-            try:
-                on_wire = bucket.data.to(self._device) if self.group.backend == "nccl" else bucket.data
-            except RuntimeError as error:  # the GPU's memory is full: a later push may find room
-                raise WeightSyncError(
-                    f"could not copy a bucket of {len(bucket.data)} bytes to {self._device}: {error}"
-                ) from None
-            self.group.broadcast(on_wire, timeout_s=timeout_s)
-            for name, future in pending.items():
-                sums[name].append(future.result())
-        return BucketSums(checksums=sums["checksum"], digests=sums["digest"])
 
     def _form_group(self, rank_range: RankRange) -> FormGroup:
         return FormGroup(
@@ -281,7 +272,7 @@ async def _wait_unless_refused(
     Raises WeightSyncError at the timeout, or `grace_s` after a receiver has replied WeightsFailed.
     """
     loop = asyncio.get_running_loop()
-    end_s, reason = loop.time() + timeout_s, f"rank 0 was not done within {timeout_s:g} s"
+    end_s, reason = loop.time() + timeout_s, f"rank 0 was not done within {timeout_s:.4g} s"
     pending: set[asyncio.Future[Any]] = set(requests)
     while not work.done() and (left_s := end_s - loop.time()) > 0:
         done, _ = await asyncio.wait({work, *pending}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)

@@ -38,6 +38,12 @@ class PushReport:
     """Server name (or `broadcast`) -> reason."""
     num_bytes: int
     seconds: float
+    """From the granted version to the last server's reply."""
+    staging_seconds: float
+    """Part of it before an engine was asked to receive: gathering and summing up every bucket; 0 if all
+    engines decode while they receive."""
+    broadcast_seconds: float
+    """Part of it from the request to the engines to the end of the last broadcast, longest of all groups."""
     stall_seconds: float
     """Longest time that one engine decoded nothing because of the push."""
     recovery_seconds: float
@@ -189,6 +195,8 @@ class Publisher:
             failed=outcome.failed,
             num_bytes=sum(bucket.num_bytes for bucket in snapshot.buckets),
             seconds=time.monotonic() - started_s,
+            staging_seconds=outcome.staging_s,
+            broadcast_seconds=outcome.broadcast_s,
             stall_seconds=max((reply.stall_seconds for reply in outcome.activated.values()), default=0.0),
             recovery_seconds=max(outcome.recovery_s.values(), default=0.0),
         )

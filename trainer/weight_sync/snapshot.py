@@ -1,30 +1,23 @@
 """Copies the weights for a push between two optimizer steps, so that training can continue during the push.
 
-    snapshotter.take_snapshot()   on every rank: copies and casts this rank's rows of every bucket. Training
-                                  waits only for this copy.
-    snapshot.read(i)              on rank 0, in any thread: gathers bucket i from all ranks over a separate
-                                  process group.
+    snapshotter.take_snapshot()   on every rank, between two steps; training waits for it
+    snapshot.stage()              on rank 0, in any thread: every bucket and its sums are ready to be sent
+    snapshot.read(i)              on rank 0, in any thread: bucket i
 
-Rank 0 reads one bucket at a time, so it never holds the whole model: at most `_MAX_GATHERED` buckets, and the
-parts of one more. Every rank holds at most two copies of its rows: the copy that is being pushed and the
-newest copy. A new snapshot reuses the memory of the newest copy unless that is being pushed, so memory use
-does not grow during a run.
+Two ways to bring the rows of all ranks together. `BackgroundGather` (background_gather.py), on CPUs: training
+waits only for a copy of each rank's own rows, and rank 0 gathers them later, bucket by bucket, over a gloo
+group of their own. `BoundaryGather` (boundary_gather.py), on GPUs: the ranks gather before training
+continues, over the training's own NCCL group, because a second NCCL communicator must not run beside it
+without an order between the two.
 
-With one rank the rows are the whole tensors: its copies are the buckets, and nothing is gathered. The other
-ranks gather in a thread that waits for rank 0's requests without a time limit: a run may push nothing for
-hours, and if a rank dies the group breaks at once.
-
-Left out: gathering over NCCL, which must not run beside the training's own collectives without an order
-between them. Rows go through host memory and gloo.
+At most two snapshots are held: the one that is being pushed and the newest. A new snapshot reuses the memory
+of the newest one unless that is being pushed, so memory use does not grow during a run.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
-from collections import OrderedDict
-from datetime import timedelta
-from functools import cached_property
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 import torch
@@ -38,37 +31,38 @@ from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
 from trainer.weight_sync.rank_parts import PushLayout
 
-log = logging.getLogger(__name__)
-
-_MAX_GATHERED = 2
-"""Gathered buckets that rank 0 keeps, so that groups of engines that are pushed to at the same time share
-them."""
-_GROUP_TIMEOUT = timedelta(days=30)
-"""Timeout of the gathering group: longest time between two pushes."""
-_GATHER_TIMEOUT = timedelta(seconds=120)
-"""Longest time that rank 0 waits for all ranks' rows of one bucket. Rows that arrive later are discarded."""
-_CLOSE = -1
-"""Broadcast by rank 0 instead of a snapshot's number to end the other ranks' threads."""
 _NONE = -1
 """Broadcast by rank 0 instead of the acquired snapshot's number if no snapshot is acquired."""
 
 
 class GatheredBucket:
-    """One bucket with the rows of all ranks."""
+    """One bucket with the rows of all ranks. Its sums are computed on first use, and once."""
 
-    def __init__(self, data: Tensor) -> None:
+    def __init__(self, data: Tensor, *, known_checksum: int | None = None) -> None:
+        """`known_checksum`: of `data`, if it was computed where the rows came together."""
         self.data = data
         """uint8[num_bytes], on the CPU."""
+        self._checksum = known_checksum
+        self._digest = ""
 
-    @cached_property
+    @property
     def checksum(self) -> int:
-        """Checksum of `data`. Computed on first use, so that this can overlap sending `data`."""
-        return checksum(self.data)
+        """Checksum of `data`."""
+        if self._checksum is None:
+            self._checksum = checksum(self.data)
+        return self._checksum
 
-    @cached_property
+    @property
     def digest(self) -> str:
-        """SHA-256 of `data` in hexadecimal; computed on first use, like the checksum."""
-        return sha256(self.data)
+        """SHA-256 of `data` in hexadecimal."""
+        self._digest = self._digest or sha256(self.data)
+        return self._digest
+
+    def compute_sums(self, *, integrity: str) -> None:
+        """Computes the checksum, and with `sha256` the digest."""
+        self._checksum = self.checksum
+        if integrity == "sha256":
+            self._digest = self.digest
 
 
 class Snapshot(Protocol):
@@ -90,18 +84,26 @@ class Snapshot(Protocol):
         """Ends the push."""
         ...
 
+    def stage(self, *, integrity: str) -> None:
+        """Makes every bucket and its sums ready, so that `read` returns at once: for engines that stand still
+        during the broadcast. From any thread, while acquired, also twice. Raises WeightSyncError.
+
+        `integrity`: `sha256` computes the digests too.
+        """
+        ...
+
     def read(self, index: int) -> GatheredBucket:
         """Returns one bucket. From any thread, while acquired. Raises WeightSyncError."""
         ...
 
 
-class _RankSnapshot:
-    """One rank's copy of its rows; on rank 0 it is also the `Snapshot`."""
+class RankSnapshot:
+    """One rank's share of a snapshot; on rank 0 it is also the `Snapshot`."""
 
-    def __init__(self, snapshotter: WeightSnapshotter, number: int, row_buffers: list[Tensor]) -> None:
+    def __init__(self, snapshotter: WeightSnapshotter, number: int, buffers: list[Tensor]) -> None:
         self.number = number
-        self.row_buffers = row_buffers
-        """Per bucket this rank's rows, cast to the dtype on the wire, as uint8."""
+        self.buffers = buffers
+        """What this rank holds of each bucket, uint8; its meaning depends on the snapshotter."""
         self._snapshotter = snapshotter
 
     @property
@@ -114,11 +116,14 @@ class _RankSnapshot:
     def release(self) -> None:
         self._snapshotter.release(self)
 
+    def stage(self, *, integrity: str) -> None:
+        self._snapshotter.stage(self, integrity=integrity)
+
     def read(self, index: int) -> GatheredBucket:
         return self._snapshotter.read(self, index)
 
 
-class WeightSnapshotter:
+class WeightSnapshotter(ABC):
     """Takes the snapshots of one rank. Create and `close` it on all ranks at the same time."""
 
     def __init__(self, policy: Policy, ranks: Ranks, *, bucket_bytes: int, dtype: str) -> None:
@@ -134,77 +139,68 @@ class WeightSnapshotter:
         self.buckets = tuple(parts.bucket for parts in self._layout.buckets)
         """The buckets of every snapshot, without checksums."""
         self._lock = threading.Condition()
-        self._snapshots: list[_RankSnapshot] = []
+        self._snapshots: list[RankSnapshot] = []
         """The newest snapshot, and the snapshot that is being pushed."""
-        self._acquired: _RankSnapshot | None = None
+        self._acquired: RankSnapshot | None = None
         self._free_buffers: list[list[Tensor]] = []
         self._num_taken = 0
-        self._gather_lock = threading.Lock()
-        self._gathered: OrderedDict[tuple[int, int], GatheredBucket] = OrderedDict()
-        """(number of the snapshot, index of the bucket) -> bucket, on rank 0."""
-        is_alone = ranks.world_size == 1
-        self._group = None if is_alone else dist.new_group(backend="gloo", timeout=_GROUP_TIMEOUT)
-        self._thread = threading.Thread(target=self._serve_gathers, name="gather", daemon=True)
-        if ranks.rank > 0:
-            self._thread.start()
 
     @property
     def num_bytes(self) -> int:
-        """Memory of this rank's copies, in bytes."""
-        taken = (snapshot.row_buffers for snapshot in self._snapshots)
+        """Memory of this rank's snapshots, in bytes."""
+        taken = (snapshot.buffers for snapshot in self._snapshots)
         return sum(buffer.numel() for buffers in (*self._free_buffers, *taken) for buffer in buffers)
 
     def take_snapshot(self) -> Snapshot | None:
         """Copies the present weights; returns the snapshot on rank 0. Collective; for the training thread."""
         self._free_superseded()
-        row_buffers = self._free_buffers.pop() if self._free_buffers else self._new_buffers()
-        for index, buffer in enumerate(row_buffers):
-            self._layout.copy_own(index, buffer)
+        buffers = self._free_buffers.pop() if self._free_buffers else self._new_buffers()
+        self._copy_weights(buffers, number=self._num_taken + 1)
         with self._lock:
             self._num_taken += 1
-            snapshot = _RankSnapshot(self, self._num_taken, row_buffers)
+            snapshot = RankSnapshot(self, self._num_taken, buffers)
             self._snapshots.append(snapshot)
             self._lock.notify_all()
         return snapshot if self._ranks.rank == 0 else None
 
-    def close(self) -> None:
-        """Ends the other ranks' threads. Collective. Call it after the last push has ended."""
-        if self._ranks.rank > 0:
-            self._thread.join()
-        elif self._group is not None:
-            with self._gather_lock:
-                dist.broadcast(torch.tensor([_CLOSE, 0]), group=self._group, group_src=0)
-
-    def acquire(self, snapshot: _RankSnapshot) -> bool:
+    def acquire(self, snapshot: RankSnapshot) -> bool:
         """`Snapshot.acquire`; at most one is acquired at a time."""
         with self._lock:
             assert self._acquired is None
             self._acquired = snapshot if snapshot in self._snapshots else None
             return self._acquired is snapshot
 
-    def release(self, snapshot: _RankSnapshot) -> None:
+    def release(self, snapshot: RankSnapshot) -> None:
         """`Snapshot.release`."""
         with self._lock:
             assert self._acquired is snapshot
             self._acquired = None
 
-    def read(self, snapshot: _RankSnapshot, index: int) -> GatheredBucket:
+    def stage(self, snapshot: RankSnapshot, *, integrity: str) -> None:
+        """`Snapshot.stage`."""
+        for index in range(len(self.buckets)):
+            self.read(snapshot, index).compute_sums(integrity=integrity)
+
+    def read(self, snapshot: RankSnapshot, index: int) -> GatheredBucket:
         """`Snapshot.read`."""
         if self._acquired is not snapshot:
             raise WeightSyncError("the push of these weights is over")
-        with self._gather_lock:
-            key = (snapshot.number, index)
-            if key not in self._gathered:
-                self._gathered[key] = GatheredBucket(self._gather(snapshot, index))
-                while len(self._gathered) > _MAX_GATHERED:
-                    self._gathered.popitem(last=False)
-            return self._gathered[key]
+        return self._read(snapshot, index)
 
+    @abstractmethod
+    def close(self) -> None:
+        """Ends this rank's threads. Collective. Call it after the last push has ended."""
+
+    @abstractmethod
     def _new_buffers(self) -> list[Tensor]:
-        is_pinned = self._ranks.device.type == "cuda"
-        return [
-            torch.empty(part.num_bytes, dtype=torch.uint8, pin_memory=is_pinned) for part in self._layout.own
-        ]
+        """Memory for one more snapshot: pinned where the device is a GPU."""
+
+    @abstractmethod
+    def _copy_weights(self, buffers: list[Tensor], *, number: int) -> None:
+        """Fills the buffers of snapshot `number` with the present weights. Collective."""
+
+    @abstractmethod
+    def _read(self, snapshot: RankSnapshot, index: int) -> GatheredBucket: ...
 
     def _free_superseded(self) -> None:
         """Frees every snapshot but the acquired one. Collective: only rank 0 has acquired one."""
@@ -212,54 +208,16 @@ class WeightSnapshotter:
             kept = torch.tensor([_NONE if self._acquired is None else self._acquired.number])
             if self._ranks.rank == 0:
                 self._free_all_but(int(kept))
-        if self._group is not None:
+        if self._ranks.world_size > 1:
             dist.broadcast(kept, src=0)
             with self._lock:
                 self._free_all_but(int(kept))
 
     def _free_all_but(self, number: int) -> None:
-        self._free_buffers += [each.row_buffers for each in self._snapshots if each.number != number]
+        self._free_buffers += [each.buffers for each in self._snapshots if each.number != number]
         self._snapshots = [each for each in self._snapshots if each.number == number]
 
-    def _gather(self, snapshot: _RankSnapshot, index: int) -> Tensor:
-        """On rank 0: bucket `index` with the rows of all ranks, uint8[num_bytes]."""
-        parts, num_bytes = self._layout.buckets[index], self.buckets[index].num_bytes
-        if self._group is None:
-            return snapshot.row_buffers[index][:num_bytes]
-        try:
-            dist.broadcast(torch.tensor([snapshot.number, index]), group=self._group, group_src=0)
-            gathered, work = parts.begin_gather(snapshot.row_buffers[index], to_rank=0, group=self._group)
-            work.wait(_GATHER_TIMEOUT)
-        except RuntimeError as error:
-            raise WeightSyncError(
-                f"a rank of the trainer was lost while weights were gathered: {error}"
-            ) from None
-        flat = torch.empty(num_bytes, dtype=torch.uint8)
-        parts.assemble(gathered, into=flat)
-        return flat
 
-    def _serve_gathers(self) -> None:
-        """The other ranks' thread: sends the rows that rank 0 requests until rank 0 closes or is gone."""
-        request = torch.empty(2, dtype=torch.int64)
-        try:
-            while True:
-                dist.broadcast(request, group=self._group, group_src=0)
-                number, index = map(int, request)
-                if number == _CLOSE:
-                    return
-                rows = self._rows_of(number, index)
-                _, work = self._layout.buckets[index].begin_gather(rows, to_rank=0, group=self._group)
-                work.wait()
-        except RuntimeError as error:  # rank 0 has ended; the training thread fails by itself
-            log.info("this rank gathers no more weights: %s", error)
-
-    def _rows_of(self, number: int, index: int) -> Tensor:
-        with self._lock:
-            # Rank 0 may request a snapshot that this rank has not taken yet. No timeout is needed: rank 0
-            # bounds its own wait, and if this rank's training thread fails first, the process ends.
-            self._lock.wait_for(lambda: self._num_taken >= number)
-            for snapshot in self._snapshots:
-                if snapshot.number == number:
-                    return snapshot.row_buffers[index]
-        # Freed after a broken push. Rank 0 still waits for this number of bytes, and discards them.
-        return torch.empty(self._layout.own[index].num_bytes, dtype=torch.uint8)
+def empty_buffer(num_bytes: int, device: torch.device) -> Tensor:
+    """uint8[num_bytes] on the CPU, pinned if `device` is a GPU, so that copies run at the bus' full rate."""
+    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")

@@ -5,13 +5,14 @@ One push, in order:
     1. rank 0 -> buffer       AllocVersion -> VersionGranted: the number of the version (messages/consumer.py)
     2. rank 0 -> each server  AskAlive -> Alive: a server that does not reply in time is left out
     3. rank 0 -> each server  FormGroup -> WeightsOk: all members have joined the weight group
+       rank 0                 with an engine that loads in place: every bucket is gathered and summed up first
     4. rank 0 -> each server  PushWeights: version, update mode, names, shapes and buckets of the tensors
     5. rank 0 -> engines      every bucket, by torch.distributed over the weight group
     6. rank 0 -> each server  PushChecksums: checksums (and digests) of the buckets that were sent
     7. server -> rank 0       received, checksums compared, swapped in: WeightsOk, the reply to PushWeights
 
 Steps 2 and 3 are left out if the weight group of an earlier push still has the right members. Step 7 is that
-of the embedded engine, which decodes while it receives; SGLang is paused before step 5, loads each bucket in
+of the embedded engine, which decodes while it receives; SGLang is paused at step 4, loads each bucket in
 place and compares no checksums. DissolveGroup ends a weight group after a failure or when its members change.
 The life of one group is a session; the field `epoch` is its number.
 
@@ -50,6 +51,9 @@ class Alive:
     """As `2.27.5`; empty without NCCL or if the engine does not report it."""
     authenticates_store: bool
     """True if the engine can join a group whose rendezvous is authenticated (`FormGroup.secret`)."""
+    loads_in_place: bool = False
+    """True if the engine does not decode while it receives: rank 0 then has every bucket ready before it
+    sends `PushWeights`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +85,7 @@ class PushWeights:
 
     Replied to once active.
 
-    The manifest has no checksums, because the first bucket travels while the last is still being gathered;
+    The manifest has no checksums, because the first bucket may travel while the last is still being gathered;
     `PushChecksums` follows.
     """
 

@@ -1,19 +1,28 @@
-"""The client of an SGLang engine: EngineClient with three differences.
+"""The client of an SGLang engine: EngineClient with five differences.
 
 - A token id outside the vocabulary kills the whole SGLang server, so it is refused before it is sent.
 - `/health` generates a token and hangs while the engine is paused, so readiness is read from `/ready`.
 - SGLang reports no cumulative load, so the client counts generated tokens and busy time itself.
+- Each request has a cache salt, so that an episode never starts with a prefix computed under other weights.
+- Each request says how often its tokens are streamed, because an engine at a URL may run with the default.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import itertools
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from areal_like.errors import EngineError, PromptRefusedError
 from rollout_server.inference.client import EngineClient
-from rollout_server.inference.types import Generation, Sampling
+from rollout_server.inference.types import Generation, Sampling, SamplingClient
+
+STREAM_INTERVAL = 1 << 20
+"""Tokens between two chunks of a sequence after its first one. A chunk repeats all tokens before it, so the
+bytes of a long answer grow with the square of its length unless the interval is long."""
 
 
 class SglangClient(EngineClient):
@@ -21,22 +30,51 @@ class SglangClient(EngineClient):
 
     def __init__(self, base_url: str, *, vocab_size: int, **options: Any) -> None:
         """`vocab_size`: rows of the model's embedding; `options`: as of EngineClient."""
-        super().__init__(base_url, **options)
+        super().__init__(base_url, stream_interval=STREAM_INTERVAL, **options)
         self._vocab_size = vocab_size
         self._num_running = 0
         self._num_tokens = 0
         self._created_s = self._since_s = asyncio.get_running_loop().time()
         self._busy_s = 0.0
+        self._salts = (f"{uuid.uuid4().hex}.{number}" for number in itertools.count())
+        self.cache_salt = next(self._salts)
+        """The salt of episodes that start now: it stands for the weights that the engine holds."""
+        self.caches_prefixes = True
+
+    def renew_cache_salt(self) -> None:
+        """As EngineClient.renew_cache_salt."""
+        self.cache_salt = next(self._salts)
+
+    def episode(self, *, on_first_token: Callable[[], None] | None = None) -> SamplingClient:
+        """As EngineClient.episode; all turns have the salt of the weights at the episode's start."""
+        return _Episode(self, cache_salt=self.cache_salt, on_first_token=on_first_token)
 
     async def generate(
-        self, input_ids: Sequence[int], *, sampling: Sampling, rid: str | None = None
+        self,
+        input_ids: Sequence[int],
+        *,
+        sampling: Sampling,
+        rid: str | None = None,
+        cache_salt: str = "",
+        on_first_token: Callable[[], None] | None = None,
     ) -> Generation:
-        """As EngineClient.generate. Refuses ids outside the vocabulary, in the prompt and as stop tokens."""
+        """As EngineClient.generate. Refuses ids outside the vocabulary, in the prompt and as stop tokens.
+
+        `cache_salt`: only prefixes computed with the same salt are used; empty: the present one.
+        `on_first_token` is called when the prompt is computed and another request can use its prefix; not if
+        there is only one token.
+        """
         self._check_ids(input_ids, PromptRefusedError, name="input_ids")
         self._check_ids(sampling.stop_token_ids, EngineError, name="stop_token_ids")
         self._count_running(+1)
         try:
-            generation = await super().generate(input_ids, sampling=sampling, rid=rid)
+            generation = await self._batcher.generate(
+                input_ids,
+                sampling=sampling,
+                rid=rid,
+                cache_salt=cache_salt or self.cache_salt,
+                on_first_token=on_first_token,
+            )
         finally:
             self._count_running(-1)
         self._num_tokens += len(generation.output_ids)
@@ -60,6 +98,11 @@ class SglangClient(EngineClient):
             return False
         return True
 
+    async def fetch_info(self) -> None:
+        """As EngineClient.fetch_info; SGLang loads weights in place."""
+        await super().fetch_info()
+        self.info = replace(self.info, loads_in_place=True)
+
     async def load(self) -> dict[str, float]:
         """Sequences as the engine reports them; tokens and seconds as counted by this client."""
         queues = (await self._http.call("GET", "/v1/loads"))["loads"]
@@ -79,3 +122,26 @@ class SglangClient(EngineClient):
             self._busy_s += now_s - self._since_s
         self._since_s = now_s
         self._num_running += change
+
+
+class _Episode:
+    """A `SamplingClient` of one episode."""
+
+    def __init__(
+        self, client: SglangClient, *, cache_salt: str, on_first_token: Callable[[], None] | None
+    ) -> None:
+        self._client = client
+        self._cache_salt = cache_salt
+        self._on_first_token = on_first_token
+
+    async def generate(
+        self, input_ids: Sequence[int], *, sampling: Sampling, rid: str | None = None
+    ) -> Generation:
+        """As SglangClient.generate."""
+        return await self._client.generate(
+            input_ids,
+            sampling=sampling,
+            rid=rid,
+            cache_salt=self._cache_salt,
+            on_first_token=self._on_first_token,
+        )

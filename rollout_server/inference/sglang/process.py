@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shlex
 import signal
 import socket
 import ssl
@@ -22,7 +21,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from areal_like.automatic_settings import compute_dtype
 from areal_like.config import Config
 from areal_like.errors import ConfigError, EngineError
 from areal_like.hosts import LOOPBACK
@@ -34,15 +32,17 @@ from rollout_server.inference.process import EngineProcess
 from rollout_server.inference.sglang import launch_with_key
 from rollout_server.inference.sglang.checkpoint_shapes import CheckpointShapes
 from rollout_server.inference.sglang.client import SglangClient
+from rollout_server.inference.sglang.engine_checks import (
+    UNUSABLE_TOKENS,
+    check_context_option,
+    check_server_info,
+)
+from rollout_server.inference.sglang.launch_options import launch_options
 from rollout_server.inference.sglang.weight_update import SglangWeightUpdate
 from rollout_server.inference.weight_update import OnQuarantine, OnUntrusted, WeightUpdateStrategy
 
 BUILT_PYTHON = Path("areal_like/sglang/bin/python")
 """Interpreter that `make sglang` builds, below the cache directory."""
-_MAX_CPU_KV_TOKENS = 1 << 16
-"""KV cache size on a CPU. By default SGLang would take most of the machine's memory."""
-_ONE_CHUNK_PER_SEQUENCE = 1 << 20
-"""--stream-interval: a sequence is sent as one chunk, because every chunk repeats all tokens before it."""
 _POLL_S = 0.5
 _PROBE_S = 2.0
 _LOST_AFTER_S = 15.0
@@ -80,40 +80,27 @@ def server_index(name: str) -> int:
     return int(number) if number.isdigit() else 0
 
 
-def launch_options(config: Config, *, model: str, port: int, version: int, index: int) -> list[str]:
-    """Arguments of `python -m sglang.launch_server`, without the API key."""
-    rollout = config.rollout
-    device, _, ordinal = rollout.engine_device.partition(":")
-    options = {
-        "model-path": model, "host": LOOPBACK, "port": port, "device": device,
-        "dtype": compute_dtype(config), "max-running-requests": rollout.max_running,
-        "weight-version": version, "random-seed": config.seed + index,
-        "stream-interval": _ONE_CHUNK_PER_SEQUENCE, "sampling-defaults": "openai",
-    }  # fmt: skip
-    flags = ["skip-tokenizer-init", "enable-metrics"]
-    if ordinal:
-        options["base-gpu-id"] = ordinal
-    if config.weights.update_mode == "keep":
-        # New requests would use prefixes computed under old weights: with `keep`, sequences run during the
-        # update, and SGLang cannot flush the cache then.
-        flags.append("disable-radix-cache")
-    if device == "cpu":
-        options |= {"attention-backend": "torch_native", "max-total-tokens": _MAX_CPU_KV_TOKENS}
-        # Without sleep-on-idle, SGLang's idle loop uses a whole core.
-        flags += ["disable-cuda-graph", "disable-overlap-schedule", "sleep-on-idle"]
-    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    words += [f"--{flag}" for flag in flags]
-    return words + shlex.split(rollout.sglang.args.replace("{index}", str(index)))
-
-
 class SglangProcess(EngineProcess):
     """A `sglang.launch_server` started by this process."""
 
     def __init__(
-        self, config: Config, *, name: str, model: str, context_tokens: int, vocab_size: int
+        self,
+        config: Config,
+        *,
+        name: str,
+        model: str,
+        context_tokens: int,
+        max_positions: int,
+        vocab_size: int,
     ) -> None:
-        """Raises ConfigError if no interpreter with SGLang is found."""
+        """`max_positions`: longest sequence of the model, in tokens.
+
+        Raises ConfigError if no interpreter with SGLang is found, or if `--context-length` in
+        `rollout.sglang.args` is too short for the job.
+        """
         super().__init__(config, name=name, model=model, context_tokens=context_tokens)
+        check_context_option(config.rollout.sglang.args, context_tokens=context_tokens)
+        self._context_length = min(context_tokens + UNUSABLE_TOKENS, max_positions)
         self._python = find_python(config.rollout.sglang.python)
         self._index = server_index(name)
         self._vocab_size = vocab_size
@@ -148,8 +135,9 @@ class SglangProcess(EngineProcess):
             probe.bind((LOOPBACK, 0))
             self._chosen_port = probe.getsockname()[1]
         options = launch_options(
-            self._config, model=self._model, port=self._chosen_port, version=version, index=self._index
-        )
+            self._config, model=self._model, port=self._chosen_port, version=version, index=self._index,
+            context_length=self._context_length,
+        )  # fmt: skip
         return [
             sys.executable,
             "-m",
@@ -170,6 +158,17 @@ class SglangProcess(EngineProcess):
     async def _port(self) -> int:
         return self._chosen_port
 
+    async def _connect(self, port: int) -> EngineClient:
+        client = await super()._connect(port)
+        try:
+            check_server_info(
+                await client.server_info(), name="the engine", context_tokens=self._context_tokens
+            )
+        except BaseException:
+            await client.close()
+            raise
+        return client
+
     def _client(self, url: str) -> EngineClient:
         return SglangClient(
             url,
@@ -185,9 +184,12 @@ class SglangAtUrl:
     pid = 0
     """This server has started no process."""
 
-    def __init__(self, config: Config, *, name: str, model: str, vocab_size: int) -> None:
+    def __init__(
+        self, config: Config, *, name: str, model: str, context_tokens: int, vocab_size: int
+    ) -> None:
         """Raises ConfigError if the file with the API key or with certificates cannot be used."""
         self._config = config
+        self._context_tokens = context_tokens
         self._model = model
         sglang = config.rollout.sglang
         self._url = sglang.url.replace("{index}", str(server_index(name)))
@@ -276,12 +278,11 @@ class SglangAtUrl:
         self._abandoned.set()
 
     async def _reset(self, client: SglangClient, *, version: int) -> None:
-        info = await client.server_info()
-        if self._config.weights.update_mode == "keep" and not info.get("disable_radix_cache"):
-            raise ConfigError(
-                "weights.update_mode=keep would serve prefixes computed under old weights: start the engine "
-                f"at {self._url} with --disable-radix-cache, or use recompute"
-            )
+        check_server_info(
+            await client.server_info(),
+            name=f"the engine at rollout.sglang.url={self._url}",
+            context_tokens=self._context_tokens,
+        )
         await client.fetch_info()
         await client.abort()
         with contextlib.suppress(EngineError):  # SGLang answers 400 if no session is open

@@ -91,6 +91,8 @@ class SglangWeightUpdate:
                     self._gate.hold()
                     await self._wait_empty(client, interrupting=request.update_mode == "abort_resume")
                 await client.pause("in_place" if request.update_mode == "keep" else "retract")
+                # Only now: what was computed before the pause has the salt of the old weights.
+                client.renew_cache_salt()
                 await client.begin_weight_update()
                 for bucket in push.manifest.buckets:
                     await client.update_weights_from_distributed(
@@ -146,6 +148,7 @@ class SglangWeightUpdate:
         self._on_quarantine("part of an update was loaded", self._path_version)
         # `retract`: after an `in_place` pause the running sequences would prevent a flush of the cache.
         await client.pause("retract")
+        client.renew_cache_salt()
         await client.abort()
         await self._end_session(client)
         await client.update_weights_from_disk(

@@ -1,0 +1,39 @@
+"""The command line of an SGLang engine, from the job's settings."""
+
+from __future__ import annotations
+
+import shlex
+
+from areal_like.automatic_settings import compute_dtype
+from areal_like.config import Config
+from areal_like.config.gpus import engine_gpus
+from areal_like.hosts import LOOPBACK
+from rollout_server.inference.sglang.client import STREAM_INTERVAL
+
+_MAX_CPU_KV_TOKENS = 1 << 16
+"""KV cache size on a CPU. By default SGLang would take most of the machine's memory."""
+
+
+def launch_options(
+    config: Config, *, model: str, port: int, version: int, index: int, context_length: int
+) -> list[str]:
+    """Arguments of `python -m sglang.launch_server`, without the API key."""
+    rollout = config.rollout
+    device = rollout.engine_device.partition(":")[0]
+    options = {
+        "model-path": model, "host": LOOPBACK, "port": port, "device": device,
+        "dtype": compute_dtype(config), "max-running-requests": rollout.max_running,
+        "weight-version": version, "random-seed": config.seed + index, "stream-interval": STREAM_INTERVAL,
+        "sampling-defaults": "openai", "context-length": context_length, "schedule-policy": "lpm",
+        "tp-size": rollout.gpus_per_engine,
+    }  # fmt: skip
+    flags = ["skip-tokenizer-init", "enable-metrics"]
+    if gpus := engine_gpus(rollout, index=index):
+        options["base-gpu-id"] = gpus.start
+    if device == "cpu":
+        options |= {"attention-backend": "torch_native", "max-total-tokens": _MAX_CPU_KV_TOKENS}
+        # Without sleep-on-idle, SGLang's idle loop uses a whole core.
+        flags += ["disable-cuda-graph", "disable-overlap-schedule", "sleep-on-idle"]
+    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    words += [f"--{flag}" for flag in flags]
+    return words + shlex.split(rollout.sglang.args.replace("{index}", str(index)))

@@ -1,0 +1,110 @@
+"""The options with which SGLang is started, the GPUs of a job, and the engines that are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from areal_like.config import Config
+from areal_like.config.gpus import check_gpus_are_separate, engine_gpus, trainer_gpus
+from areal_like.config.sglang_args import option, words_of
+from areal_like.errors import ConfigError
+from areal_like.runtime.command_line import load_config
+from launch.run_directory.open_run import open_run
+from rollout_server.inference.sglang.engine_checks import check_context_option, check_server_info
+from rollout_server.inference.sglang.launch_options import launch_options
+
+
+def config_of(*settings: str) -> Config:
+    return load_config(["rollout.engine=sglang", *settings])
+
+
+def options_of(*settings: str, index: int = 0) -> list[str]:
+    return launch_options(
+        config_of(*settings), model="/m", port=1, version=0, index=index, context_length=100
+    )
+
+
+def test_each_engine_gets_gpus_of_its_own() -> None:
+    settings = ["rollout.engine_device=cuda:2", "rollout.gpus_per_engine=2"]
+    words = options_of(*settings, index=1)
+    assert option(words, ("--base-gpu-id",)) == "4" and option(words, ("--tp-size",)) == "2"
+    assert option(words, ("--device",)) == "cuda" and option(words, ("--context-length",)) == "100"
+    assert option(words, ("--schedule-policy",)) == "lpm" and "--disable-radix-cache" not in words
+    mine = options_of(*settings, "rollout.sglang.args='--base-gpu-id {index}'", index=3)
+    assert option(mine, ("--base-gpu-id",)) == "3", "args come last"
+    assert option(options_of(index=3), ("--base-gpu-id",)) is None, "a CPU has no GPUs"
+
+
+def test_gpus_of_a_job_are_counted() -> None:
+    config = config_of(
+        "rollout.engine_device=cuda", "rollout.gpus_per_engine=2", "rollout.num_servers=2",
+        "trainer.device=cuda:4", "trainer.world_size=4",
+    )  # fmt: skip
+    check_gpus_are_separate(config)
+    assert [engine_gpus(config.rollout, index=index) for index in (0, 1)] == [range(2), range(2, 4)]
+    assert trainer_gpus(config) == range(4, 8)
+    assert not trainer_gpus(load_config([])) and not engine_gpus(load_config([]).rollout, index=0)
+    embedded = load_config(["rollout.engine_device=cuda:3"]).rollout
+    assert engine_gpus(embedded, index=2) == range(3, 4)
+
+
+SHARED = ["rollout.engine_device=cuda", "trainer.device=cuda"]
+BOTH_ON_ONE = ["rollout.engine_device=cuda", "rollout.num_servers=2", "rollout.sglang.args=--base-gpu-id 0"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        (SHARED, ["rollout.engine_device=cuda", "trainer.device=cuda", "GPUs 0", "trainer.device=cuda:1"]),
+        (
+            [*SHARED, "rollout.num_servers=4", "trainer.world_size=2", "trainer.device=cuda:3"],
+            ["rollout.num_servers=4", "trainer.world_size=2", "share the GPUs 3", "trainer.device=cuda:4"],
+        ),
+        (BOTH_ON_ONE, ["rollout-0 and rollout-1", "--base-gpu-id"]),
+    ],
+)
+def test_shared_gpus_are_refused(settings: list[str], parts: list[str], tmp_path: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        open_run(["rollout.engine=sglang", *settings, f"runs_dir={tmp_path}/runs"])
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+    assert not list(tmp_path.iterdir()), "nothing was written"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [*SHARED, "rollout.sglang.args=--mem-fraction-static 0.3"],
+        [*SHARED, "rollout.sglang.env.CUDA_VISIBLE_DEVICES=7"],
+        [*SHARED, "rollout.sglang.url=http://127.0.0.1:1"],
+        ["rollout.engine_device=cuda", "trainer.device=cpu"],
+    ],
+)
+def test_a_gpu_may_be_shared_on_purpose(settings: list[str]) -> None:
+    check_gpus_are_separate(config_of(*settings))
+
+
+def test_engines_that_do_not_fit_are_refused() -> None:
+    check_server_info({}, name="the engine", context_tokens=10)
+    check_server_info(
+        {"dp_size": 1, "pp_size": 1, "max_req_input_len": 94}, name="the engine", context_tokens=100
+    )
+    for info, part in (
+        ({"dp_size": 2}, "the engine runs with dp_size=2"),
+        ({"pp_size": 4}, "the engine runs with pp_size=4"),
+        ({"max_req_input_len": 93}, "the engine holds sequences of 99 tokens"),
+    ):
+        with pytest.raises(ConfigError, match=part):
+            check_server_info(info, name="the engine", context_tokens=100)
+    check_context_option("--context-length 100", context_tokens=100)
+    with pytest.raises(ConfigError, match="--context-length 99 is shorter"):
+        check_context_option("--context-length=99", context_tokens=100)
+
+
+def test_the_last_value_of_an_option_counts() -> None:
+    with pytest.raises(ConfigError, match="No closing quotation"):
+        words_of("'--tp")
+    words = words_of("--tp 2 --x --tp-size=4 --tp")
+    assert option(words, ("--x",)) == "--tp-size=4" and option(words, ("--y",)) is None
+    assert option(words, ("--tp", "--tp-size")) == "", "an option without its value"

@@ -1,0 +1,78 @@
+"""A copy of one model's shards in host memory, which a thread writes while training continues.
+
+    take() on the training thread -> the thread writes `values` -> take() again, into the same memory
+
+The memory is allocated once and lies in the order of the rank's row file, so a row file is written in one
+piece. It is 12 bytes for each parameter of this rank, and pinned if the shards are on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+
+import torch
+from torch import Tensor
+
+from trainer.models.packed_model import PackedModel
+from trainer.models.sharded_weights import MODEL_PREFIX
+from trainer.optimizer import MOMENTS, ShardedAdamW
+
+MASTER = "master"
+KINDS = (MASTER, *MOMENTS)
+"""What is kept of each parameter."""
+
+
+class HostCopy:
+    """One rank's masters and moments."""
+
+    def __init__(self, model: PackedModel, optimizer: ShardedAdamW) -> None:
+        """`take` copies the state of these."""
+        self._optimizer = optimizer
+        self._names = {name.removeprefix(MODEL_PREFIX): name for name, _ in model.named_parameters()}
+        shards = {name: optimizer.shards[own] for name, own in self._names.items()}
+        dtypes = {shard.dtype for shard in shards.values()}
+        assert len(dtypes) == 1, f"masters of several dtypes: {dtypes}"
+        (self.dtype,) = dtypes
+        """Of masters and moments."""
+        places = [(kind, name, shard.shape) for kind in KINDS for name, shard in shards.items()]
+        sizes = [math.prod(shape) for _, _, shape in places]
+        self._flat = torch.empty(sum(sizes), dtype=self.dtype)
+        self._is_cuda = any(shard.is_cuda for shard in shards.values())
+        if self._is_cuda:
+            _pin(self._flat)
+        self.values: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
+        """Kind -> parameter's Hugging Face name -> this rank's rows; views of one tensor, in this order."""
+        for (kind, name, shape), part in zip(places, torch.split(self._flat, sizes), strict=True):
+            self.values[kind][name] = part.view(shape)
+        self.num_updates = 0
+        """Of the optimizer, when the copy was taken."""
+
+    def is_of(self, optimizer: ShardedAdamW) -> bool:
+        """True if `take` copies the state of this optimizer."""
+        return self._optimizer is optimizer
+
+    def take(self) -> None:
+        """Replaces the copy by the present state. For the training thread, while nothing is being written."""
+        self.num_updates = self._optimizer.num_updates
+        for name, own in self._names.items():
+            state = {MASTER: self._optimizer.shards[own].detach(), **self._optimizer.moments(own)}
+            for kind in KINDS:
+                self.values[kind][name].copy_(state[kind], non_blocking=self._is_cuda)
+        if self._is_cuda:
+            torch.cuda.current_stream().synchronize()
+
+    def flat(self, kinds: tuple[str, ...]) -> Tensor:
+        """The values of `kinds`, the last ones of KINDS, in one tensor of one dimension, sharing memory."""
+        assert kinds == KINDS[-len(kinds) :]
+        num_others = sum(v.numel() for kind in KINDS[: -len(kinds)] for v in self.values[kind].values())
+        return self._flat[num_others:]
+
+
+def _pin(tensor: Tensor) -> None:
+    """Pins memory in place: torch's own pinned allocations are rounded up to a power of two."""
+    cudart, pointer = torch.cuda.cudart(), tensor.data_ptr()  # type: ignore[no-untyped-call]
+    portable = 1
+    torch.cuda.check_error(int(cudart.cudaHostRegister(pointer, tensor.numel() * tensor.itemsize, portable)))
+    # Called before the memory is freed; else the driver would keep the pages of memory that others get.
+    weakref.finalize(tensor, cudart.cudaHostUnregister, pointer)

@@ -1,0 +1,75 @@
+"""Broadcasts the buckets of a snapshot over a weight group: the blocking part of a push, in threads.
+
+Bucket i + 1 is read, and on a GPU copied to the device, while bucket i is being sent and summed up.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from areal_like.errors import WeightSyncError
+from areal_like.weights.collective import WeightGroup
+from areal_like.weights.integrity import BucketSums
+from trainer.weight_sync.snapshot import GatheredBucket, Snapshot
+
+
+class BucketSender:
+    """Sends snapshots through one group. `close` it when the group is dissolved."""
+
+    def __init__(self, group: WeightGroup, *, device: torch.device, name: str) -> None:
+        """`device`: of the trainer. `name`: of the threads."""
+        self._group = group
+        self._device = device
+        # Separate streams: on the default stream training would wait for the whole broadcast, and the
+        # broadcast for everything that training has queued.
+        self._stream: torch.cuda.Stream | None = None
+        self._copy_stream: torch.cuda.Stream | None = None
+        if group.backend == "nccl":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._copy_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{name}-read")
+
+    def send(self, snapshot: Snapshot, *, integrity: str, timeout_s: float) -> BucketSums:
+        """Broadcasts every bucket and returns their sums. Blocks.
+
+        `timeout_s`: of each broadcast. Raises WeightSyncError; the group is then broken.
+        """
+        with torch.cuda.stream(self._stream):
+            return self._send(snapshot, integrity=integrity, timeout_s=timeout_s)
+
+    def close(self) -> None:
+        """Ends the reading thread, without waiting for it."""
+        self._reader.shutdown(wait=False)
+
+    def _send(self, snapshot: Snapshot, *, integrity: str, timeout_s: float) -> BucketSums:
+        names = ("checksum", "digest") if integrity == "sha256" else ("checksum",)
+        sums: dict[str, list[Any]] = {"checksum": [], "digest": []}
+        next_read = self._reader.submit(self._read, snapshot, 0)
+        for index in range(len(snapshot.buckets)):
+            bucket, on_wire = next_read.result()
+            if index + 1 < len(snapshot.buckets):
+                next_read = self._reader.submit(self._read, snapshot, index + 1)
+            pending = {name: self._reader.submit(getattr, bucket, name) for name in names}
+            self._group.broadcast(on_wire, timeout_s=timeout_s)
+            for name, future in pending.items():
+                sums[name].append(future.result())
+        return BucketSums(checksums=sums["checksum"], digests=sums["digest"])
+
+    def _read(self, snapshot: Snapshot, index: int) -> tuple[GatheredBucket, Tensor]:
+        """A bucket, and its bytes on the device that the group sends from. Runs in the reader's thread."""
+        bucket = snapshot.read(index)
+        if self._copy_stream is None:
+            return bucket, bucket.data
+        try:
+            with torch.cuda.stream(self._copy_stream):
+                on_wire = bucket.data.to(self._device, non_blocking=True)
+            self._copy_stream.synchronize()
+        except RuntimeError as error:  # the GPU's memory is full: a later push may find room
+            raise WeightSyncError(
+                f"could not copy a bucket of {len(bucket.data)} bytes to {self._device}: {error}"
+            ) from None
+        return bucket, on_wire
