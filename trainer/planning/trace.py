@@ -4,8 +4,8 @@ The model, its sharding, the packed batch, the chunked head, the backward and th
 job runs, under torch's FakeTensorMode and a process group that moves nothing. Traced is the second of two
 micro-batches, when Adam's moments and the first one's gradients exist: the peak of every step but the first.
 
-Fake CPU tensors stand for those of a GPU. The differences: attention's workspace (both keep the output and one
-float32 number for each head and position; float32 on CUDA may keep the scores too, which are added), and
+Fake CPU tensors stand for those of a GPU. The differences: attention's workspace (both keep the output and
+one float32 number for each head and position; float32 on CUDA may keep the scores too, which are added), and
 FSDP2's copies on other streams, which may live a little longer on a GPU.
 
 Left out: the loss on the sampled tokens' log-probs (some dozens of bytes for each token), and objectives that
@@ -182,7 +182,7 @@ class _Trace:
 
     @property
     def _keeps_scores(self) -> bool:
-        """True where no fused kernel of torch on CUDA takes the job's attention (float32, grouped queries)."""
+        """True where no fused kernel of torch on CUDA takes the attention: float32 with grouped queries."""
         is_grouped = self._shape.num_kv_heads != self._shape.num_heads
         on_cuda = self._config.trainer.device != "cpu"
         return on_cuda and is_grouped and self._config.model.dtype == "float32"

@@ -27,7 +27,11 @@ SHAPE = Qwen3Config(
 
 @pytest.mark.parametrize(
     ("world_size", "checkpointing"),
-    [(1, False), pytest.param(1, True, marks=pytest.mark.chaos), pytest.param(2, False, marks=pytest.mark.chaos)],
+    [
+        (1, False),
+        pytest.param(1, True, marks=pytest.mark.chaos),
+        pytest.param(2, False, marks=pytest.mark.chaos),
+    ],
 )
 def test_trace_is_measured_memory(
     world_size: int, checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -49,7 +53,11 @@ def test_trace_is_measured_memory(
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")
     run_ranks(
-        "memory", str(tmp_path), json.dumps(settings), world_size=world_size, module="tests.support.planning_ranks"
+        "memory",
+        str(tmp_path),
+        json.dumps(settings),
+        world_size=world_size,
+        module="tests.support.planning_ranks",
     )
     for rank in range(world_size):
         result = json.loads((tmp_path / f"rank-{rank}.json").read_text())
