@@ -19,13 +19,23 @@ from rollout_server.inference.supervisor import EngineSupervisor
 from rollout_server.rewards.pool import RewardPool
 from rollout_server.weight_sync.receiver import WeightReceiver
 
-_CUMULATIVE = {"tokens_generated": "generated_tokens", "busy_s": "busy_s", "idle_s": "idle_s"}
+_CUMULATIVE = {
+    "tokens_generated": "generated_tokens",
+    "busy_s": "busy_s",
+    "idle_s": "idle_s",
+    "prompt_tokens": "prompt_tokens",
+    "cached_prompt_tokens": "cached_prompt_tokens",
+    "retractions": "retractions",
+}
 """Server's name -> engine's name of the numbers that the engine counts from its start."""
 _COUNTERS = {
     "tokens_generated": ("tokens_generated", "Tokens that this server's engines sampled."),
     "busy_s": ("generation_busy_seconds", "Time in which an engine had a runnable sequence."),
     "idle_s": ("generation_idle_seconds", "Time in which an engine had none."),
     "progress": ("progress", "Heartbeats at which the server had made progress."),
+    "prompt_tokens": ("prompt_tokens", "Tokens of the prompts of finished requests."),
+    "cached_prompt_tokens": ("cached_prompt_tokens", "Those that were in the engine's prefix cache."),
+    "retractions": ("retractions", "Sequences that an engine retracted for lack of KV memory."),
     "samples_done": ("samples_done", "Samples finished."),
     "reward_s": ("reward_seconds", "Time spent in the task's reward function."),
     "reward_restarts": ("reward_worker_restarts", "Reward workers lost to a timeout or a crash."),
@@ -40,6 +50,8 @@ _COUNTERS = {
 _GAUGES = {
     "running": ("sequences_running", "Sequences that the engine decodes."),
     "waiting": ("sequences_waiting", "Sequences that wait for a slot of the engine."),
+    "kv_usage": ("kv_usage", "Fraction of the engine's KV memory that its sequences use."),
+    "concurrency_limit": ("concurrency_limit", "Samples that may be at the engine."),
     "holding": ("samples_held", "Samples of leases that are not finished."),
     "unacknowledged": ("samples_unacknowledged", "Finished samples that the buffer has not confirmed."),
     "rewards_waiting": ("rewards_waiting", "Completions that wait for their reward."),
@@ -77,6 +89,8 @@ class ServerStats:
             label="kind",
             values=list(FailureKind),
         )
+        self.concurrency_limit = 0
+        """Set by the server."""
         self._before_engine = dict.fromkeys(_CUMULATIVE, 0.0)
         self._by_engine = dict.fromkeys(_CUMULATIVE, 0.0)
         self._updated_s = 0.0
@@ -109,6 +123,8 @@ class ServerStats:
             "refused_handshakes": self._receiver.listener.num_refused_handshakes,
             "running": float(load.get("running", 0)),
             "waiting": float(load.get("waiting", 0)),
+            "kv_usage": float(load.get("kv_usage", 0.0)),
+            "concurrency_limit": self.concurrency_limit,
             "holding": self._buffers.holding_samples,
             "unacknowledged": self._buffers.num_unacknowledged,
             "rewards_waiting": self._rewards.num_waiting,

@@ -101,6 +101,9 @@ class RolloutConfig(Section, key="rollout"):
     embedded engine has one."""
     max_running: int = 128
     """Sequences that one engine decodes at the same time (KV slots)."""
+    adaptive_concurrency: bool | Literal["auto"] = "auto"
+    """Lower the number of samples at an engine below `max_running` while its KV cache is full, and raise it
+    again while there is room. `auto`: with SGLang on GPUs."""
     max_context: int = 0
     """Longest sequence (prompt and response), in tokens; 0: derived from the task and `sampling`."""
     queue_samples: int = 32
@@ -142,12 +145,24 @@ class RolloutConfig(Section, key="rollout"):
             self.engine == "sglang" or self.sglang == SglangConfig(),
             "rollout.sglang is set, but rollout.engine=embedded would ignore it: set rollout.engine=sglang",
         )
+        require(
+            self.adaptive_concurrency is not True or self.engine == "sglang",
+            "rollout.adaptive_concurrency=true needs rollout.engine=sglang: the embedded engine has KV "
+            "memory for rollout.max_running sequences of any length and never retracts one",
+        )
         self._check_gpus()
         require(
             self.num_servers == 1 or not self.sglang.url or "{index}" in self.sglang.url,
             f"rollout.sglang.url={self.sglang.url} is one engine for rollout.num_servers={self.num_servers}: "
             "put {index} into the url",
         )
+
+    @property
+    def adapts_concurrency(self) -> bool:
+        """`adaptive_concurrency`, or what it is when `auto`."""
+        if self.adaptive_concurrency == "auto":
+            return self.engine == "sglang" and self.engine_device != "cpu"
+        return self.adaptive_concurrency
 
     def _check_gpus(self) -> None:
         num_gpus = self.gpus_per_engine

@@ -325,12 +325,18 @@ class EngineClient:
         return info
 
     async def load(self) -> dict[str, float]:
-        """Running and waiting sequences; tokens, busy and idle seconds since the engine's start."""
+        """Running and waiting sequences, and the fraction of the KV memory in use; tokens, retractions, busy
+        and idle seconds since the engine's start."""
         load: dict[str, float] = (await self.server_info()).get("load", {})
         self.progress = tuple(
             float(load.get(key, 0)) for key in ("steps", "prefilled_tokens", "running", "waiting")
         )
-        return load
+        num_rows = load.get("rows", 0)
+        return load | {
+            "kv_usage": load.get("running", 0) / num_rows if num_rows else 0.0,
+            "prompt_tokens": self._batcher.num_prompt_tokens,
+            "cached_prompt_tokens": self._batcher.num_cached_tokens,
+        }
 
     async def metrics(self) -> bytes:
         """The engine's page in Prometheus' format."""

@@ -81,6 +81,8 @@ class GenerateBatcher:
         self._open: dict[str, _Pending] = {}
         """Request id of the caller -> its call."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self.num_prompt_tokens = self.num_cached_tokens = 0
+        """Tokens of the prompts of all finished requests; those that were in the prefix cache."""
 
     @property
     def num_open(self) -> int:
@@ -271,6 +273,8 @@ class GenerateBatcher:
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
             pending.fail(EngineError(f"malformed answer of the engine ({type(error).__name__}: {error})"))
             return
+        self.num_prompt_tokens += generation.num_prompt_tokens
+        self.num_cached_tokens += generation.num_cached_tokens
         if pending.is_late and generation.finish_reason is FinishReason.ABORT:
             if not len(generation.output_ids):
                 pending.fail(self._timeout_error(pending))

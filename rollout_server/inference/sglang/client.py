@@ -10,8 +10,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import math
+import re
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,11 +21,13 @@ from typing import Any
 
 from areal_like.errors import EngineError, PromptRefusedError
 from rollout_server.inference.client import EngineClient
-from rollout_server.inference.types import Generation, Sampling, SamplingClient
+from rollout_server.inference.types import EngineInfo, Generation, Sampling, SamplingClient
 
 STREAM_INTERVAL = 1 << 20
 """Tokens between two chunks of a sequence after its first one. A chunk repeats all tokens before it, so the
 bytes of a long answer grow with the square of its length unless the interval is long."""
+_RETRACTIONS_EVERY_S = 2.0
+_RETRACTED = re.compile(rb"^sglang:num_retracted_requests_total\{[^\n]*\} (\S+)$", re.M)
 
 _PROGRESS_KEYS = (
     "num_running_reqs",
@@ -53,6 +57,7 @@ class SglangClient(EngineClient):
         self.cache_salt = next(self._salts)
         """The salt of episodes that start now: it stands for the weights that the engine holds."""
         self.caches_prefixes = True
+        self._num_retractions, self._retractions_due_s = 0, 0.0
 
     def renew_cache_salt(self) -> None:
         """As EngineClient.renew_cache_salt."""
@@ -101,10 +106,14 @@ class SglangClient(EngineClient):
         return await super().score(tokens, first=first)
 
     async def fetch_info(self) -> None:
-        """As EngineClient.fetch_info, and the NCCL version."""
-        await super().fetch_info()
-        if not self.info.nccl_version:
-            self.info = replace(self.info, nccl_version=self._nccl_version)
+        """As EngineClient.fetch_info; also finds out if the engine has a prefix cache.
+
+        SGLang loads weights in place and does not report its NCCL version.
+        """
+        answer = await self.server_info()
+        info = EngineInfo.from_server_info(answer)
+        self.info = replace(info, loads_in_place=True, nccl_version=info.nccl_version or self._nccl_version)
+        self.caches_prefixes = not answer.get("disable_radix_cache")
 
     def _check_ids(self, ids: Sequence[int], error: type[EngineError], *, name: str) -> None:
         outside = next((token for token in ids if not 0 <= token < self._vocab_size), None)
@@ -119,11 +128,6 @@ class SglangClient(EngineClient):
             return False
         return True
 
-    async def fetch_info(self) -> None:
-        """As EngineClient.fetch_info; SGLang loads weights in place."""
-        await super().fetch_info()
-        self.info = replace(self.info, loads_in_place=True)
-
     async def load(self) -> dict[str, float]:
         """Sequences as the engine reports them; tokens and seconds as counted by this client."""
         queues = (await self._http.call("GET", "/v1/loads"))["loads"]
@@ -136,10 +140,25 @@ class SglangClient(EngineClient):
         return {
             "running": sum(queue["num_running_reqs"] for queue in queues),
             "waiting": sum(queue["num_waiting_reqs"] for queue in queues),
+            "kv_usage": max((float(queue.get("token_usage", 0.0)) for queue in queues), default=0.0),
+            "retractions": await self._retractions(),
+            "prompt_tokens": self._batcher.num_prompt_tokens,
+            "cached_prompt_tokens": self._batcher.num_cached_tokens,
             "generated_tokens": self._num_tokens,
             "busy_s": self._busy_s,
             "idle_s": self._since_s - self._created_s - self._busy_s,
         }
+
+    async def _retractions(self) -> int:
+        """Sequences that the engine has retracted for lack of KV memory. Only its page of metrics has them:
+        `num_retractions` of an answer also counts those of a weight update, and comes at its end."""
+        now_s = asyncio.get_running_loop().time()
+        if now_s >= self._retractions_due_s:
+            self._retractions_due_s = now_s + _RETRACTIONS_EVERY_S
+            with contextlib.suppress(EngineError, ValueError):  # at a URL it may run without metrics
+                counts = _RETRACTED.findall(await self.metrics())
+                self._num_retractions = int(sum(map(float, counts)))
+        return self._num_retractions
 
     def _count_running(self, change: int) -> None:
         """Adds the time since the last call to the busy time if requests were running."""

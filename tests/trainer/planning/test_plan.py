@@ -21,7 +21,7 @@ from trainer.planning.engines import engine_memory
 from trainer.planning.estimate import Assumptions, estimate
 from trainer.planning.gpus import GPUS, parse_gpus
 from trainer.planning.lengths import Lengths, lengths_of, worst_lengths
-from trainer.planning.planner import Plan, make_plan
+from trainer.planning.planner import Plan, make_plan, planned_again
 from trainer.planning.report import json_of, text_of
 from trainer.planning.shapes import known_shapes, with_local_model
 
@@ -124,9 +124,7 @@ def test_changes_make_it_fit() -> None:
     settings = ("trainer.tokens_per_microbatch=4096", "trainer.gradient_checkpointing=false")
     plan = small(*settings, "rollout.max_running=8")
     assert plan.fits
-    card = replace(plan.placement.gpu, memory_bytes=0.7 * plan.memory.trainer_total)
-    placement = replace(plan.placement, gpu=card)
-    tight = replace(plan, placement=placement, memory=replace(plan.memory, gpu_bytes=card.memory_bytes))
+    tight = on_card(plan, memory_bytes=0.7 * plan.memory.trainer_total)
     assert not tight.fits
     changes = list(changes_until_it_fits(tight))
     assert changes[0].text == "trainer.gradient_checkpointing=true" and changes[-1].plan.fits
@@ -135,12 +133,14 @@ def test_changes_make_it_fit() -> None:
     )
     assert changes[-1].text in text_of(tight, changes, explain=False)
     assert json_of(tight, changes)["estimate"] is None
-    hopeless = replace(
-        tight,
-        memory=replace(tight.memory, gpu_bytes=1e9),
-        placement=replace(placement, gpu=replace(card, memory_bytes=1e9)),
-    )
-    assert not any(change.plan.fits for change in changes_until_it_fits(hopeless))
+    hopeless = list(changes_until_it_fits(on_card(plan, memory_bytes=1e9)))
+    assert not any(change.plan.fits for change in hopeless)
+
+
+def on_card(plan: Plan, *, memory_bytes: float) -> Plan:
+    """The same job on GPUs with less memory."""
+    placement = replace(plan.placement, gpu=replace(plan.placement.gpu, memory_bytes=memory_bytes))
+    return planned_again(plan, plan.config, placement)
 
 
 def test_gradients_are_part_of_the_trace() -> None:
