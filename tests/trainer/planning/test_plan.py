@@ -179,7 +179,7 @@ def test_gradients_are_part_of_the_trace(model: str) -> None:
     parts_1, parts_4 = one.trace.peak_bytes, four.trace.peak_bytes
     for part in ("gradients", "Adam's moments", "weights (float32 masters)"):
         assert parts_4[part] == pytest.approx(parts_1[part] / 4, rel=0.01)
-    # 6 FLOPs for each token and parameter (none in the embedding, and none in the head at prompts), and 2 more
+    # 6 FLOPs for each token and parameter (none in the embedding, none in the head at prompts), and 2 more
     # where activations are recomputed.
     per_token = one.trace.linear_flops["policy"] / one.trace.num_tokens
     multiplied = one.trace.num_params - 32_000 * 512
