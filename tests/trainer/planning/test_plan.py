@@ -152,7 +152,11 @@ def test_bad_jobs() -> None:
 
 def test_changes_make_it_fit(model: str) -> None:
     # A card that is a little too small: found by planning the same job on a large one first.
-    settings = ("trainer.tokens_per_microbatch=4096", "trainer.gradient_checkpointing=false")
+    settings = (
+        "trainer.tokens_per_microbatch=4096",
+        "trainer.gradient_checkpointing=false",
+        "trainer.groups_per_step=2",
+    )
     plan = small(model, *settings, "rollout.max_running=8")
     assert plan.fits
     tight = on_card(plan, memory_bytes=0.7 * plan.memory.trainer_total)
