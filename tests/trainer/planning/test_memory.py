@@ -50,8 +50,8 @@ def test_trace_is_measured_memory(
         },
     }
     # Freed tensors go back to the system at once, so the peak of resident memory is that of live tensors.
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")
     run_ranks(
         "memory",
         str(tmp_path),

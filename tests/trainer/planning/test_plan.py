@@ -152,7 +152,11 @@ def test_bad_jobs() -> None:
 
 def test_changes_make_it_fit(model: str) -> None:
     # A card that is a little too small: found by planning the same job on a large one first.
-    settings = ("trainer.tokens_per_microbatch=4096", "trainer.gradient_checkpointing=false")
+    settings = (
+        "trainer.tokens_per_microbatch=4096",
+        "trainer.gradient_checkpointing=false",
+        "trainer.groups_per_step=2",
+    )
     plan = small(model, *settings, "rollout.max_running=8")
     assert plan.fits
     tight = on_card(plan, memory_bytes=0.7 * plan.memory.trainer_total)
@@ -179,8 +183,8 @@ def test_gradients_are_part_of_the_trace(model: str) -> None:
     parts_1, parts_4 = one.trace.peak_bytes, four.trace.peak_bytes
     for part in ("gradients", "Adam's moments", "weights (float32 masters)"):
         assert parts_4[part] == pytest.approx(parts_1[part] / 4, rel=0.01)
-    # 6 FLOPs for each token and parameter (the embedding has none, the head none at prompts), and 2 more where
-    # activations are recomputed.
+    # 6 FLOPs for each token and parameter (none in the embedding, none in the head at prompts), and 2 more
+    # where activations are recomputed.
     per_token = one.trace.linear_flops["policy"] / one.trace.num_tokens
     multiplied = one.trace.num_params - 32_000 * 512
     assert 5 * multiplied < per_token < 8.1 * multiplied
