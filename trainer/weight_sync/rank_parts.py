@@ -98,7 +98,7 @@ class PushLayout:
         params = dict(model.named_parameters())
         tensors = {tensor.name: tensor for tensor in hf_tensors(model)}
         specs = [_spec_on_wire(tensor, params[tensor.param], dtype) for tensor in tensors.values()]
-        num_rows = {name: param.shape[:1].numel() for name, param in params.items()}
+        num_rows = {name: param.shape[0] for name, param in params.items()}
         self.buckets = tuple(
             BucketParts(
                 bucket=bucket,
@@ -113,7 +113,7 @@ class PushLayout:
         """This rank's part of each bucket."""
         rows = {name: local(param.detach()) for name, param in params.items()}
         first = {
-            name: row_range(param.shape, rank=rank, world_size=world_size)[0] if param.ndim else 0
+            name: row_range(param.shape, rank=rank, world_size=world_size)[0]
             for name, param in params.items()
         }
 
@@ -148,7 +148,7 @@ def _part_of(
         begin, stop = tensor.within or (0, num_rows[tensor.param])
         first, end = max(first, begin), min(end, stop)
         if first < end:
-            rows = (end - first, *spec.shape[1:]) if spec.shape else ()
+            rows = (end - first, *spec.shape[1:])
             specs.append(TensorSpec(name=spec.name, dtype=spec.dtype, shape=rows))
             starts.append(first - begin)
     return RankPart(specs=tuple(specs), starts=tuple(starts))
