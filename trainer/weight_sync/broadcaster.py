@@ -40,7 +40,7 @@ from areal_like.wire.messages.weights import (
     WeightsFailed,
     WeightsOk,
 )
-from trainer.weight_sync.backend import NcclTrial, choose_backend
+from trainer.weight_sync.backend import NcclTrial, choose_backend, refuse_mixed_nccl
 from trainer.weight_sync.group_session import ALIVE_S, SessionOutcome, WeightGroupSession, assign_ranks
 from trainer.weight_sync.receivers import (
     Receiver,
@@ -240,7 +240,10 @@ class Broadcaster:
 
     def _new_session(self, receivers: list[Receiver], alive: list[Alive]) -> WeightGroupSession:
         self.num_sessions += 1
-        backend, warning = choose_backend(self._nccl.wanted, ours=device_facts(self._device), engines=alive)
+        facts = device_facts(self._device)
+        if self.num_sessions == 1:
+            refuse_mixed_nccl(self._nccl.wanted, ours=facts, engines=alive)
+        backend, warning = choose_backend(self._nccl.wanted, ours=facts, engines=alive)
         if warning and warning != self._last_warning:
             log.warning("weights travel over gloo: %s", warning)
         self._last_warning = warning

@@ -1,10 +1,10 @@
 """How the buckets of a push divide among the trainer's ranks, and the collective that makes them whole.
 
 FSDP2 shards rows: of M ranks, rank r holds ceil(rows / M) rows of each parameter from r * ceil(rows / M) on.
-A checkpoint's tensor that is a parameter, or whole rows of one, is divided in the same way; one inside a row
-of a parameter (an expert's matrix) lies wholly on one rank. A rank's part of a bucket is one flat buffer with
-its rows of the bucket's tensors, in their order. Parts have different sizes: with padding to the largest, a
-bucket of experts that are all on one rank would need M times its memory.
+A checkpoint's tensor that is a whole parameter is divided in the same way; one inside a row of a parameter
+(an expert's matrix) lies wholly on one rank. A rank's part of a bucket is one flat buffer with its rows of
+the bucket's tensors, in their order. Parts have different sizes: with padding to the largest, a bucket of
+experts that are all on one rank would need M times its memory.
 """
 
 from __future__ import annotations
@@ -139,18 +139,11 @@ def _part_of(
     for spec in bucket.tensors:
         tensor = tensors[spec.name]
         shape = torch.Size((num_rows[tensor.param],))
-        first, end = row_range(shape, rank=rank, world_size=world_size)
-        if tensor.row is not None:
-            if first <= tensor.row < end:
-                specs.append(spec)
-                starts.append(0)
-            continue
-        begin, stop = tensor.within or (0, num_rows[tensor.param])
-        first, end = max(first, begin), min(end, stop)
-        if first < end:
-            rows = (end - first, *spec.shape[1:])
+        there = tensor.rows_in(*row_range(shape, rank=rank, world_size=world_size))
+        if there is not None:
+            rows = (there[1] - there[0], *spec.shape[1:])
             specs.append(TensorSpec(name=spec.name, dtype=spec.dtype, shape=rows))
-            starts.append(first - begin)
+            starts.append(there[0])
     return RankPart(specs=tuple(specs), starts=tuple(starts))
 
 
