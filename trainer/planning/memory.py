@@ -20,8 +20,6 @@ HOST_PROCESS_BYTES = 4 * GIB
 """Assumed for one trainer rank or engine process: Python, torch and CUDA's host memory."""
 _SNAPSHOTS = 2
 """Copies of the weights that pushes hold on the host: the one that is sent, and the newest."""
-_SENT_BUCKETS = 2
-"""Buckets on rank 0's GPU during a push: the one that is sent, and the next."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +100,6 @@ def plan_memory(
     trainer: dict[str, float] = {name: float(size) for name, size in trace.peak_bytes.items()}
     trainer["allocator (fragmentation)"] = FRAGMENTATION * tensors
     trainer["CUDA context, cuBLAS, NCCL"] = CONTEXT_BYTES
-    largest = trace.largest_param_bytes / 4 * BYTES[str(config.model.dtype)]
-    trainer["push buckets (rank 0)"] = _SENT_BUCKETS * max(config.weights.bucket_bytes_on("cuda"), largest)
     engine = engine_memory(
         config,
         shape,
