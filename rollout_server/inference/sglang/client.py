@@ -105,8 +105,9 @@ class SglangClient(EngineClient):
 
     async def fetch_info(self) -> None:
         """As EngineClient.fetch_info; SGLang loads weights in place."""
-        await super().fetch_info()
-        self.info = replace(self.info, loads_in_place=True)
+        info = await self.server_info()
+        self.info = replace(EngineInfo.from_server_info(info), loads_in_place=True)
+        self.caches_prefixes = not info.get("disable_radix_cache")
 
     async def load(self) -> dict[str, float]:
         """Sequences as the engine reports them; tokens and seconds as counted by this client."""
@@ -134,12 +135,6 @@ class SglangClient(EngineClient):
                 counts = _RETRACTED.findall(await self.metrics())
                 self._num_retractions = int(sum(map(float, counts)))
         return self._num_retractions
-
-    async def fetch_info(self) -> None:
-        """As EngineClient.fetch_info; also finds out if the engine has a prefix cache."""
-        info = await self.server_info()
-        self.info = EngineInfo.from_server_info(info)
-        self.caches_prefixes = not info.get("disable_radix_cache")
 
     def _count_running(self, change: int) -> None:
         """Adds the time since the last call to the busy time if requests were running."""
