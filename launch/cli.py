@@ -35,7 +35,8 @@ COMMANDS = {
         "plan [CONFIG] [--gpus N+MxGPU] [--prompt-tokens N] [--response-tokens N] [--explain] [--json] "
         "[key=value ...]",
         "whether a job fits on N GPUs of engines and M of the trainer (4+4xH100; 1xH100: both share it), by "
-        "tracing its step without a GPU, and what speed to expect; CONFIG: a file, or a preset in configs/scale/",
+        "tracing its step without a GPU, and what speed to expect; CONFIG: a file or a preset in "
+        "configs/scale/",
     ),
     "status": Command(
         "status",

@@ -20,7 +20,7 @@ import asyncio
 import logging
 from typing import Any
 
-from areal_like.automatic_settings import compute_dtype
+from areal_like.automatic_settings import compute_dtype, start_limit_s
 from areal_like.errors import ConfigError, EngineError
 from areal_like.paths import model_path
 from areal_like.runtime.daemon import Runtime, cancelled_on_exit
@@ -125,7 +125,8 @@ class RolloutServer:
             strategy,
             model=model,
             checkpoints=runtime.paths.checkpoints,
-            load_timeout_s=config.rollout.start_timeout_s,
+            load_timeout_s=start_limit_s(config),
+            stall_timeout_s=config.rollout.generate_timeout_s,
             starting=lambda: runtime.waits("engine: ready"),
             on_ready=self._on_engine_ready,
             on_lost=self._on_engine_lost,
@@ -170,6 +171,7 @@ class RolloutServer:
             rewards=rewards,
             receiver=self._receiver,
             engine=engine,
+            supervisor=self._supervisor,
         )
         self._stats.concurrency_limit = config.rollout.max_running
         self._weights_address = tcp_address(

@@ -113,11 +113,16 @@ class RolloutConfig(Section, key="rollout"):
     reward_timeout_s: float = 10.0
     """Time limit of one reward and of one task.example(), in seconds. After it the worker process is killed
     and the sample counts as failed (`buffer.on_failure`)."""
-    generate_timeout_s: float = 600.0
-    """Time limit of one generation, in seconds. After it the sample is truncated: the tokens sampled so far
-    are kept."""
+    generate_timeout_s: float = 120.0
+    """Longest time, in seconds, in which an engine with requests may make no progress (no token, no context
+    computed). After it the engine is replaced, and its samples are generated elsewhere. The time in which a
+    push holds the engine does not count. A request that advances has no limit."""
+    sample_timeout_s: float = 0.0
+    """Time limit of one sample's generation, in seconds. After it the sample is truncated: the tokens sampled
+    so far are kept. 0: none."""
     start_timeout_s: float = 180.0
-    """Longest wait for an engine to become ready, in seconds."""
+    """Longest silence of a starting engine, in seconds: without a new line in its log or, at a url, until it
+    is ready. The time to read the model's weights at 100 MB/s is added."""
     host: str = "127.0.0.1"
     """Address that a server binds to receive weight pushes. Its engine listens on loopback only."""
     advertise_host: str = ""
@@ -130,7 +135,7 @@ class RolloutConfig(Section, key="rollout"):
         """Ranges; `sglang` settings only with that engine."""
         for name in ("num_servers", "max_running", "reward_workers", "num_threads", "gpus_per_engine"):
             require(getattr(self, name) >= 1, f"rollout.{name} must be at least 1")
-        for name in ("max_context", "queue_samples"):
+        for name in ("max_context", "queue_samples", "sample_timeout_s"):
             require(getattr(self, name) >= 0, f"rollout.{name} must be at least 0")
         for name in ("reward_timeout_s", "generate_timeout_s", "start_timeout_s"):
             require(getattr(self, name) > 0, f"rollout.{name} must be above 0")

@@ -24,6 +24,8 @@ from typing import NoReturn
 
 _PR_SET_PDEATHSIG = 1
 _MAX_FILES = 1 << 20
+_parent_pid = 0
+"""The parent of this process, when it called `die_with_parent`; 0 before."""
 
 
 def die_with_parent(*, signum: int = signal.SIGTERM) -> None:
@@ -39,9 +41,16 @@ def die_with_parent(*, signum: int = signal.SIGTERM) -> None:
     if libc.prctl(_PR_SET_PDEATHSIG, signum, 0, 0, 0) != 0:
         errno = ctypes.get_errno()
         raise OSError(errno, f"prctl(PR_SET_PDEATHSIG): {os.strerror(errno)}")
+    global _parent_pid
+    _parent_pid = parent_pid
     # The parent may have ended before the call above. Then the kernel never sends the signal.
     if os.getppid() != parent_pid:
         raise SystemExit(1)
+
+
+def parent_is_gone() -> bool:
+    """True if the parent of `die_with_parent` has ended: its signal then came from the kernel."""
+    return _parent_pid not in (0, os.getppid())
 
 
 def exit_at_once(code: int) -> NoReturn:

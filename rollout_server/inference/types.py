@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -77,7 +78,12 @@ class SamplingClient(Protocol):
     """The part of an `EngineClient` that episodes use."""
 
     async def generate(
-        self, input_ids: Sequence[int], *, sampling: Sampling, rid: str | None = None
+        self,
+        input_ids: Sequence[int],
+        *,
+        sampling: Sampling,
+        rid: str | None = None,
+        timeout_s: float = math.inf,
     ) -> Generation:
         """As EngineClient.generate."""
 

@@ -25,6 +25,8 @@ BEAT_S = 1.0
 """Seconds between two additions to a rank's counter."""
 SILENCE_S = 10.0
 """A rank whose counter stood still for this time is reported."""
+_WITH_COLLECTIVES = ("compute", "reduce", "update", "snapshot of the weights")
+"""Phases of `Place` in which a rank may wait for the others, but not for groups or servers."""
 _LAST_LOOK_S = 3 * BEAT_S
 """Time for which a rank that failed watches the counters of the others before it ends."""
 _ASK_LIMIT_S = 10.0
@@ -64,14 +66,24 @@ class Members:
     """
 
     def __init__(
-        self, open_store: Callable[[], Any], *, names: Sequence[str], rank: int, place: Place
+        self,
+        open_store: Callable[[], Any],
+        *,
+        names: Sequence[str],
+        rank: int,
+        place: Place,
+        stuck_after_s: float,
     ) -> None:
-        """`open_store` connects to torch's store, with keys of this start only. `names`: of all ranks."""
+        """`open_store` connects to torch's store, with keys of this start only. `names`: of all ranks.
+
+        `stuck_after_s`: a phase with collectives that takes longer is reported.
+        """
         self.rank = rank
         self.names = names
         self._open_store = open_store
         self._store = open_store()
         self._place = place
+        self._stuck_after_s = stuck_after_s
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="members", daemon=True)
         self._thread.start()
@@ -121,7 +133,7 @@ class Members:
             time.sleep(BEAT_S / 4)
 
     def _watch(self) -> None:
-        liveness = Liveness()
+        liveness, stuck_since_s = Liveness(), -1.0
         try:
             while not self._closing.wait(BEAT_S):
                 self._store.add(f"beat/{self.rank}", 1)
@@ -135,6 +147,12 @@ class Members:
                         self._place,
                         now_s - self._place.since_s,
                     )
+                place_s = now_s - self._place.since_s
+                is_stuck = self._place.phase in _WITH_COLLECTIVES and place_s > self._stuck_after_s
+                # Before the limit: over NCCL torch ends the process without a line of ours.
+                if is_stuck and stuck_since_s != self._place.since_s:
+                    stuck_since_s = self._place.since_s
+                    log.error("%s is at %s for %.0f s", self.names[self.rank], self._place, place_s)
         except RuntimeError as error:  # the store ends with rank 0's process, or its torchrun agent
             if not self._closing.is_set():
                 log.info("the ranks' store has ended: %s", first_line(error))

@@ -27,6 +27,8 @@ from trainer.distributed.spawn import STORE_FD
 log = logging.getLogger(__name__)
 
 _MEMBERS_TIMEOUT = timedelta(seconds=60)
+_STUCK_SHARE = 0.8
+"""Share of the collectives' time limit after which a rank logs where it is."""
 
 
 @contextlib.contextmanager
@@ -53,7 +55,7 @@ def joined_ranks(
             )
         connections = RankConnections()
         connections.end_when_dead()
-        members = watch_members(ranks, meeting)
+        members = watch_members(ranks, meeting, timeout_s=config.trainer.collective_timeout_s)
         try:
             yield ranks
         except quiet:
@@ -132,8 +134,11 @@ def _store_of(rank: int, world_size: int, timeout: timedelta) -> Any:
     )
 
 
-def watch_members(ranks: Ranks, meeting: Meeting | None) -> Members | None:
-    """Begins to watch the other ranks of `join_ranks`; None for a single rank."""
+def watch_members(ranks: Ranks, meeting: Meeting | None, *, timeout_s: float) -> Members | None:
+    """Begins to watch the other ranks of `join_ranks`; None for a single rank.
+
+    `timeout_s`: of the ranks' collectives.
+    """
     if meeting is None or ranks.world_size == 1:
         return None
 
@@ -147,7 +152,13 @@ def watch_members(ranks: Ranks, meeting: Meeting | None) -> Members | None:
         )
         return dist.PrefixStore(f"{meeting.token}/members", own)  # type: ignore[attr-defined]
 
-    return Members(open_store, names=meeting.names, rank=ranks.rank, place=ranks.place)
+    return Members(
+        open_store,
+        names=meeting.names,
+        rank=ranks.rank,
+        place=ranks.place,
+        stuck_after_s=_STUCK_SHARE * timeout_s,
+    )
 
 
 def write_collectives(folder: Path, rank: int) -> None:

@@ -2,8 +2,8 @@
 
     for change in changes_until_it_fits(plan): ...
 
-The order is fixed: settings that cost no speed first, then those that cost some, then more GPUs. A change that
-does not lessen the shortage of memory is left out.
+The order is fixed: settings that cost no speed first, then those that cost some, then more GPUs. A change
+that does not lessen the shortage of memory is left out.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from areal_like.config import Config
 from areal_like.errors import ConfigError
-from trainer.planning.gpus import Placement
+from trainer.planning.gpus import GPUS_PER_HOST, Placement
 from trainer.planning.planner import Plan, planned_again
 
 
@@ -78,6 +78,19 @@ def _smaller_chunk(plan: Plan) -> _Changed | None:
     return _trainer(plan, "logprob_chunk_tokens", _SMALL_CHUNK) if is_larger else None
 
 
+def _more_gpus_an_engine(plan: Plan) -> _Changed | None:
+    """Twice as many GPUs for each engine, and half as many engines if there are several."""
+    rollout, placement = plan.config.rollout, plan.placement
+    gpus = 2 * rollout.gpus_per_engine
+    can_split = rollout.engine == "sglang" and not rollout.sglang.url and gpus <= GPUS_PER_HOST
+    if not plan.memory.engine_shortage or placement.is_shared or not can_split:
+        return None
+    servers = max(1, placement.engine_gpus // gpus)
+    rollout = replace(rollout, gpus_per_engine=gpus, num_servers=servers)
+    text = f"rollout.gpus_per_engine={gpus} rollout.num_servers={servers}"
+    return text, replace(plan.config, rollout=rollout), replace(placement, engine_gpus=servers * gpus)
+
+
 def _apart(plan: Plan) -> _Changed | None:
     """Engines and trainer on GPUs of their own."""
     if not plan.placement.is_shared:
@@ -101,5 +114,6 @@ _CANDIDATES: tuple[_Candidate, ...] = (
     _shorter_microbatch,
     _smaller_chunk,
     _apart,
+    *[_more_gpus_an_engine] * 3,
     *[_more_ranks] * 6,
 )

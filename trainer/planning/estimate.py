@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from areal_like.config import Config
 from trainer.advantages.gae import Gae
 from trainer.batching.scope import Scope
-from trainer.planning.engines import BYTES, EngineMemory, engine_options
-from trainer.planning.gpus import Placement
+from trainer.planning.engines import BYTES, EngineMemory
+from trainer.planning.gpus import GPUS_PER_HOST, Placement
 from trainer.planning.lengths import Lengths
 from trainer.planning.shapes import ModelShape
 from trainer.planning.trace import StepTrace
@@ -81,60 +81,22 @@ def estimate(
 ) -> Estimate:
     """The estimate of a job that fits."""
     formulas: list[str] = []
-    peak = placement.gpu.flops(str(config.model.dtype))
     num_samples = config.trainer.groups_per_step * config.sampling.group_size
-    tokens = num_samples * lengths.mean
-
     train_s, mfu = _train_seconds(config, shape, lengths, placement, trace, assumed, formulas)
     push_s = _push_seconds(config, placement, trace, assumed, formulas)
-
-    # Engines.
-    tensor_parallel = engine_options(config).tensor_parallel
-    num_engines = max(1, placement.engine_gpus // tensor_parallel)
-    ahead = (config.staleness_cap + 1) * num_samples / num_engines
-    mean_context = lengths.prompt + lengths.response / 2
-    running = min(float(config.rollout.max_running), engine.num_tokens / mean_context, ahead)
-    formulas.append(
-        f"sequences an engine decodes = min(rollout.max_running {config.rollout.max_running}, KV tokens / mean "
-        f"context {engine.num_tokens}/{mean_context:.0f}, (max_staleness + 1) x samples a step / engines "
-        f"{ahead:.0f}) = {running:.0f}"
+    running, generate_s, latency_s = _generate_seconds(
+        config, shape, lengths, placement, trace, engine, assumed, formulas
     )
-    size = BYTES[str(config.model.dtype)]
-    weights = trace.num_params * size / tensor_parallel
-    read = weights + running * mean_context * engine.kv_per_token
-    flops = (2.0 * trace.num_params + 4 * mean_context * shape.attention_size) * running / tensor_parallel
-    decode_s = assumed.decode_overhead_s + max(
-        read / (placement.gpu.memory_bytes_per_s * assumed.decode_bandwidth),
-        flops / (peak * assumed.prefill_efficiency),
-    )
-    formulas.append(
-        f"decode step = {assumed.decode_overhead_s:g} s + max((weights/tp + KV of {running:.0f} sequences) / "
-        f"({assumed.decode_bandwidth:.0%} of {placement.gpu.memory_bytes_per_s / 1e12:g} TB/s), 2 x parameters x "
-        f"sequences / tp / ({assumed.prefill_efficiency:.0%} of the peak)) = {decode_s * 1e3:.1f} ms"
-    )
-    prompts = lengths.prompt * (
-        num_samples / config.sampling.group_size
-    )  # a group shares its prompt's prefix
-    prefill_s = 2.0 * trace.num_params * prompts / (placement.engine_gpus * peak * assumed.prefill_efficiency)
-    decode_rate = num_engines * running / decode_s
-    sampled = num_samples * lengths.response
-    generate_s = sampled / decode_rate + prefill_s
-    latency_s = lengths.response * decode_s
-    formulas.append(
-        f"generation of a step = {num_samples} samples x {lengths.response:.0f} tokens / {decode_rate:.0f} tokens/s "
-        f"+ prefill {prefill_s:.1f} s = {generate_s:.1f} s; one sample takes {latency_s:.1f} s"
-    )
-
     step_s = _step_seconds(config, placement, train_s, generate_s, latency_s, push_s, formulas)
     return Estimate(
-        tokens_per_step=tokens,
+        tokens_per_step=num_samples * lengths.mean,
         train_s=train_s,
         generate_s=generate_s,
         latency_s=latency_s,
         push_s=push_s,
         step_s=step_s,
-        trainer_tokens_per_s=tokens / train_s,
-        engine_tokens_per_s=sampled / generate_s,
+        trainer_tokens_per_s=num_samples * lengths.mean / train_s,
+        engine_tokens_per_s=num_samples * lengths.response / generate_s,
         mfu=mfu,
         running_per_engine=running,
         trainer_idle=max(0.0, 1 - train_s / step_s),
@@ -142,6 +104,54 @@ def estimate(
         lag=_lag(config, train_s, generate_s, latency_s, step_s, formulas),
         formulas=tuple(formulas),
     )
+
+
+def _generate_seconds(
+    config: Config,
+    shape: ModelShape,
+    lengths: Lengths,
+    placement: Placement,
+    trace: StepTrace,
+    engine: EngineMemory,
+    assumed: Assumptions,
+    formulas: list[str],
+) -> tuple[float, float, float]:
+    """(sequences that an engine decodes, seconds for a step's samples, seconds for one sample)"""
+    gpu, parallel = placement.gpu, config.rollout.gpus_per_engine
+    flops_per_s = gpu.flops(str(config.model.dtype)) * assumed.prefill_efficiency
+    num_engines = placement.engine_gpus / parallel
+    num_samples = config.trainer.groups_per_step * config.sampling.group_size
+    context = lengths.prompt + lengths.response / 2
+    in_cache = engine.num_tokens / context
+    ahead = (config.staleness_cap + 1) * num_samples / num_engines
+    running = min(float(config.rollout.max_running), in_cache, ahead)
+    formulas.append(
+        f"sequences an engine decodes = min(rollout.max_running = {config.rollout.max_running}, KV tokens / "
+        f"mean context = {in_cache:.0f}, (max_staleness + 1) x samples of a step / engines = {ahead:.0f}) "
+        f"= {running:.0f}"
+    )
+    weights = trace.num_params * BYTES[str(config.model.dtype)] / parallel
+    read_s = (weights + running * context * engine.kv_per_token) / (
+        gpu.memory_bytes_per_s * assumed.decode_bandwidth
+    )
+    flops = (2.0 * trace.num_params + 4.0 * context * shape.attention_size) * running / parallel
+    decode_s = assumed.decode_overhead_s + max(read_s, flops / flops_per_s)
+    formulas.append(
+        f"decode step = {assumed.decode_overhead_s:g} s + max((weights + KV of the running sequences) / "
+        f"({assumed.decode_bandwidth:.0%} of {gpu.memory_bytes_per_s / 1e12:g} TB/s), their FLOPs / "
+        f"({assumed.prefill_efficiency:.0%} of the peak)) = {decode_s * 1e3:.1f} ms"
+    )
+    # The samples of a group share the prefill of their prompt.
+    prompts = lengths.prompt * config.trainer.groups_per_step
+    prefill_s = 2.0 * trace.num_params * prompts / (placement.engine_gpus * flops_per_s)
+    rate = num_engines * running / decode_s
+    generate_s = num_samples * lengths.response / rate + prefill_s
+    latency_s = lengths.response * decode_s
+    formulas.append(
+        f"generation of a step = {num_samples} samples x {lengths.response:.0f} tokens / {rate:.0f} tokens/s "
+        f"+ prefill of {prefill_s:.1f} s = {generate_s:.1f} s; one sample takes {latency_s:.1f} s"
+    )
+    return running, generate_s, latency_s
 
 
 def _train_seconds(
@@ -173,7 +183,7 @@ def _train_seconds(
     microbatches = math.ceil(tokens / trace.world_size / config.trainer.tokens_per_microbatch)
     rate = (
         placement.gpu.nvlink_bytes_per_s * assumed.nvlink_efficiency
-        if placement.trainer_gpus <= 8
+        if placement.trainer_gpus <= GPUS_PER_HOST
         else assumed.network_bytes_per_s
     )
     size = BYTES[str(config.model.dtype)]
@@ -190,11 +200,12 @@ def _train_seconds(
         f"({trace.world_size} ranks x {assumed.trainer_efficiency:.0%} of {peak / 1e12:g} TFLOP/s)"
     )
     formulas.append(
-        f"FSDP2 = {microbatches} micro-batches x {moved / 1e9:.1f} GB (weights gathered twice, gradients reduced in "
-        f"float32) / {rate / 1e9:.0f} GB/s, overlapped with compute"
+        f"FSDP2 = {microbatches} micro-batches x {moved / 1e9:.1f} GB (weights gathered twice, gradients "
+        f"reduced in float32) / {rate / 1e9:.0f} GB/s, overlapped with compute"
     )
     formulas.append(
-        f"MFU = (6 x parameters x tokens + causal attention) {useful:.3g} / (ranks x peak x training) = {mfu:.0%}"
+        f"MFU = (6 x parameters x tokens + causal attention) = {useful:.3g} FLOPs / (ranks x peak x "
+        f"training) = {mfu:.0%}"
     )
     return train_s, mfu
 
@@ -234,9 +245,7 @@ def _step_seconds(
         )
     else:
         step_s = max(train_s, generate_s + pushed_s)
-        formulas.append(
-            f"step = max(training, generation + push, in which engines stand still) = {step_s:.1f} s"
-        )
+        formulas.append(f"step = max(training, generation + push, which pauses engines) = {step_s:.1f} s")
     return step_s
 
 
@@ -252,7 +261,7 @@ def _lag(
         return float(bound)
     lag = min(float(bound), latency_s / step_s + config.weights.sync_interval)
     formulas.append(
-        f"lag = min(max_staleness {bound}, a sample's time / step + weights.sync_interval) = {lag:.1f}: the trainer "
-        "waits for the engines"
+        f"lag = min(max_staleness = {bound}, a sample's time / step + weights.sync_interval) = {lag:.1f}: "
+        "the trainer waits for the engines"
     )
     return lag

@@ -47,13 +47,13 @@ def lengths_of(
     budget = config.trainer.tokens_per_microbatch
     if context > budget:
         raise ConfigError(
-            f"a sequence may have {context} tokens (task.max_prompt_tokens, sampling.max_new_tokens), which does "
-            f"not fit into trainer.tokens_per_microbatch={budget}: raise it"
+            f"a sequence may have {context} tokens (task.max_prompt_tokens, sampling.max_new_tokens), "
+            f"which does not fit into trainer.tokens_per_microbatch={budget}: raise it"
         )
     if context <= max_response:
         raise ConfigError(
-            f"sampling.max_new_tokens={max_response} leaves no room for a prompt in a context of {context} tokens "
-            f"(rollout.max_context, the model's limit is {max_positions}): lower it"
+            f"sampling.max_new_tokens={max_response} leaves no room for a prompt in a context of {context} "
+            f"tokens (rollout.max_context; the model's limit is {max_positions}): lower it"
         )
     max_prompt = max(1, min(max_prompt, context - 1))
     return Lengths(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from areal_like.config import Config
-from trainer.planning.engines import BYTES, EngineMemory, engine_memory, engine_options
+from trainer.planning.engines import BYTES, EngineMemory, engine_memory
 from trainer.planning.gpus import GIB, GPUS_PER_HOST, Placement
 from trainer.planning.lengths import Lengths
 from trainer.planning.shapes import ModelShape
@@ -18,8 +18,8 @@ FRAGMENTATION = 0.05
 expandable segments)."""
 HOST_PROCESS_BYTES = 4 * GIB
 """Assumed for one trainer rank or engine process: Python, torch and CUDA's host memory."""
-_PUSH_COPIES = 2
-"""Copies of a rank's rows that pushes hold on the host: the one that is sent, and the newest."""
+_SNAPSHOTS = 2
+"""Copies of the weights that pushes hold on the host: the one that is sent, and the newest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class MemoryPlan:
     gpu_bytes: float
     """Of one GPU."""
     host: dict[str, float]
-    """One host with up to eight GPUs."""
+    """The host of rank 0."""
     is_shared: bool
     context: int
 
@@ -69,13 +69,11 @@ class MemoryPlan:
         found = []
         if self.trainer_shortage:
             beside = " beside the engine" if self.is_shared else ""
-            found.append(
-                f"a trainer rank needs {gib(self.trainer_total)}, and a GPU has {gib(self.trainer_room)}{beside}"
-            )
+            needed, room = gib(self.trainer_total), gib(self.trainer_room)
+            found.append(f"a trainer rank needs {needed}, and a GPU has {room}{beside}")
         if self.engine.kv_at_least <= 0:
-            found.append(
-                f"an engine's weights need {gib(self.engine.weights)} of each GPU: no KV cache is left"
-            )
+            weights = gib(self.engine.weights)
+            found.append(f"an engine's weights need {weights} of each GPU: no room is left for KV")
         elif self.engine.num_tokens < self.context:
             found.append(
                 f"an engine's KV cache holds {self.engine.num_tokens} tokens, and one sequence may have "
@@ -121,22 +119,13 @@ def plan_memory(
 
 
 def _host(config: Config, placement: Placement, trace: StepTrace) -> dict[str, float]:
-    """Of the host with the most trainer ranks."""
+    """Of the host of rank 0, which has the most to hold."""
     ranks = min(placement.trainer_gpus, GPUS_PER_HOST)
-    share = trace.num_params / trace.world_size
-    parallel = engine_options(config).tensor_parallel
-    local_engines = 0
-    if placement.is_one_host:
-        local_engines = placement.engine_gpus
-    wire = trace.num_params * BYTES[str(config.model.dtype)]
-    bucket = max(
-        float(config.weights.bucket_bytes), trace.largest_param_bytes / 4 * BYTES[str(config.model.dtype)]
-    )
+    engines = config.rollout.num_servers if placement.is_one_host else 0
+    wire = float(trace.num_params * BYTES[str(config.model.dtype)])
     return {
         "trainer processes": ranks * HOST_PROCESS_BYTES,
-        "rows for pushes (two copies)": _PUSH_COPIES * wire * ranks / trace.world_size,
-        "buckets of rank 0": 5 * bucket,
-        "rows of a checkpoint being written": 12 * share * ranks,
-        "engine processes": local_engines * HOST_PROCESS_BYTES,
-        "engines' loading of weights": wire / parallel if local_engines else 0.0,
+        "snapshots for pushes (two, on rank 0)": _SNAPSHOTS * wire,
+        "rows of a checkpoint that is being written": 12.0 * trace.num_params * ranks / trace.world_size,
+        "engine processes": engines * HOST_PROCESS_BYTES,
     }

@@ -55,8 +55,8 @@ def make_plan(
         placement = parse_gpus(gpus)
     elif config.trainer.device == "cpu" or config.rollout.engine_device == "cpu":
         raise ConfigError(
-            "plan: this job is on CPUs (trainer.device, rollout.engine_device): give the GPUs to plan for, as "
-            "--gpus 4+4xH100"
+            "plan: this job is on CPUs (trainer.device, rollout.engine_device): "
+            "give the GPUs to plan for, as --gpus 4+4xH100"
         )
     else:
         placement = placement_of(local)

@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer.planning.advice import Change
-from trainer.planning.engines import engine_options
 from trainer.planning.gpus import GIB
 from trainer.planning.memory import CONTEXT_BYTES, FRAGMENTATION, HOST_PROCESS_BYTES, gib
 from trainer.planning.planner import Plan
 
 _WIDTH = 110
+_NO_CHANGE = "No setting that plan knows helps: use a smaller model, shorter sequences or larger GPUs."
 
 
 def text_of(plan: Plan, changes: Sequence[Change], *, explain: bool) -> str:
@@ -70,7 +70,7 @@ def json_of(plan: Plan, changes: Sequence[Change]) -> dict[str, Any]:
 
 def _job_lines(plan: Plan) -> list[str]:
     config, placement = plan.config, plan.placement
-    parallel = engine_options(config).tensor_parallel
+    parallel = config.rollout.gpus_per_engine
     where = "on the same GPUs" if placement.is_shared else "on GPUs of their own"
     lengths = plan.lengths
     return [
@@ -78,7 +78,8 @@ def _job_lines(plan: Plan) -> list[str]:
         f"GPUs       {placement.num_gpus} {placement.gpu.name} with {placement.gpu.memory_bytes / 1e9:g} GB: "
         f"{config.rollout.num_servers} engines of {parallel} GPU{'s' * (parallel > 1)}, "
         f"{placement.trainer_gpus} trainer ranks, {where}",
-        f"settings   {config.model.dtype}, gradient_checkpointing={str(config.trainer.gradient_checkpointing).lower()}, "
+        f"settings   {config.model.dtype}, "
+        f"gradient_checkpointing={str(config.trainer.gradient_checkpointing).lower()}, "
         f"tokens_per_microbatch={config.trainer.tokens_per_microbatch}, "
         f"logprob_chunk_tokens={config.trainer.logprob_chunk_tokens}",
         f"sequences  up to {lengths.context} tokens; assumed means: prompt {lengths.prompt:.0f}, response "
@@ -118,10 +119,7 @@ def _verdict_lines(plan: Plan, changes: Sequence[Change]) -> list[str]:
     lines = ["It does not fit:"]
     lines += [f"  {problem}" for problem in plan.memory.problems]
     if not changes:
-        return [
-            *lines,
-            "No setting that plan knows helps: use a smaller model, shorter sequences or larger GPUs.",
-        ]
+        return [*lines, _NO_CHANGE]
     lines.append("Changes, each traced together with those above it:")
     for change in changes:
         after = change.plan.memory
@@ -160,13 +158,13 @@ def _estimate_table(plan: Plan) -> Table:
 
 def _explanations(plan: Plan) -> list[str]:
     assumed = plan.assumed
+    margin = f"{1 + FRAGMENTATION:g} + {gib(CONTEXT_BYTES)}"
     lines = [
         "formulas",
-        "  memory of a rank = the largest total of the tensors of a traced step (fake tensors, world size of the "
-        "job,",
-        f"    the packing of a full micro-batch that pads most) x {1 + FRAGMENTATION:g} + {gib(CONTEXT_BYTES)}",
-        "  KV cache = static share of the GPU x memory - weights / tp; one token = 2 x layers x KV heads x head "
-        "size x bytes / tp",
+        "  a rank's memory = the largest total of the tensors of a traced step (fake tensors, the job's",
+        f"    world size, the full micro-batch whose attention pads most) x {margin}",
+        "  KV cache = static share x GPU memory - weights / tp",
+        "  KV of a token = 2 x layers x KV heads x head size x bytes / tp",
     ]
     if plan.estimate is not None:
         lines += [f"  {formula}" for formula in plan.estimate.formulas]

@@ -4,8 +4,8 @@ The model, its sharding, the packed batch, the chunked head, the backward and th
 job runs, under torch's FakeTensorMode and a process group that moves nothing. Traced is the second of two
 micro-batches, when Adam's moments and the first one's gradients exist: the peak of every step but the first.
 
-Fake CPU tensors stand for those of a GPU. The differences: attention's workspace (both keep the output and one
-float32 number for each head and position; float32 on CUDA may keep the scores too, which are added), and
+Fake CPU tensors stand for those of a GPU. The differences: attention's workspace (both keep the output and
+one float32 number for each head and position; float32 on CUDA may keep the scores too, which are added), and
 FSDP2's copies on other streams, which may live a little longer on a GPU.
 
 Left out: the loss on the sampled tokens' log-probs (some dozens of bytes for each token), and objectives that
@@ -133,20 +133,21 @@ class _Trace:
     def run(self) -> StepTrace:
         # Built outside: rotary frequencies are real tensors, which `allow_non_fake_inputs` lets in.
         config, recipe = self._config, self._recipe
+        dtype, reshards = config.model.dtype, config.trainer.reshard_after_forward
         policy = self._build_policy()
-        reference = self._build_policy(DTYPES[config.model.dtype]) if recipe.needs_reference else None
+        reference = self._build_policy(DTYPES[dtype]) if recipe.needs_reference else None
         critic = self._build_critic() if isinstance(recipe.estimator, Gae) else None
         with FakeTensorMode(allow_non_fake_inputs=True), self._memory.recording():
             with self._memory.as_(MASTERS):
-                policy.shard(self._ranks, dtype=config.model.dtype)
+                policy.shard(self._ranks, dtype=dtype, reshard_after_forward=reshards)
             with self._memory.as_(MOMENTS):
                 optimizer = self._optimizer(policy)
             if reference is not None:
                 with self._memory.as_(REFERENCE):
-                    reference.shard(self._ranks, dtype=config.model.dtype, frozen=True)
+                    reference.shard(self._ranks, dtype=dtype, frozen=True)
             if critic is not None:
                 with self._memory.as_(CRITIC):
-                    critic.shard(self._ranks, dtype=config.model.dtype)
+                    critic.shard(self._ranks, dtype=dtype, reshard_after_forward=reshards)
                     critic_optimizer = self._optimizer(critic)
             resident = self._memory.now_bytes()
             batch = self._batch()
@@ -181,7 +182,7 @@ class _Trace:
 
     @property
     def _keeps_scores(self) -> bool:
-        """True where no fused kernel of torch on CUDA takes the job's attention (float32, grouped queries)."""
+        """True where no fused kernel of torch on CUDA takes the attention: float32 with grouped queries."""
         is_grouped = self._shape.num_kv_heads != self._shape.num_heads
         on_cuda = self._config.trainer.device != "cpu"
         return on_cuda and is_grouped and self._config.model.dtype == "float32"

@@ -5,9 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import torch
+
+from areal_like.config import Config
+from areal_like.errors import ConfigError
+from areal_like.weights.collective import device_facts
+from areal_like.weights.foreign_torch import NCCL_REMEDY, TorchVersions, check_engine_nccl
 from areal_like.wire.messages.weights import Alive
 
 log = logging.getLogger(__name__)
+
+_VERSIONS_DIFFER = "NCCL versions differ"
 
 
 def choose_backend(wanted: str, *, ours: dict[str, str], engines: Sequence[Alive]) -> tuple[str, str]:
@@ -20,21 +28,38 @@ def choose_backend(wanted: str, *, ours: dict[str, str], engines: Sequence[Alive
     devices = (ours["device"], *(engine.device for engine in engines))
     if not all(device.startswith("cuda") for device in devices):
         return "gloo", "trainer and engines are not all on GPUs" if wanted == "nccl" else ""
-    # SGLang reports neither its NCCL version nor its GPU's UUID: both are empty then and are not compared.
+    # Empty values are unknown and not compared: SGLang reports no UUID, and at a URL no NCCL version either.
     versions = {v for v in (ours["nccl_version"], *(engine.nccl_version for engine in engines)) if v}
     if len(versions) > 1:
-        return "gloo", f"NCCL versions differ: {', '.join(sorted(versions))}"
+        return "gloo", f"{_VERSIONS_DIFFER}: {', '.join(sorted(versions))}"
     uuids = [uuid for uuid in (ours["device_uuid"], *(engine.device_uuid for engine in engines)) if uuid]
     if len(set(uuids)) < len(uuids):
         return "gloo", "two of trainer and engines share a GPU"
     return "nccl", ""
 
 
+def refuse_mixed_nccl(wanted: str, *, ours: dict[str, str], engines: Sequence[Alive]) -> None:
+    """Raises ConfigError if only different versions of NCCL keep the first push from NCCL.
+
+    Otherwise a run on GPUs would push over gloo, through the memory of the hosts, with one line in its log.
+    """
+    backend, reason = choose_backend(wanted, ours=ours, engines=engines)
+    if wanted != "gloo" and backend == "gloo" and reason.startswith(_VERSIONS_DIFFER):
+        raise ConfigError(f"trainer and engines: {reason}: {NCCL_REMEDY}")
+
+
+def check_nccl(config: Config, device: torch.device) -> None:
+    """The same before anything is loaded, where SGLang's interpreter is on this machine. For rank 0."""
+    if device.type == "cuda":
+        nccl = device_facts(device)["nccl_version"]
+        check_engine_nccl(config, ours=TorchVersions(torch=torch.__version__, nccl=nccl))
+
+
 class NcclTrial:
     """Falls back to gloo when the first push over NCCL breaks. Pure.
 
-    `choose_backend` cannot see every reason why NCCL fails (SGLang reports neither its NCCL version nor its
-    GPU), so the first push is the test.
+    `choose_backend` cannot see every reason why NCCL fails (SGLang does not report its GPU, nor at a URL its
+    NCCL version), so the first push is the test.
 
         UNTRIED -> a push succeeded -> PROVEN: later failures do not change the backend
                 -> a push broke     -> FAILED: `auto` means gloo from now on; `nccl` stays NCCL

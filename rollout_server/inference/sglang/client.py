@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 import re
 import uuid
 from collections.abc import Callable, Sequence
@@ -28,14 +29,26 @@ bytes of a long answer grow with the square of its length unless the interval is
 _RETRACTIONS_EVERY_S = 2.0
 _RETRACTED = re.compile(rb"^sglang:num_retracted_requests_total\{[^\n]*\} (\S+)$", re.M)
 
+_PROGRESS_KEYS = (
+    "num_running_reqs",
+    "num_waiting_reqs",
+    "num_used_tokens",
+    "num_total_tokens",
+    "total_prefill_uncached_tokens",
+)
+
 
 class SglangClient(EngineClient):
     """Asynchronous client of one SGLang (0.5.23 and compatible versions)."""
 
-    def __init__(self, base_url: str, *, vocab_size: int, **options: Any) -> None:
-        """`vocab_size`: rows of the model's embedding; `options`: as of EngineClient."""
+    def __init__(self, base_url: str, *, vocab_size: int, nccl_version: str = "", **options: Any) -> None:
+        """`vocab_size`: rows of the model's embedding; `options`: as of EngineClient.
+
+        `nccl_version`: of the engine, which SGLang does not report; empty: unknown.
+        """
         super().__init__(base_url, stream_interval=STREAM_INTERVAL, **options)
         self._vocab_size = vocab_size
+        self._nccl_version = nccl_version
         self._num_running = 0
         self._num_tokens = 0
         self._created_s = self._since_s = asyncio.get_running_loop().time()
@@ -60,6 +73,7 @@ class SglangClient(EngineClient):
         *,
         sampling: Sampling,
         rid: str | None = None,
+        timeout_s: float = math.inf,
         cache_salt: str = "",
         on_first_token: Callable[[], None] | None = None,
     ) -> Generation:
@@ -77,6 +91,7 @@ class SglangClient(EngineClient):
                 input_ids,
                 sampling=sampling,
                 rid=rid,
+                timeout_s=timeout_s,
                 cache_salt=cache_salt or self.cache_salt,
                 on_first_token=on_first_token,
             )
@@ -89,6 +104,16 @@ class SglangClient(EngineClient):
         """As EngineClient.score. Refuses ids outside the vocabulary."""
         self._check_ids(tokens, EngineError, name="tokens")
         return await super().score(tokens, first=first)
+
+    async def fetch_info(self) -> None:
+        """As EngineClient.fetch_info; also finds out if the engine has a prefix cache.
+
+        SGLang loads weights in place and does not report its NCCL version.
+        """
+        answer = await self.server_info()
+        info = EngineInfo.from_server_info(answer)
+        self.info = replace(info, loads_in_place=True, nccl_version=info.nccl_version or self._nccl_version)
+        self.caches_prefixes = not answer.get("disable_radix_cache")
 
     def _check_ids(self, ids: Sequence[int], error: type[EngineError], *, name: str) -> None:
         outside = next((token for token in ids if not 0 <= token < self._vocab_size), None)
@@ -103,16 +128,15 @@ class SglangClient(EngineClient):
             return False
         return True
 
-    async def fetch_info(self) -> None:
-        """As EngineClient.fetch_info; SGLang loads weights in place."""
-        info = await self.server_info()
-        self.info = replace(EngineInfo.from_server_info(info), loads_in_place=True)
-        self.caches_prefixes = not info.get("disable_radix_cache")
-
     async def load(self) -> dict[str, float]:
         """Sequences as the engine reports them; tokens and seconds as counted by this client."""
         queues = (await self._http.call("GET", "/v1/loads"))["loads"]
         self._count_running(0)
+        # Not `timestamp`, which changes also while the scheduler stands still. A sequence is streamed as one
+        # chunk, so its tokens show only here: as KV entries in use, and as decode steps (`decode_moments`).
+        self.progress = tuple(
+            float(queue.get(key) or 0) for queue in queues for key in _PROGRESS_KEYS
+        ) + tuple(float((queue.get("decode_moments") or [0])[0]) for queue in queues)
         return {
             "running": sum(queue["num_running_reqs"] for queue in queues),
             "waiting": sum(queue["num_waiting_reqs"] for queue in queues),
@@ -156,13 +180,19 @@ class _Episode:
         self._on_first_token = on_first_token
 
     async def generate(
-        self, input_ids: Sequence[int], *, sampling: Sampling, rid: str | None = None
+        self,
+        input_ids: Sequence[int],
+        *,
+        sampling: Sampling,
+        rid: str | None = None,
+        timeout_s: float = math.inf,
     ) -> Generation:
         """As SglangClient.generate."""
         return await self._client.generate(
             input_ids,
             sampling=sampling,
             rid=rid,
+            timeout_s=timeout_s,
             cache_salt=self._cache_salt,
             on_first_token=self._on_first_token,
         )
