@@ -25,6 +25,7 @@ from rollout_server.inference.types import (
     Generation,
     Sampling,
     SamplingClient,
+    parse_scores,
     parse_weight_version,
 )
 
@@ -140,16 +141,7 @@ class EngineClient:
         if self.caches_prefixes:
             body["cache_salt"] = uuid.uuid4().hex  # nothing that was computed before may be used
         answer = await self._http.call("POST", "/generate", body)
-        try:
-            meta = answer["meta_info"]
-            # The token at `first - 1` has none: it only begins the range.
-            logprobs = [float(entry[0]) for entry in meta["input_token_logprobs"][1:]]
-            version = parse_weight_version(meta["weight_version"])
-        except (KeyError, TypeError, IndexError, ValueError) as error:
-            raise EngineError(f"malformed answer of the engine ({type(error).__name__}: {error})") from None
-        if len(logprobs) != len(tokens) - first:
-            raise EngineError(f"{len(tokens) - first} tokens were to be scored, and {len(logprobs)} were")
-        return logprobs, version
+        return parse_scores(answer, num_scored=len(tokens) - first)
 
     async def abort(self, rid: str | None = None) -> None:
         """Aborts one request, or all with `rid=None`; their generate() calls return the partial tokens.

@@ -101,6 +101,12 @@ class SafetensorsRows:
         """True if the tensor has a dtype of weights: float64, float32, float16 or bfloat16."""
         return self._dtypes[name] in _DTYPES
 
+    def tensor(self, name: str) -> Tensor:
+        """A whole tensor, copied; of any dtype and rank."""
+        with self._reading(name, 0) as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor.clone()
+
     def pieces(self, name: str, first: int, end: int) -> Iterator[tuple[int, Tensor]]:
         """Yields (r, rows from r on) of the rows `first` to `end` (exclusive), in pieces of bounded size.
 
