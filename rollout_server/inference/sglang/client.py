@@ -89,12 +89,6 @@ class SglangClient(EngineClient):
         self._check_ids(tokens, EngineError, name="tokens")
         return await super().score(tokens, first=first)
 
-    async def fetch_info(self) -> None:
-        """As EngineClient.fetch_info, and the NCCL version."""
-        await super().fetch_info()
-        if not self.info.nccl_version:
-            self.info = replace(self.info, nccl_version=self._nccl_version)
-
     def _check_ids(self, ids: Sequence[int], error: type[EngineError], *, name: str) -> None:
         outside = next((token for token in ids if not 0 <= token < self._vocab_size), None)
         if outside is not None:
@@ -109,9 +103,10 @@ class SglangClient(EngineClient):
         return True
 
     async def fetch_info(self) -> None:
-        """As EngineClient.fetch_info; SGLang loads weights in place."""
+        """As EngineClient.fetch_info; SGLang loads weights in place, and does not report its NCCL."""
         await super().fetch_info()
-        self.info = replace(self.info, loads_in_place=True)
+        nccl_version = self.info.nccl_version or self._nccl_version
+        self.info = replace(self.info, loads_in_place=True, nccl_version=nccl_version)
 
     async def load(self) -> dict[str, float]:
         """Sequences as the engine reports them; tokens and seconds as counted by this client."""
