@@ -5,6 +5,7 @@
 #   make sglang                        an environment with SGLang on this CPU, for rollout.engine=sglang
 #   make test-sglang                   the tests against it
 #   make docs                          the documentation as a web site in build/docs/html
+#   make setup REQUIREMENTS=requirements-gpu.txt    for GPUs: the torch whose NCCL is SGLang's; later targets keep it
 #   make PYTHON=/path/to/python3.12 ...  chooses the interpreter; PIP_ARGS="--index-url ..." goes to pip
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
@@ -12,8 +13,10 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 PIP_ARGS ?=
 JOBS ?= 2
 BIN := .venv/bin
+# The choice of an earlier set-up stays, so that `make run` does not replace the torch for GPUs.
+REQUIREMENTS ?= $(shell cat .venv/.requirements 2>/dev/null || echo requirements.txt)
 # Named after the requirements' content and made last, so neither a change nor an interrupted set-up can leave a stale environment.
-STAMP := .venv/.installed-$(shell cat requirements.txt requirements-dev.txt pyproject.toml | cksum | cut -d' ' -f1)
+STAMP := .venv/.installed-$(shell cat $(REQUIREMENTS) requirements-dev.txt pyproject.toml | cksum | cut -d' ' -f1)
 DOCS_STAMP := $(STAMP)-docs-$(shell cksum < requirements-docs.txt | cut -d' ' -f1)
 
 .PHONY: run test chaos sglang test-sglang docs lint format setup clean
@@ -49,6 +52,7 @@ format: $(STAMP)
 setup: $(STAMP)
 
 $(STAMP):
+	@test -f "$(REQUIREMENTS)" || { echo "REQUIREMENTS=$(REQUIREMENTS): no such file" >&2; exit 2; }
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 to 3.13 found: install one, or name it with 'make PYTHON=/path/to/python3.11 ...'" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 		{ echo "$(PYTHON) is not Python 3.11 to 3.13: name another with 'make PYTHON=...'" >&2; exit 2; }
@@ -57,8 +61,9 @@ $(STAMP):
 	@echo "setting up .venv (once; downloads PyTorch, so it can take some minutes)"
 	@rm -f .venv/.installed-*
 	@test -e .venv/.made && $(BIN)/python -c '' 2>/dev/null || { $(PYTHON) -m venv --clear .venv && touch .venv/.made; }
-	@$(BIN)/python -m pip install -q -q --disable-pip-version-check $(PIP_ARGS) -r requirements-dev.txt
+	@$(BIN)/python -m pip install -q -q --disable-pip-version-check $(PIP_ARGS) -r $(REQUIREMENTS) -r requirements-dev.txt
 	@$(BIN)/python -m pip install -q -q --disable-pip-version-check $(PIP_ARGS) --no-deps -e .
+	@echo "$(REQUIREMENTS)" > .venv/.requirements
 	@touch $@
 
 $(DOCS_STAMP): $(STAMP)

@@ -7,6 +7,8 @@ into the run's config.yaml, and the buffer refuses a peer whose dtype differs fr
     trainer.gradient_checkpointing   on where the trainer is on GPUs
 
 Only config.json is read, never weights. For a model that is named and not local it may be downloaded.
+
+`start_limit_s` is a limit that depends on the size of the weights.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from areal_like.errors import ConfigError
 from areal_like.paths import BUILT_MODELS, model_path
 
 Dtype = Literal["float32", "bfloat16"]
+LEAST_BYTES_PER_S = 100e6
+"""Rate at which the slowest file system that is waited for delivers weights."""
 LONG_TOKENS = 4096
 """Sequences beyond this length need an attention kernel that never holds the matrix of scores."""
 
@@ -64,6 +68,17 @@ def resolved(config: Config) -> Config:
     )
     _check_attention(config)
     return config
+
+
+def start_limit_s(config: Config) -> float:
+    """Longest silence of an engine that starts or loads weights, in seconds.
+
+    `rollout.start_timeout_s`, and the time to read the model's weights. Those of a model that is named and
+    not local, or built by the run, are not counted.
+    """
+    folder = Path(config.model.path).expanduser()
+    num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return config.rollout.start_timeout_s + num_bytes / LEAST_BYTES_PER_S
 
 
 def _check_attention(config: Config) -> None:

@@ -16,7 +16,7 @@ class FailureKind(StrEnum):
     ENGINE = "engine"
     """The engine answered with an error, or its answer cannot be used."""
     TIMEOUT = "timeout"
-    """The engine returned no token within `rollout.generate_timeout_s`. With tokens the sample is truncated,
+    """The engine returned no token within `rollout.sample_timeout_s`. With tokens the sample is truncated,
     which is no failure."""
     REWARD = "reward"
     """The reward function raised, returned no finite number, or its process died."""

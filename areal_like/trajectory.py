@@ -26,7 +26,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     """The limit of new tokens was reached."""
     TIMEOUT = "timeout"
-    """`rollout.generate_timeout_s` was reached; the tokens sampled by then are kept."""
+    """`rollout.sample_timeout_s` was reached; the tokens sampled by then are kept."""
     ABORT = "abort"
     """Generation was interrupted. Such a trajectory is resumed or counted, never trained on."""
 

@@ -5,7 +5,9 @@ snapshot of the weights, control messages, broadcast, checksums on both sides, a
 its shadow weights, verifies and swaps. The bare broadcast sends the same buckets with `dist.broadcast` into
 one buffer that is already allocated. The measurements alternate, and medians are reported. Training's stall
 is measured on two ranks: taking a snapshot (a step waits for that), and gathering, flattening and
-checksumming all weights at once (a step would have to wait for that without snapshots).
+checksumming all weights at once (a step would have to wait for that without snapshots). The same two ranks
+measure how long an engine that loads in place (SGLang) stands still for the broadcast: from the request to
+the end of the last one, with buckets gathered meanwhile and with every bucket gathered before.
 `benchmarks.update_modes` measures the cost of an update to generation. `--integrity sha256` measures pushes
 with digests, `--integrity none sha256` both.
 
@@ -25,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -46,12 +49,21 @@ from tests.support.full_state import gather_full_state
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
 from trainer.weight_sync.background_gather import BackgroundGather
-from trainer.weight_sync.broadcaster import Broadcaster
+from trainer.weight_sync.broadcaster import Broadcaster, PushOutcome
+from trainer.weight_sync.snapshot import Snapshot
 
 SIZES = {"10MB": (256, 688, 3), "100MB": (512, 1376, 8), "500MB": (1024, 2752, 10), "2GB": (2048, 5504, 10)}
 """Bytes in float32 (approximate) -> hidden size, intermediate size and layers of a Llama model."""
 BUCKET_BYTES = 64 << 20
 VOCAB = 1000
+_STALL_COLUMNS = {
+    "freeze_s": "training waits, frozen s",
+    "gather_s": "gathered at once s",
+    "unstaged_standstill_s": "engine waits, unstaged s",
+    "staged_standstill_s": "engine waits, staged s",
+    "staging_s": "staging s",
+}
+"""Field of a result -> heading."""
 
 
 def write_model(path: Path, size: str) -> Path:
@@ -78,8 +90,11 @@ def write_model(path: Path, size: str) -> Path:
 # The receiving end, a separate process
 
 
-async def receive(model: Path) -> None:
-    """Runs an engine and its weight receiver until stdin closes."""
+async def receive(model: Path, *, in_place: bool) -> None:
+    """Runs an engine and its weight receiver until stdin closes.
+
+    `in_place`: it reports that it stands still while it receives, so that pushes to it are staged.
+    """
     config = from_mapping(
         {
             "runs_dir": str(model.parent),
@@ -88,7 +103,9 @@ async def receive(model: Path) -> None:
             "rollout": {"max_running": 1},
         }
     )
-    engine = EmbeddedProcess(config, name="receiver", model=str(model), context_tokens=64)
+    engine = EmbeddedProcess(
+        config, name="in-place" if in_place else "receiver", model=str(model), context_tokens=64
+    )
     receiver = WeightReceiver(
         host="127.0.0.1",
         max_message_bytes=1 << 24,
@@ -97,6 +114,7 @@ async def receive(model: Path) -> None:
         on_untrusted=lambda _: None,
     )
     client = await engine.start(version=0)
+    client.info = replace(client.info, loads_in_place=in_place)
     receiver.set_engine(client)
     print(receiver.port, flush=True)
     await asyncio.to_thread(sys.stdin.read)
@@ -155,6 +173,28 @@ def child(*arguments: str) -> Iterator[subprocess.Popen[str]]:
 # The sending end
 
 
+def entry_of(port: int) -> ServerEntry:
+    """The directory's entry of a receiver."""
+    return ServerEntry(
+        name=f"receiver-{port}",
+        incarnation=1,
+        weights_address=f"tcp://127.0.0.1:{port}",
+        device="cpu",
+        state="serving",
+        weights_version=0,
+    )
+
+
+async def push_once(snapshot: Snapshot, broadcaster: Broadcaster, *, port: int, version: int) -> PushOutcome:
+    """Pushes a snapshot to one receiver."""
+    assert snapshot.acquire()
+    outcome = await broadcaster.push(snapshot, version=version, step=version, servers=[entry_of(port)])
+    snapshot.release()
+    if outcome.failed:
+        raise RuntimeError(f"{outcome.failed}")
+    return outcome
+
+
 async def pushes(
     model: Path, size: str, *, rounds: int, folder: Path, integrity: Literal["none", "sha256"]
 ) -> dict[str, Any]:
@@ -181,24 +221,12 @@ async def pushes(
         async def push(how: str) -> float:
             nonlocal version
             version += 1
-            entry = ServerEntry(
-                name="receiver",
-                incarnation=1,
-                weights_address=f"tcp://127.0.0.1:{port}",
-                device="cpu",
-                state="serving",
-                weights_version=0,
-            )
             # A new snapshot for each push, because a snapshot caches its sums.
             snapshot = snapshotters[how].take_snapshot()
-            assert snapshot is not None and snapshot.acquire()
+            assert snapshot is not None
             started_s = time.perf_counter()
-            outcome = await broadcaster.push(snapshot, version=version, step=version, servers=[entry])
-            elapsed_s = time.perf_counter() - started_s
-            snapshot.release()
-            if outcome.failed:
-                raise RuntimeError(f"{size}: {outcome.failed}")
-            return elapsed_s
+            await push_once(snapshot, broadcaster, port=port, version=version)
+            return time.perf_counter() - started_s
 
         for round_ in range(rounds + 1):
             peer.stdin.write("\n")
@@ -226,8 +254,11 @@ async def pushes(
     }
 
 
-def stall(store: str, rank: int, model: str, rounds: int) -> None:
-    """Runs one of two ranks: times taking a snapshot, and gathering all weights at once."""
+def stall(store: str, rank: int, model: str, rounds: int, *, ports: list[int]) -> None:
+    """Runs one of two ranks: times taking a snapshot, gathering all weights at once, and pushes.
+
+    `ports`: of a receiver that gets buckets while others are gathered, and of one whose pushes are staged.
+    """
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2, timeout=timedelta(seconds=120)
     )
@@ -235,6 +266,19 @@ def stall(store: str, rank: int, model: str, rounds: int) -> None:
     policy = Policy.load(model, ranks)
     snapshotter = BackgroundGather(policy, ranks, bucket_bytes=BUCKET_BYTES, dtype="float32")
     frozen_s, gathered_s = [], []
+    pushed: dict[int, list[PushOutcome]] = {port: [] for port in ports}
+    with asyncio.Runner() as runner:
+        broadcasters = {port: Broadcaster(WeightsConfig(push_deadline_s=120), device="cpu") for port in ports}
+        for version in range(1, rounds + 2):
+            for port in ports:
+                snapshot = snapshotter.take_snapshot()
+                dist.barrier()
+                if snapshot is not None:
+                    push = push_once(snapshot, broadcasters[port], port=port, version=version)
+                    pushed[port].append(runner.run(push))
+                dist.barrier()
+        for broadcaster in broadcasters.values():
+            runner.run(broadcaster.close())
     for _ in range(rounds + 1):
         dist.barrier()
         started_s = time.perf_counter()
@@ -251,24 +295,30 @@ def stall(store: str, rank: int, model: str, rounds: int) -> None:
         gathered_s.append(time.perf_counter() - started_s)
     snapshotter.close()
     if rank == 0:
-        print(
-            json.dumps(
-                {"freeze_s": statistics.median(frozen_s[1:]), "gather_s": statistics.median(gathered_s[1:])}
-            ),
-            flush=True,
-        )
+        unstaged, staged = (pushed[port] for port in ports)
+        seconds = {
+            "freeze_s": frozen_s,
+            "gather_s": gathered_s,
+            "unstaged_standstill_s": [outcome.broadcast_s for outcome in unstaged],
+            "staged_standstill_s": [outcome.broadcast_s for outcome in staged],
+            "staging_s": [outcome.staging_s for outcome in staged],
+        }
+        # The first round does not count, as above.
+        medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+        print(json.dumps(medians), flush=True)
     dist.destroy_process_group()
 
 
 def stalls(model: Path, size: str, *, rounds: int, folder: Path) -> dict[str, Any]:
-    """Measures training's stall on two ranks."""
+    """Measures on two ranks how long training waits, and how long an engine stands still."""
     store = str(folder / f"stall-{size}")
-    with (
-        child("--stall", store, "0", str(model), str(rounds)) as first,
-        child("--stall", store, "1", str(model), str(rounds)),
-    ):
-        assert first.stdout is not None
-        medians: dict[str, float] = json.loads(first.stdout.readline())
+    with child("--receiver", str(model)) as receiver, child("--receiver-in-place", str(model)) as in_place:
+        assert receiver.stdout is not None and in_place.stdout is not None
+        ports = [int(receiver.stdout.readline()), int(in_place.stdout.readline())]
+        arguments = (str(model), str(rounds), json.dumps(ports))
+        with child("--stall", store, "0", *arguments) as first, child("--stall", store, "1", *arguments):
+            assert first.stdout is not None
+            medians: dict[str, float] = json.loads(first.stdout.readline())
     return {"size": size} | {name: round(value, 4) for name, value in medians.items()}
 
 
@@ -323,8 +373,8 @@ def main() -> None:
     print(table(header, rows))
     print(
         table(
-            ("size", "training waits, frozen s", "gathered at once s"),
-            [(r["size"], r["freeze_s"], r["gather_s"]) for r in stalled],
+            ("size", *_STALL_COLUMNS.values()),
+            [(r["size"], *(r[key] for key in _STALL_COLUMNS)) for r in stalled],
         )
     )
 
@@ -332,12 +382,14 @@ def main() -> None:
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["--receiver", model]:
-            asyncio.run(receive(Path(model)))
+            asyncio.run(receive(Path(model), in_place=False))
+        case ["--receiver-in-place", model]:
+            asyncio.run(receive(Path(model), in_place=True))
         case ["--bare", store, sizes]:
             torch.set_num_threads(1)
             bare_receiver(store, json.loads(sizes))
-        case ["--stall", store, rank, model, rounds]:
+        case ["--stall", store, rank, model, rounds, ports]:
             torch.set_num_threads(1)
-            stall(store, int(rank), model, int(rounds))
+            stall(store, int(rank), model, int(rounds), ports=json.loads(ports))
         case _:
             main()

@@ -30,6 +30,14 @@ COMMANDS = {
         "run [--config FILE] [key=value ...]",
         "runs a whole job on this machine (run --help: the settings)",
     ),
+    "plan": Command(
+        "plan",
+        "plan [CONFIG] [--gpus N+MxGPU] [--prompt-tokens N] [--response-tokens N] [--explain] [--json] "
+        "[key=value ...]",
+        "whether a job fits on N GPUs of engines and M of the trainer (4+4xH100; 1xH100: both share it), by "
+        "tracing its step without a GPU, and what speed to expect; CONFIG: a file or a preset in "
+        "configs/scale/",
+    ),
     "status": Command(
         "status",
         "status RUN",

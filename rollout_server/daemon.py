@@ -20,7 +20,7 @@ import asyncio
 import logging
 from typing import Any
 
-from areal_like.automatic_settings import compute_dtype
+from areal_like.automatic_settings import compute_dtype, start_limit_s
 from areal_like.errors import ConfigError, EngineError
 from areal_like.paths import model_path
 from areal_like.runtime.daemon import Runtime, cancelled_on_exit
@@ -44,6 +44,7 @@ from rollout_server.episodes.base import SingleTurn
 from rollout_server.episodes.lease_runner import LeaseRunner
 from rollout_server.episodes.prompt_renderer import PromptRenderer
 from rollout_server.inference.client import EngineClient
+from rollout_server.inference.concurrency import ConcurrencyController, EngineLoad
 from rollout_server.inference.engine import Engine, make_engine
 from rollout_server.inference.generation_gate import GenerationGate
 from rollout_server.inference.supervisor import INITIAL_VERSION, EngineSupervisor
@@ -112,7 +113,8 @@ class RolloutServer:
         self._fingerprints = (model_fingerprint(model), tokenizer_fingerprint(model))
         self._engine = engine
         self._rewards = rewards
-        gate = GenerationGate()
+        self._gate = gate = GenerationGate()
+        self._concurrency = ConcurrencyController(most=config.rollout.max_running)
         strategy = engine.weight_update_strategy(
             gate=gate, on_quarantine=self._on_quarantine, on_untrusted=self._on_untrusted
         )
@@ -121,7 +123,8 @@ class RolloutServer:
             strategy,
             model=model,
             checkpoints=runtime.paths.checkpoints,
-            load_timeout_s=config.rollout.start_timeout_s,
+            load_timeout_s=start_limit_s(config),
+            stall_timeout_s=config.rollout.generate_timeout_s,
             starting=lambda: runtime.waits("engine: ready"),
             on_ready=self._on_engine_ready,
             on_lost=self._on_engine_lost,
@@ -166,7 +169,9 @@ class RolloutServer:
             rewards=rewards,
             receiver=self._receiver,
             engine=engine,
+            supervisor=self._supervisor,
         )
+        self._stats.concurrency_limit = config.rollout.max_running
         self._weights_address = tcp_address(
             config.rollout.advertise_host or config.rollout.host, self._receiver.port
         )
@@ -216,6 +221,8 @@ class RolloutServer:
         while True:
             await asyncio.sleep(self._runtime.config.daemon.heartbeat_s)
             load = await self._supervisor.load()
+            if self._runtime.config.rollout.adapts_concurrency and load:
+                self._limit_concurrency(EngineLoad.of(load), now_s=loop.time())
             self._buffers.set_stats(self._stats.update(load, now_s=loop.time()))
             state = self._buffers.state
             problem = self._buffers.problem or ("" if state is ServerState.SERVING else state.value)
@@ -223,6 +230,18 @@ class RolloutServer:
                 self._runtime.unready(problem)
             else:
                 self._runtime.ready()
+
+    def _limit_concurrency(self, load: EngineLoad, *, now_s: float) -> None:
+        """Bounds the samples at the engine, and those that the buffers lease, by what its KV memory holds."""
+        most, before = self._concurrency.most, self._concurrency.limit
+        limit = self._concurrency.observe(load, now_s=now_s)
+        if limit == before:
+            return
+        level = logging.INFO if limit < before else logging.DEBUG
+        log.log(level, "at most %d samples at the engine (KV memory %.0f %%)", limit, 100 * load.kv_usage)
+        self._gate.set_limit(None if limit == most else limit)
+        self._buffers.set_capacity(limit + self._runtime.config.rollout.queue_samples)
+        self._stats.concurrency_limit = limit
 
     def _on_engine_ready(self, client: EngineClient, version: int) -> None:
         needs_push = (

@@ -11,18 +11,31 @@ from typing import Any
 
 from areal_like.failures import FailureKind
 from areal_like.runtime.metrics import Metrics
+from areal_like.runtime.progress import ProgressClock
 from rollout_server.buffer_client.shards import ShardedBufferClient
 from rollout_server.episodes.lease_runner import LeaseRunner
 from rollout_server.inference.engine import Engine
+from rollout_server.inference.supervisor import EngineSupervisor
 from rollout_server.rewards.pool import RewardPool
 from rollout_server.weight_sync.receiver import WeightReceiver
 
-_CUMULATIVE = {"tokens_generated": "generated_tokens", "busy_s": "busy_s", "idle_s": "idle_s"}
+_CUMULATIVE = {
+    "tokens_generated": "generated_tokens",
+    "busy_s": "busy_s",
+    "idle_s": "idle_s",
+    "prompt_tokens": "prompt_tokens",
+    "cached_prompt_tokens": "cached_prompt_tokens",
+    "retractions": "retractions",
+}
 """Server's name -> engine's name of the numbers that the engine counts from its start."""
 _COUNTERS = {
     "tokens_generated": ("tokens_generated", "Tokens that this server's engines sampled."),
     "busy_s": ("generation_busy_seconds", "Time in which an engine had a runnable sequence."),
     "idle_s": ("generation_idle_seconds", "Time in which an engine had none."),
+    "progress": ("progress", "Heartbeats at which the server had made progress."),
+    "prompt_tokens": ("prompt_tokens", "Tokens of the prompts of finished requests."),
+    "cached_prompt_tokens": ("cached_prompt_tokens", "Those that were in the engine's prefix cache."),
+    "retractions": ("retractions", "Sequences that an engine retracted for lack of KV memory."),
     "samples_done": ("samples_done", "Samples finished."),
     "reward_s": ("reward_seconds", "Time spent in the task's reward function."),
     "reward_restarts": ("reward_worker_restarts", "Reward workers lost to a timeout or a crash."),
@@ -37,6 +50,8 @@ _COUNTERS = {
 _GAUGES = {
     "running": ("sequences_running", "Sequences that the engine decodes."),
     "waiting": ("sequences_waiting", "Sequences that wait for a slot of the engine."),
+    "kv_usage": ("kv_usage", "Fraction of the engine's KV memory that its sequences use."),
+    "concurrency_limit": ("concurrency_limit", "Samples that may be at the engine."),
     "holding": ("samples_held", "Samples of leases that are not finished."),
     "unacknowledged": ("samples_unacknowledged", "Finished samples that the buffer has not confirmed."),
     "rewards_waiting": ("rewards_waiting", "Completions that wait for their reward."),
@@ -60,7 +75,10 @@ class ServerStats:
         rewards: RewardPool,
         receiver: WeightReceiver,
         engine: Engine,
+        supervisor: EngineSupervisor,
     ) -> None:
+        self._supervisor = supervisor
+        self._progress = ProgressClock(now_s=0.0)
         self._buffers, self._runner, self._rewards = buffers, runner, rewards
         self._receiver, self._engine = receiver, engine
         self._counters = {key: metrics.counter(*named) for key, named in _COUNTERS.items()}
@@ -71,6 +89,8 @@ class ServerStats:
             label="kind",
             values=list(FailureKind),
         )
+        self.concurrency_limit = 0
+        """Set by the server."""
         self._before_engine = dict.fromkeys(_CUMULATIVE, 0.0)
         self._by_engine = dict.fromkeys(_CUMULATIVE, 0.0)
         self._updated_s = 0.0
@@ -88,6 +108,7 @@ class ServerStats:
         self._by_engine |= {key: float(load[name]) for key, name in _CUMULATIVE.items() if name in load}
         totals = {key: self._before_engine[key] + self._by_engine[key] for key in _CUMULATIVE}
         values = totals | {
+            "progress": self._num_changes(now_s=now_s),
             "samples_done": self._runner.num_done,
             "samples_failed": self._runner.num_failed.total(),
             **{name: self._runner.num_failed[kind] for kind, name in _FAILED.items()},
@@ -102,6 +123,8 @@ class ServerStats:
             "refused_handshakes": self._receiver.listener.num_refused_handshakes,
             "running": float(load.get("running", 0)),
             "waiting": float(load.get("waiting", 0)),
+            "kv_usage": float(load.get("kv_usage", 0.0)),
+            "concurrency_limit": self.concurrency_limit,
             "holding": self._buffers.holding_samples,
             "unacknowledged": self._buffers.num_unacknowledged,
             "rewards_waiting": self._rewards.num_waiting,
@@ -117,6 +140,21 @@ class ServerStats:
             gauge.set(values[key])
         self.values = {key: float(value) for key, value in values.items()}
         return self.values
+
+    def _num_changes(self, *, now_s: float) -> int:
+        """Times at which this server was seen to make progress: the trainer waits while it does.
+
+        Its parts limit their own time: a start of the engine, a push, a reward, an engine with requests.
+        """
+        client, receiver, rewards = self._supervisor.client, self._receiver, self._rewards
+        if client is None or client.is_held:
+            self._progress.advance(now_s=now_s)  # the engine starts, or takes weights
+        elif client.num_generating:
+            self._progress.observe("engine", client.progress, now_s=now_s)
+        self._progress.observe("pushes", receiver.num_pushes, now_s=now_s)
+        self._progress.observe("rewards", rewards.seconds_total, now_s=now_s)
+        self._progress.observe("samples", self._runner.num_done, now_s=now_s)
+        return self._progress.num_changes
 
     def _rate(self, tokens: float, *, now_s: float) -> float:
         elapsed_s, self._updated_s = now_s - self._updated_s, now_s

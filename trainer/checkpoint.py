@@ -14,7 +14,6 @@ metadata is a pickle.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import logging
@@ -32,16 +31,14 @@ from areal_like.paths import checkpoint_name, find_checkpoints
 from areal_like.weights.snapshots_on_disk import STATE_FILE
 from trainer.advantages.critic import Critic
 from trainer.checkpoint_files import write_directory
-from trainer.checkpoints.hf_files import MAX_FILE_BYTES, HfFiles
-from trainer.checkpoints.host_copy import MASTER, HostCopy
+from trainer.checkpoints.hf_files import MAX_FILE_BYTES
+from trainer.checkpoints.model_files import ModelFiles
 from trainer.checkpoints.peers import Peers, check_shared, wait_until_visible
 from trainer.checkpoints.reading import CRITIC, POLICY, StateReader
-from trainer.checkpoints.row_files import FOLDER, ModelRows, rows_of, write_index, write_rows
+from trainer.checkpoints.row_files import FOLDER, ModelRows, write_index
 from trainer.distributed.ranks import Ranks
-from trainer.models.hf_layout import hf_tensors
 from trainer.models.packed_model import DTYPES, PackedModel
 from trainer.models.policy import Policy
-from trainer.models.sharded_weights import row_range, shards_of
 from trainer.optimizer import ShardedAdamW
 
 log = logging.getLogger(__name__)
@@ -86,7 +83,7 @@ class Checkpoints:
         self._tokenizer_path = tokenizer_path
         self._dtype = DTYPES[dtype]
         self._max_file_bytes = max_file_bytes
-        self._copies: dict[str, HostCopy] = {}
+        self._files: dict[str, ModelFiles] = {}
         self._peers: Peers | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._in_flight: Future[DiskFullError | None] | None = None
@@ -137,24 +134,9 @@ class Checkpoints:
         self.open(ranks)
         assert self._peers is not None
         models = {POLICY: (policy, optimizer)} | _model_of(critic)
-        copies = {name: self._copy(name, *models[name]) for name in models}
-        # Only the policy's weights have files of their own.
-        masters_in_rows = {name: name != POLICY or copies[name].dtype != self._dtype for name in models}
-        rows = {
-            name: rows_of(
-                model,
-                copies[name],
-                name=name,
-                world_size=ranks.world_size,
-                has_masters=masters_in_rows[name],
-            )
-            for name, (model, _) in models.items()
-        }
-        weights = HfFiles(hf_tensors(policy.model), self._dtype, max_file_bytes=self._max_file_bytes)
-        first_rows = {
-            shard.name: row_range(shard.shape, rank=ranks.rank, world_size=ranks.world_size)[0]
-            for shard in shards_of(policy)
-        }
+        files = {name: self._files_of(name, model, adam, ranks) for name, (model, adam) in models.items()}
+        for each in files.values():
+            each.take()
         # Nothing in a step draws random numbers today; a user's objective may.
         random_state = torch.get_rng_state()
         # Serialized now: `extra` may change while the thread writes.
@@ -163,16 +145,17 @@ class Checkpoints:
 
         def create(partial: Path) -> None:
             (partial / FOLDER).mkdir()
-            weights.create(partial)
+            for each in files.values():
+                each.create(partial)
 
         def fill(partial: Path) -> None:
             if not wait_until_visible(partial):
                 raise ConfigError(f"rank {ranks.rank} does not see {partial}, which rank 0 has made")
-            for name in models:
-                write_rows(partial / FOLDER, rows[name], copies[name], rank=ranks.rank)
-            weights.write_rows(partial, copies[POLICY].values[MASTER], first_rows)
+            for each in files.values():
+                each.write(partial)
             if ranks.rank > 0:
                 return
+            rows = {name: each.rows for name, each in files.items()}
             write_index(
                 partial / FOLDER, rows, step=step, world_size=ranks.world_size, random_state=random_state
             )
@@ -247,8 +230,8 @@ class Checkpoints:
                     f"{path}: written by another version (format {state['format']}, this is {FORMAT})"
                 )
             extra: dict[str, Any] = state["extra"]
-            with contextlib.closing(StateReader(path, ranks)) as reader:
-                self._read(reader, state, path, {POLICY: (policy, optimizer)} | _model_of(critic))
+            reader = StateReader(path, ranks)
+            self._read(reader, state, path, {POLICY: (policy, optimizer)} | _model_of(critic))
         except (OSError, json.JSONDecodeError, KeyError) as error:
             raise ConfigError(f"{path} cannot be read ({error}): resume from another step") from error
         ranks.any(True)  # waits until every rank has found and read it
@@ -266,12 +249,17 @@ class Checkpoints:
                 shutil.rmtree(aside, ignore_errors=True)
                 self.path(later).rename(aside)
 
-    def _copy(self, name: str, model: PackedModel, optimizer: ShardedAdamW) -> HostCopy:
-        """Copies the state of one model, into the memory of its last copy."""
-        if name not in self._copies or not self._copies[name].is_of(optimizer):
-            self._copies[name] = HostCopy(model, optimizer)
-        self._copies[name].take()
-        return self._copies[name]
+    def _files_of(self, name: str, model: PackedModel, optimizer: ShardedAdamW, ranks: Ranks) -> ModelFiles:
+        if name not in self._files or not self._files[name].is_of(optimizer):
+            self._files[name] = ModelFiles(
+                name,
+                model,
+                optimizer,
+                ranks,
+                dtype=self._dtype if name == POLICY else None,
+                max_file_bytes=self._max_file_bytes,
+            )
+        return self._files[name]
 
     def _read(
         self,

@@ -6,9 +6,10 @@
 
 Every rank fetches its own groups; everything else that goes to the buffer is sent by rank 0 (`leader.py`).
 Before each step the ranks agree on whether to continue, because a signal reaches them at different times. A
-drain finishes the current step (or abandons it when no servers are left that could fill it), waits for its
-checkpoint and the commit, closes admission, and exits with `daemon.exit_code_on_drain`. After the last step
-the buffers are told that the run is finished, and the exit code is 0.
+drain finishes the current step, or abandons it after a third of `daemon.drain_timeout_s`, waits for the
+checkpoint and the commit, closes admission, and exits with `daemon.exit_code_on_drain`. The ledger serves the
+groups of an abandoned step again. After the last step the buffers are told that the run is finished, and the
+exit code is 0.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from areal_like.weights.snapshots_on_disk import VERSION_KEY
 from trainer.buffer_client.client import StopRequestedError, TrainerBufferClient
 from trainer.checkpoint import Checkpoints
 from trainer.checkpoint_files import remove_partials
-from trainer.distributed.process_group import device_of, joined_ranks, world_size_here
+from trainer.distributed.process_group import device_of, joined_ranks
 from trainer.distributed.ranks import Ranks
 from trainer.leader import Leader
 from trainer.metrics.lag import LagTally
@@ -52,6 +53,11 @@ from trainer.weight_sync.boundary_gather import BoundaryGather
 from trainer.weight_sync.snapshot import Snapshot, WeightSnapshotter
 
 log = logging.getLogger(__name__)
+
+_CONTROL_TIMEOUT_S = 24 * 3600.0
+"""Longest time that a rank keeps the others waiting in a control message: for groups and evaluations, as long
+as the rollout servers make progress. A rank that stalls raises an error of its own, and one that dies closes
+its connections: both end this wait at once."""
 
 
 class Trainer:
@@ -85,7 +91,7 @@ class Trainer:
         """Seconds that the last snapshot took."""
         self._checkpoints.open(ranks)
         self._step, self._stream = self._resume(resume_step)
-        self._saved_step = self._step
+        self._saved_step, self._saved_s = self._step, time.monotonic()
         buffer.step = self._step
         self._leader: Leader | None = None
         if ranks.rank == 0:
@@ -176,7 +182,13 @@ class Trainer:
         lags = LagTally(self._config.staleness_cap)
         groups = (lags.counted(group) for group in self._buffer.groups(step))
         metrics: dict[str, Any] = dict(
-            self._runner.run(groups, step=step, num_groups=trainer.groups_per_step, lags=lags.of_tokens)
+            self._runner.run(
+                groups,
+                step=step,
+                num_groups=trainer.groups_per_step,
+                lags=lags.of_tokens,
+                is_abandoned=self._buffer.abandon_step.is_set,
+            )
         )
         self._step = self._buffer.step = step + 1
         metrics |= lags.reduced(self._ranks)
@@ -186,8 +198,13 @@ class Trainer:
         metrics["freeze_s"] = self._snapshot_s if is_sync else 0.0
         if self._leader is not None:
             self._leader.finish_step(step, metrics, snapshot)
-        if is_last or self._step % trainer.checkpoint_interval == 0:
+        if is_last or self._step % trainer.checkpoint_interval == 0 or self._is_checkpoint_overdue():
             self._save()
+
+    def _is_checkpoint_overdue(self) -> bool:
+        """True when `trainer.checkpoint_minutes` have passed since the last checkpoint, by rank 0's clock."""
+        minutes = self._config.trainer.checkpoint_minutes
+        return minutes > 0 and bool(self._ranks.agree(int(time.monotonic() - self._saved_s >= 60 * minutes)))
 
     def _end(self) -> None:
         self._buffer.state = "draining"
@@ -218,6 +235,7 @@ class Trainer:
         """
         step, leader = self._step, self._leader
         self._ranks.place.enter("checkpoint", step=step)
+        started_s = self._saved_s = time.monotonic()
         # The version before the stream's state, which contains the number of the next version.
         version = leader.alloc_version() if leader is not None else 0
         stream = leader.stream_state(step - 1) if leader is not None else {}
@@ -226,6 +244,15 @@ class Trainer:
         def commit(oldest_kept_step: int) -> None:
             assert leader is not None
             leader.commit(step - 1, oldest_kept_step=oldest_kept_step)
+            took_s, drain_s = time.monotonic() - started_s, self._config.daemon.drain_timeout_s
+            if took_s > drain_s / 3:
+                log.warning(
+                    "the checkpoint of step %d took %.0f s: a drain may be killed before its checkpoint is "
+                    "written, and the run then resumes from an older one: raise daemon.drain_timeout_s=%g",
+                    step,
+                    took_s,
+                    drain_s,
+                )
 
         self._checkpoints.save(
             step,
@@ -276,17 +303,6 @@ def run_rank(config: Config) -> int:
     return code if code or is_finished else config.daemon.exit_code_on_drain
 
 
-def _control_timeout_s(config: Config) -> float:
-    """Longest time that a rank without faults may keep the others waiting in a control message.
-
-    Rank 0 waits for servers and evaluations, every rank for its groups and for a buffer that is restarted.
-    """
-    trainer, num_groups = config.trainer, -(-config.trainer.groups_per_step // world_size_here())
-    rank0_s = 2 * (config.rollout.start_timeout_s + config.weights.push_deadline_s + config.eval.timeout_s)
-    groups_s = num_groups * trainer.fetch_timeout_s
-    return rank0_s + groups_s + trainer.buffer_timeout_s + trainer.collective_timeout_s
-
-
 def _run(config: Config) -> bool:
     """Returns True if the run is finished, False after a drain."""
     started_s = time.monotonic()
@@ -298,7 +314,7 @@ def _run(config: Config) -> bool:
     if os.environ.get("RANK", "0") == "0":
         check_nccl(config, device)
     with joined_ranks(
-        config, device, control_timeout_s=_control_timeout_s(config), quiet=(UserError, StopRequestedError)
+        config, device, control_timeout_s=_CONTROL_TIMEOUT_S, quiet=(UserError, StopRequestedError)
     ) as ranks:
         process = torch.tensor(list(secrets.token_bytes(16)), dtype=torch.int64)
         dist.broadcast(process, src=0)

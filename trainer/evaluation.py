@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from concurrent.futures import Future
 
@@ -26,8 +27,7 @@ class Evaluations:
         """`on_reward`: called with the mean reward of every evaluation that succeeded."""
         self._buffer = buffer
         self._num_prompts = config.eval.num_prompts
-        # The first evaluation waits for servers to start.
-        self._timeout_s = config.rollout.start_timeout_s + config.eval.timeout_s
+        self._stall_s = config.stall_s(config.eval.timeout_s)
         self._on_reward = on_reward
         self._running: Future[EvalResult] | None = None
 
@@ -36,14 +36,13 @@ class Evaluations:
         """False if `eval.num_prompts` is 0."""
         return self._num_prompts > 0
 
-    def run(self, *, step: int, min_version: int, timeout_s: float | None = None) -> float:
+    def run(self, *, step: int, min_version: int) -> float:
         """Evaluates weights of `min_version` or later and returns the mean reward.
 
-        Raises StopRequestedError when a drain begins, and ArealError when no prompt could be evaluated.
+        Raises StopRequestedError when a drain begins, and ArealError when no prompt could be evaluated or no
+        rollout server makes progress (`eval.timeout_s`).
         """
-        return self._result(
-            self._request(step, min_version), timeout_s=self._timeout_s if timeout_s is None else timeout_s
-        )
+        return self._result(self._request(step, min_version))
 
     def start(self, *, step: int, min_version: int) -> None:
         """Starts an evaluation and returns, unless one is running."""
@@ -56,18 +55,22 @@ class Evaluations:
             return None
         ended, self._running = self._running, None
         try:
-            return self._result(ended, timeout_s=1.0)
+            return self._result(ended)
         except ArealError as error:
             log.warning("training continues without an evaluation: %s", error)
             return None
 
     def _request(self, step: int, min_version: int) -> Future[EvalResult]:
         request = RequestEval(eval_id=step, num_prompts=self._num_prompts, min_version=min_version)
-        return self._buffer.submit_call(request, timeout_s=self._timeout_s)
+        return self._buffer.submit_call(request, timeout_s=math.inf)  # `_result` bounds the wait
 
-    def _result(self, future: Future[EvalResult], *, timeout_s: float) -> float:
+    def _result(self, future: Future[EvalResult]) -> float:
         result: EvalResult = self._buffer.wait(
-            future, name="the evaluation", timeout_s=timeout_s, may_stop=True
+            future,
+            name="the evaluation",
+            may_stop=True,
+            stall_s=self._stall_s,
+            setting="eval.timeout_s",
         )
         if result.num_evaluated == 0:
             raise ArealError(

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from areal_like.automatic_settings import start_limit_s
 from areal_like.config import Config
 from areal_like.errors import ArealError, RefusedError, UserError
 from areal_like.paths import RunPaths
@@ -221,8 +222,9 @@ class Leader:
         self._buffer.run(
             self._publisher.wait_until_active(self._step),
             name="the checkpoint's weights to be active at a server",
-            timeout_s=self._config.rollout.start_timeout_s + self._push_limit_s,
             may_stop=True,
+            stall_s=self._config.stall_s(start_limit_s(self._config) + self._push_limit_s),
+            setting="rollout.start_timeout_s + weights.push_deadline_s",
         )
 
     def _evaluate_last_weights(self) -> float | None:
@@ -239,7 +241,6 @@ class Leader:
             return self._evaluations.run(
                 step=self._step,
                 min_version=self._publisher.active_version,
-                timeout_s=self._config.eval.timeout_s,
             )
         except ArealError as error:
             log.warning("the run is trained and saved, but its last evaluation is missing: %s", error)

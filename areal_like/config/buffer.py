@@ -22,7 +22,7 @@ class OnFailureConfig(Section, key="buffer.on_failure"):
     engine: Policy = "retry"
     """The engine answered with an error, or its answer cannot be used: `retry` or `drop`."""
     timeout: Policy = "retry"
-    """The engine returned no token within `rollout.generate_timeout_s`: `retry` or `drop`."""
+    """The engine returned no token within `rollout.sample_timeout_s`: `retry` or `drop`."""
     reward: Policy = "retry"
     """The reward function raised, returned no finite number, or its process died."""
     reward_timeout: Policy = "zero"

@@ -46,7 +46,8 @@ class EvalConfig(Section, key="eval"):
     interval: int = 100
     """Steps between evaluations; there is always one before the first and after the last step."""
     timeout_s: float = 120.0
-    """Longest wait for the first and for the final evaluation, in seconds."""
+    """Longest time, in seconds, that the trainer waits for an evaluation without progress of any rollout
+    server. It begins where `rollout.generate_timeout_s` ends, as a server first replaces a silent engine."""
 
     def check(self) -> None:
         require(self.num_prompts >= 0, "eval.num_prompts must be at least 0")
@@ -134,11 +135,7 @@ class Config(Section):
         require(self.staleness_cap >= 0, "max_staleness must be at least 0 (0 is synchronous)")
         require(0 < self.ess_target < 1, f"ess_target={self.ess_target:g}: use a number between 0 and 1")
         self._check_sync_interval()
-        require(
-            self.buffer.lease_timeout_s > 2 * self.daemon.heartbeat_s,
-            f"buffer.lease_timeout_s={self.buffer.lease_timeout_s:g} is not above two heartbeats "
-            f"(daemon.heartbeat_s={self.daemon.heartbeat_s:g}): every lease would expire",
-        )
+        self._check_limits()
         longest = max(self.rollout.max_context, self.sampling.max_new_tokens + 1)
         require(
             longest <= self.trainer.tokens_per_microbatch,
@@ -171,6 +168,42 @@ class Config(Section):
     def staleness_cap(self) -> int:
         """Upper limit of the staleness bound: `max_staleness`, or `max_staleness_cap` when that is `auto`."""
         return self.max_staleness_cap if isinstance(self.max_staleness, str) else self.max_staleness
+
+    def _check_limits(self) -> None:
+        """Limits of time that contradict each other: one would run out although nothing is wrong."""
+        heartbeat_s = self.daemon.heartbeat_s
+        for key, limit_s, consequence in (
+            ("buffer.lease_timeout_s", self.buffer.lease_timeout_s, "every lease would expire"),
+            ("trainer.buffer_timeout_s", self.trainer.buffer_timeout_s, "every buffer would count as lost"),
+            (
+                "rollout.generate_timeout_s",
+                self.rollout.generate_timeout_s,
+                "every engine would be replaced, as its progress is read once in a heartbeat",
+            ),
+        ):
+            require(
+                limit_s > 2 * heartbeat_s,
+                f"{key}={limit_s:g} is not above two heartbeats (daemon.heartbeat_s={heartbeat_s:g}): "
+                f"{consequence}",
+            )
+        for key, limit_s in (
+            ("trainer.fetch_timeout_s", self.trainer.fetch_timeout_s),
+            ("eval.timeout_s", self.eval.timeout_s),
+        ):
+            require(
+                self.rollout.reward_timeout_s < self.stall_s(limit_s),
+                f"{key}={limit_s:g} after rollout.generate_timeout_s={self.rollout.generate_timeout_s:g} is "
+                f"not above rollout.reward_timeout_s={self.rollout.reward_timeout_s:g}: the trainer would "
+                "report a stall while a reward is within its limit",
+            )
+
+    def stall_s(self, limit_s: float) -> float:
+        """Seconds without progress of any rollout server after which the trainer stops waiting.
+
+        `limit_s`: the setting of this wait. It begins when a server has replaced an engine that is silent:
+        its start is progress.
+        """
+        return self.rollout.generate_timeout_s + limit_s
 
     @property
     def update_mode(self) -> Literal["recompute", "keep", "abort_resume", "drain"]:

@@ -101,6 +101,9 @@ class RolloutConfig(Section, key="rollout"):
     embedded engine has one."""
     max_running: int = 128
     """Sequences that one engine decodes at the same time (KV slots)."""
+    adaptive_concurrency: bool | Literal["auto"] = "auto"
+    """Lower the number of samples at an engine below `max_running` while its KV cache is full, and raise it
+    again while there is room. `auto`: with SGLang on GPUs."""
     max_context: int = 0
     """Longest sequence (prompt and response), in tokens; 0: derived from the task and `sampling`."""
     queue_samples: int = 32
@@ -110,11 +113,16 @@ class RolloutConfig(Section, key="rollout"):
     reward_timeout_s: float = 10.0
     """Time limit of one reward and of one task.example(), in seconds. After it the worker process is killed
     and the sample counts as failed (`buffer.on_failure`)."""
-    generate_timeout_s: float = 600.0
-    """Time limit of one generation, in seconds. After it the sample is truncated: the tokens sampled so far
-    are kept."""
+    generate_timeout_s: float = 120.0
+    """Longest time, in seconds, in which an engine with requests may make no progress (no token, no context
+    computed). After it the engine is replaced, and its samples are generated elsewhere. The time in which a
+    push holds the engine does not count. A request that advances has no limit."""
+    sample_timeout_s: float = 0.0
+    """Time limit of one sample's generation, in seconds. After it the sample is truncated: the tokens sampled
+    so far are kept. 0: none."""
     start_timeout_s: float = 180.0
-    """Longest wait for an engine to become ready, in seconds."""
+    """Longest silence of a starting engine, in seconds: without a new line in its log or, at a url, until it
+    is ready. The time to read the model's weights at 100 MB/s is added."""
     host: str = "127.0.0.1"
     """Address that a server binds to receive weight pushes. Its engine listens on loopback only."""
     advertise_host: str = ""
@@ -127,7 +135,7 @@ class RolloutConfig(Section, key="rollout"):
         """Ranges; `sglang` settings only with that engine."""
         for name in ("num_servers", "max_running", "reward_workers", "num_threads", "gpus_per_engine"):
             require(getattr(self, name) >= 1, f"rollout.{name} must be at least 1")
-        for name in ("max_context", "queue_samples"):
+        for name in ("max_context", "queue_samples", "sample_timeout_s"):
             require(getattr(self, name) >= 0, f"rollout.{name} must be at least 0")
         for name in ("reward_timeout_s", "generate_timeout_s", "start_timeout_s"):
             require(getattr(self, name) > 0, f"rollout.{name} must be above 0")
@@ -137,12 +145,24 @@ class RolloutConfig(Section, key="rollout"):
             self.engine == "sglang" or self.sglang == SglangConfig(),
             "rollout.sglang is set, but rollout.engine=embedded would ignore it: set rollout.engine=sglang",
         )
+        require(
+            self.adaptive_concurrency is not True or self.engine == "sglang",
+            "rollout.adaptive_concurrency=true needs rollout.engine=sglang: the embedded engine has KV "
+            "memory for rollout.max_running sequences of any length and never retracts one",
+        )
         self._check_gpus()
         require(
             self.num_servers == 1 or not self.sglang.url or "{index}" in self.sglang.url,
             f"rollout.sglang.url={self.sglang.url} is one engine for rollout.num_servers={self.num_servers}: "
             "put {index} into the url",
         )
+
+    @property
+    def adapts_concurrency(self) -> bool:
+        """`adaptive_concurrency`, or what it is when `auto`."""
+        if self.adaptive_concurrency == "auto":
+            return self.engine == "sglang" and self.engine_device != "cpu"
+        return self.adaptive_concurrency
 
     def _check_gpus(self) -> None:
         num_gpus = self.gpus_per_engine

@@ -79,12 +79,17 @@ class TrainerConfig(Section, key="trainer"):
     sends less between ranks, and each rank needs room for the whole model in `model.dtype`."""
     checkpoint_interval: int = 100
     """Steps between checkpoints; the last step always has one."""
+    checkpoint_minutes: float = 0.0
+    """Minutes after the last checkpoint at which another is written, at the end of a step, in addition to
+    those of `checkpoint_interval`. 0: only those."""
     keep_checkpoints: int = 2
     """Checkpoints kept on disk."""
     collective_timeout_s: float = 300.0
     """Timeout of the ranks' collectives, in seconds."""
     fetch_timeout_s: float = 300.0
-    """Longest wait for one group, in seconds; after it the trainer reports a stall and stops."""
+    """Longest time, in seconds, that a rank waits for a group without progress of any rollout server; after
+    it the trainer reports a stall and stops. It begins where `rollout.generate_timeout_s` ends, as a server
+    first replaces a silent engine. While the servers make progress, ranks wait without limit."""
     buffer_timeout_s: float = 300.0
     """Longest silence of the buffer, in seconds, that the trainer tolerates. If the buffer restarts within
     this time, the run continues without loss."""
@@ -103,7 +108,14 @@ class TrainerConfig(Section, key="trainer"):
             "keep_checkpoints",
         ):
             require(getattr(self, name) >= 1, f"trainer.{name} must be at least 1")
-        for name in ("lr", "warmup_steps", "weight_decay", "max_grad_norm", "entropy_coef"):
+        for name in (
+            "lr",
+            "warmup_steps",
+            "weight_decay",
+            "max_grad_norm",
+            "entropy_coef",
+            "checkpoint_minutes",
+        ):
             require(getattr(self, name) >= 0, f"trainer.{name} must be at least 0")
         for name in ("collective_timeout_s", "fetch_timeout_s", "buffer_timeout_s"):
             require(getattr(self, name) > 0, f"trainer.{name} must be above 0")

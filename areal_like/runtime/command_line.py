@@ -32,6 +32,8 @@ from areal_like.errors import ConfigError
 OPEN_SECTIONS = ("objective", "advantage", "task")
 GROUPS = ("model", *OPEN_SECTIONS)
 """Sections that have presets in configs/: `model=smollm2` selects one."""
+SCALE = "scale"
+"""Presets of whole jobs: `scale=8xh100_8b` is `--config configs/scale/8xh100_8b.yaml`."""
 _OPEN_PREFIXES = (*(f"{section}." for section in OPEN_SECTIONS), "rollout.sglang.env.")
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -120,7 +122,8 @@ def load_config(argv: Sequence[str]) -> Config:
         if "=" not in setting or setting.startswith("-"):
             raise ConfigError(f"cannot read {setting!r}: settings are given as key=value (see --help)")
     _refuse_mixed_choices(settings)
-    raw = _compose(settings) if values.config is None else _from_file(Path(values.config), settings)
+    file, settings = _whole_job(values.config, settings)
+    raw = _compose(settings) if file is None else _from_file(file, settings)
     return from_mapping(raw)
 
 
@@ -159,6 +162,19 @@ def _refuse_mixed_choices(settings: Sequence[str]) -> None:
             if section in chosen:
                 raise ConfigError(f"{chosen[section]} and {setting} both choose the {section}: give only one")
             chosen[section] = setting
+
+
+def _whole_job(config: str | None, settings: list[str]) -> tuple[Path | None, list[str]]:
+    """(the file that `--config` or `scale=PRESET` names, the other settings)"""
+    chosen = [setting for setting in settings if setting.startswith(f"{SCALE}=")]
+    if not chosen:
+        return config and Path(config), settings
+    if config is not None or len(chosen) > 1:
+        raise ConfigError(f"--config and {SCALE}=PRESET both choose the whole job: give one of them, once")
+    name = chosen[0].partition("=")[2]
+    if name not in presets(SCALE):
+        raise ConfigError(f"{chosen[0]}: known choices are {', '.join(presets(SCALE))}")
+    return CONFIGS / SCALE / f"{name}.yaml", [setting for setting in settings if setting not in chosen]
 
 
 def _from_file(path: Path, overrides: list[str]) -> dict[str, Any]:

@@ -57,18 +57,29 @@ class HfTensor:
         Returns (view of `rows`, index in dimension 0 of this tensor at which the view begins), or None if
         none of the tensor is there.
         """
-        if self.row is None:
-            if self.within is None:
-                return (rows, first_row) if rows.numel() else None
-            first = max(self.within[0], first_row)
-            end = min(self.within[1], first_row + len(rows))
-            if first >= end:
-                return None
-            return rows[first - first_row : end - first_row], first - self.within[0]
-        if not first_row <= self.row < first_row + len(rows):
+        there = self.rows_in(first_row, first_row + (len(rows) if rows.ndim else rows.numel()))
+        if there is None:
             return None
-        row = rows[self.row - first_row]
-        return (row if self.within is None else row[self.within[0] : self.within[1]]), 0
+        if self.row is not None:
+            row = rows[self.row - first_row]
+            return (row if self.within is None else row[self.within[0] : self.within[1]]), 0
+        if self.within is None:
+            return rows, first_row
+        begin = there[0] + self.within[0] - first_row
+        return rows[begin : begin + there[1] - there[0]], there[0]
+
+    def rows_in(self, first_row: int, end_row: int) -> tuple[int, int] | None:
+        """(first, end) in dimension 0 of the part of this tensor among some rows of the parameter, or None.
+
+        `first_row`, `end_row`: of the parameter.
+        """
+        if self.row is not None:
+            return (0, self.shape[0]) if first_row <= self.row < end_row else None
+        begin, end = self.within or (first_row, end_row)
+        first, last = max(begin, first_row), min(end, end_row)
+        if first >= last:
+            return None
+        return (first, last) if self.within is None else (first - begin, last - begin)
 
     def whole_in(self, param: Tensor) -> Tensor:
         """This tensor as a view of the whole parameter."""

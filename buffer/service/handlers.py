@@ -141,12 +141,13 @@ class Handlers:
             peer.key = envelope.key
             self._outbox.servers_changed()
 
-    def _heartbeat_ack(self) -> producer.HeartbeatAck:
+    def _heartbeat_ack(self, *, progress: float = 0.0) -> producer.HeartbeatAck:
         ledger = self._ledger
         return producer.HeartbeatAck(
             step=ledger.trainer_step,
             newest_version=ledger.newest_version,
             trouble=ledger.write_blocked_reason,
+            progress=progress,
         )
 
     # --- rollout servers ---
@@ -201,7 +202,7 @@ class Handlers:
 
     def _trainer_heartbeat(self, peer: Peer, envelope: Envelope) -> producer.HeartbeatAck:
         peer.state, peer.stats = envelope.message.state, envelope.message.stats
-        return self._heartbeat_ack()
+        return self._heartbeat_ack(progress=self._peers.total("progress"))
 
     def _trainer_goodbye(self, peer: Peer, envelope: Envelope) -> Ok:
         self._peers.remove(peer.hello.name)

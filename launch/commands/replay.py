@@ -134,11 +134,7 @@ def _wait(processes: ProcessTable, stops: StopSignals, tail: MetricsTail, view: 
 def _compare(recorded: RunPaths, replayed: RunPaths) -> list[str]:
     """Lines for the user with the steps at which the weights of both runs are equal, and those where not."""
     steps = sorted(set(checkpoints(recorded)) & set(checkpoints(replayed)))
-    same = [
-        step
-        for step in steps
-        if filecmp.cmp(_weights_at(recorded, step), _weights_at(replayed, step), shallow=False)
-    ]
+    same = [step for step in steps if _are_equal(recorded, replayed, step)]
     others = [step for step in steps if step not in same]
     lines = []
     if same:
@@ -152,5 +148,15 @@ def _joined(steps: Sequence[int]) -> str:
     return ", ".join(map(str, steps))
 
 
-def _weights_at(paths: RunPaths, step: int) -> Path:
-    return paths.checkpoints / checkpoint_name(step) / "model.safetensors"
+def _are_equal(recorded: RunPaths, replayed: RunPaths, step: int) -> bool:
+    """Compares the weights' files and, if both runs had as many ranks, masters and moments."""
+    folders = [paths.checkpoints / checkpoint_name(step) for paths in (recorded, replayed)]
+    weights, others = (_files(folder, "model*.safetensors") for folder in folders)
+    rows = _files(folders[0], "rows/policy-*") & _files(folders[1], "rows/policy-*")
+    return weights == others and all(
+        filecmp.cmp(folders[0] / file, folders[1] / file, shallow=False) for file in weights | rows
+    )
+
+
+def _files(folder: Path, pattern: str) -> set[Path]:
+    return {file.relative_to(folder) for file in folder.glob(pattern)}

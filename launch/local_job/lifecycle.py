@@ -24,7 +24,9 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 
+from areal_like.automatic_settings import start_limit_s
 from areal_like.config import Config
+from areal_like.runtime.progress import ProgressClock
 from areal_like.shards import all_shards
 from launch.local_job.actions import Action, Exit, HandOver, Kill, KillEverything, Notice, Start
 from launch.local_job.outcome import Outcome
@@ -39,8 +41,8 @@ log = logging.getLogger(__name__)
 
 BUFFER_START_TIMEOUT_S = 60.0
 START_PATIENCE = 2.0
-"""Time limit of STARTING in multiples of `rollout.start_timeout_s`. Above 1, because a server reports the
-reason itself if its engine has not started within `rollout.start_timeout_s`."""
+"""Longest time without progress in STARTING, in multiples of `start_limit_s`. Above 1, because a server
+reports the reason itself if its engine does not start."""
 FAILURE_CLOSE_S = 10.0
 """Time for the other daemons to end after one has failed."""
 TRAINER_RESERVE, SERVERS_RESERVE = 0.25, 0.1
@@ -86,6 +88,7 @@ class JobLifecycle:
         self._ever_ready: set[str] = set()
         """Daemons that have been ready at least once, so their settings are valid."""
         self._phase_since_s = now_s
+        self._progress = ProgressClock(now_s=now_s)
         self.phase = Phase.PREPARING
         self.outcome = Outcome()
 
@@ -172,7 +175,7 @@ class JobLifecycle:
         """A short text about the daemons that the current phase waits for, and the reasons."""
         if self.phase is Phase.STARTING:
             unready = self._unready(seen)
-            return ", ".join(f"{name} ({_reason_unready(seen, name)})" for name in unready)
+            return ", ".join(f"{name} ({seen.reason_unready(name)})" for name in unready)
         if self._shutdown is not None and (names := self._shutdown.awaited(self._running)):
             return f"waiting for {', '.join(names)}"
         return ""
@@ -221,9 +224,10 @@ class JobLifecycle:
 
     def _advance_starting(self, seen: Observation, *, now_s: float) -> list[Action]:
         unready = self._unready(seen)
+        self._progress.observe("daemons", seen.signs_of_progress, now_s=now_s)
         if not unready:
             self._enter(Phase.RUNNING, now_s=now_s)
-        elif now_s - self._phase_since_s > START_PATIENCE * self._config.rollout.start_timeout_s:
+        elif now_s - self._progress.last_s > START_PATIENCE * start_limit_s(self._config):
             return self._fail_unready(unready, seen, now_s=now_s)
         return []
 
@@ -313,7 +317,7 @@ class JobLifecycle:
         lines = []
         waited_s = now_s - self._phase_since_s
         for name in names:
-            lines.append(f"{name} was not ready after {waited_s:.0f} s: {_reason_unready(seen, name)}")
+            lines.append(f"{name} was not ready after {waited_s:.0f} s: {seen.reason_unready(name)}")
             process = "trainer" if name.startswith("trainer-") else name
             lines += [f"  {line}" for line in self._last_words(process)]
         return self._fail(lines, exit_code=1, now_s=now_s)
@@ -342,8 +346,3 @@ class JobLifecycle:
     def _started(self, starts: Sequence[Start]) -> list[Action]:
         self._running |= {start.spec.name for start in starts}
         return list(starts)
-
-
-def _reason_unready(seen: Observation, name: str) -> str:
-    view = seen.daemons.get(name)
-    return (view.not_ready if view else "") or "starting"

@@ -64,6 +64,19 @@ class Observation:
         return int(self.steps[-1].get("step", -1)) if self.steps else -1
 
     @property
+    def signs_of_progress(self) -> tuple[tuple[str, str, float | None], ...]:
+        """Each daemon's state and count of progress: something has happened when they change."""
+        return tuple(
+            (name, str((view.status or {}).get("state", "")), find_number(view.status or {}, "progress"))
+            for name, view in sorted(self.daemons.items())
+        )
+
+    def reason_unready(self, name: str) -> str:
+        """Why a daemon is not ready."""
+        view = self.daemons.get(name)
+        return (view.not_ready if view else "") or "starting"
+
+    @property
     def tokens_per_s_generated(self) -> float | None:
         """Sum over all rollout servers; None when no server reports a rate."""
         rates = [

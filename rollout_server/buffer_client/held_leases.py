@@ -36,7 +36,7 @@ class HeldLeases:
 
     def __init__(self, *, capacity_samples: int) -> None:
         """`capacity_samples`: most samples that may be missing at a time; at this number credit is 0."""
-        self._capacity_samples = capacity_samples
+        self.capacity_samples = capacity_samples
         self._held: dict[int, _HeldLease] = {}
         self.holding_samples = 0
         """Samples of held leases that are missing."""
@@ -44,7 +44,7 @@ class HeldLeases:
     @property
     def free_samples(self) -> int:
         """Credit: number of samples that the server can take in addition to those it holds."""
-        return max(0, self._capacity_samples - self.holding_samples)
+        return max(0, self.capacity_samples - self.holding_samples)
 
     @property
     def lease_ids(self) -> list[int]:

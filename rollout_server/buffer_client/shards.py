@@ -42,7 +42,7 @@ class ShardedBufferClient:
     ) -> None:
         """`capacity_samples`: of the whole server. Other arguments are those of `BufferClient`."""
         self._num_shards = config.buffer.num_shards
-        shards = all_shards(self._num_shards)
+        self._shards = shards = all_shards(self._num_shards)
         self._held = [HeldLeases(capacity_samples=shard.share(capacity_samples)) for shard in shards]
         self._clients = [
             BufferClient(
@@ -116,6 +116,12 @@ class ShardedBufferClient:
         """Sends these statistics with every heartbeat from now on."""
         for client in self._clients:
             client.stats = stats
+
+    def set_capacity(self, capacity_samples: int) -> None:
+        """Changes the capacity of the whole server, at least one sample for each shard; leases stay."""
+        capacity_samples = max(capacity_samples, self._num_shards)
+        for shard, held in zip(self._shards, self._held, strict=True):
+            held.capacity_samples = shard.share(capacity_samples)
 
     def deliver(self, result: SampleResult) -> None:
         """Sends a sample's result to the buffer that leased it."""

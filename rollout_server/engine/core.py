@@ -186,10 +186,10 @@ class EngineCore:
             prefix = self._prefixes.get(context)
             if prefix is not None:
                 self._cache.write([sequence.row], prefix)
-                self.num_prefix_hits += 1
+                self._count_prefix_hit(sequence)
             elif context in missing:
                 missing[context].append(sequence.row)
-                self.num_prefix_hits += 1
+                self._count_prefix_hit(sequence)
             elif len(context) > 1:
                 missing[context] = [sequence.row]
         if not missing:
@@ -202,6 +202,11 @@ class EngineCore:
             size = max(1, self.options.max_prefill_tokens // len(queue[-1][0]))
             queue, batch = queue[:-size], queue[-size:]
             self._prefill(batch, prompts)
+
+    def _count_prefix_hit(self, sequence: Sequence) -> None:
+        self.num_prefix_hits += 1
+        if not sequence.output_ids:  # else its row was filled again after an update of the weights
+            sequence.num_cached_tokens = len(sequence.prompt) - 1
 
     def _add_waiting_prompts(
         self, missing: dict[tuple[int, ...], list[int]], prompts: set[tuple[int, ...]]

@@ -91,6 +91,8 @@ class Sequence:
     version_spans: list[tuple[str, int, int]] = field(default_factory=list)
     """(version, start, end) over the output: the weight version that sampled these tokens."""
     finish: Finish | None = None
+    num_cached_tokens: int = 0
+    """Tokens of the prompt whose KV was not computed for this sequence."""
 
     @property
     def context(self) -> tuple[int, ...]:

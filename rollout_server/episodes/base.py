@@ -9,6 +9,8 @@ appends the continuation, whose tokens have the new weight version.
 
 from __future__ import annotations
 
+import asyncio
+import math
 from abc import ABC, abstractmethod
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
@@ -49,14 +51,19 @@ class PolicyClient:
         sampling: Sampling,
         rid: str,
         gate: AbstractAsyncContextManager[None],
+        timeout_s: float = math.inf,
     ) -> None:
         """`sampling.max_new_tokens` limits each turn; `rid` must be unique among running episodes; each
-        request is made inside `async with gate` (see GenerationGate)."""
+        request is made inside `async with gate` (see GenerationGate). `timeout_s`: of all turns together,
+        from the first request on."""
         self._engine = engine
         self._sampling = sampling
         self._rid = rid
         self._gate = gate
         self._num_requests = 0
+        self._timeout_s = timeout_s
+        self._deadline_s: float | None = None
+        """End of the time limit; None before the first request."""
 
     async def extend(self, transcript: Transcript) -> FinishReason:
         """Appends one turn of the policy to the transcript; returns STOP, LENGTH or TIMEOUT, never ABORT.
@@ -105,7 +112,15 @@ class PolicyClient:
         rid = f"{self._rid}.{self._num_requests}"
         self._num_requests += 1
         async with self._gate:
-            return await self._engine.generate(tokens_T.tolist(), sampling=sampling, rid=rid)
+            now_s = asyncio.get_running_loop().time()
+            if self._deadline_s is None:
+                self._deadline_s = now_s + self._timeout_s
+            left_s = self._deadline_s - now_s
+            if left_s <= 0:
+                raise EngineTimeoutError("the time limit was over when the request could be sent again")
+            return await self._engine.generate(
+                tokens_T.tolist(), sampling=sampling, rid=rid, timeout_s=left_s
+            )
 
 
 class Episode(ABC):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -88,6 +89,7 @@ class LeaseRunner:
             temperature=sampling.temperature,
             stop_token_ids=stop_token_ids,
         )
+        self._sample_timeout_s = config.rollout.sample_timeout_s or math.inf
         self._on_failure = config.buffer.on_failure
         self._prompts = PromptLoader(task, tokenizer, timeout_s=config.rollout.reward_timeout_s)
         self._waiting: list[Lease] = []
@@ -211,7 +213,9 @@ class LeaseRunner:
         )
         rid = f"{lease.lease_id}.{sample_index}"
         client = self.engine.episode(on_first_token=leader.prompt_computed)
-        policy = PolicyClient(client, sampling=sampling, rid=rid, gate=self._gate)
+        policy = PolicyClient(
+            client, sampling=sampling, rid=rid, gate=self._gate, timeout_s=self._sample_timeout_s
+        )
         transcript.append_context(prompt.tokens_P)
         started_s = loop.time()
         completion = await self._run_episode(prompt, policy, transcript)

@@ -7,9 +7,11 @@ code that holds a generation's lease decides about a retry.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import ssl
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -23,6 +25,7 @@ from rollout_server.inference.types import (
     Generation,
     Sampling,
     SamplingClient,
+    parse_scores,
     parse_weight_version,
 )
 
@@ -41,7 +44,6 @@ class EngineClient:
         tls: ssl.SSLContext | None = None,
         connect_timeout_s: float = 5.0,
         control_timeout_s: float = 30.0,
-        generate_timeout_s: float = 600.0,
         stream_interval: int = 0,
     ) -> None:
         """`tls`: how an https engine is checked; None: with the certificates of the system.
@@ -53,13 +55,16 @@ class EngineClient:
             connect_timeout_s=connect_timeout_s,
             control_timeout_s=control_timeout_s,
         )
-        self._batcher = GenerateBatcher(
-            self._http, timeout_s=generate_timeout_s, stream_interval=stream_interval
-        )
+        self._batcher = GenerateBatcher(self._http, stream_interval=stream_interval)
         self._connect_timeout_s = connect_timeout_s
         self.base_url = self._http.base_url
         self.info = EngineInfo()
         """Filled by `fetch_info`."""
+        self.progress: tuple[float, ...] = ()
+        """Counts that change with every step of the engine, as `load` saw them last."""
+        self._is_paused = False
+        self._num_loads = 0
+        """Calls in progress that load weights."""
         self.caches_prefixes = False
         """True if the engine computes a prompt once that several requests share."""
 
@@ -85,17 +90,35 @@ class EngineClient:
     # Generation
 
     async def generate(
-        self, input_ids: Sequence[int], *, sampling: Sampling, rid: str | None = None
+        self,
+        input_ids: Sequence[int],
+        *,
+        sampling: Sampling,
+        rid: str | None = None,
+        timeout_s: float = math.inf,
     ) -> Generation:
         """Samples one continuation of `input_ids`.
 
         `rid`: id of the request for `abort`, unique among the requests in flight. If any client aborts the
-        request, returns the partial tokens with finish_reason ABORT, and those sampled within
-        `generate_timeout_s` with TIMEOUT. Cancelling the caller aborts the request at the engine. Raises
-        PromptRefusedError if the engine refused the prompt, EngineTimeoutError if there was no token within
-        `generate_timeout_s`, and EngineError if it refused for another reason or died.
+        request, returns the partial tokens with finish_reason ABORT, and those sampled within `timeout_s`
+        with TIMEOUT. Cancelling the caller aborts the request at the engine. Raises PromptRefusedError if the
+        engine refused the prompt, EngineTimeoutError if there was no token within `timeout_s`, and
+        EngineError if it refused for another reason or died.
         """
-        return await self._batcher.generate(input_ids, sampling=sampling, rid=rid)
+        return await self._batcher.generate(input_ids, sampling=sampling, rid=rid, timeout_s=timeout_s)
+
+    @property
+    def num_generating(self) -> int:
+        """Calls of `generate` that have not returned."""
+        return self._batcher.num_open
+
+    @property
+    def is_held(self) -> bool:
+        """True while this client has paused the engine or has it load weights: nothing else advances then.
+
+        What it waits for has a time limit of its own.
+        """
+        return self._is_paused or self._num_loads > 0
 
     def episode(self, *, on_first_token: Callable[[], None] | None = None) -> SamplingClient:
         """The client with which one episode samples all its turns; `on_first_token` is called if this engine
@@ -118,16 +141,7 @@ class EngineClient:
         if self.caches_prefixes:
             body["cache_salt"] = uuid.uuid4().hex  # nothing that was computed before may be used
         answer = await self._http.call("POST", "/generate", body)
-        try:
-            meta = answer["meta_info"]
-            # The token at `first - 1` has none: it only begins the range.
-            logprobs = [float(entry[0]) for entry in meta["input_token_logprobs"][1:]]
-            version = parse_weight_version(meta["weight_version"])
-        except (KeyError, TypeError, IndexError, ValueError) as error:
-            raise EngineError(f"malformed answer of the engine ({type(error).__name__}: {error})") from None
-        if len(logprobs) != len(tokens) - first:
-            raise EngineError(f"{len(tokens) - first} tokens were to be scored, and {len(logprobs)} were")
-        return logprobs, version
+        return parse_scores(answer, num_scored=len(tokens) - first)
 
     async def abort(self, rid: str | None = None) -> None:
         """Aborts one request, or all with `rid=None`; their generate() calls return the partial tokens.
@@ -143,11 +157,13 @@ class EngineClient:
         `mode`: `abort` (running requests return their partial tokens), `in_place` (the KV cache is kept) or
         `retract` (the KV cache is rebuilt when resumed).
         """
+        self._is_paused = True
         await self._http.call("POST", "/pause_generation", {"mode": mode})
 
     async def resume(self) -> None:
         """Continues decoding after `pause`."""
         await self._http.call("POST", "/continue_generation", {})
+        self._is_paused = False
 
     # Weights
 
@@ -213,7 +229,8 @@ class EngineClient:
         }
         if weight_version is not None:
             body["weight_version"] = str(weight_version)
-        await self._http.call("POST", "/update_weights_from_distributed", body, timeout_s=timeout_s)
+        with self._loading():
+            await self._http.call("POST", "/update_weights_from_distributed", body, timeout_s=timeout_s)
 
     async def receive_weights(
         self, buckets: Sequence[Bucket], *, group_name: str, timeout_s: float, integrity: str = "none"
@@ -258,7 +275,8 @@ class EngineClient:
     async def update_weights_from_disk(self, path: str, *, weight_version: int, timeout_s: float) -> None:
         """Loads a Hugging Face directory (safetensors) and activates it under `weight_version`."""
         body = {"model_path": path, "weight_version": str(weight_version)}
-        await self._http.call("POST", "/update_weights_from_disk", body, timeout_s=timeout_s)
+        with self._loading():
+            await self._http.call("POST", "/update_weights_from_disk", body, timeout_s=timeout_s)
 
     async def set_weight_version(self, version: int) -> None:
         """SGLang only: sets the version of the loaded weights, which later sampled tokens carry."""
@@ -299,13 +317,30 @@ class EngineClient:
         return info
 
     async def load(self) -> dict[str, float]:
-        """Running and waiting sequences; tokens, busy and idle seconds since the engine's start."""
+        """Running and waiting sequences, and the fraction of the KV memory in use; tokens, retractions, busy
+        and idle seconds since the engine's start."""
         load: dict[str, float] = (await self.server_info()).get("load", {})
-        return load
+        self.progress = tuple(
+            float(load.get(key, 0)) for key in ("steps", "prefilled_tokens", "running", "waiting")
+        )
+        num_rows = load.get("rows", 0)
+        return load | {
+            "kv_usage": load.get("running", 0) / num_rows if num_rows else 0.0,
+            "prompt_tokens": self._batcher.num_prompt_tokens,
+            "cached_prompt_tokens": self._batcher.num_cached_tokens,
+        }
 
     async def metrics(self) -> bytes:
         """The engine's page in Prometheus' format."""
         return await self._http.fetch("GET", "/metrics", timeout_s=self._connect_timeout_s)
+
+    @contextlib.contextmanager
+    def _loading(self) -> Iterator[None]:
+        self._num_loads += 1
+        try:
+            yield
+        finally:
+            self._num_loads -= 1
 
     async def fetch_info(self) -> None:
         """Fills `info` from the engine."""

@@ -5,19 +5,23 @@ At some hundreds of samples per second on two cores, one HTTP request per sample
 
     sent in a batch -> answered
                     -> the batch ends early (an error event, a refusal, a broken stream) -> sent alone, once
-                    -> the time limit is over -> aborted: the partial tokens, finish reason TIMEOUT
+                    -> its time limit is over -> aborted: the partial tokens, finish reason TIMEOUT
     sent alone      -> answered | fails
 
 So a request that the engine cannot answer fails alone. SGLang ends the stream of a whole batch because of one
 prompt that is too long, and reports neither its index nor the other sequences, which go on without a reader:
 they are aborted. A request that is sent again has another id, because SGLang aborts those of a broken stream
 by their ids two seconds later.
+
+A request has no time limit unless its caller gives one: while the engine makes progress, so do its requests,
+those that still wait in its queue included. An engine without progress is replaced (supervisor.py).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import uuid
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -52,8 +56,10 @@ class _Pending:
     """Prefixes are shared only between requests with the same salt."""
     on_first_token: Callable[[], None] | None = None
     """Called once, when the prompt has been computed."""
-    deadline_s: float = 0.0
-    """End of its time limit; set when it is sent first."""
+    timeout_s: float = math.inf
+    """Its time limit, from the call of `generate`."""
+    deadline_s: float = math.inf
+    """End of its time limit."""
     is_late: bool = False
     """True after that time."""
 
@@ -66,17 +72,22 @@ class _Pending:
 class GenerateBatcher:
     """Generate requests of one engine. Belongs to one event loop."""
 
-    def __init__(self, http: EngineHttp, *, timeout_s: float, stream_interval: int = 0) -> None:
-        """`timeout_s`: time limit of each sequence, from the first time that it is sent. `stream_interval`:
-        sent with each request unless it is 0."""
+    def __init__(self, http: EngineHttp, *, stream_interval: int = 0) -> None:
+        """`stream_interval`: sent with each request unless it is 0."""
         self._http = http
-        self._timeout_s = timeout_s
         self._streaming = {"stream_interval": stream_interval} if stream_interval else {}
         self._queued: list[_Pending] = []
         """Requests made in this turn of the loop."""
         self._open: dict[str, _Pending] = {}
         """Request id of the caller -> its call."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self.num_prompt_tokens = self.num_cached_tokens = 0
+        """Tokens of the prompts of all finished requests; those that were in the prefix cache."""
+
+    @property
+    def num_open(self) -> int:
+        """Calls of `generate` that have not returned."""
+        return len(self._open)
 
     async def generate(
         self,
@@ -84,6 +95,7 @@ class GenerateBatcher:
         *,
         sampling: Sampling,
         rid: str | None,
+        timeout_s: float = math.inf,
         cache_salt: str = "",
         on_first_token: Callable[[], None] | None = None,
     ) -> Generation:
@@ -98,6 +110,8 @@ class GenerateBatcher:
             future,
             cache_salt,
             on_first_token,
+            timeout_s,
+            loop.time() + timeout_s,
         )
         self._open.setdefault(rid, pending)
         if not self._queued:
@@ -138,7 +152,6 @@ class GenerateBatcher:
                 pending.fail(EngineError(f"rid {pending.rid[:-1]} is used twice at the same time"))
                 continue
             rids.add(pending.rid)
-            pending.deadline_s = asyncio.get_running_loop().time() + self._timeout_s
             batch.append(pending)
         for start in range(0, len(batch), MAX_BATCH):
             self._start(batch[start : start + MAX_BATCH])
@@ -161,14 +174,18 @@ class GenerateBatcher:
 
     async def _stream(self, batch: list[_Pending]) -> None:
         """Sends a batch until every call is answered, failed, or sent again alone."""
-        loop = asyncio.get_running_loop()
-        late = loop.call_at(batch[0].deadline_s, self._abort_late, batch)
         error = EngineError("the client was closed")
+        late: asyncio.Task[None] | None = None
+        if any(pending.deadline_s < math.inf for pending in batch):
+            stream = asyncio.current_task()
+            assert stream is not None
+            late = self._spawn(self._abort_late(batch, stream))
         try:
             error = await self._read(batch)
         finally:
             # Also on cancellation: no caller may be left waiting for a stream that has ended.
-            late.cancel()
+            if late is not None:
+                late.cancel()
             self._end(batch, error)
 
     async def _read(self, batch: list[_Pending]) -> EngineError:
@@ -185,12 +202,9 @@ class GenerateBatcher:
             body["cache_salt"] = [pending.cache_salt for pending in batch]
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._http.connect_timeout_s)
         try:
-            async with (
-                asyncio.timeout_at(batch[0].deadline_s + _ABORT_GRACE_S),
-                self._http.session.post(
-                    f"{self._http.base_url}/generate", json=body, timeout=timeout, allow_redirects=False
-                ) as response,
-            ):
+            async with self._http.session.post(
+                f"{self._http.base_url}/generate", json=body, timeout=timeout, allow_redirects=False
+            ) as response:
                 if response.status != 200:
                     reason = await error_text(response)
                     return refusal(response.status, f"{name} refused /generate: {reason}")
@@ -200,14 +214,12 @@ class GenerateBatcher:
             return type(error)(f"{name} refused a request: {error}")
         except (aiohttp.ClientError, ConnectionError, ValueError) as error:
             return EngineError(f"{name} was lost: {error or type(error).__name__}")
-        except TimeoutError:
-            return self._timeout_error()
         return EngineError(f"{name} closed the stream before every sequence had ended")
 
     def _end(self, batch: list[_Pending], error: EngineError) -> None:
         """Sends what a batch left unanswered again, each request alone, or fails it."""
         left = [pending for pending in batch if not pending.future.done()]
-        is_final = len(batch) == 1 or isinstance(error, EngineTimeoutError) or self._http.is_closed
+        is_final = len(batch) == 1 or self._http.is_closed
         if is_final or not left:
             for pending in left:
                 pending.fail(error)
@@ -218,12 +230,27 @@ class GenerateBatcher:
             pending.rid = _wire_rid(f"{pending.rid[:-1]}~1")
             self._start([pending])
 
-    def _abort_late(self, batch: list[_Pending]) -> None:
-        """The time limit of a batch is over: aborts its open sequences, which then return their tokens."""
-        late = [pending for pending in batch if not pending.future.done()]
-        for pending in late:
-            pending.is_late = True
-        self._spawn(self._abort_quietly([pending.rid for pending in late]))
+    async def _abort_late(self, batch: list[_Pending], stream: asyncio.Task[None]) -> None:
+        """Aborts each sequence at its time limit, so that it returns its tokens; soon after, fails it.
+
+        Ends the stream of a batch of which every call has then returned: an engine that ignores the abort
+        would keep it open.
+        """
+        loop = asyncio.get_running_loop()
+        due = sorted({pending.deadline_s for pending in batch if pending.deadline_s < math.inf})
+        for deadline_s in sorted([*due, *(deadline_s + _ABORT_GRACE_S for deadline_s in due)]):
+            await asyncio.sleep(deadline_s - loop.time())
+            left = [pending for pending in batch if not pending.future.done()]
+            late = [pending for pending in left if pending.deadline_s <= deadline_s and not pending.is_late]
+            for pending in late:
+                pending.is_late = True
+            if late:
+                self._spawn(self._abort_quietly([pending.rid for pending in late]))
+            for pending in left:
+                if pending.deadline_s + _ABORT_GRACE_S <= deadline_s:
+                    pending.fail(self._timeout_error(pending))
+        if all(pending.future.done() for pending in batch):
+            stream.cancel()
 
     def _resolve(self, batch: list[_Pending], event: dict[str, Any]) -> None:
         """If this event ends a sequence, passes its generation or error to the caller that waits for it.
@@ -246,9 +273,11 @@ class GenerateBatcher:
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
             pending.fail(EngineError(f"malformed answer of the engine ({type(error).__name__}: {error})"))
             return
+        self.num_prompt_tokens += generation.num_prompt_tokens
+        self.num_cached_tokens += generation.num_cached_tokens
         if pending.is_late and generation.finish_reason is FinishReason.ABORT:
             if not len(generation.output_ids):
-                pending.fail(self._timeout_error())
+                pending.fail(self._timeout_error(pending))
                 return
             generation = replace(generation, finish_reason=FinishReason.TIMEOUT)
         if not pending.future.done():
@@ -259,8 +288,8 @@ class GenerateBatcher:
             pending.on_first_token()
             pending.on_first_token = None
 
-    def _timeout_error(self) -> EngineTimeoutError:
-        limit = f"rollout.generate_timeout_s={self._timeout_s:g}"
+    def _timeout_error(self, pending: _Pending) -> EngineTimeoutError:
+        limit = f"{pending.timeout_s:g} s (rollout.sample_timeout_s)"
         return EngineTimeoutError(f"engine {self._http.base_url} returned no token within {limit}")
 
     async def _abort_quietly(self, rids: Iterable[str]) -> None:

@@ -1,42 +1,78 @@
-"""Counts running requests and can hold new ones back, for updates that need an idle engine."""
+"""Counts running requests, limits their number, and can hold new ones back for updates of an idle engine."""
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 
 
 class GenerationGate:
     """Every request is made inside `async with gate`. A `drain` update holds it and waits until it is empty.
 
     OPEN -> hold() -> HELD (requests inside finish, new ones wait) -> release() -> OPEN
+
+    Requests that wait enter in the order in which they came.
     """
 
     def __init__(self) -> None:
-        self._open = asyncio.Event()
-        self._open.set()
+        self._is_held = False
+        self._limit: int | None = None
+        self._waiting: deque[asyncio.Future[None]] = deque()
         self._empty = asyncio.Event()
         self._empty.set()
         self.num_inside = 0
         """Requests at the engine."""
 
     async def __aenter__(self) -> None:
-        await self._open.wait()
-        self.num_inside += 1
-        self._empty.clear()
+        if not self._waiting and self._has_room():
+            self._enter()
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self._leave()  # it was let in, and its task was cancelled before it ran
+            raise
 
     async def __aexit__(self, *exc: object) -> None:
-        self.num_inside -= 1
-        if self.num_inside == 0:
-            self._empty.set()
+        self._leave()
+
+    def set_limit(self, limit: int | None) -> None:
+        """Most requests inside from now on; None: any number. Those inside stay."""
+        self._limit = limit
+        self._let_in()
 
     def hold(self) -> None:
         """Makes new requests wait."""
-        self._open.clear()
+        self._is_held = True
 
     def release(self) -> None:
         """Lets waiting and new requests through."""
-        self._open.set()
+        self._is_held = False
+        self._let_in()
 
     async def wait_empty(self) -> None:
         """Waits until no request is at the engine."""
         await self._empty.wait()
+
+    def _has_room(self) -> bool:
+        return not self._is_held and (self._limit is None or self.num_inside < self._limit)
+
+    def _enter(self) -> None:
+        self.num_inside += 1
+        self._empty.clear()
+
+    def _leave(self) -> None:
+        self.num_inside -= 1
+        if self.num_inside == 0:
+            self._empty.set()
+        self._let_in()
+
+    def _let_in(self) -> None:
+        while self._waiting and self._has_room():
+            turn = self._waiting.popleft()
+            if not turn.done():  # else its task was cancelled
+                self._enter()
+                turn.set_result(None)

@@ -21,11 +21,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 
-from areal_like.automatic_settings import compute_dtype
+from areal_like.automatic_settings import compute_dtype, start_limit_s
 from areal_like.config import Config
 from areal_like.errors import ConfigError, EngineError
 from areal_like.hosts import LOOPBACK
 from areal_like.paths import RunPaths
+from areal_like.runtime.daemon import cancelled_on_exit
 from areal_like.runtime.logs import OUTPUT_FILE
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.generate_batcher import MAX_BATCH
@@ -86,20 +87,27 @@ class EngineProcess(ABC):
     async def start(self, *, version: int) -> EngineClient:
         """Starts an engine with the model's weights as `version`; returns a client once it can generate.
 
-        Raises EngineError, with the end of the engine's log, if it dies or is not ready within
-        rollout.start_timeout_s, and ConfigError if it refuses its options.
+        Raises EngineError, with the end of the engine's log, if it dies or if `start_limit_s` passes without
+        progress, and ConfigError if it refuses its options. A longer log is progress until the engine
+        listens: after that it also logs the requests of this process.
         """
         assert not self.is_running
         self._launch(version=version)
         self.num_starts += 1
-        timeout_s = self._config.rollout.start_timeout_s
+        timeout_s = start_limit_s(self._config)
         try:
-            async with asyncio.timeout(timeout_s):
-                return await self._connect(await self._port())
+            async with asyncio.timeout(timeout_s) as limit:
+                watching = asyncio.create_task(self._extend_while_logging(limit, timeout_s))
+                async with cancelled_on_exit(watching):
+                    port = await self._port()
+                    await self._listening(port)
+                    watching.cancel()
+                    return await self._connect(port)
         except TimeoutError:
             await self._end()
             raise EngineError(
-                f"engine was not ready within rollout.start_timeout_s={timeout_s:g}{self._log_end()}"
+                f"engine was not ready, and has not logged anything for {timeout_s:.0f} s "
+                f"(rollout.start_timeout_s){self._log_end()}"
             ) from None
 
     async def died(self) -> str:
@@ -150,9 +158,7 @@ class EngineProcess(ABC):
 
     def _client(self, url: str) -> EngineClient:
         """A client of the engine at `url`."""
-        return EngineClient(
-            url, api_key=self.api_key, generate_timeout_s=self._config.rollout.generate_timeout_s
-        )
+        return EngineClient(url, api_key=self.api_key)
 
     def _launch(self, *, version: int) -> None:
         self.api_key = secrets.token_hex(32)
@@ -169,6 +175,28 @@ class EngineProcess(ABC):
                 pass_fds=(key_fd,),
                 start_new_session=True,
             )
+
+    async def _extend_while_logging(self, limit: asyncio.Timeout, timeout_s: float) -> None:
+        """Moves the limit to `timeout_s` after every growth of the engine's log."""
+        num_bytes = 0
+        while True:
+            grown = self.log_path.stat().st_size if self.log_path.exists() else 0
+            if grown != num_bytes:
+                num_bytes = grown
+                limit.reschedule(asyncio.get_running_loop().time() + timeout_s)
+            await asyncio.sleep(_POLL_S)
+
+    async def _listening(self, port: int) -> None:
+        """Waits until the new engine accepts connections. Raises as `_check_alive`."""
+        while True:
+            self._check_alive()
+            try:
+                _, writer = await asyncio.open_connection(LOOPBACK, port)
+            except OSError:
+                await asyncio.sleep(_POLL_S)
+                continue
+            writer.close()
+            return
 
     async def _connect(self, port: int) -> EngineClient:
         client = self._client(f"http://{LOOPBACK}:{port}")

@@ -1,10 +1,15 @@
-"""Keeps an engine running: starts it with the newest checkpoint, replaces it when it dies or stops answering.
+"""Keeps an engine running: starts it with the newest checkpoint, replaces it when it dies or stands still.
 
     STARTING -> on_ready -> RUNNING -> (died, or replaced) -> on_lost -> backoff -> STARTING ...
                                           `-> too many deaths in a row -> EngineError
 
 An engine starts with the run's newest checkpoint if this machine can see it, under the version that the
 trainer gave it; otherwise with the weights at `model.path`.
+
+An engine stands still when it answers nothing, or when it has requests and no count of its load changes. The
+limit is on the engine and not on each request: a request advances with the engine, and one that waits in the
+engine's queue is not late. While a push or a load of weights holds the engine, neither time runs: those calls
+have limits of their own, and the engine may not answer then.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from areal_like.errors import EngineError
+from areal_like.runtime.progress import ProgressClock
 from areal_like.weights.snapshots_on_disk import newest_snapshot
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.engine import Engine
@@ -31,7 +37,7 @@ _MAX_DEATHS_IN_A_ROW = 5
 _HEALTHY_AFTER_S = 30.0
 _FIRST_BACKOFF_S = 0.5
 _MAX_SILENCE_S = 60.0
-"""An engine that runs but has not answered for this long is replaced."""
+"""An engine that runs but has not answered for this long is replaced, unless it loads weights."""
 
 
 class EngineSupervisor:
@@ -45,11 +51,14 @@ class EngineSupervisor:
         model: str,
         checkpoints: Path,
         load_timeout_s: float,
+        stall_timeout_s: float,
         starting: Callable[[], AbstractContextManager[None]],
         on_ready: Callable[[EngineClient, int], None],
         on_lost: Callable[[], None],
     ) -> None:
-        """`starting` returns a context in which each start runs. `on_ready` is called with the client and the
+        """`stall_timeout_s`: longest time in which an engine with requests may make no progress.
+
+        `starting` returns a context in which each start runs. `on_ready` is called with the client and the
         loaded version, `on_lost` when `client` is None already, but its connections are still open."""
         self._engine = engine
         self._strategy = strategy
@@ -59,7 +68,9 @@ class EngineSupervisor:
         self._starting = starting
         self._on_ready = on_ready
         self._on_lost = on_lost
+        self._stall_timeout_s = stall_timeout_s
         self._answered_s = asyncio.get_running_loop().time()
+        self._progress = ProgressClock(now_s=self._answered_s)
         self.client: EngineClient | None = None
         """Client of the running engine; None while there is none."""
 
@@ -86,21 +97,40 @@ class EngineSupervisor:
             await asyncio.sleep(_FIRST_BACKOFF_S * 2 ** (num_deaths - 1))
 
     async def load(self) -> dict[str, Any]:
-        """The engine's load, or {} if it does not answer. Replaces an engine that is silent for too long."""
+        """The engine's load, or {} if it does not answer. Replaces one that stands still for too long."""
         loop = asyncio.get_running_loop()
         load: dict[str, Any] = {}
-        if self.client is None:
+        client = self.client
+        if client is None or client.is_held:
             self._answered_s = loop.time()
+            self._progress.advance(now_s=loop.time())
+        if client is None:
             return load
         try:
-            load = await self.client.load()
+            load = await client.load()
             self._answered_s = loop.time()
         except EngineError as error:
             log.info("the engine did not report its load: %s", error)
             silent_s = loop.time() - self._answered_s
-            if silent_s > _MAX_SILENCE_S:
+            if silent_s > _MAX_SILENCE_S and not client.is_held:
                 self.replace(f"silent for {silent_s:.0f} s: {error}")
+            return load
+        if client is self.client and not client.is_held:
+            self._watch(client, now_s=loop.time())
         return load
+
+    def _watch(self, client: EngineClient, *, now_s: float) -> None:
+        """Replaces an engine that has requests and has made no progress for `stall_timeout_s`."""
+        if not client.num_generating:
+            self._progress.advance(now_s=now_s)
+        self._progress.observe("engine", client.progress, now_s=now_s)
+        stalled_s = now_s - self._progress.last_s
+        if stalled_s > self._stall_timeout_s:
+            self._progress.advance(now_s=now_s)  # for the next engine
+            self.replace(
+                f"{client.num_generating} requests have made no progress for {stalled_s:.0f} s "
+                "(rollout.generate_timeout_s)"
+            )
 
     def replace(self, reason: str) -> None:
         """Kills the engine; `run` then starts another."""

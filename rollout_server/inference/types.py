@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -77,7 +78,12 @@ class SamplingClient(Protocol):
     """The part of an `EngineClient` that episodes use."""
 
     async def generate(
-        self, input_ids: Sequence[int], *, sampling: Sampling, rid: str | None = None
+        self,
+        input_ids: Sequence[int],
+        *,
+        sampling: Sampling,
+        rid: str | None = None,
+        timeout_s: float = math.inf,
     ) -> Generation:
         """As EngineClient.generate."""
 
@@ -116,3 +122,19 @@ def parse_weight_version(raw: Any) -> int:
         raise EngineError(
             f"the engine's weight version {raw!r} is not a number: start it with --weight-version 0"
         ) from None
+
+
+def parse_scores(answer: Any, *, num_scored: int) -> tuple[list[float], int]:
+    """Log-probs of the last `num_scored` tokens of a prompt, and the weight version that gave them, from the
+    answer to a /generate without new tokens. Raises EngineError.
+    """
+    try:
+        meta = answer["meta_info"]
+        # The token before the first that is scored begins the range, and has none.
+        logprobs = [float(entry[0]) for entry in meta["input_token_logprobs"][1:]]
+        version = parse_weight_version(meta["weight_version"])
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise EngineError(f"malformed answer of the engine ({type(error).__name__}: {error})") from None
+    if len(logprobs) != num_scored:
+        raise EngineError(f"{num_scored} tokens were to be scored, and {len(logprobs)} were")
+    return logprobs, version

@@ -141,6 +141,21 @@ def test_presets_apply_on_top_of_a_file(tmp_path: Path) -> None:
         (["eval.timeout_s=-1"], r"eval\.timeout_s must be above 0"),
         (["rollout.host="], r"rollout\.host is empty"),
         (["buffer.lease_timeout_s=1", "daemon.heartbeat_s=1"], "every lease would expire"),
+        (
+            ["trainer.buffer_timeout_s=1"],
+            r"trainer\.buffer_timeout_s=1 is not above .*daemon\.heartbeat_s=0\.5.*count as lost",
+        ),
+        (
+            ["rollout.generate_timeout_s=3", "daemon.heartbeat_s=2"],
+            r"rollout\.generate_timeout_s=3 is not above .*daemon\.heartbeat_s=2.*be replaced",
+        ),
+        (
+            ["rollout.reward_timeout_s=420"],
+            r"trainer\.fetch_timeout_s=300 .*not above rollout\.reward_timeout_s=420",
+        ),
+        (["rollout.reward_timeout_s=300"], r"eval\.timeout_s=120 .*not above rollout\.reward_timeout_s=300"),
+        (["rollout.sample_timeout_s=-1"], r"rollout\.sample_timeout_s must be at least 0"),
+        (["trainer.checkpoint_minutes=-1"], r"trainer\.checkpoint_minutes must be at least 0"),
         (["rollout.engine=vllm"], "use embedded or sglang"),
         (["rollout.sglang.args=--tp-size 2"], r"set rollout\.engine=sglang"),
         (["rollout.engine=sglang", "rollout.sglang.args=tp-size 2"], "begin with an option"),

@@ -54,7 +54,8 @@ def test_a_keyed_job_with_renewed_and_revoked_keys(tmp_path: Path, cache: dict[s
         "sampling.group_size=4",
         "trainer.groups_per_step=4",
         "trainer.num_steps=100000",
-        "trainer.checkpoint_interval=50",
+        "trainer.checkpoint_interval=100000",
+        "trainer.checkpoint_minutes=0.03",
         "eval.num_prompts=4",
         "weights.push_deadline_s=15",
     )
@@ -95,6 +96,7 @@ def test_a_keyed_job_with_renewed_and_revoked_keys(tmp_path: Path, cache: dict[s
                 log = functools.partial(log_of, run, daemon)
                 wait(lambda log=log: "using the new key" in log(), f"the new key of {daemon}")
             steps(5)
+            wait(lambda: list(run.glob("checkpoints/step_*")), "a checkpoint by the clock")
             revoke_key(keys, "gpu-7")
             wait_until(lambda: joined.poll() is not None, what="the end of the revoked server", timeout_s=60)
             assert joined.returncode == 1

@@ -11,6 +11,7 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from tests.support.launching import (
     num_steps_done,
     processes_of,
     wait_for_steps,
+    wait_until,
 )
 from tests.support.small_disk import small_disk
 from trainer.replay.recording import Recording
@@ -282,4 +284,45 @@ def test_data_that_kill_every_trainer_are_reported_and_dropped(
     now = filled_places(root)
     assert now[3, 0] != tickets[0] and all(now[3, position] == tickets[position] for position in (1, 2, 3))
     assert query(root, "SELECT ticket_id FROM tickets WHERE reason = 'poison'") == [(tickets[0],)]
+    command("audit", "x", cwd=tmp_path)
+
+
+@pytest.mark.chaos
+def test_a_drain_abandons_a_long_step(tmp_path: Path, root: Path, cache: dict[str, str]) -> None:
+    settings = (
+        *SMALL,
+        "trainer.num_steps=6",
+        "trainer.world_size=2",
+        "trainer.tokens_per_microbatch=64",
+        "rollout.max_context=64",
+        "buffer.retain_trajectories=true",
+        "daemon.drain_timeout_s=30",
+        "objective._target_=tests.support.fault_points.SlowTrainer",
+        f"objective.folder={tmp_path}",
+        "objective.seconds=5",
+    )
+    with launcher(*settings, cwd=tmp_path, environment=cache) as process:
+        wait_for_steps(2, root, process=process)
+        (tmp_path / "slow").touch()
+        wait_until((tmp_path / "entered").exists, what="a slow step", run_root=root, process=process)
+        began_s = time.monotonic()
+        process.terminate()
+        code, out, err = finish(process, root)
+    assert (code, err) == (0, ""), out + err
+    assert time.monotonic() - began_s < 25
+    step = num_steps_done(root)
+    for rank in range(2):
+        log = (root / "logs" / f"trainer-{rank}.log").read_text()
+        assert f"draining: step {step} was abandoned in its computation" in log
+    assert [int(path.name[5:]) for path in root.glob("checkpoints/step_*")] == [step]
+    before = filled_places(root)
+    assert {place for place in before if place[0] == step} == {(step, position) for position in range(4)}
+    (tmp_path / "slow").unlink()
+    with launcher("name=x", "resume=latest", cwd=tmp_path, environment=cache) as process:
+        code, out, err = finish(process, root)
+    assert (code, err) == (0, ""), out + err
+    assert before.items() <= filled_places(root).items(), "the open step got other groups"
+    assert f"weights after step {step}, 6: equal to the recorded run's, to the last bit" in command(
+        "replay", "x", f"trainer.checkpoint_interval={step}", cwd=tmp_path
+    )
     command("audit", "x", cwd=tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 from pathlib import Path
 
@@ -249,13 +250,19 @@ def test_daemons_that_do_not_get_ready_are_named() -> None:
     job.start()
     job.exited(Exit(name="prepare_model", code=0), now_s=1.0)
     tick(job, 1.0, seen("buffer"))
-    assert tick(job, 20.9, seen("buffer", "rollout-0")) == []
-    tick(job, 21.1, seen("buffer", "rollout-0"))
+    for now_s in (2.0, 21.9):
+        assert tick(job, now_s, seen("buffer", "rollout-0")) == []
+    busy = seen("buffer", "rollout-0")  # the engine generates for the first evaluation
+    status = {"not_ready": "", "stats": {"progress": 1.0}}
+    busy.daemons["rollout-0"] = dataclasses.replace(busy.daemons["rollout-0"], status=status)
+    for now_s in (22.0, 41.9):
+        assert tick(job, now_s, busy) == [], "a start that makes progress has no limit"
+    tick(job, 42.1, busy)
     assert job.outcome.exit_code == 1
     assert job.outcome.failure == [
-        "rollout-1 was not ready after 20 s: starting",
+        "rollout-1 was not ready after 41 s: starting",
         "  rollout-1 hangs",
-        "trainer-0 was not ready after 20 s: starting",
+        "trainer-0 was not ready after 41 s: starting",
         "  trainer hangs",
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -38,7 +39,12 @@ class CountingEngine:
         return self
 
     async def generate(
-        self, input_ids: Sequence[int], *, sampling: Sampling, rid: str | None = None
+        self,
+        input_ids: Sequence[int],
+        *,
+        sampling: Sampling,
+        rid: str | None = None,
+        timeout_s: float = math.inf,
     ) -> Generation:
         self.requests.append((list(input_ids), sampling, rid or ""))
         limit = self.interruptions.pop(0) if self.interruptions else None
@@ -166,5 +172,39 @@ def test_gate_holds_new_requests_and_waits_for_those_inside() -> None:
         gate.release()
         await second
         assert seen == ["first", "second"]
+
+    asyncio.run(body())
+
+
+def test_the_time_limit_goes_on_when_a_turn_is_sent_again() -> None:
+    class Interrupted(CountingEngine):
+        """Each request takes 50 ms of the limit and is interrupted after a token."""
+
+        limits: list[float]
+
+        async def generate(
+            self,
+            input_ids: Sequence[int],
+            *,
+            sampling: Sampling,
+            rid: str | None = None,
+            timeout_s: float = math.inf,
+        ) -> Generation:
+            self.limits.append(timeout_s)
+            await asyncio.sleep(0.05)
+            return await super().generate(input_ids, sampling=sampling, rid=rid)
+
+    async def body() -> None:
+        engine, transcript = Interrupted(interrupt_after=[1] * 100, eos_at=1000), Transcript()
+        engine.limits = []
+        transcript.append_context(Digits().encode(EXAMPLE))
+        policy = PolicyClient(
+            engine, sampling=Sampling(max_new_tokens=100), rid="1", gate=GenerationGate(), timeout_s=0.22
+        )
+        assert await policy.extend(transcript) is FinishReason.TIMEOUT
+        assert 2 <= transcript.num_sampled == len(engine.limits) <= 5
+        assert engine.limits == sorted(engine.limits, reverse=True) and engine.limits[0] == pytest.approx(
+            0.22
+        )
 
     asyncio.run(body())

@@ -61,12 +61,16 @@ class StubEngine:
                 continue
             kind = "boredom" if token == ODD else "length"
             await _send(response, _event(index, [7, 7], {"type": kind, "length": 2}))
-        for index, token in enumerate(first):
-            if token in (SLOW, SILENT):
-                while rids[index] not in self.aborted or self.aborts_are_ignored:
-                    await self._changed.wait()
-                    self._changed.clear()
-                tokens = [7] * (5 if token == SLOW else 0)
+        running = [index for index, token in enumerate(first) if token in (SLOW, SILENT)]
+        while running:
+            ended = [index for index in running if rids[index] in self.aborted]
+            if not ended or self.aborts_are_ignored:
+                await self._changed.wait()
+                self._changed.clear()
+                continue
+            for index in ended:
+                running.remove(index)
+                tokens = [7] * (5 if first[index] == SLOW else 0)
                 await _send(response, _event(index, tokens, {"type": "abort", "message": "Aborted"}))
         await response.write(b"data: [DONE]\n\n")
         return response
@@ -86,12 +90,12 @@ async def _send(response: web.StreamResponse, event: dict[str, Any]) -> None:
 
 
 @asynccontextmanager
-async def stubbed(*, timeout_s: float = 20.0) -> AsyncIterator[tuple[StubEngine, EngineClient]]:
+async def stubbed() -> AsyncIterator[tuple[StubEngine, EngineClient]]:
     stub = StubEngine()
     runner = web.AppRunner(stub.app(), shutdown_timeout=0.1)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
-    client = EngineClient(f"http://127.0.0.1:{runner.addresses[0][1]}", generate_timeout_s=timeout_s)
+    client = EngineClient(f"http://127.0.0.1:{runner.addresses[0][1]}")
     try:
         async with client:
             yield stub, client
@@ -99,11 +103,13 @@ async def stubbed(*, timeout_s: float = 20.0) -> AsyncIterator[tuple[StubEngine,
         await runner.cleanup()
 
 
-async def generate(client: EngineClient, first_tokens: list[int]) -> list[Generation | BaseException]:
+async def generate(
+    client: EngineClient, first_tokens: list[int], *, timeout_s: float = 20.0
+) -> list[Generation | BaseException]:
     """The outcomes of requests that start in one turn of the loop."""
     sampling = Sampling(max_new_tokens=8)
     asked = [
-        client.generate([token, 5], sampling=sampling, rid=f"1.{index}.0")
+        client.generate([token, 5], sampling=sampling, rid=f"1.{index}.0", timeout_s=timeout_s)
         for index, token in enumerate(first_tokens)
     ]
     return await asyncio.gather(*asked, return_exceptions=True)
@@ -159,12 +165,12 @@ def test_an_unknown_finish_type_fails_alone() -> None:
 
 def test_a_time_out_keeps_the_partial_tokens() -> None:
     async def body() -> None:
-        async with stubbed(timeout_s=0.3) as (stub, client):
-            quick, slow, silent = await generate(client, [10, SLOW, SILENT])
+        async with stubbed() as (stub, client):
+            quick, slow, silent = await generate(client, [10, SLOW, SILENT], timeout_s=0.3)
             assert isinstance(quick, Generation) and quick.finish_reason is FinishReason.LENGTH
             assert isinstance(slow, Generation) and slow.finish_reason is FinishReason.TIMEOUT
             assert (slow.output_ids.tolist(), slow.versions.tolist()) == ([7] * 5, [3] * 5)
-            assert type(silent) is EngineTimeoutError and "generate_timeout_s=0.3" in str(silent)
+            assert type(silent) is EngineTimeoutError and "0.3 s (rollout.sample_timeout_s)" in str(silent)
             assert len(stub.requests) == 1 and stub.aborted == ["1.1.0;", "1.2.0;"]
 
     run(body)
@@ -174,12 +180,35 @@ def test_an_engine_that_ignores_aborts_times_out(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("rollout_server.inference.generate_batcher._ABORT_GRACE_S", 0.2)
 
     async def body() -> None:
-        async with stubbed(timeout_s=0.2) as (stub, client):
+        async with stubbed() as (stub, client):
             stub.aborts_are_ignored = True
-            quick, *slow = await generate(client, [10, SLOW, SLOW])
+            quick, *slow = await generate(client, [10, SLOW, SLOW], timeout_s=0.2)
             assert isinstance(quick, Generation)
             assert {type(outcome) for outcome in slow} == {EngineTimeoutError}
             assert len(stub.requests) == 1, "a time-out is not sent again"
+            assert client.num_generating == 0
+            async with asyncio.timeout(5):  # the stream that the engine keeps open is closed
+                while client._batcher._tasks:
+                    await asyncio.sleep(0.01)
+
+    run(body)
+
+
+def test_each_of_a_batch_has_its_own_time_limit() -> None:
+    async def body() -> None:
+        async with stubbed() as (stub, client):
+            short = asyncio.create_task(generate(client, [SLOW], timeout_s=0.2))
+            sampling = Sampling(max_new_tokens=8)
+            long = asyncio.create_task(client.generate([SLOW, 5], sampling=sampling, rid="2", timeout_s=0.6))
+            unlimited = asyncio.create_task(client.generate([SLOW, 5], sampling=sampling, rid="3"))
+            (first,) = await short
+            assert isinstance(first, Generation) and first.finish_reason is FinishReason.TIMEOUT
+            assert not long.done()
+            assert (await long).finish_reason is FinishReason.TIMEOUT
+            assert len(stub.requests) == 1 and stub.aborted == ["1.0.0;", "2;"]
+            assert not unlimited.done()
+            await client.abort("3")
+            assert (await unlimited).finish_reason is FinishReason.ABORT
 
     run(body)
 

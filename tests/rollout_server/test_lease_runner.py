@@ -5,6 +5,7 @@ The engine and the rewards answer at once.
 
 import asyncio
 import contextlib
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -89,7 +90,12 @@ class FailingEngine(CountingEngine):
         self.num_good = num_good
 
     async def generate(
-        self, input_ids: Sequence[int], *, sampling: Sampling, rid: str | None = None
+        self,
+        input_ids: Sequence[int],
+        *,
+        sampling: Sampling,
+        rid: str | None = None,
+        timeout_s: float = math.inf,
     ) -> Generation:
         if len(self.requests) >= self.num_good:
             raise self.error
@@ -350,7 +356,12 @@ def test_a_late_turn_keeps_the_tokens_before_it() -> None:
 def test_logprobs_that_cannot_be_used_are_the_engines_fault() -> None:
     class Wrong(CountingEngine):
         async def generate(
-            self, input_ids: Sequence[int], *, sampling: Sampling, rid: str | None = None
+            self,
+            input_ids: Sequence[int],
+            *,
+            sampling: Sampling,
+            rid: str | None = None,
+            timeout_s: float = math.inf,
         ) -> Generation:
             made = await super().generate(input_ids, sampling=sampling, rid=rid)
             return replace(made, logprobs=np.full_like(made.logprobs, 0.5))
@@ -391,7 +402,12 @@ class SlowPrompts(CountingEngine):
         return self
 
     async def generate(
-        self, input_ids: Sequence[int], *, sampling: Sampling, rid: str | None = None
+        self,
+        input_ids: Sequence[int],
+        *,
+        sampling: Sampling,
+        rid: str | None = None,
+        timeout_s: float = math.inf,
     ) -> Generation:
         made = await super().generate(input_ids, sampling=sampling, rid=rid)
         await self.may_answer.wait()

@@ -31,6 +31,10 @@ def test_a_time_out_keeps_the_partial_tokens(engine: Engine, models: Models) -> 
     asyncio.run(conformance.a_time_out_keeps_the_partial_tokens(engine, models[0]))
 
 
+def test_progress_shows_in_the_load(engine: Engine) -> None:
+    asyncio.run(conformance.progress_shows_in_the_load(engine))
+
+
 def test_abort_returns_partial_tokens(engine: Engine, models: Models) -> None:
     asyncio.run(conformance.abort_returns_partial_tokens(engine, models[0]))
 

@@ -82,9 +82,10 @@ class UpdateHarness:
         """Pushes the next version; after `num_sent` buckets the sender leaves the group, or `hangs`."""
         buckets = cut_buckets([spec_of(n, t) for n, t in tensors.items()], bucket_bytes=BUCKET_BYTES)
         assert len(buckets) > 2
-        with WeightGroup.create(world_size=2, group_name="updates", timeout_s=30) as group:
+        world_size = 1 + self.client.info.num_ranks
+        with WeightGroup.create(world_size=world_size, group_name="updates", timeout_s=30) as group:
             joining = self.client.init_weights_group(
-                master_address=group.address, master_port=group.port, rank_offset=1, world_size=2,
+                master_address=group.address, master_port=group.port, rank_offset=1, world_size=world_size,
                 group_name="updates", backend="gloo", timeout_s=20,
             )  # fmt: skip
             await asyncio.gather(joining, asyncio.to_thread(group.connect))

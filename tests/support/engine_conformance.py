@@ -141,9 +141,10 @@ async def abort_returns_partial_tokens(engine: Engine, model_path: Path) -> None
 async def a_time_out_keeps_the_partial_tokens(engine: Engine, model_path: Path) -> None:
     """At its time limit a sequence is truncated; others of its batch are not affected."""
     model = load_model(model_path)
-    async with engine.client(generate_timeout_s=1.0) as client:
+    async with engine.client() as client:
         quick, *slow = await asyncio.gather(
-            sample(client, PROMPT, 3), *(sample(client, PROMPT, CONTEXT - 50) for _ in range(3))
+            sample(client, PROMPT, 3),
+            *(sample(client, PROMPT, CONTEXT - 50, timeout_s=1.0) for _ in range(3)),
         )
         assert quick.finish_reason is FinishReason.LENGTH
         for generation in slow:
@@ -151,6 +152,34 @@ async def a_time_out_keeps_the_partial_tokens(engine: Engine, model_path: Path) 
             assert 0 < len(generation.output_ids) < CONTEXT - 50
             assert error_of(model, PROMPT, generation) < TOLERANCE
         assert len((await sample(client, PROMPT, 2)).output_ids) == 2
+
+
+async def progress_shows_in_the_load(engine: Engine) -> None:
+    """Every step of a running request changes the client's `progress`; nothing does while it stands still."""
+
+    async def seen(count: int) -> list[tuple[float, ...]]:
+        found = []
+        for _ in range(count):
+            await client.load()
+            found.append(client.progress)
+            await asyncio.sleep(0.1)
+        return found
+
+    async with engine.client() as client:
+        running = asyncio.gather(*(sample(client, PROMPT, CONTEXT - 50) for _ in range(8)))
+        await until_running(client, 8)
+        assert client.num_generating == 8 and not client.is_held
+        assert len(set(await seen(3))) == 3
+        await client.pause("in_place")
+        assert client.is_held
+        await asyncio.sleep(1)  # steps under way end, and are published
+        assert len(set(await seen(9))) == 1, "an engine that stands still shows progress"
+        await client.resume()
+        assert not client.is_held
+        assert len(set(await seen(3))) == 3
+        await client.abort()
+        await running
+        assert client.num_generating == 0
 
 
 async def pause_modes(engine: Engine, model_path: Path) -> None:

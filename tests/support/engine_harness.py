@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import subprocess
 import sys
@@ -310,8 +311,14 @@ class Pusher:
         await self.client.resume()
 
 
-async def sample(client: EngineClient, prompt: Sequence[int], num_tokens: int, **options: Any) -> Generation:
-    """One generation of `num_tokens` tokens, unless `options` end it earlier."""
-    return await client.generate(
-        prompt, sampling=Sampling(**{"max_new_tokens": num_tokens, "ignore_eos": True, **options})
-    )
+async def sample(
+    client: EngineClient,
+    prompt: Sequence[int],
+    num_tokens: int,
+    *,
+    timeout_s: float = math.inf,
+    **options: Any,
+) -> Generation:
+    """One generation of `num_tokens` tokens, unless `options` or the time limit end it earlier."""
+    sampling = Sampling(**{"max_new_tokens": num_tokens, "ignore_eos": True, **options})
+    return await client.generate(prompt, sampling=sampling, timeout_s=timeout_s)

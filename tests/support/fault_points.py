@@ -1,4 +1,4 @@
-"""An objective whose trainer is killed at given points, for tests of resumption.
+"""Objectives whose trainer is killed at given points, or slow, for tests of resumption.
 
 Set `objective._target_=tests.support.fault_points.KilledTrainer` and `objective.deaths`, for instance
 `"update:5 save:7 commit:11"`. Each death happens once, by SIGKILL, and leaves a file in `objective.folder`,
@@ -14,12 +14,14 @@ import hashlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.leader import Leader
+from trainer.objectives import SampledTokens, StepStats, TokenLosses
 from trainer.objectives.tis import TruncatedIS
 from trainer.step.runner import StepRunner
 
@@ -56,6 +58,20 @@ class KilledTrainer(TruncatedIS):
         StepRunner.run = run_or_die  # type: ignore[method-assign]
         Leader.stream_state = stream_state_or_die  # type: ignore[method-assign]
         Leader.commit = commit_or_die  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlowTrainer(TruncatedIS):
+    """The default objective; each micro-batch takes `seconds` while the file `slow` is in `folder`."""
+
+    folder: str
+    seconds: float
+
+    def losses(self, tokens: SampledTokens, stats: StepStats) -> TokenLosses:
+        if (Path(self.folder) / "slow").exists():
+            (Path(self.folder) / "entered").touch()
+            time.sleep(self.seconds)
+        return super().losses(tokens, stats)
 
 
 class _FaultPoints:

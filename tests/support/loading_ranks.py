@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama  # noqa: F401
 from transformers.models.qwen2 import modeling_qwen2  # noqa: F401
 
+from tests.support.memory import peak, reset_peak
 from tests.support.trainer_helpers import random_groups
 from tests.support.trainer_ranks import main
 from trainer.batching.packing import TrainingSample, collate
@@ -90,23 +90,6 @@ def frozen_and_critic(ranks: Ranks, path: str) -> None:
     head: Any = critic.model.get_output_embeddings()
     assert not local(head.weight).any() and not local(head.bias).any()
     assert not critic(batch).any()
-
-
-def reset_peak() -> int:
-    """Sets the peak of resident memory to the present value, which it returns in bytes."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def peak() -> int:
-    """Largest resident memory since `reset_peak`, in bytes."""
-    return _status("VmHWM")
-
-
-def _status(key: str) -> int:
-    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) << 10
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from trainer.batching.packing import TrainingSample, collate
 from trainer.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
-from trainer.weight_sync.snapshot import WeightSnapshotter
+from trainer.weight_sync.background_gather import BackgroundGather
+from trainer.weight_sync.boundary_gather import BoundaryGather
 
 
 def steps(ranks: Ranks, out_dir: Path, path: str) -> None:
@@ -40,13 +41,14 @@ def steps(ranks: Ranks, out_dir: Path, path: str) -> None:
         if ranks.rank == 0:
             save_file({k: v.contiguous() for k, v in gradient.items()}, out / f"{share}.safetensors")
             (out / f"{share}.json").write_text(json.dumps(hits.view(-1, ranks.world_size, 8).tolist()))
-    snapshotter = WeightSnapshotter(runner.policy, ranks, bucket_bytes=5000, dtype="float32")
-    snapshot = snapshotter.take_snapshot()
-    if snapshot is not None:
-        assert snapshot.acquire()
-        save_file(received(snapshot), out / "pushed.safetensors")
-        snapshot.release()
-    snapshotter.close()
+    for gather in (BackgroundGather, BoundaryGather):
+        snapshotter = gather(runner.policy, ranks, bucket_bytes=5000, dtype="float32")
+        snapshot = snapshotter.take_snapshot()
+        if snapshot is not None:
+            assert snapshot.acquire()
+            save_file(received(snapshot), out / f"{gather.__name__}.safetensors")
+            snapshot.release()
+        snapshotter.close()
     checkpoints = Checkpoints(out / "checkpoints", keep=1, tokenizer_path=path)
     checkpoints.save(1, runner.policy, runner.optimizer, ranks, extra={})
     checkpoints.wait()

@@ -33,7 +33,7 @@ from trainer.models.value_model import ValueModel
 from trainer.objectives import build_objective
 from trainer.objectives.normalizers import Normalizer
 from trainer.optimizer import ShardedAdamW
-from trainer.step.runner import StepRunner
+from trainer.step.runner import IncompleteStepError, StepRunner
 
 SHARES = {"even": [0, 1, 0, 1, 0, 1, 0, 1], "uneven": [0, 0, 0, 1, 0, 0, 0, 0], "one-sided": [0] * 8}
 """The rank that gets each of eight groups."""
@@ -167,6 +167,27 @@ def outage(_: Ranks, out_dir: Path, path: str) -> None:
 
     assert runner.run(groups(), step=0, num_groups=4)["num_groups"] == 4
     ranks.meet()
+    _abandon(ranks, path)
+
+
+def _abandon(ranks: Ranks, path: str) -> None:
+    """Rank 1 abandons a step after two of its micro-batches; rank 0 stops at the same one."""
+    want, runner = make_runner(path, ranks), make_runner(path, ranks)
+    mine = random_groups(8)[ranks.rank :: 2]
+    want.run(mine, step=0)
+    forwards: list[int] = []
+    hook = runner.policy.register_forward_hook(lambda *_: forwards.append(1))
+    try:
+        runner.run(mine, step=0, is_abandoned=lambda: ranks.rank == 1 and len(forwards) >= 2)
+        raise AssertionError("the step was not abandoned")
+    except IncompleteStepError:
+        assert len(forwards) == 2 and runner.optimizer.num_updates == 0
+    hook.remove()
+    runner.run(mine, step=0)
+    for (name, ours), (_, theirs) in zip(
+        gather_full_state(runner.policy), gather_full_state(want.policy), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
 
 
 def main(**checks: Callable[..., None]) -> None:

@@ -33,10 +33,10 @@ from areal_like.wire.messages.weights import (
 )
 from tests.support.snapshots import Held
 from trainer.weight_sync.backend import NcclTrial, choose_backend, refuse_mixed_nccl
-from trainer.weight_sync.broadcaster import Broadcaster, split_groups
+from trainer.weight_sync.broadcaster import Broadcaster
 from trainer.weight_sync.group_session import assign_ranks
 from trainer.weight_sync.publisher import Publisher, PushReport
-from trainer.weight_sync.receivers import Receiver, ReceiverBackoff
+from trainer.weight_sync.receivers import Receiver, ReceiverBackoff, split_groups
 from trainer.weight_sync.snapshot import GatheredBucket
 
 

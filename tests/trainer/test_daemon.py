@@ -17,11 +17,12 @@ import torch
 import torch.distributed as dist
 
 from areal_like.config import Config, TrainerConfig
-from areal_like.errors import ArealError, ConfigError
+from areal_like.errors import ArealError, ConfigError, DeadlineError
 from areal_like.paths import RunPaths
 from areal_like.wire.channel import Envelope, Listener
 from areal_like.wire.messages.consumer import CompleteStep, TrainerHeartbeat
 from areal_like.wire.messages.hello import Goodbye, Hello, Ok, Welcome
+from areal_like.wire.messages.producer import HeartbeatAck
 from tests.support.buffer_harness import ROOT, BufferProcess, job
 from tests.support.trainer_helpers import write_model
 from tests.support.trainer_ranks import make_runner
@@ -155,8 +156,6 @@ class ScriptedBuffer:
                 answer: Any = Welcome(job="job", incarnation=1, step=0, newest_version=0)
             case Goodbye():
                 answer = Ok()
-            case TrainerHeartbeat():
-                answer = None
             case message:
                 answer = self._answer(message)
         if answer is not None:
@@ -170,6 +169,8 @@ def test_a_request_whose_reply_was_lost_is_sent_again(
     requests: list[Any] = []
 
     def answer(message: Any) -> Any:
+        if isinstance(message, TrainerHeartbeat):
+            return None
         requests.append(message)
         return Ok() if len(requests) > 1 else None
 
@@ -184,6 +185,36 @@ def test_a_request_whose_reply_was_lost_is_sent_again(
             buffer.fail(ArealError("no more weights"))
             with pytest.raises(ArealError, match="no more weights"):
                 buffer.wait(buffer.submit(asyncio.sleep(5)), name="anything", timeout_s=20)
+
+
+def test_waits_last_while_servers_make_progress(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The count in the buffer's replies to heartbeats grows for two seconds, and then no more."""
+    began_s = time.monotonic()
+
+    def answer(message: Any) -> Any:
+        if isinstance(message, TrainerHeartbeat):
+            tenths = min(20, int(10 * (time.monotonic() - began_s)))
+            return HeartbeatAck(step=0, newest_version=0, progress=float(tenths))
+        return None  # a group that never comes
+
+    with ScriptedBuffer(answer) as scripted:
+        config = job(
+            tmp_path,
+            model={"path": write_model(tmp_path / "model")},
+            buffer={"port": scripted.port, "lease_timeout_s": 5.0},
+            daemon={"heartbeat_s": 0.1},
+            trainer={"fetch_timeout_s": 0.3, "num_steps": 3, "groups_per_step": 1, "world_size": 1},
+            rollout={"generate_timeout_s": 0.3, "reward_timeout_s": 0.5},
+        )
+        with TrainerBufferClient(config, rank=0, world_size=1, device="cpu", process="0" * 32) as buffer:
+            stall = "group 0 of step 0, and no rollout server has made progress for 0.6 s .*fetch_timeout_s"
+            with pytest.raises(DeadlineError, match=stall):
+                next(buffer.groups(0))
+            assert 2.0 < time.monotonic() - began_s < 10
+            assert "waiting for group 0 of step 0" in caplog.text, "a long wait is reported while it lasts"
+            with pytest.raises(DeadlineError, match=r"the evaluation, and no .*\(eval\.timeout_s after"):
+                sleep = buffer.submit(asyncio.sleep(5))
+                buffer.wait(sleep, name="the evaluation", stall_s=0.3, setting="eval.timeout_s")
 
 
 def test_a_failed_heartbeat_ends_every_wait(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from trainer.advantages import ADVANTAGES, FloatArray
 from trainer.advantages.critic import Critic, value_loss
 from trainer.advantages.gae import Gae, gae
 from trainer.batching.packing import TrainingSample
-from trainer.checkpoint import CRITIC_FILE, Checkpoints
+from trainer.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
 from trainer.metrics.phase_timer import PhaseTimer
 from trainer.metrics.prometheus import TrainerSeries
@@ -306,7 +306,8 @@ def test_critic_checkpoint_loads_at_any_world_size(
             runner.critic.optimizer.moments(key), again.critic.optimizer.moments(key), rtol=1e-7, atol=1e-9
         )
         assert shard.shape == again.critic.optimizer.shards[key].shape
-    assert "lm_head.weight" in load_file(tmp_path / "checkpoints" / "step_000003" / CRITIC_FILE)
+    rows = tmp_path / "checkpoints" / "step_000003" / "rows"
+    assert "master.lm_head.weight" in load_file(rows / "critic-00000-of-00002.safetensors")
 
     checkpoints.load(1, again.policy, again.optimizer, ranks, critic=again.critic)
     assert "without a critic: the critic starts from its initial weights" in caplog.text

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from areal_like.weights.buckets import flatten, unflatten
-from trainer.models import hf_layout
-from trainer.models.hf_layout import HfTensor
+from areal_like.weights.hf_layout import HfTensor, hf_tensors
 from trainer.weight_sync import rank_parts
 from trainer.weight_sync.rank_parts import PushLayout
 
@@ -16,13 +15,14 @@ EXPERTS = 5
 
 
 class Fused(nn.Module):
-    """A weight, a bias, and the fused experts of one layer: [experts, gate | up, columns]."""
+    """A weight, a bias, a joined weight, and the fused experts of a layer: [experts, gate | up, columns]."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.weight = nn.Parameter(torch.randn(7, 3))
         self.bias = nn.Parameter(torch.randn(3))
+        self.joined = nn.Parameter(torch.randn(7, 3))
         self.experts = nn.Parameter(torch.randn(EXPERTS, 4, 3))
 
 
@@ -32,8 +32,12 @@ def tensors_of(model: nn.Module) -> list[HfTensor]:
         for e in range(EXPERTS)
         for name, within in (("gate", (0, 2)), ("up", (2, 4)))
     ]
-    whole = [tensor for tensor in hf_layout.hf_tensors(model) if tensor.param != "experts"]
-    return [*whole, *experts]
+    joined = [
+        HfTensor(name=name, shape=(end - first, 3), param="joined", within=(first, end))
+        for name, first, end in (("first", 0, 4), ("second", 4, 7))
+    ]
+    whole = [tensor for tensor in hf_tensors(model) if tensor.param in ("weight", "bias")]
+    return [*whole, *joined, *experts]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
@@ -41,6 +45,7 @@ def test_every_row_lies_on_one_rank(monkeypatch: pytest.MonkeyPatch, world_size:
     monkeypatch.setattr(rank_parts, "hf_tensors", tensors_of)
     model = Fused()
     expected = {"weight": model.weight, "bias": model.bias}
+    expected |= {"first": model.joined[:4], "second": model.joined[4:]}
     for e in range(EXPERTS):
         expected |= {f"{e}.gate": model.experts[e, :2], f"{e}.up": model.experts[e, 2:]}
 
@@ -69,4 +74,4 @@ def test_every_row_lies_on_one_rank(monkeypatch: pytest.MonkeyPatch, world_size:
         assert unflatten(bucket, whole).keys() == {spec.name for spec in bucket.tensors}
         assert parts.num_bytes - bucket.num_bytes < 8 * world_size, "ranks without rows send nothing"
         num_bytes += bucket.num_bytes
-    assert num_bytes == 2 * (7 * 3 + EXPERTS * 4 * 3 + 3)
+    assert num_bytes == 2 * (2 * 7 * 3 + EXPERTS * 4 * 3 + 3)

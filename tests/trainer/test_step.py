@@ -1,5 +1,6 @@
 """The step: packed, cut and sharded gradients equal that of one padded batch; streaming, counts, metrics."""
 
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from trainer.objectives import Need, Reinforce, SampledTokens, StepStats, TokenL
 from trainer.objectives.normalizers import Normalizer
 from trainer.optimizer import ShardedAdamW
 from trainer.step.build import build_step_runner
-from trainer.step.runner import StepRunner
+from trainer.step.runner import IncompleteStepError, StepRunner
 
 MODELS = {"float64": "gpt2", "float32": "qwen3"}
 """RMSNorm always computes in float32, so the float64 test needs a model with LayerNorm."""
@@ -88,7 +89,7 @@ def test_two_ranks_match_one_padded_batch(tmp_path: Path) -> None:
                 assert_same_gradient(load_file(tmp_path / f"{name}.safetensors"), want, relative=tolerance)
 
 
-def test_waiting_for_groups_outlasts_collective_timeouts(tmp_path: Path) -> None:
+def test_ranks_wait_for_groups_and_abandon_together(tmp_path: Path) -> None:
     run_ranks("outage", str(tmp_path), write_model(tmp_path / "model"), world_size=2)
 
 
@@ -118,6 +119,41 @@ def test_microbatches_run_while_later_groups_are_awaited(tmp_path: Path, ranks: 
 
     runner.run(arriving(), step=0)
     assert seen[0] == 0 and seen[-1] > 0 and seen == sorted(seen)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_an_abandoned_step_changes_nothing(tmp_path: Path, ranks: Ranks, normalize: bool) -> None:
+    """Also with statistics of the whole step (`normalize`), and whatever the number of micro-batches run."""
+    path, groups = write_model(tmp_path), random_groups(6)
+    want = make_runner(path, ranks, normalize=normalize, budget_tokens=16)
+    abandoned = make_runner(path, ranks, normalize=normalize, budget_tokens=16)
+    metrics = [want.run(groups, step=step)["loss"] for step in range(2)]
+    abandoned.run(groups, step=0)
+    state = gather_full_state(abandoned.policy)
+    num_microbatches = 0
+    for limit in (0, 1, 3, 100):
+        forwards: list[int] = []
+        hook = abandoned.policy.register_forward_hook(lambda *_, seen=forwards: seen.append(1))
+        with contextlib.ExitStack() as stack:
+            stack.callback(hook.remove)
+            if limit < 100:
+                stack.enter_context(pytest.raises(IncompleteStepError, match="step 1 was abandoned"))
+            loss = abandoned.run(
+                groups, step=1, is_abandoned=lambda limit=limit, seen=forwards: len(seen) >= limit
+            )["loss"]
+        if limit < 100:
+            assert len(forwards) == limit and abandoned.optimizer.num_updates == 1
+            now = gather_full_state(abandoned.policy)
+            assert all(torch.equal(a[1], b[1]) for a, b in zip(now, state, strict=True))
+        num_microbatches = len(forwards)
+    assert num_microbatches > 3 and loss == metrics[1]
+    for (_, a), (_, b) in zip(
+        gather_full_state(abandoned.policy), gather_full_state(want.policy), strict=True
+    ):
+        assert torch.equal(a, b)
+    for name in want.optimizer.shards:
+        ours, theirs = want.optimizer.moments(name), abandoned.optimizer.moments(name)
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_a_step_without_gradient_still_updates_momentum(tmp_path: Path, ranks: Ranks) -> None:

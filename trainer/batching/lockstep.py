@@ -1,7 +1,8 @@
 """Runs equal numbers of micro-batches on all ranks, because FSDP2's collectives hang if one rank runs fewer.
 
 Before each micro-batch an all-reduce tells every rank if any rank has a micro-batch left. A rank that has
-none left runs a dummy micro-batch, whose contribution the caller multiplies by zero.
+none left runs a dummy micro-batch, whose contribution the caller multiplies by zero. The same all-reduce
+tells if one of them abandons the work (`Ranks.abandonable`), so that all stop between the same two.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from trainer.distributed.ranks import Ranks
 def in_lockstep(microbatches: Iterable[MicroBatch], ranks: Ranks) -> Iterator[tuple[PackedBatch, bool]]:
     """Yields (batch, live): this rank's micro-batches with live=True, then dummies with live=False.
 
-    Dummies follow for as long as another rank still has micro-batches. Collective.
+    Dummies follow for as long as another rank still has micro-batches. Collective. Raises AbandonedError on
+    every rank if one has abandoned the work.
     """
     remaining = iter(microbatches)
     while True:
         microbatch = next(remaining, None)
-        if not ranks.any(microbatch is not None):
+        if not ranks.any_left(microbatch is not None):
             return
         ranks.place.next_microbatch()
         if microbatch is None:

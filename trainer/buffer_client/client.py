@@ -24,6 +24,7 @@ from areal_like.config import Config
 from areal_like.errors import ArealError, DeadlineError, PeerLostError
 from areal_like.paths import model_path
 from areal_like.runtime.daemon import Runtime
+from areal_like.runtime.progress import ProgressClock
 from areal_like.wire.addresses import buffer_addresses
 from areal_like.wire.fingerprint import (
     dataset_fingerprint,
@@ -34,6 +35,7 @@ from areal_like.wire.fingerprint import (
 from areal_like.wire.messages.consumer import Directory, Fetch, Group, TrainerHeartbeat
 from areal_like.wire.messages.hello import Goodbye, Hello, Role
 from trainer.buffer_client.connection import Connection
+from trainer.buffer_client.patience import Patience
 from trainer.buffer_client.shards import call_shards
 
 log = logging.getLogger(__name__)
@@ -70,7 +72,8 @@ class TrainerBufferClient:
         self.stop_requested = threading.Event()
         """Set by a signal, never cleared."""
         self.abandon_step = threading.Event()
-        """Set when a draining trainer must no longer wait for the groups of its step: `groups` ends early."""
+        """Set when a draining trainer must no longer wait for the groups of its step, nor finish it: `groups`
+        ends early."""
         self.on_directory: Callable[[], None] = lambda: None
         """Called in the client's loop when the directory of rollout servers changed."""
         self.device = device
@@ -82,6 +85,8 @@ class TrainerBufferClient:
         """(step, position) -> group that was requested and not used yet."""
         self._troubled_s = 0.0
         """Total time in trouble so far."""
+        self._progress = ProgressClock(now_s=self._untroubled_time_s())
+        """Of the rollout servers, as the buffers report it."""
         self.runtime: Runtime
         self._buffers: list[Connection] = []
         """In the order of shards."""
@@ -157,19 +162,20 @@ class TrainerBufferClient:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def run(
-        self, coroutine: Coroutine[Any, Any, Any], *, name: str, timeout_s: float, may_stop: bool = False
+        self, coroutine: Coroutine[Any, Any, Any], *, name: str, may_stop: bool = False, **limits: Any
     ) -> Any:
         """Runs a coroutine in the client's loop and waits for it as `wait` does."""
-        return self.wait(self.submit(coroutine), name=name, timeout_s=timeout_s, may_stop=may_stop)
+        return self.wait(self.submit(coroutine), name=name, may_stop=may_stop, **limits)
 
     def wait(
-        self, future: concurrent.futures.Future[Any], *, name: str, timeout_s: float, may_stop: bool = False
+        self, future: concurrent.futures.Future[Any], *, name: str, may_stop: bool = False, **limits: Any
     ) -> Any:
         """Waits for a future of `submit`. Raises DeadlineError, or the error of a lost buffer.
 
-        `name`: of the wait, for error messages. `may_stop`: raises StopRequestedError when a drain begins.
+        `name` of the wait and `limits`: as of `Patience`. `may_stop`: raises StopRequestedError when a drain
+        begins.
         """
-        deadline_s = self._untroubled_time_s() + timeout_s
+        patience = Patience(name=name, started_s=self._untroubled_time_s(), **limits)
         while True:
             try:
                 return future.result(timeout=_POLL_S)
@@ -181,9 +187,19 @@ class TrainerBufferClient:
             if may_stop and self.stop_requested.is_set():
                 future.cancel()
                 raise StopRequestedError(f"draining while waiting for {name}")
-            if self._untroubled_time_s() > deadline_s:
+            try:
+                self._check(patience)
+            except DeadlineError:
                 future.cancel()
-                raise DeadlineError(f"waited {timeout_s:g} s for {name}")
+                raise
+
+    def _check(self, patience: Patience) -> None:
+        """Raises DeadlineError when a wait has reached a limit."""
+
+        def servers() -> str:
+            return f"servers {[(s.name, s.state, s.weights_version) for s in self.directory.servers]}"
+
+        patience.check(now_s=self._untroubled_time_s(), progressed_s=self._progress.last_s, servers=servers)
 
     def groups(self, step: int) -> Iterator[Group]:
         """This rank's groups of a step in recorded order, each as soon as the buffer has recorded it.
@@ -216,18 +232,18 @@ class TrainerBufferClient:
     def _wait_group(
         self, future: concurrent.futures.Future[Any], *, step: int, position: int
     ) -> Group | None:
-        deadline_s = self._untroubled_time_s() + self.config.trainer.fetch_timeout_s
+        patience = Patience(
+            name=f"group {position} of step {step}",
+            started_s=self._untroubled_time_s(),
+            stall_s=self.config.stall_s(self.config.trainer.fetch_timeout_s),
+            setting="trainer.fetch_timeout_s",
+        )
         while not future.done():
             if self._lost is not None:
                 raise self._lost
             if self.abandon_step.is_set():
                 return None
-            if self._untroubled_time_s() > deadline_s:
-                servers = [(s.name, s.state, s.weights_version) for s in self.directory.servers]
-                raise DeadlineError(
-                    f"no group {position} of step {step} within "
-                    f"trainer.fetch_timeout_s={self.config.trainer.fetch_timeout_s:g}: servers {servers}"
-                )
+            self._check(patience)
             concurrent.futures.wait([future], timeout=_POLL_S)
         group: Group = future.result()
         return group
@@ -244,6 +260,7 @@ class TrainerBufferClient:
                 survives=self.config.buffer.durability != "none",
                 max_message_bytes=self.config.buffer.max_message_bytes,
                 on_message=functools.partial(self._on_message, index),
+                on_progress=functools.partial(self._on_progress, f"buffer {index}"),
                 fail=self.fail,
                 keyring=self.runtime.keyring,
             )
@@ -310,6 +327,9 @@ class TrainerBufferClient:
     def _on_runtime_failed(self, failed: asyncio.Future[None]) -> None:
         if not failed.cancelled() and (error := failed.exception()) is not None:
             self.fail(error if isinstance(error, ArealError) else ArealError(f"unexpected: {error!r}"))
+
+    def _on_progress(self, buffer: str, progress: float) -> None:
+        self._progress.observe(buffer, progress, now_s=self._untroubled_time_s())
 
     def _on_message(self, shard: int, message: Any) -> None:
         if isinstance(message, Directory) and shard == 0:

@@ -19,15 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from areal_like.errors import ConfigError
+from areal_like.weights.hf_layout import HfTensor
 from trainer.checkpoints.safetensors_file import FileLayout, write_at
-from trainer.models.hf_layout import HfTensor
+from trainer.models.safetensors_rows import INDEX_FILE, SINGLE_FILE
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 MAX_FILE_BYTES = 5_000_000_000
 """Largest file; a tensor that is larger than this gets a file of its own."""
-_MAX_INDEX_BYTES = 256_000_000
 
 
 class HfFiles:
@@ -47,6 +44,11 @@ class HfFiles:
             shapes = {tensor.name: tensor.shape for tensor in sorted(group, key=lambda tensor: tensor.name)}
             self._layouts[name] = FileLayout.of(shapes, dtype)
             self._tensors[name] = group
+
+    @property
+    def names(self) -> list[str]:
+        """The files with tensors."""
+        return list(self._layouts)
 
     def create(self, directory: Path) -> None:
         """Makes the files and their index. On one rank, before any rank writes."""
@@ -77,22 +79,6 @@ class HfFiles:
                 os.fsync(file)
             finally:
                 os.close(file)
-
-
-def files_of_tensors(directory: Path) -> dict[str, str] | None:
-    """Name of each tensor's file, from the index; None if there is one file. Raises ConfigError."""
-    path = directory / INDEX_FILE
-    if not path.exists():
-        return None
-    try:
-        if path.stat().st_size > _MAX_INDEX_BYTES:
-            raise ValueError(f"more than {_MAX_INDEX_BYTES} bytes")
-        files: dict[str, str] = json.loads(path.read_text())["weight_map"]
-        if any(Path(file).name != file for file in files.values()):
-            raise ValueError("a file in another directory")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} cannot be read ({error!r}): resume from another step") from None
-    return files
 
 
 def _cut(tensors: Sequence[HfTensor], dtype: torch.dtype, max_file_bytes: int) -> list[list[HfTensor]]:

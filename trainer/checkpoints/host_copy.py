@@ -48,10 +48,6 @@ class HostCopy:
         self.num_updates = 0
         """Of the optimizer, when the copy was taken."""
 
-    def is_of(self, optimizer: ShardedAdamW) -> bool:
-        """True if `take` copies the state of this optimizer."""
-        return self._optimizer is optimizer
-
     def take(self) -> None:
         """Replaces the copy by the present state. For the training thread, while nothing is being written."""
         self.num_updates = self._optimizer.num_updates

@@ -1,12 +1,13 @@
 """The agreement of all ranks about the checkpoint that their threads are writing.
 
 The threads use a gloo group of their own: collectives of the training's groups need one order on all ranks,
-which a thread beside the training cannot keep. A rank that dies breaks the group's connections, so the others
-learn of it at once. A rank that hangs is waited for with a limit.
+which a thread beside the training cannot keep. When a rank dies, the others' connections break and they
+learn of it at once. A rank that hangs is waited for with a limit. After either this group is of no more use.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import secrets
 import threading
@@ -85,6 +86,8 @@ class Peers:
             assert work is not None
             self._wait(work)
         except RuntimeError as error:
+            # Closes this rank's connections: a lost rank breaks only those of its neighbours in the group.
+            dist.destroy_process_group(self._group)
             raise CheckpointError(f"a rank of the trainer was lost during a checkpoint: {error}") from None
         texts = [bytes(part.tolist()).rstrip(b"\0").decode(errors="replace") for part in parts]
         return [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
@@ -97,6 +100,9 @@ class Peers:
             if hurried_s is None and self._hurried.is_set():
                 hurried_s = now_s
             if now_s - started_s > _PATIENCE_S or (hurried_s and now_s - hurried_s > _HURRIED_S):
+                # The group's destructor waits for the other ranks too: this keeps the group until the process
+                # has ended.
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._group))
                 raise CheckpointError(
                     f"other ranks have not written their parts {now_s - started_s:.0f} s after this one"
                 )

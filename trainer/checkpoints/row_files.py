@@ -53,8 +53,8 @@ class ModelRows:
     """Of its optimizer, for Adam's bias correction."""
     dtype: str
     """Of masters and moments: `float32`."""
-    has_masters: bool
-    """True: the row files have the masters. False: the weights' files have them, in `dtype`."""
+    masters: Sequence[str]
+    """Files of weights, beside the folder, that hold the masters; empty: the row files hold them."""
     files: Sequence[str]
     """In the folder of the index."""
     tensors: Mapping[str, TensorRows]
@@ -62,7 +62,7 @@ class ModelRows:
 
 
 def rows_of(
-    model: PackedModel, copy: HostCopy, *, name: str, world_size: int, has_masters: bool
+    model: PackedModel, copy: HostCopy, *, name: str, world_size: int, masters: Sequence[str]
 ) -> ModelRows:
     """The index of the files that all ranks write of `model`."""
     tensors = {
@@ -75,7 +75,7 @@ def rows_of(
     return ModelRows(
         num_updates=copy.num_updates,
         dtype=str(copy.dtype).removeprefix("torch."),
-        has_masters=has_masters,
+        masters=masters,
         files=[f"{name}-{rank:05d}-of-{world_size:05d}.safetensors" for rank in range(world_size)],
         tensors=tensors,
     )
@@ -83,7 +83,7 @@ def rows_of(
 
 def write_rows(folder: Path, rows: ModelRows, copy: HostCopy, *, rank: int) -> None:
     """Writes and syncs one rank's file. Raises OSError."""
-    kinds = KINDS if rows.has_masters else MOMENTS
+    kinds = MOMENTS if rows.masters else KINDS
     shapes = {
         f"{kind}.{name}": tuple(value.shape)
         for kind in kinds
@@ -127,8 +127,8 @@ def read_index(folder: Path) -> dict[str, ModelRows]:
 
 
 def _model_rows(fields: dict[str, Any]) -> ModelRows:
-    files = fields["files"]
-    if any(Path(file).name != file for file in files):
+    files, masters = list(map(str, fields["files"])), list(map(str, fields["masters"]))
+    if any(Path(file).name != file for file in (*files, *masters)):
         raise ValueError("a file in another directory")
     tensors = {}
     for name, places in fields["tensors"].items():
@@ -143,7 +143,7 @@ def _model_rows(fields: dict[str, Any]) -> ModelRows:
     return ModelRows(
         num_updates=int(fields["num_updates"]),
         dtype=str(fields["dtype"]),
-        has_masters=bool(fields["has_masters"]),
+        masters=masters,
         files=files,
         tensors=tensors,
     )

@@ -1,8 +1,7 @@
-"""Safetensors files that are written and read by byte ranges.
+"""Safetensors files that are written by byte ranges.
 
-The rows of a tensor are contiguous in a file, so each rank writes its own rows of a file that all ranks
-share, and reads only the rows it needs, directly into the tensor they are for. The safetensors package writes
-whole files from one process, and reads through a memory map whose pages count as the process's memory.
+The rows of a tensor are contiguous in a file, so each rank can write its own rows of a file that all ranks
+share. The safetensors package writes whole files from one process.
 
 The format: 8 bytes with the length of the header (little-endian), the header (JSON: dtype, shape and position
 of each tensor), the data.
@@ -21,15 +20,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from areal_like.errors import ConfigError
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Codes in the header; `U8` only for the random state."""
-_CODES = {dtype: code for code, dtype in DTYPES.items()} | {torch.uint8: "U8"}
-_MAX_HEADER_BYTES = 100_000_000
-"""The package's own limit."""
+CODES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
+"""Dtypes in headers."""
 _CHUNK_ELEMENTS = 4 << 20
-"""Elements that are cast, or read into other memory, at a time."""
+"""Elements that are cast at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +63,7 @@ class FileLayout:
         end = 0
         for name, shape in shapes.items():
             begin, end = end, end + math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+            header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         data = 8 + len(text)
@@ -94,99 +88,6 @@ def write_at(file: int, tensor: Tensor, *, dtype: torch.dtype, offset: int) -> N
         while data:
             num_written = os.pwrite(file, data, offset)
             data, offset = data[num_written:], offset + num_written
-
-
-class SafetensorsReader:
-    """An open file. Close it."""
-
-    def __init__(self, path: Path) -> None:
-        """Raises ConfigError if the file is missing, truncated or no safetensors file."""
-        self._path = path
-        try:
-            self._file = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be read ({error.strerror}): resume from another step") from None
-        try:
-            self.entries: Mapping[str, Entry] = self._read_header()
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """Closes the file."""
-        os.close(self._file)
-
-    def entry(self, name: str, *, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Entry:
-        """Raises ConfigError if the file has no tensor of that name, shape and (if given) dtype."""
-        entry = self.entries.get(name)
-        if entry is None:
-            raise ConfigError(
-                f"{self._path} has no {name}: resume with the model that the run began with, or from "
-                "another step"
-            )
-        if entry.shape != shape:
-            raise ConfigError(
-                f"{self._path}: {name} has shape {entry.shape} there and {shape} in this model; "
-                "resume with the model that the run began with"
-            )
-        if dtype is not None and entry.dtype != dtype:
-            raise ConfigError(
-                f"{self._path}: {name} is {entry.dtype} there and {dtype} in its index: "
-                "resume from another step"
-            )
-        return entry
-
-    def read(self, entry: Entry, into: Tensor, *, first: int) -> None:
-        """Reads len(into) rows from row `first` on into a tensor of any dtype and device.
-
-        A contiguous CPU tensor of the file's dtype is read without a copy.
-        """
-        into, offset = into.detach(), entry.offset + first * entry.row_bytes
-        if into.device.type == "cpu" and into.dtype == entry.dtype and into.is_contiguous():
-            self._read_bytes(_bytes_of(into.reshape(-1)), offset)
-            return
-        rows_at_once = max(1, _CHUNK_ELEMENTS // max(1, math.prod(entry.shape[1:])))
-        for chunk in torch.split(into, rows_at_once):
-            staged = torch.empty(chunk.shape, dtype=entry.dtype)
-            self._read_bytes(_bytes_of(staged.reshape(-1)), offset)
-            chunk.copy_(staged)
-            offset += len(chunk) * entry.row_bytes
-
-    def _read_bytes(self, data: memoryview, offset: int) -> None:
-        while data:
-            num_read = os.preadv(self._file, [data], offset)
-            if not num_read:
-                raise ConfigError(f"{self._path} is truncated: resume from another step")
-            data, offset = data[num_read:], offset + num_read
-
-    def _read_header(self) -> dict[str, Entry]:
-        try:
-            length = int.from_bytes(os.pread(self._file, 8, 0), "little")
-            if not 0 < length <= _MAX_HEADER_BYTES:
-                raise ValueError(f"a header of {length} bytes")
-            header = json.loads(os.pread(self._file, length, 8))
-            header.pop("__metadata__", None)
-            entries = {name: _entry(fields, data=8 + length) for name, fields in header.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(
-                f"{self._path} cannot be read (no safetensors file: {error!r}): resume from another step"
-            ) from None
-        end = max((entry.offset + entry.num_bytes for entry in entries.values()), default=8 + length)
-        if (num_bytes := os.fstat(self._file).st_size) != end:
-            raise ConfigError(
-                f"{self._path} cannot be read (it has {num_bytes} bytes, and {end} in its header): "
-                "resume from another step"
-            )
-        return entries
-
-
-def _entry(fields: dict[str, Any], *, data: int) -> Entry:
-    begin, end = map(int, fields["data_offsets"])
-    dtype = torch.uint8 if fields["dtype"] == "U8" else DTYPES[fields["dtype"]]
-    entry = Entry(dtype=dtype, shape=tuple(map(int, fields["shape"])), offset=data + begin)
-    if begin < 0 or min(entry.shape, default=0) < 0 or entry.num_bytes != end - begin:
-        raise ValueError(f"offsets {begin} to {end} of a tensor of shape {list(entry.shape)}")
-    return entry
 
 
 def _bytes_of(flat: Tensor) -> memoryview:

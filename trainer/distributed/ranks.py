@@ -9,6 +9,8 @@ that is still fetching, while no rank should be late in the collectives of a for
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
@@ -16,7 +18,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from areal_like.errors import ArealError
 from trainer.distributed.place import Place
+
+_ABANDONED = 2
+"""Vote of a rank that abandons; 0 and 1 mean that it has nothing left to run, or something."""
+
+
+class AbandonedError(ArealError):
+    """One rank has abandoned the work of all: raised on every rank, at the same micro-batch."""
 
 
 class Ranks:
@@ -33,6 +43,7 @@ class Ranks:
         self.world_size = dist.get_world_size()
         self.mesh = init_device_mesh(self.device.type, (self.world_size,))
         self._control: dist.ProcessGroup | None = None
+        self._is_abandoned: Callable[[], bool] = lambda: False
         if control_timeout_s is not None and self.world_size > 1:
             timeout = timedelta(seconds=control_timeout_s)
             self._control = dist.new_group(backend="gloo", timeout=timeout)
@@ -55,11 +66,30 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """True if the flag is set on at least one rank."""
+        return bool(self._max(int(flag)))
+
+    def any_left(self, flag: bool) -> bool:
+        """`any` between two micro-batches. Raises AbandonedError if a rank has abandoned the work."""
+        vote = self._max(_ABANDONED if self._is_abandoned() else int(flag))
+        if vote == _ABANDONED:
+            raise AbandonedError("the work was abandoned")
+        return bool(vote)
+
+    @contextlib.contextmanager
+    def abandonable(self, is_abandoned: Callable[[], bool]) -> Iterator[None]:
+        """A context in which `any_left` asks every rank whether it abandons the work."""
+        before, self._is_abandoned = self._is_abandoned, is_abandoned
+        try:
+            yield
+        finally:
+            self._is_abandoned = before
+
+    def _max(self, vote: int) -> int:
         if self.world_size == 1:
-            return flag
-        votes = torch.tensor([int(flag)])
+            return vote
+        votes = torch.tensor([vote])
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._control)
-        return bool(votes)
+        return int(votes)
 
     def agree(self, number: int) -> int:
         """Returns rank 0's number on every rank."""

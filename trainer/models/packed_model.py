@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from areal_like.errors import ConfigError
 from areal_like.moe import route_in_float32
+from areal_like.weights.hf_layout import hf_tensors
 from trainer.batching.packing import PackedBatch
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
@@ -71,7 +72,8 @@ class PackedModel(nn.Module):
         tied = tied_names(model)
         built = cls(model, **settings)
         built._path, built._tied = path, tied
-        decoder_layers(model)  # raises
+        decoder_layers(model)  # both raise, before anything has memory
+        hf_tensors(model)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             built.train()  # transformers recomputes only in training mode; dropout stays zero
@@ -116,9 +118,11 @@ class PackedModel(nn.Module):
         )
         if frozen:
             self.requires_grad_(False)
-            for param in self.parameters():
-                # Parameters only: `self.to` would round the rotary frequencies, too.
-                param.data = param.data.to(param.dtype if compute == torch.float32 else compute)
+            if compute != torch.float32:
+                for param in self.parameters():
+                    # Parameters only: `self.to` would round the rotary frequencies, too.
+                    if param.dtype != compute:
+                        param.data = param.data.to(compute)
         self.reshard_after_forward = reshards = reshard_after_forward or frozen
         for module in [*decoder_layers(self.model), *self._embeddings_apart()]:
             fully_shard(module, mesh=ranks.mesh, mp_policy=precision, reshard_after_forward=reshards)

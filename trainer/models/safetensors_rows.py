@@ -34,8 +34,12 @@ class SafetensorsRows:
     Every method raises ConfigError, which names the file, if a file cannot be read.
     """
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        """Reads the headers of all files, and keeps at most one file open afterwards."""
+    def __init__(self, files: Sequence[Path], *, remedy: str = "is it complete? Download it again") -> None:
+        """Reads the headers of all files, and keeps at most one file open afterwards.
+
+        `remedy`: end of the message about a file that cannot be read.
+        """
+        self._remedy = remedy
         self.folder = files[0].parent
         self._where: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -44,7 +48,7 @@ class SafetensorsRows:
         self._open: Any = None
         self._mapped = 0
         for path in files:
-            with _readable(path), safe_open(path, framework="numpy") as file:
+            with _readable(path, remedy), safe_open(path, framework="numpy") as file:
                 for name in file.keys():  # noqa: SIM118 - not a mapping
                     entry = file.get_slice(name)
                     self._where[name] = path
@@ -89,6 +93,10 @@ class SafetensorsRows:
         """The file that holds a tensor."""
         return self._where[name]
 
+    def dtype(self, name: str) -> str:
+        """Dtype of a tensor as in the file, such as `F32`."""
+        return self._dtypes[name]
+
     def is_float(self, name: str) -> bool:
         """True if the tensor has a dtype of weights: float64, float32, float16 or bfloat16."""
         return self._dtypes[name] in _DTYPES
@@ -127,7 +135,7 @@ class SafetensorsRows:
         path = self._where[name]
         if path != self._path or self._mapped + num_bytes > _MAPPED_BYTES:
             self.close()
-        with _readable(path):
+        with _readable(path, self._remedy):
             if self._open is None:
                 self._open, self._path = safe_open(path, framework="pt"), path
             self._mapped += num_bytes
@@ -171,8 +179,8 @@ def _is_inside(name: str) -> bool:
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _readable(path: Path, remedy: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}): is it complete? Download it again") from error
+        raise ConfigError(f"{path} cannot be read ({error}): {remedy}") from error

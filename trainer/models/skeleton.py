@@ -1,7 +1,8 @@
 """A transformers model as its configuration describes it, without memory for its parameters.
 
 Parameters are on the meta device. Buffers (rotary frequencies and the like) are real and computed by
-transformers' own initialization, as `from_pretrained` does; those that a checkpoint stores are read from it.
+transformers' own initialization, as `from_pretrained` does. None of them is read from a file: `hf_tensors`
+refuses models whose checkpoints store buffers.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from areal_like.errors import ConfigError
-from trainer.models.safetensors_rows import SafetensorsRows
 
 
 def build_skeleton(path: str, *, dtype: torch.dtype) -> Any:
@@ -31,7 +31,7 @@ def build_skeleton(path: str, *, dtype: torch.dtype) -> Any:
         raise ConfigError(f"{path}: transformers has no causal language model for it ({reason})") from error
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{path}: its weights are quantized, which cannot be trained: name another model")
-    _fill_buffers(model, path)
+    _compute_buffers(model)
     # Without generation_config.json the one that was made from the model's configuration stays.
     with contextlib.suppress(OSError):
         model.generation_config = GenerationConfig.from_pretrained(path)
@@ -51,23 +51,9 @@ def set_buffer(model: torch.nn.Module, name: str, value: torch.Tensor) -> None:
     setattr(model.get_submodule(owner), leaf, value)
 
 
-def _fill_buffers(model: Any, path: str) -> None:
+def _compute_buffers(model: Any) -> None:
     for name, buffer in list(model.named_buffers()):
         set_buffer(model, name, torch.empty_like(buffer, device="cpu"))
     for param in model.parameters():
         param._is_hf_initialized = True  # else transformers would draw random numbers for it
     model.initialize_weights()
-    stored = [name for name, _ in model.named_buffers() if name in model.state_dict()]
-    if not stored:
-        return
-    source = SafetensorsRows.of_model(path)
-    for name in stored:
-        if name in source.names:
-            buffer = model.get_buffer(name)
-            value = source.tensor(name)
-            if value.shape != buffer.shape:
-                raise ConfigError(
-                    f"{source.file_of(name)}: {name} has shape {tuple(value.shape)}, and the model needs "
-                    f"{tuple(buffer.shape)}"
-                )
-            set_buffer(model, name, value.to(buffer.dtype))

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from areal_like.automatic_settings import resolved
+from areal_like.automatic_settings import compute_dtype, resolved
 from areal_like.config import Config
 from areal_like.errors import ConfigError, UserError
 from areal_like.paths import RunPaths, model_path, write_json
@@ -70,7 +70,7 @@ class Replay:
             self._paths.checkpoints,
             keep=config.trainer.keep_checkpoints,
             tokenizer_path=source,
-            dtype=config.model.dtype,
+            dtype=compute_dtype(config),
         )
         self._checkpoints.open(ranks)
         self._metrics = MetricsFile(self._paths.metrics, start_step=0) if ranks.rank == 0 else None

@@ -32,7 +32,7 @@ from trainer.batching.lockstep import in_lockstep
 from trainer.batching.packing import MicroBatch, PackedBatch, Packer, TrainingSample, num_targets
 from trainer.batching.sampled_tokens import SampledTokens
 from trainer.batching.scope import Scope
-from trainer.distributed.ranks import Ranks
+from trainer.distributed.ranks import AbandonedError, Ranks
 from trainer.metrics.phase_timer import PhaseTimer
 from trainer.metrics.step_totals import StepTotals
 from trainer.models.policy import Policy
@@ -50,7 +50,7 @@ _PHASES = ("wait_s", "compute_s", "reduce_s", "update_s")
 
 
 class IncompleteStepError(ArealError):
-    """The groups of a step ended early on some rank; no update was made anywhere."""
+    """A step's groups ended early, or it was abandoned, on some rank; no update was made anywhere."""
 
 
 class StepRunner:
@@ -110,6 +110,7 @@ class StepRunner:
         step: int,
         num_groups: int | None = None,
         lags: Callable[[Trajectory], Lags] | None = None,
+        is_abandoned: Callable[[], bool] = lambda: False,
     ) -> dict[str, float]:
         """Runs one optimizer step after `step` completed ones. Collective.
 
@@ -120,16 +121,41 @@ class StepRunner:
         passes through, and no update is made. `num_groups`: how many groups all ranks together must have
         seen; with fewer, every rank raises IncompleteStepError and makes no update. `lags`: the lag of each
         token of a trajectory, in optimizer steps; None: a version is the number of steps before it.
+        `is_abandoned`: asked between micro-batches; once it is true on any rank, every rank raises
+        IncompleteStepError, and weights, moments and all other state are as before the step.
         """
         self._ranks.place.enter("lockstep", step=step)
         timer = PhaseTimer(_PHASES, place=self._ranks.place)
         totals = StepTotals(self.advantages.extra_totals)
-        observations = Observations(self._objective, self._ranks)
-        stats: StepStats = {}
-        stats_come_first = self._objective.scope is Scope.BATCH
         lags = lags or (lambda trajectory: np.maximum(step - trajectory.versions.astype(np.int64), 0))
         self._is_first_forward = True
         self.policy.zero_grad()  # a step that was abandoned may have left gradients
+        try:
+            with self._ranks.abandonable(is_abandoned):
+                stats = self._accumulate(groups, totals, timer, lags=lags)
+        except AbandonedError:
+            raise IncompleteStepError(f"step {step} was abandoned in its computation") from None
+        with timer.span("reduce_s"):
+            totals.reduce(self._ranks)
+        if num_groups is not None and totals.total("num_groups") < num_groups:
+            raise IncompleteStepError(
+                f"step {step} ended with {totals.total('num_groups'):.0f} of {num_groups} groups"
+            )
+        # Divide, clip, AdamW: `_update`, and in it `ShardedAdamW.step`. Only now are the global counts known.
+        return self._update(step, stats, totals, timer)
+
+    def _accumulate(
+        self,
+        groups: Iterable[TrajectoryGroup],
+        totals: StepTotals,
+        timer: PhaseTimer,
+        *,
+        lags: Callable[[Trajectory], Lags],
+    ) -> StepStats:
+        """Adds up the gradients of all micro-batches; returns the objective's statistics. Collective."""
+        observations = Observations(self._objective, self._ranks)
+        stats: StepStats = {}
+        stats_come_first = self._objective.scope is Scope.BATCH
         # One list of samples per group of this rank, lazily unless something depends on the whole step.
         samples = self.advantages.compute(timer.timed("wait_s", groups), totals, timer, lags=lags)
         microbatches: Iterable[MicroBatch] = self._cut(samples, totals)
@@ -156,14 +182,7 @@ class StepRunner:
             with timer.span("reduce_s"):
                 for name, (total, count) in gradients.finish().items():
                     totals.add(name, total, count=count)
-        with timer.span("reduce_s"):
-            totals.reduce(self._ranks)
-        if num_groups is not None and totals.total("num_groups") < num_groups:
-            raise IncompleteStepError(
-                f"step {step} ended with {totals.total('num_groups'):.0f} of {num_groups} groups"
-            )
-        # Divide, clip, AdamW: `_update`, and in it `ShardedAdamW.step`. Only now are the global counts known.
-        return self._update(step, stats, totals, timer)
+        return stats
 
     def _cut(self, groups: Iterable[list[TrainingSample]], totals: StepTotals) -> Iterator[MicroBatch]:
         """Yields each micro-batch as soon as it is full. Groups that need no gradient are only counted."""

@@ -49,6 +49,7 @@ from trainer.weight_sync.receivers import (
     Reply,
     has_valid_key,
     receiver_id,
+    split_groups,
 )
 from trainer.weight_sync.snapshot import Snapshot
 
@@ -78,24 +79,6 @@ class PushOutcome:
     """Time until every bucket was ready, before engines that load in place were asked to receive."""
     broadcast_s: float = 0.0
     """Longest time from the request to the end of the last broadcast, over the groups."""
-
-
-def split_groups(
-    receivers: Sequence[ReceiverId],
-    *,
-    topology: str,
-    max_unavailable: int,
-    alone: Iterable[ReceiverId] = (),
-) -> list[list[ReceiverId]]:
-    """Divides the receivers into process groups.
-
-    `alone`: receivers that each get their own group in any topology.
-    """
-    isolated = set(alone)
-    rest = [key for key in receivers if key not in isolated]
-    size = 1 if topology == "per_engine" else max_unavailable or max(1, len(rest))
-    groups = [[key] for key in receivers if key in isolated]
-    return groups + [rest[start : start + size] for start in range(0, len(rest), size)]
 
 
 class Broadcaster:

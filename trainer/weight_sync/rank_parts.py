@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from areal_like.weights.buckets import Bucket, TensorSpec, cut_buckets, spec_of, unflatten
+from areal_like.weights.hf_layout import HfTensor, hf_tensors
 from trainer.distributed.sharding import local
-from trainer.models.hf_layout import HfTensor, hf_tensors
 from trainer.models.sharded_weights import row_range
 
 _ALIGN = 8
@@ -140,13 +140,11 @@ def _part_of(
         tensor = tensors[spec.name]
         shape = torch.Size((num_rows[tensor.param],))
         first, end = row_range(shape, rank=rank, world_size=world_size) if spec.shape else (0, 1)
-        if tensor.row is None and end > first:
-            rows = (end - first, *spec.shape[1:]) if spec.shape else ()
-            specs.append(TensorSpec(name=spec.name, dtype=spec.dtype, shape=rows))
-            starts.append(first)
-        elif tensor.row is not None and first <= tensor.row < end:
-            specs.append(spec)
-            starts.append(0)
+        there = tensor.rows_in(first, end)
+        if there is not None:
+            shape_there = (there[1] - there[0], *spec.shape[1:]) if spec.shape else ()
+            specs.append(TensorSpec(name=spec.name, dtype=spec.dtype, shape=shape_there))
+            starts.append(there[0])
     return RankPart(specs=tuple(specs), starts=tuple(starts))
 
 

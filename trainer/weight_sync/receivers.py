@@ -8,7 +8,7 @@ deadline, and a healthy server that was slow once is tried again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,24 @@ def has_valid_key(entry: ServerEntry, keyring: Keyring | None) -> bool:
 def _key_of(entry: ServerEntry, keyring: Keyring) -> AllowedKey | None:
     key = keyring.sender(entry.public_key)
     return key if key is not None and key.role is KeyRole.ROLLOUT else None
+
+
+def split_groups(
+    receivers: Sequence[ReceiverId],
+    *,
+    topology: str,
+    max_unavailable: int,
+    alone: Iterable[ReceiverId] = (),
+) -> list[list[ReceiverId]]:
+    """Divides the receivers into process groups.
+
+    `alone`: receivers that each get their own group in any topology.
+    """
+    isolated = set(alone)
+    rest = [key for key in receivers if key not in isolated]
+    size = 1 if topology == "per_engine" else max_unavailable or max(1, len(rest))
+    groups = [[key] for key in receivers if key in isolated]
+    return groups + [rest[start : start + size] for start in range(0, len(rest), size)]
 
 
 @dataclass(frozen=True, kw_only=True)

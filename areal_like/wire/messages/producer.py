@@ -84,6 +84,8 @@ class HeartbeatAck:
     trouble: str = ""
     """Why the buffer cannot write now (a full disk). Until it can, it grants no leases and delays replies.
     Empty: it can write."""
+    progress: float = 0.0
+    """To a rank: a count that changes whenever a rollout server reports progress."""
 
 
 @dataclass(frozen=True, kw_only=True)

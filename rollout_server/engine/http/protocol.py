@@ -28,7 +28,7 @@ def sequence_json(
         "finish_reason": None,
         "prompt_tokens": len(sequence.prompt),
         "completion_tokens": len(output.output_ids),
-        "cached_tokens": 0,
+        "cached_tokens": sequence.num_cached_tokens,
         "weight_version": version,
     }
     if return_logprob:

@@ -10,7 +10,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
+import math
+import re
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,11 +21,21 @@ from typing import Any
 
 from areal_like.errors import EngineError, PromptRefusedError
 from rollout_server.inference.client import EngineClient
-from rollout_server.inference.types import Generation, Sampling, SamplingClient
+from rollout_server.inference.types import EngineInfo, Generation, Sampling, SamplingClient
 
 STREAM_INTERVAL = 1 << 20
 """Tokens between two chunks of a sequence after its first one. A chunk repeats all tokens before it, so the
 bytes of a long answer grow with the square of its length unless the interval is long."""
+_RETRACTIONS_EVERY_S = 2.0
+_RETRACTED = re.compile(rb"^sglang:num_retracted_requests_total\{[^\n]*\} (\S+)$", re.M)
+
+_PROGRESS_KEYS = (
+    "num_running_reqs",
+    "num_waiting_reqs",
+    "num_used_tokens",
+    "num_total_tokens",
+    "total_prefill_uncached_tokens",
+)
 
 
 class SglangClient(EngineClient):
@@ -44,6 +57,7 @@ class SglangClient(EngineClient):
         self.cache_salt = next(self._salts)
         """The salt of episodes that start now: it stands for the weights that the engine holds."""
         self.caches_prefixes = True
+        self._num_retractions, self._retractions_due_s = 0, 0.0
 
     def renew_cache_salt(self) -> None:
         """As EngineClient.renew_cache_salt."""
@@ -59,6 +73,7 @@ class SglangClient(EngineClient):
         *,
         sampling: Sampling,
         rid: str | None = None,
+        timeout_s: float = math.inf,
         cache_salt: str = "",
         on_first_token: Callable[[], None] | None = None,
     ) -> Generation:
@@ -76,6 +91,7 @@ class SglangClient(EngineClient):
                 input_ids,
                 sampling=sampling,
                 rid=rid,
+                timeout_s=timeout_s,
                 cache_salt=cache_salt or self.cache_salt,
                 on_first_token=on_first_token,
             )
@@ -88,6 +104,16 @@ class SglangClient(EngineClient):
         """As EngineClient.score. Refuses ids outside the vocabulary."""
         self._check_ids(tokens, EngineError, name="tokens")
         return await super().score(tokens, first=first)
+
+    async def fetch_info(self) -> None:
+        """As EngineClient.fetch_info; also finds out if the engine has a prefix cache.
+
+        SGLang loads weights in place and does not report its NCCL version.
+        """
+        answer = await self.server_info()
+        info = EngineInfo.from_server_info(answer)
+        self.info = replace(info, loads_in_place=True, nccl_version=info.nccl_version or self._nccl_version)
+        self.caches_prefixes = not answer.get("disable_radix_cache")
 
     def _check_ids(self, ids: Sequence[int], error: type[EngineError], *, name: str) -> None:
         outside = next((token for token in ids if not 0 <= token < self._vocab_size), None)
@@ -102,23 +128,37 @@ class SglangClient(EngineClient):
             return False
         return True
 
-    async def fetch_info(self) -> None:
-        """As EngineClient.fetch_info; SGLang loads weights in place, and does not report its NCCL."""
-        await super().fetch_info()
-        nccl_version = self.info.nccl_version or self._nccl_version
-        self.info = replace(self.info, loads_in_place=True, nccl_version=nccl_version)
-
     async def load(self) -> dict[str, float]:
         """Sequences as the engine reports them; tokens and seconds as counted by this client."""
         queues = (await self._http.call("GET", "/v1/loads"))["loads"]
         self._count_running(0)
+        # Not `timestamp`, which changes also while the scheduler stands still. A sequence is streamed as one
+        # chunk, so its tokens show only here: as KV entries in use, and as decode steps (`decode_moments`).
+        self.progress = tuple(
+            float(queue.get(key) or 0) for queue in queues for key in _PROGRESS_KEYS
+        ) + tuple(float((queue.get("decode_moments") or [0])[0]) for queue in queues)
         return {
             "running": sum(queue["num_running_reqs"] for queue in queues),
             "waiting": sum(queue["num_waiting_reqs"] for queue in queues),
+            "kv_usage": max((float(queue.get("token_usage", 0.0)) for queue in queues), default=0.0),
+            "retractions": await self._retractions(),
+            "prompt_tokens": self._batcher.num_prompt_tokens,
+            "cached_prompt_tokens": self._batcher.num_cached_tokens,
             "generated_tokens": self._num_tokens,
             "busy_s": self._busy_s,
             "idle_s": self._since_s - self._created_s - self._busy_s,
         }
+
+    async def _retractions(self) -> int:
+        """Sequences that the engine has retracted for lack of KV memory. Only its page of metrics has them:
+        `num_retractions` of an answer also counts those of a weight update, and comes at its end."""
+        now_s = asyncio.get_running_loop().time()
+        if now_s >= self._retractions_due_s:
+            self._retractions_due_s = now_s + _RETRACTIONS_EVERY_S
+            with contextlib.suppress(EngineError, ValueError):  # at a URL it may run without metrics
+                counts = _RETRACTED.findall(await self.metrics())
+                self._num_retractions = int(sum(map(float, counts)))
+        return self._num_retractions
 
     def _count_running(self, change: int) -> None:
         """Adds the time since the last call to the busy time if requests were running."""
@@ -140,13 +180,19 @@ class _Episode:
         self._on_first_token = on_first_token
 
     async def generate(
-        self, input_ids: Sequence[int], *, sampling: Sampling, rid: str | None = None
+        self,
+        input_ids: Sequence[int],
+        *,
+        sampling: Sampling,
+        rid: str | None = None,
+        timeout_s: float = math.inf,
     ) -> Generation:
         """As SglangClient.generate."""
         return await self._client.generate(
             input_ids,
             sampling=sampling,
             rid=rid,
+            timeout_s=timeout_s,
             cache_salt=self._cache_salt,
             on_first_token=self._on_first_token,
         )

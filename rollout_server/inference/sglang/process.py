@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from areal_like.automatic_settings import start_limit_s
 from areal_like.config import Config
 from areal_like.errors import ConfigError, EngineError
 from areal_like.hosts import LOOPBACK
@@ -119,6 +120,7 @@ class SglangProcess(EngineProcess):
             gate=gate,
             on_quarantine=on_quarantine,
             on_untrusted=on_untrusted,
+            reload_timeout_s=start_limit_s(self._config),
         )
 
     async def stop(self) -> None:
@@ -179,7 +181,6 @@ class SglangProcess(EngineProcess):
             vocab_size=self._vocab_size,
             nccl_version=self._nccl_version,
             api_key=self.api_key,
-            generate_timeout_s=self._config.rollout.generate_timeout_s,
         )
 
 
@@ -215,22 +216,21 @@ class SglangAtUrl:
             gate=gate,
             on_quarantine=on_quarantine,
             on_untrusted=on_untrusted,
+            reload_timeout_s=start_limit_s(self._config),
         )
 
     async def start(self, *, version: int) -> EngineClient:
         """Resets the engine and loads the weights at `model.path` as `version`.
 
-        Raises EngineError if the engine refuses or does not answer within rollout.start_timeout_s, and
-        ConfigError if its options contradict the configuration.
+        Raises EngineError if the engine refuses or is not ready within `start_limit_s`, and ConfigError if
+        its options contradict the configuration.
         """
         self._abandoned.clear()
         self.num_starts += 1
-        timeout_s = self._config.rollout.start_timeout_s
-        rollout = self._config.rollout
+        timeout_s = start_limit_s(self._config)
         client = SglangClient(
             self._url,
             vocab_size=self._vocab_size,
-            generate_timeout_s=rollout.generate_timeout_s,
             **self._access,
         )
         try:
@@ -244,7 +244,7 @@ class SglangAtUrl:
             await client.close()
             raise EngineError(
                 f"no engine was ready at rollout.sglang.url={self._url} "
-                f"within rollout.start_timeout_s={timeout_s:g}"
+                f"within {timeout_s:.0f} s (rollout.start_timeout_s)"
             ) from None
         except BaseException:  # a cancelled start, too, must not leak the client's connections
             await client.close()
@@ -293,7 +293,7 @@ class SglangAtUrl:
         with contextlib.suppress(EngineError):  # SGLang answers 400 if no session is open
             await client.end_weight_update(timeout_s=_PROBE_S)
         await client.update_weights_from_disk(
-            self._model, weight_version=version, timeout_s=self._config.rollout.start_timeout_s
+            self._model, weight_version=version, timeout_s=start_limit_s(self._config)
         )
 
 

@@ -27,6 +27,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 
 from areal_like.errors import EngineError, WeightSyncError
 from rollout_server.inference.client import EngineClient
@@ -37,8 +38,10 @@ from rollout_server.inference.weight_update import OnQuarantine, OnUntrusted, We
 log = logging.getLogger(__name__)
 
 _RECOVERY_TIMEOUT_S = 5.0
-"""Time for the engine to report its digest after a failure. It does not answer while stuck in a broadcast."""
-_RELOAD_TIMEOUT_S = 120.0
+"""Time for the engine to report its digest after a failure, beyond that to compute it. It does not answer
+while stuck in a broadcast."""
+_DIGEST_ELEMENTS_PER_S = 5e9
+"""Least rate at which an engine computes its digest, over all its ranks."""
 _ABORT_AGAIN_S = 0.1
 
 
@@ -52,9 +55,16 @@ class SglangWeightUpdate:
         gate: GenerationGate,
         on_quarantine: OnQuarantine,
         on_untrusted: OnUntrusted,
+        reload_timeout_s: float = 120.0,
     ) -> None:
-        """`on_quarantine` is called before a partial update is undone, `on_untrusted` if that failed."""
+        """`on_quarantine` is called before a partial update is undone, `on_untrusted` if that failed.
+
+        `reload_timeout_s`: of a load from disk that undoes it.
+        """
         self._shapes = shapes
+        self._reload_timeout_s = reload_timeout_s
+        num_elements = sum(math.prod(shape) for shape in shapes.shapes.values())
+        self._recovery_s = _RECOVERY_TIMEOUT_S + num_elements / _DIGEST_ELEMENTS_PER_S
         self._gate = gate
         self._on_quarantine = on_quarantine
         self._on_untrusted = on_untrusted
@@ -128,7 +138,7 @@ class SglangWeightUpdate:
     async def _finish(self, client: EngineClient, *, is_done: bool, is_held: bool) -> None:
         """Resumes the engine; after a failed push, first reloads it if part of the update was loaded."""
         try:
-            async with asyncio.timeout(_RECOVERY_TIMEOUT_S):
+            async with asyncio.timeout(self._recovery_s):
                 is_unchanged = is_done or await client.weights_checksum() == self._digest
             if not is_unchanged:
                 await self._reload(client)
@@ -152,7 +162,7 @@ class SglangWeightUpdate:
         await client.abort()
         await self._end_session(client)
         await client.update_weights_from_disk(
-            self._path, weight_version=self._path_version, timeout_s=_RELOAD_TIMEOUT_S
+            self._path, weight_version=self._path_version, timeout_s=self._reload_timeout_s
         )
         if (digest := await client.weights_checksum()) != self._initial_digest:
             raise EngineError(

@@ -1,0 +1,30 @@
+"""How long something has made no progress: limits are on that time, never on the time of the whole work.
+
+Pure: signs and times come in as arguments, so the same code runs in server, trainer and launcher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+
+class ProgressClock:
+    """The time since anything changed. Times are seconds on one monotonic clock."""
+
+    def __init__(self, *, now_s: float) -> None:
+        self._signs: dict[str, Hashable] = {}
+        self.last_s = now_s
+        """Time of the last progress; of the clock's start before the first."""
+        self.num_changes = 0
+        """Calls of `observe` that saw a change, and of `advance`."""
+
+    def observe(self, source: str, sign: Hashable, *, now_s: float) -> None:
+        """Records what a source shows now. A sign other than its last one is progress; its first one is."""
+        if source not in self._signs or self._signs[source] != sign:
+            self._signs[source] = sign
+            self.advance(now_s=now_s)
+
+    def advance(self, *, now_s: float) -> None:
+        """Records progress, or that there is no work that could make any."""
+        self.last_s = now_s
+        self.num_changes += 1

@@ -1,0 +1,86 @@
+"""A tiny Qwen3-MoE with a tokenizer, and a job that trains it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.support.launching import launcher, processes_of
+from trainer.models.tiny import character_tokenizer
+
+NUM_EXPERTS = 8
+
+
+def write_moe_model(directory: Path, *, vocab_size: int | None = None, seed: int = 0) -> str:
+    """Writes a random Qwen3-MoE of 60 thousand parameters (8 experts, 2 for a token); returns the path.
+
+    Its routers choose clearly: with near ties, another order of summation would choose other experts.
+    """
+    tokenizer = character_tokenizer()
+    config = AutoConfig.for_model(
+        "qwen3_moe", vocab_size=vocab_size or len(tokenizer), hidden_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=48,
+        num_experts=NUM_EXPERTS, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True,
+        max_position_embeddings=512, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            param.add_(torch.randn_like(param) * (1.0 if name.endswith("gate.weight") else 0.05))
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+def run_moe_job(cwd: Path, *settings: str, num_steps: int, timeout_s: float) -> None:
+    """Runs a whole job on the model and checks that engine and trainer agree at every step.
+
+    With max_staleness=0 every trained token was sampled by the weights that compute its log-prob again.
+    """
+    path, root = write_moe_model(cwd / "model"), cwd / "runs" / "x"
+    job = (
+        "name=x",
+        f"model.path={path}",
+        "task._target_=tests.support.rollout_tasks.Checksum",
+        "sampling.group_size=4",
+        "sampling.max_new_tokens=12",
+        "trainer.groups_per_step=4",
+        f"trainer.num_steps={num_steps}",
+        "trainer.lr=0.001",
+        "rollout.max_running=16",
+        "rollout.queue_samples=8",
+        "eval.num_prompts=8",
+        "max_staleness=0",
+        *settings,
+    )
+    try:
+        with launcher(*job, cwd=cwd) as process:
+            out, err = process.communicate(timeout=timeout_s)
+        assert (process.returncode, err) == (0, ""), out + err
+        rows = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == list(range(num_steps))
+        assert min(row["num_tokens"] for row in rows) > 0
+        assert max(row["mismatch_abs"] for row in rows) < 1e-5
+        summary = json.loads((root / "summary.json").read_text())
+        assert summary["max_trained_lag"] == 0 and summary["weights_version"] >= num_steps
+        _check_checkpoint(max((root / "checkpoints").glob("step_*")), Path(path))
+    finally:
+        left = processes_of(root)
+    assert not left, "processes of the job outlived it"
+
+
+def _check_checkpoint(saved: Path, initial: Path) -> None:
+    """It has the initial model's names and shapes, transformers loads it, and every expert was trained."""
+    model: Any = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
+    model.save_pretrained(saved.parent / "again")
+    tensors, before = (load_file(d / "model.safetensors") for d in (saved.parent / "again", initial))
+    assert {n: t.shape for n, t in tensors.items()} == {n: t.shape for n, t in before.items()}
+    assert load_file(saved / "model.safetensors").keys() == before.keys()
+    assert not [name for name, tensor in tensors.items() if torch.equal(tensor, before[name])]

@@ -1,0 +1,99 @@
+"""Ranks that measure the memory of real optimizer steps and compare it with the planner's trace."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from areal_like.config import Config, from_mapping
+from areal_like.trajectory import FinishReason, Trajectory
+from tests.support.trainer_ranks import main
+from trainer.distributed.ranks import Ranks
+from trainer.models.policy import build_policy
+from trainer.planning.lengths import Lengths, lengths_of, worst_lengths
+from trainer.planning.shapes import with_local_model
+from trainer.planning.trace import trace_step
+from trainer.step.build import build_step_runner
+from trainer.step.runner import StepRunner
+
+
+def memory(ranks: Ranks, out_dir: Path, settings: str) -> None:
+    """Writes the measured and the traced peak of a rank, in bytes, to `rank-N.json`."""
+    config, shape = with_local_model(from_mapping(json.loads(settings)))
+    lengths = lengths_of(config, max_positions=shape.max_positions)
+    # Once before: libraries, threads and work buffers stay.
+    run_steps(build_runner(config, ranks), config, lengths, microbatches=[1])
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before = reset_peak()
+    run_steps(build_runner(config, ranks), config, lengths, microbatches=[1, 2])
+    measured = peak() - before
+    rank = ranks.rank
+    dist.destroy_process_group()
+    trace = trace_step(config, shape, lengths)
+    result = {"measured": measured, "traced": trace.peak, "parts": trace.peak_bytes}
+    (out_dir / f"rank-{rank}.json").write_text(json.dumps(result))
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=1)  # closed by the caller
+
+
+def build_runner(config: Config, ranks: Ranks) -> StepRunner:
+    """The configured runner with random weights."""
+    policy = build_policy(config, config.model.path, ranks, with_weights=False)
+    with torch.no_grad():
+        for param in policy.parameters():
+            param.normal_(std=0.02)
+    return build_step_runner(config, policy, ranks)
+
+
+def run_steps(runner: StepRunner, config: Config, lengths: Lengths, *, microbatches: list[int]) -> None:
+    """Steps of so many micro-batches on each rank, all as the trace assumes them."""
+    packed = worst_lengths(lengths, budget_tokens=config.trainer.tokens_per_microbatch)
+    group = [
+        sample(length, response=min(length - 1, lengths.max_response), reward=float(index % 2))
+        for index, length in enumerate(packed)
+    ]
+    for step, number in enumerate(microbatches):
+        metrics = runner.run([group] * number, step=step)
+        assert metrics["num_microbatches"] == number * config.trainer.world_size, metrics
+
+
+def sample(length: int, *, response: int, reward: float) -> Trajectory:
+    """A trajectory of `length` tokens whose last `response` are sampled."""
+    mask = np.zeros(length, dtype=np.uint8)
+    mask[length - response :] = 1
+    return Trajectory(
+        tokens=np.arange(length, dtype=np.int32),
+        loss_mask=mask,
+        logprobs=np.where(mask, -9.0, 0.0).astype(np.float32),
+        versions=np.where(mask, 0, -1).astype(np.int32),
+        reward=reward,
+        finish_reason=FinishReason.STOP,
+    )
+
+
+def reset_peak() -> int:
+    """Sets the peak of resident memory to the present value, which it returns in bytes."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def peak() -> int:
+    """Largest resident memory since `reset_peak`, in bytes."""
+    return _status("VmHWM")
+
+
+def _status(key: str) -> int:
+    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) << 10
+
+
+if __name__ == "__main__":
+    main(memory=memory)

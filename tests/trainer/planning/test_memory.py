@@ -1,0 +1,64 @@
+"""The traced memory of a step against that of the same step run on this CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import Qwen3Config
+
+from tests.support.trainer_helpers import run_ranks
+
+TOLERANCE = 0.15
+SHAPE = Qwen3Config(
+    vocab_size=24_000,
+    hidden_size=512,
+    intermediate_size=1536,
+    num_hidden_layers=6,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=64,
+    max_position_embeddings=512,
+    tie_word_embeddings=False,
+)
+"""43 million parameters."""
+
+
+@pytest.mark.parametrize(
+    ("world_size", "checkpointing"),
+    [
+        (1, False),
+        pytest.param(1, True, marks=pytest.mark.chaos),
+        pytest.param(2, False, marks=pytest.mark.chaos),
+    ],
+)
+def test_trace_is_measured_memory(
+    world_size: int, checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    SHAPE.save_pretrained(tmp_path / "model")
+    settings = {
+        "model": {"path": str(tmp_path / "model"), "dtype": "float32"},
+        "rollout": {"max_context": 128},
+        "sampling": {"max_new_tokens": 96, "group_size": 4},
+        "task": {"name": "sort", "max_prompt_tokens": 32},
+        "trainer": {
+            "world_size": world_size,
+            "tokens_per_microbatch": 256,
+            "logprob_chunk_tokens": 64,
+            "gradient_checkpointing": checkpointing,
+        },
+    }
+    # Freed tensors go back to the system at once, so the peak of resident memory is that of live tensors.
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")
+    run_ranks(
+        "memory",
+        str(tmp_path),
+        json.dumps(settings),
+        world_size=world_size,
+        module="tests.support.planning_ranks",
+    )
+    for rank in range(world_size):
+        result = json.loads((tmp_path / f"rank-{rank}.json").read_text())
+        assert result["traced"] == pytest.approx(result["measured"], rel=TOLERANCE), result

@@ -1,0 +1,215 @@
+"""`areal-like plan`: the presets of whole jobs fit, what does not fit is said, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from areal_like.config import Config
+from areal_like.errors import ConfigError
+from areal_like.runtime.command_line import load_config, presets
+from launch.cli import main
+from trainer.models.packed_attention import PackedLayout
+from trainer.planning.advice import changes_until_it_fits
+from trainer.planning.engines import engine_memory
+from trainer.planning.estimate import Assumptions, estimate
+from trainer.planning.gpus import GPUS, parse_gpus
+from trainer.planning.lengths import Lengths, lengths_of, worst_lengths
+from trainer.planning.planner import Plan, make_plan
+from trainer.planning.report import json_of, text_of
+from trainer.planning.shapes import known_shapes, with_local_model
+
+PARAMETERS = {"1xh100_1.7b": 1.72e9, "8xh100_8b": 8.19e9, "8x8h100_32b": 32.76e9}
+"""As their authors publish them, tied embeddings counted once."""
+SMALL = ("model=smollm2", "sampling.max_new_tokens=448", "rollout.max_context=512", "model.dtype=bfloat16")
+
+
+@pytest.fixture(autouse=True)
+def without_group() -> None:
+    """Tests of other files leave a process group in this process, and a trace has its own."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def small(*settings: str, gpus: str = "1+1xH100") -> Plan:
+    return make_plan(load_config([*SMALL, *settings]), gpus=gpus)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["8xh100_8b", *(pytest.param(n, marks=pytest.mark.chaos) for n in ("1xh100_1.7b", "8x8h100_32b"))],
+)
+def test_preset_fits(name: str) -> None:
+    plan = make_plan(load_config([f"scale={name}"]))
+    assert plan.fits, plan.memory.problems
+    assert plan.trace.num_params == pytest.approx(PARAMETERS[name], rel=0.005)
+    # Masters, gradients and two moments in float32, divided over the ranks.
+    states = 16 * plan.trace.num_params / plan.trace.world_size
+    parts = plan.trace.peak_bytes
+    named = ("weights (float32 masters)", "gradients", "Adam's moments")
+    assert sum(parts[part] for part in named) == pytest.approx(states, rel=0.01)
+    assert plan.memory.engine.num_tokens >= 8 * plan.lengths.context
+    expected = plan.estimate
+    assert expected is not None and 0.1 < expected.mfu < 0.6 and expected.lag <= plan.config.staleness_cap
+    text = text_of(plan, [], explain=True)
+    assert "It fits" in text and "not on this machine" in text
+    assert all(formula.split()[0] in text for formula in expected.formulas)
+
+
+def test_presets_are_jobs() -> None:
+    assert set(presets("scale")) == set(PARAMETERS)
+    for name in PARAMETERS:
+        config = load_config([f"scale={name}", "trainer.num_steps=3"])
+        assert config.trainer.num_steps == 3
+        assert config.objective["level"] == "token" and config.objective["masks"][0]["name"] == "band"
+        again = load_config(["--config", f"configs/scale/{name}.yaml", "trainer.num_steps=3"])
+        assert again == config
+    with pytest.raises(ConfigError, match="known choices are 1xh100_1.7b"):
+        load_config(["scale=9xh100"])
+    with pytest.raises(ConfigError, match="give one of them"):
+        load_config(["scale=8xh100_8b", "--config", "configs/scale/8xh100_8b.yaml"])
+
+
+def test_command_prints_json(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--gpus", "1xH200", "--json", *SMALL, f"runs_dir={tmp_path / 'runs'}"]
+    assert main(words) == 0
+    printed = json.loads(capfd.readouterr().out)
+    assert printed["fits"] and printed["gpus"] == "1xH200"
+    assert printed["memory"]["trainer_total"] == sum(printed["memory"]["trainer"].values())
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["8xh100"], "give a configuration file"),
+        (["nothing.yaml"], "no such file"),
+        (["--gpus", "4+4xH1000", *SMALL], "H1000 is not in the table of GPUs"),
+        (["--gpus", "four", *SMALL], "as 4+4xH100"),
+        (["--gpus", "1xH100", "--response-tokens", "no", *SMALL], "give a mean number"),
+    ],
+)
+def test_bad_words(words: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    if words == ["8xh100"]:
+        assert main(["plan", *words]) == 2
+    else:
+        from trainer.planning.__main__ import main as planning
+
+        arguments = ["--config", *words] if words == ["nothing.yaml"] else words
+        assert planning(arguments) == 2
+    error = capfd.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_bad_jobs() -> None:
+    for settings, gpus, message in (
+        (["model.path=/no/where"], "1xH100", "no known shape"),
+        ([], None, "give the GPUs to plan for"),
+        (["objective=vcpo"], "1xH100", "norms=proxy"),
+        (["trainer.tokens_per_microbatch=256", *SMALL[:2], "rollout.max_context=0"], "1xH100", "raise it"),
+        (["rollout.engine=sglang", "rollout.gpus_per_engine=2"], "3+1xH100", "does not divide 3"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make_plan(load_config(settings), gpus=gpus)
+
+
+def test_changes_make_it_fit() -> None:
+    # A card that is a little too small: found by planning the same job on a large one first.
+    settings = ("trainer.tokens_per_microbatch=4096", "trainer.gradient_checkpointing=false")
+    plan = small(*settings, "rollout.max_running=8")
+    assert plan.fits
+    card = replace(plan.placement.gpu, memory_bytes=0.7 * plan.memory.trainer_total)
+    placement = replace(plan.placement, gpu=card)
+    tight = replace(plan, placement=placement, memory=replace(plan.memory, gpu_bytes=card.memory_bytes))
+    assert not tight.fits
+    changes = list(changes_until_it_fits(tight))
+    assert changes[0].text == "trainer.gradient_checkpointing=true" and changes[-1].plan.fits
+    assert all(
+        before.plan.memory.shortage > after.plan.memory.shortage for before, after in pairwise(changes)
+    )
+    assert changes[-1].text in text_of(tight, changes, explain=False)
+    assert json_of(tight, changes)["estimate"] is None
+    hopeless = replace(
+        tight,
+        memory=replace(tight.memory, gpu_bytes=1e9),
+        placement=replace(placement, gpu=replace(card, memory_bytes=1e9)),
+    )
+    assert not any(change.plan.fits for change in changes_until_it_fits(hopeless))
+
+
+def test_gradients_are_part_of_the_trace() -> None:
+    one, four = small(), small(gpus="1+4xH100")
+    parts_1, parts_4 = one.trace.peak_bytes, four.trace.peak_bytes
+    for part in ("gradients", "Adam's moments", "weights (float32 masters)"):
+        assert parts_4[part] == pytest.approx(parts_1[part] / 4, rel=0.01)
+    # 6 FLOPs for each parameter and token, and 2 more where activations are recomputed (not in the embedding).
+    per_token = one.trace.linear_flops["policy"] / one.trace.num_tokens
+    assert 6 * one.trace.num_params < per_token < 8.1 * one.trace.num_params
+
+
+def test_worst_packing_pads_most() -> None:
+    for context, budget in ((512, 512), (512, 513), (500, 2048), (4096, 16384)):
+        lengths = Lengths(context=context, max_response=context - 1, prompt=1, response=1)
+        packed = worst_lengths(lengths, budget_tokens=budget)
+        assert max(packed) == context and sum(packed) <= budget
+        padded = sum(n * longest for n, longest in (r.shape for r in PackedLayout.of(packed).rectangles))
+        assert padded <= 2 * sum(packed)
+        if budget >= 4 * context:
+            assert padded > 1.9 * budget
+
+
+def test_engine_memory_and_time() -> None:
+    plan = make_plan(
+        load_config(["scale=1xh100_1.7b", "model.path=smollm2", "rollout.sglang.args="]), gpus="1+1xA100"
+    )
+    engine = plan.memory.engine
+    # 30 layers x keys and values x 3 heads x 64 x 2 bytes.
+    assert engine.kv_per_token == 30 * 2 * 3 * 64 * 2
+    assert engine.weights + engine.kv_cache + engine.other == pytest.approx(80e9)
+    halved = engine_memory(
+        plan.config,
+        plan.shape,
+        plan.lengths,
+        num_params=plan.trace.num_params,
+        gpu_bytes=80e9,
+        beside_bytes=40e9,
+    )
+    assert halved.num_tokens < 0.6 * engine.num_tokens
+    slow, fast = (estimated(plan, response) for response in (4000.0, 1000.0))
+    assert slow["train_s"] > fast["train_s"] and slow["generate_s"] > 3.9 * fast["generate_s"]
+    synchronous = replace(plan, config=replace(plan.config, max_staleness=0))
+    waiting = estimated(synchronous, 1000.0)
+    assert waiting["step_s"] >= waiting["train_s"] + waiting["generate_s"] and waiting["lag"] == 0
+    assert waiting["trainer_idle"] > 0 and waiting["engine_idle"] > 0
+
+
+def estimated(plan: Plan, response: float) -> dict[str, Any]:
+    lengths = replace(plan.lengths, response=response)
+    result = estimate(
+        plan.config,
+        plan.shape,
+        lengths,
+        plan.placement,
+        plan.trace,
+        plan.memory.engine,
+        assumed=Assumptions(),
+    )
+    return vars(result)
+
+
+def test_gpus_and_shapes() -> None:
+    assert parse_gpus("4+4xh100").text == "4+4xH100" and not parse_gpus("4+4xh100").is_shared
+    assert parse_gpus("2xB200").is_shared and parse_gpus("2xB200").num_gpus == 2
+    assert not parse_gpus("32+32xH200").is_one_host
+    assert all(gpu.bf16_flops > gpu.float32_flops for gpu in GPUS.values())
+    for name in known_shapes():
+        _, shape = with_local_model(Config(model=replace(Config().model, path=f"some/{name.upper()}")))
+        assert shape.num_heads % shape.num_kv_heads == 0, name
+    lengths = lengths_of(load_config([]), max_positions=512)
+    assert lengths.context == 10 + sum((8, 2))

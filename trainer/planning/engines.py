@@ -1,0 +1,120 @@
+"""The memory of one GPU of an engine: weights, KV cache, and how many sequences that cache holds.
+
+SGLang's rule (0.5.23, `_profile_available_bytes`): of the memory that is free before it loads, the share
+`--mem-fraction-static` is for weights and KV cache, the rest for activations and CUDA graphs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from areal_like.config import Config
+from areal_like.config.common import require
+from areal_like.config.sglang_args import STATIC_MEMORY, option, words_of
+from trainer.planning.gpus import GIB
+from trainer.planning.lengths import Lengths
+from trainer.planning.shapes import ModelShape
+
+DEFAULT_STATIC_FRACTION = 0.85
+"""Assumed where `rollout.sglang.args` names none: SGLang then computes it from the GPU."""
+SHARED_OTHER_BYTES = 4 * GIB
+"""Assumed activations and CUDA graphs of an engine that shares its GPU with a trainer rank."""
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What the planner reads from the options of an engine."""
+
+    tensor_parallel: int
+    static_fraction: float
+    max_total_tokens: int | None
+    """Limit of the KV cache in tokens; None: what the memory allows."""
+
+
+def engine_options(config: Config) -> EngineOptions:
+    """From `rollout.gpus_per_engine` and `rollout.sglang.args`."""
+    words = words_of(config.rollout.sglang.args)
+    fraction = _number(words, STATIC_MEMORY)
+    limit = _number(words, ("--max-total-tokens",))
+    return EngineOptions(
+        tensor_parallel=config.rollout.gpus_per_engine,
+        static_fraction=fraction or DEFAULT_STATIC_FRACTION,
+        max_total_tokens=None if limit is None else int(limit),
+    )
+
+
+def _number(words: list[str], names: tuple[str, ...]) -> float | None:
+    """The last value of an option; None if it is absent. Raises ConfigError if it is no number."""
+    if (text := option(words, names)) is None:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    require(0 < value < float("inf"), f"rollout.sglang.args: {names[0]} {text} is no number above 0")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineMemory:
+    """One GPU of an engine, in bytes."""
+
+    weights: float
+    kv_cache: float
+    """The most that keys and values take; below zero if the weights alone do not fit."""
+    kv_at_least: float
+    """The least that is left for them."""
+    other: float
+    """Activations and CUDA graphs (SGLang: the share that is not static)."""
+    kv_per_token: float
+    """Keys and values of one token on this GPU."""
+
+    @property
+    def total(self) -> float:
+        """Memory that the engine takes."""
+        return self.weights + max(self.kv_cache, 0.0) + self.other
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the KV cache holds."""
+        return max(0, int(self.kv_at_least / self.kv_per_token))
+
+
+def engine_memory(
+    config: Config,
+    shape: ModelShape,
+    lengths: Lengths,
+    *,
+    num_params: int,
+    gpu_bytes: float,
+    beside_bytes: float = 0.0,
+) -> EngineMemory:
+    """One GPU of `gpu_bytes`. `beside_bytes`: what a trainer rank on the same GPU holds between steps.
+
+    On a shared GPU the engine may start before the trainer, which gives it the most memory, or after it,
+    which leaves the smallest KV cache: `total` is for the first case, `num_tokens` for the second.
+    """
+    options = engine_options(config)
+    size = BYTES[str(config.model.dtype)]
+    # With more GPUs than KV heads, SGLang keeps a copy of a head on several of them.
+    heads = max(1, shape.num_kv_heads // options.tensor_parallel)
+    per_token = float(shape.kv_values_per_token // shape.num_kv_heads * heads * size)
+    weights = num_params * size / options.tensor_parallel
+    if config.rollout.engine == "embedded":
+        # A second set of weights receives a push while the first one decodes.
+        rows = config.rollout.max_running * lengths.context * per_token
+        return EngineMemory(
+            weights=2 * weights, kv_cache=rows, kv_at_least=rows, other=1 * GIB, kv_per_token=per_token
+        )
+    limit = float("inf") if options.max_total_tokens is None else options.max_total_tokens * per_token
+    most = min(options.static_fraction * gpu_bytes - weights, limit)
+    least = min(options.static_fraction * (gpu_bytes - beside_bytes) - weights, limit)
+    rest = (1 - options.static_fraction) * gpu_bytes
+    return EngineMemory(
+        weights=weights,
+        kv_cache=most,
+        kv_at_least=least,
+        other=min(rest, SHARED_OTHER_BYTES) if beside_bytes else rest,
+        kv_per_token=per_token,
+    )

@@ -1,0 +1,131 @@
+"""Does the job fit: the memory of each trainer rank, each engine GPU and each host, against what there is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from areal_like.config import Config
+from trainer.planning.engines import BYTES, EngineMemory, engine_memory
+from trainer.planning.gpus import GIB, GPUS_PER_HOST, Placement
+from trainer.planning.lengths import Lengths
+from trainer.planning.shapes import ModelShape
+from trainer.planning.trace import StepTrace
+
+CONTEXT_BYTES = 1.5 * GIB
+"""Assumed on each trainer GPU: CUDA context, cuBLAS workspaces, NCCL's buffers."""
+FRAGMENTATION = 0.05
+"""Assumed: memory that torch's allocator holds beyond what tensors use, as a share of it (with
+expandable segments)."""
+HOST_PROCESS_BYTES = 4 * GIB
+"""Assumed for one trainer rank or engine process: Python, torch and CUDA's host memory."""
+_SNAPSHOTS = 2
+"""Copies of the weights that pushes hold on the host: the one that is sent, and the newest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Bytes by part, and the verdict."""
+
+    trainer: dict[str, float]
+    """One rank's GPU (with `trainer.device=cpu`: its part of the host)."""
+    engine: EngineMemory
+    gpu_bytes: float
+    """Of one GPU."""
+    host: dict[str, float]
+    """The host of rank 0."""
+    is_shared: bool
+    context: int
+
+    @property
+    def trainer_total(self) -> float:
+        """Bytes of one rank."""
+        return sum(self.trainer.values())
+
+    @property
+    def trainer_room(self) -> float:
+        """Bytes of a GPU that a trainer rank may take."""
+        return self.gpu_bytes - (self.engine.total if self.is_shared else 0.0)
+
+    @property
+    def trainer_shortage(self) -> float:
+        """Bytes that a rank's GPU lacks."""
+        return max(0.0, self.trainer_total - self.trainer_room)
+
+    @property
+    def engine_shortage(self) -> float:
+        """Bytes that an engine's GPU lacks for weights and one sequence of the longest context."""
+        sequence = self.context * self.engine.kv_per_token
+        too_large = 0.0 if self.is_shared else max(0.0, self.engine.total - self.gpu_bytes)
+        return max(0.0, sequence - self.engine.kv_at_least, too_large)
+
+    @property
+    def shortage(self) -> float:
+        """Both together."""
+        return self.trainer_shortage + self.engine_shortage
+
+    @property
+    def problems(self) -> list[str]:
+        """Why the job does not fit; empty if it does."""
+        found = []
+        if self.trainer_shortage:
+            beside = " beside the engine" if self.is_shared else ""
+            needed, room = gib(self.trainer_total), gib(self.trainer_room)
+            found.append(f"a trainer rank needs {needed}, and a GPU has {room}{beside}")
+        if self.engine.kv_at_least <= 0:
+            weights = gib(self.engine.weights)
+            found.append(f"an engine's weights need {weights} of each GPU: no room is left for KV")
+        elif self.engine.num_tokens < self.context:
+            found.append(
+                f"an engine's KV cache holds {self.engine.num_tokens} tokens, and one sequence may have "
+                f"{self.context}"
+            )
+        if not self.is_shared and self.engine.total > self.gpu_bytes:
+            found.append(
+                f"an engine needs {gib(self.engine.total)} of each GPU, which has {gib(self.gpu_bytes)}"
+            )
+        return found
+
+
+def gib(num_bytes: float) -> str:
+    """`12.3 GiB`"""
+    return f"{num_bytes / GIB:.1f} GiB"
+
+
+def plan_memory(
+    config: Config, shape: ModelShape, lengths: Lengths, placement: Placement, trace: StepTrace
+) -> MemoryPlan:
+    """The memory of the job on these GPUs."""
+    gpu_bytes = placement.gpu.memory_bytes
+    tensors = float(trace.peak)
+    trainer: dict[str, float] = {name: float(size) for name, size in trace.peak_bytes.items()}
+    trainer["allocator (fragmentation)"] = FRAGMENTATION * tensors
+    trainer["CUDA context, cuBLAS, NCCL"] = CONTEXT_BYTES
+    engine = engine_memory(
+        config,
+        shape,
+        lengths,
+        num_params=trace.num_params,
+        gpu_bytes=gpu_bytes,
+        beside_bytes=trace.resident + CONTEXT_BYTES if placement.is_shared else 0.0,
+    )
+    return MemoryPlan(
+        trainer=trainer,
+        engine=engine,
+        gpu_bytes=gpu_bytes,
+        host=_host(config, placement, trace),
+        is_shared=placement.is_shared,
+        context=lengths.context,
+    )
+
+
+def _host(config: Config, placement: Placement, trace: StepTrace) -> dict[str, float]:
+    """Of the host of rank 0, which has the most to hold."""
+    ranks = min(placement.trainer_gpus, GPUS_PER_HOST)
+    engines = config.rollout.num_servers if placement.is_one_host else 0
+    wire = float(trace.num_params * BYTES[str(config.model.dtype)])
+    return {
+        "trainer processes": ranks * HOST_PROCESS_BYTES,
+        "snapshots for pushes (two, on rank 0)": _SNAPSHOTS * wire,
+        "rows of a checkpoint that is being written": 12.0 * trace.num_params * ranks / trace.world_size,
+        "engine processes": engines * HOST_PROCESS_BYTES,
+    }

@@ -1,0 +1,178 @@
+"""The plan of a job as a table, as the formulas behind it, and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from trainer.planning.advice import Change
+from trainer.planning.gpus import GIB
+from trainer.planning.memory import CONTEXT_BYTES, FRAGMENTATION, HOST_PROCESS_BYTES, gib
+from trainer.planning.planner import Plan
+
+_WIDTH = 110
+_NO_CHANGE = "No setting that plan knows helps: use a smaller model, shorter sequences or larger GPUs."
+
+
+def text_of(plan: Plan, changes: Sequence[Change], *, explain: bool) -> str:
+    """The report for a terminal. `explain`: with all formulas and assumptions."""
+    output = io.StringIO()
+    console = Console(file=output, width=_WIDTH, highlight=False, markup=False)
+    for line in _job_lines(plan):
+        console.print(line)
+    console.print()
+    console.print(_memory_table(plan))
+    console.print()
+    for line in _verdict_lines(plan, changes):
+        console.print(line)
+    if plan.estimate is not None:
+        console.print()
+        console.print(_estimate_table(plan))
+    console.print()
+    if explain:
+        for line in _explanations(plan):
+            console.print(line)
+    else:
+        console.print("--explain shows every formula and assumption.")
+    return "\n".join(line.rstrip() for line in output.getvalue().splitlines()) + "\n"
+
+
+def json_of(plan: Plan, changes: Sequence[Change]) -> dict[str, Any]:
+    """The same as plain values; memory in bytes, times in seconds."""
+    return {
+        "fits": plan.fits,
+        "problems": plan.memory.problems,
+        "gpus": plan.placement.text,
+        "model": {
+            "path": plan.model_path,
+            "shape_from": plan.shape.source,
+            "num_params": plan.trace.num_params,
+        },
+        "lengths": dataclasses.asdict(plan.lengths),
+        "memory": {
+            "gpu": plan.memory.gpu_bytes,
+            "trainer": plan.memory.trainer,
+            "trainer_total": plan.memory.trainer_total,
+            "engine": dataclasses.asdict(plan.memory.engine)
+            | {"total": plan.memory.engine.total, "num_tokens": plan.memory.engine.num_tokens},
+            "host": plan.memory.host,
+        },
+        "changes": [{"setting": change.text, "fits": change.plan.fits} for change in changes],
+        "estimate": None if plan.estimate is None else dataclasses.asdict(plan.estimate),
+        "assumptions": dataclasses.asdict(plan.assumed),
+    }
+
+
+def _job_lines(plan: Plan) -> list[str]:
+    config, placement = plan.config, plan.placement
+    parallel = config.rollout.gpus_per_engine
+    where = "on the same GPUs" if placement.is_shared else "on GPUs of their own"
+    lengths = plan.lengths
+    return [
+        f"model      {plan.trace.num_params / 1e9:.2f} B parameters, {plan.shape.source}",
+        f"GPUs       {placement.num_gpus} {placement.gpu.name} with {placement.gpu.memory_bytes / 1e9:g} GB: "
+        f"{config.rollout.num_servers} engines of {parallel} GPU{'s' * (parallel > 1)}, "
+        f"{placement.trainer_gpus} trainer ranks, {where}",
+        f"settings   {config.model.dtype}, "
+        f"gradient_checkpointing={str(config.trainer.gradient_checkpointing).lower()}, "
+        f"tokens_per_microbatch={config.trainer.tokens_per_microbatch}, "
+        f"logprob_chunk_tokens={config.trainer.logprob_chunk_tokens}",
+        f"sequences  up to {lengths.context} tokens; assumed means: prompt {lengths.prompt:.0f}, response "
+        f"{lengths.response:.0f} (--prompt-tokens, --response-tokens)",
+    ]
+
+
+def _memory_table(plan: Plan) -> Table:
+    memory = plan.memory
+    table = Table(box=None, pad_edge=False, title="memory", title_justify="left")
+    table.add_column("part", min_width=44)
+    table.add_column("GiB", justify="right")
+    table.add_row("one trainer rank, traced at its peak", "")
+    for name, size in memory.trainer.items():
+        table.add_row(f"  {name}", f"{size / GIB:.1f}")
+    table.add_row("  total", f"{memory.trainer_total / GIB:.1f}")
+    engine = memory.engine
+    table.add_row("one engine GPU", "")
+    table.add_row("  weights", f"{engine.weights / GIB:.1f}")
+    sequences = engine.num_tokens / plan.lengths.context
+    table.add_row(
+        f"  KV cache: {engine.num_tokens} tokens, {sequences:.0f} sequences of the longest context",
+        f"{engine.kv_at_least / GIB:.1f}",
+    )
+    table.add_row("  activations, CUDA graphs", f"{engine.other / GIB:.1f}")
+    table.add_row(f"one GPU ({plan.placement.gpu.name})", f"{memory.gpu_bytes / GIB:.1f}")
+    table.add_row("host memory of the host with most ranks", f"{sum(memory.host.values()) / GIB:.1f}")
+    for name, size in memory.host.items():
+        table.add_row(f"  {name}", f"{size / GIB:.1f}")
+    return table
+
+
+def _verdict_lines(plan: Plan, changes: Sequence[Change]) -> list[str]:
+    if plan.fits:
+        free = plan.memory.trainer_room - plan.memory.trainer_total
+        return [f"It fits: a trainer rank's GPU has {gib(free)} to spare."]
+    lines = ["It does not fit:"]
+    lines += [f"  {problem}" for problem in plan.memory.problems]
+    if not changes:
+        return [*lines, _NO_CHANGE]
+    lines.append("Changes, each traced together with those above it:")
+    for change in changes:
+        after = change.plan.memory
+        verdict = "it fits" if change.plan.fits else "not yet"
+        lines.append(
+            f"  {change.text:<44} a rank needs {gib(after.trainer_total)}, "
+            f"KV cache of {after.engine.num_tokens} tokens: {verdict}"
+        )
+    return lines
+
+
+def _estimate_table(plan: Plan) -> Table:
+    e = plan.estimate
+    assert e is not None
+    table = Table(box=None, pad_edge=False, title="estimate (not measured)", title_justify="left")
+    table.add_column("quantity", min_width=44)
+    table.add_column("value", justify="right")
+    for name, value in (
+        ("tokens in a step", f"{e.tokens_per_step:.3g}"),
+        ("training of a step", f"{e.train_s:.1f} s"),
+        ("generation of a step's samples", f"{e.generate_s:.1f} s"),
+        ("step", f"{e.step_s:.1f} s"),
+        ("one sample of mean length", f"{e.latency_s:.1f} s"),
+        ("push", f"{e.push_s:.2f} s"),
+        ("trainer, tokens/s", f"{e.trainer_tokens_per_s:.0f}"),
+        ("engines, sampled tokens/s", f"{e.engine_tokens_per_s:.0f}"),
+        ("sequences that an engine decodes", f"{e.running_per_engine:.0f}"),
+        ("MFU of the trainer while it computes", f"{e.mfu:.0%}"),
+        ("trainer idle", f"{e.trainer_idle:.0%}"),
+        ("engines idle", f"{e.engine_idle:.0%}"),
+        ("expected lag, steps", f"{e.lag:.1f}"),
+    ):
+        table.add_row(f"  {name}", value)
+    return table
+
+
+def _explanations(plan: Plan) -> list[str]:
+    assumed = plan.assumed
+    margin = f"{1 + FRAGMENTATION:g} + {gib(CONTEXT_BYTES)}"
+    lines = [
+        "formulas",
+        "  a rank's memory = the largest total of the tensors of a traced step (fake tensors, the job's",
+        f"    world size, the full micro-batch whose attention pads most) x {margin}",
+        "  KV cache = static share x GPU memory - weights / tp",
+        "  KV of a token = 2 x layers x KV heads x head size x bytes / tp",
+    ]
+    if plan.estimate is not None:
+        lines += [f"  {formula}" for formula in plan.estimate.formulas]
+    lines += [
+        "assumptions",
+        f"  CUDA context, cuBLAS and NCCL {gib(CONTEXT_BYTES)} a GPU, fragmentation {FRAGMENTATION:.0%}, "
+        f"host memory {gib(HOST_PROCESS_BYTES)} a process",
+    ]
+    for field in dataclasses.fields(assumed):
+        lines.append(f"  {field.name} = {getattr(assumed, field.name):g}")
+    return lines

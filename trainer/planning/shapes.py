@@ -1,0 +1,112 @@
+"""The shape of the policy: a directory with the model's config.json, which needs no weights beside it.
+
+It is the model's own directory or transformers' cache. A model that is not on this machine is planned from
+its config.json in configs/scale/models/, so that a job can be planned before anything is downloaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from areal_like.config import Config
+from areal_like.errors import ConfigError
+from areal_like.paths import BUILT_MODELS
+from areal_like.runtime.command_line import CONFIGS
+
+SHAPES = CONFIGS / "scale" / "models"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """What the planner needs to know of a model beside its directory."""
+
+    directory: str
+    """Contains config.json."""
+    source: str
+    """For the report."""
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+
+    @property
+    def kv_values_per_token(self) -> int:
+        """Numbers in the KV cache for one token: keys and values of all layers and heads."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+    @property
+    def attention_size(self) -> int:
+        """Layers times query heads times head size: FLOPs of attention are proportional to it."""
+        return self.num_layers * self.num_heads * self.head_dim
+
+
+def known_shapes() -> list[str]:
+    """Names below configs/scale/models/."""
+    return sorted(path.parent.name for path in SHAPES.glob("*/config.json"))
+
+
+def with_local_model(config: Config) -> tuple[Config, ModelShape]:
+    """The configuration with `model.path` replaced by a directory with config.json, and the model's shape.
+
+    Raises ConfigError if there is none.
+    """
+    path = config.model.path
+    directory, source = _find(path)
+    hf_config = _read(directory, path=path)
+    dtype = config.model.dtype
+    if path in BUILT_MODELS and dtype == "auto":
+        dtype = "float32"  # `trainer.prepare_model` saves them so
+    local = replace(config, model=replace(config.model, path=str(directory), dtype=dtype))
+    heads = int(hf_config.num_attention_heads)
+    return local, ModelShape(
+        directory=str(directory),
+        source=source,
+        num_layers=int(hf_config.num_hidden_layers),
+        num_heads=heads,
+        num_kv_heads=int(getattr(hf_config, "num_key_value_heads", None) or heads),
+        head_dim=int(getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads),
+        vocab_size=int(hf_config.vocab_size),
+        max_positions=int(getattr(hf_config, "max_position_embeddings", None) or 1 << 30),
+    )
+
+
+def _find(path: str) -> tuple[Path, str]:
+    """(directory with config.json, where it is from)"""
+    if path in BUILT_MODELS:
+        return SHAPES / path, f"{path} (built in)"
+    directory = Path(path).expanduser()
+    if (directory / "config.json").is_file():
+        return directory, str(directory)
+    if not path.startswith((".", "/", "~")) and (cached := _cached(path)) is not None:
+        return cached, f"{path} (cache)"
+    name = Path(path).name.lower()
+    if name in known_shapes():
+        return SHAPES / name, f"configs/scale/models/{name}, because {path} is not on this machine"
+    raise ConfigError(
+        f"model.path={path}: not on this machine, and no known shape (known: {', '.join(known_shapes())}): "
+        "give a directory with config.json; plan needs no weights in it"
+    )
+
+
+def _cached(name: str) -> Path | None:
+    from transformers.utils import cached_file
+
+    try:
+        file = cached_file(name, "config.json", local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    return None if file is None else Path(file).parent
+
+
+def _read(directory: Path, *, path: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(directory), trust_remote_code=False).get_text_config()
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model.path={path}: transformers cannot read its config.json ({reason})") from None
