@@ -27,6 +27,7 @@ def two_ranks(config: Config, models: Models) -> Iterator[SglangProcess]:
         name="rollout-1",
         model=str(models[0]),
         context_tokens=CONTEXT,
+        max_positions=CONTEXT,
         vocab_size=VOCAB,
     )
     yield process
