@@ -23,7 +23,7 @@ from typing import Any
 
 from areal_like import sorting
 from areal_like.config import Config
-from areal_like.errors import ConfigError, UserError
+from areal_like.errors import ConfigError, UserError, first_line
 from areal_like.paths import RunPaths, cache_dir, model_path
 from areal_like.runtime.command_line import load_config, shows_help
 from areal_like.runtime.imports import uncollected
@@ -143,6 +143,7 @@ def _check_existing(config: Config) -> str:
     """Checks all that can be checked without weights in memory, before any daemon loads the model."""
     path = model_path(config)  # refuses a directory that does not exist before torch is imported
     with uncollected():
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig, AutoTokenizer
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -151,12 +152,10 @@ def _check_existing(config: Config) -> str:
     try:
         model_type = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
         AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise ConfigError(
-            f"model.path={config.model.path}: neither a directory nor a reachable Hugging Face model that "
-            f"transformers can load ({reason}). Use tiny, smollm2, a directory with config.json, or an "
-            "owner/name"
+            f"model.path={config.model.path}: transformers can load no configuration and tokenizer from it "
+            f"({first_line(error)}). Use tiny, smollm2, a directory with config.json, or an owner/name"
         ) from error
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ConfigError(

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils.hub import cached_file
 
-from areal_like.errors import ConfigError
+from areal_like.errors import ConfigError, first_line
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -146,9 +146,7 @@ def _find(model: str, name: str) -> Path | None:
     try:
         found = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{model}: {name} cannot be found ({str(error).strip().splitlines()[0]})"
-        ) from error
+        raise ConfigError(f"{model}: {name} cannot be found ({first_line(error)})") from error
     return None if found is None else Path(found)
 
 
