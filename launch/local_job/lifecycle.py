@@ -90,8 +90,7 @@ class JobLifecycle:
         self._phase_since_s = now_s
         self._progress = ProgressClock(now_s=now_s)
         self.phase = Phase.PREPARING
-        self.has_begun = False
-        """True once all daemons have been ready at the same time."""
+        self.has_begun = False  # True once all daemons have been ready at the same time
         self.outcome = Outcome()
 
     @property
