@@ -90,7 +90,7 @@ def remove_unbegun(paths: RunPaths) -> None:
 
     The caller holds the lock, and this launch has created the directory.
     """
-    ours = {paths.config, paths.logs, paths.endpoints, paths.built_model, paths.root / _LOCK}
+    ours = {paths.config, paths.logs, paths.endpoints, paths.traces, paths.built_model, paths.root / _LOCK}
     ours.update(paths.root.glob("ledger*"))
     if not holds_run(paths) and ours.issuperset(paths.root.iterdir()):
         shutil.rmtree(paths.root)
