@@ -115,6 +115,8 @@ class RolloutServer:
         self._rewards = rewards
         self._gate = gate = GenerationGate()
         self._concurrency = ConcurrencyController(most=config.rollout.max_running)
+        if config.rollout.adapts_concurrency:
+            gate.set_limit(self._concurrency.limit)
         strategy = engine.weight_update_strategy(
             gate=gate, on_quarantine=self._on_quarantine, on_untrusted=self._on_untrusted
         )
@@ -233,13 +235,13 @@ class RolloutServer:
 
     def _limit_concurrency(self, load: EngineLoad, *, now_s: float) -> None:
         """Bounds the samples at the engine, and those that the buffers lease, by what its KV memory holds."""
-        most, before = self._concurrency.most, self._concurrency.limit
+        before = self._concurrency.limit
         limit = self._concurrency.observe(load, now_s=now_s)
         if limit == before:
             return
         level = logging.INFO if limit < before else logging.DEBUG
         log.log(level, "at most %d samples at the engine (KV memory %.0f %%)", limit, 100 * load.kv_usage)
-        self._gate.set_limit(None if limit == most else limit)
+        self._gate.set_limit(limit)
         self._buffers.set_capacity(limit + self._runtime.config.rollout.queue_samples)
         self._stats.concurrency_limit = limit
 

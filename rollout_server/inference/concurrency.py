@@ -56,8 +56,7 @@ class ConcurrencyController:
     """The limit for one engine, always between 1 and `most`. `now_s`: seconds on any monotonic clock."""
 
     def __init__(self, *, most: int) -> None:
-        """`most`: the limit at the start and without pressure. There it is the engine's own, and more samples
-        may wait at the engine."""
+        """`most`: the limit at the start and without pressure."""
         self.most = most
         self.limit = most
         self.num_decreases = 0
@@ -71,7 +70,7 @@ class ConcurrencyController:
         self._num_retractions = load.num_retractions
         if has_retracted or load.kv_usage > _FULL:
             # Until samples above the limit have ended, the last decrease has not had its effect.
-            if self.limit == self.most or load.num_samples <= self.limit:
+            if load.num_samples <= self.limit:
                 self._decrease(load, now_s=now_s)
         elif (
             self.limit < self.most

@@ -50,8 +50,8 @@ def load_of(*, samples: int, kv_usage: float, retractions: int = 0, running: int
 
 def test_one_burst_of_retractions_counts_once() -> None:
     controller = ConcurrencyController(most=100)
-    assert controller.observe(load_of(samples=130, running=90, kv_usage=1), now_s=0) == 81
-    assert controller.observe(load_of(samples=110, kv_usage=1, retractions=9), now_s=1) == 81, (
+    assert controller.observe(load_of(samples=100, running=90, kv_usage=1), now_s=0) == 81
+    assert controller.observe(load_of(samples=95, kv_usage=1, retractions=9), now_s=1) == 81, (
         "samples above the limit have not ended yet"
     )
     assert controller.observe(load_of(samples=81, kv_usage=0.6, retractions=9), now_s=2) == 81
