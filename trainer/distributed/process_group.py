@@ -26,7 +26,7 @@ from trainer.distributed.spawn import STORE_FD
 
 log = logging.getLogger(__name__)
 
-_MEMBERS_TIMEOUT = timedelta(seconds=60)
+_MEMBERS_TIMEOUT = timedelta(seconds=10)
 _STUCK_SHARE = 0.8
 """Share of the collectives' time limit after which a rank logs where it is."""
 
