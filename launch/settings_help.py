@@ -18,7 +18,7 @@ from typing import Any
 
 from areal_like.config import Config
 from areal_like.config.common import choices_of, members_of
-from areal_like.runtime.command_line import GROUPS, OPEN_SECTIONS, presets
+from areal_like.runtime.command_line import GROUPS, OPEN_SECTIONS, SCALE, presets
 
 COMMON = (
     "name",
@@ -78,7 +78,7 @@ def all_keys() -> list[Setting]:
 
 def choices() -> dict[str, list[str]]:
     """Section -> names of its presets, which `section=name` accepts."""
-    return {section: presets(section) for section in GROUPS}
+    return {section: presets(section) for section in (*GROUPS, SCALE)}
 
 
 def help_text(*, width: int, everything: bool) -> str:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from areal_like.automatic_settings import compute_dtype, resolved
+from areal_like.automatic_settings import compute_dtype, recomputes_activations, resolved
 from areal_like.config import Config
 from areal_like.errors import ConfigError, RunFinishedError, UserError
 from areal_like.paths import RunPaths, model_path
@@ -311,6 +311,8 @@ def _run(config: Config) -> bool:
     StepRecipe.of(config).check_stream(config)  # reports a mistake in the settings before anything is loaded
     torch.set_num_threads(config.trainer.num_threads)
     device = device_of(config)
+    activations = "recomputed" if recomputes_activations(config) else "kept"
+    log.info("the forward is in %s, activations are %s", config.model.dtype, activations)
     if os.environ.get("RANK", "0") == "0":
         check_nccl(config, device)
     with joined_ranks(

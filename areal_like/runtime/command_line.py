@@ -168,7 +168,7 @@ def _whole_job(config: str | None, settings: list[str]) -> tuple[Path | None, li
     """(the file that `--config` or `scale=PRESET` names, the other settings)"""
     chosen = [setting for setting in settings if setting.startswith(f"{SCALE}=")]
     if not chosen:
-        return config and Path(config), settings
+        return None if config is None else Path(config), settings
     if config is not None or len(chosen) > 1:
         raise ConfigError(f"--config and {SCALE}=PRESET both choose the whole job: give one of them, once")
     name = chosen[0].partition("=")[2]

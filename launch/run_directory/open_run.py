@@ -21,7 +21,7 @@ from areal_like.config import Config
 from areal_like.config.gpus import check_gpus_are_separate
 from areal_like.errors import ConfigError
 from areal_like.paths import BUILT_MODELS, RunPaths
-from areal_like.runtime.command_line import GROUPS, load_config, save_config
+from areal_like.runtime.command_line import GROUPS, SCALE, load_config, save_config
 from launch.run_directory.rundir import (
     InUseError,
     checkpoints,
@@ -214,7 +214,8 @@ def _listed(steps: Sequence[int]) -> str:
 def _with_own_settings(composed: Config, argv: Sequence[str], *, own: Path) -> Config:
     """The run's stored configuration with the overrides of `argv`.
 
-    A section that `argv` replaces as a whole (`task=...`) is taken from `composed`.
+    A section that `argv` replaces as a whole (`task=...`) is taken from `composed`. `scale=PRESET` changes
+    nothing: the run began with it.
     """
     chosen = {
         section
@@ -222,7 +223,8 @@ def _with_own_settings(composed: Config, argv: Sequence[str], *, own: Path) -> C
         for arg in argv
         if arg.startswith((f"{section}=", f"{section}._target_="))
     }
-    plain = [arg for arg in argv if not arg.startswith(tuple(f"{s}{mark}" for s in chosen for mark in "=."))]
+    replaced = (*(f"{section}{mark}" for section in chosen for mark in "=."), f"{SCALE}=")
+    plain = [arg for arg in argv if not arg.startswith(replaced)]
     stored = load_config(["--config", str(own), *plain])
     return dataclasses.replace(
         stored,

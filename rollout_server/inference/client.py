@@ -7,11 +7,10 @@ code that holds a generation's lease decides about a retry.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import ssl
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -114,10 +113,7 @@ class EngineClient:
 
     @property
     def is_held(self) -> bool:
-        """True while this client has paused the engine or has it load weights: nothing else advances then.
-
-        What it waits for has a time limit of its own.
-        """
+        """True while this client has paused the engine or has it load weights: no request advances then."""
         return self._is_paused or self._num_loads > 0
 
     def episode(self, *, on_first_token: Callable[[], None] | None = None) -> SamplingClient:
@@ -229,8 +225,7 @@ class EngineClient:
         }
         if weight_version is not None:
             body["weight_version"] = str(weight_version)
-        with self._loading():
-            await self._http.call("POST", "/update_weights_from_distributed", body, timeout_s=timeout_s)
+        await self._load_weights("/update_weights_from_distributed", body, timeout_s=timeout_s)
 
     async def receive_weights(
         self, buckets: Sequence[Bucket], *, group_name: str, timeout_s: float, integrity: str = "none"
@@ -275,8 +270,7 @@ class EngineClient:
     async def update_weights_from_disk(self, path: str, *, weight_version: int, timeout_s: float) -> None:
         """Loads a Hugging Face directory (safetensors) and activates it under `weight_version`."""
         body = {"model_path": path, "weight_version": str(weight_version)}
-        with self._loading():
-            await self._http.call("POST", "/update_weights_from_disk", body, timeout_s=timeout_s)
+        await self._load_weights("/update_weights_from_disk", body, timeout_s=timeout_s)
 
     async def set_weight_version(self, version: int) -> None:
         """SGLang only: sets the version of the loaded weights, which later sampled tokens carry."""
@@ -334,11 +328,10 @@ class EngineClient:
         """The engine's page in Prometheus' format."""
         return await self._http.fetch("GET", "/metrics", timeout_s=self._connect_timeout_s)
 
-    @contextlib.contextmanager
-    def _loading(self) -> Iterator[None]:
+    async def _load_weights(self, path: str, body: dict[str, Any], *, timeout_s: float) -> None:
         self._num_loads += 1
         try:
-            yield
+            await self._http.call("POST", path, body, timeout_s=timeout_s)
         finally:
             self._num_loads -= 1
 

@@ -116,14 +116,14 @@ def test_a_slow_engine_is_kept_and_a_still_one_replaced(tmp_path: Path) -> None:
             done = buffer.expect(SampleDone, count=3)
             assert min(sample.record.num_sampled for sample in done) == 2
             beat = buffer.expect_beat(lambda beat: not beat.leases)
-            assert beat.stats["progress"] >= before + ANSWER_S / 0.2, "heartbeats every 0.1 s saw tokens"
+            assert beat.stats["progress"] >= before + 5, "heartbeats every 0.1 s saw tokens"
             assert (engine.num_resets, beat.stats["samples_failed"]) == (1, 0)
 
             engine.stands_still = True
             still_s = time.monotonic()
             buffer.grant(buffer.lease(2, samples=3))
             (returned,) = buffer.expect(ReturnLeases)
-            assert time.monotonic() - still_s > STALL_S
+            assert time.monotonic() - still_s > STALL_S / 2  # counted from the heartbeat before
             assert (returned.leases, returned.reason) == ([2], "engine lost")
             server.wait_until(lambda: engine.num_resets == 2, what="reset of the engine")
             server.wait_serving(buffer)

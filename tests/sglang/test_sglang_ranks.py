@@ -21,12 +21,13 @@ pytestmark = pytest.mark.timeout(480)
 @pytest.fixture
 def two_ranks(config: Config, models: Models) -> Iterator[SglangProcess]:
     # Without the variable SGLang wants a NUMA node for each rank.
-    sglang = replace(config.rollout.sglang, args="--tp 2", env={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"})
+    sglang = replace(config.rollout.sglang, env={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"})
     process = SglangProcess(
-        replace(config, rollout=replace(config.rollout, sglang=sglang)),
+        replace(config, rollout=replace(config.rollout, sglang=sglang, gpus_per_engine=2)),
         name="rollout-1",
         model=str(models[0]),
         context_tokens=CONTEXT,
+        max_positions=CONTEXT,
         vocab_size=VOCAB,
     )
     yield process

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from areal_like.errors import CheckpointError, ConfigError, DiskFullError
+from tests.support.memory import peak, reset_peak
 from tests.support.trainer_helpers import random_groups
 from tests.support.trainer_ranks import main, make_runner
 from trainer.checkpoint import Checkpoints
@@ -26,18 +27,11 @@ from trainer.models.sharded_weights import MODEL_PREFIX, row_range
 from trainer.optimizer import MOMENTS, ShardedAdamW
 
 
-def memory_bytes(field: str) -> int:
-    """A field of this process's /proc/self/status, such as `VmRSS` (now) or `VmHWM` (peak)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1]) * 1024
-
-
 def peak_growth(action: Callable[[], Any]) -> int:
     """Bytes by which the resident memory grew during `action`, at its peak."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins at the present size
-    before = memory_bytes("VmRSS")
+    before = reset_peak()
     action()
-    return memory_bytes("VmHWM") - before
+    return peak() - before
 
 
 def pattern(name: str, shape: torch.Size, *, first: int, end: int) -> Tensor:

@@ -32,7 +32,7 @@ from areal_like.wire.messages.weights import (
     WeightsOk,
 )
 from tests.support.snapshots import Held
-from trainer.weight_sync.backend import NcclTrial, choose_backend
+from trainer.weight_sync.backend import NcclTrial, choose_backend, refuse_mixed_nccl
 from trainer.weight_sync.broadcaster import Broadcaster
 from trainer.weight_sync.group_session import assign_ranks
 from trainer.weight_sync.publisher import Publisher, PushReport
@@ -654,6 +654,16 @@ def test_nccl_needs_equal_versions_and_separate_gpus() -> None:
         "gloo",
         "two of trainer and engines share a GPU",
     )
+
+
+def test_a_first_push_with_two_versions_of_nccl_is_refused() -> None:
+    ours = {"device": "cuda:0", "device_uuid": "gpu-0", "nccl_version": "2.27.5"}
+    for wanted in ("auto", "nccl"):
+        with pytest.raises(ConfigError, match=r"2\.21\.5, 2\.27\.5.*weights\.backend=gloo"):
+            refuse_mixed_nccl(wanted, ours=ours, engines=[alive(nccl="2.21.5")])
+    refuse_mixed_nccl("gloo", ours=ours, engines=[alive(nccl="2.21.5")])
+    refuse_mixed_nccl("auto", ours=ours, engines=[alive(nccl="2.21.5"), alive(device="cpu")])
+    refuse_mixed_nccl("auto", ours=ours, engines=[alive(uuid="gpu-0")])
 
 
 def test_auto_changes_to_gloo_after_a_failed_first_push() -> None:

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from areal_like.errors import ConfigError
+from tests.areal_like.test_hf_layout import config_of
 from tests.support.moe_model import NUM_EXPERTS, write_moe_model
 from tests.support.trainer_helpers import VOCAB, dense_logprobs, random_groups, run_ranks
 from tests.trainer.test_policy import gradients, packed, sampled
@@ -38,6 +40,17 @@ def test_packed_and_grouped_equals_padded_and_eager(path: str) -> None:
     assert want.keys() == gradients(policy.model).keys()
     for name, grad in gradients(policy.model).items():
         torch.testing.assert_close(grad.double(), want[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [("deepseek_v3", "e_score_correction_bias in its checkpoint"), ("jamba", "has linear_attention layers")],
+)
+def test_other_mixtures_are_refused(model_type: str, message: str, tmp_path: Path) -> None:
+    """Before anything is trained or written."""
+    AutoModelForCausalLM.from_config(config_of(model_type)).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        Policy.load(str(tmp_path), Ranks.alone())
 
 
 def test_two_ranks_train_push_and_save_like_one(path: str, tmp_path: Path) -> None:

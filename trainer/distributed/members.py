@@ -29,6 +29,7 @@ _WITH_COLLECTIVES = ("compute", "reduce", "update", "snapshot of the weights")
 """Phases of `Place` in which a rank may wait for the others, but not for groups or servers."""
 _LAST_LOOK_S = 3 * BEAT_S
 """Time for which a rank that failed watches the counters of the others before it ends."""
+_TELL_LIMIT_S = 1.0
 _ASK_LIMIT_S = 10.0
 """A store on a machine that is gone does not answer: the failed rank ends without an answer."""
 
@@ -93,35 +94,42 @@ class Members:
         self._closing.set()
         self._thread.join(timeout=_ASK_LIMIT_S)
 
-    def failed(self, reason: str) -> str:
+    def failed(self, reason: str, *, end_connections: Callable[[], None]) -> str:
         """Tells the other ranks that this one has failed; returns a sentence about the cause as they see it.
 
-        Takes `_LAST_LOOK_S`, and `_ASK_LIMIT_S` if the store does not answer.
+        `end_connections` is called when they are told, so that this rank counts as failed before those that
+        wait for it. Takes `_LAST_LOOK_S`, and `_ASK_LIMIT_S` if the store does not answer.
         """
         answers: list[str] = []
+        told = threading.Event()
         # In a thread: torch has no time limit for a store on a machine that is gone.
-        asking = threading.Thread(target=lambda: answers.append(self._last_look(reason)), daemon=True)
+        asking = threading.Thread(target=lambda: answers.append(self._last_look(reason, told)), daemon=True)
         asking.start()
+        told.wait(timeout=_TELL_LIMIT_S)
+        end_connections()
         asking.join(timeout=_ASK_LIMIT_S)
         return answers[0] if answers else f"the store of {self.names[0]} does not answer"
 
-    def _last_look(self, reason: str) -> str:
+    def _last_look(self, reason: str, told: threading.Event) -> str:
         try:
             store = self._open_store()  # the thread's connection may be waiting for an answer
             order = store.add("failures", 1)
             store.set(f"failure/{order}", f"{self.names[self.rank]}, at {self._place}: {reason}")
+            store.add(f"told/{self.rank}", 1)
+            told.set()
             liveness, end_s = Liveness(), time.monotonic() + _LAST_LOOK_S
             while (now_s := time.monotonic()) < end_s:
                 liveness.observe(self._counters(store), now_s=now_s)
                 time.sleep(BEAT_S / 4)
-            lost = liveness.silent(now_s=end_s, for_s=2 * BEAT_S)
+            silent = liveness.silent(now_s=end_s, for_s=2 * BEAT_S)
+            lost = [rank for rank in silent if not store.add(f"told/{rank}", 0)]
             first = store.get("failure/1").decode()
             if self.rank:
                 store.add("answered", 1)
             else:
                 self._wait_for_others(store, num_others=len(self.names) - len(lost) - 1)
             if lost:
-                return f"no answer from {self._named(lost)}: the process or its machine is gone"
+                return f"no answer from {self._named(lost)}: stopped or gone"
             return f"the first to fail was {first}" if order > 1 else "it is the first to fail"
         except RuntimeError as error:  # torch's DistError
             return f"the store of {self.names[0]} does not answer ({first_line(error)})"

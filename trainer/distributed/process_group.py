@@ -26,7 +26,7 @@ from trainer.distributed.spawn import STORE_FD
 
 log = logging.getLogger(__name__)
 
-_MEMBERS_TIMEOUT = timedelta(seconds=60)
+_MEMBERS_TIMEOUT = timedelta(seconds=10)
 _STUCK_SHARE = 0.8
 """Share of the collectives' time limit after which a rank logs where it is."""
 
@@ -61,8 +61,7 @@ def joined_ranks(
         except quiet:
             raise
         except Exception as error:  # raised again: only adds to the log what the error does not say
-            connections.end()  # first, so that the ranks that wait for this one fail now
-            _report(error, ranks, members, RunPaths.of(config).traces)
+            _report(error, ranks, members, connections, RunPaths.of(config).traces)
             raise
         finally:
             if members is not None:
@@ -71,12 +70,14 @@ def joined_ranks(
         dist.destroy_process_group()
 
 
-def _report(error: Exception, ranks: Ranks, members: Members | None, traces: Path) -> None:
+def _report(
+    error: Exception, ranks: Ranks, members: Members | None, connections: RankConnections, traces: Path
+) -> None:
     if members is None:
         log.error("failed at %s", ranks.place)
         return
     reason = f"{type(error).__name__}: {first_line(error)}"
-    cause = members.failed(reason)
+    cause = members.failed(reason, end_connections=connections.end)
     log.error("%s failed at %s: %s; %s", members.names[ranks.rank], ranks.place, reason, cause)
     with contextlib.suppress(OSError):  # a full disk must not replace the error
         write_collectives(traces, ranks.rank)

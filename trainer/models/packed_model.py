@@ -40,7 +40,8 @@ class PackedModel(nn.Module):
     """Base class; a subclass defines `forward`. `model` keeps its Hugging Face parameter names."""
 
     def __init__(self, model: Any) -> None:
-        """`model`: a transformers causal LM, which is modified in place."""
+        """`model`: a transformers causal LM, which is modified in place. Raises ConfigError for other layers
+        than attention: they would carry state from one packed sequence into the next."""
         super().__init__()
         self.model = model
         self._path = ""
@@ -48,6 +49,7 @@ class PackedModel(nn.Module):
         self._ranks: Ranks | None = None
         self.reshard_after_forward = True
         """Of the layers; see `shard`."""
+        _check_layers(model)
         model.set_attn_implementation(ATTENTION_NAME)
         route_in_float32(model)
         for module in model.modules():
@@ -181,6 +183,15 @@ class PackedModel(nn.Module):
             packed_layout=PackedLayout.of(batch.lengths, device=batch.tokens_T.device),
         ).last_hidden_state[0]
         return hidden_TD.index_select(0, batch.sampled_S - 1)
+
+
+def _check_layers(model: Any) -> None:
+    kinds = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        raise ConfigError(
+            f"{type(model).__name__} cannot be trained packed: it has {', '.join(sorted(kinds))} layers. "
+            "Choose another model.path"
+        )
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:

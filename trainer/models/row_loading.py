@@ -76,7 +76,7 @@ def _stored_names(
     fresh: Collection[str],
 ) -> dict[str, list[str]]:
     """Name of a tensor -> its names in the files; several if tied weights are stored more than once."""
-    known = {tensor.param: tensor.name for tensor in tensors if tensor.row is None}
+    known = {t.param: t.name for t in tensors if t.row is None and t.within is None}
     known |= {tensor.name: tensor.name for tensor in tensors}
     ignored = dict.fromkeys(fresh, "")
     aliases = {alias: known[name] for alias, name in tied.items() if name in known}

@@ -18,6 +18,8 @@ FRAGMENTATION = 0.05
 expandable segments)."""
 HOST_PROCESS_BYTES = 4 * GIB
 """Assumed for one trainer rank or engine process: Python, torch and CUDA's host memory."""
+_SENT_BUCKETS = 2
+"""Buckets on rank 0's GPU during a push: the one that is sent, and the next."""
 _SNAPSHOTS = 2
 """Copies of the weights that pushes hold on the host: the one that is sent, and the newest."""
 
@@ -100,6 +102,9 @@ def plan_memory(
     trainer: dict[str, float] = {name: float(size) for name, size in trace.peak_bytes.items()}
     trainer["allocator (fragmentation)"] = FRAGMENTATION * tensors
     trainer["CUDA context, cuBLAS, NCCL"] = CONTEXT_BYTES
+    largest = trace.largest_param_bytes / 4 * BYTES[str(config.model.dtype)]
+    bucket = max(float(config.weights.bucket_bytes_on("cuda")), largest)
+    trainer["push buckets (rank 0)"] = _SENT_BUCKETS * bucket
     engine = engine_memory(
         config,
         shape,

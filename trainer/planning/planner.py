@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from areal_like.automatic_settings import resolved
 from areal_like.config import Config
+from areal_like.config.gpus import check_gpus_are_separate
 from areal_like.errors import ConfigError
 from trainer.planning.estimate import Assumptions, Estimate, estimate
 from trainer.planning.gpus import Placement, on_gpus, parse_gpus, placement_of
@@ -59,9 +60,9 @@ def make_plan(
             "give the GPUs to plan for, as --gpus 4+4xH100"
         )
     else:
+        check_gpus_are_separate(local)
         placement = placement_of(local)
     local = resolved(on_gpus(local, placement))
-    local.check()
     lengths = lengths_of(local, max_positions=shape.max_positions, prompt=prompt, response=response)
     trace = trace_step(local, shape, lengths)
     memory = plan_memory(local, shape, lengths, placement, trace)

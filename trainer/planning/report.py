@@ -106,7 +106,7 @@ def _memory_table(plan: Plan) -> Table:
     )
     table.add_row("  activations, CUDA graphs", f"{engine.other / GIB:.1f}")
     table.add_row(f"one GPU ({plan.placement.gpu.name})", f"{memory.gpu_bytes / GIB:.1f}")
-    table.add_row("host memory of the host with most ranks", f"{sum(memory.host.values()) / GIB:.1f}")
+    table.add_row("memory of the host of rank 0", f"{sum(memory.host.values()) / GIB:.1f}")
     for name, size in memory.host.items():
         table.add_row(f"  {name}", f"{size / GIB:.1f}")
     return table

@@ -93,7 +93,7 @@ def _find(path: str) -> tuple[Path, str]:
 
 
 def _cached(name: str) -> Path | None:
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     try:
         file = cached_file(name, "config.json", local_files_only=True)

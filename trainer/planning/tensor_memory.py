@@ -140,9 +140,9 @@ class TensorMemory:
             self._events.append((record, change))
 
 
-class _Mode(TorchDispatchMode):
+class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, memory: TensorMemory) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._memory = memory
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -160,7 +160,7 @@ class _Mode(TorchDispatchMode):
             for tensor in tree_iter((args, kwargs)):
                 if isinstance(tensor, FakeTensor):
                     memory.used_by_fsdp(tensor)
-        elif isinstance(next(tree_iter(out), None), FakeTensor):
+        elif isinstance(next(iter(tree_iter(out)), None), FakeTensor):
             self._count_flops(func, args, kwargs, out)
         return out
 

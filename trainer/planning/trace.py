@@ -21,7 +21,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from areal_like.config import Config
@@ -93,12 +97,18 @@ def trace_step(config: Config, shape: ModelShape, lengths: Lengths) -> StepTrace
         )
     packed = worst_lengths(lengths, budget_tokens=config.trainer.tokens_per_microbatch)
     with _fake_group(config.trainer.world_size):
-        return _Trace(config, shape, recipe, packed, max_response=lengths.max_response).run()
+        try:
+            return _Trace(config, shape, recipe, packed, max_response=lengths.max_response).run()
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise ConfigError(
+                f"plan cannot trace {shape.source}: its shapes depend on values of tensors, as in some "
+                f"mixtures of experts ({error.func})"
+            ) from None
 
 
 @contextmanager
 def _fake_group(world_size: int) -> Iterator[None]:
-    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())  # type: ignore[no-untyped-call]
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
     try:
         yield
     finally:

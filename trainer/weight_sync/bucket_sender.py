@@ -6,7 +6,6 @@ Bucket i + 1 is read, and on a GPU copied to the device, while bucket i is being
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,18 +45,18 @@ class BucketSender:
         self._reader.shutdown(wait=False)
 
     def _send(self, snapshot: Snapshot, *, integrity: str, timeout_s: float) -> BucketSums:
-        names = ("checksum", "digest") if integrity == "sha256" else ("checksum",)
-        sums: dict[str, list[Any]] = {"checksum": [], "digest": []}
+        sums = BucketSums(checksums=[], digests=[])
         next_read = self._reader.submit(self._read, snapshot, 0)
         for index in range(len(snapshot.buckets)):
             bucket, on_wire = next_read.result()
             if index + 1 < len(snapshot.buckets):
                 next_read = self._reader.submit(self._read, snapshot, index + 1)
-            pending = {name: self._reader.submit(getattr, bucket, name) for name in names}
+            summing = self._reader.submit(bucket.sums, integrity=integrity)
             self._group.broadcast(on_wire, timeout_s=timeout_s)
-            for name, future in pending.items():
-                sums[name].append(future.result())
-        return BucketSums(checksums=sums["checksum"], digests=sums["digest"])
+            found, digest = summing.result()
+            sums.checksums.append(found)
+            sums.digests.extend([digest] if digest else [])
+        return sums
 
     def _read(self, snapshot: Snapshot, index: int) -> tuple[GatheredBucket, Tensor]:
         """A bucket, and its bytes on the device that the group sends from. Runs in the reader's thread."""

@@ -98,7 +98,7 @@ class PushLayout:
         params = dict(model.named_parameters())
         tensors = {tensor.name: tensor for tensor in hf_tensors(model)}
         specs = [_spec_on_wire(tensor, params[tensor.param], dtype) for tensor in tensors.values()]
-        num_rows = {name: param.shape[:1].numel() for name, param in params.items()}
+        num_rows = {name: param.shape[0] for name, param in params.items()}
         self.buckets = tuple(
             BucketParts(
                 bucket=bucket,
@@ -113,7 +113,7 @@ class PushLayout:
         """This rank's part of each bucket."""
         rows = {name: local(param.detach()) for name, param in params.items()}
         first = {
-            name: row_range(param.shape, rank=rank, world_size=world_size)[0] if param.ndim else 0
+            name: row_range(param.shape, rank=rank, world_size=world_size)[0]
             for name, param in params.items()
         }
 
@@ -139,11 +139,10 @@ def _part_of(
     for spec in bucket.tensors:
         tensor = tensors[spec.name]
         shape = torch.Size((num_rows[tensor.param],))
-        first, end = row_range(shape, rank=rank, world_size=world_size) if spec.shape else (0, 1)
-        there = tensor.rows_in(first, end)
+        there = tensor.rows_in(*row_range(shape, rank=rank, world_size=world_size))
         if there is not None:
-            shape_there = (there[1] - there[0], *spec.shape[1:]) if spec.shape else ()
-            specs.append(TensorSpec(name=spec.name, dtype=spec.dtype, shape=shape_there))
+            rows = (there[1] - there[0], *spec.shape[1:])
+            specs.append(TensorSpec(name=spec.name, dtype=spec.dtype, shape=rows))
             starts.append(there[0])
     return RankPart(specs=tuple(specs), starts=tuple(starts))
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -42,27 +43,22 @@ class GatheredBucket:
         """`known_checksum`: of `data`, if it was computed where the rows came together."""
         self.data = data
         """uint8[num_bytes], on the CPU."""
-        self._checksum = known_checksum
-        self._digest = ""
+        if known_checksum is not None:
+            self.checksum = known_checksum
 
-    @property
+    @cached_property
     def checksum(self) -> int:
         """Checksum of `data`."""
-        if self._checksum is None:
-            self._checksum = checksum(self.data)
-        return self._checksum
+        return checksum(self.data)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of `data` in hexadecimal."""
-        self._digest = self._digest or sha256(self.data)
-        return self._digest
+        return sha256(self.data)
 
-    def compute_sums(self, *, integrity: str) -> None:
-        """Computes the checksum, and with `sha256` the digest."""
-        self._checksum = self.checksum
-        if integrity == "sha256":
-            self._digest = self.digest
+    def sums(self, *, integrity: str) -> tuple[int, str]:
+        """(checksum, digest); the digest is empty unless `integrity` is `sha256`."""
+        return self.checksum, self.digest if integrity == "sha256" else ""
 
 
 class Snapshot(Protocol):
@@ -179,7 +175,7 @@ class WeightSnapshotter(ABC):
     def stage(self, snapshot: RankSnapshot, *, integrity: str) -> None:
         """`Snapshot.stage`."""
         for index in range(len(self.buckets)):
-            self.read(snapshot, index).compute_sums(integrity=integrity)
+            self.read(snapshot, index).sums(integrity=integrity)
 
     def read(self, snapshot: RankSnapshot, index: int) -> GatheredBucket:
         """`Snapshot.read`."""
