@@ -1,9 +1,12 @@
-"""Environment variables that torch reads when it is imported, for ranks on GPUs. No import of torch here.
+"""Environment variables that torch and NCCL read once, for ranks on GPUs. No import of torch here.
 
 * The allocator grows its segments: with the sizes of packed micro-batches, fixed segments leave gaps that
   together can be gigabytes.
 * The flight recorder writes the last collectives of a rank into the run's `traces/` when one times out. That
   file is torch's own, a pickle; `torchfrtrace` reads it.
+* NCCL allocates as SGLang's does, for weights that travel to it: SGLang turns CUDA's virtual memory
+  management and NVLink SHARP off in its processes, unless the variables are set. NCCL does not compare these
+  settings, and ranks with different ones cannot map each other's memory.
 
 A variable that the user has set, also under its older name, stays.
 """
@@ -23,6 +26,8 @@ _ALIASES = {
     "TORCH_NCCL_DUMP_ON_TIMEOUT": (),
 }
 """Variable -> its older names, which torch 2.11 to 2.14 still read."""
+_SGLANG_NCCL = ("NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE")
+"""Variables that SGLang 0.5.23 sets to 0 (`_set_envs_and_config`)."""
 
 
 def set_torch_variables(config: Config, environment: MutableMapping[str, str] = os.environ) -> None:
@@ -37,6 +42,9 @@ def set_torch_variables(config: Config, environment: MutableMapping[str, str] = 
         "TORCH_FR_DUMP_TEMP_FILE": str(traces / "nccl_rank_"),
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
     }
+    rollout = config.rollout
+    if rollout.engine == "sglang" and rollout.engine_device != "cpu" and config.weights.backend != "gloo":
+        wanted |= {name: str(rollout.sglang.env.get(name, "0")) for name in _SGLANG_NCCL}
     for name, value in wanted.items():
-        if not any(alias in environment for alias in (name, *_ALIASES[name])):
+        if not any(alias in environment for alias in (name, *_ALIASES.get(name, ()))):
             environment[name] = value

@@ -6,13 +6,14 @@ import socket
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from areal_like.config import Config, TrainerConfig
+from areal_like.config import Config, RolloutConfig, SglangConfig, TrainerConfig
 from areal_like.errors import ArealError, ConfigError
 from areal_like.paths import RunPaths
 from tests.support.buffer_harness import ROOT
@@ -179,6 +180,11 @@ def test_torch_variables_of_gpu_ranks(tmp_path: Path) -> None:
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
     }
     assert (tmp_path / "x" / "traces").is_dir()
+    sglang = SglangConfig(env={"NCCL_NVLS_ENABLE": 1})
+    rollout = RolloutConfig(engine="sglang", engine_device="cuda:1", sglang=sglang)
+    set_torch_variables(replace(config, rollout=rollout), environment)
+    assert environment["NCCL_CUMEM_ENABLE"] == "0", "as SGLang sets it"
+    assert environment["NCCL_NVLS_ENABLE"] == "1", "as the job sets it for the engines"
     on_a_cpu: dict[str, str] = {}
     set_torch_variables(Config(name="y", runs_dir=str(tmp_path)), on_a_cpu)
     assert on_a_cpu == {} and not (tmp_path / "y").exists()
