@@ -47,7 +47,7 @@ def check_gpus_are_separate(config: Config) -> None:
     rollout = config.rollout
     if rollout.engine != "sglang" or _VISIBLE in rollout.sglang.env:  # its GPUs have other numbers then
         return
-    if (_static_fraction(rollout.sglang.args) or 1.0) < _SHARING_FRACTION:
+    if config.trainer.num_hosts > 1 or _static_fraction(rollout.sglang.args) < _SHARING_FRACTION:
         return
     share = "to share a GPU, bound the engine's memory: rollout.sglang.args='--mem-fraction-static 0.3'"
     owners: dict[int, int] = {}
@@ -70,10 +70,10 @@ def check_gpus_are_separate(config: Config) -> None:
     )
 
 
-def _static_fraction(args: str) -> float | None:
+def _static_fraction(args: str) -> float:
     given = option(words_of(args), STATIC_MEMORY)
     try:
-        return None if given is None else float(given)
+        return 1.0 if given is None else float(given)
     except ValueError:
         raise ConfigError(f"rollout.sglang.args: {STATIC_MEMORY[0]} {given}: give a number below 1") from None
 

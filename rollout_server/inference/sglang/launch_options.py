@@ -14,8 +14,8 @@ from rollout_server.inference.sglang.client import STREAM_INTERVAL
 _MAX_CPU_KV_TOKENS = 1 << 16
 """KV cache size on a CPU. By default SGLang would take most of the machine's memory."""
 _WATCHDOG_S = 2 * MAX_TIMEOUT_S
-"""SGLang ends itself if a batch takes longer, and counts a batch as running while it is paused with `keep`: its
-default of 300 s is shorter than the push of a large model may take. The supervisor finds an engine that
+"""SGLang ends itself if a batch takes longer, and counts a batch as running while it is paused with `keep`:
+its default of 300 s is shorter than the push of a large model may take. The supervisor finds an engine that
 hangs."""
 
 
