@@ -26,6 +26,12 @@ code 2. The others are events in a running system; daemons catch them one class 
 """
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, with the second if it ends with a colon; or the type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else type(error).__name__
+
+
 class ArealError(Exception):
     """Root of the tree."""
 

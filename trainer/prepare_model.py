@@ -3,12 +3,12 @@
 The result is a Hugging Face directory. This runs once before the daemons start, because trainer and engines
 must load the same weights. Models that are built here (`tiny`, `smollm2`) are cached under a hash of
 everything that determines them, including the code that builds them, and then linked into the run's
-directory, so that the run stays complete when the cache is cleared. Any other model is only checked.
+directory, so that the run stays complete when the cache is cleared. Any other model is only checked: its
+configuration, its tokenizer, its layers, and the names and shapes in its files.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import inspect
 import json
@@ -23,10 +23,10 @@ from typing import Any
 
 from areal_like import sorting
 from areal_like.config import Config
-from areal_like.errors import ConfigError, UserError
+from areal_like.errors import ConfigError, UserError, first_line
 from areal_like.paths import RunPaths, cache_dir, model_path
 from areal_like.runtime.command_line import load_config, shows_help
-from areal_like.runtime.imports import torch_hidden
+from areal_like.runtime.imports import uncollected
 from areal_like.runtime.process import die_with_launcher, keep_files_private
 
 log = logging.getLogger(__name__)
@@ -140,28 +140,29 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def _check_existing(config: Config) -> str:
-    from transformers import AutoConfig, AutoTokenizer
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    """Checks all that can be checked without weights in memory, before any daemon loads the model."""
+    path = model_path(config)  # refuses a directory that does not exist before torch is imported
+    with uncollected():
+        from huggingface_hub.errors import StrictDataclassError
+        from transformers import AutoConfig, AutoTokenizer
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    from trainer.models.safetensors_rows import SafetensorsRows
+        from trainer.models.policy import Policy
 
-    path = model_path(config)
     try:
         model_type = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
         AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise ConfigError(
-            f"model.path={config.model.path}: neither a directory nor a reachable Hugging Face model that "
-            f"transformers can load ({reason}). Use tiny, smollm2, a directory with config.json, or an "
-            "owner/name"
+            f"model.path={config.model.path}: transformers can load no configuration and tokenizer from it "
+            f"({first_line(error)}). Use tiny, smollm2, a directory with config.json, or an owner/name"
         ) from error
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ConfigError(
             f"model.path={config.model.path}: transformers has no causal language model of type {model_type}"
         )
-    # Finds an incomplete download before any process loads it; fetches a hub's files once for all of them.
-    SafetensorsRows.of_model(path)
+    # This also fetches a hub's files, once for all processes.
+    Policy.build(path).check_initial_weights()
     return path
 
 
@@ -187,9 +188,7 @@ def main(argv: list[str]) -> int:
             out_dir = Path(argv[at + 1])
             del argv[at : at + 2]
         config = load_config(argv)
-        # A model that is only checked needs a tokenizer and a configuration, which load faster without torch.
-        with contextlib.nullcontext() if config.model.path in _BUILT else torch_hidden():
-            sys.stdout.write(prepare_model(config, out_dir=out_dir) + "\n")
+        sys.stdout.write(prepare_model(config, out_dir=out_dir) + "\n")
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

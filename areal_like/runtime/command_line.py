@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from areal_like.config import Config, from_mapping, to_mapping
 from areal_like.config.common import NAME, NAME_RULE
-from areal_like.errors import ConfigError
+from areal_like.errors import ConfigError, first_line
 
 OPEN_SECTIONS = ("objective", "advantage", "task")
 GROUPS = ("model", *OPEN_SECTIONS)
@@ -196,7 +196,7 @@ def _from_file(path: Path, overrides: list[str]) -> dict[str, Any]:
     except ConfigError:
         raise
     except (OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(f"--config {path}: {_first_line(error)}") from None
+        raise ConfigError(f"--config {path}: {first_line(error)}") from None
     return _plain(merged)
 
 
@@ -263,7 +263,7 @@ def _plain(node: Any) -> dict[str, Any]:
     try:
         plain = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(_first_line(error)) from None
+        raise ConfigError(first_line(error)) from None
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 
@@ -280,7 +280,7 @@ def _explain(error: Exception, overrides: list[str], defaults: dict[str, Any]) -
         # hydra raises a bare ValueError for `objective=null`.
         if key in GROUPS and ("Could not find" in str(error) or "Got NoneType" in str(error)):
             return _unknown_preset(key, override.partition("=")[2])
-    return _first_line(error)
+    return first_line(error)
 
 
 def _unknown_preset(section: str, choice: str) -> str:
@@ -300,7 +300,3 @@ def _dotted(mapping: dict[str, Any], prefix: str = "") -> Iterator[str]:
         if isinstance(value, dict):
             yield from _dotted(value, f"{prefix}{key}.")
         yield f"{prefix}{key}"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

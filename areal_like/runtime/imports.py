@@ -3,8 +3,8 @@
 Importing both takes about five seconds of CPU time and 350 MB in every process of a job; on a small machine
 the processes slow each other down. This module has two remedies:
 
-- `torch_hidden`: a rollout server, and the check of a model's name, need only a tokenizer and a
-  configuration. transformers provides both without torch if torch cannot be imported.
+- `torch_hidden`: a rollout server needs only a tokenizer and a configuration. transformers provides both
+  without torch if torch cannot be imported.
 - `uncollected`: during imports the garbage collector repeatedly scans all modules imported so far, although
   imports leave hardly any garbage.
 

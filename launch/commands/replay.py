@@ -88,6 +88,9 @@ def run_replay(recorded: Path, argv: Sequence[str]) -> int:
             for line in _compare(RunPaths(recorded), run.paths):
                 view.notice(line)
         return code
+    except ConfigError:
+        run.remove_if_created()
+        raise
     finally:
         run.close()
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from areal_like.errors import ConfigError
 from areal_like.runtime.command_line import add_config_option
 from areal_like.runtime.logs import configure_handlers, log_file
 from areal_like.runtime.process import keep_files_private
@@ -62,6 +63,11 @@ def run_local(argv: Sequence[str]) -> int:
     try:
         job = LocalJob(run, view=view, num_stops=lambda: stops.count)
         exit_code = job.run()
+        if exit_code == 2 and not job.has_begun:
+            run.remove_if_created()
+    except ConfigError:
+        run.remove_if_created()
+        raise
     finally:
         view.close()
         run.close()

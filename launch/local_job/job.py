@@ -56,6 +56,11 @@ class LocalJob:
         """True when all steps of the run are done."""
         return self._lifecycle.outcome.is_finished
 
+    @property
+    def has_begun(self) -> bool:
+        """True once all daemons have been ready at the same time."""
+        return self._lifecycle.has_begun
+
     def run(self) -> int:
         """Runs the job; returns its exit code.
 

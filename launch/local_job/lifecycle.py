@@ -90,6 +90,7 @@ class JobLifecycle:
         self._phase_since_s = now_s
         self._progress = ProgressClock(now_s=now_s)
         self.phase = Phase.PREPARING
+        self.has_begun = False  # True once all daemons have been ready at the same time
         self.outcome = Outcome()
 
     @property
@@ -240,6 +241,7 @@ class JobLifecycle:
     def _enter(self, phase: Phase, *, now_s: float) -> None:
         log.info("%s", phase)
         self.phase, self._phase_since_s = phase, now_s
+        self.has_begun |= phase is Phase.RUNNING
 
     # Deaths and restarts
 

@@ -28,6 +28,7 @@ from launch.run_directory.rundir import (
     holds_run,
     is_trained,
     lock,
+    remove_unbegun,
     restart_order_file,
 )
 
@@ -44,6 +45,13 @@ class OpenRun:
     """Lines for the user: the choice that was made, and the settings for other choices."""
     is_finished: bool = False
     """True if `resume=auto` found a run without a step left to train: nothing is to be started."""
+    is_created: bool = False
+    """True if this launch has created the directory."""
+
+    def remove_if_created(self) -> None:
+        """Leaves no directory behind of a job that is refused before it has begun."""
+        if self.is_created:
+            remove_unbegun(self.paths)
 
     def close(self) -> None:
         """Releases the directory (children that inherited the lock still hold it)."""
@@ -87,12 +95,6 @@ def _is_begun(paths: RunPaths) -> bool:
 
 def _prepared(run: OpenRun) -> OpenRun:
     """Removes the traces of earlier processes and writes the configuration."""
-    if run.config.trainer.num_hosts > 1:
-        run.close()
-        raise ConfigError(
-            f"trainer.num_hosts={run.config.trainer.num_hosts}: `areal-like run` starts a job on one "
-            "machine; start the roles one by one, and `python -m trainer` on each of the trainer's machines"
-        )
     try:
         for stale in run.paths.endpoints.glob("*.json"):
             stale.unlink()
@@ -101,18 +103,29 @@ def _prepared(run: OpenRun) -> OpenRun:
             folder.mkdir(exist_ok=True)
         save_config(run.config, run.paths.config)
     except OSError as error:
+        run.remove_if_created()
         run.close()
         raise ConfigError(f"cannot write to {run.paths.root}: {error.strerror}") from None
     return run
 
 
+def _check_one_machine(config: Config) -> None:
+    if config.trainer.num_hosts > 1:
+        raise ConfigError(
+            f"trainer.num_hosts={config.trainer.num_hosts}: `areal-like run` starts a job on one "
+            "machine; start the roles one by one, and `python -m trainer` on each of the trainer's machines"
+        )
+
+
 def _start(config: Config, *, is_named: bool) -> OpenRun:
     """A new run under the given name, or under the first free numbered name if none was given."""
+    _check_one_machine(config)
     for number in itertools.count(1):
         candidate = config if number == 1 else dataclasses.replace(config, name=f"{config.name}-{number}")
         paths = RunPaths.of(candidate)
         if not is_named and holds_run(paths):
             continue
+        is_created = not paths.root.exists()
         try:
             lock_fd = lock(paths)
         except InUseError:
@@ -124,7 +137,13 @@ def _start(config: Config, *, is_named: bool) -> OpenRun:
             for ledger in paths.ledgers:
                 shutil.rmtree(ledger)
             lines = _new_run_announcement(paths, config, number=number)
-            return OpenRun(config=candidate, paths=paths, lock_fd=lock_fd, announcement=lines)
+            return OpenRun(
+                config=candidate,
+                paths=paths,
+                lock_fd=lock_fd,
+                announcement=lines,
+                is_created=is_created,
+            )
         os.close(lock_fd)
         if is_named:
             raise ConfigError(_refusal(paths))
@@ -181,6 +200,7 @@ def _resume(config: Config, argv: Sequence[str]) -> OpenRun:
             config = _with_own_settings(config, argv, own=paths.config)
         config = resolved(config)
         check_gpus_are_separate(config)
+        _check_one_machine(config)
         if begins_again and config.resume == "latest":
             config = dataclasses.replace(config, resume="")
     except ConfigError:

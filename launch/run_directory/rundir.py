@@ -9,10 +9,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from pathlib import Path
 
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths, find_checkpoints
+
+_LOCK = ".lock"
 
 
 class InUseError(ConfigError):
@@ -50,7 +53,7 @@ def is_over(paths: RunPaths) -> bool:
     A job whose roles were started by hand has no lock file and never counts as over.
     """
     try:
-        lock = os.open(paths.root / ".lock", os.O_RDONLY)
+        lock = os.open(paths.root / _LOCK, os.O_RDONLY)
     except FileNotFoundError:
         return False
     try:
@@ -82,6 +85,17 @@ def checkpoints(paths: RunPaths) -> list[int]:
     return list(find_checkpoints(paths.checkpoints))
 
 
+def remove_unbegun(paths: RunPaths) -> None:
+    """Removes the directory of a job that was refused, if it holds only what every launch writes there.
+
+    The caller holds the lock, and this launch has created the directory.
+    """
+    ours = {paths.config, paths.logs, paths.endpoints, paths.built_model, paths.root / _LOCK}
+    ours.update(paths.root.glob("ledger*"))
+    if not holds_run(paths) and ours.issuperset(paths.root.iterdir()):
+        shutil.rmtree(paths.root)
+
+
 def lock(paths: RunPaths) -> int:
     """Creates the directory if necessary and takes its lock; returns the lock's file descriptor.
 
@@ -89,7 +103,7 @@ def lock(paths: RunPaths) -> int:
     """
     try:
         paths.root.mkdir(parents=True, exist_ok=True)
-        lock_fd = os.open(paths.root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        lock_fd = os.open(paths.root / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise ConfigError(
             f"cannot create the run directory {paths.root}: {error.strerror}; choose another runs_dir=..."

@@ -21,12 +21,13 @@ class PromptRenderer:
     def __init__(self, model: str) -> None:
         """`model`: argument for `from_pretrained`. Raises ConfigError without tokenizer, config or EOS."""
         # Imported here, so that --help does not wait for transformers, which takes over a second to import.
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
             config = AutoConfig.from_pretrained(model)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, StrictDataclassError) as error:
             raise ConfigError(
                 f"model.path={model}: no tokenizer and config that transformers can load ({error})"
             ) from error

@@ -130,6 +130,7 @@ def test_a_model_that_does_not_exist_is_one_message(
         code, _, err = finish(process, root)
     assert code == 2
     assert len(err.strip().splitlines()) == 1 and "model.path=./nowhere" in err
+    assert not root.exists()
 
 
 def test_a_port_in_use_is_one_message(tmp_path: Path, root: Path, cache: dict[str, str]) -> None:
@@ -141,3 +142,4 @@ def test_a_port_in_use_is_one_message(tmp_path: Path, root: Path, cache: dict[st
             code, _, err = finish(process, root)
     assert code == 2
     assert len(err.strip().splitlines()) == 1 and str(port) in err
+    assert not root.exists()

@@ -288,8 +288,15 @@ def test_a_trainer_without_progress_is_not_restarted_for_ever(workplace: Path) -
     ],
 )
 def test_the_users_mistake_is_one_message(workplace: Path, script: dict[str, str], message: str) -> None:
+    root = workplace / "runs" / "x"
     code, _, err = run(workplace, script=script)
     assert (code, err.strip()) == (2, message)
+    assert not root.exists()
+    root.mkdir()
+    notes = root / "notes.txt"
+    notes.write_text("not by the launcher")
+    assert run(workplace, script=script)[0] == 2
+    assert notes.exists() and (root / "logs").exists(), "a directory that existed before stays"
 
 
 def test_a_daemon_that_never_gets_ready_is_named(workplace: Path) -> None:

@@ -177,18 +177,21 @@ def test_models_that_cannot_be_trained_are_refused(tmp_path: Path) -> None:
     configure(quantization_config={"quant_method": "fp8"})
     with pytest.raises(ConfigError, match="quantized"):
         PackedModel.build(str(path))
+    config = Config(model=ModelConfig(path=str(path)))
     AutoConfig.for_model("longcat_flash", **BODY | {"num_hidden_layers": 4}).save_pretrained(path)
     with pytest.raises(ConfigError, match="no list of 4 decoder layers"):
-        PackedModel.build(str(path))
+        prepare_model(config)
     AutoConfig.for_model("deepseek_v3", **BODY | {"first_k_dense_replace": 1}).save_pretrained(path)
     with pytest.raises(ConfigError, match="e_score_correction_bias"):
-        PackedModel.build(str(path))
-    config = Config(model=ModelConfig(path=str(path)))
+        prepare_model(config)
     configure(model_type="t5")
     with pytest.raises(ConfigError, match="no causal language model of type t5"):
         prepare_model(config)
     with pytest.raises(ConfigError, match="no causal language model"):
         PackedModel.build(str(path))
+    configure(vocab_size=96)
+    with pytest.raises(ConfigError, match=r"has shape \[\d+, 32\], and .* needs \[96, 32\]"):
+        prepare_model(config)
     configure()
     truncate(path)
     with pytest.raises(ConfigError, match="is it complete"):

@@ -183,4 +183,7 @@ def device_of(config: Config) -> torch.device:
         )
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
+    # cuDNN's attention, which torch prefers on some GPUs (B200), makes a plan for every new shape, in about
+    # half a second, and packed micro-batches have ever new shapes.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return device

@@ -29,7 +29,7 @@ from trainer.batching.packing import PackedBatch
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
 from trainer.models.packed_attention import ATTENTION_NAME, PackedLayout
-from trainer.models.row_loading import read_rows
+from trainer.models.row_loading import read_rows, stored_names
 from trainer.models.safetensors_rows import SafetensorsRows
 from trainer.models.skeleton import build_skeleton, set_buffer, tied_names
 
@@ -140,6 +140,14 @@ class PackedModel(nn.Module):
             set_buffer(self, name, buffer.to(ranks.device))
         self._ranks = ranks
         return self
+
+    def check_initial_weights(self) -> None:
+        """Compares names, shapes and dtypes in the files of the model that `build` named; reads no weights.
+
+        Raises ConfigError if the files do not fit the model.
+        """
+        source = SafetensorsRows.of_model(self._path)
+        stored_names(self.model, source, tied=self._tied, fresh=self.fresh_parameters())
 
     @torch.no_grad()
     def read_initial_weights(self) -> Self:

@@ -47,7 +47,8 @@ class Policy(PackedModel):
         for name in ("logit_scale", "logits_scaling", "final_logit_softcapping"):
             if getattr(model.config, name, None) not in (None, 1, 1.0):
                 raise ConfigError(
-                    f"{type(model).__name__} scales its logits ({name}), which the trainer does not support"
+                    f"{type(model).__name__} scales its logits ({name}), which the trainer does not support: "
+                    "choose another model.path"
                 )
         super().__init__(model)
         self.temperature = temperature

@@ -38,8 +38,7 @@ def read_rows(
     `tied`: other names of parameters -> the name of the parameter. `fresh`: parameters that are not read.
     Raises ConfigError, before anything is copied, if names or shapes are not those of the model.
     """
-    tensors = [tensor for tensor in hf_tensors(model) if tensor.param not in fresh]
-    stored = _stored_names(model, tensors, source, tied=tied, fresh=fresh)
+    tensors, stored = stored_names(model, source, tied=tied, fresh=fresh)
     params = {name: param.detach() for name, param in model.named_parameters()}
     order = {name: place for place, name in enumerate(source.names)}
     for tensor in sorted(tensors, key=lambda tensor: order[stored[tensor.name][0]]):
@@ -67,15 +66,20 @@ def _holds(source: SafetensorsRows, name: str, expected: Tensor, *, first: int) 
     )
 
 
-def _stored_names(
+def stored_names(
     model: Any,
-    tensors: Sequence[HfTensor],
     source: SafetensorsRows,
     *,
     tied: Mapping[str, str],
-    fresh: Collection[str],
-) -> dict[str, list[str]]:
-    """Name of a tensor -> its names in the files; several if tied weights are stored more than once."""
+    fresh: Collection[str] = (),
+) -> tuple[list[HfTensor], dict[str, list[str]]]:
+    """(tensors that are read, name of a tensor -> its names in the files: several if tied weights are stored
+    more than once).
+
+    Reads no more than the headers of the files, and `model` may be on the meta device. Arguments and errors:
+    of `read_rows`.
+    """
+    tensors = [tensor for tensor in hf_tensors(model) if tensor.param not in fresh]
     known = {t.param: t.name for t in tensors if t.row is None and t.within is None}
     known |= {tensor.name: tensor.name for tensor in tensors}
     ignored = dict.fromkeys(fresh, "")
@@ -94,7 +98,7 @@ def _stored_names(
         elif target:
             stored[target].append(name)
     _check(model, tensors, source, stored, unknown=_unexpected(model, unknown))
-    return stored
+    return tensors, stored
 
 
 def _unexpected(model: Any, unknown: Iterable[str]) -> list[str]:

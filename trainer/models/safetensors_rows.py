@@ -12,14 +12,13 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.utils.hub import cached_file
 
-from areal_like.errors import ConfigError
-
-if TYPE_CHECKING:  # the check of a model before a job starts must not import torch
-    from torch import Tensor
+from areal_like.errors import ConfigError, first_line
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -144,15 +143,10 @@ class SafetensorsRows:
 
 def _find(model: str, name: str) -> Path | None:
     """A file of the model on this machine; None if the model has no such file."""
-    # Imported here: it takes a second.
-    from transformers.utils.hub import cached_file
-
     try:
         found = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{model}: {name} cannot be found ({str(error).strip().splitlines()[0]})"
-        ) from error
+        raise ConfigError(f"{model}: {name} cannot be found ({first_line(error)})") from error
     return None if found is None else Path(found)
 
 

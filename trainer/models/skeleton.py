@@ -11,9 +11,10 @@ import contextlib
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from areal_like.errors import ConfigError
+from areal_like.errors import ConfigError, first_line
 
 
 def build_skeleton(path: str, *, dtype: torch.dtype) -> Any:
@@ -26,9 +27,10 @@ def build_skeleton(path: str, *, dtype: torch.dtype) -> Any:
         with torch.device("meta"):
             from_config: Any = AutoModelForCausalLM.from_config  # untyped
             model = from_config(config, dtype=dtype, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{path}: transformers has no causal language model for it ({reason})") from error
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise ConfigError(
+            f"{path}: transformers has no causal language model for it ({first_line(error)})"
+        ) from error
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{path}: its weights are quantized, which cannot be trained: name another model")
     _compute_buffers(model)

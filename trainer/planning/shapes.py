@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from areal_like.config import Config
-from areal_like.errors import ConfigError
+from areal_like.errors import ConfigError, first_line
 from areal_like.paths import BUILT_MODELS
 from areal_like.runtime.command_line import CONFIGS
 
@@ -103,10 +103,12 @@ def _cached(name: str) -> Path | None:
 
 
 def _read(directory: Path, *, path: str) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(str(directory), trust_remote_code=False).get_text_config()
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model.path={path}: transformers cannot read its config.json ({reason})") from None
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise ConfigError(
+            f"model.path={path}: transformers cannot read its config.json ({first_line(error)})"
+        ) from None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from areal_like.errors import ConfigError
+from areal_like.errors import ConfigError, first_line
 from areal_like.moe import route_in_float32
 from areal_like.weights.hf_layout import hf_tensors
 from rollout_server.engine.cache import KVCache
@@ -94,7 +94,7 @@ def _from_pretrained(path: str, *, dtype: torch.dtype) -> Any:
     try:
         return AutoModelForCausalLM.from_pretrained(str(Path(path).expanduser()), dtype=dtype)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--model-path {path}: {str(error).strip().splitlines()[0]}") from None
+        raise ConfigError(f"--model-path {path}: {first_line(error)}") from None
 
 
 def _check_attention(config: Any, *, context_length: int) -> None:
