@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from areal_like.config import Config
 from areal_like.config.gpus import check_gpus_are_separate, engine_gpus, trainer_gpus
 from areal_like.config.sglang_args import option, words_of
+from areal_like.config.weights import MAX_TIMEOUT_S
 from areal_like.errors import ConfigError, WeightSyncError
 from areal_like.runtime.command_line import load_config
 from areal_like.weights.buckets import TensorSpec
@@ -38,6 +39,7 @@ def test_each_engine_gets_gpus_of_its_own() -> None:
     assert option(words, ("--base-gpu-id",)) == "4" and option(words, ("--tp-size",)) == "2"
     assert option(words, ("--device",)) == "cuda" and option(words, ("--context-length",)) == "100"
     assert option(words, ("--schedule-policy",)) == "lpm" and "--disable-radix-cache" not in words
+    assert float(option(words, ("--watchdog-timeout",)) or 0) > MAX_TIMEOUT_S, "it counts paused batches"
     mine = options_of(*settings, "rollout.sglang.args='--base-gpu-id {index}'", index=3)
     assert option(mine, ("--base-gpu-id",)) == "3", "args come last"
     assert option(options_of(index=3), ("--base-gpu-id",)) is None, "a CPU has no GPUs"
@@ -68,6 +70,8 @@ BOTH_ON_ONE = ["rollout.engine_device=cuda", "rollout.num_servers=2", "rollout.s
             [*SHARED, "rollout.num_servers=4", "trainer.world_size=2", "trainer.device=cuda:3"],
             ["rollout.num_servers=4", "trainer.world_size=2", "share the GPUs 3", "trainer.device=cuda:4"],
         ),
+        ([*SHARED, "rollout.sglang.args=--mem-fraction-static 0.85"], ["GPUs 0", "to share a GPU"]),
+        ([*SHARED, "rollout.sglang.args=--mem-fraction-static half"], ["half: give a number below 1"]),
         (BOTH_ON_ONE, ["rollout-0 and rollout-1", "--base-gpu-id"]),
     ],
 )
