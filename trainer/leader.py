@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from areal_like.automatic_settings import start_limit_s
+from areal_like.automatic_settings import compute_dtype, start_limit_s
 from areal_like.config import Config
 from areal_like.errors import ArealError, RefusedError, UserError
 from areal_like.paths import RunPaths
@@ -40,7 +40,7 @@ from trainer.metrics.run_files import WARM_UP_STEPS, MetricsFile, step_row, writ
 from trainer.weight_sync.broadcaster import Broadcaster
 from trainer.weight_sync.publisher import Publisher, PushReport
 from trainer.weight_sync.snapshot import Snapshot
-from trainer.weight_sync.weight_check import check_tokens
+from trainer.weight_sync.weight_check import NOISE, check_tokens
 from trainer.weight_sync.weight_checks import CheckReport
 
 log = logging.getLogger(__name__)
@@ -310,5 +310,6 @@ class Leader:
             on_failure=buffer.fail,
             on_check=on_check,
             check_interval_s=weights.check_interval_s if is_checked else None,
+            check_noise=NOISE[compute_dtype(self._config)],
         )
         buffer.on_directory = self._publisher.directory_changed

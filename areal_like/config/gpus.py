@@ -12,8 +12,11 @@ from areal_like.config.common import require
 from areal_like.config.job import Config
 from areal_like.config.rollout import RolloutConfig
 from areal_like.config.sglang_args import FIRST_GPU, STATIC_MEMORY, number, option, words_of
+from areal_like.errors import ConfigError
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
+_SHARING_FRACTION = 0.75
+"""Least `--mem-fraction-static` with which an engine is meant to have its GPUs alone."""
 
 
 def trainer_gpus(config: Config) -> range:
@@ -44,7 +47,7 @@ def check_gpus_are_separate(config: Config) -> None:
     rollout = config.rollout
     if rollout.engine != "sglang" or _VISIBLE in rollout.sglang.env:  # its GPUs have other numbers then
         return
-    if option(words_of(rollout.sglang.args), STATIC_MEMORY) is not None:
+    if config.trainer.num_hosts > 1 or _static_fraction(rollout.sglang.args) < _SHARING_FRACTION:
         return
     share = "to share a GPU, bound the engine's memory: rollout.sglang.args='--mem-fraction-static 0.3'"
     owners: dict[int, int] = {}
@@ -65,6 +68,14 @@ def check_gpus_are_separate(config: Config) -> None:
         f"(trainer.world_size={config.trainer.world_size}) share the GPUs {_listed(shared)}: "
         f"set trainer.device=cuda:{free}; {share}",
     )
+
+
+def _static_fraction(args: str) -> float:
+    given = option(words_of(args), STATIC_MEMORY)
+    try:
+        return 1.0 if given is None else float(given)
+    except ValueError:
+        raise ConfigError(f"rollout.sglang.args: {STATIC_MEMORY[0]} {given}: give a number below 1") from None
 
 
 def _ordinal(device: str) -> int | None:

@@ -282,6 +282,11 @@ class EngineClient:
         answer = await self._http.call("POST", "/weights_checker", {"action": "checksum"})
         return str(answer["per_engine_checksum"])
 
+    async def finish_forward(self) -> None:
+        """SGLang only: waits for the batch that a paused engine had begun, by a checksum of no tensor."""
+        body = {"action": "checksum", "skip_tensor_list": [""]}  # the empty text is a part of every name
+        await self._http.call("POST", "/weights_checker", body)
+
     async def flush_cache(self) -> None:
         """Drops cached prefixes."""
         await self._http.call("GET", "/flush_cache")

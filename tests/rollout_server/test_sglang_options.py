@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from areal_like.config import Config
 from areal_like.config.gpus import check_gpus_are_separate, engine_gpus, trainer_gpus
 from areal_like.config.sglang_args import option, words_of
-from areal_like.errors import ConfigError
+from areal_like.config.weights import MAX_TIMEOUT_S
+from areal_like.errors import ConfigError, WeightSyncError
 from areal_like.runtime.command_line import load_config
+from areal_like.weights.buckets import TensorSpec
 from launch.run_directory.open_run import open_run
+from rollout_server.inference.sglang.checkpoint_shapes import CheckpointShapes
 from rollout_server.inference.sglang.engine_checks import check_context_option, check_server_info
 from rollout_server.inference.sglang.launch_options import launch_options
 
@@ -32,6 +39,7 @@ def test_each_engine_gets_gpus_of_its_own() -> None:
     assert option(words, ("--base-gpu-id",)) == "4" and option(words, ("--tp-size",)) == "2"
     assert option(words, ("--device",)) == "cuda" and option(words, ("--context-length",)) == "100"
     assert option(words, ("--schedule-policy",)) == "lpm" and "--disable-radix-cache" not in words
+    assert float(option(words, ("--watchdog-timeout",)) or 0) > MAX_TIMEOUT_S, "it counts paused batches"
     mine = options_of(*settings, "rollout.sglang.args='--base-gpu-id {index}'", index=3)
     assert option(mine, ("--base-gpu-id",)) == "3", "args come last"
     assert option(options_of(index=3), ("--base-gpu-id",)) is None, "a CPU has no GPUs"
@@ -62,6 +70,8 @@ BOTH_ON_ONE = ["rollout.engine_device=cuda", "rollout.num_servers=2", "rollout.s
             [*SHARED, "rollout.num_servers=4", "trainer.world_size=2", "trainer.device=cuda:3"],
             ["rollout.num_servers=4", "trainer.world_size=2", "share the GPUs 3", "trainer.device=cuda:4"],
         ),
+        ([*SHARED, "rollout.sglang.args=--mem-fraction-static 0.85"], ["GPUs 0", "to share a GPU"]),
+        ([*SHARED, "rollout.sglang.args=--mem-fraction-static half"], ["half: give a number below 1"]),
         (BOTH_ON_ONE, ["rollout-0 and rollout-1", "--base-gpu-id"]),
     ],
 )
@@ -100,6 +110,21 @@ def test_engines_that_do_not_fit_are_refused() -> None:
     check_context_option("--context-length 100", context_tokens=100)
     with pytest.raises(ConfigError, match="--context-length 99 is shorter"):
         check_context_option("--context-length=99", context_tokens=100)
+
+
+def test_a_tied_head_may_be_left_out_of_a_push(tmp_path: Path) -> None:
+    shapes = {"model.embed_tokens.weight": (4, 2), "lm_head.weight": (4, 2)}
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    specs = [TensorSpec(name=name, dtype="float32", shape=shape) for name, shape in shapes.items()]
+    for facts in ({"tie_word_embeddings": True}, {}, {"text_config": {"tie_word_embeddings": True}}):
+        (tmp_path / "config.json").write_text(json.dumps(facts))
+        CheckpointShapes.of(str(tmp_path)).check(specs)
+        CheckpointShapes.of(str(tmp_path)).check(specs[:1])
+    (tmp_path / "config.json").write_text('{"tie_word_embeddings": false}')
+    CheckpointShapes.of(str(tmp_path)).check(specs)
+    with pytest.raises(WeightSyncError, match="missing: lm_head"):
+        CheckpointShapes.of(str(tmp_path)).check(specs[:1])
 
 
 def test_the_last_value_of_an_option_counts() -> None:

@@ -14,7 +14,7 @@ import pytest
 from areal_like.config import Config, from_mapping
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.sglang.process import SglangProcess
-from tests.support.engine_harness import CONTEXT, VOCAB, Engine, Models, save_models
+from tests.support.engine_harness import CONTEXT, VOCAB, Engine, Models, save_models, store_tied_head
 
 START_S = 400.0
 """Time limit of the start; it takes half a minute on two quiet cores."""
@@ -30,7 +30,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return save_models(tmp_path_factory.mktemp("models"), "llama")
+    """The first has its tied head in its file, as Qwen3-1.7B has on the hub; pushes leave it out."""
+    models = save_models(tmp_path_factory.mktemp("models"), "llama")
+    store_tied_head(models[0])
+    return models
 
 
 @pytest.fixture(scope="session")

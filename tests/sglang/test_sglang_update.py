@@ -217,7 +217,9 @@ def test_keep_shares_prefixes_only_within_one_version(engine: Engine, models: Mo
     async def body() -> None:
         async with harness_of(engine, models) as harness:
             client = harness.client
-            old_episode = client.episode()
+            old_episode, waiting_episode = client.episode(), client.episode()
+            sampling = Sampling(max_new_tokens=12, ignore_eos=True)
+            await old_episode.generate([99, 98], sampling=sampling)
             running = asyncio.create_task(sample(client, PROMPT, 900))
             await until_running(client, 1)
             cached = []
@@ -231,10 +233,11 @@ def test_keep_shares_prefixes_only_within_one_version(engine: Engine, models: Mo
                 if version == 0:
                     await harness.push(weights_of(models[1]), mode="keep")
             assert cached == [(0, len(prompt) - 1), (0, len(prompt) - 1)]
-            sampling = Sampling(max_new_tokens=12, ignore_eos=True)
             turn = await old_episode.generate(prompt, sampling=sampling)
             assert turn.num_cached_tokens == len(prompt) - 1 and set(turn.versions.tolist()) == {1}
             assert error_of(references[1], prompt, turn) > TOLERANCE, "its KV is that of the old weights"
+            late = await waiting_episode.generate(prompt, sampling=sampling)
+            assert error_of(references[1], prompt, late) < TOLERANCE, "it began after the push"
             generation = await asyncio.wait_for(running, 60)
             assert set(generation.versions.tolist()) == {0, 1}, "the push did not wait for it"
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -53,6 +54,14 @@ KINDS = ("llama", "qwen2", "qwen3", "gpt2", "qwen3_moe")
 
 Models = tuple[Path, Path]
 """Directories of two models of one architecture with different weights."""
+
+
+def store_tied_head(path: Path) -> None:
+    """Adds the head of a model that ties it to its embedding to the file of its weights."""
+    tensors = load_file(path / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
 
 
 def save_model(path: Path, kind: str, *, seed: int = 0) -> Path:

@@ -10,7 +10,14 @@ from areal_like.trajectory import FinishReason, Trajectory
 from areal_like.wire.messages.weights import ScoreTokens, TokenScores, WeightsFailed
 from trainer.batching.packing import TrainingSample, collate
 from trainer.weight_sync.receivers import ReceiverId
-from trainer.weight_sync.weight_check import MAX_CONTEXT, CheckTokens, JumpDetector, RepushRule, check_tokens
+from trainer.weight_sync.weight_check import (
+    MAX_CONTEXT,
+    NOISE,
+    CheckTokens,
+    JumpDetector,
+    RepushRule,
+    check_tokens,
+)
 from trainer.weight_sync.weight_checks import CheckReport, WeightChecks
 
 
@@ -40,11 +47,15 @@ def test_check_tokens_are_the_first_sampled_turn() -> None:
 
 
 def test_a_jump_stands_out_from_earlier_checks() -> None:
-    bf16, fp32 = JumpDetector(), JumpDetector()
+    bf16, fp32 = JumpDetector(noise=NOISE["bfloat16"]), JumpDetector()
     assert bf16.is_jump(2.0) and bf16.is_jump(math.nan), "far above any noise, without a history"
     for difference in (0.02, 0.03, 0.02, 0.025):
         assert not bf16.is_jump(difference)
     assert bf16.is_jump(0.08) and bf16.is_jump(math.inf) and not bf16.is_jump(0.06)
+    certain = JumpDetector(noise=NOISE["bfloat16"])
+    for difference in (0.004, 0.002, 0.003, 0.04, 0.003):
+        assert not certain.is_jump(difference), "tokens that are nearly certain have little noise"
+    assert certain.is_jump(0.2)
     for _ in range(5):
         assert not fp32.is_jump(1e-6)
     assert fp32.is_jump(0.01) and not fp32.is_jump(5e-4), "float32 noise varies by orders of magnitude"

@@ -26,7 +26,7 @@ from trainer.distributed.spawn import STORE_FD
 
 log = logging.getLogger(__name__)
 
-_MEMBERS_TIMEOUT = timedelta(seconds=60)
+_MEMBERS_TIMEOUT = timedelta(seconds=10)
 _STUCK_SHARE = 0.8
 """Share of the collectives' time limit after which a rank logs where it is."""
 
@@ -183,4 +183,7 @@ def device_of(config: Config) -> torch.device:
         )
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
+    # cuDNN's attention, which torch prefers on some GPUs (B200), makes a plan for every new shape, in about
+    # half a second, and packed micro-batches have ever new shapes.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return device

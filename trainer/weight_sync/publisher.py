@@ -19,6 +19,7 @@ from areal_like.wire.messages.consumer import AllocVersion, ServerEntry, Version
 from trainer.weight_sync.broadcaster import Broadcaster
 from trainer.weight_sync.receivers import ReceiverId, receiver_id
 from trainer.weight_sync.snapshot import Snapshot
+from trainer.weight_sync.weight_check import NOISE
 from trainer.weight_sync.weight_checks import CheckReport, WeightChecks
 
 log = logging.getLogger(__name__)
@@ -76,12 +77,14 @@ class Publisher:
         on_failure: Callable[[ArealError], None],
         on_check: Callable[[CheckReport], None] = lambda report: None,
         check_interval_s: float | None = None,
+        check_noise: float = NOISE["float32"],
     ) -> None:
         """`call`: sends a request to the buffer. `servers`: the buffer's directory of rollout servers.
 
         `on_failure`: called with the error when the task fails, because nothing awaits the task until the
         end of training. `on_check`: called with each comparison of log-probs (weight_checks.py).
-        `check_interval_s`: shortest time between two of one server; None: there are none.
+        `check_interval_s`: shortest time between two of one server; None: there are none. `check_noise`: as
+        of JumpDetector.
         """
         self._broadcaster = broadcaster
         self._call = call
@@ -108,6 +111,7 @@ class Publisher:
                 interval_s=check_interval_s,
                 on_report=on_check,
                 on_repush=self._push_again,
+                noise=check_noise,
             )
         self._task = asyncio.create_task(self._run(), name="publisher")
 

@@ -27,7 +27,9 @@ MAX_CONTEXT = 8192
 _WINDOW = 64
 _MIN_HISTORY = 3
 _FACTOR = 3.0
-_FLOOR = 1e-3
+NOISE = {"float32": 1e-3, "bfloat16": 0.05}
+"""By `model.dtype`: a mean difference that is never a jump, in nats. In bfloat16 a check of few tokens with
+nearly certain answers may differ by a few thousandths, and the next one by some hundredths."""
 _UNKNOWN_LIMIT = 0.5
 """Limit before there is a history: above the noise of any correct engine, bfloat16 and 8 bits included."""
 
@@ -79,10 +81,12 @@ def check_tokens(batch: PackedBatch, logp_S: Tensor, *, step: int) -> CheckToken
 class JumpDetector:
     """Finds differences that are far above those of the last checks of all engines.
 
-    The limit is three times the median of the last 64 accepted differences, and never below 0.001.
+    The limit is three times the median of the last 64 accepted differences, and never below `noise`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, noise: float = NOISE["float32"]) -> None:
+        """`noise`: of the job's dtype, see `NOISE`."""
+        self._noise = noise
         self._accepted: deque[float] = deque(maxlen=_WINDOW)
 
     @property
@@ -90,7 +94,7 @@ class JumpDetector:
         """Largest difference, in nats, that is accepted now."""
         if len(self._accepted) < _MIN_HISTORY:
             return _UNKNOWN_LIMIT
-        return max(_FLOOR, _FACTOR * statistics.median(self._accepted))
+        return max(self._noise, _FACTOR * statistics.median(self._accepted))
 
     def is_jump(self, difference: float) -> bool:
         """Takes one check's difference into account; True if it is a jump or not finite."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from areal_like.wire.messages.weights import ScoreTokens, TokenScores, WeightsFailed
 from trainer.weight_sync.receivers import ReceiverId
-from trainer.weight_sync.weight_check import CheckTokens, JumpDetector, RepushRule
+from trainer.weight_sync.weight_check import NOISE, CheckTokens, JumpDetector, RepushRule
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +48,11 @@ class WeightChecks:
         interval_s: float,
         on_report: Callable[[CheckReport], None],
         on_repush: Callable[[ReceiverId], None],
+        noise: float = NOISE["float32"],
     ) -> None:
         """`score_at`: sends a request to a server. `interval_s`: shortest time between two checks of one.
 
-        `on_repush`: called with a server that needs the weights again.
+        `on_repush`: called with a server that needs the weights again. `noise`: as of JumpDetector.
         """
         self._score_at = score_at
         self._interval_s = interval_s
@@ -61,7 +62,7 @@ class WeightChecks:
         self._active: dict[ReceiverId, tuple[int, int]] = {}
         """Server -> (step, version) that it has activated and that is not checked yet."""
         self._due_s: dict[ReceiverId, float] = {}
-        self._jumps = JumpDetector()
+        self._jumps = JumpDetector(noise=noise)
         self._repush = RepushRule()
         self._tasks: dict[ReceiverId, asyncio.Task[None]] = {}
         self.next_due_s = 0.0

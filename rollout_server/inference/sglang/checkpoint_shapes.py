@@ -19,7 +19,8 @@ from areal_like.weights.buckets import TensorSpec, check_names
 
 _INDEX = "model.safetensors.index.json"
 _TIED = "lm_head.weight"
-"""Missing in the checkpoint of a model that ties it to its embedding; every engine accepts it in a push."""
+"""Often missing in the checkpoint of a model that ties it to its embedding; every engine accepts it in a
+push. Some of these checkpoints have it all the same (Qwen3-0.6B and 1.7B), and pushes leave it out."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class CheckpointShapes:
     """Tensor shapes by name."""
 
     shapes: dict[str, tuple[int, ...]]
+    ties_head: bool = False
+    """True if the head may be the embedding: config.json does not say that it is not."""
 
     @classmethod
     def of(cls, model: str) -> CheckpointShapes:
@@ -37,30 +40,40 @@ class CheckpointShapes:
                 with safe_open(path, framework="numpy") as tensors:
                     for name in tensors.keys():  # noqa: SIM118 - not a mapping
                         shapes[name] = tuple(tensors.get_slice(name).get_shape())
+            ties_head = _ties_head(model)
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise ConfigError(
                 f"model.path={model}: rollout.engine=sglang needs its weights as safetensors ({error})"
             ) from None
-        return cls(shapes)
+        return cls(shapes, ties_head=ties_head)
 
     def check(self, specs: Sequence[TensorSpec]) -> None:
         """Raises WeightSyncError with the names that are unknown, missing or have another shape."""
-        check_names(specs, self.shapes, tied=() if _TIED in self.shapes else (_TIED,))
+        is_optional = self.ties_head or _TIED not in self.shapes
+        check_names(specs, self.shapes, tied=(_TIED,) if is_optional else ())
 
 
-def _files(model: str) -> list[Path]:
+def _find(model: str, name: str) -> Path | None:
     # Imported here: it takes a second, and only rollout.engine=sglang needs it.
     from transformers.utils.hub import cached_file
 
-    def find(name: str) -> Path | None:
-        found = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
-        return None if found is None else Path(found)
+    found = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found)
 
-    index = find(_INDEX)
+
+def _ties_head(model: str) -> bool:
+    config = _find(model, "config.json")
+    facts = {} if config is None else json.loads(config.read_text())
+    text = facts.get("text_config") or {}
+    return text.get("tie_word_embeddings", facts.get("tie_word_embeddings")) is not False
+
+
+def _files(model: str) -> list[Path]:
+    index = _find(model, _INDEX)
     names = ["model.safetensors"]
     if index is not None:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    files = [find(name) for name in names]
+    files = [_find(model, name) for name in names]
     if absent := [name for name, path in zip(names, files, strict=True) if path is None]:
         raise OSError(f"{absent[0]} is missing")
     return [path for path in files if path is not None]

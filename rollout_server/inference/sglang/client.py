@@ -64,8 +64,8 @@ class SglangClient(EngineClient):
         self.cache_salt = next(self._salts)
 
     def episode(self, *, on_first_token: Callable[[], None] | None = None) -> SamplingClient:
-        """As EngineClient.episode; all turns have the salt of the weights at the episode's start."""
-        return _Episode(self, cache_salt=self.cache_salt, on_first_token=on_first_token)
+        """As EngineClient.episode; all turns have the salt of the weights at the episode's first request."""
+        return _Episode(self, on_first_token=on_first_token)
 
     async def generate(
         self,
@@ -172,11 +172,9 @@ class SglangClient(EngineClient):
 class _Episode:
     """A `SamplingClient` of one episode."""
 
-    def __init__(
-        self, client: SglangClient, *, cache_salt: str, on_first_token: Callable[[], None] | None
-    ) -> None:
+    def __init__(self, client: SglangClient, *, on_first_token: Callable[[], None] | None) -> None:
         self._client = client
-        self._cache_salt = cache_salt
+        self._cache_salt = ""
         self._on_first_token = on_first_token
 
     async def generate(
@@ -188,6 +186,8 @@ class _Episode:
         timeout_s: float = math.inf,
     ) -> Generation:
         """As SglangClient.generate."""
+        # Not before: the episode may have waited for its turn (GenerationGate) while weights were pushed.
+        self._cache_salt = self._cache_salt or self._client.cache_salt
         return await self._client.generate(
             input_ids,
             sampling=sampling,

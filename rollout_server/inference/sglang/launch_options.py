@@ -7,11 +7,16 @@ import shlex
 from areal_like.automatic_settings import compute_dtype
 from areal_like.config import Config
 from areal_like.config.gpus import engine_gpus
+from areal_like.config.weights import MAX_TIMEOUT_S
 from areal_like.hosts import LOOPBACK
 from rollout_server.inference.sglang.client import STREAM_INTERVAL
 
 _MAX_CPU_KV_TOKENS = 1 << 16
 """KV cache size on a CPU. By default SGLang would take most of the machine's memory."""
+_WATCHDOG_S = 2 * MAX_TIMEOUT_S
+"""SGLang ends itself if a batch takes longer, and counts a batch as running while it is paused with `keep`:
+its default of 300 s is shorter than the push of a large model may take. The supervisor finds an engine that
+hangs."""
 
 
 def launch_options(
@@ -25,7 +30,7 @@ def launch_options(
         "dtype": compute_dtype(config), "max-running-requests": rollout.max_running,
         "weight-version": version, "random-seed": config.seed + index, "stream-interval": STREAM_INTERVAL,
         "sampling-defaults": "openai", "context-length": context_length, "schedule-policy": "lpm",
-        "tp-size": rollout.gpus_per_engine,
+        "tp-size": rollout.gpus_per_engine, "watchdog-timeout": _WATCHDOG_S,
     }  # fmt: skip
     flags = ["skip-tokenizer-init", "enable-metrics"]
     if gpus := engine_gpus(rollout, index=index):

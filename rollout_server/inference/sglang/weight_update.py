@@ -103,6 +103,10 @@ class SglangWeightUpdate:
                 await client.pause("in_place" if request.update_mode == "keep" else "retract")
                 # Only now: what was computed before the pause has the salt of the old weights.
                 client.renew_cache_salt()
+                if request.update_mode == "keep":
+                    # An `in_place` pause returns while the GPU still computes the last batch, and weights are
+                    # loaded on another stream: they would change under that batch.
+                    await client.finish_forward()
                 await client.begin_weight_update()
                 for bucket in push.manifest.buckets:
                     await client.update_weights_from_distributed(

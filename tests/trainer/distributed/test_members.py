@@ -6,13 +6,14 @@ import socket
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from areal_like.config import Config, TrainerConfig
+from areal_like.config import Config, RolloutConfig, SglangConfig, TrainerConfig
 from areal_like.errors import ArealError, ConfigError
 from areal_like.paths import RunPaths
 from tests.support.buffer_harness import ROOT
@@ -179,6 +180,14 @@ def test_torch_variables_of_gpu_ranks(tmp_path: Path) -> None:
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
     }
     assert (tmp_path / "x" / "traces").is_dir()
+    sglang = SglangConfig(args="--enable-nccl-nvls", env={"NCCL_CUMEM_ENABLE": 1})
+    for engine, nccl in (
+        (RolloutConfig(engine="sglang"), ("0", "0")),
+        (RolloutConfig(engine="sglang", sglang=sglang), ("1", "1")),
+    ):
+        beside_sglang: dict[str, str] = {}
+        set_torch_variables(replace(config, rollout=engine), beside_sglang)
+        assert (beside_sglang["NCCL_CUMEM_ENABLE"], beside_sglang["NCCL_NVLS_ENABLE"]) == nccl
     on_a_cpu: dict[str, str] = {}
     set_torch_variables(Config(name="y", runs_dir=str(tmp_path)), on_a_cpu)
     assert on_a_cpu == {} and not (tmp_path / "y").exists()
