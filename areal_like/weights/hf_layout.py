@@ -101,7 +101,7 @@ def hf_tensors(model: nn.Module, *, with_buffers: bool = True) -> list[HfTensor]
     if with_buffers and (buffers := list(_persistent_buffers(model))):
         raise ConfigError(
             f"{type(model).__name__} keeps {buffers[0]} in its checkpoint and does not train it: only "
-            "parameters can be pushed and saved; choose another model.path"
+            "parameters can be pushed and saved; choose another model"
         )
     conversions = _conversions(model)
     if not conversions:
@@ -114,7 +114,7 @@ def hf_tensors(model: nn.Module, *, with_buffers: bool = True) -> list[HfTensor]
         except (RuntimeError, ValueError) as error:
             raise ConfigError(
                 f"{type(model).__name__}: the names of its checkpoint cannot be derived ({error}); "
-                "choose another model.path"
+                "choose another model"
             ) from error
         for name, found in converted.items():
             if name in places:
@@ -189,7 +189,7 @@ class _Positions:
         return ConfigError(
             f"{self._architecture}: transformers makes {name} of its checkpoint from the parameters in a way "
             "that pushes and checkpoints cannot follow (it transposes, interleaves or joins them); choose "
-            "another model.path"
+            "another model"
         )
 
 

@@ -155,7 +155,7 @@ def packed_attention(
     if packed_layout is None or softcap is not None or s_aux is not None:
         raise ConfigError(
             f"{type(module).__name__} cannot be trained packed: its attention uses soft-capping or sinks, "
-            "or its model does not hand keyword arguments down to it. Choose another model.path"
+            "or its model does not hand keyword arguments down to it. Choose another model"
         )
     assert attention_mask is None and len(query) == 1
     flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]

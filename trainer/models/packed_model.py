@@ -198,7 +198,7 @@ def _check_layers(model: Any) -> None:
     if kinds:
         raise ConfigError(
             f"{type(model).__name__} cannot be trained packed: it has {', '.join(sorted(kinds))} layers. "
-            "Choose another model.path"
+            "Choose another model"
         )
 
 

@@ -48,7 +48,7 @@ class Policy(PackedModel):
             if getattr(model.config, name, None) not in (None, 1, 1.0):
                 raise ConfigError(
                     f"{type(model).__name__} scales its logits ({name}), which the trainer does not support: "
-                    "choose another model.path"
+                    "choose another model"
                 )
         super().__init__(model)
         self.temperature = temperature

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from areal_like.config import Config
+from areal_like.errors import ConfigError
 from trainer.advantages.critic import Critic
 from trainer.advantages.gae import Gae
 from trainer.distributed.ranks import Ranks
@@ -25,7 +26,7 @@ def build_step_runner(
     trainer, recipe = config.trainer, StepRecipe.of(config)
     reference = None
     if recipe.needs_reference and (config.kl.reference or initial):
-        reference = build_policy(config, config.kl.reference or initial, ranks, frozen=True)
+        reference = _build_reference(config, ranks, initial=initial)
     critic = None
     if isinstance(recipe.estimator, Gae) and initial:
         critic = Critic.of(config, recipe.estimator, ranks, initial=initial, with_weights=with_weights)
@@ -42,3 +43,12 @@ def build_step_runner(
         kl=recipe.kl,
         critic=critic,
     )
+
+
+def _build_reference(config: Config, ranks: Ranks, *, initial: str) -> Policy:
+    try:
+        return build_policy(config, config.kl.reference or initial, ranks, frozen=True)
+    except ConfigError as error:
+        if not config.kl.reference:
+            raise
+        raise ConfigError(f"kl.reference={config.kl.reference}: {error}") from error
