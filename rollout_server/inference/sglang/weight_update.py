@@ -106,12 +106,14 @@ class SglangWeightUpdate:
                 if request.update_mode == "keep":
                     # An `in_place` pause returns while the GPU still computes the last batch, and weights are
                     # loaded on another stream: they would change under that batch.
-                    await client.finish_forward()
+                    await client.synchronize(timeout_s=push.left_s())
                 await client.begin_weight_update()
                 for bucket in push.manifest.buckets:
                     await client.update_weights_from_distributed(
                         bucket, group_name=request.group_name, timeout_s=push.left_s()
                     )
+                # Here and not in the digest below: over NCCL this is the wait for the other ranks.
+                await client.synchronize(timeout_s=push.left_s())
             await client.end_weight_update(timeout_s=push.left_s())
             digest = await client.weights_checksum()
             if request.update_mode != "keep":
