@@ -2,8 +2,8 @@
 
 No daemon ends, nothing is lost, and the job goes on. A stopped process still has its connections: its peers
 cannot see that it is not running, and their messages wait in its socket. An engine that is stopped during a
-push, and for longer than `weights.push_deadline_s` and the time in which it has to report its version, is
-replaced by its server.
+push, and for longer than `weights.push_deadline_s` and the time in which it has to report its version (the
+long test), is replaced by its server.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.support.launching import (
     wait_until,
 )
 
-LEASE_TIMEOUT_S = 4.0
+LEASE_TIMEOUT_S = 3.0
 SETTINGS = (
     "name=x",
     "model.warm_start_steps=0",
@@ -41,7 +41,7 @@ SETTINGS = (
     "rollout.num_servers=2",
     "rollout.max_running=16",
     "rollout.queue_samples=8",
-    "weights.push_deadline_s=10",
+    "weights.push_deadline_s=5",
     f"buffer.lease_timeout_s={LEASE_TIMEOUT_S}",
     "max_staleness=2",
 )
@@ -88,7 +88,7 @@ def stop_each_role(directory: Path, *, stopped_s: float, num_rounds: int = 1) ->
 
 @pytest.mark.timeout(600)
 def test_each_role_is_stopped_longer_than_a_lease(tmp_path: Path) -> None:
-    stop_each_role(tmp_path, stopped_s=12.0)
+    stop_each_role(tmp_path, stopped_s=6.0)
 
 
 @pytest.mark.chaos

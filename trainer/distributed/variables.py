@@ -1,12 +1,12 @@
-"""Environment variables that torch and NCCL read once, for ranks on GPUs. No import of torch here.
+"""Environment variables that torch reads when it is imported, for ranks on GPUs. No import of torch here.
 
 * The allocator grows its segments: with the sizes of packed micro-batches, fixed segments leave gaps that
   together can be gigabytes.
 * The flight recorder writes the last collectives of a rank into the run's `traces/` when one times out. That
   file is torch's own, a pickle; `torchfrtrace` reads it.
-* NCCL allocates as SGLang's does, for weights that travel to it: SGLang turns CUDA's virtual memory
-  management and NVLink SHARP off in its processes, unless the variables are set. NCCL does not compare these
-  settings, and ranks with different ones cannot map each other's memory.
+* NCCL gets the transports of SGLang, which turns two of them off unless its environment or its options say
+  otherwise (0.5.23, `_set_envs_and_config`). Both processes are ranks of the group of a push, and how two
+  ranks share memory is decided by each rank's own variable.
 
 A variable that the user has set, also under its older name, stays.
 """
@@ -17,6 +17,7 @@ import os
 from collections.abc import MutableMapping
 
 from areal_like.config import Config
+from areal_like.config.sglang_args import words_of
 from areal_like.paths import RunPaths
 
 _ALIASES = {
@@ -24,10 +25,10 @@ _ALIASES = {
     "TORCH_FR_BUFFER_SIZE": ("TORCH_NCCL_TRACE_BUFFER_SIZE",),
     "TORCH_FR_DUMP_TEMP_FILE": ("TORCH_NCCL_DEBUG_INFO_TEMP_FILE",),
     "TORCH_NCCL_DUMP_ON_TIMEOUT": (),
+    "NCCL_CUMEM_ENABLE": (),
+    "NCCL_NVLS_ENABLE": (),
 }
 """Variable -> its older names, which torch 2.11 to 2.14 still read."""
-_SGLANG_NCCL = ("NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE")
-"""Variables that SGLang 0.5.23 sets to 0 (`_set_envs_and_config`)."""
 
 
 def set_torch_variables(config: Config, environment: MutableMapping[str, str] = os.environ) -> None:
@@ -42,9 +43,18 @@ def set_torch_variables(config: Config, environment: MutableMapping[str, str] = 
         "TORCH_FR_DUMP_TEMP_FILE": str(traces / "nccl_rank_"),
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
     }
-    rollout = config.rollout
-    if rollout.engine == "sglang" and rollout.engine_device != "cpu" and config.weights.backend != "gloo":
-        wanted |= {name: str(rollout.sglang.env.get(name, "0")) for name in _SGLANG_NCCL}
+    if config.rollout.engine == "sglang" and config.weights.backend != "gloo":
+        wanted |= _nccl_of_sglang(config)
     for name, value in wanted.items():
-        if not any(alias in environment for alias in (name, *_ALIASES.get(name, ()))):
+        if not any(alias in environment for alias in (name, *_ALIASES[name])):
             environment[name] = value
+
+
+def _nccl_of_sglang(config: Config) -> dict[str, str]:
+    words, own = words_of(config.rollout.sglang.args), config.rollout.sglang.env
+    symmetric = "--enable-symm-mem" in words
+    defaults = {
+        "NCCL_CUMEM_ENABLE": int(symmetric),
+        "NCCL_NVLS_ENABLE": int(symmetric or "--enable-nccl-nvls" in words),
+    }
+    return {name: str(own.get(name, value)) for name, value in defaults.items()}

@@ -36,6 +36,8 @@ class Assumptions:
     """Of one GPU to other hosts: a 400 Gbit/s link at 80 %."""
     nvlink_efficiency: float = 0.6
     """Share of NVLink's one-directional rate that collectives reach."""
+    host_efficiency: float = 0.8
+    """Share of PCIe's rate that copies from pinned memory reach."""
     gloo_bytes_per_s: float = 1.8e9
     """Of a push over gloo (docs/results.md, measured on CPUs)."""
 
@@ -213,13 +215,17 @@ def _train_seconds(
 def _push_seconds(
     config: Config, placement: Placement, trace: StepTrace, assumed: Assumptions, formulas: list[str]
 ) -> float:
-    wire = trace.num_params * BYTES[str(config.model.dtype)]
+    wire, gpu = trace.num_params * BYTES[str(config.model.dtype)], placement.gpu
+    # Rank 0 has the buckets in the host's memory; NCCL sends one while the next is copied to its GPU.
+    from_host = gpu.host_bytes_per_s * assumed.host_efficiency
     if placement.is_shared or config.weights.backend == "gloo" or config.trainer.device == "cpu":
         name, rate = "gloo", assumed.gloo_bytes_per_s
     elif placement.is_one_host:
-        name, rate = "NCCL over NVLink", placement.gpu.nvlink_bytes_per_s * assumed.nvlink_efficiency
+        nvlink = gpu.nvlink_bytes_per_s * assumed.nvlink_efficiency
+        name, rate = "NCCL over NVLink, from the host's memory", min(nvlink, from_host)
     else:
-        name, rate = "NCCL over the network", assumed.network_bytes_per_s
+        name = "NCCL over the network, from the host's memory"
+        rate = min(assumed.network_bytes_per_s, from_host)
     push_s = wire / rate
     formulas.append(f"push = {wire / 1e9:.1f} GB / {rate / 1e9:.1f} GB/s ({name}) = {push_s:.1f} s")
     return push_s

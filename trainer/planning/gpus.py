@@ -30,6 +30,8 @@ class Gpu:
     memory_bytes_per_s: float
     nvlink_bytes_per_s: float
     """One direction, one GPU."""
+    host_bytes_per_s: float
+    """One direction between the GPU and its host's memory (PCIe, 16 lanes)."""
 
     def flops(self, dtype: str) -> float:
         """Peak FLOP/s of matrix products in `model.dtype`."""
@@ -46,6 +48,7 @@ GPUS = {
             float32_flops=19.5e12,
             memory_bytes_per_s=2.039e12,
             nvlink_bytes_per_s=300e9,
+            host_bytes_per_s=32e9,
         ),
         Gpu(
             name="H100",
@@ -54,6 +57,7 @@ GPUS = {
             float32_flops=67e12,
             memory_bytes_per_s=3.35e12,
             nvlink_bytes_per_s=450e9,
+            host_bytes_per_s=64e9,
         ),
         Gpu(
             name="H200",
@@ -62,6 +66,7 @@ GPUS = {
             float32_flops=67e12,
             memory_bytes_per_s=4.8e12,
             nvlink_bytes_per_s=450e9,
+            host_bytes_per_s=64e9,
         ),
         Gpu(
             name="B200",
@@ -70,6 +75,7 @@ GPUS = {
             float32_flops=75e12,
             memory_bytes_per_s=8e12,
             nvlink_bytes_per_s=900e9,
+            host_bytes_per_s=64e9,
         ),
     )
 }

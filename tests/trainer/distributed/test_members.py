@@ -180,11 +180,14 @@ def test_torch_variables_of_gpu_ranks(tmp_path: Path) -> None:
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
     }
     assert (tmp_path / "x" / "traces").is_dir()
-    sglang = SglangConfig(env={"NCCL_NVLS_ENABLE": 1})
-    rollout = RolloutConfig(engine="sglang", engine_device="cuda:1", sglang=sglang)
-    set_torch_variables(replace(config, rollout=rollout), environment)
-    assert environment["NCCL_CUMEM_ENABLE"] == "0", "as SGLang sets it"
-    assert environment["NCCL_NVLS_ENABLE"] == "1", "as the job sets it for the engines"
+    sglang = SglangConfig(args="--enable-nccl-nvls", env={"NCCL_CUMEM_ENABLE": 1})
+    for engine, nccl in (
+        (RolloutConfig(engine="sglang"), ("0", "0")),
+        (RolloutConfig(engine="sglang", sglang=sglang), ("1", "1")),
+    ):
+        beside_sglang: dict[str, str] = {}
+        set_torch_variables(replace(config, rollout=engine), beside_sglang)
+        assert (beside_sglang["NCCL_CUMEM_ENABLE"], beside_sglang["NCCL_NVLS_ENABLE"]) == nccl
     on_a_cpu: dict[str, str] = {}
     set_torch_variables(Config(name="y", runs_dir=str(tmp_path)), on_a_cpu)
     assert on_a_cpu == {} and not (tmp_path / "y").exists()
