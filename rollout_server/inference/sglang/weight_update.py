@@ -1,7 +1,7 @@
 """Weight pushes into SGLang, which overwrites its active weights and so must not decode during the update.
 
     SERVING -> requests held or not (update mode) -> paused -> update session: receive every bucket
-            -> digest read -> cache flushed -> version set -> resumed: SERVING
+            -> GPUs synchronized -> digest read -> cache flushed -> version set -> resumed: SERVING
     failed, digest unchanged -> resumed: SERVING with the old version
     failed, digest changed   -> QUARANTINED: reloaded from disk -> next push -> SERVING
 
