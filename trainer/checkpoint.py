@@ -224,7 +224,9 @@ class Checkpoints:
                 f"no checkpoint of step {step} in {self._root} (there: {found}): set resume to one of them"
             )
         try:
-            state = json.loads((path / STATE_FILE).read_text())
+            state = _read_json(path / STATE_FILE)
+            for file in sorted({path / "config.json", *path.glob("*.json")}):
+                _read_json(file)  # engines and users load them; the trainer does not
             if state["format"] not in (OLD_FORMAT, FORMAT):
                 raise ConfigError(
                     f"{path}: written by another version (format {state['format']}, this is {FORMAT})"
@@ -232,8 +234,8 @@ class Checkpoints:
             extra: dict[str, Any] = state["extra"]
             reader = StateReader(path, ranks)
             self._read(reader, state, path, {POLICY: (policy, optimizer)} | _model_of(critic))
-        except (OSError, json.JSONDecodeError, KeyError) as error:
-            raise ConfigError(f"{path} cannot be read ({error}): resume from another step") from error
+        except (OSError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} cannot be read ({error!r}): resume from another step") from error
         ranks.any(True)  # waits until every rank has found and read it
         return extra
 
@@ -289,6 +291,13 @@ class Checkpoints:
         """
         in_flight, self._in_flight = self._in_flight, None
         return None if in_flight is None else in_flight.result()
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}): resume from another step") from error
 
 
 def _model_of(critic: Critic | None) -> dict[str, tuple[PackedModel, ShardedAdamW]]:

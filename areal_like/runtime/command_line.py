@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from areal_like.config import Config, from_mapping, to_mapping
 from areal_like.config.common import NAME, NAME_RULE
@@ -195,7 +196,9 @@ def _from_file(path: Path, overrides: list[str]) -> dict[str, Any]:
         merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(settings))
     except ConfigError:
         raise
-    except (OmegaConfBaseException, ValueError) as error:
+    except YAMLError as error:
+        raise ConfigError(f"--config {path}: no YAML ({' '.join(str(error).split())})") from None
+    except (OmegaConfBaseException, ValueError, OSError) as error:
         raise ConfigError(f"--config {path}: {first_line(error)}") from None
     return _plain(merged)
 

@@ -63,7 +63,8 @@ def run_local(argv: Sequence[str]) -> int:
     try:
         job = LocalJob(run, view=view, num_stops=lambda: stops.count)
         exit_code = job.run()
-        if exit_code == 2 and not job.has_begun:
+        names_a_log = any(str(run.paths.logs) in line for line in job.failure)
+        if exit_code == 2 and not job.has_begun and not names_a_log:
             run.remove_if_created()
     except ConfigError:
         run.remove_if_created()

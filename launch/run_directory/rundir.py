@@ -67,8 +67,11 @@ def is_over(paths: RunPaths) -> bool:
 
 def holds_run(paths: RunPaths) -> bool:
     """True when a step was trained here. A job that failed before its first step leaves its name free."""
-    trained = paths.metrics.exists() and paths.metrics.stat().st_size > 0
-    return trained or paths.summary.exists() or bool(checkpoints(paths))
+    return paths.summary.exists() or _has_steps(paths)
+
+
+def _has_steps(paths: RunPaths) -> bool:
+    return bool(checkpoints(paths)) or (paths.metrics.exists() and paths.metrics.stat().st_size > 0)
 
 
 def is_trained(paths: RunPaths, *, num_steps: int) -> bool:
@@ -90,9 +93,9 @@ def remove_unbegun(paths: RunPaths) -> None:
 
     The caller holds the lock, and this launch has created the directory.
     """
-    ours = {paths.config, paths.logs, paths.endpoints, paths.built_model, paths.root / _LOCK}
-    ours.update(paths.root.glob("ledger*"))
-    if not holds_run(paths) and ours.issuperset(paths.root.iterdir()):
+    ours = {paths.config, paths.logs, paths.endpoints, paths.traces, paths.built_model, paths.root / _LOCK}
+    ours.update((paths.metrics, paths.summary, *paths.root.glob("ledger*")))
+    if not _has_steps(paths) and ours.issuperset(paths.root.iterdir()):
         shutil.rmtree(paths.root)
 
 

@@ -209,6 +209,14 @@ def test_mistake_gives_one_clear_message(arguments: list[str], message: str) -> 
     assert "\n" not in str(caught.value)
 
 
+def test_a_file_that_is_no_yaml_is_one_message(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("model: [")
+    with pytest.raises(ConfigError, match=r"no YAML .*line 1") as caught:
+        load_config(["--config", str(file)])
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_port_range_is_a_range_of_ports() -> None:
     assert list(WeightsConfig().ports) == [0], "any free port"
     assert list(load_config(["weights.port_range=20000-20002"]).weights.ports) == [20000, 20001, 20002]

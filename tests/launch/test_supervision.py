@@ -288,15 +288,17 @@ def test_a_trainer_without_progress_is_not_restarted_for_ever(workplace: Path) -
     ],
 )
 def test_the_users_mistake_is_one_message(workplace: Path, script: dict[str, str], message: str) -> None:
-    root = workplace / "runs" / "x"
     code, _, err = run(workplace, script=script)
     assert (code, err.strip()) == (2, message)
-    assert not root.exists()
-    root.mkdir()
-    notes = root / "notes.txt"
+    assert not (workplace / "runs" / "x").exists()
+
+
+def test_a_directory_that_existed_before_stays(workplace: Path) -> None:
+    notes = workplace / "runs" / "x" / "notes.txt"
+    notes.parent.mkdir(parents=True)
     notes.write_text("not by the launcher")
-    assert run(workplace, script=script)[0] == 2
-    assert notes.exists() and (root / "logs").exists(), "a directory that existed before stays"
+    assert run(workplace, script={"prepare_model": "user error"})[0] == 2
+    assert notes.exists() and (notes.parent / "logs").exists()
 
 
 def test_a_daemon_that_never_gets_ready_is_named(workplace: Path) -> None:

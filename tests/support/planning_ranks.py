@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch.distributed as dist
 
 from areal_like.config import Config, from_mapping
 from areal_like.trajectory import FinishReason, Trajectory
+from tests.support.memory import peak, reset_peak
 from tests.support.trainer_ranks import main
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import build_policy
@@ -76,23 +76,6 @@ def sample(length: int, *, response: int, reward: float) -> Trajectory:
         reward=reward,
         finish_reason=FinishReason.STOP,
     )
-
-
-def reset_peak() -> int:
-    """Sets the peak of resident memory to the present value, which it returns in bytes."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def peak() -> int:
-    """Largest resident memory since `reset_peak`, in bytes."""
-    return _status("VmHWM")
-
-
-def _status(key: str) -> int:
-    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) << 10
 
 
 if __name__ == "__main__":

@@ -57,6 +57,12 @@ def with_local_model(config: Config) -> tuple[Config, ModelShape]:
     path = config.model.path
     directory, source = _find(path)
     hf_config = _read(directory, path=path)
+    needed = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
+    if missing := [name for name in needed if getattr(hf_config, name, None) is None]:
+        raise ConfigError(
+            f"model.path={path}: its config.json has no {', '.join(missing)}, so it describes no language "
+            "model with attention: choose another model.path"
+        )
     dtype = config.model.dtype
     if path in BUILT_MODELS and dtype == "auto":
         dtype = "float32"  # `trainer.prepare_model` saves them so

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from transformers import Qwen3Config
+from transformers import MambaConfig, Qwen3Config
 
 from areal_like.config import Config
 from areal_like.config.gpus import check_gpus_are_separate
@@ -129,9 +129,11 @@ def test_bad_words(words: list[str], message: str, capfd: pytest.CaptureFixture[
     assert message in error and error.count("\n") == 1
 
 
-def test_bad_jobs() -> None:
+def test_bad_jobs(tmp_path: Path) -> None:
+    MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=41).save_pretrained(tmp_path)
     for settings, gpus, message in (
         (["model.path=/no/where"], "1xH100", "no known shape"),
+        ([f"model.path={tmp_path}"], "1xH100", "no num_attention_heads"),
         ([], None, "give the GPUs to plan for"),
         (["objective=vcpo"], "1xH100", "norms=proxy"),
         (
