@@ -282,10 +282,13 @@ class EngineClient:
         answer = await self._http.call("POST", "/weights_checker", {"action": "checksum"})
         return str(answer["per_engine_checksum"])
 
-    async def finish_forward(self) -> None:
-        """SGLang only: waits for the batch that a paused engine had begun, by a checksum of no tensor."""
+    async def synchronize(self, *, timeout_s: float) -> None:
+        """SGLang only: waits until its GPUs have done what the engine has begun, by a checksum of no tensor.
+
+        It answers a pause before its last batch is computed, and over NCCL a bucket before it has arrived.
+        """
         body = {"action": "checksum", "skip_tensor_list": [""]}  # the empty text is a part of every name
-        await self._http.call("POST", "/weights_checker", body)
+        await self._http.call("POST", "/weights_checker", body, timeout_s=timeout_s)
 
     async def flush_cache(self) -> None:
         """Drops cached prefixes."""

@@ -33,6 +33,8 @@ class PlayedEngine:
 
     async def answer(self, request: web.Request) -> web.Response:
         path, body = request.path.strip("/"), await request.json() if request.can_read_body else {}
+        if "skip_tensor_list" in body:
+            path = "synchronize"
         self.called.append(path)
         if path == "end_weight_update" and "weight_version" in body:
             self.version = int(body["weight_version"])
@@ -159,21 +161,24 @@ def test_an_engine_that_stays_paused_is_reported_untrusted() -> None:
 
 
 def test_loading_in_place_pauses_and_sets_the_version_last() -> None:
-    engine = PlayedEngine()
-    engine.digests = ["initial", "new"]
-    answer, untrusted = push(engine, in_place=True)
-    assert isinstance(answer, WeightsOk) and answer.version == engine.version == 1
-    assert engine.called[2:] == [
-        "pause_generation",
-        "begin_weight_update",
-        "update_weights_from_distributed",
-        "end_weight_update",
-        "weights_checker",
-        "flush_cache",
-        "update_weight_version",
-        "continue_generation",
-    ]
-    assert not untrusted and not engine.quarantined
+    for update_mode in ("recompute", "keep"):
+        engine = PlayedEngine()
+        engine.digests = ["initial", "new"]
+        answer, untrusted = push(engine, in_place=True, update_mode=update_mode)
+        assert isinstance(answer, WeightsOk) and answer.version == engine.version == 1
+        assert engine.called[2:] == [
+            "pause_generation",
+            *(["synchronize"] if update_mode == "keep" else []),
+            "begin_weight_update",
+            "update_weights_from_distributed",
+            "synchronize",
+            "end_weight_update",
+            "weights_checker",
+            *(["flush_cache"] if update_mode == "recompute" else []),
+            "update_weight_version",
+            "continue_generation",
+        ]
+        assert not untrusted and not engine.quarantined
 
 
 def test_failed_load_in_place_keeps_the_old_version() -> None:

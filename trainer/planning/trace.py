@@ -4,9 +4,10 @@ The model, its sharding, the packed batch, the chunked head, the backward and th
 job runs, under torch's FakeTensorMode and a process group that moves nothing. Traced is the second of two
 micro-batches, when Adam's moments and the first one's gradients exist: the peak of every step but the first.
 
-Fake CPU tensors stand for those of a GPU. The differences: attention's workspace (both keep the output and
-one float32 number for each head and position; float32 on CUDA may keep the scores too, which are added), and
-FSDP2's copies on other streams, which may live a little longer on a GPU.
+Fake CPU tensors stand for those of a GPU. The differences: attention, which keeps the same on both (the
+output, and one float32 number for each head and position) and on a GPU needs a workspace, or keeps the scores
+in float32: both are added to the peak; and FSDP2's copies on other streams, which may live a little longer on
+a GPU.
 
 Left out: the loss on the sampled tokens' log-probs (some dozens of bytes for each token), and objectives that
 replace autograd's accumulation (VCPO with per-sequence norms), which are refused.
@@ -50,6 +51,7 @@ GRADIENTS = "gradients"
 REFERENCE = "reference model"
 CRITIC = "critic: weights, moments, gradients"
 SCORES = "attention scores (float32)"
+WORKSPACE = "workspace of attention's backward"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +180,12 @@ class _Trace:
         if self._keeps_scores:
             # Once before and once after the softmax.
             peak[SCORES] = max(2 * 4 * n * self._shape.num_heads * length**2 for n, length in rectangles)
+        elif self._config.trainer.device != "cpu":
+            # torch's flash_api.cpp, mha_bwd: the queries' gradients in float32, and for grouped queries those
+            # of keys and values for every query head, in bfloat16.
+            bytes_each = 4 + (2 * 2 if self._is_grouped else 0)
+            positions = max(num_seqs * longest for num_seqs, longest in rectangles)
+            peak[WORKSPACE] = bytes_each * positions * self._shape.num_heads * self._shape.head_dim
         params = list(policy.parameters())
         return StepTrace(
             world_size=self._config.trainer.world_size,
@@ -193,9 +201,12 @@ class _Trace:
     @property
     def _keeps_scores(self) -> bool:
         """True where no fused kernel of torch on CUDA takes the attention: float32 with grouped queries."""
-        is_grouped = self._shape.num_kv_heads != self._shape.num_heads
         on_cuda = self._config.trainer.device != "cpu"
-        return on_cuda and is_grouped and self._config.model.dtype == "float32"
+        return on_cuda and self._is_grouped and self._config.model.dtype == "float32"
+
+    @property
+    def _is_grouped(self) -> bool:
+        return self._shape.num_kv_heads != self._shape.num_heads
 
     def _train_policy(self, policy: Policy, optimizer: ShardedAdamW, batch: PackedBatch) -> None:
         needs = self._recipe.objective.needs

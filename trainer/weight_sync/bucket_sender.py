@@ -30,19 +30,28 @@ class BucketSender:
         if group.backend == "nccl":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._copy_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{name}-read")
+        self._reader = ThreadPoolExecutor(
+            max_workers=1, thread_name_prefix=f"{name}-read", initializer=self._choose_device
+        )
 
     def send(self, snapshot: Snapshot, *, integrity: str, timeout_s: float) -> BucketSums:
         """Broadcasts every bucket and returns their sums. Blocks.
 
         `timeout_s`: of each broadcast. Raises WeightSyncError; the group is then broken.
         """
+        self._choose_device()
         with torch.cuda.stream(self._stream):
             return self._send(snapshot, integrity=integrity, timeout_s=timeout_s)
 
     def close(self) -> None:
         """Ends the reading thread, without waiting for it."""
         self._reader.shutdown(wait=False)
+
+    def _choose_device(self) -> None:
+        """A new thread's GPU is number 0, and leaving a stream's context sets that one again, which since
+        CUDA 12 makes a context there: half a gigabyte of a GPU that may be an engine's."""
+        if self._stream is not None:
+            torch.cuda.set_device(self._device)
 
     def _send(self, snapshot: Snapshot, *, integrity: str, timeout_s: float) -> BucketSums:
         sums = BucketSums(checksums=[], digests=[])

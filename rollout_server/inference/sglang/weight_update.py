@@ -1,7 +1,7 @@
 """Weight pushes into SGLang, which overwrites its active weights and so must not decode during the update.
 
     SERVING -> requests held or not (update mode) -> paused -> update session: receive every bucket
-            -> digest read -> cache flushed -> version set -> resumed: SERVING
+            -> GPUs synchronized -> digest read -> cache flushed -> version set -> resumed: SERVING
     failed, digest unchanged -> resumed: SERVING with the old version
     failed, digest changed   -> QUARANTINED: reloaded from disk -> next push -> SERVING
 
@@ -106,12 +106,14 @@ class SglangWeightUpdate:
                 if request.update_mode == "keep":
                     # An `in_place` pause returns while the GPU still computes the last batch, and weights are
                     # loaded on another stream: they would change under that batch.
-                    await client.finish_forward()
+                    await client.synchronize(timeout_s=push.left_s())
                 await client.begin_weight_update()
                 for bucket in push.manifest.buckets:
                     await client.update_weights_from_distributed(
                         bucket, group_name=request.group_name, timeout_s=push.left_s()
                     )
+                # Here and not in the digest below: over NCCL this is the wait for the other ranks.
+                await client.synchronize(timeout_s=push.left_s())
             await client.end_weight_update(timeout_s=push.left_s())
             digest = await client.weights_checksum()
             if request.update_mode != "keep":
