@@ -12,6 +12,7 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,8 @@ def process_of(root: Path, role: str) -> int:
     return min(pid for pid, command in processes_of(root).items() if ROLES[role] in command)
 
 
-def stop_each_role(directory: Path, *, stopped_s: float, num_rounds: int = 1) -> None:
+def stop_each_role(directory: Path, *, stopped_s: float, rounds: Sequence[Sequence[str]]) -> None:
+    """`rounds`: roles that are stopped at the same time."""
     root = directory / "runs" / "x"
     with launcher(*SETTINGS, cwd=directory) as process:
         wait_for_steps(3, root, process=process)
@@ -69,12 +71,14 @@ def stop_each_role(directory: Path, *, stopped_s: float, num_rounds: int = 1) ->
             run_root=root,
         )
         daemons = {role: process_of(root, role) for role in ROLES if role != "engine"}
-        for role in list(ROLES) * num_rounds:
-            pid = process_of(root, role)
-            os.kill(pid, signal.SIGSTOP)
+        for stopped in rounds:
+            pids = {role: process_of(root, role) for role in stopped}
+            for pid in pids.values():
+                os.kill(pid, signal.SIGSTOP)
             time.sleep(stopped_s)
-            with contextlib.suppress(ProcessLookupError if role == "engine" else ()):
-                os.kill(pid, signal.SIGCONT)
+            for role, pid in pids.items():
+                with contextlib.suppress(ProcessLookupError if role == "engine" else ()):
+                    os.kill(pid, signal.SIGCONT)
             # The steps of the bound need no new samples; those beyond it do.
             wait_for_steps(num_steps_done(root) + 5, root, process=process)
         assert {role: process_of(root, role) for role in daemons} == daemons, "\n".join(launcher_log(root))
@@ -88,10 +92,10 @@ def stop_each_role(directory: Path, *, stopped_s: float, num_rounds: int = 1) ->
 
 @pytest.mark.timeout(600)
 def test_each_role_is_stopped_longer_than_a_lease(tmp_path: Path) -> None:
-    stop_each_role(tmp_path, stopped_s=6.0)
+    stop_each_role(tmp_path, stopped_s=6.0, rounds=[["buffer"], ["trainer", "server"], ["engine"]])
 
 
 @pytest.mark.chaos
 @pytest.mark.timeout(3600)
 def test_each_role_is_stopped_for_half_a_minute(tmp_path: Path) -> None:
-    stop_each_role(tmp_path, stopped_s=30.0, num_rounds=3)
+    stop_each_role(tmp_path, stopped_s=30.0, rounds=[[role] for role in ROLES] * 3)

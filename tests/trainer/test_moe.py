@@ -53,6 +53,7 @@ def test_other_mixtures_are_refused(model_type: str, message: str, tmp_path: Pat
         Policy.load(str(tmp_path), Ranks.alone())
 
 
+@pytest.mark.chaos
 def test_two_ranks_train_push_and_save_like_one(path: str, tmp_path: Path) -> None:
     """Also if a rank has no token for an expert, and if it has none at all."""
     for world_size in (1, 2):

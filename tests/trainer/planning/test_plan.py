@@ -152,6 +152,7 @@ def test_bad_jobs(tmp_path: Path) -> None:
             make_plan(load_config(settings), gpus=gpus)
 
 
+@pytest.mark.chaos
 def test_changes_make_it_fit(model: str) -> None:
     # A card that is a little too small: found by planning the same job on a large one first.
     settings = (
