@@ -110,7 +110,7 @@ def fuzz_buffer(directory: Path, *, num_frames: int, steps_of_frames: int) -> No
 
 @pytest.mark.timeout(120)
 def test_mutated_messages_do_not_harm_a_buffer(tmp_path: Path) -> None:
-    fuzz_buffer(tmp_path, num_frames=2_000, steps_of_frames=100)
+    fuzz_buffer(tmp_path, num_frames=6_000, steps_of_frames=100)
 
 
 @pytest.mark.chaos

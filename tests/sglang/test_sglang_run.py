@@ -24,8 +24,10 @@ def test_a_job_on_sglang_from_start_to_summary(tmp_path: Path) -> None:
     # the two log-probs must agree.
     settings = (
         *SMALL,
-        # With fewer steps all rewards are zero, so groups have no spread and nothing is trained on.
         "model.warm_start_steps=150",
+        # SGLang's samples follow no seed, so all rewards of a step may be zero. With an entropy bonus groups
+        # without spread are trained on as well.
+        "trainer.entropy_coef=1e-6",
         "sampling.group_size=8",
         "trainer.groups_per_step=8",
         "eval.num_prompts=64",
@@ -43,9 +45,7 @@ def test_a_job_on_sglang_from_start_to_summary(tmp_path: Path) -> None:
         rows = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
         assert summary["steps"] == len(rows) == NUM_STEPS
         assert summary["max_trained_lag"] == 0 and summary["weights_version"] >= NUM_STEPS
-        # SGLang's samples follow no seed: now and then all rewards of a step are zero.
-        trained = [row for row in rows if row["num_tokens"]]
-        assert len(trained) > NUM_STEPS // 2 and max(row["mismatch_abs"] for row in trained) < 1e-4
+        assert min(row["num_tokens"] for row in rows) > 0 and max(row["mismatch_abs"] for row in rows) < 1e-4
         assert summary["eval_after"] > summary["eval_before"]
         tickets = summary["tickets"]
         assert tickets["trained"] == 8 * NUM_STEPS
