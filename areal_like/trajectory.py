@@ -2,7 +2,8 @@
 
 All per-token arrays cover prompt and response and have the same length T, so that a trajectory of many turns
 (prompt, response, tool output, response, ...) has the same layout: `loss_mask` marks the tokens that the
-policy sampled.
+policy sampled. A conversation that branched, or whose context was compacted, has several segments: each is a
+sequence of its own for the model, and they lie end to end in the arrays.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,14 +29,32 @@ class FinishReason(StrEnum):
     """The limit of new tokens was reached."""
     TIMEOUT = "timeout"
     """`rollout.sample_timeout_s` was reached; the tokens sampled by then are kept."""
+    TURNS = "turns"
+    """`episode.max_turns` was reached, and the environment was not done."""
+    TOKENS = "tokens"
+    """`episode.max_tokens` was reached: the episode has no room for another turn."""
+    CONTEXT = "context"
+    """The engine's context is full: the next turn's prompt leaves no room for an answer."""
     ABORT = "abort"
     """Generation was interrupted. Such a trajectory is resumed or counted, never trained on."""
 
     @property
     def is_truncated(self) -> bool:
         """True if a limit ended the trajectory and not the policy."""
-        return self in (FinishReason.LENGTH, FinishReason.TIMEOUT)
+        return self in _TRUNCATED
 
+
+_TRUNCATED = frozenset(
+    {
+        FinishReason.LENGTH,
+        FinishReason.TIMEOUT,
+        FinishReason.TURNS,
+        FinishReason.TOKENS,
+        FinishReason.CONTEXT,
+    }
+)
+TOKEN_REWARDS = "token_rewards"
+"""Name of the array float32[T] with a reward of each token (process rewards)."""
 
 _DTYPES = (
     ("tokens", np.dtype(np.int32)),
@@ -78,9 +98,22 @@ class Trajectory:
     versions: NDArray[np.int32]
     """[T] version of the weights that sampled each token, from the engine; NOT_SAMPLED elsewhere."""
     reward: float
-    """Scalar reward of the whole trajectory."""
+    """Scalar reward of the whole trajectory. It contains the rewards of turns and of tokens; what they leave
+    belongs to the last sampled token."""
     reward_components: dict[str, float] = field(default_factory=dict)
     """Named parts of the reward, for metrics."""
+    segments: tuple[int, ...] = ()
+    """Lengths of the segments, which add up to T; empty: one segment. A token that two branches share is in
+    the loss mask of the first only."""
+    turns: tuple[tuple[int, float], ...] = ()
+    """(end, reward) of each turn of the policy, in order: its last token is at `end` - 1. Empty: one turn."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Named numbers that are no part of the reward (tool calls, ...)."""
+    label: str = ""
+    """The task that the sample belongs to, where a job has several."""
+    arrays: dict[str, NDArray[np.generic]] = field(default_factory=dict)
+    """Further arrays by name (`TOKEN_REWARDS`, teacher scores, ...). One whose first dimension is T belongs
+    to the tokens."""
     finish_reason: FinishReason
     is_greedy: bool = False
     """Sampled at temperature 0, for evaluation or as a group's baseline; never trained on, its log-probs are
@@ -109,6 +142,27 @@ class Trajectory:
             raise ValueError("trajectory.logprobs: want finite values that are at most 0")
         if not math.isfinite(self.reward):
             raise ValueError(f"trajectory.reward: not finite ({self.reward})")
+        if self.segments or self.turns or self.metrics or self.arrays:
+            self._check_structure()
+
+    def _check_structure(self) -> None:
+        if self.segments and (min(self.segments) < 1 or sum(self.segments) != len(self.tokens)):
+            raise ValueError(f"trajectory.segments: {self.segments} do not cover {len(self.tokens)} tokens")
+        ends = [0, *(end for end, _ in self.turns)]
+        if any(left >= right for left, right in pairwise(ends)) or ends[-1] > len(self.tokens):
+            raise ValueError("trajectory.turns: want increasing ends within the tokens")
+        if any(not self.loss_mask[end - 1] for end in ends[1:]):
+            raise ValueError("trajectory.turns: the last token of a turn was not sampled")
+        numbers = [*(reward for _, reward in self.turns), *self.metrics.values()]
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError("trajectory: the rewards of turns and the metrics must be finite")
+        rewards = self.arrays.get(TOKEN_REWARDS)
+        if rewards is not None and (
+            rewards.dtype != np.float32
+            or rewards.shape != self.tokens.shape
+            or not np.isfinite(rewards).all()
+        ):
+            raise ValueError(f"trajectory.{TOKEN_REWARDS}: want finite float32[{len(self.tokens)}]")
 
     @property
     def num_sampled(self) -> int:
@@ -119,6 +173,11 @@ class Trajectory:
     def num_tokens(self) -> int:
         """Prompt and response tokens."""
         return len(self.tokens)
+
+    @property
+    def num_turns(self) -> int:
+        """Turns of the policy."""
+        return len(self.turns) or 1
 
     @property
     def oldest_version(self) -> int:

@@ -8,6 +8,7 @@ The package imports neither hydra nor torch, because every process imports it fi
 """
 
 from areal_like.config.buffer import BufferConfig, OnFailureConfig
+from areal_like.config.episode import EpisodeConfig, RewardsConfig
 from areal_like.config.job import Config, DaemonConfig, EvalConfig, ModelConfig
 from areal_like.config.loading import from_mapping, to_mapping
 from areal_like.config.rollout import RolloutConfig, SamplingConfig, SglangConfig
@@ -19,10 +20,12 @@ __all__ = [
     "BufferConfig",
     "Config",
     "DaemonConfig",
+    "EpisodeConfig",
     "EvalConfig",
     "KlConfig",
     "ModelConfig",
     "OnFailureConfig",
+    "RewardsConfig",
     "RolloutConfig",
     "SamplingConfig",
     "SecurityConfig",

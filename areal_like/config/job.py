@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from areal_like.config.buffer import BufferConfig
 from areal_like.config.common import NAME, NAME_RULE, Section, require
+from areal_like.config.episode import EpisodeConfig, RewardsConfig
 from areal_like.config.rollout import RolloutConfig, SamplingConfig
 from areal_like.config.security import SecurityConfig
 from areal_like.config.trainer import KlConfig, TrainerConfig
@@ -30,6 +31,11 @@ class ModelConfig(Section, key="model"):
     """Supervised steps on noisy demonstrations; only for `path=tiny`."""
     warm_start_swap_prob: float = 0.5
     """Probability that two adjacent digits of a demonstration's answer are swapped; only for `path=tiny`."""
+    renderer: str = "auto"
+    """How messages become tokens: the name of a renderer of the package `renderers` (`qwen3`, ...), `jinja`
+    for the tokenizer's chat template, or `auto`: the renderer made for the model if there is one."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template, e.g. `{enable_thinking: false}`."""
 
     def check(self) -> None:
         require(bool(self.path), "model.path is empty: name `tiny`, `smollm2` or a Hugging Face directory")
@@ -116,6 +122,8 @@ class Config(Section):
     task: dict[str, Any] = field(default_factory=lambda: {"name": "sort"})
     """`name` (`sort`, `reasoning_gym`) or `_target_` (`my_module.MyTask`), and that task's own settings."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    episode: EpisodeConfig = field(default_factory=EpisodeConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
     buffer: BufferConfig = field(default_factory=BufferConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)

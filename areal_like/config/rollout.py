@@ -26,6 +26,8 @@ class SamplingConfig(Section, key="sampling"):
     not trained on."""
     temperature: float = 1.0
     """Softmax temperature; engine and trainer both compute log-probs after it."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a turn, beside the model's own end-of-turn tokens. The tokens of the text are kept."""
 
     def check(self) -> None:
         require(
@@ -108,6 +110,9 @@ class RolloutConfig(Section, key="rollout"):
     """Longest sequence (prompt and response), in tokens; 0: derived from the task and `sampling`."""
     queue_samples: int = 32
     """Samples leased beyond max_running, so that a freed KV slot never waits for the network."""
+    max_episodes: int = 0
+    """Samples that one server holds at the same time, with those that wait for a tool or a reward and are not
+    at the engine; 0: twice `max_running` + `queue_samples`."""
     reward_workers: int = 1
     """Processes that compute rewards."""
     reward_timeout_s: float = 10.0
@@ -118,8 +123,9 @@ class RolloutConfig(Section, key="rollout"):
     computed). After it the engine is replaced, and its samples are generated elsewhere. The time in which a
     push holds the engine does not count. A request that advances has no limit."""
     sample_timeout_s: float = 0.0
-    """Time limit of one sample's generation, in seconds. After it the sample is truncated: the tokens sampled
-    so far are kept. 0: none."""
+    """Time limit of one episode from its first request to the engine on, in seconds: all turns, and the calls
+    of its environment between them. After it the sample is truncated: the tokens sampled so far are kept.
+    0: none."""
     start_timeout_s: float = 180.0
     """Longest silence of a starting engine, in seconds: without a new line in its log or, at a url, until it
     is ready. The time to read the model's weights at 100 MB/s is added."""
@@ -135,7 +141,7 @@ class RolloutConfig(Section, key="rollout"):
         """Ranges; `sglang` settings only with that engine."""
         for name in ("num_servers", "max_running", "reward_workers", "num_threads", "gpus_per_engine"):
             require(getattr(self, name) >= 1, f"rollout.{name} must be at least 1")
-        for name in ("max_context", "queue_samples", "sample_timeout_s"):
+        for name in ("max_context", "queue_samples", "max_episodes", "sample_timeout_s"):
             require(getattr(self, name) >= 0, f"rollout.{name} must be at least 0")
         for name in ("reward_timeout_s", "generate_timeout_s", "start_timeout_s"):
             require(getattr(self, name) > 0, f"rollout.{name} must be above 0")

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from areal_like.errors import ConfigError
-from rollout_server.tasks.base import ChatMessage, Example
+from rollout_server.environments.base import Message
+from rollout_server.tasks.base import Example
 
 
 class PromptRenderer:
@@ -71,7 +72,7 @@ class PromptRenderer:
         """Text of sampled tokens without special tokens, as reward functions get it."""
         return str(self._tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
 
-    def _encode(self, prompt: str | list[ChatMessage]) -> list[int]:
+    def _encode(self, prompt: str | list[Message]) -> list[int]:
         if isinstance(prompt, str):
             return list(self._tokenizer(prompt)["input_ids"])
         if not self._tokenizer.chat_template:

@@ -28,7 +28,7 @@ import msgpack
 
 from areal_like.errors import ConfigError, RewardError
 from areal_like.runtime.process import die_with_parent
-from rollout_server.tasks.base import Example, Split, Task, make_task
+from rollout_server.tasks.base import Completion, Example, Split, Task, make_task
 
 HEADER = struct.Struct("<I")
 MAX_FRAME_BYTES = 64 << 20
@@ -67,7 +67,7 @@ def _try_score(
 
 
 def _score(task: Task, example: Example, completion: str) -> tuple[float, dict[str, float]]:
-    value = task.reward(example, completion)
+    value = task.reward(example, Completion(completion))
     if isinstance(value, dict):
         components = {str(name): _number(part, name=str(name)) for name, part in value.items()}
         if not components:

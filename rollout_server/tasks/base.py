@@ -29,18 +29,17 @@ import hashlib
 import json
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from areal_like.errors import ConfigError
 from areal_like.registry import Registry
+from areal_like.trajectory import FinishReason
+from rollout_server.environments.base import Environment, Message
 
 Split = Literal["train", "eval"]
 """`train` prompts are for training; `eval` prompts are held out, so none of them may be in `train`."""
-
-ChatMessage = dict[str, str]
-"""`{"role": "system" | "user" | "assistant", "content": ...}`"""
 
 _FINGERPRINT_EXAMPLES = 4
 
@@ -49,7 +48,7 @@ _FINGERPRINT_EXAMPLES = 4
 class Example:
     """One prompt, with the data that its reward needs."""
 
-    prompt: str | list[ChatMessage]
+    prompt: str | list[Message]
     """Plain text (base and character models), or chat messages for the tokenizer's chat template."""
     answer: Any
     """The value that `reward` compares the completion with; it stays in the process that created it."""
@@ -57,9 +56,64 @@ class Example:
     """Other data for `reward`."""
 
 
+class Completion(str):
+    """What the policy said, as `reward` gets it: a text, with further attributes for those who need them.
+
+    The text is that of the last turn, without special tokens.
+    """
+
+    __slots__ = ("finish_reason", "messages", "raw_text", "token_ids", "turn_lengths")
+
+    raw_text: str
+    """The sampled tokens of the last turn as text, special tokens included (markers of tool calls, ...)."""
+    messages: Sequence[Message]
+    """The whole conversation, the last turn included."""
+    token_ids: Sequence[int]
+    """The sampled tokens of all turns."""
+    turn_lengths: Sequence[int]
+    """Number of sampled tokens of each turn."""
+    finish_reason: FinishReason
+
+    def __new__(
+        cls,
+        text: str,
+        *,
+        raw_text: str = "",
+        messages: Sequence[Message] = (),
+        token_ids: Sequence[int] = (),
+        turn_lengths: Sequence[int] = (),
+        finish_reason: FinishReason = FinishReason.STOP,
+    ) -> Self:
+        """`raw_text`: `text` if empty."""
+        completion = super().__new__(cls, text)
+        completion.raw_text = raw_text or text
+        completion.messages = messages
+        completion.token_ids = token_ids
+        completion.turn_lengths = turn_lengths
+        completion.finish_reason = finish_reason
+        return completion
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """A reward with its details. The sample's reward is `value` plus the sums of `turns` and `tokens`."""
+
+    value: float = 0.0
+    """Reward of the whole sample, credited to its last sampled token."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """Named parts of the reward, for metrics."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Named numbers that are no part of the reward."""
+    turns: Sequence[float] = ()
+    """Reward of each turn of the policy; empty: none has one."""
+    tokens: Sequence[float] = ()
+    """Reward of each sampled token, of all turns in order; empty: none has one."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
-    """A data set and its reward. Subclasses add settings as fields and implement `example` and `reward`."""
+    """A data set and its reward. Subclasses add settings as fields and implement `example` and `reward`,
+    or `environment` for conversations of several turns."""
 
     seed: int = 0
     """The job's seed, unless the task's settings contain another."""
@@ -74,18 +128,38 @@ class Task(ABC):
         for name in ("num_train", "num_eval", "max_prompt_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"task.{name}={getattr(self, name)}: must be at least 1")
+        if not (self.has_reward or self.has_environment):
+            raise ConfigError(f"task {type(self).__name__}: implement reward() or environment()")
 
     @abstractmethod
     def example(self, split: Split, index: int) -> Example:
         """The example at `index` of `split`. It must not depend on the process or on earlier calls."""
 
-    @abstractmethod
-    def reward(self, example: Example, completion: str) -> float | dict[str, float]:
-        """The reward of `completion` (text without special tokens): a number, or named parts to be summed.
+    def reward(self, example: Example, completion: Completion) -> float | dict[str, float] | Score:
+        """The reward of `completion`: a number, named parts to be summed, or a `Score`.
 
         Runs in a worker process with the time limit `rollout.reward_timeout_s`. If it raises or hangs, only
-        its own sample fails.
+        its own sample fails. A task with an environment need not have one: its value is added to the rewards
+        of the environment's steps.
         """
+        raise NotImplementedError(f"{type(self).__name__} has neither reward() nor environment()")
+
+    def environment(self, example: Example) -> Environment | None:
+        """The environment of one sample of `example`; None: one prompt, one answer.
+
+        Called in the environment's process, which rebuilds the example.
+        """
+        return None
+
+    @property
+    def has_environment(self) -> bool:
+        """True if the task's samples are conversations with an environment."""
+        return type(self).environment is not Task.environment
+
+    @property
+    def has_reward(self) -> bool:
+        """True if the task computes a reward besides those of an environment's steps."""
+        return type(self).reward is not Task.reward
 
     def rng(self, split: Split, index: int) -> random.Random:
         """A random generator for this example, seeded in the same way in every process."""

@@ -1,0 +1,43 @@
+"""Settings of episodes with an environment, and of the sandbox in which programs of the policy run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from areal_like.config.common import Section, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodeConfig(Section, key="episode"):
+    """Budget of one episode, for tasks with an environment, and limits of the environment's process.
+
+    An episode that exceeds its budget is a truncated sample, and its finish reason says which part it was.
+    `sampling.max_new_tokens` limits each turn, and `rollout.sample_timeout_s` the time.
+    """
+
+    max_turns: int = 16
+    """Turns of the policy."""
+    max_tokens: int = 0
+    """Tokens of all segments: prompt, turns, and the environment's messages between them. 0: the longest
+    sequence that the engine holds (`rollout.max_context`)."""
+    step_timeout_s: float = 30.0
+    """Time limit of one call of the environment (reset or step), in seconds. After it its process is killed,
+    and the sample counts as failed (`buffer.on_failure`)."""
+    memory_mb: int = 2048
+    """Address space of one environment's process, in MiB."""
+
+    def check(self) -> None:
+        require(self.max_turns >= 1, "episode.max_turns must be at least 1")
+        require(self.max_tokens >= 0, "episode.max_tokens must be at least 0")
+        require(self.step_timeout_s > 0, "episode.step_timeout_s must be above 0")
+        require(self.memory_mb >= 64, "episode.memory_mb must be at least 64")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardsConfig(Section, key="rewards"):
+    """Programs that tools and rewards run for the policy."""
+
+    sandbox: Literal["bwrap", "rlimits"] = "bwrap"
+    """`bwrap` (bubblewrap): no network, no files but the program's own, own process space. `rlimits`: only
+    limits of time, memory and processes; the program can read what the server can read."""

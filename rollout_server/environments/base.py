@@ -1,0 +1,108 @@
+"""Environments: what a policy talks to over several turns. The one file to read before writing one.
+
+    reset() -> messages -> [reply of the policy -> step(reply) -> messages]* -> done -> close()
+
+An environment belongs to one sample and runs in a process of its own, so it may block, crash, or use all the
+memory it is allowed: only its sample fails. The rollout server renders the messages to tokens, samples the
+reply, and adds up the rewards. A task returns the environment of an example:
+
+    class Guess(Environment):
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        async def reset(self) -> list[Message]:
+            return [{"role": "user", "content": "Guess a number from 0 to 99."}]
+
+        async def step(self, reply: Reply) -> Step:
+            if reply.text.strip() == str(self.number):
+                return Step(reward=1.0, done=True)
+            return Step(messages=[{"role": "user", "content": "Wrong, guess again."}])
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from areal_like.trajectory import FinishReason
+
+Message = dict[str, Any]
+"""A chat message in OpenAI's format: `role`, `content`, and `tool_calls` or `tool_call_id` where needed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolCall:
+    """One call of a tool, as the policy wrote it."""
+
+    id: str
+    name: str
+    arguments: str
+    """JSON object as text. It is what the policy sampled, so it may be malformed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """One turn of the policy."""
+
+    text: str
+    """Without special tokens, reasoning and tool calls."""
+    raw_text: str
+    """All sampled tokens as text, special tokens included."""
+    reasoning: str = ""
+    """Text inside the model's thinking markers."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    finish_reason: FinishReason
+    """STOP, or the limit that ended the turn; the episode ends after such a turn."""
+    num_tokens: int
+    """Sampled tokens."""
+
+    @property
+    def message(self) -> Message:
+        """The turn as an assistant message."""
+        message: Message = {"role": "assistant", "content": self.text}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for call in self.tool_calls
+            ]
+        return message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """The environment's answer to one turn."""
+
+    messages: Sequence[Message] = ()
+    """What the policy reads before its next turn; at least one unless `done`."""
+    reward: float = 0.0
+    """Reward of the turn. The rewards of all turns add up to the sample's."""
+    done: bool = False
+    """True: the episode has ended."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Named numbers that are no part of the reward; those of all turns are added up."""
+
+
+class Environment(ABC):
+    """Base of all environments. One object serves one sample, in a process of its own."""
+
+    tools: Sequence[dict[str, Any]] = ()
+    """Tools that the policy may call, as OpenAI function schemas. Read after `reset`."""
+
+    @abstractmethod
+    async def reset(self) -> list[Message]:
+        """The messages before the policy's first turn."""
+
+    @abstractmethod
+    async def step(self, reply: Reply) -> Step:
+        """Answers one turn of the policy."""
+
+    async def close(self) -> None:  # noqa: B027, most environments have nothing to free
+        """Frees what the episode used. Called after its end, also after an error."""
