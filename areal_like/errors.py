@@ -14,6 +14,7 @@
             EngineTimeoutError
             PromptRefusedError
         EpisodeError
+            EnvironmentLostError
         WeightSyncError
         RewardError
             RewardTimeoutError
@@ -89,6 +90,10 @@ class PromptRefusedError(EngineError):
 
 class EpisodeError(ArealError):
     """The code of an episode or its environment raised."""
+
+
+class EnvironmentLostError(EpisodeError):
+    """An environment's process was lost, and not by the environment's fault: the sample may be made again."""
 
 
 class WeightSyncError(ArealError):
