@@ -65,6 +65,11 @@ class PolicyClient:
         self._deadline_s: float | None = None
         """End of the time limit; None before the first request."""
 
+    @property
+    def deadline_s(self) -> float | None:
+        """Time of the loop at which the limit of all turns ends; None if there is none, or no request yet."""
+        return None if self._deadline_s == math.inf else self._deadline_s
+
     async def extend(self, transcript: Transcript) -> FinishReason:
         """Appends one turn of the policy to the transcript; returns STOP, LENGTH or TIMEOUT, never ABORT.
 

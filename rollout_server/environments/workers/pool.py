@@ -202,7 +202,7 @@ class EnvironmentPool:
             self._zygote.kill(worker.number)
 
     async def _keep_zygote(self, started: asyncio.Future[None]) -> None:
-        """Starts a zygote, and another whenever it is lost. `started`: gets the outcome of the first start."""
+        """Keeps a zygote running. `started`: gets the outcome of the first start."""
         while True:
             zygote = ZygoteProcess(self._setup, on_worker_ended=self._on_worker_ended)
             try:

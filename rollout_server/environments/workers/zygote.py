@@ -60,7 +60,7 @@ def main() -> None:
         control.send(msgpack.packb(str(error)[: MAX_PACKET_BYTES // 8]))
         return
     control.send(msgpack.packb(None))
-    if (num_threads := len(os.listdir("/proc/self/task"))) > 1:
+    if (num_threads := sum(1 for _ in Path("/proc/self/task").iterdir())) > 1:
         log.warning(
             "the task's import has started %d threads; an environment that needs them may hang",
             num_threads - 1,
