@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from areal_like.errors import EngineError, EpisodeError, RewardError
 from areal_like.trajectory import FinishReason, Trajectory
+from rollout_server.buffer_client.held_leases import Place
 from rollout_server.episodes.base import Episode, PolicyClient, Tokenizer
 from rollout_server.episodes.prompt_leader import PromptLeader
 from rollout_server.episodes.prompt_loader import Prompt
+from rollout_server.episodes.scoring import Outcome, add_up
 from rollout_server.episodes.transcript import Transcript
 from rollout_server.rewards.pool import RewardPool
-from rollout_server.tasks.base import Split
+from rollout_server.tasks.base import Completion, Split
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +36,8 @@ class SampleRequest:
     """Differs between the samples of a group, and from attempt to attempt."""
     is_greedy: bool
     policy: PolicyClient
+    on_move: Callable[[Place], None]
+    """Called when the sample leaves the engine or comes back."""
 
 
 class Attempt(ABC):
@@ -79,14 +84,25 @@ class SingleTurnAttempt(Attempt):
         loop, request = asyncio.get_running_loop(), self._request
         self._transcript.append_context(self._prompt.tokens_P)
         started_s = loop.time()
-        completion = await self._run_episode()
+        text = await self._run_episode()
         self._leader.prompt_computed()  # an answer of one token was not reported before
         generation_s = loop.time() - started_s
+        request.on_move(Place.REWARD)
+        transcript = self._transcript
+        completion = Completion(
+            text,
+            token_ids=transcript.sampled,  # type: ignore[arg-type]  # an array is as good as a sequence
+            turn_lengths=[end - first for first, end in transcript.spans],
+            finish_reason=transcript.finish_reason,
+        )
         reward = await self._rewards.score(split=request.split, index=request.index, completion=completion)
         try:
-            return self._transcript.to_trajectory(
-                reward=reward.value,
-                reward_components=reward.components,
+            outcome = add_up(reward.score, num_turns=len(completion.turn_lengths))
+        except ValueError as error:
+            raise RewardError(str(error)) from None
+        try:
+            return transcript.to_trajectory(
+                outcome,
                 generation_s=generation_s,
                 reward_s=reward.seconds,
                 is_greedy=request.is_greedy,
@@ -103,13 +119,7 @@ class SingleTurnAttempt(Attempt):
         """As Attempt.without_reward."""
         if not self.num_sampled or self._transcript.finish_reason is FinishReason.ABORT:
             raise ValueError("nothing was sampled, or the last turn was interrupted")
-        return self._transcript.to_trajectory(
-            reward=0.0,
-            reward_components={},
-            generation_s=0.0,
-            reward_s=0.0,
-            is_greedy=self._request.is_greedy,
-        )
+        return self._transcript.to_trajectory(Outcome(), is_greedy=self._request.is_greedy)
 
     async def _run_episode(self) -> str:
         """The completion. Raises EngineError, RewardError, or EpisodeError for any other exception."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from areal_like.config import Config
 from areal_like.errors import EngineError
 from areal_like.wire.messages.producer import Lease, Purpose
+from rollout_server.buffer_client.held_leases import Place
 from rollout_server.environments.workers.pool import EnvironmentPool
 from rollout_server.episodes.attempt import Attempt, SampleRequest, SingleTurnAttempt
 from rollout_server.episodes.base import Episode, PolicyClient, Tokenizer
@@ -48,14 +50,17 @@ class AttemptMaker:
         environments: Environments | None,
         rewards: RewardPool,
         gate: GenerationGate,
+        on_move: Callable[[int, int, Place], None],
     ) -> None:
-        """`environments`: for a task that has some; else each sample is an `episode`."""
+        """`environments`: for a task that has some; else each sample is an `episode`. `on_move`: see
+        LeaseRunner."""
         self._tokenizer = tokenizer
         self._episode = episode
         self._environments = environments
         self._rewards = rewards
         self._has_reward = task.has_reward
         self._gate = gate
+        self._on_move = on_move
         self._sampling = Sampling(
             max_new_tokens=config.sampling.max_new_tokens,
             temperature=config.sampling.temperature,
@@ -96,6 +101,7 @@ class AttemptMaker:
             seed=seed,
             is_greedy=is_greedy,
             policy=policy,
+            on_move=partial(self._on_move, lease.lease_id, sample_index),
         )
         if prompt is not None:
             return SingleTurnAttempt(

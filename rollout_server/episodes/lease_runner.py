@@ -23,7 +23,7 @@ from areal_like.failures import FailureKind
 from areal_like.trajectory import FinishReason
 from areal_like.wire.messages.producer import Lease, SampleDone
 from areal_like.wire.records import Record
-from rollout_server.buffer_client.held_leases import SampleResult
+from rollout_server.buffer_client.held_leases import Place, SampleResult
 from rollout_server.episodes.attempt import Attempt
 from rollout_server.episodes.attempt_maker import AttemptMaker, Environments
 from rollout_server.episodes.base import Episode, Tokenizer
@@ -65,9 +65,11 @@ class LeaseRunner:
         rewards: RewardPool,
         gate: GenerationGate,
         on_result: Callable[[SampleResult], None],
+        on_move: Callable[[int, int, Place], None] = lambda lease_id, sample_index, place: None,
         environments: Environments | None = None,
     ) -> None:
-        """`on_result` is called once per sample, unless its lease was cancelled or the engine lost.
+        """`on_result` is called once per sample, unless its lease was cancelled or the engine lost;
+        `on_move` with (lease id, sample index, place) when a sample leaves the engine or comes back.
         `environments`: for a task that has some; else each sample is an `episode`."""
         self._needs_prompts = environments is None
         self._attempts = AttemptMaker(
@@ -79,6 +81,7 @@ class LeaseRunner:
             environments=environments,
             rewards=rewards,
             gate=gate,
+            on_move=on_move,
         )
         self._on_result = on_result
         self._on_failure = config.buffer.on_failure
