@@ -16,13 +16,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from areal_like.errors import EngineError, EpisodeBudgetError, EpisodeError
+from areal_like.errors import EngineError, EpisodeBudgetError, EpisodeError, RewardError
 from areal_like.trajectory import FinishReason, Trajectory
+from rollout_server.buffer_client.held_leases import Place
 from rollout_server.environments.base import Message, Reply, Step
 from rollout_server.environments.workers.pool import EnvironmentPool, EnvironmentSession
 from rollout_server.episodes.attempt import Attempt, SampleRequest
 from rollout_server.episodes.conversation import Conversation
-from rollout_server.rewards.pool import RewardPool
+from rollout_server.episodes.scoring import add_up
+from rollout_server.rewards.pool import Reward, RewardPool
 from rollout_server.tasks.base import Completion
 
 _MAX_METRICS = 64
@@ -49,7 +51,7 @@ class EnvironmentAttempt(Attempt):
         self._max_turns = max_turns
         self._messages: list[Message] = []
         self._last: Reply | None = None
-        self._turn_rewards: list[float] = []
+        self._step_rewards: list[float] = []
         self._num_tool_calls = 0
         self._metrics: dict[str, float] = {}
         """Sums of the environment's metrics."""
@@ -59,31 +61,31 @@ class EnvironmentAttempt(Attempt):
         """As Attempt.make."""
         finish_reason = await self._run()
         conversation, request = self._conversation, self._request
-        reward, components, reward_s = math.fsum(self._turn_rewards), {}, 0.0
-        if self._rewards is not None:
-            assert self._last is not None
-            completion = Completion(
-                self._last.text,
-                raw_text=self._last.raw_text,
-                messages=self._messages,
-                token_ids=conversation.token_ids.tolist(),
-                turn_lengths=conversation.turn_lengths,
-                finish_reason=finish_reason,
+        scored = await self._score(finish_reason) if self._rewards is not None else None
+        num_turns = len(conversation.turn_lengths)
+        try:
+            outcome = add_up(
+                scored.score if scored is not None else None,
+                num_turns=num_turns,
+                step_rewards=self._step_rewards,
+                step_metrics={
+                    "turns": float(num_turns),
+                    "tool_calls": float(self._num_tool_calls),
+                    **self._metrics,
+                },
             )
-            scored = await self._rewards.score(
-                split=request.split, index=request.index, completion=completion
-            )
-            reward, components, reward_s = reward + scored.value, scored.components, scored.seconds
-        counts = {"turns": float(len(conversation.turn_lengths)), "tool_calls": float(self._num_tool_calls)}
+        except ValueError as error:
+            raise RewardError(str(error)) from None
         try:
             return conversation.to_trajectory(
-                reward=reward,
-                reward_components=components,
-                metrics=counts | self._metrics,
-                turn_rewards=self._turn_rewards,
+                reward=outcome.reward,
+                reward_components=outcome.reward_components,
+                metrics=outcome.metrics,
+                turn_rewards=outcome.turn_rewards,
+                token_rewards=outcome.token_rewards,
                 finish_reason=finish_reason,
                 generation_s=self._generation_s,
-                reward_s=reward_s,
+                reward_s=scored.seconds if scored is not None else 0.0,
                 is_greedy=request.is_greedy,
             )
         except ValueError as error:
@@ -98,9 +100,26 @@ class EnvironmentAttempt(Attempt):
         """As Attempt.without_reward."""
         return self._conversation.to_trajectory(reward=0.0, is_greedy=self._request.is_greedy)
 
+    async def _score(self, finish_reason: FinishReason) -> Reward:
+        assert self._rewards is not None and self._last is not None
+        self._request.on_move(Place.REWARD)
+        conversation = self._conversation
+        completion = Completion(
+            self._last.text,
+            raw_text=self._last.raw_text,
+            messages=self._messages,
+            token_ids=conversation.token_ids,  # type: ignore[arg-type]  # an array is as good as a sequence
+            turn_lengths=conversation.turn_lengths,
+            finish_reason=finish_reason,
+        )
+        return await self._rewards.score(
+            split=self._request.split, index=self._request.index, completion=completion
+        )
+
     async def _run(self) -> FinishReason:
         """Raises EngineError, or EpisodeError for any other exception."""
         request = self._request
+        request.on_move(Place.TOOL)
         environment = await self._environments.open(
             split=request.split, index=request.index, seed=request.seed
         )
@@ -118,12 +137,14 @@ class EnvironmentAttempt(Attempt):
         messages, tools = await environment.reset()
         self._messages += messages
         for _ in range(self._max_turns):
+            self._request.on_move(Place.ENGINE)
             try:
                 reply = await self._say(tools)
             except EpisodeBudgetError as error:
                 return error.reason
             if reply.finish_reason is not FinishReason.STOP:
                 return reply.finish_reason
+            self._request.on_move(Place.TOOL)
             try:
                 async with asyncio.timeout_at(self._request.policy.deadline_s):
                     step = await environment.step(reply)
@@ -146,10 +167,10 @@ class EnvironmentAttempt(Attempt):
 
     def _add(self, step: Step) -> None:
         self._messages += step.messages
-        self._turn_rewards.append(step.reward)
+        self._step_rewards.append(step.reward)
         for name, value in step.metrics.items():
             self._metrics[name] = self._metrics.get(name, 0.0) + value
         if len(self._metrics) > _MAX_METRICS:
             raise EpisodeError(f"the environment has more than {_MAX_METRICS} metrics in one episode")
-        if not math.isfinite(math.fsum((*self._turn_rewards, *self._metrics.values()))):
+        if not math.isfinite(math.fsum((*self._step_rewards, *self._metrics.values()))):
             raise EpisodeError("the rewards or metrics of the environment add up to no finite number")
