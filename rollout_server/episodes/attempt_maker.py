@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 from areal_like.config import Config
 from areal_like.errors import EngineError
 from areal_like.wire.messages.producer import Lease, Purpose
 from rollout_server.buffer_client.held_leases import Place
-from rollout_server.environments.workers.pool import EnvironmentPool
 from rollout_server.episodes.attempt import Attempt, SampleRequest, SingleTurnAttempt
 from rollout_server.episodes.base import Episode, PolicyClient, Tokenizer
-from rollout_server.episodes.conversation import Conversation
 from rollout_server.episodes.environment_episode import EnvironmentAttempt
+from rollout_server.episodes.environments import Environments
 from rollout_server.episodes.prompt_leader import PromptLeader
 from rollout_server.episodes.prompt_loader import SPLITS, Prompt
 from rollout_server.inference.client import EngineClient
@@ -25,15 +24,6 @@ from rollout_server.rewards.pool import RewardPool
 from rollout_server.tasks.base import Task
 
 _MAX_SEED = 1 << 31
-
-
-@dataclass(frozen=True, kw_only=True)
-class Environments:
-    """What the samples of a task with environments need."""
-
-    pool: EnvironmentPool
-    conversation: Callable[[PolicyClient], Conversation]
-    """Begins a conversation."""
 
 
 class AttemptMaker:
@@ -118,7 +108,7 @@ class AttemptMaker:
         return EnvironmentAttempt(
             request,
             environments=self._environments.pool,
-            conversation=self._environments.conversation(policy),
+            conversation=self._environments.begin_conversation(policy),
             rewards=self._rewards if self._has_reward else None,
             max_turns=self._max_turns,
         )

@@ -25,8 +25,9 @@ from areal_like.wire.messages.producer import Lease, SampleDone
 from areal_like.wire.records import Record
 from rollout_server.buffer_client.held_leases import Place, SampleResult
 from rollout_server.episodes.attempt import Attempt
-from rollout_server.episodes.attempt_maker import AttemptMaker, Environments
+from rollout_server.episodes.attempt_maker import AttemptMaker
 from rollout_server.episodes.base import Episode, Tokenizer
+from rollout_server.episodes.environments import Environments
 from rollout_server.episodes.failed_sample import FailedSample
 from rollout_server.episodes.prompt_leader import PromptLeader, needs_leader
 from rollout_server.episodes.prompt_loader import FailedPrompt, Prompt, PromptLoader

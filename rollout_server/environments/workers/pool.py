@@ -56,8 +56,8 @@ class EnvironmentPool:
         self._last_number = 0
         self._open: dict[WorkerConnection, str] = {}
         """The environment that each worker serves."""
-        self.serving: asyncio.Task[None] | None = None
-        """Keeps a zygote running; it ends only with the pool, or if no process can be started."""
+        self._keeping: asyncio.Task[None] | None = None
+        """Keeps a zygote running."""
         self.num_restarts = 0
         """Workers and zygotes that were lost to a time limit or a crash."""
         self.seconds_total = 0.0
@@ -68,10 +68,10 @@ class EnvironmentPool:
     async def __aenter__(self) -> EnvironmentPool:
         """Raises ConfigError if the task cannot be imported."""
         started: asyncio.Future[None] = self._loop.create_future()
-        self.serving = asyncio.create_task(self._keep_zygote(started), name="environments")
-        await asyncio.wait({started, self.serving}, return_when=asyncio.FIRST_COMPLETED)
+        self._keeping = asyncio.create_task(self._keep_zygote(started), name="environments")
+        await asyncio.wait({started, self._keeping}, return_when=asyncio.FIRST_COMPLETED)
         if not started.done():
-            self.serving.result()  # no process can be started
+            self._keeping.result()  # no process can be started
         if (error := started.exception()) is not None:
             await self.__aexit__()
             raise error
@@ -80,10 +80,15 @@ class EnvironmentPool:
     async def __aexit__(self, *exc: object) -> None:
         if self._closing:
             await asyncio.wait(self._closing, timeout=_SHUTDOWN_TIMEOUT_S)
-        tasks = [*self._closing, *([self.serving] if self.serving is not None else [])]
+        tasks = [*self._closing, *self.serving]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    @property
+    def serving(self) -> list[asyncio.Task[None]]:
+        """Tasks that end only with the pool, or if no process can be started."""
+        return [self._keeping] if self._keeping is not None else []
 
     @property
     def num_open(self) -> int:
