@@ -27,6 +27,8 @@ class Sampling:
     """0 is greedy."""
     stop_token_ids: tuple[int, ...] = ()
     """Sampling one of these ends the sequence; it is the last token of the output."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the sequence; the tokens of the text are kept."""
     ignore_eos: bool = False
     """Do not stop at the model's own end-of-sequence tokens. SGLang then ignores `stop_token_ids` too."""
     top_p: float = 1.0
@@ -41,6 +43,8 @@ class Sampling:
         params: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature}
         if self.stop_token_ids:
             params["stop_token_ids"] = list(self.stop_token_ids)
+        if self.stop:
+            params["stop"] = list(self.stop)
         for name, default in (
             ("ignore_eos", False),
             ("top_p", 1.0),
