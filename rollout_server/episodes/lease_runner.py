@@ -24,11 +24,11 @@ from areal_like.trajectory import FinishReason
 from areal_like.wire.messages.producer import Lease, SampleDone
 from areal_like.wire.records import Record
 from rollout_server.buffer_client.held_leases import Place, SampleResult
-from rollout_server.episodes.attempt import Attempt
-from rollout_server.episodes.attempt_maker import AttemptMaker
+from rollout_server.episodes.attempts.base import Attempt
+from rollout_server.episodes.attempts.environments import Environments
+from rollout_server.episodes.attempts.failed_sample import FailedSample
+from rollout_server.episodes.attempts.maker import AttemptMaker
 from rollout_server.episodes.base import Episode, Tokenizer
-from rollout_server.episodes.environments import Environments
-from rollout_server.episodes.failed_sample import FailedSample
 from rollout_server.episodes.prompt_leader import PromptLeader, needs_leader
 from rollout_server.episodes.prompt_loader import FailedPrompt, Prompt, PromptLoader
 from rollout_server.inference.client import EngineClient

@@ -3,7 +3,7 @@
     make() -> Trajectory | raises EngineError, EpisodeError, RewardError; then `without_reward` and
     `num_sampled` say what was sampled before
 
-Single-turn attempts are here; environment_episode.py has conversations with an environment.
+Single-turn attempts are here; conversation.py has conversations with an environment.
 """
 
 from __future__ import annotations

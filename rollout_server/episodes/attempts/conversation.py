@@ -21,7 +21,7 @@ from areal_like.trajectory import FinishReason, Trajectory
 from rollout_server.buffer_client.held_leases import Place
 from rollout_server.environments.base import Message, Reply, Step
 from rollout_server.environments.workers.pool import EnvironmentPool, EnvironmentSession
-from rollout_server.episodes.attempt import Attempt, SampleRequest
+from rollout_server.episodes.attempts.base import Attempt, SampleRequest
 from rollout_server.episodes.conversation import Conversation
 from rollout_server.episodes.scoring import add_up
 from rollout_server.rewards.pool import Reward, RewardPool
