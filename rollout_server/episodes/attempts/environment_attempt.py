@@ -82,7 +82,7 @@ class EnvironmentAttempt(Attempt):
                 reward_components=outcome.reward_components,
                 metrics=outcome.metrics,
                 turn_rewards=outcome.turn_rewards,
-                token_rewards=outcome.token_rewards,
+                token_rewards=outcome.token_rewards.tolist(),
                 finish_reason=finish_reason,
                 generation_s=self._generation_s,
                 reward_s=scored.seconds if scored is not None else 0.0,
