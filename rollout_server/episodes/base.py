@@ -77,7 +77,11 @@ class PolicyClient:
         num_empty_aborts = 0
         while True:
             try:
-                generation = await self._request(transcript.tokens, max_new_tokens=num_left)
+                generation = await self._request(
+                    transcript.tokens,
+                    max_new_tokens=num_left,
+                    num_resumed=self._sampling.max_new_tokens - num_left,
+                )
             except EngineTimeoutError:
                 if not transcript.num_sampled:
                     raise
@@ -101,14 +105,19 @@ class PolicyClient:
                     f"{generation.message}"
                 )
 
-    async def _request(self, tokens_T: NDArray[np.int32], *, max_new_tokens: int) -> Generation:
+    async def _request(
+        self, tokens_T: NDArray[np.int32], *, max_new_tokens: int, num_resumed: int
+    ) -> Generation:
+        """`num_resumed`: tokens at the end that the policy has sampled in this turn before an abort."""
         sampling = self._sampling
         if self._num_requests:
             # A later request must not draw the same random numbers again, and may only sample the tokens that
             # its turn has left.
             seed = sampling.sampling_seed
             later = None if seed is None else (seed + _SEED_STRIDE * self._num_requests) % (1 << 31)
-            sampling = replace(sampling, max_new_tokens=max_new_tokens, sampling_seed=later)
+            sampling = replace(
+                sampling, max_new_tokens=max_new_tokens, sampling_seed=later, num_resumed=num_resumed
+            )
         rid = f"{self._rid}.{self._num_requests}"
         self._num_requests += 1
         async with self._gate:
