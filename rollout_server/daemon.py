@@ -59,7 +59,8 @@ log = logging.getLogger(__name__)
 async def main(runtime: Runtime) -> None:
     """Serves until `runtime.stopping`. Raises ConfigError for settings that contradict each other."""
     config = runtime.config
-    task = make_task(config.task, seed=config.seed)
+    task = make_task(config.task, seed=config.seed, sandbox=config.rewards.sandbox)
+    task.check()
     if config.eval.num_prompts > task.num_eval:
         raise ConfigError(
             f"eval.num_prompts={config.eval.num_prompts}: the task holds out {task.num_eval} (task.num_eval)"
@@ -74,7 +75,11 @@ async def main(runtime: Runtime) -> None:
     log.info("task %s, examples %s, %s", config.task, task.fingerprint(), compute_dtype(config))
     rollout = config.rollout
     pool = RewardPool(
-        config.task, seed=config.seed, num_workers=rollout.reward_workers, timeout_s=rollout.reward_timeout_s
+        config.task,
+        seed=config.seed,
+        sandbox=config.rewards.sandbox,
+        num_workers=rollout.reward_workers,
+        timeout_s=rollout.reward_timeout_s,
     )
     engine = make_engine(
         config,

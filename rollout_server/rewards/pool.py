@@ -67,9 +67,18 @@ class _Item:
 class RewardPool:
     """Worker processes that score completions. Create it in a running loop, with `async with`."""
 
-    def __init__(self, task: Mapping[str, Any], *, seed: int, num_workers: int, timeout_s: float) -> None:
-        """`task`, `seed`: arguments of `make_task`; `timeout_s`: time limit of one reward."""
-        self._workers = [_Worker(task=dict(task), seed=seed, timeout_s=timeout_s) for _ in range(num_workers)]
+    def __init__(
+        self,
+        task: Mapping[str, Any],
+        *,
+        seed: int,
+        sandbox: str = "bwrap",
+        num_workers: int,
+        timeout_s: float,
+    ) -> None:
+        """`task`, `seed`, `sandbox`: arguments of `make_task`; `timeout_s`: time limit of one reward."""
+        setup = {"task": dict(task), "seed": seed, "sandbox": sandbox}
+        self._workers = [_Worker(setup, timeout_s=timeout_s) for _ in range(num_workers)]
         self._last_number = 0
         self._unsent: list[_Item] = []
         """Items submitted in this turn of the loop."""
@@ -134,8 +143,8 @@ class RewardPool:
 class _Worker:
     """One process, restarted when it is lost, and the items it has not scored yet, oldest first."""
 
-    def __init__(self, *, task: dict[str, Any], seed: int, timeout_s: float) -> None:
-        self._setup = {"task": task, "seed": seed}
+    def __init__(self, setup: dict[str, Any], *, timeout_s: float) -> None:
+        self._setup = setup
         self._timeout_s = timeout_s
         self._pipe: asyncio.StreamWriter | None = None
         """None while no process is ready."""

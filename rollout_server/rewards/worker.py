@@ -1,6 +1,6 @@
 """One reward process: `python -m rollout_server.rewards.worker`; pool.py drives it over its stdin and stdout.
 
-    parent -> worker   {"task": {...}, "seed": n}                     first frame: the task to import
+    parent -> worker   {"task": {...}, "seed": n, "sandbox": kind}    first frame: the task to import
     worker -> parent   null | "error message"                         null if the task was imported
     parent -> worker   [[item, split, index, completion], ...]
     worker -> parent   [item, reward, components, seconds, error]     one frame per item, in order
@@ -44,7 +44,7 @@ def main() -> None:
     if setup is None:
         return
     try:
-        task = make_task(setup["task"], seed=setup["seed"])
+        task = make_task(setup["task"], seed=setup["seed"], sandbox=setup["sandbox"])
     except ConfigError as error:
         _write(replies, str(error))
         return
