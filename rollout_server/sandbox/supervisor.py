@@ -26,6 +26,8 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _WATCH_INTERVAL_S = 0.05
 _KILL_TIMEOUT_S = 5.0
+_EXTRA_TIME_S = 2.0
+"""The sandbox ends a program at its time limit. If the sandbox was killed, this process does so later."""
 _PAGE_BYTES = resource.getpagesize()
 _MIB = 1 << 20
 
@@ -83,12 +85,14 @@ def set_limits(limits: dict[str, float]) -> None:
 
 def _watch(child: int, limits: dict[str, float], signals: set[signal.Signals]) -> tuple[int, str]:
     """Waits for the child. Returns its exit code, and why it has to be killed ("" if it ended by itself)."""
+    deadline = time.monotonic() + limits["timeout_s"] + _EXTRA_TIME_S
     while True:
         received = signal.sigtimedwait(signals, _WATCH_INTERVAL_S)
         code = _reap(child)
         if code is not None:
             return code, ""
-        if received is not None and received.si_signo == signal.SIGTERM:
+        is_asked = received is not None and received.si_signo == signal.SIGTERM
+        if is_asked or time.monotonic() > deadline:
             return 128 + signal.SIGKILL, ""
         running = descendants(os.getpid())
         num_threads = sum(threads for threads, _ in running.values())

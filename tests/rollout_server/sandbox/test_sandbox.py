@@ -242,8 +242,9 @@ def test_programs_die_with_the_server(sandbox: Sandbox) -> None:
         f"Sandbox().run([sys.executable, '-c', 'import time; time.sleep(60)', '{mark}'])"
     )
     with subprocess.Popen([sys.executable, "-c", waiting]) as server:
+        program = f"{sys.executable}\0-c\0import time; time.sleep(60)\0{mark}"
         deadline = time.monotonic() + 10
-        while not any("time.sleep(60)\0" + mark in line for line in processes_with(mark)):
+        while not any(line.startswith(program) for line in processes_with(mark)):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         server.kill()
