@@ -110,6 +110,7 @@ class RolloutServer:
         config = runtime.config
         self._runtime = runtime
         self._task = task
+        self._renderer = renderer
         self._fingerprints = (model_fingerprint(model), tokenizer_fingerprint(model))
         self._engine = engine
         self._rewards = rewards
@@ -256,6 +257,7 @@ class RolloutServer:
             self._engine.pid,
             ": it takes leases after the next push" if needs_push else "",
         )
+        client.stop_texts.tokenizer = self._renderer
         self._runner.engine = client
         self._receiver.set_engine(client, version=version)
         state = ServerState.QUARANTINED if needs_push else ServerState.SERVING

@@ -91,7 +91,11 @@ class Conversation:
         self._running.append(running)
         try:
             finish_reason = await self._policy.extend(
-                transcript, max_new_tokens=limit, stop=stop, stop_token_ids=self._renderer.stop_token_ids
+                transcript,
+                max_new_tokens=limit,
+                stop=stop,
+                stop_token_ids=self._renderer.stop_token_ids,
+                keeps_prefix=True,
             )
         finally:
             self._running.remove(running)

@@ -88,6 +88,7 @@ class LeaseRunner:
             max_new_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature,
             stop_token_ids=stop_token_ids,
+            stop=sampling.stop,
         )
         self._sample_timeout_s = config.rollout.sample_timeout_s or math.inf
         self._on_failure = config.buffer.on_failure

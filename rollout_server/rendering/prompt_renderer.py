@@ -6,6 +6,7 @@ SGLang server.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -81,6 +82,20 @@ class PromptRenderer:
     def decode(self, tokens: NDArray[np.int32]) -> str:
         """Text of sampled tokens without special tokens, as reward functions get it."""
         return str(self._tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """Text of sampled tokens with special tokens, in which stop texts are looked for."""
+        return str(
+            self._tokenizer.decode(
+                list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        )
+
+    def token_of(self, text: str) -> int | None:
+        """The token of the model whose text is exactly this, if there is one."""
+        tokens = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        is_one = len(tokens) == 1 and tokens[0] < self.vocab_size and self.text_of(tokens) == text
+        return int(tokens[0]) if is_one else None
 
     @cached_property
     def chat(self) -> ChatRenderer:
