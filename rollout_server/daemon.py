@@ -50,6 +50,7 @@ from rollout_server.inference.supervisor import INITIAL_VERSION, EngineSuperviso
 from rollout_server.metrics import ServerStats
 from rollout_server.rendering.prompt_renderer import PromptRenderer
 from rollout_server.rewards.pool import RewardPool
+from rollout_server.rewards.worker import is_async_reward
 from rollout_server.tasks.base import Task, make_task
 from rollout_server.weight_sync.receiver import WeightReceiver
 
@@ -64,6 +65,11 @@ async def main(runtime: Runtime) -> None:
         raise ConfigError(
             f"eval.num_prompts={config.eval.num_prompts}: the task holds out {task.num_eval} (task.num_eval)"
         )
+    if config.rollout.reward_concurrency > 1 and not is_async_reward(task):
+        raise ConfigError(
+            f"rollout.reward_concurrency={config.rollout.reward_concurrency} needs a task with `async def "
+            "reward`: set it to 1, and raise rollout.reward_workers for more rewards at a time"
+        )
     require_loopback_or_keys(config.security, config.rollout.host, setting="rollout.host")
     buffer_addresses(config)  # raises before the slow imports if the buffer's port is not set
     model = model_path(config)
@@ -74,7 +80,11 @@ async def main(runtime: Runtime) -> None:
     log.info("task %s, examples %s, %s", config.task, task.fingerprint(), compute_dtype(config))
     rollout = config.rollout
     pool = RewardPool(
-        config.task, seed=config.seed, num_workers=rollout.reward_workers, timeout_s=rollout.reward_timeout_s
+        config.task,
+        seed=config.seed,
+        num_workers=rollout.reward_workers,
+        timeout_s=rollout.reward_timeout_s,
+        concurrency=rollout.reward_concurrency,
     )
     engine = make_engine(
         config,
@@ -146,7 +156,8 @@ class RolloutServer:
         )
         self._buffers = ShardedBufferClient(
             config,
-            capacity_samples=config.rollout.max_running + config.rollout.queue_samples,
+            engine_samples=config.rollout.max_running + config.rollout.queue_samples,
+            max_episodes=config.rollout.most_episodes,
             hello=self._hello,
             waits=runtime.waits,
             on_leases=self._on_leases,
@@ -164,6 +175,7 @@ class RolloutServer:
             rewards=rewards,
             gate=gate,
             on_result=self._buffers.deliver,
+            on_move=self._buffers.moved,
         )
         self._stats = ServerStats(
             runtime.metrics,
@@ -243,7 +255,7 @@ class RolloutServer:
         level = logging.INFO if limit < before else logging.DEBUG
         log.log(level, "at most %d samples at the engine (KV memory %.0f %%)", limit, 100 * load.kv_usage)
         self._gate.set_limit(limit)
-        self._buffers.set_capacity(limit + self._runtime.config.rollout.queue_samples)
+        self._buffers.set_engine_samples(limit + self._runtime.config.rollout.queue_samples)
         self._stats.concurrency_limit = limit
 
     def _on_engine_ready(self, client: EngineClient, version: int) -> None:

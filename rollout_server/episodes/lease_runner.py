@@ -32,16 +32,17 @@ from areal_like.failures import FailureKind, FailurePolicy
 from areal_like.trajectory import FinishReason
 from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed
 from areal_like.wire.records import Record
-from rollout_server.buffer_client.held_leases import SampleResult
+from rollout_server.buffer_client.held_leases import Place, SampleResult
 from rollout_server.episodes.base import Episode, PolicyClient, Tokenizer
 from rollout_server.episodes.prompt_leader import PromptLeader, needs_leader
 from rollout_server.episodes.prompt_loader import SPLITS, FailedPrompt, Prompt, PromptLoader
+from rollout_server.episodes.scoring import Outcome, add_up
 from rollout_server.episodes.transcript import Transcript
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.generation_gate import GenerationGate
 from rollout_server.inference.types import Sampling
 from rollout_server.rewards.pool import RewardPool
-from rollout_server.tasks.base import Task
+from rollout_server.tasks.base import Completion, Task
 
 log = logging.getLogger(__name__)
 
@@ -76,13 +77,16 @@ class LeaseRunner:
         rewards: RewardPool,
         gate: GenerationGate,
         on_result: Callable[[SampleResult], None],
+        on_move: Callable[[int, int, Place], None] = lambda lease_id, sample_index, place: None,
     ) -> None:
-        """`on_result` is called once per sample, unless its lease was cancelled or the engine lost."""
+        """`on_result` is called once per sample, unless its lease was cancelled or the engine lost;
+        `on_move` with (lease id, sample index, place) when a sample leaves the engine or comes back."""
         self._tokenizer = tokenizer
         self._episode = episode
         self._rewards = rewards
         self._gate = gate
         self._on_result = on_result
+        self._on_move = on_move
         sampling = config.sampling
         self._sampling = Sampling(
             max_new_tokens=sampling.max_new_tokens,
@@ -219,19 +223,26 @@ class LeaseRunner:
         )
         transcript.append_context(prompt.tokens_P)
         started_s = loop.time()
-        completion = await self._run_episode(prompt, policy, transcript)
+        text = await self._run_episode(prompt, policy, transcript)
         leader.prompt_computed()  # an answer of one token was not reported before
         generation_s = loop.time() - started_s
+        self._on_move(lease.lease_id, sample_index, Place.REWARD)
+        completion = Completion(
+            text,
+            token_ids=transcript.sampled,  # type: ignore[arg-type]  # an array is as good as a sequence
+            turn_lengths=[end - first for first, end in transcript.spans],
+            finish_reason=transcript.finish_reason,
+        )
         reward = await self._rewards.score(
             split=SPLITS[lease.purpose], index=lease.prompt_index, completion=completion
         )
         try:
+            outcome = add_up(reward.score, num_turns=len(completion.turn_lengths))
+        except ValueError as error:
+            raise RewardError(str(error)) from None
+        try:
             trajectory = transcript.to_trajectory(
-                reward=reward.value,
-                reward_components=reward.components,
-                generation_s=generation_s,
-                reward_s=reward.seconds,
-                is_greedy=is_greedy,
+                outcome, generation_s=generation_s, reward_s=reward.seconds, is_greedy=is_greedy
             )
         except ValueError as error:
             raise EngineError(f"the engine's answer cannot be used: {error}") from None
@@ -281,13 +292,7 @@ def _record_of_zero(lease: Lease, sample_index: int, transcript: Transcript) -> 
     if not transcript.num_sampled or transcript.finish_reason is FinishReason.ABORT:
         return None
     try:
-        trajectory = transcript.to_trajectory(
-            reward=0.0,
-            reward_components={},
-            generation_s=0.0,
-            reward_s=0.0,
-            is_greedy=_is_greedy(lease, sample_index),
-        )
+        trajectory = transcript.to_trajectory(Outcome(), is_greedy=_is_greedy(lease, sample_index))
         return Record.of(lease.ticket_id, sample_index, trajectory)
     except ValueError:
         return None

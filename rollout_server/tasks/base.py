@@ -29,7 +29,7 @@ import hashlib
 import json
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args
 
@@ -110,6 +110,10 @@ class Score:
     """Reward of each sampled token, of all turns in order; empty: none has one."""
 
 
+Rewarded = float | Mapping[str, float] | Score
+"""What `Task.reward` may return."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
     """A data set and its reward. Subclasses add settings as fields and implement `example` and `reward`,
@@ -135,12 +139,13 @@ class Task(ABC):
     def example(self, split: Split, index: int) -> Example:
         """The example at `index` of `split`. It must not depend on the process or on earlier calls."""
 
-    def reward(self, example: Example, completion: Completion) -> float | dict[str, float] | Score:
+    def reward(self, example: Example, completion: Completion) -> Rewarded | Awaitable[Rewarded]:
         """The reward of `completion`: a number, named parts to be summed, or a `Score`.
 
         Runs in a worker process with the time limit `rollout.reward_timeout_s`. If it raises or hangs, only
-        its own sample fails. A task with an environment need not have one: its value is added to the rewards
-        of the environment's steps.
+        its own sample fails. It may be `async def`: one process then computes several at the same time
+        (`rollout.reward_concurrency`), for rewards that wait for a service. A task with an environment need
+        not have a reward: its value is added to the rewards of the environment's steps.
         """
         raise NotImplementedError(f"{type(self).__name__} has neither reward() nor environment()")
 
