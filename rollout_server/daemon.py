@@ -42,13 +42,13 @@ from rollout_server.buffer_client.shards import ShardedBufferClient
 from rollout_server.context_length import longest_sequence
 from rollout_server.episodes.base import SingleTurn
 from rollout_server.episodes.lease_runner import LeaseRunner
-from rollout_server.episodes.prompt_renderer import PromptRenderer
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.concurrency import ConcurrencyController, EngineLoad
 from rollout_server.inference.engine import Engine, make_engine
 from rollout_server.inference.generation_gate import GenerationGate
 from rollout_server.inference.supervisor import INITIAL_VERSION, EngineSupervisor
 from rollout_server.metrics import ServerStats
+from rollout_server.rendering.prompt_renderer import PromptRenderer
 from rollout_server.rewards.pool import RewardPool
 from rollout_server.rewards.worker import is_async_reward
 from rollout_server.tasks.base import Task, make_task
@@ -75,7 +75,7 @@ async def main(runtime: Runtime) -> None:
     buffer_addresses(config)  # raises before the slow imports if the buffer's port is not set
     model = model_path(config)
     with torch_hidden(), uncollected():
-        renderer = PromptRenderer(model)
+        renderer = PromptRenderer(model, settings=config.model)
     context_tokens = longest_sequence(config, task, max_positions=renderer.max_positions)
     renderer.max_prompt_tokens = min(task.max_prompt_tokens, context_tokens - config.sampling.max_new_tokens)
     log.info("task %s, examples %s, %s", config.task, task.fingerprint(), compute_dtype(config))

@@ -4,7 +4,7 @@ A task is a frozen dataclass: its fields are its settings, so an unknown key of 
 is refused by name. Examples are a pure function of `(seed, split, index)`. Therefore the buffer can own the
 order of prompts as plain integers, a killed server can be replaced without transferring state, and a reward
 process rebuilds the example instead of receiving it. Other modules implement shuffling and epochs
-(buffer/prompts/), tokenization (episodes/prompt_renderer.py) and time limits (rewards/pool.py). Tasks import
+(buffer/prompts/), tokenization (rendering/prompt_renderer.py) and time limits (rewards/pool.py). Tasks import
 no torch.
 
 Your own task, configured as `task: {_target_: my_module.Add, digits: 3}`:
