@@ -4,9 +4,10 @@
                     \\-> DRAINING (SIGTERM, an operator, the end of the run) -> exit 0
 
 This file wires the parts together and decides which state the server announces to the buffer:
-`ShardedBufferClient` (leases in, samples out), `LeaseRunner` (leases to samples), `RewardPool` (reward worker
-processes), `EngineSupervisor` (starts and restarts the engine) and `WeightReceiver` (weight pushes). A server
-needs no durable state: when it is lost, the buffer leases its samples to another server.
+`ShardedBufferClient` (leases in, samples out), `LeaseRunner` (leases to samples), `RewardPool` and
+`EnvironmentPool` (their worker processes), `EngineSupervisor` (starts and restarts the engine) and
+`WeightReceiver` (weight pushes). A server needs no durable state: when it is lost, the buffer leases its
+samples to another server.
 
 If the engine starts from a checkpoint, the server announces the checkpoint's version, and the buffer grants
 leases as that version's staleness allows. A restarted engine without a checkpoint holds the run's first
@@ -40,6 +41,7 @@ from areal_like.wire.messages.hello import Hello, Role
 from areal_like.wire.messages.producer import Lease, ServerState
 from rollout_server.buffer_client.shards import ShardedBufferClient
 from rollout_server.context_length import longest_sequence
+from rollout_server.episodes.attempts.environments import Environments, running_environments
 from rollout_server.episodes.base import SingleTurn
 from rollout_server.episodes.lease_runner import LeaseRunner
 from rollout_server.inference.client import EngineClient
@@ -96,9 +98,16 @@ async def main(runtime: Runtime) -> None:
         max_positions=renderer.max_positions,
         vocab_size=renderer.vocab_size,
     )
-    async with pool as rewards:
+    running = running_environments(config, task, renderer, context_tokens=context_tokens, waits=runtime.waits)
+    async with running as environments, pool as rewards:
         server = RolloutServer(
-            runtime, task=task, renderer=renderer, model=model, rewards=rewards, engine=engine
+            runtime,
+            task=task,
+            renderer=renderer,
+            model=model,
+            rewards=rewards,
+            environments=environments,
+            engine=engine,
         )
         try:
             await server.run()
@@ -117,6 +126,7 @@ class RolloutServer:
         renderer: PromptRenderer,
         model: str,
         rewards: RewardPool,
+        environments: Environments | None,
         engine: Engine,
     ) -> None:
         config = runtime.config
@@ -126,6 +136,7 @@ class RolloutServer:
         self._fingerprints = (model_fingerprint(model), tokenizer_fingerprint(model))
         self._engine = engine
         self._rewards = rewards
+        self._environments = environments.pool if environments is not None else None
         self._gate = gate = GenerationGate()
         self._concurrency = ConcurrencyController(most=config.rollout.max_running)
         if config.rollout.adapts_concurrency:
@@ -178,12 +189,14 @@ class RolloutServer:
             gate=gate,
             on_result=self._buffers.deliver,
             on_move=self._buffers.moved,
+            environments=environments,
         )
         self._stats = ServerStats(
             runtime.metrics,
             buffers=self._buffers,
             runner=self._runner,
             rewards=rewards,
+            environments=self._environments,
             receiver=self._receiver,
             engine=engine,
             supervisor=self._supervisor,
@@ -210,6 +223,7 @@ class RolloutServer:
             self._receiver.serving,
             self._runner.failed,
             *self._rewards.serving,
+            *(self._environments.serving if self._environments is not None else ()),
         ]
         async with cancelled_on_exit(*tasks, stopping):
             done, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)

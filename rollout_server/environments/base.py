@@ -95,6 +95,9 @@ class Environment(ABC):
 
     tools: Sequence[dict[str, Any]] = ()
     """Tools that the policy may call, as OpenAI function schemas. Read after `reset`."""
+    seed: int = 0
+    """Differs between the samples of a group; set before `reset`. Python's and numpy's global random
+    generators are seeded with it, too."""
 
     @abstractmethod
     async def reset(self) -> list[Message]:
