@@ -70,7 +70,7 @@ class RewardPool:
         timeout_s: float,
         concurrency: int = 1,
     ) -> None:
-        """`task`, `seed`, `sandbox`: arguments of `make_task`; `timeout_s`: time limit of one reward; `concurrency`:
+        """`task`, `seed`, `sandbox`: as in `make_task`; `timeout_s`: time limit of one reward; `concurrency`:
         rewards that one worker computes at the same time, if the task's reward is asynchronous."""
         setup = {"task": dict(task), "seed": seed, "sandbox": sandbox, "timeout_s": timeout_s}
         self._workers = [
