@@ -139,7 +139,7 @@ class Conversation:
         reward_components: Mapping[str, float] | None = None,
         metrics: Mapping[str, float] | None = None,
         turn_rewards: Sequence[float] = (),
-        token_rewards: Sequence[float] = (),
+        token_rewards: Sequence[float] | NDArray[np.float32] = (),
         finish_reason: FinishReason | None = None,
         generation_s: float = 0.0,
         reward_s: float = 0.0,
