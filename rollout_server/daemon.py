@@ -58,7 +58,8 @@ log = logging.getLogger(__name__)
 async def main(runtime: Runtime) -> None:
     """Serves until `runtime.stopping`. Raises ConfigError for settings that contradict each other."""
     config = runtime.config
-    task = make_task(config.task, seed=config.seed)
+    task = make_task(config.task, seed=config.seed, sandbox=config.rewards.sandbox)
+    task.check()
     if config.eval.num_prompts > task.num_eval:
         raise ConfigError(
             f"eval.num_prompts={config.eval.num_prompts}: the task holds out {task.num_eval} (task.num_eval)"
@@ -80,6 +81,7 @@ async def main(runtime: Runtime) -> None:
     pool = RewardPool(
         config.task,
         seed=config.seed,
+        sandbox=config.rewards.sandbox,
         num_workers=rollout.reward_workers,
         timeout_s=rollout.reward_timeout_s,
         concurrency=rollout.reward_concurrency,

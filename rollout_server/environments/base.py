@@ -107,5 +107,11 @@ class Environment(ABC):
     async def step(self, reply: Reply) -> Step:
         """Answers one turn of the policy."""
 
+    def check(self) -> None:  # noqa: B027, most environments need nothing
+        """Raises ConfigError if the environment needs what this machine does not have (a sandbox, a package).
+
+        Called once when a rollout server starts, on an environment of the first example, without `reset`.
+        """
+
     async def close(self) -> None:  # noqa: B027, most environments have nothing to free
         """Frees what the episode used. Called after its end, also after an error."""

@@ -85,23 +85,26 @@ class PolicyClient:
         max_new_tokens: int | None = None,
         stop: Sequence[str] = (),
         stop_token_ids: Sequence[int] = (),
+        keeps_prefix: bool = False,
     ) -> FinishReason:
         """Appends one turn of the policy to the transcript; returns STOP, LENGTH or TIMEOUT, never ABORT.
 
         `max_new_tokens`: limit of this turn. `stop` and `stop_token_ids`: what ends this turn, beside what
-        ends every turn. Several turns of an episode may be sampled at the same time.
+        ends every turn. `keeps_prefix`: another turn may follow. Several turns of an episode may be sampled
+        at the same time.
         After TIMEOUT the episode should end. Raises PromptRefusedError if the engine refused the prompt,
         EpisodeError if it refused the prompt with the turns so far (they may have become too long),
         EngineTimeoutError if the policy had sampled nothing at the time limit, and EngineError if the engine
         failed in another way. Cancelling the caller aborts the request.
         """
         sampling = self._sampling
-        if max_new_tokens is not None or stop or stop_token_ids:
+        if max_new_tokens is not None or stop or stop_token_ids or keeps_prefix:
             sampling = replace(
                 sampling,
                 max_new_tokens=sampling.max_new_tokens if max_new_tokens is None else max_new_tokens,
                 stop=tuple(dict.fromkeys((*sampling.stop, *stop))),
                 stop_token_ids=tuple(dict.fromkeys((*sampling.stop_token_ids, *stop_token_ids))),
+                keeps_prefix=keeps_prefix,
             )
         num_left = sampling.max_new_tokens
         num_empty_aborts = 0
