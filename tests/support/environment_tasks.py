@@ -22,16 +22,17 @@ def said(text: str) -> Message:
 
 
 class Echo(Environment):
-    """Repeats each reply; a reply that names a mishap causes it. Ends after `num_turns`."""
+    """Repeats each reply. A reply that names a mishap causes it, and so does `start` in `reset`."""
 
-    def __init__(self, start: str, *, num_turns: int) -> None:
+    def __init__(self, prompt: str, *, start: str, num_turns: int) -> None:
+        self.prompt = prompt
         self.start = start
         self.num_turns = num_turns
 
     async def reset(self) -> list[Message]:
         await self.mishap(self.start)
         self.left = self.num_turns
-        return [said(f"{self.start} {self.seed}")]
+        return [said(f"{self.prompt} seed {self.seed}")]
 
     async def step(self, reply: Reply) -> Step:
         self.left -= 1
@@ -70,13 +71,17 @@ class Echo(Environment):
                     with contextlib.suppress(OSError):
                         os.write(descriptor, b"\x01\x00\x00\x00\xc1")
             case "fork":
-                # A child in a session of its own that holds this process's socket.
-                if os.fork() == 0:
+                # The child holds this process's socket, and is in a session of its own.
+                if (pid := os.fork()) == 0:
                     os.setsid()
                     time.sleep(3600)
+                return Step(messages=[said(str(pid))])
             case "daemon":
-                # As above, and an orphan.
-                subprocess.run([sys.executable, "-c", _DAEMON], check=True)
+                # An orphan in a session of its own.
+                made = subprocess.run(
+                    [sys.executable, "-c", _DAEMON], check=True, stdout=subprocess.PIPE, text=True
+                )
+                return Step(messages=[said(made.stdout)])
             case "pid":
                 return Step(messages=[said(str(os.getpid()))])
             case "random":
@@ -98,7 +103,14 @@ class Echo(Environment):
         return None
 
 
-_DAEMON = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(3600)"
+_DAEMON = """
+import os, time
+if (pid := os.fork()) == 0:
+    os.setsid()
+    os.close(1)
+    time.sleep(3600)
+print(pid)
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,4 +124,4 @@ class EchoTask(Task):
         return Example(prompt=f"{split} {index}", answer=None)
 
     def environment(self, example: Example) -> Environment | None:
-        return Echo(self.start, num_turns=self.num_turns)
+        return Echo(str(example.prompt), start=self.start, num_turns=self.num_turns)

@@ -93,11 +93,12 @@ class ZygoteProcess:
             self.ready.set_exception(ConfigError(str(message)))
 
     def _end(self) -> None:
-        if self.lost.done():
+        if self._control.fileno() < 0:
             return
-        self.lost.set_result(None)
         self._loop.remove_reader(self._control.fileno())
         self._control.close()
+        if not self.lost.done():  # else its waiter was cancelled
+            self.lost.set_result(None)
         if not self.ready.done():
             self.ready.set_exception(
                 EnvironmentLostError("the process that starts environments ended at its start; see the log")
