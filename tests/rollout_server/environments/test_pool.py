@@ -204,6 +204,7 @@ def test_a_lost_zygote_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     async def body() -> None:
         async with pool() as environments:
             for signal_number in (signal.SIGKILL, signal.SIGSTOP):
+                await until(lambda: not environments._closing)
                 async with opened(environments) as session:
                     pid = int((await session.step(reply("pid"))).messages[0]["content"])
                     assert environments._zygote is not None
