@@ -39,6 +39,10 @@ class SamplingConfig(Section, key="sampling"):
             self.temperature > 0,
             "sampling.temperature must be above 0 for training (evaluation is always greedy)",
         )
+        require(
+            all(self.stop) and len(self.stop) <= 16,
+            f"sampling.stop={list(self.stop)}: give at most 16 texts, none of them empty",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,16 @@ class Transcript:
         return np.concatenate(self._tokens) if self._tokens else np.empty(0, np.int32)
 
     @property
+    def logprobs(self) -> NDArray[np.float32]:
+        """[T] log-prob of each token, 0 for context."""
+        return np.concatenate(self._logprobs) if self._logprobs else np.empty(0, np.float32)
+
+    @property
+    def versions(self) -> NDArray[np.int32]:
+        """[T] version of the weights of each token, NOT_SAMPLED for context."""
+        return np.concatenate(self._versions) if self._versions else np.empty(0, np.int32)
+
+    @property
     def sampled(self) -> NDArray[np.int32]:
         """The policy's tokens of all turns, without the context between them."""
         return self.tokens[self._sampled_mask()]

@@ -65,13 +65,14 @@ class RewardPool:
         task: Mapping[str, Any],
         *,
         seed: int,
+        sandbox: str = "bwrap",
         num_workers: int,
         timeout_s: float,
         concurrency: int = 1,
     ) -> None:
-        """`task`, `seed`: arguments of `make_task`; `timeout_s`: time limit of one reward; `concurrency`:
+        """`task`, `seed`, `sandbox`: arguments of `make_task`; `timeout_s`: time limit of one reward; `concurrency`:
         rewards that one worker computes at the same time, if the task's reward is asynchronous."""
-        setup = {"task": dict(task), "seed": seed, "timeout_s": timeout_s}
+        setup = {"task": dict(task), "seed": seed, "sandbox": sandbox, "timeout_s": timeout_s}
         self._workers = [
             RewardWorker(
                 setup, timeout_s=timeout_s, concurrency=concurrency, on_free=self._dispatch, queue=self._put

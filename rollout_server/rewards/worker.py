@@ -59,7 +59,7 @@ def main() -> None:
     if setup is None:
         return
     try:
-        task = make_task(setup["task"], seed=setup["seed"])
+        task = make_task(setup["task"], seed=setup["seed"], sandbox=setup["sandbox"])
     except ConfigError as error:
         stream.sendall(pack([str(error), False]))
         return
