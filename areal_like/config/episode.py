@@ -28,7 +28,7 @@ class EpisodeConfig(Section, key="episode"):
     """Time limit of one call of the environment (reset or step), in seconds. After it its process is killed,
     and the sample counts as failed (`buffer.on_failure`)."""
     memory_mb: int = 2048
-    """Address space of one environment's process, in MiB."""
+    """Address space that one environment's process may add to what the imports of its task take, in MiB."""
 
     def check(self) -> None:
         require(1 <= self.max_turns <= MAX_TURNS, f"episode.max_turns must be 1 to {MAX_TURNS}")
