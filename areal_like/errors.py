@@ -15,6 +15,7 @@
             PromptRefusedError
         EpisodeError
             EpisodeBudgetError
+            EnvironmentLostError
         WeightSyncError
         RewardError
             RewardTimeoutError
@@ -106,6 +107,10 @@ class EpisodeBudgetError(EpisodeError):
         """`reason`: TOKENS or CONTEXT."""
         super().__init__(message)
         self.reason = reason
+
+
+class EnvironmentLostError(EpisodeError):
+    """An environment's process was lost, and not by the environment's fault: the sample may be made again."""
 
 
 class WeightSyncError(ArealError):

@@ -69,6 +69,11 @@ class PolicyClient:
         """True once a turn has a token."""
 
     @property
+    def deadline_s(self) -> float | None:
+        """Time of the loop at which the limit of all turns ends; None if there is none, or no request yet."""
+        return None if self._deadline_s == math.inf else self._deadline_s
+
+    @property
     def max_new_tokens(self) -> int:
         """Limit of the tokens of one turn."""
         return self._sampling.max_new_tokens

@@ -65,13 +65,14 @@ class RewardPool:
         task: Mapping[str, Any],
         *,
         seed: int,
+        sandbox: str = "bwrap",
         num_workers: int,
         timeout_s: float,
         concurrency: int = 1,
     ) -> None:
-        """`task`, `seed`: arguments of `make_task`; `timeout_s`: time limit of one reward; `concurrency`:
+        """`task`, `seed`, `sandbox`: as in `make_task`; `timeout_s`: time limit of one reward; `concurrency`:
         rewards that one worker computes at the same time, if the task's reward is asynchronous."""
-        setup = {"task": dict(task), "seed": seed, "timeout_s": timeout_s}
+        setup = {"task": dict(task), "seed": seed, "sandbox": sandbox, "timeout_s": timeout_s}
         self._workers = [
             RewardWorker(
                 setup, timeout_s=timeout_s, concurrency=concurrency, on_free=self._dispatch, queue=self._put
@@ -147,7 +148,9 @@ class RewardPool:
         free = [worker for worker in self._workers if worker.room]
         for position, worker in enumerate(free):
             share = -(-len(self._queue) // (len(free) - position))
-            if items := self._take(min(share, worker.room, self._batch_size)):
+            if not worker.is_async:
+                share = min(share, self._batch_size)
+            if items := self._take(min(share, worker.room), is_idle=not worker.items):
                 worker.submit(items)
             elif not self._queue:
                 return
@@ -158,8 +161,8 @@ class RewardPool:
     def _batch_size(self) -> int:
         return max(1, min(_MAX_BATCH, int(_BATCH_S / self._mean_s))) if self._mean_s else 1
 
-    def _take(self, most: int) -> list[Item]:
-        """The next items of the queue, without those whose caller was cancelled."""
+    def _take(self, most: int, *, is_idle: bool) -> list[Item]:
+        """The next items of the queue for a worker, without those whose caller was cancelled."""
         items: list[Item] = []
         num_bytes = 0
         while self._queue and len(items) < most:
@@ -168,7 +171,9 @@ class RewardPool:
                 self._queue.popleft()
                 continue
             num_bytes += len(item.packed)
-            if items and (item.is_alone or num_bytes > _MAX_BATCH_BYTES):
+            if item.is_alone and (items or not is_idle):
+                break
+            if items and num_bytes > _MAX_BATCH_BYTES:
                 break
             items.append(self._queue.popleft())
             if item.is_alone:

@@ -127,6 +127,8 @@ class Task(ABC):
     """Held-out prompts: indices 0 .. num_eval-1 of split `eval`."""
     max_prompt_tokens: int = 1024
     """Longest prompt in tokens; it determines the engine's context length. Samples of longer prompts fail."""
+    sandbox: str = "bwrap"
+    """The job's `rewards.sandbox`: `rollout_server.sandbox.make_sandbox(task.sandbox)` runs a program."""
 
     def __post_init__(self) -> None:
         for name in ("num_train", "num_eval", "max_prompt_tokens"):
@@ -155,6 +157,27 @@ class Task(ABC):
         Called in the environment's process, which rebuilds the example.
         """
         return None
+
+    def check(self) -> None:
+        """Raises ConfigError if the task's samples cannot be made on this machine.
+
+        A rollout server calls it once at its start. It builds the environment of the first example, so an
+        environment's constructor should be cheap, and checks it.
+        """
+        if not self.has_environment:
+            return
+        try:
+            environment = self.environment(self.example("train", 0))
+        except ConfigError:
+            raise
+        # A task's code may raise anything; at the start of a job that is the user's mistake.
+        except Exception as error:
+            raise ConfigError(
+                f"task {type(self).__name__}: environment(example('train', 0)) raised "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        if environment is not None:
+            environment.check()
 
     @property
     def has_environment(self) -> bool:
@@ -217,6 +240,9 @@ TASKS = Registry[Task](
 """Tasks are registered by path and imported on use: an optional package is needed only by its own task."""
 
 
-def make_task(settings: Mapping[str, Any], *, seed: int) -> Task:
-    """The task described by the configuration's `task` section. Raises ConfigError."""
-    return TASKS.build(settings, job={"seed": seed})
+def make_task(settings: Mapping[str, Any], *, seed: int, sandbox: str = "bwrap") -> Task:
+    """The task described by the configuration's `task` section; `sandbox`: `rewards.sandbox`.
+
+    Raises ConfigError.
+    """
+    return TASKS.build(settings, job={"seed": seed, "sandbox": sandbox})
