@@ -14,6 +14,7 @@
             EngineTimeoutError
             PromptRefusedError
         EpisodeError
+        ToolError
         WeightSyncError
         RewardError
             RewardTimeoutError
@@ -89,6 +90,10 @@ class PromptRefusedError(EngineError):
 
 class EpisodeError(ArealError):
     """The code of an episode or its environment raised."""
+
+
+class ToolError(ArealError):
+    """A tool cannot do what the policy asked for. The message is the answer to the policy."""
 
 
 class WeightSyncError(ArealError):
